@@ -1,0 +1,114 @@
+"""`POST /v1/completions`: a body to a plan, a plan's deltas to one answer or to a stream of chunks."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from afterword.api import gate, wire
+from afterword.api.service import Service
+from afterword.completion.choice import Delta, fold
+from afterword.completion.plan import Plan, make_plan
+from afterword.completion.request import Request, parse
+from afterword.completion.run import Usage, run, tokenize
+from afterword.engine.protocol import Engine
+from afterword.errors import AfterwordError
+
+log = logging.getLogger(__name__)
+
+
+async def create(http: HttpRequest) -> Response:
+    """Everything that can be the caller's fault happens here; the answer only runs the plan."""
+    service: Service = http.app.state.service
+    created = int(time.time())
+    request = parse(await gate.read_json(http), service.config.limits)
+    served = service.find(request.model)
+    tokens = await tokenize(request, served.engine)
+    plan = make_plan(request, served.engine.card, tokens, secrets.randbits(63))
+    head = wire.Head(wire.new_id(), created, served.id, served.engine.card.fingerprint)
+    return Answer(request, plan, head, served.engine)
+
+
+class Answer(Response):
+    """A response that owns the run it sends: when the client leaves, the work ends."""
+
+    def __init__(self, request: Request, plan: Plan, head: wire.Head, engine: Engine) -> None:
+        super().__init__()
+        self._request = request
+        self._plan = plan
+        self._head = head
+        self._engine = engine
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer; stop as soon as nobody is there to read it."""
+        work = asyncio.create_task(self._stream(send) if self._request.stream else self._whole(send))
+        gone = asyncio.create_task(_until_gone(receive))
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            if not work.done():
+                work.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+        if not work.cancelled() and (problem := work.exception()) is not None:
+            raise problem
+
+    async def _whole(self, send: Send) -> None:
+        deltas: dict[int, list[Delta]] = {}
+        usage = Usage(0, 0)
+        async with aclosing(run(self._plan, self._engine)) as items:
+            async for item in items:
+                if isinstance(item, Usage):
+                    usage = item
+                else:
+                    deltas.setdefault(item.index, []).append(item)
+        choices = [fold(deltas[index]) for index in sorted(deltas)]
+        body = wire.completion(self._head, choices, usage)
+        await send(_start(200, b"application/json", len(body)))
+        await send({"type": "http.response.body", "body": body})
+
+    async def _stream(self, send: Send) -> None:
+        async with aclosing(run(self._plan, self._engine)) as items:
+            first = await anext(items)  # an engine that cannot even begin is an HTTP error
+            await send(_start(200, b"text/event-stream"))
+            try:
+                await self._send_chunks(send, first, items)
+            except AfterwordError as problem:
+                await send(_body(wire.event(wire.error(problem))))  # and no [DONE]: the answer is not whole
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _send_chunks(self, send: Send, first: Delta | Usage, rest: AsyncIterator[Delta | Usage]) -> None:
+        options = self._request.stream_options
+        with_usage = options is not None and options.include_usage
+        item: Delta | Usage | None = first
+        while item is not None:
+            if isinstance(item, Delta):
+                await send(_body(wire.chunk(self._head, item, with_usage)))
+            elif with_usage:
+                await send(_body(wire.usage_chunk(self._head, item)))
+            item = await anext(rest, None)
+        await send(_body(wire.DONE))
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _start(status: int, kind: bytes, length: int | None = None) -> dict[str, object]:
+    headers = [(b"content-type", kind), (b"cache-control", b"no-cache, must-revalidate")]
+    if length is not None:
+        headers.append((b"content-length", str(length).encode()))
+    return {"type": "http.response.start", "status": status, "headers": headers}
+
+
+def _body(data: bytes) -> dict[str, object]:
+    return {"type": "http.response.body", "body": data, "more_body": True}

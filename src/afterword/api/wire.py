@@ -1,0 +1,117 @@
+"""Answers as bytes: the response object, its chunks, and the error envelope. Key order is the API reference's."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import string
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from afterword.completion.choice import Delta, Logprobs
+from afterword.completion.run import Usage
+from afterword.errors import AfterwordError
+
+_ALPHABET = string.ascii_letters + string.digits
+_LOWEST = -9999.0  # JSON has no infinity
+DONE = b"data: [DONE]\n\n"
+
+encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What every object of one answer has in common. `created` is in Unix seconds."""
+
+    id: str
+    created: int
+    model: str
+    fingerprint: str
+
+
+def new_id() -> str:
+    """A fresh name for an answer."""
+    return "cmpl-" + "".join(secrets.choice(_ALPHABET) for _ in range(29))
+
+
+def completion(head: Head, choices: list[Delta], usage: Usage) -> bytes:
+    """The whole answer."""
+    return encode(_object(head, [_choice(choice) for choice in choices]) | {"usage": _usage(usage)})
+
+
+def chunk(head: Head, delta: Delta, with_usage: bool) -> bytes:
+    """One event of a stream. `with_usage`: the last chunk will have the usage, so this one says null."""
+    return event(_object(head, [_choice(delta)]) | ({"usage": None} if with_usage else {}))
+
+
+def usage_chunk(head: Head, usage: Usage) -> bytes:
+    """The event after the last choice's."""
+    return event(_object(head, []) | {"usage": _usage(usage)})
+
+
+def event(value: object) -> bytes:
+    """A server-sent event."""
+    return b"data: " + encode(value) + b"\n\n"
+
+
+def error(problem: AfterwordError) -> dict[str, Any]:
+    """The error envelope: always four keys."""
+    return {
+        "error": {
+            "message": problem.message,
+            "type": problem.type,
+            "param": problem.param,
+            "code": problem.code,
+        }
+    }
+
+
+def _object(head: Head, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "id": head.id,
+        "object": "text_completion",
+        "created": head.created,
+        "model": head.model,
+        "system_fingerprint": head.fingerprint,
+        "choices": choices,
+    }
+
+
+def _choice(delta: Delta) -> dict[str, Any]:
+    return {
+        "text": delta.text,
+        "index": delta.index,
+        "logprobs": delta.logprobs and _logprobs(delta.logprobs),
+        "finish_reason": delta.finish,
+    }
+
+
+def _logprobs(columns: Logprobs) -> dict[str, Any]:
+    top = columns.top_logprobs
+    return {
+        "text_offset": columns.text_offset,
+        "token_logprobs": [value if value is None else _finite(value) for value in columns.token_logprobs],
+        "tokens": columns.tokens,
+        "top_logprobs": top and [entry and {token: _finite(value) for token, value in entry.items()} for entry in top],
+    }
+
+
+def _finite(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) else _LOWEST
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": 0,
+            "audio_tokens": 0,
+            "reasoning_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
+        "prompt_tokens_details": {"audio_tokens": 0, "cached_tokens": usage.cached_tokens},
+    }

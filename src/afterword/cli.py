@@ -1,0 +1,259 @@
+"""The command line: settings to a running server, or to an answer in the terminal. Sees all rooms."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import secrets
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import psutil
+
+from afterword import __version__
+from afterword.completion.choice import Delta
+from afterword.completion.plan import make_plan
+from afterword.completion.request import Limits, parse
+from afterword.completion.run import run, tokenize
+from afterword.config import SMALL_MODEL, Config, EngineSettings, Keys
+from afterword.engine import frames
+from afterword.engine.supervisor import Supervisor
+from afterword.errors import AfterwordError, SettingError
+from afterword.models.gguf import Facts, read_facts
+from afterword.models.memory import available_memory, choose_shape
+from afterword.models.registry import HubFile, Model, installed, locate, parse_spec
+
+F = TypeVar("F", bound=Callable[..., Any])
+_KV_BYTES = {"f16": 2, "f32": 4}
+
+
+class _Commands(click.Group):
+    """Our errors are sentences for the person at the terminal, not tracebacks."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AfterwordError as error:
+            click.secho(f"afterword: {error.message}", err=True, fg="red")
+            ctx.exit(2)
+
+
+@click.group(cls=_Commands, context_settings={"auto_envvar_prefix": "AFTERWORD", "show_default": True})
+@click.version_option(__version__, prog_name="afterword")
+def main() -> None:
+    """OpenAI's text Completions API on models that you run yourself.
+
+    Every option can also be set in the environment: --port of serve is AFTERWORD_SERVE_PORT.
+    """
+
+
+def engine_options(command: F) -> F:
+    """The options of every command that runs a model."""
+    options = [
+        click.option("--context", type=int, help="Tokens of one sequence.  [default: from the model and the memory]"),
+        click.option(
+            "--parallel", type=int, help="Sequences computed together.  [default: 16, or what fits in memory]"
+        ),
+        click.option("--threads", type=int, help="Threads that compute.  [default: one a core; 1 for small models]"),
+        click.option("--batch", type=int, default=256, help="Most tokens of a prompt computed in one pass."),
+        click.option("--kv-type", type=click.Choice(["f16", "f32"]), default="f16", help="Type of keys and values."),
+        click.option("--gpu-layers", type=int, default=0, help="Layers computed by a GPU; -1 for all of them."),
+        click.option("--verbose", is_flag=True, help="Show what llama.cpp logs."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option("--host", default="127.0.0.1", help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0 for any free one.")
+@click.option("--alias", help="Name of the model in requests.  [default: from the file]")
+@click.option(
+    "--api-key",
+    multiple=True,
+    envvar="AFTERWORD_API_KEY",
+    help="A key that opens the server; can be repeated.",
+)
+@click.option("--api-key-file", type=click.Path(path_type=Path), help="A file with a key a line.")
+@click.option("--allow-open", is_flag=True, help="Listen beyond this machine without any key.")
+@click.option("--max-queue", type=click.IntRange(min=1), default=4096, help="Most prompts that wait.")
+@click.option("--max-logprobs", type=click.IntRange(0, 1000), default=20, help="Most alternatives a token.")
+@click.option("--max-stop", type=click.IntRange(min=1), default=16, help="Most stop strings.")
+@engine_options
+def serve(
+    model: str | None,
+    host: str,
+    port: int,
+    alias: str | None,
+    api_key: tuple[str, ...],
+    api_key_file: Path | None,
+    allow_open: bool,
+    max_queue: int,
+    max_logprobs: int,
+    max_stop: int,
+    **engine: Any,
+) -> None:
+    """Serve MODEL: a GGUF file, hf:owner/repo[:file or quant], or nothing for the built-in model."""
+    config = Config(
+        host=host,
+        port=port,
+        keys=Keys.of(api_key, api_key_file),
+        allow_open=allow_open,
+        max_queue=max_queue,
+        limits=Limits(max_logprobs=max_logprobs, max_stop=max_stop),
+    )
+    _run(_serve(model, alias, config, EngineSettings(**engine)))
+
+
+@main.command()
+@click.argument("prompt")
+@click.option("--model", help="As for serve.")
+@click.option("--suffix", help="Text after the gap to fill.")
+@click.option("--max-tokens", type=int, default=128, help="Most tokens to write.")
+@click.option("--temperature", type=float, default=1.0, help="0 always takes the likeliest token.")
+@click.option("--top-p", type=float, default=1.0, help="Draw from the likeliest tokens with this much mass.")
+@click.option("--seed", type=int, help="The same seed gives the same text.")
+@click.option("--stop", multiple=True, help="Text to stop before; can be repeated.")
+@click.option("--echo", is_flag=True, help="Print the prompt too.")
+@engine_options
+def complete(prompt: str, model: str | None, **options: Any) -> None:
+    """Continue PROMPT (- reads standard input) in the terminal, without a server."""
+    names = ("suffix", "max_tokens", "temperature", "top_p", "seed", "echo")
+    body = {name: options.pop(name) for name in names}
+    stop = options.pop("stop")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    body |= {"prompt": text, "stop": list(stop) or None, "stream": True}
+    _run(_complete(model, json.dumps(body).encode(), EngineSettings(**({"parallel": 1} | _given(options)))))
+
+
+@main.command()
+def models() -> None:
+    """List the models on this machine that serve can use by name."""
+    for model in installed():
+        size = model.path.stat().st_size / 2**20
+        spec = model.id if model.source == "built-in" else f"hf:{model.id}"
+        click.echo(f"{spec:<60} {size:10,.1f} MiB  {model.source}")
+
+
+@main.command()
+@click.argument("spec")
+def pull(spec: str) -> None:
+    """Download a model: hf:owner/repo, hf:owner/repo:Q4_K_M or hf:owner/repo:file.gguf."""
+    from afterword.models.pull import pull as download  # the Hub's library takes half a second to import
+
+    parsed = parse_spec(spec)
+    if not isinstance(parsed, HubFile):
+        raise SettingError(f"{spec} is not on the Hub; write hf:owner/repo.")
+    model = download(parsed)
+    click.echo(f"{model.id} is at {model.path}. Serve it with: afterword serve {spec}")
+
+
+# ---- what the commands do
+
+
+async def _serve(spec: str | None, alias: str | None, config: Config, settings: EngineSettings) -> None:
+    import uvicorn
+
+    from afterword.api.app import make_app
+    from afterword.api.service import Served, Service
+
+    with _listen(config) as listener:
+        async with _engine(spec, settings, config.max_queue) as (model, engine):
+            served = Served(alias or model.id, int(model.path.stat().st_mtime), engine)
+            _greet(served.id, engine, config, listener.getsockname()[1])
+            server = uvicorn.Server(
+                uvicorn.Config(
+                    make_app(Service(config, served)),
+                    log_level="warning",
+                    server_header=False,
+                    timeout_graceful_shutdown=30,
+                )
+            )
+            await server.serve(sockets=[listener])
+
+
+async def _complete(spec: str | None, body: bytes, settings: EngineSettings) -> None:
+    request = parse(body, Limits())
+    async with _engine(spec, settings, max_queue=1) as (_, engine):
+        plan = make_plan(request, engine.card, await tokenize(request, engine), secrets.randbits(63))
+        async for item in run(plan, engine):
+            if isinstance(item, Delta):
+                sys.stdout.write(item.text)
+                sys.stdout.flush()
+        sys.stdout.write("\n")
+
+
+@asynccontextmanager
+async def _engine(
+    spec: str | None, settings: EngineSettings, max_queue: int
+) -> AsyncIterator[tuple[Model, Supervisor]]:
+    """A model's engine, open; closed afterwards."""
+    model = locate(parse_spec(spec))
+    facts = read_facts(model.path)
+    engine = Supervisor(open_frame(model, facts, settings), max_queue=max_queue)
+    try:
+        await engine.open()
+        yield model, engine
+    finally:
+        await engine.close()
+
+
+def open_frame(model: Model, facts: Facts, settings: EngineSettings) -> frames.Open:
+    """Settings with nothing left to choose. Raises `SettingError` if they cannot be met."""
+    shape = choose_shape(facts, available_memory(), settings.context, settings.parallel, _KV_BYTES[settings.kv_type])
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    return frames.Open(
+        path=str(model.path),
+        context=shape.context,
+        sequences=shape.parallel,
+        threads=settings.threads or (1 if facts.size_bytes < SMALL_MODEL else cores),
+        chunk=settings.batch,
+        kv_type=settings.kv_type,
+        gpu_layers=settings.gpu_layers,
+        verbose=settings.verbose,
+    )
+
+
+def _listen(config: Config) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        return socket.create_server((config.host, config.port), family=family, backlog=1024)
+    except OSError as error:
+        raise SettingError(f"Cannot listen on {config.host} port {config.port}: {error.strerror}.") from None
+
+
+def _greet(name: str, engine: Supervisor, config: Config, port: int) -> None:
+    card = engine.card
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    url = f"http://{host}:{port}"
+    key = " \\\n    -H 'Authorization: Bearer YOUR_KEY'" if config.keys.digests else ""
+    body = json.dumps({"model": name, "prompt": "Once upon a time", "max_tokens": 40})
+    click.echo(
+        f"Afterword {__version__} serves {name} ({card.parameters / 1e6:,.1f} M parameters; {card.sequences} sequences "
+        f"of {card.context} tokens) at\n\n  {url}\n\nTry it:\n\n  curl {url}/v1/completions{key} \\\n"
+        f"    -H 'Content-Type: application/json' \\\n    -d '{body}'\n\n"
+        "Every field is explained in docs/api.md, every setting by afterword serve --help. Ctrl+C stops."
+    )
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        import uvloop
+    except ImportError:  # not on every system
+        asyncio.run(work)
+    else:
+        uvloop.run(work)

@@ -1,0 +1,10 @@
+"""`suffix`: a prompt and the text after the gap, laid out the way the model was trained to fill gaps."""
+
+from __future__ import annotations
+
+from afterword.engine.protocol import Infill
+
+
+def infill_prompt(tokens: Infill, prefix: tuple[int, ...], suffix: tuple[int, ...]) -> tuple[int, ...]:
+    """Prefix, suffix, then the middle for the model to write."""
+    return (tokens.prefix, *prefix, tokens.suffix, *suffix, tokens.middle)

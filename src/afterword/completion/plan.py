@@ -1,0 +1,173 @@
+"""What we will do, fully decided. Right of here nothing is absent and nothing can be the caller's fault."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from afterword.completion.infill import infill_prompt
+from afterword.completion.request import Prompt, Request
+from afterword.engine.protocol import Card, Infill, Job, Sampling
+from afterword.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPlan:
+    """One prompt of a request.
+
+    `text` is the prompt as it is echoed; `hidden` counts the leading tokens of `job.prompt` that the server
+    added; `billed` are the prompt's own tokens.
+    """
+
+    job: Job
+    text: str
+    hidden: int
+    billed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A whole request. Choices are numbered prompt by prompt, `n` for each."""
+
+    prompts: tuple[PromptPlan, ...]
+    n: int
+    best_of: int
+    echo: bool
+    logprobs: int | None
+    stop: tuple[str, ...]
+    pieces: tuple[bytes, ...]
+    strip_space: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """The tokens of a request's texts: one entry a prompt (its own ids if it came as ids), and the suffix's."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    suffix: tuple[int, ...]
+
+
+def check_lengths(request: Request, card: Card) -> None:
+    """Refuse texts that cannot fit, before any time is spent on tokenizing them.
+
+    No token spells more than `card.longest` bytes, so a text has at least its bytes divided by that many tokens.
+    """
+    if not card.longest:
+        return
+    for prompt in request.prompt:
+        text = (prompt if isinstance(prompt, str) else "") + (request.suffix or "")
+        fewest = len(text.encode()) // card.longest
+        if fewest > card.context:
+            raise _too_long(card, fewest, request.max_tokens)
+
+
+def make_plan(request: Request, card: Card, tokens: Tokenized, entropy: int) -> Plan:
+    """Decide everything. `entropy` (64 bits) seeds a request that has no seed. Raises `RequestError`."""
+    best_of = request.n if request.best_of is None else request.best_of
+    _check_ids(request, card)
+    prompts = []
+    for index, (given, ids) in enumerate(zip(request.prompt, tokens.prompts, strict=True)):
+        prompt, hidden = _lay_out(request, card, given, ids, tokens.suffix)
+        if len(prompt) + request.max_tokens > card.context:
+            raise _too_long(card, len(prompt), request.max_tokens)
+        job = Job(
+            prompt=prompt,
+            samples=best_of,
+            max_tokens=request.max_tokens,
+            sampling=_sampling(request),
+            ends=card.ends,
+            key=_key(entropy if request.seed is None else request.seed, index),
+            alternatives=_alternatives(request, best_of),
+            score=request.echo and request.logprobs is not None,
+        )
+        text = given if isinstance(given, str) else _spell(card, ids)
+        prompts.append(PromptPlan(job, text, hidden, len(ids) + len(tokens.suffix)))
+    return Plan(
+        prompts=tuple(prompts),
+        n=request.n,
+        best_of=best_of,
+        echo=request.echo,
+        logprobs=request.logprobs,
+        stop=request.stop,
+        pieces=card.pieces,
+        strip_space=card.space_prefix,
+    )
+
+
+def _lay_out(
+    request: Request, card: Card, given: Prompt, ids: tuple[int, ...], suffix: tuple[int, ...]
+) -> tuple[tuple[int, ...], int]:
+    """The tokens that the model reads, and how many at their start are not the caller's."""
+    bos = (card.bos,) if card.add_bos and card.bos is not None else ()
+    if request.suffix:
+        return bos + infill_prompt(_infill(card), ids, suffix), len(bos) + 1
+    if isinstance(given, tuple):
+        return ids, 0  # token ids are taken as they are, never with a BOS
+    start = bos if bos or ids else _document_start(card)
+    return start + ids, len(start)
+
+
+def _document_start(card: Card) -> tuple[int, ...]:
+    """An empty prompt continues from the beginning of a document: the end of the one before it, or BOS."""
+    token = card.eos if card.bos is None else card.bos
+    if token is None:
+        raise RequestError("This model has no token to begin from: the prompt cannot be empty.", param="prompt")
+    return (token,)
+
+
+def _infill(card: Card) -> Infill:
+    if card.infill is None:
+        raise RequestError(
+            "Unrecognized request argument supplied: suffix (this model has no fill-in-the-middle tokens, so suffix "
+            "is not supported)",
+            param="suffix",
+        )
+    return card.infill
+
+
+def _sampling(request: Request) -> Sampling:
+    return Sampling(
+        temperature=request.temperature,
+        top_p=request.top_p,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        logit_bias=request.logit_bias,
+    )
+
+
+def _alternatives(request: Request, best_of: int) -> int | None:
+    """Log probabilities are also what candidates are ranked by."""
+    if request.logprobs is not None:
+        return request.logprobs
+    return 0 if best_of > request.n else None
+
+
+def _key(seed: int, prompt: int) -> bytes:
+    """Where a prompt's randomness comes from: the same seed at another prompt draws other numbers."""
+    return hashlib.blake2b(f"{seed} {prompt}".encode(), digest_size=16).digest()
+
+
+def _check_ids(request: Request, card: Card) -> None:
+    last = len(card.pieces) - 1
+    for prompt in request.prompt:
+        for token in prompt if isinstance(prompt, tuple) else ():
+            if not 0 <= token <= last:
+                raise RequestError(
+                    f"Invalid token in prompt: {str(token)[:32]}. Minimum value is 0, maximum value is {last} "
+                    "(inclusive)."
+                )
+    for token, _ in request.logit_bias:
+        if token > last:
+            raise RequestError(f"Invalid key in 'logit_bias': {token}. Maximum value is {last}.", param="logit_bias")
+
+
+def _spell(card: Card, ids: tuple[int, ...]) -> str:
+    return b"".join(card.pieces[token] for token in ids).decode("utf-8", "replace")
+
+
+def _too_long(card: Card, prompt: int, max_tokens: int) -> RequestError:
+    return RequestError(
+        f"This model's maximum context length is {card.context} tokens, however you requested "
+        f"{prompt + max_tokens} tokens ({prompt} in your prompt; {max_tokens} for the completion). Please reduce "
+        "your prompt; or completion length."
+    )

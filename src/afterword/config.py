@@ -1,0 +1,100 @@
+"""Every setting, once: one frozen value that the command line fills and the rest reads."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from afterword.completion.request import Limits
+from afterword.engine.frames import KvType
+from afterword.errors import SettingError
+
+SMALL_MODEL = 64 * 2**20
+"""Weights below this many bytes are computed by one thread: with more, waiting costs more than computing."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """How a model is run. None: chosen from the model and the machine."""
+
+    context: int | None = None
+    parallel: int | None = None
+    threads: int | None = None
+    batch: int = 256
+    kv_type: KvType = "f16"
+    gpu_layers: int = 0
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch < 32 or self.batch > 4096:
+            raise SettingError(f"--batch {self.batch}: a pass has from 32 to 4096 tokens of a prompt.")
+        cores = os.cpu_count() or 1
+        if self.threads is not None and not 1 <= self.threads <= 4 * cores:
+            raise SettingError(f"--threads {self.threads}: this machine has {cores} cores.")
+        if self.gpu_layers < -1:
+            raise SettingError(f"--gpu-layers {self.gpu_layers}: give a number of layers, or -1 for all of them.")
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The API keys that open the server, as SHA-256 digests. None at all: the server is open."""
+
+    digests: tuple[bytes, ...] = ()
+
+    @classmethod
+    def of(cls, keys: tuple[str, ...], file: Path | None) -> Keys:
+        """Keys given one by one, and one a line in a file (blank lines and lines with # are left out)."""
+        lines: list[str] = []
+        if file is not None:
+            try:
+                lines = file.read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise SettingError(f"--api-key-file {file}: it cannot be read ({error}).") from None
+        listed = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        if file is not None and not listed:
+            raise SettingError(f"--api-key-file {file}: it has no keys.")
+        if not all(key.isascii() and key.isprintable() and key.strip() for key in (*keys, *listed)):
+            raise SettingError("An API key must be printable ASCII and not empty.")
+        return cls(tuple(hashlib.sha256(key.encode()).digest() for key in (*keys, *listed)))
+
+    def allow(self, key: str) -> bool:
+        """Whether a key is one of them. Every digest is compared, in constant time."""
+        presented = hashlib.sha256(key.encode("utf-8", "replace")).digest()
+        found = False
+        for digest in self.digests:
+            found |= hmac.compare_digest(digest, presented)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How the server is run."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    keys: Keys = field(default_factory=Keys)
+    allow_open: bool = False
+    max_body: int = 8 * 2**20
+    max_queue: int = 4096
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if not self.keys.digests and not self.allow_open and not is_loopback(self.host):
+            raise SettingError(
+                f"--host {self.host} can be reached from other machines and there are no API keys. Give --api-key, "
+                "or --allow-open if anyone who can reach it may use it."
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,77 @@
+"""One forward pass as a value: what the scheduler decides and a runner executes.
+
+A slot is one of the runner's places for a sequence's state (its keys and values); its first `position` tokens
+are computed. Nothing here knows how a runner keeps that state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Logits = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """Copy the first `keep` tokens' state from one slot to another, which is empty."""
+
+    source: int
+    target: int
+    keep: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Forget everything in a slot after its first `keep` tokens."""
+
+    slot: int
+    keep: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Tokens to compute in one slot, the first of them at `position`; logits are wanted for the last `outputs`."""
+
+    slot: int
+    position: int
+    tokens: tuple[int, ...]
+    outputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Moves first, in order; then one pass over all rows. Either many rows of one token, or one row of many.
+
+    The two are never mixed, because a token's numbers must not depend on other sequences: a library may cut
+    a mixed batch wherever its neighbours' lengths suggest.
+    """
+
+    moves: tuple[Fork | Cut, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def outputs(self) -> int:
+        """How many rows of logits the pass gives."""
+        return sum(row.outputs for row in self.rows)
+
+
+class Runner(Protocol):
+    """A library that holds a model and the state of `slots` sequences."""
+
+    slots: int
+    """How many sequences there is room for."""
+    chunk: int
+    """The most tokens of a prompt in one pass."""
+    rewinds: bool
+    """Whether a slot can be cut to a length other than 0 (a recurrent model's cannot)."""
+
+    def run(self, batch: Batch) -> Logits:
+        """Execute a batch. Returns (batch.outputs, vocabulary) logits, rows in order, valid until the next call.
+
+        Raises `EngineError` if the library fails; the state of every slot is then unknown.
+        """
+        ...

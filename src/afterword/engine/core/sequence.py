@@ -1,0 +1,62 @@
+"""One sample's state in the engine, and the work that its samples share.
+
+A sequence has tokens and a count of those that are computed; every pass lets the computed ones catch up. There
+is no other notion of prefill and decode.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+
+from afterword.engine.protocol import Job
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """A job under way. Owned by the scheduler.
+
+    `started`: its first tokens have been sampled, all from the same row of logits. `live` hold a slot; `queued`
+    are samples that have their first token and no slot yet.
+    """
+
+    run: int
+    job: Job
+    started: bool = False
+    live: list[Sequence] = field(default_factory=list)
+    queued: deque[Sequence] = field(default_factory=deque)
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The state of one sample: the prompt's tokens, then the generated ones."""
+
+    work: Work
+    sample: int
+    generated: list[int] = field(default_factory=list)
+    computed: int = 0
+    slot: int | None = None
+    counts: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def length(self) -> int:
+        """Tokens in all."""
+        return len(self.work.job.prompt) + len(self.generated)
+
+    @property
+    def catching_up(self) -> bool:
+        """Whether part of the prompt is still to be computed."""
+        return self.computed < len(self.work.job.prompt)
+
+    def append(self, token: int) -> None:
+        """Take a sampled token."""
+        self.generated.append(token)
+        self.counts[token] += 1
+
+    def slice(self, start: int, stop: int) -> tuple[int, ...]:
+        """Tokens from `start` up to `stop`."""
+        prompt = self.work.job.prompt
+        size = len(prompt)
+        if start >= size:
+            return tuple(self.generated[start - size : stop - size])
+        return prompt[start : min(stop, size)] + tuple(self.generated[: max(0, stop - size)])

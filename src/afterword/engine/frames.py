@@ -1,0 +1,130 @@
+"""What the server's process and the engine's process say to each other, and how it is framed.
+
+A frame is a length (4 bytes, big-endian) and a msgpack value of a closed set of types: nothing that is read here
+can run code. One frame carries a whole forward pass.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Literal, Protocol
+
+import msgspec
+
+from afterword.engine.protocol import Card, Job, Load, Step, Value
+
+HEADER = struct.Struct(">I")
+KvType = Literal["f16", "f32"]
+LIMIT = 256 * 2**20
+"""The most bytes that a frame may have: a card with a large vocabulary has about 3 million."""
+
+
+class Open(Value, frozen=True, tag=True):
+    """Load this model, for `sequences` of `context` tokens each. `kv_type` is the type of keys and values."""
+
+    path: str
+    context: int
+    sequences: int
+    threads: int
+    chunk: int
+    kv_type: KvType
+    gpu_layers: int
+    verbose: bool
+
+
+class Start(Value, frozen=True, tag=True):
+    """Begin a job, named by `run`."""
+
+    run: int
+    job: Job
+
+
+class Drop(Value, frozen=True, tag=True):
+    """End one sample of a job."""
+
+    run: int
+    sample: int
+
+
+class Close(Value, frozen=True, tag=True):
+    """End a job."""
+
+    run: int
+
+
+class Tokenize(Value, frozen=True, tag=True):
+    """Answer with `Tokens`."""
+
+    call: int
+    text: str
+    special: bool
+
+
+class Ready(Value, frozen=True, tag=True):
+    """The model is loaded."""
+
+    card: Card
+
+
+class Failed(Value, frozen=True, tag=True):
+    """The model cannot be loaded; a sentence for the operator."""
+
+    message: str
+
+
+class Pass(Value, frozen=True, tag=True):
+    """A forward pass was made, or the load changed."""
+
+    steps: dict[int, Step]
+    load: Load
+
+
+class Tokens(Value, frozen=True, tag=True):
+    """The tokens of a text."""
+
+    call: int
+    ids: tuple[int, ...]
+
+
+ToEngine = Open | Start | Drop | Close | Tokenize
+FromEngine = Ready | Failed | Pass | Tokens
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+
+
+def pack(message: ToEngine | FromEngine) -> bytes:
+    """A message as a whole frame."""
+    body = _encoder.encode(message)
+    return HEADER.pack(len(body)) + body
+
+
+def unpack_to_engine(body: bytes) -> ToEngine:
+    """Raises `msgspec.MsgspecError` for anything else."""
+    return _to_engine.decode(body)
+
+
+def unpack_from_engine(body: bytes) -> FromEngine:
+    """Raises `msgspec.MsgspecError` for anything else."""
+    return _from_engine.decode(body)
+
+
+class Stream(Protocol):
+    """A blocking byte stream, such as a socket's file object."""
+
+    def read(self, size: int) -> bytes | None:
+        """Up to `size` bytes; fewer only at the end."""
+        ...
+
+
+def read(stream: Stream) -> bytes | None:
+    """The body of the next frame, or None at the end of the stream."""
+    header = stream.read(HEADER.size)
+    if not header or len(header) < HEADER.size:
+        return None
+    size = HEADER.unpack(header)[0]
+    if size > LIMIT:
+        return None
+    body = stream.read(size)
+    return body if body and len(body) == size else None

@@ -1,0 +1,128 @@
+"""A llama.cpp model and context behind the core's `Runner`.
+
+Each sequence has its own part of the key-value memory (`kv_unified=false`) and flash attention is off: measured to
+give a token the same bits whoever else is being computed (docs/decisions.md).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+import numpy as np
+from numpy.typing import NDArray
+
+from afterword.engine.core.batch import Batch, Cut, Fork, Logits, Row
+from afterword.engine.frames import Open
+from afterword.engine.llama.library import last_error, native
+from afterword.errors import EngineError, SettingError
+
+
+class LlamaRunner:
+    """Owner of the native model and context. Raises `SettingError` when they cannot be made."""
+
+    def __init__(self, settings: Open) -> None:
+        self.slots = settings.sequences
+        self.chunk = settings.chunk
+        self.model = _load(settings)
+        self._context = _context(self.model, settings)
+        self._memory = native.llama_get_memory(self._context)
+        self._vocabulary = native.llama_vocab_n_tokens(native.llama_model_get_vocab(self.model))
+        self.rewinds = not (
+            native.llama_model_is_recurrent(self.model)
+            or native.llama_model_is_hybrid(self.model)
+            or native.llama_model_n_swa(self.model) > 0
+        )
+        self._arrays = _BatchArrays(max(settings.chunk, settings.sequences))
+
+    def run(self, batch: Batch) -> Logits:
+        """Execute a batch; see `core.batch.Runner.run`."""
+        for move in batch.moves:
+            self._move(move)
+        status = native.llama_decode(self._context, self._arrays.fill(batch.rows))
+        if status != 0:
+            raise EngineError(f"llama_decode failed with status {status}: {last_error()}")
+        if not batch.outputs:
+            native.llama_synchronize(self._context)
+            return np.empty((0, self._vocabulary), np.float32)
+        pointer = native.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(pointer, (batch.outputs, self._vocabulary))
+
+    def _move(self, move: Fork | Cut) -> None:
+        if isinstance(move, Fork):
+            # Only whole sequences can be copied between separate memories.
+            native.llama_memory_seq_cp(self._memory, move.source, move.target, -1, -1)
+            slot = move.target
+        else:
+            slot = move.slot
+        if not native.llama_memory_seq_rm(self._memory, slot, move.keep or -1, -1):
+            raise EngineError(f"cannot cut a sequence to {move.keep} tokens")
+
+
+class _BatchArrays:
+    """The C arrays of a `llama_batch`, seen as numpy arrays and used again for every pass."""
+
+    def __init__(self, size: int) -> None:
+        self._token = np.zeros(size, np.int32)
+        self._position = np.zeros(size, np.int32)
+        self._slot = np.zeros(size, np.int32)
+        self._output = np.zeros(size, np.int8)
+        self._ones = np.ones(size, np.int32)
+        first = self._slot.ctypes.data
+        self._slots = (ctypes.POINTER(ctypes.c_int32) * size)(
+            *(ctypes.cast(first + 4 * i, ctypes.POINTER(ctypes.c_int32)) for i in range(size))
+        )
+
+    def fill(self, rows: tuple[Row, ...]) -> object:
+        """The rows as a `llama_batch`; valid until the next call."""
+        end = 0
+        for row in rows:
+            start, end = end, end + len(row.tokens)
+            self._token[start:end] = row.tokens
+            self._position[start:end] = range(row.position, row.position + len(row.tokens))
+            self._slot[start:end] = row.slot
+            self._output[start:end] = 0
+            self._output[end - row.outputs : end] = 1
+        return native.llama_batch(
+            n_tokens=end,
+            token=_pointer(self._token, ctypes.c_int32),
+            embd=None,
+            pos=_pointer(self._position, ctypes.c_int32),
+            n_seq_id=_pointer(self._ones, ctypes.c_int32),
+            seq_id=self._slots,
+            logits=_pointer(self._output, ctypes.c_int8),
+        )
+
+
+def _pointer(array: NDArray[np.int32] | NDArray[np.int8], kind: type[ctypes.c_int32 | ctypes.c_int8]) -> object:
+    return array.ctypes.data_as(ctypes.POINTER(kind))
+
+
+def _load(settings: Open) -> object:
+    params = native.llama_model_default_params()
+    params.n_gpu_layers = settings.gpu_layers
+    model = native.llama_model_load_from_file(os.fsencode(settings.path), params)
+    if not model:
+        raise SettingError(f"llama.cpp cannot load {settings.path}: {last_error()}")
+    if not native.llama_model_has_decoder(model) or native.llama_model_has_encoder(model):
+        raise SettingError(f"{settings.path} is not a text-completion model: only decoder-only models can be served.")
+    return model
+
+
+def _context(model: object, settings: Open) -> object:
+    params = native.llama_context_default_params()
+    params.n_ctx = settings.context * settings.sequences
+    params.n_seq_max = settings.sequences
+    params.n_batch = params.n_ubatch = max(settings.chunk, settings.sequences)
+    params.n_threads = params.n_threads_batch = settings.threads
+    params.type_k = params.type_v = native.GGML_TYPE_F32 if settings.kv_type == "f32" else native.GGML_TYPE_F16
+    params.flash_attn_type = native.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.kv_unified = False
+    params.no_perf = True
+    context = native.llama_init_from_model(model, params)
+    if not context:
+        raise SettingError(
+            f"llama.cpp cannot make room for {settings.sequences} sequences of {settings.context} tokens: "
+            f"{last_error()}"
+        )
+    return context

@@ -1,0 +1,259 @@
+"""Runs an engine in a process of its own, and is that engine for everyone above.
+
+The queue is here, so a crash of the process loses nothing that had not started. This file knows frames and
+processes; it does not know which library computes, nor what a job is for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from typing import Literal
+
+from afterword.engine import frames
+from afterword.engine.protocol import Card, Job, Load, Step
+from afterword.errors import EngineDied, EngineError, Overloaded, SettingError
+
+LLAMA = (sys.executable, "-m", "afterword.engine.llama")
+State = Literal["starting", "ready", "restarting", "closed"]
+
+_AHEAD = 2  # runs given to the engine beyond its sequences, so that it never waits for this process
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0  # seconds between attempts to restart
+
+
+class Supervisor:
+    """An `Engine` whose work is done by a child process. One event loop calls everything."""
+
+    def __init__(self, settings: frames.Open, *, max_queue: int = 512, command: Sequence[str] = LLAMA) -> None:
+        self._settings = settings
+        self._max_queue = max_queue
+        self._command = command
+        self._names = itertools.count()
+        self._queue: deque[_Run] = deque()
+        self._active: dict[int, _Run] = {}
+        self._calls: dict[int, asyncio.Future[tuple[int, ...]]] = {}
+        self._card: Card | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._load = Load()
+        self.state: State = "starting"
+        self.restarts = 0
+
+    # ---- what the rooms above see
+
+    @property
+    def card(self) -> Card:
+        """Facts about the model. Only after `open`."""
+        assert self._card is not None
+        return self._card
+
+    @property
+    def load(self) -> Load:
+        """What is running and waiting, here and in the engine."""
+        queued = sum(run.job.samples for run in self._queue)
+        return Load(self._load.sequences, self._load.running, self._load.waiting + queued)
+
+    def start(self, job: Job) -> _Run:
+        """Accept a job; see `protocol.Engine`."""
+        if self.state == "closed":
+            raise Overloaded("The server is shutting down.")
+        if len(self._queue) >= self._max_queue:
+            raise Overloaded("The server is overloaded: too many requests are waiting. Please try again later.")
+        run = _Run(self, next(self._names), job)
+        self._queue.append(run)
+        self._pump()
+        return run
+
+    async def tokenize(self, text: str, special: bool) -> tuple[int, ...]:
+        """Tokens of a text; see `protocol.Engine`."""
+        call = next(self._names)
+        future: asyncio.Future[tuple[int, ...]] = asyncio.get_running_loop().create_future()
+        self._calls[call] = future
+        try:
+            self._send(frames.Tokenize(call, text, special))
+            return await future
+        finally:
+            del self._calls[call]
+
+    # ---- life
+
+    async def open(self) -> None:
+        """Start the process and load the model. Raises `SettingError` if that fails."""
+        await self._launch()
+        self.state = "ready"
+
+    async def close(self) -> None:
+        """End the process and every run."""
+        self.state = "closed"
+        if self._reader is not None:
+            self._reader.cancel()
+            await asyncio.gather(self._reader, return_exceptions=True)
+        await self._end_process()
+        self._fail([*self._active.values(), *self._queue], Overloaded("The server is shutting down."))
+
+    async def _launch(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [*self._command, str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+            )
+        reader, self._writer = await asyncio.open_connection(sock=ours, limit=2**20)
+        self._send(self._settings)
+        first = await _receive(reader)
+        if not isinstance(first, frames.Ready):
+            await self._end_process()
+            raise SettingError(first.message if isinstance(first, frames.Failed) else self._last_words())
+        self._card = first.card
+        self._load = Load(first.card.sequences)
+        self._reader = asyncio.create_task(self._listen(reader))
+
+    def _last_words(self) -> str:
+        code = self._process.returncode if self._process else None
+        return f"The engine's process ended while it was loading {self._settings.path} (exit status {code})."
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        while (message := await _receive(reader)) is not None:
+            if isinstance(message, frames.Pass):
+                self._take(message)
+            elif isinstance(message, frames.Tokens):
+                call = self._calls.get(message.call)
+                if call is not None and not call.done():
+                    call.set_result(message.ids)
+        await self._recover()
+
+    async def _recover(self) -> None:
+        """The process has died: tell those it was working for, start another, go on with the queue."""
+        self.state = "restarting"
+        self._fail(list(self._active.values()), EngineDied())
+        for call in self._calls.values():
+            if not call.done():
+                call.set_exception(EngineDied())
+        self._load = Load(self.card.sequences)
+        pause = _FIRST_PAUSE
+        while True:
+            await self._end_process()
+            await asyncio.sleep(pause)
+            self.restarts += 1
+            try:
+                await self._launch()
+            except SettingError:
+                pause = min(pause * 2, _LONGEST_PAUSE)
+                continue
+            self.state = "ready"
+            self._pump()
+            return
+
+    async def _end_process(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        if self._process is not None:
+            self._process.kill()
+            await asyncio.to_thread(self._process.wait)
+
+    # ---- runs
+
+    def _pump(self) -> None:
+        """Give the engine as many runs as keep it busy."""
+        while self._queue and self._writer is not None and len(self._active) < self.card.sequences + _AHEAD:
+            run = self._queue.popleft()
+            self._active[run.name] = run
+            self._send(frames.Start(run.name, run.job))
+
+    def _take(self, message: frames.Pass) -> None:
+        self._load = message.load
+        for name, step in message.steps.items():
+            run = self._active.get(name)
+            if run is not None:
+                run.put(step)
+                if run.ended:
+                    del self._active[name]
+        self._pump()
+
+    def drop(self, run: _Run, sample: int) -> None:
+        """End one sample of a run."""
+        if run.name in self._active:
+            self._send(frames.Drop(run.name, sample))
+
+    def end(self, run: _Run) -> None:
+        """Forget a run, wherever it is."""
+        if run in self._queue:
+            self._queue.remove(run)
+        elif self._active.pop(run.name, None) is not None:
+            self._send(frames.Close(run.name))
+            self._pump()
+
+    def _fail(self, runs: list[_Run], error: Exception) -> None:
+        for run in runs:
+            self._active.pop(run.name, None)
+            if run in self._queue:
+                self._queue.remove(run)
+            run.fail(error)
+
+    def _send(self, message: frames.ToEngine) -> None:
+        if self._writer is None:
+            raise EngineDied()
+        self._writer.write(frames.pack(message))
+
+
+class _Run:
+    """One job under way; see `protocol.Run`."""
+
+    def __init__(self, supervisor: Supervisor, name: int, job: Job) -> None:
+        self.name = name
+        self.job = job
+        self._supervisor = supervisor
+        self._open = set(range(job.samples))
+        self._steps: asyncio.Queue[Step | Exception] = asyncio.Queue()
+
+    @property
+    def ended(self) -> bool:
+        """Whether every sample has ended."""
+        return not self._open
+
+    def put(self, step: Step) -> None:
+        """Take a step from the engine."""
+        self._open.difference_update(sample for sample, _ in step.ended)
+        self._steps.put_nowait(step)
+
+    def fail(self, error: Exception) -> None:
+        """Nothing more will come."""
+        self._steps.put_nowait(error)
+
+    async def __aiter__(self) -> AsyncIterator[Step]:
+        while not (self.ended and self._steps.empty()):
+            step = await self._steps.get()
+            if isinstance(step, Exception):
+                raise step
+            yield step
+
+    def drop(self, sample: int) -> None:
+        """End one sample now."""
+        if sample in self._open:
+            self._open.discard(sample)
+            self._supervisor.drop(self, sample)
+            if self.ended:
+                self._supervisor.end(self)
+
+    def close(self) -> None:
+        """End the whole job now."""
+        self._open.clear()
+        self._supervisor.end(self)
+
+
+async def _receive(reader: asyncio.StreamReader) -> frames.FromEngine | None:
+    """The next message, or None when the process is gone."""
+    try:
+        header = await reader.readexactly(frames.HEADER.size)
+        size = frames.HEADER.unpack(header)[0]
+        if size > frames.LIMIT:
+            raise EngineError("The engine sent a frame that is too large.")
+        return frames.unpack_from_engine(await reader.readexactly(size))
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return None

@@ -1,0 +1,183 @@
+"""Facts about a model, from its GGUF header alone: what it is, how large, what a token costs in memory.
+
+Knows the metadata keys and how a model is split over files. Loads no weights and no vocabulary, so that a bad
+file is refused in words, and within a fraction of a second, before an engine sees it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from afterword.errors import SettingError
+from afterword.models.header import U64, Header, read_header
+
+FILE_TYPES = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S",
+    12: "Q3_K_M", 13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K",
+    19: "IQ2_XXS", 20: "IQ2_XS", 21: "Q2_K_S", 22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL",
+    26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S", 29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 36: "TQ1_0",
+    37: "TQ2_0", 38: "MXFP4", 39: "NVFP4", 40: "Q1_0", 41: "Q2_0",
+}  # fmt: skip
+
+INFILL_KEYS = ("tokenizer.ggml.fim_pre_token_id", "tokenizer.ggml.prefix_token_id")
+# Many code models name no infill token in their metadata; their vocabulary gives it away.
+INFILL_TOKENS = (
+    "<|fim_prefix|>", "<fim_prefix>", "<fim-prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>", "<|code_prefix|>",
+)  # fmt: skip
+LARGEST_VOCABULARY = 1 << 26  # bytes searched for those names
+
+SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a model's file says. Lengths are in tokens or elements; of per-layer numbers, the largest."""
+
+    architecture: str
+    name: str
+    file_type: str  # the quantisation, such as "Q8_0"
+    context_length: int  # tokens it was trained on; 0 if the file does not say
+    layers: int
+    embedding_length: int
+    heads: int
+    heads_kv: int
+    key_length: int
+    value_length: int
+    vocabulary: int  # tokens; 0 if the file does not say
+    size_bytes: int  # all parts together
+    tensor_count: int
+    split_count: int
+    has_infill: bool
+
+    def kv_bytes_per_token(self, bytes_per_element: int = 2) -> int:
+        """Bytes of key-value cache that one token takes; an upper bound where layers differ."""
+        return self.layers * self.heads_kv * (self.key_length + self.value_length) * bytes_per_element
+
+
+def read_facts(path: Path | str) -> Facts:
+    """Read a model's facts from its file, or the first of its files; SettingError if it cannot be used."""
+    path = Path(path)
+    first = read_header(path)
+    keys = _Keys(path, first)
+    keys.check_kind()
+    split_count = keys.check_split()
+    later = (_part(path, number, split_count) for number in range(2, split_count + 1))
+    headers = [first, *map(read_header, later)]
+    tensor_count = sum(header.tensors for header in headers)
+    if tensor_count == 0:
+        raise SettingError(f"{path} holds a vocabulary but no weights.")
+    heads = keys.number("attention.head_count", 0)
+    embedding = keys.number("embedding_length")
+    head_length = embedding // heads if heads else 0
+    return Facts(
+        architecture=keys.architecture,
+        name=keys.text("general.name") or split_stem(path.name),
+        file_type=_file_type(headers),
+        context_length=keys.number("context_length", 0),
+        layers=keys.number("block_count"),
+        embedding_length=embedding,
+        heads=heads,
+        heads_kv=keys.number("attention.head_count_kv", heads),
+        key_length=keys.number("attention.key_length", head_length),
+        value_length=keys.number("attention.value_length", head_length),
+        vocabulary=_vocabulary(keys),
+        size_bytes=sum(header.size for header in headers),
+        tensor_count=tensor_count,
+        split_count=split_count,
+        has_infill=any(key in first.values for key in INFILL_KEYS) or _names_infill(path, first),
+    )
+
+
+def split_stem(name: str) -> str:
+    """A file's name without `.gguf` and without the number of its part."""
+    match = SPLIT_NAME.fullmatch(name)
+    return match["stem"] if match else Path(name).stem
+
+
+def part_names(name: str) -> list[str]:
+    """The names of all files of the model whose first file, as a path or a name, is `name`."""
+    match = SPLIT_NAME.fullmatch(name)
+    if not match:
+        return [name]
+    stem, count = match["stem"], match["count"]
+    return [f"{stem}-{part:05}-of-{count}{name[-5:]}" for part in range(1, int(count) + 1)]
+
+
+def is_later_part(name: str) -> bool:
+    """Whether `name` is a file of a split model other than the first."""
+    match = SPLIT_NAME.fullmatch(name)
+    return match is not None and int(match["part"]) != 1
+
+
+class _Keys:
+    """Typed look-ups in one header; a value that is missing or senseless is a SettingError naming the key."""
+
+    def __init__(self, path: Path, header: Header) -> None:
+        self.path, self.header = path, header
+        self.architecture = self.text("general.architecture")
+
+    def text(self, key: str) -> str:
+        value = self.header.values.get(key)
+        return value if isinstance(value, str) else ""
+
+    def number(self, key: str, default: int | None = None) -> int:
+        """A count under `<architecture>.key`, the largest where it is given per layer."""
+        return self.count(f"{self.architecture}.{key}", default)
+
+    def count(self, key: str, default: int | None = None) -> int:
+        value = self.header.values.get(key, default)
+        largest = max(value, default=0) if isinstance(value, tuple) else value
+        if not isinstance(largest, int) or largest < 0 or (default is None and largest == 0):
+            raise SettingError(f"{self.path} gives no usable {key!r}.")
+        return int(largest)
+
+    def check_kind(self) -> None:
+        kind = self.text("general.type") or "model"
+        if kind != "model":
+            raise SettingError(f"{self.path} is of the kind {kind!r}, not a language model.")
+
+    def check_split(self) -> int:
+        """The number of files of the model; SettingError if this is not the first of them."""
+        count = max(1, self.count("split.count", 1))
+        if self.count("split.no", 0) > 0:
+            first = _part(self.path, 1, count).name
+            raise SettingError(f"{self.path} is a later part of a split model; name its first part, {first}.")
+        if not self.architecture:
+            raise SettingError(f"{self.path} does not name its architecture.")
+        return count
+
+
+def _part(path: Path, part: int, count: int) -> Path:
+    return path.with_name(f"{split_stem(path.name)}-{part:05}-of-{count:05}.gguf")
+
+
+def _file_type(headers: list[Header]) -> str:
+    code = headers[0].values.get("general.file_type")
+    if isinstance(code, int) and code in FILE_TYPES:
+        return FILE_TYPES[code]
+    sizes: Counter[str] = Counter()
+    for header in headers:
+        sizes.update(header.tensor_bytes)
+    return sizes.most_common(1)[0][0]
+
+
+def _vocabulary(keys: _Keys) -> int:
+    tokens = keys.header.tables.get("tokenizer.ggml.tokens")
+    return tokens.count if tokens else keys.number("vocab_size", 0)
+
+
+def _names_infill(path: Path, header: Header) -> bool:
+    tokens = header.tables.get("tokenizer.ggml.tokens")
+    if tokens is None or tokens.end - tokens.start > LARGEST_VOCABULARY:
+        return False
+    try:
+        with path.open("rb") as file:
+            file.seek(tokens.start)
+            entries = file.read(tokens.end - tokens.start)
+    except OSError as error:
+        raise SettingError(f"{path} cannot be read: {error.strerror}.") from None
+    spellings = (name.encode() for name in INFILL_TOKENS)
+    return any(U64.pack(len(spelling)) + spelling in entries for spelling in spellings)

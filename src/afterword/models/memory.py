@@ -1,0 +1,112 @@
+"""How many sequences of how many tokens a model gets: the most that fits, or a refusal saying what to lower.
+
+The choice is arithmetic on Facts and a number of bytes; only `available_memory` looks at the machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from afterword.errors import SettingError
+from afterword.models.gguf import Facts
+
+MOST_CONTEXT, LEAST_CONTEXT, UNKNOWN_CONTEXT = 4096, 512, 2048  # tokens, where the context is ours to choose
+MOST_PARALLEL = 16  # sequences, where their number is ours to choose
+LEAST_USEFUL_CONTEXT, PARALLEL_LIMIT = 16, 256  # what may be asked for
+HEADROOM = 256 << 20  # bytes for the process itself and its compute buffers, beside a tenth of the rest
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """`parallel` sequences of `context` tokens each, and the bytes that the weights and they take."""
+
+    context: int
+    parallel: int
+    weights_bytes: int
+    kv_bytes: int
+
+    @property
+    def needed_bytes(self) -> int:
+        """Weights, key-value cache and headroom."""
+        total = self.weights_bytes + self.kv_bytes
+        return total + total // 10 + HEADROOM
+
+
+def choose_shape(
+    facts: Facts, available_bytes: int, context: int | None, parallel: int | None, kv_bytes: int = 2
+) -> Shape:
+    """The shape asked for, or for what is None the largest usual one that fits; SettingError if none does.
+
+    `kv_bytes` is the size of one element of a key or a value.
+    """
+    _check_settings(facts, context, parallel)
+    usual = min(facts.context_length, MOST_CONTEXT) if facts.context_length else UNKNOWN_CONTEXT
+    shape = _shape(facts, context or usual, parallel or MOST_PARALLEL, kv_bytes)
+    while shape.needed_bytes > available_bytes:
+        if parallel is None and shape.parallel > 1:
+            shape = _shape(facts, shape.context, shape.parallel // 2, kv_bytes)
+        elif context is None and shape.context > LEAST_CONTEXT:
+            shape = _shape(facts, max(shape.context // 2, LEAST_CONTEXT), shape.parallel, kv_bytes)
+        else:
+            raise SettingError(_does_not_fit(shape, available_bytes))
+    return shape
+
+
+def available_memory() -> int:
+    """Bytes that can still be taken: what the machine has left, or less where a cgroup sets a limit."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    own = CGROUPS / next((line[4:] for line in lines if line.startswith("0::/")), "")
+    rooms = [cgroup_room(folder) for folder in (own, *own.parents) if folder.is_relative_to(CGROUPS)]
+    return min([int(psutil.virtual_memory().available), *(room for room in rooms if room is not None)])
+
+
+def cgroup_room(folder: Path) -> int | None:
+    """Bytes left under a cgroup v2 folder's limit, its file cache counted as free; None if it sets none."""
+    try:
+        limit = int((folder / "memory.max").read_text())
+        used = int((folder / "memory.current").read_text())
+        rows = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        cache = next((int(row[1]) for row in rows if row[0] == "inactive_file"), 0)
+    except (OSError, ValueError):  # no such file, or a limit of "max"
+        return None
+    return max(0, limit - max(0, used - cache))
+
+
+def _shape(facts: Facts, context: int, parallel: int, kv_bytes: int) -> Shape:
+    return Shape(context, parallel, facts.size_bytes, context * parallel * facts.kv_bytes_per_token(kv_bytes))
+
+
+def _check_settings(facts: Facts, context: int | None, parallel: int | None) -> None:
+    trained = facts.context_length
+    if context is not None and context < LEAST_USEFUL_CONTEXT:
+        raise SettingError(f"A context of {context} tokens is too short; set {LEAST_USEFUL_CONTEXT} or more.")
+    if context is not None and trained and context > trained:
+        raise SettingError(
+            f"A context of {context} tokens is more than the {trained} that {facts.name} was trained on; "
+            f"positions beyond give nonsense, so set {trained} or less."
+        )
+    if parallel is not None and not 1 <= parallel <= PARALLEL_LIMIT:
+        raise SettingError(f"{parallel} parallel sequences cannot be had; set from 1 to {PARALLEL_LIMIT}.")
+
+
+def _does_not_fit(shape: Shape, available: int) -> str:
+    weights = Shape(0, 0, shape.weights_bytes, 0)
+    if weights.needed_bytes > available:
+        needs = f"The model needs {_gib(weights.needed_bytes)}"
+        remedy = "choose a smaller or more quantised one"
+    else:
+        needs = f"{shape.parallel} x {shape.context} tokens need {_gib(shape.needed_bytes)}"
+        remedy = "lower context or parallel" if shape.parallel > 1 else "lower context"
+    return f"{needs} of memory, and {_gib(available)} are available; {remedy}."
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

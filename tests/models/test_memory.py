@@ -1,0 +1,116 @@
+"""How much context fits: defaults shrink until they do, settings are kept or refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import psutil
+import pytest
+
+from afterword.errors import SettingError
+from afterword.models.gguf import Facts
+from afterword.models.memory import Shape, available_memory, cgroup_room, choose_shape
+
+GIB = 1 << 30
+
+# 2 layers x 8 heads x (128 + 128) x 2 bytes = 8 KiB of cache for each token
+FACTS = Facts(
+    architecture="llama",
+    name="Medium",
+    file_type="Q8_0",
+    context_length=8192,
+    layers=2,
+    embedding_length=1024,
+    heads=8,
+    heads_kv=8,
+    key_length=128,
+    value_length=128,
+    vocabulary=1000,
+    size_bytes=GIB,
+    tensor_count=20,
+    split_count=1,
+    has_infill=False,
+)
+
+
+def shape(available: float, context: int | None = None, parallel: int | None = None) -> tuple[int, int]:
+    chosen = choose_shape(FACTS, int(available * GIB), context, parallel)
+    assert chosen.kv_bytes == chosen.context * chosen.parallel * 8192
+    assert chosen.needed_bytes <= available * GIB
+    return chosen.context, chosen.parallel
+
+
+def complaint(available: float, context: int | None = None, parallel: int | None = None) -> str:
+    with pytest.raises(SettingError) as caught:
+        shape(available, context, parallel)
+    return caught.value.message
+
+
+def test_what_a_shape_needs() -> None:
+    assert Shape(16, 1, 1000, 200).needed_bytes == 1320 + (256 << 20)
+
+
+def test_defaults_halve_until_they_fit() -> None:
+    assert shape(64) == (4096, 16)
+    assert shape(1.89) == (4096, 8)
+    assert shape(1.5) == (4096, 4)
+    assert shape(1.39) == (4096, 1)
+    assert shape(1.375) == (2048, 1)
+    assert shape(1.355) == (512, 1)
+
+
+def test_settings_are_kept_and_the_rest_adapts() -> None:
+    assert shape(64, context=8192) == (8192, 16)
+    assert shape(1.5, context=8192) == (8192, 2)
+    assert shape(1.5, parallel=16) == (1024, 16)
+    assert shape(64, context=16, parallel=256) == (16, 256)
+
+
+def test_short_and_unknown_training_lengths() -> None:
+    short = dataclasses.replace(FACTS, context_length=300)
+    assert choose_shape(short, 64 * GIB, None, None).context == 300
+    unknown = dataclasses.replace(FACTS, context_length=0)
+    assert choose_shape(unknown, 64 * GIB, None, None).context == 2048
+    assert choose_shape(unknown, 64 * GIB, 100_000, None).context == 100_000
+
+
+def test_what_does_not_fit_says_what_to_lower() -> None:
+    assert complaint(1) == (
+        "The model needs 1.35 GiB of memory, and 1.00 GiB are available; choose a smaller or more quantised one."
+    )
+    assert complaint(1.5, 8192, 16) == (
+        "16 x 8192 tokens need 2.45 GiB of memory, and 1.50 GiB are available; lower context or parallel."
+    )
+    assert complaint(1.4, 8192).endswith("available; lower context.")
+
+
+@pytest.mark.parametrize(
+    ("context", "parallel", "says"),
+    [
+        (15, None, "set 16 or more"),
+        (-1, None, "set 16 or more"),
+        (0, None, "set 16 or more"),
+        (8193, None, "more than the 8192 that Medium was trained on"),
+        (None, 0, "set from 1 to 256"),
+        (None, 257, "set from 1 to 256"),
+    ],
+)
+def test_senseless_settings(context: int | None, parallel: int | None, says: str) -> None:
+    assert says in complaint(64, context, parallel)
+
+
+def test_available_memory_is_at_most_what_the_machine_has() -> None:
+    assert 0 < available_memory() <= psutil.virtual_memory().total
+
+
+def test_a_cgroup_limit_is_honoured(tmp_path: Path) -> None:
+    assert cgroup_room(tmp_path) is None
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 200\n")
+    assert cgroup_room(tmp_path) is None
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert cgroup_room(tmp_path) == 500
+    (tmp_path / "memory.max").write_text("100\n")
+    assert cgroup_room(tmp_path) == 0

@@ -1,0 +1,202 @@
+"""Pulling from a Hub of our own, served from this process."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
+from typing import NoReturn
+from urllib.parse import unquote, urlsplit
+
+import huggingface_hub
+import pytest
+from ggufs import TENSORS, cache, gguf, write
+from huggingface_hub import constants
+
+from afterword.errors import SettingError
+from afterword.models.pull import pull
+from afterword.models.registry import installed, locate, parse_spec
+
+GOOD = gguf()
+COMMIT = "c" * 40
+
+
+@dataclass
+class Hub:
+    """The files of each repository, the sizes listed in their place, and the requests that came."""
+
+    files: dict[str, dict[str, bytes]]
+    listed: dict[str, int] = field(default_factory=dict)
+    requests: list[str] = field(default_factory=list)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """As much of the Hub's protocol as one download takes."""
+
+    hub: Hub
+
+    def do_GET(self) -> None:
+        self.hub.requests.append(f"{self.command} {self.path}")
+        path = unquote(urlsplit(self.path).path).strip("/")
+        if path == "api/models":
+            return self.reply_json([{"id": repository} for repository in self.hub.files])
+        if path == "api/models/owner/gated":
+            return self.reply(403, b"", {"X-Error-Code": "GatedRepo"})
+        if path == "api/models/owner/forbidden":
+            return self.reply(403, b"")
+        files = self.hub.files.get(path.removeprefix("api/models/"))
+        if files is not None:
+            sizes = {name: self.hub.listed.get(name, len(data)) for name, data in files.items()}
+            return self.reply_json(
+                {"id": path, "siblings": [{"rfilename": name, "size": size} for name, size in sizes.items()]}
+            )
+        repository, _, name = path.partition("/resolve/main/")
+        data = self.hub.files.get(repository, {}).get(name)
+        if data is None:
+            return self.reply(404, b"", {"X-Error-Code": "RepoNotFound"})
+        return self.reply(200, data, {"X-Repo-Commit": COMMIT, "ETag": f'"{name.replace("/", "")}{len(data)}"'})
+
+    do_HEAD = do_GET  # noqa: N815 - the name that http.server looks for
+
+    def reply_json(self, content: object) -> None:
+        self.reply(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+
+    def reply(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and an environment that changes nothing else."""
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    return tmp_path
+
+
+@pytest.fixture
+def hub(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub with one repository."""
+    hub = Hub({"owner/repo": {"README.md": b"", "m-Q8_0.gguf": GOOD, "m-Q4_0.gguf": GOOD}})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": hub}))
+    thread = Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield hub
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def complaint(text: str) -> str:
+    with pytest.raises(SettingError) as caught:
+        pull(parse_spec(text))
+    return caught.value.message
+
+
+def test_the_best_file_is_fetched_once(hub: Hub, home: Path) -> None:
+    model = pull(parse_spec("hf:owner/repo"))
+    assert (model.id, model.source, model.path.name) == ("owner/repo:Q8_0", "hub", "m-Q8_0.gguf")
+    assert model.path.read_bytes() == GOOD
+    assert home in model.path.parents
+    assert locate(parse_spec("hf:owner/repo")) == model
+    assert model in installed()
+    hub.requests.clear()
+    assert pull(parse_spec("hf:owner/repo")) == model
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("wanted", ["q4_0", "m-Q4_0.gguf"])
+def test_a_file_is_chosen_by_quantisation_or_name(hub: Hub, wanted: str) -> None:
+    assert pull(parse_spec(f"hf:owner/repo:{wanted}")).path.name == "m-Q4_0.gguf"
+
+
+def test_all_parts_of_a_split_model_are_fetched(hub: Hub) -> None:
+    split = {"split.count": 2, "split.no": 0}
+    parts = {
+        "Q8_0/m-Q8_0-00001-of-00002.gguf": gguf(split, tensors={}),
+        "Q8_0/m-Q8_0-00002-of-00002.gguf": gguf({**split, "split.no": 1}, TENSORS, values={}),
+    }
+    hub.files["owner/split"] = parts
+    model = pull(parse_spec("hf:owner/split"))
+    assert model.id == "owner/split:Q8_0"
+    assert model.path.name == "m-Q8_0-00001-of-00002.gguf"
+    hub.files["owner/half"] = dict(list(parts.items())[:1])
+    assert "owner/half lacks Q8_0/m-Q8_0-00002-of-00002.gguf" in complaint("hf:owner/half")
+
+
+def test_what_is_present_needs_no_hub(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    cache(home, "owner/repo", COMMIT, ["m-Q8_0.gguf"])
+    assert pull(parse_spec("hf:owner/repo")).id == "owner/repo:Q8_0"
+    path = write(home / "local.gguf", GOOD)
+    assert pull(parse_spec(str(path))).path == path
+    assert "hf:owner/repo:Q4_0 could not be fetched; check the connection" in complaint("hf:owner/repo:Q4_0")
+
+
+def test_offline_mode_is_honoured(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert complaint("hf:owner/repo").endswith("HF_HUB_OFFLINE forbids fetching it.")
+    assert hub.requests == []
+
+
+def test_a_damaged_copy_is_replaced(hub: Hub) -> None:
+    path = pull(parse_spec("hf:owner/repo")).path
+    path.resolve().write_bytes(GOOD[:-1])
+    assert pull(parse_spec("hf:owner/repo")).path.read_bytes() == GOOD
+
+
+def test_a_file_of_another_size_is_refused(hub: Hub) -> None:
+    hub.listed["m-Q8_0.gguf"] = len(GOOD) + 1
+    message = complaint("hf:owner/repo")
+    assert message.startswith(f"m-Q8_0.gguf came with {len(GOOD)} bytes where the Hub lists {len(GOOD) + 1};")
+
+
+def test_a_file_that_is_no_model_is_refused(hub: Hub) -> None:
+    hub.files["owner/repo"]["m-Q8_0.gguf"] = b"<html>"
+    assert "it seems to be a web page" in complaint("hf:owner/repo")
+
+
+def test_no_file_that_fits(hub: Hub) -> None:
+    assert complaint("hf:owner/repo:Q6_K") == (
+        "owner/repo has no file that fits 'Q6_K'; write hf:owner/repo:FILE for one of: m-Q4_0.gguf, m-Q8_0.gguf."
+    )
+
+
+def test_what_the_hub_refuses(hub: Hub) -> None:
+    assert complaint("hf:owner/rep") == (
+        "The Hub shows no repository owner/rep; check the spelling (did you mean owner/repo?), "
+        "or set HF_TOKEN if it is private."
+    )
+    assert "no repository zzz/zzz; check the spelling, or" in complaint("hf:zzz/zzz")
+    assert "owner/gated is open only to those whom its owner admits" in complaint("hf:owner/gated")
+    assert "refused hf:owner/forbidden with status 403" in complaint("hf:owner/forbidden")
+
+
+def test_a_disk_without_room(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
+    assert "hf:owner/repo takes 0.00 GiB and" in complaint("hf:owner/repo")
+    assert not any("/resolve/" in request for request in hub.requests)
+
+
+def test_a_disk_that_becomes_full(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    assert complaint("hf:owner/repo").startswith("The disk is full; make room")

@@ -1,0 +1,219 @@
+"""What a spec means and what is found of it on the disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ggufs import cache, gguf, write
+
+from afterword.errors import SettingError
+from afterword.models import registry
+from afterword.models.registry import (
+    BuiltIn,
+    HubFile,
+    LocalFile,
+    Model,
+    cache_folder,
+    choose_file,
+    installed,
+    locate,
+    parse_spec,
+)
+
+shipped = registry.builtin_path()  # before the fixture replaces it
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty Hub cache, a built-in model, and nothing else."""
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    builtin = write(tmp_path / "builtin" / "afterword-tiny.gguf", gguf())
+    monkeypatch.setattr(registry, "builtin_path", lambda: builtin)
+    return tmp_path
+
+
+def complaint(text: str) -> str:
+    with pytest.raises(SettingError) as caught:
+        locate(parse_spec(text))
+    return caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        (None, BuiltIn()),
+        ("afterword-tiny", BuiltIn()),
+        ("hf:owner/repo-GGUF", HubFile("owner/repo-GGUF")),
+        ("hf:owner/repo:Q4_K_M", HubFile("owner/repo", "Q4_K_M")),
+        ("hf:owner/repo:sub/a b.gguf", HubFile("owner/repo", "sub/a b.gguf")),
+        ("models/some.gguf", LocalFile(Path("models/some.gguf"))),
+        ("~/some.gguf", LocalFile(Path.home() / "some.gguf")),
+    ],
+)
+def test_specs(text: str | None, spec: registry.Spec) -> None:
+    assert parse_spec(text) == spec
+    if isinstance(spec, HubFile):
+        assert str(spec) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "hf:",
+        "hf:repo",
+        "hf:owner/repo:",
+        "hf:../repo",
+        "hf:owner/..",
+        "hf:o/r:../x.gguf",
+        "hf:o/r:/x.gguf",
+    ],
+)
+def test_specs_that_name_nothing(text: str) -> None:
+    with pytest.raises(SettingError):
+        parse_spec(text)
+
+
+def test_the_built_in_model(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert locate(BuiltIn()) == Model("afterword-tiny", home / "builtin" / "afterword-tiny.gguf", "built-in")
+    monkeypatch.setattr(registry, "builtin_path", lambda: home / "absent.gguf")
+    assert complaint("afterword-tiny").startswith("The built-in model is missing")
+    assert installed() == []
+
+
+def test_the_built_in_model_belongs_to_the_package() -> None:
+    assert shipped == Path(registry.__file__).parent / "builtin" / "afterword-tiny.gguf"
+
+
+def test_a_local_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "my-model.Q8_0.gguf", gguf())
+    assert locate(parse_spec(str(path))) == Model("my-model.Q8_0", path, "file")
+    first = write(tmp_path / "big-00001-of-00002.gguf", gguf())
+    assert locate(parse_spec(str(first))).id == "big"
+
+
+def test_a_path_that_is_not_there(tmp_path: Path) -> None:
+    write(tmp_path / "my-model.Q8_0.gguf", gguf())
+    assert complaint(f"{tmp_path}/my-modle.gguf").endswith("does not exist; did you mean my-model.Q8_0.gguf?")
+    assert complaint(f"{tmp_path}/zzz").endswith("zzz does not exist.")
+    assert complaint(str(tmp_path)).endswith("is a folder; name a file in it: my-model.Q8_0.gguf.")
+    assert complaint(f"{tmp_path}/builtin/..").endswith("name a file in it: my-model.Q8_0.gguf.")
+    assert "for a model from the Hub, write hf:owner/repo-GGUF:Q8_0." in complaint("owner/repo-GGUF:Q8_0")
+    assert complaint("a\0b/c").endswith("does not exist.")
+
+
+def test_a_model_from_the_cache(home: Path) -> None:
+    names = ["m-Q4_K_M.gguf", "m-Q8_0.gguf", "mmproj-m-F16.gguf", "README.md"]
+    snapshot = cache(home, "owner/repo", "abc", names)
+    best = Model("owner/repo:Q8_0", snapshot / "m-Q8_0.gguf", "hub")
+    small = Model("owner/repo:Q4_K_M", snapshot / "m-Q4_K_M.gguf", "hub")
+    assert locate(parse_spec("hf:owner/repo")) == best
+    assert locate(parse_spec("hf:owner/repo:q4_k_m")) == small
+    assert locate(parse_spec("hf:owner/repo:m-Q4_K_M.gguf")) == small
+    assert complaint("hf:owner/repo:Q5_K_M") == (
+        "hf:owner/repo:Q5_K_M is not on this machine; run `afterword pull hf:owner/repo:Q5_K_M` first."
+    )
+    assert "`afterword pull hf:owner/other`" in complaint("hf:owner/other")
+
+
+def test_the_current_revision_comes_first(home: Path) -> None:
+    current = cache(home, "owner/repo", "bbb", ["m-Q8_0.gguf"])
+    older = cache(home, "owner/repo", "aaa", ["m-Q8_0.gguf", "m-F16.gguf"], current=False)
+    assert locate(parse_spec("hf:owner/repo")).path == current / "m-Q8_0.gguf"
+    assert locate(parse_spec("hf:owner/repo:F16")).path == older / "m-F16.gguf"
+
+
+def test_a_split_model_counts_when_all_of_it_is_there(home: Path) -> None:
+    snapshot = cache(home, "owner/repo", "abc", ["Q8_0/m-Q8_0-00001-of-00002.gguf"])
+    assert "afterword pull" in complaint("hf:owner/repo")
+    (snapshot / "Q8_0" / "m-Q8_0-00002-of-00002.gguf").write_bytes(gguf())
+    assert locate(parse_spec("hf:owner/repo")).path.name == "m-Q8_0-00001-of-00002.gguf"
+    assert [model.id for model in installed()] == ["afterword-tiny", "owner/repo:Q8_0"]
+
+
+def test_installed_ids_find_their_model(home: Path) -> None:
+    cache(home, "owner/one", "abc", ["m-Q8_0.gguf", "m-iq4_xs.gguf", "mmproj-F16.gguf", "imatrix.gguf"])
+    cache(home, "owner/two", "abc", ["small-Q8_0.gguf", "large-Q8_0.gguf", "plain.gguf"])
+    cache(home, "owner/two", "old", ["small-Q8_0.gguf"], current=False)
+    models = installed()
+    assert [model.id for model in models] == [
+        "afterword-tiny",
+        "owner/one:Q8_0",
+        "owner/one:IQ4_XS",
+        "owner/two:large-Q8_0.gguf",
+        "owner/two:plain.gguf",
+        "owner/two:small-Q8_0.gguf",
+        "owner/two:Q8_0",
+    ]
+    for model in models[1:-1]:
+        assert locate(parse_spec(f"hf:{model.id}")) == model
+
+
+def test_a_dangling_link_is_no_model(home: Path) -> None:
+    snapshot = cache(home, "owner/repo", "abc", ["m-Q8_0.gguf"])
+    (snapshot / "m-Q8_0.gguf").resolve().unlink()
+    assert [model.id for model in installed()] == ["afterword-tiny"]
+
+
+def test_where_the_cache_is(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cache_folder() == home / "hub"
+    monkeypatch.setenv("HF_HUB_CACHE", "~/elsewhere")
+    assert cache_folder() == Path.home() / "elsewhere"
+    monkeypatch.delenv("HF_HUB_CACHE")
+    monkeypatch.delenv("HF_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "huggingface" / "hub"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert cache_folder() == Path("/caches/huggingface/hub")
+
+
+REPOSITORY = [
+    "README.md",
+    "m-Q4_K_M.gguf",
+    "m-Q4_K_S.gguf",
+    "m-UD-Q2_K_XL.gguf",
+    "m-fp16.gguf",
+    "mmproj.gguf",
+]
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted", "chosen"),
+    [
+        (REPOSITORY, "", "m-Q4_K_M.gguf"),
+        (REPOSITORY, "q4_k_s", "m-Q4_K_S.gguf"),
+        (REPOSITORY, "Q2_K_XL", "m-UD-Q2_K_XL.gguf"),
+        (REPOSITORY, "F16", "m-fp16.gguf"),
+        ([*REPOSITORY, "m-Q6_K.gguf", "m-Q5_K_M.gguf"], "", "m-Q6_K.gguf"),
+        (["only.gguf", "config.json"], "", "only.gguf"),
+        (
+            ["a/m-BF16-00001-of-00002.gguf", "a/m-BF16-00002-of-00002.gguf"],
+            "",
+            "a/m-BF16-00001-of-00002.gguf",
+        ),
+    ],
+)
+def test_the_choice_among_files(names: list[str], wanted: str, chosen: str) -> None:
+    assert choose_file(names, HubFile("owner/repo", wanted)) == chosen
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted", "says"),
+    [
+        (
+            REPOSITORY,
+            "Q4_K",
+            "several files that fit; write hf:owner/repo:FILE for one of: m-Q4_K_M.gguf, m-Q4_K_S.gguf.",
+        ),
+        (REPOSITORY, "Q8_0", "no file that fits 'Q8_0'"),
+        (["a-Q8_0.gguf", "b-Q8_0.gguf", "c-Q4_0.gguf"], "", "one of: a-Q8_0.gguf, b-Q8_0.gguf."),
+        (["model.safetensors"], "", "holds no GGUF model"),
+        (["../../m-Q8_0.gguf", "/m-Q8_0.gguf"], "", "holds no GGUF model"),
+    ],
+)
+def test_no_choice(names: list[str], wanted: str, says: str) -> None:
+    with pytest.raises(SettingError, match="owner/repo") as caught:
+        choose_file(names, HubFile("owner/repo", wanted))
+    assert says in caught.value.message
