@@ -1,0 +1,57 @@
+"""An engine's process without a model: the real process code over `HistoryRunner`.
+
+The path in `Open` says how it fares: "refuse" cannot be loaded, "vanish" dies while loading. A prompt that contains
+token 99 kills it.
+"""
+
+from __future__ import annotations
+
+import os
+
+from history import VOCABULARY, HistoryRunner
+
+from afterword.engine import child, frames
+from afterword.engine.core.batch import Batch, Logits
+from afterword.engine.protocol import Card
+from afterword.errors import SettingError
+
+DEADLY = 99  # beyond the vocabulary, so that it is never sampled
+
+
+class DeadlyRunner(HistoryRunner):
+    def run(self, batch: Batch) -> Logits:
+        if any(DEADLY in row.tokens for row in batch.rows):
+            os._exit(1)
+        return super().run(batch)
+
+
+def load(settings: frames.Open) -> child.Loaded:
+    if settings.path == "refuse":
+        raise SettingError("This model is not to be had.")
+    if settings.path == "vanish":
+        os._exit(1)
+    card = Card(
+        architecture="history",
+        parameters=0,
+        context=settings.context,
+        sequences=settings.sequences,
+        pieces=tuple(bytes([65 + token]) for token in range(VOCABULARY)),
+        special=(),
+        ends=(0,),
+        bos=None,
+        eos=0,
+        add_bos=False,
+        space_prefix=False,
+        longest=1,
+        infill=None,
+        fingerprint="fp_history",
+    )
+    return child.Loaded(DeadlyRunner(settings.sequences, settings.chunk), card, tokenize)
+
+
+def tokenize(text: str, _: bool) -> tuple[int, ...]:
+    return tuple(ord(letter) - 65 for letter in text)
+
+
+if __name__ == "__main__":
+    child.serve(load)

@@ -1,0 +1,79 @@
+"""A runner whose logits are a function of a slot's whole history, and which checks every batch that it is given.
+
+If the scheduler mixes up slots, positions, forks or cuts, tokens come out different from `alone`, or an assertion
+fails at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from afterword.engine.core import sampler
+from afterword.engine.core.batch import Batch, Fork, Logits, Row
+from afterword.engine.protocol import Job
+
+VOCABULARY = 24
+
+
+class HistoryRunner:
+    """State of a slot: the tokens computed in it."""
+
+    def __init__(self, slots: int, chunk: int, rewinds: bool = True) -> None:
+        self.slots = slots
+        self.chunk = chunk
+        self.rewinds = rewinds
+        self.state: list[list[int]] = [[] for _ in range(slots)]
+        self.computed = 0
+        self.batches: list[Batch] = []
+
+    def run(self, batch: Batch) -> Logits:
+        self.batches.append(batch)
+        for move in batch.moves:
+            if isinstance(move, Fork):
+                assert not self.state[move.target], "a fork's target must be empty"
+                assert len(self.state[move.source]) >= move.keep
+                assert self.rewinds or len(self.state[move.source]) == move.keep
+                self.state[move.target] = self.state[move.source][: move.keep]
+            else:
+                assert self.rewinds or move.keep == 0
+                del self.state[move.slot][move.keep :]
+        assert batch.rows
+        assert len({row.slot for row in batch.rows}) == len(batch.rows), "a slot is in one row only"
+        if len(batch.rows) > 1:
+            assert all(len(row.tokens) == 1 for row in batch.rows)
+        rows = [logits for row in batch.rows for logits in self._compute(row)]
+        return np.array(rows, np.float32).reshape(batch.outputs, VOCABULARY)
+
+    def _compute(self, row: Row) -> list[Logits]:
+        state = self.state[row.slot]
+        assert len(state) == row.position, "tokens are computed in order"
+        assert 0 < len(row.tokens) <= self.chunk
+        assert row.position // self.chunk == (row.position + len(row.tokens) - 1) // self.chunk, "on the grid"
+        self.computed += len(row.tokens)
+        outputs = []
+        for token in row.tokens:
+            state.append(token)
+            outputs.append(logits_after(state))
+        return outputs[len(row.tokens) - row.outputs :]
+
+
+def logits_after(history: list[int]) -> Logits:
+    """A row of logits that depends on every token before it."""
+    digest = hashlib.blake2b(bytes(history), digest_size=VOCABULARY).digest()
+    return np.frombuffer(digest, np.uint8).astype(np.float32) / 32
+
+
+def alone(job: Job, sample: int) -> list[int]:
+    """A sample's tokens, computed without any scheduler."""
+    history, generated = list(job.prompt), []
+    while len(generated) < job.max_tokens:
+        draw = sampler.uniform(job.key, sample, len(generated))
+        counts = {token: generated.count(token) for token in generated}
+        token = sampler.choose(logits_after(history), job.sampling, counts, draw)
+        history.append(token)
+        generated.append(token)
+        if token in job.ends:
+            break
+    return generated

@@ -1,0 +1,54 @@
+"""Frames: what is packed comes out again, and nothing else comes out at all."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from afterword.engine import frames
+from afterword.engine.protocol import Job, Load, Sampling, Step, Token
+
+JOB = Job((1, 2), 3, 4, Sampling(0.5, 0.9, 0.1, -0.2, ((7, -100.0),)), (0,), b"k" * 16, 2, True)
+TO_ENGINE = [
+    frames.Open("model.gguf", 512, 4, 1, 64, "f16", 0, False),
+    frames.Start(1, JOB),
+    frames.Drop(1, 2),
+    frames.Close(1),
+    frames.Tokenize(5, "héllo", True),
+]
+STEP = Step((Token(1, -0.5, ((2, -0.25),)),), ((0, Token(3)),), ((0, "stop"),))
+FROM_ENGINE = [frames.Failed("no"), frames.Pass({7: STEP}, Load(4, 1, 0)), frames.Tokens(5, (1, 2, 3))]
+
+
+@pytest.mark.parametrize("message", TO_ENGINE)
+def test_messages_to_the_engine_come_out_as_they_went_in(message):
+    body = frames.read(io.BytesIO(frames.pack(message)))
+    assert frames.unpack_to_engine(body) == message
+
+
+@pytest.mark.parametrize("message", FROM_ENGINE)
+def test_messages_from_the_engine_come_out_as_they_went_in(message):
+    body = frames.read(io.BytesIO(frames.pack(message)))
+    assert frames.unpack_from_engine(body) == message
+
+
+def test_a_stream_that_ends_inside_a_frame_has_ended():
+    data = frames.pack(TO_ENGINE[1])
+    for size in range(len(data)):
+        assert frames.read(io.BytesIO(data[:size])) is None
+
+
+def test_a_frame_beyond_the_limit_is_not_read():
+    assert frames.read(io.BytesIO(frames.HEADER.pack(frames.LIMIT + 1) + b"x" * 100)) is None
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_an_error_of_one_kind(body):
+    for unpack in (frames.unpack_to_engine, frames.unpack_from_engine):
+        with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
+            unpack(body)

@@ -1,0 +1,225 @@
+"""llama.cpp behind the core: numbers against an independent forward pass, and against itself in a crowd."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from afterword.engine.child import Loaded
+from afterword.engine.core.batch import Batch, Cut, Row
+from afterword.engine.core.loop import Loop
+from afterword.engine.frames import KvType, Open
+from afterword.engine.llama import library
+from afterword.engine.llama.runner import LlamaRunner
+from afterword.engine.llama.vocabulary import make_card
+from afterword.engine.protocol import Infill, Job, Sampling, Token
+from afterword.errors import SettingError
+from afterword.models.registry import builtin_path
+from oracle.oracle import Oracle
+from oracle.tiny import write_tiny
+
+library.start(verbose=False)
+
+GREEDY = Sampling(temperature=0.0, top_p=1.0, presence_penalty=0.0, frequency_penalty=0.0, logit_bias=())
+WARM = Sampling(temperature=1.0, top_p=0.95, presence_penalty=0.0, frequency_penalty=0.0, logit_bias=())
+
+
+def open_model(path: Path, sequences: int = 4, kv_type: KvType = "f16", chunk: int = 32) -> Loaded:
+    settings = Open(str(path), 512, sequences, 1, chunk, kv_type, 0, False)
+    runner = LlamaRunner(settings)
+    card, vocabulary = make_card(runner, settings)
+    return Loaded(runner, card, vocabulary.tokenize)
+
+
+@pytest.fixture(scope="module")
+def builtin() -> Loaded:
+    return open_model(builtin_path(), sequences=8)
+
+
+@pytest.fixture(scope="module")
+def builtin_loop(builtin) -> Loop:
+    return Loop(builtin.runner)
+
+
+def play(loop: Loop, jobs: Sequence[Job], arrivals: random.Random | None = None) -> list[list[tuple[int, Token]]]:
+    """What every job brings: its scored tokens under -1, its sampled ones under their sample, in order.
+
+    With `arrivals` the jobs come in at random moments, otherwise all at once.
+    """
+    brought: defaultdict[int, list[tuple[int, Token]]] = defaultdict(list)
+    first = next(_names)
+    waiting = list(enumerate(jobs))
+    while True:
+        while waiting and (arrivals is None or arrivals.random() < 0.4):
+            index, job = waiting.pop(0)
+            loop.start(first + index, job)
+        passed = loop.step()
+        if passed is None and not waiting:
+            break
+        for run, step in (passed or {}).items():
+            brought[run - first] += [(-1, token) for token in step.scored] + list(step.sampled)
+    return [sorted(brought[index], key=lambda pair: pair[0]) for index in range(len(jobs))]
+
+
+_names = iter(range(0, 10**9, 10**4))
+
+
+def random_jobs(count: int, vocabulary: int, seed: int) -> list[Job]:
+    rng = random.Random(seed)
+    return [
+        Job(
+            prompt=tuple(rng.randrange(4, vocabulary) for _ in range(rng.randrange(1, 90))),
+            samples=rng.choice([1, 1, 2, 4]),
+            max_tokens=rng.randrange(1, 24),
+            sampling=rng.choice([GREEDY, WARM]),
+            ends=(),
+            key=bytes([index]) * 16,
+            alternatives=2,
+            score=rng.random() < 0.4,
+        )
+        for index in range(count)
+    ]
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+@pytest.mark.parametrize("vocabulary", ["bytes", "spm"])
+def test_scored_log_probabilities_agree_with_an_independent_forward_pass(arch, vocabulary, tmp_path):
+    path = write_tiny(tmp_path / "tiny.gguf", arch=arch, file_type="F32", vocabulary=vocabulary)
+    model = open_model(path, kv_type="f32")
+    prompt = tuple(random.Random(1).randrange(4, 250) for _ in range(100))
+    job = Job(prompt, 1, 0, GREEDY, (), b"k" * 16, alternatives=3, score=True)
+    scored = [token for _, token in play(Loop(model.runner), [job])[0]]
+    expected = Oracle(path).log_probs(prompt)
+    assert [token.id for token in scored] == list(prompt[1:])
+    for position, token in enumerate(scored):
+        assert token.logprob == pytest.approx(expected[position][token.id], abs=1e-4)
+        for other, logprob in token.top:
+            assert logprob == pytest.approx(expected[position][other], abs=1e-4)
+
+
+def test_generated_log_probabilities_agree_with_an_independent_forward_pass(tmp_path):
+    path = write_tiny(tmp_path / "tiny.gguf", file_type="F32")
+    model = open_model(path, kv_type="f32")
+    oracle = Oracle(path)
+    job = Job((10, 20, 30), 2, 20, WARM, (), b"k" * 16, alternatives=0)
+    brought = play(Loop(model.runner), [job])[0]
+    for sample in (0, 1):
+        tokens = [token for index, token in brought if index == sample]
+        rows = oracle.log_probs((*job.prompt, *(token.id for token in tokens)))
+        for position, token in enumerate(tokens, len(job.prompt) - 1):
+            assert token.logprob == pytest.approx(rows[position][token.id], abs=1e-4)
+
+
+def test_the_built_in_models_numbers_are_its_weights(builtin, builtin_loop):
+    """Q8_0 products round activations to 8 bits, so agreement is looser; a wrong layout would be off by nats."""
+    prompt = builtin.tokenize("Once upon a time there was a little girl who lived in a house near the sea.", True)
+    job = Job(prompt, 1, 0, GREEDY, (), b"k" * 16, alternatives=0, score=True)
+    scored = [token.logprob for _, token in play(builtin_loop, [job])[0]]
+    rows = Oracle(builtin_path()).log_probs(prompt)
+    expected = [rows[position][token] for position, token in enumerate(prompt[1:])]
+    assert np.abs(np.array(scored) - expected).max() < 0.2
+
+
+def test_greedy_equals_one_sequence_at_a_time_alone_and_in_a_crowd(builtin, builtin_loop):
+    texts = ["Once upon a time", "def main():\n", "The cat", "Lily and Ben went to the park. They saw"]
+    jobs = [Job(builtin.tokenize(text, True), 3, 24, GREEDY, (), b"k" * 16) for text in texts]
+    crowd = play(builtin_loop, jobs * 3)
+    reference = [one_at_a_time(job) for job in jobs]
+    for index, brought in enumerate(crowd):
+        for sample in range(3):
+            assert [token.id for i, token in brought if i == sample] == reference[index % len(jobs)]
+
+
+def one_at_a_time(job: Job) -> list[int]:
+    """Greedy tokens from a model of its own, without scheduler or sampler."""
+    runner = open_model(builtin_path(), sequences=1).runner
+    generated: list[int] = []
+    position, tokens = 0, job.prompt
+    while len(generated) < job.max_tokens:
+        for start in range(0, len(tokens), runner.chunk):
+            part = tokens[start : start + runner.chunk]
+            logits = runner.run(Batch((), (Row(0, position, part, 1),)))
+            position += len(part)
+        generated.append(int(np.argmax(logits[0])))
+        tokens = (generated[-1],)
+    return generated
+
+
+@pytest.mark.parametrize("file_type", ["Q8_0", "Q4_0"])
+def test_every_float_is_the_same_alone_and_in_a_crowd(file_type, tmp_path):
+    model = open_model(write_tiny(tmp_path / "tiny.gguf", file_type=file_type))
+    loop = Loop(model.runner)
+    jobs = random_jobs(16, len(model.card.pieces), seed=5)
+    alone = [play(loop, [job])[0] for job in jobs]
+    for seed in range(3):
+        assert play(loop, jobs, random.Random(seed)) == alone
+
+
+def test_every_float_of_the_built_in_model_is_the_same_alone_and_in_a_crowd(builtin, builtin_loop):
+    jobs = random_jobs(12, len(builtin.card.pieces), seed=6)
+    alone = [play(builtin_loop, [job])[0] for job in jobs]
+    assert play(builtin_loop, jobs, random.Random(7)) == alone
+
+
+def test_a_slot_can_be_cut_and_computed_again(tmp_path):
+    runner = open_model(write_tiny(tmp_path / "tiny.gguf", file_type="Q8_0"), chunk=8).runner
+    whole = runner.run(Batch((), (Row(0, 0, (1, 2, 3, 4, 5, 6, 7, 8), 8),))).copy()
+    again = runner.run(Batch((Cut(0, 0),), (Row(0, 0, (1, 2, 3, 4, 5, 6, 7, 8), 8),)))
+    assert (whole == again).all()
+
+
+def test_the_card_tells_what_the_file_says(tmp_path):
+    card = open_model(write_tiny(tmp_path / "bytes.gguf", infill=True)).card
+    assert (card.architecture, card.context, card.sequences, card.add_bos) == ("llama", 512, 4, False)
+    assert card.eos is not None
+    assert card.pieces[card.eos] == b"<|endoftext|>"
+    assert card.ends == (card.eos,)
+    assert isinstance(card.infill, Infill)
+    assert [card.pieces[i] for i in (card.infill.prefix, card.infill.suffix, card.infill.middle)] == [
+        b"<|fim_prefix|>",
+        b"<|fim_suffix|>",
+        b"<|fim_middle|>",
+    ]
+    assert open_model(write_tiny(tmp_path / "plain.gguf", infill=False)).card.infill is None
+    spm = open_model(write_tiny(tmp_path / "spm.gguf", vocabulary="spm")).card
+    assert (spm.add_bos, spm.space_prefix) == (True, True)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "Hello", " two  spaces", "tabs\tand\nlines\r\n", "naïve 😀 漢字 \x00 \u200d", "a" * 5000]
+)
+def test_tokens_of_a_text_spell_the_text(builtin, text):
+    spelled = b"".join(builtin.card.pieces[token] for token in builtin.tokenize(text, True))
+    assert spelled == text.encode()
+
+
+def test_text_that_spells_a_special_token_is_one_only_when_asked(builtin):
+    name = builtin.card.pieces[builtin.card.eos].decode()
+    assert builtin.tokenize(name, True) == (builtin.card.eos,)
+    assert builtin.card.eos not in builtin.tokenize(name, False)
+
+
+def test_the_fingerprint_changes_with_weights_and_with_what_shapes_the_computation(tmp_path):
+    one, two = write_tiny(tmp_path / "1.gguf", seed=1), write_tiny(tmp_path / "2.gguf", seed=2)
+    names = {
+        open_model(one).card.fingerprint,
+        open_model(two).card.fingerprint,
+        open_model(one, kv_type="f32").card.fingerprint,
+        open_model(one, chunk=64).card.fingerprint,
+    }
+    assert len(names) == 4
+    assert open_model(one, sequences=2).card.fingerprint in names  # how many share the engine changes nothing
+
+
+@pytest.mark.parametrize("content", [None, b"", b"GGUF", b"GGUF" + b"\xff" * 100])
+def test_a_file_that_is_no_model_is_a_setting_error(content, tmp_path):
+    path = tmp_path / "bad.gguf"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SettingError, match=r"bad\.gguf"):
+        open_model(path)

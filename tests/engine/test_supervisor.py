@@ -1,0 +1,166 @@
+"""The engine's process and its keeper, with a real process and no model."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from fake_child import DEADLY
+from history import alone
+
+from afterword.engine.frames import Open
+from afterword.engine.protocol import Job, Load, Run, Sampling
+from afterword.engine.supervisor import Supervisor
+from afterword.errors import EngineDied, Overloaded, SettingError
+
+FAKE = (sys.executable, str(Path(__file__).with_name("fake_child.py")))
+PLAIN = Sampling(temperature=1.0, top_p=1.0, presence_penalty=0.0, frequency_penalty=0.0, logit_bias=())
+
+
+def job(*prompt: int, samples: int = 1, max_tokens: int = 5) -> Job:
+    return Job(prompt or (1, 2, 3), samples, max_tokens, PLAIN, ends=(), key=b"k" * 16)
+
+
+@asynccontextmanager
+async def engine(path: str = "any", max_queue: int = 100, sequences: int = 2) -> AsyncIterator[Supervisor]:
+    supervisor = Supervisor(Open(path, 512, sequences, 1, 8, "f16", 0, False), max_queue=max_queue, command=FAKE)
+    try:
+        await supervisor.open()
+        yield supervisor
+    finally:
+        await supervisor.close()
+
+
+async def tokens(supervisor: Supervisor, wanted: Job) -> list[int]:
+    return [token.id async for step in supervisor.start(wanted) for _, token in step.sampled]
+
+
+async def drain(current: Run) -> None:
+    async for _ in current:
+        pass
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(60):
+            await test()
+
+    asyncio.run(bounded())
+
+
+def test_jobs_run_and_the_load_returns_to_nothing():
+    async def test() -> None:
+        async with engine() as supervisor:
+            jobs = [job(first, 2, 3) for first in range(1, 9)]
+            assert await asyncio.gather(*(tokens(supervisor, each) for each in jobs)) == [alone(j, 0) for j in jobs]
+            await until(lambda: supervisor.load == Load(2, 0, 0))
+
+    run(test)
+
+
+def test_texts_are_tokenized_beside_running_jobs():
+    async def test() -> None:
+        async with engine() as supervisor:
+            supervisor.start(job(max_tokens=400))
+            assert await supervisor.tokenize("ABC", True) == (0, 1, 2)
+
+    run(test)
+
+
+def test_closing_a_run_frees_its_sequences():
+    async def test() -> None:
+        async with engine() as supervisor:
+            runs = [supervisor.start(job(samples=2, max_tokens=10**6)) for _ in range(6)]
+            await until(lambda: supervisor.load.running == 2)
+            for each in runs:
+                each.close()
+                each.close()  # harmless
+            await until(lambda: supervisor.load == Load(2, 0, 0))
+
+    run(test)
+
+
+def test_dropping_every_sample_ends_the_run():
+    async def test() -> None:
+        async with engine() as supervisor:
+            current = supervisor.start(job(samples=2, max_tokens=10**6))
+            async for _ in current:
+                current.drop(0)
+                current.drop(1)
+            await until(lambda: supervisor.load == Load(2, 0, 0))
+
+    run(test)
+
+
+def test_a_full_queue_refuses():
+    async def test() -> None:
+        async with engine(max_queue=3) as supervisor:
+            for _ in range(7):  # 4 for the engine, 3 in the queue
+                supervisor.start(job(max_tokens=10**6))
+            with pytest.raises(Overloaded):
+                supervisor.start(job())
+
+    run(test)
+
+
+def test_a_dying_process_fails_what_it_was_doing_and_loses_nothing_else():
+    async def test() -> None:
+        async with engine() as supervisor:
+            assert supervisor.state == "ready"
+            doomed = supervisor.start(job(DEADLY))
+            queued = [asyncio.create_task(tokens(supervisor, job(4, 5))) for _ in range(20)]
+            with pytest.raises(EngineDied):
+                await drain(doomed)
+            results = await asyncio.gather(*queued, return_exceptions=True)
+            assert all(result == alone(job(4, 5), 0) or isinstance(result, EngineDied) for result in results)
+            assert results[-1] == alone(job(4, 5), 0), "what had not started is not lost"
+            assert (supervisor.state, supervisor.restarts) == ("ready", 1)
+            assert await supervisor.tokenize("B", True) == (1,)
+
+    run(test)
+
+
+def test_a_killed_process_is_replaced():
+    async def test() -> None:
+        async with engine() as supervisor:
+            for restarts in (1, 2):
+                psutil.Process().children()[0].kill()
+                await until(lambda restarts=restarts: supervisor.restarts == restarts and supervisor.state == "ready")
+                assert await tokens(supervisor, job()) == alone(job(), 0)
+
+    run(test)
+
+
+@pytest.mark.parametrize(("path", "said"), [("refuse", "not to be had"), ("vanish", "ended while it was loading")])
+def test_a_model_that_cannot_be_loaded_is_a_setting_error(path, said):
+    async def test() -> None:
+        with pytest.raises(SettingError, match=said):
+            async with engine(path):
+                pass
+        assert not psutil.Process().children()
+
+    run(test)
+
+
+def test_closing_ends_the_process_and_every_run():
+    async def test() -> None:
+        async with engine() as supervisor:
+            current = supervisor.start(job(max_tokens=10**6))
+        with pytest.raises(Overloaded):
+            await drain(current)
+        with pytest.raises(Overloaded):
+            supervisor.start(job())
+        assert not psutil.Process().children()
+
+    run(test)
