@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import secrets
+import shlex
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -24,6 +26,7 @@ from afterword.completion.request import Limits, parse
 from afterword.completion.run import run, tokenize
 from afterword.config import SMALL_MODEL, Config, EngineSettings, Keys
 from afterword.engine import frames
+from afterword.engine.protocol import Card
 from afterword.engine.supervisor import Supervisor
 from afterword.errors import AfterwordError, SettingError
 from afterword.models.gguf import Facts, read_facts
@@ -169,7 +172,7 @@ async def _serve(spec: str | None, alias: str | None, config: Config, settings: 
     with _listen(config) as listener:
         async with _engine(spec, settings, config.max_queue) as (model, engine):
             served = Served(alias or model.id, int(model.path.stat().st_mtime), engine)
-            _greet(served.id, engine, config, listener.getsockname()[1])
+            click.echo(greeting(served.id, engine.card, config, listener.getsockname()[1]))
             server = uvicorn.Server(
                 uvicorn.Config(
                     make_app(Service(config, served)),
@@ -178,6 +181,9 @@ async def _serve(spec: str | None, alias: str | None, config: Config, settings: 
                     timeout_graceful_shutdown=30,
                 )
             )
+            # uvicorn shuts down on a signal and then raises it again; by then there is nothing left to interrupt.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: None)
             await server.serve(sockets=[listener])
 
 
@@ -231,18 +237,23 @@ def _listen(config: Config) -> socket.socket:
         raise SettingError(f"Cannot listen on {config.host} port {config.port}: {error.strerror}.") from None
 
 
-def _greet(name: str, engine: Supervisor, config: Config, port: int) -> None:
-    card = engine.card
+def greeting(name: str, card: Card, config: Config, port: int) -> str:
+    """What a person needs to know when the server is up, with a curl line that works."""
     host = f"[{config.host}]" if ":" in config.host else config.host
     url = f"http://{host}:{port}"
-    key = " \\\n    -H 'Authorization: Bearer YOUR_KEY'" if config.keys.digests else ""
+    key = "-H 'Authorization: Bearer YOUR_KEY' " if config.keys.digests else ""
     body = json.dumps({"model": name, "prompt": "Once upon a time", "max_tokens": 40})
-    click.echo(
-        f"Afterword {__version__} serves {name} ({card.parameters / 1e6:,.1f} M parameters; {card.sequences} sequences "
-        f"of {card.context} tokens) at\n\n  {url}\n\nTry it:\n\n  curl {url}/v1/completions{key} \\\n"
-        f"    -H 'Content-Type: application/json' \\\n    -d '{body}'\n\n"
-        "Every field is explained in docs/api.md, every setting by afterword serve --help. Ctrl+C stops."
-    )
+    return f"""\
+Afterword {__version__} serves {name} ({card.parameters / 1e6:,.1f} M parameters) at
+
+  {url}
+
+up to {card.sequences} sequences of {card.context} tokens together. Try it:
+
+  curl {url}/v1/completions {key}\\
+    -H 'Content-Type: application/json' -d {shlex.quote(body)}
+
+docs/api.md explains every field, afterword serve --help every setting. Ctrl+C stops."""
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

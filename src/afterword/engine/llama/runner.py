@@ -99,6 +99,8 @@ def _pointer(array: NDArray[np.int32] | NDArray[np.int8], kind: type[ctypes.c_in
 
 
 def _load(settings: Open) -> object:
+    if settings.gpu_layers and not native.llama_supports_gpu_offload():
+        raise SettingError("--gpu-layers: this llama.cpp was built without GPU support.")
     params = native.llama_model_default_params()
     params.n_gpu_layers = settings.gpu_layers
     model = native.llama_model_load_from_file(os.fsencode(settings.path), params)
