@@ -81,7 +81,6 @@ def test_models_lists_the_built_in_one(tmp_path):
         (["serve", "hf:owner/repo"], "afterword pull"),
         (["complete", "a", "--max-tokens", "-1"], "max_tokens"),
         (["complete", "a", "--temperature", "3"], "temperature"),
-        (["complete", "a", "--gpu-layers", "-1"], "without GPU support"),
         (["pull", "model.gguf"], "not on the Hub"),
     ],
 )

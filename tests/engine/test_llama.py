@@ -216,6 +216,13 @@ def test_the_fingerprint_changes_with_weights_and_with_what_shapes_the_computati
     assert open_model(one, sequences=2).card.fingerprint in names  # how many share the engine changes nothing
 
 
+def test_layers_for_a_gpu_need_a_build_that_has_one(monkeypatch, tmp_path):
+    monkeypatch.setattr(library.native, "llama_supports_gpu_offload", lambda: False)
+    settings = Open(str(write_tiny(tmp_path / "tiny.gguf")), 64, 1, 1, 32, "f16", -1, False)
+    with pytest.raises(SettingError, match="without GPU support"):
+        LlamaRunner(settings)
+
+
 @pytest.mark.parametrize("content", [None, b"", b"GGUF", b"GGUF" + b"\xff" * 100])
 def test_a_file_that_is_no_model_is_a_setting_error(content, tmp_path):
     path = tmp_path / "bad.gguf"

@@ -15,9 +15,11 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from typing import Literal
 
+import msgspec
+
 from afterword.engine import frames
 from afterword.engine.protocol import Card, Job, Load, Step
-from afterword.errors import EngineDied, EngineError, Overloaded, SettingError
+from afterword.errors import EngineDied, Overloaded, SettingError
 
 LLAMA = (sys.executable, "-m", "afterword.engine.llama")
 State = Literal["starting", "ready", "restarting", "closed"]
@@ -142,7 +144,7 @@ class Supervisor:
             self.restarts += 1
             try:
                 await self._launch()
-            except SettingError:
+            except (SettingError, OSError):
                 pause = min(pause * 2, _LONGEST_PAUSE)
                 continue
             self.state = "ready"
@@ -248,12 +250,12 @@ class _Run:
 
 
 async def _receive(reader: asyncio.StreamReader) -> frames.FromEngine | None:
-    """The next message, or None when the process is gone."""
+    """The next message, or None when the process is gone or talks nonsense, which is no better."""
     try:
         header = await reader.readexactly(frames.HEADER.size)
         size = frames.HEADER.unpack(header)[0]
         if size > frames.LIMIT:
-            raise EngineError("The engine sent a frame that is too large.")
+            return None
         return frames.unpack_from_engine(await reader.readexactly(size))
-    except (asyncio.IncompleteReadError, ConnectionError):
+    except (asyncio.IncompleteReadError, ConnectionError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
