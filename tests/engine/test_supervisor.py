@@ -103,6 +103,20 @@ def test_dropping_every_sample_ends_the_run():
     run(test)
 
 
+def test_dropping_the_last_sample_wakes_whoever_waits_for_a_step():
+    async def test() -> None:
+        async with engine() as supervisor:
+            for _ in range(3):
+                supervisor.start(job(samples=2, max_tokens=10**6))
+            current = supervisor.start(job())  # waits: the sequences are taken
+            waiting = asyncio.create_task(drain(current))
+            await asyncio.sleep(0)
+            current.drop(0)
+            await waiting
+
+    run(test)
+
+
 def test_a_full_queue_refuses():
     async def test() -> None:
         async with engine(max_queue=3) as supervisor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -156,8 +156,8 @@ def make_echo(plan: Plan, prompt: PromptPlan, scored: Sequence[Token]) -> Echo |
         return Echo(prompt.text, None)
     ids = prompt.job.prompt[prompt.hidden :]
     pieces = [plan.pieces[token] for token in ids]
-    if plan.strip_space and pieces and not prompt.text.startswith(" "):
-        pieces[0] = pieces[0].removeprefix(b" ")
+    if plan.strip_space and b"".join(pieces).decode("utf-8", "replace") != prompt.text:
+        pieces = list(_without_added_spaces(pieces, prompt.text.encode()))
     stream: TextStream[int] = TextStream((), 0)
     for position, piece in enumerate(pieces):
         stream.push(position, piece)
@@ -168,6 +168,14 @@ def make_echo(plan: Plan, prompt: PromptPlan, scored: Sequence[Token]) -> Echo |
         tuple(map(spelled, pieces)), tuple(None if t is None else t.logprob for t in known), top, offsets
     )
     return Echo(prompt.text, columns)
+
+
+def _without_added_spaces(pieces: Iterable[bytes], text: bytes) -> Iterator[bytes]:
+    """The pieces as they are in the text: SentencePiece puts spaces before it and after its special tokens."""
+    for piece in pieces:
+        shown = piece if text.startswith(piece) else piece.removeprefix(b" ")
+        yield shown
+        text = text[len(shown) :]
 
 
 def top_map(token: Token, pieces: Sequence[bytes]) -> dict[str, float]:

@@ -99,11 +99,11 @@ def _lay_out(
 ) -> tuple[tuple[int, ...], int]:
     """The tokens that the model reads, and how many at their start are not the caller's."""
     bos = (card.bos,) if card.add_bos and card.bos is not None else ()
+    if isinstance(given, tuple):
+        bos = ()  # token ids are taken as they are, never with a BOS
     if request.suffix:
         return bos + infill_prompt(_infill(card), ids, suffix), len(bos) + 1
-    if isinstance(given, tuple):
-        return ids, 0  # token ids are taken as they are, never with a BOS
-    start = bos if bos or ids else _document_start(card)
+    start = bos if ids else _document_start(card)
     return start + ids, len(start)
 
 

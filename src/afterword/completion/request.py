@@ -289,7 +289,7 @@ def _logit_bias(name: str, value: Any, limits: Limits) -> tuple[tuple[int, float
 
 
 def _bias_key(key: str) -> int:
-    if not (key.isascii() and key.isdigit() and len(key) <= 10):
+    if not (key.isascii() and key.isdigit() and len(key) <= 10 and key == str(int(key))):
         raise RequestError(
             f"Invalid key in 'logit_bias': {key[:32]}. You should only be submitting non-negative integers.",
             param="logit_bias",
@@ -300,7 +300,7 @@ def _bias_key(key: str) -> int:
 def _bias_value(bias: Any) -> float:
     number = bias if isinstance(bias, int | float) and not isinstance(bias, bool) else math.nan
     if not -100 <= number <= 100:
-        shown = str(bias)[:32] if isinstance(bias, int | float) else _kind(bias)
+        shown = str(bias)[:32] if type(bias) in (int, float) else _kind(bias)
         raise RequestError(
             f"Invalid value in 'logit_bias': {shown}. Values must be between -100 and 100.",
             param="logit_bias",

@@ -49,6 +49,8 @@ class TextStream(Generic[T]):
 
     def push(self, token: T, piece: bytes) -> None:
         """Take a token and its bytes. Ignored once a stop string was found."""
+        if not self.stopped and self._breaks_off(piece):
+            self._append(self._decoder.decode(b"", final=True))
         if self.stopped:
             return
         offset = self.end
@@ -73,6 +75,15 @@ class TextStream(Generic[T]):
         if not self.stopped:
             self._append(self._decoder.decode(b"", final=True))
         return self._release(len(self._held), self.end)
+
+    def _breaks_off(self, piece: bytes) -> bool:
+        """Whether the bytes before were no character after all, so that this piece begins with one of its own."""
+        begun = self._decoder.getstate()[0]
+        try:
+            codecs.utf_8_decode(begun + piece[:1], "strict", False)
+        except UnicodeDecodeError:
+            return bool(begun)
+        return False
 
     def _append(self, text: str) -> None:
         found = self._stops.feed(text)

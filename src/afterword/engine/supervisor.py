@@ -212,7 +212,7 @@ class _Run:
         self.job = job
         self._supervisor = supervisor
         self._open = set(range(job.samples))
-        self._steps: asyncio.Queue[Step | Exception] = asyncio.Queue()
+        self._steps: asyncio.Queue[Step | Exception | None] = asyncio.Queue()  # None: nothing more will come
 
     @property
     def ended(self) -> bool:
@@ -223,14 +223,15 @@ class _Run:
         """Take a step from the engine."""
         self._open.difference_update(sample for sample, _ in step.ended)
         self._steps.put_nowait(step)
+        if self.ended:
+            self._steps.put_nowait(None)
 
     def fail(self, error: Exception) -> None:
-        """Nothing more will come."""
+        """End with an error."""
         self._steps.put_nowait(error)
 
     async def __aiter__(self) -> AsyncIterator[Step]:
-        while not (self.ended and self._steps.empty()):
-            step = await self._steps.get()
+        while (step := await self._steps.get()) is not None:
             if isinstance(step, Exception):
                 raise step
             yield step
@@ -241,12 +242,13 @@ class _Run:
             self._open.discard(sample)
             self._supervisor.drop(self, sample)
             if self.ended:
-                self._supervisor.end(self)
+                self.close()
 
     def close(self) -> None:
         """End the whole job now."""
         self._open.clear()
         self._supervisor.end(self)
+        self._steps.put_nowait(None)  # whoever is waiting for a step, waits no longer
 
 
 async def _receive(reader: asyncio.StreamReader) -> frames.FromEngine | None:

@@ -1,0 +1,323 @@
+"""One sample's tokens to one choice's answer: its text, its columns, and how it ends."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from afterword.completion.choice import Choice, Delta, Logprobs, fold, make_echo, spelled, top_map
+from afterword.completion.plan import Plan, make_plan
+from afterword.completion.request import Request
+from afterword.completion.run import tokenize
+from afterword.engine.protocol import Card, End, Token
+from scripted import BLANK, BOS, CARD, EOS, ScriptedEngine, ids, report, says
+
+
+def plan(card: Card = CARD, **fields: Any) -> Plan:
+    request = Request(**fields)
+    return make_plan(request, card, asyncio.run(tokenize(request, ScriptedEngine(says(), card))), 0)
+
+
+def grow(plan: Plan, tokens: Sequence[int], end: End = "length") -> tuple[Choice, list[Delta]]:
+    """A choice that was given these tokens one by one, and then the end; and its deltas."""
+    prompt = plan.prompts[0]
+    scored = [report(token, prompt.job.alternatives) for token in prompt.job.prompt[1:] if prompt.job.score]
+    choice, deltas = Choice(plan, prompt, make_echo(plan, prompt, scored)), []
+    for count, token in enumerate(tokens, 1):
+        choice.take(report(token, prompt.job.alternatives))
+        if count == len(tokens):
+            choice.end(end)
+        deltas += choice.deltas(0)
+        if choice.finish:
+            return choice, deltas
+    choice.end(end)
+    return choice, choice.deltas(0)
+
+
+def whole(plan: Plan, tokens: Sequence[int], end: End = "length") -> Delta:
+    return fold(grow(plan, tokens, end)[1])
+
+
+def columns(answer: Delta) -> Logprobs:
+    assert answer.logprobs is not None
+    return answer.logprobs
+
+
+def brief(deltas: list[Delta]) -> list[tuple[str, End | None]]:
+    return [(delta.text, delta.finish) for delta in deltas]
+
+
+# ---- how an answer ends
+
+
+def test_a_length_is_told_with_the_last_token() -> None:
+    _, deltas = grow(plan(prompt=("a",)), ids("Hello world"))
+    assert brief(deltas) == [("Hello", None), (" world", "length")]
+
+
+def test_a_stop_is_told_alone() -> None:
+    _, deltas = grow(plan(prompt=("a",)), (*ids("Hello world"), EOS), "stop")
+    assert brief(deltas) == [("Hello", None), (" world", None), ("", "stop")]
+
+
+def test_a_stop_string_ends_an_answer_before_it() -> None:
+    _, deltas = grow(plan(prompt=("a",), stop=(" sat", "wor")), ids("Hello world sat"))
+    assert brief(deltas) == [("Hello", None), (" ", None), ("", "stop")]
+
+
+def test_what_a_stop_string_held_back_comes_before_the_end() -> None:
+    _, deltas = grow(plan(prompt=("a",), stop=("END",)), (*ids("Hello EN"), EOS), "stop")
+    assert brief(deltas) == [("Hello", None), (" ", None), ("EN", None), ("", "stop")]
+    _, deltas = grow(plan(prompt=("a",), stop=("END",)), ids("Hello EN"))
+    assert brief(deltas) == [("Hello", None), (" ", None), ("EN", "length")]
+
+
+def test_a_stop_string_in_the_last_token_is_a_stop() -> None:
+    assert whole(plan(prompt=("a",), stop=(" world",)), ids("Hello world"), "length").finish == "stop"
+
+
+def test_a_stop_string_that_the_last_bytes_complete_is_a_stop() -> None:
+    choice, deltas = grow(plan(prompt=("a",), stop=("\ufffd",)), ids(b"Hello\xe2"))
+    assert (brief(deltas), choice.completion_tokens) == ([("Hello", None), ("", "stop")], 1)
+
+
+def test_an_end_token_in_the_last_place_is_a_stop() -> None:
+    assert whole(plan(prompt=("a",), max_tokens=2), (*ids("Hello"), EOS), "stop").finish == "stop"
+
+
+def test_a_stop_string_of_the_prompt_ends_nothing() -> None:
+    answer = whole(plan(prompt=("a.b.",), echo=True, stop=(".", ".H")), ids("Hello"))
+    assert (answer.text, answer.finish) == ("a.b.Hello", "length")
+
+
+def test_an_answer_without_tokens_still_ends_once() -> None:
+    assert brief(grow(plan(prompt=("a",)), (EOS,), "stop")[1]) == [("", "stop")]
+    assert brief(grow(plan(prompt=("a",), stop=("Hello",)), ids("Hello"))[1]) == [("", "stop")]
+
+
+def test_nothing_is_said_while_a_character_is_unfinished() -> None:
+    _, deltas = grow(plan(prompt=("a",)), ids("😀!"))
+    assert brief(deltas) == [("😀", None), ("!", "length")]
+
+
+def test_an_unfinished_character_at_the_end_is_a_replacement() -> None:
+    assert whole(plan(prompt=("a",)), ids(b"a\xf0\x9f")).text == "a\ufffd"
+
+
+# ---- how tokens are counted
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stop", "count"),
+    [
+        (ids("Hello world"), (), 2),
+        ((*ids("Hello"), EOS), (), 1),
+        ((EOS,), (), 0),
+        (ids("Hello, stop"), (", stop",), 1),
+        (ids("Hello world"), ("rld",), 2),  # some of its text is in the answer
+        (ids(b"\xf0\x9f"), (), 1),
+        ((*ids("Hello"), BLANK), (), 2),
+    ],
+)
+def test_tokens_that_are_in_the_answer_count(tokens: tuple[int, ...], stop: tuple[str, ...], count: int) -> None:
+    assert grow(plan(prompt=("a",), stop=stop, echo=True), tokens, "stop")[0].completion_tokens == count
+
+
+def test_the_score_is_the_mean_of_all_that_was_generated() -> None:
+    tokens = (*ids("Hello world"), EOS)
+    choice, _ = grow(plan(prompt=("a",), logprobs=0), tokens, "stop")
+    assert choice.score == sum(report(token).logprob or 0 for token in tokens) / 3
+    assert grow(plan(prompt=("a",), logprobs=0), (EOS,), "stop")[0].score == report(EOS).logprob
+
+
+# ---- the columns
+
+
+def test_without_logprobs_there_are_no_columns() -> None:
+    assert all(delta.logprobs is None for delta in grow(plan(prompt=("a",), echo=True), ids("Hello world"))[1])
+
+
+def test_columns_are_parallel_and_count_from_the_prompt() -> None:
+    first, second = ids("Hello world")
+    assert whole(plan(prompt=("héllo 😀 wörld",), logprobs=0), (first, second)).logprobs == Logprobs(
+        ("Hello", " world"), (report(first).logprob, report(second).logprob), None, (13, 18)
+    )
+
+
+def test_offsets_of_a_prompt_of_ids_count_from_its_text() -> None:
+    prompt = (EOS, *ids("é 😀"), 0xE2)
+    assert columns(whole(plan(prompt=(prompt,), logprobs=0), ids("a"))).text_offset == (len("</s>é 😀?"),)
+
+
+def test_alternatives_start_with_the_token_itself() -> None:
+    the, cat, sat = ids(" the cat sat")
+    top = columns(whole(plan(prompt=("a",), logprobs=2), (the, cat, sat))).top_logprobs
+    assert top is not None
+    assert [[*entry.items()] for entry in top if entry] == [
+        [(" the", -0.25), (" cat", -0.5)],  # one of the likeliest: as many as were asked for
+        [(" cat", -0.5), (" the", -0.25)],
+        [(" sat", -0.75), (" the", -0.25), (" cat", -0.5)],  # or else one more
+    ]
+
+
+def test_of_equal_spellings_the_token_itself_stays_and_then_the_likelier() -> None:
+    pieces = (b"a", b"b", b"a", b"b", b"")
+    entries = top_map(Token(2, -3.0, ((0, -0.5), (1, -1.0), (3, -2.0), (4, -4.0))), pieces)
+    assert list(entries.items()) == [("a", -3.0), ("b", -1.0), ("", -4.0)]
+
+
+def test_a_character_of_several_tokens_has_one_offset_and_each_its_bytes() -> None:
+    assert columns(whole(plan(prompt=("ab",), logprobs=0), ids("c😀d"))) == Logprobs(
+        ("c", "bytes:\\xf0\\x9f", "bytes:\\x98\\x80", "d"),
+        tuple(report(token).logprob for token in ids("c😀d")),
+        None,
+        (2, 3, 3, 4),
+    )
+
+
+@pytest.mark.parametrize(
+    ("piece", "name"),
+    [
+        (b" the", " the"),
+        (b"\n", "\n"),
+        (b"\x00", "\0"),
+        (b"", ""),
+        ("é😀".encode(), "é😀"),
+        (b"\xe2\x80", "bytes:\\xe2\\x80"),
+        (b" \xe2\x80", "bytes: \\xe2\\x80"),
+        (b"a\n\x99~", "bytes:a\\x0a\\x99~"),
+    ],
+)
+def test_spelling(piece: bytes, name: str) -> None:
+    assert spelled(piece) == name
+
+
+def test_a_delta_has_the_columns_of_its_own_tokens() -> None:
+    _, deltas = grow(plan(prompt=("ab",), logprobs=1), (*ids("😀 the"), EOS), "stop")
+    assert [columns(delta).text_offset for delta in deltas] == [(2, 2), (3,), ()]
+    assert deltas[-1].logprobs == Logprobs((), (), (), ())
+
+
+def test_tokens_of_a_stop_string_are_not_in_the_columns() -> None:
+    answer = columns(whole(plan(prompt=("a",), logprobs=0, stop=(", stop",)), ids("Hello, stop")))
+    assert answer.tokens == ("Hello",)
+    answer = columns(whole(plan(prompt=("a",), logprobs=0, stop=("rld",)), ids("Hello world")))
+    assert answer.tokens == ("Hello", " world")
+
+
+# ---- echo
+
+
+def test_the_prompt_comes_with_the_first_token() -> None:
+    _, deltas = grow(plan(prompt=("a cat",), echo=True, logprobs=0), ids("Hello world"))
+    assert brief(deltas) == [("a catHello", None), (" world", "length")]
+    assert [columns(delta).text_offset for delta in deltas] == [(0, 1, 5), (10,)]
+
+
+def test_an_echo_waits_for_text_that_may_be_shown() -> None:
+    _, deltas = grow(plan(prompt=("a cat",), echo=True), ids("😀"))
+    assert brief(deltas) == [("a cat😀", "length")]
+
+
+def test_nothing_precedes_the_first_token_of_a_prompt() -> None:
+    prompt = ids("Hello cat sat")
+    answer = columns(whole(plan(prompt=("Hello cat sat",), echo=True, logprobs=1), ids(" the")))
+    assert answer.tokens == ("Hello", " cat", " sat", " the")
+    assert answer.token_logprobs == (None, -0.5, -0.75, -0.25)
+    assert answer.top_logprobs == (
+        None,
+        {" cat": -0.5, " the": -0.25},
+        {" sat": -0.75, " the": -0.25},
+        {" the": -0.25},
+    )
+    assert answer.text_offset == (0, 5, 9, 13)
+    assert len(answer.tokens) == len(prompt) + 1
+
+
+def test_a_prompt_alone_is_scored_without_a_completion() -> None:
+    _, deltas = grow(plan(prompt=("Hello cat",), echo=True, logprobs=0, max_tokens=0), ())
+    assert deltas == [Delta(0, "Hello cat", Logprobs(("Hello", " cat"), (None, -0.5), None, (0, 5)), "length")]
+
+
+def test_a_prompt_of_one_token_is_scored_too() -> None:
+    answer = whole(plan(prompt=(ids("Hello"),), echo=True, logprobs=2, max_tokens=0), ())
+    assert answer.logprobs == Logprobs(("Hello",), (None,), (None,), (0,))
+
+
+@pytest.mark.parametrize("given", ["Hello cat", ids("Hello cat")])
+def test_a_bos_of_the_server_is_not_seen(given: str | tuple[int, ...]) -> None:
+    with_bos = replace(CARD, bos=BOS, add_bos=True)
+    answer = whole(plan(with_bos, prompt=(given,), echo=True, logprobs=0), ids(" the"))
+    assert answer.text == "Hello cat the"
+    assert answer.logprobs == Logprobs(("Hello", " cat", " the"), (None, -0.5, -0.25), None, (0, 5, 9))
+
+
+def test_an_empty_prompt_has_nothing_to_echo() -> None:
+    answer = whole(plan(prompt=("",), echo=True, logprobs=0), ids(" the"))
+    assert (answer.text, answer.logprobs) == (" the", Logprobs((" the",), (-0.25,), None, (0,)))
+
+
+def test_an_echo_of_bytes_spells_them_and_shows_their_text() -> None:
+    answer = whole(plan(prompt=("’😀漢",), echo=True, logprobs=0, max_tokens=0), ())
+    assert answer.text == "’😀漢"
+    assert columns(answer).tokens == (
+        "bytes:\\xe2\\x80",
+        "bytes:\\x99",
+        "bytes:\\xf0\\x9f",
+        "bytes:\\x98\\x80",
+        "bytes:\\xe6",
+        "bytes:\\xbc",
+        "bytes:\\xa2",
+    )
+    assert columns(answer).text_offset == (0, 0, 1, 1, 2, 2, 2)
+
+
+def test_an_echo_of_broken_bytes_keeps_later_offsets_right() -> None:
+    answer = whole(plan(prompt=((0xE2, *ids(" the")),), echo=True, logprobs=0), ids(" cat"))
+    assert (answer.text, columns(answer).text_offset) == ("\ufffd the cat", (0, 1, 5))
+
+
+@pytest.mark.parametrize(
+    "text", ["Hello cat", " Hello", "  cat", " ", "\n cat", "</s>Hello cat", "Hello</s>cat", " </s>"]
+)
+def test_spaces_that_the_tokenizer_adds_are_not_echoed(text: str) -> None:
+    spaced = replace(CARD, space_prefix=True)
+    answer = whole(plan(spaced, prompt=(text,), echo=True, logprobs=0), ids(" the"))
+    assert answer.text == text + " the"
+    assert "".join(columns(answer).tokens) == answer.text
+    for token, offset in zip(columns(answer).tokens, columns(answer).text_offset, strict=True):
+        assert answer.text[offset:].startswith(token)
+
+
+def test_token_ids_keep_their_spaces() -> None:
+    given = (0xFF, *ids(" cat sat"))
+    answer = whole(plan(replace(CARD, space_prefix=True), prompt=(given,), echo=True, logprobs=0), ids(" the"))
+    assert (answer.text, columns(answer).text_offset) == ("\ufffd cat sat the", (0, 1, 5, 9))
+
+
+def test_an_end_token_has_an_entry_only_where_the_prompt_is_echoed() -> None:
+    tokens = (*ids(" the"), EOS)
+    assert columns(whole(plan(prompt=("Hello",), logprobs=0), tokens, "stop")).tokens == (" the",)
+    answer = whole(plan(prompt=("Hello",), logprobs=0, echo=True), tokens, "stop")
+    assert answer.text == "Hello the"
+    assert answer.logprobs == Logprobs(("Hello", " the", "</s>"), (None, -0.25, report(EOS).logprob), None, (0, 5, 9))
+
+
+# ---- the sum of the deltas
+
+
+@pytest.mark.parametrize("end", ["stop", "length"])
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize("logprobs", [None, 0, 3])
+def test_the_whole_is_the_sum_of_its_deltas(end: End, echo: bool, logprobs: int | None) -> None:
+    asked = plan(prompt=("Hello’",), echo=echo, logprobs=logprobs, stop=("worn",))
+    tokens = (*ids(b"Hello world \xf0\x9f sat\xe2"), *((EOS,) if end == "stop" else ()))
+    prompt = asked.prompts[0]
+    scored = [report(token, logprobs) for token in prompt.job.prompt[1:] if prompt.job.score]
+    choice = Choice(asked, prompt, make_echo(asked, prompt, scored))
+    for token in tokens:
+        choice.take(report(token, logprobs))
+    choice.end(end)
+    assert fold(choice.deltas(0)) == whole(asked, tokens, end)

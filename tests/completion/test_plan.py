@@ -1,0 +1,232 @@
+"""A request and a model's card to a plan: what the model will read, and what the caller could not ask for."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from afterword.completion.plan import Plan, PromptPlan, make_plan
+from afterword.completion.request import Request
+from afterword.completion.run import tokenize
+from afterword.engine.protocol import Card, Sampling
+from afterword.errors import RequestError
+from scripted import BOS, CARD, EOS, INFILL, MID, PIECES, PRE, SUF, ScriptedEngine, ids, says
+
+WITH_BOS = replace(CARD, bos=BOS, add_bos=True)
+WITH_INFILL = replace(CARD, infill=INFILL)
+LAST = len(PIECES) - 1
+
+
+def plan(card: Card = CARD, entropy: int = 0, **fields: Any) -> Plan:
+    request = Request(**fields)
+    return make_plan(request, card, asyncio.run(tokenize(request, ScriptedEngine(says(), card))), entropy)
+
+
+def only(card: Card = CARD, **fields: Any) -> PromptPlan:
+    (prompt,) = plan(card, **fields).prompts
+    return prompt
+
+
+def refused(card: Card = CARD, **fields: Any) -> tuple[str, str | None, str | None]:
+    with pytest.raises(RequestError) as caught:
+        plan(card, **fields)
+    assert caught.value.status == 400
+    return caught.value.message, caught.value.param, caught.value.code
+
+
+# ---- what the model reads
+
+
+def test_a_text_is_read_as_its_tokens() -> None:
+    prompt = only(prompt=("Hello world",))
+    assert (prompt.job.prompt, prompt.text, prompt.hidden, prompt.billed) == (ids("Hello world"), "Hello world", 0, 2)
+
+
+def test_token_ids_are_read_verbatim_and_shown_as_their_text() -> None:
+    given = (*ids(" cat"), EOS, 0xE2, 0x41)
+    prompt = only(prompt=(given,))
+    assert (prompt.job.prompt, prompt.text, prompt.hidden, prompt.billed) == (given, " cat</s>\ufffdA", 0, 4)
+
+
+def test_text_that_spells_a_special_token_is_that_token() -> None:
+    assert only(prompt=("</s>Hello",)).job.prompt == (EOS, *ids("Hello"))
+
+
+def test_a_bos_that_the_model_wants_is_added_to_texts_and_hidden() -> None:
+    prompt = only(WITH_BOS, prompt=("Hello",))
+    assert (prompt.job.prompt, prompt.text, prompt.hidden, prompt.billed) == ((BOS, *ids("Hello")), "Hello", 1, 1)
+
+
+def test_a_bos_is_never_added_to_token_ids() -> None:
+    prompt = only(WITH_BOS, prompt=(ids("Hello"),))
+    assert (prompt.job.prompt, prompt.hidden) == (ids("Hello"), 0)
+
+
+@pytest.mark.parametrize("given", [None, ""])
+@pytest.mark.parametrize(
+    ("card", "start"), [(CARD, EOS), (WITH_BOS, BOS), (replace(CARD, bos=BOS), BOS), (replace(WITH_BOS, eos=None), BOS)]
+)
+def test_an_empty_prompt_begins_a_document_free_of_charge(given: str | None, card: Card, start: int) -> None:
+    prompt = only(card, prompt=(given,))
+    assert (prompt.job.prompt, prompt.text, prompt.hidden, prompt.billed) == ((start,), "", 1, 0)
+
+
+def test_a_model_without_any_such_token_cannot_begin_a_document() -> None:
+    message, param, _ = refused(replace(CARD, eos=None), prompt=("",))
+    assert (message.endswith("the prompt cannot be empty."), param) == (True, "prompt")
+
+
+def test_prompts_of_all_kinds_go_together_in_order() -> None:
+    prompts = plan(prompt=("Hello", ids(" cat sat"), None)).prompts
+    assert [prompt.job.prompt for prompt in prompts] == [ids("Hello"), ids(" cat sat"), (EOS,)]
+
+
+# ---- suffix
+
+
+def test_a_suffix_is_laid_out_the_way_the_model_was_trained() -> None:
+    prompt = only(WITH_INFILL, prompt=("Hello",), suffix=" sat the")
+    assert prompt.job.prompt == (PRE, *ids("Hello"), SUF, *ids(" sat the"), MID)
+    assert (prompt.text, prompt.billed) == ("Hello", 3)
+
+
+def test_a_suffix_goes_with_bos_and_with_token_ids_and_with_every_prompt() -> None:
+    prompts = plan(replace(WITH_BOS, infill=INFILL), prompt=("Hello", None), suffix="!").prompts
+    assert [prompt.job.prompt for prompt in prompts] == [
+        (BOS, PRE, *ids("Hello"), SUF, *ids("!"), MID),
+        (BOS, PRE, SUF, *ids("!"), MID),
+    ]
+    assert only(WITH_INFILL, prompt=((5, 6),), suffix="!").job.prompt == (PRE, 5, 6, SUF, *ids("!"), MID)
+
+
+def test_a_model_that_cannot_fill_gaps_refuses_a_suffix() -> None:
+    message, param, _ = refused(prompt=("Hello",), suffix="!")
+    assert (message.startswith("Unrecognized request argument supplied: suffix"), param) == (True, "suffix")
+
+
+def test_an_empty_suffix_is_none() -> None:
+    assert only(prompt=("Hello",), suffix="") == only(prompt=("Hello",))
+
+
+# ---- what cannot be
+
+
+def too_long(prompt: int, completion: int) -> tuple[str, None, None]:
+    return (
+        f"This model's maximum context length is 64 tokens, however you requested {prompt + completion} tokens "
+        f"({prompt} in your prompt; {completion} for the completion). Please reduce your prompt; or completion length.",
+        None,
+        None,
+    )
+
+
+def test_prompt_and_completion_fit_the_context_together() -> None:
+    assert only(prompt=(" the" * 48,)).job.max_tokens == 16
+    assert refused(prompt=(" the" * 49,)) == too_long(49, 16)
+    assert refused(prompt=("a",), max_tokens=64) == too_long(1, 64)
+
+
+def test_tokens_that_the_server_adds_need_room_too() -> None:
+    assert only(WITH_BOS, prompt=(" the" * 47,)).hidden == 1
+    assert refused(WITH_BOS, prompt=(" the" * 48,)) == too_long(49, 16)
+
+
+def test_the_first_prompt_that_is_too_long_is_told() -> None:
+    assert refused(prompt=("a", "b" * 50, "c" * 60)) == too_long(50, 16)
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized() -> None:
+    class Untouchable(ScriptedEngine):
+        async def tokenize(self, text: str, special: bool) -> tuple[int, ...]:
+            raise AssertionError
+
+    for fields in ({"prompt": ("x" * 10_000,)}, {"prompt": ("a",), "suffix": "x" * 10_000}):
+        with pytest.raises(RequestError, match="maximum context length is 64 tokens"):
+            asyncio.run(tokenize(Request(**fields), Untouchable(says())))
+
+
+def test_without_a_longest_piece_any_text_may_fit() -> None:
+    request = Request(prompt=("x" * 10_000,))
+    tokens = asyncio.run(tokenize(request, ScriptedEngine(says(), replace(CARD, longest=0))))
+    assert len(tokens.prompts[0]) == 10_000
+
+
+@pytest.mark.parametrize("token", [-1, LAST + 1, 10**18])
+def test_ids_of_a_prompt_are_in_the_vocabulary(token: int) -> None:
+    message = f"Invalid token in prompt: {token}. Minimum value is 0, maximum value is {LAST} (inclusive)."
+    assert refused(prompt=((1,), (0, token))) == (message, None, None)
+    assert only(prompt=((0, LAST),)).job.prompt == (0, LAST)
+
+
+def test_ids_of_a_bias_are_in_the_vocabulary() -> None:
+    message = f"Invalid key in 'logit_bias': {LAST + 1}. Maximum value is {LAST}."
+    assert refused(prompt=("a",), logit_bias=((LAST + 1, 1.0),)) == (message, "logit_bias", None)
+    assert only(prompt=("a",), logit_bias=((LAST, 1.0),)).job.sampling.logit_bias == ((LAST, 1.0),)
+
+
+# ---- what the engine is asked
+
+
+def test_a_job_says_how_tokens_are_chosen_and_what_ends_them() -> None:
+    job = only(
+        prompt=("a",),
+        max_tokens=5,
+        temperature=0.5,
+        top_p=0.9,
+        presence_penalty=1.0,
+        frequency_penalty=-1.0,
+        logit_bias=((7, -100.0),),
+    ).job
+    assert job.sampling == Sampling(0.5, 0.9, 1.0, -1.0, ((7, -100.0),))
+    assert (job.max_tokens, job.ends) == (5, (EOS,))
+
+
+@pytest.mark.parametrize(
+    ("fields", "samples"), [({}, 1), ({"n": 3}, 3), ({"best_of": 4}, 4), ({"n": 2, "best_of": 2}, 2)]
+)
+def test_a_job_has_as_many_samples_as_there_are_candidates(fields: dict[str, Any], samples: int) -> None:
+    assert only(prompt=("a",), **fields).job.samples == samples
+
+
+@pytest.mark.parametrize(
+    ("fields", "alternatives", "score"),
+    [
+        ({}, None, False),
+        ({"echo": True}, None, False),
+        ({"logprobs": 0}, 0, False),
+        ({"logprobs": 3}, 3, False),
+        ({"logprobs": 0, "echo": True}, 0, True),
+        ({"n": 2}, None, False),
+        ({"best_of": 2}, 0, False),  # candidates are ranked by them
+        ({"best_of": 2, "logprobs": 2}, 2, False),
+    ],
+)
+def test_log_probabilities_are_asked_for_only_where_they_are_needed(
+    fields: dict[str, Any], alternatives: int | None, score: bool
+) -> None:
+    job = only(prompt=("a",), **fields).job
+    assert (job.alternatives, job.score) == (alternatives, score)
+
+
+# ---- randomness
+
+
+def keys(**fields: Any) -> list[bytes]:
+    return [prompt.job.key for prompt in plan(**fields).prompts]
+
+
+def test_equal_seeds_give_equal_keys_whatever_the_entropy() -> None:
+    assert keys(prompt=("a", "b"), seed=7, entropy=1) == keys(prompt=("c", "d"), seed=7, entropy=2)
+
+
+def test_every_prompt_and_every_seed_has_a_key_of_its_own() -> None:
+    seeds = (0, 1, 11, -1, 2**63 - 1, -(2**63))
+    found = [key for seed in seeds for key in keys(prompt=("a",) * 12, seed=seed)]
+    assert len(set(found)) == len(found) == 72
+    assert {len(key) for key in found} == {16}
+
+
+def test_without_a_seed_entropy_decides() -> None:
+    assert keys(prompt=("a",), entropy=1) != keys(prompt=("a",), entropy=2)
+    assert keys(prompt=("a",), entropy=1) == keys(prompt=("a",), entropy=1)

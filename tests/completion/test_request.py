@@ -1,0 +1,492 @@
+"""A body to a request: what every field takes, and what is said of everything else."""
+
+import json
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from afterword.completion.request import FIELDS, Limits, Request, StreamOptions, parse
+from afterword.errors import RequestError
+
+LIMITS = Limits()
+INT64 = 2**63
+
+
+def parsed(**values: Any) -> Request:
+    return parse(json.dumps(values).encode(), LIMITS)
+
+
+def refused(body: bytes | dict[str, Any], limits: Limits = LIMITS) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        parse(body if isinstance(body, bytes) else json.dumps(body).encode(), limits)
+    error = caught.value
+    assert (error.status, error.type) == (400, "invalid_request_error")
+    return error
+
+
+def told(error: RequestError) -> tuple[str, str | None, str | None]:
+    return error.message, error.param, error.code
+
+
+# ---- fields that are absent
+
+
+def test_an_empty_body_asks_for_the_defaults_of_the_api() -> None:
+    assert asdict(parsed()) == {
+        "model": None,
+        "prompt": (None,),
+        "best_of": None,
+        "echo": False,
+        "frequency_penalty": 0.0,
+        "logit_bias": (),
+        "logprobs": None,
+        "max_tokens": 16,
+        "n": 1,
+        "presence_penalty": 0.0,
+        "seed": None,
+        "stop": (),
+        "stream": False,
+        "stream_options": None,
+        "suffix": None,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "user": None,
+    }
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_null_is_as_if_absent(name: str) -> None:
+    assert parsed(**{name: None}) == parsed()
+
+
+def test_every_field_of_a_request_can_be_parsed_and_no_other() -> None:
+    assert list(FIELDS) == [field.name for field in fields(Request)]
+
+
+# ---- fields that are taken
+
+
+@pytest.mark.parametrize(
+    ("name", "given_value", "value"),
+    [
+        ("model", "a/b:c", "a/b:c"),
+        ("prompt", "", ("",)),
+        ("prompt", "abc", ("abc",)),
+        ("prompt", ["a", ""], ("a", "")),
+        ("prompt", [1212, 318], ((1212, 318),)),
+        ("prompt", [1.0], ((1,),)),
+        ("prompt", [[1212], [318, 2]], ((1212,), (318, 2))),
+        ("prompt", [-1], ((-1,),)),  # which ids there are, the model knows
+        ("echo", True, True),
+        ("frequency_penalty", -2, -2.0),
+        ("frequency_penalty", 2, 2.0),
+        ("presence_penalty", -2.0, -2.0),
+        ("presence_penalty", 2.0, 2.0),
+        ("logit_bias", {}, ()),
+        ("logit_bias", {"50256": -100, "0": 100, "7": 0.5}, ((50256, -100.0), (0, 100.0), (7, 0.5))),
+        ("logprobs", 0, 0),
+        ("logprobs", 5, 5),
+        ("logprobs", LIMITS.max_logprobs, LIMITS.max_logprobs),
+        ("max_tokens", 1, 1),
+        ("max_tokens", 16.0, 16),
+        ("max_tokens", 2**31 - 1, 2**31 - 1),
+        ("n", 128, 128),
+        ("best_of", 1, 1),
+        ("best_of", 20, 20),
+        ("seed", -INT64, -INT64),
+        ("seed", INT64 - 1, INT64 - 1),
+        ("stop", "\n", ("\n",)),
+        ("stop", ["a", "b", "c", "d"], ("a", "b", "c", "d")),
+        ("stop", ["x", "x"], ("x", "x")),
+        ("stop", "😀" * 1024, ("😀" * 1024,)),
+        ("stream", True, True),
+        ("suffix", "", ""),
+        ("suffix", "test.", "test."),
+        ("temperature", 0, 0.0),
+        ("temperature", 2, 2.0),
+        ("top_p", 0, 0.0),
+        ("top_p", 1, 1.0),
+        ("user", "", ""),
+    ],
+)
+def test_accepted(name: str, given_value: Any, value: Any) -> None:
+    assert parsed(**{name: given_value}) == replace(Request(), **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "value"),
+    [
+        ({}, StreamOptions()),
+        ({"include_usage": True}, StreamOptions(include_usage=True)),
+        ({"include_usage": None, "include_obfuscation": False}, StreamOptions()),
+    ],
+)
+def test_stream_options(options: dict[str, Any], value: StreamOptions) -> None:
+    assert parsed(stream=True, stream_options=options).stream_options == value
+
+
+def test_numbers_become_what_the_request_says_they_are() -> None:
+    request = parsed(temperature=1, top_p=1, max_tokens=3.0, logit_bias={"1": 1})
+    assert [type(value) for value in (request.temperature, request.top_p, request.max_tokens)] == [float, float, int]
+    assert type(request.logit_bias[0][1]) is float
+
+
+# ---- fields that are refused: wrong types
+
+KINDS = {
+    "a boolean": True,
+    "an integer": 5,
+    "a decimal number": 1.5,
+    "a string": "hot",
+    "an array": [{}],
+    "an object": {"a": 1},
+}
+TYPES = {
+    "a string": ("model", "suffix", "user"),
+    "an integer": ("best_of", "logprobs", "max_tokens", "n", "seed"),
+    "a decimal": ("frequency_penalty", "presence_penalty", "temperature", "top_p"),
+    "a boolean": ("echo", "stream"),
+    "an object": ("logit_bias", "stream_options"),
+    "one of a string or an array of strings": ("stop",),
+    "one of a string, an array of strings, an array of integers, or an array of arrays of integers": ("prompt",),
+}
+FITTING = {"a decimal": {"an integer", "a decimal number"}}
+WRONG = [
+    (name, expected, kind)
+    for expected, names in TYPES.items()
+    for name in names
+    for kind in KINDS
+    if kind not in FITTING.get(expected, {expected.removeprefix("one of ").split(" or ")[0].split(",")[0]})
+]
+
+
+def test_every_field_has_a_type() -> None:
+    assert sorted(name for names in TYPES.values() for name in names) == sorted(FIELDS)
+
+
+@pytest.mark.parametrize(("name", "expected", "kind"), WRONG)
+def test_a_wrong_type_is_named(name: str, expected: str, kind: str) -> None:
+    message = f"Invalid type for '{name}': expected {expected}, but got {kind} instead."
+    assert told(refused({name: KINDS[kind]})) == (message, name, "invalid_type")
+
+
+@pytest.mark.parametrize("prompt", [[[]], [1, "a"], ["a", 1], [[1], "a"], [[1], []], [[1], 2], [1.5], [True], [[True]]])
+def test_a_prompt_is_one_of_its_four_forms(prompt: Any) -> None:
+    error = refused({"prompt": prompt})
+    assert (error.param, error.code) == ("prompt", "invalid_type")
+
+
+@pytest.mark.parametrize("name", ["prompt", "stop"])
+def test_an_array_is_not_empty(name: str) -> None:
+    message = "empty array. Expected an array with minimum length 1, but got an empty array instead."
+    assert told(refused({name: []})) == (f"Invalid '{name}': {message}", name, "empty_array")
+
+
+# ---- fields that are refused: out of bounds
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [
+        ("best_of", 0, LIMITS.max_best_of),
+        ("logprobs", 0, LIMITS.max_logprobs),
+        ("max_tokens", 0, 2**31 - 1),
+        ("n", 1, LIMITS.max_n),
+        ("seed", -INT64, INT64 - 1),
+    ],
+)
+def test_bounds_of_integers(name: str, low: int, high: int) -> None:
+    assert told(refused({name: low - 1})) == (
+        f"Invalid '{name}': integer below minimum value. Expected a value >= {low}, but got {low - 1} instead.",
+        name,
+        "integer_below_min_value",
+    )
+    assert told(refused({name: high + 1})) == (
+        f"Invalid '{name}': integer above maximum value. Expected a value <= {high}, but got {high + 1} instead.",
+        name,
+        "integer_above_max_value",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [("frequency_penalty", -2, 2), ("presence_penalty", -2, 2), ("temperature", 0, 2), ("top_p", 0, 1)],
+)
+def test_bounds_of_decimals(name: str, low: int, high: int) -> None:
+    assert told(refused({name: low - 0.5})) == (
+        f"Invalid '{name}': decimal below minimum value. Expected a value >= {low}, but got {low - 0.5} instead.",
+        name,
+        "decimal_below_min_value",
+    )
+    assert told(refused({name: high + 0.5})) == (
+        f"Invalid '{name}': decimal above maximum value. Expected a value <= {high}, but got {high + 0.5} instead.",
+        name,
+        "decimal_above_max_value",
+    )
+
+
+TOO_LONG = "Expected an array with maximum length 4, but got an array with length 9 instead."
+
+
+def test_stops_are_counted() -> None:
+    error = refused({"stop": ["x"] * 9}, Limits(max_stop=4))
+    assert told(error) == (f"Invalid 'stop': array too long. {TOO_LONG}", "stop", "array_above_max_length")
+    assert len(parsed(stop=["x"] * LIMITS.max_stop).stop) == LIMITS.max_stop
+    assert refused({"stop": ["x"] * (LIMITS.max_stop + 1)}).code == "array_above_max_length"
+
+
+@pytest.mark.parametrize("stop", ["", ["a", ""]])
+def test_a_stop_is_not_empty(stop: Any) -> None:
+    message = "empty string. Expected a string with minimum length 1, but got an empty string instead."
+    assert told(refused({"stop": stop})) == (f"Invalid 'stop': {message}", "stop", "empty_string")
+
+
+def test_a_stop_is_not_too_long() -> None:
+    message = "string too long. Expected a string with maximum length 1024, but got a string with length 1025 instead."
+    assert told(refused({"stop": "x" * 1025})) == (f"Invalid 'stop': {message}", "stop", "string_above_max_length")
+
+
+@pytest.mark.parametrize("stop", [[1], [None], [["a"]], ["a", 1]])
+def test_every_stop_is_a_string(stop: Any) -> None:
+    assert told(refused({"stop": stop}))[1:] == ("stop", "invalid_type")
+
+
+@pytest.mark.parametrize("key", ["AI", "", "-1", "1.0", "+1", " 1", "²", "٣", "1e3", "99999999999"])
+def test_keys_of_a_bias_are_token_ids(key: str) -> None:
+    message = f"Invalid key in 'logit_bias': {key}. You should only be submitting non-negative integers."
+    assert told(refused({"logit_bias": {key: 1}})) == (message, "logit_bias", None)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(101, "101"), (-100.5, "-100.5"), (True, "a boolean"), ("5", "a string"), (None, "null"), ([1], "an array")],
+)
+def test_values_of_a_bias_are_small_numbers(value: Any, shown: str) -> None:
+    message = f"Invalid value in 'logit_bias': {shown}. Values must be between -100 and 100."
+    assert told(refused({"logit_bias": {"5": value}})) == (message, "logit_bias", None)
+
+
+def test_biases_are_counted() -> None:
+    many = {str(token): 1 for token in range(LIMITS.max_bias + 1)}
+    message = f"Invalid 'logit_bias': at most {LIMITS.max_bias} tokens may be biased."
+    assert told(refused({"logit_bias": many})) == (message, "logit_bias", None)
+    del many["0"]
+    assert len(parsed(logit_bias=many).logit_bias) == LIMITS.max_bias
+
+
+def test_options_of_a_stream_are_known_booleans() -> None:
+    assert told(refused({"stream": True, "stream_options": {"foo": True}})) == (
+        "Unknown parameter: 'stream_options.foo'.",
+        "stream_options.foo",
+        "unknown_parameter",
+    )
+    assert told(refused({"stream": True, "stream_options": {"include_usage": 1}})) == (
+        "Invalid type for 'stream_options.include_usage': expected a boolean, but got an integer instead.",
+        "stream_options.include_usage",
+        "invalid_type",
+    )
+
+
+@pytest.mark.parametrize("name", ["foo", "top_k", "messages", "max_completion_tokens", "Prompt", ""])
+def test_an_unknown_field_is_refused_by_name_before_anything_else(name: str) -> None:
+    error = refused({"n": "many", name: None})
+    assert (error.message, error.param) == (f"Unrecognized request argument supplied: {name}", name)
+
+
+# ---- fields that must agree
+
+ZERO = "You requested a length 0 completion, but "
+CHOICES = "You requested that the server return more choices than it will generate (HINT: you must set 'n' "
+MANY = "Too many parallel completions requested. You submitted 65 prompts with 2 completions each, but you can "
+
+
+@pytest.mark.parametrize(
+    ("body", "message", "param"),
+    [
+        (
+            {"n": 2, "best_of": 1},
+            f"{CHOICES}(currently 2) to be at most 'best_of' (currently 1), or omit either parameter if you don't "
+            "specifically want to use them.)",
+            None,
+        ),
+        (
+            {"best_of": 0},
+            f"{CHOICES}(currently 1) to be at most 'best_of' (currently 0), or omit either parameter if you don't "
+            "specifically want to use them.)",
+            None,
+        ),
+        (
+            {"best_of": 2, "stream": True},
+            "Results cannot be streamed when 'best_of' is greater than 'n'. (HINT: set 'best_of' to at most 'n', or "
+            "set 'stream' to false.)",
+            "best_of",
+        ),
+        (
+            {"stream_options": {"include_usage": True}},
+            "The 'stream_options' parameter is only allowed when 'stream' is enabled.",
+            "stream_options",
+        ),
+        (
+            {"max_tokens": 0},
+            f"{ZERO}you did not set the 'echo' parameter. That means that we will return no data to you. (HINT: set "
+            "'echo' to true in order for the API to echo back the prompt to you.)",
+            None,
+        ),
+        (
+            {"max_tokens": 0, "echo": True},
+            f"{ZERO}did not specify a 'logprobs' parameter to see the probability of each token. Either request a "
+            "completion with length greater than 1, or set 'logprobs' to 0 (to see the probabilities of each token "
+            "you submitted) or more (to also see the probabilities over alternative tokens).",
+            None,
+        ),
+        (
+            {"suffix": "x", "echo": True, "logprobs": 0},
+            "'suffix' cannot be combined with 'echo' and 'logprobs' together: the model reads the suffix before it "
+            "writes, so the prompt's log probabilities are not those of the prompt alone.",
+            "suffix",
+        ),
+        ({"prompt": ["a"] * 65, "n": 2}, f"{MANY}request at most 128 in total.", "prompt"),
+    ],
+)
+def test_fields_that_contradict(body: dict[str, Any], message: str, param: str | None) -> None:
+    assert told(refused(body, Limits(max_completions=128))) == (message, param, None)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"n": 2, "best_of": 2, "stream": True},
+        {"best_of": 1, "stream": True},
+        {"n": 128},  # and best_of absent: as many
+        {"n": 3, "temperature": 0},
+        {"max_tokens": 0, "echo": True, "logprobs": 0},
+        {"max_tokens": 0, "echo": True, "logprobs": 0, "stream": True},
+        {"suffix": "x", "echo": True},
+        {"suffix": "x", "logprobs": 1},
+        {"suffix": "", "echo": True, "logprobs": 1},
+        {"prompt": ["a"] * 64, "n": 2},
+    ],
+)
+def test_fields_that_agree(body: dict[str, Any]) -> None:
+    parse(json.dumps(body).encode(), Limits(max_completions=128))
+
+
+# ---- JSON
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b'{"model":',
+        b"{} {}",
+        b'{"n":1,}',
+        b"{'n':1}",
+        b"null",
+        b"[]",
+        b'"prompt"',
+        b"5",
+        b'{"temperature":NaN}',
+        b'{"temperature":Infinity}',
+        b'{"temperature":1e999}',
+        b'{"n":01}',
+        b'{"prompt":"a\nb"}',
+        b'{"prompt":"\\ud800"}',
+        b'{"\\udc00":1}',
+        b'{"prompt":"\xff"}',
+        b'{"prompt":"\xed\xa0\x80"}',
+        b"\xef\xbb\xbf{}",
+        '{"prompt":"a"}'.encode("utf-16"),
+        b"[" * 100_000,
+        b'{"prompt":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"logit_bias":' * 50_000 + b"1" + b"}" * 50_000,
+    ],
+    ids=lambda body: repr(body[:20]),
+)
+def test_what_is_not_a_json_object_is_refused_as_such(body: bytes) -> None:
+    message, param, code = told(refused(body))
+    assert message.startswith("We could not parse the JSON body of your request. (HINT: ")
+    assert (param, code) == (None, None)
+
+
+def test_escapes_are_read() -> None:
+    assert parse(rb'{"prompt": "\ud83d\ude00\u0000\n"}', LIMITS).prompt == ("😀\0\n",)
+
+
+def test_of_equal_keys_the_last_counts() -> None:
+    assert parse(b'{"n": 1, "n": "x", "n": 2}', LIMITS).n == 2
+
+
+@pytest.mark.parametrize("digits", [20, 40, 400, 5000])
+@pytest.mark.parametrize("name", ["max_tokens", "seed", "temperature", "logprobs"])
+def test_a_huge_integer_is_refused_in_few_words(name: str, digits: int) -> None:
+    assert len(refused(b'{"%s": %s}' % (name.encode(), b"9" * digits)).message) < 256
+
+
+def test_tiny_numbers_are_numbers() -> None:
+    assert parse(b'{"temperature": 1e-999, "top_p": 0.' + b"0" * 400 + b"1}", LIMITS).temperature == 0.0
+
+
+# ---- anything at all
+
+SECRET = "sesame-opens"
+JSON: st.SearchStrategy[Any] = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(-1, 21)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.sampled_from([16.0, 2**64, 10**400, 1e300])
+    | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+BODIES = st.dictionaries(st.sampled_from(sorted(FIELDS)) | st.text(max_size=3), JSON, max_size=4)
+
+
+def outcome(body: bytes) -> Request | RequestError:
+    try:
+        return parse(body, LIMITS)
+    except RequestError as error:
+        told_bytes = len(error.message.encode()) + len((error.param or "").encode())
+        assert told_bytes < 2048
+        return error
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_any_bytes_are_a_request_or_an_error(body: bytes) -> None:
+    outcome(body)
+
+
+@settings(deadline=None, max_examples=100)
+@given(BODIES)
+def test_any_object_is_a_request_within_limits_or_an_error(body: dict[str, Any]) -> None:
+    request = outcome(json.dumps(body).encode())
+    if isinstance(request, RequestError):
+        return
+    assert 1 <= request.n <= (request.best_of or request.n) <= LIMITS.max_n
+    assert request.prompt
+    assert () not in request.prompt
+    assert 0 <= request.temperature <= 2
+    assert 0 <= request.top_p <= 1
+    assert all(request.stop)
+    hash(request)  # all of it is frozen
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("value", [SECRET, [SECRET], [SECRET, 1], {"0": SECRET}, [[SECRET]]])
+def test_an_error_quotes_no_text_of_the_caller(name: str, value: Any) -> None:
+    result = outcome(json.dumps({"best_of": 0} | {name: value}).encode())
+    assert isinstance(result, RequestError)
+    assert SECRET not in result.message
+
+
+@pytest.mark.parametrize(
+    "body", [{"é" * 10**5: 1}, {"stream_options": {"é" * 10**5: 1}}, {"logit_bias": {"é" * 10**5: 1}}]
+)
+def test_a_long_name_is_cut_short(body: dict[str, Any]) -> None:
+    assert isinstance(outcome(json.dumps({"stream": True} | body).encode()), RequestError)
