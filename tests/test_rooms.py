@@ -40,7 +40,7 @@ OUTSIDE = {
 def room(module: str) -> str:
     """The room of a module: the longest of the names above that it lies in; else its first part."""
     known = [name for name in MAY_IMPORT if module == name or module.startswith(name + ".")]
-    return max(known, key=len, default=module.split(".")[0])
+    return max(known, key=len, default=module.split(".", maxsplit=1)[0])
 
 
 def imports(path: Path) -> set[str]:

@@ -181,9 +181,9 @@ async def _serve(spec: str | None, alias: str | None, config: Config, settings: 
                     timeout_graceful_shutdown=30,
                 )
             )
-            # uvicorn shuts down on a signal and then raises it again; by then there is nothing left to interrupt.
+            # uvicorn shuts down on a signal and then raises it again, when there is nothing left to interrupt.
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda *_: None)
+                signal.signal(number, lambda *_: setattr(server, "should_exit", True))
             await server.serve(sockets=[listener])
 
 

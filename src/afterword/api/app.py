@@ -8,6 +8,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from afterword.api import completions, gate, models, status, tokens
+from afterword.api.gate import GuardedRoute
 from afterword.api.service import Service
 from afterword.errors import AfterwordError
 
@@ -18,13 +19,13 @@ OPEN = (
 """Routes that need no key: what a load balancer asks."""
 
 GUARDED = (
-    Route("/v1/completions", gate.guarded(completions.create), methods=["POST"]),
-    Route("/v1/models", gate.guarded(models.list_models), methods=["GET"]),
-    Route("/v1/models/{model:path}", gate.guarded(models.get_model), methods=["GET"]),
-    Route("/tokenize", gate.guarded(tokens.tokenize), methods=["POST"]),
-    Route("/detokenize", gate.guarded(tokens.detokenize), methods=["POST"]),
-    Route("/tokenizer_info", gate.guarded(tokens.tokenizer_info), methods=["GET"]),
-    Route("/version", gate.guarded(status.version), methods=["GET"]),
+    GuardedRoute("/v1/completions", completions.create, methods=["POST"]),
+    GuardedRoute("/v1/models", models.list_models, methods=["GET"]),
+    GuardedRoute("/v1/models/{model:path}", models.get_model, methods=["GET"]),
+    GuardedRoute("/tokenize", tokens.tokenize, methods=["POST"]),
+    GuardedRoute("/detokenize", tokens.detokenize, methods=["POST"]),
+    GuardedRoute("/tokenizer_info", tokens.tokenizer_info, methods=["GET"]),
+    GuardedRoute("/version", status.version, methods=["GET"]),
 )
 
 

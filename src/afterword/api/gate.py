@@ -1,25 +1,24 @@
 """Who may come in, and with how much: keys, body size, and the headers that every answer has.
 
-Every route is closed unless it is marked open; the check hangs on the matched route, never on the path's text.
+Every route is guarded but the two that a load balancer asks; the check hangs on the matched route, never on the
+path's text.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Awaitable, Callable
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from afterword.api import wire
 from afterword.config import Config, Keys
 from afterword.errors import AfterwordError, Overloaded, RequestError, Unauthorized
-
-Endpoint = Callable[[Request], Awaitable[Response]]
 
 _NO_KEY = (
     "You didn't provide an API key. You need to provide your API key in an Authorization header using Bearer auth "
@@ -27,16 +26,15 @@ _NO_KEY = (
 )
 
 
-def guarded(endpoint: Endpoint) -> Endpoint:
-    """An endpoint that first asks for a key, if the server has any."""
+class GuardedRoute(Route):
+    """A route that first asks for a key, if the server has any, whatever the method."""
 
-    async def check(request: Request) -> Response:
-        config: Config = request.app.state.service.config
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises `Unauthorized` to those without one."""
+        config: Config = scope["app"].state.service.config
         if config.keys.digests:
-            check_key(request.headers.get("authorization", ""), config.keys)
-        return await endpoint(request)
-
-    return check
+            check_key(Headers(scope=scope).get("authorization", ""), config.keys)
+        await super().handle(scope, receive, send)
 
 
 def check_key(authorization: str, keys: Keys) -> None:

@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from afterword.api import wire
 from afterword.api.service import Served, Service
+from afterword.errors import ModelNotFound
 
 
 async def list_models(request: Request) -> Response:
@@ -20,7 +21,10 @@ async def list_models(request: Request) -> Response:
 async def get_model(request: Request) -> Response:
     """One model; its name may contain slashes. Raises `ModelNotFound`."""
     service: Service = request.app.state.service
-    return json_answer(describe(service.find(request.path_params["model"])))
+    name: str = request.path_params["model"]
+    if not name:  # in a request's body that would mean whatever is served
+        raise ModelNotFound(name)
+    return json_answer(describe(service.find(name)))
 
 
 def describe(served: Served) -> dict[str, Any]:

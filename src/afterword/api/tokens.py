@@ -18,13 +18,13 @@ from afterword.errors import RequestError
 async def tokenize(request: Request) -> Response:
     """`{"prompt": text, "add_special_tokens": true}` to token ids; the BOS is added if the model wants one."""
     served, body = await _read(request, ("prompt", "add_special_tokens"))
-    prompt, add = body.get("prompt"), body.get("add_special_tokens", True)
+    prompt, add = body.get("prompt"), body.get("add_special_tokens")
     if not isinstance(prompt, str):
         raise RequestError("'prompt' must be a string.", param="prompt")
-    if not isinstance(add, bool):
+    if not isinstance(add, bool | None):
         raise RequestError("'add_special_tokens' must be a boolean.", param="add_special_tokens")
     card = served.engine.card
-    bos = [card.bos] if add and card.add_bos else []
+    bos = [card.bos] if card.add_bos and add is not False else []
     tokens = [*bos, *(await served.engine.tokenize(prompt, True) if prompt else ())]
     return json_answer({"tokens": tokens, "count": len(tokens), "max_model_len": card.context})
 

@@ -73,7 +73,9 @@ class Supervisor:
         return run
 
     async def tokenize(self, text: str, special: bool) -> tuple[int, ...]:
-        """Tokens of a text; see `protocol.Engine`."""
+        """Tokens of a text; see `protocol.Engine`. Raises `Overloaded` while the engine is being replaced."""
+        if self.state == "restarting":
+            raise Overloaded("The engine is being restarted. Please try again.")
         call = next(self._names)
         future: asyncio.Future[tuple[int, ...]] = asyncio.get_running_loop().create_future()
         self._calls[call] = future
@@ -105,13 +107,14 @@ class Supervisor:
             self._process = subprocess.Popen(
                 [*self._command, str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
             )
-        reader, self._writer = await asyncio.open_connection(sock=ours, limit=2**20)
-        self._send(self._settings)
+        reader, writer = await asyncio.open_connection(sock=ours, limit=2**20)
+        writer.write(frames.pack(self._settings))
         first = await _receive(reader)
         if not isinstance(first, frames.Ready):
+            writer.close()
             await self._end_process()
             raise SettingError(first.message if isinstance(first, frames.Failed) else self._last_words())
-        self._card = first.card
+        self._card, self._writer = first.card, writer
         self._load = Load(first.card.sequences)
         self._reader = asyncio.create_task(self._listen(reader))
 

@@ -1,0 +1,110 @@
+"""The model's tokenizer over HTTP: what is taken apart can be put together, and the rest is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from asking import complete, problem, tokens_of
+
+from oracle.tiny import write_tiny
+
+
+@pytest.fixture(scope="module")
+def with_bos(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A model that wants BOS before a text."""
+    path = write_tiny(tmp_path_factory.mktemp("models") / "bos.gguf", vocabulary="spm")
+    with serve(str(path), "--parallel", "1", key=None) as server, server.http() as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "Once upon a time", "  two\n\n\tlines ", "héllo 😀 漢字", "a\x00b", "’" * 50]
+)
+def test_a_text_survives_the_round_trip(http: httpx.Client, text: str) -> None:
+    answer = http.post("/detokenize", json={"tokens": tokens_of(http, text)})
+    assert answer.json() == {"prompt": text}
+
+
+def test_tokens_are_counted_as_completions_count_them(http: httpx.Client, facts: dict[str, Any], server: Any) -> None:
+    text = "The dog ran to the park."
+    answer = http.post("/tokenize", json={"model": server.model, "prompt": text}).json()
+    assert answer.keys() == {"tokens", "count", "max_model_len"}
+    assert answer["count"] == len(answer["tokens"])
+    assert answer["count"] == complete(http, prompt=text, max_tokens=1)["usage"]["prompt_tokens"]
+    assert answer["max_model_len"] == facts["model_max_length"]
+
+
+def test_special_tokens_have_names_and_ids(http: httpx.Client, facts: dict[str, Any]) -> None:
+    for kind in ("bos", "eos"):
+        name, token = facts[f"{kind}_token"], facts[f"{kind}_token_id"]
+        assert tokens_of(http, name) == [token]
+        assert http.post("/detokenize", json={"tokens": [token]}).json() == {"prompt": name}
+        assert 0 <= token < facts["vocab_size"]
+
+
+def test_every_id_has_a_text(http: httpx.Client, facts: dict[str, Any]) -> None:
+    answer = http.post("/detokenize", json={"tokens": list(range(facts["vocab_size"]))})
+    assert answer.status_code == 200
+    assert facts["eos_token"] in answer.json()["prompt"]
+
+
+def test_a_bos_is_added_where_the_model_wants_one(with_bos: httpx.Client) -> None:
+    facts = with_bos.get("/tokenizer_info").json()
+    bare = with_bos.post("/tokenize", json={"prompt": "Hello", "add_special_tokens": False}).json()["tokens"]
+    assert facts["add_bos_token"] is True
+    assert tokens_of(with_bos, "Hello") == [facts["bos_token_id"], *bare]
+    assert tokens_of(with_bos, "") == [facts["bos_token_id"]]
+
+
+def test_no_bos_is_added_where_the_model_wants_none(http: httpx.Client, facts: dict[str, Any]) -> None:
+    bare = http.post("/tokenize", json={"prompt": "Hello", "add_special_tokens": False}).json()["tokens"]
+    assert facts["add_bos_token"] is False
+    assert tokens_of(http, "Hello") == bare
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "blamed"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": None}, "prompt"),
+        ("/tokenize", {"prompt": ["a"]}, "prompt"),
+        ("/tokenize", {"prompt": "a", "add_special_tokens": 1}, "add_special_tokens"),
+        ("/tokenize", {"prompt": "a", "foo": 1}, "foo"),
+        ("/tokenize", {"prompt": "a", "model": 5}, "model"),
+        ("/detokenize", {}, "tokens"),
+        ("/detokenize", {"tokens": None}, "tokens"),
+        ("/detokenize", {"tokens": "1"}, "tokens"),
+        ("/detokenize", {"tokens": ["1"]}, "tokens"),
+        ("/detokenize", {"tokens": [True]}, "tokens"),
+        ("/detokenize", {"tokens": [1.5]}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ("/detokenize", {"tokens": [10**30]}, "tokens"),
+        ("/detokenize", {"tokens": [1], "prompt": "a"}, "prompt"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_used_is_refused_by_name(http: httpx.Client, path: str, body: Any, blamed: str) -> None:
+    error = problem(http.post(path, json=body), 400)
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == blamed
+    assert blamed in error["message"]
+
+
+def test_an_id_beyond_the_vocabulary_is_refused(http: httpx.Client, facts: dict[str, Any]) -> None:
+    assert http.post("/detokenize", json={"tokens": [facts["vocab_size"] - 1]}).status_code == 200
+    assert problem(http.post("/detokenize", json={"tokens": [facts["vocab_size"]]}), 400)["param"] == "tokens"
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize"])
+def test_another_model_is_not_found(http: httpx.Client, path: str) -> None:
+    body = {"model": "no-such", "prompt": "a"} if path == "/tokenize" else {"model": "no-such", "tokens": [1]}
+    assert problem(http.post(path, json=body), 404)["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize"])
+@pytest.mark.parametrize("body", [b"", b"[]", b'{"prompt":', b'{"prompt": "\\ud800"}', b"\xff"])
+def test_a_body_must_be_a_json_object(http: httpx.Client, path: str, body: bytes) -> None:
+    problem(http.post(path, content=body, headers={"Content-Type": "application/json"}), 400)

@@ -1,0 +1,99 @@
+"""A real server for the tests that speak HTTP: `afterword serve` in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import IO
+
+import httpx
+import openai
+import pytest
+
+KEY = "sk-test-0123456789abcdef"
+
+Serve = Callable[..., AbstractContextManager["Server"]]
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running server. `key` is None where the tests gave it none."""
+
+    url: str
+    key: str | None
+    model: str
+    pid: int
+
+    def http(self, key: str | None = None) -> httpx.Client:
+        """A client that shows the server's key, or another one."""
+        key = key or self.key
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False)
+
+
+@contextmanager
+def running(*args: str, key: str | None = KEY) -> Iterator[Server]:
+    """`afterword serve` with these arguments on a free port. It must end cleanly when it is told to."""
+    keys = ("--api-key", key) if key else ()
+    command = [sys.executable, "-m", "afterword", "serve", "--port", "0", *keys, *args]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AFTERWORD_")}
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
+        with process:
+            try:
+                yield _greeted(process, log, key)
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(60) == 0
+            finally:
+                process.kill()
+        assert "Traceback" not in _read(log)
+
+
+def _greeted(process: subprocess.Popen[str], log: IO[str], key: str | None) -> Server:
+    assert process.stdout is not None
+    greeting = ""
+    for line in process.stdout:
+        greeting += line
+        if found := re.search(r"serves (\S+) .*\s(http://\S+)\n", greeting, re.DOTALL):
+            return Server(found[2], key, found[1], process.pid)
+    pytest.fail(f"The server did not start: {_read(log)}")
+
+
+def _read(log: IO[str]) -> str:
+    log.seek(0)
+    return log.read()
+
+
+@pytest.fixture(scope="session")
+def serve() -> Serve:
+    """For tests that need a server of their own: `with serve(*arguments, key=...) as server`."""
+    return running
+
+
+@pytest.fixture(scope="session")
+def server(serve: Serve) -> Iterator[Server]:
+    """The built-in model behind a key."""
+    with serve("--parallel", "8") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def http(server: Server) -> Iterator[httpx.Client]:
+    with server.http() as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with (
+        openai.DefaultHttpxClient(trust_env=False) as transport,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, http_client=transport) as client,
+    ):
+        yield client
