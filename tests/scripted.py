@@ -72,7 +72,8 @@ class ScriptedRun:
         self.dropped: list[int] = []
 
     async def __aiter__(self) -> AsyncIterator[Step]:
-        scored = tuple(report(token, self.job.alternatives) for token in self.job.prompt[1:] if self.job.score)
+        wanted = self.job.prompt_alternatives
+        scored = tuple(report(token, wanted) for token in self.job.prompt[1:] if wanted is not None)
         yield Step(scored[:1])  # a prompt is scored in parts, the last of them with the first tokens
         length = 0
         while self.live:

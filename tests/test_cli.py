@@ -10,7 +10,8 @@ from click.testing import CliRunner, Result
 
 from afterword import __version__
 from afterword.cli import greeting, main
-from afterword.completion.request import Limits, parse
+from afterword.completion.limits import Limits
+from afterword.completion.request import parse
 from afterword.config import Config
 from afterword.engine.protocol import Card
 from oracle.tiny import write_tiny

@@ -13,6 +13,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,8 +22,9 @@ import psutil
 
 from afterword import __version__
 from afterword.completion.choice import Delta
+from afterword.completion.limits import STRICT, Limits
 from afterword.completion.plan import make_plan
-from afterword.completion.request import Limits, parse
+from afterword.completion.request import parse
 from afterword.completion.run import run, tokenize
 from afterword.config import SMALL_MODEL, Config, EngineSettings, Keys
 from afterword.engine import frames
@@ -91,6 +93,10 @@ def engine_options(command: F) -> F:
 @click.option("--max-queue", type=click.IntRange(min=1), default=4096, help="Most prompts that wait.")
 @click.option("--max-logprobs", type=click.IntRange(0, 1000), default=20, help="Most alternatives a token.")
 @click.option("--max-stop", type=click.IntRange(min=1), default=16, help="Most stop strings.")
+@click.option("--strict", is_flag=True, help="Refuse what OpenAI refuses; its limits, no extension fields.")
+@click.option(
+    "--ignore-unknown", is_flag=True, help="Accept unknown fields; the header x-afterword-ignored lists them."
+)
 @engine_options
 def serve(
     model: str | None,
@@ -103,16 +109,19 @@ def serve(
     max_queue: int,
     max_logprobs: int,
     max_stop: int,
+    strict: bool,
+    ignore_unknown: bool,
     **engine: Any,
 ) -> None:
     """Serve MODEL: a GGUF file, hf:owner/repo[:file or quant], or nothing for the built-in model."""
+    limits = STRICT if strict else Limits(max_logprobs=max_logprobs, max_stop=max_stop)
     config = Config(
         host=host,
         port=port,
         keys=Keys.of(api_key, api_key_file),
         allow_open=allow_open,
         max_queue=max_queue,
-        limits=Limits(max_logprobs=max_logprobs, max_stop=max_stop),
+        limits=replace(limits, ignore_unknown=ignore_unknown),
     )
     _run(_serve(model, alias, config, EngineSettings(**engine)))
 

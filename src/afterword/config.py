@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from afterword.completion.request import Limits
+from afterword.completion.limits import Limits
 from afterword.engine.frames import KvType
 from afterword.errors import SettingError
 

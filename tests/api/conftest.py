@@ -39,3 +39,11 @@ def plain(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[http
     path = write_tiny(tmp_path_factory.mktemp("models") / "plain.gguf", infill=False)
     with serve(str(path), "--parallel", "2", key=None) as server, server.http() as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def spm(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A model that wants a BOS before a text, on a server without a key."""
+    path = write_tiny(tmp_path_factory.mktemp("models") / "spm.gguf", vocabulary="spm")
+    with serve(str(path), "--parallel", "2", key=None) as server, server.http() as client:
+        yield client

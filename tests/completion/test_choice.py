@@ -1,13 +1,15 @@
 """One sample's tokens to one choice's answer: its text, its columns, and how it ends."""
 
 import asyncio
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
-from afterword.completion.choice import Choice, Delta, Logprobs, fold, make_echo, spelled, top_map
+from afterword.completion.choice import Choice, Delta, fold
+from afterword.completion.logprobs import Logprobs, make_echo, make_report, spelled, top_map
 from afterword.completion.plan import Plan, make_plan
 from afterword.completion.request import Request
 from afterword.completion.run import tokenize
@@ -23,8 +25,10 @@ def plan(card: Card = CARD, **fields: Any) -> Plan:
 def grow(plan: Plan, tokens: Sequence[int], end: End = "length") -> tuple[Choice, list[Delta]]:
     """A choice that was given these tokens one by one, and then the end; and its deltas."""
     prompt = plan.prompts[0]
-    scored = [report(token, prompt.job.alternatives) for token in prompt.job.prompt[1:] if prompt.job.score]
-    choice, deltas = Choice(plan, prompt, make_echo(plan, prompt, scored)), []
+    wanted = prompt.job.prompt_alternatives
+    scored = [report(token, wanted) for token in prompt.job.prompt[1:] if wanted is not None]
+    choice = Choice(plan, prompt, make_echo(plan, prompt, scored), make_report(plan, prompt, scored))
+    deltas = []
     for count, token in enumerate(tokens, 1):
         choice.take(report(token, prompt.job.alternatives))
         if count == len(tokens):
@@ -164,7 +168,8 @@ def test_alternatives_start_with_the_token_itself() -> None:
 
 def test_of_equal_spellings_the_token_itself_stays_and_then_the_likelier() -> None:
     pieces = (b"a", b"b", b"a", b"b", b"")
-    entries = top_map(Token(2, -3.0, ((0, -0.5), (1, -1.0), (3, -2.0), (4, -4.0))), pieces)
+    asked = dataclasses.replace(plan(prompt=("a",), logprobs=4), pieces=pieces)
+    entries = top_map(Token(2, -3.0, ((0, -0.5), (1, -1.0), (3, -2.0), (4, -4.0))), asked)
     assert list(entries.items()) == [("a", -3.0), ("b", -1.0), ("", -4.0)]
 
 
@@ -315,9 +320,52 @@ def test_the_whole_is_the_sum_of_its_deltas(end: End, echo: bool, logprobs: int 
     asked = plan(prompt=("Hello’",), echo=echo, logprobs=logprobs, stop=("worn",))
     tokens = (*ids(b"Hello world \xf0\x9f sat\xe2"), *((EOS,) if end == "stop" else ()))
     prompt = asked.prompts[0]
-    scored = [report(token, logprobs) for token in prompt.job.prompt[1:] if prompt.job.score]
-    choice = Choice(asked, prompt, make_echo(asked, prompt, scored))
+    wanted = prompt.job.prompt_alternatives
+    scored = [report(token, wanted) for token in prompt.job.prompt[1:] if wanted is not None]
+    choice = Choice(asked, prompt, make_echo(asked, prompt, scored), None)
     for token in tokens:
         choice.take(report(token, logprobs))
     choice.end(end)
     assert fold(choice.deltas(0)) == whole(asked, tokens, end)
+
+
+# ---- extensions
+
+
+def test_token_ids_are_all_that_were_generated_the_hidden_ones_too() -> None:
+    asked = plan(prompt=("a cat",), return_token_ids=True, stop=(" sat",))
+    _, deltas = grow(asked, ids("Hello the sat"))
+    assert fold(deltas).token_ids == ids("Hello the sat")
+    assert deltas[0].prompt is not None
+    assert deltas[0].prompt.token_ids == ids("a cat")
+    assert all(delta.prompt is None for delta in deltas[1:])
+    _, deltas = grow(plan(prompt=("a",), return_token_ids=True), (*ids("Hello"), EOS), "stop")
+    assert fold(deltas).token_ids == (*ids("Hello"), EOS)
+
+
+def test_the_prompts_log_probabilities_are_told_by_id_with_ranks() -> None:
+    the, cat, sat = ids(" the cat sat")
+    answer = whole(plan(prompt=((the, sat),), prompt_logprobs=2), ids("Hello"))
+    assert answer.prompt is not None
+    assert answer.prompt.token_ids is None
+    first, second = answer.prompt.logprobs or ()
+    assert first is None
+    assert second is not None
+    assert [(token, entry.decoded_token) for token, entry in second.items()] == [
+        (str(sat), " sat"), (str(the), " the"), (str(cat), " cat")
+    ]  # fmt: skip
+    assert [entry.rank for entry in second.values()] == [report(sat).rank, 1, 2]
+
+
+def test_no_more_alternatives_are_shown_than_were_asked_for() -> None:
+    answer = whole(plan(prompt=(" the cat",), echo=True, logprobs=1, prompt_logprobs=3), ids("Hello"))
+    top = columns(answer).top_logprobs
+    assert top is not None
+    assert max(len(entry) for entry in top if entry) <= 2
+    assert answer.prompt is not None
+    assert len((answer.prompt.logprobs or ())[1] or ()) >= 3
+
+
+def test_a_stop_string_ends_nothing_before_the_fewest_tokens() -> None:
+    answer = whole(plan(prompt=("a",), stop=(" cat",), min_tokens=3), ids(" cat the cat sat cat sat"))
+    assert (answer.text, answer.finish) == (" cat the cat sat", "stop")

@@ -178,8 +178,29 @@ def test_a_job_says_how_tokens_are_chosen_and_what_ends_them() -> None:
         frequency_penalty=-1.0,
         logit_bias=((7, -100.0),),
     ).job
-    assert job.sampling == Sampling(0.5, 0.9, 1.0, -1.0, ((7, -100.0),))
+    assert job.sampling == Sampling(
+        temperature=0.5, top_p=0.9, presence_penalty=1.0, frequency_penalty=-1.0, logit_bias=((7, -100.0),)
+    )
     assert (job.max_tokens, job.ends) == (5, (EOS,))
+
+
+def test_extensions_change_the_job() -> None:
+    job = only(prompt=("a",), top_k=5, min_p=0.1, repetition_penalty=1.2, min_tokens=3, stop_token_ids=(7,)).job
+    assert job.sampling == Sampling(top_k=5, min_p=0.1, repetition_penalty=1.2)
+    assert (job.min_tokens, job.ends) == (3, (EOS, 7))
+    assert only(prompt=("a",), ignore_eos=True, stop_token_ids=(7,)).job.ends == (7,)
+
+
+def test_ids_that_stop_must_be_the_models() -> None:
+    with pytest.raises(RequestError, match="stop_token_ids") as refusal:
+        only(prompt=("a",), stop_token_ids=(len(CARD.pieces),))
+    assert refusal.value.param == "stop_token_ids"
+
+
+def test_a_text_gains_no_bos_when_none_is_wanted() -> None:
+    spoken = replace(CARD, bos=BOS, add_bos=True)
+    assert only(spoken, prompt=("a",)).job.prompt == (BOS, *ids("a"))
+    assert only(spoken, prompt=("a",), add_special_tokens=False).job.prompt == ids("a")
 
 
 @pytest.mark.parametrize(
@@ -190,23 +211,25 @@ def test_a_job_has_as_many_samples_as_there_are_candidates(fields: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    ("fields", "alternatives", "score"),
+    ("fields", "alternatives", "of_the_prompt"),
     [
-        ({}, None, False),
-        ({"echo": True}, None, False),
-        ({"logprobs": 0}, 0, False),
-        ({"logprobs": 3}, 3, False),
-        ({"logprobs": 0, "echo": True}, 0, True),
-        ({"n": 2}, None, False),
-        ({"best_of": 2}, 0, False),  # candidates are ranked by them
-        ({"best_of": 2, "logprobs": 2}, 2, False),
+        ({}, None, None),
+        ({"echo": True}, None, None),
+        ({"logprobs": 0}, 0, None),
+        ({"logprobs": 3}, 3, None),
+        ({"logprobs": 0, "echo": True}, 0, 0),
+        ({"prompt_logprobs": 2}, None, 2),
+        ({"prompt_logprobs": 2, "logprobs": 4, "echo": True}, 4, 4),
+        ({"n": 2}, None, None),
+        ({"best_of": 2}, 0, None),  # candidates are ranked by them
+        ({"best_of": 2, "logprobs": 2}, 2, None),
     ],
 )
 def test_log_probabilities_are_asked_for_only_where_they_are_needed(
-    fields: dict[str, Any], alternatives: int | None, score: bool
+    fields: dict[str, Any], alternatives: int | None, of_the_prompt: int | None
 ) -> None:
     job = only(prompt=("a",), **fields).job
-    assert (job.alternatives, job.score) == (alternatives, score)
+    assert (job.alternatives, job.prompt_alternatives) == (alternatives, of_the_prompt)
 
 
 # ---- randomness

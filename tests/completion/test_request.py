@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afterword.completion.request import FIELDS, Limits, Request, StreamOptions, parse
+from afterword.completion.fields import StreamOptions
+from afterword.completion.limits import STRICT, Limits
+from afterword.completion.request import EXTENSIONS, FIELDS, Request, parse
 from afterword.errors import RequestError
 
 LIMITS = Limits()
@@ -54,6 +56,16 @@ def test_an_empty_body_asks_for_the_defaults_of_the_api() -> None:
         "temperature": 1.0,
         "top_p": 1.0,
         "user": None,
+        "add_special_tokens": True,
+        "ignore_eos": False,
+        "min_p": 0.0,
+        "min_tokens": 0,
+        "prompt_logprobs": None,
+        "repetition_penalty": 1.0,
+        "return_token_ids": False,
+        "stop_token_ids": (),
+        "top_k": 0,
+        "ignored": (),
     }
 
 
@@ -63,7 +75,7 @@ def test_null_is_as_if_absent(name: str) -> None:
 
 
 def test_every_field_of_a_request_can_be_parsed_and_no_other() -> None:
-    assert list(FIELDS) == [field.name for field in fields(Request)]
+    assert [*FIELDS, *EXTENSIONS, "ignored"] == [field.name for field in fields(Request)]
 
 
 # ---- fields that are taken
@@ -290,7 +302,7 @@ def test_options_of_a_stream_are_known_booleans() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["foo", "top_k", "messages", "max_completion_tokens", "Prompt", ""])
+@pytest.mark.parametrize("name", ["foo", "prediction", "cache_salt", "messages", "max_completion_tokens", "Prompt", ""])
 def test_an_unknown_field_is_refused_by_name_before_anything_else(name: str) -> None:
     error = refused({"n": "many", name: None})
     assert (error.message, error.param) == (f"Unrecognized request argument supplied: {name}", name)
@@ -490,3 +502,80 @@ def test_an_error_quotes_no_text_of_the_caller(name: str, value: Any) -> None:
 )
 def test_a_long_name_is_cut_short(body: dict[str, Any]) -> None:
     assert isinstance(outcome(json.dumps({"stream": True} | body).encode()), RequestError)
+
+
+# ---- extensions, and how strictly a request is read
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "result"),
+    [
+        ("top_k", -1, 0),
+        ("top_k", 40, 40),
+        ("min_p", 0.05, 0.05),
+        ("min_tokens", 3, 3),
+        ("repetition_penalty", 1.1, 1.1),
+        ("ignore_eos", True, True),
+        ("add_special_tokens", False, False),
+        ("return_token_ids", True, True),
+        ("prompt_logprobs", 0, 0),
+        ("stop_token_ids", [1, 2.0], (1, 2)),
+        ("stop_token_ids", [], ()),
+    ],
+)
+def test_extensions_have_their_values(name: str, value: Any, result: Any) -> None:
+    assert getattr(parsed(**{name: value}), name) == result
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("top_k", -2),
+        ("top_k", 1.5),
+        ("min_p", 1.1),
+        ("min_tokens", -1),
+        ("min_tokens", 17),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", 2.1),
+        ("ignore_eos", 1),
+        ("prompt_logprobs", 21),
+        ("prompt_logprobs", -1),
+        ("stop_token_ids", 5),
+        ("stop_token_ids", [True]),
+        ("stop_token_ids", list(range(2000))),
+    ],
+)
+def test_extensions_are_refused_by_name(name: str, value: Any) -> None:
+    assert refused({name: value}).param == name
+
+
+def test_log_probabilities_of_the_prompt_cannot_be_streamed() -> None:
+    assert refused({"prompt_logprobs": 1, "stream": True}).param == "prompt_logprobs"
+
+
+def strictly(body: dict[str, Any]) -> Request:
+    return parse(json.dumps({"model": "m", "prompt": "a"} | body).encode(), STRICT)
+
+
+@pytest.mark.parametrize("name", EXTENSIONS)
+def test_strictly_there_are_no_extensions(name: str) -> None:
+    with pytest.raises(RequestError, match=f"Unrecognized request argument supplied: {name}"):
+        strictly({name: None})
+
+
+def test_strictly_the_limits_are_openais() -> None:
+    assert strictly({"logprobs": 100}).logprobs == 5
+    assert strictly({"stop": ["a"] * 4}).stop == ("a",) * 4
+    with pytest.raises(RequestError, match="maximum length 4, but got an array with length 5"):
+        strictly({"stop": ["a"] * 5})
+    with pytest.raises(RequestError, match="you must provide a model parameter"):
+        strictly({"model": None, "foo": 1})
+    with pytest.raises(RequestError, match=r"stream_options\.continuous_usage_stats"):
+        strictly({"stream": True, "stream_options": {"continuous_usage_stats": True}})
+
+
+def test_unknown_fields_can_be_ignored_and_are_remembered() -> None:
+    lenient = Limits(ignore_unknown=True)
+    request = parse(b'{"prompt": "a", "foo": {"n": 5}, "top_k": 3, "bar": null}', lenient)
+    assert (request.ignored, request.top_k) == (("foo", "bar"), 3)
+    assert parse(b'{"model": "m", "top_k": 3}', replace(STRICT, ignore_unknown=True)).ignored == ("top_k",)

@@ -76,8 +76,8 @@ def fail(engine: ScriptedEngine, error: type[AfterwordError], **fields: Any) -> 
 
 def test_an_answer_is_its_deltas_and_then_one_usage() -> None:
     assert ask(says("Hello world"), prompt=("a cat",)).items == [
-        Delta(0, "Hello", None, None),
-        Delta(0, " world", None, None),
+        Delta(0, "Hello", None, None, 1),
+        Delta(0, " world", None, None, 1),
         Delta(0, "", None, "stop"),
         Usage(prompt_tokens=2, completion_tokens=2),
     ]
@@ -290,8 +290,8 @@ def test_an_answer_that_is_whole_leaves_nothing_to_close() -> None:
 def test_deltas_before_a_failure_are_delivered_and_no_usage_after() -> None:
     engine = ScriptedEngine(says("Hello world the cat"), dies_after=2)
     assert fail(engine, EngineDied, prompt=("a",)).items == [
-        Delta(0, "Hello", None, None),
-        Delta(0, " world", None, None),
+        Delta(0, "Hello", None, None, 1),
+        Delta(0, " world", None, None, 1),
     ]
 
 

@@ -71,7 +71,9 @@ def alone(job: Job, sample: int) -> list[int]:
     while len(generated) < job.max_tokens:
         draw = sampler.uniform(job.key, sample, len(generated))
         counts = {token: generated.count(token) for token in generated}
-        token = sampler.choose(logits_after(history), job.sampling, counts, draw)
+        banned = job.ends if len(generated) < job.min_tokens else ()
+        row = sampler.adjusted(logits_after(history), job.sampling, job.prompt, counts, banned)
+        token = sampler.choose(row, job.sampling, draw)
         history.append(token)
         generated.append(token)
         if token in job.ends:

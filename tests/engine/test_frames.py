@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from afterword.engine import frames
 from afterword.engine.protocol import Job, Load, Sampling, Step, Token
 
-JOB = Job((1, 2), 3, 4, Sampling(0.5, 0.9, 0.1, -0.2, ((7, -100.0),)), (0,), b"k" * 16, 2, True)
+JOB = Job((1, 2), 3, 4, Sampling(0.5, 0.9, 40, 0.1, 0.2, -0.2, 1.1, ((7, -100.0),)), (0,), b"k" * 16, 1, 2, 3)
 TO_ENGINE = [
     frames.Open("model.gguf", 512, 4, 1, 64, "f16", 0, False),
     frames.Start(1, JOB),

@@ -25,8 +25,8 @@ from oracle.tiny import write_tiny
 
 library.start(verbose=False)
 
-GREEDY = Sampling(temperature=0.0, top_p=1.0, presence_penalty=0.0, frequency_penalty=0.0, logit_bias=())
-WARM = Sampling(temperature=1.0, top_p=0.95, presence_penalty=0.0, frequency_penalty=0.0, logit_bias=())
+GREEDY = Sampling(temperature=0.0)
+WARM = Sampling(top_p=0.95)
 
 
 def open_model(path: Path, sequences: int = 4, kv_type: KvType = "f16", chunk: int = 32) -> Loaded:
@@ -80,7 +80,7 @@ def random_jobs(count: int, vocabulary: int, seed: int) -> list[Job]:
             ends=(),
             key=bytes([index]) * 16,
             alternatives=2,
-            score=rng.random() < 0.4,
+            prompt_alternatives=2 if rng.random() < 0.4 else None,
         )
         for index in range(count)
     ]
@@ -92,7 +92,7 @@ def test_scored_log_probabilities_agree_with_an_independent_forward_pass(arch, v
     path = write_tiny(tmp_path / "tiny.gguf", arch=arch, file_type="F32", vocabulary=vocabulary)
     model = open_model(path, kv_type="f32")
     prompt = tuple(random.Random(1).randrange(4, 250) for _ in range(100))
-    job = Job(prompt, 1, 0, GREEDY, (), b"k" * 16, alternatives=3, score=True)
+    job = Job(prompt, 1, 0, GREEDY, (), b"k" * 16, prompt_alternatives=3)
     scored = [token for _, token in play(Loop(model.runner), [job])[0]]
     expected = Oracle(path).log_probs(prompt)
     assert [token.id for token in scored] == list(prompt[1:])
@@ -118,7 +118,7 @@ def test_generated_log_probabilities_agree_with_an_independent_forward_pass(tmp_
 def test_the_built_in_models_numbers_are_its_weights(builtin, builtin_loop):
     """Q8_0 products round activations to 8 bits, so agreement is looser; a wrong layout would be off by nats."""
     prompt = builtin.tokenize("Once upon a time there was a little girl who lived in a house near the sea.", True)
-    job = Job(prompt, 1, 0, GREEDY, (), b"k" * 16, alternatives=0, score=True)
+    job = Job(prompt, 1, 0, GREEDY, (), b"k" * 16, prompt_alternatives=0)
     scored = [token.logprob for _, token in play(builtin_loop, [job])[0]]
     rows = Oracle(builtin_path()).log_probs(prompt)
     expected = [rows[position][token] for position, token in enumerate(prompt[1:])]

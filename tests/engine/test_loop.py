@@ -12,7 +12,7 @@ from afterword.engine.core import sampler
 from afterword.engine.core.loop import Loop
 from afterword.engine.protocol import Job, Load, Sampling, Step
 
-PLAIN = Sampling(temperature=1.0, top_p=1.0, presence_penalty=0.0, frequency_penalty=0.0, logit_bias=())
+PLAIN = Sampling()
 
 tokens = st.integers(0, 23)
 jobs = st.builds(
@@ -26,12 +26,16 @@ jobs = st.builds(
         top_p=st.sampled_from([0.5, 1.0]),
         presence_penalty=st.sampled_from([0.0, 1.5]),
         frequency_penalty=st.sampled_from([0.0, -0.5]),
+        top_k=st.sampled_from([0, 3]),
+        min_p=st.sampled_from([0.0, 0.2]),
+        repetition_penalty=st.sampled_from([1.0, 1.3]),
         logit_bias=st.just(()),
     ),
     ends=st.just((3, 7)),
     key=st.binary(min_size=16, max_size=16),
     alternatives=st.sampled_from([None, 0, 2]),
-    score=st.booleans(),
+    min_tokens=st.sampled_from([0, 0, 4]),
+    prompt_alternatives=st.sampled_from([None, 0, 2]),
 )
 
 
@@ -125,12 +129,13 @@ def test_the_first_tokens_of_all_samples_come_with_the_prompts_last_pass():
 def test_scored_tokens_are_the_prompts_own_from_the_second_on():
     loop = Loop(HistoryRunner(slots=1, chunk=3))
     prompt = tuple(range(8))
-    loop.start(0, job(prompt=prompt, max_tokens=0, alternatives=2, score=True))
+    loop.start(0, job(prompt=prompt, max_tokens=0, prompt_alternatives=2))
     scored = [token for step in finish(loop)[0] for token in step.scored]
     assert [token.id for token in scored] == list(prompt[1:])
     for position, token in enumerate(scored):
         row = logits_after(list(prompt[: position + 1]))
-        assert token == sampler.report(row, token.id, 2)
+        assert token == sampler.report_prompt(row, token.id, 2)
+        assert token.rank == 1 + sum(row > row[token.id])
 
 
 def test_prompts_and_running_sequences_take_turns():

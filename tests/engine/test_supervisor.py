@@ -19,7 +19,7 @@ from afterword.engine.supervisor import Supervisor
 from afterword.errors import EngineDied, Overloaded, SettingError
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_child.py")))
-PLAIN = Sampling(temperature=1.0, top_p=1.0, presence_penalty=0.0, frequency_penalty=0.0, logit_bias=())
+PLAIN = Sampling()
 
 
 def job(*prompt: int, samples: int = 1, max_tokens: int = 5) -> Job:

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from typing import Literal
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -16,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from afterword.api import gate, wire
 from afterword.api.service import Service
 from afterword.completion.choice import Delta, fold
+from afterword.completion.fields import StreamOptions
 from afterword.completion.plan import Plan, make_plan
 from afterword.completion.request import Request, parse
 from afterword.completion.run import Usage, run, tokenize
@@ -61,6 +63,12 @@ class Answer(Response):
         if not work.cancelled() and (problem := work.exception()) is not None:
             raise problem
 
+    def _start(self, kind: bytes, *more: tuple[bytes, bytes]) -> dict[str, object]:
+        headers = [(b"content-type", kind), (b"cache-control", b"no-cache, must-revalidate"), *more]
+        if self._request.ignored:
+            headers.append((b"x-afterword-ignored", gate.header_text(", ".join(self._request.ignored))))
+        return {"type": "http.response.start", "status": 200, "headers": headers}
+
     async def _whole(self, send: Send) -> None:
         deltas: dict[int, list[Delta]] = {}
         usage = Usage(0, 0)
@@ -72,13 +80,13 @@ class Answer(Response):
                     deltas.setdefault(item.index, []).append(item)
         choices = [fold(deltas[index]) for index in sorted(deltas)]
         body = wire.completion(self._head, choices, usage)
-        await send(_start(200, b"application/json", len(body)))
+        await send(self._start(b"application/json", (b"content-length", str(len(body)).encode())))
         await send({"type": "http.response.body", "body": body})
 
     async def _stream(self, send: Send) -> None:
         async with aclosing(run(self._plan, self._engine)) as items:
             first = await anext(items)  # an engine that cannot even begin is an HTTP error
-            await send(_start(200, b"text/event-stream"))
+            await send(self._start(b"text/event-stream"))
             try:
                 await self._send_chunks(send, first, items)
             except AfterwordError as problem:
@@ -86,13 +94,17 @@ class Answer(Response):
         await send({"type": "http.response.body", "body": b""})
 
     async def _send_chunks(self, send: Send, first: Delta | Usage, rest: AsyncIterator[Delta | Usage]) -> None:
-        options = self._request.stream_options
-        with_usage = options is not None and options.include_usage
+        options = self._request.stream_options or StreamOptions()
+        written = 0
         item: Delta | Usage | None = first
         while item is not None:
             if isinstance(item, Delta):
-                await send(_body(wire.chunk(self._head, item, with_usage)))
-            elif with_usage:
+                written += item.completion_tokens
+                usage: Usage | Literal["later", "never"] = "later" if options.include_usage else "never"
+                if options.continuous_usage_stats:
+                    usage = Usage(self._plan.prompt_tokens, written)
+                await send(_body(wire.chunk(self._head, item, usage)))
+            elif options.include_usage:
                 await send(_body(wire.usage_chunk(self._head, item)))
             item = await anext(rest, None)
         await send(_body(wire.DONE))
@@ -101,13 +113,6 @@ class Answer(Response):
 async def _until_gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def _start(status: int, kind: bytes, length: int | None = None) -> dict[str, object]:
-    headers = [(b"content-type", kind), (b"cache-control", b"no-cache, must-revalidate")]
-    if length is not None:
-        headers.append((b"content-length", str(length).encode()))
-    return {"type": "http.response.start", "status": status, "headers": headers}
 
 
 def _body(data: bytes) -> dict[str, object]:

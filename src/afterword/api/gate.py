@@ -74,6 +74,11 @@ async def read_json(request: Request) -> bytes:
     return bytes(body)
 
 
+def header_text(text: str) -> bytes:
+    """A caller's words as a header value: visible ASCII and spaces, the rest as question marks."""
+    return "".join(letter if " " <= letter <= "~" else "?" for letter in text[:1024]).encode()
+
+
 def answer_error(problem: AfterwordError) -> Response:
     """The error envelope with the headers that clients act on."""
     headers = {}

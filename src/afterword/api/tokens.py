@@ -10,7 +10,8 @@ from starlette.responses import Response
 from afterword.api import gate
 from afterword.api.models import json_answer
 from afterword.api.service import Served, Service
-from afterword.completion.request import as_integer, parse_object
+from afterword.completion.fields import as_integer
+from afterword.completion.request import parse_object
 from afterword.engine.protocol import Card
 from afterword.errors import RequestError
 

@@ -6,11 +6,12 @@ import math
 import secrets
 import string
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
-from afterword.completion.choice import Delta, Logprobs
+from afterword.completion.choice import Delta
+from afterword.completion.logprobs import Logprobs
 from afterword.completion.run import Usage
 from afterword.errors import AfterwordError
 
@@ -41,9 +42,10 @@ def completion(head: Head, choices: list[Delta], usage: Usage) -> bytes:
     return encode(_object(head, [_choice(choice) for choice in choices]) | {"usage": _usage(usage)})
 
 
-def chunk(head: Head, delta: Delta, with_usage: bool) -> bytes:
-    """One event of a stream. `with_usage`: the last chunk will have the usage, so this one says null."""
-    return event(_object(head, [_choice(delta)]) | ({"usage": None} if with_usage else {}))
+def chunk(head: Head, delta: Delta, usage: Usage | Literal["later", "never"]) -> bytes:
+    """One event of a stream, with the usage so far, with null because the last chunk has it, or without the key."""
+    told = {} if usage == "never" else {"usage": None if usage == "later" else _usage(usage)}
+    return event(_object(head, [_choice(delta)]) | told)
 
 
 def usage_chunk(head: Head, usage: Usage) -> bytes:
@@ -80,12 +82,19 @@ def _object(head: Head, choices: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _choice(delta: Delta) -> dict[str, Any]:
-    return {
+    choice = {
         "text": delta.text,
         "index": delta.index,
         "logprobs": delta.logprobs and _logprobs(delta.logprobs),
         "finish_reason": delta.finish,
     }
+    if delta.token_ids is not None:
+        choice["token_ids"] = delta.token_ids
+    if delta.prompt is not None and delta.prompt.token_ids is not None:
+        choice["prompt_token_ids"] = delta.prompt.token_ids
+    if delta.prompt is not None and delta.prompt.logprobs is not None:
+        choice["prompt_logprobs"] = delta.prompt.logprobs
+    return choice
 
 
 def _logprobs(columns: Logprobs) -> dict[str, Any]:

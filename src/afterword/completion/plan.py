@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+from afterword.completion.fields import Prompt
 from afterword.completion.infill import infill_prompt
-from afterword.completion.request import Prompt, Request
+from afterword.completion.request import Request
 from afterword.engine.protocol import Card, Infill, Job, Sampling
 from afterword.errors import RequestError
 
@@ -15,8 +16,8 @@ from afterword.errors import RequestError
 class PromptPlan:
     """One prompt of a request.
 
-    `text` is the prompt as it is echoed; `hidden` counts the leading tokens of `job.prompt` that the server
-    added; `billed` are the prompt's own tokens.
+    `text` is the prompt as it is echoed; `hidden` counts the leading tokens of `job.prompt` that the server added;
+    `billed` the caller's own.
     """
 
     job: Job
@@ -34,9 +35,16 @@ class Plan:
     best_of: int
     echo: bool
     logprobs: int | None
+    prompt_logprobs: int | None
+    return_token_ids: bool
     stop: tuple[str, ...]
     pieces: tuple[bytes, ...]
     strip_space: bool
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The caller's own tokens in all prompts, each prompt once."""
+        return sum(prompt.billed for prompt in self.prompts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +83,11 @@ def make_plan(request: Request, card: Card, tokens: Tokenized, entropy: int) -> 
             samples=best_of,
             max_tokens=request.max_tokens,
             sampling=_sampling(request),
-            ends=card.ends,
+            ends=(() if request.ignore_eos else card.ends) + request.stop_token_ids,
             key=_key(entropy if request.seed is None else request.seed, index),
+            min_tokens=request.min_tokens,
             alternatives=_alternatives(request, best_of),
-            score=request.echo and request.logprobs is not None,
+            prompt_alternatives=_prompt_alternatives(request),
         )
         text = given if isinstance(given, str) else _spell(card, ids)
         prompts.append(PromptPlan(job, text, hidden, len(ids) + len(tokens.suffix)))
@@ -88,6 +97,8 @@ def make_plan(request: Request, card: Card, tokens: Tokenized, entropy: int) -> 
         best_of=best_of,
         echo=request.echo,
         logprobs=request.logprobs,
+        prompt_logprobs=request.prompt_logprobs,
+        return_token_ids=request.return_token_ids,
         stop=request.stop,
         pieces=card.pieces,
         strip_space=card.space_prefix,
@@ -99,7 +110,7 @@ def _lay_out(
 ) -> tuple[tuple[int, ...], int]:
     """The tokens that the model reads, and how many at their start are not the caller's."""
     bos = (card.bos,) if card.add_bos and card.bos is not None else ()
-    if isinstance(given, tuple):
+    if isinstance(given, tuple) or not request.add_special_tokens:
         bos = ()  # token ids are taken as they are, never with a BOS
     if request.suffix:
         return bos + infill_prompt(_infill(card), ids, suffix), len(bos) + 1
@@ -129,8 +140,11 @@ def _sampling(request: Request) -> Sampling:
     return Sampling(
         temperature=request.temperature,
         top_p=request.top_p,
+        top_k=request.top_k,
+        min_p=request.min_p,
         presence_penalty=request.presence_penalty,
         frequency_penalty=request.frequency_penalty,
+        repetition_penalty=request.repetition_penalty,
         logit_bias=request.logit_bias,
     )
 
@@ -140,6 +154,13 @@ def _alternatives(request: Request, best_of: int) -> int | None:
     if request.logprobs is not None:
         return request.logprobs
     return 0 if best_of > request.n else None
+
+
+def _prompt_alternatives(request: Request) -> int | None:
+    """What is reported of the prompt's tokens, as much as either field asks for."""
+    echoed = request.logprobs if request.echo else None
+    wanted = [count for count in (echoed, request.prompt_logprobs) if count is not None]
+    return max(wanted, default=None)
 
 
 def _key(seed: int, prompt: int) -> bytes:
@@ -156,6 +177,13 @@ def _check_ids(request: Request, card: Card) -> None:
                     f"Invalid token in prompt: {str(token)[:32]}. Minimum value is 0, maximum value is {last} "
                     "(inclusive)."
                 )
+    for token in request.stop_token_ids:
+        if not 0 <= token <= last:
+            raise RequestError(
+                f"Invalid token in 'stop_token_ids': {str(token)[:32]}. Minimum value is 0, maximum value is {last} "
+                "(inclusive).",
+                param="stop_token_ids",
+            )
     for token, _ in request.logit_bias:
         if token > last:
             raise RequestError(f"Invalid key in 'logit_bias': {token}. Maximum value is {last}.", param="logit_bias")

@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from afterword.completion.choice import Choice, Delta, fold, make_echo
+from afterword.completion.choice import Choice, Delta, fold
+from afterword.completion.logprobs import make_echo, make_report
 from afterword.completion.plan import Plan, PromptPlan, Tokenized, check_lengths
 from afterword.completion.request import Request
 from afterword.engine.protocol import Engine, Run, Step, Token
@@ -49,10 +50,7 @@ async def run(plan: Plan, engine: Engine) -> AsyncGenerator[Delta | Usage]:
     finally:
         for each in runs:
             each.close()
-    yield Usage(
-        prompt_tokens=sum(prompt.billed for prompt in plan.prompts),
-        completion_tokens=sum(prompt.completion_tokens for prompt in growing),
-    )
+    yield Usage(plan.prompt_tokens, sum(prompt.completion_tokens for prompt in growing))
 
 
 class _Growing:
@@ -74,7 +72,8 @@ class _Growing:
         self._scored.extend(step.scored)
         if not self._choices and (step.sampled or step.ended):
             echo = make_echo(self._plan, self._prompt, self._scored)
-            self._choices = [Choice(self._plan, self._prompt, echo) for _ in range(self._plan.best_of)]
+            report = make_report(self._plan, self._prompt, self._scored)
+            self._choices = [Choice(self._plan, self._prompt, echo, report) for _ in range(self._plan.best_of)]
         growing = {sample for sample, choice in enumerate(self._choices) if choice.finish is None}
         for sample, token in step.sampled:
             if sample in growing:

@@ -47,14 +47,14 @@ class TextStream(Generic[T]):
         """The offset after the last character so far."""
         return self._start + len(self._text)
 
-    def push(self, token: T, piece: bytes) -> None:
-        """Take a token and its bytes. Ignored once a stop string was found."""
+    def push(self, token: T, piece: bytes, may_stop: bool = True) -> None:
+        """Take a token and its bytes. Ignored once a stop string was found; one begins only where it may."""
         if not self.stopped and self._breaks_off(piece):
-            self._append(self._decoder.decode(b"", final=True))
+            self._append(self._decoder.decode(b"", final=True), may_stop)
         if self.stopped:
             return
         offset = self.end
-        self._append(self._decoder.decode(piece))
+        self._append(self._decoder.decode(piece), may_stop)
         whole = not self._decoder.getstate()[0]
         if offset < self.end or not self.stopped:
             self._held.append((Placed(token, offset), self.end, whole))
@@ -85,8 +85,8 @@ class TextStream(Generic[T]):
             return bool(begun)
         return False
 
-    def _append(self, text: str) -> None:
-        found = self._stops.feed(text)
+    def _append(self, text: str, may_stop: bool = True) -> None:
+        found = self._stops.feed(text) if may_stop else None
         if found is None:
             self._text += text
             return

@@ -19,21 +19,25 @@ class Value(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Sampling(Value, frozen=True):
-    """How the next token is chosen from a row of logits. Nothing is optional."""
+    """How the next token is chosen from a row of logits. `top_k` 0 and the other defaults change nothing."""
 
-    temperature: float
-    top_p: float
-    presence_penalty: float
-    frequency_penalty: float
-    logit_bias: tuple[tuple[int, float], ...]
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 class Job(Value, frozen=True):
     """One prompt to be continued `samples` times.
 
-    `alternatives` is how many of the likeliest tokens to report beside each token; None asks for no log
-    probabilities at all. `score` asks for the prompt's own tokens too, from the second on. `ends` are the tokens
-    that end a sample. `key` (16 bytes) is where all its randomness comes from: see `core.sampler.uniform`.
+    `ends` are the tokens that end a sample; they are banned from its first `min_tokens` tokens. `alternatives` is
+    how many of the likeliest tokens to report beside each token; None asks for no log probabilities at all.
+    `prompt_alternatives` asks the same of the prompt's own tokens, from the second on. `key` (16 bytes) is where
+    all randomness comes from: see `core.sampler.uniform`.
     """
 
     prompt: tuple[int, ...]
@@ -42,19 +46,22 @@ class Job(Value, frozen=True):
     sampling: Sampling
     ends: tuple[int, ...]
     key: bytes
+    min_tokens: int = 0
     alternatives: int | None = None
-    score: bool = False
+    prompt_alternatives: int | None = None
 
 
 class Token(Value, frozen=True):
     """A token with its natural-log probability under the unmodified model, and the likeliest ones, best first.
 
-    `logprob` is None where the job asked for no log probabilities.
+    `logprob` is None where the job asked for no log probabilities. `rank` is 1 for the likeliest token; known for
+    tokens of the prompt, else 0.
     """
 
     id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    rank: int = 0
 
 
 class Step(Value, frozen=True):

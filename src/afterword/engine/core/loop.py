@@ -64,7 +64,7 @@ class Loop:
     def _postprocess(self, row: Row, logits: Logits, draft: _Draft) -> None:
         sequence = self._scheduler.computed(row)
         job = sequence.work.job
-        if job.score and not sequence.generated:
+        if job.prompt_alternatives is not None and not sequence.generated:
             draft.scored.extend(_score(row, logits, job))
         if sequence.computed < sequence.length or not len(logits):
             return
@@ -87,7 +87,9 @@ class Loop:
         """Draw a sample's next token; returns whether that ended it."""
         job = sequence.work.job
         draw = sampler.uniform(job.key, sequence.sample, len(sequence.generated))
-        token = sampler.choose(logits, job.sampling, sequence.counts, draw)
+        banned = job.ends if len(sequence.generated) < job.min_tokens else ()
+        row = sampler.adjusted(logits, job.sampling, job.prompt, sequence.counts, banned)
+        token = sampler.choose(row, job.sampling, draw)
         draft.sampled.append((sequence.sample, sampler.report(logits, token, job.alternatives)))
         sequence.append(token)
         if token in job.ends:
@@ -103,4 +105,4 @@ def _score(row: Row, logits: Logits, job: Job) -> list[Token]:
     """Tokens of the prompt that this row's logits predict: each row speaks of the token after it."""
     start = row.position + 1
     following = job.prompt[start : start + len(row.tokens)]
-    return [sampler.report(logits[i], token, job.alternatives) for i, token in enumerate(following)]
+    return [sampler.report_prompt(logits[i], token, job.prompt_alternatives) for i, token in enumerate(following)]

@@ -170,7 +170,8 @@ class Scheduler:
         prompt, start = sequence.work.job.prompt, sequence.computed
         stop = min((start // self._chunk + 1) * self._chunk, len(prompt))
         last = stop == len(prompt) and not sequence.generated
-        outputs = stop - start if sequence.work.job.score and not sequence.generated else int(last)
+        scored = sequence.work.job.prompt_alternatives is not None and not sequence.generated
+        outputs = stop - start if scored else int(last)
         return Row(self._slot(sequence), start, prompt[start:stop], outputs)
 
     @staticmethod

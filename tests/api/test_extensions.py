@@ -1,0 +1,123 @@
+"""Extension fields over HTTP, each with a change that it makes; and the server's ways to read a request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from asking import one
+
+
+def ask(http: httpx.Client, **body: Any) -> httpx.Response:
+    return http.post("/v1/completions", json={"prompt": "Once upon a time", "max_tokens": 12, "seed": 3} | body)
+
+
+def choice(http: httpx.Client, **body: Any) -> dict[str, Any]:
+    response = ask(http, **body)
+    assert response.status_code == 200, response.text
+    found: dict[str, Any] = response.json()["choices"][0]
+    return found
+
+
+def eos(http: httpx.Client) -> int:
+    return int(http.get("/tokenizer_info").json()["eos_token_id"])
+
+
+def test_top_k_1_is_greedy(http: httpx.Client) -> None:
+    assert choice(http, top_k=1)["text"] == choice(http, temperature=0)["text"]
+    assert choice(http, top_k=0)["text"] == choice(http)["text"]
+
+
+def test_min_p_1_is_greedy(http: httpx.Client) -> None:
+    assert choice(http, min_p=1)["text"] == choice(http, temperature=0)["text"]
+
+
+def test_a_repetition_penalty_changes_what_repeats(http: httpx.Client) -> None:
+    prompt = "the the the the the the the the"
+    plain = choice(http, prompt=prompt, temperature=0, max_tokens=40)
+    assert choice(http, prompt=prompt, temperature=0, max_tokens=40, repetition_penalty=2.0)["text"] != plain["text"]
+
+
+def test_ignore_eos_goes_on_to_the_length(http: httpx.Client) -> None:
+    forced = {"logit_bias": {str(eos(http)): 100}}
+    assert choice(http, **forced)["finish_reason"] == "stop"
+    assert choice(http, **forced, ignore_eos=True)["finish_reason"] == "length"
+
+
+def test_min_tokens_keeps_the_end_away(http: httpx.Client) -> None:
+    answer = choice(http, logit_bias={str(eos(http)): 100}, min_tokens=5, return_token_ids=True)
+    assert len(answer["token_ids"]) == 6
+    assert answer["token_ids"][-1] == eos(http)
+    assert answer["finish_reason"] == "stop"
+
+
+def test_stop_token_ids_end_the_answer_before_them(http: httpx.Client) -> None:
+    ids = choice(http, return_token_ids=True)["token_ids"]
+    answer = choice(http, stop_token_ids=[ids[4]], return_token_ids=True)
+    first = ids.index(ids[4])
+    assert (answer["token_ids"], answer["finish_reason"]) == (ids[: first + 1], "stop")
+    assert answer["text"] == http.post("/detokenize", json={"tokens": ids[:first]}).json()["prompt"]
+
+
+def test_token_ids_of_prompt_and_answer_can_be_had(http: httpx.Client) -> None:
+    answer = choice(http, return_token_ids=True)
+    assert answer["prompt_token_ids"] == http.post("/tokenize", json={"prompt": "Once upon a time"}).json()["tokens"]
+    assert http.post("/detokenize", json={"tokens": answer["token_ids"]}).json()["prompt"] == answer["text"]
+    assert "token_ids" not in choice(http)
+
+
+def test_the_prompts_log_probabilities_are_those_of_an_echo(http: httpx.Client) -> None:
+    answer = choice(http, prompt_logprobs=2, echo=True, logprobs=2)
+    first, *rest = answer["prompt_logprobs"]
+    assert first is None
+    for entries, logprob in zip(rest, answer["logprobs"]["token_logprobs"][1:], strict=False):
+        assert next(iter(entries.values()))["logprob"] == logprob
+        assert sorted(entry["rank"] for entry in entries.values())[:2] == [1, 2]
+
+
+def test_add_special_tokens_false_leaves_the_bos_away(spm: httpx.Client) -> None:
+    bos = spm.get("/tokenizer_info").json()["bos_token_id"]
+    assert choice(spm, prompt="a", return_token_ids=True)["prompt_token_ids"][0] == bos
+    bare = choice(spm, prompt="a", return_token_ids=True, add_special_tokens=False)
+    assert bos not in bare["prompt_token_ids"]
+
+
+def test_continuous_usage_grows_with_the_stream(http: httpx.Client) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"prompt": "Once", "max_tokens": 5, "ignore_eos": True, "stream": True, "stream_options": options}
+    lines = http.post("/v1/completions", json=body).text.split("\n\n")
+    usages = [httpx.Response(200, text=line[6:]).json()["usage"] for line in lines if line.startswith("data: {")]
+    counts = [usage["completion_tokens"] for usage in usages]
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-1]) == (1, 5)
+
+
+@pytest.mark.parametrize("name", ["prediction", "cache_salt", "guided_json"])
+def test_what_is_not_there_yet_is_refused_by_name(http: httpx.Client, name: str) -> None:
+    assert ask(http, **{name: {}}).json()["error"]["param"] == name
+
+
+@pytest.fixture(scope="module")
+def strict(serve: Any) -> Iterator[httpx.Client]:
+    with serve("--strict", "--parallel", "2") as server, server.http() as client:
+        yield client
+
+
+def test_strictly_openais_limits_hold(strict: httpx.Client) -> None:
+    model = {"model": "afterword-tiny"}
+    assert ask(strict).json()["error"]["message"] == "you must provide a model parameter"
+    assert ask(strict, **model, top_k=5).status_code == 400
+    assert ask(strict, **model, stop=["a", "b", "c", "d", "e"]).status_code == 400
+    logprobs = one(strict, **model, prompt="Once", max_tokens=3, logprobs=15)["logprobs"]
+    assert all(len(entry) in (5, 6) for entry in logprobs["top_logprobs"])
+
+
+def test_unknown_fields_are_ignored_when_told_and_listed(serve: Any) -> None:
+    with serve("--ignore-unknown", "--parallel", "2") as server, server.http() as client:
+        response = ask(client, foo=1, **{"naïve\r\nset-cookie: a": 2})
+        assert response.status_code == 200
+        assert response.headers["x-afterword-ignored"] == "foo, na?ve??set-cookie: a"
+        assert "set-cookie" not in response.headers
+        assert "x-afterword-ignored" not in ask(client).headers
