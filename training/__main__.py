@@ -1,0 +1,137 @@
+"""`python -m training prepare|train|measure|export|verify|samples`: the steps of the recipe, in order.
+
+Knows every other file of this folder, and only here do they meet.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from training.model import Llama
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ROOT / "src" / "afterword" / "models" / "builtin" / "afterword-tiny.gguf"
+MASTER = "afterword-tiny-f32.gguf"
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Read the corpus, hold documents out, train the tokenizer, write the token stream."""
+    from training import data, rows, tokenizer
+
+    options.work.mkdir(parents=True, exist_ok=True)
+    documents = list(data.documents(options.corpus))
+    kept = [document for document in documents if not document.held_out]
+    held = [document for document in documents if document.held_out]
+    (options.work / "held_out.json").write_text(json.dumps([[d.source, d.text] for d in held]))
+    dice = random.Random(options.seed)
+    texts = [d.text for d in kept if d.source != "books" or dice.random() < 0.25]
+    made = tokenizer.train(texts)
+    made.save(str(options.work / "tokenizer.json"))
+    ids = rows.stream(kept, made, options.megabytes * 10**6, options.seed)
+    np.save(options.work / "stream.npy", ids)
+    counts = {
+        source: {
+            "documents": sum(d.source == source for d in kept),
+            "bytes": sum(len(d.text.encode()) for d in kept if d.source == source),
+            "held out documents": sum(d.source == source for d in held),
+            "held out bytes": sum(len(d.text.encode()) for d in held if d.source == source),
+        }
+        for source in data.SHARES
+    }
+    report = {"sha256": data.hashes(options.corpus), "sources": counts, "stream tokens": len(ids)}
+    (options.work / "data.json").write_text(json.dumps(report, indent=1))
+    print(json.dumps(report, indent=1))
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train the model, or go on where a checkpoint stands."""
+    from training.model import Shape
+    from training.train import train as run
+
+    run(options.work, options.minutes, Shape(layers=options.layers, inner=options.inner))
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Print the held-out bits per byte."""
+    from training.measure import bits_per_byte, infill
+
+    model, made = _trained(options)
+    held = json.loads((options.work / "held_out.json").read_text())
+    report = {"text": bits_per_byte(model, made, held), "middles": infill(model, made, held)}
+    print(json.dumps(report, indent=1))
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write the GGUF files; the quantized one goes where the server finds it."""
+    from training import export as writer
+
+    model, made = _trained(options)
+    writer.export(model, made, options.work / MASTER, quantized=False)
+    SHIPPED.parent.mkdir(parents=True, exist_ok=True)
+    part = SHIPPED.with_suffix(".part")
+    writer.export(model, made, part, quantized=True)
+    part.replace(SHIPPED)
+    print(hashlib.sha256(SHIPPED.read_bytes()).hexdigest(), SHIPPED.stat().st_size, SHIPPED.name)
+
+
+def verify(options: argparse.Namespace) -> None:
+    """Compare llama.cpp with the training: tokens and logits."""
+    from training import verify as check
+
+    model, made = _trained(options)
+    texts = [text for _, text in json.loads((options.work / "held_out.json").read_text())]
+    native = check.Native(options.work / MASTER)
+    print(f"same tokens for {check.same_tokens(native, made, texts)} bytes")
+    ids = native.tokens(texts[0])[:50]
+    difference = check.logit_difference(native, model, ids)
+    print(f"logits of {len(ids)} tokens differ by at most {difference:.2e} in F32")
+    print(f"and by at most {check.logit_difference(check.Native(SHIPPED), model, ids):.2e} in Q8_0")
+    if difference > check.TOLERANCE:
+        raise SystemExit("too much")
+
+
+def samples(options: argparse.Namespace) -> None:
+    """Print the samples of the shipped file."""
+    from training.samples import samples as draw
+
+    print(draw(SHIPPED, options.seed))
+
+
+def _trained(options: argparse.Namespace) -> tuple["Llama", "Tokenizer"]:
+    """The model and the tokenizer in the work folder."""
+    from tokenizers import Tokenizer
+
+    from training.train import Run
+
+    model = Run.load(options.work / "checkpoint.pt").model.eval()
+    return model, Tokenizer.from_file(str(options.work / "tokenizer.json"))
+
+
+STEPS = {step.__name__: step for step in (prepare, train, measure, export, verify, samples)}
+
+
+def main() -> None:
+    """Parse the command line and take one step."""
+    parser = argparse.ArgumentParser(prog="training", description="Train Afterword's built-in model.")
+    parser.add_argument("step", choices=STEPS)
+    parser.add_argument("--corpus", type=Path, default=ROOT.parent / "shared" / "corpus")
+    parser.add_argument("--work", type=Path, default=ROOT.parent / "training-work")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--megabytes", type=int, default=60, help="text in the token stream")
+    parser.add_argument("--minutes", type=float, default=66, help="the budget of the training run")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--inner", type=int, default=768)
+    options = parser.parse_args()
+    STEPS[options.step](options)
+
+
+if __name__ == "__main__":
+    main()

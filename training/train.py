@@ -1,0 +1,156 @@
+"""The training run: one budget of minutes, after which the learning rate is zero and the model done.
+
+Knows the rows, the model and the optimizers; writes checkpoints, a log and its curve into the work folder.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.model import Llama, Shape
+from training.muon import Muon
+from training.rows import ROW
+
+BATCH = 8192  # tokens a step
+MICRO = 2048  # tokens a forward pass
+LONG = 2048  # row length at the end of the run
+LONG_FROM = 0.87  # share of the budget after which rows are long
+WARMUP = 0.02  # share of the budget
+MUON_RATE, ADAM_RATE = 0.02, 0.004
+SAVE_EVERY = 300  # seconds
+SEED = 1
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Run:
+    """A model under training and how far it has come; what a checkpoint holds."""
+
+    def __init__(self, shape: Shape) -> None:
+        torch.manual_seed(SEED)
+        self.model = Llama(shape)
+        matrices = [weight for weight in self.model.blocks.parameters() if weight.ndim == 2]
+        inner = {id(weight) for weight in matrices}
+        others = [weight for weight in self.model.parameters() if id(weight) not in inner]
+        self.optimizers = [
+            Muon(matrices, lr=MUON_RATE, decay=0.05),
+            torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0),
+        ]
+        self.rates = [MUON_RATE, ADAM_RATE]
+        self.seconds = 0.0
+        self.step = 0
+        self.position = 0  # in the token stream
+        self.tokens = 0
+        self.log: list[dict[str, float]] = []
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint; a crash while writing leaves the former one."""
+        state = {name: getattr(self, name) for name in ("seconds", "step", "position", "tokens", "log")}
+        state["shape"] = asdict(self.model.shape)
+        state["model"] = self.model.state_dict()
+        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        torch.save(state, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Run":
+        state = torch.load(path, weights_only=True)
+        run = cls(Shape(**state["shape"]))
+        run.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        for name in ("seconds", "step", "position", "tokens", "log"):
+            setattr(run, name, state[name])
+        return run
+
+
+def rate(progress: float) -> float:
+    """Share of the peak learning rate: a short rise, then a straight line to zero."""
+    return min(progress / WARMUP, (1 - progress) / (1 - WARMUP))
+
+
+def train(work: Path, minutes: float, shape: Shape) -> None:
+    """Train, or go on from the checkpoint in the work folder, until the minutes are spent."""
+    torch.set_num_threads(2)
+    stream = torch.from_numpy(np.load(work / "stream.npy").astype(np.int64))
+    checkpoint = work / "checkpoint.pt"
+    run = Run.load(checkpoint) if checkpoint.exists() else Run(shape)
+    size = sum(weight.numel() for weight in run.model.parameters())
+    print(f"{size:,} parameters, {len(stream):,} tokens in the stream", flush=True)
+    loss_of = torch.compile(run.model.loss, dynamic=False)
+    before, last, saved = run.seconds, time.monotonic(), time.monotonic()
+    start = last
+    while True:
+        run.seconds = before + time.monotonic() - start
+        progress = run.seconds / (60 * minutes)
+        if progress >= 1:
+            break
+        loss = _step(run, loss_of, stream, progress)
+        now = time.monotonic()
+        run.log.append({"seconds": round(run.seconds, 1), "tokens": run.tokens, "loss": round(loss, 4)})
+        if run.step % 10 == 0:
+            left = minutes - run.seconds / 60
+            print(
+                f"step {run.step}  loss {loss:.3f}  {BATCH / (now - last):.0f} tokens/s  "
+                f"{run.tokens / 1e6:.2f}M tokens  {left:.1f} min left",
+                flush=True,
+            )
+        last = now
+        if now - saved > SAVE_EVERY:
+            run.save(checkpoint)
+            saved = now
+    run.save(checkpoint)
+    (work / "log.json").write_text(json.dumps(run.log))
+    draw(run.log, work / "loss.png")
+
+
+def _step(run: Run, loss_of: Loss, stream: Tensor, progress: float) -> float:
+    """One batch through the model and one step of both optimizers; returns the mean loss."""
+    length = LONG if progress >= LONG_FROM else ROW
+    rows = MICRO // length
+    total = 0.0
+    for _ in range(BATCH // MICRO):
+        if run.position + MICRO >= len(stream):
+            run.position = 0
+        part = stream[run.position : run.position + MICRO + 1]
+        loss = loss_of(part[:-1].view(rows, length), part[1:].view(rows, length)) * MICRO / BATCH
+        loss.backward()
+        total += loss.item()
+        run.position += MICRO
+        run.tokens += MICRO
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    for optimizer, peak in zip(run.optimizers, run.rates, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = peak * rate(progress)
+        optimizer.step()
+        optimizer.zero_grad()
+    run.step += 1
+    if not math.isfinite(total):
+        raise ArithmeticError(f"the loss is {total} at step {run.step}")
+    return total
+
+
+def draw(log: list[dict[str, float]], path: Path) -> None:
+    """The loss over tokens, as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tokens = [entry["tokens"] / 1e6 for entry in log]
+    losses = [entry["loss"] for entry in log]
+    width = max(1, len(losses) // 50)
+    smooth = np.convolve(losses, np.ones(width) / width, "valid")
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    axes.plot(tokens, losses, color="#cccccc", linewidth=0.6)
+    axes.plot(tokens[width - 1 :], smooth, color="#204a87")
+    axes.set(xlabel="million tokens", ylabel="loss (nats a token)", ylim=(min(losses) * 0.95, 5))
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
