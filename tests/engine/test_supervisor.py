@@ -51,6 +51,12 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
+def engines() -> list[psutil.Process]:
+    """The engines that this process has started (other tests' servers may be its children too)."""
+    children = psutil.Process().children()
+    return [child for child in children if child.status() != "zombie" and FAKE[1] in child.cmdline()]
+
+
 def run(test: Callable[[], Awaitable[None]]) -> None:
     async def bounded() -> None:
         async with asyncio.timeout(60):
@@ -149,7 +155,7 @@ def test_a_killed_process_is_replaced():
     async def test() -> None:
         async with engine() as supervisor:
             for restarts in (1, 2):
-                psutil.Process().children()[0].kill()
+                engines()[0].kill()
                 await until(lambda restarts=restarts: supervisor.restarts == restarts and supervisor.state == "ready")
                 assert await tokens(supervisor, job()) == alone(job(), 0)
 
@@ -162,7 +168,7 @@ def test_a_model_that_cannot_be_loaded_is_a_setting_error(path, said):
         with pytest.raises(SettingError, match=said):
             async with engine(path):
                 pass
-        assert not psutil.Process().children()
+        assert not engines()
 
     run(test)
 
@@ -175,6 +181,6 @@ def test_closing_ends_the_process_and_every_run():
             await drain(current)
         with pytest.raises(Overloaded):
             supervisor.start(job())
-        assert not psutil.Process().children()
+        assert not engines()
 
     run(test)
