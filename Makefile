@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # The library's image and audio parts are not used; without them it compiles in half the time.
 export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
 
-.PHONY: serve test slow check lock
+.PHONY: serve test slow clients check lock
 
 serve: $(VENV)/.serve  ## serve the built-in model: make serve, or make serve MODEL=path.gguf ARGS="--port 9000"
 	$(BIN)/afterword serve $(MODEL) $(ARGS)
@@ -16,6 +16,9 @@ test: $(VENV)/.dev  ## run all tests but the slow ones
 
 slow: $(VENV)/.dev  ## run all tests
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+clients: $(VENV)/.clients  ## other people's clients against the server; needs more than a gigabyte, Node too if it is there
+	PYTHONPATH=$(abspath $(VENV)/clients) NODE_PATH=$(abspath $(VENV)/node/node_modules) $(BIN)/python -m pytest tests/clients
 
 check: $(VENV)/.dev  ## linters and types
 	$(BIN)/ruff check .
@@ -32,6 +35,15 @@ $(VENV)/.dev: $(VENV)/.serve requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements-dev.txt
 	touch $@
 
+# They stand in front of the environment, not in it: some of them want an older openai.
+$(VENV)/.clients: $(VENV)/.dev requirements-clients.txt tests/clients/node/package.json
+	rm -rf $(VENV)/clients $(VENV)/node
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --target $(VENV)/clients -r requirements-clients.txt
+	mkdir $(VENV)/node && cp tests/clients/node/package.json $(VENV)/node
+	-npm install --prefix $(VENV)/node --no-package-lock --no-audit --no-fund
+	touch $@
+
 lock:  ## renew requirements*.txt from pyproject.toml (needs uv)
 	uv pip compile --universal --generate-hashes --no-header --quiet pyproject.toml --group build -o requirements.txt
 	uv pip compile --universal --generate-hashes --no-header --quiet --group dev -c requirements.txt -o requirements-dev.txt
+	uv pip compile --universal --generate-hashes --no-header --quiet --group clients -c requirements.txt -o requirements-clients.txt

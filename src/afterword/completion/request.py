@@ -101,7 +101,7 @@ def parse(body: bytes, limits: Limits) -> Request:
     """A request from its body. Raises `RequestError`; nothing of the body but field names and numbers is quoted."""
     values = parse_object(body)
     known = FIELDS if limits.strict else FIELDS | EXTENSIONS
-    if limits.strict and values.get("model") is None:
+    if limits.strict and not values.get("model"):
         raise RequestError("you must provide a model parameter")
     unknown = tuple(name[:64] for name in values if name not in known)
     if unknown and not limits.ignore_unknown:

@@ -106,7 +106,8 @@ def make_card(runner: LlamaRunner, settings: Open) -> tuple[Card, Vocabulary]:
         eos=vocabulary.eos(),
         add_bos=vocabulary.add_bos(),
         space_prefix=b"".join(pieces[t] for t in plain).startswith(b" "),
-        longest=max(map(len, pieces)) if vocabulary.keeps_text else 0,
+        # In a text SentencePiece's own sign for a space has three bytes.
+        longest=max(len(piece.replace(b" ", "▁".encode())) for piece in pieces) if vocabulary.keeps_text else 0,
         infill=vocabulary.infill(),
         fingerprint=fingerprint(settings),
     )

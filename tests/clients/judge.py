@@ -1,0 +1,106 @@
+"""What an evaluation must come to, computed without a server: another tokenizer, the numpy oracle, and arithmetic.
+
+It shares the model's file with the server and nothing else; texts are cut into tokens by the `tokenizers` library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType, TokenType
+from gguf.quants import dequantize
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+
+from oracle.oracle import Oracle
+
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+END = 0
+"""The token `<|endoftext|>` of the built-in model: before the first token, and after the last."""
+
+
+def expand(source: Path, target: Path) -> Path:
+    """The same model with F32 weights, so that nothing is rounded and differences are mistakes."""
+    reader = GGUFReader(source)
+    writer = GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key not in ("general.architecture", "general.file_type"):
+            kind, *inner = field.types
+            writer.add_key_value(key, field.contents(), kind, inner[-1] if inner else None)
+    writer.add_file_type(LlamaFileType.ALL_F32)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, dequantize(tensor.data, GGMLQuantizationType(tensor.tensor_type)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+class Judge:
+    """The right answers to the three kinds of request that an evaluator makes."""
+
+    def __init__(self, path: Path) -> None:
+        self.oracle = Oracle(path)
+        self.tokenizer = tokenizer(path)
+        self.loglikelihood = cache(self.loglikelihood)  # the same questions come in every arrangement
+        self.rolling = cache(self.rolling)
+        self.greedy = cache(self.greedy)
+
+    def loglikelihood(self, context: str, continuation: str) -> tuple[float, bool]:
+        """The continuation's log-likelihood, and whether it is the greedy one.
+
+        The harness' own law: the context is read alone, without the blanks at its end; then the rest of the whole.
+        """
+        head = self.encode(context.rstrip())
+        return self._score(head + self.encode(context + continuation)[len(head) :], len(head))
+
+    def rolling(self, text: str, window: int) -> float:
+        """A text's log-likelihood in disjoint windows, each with as much before it as fits."""
+        tokens = [END, *self.encode(text)]
+        total = 0.0
+        for start in range(1, len(tokens), window):
+            end = min(start + window, len(tokens))
+            first = max(0, end - window - 1)
+            total += self._score(tokens[first:end], start - first)[0]
+        return total
+
+    def greedy(self, prompt: str, limit: int, stops: tuple[str, ...]) -> str:
+        """The likeliest tokens one by one, to the first stop string that is complete."""
+        tokens, made, text = self.encode(prompt), list[int](), ""
+        while len(made) < limit and (token := int(self.oracle.logits(tokens + made)[-1].argmax())) != END:
+            made.append(token)
+            text = self.tokenizer.decode(made, skip_special_tokens=False)
+            if found := [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]:
+                return text[: min(found)[1]]
+        return text
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _score(self, tokens: Sequence[int], known: int) -> tuple[float, bool]:
+        rows, wanted = self.oracle.log_probs(tokens[:-1])[known - 1 :], np.array(tokens[known:])
+        return float(rows[range(len(wanted)), wanted].sum()), bool((rows.argmax(axis=1) == wanted).all())
+
+
+def tokenizer(path: Path) -> Tokenizer:
+    """The file's vocabulary in the hands of another library."""
+    fields = GGUFReader(path).fields
+    tokens, types, merges = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type", "merges"))
+    pairs: Iterable[tuple[str, str]] = [tuple(merge.split(" ")) for merge in merges]
+    made = Tokenizer(BPE({token: number for number, token in enumerate(tokens)}, list(pairs)))
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    made.decoder = decoders.ByteLevel()
+    named = (token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.CONTROL)
+    made.add_special_tokens([AddedToken(token, normalized=False) for token in named])
+    return made

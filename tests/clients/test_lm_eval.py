@@ -1,0 +1,130 @@
+"""lm-evaluation-harness, as people install it, against the server: every sample's number and text is checked.
+
+Accuracies are not read, since they hide mistakes: a missing last entry moves log-likelihoods by nats, choices seldom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if find_spec("lm_eval") is None:
+    pytest.skip("lm-eval is not installed: make clients", allow_module_level=True)
+
+if TYPE_CHECKING:
+    from judge import Judge
+
+
+HERE = Path(__file__).parent
+BUILTIN = HERE.parents[1] / "src" / "afterword" / "models" / "builtin" / "afterword-tiny.gguf"
+NATS = 1e-3
+
+Evaluate = Callable[..., dict[str, list[dict[str, Any]]]]
+
+
+@pytest.fixture(scope="module")
+def expanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from judge import expand
+
+    return expand(BUILTIN, tmp_path_factory.mktemp("expanded") / "afterword-tiny-f32.gguf")
+
+
+@pytest.fixture(scope="module")
+def judge(expanded: Path) -> Iterator[Judge]:
+    from judge import Judge
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1):  # the matrices are small
+        yield Judge(expanded)
+
+
+@pytest.fixture(scope="module")
+def evaluate(expanded: Path, serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evaluate]:
+    """The harness' samples by task."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        serve(expanded, "--kv-type", "f32", "--parallel", "8", key=None) as server,
+    ):
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "HF_EVALUATE_OFFLINE"):
+            patch.setenv(name, "1")
+        patch.delenv("OPENAI_API_KEY", raising=False)
+        patch.chdir(HERE / "tasks")  # the tasks name their files from here
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager(include_path=str(HERE / "tasks"), include_defaults=False)
+
+        def run(*tasks: str, batch_size: int = 1, **arguments: Any) -> dict[str, list[dict[str, Any]]]:
+            where = {"model": server.model, "base_url": f"{server.url}/v1/completions", "max_retries": 1}
+            found = simple_evaluate(
+                "local-completions",
+                where | arguments,
+                list(tasks),
+                batch_size=batch_size,
+                task_manager=manager,
+                bootstrap_iters=0,
+                log_samples=True,
+            )
+            return found["samples"]
+
+        yield run
+
+
+def check(samples: dict[str, list[dict[str, Any]]], judge: Judge, window: int = 2046) -> None:
+    """Compare every answer: numbers to a thousandth of a nat, flags and texts exactly."""
+    for task, rows in samples.items():
+        assert len(rows) >= 12
+        for row in rows:
+            for arguments, (answer,) in zip(row["arguments"], row["resps"], strict=True):
+                match task:
+                    case "choices":
+                        number, greedy = judge.loglikelihood(*arguments)
+                        assert answer == (pytest.approx(number, abs=NATS), greedy), arguments
+                    case "perplexity":
+                        assert answer == pytest.approx(judge.rolling(*arguments, window), abs=NATS), arguments
+                    case "stories":
+                        prompt, how = arguments
+                        assert answer == judge.greedy(prompt, how["max_gen_toks"], tuple(how["until"])), prompt
+
+
+@pytest.mark.parametrize(
+    "arrangement",
+    [
+        pytest.param({}, id="tokens"),
+        pytest.param({"batch_size": 8}, id="tokens-by-8"),
+        pytest.param({"num_concurrent": 4, "batch_size": 2}, id="tokens-2-by-4"),
+        pytest.param({"tokenized_requests": False}, id="texts"),
+        pytest.param({"tokenized_requests": False, "batch_size": 8}, id="texts-by-8"),
+    ],
+)
+def test_every_sample_is_what_the_oracle_says(evaluate: Evaluate, judge: Judge, arrangement: dict[str, Any]) -> None:
+    check(evaluate("choices", "perplexity", "stories", **arrangement), judge)
+
+
+def test_long_texts_in_windows(evaluate: Evaluate, judge: Judge) -> None:
+    check(evaluate("perplexity", max_length=34, num_concurrent=4), judge, window=32)
+
+
+def test_generation_without_a_tokenizer(evaluate: Evaluate, judge: Judge) -> None:
+    check(evaluate("stories", tokenizer_backend=None, batch_size=4), judge)
+
+
+def test_a_missing_last_entry_would_be_seen(evaluate: Evaluate, judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    parse = LocalCompletionsAPI.parse_logprobs
+
+    def lossy(outputs: list[dict[str, Any]], **known: Any) -> list[tuple[float, bool]]:
+        for choice in (choice for output in outputs for choice in output["choices"]):
+            for column in ("token_logprobs", "top_logprobs"):
+                choice["logprobs"][column].pop()
+        return parse(outputs=outputs, **known)
+
+    monkeypatch.setattr(LocalCompletionsAPI, "parse_logprobs", staticmethod(lossy))
+    with pytest.raises(AssertionError, match="Tom had a red ball"):
+        check(evaluate("choices"), judge)
