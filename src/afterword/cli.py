@@ -36,7 +36,7 @@ from afterword.models.memory import available_memory, choose_shape
 from afterword.models.registry import HubFile, Model, installed, locate, parse_spec
 
 F = TypeVar("F", bound=Callable[..., Any])
-_KV_BYTES = {"f16": 2, "f32": 4}
+_KV_BYTES = {"exact": 2, "f16": 2, "f32": 4}
 
 
 class _Commands(click.Group):
@@ -68,7 +68,11 @@ def engine_options(command: F) -> F:
         ),
         click.option("--threads", type=int, help="Threads that compute.  [default: one a core; 1 for small models]"),
         click.option("--batch", type=int, default=256, help="Most tokens of a prompt computed in one pass."),
-        click.option("--kv-type", type=click.Choice(["f16", "f32"]), default="f16", help="Type of keys and values."),
+        click.option(
+            "--kv-type",
+            type=click.Choice(["exact", "f16", "f32"]),
+            help="Keys and values; see docs/reproducibility.md.  [default: exact for small models, else f16]",
+        ),
         click.option("--gpu-layers", type=int, default=0, help="Layers computed by a GPU; -1 for all of them."),
         click.option("--verbose", is_flag=True, help="Show what llama.cpp logs."),
     ]
@@ -224,15 +228,17 @@ async def _engine(
 
 def open_frame(model: Model, facts: Facts, settings: EngineSettings) -> frames.Open:
     """Settings with nothing left to choose. Raises `SettingError` if they cannot be met."""
-    shape = choose_shape(facts, available_memory(), settings.context, settings.parallel, _KV_BYTES[settings.kv_type])
+    small = facts.size_bytes < SMALL_MODEL
+    kv_type = settings.kv_type or ("exact" if small and not settings.gpu_layers else "f16")
+    shape = choose_shape(facts, available_memory(), settings.context, settings.parallel, _KV_BYTES[kv_type])
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     return frames.Open(
         path=str(model.path),
         context=shape.context,
         sequences=shape.parallel,
-        threads=settings.threads or (1 if facts.size_bytes < SMALL_MODEL else cores),
+        threads=settings.threads or (1 if small else cores),
         chunk=settings.batch,
-        kv_type=settings.kv_type,
+        kv_type=kv_type,
         gpu_layers=settings.gpu_layers,
         verbose=settings.verbose,
     )

@@ -25,7 +25,7 @@ class EngineSettings:
     parallel: int | None = None
     threads: int | None = None
     batch: int = 256
-    kv_type: KvType = "f16"
+    kv_type: KvType | None = None
     gpu_layers: int = 0
     verbose: bool = False
 

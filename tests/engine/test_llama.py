@@ -29,7 +29,7 @@ GREEDY = Sampling(temperature=0.0)
 WARM = Sampling(top_p=0.95)
 
 
-def open_model(path: Path, sequences: int = 4, kv_type: KvType = "f16", chunk: int = 32) -> Loaded:
+def open_model(path: Path, sequences: int = 4, kv_type: KvType = "exact", chunk: int = 32) -> Loaded:
     settings = Open(str(path), 512, sequences, 1, chunk, kv_type, 0, False)
     runner = LlamaRunner(settings)
     card, vocabulary = make_card(runner, settings)
@@ -150,9 +150,10 @@ def one_at_a_time(job: Job) -> list[int]:
     return generated
 
 
+@pytest.mark.parametrize("kv_type", ["exact", "f16", "f32"])
 @pytest.mark.parametrize("file_type", ["Q8_0", "Q4_0"])
-def test_every_float_is_the_same_alone_and_in_a_crowd(file_type, tmp_path):
-    model = open_model(write_tiny(tmp_path / "tiny.gguf", file_type=file_type))
+def test_every_float_is_the_same_alone_and_in_a_crowd(file_type, kv_type, tmp_path):
+    model = open_model(write_tiny(tmp_path / "tiny.gguf", file_type=file_type), kv_type=kv_type)
     loop = Loop(model.runner)
     jobs = random_jobs(16, len(model.card.pieces), seed=5)
     alone = [play(loop, [job])[0] for job in jobs]
@@ -164,6 +165,28 @@ def test_every_float_of_the_built_in_model_is_the_same_alone_and_in_a_crowd(buil
     jobs = random_jobs(12, len(builtin.card.pieces), seed=6)
     alone = [play(builtin_loop, [job])[0] for job in jobs]
     assert play(builtin_loop, jobs, random.Random(7)) == alone
+
+
+@pytest.mark.parametrize("chunk", [32, 256])
+def test_every_float_is_the_same_whether_a_token_is_read_or_generated(chunk):
+    """With exact keys and values it does not matter how many tokens a pass has."""
+    model = open_model(builtin_path(), chunk=chunk)
+    loop = Loop(model.runner)
+    prompt = model.tokenize("One day, a little girl named Lily", True)
+    for key in (b"a" * 16, b"b" * 16):
+        generated = play(loop, [Job(prompt, 1, 150, WARM, (), key, alternatives=3)])[0]
+        whole = prompt + tuple(token.id for _, token in generated)
+        read = play(loop, [Job(whole, 1, 0, GREEDY, (), key, prompt_alternatives=3)])[0][len(prompt) - 1 :]
+        assert [(t.id, t.logprob, t.top) for _, t in read] == [(t.id, t.logprob, t.top) for _, t in generated]
+
+
+def test_numbers_of_unquantized_weights_hardly_depend_on_how_a_token_came(tmp_path):
+    model = open_model(write_tiny(tmp_path / "tiny.gguf", file_type="F32"), kv_type="f32")
+    loop = Loop(model.runner)
+    generated = play(loop, [Job((1, 2, 3), 1, 100, WARM, (), b"k" * 16, alternatives=0)])[0]
+    whole = (1, 2, 3, *(token.id for _, token in generated))
+    read = play(loop, [Job(whole, 1, 0, GREEDY, (), b"k" * 16, prompt_alternatives=0)])[0][2:]
+    assert [t.logprob for _, t in read] == pytest.approx([t.logprob for _, t in generated], abs=1e-3)
 
 
 def test_a_slot_can_be_cut_and_computed_again(tmp_path):

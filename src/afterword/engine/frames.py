@@ -14,13 +14,16 @@ import msgspec
 from afterword.engine.protocol import Card, Job, Load, Step, Value
 
 HEADER = struct.Struct(">I")
-KvType = Literal["f16", "f32"]
+KvType = Literal["exact", "f16", "f32"]
 LIMIT = 256 * 2**20
 """The most bytes that a frame may have: a card with a large vocabulary has about 3 million."""
 
 
 class Open(Value, frozen=True, tag=True):
-    """Load this model, for `sequences` of `context` tokens each. `kv_type` is the type of keys and values."""
+    """Load this model, for `sequences` of `context` tokens each. `kv_type` is the type of keys and values.
+
+    "exact": a token has the same numbers whether it is read or generated, where the weights' products allow it.
+    """
 
     path: str
     context: int

@@ -1,7 +1,7 @@
 """A llama.cpp model and context behind the core's `Runner`.
 
-Each sequence has its own part of the key-value memory (`kv_unified=false`) and flash attention is off: measured to
-give a token the same bits whoever else is being computed (docs/decisions.md).
+Each sequence has its own part of the key-value memory (`kv_unified=false`), and attention is computed in ways that were
+measured to give a token the same bits whoever else is being computed (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -16,6 +16,14 @@ from afterword.engine.core.batch import Batch, Cut, Fork, Logits, Row
 from afterword.engine.frames import Open
 from afterword.engine.llama.library import last_error, native
 from afterword.errors import EngineError, SettingError
+
+_BF16 = 30  # ggml's number, which the bindings do not name
+_ATTENTION = {
+    "f16": (native.LLAMA_FLASH_ATTN_TYPE_DISABLED, native.GGML_TYPE_F16, native.GGML_TYPE_F16),
+    "f32": (native.LLAMA_FLASH_ATTN_TYPE_DISABLED, native.GGML_TYPE_F32, native.GGML_TYPE_F32),
+    # For keys and values of unequal types llama.cpp has one kernel for every shape, which takes query by query.
+    "exact": (native.LLAMA_FLASH_ATTN_TYPE_ENABLED, native.GGML_TYPE_F16, _BF16),
+}
 
 
 class LlamaRunner:
@@ -117,8 +125,8 @@ def _context(model: object, settings: Open) -> object:
     params.n_seq_max = settings.sequences
     params.n_batch = params.n_ubatch = max(settings.chunk, settings.sequences)
     params.n_threads = params.n_threads_batch = settings.threads
-    params.type_k = params.type_v = native.GGML_TYPE_F32 if settings.kv_type == "f32" else native.GGML_TYPE_F16
-    params.flash_attn_type = native.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    flash, params.type_k, params.type_v = _ATTENTION[settings.kv_type]
+    params.flash_attn_type = flash
     params.kv_unified = False
     params.no_perf = True
     context = native.llama_init_from_model(model, params)
