@@ -94,6 +94,8 @@ def engine_options(command: F) -> F:
 )
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="A file with a key a line.")
 @click.option("--allow-open", is_flag=True, help="Listen beyond this machine without any key.")
+@click.option("--cors-origin", multiple=True, help="A web page's origin that may use the server; can be repeated.")
+@click.option("--plain-text", is_flag=True, help="Text that spells a special token is plain text.")
 @click.option("--max-queue", type=click.IntRange(min=1), default=4096, help="Most prompts that wait.")
 @click.option("--max-logprobs", type=click.IntRange(0, 1000), default=20, help="Most alternatives a token.")
 @click.option("--max-stop", type=click.IntRange(min=1), default=16, help="Most stop strings.")
@@ -110,6 +112,8 @@ def serve(
     api_key: tuple[str, ...],
     api_key_file: Path | None,
     allow_open: bool,
+    cors_origin: tuple[str, ...],
+    plain_text: bool,
     max_queue: int,
     max_logprobs: int,
     max_stop: int,
@@ -124,6 +128,8 @@ def serve(
         port=port,
         keys=Keys.of(api_key, api_key_file),
         allow_open=allow_open,
+        cors_origins=cors_origin,
+        special_text=not plain_text,
         max_queue=max_queue,
         limits=replace(limits, ignore_unknown=ignore_unknown),
     )

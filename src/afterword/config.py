@@ -72,12 +72,18 @@ class Keys:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """How the server is run."""
+    """How the server is run.
+
+    `cors_origins`: web pages that may use it, beside those of this machine; with keys, all may try. `special_text`:
+    text that spells a special token becomes that token.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
     keys: Keys = field(default_factory=Keys)
     allow_open: bool = False
+    cors_origins: tuple[str, ...] = ()
+    special_text: bool = True
     max_body: int = 8 * 2**20
     max_queue: int = 4096
     limits: Limits = field(default_factory=Limits)

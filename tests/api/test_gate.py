@@ -173,3 +173,32 @@ def test_request_ids_are_unique(http: httpx.Client, stranger: httpx.Client) -> N
     paths = ("/version", "/v1/models", "/nope", "/v1/completions", "/health")
     answers = [each.get(path) for each in (http, stranger) for path in paths for _ in range(5)]
     assert len({answer.headers["x-request-id"] for answer in answers}) == len(answers)
+
+
+# ---- web pages
+
+
+def preflight(client: httpx.Client, origin: str) -> httpx.Response:
+    headers = {
+        "Origin": origin,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    return client.options("/v1/completions", headers=headers)
+
+
+def test_with_keys_any_page_may_try(http: httpx.Client) -> None:
+    answer = preflight(http, "https://pages.example")
+    assert answer.status_code == 200
+    assert answer.headers["access-control-allow-origin"] == "*"
+    assert "authorization" in answer.headers["access-control-allow-headers"].lower()
+    refusal = httpx.post(f"{http.base_url}/v1/completions", json={}, headers={"Origin": "https://pages.example"})
+    assert (refusal.status_code, refusal.headers["access-control-allow-origin"]) == (401, "*")
+
+
+def test_without_keys_only_pages_of_this_machine_and_chosen_ones_may(serve: Any) -> None:
+    with serve("--cors-origin", "https://mine.example", "--parallel", "1", key=None) as server, server.http() as client:
+        for origin in ("http://localhost:3000", "http://127.0.0.1", "https://mine.example"):
+            assert preflight(client, origin).headers["access-control-allow-origin"] == origin
+        for origin in ("https://pages.example", "null", "http://localhost.pages.example", "http://localhost:1@x"):
+            assert preflight(client, origin).status_code == 400

@@ -108,3 +108,12 @@ def test_another_model_is_not_found(http: httpx.Client, path: str) -> None:
 @pytest.mark.parametrize("body", [b"", b"[]", b'{"prompt":', b'{"prompt": "\\ud800"}', b"\xff"])
 def test_a_body_must_be_a_json_object(http: httpx.Client, path: str, body: bytes) -> None:
     problem(http.post(path, content=body, headers={"Content-Type": "application/json"}), 400)
+
+
+def test_special_tokens_in_texts_can_be_switched_off(serve: Any) -> None:
+    with serve("--plain-text", "--parallel", "1", key=None) as server, server.http() as client:
+        facts = client.get("/tokenizer_info").json()
+        tokens = client.post("/tokenize", json={"prompt": facts["eos_token"]}).json()["tokens"]
+        assert facts["eos_token_id"] not in tokens
+        body = {"prompt": facts["eos_token"], "max_tokens": 1, "return_token_ids": True}
+        assert client.post("/v1/completions", json=body).json()["choices"][0]["prompt_token_ids"] == tokens

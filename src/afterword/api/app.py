@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from afterword.api import completions, gate, models, status, tokens
 from afterword.api.gate import GuardedRoute
 from afterword.api.service import Service
+from afterword.config import Config
 from afterword.errors import AfterwordError
+
+LOCAL_PAGES = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 
 OPEN = (
     Route("/health", status.health, methods=["GET"]),
@@ -41,4 +45,19 @@ def make_app(service: Service) -> ASGIApp:
     )
     app.router.redirect_slashes = False
     app.state.service = service
-    return gate.Labelled(app)
+    return gate.Labelled(with_cors(app, service.config))
+
+
+def with_cors(app: ASGIApp, config: Config) -> ASGIApp:
+    """Web pages may ask from this machine and from where the operator says; with keys, from anywhere.
+
+    Without keys a page from anywhere could use the model of whoever looks at it.
+    """
+    return CORSMiddleware(
+        app,
+        allow_origins=["*"] if config.keys.digests else config.cors_origins,
+        allow_origin_regex=LOCAL_PAGES,
+        allow_methods=["GET", "POST"],
+        allow_headers=["authorization", "content-type"],
+        expose_headers=["x-request-id"],
+    )

@@ -33,7 +33,7 @@ async def create(http: HttpRequest) -> Response:
     created = int(time.time())
     request = parse(await gate.read_json(http), service.config.limits)
     served = service.find(request.model)
-    tokens = await tokenize(request, served.engine)
+    tokens = await tokenize(request, served.engine, service.config.special_text)
     plan = make_plan(request, served.engine.card, tokens, secrets.randbits(63))
     head = wire.Head(wire.new_id(), created, served.id, served.engine.card.fingerprint)
     return Answer(request, plan, head, served.engine)
@@ -65,6 +65,7 @@ class Answer(Response):
 
     def _start(self, kind: bytes, *more: tuple[bytes, bytes]) -> dict[str, object]:
         headers = [(b"content-type", kind), (b"cache-control", b"no-cache, must-revalidate"), *more]
+        headers.append((b"openai-model", gate.header_text(self._head.model)))
         if self._request.ignored:
             headers.append((b"x-afterword-ignored", gate.header_text(", ".join(self._request.ignored))))
         return {"type": "http.response.start", "status": 200, "headers": headers}

@@ -26,7 +26,8 @@ async def tokenize(request: Request) -> Response:
         raise RequestError("'add_special_tokens' must be a boolean.", param="add_special_tokens")
     card = served.engine.card
     bos = [card.bos] if card.add_bos and add is not False else []
-    tokens = [*bos, *(await served.engine.tokenize(prompt, True) if prompt else ())]
+    special = request.app.state.service.config.special_text
+    tokens = [*bos, *(await served.engine.tokenize(prompt, special) if prompt else ())]
     return json_answer({"tokens": tokens, "count": len(tokens), "max_model_len": card.context})
 
 

@@ -23,11 +23,11 @@ class Usage:
     cached_tokens: int = 0
 
 
-async def tokenize(request: Request, engine: Engine) -> Tokenized:
-    """The tokens of all texts in a request. Text that spells a special token becomes that token."""
+async def tokenize(request: Request, engine: Engine, special: bool = True) -> Tokenized:
+    """The tokens of all texts in a request. `special`: text that spells a special token becomes that token."""
     check_lengths(request, engine.card)
     texts = [prompt for prompt in request.prompt if isinstance(prompt, str)]
-    tokens = await asyncio.gather(*(engine.tokenize(text, True) for text in (*texts, request.suffix or "") if text))
+    tokens = await asyncio.gather(*(engine.tokenize(text, special) for text in (*texts, request.suffix or "") if text))
     ready = iter(tokens)
     prompts = [prompt if isinstance(prompt, tuple) else next(ready) if prompt else () for prompt in request.prompt]
     return Tokenized(tuple(prompts), next(ready) if request.suffix else ())
