@@ -117,3 +117,9 @@ def test_special_tokens_in_texts_can_be_switched_off(serve: Any) -> None:
         assert facts["eos_token_id"] not in tokens
         body = {"prompt": facts["eos_token"], "max_tokens": 1, "return_token_ids": True}
         assert client.post("/v1/completions", json=body).json()["choices"][0]["prompt_token_ids"] == tokens
+
+
+@pytest.mark.parametrize("text", ["the cat", " the", "a", ""])
+def test_the_space_that_sentencepiece_adds_does_not_come_back(spm: httpx.Client, text: str) -> None:
+    tokens = spm.post("/tokenize", json={"prompt": text, "add_special_tokens": False}).json()["tokens"]
+    assert spm.post("/detokenize", json={"tokens": tokens}).json()["prompt"] == text

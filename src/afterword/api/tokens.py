@@ -36,11 +36,14 @@ async def detokenize(request: Request) -> Response:
     served, body = await _read(request, ("tokens",))
     given = body.get("tokens")
     ids = [as_integer(token) for token in given] if isinstance(given, list) else [None]
-    pieces = served.engine.card.pieces
+    card = served.engine.card
+    pieces = card.pieces
     if not all(token is not None and 0 <= token < len(pieces) for token in ids):
         raise RequestError(f"'tokens' must be an array of integers from 0 to {len(pieces) - 1}.", param="tokens")
-    text = b"".join(pieces[token] for token in ids if token is not None).decode("utf-8", "replace")
-    return json_answer({"prompt": text})
+    text = b"".join(pieces[token] for token in ids if token is not None)
+    if card.space_prefix:
+        text = text.removeprefix(b" ")  # which tokenizing had added
+    return json_answer({"prompt": text.decode("utf-8", "replace")})
 
 
 async def tokenizer_info(request: Request) -> Response:
