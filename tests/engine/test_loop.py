@@ -172,6 +172,25 @@ def test_closing_frees_the_sequences_before_the_next_pass():
     assert loop.step() is None
 
 
+def test_gaps_that_others_leave_are_closed():
+    runner = HistoryRunner(slots=6, chunk=4)
+    loop = Loop(runner)
+    jobs = [job(prompt=(run + 1,), max_tokens=40) for run in range(6)]
+    for run, each in enumerate(jobs):
+        loop.start(run, each)
+    early = defaultdict(list)
+    for _ in range(20):
+        for run, step in (loop.step() or {}).items():
+            early[run].append(step)
+    for run in (0, 2, 3):
+        loop.close(run)
+    passes = len(runner.batches)
+    steps = finish(loop)
+    assert sorted(row.slot for row in runner.batches[passes + 3].rows) == [0, 1, 2]
+    for run in (1, 4, 5):
+        assert sampled(early[run] + steps[run], 0) == alone(jobs[run], 0)
+
+
 def test_late_messages_about_unknown_jobs_are_ignored():
     loop = Loop(HistoryRunner(slots=1, chunk=4))
     loop.close(9)

@@ -1,6 +1,6 @@
 """Decides what the next forward pass computes. Pure: it touches no model, no clock and no randomness.
 
-Rules: a sequence gets a slot for its whole life, so nothing that runs is ever preempted. Prompts are computed
+Rules: a sequence has a slot for its whole life, so nothing that runs is ever preempted. Prompts are computed
 in chunks on a grid counted from their first token, so that the numbers do not depend on who else is here. Chunks
 of prompts take turns with tokens of running sequences, so that neither waits for the other to finish. A prompt is
 computed once for all its samples: they fork from whichever of them holds it.
@@ -71,6 +71,7 @@ class Scheduler:
             self._turns.rotate(-1)
             self._prompt_turn = False
         elif running:
+            self._close_gap()
             rows = tuple(Row(self._slot(s), s.computed, s.slice(s.computed, s.length), 1) for s in running)
             self._prompt_turn = True
         else:
@@ -146,6 +147,17 @@ class Scheduler:
         """Whether its slot can give the prompt's state: exactly the prompt, where state cannot be rewound."""
         prompt = len(sequence.work.job.prompt)
         return sequence.computed == prompt or (self._rewinds and sequence.computed > prompt)
+
+    def _close_gap(self) -> None:
+        """Move what runs in the highest slot to a free one below: neighbours are computed together, others are not."""
+        last = max(self._held)
+        sequence = self._held[last]
+        if not self._free or self._free[0] > last or sequence.catching_up:
+            return
+        target = heapq.heapreplace(self._free, last)
+        self._moves += [Fork(last, target, sequence.computed), Cut(last, 0)]
+        del self._held[last]
+        self._held[target], sequence.slot = sequence, target
 
     def _place(self, sequence: Sequence, slot: int, computed: int) -> None:
         sequence.slot, sequence.computed = slot, computed
