@@ -9,11 +9,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 from afterword import __version__
-from afterword.cli import greeting, main
+from afterword.cli import greeting, main, open_frame
 from afterword.completion.limits import Limits
 from afterword.completion.request import parse
-from afterword.config import Config
+from afterword.config import Config, EngineSettings
 from afterword.engine.protocol import Card
+from afterword.models.gguf import read_facts
+from afterword.models.registry import Model
 from oracle.tiny import write_tiny
 
 
@@ -87,6 +89,22 @@ def test_models_lists_the_built_in_one(tmp_path):
 )
 def test_bad_settings_are_one_sentence(words, said, tmp_path):
     assert said in refusal(*words, HF_HUB_CACHE=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file_type", "settings", "kv_type"),
+    [
+        ("Q8_0", {}, "exact"),
+        ("Q4_0", {}, "exact"),
+        ("F16", {}, "f16"),
+        ("Q8_0", {"kv_type": "f32"}, "f32"),
+        ("Q8_0", {"gpu_layers": -1}, "f16"),
+    ],
+)
+def test_numbers_are_exact_by_default_where_that_holds(file_type, settings, kv_type, tmp_path):
+    path = write_tiny(tmp_path / "tiny.gguf", file_type=file_type)
+    opened = open_frame(Model("tiny", path, "file"), read_facts(path), EngineSettings(**settings))
+    assert (opened.kv_type, opened.threads) == (kv_type, 1)
 
 
 def test_a_file_that_is_no_model_is_one_sentence(tmp_path):

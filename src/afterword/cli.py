@@ -26,7 +26,7 @@ from afterword.completion.limits import STRICT, Limits
 from afterword.completion.plan import make_plan
 from afterword.completion.request import parse
 from afterword.completion.run import run, tokenize
-from afterword.config import SMALL_MODEL, Config, EngineSettings, Keys
+from afterword.config import EXACT_TYPES, SMALL_MODEL, Config, EngineSettings, Keys
 from afterword.engine import frames
 from afterword.engine.protocol import Card
 from afterword.engine.supervisor import Supervisor
@@ -71,7 +71,7 @@ def engine_options(command: F) -> F:
         click.option(
             "--kv-type",
             type=click.Choice(["exact", "f16", "f32"]),
-            help="Keys and values; see docs/reproducibility.md.  [default: exact for small models, else f16]",
+            help="Keys and values; see docs/reproducibility.md.  [default: exact for Q8_0 and Q4_0, else f16]",
         ),
         click.option("--gpu-layers", type=int, default=0, help="Layers computed by a GPU; -1 for all of them."),
         click.option("--verbose", is_flag=True, help="Show what llama.cpp logs."),
@@ -234,15 +234,15 @@ async def _engine(
 
 def open_frame(model: Model, facts: Facts, settings: EngineSettings) -> frames.Open:
     """Settings with nothing left to choose. Raises `SettingError` if they cannot be met."""
-    small = facts.size_bytes < SMALL_MODEL
-    kv_type = settings.kv_type or ("exact" if small and not settings.gpu_layers else "f16")
+    holds = facts.file_type in EXACT_TYPES and not settings.gpu_layers
+    kv_type = settings.kv_type or ("exact" if holds else "f16")
     shape = choose_shape(facts, available_memory(), settings.context, settings.parallel, _KV_BYTES[kv_type])
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     return frames.Open(
         path=str(model.path),
         context=shape.context,
         sequences=shape.parallel,
-        threads=settings.threads or (1 if small else cores),
+        threads=settings.threads or (1 if facts.size_bytes < SMALL_MODEL else cores),
         chunk=settings.batch,
         kv_type=kv_type,
         gpu_layers=settings.gpu_layers,

@@ -16,6 +16,9 @@ from afterword.errors import SettingError
 SMALL_MODEL = 64 * 2**20
 """Weights below this many bytes are computed by one thread: with more, waiting costs more than computing."""
 
+EXACT_TYPES = ("Q8_0", "Q4_0")
+"""Weights with which exact keys and values make a token's numbers independent of how it was computed."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
