@@ -26,6 +26,7 @@ check: $(VENV)/.dev  ## linters and types
 	$(BIN)/mypy
 
 $(VENV)/.serve: requirements.txt pyproject.toml
+	@echo "Setting up $(VENV). The first time llama.cpp is compiled, which takes some minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
