@@ -1,4 +1,4 @@
-"""`python -m training prepare|train|measure|export|verify|samples`: the steps of the recipe, in order.
+"""`python -m training STEP`: the steps of the recipe, in the order of the README.
 
 Knows every other file of this folder, and only here do they meet.
 """
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "src" / "afterword" / "models" / "builtin" / "afterword-tiny.gguf"
 MASTER = "afterword-tiny-f32.gguf"
+FIRST = "checkpoint-first.pt"
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -35,7 +36,8 @@ def prepare(options: argparse.Namespace) -> None:
     texts = [d.text for d in kept if d.source != "books" or dice.random() < 0.25]
     made = tokenizer.train(texts)
     made.save(str(options.work / "tokenizer.json"))
-    ids = rows.stream(kept, made, options.megabytes * 10**6, options.seed)
+    size = options.megabytes * 10**6
+    ids = rows.stream(kept, made, size=size, seed=options.seed, shares=data.SHARES, borders=rows.borders)
     np.save(options.work / "stream.npy", ids)
     counts = {
         source: {
@@ -57,6 +59,45 @@ def train(options: argparse.Namespace) -> None:
     from training.train import train as run
 
     run(options.work, options.minutes, Shape(layers=options.layers, inner=options.inner))
+
+
+def remix(options: argparse.Namespace) -> None:
+    """Write the token stream of the second run over that of the first."""
+    from tokenizers import Tokenizer
+
+    from training import data, rows
+
+    kept = [document for document in data.documents(options.corpus) if not document.held_out]
+    made = Tokenizer.from_file(str(options.work / "tokenizer.json"))
+    size = options.megabytes * 10**6
+    ids = rows.stream(
+        kept,
+        made,
+        size=size,
+        seed=options.seed,
+        shares=data.SECOND_SHARES,
+        borders=rows.short_borders,
+        lengths=rows.SHORT_LENGTHS,
+    )
+    np.save(options.work / "stream.npy", ids)
+    print(f"{len(ids):,} tokens")
+
+
+def grow(options: argparse.Namespace) -> None:
+    """Put a deeper model with a run before it in the place of the finished one, which is kept beside it."""
+    from training.grow import TOLERANCE, difference
+    from training.grow import grow as deepen
+    from training.train import Run
+
+    checkpoint, first = options.work / "checkpoint.pt", options.work / FIRST
+    old = Run.load(checkpoint)
+    new = deepen(old, options.layers, options.peak)
+    changed = difference(old.model, new.model, np.load(options.work / "stream.npy")[:512].tolist())
+    print(f"{old.model.shape.layers} to {options.layers} layers; logits differ by at most {changed:.1e}")
+    if changed > TOLERANCE:
+        raise SystemExit("too much")
+    old.save(first)
+    new.save(checkpoint)
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -105,6 +146,14 @@ def samples(options: argparse.Namespace) -> None:
     print(draw(SHIPPED, options.seed))
 
 
+def infill(options: argparse.Namespace) -> None:
+    """Print the table of the twenty gaps, filled by the shipped file."""
+    from training.infill import cases, table
+
+    held = json.loads((options.work / "held_out.json").read_text())
+    print(table(SHIPPED, cases(held, options.seed)))
+
+
 def _trained(options: argparse.Namespace) -> tuple["Llama", "Tokenizer"]:
     """The model and the tokenizer in the work folder."""
     from tokenizers import Tokenizer
@@ -115,7 +164,7 @@ def _trained(options: argparse.Namespace) -> tuple["Llama", "Tokenizer"]:
     return model, Tokenizer.from_file(str(options.work / "tokenizer.json"))
 
 
-STEPS = {step.__name__: step for step in (prepare, train, measure, export, verify, samples)}
+STEPS = {step.__name__: step for step in (prepare, train, remix, grow, measure, export, verify, samples, infill)}
 
 
 def main() -> None:
@@ -128,6 +177,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=60, help="text in the token stream")
     parser.add_argument("--minutes", type=float, default=66, help="the budget of the training run")
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--peak", type=float, default=0.45, help="factor of the learning rates after growing")
     parser.add_argument("--inner", type=int, default=768)
     options = parser.parse_args()
     STEPS[options.step](options)

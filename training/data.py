@@ -13,6 +13,7 @@ from pathlib import Path
 
 SPECIALS = ["<|endoftext|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
 SHARES = {"stories": 0.30, "truecased": 0.08, "fables": 0.17, "python": 0.29, "books": 0.16}
+SECOND_SHARES = {"stories": 0.45, "truecased": 0.10, "fables": 0.12, "python": 0.28, "books": 0.05}
 FILES = {
     "stories": "tinystories_cased.txt.xz",
     "truecased": "tinystories_truecased.txt.xz",

@@ -4,18 +4,25 @@ Knows documents and the tokenizer; the result is one array of ids, cut by the tr
 """
 
 import random
+import re
 from bisect import bisect, insort
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from training.data import SHARES, Document, pieces
+from training.data import Document, pieces
 
 ROW = 512
 INFILL_SHARE = 0.5
 INFILL_LONGEST = 1000  # characters of one infill document, so that it falls into one row
+LENGTHS = (INFILL_LONGEST,)
+SHORT_LENGTHS = (250, 500, INFILL_LONGEST)  # more gaps for the same text
+PROSE_LINES = 12  # a text of fewer lines is prose: its units are sentences
 END, PREFIX, SUFFIX, MIDDLE = range(4)
+
+Borders = Callable[[str, random.Random], tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -26,18 +33,27 @@ class Item:
     middle: tuple[int, int] | None = None
 
 
-def stream(documents: list[Document], tokenizer: Tokenizer, size: int, seed: int) -> np.ndarray:
+def stream(
+    documents: list[Document],
+    tokenizer: Tokenizer,
+    *,
+    size: int,
+    seed: int,
+    shares: dict[str, float],
+    borders: Borders,
+    lengths: tuple[int, ...] = LENGTHS,
+) -> np.ndarray:
     """About `size` bytes of text, the sources by their shares, as token ids in whole rows."""
     dice = random.Random(seed)
     items = []
-    for source, share in SHARES.items():
+    for source, share in shares.items():
         texts = [document.text for document in documents if document.source == source]
-        items += _draw(texts, int(share * size), dice)
+        items += _draw(texts, int(share * size), dice, borders, lengths)
     dice.shuffle(items)
     return _pack(items, tokenizer)
 
 
-def _draw(texts: list[str], size: int, dice: random.Random) -> list[Item]:
+def _draw(texts: list[str], size: int, dice: random.Random, borders: Borders, lengths: tuple[int, ...]) -> list[Item]:
     """Go through the texts, shuffled anew each time, until `size` characters are taken."""
     items: list[Item] = []
     while size > 0:
@@ -46,7 +62,9 @@ def _draw(texts: list[str], size: int, dice: random.Random) -> list[Item]:
                 break
             size -= len(text)
             if dice.random() < INFILL_SHARE:
-                items += [Item(piece, borders(piece, dice)) for piece in pieces(text, INFILL_LONGEST)]
+                # One length asks nothing of the dice, so the first run's stream stays what it was.
+                parts = pieces(text, lengths[0] if len(lengths) == 1 else dice.choice(lengths))
+                items += [Item(part, borders(part, dice)) for part in parts]
             else:
                 items.append(Item(text))
     return items
@@ -59,7 +77,7 @@ def borders(text: str, dice: random.Random) -> tuple[int, int]:
         start = dice.randint(0, len(text) - length)
         return start, start + length
     starts = [0] + [at + 1 for at, sign in enumerate(text[:-1]) if sign == "\n"]
-    if len(starts) < 12:  # prose: few lines, so sentences
+    if len(starts) < PROSE_LINES:
         starts += [at + 1 for at, sign in enumerate(text[:-1]) if sign in ".!?" and text[at + 1] == " "]
         starts.sort()
     first = dice.randrange(len(starts))
@@ -71,6 +89,36 @@ def borders(text: str, dice: random.Random) -> tuple[int, int]:
         if dice.random() < 0.7:
             start = end - len(text[start:end].lstrip(" \n"))
     return start, end
+
+
+def short_borders(text: str, dice: random.Random) -> tuple[int, int]:
+    """Middles as an editor asks for them: a unit, the rest of one, or a few characters; now and then a long one.
+
+    A unit is a line, or in prose a sentence. Spaces before it stay in the prefix or belong to the middle, by chance.
+    """
+    kind = dice.random()
+    if kind < 0.1:
+        return borders(text, dice)
+    if kind < 0.4:
+        start = dice.randrange(len(text))
+        return start, min(start + int(61 ** dice.random()), len(text))
+    first, end = dice.choice(units(text))
+    start = end - len(text[first:end].lstrip())
+    if kind < 0.7:
+        return (start if dice.random() < 0.6 else first), end
+    start = dice.randrange(start, end)
+    if dice.random() < 0.6:  # the rest from a word on
+        start = text.rfind(" ", first, start) + 1 or start
+    if dice.random() < 0.4 and text[start - 1 : start] == " ":
+        start -= 1
+    return start, end
+
+
+def units(text: str) -> list[tuple[int, int]]:
+    """Where the lines with anything in them, or in prose the sentences, begin and end; never empty for a text."""
+    pattern = r"[^\n]*\S" if text.count("\n") + 1 >= PROSE_LINES else r"[^\n]+?(?:[.!?][\"']*(?=\s|$)|(?=\s*(?:\n|$)))"
+    found = [match.span() for match in re.finditer(pattern, text) if match.group().strip()]
+    return found or [(0, len(text))]
 
 
 def _pack(items: list[Item], tokenizer: Tokenizer) -> np.ndarray:

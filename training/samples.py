@@ -1,4 +1,4 @@
-"""Unedited samples of a GGUF file, as Markdown: stories, and middles filled in.
+"""Unedited samples of a GGUF file, as Markdown.
 
 Knows llama-cpp-python and the file; the model card shows what this prints.
 """
@@ -7,37 +7,34 @@ from pathlib import Path
 
 import llama_cpp
 
-from training.rows import END, MIDDLE, PREFIX, SUFFIX
+from training.rows import END
 
-OPENING = "Once upon a time, there was a little"
-LENGTH = 200
+LENGTH = 120
 TEMPERATURE = 0.7
-GAPS = [
-    ("Lily had a red ball. She ", " and the ball fell into the water."),
-    ("Tom wanted to eat the apple, but his mom said", " Tom was sad. Then Mom smiled and gave him a cookie."),
-    ("Once upon a time, there was a", " who lived in the forest. He loved to fly over the trees."),
-    ('def add(a, b):\n    """Return the sum."""\n    ', "\n\n\ndef sub(a, b):\n    return a - b\n"),
-    ("for name in os.listdir(path):\n    if name", ":\n        found.append(name)\nreturn found\n"),
+STORY = "Once upon a time, there was a little"
+OPENINGS = [
+    *[STORY] * 5,
+    "One day, Sam found a big box in the garden.",
+    "Lily was sad because",
+    "In a quiet forest, there lived an old owl",
+    "import os\n\n\ndef list_files(path):\n",
+    'class Queue:\n    """First in, first out."""\n\n    def __init__(self):\n',
 ]
 
 
 def samples(path: Path, seed: int) -> str:
-    """Five stories and every gap, each with a seed of its own."""
+    """Every opening gone on with, each with a seed of its own."""
     model = llama_cpp.Llama(str(path), n_ctx=2048, n_threads=1, verbose=False)
-    lines = [f"Opening: `{OPENING}`", ""]
-    for number in range(5):
-        text = _sample(model, [END, *_ids(model, OPENING)], seed + number)
-        quoted = [f"> {line}".rstrip() for line in (OPENING + text).split("\n")]
-        lines += [f"Seed {seed + number}:", "", *quoted, ""]
-    for number, (before, after) in enumerate(GAPS):
-        prompt = [PREFIX, *_ids(model, before), SUFFIX, *_ids(model, after), MIDDLE]
-        middle = _sample(model, prompt, seed + number)
-        lines += [f"Gap {number + 1}, seed {seed + number}:", "", "```text"]
-        lines += [f"{before}[[{middle}]]{after}".rstrip("\n"), "```", ""]
+    lines = []
+    for number, opening in enumerate(OPENINGS):
+        text = opening + _sample(model, [END, *ids_of(model, opening)], seed + number)
+        code = opening.endswith("\n")
+        shown = ["```python", text.rstrip("\n"), "```"] if code else [f"> {line}".rstrip() for line in text.split("\n")]
+        lines += [f"Opening `{opening.strip().splitlines()[-1].strip()}`, seed {seed + number}:", "", *shown, ""]
     return "\n".join(lines)
 
 
-def _ids(model: llama_cpp.Llama, text: str) -> list[int]:
+def ids_of(model: llama_cpp.Llama, text: str) -> list[int]:
     return model.tokenize(text.encode(), add_bos=False, special=False)
 
 

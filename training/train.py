@@ -1,6 +1,7 @@
 """The training run: one budget of minutes, after which the learning rate is zero and the model done.
 
 Knows the rows, the model and the optimizers; writes checkpoints, a log and its curve into the work folder.
+A grown model has a run of its own; tokens and log go on from those of the run before.
 """
 
 import json
@@ -20,12 +21,13 @@ from training.rows import ROW
 
 BATCH = 8192  # tokens a step
 MICRO = 2048  # tokens a forward pass
-LONG = 2048  # row length at the end of the run
-LONG_FROM = 0.87  # share of the budget after which rows are long
+LONG = 2048  # length of long rows: all at the end of a first run, a quarter of the tokens throughout a second
+LONG_FROM = 0.87  # share of the budget after which all rows are long
 WARMUP = 0.02  # share of the budget
 MUON_RATE, ADAM_RATE = 0.02, 0.004
 SAVE_EVERY = 300  # seconds
 SEED = 1
+KEPT = ("seconds", "step", "position", "tokens", "peak", "mixed", "log")
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -48,11 +50,13 @@ class Run:
         self.step = 0
         self.position = 0  # in the token stream
         self.tokens = 0
+        self.peak = 1.0  # factor of the learning rates
+        self.mixed = False  # long rows throughout
         self.log: list[dict[str, float]] = []
 
     def save(self, path: Path) -> None:
         """Write the checkpoint; a crash while writing leaves the former one."""
-        state = {name: getattr(self, name) for name in ("seconds", "step", "position", "tokens", "log")}
+        state = {name: getattr(self, name) for name in KEPT}
         state["shape"] = asdict(self.model.shape)
         state["model"] = self.model.state_dict()
         state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
@@ -66,8 +70,8 @@ class Run:
         run.model.load_state_dict(state["model"])
         for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        for name in ("seconds", "step", "position", "tokens", "log"):
-            setattr(run, name, state[name])
+        for name in KEPT:
+            setattr(run, name, state.get(name, getattr(run, name)))
         return run
 
 
@@ -113,10 +117,10 @@ def train(work: Path, minutes: float, shape: Shape) -> None:
 
 def _step(run: Run, loss_of: Loss, stream: Tensor, progress: float) -> float:
     """One batch through the model and one step of both optimizers; returns the mean loss."""
-    length = LONG if progress >= LONG_FROM else ROW
-    rows = MICRO // length
     total = 0.0
-    for _ in range(BATCH // MICRO):
+    for turn in range(BATCH // MICRO):
+        length = LONG if (turn == 0 if run.mixed else progress >= LONG_FROM) else ROW
+        rows = MICRO // length
         if run.position + MICRO >= len(stream):
             run.position = 0
         part = stream[run.position : run.position + MICRO + 1]
@@ -128,7 +132,7 @@ def _step(run: Run, loss_of: Loss, stream: Tensor, progress: float) -> float:
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     for optimizer, peak in zip(run.optimizers, run.rates, strict=True):
         for group in optimizer.param_groups:
-            group["lr"] = peak * rate(progress)
+            group["lr"] = peak * run.peak * rate(progress)
         optimizer.step()
         optimizer.zero_grad()
     run.step += 1
@@ -138,19 +142,31 @@ def _step(run: Run, loss_of: Loss, stream: Tensor, progress: float) -> float:
 
 
 def draw(log: list[dict[str, float]], path: Path) -> None:
-    """The loss over tokens, as a picture."""
+    """The loss over tokens, as a picture; a line where a run begins after another."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    tokens = [entry["tokens"] / 1e6 for entry in log]
-    losses = [entry["loss"] for entry in log]
-    width = max(1, len(losses) // 50)
-    smooth = np.convolve(losses, np.ones(width) / width, "valid")
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    axes.plot(tokens, losses, color="#cccccc", linewidth=0.6)
-    axes.plot(tokens[width - 1 :], smooth, color="#204a87")
-    axes.set(xlabel="million tokens", ylabel="loss (nats a token)", ylim=(min(losses) * 0.95, 5))
+    figure, axes = pyplot.subplots(figsize=(8, 4))
+    for run in runs(log):
+        tokens = [entry["tokens"] / 1e6 for entry in run]
+        losses = [entry["loss"] for entry in run]
+        width = max(1, len(losses) // 50)
+        smooth = np.convolve(losses, np.ones(width) / width, "valid")
+        axes.axvline(tokens[0], color="#888888", linewidth=0.6)
+        axes.plot(tokens, losses, color="#cccccc", linewidth=0.6)
+        axes.plot(tokens[width - 1 :], smooth, color="#204a87")
+    axes.set(xlabel="million tokens", ylabel="loss (nats a token)", ylim=(1.5, 5))
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=80)
+
+
+def runs(log: list[dict[str, float]]) -> list[list[dict[str, float]]]:
+    """Cut the log where the clock starts anew."""
+    found: list[list[dict[str, float]]] = []
+    for entry in log:
+        if not found or entry["seconds"] < found[-1][-1]["seconds"]:
+            found.append([])
+        found[-1].append(entry)
+    return found
