@@ -17,7 +17,7 @@ SPECIAL = ("<s>", "</s>", "<pre>", "<suf>", "<mid>")
 PIECES = (*(bytes([byte]) for byte in range(256)), *WORDS, *(name.encode() for name in SPECIAL), b"")
 BOS, EOS, PRE, SUF, MID, BLANK = range(256 + len(WORDS), len(PIECES))
 INFILL = Infill(PRE, SUF, MID)
-CARD = Card("scripted", 0, 64, 4, PIECES, (BOS, EOS, PRE, SUF, MID), (EOS,), None, EOS, False, False, 6, None, "fp_0")
+CARD = Card(0, 64, 4, PIECES, (EOS,), None, EOS, False, False, 6, None, "fp_0")
 
 Script = Callable[[Job, int], Iterable[int]]
 _LONGEST_FIRST = re.compile(b"|".join(re.escape(piece) for piece in sorted(PIECES[:-1], key=len)[::-1]), re.DOTALL)

@@ -131,7 +131,7 @@ def test_the_environment_sets_what_the_command_line_does_not():
 
 def test_the_curl_line_of_the_greeting_is_a_valid_request():
     name = 'it\'s "mine"'
-    card = Card("llama", 5_000_000, 2048, 16, (), (), (), None, None, False, False, 0, None, "fp")
+    card = Card(5_000_000, 2048, 16, (), (), None, None, False, False, 0, None, "fp")
     words = shlex.split(greeting(name, card, Config(host="::1"), 8000).split("Try it:")[1].replace("\\\n", " "))
     assert words[:2] == ["curl", "http://[::1]:8000/v1/completions"]
     assert parse(words[words.index("-d") + 1].encode(), Limits()).model == name

@@ -31,12 +31,10 @@ def load(settings: frames.Open) -> child.Loaded:
     if settings.path == "vanish":
         os._exit(1)
     card = Card(
-        architecture="history",
         parameters=0,
         context=settings.context,
         sequences=settings.sequences,
         pieces=tuple(bytes([65 + token]) for token in range(VOCABULARY)),
-        special=(),
         ends=(0,),
         bos=None,
         eos=0,

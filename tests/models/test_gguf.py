@@ -35,7 +35,6 @@ def test_facts(tmp_path: Path) -> None:
     assert (facts.context_length, facts.layers, facts.embedding_length, facts.vocabulary) == (256, 2, 32, 5)
     assert (facts.heads, facts.heads_kv, facts.key_length, facts.value_length) == (4, 2, 8, 8)
     assert (facts.size_bytes, facts.tensor_count, facts.split_count) == (path.stat().st_size, 3, 1)
-    assert not facts.has_infill
     assert facts.kv_bytes_per_token() == 2 * 2 * (8 + 8) * 2
     assert facts.kv_bytes_per_token(1) == 2 * 2 * (8 + 8)
 
@@ -52,18 +51,6 @@ def test_a_number_for_each_layer_counts_as_the_largest(tmp_path: Path) -> None:
     changes = {"llama.attention.head_count_kv": [0, 3, 1], "llama.attention.key_length": 16}
     facts = read_facts(write(tmp_path / "model.gguf", gguf(changes)))
     assert (facts.heads_kv, facts.key_length, facts.value_length) == (3, 16, 8)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"tokenizer.ggml.fim_pre_token_id": 3},
-        {"tokenizer.ggml.prefix_token_id": 3},
-        {"tokenizer.ggml.tokens": ["a", "<|fim_prefix|>"]},
-    ],
-)
-def test_infill_is_recognised(tmp_path: Path, changes: dict[str, object]) -> None:
-    assert read_facts(write(tmp_path / "model.gguf", gguf(changes))).has_infill
 
 
 def test_long_strings_and_arrays_are_stepped_over(tmp_path: Path) -> None:

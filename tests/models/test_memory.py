@@ -30,7 +30,6 @@ FACTS = Facts(
     size_bytes=GIB,
     tensor_count=20,
     split_count=1,
-    has_infill=False,
 )
 
 

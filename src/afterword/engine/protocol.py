@@ -100,12 +100,10 @@ class Card(Value, frozen=True):
     `fingerprint` names everything that could change a number that the engine returns.
     """
 
-    architecture: str
     parameters: int
     context: int
     sequences: int
     pieces: tuple[bytes, ...]
-    special: tuple[int, ...]
     ends: tuple[int, ...]
     bos: int | None
     eos: int | None

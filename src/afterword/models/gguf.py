@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from afterword.errors import SettingError
-from afterword.models.header import U64, Header, read_header
+from afterword.models.header import Header, read_header
 
 FILE_TYPES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S",
@@ -21,13 +21,6 @@ FILE_TYPES = {
     26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S", 29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 36: "TQ1_0",
     37: "TQ2_0", 38: "MXFP4", 39: "NVFP4", 40: "Q1_0", 41: "Q2_0",
 }  # fmt: skip
-
-INFILL_KEYS = ("tokenizer.ggml.fim_pre_token_id", "tokenizer.ggml.prefix_token_id")
-# Many code models name no infill token in their metadata; their vocabulary gives it away.
-INFILL_TOKENS = (
-    "<|fim_prefix|>", "<fim_prefix>", "<fim-prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>", "<|code_prefix|>",
-)  # fmt: skip
-LARGEST_VOCABULARY = 1 << 26  # bytes searched for those names
 
 SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 
@@ -50,7 +43,6 @@ class Facts:
     size_bytes: int  # all parts together
     tensor_count: int
     split_count: int
-    has_infill: bool
 
     def kv_bytes_per_token(self, bytes_per_element: int = 2) -> int:
         """Bytes of key-value cache that one token takes; an upper bound where layers differ."""
@@ -87,7 +79,6 @@ def read_facts(path: Path | str) -> Facts:
         size_bytes=sum(header.size for header in headers),
         tensor_count=tensor_count,
         split_count=split_count,
-        has_infill=any(key in first.values for key in INFILL_KEYS) or _names_infill(path, first),
     )
 
 
@@ -165,19 +156,5 @@ def _file_type(headers: list[Header]) -> str:
 
 
 def _vocabulary(keys: _Keys) -> int:
-    tokens = keys.header.tables.get("tokenizer.ggml.tokens")
-    return tokens.count if tokens else keys.number("vocab_size", 0)
-
-
-def _names_infill(path: Path, header: Header) -> bool:
-    tokens = header.tables.get("tokenizer.ggml.tokens")
-    if tokens is None or tokens.end - tokens.start > LARGEST_VOCABULARY:
-        return False
-    try:
-        with path.open("rb") as file:
-            file.seek(tokens.start)
-            entries = file.read(tokens.end - tokens.start)
-    except OSError as error:
-        raise SettingError(f"{path} cannot be read: {error.strerror}.") from None
-    spellings = (name.encode() for name in INFILL_TOKENS)
-    return any(U64.pack(len(spelling)) + spelling in entries for spelling in spellings)
+    tokens = keys.header.lengths.get("tokenizer.ggml.tokens")
+    return keys.number("vocab_size", 0) if tokens is None else tokens

@@ -49,21 +49,15 @@ Value = int | float | str | tuple[int | float, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
-    """Where the entries of an array lie in the file: bytes `start` to `end`, `count` of them."""
-
-    start: int
-    end: int
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
 class Header:
-    """What one GGUF file says of itself; `size` and `tensor_bytes` (per type name) are in bytes."""
+    """What one GGUF file says of itself.
+
+    `lengths` are those of its arrays, in entries; `size` and `tensor_bytes` (per type name) are in bytes.
+    """
 
     size: int
     values: Mapping[str, Value]
-    tables: Mapping[str, Table]
+    lengths: Mapping[str, int]
     tensors: int
     tensor_bytes: Mapping[str, int]
 
@@ -99,18 +93,18 @@ class _Reader:
         self.check_count(pairs, 13, "values")
         self.check_count(tensors, 24, "tensors")
         values: dict[str, Value] = {}
-        tables: dict[str, Table] = {}
+        lengths: dict[str, int] = {}
         for _ in range(pairs):
             key = self.name()
-            if key in values or key in tables:
+            if key in values or key in lengths:
                 raise MalformedError(f"is damaged: {key!r} is given twice")
             kind = self.number(U32)
             if kind == ARRAY:
-                tables[key] = self.table(key, values)
+                lengths[key] = self.array(key, values)
             else:
                 values[key] = self.value(kind, key)
         sizes = self.tensor_table(tensors, values.get("general.alignment", 32))
-        return Header(self.size, values, tables, tensors, sizes)
+        return Header(self.size, values, lengths, tensors, sizes)
 
     def check_format(self) -> None:
         start = self.file.read(64)
@@ -167,10 +161,9 @@ class _Reader:
         content: int | float = shape.unpack(self.take(shape.size))[0]
         return content
 
-    def table(self, key: str, values: dict[str, Value]) -> Table:
-        """Step over an array; a short one of numbers is kept in `values` as well."""
+    def array(self, key: str, values: dict[str, Value]) -> int:
+        """Step over an array, a short one of numbers is kept in `values`; returns its length."""
         kind, count = self.number(U32), self.number(U64)
-        start = self.position
         if kind == STRING:
             self.check_count(count, 8, f"entries of {key!r}")
             self.skip_strings(count)
@@ -181,7 +174,7 @@ class _Reader:
                 values[key] = tuple(entry for (entry,) in shape.iter_unpack(self.take(count * shape.size)))
             else:
                 self.skip(count * shape.size)
-        return Table(start, self.position, count)
+        return count
 
     def skip_strings(self, count: int) -> None:
         # The one hot loop (a vocabulary and its merges): local names, no calls of our own.

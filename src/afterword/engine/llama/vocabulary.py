@@ -41,10 +41,6 @@ class Vocabulary:
         """The bytes of every id; special tokens by their name, ids without text b""."""
         return tuple(self._piece(token) for token in range(self.size))
 
-    def special(self) -> tuple[int, ...]:
-        """Ids that a text may spell but never contains: control tokens."""
-        return tuple(t for t in range(self.size) if native.llama_vocab_is_control(self._vocab, t))
-
     def ends(self) -> tuple[int, ...]:
         """Ids that end a generation."""
         return tuple(t for t in range(self.size) if native.llama_vocab_is_eog(self._vocab, t))
@@ -95,12 +91,10 @@ def make_card(runner: LlamaRunner, settings: Open) -> tuple[Card, Vocabulary]:
     # SentencePiece texts gain a leading space; the joined pieces of any text show whether this model's do.
     plain = vocabulary.tokenize("a", False)
     card = Card(
-        architecture=_meta(runner.model, "general.architecture"),
         parameters=int(native.llama_model_n_params(runner.model)),
         context=settings.context,
         sequences=settings.sequences,
         pieces=pieces,
-        special=vocabulary.special(),
         ends=vocabulary.ends(),
         bos=vocabulary.bos(),
         eos=vocabulary.eos(),
@@ -136,9 +130,3 @@ def _weights_digest(path: Path) -> bytes:
 
 def _known(token: int) -> int | None:
     return None if token == _NO_TOKEN else int(token)
-
-
-def _meta(model: object, key: str) -> str:
-    buffer = ctypes.create_string_buffer(256)
-    size = native.llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
-    return buffer.value.decode("utf-8", "replace") if size >= 0 else ""
