@@ -209,7 +209,7 @@ async def _serve(spec: str | None, alias: str | None, config: Config, settings: 
 async def _complete(spec: str | None, body: bytes, settings: EngineSettings) -> None:
     request = parse(body, Limits())
     async with _engine(spec, settings, max_queue=1) as (_, engine):
-        plan = make_plan(request, engine.card, await tokenize(request, engine), secrets.randbits(63))
+        plan = make_plan(request, engine.card, await tokenize(request, engine), secrets.randbits(64))
         async for item in run(plan, engine):
             if isinstance(item, Delta):
                 sys.stdout.write(item.text)

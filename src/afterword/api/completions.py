@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -24,8 +23,6 @@ from afterword.completion.run import Usage, run, tokenize
 from afterword.engine.protocol import Engine
 from afterword.errors import AfterwordError
 
-log = logging.getLogger(__name__)
-
 
 async def create(http: HttpRequest) -> Response:
     """Everything that can be the caller's fault happens here; the answer only runs the plan."""
@@ -34,7 +31,7 @@ async def create(http: HttpRequest) -> Response:
     request = parse(await gate.read_json(http), service.config.limits)
     served = service.find(request.model)
     tokens = await tokenize(request, served.engine, service.config.special_text)
-    plan = make_plan(request, served.engine.card, tokens, secrets.randbits(63))
+    plan = make_plan(request, served.engine.card, tokens, secrets.randbits(64))
     head = wire.Head(wire.new_id(), created, served.id, served.engine.card.fingerprint)
     return Answer(request, plan, head, served.engine)
 

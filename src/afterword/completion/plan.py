@@ -71,7 +71,6 @@ def check_lengths(request: Request, card: Card) -> None:
 
 def make_plan(request: Request, card: Card, tokens: Tokenized, entropy: int) -> Plan:
     """Decide everything. `entropy` (64 bits) seeds a request that has no seed. Raises `RequestError`."""
-    best_of = request.n if request.best_of is None else request.best_of
     _check_ids(request, card)
     prompts = []
     for index, (given, ids) in enumerate(zip(request.prompt, tokens.prompts, strict=True)):
@@ -80,13 +79,13 @@ def make_plan(request: Request, card: Card, tokens: Tokenized, entropy: int) -> 
             raise _too_long(card, len(prompt), request.max_tokens)
         job = Job(
             prompt=prompt,
-            samples=best_of,
+            samples=request.candidates,
             max_tokens=request.max_tokens,
             sampling=_sampling(request),
             ends=(() if request.ignore_eos else card.ends) + request.stop_token_ids,
             key=_key(entropy if request.seed is None else request.seed, index),
             min_tokens=request.min_tokens,
-            alternatives=_alternatives(request, best_of),
+            alternatives=_alternatives(request),
             prompt_alternatives=_prompt_alternatives(request),
         )
         text = given if isinstance(given, str) else _spell(card, ids)
@@ -94,7 +93,7 @@ def make_plan(request: Request, card: Card, tokens: Tokenized, entropy: int) -> 
     return Plan(
         prompts=tuple(prompts),
         n=request.n,
-        best_of=best_of,
+        best_of=request.candidates,
         echo=request.echo,
         logprobs=request.logprobs,
         prompt_logprobs=request.prompt_logprobs,
@@ -149,11 +148,11 @@ def _sampling(request: Request) -> Sampling:
     )
 
 
-def _alternatives(request: Request, best_of: int) -> int | None:
+def _alternatives(request: Request) -> int | None:
     """Log probabilities are also what candidates are ranked by."""
     if request.logprobs is not None:
         return request.logprobs
-    return 0 if best_of > request.n else None
+    return 0 if request.candidates > request.n else None
 
 
 def _prompt_alternatives(request: Request) -> int | None:

@@ -60,6 +60,11 @@ class Request:
     top_k: int = 0
     ignored: tuple[str, ...] = ()
 
+    @property
+    def candidates(self) -> int:
+        """How many answers are generated for each prompt."""
+        return self.n if self.best_of is None else self.best_of
+
 
 FIELDS: dict[str, Parser] = {
     "model": fields.string,
@@ -128,15 +133,14 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 
 def _check_together(request: Request, limits: Limits) -> None:
-    best_of = request.n if request.best_of is None else request.best_of
-    if request.n > best_of:
+    if request.n > request.candidates:
         raise RequestError(
             "You requested that the server return more choices than it will generate (HINT: you must set 'n' "
-            f"(currently {request.n}) to be at most 'best_of' (currently {best_of}), or omit either parameter if you "
-            "don't specifically want to use them.)"
+            f"(currently {request.n}) to be at most 'best_of' (currently {request.candidates}), or omit either "
+            "parameter if you don't specifically want to use them.)"
         )
     if request.stream:
-        _check_stream(request, best_of)
+        _check_stream(request)
     elif request.stream_options is not None:
         raise RequestError(
             "The 'stream_options' parameter is only allowed when 'stream' is enabled.", param="stream_options"
@@ -151,16 +155,16 @@ def _check_together(request: Request, limits: Limits) -> None:
             "writes, so the prompt's log probabilities are not those of the prompt alone.",
             param="suffix",
         )
-    if len(request.prompt) * best_of > limits.max_completions:
+    if len(request.prompt) * request.candidates > limits.max_completions:
         raise RequestError(
-            f"Too many parallel completions requested. You submitted {len(request.prompt)} prompts with {best_of} "
-            f"completions each, but you can request at most {limits.max_completions} in total.",
+            f"Too many parallel completions requested. You submitted {len(request.prompt)} prompts with "
+            f"{request.candidates} completions each, but you can request at most {limits.max_completions} in total.",
             param="prompt",
         )
 
 
-def _check_stream(request: Request, best_of: int) -> None:
-    if best_of > request.n:
+def _check_stream(request: Request) -> None:
+    if request.candidates > request.n:
         raise RequestError(
             "Results cannot be streamed when 'best_of' is greater than 'n'. (HINT: set 'best_of' to at most 'n', or "
             "set 'stream' to false.)",
