@@ -26,7 +26,7 @@ from afterword.completion.limits import STRICT, Limits
 from afterword.completion.plan import make_plan
 from afterword.completion.request import parse
 from afterword.completion.run import run, tokenize
-from afterword.config import EXACT_TYPES, SMALL_MODEL, Config, EngineSettings, Keys
+from afterword.config import EXACT_TYPES, GRID, REPACKED_TYPES, SMALL_MODEL, Config, EngineSettings, Keys
 from afterword.engine import frames
 from afterword.engine.protocol import Card
 from afterword.engine.supervisor import Supervisor
@@ -247,6 +247,8 @@ def open_frame(model: Model, facts: Facts, settings: EngineSettings) -> frames.O
         kv_type=kv_type,
         gpu_layers=settings.gpu_layers,
         verbose=settings.verbose,
+        grid=1 if kv_type == "exact" and holds else GRID,
+        repack=not holds or facts.file_type in REPACKED_TYPES,
     )
 
 

@@ -16,8 +16,17 @@ from afterword.errors import SettingError
 SMALL_MODEL = 64 * 2**20
 """Weights below this many bytes are computed by one thread: with more, waiting costs more than computing."""
 
-EXACT_TYPES = ("Q8_0", "Q4_0")
+REPACKED_TYPES = frozenset({"Q8_0", "Q4_0", "IQ4_NL", "IQ4_XS"})
+"""Weights whose repacked kernels give a row of a product the same bits whatever the other rows are."""
+
+EXACT_TYPES = REPACKED_TYPES | {
+    *("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"),
+    *("Q4_1", "Q5_0", "Q5_1"),
+}
 """Weights with which exact keys and values make a token's numbers independent of how it was computed."""
+
+GRID = 64
+"""Where passes over a prompt end, in tokens, when numbers do depend on how tokens are grouped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +42,8 @@ class EngineSettings:
     verbose: bool = False
 
     def __post_init__(self) -> None:
-        if self.batch < 32 or self.batch > 4096:
-            raise SettingError(f"--batch {self.batch}: a pass has from 32 to 4096 tokens of a prompt.")
+        if self.batch < GRID or self.batch > 4096:
+            raise SettingError(f"--batch {self.batch}: a pass has from {GRID} to 4096 tokens of a prompt.")
         cores = os.cpu_count() or 1
         if self.threads is not None and not 1 <= self.threads <= 4 * cores:
             raise SettingError(f"--threads {self.threads}: this machine has {cores} cores.")

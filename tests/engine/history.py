@@ -10,9 +10,9 @@ import hashlib
 
 import numpy as np
 
-from afterword.engine.core import sampler
 from afterword.engine.core.batch import Batch, Fork, Logits, Row
-from afterword.engine.protocol import Job
+from afterword.engine.core.sampler import Sampler
+from afterword.engine.protocol import Job, Token
 
 VOCABULARY = 24
 
@@ -20,9 +20,11 @@ VOCABULARY = 24
 class HistoryRunner:
     """State of a slot: the tokens computed in it."""
 
-    def __init__(self, slots: int, chunk: int, rewinds: bool = True) -> None:
+    def __init__(self, slots: int, chunk: int, rewinds: bool = True, grid: int = 1, least_shared: int = 2) -> None:
         self.slots = slots
         self.chunk = chunk
+        self.grid = grid
+        self.least_shared = least_shared
         self.rewinds = rewinds
         self.state: list[list[int]] = [[] for _ in range(slots)]
         self.computed = 0
@@ -32,7 +34,6 @@ class HistoryRunner:
         self.batches.append(batch)
         for move in batch.moves:
             if isinstance(move, Fork):
-                assert not self.state[move.target], "a fork's target must be empty"
                 assert len(self.state[move.source]) >= move.keep
                 assert self.rewinds or len(self.state[move.source]) == move.keep
                 self.state[move.target] = self.state[move.source][: move.keep]
@@ -46,11 +47,14 @@ class HistoryRunner:
         rows = [logits for row in batch.rows for logits in self._compute(row)]
         return np.array(rows, np.float32).reshape(batch.outputs, VOCABULARY)
 
+    def held(self, slot: int) -> int:
+        return len(self.state[slot])
+
     def _compute(self, row: Row) -> list[Logits]:
         state = self.state[row.slot]
         assert len(state) == row.position, "tokens are computed in order"
         assert 0 < len(row.tokens) <= self.chunk
-        assert row.position // self.chunk == (row.position + len(row.tokens) - 1) // self.chunk, "on the grid"
+        assert len(row.tokens) == 1 or row.position % self.grid == 0, "on the grid"
         self.computed += len(row.tokens)
         outputs = []
         for token in row.tokens:
@@ -69,13 +73,21 @@ def alone(job: Job, sample: int) -> list[int]:
     """A sample's tokens, computed without any scheduler."""
     history, generated = list(job.prompt), []
     while len(generated) < job.max_tokens:
-        draw = sampler.uniform(job.key, sample, len(generated))
         counts = {token: generated.count(token) for token in generated}
-        banned = job.ends if len(generated) < job.min_tokens else ()
-        row = sampler.adjusted(logits_after(history), job.sampling, job.prompt, counts, banned)
-        token = sampler.choose(row, job.sampling, draw)
+        token = Sampler().sample(logits_after(history), job, (sample,), len(generated), counts)[0].id
         history.append(token)
         generated.append(token)
         if token in job.ends:
             break
     return generated
+
+
+def scores(job: Job) -> list[Token]:
+    """What a job is told about its prompt's tokens, computed without any scheduler."""
+    if job.prompt_alternatives is None:
+        return []
+    rows = [logits_after(list(job.prompt[:end])) for end in range(1, len(job.prompt))]
+    return [
+        Sampler().score(row[None], (t,), job.prompt_alternatives)[0]
+        for row, t in zip(rows, job.prompt[1:], strict=True)
+    ]

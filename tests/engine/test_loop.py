@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from history import HistoryRunner, alone, logits_after
+from history import HistoryRunner, alone, logits_after, scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afterword.engine.core import sampler
 from afterword.engine.core.loop import Loop
 from afterword.engine.protocol import Job, Load, Sampling, Step
 
 PLAIN = Sampling()
 
 tokens = st.integers(0, 23)
+beginnings = st.sampled_from([(), (), tuple(range(8)), tuple(range(16))])
 jobs = st.builds(
     Job,
-    prompt=st.lists(tokens, min_size=1, max_size=20).map(tuple),
+    prompt=st.builds(lambda start, rest: start + tuple(rest), beginnings, st.lists(tokens, min_size=1, max_size=12)),
     samples=st.integers(1, 5),
     max_tokens=st.integers(0, 8),
     sampling=st.builds(
@@ -36,7 +36,10 @@ jobs = st.builds(
     alternatives=st.sampled_from([None, 0, 2]),
     min_tokens=st.sampled_from([0, 0, 4]),
     prompt_alternatives=st.sampled_from([None, 0, 2]),
+    namespace=st.sampled_from(["", "", "salt"]),
+    client=st.sampled_from(["", "someone"]),
 )
+shapes = st.sampled_from([(1, True), (1, False), (3, True)])  # grid, and whether slots can be cut
 
 
 def job(prompt: tuple[int, ...] = (1, 2), samples: int = 1, max_tokens: int = 4, **fields: object) -> Job:
@@ -57,9 +60,9 @@ def sampled(steps: list[Step], sample: int) -> list[int]:
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.lists(jobs, min_size=1, max_size=6), st.integers(1, 5), st.integers(1, 8), st.booleans())
-def test_every_sample_gets_the_tokens_it_would_get_alone(wanted, slots, chunk, rewinds):
-    runner = HistoryRunner(slots, chunk, rewinds)
+@given(st.lists(jobs, min_size=1, max_size=6), st.integers(1, 5), st.integers(3, 8), shapes)
+def test_every_sample_gets_the_tokens_it_would_get_alone(wanted, slots, chunk, shape):
+    runner = HistoryRunner(slots, chunk, grid=shape[0], rewinds=shape[1])
     loop = Loop(runner)
     for run, each in enumerate(wanted):
         loop.start(run, each)
@@ -71,13 +74,15 @@ def test_every_sample_gets_the_tokens_it_would_get_alone(wanted, slots, chunk, r
             expected = alone(each, sample)
             assert sampled(steps[run], sample) == expected
             assert ended[sample] == ("stop" if expected and expected[-1] in each.ends else "length")
+        assert [token for step in steps[run] for token in step.scored] == scores(each)
     assert loop.load() == Load(slots, 0, 0)
+    loop.check()
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.lists(jobs, min_size=2, max_size=6), st.integers(1, 4), st.booleans(), st.data())
-def test_leaving_and_dropping_disturb_nobody_and_leave_nothing_behind(wanted, slots, rewinds, data):
-    runner = HistoryRunner(slots, 4, rewinds)
+@given(st.lists(jobs, min_size=2, max_size=6), st.integers(1, 4), shapes, st.data())
+def test_leaving_and_dropping_disturb_nobody_and_leave_nothing_behind(wanted, slots, shape, data):
+    runner = HistoryRunner(slots, 4, grid=shape[0], rewinds=shape[1])
     loop = Loop(runner)
     for run, each in enumerate(wanted):
         loop.start(run, each)
@@ -99,7 +104,9 @@ def test_leaving_and_dropping_disturb_nobody_and_leave_nothing_behind(wanted, sl
             got, expected = sampled(steps[run], sample), alone(each, sample)
             assert got == expected[: len(got)]
             assert run in disturbed or got == expected
+        assert run in disturbed or [token for step in steps[run] for token in step.scored] == scores(each)
     assert loop.load() == Load(slots, 0, 0)
+    loop.check()
 
 
 def test_a_prompt_is_computed_once_for_all_its_samples():
@@ -128,13 +135,13 @@ def test_the_first_tokens_of_all_samples_come_with_the_prompts_last_pass():
 
 def test_scored_tokens_are_the_prompts_own_from_the_second_on():
     loop = Loop(HistoryRunner(slots=1, chunk=3))
-    prompt = tuple(range(8))
-    loop.start(0, job(prompt=prompt, max_tokens=0, prompt_alternatives=2))
+    wanted = job(prompt=tuple(range(8)), max_tokens=0, prompt_alternatives=2)
+    loop.start(0, wanted)
     scored = [token for step in finish(loop)[0] for token in step.scored]
-    assert [token.id for token in scored] == list(prompt[1:])
+    assert [token.id for token in scored] == list(wanted.prompt[1:])
+    assert scored == scores(wanted)
     for position, token in enumerate(scored):
-        row = logits_after(list(prompt[: position + 1]))
-        assert token == sampler.report_prompt(row, token.id, 2)
+        row = logits_after(list(wanted.prompt[: position + 1]))
         assert token.rank == 1 + sum(row > row[token.id])
 
 
@@ -157,7 +164,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one():
     passes = 0
     while 1 not in (done := loop.step()) or not done[1].ended:
         passes += 1
-    assert passes == 1
+    assert passes <= 1
 
 
 def test_closing_frees_the_sequences_before_the_next_pass():
@@ -186,7 +193,8 @@ def test_gaps_that_others_leave_are_closed():
         loop.close(run)
     passes = len(runner.batches)
     steps = finish(loop)
-    assert sorted(row.slot for row in runner.batches[passes + 3].rows) == [0, 1, 2]
+    slots = [row.slot for row in runner.batches[passes + 3].rows]
+    assert slots == list(range(slots[0], slots[0] + 3))
     for run in (1, 4, 5):
         assert sampled(early[run] + steps[run], 0) == alone(jobs[run], 0)
 

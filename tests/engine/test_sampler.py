@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,138 +11,342 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afterword.engine.core import sampler
-from afterword.engine.protocol import Sampling
+from afterword.engine.core.sampler import Sampler
+from afterword.engine.protocol import Job, Sampling, Token
+
+KEY = b"k" * 16
+VOCABULARY = 151_936
+EIGHT = np.array([2.0, 1.5, 1.0, 0.0, -1.0, -1.0, 0.5, 1.9], np.float32)
 
 rows = st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=700).map(lambda row: np.array(row, np.float32))
+spaced_rows = rows.map(lambda row: np.round(row, 3))  # filters take as equal what is closer than the digits of a weight
+tied_rows = st.lists(st.integers(-3, 3), min_size=2, max_size=700).map(lambda row: np.array(row, np.float32))
 
 
 def sampling(**fields: object) -> Sampling:
     return Sampling(**fields)  # type: ignore[arg-type]
 
 
-def reference_probabilities(row: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
-    scaled = row.astype(np.float64) / temperature
-    probabilities = np.exp(scaled - scaled.max())
-    probabilities /= probabilities.sum()
-    order = sorted(range(len(row)), key=lambda i: (-probabilities[i], i))
-    kept, mass = [], 0.0
-    for index in order:
-        kept.append(index)
-        mass += probabilities[index]
-        if mass >= top_p:
-            break
+def job(wanted: Sampling, **fields: object) -> Job:
+    return Job(prompt=(0,), samples=1, max_tokens=1, sampling=wanted, ends=(), key=KEY, **fields)  # type: ignore[arg-type]
+
+
+def drawn(row: np.ndarray, wanted: Sampling, draws: int, position: int = 0) -> list[int]:
+    return [token.id for token in Sampler().sample(row, job(wanted), range(draws), position, {})]
+
+
+def probabilities(row: np.ndarray, wanted: Sampling) -> np.ndarray:
+    """What a draw must follow: temperature, min_p, top_k, top_p, in float64 and with a sort."""
+    weights = np.exp((row.astype(np.float64) - float(row.max())) / wanted.temperature)
+    order = [i for i in sorted(range(len(row)), key=lambda i: (-row[i], i)) if weights[i] >= wanted.min_p]
+    order = order[: wanted.top_k or None]
+    mass = weights[order].sum()
+    before = np.cumsum(weights[order]) - weights[order]
+    kept = [i for i, likelier in zip(order, before, strict=True) if likelier < wanted.top_p * mass or i == order[0]]
     result = np.zeros(len(row))
-    result[kept] = probabilities[kept] / probabilities[kept].sum()
+    result[kept] = weights[kept] / weights[kept].sum()
     return result
 
 
-@given(rows, st.data())
-def test_log_probabilities_are_the_log_softmax_of_the_row(row, data):
-    token = data.draw(st.integers(0, len(row) - 1))
-    exact = row.astype(np.float64)
-    expected = exact[token] - exact.max() - math.log(np.exp(exact - exact.max()).sum())
-    reported = sampler.report(row, token, 3)
-    assert reported.logprob == pytest.approx(expected, abs=1e-5)
-    top = dict(reported.top)
-    assert list(top) == sorted(range(len(row)), key=lambda i: (-row[i], i))[:3]
-    assert top.get(token, reported.logprob) == reported.logprob  # the same float, not one close to it
+def surprise(chosen: list[int], expected: np.ndarray) -> float:
+    """How many standard deviations chi-square lies above its mean; rare tokens count as one."""
+    counts = np.bincount(chosen, minlength=len(expected)).astype(np.float64)
+    assert not counts[expected == 0].any(), "a token that the filters exclude"
+    expected = expected * len(chosen)
+    rare = expected < 2
+    counts = np.append(counts[~rare], counts[rare].sum())
+    expected = np.append(expected[~rare], max(expected[rare].sum(), 1e-9))
+    freedom = len(counts) - 1
+    return float((((counts - expected) ** 2 / expected).sum() - freedom) / math.sqrt(2 * freedom))
+
+
+def wide(sharpness: float, size: int = 1000) -> np.ndarray:
+    """A row of several blocks and a part of one."""
+    return np.random.default_rng(5).normal(0, sharpness, size).astype(np.float32)
+
+
+FILTERS = [
+    sampling(),
+    sampling(temperature=0.7),
+    sampling(temperature=1.8),
+    sampling(top_p=0.9, temperature=0.8),
+    sampling(top_p=0.5),
+    sampling(top_p=0.05),
+    sampling(min_p=0.2),
+    sampling(top_k=3),
+    sampling(min_p=0.1, top_p=0.8),
+    sampling(top_k=5, top_p=0.7),
+    sampling(min_p=0.05, top_k=6, top_p=0.9, temperature=1.3),
+]
+
+
+@pytest.mark.parametrize("row", [EIGHT, wide(0.5), wide(4.0)], ids=["eight", "flat", "peaked"])
+@pytest.mark.parametrize("wanted", FILTERS, ids=str)
+def test_draws_follow_the_distribution(row, wanted):
+    assert surprise(drawn(row, wanted, 3000), probabilities(row, wanted)) < 4  # the key is fixed: this never flickers
+
+
+@pytest.mark.parametrize(
+    ("wanted", "other"),
+    [
+        (sampling(), sampling(temperature=1.3)),
+        (sampling(top_p=0.9), sampling(top_p=0.9, temperature=1.3)),
+        (sampling(top_k=5), sampling(top_k=5, temperature=1.3)),
+    ],
+)
+def test_a_wrong_distribution_would_be_noticed(wanted, other):
+    """The test above can fail: the same draws against another temperature."""
+    assert surprise(drawn(EIGHT, wanted, 4000), probabilities(EIGHT, other)) > 4
+
+
+@settings(max_examples=60)
+@given(
+    st.one_of(spaced_rows, tied_rows),
+    st.sampled_from([0.3, 1.0, 2.0]),
+    st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.999, 1.0]),
+    st.sampled_from([0, 1, 3, 40, 2000]),
+    st.sampled_from([0.0, 0.3, 1.0]),
+)
+def test_only_what_the_filters_keep_is_drawn(row, temperature, top_p, top_k, min_p):
+    loose = sampling(temperature=temperature, top_p=min(top_p + 1e-5, 1.0), top_k=top_k, min_p=min_p * (1 - 1e-5))
+    allowed = probabilities(row, loose) > 0
+    wanted = sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+    assert all(allowed[token] for token in drawn(row, wanted, 20))
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.0, 1), (0.0009, 1), (0.0011, 2), (0.4999, 500), (0.5001, 501)])
+def test_among_equals_the_nucleus_takes_the_lower_ids(top_p, kept):
+    row = np.zeros(1000, np.float32)
+    chosen = drawn(row, sampling(top_p=top_p), 100 + 4 * kept)
+    assert max(chosen) < kept
+    assert len(set(chosen)) > 0.9 * kept
+
+
+def test_among_equals_top_k_takes_the_lower_ids():
+    assert set(drawn(np.zeros(1000, np.float32), sampling(top_k=7), 300)) == set(range(7))
+
+
+@pytest.mark.parametrize("wanted", [sampling(), sampling(top_p=0.9), sampling(top_k=9), sampling(min_p=0.1)], ids=str)
+def test_all_mass_on_one_token(wanted):
+    row = np.full(700, -np.inf, np.float32)
+    row[650] = 3.0
+    assert drawn(row, wanted, 50) == [650] * 50
+
+
+@pytest.mark.parametrize("draw", [0.0, 0.3, 0.5, 0.9999999, 1 - 2.0**-53])
+def test_what_weighs_nothing_is_never_picked(draw):
+    weights = np.array([0, 0, 0.1, 0, 0.1, 0, 0], np.float32)
+    index, rest = sampler._pick(weights, draw)
+    assert index == (2 if draw < 0.5 else 4)
+    assert 0 <= rest < 1
+    assert (index - 2) / 4 + rest / 2 == pytest.approx(draw, abs=1e-6)
+
+
+def test_a_nucleus_in_a_whole_vocabulary():
+    row = wide(2.0, VOCABULARY)
+    weights = np.exp(row.astype(np.float64))
+    for top_p in (0.001, 0.3, 0.9):
+        for token in drawn(row, sampling(top_p=top_p), 10):
+            assert weights[row > row[token]].sum() < top_p * weights.sum() * (1 + 1e-6)
 
 
 @given(rows)
 def test_zero_temperature_takes_the_likeliest_and_ties_go_to_the_lower_id(row):
     best = max(range(len(row)), key=lambda i: (row[i], -i))
     for temperature in (0.0, 1e-5, 1e-300):
-        assert sampler.choose(row, sampling(temperature=temperature), 0.99) == best
+        assert drawn(row, sampling(temperature=temperature), 2) == [best, best]
 
 
-@settings(max_examples=60)
-@given(rows, st.sampled_from([0.3, 1.0, 2.0]), st.sampled_from([0.0, 0.1, 0.9, 0.999]))
-def test_only_the_nucleus_is_drawn_from(row, temperature, top_p):
-    allowed = reference_probabilities(row, temperature, max(top_p - 1e-9, 0)) > 0
-    for draw in np.linspace(0, 1, 23, endpoint=False):
-        assert allowed[sampler.choose(row, sampling(temperature=temperature, top_p=top_p), float(draw))]
+def test_zero_temperature_sees_the_edits():
+    row = np.array([5.0, 4.0, 4.0], np.float32)
+    wanted = job(sampling(temperature=0.0, presence_penalty=1.5))
+    assert Sampler().sample(row, wanted, (0,), 1, {0: 1}) == [Token(1)]
+    assert row[0] == 5
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.5, 0.8), (1.0, 0.5)])
-def test_draws_follow_the_distribution(temperature, top_p):
-    row = np.array([2.0, 1.5, 1.0, 0.0, -1.0, -1.0, 0.5, 1.9], np.float32)
-    draws = 40_000
-    chosen = [
-        sampler.choose(row, sampling(temperature=temperature, top_p=top_p), sampler.uniform(b"key", 0, i))
-        for i in range(draws)
-    ]
-    counts = np.bincount(chosen, minlength=len(row))
-    expected = reference_probabilities(row, temperature, top_p) * draws
-    assert not counts[expected == 0].any()
-    live = expected > 0
-    chi_square = float(((counts[live] - expected[live]) ** 2 / expected[live]).sum())
-    assert chi_square < 30  # 7 degrees of freedom: 1 in 10,000; the key is fixed, so this never flickers
+@pytest.mark.parametrize("temperature", [0.0002, 0.001, 0.01])
+def test_small_temperatures_keep_their_precision(temperature):
+    row = np.array([30.0, 30.0 - temperature, 0.0], np.float32)
+    gap = (float(row[0]) - float(row[1])) / temperature
+    share = drawn(row, sampling(temperature=temperature), 4000).count(0) / 4000
+    assert share == pytest.approx(1 / (1 + math.exp(-gap)), abs=0.02)
 
 
-def test_a_wrong_distribution_would_be_noticed():
-    """The test above can fail: the same draws against another temperature."""
-    row = np.array([2.0, 1.5, 1.0, 0.0, -1.0, -1.0, 0.5, 1.9], np.float32)
-    draws = 40_000
-    chosen = [sampler.choose(row, sampling(), sampler.uniform(b"key", 0, i)) for i in range(draws)]
-    expected = reference_probabilities(row, 1.1, 1.0) * draws
-    counts = np.bincount(chosen, minlength=len(row))
-    assert float(((counts - expected) ** 2 / expected).sum()) > 30
-
-
-@given(st.binary(min_size=1, max_size=16), st.integers(0, 200), st.integers(0, 10**6))
-def test_uniform_depends_on_its_arguments_alone(key, sample, position):
-    value = sampler.uniform(key, sample, position)
+@given(st.binary(min_size=1, max_size=16), st.integers(0, 200), st.integers(0, 10**6), st.integers(0, 20))
+def test_uniform_depends_on_its_arguments_alone(key, sample, position, attempt):
+    value = sampler.uniform(key, sample, position, attempt)
     assert 0 <= value < 1
-    assert value == sampler.uniform(key, sample, position)
-    assert value != sampler.uniform(key, sample + 1, position)
-    assert value != sampler.uniform(key, sample, position + 1)
+    assert value == sampler.uniform(key, sample, position, attempt)
+    assert value != sampler.uniform(key, sample + 1, position, attempt)
+    assert value != sampler.uniform(key, sample, position + 1, attempt)
+    assert value != sampler.uniform(key, sample, position, attempt + 1)
+
+
+def test_the_numbers_of_a_seed_do_not_change():
+    assert sampler.uniform(KEY, 1, 2) == sampler.uniform(KEY, 1, 2, 0) == 0.45604927273710116
+    assert sampler.uniform(KEY, 1, 2, 1) == 0.3298157499868104
+
+
+def test_a_draw_depends_on_nothing_drawn_before_or_beside_it():
+    flat, peaked = wide(0.5), wide(4.0)
+    wanted = job(sampling(top_p=0.6, temperature=0.8), alternatives=3)
+    used = Sampler()
+    together = used.sample(flat, wanted, range(30), 4, {7: 2})
+    for sample in reversed(range(30)):
+        used.sample(peaked, wanted, (sample,), 9, {})
+        used.sample(EIGHT, job(sampling(min_p=0.5)), (sample,), 9, {})
+        assert used.sample(flat, wanted, (sample,), 4, {7: 2}) == [together[sample]]
 
 
 def test_penalties_follow_the_documented_formula():
     row = np.zeros(6, np.float32)
-    wanted = sampling(presence_penalty=0.5, frequency_penalty=0.25)
-    adjusted = sampler.adjusted(row, wanted, (0, 2), {1: 1, 4: 3}, ())
-    assert adjusted.tolist() == [0, -0.75, 0, 0, -1.25, 0]
+    ids, values = sampler.edits(row, sampling(presence_penalty=0.5, frequency_penalty=0.25), (0, 2), {4: 3, 1: 1}, ())
+    assert (ids.tolist(), values.tolist()) == ([1, 4], [-0.75, -1.25])
     assert not row.any()  # what is reported is the unmodified row
 
 
 def test_the_repetition_penalty_weakens_what_the_prompt_or_the_sample_has():
     row = np.array([2.0, -2.0, 2.0, -2.0], np.float32)
-    assert sampler.adjusted(row, sampling(repetition_penalty=2.0), (0, 0, 1), {1: 5}, ()).tolist() == [1, -4, 2, -2]
+    ids, values = sampler.edits(row, sampling(repetition_penalty=2.0), (0, 0, 1), {1: 5}, ())
+    assert (ids.tolist(), values.tolist()) == ([0, 1], [1, -4])
 
 
-def test_banned_tokens_are_never_chosen():
+ids = st.integers(0, 19)
+
+
+@given(
+    st.lists(st.floats(-30, 30, width=32), min_size=20, max_size=20),
+    st.dictionaries(ids, st.floats(-100, 100)),
+    st.tuples(st.lists(ids), st.lists(ids), st.lists(ids, max_size=3, unique=True)),
+    st.tuples(st.sampled_from([0.0, 0.5, -2.0]), st.sampled_from([0.0, 0.3]), st.sampled_from([1.0, 1.5, 0.8])),
+)
+def test_edits_are_applied_in_order(row, bias, tokens, strengths):
+    prompt, generated, banned = tokens
+    presence, frequency, repetition = strengths
+    expected = [value + bias.get(token, 0.0) for token, value in enumerate(row)]
+    for token in {*prompt, *generated}:
+        expected[token] *= 1 / repetition if expected[token] > 0 else repetition
+    for token, times in Counter(generated).items():
+        expected[token] -= presence + frequency * times
+    for token in banned:
+        expected[token] = -math.inf
+    wanted = Sampling(1.0, 1.0, 0, 0.0, presence, frequency, repetition, tuple(bias.items()))
+    result = np.array(row, np.float32)
+    changed, values = sampler.edits(result, wanted, prompt, Counter(generated), banned)
+    assert changed.tolist() == sorted(set(changed.tolist()))
+    result[changed] = values
+    assert result.tolist() == pytest.approx(expected, abs=1e-3)
+
+
+def test_ends_are_never_chosen_before_min_tokens():
     row = np.array([9.0, 5.0, 0.0], np.float32)
-    adjusted = sampler.adjusted(row, sampling(), (), {}, (0, 1))
-    assert {sampler.choose(adjusted, sampling(), draw) for draw in (0.0, 0.5, 0.999999)} == {2}
-    assert row[0] == 9
+    for wanted in (sampling(), sampling(temperature=0.0), sampling(top_p=0.9), sampling(top_k=2)):
+        waiting = Job((0,), 1, 9, wanted, (0, 1), KEY, min_tokens=5, alternatives=1)
+        tokens = Sampler().sample(row, waiting, range(20), 4, {})
+        assert {token.id for token in tokens} == {2}
+        assert tokens[0].top[0][0] == 0  # what is reported is the unmodified row
+        assert Sampler().sample(row, waiting, (0,), 5, {})[0].id != 2
 
 
-def test_bias_forces_or_bans():
+@pytest.mark.parametrize("temperature", [0.0, 0.2, 2.0])
+def test_bias_forces_or_bans(temperature):
     row = np.array([5.0, 4.0, 0.0], np.float32)
-
-    def chosen(token: int, bias: float, temperature: float, draw: float = 0.5) -> int:
-        wanted = sampling(temperature=temperature, logit_bias=((token, bias),))
-        return sampler.choose(sampler.adjusted(row, wanted, (), {}, ()), wanted, draw)
-
-    assert chosen(2, 100.0, temperature=0.0) == 2
-    assert chosen(0, -100.0, temperature=0.0) == 1
-    assert {chosen(2, 100.0, temperature=2.0, draw=draw) for draw in (0.001, 0.5, 0.999999)} == {2}
+    assert set(drawn(row, sampling(temperature=temperature, logit_bias=((2, 100.0),)), 200)) == {2}
+    assert 0 not in drawn(row, sampling(temperature=temperature, logit_bias=((0, -100.0),)), 200)
 
 
-@given(rows, st.sampled_from([1, 3, 40, 2000]), st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from([0.5, 1.0]))
-def test_filters_keep_what_their_definitions_keep(row, top_k, min_p, top_p):
-    """min_p against the likeliest, then the top_k of those, then the nucleus of these."""
-    weights = np.exp(row.astype(np.float64) - float(row.max()))
-    order = [i for i in sorted(range(len(row)), key=lambda i: (-weights[i], i)) if weights[i] >= min_p][:top_k]
-    cumulated = np.cumsum(weights[order])
-    kept = {i for i, before in zip(order, [0, *cumulated[:-1]], strict=True) if before < top_p * cumulated[-1] + 1e-12}
-    wanted = sampling(top_k=top_k, min_p=min_p, top_p=top_p)
-    for draw in np.linspace(0, 1, 11, endpoint=False):
-        assert sampler.choose(row, wanted, float(draw)) in kept
+def test_edited_rows_follow_their_own_distribution():
+    row = wide(1.0)
+    top = int(row.argmax())
+    wanted = sampling(temperature=0.8, top_p=0.9, logit_bias=((3, 4.0), (top, -100.0)))
+    edited = row.copy()
+    edited[[3, top]] += np.array([4.0, -100.0], np.float32)
+    assert surprise(drawn(row, wanted, 3000), probabilities(edited, sampling(temperature=0.8, top_p=0.9))) < 4
 
 
-@given(rows, st.integers(1, 700))
+@given(st.one_of(rows, tied_rows), st.data())
+def test_log_probabilities_are_the_log_softmax_of_the_row(row, data):
+    token = data.draw(st.integers(0, len(row) - 1))
+    exact = row.astype(np.float64)
+    expected = exact - exact.max() - math.log(np.exp(exact - exact.max()).sum())
+    scored = Sampler().score(row[None], (token,), 3)[0]
+    assert scored.id == token
+    assert scored.logprob == pytest.approx(expected[token], abs=1e-6)
+    assert scored.rank == 1 + sum(row > row[token])
+    top = dict(scored.top)
+    assert list(top) == sorted(range(len(row)), key=lambda i: (-row[i], i))[:3]
+    assert list(top.values()) == pytest.approx([expected[i] for i in top], abs=1e-6)
+    assert top.get(token, scored.logprob) == scored.logprob  # the same float, not one close to it
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 0.1, 2.0, 8.0])
+def test_log_probabilities_in_a_whole_vocabulary(sharpness):
+    row = wide(sharpness, VOCABULARY)
+    exact = row.astype(np.float64)
+    total = exact.max() + math.log(np.exp(exact - exact.max()).sum())
+    assert Sampler().score(row[None], (7,), 0)[0].logprob == pytest.approx(exact[7] - total, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wanted", [sampling(), sampling(temperature=0.7), sampling(temperature=0.0), sampling(min_p=0.5)], ids=str
+)
+def test_a_sampled_token_is_reported_as_it_would_be_scored(wanted):
+    """However it was chosen: with the very same floats."""
+    row = wide(3.0)
+    for token in Sampler().sample(row, job(wanted, alternatives=5), range(20), 0, {1: 1}):
+        scored = Sampler().score(row[None], (token.id,), 5)[0]
+        assert token == Token(scored.id, scored.logprob, scored.top)
+
+
+def test_nothing_is_reported_unless_asked_for():
+    assert Sampler().sample(EIGHT, job(sampling()), (0,), 0, {})[0].logprob is None
+    assert Sampler().sample(EIGHT, job(sampling(), alternatives=0), (0,), 0, {})[0].top == ()
+
+
+@pytest.mark.parametrize("size", [1, 24, 255, 256, 257, 5000, 50_257])
+def test_a_rows_bits_depend_on_no_other_row_and_on_no_address(size):
+    matrix = np.random.default_rng(1).normal(0, 3, (7, size)).astype(np.float32)
+    tokens = [size // 2] * 7
+    together = Sampler().score(matrix, tokens, 5)
+    assert Sampler().score(matrix[3:5], tokens[3:5], 5) == together[3:5]
+    shifted = np.empty(size + 3, np.float32)
+    for index, row in enumerate(matrix):
+        for offset in range(3):
+            shifted[offset : offset + size] = row
+            assert Sampler().score(shifted[None, offset : offset + size], tokens[:1], 5) == [together[index]]
+
+
+def test_other_exponentials_serve_as_well():
+    def exact(row: np.ndarray, shift: float, out: np.ndarray) -> float:
+        out[:] = np.exp(row.astype(np.float64) - shift)
+        return float(out.sum(dtype=np.float64))
+
+    row = wide(2.0)
+    wanted = job(sampling(temperature=0.7, top_p=0.8), alternatives=2)
+    for mine, other in zip(
+        *(Sampler(kind).sample(row, wanted, range(50), 0, {0: 1}) for kind in (sampler.exponentials, exact)),
+        strict=True,
+    ):
+        assert mine.id == other.id
+        assert mine.logprob == pytest.approx(other.logprob, abs=1e-6)
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("wanted", [*FILTERS, sampling(temperature=0.0), sampling(logit_bias=((1, 3.0),))], ids=str)
+def test_a_broken_row_gives_a_token_and_no_exception(broken, wanted):
+    for row in (np.full(300, broken, np.float32), np.append(wide(1.0, 300), np.float32(broken))):
+        token = Sampler().sample(row, job(wanted, alternatives=2), (0,), 0, {})[0]
+        assert 0 <= token.id < len(row)
+        Sampler().score(row[None], (0,), 2)
+
+
+@given(st.one_of(rows, tied_rows), st.integers(1, 700))
 def test_likeliest_is_the_head_of_a_stable_sort(row, count):
     expected = sorted(range(len(row)), key=lambda i: (-row[i], i))[:count]
-    assert sampler.likeliest(row, min(count, len(row))).tolist() == expected
+    assert sampler.likeliest(row, count).tolist() == expected
+
+
+def test_likeliest_when_all_are_in_one_block():
+    row = np.zeros(VOCABULARY, np.float32)
+    row[1000:1010] = range(1, 11)
+    assert sampler.likeliest(row, 12).tolist() == [*range(1009, 999, -1), 0, 1]

@@ -23,6 +23,8 @@ class Open(Value, frozen=True, tag=True):
     """Load this model, for `sequences` of `context` tokens each. `kv_type` is the type of keys and values.
 
     "exact": a token has the same numbers whether it is read or generated, where the weights' products allow it.
+    `chunk` and `grid`: see `core.batch.Runner`. `repack`: weights may be laid out anew for kernels that are faster, and
+    in some types depend on the number of rows.
     """
 
     path: str
@@ -33,6 +35,8 @@ class Open(Value, frozen=True, tag=True):
     kv_type: KvType
     gpu_layers: int
     verbose: bool
+    grid: int = 64
+    repack: bool = True
 
 
 class Start(Value, frozen=True, tag=True):

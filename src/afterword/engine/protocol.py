@@ -37,7 +37,8 @@ class Job(Value, frozen=True):
     `ends` are the tokens that end a sample; they are banned from its first `min_tokens` tokens. `alternatives` is
     how many of the likeliest tokens to report beside each token; None asks for no log probabilities at all.
     `prompt_alternatives` asks the same of the prompt's own tokens, from the second on. `key` (16 bytes) is where
-    all randomness comes from: see `core.sampler.uniform`.
+    all randomness comes from: see `core.sampler.uniform`. What was computed for one `namespace` is never used for
+    another. `client` is who waits: those who wait are served in turn.
     """
 
     prompt: tuple[int, ...]
@@ -49,6 +50,8 @@ class Job(Value, frozen=True):
     min_tokens: int = 0
     alternatives: int | None = None
     prompt_alternatives: int | None = None
+    namespace: str = ""
+    client: str = ""
 
 
 class Token(Value, frozen=True):
@@ -68,12 +71,14 @@ class Step(Value, frozen=True):
     """What one forward pass brought one job.
 
     `scored` are further tokens of the prompt, in order; `sampled` are pairs of sample and new token; `ended` are
-    the samples that this pass finished.
+    the samples that this pass finished. `cached`, in a job's first step: how many of its prompt's tokens had been
+    computed for others before.
     """
 
     scored: tuple[Token, ...] = ()
     sampled: tuple[tuple[int, Token], ...] = ()
     ended: tuple[tuple[int, End], ...] = ()
+    cached: int = 0
 
 
 class Load(Value, frozen=True):

@@ -17,7 +17,7 @@ Logits = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """Copy the first `keep` tokens' state from one slot to another, which is empty."""
+    """Copy the first `keep` tokens' state from one slot to another, whose own state is lost."""
 
     source: int
     target: int
@@ -66,6 +66,11 @@ class Runner(Protocol):
     """How many sequences there is room for."""
     chunk: int
     """The most tokens of a prompt in one pass."""
+    grid: int
+    """Passes over a prompt end on multiples of this, so that a token's numbers do not depend on where others ended.
+    1 where it does not matter at all how tokens are grouped, generated ones included."""
+    least_shared: int
+    """A beginning that is shared by fewer tokens is computed anew: copying a slot costs about as much."""
     rewinds: bool
     """Whether a slot can be cut to a length other than 0 (a recurrent model's cannot)."""
 
@@ -74,4 +79,8 @@ class Runner(Protocol):
 
         Raises `EngineError` if the library fails; the state of every slot is then unknown.
         """
+        ...
+
+    def held(self, slot: int) -> int:
+        """How many tokens' state a slot holds."""
         ...

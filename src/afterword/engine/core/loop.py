@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from afterword.engine.core import sampler
-from afterword.engine.core.batch import Logits, Row, Runner
-from afterword.engine.core.scheduler import Scheduler
+from afterword.engine.core.batch import Batch, Logits, Row, Runner
+from afterword.engine.core.sampler import Sampler
+from afterword.engine.core.scheduler import Begun, Scheduler
 from afterword.engine.core.sequence import Sequence
 from afterword.engine.protocol import End, Job, Load, Step, Token
+
+PASS_SECONDS = 0.25
+"""How long a pass over a prompt may take while others wait. Streams stall for as long."""
 
 
 @dataclass(slots=True)
@@ -19,17 +24,21 @@ class _Draft:
     scored: list[Token] = field(default_factory=list)
     sampled: list[tuple[int, Token]] = field(default_factory=list)
     ended: list[tuple[int, End]] = field(default_factory=list)
+    cached: int = 0
 
     def step(self) -> Step:
-        return Step(tuple(self.scored), tuple(self.sampled), tuple(self.ended))
+        return Step(tuple(self.scored), tuple(self.sampled), tuple(self.ended), self.cached)
 
 
 class Loop:
-    """Owner of the scheduler and the runner. One thread calls everything."""
+    """Owner of the scheduler and the runner. One thread calls everything. `clock` gives seconds."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, clock: Callable[[], float] = time.perf_counter) -> None:
         self._runner = runner
-        self._scheduler = Scheduler(runner.slots, runner.chunk, runner.rewinds)
+        self._scheduler = Scheduler(runner.slots, runner.chunk, runner.grid, runner.least_shared, runner.rewinds)
+        self._sampler = Sampler()
+        self._clock = clock
+        self._pace: float | None = None  # tokens of a prompt in a second, as measured
 
     def start(self, run: int, job: Job) -> None:
         """Take a job; its steps come out of `step` under the name `run`."""
@@ -47,62 +56,101 @@ class Loop:
         """How busy the engine is."""
         return self._scheduler.load()
 
+    def check(self) -> None:
+        """Raise `AssertionError` unless scheduler, slots and runner agree about every token. For when it is idle."""
+        for slot, tokens in self._scheduler.check().items():
+            assert self._runner.held(slot) == tokens, f"slot {slot} should hold {tokens} tokens"
+
     def step(self) -> dict[int, Step] | None:
-        """One forward pass. Returns what it brought each job (perhaps nothing), or None when idle."""
-        batch = self._scheduler.schedule()
-        if batch is None:
+        """At most one forward pass. Returns what it brought each job (perhaps nothing), or None when idle."""
+        schedule = self._scheduler.schedule(None if self._pace is None else int(self._pace * PASS_SECONDS))
+        if schedule is None:
             return None
-        logits = self._runner.run(batch)
         drafts: defaultdict[int, _Draft] = defaultdict(_Draft)
+        for begun in schedule.begun:
+            _begin(begun, drafts[begun.work.run])
+        if schedule.batch is not None:
+            self._compute(schedule.batch, drafts)
+        return {run: draft.step() for run, draft in drafts.items()}
+
+    def _compute(self, batch: Batch, drafts: defaultdict[int, _Draft]) -> None:
+        start = self._clock()
+        logits = self._runner.run(batch)
+        self._measure(batch, self._clock() - start)
         first = 0
         for row in batch.rows:
             sequence = self._scheduler.at(row.slot)
-            self._postprocess(row, logits[first : first + row.outputs], drafts[sequence.work.run])
+            self._postprocess(row, sequence, logits[first : first + row.outputs], drafts[sequence.work.run])
             first += row.outputs
-        return {run: draft.step() for run, draft in drafts.items()}
 
-    def _postprocess(self, row: Row, logits: Logits, draft: _Draft) -> None:
-        sequence = self._scheduler.computed(row)
+    def _measure(self, batch: Batch, seconds: float) -> None:
+        """Follow the speed of passes over prompts: up at once, down slowly, since a short pass says little."""
+        tokens = len(batch.rows[0].tokens)
+        if tokens > 1 and seconds > 0:
+            pace = tokens / seconds
+            self._pace = max(pace, 0.7 * self._pace + 0.3 * pace) if self._pace else pace
+
+    def _postprocess(self, row: Row, sequence: Sequence, logits: Logits, draft: _Draft) -> None:
         job = sequence.work.job
+        scores: list[Token] = []
         if job.prompt_alternatives is not None and not sequence.generated:
-            draft.scored.extend(_score(row, logits, job))
+            scores = self._score(row, sequence, logits)
+            draft.scored.extend(_narrowed(scores, job.prompt_alternatives))
+        self._scheduler.computed(row, sequence, scores)
         if sequence.computed < sequence.length or not len(logits):
             return
         if sequence.generated:
-            if self._sample(sequence, logits[-1], draft):
+            if not self._sample([sequence], logits[-1], draft):
                 self._scheduler.end(sequence)
         else:
-            self._begin(sequence, logits[-1], draft)
+            self._first_tokens(sequence, logits[-1], draft)
 
-    def _begin(self, first: Sequence, logits: Logits, draft: _Draft) -> None:
+    def _first_tokens(self, first: Sequence, logits: Logits, draft: _Draft) -> None:
         """The prompt is complete: every sample draws its first token from the same row."""
         work = first.work
         samples = [Sequence(work, index) for index in range(work.job.samples)]
         if work.job.max_tokens == 0:
             draft.ended.extend((s.sample, "length") for s in samples)
             samples = []
-        self._scheduler.begin(first, [s for s in samples if not self._sample(s, logits, draft)])
+        self._scheduler.begin(first, self._sample(samples, logits, draft) if samples else [])
 
-    def _sample(self, sequence: Sequence, logits: Logits, draft: _Draft) -> bool:
-        """Draw a sample's next token; returns whether that ended it."""
-        job = sequence.work.job
-        draw = sampler.uniform(job.key, sequence.sample, len(sequence.generated))
-        banned = job.ends if len(sequence.generated) < job.min_tokens else ()
-        row = sampler.adjusted(logits, job.sampling, job.prompt, sequence.counts, banned)
-        token = sampler.choose(row, job.sampling, draw)
-        draft.sampled.append((sequence.sample, sampler.report(logits, token, job.alternatives)))
-        sequence.append(token)
-        if token in job.ends:
-            draft.ended.append((sequence.sample, "stop"))
-        elif len(sequence.generated) == job.max_tokens:
-            draft.ended.append((sequence.sample, "length"))
-        else:
-            return False
-        return True
+    def _sample(self, samples: list[Sequence], logits: Logits, draft: _Draft) -> list[Sequence]:
+        """Draw the next token of samples that have the same tokens so far; returns those that go on."""
+        job, tokens = samples[0].work.job, samples[0].generated
+        drawn = self._sampler.sample(logits, job, [s.sample for s in samples], len(tokens), samples[0].counts)
+        for sequence, token in zip(samples, drawn, strict=True):
+            draft.sampled.append((sequence.sample, token))
+            sequence.append(token.id)
+            if token.id in job.ends:
+                draft.ended.append((sequence.sample, "stop"))
+            elif len(sequence.generated) == job.max_tokens:
+                draft.ended.append((sequence.sample, "length"))
+        over = {sample for sample, _ in draft.ended}
+        return [sequence for sequence in samples if sequence.sample not in over]
+
+    def _score(self, row: Row, sequence: Sequence, logits: Logits) -> list[Token]:
+        """Tokens of the prompt that this row's logits predict: each row speaks of the token after it.
+
+        As broad as what the slot has already, so that it stays useful to whom that was computed for.
+        """
+        assert sequence.slot is not None
+        start = row.position + 1
+        following = sequence.work.job.prompt[start : start + len(row.tokens)]
+        return self._sampler.score(logits[: len(following)], following, sequence.slot.breadth)
 
 
-def _score(row: Row, logits: Logits, job: Job) -> list[Token]:
-    """Tokens of the prompt that this row's logits predict: each row speaks of the token after it."""
-    start = row.position + 1
-    following = job.prompt[start : start + len(row.tokens)]
-    return [sampler.report_prompt(logits[i], token, job.prompt_alternatives) for i, token in enumerate(following)]
+def _begin(begun: Begun, draft: _Draft) -> None:
+    """What a job's prompt is known to be, before anything is computed for it."""
+    job = begun.work.job
+    draft.cached = begun.cached
+    draft.scored.extend(_narrowed(begun.scores, job.prompt_alternatives or 0))
+    if begun.complete:
+        draft.ended.extend((sample, "length") for sample in range(job.samples))
+
+
+def _narrowed(scores: list[Token] | tuple[Token, ...], alternatives: int) -> list[Token]:
+    """Scores with no more alternatives than were asked for."""
+    return [
+        Token(score.id, score.logprob, score.top[:alternatives], score.rank) if len(score.top) > alternatives else score
+        for score in scores
+    ]

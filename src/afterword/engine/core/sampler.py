@@ -1,130 +1,260 @@
-"""From a row of logits to a token and its log probability. Pure numpy; randomness is an argument.
+"""From rows of logits to tokens and log probabilities. Pure numpy; randomness is an argument.
 
 Order: bias, penalties, bans, temperature, then the filters (min_p, top_k, top_p). The log probabilities that are
 reported are those of the unmodified row: what the model believes, not what was asked of it.
+
+The vocabulary is never sorted. Its few largest values are looked for in the blocks with the largest maxima, and the
+nucleus of top_p is never built: a token is drawn, and then asked whether it belongs there (`Sampler._from_nucleus`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from afterword.engine.core.batch import Logits
-from afterword.engine.protocol import Sampling, Token
+from afterword.engine.protocol import Job, Sampling, Token
+
+Weights = NDArray[np.float32]
+"""A row of exponentials, the largest 1. In float32: exact to 1 in 10^6; what weighs below 10^-38 is never drawn."""
+Edits = tuple[NDArray[np.int64], Logits]
+"""Token ids, rising, and their new logits."""
+Draws = Callable[[int], float]
+"""The n-th number in [0, 1) for one token. Most tokens need the first (0) alone."""
 
 GREEDY_BELOW = 1e-4
 """Temperatures below this are greedy: dividing by them would leave one token with all the mass anyway."""
-_FIRST_NUCLEUS = 256
+_BLOCK = 256
+_BELOW_ONE = 1.0 - 2.0**-53
+_UNCHANGED: Edits = (np.empty(0, np.int64), np.empty(0, np.float32))
 
 
-def uniform(key: bytes, sample: int, position: int) -> float:
+def uniform(key: bytes, sample: int, position: int, attempt: int = 0) -> float:
     """A number in [0, 1) that depends on nothing but its arguments: a counter-based generator.
 
-    `position` counts a sample's generated tokens. No state means that neither load nor order can change a draw.
+    `position` counts a sample's generated tokens, `attempt` the numbers drawn for one of them. No state means that
+    neither load nor order can change a draw.
     """
-    digest = hashlib.blake2b(struct.pack("<QQ", sample, position), digest_size=8, key=key).digest()
+    counters = (sample, position, attempt) if attempt else (sample, position)
+    digest = hashlib.blake2b(struct.pack(f"<{len(counters)}Q", *counters), digest_size=8, key=key).digest()
     return float(int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def adjusted(
+def edits(
     logits: Logits, sampling: Sampling, prompt: Sequence[int], counts: Mapping[int, int], banned: Sequence[int]
-) -> Logits:
-    """The row with bias, penalties and bans applied; the row itself where there are none.
+) -> Edits:
+    """What bias, penalties and bans, in this order, make of a row.
 
     `counts` are the sample's generated tokens. Only the repetition penalty looks at the prompt.
     """
-    penalized = bool(counts) and bool(sampling.presence_penalty or sampling.frequency_penalty)
-    repeated = sampling.repetition_penalty != 1.0
-    if not (sampling.logit_bias or penalized or repeated or banned):
-        return logits
-    row = logits.copy()
-    for token, bias in sampling.logit_bias:
-        row[token] += bias
+    biased = [token for token, _ in sampling.logit_bias]
+    repeated = (*prompt, *counts) if sampling.repetition_penalty != 1.0 else ()
+    penalized = counts if sampling.presence_penalty or sampling.frequency_penalty else {}
+    if not (biased or repeated or penalized or banned):
+        return _UNCHANGED
+    ids = np.unique(np.array((*biased, *repeated, *penalized, *banned), np.int64))
+    values = logits[ids]
+    if biased:
+        np.add.at(values, np.searchsorted(ids, biased), [bias for _, bias in sampling.logit_bias])
     if repeated:
-        ids = np.unique(np.fromiter((*prompt, *counts), dtype=np.int64))
+        at = np.searchsorted(ids, repeated)
         factor = np.float32(sampling.repetition_penalty)
-        row[ids] = np.where(row[ids] > 0, row[ids] / factor, row[ids] * factor)
+        values[at] = np.where(values[at] > 0, values[at] / factor, values[at] * factor)
     if penalized:
-        ids = np.fromiter(counts.keys(), dtype=np.int64, count=len(counts))
-        times = np.fromiter(counts.values(), dtype=np.float64, count=len(counts))
-        row[ids] -= (times * sampling.frequency_penalty + sampling.presence_penalty).astype(np.float32)
-    row[list(banned)] = -np.inf
-    return row
+        times = np.fromiter(penalized.values(), np.float64, len(penalized))
+        penalties = times * sampling.frequency_penalty + sampling.presence_penalty
+        values[np.searchsorted(ids, list(penalized))] -= penalties.astype(np.float32)
+    values[np.searchsorted(ids, banned)] = -np.inf
+    return ids, values
 
 
-def choose(row: Logits, sampling: Sampling, draw: float) -> int:
-    """The next token from an adjusted row; `draw` is uniform in [0, 1)."""
-    if sampling.temperature < GREEDY_BELOW:
-        return int(np.argmax(row))
-    weights = np.exp((row.astype(np.float64) - float(row.max())) / sampling.temperature)
-    if sampling.min_p:
-        weights[weights < sampling.min_p] = 0.0  # the likeliest token weighs 1
-    if sampling.top_k:
-        ids = likeliest(weights, min(sampling.top_k, len(weights)))
-        ids = _head(ids, weights, sampling.top_p * float(weights[ids].sum()))
-    elif sampling.top_p < 1.0:
-        ids = nucleus(weights, sampling.top_p)
-    else:
-        return _pick(weights, draw)
-    return int(ids[_pick(weights[ids], draw)])
+def _exponentials(row: Logits, shift: float, out: Weights) -> float:
+    """Write exp(row - shift), perhaps over the row itself; returns the sum with a relative error below 10^-6."""
+    if shift or row is not out:
+        row = np.subtract(row, np.float32(shift), out=out)
+    np.exp(row, out=out)
+    return float(_block_sums(out).sum())
 
 
-def nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
-    """Ids of the smallest set of likeliest tokens whose share of all weight is at least `top_p`, likeliest first.
+class Sampler:
+    """Owner of scratch memory for one row; one thread calls it. What it returns depends on its arguments alone.
 
-    Ties go to the lower id. The vocabulary is not sorted: a candidate set grows until it is large enough.
+    The memory is kept because fresh pages cost more than the arithmetic that is done in them. Rows are taken one by
+    one: at the size of a vocabulary, taking several at once saves nothing, and a row's bits cannot depend on others.
     """
-    wanted = top_p * float(weights.sum())
-    size = min(_FIRST_NUCLEUS, len(weights))
-    while True:
-        ids = likeliest(weights, size)
-        if size == len(weights) or float(weights[ids].sum()) >= wanted:
-            return _head(ids, weights, wanted)
-        size = min(size * 8, len(weights))
+
+    def __init__(self) -> None:
+        self._weights = np.empty(0, np.float32)
+        self._left = np.empty(0, np.float32)
+        self._mask = np.empty(0, np.bool_)
+
+    @np.errstate(over="ignore", invalid="ignore")  # whatever a broken model gives, a token comes out
+    def score(self, logits: Logits, tokens: Iterable[int], alternatives: int) -> list[Token]:
+        """Given tokens with their ranks and the `alternatives` likeliest: row i of (n, vocabulary) is for token i."""
+        self._fit(logits.shape[1])
+        scored = []
+        for row, token in zip(logits, tokens, strict=True):
+            maxima = _block_maxima(row)
+            total = self._log_total(row, float(maxima.max()))
+            rank = 1 + int(np.count_nonzero(np.greater(row, row[token], out=self._mask)))
+            scored.append(Token(token, float(row[token]) - total, _top(row, maxima, alternatives, total), rank))
+        return scored
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def sample(
+        self, logits: Logits, job: Job, samples: Sequence[int], position: int, counts: Mapping[int, int]
+    ) -> list[Token]:
+        """The next token of each of a job's `samples`, which have the same row (vocabulary,) and the same `counts`.
+
+        `position` is how many tokens they have generated, `counts` how often each. Samples share a row at their first
+        token; later each comes alone.
+        """
+        self._fit(len(logits))
+        sampling = job.sampling
+        changed = edits(logits, sampling, job.prompt, counts, job.ends if position < job.min_tokens else ())
+        maxima = _block_maxima(logits)
+        highest = float(maxima.max())
+        total = None if job.alternatives is None else self._log_total(logits, highest)
+        if sampling.temperature < GREEDY_BELOW:
+            chosen = [self._likeliest(logits, changed)] * len(samples)
+        else:
+            if total is None or len(changed[0]) or sampling.temperature != 1.0:
+                self._weigh(logits, highest, changed, sampling.temperature)
+            chosen = self._choose(sampling, [partial(uniform, job.key, sample, position) for sample in samples])
+        if total is None:
+            return [Token(token) for token in chosen]
+        top = _top(logits, maxima, job.alternatives or 0, total)
+        return [Token(token, float(logits[token]) - total, top) for token in chosen]
+
+    def _fit(self, vocabulary: int) -> None:
+        """Make room for a row of this length."""
+        if len(self._mask) != vocabulary:
+            self._weights = np.empty(vocabulary, np.float32)
+            self._left = np.empty(vocabulary, np.float32)
+            self._mask = np.empty(vocabulary, np.bool_)
+
+    def _log_total(self, row: Logits, highest: float) -> float:
+        """Natural log of the sum of exponentials. Leaves the weights of the row as it is, at temperature 1."""
+        return highest + math.log(_exponentials(row, highest, self._weights))
+
+    def _likeliest(self, row: Logits, changed: Edits) -> int:
+        """The likeliest token; ties go to the lower id."""
+        ids, values = changed
+        if len(ids):
+            np.copyto(self._weights, row)
+            row = self._weights
+            row[ids] = values
+        return int(np.argmax(row))
+
+    def _weigh(self, row: Logits, highest: float, changed: Edits, temperature: float) -> None:
+        """Leave the weights of a changed row. `highest` is that of the row unchanged."""
+        weights = self._weights
+        ids, values = changed
+        # The shift comes before the division: a quotient by a small temperature has few digits left after its point.
+        np.subtract(row, np.float32(highest), out=weights)
+        if len(ids):
+            weights[ids] = values - np.float32(highest)
+        if temperature != 1.0:
+            np.divide(weights, np.float32(temperature), out=weights)
+        _exponentials(weights, float(weights.max()) if len(ids) else 0.0, weights)
+
+    def _choose(self, sampling: Sampling, draws: Sequence[Draws]) -> list[int]:
+        """A token for each of `draws`, in proportion to the weights that the filters leave. Changes the weights."""
+        weights = self._weights
+        if sampling.min_p:
+            np.multiply(weights, np.greater_equal(weights, sampling.min_p, out=self._mask), out=weights)
+        sums = _block_sums(weights)
+        wanted = sampling.top_p * float(sums.sum())
+        if not wanted > 1.0:  # the likeliest token weighs 1 and is all of the nucleus; or the row is not of numbers
+            return [int(np.argmax(weights))] * len(draws)
+        if sampling.top_k:
+            ids = likeliest(weights, sampling.top_k)
+            cumulated = np.cumsum(weights[ids], dtype=np.float64)
+            size = int(np.searchsorted(cumulated, sampling.top_p * float(cumulated[-1]))) + 1
+            few = weights[ids[:size]]
+            return [int(ids[_pick(few, draw(0))[0]]) for draw in draws]
+        if sampling.top_p >= 1.0:
+            return [_pick_by_blocks(weights, sums, draw(0)) for draw in draws]
+        return [self._from_nucleus(sums, wanted, draw) for draw in draws]
+
+    def _from_nucleus(self, sums: NDArray[np.float64], wanted: float, draw: Draws) -> int:
+        """A token of the nucleus: the fewest likeliest tokens that weigh `wanted` together; ties go to the lower id.
+
+        A token is in the nucleus if and only if those before it weigh less than `wanted`. So draw from all tokens; if
+        the token is outside, so is everything after it: draw again from those before it. What is returned is
+        distributed as if only the nucleus had been drawn from, after 1 + ln(1 / top_p) draws on average at most.
+        """
+        weights, before = self._weights, self._mask
+        left = weights
+        for attempt in itertools.count():
+            token = _pick_by_blocks(left, sums, draw(attempt))
+            np.greater_equal(weights[:token], weights[token], out=before[:token])
+            np.greater(weights[token:], weights[token], out=before[token:])
+            left = np.multiply(weights, before, out=self._left)
+            sums = _block_sums(left)
+            if sums.sum() < wanted:
+                break
+        return token
 
 
-def likeliest(values: NDArray[np.floating], count: int) -> NDArray[np.int64]:
+def likeliest(values: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     """Ids of the `count` largest values, largest first; ties go to the lower id."""
-    if count < len(values):
-        threshold = np.partition(values, len(values) - count)[len(values) - count]
-        ids = np.flatnonzero(values >= threshold)
+    return _likeliest(values, _block_maxima(values), count)
+
+
+def _likeliest(values: NDArray[np.float32], maxima: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """`likeliest`, where the maxima of the blocks are known."""
+    if count < len(maxima):
+        # At least `count` values reach the count-th largest maximum, and only blocks that reach it have any.
+        least = np.partition(maxima, -count)[-count]
+        blocks = np.flatnonzero(maxima >= least)
+        ids = (blocks[:, None] * _BLOCK + np.arange(_BLOCK)).ravel()
+        ids = ids[: np.searchsorted(ids, len(values))]
+        ids = ids[values[ids] >= least]
+    elif count < len(values):
+        ids = np.flatnonzero(values >= np.partition(values, -count)[-count])
     else:
         ids = np.arange(len(values))
     return ids[np.argsort(-values[ids], kind="stable")][:count]
 
 
-def report(logits: Logits, token: int, alternatives: int | None, rank: int = 0) -> Token:
-    """The token with its log probability and the `alternatives` likeliest tokens; bare if None are asked for."""
-    if alternatives is None:
-        return Token(token)
-    total = log_sum_exp(logits)
-    top = likeliest(logits, alternatives) if alternatives else ()
-    return Token(token, float(logits[token]) - total, tuple((int(i), float(logits[i]) - total) for i in top), rank)
+def _top(row: Logits, maxima: NDArray[np.float32], count: int, total: float) -> tuple[tuple[int, float], ...]:
+    """The `count` likeliest tokens with their log probabilities."""
+    if not count:
+        return ()
+    ids = _likeliest(row, maxima, count)
+    return tuple((token, logit - total) for token, logit in zip(ids.tolist(), row[ids].tolist(), strict=True))
 
 
-def report_prompt(logits: Logits, token: int, alternatives: int | None) -> Token:
-    """A token of the prompt, with its rank."""
-    return report(logits, token, alternatives, rank=1 + int((logits > logits[token]).sum()))
+def _block_maxima(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.maximum.reduceat(values, np.arange(0, len(values), _BLOCK))
 
 
-def log_sum_exp(logits: Logits) -> float:
-    """Natural log of the sum of exponentials, summed in float64."""
-    highest = float(logits.max())
-    return highest + math.log(float(np.exp(logits - np.float32(highest)).sum(dtype=np.float64)))
+def _block_sums(weights: Weights) -> NDArray[np.float64]:
+    """Sums inside blocks are of float32, which is as exact as the weights are; sums over blocks are of float64."""
+    whole = len(weights) // _BLOCK * _BLOCK
+    sums = np.einsum("ij->i", weights[:whole].reshape(-1, _BLOCK))  # half the time of `sum` or `add.reduceat`
+    return np.append(sums, weights[whole:].sum()).astype(np.float64)
 
 
-def _head(ids: NDArray[np.int64], weights: NDArray[np.float64], wanted: float) -> NDArray[np.int64]:
-    """As many ids from the first on as weigh at least `wanted` together."""
-    return ids[: int(np.searchsorted(np.cumsum(weights[ids]), wanted)) + 1]
+def _pick(weights: NDArray[np.floating], draw: float) -> tuple[int, float]:
+    """Index drawn in proportion to the weights, and what is left of the draw: uniform in [0, 1) and unused."""
+    cumulated = np.cumsum(weights, dtype=np.float64)
+    target = draw * float(cumulated[-1])
+    index = int(np.searchsorted(cumulated, target, side="right"))
+    before = float(cumulated[index - 1]) if index else 0.0
+    return index, min((target - before) / float(weights[index]), _BELOW_ONE)
 
 
-def _pick(weights: NDArray[np.float64], draw: float) -> int:
-    """Index drawn in proportion to the weights."""
-    cumulated = np.cumsum(weights)
-    index = int(np.searchsorted(cumulated, draw * cumulated[-1], side="right"))
-    return min(index, len(weights) - 1)
+def _pick_by_blocks(weights: Weights, sums: NDArray[np.float64], draw: float) -> int:
+    """Id drawn in proportion to the weights: first its block, then the id in the block."""
+    block, rest = _pick(sums, draw)
+    start = block * _BLOCK
+    return start + _pick(weights[start : start + _BLOCK], rest)[0]

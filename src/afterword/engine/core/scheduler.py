@@ -1,44 +1,68 @@
 """Decides what the next forward pass computes. Pure: it touches no model, no clock and no randomness.
 
-Rules: a sequence has a slot for its whole life, so nothing that runs is ever preempted. Prompts are computed
-in chunks on a grid counted from their first token, so that the numbers do not depend on who else is here. Chunks
-of prompts take turns with tokens of running sequences, so that neither waits for the other to finish. A prompt is
-computed once for all its samples: they fork from whichever of them holds it.
+Rules: a sequence keeps its slot until it ends, so nothing that runs is ever preempted. Passes over a prompt end on a
+grid counted from its first token, so that the numbers do not depend on who else is here. They take turns with tokens
+of running sequences, so that neither waits for the other to finish. A prompt's beginning is computed once: what is
+being computed is waited for, what is in a slot is used, and the samples of a prompt fork from whichever holds it.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 
-from afterword.engine.core.batch import Batch, Cut, Fork, Row
+from afterword.engine.core.batch import Batch, Row
 from afterword.engine.core.sequence import Sequence, Work
-from afterword.engine.protocol import Job, Load
+from afterword.engine.core.slots import Hit, Slot, Slots, common
+from afterword.engine.protocol import Job, Load, Token
+
+WINDOW = 32  # of a client's waiting jobs, how many are looked at
+LEAST_PASS = 32  # tokens of a prompt: fewer are computed hardly faster
+PATIENCE = 8  # how often a job may be passed over for one whose prompt is further computed
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A job leaves the queue with what is known of its prompt. `complete`: there is nothing more to compute."""
+
+    work: Work
+    cached: int
+    scores: tuple[Token, ...]
+    complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """What begins, and the next pass, if one is needed."""
+
+    begun: tuple[Begun, ...]
+    batch: Batch | None
 
 
 class Scheduler:
     """Owner of all work, sequences and slots. One thread."""
 
-    def __init__(self, slots: int, chunk: int, rewinds: bool = True) -> None:
-        self._slots = slots
+    def __init__(self, slots: int, chunk: int, grid: int, least_shared: int, rewinds: bool) -> None:
         self._chunk = chunk
+        self._grid = grid
+        self._least_shared = least_shared
         self._rewinds = rewinds
-        self._free = list(range(slots))
+        self._slots = Slots(slots, grid, least_shared, rewinds)
         self._works: dict[int, Work] = {}
-        self._waiting: deque[Work] = deque()  # nothing computed yet, in order of arrival
-        self._held: dict[int, Sequence] = {}  # slot -> its sequence
+        self._waiting: dict[str, dict[int, Work]] = {}  # nothing computed yet: by client, in order of arrival
+        self._held: dict[Slot, Sequence] = {}
         self._turns: deque[Sequence] = deque()  # sequences whose prompt is being computed, next turn first
-        self._moves: list[Fork | Cut] = []
         self._prompt_turn = True
+        self._short_turn = True
 
     # ---- what comes in
 
     def add(self, run: int, job: Job) -> None:
         """Take a new job, named by `run`."""
-        work = Work(run, job)
-        self._works[run] = work
-        self._waiting.append(work)
+        self._works[run] = work = Work(run, job)
+        self._waiting.setdefault(job.client, {})[run] = work
 
     def close(self, run: int) -> None:
         """Forget a job and everything that it holds. Unknown names are ignored: the job may just have ended."""
@@ -62,39 +86,32 @@ class Scheduler:
 
     # ---- what goes out
 
-    def schedule(self) -> Batch | None:
-        """The next pass, or None when there is nothing to compute."""
-        self._admit()
-        running = [s for s in self._held.values() if not s.catching_up]
-        if self._turns and (self._prompt_turn or not running):
-            rows: tuple[Row, ...] = (self._prompt_row(self._turns[0]),)
-            self._turns.rotate(-1)
-            self._prompt_turn = False
-        elif running:
-            self._close_gap()
-            rows = tuple(Row(self._slot(s), s.computed, s.slice(s.computed, s.length), 1) for s in running)
-            self._prompt_turn = True
-        else:
-            return None
-        moves, self._moves = tuple(self._moves), []
-        return Batch(moves, rows)
+    def schedule(self, budget: int | None = None) -> Schedule | None:
+        """The next pass, or None when there is nothing to do.
+
+        `budget` is how many tokens of a prompt may be computed while others wait; None: as many as fit a pass.
+        """
+        begun = tuple(self._admit())
+        rows = self._rows(budget)
+        if not rows:
+            return Schedule(begun, None) if begun else None
+        return Schedule(begun, Batch(self._slots.moves(), rows))
 
     def at(self, slot: int) -> Sequence:
         """The sequence in a slot."""
-        return self._held[slot]
+        return self._held[self._slots[slot]]
 
-    def computed(self, row: Row) -> Sequence:
-        """Note that a row's tokens are computed; returns its sequence."""
-        sequence = self._held[row.slot]
-        sequence.computed += len(row.tokens)
+    def computed(self, row: Row, sequence: Sequence, scores: list[Token]) -> None:
+        """Note that a row's tokens are computed, with the scores of the prompt's tokens that follow them."""
+        assert sequence.slot is not None
+        self._slots.computed(sequence.slot, row.tokens, scores)
         if not sequence.catching_up and sequence in self._turns:
             self._turns.remove(sequence)
-        return sequence
 
     def begin(self, first: Sequence, samples: Iterable[Sequence]) -> None:
         """The prompt in `first` is computed and every sample has its first token.
 
-        `samples` are those that go on; `first` is replaced by one of them, or its slot becomes free.
+        `samples` are those that go on; `first` is replaced by one of them, or its slot is left.
         """
         work = first.work
         work.started = True
@@ -102,43 +119,107 @@ class Scheduler:
         self.end(first)
 
     def end(self, sequence: Sequence) -> None:
-        """A sample is complete: its slot goes to a sample of the same prompt, or becomes free."""
+        """A sample is complete: its slot goes to a sample of the same prompt, or keeps what it holds for others."""
         work, slot = sequence.work, sequence.slot
         if slot is None:
             work.queued.remove(sequence)
         elif work.queued:
-            keep = len(work.job.prompt) if self._holds_prompt(sequence) else 0
-            if keep < sequence.computed:
-                self._moves.append(Cut(slot, keep))
+            self._slots.cut(slot, len(work.job.prompt) if self._holds_prompt(sequence) else 0)
             self._leave(sequence)
-            self._place(work.queued.popleft(), slot, keep)
+            self._place(work.queued.popleft(), slot)
         else:
-            self._moves.append(Cut(slot, 0))
             self._leave(sequence)
-            heapq.heappush(self._free, slot)
+            self._slots.leave(slot, again=self._source(work) is not None)
         if not work.live and not work.queued:
             self._forget(work)
 
     def load(self) -> Load:
         """How many sequences there are, are in use, and are waited for."""
-        waiting = sum(w.job.samples for w in self._waiting) + sum(len(w.queued) for w in self._works.values())
-        return Load(self._slots, len(self._held), waiting)
+        waiting = sum(work.job.samples for works in self._waiting.values() for work in works.values())
+        queued = sum(len(work.queued) for work in self._works.values())
+        return Load(len(self._slots), len(self._held), waiting + queued)
+
+    def check(self) -> dict[int, int]:
+        """How many tokens a runner should hold in each slot; unknown for those that a move still to be made changes.
+
+        Raises `AssertionError` where sequences and slots contradict each other.
+        """
+        self._slots.check()
+        assert {slot for slot in self._slots if slot.taken} == set(self._held), "a slot is taken by one sequence"
+        for slot, sequence in self._held.items():
+            assert sequence.slot is slot
+            assert sequence in sequence.work.live
+            assert tuple(slot.tokens.tolist()) == sequence.slice(0, slot.length), "a slot holds its sequence's tokens"
+        assert set(self._turns) == {sequence for sequence in self._held.values() if sequence.catching_up}
+        return {slot.index: slot.length for slot in self._slots if slot.index not in self._slots.moving}
+
+    # ---- who is next
+
+    def _admit(self) -> Iterator[Begun]:
+        while self._slots.room and (found := self._next()):
+            yield self._start(*found)
+        for work in [work for work in self._works.values() if work.queued]:
+            self._spread(work)
+
+    def _next(self) -> tuple[Work, Hit | None] | None:
+        """The job to begin now: of the client that runs least, the one whose prompt is computed furthest."""
+        if not self._waiting:
+            return None
+        running = [sequence.work.job.client for sequence in self._held.values()]
+        for client in sorted(self._waiting, key=running.count):
+            ready = [(work, hit) for work, hit in self._candidates(client) if not self._is_coming(work, hit)]
+            if not ready:
+                continue
+            first = ready[0][0]
+            if first.passed >= PATIENCE:
+                return ready[0]
+            chosen = max(ready, key=lambda pair: pair[1].keep if pair[1] else 0)
+            first.passed += chosen[0] is not first
+            return chosen
+        return None
+
+    def _candidates(self, client: str) -> Iterator[tuple[Work, Hit | None]]:
+        for work in islice(self._waiting[client].values(), WINDOW):
+            yield work, self._slots.find(work.wanted)
+
+    def _is_coming(self, work: Work, hit: Hit | None) -> bool:
+        """Whether more of a prompt than was found is being computed for another job just now."""
+        found = hit.keep if hit else 0
+        return any(
+            self._promised(work, other) >= max(found + self._least_shared, other.computed + 1) for other in self._turns
+        )
+
+    def _promised(self, work: Work, other: Sequence) -> int:
+        """How much of a prompt will be there when another sequence's prompt has been computed."""
+        wanted, theirs = work.wanted, other.work.job
+        if theirs.namespace != wanted.namespace or not self._rewinds:
+            return 0
+        if wanted.alternatives is not None and (
+            theirs.prompt_alternatives is None or theirs.prompt_alternatives < wanted.alternatives
+        ):
+            return 0
+        return self._slots.useful(common(wanted.prompt, other.work.prompt), wanted)
+
+    def _start(self, work: Work, hit: Hit | None) -> Begun:
+        job, wanted = work.job, work.wanted
+        works = self._waiting.pop(job.client)
+        del works[work.run]
+        if works:
+            self._waiting[job.client] = works  # now behind the clients that run as much
+        keep, scores = (hit.keep, hit.scores) if hit else (0, ())
+        if wanted.most == len(job.prompt) and keep == len(job.prompt) - 1:
+            self._forget(work)
+            return Begun(work, keep, scores, complete=True)
+        self._place(Sequence(work, sample=0), self._slots.take(wanted, hit))
+        return Begun(work, keep, scores, complete=False)
 
     # ---- slots
 
-    def _admit(self) -> None:
-        while self._free and self._waiting:
-            work = self._waiting.popleft()
-            self._place(Sequence(work, sample=0), heapq.heappop(self._free), 0)
-        for work in [w for w in self._works.values() if w.queued]:
-            self._spread(work)
-
     def _spread(self, work: Work) -> None:
-        """Fork queued samples into free slots while a slot of theirs can serve as the source."""
-        while self._free and work.queued and (source := self._source(work)) is not None:
-            target, keep = heapq.heappop(self._free), len(work.job.prompt)
-            self._moves.append(Fork(self._slot(source), target, keep))
-            self._place(work.queued.popleft(), target, keep)
+        """Fork queued samples into slots that nobody uses, while a slot of theirs can serve as the source."""
+        while self._slots.room and work.queued and (source := self._source(work)) is not None:
+            assert source.slot is not None
+            self._place(work.queued.popleft(), self._slots.fork(source.slot, len(work.job.prompt)))
 
     def _source(self, work: Work) -> Sequence | None:
         return next(filter(self._holds_prompt, work.live), None)
@@ -148,26 +229,16 @@ class Scheduler:
         prompt = len(sequence.work.job.prompt)
         return sequence.computed == prompt or (self._rewinds and sequence.computed > prompt)
 
-    def _close_gap(self) -> None:
-        """Move what runs in the highest slot to a free one below: neighbours are computed together, others are not."""
-        last = max(self._held)
-        sequence = self._held[last]
-        if not self._free or self._free[0] > last or sequence.catching_up:
-            return
-        target = heapq.heapreplace(self._free, last)
-        self._moves += [Fork(last, target, sequence.computed), Cut(last, 0)]
-        del self._held[last]
-        self._held[target], sequence.slot = sequence, target
-
-    def _place(self, sequence: Sequence, slot: int, computed: int) -> None:
-        sequence.slot, sequence.computed = slot, computed
+    def _place(self, sequence: Sequence, slot: Slot) -> None:
+        sequence.slot = slot
         sequence.work.live.append(sequence)
         self._held[slot] = sequence
         if sequence.catching_up:
             self._turns.append(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
-        del self._held[self._slot(sequence)]
+        assert sequence.slot is not None
+        del self._held[sequence.slot]
         sequence.work.live.remove(sequence)
         if sequence in self._turns:
             self._turns.remove(sequence)
@@ -175,18 +246,50 @@ class Scheduler:
 
     def _forget(self, work: Work) -> None:
         self._works.pop(work.run, None)
-        if work in self._waiting:
-            self._waiting.remove(work)
+        works = self._waiting.get(work.job.client, {})
+        works.pop(work.run, None)
+        if not works:
+            self._waiting.pop(work.job.client, None)
 
-    def _prompt_row(self, sequence: Sequence) -> Row:
+    # ---- passes
+
+    def _rows(self, budget: int | None) -> tuple[Row, ...]:
+        running = [sequence for sequence in self._held.values() if not sequence.catching_up]
+        if self._turns and (self._prompt_turn or not running):
+            self._prompt_turn = False
+            alone = len(self._held) == 1 and not self._waiting
+            return (self._prompt_row(self._next_turn(), self._chunk if alone or budget is None else budget),)
+        self._prompt_turn = True
+        if len(running) > 1:
+            self._slots.gather()
+        rows = [Row(_index(s), s.computed, s.slice(s.computed, s.length), 1) for s in running]
+        return tuple(sorted(rows, key=lambda row: row.slot))
+
+    def _next_turn(self) -> Sequence:
+        """By turns the one with the least to compute and the one that has waited longest."""
+        self._short_turn = not self._short_turn
+        if self._short_turn:
+            return self._turns[0]
+        return min(self._turns, key=lambda sequence: len(sequence.work.job.prompt) - sequence.computed)
+
+    def _prompt_row(self, sequence: Sequence, budget: int) -> Row:
         prompt, start = sequence.work.job.prompt, sequence.computed
-        stop = min((start // self._chunk + 1) * self._chunk, len(prompt))
+        stop = self._stop(start, len(prompt), min(max(budget, LEAST_PASS), self._chunk))
+        if self._turns[0] is sequence:
+            self._turns.rotate(-1)
         last = stop == len(prompt) and not sequence.generated
         scored = sequence.work.job.prompt_alternatives is not None and not sequence.generated
         outputs = stop - start if scored else int(last)
-        return Row(self._slot(sequence), start, prompt[start:stop], outputs)
+        return Row(_index(sequence), start, prompt[start:stop], outputs)
 
-    @staticmethod
-    def _slot(sequence: Sequence) -> int:
-        assert sequence.slot is not None
-        return sequence.slot
+    def _stop(self, start: int, length: int, size: int) -> int:
+        """Where a pass of about `size` tokens ends: on the grid, or at the end of what is left beyond it."""
+        whole = length // self._grid * self._grid
+        if start >= whole:
+            return length
+        return min(start + max(size // self._grid, 1) * self._grid, whole)
+
+
+def _index(sequence: Sequence) -> int:
+    assert sequence.slot is not None
+    return sequence.slot.index

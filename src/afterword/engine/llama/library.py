@@ -13,6 +13,8 @@ from typing import TextIO
 
 # An abort in native code would otherwise start a debugger on this process.
 os.environ.setdefault("GGML_NO_BACKTRACE", "1")
+# Products of K-quants with 8 rows and more would be summed in another order than those with fewer.
+os.environ.setdefault("GGML_CPU_TILED_MM", "0")
 
 import llama_cpp.llama_cpp as native
 

@@ -29,9 +29,12 @@ _ATTENTION = {
 class LlamaRunner:
     """Owner of the native model and context. Raises `SettingError` when they cannot be made."""
 
+    least_shared = 16
+
     def __init__(self, settings: Open) -> None:
         self.slots = settings.sequences
         self.chunk = settings.chunk
+        self.grid = settings.grid
         self.model = _load(settings)
         self._context = _context(self.model, settings)
         self._memory = native.llama_get_memory(self._context)
@@ -55,6 +58,10 @@ class LlamaRunner:
             return np.empty((0, self._vocabulary), np.float32)
         pointer = native.llama_get_logits(self._context)
         return np.ctypeslib.as_array(pointer, (batch.outputs, self._vocabulary))
+
+    def held(self, slot: int) -> int:
+        """How many tokens' state a slot holds."""
+        return int(native.llama_memory_seq_pos_max(self._memory, slot)) + 1
 
     def _move(self, move: Fork | Cut) -> None:
         if isinstance(move, Fork):
@@ -111,6 +118,7 @@ def _load(settings: Open) -> object:
         raise SettingError("--gpu-layers: this llama.cpp was built without GPU support.")
     params = native.llama_model_default_params()
     params.n_gpu_layers = settings.gpu_layers
+    params.use_extra_bufts = settings.repack
     model = native.llama_model_load_from_file(os.fsencode(settings.path), params)
     if not model:
         raise SettingError(f"llama.cpp cannot load {settings.path}: {last_error()}")

@@ -112,7 +112,9 @@ def fingerprint(settings: Open) -> str:
     """A short name for all that can change a number: library, weights, and the shape of the computation."""
     digest = hashlib.sha256(version().encode())
     digest.update(_weights_digest(Path(settings.path)))
-    digest.update(f"{settings.context} {settings.chunk} {settings.kv_type} {settings.gpu_layers}".encode())
+    digest.update(
+        f"{settings.context} {settings.kv_type} {settings.grid} {settings.repack} {settings.gpu_layers}".encode()
+    )
     return "fp_" + digest.hexdigest()[:16]
 
 
