@@ -74,7 +74,7 @@ def test_models_lists_the_built_in_one(tmp_path):
         (["serve", "--context", "1"], "too short"),
         (["serve", "--threads", "0"], "cores"),
         (["serve", "--threads", "100000"], "cores"),
-        (["serve", "--batch", "1"], "from 32"),
+        (["serve", "--batch", "1"], "from 64"),
         (["serve", "--gpu-layers", "-2"], "gpu-layers"),
         (["serve", "--host", "0.0.0.0"], "no API keys"),
         (["serve", "--host", "::"], "no API keys"),
@@ -125,8 +125,8 @@ def test_a_port_that_is_taken_is_one_sentence():
 
 
 def test_the_environment_sets_what_the_command_line_does_not():
-    assert "from 32" in refusal("serve", AFTERWORD_SERVE_BATCH="1")
-    assert "from 32" in refusal("complete", "a", AFTERWORD_COMPLETE_BATCH="1")
+    assert "from 64" in refusal("serve", AFTERWORD_SERVE_BATCH="1")
+    assert "from 64" in refusal("complete", "a", AFTERWORD_COMPLETE_BATCH="1")
 
 
 def test_the_curl_line_of_the_greeting_is_a_valid_request():

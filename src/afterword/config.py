@@ -71,11 +71,16 @@ class Keys:
             raise SettingError(f"--api-key-file {file}: it has no keys.")
         if not all(key.isascii() and key.isprintable() and key.strip() for key in (*keys, *listed)):
             raise SettingError("An API key must be printable ASCII and not empty.")
-        return cls(tuple(hashlib.sha256(key.encode()).digest() for key in (*keys, *listed)))
+        return cls(tuple(cls.digest(key) for key in (*keys, *listed)))
+
+    @staticmethod
+    def digest(key: str) -> bytes:
+        """What is kept of a key."""
+        return hashlib.sha256(key.encode("utf-8", "replace")).digest()
 
     def allow(self, key: str) -> bool:
         """Whether a key is one of them. Every digest is compared, in constant time."""
-        presented = hashlib.sha256(key.encode("utf-8", "replace")).digest()
+        presented = self.digest(key)
         found = False
         for digest in self.digests:
             found |= hmac.compare_digest(digest, presented)

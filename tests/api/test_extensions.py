@@ -94,7 +94,41 @@ def test_continuous_usage_grows_with_the_stream(http: httpx.Client) -> None:
     assert (counts[0], counts[-1]) == (1, 5)
 
 
-@pytest.mark.parametrize("name", ["prediction", "cache_salt", "guided_json"])
+def cached(http: httpx.Client, **body: Any) -> int:
+    return int(ask(http, **body).json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+
+def test_the_usage_says_what_had_been_computed_before(http: httpx.Client) -> None:
+    story = "A wolf and a crow met at the well, and neither of them would let the other drink before the sun went down."
+    assert cached(http, prompt=story) == 0
+    tokens = ask(http, prompt=story, max_tokens=1).json()["usage"]["prompt_tokens"]
+    assert cached(http, prompt=story) == tokens - 1
+    assert cached(http, prompt=[story, story + " Then"]) == tokens - 1 + tokens
+
+
+def test_a_salt_keeps_what_was_computed_apart(http: httpx.Client) -> None:
+    story = "The old ferryman counted his coins twice each night, once for himself and once for the river that fed him."
+    assert cached(http, prompt=story) == 0
+    assert cached(http, prompt=story, cache_salt="mine") == 0
+    assert cached(http, prompt=story, cache_salt="mine") > 16
+
+
+def test_scores_are_the_same_numbers_from_the_cache(http: httpx.Client) -> None:
+    story = {
+        "prompt": "Three goats lived on a hill above the mill, and every one of them was afraid of the bridge.",
+        "echo": True,
+    }
+    first = choice(http, **story, max_tokens=0, logprobs=3)
+    assert choice(http, **story, max_tokens=0, logprobs=3)["logprobs"] == first["logprobs"]
+    assert (
+        choice(http, **story, max_tokens=0, logprobs=0)["logprobs"]["token_logprobs"]
+        == first["logprobs"]["token_logprobs"]
+    )
+    longer = choice(http, **story, max_tokens=4, logprobs=3)["logprobs"]
+    assert longer["token_logprobs"][: len(first["logprobs"]["tokens"])] == first["logprobs"]["token_logprobs"]
+
+
+@pytest.mark.parametrize("name", ["prediction", "guided_json"])
 def test_what_is_not_there_yet_is_refused_by_name(http: httpx.Client, name: str) -> None:
     assert ask(http, **{name: {}}).json()["error"]["param"] == name
 

@@ -57,6 +57,7 @@ def test_an_empty_body_asks_for_the_defaults_of_the_api() -> None:
         "top_p": 1.0,
         "user": None,
         "add_special_tokens": True,
+        "cache_salt": None,
         "ignore_eos": False,
         "min_p": 0.0,
         "min_tokens": 0,
@@ -302,7 +303,7 @@ def test_options_of_a_stream_are_known_booleans() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["foo", "prediction", "cache_salt", "messages", "max_completion_tokens", "Prompt", ""])
+@pytest.mark.parametrize("name", ["foo", "prediction", "messages", "max_completion_tokens", "Prompt", ""])
 def test_an_unknown_field_is_refused_by_name_before_anything_else(name: str) -> None:
     error = refused({"n": "many", name: None})
     assert (error.message, error.param) == (f"Unrecognized request argument supplied: {name}", name)
@@ -521,6 +522,7 @@ def test_a_long_name_is_cut_short(body: dict[str, Any]) -> None:
         ("prompt_logprobs", 0, 0),
         ("stop_token_ids", [1, 2.0], (1, 2)),
         ("stop_token_ids", [], ()),
+        ("cache_salt", "mine", "mine"),
     ],
 )
 def test_extensions_have_their_values(name: str, value: Any, result: Any) -> None:
@@ -541,6 +543,8 @@ def test_extensions_have_their_values(name: str, value: Any, result: Any) -> Non
         ("prompt_logprobs", 21),
         ("prompt_logprobs", -1),
         ("stop_token_ids", 5),
+        ("cache_salt", ""),
+        ("cache_salt", 1),
         ("stop_token_ids", [True]),
         ("stop_token_ids", list(range(2000))),
     ],

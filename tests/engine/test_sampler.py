@@ -316,21 +316,6 @@ def test_a_rows_bits_depend_on_no_other_row_and_on_no_address(size):
             assert Sampler().score(shifted[None, offset : offset + size], tokens[:1], 5) == [together[index]]
 
 
-def test_other_exponentials_serve_as_well():
-    def exact(row: np.ndarray, shift: float, out: np.ndarray) -> float:
-        out[:] = np.exp(row.astype(np.float64) - shift)
-        return float(out.sum(dtype=np.float64))
-
-    row = wide(2.0)
-    wanted = job(sampling(temperature=0.7, top_p=0.8), alternatives=2)
-    for mine, other in zip(
-        *(Sampler(kind).sample(row, wanted, range(50), 0, {0: 1}) for kind in (sampler.exponentials, exact)),
-        strict=True,
-    ):
-        assert mine.id == other.id
-        assert mine.logprob == pytest.approx(other.logprob, abs=1e-6)
-
-
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("wanted", [*FILTERS, sampling(temperature=0.0), sampling(logit_bias=((1, 3.0),))], ids=str)
 def test_a_broken_row_gives_a_token_and_no_exception(broken, wanted):

@@ -31,7 +31,7 @@ async def create(http: HttpRequest) -> Response:
     request = parse(await gate.read_json(http), service.config.limits)
     served = service.find(request.model)
     tokens = await tokenize(request, served.engine, service.config.special_text)
-    plan = make_plan(request, served.engine.card, tokens, secrets.randbits(64))
+    plan = make_plan(request, served.engine.card, tokens, secrets.randbits(64), gate.client(http))
     head = wire.Head(wire.new_id(), created, served.id, served.engine.card.fingerprint)
     return Answer(request, plan, head, served.engine)
 

@@ -33,18 +33,25 @@ class GuardedRoute(Route):
         """Raises `Unauthorized` to those without one."""
         config: Config = scope["app"].state.service.config
         if config.keys.digests:
-            check_key(Headers(scope=scope).get("authorization", ""), config.keys)
+            scope["client_key"] = check_key(Headers(scope=scope).get("authorization", ""), config.keys)
         await super().handle(scope, receive, send)
 
 
-def check_key(authorization: str, keys: Keys) -> None:
-    """Raises `Unauthorized` unless the header carries a known key. The key itself is never quoted whole."""
+def client(request: Request) -> str:
+    """Who asks, as a name that tells nothing of the key; empty on a server without keys."""
+    name: str = request.scope.get("client_key", "")
+    return name
+
+
+def check_key(authorization: str, keys: Keys) -> str:
+    """The name of a known key. Raises `Unauthorized` for others, which are never quoted whole."""
     scheme, _, key = authorization.partition(" ")
     key = key.strip()
     if scheme.lower() != "bearer" or not key:
         raise Unauthorized(_NO_KEY)
     if not keys.allow(key):
         raise Unauthorized(f"Incorrect API key provided: {masked(key)}.", code="invalid_api_key")
+    return Keys.digest(key).hex()[:16]
 
 
 def masked(key: str) -> str:

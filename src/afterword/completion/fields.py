@@ -73,6 +73,14 @@ def string(name: str, value: Any, _: Limits) -> str:
     return value
 
 
+def filled_string(name: str, value: Any, limits: Limits) -> str:
+    """A string that is not empty."""
+    text = string(name, value, limits)
+    if not text:
+        raise RequestError(f"Invalid '{name}': empty string. Expected at least one character.", param=name)
+    return text
+
+
 def as_integer(value: object) -> int | None:
     """JSON's integers: 16 and 16.0, never true."""
     if isinstance(value, float) and value.is_integer():

@@ -69,8 +69,11 @@ def check_lengths(request: Request, card: Card) -> None:
             raise _too_long(card, fewest, request.max_tokens)
 
 
-def make_plan(request: Request, card: Card, tokens: Tokenized, entropy: int) -> Plan:
-    """Decide everything. `entropy` (64 bits) seeds a request that has no seed. Raises `RequestError`."""
+def make_plan(request: Request, card: Card, tokens: Tokenized, entropy: int, client: str = "") -> Plan:
+    """Decide everything. `entropy` (64 bits) seeds a request that has no seed. Raises `RequestError`.
+
+    `client` is who asks: clients are served in turn, and what was computed for one is not used for another.
+    """
     _check_ids(request, card)
     prompts = []
     for index, (given, ids) in enumerate(zip(request.prompt, tokens.prompts, strict=True)):
@@ -87,6 +90,8 @@ def make_plan(request: Request, card: Card, tokens: Tokenized, entropy: int) -> 
             min_tokens=request.min_tokens,
             alternatives=_alternatives(request),
             prompt_alternatives=_prompt_alternatives(request),
+            namespace=_namespace(client, request.cache_salt),
+            client=client,
         )
         text = given if isinstance(given, str) else _spell(card, ids)
         prompts.append(PromptPlan(job, text, hidden, len(ids) + len(tokens.suffix)))
@@ -165,6 +170,13 @@ def _prompt_alternatives(request: Request) -> int | None:
 def _key(seed: int, prompt: int) -> bytes:
     """Where a prompt's randomness comes from: the same seed at another prompt draws other numbers."""
     return hashlib.blake2b(f"{seed} {prompt}".encode(), digest_size=16).digest()
+
+
+def _namespace(client: str, salt: str | None) -> str:
+    """Who may use what is computed for this request. Hashed, so that a long salt is not carried along."""
+    if not client and salt is None:
+        return ""
+    return hashlib.blake2b(f"{client}\n{salt or ''}".encode(), digest_size=16).hexdigest()
 
 
 def _check_ids(request: Request, card: Card) -> None:

@@ -50,6 +50,7 @@ class Request:
     user: str | None = None
     # extensions
     add_special_tokens: bool = True
+    cache_salt: str | None = None
     ignore_eos: bool = False
     min_p: float = 0.0
     min_tokens: int = 0
@@ -90,6 +91,7 @@ FIELDS: dict[str, Parser] = {
 
 EXTENSIONS: dict[str, Parser] = {
     "add_special_tokens": fields.boolean,
+    "cache_salt": fields.filled_string,
     "ignore_eos": fields.boolean,
     "min_p": fields.decimal(0, 1),
     "min_tokens": fields.integer(0, _INT32 - 1),

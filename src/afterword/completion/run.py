@@ -50,7 +50,11 @@ async def run(plan: Plan, engine: Engine) -> AsyncGenerator[Delta | Usage]:
     finally:
         for each in runs:
             each.close()
-    yield Usage(plan.prompt_tokens, sum(prompt.completion_tokens for prompt in growing))
+    yield Usage(
+        plan.prompt_tokens,
+        sum(prompt.completion_tokens for prompt in growing),
+        sum(prompt.cached_tokens for prompt in growing),
+    )
 
 
 class _Growing:
@@ -62,6 +66,12 @@ class _Growing:
         self._first = index * plan.n
         self._scored: list[Token] = []
         self._choices: list[Choice] = []
+        self._cached = 0
+
+    @property
+    def cached_tokens(self) -> int:
+        """How many of the caller's own tokens in the prompt had been computed before."""
+        return max(0, min(self._cached - self._prompt.hidden, self._prompt.billed))
 
     @property
     def completion_tokens(self) -> int:
@@ -70,6 +80,7 @@ class _Growing:
     def take(self, step: Step, run: Run) -> list[Delta]:
         """Deltas that a step brings. Samples whose text is complete are dropped from the run."""
         self._scored.extend(step.scored)
+        self._cached += step.cached
         if not self._choices and (step.sampled or step.ended):
             echo = make_echo(self._plan, self._prompt, self._scored)
             report = make_report(self._plan, self._prompt, self._scored)

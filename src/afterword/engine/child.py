@@ -95,6 +95,8 @@ class _Child:
             changed = self._take(loop, wait=idle)
             steps = loop.step()
             idle = steps is None
+            if idle:
+                loop.check()
             if steps or changed:
                 self._send(frames.Pass(steps or {}, loop.load()))
 

@@ -1,7 +1,7 @@
 """Runs an engine in a process of its own, and is that engine for everyone above.
 
-The queue is here, so a crash of the process loses nothing that had not started. This file knows frames and
-processes; it does not know which library computes, nor what a job is for.
+Every job is kept here until it ends, so a crash of the process loses none that had brought nothing yet. This file knows
+frames and processes; it does not know which library computes, nor what a job is for.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import itertools
 import socket
 import subprocess
 import sys
-from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from typing import Literal
 
@@ -24,7 +23,7 @@ from afterword.errors import EngineDied, Overloaded, SettingError
 LLAMA = (sys.executable, "-m", "afterword.engine.llama")
 State = Literal["starting", "ready", "restarting", "closed"]
 
-_AHEAD = 2  # runs given to the engine beyond its sequences, so that it never waits for this process
+_CRASHES = 2  # a run that was being computed in so many crashes is not tried again
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0  # seconds between attempts to restart
 
 
@@ -36,8 +35,7 @@ class Supervisor:
         self._max_queue = max_queue
         self._command = command
         self._names = itertools.count()
-        self._queue: deque[_Run] = deque()
-        self._active: dict[int, _Run] = {}
+        self._runs: dict[int, _Run] = {}
         self._calls: dict[int, asyncio.Future[tuple[int, ...]]] = {}
         self._card: Card | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -57,19 +55,21 @@ class Supervisor:
 
     @property
     def load(self) -> Load:
-        """What is running and waiting, here and in the engine."""
-        queued = sum(run.job.samples for run in self._queue)
-        return Load(self._load.sequences, self._load.running, self._load.waiting + queued)
+        """What is running and waiting."""
+        if self._writer is None:
+            return Load(self._load.sequences, 0, sum(run.job.samples for run in self._runs.values()))
+        return self._load
 
     def start(self, job: Job) -> _Run:
         """Accept a job; see `protocol.Engine`."""
         if self.state == "closed":
             raise Overloaded("The server is shutting down.")
-        if len(self._queue) >= self._max_queue:
+        if len(self._runs) >= self.card.sequences + self._max_queue:
             raise Overloaded("The server is overloaded: too many requests are waiting. Please try again later.")
         run = _Run(self, next(self._names), job)
-        self._queue.append(run)
-        self._pump()
+        self._runs[run.name] = run
+        if self._writer is not None:
+            self._send(frames.Start(run.name, job))
         return run
 
     async def tokenize(self, text: str, special: bool) -> tuple[int, ...]:
@@ -99,7 +99,8 @@ class Supervisor:
             self._reader.cancel()
             await asyncio.gather(self._reader, return_exceptions=True)
         await self._end_process()
-        self._fail([*self._active.values(), *self._queue], Overloaded("The server is shutting down."))
+        for run in list(self._runs.values()):
+            self._fail(run, Overloaded("The server is shutting down."))
 
     async def _launch(self) -> None:
         ours, theirs = socket.socketpair()
@@ -133,9 +134,11 @@ class Supervisor:
         await self._recover()
 
     async def _recover(self) -> None:
-        """The process has died: tell those it was working for, start another, go on with the queue."""
+        """The process has died: start another and give it all runs again that nobody has seen a token of."""
         self.state = "restarting"
-        self._fail(list(self._active.values()), EngineDied())
+        for run in list(self._runs.values()):
+            if run.crashed() == _CRASHES or run.brought:
+                self._fail(run, EngineDied())
         for call in self._calls.values():
             if not call.done():
                 call.set_exception(EngineDied())
@@ -151,7 +154,8 @@ class Supervisor:
                 pause = min(pause * 2, _LONGEST_PAUSE)
                 continue
             self.state = "ready"
-            self._pump()
+            for run in self._runs.values():
+                self._send(frames.Start(run.name, run.job))
             return
 
     async def _end_process(self) -> None:
@@ -164,42 +168,28 @@ class Supervisor:
 
     # ---- runs
 
-    def _pump(self) -> None:
-        """Give the engine as many runs as keep it busy."""
-        while self._queue and self._writer is not None and len(self._active) < self.card.sequences + _AHEAD:
-            run = self._queue.popleft()
-            self._active[run.name] = run
-            self._send(frames.Start(run.name, run.job))
-
     def _take(self, message: frames.Pass) -> None:
         self._load = message.load
         for name, step in message.steps.items():
-            run = self._active.get(name)
+            run = self._runs.get(name)
             if run is not None:
                 run.put(step)
                 if run.ended:
-                    del self._active[name]
-        self._pump()
+                    del self._runs[name]
 
     def drop(self, run: _Run, sample: int) -> None:
         """End one sample of a run."""
-        if run.name in self._active:
+        if run.name in self._runs and self._writer is not None:
             self._send(frames.Drop(run.name, sample))
 
     def end(self, run: _Run) -> None:
-        """Forget a run, wherever it is."""
-        if run in self._queue:
-            self._queue.remove(run)
-        elif self._active.pop(run.name, None) is not None:
+        """Forget a run."""
+        if self._runs.pop(run.name, None) is not None and self._writer is not None:
             self._send(frames.Close(run.name))
-            self._pump()
 
-    def _fail(self, runs: list[_Run], error: Exception) -> None:
-        for run in runs:
-            self._active.pop(run.name, None)
-            if run in self._queue:
-                self._queue.remove(run)
-            run.fail(error)
+    def _fail(self, run: _Run, error: Exception) -> None:
+        del self._runs[run.name]
+        run.fail(error)
 
     def _send(self, message: frames.ToEngine) -> None:
         if self._writer is None:
@@ -215,6 +205,9 @@ class _Run:
         self.job = job
         self._supervisor = supervisor
         self._open = set(range(job.samples))
+        self._begun = False
+        self._crashes = 0
+        self.brought = False  # whether anyone may have seen a token of it
         self._steps: asyncio.Queue[Step | Exception | None] = asyncio.Queue()  # None: nothing more will come
 
     @property
@@ -224,10 +217,18 @@ class _Run:
 
     def put(self, step: Step) -> None:
         """Take a step from the engine."""
+        self._begun = True
+        self.brought |= bool(step.scored or step.sampled)
         self._open.difference_update(sample for sample, _ in step.ended)
         self._steps.put_nowait(step)
         if self.ended:
             self._steps.put_nowait(None)
+
+    def crashed(self) -> int:
+        """The engine has died: in how many crashes this run was being computed."""
+        self._crashes += self._begun
+        self._begun = False
+        return self._crashes
 
     def fail(self, error: Exception) -> None:
         """End with an error."""

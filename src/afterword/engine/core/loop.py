@@ -24,10 +24,9 @@ class _Draft:
     scored: list[Token] = field(default_factory=list)
     sampled: list[tuple[int, Token]] = field(default_factory=list)
     ended: list[tuple[int, End]] = field(default_factory=list)
-    cached: int = 0
 
     def step(self) -> Step:
-        return Step(tuple(self.scored), tuple(self.sampled), tuple(self.ended), self.cached)
+        return Step(tuple(self.scored), tuple(self.sampled), tuple(self.ended))
 
 
 class Loop:
@@ -62,18 +61,17 @@ class Loop:
             assert self._runner.held(slot) == tokens, f"slot {slot} should hold {tokens} tokens"
 
     def step(self) -> dict[int, Step] | None:
-        """At most one forward pass. Returns what it brought each job (perhaps nothing), or None when idle."""
-        schedule = self._scheduler.schedule(None if self._pace is None else int(self._pace * PASS_SECONDS))
-        if schedule is None:
-            return None
-        drafts: defaultdict[int, _Draft] = defaultdict(_Draft)
-        for begun in schedule.begun:
-            _begin(begun, drafts[begun.work.run])
-        if schedule.batch is not None:
-            self._compute(schedule.batch, drafts)
-        return {run: draft.step() for run, draft in drafts.items()}
+        """What begins, or else one forward pass. Returns what it brought each job (perhaps nothing); None when idle.
 
-    def _compute(self, batch: Batch, drafts: defaultdict[int, _Draft]) -> None:
+        Jobs are said to begin before anything is computed for them: whoever watches knows whom a crash belongs to.
+        """
+        if begun := self._scheduler.admit():
+            return {each.work.run: _first_step(each) for each in begun}
+        batch = self._scheduler.schedule(None if self._pace is None else int(self._pace * PASS_SECONDS))
+        return None if batch is None else self._compute(batch)
+
+    def _compute(self, batch: Batch) -> dict[int, Step]:
+        drafts: defaultdict[int, _Draft] = defaultdict(_Draft)
         start = self._clock()
         logits = self._runner.run(batch)
         self._measure(batch, self._clock() - start)
@@ -82,6 +80,7 @@ class Loop:
             sequence = self._scheduler.at(row.slot)
             self._postprocess(row, sequence, logits[first : first + row.outputs], drafts[sequence.work.run])
             first += row.outputs
+        return {run: draft.step() for run, draft in drafts.items()}
 
     def _measure(self, batch: Batch, seconds: float) -> None:
         """Follow the speed of passes over prompts: up at once, down slowly, since a short pass says little."""
@@ -139,13 +138,12 @@ class Loop:
         return self._sampler.score(logits[: len(following)], following, sequence.slot.breadth)
 
 
-def _begin(begun: Begun, draft: _Draft) -> None:
+def _first_step(begun: Begun) -> Step:
     """What a job's prompt is known to be, before anything is computed for it."""
     job = begun.work.job
-    draft.cached = begun.cached
-    draft.scored.extend(_narrowed(begun.scores, job.prompt_alternatives or 0))
-    if begun.complete:
-        draft.ended.extend((sample, "length") for sample in range(job.samples))
+    scored = _narrowed(begun.scores, job.prompt_alternatives or 0)
+    ended: list[tuple[int, End]] = [(sample, "length") for sample in range(job.samples)] if begun.complete else []
+    return Step(scored=tuple(scored), ended=tuple(ended), cached=begun.cached)
 
 
 def _narrowed(scores: list[Token] | tuple[Token, ...], alternatives: int) -> list[Token]:

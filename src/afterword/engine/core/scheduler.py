@@ -33,14 +33,6 @@ class Begun:
     complete: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """What begins, and the next pass, if one is needed."""
-
-    begun: tuple[Begun, ...]
-    batch: Batch | None
-
-
 class Scheduler:
     """Owner of all work, sequences and slots. One thread."""
 
@@ -86,16 +78,22 @@ class Scheduler:
 
     # ---- what goes out
 
-    def schedule(self, budget: int | None = None) -> Schedule | None:
-        """The next pass, or None when there is nothing to do.
+    def admit(self) -> list[Begun]:
+        """Give slots to jobs that wait for them, and to samples of jobs that have begun."""
+        begun = []
+        while self._slots.room and (found := self._next()):
+            begun.append(self._start(*found))
+        for work in [work for work in self._works.values() if work.queued]:
+            self._spread(work)
+        return begun
+
+    def schedule(self, budget: int | None = None) -> Batch | None:
+        """The next pass, or None when there is nothing to compute.
 
         `budget` is how many tokens of a prompt may be computed while others wait; None: as many as fit a pass.
         """
-        begun = tuple(self._admit())
         rows = self._rows(budget)
-        if not rows:
-            return Schedule(begun, None) if begun else None
-        return Schedule(begun, Batch(self._slots.moves(), rows))
+        return Batch(self._slots.moves(), rows) if rows else None
 
     def at(self, slot: int) -> Sequence:
         """The sequence in a slot."""
@@ -154,12 +152,6 @@ class Scheduler:
         return {slot.index: slot.length for slot in self._slots if slot.index not in self._slots.moving}
 
     # ---- who is next
-
-    def _admit(self) -> Iterator[Begun]:
-        while self._slots.room and (found := self._next()):
-            yield self._start(*found)
-        for work in [work for work in self._works.values() if work.queued]:
-            self._spread(work)
 
     def _next(self) -> tuple[Work, Hit | None] | None:
         """The job to begin now: of the client that runs least, the one whose prompt is computed furthest."""
