@@ -1,0 +1,184 @@
+"""The same request gives the same bytes: alone on an engine that has seen nothing, or among any others on one that has.
+
+Every request here is computed twice: alone under a namespace of its own, so that nothing computed before can serve it;
+and in a crowd with shared beginnings, random arrival and requests that are abandoned. Every float must be equal.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import random
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from afterword.config import GRID, REPACKED_TYPES
+from afterword.engine.core.loop import Loop
+from afterword.engine.frames import KvType, Open
+from afterword.engine.llama import library
+from afterword.engine.llama.library import native
+from afterword.engine.llama.runner import LlamaRunner
+from afterword.engine.protocol import Job, Sampling, Step
+from afterword.models.registry import builtin_path
+
+library.start(verbose=False)
+
+SAMPLINGS = (
+    Sampling(temperature=0.0),
+    Sampling(),
+    Sampling(temperature=0.8, top_p=0.9),
+    Sampling(top_k=40, min_p=0.02, presence_penalty=0.5, frequency_penalty=0.3),
+)
+Brought = dict[int, list[Step]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("weights")
+
+
+def quantized(folder: Path, file_type: str) -> Path:
+    """The built-in model's weights in another type: what is compared is arithmetic, not quality."""
+    if file_type == "Q8_0":
+        return builtin_path()
+    path = folder / f"{file_type}.gguf"
+    if not path.exists():
+        params = native.llama_model_quantize_default_params()
+        params.ftype = getattr(native, f"LLAMA_FTYPE_MOSTLY_{file_type}")
+        params.allow_requantize, params.nthread = True, 1
+        assert native.llama_model_quantize(bytes(builtin_path()), bytes(path), ctypes.byref(params)) == 0
+    return path
+
+
+def open_loop(path: Path, file_type: str, kv_type: KvType, sequences: int) -> Loop:
+    grid = 1 if kv_type == "exact" else GRID
+    repack = file_type in REPACKED_TYPES
+    return Loop(LlamaRunner(Open(str(path), 512, sequences, 1, 128, kv_type, 0, False, grid=grid, repack=repack)))
+
+
+def requests(count: int, seed: int) -> list[Job]:
+    """Prompts that share beginnings with one another, of many lengths, asked in many ways."""
+    rng = random.Random(seed)
+    contexts = [tuple(rng.randrange(4, 4000) for _ in range(rng.choice([20, 64, 150, 260]))) for _ in range(6)]
+    jobs = []
+    for index in range(count):
+        start = rng.choice([*contexts, ()])
+        own = tuple(rng.randrange(4, 4000) for _ in range(rng.randrange(0 if start else 1, 40)))
+        scored = rng.choice([None, None, 0, 2, 5])
+        max_tokens = rng.choice([0, 1, 8, 20]) if scored is not None else rng.randrange(1, 24)
+        jobs.append(
+            Job(
+                prompt=start[: rng.choice([len(start), len(start) // 2])] + own or (5,),
+                samples=rng.choice([1, 1, 1, 2, 4]),
+                max_tokens=max_tokens,
+                sampling=rng.choice(SAMPLINGS),
+                ends=(0,),
+                key=index.to_bytes(16, "big"),
+                alternatives=rng.choice([None, 0, 3]),
+                prompt_alternatives=scored,
+                client=rng.choice(["", "someone"]),
+            )
+        )
+    return jobs
+
+
+def continued(jobs: list[Job], results: list[list[Any]], count: int) -> list[Job]:
+    """Texts that grow: prompts that go on after what earlier requests brought."""
+    grown = []
+    for job, (_, samples, _) in itertools.islice(zip(jobs, results, strict=True), count):
+        prompt = (*job.prompt, *(token.id for token in samples[0]), 7, 8, 9)
+        grown.append(msgspec.structs.replace(job, prompt=prompt, max_tokens=8))
+    return grown
+
+
+def numbers(steps: list[Step], job: Job) -> list[Any]:
+    """Everything that a request was told, in the order of prompt and samples: no step's borders, no cached count."""
+    scored = [token for step in steps for token in step.scored]
+    samples = [[t for step in steps for index, t in step.sampled if index == sample] for sample in range(job.samples)]
+    return [scored, samples, sorted(end for step in steps for end in step.ended)]
+
+
+def alone(loop: Loop, jobs: list[Job]) -> list[list[Any]]:
+    results = []
+    for job in jobs:
+        run = next(_names)
+        loop.start(run, msgspec.structs.replace(job, namespace=f"alone {run}"))
+        steps: list[Step] = []
+        while (passed := loop.step()) is not None:
+            steps += passed.values()
+        results.append(numbers(steps, job))
+    loop.check()
+    return results
+
+
+def crowd(loop: Loop, jobs: list[Job], seed: int) -> list[list[Any]]:
+    """All jobs, arriving at random; between them others like them that leave before they end."""
+    rng = random.Random(seed)
+    waiting = [(next(_names), job) for job in jobs]
+    names = dict(waiting)
+    steps: dict[int, list[Step]] = {run: [] for run in names}
+    abandoned: list[int] = []
+    while True:
+        while waiting and rng.random() < 0.5:
+            loop.start(*waiting.pop(rng.randrange(min(len(waiting), 4))))
+            if rng.random() < 0.2:
+                abandoned.append(next(_names))
+                loop.start(
+                    abandoned[-1], msgspec.structs.replace(rng.choice(jobs), max_tokens=200, prompt_alternatives=None)
+                )
+        if abandoned and rng.random() < 0.1:
+            loop.close(abandoned.pop(0))
+        passed = loop.step()
+        if passed is None and not waiting:
+            break
+        for run, step in (passed or {}).items():
+            if run in steps:
+                steps[run].append(step)
+        if not waiting and all(sum(len(s.ended) for s in steps[run]) == names[run].samples for run in names):
+            for run in abandoned:
+                loop.close(run)
+            abandoned.clear()
+    loop.check()
+    return [numbers(steps[run], job) for run, job in names.items()]
+
+
+_names = itertools.count()
+
+
+def check(path: Path, file_type: str, kv_type: KvType, count: int, sequences: int = 12) -> None:
+    loop = open_loop(path, file_type, kv_type, sequences)
+    jobs = requests(count * 3 // 4, seed=count)
+    expected = alone(loop, jobs)
+    grown = continued(jobs, expected, count // 4)
+    later = alone(loop, grown)
+    for index in reversed(range(len(grown))):  # soon after what they go on from, while it is still there
+        jobs.insert(index + 6, grown[index])
+        expected.insert(index + 6, later[index])
+    for job, mine, theirs in zip(jobs, crowd(loop, jobs, seed=1), expected, strict=True):
+        assert mine == theirs, job
+
+
+def test_200_requests_of_the_built_in_model(folder):
+    check(quantized(folder, "Q8_0"), "Q8_0", "exact", count=200)
+
+
+@pytest.mark.parametrize(
+    ("file_type", "kv_type"),
+    [("Q8_0", "f16"), ("Q4_0", "exact"), ("Q4_0", "f16"), ("Q4_K_M", "exact"), ("Q6_K", "exact")],
+)
+def test_other_weights_and_other_keys_and_values(folder, file_type, kv_type):
+    check(quantized(folder, file_type), file_type, kv_type, count=20)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kv_type", ["exact", "f16"])
+@pytest.mark.parametrize(
+    "file_type",
+    ["Q8_0", "Q4_0", "IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K"],
+)
+def test_many_requests_of_every_type(folder, file_type, kv_type):
+    check(quantized(folder, file_type), file_type, kv_type, count=2000 if file_type in ("Q8_0", "Q4_0") else 300)
