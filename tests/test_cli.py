@@ -12,7 +12,7 @@ from afterword import __version__
 from afterword.cli import greeting, main, open_frame
 from afterword.completion.limits import Limits
 from afterword.completion.request import parse
-from afterword.config import Config, EngineSettings
+from afterword.config import Config, promise, EngineSettings
 from afterword.engine.protocol import Card
 from afterword.models.gguf import read_facts
 from afterword.models.registry import Model
@@ -127,6 +127,20 @@ def test_a_port_that_is_taken_is_one_sentence():
 def test_the_environment_sets_what_the_command_line_does_not():
     assert "from 64" in refusal("serve", AFTERWORD_SERVE_BATCH="1")
     assert "from 64" in refusal("complete", "a", AFTERWORD_COMPLETE_BATCH="1")
+
+
+@pytest.mark.parametrize(
+    ("file_type", "experts", "kv_type", "layers", "expected"),
+    [
+        ("Q8_0", 0, "exact", 0, "exact"),
+        ("Q4_K_M", 0, "f16", 0, "reproducible"),
+        ("F16", 0, "exact", 0, "none"),
+        ("Q8_0", 8, "exact", 0, "none"),
+        ("Q8_0", 0, "f16", -1, "none"),
+    ],
+)
+def test_only_what_was_measured_is_promised(file_type, experts, kv_type, layers, expected):
+    assert promise(file_type, experts, kv_type, layers) == expected
 
 
 def test_the_curl_line_of_the_greeting_is_a_valid_request():

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "engine.core": {"engine.protocol"},
     "engine.llama": {"engine.core", "engine.child", "engine.frames", "engine.protocol"},
     "models": set(),
-    "config": {"completion", "engine.frames"},
+    "config": {"completion", "engine.frames", "engine.protocol"},
     "errors": set(),
 }
 OUTSIDE = {

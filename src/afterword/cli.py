@@ -26,9 +26,9 @@ from afterword.completion.limits import STRICT, Limits
 from afterword.completion.plan import make_plan
 from afterword.completion.request import parse
 from afterword.completion.run import run, tokenize
-from afterword.config import EXACT_TYPES, GRID, REPACKED_TYPES, SMALL_MODEL, Config, EngineSettings, Keys
+from afterword.config import GRID, REPACKED_TYPES, SMALL_MODEL, Config, EngineSettings, Keys, promise
 from afterword.engine import frames
-from afterword.engine.protocol import Card
+from afterword.engine.protocol import Card, Promise
 from afterword.engine.supervisor import Supervisor
 from afterword.errors import AfterwordError, SettingError
 from afterword.models.gguf import Facts, read_facts
@@ -234,8 +234,9 @@ async def _engine(
 
 def open_frame(model: Model, facts: Facts, settings: EngineSettings) -> frames.Open:
     """Settings with nothing left to choose. Raises `SettingError` if they cannot be met."""
-    holds = facts.file_type in EXACT_TYPES and not settings.gpu_layers
-    kv_type = settings.kv_type or ("exact" if holds else "f16")
+    best = promise(facts.file_type, facts.experts, "exact", settings.gpu_layers)
+    kv_type = settings.kv_type or ("exact" if best == "exact" else "f16")
+    promised = promise(facts.file_type, facts.experts, kv_type, settings.gpu_layers)
     shape = choose_shape(facts, available_memory(), settings.context, settings.parallel, _KV_BYTES[kv_type])
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     return frames.Open(
@@ -247,8 +248,9 @@ def open_frame(model: Model, facts: Facts, settings: EngineSettings) -> frames.O
         kv_type=kv_type,
         gpu_layers=settings.gpu_layers,
         verbose=settings.verbose,
-        grid=1 if kv_type == "exact" and holds else GRID,
-        repack=not holds or facts.file_type in REPACKED_TYPES,
+        grid=1 if promised == "exact" else GRID,
+        repack=promised == "none" or facts.file_type in REPACKED_TYPES,
+        promise=promised,
     )
 
 
@@ -258,6 +260,13 @@ def _listen(config: Config) -> socket.socket:
         return socket.create_server((config.host, config.port), family=family, backlog=1024)
     except OSError as error:
         raise SettingError(f"Cannot listen on {config.host} port {config.port}: {error.strerror}.") from None
+
+
+_PROMISES: dict[Promise, str] = {
+    "exact": "The same request gives the same bytes, and a token the same numbers read or generated.",
+    "reproducible": "The same request gives the same bytes.",
+    "none": "Numbers can differ in their last digits with who else is served (docs/reproducibility.md).",
+}
 
 
 def greeting(name: str, card: Card, config: Config, port: int) -> str:
@@ -271,7 +280,7 @@ Afterword {__version__} serves {name} ({card.parameters / 1e6:,.1f} M parameters
 
   {url}
 
-up to {card.sequences} sequences of {card.context} tokens together. Try it:
+up to {card.sequences} sequences of {card.context} tokens together. {_PROMISES[card.promise]} Try it:
 
   curl {url}/v1/completions {key}\\
     -H 'Content-Type: application/json' -d {shlex.quote(body)}

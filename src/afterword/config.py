@@ -11,6 +11,7 @@ from pathlib import Path
 
 from afterword.completion.limits import Limits
 from afterword.engine.frames import KvType
+from afterword.engine.protocol import Promise
 from afterword.errors import SettingError
 
 SMALL_MODEL = 64 * 2**20
@@ -27,6 +28,13 @@ EXACT_TYPES = REPACKED_TYPES | {
 
 GRID = 64
 """Where passes over a prompt end, in tokens, when numbers do depend on how tokens are grouped."""
+
+
+def promise(file_type: str, experts: int, kv_type: KvType, gpu_layers: int) -> Promise:
+    """What was measured of such weights (docs/reproducibility.md); of weights among experts nothing was."""
+    if file_type not in EXACT_TYPES or experts or gpu_layers:
+        return "none"
+    return "exact" if kv_type == "exact" else "reproducible"
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,3 +155,7 @@ def test_unknown_fields_are_ignored_when_told_and_listed(serve: Any) -> None:
         assert response.headers["x-afterword-ignored"] == "foo, na?ve??set-cookie: a"
         assert "set-cookie" not in response.headers
         assert "x-afterword-ignored" not in ask(client).headers
+
+
+def test_the_model_says_what_its_numbers_promise(http: httpx.Client) -> None:
+    assert http.get("/v1/models/afterword-tiny").json()["reproducible"] == "exact"

@@ -43,6 +43,7 @@ def load(settings: frames.Open) -> child.Loaded:
         longest=1,
         infill=None,
         fingerprint="fp_history",
+        promise="exact",
     )
     return child.Loaded(DeadlyRunner(settings.sequences, settings.chunk), card, tokenize)
 

@@ -178,7 +178,7 @@ def test_other_weights_and_other_keys_and_values(folder, file_type, kv_type):
 @pytest.mark.parametrize("kv_type", ["exact", "f16"])
 @pytest.mark.parametrize(
     "file_type",
-    ["Q8_0", "Q4_0", "IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K"],
+    ["Q8_0", "Q4_0", "IQ4_NL", "IQ4_XS", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K"],
 )
 def test_many_requests_of_every_type(folder, file_type, kv_type):
     check(quantized(folder, file_type), file_type, kv_type, count=2000 if file_type in ("Q8_0", "Q4_0") else 300)

@@ -24,6 +24,7 @@ FACTS = Facts(
     embedding_length=1024,
     heads=8,
     heads_kv=8,
+    experts=0,
     key_length=128,
     value_length=128,
     vocabulary=1000,

@@ -37,6 +37,7 @@ def describe(served: Served) -> dict[str, Any]:
         "owned_by": "afterword",
         "max_model_len": card.context,
         "system_fingerprint": card.fingerprint,
+        "reproducible": card.promise,
         "infill": card.infill is not None,
     }
 

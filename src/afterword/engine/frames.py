@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from afterword.engine.protocol import Card, Job, Load, Step, Value
+from afterword.engine.protocol import Card, Job, Load, Promise, Step, Value
 
 HEADER = struct.Struct(">I")
 KvType = Literal["exact", "f16", "f32"]
@@ -24,7 +24,7 @@ class Open(Value, frozen=True, tag=True):
 
     "exact": a token has the same numbers whether it is read or generated, where the weights' products allow it.
     `chunk` and `grid`: see `core.batch.Runner`. `repack`: weights may be laid out anew for kernels that are faster, and
-    in some types depend on the number of rows.
+    in some types depend on the number of rows. `promise` is what is known of numbers that are computed like this.
     """
 
     path: str
@@ -37,6 +37,7 @@ class Open(Value, frozen=True, tag=True):
     verbose: bool
     grid: int = 64
     repack: bool = True
+    promise: Promise = "none"
 
 
 class Start(Value, frozen=True, tag=True):

@@ -12,6 +12,9 @@ from typing import Literal, Protocol
 import msgspec
 
 End = Literal["stop", "length"]
+Promise = Literal["exact", "reproducible", "none"]
+"""What an engine promises of its numbers. "reproducible": they depend on the request alone, not on who else is there.
+"exact": besides, a token's are the same whether it was read or generated."""
 
 
 class Value(msgspec.Struct, frozen=True, array_like=True):
@@ -102,7 +105,7 @@ class Card(Value, frozen=True):
 
     `pieces[id]` are the bytes that a token stands for, special tokens by their name; an id without text has b"".
     `longest` bounds the bytes of one token of a tokenized text, 0 where the tokenizer can drop or fold text.
-    `fingerprint` names everything that could change a number that the engine returns.
+    `fingerprint` names everything that could change a number that the engine returns; `promise` what could not.
     """
 
     parameters: int
@@ -117,6 +120,7 @@ class Card(Value, frozen=True):
     longest: int
     infill: Infill | None
     fingerprint: str
+    promise: Promise = "none"
 
 
 class Run(Protocol):

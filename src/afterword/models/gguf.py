@@ -35,6 +35,7 @@ class Facts:
     context_length: int  # tokens it was trained on; 0 if the file does not say
     layers: int
     embedding_length: int
+    experts: int  # 0 where every weight is used for every token
     heads: int
     heads_kv: int
     key_length: int
@@ -71,6 +72,7 @@ def read_facts(path: Path | str) -> Facts:
         context_length=keys.number("context_length", 0),
         layers=keys.number("block_count"),
         embedding_length=embedding,
+        experts=keys.number("expert_count", 0),
         heads=heads,
         heads_kv=keys.number("attention.head_count_kv", heads),
         key_length=keys.number("attention.key_length", head_length),

@@ -104,6 +104,7 @@ def make_card(runner: LlamaRunner, settings: Open) -> tuple[Card, Vocabulary]:
         longest=max(len(piece.replace(b" ", "▁".encode())) for piece in pieces) if vocabulary.keeps_text else 0,
         infill=vocabulary.infill(),
         fingerprint=fingerprint(settings),
+        promise=settings.promise,
     )
     return card, vocabulary
 
