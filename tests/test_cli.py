@@ -12,7 +12,7 @@ from afterword import __version__
 from afterword.cli import greeting, main, open_frame
 from afterword.completion.limits import Limits
 from afterword.completion.request import parse
-from afterword.config import Config, promise, EngineSettings
+from afterword.config import Config, EngineSettings, promise
 from afterword.engine.protocol import Card
 from afterword.models.gguf import read_facts
 from afterword.models.registry import Model

@@ -191,3 +191,14 @@ def test_passes_over_a_prompt_are_short_only_while_others_wait():
     loop.step()
     loop.step()
     assert [len(batch.rows[0].tokens) for batch in runner.batches] == [128, 32]
+
+
+def test_a_score_of_a_token_that_was_never_computed_is_not_kept():
+    loop = Loop(HistoryRunner(slots=1, chunk=4))
+    loop.start(0, job(prompt=COMMON, max_tokens=0, prompt_alternatives=1))
+    loop.step()
+    loop.step()
+    loop.close(0)  # four tokens are computed, and the fifth has a score
+    brought(loop, job(prompt=(*COMMON[:4], 9, 9), max_tokens=1))
+    wanted = job(prompt=(*COMMON[:4], 9, 9, 9), max_tokens=0, prompt_alternatives=1)
+    assert [token for step in brought(loop, wanted)[0] for token in step.scored] == scores(wanted)

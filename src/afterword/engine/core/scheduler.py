@@ -15,7 +15,7 @@ from itertools import islice
 
 from afterword.engine.core.batch import Batch, Row
 from afterword.engine.core.sequence import Sequence, Work
-from afterword.engine.core.slots import Hit, Slot, Slots, common
+from afterword.engine.core.slots import Hit, Slot, Slots
 from afterword.engine.protocol import Job, Load, Token
 
 WINDOW = 32  # of a client's waiting jobs, how many are looked at
@@ -53,7 +53,7 @@ class Scheduler:
 
     def add(self, run: int, job: Job) -> None:
         """Take a new job, named by `run`."""
-        self._works[run] = work = Work(run, job)
+        self._works[run] = work = Work(run, job, self._slots.wanted(job))
         self._waiting.setdefault(job.client, {})[run] = work
 
     def close(self, run: int) -> None:
@@ -178,19 +178,9 @@ class Scheduler:
         """Whether more of a prompt than was found is being computed for another job just now."""
         found = hit.keep if hit else 0
         return any(
-            self._promised(work, other) >= max(found + self._least_shared, other.computed + 1) for other in self._turns
+            self._slots.promised(work.wanted, other.work.wanted) >= max(found + self._least_shared, other.computed + 1)
+            for other in self._turns
         )
-
-    def _promised(self, work: Work, other: Sequence) -> int:
-        """How much of a prompt will be there when another sequence's prompt has been computed."""
-        wanted, theirs = work.wanted, other.work.job
-        if theirs.namespace != wanted.namespace or not self._rewinds:
-            return 0
-        if wanted.alternatives is not None and (
-            theirs.prompt_alternatives is None or theirs.prompt_alternatives < wanted.alternatives
-        ):
-            return 0
-        return self._slots.useful(common(wanted.prompt, other.work.prompt), wanted)
 
     def _start(self, work: Work, hit: Hit | None) -> Begun:
         job, wanted = work.job, work.wanted

@@ -9,9 +9,6 @@ from __future__ import annotations
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-
 from afterword.engine.core.slots import Slot, Wanted
 from afterword.engine.protocol import Job
 
@@ -21,26 +18,17 @@ class Work:
     """A job under way. Owned by the scheduler.
 
     `started`: its first tokens have been sampled, all from the same row of logits. `live` hold a slot; `queued`
-    are samples that have their first token and no slot yet. `passed` counts the later jobs that were preferred.
+    are samples that have their first token and no slot yet. `wanted` is what may be found of its prompt, `passed` how
+    many later jobs were preferred.
     """
 
     run: int
     job: Job
+    wanted: Wanted
     started: bool = False
     passed: int = 0
     live: list[Sequence] = field(default_factory=list)
     queued: deque[Sequence] = field(default_factory=deque)
-    prompt: NDArray[np.int32] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.prompt = np.array(self.job.prompt, np.int32)
-
-    @property
-    def wanted(self) -> Wanted:
-        """What of this job may come from a slot. The last token may not where samples depend on its logits."""
-        scores_only = self.job.max_tokens == 0 and self.job.prompt_alternatives is not None
-        most = len(self.prompt) if scores_only else len(self.prompt) - 1
-        return Wanted(self.job.namespace, self.prompt, most, self.job.prompt_alternatives)
 
 
 @dataclass(slots=True, eq=False)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afterword.engine.core.batch import Cut, Fork
-from afterword.engine.protocol import Token
+from afterword.engine.protocol import Job, Token
 
 Tokens = NDArray[np.int32]
 
@@ -26,11 +26,14 @@ Tokens = NDArray[np.int32]
 class Slot:
     """What one slot holds.
 
-    `sound`: this many of its tokens were computed as the beginning of any prompt would be. `scores[i]` is the score of
-    token i + 1, each with `breadth` alternatives. `used` orders slots by their last use, 0 where nothing is lost.
+    `head` are its first `least` tokens, if there are as many: texts with other heads share too little. `sound`: so many
+    of its tokens were computed as the beginning of any prompt would be. `scores[i]` is the score of token i + 1, each
+    with `breadth` alternatives. `used` orders slots by their last use, 0 where nothing is lost.
     """
 
     index: int
+    least: int
+    head: bytes = b""
     namespace: str = ""
     length: int = 0
     sound: int = 0
@@ -51,6 +54,8 @@ class Slot:
         if self.length > len(self._buffer):
             self._buffer = np.resize(self._buffer, 2 * self.length)
         self._buffer[start : self.length] = tokens
+        if start < self.least:
+            self._name()
         if self.sound == start and self.length % grid == 0:
             self.sound = self.length
 
@@ -58,6 +63,7 @@ class Slot:
         """Forget what comes after the first `keep` tokens."""
         self.length, self.sound = keep, min(self.sound, keep)
         del self.scores[max(keep - 1, 0) :]
+        self._name()
 
     def copy(self, other: Slot, keep: int) -> None:
         """Hold the first `keep` tokens of another slot, and nothing else."""
@@ -65,15 +71,20 @@ class Slot:
         self.length, self.sound = keep, min(other.sound, keep)
         self._buffer = np.resize(other.tokens, max(64, keep))
         self.scores = other.scores[: max(keep - 1, 0)]
+        self._name()
+
+    def _name(self) -> None:
+        self.head = head(self.tokens, self.least)
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """A prompt to be computed, of which at most the first `most` tokens may come from a slot.
 
-    `alternatives`: how many the scores of its tokens must have; None if no scores are wanted.
+    `alternatives`: how many the scores of its tokens must have; None if no scores are wanted. `head`: see `Slot`.
     """
 
+    head: bytes
     namespace: str
     prompt: Tokens
     most: int
@@ -93,7 +104,7 @@ class Slots:
     """Owner of all slots and of the moves between them that the next pass begins with."""
 
     def __init__(self, count: int, grid: int, least: int, rewinds: bool) -> None:
-        self._all = [Slot(index) for index in range(count)]
+        self._all = [Slot(index, least) for index in range(count)]
         self._grid = grid
         self._least = least
         self._rewinds = rewinds
@@ -114,10 +125,20 @@ class Slots:
         """Whether a slot can be taken."""
         return not all(slot.taken for slot in self._all)
 
+    def wanted(self, job: Job) -> Wanted:
+        """What may be found of a job's prompt. Its last token may not where samples depend on that one's logits."""
+        prompt = np.array(job.prompt, np.int32)
+        scores_only = job.max_tokens == 0 and job.prompt_alternatives is not None
+        most = len(prompt) if scores_only else len(prompt) - 1
+        return Wanted(head(prompt, self._least), job.namespace, prompt, most, job.prompt_alternatives)
+
     def find(self, wanted: Wanted) -> Hit | None:
         """The longest useful beginning of a prompt that a slot holds."""
-        keep, slot = max(((self._useful(slot, wanted), slot) for slot in self._all), key=lambda pair: pair[0])
-        if not keep:
+        alike = [slot for slot in self._all if slot.head == wanted.head and wanted.head]
+        keep, slot = max(
+            ((self._useful(slot, wanted), slot) for slot in alike), key=lambda pair: pair[0], default=(0, None)
+        )
+        if slot is None or not keep:
             return None
         return Hit(slot, keep, () if wanted.alternatives is None else tuple(slot.scores[:keep]))
 
@@ -131,8 +152,8 @@ class Slots:
         else:
             self.cut(slot, keep)
         slot.taken, slot.used, slot.namespace = True, self._clock, wanted.namespace
-        if hit and wanted.alternatives is not None:
-            slot.scores = list(hit.scores)
+        # Without a hit a scored prompt has no scores yet, and the last score may speak of another text's token.
+        slot.scores = list(hit.scores) if hit and hit.scores else slot.scores[: max(keep - 1, 0)]
         if not slot.scores:
             slot.breadth = wanted.alternatives or 0
         return slot
@@ -204,19 +225,27 @@ class Slots:
             expected = [int(token) for token in slot.tokens[1 : len(slot.scores) + 1]]
             assert [score.id for score in slot.scores][: len(expected)] == expected, "scores speak of their tokens"
 
-    def useful(self, shared: int, wanted: Wanted) -> int:
+    def promised(self, wanted: Wanted, other: Wanted) -> int:
+        """How many of a prompt's tokens there will be in a slot when another prompt has been computed."""
+        if not wanted.head or other.head != wanted.head or other.namespace != wanted.namespace or not self._rewinds:
+            return 0
+        if wanted.alternatives is not None and (other.alternatives is None or other.alternatives < wanted.alternatives):
+            return 0
+        return self._keep(common(wanted.prompt, other.prompt), wanted)
+
+    def _keep(self, shared: int, wanted: Wanted) -> int:
         """How many of the first `shared` tokens of a prompt another one's computation can give it."""
         scored = wanted.alternatives is not None
         keep = min(shared - 1 if scored else shared, wanted.most) // self._grid * self._grid
         return keep if keep >= self._least else 0
 
     def _useful(self, slot: Slot, wanted: Wanted) -> int:
-        if slot.namespace != wanted.namespace or slot.sound < self._least:
+        if slot.namespace != wanted.namespace:
             return 0
         shared = common(slot.tokens[: slot.sound], wanted.prompt)
         if wanted.alternatives is not None:
             shared = min(shared, len(slot.scores) + 1 if slot.breadth >= wanted.alternatives else 0)
-        keep = self.useful(shared, wanted)
+        keep = self._keep(shared, wanted)
         return keep if self._rewinds or keep == slot.length else 0
 
     def _target(self, hit: Hit | None) -> Slot:
@@ -241,6 +270,11 @@ def common(first: Tokens, second: Tokens) -> int:
     differs = first[:length] != second[:length]
     at = int(differs.argmax())
     return at if differs[at] else length
+
+
+def head(tokens: Tokens, least: int) -> bytes:
+    """The first `least` tokens as bytes; none if there are fewer."""
+    return tokens[:least].tobytes() if len(tokens) >= least else b""
 
 
 def _age(slot: Slot) -> tuple[int, int, int]:

@@ -1,0 +1,107 @@
+"""Model files with random weights at a real model's shape: for speed only shape and type of the weights matter."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+# The tests have a writer of small models; one of another shape is only larger.
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+
+import llama_cpp.llama_cpp as native
+from gguf import LlamaFileType, TokenType
+
+from oracle import tiny
+
+TYPES = {kind.name.removeprefix("MOSTLY_").removeprefix("ALL_"): kind for kind in LlamaFileType}
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A real model's shape and the size of its vocabulary."""
+
+    shape: tiny.Shape
+    vocabulary: int
+
+
+FORMS = {
+    "qwen2.5-0.5b": Form(tiny.Shape("qwen2", 896, 24, 14, 2, 4864, 32768, 1e6, 1e-6), 151_936),
+    "qwen2.5-1.5b": Form(tiny.Shape("qwen2", 1536, 28, 12, 2, 8960, 32768, 1e6, 1e-6), 151_936),
+    "small": Form(tiny.Shape("qwen2", 64, 2, 2, 1, 128, 2048, 1e6, 1e-6), 4_096),
+}
+
+
+def write_gguf(path: Path, form: Form, kind: str, seed: int = 0) -> None:
+    """A GGUF file as llama.cpp's own quantizer makes it: it mixes types within a file as in files that people have."""
+    vocabulary = _vocabulary(form)
+    whole = path if kind == "F16" else path.with_suffix(".f16.tmp")
+    weights = tiny.random_weights(form.shape, vocabulary, seed, tied=True)
+    tiny.write_model(whole, form.shape, vocabulary, weights, "F16")
+    if whole == path:
+        return
+    settings = native.llama_model_quantize_default_params()
+    settings.ftype = int(TYPES[kind])
+    failed = native.llama_model_quantize(str(whole).encode(), str(path).encode(), ctypes.byref(settings))
+    whole.unlink()
+    if failed:
+        raise RuntimeError(f"llama.cpp could not make {kind} of it.")
+
+
+def write_folder(path: Path, form: Form) -> None:
+    """The same model for servers that read Hugging Face's format, without weights: vLLM makes up its own."""
+    shape, vocabulary = form.shape, _vocabulary(form)
+    end = vocabulary.tokens.index(vocabulary.special["eos"])
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "torch_dtype": "bfloat16",
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "intermediate_size": shape.hidden,
+        "max_position_embeddings": shape.context,
+        "rope_theta": shape.rope_base,
+        "rms_norm_eps": shape.epsilon,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "vocab_size": form.vocabulary,
+        "bos_token_id": end,
+        "eos_token_id": end,
+    }
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": vocabulary.tokens.index(token), "content": token, "special": True}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            for token in dict.fromkeys(vocabulary.special.values())
+        ],
+        "pre_tokenizer": level,
+        "decoder": level,
+        "model": {
+            "type": "BPE",
+            "vocab": {token: number for number, token in enumerate(vocabulary.tokens)},
+            "merges": list(vocabulary.merges),
+        },
+    }
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": vocabulary.special["eos"]}
+    path.mkdir(parents=True, exist_ok=True)
+    _write(path / "config.json", config)
+    _write(path / "tokenizer.json", tokenizer)
+    _write(path / "tokenizer_config.json", about)
+
+
+def _vocabulary(form: Form) -> tiny.Vocabulary:
+    """The tests' byte-level vocabulary, filled up with words."""
+    words = tiny.byte_vocabulary(infill=True, add_bos=False)
+    more = tuple(f"word{number}" for number in range(form.vocabulary - len(words.tokens)))
+    return replace(words, tokens=words.tokens + more, types=words.types + (TokenType.NORMAL,) * len(more))
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")

@@ -1,0 +1,179 @@
+"""The benchmark's own arithmetic, and all its scenarios in a minute size. How fast anything is, no test says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+
+from bench import report  # noqa: E402
+from bench.client import Client, NotPossible  # noqa: E402
+from bench.scenarios import SCENARIOS, Measure  # noqa: E402
+from bench.target import check_length, find_target  # noqa: E402
+
+WALL, RATE = Measure("wall", "s"), Measure("rate", "1/s", more_is_better=True)
+
+
+def test_a_ratio_says_how_many_times_better_whatever_the_unit():
+    times = report.Row("x", WALL, {"a": (2.0, 4.0, 6.0), "b": (1.0, 1.0, 6.0)})
+    rates = report.Row("x", RATE, {"a": (2.0, 4.0, 6.0), "b": (1.0, 1.0, 6.0)})
+    assert times.ratios("b", "a") == (2.0, 4.0, 1.0)
+    assert rates.ratios("b", "a") == (0.5, 0.25, 1.0)
+    assert times.middle("a") == 4.0
+
+
+def test_what_fails_once_is_not_compared():
+    (row,) = report.rows("x", [WALL], {"a": [{"wall": 1.0}, {"wall": 2.0}], "b": [{"wall": 1.0}, "403: no & never"]})
+    assert row.results == {"a": (1.0, 2.0), "b": "403: no & never"}
+    assert row.ratios("b", "a") == row.ratios("a", "b") == ()
+    told = report.table([row], ["a", "b"], "a")
+    assert "| x        | wall, s | 1.500 | not possible | -     |" in told
+    assert told.endswith("x, b: not possible: 403: no & never")
+    (result,) = report.document([row], "a", {"date": "today"})["results"]
+    assert result["times_better"] == {"b": None}
+    assert result["not_possible"] == {"b": "403: no & never"}
+
+
+def test_the_table_has_medians_and_ratios_with_their_range():
+    row = report.Row("x", WALL, {"a": (2.0, 4.0, 6.0), "b": (1.0, 1.0, 6.0)})
+    last = report.table([row], ["a", "b"], "b").splitlines()[-1]
+    assert [cell.strip() for cell in last.strip("|").split("|")] == [
+        "x",
+        "wall, s",
+        "4.000",
+        "1.000",
+        "0.50 (0.25 to 1.00)",
+    ]
+
+
+def test_bars_go_to_the_right_where_a_target_is_better():
+    found = [report.Row("x", WALL, {"a": (1.0,), "b": (0.25,)}), report.Row("y", RATE, {"a": (1.0,), "b": (0.25,)})]
+    drawn = ElementTree.fromstring(report.picture(found, ["a", "b"], "a", "<title>"))
+    _, better, worse = drawn.iter("{http://www.w3.org/2000/svg}rect")
+    assert float(better.attrib["x"]) == float(worse.attrib["x"]) + float(worse.attrib["width"])
+    assert better.attrib["width"] == worse.attrib["width"]
+
+
+@pytest.mark.timeout(60)
+def test_every_scenario_runs_on_our_server(serve, tmp_path):
+    numbers, picture = tmp_path / "numbers.json", tmp_path / "ratios.svg"
+    with serve("--parallel", "4", "--context", "1024", key=None) as server:
+        every = [word for scenario in SCENARIOS for word in ("--scenario", scenario.name)]
+        where = ["--target", f"ours={server.url}", "--target", f"same={server.url}/v1", "--base", "same"]
+        how = ["--quick", "--rounds", "1", "--pause", "0", "--json", str(numbers), "--picture", str(picture)]
+        done = subprocess.run(
+            [sys.executable, "-m", "bench", *where, *how, *every], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(numbers.read_text())
+    assert {result["scenario"] for result in told["results"]} == {scenario.name for scenario in SCENARIOS}
+    for result in told["results"]:
+        assert not result["not_possible"], result
+        assert {name: len(values) for name, values in result["rounds"].items()} == {"ours": 1, "same": 1}
+        assert all(value >= 0 for values in result["rounds"].values() for value in values)
+    assert told["base"] == "same"
+    assert told["targets"]["ours"]["version"].startswith("fp_")
+    assert told["machine"]["cores"] >= 1
+    assert "ours / same" in done.stdout
+    assert "read bandwidth" in done.stdout
+    ElementTree.parse(picture)
+
+
+def test_a_server_that_does_not_answer_is_named():
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "--target", "gone=http://127.0.0.1:9"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "gone" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def canned(*parts: bytes):
+    """What our client makes of an answer in these parts, each sent on its own."""
+
+    async def ask():
+        over = asyncio.Event()
+
+        async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            for part in parts:
+                writer.write(part)
+                await asyncio.sleep(0.01)
+            writer.close()
+            over.set()
+
+        async with await asyncio.start_server(respond, "127.0.0.1", 0) as server:
+            client = Client(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+            try:
+                return await client.ask("/v1/completions", {})
+            finally:
+                await client.close()
+                await over.wait()
+                await asyncio.sleep(0.01)
+
+    return asyncio.run(ask())
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+STREAM = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Type: text/event-stream\r\n\r\n"
+
+
+def test_an_event_has_the_time_of_its_end_however_it_is_cut():
+    first, second = (
+        b'data: {"choices": [{"index": 0, "text": "a"}]}\n\n',
+        b'data: {"choices": [], "usage": {"x": 1}}\n\n',
+    )
+    answer = canned(STREAM + chunk(first[:9])[:5], chunk(first[:9])[5:], chunk(first[9:] + second[:3]),
+                    chunk(second[3:] + b"data: [DONE]\n\n") + b"0\r\n\r\n")  # fmt: skip
+    (early, one), (late, two) = answer.events
+    assert answer.started < early < late
+    assert one["choices"][0]["text"] == "a"
+    assert answer.times == [early]
+    assert answer.usage == two["usage"] == {"x": 1}
+
+
+def test_an_error_in_a_stream_or_a_status_is_told():
+    refusal = b'{"error": {"message": "No such\\nmodel."}}'
+    head = b"HTTP/1.1 404 Not Found\r\nContent-Length: %d\r\n\r\n" % len(refusal)
+    with pytest.raises(NotPossible, match=r"^404: No such model\.$"):
+        canned(head, refusal)
+    with pytest.raises(NotPossible, match=r"^error: it broke$"):
+        canned(STREAM + chunk(b'data: {"error": "it broke"}\n\n') + b"0\r\n\r\n")
+
+
+def test_a_connection_that_breaks_is_an_error():
+    with pytest.raises(ConnectionError):
+        canned(STREAM + chunk(b"data: {"))
+
+
+def test_answers_of_other_lengths_are_not_compared():
+    body = b'{"choices": [{"index": 0, "text": "a", "finish_reason": "stop"}], "usage": {"completion_tokens": 3}}'
+    answer = canned(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    check_length(answer, 3)
+    with pytest.raises(NotPossible, match="generated 3 tokens where 4"):
+        check_length(answer, 4)
+    with pytest.raises(NotPossible, match="gave 1 choices where 2"):
+        check_length(answer, 3, choices=2)
+
+
+def test_a_server_is_asked_in_the_words_that_it_knows(server):
+    async def find():
+        target = await find_target("ours", server.url, server.key)
+        await target.client.close()
+        return target
+
+    target = asyncio.run(find())
+    assert target.model == server.model
+    assert target.dialect.ids == {"return_token_ids": True}
