@@ -1,4 +1,4 @@
-"""`python -m bench`: scenarios on servers that run, or beside them: `limits`, `model`, `serve`. Each has --help."""
+"""`python -m bench`: scenarios on running servers; or `engine`, `limits`, `model`, `serve`. Each has --help."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Rounds = dict[str, list[report.Outcome]]
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    others = {"limits": _limits, "model": _model, "serve": _serve}
+    others = {"engine": _engine, "limits": _limits, "model": _model, "serve": _serve}
     if words and words[0] in others:
         return others[words[0]](words[1:])
     options = _options().parse_args(words)
@@ -162,6 +162,12 @@ def _write(
     if options.picture:
         title = f"Times better than {base}, {about['date'][:10]}, {about['machine']['cores']} cores"
         options.picture.write_text(report.picture(found, names, base, title), encoding="utf-8")
+
+
+def _engine(arguments: Sequence[str]) -> int:
+    from bench import engine
+
+    return engine.main(arguments)
 
 
 def _limits(arguments: Sequence[str]) -> int:

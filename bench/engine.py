@@ -1,0 +1,107 @@
+"""The engine without HTTP and without a process: what each pass costs, and what of it is not the library's.
+
+For each file and kind of keys and values: prompt tok/s, decode tok/s of one and of 16 sequences, and the share of
+a step of 16 that goes to scheduling, sampling and bookkeeping. CPU time of one thread unless --threads says otherwise:
+it hardly depends on who else uses the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from afterword.cli import open_frame
+from afterword.config import EngineSettings
+from afterword.engine.core.batch import Batch, Logits
+from afterword.engine.core.loop import Loop
+from afterword.engine.llama import library
+from afterword.engine.llama.runner import LlamaRunner
+from afterword.engine.protocol import Job, Sampling
+from afterword.models.gguf import read_facts
+from afterword.models.registry import Model
+
+SEQUENCES = 16
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Tokens per second; `own` is the share of a step of 16 sequences that is not spent in the library."""
+
+    prompt: float
+    one: float
+    many: float
+    own: float
+
+
+class Timed:
+    """A runner that adds up the time it takes."""
+
+    def __init__(self, runner: LlamaRunner, clock: Clock) -> None:
+        self._runner, self._clock, self.seconds = runner, clock, 0.0
+        self.slots, self.chunk, self.grid = runner.slots, runner.chunk, runner.grid
+        self.least_shared, self.rewinds, self.held = runner.least_shared, runner.rewinds, runner.held
+
+    def run(self, batch: Batch) -> Logits:
+        """Execute a batch, as the runner does."""
+        start = self._clock()
+        logits = self._runner.run(batch)
+        self.seconds += self._clock() - start
+        return logits
+
+
+def measure(path: Path, settings: EngineSettings, read: int, written: int, clock: Clock) -> Speed:
+    """Prompts of `read` tokens and answers of `written`, with `logprobs` 5, `top_p` 0.9 and penalties."""
+    opened = open_frame(Model(path.stem, path, "file"), read_facts(path), settings)
+    runner = Timed(LlamaRunner(opened), clock)
+    loop = Loop(runner)
+    prompt = _spend(loop, clock, [_job(read, 0)])
+    one = _spend(loop, clock, [_job(16, written)])
+    runner.seconds = 0.0
+    jobs = [_job(4, written) for _ in range(SEQUENCES)]
+    many = _spend(loop, clock, jobs)
+    own = 1 - runner.seconds / many
+    return Speed(read / prompt, written / one, SEQUENCES * written / many, own)
+
+
+def _job(read: int, written: int) -> Job:
+    tokens = tuple(random.randrange(5, 4000) for _ in range(read))
+    sampling = Sampling(temperature=0.8, top_p=0.9, presence_penalty=0.1, frequency_penalty=0.1)
+    return Job(tokens, 1, written or 1, sampling, (), random.randbytes(16), alternatives=5)
+
+
+def _spend(loop: Loop, clock: Clock, jobs: Sequence[Job]) -> float:
+    start = clock()
+    for run, job in enumerate(jobs):
+        loop.start(run, job)
+    while loop.step() is not None:
+        pass
+    return clock() - start
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench engine", description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--kv-type", action="append", choices=("exact", "f16", "f32"), help="repeat; without it exact, f16"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="with more than one, wall time is measured (1)")
+    parser.add_argument("--read", type=int, default=512, help="tokens of the prompt (512)")
+    parser.add_argument("--written", type=int, default=32, help="tokens of an answer (32)")
+    options = parser.parse_args(arguments)
+    library.start(verbose=False)
+    clock = time.process_time if options.threads == 1 else time.perf_counter
+    base = EngineSettings(context=2 * options.read, parallel=SEQUENCES, threads=options.threads)
+    print("| file | keys and values | prompt tok/s | one stream tok/s | 16 streams tok/s | not llama.cpp |")
+    print("|---|---|---|---|---|---|")
+    for path in options.files:
+        for kv_type in options.kv_type or ("exact", "f16"):
+            speed = measure(path, replace(base, kv_type=kv_type), options.read, options.written, clock)
+            numbers = f"{speed.prompt:.1f} | {speed.one:.1f} | {speed.many:.1f} | {speed.own:.1%}"
+            print(f"| {path.name} | {kv_type} | {numbers} |", flush=True)
+    return 0
