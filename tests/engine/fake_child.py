@@ -1,7 +1,7 @@
 """An engine's process without a model: the real process code over `HistoryRunner`.
 
-The path in `Open` says how it fares: "refuse" cannot be loaded, "vanish" dies while loading. A prompt that contains
-token 99 kills it.
+The path in `Open` says how it fares: "refuse" cannot be loaded, "vanish" dies while loading, "confuse" holds a token
+that nobody gave it. A prompt that contains token 99 kills it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ class DeadlyRunner(HistoryRunner):
         return super().run(batch)
 
 
+class ConfusedRunner(HistoryRunner):
+    def held(self, slot: int) -> int:
+        return super().held(slot) + (slot == 0 and self.computed > 0)
+
+
 def load(settings: frames.Open) -> child.Loaded:
     if settings.path == "refuse":
         raise SettingError("This model is not to be had.")
@@ -45,7 +50,8 @@ def load(settings: frames.Open) -> child.Loaded:
         fingerprint="fp_history",
         promise="exact",
     )
-    return child.Loaded(DeadlyRunner(settings.sequences, settings.chunk), card, tokenize)
+    runner = ConfusedRunner if settings.path == "confuse" else DeadlyRunner
+    return child.Loaded(runner(settings.sequences, settings.chunk), card, tokenize)
 
 
 def tokenize(text: str, _: bool) -> tuple[int, ...]:

@@ -162,6 +162,15 @@ def test_a_killed_process_is_replaced():
     run(test)
 
 
+def test_an_engine_that_finds_its_memory_mixed_up_is_replaced():
+    async def test() -> None:
+        async with engine("confuse") as supervisor:
+            assert await tokens(supervisor, job()) == alone(job(), 0)
+            await until(lambda: supervisor.restarts == 1 and supervisor.state == "ready")
+
+    run(test)
+
+
 @pytest.mark.parametrize(("path", "said"), [("refuse", "not to be had"), ("vanish", "ended while it was loading")])
 def test_a_model_that_cannot_be_loaded_is_a_setting_error(path, said):
     async def test() -> None:

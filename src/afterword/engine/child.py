@@ -27,6 +27,7 @@ Tokenizer = Callable[[str, bool], tuple[int, ...]]
 
 _TOKENIZER_STACK = 512 * 2**20
 _PR_SET_PDEATHSIG = 1
+_IDLE = 0.5  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +96,6 @@ class _Child:
             changed = self._take(loop, wait=idle)
             steps = loop.step()
             idle = steps is None
-            if idle:
-                loop.check()
             if steps or changed:
                 self._send(frames.Pass(steps or {}, loop.load()))
 
@@ -105,7 +104,7 @@ class _Child:
         taken = False
         while True:
             try:
-                message = self._jobs.get(block=wait and not taken)
+                message = self._wait(loop) if wait and not taken else self._jobs.get_nowait()
             except queue.Empty:
                 return taken
             taken = True
@@ -118,6 +117,14 @@ class _Child:
                     loop.close(message.run)
                 case _:
                     raise AssertionError(f"not a message for a running engine: {type(message).__name__}")
+
+    def _wait(self, loop: Loop) -> frames.ToEngine:
+        """The next message. After a while without any, make sure that nothing was mixed up: better die than lie."""
+        try:
+            return self._jobs.get(timeout=_IDLE)
+        except queue.Empty:
+            loop.check()
+            return self._jobs.get()
 
     def _send(self, message: frames.FromEngine) -> None:
         data = frames.pack(message)

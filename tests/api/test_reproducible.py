@@ -1,0 +1,89 @@
+"""Same request, same bytes, over HTTP: from a crowded server, and one by one from another that shares nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+import httpx
+import pytest
+
+OPENINGS = (
+    "Once upon a time there was a fox who could not sleep, because the wind sang under the roof of his house.",
+    "def total(prices, discount):\n    result = 0\n    for price in prices:\n        result += price\n",
+    "",
+)
+Body = dict[str, Any]
+
+
+def bodies(count: int, seed: int) -> list[Body]:
+    """Greedy or seeded requests that share beginnings, with everything that could change a number."""
+    rng = random.Random(seed)
+    return [
+        {
+            "prompt": rng.choice(OPENINGS) + rng.choice(["", " And", f" {index} times", "\n    return"]) or "A",
+            "max_tokens": rng.randrange(1, 30),
+            "temperature": rng.choice([0, 0.7, 1]),
+            "top_p": rng.choice([1, 0.9]),
+            "presence_penalty": rng.choice([0, 0.4]),
+            "seed": index,
+            "n": rng.choice([1, 1, 1, 3]),
+            "logprobs": rng.choice([None, 0, 3]),
+            "echo": rng.random() < 0.3,
+            "stop": rng.choice([None, ".", "\n"]),
+        }
+        for index in range(count)
+    ]
+
+
+def told(answer: httpx.Response) -> list[Any]:
+    assert answer.status_code == 200, answer.text
+    found: list[Any] = answer.json()["choices"]
+    return found
+
+
+async def crowded(server: Any, wanted: list[Body]) -> list[list[Any]]:
+    """All at once, some of them twice: the second time by somebody who leaves early."""
+    rng = random.Random(1)
+    limits = httpx.Limits(max_connections=40)
+    headers = {"Authorization": f"Bearer {server.key}"}
+    async with httpx.AsyncClient(
+        base_url=server.url, headers=headers, timeout=600, limits=limits, trust_env=False
+    ) as http:
+
+        async def ask(body: Body) -> list[Any]:
+            await asyncio.sleep(rng.random() * len(wanted) / 100)
+            return told(await http.post("/v1/completions", json=body))
+
+        async def leave(body: Body) -> None:
+            await asyncio.sleep(rng.random() * len(wanted) / 100)
+            async with http.stream(
+                "POST", "/v1/completions", json=body | {"stream": True, "max_tokens": 300}
+            ) as answer:
+                await anext(answer.aiter_bytes())
+
+        leaving = [asyncio.create_task(leave(body)) for body in wanted if rng.random() < 0.2]
+        results = await asyncio.gather(*(ask(body) for body in wanted))
+        await asyncio.gather(*leaving)
+        return results
+
+
+def compare(serve: Any, count: int) -> None:
+    wanted = bodies(count, seed=count)
+    with serve("--parallel", "12") as busy:
+        crowd = asyncio.run(crowded(busy, wanted))
+    with serve("--parallel", "1") as calm, calm.http() as http:
+        for index, (body, found) in enumerate(zip(wanted, crowd, strict=True)):
+            alone = told(http.post("/v1/completions", json=body | {"cache_salt": str(index)}))
+            assert alone == found, body
+
+
+def test_forty_requests(serve: Any) -> None:
+    compare(serve, 40)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_two_thousand_requests(serve: Any) -> None:
+    compare(serve, 2000)
