@@ -12,7 +12,7 @@ from afterword import __version__
 from afterword.cli import greeting, main, open_frame
 from afterword.completion.limits import Limits
 from afterword.completion.request import parse
-from afterword.config import Config, EngineSettings, promise
+from afterword.config import Config, EngineSettings, advice, promise
 from afterword.engine.protocol import Card
 from afterword.models.gguf import read_facts
 from afterword.models.registry import Model
@@ -141,6 +141,14 @@ def test_the_environment_sets_what_the_command_line_does_not():
 )
 def test_only_what_was_measured_is_promised(file_type, experts, kv_type, layers, expected):
     assert promise(file_type, experts, kv_type, layers) == expected
+
+
+@pytest.mark.parametrize(
+    ("file_type", "said"), [("BF16", "Q8_0"), ("Q4_K_M", "Q4_0"), ("Q6_K", "Q4_0"), ("Q8_0", None), ("Q4_0", None)]
+)
+def test_a_better_type_for_this_machine_is_named(file_type, said):
+    tip = advice(file_type)
+    assert (tip is None) if said is None else said in str(tip)
 
 
 def test_the_curl_line_of_the_greeting_is_a_valid_request():

@@ -26,7 +26,7 @@ from afterword.completion.limits import STRICT, Limits
 from afterword.completion.plan import make_plan
 from afterword.completion.request import parse
 from afterword.completion.run import run, tokenize
-from afterword.config import GRID, REPACKED_TYPES, SMALL_MODEL, Config, EngineSettings, Keys, promise
+from afterword.config import GRID, REPACKED_TYPES, SMALL_MODEL, Config, EngineSettings, Keys, advice, promise
 from afterword.engine import frames
 from afterword.engine.protocol import Card, Promise
 from afterword.engine.supervisor import Supervisor
@@ -189,9 +189,11 @@ async def _serve(spec: str | None, alias: str | None, config: Config, settings: 
     from afterword.api.service import Served, Service
 
     with _listen(config) as listener:
-        async with _engine(spec, settings, config.max_queue) as (model, engine):
+        async with _engine(spec, settings, config.max_queue) as (model, facts, engine):
             served = Served(alias or model.id, int(model.path.stat().st_mtime), engine)
             click.echo(greeting(served.id, engine.card, config, listener.getsockname()[1]))
+            if not settings.gpu_layers and (tip := advice(facts.file_type)):
+                click.echo(f"\n{tip}")
             server = uvicorn.Server(
                 uvicorn.Config(
                     make_app(Service(config, served)),
@@ -208,7 +210,7 @@ async def _serve(spec: str | None, alias: str | None, config: Config, settings: 
 
 async def _complete(spec: str | None, body: bytes, settings: EngineSettings) -> None:
     request = parse(body, Limits())
-    async with _engine(spec, settings, max_queue=1) as (_, engine):
+    async with _engine(spec, settings, max_queue=1) as (_, _, engine):
         plan = make_plan(request, engine.card, await tokenize(request, engine), secrets.randbits(64))
         async for item in run(plan, engine):
             if isinstance(item, Delta):
@@ -220,14 +222,14 @@ async def _complete(spec: str | None, body: bytes, settings: EngineSettings) -> 
 @asynccontextmanager
 async def _engine(
     spec: str | None, settings: EngineSettings, max_queue: int
-) -> AsyncIterator[tuple[Model, Supervisor]]:
+) -> AsyncIterator[tuple[Model, Facts, Supervisor]]:
     """A model's engine, open; closed afterwards."""
     model = locate(parse_spec(spec))
     facts = read_facts(model.path)
     engine = Supervisor(open_frame(model, facts, settings), max_queue=max_queue)
     try:
         await engine.open()
-        yield model, engine
+        yield model, facts, engine
     finally:
         await engine.close()
 
