@@ -8,6 +8,7 @@ from history import HistoryRunner, alone, logits_after, scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from afterword.engine.core.batch import Fork
 from afterword.engine.core.loop import Loop
 from afterword.engine.protocol import Job, Load, Sampling, Step
 
@@ -197,6 +198,21 @@ def test_gaps_that_others_leave_are_closed():
     assert slots == list(range(slots[0], slots[0] + 3))
     for run in (1, 4, 5):
         assert sampled(early[run] + steps[run], 0) == alone(jobs[run], 0)
+
+
+def test_one_move_brings_the_outermost_to_the_others():
+    runner = HistoryRunner(slots=8, chunk=4)
+    loop = Loop(runner)
+    for run in range(8):
+        loop.start(run, job(prompt=(run + 1,), max_tokens=40))
+    for _ in range(24):
+        loop.step()
+    for run in (1, 2, 3, 4):
+        loop.close(run)
+    finish(loop)
+    moves = [move for batch in runner.batches for move in batch.moves if isinstance(move, Fork)]
+    assert [(move.source, move.target) for move in moves][-1] == (0, 4)
+    assert [4, 5, 6, 7] in [[row.slot for row in batch.rows] for batch in runner.batches]
 
 
 def test_late_messages_about_unknown_jobs_are_ignored():

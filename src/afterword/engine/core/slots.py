@@ -192,18 +192,18 @@ class Slots:
         if not gaps:
             return
         left = [index for index in taken if index < gaps[0]]
-        last, gap = (taken[-1], gaps[0]) if 2 * len(left) >= len(taken) else (taken[0], gaps[0])
-        moved, hole = self._all[last], self._all[gap]
+        outer, gap = (taken[-1], gaps[0]) if 2 * len(left) >= len(taken) else (taken[0], gaps[-1])
+        moved, hole = self._all[outer], self._all[gap]
         others = [slot for slot in self._all if not slot.taken and slot is not hole]
         if hole.used and hole.length:
             if not others:
                 return
             self._fork(hole, min(others, key=_age), hole.length)
-        self._moves += [Fork(last, gap, moved.length), Cut(last, 0)]
+        self._moves += [Fork(outer, gap, moved.length), Cut(outer, 0)]
         hole.cut(0)
         hole.used = 0
-        moved.index, hole.index = gap, last
-        self._all[gap], self._all[last] = moved, hole
+        moved.index, hole.index = gap, outer
+        self._all[gap], self._all[outer] = moved, hole
 
     @property
     def moving(self) -> set[int]:
