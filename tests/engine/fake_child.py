@@ -1,7 +1,7 @@
 """An engine's process without a model: the real process code over `HistoryRunner`.
 
 The path in `Open` says how it fares: "refuse" cannot be loaded, "vanish" dies while loading, "confuse" holds a token
-that nobody gave it. A prompt that contains token 99 kills it.
+that nobody gave it, "unsure" promises nothing of its numbers. A prompt that contains token 99 kills it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def load(settings: frames.Open) -> child.Loaded:
         longest=1,
         infill=None,
         fingerprint="fp_history",
-        promise="exact",
+        promise="none" if settings.path == "unsure" else "exact",
     )
     runner = ConfusedRunner if settings.path == "confuse" else DeadlyRunner
     return child.Loaded(runner(settings.sequences, settings.chunk), card, tokenize)

@@ -162,6 +162,53 @@ def test_a_killed_process_is_replaced():
     run(test)
 
 
+def test_what_was_running_goes_on_where_it_was():
+    async def test() -> None:
+        async with engine(sequences=3) as supervisor:
+            scored = Job((1, 2, 3, 4), 1, 120, PLAIN, (), b"k" * 16, prompt_alternatives=1)
+            wanted = [*(job(first, 2, 3, samples=2, max_tokens=120) for first in (4, 5, 6)), scored]
+            runs = [supervisor.start(each) for each in wanted]
+            found: dict[tuple[int, int], list[int]] = {}
+            told: list[int] = []
+
+            async def read(index: int) -> None:
+                async for step in runs[index]:
+                    told.extend(token.id for token in step.scored)
+                    for sample, token in step.sampled:
+                        tokens = found.setdefault((index, sample), [])
+                        tokens.append(token.id)
+                        if (index, sample, len(tokens)) == (0, 1, 20):
+                            runs[0].drop(1)
+                        if (index, sample, len(tokens)) == (0, 0, 30):
+                            engines()[0].kill()
+
+            await asyncio.gather(*(read(index) for index in range(4)))
+            assert supervisor.restarts == 1
+            assert told == [2, 3, 4]
+            assert 20 <= len(found[0, 1]) < 120
+            for (index, sample), tokens in found.items():
+                expected = alone(wanted[index], sample)
+                assert tokens == (expected[: len(tokens)] if (index, sample) == (0, 1) else expected)
+            await until(lambda: supervisor.load == Load(3, 0, 0))
+
+    run(test)
+
+
+def test_numbers_that_may_differ_a_second_time_are_not_mixed():
+    async def read(supervisor: Supervisor) -> None:
+        async for step in supervisor.start(job(max_tokens=10**6)):
+            for process in engines() if step.sampled else ():
+                process.kill()
+
+    async def test() -> None:
+        async with engine("unsure") as supervisor:
+            with pytest.raises(EngineDied):
+                await read(supervisor)
+            assert supervisor.restarts == 0, "it was not tried again"
+
+    run(test)
+
+
 def test_an_engine_that_finds_its_memory_mixed_up_is_replaced():
     async def test() -> None:
         async with engine("confuse") as supervisor:

@@ -80,7 +80,7 @@ class _Growing:
     def take(self, step: Step, run: Run) -> list[Delta]:
         """Deltas that a step brings. Samples whose text is complete are dropped from the run."""
         self._scored.extend(step.scored)
-        self._cached = max(self._cached, step.cached)  # told once; twice if the engine was replaced
+        self._cached += step.cached
         if not self._choices and (step.sampled or step.ended):
             echo = make_echo(self._plan, self._prompt, self._scored)
             report = make_report(self._plan, self._prompt, self._scored)

@@ -1,7 +1,8 @@
 """Runs an engine in a process of its own, and is that engine for everyone above.
 
-Every job is kept here until it ends, so a crash of the process loses none that had brought nothing yet. This file knows
-frames and processes; it does not know which library computes, nor what a job is for.
+Every job is kept here until it ends, so a crash of the process loses none: a new one gets them all again, and what a
+job had brought already is left out the second time. This file knows frames and processes; it does not know which
+library computes, nor what a job is for.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import itertools
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from typing import Literal
 
@@ -134,10 +136,13 @@ class Supervisor:
         await self._recover()
 
     async def _recover(self) -> None:
-        """The process has died: start another and give it all runs again that nobody has seen a token of."""
+        """The process has died: start another and give it the runs again.
+
+        Not those that may have killed it, nor, where numbers can differ a second time, those that have brought any.
+        """
         self.state = "restarting"
         for run in list(self._runs.values()):
-            if run.crashed() == _CRASHES or run.brought:
+            if run.crashed() == _CRASHES or (run.brought and self.card.promise == "none"):
                 self._fail(run, EngineDied())
         for call in self._calls.values():
             if not call.done():
@@ -207,8 +212,14 @@ class _Run:
         self._open = set(range(job.samples))
         self._begun = False
         self._crashes = 0
-        self.brought = False  # whether anyone may have seen a token of it
+        self._told: Counter[int | None] = Counter()  # tokens by sample; under None the prompt's
+        self._again: Counter[int | None] = Counter()  # as many of them will come a second time
         self._steps: asyncio.Queue[Step | Exception | None] = asyncio.Queue()  # None: nothing more will come
+
+    @property
+    def brought(self) -> bool:
+        """Whether anyone may have seen a token of it."""
+        return self._told.total() > 0
 
     @property
     def ended(self) -> bool:
@@ -218,7 +229,10 @@ class _Run:
     def put(self, step: Step) -> None:
         """Take a step from the engine."""
         self._begun = True
-        self.brought |= bool(step.scored or step.sampled)
+        if self._crashes:
+            step = self._new(step)
+        self._told[None] += len(step.scored)
+        self._told.update(sample for sample, _ in step.sampled)
         self._open.difference_update(sample for sample, _ in step.ended)
         self._steps.put_nowait(step)
         if self.ended:
@@ -228,7 +242,22 @@ class _Run:
         """The engine has died: in how many crashes this run was being computed."""
         self._crashes += self._begun
         self._begun = False
+        self._again = self._told.copy()
         return self._crashes
+
+    def _new(self, step: Step) -> Step:
+        """What of a step has not been told before a crash. Samples that had ended are ended again."""
+        for sample in {sample for sample, _ in step.sampled} - self._open:
+            self._supervisor.drop(self, sample)
+        known, self._again[None] = self._again[None], max(0, self._again[None] - len(step.scored))
+        sampled = tuple(pair for pair in step.sampled if pair[0] in self._open and not self._repeats(pair[0]))
+        ended = tuple(pair for pair in step.ended if pair[0] in self._open)
+        return Step(step.scored[known:], sampled, ended)
+
+    def _repeats(self, sample: int) -> bool:
+        """Whether a sample's next token has been told; it counts as taken."""
+        self._again[sample] -= 1
+        return self._again[sample] >= 0
 
     def fail(self, error: Exception) -> None:
         """End with an error."""
