@@ -7,6 +7,7 @@ import argparse
 import hashlib
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,14 @@ import numpy as np
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from training.data import Document
     from training.model import Llama
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "src" / "afterword" / "models" / "builtin" / "afterword-tiny.gguf"
 MASTER = "afterword-tiny-f32.gguf"
 FIRST = "checkpoint-first.pt"
+SECOND = "checkpoint-second.pt"
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -39,16 +42,11 @@ def prepare(options: argparse.Namespace) -> None:
     size = options.megabytes * 10**6
     ids = rows.stream(kept, made, size=size, seed=options.seed, shares=data.SHARES, borders=rows.borders)
     np.save(options.work / "stream.npy", ids)
-    counts = {
-        source: {
-            "documents": sum(d.source == source for d in kept),
-            "bytes": sum(len(d.text.encode()) for d in kept if d.source == source),
-            "held out documents": sum(d.source == source for d in held),
-            "held out bytes": sum(len(d.text.encode()) for d in held if d.source == source),
-        }
-        for source in data.SHARES
+    report = {
+        "sha256": data.hashes(options.corpus),
+        "sources": _counts(kept, held, data.SHARES),
+        "stream tokens": len(ids),
     }
-    report = {"sha256": data.hashes(options.corpus), "sources": counts, "stream tokens": len(ids)}
     (options.work / "data.json").write_text(json.dumps(report, indent=1))
     print(json.dumps(report, indent=1))
 
@@ -81,6 +79,38 @@ def remix(options: argparse.Namespace) -> None:
     )
     np.save(options.work / "stream.npy", ids)
     print(f"{len(ids):,} tokens")
+
+
+def blend(options: argparse.Namespace) -> None:
+    """Write the token stream of the third run over that of the second; hold made text out too."""
+    from tokenizers import Tokenizer
+
+    from training import data, rows
+
+    found = [*data.documents(options.corpus), *data.made(options.seed)]
+    kept = [document for document in found if not document.held_out]
+    held = [document for document in found if document.held_out]
+    (options.work / "held_out.json").write_text(json.dumps([[d.source, d.text] for d in held]))
+    tokenizer = Tokenizer.from_file(str(options.work / "tokenizer.json"))
+    size = options.megabytes * 10**6
+    ids = rows.blend(kept, tokenizer, size=size, seed=options.seed, shares=data.BLEND_SHARES)
+    np.save(options.work / "stream.npy", ids)
+    report = {"sources": _counts(kept, held, data.BLEND_SHARES), "stream tokens": len(ids)}
+    text = "".join(document.text for document in found if document.source.startswith("made"))
+    report["sha256 of the made text"] = hashlib.sha256(text.encode()).hexdigest()
+    (options.work / "blend.json").write_text(json.dumps(report, indent=1))
+    print(json.dumps(report, indent=1))
+
+
+def again(options: argparse.Namespace) -> None:
+    """Put a run of the same model in the place of the finished one, which is kept beside it."""
+    from training.grow import again as anew
+    from training.train import Run
+
+    checkpoint = options.work / "checkpoint.pt"
+    old = Run.load(checkpoint)
+    old.save(options.work / SECOND)
+    anew(old, options.peak).save(checkpoint)
 
 
 def grow(options: argparse.Namespace) -> None:
@@ -143,15 +173,27 @@ def samples(options: argparse.Namespace) -> None:
     """Print the samples of the shipped file."""
     from training.samples import samples as draw
 
-    print(draw(SHIPPED, options.seed))
+    print(draw(options.model, options.seed))
 
 
 def infill(options: argparse.Namespace) -> None:
-    """Print the table of the twenty gaps, filled by the shipped file."""
-    from training.infill import cases, table
+    """Print the table of the twenty gaps, filled by the shipped file, and an example."""
+    from training.infill import cases, example, table
 
     held = json.loads((options.work / "held_out.json").read_text())
-    print(table(SHIPPED, cases(held, options.seed)))
+    print(table(options.model, cases(held, options.seed)), example(options.model), sep="\n\n")
+
+
+def _counts(kept: list["Document"], held: list["Document"], sources: Iterable[str]) -> dict[str, dict[str, int]]:
+    return {
+        source: {
+            "documents": sum(d.source == source for d in kept),
+            "bytes": sum(len(d.text.encode()) for d in kept if d.source == source),
+            "held out documents": sum(d.source == source for d in held),
+            "held out bytes": sum(len(d.text.encode()) for d in held if d.source == source),
+        }
+        for source in sources
+    }
 
 
 def _trained(options: argparse.Namespace) -> tuple["Llama", "Tokenizer"]:
@@ -164,7 +206,10 @@ def _trained(options: argparse.Namespace) -> tuple["Llama", "Tokenizer"]:
     return model, Tokenizer.from_file(str(options.work / "tokenizer.json"))
 
 
-STEPS = {step.__name__: step for step in (prepare, train, remix, grow, measure, export, verify, samples, infill)}
+STEPS = {
+    step.__name__: step
+    for step in (prepare, train, remix, grow, blend, again, measure, export, verify, samples, infill)
+}
 
 
 def main() -> None:
@@ -179,6 +224,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--peak", type=float, default=0.45, help="factor of the learning rates after growing")
     parser.add_argument("--inner", type=int, default=768)
+    parser.add_argument("--model", type=Path, default=SHIPPED, help="the file that draws samples and fills gaps")
     options = parser.parse_args()
     STEPS[options.step](options)
 

@@ -1,27 +1,44 @@
 """The training text: which documents there are, how much each source weighs, which are held out.
 
-Knows files and text; knows nothing of tokens.
+Knows files, text and the makers of text; knows nothing of tokens.
 """
 
 import hashlib
 import lzma
 import re
 import sysconfig
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+
+from training import made_python, made_stories
 
 SPECIALS = ["<|endoftext|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
 SHARES = {"stories": 0.30, "truecased": 0.08, "fables": 0.17, "python": 0.29, "books": 0.16}
 SECOND_SHARES = {"stories": 0.45, "truecased": 0.10, "fables": 0.12, "python": 0.28, "books": 0.05}
+BLEND_SHARES = {
+    "made stories": 0.40,
+    "stories": 0.18,
+    "truecased": 0.04,
+    "fables": 0.03,
+    "books": 0.02,
+    "made python": 0.23,
+    "python": 0.10,
+}
+MADE_STORIES, MADE_PROGRAMS = 20_000, 28_000
 FILES = {
     "stories": "tinystories_cased.txt.xz",
     "truecased": "tinystories_truecased.txt.xz",
     "fables": "tinyfabulist_apache_mit_models.txt.xz",
     "books": "pd_children_books.txt.xz",
 }
+FUNCTION = re.compile(r"^( *)def .*\n(?:(?:\1 +\S.*| *)\n)+", re.MULTILINE)
+SHORT_FUNCTION = (100, 1000)  # characters
 LONGEST = 6000  # characters of one training document; books and modules are cut to it
-HELD_OUT = {"stories": 0.01, "truecased": 0.01, "fables": 0.01, "books": 0.01, "python": 0.02}
+HELD_OUT = dict.fromkeys(["stories", "truecased", "fables", "books", "made stories"], 0.01)
+HELD_OUT |= dict.fromkeys(["python", "made python"], 0.02)
 
 SKIPPED_FOLDERS = {
     "test",
@@ -63,12 +80,21 @@ def _documents(source: str, texts: list[str]) -> Iterator[Document]:
     """Hold out by the hash of the whole text, except books: there are too few, so by that of each piece."""
     named = re.compile("|".join(map(re.escape, SPECIALS)))
     for text in (named.sub("", text) for text in texts):
-        whole = _held_out(text, source)
+        whole = held_out(text, source)
         for piece in pieces(text, LONGEST):
-            yield Document(source, piece, _held_out(piece, source) if source == "books" else whole)
+            yield Document(source, piece, held_out(piece, source) if source == "books" else whole)
 
 
-def _held_out(text: str, source: str) -> bool:
+def made(seed: int) -> Iterator[Document]:
+    """The made documents; a hero in a plot, or a function, that is held out is in no document that is kept."""
+    for about, text in islice(made_stories.stories(seed), MADE_STORIES):
+        yield Document("made stories", text, held_out(about, "made stories"))
+    for parts, text in islice(made_python.programs(seed), MADE_PROGRAMS):
+        yield Document("made python", text, any(held_out(part, "made python") for part in parts))
+
+
+def held_out(text: str, source: str) -> bool:
+    """Whether the hash of a text says so."""
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:4], "big") < HELD_OUT[source] * 2**32
 
@@ -97,6 +123,24 @@ def pieces(text: str, limit: int) -> list[str]:
     if text.strip():
         found.append(text)
     return found
+
+
+def functions(text: str) -> Iterator[str]:
+    """The functions and methods of a module that compile by themselves and are neither tiny nor long."""
+    least, most = SHORT_FUNCTION
+    for match in FUNCTION.finditer(text + "\n"):
+        code = textwrap.dedent(match.group()).strip() + "\n"
+        if least <= len(code) <= most and code.isascii() and compiles(code):
+            yield code
+
+
+def compiles(code: str) -> bool:
+    """Whether Python accepts the text as a program."""
+    try:
+        compile(code, "text", "exec")
+    except (SyntaxError, ValueError):
+        return False
+    return True
 
 
 def hashes(corpus: Path) -> dict[str, str]:

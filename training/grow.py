@@ -1,4 +1,4 @@
-"""A deeper model from a trained one, which at first computes the very same.
+"""A further run after a finished one: of a deeper model, which at first computes the very same, or of the same model.
 
 Knows the model and the run. A new block is a copy of the block before it whose output projections are zero: it adds
 nothing to its input, yet has trained queries, keys, values and features to start from.
@@ -8,18 +8,30 @@ from dataclasses import replace
 
 import torch
 
-from training.model import Llama
+from training.model import Llama, Shape
 from training.train import Run
 
 TOLERANCE = 1e-4
 
 
+def again(old: Run, peak: float) -> Run:
+    """A further run of the same model, which minds the middles."""
+    return _after(old, old.model.shape, old.model.state_dict(), peak, long_each=8, middle_weight=5.0)
+
+
 def grow(old: Run, layers: int, peak: float) -> Run:
     """A run of its own for the deeper model: new optimizers, its clock at zero, the log and tokens so far."""
-    new = Run(replace(old.model.shape, layers=layers))
-    new.model.load_state_dict(_deeper(old.model, layers))
+    shape = replace(old.model.shape, layers=layers)
+    return _after(old, shape, _deeper(old.model, layers), peak, long_each=4, middle_weight=1.0)
+
+
+def _after(
+    old: Run, shape: Shape, weights: dict[str, torch.Tensor], peak: float, *, long_each: int, middle_weight: float
+) -> Run:
+    new = Run(shape)
+    new.model.load_state_dict(weights)
     new.log, new.tokens, new.peak = old.log, old.tokens, peak
-    new.mixed = True
+    new.long_each, new.middle_weight = long_each, middle_weight
     return new
 
 

@@ -1,25 +1,22 @@
 """Twenty gaps in held-out text, filled greedily by a GGUF file and scored; as a Markdown table.
 
-The gaps are chosen by a seed, before any model has seen them. Knows llama-cpp-python and the held-out documents.
+The gaps are chosen by a seed, before any model has seen them. Knows `afterword complete` and the held-out documents.
 """
 
 import ast
 import random
 import re
-import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import llama_cpp
+from training.data import compiles, functions, held_out, pieces
+from training.rows import INFILL_LONGEST
+from training.samples import complete
 
-from training.data import pieces
-from training.rows import END, INFILL_LONGEST, MIDDLE, PREFIX, SUFFIX
-from training.samples import ids_of
-
-EACH = 10
+CASES = {"stories": 10, "python": 5, "made python": 5}
 LENGTH = 48  # tokens of a middle
-FUNCTION = re.compile(r"^( *)def .*\n(?:(?:\1 +\S.*| *)\n)+", re.MULTILINE)
+EXAMPLE = 'def add(a, b):\n    """Return the sum of', "\n\n\nprint(add(2, 3))\n"
 SHOWN = 28  # characters of prefix and suffix in the table
 
 Span = tuple[int, int]
@@ -41,41 +38,37 @@ class Case:
 
 
 def cases(documents: list[tuple[str, str]], seed: int) -> list[Case]:
-    """Ten gaps in stories and ten in functions of Python modules, no text twice."""
+    """Ten gaps in stories, five in functions of Python's library and five in made ones, no text twice."""
     dice = random.Random(seed)
     stories = [piece for source, text in documents if source == "stories" for piece in pieces(text, INFILL_LONGEST)]
     library = [code for source, text in documents if source == "python" for code in functions(text)]
+    made = {code + "\n": 0 for source, text in documents if source == "made python" for code in _unseen(text)}
+    in_code = {"expression": _expressions, "rest": _rests, "line": _lines}
     return [
         *_choose("stories", stories, {"last words": _last_words, "clause": _clauses}, dice),
-        *_choose("python", library, {"expression": _expressions, "rest": _rests, "line": _lines}, dice),
+        *_choose("python", library, in_code, dice),
+        *_choose("made python", list(made), {"docstring on": _docstrings, **in_code}, dice),
     ]
+
+
+def _unseen(program: str) -> list[str]:
+    """The functions of a made program that no other made program has."""
+    parts = program.strip().split("\n\n\n")
+    return [part for part in parts if part.startswith("def ") and held_out(part, "made python")]
 
 
 def _choose(
     source: str, texts: list[str], kinds: dict[str, Callable[[str], Iterator[Span]]], dice: random.Random
 ) -> Iterator[Case]:
+    """In two gaps of four the space before is part of the gap, if it is one within a line."""
     left = dice.sample(texts, len(texts))
-    for number in range(EACH):
+    for number in range(CASES[source]):
         kind, spans_of = list(kinds.items())[number % len(kinds)]
         while not (spans := list(spans_of(text := left.pop()))):
             pass
-        yield Case(source, kind, text, *dice.choice(spans))
-
-
-def functions(text: str) -> Iterator[str]:
-    """The functions and methods that compile by themselves and fall into one row."""
-    for match in FUNCTION.finditer(text + "\n"):
-        code = textwrap.dedent(match.group()).strip() + "\n"
-        if 100 <= len(code) <= INFILL_LONGEST and code.isascii() and compiles(code):
-            yield code
-
-
-def compiles(code: str) -> bool:
-    try:
-        compile(code, "gap", "exec")
-    except (SyntaxError, ValueError):
-        return False
-    return True
+        start, end = dice.choice(spans)
+        inside = text[start - 1] == " " and not text[start - 2].isspace()
+        yield Case(source, kind, text, start - (inside and number % 4 > 1), end)
 
 
 def _last_words(text: str) -> Iterator[Span]:
@@ -119,6 +112,13 @@ def _lines(code: str) -> Iterator[Span]:
         yield match.span(1)
 
 
+def _docstrings(code: str) -> Iterator[Span]:
+    """From behind a word of the docstring to the end of the function."""
+    if match := re.search(r'"""(.+)"""', code):
+        for space in re.finditer(" ", match.group(1)):
+            yield match.start(1) + space.end(), len(code) - 1
+
+
 def _body(code: str) -> Iterator[re.Match[str]]:
     """The lines of code after the docstring, from after the indent."""
     function = ast.parse(code).body[0]
@@ -132,35 +132,32 @@ def _body(code: str) -> Iterator[re.Match[str]]:
 
 def table(path: Path, chosen: list[Case]) -> str:
     """Fill every gap once, greedily; a row for each, and the sums."""
-    model = llama_cpp.Llama(str(path), n_ctx=2048, n_threads=1, verbose=False)
     lines = ["| | kind | before | expected | found | after | exact | compiles |", "|---|---|---|---|---|---|---|---|"]
-    exact = {"stories": 0, "python": 0}
-    valid = 0
+    exact, valid = dict.fromkeys(CASES, 0), dict.fromkeys(CASES, 0)
     for number, case in enumerate(chosen, 1):
         before, expected, after = case.parts
-        found = fill(model, before, after)
-        same = found == expected
+        found = fill(path, before, after)
+        same, good = found == expected, compiles(before + found + after)
         exact[case.source] += same
-        good = case.source == "python" and compiles(before + found + after)
-        valid += good
+        valid[case.source] += good
         cells = [_cell(text) for text in (before[-SHOWN:], expected, found, after[:SHOWN])]
         judged = "" if case.source == "stories" else _yes(good)
         lines.append(f"| {number} | {case.source}, {case.kind} | {' | '.join(cells)} | {_yes(same)} | {judged} |")
-    lines += ["", f"Exact: stories {exact['stories']} of {EACH}, Python {exact['python']} of {EACH}. "]
-    lines[-1] += f"Python that compiles: {valid} of {EACH}."
+    sums = [f"{source} {exact[source]} of {number}" for source, number in CASES.items()]
+    compiled = [f"{source} {valid[source]} of {number}" for source, number in list(CASES.items())[1:]]
+    lines += ["", f"Exact: {', '.join(sums)}. Compiles: {', '.join(compiled)}."]
     return "\n".join(lines)
 
 
-def fill(model: llama_cpp.Llama, before: str, after: str) -> str:
+def example(path: Path) -> str:
+    """The first example of a gap that people try, filled."""
+    before, after = EXAMPLE
+    return "\n".join(["```python", (before + fill(path, before, after) + after).rstrip("\n"), "```"])
+
+
+def fill(path: Path, before: str, after: str) -> str:
     """The most likely token each time, until the model ends the middle."""
-    model.reset()
-    found: list[int] = []
-    prompt = [PREFIX, *ids_of(model, before), SUFFIX, *ids_of(model, after), MIDDLE]
-    for token in model.generate(prompt, temp=0.0, repeat_penalty=1.0):
-        if token == END or len(found) == LENGTH:
-            break
-        found.append(token)
-    return model.detokenize(found).decode("utf-8", "replace")
+    return complete(path, before, suffix=after, temperature=0, max_tokens=LENGTH)
 
 
 def _yes(value: bool) -> str:

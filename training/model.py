@@ -102,6 +102,7 @@ class Llama(nn.Module):
             x = block(x, cos, sin)
         return functional.linear(self.norm(x), self.embedding.weight)
 
-    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean negative log-likelihood in nats a token."""
-        return functional.cross_entropy(self(ids).flatten(0, 1), targets.flatten())
+    def loss(self, ids: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean negative log-likelihood in nats a token: with the weights, and without them."""
+        nats = functional.cross_entropy(self(ids).flatten(0, 1), targets.flatten(), reduction="none")
+        return (nats * weights.flatten()).mean(), nats.detach().mean()

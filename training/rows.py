@@ -1,24 +1,32 @@
 """The token stream: documents drawn by weight, half of them turned for infill, packed into rows.
 
-Knows documents and the tokenizer; the result is one array of ids, cut by the trainer into rows.
+Knows documents and the tokenizer; the result is one array of ids, cut by the trainer into rows. The first two runs
+were trained on `stream`, the third on `blend`, whose infill documents are shorter and whose rows begin with a document.
 """
 
 import random
 import re
 from bisect import bisect, insort
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from training.data import Document, pieces
+from training.data import Document, functions, pieces
+from training.gaps import code_gap, prose_gap
 
 ROW = 512
 INFILL_SHARE = 0.5
 INFILL_LONGEST = 1000  # characters of one infill document, so that it falls into one row
 LENGTHS = (INFILL_LONGEST,)
 SHORT_LENGTHS = (250, 500, INFILL_LONGEST)  # more gaps for the same text
+BLEND_LENGTHS = (200, 400, INFILL_LONGEST)
+CODE = {"python", "made python"}
+OTHERS = {"stories", "truecased"}  # their stories that begin as the made ones mostly do are left out
+USUAL = "Once upon a time, there was a little"
+POOL = 2000  # documents that wait, so that nearly every row can be filled to its end
 PROSE_LINES = 12  # a text of fewer lines is prose: its units are sentences
 END, PREFIX, SUFFIX, MIDDLE = range(4)
 
@@ -51,6 +59,35 @@ def stream(
         items += _draw(texts, int(share * size), dice, borders, lengths)
     dice.shuffle(items)
     return _pack(items, tokenizer)
+
+
+def blend(
+    documents: list[Document], tokenizer: Tokenizer, *, size: int, seed: int, shares: dict[str, float]
+) -> np.ndarray:
+    """About `size` characters of text, the sources by their shares, as token ids in rows that begin with a document."""
+    dice = random.Random(seed)
+    items: list[Item] = []
+    for source, share in shares.items():
+        texts = [document.text for document in documents if document.source == source]
+        if source in OTHERS:
+            texts = [text for text in texts if not text.startswith(USUAL)]
+        left = int(share * size)
+        while left > 0:
+            for text in dice.sample(texts, len(texts)):
+                if left <= 0:
+                    break
+                left -= len(text)
+                items += _turned(text, source in CODE, dice) if dice.random() < INFILL_SHARE else [Item(text)]
+    dice.shuffle(items)
+    return _fill(items, tokenizer)
+
+
+def _turned(text: str, code: bool, dice: random.Random) -> list[Item]:
+    """A text as short infill documents: code by functions where it has any, prose by a few sentences."""
+    if code:
+        parts = [text] if len(text) <= INFILL_LONGEST else list(functions(text)) or pieces(text, INFILL_LONGEST)
+        return [Item(part, code_gap(part, dice)) for part in parts]
+    return [Item(part, prose_gap(part, dice)) for part in pieces(text, dice.choice(BLEND_LENGTHS))]
 
 
 def _draw(texts: list[str], size: int, dice: random.Random, borders: Borders, lengths: tuple[int, ...]) -> list[Item]:
@@ -135,6 +172,39 @@ def _pack(items: list[Item], tokenizer: Tokenizer) -> np.ndarray:
                 ids += waiting.pop(fitting - 1)
     print(f"{len(waiting)} infill documents found no room")
     return np.array(ids[: len(ids) // ROW * ROW], dtype=np.uint16)
+
+
+def _fill(items: list[Item], tokenizer: Tokenizer) -> np.ndarray:
+    """Every document ends with END, and rows begin with one; only documents longer than a row are cut, by its end.
+
+    A row begins with the document that has waited longest and goes on with the longest that fits; the rest is END.
+    """
+    ids: list[int] = []
+    waiting: dict[int, deque[list[int]]] = {}  # by length
+    order: deque[list[int]] = deque()
+
+    def close() -> None:
+        while len(ids) % ROW:
+            room = ROW - len(ids) % ROW
+            fitting = next((length for length in range(room, 0, -1) if waiting.get(length)), 0)
+            ids.extend(waiting[fitting].popleft() if fitting else [END] * room)
+
+    for at in range(0, len(items), 1000):
+        for _, encoded in _encode(items[at : at + 1000], tokenizer):
+            document = [*encoded[1:], END]
+            if len(document) > ROW:
+                ids += document
+                close()
+                continue
+            waiting.setdefault(len(document), deque()).append(document)
+            order.append(document)
+            while sum(map(len, waiting.values())) > POOL:
+                oldest = order.popleft()
+                same = waiting[len(oldest)]
+                if same and same[0] is oldest:  # otherwise it has already found a row
+                    ids += same.popleft()
+                    close()
+    return np.array(ids, dtype=np.uint16)
 
 
 def _encode(items: list[Item], tokenizer: Tokenizer) -> list[tuple[bool, list[int]]]:

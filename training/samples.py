@@ -1,16 +1,12 @@
-"""Unedited samples of a GGUF file, as Markdown.
+"""Unedited samples of a GGUF file, as Markdown; drawn by `afterword complete`, as its users draw them.
 
-Knows llama-cpp-python and the file; the model card shows what this prints.
+Knows the command line of the installed Afterword; the model card shows what this prints.
 """
 
+import subprocess
+import sys
 from pathlib import Path
 
-import llama_cpp
-
-from training.rows import END
-
-LENGTH = 120
-TEMPERATURE = 0.7
 STORY = "Once upon a time, there was a little"
 OPENINGS = [
     *[STORY] * 5,
@@ -24,29 +20,18 @@ OPENINGS = [
 
 def samples(path: Path, seed: int) -> str:
     """Every opening gone on with, each with a seed of its own."""
-    model = llama_cpp.Llama(str(path), n_ctx=2048, n_threads=1, verbose=False)
     lines = []
-    for number, opening in enumerate(OPENINGS):
-        text = opening + _sample(model, [END, *ids_of(model, opening)], seed + number)
+    for number, opening in enumerate(OPENINGS, seed):
+        text = opening + complete(path, opening, temperature=0.7, max_tokens=120, seed=number)
         code = opening.endswith("\n")
         shown = ["```python", text.rstrip("\n"), "```"] if code else [f"> {line}".rstrip() for line in text.split("\n")]
-        lines += [f"Opening `{opening.strip().splitlines()[-1].strip()}`, seed {seed + number}:", "", *shown, ""]
+        lines += [f"Opening `{opening.strip().splitlines()[-1].strip()}`, seed {number}:", "", *shown, ""]
     return "\n".join(lines)
 
 
-def ids_of(model: llama_cpp.Llama, text: str) -> list[int]:
-    return model.tokenize(text.encode(), add_bos=False, special=False)
-
-
-def _sample(model: llama_cpp.Llama, prompt: list[int], seed: int) -> str:
-    """Draw from the whole distribution at the temperature, until the end of the document."""
-    model.reset()
-    model.set_seed(seed)
-    found: list[int] = []
-    for token in model.generate(
-        prompt, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0, temp=TEMPERATURE, repeat_penalty=1.0
-    ):
-        if token == END or len(found) == LENGTH:
-            break
-        found.append(token)
-    return model.detokenize(found).decode("utf-8", "replace")
+def complete(path: Path, prompt: str, **options: object) -> str:
+    """What `afterword complete` answers."""
+    named = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    command = [sys.executable, "-m", "afterword", "complete", f"--model={path}", *named, "--", prompt]
+    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    return answer.decode().removesuffix("\n")

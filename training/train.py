@@ -1,11 +1,12 @@
 """The training run: one budget of minutes, after which the learning rate is zero and the model done.
 
 Knows the rows, the model and the optimizers; writes checkpoints, a log and its curve into the work folder.
-A grown model has a run of its own; tokens and log go on from those of the run before.
+A later run has a clock of its own; tokens and log go on from those of the run before.
 """
 
 import json
 import math
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,19 +18,20 @@ from torch import Tensor
 
 from training.model import Llama, Shape
 from training.muon import Muon
-from training.rows import ROW
+from training.rows import END, MIDDLE, PREFIX, ROW, SUFFIX
 
 BATCH = 8192  # tokens a step
 MICRO = 2048  # tokens a forward pass
-LONG = 2048  # length of long rows: all at the end of a first run, a quarter of the tokens throughout a second
-LONG_FROM = 0.87  # share of the budget after which all rows are long
+LONG = 2048  # length of long rows: all at the end of a first run, every so many passes throughout a later one
+LONG_FROM = 0.87  # share of the budget after which all rows of a first run are long
 WARMUP = 0.02  # share of the budget
 MUON_RATE, ADAM_RATE = 0.02, 0.004
 SAVE_EVERY = 300  # seconds
 SEED = 1
-KEPT = ("seconds", "step", "position", "tokens", "peak", "mixed", "log")
+SET_BY_CALLER = torch.tensor([PREFIX, SUFFIX, MIDDLE])
+KEPT = ("seconds", "step", "position", "tokens", "peak", "long_each", "middle_weight", "log")
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Run:
@@ -51,8 +53,10 @@ class Run:
         self.position = 0  # in the token stream
         self.tokens = 0
         self.peak = 1.0  # factor of the learning rates
-        self.mixed = False  # long rows throughout
+        self.long_each = 0  # every so many passes have a long row; 0: those of the end alone
+        self.middle_weight = 1.0  # of a token of a middle in the loss, its end included
         self.log: list[dict[str, float]] = []
+        self.stopped = False
 
     def save(self, path: Path) -> None:
         """Write the checkpoint; a crash while writing leaves the former one."""
@@ -88,15 +92,17 @@ def train(work: Path, minutes: float, shape: Shape) -> None:
     run = Run.load(checkpoint) if checkpoint.exists() else Run(shape)
     size = sum(weight.numel() for weight in run.model.parameters())
     print(f"{size:,} parameters, {len(stream):,} tokens in the stream", flush=True)
+    weights = weigh(stream, run.middle_weight)
     loss_of = torch.compile(run.model.loss, dynamic=False)
     before, last, saved = run.seconds, time.monotonic(), time.monotonic()
     start = last
-    while True:
+    signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stopped", True))
+    while not run.stopped:
         run.seconds = before + time.monotonic() - start
         progress = run.seconds / (60 * minutes)
         if progress >= 1:
             break
-        loss = _step(run, loss_of, stream, progress)
+        loss = _step(run, loss_of, stream, weights, progress)
         now = time.monotonic()
         run.log.append({"seconds": round(run.seconds, 1), "tokens": run.tokens, "loss": round(loss, 4)})
         if run.step % 10 == 0:
@@ -115,18 +121,38 @@ def train(work: Path, minutes: float, shape: Shape) -> None:
     draw(run.log, work / "loss.png")
 
 
-def _step(run: Run, loss_of: Loss, stream: Tensor, progress: float) -> float:
-    """One batch through the model and one step of both optimizers; returns the mean loss."""
+def weigh(stream: Tensor, middle: float) -> Tensor:
+    """The weight of every token in the loss: `middle` in a middle, and nothing where a caller sets the token.
+
+    Nobody asks the model where a gap begins. A first run's and a second run's loss has all tokens alike.
+    """
+    weights = torch.where(middles(stream), middle, 1.0)
+    return weights.masked_fill(torch.isin(stream, SET_BY_CALLER), 0.0) if middle != 1 else weights
+
+
+def middles(stream: Tensor) -> Tensor:
+    """Which tokens belong to the middle of an infill document, the END behind it included."""
+    at = torch.arange(len(stream))
+    begun = torch.where(stream == MIDDLE, at, -1).cummax(0).values
+    ended = torch.where(stream == END, at, -1).cummax(0).values
+    return (begun > ended.roll(1)) & (begun < at) & (at > 0)
+
+
+def _step(run: Run, loss_of: Loss, stream: Tensor, weights: Tensor, progress: float) -> float:
+    """One batch through the model and one step of both optimizers; returns the mean loss without weights."""
     total = 0.0
     for turn in range(BATCH // MICRO):
-        length = LONG if (turn == 0 if run.mixed else progress >= LONG_FROM) else ROW
+        number = run.step * (BATCH // MICRO) + turn
+        length = LONG if (number % run.long_each == 0 if run.long_each else progress >= LONG_FROM) else ROW
         rows = MICRO // length
         if run.position + MICRO >= len(stream):
             run.position = 0
-        part = stream[run.position : run.position + MICRO + 1]
-        loss = loss_of(part[:-1].view(rows, length), part[1:].view(rows, length)) * MICRO / BATCH
-        loss.backward()
-        total += loss.item()
+        ids = slice(run.position, run.position + MICRO)
+        targets = slice(run.position + 1, run.position + MICRO + 1)
+        parts = stream[ids], stream[targets], weights[targets]
+        loss, plain = loss_of(*(part.view(rows, length) for part in parts))
+        (loss * MICRO / BATCH).backward()
+        total += plain.item() * MICRO / BATCH
         run.position += MICRO
         run.tokens += MICRO
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
@@ -157,7 +183,7 @@ def draw(log: list[dict[str, float]], path: Path) -> None:
         axes.axvline(tokens[0], color="#888888", linewidth=0.6)
         axes.plot(tokens, losses, color="#cccccc", linewidth=0.6)
         axes.plot(tokens[width - 1 :], smooth, color="#204a87")
-    axes.set(xlabel="million tokens", ylabel="loss (nats a token)", ylim=(1.5, 5))
+    axes.set(xlabel="million tokens", ylabel="loss (nats a token)", ylim=(0, 5))
     figure.tight_layout()
     figure.savefig(path, dpi=80)
 
