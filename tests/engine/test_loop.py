@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 
 from history import HistoryRunner, alone, logits_after, scores
@@ -148,13 +149,28 @@ def test_scored_tokens_are_the_prompts_own_from_the_second_on():
 
 def test_prompts_and_running_sequences_take_turns():
     runner = HistoryRunner(slots=2, chunk=2)
-    loop = Loop(runner)
+    seconds = itertools.count()
+    loop = Loop(runner, clock=lambda: float(next(seconds)))  # a pass takes longer than prompts may at a time
     loop.start(0, job(max_tokens=8))
     loop.step()
     loop.start(1, job(prompt=tuple(range(10)), max_tokens=1))
     finish(loop)
     kinds = [batch.rows[0].slot for batch in runner.batches[1:10]]
     assert kinds == [0, 1, 0, 1, 0, 1, 0, 1, 0]
+
+
+def test_many_prompts_are_computed_before_few_sequences_run():
+    """A pass takes a tenth of a second: two fit the time for prompts, and up to six while few sequences run."""
+    tenths = itertools.count()
+    runner = HistoryRunner(slots=16, chunk=32)
+    loop = Loop(runner, clock=lambda: next(tenths) / 10)
+    for run in range(12):
+        loop.start(run, job(prompt=(run, *range(1, 20), *range(12)), max_tokens=40))
+    finish(loop)
+    kinds = ["prompt" if len(batch.rows[0].tokens) > 1 else "step" for batch in runner.batches]
+    lengths = [len(list(group)) for kind, group in itertools.groupby(kinds) if kind == "prompt"]
+    assert lengths[1] > lengths[-1]
+    assert max(lengths) <= 8
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one():

@@ -14,7 +14,7 @@ from afterword.engine.core.sequence import Sequence
 from afterword.engine.protocol import End, Job, Load, Step, Token
 
 PASS_SECONDS = 0.25
-"""How long a pass over a prompt may take while others wait. Streams stall for as long."""
+"""How long prompts may be computed at a time while others wait; up to three times as long while few sequences run."""
 
 
 @dataclass(slots=True)

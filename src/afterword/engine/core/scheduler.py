@@ -20,6 +20,7 @@ from afterword.engine.protocol import Job, Load, Token
 
 WINDOW = 32  # of a client's waiting jobs, how many are looked at
 LEAST_PASS = 32  # tokens of a prompt: fewer are computed hardly faster
+MOST_BUDGETS = 3  # for prompts at a time, while they are many and few sequences run
 PATIENCE = 8  # how often a job may be passed over for one whose prompt is further computed
 
 
@@ -46,7 +47,7 @@ class Scheduler:
         self._waiting: dict[str, dict[int, Work]] = {}  # nothing computed yet: by client, in order of arrival
         self._held: dict[Slot, Sequence] = {}
         self._turns: deque[Sequence] = deque()  # sequences whose prompt is being computed, next turn first
-        self._prompt_turn = True
+        self._spent = 0  # tokens of prompts computed since running sequences had their turn
         self._short_turn = True
 
     # ---- what comes in
@@ -90,7 +91,7 @@ class Scheduler:
     def schedule(self, budget: int | None = None) -> Batch | None:
         """The next pass, or None when there is nothing to compute.
 
-        `budget` is how many tokens of a prompt may be computed while others wait; None: as many as fit a pass.
+        `budget` is how many tokens of prompts may be computed at a time while others wait; None: as many as fit a pass.
         """
         rows = self._rows(budget)
         return Batch(self._slots.moves(), rows) if rows else None
@@ -237,15 +238,27 @@ class Scheduler:
 
     def _rows(self, budget: int | None) -> tuple[Row, ...]:
         running = [sequence for sequence in self._held.values() if not sequence.catching_up]
-        if self._turns and (self._prompt_turn or not running):
-            self._prompt_turn = False
-            alone = len(self._held) == 1 and not self._waiting
-            return (self._prompt_row(self._next_turn(), self._chunk if alone or budget is None else budget),)
-        self._prompt_turn = True
+        if not running:
+            self._spent = 0
+        left = self._share(budget, len(running)) - self._spent
+        if self._turns and (not self._spent or left >= LEAST_PASS):
+            row = self._prompt_row(self._next_turn(), left)
+            self._spent += len(row.tokens)
+            return (row,)
+        self._spent = 0
         if len(running) > 1:
             self._slots.gather()
         rows = [Row(_index(s), s.computed, s.slice(s.computed, s.length), 1) for s in running]
         return tuple(sorted(rows, key=lambda row: row.slot))
+
+    def _share(self, budget: int | None, running: int) -> int:
+        """How many tokens of prompts may be computed before running sequences have a turn.
+
+        More while most are still waiting for their prompt: running few at a time costs all of them.
+        """
+        if budget is None or (len(self._held) == 1 and not self._waiting):
+            return self._chunk
+        return int(budget * min(1 + len(self._turns) / max(running, 1), MOST_BUDGETS))
 
     def _next_turn(self) -> Sequence:
         """By turns the one with the least to compute and the one that has waited longest."""
