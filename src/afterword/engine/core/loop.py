@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from afterword.engine.core.batch import Batch, Logits, Row, Runner
 from afterword.engine.core.sampler import Sampler
-from afterword.engine.core.scheduler import Begun, Scheduler
+from afterword.engine.core.scheduler import LEAST_PASS, Begun, Scheduler
 from afterword.engine.core.sequence import Sequence
 from afterword.engine.protocol import End, Job, Load, Step, Token
 
@@ -83,11 +83,11 @@ class Loop:
         return {run: draft.step() for run, draft in drafts.items()}
 
     def _measure(self, batch: Batch, seconds: float) -> None:
-        """Follow the speed of passes over prompts: up at once, down slowly, since a short pass says little."""
+        """Follow the speed of passes over prompts. Short ones say little: they are as slow as their fixed costs."""
         tokens = len(batch.rows[0].tokens)
-        if tokens > 1 and seconds > 0:
+        if seconds > 0 and (tokens >= LEAST_PASS or (tokens > 1 and self._pace is None)):
             pace = tokens / seconds
-            self._pace = max(pace, 0.7 * self._pace + 0.3 * pace) if self._pace else pace
+            self._pace = 0.5 * self._pace + 0.5 * pace if self._pace else pace
 
     def _postprocess(self, row: Row, sequence: Sequence, logits: Logits, draft: _Draft) -> None:
         job = sequence.work.job
