@@ -144,7 +144,8 @@ def test_only_what_was_measured_is_promised(file_type, experts, kv_type, layers,
 
 
 @pytest.mark.parametrize(
-    ("file_type", "said"), [("BF16", "Q8_0"), ("Q4_K_M", "Q4_0"), ("Q6_K", "Q4_0"), ("Q8_0", None), ("Q4_0", None)]
+    ("file_type", "said"),
+    [("F16", "Q8_0"), ("BF16", "Q8_0"), ("Q4_K_M", "Q4_0"), ("Q6_K", "Q4_0"), ("Q8_0", None), ("Q4_0", None)],
 )
 def test_a_better_type_for_this_machine_is_named(file_type, said):
     tip = advice(file_type)

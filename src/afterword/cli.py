@@ -71,7 +71,7 @@ def engine_options(command: F) -> F:
         click.option(
             "--kv-type",
             type=click.Choice(["exact", "f16", "f32"]),
-            help="Keys and values; see docs/reproducibility.md.  [default: exact for Q8_0 and Q4_0, else f16]",
+            help="Keys and values; see docs/reproducibility.md.  [default: exact for quantized weights, else f16]",
         ),
         click.option("--gpu-layers", type=int, default=0, help="Layers computed by a GPU; -1 for all of them."),
         click.option("--verbose", is_flag=True, help="Show what llama.cpp logs."),

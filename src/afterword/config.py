@@ -39,9 +39,9 @@ def promise(file_type: str, experts: int, kv_type: KvType, gpu_layers: int) -> P
 
 def advice(file_type: str) -> str | None:
     """What another type of the same model would bring on a CPU, as measured (docs/performance.md); None if little."""
-    if file_type in ("F32", "F16", "BF16"):
+    if file_type in ("F16", "BF16"):
         return (
-            f"A Q8_0 file of this model would take half the memory of {file_type} or less, generate 1.4 to 1.6 times "
+            f"A Q8_0 file of this model would take half the memory of {file_type}, generate 1.4 to 1.6 times "
             "as fast (as measured), and give the same bytes to the same request."
         )
     if file_type.endswith(("_K", "_K_S", "_K_M", "_K_L")):

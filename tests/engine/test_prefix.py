@@ -116,6 +116,14 @@ def test_what_was_scored_once_costs_nothing_again(again):
     assert [end for step in steps for end in step.ended] == [(0, "length")]
 
 
+def test_what_is_scored_often_is_not_given_up_first():
+    loop = Loop(HistoryRunner(slots=2, chunk=32))
+    often, other, third = (job(prompt=(first, *COMMON), max_tokens=0, prompt_alternatives=0) for first in (1, 2, 3))
+    for each in (often, other, often, third):
+        brought(loop, each)
+    assert cached(brought(loop, often)[0]) == 20
+
+
 def test_more_alternatives_than_are_known_are_computed():
     runner = HistoryRunner(slots=2, chunk=8)
     loop = Loop(runner)

@@ -191,6 +191,8 @@ class Scheduler:
             self._waiting[job.client] = works  # now behind the clients that run as much
         keep, scores = (hit.keep, hit.scores) if hit else (0, ())
         if wanted.most == len(job.prompt) and keep == len(job.prompt) - 1:
+            if hit:
+                self._slots.touch(hit.slot)  # the text that is asked for most is not the first to be given up
             self._forget(work)
             return Begun(work, keep, scores, complete=True)
         self._place(Sequence(work, sample=0), self._slots.take(wanted, hit))

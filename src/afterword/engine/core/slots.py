@@ -158,6 +158,11 @@ class Slots:
             slot.breadth = wanted.alternatives or 0
         return slot
 
+    def touch(self, slot: Slot) -> None:
+        """What a slot holds was of use."""
+        self._clock += 1
+        slot.used = self._clock
+
     def fork(self, source: Slot, keep: int) -> Slot:
         """A slot with the first `keep` tokens of a taken one. There must be room."""
         slot = self._oldest()
