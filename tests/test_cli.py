@@ -96,7 +96,7 @@ def test_bad_settings_are_one_sentence(words, said, tmp_path):
     [
         ("Q8_0", {}, "exact"),
         ("Q4_0", {}, "exact"),
-        ("F16", {}, "f16"),
+        ("F16", {}, "exact"),
         ("Q8_0", {"kv_type": "f32"}, "f32"),
         ("Q8_0", {"gpu_layers": -1}, "f16"),
     ],
@@ -134,7 +134,8 @@ def test_the_environment_sets_what_the_command_line_does_not():
     [
         ("Q8_0", 0, "exact", 0, "exact"),
         ("Q4_K_M", 0, "f16", 0, "reproducible"),
-        ("F16", 0, "exact", 0, "none"),
+        ("F16", 0, "exact", 0, "exact"),
+        ("F16", 0, "f16", 0, "none"),
         ("Q8_0", 8, "exact", 0, "none"),
         ("Q8_0", 0, "f16", -1, "none"),
     ],

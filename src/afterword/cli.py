@@ -26,7 +26,7 @@ from afterword.completion.limits import STRICT, Limits
 from afterword.completion.plan import make_plan
 from afterword.completion.request import parse
 from afterword.completion.run import run, tokenize
-from afterword.config import GRID, REPACKED_TYPES, SMALL_MODEL, Config, EngineSettings, Keys, advice, promise
+from afterword.config import GRID, PAIRED_TYPES, REPACKED_TYPES, SMALL_MODEL, Config, EngineSettings, Keys, advice, promise
 from afterword.engine import frames
 from afterword.engine.protocol import Card, Promise
 from afterword.engine.supervisor import Supervisor
@@ -71,7 +71,7 @@ def engine_options(command: F) -> F:
         click.option(
             "--kv-type",
             type=click.Choice(["exact", "f16", "f32"]),
-            help="Keys and values; see docs/reproducibility.md.  [default: exact for quantized weights, else f16]",
+            help="Keys and values; see docs/reproducibility.md.  [default: exact on a CPU where it is known to be, else f16]",
         ),
         click.option("--gpu-layers", type=int, default=0, help="Layers computed by a GPU; -1 for all of them."),
         click.option("--verbose", is_flag=True, help="Show what llama.cpp logs."),
@@ -252,6 +252,7 @@ def open_frame(model: Model, facts: Facts, settings: EngineSettings) -> frames.O
         verbose=settings.verbose,
         grid=1 if promised == "exact" else GRID,
         repack=promised == "none" or facts.file_type in REPACKED_TYPES,
+        pairs=promised == "exact" and facts.file_type in PAIRED_TYPES,
         promise=promised,
     )
 

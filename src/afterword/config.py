@@ -20,6 +20,9 @@ SMALL_MODEL = 64 * 2**20
 REPACKED_TYPES = frozenset({"Q8_0", "Q4_0", "IQ4_NL", "IQ4_XS"})
 """Weights whose repacked kernels give a row of a product the same bits whatever the other rows are."""
 
+PAIRED_TYPES = frozenset({"F32", "F16", "BF16"})
+"""Weights whose kernels for one row differ from those for two or more, which agree: no row may be alone."""
+
 EXACT_TYPES = REPACKED_TYPES | {
     *("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"),
     *("Q4_1", "Q5_0", "Q5_1"),
@@ -32,9 +35,11 @@ GRID = 64
 
 def promise(file_type: str, experts: int, kv_type: KvType, gpu_layers: int) -> Promise:
     """What was measured of such weights (docs/reproducibility.md); of weights among experts nothing was."""
-    if file_type not in EXACT_TYPES or experts or gpu_layers:
+    if file_type not in EXACT_TYPES | PAIRED_TYPES or experts or gpu_layers:
         return "none"
-    return "exact" if kv_type == "exact" else "reproducible"
+    if kv_type == "exact":
+        return "exact"
+    return "none" if file_type in PAIRED_TYPES else "reproducible"
 
 
 def advice(file_type: str) -> str | None:
@@ -42,7 +47,7 @@ def advice(file_type: str) -> str | None:
     if file_type in ("F16", "BF16"):
         return (
             f"A Q8_0 file of this model would take half the memory of {file_type}, generate 1.4 to 1.6 times "
-            "as fast (as measured), and give the same bytes to the same request."
+            "as fast (as measured)."
         )
     if file_type.endswith(("_K", "_K_S", "_K_M", "_K_L")):
         return "A Q4_0 file of this model would read prompts faster (1.5 times, as measured against Q4_K_M)."

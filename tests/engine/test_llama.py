@@ -29,8 +29,11 @@ GREEDY = Sampling(temperature=0.0)
 WARM = Sampling(top_p=0.95)
 
 
-def open_model(path: Path, sequences: int = 4, kv_type: KvType = "exact", chunk: int = 32) -> Loaded:
-    settings = Open(str(path), 512, sequences, 1, chunk, kv_type, 0, False, grid=1 if kv_type == "exact" else chunk)
+def open_model(
+    path: Path, sequences: int = 4, kv_type: KvType = "exact", chunk: int = 32, pairs: bool = False
+) -> Loaded:
+    grid = 1 if kv_type == "exact" else chunk
+    settings = Open(str(path), 512, sequences, 1, chunk, kv_type, 0, False, grid=grid, pairs=pairs)
     runner = LlamaRunner(settings)
     card, vocabulary = make_card(runner, settings)
     return Loaded(runner, card, vocabulary.tokenize)
@@ -180,13 +183,16 @@ def test_every_float_is_the_same_whether_a_token_is_read_or_generated(chunk):
         assert [(t.id, t.logprob, t.top) for _, t in read] == [(t.id, t.logprob, t.top) for _, t in generated]
 
 
-def test_numbers_of_unquantized_weights_hardly_depend_on_how_a_token_came(tmp_path):
-    model = open_model(write_tiny(tmp_path / "tiny.gguf", file_type="F32"), kv_type="f32")
+@pytest.mark.parametrize("file_type", ["F32", "F16", "BF16"])
+def test_tokens_of_unquantized_weights_are_computed_in_company(file_type, tmp_path):
+    """To the end of the context: the company of its last token has a place too."""
+    model = open_model(write_tiny(tmp_path / "tiny.gguf", file_type=file_type), chunk=64, pairs=True)
     loop = Loop(model.runner)
-    generated = play(loop, [Job((1, 2, 3), 1, 100, WARM, (), b"k" * 16, alternatives=0)])[0]
+    generated = play(loop, [Job((1, 2, 3), 1, 509, WARM, (), b"k" * 16, alternatives=3)])[0]
     whole = (1, 2, 3, *(token.id for _, token in generated))
-    read = play(loop, [Job(whole, 1, 0, GREEDY, (), b"k" * 16, prompt_alternatives=0)])[0][2:]
-    assert [t.logprob for _, t in read] == pytest.approx([t.logprob for _, t in generated], abs=1e-3)
+    read = play(loop, [Job(whole, 1, 0, GREEDY, (), b"k" * 16, prompt_alternatives=3)])[0][2:]
+    assert [(t.id, t.logprob, t.top) for _, t in read] == [(t.id, t.logprob, t.top) for _, t in generated]
+    assert len(whole) == 512
 
 
 def test_a_slot_can_be_cut_and_computed_again(tmp_path):

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from afterword.config import GRID, REPACKED_TYPES
+from afterword.config import GRID, PAIRED_TYPES, REPACKED_TYPES
 from afterword.engine.core.loop import Loop
 from afterword.engine.frames import KvType, Open
 from afterword.engine.llama import library
@@ -47,7 +47,7 @@ def quantized(folder: Path, file_type: str) -> Path:
     path = folder / f"{file_type}.gguf"
     if not path.exists():
         params = native.llama_model_quantize_default_params()
-        params.ftype = getattr(native, f"LLAMA_FTYPE_MOSTLY_{file_type}")
+        params.ftype = getattr(native, f"LLAMA_FTYPE_{'ALL' if file_type == 'F32' else 'MOSTLY'}_{file_type}")
         params.allow_requantize, params.nthread = True, 1
         assert native.llama_model_quantize(bytes(builtin_path()), bytes(path), ctypes.byref(params)) == 0
     return path
@@ -55,8 +55,9 @@ def quantized(folder: Path, file_type: str) -> Path:
 
 def open_loop(path: Path, file_type: str, kv_type: KvType, sequences: int) -> Loop:
     grid = 1 if kv_type == "exact" else GRID
-    repack = file_type in REPACKED_TYPES
-    return Loop(LlamaRunner(Open(str(path), 512, sequences, 1, 128, kv_type, 0, False, grid=grid, repack=repack)))
+    repack, pairs = file_type in REPACKED_TYPES, file_type in PAIRED_TYPES
+    settings = Open(str(path), 512, sequences, 1, 128, kv_type, 0, False, grid=grid, repack=repack, pairs=pairs)
+    return Loop(LlamaRunner(settings))
 
 
 def requests(count: int, seed: int) -> list[Job]:
@@ -167,18 +168,27 @@ def test_200_requests_of_the_built_in_model(folder):
 
 @pytest.mark.parametrize(
     ("file_type", "kv_type"),
-    [("Q8_0", "f16"), ("Q4_0", "exact"), ("Q4_0", "f16"), ("Q4_K_M", "exact"), ("Q6_K", "exact")],
+    [
+        *(("Q8_0", "f16"), ("Q4_0", "exact"), ("Q4_0", "f16"), ("Q4_K_M", "exact"), ("Q6_K", "exact")),
+        *(("F32", "exact"), ("F16", "exact"), ("BF16", "exact")),
+    ],
 )
 def test_other_weights_and_other_keys_and_values(folder, file_type, kv_type):
     check(quantized(folder, file_type), file_type, kv_type, count=20)
 
 
+QUANTIZED = (
+    *("Q8_0", "Q4_0", "IQ4_NL", "IQ4_XS", "Q4_1", "Q5_0", "Q5_1"),
+    *("Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K"),
+)
+EVERY_PROMISE = (
+    *((file_type, kv_type) for file_type in QUANTIZED for kv_type in ("exact", "f16")),
+    *((file_type, "exact") for file_type in sorted(PAIRED_TYPES)),
+)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kv_type", ["exact", "f16"])
-@pytest.mark.parametrize(
-    "file_type",
-    ["Q8_0", "Q4_0", "IQ4_NL", "IQ4_XS", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K"],
-)
+@pytest.mark.parametrize(("file_type", "kv_type"), EVERY_PROMISE)
 def test_many_requests_of_every_type(folder, file_type, kv_type):
     check(quantized(folder, file_type), file_type, kv_type, count=2000 if file_type in ("Q8_0", "Q4_0") else 300)

@@ -24,7 +24,8 @@ class Open(Value, frozen=True, tag=True):
 
     "exact": a token has the same numbers whether it is read or generated, where the weights' products allow it.
     `chunk` and `grid`: see `core.batch.Runner`. `repack`: weights may be laid out anew for kernels that are faster, and
-    in some types depend on the number of rows. `promise` is what is known of numbers that are computed like this.
+    in some types depend on the number of rows. `pairs`: no token is computed alone, see `llama.pairs`. `promise` is
+    what is known of numbers that are computed like this.
     """
 
     path: str
@@ -37,6 +38,7 @@ class Open(Value, frozen=True, tag=True):
     verbose: bool
     grid: int = 64
     repack: bool = True
+    pairs: bool = False
     promise: Promise = "none"
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from afterword.engine.core.batch import Batch, Cut, Fork, Logits, Row
 from afterword.engine.frames import Open
 from afterword.engine.llama.library import last_error, native
+from afterword.engine.llama.pairs import pair
 from afterword.errors import EngineError, SettingError
 
 _BF16 = 30  # ggml's number, which the bindings do not name
@@ -44,24 +45,34 @@ class LlamaRunner:
             or native.llama_model_is_hybrid(self.model)
             or native.llama_model_n_swa(self.model) > 0
         )
-        self._arrays = _BatchArrays(max(settings.chunk, settings.sequences))
+        self.pairs = settings.pairs and self.rewinds
+        self._arrays = _BatchArrays(_most_tokens(settings))
 
     def run(self, batch: Batch) -> Logits:
         """Execute a batch; see `core.batch.Runner.run`."""
         for move in batch.moves:
             self._move(move)
-        status = native.llama_decode(self._context, self._arrays.fill(batch.rows))
-        if status != 0:
-            raise EngineError(f"llama_decode failed with status {status}: {last_error()}")
-        if not batch.outputs:
-            native.llama_synchronize(self._context)
-            return np.empty((0, self._vocabulary), np.float32)
-        pointer = native.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(pointer, (batch.outputs, self._vocabulary))
+        if not self.pairs:
+            return self._decode(batch.rows)
+        paired = pair(batch.rows)
+        logits = self._decode(paired.rows)
+        for cut in paired.forget:
+            self._move(cut)
+        return logits if len(paired.wanted) == len(logits) else logits[list(paired.wanted)]
 
     def held(self, slot: int) -> int:
         """How many tokens' state a slot holds."""
         return int(native.llama_memory_seq_pos_max(self._memory, slot)) + 1
+
+    def _decode(self, rows: tuple[Row, ...]) -> Logits:
+        status = native.llama_decode(self._context, self._arrays.fill(rows))
+        if status != 0:
+            raise EngineError(f"llama_decode failed with status {status}: {last_error()}")
+        outputs = sum(row.outputs for row in rows)
+        if not outputs:
+            native.llama_synchronize(self._context)
+            return np.empty((0, self._vocabulary), np.float32)
+        return np.ctypeslib.as_array(native.llama_get_logits(self._context), (outputs, self._vocabulary))
 
     def _move(self, move: Fork | Cut) -> None:
         if isinstance(move, Fork):
@@ -127,11 +138,16 @@ def _load(settings: Open) -> object:
     return model
 
 
+def _most_tokens(settings: Open) -> int:
+    """Of one pass: a chunk of a prompt or a token of each sequence, with company."""
+    return max(settings.chunk, settings.sequences + settings.pairs)
+
+
 def _context(model: object, settings: Open) -> object:
     params = native.llama_context_default_params()
-    params.n_ctx = settings.context * settings.sequences
+    params.n_ctx = (settings.context + settings.pairs) * settings.sequences
     params.n_seq_max = settings.sequences
-    params.n_batch = params.n_ubatch = max(settings.chunk, settings.sequences)
+    params.n_batch = params.n_ubatch = _most_tokens(settings)
     params.n_threads = params.n_threads_batch = settings.threads
     flash, params.type_k, params.type_v = _ATTENTION[settings.kv_type]
     params.flash_attn_type = flash

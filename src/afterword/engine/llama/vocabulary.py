@@ -104,7 +104,7 @@ def make_card(runner: LlamaRunner, settings: Open) -> tuple[Card, Vocabulary]:
         longest=max(len(piece.replace(b" ", "▁".encode())) for piece in pieces) if vocabulary.keeps_text else 0,
         infill=vocabulary.infill(),
         fingerprint=fingerprint(settings),
-        promise=settings.promise,
+        promise="none" if settings.pairs and not runner.pairs else settings.promise,
     )
     return card, vocabulary
 
@@ -114,7 +114,8 @@ def fingerprint(settings: Open) -> str:
     digest = hashlib.sha256(version().encode())
     digest.update(_weights_digest(Path(settings.path)))
     digest.update(
-        f"{settings.context} {settings.kv_type} {settings.grid} {settings.repack} {settings.gpu_layers}".encode()
+        f"{settings.context} {settings.kv_type} {settings.grid} {settings.repack} {settings.pairs} "
+        f"{settings.gpu_layers}".encode()
     )
     return "fp_" + digest.hexdigest()[:16]
 
