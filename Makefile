@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # The library's image and audio parts are not used; without them it compiles in half the time.
 export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
 
-.PHONY: serve test slow clients check lock
+.PHONY: serve test slow chaos clients check lock
 
 serve: $(VENV)/.serve  ## serve the built-in model: make serve, or make serve MODEL=path.gguf ARGS="--port 9000"
 	$(BIN)/afterword serve $(MODEL) $(ARGS)
@@ -16,6 +16,9 @@ test: $(VENV)/.dev  ## run all tests but the slow ones
 
 slow: $(VENV)/.dev  ## run all tests
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+chaos: $(VENV)/.dev  ## run the gates, at their size for a commit, and every planted bug
+	$(BIN)/python -m pytest tests/chaos
 
 clients: $(VENV)/.clients  ## other people's clients against the server; needs more than a gigabyte, Node too if it is there
 	PYTHONPATH=$(abspath $(VENV)/clients) NODE_PATH=$(abspath $(VENV)/node/node_modules) $(BIN)/python -m pytest tests/clients

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO
 
 import httpx
@@ -39,12 +40,12 @@ class Server:
 
 
 @contextmanager
-def running(*args: str, key: str | None = KEY) -> Iterator[Server]:
+def running(*args: str, key: str | None = KEY, stderr: Path | None = None) -> Iterator[Server]:
     """`afterword serve` with these arguments on a free port. It must end cleanly when it is told to."""
     keys = ("--api-key", key) if key else ()
     command = [sys.executable, "-m", "afterword", "serve", "--port", "0", *keys, *args]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("AFTERWORD_")}
-    with tempfile.TemporaryFile("w+") as log:
+    with stderr.open("w+") if stderr else tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
         with process:
             try:

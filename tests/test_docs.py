@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from afterword.api import ratelimit
 from afterword.api.app import GUARDED, OPEN
 from afterword.completion.fields import StreamOptions
 from afterword.completion.request import EXTENSIONS, FIELDS
@@ -54,6 +55,18 @@ def test_every_status_is_explained(status):
 @pytest.mark.parametrize("route", [*OPEN, *GUARDED], ids=lambda route: route.path)
 def test_every_route_is_explained(route):
     assert route.path.replace("{model:path}", "{id}") in REFERENCE
+
+
+@pytest.mark.parametrize("name", [*ratelimit.HEADERS, "x-should-retry", "retry-after", "x-request-id"])
+def test_every_header_is_explained(name):
+    assert f"`{name}" in REFERENCE.lower()
+
+
+def test_the_operators_page_ties_itself_to_what_exists():
+    names = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "keys.md").read_text(encoding="utf-8")))
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(names) > 10
+    assert not {name for name in names if f"def {name}(" not in tests}
 
 
 def test_codes_are_found_where_they_are():

@@ -8,7 +8,6 @@ import logging
 import os
 import secrets
 import shlex
-import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -20,22 +19,38 @@ from typing import Any, TypeVar
 import click
 import psutil
 
-from afterword import __version__
+from afterword import __version__, cli_keys, limits
 from afterword.completion.choice import Delta
 from afterword.completion.limits import STRICT, Limits
 from afterword.completion.plan import make_plan
 from afterword.completion.request import parse
 from afterword.completion.run import run, tokenize
-from afterword.config import GRID, PAIRED_TYPES, REPACKED_TYPES, SMALL_MODEL, Config, EngineSettings, Keys, advice, promise
+from afterword.config import (
+    GRID,
+    PAIRED_TYPES,
+    REPACKED_TYPES,
+    SMALL_MODEL,
+    Config,
+    EngineSettings,
+    advice,
+    is_loopback,
+    promise,
+)
+from afterword.door.limits import DoorLimits
 from afterword.engine import frames
 from afterword.engine.protocol import Card, Promise
-from afterword.engine.supervisor import Supervisor
+from afterword.engine.supervisor import Policy, Supervisor
 from afterword.errors import AfterwordError, SettingError
+from afterword.keys.key import given_keys
+from afterword.keys.ring import Ring
+from afterword.keys.store import Store, default_path
+from afterword.log import open_lines
 from afterword.models.gguf import Facts, read_facts
 from afterword.models.memory import available_memory, choose_shape
 from afterword.models.registry import HubFile, Model, installed, locate, parse_spec
 
 F = TypeVar("F", bound=Callable[..., Any])
+SECONDS = click.FloatRange(0, 86_400)
 _KV_BYTES = {"exact": 2, "f16": 2, "f32": 4}
 
 
@@ -71,7 +86,7 @@ def engine_options(command: F) -> F:
         click.option(
             "--kv-type",
             type=click.Choice(["exact", "f16", "f32"]),
-            help="Keys and values; see docs/reproducibility.md.  [default: exact on a CPU where it is known to be, else f16]",
+            help="Keys and values; see docs/reproducibility.md.  [default: exact where it is known to be, else f16]",
         ),
         click.option("--gpu-layers", type=int, default=0, help="Layers computed by a GPU; -1 for all of them."),
         click.option("--verbose", is_flag=True, help="Show what llama.cpp logs."),
@@ -93,8 +108,21 @@ def engine_options(command: F) -> F:
     help="A key that opens the server; can be repeated.",
 )
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="A file with a key a line.")
+@click.option("--keys", is_flag=True, help="Let in who has a key of afterword keys create.")
+@click.option("--keys-file", type=click.Path(path_type=Path), envvar=cli_keys.KEYS_FILE, help="Keys kept elsewhere.")
+@click.option("--wrong-keys", type=click.IntRange(min=0), default=20, help="Most a minute from one address; 0: any.")
+@click.option("--shared-cache", is_flag=True, help="Use what was computed for one key for others too.")
+@click.option("--log", type=click.Path(path_type=Path), help="Add a line of JSON a request to a file; - is stderr.")
 @click.option("--allow-open", is_flag=True, help="Listen beyond this machine without any key.")
 @click.option("--cors-origin", multiple=True, help="A web page's origin that may use the server; can be repeated.")
+@click.option("--allowed-host", multiple=True, help="A name that the server answers to; * for any; can be repeated.")
+@click.option(
+    "--proxy", multiple=True, help="Address of a reverse proxy, which says for whom it asks; can be repeated."
+)
+@click.option("--drain-delay", type=SECONDS, default=0.0, help="Seconds to go on after SIGTERM, for a load balancer.")
+@click.option("--grace", type=SECONDS, default=30.0, help="Seconds that answers have to end when the server does.")
+@click.option("--limit", multiple=True, help="NAME=NUMBER of the limits that --print-limits lists; can be repeated.")
+@click.option("--print-limits", is_flag=True, help="List the limits and what they are, and do no more.")
 @click.option("--plain-text", is_flag=True, help="Text that spells a special token is plain text.")
 @click.option("--max-queue", type=click.IntRange(min=1), default=4096, help="Most prompts that wait.")
 @click.option("--max-logprobs", type=click.IntRange(0, 1000), default=20, help="Most alternatives a token.")
@@ -111,8 +139,19 @@ def serve(
     alias: str | None,
     api_key: tuple[str, ...],
     api_key_file: Path | None,
+    keys: bool,
+    keys_file: Path | None,
+    wrong_keys: int,
+    shared_cache: bool,
+    log: Path | None,
     allow_open: bool,
     cors_origin: tuple[str, ...],
+    allowed_host: tuple[str, ...],
+    proxy: tuple[str, ...],
+    drain_delay: float,
+    grace: float,
+    limit: tuple[str, ...],
+    print_limits: bool,
     plain_text: bool,
     max_queue: int,
     max_logprobs: int,
@@ -122,18 +161,34 @@ def serve(
     **engine: Any,
 ) -> None:
     """Serve MODEL: a GGUF file, hf:owner/repo[:file or quant], or nothing for the built-in model."""
-    limits = STRICT if strict else Limits(max_logprobs=max_logprobs, max_stop=max_stop)
+    given = limits.parse(limit)
+    requests = STRICT if strict else Limits(max_logprobs=max_logprobs, max_stop=max_stop)
+    requests = limits.with_limits(requests, given)
+    door = limits.with_limits(DoorLimits(max_per_peer=None if is_loopback(host) else 64), given)
+    policy = limits.with_limits(Policy(queue=max_queue), given)
+    limits.refuse_unknown(given)
+    if print_limits:
+        click.echo(limits.listed(requests, door, policy))
+        return
     config = Config(
         host=host,
         port=port,
-        keys=Keys.of(api_key, api_key_file),
+        keys=given_keys(api_key, api_key_file),
+        keys_file=keys_file or (default_path() if keys else None),
+        shared_cache=shared_cache,
+        wrong_keys=wrong_keys,
+        log=log,
         allow_open=allow_open,
         cors_origins=cors_origin,
+        allowed_hosts=allowed_host,
+        proxies=proxy,
+        drain_delay=drain_delay,
+        grace=grace,
         special_text=not plain_text,
-        max_queue=max_queue,
-        limits=replace(limits, ignore_unknown=ignore_unknown),
+        limits=replace(requests, ignore_unknown=ignore_unknown),
+        door=door,
     )
-    _run(_serve(model, alias, config, EngineSettings(**engine)))
+    _run(_serve(model, alias, config, EngineSettings(**engine), policy))
 
 
 @main.command()
@@ -179,38 +234,42 @@ def pull(spec: str) -> None:
     click.echo(f"{model.id} is at {model.path}. Serve it with: afterword serve {spec}")
 
 
+main.add_command(cli_keys.keys)
+main.add_command(cli_keys.usage)
+
+
 # ---- what the commands do
 
 
-async def _serve(spec: str | None, alias: str | None, config: Config, settings: EngineSettings) -> None:
-    import uvicorn
-
+async def _serve(spec: str | None, alias: str | None, config: Config, settings: EngineSettings, policy: Policy) -> None:
     from afterword.api.app import make_app
+    from afterword.api.life import Life
     from afterword.api.service import Served, Service
+    from afterword.door.server import Door
+    from afterword.door.signals import Told
 
-    with _listen(config) as listener:
-        async with _engine(spec, settings, config.max_queue) as (model, facts, engine):
-            served = Served(alias or model.id, int(model.path.stat().st_mtime), engine)
-            click.echo(greeting(served.id, engine.card, config, listener.getsockname()[1]))
+    model, facts, engine = _prepare(spec, settings, policy)
+    store = Store(config.keys_file, patience=1) if config.keys_file else None
+    ring = Ring(config.keys, store, config.wrong_keys)
+    served = Served(alias or model.id, int(model.path.stat().st_mtime), engine)
+    life = Life()
+    with _listen(config) as listener, open_lines(config.log) as log, Told(life.drain) as told:
+        port = listener.getsockname()[1]
+        app = make_app(Service(config, served, ring, log, life))
+        async with ring.kept(), Door(app, listener, config.door, config.proxies) as door, _ended(engine):
+            if not await told.unless(engine.open()):
+                return
+            click.echo(greeting(served.id, engine.card, config, port))
             if not settings.gpu_layers and (tip := advice(facts.file_type)):
                 click.echo(f"\n{tip}")
-            server = uvicorn.Server(
-                uvicorn.Config(
-                    make_app(Service(config, served)),
-                    log_level="warning",
-                    server_header=False,
-                    timeout_graceful_shutdown=30,
-                )
-            )
-            # uvicorn shuts down on a signal and then raises it again, when there is nothing left to interrupt.
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-            await server.serve(sockets=[listener])
+            await told.first.wait()
+            await door.drain(0 if told.person else config.drain_delay, config.grace, told.again)
 
 
 async def _complete(spec: str | None, body: bytes, settings: EngineSettings) -> None:
     request = parse(body, Limits())
-    async with _engine(spec, settings, max_queue=1) as (_, _, engine):
+    async with _ended(_prepare(spec, settings, Policy())[2]) as engine:
+        await engine.open()
         plan = make_plan(request, engine.card, await tokenize(request, engine), secrets.randbits(64))
         async for item in run(plan, engine):
             if isinstance(item, Delta):
@@ -219,17 +278,18 @@ async def _complete(spec: str | None, body: bytes, settings: EngineSettings) -> 
         sys.stdout.write("\n")
 
 
-@asynccontextmanager
-async def _engine(
-    spec: str | None, settings: EngineSettings, max_queue: int
-) -> AsyncIterator[tuple[Model, Facts, Supervisor]]:
-    """A model's engine, open; closed afterwards."""
+def _prepare(spec: str | None, settings: EngineSettings, policy: Policy) -> tuple[Model, Facts, Supervisor]:
+    """A model and its engine, which is not open yet."""
     model = locate(parse_spec(spec))
     facts = read_facts(model.path)
-    engine = Supervisor(open_frame(model, facts, settings), max_queue=max_queue)
+    return model, facts, Supervisor(open_frame(model, facts, settings), policy)
+
+
+@asynccontextmanager
+async def _ended(engine: Supervisor) -> AsyncIterator[Supervisor]:
+    """An engine that is closed afterwards, opened or not."""
     try:
-        await engine.open()
-        yield model, facts, engine
+        yield engine
     finally:
         await engine.close()
 
@@ -276,7 +336,7 @@ def greeting(name: str, card: Card, config: Config, port: int) -> str:
     """What a person needs to know when the server is up, with a curl line that works."""
     host = f"[{config.host}]" if ":" in config.host else config.host
     url = f"http://{host}:{port}"
-    key = "-H 'Authorization: Bearer YOUR_KEY' " if config.keys.digests else ""
+    key = "-H 'Authorization: Bearer YOUR_KEY' " if config.guarded else ""
     body = json.dumps({"model": name, "prompt": "Once upon a time", "max_tokens": 40})
     return f"""\
 Afterword {__version__} serves {name} ({card.parameters / 1e6:,.1f} M parameters) at

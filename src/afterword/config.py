@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import ipaddress
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from afterword.completion.limits import Limits
+from afterword.door.limits import DoorLimits
 from afterword.engine.frames import KvType
 from afterword.engine.protocol import Promise
 from afterword.errors import SettingError
+from afterword.keys.key import Key
 
 SMALL_MODEL = 64 * 2**20
 """Weights below this many bytes are computed by one thread: with more, waiting costs more than computing."""
@@ -77,65 +77,48 @@ class EngineSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Keys:
-    """The API keys that open the server, as SHA-256 digests. None at all: the server is open."""
-
-    digests: tuple[bytes, ...] = ()
-
-    @classmethod
-    def of(cls, keys: tuple[str, ...], file: Path | None) -> Keys:
-        """Keys given one by one, and one a line in a file (blank lines and lines with # are left out)."""
-        lines: list[str] = []
-        if file is not None:
-            try:
-                lines = file.read_text(encoding="utf-8").splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                raise SettingError(f"--api-key-file {file}: it cannot be read ({error}).") from None
-        listed = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-        if file is not None and not listed:
-            raise SettingError(f"--api-key-file {file}: it has no keys.")
-        if not all(key.isascii() and key.isprintable() and key.strip() for key in (*keys, *listed)):
-            raise SettingError("An API key must be printable ASCII and not empty.")
-        return cls(tuple(cls.digest(key) for key in (*keys, *listed)))
-
-    @staticmethod
-    def digest(key: str) -> bytes:
-        """What is kept of a key."""
-        return hashlib.sha256(key.encode("utf-8", "replace")).digest()
-
-    def allow(self, key: str) -> bool:
-        """Whether a key is one of them. Every digest is compared, in constant time."""
-        presented = self.digest(key)
-        found = False
-        for digest in self.digests:
-            found |= hmac.compare_digest(digest, presented)
-        return found
-
-
-@dataclass(frozen=True, slots=True)
 class Config:
     """How the server is run.
 
+    `keys` were given at the start; more are in the store `keys_file`. With `shared_cache` what was computed for one key
+    is used for others too. `wrong_keys`: so many a minute from one address (0: any number). `log`:
+    the file that a line a request is added to.
     `cors_origins`: web pages that may use it, beside those of this machine; with keys, all may try. `special_text`:
-    text that spells a special token becomes that token.
+    text that spells a special token becomes that token. `allowed_hosts`: names that the server answers to, beside
+    addresses and its own; `*` for any, as where keys are asked for and none are given. `proxies` are believed when they
+    say for whom they ask. When it is told to end, it goes on for `drain_delay` seconds and then lets answers finish
+    for `grace` seconds.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
-    keys: Keys = field(default_factory=Keys)
+    keys: tuple[Key, ...] = ()
+    keys_file: Path | None = None
+    shared_cache: bool = False
+    wrong_keys: int = 20
+    log: Path | None = None
     allow_open: bool = False
     cors_origins: tuple[str, ...] = ()
     special_text: bool = True
-    max_body: int = 8 * 2**20
-    max_queue: int = 4096
+    allowed_hosts: tuple[str, ...] = ()
+    proxies: tuple[str, ...] = ()
+    drain_delay: float = 0.0
+    grace: float = 30.0
     limits: Limits = field(default_factory=Limits)
+    door: DoorLimits = field(default_factory=DoorLimits)
 
     def __post_init__(self) -> None:
-        if not self.keys.digests and not self.allow_open and not is_loopback(self.host):
+        if not self.guarded and not self.allow_open and not is_loopback(self.host):
             raise SettingError(
-                f"--host {self.host} can be reached from other machines and there are no API keys. Give --api-key, "
+                f"--host {self.host} can be reached from other machines and there are no API keys. Give --keys or "
+                "--api-key, "
                 "or --allow-open if anyone who can reach it may use it."
             )
+
+    @property
+    def guarded(self) -> bool:
+        """Whether a key is needed, even if there is none yet."""
+        return bool(self.keys) or self.keys_file is not None
 
 
 def is_loopback(host: str) -> bool:

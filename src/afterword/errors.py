@@ -4,10 +4,14 @@
     ├── SettingError      the operator's: a setting or a model file; told at start, exit status 2
     ├── RequestError      the caller's: 4xx; `param` names the field where one field is to blame
     │   ├── Unauthorized      401
+    │   ├── RateLimited       429
+    │   ├── ReaderTooSlow     in a stream: it was not read as fast as it was made
     │   └── ModelNotFound     404
     ├── Overloaded        the moment's: 503, worth a retry
+    ├── WaitedTooLong     the moment's: 504, never begun
     └── EngineError       ours: 500
-        └── EngineDied        the engine's process ended under the request
+        ├── EngineDied        the engine's process ended under the request
+        └── EngineFailure     and did so again when it was tried again: not worth a third time
 
 This file knows no HTTP library. `status`, `type`, `param` and `code` are OpenAI's envelope in plain values.
 """
@@ -52,6 +56,24 @@ class Unauthorized(RequestError):
         super().__init__(message, code=code, status=401)
 
 
+class RateLimited(RequestError):
+    """A key or an address has no more for now. `kind` is the error's type; `retry_after` seconds, None: never."""
+
+    def __init__(self, message: str, *, kind: str, code: str, retry_after: int | None) -> None:
+        super().__init__(message, code=code, status=429)
+        self.type = kind
+        self.retry_after = retry_after
+
+
+class ReaderTooSlow(RequestError):
+    """An answer is so far ahead of its reader that it is not worth keeping."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The answer was not read as fast as it was made, and has been cut off here.", code="reader_too_slow"
+        )
+
+
 class ModelNotFound(RequestError):
     """The request names a model that is not served here."""
 
@@ -69,11 +91,11 @@ class Overloaded(AfterwordError):
 
     status = 503
     type = "service_unavailable_error"
-    code = "server_is_overloaded"
 
-    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+    def __init__(self, message: str, *, retry_after: int = 1, code: str = "server_is_overloaded") -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.code = code
 
 
 class EngineError(AfterwordError):
@@ -85,3 +107,24 @@ class EngineDied(EngineError):
 
     def __init__(self) -> None:
         super().__init__("The engine stopped while it was working on this request. Please try again.")
+
+
+class EngineFailure(EngineError):
+    """The engine's process ended twice while it was working on this, or on the same of someone else."""
+
+    code = "engine_failure"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The engine stopped twice while it was working on this request. It is not tried again for an hour."
+        )
+
+
+class WaitedTooLong(AfterwordError):
+    """It has waited as long as anything may wait here, and nothing was computed for it."""
+
+    status = 504
+    code = "deadline_exceeded"
+
+    def __init__(self) -> None:
+        super().__init__("The request has waited too long for its turn. Please try again later.")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from afterword.completion.plan import Plan, PromptPlan, make_plan
+from afterword.completion.plan import Caller, Plan, PromptPlan, make_plan
 from afterword.completion.request import Request
 from afterword.completion.run import tokenize
 from afterword.engine.protocol import Card, Sampling
@@ -253,3 +253,27 @@ def test_every_prompt_and_every_seed_has_a_key_of_its_own() -> None:
 def test_without_a_seed_entropy_decides() -> None:
     assert keys(prompt=("a",), entropy=1) != keys(prompt=("a",), entropy=2)
     assert keys(prompt=("a",), entropy=1) == keys(prompt=("a",), entropy=1)
+
+
+# ---- who asks
+
+
+def test_the_most_that_a_request_can_use_is_every_sample_of_every_prompt() -> None:
+    assert (
+        plan(prompt=("a", "the cat"), n=2, best_of=3, max_tokens=5).most_tokens == 1 + len(ids("the cat")) + 2 * 3 * 5
+    )
+    assert plan(prompt=("a",), max_tokens=0, echo=True, logprobs=0).most_tokens == 1
+
+
+def test_what_is_computed_for_one_caller_is_for_another_only_if_they_share() -> None:
+    def namespace(name: str, shares: bool, salt: str | None = None) -> str:
+        request = Request(prompt=("a",), cache_salt=salt)
+        tokens = asyncio.run(tokenize(request, ScriptedEngine(says())))
+        (prompt,) = make_plan(request, CARD, tokens, 0, Caller(name, shares)).prompts
+        assert prompt.job.client == name, "served in turn all the same"
+        return prompt.job.namespace
+
+    assert namespace("alice", False) == namespace("alice", False) != namespace("bob", False)
+    assert namespace("alice", True) == namespace("bob", True) == namespace("", False)
+    assert namespace("alice", True, "salt") != namespace("alice", True)
+    assert namespace("alice", False, "salt") != namespace("bob", False, "salt")

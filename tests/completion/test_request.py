@@ -429,8 +429,8 @@ def test_escapes_are_read() -> None:
     assert parse(rb'{"prompt": "\ud83d\ude00\u0000\n"}', LIMITS).prompt == ("😀\0\n",)
 
 
-def test_of_equal_keys_the_last_counts() -> None:
-    assert parse(b'{"n": 1, "n": "x", "n": 2}', LIMITS).n == 2
+def test_equal_keys_are_refused() -> None:
+    assert "twice" in refused(b'{"n": 1, "n": "x", "n": 2}').message
 
 
 @pytest.mark.parametrize("digits", [20, 40, 400, 5000])

@@ -1,8 +1,8 @@
 """A plan carried out: deltas as they come, then what was used; and what ends early."""
 
 import asyncio
-from collections.abc import Callable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -311,6 +311,66 @@ def test_an_engine_without_room_says_so_before_the_first_delta() -> None:
     engine = ScriptedEngine(says("Hello"), room=1)
     assert fail(engine, Overloaded, prompt=("a", "b")).items == []
     assert [job.closed for job in engine.runs] == [True]
+
+
+# ---- who pays for what
+
+
+def told(engine: ScriptedEngine, deltas: int | None = None, **fields: Any) -> list[Usage]:
+    """What is told of the cost of an answer, all of it or so many deltas."""
+
+    async def listen() -> None:
+        async with aclosing(run(await planned(engine, fields), engine, bills.append)) as items:
+            async for count, _ in aenumerate(items):
+                if count == deltas:
+                    return
+
+    bills: list[Usage] = []
+    with suppress(AfterwordError):
+        asyncio.run(listen())
+    return bills
+
+
+async def aenumerate(items: AsyncIterator[Any]) -> AsyncIterator[tuple[int, Any]]:
+    count = 0
+    async for item in items:
+        count += 1
+        yield count, item
+
+
+def test_a_whole_answer_costs_its_usage() -> None:
+    answer = ask(says("Hello world", "Hello"), prompt=("a", "bc"), n=2)
+    assert told(ScriptedEngine(says("Hello world", "Hello")), prompt=("a", "bc"), n=2) == [answer.items[-1]]
+
+
+@pytest.mark.parametrize("fields", [{"n": 2}, {"n": 1, "best_of": 2}], ids=str)
+def test_who_leaves_and_whose_engine_dies_pay_for_what_was_computed(fields: dict[str, Any]) -> None:
+    engine = ScriptedEngine(says("Hello world the cat", "Hello world the cat"), dies_after=2)
+    assert told(engine, prompt=("a",), **fields) == [Usage(1, 4)]
+
+
+def test_a_prompt_whose_turn_never_came_costs_nothing() -> None:
+    engine = ScriptedEngine(says("Hello world"), room=1)
+    assert told(engine, prompt=("a", "b")) == [Usage(0, 0)]
+
+
+def test_who_leaves_early_pays_for_less() -> None:
+    (usage,) = told(ScriptedEngine(says("Hello world the cat sat")), 2, prompt=("a",))
+    assert usage.prompt_tokens == 1
+    assert 2 <= usage.completion_tokens < 5, "the engine may be ahead"
+
+
+def test_what_was_computed_and_never_read_is_paid_for() -> None:
+    async def read_nothing() -> None:
+        async with aclosing(run(await planned(engine, {"prompt": ("a",)}), engine, bills.append)) as items:
+            await anext(items)
+            while engine.runs[0].live:
+                await asyncio.sleep(0)
+
+    bills: list[Usage] = []
+    engine = ScriptedEngine(says("Hello world the cat"))
+    asyncio.run(read_nothing())
+    assert bills == [Usage(1, 5)]
 
 
 # ---- one path

@@ -1,7 +1,8 @@
 """An engine's process without a model: the real process code over `HistoryRunner`.
 
 The path in `Open` says how it fares: "refuse" cannot be loaded, "vanish" dies while loading, "confuse" holds a token
-that nobody gave it, "unsure" promises nothing of its numbers. A prompt that contains token 99 kills it.
+that nobody gave it, "unsure" promises nothing of its numbers. A prompt that contains token 99 kills it, and so does one
+text.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from afterword.engine.protocol import Card
 from afterword.errors import SettingError
 
 DEADLY = 99  # beyond the vocabulary, so that it is never sampled
+DEADLY_TEXT = "deadly"
 
 
 class DeadlyRunner(HistoryRunner):
@@ -55,6 +57,8 @@ def load(settings: frames.Open) -> child.Loaded:
 
 
 def tokenize(text: str, _: bool) -> tuple[int, ...]:
+    if text == DEADLY_TEXT:
+        os._exit(1)
     return tuple(ord(letter) - 65 for letter in text)
 
 

@@ -188,17 +188,29 @@ def test_a_client_with_many_jobs_does_not_keep_out_one_with_few():
     assert order.index(20) <= 3
 
 
+def test_a_job_of_many_samples_does_not_keep_out_another_client():
+    loop = Loop(HistoryRunner(slots=2, chunk=32))
+    many = [job(prompt=(1, 2, 3), samples=20, max_tokens=4, client="many")]
+    for run, each in enumerate([*many, job(prompt=(3, 3), max_tokens=4, client="one")]):
+        loop.start(run, each)
+    ended: list[tuple[int, int]] = []
+    while (passed := loop.step()) is not None:
+        ended += [(run, sample) for run, step in passed.items() for sample, _ in step.ended]
+    assert ended.index((1, 0)) <= 4
+    assert len(ended) == 21
+
+
 def test_passes_over_a_prompt_are_short_only_while_others_wait():
     seconds = iter(range(10**6))
     runner = HistoryRunner(slots=2, chunk=128)
-    loop = Loop(runner, clock=lambda: float(next(seconds)))  # a pass takes a second: 0.75 s are fewer tokens
+    loop = Loop(runner, clock=lambda: float(next(seconds)))  # a pass takes a second: half a one is fewer tokens
     loop.start(0, job(prompt=tuple(i % 24 for i in range(256)), max_tokens=2))
     loop.step()
     loop.step()
     loop.start(1, job(prompt=tuple(i % 23 for i in range(256)), max_tokens=2))
     loop.step()
     loop.step()
-    assert [len(batch.rows[0].tokens) for batch in runner.batches] == [128, 96]
+    assert [len(batch.rows[0].tokens) for batch in runner.batches] == [128, 64]
 
 
 def test_a_score_of_a_token_that_was_never_computed_is_not_kept():

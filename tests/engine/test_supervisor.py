@@ -8,15 +8,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
-from fake_child import DEADLY
+from fake_child import DEADLY, DEADLY_TEXT
 from history import alone
 
 from afterword.engine.frames import Open
+from afterword.engine.process import without_secrets
 from afterword.engine.protocol import Job, Load, Run, Sampling
-from afterword.engine.supervisor import Supervisor
-from afterword.errors import EngineDied, Overloaded, SettingError
+from afterword.engine.supervisor import Policy, Supervisor
+from afterword.errors import EngineDied, EngineFailure, Overloaded, SettingError, WaitedTooLong
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_child.py")))
 PLAIN = Sampling()
@@ -27,8 +29,11 @@ def job(*prompt: int, samples: int = 1, max_tokens: int = 5) -> Job:
 
 
 @asynccontextmanager
-async def engine(path: str = "any", max_queue: int = 100, sequences: int = 2) -> AsyncIterator[Supervisor]:
-    supervisor = Supervisor(Open(path, 512, sequences, 1, 8, "f16", 0, False), max_queue=max_queue, command=FAKE)
+async def engine(
+    path: str = "any", max_queue: int = 100, sequences: int = 2, queue_tokens: int = 10**9, **limits: float
+) -> AsyncIterator[Supervisor]:
+    policy = Policy(queue=max_queue, queue_tokens=queue_tokens, **limits)
+    supervisor = Supervisor(Open(path, 512, sequences, 1, 8, "f16", 0, False), policy, command=FAKE)
     try:
         await supervisor.open()
         yield supervisor
@@ -134,19 +139,88 @@ def test_a_full_queue_refuses():
     run(test)
 
 
-def test_a_dying_process_fails_what_it_was_doing_and_loses_nothing_else():
+def test_a_job_that_kills_fails_alone_and_is_not_tried_a_third_time():
     async def test() -> None:
         async with engine() as supervisor:
             assert supervisor.state == "ready"
             doomed = supervisor.start(job(DEADLY))
-            queued = [asyncio.create_task(tokens(supervisor, job(4, 5))) for _ in range(20)]
-            with pytest.raises(EngineDied):
+            others = [asyncio.create_task(tokens(supervisor, job(4, 5))) for _ in range(20)]
+            with pytest.raises(EngineFailure):
                 await drain(doomed)
-            results = await asyncio.gather(*queued, return_exceptions=True)
-            assert all(result == alone(job(4, 5), 0) or isinstance(result, EngineDied) for result in results)
-            assert results[-1] == alone(job(4, 5), 0), "what had brought nothing is not lost"
+            assert await asyncio.gather(*others) == [alone(job(4, 5), 0)] * 20, (
+                "beside it and behind it nothing is lost"
+            )
             assert (supervisor.state, supervisor.restarts) == ("ready", 2), "a deadly job is tried twice, no more"
-            assert await supervisor.tokenize("B", True) == (1,)
+            with pytest.raises(EngineFailure):
+                supervisor.start(msgspec.structs.replace(job(DEADLY), key=b"x" * 16, client="someone else"))
+            assert await tokens(supervisor, job(7)) == alone(job(7), 0)
+
+    run(test)
+
+
+def test_a_text_that_kills_the_tokenizer_fails_alone():
+    async def test() -> None:
+        async with engine() as supervisor:
+            running = asyncio.create_task(tokens(supervisor, job(max_tokens=100)))
+            deadly, *others = [
+                asyncio.create_task(supervisor.tokenize(text, True)) for text in (DEADLY_TEXT, "AB", "C")
+            ]
+            assert await asyncio.gather(*others) == [(0, 1), (2,)]
+            with pytest.raises(EngineFailure):
+                await deadly
+            assert await running == alone(job(max_tokens=100), 0)
+            with pytest.raises(EngineFailure):
+                await supervisor.tokenize(DEADLY_TEXT, True)
+            assert supervisor.restarts == 2
+
+    run(test)
+
+
+def test_a_stopped_process_is_replaced_and_its_jobs_go_on():
+    async def test() -> None:
+        async with engine(hang_seconds=3) as supervisor:
+            current = asyncio.create_task(tokens(supervisor, job(max_tokens=400)))
+            await until(lambda: supervisor.load.running == 1)
+            engines()[0].suspend()
+            assert await current == alone(job(max_tokens=400), 0)
+            assert supervisor.restarts == 1
+
+    run(test)
+
+
+def test_what_is_never_begun_is_given_up_in_time():
+    async def test() -> None:
+        async with engine(queue_seconds=1) as supervisor:
+            running = [supervisor.start(job(first, max_tokens=10**6)) for first in (1, 2)]
+            with pytest.raises(WaitedTooLong):
+                await drain(supervisor.start(job()))
+            assert supervisor.load.running == 2, "what has been begun may take its time"
+            running[0].close()
+            assert await tokens(supervisor, job()) == alone(job(), 0)
+
+    run(test)
+
+
+def test_what_waits_is_bounded_by_its_tokens_too():
+    async def test() -> None:
+        async with engine(queue_tokens=1000) as supervisor:
+            supervisor.start(job(max_tokens=10**6))  # alone it may be of any size
+            with pytest.raises(Overloaded):
+                supervisor.start(job())
+
+    run(test)
+
+
+def test_the_process_gets_no_secrets():
+    names = ("AFTERWORD_API_KEY", "HF_TOKEN", "some_password", "AWS_SECRET_ACCESS_KEY", "PATH", "OMP_NUM_THREADS")
+    assert list(without_secrets(dict.fromkeys(names, "x"))) == ["PATH", "OMP_NUM_THREADS"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resource limits of another process are known on Linux only")
+def test_the_process_leaves_no_core_file():
+    async def test() -> None:
+        async with engine():
+            assert engines()[0].rlimit(psutil.RLIMIT_CORE) == (0, 0)
 
     run(test)
 

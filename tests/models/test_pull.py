@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
-from typing import NoReturn
+from typing import Any, NoReturn
 from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
 import pytest
 from ggufs import TENSORS, cache, gguf, write
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 
 from afterword.errors import SettingError
 from afterword.models.pull import pull
@@ -29,10 +33,11 @@ COMMIT = "c" * 40
 
 @dataclass
 class Hub:
-    """The files of each repository, the sizes listed in their place, and the requests that came."""
+    """The files of each repository, sizes and hashes listed in place of theirs, and the requests that came."""
 
     files: dict[str, dict[str, bytes]]
     listed: dict[str, int] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
 
 
@@ -52,10 +57,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(403, b"")
         files = self.hub.files.get(path.removeprefix("api/models/"))
         if files is not None:
-            sizes = {name: self.hub.listed.get(name, len(data)) for name, data in files.items()}
-            return self.reply_json(
-                {"id": path, "siblings": [{"rfilename": name, "size": size} for name, size in sizes.items()]}
-            )
+            siblings = [self.sibling(name, data) for name, data in files.items()]
+            return self.reply_json({"id": path, "siblings": siblings})
         repository, _, name = path.partition("/resolve/main/")
         data = self.hub.files.get(repository, {}).get(name)
         if data is None:
@@ -63,6 +66,12 @@ class Handler(BaseHTTPRequestHandler):
         return self.reply(200, data, {"X-Repo-Commit": COMMIT, "ETag": f'"{name.replace("/", "")}{len(data)}"'})
 
     do_HEAD = do_GET  # noqa: N815 - the name that http.server looks for
+
+    def sibling(self, name: str, data: bytes) -> dict[str, object]:
+        size = self.hub.listed.get(name, len(data))
+        digest = self.hub.hashes.get(name, hashlib.sha256(data).hexdigest())
+        large = {"lfs": {"size": size, "sha256": digest, "pointerSize": 1}} if name.endswith(".gguf") else {}
+        return {"rfilename": name, "size": size, **large}
 
     def reply_json(self, content: object) -> None:
         self.reply(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
@@ -192,6 +201,79 @@ def test_a_disk_without_room(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
     assert "hf:owner/repo takes 0.00 GiB and" in complaint("hf:owner/repo")
     assert not any("/resolve/" in request for request in hub.requests)
+
+
+def test_a_file_with_other_content_than_listed_is_not_kept(hub: Hub, home: Path) -> None:
+    hub.hashes["m-Q8_0.gguf"] = hashlib.sha256(b"something else").hexdigest()
+    assert complaint("hf:owner/repo").startswith("m-Q8_0.gguf came with other content than the Hub lists;")
+    assert not list((home / "hub").glob("models--*")), "nothing came into the cache"
+    assert sum("GET /owner/repo/resolve" in request for request in hub.requests) == 2, "it was tried again"
+    hub.hashes.clear()
+    assert pull(parse_spec("hf:owner/repo")).path.read_bytes() == GOOD
+
+
+@pytest.mark.parametrize("written", [0, 1, len(GOOD) // 2, len(GOOD) - 1])
+def test_a_disk_that_becomes_full_on_the_way(
+    hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    get = file_download.http_get
+
+    def fill(url: str, file: Any, **more: Any) -> None:
+        get(url, Full(file, written), **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(file_download, "http_get", fill)
+        assert complaint("hf:owner/repo").startswith("The disk is full; make room")
+        assert not list((home / "hub").glob("models--*")), "nothing came into the cache"
+    assert pull(parse_spec("hf:owner/repo")).path.read_bytes() == GOOD
+    assert not list((home / "hub").glob(".pull--*"))
+
+
+class Full:
+    """A file on a disk that has room for so many bytes."""
+
+    def __init__(self, file: Any, room: int) -> None:
+        self.file, self.room = file, room
+
+    def write(self, data: bytes) -> int:
+        part = data[: max(0, self.room)]
+        self.room -= len(data)
+        self.file.write(part)
+        if len(part) < len(data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return len(part)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+def test_processes_that_pull_the_same_at_once_all_get_it(hub: Hub, home: Path) -> None:
+    """Even where file locks lock nothing; the Hub's own cache would mix their bytes."""
+    hub.files["owner/repo"]["m-Q8_0.gguf"] = large = gguf() + bytes(3 << 20)
+    code = (
+        "import contextlib, sys; from huggingface_hub import file_download; "
+        "file_download.WeakFileLock = lambda *_, **__: contextlib.nullcontext(); "
+        "from afterword.models.pull import pull; from afterword.models.registry import parse_spec; "
+        "sys.stdout.write(str(pull(parse_spec('hf:owner/repo:Q8_0')).path))"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    paths = {process.communicate(timeout=60)[0] for process in processes}
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert {Path(path).read_bytes() == large for path in paths} == {True}
+    assert not list((home / "hub").glob(".pull--*"))
+
+
+def test_what_a_dead_process_left_is_taken_up(hub: Hub, home: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    for name in (
+        f"owner--repo--{socket.gethostname()}--{gone.pid}",
+        "owner--repo--elsewhere--1",
+        "owner--other--here--1",
+    ):
+        write(home / "hub" / f".pull--{name}" / "left", b"")
+    pull(parse_spec("hf:owner/repo"))
+    assert len(list((home / "hub").glob(".pull--*"))) == 2, "those of others stay"
 
 
 def test_a_disk_that_becomes_full(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from afterword.api import completions, gate, models, status, tokens
+from afterword.api import completions, gate, models, openapi, ratelimit, status, tokens
 from afterword.api.gate import GuardedRoute
 from afterword.api.service import Service
+from afterword.api.sites import LOCAL_PAGES, KnownSites
 from afterword.config import Config
 from afterword.errors import AfterwordError
-
-LOCAL_PAGES = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 
 OPEN = (
     Route("/health", status.health, methods=["GET"]),
@@ -30,6 +30,7 @@ GUARDED = (
     GuardedRoute("/detokenize", tokens.detokenize, methods=["POST"]),
     GuardedRoute("/tokenizer_info", tokens.tokenizer_info, methods=["GET"]),
     GuardedRoute("/version", status.version, methods=["GET"]),
+    GuardedRoute("/openapi.json", openapi.openapi, methods=["GET"]),
 )
 
 
@@ -40,12 +41,13 @@ def make_app(service: Service) -> ASGIApp:
         exception_handlers={
             AfterwordError: gate.on_problem,
             HTTPException: gate.on_http,
+            ClientDisconnect: gate.on_gone,
             Exception: gate.on_bug,
         },
     )
     app.router.redirect_slashes = False
     app.state.service = service
-    return gate.Labelled(with_cors(app, service.config))
+    return gate.Labelled(KnownSites(with_cors(app, service.config), service.config), service.log)
 
 
 def with_cors(app: ASGIApp, config: Config) -> ASGIApp:
@@ -55,9 +57,9 @@ def with_cors(app: ASGIApp, config: Config) -> ASGIApp:
     """
     return CORSMiddleware(
         app,
-        allow_origins=["*"] if config.keys.digests else config.cors_origins,
+        allow_origins=["*"] if config.guarded else config.cors_origins,
         allow_origin_regex=LOCAL_PAGES,
         allow_methods=["GET", "POST"],
         allow_headers=["authorization", "content-type"],
-        expose_headers=["x-request-id"],
+        expose_headers=["x-request-id", "retry-after", "x-should-retry", *ratelimit.HEADERS],
     )

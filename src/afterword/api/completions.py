@@ -15,9 +15,10 @@ from starlette.types import Receive, Scope, Send
 
 from afterword.api import gate, wire
 from afterword.api.service import Service
+from afterword.api.visit import Visit, visit_of
 from afterword.completion.choice import Delta, fold
 from afterword.completion.fields import StreamOptions
-from afterword.completion.plan import Plan, make_plan
+from afterword.completion.plan import Caller, Plan, make_plan
 from afterword.completion.request import Request, parse
 from afterword.completion.run import Usage, run, tokenize
 from afterword.engine.protocol import Engine
@@ -28,23 +29,30 @@ async def create(http: HttpRequest) -> Response:
     """Everything that can be the caller's fault happens here; the answer only runs the plan."""
     service: Service = http.app.state.service
     created = int(time.time())
+    service.find(None).engine.check_room()
     request = parse(await gate.read_json(http), service.config.limits)
     served = service.find(request.model)
+    visit = visit_of(http.scope)
+    visit.model = served.id
     tokens = await tokenize(request, served.engine, service.config.special_text)
-    plan = make_plan(request, served.engine.card, tokens, secrets.randbits(64), gate.client(http))
+    caller = Caller(visit.key, service.config.shared_cache)
+    plan = make_plan(request, served.engine.card, tokens, secrets.randbits(64), caller)
+    visit.user = service.ring.pseudonym(request.user)
+    gate.reserve(visit, plan.most_tokens)
     head = wire.Head(wire.new_id(), created, served.id, served.engine.card.fingerprint)
-    return Answer(request, plan, head, served.engine)
+    return Answer(request, plan, head, served.engine, visit)
 
 
 class Answer(Response):
     """A response that owns the run it sends: when the client leaves, the work ends."""
 
-    def __init__(self, request: Request, plan: Plan, head: wire.Head, engine: Engine) -> None:
+    def __init__(self, request: Request, plan: Plan, head: wire.Head, engine: Engine, visit: Visit) -> None:
         super().__init__()
         self._request = request
         self._plan = plan
         self._head = head
         self._engine = engine
+        self._visit = visit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer; stop as soon as nobody is there to read it."""
@@ -70,11 +78,12 @@ class Answer(Response):
     async def _whole(self, send: Send) -> None:
         deltas: dict[int, list[Delta]] = {}
         usage = Usage(0, 0)
-        async with aclosing(run(self._plan, self._engine)) as items:
+        async with aclosing(run(self._plan, self._engine, self._visit.use)) as items:
             async for item in items:
                 if isinstance(item, Usage):
                     usage = item
                 else:
+                    self._visit.finished(item.index, item.finish)
                     deltas.setdefault(item.index, []).append(item)
         choices = [fold(deltas[index]) for index in sorted(deltas)]
         body = wire.completion(self._head, choices, usage)
@@ -82,12 +91,13 @@ class Answer(Response):
         await send({"type": "http.response.body", "body": body})
 
     async def _stream(self, send: Send) -> None:
-        async with aclosing(run(self._plan, self._engine)) as items:
+        async with aclosing(run(self._plan, self._engine, self._visit.use)) as items:
             first = await anext(items)  # an engine that cannot even begin is an HTTP error
             await send(self._start(b"text/event-stream"))
             try:
                 await self._send_chunks(send, first, items)
             except AfterwordError as problem:
+                self._visit.code = problem.code
                 await send(_body(wire.event(wire.error(problem))))  # and no [DONE]: the answer is not whole
         await send({"type": "http.response.body", "body": b""})
 
@@ -98,6 +108,7 @@ class Answer(Response):
         while item is not None:
             if isinstance(item, Delta):
                 written += item.completion_tokens
+                self._visit.finished(item.index, item.finish)
                 usage: Usage | Literal["later", "never"] = "later" if options.include_usage else "never"
                 if options.continuous_usage_stats:
                     usage = Usage(self._plan.prompt_tokens, written)

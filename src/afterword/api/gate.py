@@ -6,6 +6,7 @@ path's text.
 
 from __future__ import annotations
 
+import ipaddress
 import secrets
 import time
 
@@ -16,10 +17,15 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from afterword.api import wire
-from afterword.config import Config, Keys
-from afterword.errors import AfterwordError, Overloaded, RequestError, Unauthorized
+from afterword.api import ratelimit, wire
+from afterword.api.service import Service
+from afterword.api.visit import Visit, visit_of
+from afterword.errors import AfterwordError, EngineFailure, Overloaded, RateLimited, RequestError, Unauthorized
+from afterword.keys.limiter import Refusal
+from afterword.keys.ring import Grant, Ring
+from afterword.log import Lines
 
+_SPREAD = 5  # seconds over which those who are sent away come again, so that they do not all do so at once
 _NO_KEY = (
     "You didn't provide an API key. You need to provide your API key in an Authorization header using Bearer auth "
     "(i.e. Authorization: Bearer YOUR_KEY)."
@@ -27,31 +33,43 @@ _NO_KEY = (
 
 
 class GuardedRoute(Route):
-    """A route that first asks for a key, if the server has any, whatever the method."""
+    """A route that first asks for a key, if the server has any, whatever the method; and whether it has any left."""
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises `Unauthorized` to those without one."""
-        config: Config = scope["app"].state.service.config
-        if config.keys.digests:
-            scope["client_key"] = check_key(Headers(scope=scope).get("authorization", ""), config.keys)
-        await super().handle(scope, receive, send)
+        """Raises `Unauthorized` and `RateLimited`, before anything of a body is read."""
+        service: Service = scope["app"].state.service
+        visit = visit_of(scope)
+        visit.route = self.path
+        if service.config.guarded:
+            visit.grant = admit(service.ring, visit.peer, Headers(scope=scope).get("authorization", ""))
+        try:
+            await super().handle(scope, receive, send)
+        finally:
+            visit.close()
 
 
-def client(request: Request) -> str:
-    """Who asks, as a name that tells nothing of the key; empty on a server without keys."""
-    name: str = request.scope.get("client_key", "")
-    return name
-
-
-def check_key(authorization: str, keys: Keys) -> str:
-    """The name of a known key. Raises `Unauthorized` for others, which are never quoted whole."""
-    scheme, _, key = authorization.partition(" ")
-    key = key.strip()
-    if scheme.lower() != "bearer" or not key:
+def admit(ring: Ring, peer: str, authorization: str) -> Grant:
+    """What a request may use. Whatever is wrong with a key, the answer is the same; it is never quoted whole."""
+    scheme, _, text = authorization.partition(" ")
+    text = text.strip()
+    if scheme.lower() != "bearer" or not text:
         raise Unauthorized(_NO_KEY)
-    if not keys.allow(key):
-        raise Unauthorized(f"Incorrect API key provided: {masked(key)}.", code="invalid_api_key")
-    return Keys.digest(key).hex()[:16]
+    account = ring.find(text)
+    if wait := ring.wait(peer, account):
+        raise ratelimit.too_many_tries(wait)
+    if account is None:
+        raise Unauthorized(f"Incorrect API key provided: {masked(text)}.", code="invalid_api_key")
+    grant = ring.enter(account)
+    if isinstance(grant, Refusal):
+        raise ratelimit.refused(grant)
+    return grant
+
+
+def reserve(visit: Visit, tokens: int) -> None:
+    """Take the most tokens that a request can use from what its key has. Raises `RateLimited`."""
+    refusal = visit.grant.reserve(tokens) if visit.grant else None
+    if refusal is not None:
+        raise ratelimit.refused(refusal)
 
 
 def masked(key: str) -> str:
@@ -68,7 +86,9 @@ async def read_json(request: Request) -> bytes:
         raise RequestError(
             "The body must be JSON and say so: set the header 'Content-Type: application/json'.", status=400
         )
-    limit: int = request.app.state.service.config.max_body
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise RequestError("A compressed body is not accepted: send it without Content-Encoding.", status=415)
+    limit: int = request.app.state.service.config.door.max_body
     too_large = RequestError(f"The body is larger than {limit} bytes.", status=413)
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > limit:
@@ -90,15 +110,21 @@ def answer_error(problem: AfterwordError) -> Response:
     """The error envelope with the headers that clients act on."""
     headers = {}
     if isinstance(problem, Overloaded):
-        headers["retry-after"] = str(problem.retry_after)
+        headers["retry-after"] = str(problem.retry_after + secrets.randbelow(_SPREAD))
     if isinstance(problem, Unauthorized):
         headers["www-authenticate"] = "Bearer"
+    if isinstance(problem, EngineFailure):
+        headers["x-should-retry"] = "false"
+    if isinstance(problem, RateLimited):
+        told = problem.retry_after
+        headers |= {"x-should-retry": "false"} if told is None else {"retry-after": str(told)}
     return Response(wire.encode(wire.error(problem)), problem.status, headers=headers, media_type="application/json")
 
 
-async def on_problem(_: Request, problem: Exception) -> Response:
+async def on_problem(request: Request, problem: Exception) -> Response:
     """Errors that we raise on purpose."""
     assert isinstance(problem, AfterwordError)
+    visit_of(request.scope).code = problem.code
     return answer_error(problem)
 
 
@@ -107,14 +133,19 @@ async def on_http(request: Request, problem: Exception) -> Response:
     assert isinstance(problem, HTTPException)
     if problem.status_code == 404:
         message = f"Unknown request URL: {request.method} {request.url.path[:128]}. Please check the URL for typos."
-        return answer_error(RequestError(message, code="unknown_url", status=404))
+        return await on_problem(request, RequestError(message, code="unknown_url", status=404))
     if problem.status_code == 405:
         allowed = (problem.headers or {}).get("Allow", "")
         message = f"Not allowed to {request.method} here. Allowed: {allowed}."
-        response = answer_error(RequestError(message, code="method_not_supported", status=405))
+        response = await on_problem(request, RequestError(message, code="method_not_supported", status=405))
         response.headers["allow"] = allowed
         return response
-    return answer_error(RequestError(problem.detail, status=problem.status_code))
+    return await on_problem(request, RequestError(problem.detail, status=problem.status_code))
+
+
+async def on_gone(_: Request, __: Exception) -> Response:
+    """The caller left while the body was still to come: nobody reads this, but the log."""
+    return Response(status_code=499)
 
 
 async def on_bug(_: Request, __: Exception) -> Response:
@@ -123,25 +154,47 @@ async def on_bug(_: Request, __: Exception) -> Response:
 
 
 class Labelled:
-    """Outermost: gives every answer its request id and the time it took."""
+    """Outermost: gives every answer its request id, the time it took and its limits, and logs it when it is over."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, log: Lines | None) -> None:
         self._app = app
+        self._log = log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass everything on; add headers to the start of the response."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        name, start = f"req_{secrets.token_hex(16)}", time.monotonic()
+        visit = Visit(f"req_{secrets.token_hex(16)}", peer_of(scope))
+        scope["afterword.visit"] = visit
 
         async def labelled(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = name
-                headers["openai-processing-ms"] = str(int((time.monotonic() - start) * 1000))
-                headers["openai-version"] = "2020-10-01"
-                headers["x-content-type-options"] = "nosniff"
+                visit.status = message["status"]
+                MutableHeaders(scope=message).update(labels(visit))
             await send(message)
 
-        await self._app(scope, receive, labelled)
+        try:
+            await self._app(scope, receive, labelled)
+        finally:
+            if self._log is not None and not visit.routine:
+                self._log.add(visit.line())
+
+
+def labels(visit: Visit) -> dict[str, str]:
+    """The headers that every answer has, and those of the limits that its key has."""
+    return {
+        "x-request-id": visit.id,
+        "openai-processing-ms": str(int((time.monotonic() - visit.began) * 1000)),
+        "openai-version": "2020-10-01",
+        "x-content-type-options": "nosniff",
+        **(ratelimit.headers(visit.grant.standing()) if visit.grant else {}),
+    }
+
+
+def peer_of(scope: Scope) -> str:
+    """The address that asks; empty where what is said of it, perhaps by a proxy, is no address."""
+    try:
+        return str(ipaddress.ip_address((scope.get("client") or ("",))[0]))
+    except ValueError:
+        return ""

@@ -15,7 +15,7 @@ from afterword.errors import ModelNotFound
 async def list_models(request: Request) -> Response:
     """All models."""
     service: Service = request.app.state.service
-    return json_answer({"object": "list", "data": [describe(service.served)]})
+    return json_answer({"object": "list", "data": [describe(service.find(None))]})
 
 
 async def get_model(request: Request) -> Response:

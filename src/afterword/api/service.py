@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from afterword.api.life import Life, check_loaded
 from afterword.config import Config
 from afterword.engine.supervisor import Supervisor
 from afterword.errors import ModelNotFound
+from afterword.keys.ring import Ring
+from afterword.log import Lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +27,13 @@ class Service:
 
     config: Config
     served: Served
+    ring: Ring = field(default_factory=Ring)
+    log: Lines | None = None
+    life: Life = field(default_factory=Life)
 
     def find(self, model: str | None) -> Served:
-        """The model of that name. None or "" is the one that is served. Raises `ModelNotFound`."""
+        """The model of that name. None or "" is the one that is served. Raises `ModelNotFound` and `Overloaded`."""
+        check_loaded(self.served.engine)
         if model and model != self.served.id:
             raise ModelNotFound(model)
         return self.served

@@ -49,7 +49,7 @@ async def detokenize(request: Request) -> Response:
 async def tokenizer_info(request: Request) -> Response:
     """The special tokens, by name and id, and the sizes that clients need."""
     service: Service = request.app.state.service
-    card = service.served.engine.card
+    card = service.find(None).engine.card
     return json_answer(
         {
             "vocab_size": len(card.pieces),

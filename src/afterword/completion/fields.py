@@ -1,6 +1,7 @@
 """One field of a request at a time: a JSON value to a plain one, or an error that names the field.
 
 A parser takes (name, value, limits); a value is never None here. Wording follows the API's own where it is on record.
+Beside each parser stands what it accepts as a JSON Schema, for the API's document.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from afterword.errors import RequestError
 
 Prompt = str | tuple[int, ...] | None
 Parser = Callable[[str, Any, Limits], Any]
+Schema = dict[str, Any]
 
 _LONGEST_STOP = 1024
+_STOP: Schema = {"type": "string", "minLength": 1, "maxLength": _LONGEST_STOP}
+_IDS: Schema = {"type": "array", "items": {"type": "integer"}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,17 +32,38 @@ class StreamOptions:
     continuous_usage_stats: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A parser, and the JSON Schema of the values that it does not refuse (null apart, which is always absence)."""
+
+    parse: Parser
+    schema: Callable[[Limits], Schema]
+
+    def __call__(self, name: str, value: Any, limits: Limits) -> Any:
+        """Parse a value."""
+        return self.parse(name, value, limits)
+
+
+def accepts(schema: Schema | Callable[[Limits], Schema]) -> Callable[[Parser], Field]:
+    """Make a parser a field."""
+    return lambda parse: Field(parse, schema if callable(schema) else lambda _: schema)
+
+
 # ---- plain values
 
 
-def integer(low: int, high: int | Callable[[Limits], int]) -> Parser:
+def integer(low: int, high: int | Callable[[Limits], int]) -> Field:
     """Integers in a range; 16.0 is one, true is not."""
 
+    def highest_of(limits: Limits) -> int:
+        return high(limits) if callable(high) else high
+
+    @accepts(lambda limits: {"type": "integer", "minimum": low, "maximum": highest_of(limits)})
     def parse(name: str, value: Any, limits: Limits) -> int:
         number = as_integer(value)
         if number is None:
             raise _wrong_type(name, value, "an integer")
-        highest = high(limits) if callable(high) else high
+        highest = highest_of(limits)
         if not low <= number <= highest:
             raise _out_of_range(name, number, low, highest, "integer")
         return number
@@ -46,9 +71,10 @@ def integer(low: int, high: int | Callable[[Limits], int]) -> Parser:
     return parse
 
 
-def decimal(low: float, high: float) -> Parser:
+def decimal(low: float, high: float) -> Field:
     """Numbers in a range."""
 
+    @accepts({"type": "number", "minimum": low, "maximum": high})
     def parse(name: str, value: Any, _: Limits) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise _wrong_type(name, value, "a decimal")
@@ -59,6 +85,7 @@ def decimal(low: float, high: float) -> Parser:
     return parse
 
 
+@accepts({"type": "boolean"})
 def boolean(name: str, value: Any, _: Limits) -> bool:
     """True or false."""
     if not isinstance(value, bool):
@@ -66,6 +93,7 @@ def boolean(name: str, value: Any, _: Limits) -> bool:
     return value
 
 
+@accepts({"type": "string"})
 def string(name: str, value: Any, _: Limits) -> str:
     """Any text."""
     if not isinstance(value, str):
@@ -73,11 +101,23 @@ def string(name: str, value: Any, _: Limits) -> str:
     return value
 
 
-def filled_string(name: str, value: Any, limits: Limits) -> str:
+@accepts(lambda limits: {"type": "string", "maxLength": limits.max_name})
+def name_string(name: str, value: Any, limits: Limits) -> str:
+    """A string that is someone's or something's name."""
+    text: str = string(name, value, limits)
+    if len(text) > limits.max_name:
+        raise _too_long(name, "string", limits.max_name, len(text))
+    return text
+
+
+@accepts(lambda limits: {"type": "string", "minLength": 1, "maxLength": limits.max_salt})
+def salt(name: str, value: Any, limits: Limits) -> str:
     """A string that is not empty."""
-    text = string(name, value, limits)
+    text: str = string(name, value, limits)
     if not text:
         raise RequestError(f"Invalid '{name}': empty string. Expected at least one character.", param=name)
+    if len(text) > limits.max_salt:
+        raise _too_long(name, "string", limits.max_salt, len(text))
     return text
 
 
@@ -91,18 +131,30 @@ def as_integer(value: object) -> int | None:
 # ---- fields with a shape of their own
 
 
+@accepts(lambda limits: {"type": "integer", "minimum": 0, "maximum": _most_logprobs(limits)})
 def logprobs(name: str, value: Any, limits: Limits) -> int:
     """How many alternatives to report. Strictly, more than allowed means as many as allowed."""
-    wanted: int = integer(0, 2**31 - 1 if limits.strict else limits.max_logprobs)(name, value, limits)
+    wanted: int = integer(0, _most_logprobs)(name, value, limits)
     return min(wanted, limits.max_logprobs)
 
 
+@accepts({"type": "integer", "minimum": -1, "maximum": 2**31 - 1})
 def top_k(name: str, value: Any, limits: Limits) -> int:
     """How many of the likeliest tokens may be drawn; 0 and -1 both mean all."""
     wanted: int = integer(-1, 2**31 - 1)(name, value, limits)
     return max(0, wanted)
 
 
+@accepts(
+    {
+        "anyOf": [
+            {"type": "string"},
+            {"type": "array", "minItems": 1, "items": {"type": "string"}},
+            _IDS | {"minItems": 1},
+            {"type": "array", "minItems": 1, "items": _IDS | {"minItems": 1}},
+        ]
+    }
+)
 def prompt(name: str, value: Any, _: Limits) -> tuple[Prompt, ...]:
     """The four forms: a text, texts, token ids, lists of token ids."""
     if isinstance(value, str):
@@ -121,6 +173,7 @@ def prompt(name: str, value: Any, _: Limits) -> tuple[Prompt, ...]:
     raise _wrong_type(name, value, expected)
 
 
+@accepts(lambda limits: _IDS | {"maxItems": limits.max_bias})
 def token_ids(name: str, value: Any, limits: Limits) -> tuple[int, ...]:
     """A list of token ids, perhaps empty."""
     ids = _integers(value) if isinstance(value, list) else None
@@ -131,6 +184,11 @@ def token_ids(name: str, value: Any, limits: Limits) -> tuple[int, ...]:
     return ids
 
 
+@accepts(
+    lambda limits: {
+        "anyOf": [_STOP, {"type": "array", "minItems": 1, "maxItems": limits.max_stop, "items": _STOP}],
+    }
+)
 def stop(name: str, value: Any, limits: Limits) -> tuple[str, ...]:
     """One or several texts, none of them empty."""
     stops = [value] if isinstance(value, str) else value
@@ -149,6 +207,14 @@ def stop(name: str, value: Any, limits: Limits) -> tuple[str, ...]:
     return tuple(stops)
 
 
+@accepts(
+    lambda limits: {
+        "type": "object",
+        "maxProperties": limits.max_bias,
+        "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,9})$"},
+        "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    }
+)
 def logit_bias(name: str, value: Any, limits: Limits) -> tuple[tuple[int, float], ...]:
     """Token ids, as decimal strings, to what is added to their logits."""
     if not isinstance(value, dict):
@@ -158,17 +224,31 @@ def logit_bias(name: str, value: Any, limits: Limits) -> tuple[tuple[int, float]
     return tuple((_bias_key(name, key), _bias_value(name, bias)) for key, bias in value.items())
 
 
+@accepts(
+    lambda limits: {
+        "type": "object",
+        "properties": {key: {"type": ["boolean", "null"]} for key in sorted(_stream_keys(limits))},
+        "additionalProperties": False,
+    }
+)
 def stream_options(name: str, value: Any, limits: Limits) -> StreamOptions:
     """What a stream carries beside its text."""
     if not isinstance(value, dict):
         raise _wrong_type(name, value, "an object")
-    known = {"include_usage", "include_obfuscation"} | (set() if limits.strict else {"continuous_usage_stats"})
     for key in value:
-        if key not in known:
+        if key not in _stream_keys(limits):
             path = f"{name}.{key[:64]}"
             raise RequestError(f"Unknown parameter: '{path}'.", param=path, code="unknown_parameter")
     given = {key: item for key, item in value.items() if item is not None}
     return StreamOptions(**{key: boolean(f"{name}.{key}", item, limits) for key, item in given.items()})
+
+
+def _most_logprobs(limits: Limits) -> int:
+    return 2**31 - 1 if limits.strict else limits.max_logprobs
+
+
+def _stream_keys(limits: Limits) -> set[str]:
+    return {"include_usage", "include_obfuscation"} | (set() if limits.strict else {"continuous_usage_stats"})
 
 
 def _integers(items: Iterable[Any]) -> tuple[int, ...] | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from afterword.limits import limit
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -13,12 +15,15 @@ class Limits:
     `ignore_unknown`: fields that nobody knows are ignored, and listed in a header of the answer.
     """
 
-    max_logprobs: int = 20
-    max_stop: int = 16
-    max_n: int = 128
-    max_best_of: int = 20
-    max_completions: int = 2048
-    max_bias: int = 1024
+    max_logprobs: int = limit(20, "alternatives a token")
+    max_stop: int = limit(16, "stop strings")
+    max_n: int = limit(128, "answers a prompt")
+    max_best_of: int = limit(20, "candidates a prompt")
+    max_completions: int = limit(2048, "prompts times candidates")
+    max_request_tokens: int = limit(2**22, "token ids in the prompts, and tokens that may be generated")
+    max_bias: int = limit(1024, "entries of logit_bias, and of stop_token_ids")
+    max_name: int = limit(256, "characters of model, and of user")
+    max_salt: int = limit(1024, "characters of cache_salt")
     strict: bool = False
     ignore_unknown: bool = False
 

@@ -46,6 +46,11 @@ class Plan:
         """The caller's own tokens in all prompts, each prompt once."""
         return sum(prompt.billed for prompt in self.prompts)
 
+    @property
+    def most_tokens(self) -> int:
+        """As many as `usage` can come to."""
+        return self.prompt_tokens + sum(prompt.job.samples * prompt.job.max_tokens for prompt in self.prompts)
+
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
@@ -53,6 +58,14 @@ class Tokenized:
 
     prompts: tuple[tuple[int, ...], ...]
     suffix: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks. Callers are served in turn; what was computed for one is not used for another, unless they share."""
+
+    name: str = ""
+    shares: bool = False
 
 
 def check_lengths(request: Request, card: Card) -> None:
@@ -69,11 +82,9 @@ def check_lengths(request: Request, card: Card) -> None:
             raise _too_long(card, fewest, request.max_tokens)
 
 
-def make_plan(request: Request, card: Card, tokens: Tokenized, entropy: int, client: str = "") -> Plan:
-    """Decide everything. `entropy` (64 bits) seeds a request that has no seed. Raises `RequestError`.
-
-    `client` is who asks: clients are served in turn, and what was computed for one is not used for another.
-    """
+def make_plan(request: Request, card: Card, tokens: Tokenized, entropy: int, caller: Caller | None = None) -> Plan:
+    """Decide everything. `entropy` (64 bits) seeds a request that has no seed. Raises `RequestError`."""
+    caller = caller or Caller()
     _check_ids(request, card)
     prompts = []
     for index, (given, ids) in enumerate(zip(request.prompt, tokens.prompts, strict=True)):
@@ -90,8 +101,8 @@ def make_plan(request: Request, card: Card, tokens: Tokenized, entropy: int, cli
             min_tokens=request.min_tokens,
             alternatives=_alternatives(request),
             prompt_alternatives=_prompt_alternatives(request),
-            namespace=_namespace(client, request.cache_salt),
-            client=client,
+            namespace=_namespace("" if caller.shares else caller.name, request.cache_salt),
+            client=caller.name,
         )
         text = given if isinstance(given, str) else _spell(card, ids)
         prompts.append(PromptPlan(job, text, hidden, len(ids) + len(tokens.suffix)))

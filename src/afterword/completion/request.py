@@ -6,13 +6,14 @@ model (ids, context, infill) is the plan's to check.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from afterword.completion import fields
-from afterword.completion.fields import Parser, Prompt, StreamOptions
+from afterword.completion.fields import Field, Prompt, Schema, StreamOptions
 from afterword.completion.limits import Limits
 from afterword.errors import RequestError
 
@@ -67,8 +68,8 @@ class Request:
         return self.n if self.best_of is None else self.best_of
 
 
-FIELDS: dict[str, Parser] = {
-    "model": fields.string,
+FIELDS: dict[str, Field] = {
+    "model": fields.name_string,
     "prompt": fields.prompt,
     "best_of": fields.integer(0, lambda limits: limits.max_best_of),
     "echo": fields.boolean,
@@ -85,13 +86,13 @@ FIELDS: dict[str, Parser] = {
     "suffix": fields.string,
     "temperature": fields.decimal(0, 2),
     "top_p": fields.decimal(0, 1),
-    "user": fields.string,
+    "user": fields.name_string,
 }
 """The API's own fields."""
 
-EXTENSIONS: dict[str, Parser] = {
+EXTENSIONS: dict[str, Field] = {
     "add_special_tokens": fields.boolean,
-    "cache_salt": fields.filled_string,
+    "cache_salt": fields.salt,
     "ignore_eos": fields.boolean,
     "min_p": fields.decimal(0, 1),
     "min_tokens": fields.integer(0, _INT32 - 1),
@@ -107,7 +108,7 @@ EXTENSIONS: dict[str, Parser] = {
 def parse(body: bytes, limits: Limits) -> Request:
     """A request from its body. Raises `RequestError`; nothing of the body but field names and numbers is quoted."""
     values = parse_object(body)
-    known = FIELDS if limits.strict else FIELDS | EXTENSIONS
+    known = known_fields(limits)
     if limits.strict and not values.get("model"):
         raise RequestError("you must provide a model parameter")
     unknown = tuple(name[:64] for name in values if name not in known)
@@ -120,15 +121,49 @@ def parse(body: bytes, limits: Limits) -> Request:
     return request
 
 
+def known_fields(limits: Limits) -> dict[str, Field]:
+    """The fields that a request may have."""
+    return FIELDS if limits.strict else FIELDS | EXTENSIONS
+
+
+def schema(limits: Limits) -> Schema:
+    """What `parse` accepts, as a JSON Schema; the rules about several fields at once, and the model's, go beyond it."""
+    known = known_fields(limits)
+    properties: Schema = {name: {"anyOf": [field.schema(limits), {"type": "null"}]} for name, field in known.items()}
+    if limits.strict:
+        properties["model"] = {"type": "string", "minLength": 1}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": ["model"] if limits.strict else [],
+        "additionalProperties": limits.ignore_unknown,
+    }
+
+
 def parse_object(body: bytes) -> dict[str, Any]:
-    """A JSON object as a dict. Strict: UTF-8, no NaN, no lone surrogates, bounded depth."""
+    """A JSON object as a dict. Strict: UTF-8, no NaN, no lone surrogates, bounded depth, no key twice."""
     try:
         value = msgspec.json.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise RequestError(_BAD_JSON) from None
     if not isinstance(value, dict):
         raise RequestError(_BAD_JSON)
+    if body.count(b":") != len(value):  # a colon a key, more where there are objects within, or texts with colons
+        _check_keys(body)
     return value
+
+
+def _check_keys(body: bytes) -> None:
+    """No object has a key twice: readers differ in which of the two they take. The fast parser would not say."""
+
+    def check(pairs: list[tuple[str, Any]]) -> None:
+        if len({key for key, _ in pairs}) != len(pairs):
+            raise RequestError("The JSON body has a key twice in one object.")
+
+    try:
+        json.loads(body, object_pairs_hook=check)
+    except (ValueError, RecursionError):
+        raise RequestError(_BAD_JSON) from None
 
 
 # ---- rules about several fields at once
@@ -162,6 +197,19 @@ def _check_together(request: Request, limits: Limits) -> None:
             f"Too many parallel completions requested. You submitted {len(request.prompt)} prompts with "
             f"{request.candidates} completions each, but you can request at most {limits.max_completions} in total.",
             param="prompt",
+        )
+    _check_tokens(request, limits)
+
+
+def _check_tokens(request: Request, limits: Limits) -> None:
+    """What is asked for as a whole; an answer that is too long by itself is told so by the model's context."""
+    read = sum(len(prompt) for prompt in request.prompt if isinstance(prompt, tuple))
+    written = len(request.prompt) * request.candidates * request.max_tokens
+    if request.max_tokens <= limits.max_request_tokens < read + written:
+        raise RequestError(
+            f"Too many tokens requested. Your prompts and completions can have {read + written} tokens together, but "
+            f"you can request at most {limits.max_request_tokens}.",
+            param="max_tokens" if written > read else "prompt",
         )
 
 

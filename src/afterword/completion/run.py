@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -12,6 +12,11 @@ from afterword.completion.logprobs import make_echo, make_report
 from afterword.completion.plan import Plan, PromptPlan, Tokenized, check_lengths
 from afterword.completion.request import Request
 from afterword.engine.protocol import Engine, Run, Step, Token
+from afterword.errors import ReaderTooSlow
+
+MOST_AHEAD = 2**17
+"""Tokens, with the alternatives beside them, that the engine may be ahead of whoever reads the answer: it waits for
+nobody, so this bounds what is kept for a slow reader (to some tens of megabytes)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,28 +38,36 @@ async def tokenize(request: Request, engine: Engine, special: bool = True) -> To
     return Tokenized(tuple(prompts), next(ready) if request.suffix else ())
 
 
-async def run(plan: Plan, engine: Engine) -> AsyncGenerator[Delta | Usage]:
+async def run(
+    plan: Plan, engine: Engine, account: Callable[[Usage], None] = lambda _: None
+) -> AsyncGenerator[Delta | Usage]:
     """Carry out a plan. Yields deltas as they come, then one usage. Closing the iterator ends the work.
+
+    `account` is told what was computed, however it ended.
 
     Raises `Overloaded` before the first delta, `EngineError` at any time.
     """
     growing = [_Growing(plan, index, prompt) for index, prompt in enumerate(plan.prompts)]
     runs: list[Run] = []
+    whole = False
     try:
         for prompt in plan.prompts:
             runs.append(engine.start(prompt.job))
-        async with aclosing(_merged(runs)) as steps:
+        async with aclosing(_merged(runs, growing)) as steps:
             async for index, step in steps:
                 for delta in growing[index].take(step, runs[index]):
                     yield delta
+        whole = True
     finally:
         for each in runs:
             each.close()
-    yield Usage(
-        plan.prompt_tokens,
-        sum(prompt.completion_tokens for prompt in growing),
-        sum(prompt.cached_tokens for prompt in growing),
-    )
+        usage = Usage(
+            sum(prompt.prompt_tokens for prompt in growing),
+            sum(prompt.completion_tokens(whole) for prompt in growing),
+            sum(prompt.cached_tokens for prompt in growing),
+        )
+        account(usage)
+    yield usage
 
 
 class _Growing:
@@ -67,15 +80,27 @@ class _Growing:
         self._scored: list[Token] = []
         self._choices: list[Choice] = []
         self._cached = 0
+        self._begun = False
+        self._generated = 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The caller's own tokens in the prompt, once anything of it has been computed."""
+        return self._prompt.billed if self._begun else 0
 
     @property
     def cached_tokens(self) -> int:
         """How many of the caller's own tokens in the prompt had been computed before."""
         return max(0, min(self._cached - self._prompt.hidden, self._prompt.billed))
 
-    @property
-    def completion_tokens(self) -> int:
-        return sum(choice.completion_tokens for choice in self._choices)
+    def completion_tokens(self, whole: bool) -> int:
+        """Of a whole answer those in its text; else all that were generated, taken or not."""
+        return sum(choice.completion_tokens for choice in self._choices) if whole else self._generated
+
+    def count(self, step: Step) -> None:
+        """A step was computed, though perhaps nobody will take it any more."""
+        self._begun = True
+        self._generated += len(step.sampled)
 
     def take(self, step: Step, run: Run) -> list[Delta]:
         """Deltas that a step brings. Samples whose text is complete are dropped from the run."""
@@ -105,13 +130,22 @@ class _Growing:
         return answers[: self._plan.n]
 
 
-async def _merged(runs: Sequence[Run]) -> AsyncGenerator[tuple[int, Step]]:
+async def _merged(runs: Sequence[Run], growing: Sequence[_Growing]) -> AsyncGenerator[tuple[int, Step]]:
     """Steps of all runs as they come, each with the index of its run. The first failure ends it."""
     steps: asyncio.Queue[tuple[int, Step] | Exception | None] = asyncio.Queue()
 
+    ahead = 0
+
     async def follow(index: int, run: Run) -> None:
+        nonlocal ahead
         try:
             async for step in run:
+                growing[index].count(step)
+                ahead += _weight(step)
+                if ahead > MOST_AHEAD:
+                    for each in runs:
+                        each.close()  # what nobody reads is not computed any further
+                    raise ReaderTooSlow()
                 steps.put_nowait((index, step))
             steps.put_nowait(None)
         except Exception as error:
@@ -127,8 +161,16 @@ async def _merged(runs: Sequence[Run]) -> AsyncGenerator[tuple[int, Step]]:
             if item is None:
                 open_runs -= 1
             else:
+                ahead -= _weight(item[1])
                 yield item
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _weight(step: Step) -> int:
+    """How much memory a step takes: its tokens, and the alternatives beside them."""
+    if len(step.sampled) == 1 and not step.scored:
+        return 1 + len(step.sampled[0][1].top)
+    return sum(1 + len(token.top) for _, token in step.sampled) + sum(1 + len(token.top) for token in step.scored)

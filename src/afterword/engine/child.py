@@ -1,7 +1,7 @@
 """The engine's process: reads frames, runs passes, writes frames. It ends when its parent does.
 
-Which library computes is an argument. Three threads: one reads, so that a cancel is seen between two passes; one
-tokenizes, with a stack large enough for recursive pre-tokenizers; the main one computes.
+Which library computes is an argument. Four threads: one reads, so that a cancel is seen between two passes; one
+tokenizes, with a stack large enough for recursive pre-tokenizers; one pulses; the main one computes.
 """
 
 from __future__ import annotations
@@ -9,16 +9,18 @@ from __future__ import annotations
 import ctypes
 import os
 import queue
+import resource
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
 from afterword.engine import frames
-from afterword.engine.core.batch import Runner
+from afterword.engine.core.batch import Batch, Logits, Runner
 from afterword.engine.core.loop import Loop
 from afterword.engine.protocol import Card
 from afterword.errors import AfterwordError
@@ -26,8 +28,9 @@ from afterword.errors import AfterwordError
 Tokenizer = Callable[[str, bool], tuple[int, ...]]
 
 _TOKENIZER_STACK = 512 * 2**20
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
 _IDLE = 0.5  # seconds
+_PULSE = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,48 @@ def serve(load: Callable[[frames.Open], Loaded]) -> None:
     `load` may raise `SettingError`; its sentence goes to the parent.
     """
     _follow_parent()
+    _keep_memory_private()
     _Child(socket.socket(fileno=int(sys.argv[1]))).main(load)
+
+
+class Gauge:
+    """A runner that is watched: what has been computed, and what is being computed now. One thread runs it."""
+
+    def __init__(self, runner: Runner, clock: Callable[[], float] = time.monotonic) -> None:
+        self.slots, self.chunk, self.grid = runner.slots, runner.chunk, runner.grid
+        self.least_shared, self.rewinds = runner.least_shared, runner.rewinds
+        self.held = runner.held
+        self._runner = runner
+        self._clock = clock
+        self._passes = self._tokens = self._largest = 0
+        self._slowest = 0.0
+
+    def run(self, batch: Batch) -> Logits:
+        """See `core.batch.Runner`."""
+        start, tokens = self._clock(), sum(len(row.tokens) for row in batch.rows)
+        self._tokens = tokens
+        logits = self._runner.run(batch)
+        self._slowest = max(self._slowest, self._clock() - start)
+        self._largest = max(self._largest, tokens)
+        self._passes, self._tokens = self._passes + 1, 0
+        return logits
+
+    def pulse(self) -> frames.Pulse:
+        """How it fares; from any thread."""
+        return frames.Pulse(self._passes, self._tokens, self._largest, self._slowest)
+
+
+def apply(loop: Loop, message: frames.ToEngine) -> None:
+    """Tell a loop what the parent says of a job."""
+    match message:
+        case frames.Start():
+            loop.start(message.run, message.job)
+        case frames.Drop():
+            loop.drop(message.run, message.sample)
+        case frames.Close():
+            loop.close(message.run)
+        case _:
+            raise AssertionError(f"not a message for a running engine: {type(message).__name__}")
 
 
 class _Child:
@@ -53,6 +97,7 @@ class _Child:
 
     def __init__(self, link: socket.socket) -> None:
         self._link = link
+        self._gauge: Gauge | None = None
         self._stream = link.makefile("rb")
         self._sending = threading.Lock()
         self._jobs: queue.SimpleQueue[frames.ToEngine] = queue.SimpleQueue()
@@ -64,6 +109,7 @@ class _Child:
         settings = frames.unpack_to_engine(body) if body else None
         if not isinstance(settings, frames.Open):
             return
+        threading.Thread(target=self._pulse, daemon=True).start()
         try:
             loaded = load(settings)
         except AfterwordError as error:
@@ -74,7 +120,8 @@ class _Child:
         threading.Thread(target=self._tokenize, args=(loaded.tokenize,), daemon=True).start()
         threading.stack_size(0)
         threading.Thread(target=self._read, daemon=True).start()
-        self._work(Loop(loaded.runner))
+        self._gauge = Gauge(loaded.runner)
+        self._work(Loop(self._gauge))
 
     def _read(self) -> NoReturn:
         while body := frames.read(self._stream):
@@ -84,6 +131,11 @@ class _Child:
             else:
                 self._jobs.put(message)
         os._exit(0)  # the parent is gone, and a pass may be running: nothing is worth waiting for
+
+    def _pulse(self) -> NoReturn:
+        while True:
+            time.sleep(_PULSE)
+            self._send(self._gauge.pulse() if self._gauge else frames.Pulse(0, 0, 0, 0.0))
 
     def _tokenize(self, tokenize: Tokenizer) -> NoReturn:
         while True:
@@ -108,15 +160,7 @@ class _Child:
             except queue.Empty:
                 return taken
             taken = True
-            match message:
-                case frames.Start():
-                    loop.start(message.run, message.job)
-                case frames.Drop():
-                    loop.drop(message.run, message.sample)
-                case frames.Close():
-                    loop.close(message.run)
-                case _:
-                    raise AssertionError(f"not a message for a running engine: {type(message).__name__}")
+            apply(loop, message)
 
     def _wait(self, loop: Loop) -> frames.ToEngine:
         """The next message. After a while without any, make sure that nothing was mixed up: better die than lie."""
@@ -138,3 +182,10 @@ def _follow_parent() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _keep_memory_private() -> None:
+    """No core file may hold a prompt, and no process of the same user may look at one here."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0)

@@ -96,8 +96,21 @@ class Tokens(Value, frozen=True, tag=True):
     ids: tuple[int, ...]
 
 
+class Pulse(Value, frozen=True, tag=True):
+    """The engine's process lives. Sent every second, whatever it does.
+
+    So many `passes` have ended, and one over so many `tokens` is under way (0: none); the longest so far took `slowest`
+    seconds, the `largest` had so many tokens.
+    """
+
+    passes: int
+    tokens: int
+    largest: int
+    slowest: float
+
+
 ToEngine = Open | Start | Drop | Close | Tokenize
-FromEngine = Ready | Failed | Pass | Tokens
+FromEngine = Ready | Failed | Pass | Tokens | Pulse
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

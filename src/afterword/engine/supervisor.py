@@ -1,48 +1,81 @@
 """Runs an engine in a process of its own, and is that engine for everyone above.
 
 Every job is kept here until it ends, so a crash of the process loses none: a new one gets them all again, and what a
-job had brought already is left out the second time. This file knows frames and processes; it does not know which
-library computes, nor what a job is for.
+job had brought already is left out the second time. This file knows neither processes nor which library computes, nor
+what a job is for.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import socket
-import subprocess
-import sys
-from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import msgspec
 
 from afterword.engine import frames
-from afterword.engine.protocol import Card, Job, Load, Step
-from afterword.errors import EngineDied, Overloaded, SettingError
+from afterword.engine.pending import CRASHES, Pending
+from afterword.engine.process import LLAMA, Link, Spawn, spawn
+from afterword.engine.protocol import Card, Job, Load
+from afterword.engine.quarantine import Quarantine
+from afterword.engine.texts import Texts
+from afterword.engine.watch import TICK, Restarts, Watch
+from afterword.errors import EngineDied, EngineFailure, Overloaded, SettingError, WaitedTooLong
+from afterword.limits import limit
 
-LLAMA = (sys.executable, "-m", "afterword.engine.llama")
-State = Literal["starting", "ready", "restarting", "closed"]
+State = Literal["starting", "ready", "restarting", "failing", "closed"]
+"""`restarting`: jobs wait for the next engine. `failing`: too many have died; nothing is accepted until one lives."""
 
-_CRASHES = 2  # a run that was being computed in so many crashes is not tried again
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0  # seconds between attempts to restart
+_LATER = "The server is overloaded: too many requests are waiting. Please try again later."
+_FAILING = "The engine cannot be kept running at the moment."
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How much may wait and for how long."""
+
+    queue: int = limit(4096, "prompts that wait")
+    queue_tokens: int = limit(2**22, "tokens of prompts that wait and of all that they may generate")
+    queue_seconds: float = limit(600.0, "seconds that a prompt waits for its turn, 0: for ever")
+    hang_seconds: float = limit(15.0, "seconds without a sign of life after which the engine is replaced, at least 3")
+
+    def __post_init__(self) -> None:
+        if self.hang_seconds < 3:
+            raise SettingError("The limit hang_seconds must be at least 3: the engine gives a sign of life a second.")
 
 
 class Supervisor:
     """An `Engine` whose work is done by a child process. One event loop calls everything."""
 
-    def __init__(self, settings: frames.Open, *, max_queue: int = 512, command: Sequence[str] = LLAMA) -> None:
+    def __init__(
+        self,
+        settings: frames.Open,
+        policy: Policy = Policy(),
+        *,
+        command: Sequence[str] = LLAMA,
+        spawn: Spawn = spawn,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._settings = settings
-        self._max_queue = max_queue
-        self._command = command
+        self._policy = policy
+        self._spawn = partial(spawn, command)
+        self._clock = clock
         self._names = itertools.count()
-        self._runs: dict[int, _Run] = {}
-        self._calls: dict[int, asyncio.Future[tuple[int, ...]]] = {}
+        self._runs: dict[int, Pending] = {}
+        self._line: dict[int, Pending] = {}  # not yet told to the engine that lives now, in order
+        self._trial: Pending | None = None  # suspected, and told last
+        self._texts = Texts(self._send)
+        self._waiting_tokens = 0
+        self._quarantine = Quarantine()
+        self._watch = Watch(policy.hang_seconds)
+        self._restarts = Restarts()
+        self._link: Link | None = None  # from its start, loaded or not
         self._card: Card | None = None
-        self._writer: asyncio.StreamWriter | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._reader: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._load = Load()
         self.state: State = "starting"
         self.restarts = 0
@@ -58,239 +91,218 @@ class Supervisor:
     @property
     def load(self) -> Load:
         """What is running and waiting."""
-        if self._writer is None:
+        if self.state != "ready":
             return Load(self._load.sequences, 0, sum(run.job.samples for run in self._runs.values()))
-        return self._load
+        return msgspec.structs.replace(
+            self._load, waiting=self._load.waiting + sum(run.job.samples for run in self._line.values())
+        )
 
-    def start(self, job: Job) -> _Run:
-        """Accept a job; see `protocol.Engine`."""
-        if self.state == "closed":
-            raise Overloaded("The server is shutting down.")
-        if len(self._runs) >= self.card.sequences + self._max_queue:
-            raise Overloaded("The server is overloaded: too many requests are waiting. Please try again later.")
-        run = _Run(self, next(self._names), job)
-        self._runs[run.name] = run
-        if self._writer is not None:
-            self._send(frames.Start(run.name, job))
+    def start(self, job: Job) -> Pending:
+        """Accept a job; see `protocol.Engine`. Raises `EngineFailure` for one that has killed the engine."""
+        self._check(job, waiting=len(self._runs), room=self.card.sequences)
+        run = Pending(self, next(self._names), job, self._clock())
+        if self._waiting_tokens and self._waiting_tokens + run.size > self._policy.queue_tokens:
+            raise Overloaded(_LATER)
+        self._waiting_tokens += run.size
+        self._runs[run.name] = self._line[run.name] = run
+        self._feed()
         return run
 
     async def tokenize(self, text: str, special: bool) -> tuple[int, ...]:
-        """Tokens of a text; see `protocol.Engine`. Raises `Overloaded` while the engine is being replaced."""
-        if self.state == "restarting":
-            raise Overloaded("The engine is being restarted. Please try again.")
-        call = next(self._names)
-        future: asyncio.Future[tuple[int, ...]] = asyncio.get_running_loop().create_future()
-        self._calls[call] = future
+        """Tokens of a text; see `protocol.Engine`. While the engine is being replaced, it waits."""
+        self._check(text, waiting=len(self._texts), room=0)
         try:
-            self._send(frames.Tokenize(call, text, special))
-            return await future
+            return await self._texts.tokens(text, special, self._clock())
         finally:
-            del self._calls[call]
+            self._feed()  # it may have been what jobs were kept back for
+
+    def check_room(self) -> None:
+        """To be asked before any work is done for a request. Raises `Overloaded` if no job would be accepted."""
+        self._check_room(len(self._runs), self.card.sequences)
+
+    def _check(self, work: Job | str, waiting: int, room: int) -> None:
+        self._check_room(waiting, room)
+        if self._quarantine.holds(work, self._clock()):
+            raise EngineFailure()
+
+    def _check_room(self, waiting: int, room: int) -> None:
+        if self.state == "closed":
+            raise Overloaded("The server is shutting down.")
+        if self.state == "failing":
+            raise Overloaded(_FAILING, retry_after=30)
+        if waiting >= self._policy.queue + room:
+            raise Overloaded(_LATER)
 
     # ---- life
 
     async def open(self) -> None:
         """Start the process and load the model. Raises `SettingError` if that fails."""
+        self._tasks.append(asyncio.create_task(self._look()))
         await self._launch()
-        self.state = "ready"
+        self._tasks.append(asyncio.create_task(self._live()))
 
     async def close(self) -> None:
         """End the process and every run."""
         self.state = "closed"
-        if self._reader is not None:
-            self._reader.cancel()
-            await asyncio.gather(self._reader, return_exceptions=True)
-        await self._end_process()
-        for run in list(self._runs.values()):
-            self._fail(run, Overloaded("The server is shutting down."))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._link is not None:
+            await self._link.bury()
+        self._fail_all(Overloaded("The server is shutting down."))
 
     async def _launch(self) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                [*self._command, str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
-            )
-        reader, writer = await asyncio.open_connection(sock=ours, limit=2**20)
-        writer.write(frames.pack(self._settings))
-        first = await _receive(reader)
+        self._watch.started()
+        self._link = link = await self._spawn()
+        link.send(self._settings)
+        while isinstance(first := await link.receive(), frames.Pulse):
+            self._watch.heard(first)
         if not isinstance(first, frames.Ready):
-            writer.close()
-            await self._end_process()
-            raise SettingError(first.message if isinstance(first, frames.Failed) else self._last_words())
-        self._card, self._writer = first.card, writer
-        self._load = Load(first.card.sequences)
-        self._reader = asyncio.create_task(self._listen(reader))
+            code = await link.bury()
+            raise SettingError(
+                first.message
+                if isinstance(first, frames.Failed)
+                else f"The engine's process ended while it was loading {self._settings.path} (exit status {code})."
+            )
+        self._watch.heard(first)
+        self._card, self._load = first.card, Load(first.card.sequences)
+        self.state = "ready"
+        self._texts.ask_again()
+        self._feed()
 
-    def _last_words(self) -> str:
-        code = self._process.returncode if self._process else None
-        return f"The engine's process ended while it was loading {self._settings.path} (exit status {code})."
+    async def _live(self) -> None:
+        """Serve with one engine after the other."""
+        while True:
+            await self._listen()
+            self._mourn()
+            while not await self._revive():
+                pass
 
-    async def _listen(self, reader: asyncio.StreamReader) -> None:
-        while (message := await _receive(reader)) is not None:
+    async def _listen(self) -> None:
+        assert self._link is not None
+        while (message := await self._link.receive()) is not None:
+            self._watch.heard(message)
             if isinstance(message, frames.Pass):
                 self._take(message)
             elif isinstance(message, frames.Tokens):
-                call = self._calls.get(message.call)
-                if call is not None and not call.done():
-                    call.set_result(message.ids)
-        await self._recover()
+                self._texts.answered(message)
 
-    async def _recover(self) -> None:
-        """The process has died: start another and give it the runs again.
+    async def _revive(self) -> bool:
+        """Start another engine; whether it lives. While too many have died, nobody is kept waiting for the next."""
+        assert self._link is not None
+        await self._link.bury()
+        pause = self._restarts.crashed(self._clock())
+        self.state = "failing" if self._restarts.failing(self._clock()) else "restarting"
+        if self.state == "failing":
+            self._fail_all(Overloaded(_FAILING, retry_after=30))
+        await asyncio.sleep(pause)
+        self.restarts += 1
+        try:
+            await self._launch()
+        except (SettingError, OSError):
+            return False
+        return True
 
-        Not those that may have killed it, nor, where numbers can differ a second time, those that have brought any.
+    async def _look(self) -> None:
+        """Now and then: does the engine hang, and has a job waited for too long?"""
+        before = self._clock()
+        while True:
+            await asyncio.sleep(TICK)
+            before, passed = self._clock(), self._clock() - before
+            ready, told = self.state == "ready", len(self._runs) - len(self._line)
+            hangs = self._watch.hangs(passed, jobs=ready and told > 0, texts=ready and len(self._texts) > 0)
+            if hangs and self._link is not None:
+                self._watch.started()
+                self._link.kill()
+            if self._policy.queue_seconds:
+                self._expire(before - self._policy.queue_seconds)
+
+    def _expire(self, accepted: float) -> None:
+        """Give up what was accepted before that and has not been begun."""
+        for run in [run for run in self._runs.values() if run.since < accepted and not run.admitted]:
+            self._fail(run, WaitedTooLong())
+        self._texts.expire(accepted, WaitedTooLong())
+
+    # ---- death
+
+    def _mourn(self) -> None:
+        """The engine has died. Give up what killed it, and bring the others into the order in which they start again.
+
+        What had brought something goes on first. Of the others those that may be to blame start one after the other,
+        each when the one before has brought something: so what kills twice does it alone. Where it did not, because
+        several came to the same point as before, each is tried until it comes further. A text that was at work is
+        blamed alone, and comes before them: nothing is tried as soon.
         """
         self.state = "restarting"
-        for run in list(self._runs.values()):
-            if run.crashed() == _CRASHES or (run.brought and self.card.promise == "none"):
+        running = [run for run in self._runs.values() if run.begun]
+        for run in self._runs.values():
+            run.lost(blamed=not len(self._texts))
+        guilty = [run for run in running if run.crashes >= CRASHES]
+        if len(guilty) == 1:
+            self._quarantine.add(guilty[0].job, self._clock())
+            self._fail(guilty[0], EngineFailure())
+        for run in running if self.card.promise == "none" else ():
+            if run.brought and run.name in self._runs:
                 self._fail(run, EngineDied())
-        for call in self._calls.values():
-            if not call.done():
-                call.set_exception(EngineDied())
-        self._load = Load(self.card.sequences)
-        pause = _FIRST_PAUSE
-        while True:
-            await self._end_process()
-            await asyncio.sleep(pause)
-            self.restarts += 1
-            try:
-                await self._launch()
-            except (SettingError, OSError):
-                pause = min(pause * 2, _LONGEST_PAUSE)
-                continue
-            self.state = "ready"
-            for run in self._runs.values():
-                self._send(frames.Start(run.name, run.job))
-            return
+        order = sorted(self._runs.values(), key=lambda run: 1 if run.on_probation else 0 if run.brought else 2)
+        self._line = {run.name: run for run in order}
+        self._trial = None
+        if text := self._texts.died(CRASHES, EngineFailure()):
+            self._quarantine.add(text, self._clock())
 
-    async def _end_process(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-        if self._process is not None:
-            self._process.kill()
-            await asyncio.to_thread(self._process.wait)
+    def _fail_all(self, error: Exception) -> None:
+        for run in list(self._runs.values()):
+            self._fail(run, error)
+        self._texts.fail(error)
+
+    def _fail(self, run: Pending, error: Exception) -> None:
+        self.end(run)
+        run.fail(error)
 
     # ---- runs
+
+    def _feed(self) -> None:
+        """Tell the engine of jobs, as far as it may be told."""
+        while self.state == "ready" and self._line and not self._on_trial():
+            run = self._line.pop(next(iter(self._line)))
+            self._send(frames.Start(run.name, run.job))
+            self._trial = run if run.on_probation else None
+
+    def _on_trial(self) -> bool:
+        """Whether something that may have killed an engine is being tried, which is better done alone."""
+        run = self._trial
+        tried = run is None or run.name not in self._runs or (run.fruitful and run.crashes < CRASHES)
+        return self._texts.suspected or not tried
 
     def _take(self, message: frames.Pass) -> None:
         self._load = message.load
         for name, step in message.steps.items():
             run = self._runs.get(name)
-            if run is not None:
-                run.put(step)
-                if run.ended:
-                    del self._runs[name]
+            if run is None:
+                continue
+            if not run.admitted:
+                self._waiting_tokens -= run.size
+            run.put(step)
+            if run.ended:
+                del self._runs[name]
+                self._restarts.served()
+        self._feed()
 
-    def drop(self, run: _Run, sample: int) -> None:
+    def drop(self, pending: Pending, sample: int) -> None:
         """End one sample of a run."""
-        if run.name in self._runs and self._writer is not None:
-            self._send(frames.Drop(run.name, sample))
+        if pending.name in self._runs:
+            self._send(frames.Drop(pending.name, sample))
 
-    def end(self, run: _Run) -> None:
+    def end(self, pending: Pending) -> None:
         """Forget a run."""
-        if self._runs.pop(run.name, None) is not None and self._writer is not None:
-            self._send(frames.Close(run.name))
-
-    def _fail(self, run: _Run, error: Exception) -> None:
-        del self._runs[run.name]
-        run.fail(error)
+        if self._runs.pop(pending.name, None) is None:
+            return
+        self._line.pop(pending.name, None)
+        if not pending.admitted:
+            self._waiting_tokens -= pending.size
+        self._send(frames.Close(pending.name))
+        self._feed()
 
     def _send(self, message: frames.ToEngine) -> None:
-        if self._writer is None:
-            raise EngineDied()
-        self._writer.write(frames.pack(message))
-
-
-class _Run:
-    """One job under way; see `protocol.Run`."""
-
-    def __init__(self, supervisor: Supervisor, name: int, job: Job) -> None:
-        self.name = name
-        self.job = job
-        self._supervisor = supervisor
-        self._open = set(range(job.samples))
-        self._begun = False
-        self._crashes = 0
-        self._told: Counter[int | None] = Counter()  # tokens by sample; under None the prompt's
-        self._again: Counter[int | None] = Counter()  # as many of them will come a second time
-        self._steps: asyncio.Queue[Step | Exception | None] = asyncio.Queue()  # None: nothing more will come
-
-    @property
-    def brought(self) -> bool:
-        """Whether anyone may have seen a token of it."""
-        return self._told.total() > 0
-
-    @property
-    def ended(self) -> bool:
-        """Whether every sample has ended."""
-        return not self._open
-
-    def put(self, step: Step) -> None:
-        """Take a step from the engine."""
-        self._begun = True
-        if self._crashes:
-            step = self._new(step)
-        self._told[None] += len(step.scored)
-        self._told.update(sample for sample, _ in step.sampled)
-        self._open.difference_update(sample for sample, _ in step.ended)
-        self._steps.put_nowait(step)
-        if self.ended:
-            self._steps.put_nowait(None)
-
-    def crashed(self) -> int:
-        """The engine has died: in how many crashes this run was being computed."""
-        self._crashes += self._begun
-        self._begun = False
-        self._again = self._told.copy()
-        return self._crashes
-
-    def _new(self, step: Step) -> Step:
-        """What of a step has not been told before a crash. Samples that had ended are ended again."""
-        for sample in {sample for sample, _ in step.sampled} - self._open:
-            self._supervisor.drop(self, sample)
-        known, self._again[None] = self._again[None], max(0, self._again[None] - len(step.scored))
-        sampled = tuple(pair for pair in step.sampled if pair[0] in self._open and not self._repeats(pair[0]))
-        ended = tuple(pair for pair in step.ended if pair[0] in self._open)
-        return Step(step.scored[known:], sampled, ended)
-
-    def _repeats(self, sample: int) -> bool:
-        """Whether a sample's next token has been told; it counts as taken."""
-        self._again[sample] -= 1
-        return self._again[sample] >= 0
-
-    def fail(self, error: Exception) -> None:
-        """End with an error."""
-        self._steps.put_nowait(error)
-
-    async def __aiter__(self) -> AsyncIterator[Step]:
-        while (step := await self._steps.get()) is not None:
-            if isinstance(step, Exception):
-                raise step
-            yield step
-
-    def drop(self, sample: int) -> None:
-        """End one sample now."""
-        if sample in self._open:
-            self._open.discard(sample)
-            self._supervisor.drop(self, sample)
-            if self.ended:
-                self.close()
-
-    def close(self) -> None:
-        """End the whole job now."""
-        self._open.clear()
-        self._supervisor.end(self)
-        self._steps.put_nowait(None)  # whoever is waiting for a step, waits no longer
-
-
-async def _receive(reader: asyncio.StreamReader) -> frames.FromEngine | None:
-    """The next message, or None when the process is gone or talks nonsense, which is no better."""
-    try:
-        header = await reader.readexactly(frames.HEADER.size)
-        size = frames.HEADER.unpack(header)[0]
-        if size > frames.LIMIT:
-            return None
-        return frames.unpack_from_engine(await reader.readexactly(size))
-    except (asyncio.IncompleteReadError, ConnectionError, msgspec.MsgspecError, UnicodeDecodeError):
-        return None
+        if self._link is not None and self.state == "ready":
+            self._link.send(message)

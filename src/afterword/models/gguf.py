@@ -1,7 +1,7 @@
 """Facts about a model, from its GGUF header alone: what it is, how large, what a token costs in memory.
 
-Knows the metadata keys and how a model is split over files. Loads no weights and no vocabulary, so that a bad
-file is refused in words, and within a fraction of a second, before an engine sees it.
+Knows the metadata keys and how a model is split over files. Loads no weights, so that a bad file is refused in words,
+and within a fraction of a second, before an engine sees it. What would end the engine is in `sound.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from afterword.errors import SettingError
-from afterword.models.header import Header, read_header
+from afterword.models.header import TOKENS, Header, read_header
+from afterword.models.sound import check_sound
 
 FILE_TYPES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S",
@@ -57,6 +58,7 @@ def read_facts(path: Path | str) -> Facts:
     keys = _Keys(path, first)
     keys.check_kind()
     split_count = keys.check_split()
+    check_sound(path, keys.architecture, first)
     later = (_part(path, number, split_count) for number in range(2, split_count + 1))
     headers = [first, *map(read_header, later)]
     tensor_count = sum(header.tensors for header in headers)
@@ -158,5 +160,5 @@ def _file_type(headers: list[Header]) -> str:
 
 
 def _vocabulary(keys: _Keys) -> int:
-    tokens = keys.header.lengths.get("tokenizer.ggml.tokens")
+    tokens = keys.header.lengths.get(TOKENS)
     return keys.number("vocab_size", 0) if tokens is None else tokens

@@ -44,6 +44,7 @@ LOOKALIKES = (
 
 MOST_ENTRIES = 1 << 24  # the largest vocabularies have about a million
 LONGEST_NAME = 1 << 16  # longer strings (chat templates) are stepped over, as are longer arrays of numbers
+TOKENS = "tokenizer.ggml.tokens"  # the one array of strings that is kept
 
 Value = int | float | str | tuple[int | float, ...]
 
@@ -52,7 +53,8 @@ Value = int | float | str | tuple[int | float, ...]
 class Header:
     """What one GGUF file says of itself.
 
-    `lengths` are those of its arrays, in entries; `size` and `tensor_bytes` (per type name) are in bytes.
+    `lengths` are those of its arrays, in entries; `size` and `tensor_bytes` (per type name) are in bytes. `tokens` are
+    the vocabulary's, as they are spelled in the file.
     """
 
     size: int
@@ -60,6 +62,7 @@ class Header:
     lengths: Mapping[str, int]
     tensors: int
     tensor_bytes: Mapping[str, int]
+    tokens: tuple[bytes, ...] = ()
 
 
 class MalformedError(Exception):
@@ -86,6 +89,7 @@ class _Reader:
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.size, self.position = file, size, 0
+        self.tokens: tuple[bytes, ...] = ()
 
     def header(self) -> Header:
         self.check_format()
@@ -104,7 +108,7 @@ class _Reader:
             else:
                 values[key] = self.value(kind, key)
         sizes = self.tensor_table(tensors, values.get("general.alignment", 32))
-        return Header(self.size, values, lengths, tensors, sizes)
+        return Header(self.size, values, lengths, tensors, sizes, self.tokens)
 
     def check_format(self) -> None:
         start = self.file.read(64)
@@ -166,7 +170,10 @@ class _Reader:
         kind, count = self.number(U32), self.number(U64)
         if kind == STRING:
             self.check_count(count, 8, f"entries of {key!r}")
-            self.skip_strings(count)
+            if key == TOKENS:
+                self.tokens = tuple(self.take(self.number(U64)) for _ in range(count))
+            else:
+                self.skip_strings(count)
         else:
             shape = _number_shape(kind, key)
             self.check_count(count, shape.size, f"entries of {key!r}")
@@ -177,7 +184,7 @@ class _Reader:
         return count
 
     def skip_strings(self, count: int) -> None:
-        # The one hot loop (a vocabulary and its merges): local names, no calls of our own.
+        # The one hot loop (a vocabulary's merges): local names, no calls of our own.
         read, seek, unpack = self.file.read, self.file.seek, U64.unpack
         size, position = self.size, self.position
         for _ in range(count):

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from afterword.errors import SettingError
+from afterword.models.arrival import Listed, arriving, difference
 from afterword.models.gguf import part_names, read_facts
 from afterword.models.registry import HubFile, Model, Spec, cache_folder, choose_file, locate
 
@@ -30,14 +31,14 @@ def pull(spec: Spec) -> Model:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise SettingError(f"{spec} is not on this machine, and HF_HUB_OFFLINE forbids fetching it.")
     with _told_plainly(spec):
-        sizes = _list_files(spec.repository)
-    names = part_names(choose_file(sizes, spec))
-    if missing := [name for name in names if name not in sizes]:
+        files = _list_files(spec.repository)
+    names = part_names(choose_file(files, spec))
+    if missing := [name for name in names if name not in files]:
         raise SettingError(f"{spec.repository} lacks {missing[0]}, a part of the model; choose another file.")
-    _check_disk(sum(sizes[name] for name in names), spec)
-    for name in names:
-        with _told_plainly(spec):
-            _fetch(spec.repository, name, sizes[name])
+    _check_disk(sum(files[name].size for name in names), spec)
+    with _told_plainly(spec), arriving(cache_folder(), spec.repository) as folder:
+        for name in names:
+            _fetch(spec.repository, name, files[name], folder)
     return _checked(locate(HubFile(spec.repository, names[0])))
 
 
@@ -50,24 +51,25 @@ def _endpoint() -> str | None:
     return os.environ.get("HF_ENDPOINT") or None  # read here, as the library reads it once, at import
 
 
-def _list_files(repository: str) -> dict[str, int]:
-    """Every file of a repository on the Hub, with its size in bytes."""
+def _list_files(repository: str) -> dict[str, Listed]:
+    """Every file of a repository on the Hub."""
     from huggingface_hub import HfApi
 
     files = HfApi(endpoint=_endpoint()).model_info(repository, files_metadata=True).siblings or []
-    return {file.rfilename: file.size or 0 for file in files}
+    return {file.rfilename: Listed(file.size or 0, file.lfs.sha256 if file.lfs else None) for file in files}
 
 
-def _fetch(repository: str, name: str, size: int) -> None:
-    """Download one file; a cached copy of the wrong size is replaced. A mirror may list no size, 0 here."""
+def _fetch(repository: str, name: str, listed: Listed, folder: Path) -> None:
+    """Download one file; one that is not as it was listed is downloaded once more."""
     from huggingface_hub import hf_hub_download
 
     for force in (False, True):
-        path = hf_hub_download(repository, name, cache_dir=cache_folder(), endpoint=_endpoint(), force_download=force)
-        found = Path(path).stat().st_size
-        if size in (found, 0):
+        path = hf_hub_download(repository, name, cache_dir=folder, endpoint=_endpoint(), force_download=force)
+        wrong = difference(Path(path), listed)
+        if wrong is None:
             return
-    raise SettingError(f"{name} came with {found} bytes where the Hub lists {size}; pull it again later.")
+    Path(path).resolve().unlink()
+    raise SettingError(f"{name} {wrong}; pull it again later.")
 
 
 def _check_disk(needed: int, spec: HubFile) -> None:

@@ -14,7 +14,7 @@ from afterword.engine.core.sequence import Sequence
 from afterword.engine.protocol import End, Job, Load, Step, Token
 
 PASS_SECONDS = 0.25
-"""How long prompts may be computed at a time while others wait; up to three times as long while few sequences run."""
+"""How long prompts may be computed at a time while others wait; up to twice as long while few sequences run."""
 
 
 @dataclass(slots=True)
@@ -83,11 +83,14 @@ class Loop:
         return {run: draft.step() for run, draft in drafts.items()}
 
     def _measure(self, batch: Batch, seconds: float) -> None:
-        """Follow the speed of passes over prompts. Short ones say little: they are as slow as their fixed costs."""
+        """Follow the speed of passes over prompts: down at once, since running sequences wait for them; up slowly.
+
+        Short ones say little: they are as slow as their fixed costs.
+        """
         tokens = len(batch.rows[0].tokens)
         if seconds > 0 and (tokens >= LEAST_PASS or (tokens > 1 and self._pace is None)):
             pace = tokens / seconds
-            self._pace = 0.5 * self._pace + 0.5 * pace if self._pace else pace
+            self._pace = pace if self._pace is None else min(pace, 0.75 * self._pace + 0.25 * pace)
 
     def _postprocess(self, row: Row, sequence: Sequence, logits: Logits, draft: _Draft) -> None:
         job = sequence.work.job

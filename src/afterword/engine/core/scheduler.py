@@ -8,7 +8,7 @@ being computed is waited for, what is in a slot is used, and the samples of a pr
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -20,7 +20,7 @@ from afterword.engine.protocol import Job, Load, Token
 
 WINDOW = 32  # of a client's waiting jobs, how many are looked at
 LEAST_PASS = 32  # tokens of a prompt: fewer are computed hardly faster
-MOST_BUDGETS = 3  # for prompts at a time, while they are many and few sequences run
+MOST_BUDGETS = 2  # for prompts at a time, while they are many and few sequences run
 PATIENCE = 8  # how often a job may be passed over for one whose prompt is further computed
 
 
@@ -122,7 +122,7 @@ class Scheduler:
         work, slot = sequence.work, sequence.slot
         if slot is None:
             work.queued.remove(sequence)
-        elif work.queued:
+        elif work.queued and not self._must_yield(work):
             self._slots.cut(slot, len(work.job.prompt) if self._holds_prompt(sequence) else 0)
             self._leave(sequence)
             self._place(work.queued.popleft(), slot)
@@ -131,6 +131,13 @@ class Scheduler:
             self._slots.leave(slot, again=self._source(work) is not None)
         if not work.live and not work.queued:
             self._forget(work)
+
+    def _must_yield(self, work: Work) -> bool:
+        """Whether a client with many samples runs more than one who waits. Its last slot stays: it holds the prompt."""
+        if not self._waiting or len(work.live) == 1:
+            return False
+        running = Counter(sequence.work.job.client for sequence in self._held.values())
+        return any(running[client] < running[work.job.client] - 1 for client in self._waiting)
 
     def load(self) -> Load:
         """How many sequences there are, are in use, and are waited for."""

@@ -1,0 +1,102 @@
+"""`GET /openapi.json`: the API described in its own words, from the parsers that read requests."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from afterword import __version__
+from afterword.api.models import json_answer
+from afterword.api.schemas import ANSWERS, Schema, array, or_null, ref
+from afterword.api.service import Service
+from afterword.completion.request import schema
+from afterword.config import Config
+
+ERRORS = {
+    400: "The request is at fault; `param` names the field.",
+    401: "No key, or an unknown one.",
+    403: "A web page that may not.",
+    404: "No such model or path.",
+    405: "Not with this method.",
+    408: "Head or body did not come in time.",
+    413: "The body is too large.",
+    415: "The body is compressed.",
+    429: "A limit of the key is reached; try again after `Retry-After`, if there is one.",
+    431: "The head is too large.",
+    500: "The server is at fault.",
+    503: "Too much to do, or the engine is being replaced; try again after `Retry-After`.",
+}
+"""Every status that an error can have."""
+
+STREAMS = (
+    "With `stream` the answer is a text/event-stream: each event is `data: ` and a Chunk, or an Error if the answer "
+    "breaks off; after the last chunk comes `data: [DONE]`."
+)
+"""OpenAPI 3.1 has no words for the events of a stream."""
+
+
+async def openapi(request: Request) -> Response:
+    """The document, for this server's settings and model."""
+    service: Service = request.app.state.service
+    return json_answer(document(service.config, len(service.find(None).engine.card.pieces)))
+
+
+def document(config: Config, vocabulary: int) -> Schema:
+    """OpenAPI 3.1. `vocabulary`: how many tokens the model has."""
+    locked: Schema = {"security": [{"key": []}]} if config.guarded else {}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Afterword", "version": __version__},
+        "paths": _paths(config, vocabulary),
+        "components": {
+            "schemas": ANSWERS | {"CompletionRequest": schema(config.limits)},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        **locked,
+    }
+
+
+def _paths(config: Config, vocabulary: int) -> Schema:
+    token: Schema = {"type": "integer", "minimum": 0, "maximum": vocabulary - 1}
+    text = _body(["prompt"], prompt={"type": "string"}, add_special_tokens=or_null({"type": "boolean"}))
+    name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+    answer = _json(ref("Completion")) | {"text/event-stream": {}}
+    completion = _operation("create a completion", answer, ref("CompletionRequest")) | {"description": STREAMS}
+    return {
+        "/v1/completions": {"post": completion},
+        "/v1/models": {"get": _operation("list what is served", _json(ref("Models")))},
+        "/v1/models/{model}": {"get": _operation("one model", _json(ref("Model"))) | {"parameters": [name]}},
+        "/tokenize": {"post": _operation("a text's tokens", _json(ref("Tokens")), text)},
+        "/detokenize": {
+            "post": _operation("the text of tokens", _json(ref("Text")), _body(["tokens"], tokens=array(token)))
+        },
+        "/tokenizer_info": {"get": _operation("special tokens and sizes", _json(ref("Tokenizer")))},
+        "/version": {"get": _operation("the server's version", _json(ref("Version")))},
+        "/openapi.json": {"get": _operation("this document", _json({"type": "object"}))},
+        "/health": {"get": _status("whether the server lives")},
+        "/ready": {"get": _status("whether requests are answered, and how busy it is")},
+    }
+
+
+def _operation(summary: str, content: Schema, body: Schema | None = None) -> Schema:
+    answers: Schema = {str(status): _answer(why, _json(ref("Error"))) for status, why in ERRORS.items()}
+    taken: Schema = {"requestBody": {"required": True, "content": _json(body)}} if body else {}
+    return {"summary": summary, "responses": {"200": _answer(summary, content), **answers}, **taken}
+
+
+def _status(summary: str) -> Schema:
+    state = _json({"type": "object", "properties": {"status": {"type": "string"}}, "required": ["status"]})
+    return {"summary": summary, "security": [], "responses": {code: _answer(summary, state) for code in ("200", "503")}}
+
+
+def _answer(description: str, content: Schema) -> Schema:
+    return {"description": description, "content": content}
+
+
+def _json(value: Schema) -> Schema:
+    return {"application/json": {"schema": value}}
+
+
+def _body(required: list[str], **properties: Schema) -> Schema:
+    properties["model"] = or_null({"type": "string"})
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}

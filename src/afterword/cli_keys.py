@@ -1,0 +1,129 @@
+"""`afterword keys` and `afterword usage`: who may use the server, and what they have used."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from afterword.errors import SettingError
+from afterword.keys.key import Allowance, Key, read_span
+from afterword.keys.store import By, Store, default_path
+
+F = TypeVar("F", bound=Callable[..., Any])
+KEYS_FILE = "AFTERWORD_KEYS_FILE"
+"""The environment variable that says where keys are, for every command."""
+
+
+def keys_file_option(command: F) -> F:
+    """Where the keys are."""
+    place = click.Path(path_type=Path)
+    text = "Where keys are kept.  [default: afterword/keys.db in $XDG_DATA_HOME or ~/.local/share]"
+    return click.option("--keys-file", type=place, envvar=KEYS_FILE, help=text)(command)
+
+
+@click.group()
+def keys() -> None:
+    """Make, list and revoke the keys that open `afterword serve --keys`. A running server follows within a second."""
+
+
+@keys.command()
+@click.option("--name", default="", help="Whom or what it is for.")
+@click.option("--expires", help="How long it opens: 12h, 30d, 52w.  [default: for ever]")
+@click.option("--rpm", type=click.IntRange(1, 10**9), help="Most requests a minute.")
+@click.option("--tpm", type=click.IntRange(1, 10**12), help="Most tokens a minute, of prompts and answers.")
+@click.option("--concurrent", type=click.IntRange(1, 10**9), help="Most requests at the same time.")
+@click.option("--quota", type=click.IntRange(1, 10**15), help="Most tokens in all.")
+@keys_file_option
+def create(  # noqa: PLR0913, PLR0917 (as many as options)
+    name: str,
+    expires: str | None,
+    rpm: int | None,
+    tpm: int | None,
+    concurrent: int | None,
+    quota: int | None,
+    keys_file: Path | None,
+) -> None:
+    """Make a key and print it. It cannot be shown again."""
+    if not name.isprintable() or len(name) > 64:
+        raise SettingError("--name: at most 64 printable characters.")
+    end = None if expires is None else int(time.time() + read_span(expires).total_seconds())
+    store = Store(keys_file or default_path(), create=True)
+    key, text = store.create(name, end, Allowance(rpm, tpm, concurrent, quota))
+    click.echo(text)
+    click.echo(f"Its ID is {key.id}. Keep the key: it is not shown again. It is for afterword serve --keys.", err=True)
+
+
+@keys.command(name="list")
+@click.option("--json", "as_json", is_flag=True, help="As JSON, with all that is known.")
+@keys_file_option
+def list_(as_json: bool, keys_file: Path | None) -> None:
+    """List all keys, also those that open nothing any more."""
+    known = Store(keys_file or default_path()).all()
+    if as_json:
+        click.echo(json.dumps([_described(key) for key in known], indent=2))
+        return
+    head = ("ID", "state", "created", "expires", "requests/min", "tokens/min", "concurrent", "tokens spent", "name")
+    _table(head, [_row(key) for key in known])
+
+
+@keys.command()
+@click.argument("key")
+@keys_file_option
+def revoke(key: str, keys_file: Path | None) -> None:
+    """End the key with this ID for good."""
+    Store(keys_file or default_path()).revoke(key)
+    click.echo(f"{key} is revoked.")
+
+
+@click.command()
+@click.option("--by", type=click.Choice(["key", "user", "day"]), default="key", help="What to add up by.")
+@click.option("--user", help="Only what had this in the field user; without it users are shown by pseudonym.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@keys_file_option
+def usage(by: By, user: str | None, as_json: bool, keys_file: Path | None) -> None:
+    """Show what was used: requests, and tokens of prompts (how many of them cached) and answers. Days are UTC."""
+    store = Store(keys_file or default_path())
+    sums = store.usage(by, user)
+    if as_json:
+        click.echo(json.dumps([{by: name or None, **asdict(each)} for name, each in sums], indent=2))
+        return
+    names = {key.id: key.name for key in store.all()} if by == "key" else {}
+    head = (by, "requests", "prompt", "cached", "completion", *(("name",) if names else ()))
+    rows = [
+        (name or "-", each.requests, each.prompt, each.cached, each.completion, names.get(name)) for name, each in sums
+    ]
+    _table(head, [row[: len(head)] for row in rows])
+
+
+def _described(key: Key) -> dict[str, Any]:
+    facts = asdict(key) | asdict(key.allowance) | {"state": key.state(time.time())}
+    return {name: value for name, value in facts.items() if name not in ("digest", "allowance")}
+
+
+def _row(key: Key) -> tuple[object, ...]:
+    limits = key.allowance
+    spent = f"{key.spent:,}" if limits.quota is None else f"{key.spent:,} of {limits.quota:,}"
+    many = (limits.requests, limits.tokens, limits.concurrent)
+    return (key.id, key.state(time.time()), _day(key.created), _day(key.expires), *many, spent, key.name)
+
+
+def _day(seconds: int | None) -> str | None:
+    return None if seconds is None else time.strftime("%Y-%m-%d", time.gmtime(seconds))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Columns as wide as their longest entry; `-` where there is nothing to say."""
+    shown = [head, *([_shown(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    for row in shown:
+        click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _shown(value: object) -> str:
+    return "-" if value is None or value == "" else f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,196 @@
+"""One connection: uvicorn's HTTP/1.1 protocol, with limits on everything that comes before a request is whole.
+
+The parser (llhttp, strict) and the bytes of answers are uvicorn's and httptools'. Here a connection learns what it may
+cost, refuses heads that are not clear, and answers one request at a time: what is sent ahead is not read, and the
+connection ends after the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import httptools
+from uvicorn import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from afterword.door import refusals
+from afterword.door.head import check_head
+from afterword.door.limits import DoorLimits
+from afterword.door.pace import Pace, Phase
+from afterword.door.places import Places
+from afterword.door.refusals import Refusal
+
+_WASTE = 2**20  # bytes thrown away after a refusal, so that the sender gets to read it
+_OF_UPGRADES = (b"connection", b"upgrade", b"http2-settings")
+
+
+@dataclass(slots=True)
+class Doorway:
+    """What all connections have in common. Owner: the door. `leaving`: every answer is a connection's last."""
+
+    limits: DoorLimits
+    places: Places
+    clock: Callable[[], float]
+    leaving: bool = False
+
+
+class Connection(HttpToolsProtocol):
+    """One client's connection. The transport and the parser call it; the door asks it to `check` the time."""
+
+    def __init__(self, config: Config, state: ServerState, doorway: Doorway) -> None:
+        super().__init__(config, state, {}, asyncio.get_running_loop())
+        self._doorway = doorway
+        self._limits = doorway.limits
+        self._pace = Pace(doorway.limits, doorway.clock())
+        self._peer: str | None = None  # who has taken a place
+        self._heard = 0  # bytes since the head began
+        self._head = 0  # bytes of the head, as far as it is understood
+        self._chunks = 0
+        self._deaf = False  # nothing that comes is read
+        self._wasted = 0
+
+    # ---- what the transport says
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Somebody connects; without a place they are told so and let go."""
+        super().connection_made(transport)
+        peer = self.client[0] if self.client else ""
+        if self._doorway.places.take(peer):
+            self._peer = peer
+        else:
+            self._deaf = True
+            transport.write(refusals.FULL.response)
+            transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """They are gone."""
+        super().connection_lost(exc)
+        if self._peer is not None:
+            self._doorway.places.leave(self._peer)
+
+    def data_received(self, data: bytes) -> None:
+        """Read on, as far as somebody listens."""
+        if self._deaf:
+            self._waste(len(data))
+            return
+        self._unset_keepalive_if_required()
+        if self._pace.phase == "idle":
+            self._turn("head")
+            self._heard = 0
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._decline(data[upgrade.args[0] :])
+        except httptools.HttpParserError as problem:
+            reason = problem.__context__
+            self._refuse(reason if isinstance(reason, Refusal) else refusals.NOT_HTTP)
+        else:
+            self._heard += len(data)
+            if self._pace.phase == "head" and self._heard > self._limits.max_head:
+                self._refuse(refusals.LARGE_HEAD)
+
+    def check(self, now: float) -> None:
+        """Cut what takes too long; called every second or so."""
+        late = self._pace.overdue(now, self.transport.get_write_buffer_size())
+        if late is None:
+            return
+        waited = late == "head" and self._heard
+        if waited or (late == "body" and not self.cycle.response_started):
+            self._refuse(refusals.SLOW)
+        else:
+            self.transport.abort()
+
+    # ---- what the parser says; what is raised comes out of `feed_data`
+
+    def on_message_begin(self) -> None:
+        """A request begins, but not while another one is being answered."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            raise refusals.NOT_HTTP
+        self._head = self._chunks = 0
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        """A part of the target."""
+        self._head += len(url)
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header. After the body it could not be told from one before it, so there it is refused."""
+        if self._pace.phase != "head":
+            raise refusals.NO_TRAILERS
+        self._head += len(name) + len(value) + 4
+        if len(self.headers) >= self._limits.max_headers or self._head > self._limits.max_head:
+            raise refusals.LARGE_HEAD
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """The head is whole: the application begins unless it is refused. Offers to upgrade are not taken up."""
+        check_head(self.parser.get_method(), self.url, self.parser.get_http_version(), self.headers)
+        if self.parser.should_upgrade():
+            return
+        self._turn("body")
+        super().on_headers_complete()
+        if self._doorway.leaving:
+            self.cycle.keep_alive = False
+
+    def on_chunk_header(self) -> None:
+        """The body goes on with a chunk. Each costs work, however small it is."""
+        self._chunks += 1
+        if self._chunks > self._limits.max_chunks:
+            raise refusals.MANY_CHUNKS
+
+    def on_body(self, body: bytes) -> None:
+        """A part of the body."""
+        self._pace.received += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request is whole."""
+        if self.parser.should_upgrade():
+            return
+        super().on_message_complete()
+        self._turn("idle" if self.cycle.response_complete else "answer")
+
+    def on_response_complete(self) -> None:
+        """The answer is whole."""
+        super().on_response_complete()
+        self._turn("rest" if self.cycle.more_body else "idle")
+
+    # ----
+
+    def _turn(self, phase: Phase) -> None:
+        self._pace.turn(phase, self._doorway.clock())
+
+    def _decline(self, rest: bytes) -> None:
+        """Read a request that offers an upgrade again as one that does not: the parser leaves its body away."""
+        kept = [(name, value) for name, value in self.headers if name not in _OF_UPGRADES]
+        line = b"%s %s HTTP/1.1\r\n" % (self.parser.get_method(), self.url)
+        head = line + b"".join(b"%s: %s\r\n" % header for header in kept) + b"\r\n"
+        self.parser = httptools.HttpRequestParser(self)
+        self.data_received(head + rest)
+
+    def _refuse(self, refusal: Refusal) -> None:
+        """Read nothing more. Who is being answered gets the answer first; else this is one."""
+        self._deaf = True
+        cycle = self.cycle
+        if self._pace.phase == "answer" or (self._pace.phase == "body" and cycle.response_started):
+            cycle.keep_alive = False
+            return
+        if self._pace.phase == "rest":
+            self.transport.close()
+            return
+        if self._pace.phase == "body":
+            cycle.disconnected = True  # to the application they are gone
+            cycle.message_event.set()
+        self._turn("rest")
+        self.transport.write(refusal.response)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()  # and not `close`, with which what they still send would cost them the answer
+
+    def _waste(self, size: int) -> None:
+        self._wasted += size
+        if self._wasted > _WASTE:
+            self.transport.abort()

@@ -1,0 +1,141 @@
+"""One accepted job until it ends: what it has brought, and what of a repetition after a crash is new.
+
+Whoever waits for it sees its steps once and in order, whatever happens to the engine's processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from afterword.engine.protocol import Job, Step
+
+CRASHES = 2
+"""What was being computed in so many, and came no further in between, is not tried again."""
+
+
+class Keeper(Protocol):
+    """Who keeps jobs and can tell the engine about them."""
+
+    def drop(self, pending: Pending, sample: int) -> None:
+        """End one sample in the engine."""
+        ...
+
+    def end(self, pending: Pending) -> None:
+        """Forget a job."""
+        ...
+
+
+class Pending:
+    """A job under way; see `protocol.Run`. Owned by its keeper.
+
+    `since`: when it was accepted. `admitted`: an engine has ever begun it. `begun`: the one that lives now has;
+    `fruitful`: and brought some of it. `crashes`: how many it may be to blame for, having come no further in between.
+    """
+
+    def __init__(self, keeper: Keeper, name: int, job: Job, since: float) -> None:
+        self.name = name
+        self.job = job
+        self.since = since
+        self.admitted = False
+        self.begun = False
+        self.fruitful = False
+        self.crashes = 0
+        self._keeper = keeper
+        self._open = set(range(job.samples))
+        self._told: Counter[int | None] = Counter()  # tokens by sample; under None the prompt's
+        self._again: Counter[int | None] = Counter()  # as many of them will come a second time
+        self._repeated = False
+        self._steps: asyncio.Queue[Step | Exception | None] = asyncio.Queue()  # None: nothing more will come
+
+    @property
+    def size(self) -> int:
+        """The most tokens that it is about."""
+        return len(self.job.prompt) + self.job.samples * self.job.max_tokens
+
+    @property
+    def brought(self) -> bool:
+        """Whether anyone may have seen a token of it."""
+        return self._told.total() > 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether every sample has ended."""
+        return not self._open
+
+    @property
+    def repeating(self) -> bool:
+        """Whether all that is computed of it now was brought before."""
+        return self._again[None] > 0 or all(self._again[sample] > 0 for sample in self._open)
+
+    @property
+    def on_probation(self) -> bool:
+        """Whether nothing else should begin before it is known how this goes."""
+        return self.crashes >= CRASHES or (self.crashes > 0 and not self.brought)
+
+    # ---- what the keeper does with it
+
+    def put(self, step: Step) -> None:
+        """Take a step from the engine."""
+        self.admitted = self.begun = True
+        self.fruitful = self.fruitful or bool(step.scored or step.sampled)
+        if self._repeated:
+            step = self._new(step)
+        if step.scored or step.sampled:
+            self.crashes = 0
+        self._told[None] += len(step.scored)
+        self._told.update(sample for sample, _ in step.sampled)
+        self._open.difference_update(sample for sample, _ in step.ended)
+        self._steps.put_nowait(step)
+        if self.ended:
+            self._steps.put_nowait(None)
+
+    def lost(self, blamed: bool) -> None:
+        """The engine has died; this will begin anew. What was only being repeated had gone well the first time."""
+        self.crashes += blamed and self.begun and not self.repeating
+        self._repeated = self._repeated or self.begun
+        self._again = self._told.copy()
+        self.begun = self.fruitful = False
+
+    def fail(self, error: Exception) -> None:
+        """End with an error."""
+        self._steps.put_nowait(error)
+
+    def _new(self, step: Step) -> Step:
+        """What of a step has not been told before a crash. Samples that had ended are ended again."""
+        for sample in {sample for sample, _ in step.sampled} - self._open:
+            self._keeper.drop(self, sample)
+        known, self._again[None] = self._again[None], max(0, self._again[None] - len(step.scored))
+        sampled = tuple(pair for pair in step.sampled if pair[0] in self._open and not self._repeats(pair[0]))
+        ended = tuple(pair for pair in step.ended if pair[0] in self._open)
+        return Step(step.scored[known:], sampled, ended)
+
+    def _repeats(self, sample: int) -> bool:
+        """Whether a sample's next token has been told; it counts as taken."""
+        repeats = self._again[sample] > 0
+        self._again[sample] -= repeats
+        return repeats
+
+    # ---- what those who wait for it do
+
+    async def __aiter__(self) -> AsyncIterator[Step]:
+        while (step := await self._steps.get()) is not None:
+            if isinstance(step, Exception):
+                raise step
+            yield step
+
+    def drop(self, sample: int) -> None:
+        """End one sample now."""
+        if sample in self._open:
+            self._open.discard(sample)
+            self._keeper.drop(self, sample)
+            if self.ended:
+                self.close()
+
+    def close(self) -> None:
+        """End the whole job now."""
+        self._open.clear()
+        self._keeper.end(self)
+        self._steps.put_nowait(None)  # whoever is waiting for a step, waits no longer

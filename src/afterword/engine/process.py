@@ -1,0 +1,103 @@
+"""One engine's process and the line to it. Knows frames and processes, and nothing of jobs.
+
+The simulator of the tests stands in here: whoever keeps the jobs sees a `Link` and never a process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Protocol
+
+import msgspec
+
+from afterword.engine import frames
+
+LLAMA = (sys.executable, "-m", "afterword.engine.llama")
+
+_SECRET = re.compile(r"(KEY|KEYS|TOKEN|SECRET|PASSWORD|PASSPHRASE|CREDENTIALS?)$")
+_BURIAL = 30.0  # seconds that a killed process may take: it may have much memory to give back, or hang in a driver
+
+
+class Link(Protocol):
+    """A line to an engine's process. It is alive until `receive` has returned None."""
+
+    def send(self, message: frames.ToEngine) -> None:
+        """Send a message; into the void if the process is gone."""
+        ...
+
+    async def receive(self) -> frames.FromEngine | None:
+        """The next message, or None when the process is gone or talks nonsense, which is no better."""
+        ...
+
+    def kill(self) -> None:
+        """End the process at once, whatever it is doing; `receive` then returns None. Harmless a second time."""
+        ...
+
+    async def bury(self) -> int | None:
+        """Kill it and wait until it is gone: its exit status, or None if it cannot be ended."""
+        ...
+
+
+Spawn = Callable[[Sequence[str]], Awaitable[Link]]
+"""Starts a command as an engine's process."""
+
+
+async def spawn(command: Sequence[str]) -> Link:
+    """Start a command; its last argument is the file descriptor of its end of the line."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [*command, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env=without_secrets(os.environ),
+        )
+    reader, writer = await asyncio.open_connection(sock=ours, limit=2**20)
+    return _Process(process, reader, writer)
+
+
+def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what must not come into the hands of native code that reads strangers' texts."""
+    return {name: value for name, value in environment.items() if not _SECRET.search(name.upper())}
+
+
+class _Process:
+    """Owner of a process and of our end of the socket; see `Link`."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+
+    def send(self, message: frames.ToEngine) -> None:
+        if not self._writer.is_closing():
+            self._writer.write(frames.pack(message))
+
+    async def receive(self) -> frames.FromEngine | None:
+        try:
+            header = await self._reader.readexactly(frames.HEADER.size)
+            size = frames.HEADER.unpack(header)[0]
+            if size > frames.LIMIT:
+                return None
+            return frames.unpack_from_engine(await self._reader.readexactly(size))
+        except (asyncio.IncompleteReadError, ConnectionError, msgspec.MsgspecError, UnicodeDecodeError):
+            return None
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._writer.transport.abort()  # so that nobody waits for a process that even this does not end
+
+    async def bury(self) -> int | None:
+        self.kill()
+        try:
+            return await asyncio.to_thread(self._process.wait, _BURIAL)
+        except subprocess.TimeoutExpired:
+            return None

@@ -1,0 +1,1 @@
+"""Who may ask, how much, and what was used. Knows no web framework and no command line."""

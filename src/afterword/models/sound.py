@@ -1,0 +1,66 @@
+"""What llama.cpp takes for granted of a file and ends the process over: here it is a sentence.
+
+Each rule is an abort that a file with something wrong in its header was seen to cause (`tests/chaos`, gate G14).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from afterword.errors import SettingError
+from afterword.models.header import Header
+
+MOST_LAYERS = 512
+TURNED_WHOLE = frozenset(
+    (
+        *("llama", "mistral3", "qwen2", "qwen2moe", "qwen3", "qwen3moe"),
+        *("internlm2", "olmo", "olmo2", "starcoder2", "granite", "smollm3"),
+    )
+)
+"""Architectures whose attention heads are rotated whole."""
+
+
+def check_sound(path: Path, architecture: str, header: Header) -> None:
+    """Refuse what would end the engine. Raises `SettingError`."""
+    fault = _layers(architecture, header) or _numbers(architecture, header) or _tokens(header)
+    if fault:
+        raise SettingError(f"{path} is damaged: {fault}.")
+
+
+def _layers(architecture: str, header: Header) -> str | None:
+    layers = header.values.get(f"{architecture}.block_count", 1)
+    if not isinstance(layers, int) or not 0 < layers <= MOST_LAYERS:
+        return f"it has {layers} layers"
+    ahead = header.values.get(f"{architecture}.nextn_predict_layers", 0)
+    if not isinstance(ahead, int) or not 0 <= ahead <= layers:
+        return f"{ahead} of its {layers} layers predict further tokens"
+    return None
+
+
+def _numbers(architecture: str, header: Header) -> str | None:
+    for name in ("layer_norm_rms_epsilon", "layer_norm_epsilon"):
+        epsilon = header.values.get(f"{architecture}.attention.{name}", 0.0)
+        if not isinstance(epsilon, float | int) or not 0 <= epsilon < math.inf:
+            return f"its {name} is {epsilon}"
+    width = header.values.get(f"{architecture}.embedding_length")
+    heads = header.values.get(f"{architecture}.attention.head_count")
+    if architecture in TURNED_WHOLE and isinstance(width, int) and isinstance(heads, int) and heads > 0:
+        length = header.values.get(f"{architecture}.attention.key_length", width // heads)
+        turned = header.values.get(f"{architecture}.rope.dimension_count", length)
+        if turned != length:
+            return f"{turned} of the {length} elements of its heads are rotated"
+    return None
+
+
+def _tokens(header: Header) -> str | None:
+    """Spellings are compared as C does: up to a NUL; those without any have the name that the library gives them."""
+    tokens = [token.partition(b"\0")[0] for token in header.tokens]
+    spelled = {token or b"[EMPTY_%d]" % place for place, token in enumerate(tokens)}
+    if len(spelled) < len(tokens):
+        return f"{len(tokens) - len(spelled)} of its tokens are there twice"
+    if header.values.get("tokenizer.ggml.model") == "llama" and header.tokens:
+        missing = [byte for byte in range(256) if not {b"<0x%02X>" % byte, bytes([byte])} & spelled]
+        if missing:
+            return f"no token stands for the byte {missing[0]}"
+    return None

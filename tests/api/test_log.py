@@ -1,0 +1,189 @@
+"""The log of requests: one line each, everything about them but what they say."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from asking import complete, stream, wait_until
+
+from afterword.keys.store import Store
+
+FIELDS = {
+    *("time", "id", "peer", "key", "user", "route", "model", "status", "code", "finish"),
+    *("prompt_tokens", "completion_tokens", "cached_tokens", "first_ms", "total_ms"),
+}
+Line = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("logged")
+
+
+@pytest.fixture(scope="module")
+def store(place: Path) -> Store:
+    return Store(place / "keys.db", create=True)
+
+
+@pytest.fixture(scope="module")
+def logged(serve: Any, place: Path, store: Store) -> Iterator[httpx.Client]:
+    """A server with a log and a store of keys."""
+    _, text = store.create()
+    arguments = ("--log", str(place / "requests.jsonl"), "--keys-file", str(store.path), "--wrong-keys", "0")
+    with serve(*arguments, "--parallel", "2", key=None, stderr=place / "stderr") as server, server.http(text) as http:
+        yield http
+
+
+@pytest.fixture
+def line_of(place: Path) -> Callable[[str], Line]:
+    """The line of the request with this id."""
+
+    def find(name: str) -> Line:
+        def found() -> list[Line]:
+            lines = (place / "requests.jsonl").read_text().splitlines()
+            return [line for line in map(json.loads, lines) if line["id"] == name]
+
+        wait_until(lambda: bool(found()))
+        (line,) = found()
+        return line
+
+    return find
+
+
+def test_a_line_says_who_asked_what_kind_and_how_it_went(logged, line_of, store):
+    body = {"prompt": "Once", "n": 2, "max_tokens": 3, "seed": 1, "user": "alice"}
+    response = logged.post("/v1/completions", json=body)
+    answer = response.json()
+    line = line_of(response.headers["x-request-id"])
+    assert line.keys() == FIELDS
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", line["time"])
+    assert (line["peer"], line["key"]) == ("127.0.0.1", store.all()[0].id)
+    assert line["user"] == store.pseudonym("alice")
+    assert (line["route"], line["model"]) == ("/v1/completions", answer["model"])
+    assert (line["status"], line["code"]) == (200, None)
+    assert line["finish"] == [choice["finish_reason"] for choice in answer["choices"]]
+    assert line["prompt_tokens"] == answer["usage"]["prompt_tokens"]
+    assert line["completion_tokens"] == answer["usage"]["completion_tokens"]
+    assert 0 < line["first_ms"] <= line["total_ms"]
+
+
+def test_a_stream_has_the_line_of_the_whole_answer(logged, line_of):
+    body = {"prompt": "Once", "max_tokens": 5, "seed": 1}
+    whole = logged.post("/v1/completions", json=body)
+    streamed = logged.post("/v1/completions", json=body | {"stream": True})
+    lines = [line_of(each.headers["x-request-id"]) for each in (whole, streamed)]
+    for name in FIELDS - {"time", "id", "cached_tokens", "first_ms", "total_ms"}:
+        assert lines[0][name] == lines[1][name], name
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "said"),
+    [
+        ("POST", "/v1/completions", ("/v1/completions", 400, None)),
+        ("GET", "/v1/models/x", ("/v1/models/{model:path}", 404, "model_not_found")),
+        ("GET", "/nope", (None, 404, "unknown_url")),
+        ("PUT", "/version", ("/version", 405, "method_not_supported")),
+    ],
+)
+def test_refusals_are_logged_with_their_code_and_our_name_of_the_route(logged, line_of, method, path, said):
+    line = line_of(logged.request(method, path).headers["x-request-id"])
+    assert (line["route"], line["status"], line["code"]) == said
+    assert (line["finish"], line["first_ms"]) == ([], None)
+
+
+def test_a_wrong_key_is_logged_without_it(logged, line_of):
+    response = logged.get("/version", headers={"Authorization": "Bearer wrong-key"})
+    line = line_of(response.headers["x-request-id"])
+    assert (line["status"], line["code"], line["key"]) == (401, "invalid_api_key", None)
+
+
+def test_who_leaves_is_logged_with_what_was_computed(logged, line_of, endless):
+    body = {"prompt": "Once", "max_tokens": 1900, "n": 8, "logit_bias": endless, "stream": True}
+    with logged.stream("POST", "/v1/completions", json=body) as answer:
+        next(answer.iter_lines())
+    line = line_of(answer.headers["x-request-id"])
+    assert (line["status"], line["prompt_tokens"]) == (200, 1)
+    assert 0 < line["completion_tokens"] < 8 * 1900
+    assert len(line["finish"]) < 8
+
+
+def test_health_checks_are_not_logged(logged, line_of, place):
+    names = [logged.get(path).headers["x-request-id"] for path in ("/health", "/ready", "/version")]
+    line_of(names[-1])
+    text = (place / "requests.jsonl").read_text()
+    assert [name in text for name in names] == [False, False, True]
+
+
+def test_nobody_else_can_read_the_log(logged, place):
+    assert (place / "requests.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+def test_no_word_of_a_caller_is_anywhere(logged, line_of, place, store):
+    """Canaries in all that a caller can write: there are none in the log, in errors, in the store, nor anywhere else.
+
+    Names of fields are another matter: an error that names the field quotes it to its caller.
+    """
+    words = [f"canary{secrets.token_hex(8)}" for _ in range(9)]
+    prompt, suffix, stop, user, salt, value, key, model, path = words
+    good = {"prompt": prompt, "suffix": suffix, "stop": [stop], "user": user, "cache_salt": salt, "max_tokens": 3}
+    bodies = [
+        good,
+        good | {"stream": True},
+        good | {"best_of": 3},
+        good | {"unknown_field": value},
+        good | {"temperature": value},
+        good | {"logit_bias": {"1": value}},
+        good | {"stop": [stop] * 100},
+        good | {"prompt": [[prompt]]},
+        good | {"user": {"name": user}},
+        good | {"max_tokens": 10**6},
+        good | {"prompt": prompt * 10_000},
+    ]
+    answers = [logged.post("/v1/completions", json=body) for body in bodies]
+    answers.append(logged.post("/v1/completions", content=f'{{"prompt": "{prompt}"', headers=JSON))
+    answers.append(logged.post("/tokenize", json={"prompt": [prompt], "other": value}))
+    answers.append(logged.post("/v1/completions", json=good, headers={"Authorization": f"Bearer {key}-{key}"}))
+    answers.append(logged.get("/version", headers={"X-Forwarded-For": f"{value}, {value}", "User-Agent": value}))
+    assert [answer.status_code for answer in answers[:3]] == [200] * 3
+    told = [answer for answer in answers if answer.status_code >= 400]
+    assert len(told) >= 10
+    told += [logged.get(f"/{name}") for name in ("health", "ready", "version", "metrics", "openapi.json", "v1/models")]
+    quiet = logged.post("/v1/completions", json=good | {"model": model}), logged.get(f"/{path}?{path}")
+    wait_until(lambda: dict(store.usage("user")).get(store.pseudonym(user)) is not None)
+    line_of(quiet[-1].headers["x-request-id"])
+    files = [each.read_bytes() for each in place.iterdir()]
+    assert len(files) == 3, "the log, the standard error stream and the store"
+    for word in words:
+        assert not any(word in answer.text for answer in told)
+        assert not any(word.encode() in file for file in files)
+    secret = logged.headers["authorization"].split("_")[-1].encode()
+    assert not any(secret in file for file in files)
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+def test_lines_can_go_to_the_standard_error_stream(serve, tmp_path):
+    stderr = tmp_path / "stderr"
+    with serve("--log", "-", "--parallel", "1", key=None, stderr=stderr) as server, server.http() as http:
+        complete(http, prompt="a", max_tokens=1, user="alice")
+        wait_until(lambda: bool(stderr.read_text()))
+    line = json.loads(stderr.read_text())
+    assert (line["route"], line["key"], line["user"]) == ("/v1/completions", None, None), "no store, no pseudonyms"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk is always full here")
+def test_a_full_disk_loses_lines_and_nothing_else_and_is_told_once(serve, tmp_path):
+    stderr = tmp_path / "stderr"
+    with serve("--log", "/dev/full", "--parallel", "1", key=None, stderr=stderr) as server, server.http() as http:
+        for _ in range(3):
+            assert complete(http, prompt="a", max_tokens=1)
+            assert stream(http, prompt="a", max_tokens=1)
+    assert stderr.read_text().count("/dev/full") == 1

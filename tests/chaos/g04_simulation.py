@@ -1,0 +1,44 @@
+"""G4: the ten invariants in simulated worlds. `python -m tests.sim` runs the same, and says which seed broke what."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+import pytest
+
+from afterword.engine.pending import Pending
+from sim.__main__ import outcomes
+
+from .gate import Fault, Gate, Result, Trial
+
+EVENTS, ALONE = 200, 100  # events a seed; fewer seeds are not worth another process
+
+
+def run(trial: Trial) -> Result:
+    processes = 1 if trial.size < ALONE else os.cpu_count() or 1
+    broken, deaths = [], 0
+    ends: Counter[str] = Counter()
+    for done, outcome in enumerate(outcomes(trial.seed * 10**7, trial.size, EVENTS, processes)):
+        trial.say(f"G4 {done}")
+        deaths += outcome.deaths
+        ends.update(outcome.outcomes)
+        broken += [outcome.seed] if outcome.broken else []
+    figures = {"broken": len(broken), "first": broken[0] if broken else "-", "engines that died": deaths}
+    return Result(not broken, {**figures, "requests": ends.total(), "finished": ends["finished"]})
+
+
+def repeat_after_a_crash(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Pending, "_repeats", lambda *_: False)
+
+
+GATE = Gate(
+    name="G4",
+    goal="ten invariants of queue, scheduler, limiter and supervisor hold whatever happens (simulated)",
+    unit="seeds of 200 events",
+    commit=300,
+    nightly=40_000,
+    run=run,
+    fault=Fault("a token is repeated after a crash", "gate", repeat_after_a_crash),
+    planted=20,
+)

@@ -1,0 +1,165 @@
+"""G6: the engine is killed, stopped and aborted under load. Every answer is whole, and `/ready` tells the truth."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import pytest
+
+from afterword.engine.pending import Pending
+
+from .client import PATIENCE, Caller, Reply
+from .gate import Fault, Gate, Result, Trial
+from .server import Server
+
+STREAMS, QUEUED = 16, 8
+HANG = 5.0  # seconds of silence; 15 by default, which would only take longer
+DEATHS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGABRT)
+NOTICED, NOTICED_HANG, RECOVERED, ENDED = 0.1, HANG + 2.0, 2.0, 5.0  # seconds, at most
+LOOK = 0.01  # seconds between two looks at /ready
+
+
+@dataclass
+class Seen:
+    """What came out of all deaths: the worst of each."""
+
+    hung: int = 0
+    failed: int = 0
+    wrong: int = 0
+    noticed: float = 0.0
+    noticed_hang: float = 0.0
+    recovered: float = 0.0
+    ended: float = 0.0
+    refused: int = 0
+    looks: list[tuple[float, int, int]] = field(default_factory=list)  # at /ready: when, status, running
+
+
+def run(trial: Trial) -> Result:
+    shape = ("--parallel", str(STREAMS), "--context", "256", "--limit", f"hang_seconds={HANG}")
+    with trial.serve(*shape) as server:
+        seen = asyncio.run(_deaths(server, trial))
+    good = not (seen.hung or seen.failed or seen.wrong or seen.refused)
+    # A look takes as long as the machine lets it: what is between two of them is not known.
+    noticed = seen.noticed <= NOTICED + 0.1 and seen.noticed_hang <= NOTICED_HANG
+    return Result(
+        good and noticed and seen.recovered <= RECOVERED and seen.ended <= ENDED,
+        {
+            "hung": seen.hung,
+            "not whole": seen.failed,
+            "other answers": seen.wrong,
+            "refused afterwards": seen.refused,
+            "ms until /ready says so": 1000 * seen.noticed,
+            "s if stopped": seen.noticed_hang,
+            "s until ready, beyond loading": seen.recovered,
+            "s until the last answer then": seen.ended,
+        },
+    )
+
+
+async def _deaths(server: Server, trial: Trial) -> Seen:
+    random, seen = Random(trial.seed), Seen()
+    bodies = [_body(random) for _ in range(STREAMS + QUEUED)]
+    callers = [Caller(server) for _ in bodies]
+    alone = [_text(await callers[0].ask(body)) for body in bodies]
+    watching = asyncio.create_task(_watch(server, seen))
+    loading = await _loading(server, seen)
+    for number in range(trial.size):
+        trial.say(f"G6 {number}")
+        how = DEATHS[number % len(DEATHS)]
+        asking = [asyncio.create_task(_ask(*pair, seen)) for pair in zip(callers, bodies, strict=True)]
+        await _until(lambda: seen.looks[-1][2] == STREAMS)
+        await asyncio.sleep(random.uniform(0, 0.1))
+        start = time.monotonic()
+        server.engine().send_signal(how)
+        texts = await asyncio.gather(*asking)
+        over = time.monotonic()
+        _judge(seen, start, over, loading, how)
+        seen.wrong += sum(told is not None and told != text for told, text in zip(texts, alone, strict=True))
+        seen.refused += (await callers[0].ask({"prompt": "a", "max_tokens": 1})).status != 200
+    watching.cancel()
+    for caller in callers:
+        caller.leave()
+    return seen
+
+
+def _judge(seen: Seen, start: float, over: float, loading: float, how: signal.Signals) -> None:
+    """What `/ready` said between a death and the last answer."""
+    after = [(when, status) for when, status, _ in seen.looks if when >= start]
+    down = next((when for when, status in after if status != 200), over + PATIENCE)
+    up = next((when for when, status in after if when > down and status == 200), over)
+    if how == signal.SIGSTOP:
+        seen.noticed_hang = max(seen.noticed_hang, down - start)
+    else:
+        seen.noticed = max(seen.noticed, down - start)
+    seen.recovered = max(seen.recovered, up - down - loading)
+    seen.ended = max(seen.ended, over - up)
+
+
+async def _loading(server: Server, seen: Seen) -> float:
+    """How long another engine takes to load when nothing else is to be done."""
+    engine = server.engine()
+    start = time.monotonic()
+    engine.kill()
+    await _until(lambda: any(status != 200 for when, status, _ in seen.looks if when > start))
+    await _until(lambda: seen.looks[-1][1] == 200)
+    return time.monotonic() - start
+
+
+async def _watch(server: Server, seen: Seen) -> None:
+    """Ask `/ready` all the time."""
+    async with server.visitors() as client:
+        while True:
+            answer = await client.get("/ready")
+            seen.looks.append((time.monotonic(), answer.status_code, answer.json()["running"]))
+            await asyncio.sleep(LOOK)
+
+
+async def _ask(caller: Caller, body: dict[str, Any], seen: Seen) -> str | None:
+    """The text of an answer; None if there is no whole one."""
+    try:
+        reply = await caller.ask(body)
+    except TimeoutError:
+        seen.hung += 1
+        return None
+    if reply.status != 200 or reply.events()[-1] != "[DONE]":
+        seen.failed += 1
+        return None
+    return _text(reply)
+
+
+def _text(reply: Reply) -> str:
+    assert reply.status == 200, reply.body
+    return "".join(event["choices"][0]["text"] for event in reply.events()[:-1])
+
+
+def _body(random: Random) -> dict[str, Any]:
+    text = f"Once upon a time {random.getrandbits(32):08x}"
+    return {"prompt": text, "max_tokens": 60, "ignore_eos": True, "seed": random.getrandbits(31), "stream": True}
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def repeat_after_a_crash(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Pending, "_repeats", lambda *_: False)
+
+
+GATE = Gate(
+    name="G6",
+    goal=f"the engine is killed, stopped, aborted under {STREAMS} streams: all end whole, none hangs, /ready tells",
+    unit="deaths",
+    commit=9,
+    nightly=300,
+    run=run,
+    fault=Fault("a token is repeated after a crash", "server", repeat_after_a_crash),
+    planted=1,
+)

@@ -1,0 +1,121 @@
+"""G10: three times as many as there is room for: the work goes on as fast, the rest are sent away quickly."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import psutil
+import pytest
+
+from afterword.engine.supervisor import Supervisor
+
+from .client import Caller, crowd
+from .gate import Fault, Gate, Result, Trial
+from .server import Server
+
+SEQUENCES, QUEUE = 8, 16
+OVERLOADED = 503
+ROOM = SEQUENCES + QUEUE
+SLOWEST, GROWTH = 1.0, 32  # seconds for a refusal, one of a hundred apart; MiB
+_BODY: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 24, "ignore_eos": True}
+
+
+@dataclass
+class Tally:
+    """What came back. `refusals` are in seconds; `wrong` is neither an answer nor a proper refusal."""
+
+    answers: int = 0
+    refusals: list[float] = field(default_factory=list)
+    wrong: int = 0
+    longest: int = 0  # of the queue
+
+
+def run(trial: Trial) -> Result:
+    with trial.serve("--parallel", str(SEQUENCES), "--context", "256", "--max-queue", str(QUEUE)) as server:
+        return asyncio.run(_press(server, trial))
+
+
+async def _press(server: Server, trial: Trial) -> Result:
+    usual, crowded, after = Tally(), Tally(), Tally()
+    peak = await _rate(server, usual, trial, ROOM)
+    before = _memory(server)
+    rate = await _rate(server, crowded, trial, 3 * ROOM)
+    grown = _memory(server) - before
+    await _rate(server, after, Trial(ROOM, trial.seed), SEQUENCES)
+    refusals = sorted(crowded.refusals) or [0.0]
+    late = refusals[int(len(refusals) * 0.99)]
+    good = (
+        not (usual.wrong + crowded.wrong + after.wrong)
+        and crowded.longest <= ROOM
+        and rate >= peak / 2
+        and late <= SLOWEST
+        and grown <= GROWTH
+        and not after.refusals
+    )
+    figures = {
+        "answers a second": f"{peak:.0f}, then {rate:.0f}",
+        "refused": len(crowded.refusals),
+        "refusals, ms": f"median {refusals[len(refusals) // 2] * 1000:.0f}, p99 {late * 1000:.0f}",
+        "longest queue": crowded.longest,
+        "MiB grown": round(grown, 1),
+        "wrong": usual.wrong + crowded.wrong + after.wrong,
+    }
+    return Result(good, figures)
+
+
+async def _rate(server: Server, tally: Tally, trial: Trial, callers: int) -> float:
+    """Answers a second while so many ask until all have been answered; who is sent away comes again."""
+    random, start = Random(trial.seed), time.monotonic()
+    watching = asyncio.create_task(_watch(server, tally))
+
+    async def visit(caller: Caller, _: int) -> None:
+        while (status := await _ask(caller, tally)) == OVERLOADED:
+            await asyncio.sleep(random.uniform(0.1, 0.5))
+        tally.answers += status == 200
+        tally.wrong += status != 200
+        trial.say(f"G10 {tally.answers}")
+
+    await crowd(server, range(trial.size), visit, callers)
+    rate = tally.answers / (time.monotonic() - start)
+    watching.cancel()
+    return rate
+
+
+async def _ask(caller: Caller, tally: Tally) -> int:
+    start = time.monotonic()
+    reply = await caller.ask(_BODY)
+    if reply.status == OVERLOADED:
+        tally.refusals.append(time.monotonic() - start)
+        tally.wrong += reply.json()["error"]["code"] != "server_is_overloaded"
+    return reply.status
+
+
+async def _watch(server: Server, tally: Tally) -> None:
+    async with server.visitors() as client:
+        while True:
+            tally.longest = max(tally.longest, (await client.get("/ready")).json()["waiting"])
+            await asyncio.sleep(0.05)
+
+
+def _memory(server: Server) -> float:
+    return float(psutil.Process(server.pid).memory_info().rss) / 2**20
+
+
+def let_everyone_wait(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Supervisor, "_check_room", lambda *_: None)
+
+
+GATE = Gate(
+    name="G10",
+    goal="three times too many: the work goes on, the rest are sent away quickly",
+    unit="requests",
+    commit=300,
+    nightly=20_000,
+    run=run,
+    fault=Fault("the queue has no end", "server", let_everyone_wait),
+    planted=150,
+)

@@ -1,0 +1,85 @@
+"""G14: model files with something wrong in their header are refused in words, or load, but never end the engine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from afterword.errors import SettingError
+from afterword.models import gguf
+
+from . import ROOT
+from .gate import Fault, Gate, Result, Trial
+from .mutations import DIED, HUNG, LIVED, REFUSED, bases, mutated
+
+
+def run(trial: Trial) -> Result:
+    random, fates = Random(trial.seed), Counter[str]()
+    surprises = 0
+    with tempfile.TemporaryDirectory() as name, _loader() as loader:
+        folder = Path(name)
+        sound = bases(folder)
+        path = folder / "mutated.gguf"
+        for number in range(trial.size):
+            path.write_bytes(mutated(random.choice(sound), random))
+            try:
+                gguf.read_facts(path)
+            except SettingError:
+                fates["checked"] += 1
+            except Exception:  # this process is where it would have been the server's
+                surprises += 1
+            else:
+                fate = _fate(loader, path)
+                fates[fate.split()[0]] += 1
+                if trial.folder and fate.startswith((DIED, HUNG)):
+                    trial.folder.mkdir(parents=True, exist_ok=True)
+                    (trial.folder / f"{fate.split()[0]}-{trial.seed}-{number}.gguf").write_bytes(path.read_bytes())
+            if number % 50 == 0:
+                trial.say(f"G14 {number}, {dict(fates)}")
+    figures = {"refused by us": fates["checked"], "by llama.cpp": fates[REFUSED], "loaded": fates[LIVED]}
+    ended = fates[DIED] + fates[HUNG]
+    return Result(not ended and not surprises, {**figures, "ended the engine": ended, "surprised us": surprises})
+
+
+@contextmanager
+def _loader() -> Iterator[subprocess.Popen[str]]:
+    """A process that tries files out in children of its own."""
+    command = [sys.executable, "-m", "tests.chaos.mutations"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _fate(loader: subprocess.Popen[str], path: Path) -> str:
+    assert loader.stdin is not None
+    assert loader.stdout is not None
+    loader.stdin.write(f"{path}\n")
+    loader.stdin.flush()
+    return loader.stdout.readline().strip() or DIED
+
+
+def believe_the_header(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(gguf, "check_sound", lambda *_: None)
+
+
+GATE = Gate(
+    name="G14",
+    goal="no model file with a wrong header that we accept ends the engine, none surprises the checker",
+    unit="wrong files",
+    commit=600,
+    nightly=100_000,
+    run=run,
+    fault=Fault("what llama.cpp takes for granted is not checked", "gate", believe_the_header),
+    planted=300,
+)

@@ -1,0 +1,179 @@
+"""G18: what callers write and what opens the server is in no log, output, error, process table or file."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import psutil
+import pytest
+
+from afterword.api import completions
+from afterword.completion import request
+
+from .client import Caller, Reply, crowd
+from .gate import Fault, Gate, Result, Trial
+from .server import Server
+
+AT_ONCE = 8
+NUMBERS = ("n", "temperature", "echo", "logit_bias", "stream_options", "seed", "logprobs", "stop_token_ids")
+FIELDS = ("prompt", "suffix", "user", "stop", "cache_salt", *NUMBERS)
+SECRET = "canary-of-the-operator"
+
+Body = dict[str, Any]
+
+
+def run(trial: Trial) -> Result:
+    key = f"sk-canary-{Random(trial.seed).getrandbits(128):032x}"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        keys, log = folder / "keys", folder / "log"
+        keys.write_text(key)
+        keys.chmod(0o600)
+        variables = {"HF_TOKEN": SECRET, "OPENAI_API_KEY": SECRET, "TMPDIR": name}
+        arguments = ("--parallel", "8", "--context", "256", "--api-key-file", str(keys), "--log", str(log))
+        with trial.serve(*arguments, scripted=True, variables=variables, key=None) as server:
+            told = asyncio.run(_provoke(server.with_key(key), trial))
+            seen = _processes(server) | {"stderr": server.said}
+        seen |= {"log": log.read_bytes(), "files": _files(folder, keys)}
+        lines = len(seen["log"].splitlines())
+    hits = [place for place, content in (seen | {"errors": told}).items() if b"canary" in content]
+    return Result(
+        not hits and lines >= trial.size, {"places": len(seen) + 1, "log lines": lines, "hits": ", ".join(hits) or 0}
+    )
+
+
+def _processes(server: Server) -> dict[str, bytes]:
+    """What the system tells of the server's processes. The server's own environment is the operator's affair."""
+    children = psutil.Process(server.pid).children(recursive=True)
+    places = {f"arguments of {process.pid}": Path(f"/proc/{process.pid}/cmdline") for process in children}
+    places |= {f"environment of {process.pid}": Path(f"/proc/{process.pid}/environ") for process in children}
+    places["arguments"] = Path(f"/proc/{server.pid}/cmdline")
+    return {place: _read(path) for place, path in places.items()}
+
+
+def _read(path: Path) -> bytes:
+    """What anyone with our rights can read there."""
+    try:
+        return path.read_bytes()
+    except PermissionError:
+        return b""
+
+
+def _files(folder: Path, keys: Path) -> bytes:
+    """What the server may have left in its folder for temporary files, names included."""
+    found = [path for path in folder.rglob("*") if path.is_file() and path != keys]
+    return b"\n".join(str(path).encode() + path.read_bytes() for path in found)
+
+
+async def _provoke(server: Server, trial: Trial) -> bytes:
+    """Good and bad requests with canaries in every text; then a dead engine under them. Returns all errors' bodies."""
+    told: list[bytes] = []
+
+    async def visit(caller: Caller, body: Body | bytes) -> None:
+        reply = await caller.ask(body)
+        told.append(_told(reply))
+
+    await crowd(server, _bodies(trial), visit, AT_ONCE)
+    await _wrong_keys(server, told)
+    _no_http(server)
+    asking = [asyncio.create_task(Caller(server).ask(_good(f"canary-{number}", stream=True))) for number in range(4)]
+    await asyncio.sleep(0.05)
+    server.engine().kill()
+    told += [_told(await each) for each in asking]
+    async with asyncio.timeout(30):
+        while (await asyncio.to_thread(server.load))["status"] != "ready":
+            await asyncio.sleep(0.1)
+    return b"\n".join(told)
+
+
+def _told(reply: Reply) -> bytes:
+    """An error's body; of an answer, nothing: it may have what was asked."""
+    return b"" if reply.status == 200 else reply.body
+
+
+async def _wrong_keys(server: Server, told: list[bytes]) -> None:
+    for key in ("sk-canary-canary-canary", "canary", "canary " * 100, "sk-canary-\xe9"):
+        caller = Caller(server.with_key(key))
+        reply = await caller.ask({"prompt": "x"})
+        told.append(reply.body.replace(b"sk-canar", b""))  # the first 8 characters are shown, as the API does
+        caller.leave()
+
+
+def _no_http(server: Server) -> None:
+    """Bytes that are not even a request."""
+    for data in (
+        b"canary canary\r\n\r\n",
+        b"GET /canary HTTP/9.9\r\ncanary: canary\r\n\r\n",
+        b"\x16\x03\x01canary",
+        b"canary" * 9999,
+    ):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=5) as line:
+            line.sendall(data)
+            line.settimeout(0.2)
+            try:
+                line.recv(100)
+            except OSError:
+                continue
+
+
+def _good(text: str, **more: Any) -> Body:
+    texts = {
+        "prompt": f"{text}\n{text}",
+        "suffix": text,
+        "user": text,
+        "cache_salt": text,
+        "stop": [text, "\x1b[31m" + text],
+    }
+    return {**texts, "max_tokens": 8, **more}
+
+
+def _bodies(trial: Trial) -> Iterator[Body | bytes]:
+    random = Random(trial.seed)
+    for number in range(trial.size):
+        text = f"canary-{random.getrandbits(64):016x}"
+        trial.say(f"G18 {number}")
+        wrong = random.choice(({"text": text}, [text, 5], [[text]]))
+        yield random.choice(
+            (
+                _good(text),
+                _good(text, stream=True),
+                _good(text) | {"max_tokens": 10**6},
+                _good(text) | {random.choice(FIELDS): wrong},
+                _good(text) | {random.choice(NUMBERS): text},
+                json.dumps(_good(text)).encode()[: random.randint(1, 60)],
+            )
+        )
+
+
+def log_what_is_refused(patch: pytest.MonkeyPatch) -> None:
+    """A tempting thing to write when one looks for a bug."""
+
+    def parse(body: bytes, limits: Any) -> request.Request:
+        try:
+            return request.parse(body, limits)
+        except Exception:
+            import logging
+
+            logging.getLogger("afterword").warning("refused: %r", body[:200])
+            raise
+
+    patch.setattr(completions, "parse", parse)
+
+
+GATE = Gate(
+    name="G18",
+    goal="no text and no key in logs, output, errors, arguments, environments, files",
+    unit="requests with canaries",
+    commit=500,
+    nightly=20_000,
+    run=run,
+    fault=Fault("refused bodies are logged", "server", log_what_is_refused),
+    planted=60,
+)

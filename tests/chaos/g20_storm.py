@@ -1,0 +1,128 @@
+"""G20: noise at the port, of random bytes and of requests that no client would send, does not reach who is served."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import cycle
+from random import Random
+
+import pytest
+
+from afterword.door.connection import Connection
+from afterword.door.refusals import Refusal
+from hostile import cases
+
+from . import ROOT
+from .client import Caller
+from .gate import Fault, Gate, Result, Trial
+from .server import Server
+from .wild import shout
+
+GOOD, BAD = 20, 8
+_BODY = {"prompt": "Once upon a time", "max_tokens": 24, "stream": True, "ignore_eos": True}
+
+
+def run(trial: Trial) -> Result:
+    with trial.serve("--parallel", "8", "--limit=head_seconds=1", "--limit=body_seconds=1") as server:
+        asyncio.run(_stream_well(server, 1))
+        calm = asyncio.run(_stream_well(server, trial.size))
+        with _noise(server) as noise:
+            stormy = asyncio.run(_stream_well(server, trial.size))
+        alive = server.alive()
+    failed = calm.count(None) + stormy.count(None)
+    before, during = _late(calm), _late(stormy)
+    figures = {
+        "answers": len(calm) + len(stormy),
+        "failed": failed,
+        "noises": noise[0],
+        "p99 to first token ms": f"{before * 1000:.0f}, then {during * 1000:.0f}",
+    }
+    calm_enough = during <= max(2 * before, before + 0.1)  # where tokens come in milliseconds, a burst doubles them
+    return Result(not failed and alive and noise[0] > 0 and calm_enough, figures)
+
+
+async def _stream_well(server: Server, seconds: float) -> list[float | None]:
+    """Seconds to the first token of every stream of the good clients; None: it failed."""
+    times: list[float | None] = []
+    end = time.monotonic() + seconds
+
+    async def listen() -> None:
+        caller = Caller(server)
+        while time.monotonic() < end:
+            reply = await caller.ask(_BODY)
+            times.append(reply.first if reply.status == 200 and reply.events()[-1] == "[DONE]" else None)
+        caller.leave()
+
+    await asyncio.gather(*(listen() for _ in range(GOOD)))
+    return times
+
+
+@contextmanager
+def _noise(server: Server) -> Iterator[list[int]]:
+    """Noise until the end; then how many noises there were. Its process yields to others: it stands for a network."""
+    command = ["nice", "-n", "19", sys.executable, "-m", f"{__package__}.g20_storm", server.url]
+    counted = [0]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # it has begun
+        yield counted
+        told, _ = process.communicate("stop\n")
+        counted[0] = int(told)
+
+
+def make_noise(port: int) -> None:
+    """Until a line comes in. Prints when it begins, and how many noises there were."""
+
+    async def shouter(random: Random) -> None:
+        corpus = [case.data for case in cases()]
+        random.shuffle(corpus)
+        for data in cycle(corpus):
+            await shout(port, random.choice((data, random.randbytes(random.randrange(1, 2000)))))
+            made[0] += 1
+
+    async def all_shout() -> None:
+        tasks = [asyncio.create_task(shouter(Random(seed))) for seed in range(BAD)]
+        print("begun", flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    made = [0]
+    asyncio.run(all_shout())
+    print(made[0])
+
+
+def _late(times: list[float | None]) -> float:
+    known = sorted(each for each in times if each is not None)
+    return known[int(len(known) * 0.99)] if known else 0.0
+
+
+def dawdle_over_strangers(patch: pytest.MonkeyPatch) -> None:
+    refuse = Connection._refuse
+
+    def slowly(self: Connection, refusal: Refusal) -> None:
+        time.sleep(0.1)
+        refuse(self, refusal)
+
+    patch.setattr(Connection, "_refuse", slowly)
+
+
+GATE = Gate(
+    name="G20",
+    goal=f"noise at the port does not reach {GOOD} clients who stream: none fails, their first tokens come as soon",
+    unit="seconds",
+    commit=8,
+    nightly=60,
+    run=run,
+    fault=Fault("the server dawdles over strangers", "server", dawdle_over_strangers),
+    planted=5,
+)
+
+if __name__ == "__main__":
+    make_noise(int(sys.argv[1].rpartition(":")[2]))

@@ -1,0 +1,55 @@
+"""`python -m tests.chaos.serve [--scripted] [--planted G5] serve …`: afterword's own command line, changed as told.
+
+`--scripted`: the engine's process is the real one over a model that computes nothing. `--planted`: with the named
+gate's bug, here or in the engine's process. The same file is that process: the last word is then `engine`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import runpy
+import sys
+
+import pytest
+
+from afterword import cli
+from afterword.engine import child
+from afterword.engine.supervisor import Supervisor
+
+from . import scripted_model
+from .gate import Fault, find_gate
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--scripted", action="store_true")
+    parser.add_argument("--planted")
+    parser.add_argument("words", nargs=argparse.REMAINDER)
+    options = parser.parse_args()
+    fault = find_gate(options.planted).fault if options.planted else None
+    name, *arguments = options.words
+    sys.argv = [name, *arguments]
+    if name == "engine":
+        _engine(options.scripted, fault)
+        return
+    flags = sys.orig_argv[sys.orig_argv.index("tests.chaos.serve") + 1 : -len(options.words)]
+    if options.scripted or (fault and fault.where == "engine"):
+        command = (sys.executable, "-m", "tests.chaos.serve", *flags, "engine")
+        cli.Supervisor = functools.partial(Supervisor, command=command)  # type: ignore[misc, assignment]
+    if fault and fault.where == "server":
+        fault.plant(pytest.MonkeyPatch())
+    cli.main(options.words, prog_name="afterword", auto_envvar_prefix="AFTERWORD")
+
+
+def _engine(scripted: bool, fault: Fault | None) -> None:
+    if fault and fault.where == "engine":
+        fault.plant(pytest.MonkeyPatch())
+    if scripted:
+        child.serve(scripted_model.load)
+    else:
+        runpy.run_module("afterword.engine.llama", run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

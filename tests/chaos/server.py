@@ -1,0 +1,130 @@
+"""The servers that gates run against: the command line's own, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from . import ROOT
+
+_START, _STOP = 60, 60  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running server. `stderr` is the file that it writes to."""
+
+    url: str
+    key: str | None
+    model: str
+    process: subprocess.Popen[str]
+    stderr: Path
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What opens the server."""
+        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
+
+    def http(self, timeout: float = 60) -> httpx.Client:
+        """A client with the server's key."""
+        return httpx.Client(base_url=self.url, headers=self.headers, timeout=timeout, trust_env=False)
+
+    def visitors(self, timeout: float = 60) -> httpx.AsyncClient:
+        """The same for many at once."""
+        return httpx.AsyncClient(
+            base_url=self.url,
+            headers=self.headers,
+            timeout=timeout,
+            limits=httpx.Limits(max_connections=None),
+            trust_env=False,
+        )
+
+    def with_key(self, key: str) -> Server:
+        """The same server for who shows this key."""
+        return replace(self, key=key)
+
+    @property
+    def said(self) -> bytes:
+        """What it wrote to its standard error; also after its end."""
+        return self.stderr.read_bytes()
+
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def engine(self) -> psutil.Process:
+        """The engine's process; LookupError while there is none."""
+        for child in psutil.Process(self.pid).children():
+            if child.status() != psutil.STATUS_ZOMBIE:
+                return child
+        raise LookupError("no engine")
+
+    def load(self) -> dict[str, Any]:
+        """What `/ready` says."""
+        with self.http() as client:
+            answer: dict[str, Any] = client.get("/ready").json()
+            return answer
+
+
+@contextmanager
+def serving(
+    *arguments: str,
+    scripted: bool = False,
+    planted: str | None = None,
+    key: str | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> Iterator[Server]:
+    """A server on a free port, ended afterwards if it has not ended by then. `variables`: added to its environment."""
+    flags = [*(["--scripted"] if scripted else []), *(["--planted", planted] if planted else [])]
+    keys = ["--api-key", key] if key else []
+    command = [sys.executable, "-m", "tests.chaos.serve", *flags, "serve", "--port", "0", *keys, *arguments]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AFTERWORD_")}
+    environment |= variables or {}
+    with tempfile.TemporaryDirectory() as folder:
+        stderr = Path(folder, "stderr")
+        with (
+            stderr.open("w") as log,
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+            ) as process,
+        ):
+            try:
+                yield _greeted(process, stderr, key)
+                process.send_signal(signal.SIGTERM)
+                process.wait(_STOP)
+            finally:
+                process.kill()
+
+
+def _greeted(process: subprocess.Popen[str], stderr: Path, key: str | None) -> Server:
+    assert process.stdout is not None
+    impatience = threading.Timer(_START, process.kill)
+    impatience.start()
+    greeting = ""
+    for line in process.stdout:
+        greeting += line
+        if found := re.search(r"serves (\S+) .*\s(http://\S+)\n", greeting, re.DOTALL):
+            impatience.cancel()
+            return Server(found[2], key, found[1], process, stderr)
+    impatience.cancel()
+    raise RuntimeError(f"The server did not start: {greeting}{stderr.read_text(errors='replace')}")

@@ -1,0 +1,86 @@
+"""Results as a table, in the terminal and in a document, where a new row takes the old one's place."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+
+from .gate import Figure, Gate, Result, Trial
+
+HEAD = "| gate | goal | tried | figures | | seconds | date |\n|---|---|---|---|---|---|---|"
+LEFT_OUT = {
+    "G7": "a batch killed at random instants",
+    "G8": "a batch, and every system call, failing",
+}
+"""Gates of what is not built yet."""
+_START, _END = "<!-- gates -->", "<!-- /gates -->"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One gate, run once. `good`: it held, or did not with its bug planted."""
+
+    gate: str
+    goal: str
+    tried: str
+    figures: str
+    good: bool
+    planted: bool
+    seconds: float
+
+    @classmethod
+    def of(cls, gate: Gate, trial: Trial, result: Result, seconds: float) -> Row:
+        figures = ", ".join(f"{name} {_shown(figure)}" for name, figure in result.figures.items())
+        planted = trial.planted is not None
+        goal = f"catches: {gate.fault.name}" if planted else gate.goal
+        return cls(gate.name, goal, f"{trial.size:,} {gate.unit}", figures, result.passed != planted, planted, seconds)
+
+    @property
+    def line(self) -> str:
+        """As a row of the table."""
+        verdict = {(True, False): "held", (False, False): "FAILED", (True, True): "caught", (False, True): "NOT CAUGHT"}
+        cells = (self.gate, self.goal, self.tried, self.figures, verdict[self.good, self.planted])
+        return f"| {' | '.join(cells)} | {self.seconds:.0f} | {datetime.now(UTC):%Y-%m-%d} |"
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """The whole table, with the machine's size under it."""
+    return "\n".join((HEAD, *(row.line for row in rows), *_left_out(), "", machine()))
+
+
+def machine() -> str:
+    """How large this machine is: figures are no use without it."""
+    memory = psutil.virtual_memory().total / 2**30
+    return f"On {os.cpu_count()} cores and {memory:.0f} GB of memory."
+
+
+def merge_into(document: Path, rows: Iterable[Row]) -> None:
+    """Put rows in the place of those of the same gates, between the marks in a document."""
+    text = document.read_text(encoding="utf-8")
+    before, rest = text.split(_START)
+    old, after = rest.split(_END)
+    lines = {found[1]: line for line in old.splitlines() if (found := re.match(r"\| (G\d+) \|", line))}
+    lines |= {line.split(" | ")[0][2:]: line for line in _left_out()}
+    lines |= {row.gate: row.line for row in rows}
+    table = "\n".join((HEAD, *(lines[name] for name in sorted(lines, key=_number)), "", machine()))
+    document.write_text(f"{before}{_START}\n{table}\n{_END}{after}", encoding="utf-8")
+
+
+def _left_out() -> list[str]:
+    return [f"| {name} | {goal} | not yet: batches are to come | | | | |" for name, goal in LEFT_OUT.items()]
+
+
+def _number(name: str) -> int:
+    return int(name[1:])
+
+
+def _shown(figure: Figure) -> str:
+    if isinstance(figure, float):
+        return f"{figure:,.3g}" if abs(figure) < 100 else f"{figure:,.0f}"
+    return f"{figure:,}" if isinstance(figure, int) else " ".join(figure.replace("|", "/").split())

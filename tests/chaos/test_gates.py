@@ -1,0 +1,32 @@
+"""Every gate at its size for a commit, and every gate with its bug planted, which it must catch (G19)."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from .gate import Gate, Trial, attempt, find_gates
+from .table import Row
+
+GATES = find_gates()
+pytestmark = pytest.mark.timeout(300)
+each_gate = pytest.mark.parametrize("gate", GATES, ids=[gate.name for gate in GATES])
+
+
+def judge(gate: Gate, trial: Trial, capsys: pytest.CaptureFixture[str]) -> None:
+    start = time.monotonic()
+    row = Row.of(gate, trial, attempt(gate, trial), time.monotonic() - start)
+    with capsys.disabled():
+        print(f"\n{row.line}")
+    assert row.good, row.line
+
+
+@each_gate
+def test_the_gate_holds(gate: Gate, capsys: pytest.CaptureFixture[str]) -> None:
+    judge(gate, Trial(gate.commit), capsys)
+
+
+@each_gate
+def test_the_gate_catches_its_planted_bug(gate: Gate, capsys: pytest.CaptureFixture[str]) -> None:
+    judge(gate, Trial(gate.planted, planted=gate.name), capsys)

@@ -1,0 +1,50 @@
+"""The schema that the API's document is made from says what the parsers accept: no more, no less."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jsonschema_rs
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from afterword.completion.limits import STRICT, Limits
+from afterword.completion.request import EXTENSIONS, FIELDS, known_fields, schema
+from afterword.errors import RequestError
+
+NUMBERS = st.sampled_from(
+    (-101, -100, -3, -2, -1, -0.5, 0, 0.009, 0.01, 1, 1.5, 2, 2.0, 16, 17, 20, 21, 100, 128, 129, 2**31, 1e300)
+)
+TEXTS = st.sampled_from(("", "a", "0", "12", "-1", "01", "9" * 11, "x" * 1024, "x" * 1025, "include_usage"))
+PLAIN = NUMBERS | TEXTS | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+LISTS = st.lists(PLAIN | st.lists(NUMBERS, max_size=3), max_size=4) | st.lists(TEXTS, min_size=3, max_size=18)
+VALUES = PLAIN | LISTS | st.dictionaries(TEXTS, PLAIN, max_size=3)
+SEVERAL = pytest.mark.parametrize("limits", [Limits(), Limits(max_logprobs=3, max_stop=2, max_bias=1), STRICT], ids=str)
+
+
+def parses(name: str, value: Any, limits: Limits) -> bool:
+    try:
+        known_fields(limits)[name](name, value, limits)
+    except RequestError:
+        return False
+    return True
+
+
+@SEVERAL
+@pytest.mark.parametrize("name", [*FIELDS, *EXTENSIONS])
+@settings(max_examples=60, deadline=None)
+@given(value=VALUES)
+def test_a_field_accepts_what_its_schema_says(name: str, limits: Limits, value: Any) -> None:
+    if name in known_fields(limits):
+        described = known_fields(limits)[name].schema(limits)
+        assert jsonschema_rs.is_valid(described, value) == parses(name, value, limits)
+
+
+def test_a_schema_knows_how_strict_the_server_is() -> None:
+    assert schema(Limits())["properties"].keys() == FIELDS.keys() | EXTENSIONS.keys()
+    assert schema(STRICT)["properties"].keys() == FIELDS.keys()
+    assert jsonschema_rs.is_valid(schema(Limits()), {"model": None, "stop": None})
+    assert not jsonschema_rs.is_valid(schema(STRICT), {"prompt": "a"})
+    assert not jsonschema_rs.is_valid(schema(Limits()), {"nobody": 1})
+    assert jsonschema_rs.is_valid(schema(Limits(ignore_unknown=True)), {"nobody": 1})

@@ -1,0 +1,338 @@
+"""One connection at a time: what may be sent, how slowly, and how many may do so."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from wire import Engine, Hall, Visitor, application, get, post
+
+import scripted
+from afterword.door.limits import DoorLimits
+from afterword.engine.protocol import Job
+
+ASK = post(b'{"prompt":"a","max_tokens":8}')
+ENDLESS = post(b'{"prompt":"a","max_tokens":60,"stream":true,"logprobs":5}')
+
+
+def run(scenario: Any) -> Any:
+    return asyncio.run(asyncio.wait_for(scenario, 30))
+
+
+def body_of(told: bytes) -> Any:
+    return json.loads(told.partition(b"\r\n\r\n")[2])
+
+
+# ---- what works
+
+
+@pytest.mark.parametrize("size", [None, 1, 7, 64])
+def test_a_request_is_answered_however_it_is_cut(size: int | None) -> None:
+    async def scenario() -> Visitor:
+        visitor = Hall().visitor()
+        await visitor.say(ASK * 1, size)
+        await visitor.say(ASK, size)
+        return visitor
+
+    visitor = run(scenario())
+    assert visitor.statuses == [200, 200]
+    assert not visitor.gone
+
+
+def test_an_offer_to_upgrade_is_declined_and_the_body_read() -> None:
+    offer = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQAAP__")
+
+    async def scenario(size: int | None) -> Visitor:
+        visitor = Hall().visitor()
+        await visitor.say(post(b'{"prompt":"a","max_tokens":8}', *offer), size)
+        await visitor.say(get("/version"), size)
+        return visitor
+
+    for size in (None, 1):
+        assert run(scenario(size)).statuses == [200, 200]
+
+
+def test_who_expects_100_is_told_to_continue() -> None:
+    async def scenario() -> bytes:
+        visitor = Hall().visitor()
+        head, _, body = post(b'{"prompt":"a"}', "Expect: 100-continue").partition(b"\r\n\r\n")
+        first = await visitor.say(head + b"\r\n\r\n")
+        assert first == b"HTTP/1.1 100 Continue\r\n\r\n"
+        return await visitor.say(body)
+
+    assert b"HTTP/1.1 200 OK" in run(scenario())
+
+
+# ---- how slowly
+
+
+def slowly(chunks: list[tuple[bytes, float]], limits: DoorLimits | None = None) -> Visitor:
+    async def scenario() -> Visitor:
+        visitor = Hall(limits=limits or DoorLimits()).visitor()
+        for chunk, pause in chunks:
+            if visitor.wire.ended or visitor.gone:
+                break
+            await visitor.say(chunk)
+            await visitor.wait(pause)
+        return visitor
+
+    return run(scenario())
+
+
+def test_a_head_has_ten_seconds_however_it_drips() -> None:
+    visitor = slowly([(bytes([byte]), 1.0) for byte in ASK])
+    assert visitor.statuses == [408]
+    assert visitor.hall.now == pytest.approx(1011)
+
+
+def test_who_says_nothing_at_all_is_let_go_without_a_word() -> None:
+    visitor = slowly([(b"", 12)])
+    assert (visitor.gone, visitor.wire.told) == (True, b"")
+
+
+@pytest.mark.parametrize("blank", [b"", b"\r\n"])
+def test_between_requests_there_is_time_but_a_blank_line_begins_the_next(blank: bytes) -> None:
+    visitor = slowly([(ASK, 25), (blank, 4), (blank, 4)])
+    assert visitor.gone is (not blank)
+    assert visitor.statuses == [200]
+    assert slowly([(ASK, 25), (b"\r\n", 12)]).statuses == [200, 408]
+
+
+def test_a_body_must_keep_a_rate_after_a_grace() -> None:
+    body = b'{"prompt":"' + b"a" * 4000 + b'"}'
+    head, rest = post(body)[: -len(body)], body
+    drip = [(head, 0.0), *((rest[at : at + 10], 1.0) for at in range(0, len(rest), 10))]
+    assert slowly(drip).statuses == [408]
+    good = [(head, 0.0), *((rest[at : at + 1030], 1.0) for at in range(0, len(rest), 1030))]
+    assert slowly(good).statuses == [400]  # it is whole, and too long for the model
+
+
+def test_a_body_must_be_whole_in_time_at_any_rate() -> None:
+    steady = [(post(b"x" * 10**6)[: -(10**6)], 0.0), *((b"x" * 2000, 1.0) for _ in range(40))]
+    visitor = slowly(steady)
+    assert visitor.statuses == [408]
+    assert visitor.hall.now == pytest.approx(1031)
+
+
+def test_an_empty_chunk_is_no_progress() -> None:
+    head = get("/v1/completions", "Transfer-Encoding: chunked", "Content-Type: application/json", method="POST")
+    visitor = slowly([(head, 0.0), *((b"1;" + b"x" * 500 + b"\r\nx\r\n", 1.0) for _ in range(20))])
+    assert visitor.statuses == [408]
+    assert visitor.hall.now < 1008
+
+
+def test_what_comes_after_an_early_answer_is_let_in_for_a_while() -> None:
+    wrong = post(b" " * 10**6, key="no-key-of-this-server")
+    visitor = slowly([(wrong[:5000], 4.0), (wrong[5000:], 1.0), (ASK, 1.0)])
+    assert visitor.statuses == [401, 200]
+    visitor = slowly([(wrong[:5000], 4.0), (wrong[5000:9000], 4.0)])
+    assert (visitor.statuses, visitor.gone) == ([401], True)
+
+
+# ---- how much
+
+
+def test_a_head_may_be_large_but_not_larger() -> None:
+    async def status(size: int, piece: int | None) -> list[int]:
+        visitor = Hall().visitor()
+        await visitor.say(get("/version", "X-Long: " + "x" * size), piece)
+        return visitor.statuses
+
+    for piece in (None, 1000):
+        assert run(status(32_000, piece)) == [200]
+        assert run(status(33_000, piece)) == [431]
+        assert run(status(300_000, piece)) == [431]
+
+
+def test_headers_may_be_many_but_not_more() -> None:
+    async def status(count: int) -> list[int]:
+        visitor = Hall().visitor()
+        await visitor.say(get("/version", *(f"X-{number}: 1" for number in range(count))))
+        return visitor.statuses
+
+    assert run(status(98)) == [200]
+    assert run(status(99)) == [431]
+    assert run(status(10_000)) == [431]
+
+
+def test_who_goes_on_sending_after_a_refusal_is_cut() -> None:
+    async def scenario() -> Visitor:
+        visitor = Hall().visitor()
+        for _ in range(40):
+            await visitor.say(b"x" * 2**16)
+        return visitor
+
+    visitor = run(scenario())
+    assert visitor.statuses == [400]
+    assert visitor.wire.aborted
+
+
+def test_chunks_are_counted() -> None:
+    async def statuses(count: int) -> list[int]:
+        visitor = Hall(limits=DoorLimits(max_chunks=10)).visitor()
+        head = get("/v1/completions", "Transfer-Encoding: chunked", "Content-Type: application/json", method="POST")
+        await visitor.say(head + b"1\r\n \r\n" * count + b"e\r\n" + b'{"prompt":"a"}' + b"\r\n0\r\n\r\n")
+        return visitor.statuses
+
+    assert run(statuses(8)) == [200]
+    assert run(statuses(20)) == [400]
+
+
+def test_places_are_counted_in_all_and_by_address() -> None:
+    async def scenario() -> None:
+        hall = Hall(most=5, most_of_one=3)
+        first = [hall.visitor("10.0.0.1") for _ in range(4)]
+        assert [visitor.statuses for visitor in first] == [[], [], [], [503]]
+        others = [hall.visitor(f"10.0.0.{number}") for number in (2, 3, 4)]
+        assert [visitor.statuses for visitor in others] == [[], [], [503]]
+        first[0].leave()
+        assert hall.visitor("10.0.0.9").statuses == []
+        for visitor in (*first, *others):
+            visitor.leave()
+        assert hall.doorway.places.taken == 1
+
+    run(scenario())
+
+
+# ---- one at a time
+
+
+def test_a_second_request_does_not_disturb_the_first_and_ends_the_connection() -> None:
+    async def scenario() -> Visitor:
+        visitor = Hall().visitor()
+        await visitor.say(ENDLESS + ASK + ASK)
+        return visitor
+
+    visitor = run(scenario())
+    assert visitor.statuses == [200]
+    assert visitor.wire.told.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert visitor.gone
+
+
+@pytest.mark.parametrize("sends", [ASK, b"rubbish", b"\x00" * 100, b"GET"])
+def test_whatever_is_sent_during_an_answer_leaves_it_whole(sends: bytes) -> None:
+    hold = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await hold.wait()
+        await send({"type": "http.response.body", "body": b"all of it"})
+
+    async def scenario() -> Visitor:
+        visitor = Hall(app=app).visitor()
+        await visitor.say(ASK)
+        await visitor.say(sends)
+        hold.set()
+        await visitor.settle()
+        return visitor
+
+    visitor = run(scenario())
+    assert visitor.statuses == [200]
+    assert b"all of it" in visitor.wire.told
+
+
+# ---- slow readers
+
+
+def endless(job: Job, sample: int) -> Any:
+    while True:
+        yield from scripted.ids(" the cat sat")
+
+
+def test_a_reader_who_takes_nothing_is_cut_and_his_job_ended() -> None:
+    engine = Engine(endless, room=10)
+    body = json.dumps({"prompt": "a", "max_tokens": 60, "n": 64, "stream": True, "logprobs": 9}).encode()
+
+    async def scenario() -> Visitor:
+        visitor = Hall(application(engine)).visitor()
+        visitor.wire.takes = False
+        await visitor.say(post(body))
+        assert engine.runs
+        await visitor.wait(29)
+        assert not visitor.gone
+        await visitor.wait(3)
+        return visitor
+
+    visitor = run(scenario())
+    assert visitor.wire.aborted
+    assert visitor.wire.unsent < 2**16 + 2**14  # what waited in the connection
+    assert all(each.closed or not each.live for each in engine.runs)
+    assert not visitor.hall.state.tasks
+
+
+def test_what_waits_for_a_reader_is_bounded_and_then_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("afterword.completion.run.MOST_AHEAD", 2**13)
+    engine = Engine(endless, room=10)
+    body = json.dumps({"prompt": "a", "max_tokens": 60, "n": 64, "stream": True, "logprobs": 9}).encode()
+
+    async def scenario() -> Visitor:
+        visitor = Hall(application(engine)).visitor()
+        visitor.wire.takes = False
+        await visitor.say(post(body))
+        assert engine.runs[0].closed  # long before it has stalled
+        visitor.wire.takes, visitor.wire.unsent = True, 0
+        visitor.protocol.resume_writing()
+        for _ in range(100):
+            await visitor.settle()
+        return visitor
+
+    visitor = run(scenario())
+    assert visitor.wire.told.count(b"data: ") > 128
+    assert b'"code":"reader_too_slow"' in visitor.wire.told
+    assert b"[DONE]" not in visitor.wire.told
+
+
+def test_a_slow_reader_who_takes_something_may_stay() -> None:
+    async def scenario() -> Visitor:
+        visitor = Hall().visitor()
+        visitor.wire.takes = False
+        await visitor.say(ASK)
+        for _ in range(20):
+            await visitor.wait(20)
+            visitor.wire.unsent -= 1
+        return visitor
+
+    assert not run(scenario()).gone
+
+
+def test_who_does_not_take_the_last_of_an_answer_is_cut_too() -> None:
+    async def scenario() -> Visitor:
+        visitor = Hall().visitor()
+        visitor.wire.takes = False
+        await visitor.say(post(b'{"prompt":"a"}', "Connection: close"))
+        assert visitor.wire.closing
+        assert not visitor.gone
+        await visitor.wait(32)
+        return visitor
+
+    assert run(scenario()).wire.aborted
+
+
+# ---- leaving
+
+
+def test_when_the_server_leaves_every_answer_says_that_it_is_the_last() -> None:
+    async def scenario() -> Visitor:
+        visitor = Hall().visitor()
+        visitor.hall.doorway.leaving = True
+        await visitor.say(ASK)
+        return visitor
+
+    visitor = run(scenario())
+    assert visitor.statuses == [200]
+    assert b"connection: close" in visitor.wire.told
+    assert visitor.gone
+
+
+def test_a_client_that_leaves_during_its_body_is_no_bug(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> Visitor:
+        visitor = Hall().visitor()
+        await visitor.say(ASK[:-5])
+        visitor.leave()
+        await visitor.settle()
+        return visitor
+
+    assert not run(scenario()).hall.state.tasks
+    assert not caplog.records

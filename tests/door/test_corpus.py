@@ -1,0 +1,47 @@
+"""The corpus against the real protocol and application, without a network. `tests/chaos` has it over sockets."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from wire import Hall, Visitor, application, get
+
+from hostile import CLOSED, Case, cases
+
+CASES = cases()
+
+
+@pytest.fixture(scope="module")
+def hall() -> Hall:
+    """One for all, so that what a case breaks shows in the next."""
+    return Hall(application())
+
+
+def test_the_corpus_is_large() -> None:
+    assert len(CASES) >= 200
+
+
+@pytest.mark.parametrize("size", [None, 100], ids=["whole", "in pieces"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_each_is_refused_or_closed_and_the_next_visitor_served(case: Case, size: int | None, hall: Hall) -> None:
+    async def scenario() -> tuple[Visitor, Visitor]:
+        visitor = hall.visitor()
+        await visitor.say(case.data, size if len(case.data) < 10_000 else None)
+        if not visitor.statuses:
+            await visitor.wait(40)
+        visitor.leave()
+        await visitor.settle()
+        following = hall.visitor()
+        await following.say(get("/version"))
+        following.leave()
+        return visitor, following
+
+    visitor, following = asyncio.run(asyncio.wait_for(scenario(), 30))
+    assert (visitor.statuses or [CLOSED])[0] in case.right, bytes(visitor.wire.told)[:500]
+    assert 200 not in visitor.statuses
+    assert all(status < 500 or status == 505 for status in visitor.statuses)
+    assert all(len(answer) < 2500 for answer in bytes(visitor.wire.told).split(b"HTTP/1.1 "))
+    assert following.statuses == [200]
+    assert hall.doorway.places.taken == 0
+    assert not hall.state.tasks

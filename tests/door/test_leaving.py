@@ -1,0 +1,244 @@
+"""The life of a server: what it says of itself, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from wire import Engine, Hall, application, get, post
+
+import scripted
+from afterword.api.life import Life
+from afterword.door.limits import DoorLimits
+from afterword.door.places import open_files
+from afterword.door.server import Door
+from afterword.door.signals import Told
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+# ---- what it says
+
+
+def told(path: str, engine: Engine, body: bytes | None = None) -> tuple[int, Any, bytes]:
+    async def scenario() -> tuple[int, Any, bytes]:
+        visitor = Hall(application(engine)).visitor()
+        await visitor.say(get(path) if body is None else post(body, path=path))
+        head, _, content = bytes(visitor.wire.told).partition(b"\r\n\r\n")
+        return visitor.statuses[0], json.loads(content), head
+
+    return asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("state", "shown", "health", "ready"),
+    [
+        ("starting", "starting", 200, 503),
+        ("ready", "ready", 200, 200),
+        ("restarting", "degraded", 200, 503),
+        ("failing", "degraded", 503, 503),
+        ("closed", "draining", 200, 503),
+    ],
+)
+def test_health_and_ready_tell_the_truth(state: str, shown: str, health: int, ready: int) -> None:
+    engine = Engine(scripted.says("Hello"), state=state)
+    assert told("/health", engine)[0] == health
+    status, said, _ = told("/ready", engine)
+    assert (status, said["status"]) == (ready, shown)
+    assert (said["reason"] is None) is (shown == "ready")
+    assert {"running", "waiting", "sequences", "restarts"} <= said.keys()
+
+
+def test_a_server_that_is_to_end_says_so_at_once_and_answers_on() -> None:
+    life, engine = Life(), Engine(scripted.says("Hello"))
+    assert life.state(engine) == "ready"  # type: ignore[arg-type]
+    life.drain()
+    assert life.state(engine) == "draining"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize", "/detokenize"])
+def test_nothing_is_asked_of_a_model_that_is_not_there_yet(path: str) -> None:
+    status, said, head = told(path, Engine(scripted.says("Hello"), state="starting"), b"{}")
+    assert (status, said["error"]["code"]) == (503, "loading")
+    assert b"retry-after: " in head
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/tokenizer_info", "/openapi.json"])
+def test_nothing_is_told_of_a_model_that_is_not_there_yet(path: str) -> None:
+    assert told(path, Engine(scripted.says("Hello"), state="starting"))[0] == 503
+
+
+def test_those_who_are_sent_away_are_told_different_times() -> None:
+    engine = Engine(scripted.says("Hello"), room=0)
+    times = {told("/v1/completions", engine, b'{"prompt":"a"}')[2].split(b"retry-after: ")[1][:2] for _ in range(60)}
+    assert times == {b"1\r", b"2\r", b"3\r", b"4\r", b"5\r"}
+
+
+# ---- how it ends
+
+
+class Stage:
+    """An application whose answers last until they are let go."""
+
+    def __init__(self) -> None:
+        self.begun = asyncio.Semaphore(0)
+        self.curtain = asyncio.Event()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"begun ", "more_body": True})
+        self.begun.release()
+        await self.curtain.wait()
+        await send({"type": "http.response.body", "body": b"ended"})
+
+
+@asynccontextmanager
+async def house(app: Any, **limits: Any) -> AsyncIterator[tuple[Door, int]]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        async with Door(app, listener, DoorLimits(**limits)) as door:
+            yield door, port
+
+
+async def ask(port: int) -> Streams:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(get("/"))
+    return reader, writer
+
+
+async def rest(streams: Streams) -> bytes:
+    try:
+        return await streams[0].read()
+    except ConnectionResetError:
+        return b""
+    finally:
+        streams[1].close()
+
+
+async def refuses(port: int) -> bool:
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except ConnectionRefusedError:
+        return True
+    writer.close()
+    return False
+
+
+def play(scenario: Any) -> None:
+    asyncio.run(asyncio.wait_for(scenario, 30))
+
+
+def test_answers_finish_and_nobody_else_comes_in() -> None:
+    async def scenario() -> None:
+        stage = Stage()
+        async with house(stage) as (door, port):
+            idle = await asyncio.open_connection("127.0.0.1", port)
+            asking = [await ask(port) for _ in range(5)]
+            for _ in asking:
+                await stage.begun.acquire()
+            leaving = asyncio.create_task(door.drain(0, 1000, asyncio.Event()))
+            while not await refuses(port):
+                await asyncio.sleep(0)
+            assert await rest(idle) == b""
+            assert not leaving.done()
+            stage.curtain.set()
+            assert all(b"begun" in answer and b"ended" in answer for answer in [await rest(each) for each in asking])
+            await leaving
+
+    play(scenario())
+
+
+def test_for_a_while_it_goes_on_as_if_nothing_were_but_keeps_no_connection() -> None:
+    async def scenario() -> None:
+        stage, hurry = Stage(), asyncio.Event()
+        stage.curtain.set()
+        async with house(stage) as (door, port):
+            leaving = asyncio.create_task(door.drain(1000, 1000, hurry))
+            await asyncio.sleep(0)
+            answer = await rest(await ask(port))
+            assert b"connection: close" in answer
+            assert b"ended" in answer
+            hurry.set()
+            await leaving
+            assert await refuses(port)
+
+    play(scenario())
+
+
+@pytest.mark.parametrize("hurries", [False, True], ids=["too late", "hurried"])
+def test_what_does_not_end_in_time_is_left_to_the_engine(hurries: bool) -> None:
+    async def scenario() -> None:
+        stage, hurry = Stage(), asyncio.Event()
+        async with house(stage) as (door, port):
+            asking = await ask(port)
+            await stage.begun.acquire()
+            leaving = asyncio.create_task(door.drain(0, 1000 if hurries else 0, hurry))
+            if hurries:
+                hurry.set()
+            await leaving
+            stage.curtain.set()  # as the engine does when it is closed: every run ends, most with an error
+        assert b"ended" in await rest(asking)
+
+    play(scenario())
+
+
+def test_a_door_that_closes_waits_for_nobody_who_says_nothing() -> None:
+    async def scenario() -> None:
+        async with house(Stage()) as (_, port):
+            asking = await ask(port)
+        assert b"ended" not in await rest(asking)
+
+    play(scenario())
+
+
+def test_the_first_signal_asks_and_the_second_insists() -> None:
+    async def scenario() -> None:
+        heard = []
+        with Told(lambda: heard.append("first")) as signals:
+            signal.raise_signal(signal.SIGINT)
+            await signals.first.wait()
+            assert (signals.person, signals.again.is_set(), heard) == (True, False, ["first"])
+            signal.raise_signal(signal.SIGTERM)
+            await signals.again.wait()
+            assert heard == ["first"]
+
+    play(scenario())
+
+
+def test_a_signal_ends_what_was_to_be_waited_for() -> None:
+    async def scenario() -> None:
+        with Told(lambda: None) as signals:
+
+            async def loads() -> None:
+                signal.raise_signal(signal.SIGTERM)
+                await asyncio.sleep(1000)
+
+            assert not await signals.unless(loads())
+            assert not signals.person
+
+    async def others() -> None:
+        with Told(lambda: None) as signals:
+            assert await signals.unless(asyncio.sleep(0))
+            with pytest.raises(ValueError, match="broken"):
+                await signals.unless(breaks())
+
+    async def breaks() -> None:
+        raise ValueError("broken")
+
+    play(scenario())
+    play(others())
+
+
+def test_places_leave_files_for_ourselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = {"limits": (100, 500)}
+    monkeypatch.setattr("resource.getrlimit", lambda _: current["limits"])
+    monkeypatch.setattr("resource.setrlimit", lambda _, limits: current.update(limits=limits))
+    assert open_files(100) == 100
+    assert current["limits"] == (164, 500)
+    assert open_files(10_000) == 436
+    assert current["limits"] == (500, 500)

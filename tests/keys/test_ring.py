@@ -1,0 +1,315 @@
+"""The keys of a running server: news from the store are seen, what is used gets there, and trouble stops nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from afterword.keys.key import Allowance, Key, Used, digest, given_keys
+from afterword.keys.limiter import MINUTE, Refusal
+from afterword.keys.ring import Grant, Ring
+from afterword.keys.store import Batch, Store, Sums
+
+NEW_YEAR = 1_767_225_600
+
+
+@dataclass
+class Clock:
+    """Nanoseconds and seconds that pass only when a test says so."""
+
+    now: int = 0
+
+    def __call__(self) -> int:
+        return self.now
+
+    def wall(self) -> float:
+        return NEW_YEAR + self.now / 10**9
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "keys.db", create=True, patience=0.05)
+
+
+@pytest.fixture
+def ring_of(clock: Clock) -> Callable[..., Ring]:
+    return lambda given=(), store=None, wrong_keys=0: Ring(given, store, wrong_keys, clock, clock.wall)
+
+
+def enter(ring: Ring, text: str) -> Grant:
+    account = ring.find(text)
+    assert account is not None
+    grant = ring.enter(account)
+    assert isinstance(grant, Grant)
+    return grant
+
+
+def sync(ring: Ring) -> None:
+    asyncio.run(ring.exchange())
+
+
+def spent(store: Store) -> int:
+    (key,) = store.all()
+    return key.spent
+
+
+# ---- who is let in
+
+
+def test_given_keys_and_those_of_the_store_open(ring_of, store):
+    key, text = store.create()
+    ring = ring_of(given_keys(("a", "b"), None), store)
+    assert [enter(ring, each).key for each in ("a", "b", text)] == ["given-1", "given-2", key.id]
+    for wrong in ("", "c", text[:-1], text + "x", text.upper(), key.id):
+        assert ring.find(wrong) is None
+
+
+def test_a_ring_without_keys_lets_nobody_in(ring_of):
+    assert ring_of().find("") is None
+
+
+def test_keys_that_come_and_go_are_seen(ring_of, store):
+    old, old_text = store.create()
+    ring = ring_of((), store)
+    _, new_text = store.create()
+    assert ring.find(new_text) is None
+    store.revoke(old.id)
+    sync(ring)
+    assert (ring.find(old_text), enter(ring, new_text).key != old.id) == (None, True)
+
+
+def test_a_key_ends_at_its_time_without_any_news(ring_of, store, clock):
+    _, text = store.create(expires=NEW_YEAR + 10)
+    ring = ring_of((), store)
+    clock.now = 9 * 10**9
+    assert ring.find(text)
+    clock.now += 10**9
+    assert ring.find(text) is None
+
+
+def test_news_do_not_renew_what_is_in_use(ring_of, store):
+    _, text = store.create(allowance=Allowance(requests=1, concurrent=5))
+    ring = ring_of((), store)
+    enter(ring, text)
+    store.create()
+    sync(ring)
+    account = ring.find(text)
+    assert isinstance(ring.enter(account), Refusal)
+
+
+def test_who_is_inside_when_the_key_ends_stays_and_is_counted(ring_of, store):
+    key, text = store.create()
+    ring = ring_of((), store)
+    grant = enter(ring, text)
+    assert grant.reserve(100) is None
+    store.revoke(key.id)
+    sync(ring)
+    grant.close(Used(10, 20), None)
+    sync(ring)
+    assert spent(store) == 30
+
+
+# ---- what is used
+
+
+def test_a_request_pays_for_what_it_used(ring_of, store):
+    _, text = store.create(allowance=Allowance(tokens=100))
+    ring = ring_of((), store)
+    grant = enter(ring, text)
+    assert grant.reserve(80) is None
+    assert grant.standing()[0].left == 20
+    grant.close(Used(10, 5, 3), ring.pseudonym("alice"))
+    assert grant.standing()[0].left == 85
+    sync(ring)
+    assert spent(store) == 15
+    assert store.usage("user") == ((store.pseudonym("alice"), Sums(1, 10, 5, 3)),)
+    assert store.usage("day") == (("2026-01-01", Sums(1, 10, 5, 3)),)
+
+
+def test_what_never_began_costs_nothing(ring_of, store):
+    _, text = store.create(allowance=Allowance(tokens=100, concurrent=1))
+    ring = ring_of((), store)
+    grant = enter(ring, text)
+    grant.reserve(80)
+    grant.close(None, None)
+    assert enter(ring, text).standing()[0].left == 100
+    sync(ring)
+    assert (spent(store), store.usage("key")) == (0, ())
+
+
+def test_requests_under_way_count_against_the_quota(ring_of, store):
+    _, text = store.create(allowance=Allowance(quota=100))
+    ring = ring_of((), store)
+    first, second = enter(ring, text), enter(ring, text)
+    assert first.reserve(60) is None
+    assert second.reserve(60) == Refusal("quota", 100, 40, 60, None)
+    first.close(Used(10, 10), None)
+    assert second.reserve(60) is None
+
+
+def test_a_quota_survives_a_restart_and_a_crash_does_not_forget_what_was_reserved(ring_of, store):
+    _, text = store.create(allowance=Allowance(quota=100))
+    ring = ring_of((), store)
+    enter(ring, text).reserve(60)
+    sync(ring)  # and here it is killed
+    assert enter(ring_of((), store), text).reserve(60) == Refusal("quota", 100, 40, 60, None)
+
+
+def test_servers_that_share_a_store_share_the_quota(ring_of, store):
+    _, text = store.create(allowance=Allowance(quota=100))
+    one, other = ring_of((), store), ring_of((), store)
+    enter(one, text).reserve(60)
+    sync(one)
+    sync(other)
+    assert enter(other, text).reserve(60) == Refusal("quota", 100, 40, 60, None)
+
+
+def test_rates_do_not_survive_a_restart(ring_of, store):
+    _, text = store.create(allowance=Allowance(requests=1))
+    enter(ring_of((), store), text)
+    enter(ring_of((), store), text)
+
+
+def test_usage_of_given_keys_is_kept_too(ring_of, store):
+    ring = ring_of(given_keys(("a",), None), store)
+    enter(ring, "a").close(Used(1, 2), None)
+    sync(ring)
+    assert store.usage("key") == (("given-1", Sums(1, 1, 2, 0)),)
+
+
+requests = st.lists(
+    st.tuples(st.sampled_from("ABC"), st.integers(0, 40), st.integers(0, 40), st.booleans(), st.integers(0, MINUTE)),
+    max_size=30,
+)
+
+
+@given(requests)
+@settings(max_examples=50, deadline=None)
+def test_whatever_happens_the_sums_are_right(requests):
+    """Quota: never exceeded, and in the end exactly what was used; a refund is never more than what was reserved."""
+    asyncio.run(live_through(requests))
+
+
+async def live_through(requests: list[tuple[str, int, int, bool, int]]) -> None:
+    clock = Clock()
+    store = Memory(tuple(Key(name, digest(name), allowance=Allowance(quota=200, concurrent=3)) for name in "ABC"))
+    ring = Ring((), store, 0, clock, clock.wall)
+    inside: list[tuple[Grant, int]] = []
+    used = dict.fromkeys("ABC", 0)
+    for name, wanted, needed, ends, pause in requests:
+        clock.now += pause
+        grant = ring.enter(ring.find(name))
+        if isinstance(grant, Grant):
+            if grant.reserve(wanted) is None:
+                inside.append((grant, min(wanted, needed)))
+            else:
+                grant.close(None, None)
+        if ends and inside:
+            leave(*inside.pop(0), used)
+        await ring.exchange()
+        assert all(used[key.id] <= key.spent <= 200 for key in store.known)
+    for grant, tokens in inside:
+        leave(grant, tokens, used)
+    await ring.exchange()
+    assert {key.id: key.spent for key in store.known} == used
+
+
+def leave(grant: Grant, tokens: int, used: dict[str, int]) -> None:
+    grant.close(Used(0, tokens), None)
+    used[grant.key] += tokens
+
+
+class Memory:
+    """A store without a file."""
+
+    def __init__(self, keys: tuple[Key, ...]) -> None:
+        self.known = keys
+
+    def all(self) -> tuple[Key, ...]:
+        return self.known
+
+    def version(self) -> tuple[int, int, int]:
+        return 0, 0, 0
+
+    def exchange(self, batch: Batch) -> tuple[Key, ...]:
+        def after(key: Key) -> Key:
+            return Key(key.id, key.digest, allowance=key.allowance, spent=key.spent + batch.spent.get(key.id, 0))
+
+        self.known = tuple(map(after, self.known))
+        return self.known
+
+
+# ---- trouble
+
+
+@pytest.mark.parametrize("trouble", ["locked", "gone", "open to others"])
+def test_while_the_store_cannot_be_used_all_goes_on_and_nothing_is_lost(ring_of, store, trouble, caplog):
+    key, text = store.create(allowance=Allowance(quota=100))
+    ring = ring_of((), store)
+    aside = store.path.with_name("aside")
+    blocker = sqlite3.connect(store.path, isolation_level=None)
+    if trouble == "locked":
+        blocker.execute("BEGIN EXCLUSIVE")
+    elif trouble == "gone":
+        store.path.rename(aside)
+    else:
+        store.path.chmod(0o644)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            grant = enter(ring, text)
+            assert grant.reserve(30) is None
+            grant.close(Used(10, 20), "u")
+            sync(ring)
+    assert isinstance(enter(ring, text).reserve(30), Refusal), "the quota holds all the same"
+    assert len(caplog.records) == 1, "told once"
+    if trouble == "gone":
+        aside.rename(store.path)
+    store.path.chmod(0o600)
+    blocker.close()
+    sync(ring)
+    assert spent(store) == 90
+    assert store.usage("user") == (("u", Sums(3, 30, 60, 0)),)
+    assert store.usage("key") == ((key.id, Sums(3, 30, 60, 0)),)
+
+
+def test_without_a_place_to_write_memory_stays_bounded(ring_of, store, monkeypatch):
+    monkeypatch.setattr("afterword.keys.ring._MOST_PLACES", 10)
+    ring = ring_of(given_keys(("a",), None), store)
+    store.path.chmod(0o644)
+    for number in range(50):
+        enter(ring, "a").close(Used(1, 1), f"user{number}")
+        sync(ring)
+    store.path.chmod(0o600)
+    sync(ring)
+    assert len(store.usage("user")) <= 11
+    assert store.usage("key") == (("given-1", Sums(50, 50, 50, 0)),)
+
+
+def test_what_is_used_is_written_in_the_end(ring_of, store):
+    async def live() -> None:
+        async with ring.kept():
+            enter(ring, "a").close(Used(1, 1), None)
+
+    ring = ring_of(given_keys(("a",), None), store)
+    asyncio.run(live())
+    assert store.usage("key") == (("given-1", Sums(1, 1, 1, 0)),)
+
+
+def test_wrong_keys_are_counted_by_address(ring_of):
+    ring = ring_of(given_keys(("a",), None), None, 2)
+    assert [ring.wait("192.0.2.1", None) > 0 for _ in range(3)] == [False, False, True]
+    assert ring.wait("192.0.2.1", ring.find("a")) > 0
+    assert ring.wait("192.0.2.2", ring.find("a")) == 0

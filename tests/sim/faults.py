@@ -1,0 +1,98 @@
+"""Bugs planted on purpose. The simulator must find each of them, by the invariant that it breaks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from afterword.engine.core.scheduler import Scheduler
+from afterword.engine.core.slots import Slots
+from afterword.engine.pending import Pending
+from afterword.engine.protocol import Step
+from afterword.engine.supervisor import Supervisor
+from afterword.keys.limiter import Bucket
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`rules` are the invariants that may show it first."""
+
+    name: str
+    rules: tuple[int, ...]
+    plant: Callable[[pytest.MonkeyPatch], None]
+
+
+def _leak_slots(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Slots, "leave", lambda *_, **__: None)
+
+
+def _go_on_after_the_end(patch: pytest.MonkeyPatch) -> None:
+    put = Pending.put
+
+    def put_more(self: Pending, step: Step) -> None:
+        put(self, step)
+        if step.ended and not self.ended:
+            self._steps.put_nowait(Step(sampled=step.sampled))
+
+    patch.setattr(Pending, "put", put_more)
+
+
+def _repeat_after_a_crash(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Pending, "_repeats", lambda *_: False)
+
+
+def _admit_everyone(patch: pytest.MonkeyPatch) -> None:
+    check = Supervisor._check
+    patch.setattr(Supervisor, "_check", lambda self, work, waiting, room: check(self, work, 0, 1))
+
+
+def _admit_any_size(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Pending, "size", 0)
+
+
+def _first_come_first_served(patch: pytest.MonkeyPatch) -> None:
+    def oldest(self: Scheduler) -> Any:
+        waiting = [work for works in self._waiting.values() for work in works.values()]
+        return (min(waiting, key=lambda work: work.run), None) if waiting else None
+
+    patch.setattr(Scheduler, "_next", oldest)
+
+
+def _grant_without_counting(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Bucket, "take", lambda *_: None)
+
+
+def _ignore_deadlines(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Supervisor, "_expire", lambda *_: None)
+
+
+def _forget_one_in_a_crash(patch: pytest.MonkeyPatch) -> None:
+    mourn = Supervisor._mourn
+
+    def forget(self: Supervisor) -> None:
+        mourn(self)
+        if self._line:
+            self._line.popitem()
+
+    patch.setattr(Supervisor, "_mourn", forget)
+
+
+def _ignore_silence(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("afterword.engine.watch.Watch.hangs", lambda *_, **__: False)
+
+
+FAULTS = (
+    Fault("a slot is not given back", (2,), _leak_slots),
+    Fault("a sample that has ended goes on", (4,), _go_on_after_the_end),
+    Fault("a token is repeated after a crash", (5,), _repeat_after_a_crash),
+    Fault("the queue has no end", (3,), _admit_everyone),
+    Fault("the queue takes any number of tokens", (3,), _admit_any_size),
+    Fault("clients are served as they come", (7,), _first_come_first_served),
+    Fault("the limiter does not count", (9,), _grant_without_counting),
+    Fault("deadlines are ignored", (6,), _ignore_deadlines),
+    Fault("a job is forgotten in a crash", (0, 1), _forget_one_in_a_crash),
+    Fault("a hung engine is not noticed", (6,), _ignore_silence),
+)
