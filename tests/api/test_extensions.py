@@ -103,7 +103,8 @@ def test_the_usage_says_what_had_been_computed_before(http: httpx.Client) -> Non
     assert cached(http, prompt=story) == 0
     tokens = ask(http, prompt=story, max_tokens=1).json()["usage"]["prompt_tokens"]
     assert cached(http, prompt=story) == tokens - 1
-    assert cached(http, prompt=[story, story + " Then"]) == tokens - 1 + tokens
+    # The last token of the story is found, too, if the second prompt comes before the first has computed it anew.
+    assert cached(http, prompt=[story, story + " Then"]) in (2 * tokens - 2, 2 * tokens - 1)
 
 
 def test_a_salt_keeps_what_was_computed_apart(http: httpx.Client) -> None:
