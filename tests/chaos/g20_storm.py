@@ -65,7 +65,7 @@ async def _stream_well(server: Server, seconds: float) -> list[float | None]:
 @contextmanager
 def _noise(server: Server) -> Iterator[list[int]]:
     """Noise until the end; then how many noises there were. Its process yields to others: it stands for a network."""
-    command = ["nice", "-n", "19", sys.executable, "-m", f"{__package__}.g20_storm", server.url]
+    command = ["nice", "-n", "19", sys.executable, "-m", "tests.chaos.g20_storm", server.url]
     counted = [0]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

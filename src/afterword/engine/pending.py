@@ -92,12 +92,14 @@ class Pending:
         if self.ended:
             self._steps.put_nowait(None)
 
-    def lost(self, blamed: bool) -> None:
-        """The engine has died; this will begin anew. What was only being repeated had gone well the first time."""
-        self.crashes += blamed and self.begun and not self.repeating
+    def lost(self, blamed: bool) -> bool:
+        """The engine has died; this will begin anew. Whether it is blamed: what was only being repeated is not."""
+        blamed = blamed and self.begun and not self.repeating
+        self.crashes += blamed
         self._repeated = self._repeated or self.begun
         self._again = self._told.copy()
         self.begun = self.fruitful = False
+        return blamed
 
     def fail(self, error: Exception) -> None:
         """End with an error."""

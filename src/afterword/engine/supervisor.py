@@ -235,9 +235,8 @@ class Supervisor:
         """
         self.state = "restarting"
         running = [run for run in self._runs.values() if run.begun]
-        for run in self._runs.values():
-            run.lost(blamed=not len(self._texts))
-        guilty = [run for run in running if run.crashes >= CRASHES]
+        blamed = [run for run in self._runs.values() if run.lost(blamed=not len(self._texts))]
+        guilty = [run for run in blamed if run.crashes >= CRASHES]
         if len(guilty) == 1:
             self._quarantine.add(guilty[0].job, self._clock())
             self._fail(guilty[0], EngineFailure())
