@@ -10,7 +10,10 @@ from .gate import Gate, Trial, attempt, find_gates
 from .table import Row
 
 GATES = find_gates()
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # gates cut their own connections, on purpose
+]
 each_gate = pytest.mark.parametrize("gate", GATES, ids=[gate.name for gate in GATES])
 
 
