@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-import psutil
 import pytest
 
 from afterword.engine.supervisor import Supervisor
@@ -42,9 +41,9 @@ def run(trial: Trial) -> Result:
 async def _press(server: Server, trial: Trial) -> Result:
     usual, crowded, after = Tally(), Tally(), Tally()
     peak = await _rate(server, usual, trial, ROOM)
-    before = _memory(server)
+    before = server.memory
     rate = await _rate(server, crowded, trial, 3 * ROOM)
-    grown = _memory(server) - before
+    grown = server.memory - before
     await _rate(server, after, Trial(ROOM, trial.seed), SEQUENCES)
     refusals = sorted(crowded.refusals) or [0.0]
     late = refusals[int(len(refusals) * 0.99)]
@@ -99,10 +98,6 @@ async def _watch(server: Server, tally: Tally) -> None:
         while True:
             tally.longest = max(tally.longest, (await client.get("/ready")).json()["waiting"])
             await asyncio.sleep(0.05)
-
-
-def _memory(server: Server) -> float:
-    return float(psutil.Process(server.pid).memory_info().rss) / 2**20
 
 
 def let_everyone_wait(patch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from afterword.door.connection import Connection
 
-from .client import Caller
+from .client import Caller, late
 from .gate import Fault, Gate, Result, Trial
 from .server import Server
 
@@ -46,7 +46,7 @@ async def _besiege(server: Server, trial: Trial) -> Result:
     """As many drip as the size says, and a fifth as many do not read."""
     await _ask_well(server, lambda: False)
     before = await _ask_well(server, lambda: False)
-    memory = _memory(server)
+    memory = server.memory
     crowd = [_peer(index) for index in range(trial.size)]
     bad = [asyncio.create_task(_drip(server, peer)) for peer in crowd]
     bad += [asyncio.create_task(_stare(server, peer)) for peer in crowd[: trial.size // 5]]
@@ -54,12 +54,12 @@ async def _besiege(server: Server, trial: Trial) -> Result:
     await asyncio.sleep(0.5)
     during = await _ask_well(server, lambda: bool(_bad_ones(server)) and time.monotonic() < end)
     left = _bad_ones(server)
-    grown = _memory(server) - memory
+    grown = server.memory - memory
     for task in bad:
         task.cancel()
     await asyncio.gather(*bad, return_exceptions=True)
     failed = during.count(None)
-    usual, worst = _late(before), _late(during)
+    usual, worst = late(before), late(during)
     idle = await _idle(server)
     figures = {
         "dripping": trial.size,
@@ -136,15 +136,6 @@ async def _idle(server: Server) -> bool:
             return True
         await asyncio.sleep(0.1)
     return False
-
-
-def _late(times: list[float | None]) -> float:
-    known = sorted(each for each in times if each is not None)
-    return known[int(len(known) * 0.99)] if known else 0.0
-
-
-def _memory(server: Server) -> float:
-    return float(psutil.Process(server.pid).memory_info().rss) / 2**20
 
 
 def never_look(patch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
@@ -16,15 +13,15 @@ import pytest
 from afterword.errors import SettingError
 from afterword.models import gguf
 
-from . import ROOT
 from .gate import Fault, Gate, Result, Trial
 from .mutations import DIED, HUNG, LIVED, REFUSED, bases, mutated
+from .server import beside
 
 
 def run(trial: Trial) -> Result:
     random, fates = Random(trial.seed), Counter[str]()
     surprises = 0
-    with tempfile.TemporaryDirectory() as name, _loader() as loader:
+    with tempfile.TemporaryDirectory() as name, beside("mutations") as loader:
         folder = Path(name)
         sound = bases(folder)
         path = folder / "mutated.gguf"
@@ -47,18 +44,6 @@ def run(trial: Trial) -> Result:
     figures = {"refused by us": fates["checked"], "by llama.cpp": fates[REFUSED], "loaded": fates[LIVED]}
     ended = fates[DIED] + fates[HUNG]
     return Result(not ended and not surprises, {**figures, "ended the engine": ended, "surprised us": surprises})
-
-
-@contextmanager
-def _loader() -> Iterator[subprocess.Popen[str]]:
-    """A process that tries files out in children of its own."""
-    command = [sys.executable, "-m", "tests.chaos.mutations"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
 
 
 def _fate(loader: subprocess.Popen[str], path: Path) -> str:

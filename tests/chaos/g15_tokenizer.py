@@ -8,8 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -24,6 +22,7 @@ from afterword.models.registry import locate, parse_spec
 
 from . import ROOT
 from .gate import Fault, Gate, Result, Trial
+from .server import beside
 
 PATIENCE, SLOWEST = 60, 2.0  # seconds: before a process is given up; of the processor, for one text
 CONTEXT = 4096  # tokens, of which none spells more than the vocabulary's longest: no longer text is tokenized
@@ -74,7 +73,7 @@ def _try_all(path: Path, cases: list[tuple[str, int | None]], planted: bool, fig
     waiting = iter(cases)
     left = True
     while left:
-        with _tokenizer(path, planted) as process:
+        with beside("g15_tokenizer", str(path), *(["planted"] if planted else [])) as process:
             left = False
             for unit, size in waiting:
                 answer = _ask(process, unit, size)
@@ -101,17 +100,6 @@ def _ask(process: subprocess.Popen[str], unit: str, size: int | None) -> tuple[b
     finally:
         impatience.cancel()
     return tuple(json.loads(line)) if line else None
-
-
-@contextmanager
-def _tokenizer(path: Path, planted: bool) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "tests.chaos.g15_tokenizer", str(path), *(["planted"] if planted else [])]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
 
 
 def main() -> None:

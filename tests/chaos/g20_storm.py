@@ -18,7 +18,7 @@ from afterword.door.refusals import Refusal
 from hostile import cases
 
 from . import ROOT
-from .client import Caller
+from .client import Caller, late
 from .gate import Fault, Gate, Result, Trial
 from .server import Server
 from .wild import shout
@@ -35,7 +35,7 @@ def run(trial: Trial) -> Result:
             stormy = asyncio.run(_stream_well(server, trial.size))
         alive = server.alive()
     failed = calm.count(None) + stormy.count(None)
-    before, during = _late(calm), _late(stormy)
+    before, during = late(calm), late(stormy)
     figures = {
         "answers": len(calm) + len(stormy),
         "failed": failed,
@@ -96,11 +96,6 @@ def make_noise(port: int) -> None:
     made = [0]
     asyncio.run(all_shout())
     print(made[0])
-
-
-def _late(times: list[float | None]) -> float:
-    known = sorted(each for each in times if each is not None)
-    return known[int(len(known) * 0.99)] if known else 0.0
 
 
 def dawdle_over_strangers(patch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,18 @@ from . import ROOT
 _START, _STOP = 60, 60  # seconds
 
 
+@contextmanager
+def beside(module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A module from here in a process of its own, to be talked to by lines: for work that may end its process."""
+    command = [sys.executable, "-m", f"tests.chaos.{module}", *arguments]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 @dataclass(frozen=True, slots=True)
 class Server:
     """A running server. `stderr` is the file that it writes to."""
@@ -68,6 +80,11 @@ class Server:
     def said(self) -> bytes:
         """What it wrote to its standard error; also after its end."""
         return self.stderr.read_bytes()
+
+    @property
+    def memory(self) -> float:
+        """MiB of its own process, without the engine's."""
+        return float(psutil.Process(self.pid).memory_info().rss) / 2**20
 
     def alive(self) -> bool:
         return self.process.poll() is None
