@@ -74,11 +74,12 @@ def write_tiny(
     infill: bool = True,
     context: int = 512,
     tied: bool = False,
+    heads: int = 2,
 ) -> Path:
     """Write a random model and return its path; `add_bos` is by default what the vocabulary's kind does."""
     make = byte_vocabulary if vocabulary == "bytes" else piece_vocabulary
     words = make(infill=infill, add_bos=vocabulary == "spm" if add_bos is None else add_bos)
-    shape = Shape(arch=arch, context=context)
+    shape = Shape(arch=arch, context=context, heads=heads)
     return write_model(path, shape, words, random_weights(shape, words, seed, tied), file_type)
 
 

@@ -14,17 +14,18 @@ from numpy.typing import NDArray
 
 from afterword.engine.core.batch import Batch, Cut, Fork, Logits, Row
 from afterword.engine.frames import Open
+from afterword.engine.llama import attention
 from afterword.engine.llama.library import last_error, native
 from afterword.engine.llama.pairs import pair
 from afterword.errors import EngineError, SettingError
 
 _BF16 = 30  # ggml's number, which the bindings do not name
-_ATTENTION = {
-    "f16": (native.LLAMA_FLASH_ATTN_TYPE_DISABLED, native.GGML_TYPE_F16, native.GGML_TYPE_F16),
-    "f32": (native.LLAMA_FLASH_ATTN_TYPE_DISABLED, native.GGML_TYPE_F32, native.GGML_TYPE_F32),
-    # For keys and values of unequal types llama.cpp has one kernel for every shape, which takes query by query.
-    "exact": (native.LLAMA_FLASH_ATTN_TYPE_ENABLED, native.GGML_TYPE_F16, _BF16),
-}
+_PLAIN, _FLASH = native.LLAMA_FLASH_ATTN_TYPE_DISABLED, native.LLAMA_FLASH_ATTN_TYPE_ENABLED
+_F16, _F32 = native.GGML_TYPE_F16, native.GGML_TYPE_F32
+_ATTENTION = {"f16": (_PLAIN, _F16, _F16), "f32": (_PLAIN, _F32, _F32)}
+_OWN = (_FLASH, _F16, _F16)
+# For keys and values of unequal types llama.cpp has one kernel for every shape, which takes query by query.
+_QUERY_BY_QUERY = (_FLASH, _F16, _BF16)
 
 
 class LlamaRunner:
@@ -37,7 +38,7 @@ class LlamaRunner:
         self.chunk = settings.chunk
         self.grid = settings.grid
         self.model = _load(settings)
-        self._context = _context(self.model, settings)
+        self._context, self.own_attention = _context(self.model, settings)
         self._memory = native.llama_get_memory(self._context)
         self._vocabulary = native.llama_vocab_n_tokens(native.llama_model_get_vocab(self.model))
         self.rewinds = not (
@@ -143,14 +144,26 @@ def _most_tokens(settings: Open) -> int:
     return max(settings.chunk, settings.sequences + settings.pairs)
 
 
-def _context(model: object, settings: Open) -> object:
+def _context(model: object, settings: Open) -> tuple[object, bool]:
+    """A context, and whether its attention is our own: only where that can compute all that the model has."""
+    if settings.kv_type != "exact":
+        return _made(model, settings, _ATTENTION[settings.kv_type]), False
+    if not settings.gpu_layers and attention.offer():
+        attention.suits()
+        context = _made(model, settings, _OWN)
+        if attention.suits():
+            return context, True
+        native.llama_free(context)
+    return _made(model, settings, _QUERY_BY_QUERY), False
+
+
+def _made(model: object, settings: Open, kind: tuple[int, int, int]) -> object:
     params = native.llama_context_default_params()
     params.n_ctx = (settings.context + settings.pairs) * settings.sequences
     params.n_seq_max = settings.sequences
     params.n_batch = params.n_ubatch = _most_tokens(settings)
     params.n_threads = params.n_threads_batch = settings.threads
-    flash, params.type_k, params.type_v = _ATTENTION[settings.kv_type]
-    params.flash_attn_type = flash
+    params.flash_attn_type, params.type_k, params.type_v = kind
     params.kv_unified = False
     params.no_perf = True
     context = native.llama_init_from_model(model, params)

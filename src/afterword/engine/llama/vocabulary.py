@@ -7,6 +7,7 @@ import hashlib
 from pathlib import Path
 
 from afterword.engine.frames import Open
+from afterword.engine.llama import attention
 from afterword.engine.llama.library import native, version
 from afterword.engine.llama.runner import LlamaRunner
 from afterword.engine.protocol import Card, Infill
@@ -103,19 +104,19 @@ def make_card(runner: LlamaRunner, settings: Open) -> tuple[Card, Vocabulary]:
         # In a text SentencePiece's own sign for a space has three bytes.
         longest=max(len(piece.replace(b" ", "▁".encode())) for piece in pieces) if vocabulary.keeps_text else 0,
         infill=vocabulary.infill(),
-        fingerprint=fingerprint(settings),
+        fingerprint=fingerprint(settings, attention.digest() if runner.own_attention else ""),
         promise="none" if settings.pairs and not runner.pairs else settings.promise,
     )
     return card, vocabulary
 
 
-def fingerprint(settings: Open) -> str:
+def fingerprint(settings: Open, kernel: str) -> str:
     """A short name for all that can change a number: library, weights, and the shape of the computation."""
     digest = hashlib.sha256(version().encode())
     digest.update(_weights_digest(Path(settings.path)))
     digest.update(
         f"{settings.context} {settings.kv_type} {settings.grid} {settings.repack} {settings.pairs} "
-        f"{settings.gpu_layers}".encode()
+        f"{settings.gpu_layers} {kernel}".encode()
     )
     return "fp_" + digest.hexdigest()[:16]
 

@@ -1,0 +1,500 @@
+// Attention whose sums do not depend on who else is computed.
+//
+// llama.cpp has several kernels for attention and chooses by the shape of the pass, and they add in different orders; so
+// a token's numbers would depend on its company. Here every query goes through the same operations in the same order
+// whatever the pass looks like: keys in blocks of 64 from the start of the memory, each score a running sum over the
+// head's elements, each output a running sum over the keys. Tiles of queries only decide which of them share the work
+// of unpacking a block.
+//
+// The kernel presents itself to ggml as an accelerator beside the CPU that can do this one operation, which ggml then
+// gives to it. What of ggml's interface is needed is declared here (version 2 of its backends), since its internal
+// header is not installed; attention.py checks what can be checked before anything is registered.
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+// ---- what ggml's interface looks like
+
+struct Tensor {
+    int32_t type;
+    void *buffer;
+    int64_t ne[4];  // elements
+    size_t nb[4];   // strides in bytes
+    int32_t op;
+    int32_t params[16];
+    int32_t flags;
+    Tensor *src[10];
+    Tensor *view_src;
+    size_t view_offset;
+    char *data;
+    char name[64];
+    void *extra;
+    char padding[8];
+};
+
+struct Device;
+struct Backend;
+struct Graph;
+using BufferType = void *;
+
+struct Properties {
+    const char *name, *description;
+    size_t memory_free, memory_total;
+    int type;
+    const char *id;
+    bool async, host_buffer, buffer_from_host, events, mmap;
+};
+
+struct Backend {
+    uint8_t (*guid)[16];
+    const char *(*get_name)(Backend *);
+    void (*free)(Backend *);
+    void *transfers_and_plans[10];
+    int (*compute)(Backend *, Graph *);
+    void *events_and_order[3];
+    Device *device;
+    void *context;
+};
+
+struct Registry;
+
+struct Device {
+    const char *(*get_name)(Device *);
+    const char *(*get_description)(Device *);
+    void (*get_memory)(Device *, size_t *, size_t *);
+    int (*get_type)(Device *);
+    void (*get_properties)(Device *, Properties *);
+    Backend *(*make_backend)(Device *, const char *);
+    BufferType (*get_buffer_type)(Device *);
+    void *host_buffer_type;
+    void *buffer_from_host;
+    bool (*supports_operation)(Device *, const Tensor *);
+    bool (*supports_buffers)(Device *, BufferType);
+    void *offload_and_events[4];
+    Registry *registry;
+    void *context;
+};
+
+struct Registry {
+    int version;
+    const char *(*get_name)(Registry *);
+    size_t (*count)(Registry *);
+    Device *(*get_device)(Registry *, size_t);
+    void *(*get_address)(Registry *, const char *);
+    void *context;
+};
+
+// What of ggml this file calls: addresses that Python knows.
+struct Ggml {
+    BufferType (*cpu_buffers)();
+    bool (*is_host)(BufferType);
+    int (*graph_size)(Graph *);
+    Tensor *(*graph_node)(Graph *, int);
+    const char *(*operation_name)(int);
+};
+
+namespace {
+
+constexpr int API_VERSION = 2, ACCELERATOR = 3, F32 = 0, F16 = 1, TO_COMPUTE = 16;
+constexpr int LANES = 8, BLOCK = 64, MOST_ROWS = 64;
+
+using f8 = float __attribute__((vector_size(32)));
+using i8 = int32_t __attribute__((vector_size(32)));
+using half = uint16_t;
+
+// ---- eight numbers at a time
+
+inline f8 load(const float *from) {
+    f8 x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+inline void store(float *to, f8 x) { std::memcpy(to, &x, sizeof x); }
+
+inline f8 all(float x) { return f8{x, x, x, x, x, x, x, x}; }
+
+inline f8 larger(f8 a, f8 b) { return a > b ? a : b; }
+
+inline float largest(f8 x) {
+    float most = x[0];
+    for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
+inline float sum(f8 x) { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
+
+inline f8 widen(const half *from) {
+#ifdef __F16C__
+    return (f8)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
+#else
+    i8 bits;
+    for (int i = 0; i < LANES; i++) bits[i] = from[i];
+    const i8 size = (bits & 0x7fff) << 13, sign = (bits & 0x8000) << 16;
+    const f8 finite = (f8)size * all(0x1p112f);  // also right below the least normal number
+    return (f8)(((bits & 0x7fff) >= 0x7c00 ? (size | 0x7f800000) : (i8)finite) | sign);  // infinities stay so
+#endif
+}
+
+// e to the power of x to about a unit in the last place; 0 below -87, as for minus infinity; x is at most 88.
+inline f8 exponential(f8 x) {
+    const f8 least = all(-87.0f);
+    const f8 y = larger(x, least);
+    const f8 shifted = y * all(1.44269504f) + all(12582912.0f);  // the nearest whole number, in the last bits
+    const f8 n = shifted - all(12582912.0f);
+    const f8 r = (y - n * all(0.693359375f)) - n * all(-2.12194440e-4f);
+    f8 p = all(1.9875691500e-4f);
+    p = p * r + all(1.3981999507e-3f);
+    p = p * r + all(8.3334519073e-3f);
+    p = p * r + all(4.1665795894e-2f);
+    p = p * r + all(1.6666665459e-1f);
+    p = p * r + all(5.0000001201e-1f);
+    p = p * (r * r) + r + all(1.0f);
+    const f8 power = (f8)(((i8)shifted - (i8)all(12582912.0f) + 127) << 23);
+    return x < least ? all(0.0f) : p * power;
+}
+
+inline f8 hyperbolic_tangent(f8 x) {
+    const f8 bounded = x > all(20.0f) ? all(20.0f) : larger(x, all(-20.0f));
+    return all(1.0f) - all(2.0f) / (exponential(all(2.0f) * bounded) + all(1.0f));
+}
+
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, i8{__VA_ARGS__})
+#endif
+
+// Eight rows of eight become eight columns.
+inline void transpose(f8 (&r)[LANES]) {
+    f8 a[LANES], b[LANES];
+    for (int i = 0; i < 4; i++) {
+        a[2 * i] = SHUFFLE(r[2 * i], r[2 * i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        a[2 * i + 1] = SHUFFLE(r[2 * i], r[2 * i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+    for (int i = 0; i < 2; i++) {
+        for (int j = 0; j < 2; j++) {
+            b[4 * i + 2 * j] = SHUFFLE(a[4 * i + j], a[4 * i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+            b[4 * i + 2 * j + 1] = SHUFFLE(a[4 * i + j], a[4 * i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = SHUFFLE(b[i], b[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        r[i + 4] = SHUFFLE(b[i], b[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+}
+
+// ---- one operation
+
+// The operation's operands and settings. Shapes: queries [head, token, query head, stream], keys and values [head, cell,
+// head, stream], mask [cell, token, 1 or query head, 1 or stream], output [head, query head, token, stream].
+struct Attention {
+    const Tensor *q, *k, *v, *mask, *out;
+    int64_t tokens, cells, group;  // group: query heads for one head of keys
+    int dk, dv;
+    float scale, steepness, cap, base0, base1;
+    uint32_t flat_heads;
+
+    explicit Attention(const Tensor *node)
+        : q(node->src[0]), k(node->src[1]), v(node->src[2]), mask(node->src[3]), out(node),
+          tokens(q->ne[1]), cells(k->ne[1]), group(q->ne[2] / k->ne[2]), dk((int)k->ne[0]), dv((int)v->ne[0]) {
+        float given[3];
+        std::memcpy(given, node->params, sizeof given);
+        scale = given[0], steepness = given[1], cap = given[2];
+        if (cap != 0) scale /= cap;
+        flat_heads = 1u << (uint32_t)std::floor(std::log2((double)q->ne[2]));
+        base0 = std::pow(2.0f, -steepness / flat_heads);
+        base1 = std::pow(2.0f, -steepness / 2 / flat_heads);
+    }
+
+    // How much distance costs a head (ALiBi).
+    float slope(int64_t head) const {
+        if (steepness <= 0) return 1;
+        const uint32_t h = (uint32_t)head;
+        return h < flat_heads ? std::pow(base0, h + 1) : std::pow(base1, 2 * (h - flat_heads) + 1);
+    }
+
+    const half *mask_of(int64_t token, int64_t head, int64_t stream) const {
+        if (!mask) return nullptr;
+        return (const half *)(mask->data + token * mask->nb[1] + head % mask->ne[2] * mask->nb[2] +
+                              stream % mask->ne[3] * mask->nb[3]);
+    }
+};
+
+// What a thread needs, kept from one operation to the next.
+struct Scratch {
+    std::vector<float> room;
+    float *keys, *values, *scores, *sums;  // keys [dk][BLOCK], values [BLOCK][dv], scores [row][BLOCK], sums [row][dv]
+
+    void fit(int dk, int dv) {
+        const size_t parts[] = {(size_t)dk * BLOCK, (size_t)BLOCK * dv, (size_t)MOST_ROWS * BLOCK, (size_t)MOST_ROWS * dv};
+        const size_t all = parts[0] + parts[1] + parts[2] + parts[3];
+        if (room.size() < all) room.resize(all);
+        keys = room.data(), values = keys + parts[0], scores = values + parts[1], sums = scores + parts[2];
+    }
+};
+
+// ---- a block of keys and values
+
+// Cells beyond the memory's end count as zeros; the mask hides them.
+void unpack_keys(float *to, const char *from, size_t stride, int dk, int cells) {
+    static const half nothing[LANES] = {};
+    for (int cell = 0; cell < BLOCK; cell += LANES) {
+        for (int d = 0; d < dk; d += LANES) {
+            f8 rows[LANES];
+            for (int i = 0; i < LANES; i++)
+                rows[i] = widen(cell + i < cells ? (const half *)(from + (cell + i) * stride) + d : nothing);
+            transpose(rows);
+            for (int i = 0; i < LANES; i++) store(to + (d + i) * BLOCK + cell, rows[i]);
+        }
+    }
+}
+
+void unpack_values(float *to, const char *from, size_t stride, int dv, int cells) {
+    for (int cell = 0; cell < BLOCK; cell++)
+        for (int d = 0; d < dv; d += LANES)
+            store(to + cell * dv + d, cell < cells ? widen((const half *)(from + cell * stride) + d) : all(0));
+}
+
+// Scores of ROWS queries with COLUMNS times 8 keys: running sums over the head's elements, in their order.
+template <int ROWS, int COLUMNS>
+void multiply(float *scores, const float *const *queries, const float *keys, int dk) {
+    for (int cell = 0; cell < BLOCK; cell += COLUMNS * LANES) {
+        f8 sums[ROWS][COLUMNS] = {};
+        for (int d = 0; d < dk; d++) {
+            for (int c = 0; c < COLUMNS; c++) {
+                const f8 key = load(keys + d * BLOCK + cell + c * LANES);
+                for (int r = 0; r < ROWS; r++) sums[r][c] = all(queries[r][d]) * key + sums[r][c];
+            }
+        }
+        for (int r = 0; r < ROWS; r++)
+            for (int c = 0; c < COLUMNS; c++) store(scores + r * BLOCK + cell + c * LANES, sums[r][c]);
+    }
+}
+
+// Values weighed by a query's probabilities, added to its sums: running sums over the cells, in their order.
+template <int COLUMNS>
+void weigh(float *sums, const float *weights, const float *values, int dv, f8 shrink) {
+    f8 total[COLUMNS];
+    for (int c = 0; c < COLUMNS; c++) total[c] = load(sums + c * LANES) * shrink;
+    for (int cell = 0; cell < BLOCK; cell++) {
+        const f8 weight = all(weights[cell]);
+        for (int c = 0; c < COLUMNS; c++) total[c] = weight * load(values + cell * dv + c * LANES) + total[c];
+    }
+    for (int c = 0; c < COLUMNS; c++) store(sums + c * LANES, total[c]);
+}
+
+void weigh_all(float *sums, const float *weights, const float *values, int dv, f8 shrink) {
+    int d = 0;
+    for (; d + 8 * LANES <= dv; d += 8 * LANES) weigh<8>(sums + d, weights, values + d, dv, shrink);
+    for (; d + 4 * LANES <= dv; d += 4 * LANES) weigh<4>(sums + d, weights, values + d, dv, shrink);
+    for (; d < dv; d += LANES) weigh<1>(sums + d, weights, values + d, dv, shrink);
+}
+
+// ---- a tile of queries over all blocks
+
+struct Query {
+    const float *elements;
+    const half *mask;
+    float slope, highest;
+    f8 total;  // of the probabilities so far, by lane
+};
+
+// Whether a query may look at anything in a block.
+bool looks(const Query &query, int64_t cell, int cells) {
+    if (!query.mask) return true;
+    for (int i = 0; i < cells; i++)
+        if (query.mask[cell + i] != 0xfc00) return true;
+    return false;
+}
+
+// Scores to probabilities, as far as is known; returns what the sums so far shrink by.
+f8 weights_of(Query &query, float *scores, int64_t cell, int cells, const Attention &op) {
+    f8 part[BLOCK / LANES], most = all(-INFINITY);
+    for (int i = 0; i < BLOCK / LANES; i++) {
+        f8 x = load(scores + i * LANES) * all(op.scale);
+        if (op.cap != 0) x = all(op.cap) * hyperbolic_tangent(x);
+        const int here = cells - i * LANES;
+        if (here < LANES) {
+            for (int j = here < 0 ? 0 : here; j < LANES; j++) x[j] = -INFINITY;
+        }
+        if (query.mask && here >= LANES) x = widen(query.mask + cell + i * LANES) * all(query.slope) + x;
+        else if (query.mask) for (int j = 0; j < here; j++) {
+            half one[LANES] = {query.mask[cell + i * LANES + j]};
+            x[j] = widen(one)[0] * query.slope + x[j];
+        }
+        part[i] = x;
+        most = larger(x, most);
+    }
+    const float highest = std::fmax(query.highest, largest(most));
+    const f8 shrink = exponential(all(query.highest - highest));
+    query.highest = highest;
+    query.total = query.total * shrink;
+    for (int i = 0; i < BLOCK / LANES; i++) {
+        const f8 weight = exponential(part[i] - all(highest));
+        store(scores + i * LANES, weight);
+        query.total = query.total + weight;
+    }
+    return shrink;
+}
+
+void attend(const Attention &op, Scratch &scratch, int64_t stream, int64_t kv_head, int64_t first, int count) {
+    Query queries[MOST_ROWS];
+    for (int r = 0; r < count; r++) {
+        const int64_t token = (first + r) / op.group, head = kv_head * op.group + (first + r) % op.group;
+        const float *elements =
+            (const float *)(op.q->data + token * op.q->nb[1] + head * op.q->nb[2] + stream * op.q->nb[3]);
+        queries[r] = {elements, op.mask_of(token, head, stream), op.slope(head), -INFINITY, all(0)};
+    }
+    std::memset(scratch.sums, 0, sizeof(float) * count * op.dv);
+    const char *keys = op.k->data + kv_head * op.k->nb[2] + stream * op.k->nb[3];
+    const char *values = op.v->data + kv_head * op.v->nb[2] + stream * op.v->nb[3];
+    for (int64_t cell = 0; cell < op.cells; cell += BLOCK) {
+        const int cells = (int)(op.cells - cell < BLOCK ? op.cells - cell : BLOCK);
+        int who[MOST_ROWS], looking = 0;
+        for (int r = 0; r < count; r++)
+            if (looks(queries[r], cell, cells)) who[looking++] = r;
+        if (!looking) continue;
+        unpack_keys(scratch.keys, keys + cell * op.k->nb[1], op.k->nb[1], op.dk, cells);
+        unpack_values(scratch.values, values + cell * op.v->nb[1], op.v->nb[1], op.dv, cells);
+        const float *elements[MOST_ROWS];
+        for (int i = 0; i < looking; i++) elements[i] = queries[who[i]].elements;
+        int i = 0;
+        for (; i + 4 <= looking; i += 4) multiply<4, 2>(scratch.scores + i * BLOCK, elements + i, scratch.keys, op.dk);
+        for (; i + 2 <= looking; i += 2) multiply<2, 4>(scratch.scores + i * BLOCK, elements + i, scratch.keys, op.dk);
+        for (; i < looking; i++) multiply<1, 8>(scratch.scores + i * BLOCK, elements + i, scratch.keys, op.dk);
+        for (i = 0; i < looking; i++) {
+            float *scores = scratch.scores + i * BLOCK;
+            const f8 shrink = weights_of(queries[who[i]], scores, cell, cells, op);
+            weigh_all(scratch.sums + who[i] * op.dv, scores, scratch.values, op.dv, shrink);
+        }
+    }
+    for (int r = 0; r < count; r++) {
+        const int64_t token = (first + r) / op.group, head = kv_head * op.group + (first + r) % op.group;
+        float *out = (float *)(op.out->data + head * op.out->nb[1] + token * op.out->nb[2] + stream * op.out->nb[3]);
+        const float total = sum(queries[r].total);
+        const f8 part = all(total == 0 ? 0 : 1 / total);
+        for (int d = 0; d < op.dv; d += LANES) store(out + d, load(scratch.sums + r * op.dv + d) * part);
+    }
+}
+
+// How many queries share the work of unpacking: as many as leave something for every thread.
+int tile(int64_t rows, int64_t heads, int threads) {
+    int64_t size = MOST_ROWS;
+    while (size > 1 && (rows + size - 1) / size * heads < threads) size /= 2;
+    return (int)(size < rows ? size : rows);
+}
+
+void compute(const Tensor *node, int threads) {
+    const Attention op(node);
+    const int64_t rows = op.tokens * op.group, heads = op.k->ne[2], streams = op.q->ne[3];
+    const int size = tile(rows, heads * streams, threads);
+    const int64_t tiles = (rows + size - 1) / size, work = tiles * heads * streams;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        static thread_local Scratch scratch;
+        scratch.fit(op.dk, op.dv);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < work; i++) {
+            // The last tiles look at most cells: they begin first.
+            const int64_t first = (tiles - 1 - i / (heads * streams)) * size, head = i % heads, stream = i / heads % streams;
+            attend(op, scratch, stream, head, first, (int)(rows - first < size ? rows - first : size));
+        }
+    }
+}
+
+// ---- the accelerator that ggml sees
+
+Ggml ggml;
+int taken = 0, refused = 0;  // attentions that ggml asked about since somebody asked us
+
+bool rows_are_dense(const Tensor *x, size_t element) { return x->nb[0] == element; }
+
+bool can_compute(const Tensor *node) {
+    const Tensor *q = node->src[0], *k = node->src[1], *v = node->src[2], *mask = node->src[3];
+    return node->type == F32 && q->type == F32 && k->type == F16 && v->type == F16 && !node->src[4] &&
+           (!mask || (mask->type == F16 && rows_are_dense(mask, 2))) && rows_are_dense(q, 4) && rows_are_dense(k, 2) &&
+           rows_are_dense(v, 2) && k->ne[0] % LANES == 0 && v->ne[0] % LANES == 0 && q->ne[0] == k->ne[0] &&
+           k->ne[1] == v->ne[1] && k->ne[2] == v->ne[2] && k->ne[3] == v->ne[3] && q->ne[3] == k->ne[3] &&
+           q->ne[2] % k->ne[2] == 0 && node->ne[0] == v->ne[0];
+}
+
+bool is_attention(const Tensor *node) { return !std::strcmp(ggml.operation_name(node->op), "FLASH_ATTN_EXT"); }
+
+uint8_t guid[16] = {0x5d, 0x1f, 0x22, 0x8a, 0x6e, 0x0b, 0x4c, 0x93, 0xa7, 0x35, 0xe1, 0x58, 0x90, 0xcc, 0x17, 0x46};
+const char *name_of(Device *) { return "Afterword"; }
+const char *description_of(Device *) { return "attention that does not depend on company"; }
+void memory_of(Device *, size_t *free, size_t *total) { *free = *total = 0; }
+int type_of(Device *) { return ACCELERATOR; }
+void properties_of(Device *device, Properties *to) {
+    *to = {name_of(device), description_of(device), 0, 0, ACCELERATOR, nullptr, false, false, false, false, true};
+}
+BufferType buffers_of(Device *) { return ggml.cpu_buffers(); }
+bool takes_buffers(Device *, BufferType type) { return ggml.is_host(type); }
+bool takes_operation(Device *, const Tensor *node) {
+    if (!is_attention(node)) return false;
+    const bool can = can_compute(node);
+    taken += can;
+    refused += !can;
+    return can;
+}
+
+const char *backend_name(Backend *) { return "Afterword"; }
+void end_backend(Backend *backend) { delete backend; }
+void set_threads(Backend *backend, int threads) { backend->context = (void *)(intptr_t)threads; }
+int compute_graph(Backend *backend, Graph *graph) {
+    const int threads = (int)(intptr_t)backend->context;
+    for (int i = 0; i < ggml.graph_size(graph); i++) {
+        const Tensor *node = ggml.graph_node(graph, i);
+        if (node->flags & TO_COMPUTE && is_attention(node)) compute(node, threads);
+    }
+    return 0;
+}
+Backend *make_backend(Device *device, const char *) {
+    return new Backend{&guid, backend_name, end_backend, {}, compute_graph, {}, device, (void *)(intptr_t)1};
+}
+
+Device the_device = {name_of, description_of, memory_of, type_of, properties_of, make_backend, buffers_of,
+                     nullptr, nullptr, takes_operation, takes_buffers, {}, nullptr, nullptr};
+const char *registry_name(Registry *) { return "Afterword"; }
+size_t one_device(Registry *) { return 1; }
+Device *first_device(Registry *, size_t) { return &the_device; }
+void *address_of(Registry *, const char *name) {
+    return std::strcmp(name, "ggml_backend_set_n_threads") ? nullptr : (void *)set_threads;
+}
+Registry the_registry = {API_VERSION, registry_name, one_device, first_device, address_of, nullptr};
+
+}  // namespace
+
+extern "C" {
+
+// Bytes of a tensor as declared here, to be compared with the library's.
+size_t attention_tensor_size() { return sizeof(Tensor); }
+
+// What to register with ggml.
+void *attention_registry(const Ggml *addresses) {
+    ggml = *addresses;
+    the_device.registry = &the_registry;
+    return &the_registry;
+}
+
+// Whether there was attention to compute since the last call, and none was left to the library.
+int attention_suits() {
+    const bool suits = taken && !refused;
+    taken = refused = 0;
+    return suits;
+}
+
+// One attention by itself: what the tests compare.
+void attention_compute(const Tensor *node, int threads) { compute(node, threads); }
+}

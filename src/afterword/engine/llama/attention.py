@@ -1,0 +1,66 @@
+"""Attention of our own (attention.cpp), offered to llama.cpp: a query's sums are the same whatever company it has.
+
+It is registered only where all that can be checked of ggml's interface is as the source declares it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from functools import cache
+from pathlib import Path
+
+from afterword.engine.llama.library import native
+
+FILE = Path(__file__).with_name("libattention.so")
+"""Made when the package is installed (hatch_build.py); absent where there was no compiler."""
+
+_KNOWN_GGML = b"0.25."  # the interface is ggml's own affair and may change with any other
+_OBJECT_BYTES = 32  # what ggml adds to a tensor to keep it in a list
+_ADDRESSES = (
+    *("ggml_backend_cpu_buffer_type", "ggml_backend_buft_is_host"),
+    *("ggml_graph_n_nodes", "ggml_graph_node", "ggml_op_name"),
+)
+
+
+@cache
+def offer() -> bool:
+    """Register it with llama.cpp, for every context made from now on. False where that cannot be done."""
+    kernel = _kernel()
+    if kernel is None:
+        return False
+    ggml = native._lib  # through it, since other paths to ggml would load a second copy
+    ggml.ggml_version.restype = ctypes.c_char_p
+    ggml.ggml_tensor_overhead.restype = ctypes.c_size_t
+    if not ggml.ggml_version().startswith(_KNOWN_GGML):
+        return False
+    if ggml.ggml_tensor_overhead() != kernel.attention_tensor_size() + _OBJECT_BYTES:
+        return False
+    addresses = (ctypes.c_void_p * len(_ADDRESSES))(
+        *(ctypes.cast(getattr(ggml, name), ctypes.c_void_p).value for name in _ADDRESSES)
+    )
+    ggml.ggml_backend_register.argtypes = [ctypes.c_void_p]
+    ggml.ggml_backend_register(kernel.attention_registry(addresses))
+    return True
+
+
+def suits() -> bool:
+    """Whether all attention that llama.cpp asked about since the last call can be computed, and there was some."""
+    kernel = _kernel()
+    return kernel is not None and bool(kernel.attention_suits())
+
+
+@cache
+def digest() -> str:
+    """Names the kernel as it was compiled."""
+    return hashlib.sha256(FILE.read_bytes()).hexdigest()
+
+
+@cache
+def _kernel() -> ctypes.CDLL | None:
+    if not FILE.exists():
+        return None
+    kernel = ctypes.CDLL(str(FILE))
+    kernel.attention_tensor_size.restype = ctypes.c_size_t
+    kernel.attention_registry.restype = ctypes.c_void_p
+    return kernel

@@ -1,0 +1,226 @@
+"""The attention kernel by itself: against a plain computation, and the same bits whatever else is computed with it."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from afterword.engine.frames import Open
+from afterword.engine.llama import attention, library
+from afterword.engine.llama.runner import LlamaRunner
+from afterword.models.registry import builtin_path
+from oracle.tiny import write_tiny
+
+library.start(verbose=False)
+
+_F32, _F16 = 0, 1
+ROUNDING = 1e-5  # of outputs of about 1, in float32
+
+
+class _Tensor(ctypes.Structure):
+    """ggml's tensor, as attention.cpp declares it."""
+
+
+_Tensor._fields_ = [
+    ("type", ctypes.c_int32),
+    ("buffer", ctypes.c_void_p),
+    ("ne", ctypes.c_int64 * 4),
+    ("nb", ctypes.c_size_t * 4),
+    ("op", ctypes.c_int32),
+    ("params", ctypes.c_float * 16),
+    ("flags", ctypes.c_int32),
+    ("src", ctypes.POINTER(_Tensor) * 10),
+    ("view_src", ctypes.c_void_p),
+    ("view_offset", ctypes.c_size_t),
+    ("data", ctypes.c_void_p),
+    ("name", ctypes.c_char * 64),
+    ("extra", ctypes.c_void_p),
+    ("padding", ctypes.c_char * 8),
+]
+
+
+@pytest.fixture(scope="module")
+def kernel() -> ctypes.CDLL:
+    if not attention.FILE.exists():
+        assert shutil.which("c++") is None, "there is a compiler, so the kernel should have been built"
+        pytest.skip("no C++ compiler built the kernel")
+    return ctypes.CDLL(str(attention.FILE))
+
+
+@dataclass
+class Case:
+    """Queries [stream, head, token, element], keys and values [stream, head, cell, element].
+
+    The mask is [stream, token, cell].
+    """
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    mask: np.ndarray | None
+    scale: float = 0.125
+    steepness: float = 0.0
+    cap: float = 0.0
+
+
+def tensor(array: np.ndarray) -> _Tensor:
+    """An array's memory as a tensor: ggml names axes from the last."""
+    made = _Tensor(type={2: _F16, 4: _F32}[array.itemsize], data=array.ctypes.data)
+    made.ne[:] = array.shape[::-1]
+    made.nb[:] = array.strides[::-1]
+    return made
+
+
+def computed(kernel: ctypes.CDLL, case: Case, threads: int = 1) -> np.ndarray:
+    """[stream, token, head, element]."""
+    out = np.full((case.q.shape[0], case.q.shape[2], case.q.shape[1], case.v.shape[3]), np.nan, np.float32)
+    node = tensor(out)
+    operands = [case.q, case.k, case.v]
+    if case.mask is not None:
+        operands.append(case.mask[:, None])
+    sources = [tensor(operand) for operand in operands]
+    for place, source in enumerate(sources):
+        node.src[place] = ctypes.pointer(source)
+    node.params[:3] = [case.scale, case.steepness, case.cap]
+    kernel.attention_compute(ctypes.byref(node), threads)
+    return out
+
+
+def plain(case: Case) -> np.ndarray:
+    """The same by the definition, in float64."""
+    heads, group = case.q.shape[1], case.q.shape[1] // case.k.shape[1]
+    k, v = (np.repeat(x.astype(np.float64), group, axis=1) for x in (case.k, case.v))
+    scores = case.scale * np.einsum("shtd,shcd->shtc", case.q.astype(np.float64), k)
+    if case.cap:
+        scores = case.cap * np.tanh(scores / case.cap)
+    if case.mask is not None:
+        slopes = 2.0 ** (-case.steepness / heads * np.arange(1, heads + 1)) if case.steepness else np.ones(heads)
+        scores = scores + slopes[:, None, None] * case.mask.astype(np.float64)[:, None]
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("shtc,shcd->sthd", weights, v).astype(np.float32)
+
+
+def make(
+    *,
+    streams: int = 1,
+    heads: int = 4,
+    kv_heads: int = 2,
+    tokens: int = 9,
+    cells: int = 256,
+    dk: int = 64,
+    dv: int = 64,
+) -> Case:
+    """Random operands; each token looks at all cells up to its own, which is one of the last that are taken."""
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(streams, heads, tokens, dk)).astype(np.float32) * 3
+    k = rng.normal(size=(streams, kv_heads, cells, dk)).astype(np.float16)
+    v = rng.normal(size=(streams, kv_heads, cells, dv)).astype(np.float16)
+    taken = cells - rng.integers(0, cells - tokens, streams)
+    last = taken[:, None] - tokens + np.arange(tokens)
+    mask = np.where(np.arange(cells) <= last[:, :, None], 0, -np.inf).astype(np.float16)
+    return Case(q, k, v, mask)
+
+
+SHAPES = {
+    "as usual": {},
+    "one token": {"tokens": 1},
+    "many tokens": {"tokens": 131},
+    "several streams": {"streams": 3, "tokens": 2},
+    "a head of keys for each of queries": {"heads": 4, "kv_heads": 4},
+    "one head of keys for seven": {"heads": 7, "kv_heads": 1},
+    "long heads": {"dk": 128, "dv": 128},
+    "odd heads": {"dk": 80, "dv": 72},
+    "cells that fill no block": {"cells": 77},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_it_agrees_with_the_definition(kernel, shape):
+    case = make(**shape)
+    np.testing.assert_allclose(computed(kernel, case), plain(case), rtol=0, atol=ROUNDING)
+
+
+def test_scores_can_be_capped(kernel):
+    case = make()
+    case.cap = 5.0
+    np.testing.assert_allclose(computed(kernel, case), plain(case), rtol=0, atol=ROUNDING)
+
+
+def test_distance_can_cost(kernel):
+    case = make(heads=8)
+    case.steepness = 8.0
+    assert case.mask is not None
+    case.mask = np.where(np.isinf(case.mask), case.mask, -np.arange(case.mask.shape[-1])[::-1] / 16).astype(np.float16)
+    np.testing.assert_allclose(computed(kernel, case), plain(case), rtol=0, atol=ROUNDING)
+
+
+def test_without_a_mask_all_is_seen(kernel):
+    case = make()
+    case.mask = None
+    np.testing.assert_allclose(computed(kernel, case), plain(case), rtol=0, atol=ROUNDING)
+
+
+def test_large_scores_do_not_overflow_and_lost_ones_weigh_nothing(kernel):
+    case = make()
+    case.q = case.q * 300
+    result = computed(kernel, case)
+    np.testing.assert_allclose(result, plain(case), rtol=0, atol=2e-3)
+    assert np.isfinite(result).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dk", [64, 80, 128])
+def test_a_token_has_the_same_bits_in_any_company(kernel, dk, threads):
+    whole = make(streams=2, heads=6, kv_heads=2, tokens=90, dk=dk, dv=dk)
+    wanted = computed(kernel, whole)
+    assert whole.mask is not None
+    for first, end in [(0, 1), (3, 5), (89, 90), (7, 40), (64, 90)]:
+        part = Case(
+            np.ascontiguousarray(whole.q[1:, :, first:end]),
+            whole.k[1:],
+            whole.v[1:],
+            np.ascontiguousarray(whole.mask[1:, first:end]),
+        )
+        assert (computed(kernel, part, threads) == wanted[1:, first:end]).all()
+
+
+def test_cells_that_nobody_sees_do_not_matter(kernel):
+    """Nor how large the memory is, nor what was left in it."""
+    case = make(tokens=5, cells=70)
+    assert case.mask is not None
+    wanted = computed(kernel, case)
+    rng = np.random.default_rng(1)
+    more = ((0, 0), (0, 0), (0, 186), (0, 0))
+    case.k, case.v = (np.pad(x, more) + np.pad(np.zeros_like(x), more) for x in (case.k, case.v))
+    case.k[:, :, 70:] = rng.normal(size=case.k[:, :, 70:].shape)
+    case.v[:, :, 70:] = 1000
+    case.mask = np.pad(case.mask, ((0, 0), (0, 0), (0, 186)), constant_values=-np.inf)
+    assert (computed(kernel, case) == wanted).all()
+
+
+# ---- whether a model gets it
+
+
+def opened(path, kv_type="exact") -> LlamaRunner:
+    return LlamaRunner(Open(str(path), 256, 2, 1, 64, kv_type, 0, False, grid=1))
+
+
+def test_exact_models_get_it_and_others_do_not(kernel):
+    assert opened(builtin_path()).own_attention
+    assert not opened(builtin_path(), "f16").own_attention
+
+
+def test_it_is_not_offered_to_a_library_that_it_does_not_know(kernel, monkeypatch):
+    monkeypatch.setattr(attention, "_KNOWN_GGML", b"9999.")
+    assert not attention.offer.__wrapped__()
+
+
+def test_a_model_with_heads_that_it_cannot_compute_gets_the_librarys(kernel, tmp_path):
+    """Elements come in eights."""
+    odd = write_tiny(tmp_path / "odd.gguf", heads=16)
+    assert not opened(odd).own_attention
