@@ -1,7 +1,7 @@
-"""Compiles the attention kernel when the package is built or installed from its source.
+"""Compiles the engine's kernels when the package is built or installed from its source.
 
-Without a C++ compiler the package is installed all the same: llama.cpp's own attention is used then, which takes
-longer. CXX names another compiler. CXXFLAGS replace -march=native, for a package that is to run on other machines.
+Without a C++ compiler the package is installed all the same, and slower ways are used (afterword/engine/compiled.py).
+CXX names another compiler. CXXFLAGS replace -march=native, for a package that is to run on other machines.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-FOLDER = "src/afterword/engine/llama"
+FOLDER = "src/afterword/engine"
 
 
-class AttentionHook(BuildHookInterface):  # type: ignore[type-arg]
-    """Puts `libattention.so` beside its source."""
+class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
+    """Puts `libx.so` beside each `x.cpp`."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called before a wheel or an editable install is made."""
-        folder = Path(self.root, FOLDER)
-        if compiled(folder / "attention.cpp", folder / "libattention.so"):
-            build_data["artifacts"].append(f"{FOLDER}/libattention.so")
-            build_data["pure_python"] = False
-            build_data["infer_tag"] = True
-        else:
-            self.app.display_warning("No C++ compiler could build the attention kernel: llama.cpp's own will be used.")
+        for source in sorted(Path(self.root, FOLDER).glob("*/*.cpp")):
+            target = source.with_name(f"lib{source.stem}.so")
+            if compiled(source, target):
+                build_data["artifacts"].append(target.relative_to(self.root).as_posix())
+                build_data["pure_python"] = False
+                build_data["infer_tag"] = True
+            else:
+                self.app.display_warning(f"No C++ compiler could build {source.name}: slower ways will be used.")
 
 
 def compiled(source: Path, target: Path) -> bool:

@@ -1,4 +1,4 @@
-"""From rows of logits to tokens and log probabilities. Pure numpy; randomness is an argument.
+"""From rows of logits to tokens and log probabilities. Randomness is an argument.
 
 Order: bias, penalties, bans, temperature, then the filters (min_p, top_k, top_p). The log probabilities that are
 reported are those of the unmodified row: what the model believes, not what was asked of it.
@@ -20,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afterword.engine.core.batch import Logits
+from afterword.engine.core.rows import BLOCK, Plain, Sums, Walks, stays, walks
 from afterword.engine.protocol import Job, Sampling, Token
 
 Weights = NDArray[np.float32]
-"""A row of exponentials, the largest 1. In float32: exact to 1 in 10^6; what weighs below 10^-38 is never drawn."""
+"""A row of exponentials, the largest 1. In float32: exact to 1 in 10^6; what weighs below 10^-37 is never drawn."""
 Edits = tuple[NDArray[np.int64], Logits]
 """Token ids, rising, and their new logits."""
 Draws = Callable[[int], float]
@@ -31,7 +32,6 @@ Draws = Callable[[int], float]
 
 GREEDY_BELOW = 1e-4
 """Temperatures below this are greedy: dividing by them would leave one token with all the mass anyway."""
-_BLOCK = 256
 _BELOW_ONE = 1.0 - 2.0**-53
 _UNCHANGED: Edits = (np.empty(0, np.int64), np.empty(0, np.float32))
 
@@ -75,14 +75,6 @@ def edits(
     return ids, values
 
 
-def _exponentials(row: Logits, shift: float, out: Weights) -> float:
-    """Write exp(row - shift), perhaps over the row itself; returns the sum with a relative error below 10^-6."""
-    if shift or row is not out:
-        row = np.subtract(row, np.float32(shift), out=out)
-    np.exp(row, out=out)
-    return float(_block_sums(out).sum())
-
-
 class Sampler:
     """Owner of scratch memory for one row; one thread calls it. What it returns depends on its arguments alone.
 
@@ -90,10 +82,9 @@ class Sampler:
     one: at the size of a vocabulary, taking several at once saves nothing, and a row's bits cannot depend on others.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rows: Walks | None = None) -> None:
+        self._rows = rows or walks()
         self._weights = np.empty(0, np.float32)
-        self._left = np.empty(0, np.float32)
-        self._mask = np.empty(0, np.bool_)
 
     @np.errstate(over="ignore", invalid="ignore")  # whatever a broken model gives, a token comes out
     def score(self, logits: Logits, tokens: Iterable[int], alternatives: int) -> list[Token]:
@@ -101,9 +92,10 @@ class Sampler:
         self._fit(logits.shape[1])
         scored = []
         for row, token in zip(logits, tokens, strict=True):
-            maxima = _block_maxima(row)
-            total = self._log_total(row, float(maxima.max()))
-            rank = 1 + int(np.count_nonzero(np.greater(row, row[token], out=self._mask)))
+            maxima = self._rows.maxima(row)
+            highest = float(maxima.max())
+            total = _log_total(highest, self._rows.exponentials(row, highest, 1.0, None))
+            rank = 1 + self._rows.above(row, float(row[token]))
             scored.append(Token(token, float(row[token]) - total, _top(row, maxima, alternatives, total), rank))
         return scored
 
@@ -119,15 +111,20 @@ class Sampler:
         self._fit(len(logits))
         sampling = job.sampling
         changed = edits(logits, sampling, job.prompt, counts, job.ends if position < job.min_tokens else ())
-        maxima = _block_maxima(logits)
+        maxima = self._rows.maxima(logits)
         highest = float(maxima.max())
-        total = None if job.alternatives is None else self._log_total(logits, highest)
+        as_it_is = sampling.temperature == 1.0 and not len(changed[0])
+        total, sums = None, None
+        if job.alternatives is not None:
+            sums = self._rows.exponentials(logits, highest, 1.0, self._weights if as_it_is else None)
+            total = _log_total(highest, sums)
         if sampling.temperature < GREEDY_BELOW:
             chosen = [self._likeliest(logits, changed)] * len(samples)
         else:
-            if total is None or len(changed[0]) or sampling.temperature != 1.0:
-                self._weigh(logits, highest, changed, sampling.temperature)
-            chosen = self._choose(sampling, [partial(uniform, job.key, sample, position) for sample in samples])
+            if sums is None or not as_it_is:
+                sums = self._weigh(logits, highest, changed, sampling.temperature)
+            draws = [partial(uniform, job.key, sample, position) for sample in samples]
+            chosen = self._choose(sampling, sums, draws)
         if total is None:
             return [Token(token) for token in chosen]
         top = _top(logits, maxima, job.alternatives or 0, total)
@@ -135,78 +132,75 @@ class Sampler:
 
     def _fit(self, vocabulary: int) -> None:
         """Make room for a row of this length."""
-        if len(self._mask) != vocabulary:
+        if len(self._weights) != vocabulary:
             self._weights = np.empty(vocabulary, np.float32)
-            self._left = np.empty(vocabulary, np.float32)
-            self._mask = np.empty(vocabulary, np.bool_)
-
-    def _log_total(self, row: Logits, highest: float) -> float:
-        """Natural log of the sum of exponentials. Leaves the weights of the row as it is, at temperature 1."""
-        return highest + math.log(_exponentials(row, highest, self._weights))
 
     def _likeliest(self, row: Logits, changed: Edits) -> int:
         """The likeliest token; ties go to the lower id."""
-        ids, values = changed
-        if len(ids):
-            np.copyto(self._weights, row)
-            row = self._weights
-            row[ids] = values
-        return int(np.argmax(row))
+        return int(np.argmax(self._changed(row, changed)))
 
-    def _weigh(self, row: Logits, highest: float, changed: Edits, temperature: float) -> None:
+    def _weigh(self, row: Logits, highest: float, changed: Edits, temperature: float) -> Sums:
         """Leave the weights of a changed row. `highest` is that of the row unchanged."""
-        weights = self._weights
-        ids, values = changed
+        if len(changed[0]):
+            row = self._changed(row, changed)
+            highest = float(self._rows.maxima(row).max())
         # The shift comes before the division: a quotient by a small temperature has few digits left after its point.
-        np.subtract(row, np.float32(highest), out=weights)
-        if len(ids):
-            weights[ids] = values - np.float32(highest)
-        if temperature != 1.0:
-            np.divide(weights, np.float32(temperature), out=weights)
-        _exponentials(weights, float(weights.max()) if len(ids) else 0.0, weights)
+        return self._rows.exponentials(row, highest, temperature, self._weights)
 
-    def _choose(self, sampling: Sampling, draws: Sequence[Draws]) -> list[int]:
+    def _changed(self, row: Logits, changed: Edits) -> Logits:
+        """The row with its edits, in the scratch memory if there are any."""
+        ids, values = changed
+        if not len(ids):
+            return row
+        np.copyto(self._weights, row)
+        self._weights[ids] = values
+        return self._weights
+
+    def _choose(self, sampling: Sampling, sums: Sums, draws: Sequence[Draws]) -> list[int]:
         """A token for each of `draws`, in proportion to the weights that the filters leave. Changes the weights."""
         weights = self._weights
         if sampling.min_p:
-            np.multiply(weights, np.greater_equal(weights, sampling.min_p, out=self._mask), out=weights)
-        sums = _block_sums(weights)
+            sums = self._rows.keep(weights, len(weights), sampling.min_p, weights)
         wanted = sampling.top_p * float(sums.sum())
         if not wanted > 1.0:  # the likeliest token weighs 1 and is all of the nucleus; or the row is not of numbers
             return [int(np.argmax(weights))] * len(draws)
         if sampling.top_k:
-            ids = likeliest(weights, sampling.top_k)
+            ids = likeliest(weights, sampling.top_k, self._rows)
             cumulated = np.cumsum(weights[ids], dtype=np.float64)
             size = int(np.searchsorted(cumulated, sampling.top_p * float(cumulated[-1]))) + 1
             few = weights[ids[:size]]
             return [int(ids[_pick(few, draw(0))[0]]) for draw in draws]
         if sampling.top_p >= 1.0:
-            return [_pick_by_blocks(weights, sums, draw(0)) for draw in draws]
+            return [_pick_by_blocks(weights, sums, draw(0), len(weights), 0.0) for draw in draws]
         return [self._from_nucleus(sums, wanted, draw) for draw in draws]
 
-    def _from_nucleus(self, sums: NDArray[np.float64], wanted: float, draw: Draws) -> int:
+    def _from_nucleus(self, sums: Sums, wanted: float, draw: Draws) -> int:
         """A token of the nucleus: the fewest likeliest tokens that weigh `wanted` together; ties go to the lower id.
 
         A token is in the nucleus if and only if those before it weigh less than `wanted`. So draw from all tokens; if
         the token is outside, so is everything after it: draw again from those before it. What is returned is
         distributed as if only the nucleus had been drawn from, after 1 + ln(1 / top_p) draws on average at most.
         """
-        weights, before = self._weights, self._mask
-        left = weights
+        weights = self._weights
+        place, least = len(weights), 0.0  # at first, all
         for attempt in itertools.count():
-            token = _pick_by_blocks(left, sums, draw(attempt))
-            np.greater_equal(weights[:token], weights[token], out=before[:token])
-            np.greater(weights[token:], weights[token], out=before[token:])
-            left = np.multiply(weights, before, out=self._left)
-            sums = _block_sums(left)
+            place = _pick_by_blocks(weights, sums, draw(attempt), place, least)
+            least = float(weights[place])
+            sums = self._rows.keep(weights, place, least, None)
             if sums.sum() < wanted:
                 break
-        return token
+        return place
 
 
-def likeliest(values: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+def likeliest(values: NDArray[np.float32], count: int, rows: Walks | None = None) -> NDArray[np.int64]:
     """Ids of the `count` largest values, largest first; ties go to the lower id."""
-    return _likeliest(values, _block_maxima(values), count)
+    return _likeliest(values, (rows or Plain()).maxima(values), count)
+
+
+def _log_total(highest: float, sums: Sums) -> float:
+    """Natural log of the sum of a row's exponentials."""
+    total = float(sums.sum())
+    return highest + (math.log(total) if total > 0 else math.nan)
 
 
 def _likeliest(values: NDArray[np.float32], maxima: NDArray[np.float32], count: int) -> NDArray[np.int64]:
@@ -215,7 +209,7 @@ def _likeliest(values: NDArray[np.float32], maxima: NDArray[np.float32], count: 
         # At least `count` values reach the count-th largest maximum, and only blocks that reach it have any.
         least = np.partition(maxima, -count)[-count]
         blocks = np.flatnonzero(maxima >= least)
-        ids = (blocks[:, None] * _BLOCK + np.arange(_BLOCK)).ravel()
+        ids = (blocks[:, None] * BLOCK + np.arange(BLOCK)).ravel()
         ids = ids[: np.searchsorted(ids, len(values))]
         ids = ids[values[ids] >= least]
     elif count < len(values):
@@ -233,17 +227,6 @@ def _top(row: Logits, maxima: NDArray[np.float32], count: int, total: float) -> 
     return tuple((token, logit - total) for token, logit in zip(ids.tolist(), row[ids].tolist(), strict=True))
 
 
-def _block_maxima(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.maximum.reduceat(values, np.arange(0, len(values), _BLOCK))
-
-
-def _block_sums(weights: Weights) -> NDArray[np.float64]:
-    """Sums inside blocks are of float32, which is as exact as the weights are; sums over blocks are of float64."""
-    whole = len(weights) // _BLOCK * _BLOCK
-    sums = np.einsum("ij->i", weights[:whole].reshape(-1, _BLOCK))  # half the time of `sum` or `add.reduceat`
-    return np.append(sums, weights[whole:].sum()).astype(np.float64)
-
-
 def _pick(weights: NDArray[np.floating], draw: float) -> tuple[int, float]:
     """Index drawn in proportion to the weights, and what is left of the draw: uniform in [0, 1) and unused."""
     cumulated = np.cumsum(weights, dtype=np.float64)
@@ -253,8 +236,9 @@ def _pick(weights: NDArray[np.floating], draw: float) -> tuple[int, float]:
     return index, min((target - before) / float(weights[index]), _BELOW_ONE)
 
 
-def _pick_by_blocks(weights: Weights, sums: NDArray[np.float64], draw: float) -> int:
-    """Id drawn in proportion to the weights: first its block, then the id in the block."""
+def _pick_by_blocks(weights: Weights, sums: Sums, draw: float, place: int, least: float) -> int:
+    """Id drawn in proportion to the weights of `stays`: first its block, then the id in the block."""
     block, rest = _pick(sums, draw)
-    start = block * _BLOCK
-    return start + _pick(weights[start : start + _BLOCK], rest)[0]
+    start = block * BLOCK
+    inside = weights[start : start + BLOCK]
+    return start + _pick(inside * stays(inside, place - start, least), rest)[0]

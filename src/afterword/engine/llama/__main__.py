@@ -8,10 +8,10 @@ from afterword.engine.llama.runner import LlamaRunner
 from afterword.engine.llama.vocabulary import make_card
 
 
-def load(settings: frames.Open) -> child.Loaded:
+def load(settings: frames.Open, tell: child.Tell) -> child.Loaded:
     """The model that `settings` names. Raises `SettingError`."""
     library.start(settings.verbose)
-    runner = LlamaRunner(settings)
+    runner = LlamaRunner(settings, tell)
     card, vocabulary = make_card(runner, settings)
     return child.Loaded(runner, card, vocabulary.tokenize)
 

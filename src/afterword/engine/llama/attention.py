@@ -6,14 +6,13 @@ It is registered only where all that can be checked of ggml's interface is as th
 from __future__ import annotations
 
 import ctypes
-import hashlib
 from functools import cache
 from pathlib import Path
 
+from afterword.engine.compiled import library
 from afterword.engine.llama.library import native
 
-FILE = Path(__file__).with_name("libattention.so")
-"""Made when the package is installed (hatch_build.py); absent where there was no compiler."""
+FILE = library(Path(__file__).with_name("attention.cpp"))
 
 _KNOWN_GGML = b"0.25."  # the interface is ggml's own affair and may change with any other
 _OBJECT_BYTES = 32  # what ggml adds to a tensor to keep it in a list
@@ -48,12 +47,6 @@ def suits() -> bool:
     """Whether all attention that llama.cpp asked about since the last call can be computed, and there was some."""
     kernel = _kernel()
     return kernel is not None and bool(kernel.attention_suits())
-
-
-@cache
-def digest() -> str:
-    """Names the kernel as it was compiled."""
-    return hashlib.sha256(FILE.read_bytes()).hexdigest()
 
 
 @cache

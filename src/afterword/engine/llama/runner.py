@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,11 +34,12 @@ class LlamaRunner:
 
     least_shared = 16
 
-    def __init__(self, settings: Open) -> None:
+    def __init__(self, settings: Open, tell: Callable[[float], None] = lambda _: None) -> None:
+        """`tell` hears the share of the model that has been loaded."""
         self.slots = settings.sequences
         self.chunk = settings.chunk
         self.grid = settings.grid
-        self.model = _load(settings)
+        self.model = _load(settings, tell)
         self._context, self.own_attention = _context(self.model, settings)
         self._memory = native.llama_get_memory(self._context)
         self._vocabulary = native.llama_vocab_n_tokens(native.llama_model_get_vocab(self.model))
@@ -125,12 +127,14 @@ def _pointer(array: NDArray[np.int32] | NDArray[np.int8], kind: type[ctypes.c_in
     return array.ctypes.data_as(ctypes.POINTER(kind))
 
 
-def _load(settings: Open) -> object:
+def _load(settings: Open, tell: Callable[[float], None]) -> object:
     if settings.gpu_layers and not native.llama_supports_gpu_offload():
         raise SettingError("--gpu-layers: this llama.cpp was built without GPU support.")
     params = native.llama_model_default_params()
     params.n_gpu_layers = settings.gpu_layers
     params.use_extra_bufts = settings.repack
+    going_on = native.llama_progress_callback(lambda share, _: tell(share) or True)
+    params.progress_callback = going_on
     model = native.llama_model_load_from_file(os.fsencode(settings.path), params)
     if not model:
         raise SettingError(f"llama.cpp cannot load {settings.path}: {last_error()}")

@@ -6,6 +6,8 @@ import ctypes
 import hashlib
 from pathlib import Path
 
+from afterword.engine.compiled import digest
+from afterword.engine.core import rows
 from afterword.engine.frames import Open
 from afterword.engine.llama import attention
 from afterword.engine.llama.library import native, version
@@ -104,21 +106,22 @@ def make_card(runner: LlamaRunner, settings: Open) -> tuple[Card, Vocabulary]:
         # In a text SentencePiece's own sign for a space has three bytes.
         longest=max(len(piece.replace(b" ", "▁".encode())) for piece in pieces) if vocabulary.keeps_text else 0,
         infill=vocabulary.infill(),
-        fingerprint=fingerprint(settings, attention.digest() if runner.own_attention else ""),
+        fingerprint=fingerprint(settings, runner.own_attention),
         promise="none" if settings.pairs and not runner.pairs else settings.promise,
     )
     return card, vocabulary
 
 
-def fingerprint(settings: Open, kernel: str) -> str:
-    """A short name for all that can change a number: library, weights, and the shape of the computation."""
-    digest = hashlib.sha256(version().encode())
-    digest.update(_weights_digest(Path(settings.path)))
-    digest.update(
+def fingerprint(settings: Open, own_attention: bool) -> str:
+    """A short name for all that can change a number: libraries, weights, and the shape of the computation."""
+    named = hashlib.sha256(version().encode())
+    named.update(digest(rows.FILE, *([attention.FILE] if own_attention else [])).encode())
+    named.update(_weights_digest(Path(settings.path)))
+    named.update(
         f"{settings.context} {settings.kv_type} {settings.grid} {settings.repack} {settings.pairs} "
-        f"{settings.gpu_layers} {kernel}".encode()
+        f"{settings.gpu_layers}".encode()
     )
-    return "fp_" + digest.hexdigest()[:16]
+    return "fp_" + named.hexdigest()[:16]
 
 
 def _weights_digest(path: Path) -> bytes:
