@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # The library's image and audio parts are not used; without them it compiles in half the time.
 export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
 
-.PHONY: serve test slow chaos clients check lock
+.PHONY: serve test slow chaos browser clients check lock
 
 serve: $(VENV)/.serve  ## serve the built-in model: make serve, or make serve MODEL=path.gguf ARGS="--port 9000"
 	$(BIN)/afterword serve $(MODEL) $(ARGS)
@@ -19,6 +19,9 @@ slow: $(VENV)/.dev  ## run all tests
 
 chaos: $(VENV)/.dev  ## run the gates, at their size for a commit, and every planted bug
 	$(BIN)/python -m pytest tests/chaos
+
+browser: $(VENV)/.browser  ## the playground in a real browser; needs Chromium on the path
+	$(BIN)/python -m pytest tests/playground
 
 clients: $(VENV)/.clients  ## other people's clients against the server; needs more than a gigabyte, Node too if it is there
 	PYTHONPATH=$(abspath $(VENV)/clients) NODE_PATH=$(abspath $(VENV)/node/node_modules) $(BIN)/python -m pytest tests/clients
@@ -39,6 +42,10 @@ $(VENV)/.dev: $(VENV)/.serve requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements-dev.txt
 	touch $@
 
+$(VENV)/.browser: $(VENV)/.dev requirements-browser.txt
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements-browser.txt
+	touch $@
+
 # They stand in front of the environment, not in it: some of them want an older openai.
 $(VENV)/.clients: $(VENV)/.dev requirements-clients.txt tests/clients/node/package.json
 	rm -rf $(VENV)/clients $(VENV)/node
@@ -50,4 +57,5 @@ $(VENV)/.clients: $(VENV)/.dev requirements-clients.txt tests/clients/node/packa
 lock:  ## renew requirements*.txt from pyproject.toml (needs uv)
 	uv pip compile --universal --generate-hashes --no-header --quiet pyproject.toml --group build -o requirements.txt
 	uv pip compile --universal --generate-hashes --no-header --quiet --group dev -c requirements.txt -o requirements-dev.txt
+	uv pip compile --universal --generate-hashes --no-header --quiet --group browser -c requirements.txt -o requirements-browser.txt
 	uv pip compile --universal --generate-hashes --no-header --quiet --group clients -c requirements.txt -o requirements-clients.txt

@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from afterword.cli import open_frame
 from afterword.config import EngineSettings
 from afterword.engine.core.batch import Batch, Logits
 from afterword.engine.core.loop import Loop
 from afterword.engine.llama import library
 from afterword.engine.llama.runner import LlamaRunner
 from afterword.engine.protocol import Job, Sampling
+from afterword.hosting import open_frame
 from afterword.models.gguf import read_facts
 from afterword.models.registry import Model
 

@@ -20,6 +20,16 @@ import pytest
 
 KEY = "sk-test-0123456789abcdef"
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Settings of whoever runs the tests are not the tests'."""
+    home = tempfile.TemporaryDirectory()
+    config.add_cleanup(home.cleanup)
+    os.environ["XDG_CONFIG_HOME"] = os.environ["XDG_DATA_HOME"] = home.name
+    for name in [name for name in os.environ if name.startswith("AFTERWORD_")]:
+        del os.environ[name]
+
+
 Serve = Callable[..., AbstractContextManager["Server"]]
 
 

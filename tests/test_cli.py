@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
+import io
+import json
 import shlex
 import socket
+from unittest.mock import Mock
 
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
+from rich.progress import Progress
 
 from afterword import __version__
-from afterword.cli import greeting, main, open_frame
+from afterword.cli import main
+from afterword.cli_loading import shown
+from afterword.cli_models import Bars, Lines
+from afterword.cli_run import greeting
 from afterword.completion.limits import Limits
 from afterword.completion.request import parse
 from afterword.config import Config, EngineSettings, advice, promise
-from afterword.engine.protocol import Card
+from afterword.engine.roster import Offer, Roster
+from afterword.errors import SettingError
+from afterword.hosting import fit, open_frame
 from afterword.models.gguf import read_facts
 from afterword.models.registry import Model
+from afterword.times import as_time, parse_time
 from oracle.tiny import write_tiny
+from sim import virtual
 
 
 def afterword(*words: str, stdin: str | None = None, **environment: str) -> Result:
@@ -59,9 +73,138 @@ def test_complete_runs_another_model(tmp_path):
     assert "suffix is not supported" in refusal("complete", "a", "--model", str(path), "--suffix", "b")
 
 
-def test_models_lists_the_built_in_one(tmp_path):
-    result = afterword("models", HF_HUB_CACHE=str(tmp_path))
-    assert result.stdout.split()[0] == "afterword-tiny"
+def test_models_lists_what_is_on_this_machine(tmp_path):
+    places = {"HF_HUB_CACHE": str(tmp_path), "HOME": str(tmp_path), "OLLAMA_MODELS": str(tmp_path)}
+    studio = tmp_path / ".lmstudio" / "models" / "owner" / "repo"
+    studio.mkdir(parents=True)
+    write_tiny(studio / "other.gguf")
+    (studio / "bad.gguf").write_bytes(b"<html>")
+    heading, builtin, other, _, reason, bad = afterword("models", **places).stdout.splitlines()
+    assert heading.split() == ["NAME", "SIZE", "TYPE", "CONTEXT", "FROM"]
+    assert builtin.split() == ["afterword-tiny", "6.4", "MiB", "Q8_0", "2048", "built-in"]
+    assert other.split()[0] == "lmstudio:owner/repo/other"
+    assert reason == "These cannot be used:"
+    assert bad.startswith("lmstudio:owner/repo/bad: ")
+    listed = {model["spec"]: model for model in json.loads(afterword("models", "--json", **places).stdout)}
+    assert listed["lmstudio:owner/repo/other"]["path"] == str(studio / "other.gguf")
+    assert "web page" in listed["lmstudio:owner/repo/bad"]["problem"]
+    said = afterword("complete", "a", "--model", "lmstudio:owner/repo/other", "--max-tokens", "2", **places)
+    assert said.exit_code == 0, said.output
+
+
+def test_a_model_of_ollamas_runs(tmp_path):
+    data = write_tiny(tmp_path / "tiny.gguf").read_bytes()
+    digest = "a" * 64
+    layer = {"mediaType": "application/vnd.ollama.image.model", "digest": f"sha256:{digest}"}
+    manifest = tmp_path / "manifests" / "registry.ollama.ai" / "library" / "tiny" / "latest"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text(json.dumps({"layers": [layer]}))
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / f"sha256-{digest}").write_bytes(data)
+    result = afterword("complete", "a", "--model", "ollama:tiny", "--max-tokens", "2", OLLAMA_MODELS=str(tmp_path))
+    assert result.exit_code == 0, result.output
+
+
+def test_pull_tells_where_the_model_is(tmp_path):
+    folder = tmp_path / "models--owner--repo" / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    path = write_tiny(folder / "m-Q8_0.gguf")
+    told = afterword("pull", "hf:owner/repo", HF_HUB_CACHE=str(tmp_path)).stdout
+    assert told == f"owner/repo:Q8_0 is at {path}. Serve it with: afterword serve hf:owner/repo:Q8_0\n"
+    told = afterword("pull", "owner/repo", "--json", HF_HUB_CACHE=str(tmp_path)).stdout
+    assert json.loads(told) == {
+        "spec": "hf:owner/repo:Q8_0",
+        "id": "owner/repo:Q8_0",
+        "path": str(path),
+        "size_bytes": path.stat().st_size,
+    }
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    lines = Lines()
+    lines.chosen("m-Q8_0.gguf", ["m-Q4_0.gguf"])
+    lines.begun("m-Q8_0.gguf", 100 * 2**20, 10 * 2**20)
+    for now in range(1, 31):  # noqa: B007 - the clock
+        lines.came(2**20)
+    lines.checking("m-Q8_0.gguf")
+    assert capsys.readouterr().err.splitlines() == [
+        "Taking m-Q8_0.gguf, the best of 2 files; there are also m-Q4_0.gguf.",
+        "m-Q8_0.gguf: 100.0 MiB, of which 10.0 MiB are here",
+        "m-Q8_0.gguf: 20.0 MiB, 1.0 MiB/s, 80 s left",
+        "m-Q8_0.gguf: 30.0 MiB, 1.0 MiB/s, 70 s left",
+        "m-Q8_0.gguf: 40.0 MiB, 1.0 MiB/s, 60 s left",
+        "m-Q8_0.gguf: checking",
+    ]
+
+
+def test_progress_on_a_terminal_is_a_bar():
+    screen = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with Progress(console=screen, auto_refresh=False) as progress:
+        bars = Bars(progress)
+        bars.checking("m.gguf")  # it was here already
+        bars.begun("folder/m.gguf", 100, 10)
+        bars.came(40)
+        (task,) = progress.tasks
+        assert (task.description, task.completed, task.total) == ("m.gguf", 50, 100)
+        bars.chosen("a", ["b [c]"])
+        bars.checking("folder/m.gguf")
+        assert task.description == "m.gguf, checking"
+    assert "there are also b [c]." in screen.file.getvalue()
+
+
+def test_loading_is_shown_on_a_terminal_if_it_takes_long(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    async def load(screen, seconds):
+        monkeypatch.setattr("sys.stderr", screen)
+        share = 0.0
+        async with shown({"large": lambda: share}):
+            await asyncio.sleep(seconds)
+            share = 0.5
+            await asyncio.sleep(seconds)
+
+    quick, slow, file = Terminal(), Terminal(), io.StringIO()
+    virtual.run(load(quick, 0.4))
+    virtual.run(load(slow, 10))
+    virtual.run(load(file, 10))
+    assert "Loading large" in slow.getvalue()
+    assert "50%" in slow.getvalue()
+    assert quick.getvalue() == file.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("300", 300),
+        ("0", 0),
+        ("1.5", 1.5),
+        ("90s", 90),
+        ("5m", 300),
+        ("1h30m", 5400),
+        (" 1H ", 3600),
+        ("forever", None),
+        ("-1", None),
+    ],
+)
+def test_times_as_people_write_them(text, seconds):
+    assert parse_time(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "m", "5x", "five", "-5", "1m1h", "inf", "nan", "1e3"])
+def test_times_that_are_none(text):
+    assert "is no time" in refusal("serve", "--keep-alive", text)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0, "0 seconds"), (1, "1 second"), (90, "90 seconds"), (60, "1 minute"), (300, "5 minutes"), (7200, "2 hours")],
+)
+def test_times_in_words(seconds, words):
+    assert as_time(seconds) == words
 
 
 @pytest.mark.parametrize(
@@ -85,6 +228,10 @@ def test_models_lists_the_built_in_one(tmp_path):
         (["complete", "a", "--max-tokens", "-1"], "max_tokens"),
         (["complete", "a", "--temperature", "3"], "temperature"),
         (["pull", "model.gguf"], "not on the Hub"),
+        (["serve", "afterword-tiny", "afterword-tiny"], "2 models would be called afterword-tiny"),
+        (["serve", "afterword-tiny", "--alias", "a", "--alias", "b"], "2 aliases and 1 models"),
+        (["serve", "afterword-tiny", "nothing-here.gguf"], "nothing-here.gguf does not exist"),
+        (["serve", "ollama:nothing"], "is not on this machine"),
     ],
 )
 def test_bad_settings_are_one_sentence(words, said, tmp_path):
@@ -113,8 +260,33 @@ def test_a_file_that_is_no_model_is_one_sentence(tmp_path):
     assert "page.gguf" in refusal("serve", str(path))
 
 
+@pytest.mark.parametrize(
+    ("count", "take_turns", "threads"),
+    [(1, False, 8), (1, True, 8), (2, False, 4), (3, False, 2), (9, False, 1), (9, True, 4)],
+)
+def test_models_share_the_cores(tmp_path, monkeypatch, count, take_turns, threads):
+    monkeypatch.setattr("psutil.cpu_count", lambda logical: 8)
+    path = write_tiny(tmp_path / "tiny.gguf")
+    large = dataclasses.replace(read_facts(path), size_bytes=2**27)
+    fitted = fit([(Model("tiny", path, "file"), large)] * count, EngineSettings(parallel=1), take_turns)
+    assert [each.opened.threads for each in fitted] == [threads] * count
+    asked = fit([(Model("tiny", path, "file"), large)] * count, EngineSettings(parallel=1, threads=3), take_turns)
+    assert {each.opened.threads for each in asked} == {3}
+
+
+def test_models_that_do_not_fit_together_may_take_turns(tmp_path, monkeypatch):
+    paths = [write_tiny(tmp_path / name) for name in ("a.gguf", "b.gguf")]
+    found = [(Model(path.stem, path, "file"), read_facts(path)) for path in paths]
+    need = fit(found[:1], EngineSettings(context=64, parallel=1))[0].needs
+    monkeypatch.setattr("afterword.hosting.available_memory", lambda: need * 3 // 2)
+    small = EngineSettings(context=64, parallel=1)
+    with pytest.raises(SettingError, match="take turns with --keep-alive"):
+        fit(found, small)
+    assert [fitted.needs for fitted in fit(found, small, take_turns=True)] == [need, need]
+
+
 def test_too_little_memory_says_how_much_is_missing(monkeypatch):
-    monkeypatch.setattr("afterword.cli.available_memory", lambda: 2**20)
+    monkeypatch.setattr("afterword.hosting.available_memory", lambda: 2**20)
     assert "GiB" in refusal("complete", "a")
 
 
@@ -155,7 +327,7 @@ def test_a_better_type_for_this_machine_is_named(file_type, said):
 
 def test_the_curl_line_of_the_greeting_is_a_valid_request():
     name = 'it\'s "mine"'
-    card = Card(5_000_000, 2048, 16, (), (), None, None, False, False, 0, None, "fp")
-    words = shlex.split(greeting(name, card, Config(host="::1"), 8000).split("Try it:")[1].replace("\\\n", " "))
+    models = Roster([Offer(name, 0, Mock())])
+    words = shlex.split(greeting(models, Config(host="::1"), 8000).split("Try it:")[1].replace("\\\n", " "))
     assert words[:2] == ["curl", "http://[::1]:8000/v1/completions"]
     assert parse(words[words.index("-d") + 1].encode(), Limits()).model == name

@@ -16,7 +16,7 @@ from afterword.completion.request import EXTENSIONS, FIELDS
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-SOURCES = [ROOT / "src/afterword/errors.py", *(ROOT / "src/afterword").glob("[ac]*/*.py")]
+SOURCES = [ROOT / "src/afterword/errors.py", *(ROOT / "src/afterword").glob("[abc]*/*.py")]
 
 
 def keyword_values(name: str) -> set[object]:

@@ -14,20 +14,26 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 MAY_IMPORT = {
     # room: the rooms of this package that it may import, besides itself and errors
-    "api": {"completion", "engine.protocol", "engine.supervisor", "config", "keys", "log", ""},
+    "api": {
+        *("batch", "completion", "engine.protocol", "engine.roster", "engine.supervisor"),
+        *("config", "keys", "log", "metrics", "traces", ""),
+    },
+    "batch": {"completion", "limits"},
     "completion": {"engine.protocol", "limits"},
     "door": {"limits"},
     "engine.protocol": set(),
     "engine.frames": {"engine.protocol"},
-    "engine.pending": {"engine.protocol"},
+    "engine.pending": {"engine.protocol", "engine.tally"},
     "engine.process": {"engine.frames"},
     "engine.quarantine": {"engine.protocol"},
+    "engine.tally": {"engine.protocol", "histogram"},
     "engine.texts": {"engine.frames"},
     "engine.watch": {"engine.frames"},
     "engine.supervisor": {
         *("engine.frames", "engine.pending", "engine.process", "engine.protocol"),
-        *("engine.quarantine", "engine.texts", "engine.watch", "limits"),
+        *("engine.quarantine", "engine.tally", "engine.texts", "engine.watch", "limits"),
     },
+    "engine.roster": {"engine.protocol", "engine.supervisor", "engine.tally"},
     "engine.child": {"engine.core", "engine.frames", "engine.protocol"},
     "engine.compiled": set(),
     "engine.core": {"engine.compiled", "engine.protocol"},
@@ -35,20 +41,30 @@ MAY_IMPORT = {
     "models": set(),
     "keys": set(),
     "log": set(),
-    "config": {"completion", "door", "engine.frames", "engine.protocol", "keys"},
+    "config": {"batch", "completion", "door", "engine.frames", "engine.protocol", "keys"},
     "errors": set(),
+    "histogram": set(),
     "limits": set(),
+    "metrics": {"engine.protocol", "engine.tally", "histogram", ""},
+    "traces": {"metrics", ""},
 }
 OUTSIDE = {
     # a library and the only rooms that may know it
     "llama_cpp": {"engine.llama"},
     "starlette": {"api"},
+    "python_multipart": {"api"},
     "uvicorn": {"door"},
     "httptools": {"door"},
-    "click": {"cli", "cli_keys"},
-    "sqlite3": {"keys"},
+    "click": {
+        *("cli", "cli_batch", "cli_batch_run", "cli_batch_show", "cli_models", "cli_completion", "cli_config"),
+        *("cli_keys", "cli_options", "cli_run", "cli_settings"),
+    },
+    "httpx2": {"batch", "cli_ask"},
+    "sqlite3": {"batch", "keys"},
     "huggingface_hub": {"models"},
     "numpy": {"engine.core", "engine.llama"},
+    "opentelemetry": {"traces"},
+    "prometheus_client": {"metrics"},
 }
 
 

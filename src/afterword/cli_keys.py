@@ -7,13 +7,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from afterword.errors import SettingError
-from afterword.keys.key import Allowance, Key, read_span
-from afterword.keys.store import By, Store, default_path
+
+if TYPE_CHECKING:  # else imported where they are used: --help does without
+    from afterword.keys.key import Key
+    from afterword.keys.store import By, Store
 
 F = TypeVar("F", bound=Callable[..., Any])
 KEYS_FILE = "AFTERWORD_KEYS_FILE"
@@ -29,7 +31,15 @@ def keys_file_option(command: F) -> F:
 
 @click.group()
 def keys() -> None:
-    """Make, list and revoke the keys that open `afterword serve --keys`. A running server follows within a second."""
+    """Make, list and revoke the keys of a server.
+
+    They open `afterword serve --keys`. A running server follows within a second.
+
+    \b
+    Examples:
+      afterword keys create --name Ann --expires 30d
+      afterword keys list
+    """
 
 
 @keys.command()
@@ -49,11 +59,19 @@ def create(  # noqa: PLR0913, PLR0917 (as many as options)
     quota: int | None,
     keys_file: Path | None,
 ) -> None:
-    """Make a key and print it. It cannot be shown again."""
+    """Make a key and print it. It cannot be shown again.
+
+    \b
+    Examples:
+      afterword keys create --name Ann
+      afterword keys create --name course --rpm 60 --quota 1000000
+    """
     if not name.isprintable() or len(name) > 64:
         raise SettingError("--name: at most 64 printable characters.")
+    from afterword.keys.key import Allowance, read_span
+
     end = None if expires is None else int(time.time() + read_span(expires).total_seconds())
-    store = Store(keys_file or default_path(), create=True)
+    store = _store(keys_file, create=True)
     key, text = store.create(name, end, Allowance(rpm, tpm, concurrent, quota))
     click.echo(text)
     click.echo(f"Its ID is {key.id}. Keep the key: it is not shown again. It is for afterword serve --keys.", err=True)
@@ -63,8 +81,14 @@ def create(  # noqa: PLR0913, PLR0917 (as many as options)
 @click.option("--json", "as_json", is_flag=True, help="As JSON, with all that is known.")
 @keys_file_option
 def list_(as_json: bool, keys_file: Path | None) -> None:
-    """List all keys, also those that open nothing any more."""
-    known = Store(keys_file or default_path()).all()
+    """List all keys, those too that open nothing any more.
+
+    \b
+    Examples:
+      afterword keys list
+      afterword keys list --json
+    """
+    known = _store(keys_file).all()
     if as_json:
         click.echo(json.dumps([_described(key) for key in known], indent=2))
         return
@@ -76,8 +100,13 @@ def list_(as_json: bool, keys_file: Path | None) -> None:
 @click.argument("key")
 @keys_file_option
 def revoke(key: str, keys_file: Path | None) -> None:
-    """End the key with this ID for good."""
-    Store(keys_file or default_path()).revoke(key)
+    """End the key with this ID for good.
+
+    \b
+    Examples:
+      afterword keys revoke key_1a2b3c           # the ID is in keys list
+    """
+    _store(keys_file).revoke(key)
     click.echo(f"{key} is revoked.")
 
 
@@ -87,8 +116,17 @@ def revoke(key: str, keys_file: Path | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @keys_file_option
 def usage(by: By, user: str | None, as_json: bool, keys_file: Path | None) -> None:
-    """Show what was used: requests, and tokens of prompts (how many of them cached) and answers. Days are UTC."""
-    store = Store(keys_file or default_path())
+    """Show what was used, by key, user or day.
+
+    Requests, and tokens of prompts (how many of them cached) and answers. Days are UTC.
+
+    \b
+    Examples:
+      afterword usage                            # by key
+      afterword usage --by day --json
+      afterword usage --user ann@example.org
+    """
+    store = _store(keys_file)
     sums = store.usage(by, user)
     if as_json:
         click.echo(json.dumps([{by: name or None, **asdict(each)} for name, each in sums], indent=2))
@@ -99,6 +137,12 @@ def usage(by: By, user: str | None, as_json: bool, keys_file: Path | None) -> No
         (name or "-", each.requests, each.prompt, each.cached, each.completion, names.get(name)) for name, each in sums
     ]
     _table(head, [row[: len(head)] for row in rows])
+
+
+def _store(keys_file: Path | None, *, create: bool = False) -> Store:
+    from afterword.keys.store import Store, default_path
+
+    return Store(keys_file or default_path(), create=create)
 
 
 def _described(key: Key) -> dict[str, Any]:

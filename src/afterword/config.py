@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from afterword.batch.limits import BatchLimits
 from afterword.completion.limits import Limits
 from afterword.door.limits import DoorLimits
 from afterword.engine.frames import KvType
@@ -82,12 +84,13 @@ class Config:
 
     `keys` were given at the start; more are in the store `keys_file`. With `shared_cache` what was computed for one key
     is used for others too. `wrong_keys`: so many a minute from one address (0: any number). `log`:
-    the file that a line a request is added to.
+    the file that a line a request is added to. `metrics_prefix`: what names in /metrics begin with; with `metrics_open`
+    it needs no key. `traces`: a span a request is told to a collector.
     `cors_origins`: web pages that may use it, beside those of this machine; with keys, all may try. `special_text`:
     text that spells a special token becomes that token. `allowed_hosts`: names that the server answers to, beside
     addresses and its own; `*` for any, as where keys are asked for and none are given. `proxies` are believed when they
     say for whom they ask. When it is told to end, it goes on for `drain_delay` seconds and then lets answers finish
-    for `grace` seconds.
+    for `grace` seconds. Uploaded files and batches are kept in `batch_dir`.
     """
 
     host: str = "127.0.0.1"
@@ -97,6 +100,9 @@ class Config:
     shared_cache: bool = False
     wrong_keys: int = 20
     log: Path | None = None
+    metrics_prefix: str = "afterword"
+    metrics_open: bool = False
+    traces: bool = False
     allow_open: bool = False
     cors_origins: tuple[str, ...] = ()
     special_text: bool = True
@@ -104,10 +110,14 @@ class Config:
     proxies: tuple[str, ...] = ()
     drain_delay: float = 0.0
     grace: float = 30.0
+    batch_dir: Path | None = None
     limits: Limits = field(default_factory=Limits)
+    batch: BatchLimits = field(default_factory=BatchLimits)
     door: DoorLimits = field(default_factory=DoorLimits)
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.metrics_prefix):
+            raise SettingError(f"--metrics-prefix {self.metrics_prefix}: letters, digits and _, no digit first.")
         if not self.guarded and not self.allow_open and not is_loopback(self.host):
             raise SettingError(
                 f"--host {self.host} can be reached from other machines and there are no API keys. Give --keys or "

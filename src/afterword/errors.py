@@ -2,6 +2,7 @@
 
     AfterwordError
     ├── SettingError      the operator's: a setting or a model file; told at start, exit status 2
+    │   └── OtherKind         a file that is sound and no language model
     ├── RequestError      the caller's: 4xx; `param` names the field where one field is to blame
     │   ├── Unauthorized      401
     │   ├── RateLimited       429
@@ -9,9 +10,12 @@
     │   └── ModelNotFound     404
     ├── Overloaded        the moment's: 503, worth a retry
     ├── WaitedTooLong     the moment's: 504, never begun
+    ├── Stopped           a batch goes no further for now; what is done is kept
+    ├── StorageFailed     the server's disk: 507
     └── EngineError       ours: 500
         ├── EngineDied        the engine's process ended under the request
-        └── EngineFailure     and did so again when it was tried again: not worth a third time
+        ├── EngineFailure     and did so again when it was tried again: not worth a third time
+        └── LoadFailed        no engine could be started for the model
 
 This file knows no HTTP library. `status`, `type`, `param` and `code` are OpenAI's envelope in plain values.
 """
@@ -34,6 +38,10 @@ class AfterwordError(Exception):
 
 class SettingError(AfterwordError):
     """A setting or a model file that cannot be used."""
+
+
+class OtherKind(SettingError):
+    """A file that has something else in it than a language model."""
 
 
 class RequestError(AfterwordError):
@@ -120,6 +128,15 @@ class EngineFailure(EngineError):
         )
 
 
+class LoadFailed(EngineError):
+    """The model that the request names could not be loaded; why is for whoever runs the server."""
+
+    code = "load_failed"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"The model `{model}` could not be loaded. The server's messages say why.")
+
+
 class WaitedTooLong(AfterwordError):
     """It has waited as long as anything may wait here, and nothing was computed for it."""
 
@@ -128,3 +145,14 @@ class WaitedTooLong(AfterwordError):
 
     def __init__(self) -> None:
         super().__init__("The request has waited too long for its turn. Please try again later.")
+
+
+class Stopped(AfterwordError):
+    """A batch that cannot go on now and can later: what is done is kept."""
+
+
+class StorageFailed(AfterwordError):
+    """The server has no room for files, or its disk fails."""
+
+    status = 507
+    code = "storage_failed"

@@ -6,6 +6,7 @@ connections' in `door/limits.py`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import field, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -43,6 +44,11 @@ def listed(*tables: DataclassInstance) -> str:
     """The limits as lines for a person."""
     lines = [(row.name, "-" if row.value is None else f"{row.value:g}", row.meaning) for row in rows(*tables)]
     return "\n".join(f"{name:<22} {value:>9}  {meaning}" for name, value, meaning in lines)
+
+
+def as_json(*tables: DataclassInstance) -> str:
+    """The limits for a program: `null` is none."""
+    return json.dumps({row.name: {"value": row.value, "meaning": row.meaning} for row in rows(*tables)}, indent=2)
 
 
 def parse(settings: tuple[str, ...]) -> dict[str, float]:

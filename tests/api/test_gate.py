@@ -154,7 +154,7 @@ def test_a_body_may_be_as_large_as_the_limit(http: httpx.Client) -> None:
     assert http.post("/v1/completions", content=body + b" " * (LIMIT - len(body)), headers=JSON).status_code == 200
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", "/v1/nope"), ("POST", "/"), ("DELETE", "/v1")], ids=str)
+@pytest.mark.parametrize(("method", "path"), [("GET", "/v1/nope"), ("POST", "/nope"), ("DELETE", "/v1")], ids=str)
 def test_an_unknown_path_is_a_404_envelope(http: httpx.Client, method: str, path: str) -> None:
     error = problem(http.request(method, path), 404)
     assert (error["type"], error["code"]) == ("invalid_request_error", "unknown_url")

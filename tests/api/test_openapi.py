@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from typing import Any
+
 import httpx
 import jsonschema_rs
 from asking import complete, problem, stream
 
 from afterword.api.app import GUARDED, OPEN
+from afterword.completion.limits import Limits
+from afterword.completion.request import parse, schema
 
 
 def test_the_document_has_every_route_and_every_method(http: httpx.Client) -> None:
@@ -31,3 +37,75 @@ def test_answers_are_as_the_document_says(http: httpx.Client) -> None:
     check("Error", {"error": problem(http.post("/v1/completions", json={"n": 0}), 400)})
     check("Models", http.get("/v1/models").json())
     check("Tokenizer", http.get("/tokenizer_info").json())
+
+
+# ---- what /docs shows
+
+
+def members(schema: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every member of objects within a schema, by a dotted name."""
+    if isinstance(schema, list):
+        for each in schema:
+            yield from members(each, name)
+    elif isinstance(schema, dict):
+        for member, inner in schema.get("properties", {}).items():
+            yield f"{name}.{member}", inner
+            yield from members(inner, f"{name}.{member}")
+        for part in ("items", "anyOf", "additionalProperties"):
+            yield from members(schema.get(part), name)
+
+
+def bodies(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What is sent, by where it is sent to."""
+    for path, methods in document["paths"].items():
+        for described in methods.values():
+            for content in described.get("requestBody", {}).get("content", {}).values():
+                schema = content["schema"]
+                name = schema.get("$ref", "").rpartition("/")[2]
+                yield path, document["components"]["schemas"][name] if name else schema
+
+
+def test_everything_that_can_be_sent_is_described_with_a_valid_example(http: httpx.Client) -> None:
+    document = http.get("/openapi.json").json()
+    for path, body in bodies(document):
+        for name, each in members(body, path):
+            assert each.get("description"), f"{name}: see completion/meanings.py"
+            assert each.get("examples") or each.get("format") == "binary", f"{name}: see completion/meanings.py"
+            for example in each.get("examples", ()):
+                jsonschema_rs.validate(each, example)
+        for example in body.get("examples", ()):
+            jsonschema_rs.validate(body, example)
+    ways = [way for methods in document["paths"].values() for way in methods.values()]
+    assert all(each["description"] for way in ways for each in way.get("parameters", ()))
+
+
+def test_everything_that_is_answered_is_described_with_an_example_that_has_it(http: httpx.Client) -> None:
+    components = http.get("/openapi.json").json()["components"]
+    for name, described in components["schemas"].items():
+        assert described.get("examples"), f"{name}: see api/meanings.py"
+        shown = json.dumps(described["examples"])
+        for example in described["examples"]:
+            jsonschema_rs.validate({"$ref": f"#/components/schemas/{name}", "components": components}, example)
+        for member, each in members(described, name):
+            assert each.get("description"), f"{member}: see api/meanings.py"
+            *parents, own = member.split(".")
+            if name != "CompletionRequest" and not any(f'"{parent}": null' in shown for parent in parents):
+                assert f'"{own}":' in shown, f"{member} is in no example"
+
+
+def test_examples_are_of_this_server_and_work(http: httpx.Client) -> None:
+    document = http.get("/openapi.json").json()
+    (example,) = document["components"]["schemas"]["CompletionRequest"]["examples"]
+    assert example["model"] == http.get("/v1/models").json()["data"][0]["id"]
+    assert http.post("/v1/completions", json=example).status_code == 200
+    for path in ("/tokenize", "/detokenize"):
+        schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert http.post(path, json=schema["examples"][0]).status_code == 200
+
+
+def test_defaults_are_those_of_the_parser() -> None:
+    described = schema(Limits())["properties"]
+    absent = parse(b'{"prompt": "a"}', Limits())
+    for name, each in described.items():
+        known = each["default"]
+        assert known == getattr(absent, name) or (known is None and getattr(absent, name) in ((), None, ("a",)))

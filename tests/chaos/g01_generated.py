@@ -93,9 +93,9 @@ def _by_schemathesis(server: Server, document: Any, count: int, trial: Trial, no
     """Ask what Schemathesis makes of the document and have it judge the answers. Returns the completions' bodies."""
     schema = schemathesis.openapi.from_dict(document)
     operations = [found.ok() for found in schema.get_all_operations()]
-    posts = [operation for operation in operations if operation.method.upper() == "POST"]
-    kinds = [(operation, GenerationMode.POSITIVE, count // 20) for operation in operations]
-    kinds += [(operation, GenerationMode.NEGATIVE, count // 8) for operation in posts]
+    posts = [operation for operation in operations if "requestBody" in operation.definition.raw]
+    kinds = [(operation, GenerationMode.POSITIVE, count // 40) for operation in operations]
+    kinds += [(operation, GenerationMode.NEGATIVE, count // 16) for operation in posts]
     kinds += [(posts[0], GenerationMode.POSITIVE, count - sum(share for _, _, share in kinds))]
     bodies: list[bytes] = []
     with requests.Session() as session:

@@ -22,7 +22,7 @@ _ANY = re.compile(b"|".join(name.encode() for name in scripted.SPECIAL) + b"|" +
 _END = 2.0  # above the others' scatter: a text ends after some tens of tokens
 
 
-def load(settings: frames.Open) -> child.Loaded:
+def load(settings: frames.Open, _: child.Tell) -> child.Loaded:
     """A card like a model's, of the context and sequences that are asked for."""
     card = Card(
         parameters=1,

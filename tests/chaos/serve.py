@@ -13,7 +13,7 @@ import sys
 
 import pytest
 
-from afterword import cli
+from afterword import cli, hosting
 from afterword.engine import child
 from afterword.engine.supervisor import Supervisor
 
@@ -36,10 +36,10 @@ def main() -> None:
     flags = sys.orig_argv[sys.orig_argv.index("tests.chaos.serve") + 1 : -len(options.words)]
     if options.scripted or (fault and fault.where == "engine"):
         command = (sys.executable, "-m", "tests.chaos.serve", *flags, "engine")
-        cli.Supervisor = functools.partial(Supervisor, command=command)  # type: ignore[misc, assignment]
+        hosting.Supervisor = functools.partial(Supervisor, command=command)  # type: ignore[misc, assignment]
     if fault and fault.where == "server":
         fault.plant(pytest.MonkeyPatch())
-    cli.main(options.words, prog_name="afterword", auto_envvar_prefix="AFTERWORD")
+    cli.main(options.words, prog_name="afterword")
 
 
 def _engine(scripted: bool, fault: Fault | None) -> None:

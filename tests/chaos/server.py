@@ -116,8 +116,8 @@ def serving(
     keys = ["--api-key", key] if key else []
     command = [sys.executable, "-m", "tests.chaos.serve", *flags, "serve", "--port", "0", *keys, *arguments]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("AFTERWORD_")}
-    environment |= variables or {}
     with tempfile.TemporaryDirectory() as folder:
+        environment |= {"XDG_DATA_HOME": folder} | (variables or {})  # its batches are its own
         stderr = Path(folder, "stderr")
         with (
             stderr.open("w") as log,

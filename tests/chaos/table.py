@@ -14,11 +14,6 @@ import psutil
 from .gate import Figure, Gate, Result, Trial
 
 HEAD = "| gate | goal | tried | figures | | seconds | date |\n|---|---|---|---|---|---|---|"
-LEFT_OUT = {
-    "G7": "a batch killed at random instants",
-    "G8": "a batch, and every system call, failing",
-}
-"""Gates of what is not built yet."""
 _START, _END = "<!-- gates -->", "<!-- /gates -->"
 
 
@@ -51,7 +46,7 @@ class Row:
 
 def markdown(rows: Iterable[Row]) -> str:
     """The whole table, with the machine's size under it."""
-    return "\n".join((HEAD, *(row.line for row in rows), *_left_out(), "", machine()))
+    return "\n".join((HEAD, *(row.line for row in rows), "", machine()))
 
 
 def machine() -> str:
@@ -66,14 +61,9 @@ def merge_into(document: Path, rows: Iterable[Row]) -> None:
     before, rest = text.split(_START)
     old, after = rest.split(_END)
     lines = {found[1]: line for line in old.splitlines() if (found := re.match(r"\| (G\d+) \|", line))}
-    lines |= {line.split(" | ")[0][2:]: line for line in _left_out()}
     lines |= {row.gate: row.line for row in rows}
     table = "\n".join((HEAD, *(lines[name] for name in sorted(lines, key=_number)), "", machine()))
     document.write_text(f"{before}{_START}\n{table}\n{_END}{after}", encoding="utf-8")
-
-
-def _left_out() -> list[str]:
-    return [f"| {name} | {goal} | not yet: batches are to come | | | | |" for name, goal in LEFT_OUT.items()]
 
 
 def _number(name: str) -> int:

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from wire import Engine, Hall, application, get, post
+from wire import Engine, Hall, application, get, post, roster
 
 import scripted
 from afterword.api.life import Life
@@ -19,13 +19,14 @@ from afterword.door.limits import DoorLimits
 from afterword.door.places import open_files
 from afterword.door.server import Door
 from afterword.door.signals import Told
+from afterword.engine.roster import Roster
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 # ---- what it says
 
 
-def told(path: str, engine: Engine, body: bytes | None = None) -> tuple[int, Any, bytes]:
+def told(path: str, engine: Engine | Roster, body: bytes | None = None) -> tuple[int, Any, bytes]:
     async def scenario() -> tuple[int, Any, bytes]:
         visitor = Hall(application(engine)).visitor()
         await visitor.say(get(path) if body is None else post(body, path=path))
@@ -55,10 +56,31 @@ def test_health_and_ready_tell_the_truth(state: str, shown: str, health: int, re
 
 
 def test_a_server_that_is_to_end_says_so_at_once_and_answers_on() -> None:
-    life, engine = Life(), Engine(scripted.says("Hello"))
-    assert life.state(engine) == "ready"  # type: ignore[arg-type]
+    life, models = Life(), roster(Engine(scripted.says("Hello")))
+    assert life.state(models) == "ready"
     life.drain()
-    assert life.state(engine) == "draining"  # type: ignore[arg-type]
+    assert life.state(models) == "draining"
+
+
+@pytest.mark.parametrize(
+    ("states", "shown", "health"),
+    [
+        (("ready", "ready"), "ready", 200),
+        (("ready", "starting"), "starting", 200),
+        (("ready", "restarting"), "ready", 200),
+        (("failing", "ready"), "ready", 200),
+        (("failing", "restarting"), "degraded", 200),
+        (("failing", "failing"), "degraded", 503),
+        (("closed", "ready"), "draining", 200),
+    ],
+)
+def test_a_server_of_several_is_ready_while_one_can_answer(states: tuple[str, str], shown: str, health: int) -> None:
+    models = roster(*(Engine(scripted.says("Hello"), state=state) for state in states))
+    assert Life().state(models) == shown
+    assert told("/health", models)[0] == health
+    status, said, _ = told("/ready", models)
+    assert (status == 200) is (shown == "ready")
+    assert [model["status"] for model in said["models"]] == list(states)
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/tokenize", "/detokenize"])

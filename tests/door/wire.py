@@ -10,6 +10,7 @@ import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import Mock
 
 from uvicorn import Config
 from uvicorn.server import ServerState
@@ -17,11 +18,12 @@ from uvicorn.server import ServerState
 import scripted
 from afterword import config
 from afterword.api.app import make_app
-from afterword.api.service import Served, Service
+from afterword.api.service import Service
 from afterword.door.connection import Connection, Doorway
 from afterword.door.limits import DoorLimits
 from afterword.door.places import Places
 from afterword.engine.protocol import Load
+from afterword.engine.roster import Offer, Roster
 from afterword.keys.key import given_keys
 from afterword.keys.ring import Ring
 
@@ -40,12 +42,24 @@ class Engine(scripted.ScriptedEngine):
         """There is always room, but for those whom `start` refuses."""
 
 
-def application(engine: Engine | None = None, keys: bool = True, **settings: Any) -> Callable[..., Awaitable[None]]:
-    """The application over an engine that says "Hello"."""
+def application(
+    engine: Engine | Roster | None = None, keys: bool = True, **settings: Any
+) -> Callable[..., Awaitable[None]]:
+    """The application over models, or over an engine that says "Hello"."""
     keyring = given_keys((KEY,), None) if keys else ()
     settled = config.Config(keys=keyring, **settings)
-    served = Served("scripted", 0, engine or Engine(scripted.says("Hello"), room=10**9))  # type: ignore[arg-type]
-    return make_app(Service(settled, served, Ring(keyring)))
+    engine = engine or Engine(scripted.says("Hello"), room=10**9)
+    models = engine if isinstance(engine, Roster) else roster(engine)
+    return make_app(Service(settled, models, Ring(keyring)))
+
+
+def roster(*engines: Engine) -> Roster:
+    """Engines as models that are loaded; the first is called "scripted", the next "scripted-2"."""
+    names = ["scripted", *(f"scripted-{place}" for place in range(2, len(engines) + 1))]
+    models = Roster([Offer(name, 0, Mock()) for name in names])
+    for host, engine in zip(models, engines, strict=True):
+        host.engine = engine  # type: ignore[assignment]
+    return models
 
 
 class Wire(asyncio.Transport):

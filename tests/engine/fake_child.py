@@ -32,7 +32,7 @@ class ConfusedRunner(HistoryRunner):
         return super().held(slot) + (slot == 0 and self.computed > 0)
 
 
-def load(settings: frames.Open) -> child.Loaded:
+def load(settings: frames.Open, _: child.Tell) -> child.Loaded:
     if settings.path == "refuse":
         raise SettingError("This model is not to be had.")
     if settings.path == "vanish":

@@ -39,6 +39,14 @@ def open_model(
     return Loaded(runner, card, vocabulary.tokenize)
 
 
+def test_loading_tells_how_far_it_is():
+    told: list[float] = []
+    LlamaRunner(Open(str(builtin_path()), 64, 1, 1, 32, "exact", 0, False), told.append)
+    assert len(told) > 1
+    assert told == sorted(told)
+    assert 0 <= told[0] < told[-1] == 1
+
+
 @pytest.fixture(scope="module")
 def builtin() -> Loaded:
     return open_model(builtin_path(), sequences=8)

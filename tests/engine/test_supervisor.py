@@ -14,7 +14,7 @@ import pytest
 from fake_child import DEADLY, DEADLY_TEXT
 from history import alone
 
-from afterword.engine.frames import Open
+from afterword.engine.frames import Open, Pulse
 from afterword.engine.process import without_secrets
 from afterword.engine.protocol import Job, Load, Run, Sampling
 from afterword.engine.supervisor import Policy, Supervisor
@@ -126,6 +126,46 @@ def test_dropping_the_last_sample_wakes_whoever_waits_for_a_step():
             await waiting
 
     run(test)
+
+
+def test_what_is_loaded_is_told_on_the_way():
+    async def test() -> None:
+        link = SlowLink()
+        supervisor = Supervisor(Open("any", 512, 2, 1, 8, "f16", 0, False), spawn=link.spawn)
+        opening = asyncio.create_task(supervisor.open())
+        for share in (0.25, 0.75):
+            link.coming.put_nowait(Pulse(0, 0, 0, 0.0, share))
+            await until(lambda share=share: supervisor.loaded == share)
+        link.coming.put_nowait(None)
+        with pytest.raises(SettingError, match="while it was loading"):
+            await opening
+        await supervisor.close()
+
+    run(test)
+
+
+class SlowLink:
+    """A line on which nothing comes but what the test says."""
+
+    pid = None
+
+    def __init__(self) -> None:
+        self.coming: asyncio.Queue[Pulse | None] = asyncio.Queue()
+
+    async def spawn(self, _: object) -> SlowLink:
+        return self
+
+    def send(self, _: object) -> None:
+        """Nobody is there."""
+
+    async def receive(self) -> Pulse | None:
+        return await self.coming.get()
+
+    def kill(self) -> None:
+        """Nobody is there."""
+
+    async def bury(self) -> int | None:
+        return 1
 
 
 def test_a_full_queue_refuses():

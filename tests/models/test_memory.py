@@ -10,7 +10,7 @@ import pytest
 
 from afterword.errors import SettingError
 from afterword.models.gguf import Facts
-from afterword.models.memory import Shape, available_memory, cgroup_room, choose_shape
+from afterword.models.memory import Shape, available_memory, cgroup_room, choose_shape, choose_shapes
 
 GIB = 1 << 30
 
@@ -65,6 +65,32 @@ def test_settings_are_kept_and_the_rest_adapts() -> None:
     assert shape(1.5, context=8192) == (8192, 2)
     assert shape(1.5, parallel=16) == (1024, 16)
     assert shape(64, context=16, parallel=256) == (16, 256)
+
+
+SMALL = dataclasses.replace(FACTS, name="Small", layers=1, size_bytes=GIB // 4)
+
+
+def shapes(available: float, *models: Facts, **asked: int) -> list[tuple[int, int]]:
+    settings = {"context": None, "parallel": None} | asked
+    chosen = choose_shapes([(facts, 2) for facts in models], int(available * GIB), **settings)
+    assert sum(shape.needed_bytes for shape in chosen) <= available * GIB
+    return [(shape.context, shape.parallel) for shape in chosen]
+
+
+def test_models_that_are_there_together_share_the_memory() -> None:
+    assert shapes(64, FACTS, SMALL) == [(4096, 16), (4096, 16)]
+    assert shapes(2.5, FACTS, SMALL) == [(4096, 8), (4096, 16)], "the largest gives way first"
+    assert shapes(2.3, FACTS, SMALL) == [(4096, 4), (4096, 16)]
+    assert shapes(2.5, SMALL, FACTS) == [(4096, 16), (4096, 8)]
+    assert shapes(2.0, FACTS, SMALL) == [(4096, 1), (4096, 4)]
+    assert shapes(2.2, FACTS, SMALL, context=4096) == [(4096, 4), (4096, 8)]
+
+
+def test_models_that_do_not_fit_together_say_what_to_do() -> None:
+    with pytest.raises(SettingError, match=r"The 2 models need .* together, .* take turns with --keep-alive"):
+        shapes(1.5, FACTS, FACTS)
+    with pytest.raises(SettingError, match="trained on"):
+        shapes(64, FACTS, dataclasses.replace(FACTS, name="Short", context_length=300), context=4096)
 
 
 def test_short_and_unknown_training_lengths() -> None:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import re
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any, NoReturn
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import huggingface_hub
 import pytest
@@ -24,7 +25,8 @@ from ggufs import TENSORS, cache, gguf, write
 from huggingface_hub import constants, file_download
 
 from afterword.errors import SettingError
-from afterword.models.pull import pull
+from afterword.models.fetch import Watcher
+from afterword.models.pull import pull, wanted
 from afterword.models.registry import installed, locate, parse_spec
 
 GOOD = gguf()
@@ -33,12 +35,17 @@ COMMIT = "c" * 40
 
 @dataclass
 class Hub:
-    """The files of each repository, sizes and hashes listed in place of theirs, and the requests that came."""
+    """The files of each repository, sizes and hashes listed in place of theirs, and the requests that came.
+
+    `ranges` are the bytes from which files were asked for; whether it `resumes` there or begins anew.
+    """
 
     files: dict[str, dict[str, bytes]]
     listed: dict[str, int] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
+    ranges: list[int] = field(default_factory=list)
+    resumes: bool = True
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -50,7 +57,8 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(f"{self.command} {self.path}")
         path = unquote(urlsplit(self.path).path).strip("/")
         if path == "api/models":
-            return self.reply_json([{"id": repository} for repository in self.hub.files])
+            word = dict(parse_qsl(urlsplit(self.path).query))["search"].lower()
+            return self.reply_json([{"id": name} for name in self.hub.files if word in name.lower()])
         if path == "api/models/owner/gated":
             return self.reply(403, b"", {"X-Error-Code": "GatedRepo"})
         if path == "api/models/owner/forbidden":
@@ -63,7 +71,13 @@ class Handler(BaseHTTPRequestHandler):
         data = self.hub.files.get(repository, {}).get(name)
         if data is None:
             return self.reply(404, b"", {"X-Error-Code": "RepoNotFound"})
-        return self.reply(200, data, {"X-Repo-Commit": COMMIT, "ETag": f'"{name.replace("/", "")}{len(data)}"'})
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{name.replace("/", "")}{len(data)}"'}
+        if self.command == "GET" and (start := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))):
+            self.hub.ranges.append(int(start[1]))
+            if self.hub.resumes:
+                headers["Content-Range"] = f"bytes {start[1]}-{len(data) - 1}/{len(data)}"
+                return self.reply(206, data[int(start[1]) :], headers)
+        return self.reply(200, data, headers)
 
     do_HEAD = do_GET  # noqa: N815 - the name that http.server looks for
 
@@ -188,12 +202,14 @@ def test_no_file_that_fits(hub: Hub) -> None:
 
 
 def test_what_the_hub_refuses(hub: Hub) -> None:
-    assert complaint("hf:owner/rep") == (
-        "The Hub shows no repository owner/rep; check the spelling (did you mean owner/repo?), "
+    assert complaint("hf:ownr/repo") == (
+        "The Hub shows no repository ownr/repo; check the spelling (did you mean owner/repo?), "
         "or set HF_TOKEN if it is private."
     )
     assert "no repository zzz/zzz; check the spelling, or" in complaint("hf:zzz/zzz")
-    assert "owner/gated is open only to those whom its owner admits" in complaint("hf:owner/gated")
+    gated = complaint("hf:owner/gated")
+    assert gated.startswith("owner/gated is open only to those whom its owner admits; ask at http://127.0.0.1:")
+    assert gated.endswith("/owner/gated, then set HF_TOKEN.")
     assert "refused hf:owner/forbidden with status 403" in complaint("hf:owner/forbidden")
 
 
@@ -282,3 +298,100 @@ def test_a_disk_that_becomes_full(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     assert complaint("hf:owner/repo").startswith("The disk is full; make room")
+
+
+# ---- what was begun before, what is told on the way, and what somebody may have meant
+
+
+class Heard(Watcher):
+    """What was told."""
+
+    def __init__(self) -> None:
+        self.files: list[tuple[str, int, int]] = []
+        self.bytes = 0
+        self.choices: list[tuple[str, list[str]]] = []
+        self.checked: list[str] = []
+
+    def chosen(self, name: str, among: Sequence[str]) -> None:
+        self.choices.append((name, list(among)))
+
+    def begun(self, name: str, size: int, have: int) -> None:
+        self.files.append((name, size, have))
+        self.bytes = have
+
+    def came(self, count: int) -> None:
+        self.bytes += count
+
+    def checking(self, name: str) -> None:
+        self.checked.append(name)
+
+
+def broken_off(monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
+    """A pull that ends in the middle of a file."""
+    get = file_download.http_get
+
+    def stop(url: str, file: Any, **more: Any) -> None:
+        get(url, Full(file, kept), **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(file_download, "http_get", stop)
+        complaint("hf:owner/repo")
+
+
+@pytest.mark.parametrize("resumes", [True, False], ids=["resumed", "the Hub begins anew"])
+@pytest.mark.parametrize("kept", [1, len(GOOD) // 2, len(GOOD) - 1])
+def test_a_pull_goes_on_where_the_last_one_ended(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, kept: int, resumes: bool
+) -> None:
+    broken_off(monkeypatch, kept)
+    hub.resumes = resumes
+    heard = Heard()
+    assert pull(parse_spec("hf:owner/repo"), heard).path.read_bytes() == GOOD
+    assert hub.ranges == [kept]
+    assert heard.files == [("m-Q8_0.gguf", len(GOOD), kept)]
+    assert heard.bytes == len(GOOD)
+
+
+def test_what_is_left_of_another_content_is_found_out(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken_off(monkeypatch, 100)
+    (part,) = home.rglob("*.part")
+    part.write_bytes(b"x" * 100)
+    assert pull(parse_spec("hf:owner/repo")).path.read_bytes() == GOOD
+    assert hub.ranges == [100], "the second attempt begins at the start"
+
+
+def test_what_is_left_and_too_long_is_thrown_away(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken_off(monkeypatch, 100)
+    (part,) = home.rglob("*.part")
+    part.write_bytes(bytes(len(GOOD) + 1))
+    assert pull(parse_spec("hf:owner/repo")).path.read_bytes() == GOOD
+
+
+def test_what_is_here_already_needs_no_room_again(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken_off(monkeypatch, len(GOOD) - 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=(256 << 20) + 10))
+    assert pull(parse_spec("hf:owner/repo")).path.read_bytes() == GOOD
+
+
+def test_it_is_told_what_comes_and_which_file_was_taken(hub: Hub) -> None:
+    heard = Heard()
+    pull(parse_spec("hf:owner/repo"), heard)
+    assert heard.choices == [("m-Q8_0.gguf", ["m-Q4_0.gguf"])]
+    assert (heard.files, heard.bytes) == ([("m-Q8_0.gguf", len(GOOD), 0)], len(GOOD))
+    assert heard.checked == ["m-Q8_0.gguf"]
+    asked = Heard()
+    pull(parse_spec("hf:owner/repo:Q4_0"), asked)
+    assert asked.choices == []
+
+
+def test_the_owner_says_which_is_meant(hub: Hub, home: Path) -> None:
+    hub.files["maker/model"] = {"model.safetensors": b""}
+    hub.files["other/Model-GGUF"] = {"m-Q8_0.gguf": GOOD}
+    assert complaint("hf:maker/model") == "maker/model holds no GGUF model. The Hub has it at other/Model-GGUF."
+    assert wanted("owner/repo:Q4_0") == parse_spec("hf:owner/repo:Q4_0")
+    for text in ("model", "model:Q8_0"):
+        with pytest.raises(SettingError, match=r"lacks its owner\. The Hub has it at maker/model, other/Model-GGUF"):
+            wanted(text)
+    for text in ("nothing-like-it", "afterword-tiny", "./model.gguf", "model.gguf"):
+        with pytest.raises(SettingError, match="is not on the Hub"):
+            wanted(text)

@@ -8,7 +8,7 @@ import pytest
 from ggufs import cache, gguf, write
 
 from afterword.errors import SettingError
-from afterword.models import registry
+from afterword.models import registry, stores
 from afterword.models.registry import (
     BuiltIn,
     HubFile,
@@ -29,6 +29,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty Hub cache, a built-in model, and nothing else."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(stores, "ollama", list)
+    monkeypatch.setattr(stores, "lmstudio", list)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     builtin = write(tmp_path / "builtin" / "afterword-tiny.gguf", gguf())
     monkeypatch.setattr(registry, "builtin_path", lambda: builtin)
@@ -114,7 +116,8 @@ def test_a_model_from_the_cache(home: Path) -> None:
     assert locate(parse_spec("hf:owner/repo:q4_k_m")) == small
     assert locate(parse_spec("hf:owner/repo:m-Q4_K_M.gguf")) == small
     assert complaint("hf:owner/repo:Q5_K_M") == (
-        "hf:owner/repo:Q5_K_M is not on this machine; run `afterword pull hf:owner/repo:Q5_K_M` first."
+        "hf:owner/repo:Q5_K_M is not on this machine; run `afterword pull hf:owner/repo:Q5_K_M` first, "
+        "or take what is here: hf:owner/repo:Q4_K_M or hf:owner/repo:Q8_0."
     )
     assert "`afterword pull hf:owner/other`" in complaint("hf:owner/other")
 

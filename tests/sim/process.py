@@ -99,6 +99,8 @@ class TimedRunner(HistoryRunner):
 class FakeProcess:
     """See `afterword.engine.process.Link`. `stopped_at` and `spins_at`: since when it hangs."""
 
+    pid = None
+
     def __init__(self, machine: Machine, fails: bool) -> None:
         self.alive = True
         self.core: Loop | None = None

@@ -29,16 +29,17 @@ async def create(http: HttpRequest) -> Response:
     """Everything that can be the caller's fault happens here; the answer only runs the plan."""
     service: Service = http.app.state.service
     created = int(time.time())
-    service.find(None).engine.check_room()
+    service.check_room()
     request = parse(await gate.read_json(http), service.config.limits)
-    served = service.find(request.model)
     visit = visit_of(http.scope)
+    served = await service.enter(request.model, visit)
     visit.model = served.id
     tokens = await tokenize(request, served.engine, service.config.special_text)
-    caller = Caller(visit.key, service.config.shared_cache)
+    caller = Caller(visit.key, service.config.shared_cache, "batch" if visit.inside else "")
     plan = make_plan(request, served.engine.card, tokens, secrets.randbits(64), caller)
     visit.user = service.ring.pseudonym(request.user)
     gate.reserve(visit, plan.most_tokens)
+    visit.promise(plan)
     head = wire.Head(wire.new_id(), created, served.id, served.engine.card.fingerprint)
     return Answer(request, plan, head, served.engine, visit)
 
@@ -78,7 +79,7 @@ class Answer(Response):
     async def _whole(self, send: Send) -> None:
         deltas: dict[int, list[Delta]] = {}
         usage = Usage(0, 0)
-        async with aclosing(run(self._plan, self._engine, self._visit.use)) as items:
+        async with aclosing(run(self._plan, self._engine, self._visit.use, self._visit.begin)) as items:
             async for item in items:
                 if isinstance(item, Usage):
                     usage = item
@@ -91,13 +92,13 @@ class Answer(Response):
         await send({"type": "http.response.body", "body": body})
 
     async def _stream(self, send: Send) -> None:
-        async with aclosing(run(self._plan, self._engine, self._visit.use)) as items:
+        async with aclosing(run(self._plan, self._engine, self._visit.use, self._visit.begin)) as items:
             first = await anext(items)  # an engine that cannot even begin is an HTTP error
             await send(self._start(b"text/event-stream"))
             try:
                 await self._send_chunks(send, first, items)
             except AfterwordError as problem:
-                self._visit.code = problem.code
+                self._visit.refuse(problem)
                 await send(_body(wire.event(wire.error(problem))))  # and no [DONE]: the answer is not whole
         await send({"type": "http.response.body", "body": b""})
 

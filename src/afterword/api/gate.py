@@ -18,12 +18,23 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from afterword.api import ratelimit, wire
+from afterword.api.inside import SCOPE
 from afterword.api.service import Service
 from afterword.api.visit import Visit, visit_of
-from afterword.errors import AfterwordError, EngineFailure, Overloaded, RateLimited, RequestError, Unauthorized
+from afterword.errors import (
+    AfterwordError,
+    EngineFailure,
+    LoadFailed,
+    Overloaded,
+    RateLimited,
+    RequestError,
+    Unauthorized,
+)
 from afterword.keys.limiter import Refusal
-from afterword.keys.ring import Grant, Ring
+from afterword.keys.ring import Account, Grant, Ring
 from afterword.log import Lines
+from afterword.metrics import Metrics
+from afterword.traces import PARENT, Traces
 
 _SPREAD = 5  # seconds over which those who are sent away come again, so that they do not all do so at once
 _NO_KEY = (
@@ -40,10 +51,20 @@ class GuardedRoute(Route):
         service: Service = scope["app"].state.service
         visit = visit_of(scope)
         visit.route = self.path
-        if service.config.guarded:
+        if SCOPE in scope:
+            visit.inside = True
+            visit.grant = None if scope[SCOPE] is None else entered(service.ring, scope[SCOPE])
+        elif service.config.guarded:
             visit.grant = admit(service.ring, visit.peer, Headers(scope=scope).get("authorization", ""))
+
+        async def settled(message: Message) -> None:
+            """Who has the last of an answer may ask again at once: by then nothing of it is in use any more."""
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                visit.close()
+            await send(message)
+
         try:
-            await super().handle(scope, receive, send)
+            await super().handle(scope, receive, settled)
         finally:
             visit.close()
 
@@ -59,6 +80,11 @@ def admit(ring: Ring, peer: str, authorization: str) -> Grant:
         raise ratelimit.too_many_tries(wait)
     if account is None:
         raise Unauthorized(f"Incorrect API key provided: {masked(text)}.", code="invalid_api_key")
+    return entered(ring, account)
+
+
+def entered(ring: Ring, account: Account) -> Grant:
+    """What a request of an account may use. Raises `RateLimited`."""
     grant = ring.enter(account)
     if isinstance(grant, Refusal):
         raise ratelimit.refused(grant)
@@ -113,7 +139,7 @@ def answer_error(problem: AfterwordError) -> Response:
         headers["retry-after"] = str(problem.retry_after + secrets.randbelow(_SPREAD))
     if isinstance(problem, Unauthorized):
         headers["www-authenticate"] = "Bearer"
-    if isinstance(problem, EngineFailure):
+    if isinstance(problem, EngineFailure | LoadFailed):
         headers["x-should-retry"] = "false"
     if isinstance(problem, RateLimited):
         told = problem.retry_after
@@ -124,7 +150,7 @@ def answer_error(problem: AfterwordError) -> Response:
 async def on_problem(request: Request, problem: Exception) -> Response:
     """Errors that we raise on purpose."""
     assert isinstance(problem, AfterwordError)
-    visit_of(request.scope).code = problem.code
+    visit_of(request.scope).refuse(problem)
     return answer_error(problem)
 
 
@@ -148,17 +174,20 @@ async def on_gone(_: Request, __: Exception) -> Response:
     return Response(status_code=499)
 
 
-async def on_bug(_: Request, __: Exception) -> Response:
+async def on_bug(request: Request, _: Exception) -> Response:
     """Anything else: ours. The traceback goes to the log, nothing of it to the caller."""
-    return answer_error(AfterwordError("The server had an error while processing your request. Sorry about that!"))
+    problem = AfterwordError("The server had an error while processing your request. Sorry about that!")
+    return await on_problem(request, problem)
 
 
 class Labelled:
-    """Outermost: gives every answer its request id, the time it took and its limits, and logs it when it is over."""
+    """Outermost: gives every answer its request id, the time it took and its limits; logs and counts what is over."""
 
-    def __init__(self, app: ASGIApp, log: Lines | None) -> None:
+    def __init__(self, app: ASGIApp, log: Lines | None, metrics: Metrics, traces: Traces | None = None) -> None:
         self._app = app
         self._log = log
+        self._metrics = metrics
+        self._traces = traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass everything on; add headers to the start of the response."""
@@ -176,9 +205,17 @@ class Labelled:
 
         try:
             await self._app(scope, receive, labelled)
+        except Exception:
+            visit.broke()
+            raise
         finally:
             if self._log is not None and not visit.routine:
                 self._log.add(visit.line())
+            ended = visit.ended(scope["method"], getattr(scope.get("route"), "path", None))
+            self._metrics.over(ended)
+            if self._traces is not None and not visit.routine:
+                headers = Headers(scope=scope)
+                self._traces.over(ended, {name: headers[name] for name in PARENT if name in headers})
 
 
 def labels(visit: Visit) -> dict[str, str]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from afterword.engine.supervisor import Supervisor
-from afterword.errors import Overloaded
+from afterword.engine.roster import Roster
 
 State = Literal["starting", "ready", "degraded", "draining"]
 
@@ -21,13 +20,14 @@ class Life:
         """From now on load balancers are told to go elsewhere."""
         self.draining = True
 
-    def state(self, engine: Supervisor) -> State:
-        """What the server is at."""
-        if self.draining or engine.state == "closed":
+    def state(self, models: Roster) -> State:
+        """What the server is at: with several models it is ready while it can answer for one, once all are there."""
+        states = {host.state for host in models}
+        if self.draining or "closed" in states:
             return "draining"
-        if engine.state in ("starting", "ready"):
-            return engine.state
-        return "degraded"
+        if "starting" in states and models.keep_alive is None:
+            return "starting"
+        return "ready" if states & {"ready", "unloaded", "starting"} else "degraded"
 
 
 REASONS: dict[State, str | None] = {
@@ -37,9 +37,3 @@ REASONS: dict[State, str | None] = {
     "draining": "The server is shutting down.",
 }
 """Why requests are not answered now."""
-
-
-def check_loaded(engine: Supervisor) -> None:
-    """Nothing can be said of a model that is not there yet. Raises `Overloaded`."""
-    if engine.state == "starting":
-        raise Overloaded("The model is being loaded. Please try again later.", code="loading", retry_after=5)

@@ -8,14 +8,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from afterword.api import wire
-from afterword.api.service import Served, Service
+from afterword.api.service import Service
+from afterword.engine.roster import Host
 from afterword.errors import ModelNotFound
 
 
 async def list_models(request: Request) -> Response:
     """All models."""
     service: Service = request.app.state.service
-    return json_answer({"object": "list", "data": [describe(service.find(None))]})
+    service.models.check_started()
+    return json_answer({"object": "list", "data": [describe(host) for host in service.models]})
 
 
 async def get_model(request: Request) -> Response:
@@ -24,21 +26,27 @@ async def get_model(request: Request) -> Response:
     name: str = request.path_params["model"]
     if not name:  # in a request's body that would mean whatever is served
         raise ModelNotFound(name)
-    return json_answer(describe(service.find(name)))
+    host = service.host(name)
+    if service.models.keep_alive is None:
+        service.models.check_loaded(host)
+    return json_answer(describe(host))
 
 
-def describe(served: Served) -> dict[str, Any]:
-    """The API's model object, and what clients of other servers look for beside it."""
-    card = served.engine.card
+def describe(host: Host) -> dict[str, Any]:
+    """The API's model object, and what clients of other servers look for beside it.
+
+    What only the engine knows is null until the model has been loaded for the first time.
+    """
     return {
-        "id": served.id,
+        "id": host.id,
         "object": "model",
-        "created": served.created,
+        "created": host.offer.created,
         "owned_by": "afterword",
-        "max_model_len": card.context,
-        "system_fingerprint": card.fingerprint,
-        "reproducible": card.promise,
-        "infill": card.infill is not None,
+        "status": host.state,
+        "max_model_len": host.offer.context,
+        "system_fingerprint": host.fingerprint,
+        "reproducible": host.offer.promise,
+        "infill": host.infill,
     }
 
 

@@ -6,9 +6,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from afterword import __version__
+from afterword.api import batch_schemas
+from afterword.api.meanings import ASKED, MEANINGS, answers
 from afterword.api.models import json_answer
 from afterword.api.schemas import ANSWERS, Schema, array, or_null, ref
 from afterword.api.service import Service
+from afterword.completion.meanings import explained, said
 from afterword.completion.request import schema
 from afterword.config import Config
 
@@ -19,12 +22,14 @@ ERRORS = {
     404: "No such model or path.",
     405: "Not with this method.",
     408: "Head or body did not come in time.",
+    409: "A batch still reads the file.",
     413: "The body is too large.",
     415: "The body is compressed.",
     429: "A limit of the key is reached; try again after `Retry-After`, if there is one.",
     431: "The head is too large.",
     500: "The server is at fault.",
     503: "Too much to do, or the engine is being replaced; try again after `Retry-After`.",
+    507: "The server has no room for files.",
 }
 """Every status that an error can have."""
 
@@ -32,24 +37,29 @@ STREAMS = (
     "With `stream` the answer is a text/event-stream: each event is `data: ` and a Chunk, or an Error if the answer "
     "breaks off; after the last chunk comes `data: [DONE]`."
 )
-"""OpenAPI 3.1 has no words for the events of a stream."""
+"""OpenAPI 3.1 has no words for the events of a stream, so beside this `x-event` says what one is."""
 
 
 async def openapi(request: Request) -> Response:
     """The document, for this server's settings and model."""
     service: Service = request.app.state.service
-    return json_answer(document(service.config, len(service.find(None).engine.card.pieces)))
+    service.models.check_started()
+    loaded = [len(host.up.card.pieces) for host in service.models if host.up]
+    model = next(host.id for host in service.models)
+    return json_answer(document(service.config, max(loaded, default=2**31), model))
 
 
-def document(config: Config, vocabulary: int) -> Schema:
-    """OpenAPI 3.1. `vocabulary`: how many tokens the model has."""
+def document(config: Config, vocabulary: int, model: str) -> Schema:
+    """OpenAPI 3.1. `vocabulary`: no model has more tokens. `model`: the name of one, for examples."""
+    example = {"model": model, "prompt": "Once upon a time", "max_tokens": 40, "temperature": 0.8, "stream": True}
+    asked = schema(config.limits) | {"examples": [example]}
     locked: Schema = {"security": [{"key": []}]} if config.guarded else {}
     return {
         "openapi": "3.1.0",
         "info": {"title": "Afterword", "version": __version__},
         "paths": _paths(config, vocabulary),
         "components": {
-            "schemas": ANSWERS | {"CompletionRequest": schema(config.limits)},
+            "schemas": answers(ANSWERS) | batch_schemas.ANSWERS | {"CompletionRequest": asked},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         **locked,
@@ -58,20 +68,23 @@ def document(config: Config, vocabulary: int) -> Schema:
 
 def _paths(config: Config, vocabulary: int) -> Schema:
     token: Schema = {"type": "integer", "minimum": 0, "maximum": vocabulary - 1}
-    text = _body(["prompt"], prompt={"type": "string"}, add_special_tokens=or_null({"type": "boolean"}))
-    name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-    answer = _json(ref("Completion")) | {"text/event-stream": {}}
+    text = _body("Tokenize", ["prompt"], prompt={"type": "string"}, add_special_tokens=or_null({"type": "boolean"}))
+    name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}} | said(
+        "The model's name; it may have slashes in it."
+    )
+    spelled = _body("Detokenize", ["tokens"], tokens=array(token))
+    answer = _json(ref("Completion")) | {"text/event-stream": {"x-event": ref("Chunk")}}
     completion = _operation("create a completion", answer, ref("CompletionRequest")) | {"description": STREAMS}
     return {
         "/v1/completions": {"post": completion},
         "/v1/models": {"get": _operation("list what is served", _json(ref("Models")))},
         "/v1/models/{model}": {"get": _operation("one model", _json(ref("Model"))) | {"parameters": [name]}},
+        **batch_schemas.paths(_operation),
         "/tokenize": {"post": _operation("a text's tokens", _json(ref("Tokens")), text)},
-        "/detokenize": {
-            "post": _operation("the text of tokens", _json(ref("Text")), _body(["tokens"], tokens=array(token)))
-        },
+        "/detokenize": {"post": _operation("the text of tokens", _json(ref("Text")), spelled)},
         "/tokenizer_info": {"get": _operation("special tokens and sizes", _json(ref("Tokenizer")))},
         "/version": {"get": _operation("the server's version", _json(ref("Version")))},
+        "/metrics": {"get": _operation("figures for Prometheus", {"text/plain": {"schema": {"type": "string"}}})},
         "/openapi.json": {"get": _operation("this document", _json({"type": "object"}))},
         "/health": {"get": _status("whether the server lives")},
         "/ready": {"get": _status("whether requests are answered, and how busy it is")},
@@ -85,7 +98,8 @@ def _operation(summary: str, content: Schema, body: Schema | None = None) -> Sch
 
 
 def _status(summary: str) -> Schema:
-    state = _json({"type": "object", "properties": {"status": {"type": "string"}}, "required": ["status"]})
+    said_there: Schema = {"type": "object", "properties": {"status": {"type": "string"}}, "required": ["status"]}
+    state = _json(explained(said_there, "Status", MEANINGS))
     return {"summary": summary, "security": [], "responses": {code: _answer(summary, state) for code in ("200", "503")}}
 
 
@@ -97,6 +111,8 @@ def _json(value: Schema) -> Schema:
     return {"application/json": {"schema": value}}
 
 
-def _body(required: list[str], **properties: Schema) -> Schema:
+def _body(name: str, required: list[str], **properties: Schema) -> Schema:
     properties["model"] = or_null({"type": "string"})
-    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+    body = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+    example = {member: ASKED[f"{name}.{member}"]["examples"][0] for member in required}
+    return explained(body, name, ASKED) | {"examples": [example]}

@@ -37,7 +37,7 @@ class KnownSites:
         """Pass on what came under a known name, and from a page that may."""
         problem = self._problem(scope) if scope["type"] == "http" else None
         if problem is not None:
-            visit_of(scope).code = problem.code
+            visit_of(scope).refuse(problem)
         await (gate.answer_error(problem) if problem else self._app)(scope, receive, send)
 
     def _problem(self, scope: Scope) -> RequestError | None:

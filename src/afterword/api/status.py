@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -9,30 +11,37 @@ from afterword import __version__
 from afterword.api.life import REASONS
 from afterword.api.models import json_answer
 from afterword.api.service import Service
+from afterword.engine.roster import Host
 
 
 async def health(request: Request) -> Response:
     """200 while this process lives and does its part. 503 where only another start of all of it could help."""
     service: Service = request.app.state.service
-    broken = service.served.engine.state == "failing"
-    return json_answer({"status": "failing" if broken else "ok"}, 503 if broken else 200)
+    broken = all(host.state == "failing" for host in service.models)
+    states = {host.id: host.state for host in service.models}
+    return json_answer({"status": "failing" if broken else "ok", "models": states}, 503 if broken else 200)
 
 
 async def ready(request: Request) -> Response:
-    """200 while requests are answered at once; else why they are not. And how busy the engine is."""
+    """200 while requests are answered at once; else why they are not. And how busy the engines are."""
     service: Service = request.app.state.service
-    engine = service.served.engine
-    state, load = service.life.state(engine), engine.load
-    body = {
-        "status": state,
-        "reason": REASONS[state],
-        "model": service.served.id,
+    state = service.life.state(service.models)
+    models = [_busyness(host) for host in service.models]
+    sums = {name: sum(model[name] for model in models) for name in ("sequences", "running", "waiting", "restarts")}
+    body = {"status": state, "reason": REASONS[state], **sums, "models": models}
+    return json_answer(body, 200 if state == "ready" else 503)
+
+
+def _busyness(host: Host) -> dict[str, Any]:
+    load = host.load
+    return {
+        "id": host.id,
+        "status": host.state,
         "sequences": load.sequences,
         "running": load.running,
         "waiting": load.waiting,
-        "restarts": engine.restarts,
+        "restarts": host.restarts,
     }
-    return json_answer(body, 200 if state == "ready" else 503)
 
 
 async def version(_: Request) -> Response:

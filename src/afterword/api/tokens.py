@@ -10,6 +10,7 @@ from starlette.responses import Response
 from afterword.api import gate
 from afterword.api.models import json_answer
 from afterword.api.service import Served, Service
+from afterword.api.visit import visit_of
 from afterword.completion.fields import as_integer
 from afterword.completion.request import parse_object
 from afterword.engine.protocol import Card
@@ -49,7 +50,7 @@ async def detokenize(request: Request) -> Response:
 async def tokenizer_info(request: Request) -> Response:
     """The special tokens, by name and id, and the sizes that clients need."""
     service: Service = request.app.state.service
-    card = service.find(None).engine.card
+    card = (await service.enter(request.query_params.get("model"), visit_of(request.scope))).engine.card
     return json_answer(
         {
             "vocab_size": len(card.pieces),
@@ -73,7 +74,7 @@ async def _read(request: Request, known: tuple[str, ...]) -> tuple[Served, dict[
     model = body.get("model")
     if model is not None and not isinstance(model, str):
         raise RequestError("'model' must be a string.", param="model")
-    return service.find(model), body
+    return await service.enter(model, visit_of(request.scope)), body
 
 
 def _name(card: Card, token: int | None) -> str | None:

@@ -7,6 +7,7 @@ served one's, the user is a pseudonym.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -14,9 +15,12 @@ from typing import Any
 import msgspec
 from starlette.types import Scope
 
+from afterword.completion.plan import Plan
 from afterword.completion.run import Usage
+from afterword.errors import AfterwordError
 from afterword.keys.key import Used
 from afterword.keys.ring import Grant
+from afterword.metrics import NO_ROUTE, Answer, Ended
 
 _encode = msgspec.json.Encoder().encode  # escapes control characters
 
@@ -25,8 +29,10 @@ _encode = msgspec.json.Encoder().encode  # escapes control characters
 class Visit:
     """One request. Made by `gate.Labelled`, filled by whoever answers it; the request's own task owns it.
 
-    `began` and `first`, when the first of an answer was there, are monotonic seconds. `status` stays 499 if the
-    caller has left before the answer began.
+    `inside`: a row of a batch, for which nobody waits. `began`, `begun`, when anything of it was computed, and `first`,
+    when the first of an answer was there, are monotonic seconds. `n` and `choices` are the plan's. `status` stays 499
+    if the caller has left before the answer began. `error` is the type of the error that was told, `code` its code;
+    `failed`: it was not the caller's.
     """
 
     id: str
@@ -34,18 +40,42 @@ class Visit:
     began: float = field(default_factory=time.monotonic)
     route: str | None = None
     grant: Grant | None = None
+    inside: bool = False
     user: str | None = None
     model: str | None = None
     used: Used | None = None
     finish: dict[int, str] = field(default_factory=dict)
+    n: int = 0
+    choices: int = 0
+    begun: float | None = None
     first: float | None = None
     status: int = 499
     code: str | None = None
+    error: str | None = None
+    failed: bool = False
+    on_close: Callable[[], None] | None = None
+    closed: bool = False
 
     @property
     def key(self) -> str:
         """The id of the caller's key, which tells nothing of the key; empty on a server without keys."""
         return self.grant.key if self.grant else ""
+
+    def promise(self, plan: Plan) -> None:
+        """What is about to be computed."""
+        self.n, self.choices = plan.n, plan.n * len(plan.prompts)
+
+    def begin(self) -> None:
+        """A prompt of it has begun to be computed."""
+        self.begun = self.begun or time.monotonic()
+
+    def refuse(self, problem: AfterwordError) -> None:
+        """The caller is told an error, instead of an answer or in the middle of one."""
+        self.code, self.error, self.failed = problem.code, problem.type, problem.status >= 500
+
+    def broke(self) -> None:
+        """A bug, perhaps in the middle of an answer: nobody could be told."""
+        self.error, self.failed = self.error or AfterwordError.type, True
 
     def use(self, usage: Usage) -> None:
         """What was computed, however it ended."""
@@ -58,14 +88,46 @@ class Visit:
             self.finish[index] = reason
 
     def close(self) -> None:
-        """The answer is over: settle what it used."""
+        """The answer is over: settle what it used, and let go of the model. Once more changes nothing."""
+        if self.closed:
+            return
+        self.closed = True
+        if self.on_close is not None:
+            self.on_close()
         if self.grant is not None:
             self.grant.close(self.used, self.user)
 
     @property
     def routine(self) -> bool:
-        """Whether nobody wants to read of it: health checks, and pages that ask whether they may ask."""
-        return self.route is None and self.status == 200
+        """Whether nobody wants to read of it: health checks, a page's files, and pages that ask whether they may ask."""
+        return self.route is None and self.status in (200, 304)
+
+    def ended(self, method: str, route: str | None) -> Ended:
+        """What there is to count of it, now that it is over. `route` is where it came to, guarded or not."""
+        return Ended(
+            method=method,
+            route=self.route or route or NO_ROUTE,
+            status=self.status,
+            error=self.code or self.error,
+            failed=self.failed,
+            inside=self.inside,
+            seconds=time.monotonic() - self.began,
+            answer=self._answer() if self.choices else None,
+        )
+
+    def _answer(self) -> Answer:
+        used = self.used or Used()
+        return Answer(
+            model=self.model or "",
+            n=self.n,
+            choices=self.choices,
+            reasons=tuple(self.finish.values()),
+            begun=None if self.begun is None else self.begun - self.began,
+            first=None if self.first is None else self.first - self.began,
+            prompt_tokens=used.prompt,
+            generated_tokens=used.completion,
+            cached_tokens=used.cached,
+        )
 
     def line(self) -> bytes:
         """What is logged."""

@@ -62,10 +62,14 @@ class Tokenized:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks. Callers are served in turn; what was computed for one is not used for another, unless they share."""
+    """Who asks. Callers are served in turn; what was computed for one is not used for another, unless they share.
+
+    `line`: what they wait in, if that is another than their requests do; each has its own turns.
+    """
 
     name: str = ""
     shares: bool = False
+    line: str = ""
 
 
 def check_lengths(request: Request, card: Card) -> None:
@@ -102,7 +106,7 @@ def make_plan(request: Request, card: Card, tokens: Tokenized, entropy: int, cal
             alternatives=_alternatives(request),
             prompt_alternatives=_prompt_alternatives(request),
             namespace=_namespace("" if caller.shares else caller.name, request.cache_salt),
-            client=caller.name,
+            client=f"{caller.name} {caller.line}".rstrip(),
         )
         text = given if isinstance(given, str) else _spell(card, ids)
         prompts.append(PromptPlan(job, text, hidden, len(ids) + len(tokens.suffix)))

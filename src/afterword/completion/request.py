@@ -6,6 +6,7 @@ model (ids, context, infill) is the plan's to check.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import msgspec
 from afterword.completion import fields
 from afterword.completion.fields import Field, Prompt, Schema, StreamOptions
 from afterword.completion.limits import Limits
+from afterword.completion.meanings import MEANINGS, explained
 from afterword.errors import RequestError
 
 _BAD_JSON = (
@@ -129,15 +131,23 @@ def known_fields(limits: Limits) -> dict[str, Field]:
 def schema(limits: Limits) -> Schema:
     """What `parse` accepts, as a JSON Schema; the rules about several fields at once, and the model's, go beyond it."""
     known = known_fields(limits)
-    properties: Schema = {name: {"anyOf": [field.schema(limits), {"type": "null"}]} for name, field in known.items()}
+    standard = {each.name: each.default for each in dataclasses.fields(Request)}
+    properties: Schema = {
+        name: {
+            "anyOf": [field.schema(limits), {"type": "null"}],
+            "default": None if isinstance(standard[name], tuple) else standard[name],
+        }
+        for name, field in known.items()
+    }
     if limits.strict:
         properties["model"] = {"type": "string", "minLength": 1}
-    return {
+    described = {
         "type": "object",
         "properties": properties,
         "required": ["model"] if limits.strict else [],
         "additionalProperties": limits.ignore_unknown,
     }
+    return explained(described, "", MEANINGS)
 
 
 def parse_object(body: bytes) -> dict[str, Any]:

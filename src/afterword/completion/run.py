@@ -39,15 +39,18 @@ async def tokenize(request: Request, engine: Engine, special: bool = True) -> To
 
 
 async def run(
-    plan: Plan, engine: Engine, account: Callable[[Usage], None] = lambda _: None
+    plan: Plan,
+    engine: Engine,
+    account: Callable[[Usage], None] = lambda _: None,
+    begun: Callable[[], None] = lambda: None,
 ) -> AsyncGenerator[Delta | Usage]:
     """Carry out a plan. Yields deltas as they come, then one usage. Closing the iterator ends the work.
 
-    `account` is told what was computed, however it ended.
+    `account` is told what was computed, however it ended; `begun` that a prompt has begun to be computed, for each.
 
     Raises `Overloaded` before the first delta, `EngineError` at any time.
     """
-    growing = [_Growing(plan, index, prompt) for index, prompt in enumerate(plan.prompts)]
+    growing = [_Growing(plan, index, prompt, begun) for index, prompt in enumerate(plan.prompts)]
     runs: list[Run] = []
     whole = False
     try:
@@ -73,9 +76,10 @@ async def run(
 class _Growing:
     """The choices of one prompt while they grow. Until the prompt is scored there are none."""
 
-    def __init__(self, plan: Plan, index: int, prompt: PromptPlan) -> None:
+    def __init__(self, plan: Plan, index: int, prompt: PromptPlan, begun: Callable[[], None]) -> None:
         self._plan = plan
         self._prompt = prompt
+        self._tell_begun = begun
         self._first = index * plan.n
         self._scored: list[Token] = []
         self._choices: list[Choice] = []
@@ -99,7 +103,9 @@ class _Growing:
 
     def count(self, step: Step) -> None:
         """A step was computed, though perhaps nobody will take it any more."""
-        self._begun = True
+        if not self._begun:
+            self._begun = True
+            self._tell_begun()
         self._generated += len(step.sampled)
 
     def take(self, step: Step, run: Run) -> list[Delta]:

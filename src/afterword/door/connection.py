@@ -8,8 +8,9 @@ connection ends after the answer.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import httptools
 from uvicorn import Config
@@ -18,23 +19,28 @@ from uvicorn.server import ServerState
 
 from afterword.door import refusals
 from afterword.door.head import check_head
-from afterword.door.limits import DoorLimits
+from afterword.door.limits import UPLOADS, DoorLimits
 from afterword.door.pace import Pace, Phase
 from afterword.door.places import Places
 from afterword.door.refusals import Refusal
 
 _WASTE = 2**20  # bytes thrown away after a refusal, so that the sender gets to read it
+_BODIES = ("body", "upload")
 _OF_UPGRADES = (b"connection", b"upgrade", b"http2-settings")
 
 
 @dataclass(slots=True)
 class Doorway:
-    """What all connections have in common. Owner: the door. `leaving`: every answer is a connection's last."""
+    """What all connections have in common. Owner: the door. `leaving`: every answer is a connection's last.
+
+    `turned_away`: how often connections were told an error from here, by its code or else its status.
+    """
 
     limits: DoorLimits
     places: Places
     clock: Callable[[], float]
     leaving: bool = False
+    turned_away: Counter[str] = field(default_factory=Counter)
 
 
 class Connection(HttpToolsProtocol):
@@ -47,6 +53,7 @@ class Connection(HttpToolsProtocol):
         self._pace = Pace(doorway.limits, doorway.clock())
         self._peer: str | None = None  # who has taken a place
         self._heard = 0  # bytes since the head began
+        self._coming = 0  # bytes that are being read
         self._head = 0  # bytes of the head, as far as it is understood
         self._chunks = 0
         self._deaf = False  # nothing that comes is read
@@ -62,6 +69,7 @@ class Connection(HttpToolsProtocol):
             self._peer = peer
         else:
             self._deaf = True
+            self._count(refusals.FULL)
             transport.write(refusals.FULL.response)
             transport.close()
 
@@ -80,6 +88,7 @@ class Connection(HttpToolsProtocol):
         if self._pace.phase == "idle":
             self._turn("head")
             self._heard = 0
+        self._coming = len(data)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -98,7 +107,7 @@ class Connection(HttpToolsProtocol):
         if late is None:
             return
         waited = late == "head" and self._heard
-        if waited or (late == "body" and not self.cycle.response_started):
+        if waited or (late in _BODIES and not self.cycle.response_started):
             self._refuse(refusals.SLOW)
         else:
             self.transport.abort()
@@ -109,6 +118,9 @@ class Connection(HttpToolsProtocol):
         """A request begins, but not while another one is being answered."""
         if self.cycle is not None and not self.cycle.response_complete:
             raise refusals.NOT_HTTP
+        if self._pace.phase == "idle":  # it came with the rest of a body that had been answered before its end
+            self._turn("head")
+            self._heard = -self._coming
         self._head = self._chunks = 0
         super().on_message_begin()
 
@@ -131,7 +143,8 @@ class Connection(HttpToolsProtocol):
         check_head(self.parser.get_method(), self.url, self.parser.get_http_version(), self.headers)
         if self.parser.should_upgrade():
             return
-        self._turn("body")
+        long = self.parser.get_method() == b"POST" and self.url.partition(b"?")[0] in UPLOADS
+        self._turn("upload" if long else "body")
         super().on_headers_complete()
         if self._doorway.leaving:
             self.cycle.keep_alive = False
@@ -176,19 +189,23 @@ class Connection(HttpToolsProtocol):
         """Read nothing more. Who is being answered gets the answer first; else this is one."""
         self._deaf = True
         cycle = self.cycle
-        if self._pace.phase == "answer" or (self._pace.phase == "body" and cycle.response_started):
+        if self._pace.phase == "answer" or (self._pace.phase in _BODIES and cycle.response_started):
             cycle.keep_alive = False
             return
         if self._pace.phase == "rest":
             self.transport.close()
             return
-        if self._pace.phase == "body":
+        if self._pace.phase in _BODIES:
             cycle.disconnected = True  # to the application they are gone
             cycle.message_event.set()
         self._turn("rest")
+        self._count(refusal)
         self.transport.write(refusal.response)
         if self.transport.can_write_eof():
             self.transport.write_eof()  # and not `close`, with which what they still send would cost them the answer
+
+    def _count(self, refusal: Refusal) -> None:
+        self._doorway.turned_away[refusal.code or str(refusal.status)] += 1
 
     def _waste(self, size: int) -> None:
         self._wasted += size

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from afterword.limits import limit
 
+UPLOADS = (b"/v1/files",)
+"""Paths to which bodies may be posted for as long as a file takes."""
+
 
 @dataclass(frozen=True, slots=True)
 class DoorLimits:
@@ -21,6 +24,7 @@ class DoorLimits:
     max_chunks: int = limit(16_384, "chunks of a body that is sent in chunks")
     head_seconds: float = limit(10.0, "seconds for a request's line and headers")
     body_seconds: float = limit(30.0, "seconds for a request's body")
+    upload_seconds: float = limit(600.0, "seconds for a file that is uploaded")
     body_grace: float = limit(5.0, "seconds before a body has to come at body_rate")
     body_rate: int = limit(1024, "bytes a second, at least, of a body")
     idle_seconds: float = limit(30.0, "seconds between two requests on one connection")

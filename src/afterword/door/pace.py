@@ -7,8 +7,9 @@ from typing import Literal
 
 from afterword.door.limits import DoorLimits
 
-Phase = Literal["idle", "head", "body", "answer", "rest"]
-"""Between requests; reading a head; reading a body; all read, the answer is to come; answered, the body still comes."""
+Phase = Literal["idle", "head", "body", "upload", "answer", "rest"]
+"""Between requests; reading a head; reading a body; reading one that may be long; all read, the answer is to come;
+answered, the body still comes."""
 
 
 @dataclass(slots=True)
@@ -47,9 +48,9 @@ class Pace:
                 return limits.idle_seconds
             case "head":
                 return limits.head_seconds
-            case "body":
+            case "body" | "upload":
                 kept = limits.body_grace + self.received / max(1, limits.body_rate)
-                return min(limits.body_seconds, kept)
+                return min(limits.body_seconds if self.phase == "body" else limits.upload_seconds, kept)
             case "rest":
                 return limits.rest_seconds
             case "answer":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from email.utils import formatdate
 from socket import socket
@@ -54,6 +55,11 @@ class Door:
         self._doorway = Doorway(limits, places, clock)
         self._server: asyncio.Server | None = None
         self._ticking: asyncio.Task[None] | None = None
+
+    @property
+    def turned_away(self) -> Counter[str]:
+        """How often connections were told an error before the application was asked, by its code or else its status."""
+        return self._doorway.turned_away
 
     async def __aenter__(self) -> Self:
         self._config.load()

@@ -26,6 +26,8 @@ from afterword.engine.protocol import Card
 from afterword.errors import AfterwordError
 
 Tokenizer = Callable[[str, bool], tuple[int, ...]]
+Tell = Callable[[float], None]
+"""Is told the share of the model that has been loaded."""
 
 _TOKENIZER_STACK = 512 * 2**20
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
@@ -42,7 +44,7 @@ class Loaded:
     tokenize: Tokenizer
 
 
-def serve(load: Callable[[frames.Open], Loaded]) -> None:
+def serve(load: Callable[[frames.Open, Tell], Loaded]) -> None:
     """Be the engine at the other end of the socket whose file descriptor is the first argument.
 
     `load` may raise `SettingError`; its sentence goes to the parent.
@@ -98,12 +100,13 @@ class _Child:
     def __init__(self, link: socket.socket) -> None:
         self._link = link
         self._gauge: Gauge | None = None
+        self._loaded = 0.0
         self._stream = link.makefile("rb")
         self._sending = threading.Lock()
         self._jobs: queue.SimpleQueue[frames.ToEngine] = queue.SimpleQueue()
         self._texts: queue.SimpleQueue[frames.Tokenize] = queue.SimpleQueue()
 
-    def main(self, load: Callable[[frames.Open], Loaded]) -> None:
+    def main(self, load: Callable[[frames.Open, Tell], Loaded]) -> None:
         """Load the model that the first frame names, then work until the parent is gone."""
         body = frames.read(self._stream)
         settings = frames.unpack_to_engine(body) if body else None
@@ -111,7 +114,7 @@ class _Child:
             return
         threading.Thread(target=self._pulse, daemon=True).start()
         try:
-            loaded = load(settings)
+            loaded = load(settings, self._tell)
         except AfterwordError as error:
             self._send(frames.Failed(error.message))
             return
@@ -132,10 +135,13 @@ class _Child:
                 self._jobs.put(message)
         os._exit(0)  # the parent is gone, and a pass may be running: nothing is worth waiting for
 
+    def _tell(self, share: float) -> None:
+        self._loaded = share  # the next pulse says it
+
     def _pulse(self) -> NoReturn:
         while True:
             time.sleep(_PULSE)
-            self._send(self._gauge.pulse() if self._gauge else frames.Pulse(0, 0, 0, 0.0))
+            self._send(self._gauge.pulse() if self._gauge else frames.Pulse(0, 0, 0, 0.0, self._loaded))
 
     def _tokenize(self, tokenize: Tokenizer) -> NoReturn:
         while True:
@@ -149,7 +155,7 @@ class _Child:
             steps = loop.step()
             idle = steps is None
             if steps or changed:
-                self._send(frames.Pass(steps or {}, loop.load()))
+                self._send(frames.Pass(steps or {}, loop.load(), loop.meter()))
 
     def _take(self, loop: Loop, wait: bool) -> bool:
         """Apply what has come in; wait for something when idle. Returns whether anything had."""

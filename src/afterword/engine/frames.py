@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from afterword.engine.protocol import Card, Job, Load, Promise, Step, Value
+from afterword.engine.protocol import Card, Job, Load, Meter, Promise, Step, Value
 
 HEADER = struct.Struct(">I")
 KvType = Literal["exact", "f16", "f32"]
@@ -87,6 +87,7 @@ class Pass(Value, frozen=True, tag=True):
 
     steps: dict[int, Step]
     load: Load
+    meter: Meter = Meter()
 
 
 class Tokens(Value, frozen=True, tag=True):
@@ -100,13 +101,14 @@ class Pulse(Value, frozen=True, tag=True):
     """The engine's process lives. Sent every second, whatever it does.
 
     So many `passes` have ended, and one over so many `tokens` is under way (0: none); the longest so far took `slowest`
-    seconds, the `largest` had so many tokens.
+    seconds, the `largest` had so many tokens. `loaded` is the share of the model that is there.
     """
 
     passes: int
     tokens: int
     largest: int
     slowest: float
+    loaded: float = 1.0
 
 
 ToEngine = Open | Start | Drop | Close | Tokenize

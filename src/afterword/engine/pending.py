@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from typing import Protocol
 
 from afterword.engine.protocol import Job, Step
+from afterword.engine.tally import Course
 
 CRASHES = 2
 """What was being computed in so many, and came no further in between, is not tried again."""
@@ -35,7 +36,7 @@ class Pending:
     `fruitful`: and brought some of it. `crashes`: how many it may be to blame for, having come no further in between.
     """
 
-    def __init__(self, keeper: Keeper, name: int, job: Job, since: float) -> None:
+    def __init__(self, keeper: Keeper, name: int, job: Job, since: float, course: Course) -> None:
         self.name = name
         self.job = job
         self.since = since
@@ -44,6 +45,7 @@ class Pending:
         self.fruitful = False
         self.crashes = 0
         self._keeper = keeper
+        self._course = course
         self._open = set(range(job.samples))
         self._told: Counter[int | None] = Counter()  # tokens by sample; under None the prompt's
         self._again: Counter[int | None] = Counter()  # as many of them will come a second time
@@ -83,6 +85,7 @@ class Pending:
         self.fruitful = self.fruitful or bool(step.scored or step.sampled)
         if self._repeated:
             step = self._new(step)
+        self._course.took(step)
         if step.scored or step.sampled:
             self.crashes = 0
         self._told[None] += len(step.scored)
@@ -90,6 +93,7 @@ class Pending:
         self._open.difference_update(sample for sample, _ in step.ended)
         self._steps.put_nowait(step)
         if self.ended:
+            self._course.ended()
             self._steps.put_nowait(None)
 
     def lost(self, blamed: bool) -> bool:
@@ -134,6 +138,7 @@ class Pending:
             self._open.discard(sample)
             self._keeper.drop(self, sample)
             if self.ended:
+                self._course.ended()
                 self.close()
 
     def close(self) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import msgspec
@@ -20,12 +22,17 @@ from afterword.engine import frames
 
 LLAMA = (sys.executable, "-m", "afterword.engine.llama")
 
-_SECRET = re.compile(r"(KEY|KEYS|TOKEN|SECRET|PASSWORD|PASSPHRASE|CREDENTIALS?)$")
+_SECRET = re.compile(r"(KEY|KEYS|TOKEN|SECRET|PASSWORD|PASSPHRASE|CREDENTIALS?|OTLP_\w*HEADERS)$")
 _BURIAL = 30.0  # seconds that a killed process may take: it may have much memory to give back, or hang in a driver
 
 
 class Link(Protocol):
-    """A line to an engine's process. It is alive until `receive` has returned None."""
+    """A line to an engine's process, which is alive until `receive` has returned None. `pid`: its id, if it has one."""
+
+    @property
+    def pid(self) -> int | None:
+        """The process's id."""
+        ...
 
     def send(self, message: frames.ToEngine) -> None:
         """Send a message; into the void if the process is gone."""
@@ -51,7 +58,7 @@ Spawn = Callable[[Sequence[str]], Awaitable[Link]]
 async def spawn(command: Sequence[str]) -> Link:
     """Start a command; its last argument is the file descriptor of its end of the line."""
     ours, theirs = socket.socketpair()
-    with theirs:
+    with theirs, _held(signal.SIGINT, signal.SIGTERM):  # until it ignores them: they are its parent's to hear
         process = subprocess.Popen(
             [*command, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
@@ -60,6 +67,16 @@ async def spawn(command: Sequence[str]) -> Link:
         )
     reader, writer = await asyncio.open_connection(sock=ours, limit=2**20)
     return _Process(process, reader, writer)
+
+
+@contextmanager
+def _held(*signals: signal.Signals) -> Iterator[None]:
+    """What is started here has these signals wait."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
@@ -76,6 +93,10 @@ class _Process:
         self._process = process
         self._reader = reader
         self._writer = writer
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
 
     def send(self, message: frames.ToEngine) -> None:
         if not self._writer.is_closing():

@@ -92,6 +92,20 @@ class Load(Value, frozen=True):
     waiting: int = 0
 
 
+class Meter(Value, frozen=True):
+    """What an engine's last pass computed, and how full it is.
+
+    `tokens` 0: no pass was made. `prompt`: they were a piece of a prompt, else one of each running sequence. `seconds`
+    that the pass took. `held`: tokens whose state running sequences have; `kept`: those that the others left behind.
+    """
+
+    prompt: bool = False
+    tokens: int = 0
+    seconds: float = 0.0
+    held: int = 0
+    kept: int = 0
+
+
 class Infill(Value, frozen=True):
     """A model's own tokens for fill-in-the-middle."""
 

@@ -20,8 +20,9 @@ import msgspec
 from afterword.engine import frames
 from afterword.engine.pending import CRASHES, Pending
 from afterword.engine.process import LLAMA, Link, Spawn, spawn
-from afterword.engine.protocol import Card, Job, Load
+from afterword.engine.protocol import Card, Job, Load, Meter
 from afterword.engine.quarantine import Quarantine
+from afterword.engine.tally import Course, Tally
 from afterword.engine.texts import Texts
 from afterword.engine.watch import TICK, Restarts, Watch
 from afterword.errors import EngineDied, EngineFailure, Overloaded, SettingError, WaitedTooLong
@@ -30,7 +31,7 @@ from afterword.limits import limit
 State = Literal["starting", "ready", "restarting", "failing", "closed"]
 """`restarting`: jobs wait for the next engine. `failing`: too many have died; nothing is accepted until one lives."""
 
-_LATER = "The server is overloaded: too many requests are waiting. Please try again later."
+LATER = "The server is overloaded: too many requests are waiting. Please try again later."
 _FAILING = "The engine cannot be kept running at the moment."
 
 
@@ -77,8 +78,11 @@ class Supervisor:
         self._card: Card | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._load = Load()
+        self._meter = Meter()
+        self.tally = Tally()
         self.state: State = "starting"
         self.restarts = 0
+        self.loaded = 0.0  # the share of the model that the last pulse told, while it is being loaded
 
     # ---- what the rooms above see
 
@@ -97,12 +101,23 @@ class Supervisor:
             self._load, waiting=self._load.waiting + sum(run.job.samples for run in self._line.values())
         )
 
+    @property
+    def meter(self) -> Meter:
+        """What the slots hold."""
+        return self._meter if self.state == "ready" else Meter()
+
+    @property
+    def pid(self) -> int | None:
+        """The id of the engine's process, if there is one."""
+        return self._link.pid if self._link is not None else None
+
     def start(self, job: Job) -> Pending:
         """Accept a job; see `protocol.Engine`. Raises `EngineFailure` for one that has killed the engine."""
         self._check(job, waiting=len(self._runs), room=self.card.sequences)
-        run = Pending(self, next(self._names), job, self._clock())
+        now = self._clock()
+        run = Pending(self, next(self._names), job, now, Course(self.tally, job, now, self._clock))
         if self._waiting_tokens and self._waiting_tokens + run.size > self._policy.queue_tokens:
-            raise Overloaded(_LATER)
+            raise Overloaded(LATER)
         self._waiting_tokens += run.size
         self._runs[run.name] = self._line[run.name] = run
         self._feed()
@@ -131,7 +146,7 @@ class Supervisor:
         if self.state == "failing":
             raise Overloaded(_FAILING, retry_after=30)
         if waiting >= self._policy.queue + room:
-            raise Overloaded(_LATER)
+            raise Overloaded(LATER)
 
     # ---- life
 
@@ -155,8 +170,10 @@ class Supervisor:
         self._watch.started()
         self._link = link = await self._spawn()
         link.send(self._settings)
+        self.loaded = 0.0
         while isinstance(first := await link.receive(), frames.Pulse):
             self._watch.heard(first)
+            self.loaded = first.loaded
         if not isinstance(first, frames.Ready):
             code = await link.bury()
             raise SettingError(
@@ -165,7 +182,7 @@ class Supervisor:
                 else f"The engine's process ended while it was loading {self._settings.path} (exit status {code})."
             )
         self._watch.heard(first)
-        self._card, self._load = first.card, Load(first.card.sequences)
+        self._card, self._load, self._meter = first.card, Load(first.card.sequences), Meter()
         self.state = "ready"
         self._texts.ask_again()
         self._feed()
@@ -197,6 +214,7 @@ class Supervisor:
             self._fail_all(Overloaded(_FAILING, retry_after=30))
         await asyncio.sleep(pause)
         self.restarts += 1
+        self.tally.restarts += 1
         try:
             await self._launch()
         except (SettingError, OSError):
@@ -274,7 +292,8 @@ class Supervisor:
         return self._texts.suspected or not tried
 
     def _take(self, message: frames.Pass) -> None:
-        self._load = message.load
+        self._load, self._meter = message.load, message.meter
+        self.tally.passed(message.meter)
         for name, step in message.steps.items():
             run = self._runs.get(name)
             if run is None:

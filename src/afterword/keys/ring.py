@@ -72,6 +72,12 @@ class Ring:
         account = self._opens.get(digest(text))
         return account if account is not None and account.key.state(self._wall()) == "active" else None
 
+    def account(self, key: str) -> Account | None:
+        """Whose key has an id, if it opens the server."""
+        found = (account for account in self._opens.values() if account.key.id == key)
+        account = next(found, None)
+        return account if account is not None and account.key.state(self._wall()) == "active" else None
+
     def wait(self, peer: str, account: Account | None) -> int:
         """Nanoseconds until this address may show a key again, 0 for now; `account` is whose key it has shown."""
         return self._throttle.wait(peer, account.key.id if account else None, self.clock())

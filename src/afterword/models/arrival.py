@@ -48,6 +48,12 @@ def difference(path: Path, listed: Listed) -> str | None:
     return None
 
 
+def left_over(cache: Path, repository: str) -> int:
+    """Bytes that are here already of downloads that were broken off, and will be taken up."""
+    folders = cache.glob(f".pull--{repository.replace('/', '--')}--{socket.gethostname()}--*")
+    return sum(path.stat().st_size for folder in folders for path in folder.rglob("*.part"))
+
+
 def _folder(cache: Path, repository: str) -> Path:
     """A new one, or one that nobody uses any more: renaming it decides between several who want it."""
     begin = f".pull--{repository.replace('/', '--')}--{socket.gethostname()}--"

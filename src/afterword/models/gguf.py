@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from afterword.errors import SettingError
+from afterword.errors import OtherKind, SettingError
 from afterword.models.header import TOKENS, Header, read_header
 from afterword.models.sound import check_sound
 
@@ -63,7 +63,7 @@ def read_facts(path: Path | str) -> Facts:
     headers = [first, *map(read_header, later)]
     tensor_count = sum(header.tensors for header in headers)
     if tensor_count == 0:
-        raise SettingError(f"{path} holds a vocabulary but no weights.")
+        raise OtherKind(f"{path} holds a vocabulary but no weights.")
     heads = keys.number("attention.head_count", 0)
     embedding = keys.number("embedding_length")
     head_length = embedding // heads if heads else 0
@@ -130,9 +130,9 @@ class _Keys:
         return int(largest)
 
     def check_kind(self) -> None:
-        kind = self.text("general.type") or "model"
+        kind = "projector" if self.architecture == "clip" else self.text("general.type") or "model"
         if kind != "model":
-            raise SettingError(f"{self.path} is of the kind {kind!r}, not a language model.")
+            raise OtherKind(f"{self.path} is of the kind {kind!r}, not a language model.")
 
     def check_split(self) -> int:
         """The number of files of the model; SettingError if this is not the first of them."""

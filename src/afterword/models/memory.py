@@ -5,7 +5,8 @@ The choice is arithmetic on Facts and a number of bytes; only `available_memory`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -44,17 +45,29 @@ def choose_shape(
 
     `kv_bytes` is the size of one element of a key or a value.
     """
-    _check_settings(facts, context, parallel)
-    usual = min(facts.context_length, MOST_CONTEXT) if facts.context_length else UNKNOWN_CONTEXT
-    shape = _shape(facts, context or usual, parallel or MOST_PARALLEL, kv_bytes)
-    while shape.needed_bytes > available_bytes:
-        if parallel is None and shape.parallel > 1:
-            shape = _shape(facts, shape.context, shape.parallel // 2, kv_bytes)
-        elif context is None and shape.context > LEAST_CONTEXT:
-            shape = _shape(facts, max(shape.context // 2, LEAST_CONTEXT), shape.parallel, kv_bytes)
-        else:
-            raise SettingError(_does_not_fit(shape, available_bytes))
-    return shape
+    return choose_shapes([(facts, kv_bytes)], available_bytes, context, parallel)[0]
+
+
+def choose_shapes(
+    models: Sequence[tuple[Facts, int]], available_bytes: int, context: int | None, parallel: int | None
+) -> list[Shape]:
+    """The same for several models that are loaded together, each with its `kv_bytes`: the largest gives way first."""
+    for facts, _ in models:
+        _check_settings(facts, context, parallel)
+    shapes = [_shape(facts, context or usual_context(facts), parallel or MOST_PARALLEL, size) for facts, size in models]
+    while sum(shape.needed_bytes for shape in shapes) > available_bytes:
+        smaller = {place: _smaller(shape, context, parallel) for place, shape in enumerate(shapes)}
+        places = [place for place, shape in smaller.items() if shape is not None]
+        if not places:
+            raise SettingError(_do_not_fit(shapes, available_bytes))
+        place = max(places, key=lambda place: shapes[place].kv_bytes)
+        shapes[place] = smaller[place] or shapes[place]
+    return shapes
+
+
+def usual_context(facts: Facts) -> int:
+    """The tokens of one sequence, where memory sets no bounds."""
+    return min(facts.context_length, MOST_CONTEXT) if facts.context_length else UNKNOWN_CONTEXT
 
 
 def available_memory() -> int:
@@ -80,6 +93,24 @@ def cgroup_room(folder: Path) -> int | None:
     return max(0, limit - max(0, used - cache))
 
 
+def _smaller(shape: Shape, context: int | None, parallel: int | None) -> Shape | None:
+    """The next smaller one, where that is ours to choose."""
+    if parallel is None and shape.parallel > 1:
+        return _resized(shape, shape.context, shape.parallel // 2)
+    if context is None and shape.context > LEAST_CONTEXT:
+        return _resized(shape, max(shape.context // 2, LEAST_CONTEXT), shape.parallel)
+    return None
+
+
+def _resized(shape: Shape, context: int, parallel: int) -> Shape:
+    return replace(
+        shape,
+        context=context,
+        parallel=parallel,
+        kv_bytes=shape.kv_bytes // (shape.context * shape.parallel) * context * parallel,
+    )
+
+
 def _shape(facts: Facts, context: int, parallel: int, kv_bytes: int) -> Shape:
     return Shape(context, parallel, facts.size_bytes, context * parallel * facts.kv_bytes_per_token(kv_bytes))
 
@@ -97,7 +128,14 @@ def _check_settings(facts: Facts, context: int | None, parallel: int | None) -> 
         raise SettingError(f"{parallel} parallel sequences cannot be had; set from 1 to {PARALLEL_LIMIT}.")
 
 
-def _does_not_fit(shape: Shape, available: int) -> str:
+def _do_not_fit(shapes: Sequence[Shape], available: int) -> str:
+    if len(shapes) > 1:
+        return (
+            f"The {len(shapes)} models need {_gib(sum(shape.needed_bytes for shape in shapes))} of memory together, "
+            f"and {_gib(available)} are available; choose fewer or smaller ones, or let them take turns with "
+            "--keep-alive 5m."
+        )
+    (shape,) = shapes
     weights = Shape(0, 0, shape.weights_bytes, 0)
     if weights.needed_bytes > available:
         needs = f"The model needs {_gib(weights.needed_bytes)}"

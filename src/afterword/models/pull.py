@@ -1,6 +1,6 @@
 """Download a model from the Hub into the Hub's own cache, and check it before anyone loads it.
 
-The only file that reaches the network. What is already there costs no connection; every trouble ends in a
+Only this file and `fetch` reach the network. What is already there costs no connection; every trouble ends in a
 SettingError that says what the operator can do.
 """
 
@@ -10,36 +10,69 @@ import contextlib
 import difflib
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 from afterword.errors import SettingError
-from afterword.models.arrival import Listed, arriving, difference
+from afterword.models.arrival import Listed, arriving, left_over
+from afterword.models.fetch import SILENT, Watcher, endpoint, fetch
 from afterword.models.gguf import part_names, read_facts
-from afterword.models.registry import HubFile, Model, Spec, cache_folder, choose_file, locate
+from afterword.models.names import model_files
+from afterword.models.registry import (
+    HubFile,
+    LocalFile,
+    Model,
+    Spec,
+    cache_folder,
+    choose_file,
+    locate,
+    parse_spec,
+)
 
 RESERVE = 256 << 20  # bytes of disk that a download leaves free
 
 
-def pull(spec: Spec) -> Model:
+def wanted(text: str) -> HubFile:
+    """The Hub's file that somebody wants to have; `hf:` may be left out. Raises `SettingError`."""
+    spec = parse_spec(text)
+    if isinstance(spec, HubFile):
+        return spec
+    if isinstance(spec, LocalFile) and not spec.path.exists():
+        bare = text.removesuffix(".gguf") == text and not text.startswith((".", "/", "~"))
+        if bare and "/" in text:
+            return wanted(f"hf:{text}")
+        if bare and not _offline() and (found := _search(text.partition(":")[0], gguf=True)):
+            raise SettingError(f"{text} lacks its owner. The Hub has it at {', '.join(found[:5])}.")
+    raise SettingError(f"{text} is not on the Hub; write hf:owner/repo.")
+
+
+def pull(spec: Spec, watcher: Watcher = SILENT) -> Model:
     """Make the model present and sound, downloading it if need be; SettingError if that cannot be done."""
     if not isinstance(spec, HubFile):
         return _checked(locate(spec))
     with contextlib.suppress(SettingError):  # absent, ambiguous here, or damaged: the Hub knows better
         return _checked(locate(spec))
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    if _offline():
         raise SettingError(f"{spec} is not on this machine, and HF_HUB_OFFLINE forbids fetching it.")
     with _told_plainly(spec):
         files = _list_files(spec.repository)
+    if not model_files(files):
+        raise SettingError(f"{spec.repository} holds no GGUF model.{_others(spec.repository)}")
     names = part_names(choose_file(files, spec))
+    if not spec.wanted and len(model_files(files)) > 1:
+        watcher.chosen(names[0], [name for name in model_files(files) if name != names[0]])
     if missing := [name for name in names if name not in files]:
         raise SettingError(f"{spec.repository} lacks {missing[0]}, a part of the model; choose another file.")
-    _check_disk(sum(files[name].size for name in names), spec)
+    _check_disk(sum(files[name].size for name in names) - left_over(cache_folder(), spec.repository), spec)
     with _told_plainly(spec), arriving(cache_folder(), spec.repository) as folder:
         for name in names:
-            _fetch(spec.repository, name, files[name], folder)
+            fetch(spec.repository, name, files[name], folder, watcher)
     return _checked(locate(HubFile(spec.repository, names[0])))
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _checked(model: Model) -> Model:
@@ -47,29 +80,12 @@ def _checked(model: Model) -> Model:
     return model
 
 
-def _endpoint() -> str | None:
-    return os.environ.get("HF_ENDPOINT") or None  # read here, as the library reads it once, at import
-
-
 def _list_files(repository: str) -> dict[str, Listed]:
     """Every file of a repository on the Hub."""
     from huggingface_hub import HfApi
 
-    files = HfApi(endpoint=_endpoint()).model_info(repository, files_metadata=True).siblings or []
+    files = HfApi(endpoint=endpoint()).model_info(repository, files_metadata=True).siblings or []
     return {file.rfilename: Listed(file.size or 0, file.lfs.sha256 if file.lfs else None) for file in files}
-
-
-def _fetch(repository: str, name: str, listed: Listed, folder: Path) -> None:
-    """Download one file; one that is not as it was listed is downloaded once more."""
-    from huggingface_hub import hf_hub_download
-
-    for force in (False, True):
-        path = hf_hub_download(repository, name, cache_dir=folder, endpoint=_endpoint(), force_download=force)
-        wrong = difference(Path(path), listed)
-        if wrong is None:
-            return
-    Path(path).resolve().unlink()
-    raise SettingError(f"{name} {wrong}; pull it again later.")
 
 
 def _check_disk(needed: int, spec: HubFile) -> None:
@@ -98,7 +114,8 @@ def _sentence(spec: HubFile, error: Exception) -> str:
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
-        return f"{spec.repository} is open only to those whom its owner admits; ask there, then set HF_TOKEN."
+        place = f"{endpoint() or 'https://huggingface.co'}/{spec.repository}"
+        return f"{spec.repository} is open only to those whom its owner admits; ask at {place}, then set HF_TOKEN."
     if isinstance(error, errors.RepositoryNotFoundError):
         hint = f"check the spelling{_suggestion(spec.repository)}, or set HF_TOKEN if it is private"
         return f"The Hub shows no repository {spec.repository}; {hint}."
@@ -113,11 +130,23 @@ def _sentence(spec: HubFile, error: Exception) -> str:
 
 def _suggestion(repository: str) -> str:
     """Repositories on the Hub with a similar name, as a parenthesis, or nothing."""
+    close = difflib.get_close_matches(repository, _search(repository.partition("/")[2]), n=3)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
+
+
+def _others(repository: str) -> str:
+    """Repositories with GGUF files of the same model, as the end of a sentence."""
+    name = re.sub(r"-gguf$", "", repository.partition("/")[2], flags=re.IGNORECASE)
+    found = [each for each in _search(name, gguf=True) if each != repository][:5]
+    return f" The Hub has it at {', '.join(found)}." if found else ""
+
+
+def _search(name: str, gguf: bool = False) -> list[str]:
+    """Repositories whose names contain a word, those first that are downloaded most. Empty if the Hub does not say."""
     from huggingface_hub import HfApi
 
     with contextlib.suppress(Exception):  # a courtesy, not worth a second error
-        name = repository.partition("/")[2]
-        known = [model.id for model in HfApi(endpoint=_endpoint()).list_models(search=name, limit=50)]
-        if close := difflib.get_close_matches(repository, known, n=3):
-            return f" (did you mean {' or '.join(close)}?)"
-    return ""
+        api = HfApi(endpoint=endpoint())
+        kind = "gguf" if gguf else None
+        return [each.id for each in api.list_models(search=name, filter=kind, sort="downloads", limit=50)]
+    return []

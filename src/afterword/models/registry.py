@@ -7,6 +7,9 @@ Knows folders and file names, and the layout of the Hub's cache; it opens no mod
     hf:owner/repo               the best-suited file of a repository on the Hub
     hf:owner/repo:Q4_K_M        its file of this quantisation
     hf:owner/repo:file.gguf     this very file
+    ollama:name[:tag]           a model of Ollama's
+    lmstudio:publisher/repo     the best-suited file of a repository that LM Studio has downloaded
+    lmstudio:publisher/repo/file   this very file
     anything else               the path of a GGUF file
 """
 
@@ -16,23 +19,23 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Literal
 
 from afterword.errors import SettingError
-from afterword.models.gguf import is_later_part, part_names, split_stem
+from afterword.models import stores
+from afterword.models.gguf import part_names, split_stem
+from afterword.models.names import is_safe, matching, model_files, near, quant_of
 
 BUILTIN = "afterword-tiny"
-PREFERRED = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "F16", "BF16")
-
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-FILE = re.compile(r'[^/\\:*?"<>|\x00-\x1f]+(/[^/\\:*?"<>|\x00-\x1f]+)*')
-QUANT = re.compile(
-    r"(?<![A-Za-z0-9])((?:UD-)?I?Q\d(?:_\w+)?|BF16|F16|F32|FP16|FP32|MXFP4|NVFP4|TQ\d_\d)(?![A-Za-z0-9])",
-    re.IGNORECASE,
-)
+
+Source = Literal["built-in", "hub", "ollama", "lmstudio", "file"]
+Store = Literal["ollama", "lmstudio"]
+STORES: tuple[Store, ...] = ("ollama", "lmstudio")
+_PREFIXES: dict[Source, str] = {"hub": "hf:", "ollama": "ollama:", "lmstudio": "lmstudio:"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,28 +55,51 @@ class HubFile:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreModel:
+    """A model in another program's store, by its name there."""
+
+    store: Store
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.store}:{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
 class LocalFile:
     """A GGUF file by its path."""
 
     path: Path
 
 
-Spec = BuiltIn | HubFile | LocalFile
+Spec = BuiltIn | HubFile | StoreModel | LocalFile
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model on the disk: the name clients use for it, its (first) file, and where it came from."""
+    """A model on the disk: the name clients use for it, its (first) file, and where it came from.
+
+    `problem`: why it cannot be used, as a sentence.
+    """
 
     id: str
     path: Path
-    source: Literal["built-in", "hub", "file"]
+    source: Source
+    problem: str | None = None
+
+    @property
+    def spec(self) -> str:
+        """What finds it again."""
+        return str(self.path) if self.source == "file" else f"{_PREFIXES.get(self.source, '')}{self.id}"
 
 
 def parse_spec(text: str | None) -> Spec:
     """What `text` names, whether or not it exists; SettingError if it can name nothing."""
     if text is None or text == BUILTIN:
         return BuiltIn()
+    for store in STORES:
+        if text.startswith(f"{store}:"):
+            return StoreModel(store, text.removeprefix(f"{store}:"))
     if not text.startswith("hf:"):
         if not text:
             raise SettingError("The model's name is empty.")
@@ -91,6 +117,8 @@ def locate(spec: Spec) -> Model:
             return _builtin()
         case HubFile():
             return _in_cache(spec)
+        case StoreModel():
+            return _in_store(spec)
         case LocalFile(path):
             if not os.path.isfile(path):  # unlike Path.is_file, it never raises
                 raise SettingError(_missing(path))
@@ -98,18 +126,18 @@ def locate(spec: Spec) -> Model:
 
 
 def installed() -> list[Model]:
-    """The built-in model and every model in the Hub's cache, one entry for each id."""
-    models = [_builtin()] if builtin_path().is_file() else []
-    for folder in sorted(cache_folder().glob("models--*--*")):
-        repository = folder.name.removeprefix("models--").replace("--", "/", 1)
-        found: dict[str, Model] = {}
-        for snapshot in _snapshots(repository):
-            names = _complete(snapshot)
-            for name in names:
-                model = _hub_model(repository, snapshot, name, names)
-                found.setdefault(model.id, model)
-        models += found.values()
-    return models
+    """Every model on this machine that has a name, one entry for each."""
+    return [model for model in present() if model.problem is None]
+
+
+def present() -> list[Model]:
+    """The same, and what is there in part."""
+    return [
+        *([_builtin()] if builtin_path().is_file() else []),
+        *_cached(),
+        *(_stored("ollama", model) for model in stores.ollama()),
+        *(_stored("lmstudio", model) for model in stores.lmstudio()),
+    ]
 
 
 def builtin_path() -> Path:
@@ -130,7 +158,7 @@ def choose_file(names: Iterable[str], spec: HubFile) -> str:
     models = model_files(names)
     if not models:
         raise SettingError(f"{spec.repository} holds no GGUF model; look for a repository named …-GGUF.")
-    found = _matching(models, spec.wanted)
+    found = matching(models, spec.wanted)
     if len(found) == 1:
         return found[0]
     problem = "has several files that fit" if found else f"has no file that fits {spec.wanted!r}"
@@ -138,44 +166,9 @@ def choose_file(names: Iterable[str], spec: HubFile) -> str:
     raise SettingError(f"{spec.repository} {problem}; write hf:{spec.repository}:FILE for one of: {listing}.")
 
 
-def model_files(names: Iterable[str]) -> list[str]:
-    """The language models among a repository's files: no projectors, calibration data or later parts."""
-    return sorted(
-        name
-        for name in names
-        if name.lower().endswith(".gguf")
-        and is_safe(name)
-        and not is_later_part(name)
-        and not re.search("mmproj|imatrix", name.rpartition("/")[2], re.IGNORECASE)
-    )
-
-
-def is_safe(name: str) -> bool:
-    """Whether a file name from outside stays inside the folder that it is joined to."""
-    return FILE.fullmatch(name) is not None and ".." not in name
-
-
-def _matching(models: Sequence[str], wanted: str) -> list[str]:
-    if wanted.lower().endswith(".gguf"):
-        return [name for name in models if wanted in (name, name.rpartition("/")[2])]
-    if wanted:
-        exact = [name for name in models if _quant(name).upper() == wanted.upper()]
-        return exact or [name for name in models if wanted.lower() in name.lower()]
-    for quant in PREFERRED:
-        if found := [name for name in models if _quant(name) == quant]:
-            return found
-    return list(models)
-
-
-def _quant(name: str) -> str:
-    """The quantisation in a file's name, in capitals, or nothing."""
-    found = QUANT.findall(name)
-    return found[-1].upper().replace("FP16", "F16").replace("FP32", "F32") if found else ""
-
-
 def _hub_model(repository: str, snapshot: Path, name: str, names: Sequence[str]) -> Model:
-    quant = _quant(name)
-    unique = quant and sum(_quant(other) == quant for other in names) == 1
+    quant = quant_of(name)
+    unique = quant and sum(quant_of(other) == quant for other in names) == 1
     return Model(f"{repository}:{quant if unique else name}", snapshot / name, "hub")
 
 
@@ -185,12 +178,72 @@ def _builtin() -> Model:
     return Model(BUILTIN, builtin_path(), "built-in")
 
 
+def _cached() -> Iterator[Model]:
+    """The models in the Hub's cache."""
+    for folder in sorted(cache_folder().glob("models--*--*")):
+        repository = folder.name.removeprefix("models--").replace("--", "/", 1)
+        found: dict[str, Model] = {}
+        for snapshot in _snapshots(repository):
+            names = _complete(snapshot)
+            whole = [_hub_model(repository, snapshot, name, names) for name in names]
+            for model in (*whole, *_incomplete(repository, snapshot)):
+                if model.id not in found or (found[model.id].problem and not model.problem):
+                    found[model.id] = model
+        yield from sorted(found.values(), key=lambda model: model.problem is not None)
+
+
+def _incomplete(repository: str, snapshot: Path) -> Iterator[Model]:
+    """What one revision has lost parts of."""
+    files = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if not path.is_dir()]
+    for name in model_files(files):
+        missing = [part for part in part_names(name) if not (snapshot / part).is_file()]
+        if missing:
+            problem = f"{missing[0]} is missing; run `afterword pull hf:{repository}:{name}`."
+            yield replace(_hub_model(repository, snapshot, name, model_files(files)), problem=problem)
+
+
+def _stored(store: Store, model: stores.Stored) -> Model:
+    return Model(model.name, model.path, store, model.problem)
+
+
 def _in_cache(spec: HubFile) -> Model:
     for snapshot in _snapshots(spec.repository):
         names = _complete(snapshot)
-        if _matching(names, spec.wanted):
+        if matching(names, spec.wanted):
             return _hub_model(spec.repository, snapshot, choose_file(names, spec), names)
-    raise SettingError(f"{spec} is not on this machine; run `afterword pull {spec}` first.")
+    raise SettingError(f"{spec} is not on this machine; run `afterword pull {spec}` first{_or(_near(str(spec)))}.")
+
+
+def _in_store(spec: StoreModel) -> Model:
+    models = {model.id: model for model in present() if model.source == spec.store}
+    if spec.store == "ollama":
+        found = [name for name in (spec.name, f"{spec.name}:latest") if name in models][:1]
+    else:
+        name = spec.name.removesuffix(".gguf")
+        within = [each for each in models if each.startswith(f"{name}/") and not models[each].problem]
+        found = [name] if name in models else matching(within, "")
+    if len(found) > 1:
+        raise SettingError(f"{spec} has several files; write one of: {', '.join(models[name].spec for name in found)}.")
+    if not found:
+        here = ", ".join(model.spec for model in models.values()) or "none"
+        hint = _did_you_mean(_near(str(spec)))
+        raise SettingError(f"{spec} is not on this machine{hint}. Of {spec.store}'s are here: {here}.")
+    model = models[found[0]]
+    if model.problem:
+        raise SettingError(f"{model.spec} cannot be used: {model.problem}")
+    return model
+
+
+def _near(name: str) -> list[str]:
+    return near(name, [model.spec for model in installed()])
+
+
+def _or(names: Sequence[str]) -> str:
+    return f", or take what is here: {' or '.join(names)}" if names else ""
+
+
+def _did_you_mean(names: Sequence[str]) -> str:
+    return f"; did you mean {' or '.join(names)}?" if names else ""
 
 
 def _snapshots(repository: str) -> Iterator[Path]:
@@ -213,6 +266,8 @@ def _missing(path: Path) -> str:
         models = ", ".join(_models_in(path))
         return f"{path} is a folder; " + (f"name a file in it: {models}." if models else "it holds no GGUF model.")
     if close := difflib.get_close_matches(path.name, _models_in(path.parent), n=3, cutoff=0.5):
+        return f"{path} does not exist; did you mean {' or '.join(close)}?"
+    if path.suffix.lower() != ".gguf" and (close := _near(path.as_posix())):
         return f"{path} does not exist; did you mean {' or '.join(close)}?"
     repository = str(path).partition(":")[0]
     if REPOSITORY.fullmatch(repository) and not repository.lower().endswith(".gguf"):

@@ -11,7 +11,7 @@ from afterword.engine.core.batch import Batch, Logits, Row, Runner
 from afterword.engine.core.sampler import Sampler
 from afterword.engine.core.scheduler import LEAST_PASS, Begun, Scheduler
 from afterword.engine.core.sequence import Sequence
-from afterword.engine.protocol import End, Job, Load, Step, Token
+from afterword.engine.protocol import End, Job, Load, Meter, Step, Token
 
 PASS_SECONDS = 0.25
 """How long prompts may be computed at a time while others wait; up to twice as long while few sequences run."""
@@ -38,6 +38,7 @@ class Loop:
         self._sampler = Sampler()
         self._clock = clock
         self._pace: float | None = None  # tokens of a prompt in a second, as measured
+        self._made: tuple[bool, int, float] = (False, 0, 0.0)  # the last pass, see `Meter`
 
     def start(self, run: int, job: Job) -> None:
         """Take a job; its steps come out of `step` under the name `run`."""
@@ -54,6 +55,11 @@ class Loop:
     def load(self) -> Load:
         """How busy the engine is."""
         return self._scheduler.load()
+
+    def meter(self) -> Meter:
+        """The pass that was made since this was last asked, and how full the slots are."""
+        made, self._made = self._made, (False, 0, 0.0)
+        return Meter(*made, *self._scheduler.filled())
 
     def check(self) -> None:
         """Raise `AssertionError` unless scheduler, slots and runner agree about every token. For when it is idle."""
@@ -74,7 +80,10 @@ class Loop:
         drafts: defaultdict[int, _Draft] = defaultdict(_Draft)
         start = self._clock()
         logits = self._runner.run(batch)
-        self._measure(batch, self._clock() - start)
+        seconds = self._clock() - start
+        self._measure(batch, seconds)
+        prompt = self._scheduler.at(batch.rows[0].slot).catching_up
+        self._made = (prompt, sum(len(row.tokens) for row in batch.rows), seconds)
         first = 0
         for row in batch.rows:
             sequence = self._scheduler.at(row.slot)

@@ -145,6 +145,11 @@ class Scheduler:
         queued = sum(len(work.queued) for work in self._works.values())
         return Load(len(self._slots), len(self._held), waiting + queued)
 
+    def filled(self) -> tuple[int, int]:
+        """Tokens in the slots of sequences, and in those that nobody uses."""
+        held = sum(slot.length for slot in self._held)
+        return held, sum(slot.length for slot in self._slots) - held
+
     def check(self) -> dict[int, int]:
         """How many tokens a runner should hold in each slot; unknown for those that a move still to be made changes.
 

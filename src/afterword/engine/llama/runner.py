@@ -133,7 +133,12 @@ def _load(settings: Open, tell: Callable[[float], None]) -> object:
     params = native.llama_model_default_params()
     params.n_gpu_layers = settings.gpu_layers
     params.use_extra_bufts = settings.repack
-    going_on = native.llama_progress_callback(lambda share, _: tell(share) or True)
+
+    @native.llama_progress_callback  # type: ignore[untyped-decorator]
+    def going_on(share: float, _: object) -> bool:
+        tell(share)
+        return True
+
     params.progress_callback = going_on
     model = native.llama_model_load_from_file(os.fsencode(settings.path), params)
     if not model:

@@ -1,0 +1,114 @@
+"""`/v1/files`: what batches are read from and written to. A file belongs to the key that it came with."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+
+from afterword.api.models import json_answer
+from afterword.api.query import Query
+from afterword.api.service import Service
+from afterword.api.upload import uploaded
+from afterword.api.visit import visit_of
+from afterword.batch.manager import Manager
+from afterword.batch.shelf import File, Order, new_id
+from afterword.errors import RequestError
+
+MOST = 10_000
+"""Files in one list."""
+FIELDS = ("file", "purpose")
+PURPOSES = ("batch", "batch_output")
+_PARTS = (b"range", b"if-range")  # headers that ask for a part of a file: it comes whole
+
+
+async def create(request: Request) -> Response:
+    """Take in a file."""
+    manager = manager_of(request)
+    async with uploaded(request, manager.shelf, manager.limits.max_upload) as form:
+        for name in form.fields:
+            if name not in FIELDS:
+                raise RequestError(f"Unrecognized request argument supplied: {name[:64]}", param=name[:64])
+        if form.name is None:
+            raise RequestError("'file' is required: a file in the form.", param="file")
+        if form.fields.get("purpose") != "batch":
+            raise RequestError("'purpose' must be 'batch': files are for nothing else here.", param="purpose")
+        key = visit_of(request.scope).key
+        file = File(new_id("file-"), key, form.name, "batch", form.size, int(manager.clock()))
+        await asyncio.to_thread(manager.shelf.add, file, form.place, manager.limits.max_stored)
+    return json_answer(described(file))
+
+
+async def list_files(request: Request) -> Response:
+    """Some of a key's files."""
+    query = Query(request, ("after", "limit", "order", "purpose"))
+    purpose = query.choice("purpose", (*PURPOSES, ""), "") or None
+    order: Order = "asc" if query.choice("order", ("asc", "desc"), "desc") == "asc" else "desc"
+    most = query.number("limit", 1, MOST, MOST)
+    shelf = manager_of(request).shelf
+    if not shelf.exists:
+        return json_answer(listed([], False))
+    after = query.text("after")
+    key = visit_of(request.scope).key
+    files, more = await asyncio.to_thread(shelf.files, key, after, most, order, purpose)
+    return json_answer(listed([described(file) for file in files], more))
+
+
+async def get_file(request: Request) -> Response:
+    """What is known of one file."""
+    return json_answer(described(await _file(request)))
+
+
+async def get_content(request: Request) -> Response:
+    """What is in it."""
+    file = await _file(request)
+    place = manager_of(request).shelf.contents(file.id)
+    request.scope["headers"] = [header for header in request.scope["headers"] if header[0] not in _PARTS]
+    return FileResponse(place, media_type="application/octet-stream")
+
+
+async def delete(request: Request) -> Response:
+    """Remove one file."""
+    file = await _file(request)
+    await asyncio.to_thread(manager_of(request).shelf.remove, file.key, file.id)
+    return json_answer({"id": file.id, "object": "file", "deleted": True})
+
+
+def described(file: File) -> dict[str, Any]:
+    """The API's file object."""
+    return {
+        "id": file.id,
+        "object": "file",
+        "bytes": file.size,
+        "created_at": file.created,
+        "filename": file.name,
+        "purpose": file.purpose,
+        "status": "processed",
+    }
+
+
+def listed(items: list[dict[str, Any]], more: bool) -> dict[str, Any]:
+    """The API's list object."""
+    first, last = (items[0]["id"], items[-1]["id"]) if items else (None, None)
+    return {"object": "list", "data": items, "first_id": first, "last_id": last, "has_more": more}
+
+
+def manager_of(request: Request) -> Manager:
+    """The server's batches."""
+    service: Service = request.app.state.service
+    assert service.batches is not None  # a process without a server has nobody who asks
+    return service.batches
+
+
+async def _file(request: Request) -> File:
+    shelf = manager_of(request).shelf
+    if not shelf.exists:
+        raise missing("file")
+    return await asyncio.to_thread(shelf.file, visit_of(request.scope).key, request.path_params["id"])
+
+
+def missing(kind: str) -> RequestError:
+    """There is nothing of that ID, and no folder is made to find that out."""
+    return RequestError(f"There is no {kind} of that ID.", code="not_found", status=404)

@@ -1,0 +1,108 @@
+"""What is written for a row: OpenAI's batch output, in bytes that depend on the row and its answer alone. Pure.
+
+Ids come from the row, times from the job. How much of a prompt was in a cache depends on what else ran, so that is
+left out: `usage.prompt_tokens_details` is told in sums, not in rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from afterword.batch.rows import Fault, Row
+
+Again = bool | float
+"""Whether another try is worth it; a number: not before so many seconds."""
+
+_encode = msgspec.json.encode
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a server says. Status 0: nothing. `again`: waiting cures it, however long that takes."""
+
+    status: int
+    body: bytes
+    again: Again = False
+    tried: bool = False  # a failure of the server, worth some tries
+
+    @property
+    def good(self) -> bool:
+        """Whether it is an answer."""
+        return 200 <= self.status < 300
+
+
+Ask = Callable[[str, str, bytes], Awaitable[Reply]]
+"""Ask a server: method, path, body."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What is kept of a row: its line of output, and what is added up."""
+
+    line: int
+    good: bool
+    text: bytes
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+
+
+def answered(row: Row, reply: Reply, created: int) -> Answer:
+    """A row with what the server said last."""
+    body, usage = _steady(reply, row.digest, created)
+    response = {"status_code": reply.status, "request_id": f"req_{_id(row.digest, 'request', 32)}", "body": body}
+    text = _line(row.digest, row.custom_id, response, None)
+    prompt, completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
+    details = usage.get("prompt_tokens_details")
+    cached = _count(details, "cached_tokens") if isinstance(details, dict) else 0
+    return Answer(row.line, reply.good, text, prompt, completion, cached)
+
+
+def given_up(row: Row | Fault, code: str, message: str) -> Answer:
+    """A row that no server has answered."""
+    return Answer(row.line, False, _line(row.digest, row.custom_id, None, {"code": code, "message": message}))
+
+
+def faulty(fault: Fault) -> Answer:
+    """A line that is no request."""
+    return given_up(fault, fault.code, fault.message)
+
+
+def batch_id(digest: bytes) -> str:
+    """The id of a row in the output."""
+    return f"batch_req_{_id(digest, 'row', 32)}"
+
+
+def _line(digest: bytes, name: str | None, response: object, error: object) -> bytes:
+    return _encode({"id": batch_id(digest), "custom_id": name, "response": response, "error": error})
+
+
+def _steady(reply: Reply, digest: bytes, created: int) -> tuple[Any, dict[str, Any]]:
+    """A body without what differs from one run to the next, and its usage as it was."""
+    try:
+        body = msgspec.json.decode(reply.body, type=dict[str, msgspec.Raw])
+        usage = msgspec.json.decode(body.get("usage", b"null"))
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        problem = {"message": "The server's answer was not JSON.", "type": "server_error", "param": None, "code": None}
+        return {"error": problem}, {}
+    if not reply.good:
+        return body, {}
+    usage = usage if isinstance(usage, dict) else {}
+    changes: dict[str, Any] = {"id": f"cmpl-{_id(digest, 'completion', 32)}", "created": created}
+    if usage:
+        changes["usage"] = {name: value for name, value in usage.items() if name != "prompt_tokens_details"}
+    return {name: changes.get(name, value) for name, value in body.items()}, usage
+
+
+def _id(digest: bytes, kind: str, length: int) -> str:
+    return hashlib.blake2b(digest, digest_size=length // 2, person=kind.encode()).hexdigest()
+
+
+def _count(values: dict[str, Any], name: str) -> int:
+    value = values.get(name)
+    return value if isinstance(value, int) and value > 0 else 0

@@ -1,0 +1,108 @@
+"""How options are declared and shown in `--help`: in groups, and beside examples. Imports click alone, to start fast.
+
+A command's examples are a block of its docstring after a backspace, which tells click to keep its lines:
+
+    \\b
+    Examples:
+      afterword serve                        # the built-in model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+F = TypeVar("F", bound=Callable[..., Any])
+_VALUES = (
+    (click.types.IntParamType, "N"),
+    (click.types.FloatParamType, "X"),
+    (click.Path, "FILE"),
+    (click.types.StringParamType, "TEXT"),
+)
+
+
+class GroupedOption(click.Option):
+    """An option that `--help` shows under a heading."""
+
+    def __init__(self, *args: Any, group: str, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.group = group
+
+
+class GroupedCommand(click.Command):
+    """A command that shows its options under their headings, in the order in which these first come."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the headings and what is under each; what has none comes last."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        rest: list[tuple[str, str]] = []
+        for each in self.get_params(ctx):
+            record = each.get_help_record(ctx) if isinstance(each, click.Option) else None
+            if record:
+                (groups.setdefault(each.group, []) if isinstance(each, GroupedOption) else rest).append(record)
+        for heading, records in [*groups.items(), ("Other options", rest)]:
+            with formatter.section(heading if groups else "Options"):
+                formatter.write_dl(records)
+
+
+def short_values(command: click.Command) -> None:
+    """Call the values of options by one short word, so that what options mean has room in 80 columns."""
+    for each in command.params:
+        if isinstance(each, click.Option) and not each.is_flag and each.metavar is None:
+            each.metavar = next((word for kind, word in _VALUES if isinstance(each.type, kind)), None)
+
+
+def leaves(command: click.Command, *words: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    """The command itself, or the commands in a group, with the words that lead there."""
+    if isinstance(command, click.Group):
+        for name, each in command.commands.items():
+            yield from leaves(each, *words, name)
+    else:
+        yield words, command
+
+
+def option(group: str, *names: str, **settings: Any) -> Callable[[F], F]:
+    """`click.option` under a heading."""
+    return click.option(*names, cls=GroupedOption, group=group, **settings)
+
+
+def typed(group: str) -> list[str]:
+    """The options of a group that stand on the command line of the command that runs."""
+    ctx = click.get_current_context()
+    options = [each for each in ctx.command.params if isinstance(each, GroupedOption) and each.group == group]
+    return [
+        each.opts[0] for each in options if ctx.get_parameter_source(each.name or "") is ParameterSource.COMMANDLINE
+    ]
+
+
+def engine_options(command: F) -> F:
+    """The options of every command that runs a model."""
+    options = [
+        option(
+            "Engine", "--context", type=int, help="Tokens of one sequence.  [default: from the model and the memory]"
+        ),
+        option(
+            "Engine", "--parallel", type=int, help="Sequences computed together.  [default: 16, or what fits in memory]"
+        ),
+        option(
+            "Engine",
+            "--threads",
+            type=int,
+            help="Threads of each model.  [default: its part of the cores; 1 for small models]",
+        ),
+        option("Engine", "--batch", type=int, default=256, help="Most tokens of a prompt computed in one pass."),
+        option(
+            "Engine",
+            "--kv-type",
+            type=click.Choice(["exact", "f16", "f32"]),
+            help="Keys and values; see docs/reproducibility.md.  [default: exact where it is known to be, else f16]",
+        ),
+        option("Engine", "--gpu-layers", type=int, default=0, help="Layers computed by a GPU; -1 for all of them."),
+        option("Engine", "--verbose", is_flag=True, help="Show what llama.cpp logs."),
+    ]
+    for each in reversed(options):
+        command = each(command)
+    return command

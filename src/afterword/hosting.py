@@ -1,0 +1,143 @@
+"""From specs and settings to engines that can be opened: which files, how much memory each, how they compute.
+
+Opens nothing but the files' headers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import psutil
+
+from afterword.config import GRID, PAIRED_TYPES, REPACKED_TYPES, SMALL_MODEL, EngineSettings, advice, promise
+from afterword.engine import frames
+from afterword.engine.frames import KvType
+from afterword.engine.roster import Offer, Roster
+from afterword.engine.supervisor import Policy, Supervisor
+from afterword.errors import SettingError
+from afterword.models.gguf import Facts, read_facts
+from afterword.models.memory import Shape, available_memory, choose_shapes, usual_context
+from afterword.models.registry import Model, locate, parse_spec
+
+_KV_BYTES = {"exact": 2, "f16": 2, "f32": 4}
+_BUSY = 2  # models that come and go: so many are reckoned to be busy at once
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A model, how it is to be loaded, and the bytes of memory that this takes."""
+
+    model: Model
+    facts: Facts
+    opened: frames.Open
+    needs: int
+
+
+def one(spec: str | None, settings: EngineSettings, policy: Policy) -> tuple[Model, Supervisor]:
+    """A model and its engine, which is not open yet. Raises `SettingError`."""
+    model, facts = _found(spec)
+    return model, Supervisor(open_frame(model, facts, settings), policy)
+
+
+def roster(
+    specs: Sequence[str], aliases: Sequence[str], settings: EngineSettings, keep_alive: float | None, policy: Policy
+) -> Roster:
+    """The models of a server, none of them loaded; without a spec the built-in one. Raises `SettingError`."""
+    models = [_found(spec) for spec in specs or (None,)]
+    names = _names([model.id for model, _ in models], aliases)
+    offers = [
+        Offer(
+            id=name,
+            created=int(fitted.model.path.stat().st_mtime),
+            make=partial(Supervisor, fitted.opened, policy),
+            context=fitted.opened.context,
+            sequences=fitted.opened.sequences,
+            promise=fitted.opened.promise,
+            needs=fitted.needs,
+            tip=None if settings.gpu_layers else advice(fitted.facts.file_type),
+        )
+        for name, fitted in zip(names, fit(models, settings, take_turns=keep_alive is not None), strict=True)
+    ]
+    return Roster(offers, keep_alive=keep_alive, policy=policy, free=available_memory)
+
+
+def open_frame(model: Model, facts: Facts, settings: EngineSettings) -> frames.Open:
+    """Settings with nothing left to choose. Raises `SettingError` if they cannot be met."""
+    return fit([(model, facts)], settings)[0].opened
+
+
+def fit(models: Sequence[tuple[Model, Facts]], settings: EngineSettings, take_turns: bool = False) -> list[Fitted]:
+    """How models that share a machine are to be loaded. Raises `SettingError` if they do not fit.
+
+    `take_turns`: they need not be there together. If they can be, each with its whole context, they are fitted for
+    that; else each gets the memory that it would have alone.
+    """
+    wanted = [(facts, _KV_BYTES[_kv_type(facts, settings)]) for _, facts in models]
+    cores = _cores(min(len(models), _BUSY if take_turns else len(models)))
+    return [
+        Fitted(model, facts, _frame(model, facts, settings, shape, cores), shape.needed_bytes)
+        for (model, facts), shape in zip(models, _shapes(wanted, settings, take_turns), strict=True)
+    ]
+
+
+def _shapes(wanted: Sequence[tuple[Facts, int]], settings: EngineSettings, take_turns: bool) -> list[Shape]:
+    free = available_memory()
+    try:
+        shapes = choose_shapes(wanted, free, settings.context, settings.parallel)
+    except SettingError:
+        if not take_turns:
+            raise
+    else:
+        whole = all(shape.context >= usual_context(facts) for shape, (facts, _) in zip(shapes, wanted, strict=True))
+        if whole or settings.context or not take_turns:
+            return shapes
+    return [choose_shapes([each], free, settings.context, settings.parallel)[0] for each in wanted]
+
+
+def _cores(busy: int) -> int:
+    """For each of so many models: threads beyond the cores would wait for each other most of the time."""
+    return max(1, (psutil.cpu_count(logical=False) or os.cpu_count() or 1) // busy)
+
+
+def _frame(model: Model, facts: Facts, settings: EngineSettings, shape: Shape, cores: int) -> frames.Open:
+    kv_type = _kv_type(facts, settings)
+    promised = promise(facts.file_type, facts.experts, kv_type, settings.gpu_layers)
+    return frames.Open(
+        path=str(model.path),
+        context=shape.context,
+        sequences=shape.parallel,
+        threads=settings.threads or (1 if facts.size_bytes < SMALL_MODEL else cores),
+        chunk=settings.batch,
+        kv_type=kv_type,
+        gpu_layers=settings.gpu_layers,
+        verbose=settings.verbose,
+        grid=1 if promised == "exact" else GRID,
+        repack=promised == "none" or facts.file_type in REPACKED_TYPES,
+        pairs=promised == "exact" and facts.file_type in PAIRED_TYPES,
+        promise=promised,
+    )
+
+
+def _found(spec: str | None) -> tuple[Model, Facts]:
+    model = locate(parse_spec(spec))
+    return model, read_facts(model.path)
+
+
+def _kv_type(facts: Facts, settings: EngineSettings) -> KvType:
+    best = promise(facts.file_type, facts.experts, "exact", settings.gpu_layers)
+    return settings.kv_type or ("exact" if best == "exact" else "f16")
+
+
+def _names(ids: Sequence[str], aliases: Sequence[str]) -> list[str]:
+    """What requests call the models: the aliases in their order, then the files' own names."""
+    if len(aliases) > len(ids):
+        raise SettingError(f"There are {len(aliases)} aliases and {len(ids)} models; give each one, in their order.")
+    names = [*aliases, *ids[len(aliases) :]]
+    (name, count), *_ = Counter(names).most_common(1)
+    if count > 1:
+        raise SettingError(f"{count} models would be called {name}; give each a name with --alias, in their order.")
+    return names

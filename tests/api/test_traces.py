@@ -1,0 +1,165 @@
+"""Spans of requests: what they say and what they never say."""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import json
+import secrets
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+
+import pytest
+from asking import complete
+
+import scripted
+from afterword.api.app import make_app
+from afterword.api.service import Service
+from afterword.config import Config
+from afterword.engine.process import without_secrets
+from afterword.errors import SettingError
+from afterword.keys.ring import Ring
+from afterword.traces import Traces, open_traces
+from door.wire import Engine, Hall, roster
+
+TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+
+
+def spans_of(*requests: tuple[str, dict[str, Any], dict[str, str]], engine: Engine | None = None) -> list[Any]:
+    """The spans of requests (path, body, headers) on a scripted engine."""
+    pytest.importorskip("opentelemetry.sdk", reason="the extra otel is not installed")
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    exporter = InMemorySpanExporter()
+
+    async def ask() -> None:
+        models = roster(engine or Engine(scripted.says("Hello", "Hello"), room=100))
+        hall = Hall(make_app(Service(Config(), models, Ring(()), traces=Traces(exporter))))
+        for path, body, headers in requests:
+            data = json.dumps(body).encode()
+            told = {
+                "Host": "localhost",
+                "Content-Type": "application/json",
+                "Content-Length": str(len(data)),
+                **headers,
+            }
+            head = f"POST {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in told.items())
+            await hall.visitor().say(head.encode() + b"\r\n" + data)
+
+    asyncio.run(ask())
+    return list(exporter.get_finished_spans())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_span_says_what_was_asked_of_which_model_and_how_it_ended(stream):
+    (span,) = spans_of(("/v1/completions", {"prompt": "Hello the cat", "n": 2, "stream": stream}, {}))
+    assert (span.name, span.kind.name, span.status.status_code.name) == ("text_completion scripted", "SERVER", "UNSET")
+    assert dict(span.attributes) == {
+        "http.request.method": "POST",
+        "http.route": "/v1/completions",
+        "http.response.status_code": 200,
+        "gen_ai.operation.name": "text_completion",
+        "gen_ai.provider.name": "afterword",
+        "gen_ai.request.model": "scripted",
+        "gen_ai.response.model": "scripted",
+        "gen_ai.request.choice.count": 2,
+        "gen_ai.response.finish_reasons": ("stop", "stop"),
+        "gen_ai.usage.input_tokens": 3,
+        "gen_ai.usage.output_tokens": 2,
+        "gen_ai.usage.cache_read.input_tokens": 0,
+    }
+    assert [event.name for event in span.events] == ["afterword.begun", "afterword.first_token"]
+    moments = [span.start_time, *(event.timestamp for event in span.events), span.end_time]
+    assert moments == sorted(moments)
+
+
+def test_it_is_part_of_the_callers_trace_if_it_says_of_which():
+    body = {"prompt": "a"}
+    inside, alone, odd = spans_of(
+        ("/v1/completions", body, {"traceparent": f"00-{TRACE}-{SPAN}-01", "tracestate": "a=b"}),
+        ("/v1/completions", body, {}),
+        ("/v1/completions", body, {"traceparent": "00-nonsense"}),
+    )
+    assert f"{inside.context.trace_id:032x}" == TRACE
+    assert f"{inside.parent.span_id:016x}" == SPAN
+    assert inside.context.trace_state["a"] == "b"
+    assert alone.parent is odd.parent is None
+    assert alone.context.trace_id != odd.context.trace_id
+
+
+def test_what_its_caller_does_not_sample_is_not_told():
+    assert spans_of(("/v1/completions", {"prompt": "a"}, {"traceparent": f"00-{TRACE}-{SPAN}-00"})) == []
+
+
+def test_refusals_and_failures():
+    refused, failed = (
+        spans_of(("/v1/completions", {"prompt": "a", "temperature": 9}, {})),
+        spans_of(("/v1/completions", {"prompt": "a"}, {}), engine=Engine(scripted.says("Hello"), dies_after=0)),
+    )
+    assert (refused[0].name, refused[0].status.status_code.name) == ("POST /v1/completions", "UNSET")
+    assert refused[0].attributes["error.type"] == "decimal_above_max_value"
+    assert failed[0].status.status_code.name == "ERROR"
+    assert (failed[0].attributes["error.type"], failed[0].attributes["http.response.status_code"]) == (
+        "server_error",
+        500,
+    )
+
+
+def test_no_word_of_a_caller_is_in_a_span():
+    word = f"canary{secrets.token_hex(8)}"
+    body = {"prompt": word, "stop": [word], "user": word, "cache_salt": word, "suffix": None}
+    spans = spans_of(
+        ("/v1/completions", body, {"User-Agent": word}),
+        ("/v1/completions", {"prompt": "a", "model": word}, {}),
+        (f"/{word}?{word}", body, {}),
+    )
+    assert len(spans) == 3
+    assert not [span for span in spans if word in span.to_json()]
+
+
+def test_they_arrive_at_a_collector(serve, monkeypatch):
+    pytest.importorskip("opentelemetry.sdk", reason="the extra otel is not installed")
+    told: list[tuple[str, bytes]] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told.append((self.path, self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        Thread(target=collector.serve_forever, daemon=True).start()
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
+        with serve("--parallel", "1", "--traces", key=None) as server, server.http() as http:
+            complete(http, prompt="Once", max_tokens=3)
+        collector.shutdown()  # the server has ended, and told what was left before
+    assert {path for path, _ in told} == {"/v1/traces"}
+    assert b"text_completion afterword-tiny" in b"".join(body for _, body in told)
+
+
+def test_without_the_libraries_it_says_what_to_install(monkeypatch):
+    real = builtins.__import__
+
+    def without(name: str, *rest: Any) -> Any:
+        if name.startswith("opentelemetry"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(SettingError, match=r"afterword\[otel\]"), open_traces(True):
+        pass
+    with open_traces(False) as traces:
+        assert traces is None
+
+
+def test_the_engine_is_not_told_how_to_speak_to_the_collector():
+    environment = {
+        "OTEL_EXPORTER_OTLP_HEADERS": "a=b",
+        "OTEL_EXPORTER_OTLP_TRACES_HEADERS": "a=b",
+        "OTEL_SERVICE_NAME": "x",
+    }
+    assert without_secrets(environment) == {"OTEL_SERVICE_NAME": "x"}

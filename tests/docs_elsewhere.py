@@ -1,0 +1,76 @@
+"""The blocks of the documents that the default tests do not always run, and why; by page and first line.
+
+What needs a program that may not be here is run where it is. What needs Python packages that `make clients` installs is
+run by it (`tests/clients/test_docs.py`). Of the rest only the spelling is checked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from shutil import which
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """Why a block is not run. `program`: where it is installed, it is. `modules`: what `make clients` needs for it."""
+
+    reason: str
+    program: str = ""
+    modules: tuple[str, ...] = ()
+
+    @property
+    def possible(self) -> bool:
+        """Whether the default tests can run it here all the same."""
+        return bool(self.program) and which(self.program) is not None
+
+
+REGISTRY = Elsewhere("installs from a package registry")
+DOCKER = Elsewhere("needs a Docker engine; tests/test_image.py checks the Dockerfile")
+SYSTEM = Elsewhere("changes the machine: users and services")
+PROGRAM = Elsewhere("needs a load generator that the tests do not install")
+
+ELSEWHERE = {
+    ("bench/README.md", ".venv/bin/afterword serve model.gguf --port 8000 --context 2048 --parallel 16"): Elsewhere(
+        "compiles llama-server and measures for a quarter of an hour; tests/test_bench.py runs the bench"
+    ),
+    ("training/README.md", "python3 -m venv training-venv"): Elsewhere("trains for hours, with PyTorch"),
+    ("docs/comparison.md", "python tests/conformance --url http://127.0.0.1:8000/v1 || test $? = 1"): Elsewhere(
+        "takes seconds, and tests/conformance/test_conformance.py runs the same cases"
+    ),
+    ("docs/guides/deploy.md", "sudo useradd --system --create-home --home-dir /var/lib/afterword afterword"): SYSTEM,
+    ("docs/guides/deploy.md", "sudo systemctl enable --now afterword"): SYSTEM,
+    ("docs/guides/deploy.md", "docker build -t afterword ."): DOCKER,
+    (
+        "docs/guides/deploy.md",
+        "docker run -p 8000:8000 -e AFTERWORD_API_KEY=choose-a-long-one -v /path/to/models:/models:ro afterword "
+        "/models/model.gguf --context 8192",
+    ): DOCKER,
+    (
+        "docs/guides/deploy.md",
+        'docker build -t afterword --build-arg CMAKE_ARGS="-DLLAVA_BUILD=OFF" '
+        '--build-arg CXXFLAGS_X86_64="-march=native" .',
+    ): DOCKER,
+    ("docs/guides/deploy.md", "docker build -t afterword:cuda -f Dockerfile.cuda ."): DOCKER,
+    ("docs/guides/evaluate.md", 'pip install "lm-eval[api]"'): REGISTRY,
+    ("docs/guides/evaluate.md", "lm_eval run --model local-completions --tasks hellaswag \\"): Elsewhere(
+        "needs lm-eval; run on a task that needs no network", modules=("lm_eval",)
+    ),
+    (
+        "docs/guides/load.md",
+        "hey -n 40 -c 8 -m POST -T application/json "
+        """-d '{"prompt": "Once upon a time", "max_tokens": 8, "ignore_eos": true}' \\""",
+    ): Elsewhere("needs hey", program="hey"),
+    (
+        "docs/guides/load.md",
+        "ab -l -n 40 -c 8 -p body.json -T application/json http://127.0.0.1:8000/v1/completions",
+    ): Elsewhere("needs ApacheBench", program="ab"),
+    ("docs/guides/load.md", "wrk -t 2 -c 8 -d 1s -s post.lua http://127.0.0.1:8000/v1/completions"): Elsewhere(
+        "needs wrk", program="wrk"
+    ),
+    ("docs/guides/load.md", "vllm bench serve --backend openai --base-url http://127.0.0.1:8000 \\"): PROGRAM,
+    (
+        "docs/guides/load.md",
+        "guidellm run --backend "
+        "kind=openai_http,target=http://127.0.0.1:8000,request_format=/v1/completions,model=afterword-tiny \\",
+    ): PROGRAM,
+}

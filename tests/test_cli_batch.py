@@ -1,0 +1,296 @@
+"""`afterword batch` as a person meets it: what it writes, how it goes on, and one sentence for whatever is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from afterword import cli_batch_run
+from afterword.batch.answers import Reply
+from afterword.batch.job import Progress
+from afterword.batch.journal import Journal, Sums
+from afterword.cli import main
+from afterword.cli_batch_show import facts, shown
+from afterword.errors import Stopped
+
+Ask = Callable[[dict[str, Any]], Reply]
+ROWS = [
+    {"prompt": "Once", "max_tokens": 3},
+    {"custom_id": "b", "method": "POST", "url": "/v1/completions", "body": {"prompt": "The sea", "max_tokens": 3}},
+    {"prompt": "a", "n": 0},
+]
+EPOCH = {"SOURCE_DATE_EPOCH": "1700000000", "NO_PROXY": "127.0.0.1"}
+
+
+def afterword(*words: object, **environment: str) -> Result:
+    words = ("batch", *map(str, words))
+    return CliRunner().invoke(main, words, env=EPOCH | environment, prog_name="afterword")
+
+
+def refusal(*words: object) -> str:
+    result = afterword(*words)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.count("\n") == 1, "one sentence"
+    return result.stderr
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS) + "{no\n")
+    return path
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "out.jsonl"
+
+
+def answer(_: dict[str, Any]) -> Reply:
+    return Reply(200, b'{"id":"x","usage":{"prompt_tokens":1,"completion_tokens":1}}')
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Has rows answered by a function instead of a model."""
+
+    def serve(choose: Ask = answer, fingerprint: str = "f") -> None:
+        @asynccontextmanager
+        async def asking(_: object) -> AsyncIterator[Any]:
+            async def ask(method: str, path: str, body: bytes) -> Reply:
+                await asyncio.sleep(0)
+                if method == "GET":
+                    models = [{"id": "m", "system_fingerprint": fingerprint}]
+                    return Reply(200, json.dumps({"data": models, "sequences": 2}).encode())
+                return Reply(200, b'{"count":5}') if path == "/tokenize" else choose(json.loads(body))
+
+            yield ask
+
+        monkeypatch.setattr(cli_batch_run, "_asking", asking)
+
+    serve()
+    return serve
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---- with a model
+
+
+def test_a_model_answers_every_row_in_order(source, output):
+    result = afterword(source, "-o", output)
+    assert result.exit_code == 0, result.output
+    assert "4 rows, 2 of them errors" in result.stderr
+    lines = read(output)
+    assert [line["custom_id"] for line in lines] == ["row-1", "b", "row-3", None]
+    assert [line["response"] and line["response"]["status_code"] for line in lines] == [200, 200, 400, None]
+    assert lines[0]["response"]["body"]["created"] == 1700000000
+    assert lines[2]["response"]["body"]["error"]["param"] == "n"
+    assert sorted(path.name for path in output.parent.iterdir()) == ["in.jsonl", "out.jsonl"]
+    again = source.parent / "again.jsonl"
+    assert afterword(source, "-o", again, "--concurrency", 1).exit_code == 0
+    assert again.read_bytes() == output.read_bytes()
+
+
+def test_a_server_answers_with_a_key_and_without_it_the_batch_stops(source, output, http):
+    url, key = str(http.base_url), http.headers["authorization"].split()[1]
+    stopped = afterword(source, "-o", output, "--url", url)
+    assert stopped.exit_code == 75
+    assert "API key" in stopped.stderr
+    assert "goes on" in stopped.stderr
+    result = afterword(source, "-o", output, "--url", f"{url}/v1", "--json", OPENAI_API_KEY=key)
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert (told["rows"], told["completed"], told["failed"]) == (4, 2, 2)
+    assert told["completion_tokens"] == sum(
+        line["response"]["body"]["usage"]["completion_tokens"] for line in read(output)[:2]
+    )
+
+
+# ---- going on
+
+
+def test_what_is_done_already_is_not_done_again(source, output, fake):
+    assert afterword(source, "-o", output).exit_code == 0
+    before = output.read_bytes()
+
+    def never(_: object) -> Reply:
+        raise AssertionError
+
+    fake(never)
+    result = afterword(source, "-o", output, "--json")
+    assert result.exit_code == 0, result.output
+    assert "already" in result.stderr
+    assert json.loads(result.stdout)["completed"] == 3
+    assert output.read_bytes() == before
+
+
+def test_a_job_that_cannot_go_on_says_so_and_goes_on_later(source, output, fake):
+    def full(request: dict[str, Any]) -> Reply:
+        if request["prompt"] == "a":
+            raise Stopped("No room.")
+        return answer(request)
+
+    fake(full)
+    result = afterword(source, "-o", output, "--concurrency", 1)
+    assert result.exit_code == 75
+    assert "No room. The same command goes on." in result.stderr
+    assert not output.exists()
+    fake()
+    result = afterword(source, "-o", output, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["done_before"] >= 1
+    assert len(read(output)) == 4
+
+
+def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(source, output, fake):
+    def interrupt(request: dict[str, Any]) -> Reply:
+        os.kill(os.getpid(), signal.SIGINT)
+        return answer(request)
+
+    fake(interrupt)
+    result = afterword(source, "-o", output)
+    assert result.exit_code == 130, result.output
+    assert "goes on" in result.stderr
+    fake()
+    assert afterword(source, "-o", output).exit_code == 0
+
+
+def test_a_changed_input_is_refused(source, output, fake):
+    halfway(source, output, fake)
+    source.write_text(source.read_text() + "{}\n")
+    assert "is not what it was" in refusal(source, "-o", output)
+    assert afterword(source, "-o", output, "--restart").exit_code == 0
+    assert len(read(output)) == 5
+
+
+def test_a_changed_model_is_refused(source, output, fake):
+    halfway(source, output, fake)
+    fake(fingerprint="g")
+    assert "The model m is not there" in refusal(source, "-o", output)
+    assert afterword(source, "-o", output, "--restart").exit_code == 0
+
+
+def halfway(source: Path, output: Path, fake: Callable[..., None]) -> None:
+    def stop(_: object) -> Reply:
+        raise Stopped("Stopped.")
+
+    fake(stop)
+    assert afterword(source, "-o", output).exit_code == 75
+    fake()
+
+
+def test_a_second_process_is_refused(source, output, fake):
+    halfway(source, output, fake)
+    journal = Journal(Path(f"{output}.journal"))
+    assert "Another process" in refusal(source, "-o", output)
+    assert "Another process" in refusal(source, "-o", output, "--restart")
+    journal.close()
+    assert afterword(source, "-o", output).exit_code == 0
+
+
+def test_another_file_is_not_overwritten(source, output, fake):
+    output.write_text("mine\n")
+    assert "is not of" in refusal(source, "-o", output)
+    assert output.read_text() == "mine\n"
+    assert afterword(source, "-o", output, "--restart").exit_code == 0
+    assert len(read(output)) == 4
+
+
+def test_something_else_in_the_journals_place_is_refused(source, output, fake):
+    Path(f"{output}.journal").write_bytes(b"something else entirely, " * 100)
+    assert "is no journal" in refusal(source, "-o", output)
+    assert afterword(source, "-o", output, "--restart").exit_code == 0
+
+
+# ---- settings
+
+
+def test_what_is_wrong_is_said_in_a_sentence(source, output, tmp_path):
+    assert "-o" in refusal(source)
+    assert "that is the input" in refusal(source, "-o", source)
+    assert "is not a file" in refusal(tmp_path / "none", "-o", output)
+    assert "not both" in refusal(source, "model.gguf", "-o", output, "--url", "http://x")
+    assert "http://HOST" in refusal(source, "-o", output, "--url", "localhost:8000")
+    assert "cannot be opened" in refusal(source, "-o", tmp_path / "none" / "out")
+    assert "does not exist" in refusal(source, "nothing-here.gguf", "-o", output)
+
+
+def test_an_empty_input_has_an_empty_output(tmp_path, output, fake):
+    (tmp_path / "in").write_bytes(b"\n\n")
+    assert afterword(tmp_path / "in", "-o", output).exit_code == 0
+    assert output.read_bytes() == b""
+
+
+# ---- the plan
+
+
+def test_a_plan_counts_and_says_what_it_guesses(tmp_path, fake):
+    source = tmp_path / "in"
+    rows = [{"prompt": f"the same beginning {number}", "max_tokens": 10, "n": 2} for number in range(4)]
+    rows += [{"prompt": [[1, 2, 3], [4]], "max_tokens": 10}, {"prompt": [1, 2, 9]}]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{no\n")
+    result = afterword(source, "--plan", "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert (told["rows"], told["faulty"]) == (7, 1)
+    assert told["prompt_tokens"] == 4 * 5 + 4 + 3
+    assert told["most_completion_tokens"] == 4 * 2 * 10 + 2 * 10 + 16
+    assert 3 * 4 <= told["shared_tokens"] <= 3 * 5 + 2
+    assert told["timed"] == 6
+    assert told["estimates"] == ["shared_tokens", "seconds"]
+    assert "1 lines are faulty" in afterword(source, "--plan").stderr
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_large_plan_is_from_a_sample_and_says_so(tmp_path, fake):
+    source = tmp_path / "in"
+    source.write_text("".join(json.dumps({"prompt": "a" * (1 + number % 9)}) + "\n" for number in range(1000)))
+    told = json.loads(afterword(source, "--plan", "--json").stdout)
+    assert (told["rows"], told["sampled"]) == (1000, 256)
+    assert "prompt_tokens" in told["estimates"]
+    assert "from 256 rows" in afterword(source, "--plan").stderr
+
+
+# ---- how far it is
+
+
+def test_progress_tells_rates_what_is_left_errors_and_why_it_waits():
+    done = Progress(100, Sums(good=10), began=time.monotonic() - 10)
+    done.done = Sums(good=28, bad=2, completion=500)
+    told = facts(done)
+    assert "2 rows/s" in told
+    assert "50 tokens/s" in told
+    assert "0:00:35 left" in told
+    assert "2 errors" in told
+    done.waits = "the server does not answer"
+    assert facts(done).endswith("the server does not answer")
+    done.done = Sums(good=100)
+    assert "left" not in facts(done)
+
+
+def test_without_a_terminal_there_is_a_line_now_and_then(capsys):
+    async def main() -> None:
+        done = Progress(100, Sums(), began=time.monotonic())
+        async with shown(done):
+            done.began -= 31
+            done.done = Sums(good=40)
+        async with shown(done):
+            pass
+
+    asyncio.run(main())
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("40 of 100 rows, ")
