@@ -13,9 +13,8 @@ from pathlib import Path
 
 import click
 
-from afterword import cli_settings
-from afterword.cli import main
-from afterword.cli_options import GroupedOption
+from afterword.cli import main, settings
+from afterword.cli.options import GroupedOption
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 RENEW = "python -m tests.cli_page --write"
@@ -54,8 +53,8 @@ def _command(ctx: click.Context) -> Iterator[str]:
 def _table(options: list[click.Option], ctx: click.Context, arguments: list[click.Parameter]) -> Iterator[str]:
     yield "| option | environment | |\n|---|---|---|"
     for argument in arguments:
-        variables = ", ".join(f"`{name}`" for name in cli_settings.variables(argument))
-        yield f"| `{argument.make_metavar(ctx)}` | {variables} | In a file `{cli_settings.name(argument)}`, a list. |"
+        variables = ", ".join(f"`{name}`" for name in settings.variables(argument))
+        yield f"| `{argument.make_metavar(ctx)}` | {variables} | In a file `{settings.name(argument)}`, a list. |"
     options = sorted(options, key=lambda each: not isinstance(each, GroupedOption))  # those without a group come last
     group = ""
     for option in options:
@@ -68,7 +67,7 @@ def _table(options: list[click.Option], ctx: click.Context, arguments: list[clic
         record = option.get_help_record(ctx)
         assert record is not None
         names, meaning = (re.sub(r"\s+", " ", text).replace("|", r"\|") for text in record)
-        variables = ", ".join(f"`{name}`" for name in cli_settings.variables(option))
+        variables = ", ".join(f"`{name}`" for name in settings.variables(option))
         yield f"| `{names}` | {variables} | {meaning} |"
 
 

@@ -17,9 +17,9 @@ from rich.progress import Progress
 
 from afterword import __version__
 from afterword.cli import main
-from afterword.cli_loading import shown
-from afterword.cli_models import Bars, Lines
-from afterword.cli_run import greeting
+from afterword.cli.loading import shown
+from afterword.cli.models import Bars, Lines
+from afterword.cli.run import greeting
 from afterword.completion.limits import Limits
 from afterword.completion.request import parse
 from afterword.config import Config, EngineSettings, advice, promise

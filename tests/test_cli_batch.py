@@ -15,12 +15,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from afterword import cli_batch_run
 from afterword.batch.answers import Reply
 from afterword.batch.job import Progress
 from afterword.batch.journal import Journal, Sums
-from afterword.cli import main
-from afterword.cli_batch_show import facts, shown
+from afterword.cli import batch_run, main
+from afterword.cli.batch_show import facts, shown
 from afterword.errors import Stopped
 
 Ask = Callable[[dict[str, Any]], Reply]
@@ -76,7 +75,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
             yield ask
 
-        monkeypatch.setattr(cli_batch_run, "_asking", asking)
+        monkeypatch.setattr(batch_run, "_asking", asking)
 
     serve()
     return serve

@@ -15,8 +15,8 @@ import pytest
 from click.testing import CliRunner
 
 from afterword.cli import main
-from afterword.cli_options import GroupedCommand, GroupedOption, leaves
-from afterword.cli_settings import variables
+from afterword.cli.options import GroupedCommand, GroupedOption, leaves
+from afterword.cli.settings import variables
 from afterword.errors import EngineDied
 from cli_page import PAGE, RENEW, renewed
 
@@ -56,7 +56,7 @@ def test_help_fits_eighty_columns_and_nothing_in_it_is_cut_off(path, command):
 @pytest.mark.parametrize(("path", "command"), EVERY)
 def test_every_command_has_examples_that_it_understands(path, command):
     shown = examples(help_of(path))
-    assert shown, "a block of examples: see afterword/cli_options.py"
+    assert shown, "a block of examples: see afterword/cli/options.py"
     for line in shown:
         words = shlex.split(line.rpartition(" | ")[2], comments=True)
         words = words[: words.index(">")] if ">" in words else words
@@ -96,7 +96,7 @@ def test_options_are_in_groups_where_there_are_many(path, command):
     grouped = [each for each in own if isinstance(each, GroupedOption)]
     if len(own) > 12 or grouped:
         assert isinstance(command, GroupedCommand)
-        assert grouped == own, "give each a group: see option() in afterword/cli_options.py"
+        assert grouped == own, "give each a group: see option() in afterword/cli/options.py"
         headings = re.findall(r"^(\w[\w ]*):$", help_of(path), re.MULTILINE)
         assert headings == [*dict.fromkeys(each.group for each in grouped), "Other options"]
 
@@ -140,7 +140,7 @@ def test_what_fails_while_it_runs_is_told_apart_from_a_wrong_setting(monkeypatch
     def dies(*_: object) -> None:
         raise EngineDied
 
-    monkeypatch.setattr("afterword.cli_run.complete", dies)
+    monkeypatch.setattr("afterword.cli.run.complete", dies)
     failed = CliRunner().invoke(main, ["complete", "a"])
     assert (failed.exit_code, failed.stdout) == (1, "")
     assert failed.stderr.startswith("afterword: The engine stopped")

@@ -13,14 +13,13 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from afterword import cli_settings
-from afterword.cli import main
-from afterword.cli_options import leaves
+from afterword.cli import main, settings
+from afterword.cli.options import leaves
 
 OPTIONS = [
     pytest.param(path, command, option, id=f"{'-'.join(path)}--{name}")
     for path, command in leaves(main)
-    for name, option in cli_settings.settable(command).items()
+    for name, option in settings.settable(command).items()
 ]
 
 
@@ -77,13 +76,13 @@ def received(
         command.callback = before
     assert result.exit_code == 0, result.output
     value = seen[option.name or ""]
-    return [str(each) for each in value] if cli_settings.is_list(option) else str(value)
+    return [str(each) for each in value] if settings.is_list(option) else str(value)
 
 
 @pytest.mark.parametrize(("path", "command", "option"), OPTIONS)
 def test_the_command_line_comes_before_the_environment_before_the_file_before_the_default(path, command, option):
     first, second = two_values(option)
-    name = cli_settings.name(option)
+    name = settings.name(option)
     variable = f"afterword_{'_'.join(path)}_{name}".replace("-", "_").upper()
 
     def typed(value: Any) -> list[str]:
@@ -92,10 +91,10 @@ def test_the_command_line_comes_before_the_environment_before_the_file_before_th
         return [f"--{name}"] if option.is_flag else [f"--{name}", str(value)]
 
     def in_file(value: Any) -> str:
-        return f"[{'.'.join(path)}]\n{name} = {json.dumps([value] if cli_settings.is_list(option) else value)}\n"
+        return f"[{'.'.join(path)}]\n{name} = {json.dumps([value] if settings.is_list(option) else value)}\n"
 
     def expected(value: Any) -> Any:
-        return [str(value)] if cli_settings.is_list(option) else str(option.type.convert(value, option, None))
+        return [str(value)] if settings.is_list(option) else str(option.type.convert(value, option, None))
 
     assert received(path, command, option, file=in_file(first)) == expected(first)
     assert received(path, command, option, file=in_file(first), **{variable: str(second)}) == expected(second)
@@ -217,7 +216,7 @@ def test_config_says_where_each_setting_comes_from():
 
 @pytest.mark.parametrize(("path", "command", "option"), OPTIONS)
 def test_config_knows_every_setting(path, command, option):
-    assert cli_settings.name(option) in config(*path)[" ".join(path)]
+    assert settings.name(option) in config(*path)[" ".join(path)]
 
 
 def test_config_runs_nothing_and_asks_for_no_argument(monkeypatch):

@@ -55,11 +55,8 @@ OUTSIDE = {
     "python_multipart": {"api"},
     "uvicorn": {"door"},
     "httptools": {"door"},
-    "click": {
-        *("cli", "cli_batch", "cli_batch_run", "cli_batch_show", "cli_models", "cli_completion", "cli_config"),
-        *("cli_keys", "cli_options", "cli_run", "cli_settings"),
-    },
-    "httpx2": {"batch", "cli_ask"},
+    "click": {"cli"},
+    "httpx2": {"batch", "cli"},
     "sqlite3": {"batch", "keys"},
     "huggingface_hub": {"models"},
     "numpy": {"engine.core", "engine.llama"},

@@ -25,9 +25,9 @@ from typing import Any
 
 import pytest
 
-from afterword import cli_batch_run
 from afterword.batch import job, journal
 from afterword.batch.answers import Ask, Reply
+from afterword.cli import batch_run
 
 from . import ROOT
 from .disk import Contents, Disk, build, read_calls
@@ -84,7 +84,7 @@ class Bench:
     def go(self) -> int | str:
         """The command's exit status, or what it did not foresee."""
         try:
-            return cli_batch_run.batch(self.source, None, OPTIONS | {"output": self.output})
+            return batch_run.batch(self.source, None, OPTIONS | {"output": self.output})
         except Exception as problem:
             return f"{type(problem).__name__}: {problem}"
 
@@ -99,9 +99,9 @@ class Bench:
 def main() -> None:
     rows, seed, planted = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     patch = pytest.MonkeyPatch()
-    patch.setattr(cli_batch_run, "_asking", echoing)
-    patch.setattr(cli_batch_run.click, "echo", lambda *_, **__: None)
-    patch.setattr(cli_batch_run.click, "secho", lambda *_, **__: None)
+    patch.setattr(batch_run, "_asking", echoing)
+    patch.setattr(batch_run.click, "echo", lambda *_, **__: None)
+    patch.setattr(batch_run.click, "secho", lambda *_, **__: None)
     patch.setattr(job, "_PAUSE", 0)
     if planted:
         GATE.fault.plant(patch)
@@ -178,7 +178,7 @@ def failing(bench: Bench, error: int, on: bool) -> int:
         over = bench.disk.disk_calls() <= number
         bench.disk.disk_watch(b"/nowhere", -1)
         where = f"{errno.errorcode[error]} at call {number}"
-        if status not in (0, 2, cli_batch_run.LATER) and "SettingError" not in str(status):
+        if status not in (0, 2, batch_run.LATER) and "SettingError" not in str(status):
             bench.wrong.append(f"{where}: {status}")
         bench.finish(f"after {where}")
         if over:

@@ -99,7 +99,7 @@ class Visit:
 
     @property
     def routine(self) -> bool:
-        """Whether nobody wants to read of it: health checks, a page's files, and pages that ask whether they may ask."""
+        """Whether nobody wants to read of it: health checks, a page's files, pages that ask whether they may ask."""
         return self.route is None and self.status in (200, 304)
 
     def ended(self, method: str, route: str | None) -> Ended:

@@ -12,8 +12,9 @@ from typing import Any
 
 import click
 
-from afterword import __version__, cli_batch, cli_completion, cli_config, cli_keys, cli_settings
-from afterword.cli_options import GroupedCommand, engine_options, leaves, option, short_values, typed
+from afterword import __version__
+from afterword.cli import batch, completion, config, keys, settings
+from afterword.cli.options import GroupedCommand, engine_options, leaves, option, short_values, typed
 from afterword.errors import AfterwordError, RequestError, SettingError
 from afterword.times import parse_time
 
@@ -28,8 +29,8 @@ class _Commands(click.Group):
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
         for words, each in leaves(cmd, name or cmd.name or ""):
             short_values(each)
-            cli_settings.with_variables(each, words)
-            cli_settings.with_file(each)
+            settings.with_variables(each, words)
+            settings.with_file(each)
         super().add_command(cmd, name)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -69,7 +70,7 @@ def main() -> None:
     metavar="[MODEL]...",
     nargs=-1,
     envvar="AFTERWORD_SERVE_MODELS",
-    shell_complete=cli_completion.complete_model,
+    shell_complete=completion.complete_model,
 )
 @option("Model", "--alias", multiple=True, help="A model's name in requests; for several in their order.")
 @option(
@@ -96,9 +97,7 @@ def main() -> None:
 )
 @option("Access", "--api-key-file", type=click.Path(path_type=Path), help="A file with a key a line.")
 @option("Access", "--keys", is_flag=True, help="Let in who has a key of afterword keys create.")
-@option(
-    "Access", "--keys-file", type=click.Path(path_type=Path), envvar=cli_keys.KEYS_FILE, help="Keys kept elsewhere."
-)
+@option("Access", "--keys-file", type=click.Path(path_type=Path), envvar=keys.KEYS_FILE, help="Keys kept elsewhere.")
 @option(
     "Access", "--wrong-keys", type=click.IntRange(min=0), default=20, help="Most a minute from one address; 0: any."
 )
@@ -146,9 +145,9 @@ def serve(models: tuple[str, ...], **options: Any) -> None:
       afterword serve --host 0.0.0.0 --keys      # for others, who need a key
       afterword serve --print-limits             # what one request may ask for
     """
-    from afterword import cli_run
+    from afterword.cli import run
 
-    cli_run.serve(models, options)
+    run.serve(models, options)
 
 
 @main.command()
@@ -156,7 +155,7 @@ def serve(models: tuple[str, ...], **options: Any) -> None:
 @option(
     "Model",
     "--model",
-    shell_complete=cli_completion.complete_model,
+    shell_complete=completion.complete_model,
     help="As for serve; with --url its name there.",
 )
 @option("Server", "--url", help="Ask this server instead of running a model.")
@@ -183,11 +182,11 @@ def complete(prompt: str, model: str | None, url: str | None, api_key: str | Non
       afterword complete "One day" --url http://127.0.0.1:8000
       afterword complete "One, two," --json      # as the API answers
     """
-    from afterword import cli_run
+    from afterword.cli import run
 
     for each in typed("Engine") if url else typed("Server"):
         raise SettingError(f"{each} {'is for a model that runs here, not for' if url else 'goes with'} --url.")
-    cli_run.complete(prompt, model, options, (url, api_key) if url else None)
+    run.complete(prompt, model, options, (url, api_key) if url else None)
 
 
 @main.command()
@@ -203,9 +202,9 @@ def models(as_json: bool) -> None:
       afterword models
       afterword models --json
     """
-    from afterword import cli_models
+    from afterword.cli.models import list_models
 
-    cli_models.list_models(as_json)
+    list_models(as_json)
 
 
 @main.command()
@@ -221,13 +220,13 @@ def pull(spec: str, as_json: bool) -> None:
       afterword pull hf:owner/repo               # the best-suited file
       afterword pull hf:owner/repo:Q4_K_M        # its file of this type
     """
-    from afterword import cli_models
+    from afterword.cli.models import pull as download
 
-    cli_models.pull(spec, as_json)
+    download(spec, as_json)
 
 
-main.add_command(cli_batch.batch)
-main.add_command(cli_keys.keys)
-main.add_command(cli_keys.usage)
-main.add_command(cli_config.config)
-main.add_command(cli_completion.completion)
+main.add_command(batch.batch)
+main.add_command(keys.keys)
+main.add_command(keys.usage)
+main.add_command(config.config)
+main.add_command(completion.completion)

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from afterword import cli_run, hosting
+from afterword import hosting
 from afterword.batch.answers import Ask, Reply, batch_id
 from afterword.batch.job import Job, Progress
 from afterword.batch.journal import Journal, Sums, open_input
@@ -23,7 +23,8 @@ from afterword.batch.limits import BatchLimits
 from afterword.batch.plan import estimate
 from afterword.batch.remote import remote
 from afterword.batch.rows import read_lines
-from afterword.cli_batch_show import shown
+from afterword.cli.batch_show import shown
+from afterword.cli.run import carried_out, engine_settings
 from afterword.config import Config
 from afterword.engine.supervisor import Policy
 from afterword.errors import SettingError, Stopped
@@ -69,7 +70,7 @@ def batch(source: Path, model: str | None, options: dict[str, Any]) -> int:
     if not source.is_file():
         raise SettingError(f"{source} is not a file, or does not exist. It is read more than once.")
     if options["plan"]:
-        cli_run._run(_plan(wish))
+        carried_out(_plan(wish))
         return 0
     output = wish.output
     place = output.with_name(output.name + ".journal")
@@ -95,7 +96,7 @@ def _finish(wish: _Wish, journal: Journal) -> int:
     facts = _scanned(wish.source, journal)
     rows = int(facts["rows"])
     if journal.sums().rows < rows:
-        cli_run._run(_carry_out(wish, journal, facts))
+        carried_out(_carry_out(wish, journal, facts))
     done = journal.sums()
     assert done.rows == rows, f"{rows - done.rows} rows have no answer"
     journal.write(wish.output)
@@ -150,7 +151,7 @@ async def _within(model: str | None, options: dict[str, Any]) -> AsyncIterator[A
     from afterword.api.service import Service
 
     names = [options["alias"]] if options["alias"] else []
-    models = hosting.roster([model] if model else [], names, cli_run._settings(options), None, Policy())
+    models = hosting.roster([model] if model else [], names, engine_settings(options), None, Policy())
     try:
         await models.open()
         yield inside(make_app(Service(Config(), models)))

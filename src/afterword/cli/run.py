@@ -21,7 +21,7 @@ import click
 from afterword import __version__, hosting, limits
 from afterword.api import wire
 from afterword.batch.limits import BatchLimits
-from afterword.cli_loading import shown
+from afterword.cli.loading import shown
 from afterword.completion.choice import Delta, fold
 from afterword.completion.limits import STRICT, Limits
 from afterword.completion.plan import make_plan
@@ -81,8 +81,8 @@ def serve(specs: Sequence[str], options: dict[str, Any]) -> None:
         door=door,
         batch=batch,
     )
-    models = hosting.roster(specs, options["alias"], _settings(options), options["keep_alive"], policy)
-    _run(_serve(models, config))
+    models = hosting.roster(specs, options["alias"], engine_settings(options), options["keep_alive"], policy)
+    carried_out(_serve(models, config))
 
 
 def complete(prompt: str, spec: str | None, options: dict[str, Any], server: tuple[str, str | None] | None) -> None:
@@ -92,16 +92,17 @@ def complete(prompt: str, spec: str | None, options: dict[str, Any], server: tup
     text = sys.stdin.read() if prompt == "-" else prompt
     body |= {"prompt": text, "stop": list(options["stop"]) or None, "stream": True}
     if server:
-        from afterword.cli_ask import ask
+        from afterword.cli.ask import ask
 
         ask(*server, body | {"model": spec}, options["as_json"])
         return
     parallel = 1 if options["parallel"] is None else options["parallel"]
-    settings = replace(_settings(options), parallel=parallel)
-    _run(_complete(spec, json.dumps(body).encode(), settings, options["as_json"]))
+    settings = replace(engine_settings(options), parallel=parallel)
+    carried_out(_complete(spec, json.dumps(body).encode(), settings, options["as_json"]))
 
 
-def _settings(options: dict[str, Any]) -> EngineSettings:
+def engine_settings(options: dict[str, Any]) -> EngineSettings:
+    """Those of a command's options that are the engine's."""
     return EngineSettings(**{name: options[name] for name in _ENGINE})
 
 
@@ -232,7 +233,8 @@ def _coming_and_going(keep_alive: float | None) -> str:
     return f"\nA model is loaded when a request asks for it and unloaded {as_time(keep_alive)} after the last one."
 
 
-def _run(work: Coroutine[Any, Any, None]) -> None:
+def carried_out(work: Coroutine[Any, Any, None]) -> None:
+    """Run something until it is over, with the fastest event loop there is."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         import uvloop

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from afterword import cli_settings
+from afterword.cli import settings
 
 _HIDDEN = "***"
 
@@ -33,18 +33,18 @@ def config(ctx: click.Context, command: tuple[str, ...], as_json: bool) -> None:
       afterword config > config.toml             # a file to start from
       afterword config --json keys create
     """
-    asked = cli_settings.contexts(ctx.find_root(), list(command), cli_settings.file_of(ctx))
-    found = {" ".join(cli_settings.words_of(each)): _settings(each) for each in asked}
+    asked = settings.contexts(ctx.find_root(), list(command), settings.file_of(ctx))
+    found = {" ".join(settings.words_of(each)): _settings(each) for each in asked}
     click.echo(json.dumps(found, indent=2, default=str) if as_json else _as_file(found))
 
 
 def _settings(ctx: click.Context) -> dict[str, dict[str, Any]]:
     """A command's settings by name."""
     found = {}
-    for name, option in cli_settings.settable(ctx.command).items():
+    for name, option in settings.settable(ctx.command).items():
         value = ctx.params[option.name or ""]
-        source, place = cli_settings.origin(option, ctx)
-        if cli_settings.is_secret(option) and value:
+        source, place = settings.origin(option, ctx)
+        if settings.is_secret(option) and value:
             value = _HIDDEN
         found[name] = {"value": value, "source": source, "place": place}
     return found
@@ -53,11 +53,11 @@ def _settings(ctx: click.Context) -> dict[str, dict[str, Any]]:
 def _as_file(commands: dict[str, dict[str, dict[str, Any]]]) -> str:
     """As a settings file. What nobody has set is a comment, so that the file does not fix today's defaults."""
     lines: list[str] = []
-    for command, settings in commands.items():
-        if not settings:
+    for command, known in commands.items():
+        if not known:
             continue
         lines += ["", f"[{command.replace(' ', '.')}]"]
-        for name, setting in settings.items():
+        for name, setting in known.items():
             kept = setting["source"] == "default" or setting["value"] == _HIDDEN
             place = f"  # {setting['place']}" if setting["place"] else ""
             lines.append(f"{'# ' * kept}{name} = {_toml(setting['value'])}{place}".rstrip())

@@ -1,4 +1,4 @@
-"""`afterword batch`: its options. What it does is in `cli_batch_run.py`."""
+"""`afterword batch`: its options. What it does is in `cli/batch_run.py`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from afterword.cli_completion import complete_model
-from afterword.cli_options import GroupedCommand, engine_options, option
+from afterword.cli.completion import complete_model
+from afterword.cli.options import GroupedCommand, engine_options, option
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -39,6 +39,6 @@ def batch(rows: Path, model: str | None, **options: Any) -> None:
       afterword batch in.jsonl -o out.jsonl --url http://127.0.0.1:8000
       afterword batch in.jsonl --plan
     """
-    from afterword import cli_batch_run
+    from afterword.cli import batch_run
 
-    click.get_current_context().exit(cli_batch_run.batch(rows, model, options))
+    click.get_current_context().exit(batch_run.batch(rows, model, options))
