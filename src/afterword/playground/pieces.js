@@ -1,0 +1,113 @@
+// A document is a list of frozen pieces; a piece is text by one author, perhaps a token with its numbers.
+// Pure: nothing here knows the page. Offsets are in UTF-16 units, as everywhere in the browser.
+
+export const YOU = "you";
+export const MODEL = "model";
+const START = 2166136261; // FNV-1a
+const UTF8 = new TextEncoder();
+
+/** `token`: null or {parts, logprob, context, gap}; `context` is the hash of all text that stood before it. */
+export const piece = (text, by, token = null) => Object.freeze({ text, by, token });
+
+export const textOf = (pieces) => pieces.map((p) => p.text).join("");
+
+export const lengthOf = (pieces) => pieces.reduce((sum, p) => sum + p.text.length, 0);
+
+/** The pieces between two offsets. A token that is cut in two is a token no more. */
+export function slice(pieces, start, end = Infinity) {
+  const found = [];
+  let at = 0;
+  for (const p of pieces) {
+    const stop = at + p.text.length;
+    if (at >= start && stop <= end) found.push(p);
+    else if (stop > start && at < end) {
+      found.push(piece(p.text.slice(Math.max(0, start - at), end - at), p.by));
+    }
+    at = stop;
+  }
+  return found;
+}
+
+/** Lists of pieces one after the other; plain neighbours of one author become one. */
+export function join(...lists) {
+  const all = [];
+  for (const list of lists) {
+    for (const p of list) {
+      const last = all.at(-1);
+      if (!p.text) continue;
+      if (last && !last.token && !p.token && last.by === p.by) all[all.length - 1] = piece(last.text + p.text, p.by);
+      else all.push(p);
+    }
+  }
+  return all;
+}
+
+/** What stands between two offsets replaced. Pieces that are not touched stay the same objects. */
+export function splice(pieces, start, end, inserted) {
+  const before = slice(pieces, 0, start);
+  const after = slice(pieces, end);
+  // Only the seams can have plain neighbours, so only they are joined.
+  const seam = join(before.slice(-1), inserted, after.slice(0, 1));
+  return [...before.slice(0, -1), ...seam, ...after.slice(1)];
+}
+
+/** One range that changed: old[start, end) became `text`. `caret` decides where letters repeat. */
+export function difference(old, now, caret = now.length) {
+  let tail = now.length - caret;
+  if (!old.endsWith(now.slice(caret))) tail = 0;
+  const most = Math.min(old.length, now.length) - tail;
+  let head = 0;
+  while (head < most && old[head] === now[head]) head++;
+  const rest = Math.min(old.length, now.length) - head;
+  while (tail < rest && old[old.length - 1 - tail] === now[now.length - 1 - tail]) tail++;
+  return { start: head, end: old.length - tail, text: now.slice(head, now.length - tail) };
+}
+
+/** The hash of a text, or of a longer one that begins with a hashed one. */
+export function extend(text, hash = START) {
+  for (let i = 0; i < text.length; i++) hash = Math.imul(hash ^ text.charCodeAt(i), 16777619);
+  return hash;
+}
+
+/** What the contexts of a model's numbers begin with: another model's numbers are of another context. */
+export const seedOf = (model) => extend(`${model}\n`);
+
+/** Each piece with its offset, and whether its numbers are still those of what stands before it now. `hash` is of what
+ * stands before all of them: a model's seed, perhaps a text. */
+export function* places(pieces, hash = START) {
+  let at = 0;
+  for (const p of pieces) {
+    yield { piece: p, start: at, end: at + p.text.length, stale: p.token !== null && p.token.context !== hash };
+    at += p.text.length;
+    hash = extend(p.text, hash);
+  }
+}
+
+/** The place that holds the character at an offset; at the very end the last one. */
+export function placeAt(pieces, offset) {
+  let last = null;
+  for (const place of places(pieces)) {
+    last = place;
+    if (offset < place.end) return place;
+  }
+  return last;
+}
+
+/** What the tokens that lie wholly between two offsets say together. Log probabilities in nats. */
+export function measure(pieces, seed, from = 0, to = Infinity) {
+  const sum = { tokens: 0, scored: 0, logprob: 0, bytes: 0, plain: 0, stale: 0 };
+  for (const { piece: p, start, end, stale } of places(pieces, seed)) {
+    if (start < from || end > to) continue;
+    if (!p.token) {
+      sum.plain += p.text.length;
+      continue;
+    }
+    sum.tokens += p.token.parts.length;
+    if (p.token.logprob === null) continue;
+    sum.scored += p.token.parts.length;
+    sum.logprob += p.token.logprob;
+    sum.bytes += UTF8.encode(p.text).length;
+    if (stale) sum.stale += p.token.parts.length;
+  }
+  return sum;
+}

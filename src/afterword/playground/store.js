@@ -1,0 +1,72 @@
+// What stays in this browser: sessions, preferences and, where asked for, the key. Owner of the local storage.
+
+const PREFIX = "afterword.";
+const KEY = `${PREFIX}key`;
+
+function read(name, otherwise) {
+  try {
+    return JSON.parse(localStorage.getItem(PREFIX + name)) ?? otherwise;
+  } catch {
+    return otherwise;
+  }
+}
+
+/** False if there is no room left, or no storage at all. */
+function write(name, value) {
+  try {
+    localStorage.setItem(PREFIX + name, JSON.stringify(value));
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+export const preferences = {
+  get: (name, otherwise) => read(`preference.${name}`, otherwise),
+  set: (name, value) => write(`preference.${name}`, value),
+};
+
+export const key = {
+  get: () => sessionStorage.getItem(KEY) ?? localStorage.getItem(KEY) ?? "",
+  get kept() {
+    return localStorage.getItem(KEY) !== null;
+  },
+  /** For as long as the tab is open, or until it is taken away. */
+  set(text, keep) {
+    localStorage.removeItem(KEY);
+    sessionStorage.removeItem(KEY);
+    if (text) (keep ? localStorage : sessionStorage).setItem(KEY, text);
+  },
+};
+
+export const sessions = {
+  /** {id, name, time} of each, the newest first. */
+  list: () => read("sessions", []),
+  get: (id) => read(`session.${id}`, null),
+  /** "whole", "bare" where there was room only without the alternatives, "none" where there was none at all. */
+  put(id, name, session) {
+    const others = this.list().filter((one) => one.id !== id);
+    write("sessions", [{ id, name, time: Date.now() }, ...others]);
+    if (write(`session.${id}`, rounded(session))) return "whole";
+    return write(`session.${id}`, bare(session)) ? "bare" : "none";
+  },
+  remove(id) {
+    localStorage.removeItem(`${PREFIX}session.${id}`);
+    write("sessions", this.list().filter((one) => one.id !== id));
+  },
+};
+
+const round = (value) => (value === null ? null : Math.round(value * 1e4) / 1e4);
+
+function mapParts(session, change) {
+  const pieces = session.tree.pieces.map((p) => {
+    return p.token ? { ...p, token: { ...p.token, parts: p.token.parts.map(change) } } : p;
+  });
+  return { ...session, tree: { ...session.tree, pieces } };
+}
+
+const rounded = (session) => mapParts(session, (part) => {
+  return { ...part, logprob: round(part.logprob), top: part.top.map(([raw, value]) => [raw, round(value)]) };
+});
+
+const bare = (session) => mapParts(session, (part) => ({ ...part, top: [] }));

@@ -1,0 +1,116 @@
+// A tree of texts: each generation is a node under the text that it continued. Owner of the nodes, not of the page.
+
+import { textOf } from "./pieces.js";
+
+export class Tree {
+  constructor() {
+    this.nodes = new Map();
+    this.roots = [];
+    this.next = 1;
+    this.draft = null;
+  }
+
+  /** A new node. `facts`: what is known of how it came about. */
+  add(parent, pieces, facts = {}) {
+    const node = { id: this.next++, parent, children: [], pieces, facts, last: null };
+    this.nodes.set(node.id, node);
+    this.#row(node).push(node.id);
+    return node;
+  }
+
+  /** A node that turned out empty. It must have no children. */
+  remove(node) {
+    const row = this.#row(node);
+    row.splice(row.indexOf(node.id), 1);
+    this.nodes.delete(node.id);
+  }
+
+  get(id) {
+    return this.nodes.get(id);
+  }
+
+  parent(node) {
+    return this.nodes.get(node.parent) ?? null;
+  }
+
+  /** The child that was visited last, else the newest. */
+  child(node) {
+    return this.nodes.get(node.last) ?? this.nodes.get(node.children.at(-1)) ?? null;
+  }
+
+  /** The sibling some places further; null beyond the ends. */
+  sibling(node, step) {
+    const row = this.#row(node);
+    return this.nodes.get(row[row.indexOf(node.id) + step]) ?? null;
+  }
+
+  /** Which of how many a node is among its siblings, from 1. */
+  position(node) {
+    const row = this.#row(node);
+    return [row.indexOf(node.id) + 1, row.length];
+  }
+
+  /** The node itself or its nearest ancestor whose text begins `text`; null if none does. */
+  under(node, text) {
+    for (let at = node; at; at = this.parent(at)) if (text.startsWith(textOf(at.pieces))) return at;
+    return null;
+  }
+
+  /** What a node's text has that its parent's has not, in short. */
+  label(node) {
+    const text = textOf(node.pieces);
+    const above = this.parent(node) ? textOf(this.parent(node).pieces) : "";
+    let same = 0;
+    while (same < above.length && above[same] === text[same]) same++;
+    return text.slice(same, same + 80).trim().replace(/\s+/g, " ") || "(empty)";
+  }
+
+  /** Every node with its depth, parents first. */
+  *walk(ids = this.roots, depth = 0) {
+    for (const id of ids) {
+      const node = this.nodes.get(id);
+      yield { node, depth };
+      yield* this.walk(node.children, depth + 1);
+    }
+  }
+
+  /** Plain data; a piece that several nodes share is told once. `draft`: a text that hangs nowhere yet, or null. */
+  told(draft) {
+    const seen = new Map();
+    const number = (p) => seen.get(p) ?? (seen.set(p, seen.size), seen.size - 1);
+    const nodes = [...this.walk()].map(({ node }) => {
+      const { id, parent, last, facts } = node;
+      return { id, parent, last, facts, pieces: ranges(node.pieces.map(number)) };
+    });
+    const loose = draft && ranges(draft.map(number));
+    return { pieces: [...seen.keys()], nodes, draft: loose };
+  }
+
+  /** The tree that `told` told of, and its draft. */
+  static from({ pieces, nodes, draft }) {
+    const tree = new Tree();
+    const frozen = pieces.map((p) => Object.freeze({ ...p, token: p.token && Object.freeze(p.token) }));
+    const listed = (own) => own.flatMap(([start, count]) => frozen.slice(start, start + count));
+    for (const { id, parent, last, facts, pieces: own } of nodes) {
+      tree.next = id;
+      tree.add(tree.nodes.has(parent) ? parent : null, listed(own), facts).last = last;
+    }
+    tree.draft = draft ? listed(draft) : null;
+    tree.next = Math.max(0, ...tree.nodes.keys()) + 1;
+    return tree;
+  }
+
+  #row(node) {
+    return this.nodes.get(node.parent)?.children ?? this.roots;
+  }
+}
+
+function ranges(numbers) {
+  const found = [];
+  for (const n of numbers) {
+    const last = found.at(-1);
+    if (last && last[0] + last[1] === n) last[1]++;
+    else found.push([n, 1]);
+  }
+  return found;
+}

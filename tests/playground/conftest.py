@@ -1,0 +1,72 @@
+"""One server and one browser for all; a fresh, empty page for each test, and nothing wrong with it at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, expect
+
+from oracle.tiny import write_tiny
+
+from .chromium import browsing, path
+from .visitor import Visitor
+
+Visit = Callable[..., Visitor]
+
+expect.set_options(timeout=20_000)  # milliseconds; the machine may be busy
+
+
+@pytest.fixture(scope="package")  # whose loop would be in the way of others'
+def browser() -> Iterator[Browser]:
+    if path() is None:
+        pytest.skip("Chromium is not on the path")
+    with browsing() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="session")
+def open_server(serve: Any) -> Iterator[Any]:
+    """The built-in model without a key."""
+    with serve("--parallel", "4", key=None) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def plain_server(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A model that cannot fill in the middle, under a strict server."""
+    model = write_tiny(tmp_path_factory.mktemp("models") / "plain.gguf", infill=False)
+    with serve(str(model), "--strict", "--parallel", "2", key=None) as server:
+        yield server
+
+
+@pytest.fixture
+def visit(browser: Browser, tmp_path: Path) -> Iterator[Visit]:
+    """`visit(url, width=..., height=..., dark=...)`: a page of its own. What goes wrong on it fails the test."""
+    visitors: list[Visitor] = []
+
+    def visit(url: str, width: int = 1440, height: int = 900, dark: bool = False, touch: bool = False) -> Visitor:
+        context = browser.new_context(
+            viewport={"width": width, "height": height},
+            color_scheme="dark" if dark else "light",
+            reduced_motion="reduce",
+            has_touch=touch,
+            accept_downloads=True,
+        )
+        context.set_default_timeout(30_000)
+        visitors.append(Visitor(context.new_page(), url))
+        return visitors[-1]
+
+    yield visit
+    trouble = [line for visitor in visitors for line in visitor.trouble]
+    for visitor in visitors:
+        visitor.page.context.close()
+    assert not trouble
+
+
+@pytest.fixture
+def visitor(visit: Visit, open_server: Any) -> Visitor:
+    """A page on the built-in model."""
+    return visit(open_server.url).open()
