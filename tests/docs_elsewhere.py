@@ -1,7 +1,7 @@
 """The blocks of the documents that the default tests do not always run, and why; by page and first line.
 
 What needs a program that may not be here is run where it is. What needs Python packages that `make clients` installs is
-run by it (`tests/clients/test_docs.py`). Of the rest only the spelling is checked.
+run by it (`tests/clients/test_guides.py`). Of the rest only the spelling is checked.
 """
 
 from __future__ import annotations
