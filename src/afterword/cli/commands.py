@@ -60,7 +60,8 @@ def main() -> None:
       afterword pull hf:owner/repo:Q8_0          # another one, from the Hub
       afterword complete "The sea was"           # without a server
 
-    Exit status: 0 done, 1 failed while it ran, 2 a setting or a model that cannot be used, 130 Ctrl-C.
+    Exit status: 0 done, 1 failed while it ran, 2 a setting or a model that cannot be used, 75 a batch that can go on
+    later, 130 Ctrl-C.
     """
 
 
