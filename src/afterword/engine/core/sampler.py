@@ -141,9 +141,11 @@ class Sampler:
 
     def _weigh(self, row: Logits, highest: float, changed: Edits, temperature: float) -> Sums:
         """Leave the weights of a changed row. `highest` is that of the row unchanged."""
-        if len(changed[0]):
-            row = self._changed(row, changed)
-            highest = float(self._rows.maxima(row).max())
+        ids, values = changed
+        if len(ids):
+            was, row = row, self._changed(row, changed)
+            if max(was[ids].max(), values.max()) >= highest:  # else the highest is one of the others
+                highest = float(self._rows.maxima(row).max())
         # The shift comes before the division: a quotient by a small temperature has few digits left after its point.
         return self._rows.exponentials(row, highest, temperature, self._weights)
 
