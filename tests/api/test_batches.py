@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -231,8 +232,12 @@ def test_a_key_that_ends_answers_no_more_of_its_rows(serve, tmp_path):
             b.batches.create(input_file_id=batch.input_file_id, **WHAT)
         store.revoke(key.id)
         folder = tmp_path / "batches" / "files"
-        wait_until(lambda: len(list(folder.iterdir())) == 3)
-        rows = [json.loads(row) for path in folder.iterdir() for row in path.read_bytes().splitlines()]
+
+        def whole() -> list[Path]:  # the input, the answers and the refusals
+            return [path for path in folder.iterdir() if path.suffix != ".part"]
+
+        wait_until(lambda: len(whole()) == 3)
+        rows = [json.loads(row) for path in whole() for row in path.read_bytes().splitlines()]
         refused = [row for row in rows if row.get("response") and row["response"]["status_code"] == 401]
         assert refused
         assert {row["response"]["body"]["error"]["code"] for row in refused} == {"invalid_api_key"}
