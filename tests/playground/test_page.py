@@ -58,7 +58,7 @@ def test_the_policy_is_told_with_every_file_and_kept(open_server: Any) -> None:
     with open_server.http() as client:
         page = client.get("/")
         files = re.findall(r'(?:href|src)="(playground/[\w.]+)"', page.text)
-        assert len(files) == 3
+        assert len(files) == 4
         for path in ("/", *files):
             response = client.get(path)
             assert response.headers["content-security-policy"].startswith("default-src 'self'; ")
