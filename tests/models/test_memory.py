@@ -10,7 +10,7 @@ import pytest
 
 from afterword.errors import SettingError
 from afterword.models.gguf import Facts
-from afterword.models.memory import Shape, available_memory, cgroup_room, choose_shape, choose_shapes
+from afterword.models.memory import Shape, available_memory, cgroup_room, choose_shapes
 
 GIB = 1 << 30
 
@@ -32,6 +32,11 @@ FACTS = Facts(
     tensor_count=20,
     split_count=1,
 )
+
+
+def choose_shape(facts: Facts, available: int, context: int | None, parallel: int | None, kv_bytes: int = 2) -> Shape:
+    """Of one model alone."""
+    return choose_shapes([(facts, kv_bytes)], available, context, parallel)[0]
 
 
 def shape(available: float, context: int | None = None, parallel: int | None = None) -> tuple[int, int]:

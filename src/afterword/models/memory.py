@@ -38,20 +38,14 @@ class Shape:
         return total + total // 10 + HEADROOM
 
 
-def choose_shape(
-    facts: Facts, available_bytes: int, context: int | None, parallel: int | None, kv_bytes: int = 2
-) -> Shape:
-    """The shape asked for, or for what is None the largest usual one that fits; SettingError if none does.
-
-    `kv_bytes` is the size of one element of a key or a value.
-    """
-    return choose_shapes([(facts, kv_bytes)], available_bytes, context, parallel)[0]
-
-
 def choose_shapes(
     models: Sequence[tuple[Facts, int]], available_bytes: int, context: int | None, parallel: int | None
 ) -> list[Shape]:
-    """The same for several models that are loaded together, each with its `kv_bytes`: the largest gives way first."""
+    """For models that are loaded together the shapes asked for, or for what is None the largest usual ones that fit.
+
+    Each comes with `kv_bytes`, the size of one element of a key or a value. The largest gives way first. Raises
+    `SettingError` if none fit.
+    """
     for facts, _ in models:
         _check_settings(facts, context, parallel)
     shapes = [_shape(facts, context or usual_context(facts), parallel or MOST_PARALLEL, size) for facts, size in models]
