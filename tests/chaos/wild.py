@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 PATIENCE = 15.0
 """Seconds in which a server must have answered or closed, whatever it was sent."""
-_STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) ")
+_STATUS = re.compile(rb"HTTP/1\.1 ([2-9]\d\d) ")
 _LENGTH = re.compile(rb"\r\ncontent-length: (\d+)\r\n", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """`statuses` of all answers; none if the connection was just closed. `hung`: neither came."""
+    """`statuses` of all answers (to go on is none); none if the connection was just closed. `hung`: neither came."""
 
     statuses: tuple[int, ...]
     hung: bool
