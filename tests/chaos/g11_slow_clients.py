@@ -20,6 +20,7 @@ from .server import Server
 
 GOOD, OF_ONE = 20, 50  # good clients; connections from one bad address
 GROWTH, LIMIT = 64, 15.0  # MiB; seconds in which all bad ones must be gone
+PAUSE = 0.1  # seconds until the next who does not read comes: what a crowd asks for at once is work, and not slow
 _SHORT = {"prompt": "a", "max_tokens": 8, "ignore_eos": True}
 _LONG = {
     "prompt": [97] * 240,
@@ -49,10 +50,15 @@ async def _besiege(server: Server, trial: Trial) -> Result:
     memory = server.memory
     crowd = [_peer(index) for index in range(trial.size)]
     bad = [asyncio.create_task(_drip(server, peer)) for peer in crowd]
-    bad += [asyncio.create_task(_stare(server, peer)) for peer in crowd[: trial.size // 5]]
-    end = time.monotonic() + LIMIT
+    bad += [asyncio.create_task(_stare(server, peer, PAUSE * i)) for i, peer in enumerate(crowd[: trial.size // 5])]
+    come = time.monotonic() + PAUSE * (trial.size // 5)
+
+    def besieged() -> bool:
+        now = time.monotonic()
+        return now < come or (now < come + LIMIT and bool(_bad_ones(server)))
+
     await asyncio.sleep(0.5)
-    during = await _ask_well(server, lambda: bool(_bad_ones(server)) and time.monotonic() < end)
+    during = await _ask_well(server, besieged)
     left = _bad_ones(server)
     grown = server.memory - memory
     for task in bad:
@@ -104,8 +110,9 @@ async def _drip(server: Server, peer: str) -> None:
         writer.close()
 
 
-async def _stare(server: Server, peer: str) -> None:
-    """Ask for much and read nothing of it."""
+async def _stare(server: Server, peer: str, wait: float) -> None:
+    """Ask for much, after a while, and read nothing of it."""
+    await asyncio.sleep(wait)
     body = json.dumps(_LONG).encode()
     lines = ("POST /v1/completions HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json")
     head = "\r\n".join((*lines, f"Content-Length: {len(body)}", "", ""))

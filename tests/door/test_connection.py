@@ -10,6 +10,7 @@ import pytest
 from wire import Engine, Hall, Visitor, application, get, post
 
 import scripted
+from afterword.api import wire
 from afterword.door.limits import DoorLimits
 from afterword.engine.protocol import Job
 
@@ -282,6 +283,26 @@ def test_what_waits_for_a_reader_is_bounded_and_then_told(monkeypatch: pytest.Mo
     assert visitor.wire.told.count(b"data: ") > 128
     assert b'"code":"reader_too_slow"' in visitor.wire.told
     assert b"[DONE]" not in visitor.wire.told
+
+
+def test_large_events_are_not_made_for_who_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[bytes] = []
+    chunk = wire.chunk
+    monkeypatch.setattr(wire, "chunk", lambda *facts: made.append(chunk(*facts)) or made[-1])
+    fields = {"prompt": "a" * 50, "echo": True, "logprobs": 15, "n": 64, "max_tokens": 1, "stream": True}
+
+    async def scenario() -> int:
+        visitor = Hall(application(Engine(endless, room=10))).visitor()
+        visitor.wire.takes = False
+        await visitor.say(post(json.dumps(fields).encode()))
+        before = len(made)
+        visitor.leave()
+        await visitor.settle()
+        assert not visitor.hall.state.tasks
+        return len(made) - before
+
+    assert run(scenario()) <= 3
+    assert len(made) < 10
 
 
 def test_a_slow_reader_who_takes_something_may_stay() -> None:

@@ -24,6 +24,8 @@ from afterword.completion.run import Usage, run, tokenize
 from afterword.engine.protocol import Engine
 from afterword.errors import AfterwordError
 
+_LARGE = 2**12  # bytes of an event
+
 
 async def create(http: HttpRequest) -> Response:
     """Everything that can be the caller's fault happens here; the answer only runs the plan."""
@@ -113,7 +115,10 @@ class Answer(Response):
                 usage: Usage | Literal["later", "never"] = "later" if options.include_usage else "never"
                 if options.continuous_usage_stats:
                     usage = Usage(self._plan.prompt_tokens, written)
-                await send(_body(wire.chunk(self._head, item, usage)))
+                event = wire.chunk(self._head, item, usage)
+                await send(_body(event))
+                if len(event) > _LARGE:
+                    await asyncio.sleep(0)  # it took a while, and the reader may have left meanwhile
             elif options.include_usage:
                 await send(_body(wire.usage_chunk(self._head, item)))
             item = await anext(rest, None)

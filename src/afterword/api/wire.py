@@ -103,12 +103,17 @@ def _logprobs(columns: Logprobs) -> dict[str, Any]:
         "text_offset": columns.text_offset,
         "token_logprobs": [value if value is None else _finite(value) for value in columns.token_logprobs],
         "tokens": columns.tokens,
-        "top_logprobs": top and [entry and {token: _finite(value) for token, value in entry.items()} for entry in top],
+        "top_logprobs": top and [entry and _all_finite(entry) for entry in top],
     }
 
 
 def _finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else _LOWEST
+
+
+def _all_finite(entry: dict[str, float]) -> dict[str, float]:
+    """Hardly ever is one of them not, and a sum tells."""
+    return entry if math.isfinite(sum(entry.values())) else {token: _finite(value) for token, value in entry.items()}
 
 
 def _usage(usage: Usage) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from afterword.completion.plan import Plan, PromptPlan
 from afterword.completion.text import Placed, TextStream
@@ -129,6 +130,7 @@ def top_map(token: Token, plan: Plan) -> dict[str, float]:
     return entries
 
 
+@lru_cache(2**15)
 def spelled(piece: bytes) -> str:
     r"""A token as a string: its text, or `bytes:` and escapes where its bytes are not whole characters."""
     try:

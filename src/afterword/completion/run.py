@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -108,14 +108,16 @@ class _Growing:
             self._tell_begun()
         self._generated += len(step.sampled)
 
-    def take(self, step: Step, run: Run) -> list[Delta]:
-        """Deltas that a step brings. Samples whose text is complete are dropped from the run."""
+    def take(self, step: Step, run: Run) -> Iterator[Delta]:
+        """Deltas that a step brings, each made when it is asked for, since an echoed prompt with its log
+        probabilities is large. Samples whose text is complete are dropped from the run."""
         self._scored.extend(step.scored)
         self._cached += step.cached
         if not self._choices and (step.sampled or step.ended):
             echo = make_echo(self._plan, self._prompt, self._scored)
             report = make_report(self._plan, self._prompt, self._scored)
             self._choices = [Choice(self._plan, self._prompt, echo, report) for _ in range(self._plan.best_of)]
+            self._scored.clear()
         growing = {sample for sample, choice in enumerate(self._choices) if choice.finish is None}
         for sample, token in step.sampled:
             if sample in growing:
@@ -126,8 +128,10 @@ class _Growing:
             if self._choices[sample].finish:
                 run.drop(sample)
         if self._plan.best_of > self._plan.n:
-            return self._best() if growing and all(choice.finish for choice in self._choices) else []
-        return [delta for sample in sorted(growing) for delta in self._choices[sample].deltas(self._first + sample)]
+            yield from self._best() if growing and all(choice.finish for choice in self._choices) else ()
+            return
+        for sample in sorted(growing):
+            yield from self._choices[sample].deltas(self._first + sample)
 
     def _best(self) -> list[Delta]:
         """The `n` candidates with the highest mean log probability, best first, whole."""
