@@ -55,6 +55,7 @@ def test_an_edit_that_hangs_nowhere_yet_survives_too(visitor: Visitor) -> None:
 def test_sessions_are_begun_named_chosen_and_deleted(visitor: Visitor) -> None:
     visitor.write("The first text")
     visitor.shows("sessions")
+    assert visitor.find("#sessions li").count() == 1, "what is on the desk is on the shelf at once"
     visitor.find("#session-new").click()
     assert visitor.text == ""
     visitor.write("The second text")

@@ -6,6 +6,8 @@ import { Tree } from "./tree.js";
 
 const KIND = "afterword session";
 
+const shown = (time) => new Date(time).toLocaleString([], { dateStyle: "short", timeStyle: "short" });
+
 export class Shelf {
   /** `read()` gives the session on the desk as plain data; `lay(session)` puts one there, null for an empty one. */
   constructor({ read, lay, fail }) {
@@ -18,6 +20,7 @@ export class Shelf {
       this.name = event.target.value;
       this.later();
     });
+    find("tab-sessions").addEventListener("click", () => this.save());
     addEventListener("pagehide", () => this.save());
   }
 
@@ -74,7 +77,7 @@ export class Shelf {
           const found = sessions.get(id);
           if (found) this.#open(id, name, found);
         },
-      }, make("span", {}, name), make("small", {}, new Date(time).toLocaleString())),
+      }, make("span", {}, name), make("small", {}, shown(time))),
       make("button", {
         type: "button", className: "plain", "aria-label": `Delete ${name}`,
         onclick: () => this.#remove(id),
