@@ -105,8 +105,13 @@ def main() -> None:
 @option("Access", "--shared-cache", is_flag=True, help="Use what was computed for one key for others too.")
 @option("Access", "--allow-open", is_flag=True, help="Listen beyond this machine without any key.")
 @option("Limits", "--max-queue", type=click.IntRange(min=1), default=4096, help="Most prompts that wait.")
-@option("Limits", "--max-logprobs", type=click.IntRange(0, 1000), default=20, help="Most alternatives a token.")
-@option("Limits", "--max-stop", type=click.IntRange(min=1), default=16, help="Most stop strings.")
+@option(
+    "Limits",
+    "--max-logprobs",
+    type=click.IntRange(0, 1000),
+    help="Most alternatives a token.  [default: 20; with --strict 5]",
+)
+@option("Limits", "--max-stop", type=click.IntRange(min=1), help="Most stop strings.  [default: 16; with --strict 4]")
 @option("Limits", "--limit", multiple=True, help="NAME=NUMBER of the limits that --print-limits lists; repeatable.")
 @option("Limits", "--print-limits", is_flag=True, help="List the limits and what they are, and do no more.")
 @option("Limits", "--json", "as_json", is_flag=True, help="Have --print-limits list them as JSON.")

@@ -41,17 +41,17 @@ from afterword.times import as_time
 
 E = TypeVar("E", Roster, Supervisor)
 _ENGINE = ("context", "parallel", "threads", "batch", "kv_type", "gpu_layers", "verbose")
+_LIMITS = {"max_logprobs": "max_logprobs", "max_stop": "max_stop", "queue": "max_queue"}
+"""Limits that have options of their own. Whatever is set, by either name, goes before what `--strict` sets."""
 
 
 def serve(specs: Sequence[str], options: dict[str, Any]) -> None:
     """Serve models until a signal says to end. `options` are the command's, by name."""
-    given = limits.parse(options["limit"])
-    requests = (
-        STRICT if options["strict"] else Limits(max_logprobs=options["max_logprobs"], max_stop=options["max_stop"])
-    )
-    requests = limits.with_limits(requests, given)
+    own = {name: options[option] for name, option in _LIMITS.items() if options[option] is not None}
+    given = own | limits.parse(options["limit"])
+    requests = limits.with_limits(STRICT if options["strict"] else Limits(), given)
     door = limits.with_limits(DoorLimits(max_per_peer=None if is_loopback(options["host"]) else 64), given)
-    policy = limits.with_limits(Policy(queue=options["max_queue"]), given)
+    policy = limits.with_limits(Policy(), given)
     batch = limits.with_limits(BatchLimits(), given)
     limits.refuse_unknown(given)
     if options["print_limits"]:
