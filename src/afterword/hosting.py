@@ -16,11 +16,12 @@ import psutil
 from afterword.config import GRID, PAIRED_TYPES, REPACKED_TYPES, SMALL_MODEL, EngineSettings, advice, promise
 from afterword.engine import frames
 from afterword.engine.frames import KvType
+from afterword.engine.protocol import Promise
 from afterword.engine.roster import Offer, Roster
 from afterword.engine.supervisor import Policy, Supervisor
 from afterword.errors import SettingError
 from afterword.models.gguf import Facts, read_facts
-from afterword.models.memory import Shape, available_memory, choose_shapes, usual_context
+from afterword.models.memory import Shape, Wanted, available_memory, choose_shapes, usual_context
 from afterword.models.registry import Model, locate, parse_spec
 
 _KV_BYTES = {"exact": 2, "f16": 2, "f32": 4}
@@ -76,7 +77,7 @@ def fit(models: Sequence[tuple[Model, Facts]], settings: EngineSettings, take_tu
     `take_turns`: they need not be there together. If they can be, each with its whole context, they are fitted for
     that; else each gets the memory that it would have alone.
     """
-    wanted = [(facts, _KV_BYTES[_kv_type(facts, settings)]) for _, facts in models]
+    wanted = [(facts, _KV_BYTES[_kv_type(facts, settings)], int(_pairs(facts, settings))) for _, facts in models]
     cores = _cores(min(len(models), _BUSY if take_turns else len(models)))
     return [
         Fitted(model, facts, _frame(model, facts, settings, shape, cores), shape.needed_bytes)
@@ -84,7 +85,7 @@ def fit(models: Sequence[tuple[Model, Facts]], settings: EngineSettings, take_tu
     ]
 
 
-def _shapes(wanted: Sequence[tuple[Facts, int]], settings: EngineSettings, take_turns: bool) -> list[Shape]:
+def _shapes(wanted: Sequence[Wanted], settings: EngineSettings, take_turns: bool) -> list[Shape]:
     free = available_memory()
     try:
         shapes = choose_shapes(wanted, free, settings.context, settings.parallel)
@@ -92,7 +93,7 @@ def _shapes(wanted: Sequence[tuple[Facts, int]], settings: EngineSettings, take_
         if not take_turns:
             raise
     else:
-        whole = all(shape.context >= usual_context(facts) for shape, (facts, _) in zip(shapes, wanted, strict=True))
+        whole = all(shape.context >= usual_context(facts) for shape, (facts, *_) in zip(shapes, wanted, strict=True))
         if whole or settings.context or not take_turns:
             return shapes
     return [choose_shapes([each], free, settings.context, settings.parallel)[0] for each in wanted]
@@ -104,8 +105,7 @@ def _cores(busy: int) -> int:
 
 
 def _frame(model: Model, facts: Facts, settings: EngineSettings, shape: Shape, cores: int) -> frames.Open:
-    kv_type = _kv_type(facts, settings)
-    promised = promise(facts.file_type, facts.experts, kv_type, settings.gpu_layers)
+    kv_type, promised = _kv_type(facts, settings), _promised(facts, settings)
     return frames.Open(
         path=str(model.path),
         context=shape.context,
@@ -117,7 +117,7 @@ def _frame(model: Model, facts: Facts, settings: EngineSettings, shape: Shape, c
         verbose=settings.verbose,
         grid=1 if promised == "exact" else GRID,
         repack=promised == "none" or facts.file_type in REPACKED_TYPES,
-        pairs=promised == "exact" and facts.file_type in PAIRED_TYPES,
+        pairs=_pairs(facts, settings),
         promise=promised,
     )
 
@@ -130,6 +130,15 @@ def _found(spec: str | None) -> tuple[Model, Facts]:
 def _kv_type(facts: Facts, settings: EngineSettings) -> KvType:
     best = promise(facts.file_type, facts.experts, "exact", settings.gpu_layers)
     return settings.kv_type or ("exact" if best == "exact" else "f16")
+
+
+def _promised(facts: Facts, settings: EngineSettings) -> Promise:
+    return promise(facts.file_type, facts.experts, _kv_type(facts, settings), settings.gpu_layers)
+
+
+def _pairs(facts: Facts, settings: EngineSettings) -> bool:
+    """Whether no token is computed alone, for which a sequence needs room for one more."""
+    return _promised(facts, settings) == "exact" and facts.file_type in PAIRED_TYPES
 
 
 def _names(ids: Sequence[str], aliases: Sequence[str]) -> list[str]:

@@ -36,12 +36,12 @@ FACTS = Facts(
 
 def choose_shape(facts: Facts, available: int, context: int | None, parallel: int | None, kv_bytes: int = 2) -> Shape:
     """Of one model alone."""
-    return choose_shapes([(facts, kv_bytes)], available, context, parallel)[0]
+    return choose_shapes([(facts, kv_bytes, 0)], available, context, parallel)[0]
 
 
 def shape(available: float, context: int | None = None, parallel: int | None = None) -> tuple[int, int]:
     chosen = choose_shape(FACTS, int(available * GIB), context, parallel)
-    assert chosen.kv_bytes == chosen.context * chosen.parallel * 8192
+    assert chosen.kv_bytes == max(256, chosen.context) * chosen.parallel * 8192
     assert chosen.needed_bytes <= available * GIB
     return chosen.context, chosen.parallel
 
@@ -53,7 +53,15 @@ def complaint(available: float, context: int | None = None, parallel: int | None
 
 
 def test_what_a_shape_needs() -> None:
-    assert Shape(16, 1, 1000, 200).needed_bytes == 1320 + (256 << 20)
+    assert Shape(256, 2, 1000, 1).needed_bytes == 1512 + 151 + (256 << 20)
+
+
+def test_a_sequence_has_room_for_whole_granules_and_what_it_needs_beyond() -> None:
+    assert Shape(16, 2, 0, 10).kv_bytes == Shape(256, 2, 0, 10).kv_bytes == 2 * 256 * 10
+    assert Shape(4096, 1, 0, 10, spare=1).kv_bytes == 4352 * 10
+    assert shape(1.63) == (4096, 8)
+    (tight,) = choose_shapes([(FACTS, 2, 1)], int(1.63 * GIB), None, None)
+    assert (tight.context, tight.parallel) == (4096, 4)
 
 
 def test_defaults_halve_until_they_fit() -> None:
@@ -77,7 +85,7 @@ SMALL = dataclasses.replace(FACTS, name="Small", layers=1, size_bytes=GIB // 4)
 
 def shapes(available: float, *models: Facts, **asked: int) -> list[tuple[int, int]]:
     settings = {"context": None, "parallel": None} | asked
-    chosen = choose_shapes([(facts, 2) for facts in models], int(available * GIB), **settings)
+    chosen = choose_shapes([(facts, 2, 0) for facts in models], int(available * GIB), **settings)
     assert sum(shape.needed_bytes for shape in chosen) <= available * GIB
     return [(shape.context, shape.parallel) for shape in chosen]
 

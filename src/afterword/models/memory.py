@@ -17,19 +17,31 @@ from afterword.models.gguf import Facts
 MOST_CONTEXT, LEAST_CONTEXT, UNKNOWN_CONTEXT = 4096, 512, 2048  # tokens, where the context is ours to choose
 MOST_PARALLEL = 16  # sequences, where their number is ours to choose
 LEAST_USEFUL_CONTEXT, PARALLEL_LIMIT = 16, 256  # what may be asked for
+GRANULE = 256  # tokens, to which llama.cpp rounds up what a sequence has room for
 HEADROOM = 256 << 20  # bytes for the process itself and its compute buffers, beside a tenth of the rest
 
 CGROUPS = Path("/sys/fs/cgroup")
 
 
+Wanted = tuple[Facts, int, int]
+"""A model, the bytes of one element of a key or a value, and the tokens that a sequence needs beyond its context."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """`parallel` sequences of `context` tokens each, and the bytes that the weights and they take."""
+    """`parallel` sequences of `context` and `spare` tokens each, and the bytes that the weights and a token take."""
 
     context: int
     parallel: int
     weights_bytes: int
-    kv_bytes: int
+    token_bytes: int
+    spare: int = 0
+
+    @property
+    def kv_bytes(self) -> int:
+        """Keys and values of all sequences."""
+        granules = -(-(self.context + self.spare) // GRANULE)
+        return granules * GRANULE * self.parallel * self.token_bytes
 
     @property
     def needed_bytes(self) -> int:
@@ -39,16 +51,15 @@ class Shape:
 
 
 def choose_shapes(
-    models: Sequence[tuple[Facts, int]], available_bytes: int, context: int | None, parallel: int | None
+    models: Sequence[Wanted], available_bytes: int, context: int | None, parallel: int | None
 ) -> list[Shape]:
     """For models that are loaded together the shapes asked for, or for what is None the largest usual ones that fit.
 
-    Each comes with `kv_bytes`, the size of one element of a key or a value. The largest gives way first. Raises
-    `SettingError` if none fit.
+    The largest gives way first. Raises `SettingError` if none fit.
     """
-    for facts, _ in models:
+    for facts, _, _ in models:
         _check_settings(facts, context, parallel)
-    shapes = [_shape(facts, context or usual_context(facts), parallel or MOST_PARALLEL, size) for facts, size in models]
+    shapes = [_shape(wanted, context or usual_context(wanted[0]), parallel or MOST_PARALLEL) for wanted in models]
     while sum(shape.needed_bytes for shape in shapes) > available_bytes:
         smaller = {place: _smaller(shape, context, parallel) for place, shape in enumerate(shapes)}
         places = [place for place, shape in smaller.items() if shape is not None]
@@ -90,23 +101,15 @@ def cgroup_room(folder: Path) -> int | None:
 def _smaller(shape: Shape, context: int | None, parallel: int | None) -> Shape | None:
     """The next smaller one, where that is ours to choose."""
     if parallel is None and shape.parallel > 1:
-        return _resized(shape, shape.context, shape.parallel // 2)
+        return replace(shape, parallel=shape.parallel // 2)
     if context is None and shape.context > LEAST_CONTEXT:
-        return _resized(shape, max(shape.context // 2, LEAST_CONTEXT), shape.parallel)
+        return replace(shape, context=max(shape.context // 2, LEAST_CONTEXT))
     return None
 
 
-def _resized(shape: Shape, context: int, parallel: int) -> Shape:
-    return replace(
-        shape,
-        context=context,
-        parallel=parallel,
-        kv_bytes=shape.kv_bytes // (shape.context * shape.parallel) * context * parallel,
-    )
-
-
-def _shape(facts: Facts, context: int, parallel: int, kv_bytes: int) -> Shape:
-    return Shape(context, parallel, facts.size_bytes, context * parallel * facts.kv_bytes_per_token(kv_bytes))
+def _shape(wanted: Wanted, context: int, parallel: int) -> Shape:
+    facts, kv_bytes, spare = wanted
+    return Shape(context, parallel, facts.size_bytes, facts.kv_bytes_per_token(kv_bytes), spare)
 
 
 def _check_settings(facts: Facts, context: int | None, parallel: int | None) -> None:
