@@ -266,8 +266,9 @@ def test_a_large_plan_is_from_a_sample_and_says_so(tmp_path, fake):
 # ---- how far it is
 
 
-def test_progress_tells_rates_what_is_left_errors_and_why_it_waits():
-    done = Progress(100, Sums(good=10), began=time.monotonic() - 10)
+def test_progress_tells_rates_what_is_left_errors_and_why_it_waits(monkeypatch):
+    monkeypatch.setattr(time, "monotonic", lambda: 1010.0)
+    done = Progress(100, Sums(good=10), began=1000.0)
     done.done = Sums(good=28, bad=2, completion=500)
     told = facts(done)
     assert "2 rows/s" in told

@@ -75,13 +75,15 @@ def test_rows_are_asked_by_the_beginnings_of_their_prompts(tmp_path):
 
 def test_no_more_are_asked_at_once_than_is_said(source, tmp_path):
     source = write(tmp_path / "many", *(bare(prompt=str(number)) for number in range(40)))
+    five = asyncio.Barrier(5)
     now = most = 0
 
     async def ask(*_: object) -> Reply:
         nonlocal now, most
         now += 1
         most = max(most, now)
-        await asyncio.sleep(0.001)
+        async with asyncio.timeout(30):
+            await five.wait()  # so that no round ends before it is whole, however slow the machine
         now -= 1
         return completion({})
 
