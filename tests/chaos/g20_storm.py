@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import cycle
 from random import Random
+from statistics import median
 
 import pytest
 
@@ -24,26 +25,32 @@ from .server import Server
 from .wild import shout
 
 GOOD, BAD = 20, 8
+ROUNDS = 3
+"""Calm and noise take turns, so that both meet what else the machine does; of each the median round counts."""
 _BODY = {"prompt": "Once upon a time", "max_tokens": 24, "stream": True, "ignore_eos": True}
 
 
 def run(trial: Trial) -> Result:
     with trial.serve("--parallel", "8", "--limit=head_seconds=1", "--limit=body_seconds=1") as server:
         asyncio.run(_stream_well(server, 1))
-        calm = asyncio.run(_stream_well(server, trial.size))
-        with _noise(server) as noise:
-            stormy = asyncio.run(_stream_well(server, trial.size))
+        calm, stormy, noises = [], [], 0
+        for number in range(ROUNDS):
+            trial.say(f"G20 {number}")
+            calm.append(asyncio.run(_stream_well(server, trial.size / ROUNDS)))
+            with _noise(server, number) as noise:
+                stormy.append(asyncio.run(_stream_well(server, trial.size / ROUNDS)))
+            noises += noise[0]
         alive = server.alive()
-    failed = calm.count(None) + stormy.count(None)
-    before, during = late(calm), late(stormy)
+    failed = sum(times.count(None) for times in calm + stormy)
+    before, during = (median(late(times) for times in rounds) for rounds in (calm, stormy))
     figures = {
-        "answers": len(calm) + len(stormy),
+        "answers": sum(len(times) for times in calm + stormy),
         "failed": failed,
-        "noises": noise[0],
+        "noises": noises,
         "p99 to first token ms": f"{before * 1000:.0f}, then {during * 1000:.0f}",
     }
     calm_enough = during <= max(2 * before, before + 0.1)  # where tokens come in milliseconds, a burst doubles them
-    return Result(not failed and alive and noise[0] > 0 and calm_enough, figures)
+    return Result(not failed and alive and noises > 0 and calm_enough, figures)
 
 
 async def _stream_well(server: Server, seconds: float) -> list[float | None]:
@@ -63,9 +70,9 @@ async def _stream_well(server: Server, seconds: float) -> list[float | None]:
 
 
 @contextmanager
-def _noise(server: Server) -> Iterator[list[int]]:
+def _noise(server: Server, seed: int) -> Iterator[list[int]]:
     """Noise until the end; then how many noises there were. Its process yields to others: it stands for a network."""
-    command = ["nice", "-n", "19", sys.executable, "-m", "tests.chaos.g20_storm", server.url]
+    command = ["nice", "-n", "19", sys.executable, "-m", "tests.chaos.g20_storm", server.url, str(seed)]
     counted = [0]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -75,7 +82,7 @@ def _noise(server: Server) -> Iterator[list[int]]:
         counted[0] = int(told)
 
 
-def make_noise(port: int) -> None:
+def make_noise(port: int, seed: int) -> None:
     """Until a line comes in. Prints when it begins, and how many noises there were."""
 
     async def shouter(random: Random) -> None:
@@ -86,7 +93,9 @@ def make_noise(port: int) -> None:
             made[0] += 1
 
     async def all_shout() -> None:
-        tasks = [asyncio.create_task(shouter(Random(seed))) for seed in range(BAD)]
+        tasks = [asyncio.create_task(shouter(Random(seed * BAD + each))) for each in range(BAD)]
+        while not made[0]:
+            await asyncio.sleep(0.01)
         print("begun", flush=True)
         await asyncio.to_thread(sys.stdin.readline)
         for task in tasks:
@@ -102,7 +111,7 @@ def dawdle_over_strangers(patch: pytest.MonkeyPatch) -> None:
     refuse = Connection._refuse
 
     def slowly(self: Connection, refusal: Refusal) -> None:
-        time.sleep(0.1)
+        time.sleep(0.5)
         refuse(self, refusal)
 
     patch.setattr(Connection, "_refuse", slowly)
@@ -112,12 +121,12 @@ GATE = Gate(
     name="G20",
     goal=f"noise at the port does not reach {GOOD} clients who stream: none fails, their first tokens come as soon",
     unit="seconds",
-    commit=8,
+    commit=9,
     nightly=60,
     run=run,
     fault=Fault("the server dawdles over strangers", "server", dawdle_over_strangers),
-    planted=5,
+    planted=6,
 )
 
 if __name__ == "__main__":
-    make_noise(int(sys.argv[1].rpartition(":")[2]))
+    make_noise(int(sys.argv[1].rpartition(":")[2]), int(sys.argv[2]))
