@@ -18,7 +18,7 @@ from oracle.tiny import write_tiny
 
 PATIENCE = 20  # seconds that a file may take to load
 LIVED, REFUSED, DIED, HUNG = "lived", "refused", "died", "hung"
-EDGES = (0, 1, 2, 5, 7, 8, 9, 31, 32, 33, 127, 255, 256, 2**16, 2**31 - 1, 2**31, 2**32 - 1)
+EDGES = (0, 1, 2, 5, 7, 8, 9, 31, 32, 33, 127, 255, 256, 2**16, 2**31 - 1, 2**31, 2**31 + 1, 2**31 + 2, 2**32 - 1)
 WIDE = (0, 1, 2**31, 2**32, 2**40, 2**61, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
 
 

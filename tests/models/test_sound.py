@@ -26,6 +26,8 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
         ({"llama.attention.layer_norm_rms_epsilon": -1.0}, "its layer_norm_rms_epsilon is -1.0"),
         ({"llama.attention.layer_norm_epsilon": math.nan}, "its layer_norm_epsilon is nan"),
         ({"llama.attention.layer_norm_epsilon": math.inf}, "its layer_norm_epsilon is inf"),
+        ({"llama.attention.head_count_kv": 2**31 + 1}, "its head_count_kv is 2147483649"),
+        ({"llama.attention.head_count_kv": [2, 2**31 + 2]}, "its head_count_kv is 2147483650"),
         ({"llama.rope.dimension_count": 7}, "7 of the 8 elements of its heads are rotated"),
     ],
 )

@@ -12,6 +12,7 @@ from afterword.errors import SettingError
 from afterword.models.header import Header
 
 MOST_LAYERS = 512
+MOST_HEADS = 2**16 - 1  # and elements of one: their product is computed in 32 bits
 TURNED_WHOLE = frozenset(
     (
         *("llama", "mistral3", "qwen2", "qwen2moe", "qwen3", "qwen3moe"),
@@ -43,6 +44,11 @@ def _numbers(architecture: str, header: Header) -> str | None:
         epsilon = header.values.get(f"{architecture}.attention.{name}", 0.0)
         if not isinstance(epsilon, float | int) or not 0 <= epsilon < math.inf:
             return f"its {name} is {epsilon}"
+    for name in ("head_count", "head_count_kv", "key_length", "value_length"):
+        value = header.values.get(f"{architecture}.attention.{name}", 0)
+        for number in value if isinstance(value, tuple) else (value,):  # one a layer, or one for all
+            if not isinstance(number, int) or not 0 <= number <= MOST_HEADS:
+                return f"its {name} is {number}"
     width = header.values.get(f"{architecture}.embedding_length")
     heads = header.values.get(f"{architecture}.attention.head_count")
     if architecture in TURNED_WHOLE and isinstance(width, int) and isinstance(heads, int) and heads > 0:
