@@ -49,6 +49,7 @@ class Pending:
         self._open = set(range(job.samples))
         self._told: Counter[int | None] = Counter()  # tokens by sample; under None the prompt's
         self._again: Counter[int | None] = Counter()  # as many of them will come a second time
+        self._behind: set[int] = set()  # samples that have not yet come further than before the last crash
         self._repeated = False
         self._steps: asyncio.Queue[Step | Exception | None] = asyncio.Queue()  # None: nothing more will come
 
@@ -86,11 +87,12 @@ class Pending:
         if self._repeated:
             step = self._new(step)
         self._course.took(step)
-        if step.scored or step.sampled:
-            self.crashes = 0
         self._told[None] += len(step.scored)
         self._told.update(sample for sample, _ in step.sampled)
         self._open.difference_update(sample for sample, _ in step.ended)
+        self._behind.difference_update(sample for sample, _ in step.sampled)
+        if (step.scored or step.sampled) and not self._behind & self._open:
+            self.crashes = 0  # one sample that comes further says nothing of the others
         self._steps.put_nowait(step)
         if self.ended:
             self._course.ended()
@@ -102,6 +104,7 @@ class Pending:
         self.crashes += blamed
         self._repeated = self._repeated or self.begun
         self._again = self._told.copy()
+        self._behind = {sample for sample in self._open if self._told[sample]}
         self.begun = self.fruitful = False
         return blamed
 
