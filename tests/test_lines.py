@@ -65,15 +65,21 @@ def test_trouble_is_told_once_until_it_is_over(tmp_path, monkeypatch, caplog):
 
 
 def test_nobody_waits_for_a_disk_that_hangs(tmp_path, monkeypatch, caplog):
-    goes_on = threading.Event()
+    hangs, goes_on = threading.Event(), threading.Event()
     write = os.write
+
+    def hung(file: int, data: bytes) -> int:
+        hangs.set()
+        goes_on.wait()
+        return write(file, data)
+
     monkeypatch.setattr("afterword.log._MOST_WAITING", 10)
-    monkeypatch.setattr(os, "write", lambda file, data: goes_on.wait() and write(file, data))
+    monkeypatch.setattr(os, "write", hung)
     with caplog.at_level(logging.WARNING), open_lines(tmp_path / "log") as lines:
-        for number in range(100):
+        lines.add(b"0")
+        hangs.wait()  # one line is in the writer's hands, and ten may wait
+        for number in range(1, 100):
             lines.add(b"%d" % number)
         goes_on.set()
-    kept = (tmp_path / "log").read_text().split()
-    assert kept == [str(number) for number in range(len(kept))]
-    assert 10 <= len(kept) <= 11
+    assert (tmp_path / "log").read_text().split() == [str(number) for number in range(11)]
     assert len(caplog.records) == 1

@@ -13,7 +13,7 @@ from functools import partial
 
 import psutil
 
-from afterword.config import GRID, PAIRED_TYPES, REPACKED_TYPES, SMALL_MODEL, EngineSettings, advice, promise
+from afterword.config import GRID, OWN_TYPES, PAIRED_TYPES, REPACKED_TYPES, SMALL_MODEL, EngineSettings, advice, promise
 from afterword.engine import frames
 from afterword.engine.frames import KvType
 from afterword.engine.roster import Offer, Roster
@@ -117,6 +117,7 @@ def _frame(model: Model, facts: Facts, settings: EngineSettings, shape: Shape, c
         verbose=settings.verbose,
         grid=1 if promised == "exact" else GRID,
         repack=promised == "none" or facts.file_type in REPACKED_TYPES,
+        own_products=facts.file_type in OWN_TYPES and not facts.experts,
         pairs=promised == "exact" and facts.file_type in PAIRED_TYPES,
         promise=promised,
     )

@@ -46,8 +46,10 @@ def test_exponentials_are_right_to_the_rounding_of_their_argument(walks, row, di
     exact = np.exp(apart)
     bound = exact * (5e-7 - 2e-7 * np.maximum(apart, -100)) + 2e-38
     assert (abs(weights - exact) <= bound).all()
-    sums_apart = abs(sums - [block.sum() for block in blocks(exact)])
-    assert (sums_apart <= [block.sum() * 2 for block in blocks(bound)] + np.float64(1e-35)).all()
+    # Beside the errors of the numbers, the roundings of a sum of 256 that is kept in eight parts: 31 additions and 3.
+    roundings = 34 * 2.0**-24
+    bounds = [error.sum() + roundings * block.sum() for error, block in zip(blocks(bound), blocks(exact), strict=True)]
+    assert (abs(sums - [block.sum() for block in blocks(exact)]) <= bounds).all()
     assert weights[np.argmax(row)] == 1
     assert (weights[np.isneginf(row)] == 0).all()
 

@@ -24,7 +24,8 @@ class Open(Value, frozen=True, tag=True):
 
     "exact": a token has the same numbers whether it is read or generated, where the weights' products allow it.
     `chunk` and `grid`: see `core.batch.Runner`. `repack`: weights may be laid out anew for kernels that are faster, and
-    in some types depend on the number of rows. `pairs`: no token is computed alone, see `llama.pairs`. `promise` is
+    in some types depend on the number of rows. `own_products`: they are left as they lie where there are kernels of our
+    own for them. `pairs`: no token is computed alone, see `llama.pairs`. `promise` is
     what is known of numbers that are computed like this.
     """
 
@@ -38,6 +39,7 @@ class Open(Value, frozen=True, tag=True):
     verbose: bool
     grid: int = 64
     repack: bool = True
+    own_products: bool = False
     pairs: bool = False
     promise: Promise = "none"
 

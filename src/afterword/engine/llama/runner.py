@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from afterword.engine.core.batch import Batch, Cut, Fork, Logits, Row
 from afterword.engine.frames import Open
-from afterword.engine.llama import attention
+from afterword.engine.llama import accelerator
 from afterword.engine.llama.library import last_error, native
 from afterword.engine.llama.pairs import pair
 from afterword.errors import EngineError, SettingError
@@ -39,8 +39,10 @@ class LlamaRunner:
         self.slots = settings.sequences
         self.chunk = settings.chunk
         self.grid = settings.grid
-        self.model = _load(settings, tell)
-        self._context, self.own_attention = _context(self.model, settings)
+        # Registered before the model is loaded, since it decides how weights are laid out.
+        self.accelerated = not settings.gpu_layers and accelerator.offer()
+        self.model = _load(settings, self.accelerated, tell)
+        self._context, self.own_attention = _context(self.model, settings, self.accelerated)
         self._memory = native.llama_get_memory(self._context)
         self._vocabulary = native.llama_vocab_n_tokens(native.llama_model_get_vocab(self.model))
         self.rewinds = not (
@@ -127,12 +129,13 @@ def _pointer(array: NDArray[np.int32] | NDArray[np.int8], kind: type[ctypes.c_in
     return array.ctypes.data_as(ctypes.POINTER(kind))
 
 
-def _load(settings: Open, tell: Callable[[float], None]) -> object:
+def _load(settings: Open, accelerated: bool, tell: Callable[[float], None]) -> object:
     if settings.gpu_layers and not native.llama_supports_gpu_offload():
         raise SettingError("--gpu-layers: this llama.cpp was built without GPU support.")
     params = native.llama_model_default_params()
     params.n_gpu_layers = settings.gpu_layers
-    params.use_extra_bufts = settings.repack
+    own_products = accelerated and settings.own_products and accelerator.multiplies()
+    params.use_extra_bufts = settings.repack and not own_products
 
     @native.llama_progress_callback  # type: ignore[untyped-decorator]
     def going_on(share: float, _: object) -> bool:
@@ -153,14 +156,14 @@ def _most_tokens(settings: Open) -> int:
     return max(settings.chunk, settings.sequences + settings.pairs)
 
 
-def _context(model: object, settings: Open) -> tuple[object, bool]:
+def _context(model: object, settings: Open, accelerated: bool) -> tuple[object, bool]:
     """A context, and whether its attention is our own: only where that can compute all that the model has."""
     if settings.kv_type != "exact":
         return _made(model, settings, _ATTENTION[settings.kv_type]), False
-    if not settings.gpu_layers and attention.offer():
-        attention.suits()
+    if accelerated:
+        accelerator.attends()
         context = _made(model, settings, _OWN)
-        if attention.suits():
+        if accelerator.attends():
             return context, True
         native.llama_free(context)
     return _made(model, settings, _QUERY_BY_QUERY), False

@@ -5,10 +5,8 @@
 // whatever the pass looks like: keys in blocks of 64 from the start of the memory, each score a running sum over the
 // head's elements, each output a running sum over the keys. Tiles of queries only decide which of them share the work
 // of unpacking a block.
-//
-// The kernel presents itself to ggml as an accelerator beside the CPU that can do this one operation, which ggml then
-// gives to it. What of ggml's interface is needed is declared here (version 2 of its backends), since its internal
-// header is not installed; attention.py checks what can be checked before anything is registered.
+
+#pragma once
 
 #include <cmath>
 #include <cstddef>
@@ -21,90 +19,11 @@
 #endif
 
 #include "../lanes.hpp"
+#include "ggml.hpp"
 
-// ---- what ggml's interface looks like
-
-struct Tensor {
-    int32_t type;
-    void *buffer;
-    int64_t ne[4];  // elements
-    size_t nb[4];   // strides in bytes
-    int32_t op;
-    int32_t params[16];
-    int32_t flags;
-    Tensor *src[10];
-    Tensor *view_src;
-    size_t view_offset;
-    char *data;
-    char name[64];
-    void *extra;
-    char padding[8];
-};
-
-struct Device;
-struct Backend;
-struct Graph;
-using BufferType = void *;
-
-struct Properties {
-    const char *name, *description;
-    size_t memory_free, memory_total;
-    int type;
-    const char *id;
-    bool async, host_buffer, buffer_from_host, events, mmap;
-};
-
-struct Backend {
-    uint8_t (*guid)[16];
-    const char *(*get_name)(Backend *);
-    void (*free)(Backend *);
-    void *transfers_and_plans[10];
-    int (*compute)(Backend *, Graph *);
-    void *events_and_order[3];
-    Device *device;
-    void *context;
-};
-
-struct Registry;
-
-struct Device {
-    const char *(*get_name)(Device *);
-    const char *(*get_description)(Device *);
-    void (*get_memory)(Device *, size_t *, size_t *);
-    int (*get_type)(Device *);
-    void (*get_properties)(Device *, Properties *);
-    Backend *(*make_backend)(Device *, const char *);
-    BufferType (*get_buffer_type)(Device *);
-    void *host_buffer_type;
-    void *buffer_from_host;
-    bool (*supports_operation)(Device *, const Tensor *);
-    bool (*supports_buffers)(Device *, BufferType);
-    void *offload_and_events[4];
-    Registry *registry;
-    void *context;
-};
-
-struct Registry {
-    int version;
-    const char *(*get_name)(Registry *);
-    size_t (*count)(Registry *);
-    Device *(*get_device)(Registry *, size_t);
-    void *(*get_address)(Registry *, const char *);
-    void *context;
-};
-
-// What of ggml this file calls: addresses that Python knows.
-struct Ggml {
-    BufferType (*cpu_buffers)();
-    bool (*is_host)(BufferType);
-    int (*graph_size)(Graph *);
-    Tensor *(*graph_node)(Graph *, int);
-    const char *(*operation_name)(int);
-};
-
+namespace attention {
 namespace {
 
-constexpr int API_VERSION = 2, ACCELERATOR = 3, F32 = 0, F16 = 1, TO_COMPUTE = 16;
 constexpr int BLOCK = 64, MOST_ROWS = 64;
 
 using half = uint16_t;
@@ -372,14 +291,8 @@ void compute(const Tensor *node, int threads) {
     }
 }
 
-// ---- the accelerator that ggml sees
-
-Ggml ggml;
-int taken = 0, refused = 0;  // attentions that ggml asked about since somebody asked us
-
-bool rows_are_dense(const Tensor *x, size_t element) { return x->nb[0] == element; }
-
-bool can_compute(const Tensor *node) {
+// Whether it is an attention that can be computed here.
+bool takes(const Tensor *node) {
     const Tensor *q = node->src[0], *k = node->src[1], *v = node->src[2], *mask = node->src[3];
     return node->type == F32 && q->type == F32 && k->type == F16 && v->type == F16 && !node->src[4] &&
            (!mask || (mask->type == F16 && rows_are_dense(mask, 2))) && rows_are_dense(q, 4) && rows_are_dense(k, 2) &&
@@ -388,72 +301,5 @@ bool can_compute(const Tensor *node) {
            q->ne[2] % k->ne[2] == 0 && node->ne[0] == v->ne[0];
 }
 
-bool is_attention(const Tensor *node) { return !std::strcmp(ggml.operation_name(node->op), "FLASH_ATTN_EXT"); }
-
-uint8_t guid[16] = {0x5d, 0x1f, 0x22, 0x8a, 0x6e, 0x0b, 0x4c, 0x93, 0xa7, 0x35, 0xe1, 0x58, 0x90, 0xcc, 0x17, 0x46};
-const char *name_of(Device *) { return "Afterword"; }
-const char *description_of(Device *) { return "attention that does not depend on company"; }
-void memory_of(Device *, size_t *free, size_t *total) { *free = *total = 0; }
-int type_of(Device *) { return ACCELERATOR; }
-void properties_of(Device *device, Properties *to) {
-    *to = {name_of(device), description_of(device), 0, 0, ACCELERATOR, nullptr, false, false, false, false, true};
-}
-BufferType buffers_of(Device *) { return ggml.cpu_buffers(); }
-bool takes_buffers(Device *, BufferType type) { return ggml.is_host(type); }
-bool takes_operation(Device *, const Tensor *node) {
-    if (!is_attention(node)) return false;
-    const bool can = can_compute(node);
-    taken += can;
-    refused += !can;
-    return can;
-}
-
-const char *backend_name(Backend *) { return "Afterword"; }
-void end_backend(Backend *backend) { delete backend; }
-void set_threads(Backend *backend, int threads) { backend->context = (void *)(intptr_t)threads; }
-int compute_graph(Backend *backend, Graph *graph) {
-    const int threads = (int)(intptr_t)backend->context;
-    for (int i = 0; i < ggml.graph_size(graph); i++) {
-        const Tensor *node = ggml.graph_node(graph, i);
-        if (node->flags & TO_COMPUTE && is_attention(node)) compute(node, threads);
-    }
-    return 0;
-}
-Backend *make_backend(Device *device, const char *) {
-    return new Backend{&guid, backend_name, end_backend, {}, compute_graph, {}, device, (void *)(intptr_t)1};
-}
-
-Device the_device = {name_of, description_of, memory_of, type_of, properties_of, make_backend, buffers_of,
-                     nullptr, nullptr, takes_operation, takes_buffers, {}, nullptr, nullptr};
-const char *registry_name(Registry *) { return "Afterword"; }
-size_t one_device(Registry *) { return 1; }
-Device *first_device(Registry *, size_t) { return &the_device; }
-void *address_of(Registry *, const char *name) {
-    return std::strcmp(name, "ggml_backend_set_n_threads") ? nullptr : (void *)set_threads;
-}
-Registry the_registry = {API_VERSION, registry_name, one_device, first_device, address_of, nullptr};
-
 }  // namespace
-
-extern "C" {
-
-// Bytes of a tensor as declared here, to be compared with the library's.
-size_t attention_tensor_size() { return sizeof(Tensor); }
-
-// What to register with ggml.
-void *attention_registry(const Ggml *addresses) {
-    ggml = *addresses;
-    the_device.registry = &the_registry;
-    return &the_registry;
-}
-
-// Whether there was attention to compute since the last call, and none was left to the library.
-int attention_suits() {
-    const bool suits = taken && !refused;
-    taken = refused = 0;
-    return suits;
-}
-
-// One attention by itself: what the tests compare.
-void attention_compute(const Tensor *node, int threads) { compute(node, threads); }
-}
+}  // namespace attention
