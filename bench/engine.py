@@ -58,7 +58,7 @@ def measure(path: Path, settings: EngineSettings, read: int, written: int, clock
     """Prompts of `read` tokens and answers of `written`, with `logprobs` 5, `top_p` 0.9 and penalties."""
     opened = open_frame(Model(path.stem, path, "file"), read_facts(path), settings)
     runner = Timed(LlamaRunner(opened), clock)
-    loop = Loop(runner)
+    loop = Loop(runner, threads=settings.threads or 1)
     prompt = _spend(loop, clock, [_job(read, 0)])
     one = _spend(loop, clock, [_job(16, written)])
     runner.seconds = 0.0

@@ -124,7 +124,7 @@ class _Child:
         threading.stack_size(0)
         threading.Thread(target=self._read, daemon=True).start()
         self._gauge = Gauge(loaded.runner)
-        self._work(Loop(self._gauge))
+        self._work(Loop(self._gauge, threads=settings.threads))
 
     def _read(self) -> NoReturn:
         while body := frames.read(self._stream):

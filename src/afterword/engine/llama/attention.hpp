@@ -25,10 +25,11 @@ namespace attention {
 namespace {
 
 constexpr int BLOCK = 64, MOST_ROWS = 64;
+constexpr int MANY = WIDE > LANES ? 6 : 4, FEW = WIDE > LANES ? 4 : 2;  // queries and vectors: as many as there are registers
 
 using half = uint16_t;
 
-// ---- eight numbers at a time
+// ---- several numbers at a time
 
 inline f8 widen(const half *from) {
 #ifdef __F16C__
@@ -42,9 +43,15 @@ inline f8 widen(const half *from) {
 #endif
 }
 
-inline f8 hyperbolic_tangent(f8 x) {
-    const f8 bounded = x > all(20.0f) ? all(20.0f) : larger(x, all(-20.0f));
-    return all(1.0f) - all(2.0f) / (exponential(all(2.0f) * bounded) + all(1.0f));
+inline wide widen_all(const half *from) {
+    f8 parts[WIDE / LANES];
+    for (int i = 0; i < WIDE / LANES; i++) parts[i] = widen(from + i * LANES);
+    return load<wide>((const float *)parts);
+}
+
+inline wide hyperbolic_tangent(wide x) {
+    const wide most = all<wide>(20.0f), bounded = x > most ? most : larger(x, -most);
+    return 1.0f - 2.0f / (exponential(2.0f * bounded) + 1.0f);
 }
 
 #ifdef __clang__
@@ -144,39 +151,65 @@ void unpack_values(float *to, const char *from, size_t stride, int dv, int cells
             store(to + cell * dv + d, cell < cells ? widen((const half *)(from + cell * stride) + d) : all(0));
 }
 
-// Scores of ROWS queries with COLUMNS times 8 keys: running sums over the head's elements, in their order.
+// Scores of ROWS queries with the keys of a block: running sums over the head's elements, in their order.
 template <int ROWS, int COLUMNS>
 void multiply(float *scores, const float *const *queries, const float *keys, int dk) {
-    for (int cell = 0; cell < BLOCK; cell += COLUMNS * LANES) {
-        f8 sums[ROWS][COLUMNS] = {};
+    for (int cell = 0; cell < BLOCK; cell += COLUMNS * WIDE) {
+        wide sums[ROWS][COLUMNS] = {};
         for (int d = 0; d < dk; d++) {
             for (int c = 0; c < COLUMNS; c++) {
-                const f8 key = load(keys + d * BLOCK + cell + c * LANES);
-                for (int r = 0; r < ROWS; r++) sums[r][c] = all(queries[r][d]) * key + sums[r][c];
+                const wide key = load<wide>(keys + d * BLOCK + cell + c * WIDE);
+                for (int r = 0; r < ROWS; r++) sums[r][c] = fused(all<wide>(queries[r][d]), key, sums[r][c]);
             }
         }
         for (int r = 0; r < ROWS; r++)
-            for (int c = 0; c < COLUMNS; c++) store(scores + r * BLOCK + cell + c * LANES, sums[r][c]);
+            for (int c = 0; c < COLUMNS; c++) store(scores + r * BLOCK + cell + c * WIDE, sums[r][c]);
     }
 }
 
-// Values weighed by a query's probabilities, added to its sums: running sums over the cells, in their order.
-template <int COLUMNS>
-void weigh(float *sums, const float *weights, const float *values, int dv, f8 shrink) {
-    f8 total[COLUMNS];
-    for (int c = 0; c < COLUMNS; c++) total[c] = load(sums + c * LANES) * shrink;
+void multiply_all(float *scores, const float *const *queries, const float *keys, int dk, int count) {
+    int i = 0;
+    for (; i + MANY <= count; i += MANY) multiply<MANY, FEW>(scores + i * BLOCK, queries + i, keys, dk);
+    for (; i + 2 <= count; i += 2) multiply<2, 4>(scores + i * BLOCK, queries + i, keys, dk);
+    for (; i < count; i++) multiply<1, 4>(scores + i * BLOCK, queries + i, keys, dk);
+}
+
+// A query's probabilities in a block, what its sums so far shrink by, and where they are.
+struct Share {
+    const float *weights;
+    float shrink;
+    float *sums;
+};
+
+// Values weighed by the probabilities of ROWS queries, added to their sums: running sums over the cells, in their order.
+template <class V, int ROWS, int COLUMNS>
+void weigh(const Share *shares, const float *values, int dv, int d) {
+    constexpr int WIDTH = sizeof(V) / sizeof(float);
+    V total[ROWS][COLUMNS];
+    for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < COLUMNS; c++) total[r][c] = load<V>(shares[r].sums + d + c * WIDTH) * shares[r].shrink;
     for (int cell = 0; cell < BLOCK; cell++) {
-        const f8 weight = all(weights[cell]);
-        for (int c = 0; c < COLUMNS; c++) total[c] = weight * load(values + cell * dv + c * LANES) + total[c];
+        for (int c = 0; c < COLUMNS; c++) {
+            const V value = load<V>(values + cell * dv + d + c * WIDTH);
+            for (int r = 0; r < ROWS; r++) total[r][c] = fused(all<V>(shares[r].weights[cell]), value, total[r][c]);
+        }
     }
-    for (int c = 0; c < COLUMNS; c++) store(sums + c * LANES, total[c]);
+    for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < COLUMNS; c++) store(shares[r].sums + d + c * WIDTH, total[r][c]);
 }
 
-void weigh_all(float *sums, const float *weights, const float *values, int dv, f8 shrink) {
+template <int ROWS>
+void weigh_rows(const Share *shares, const float *values, int dv) {
     int d = 0;
-    for (; d + 8 * LANES <= dv; d += 8 * LANES) weigh<8>(sums + d, weights, values + d, dv, shrink);
-    for (; d + 4 * LANES <= dv; d += 4 * LANES) weigh<4>(sums + d, weights, values + d, dv, shrink);
-    for (; d < dv; d += LANES) weigh<1>(sums + d, weights, values + d, dv, shrink);
+    for (; d + FEW * WIDE <= dv; d += FEW * WIDE) weigh<wide, ROWS, FEW>(shares, values, dv, d);
+    for (; d < dv; d += LANES) weigh<f8, ROWS, 1>(shares, values, dv, d);
+}
+
+void weigh_all(const Share *shares, const float *values, int dv, int count) {
+    int i = 0;
+    for (; i + MANY <= count; i += MANY) weigh_rows<MANY>(shares + i, values, dv);
+    for (; i + 2 <= count; i += 2) weigh_rows<2>(shares + i, values, dv);
+    for (; i < count; i++) weigh_rows<1>(shares + i, values, dv);
 }
 
 // ---- a tile of queries over all blocks
@@ -196,32 +229,34 @@ bool looks(const Query &query, int64_t cell, int cells) {
     return false;
 }
 
+// Scores of cells from `cell` on, of which `here` are in the memory, with what the mask adds to them.
+wide masked(const Query &query, wide scores, int64_t cell, int here) {
+    if (here >= WIDE && !query.mask) return scores;
+    if (here >= WIDE) return fused(widen_all(query.mask + cell), all<wide>(query.slope), scores);
+    for (int i = 0; i < WIDE; i++) {
+        half one[LANES] = {i < here && query.mask ? query.mask[cell + i] : (half)0};
+        scores[i] = i < here ? fused(widen(one), all(query.slope), all(scores[i]))[0] : -INFINITY;
+    }
+    return scores;
+}
+
 // Scores to probabilities, as far as is known; returns what the sums so far shrink by.
-f8 weights_of(Query &query, float *scores, int64_t cell, int cells, const Attention &op) {
-    f8 part[BLOCK / LANES], most = all(-INFINITY);
-    for (int i = 0; i < BLOCK / LANES; i++) {
-        f8 x = load(scores + i * LANES) * all(op.scale);
-        if (op.cap != 0) x = all(op.cap) * hyperbolic_tangent(x);
-        const int here = cells - i * LANES;
-        if (here < LANES) {
-            for (int j = here < 0 ? 0 : here; j < LANES; j++) x[j] = -INFINITY;
-        }
-        if (query.mask && here >= LANES) x = widen(query.mask + cell + i * LANES) * all(query.slope) + x;
-        else if (query.mask) for (int j = 0; j < here; j++) {
-            half one[LANES] = {query.mask[cell + i * LANES + j]};
-            x[j] = widen(one)[0] * query.slope + x[j];
-        }
-        part[i] = x;
+float weights_of(Query &query, float *scores, int64_t cell, int cells, const Attention &op) {
+    wide part[BLOCK / WIDE], most = all<wide>(-INFINITY);
+    for (int i = 0; i < BLOCK / WIDE; i++) {
+        wide x = load<wide>(scores + i * WIDE) * op.scale;
+        if (op.cap != 0) x = op.cap * hyperbolic_tangent(x);
+        part[i] = x = masked(query, x, cell + i * WIDE, cells - i * WIDE);
         most = larger(x, most);
     }
     const float highest = std::fmax(query.highest, largest(most));
-    const f8 shrink = exponential(all(query.highest - highest));
+    const float shrink = exponential(all(query.highest - highest))[0];
     query.highest = highest;
     query.total = query.total * shrink;
-    for (int i = 0; i < BLOCK / LANES; i++) {
-        const f8 weight = exponential(part[i] - all(highest));
-        store(scores + i * LANES, weight);
-        query.total = query.total + weight;
+    for (int i = 0; i < BLOCK / WIDE; i++) {
+        const wide weight = exponential(part[i] - highest);
+        store(scores + i * WIDE, weight);
+        add(query.total, weight);
     }
     return shrink;
 }
@@ -247,15 +282,14 @@ void attend(const Attention &op, Scratch &scratch, int64_t stream, int64_t kv_he
         unpack_values(scratch.values, values + cell * op.v->nb[1], op.v->nb[1], op.dv, cells);
         const float *elements[MOST_ROWS];
         for (int i = 0; i < looking; i++) elements[i] = queries[who[i]].elements;
-        int i = 0;
-        for (; i + 4 <= looking; i += 4) multiply<4, 2>(scratch.scores + i * BLOCK, elements + i, scratch.keys, op.dk);
-        for (; i + 2 <= looking; i += 2) multiply<2, 4>(scratch.scores + i * BLOCK, elements + i, scratch.keys, op.dk);
-        for (; i < looking; i++) multiply<1, 8>(scratch.scores + i * BLOCK, elements + i, scratch.keys, op.dk);
-        for (i = 0; i < looking; i++) {
+        multiply_all(scratch.scores, elements, scratch.keys, op.dk, looking);
+        Share shares[MOST_ROWS];
+        for (int i = 0; i < looking; i++) {
             float *scores = scratch.scores + i * BLOCK;
-            const f8 shrink = weights_of(queries[who[i]], scores, cell, cells, op);
-            weigh_all(scratch.sums + who[i] * op.dv, scores, scratch.values, op.dv, shrink);
+            const float shrink = weights_of(queries[who[i]], scores, cell, cells, op);
+            shares[i] = {scores, shrink, scratch.sums + who[i] * op.dv};
         }
+        weigh_all(shares, scratch.values, op.dv, looking);
     }
     for (int r = 0; r < count; r++) {
         const int64_t token = (first + r) / op.group, head = kv_head * op.group + (first + r) % op.group;
