@@ -23,7 +23,7 @@ REPACKED_TYPES = frozenset({"Q8_0", "Q4_0", "IQ4_NL", "IQ4_XS"})
 """Weights whose repacked kernels give a row of a product the same bits whatever the other rows are."""
 
 OWN_TYPES = frozenset({"Q8_0", "Q4_0", "Q5_0", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"})
-"""Weights that engine/llama/products.hpp multiplies where the processor has the instructions for it."""
+"""Weights that engine/llama/products.hpp multiplies where the processor has instructions for bytes."""
 
 PAIRED_TYPES = frozenset({"F32", "F16", "BF16"})
 """Weights whose kernels for one row differ from those for two or more, which agree: no row may be alone."""

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __FMA__
+#if defined(__FMA__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -19,12 +19,22 @@ constexpr int LANES = 8;
 using f8 = float __attribute__((vector_size(32)));
 using i8 = int32_t __attribute__((vector_size(32)));
 
+using half = uint16_t;
+
 #ifdef __AVX512F__
 constexpr int WIDE = 16;
 using wide = float __attribute__((vector_size(64)));
+using wide_ints = int32_t __attribute__((vector_size(64)));
 #else
 constexpr int WIDE = LANES;
 using wide = f8;
+using wide_ints = i8;
+#endif
+
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype(a > b){__VA_ARGS__})
 #endif
 
 template <class V = f8>
@@ -66,10 +76,12 @@ inline V fused(V a, V b, V c) {
 #endif
 }
 
-template <class V>
-inline float largest(V x) {
-    float most = x[0];
-    for (size_t i = 1; i < sizeof x / sizeof most; i++) most = x[i] > most ? x[i] : most;
+inline float largest(wide x) {
+    f8 parts[WIDE / LANES];
+    std::memcpy(parts, &x, sizeof x);
+    const f8 y = larger(parts[0], parts[WIDE / LANES - 1]);
+    float most = y[0];
+    for (int i = 1; i < LANES; i++) most = y[i] > most ? y[i] : most;
     return most;
 }
 
@@ -80,6 +92,26 @@ inline void add(f8 &sums, wide x) {
     f8 parts[WIDE / LANES];
     std::memcpy(parts, &x, sizeof x);
     for (const f8 &part : parts) sums += part;
+}
+
+inline f8 widen(const half *from) {
+#ifdef __F16C__
+    return (f8)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
+#else
+    i8 bits;
+    for (int i = 0; i < LANES; i++) bits[i] = from[i];
+    const i8 size = (bits & 0x7fff) << 13, sign = (bits & 0x8000) << 16;
+    const f8 finite = (f8)size * all(0x1p112f);  // also right below the least normal number
+    return (f8)(((bits & 0x7fff) >= 0x7c00 ? (size | 0x7f800000) : (i8)finite) | sign);  // infinities stay so
+#endif
+}
+
+inline wide widen_all(const half *from) {
+#ifdef __AVX512F__
+    return (wide)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+#else
+    return widen(from);
+#endif
 }
 
 // e to the power of x to about a unit in the last place; 0 below -87, as for minus infinity; x is at most 88.

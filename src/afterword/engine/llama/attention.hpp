@@ -14,10 +14,6 @@
 #include <cstring>
 #include <vector>
 
-#ifdef __F16C__
-#include <immintrin.h>
-#endif
-
 #include "../lanes.hpp"
 #include "ggml.hpp"
 
@@ -27,38 +23,12 @@ namespace {
 constexpr int BLOCK = 64, MOST_ROWS = 64;
 constexpr int MANY = WIDE > LANES ? 6 : 4, FEW = WIDE > LANES ? 4 : 2;  // queries and vectors: as many as there are registers
 
-using half = uint16_t;
-
 // ---- several numbers at a time
-
-inline f8 widen(const half *from) {
-#ifdef __F16C__
-    return (f8)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
-#else
-    i8 bits;
-    for (int i = 0; i < LANES; i++) bits[i] = from[i];
-    const i8 size = (bits & 0x7fff) << 13, sign = (bits & 0x8000) << 16;
-    const f8 finite = (f8)size * all(0x1p112f);  // also right below the least normal number
-    return (f8)(((bits & 0x7fff) >= 0x7c00 ? (size | 0x7f800000) : (i8)finite) | sign);  // infinities stay so
-#endif
-}
-
-inline wide widen_all(const half *from) {
-    f8 parts[WIDE / LANES];
-    for (int i = 0; i < WIDE / LANES; i++) parts[i] = widen(from + i * LANES);
-    return load<wide>((const float *)parts);
-}
 
 inline wide hyperbolic_tangent(wide x) {
     const wide most = all<wide>(20.0f), bounded = x > most ? most : larger(x, -most);
     return 1.0f - 2.0f / (exponential(2.0f * bounded) + 1.0f);
 }
-
-#ifdef __clang__
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, i8{__VA_ARGS__})
-#endif
 
 // Eight rows of eight become eight columns.
 inline void transpose(f8 (&r)[LANES]) {
