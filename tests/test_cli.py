@@ -307,13 +307,18 @@ def test_the_environment_sets_what_the_command_line_does_not():
         ("Q8_0", 0, "exact", 0, "exact"),
         ("Q4_K_M", 0, "f16", 0, "reproducible"),
         ("F16", 0, "exact", 0, "exact"),
-        ("F16", 0, "f16", 0, "none"),
+        ("F16", 0, "f16", 0, "reproducible"),
         ("Q8_0", 8, "exact", 0, "none"),
         ("Q8_0", 0, "f16", -1, "none"),
     ],
 )
 def test_only_what_was_measured_is_promised(file_type, experts, kv_type, layers, expected):
     assert promise(file_type, experts, kv_type, layers) == expected
+
+
+def test_of_some_weights_nothing_is_promised_without_products_of_our_own():
+    assert promise("F16", 0, "exact", 0, own_products=False) == "none"
+    assert promise("Q8_0", 0, "exact", 0, own_products=False) == "exact"
 
 
 @pytest.mark.parametrize(

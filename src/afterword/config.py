@@ -22,11 +22,11 @@ SMALL_MODEL = 64 * 2**20
 REPACKED_TYPES = frozenset({"Q8_0", "Q4_0", "IQ4_NL", "IQ4_XS"})
 """Weights whose repacked kernels give a row of a product the same bits whatever the other rows are."""
 
-OWN_TYPES = frozenset({"Q8_0", "Q4_0", "Q5_0", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"})
-"""Weights that engine/llama/products.hpp multiplies where the processor has instructions for bytes."""
+FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
+"""Weights that llama.cpp's kernels sum in another order for one row than for several."""
 
-PAIRED_TYPES = frozenset({"F32", "F16", "BF16"})
-"""Weights whose kernels for one row differ from those for two or more, which agree: no row may be alone."""
+OWN_TYPES = FLOAT_TYPES | {"Q8_0", "Q4_0", "Q5_0", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"}
+"""Weights that kernels of our own (engine/llama/products.hpp) multiply, where the processor has the instructions."""
 
 EXACT_TYPES = REPACKED_TYPES | {
     *("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"),
@@ -38,13 +38,12 @@ GRID = 64
 """Where passes over a prompt end, in tokens, when numbers do depend on how tokens are grouped."""
 
 
-def promise(file_type: str, experts: int, kv_type: KvType, gpu_layers: int) -> Promise:
+def promise(file_type: str, experts: int, kv_type: KvType, gpu_layers: int, own_products: bool = True) -> Promise:
     """What was measured of such weights (docs/reproducibility.md); of weights among experts nothing was."""
-    if file_type not in EXACT_TYPES | PAIRED_TYPES or experts or gpu_layers:
+    known = EXACT_TYPES | FLOAT_TYPES if own_products else EXACT_TYPES
+    if file_type not in known or experts or gpu_layers:
         return "none"
-    if kv_type == "exact":
-        return "exact"
-    return "none" if file_type in PAIRED_TYPES else "reproducible"
+    return "exact" if kv_type == "exact" else "reproducible"
 
 
 def advice(file_type: str) -> str | None:

@@ -13,7 +13,7 @@ from functools import partial
 
 import psutil
 
-from afterword.config import GRID, OWN_TYPES, PAIRED_TYPES, REPACKED_TYPES, SMALL_MODEL, EngineSettings, advice, promise
+from afterword.config import GRID, OWN_TYPES, REPACKED_TYPES, SMALL_MODEL, EngineSettings, advice, promise
 from afterword.engine import frames
 from afterword.engine.frames import KvType
 from afterword.engine.roster import Offer, Roster
@@ -105,7 +105,8 @@ def _cores(busy: int) -> int:
 
 def _frame(model: Model, facts: Facts, settings: EngineSettings, shape: Shape, cores: int) -> frames.Open:
     kv_type = _kv_type(facts, settings)
-    promised = promise(facts.file_type, facts.experts, kv_type, settings.gpu_layers)
+    of_model = (facts.file_type, facts.experts, kv_type, settings.gpu_layers)
+    promised = promise(*of_model)
     return frames.Open(
         path=str(model.path),
         context=shape.context,
@@ -118,8 +119,8 @@ def _frame(model: Model, facts: Facts, settings: EngineSettings, shape: Shape, c
         grid=1 if promised == "exact" else GRID,
         repack=promised == "none" or facts.file_type in REPACKED_TYPES,
         own_products=facts.file_type in OWN_TYPES and not facts.experts,
-        pairs=promised == "exact" and facts.file_type in PAIRED_TYPES,
         promise=promised,
+        promise_without=promise(*of_model, own_products=False),
     )
 
 

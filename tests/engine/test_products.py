@@ -11,7 +11,9 @@ from gguf import GGMLQuantizationType, quants
 from afterword.engine.llama import accelerator
 from ggml_tensors import Tensor, tensor, with_sources
 
-TYPES = ["Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q5_K", "Q6_K"]
+QUANTIZED = ["Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q5_K", "Q6_K"]
+FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": None}
+TYPES = [*QUANTIZED, *FLOATS]
 SCALES = {  # where a block has its halves: they are made small numbers, as other bits could be none
     "Q8_0": [0],
     "Q4_0": [0],
@@ -34,6 +36,9 @@ def weights(name: str, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Random blocks as they lie in a file, [row, byte], and what they mean, [row, element]."""
     kind = GGMLQuantizationType[name]
     rng = np.random.default_rng(1)
+    if name in FLOATS:
+        raw = quants.quantize(rng.normal(size=(rows, length)).astype(np.float32), kind).view(np.uint8)
+        return raw, quants.dequantize(raw if name == "BF16" else raw.view(FLOATS[name]), kind)
     shape = quants.quant_shape_to_byte_shape((rows, length), kind)
     raw = rng.integers(0, 256, shape, np.uint8)
     per_block = quants.quant_shape_to_byte_shape((1, 256), kind)[1] // (256 // BLOCK[name])
@@ -44,7 +49,7 @@ def weights(name: str, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     return raw, quants.dequantize(raw, kind)
 
 
-BLOCK = {name: 256 if name.endswith("K") else 32 for name in TYPES}
+BLOCK = {name: 256 if name.endswith("K") else 32 for name in QUANTIZED}
 
 
 def rounded(x: np.ndarray) -> np.ndarray:
@@ -80,8 +85,9 @@ def product(kernel: ctypes.CDLL, name: str, raw: np.ndarray, x: np.ndarray, thre
 def test_it_agrees_with_the_definition(kernel, name, rows, columns, length):
     raw, meant = weights(name, rows, length)
     x = activations(columns, length)
-    exact = rounded(x) @ meant.astype(np.float64).T
-    size = np.abs(rounded(x)) @ np.abs(meant.astype(np.float64)).T
+    seen = x.astype(np.float64) if name in FLOATS else rounded(x)
+    exact = seen @ meant.astype(np.float64).T
+    size = np.abs(seen) @ np.abs(meant.astype(np.float64)).T
     assert np.abs((product(kernel, name, raw, x) - exact) / size).max() < ROUNDING
 
 

@@ -94,15 +94,20 @@ inline void add(f8 &sums, wide x) {
     for (const f8 &part : parts) sums += part;
 }
 
+// Floats from the bits of halves.
+inline f8 from_half(i8 bits) {
+    const i8 size = (bits & 0x7fff) << 13, sign = (bits & 0x8000) << 16;
+    const f8 finite = (f8)size * all(0x1p112f);  // also right below the least normal number
+    return (f8)(((bits & 0x7fff) >= 0x7c00 ? (size | 0x7f800000) : (i8)finite) | sign);  // infinities stay so
+}
+
 inline f8 widen(const half *from) {
 #ifdef __F16C__
     return (f8)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
 #else
     i8 bits;
     for (int i = 0; i < LANES; i++) bits[i] = from[i];
-    const i8 size = (bits & 0x7fff) << 13, sign = (bits & 0x8000) << 16;
-    const f8 finite = (f8)size * all(0x1p112f);  // also right below the least normal number
-    return (f8)(((bits & 0x7fff) >= 0x7c00 ? (size | 0x7f800000) : (i8)finite) | sign);  // infinities stay so
+    return from_half(bits);
 #endif
 }
 

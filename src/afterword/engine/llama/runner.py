@@ -17,7 +17,6 @@ from afterword.engine.core.batch import Batch, Cut, Fork, Logits, Row
 from afterword.engine.frames import Open
 from afterword.engine.llama import accelerator
 from afterword.engine.llama.library import last_error, native
-from afterword.engine.llama.pairs import pair
 from afterword.errors import EngineError, SettingError
 
 _BF16 = 30  # ggml's number, which the bindings do not name
@@ -39,9 +38,9 @@ class LlamaRunner:
         self.slots = settings.sequences
         self.chunk = settings.chunk
         self.grid = settings.grid
-        # Registered before the model is loaded, since it decides how weights are laid out.
         self.accelerated = not settings.gpu_layers and accelerator.offer()
-        self.model = _load(settings, self.accelerated, tell)
+        self.own_products = self.accelerated and settings.own_products and accelerator.multiplies()
+        self.model = _load(settings, settings.repack and not self.own_products, tell)
         self._context, self.own_attention = _context(self.model, settings, self.accelerated)
         self._memory = native.llama_get_memory(self._context)
         self._vocabulary = native.llama_vocab_n_tokens(native.llama_model_get_vocab(self.model))
@@ -50,20 +49,13 @@ class LlamaRunner:
             or native.llama_model_is_hybrid(self.model)
             or native.llama_model_n_swa(self.model) > 0
         )
-        self.pairs = settings.pairs and self.rewinds
-        self._arrays = _BatchArrays(_most_tokens(settings))
+        self._arrays = _BatchArrays(max(settings.chunk, settings.sequences))
 
     def run(self, batch: Batch) -> Logits:
         """Execute a batch; see `core.batch.Runner.run`."""
         for move in batch.moves:
             self._move(move)
-        if not self.pairs:
-            return self._decode(batch.rows)
-        paired = pair(batch.rows)
-        logits = self._decode(paired.rows)
-        for cut in paired.forget:
-            self._move(cut)
-        return logits if len(paired.wanted) == len(logits) else logits[list(paired.wanted)]
+        return self._decode(batch.rows)
 
     def held(self, slot: int) -> int:
         """How many tokens' state a slot holds."""
@@ -129,13 +121,12 @@ def _pointer(array: NDArray[np.int32] | NDArray[np.int8], kind: type[ctypes.c_in
     return array.ctypes.data_as(ctypes.POINTER(kind))
 
 
-def _load(settings: Open, accelerated: bool, tell: Callable[[float], None]) -> object:
+def _load(settings: Open, repack: bool, tell: Callable[[float], None]) -> object:
     if settings.gpu_layers and not native.llama_supports_gpu_offload():
         raise SettingError("--gpu-layers: this llama.cpp was built without GPU support.")
     params = native.llama_model_default_params()
     params.n_gpu_layers = settings.gpu_layers
-    own_products = accelerated and settings.own_products and accelerator.multiplies()
-    params.use_extra_bufts = settings.repack and not own_products
+    params.use_extra_bufts = repack
 
     @native.llama_progress_callback  # type: ignore[untyped-decorator]
     def going_on(share: float, _: object) -> bool:
@@ -149,11 +140,6 @@ def _load(settings: Open, accelerated: bool, tell: Callable[[float], None]) -> o
     if not native.llama_model_has_decoder(model) or native.llama_model_has_encoder(model):
         raise SettingError(f"{settings.path} is not a text-completion model: only decoder-only models can be served.")
     return model
-
-
-def _most_tokens(settings: Open) -> int:
-    """Of one pass: a chunk of a prompt or a token of each sequence, with company."""
-    return max(settings.chunk, settings.sequences + settings.pairs)
 
 
 def _context(model: object, settings: Open, accelerated: bool) -> tuple[object, bool]:
@@ -171,9 +157,9 @@ def _context(model: object, settings: Open, accelerated: bool) -> tuple[object, 
 
 def _made(model: object, settings: Open, kind: tuple[int, int, int]) -> object:
     params = native.llama_context_default_params()
-    params.n_ctx = (settings.context + settings.pairs) * settings.sequences
+    params.n_ctx = settings.context * settings.sequences
     params.n_seq_max = settings.sequences
-    params.n_batch = params.n_ubatch = _most_tokens(settings)
+    params.n_batch = params.n_ubatch = max(settings.chunk, settings.sequences)
     params.n_threads = params.n_threads_batch = settings.threads
     params.flash_attn_type, params.type_k, params.type_v = kind
     params.kv_unified = False

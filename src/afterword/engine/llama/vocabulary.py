@@ -106,21 +106,19 @@ def make_card(runner: LlamaRunner, settings: Open) -> tuple[Card, Vocabulary]:
         # In a text SentencePiece's own sign for a space has three bytes.
         longest=max(len(piece.replace(b" ", "▁".encode())) for piece in pieces) if vocabulary.keeps_text else 0,
         infill=vocabulary.infill(),
-        fingerprint=fingerprint(settings, runner.accelerated, runner.own_attention),
-        promise="none" if settings.pairs and not runner.pairs else settings.promise,
+        fingerprint=fingerprint(settings, runner),
+        promise=settings.promise if runner.own_products else settings.promise_without,
     )
     return card, vocabulary
 
 
-def fingerprint(settings: Open, accelerated: bool, own_attention: bool) -> str:
+def fingerprint(settings: Open, runner: LlamaRunner) -> str:
     """A short name for all that can change a number: libraries, weights, and the shape of the computation."""
     named = hashlib.sha256(version().encode())
-    named.update(digest(rows.FILE, *([accelerator.FILE] if accelerated else [])).encode())
+    named.update(digest(rows.FILE, *([accelerator.FILE] if runner.accelerated else [])).encode())
     named.update(_weights_digest(Path(settings.path)))
-    named.update(
-        f"{settings.context} {settings.kv_type} {settings.grid} {settings.repack} {settings.pairs} "
-        f"{settings.gpu_layers} {own_attention}".encode()
-    )
+    shape = (settings.context, settings.kv_type, settings.grid, settings.repack, settings.gpu_layers)
+    named.update(repr((*shape, runner.own_products, runner.own_attention)).encode())
     return "fp_" + named.hexdigest()[:16]
 
 
