@@ -13,9 +13,10 @@ from functools import partial
 
 import psutil
 
-from afterword.config import GRID, OWN_TYPES, REPACKED_TYPES, SMALL_MODEL, EngineSettings, advice, promise
+from afterword.config import FLOAT_TYPES, GRID, OWN_TYPES, REPACKED_TYPES, SMALL_MODEL, EngineSettings, advice, promise
 from afterword.engine import frames
 from afterword.engine.frames import KvType
+from afterword.engine.process import card_memory
 from afterword.engine.roster import Offer, Roster
 from afterword.engine.supervisor import Policy, Supervisor
 from afterword.errors import SettingError
@@ -62,7 +63,7 @@ def roster(
         )
         for name, fitted in zip(names, fit(models, settings, take_turns=keep_alive is not None), strict=True)
     ]
-    return Roster(offers, keep_alive=keep_alive, policy=policy, free=available_memory)
+    return Roster(offers, keep_alive=keep_alive, policy=policy, free=partial(_room, settings))
 
 
 def open_frame(model: Model, facts: Facts, settings: EngineSettings) -> frames.Open:
@@ -85,9 +86,15 @@ def fit(models: Sequence[tuple[Model, Facts]], settings: EngineSettings, take_tu
 
 
 def _shapes(wanted: Sequence[tuple[Facts, int]], settings: EngineSettings, take_turns: bool) -> list[Shape]:
-    free = available_memory()
+    choose = partial(
+        choose_shapes,
+        available_bytes=_room(settings),
+        context=settings.context,
+        parallel=settings.parallel,
+        spare=int(settings.reproducible),
+    )
     try:
-        shapes = choose_shapes(wanted, free, settings.context, settings.parallel)
+        shapes = choose(wanted)
     except SettingError:
         if not take_turns:
             raise
@@ -95,7 +102,12 @@ def _shapes(wanted: Sequence[tuple[Facts, int]], settings: EngineSettings, take_
         whole = all(shape.context >= usual_context(facts) for shape, (facts, _) in zip(shapes, wanted, strict=True))
         if whole or settings.context or not take_turns:
             return shapes
-    return [choose_shapes([each], free, settings.context, settings.parallel)[0] for each in wanted]
+    return [choose([each])[0] for each in wanted]
+
+
+def _room(settings: EngineSettings) -> int:
+    """Bytes that models may take: of the GPUs where they hold all layers, else of the machine."""
+    return (settings.gpu_layers == -1 and card_memory()) or available_memory()
 
 
 def _cores(busy: int) -> int:
@@ -105,8 +117,7 @@ def _cores(busy: int) -> int:
 
 def _frame(model: Model, facts: Facts, settings: EngineSettings, shape: Shape, cores: int) -> frames.Open:
     kv_type = _kv_type(facts, settings)
-    of_model = (facts.file_type, facts.experts, kv_type, settings.gpu_layers)
-    promised = promise(*of_model)
+    promised = promise(facts.file_type, facts.experts, kv_type, settings.gpu_layers, settings.reproducible)
     return frames.Open(
         path=str(model.path),
         context=shape.context,
@@ -116,11 +127,13 @@ def _frame(model: Model, facts: Facts, settings: EngineSettings, shape: Shape, c
         kv_type=kv_type,
         gpu_layers=settings.gpu_layers,
         verbose=settings.verbose,
-        grid=1 if promised == "exact" else GRID,
+        # Where lengths of passes choose kernels, they are all one.
+        grid=settings.batch if settings.reproducible else 1 if promised == "exact" else GRID,
         repack=promised == "none" or facts.file_type in REPACKED_TYPES,
         own_products=facts.file_type in OWN_TYPES and not facts.experts,
+        full=settings.reproducible,
         promise=promised,
-        promise_without=promise(*of_model, own_products=False),
+        promise_without="none" if facts.file_type in FLOAT_TYPES and not settings.gpu_layers else promised,
     )
 
 

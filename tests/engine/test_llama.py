@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -266,6 +267,21 @@ def test_layers_for_a_gpu_need_a_build_that_has_one(monkeypatch, tmp_path):
     settings = Open(str(write_tiny(tmp_path / "tiny.gguf")), 64, 1, 1, 32, "f16", -1, False)
     with pytest.raises(SettingError, match="without GPU support"):
         LlamaRunner(settings)
+
+
+@pytest.mark.parametrize("layers", [0, -1])
+def test_no_gpu_is_lent_anything_unless_it_is_asked_for(monkeypatch, tmp_path, layers):
+    """Else a build for GPUs computes long passes there, and the promises for CPUs do not hold."""
+    lists = []
+
+    def load(_, params):
+        lists.append([ctypes.c_void_p.from_address(params.devices).value] if params.devices else "the library's choice")
+
+    monkeypatch.setattr(library.native, "llama_supports_gpu_offload", lambda: True)
+    monkeypatch.setattr(library.native, "llama_model_load_from_file", load)
+    with pytest.raises(SettingError, match="cannot load"):
+        LlamaRunner(Open(str(write_tiny(tmp_path / "tiny.gguf")), 64, 1, 1, 32, "f16", layers, False))
+    assert lists == ["the library's choice" if layers else [None]]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"GGUF", b"GGUF" + b"\xff" * 100])

@@ -150,7 +150,10 @@ _names = itertools.count()
 
 
 def check(path: Path, file_type: str, kv_type: KvType, count: int, sequences: int = 12) -> None:
-    loop = open_loop(path, file_type, kv_type, sequences)
+    compare(open_loop(path, file_type, kv_type, sequences), count)
+
+
+def compare(loop: Loop, count: int) -> None:
     jobs = requests(count * 3 // 4, seed=count)
     expected = alone(loop, jobs)
     grown = continued(jobs, expected, count // 4)
@@ -181,6 +184,12 @@ def test_other_weights_and_other_keys_and_values(folder, file_type, kv_type):
 def needs_own_products(file_type: str) -> None:
     if file_type in FLOAT_TYPES and not accelerator.multiplies():
         pytest.skip(f"nothing is promised of {file_type} where there are no products of our own")
+
+
+def test_passes_of_one_shape_give_the_same_bits_too(folder):
+    """As on a GPU, where kernels depend on it."""
+    path = quantized(folder, "F16")
+    compare(Loop(LlamaRunner(Open(str(path), 320, 7, 1, 64, "f16", 0, False, grid=64, full=True))), count=40)
 
 
 QUANTIZED = (

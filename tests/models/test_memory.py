@@ -131,6 +131,15 @@ def test_senseless_settings(context: int | None, parallel: int | None, says: str
     assert says in complaint(64, context, parallel)
 
 
+def test_spare_sequences_take_memory_and_are_not_given() -> None:
+    (chosen,) = choose_shapes([(FACTS, 2)], 64 * GIB, None, None, spare=1)
+    assert (chosen.context, chosen.parallel, chosen.kv_bytes) == (4096, 15, 4096 * 16 * 8192)
+    (chosen,) = choose_shapes([(FACTS, 2)], int(1.89 * GIB), None, None, spare=1)
+    assert (chosen.context, chosen.parallel, chosen.kv_bytes) == (4096, 7, 4096 * 8 * 8192)
+    with pytest.raises(SettingError, match="set from 1 to 255"):
+        choose_shapes([(FACTS, 2)], 64 * GIB, None, 256, spare=1)
+
+
 def test_available_memory_is_at_most_what_the_machine_has() -> None:
     assert 0 < available_memory() <= psutil.virtual_memory().total
 

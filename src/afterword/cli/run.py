@@ -40,7 +40,7 @@ from afterword.log import open_lines
 from afterword.times import as_time
 
 E = TypeVar("E", Roster, Supervisor)
-_ENGINE = ("context", "parallel", "threads", "batch", "kv_type", "gpu_layers", "verbose")
+_ENGINE = ("context", "parallel", "threads", "batch", "kv_type", "gpu_layers", "reproducible", "verbose")
 
 
 def serve(specs: Sequence[str], options: dict[str, Any]) -> None:

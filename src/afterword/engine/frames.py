@@ -25,8 +25,9 @@ class Open(Value, frozen=True, tag=True):
     "exact": a token has the same numbers whether it is read or generated, where the weights' products allow it.
     `chunk` and `grid`: see `core.batch.Runner`. `repack`: weights may be laid out anew for kernels that are faster, and
     in some types depend on the number of rows. `own_products`: they are of a type that kernels of our own multiply, and
-    are left as they lie where there are such kernels. `promise` is what is known of numbers that are computed like
-    this, `promise_without` what is known where there are none.
+    are left as they lie where there are such kernels. `full`: passes of single tokens always have the same shape, see
+    `llama.full`. `promise` is what is known of numbers that are computed like this, `promise_without` what is known
+    where there are no such kernels.
     """
 
     path: str
@@ -40,6 +41,7 @@ class Open(Value, frozen=True, tag=True):
     grid: int = 64
     repack: bool = True
     own_products: bool = False
+    full: bool = False
     promise: Promise = "none"
     promise_without: Promise = "none"
 

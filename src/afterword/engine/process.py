@@ -1,4 +1,4 @@
-"""One engine's process and the line to it. Knows frames and processes, and nothing of jobs.
+"""One engine's process and the line to it, and what a process says of the GPUs. Knows frames and processes, no jobs.
 
 The simulator of the tests stands in here: whoever keeps the jobs sees a `Link` and never a process.
 """
@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Protocol
 
 import msgspec
@@ -21,6 +22,7 @@ import msgspec
 from afterword.engine import frames
 
 LLAMA = (sys.executable, "-m", "afterword.engine.llama")
+CARDS = (*LLAMA[:-1], f"{LLAMA[-1]}.cards")
 
 _SECRET = re.compile(r"(KEY|KEYS|TOKEN|SECRET|PASSWORD|PASSPHRASE|CREDENTIALS?|OTLP_\w*HEADERS)$")
 _BURIAL = 30.0  # seconds that a killed process may take: it may have much memory to give back, or hang in a driver
@@ -77,6 +79,18 @@ def _held(*signals: signal.Signals) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@cache
+def card_memory() -> int | None:
+    """Bytes that were left on the GPUs when this was first asked; None if there are none.
+
+    Asked by a process of its own: whoever asks holds some of that memory for as long as it lives.
+    """
+    done = subprocess.run(
+        CARDS, stdin=subprocess.DEVNULL, capture_output=True, env=without_secrets(os.environ), check=False
+    )
+    return int(done.stdout) or None if done.returncode == 0 and done.stdout.strip().isdigit() else None
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:

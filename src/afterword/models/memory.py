@@ -24,12 +24,16 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """`parallel` sequences of `context` tokens each, and the bytes that the weights and they take."""
+    """`parallel` sequences of `context` tokens each, and the bytes that the weights and they take.
+
+    Room for `spare` more sequences is taken that nobody is given.
+    """
 
     context: int
     parallel: int
     weights_bytes: int
     kv_bytes: int
+    spare: int = 0
 
     @property
     def needed_bytes(self) -> int:
@@ -39,7 +43,7 @@ class Shape:
 
 
 def choose_shapes(
-    models: Sequence[tuple[Facts, int]], available_bytes: int, context: int | None, parallel: int | None
+    models: Sequence[tuple[Facts, int]], available_bytes: int, context: int | None, parallel: int | None, spare: int = 0
 ) -> list[Shape]:
     """For models that are loaded together the shapes asked for, or for what is None the largest usual ones that fit.
 
@@ -47,8 +51,11 @@ def choose_shapes(
     `SettingError` if none fit.
     """
     for facts, _ in models:
-        _check_settings(facts, context, parallel)
-    shapes = [_shape(facts, context or usual_context(facts), parallel or MOST_PARALLEL, size) for facts, size in models]
+        _check_settings(facts, context, parallel, PARALLEL_LIMIT - spare)
+    shapes = [
+        _shape(facts, context or usual_context(facts), parallel or MOST_PARALLEL - spare, spare, size)
+        for facts, size in models
+    ]
     while sum(shape.needed_bytes for shape in shapes) > available_bytes:
         smaller = {place: _smaller(shape, context, parallel) for place, shape in enumerate(shapes)}
         places = [place for place, shape in smaller.items() if shape is not None]
@@ -97,19 +104,17 @@ def _smaller(shape: Shape, context: int | None, parallel: int | None) -> Shape |
 
 
 def _resized(shape: Shape, context: int, parallel: int) -> Shape:
-    return replace(
-        shape,
-        context=context,
-        parallel=parallel,
-        kv_bytes=shape.kv_bytes // (shape.context * shape.parallel) * context * parallel,
-    )
+    token_bytes = shape.kv_bytes // (shape.context * (shape.parallel + shape.spare))
+    kv_bytes = token_bytes * context * (parallel + shape.spare)
+    return replace(shape, context=context, parallel=parallel, kv_bytes=kv_bytes)
 
 
-def _shape(facts: Facts, context: int, parallel: int, kv_bytes: int) -> Shape:
-    return Shape(context, parallel, facts.size_bytes, context * parallel * facts.kv_bytes_per_token(kv_bytes))
+def _shape(facts: Facts, context: int, parallel: int, spare: int, kv_bytes: int) -> Shape:
+    cache_bytes = context * (parallel + spare) * facts.kv_bytes_per_token(kv_bytes)
+    return Shape(context, parallel, facts.size_bytes, cache_bytes, spare)
 
 
-def _check_settings(facts: Facts, context: int | None, parallel: int | None) -> None:
+def _check_settings(facts: Facts, context: int | None, parallel: int | None, most: int) -> None:
     trained = facts.context_length
     if context is not None and context < LEAST_USEFUL_CONTEXT:
         raise SettingError(f"A context of {context} tokens is too short; set {LEAST_USEFUL_CONTEXT} or more.")
@@ -118,8 +123,8 @@ def _check_settings(facts: Facts, context: int | None, parallel: int | None) -> 
             f"A context of {context} tokens is more than the {trained} that {facts.name} was trained on; "
             f"positions beyond give nonsense, so set {trained} or less."
         )
-    if parallel is not None and not 1 <= parallel <= PARALLEL_LIMIT:
-        raise SettingError(f"{parallel} parallel sequences cannot be had; set from 1 to {PARALLEL_LIMIT}.")
+    if parallel is not None and not 1 <= parallel <= most:
+        raise SettingError(f"{parallel} parallel sequences cannot be had; set from 1 to {most}.")
 
 
 def _do_not_fit(shapes: Sequence[Shape], available: int) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from afterword.engine.compiled import digest
 from afterword.engine.core import rows
 from afterword.engine.frames import Open
-from afterword.engine.llama import accelerator
+from afterword.engine.llama import accelerator, cards
 from afterword.engine.llama.library import native, version
 from afterword.engine.llama.runner import LlamaRunner
 from afterword.engine.protocol import Card, Infill
@@ -107,7 +107,7 @@ def make_card(runner: LlamaRunner, settings: Open) -> tuple[Card, Vocabulary]:
         longest=max(len(piece.replace(b" ", "▁".encode())) for piece in pieces) if vocabulary.keeps_text else 0,
         infill=vocabulary.infill(),
         fingerprint=fingerprint(settings, runner),
-        promise=settings.promise if runner.own_products else settings.promise_without,
+        promise=runner.promise,
     )
     return card, vocabulary
 
@@ -119,6 +119,8 @@ def fingerprint(settings: Open, runner: LlamaRunner) -> str:
     named.update(_weights_digest(Path(settings.path)))
     shape = (settings.context, settings.kv_type, settings.grid, settings.repack, settings.gpu_layers)
     named.update(repr((*shape, runner.own_products, runner.own_attention)).encode())
+    if settings.gpu_layers:
+        named.update(f"{cards.names()} {settings.sequences if settings.full else 0}".encode())
     return "fp_" + named.hexdigest()[:16]
 
 
