@@ -58,17 +58,22 @@ Spawn = Callable[[Sequence[str]], Awaitable[Link]]
 
 
 async def spawn(command: Sequence[str]) -> Link:
-    """Start a command; its last argument is the file descriptor of its end of the line."""
-    ours, theirs = socket.socketpair()
-    with theirs, _held(signal.SIGINT, signal.SIGTERM):  # until it ignores them: they are its parent's to hear
+    """Start a command; its last arguments are the file descriptors that it hears and speaks through.
+
+    One line for each way: where a process has died, a failed send would else close the line with its last words unread,
+    and who killed it is known from these.
+    """
+    (to, hears), (speaks, back) = socket.socketpair(), socket.socketpair()
+    with hears, speaks, _held(signal.SIGINT, signal.SIGTERM):  # until it ignores them: they are its parent's to hear
         process = subprocess.Popen(
-            [*command, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
+            [*command, str(hears.fileno()), str(speaks.fileno())],
+            pass_fds=[hears.fileno(), speaks.fileno()],
             stdin=subprocess.DEVNULL,
             env=without_secrets(os.environ),
         )
-    reader, writer = await asyncio.open_connection(sock=ours, limit=2**20)
-    return _Process(process, reader, writer)
+    _, writer = await asyncio.open_connection(sock=to, limit=2**10)
+    reader, ears = await asyncio.open_connection(sock=back, limit=2**20)
+    return _Process(process, reader, (writer, ears))
 
 
 @contextmanager
@@ -99,22 +104,25 @@ def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 class _Process:
-    """Owner of a process and of our end of the socket; see `Link`."""
+    """Owner of a process and of our ends of the lines, of which the first is written to; see `Link`."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        process: subprocess.Popen[bytes],
+        reader: asyncio.StreamReader,
+        lines: tuple[asyncio.StreamWriter, asyncio.StreamWriter],
     ) -> None:
         self._process = process
         self._reader = reader
-        self._writer = writer
+        self._lines = lines
 
     @property
     def pid(self) -> int | None:
         return self._process.pid
 
     def send(self, message: frames.ToEngine) -> None:
-        if not self._writer.is_closing():
-            self._writer.write(frames.pack(message))
+        if not self._lines[0].is_closing():
+            self._lines[0].write(frames.pack(message))
 
     async def receive(self) -> frames.FromEngine | None:
         try:
@@ -128,7 +136,8 @@ class _Process:
 
     def kill(self) -> None:
         self._process.kill()
-        self._writer.transport.abort()  # so that nobody waits for a process that even this does not end
+        for line in self._lines:
+            line.transport.abort()  # so that nobody waits for a process that even this does not end
 
     async def bury(self) -> int | None:
         self.kill()
