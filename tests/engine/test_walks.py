@@ -94,6 +94,19 @@ def test_a_block_has_the_same_sum_in_any_row(walks):
     assert (walks.exponentials(part, 9.0, 1.0, np.empty_like(part)) == whole[2:4]).all()
 
 
+def test_threads_change_nothing(walks):
+    if isinstance(walks, Plain):
+        return
+    row = np.random.default_rng(0).normal(0, 3, 100_001).astype(np.float32)
+    results = []
+    for threads in (1, 3):
+        several, weights, kept = Compiled(threads), np.empty_like(row), np.empty_like(row)
+        sums = several.exponentials(row, 20.0, 0.7, weights)
+        rest = several.keep(weights, 40_000, 1e-9, kept)
+        results.append([several.maxima(row), weights, sums, kept, rest])
+    assert all((one == three).all() for one, three in zip(*results, strict=True))
+
+
 def test_a_row_that_is_not_of_numbers_breaks_nothing(walks):
     row = np.full(300, np.nan, np.float32)
     with np.errstate(invalid="ignore"):
