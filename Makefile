@@ -31,7 +31,7 @@ check: $(VENV)/.dev  ## linters and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(VENV)/.serve: requirements.txt pyproject.toml hatch_build.py $(wildcard src/afterword/engine/*.hpp src/afterword/engine/*/*.cpp)
+$(VENV)/.serve: requirements.txt pyproject.toml hatch_build.py $(wildcard src/afterword/engine/*.hpp src/afterword/engine/*/*.[ch]pp)
 	@echo "Setting up $(VENV). The first time llama.cpp is compiled, which takes some minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.txt

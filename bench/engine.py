@@ -1,8 +1,8 @@
 """The engine without HTTP and without a process: what each pass costs, and what of it is not the library's.
 
 For each file and kind of keys and values: prompt tok/s, decode tok/s of one and of 16 sequences, and the share of
-a step of 16 that goes to scheduling, sampling and bookkeeping. CPU time of one thread unless --threads says otherwise:
-it hardly depends on who else uses the machine.
+a step of 16 that goes to scheduling, sampling and bookkeeping. CPU time of one thread, which hardly depends
+on who else uses the machine; wall time with --threads or --gpu-layers.
 """
 
 from __future__ import annotations
@@ -58,7 +58,10 @@ def measure(path: Path, settings: EngineSettings, read: int, written: int, clock
     """Prompts of `read` tokens and answers of `written`, with `logprobs` 5, `top_p` 0.9 and penalties."""
     opened = open_frame(Model(path.stem, path, "file"), read_facts(path), settings)
     runner = Timed(LlamaRunner(opened), clock)
-    loop = Loop(runner)
+    loop = Loop(runner, threads=settings.threads or 1)
+    if settings.gpu_layers:  # a kernel is loaded when it is first needed
+        _spend(loop, clock, [_job(read, 2), *(_job(4, 2) for _ in range(SEQUENCES))])
+        _spend(loop, clock, [_job(16, 2)])
     prompt = _spend(loop, clock, [_job(read, 0)])
     one = _spend(loop, clock, [_job(16, written)])
     runner.seconds = 0.0
@@ -91,12 +94,20 @@ def main(arguments: Sequence[str]) -> int:
         "--kv-type", action="append", choices=("exact", "f16", "f32"), help="repeat; without it exact, f16"
     )
     parser.add_argument("--threads", type=int, default=1, help="with more than one, wall time is measured (1)")
+    parser.add_argument("--gpu-layers", type=int, default=0, help="as in `afterword serve`; wall time is measured (0)")
+    parser.add_argument("--reproducible", action="store_true", help="as in `afterword serve`")
     parser.add_argument("--read", type=int, default=512, help="tokens of the prompt (512)")
     parser.add_argument("--written", type=int, default=32, help="tokens of an answer (32)")
     options = parser.parse_args(arguments)
     library.start(verbose=False)
-    clock = time.process_time if options.threads == 1 else time.perf_counter
-    base = EngineSettings(context=2 * options.read, parallel=SEQUENCES, threads=options.threads)
+    clock = time.process_time if options.threads == 1 and not options.gpu_layers else time.perf_counter
+    base = EngineSettings(
+        context=2 * options.read,
+        parallel=SEQUENCES,
+        threads=options.threads,
+        gpu_layers=options.gpu_layers,
+        reproducible=options.reproducible,
+    )
     print("| file | keys and values | prompt tok/s | one stream tok/s | 16 streams tok/s | not llama.cpp |")
     print("|---|---|---|---|---|---|")
     for path in options.files:

@@ -219,6 +219,8 @@ def test_times_in_words(seconds, words):
         (["serve", "--threads", "100000"], "cores"),
         (["serve", "--batch", "1"], "from 64"),
         (["serve", "--gpu-layers", "-2"], "gpu-layers"),
+        (["serve", "--reproducible"], "goes with --gpu-layers -1"),
+        (["serve", "--reproducible", "--gpu-layers", "-1", "--kv-type", "f32"], "goes with --kv-type f16"),
         (["serve", "--host", "0.0.0.0"], "no API keys"),
         (["serve", "--host", "::"], "no API keys"),
         (["serve", "--api-key", ""], "empty"),
@@ -252,6 +254,27 @@ def test_numbers_are_exact_by_default_where_that_holds(file_type, settings, kv_t
     path = write_tiny(tmp_path / "tiny.gguf", file_type=file_type)
     opened = open_frame(Model("tiny", path, "file"), read_facts(path), EngineSettings(**settings))
     assert (opened.kv_type, opened.threads) == (kv_type, 1)
+
+
+def test_what_a_gpu_holds_is_fitted_to_its_memory(tmp_path, monkeypatch):
+    path = write_tiny(tmp_path / "tiny.gguf", file_type="Q8_0")
+    model = Model("tiny", path, "file")
+    monkeypatch.setattr("afterword.hosting.available_memory", lambda: 2**31)
+    monkeypatch.setattr("afterword.hosting.card_memory", lambda: 2**20)
+    for settings in ({}, {"gpu_layers": 1}):
+        assert open_frame(model, read_facts(path), EngineSettings(**settings)).sequences == 16
+    with pytest.raises(SettingError, match=r"0\.00 GiB are available"):
+        open_frame(model, read_facts(path), EngineSettings(gpu_layers=-1))
+    monkeypatch.setattr("afterword.hosting.card_memory", lambda: None)
+    assert open_frame(model, read_facts(path), EngineSettings(gpu_layers=-1)).sequences == 16
+
+
+def test_reproducible_on_a_gpu_means_passes_of_one_shape(tmp_path):
+    path = write_tiny(tmp_path / "tiny.gguf", file_type="Q8_0")
+    settings = EngineSettings(gpu_layers=-1, reproducible=True)
+    opened = open_frame(Model("tiny", path, "file"), read_facts(path), settings)
+    assert (opened.full, opened.sequences, opened.promise) == (True, 15, "reproducible")
+    assert opened.grid == opened.chunk == 256
 
 
 def test_a_file_that_is_no_model_is_one_sentence(tmp_path):
@@ -307,13 +330,28 @@ def test_the_environment_sets_what_the_command_line_does_not():
         ("Q8_0", 0, "exact", 0, "exact"),
         ("Q4_K_M", 0, "f16", 0, "reproducible"),
         ("F16", 0, "exact", 0, "exact"),
-        ("F16", 0, "f16", 0, "none"),
+        ("F16", 0, "f16", 0, "reproducible"),
         ("Q8_0", 8, "exact", 0, "none"),
         ("Q8_0", 0, "f16", -1, "none"),
     ],
 )
 def test_only_what_was_measured_is_promised(file_type, experts, kv_type, layers, expected):
     assert promise(file_type, experts, kv_type, layers) == expected
+
+
+@pytest.mark.parametrize(
+    ("file_type", "experts", "kv_type", "layers", "expected"),
+    [
+        ("Q8_0", 0, "f16", -1, "reproducible"),
+        ("BF16", 0, "f16", -1, "reproducible"),
+        ("Q6_K", 0, "f16", -1, "none"),
+        ("Q8_0", 8, "f16", -1, "none"),
+        ("Q8_0", 0, "f32", -1, "none"),
+        ("Q8_0", 0, "f16", 12, "none"),
+    ],
+)
+def test_with_passes_of_one_shape_a_gpu_keeps_what_was_measured(file_type, experts, kv_type, layers, expected):
+    assert promise(file_type, experts, kv_type, layers, full=True) == expected
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,11 @@ SMALL_MODEL = 64 * 2**20
 REPACKED_TYPES = frozenset({"Q8_0", "Q4_0", "IQ4_NL", "IQ4_XS"})
 """Weights whose repacked kernels give a row of a product the same bits whatever the other rows are."""
 
-PAIRED_TYPES = frozenset({"F32", "F16", "BF16"})
-"""Weights whose kernels for one row differ from those for two or more, which agree: no row may be alone."""
+FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
+"""Weights that llama.cpp's kernels sum in another order for one row than for several."""
+
+OWN_TYPES = FLOAT_TYPES | {"Q8_0", "Q4_0", "Q5_0", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"}
+"""Weights that kernels of our own (engine/llama/products.hpp) multiply, where the processor has the instructions."""
 
 EXACT_TYPES = REPACKED_TYPES | {
     *("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"),
@@ -31,17 +34,24 @@ EXACT_TYPES = REPACKED_TYPES | {
 }
 """Weights with which exact keys and values make a token's numbers independent of how it was computed."""
 
+FULL_TYPES = frozenset({"Q8_0", "Q4_0", "Q4_K_M"}) | FLOAT_TYPES
+"""Weights that were measured to give the same bits on a GPU when all passes of single tokens have the same shape."""
+
 GRID = 64
 """Where passes over a prompt end, in tokens, when numbers do depend on how tokens are grouped."""
 
 
-def promise(file_type: str, experts: int, kv_type: KvType, gpu_layers: int) -> Promise:
-    """What was measured of such weights (docs/reproducibility.md); of weights among experts nothing was."""
-    if file_type not in EXACT_TYPES | PAIRED_TYPES or experts or gpu_layers:
+def promise(file_type: str, experts: int, kv_type: KvType, gpu_layers: int, full: bool = False) -> Promise:
+    """What was measured of such weights (docs/reproducibility.md); of weights among experts nothing was.
+
+    `full`: on a GPU all passes of single tokens have the same shape.
+    """
+    if gpu_layers:
+        measured = gpu_layers == -1 and kv_type == "f16" and file_type in FULL_TYPES and not experts
+        return "reproducible" if full and measured else "none"
+    if file_type not in EXACT_TYPES | FLOAT_TYPES or experts:
         return "none"
-    if kv_type == "exact":
-        return "exact"
-    return "none" if file_type in PAIRED_TYPES else "reproducible"
+    return "exact" if kv_type == "exact" else "reproducible"
 
 
 def advice(file_type: str) -> str | None:
@@ -58,7 +68,10 @@ def advice(file_type: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """How a model is run. None: chosen from the model and the machine."""
+    """How a model is run. None: chosen from the model and the machine.
+
+    `reproducible`: on a GPU, where that costs something.
+    """
 
     context: int | None = None
     parallel: int | None = None
@@ -66,6 +79,7 @@ class EngineSettings:
     batch: int = 256
     kv_type: KvType | None = None
     gpu_layers: int = 0
+    reproducible: bool = False
     verbose: bool = False
 
     def __post_init__(self) -> None:
@@ -76,6 +90,12 @@ class EngineSettings:
             raise SettingError(f"--threads {self.threads}: this machine has {cores} cores.")
         if self.gpu_layers < -1:
             raise SettingError(f"--gpu-layers {self.gpu_layers}: give a number of layers, or -1 for all of them.")
+        if self.reproducible and self.gpu_layers != -1:
+            raise SettingError(
+                "--reproducible goes with --gpu-layers -1; on a CPU numbers are reproducible as far as they can be."
+            )
+        if self.reproducible and self.kv_type not in (None, "f16"):
+            raise SettingError(f"--reproducible goes with --kv-type f16, not {self.kv_type}.")
 
 
 @dataclass(frozen=True, slots=True)

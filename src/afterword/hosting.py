@@ -13,15 +13,15 @@ from functools import partial
 
 import psutil
 
-from afterword.config import GRID, PAIRED_TYPES, REPACKED_TYPES, SMALL_MODEL, EngineSettings, advice, promise
+from afterword.config import FLOAT_TYPES, GRID, OWN_TYPES, REPACKED_TYPES, SMALL_MODEL, EngineSettings, advice, promise
 from afterword.engine import frames
 from afterword.engine.frames import KvType
-from afterword.engine.protocol import Promise
+from afterword.engine.process import card_memory
 from afterword.engine.roster import Offer, Roster
 from afterword.engine.supervisor import Policy, Supervisor
 from afterword.errors import SettingError
 from afterword.models.gguf import Facts, read_facts
-from afterword.models.memory import Shape, Wanted, available_memory, choose_shapes, usual_context
+from afterword.models.memory import Shape, available_memory, choose_shapes, usual_context
 from afterword.models.registry import Model, locate, parse_spec
 
 _KV_BYTES = {"exact": 2, "f16": 2, "f32": 4}
@@ -63,7 +63,7 @@ def roster(
         )
         for name, fitted in zip(names, fit(models, settings, take_turns=keep_alive is not None), strict=True)
     ]
-    return Roster(offers, keep_alive=keep_alive, policy=policy, free=available_memory)
+    return Roster(offers, keep_alive=keep_alive, policy=policy, free=partial(_room, settings))
 
 
 def open_frame(model: Model, facts: Facts, settings: EngineSettings) -> frames.Open:
@@ -77,7 +77,7 @@ def fit(models: Sequence[tuple[Model, Facts]], settings: EngineSettings, take_tu
     `take_turns`: they need not be there together. If they can be, each with its whole context, they are fitted for
     that; else each gets the memory that it would have alone.
     """
-    wanted = [(facts, _KV_BYTES[_kv_type(facts, settings)], int(_pairs(facts, settings))) for _, facts in models]
+    wanted = [(facts, _KV_BYTES[_kv_type(facts, settings)]) for _, facts in models]
     cores = _cores(min(len(models), _BUSY if take_turns else len(models)))
     return [
         Fitted(model, facts, _frame(model, facts, settings, shape, cores), shape.needed_bytes)
@@ -85,18 +85,29 @@ def fit(models: Sequence[tuple[Model, Facts]], settings: EngineSettings, take_tu
     ]
 
 
-def _shapes(wanted: Sequence[Wanted], settings: EngineSettings, take_turns: bool) -> list[Shape]:
-    free = available_memory()
+def _shapes(wanted: Sequence[tuple[Facts, int]], settings: EngineSettings, take_turns: bool) -> list[Shape]:
+    choose = partial(
+        choose_shapes,
+        available_bytes=_room(settings),
+        context=settings.context,
+        parallel=settings.parallel,
+        spare=int(settings.reproducible),
+    )
     try:
-        shapes = choose_shapes(wanted, free, settings.context, settings.parallel)
+        shapes = choose(wanted)
     except SettingError:
         if not take_turns:
             raise
     else:
-        whole = all(shape.context >= usual_context(facts) for shape, (facts, *_) in zip(shapes, wanted, strict=True))
+        whole = all(shape.context >= usual_context(facts) for shape, (facts, _) in zip(shapes, wanted, strict=True))
         if whole or settings.context or not take_turns:
             return shapes
-    return [choose_shapes([each], free, settings.context, settings.parallel)[0] for each in wanted]
+    return [choose([each])[0] for each in wanted]
+
+
+def _room(settings: EngineSettings) -> int:
+    """Bytes that models may take: of the GPUs where they hold all layers, else of the machine."""
+    return (settings.gpu_layers == -1 and card_memory()) or available_memory()
 
 
 def _cores(busy: int) -> int:
@@ -105,7 +116,8 @@ def _cores(busy: int) -> int:
 
 
 def _frame(model: Model, facts: Facts, settings: EngineSettings, shape: Shape, cores: int) -> frames.Open:
-    kv_type, promised = _kv_type(facts, settings), _promised(facts, settings)
+    kv_type = _kv_type(facts, settings)
+    promised = promise(facts.file_type, facts.experts, kv_type, settings.gpu_layers, settings.reproducible)
     return frames.Open(
         path=str(model.path),
         context=shape.context,
@@ -115,10 +127,13 @@ def _frame(model: Model, facts: Facts, settings: EngineSettings, shape: Shape, c
         kv_type=kv_type,
         gpu_layers=settings.gpu_layers,
         verbose=settings.verbose,
-        grid=1 if promised == "exact" else GRID,
+        # Where lengths of passes choose kernels, they are all one.
+        grid=settings.batch if settings.reproducible else 1 if promised == "exact" else GRID,
         repack=promised == "none" or facts.file_type in REPACKED_TYPES,
-        pairs=_pairs(facts, settings),
+        own_products=facts.file_type in OWN_TYPES and not facts.experts,
+        full=settings.reproducible,
         promise=promised,
+        promise_without="none" if facts.file_type in FLOAT_TYPES and not settings.gpu_layers else promised,
     )
 
 
@@ -130,15 +145,6 @@ def _found(spec: str | None) -> tuple[Model, Facts]:
 def _kv_type(facts: Facts, settings: EngineSettings) -> KvType:
     best = promise(facts.file_type, facts.experts, "exact", settings.gpu_layers)
     return settings.kv_type or ("exact" if best == "exact" else "f16")
-
-
-def _promised(facts: Facts, settings: EngineSettings) -> Promise:
-    return promise(facts.file_type, facts.experts, _kv_type(facts, settings), settings.gpu_layers)
-
-
-def _pairs(facts: Facts, settings: EngineSettings) -> bool:
-    """Whether no token is computed alone, for which a sequence needs room for one more."""
-    return _promised(facts, settings) == "exact" and facts.file_type in PAIRED_TYPES
 
 
 def _names(ids: Sequence[str], aliases: Sequence[str]) -> list[str]:

@@ -3,52 +3,26 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
 from afterword.engine.frames import Open
-from afterword.engine.llama import attention, library
+from afterword.engine.llama import accelerator, library
 from afterword.engine.llama.runner import LlamaRunner
 from afterword.models.registry import builtin_path
+from ggml_tensors import tensor, with_sources
 from oracle.tiny import write_tiny
 
 library.start(verbose=False)
 
-_F32, _F16 = 0, 1
 ROUNDING = 1e-5  # of outputs of about 1, in float32
 
 
-class _Tensor(ctypes.Structure):
-    """ggml's tensor, as attention.cpp declares it."""
-
-
-_Tensor._fields_ = [
-    ("type", ctypes.c_int32),
-    ("buffer", ctypes.c_void_p),
-    ("ne", ctypes.c_int64 * 4),
-    ("nb", ctypes.c_size_t * 4),
-    ("op", ctypes.c_int32),
-    ("params", ctypes.c_float * 16),
-    ("flags", ctypes.c_int32),
-    ("src", ctypes.POINTER(_Tensor) * 10),
-    ("view_src", ctypes.c_void_p),
-    ("view_offset", ctypes.c_size_t),
-    ("data", ctypes.c_void_p),
-    ("name", ctypes.c_char * 64),
-    ("extra", ctypes.c_void_p),
-    ("padding", ctypes.c_char * 8),
-]
-
-
 @pytest.fixture(scope="module")
-def kernel() -> ctypes.CDLL:
-    if not attention.FILE.exists():
-        assert shutil.which("c++") is None, "there is a compiler, so the kernel should have been built"
-        pytest.skip("no C++ compiler built the kernel")
-    return ctypes.CDLL(str(attention.FILE))
+def kernel(accelerator_library: ctypes.CDLL) -> ctypes.CDLL:
+    return accelerator_library
 
 
 @dataclass
@@ -67,14 +41,6 @@ class Case:
     cap: float = 0.0
 
 
-def tensor(array: np.ndarray) -> _Tensor:
-    """An array's memory as a tensor: ggml names axes from the last."""
-    made = _Tensor(type={2: _F16, 4: _F32}[array.itemsize], data=array.ctypes.data)
-    made.ne[:] = array.shape[::-1]
-    made.nb[:] = array.strides[::-1]
-    return made
-
-
 def computed(kernel: ctypes.CDLL, case: Case, threads: int = 1) -> np.ndarray:
     """[stream, token, head, element]."""
     out = np.full((case.q.shape[0], case.q.shape[2], case.q.shape[1], case.v.shape[3]), np.nan, np.float32)
@@ -82,9 +48,7 @@ def computed(kernel: ctypes.CDLL, case: Case, threads: int = 1) -> np.ndarray:
     operands = [case.q, case.k, case.v]
     if case.mask is not None:
         operands.append(case.mask[:, None])
-    sources = [tensor(operand) for operand in operands]
-    for place, source in enumerate(sources):
-        node.src[place] = ctypes.pointer(source)
+    with_sources(node, *map(tensor, operands))
     node.params[:3] = [case.scale, case.steepness, case.cap]
     kernel.attention_compute(ctypes.byref(node), threads)
     return out
@@ -216,8 +180,8 @@ def test_exact_models_get_it_and_others_do_not(kernel):
 
 
 def test_it_is_not_offered_to_a_library_that_it_does_not_know(kernel, monkeypatch):
-    monkeypatch.setattr(attention, "_KNOWN_GGML", b"9999.")
-    assert not attention.offer.__wrapped__()
+    monkeypatch.setattr(accelerator, "_KNOWN_GGML", b"9999.")
+    assert not accelerator.offer.__wrapped__()
 
 
 def test_a_model_with_heads_that_it_cannot_compute_gets_the_librarys(kernel, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from afterword.engine.child import Loaded
 from afterword.engine.core.batch import Batch, Cut, Row
 from afterword.engine.core.loop import Loop
 from afterword.engine.frames import KvType, Open
-from afterword.engine.llama import library
+from afterword.engine.llama import accelerator, library
 from afterword.engine.llama.runner import LlamaRunner
 from afterword.engine.llama.vocabulary import make_card
 from afterword.engine.protocol import Infill, Job, Sampling, Token
@@ -29,11 +30,11 @@ GREEDY = Sampling(temperature=0.0)
 WARM = Sampling(top_p=0.95)
 
 
-def open_model(
-    path: Path, sequences: int = 4, kv_type: KvType = "exact", chunk: int = 32, pairs: bool = False
-) -> Loaded:
+def open_model(path: Path, sequences: int = 4, kv_type: KvType = "exact", chunk: int = 32) -> Loaded:
     grid = 1 if kv_type == "exact" else chunk
-    settings = Open(str(path), 512, sequences, 1, chunk, kv_type, 0, False, grid=grid, pairs=pairs)
+    settings = Open(
+        str(path), 512, sequences, 1, chunk, kv_type, 0, False, grid=grid, own_products=True, promise="exact"
+    )
     runner = LlamaRunner(settings)
     card, vocabulary = make_card(runner, settings)
     return Loaded(runner, card, vocabulary.tokenize)
@@ -192,15 +193,23 @@ def test_every_float_is_the_same_whether_a_token_is_read_or_generated(chunk):
 
 
 @pytest.mark.parametrize("file_type", ["F32", "F16", "BF16"])
-def test_tokens_of_unquantized_weights_are_computed_in_company(file_type, tmp_path):
-    """To the end of the context: the company of its last token has a place too."""
-    model = open_model(write_tiny(tmp_path / "tiny.gguf", file_type=file_type), chunk=64, pairs=True)
+def test_tokens_of_unquantized_weights_are_the_same_read_and_generated(file_type, tmp_path):
+    """To the end of the context. Where there are no products of our own nothing is promised of such weights."""
+    model = open_model(write_tiny(tmp_path / "tiny.gguf", file_type=file_type), chunk=64)
+    if not accelerator.multiplies():
+        assert model.card.promise == "none"
+        return
     loop = Loop(model.runner)
     generated = play(loop, [Job((1, 2, 3), 1, 509, WARM, (), b"k" * 16, alternatives=3)])[0]
     whole = (1, 2, 3, *(token.id for _, token in generated))
     read = play(loop, [Job(whole, 1, 0, GREEDY, (), b"k" * 16, prompt_alternatives=3)])[0][2:]
     assert [(t.id, t.logprob, t.top) for _, t in read] == [(t.id, t.logprob, t.top) for _, t in generated]
     assert len(whole) == 512
+
+
+def test_without_products_of_our_own_less_may_be_promised(tmp_path, monkeypatch):
+    monkeypatch.setattr(accelerator, "multiplies", lambda: False)
+    assert open_model(write_tiny(tmp_path / "tiny.gguf", file_type="F16")).card.promise == "none"
 
 
 def test_a_slot_can_be_cut_and_computed_again(tmp_path):
@@ -258,6 +267,21 @@ def test_layers_for_a_gpu_need_a_build_that_has_one(monkeypatch, tmp_path):
     settings = Open(str(write_tiny(tmp_path / "tiny.gguf")), 64, 1, 1, 32, "f16", -1, False)
     with pytest.raises(SettingError, match="without GPU support"):
         LlamaRunner(settings)
+
+
+@pytest.mark.parametrize("layers", [0, -1])
+def test_no_gpu_is_lent_anything_unless_it_is_asked_for(monkeypatch, tmp_path, layers):
+    """Else a build for GPUs computes long passes there, and the promises for CPUs do not hold."""
+    lists = []
+
+    def load(_, params):
+        lists.append([ctypes.c_void_p.from_address(params.devices).value] if params.devices else "the library's choice")
+
+    monkeypatch.setattr(library.native, "llama_supports_gpu_offload", lambda: True)
+    monkeypatch.setattr(library.native, "llama_model_load_from_file", load)
+    with pytest.raises(SettingError, match="cannot load"):
+        LlamaRunner(Open(str(write_tiny(tmp_path / "tiny.gguf")), 64, 1, 1, 32, "f16", layers, False))
+    assert lists == ["the library's choice" if layers else [None]]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"GGUF", b"GGUF" + b"\xff" * 100])

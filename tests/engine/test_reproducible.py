@@ -15,10 +15,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from afterword.config import GRID, PAIRED_TYPES, REPACKED_TYPES
+from afterword.config import FLOAT_TYPES, GRID, OWN_TYPES, REPACKED_TYPES
 from afterword.engine.core.loop import Loop
 from afterword.engine.frames import KvType, Open
-from afterword.engine.llama import library
+from afterword.engine.llama import accelerator, library
 from afterword.engine.llama.library import native
 from afterword.engine.llama.runner import LlamaRunner
 from afterword.engine.protocol import Job, Sampling, Step
@@ -55,8 +55,8 @@ def quantized(folder: Path, file_type: str) -> Path:
 
 def open_loop(path: Path, file_type: str, kv_type: KvType, sequences: int) -> Loop:
     grid = 1 if kv_type == "exact" else GRID
-    repack, pairs = file_type in REPACKED_TYPES, file_type in PAIRED_TYPES
-    settings = Open(str(path), 512, sequences, 1, 128, kv_type, 0, False, grid=grid, repack=repack, pairs=pairs)
+    repack, own = file_type in REPACKED_TYPES, file_type in OWN_TYPES
+    settings = Open(str(path), 512, sequences, 1, 128, kv_type, 0, False, grid=grid, repack=repack, own_products=own)
     return Loop(LlamaRunner(settings))
 
 
@@ -150,7 +150,10 @@ _names = itertools.count()
 
 
 def check(path: Path, file_type: str, kv_type: KvType, count: int, sequences: int = 12) -> None:
-    loop = open_loop(path, file_type, kv_type, sequences)
+    compare(open_loop(path, file_type, kv_type, sequences), count)
+
+
+def compare(loop: Loop, count: int) -> None:
     jobs = requests(count * 3 // 4, seed=count)
     expected = alone(loop, jobs)
     grown = continued(jobs, expected, count // 4)
@@ -170,25 +173,35 @@ def test_200_requests_of_the_built_in_model(folder):
     ("file_type", "kv_type"),
     [
         *(("Q8_0", "f16"), ("Q4_0", "exact"), ("Q4_0", "f16"), ("Q4_K_M", "exact"), ("Q6_K", "exact")),
-        *(("F32", "exact"), ("F16", "exact"), ("BF16", "exact")),
+        *(("F32", "exact"), ("F16", "exact"), ("F16", "f16"), ("BF16", "exact")),
     ],
 )
 def test_other_weights_and_other_keys_and_values(folder, file_type, kv_type):
+    needs_own_products(file_type)
     check(quantized(folder, file_type), file_type, kv_type, count=20)
+
+
+def needs_own_products(file_type: str) -> None:
+    if file_type in FLOAT_TYPES and not accelerator.multiplies():
+        pytest.skip(f"nothing is promised of {file_type} where there are no products of our own")
+
+
+def test_passes_of_one_shape_give_the_same_bits_too(folder):
+    """As on a GPU, where kernels depend on it."""
+    path = quantized(folder, "F16")
+    compare(Loop(LlamaRunner(Open(str(path), 320, 7, 1, 64, "f16", 0, False, grid=64, full=True))), count=40)
 
 
 QUANTIZED = (
     *("Q8_0", "Q4_0", "IQ4_NL", "IQ4_XS", "Q4_1", "Q5_0", "Q5_1"),
     *("Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K"),
 )
-EVERY_PROMISE = (
-    *((file_type, kv_type) for file_type in QUANTIZED for kv_type in ("exact", "f16")),
-    *((file_type, "exact") for file_type in sorted(PAIRED_TYPES)),
-)
+EVERY_PROMISE = [(name, kv_type) for name in (*QUANTIZED, *sorted(FLOAT_TYPES)) for kv_type in ("exact", "f16")]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("file_type", "kv_type"), EVERY_PROMISE)
 def test_many_requests_of_every_type(folder, file_type, kv_type):
+    needs_own_products(file_type)
     check(quantized(folder, file_type), file_type, kv_type, count=2000 if file_type in ("Q8_0", "Q4_0") else 300)

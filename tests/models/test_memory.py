@@ -36,7 +36,7 @@ FACTS = Facts(
 
 def choose_shape(facts: Facts, available: int, context: int | None, parallel: int | None, kv_bytes: int = 2) -> Shape:
     """Of one model alone."""
-    return choose_shapes([(facts, kv_bytes, 0)], available, context, parallel)[0]
+    return choose_shapes([(facts, kv_bytes)], available, context, parallel)[0]
 
 
 def shape(available: float, context: int | None = None, parallel: int | None = None) -> tuple[int, int]:
@@ -56,12 +56,9 @@ def test_what_a_shape_needs() -> None:
     assert Shape(256, 2, 1000, 1).needed_bytes == 1512 + 151 + (256 << 20)
 
 
-def test_a_sequence_has_room_for_whole_granules_and_what_it_needs_beyond() -> None:
+def test_a_sequence_has_room_for_whole_granules() -> None:
     assert Shape(16, 2, 0, 10).kv_bytes == Shape(256, 2, 0, 10).kv_bytes == 2 * 256 * 10
-    assert Shape(4096, 1, 0, 10, spare=1).kv_bytes == 4352 * 10
-    assert shape(1.63) == (4096, 8)
-    (tight,) = choose_shapes([(FACTS, 2, 1)], int(1.63 * GIB), None, None)
-    assert (tight.context, tight.parallel) == (4096, 4)
+    assert Shape(4096, 1, 0, 10, spare=1).kv_bytes == 2 * 4352 * 10
 
 
 def test_defaults_halve_until_they_fit() -> None:
@@ -85,7 +82,7 @@ SMALL = dataclasses.replace(FACTS, name="Small", layers=1, size_bytes=GIB // 4)
 
 def shapes(available: float, *models: Facts, **asked: int) -> list[tuple[int, int]]:
     settings = {"context": None, "parallel": None} | asked
-    chosen = choose_shapes([(facts, 2, 0) for facts in models], int(available * GIB), **settings)
+    chosen = choose_shapes([(facts, 2) for facts in models], int(available * GIB), **settings)
     assert sum(shape.needed_bytes for shape in chosen) <= available * GIB
     return [(shape.context, shape.parallel) for shape in chosen]
 
@@ -137,6 +134,15 @@ def test_what_does_not_fit_says_what_to_lower() -> None:
 )
 def test_senseless_settings(context: int | None, parallel: int | None, says: str) -> None:
     assert says in complaint(64, context, parallel)
+
+
+def test_spare_sequences_take_memory_and_are_not_given() -> None:
+    (chosen,) = choose_shapes([(FACTS, 2)], 64 * GIB, None, None, spare=1)
+    assert (chosen.context, chosen.parallel, chosen.kv_bytes) == (4096, 15, 4352 * 16 * 8192)
+    (chosen,) = choose_shapes([(FACTS, 2)], int(1.89 * GIB), None, None, spare=1)
+    assert (chosen.context, chosen.parallel, chosen.kv_bytes) == (4096, 7, 4352 * 8 * 8192)
+    with pytest.raises(SettingError, match="set from 1 to 255"):
+        choose_shapes([(FACTS, 2)], 64 * GIB, None, 256, spare=1)
 
 
 def test_available_memory_is_at_most_what_the_machine_has() -> None:

@@ -101,6 +101,12 @@ def engine_options(command: F) -> F:
             help="Keys and values; see docs/reproducibility.md.  [default: exact where it is known to be, else f16]",
         ),
         option("Engine", "--gpu-layers", type=int, default=0, help="Layers computed by a GPU; -1 for all of them."),
+        option(
+            "Engine",
+            "--reproducible",
+            is_flag=True,
+            help="With --gpu-layers -1: the same request gives the same bytes; slower where few ask.",
+        ),
         option("Engine", "--verbose", is_flag=True, help="Show what llama.cpp logs."),
     ]
     for each in reversed(options):

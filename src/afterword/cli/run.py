@@ -40,7 +40,7 @@ from afterword.log import open_lines
 from afterword.times import as_time
 
 E = TypeVar("E", Roster, Supervisor)
-_ENGINE = ("context", "parallel", "threads", "batch", "kv_type", "gpu_layers", "verbose")
+_ENGINE = ("context", "parallel", "threads", "batch", "kv_type", "gpu_layers", "reproducible", "verbose")
 _LIMITS = {"max_logprobs": "max_logprobs", "max_stop": "max_stop", "queue": "max_queue"}
 """Limits that have options of their own. Whatever is set, by either name, goes before what `--strict` sets."""
 

@@ -45,13 +45,14 @@ class Loaded:
 
 
 def serve(load: Callable[[frames.Open, Tell], Loaded]) -> None:
-    """Be the engine at the other end of the socket whose file descriptor is the first argument.
+    """Be the engine that hears and speaks through the sockets whose file descriptors are the arguments.
 
     `load` may raise `SettingError`; its sentence goes to the parent.
     """
     _follow_parent()
     _keep_memory_private()
-    _Child(socket.socket(fileno=int(sys.argv[1]))).main(load)
+    hears, speaks = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
+    _Child(hears, speaks).main(load)
 
 
 class Gauge:
@@ -95,13 +96,13 @@ def apply(loop: Loop, message: frames.ToEngine) -> None:
 
 
 class _Child:
-    """Owner of the socket to the parent."""
+    """Owner of the sockets to the parent."""
 
-    def __init__(self, link: socket.socket) -> None:
-        self._link = link
+    def __init__(self, hears: socket.socket, speaks: socket.socket) -> None:
+        self._speaks = speaks
         self._gauge: Gauge | None = None
         self._loaded = 0.0
-        self._stream = link.makefile("rb")
+        self._stream = hears.makefile("rb")
         self._sending = threading.Lock()
         self._jobs: queue.SimpleQueue[frames.ToEngine] = queue.SimpleQueue()
         self._texts: queue.SimpleQueue[frames.Tokenize] = queue.SimpleQueue()
@@ -124,7 +125,7 @@ class _Child:
         threading.stack_size(0)
         threading.Thread(target=self._read, daemon=True).start()
         self._gauge = Gauge(loaded.runner)
-        self._work(Loop(self._gauge))
+        self._work(Loop(self._gauge, threads=settings.threads))
 
     def _read(self) -> NoReturn:
         while body := frames.read(self._stream):
@@ -179,7 +180,7 @@ class _Child:
     def _send(self, message: frames.FromEngine) -> None:
         data = frames.pack(message)
         with self._sending:
-            self._link.sendall(data)
+            self._speaks.sendall(data)
 
 
 def _follow_parent() -> None:

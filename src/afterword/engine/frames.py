@@ -24,8 +24,10 @@ class Open(Value, frozen=True, tag=True):
 
     "exact": a token has the same numbers whether it is read or generated, where the weights' products allow it.
     `chunk` and `grid`: see `core.batch.Runner`. `repack`: weights may be laid out anew for kernels that are faster, and
-    in some types depend on the number of rows. `pairs`: no token is computed alone, see `llama.pairs`. `promise` is
-    what is known of numbers that are computed like this.
+    in some types depend on the number of rows. `own_products`: they are of a type that kernels of our own multiply, and
+    are left as they lie where there are such kernels. `full`: passes of single tokens always have the same shape, see
+    `llama.full`. `promise` is what is known of numbers that are computed like this, `promise_without` what is known
+    where there are no such kernels.
     """
 
     path: str
@@ -38,8 +40,10 @@ class Open(Value, frozen=True, tag=True):
     verbose: bool
     grid: int = 64
     repack: bool = True
-    pairs: bool = False
+    own_products: bool = False
+    full: bool = False
     promise: Promise = "none"
+    promise_without: Promise = "none"
 
 
 class Start(Value, frozen=True, tag=True):

@@ -1,53 +1,141 @@
-// Eight floats at a time, in the compiler's own vectors: instructions of the machine where it has them.
+// Floats in the compiler's own vectors: instructions of the machine where it has them.
+//
+// Eight at a time where the number of lanes shows in a result (sums that are kept in lanes), else as many as the machine
+// takes, so that results are the same for both.
 
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
+
+#if defined(__FMA__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
 constexpr int LANES = 8;
-
 using f8 = float __attribute__((vector_size(32)));
 using i8 = int32_t __attribute__((vector_size(32)));
 
-inline f8 load(const float *from) {
-    f8 x;
+using half = uint16_t;
+
+#ifdef __AVX512F__
+constexpr int WIDE = 16;
+using wide = float __attribute__((vector_size(64)));
+using wide_ints = int32_t __attribute__((vector_size(64)));
+#else
+constexpr int WIDE = LANES;
+using wide = f8;
+using wide_ints = i8;
+#endif
+
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype(a > b){__VA_ARGS__})
+#endif
+
+template <class V = f8>
+inline V load(const float *from) {
+    V x;
     std::memcpy(&x, from, sizeof x);
     return x;
 }
 
-inline void store(float *to, f8 x) { std::memcpy(to, &x, sizeof x); }
+template <class V>
+inline void store(float *to, V x) {
+    std::memcpy(to, &x, sizeof x);
+}
 
-inline f8 all(float x) { return f8{x, x, x, x, x, x, x, x}; }
+template <class V = f8>
+inline V all(float x) {
+    return x - V{};  // minus, since -0 + 0 is another zero
+}
 
-inline f8 larger(f8 a, f8 b) { return a > b ? a : b; }
+template <class V>
+inline V larger(V a, V b) {
+    return a > b ? a : b;
+}
 
-inline float largest(f8 x) {
-    float most = x[0];
-    for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
+// a * b + c, rounded once where the machine can. Said expressly where the same sum is computed by several pieces of code,
+// since compilers are free to choose which product of a sum of two they join with the addition.
+template <class V>
+inline V fused(V a, V b, V c) {
+#ifdef __AVX512F__
+    if constexpr (sizeof(V) == 64) return (V)_mm512_fmadd_ps(a, b, c);
+#endif
+#ifdef __FMA__
+    if constexpr (sizeof(V) == 32) return (V)_mm256_fmadd_ps(a, b, c);
+#elif defined(__FP_FAST_FMAF)
+    for (size_t i = 0; i < sizeof a / sizeof a[0]; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
+
+inline float largest(wide x) {
+    f8 parts[WIDE / LANES];
+    std::memcpy(parts, &x, sizeof x);
+    const f8 y = larger(parts[0], parts[WIDE / LANES - 1]);
+    float most = y[0];
+    for (int i = 1; i < LANES; i++) most = y[i] > most ? y[i] : most;
     return most;
 }
 
 inline float sum(f8 x) { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
 
+// Adds as many lanes as there are to eight running sums, eight by eight.
+inline void add(f8 &sums, wide x) {
+    f8 parts[WIDE / LANES];
+    std::memcpy(parts, &x, sizeof x);
+    for (const f8 &part : parts) sums += part;
+}
+
+// Floats from the bits of halves.
+inline f8 from_half(i8 bits) {
+    const i8 size = (bits & 0x7fff) << 13, sign = (bits & 0x8000) << 16;
+    const f8 finite = (f8)size * all(0x1p112f);  // also right below the least normal number
+    return (f8)(((bits & 0x7fff) >= 0x7c00 ? (size | 0x7f800000) : (i8)finite) | sign);  // infinities stay so
+}
+
+inline f8 widen(const half *from) {
+#ifdef __F16C__
+    return (f8)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
+#else
+    i8 bits;
+    for (int i = 0; i < LANES; i++) bits[i] = from[i];
+    return from_half(bits);
+#endif
+}
+
+inline wide widen_all(const half *from) {
+#ifdef __AVX512F__
+    return (wide)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+#else
+    return widen(from);
+#endif
+}
+
 // e to the power of x to about a unit in the last place; 0 below -87, as for minus infinity; x is at most 88.
-inline f8 exponential(f8 x) {
-    const f8 least = all(-87.0f);
-    const f8 y = larger(x, least);
-    const f8 shifted = y * all(1.44269504f) + all(12582912.0f);  // the nearest whole number, in the last bits
-    const f8 n = shifted - all(12582912.0f);
-    const f8 r = (y - n * all(0.693359375f)) - n * all(-2.12194440e-4f);
-    f8 p = all(1.9875691500e-4f);
-    p = p * r + all(1.3981999507e-3f);
-    p = p * r + all(8.3334519073e-3f);
-    p = p * r + all(4.1665795894e-2f);
-    p = p * r + all(1.6666665459e-1f);
-    p = p * r + all(5.0000001201e-1f);
-    p = p * (r * r) + r + all(1.0f);
-    const f8 power = (f8)(((i8)shifted - (i8)all(12582912.0f) + 127) << 23);
-    return x < least ? all(0.0f) : p * power;
+template <class V>
+inline V exponential(V x) {
+    using Bits = decltype(x > x);
+    const V least = all<V>(-87.0f), zero = all<V>(12582912.0f);
+    const V y = larger(x, least);
+    const V shifted = y * 1.44269504f + zero;  // the nearest whole number, in the last bits
+    const V n = shifted - zero;
+    const V r = (y - n * 0.693359375f) - n * -2.12194440e-4f;
+    V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    const V power = (V)(((Bits)shifted - (Bits)zero + 127) << 23);
+    return x < least ? V{} : p * power;
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""One engine's process and the line to it. Knows frames and processes, and nothing of jobs.
+"""One engine's process and the line to it, and what a process says of the GPUs. Knows frames and processes, no jobs.
 
 The simulator of the tests stands in here: whoever keeps the jobs sees a `Link` and never a process.
 """
@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Protocol
 
 import msgspec
@@ -21,6 +22,7 @@ import msgspec
 from afterword.engine import frames
 
 LLAMA = (sys.executable, "-m", "afterword.engine.llama")
+CARDS = (*LLAMA[:-1], f"{LLAMA[-1]}.cards")
 
 _SECRET = re.compile(r"(KEY|KEYS|TOKEN|SECRET|PASSWORD|PASSPHRASE|CREDENTIALS?|OTLP_\w*HEADERS)$")
 _BURIAL = 30.0  # seconds that a killed process may take: it may have much memory to give back, or hang in a driver
@@ -56,17 +58,22 @@ Spawn = Callable[[Sequence[str]], Awaitable[Link]]
 
 
 async def spawn(command: Sequence[str]) -> Link:
-    """Start a command; its last argument is the file descriptor of its end of the line."""
-    ours, theirs = socket.socketpair()
-    with theirs, _held(signal.SIGINT, signal.SIGTERM):  # until it ignores them: they are its parent's to hear
+    """Start a command; its last arguments are the file descriptors that it hears and speaks through.
+
+    One line for each way: where a process has died, a failed send would else close the line with its last words unread,
+    and who killed it is known from these.
+    """
+    (to, hears), (speaks, back) = socket.socketpair(), socket.socketpair()
+    with hears, speaks, _held(signal.SIGINT, signal.SIGTERM):  # until it ignores them: they are its parent's to hear
         process = subprocess.Popen(
-            [*command, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
+            [*command, str(hears.fileno()), str(speaks.fileno())],
+            pass_fds=[hears.fileno(), speaks.fileno()],
             stdin=subprocess.DEVNULL,
             env=without_secrets(os.environ),
         )
-    reader, writer = await asyncio.open_connection(sock=ours, limit=2**20)
-    return _Process(process, reader, writer)
+    _, writer = await asyncio.open_connection(sock=to, limit=2**10)
+    reader, ears = await asyncio.open_connection(sock=back, limit=2**20)
+    return _Process(process, reader, (writer, ears))
 
 
 @contextmanager
@@ -79,28 +86,43 @@ def _held(*signals: signal.Signals) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@cache
+def card_memory() -> int | None:
+    """Bytes that were left on the GPUs when this was first asked; None if there are none.
+
+    Asked by a process of its own: whoever asks holds some of that memory for as long as it lives.
+    """
+    done = subprocess.run(
+        CARDS, stdin=subprocess.DEVNULL, capture_output=True, env=without_secrets(os.environ), check=False
+    )
+    return int(done.stdout) or None if done.returncode == 0 and done.stdout.strip().isdigit() else None
+
+
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
     """An environment without what must not come into the hands of native code that reads strangers' texts."""
     return {name: value for name, value in environment.items() if not _SECRET.search(name.upper())}
 
 
 class _Process:
-    """Owner of a process and of our end of the socket; see `Link`."""
+    """Owner of a process and of our ends of the lines, of which the first is written to; see `Link`."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        process: subprocess.Popen[bytes],
+        reader: asyncio.StreamReader,
+        lines: tuple[asyncio.StreamWriter, asyncio.StreamWriter],
     ) -> None:
         self._process = process
         self._reader = reader
-        self._writer = writer
+        self._lines = lines
 
     @property
     def pid(self) -> int | None:
         return self._process.pid
 
     def send(self, message: frames.ToEngine) -> None:
-        if not self._writer.is_closing():
-            self._writer.write(frames.pack(message))
+        if not self._lines[0].is_closing():
+            self._lines[0].write(frames.pack(message))
 
     async def receive(self) -> frames.FromEngine | None:
         try:
@@ -114,7 +136,8 @@ class _Process:
 
     def kill(self) -> None:
         self._process.kill()
-        self._writer.transport.abort()  # so that nobody waits for a process that even this does not end
+        for line in self._lines:
+            line.transport.abort()  # so that nobody waits for a process that even this does not end
 
     async def bury(self) -> int | None:
         self.kill()

@@ -23,13 +23,12 @@ HEADROOM = 256 << 20  # bytes for the process itself and its compute buffers, be
 CGROUPS = Path("/sys/fs/cgroup")
 
 
-Wanted = tuple[Facts, int, int]
-"""A model, the bytes of one element of a key or a value, and the tokens that a sequence needs beyond its context."""
-
-
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """`parallel` sequences of `context` and `spare` tokens each, and the bytes that the weights and a token take."""
+    """`parallel` sequences of `context` tokens each, and the bytes that the weights and a token take.
+
+    Room for `spare` more sequences, and for as many more tokens in each, is taken that nobody is given.
+    """
 
     context: int
     parallel: int
@@ -41,7 +40,7 @@ class Shape:
     def kv_bytes(self) -> int:
         """Keys and values of all sequences."""
         granules = -(-(self.context + self.spare) // GRANULE)
-        return granules * GRANULE * self.parallel * self.token_bytes
+        return granules * GRANULE * (self.parallel + self.spare) * self.token_bytes
 
     @property
     def needed_bytes(self) -> int:
@@ -51,15 +50,19 @@ class Shape:
 
 
 def choose_shapes(
-    models: Sequence[Wanted], available_bytes: int, context: int | None, parallel: int | None
+    models: Sequence[tuple[Facts, int]], available_bytes: int, context: int | None, parallel: int | None, spare: int = 0
 ) -> list[Shape]:
     """For models that are loaded together the shapes asked for, or for what is None the largest usual ones that fit.
 
-    The largest gives way first. Raises `SettingError` if none fit.
+    Each comes with `kv_bytes`, the size of one element of a key or a value. The largest gives way first. Raises
+    `SettingError` if none fit.
     """
-    for facts, _, _ in models:
-        _check_settings(facts, context, parallel)
-    shapes = [_shape(wanted, context or usual_context(wanted[0]), parallel or MOST_PARALLEL) for wanted in models]
+    for facts, _ in models:
+        _check_settings(facts, context, parallel, PARALLEL_LIMIT - spare)
+    shapes = [
+        _shape(facts, context or usual_context(facts), parallel or MOST_PARALLEL - spare, spare, size)
+        for facts, size in models
+    ]
     while sum(shape.needed_bytes for shape in shapes) > available_bytes:
         smaller = {place: _smaller(shape, context, parallel) for place, shape in enumerate(shapes)}
         places = [place for place, shape in smaller.items() if shape is not None]
@@ -107,12 +110,11 @@ def _smaller(shape: Shape, context: int | None, parallel: int | None) -> Shape |
     return None
 
 
-def _shape(wanted: Wanted, context: int, parallel: int) -> Shape:
-    facts, kv_bytes, spare = wanted
+def _shape(facts: Facts, context: int, parallel: int, spare: int, kv_bytes: int) -> Shape:
     return Shape(context, parallel, facts.size_bytes, facts.kv_bytes_per_token(kv_bytes), spare)
 
 
-def _check_settings(facts: Facts, context: int | None, parallel: int | None) -> None:
+def _check_settings(facts: Facts, context: int | None, parallel: int | None, most: int) -> None:
     trained = facts.context_length
     if context is not None and context < LEAST_USEFUL_CONTEXT:
         raise SettingError(f"A context of {context} tokens is too short; set {LEAST_USEFUL_CONTEXT} or more.")
@@ -121,8 +123,8 @@ def _check_settings(facts: Facts, context: int | None, parallel: int | None) -> 
             f"A context of {context} tokens is more than the {trained} that {facts.name} was trained on; "
             f"positions beyond give nonsense, so set {trained} or less."
         )
-    if parallel is not None and not 1 <= parallel <= PARALLEL_LIMIT:
-        raise SettingError(f"{parallel} parallel sequences cannot be had; set from 1 to {PARALLEL_LIMIT}.")
+    if parallel is not None and not 1 <= parallel <= most:
+        raise SettingError(f"{parallel} parallel sequences cannot be had; set from 1 to {most}.")
 
 
 def _do_not_fit(shapes: Sequence[Shape], available: int) -> str:

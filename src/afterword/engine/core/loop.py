@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from afterword.engine.core.batch import Batch, Logits, Row, Runner
+from afterword.engine.core.rows import walks
 from afterword.engine.core.sampler import Sampler
 from afterword.engine.core.scheduler import LEAST_PASS, Begun, Scheduler
 from afterword.engine.core.sequence import Sequence
@@ -30,12 +31,15 @@ class _Draft:
 
 
 class Loop:
-    """Owner of the scheduler and the runner. One thread calls everything. `clock` gives seconds."""
+    """Owner of the scheduler and the runner. One thread calls everything. `clock` gives seconds.
 
-    def __init__(self, runner: Runner, clock: Callable[[], float] = time.perf_counter) -> None:
+    Up to `threads` threads look at a row of logits.
+    """
+
+    def __init__(self, runner: Runner, clock: Callable[[], float] = time.perf_counter, threads: int = 1) -> None:
         self._runner = runner
         self._scheduler = Scheduler(runner.slots, runner.chunk, runner.grid, runner.least_shared, runner.rewinds)
-        self._sampler = Sampler()
+        self._sampler = Sampler(walks(threads))
         self._clock = clock
         self._pace: float | None = None  # tokens of a prompt in a second, as measured
         self._made: tuple[bool, int, float] = (False, 0, 0.0)  # the last pass, see `Meter`

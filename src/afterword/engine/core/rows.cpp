@@ -1,72 +1,85 @@
 // What the sampler does with a whole row of logits, each in one walk over memory. rows.py says what and why.
 //
-// Sums of a block are of eight running sums, one a lane, so they depend on the block alone. A row's length is any.
-// Where there is nowhere to write to (null), only the sums are wanted.
+// Sums of a block are of eight running sums, one a lane, so they depend on the block alone: not on how many lanes the
+// machine takes at once, nor on which thread took the block. A row's length is any. Where there is nowhere to write to
+// (null), only the sums are wanted.
 
 #include "../lanes.hpp"
 
 namespace {
 
-constexpr int64_t BLOCK = 256;  // as in rows.py
+constexpr int64_t BLOCK = 256;             // as in rows.py
+constexpr int64_t WORTH_A_THREAD = 16384;  // numbers: fewer take less time than waking it
 
-int64_t end_of(int64_t start, int64_t length) { return start + BLOCK < length ? start + BLOCK : length; }
+int most_threads = 1;
 
-// The eight from `at` on; what is beyond the end reads as `rest`.
-f8 some(const float *row, int64_t at, int64_t end, float rest) {
-    if (at + LANES <= end) return load(row + at);
-    f8 x = all(rest);
+// As many from `at` on as the machine takes; what is beyond the end reads as `rest`.
+wide some(const float *row, int64_t at, int64_t end, float rest) {
+    if (at + WIDE <= end) return load<wide>(row + at);
+    wide x = all<wide>(rest);
     for (int64_t i = at; i < end; i++) x[i - at] = row[i];
     return x;
 }
 
-void put(float *row, int64_t at, int64_t end, f8 x) {
+void put(float *row, int64_t at, int64_t end, wide x) {
     if (!row) return;
-    if (at + LANES <= end) return store(row + at, x);
+    if (at + WIDE <= end) return store(row + at, x);
     for (int64_t i = at; i < end; i++) row[i] = x[i - at];
+}
+
+// Calls `walk(block, start, end)` for each block of a row.
+template <class Walk>
+void each_block(int64_t length, Walk walk) {
+    const int64_t blocks = (length + BLOCK - 1) / BLOCK, worth = 1 + length / WORTH_A_THREAD;
+    const int threads = (int)(worth < most_threads ? worth : most_threads);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t block = 0; block < blocks; block++) {
+        const int64_t start = block * BLOCK;
+        walk(block, start, start + BLOCK < length ? start + BLOCK : length);
+    }
 }
 
 }  // namespace
 
 extern "C" {
 
+void rows_threads(int threads) { most_threads = threads; }
+
 void rows_maxima(const float *row, int64_t length, float *maxima) {
-    for (int64_t start = 0; start < length; start += BLOCK) {
-        const int64_t end = end_of(start, length);
-        f8 most = all(-__builtin_inff());
-        for (int64_t at = start; at < end; at += LANES) most = larger(some(row, at, end, -__builtin_inff()), most);
-        *maxima++ = largest(most);
-    }
+    each_block(length, [=](int64_t block, int64_t start, int64_t end) {
+        wide most = all<wide>(-__builtin_inff());
+        for (int64_t at = start; at < end; at += WIDE) most = larger(some(row, at, end, -__builtin_inff()), most);
+        maxima[block] = largest(most);
+    });
 }
 
 void rows_exponentials(const float *row, int64_t length, float shift, float divisor, float *weights, float *sums) {
-    const f8 factor = all(1 / divisor);
-    for (int64_t start = 0; start < length; start += BLOCK) {
-        const int64_t end = end_of(start, length);
-        f8 total = all(0);
-        for (int64_t at = start; at < end; at += LANES) {
-            const f8 x = exponential((some(row, at, end, -__builtin_inff()) - all(shift)) * factor);
+    const float factor = 1 / divisor;
+    each_block(length, [=](int64_t block, int64_t start, int64_t end) {
+        f8 total = {};
+        for (int64_t at = start; at < end; at += WIDE) {
+            const wide x = exponential((some(row, at, end, -__builtin_inff()) - shift) * factor);
             put(weights, at, end, x);
-            total += x;
+            add(total, x);
         }
-        *sums++ = sum(total);
-    }
+        sums[block] = sum(total);
+    });
 }
 
 void rows_keep(const float *weights, int64_t length, int64_t place, float least, float *kept, float *sums) {
-    for (int64_t start = 0; start < length; start += BLOCK) {
-        const int64_t end = end_of(start, length);
-        f8 total = all(0);
-        for (int64_t at = start; at < end; at += LANES) {
-            const f8 x = some(weights, at, end, 0);
-            f8 y;
-            if (at + LANES <= place) y = x >= all(least) ? x : all(0);
-            else if (at >= place) y = x > all(least) ? x : all(0);
-            else for (int i = 0; i < LANES; i++) y[i] = x[i] > least || (x[i] == least && at + i < place) ? x[i] : 0;
+    each_block(length, [=](int64_t block, int64_t start, int64_t end) {
+        f8 total = {};
+        for (int64_t at = start; at < end; at += WIDE) {
+            const wide x = some(weights, at, end, 0);
+            wide y;
+            if (at + WIDE <= place) y = x >= least ? x : wide{};
+            else if (at >= place) y = x > least ? x : wide{};
+            else for (int i = 0; i < WIDE; i++) y[i] = x[i] > least || (x[i] == least && at + i < place) ? x[i] : 0;
             put(kept, at, end, y);
-            total += y;
+            add(total, y);
         }
-        *sums++ = sum(total);
-    }
+        sums[block] = sum(total);
+    });
 }
 
 int64_t rows_above(const float *row, int64_t length, float value) {

@@ -69,11 +69,12 @@ class Plain:
 
 
 class Compiled:
-    """By rows.cpp."""
+    """By rows.cpp, each walk over a long row by up to `threads` threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int = 1) -> None:
         self._library = ctypes.CDLL(str(FILE))
         self._library.rows_above.restype = ctypes.c_int64
+        self._library.rows_threads(threads)
 
     def maxima(self, row: Row) -> Row:
         """See `Walks`."""
@@ -100,9 +101,9 @@ class Compiled:
         return int(self._library.rows_above(_at(row), _count(row), ctypes.c_float(value)))
 
 
-def walks() -> Walks:
+def walks(threads: int = 1) -> Walks:
     """The fastest there is."""
-    return Compiled() if FILE.exists() else Plain()
+    return Compiled(threads) if FILE.exists() else Plain()
 
 
 def stays(weights: Row, place: int, least: float) -> NDArray[np.bool_]:

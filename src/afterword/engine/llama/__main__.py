@@ -1,4 +1,4 @@
-"""`python -m afterword.engine.llama FD`: the engine's process, with llama.cpp."""
+"""`python -m afterword.engine.llama FD FD`: the engine's process, with llama.cpp."""
 
 from __future__ import annotations
 

@@ -15,16 +15,19 @@ from numpy.typing import NDArray
 
 from afterword.engine.core.batch import Batch, Cut, Fork, Logits, Row
 from afterword.engine.frames import Open
-from afterword.engine.llama import attention
+from afterword.engine.llama import accelerator
+from afterword.engine.llama.full import fill
 from afterword.engine.llama.library import last_error, native
-from afterword.engine.llama.pairs import pair
+from afterword.engine.protocol import Promise
 from afterword.errors import EngineError, SettingError
 
 _BF16 = 30  # ggml's number, which the bindings do not name
 _PLAIN, _FLASH = native.LLAMA_FLASH_ATTN_TYPE_DISABLED, native.LLAMA_FLASH_ATTN_TYPE_ENABLED
+_FLASH_IF_THERE = native.LLAMA_FLASH_ATTN_TYPE_AUTO
 _F16, _F32 = native.GGML_TYPE_F16, native.GGML_TYPE_F32
 _ATTENTION = {"f16": (_PLAIN, _F16, _F16), "f32": (_PLAIN, _F32, _F32)}
 _OWN = (_FLASH, _F16, _F16)
+_ON_A_CARD = (_FLASH_IF_THERE, _F16, _F16)
 # For keys and values of unequal types llama.cpp has one kernel for every shape, which takes query by query.
 _QUERY_BY_QUERY = (_FLASH, _F16, _BF16)
 
@@ -36,11 +39,14 @@ class LlamaRunner:
 
     def __init__(self, settings: Open, tell: Callable[[float], None] = lambda _: None) -> None:
         """`tell` hears the share of the model that has been loaded."""
+        self._settings = settings
         self.slots = settings.sequences
         self.chunk = settings.chunk
         self.grid = settings.grid
-        self.model = _load(settings, tell)
-        self._context, self.own_attention = _context(self.model, settings)
+        self.accelerated = not settings.gpu_layers and accelerator.offer()
+        self.own_products = self.accelerated and settings.own_products and accelerator.multiplies()
+        self.model = _load(settings, settings.repack and not self.own_products, tell)
+        self._context, self.own_attention = _context(self.model, settings, self.accelerated)
         self._memory = native.llama_get_memory(self._context)
         self._vocabulary = native.llama_vocab_n_tokens(native.llama_model_get_vocab(self.model))
         self.rewinds = not (
@@ -48,24 +54,39 @@ class LlamaRunner:
             or native.llama_model_is_hybrid(self.model)
             or native.llama_model_n_swa(self.model) > 0
         )
-        self.pairs = settings.pairs and self.rewinds
+        self.full = settings.full and self.rewinds
         self._arrays = _BatchArrays(_most_tokens(settings))
+        if self.full:
+            self._fill_last(settings)
 
     def run(self, batch: Batch) -> Logits:
         """Execute a batch; see `core.batch.Runner.run`."""
         for move in batch.moves:
             self._move(move)
-        if not self.pairs:
+        if not self.full:
             return self._decode(batch.rows)
-        paired = pair(batch.rows)
-        logits = self._decode(paired.rows)
-        for cut in paired.forget:
+        filled = fill(batch.rows, [self.held(slot) for slot in range(self.slots + 1)])
+        logits = self._decode(filled.rows)
+        for cut in filled.forget:
             self._move(cut)
-        return logits if len(paired.wanted) == len(logits) else logits[list(paired.wanted)]
+        return logits if len(filled.wanted) == len(logits) else logits[list(filled.wanted)]
+
+    @property
+    def promise(self) -> Promise:
+        """What is known of the numbers, given how they turned out to be computed."""
+        if self.full != self._settings.full:
+            return "none"
+        return self._settings.promise if self.own_products else self._settings.promise_without
 
     def held(self, slot: int) -> int:
         """How many tokens' state a slot holds."""
         return int(native.llama_memory_seq_pos_max(self._memory, slot)) + 1
+
+    def _fill_last(self, settings: Open) -> None:
+        """One slot beyond those that are used holds a whole context, so that no sequence is ever the longest."""
+        for start in range(0, settings.context, settings.chunk):
+            tokens = (0,) * min(settings.chunk, settings.context - start)
+            self._decode((Row(settings.sequences, start, tokens, 0),))
 
     def _decode(self, rows: tuple[Row, ...]) -> Logits:
         status = native.llama_decode(self._context, self._arrays.fill(rows))
@@ -127,12 +148,15 @@ def _pointer(array: NDArray[np.int32] | NDArray[np.int8], kind: type[ctypes.c_in
     return array.ctypes.data_as(ctypes.POINTER(kind))
 
 
-def _load(settings: Open, tell: Callable[[float], None]) -> object:
+def _load(settings: Open, repack: bool, tell: Callable[[float], None]) -> object:
     if settings.gpu_layers and not native.llama_supports_gpu_offload():
         raise SettingError("--gpu-layers: this llama.cpp was built without GPU support.")
     params = native.llama_model_default_params()
     params.n_gpu_layers = settings.gpu_layers
-    params.use_extra_bufts = settings.repack
+    nothing = ctypes.c_void_p()
+    if not settings.gpu_layers:  # or products of long passes would be lent to a GPU that is there
+        params.devices = ctypes.addressof(nothing)  # a list that ends at once
+    params.use_extra_bufts = repack
 
     @native.llama_progress_callback  # type: ignore[untyped-decorator]
     def going_on(share: float, _: object) -> bool:
@@ -150,17 +174,19 @@ def _load(settings: Open, tell: Callable[[float], None]) -> object:
 
 def _most_tokens(settings: Open) -> int:
     """Of one pass: a chunk of a prompt or a token of each sequence, with company."""
-    return max(settings.chunk, settings.sequences + settings.pairs)
+    return max(settings.chunk, settings.sequences + settings.full)
 
 
-def _context(model: object, settings: Open) -> tuple[object, bool]:
+def _context(model: object, settings: Open, accelerated: bool) -> tuple[object, bool]:
     """A context, and whether its attention is our own: only where that can compute all that the model has."""
+    if settings.gpu_layers and settings.kv_type == "f16":
+        return _made(model, settings, _ON_A_CARD), False
     if settings.kv_type != "exact":
         return _made(model, settings, _ATTENTION[settings.kv_type]), False
-    if not settings.gpu_layers and attention.offer():
-        attention.suits()
+    if accelerated:
+        accelerator.attends()
         context = _made(model, settings, _OWN)
-        if attention.suits():
+        if accelerator.attends():
             return context, True
         native.llama_free(context)
     return _made(model, settings, _QUERY_BY_QUERY), False
@@ -168,8 +194,8 @@ def _context(model: object, settings: Open) -> tuple[object, bool]:
 
 def _made(model: object, settings: Open, kind: tuple[int, int, int]) -> object:
     params = native.llama_context_default_params()
-    params.n_ctx = (settings.context + settings.pairs) * settings.sequences
-    params.n_seq_max = settings.sequences
+    params.n_seq_max = settings.sequences + settings.full
+    params.n_ctx = (settings.context + settings.full) * params.n_seq_max
     params.n_batch = params.n_ubatch = _most_tokens(settings)
     params.n_threads = params.n_threads_batch = settings.threads
     params.flash_attn_type, params.type_k, params.type_v = kind

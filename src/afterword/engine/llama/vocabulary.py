@@ -9,7 +9,7 @@ from pathlib import Path
 from afterword.engine.compiled import digest
 from afterword.engine.core import rows
 from afterword.engine.frames import Open
-from afterword.engine.llama import attention
+from afterword.engine.llama import accelerator, cards
 from afterword.engine.llama.library import native, version
 from afterword.engine.llama.runner import LlamaRunner
 from afterword.engine.protocol import Card, Infill
@@ -106,21 +106,21 @@ def make_card(runner: LlamaRunner, settings: Open) -> tuple[Card, Vocabulary]:
         # In a text SentencePiece's own sign for a space has three bytes.
         longest=max(len(piece.replace(b" ", "▁".encode())) for piece in pieces) if vocabulary.keeps_text else 0,
         infill=vocabulary.infill(),
-        fingerprint=fingerprint(settings, runner.own_attention),
-        promise="none" if settings.pairs and not runner.pairs else settings.promise,
+        fingerprint=fingerprint(settings, runner),
+        promise=runner.promise,
     )
     return card, vocabulary
 
 
-def fingerprint(settings: Open, own_attention: bool) -> str:
+def fingerprint(settings: Open, runner: LlamaRunner) -> str:
     """A short name for all that can change a number: libraries, weights, and the shape of the computation."""
     named = hashlib.sha256(version().encode())
-    named.update(digest(rows.FILE, *([attention.FILE] if own_attention else [])).encode())
+    named.update(digest(rows.FILE, *([accelerator.FILE] if runner.accelerated else [])).encode())
     named.update(_weights_digest(Path(settings.path)))
-    named.update(
-        f"{settings.context} {settings.kv_type} {settings.grid} {settings.repack} {settings.pairs} "
-        f"{settings.gpu_layers}".encode()
-    )
+    shape = (settings.context, settings.kv_type, settings.grid, settings.repack, settings.gpu_layers)
+    named.update(repr((*shape, runner.own_products, runner.own_attention)).encode())
+    if settings.gpu_layers:
+        named.update(f"{cards.names()} {settings.sequences if settings.full else 0}".encode())
     return "fp_" + named.hexdigest()[:16]
 
 

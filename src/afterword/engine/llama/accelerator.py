@@ -1,4 +1,4 @@
-"""Attention of our own (attention.cpp), offered to llama.cpp: a query's sums are the same whatever company it has.
+"""Attention and products of our own (accelerator.cpp), offered to llama.cpp: sums that are the same in any company.
 
 It is registered only where all that can be checked of ggml's interface is as the source declares it.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from afterword.engine.compiled import library
 from afterword.engine.llama.library import native
 
-FILE = library(Path(__file__).with_name("attention.cpp"))
+FILE = library(Path(__file__).with_name("accelerator.cpp"))
 
 _KNOWN_GGML = b"0.25."  # the interface is ggml's own affair and may change with any other
 _OBJECT_BYTES = 32  # what ggml adds to a tensor to keep it in a list
@@ -25,35 +25,41 @@ _ADDRESSES = (
 @cache
 def offer() -> bool:
     """Register it with llama.cpp, for every context made from now on. False where that cannot be done."""
-    kernel = _kernel()
-    if kernel is None:
+    kernels = _kernels()
+    if kernels is None:
         return False
     ggml = native._lib  # through it, since other paths to ggml would load a second copy
     ggml.ggml_version.restype = ctypes.c_char_p
     ggml.ggml_tensor_overhead.restype = ctypes.c_size_t
     if not ggml.ggml_version().startswith(_KNOWN_GGML):
         return False
-    if ggml.ggml_tensor_overhead() != kernel.attention_tensor_size() + _OBJECT_BYTES:
+    if ggml.ggml_tensor_overhead() != kernels.accelerator_tensor_size() + _OBJECT_BYTES:
         return False
     addresses = (ctypes.c_void_p * len(_ADDRESSES))(
         *(ctypes.cast(getattr(ggml, name), ctypes.c_void_p).value for name in _ADDRESSES)
     )
     ggml.ggml_backend_register.argtypes = [ctypes.c_void_p]
-    ggml.ggml_backend_register(kernel.attention_registry(addresses))
+    ggml.ggml_backend_register(kernels.accelerator_registry(addresses))
     return True
 
 
-def suits() -> bool:
+def attends() -> bool:
     """Whether all attention that llama.cpp asked about since the last call can be computed, and there was some."""
-    kernel = _kernel()
-    return kernel is not None and bool(kernel.attention_suits())
+    kernels = _kernels()
+    return kernels is not None and bool(kernels.accelerator_attends())
+
+
+def multiplies() -> bool:
+    """Whether it computes products of quantized weights: on processors that have the instructions for it."""
+    kernels = _kernels()
+    return kernels is not None and bool(kernels.accelerator_multiplies())
 
 
 @cache
-def _kernel() -> ctypes.CDLL | None:
+def _kernels() -> ctypes.CDLL | None:
     if not FILE.exists():
         return None
-    kernel = ctypes.CDLL(str(FILE))
-    kernel.attention_tensor_size.restype = ctypes.c_size_t
-    kernel.attention_registry.restype = ctypes.c_void_p
-    return kernel
+    kernels = ctypes.CDLL(str(FILE))
+    kernels.accelerator_tensor_size.restype = ctypes.c_size_t
+    kernels.accelerator_registry.restype = ctypes.c_void_p
+    return kernels

@@ -1,0 +1,91 @@
+// An accelerator beside the CPU, as ggml sees it: it can do attention and products of quantized weights, and ggml gives it
+// these and keeps the rest. Both are computed so that a token's numbers do not depend on who else is computed.
+
+#include <cstring>
+
+#include "attention.hpp"
+#include "ggml.hpp"
+#include "products.hpp"
+
+namespace {
+
+Ggml ggml;
+int taken = 0, refused = 0;  // attentions that ggml asked about since somebody asked us
+
+bool is(const Tensor *node, const char *operation) { return !std::strcmp(ggml.operation_name(node->op), operation); }
+
+uint8_t guid[16] = {0x5d, 0x1f, 0x22, 0x8a, 0x6e, 0x0b, 0x4c, 0x93, 0xa7, 0x35, 0xe1, 0x58, 0x90, 0xcc, 0x17, 0x46};
+const char *name_of(Device *) { return "Afterword"; }
+const char *description_of(Device *) { return "attention and products that do not depend on company"; }
+void memory_of(Device *, size_t *free, size_t *total) { *free = *total = 0; }
+int type_of(Device *) { return ACCELERATOR; }
+void properties_of(Device *device, Properties *to) {
+    *to = {name_of(device), description_of(device), 0, 0, ACCELERATOR, nullptr, false, false, false, false, true};
+}
+BufferType buffers_of(Device *) { return ggml.cpu_buffers(); }
+bool takes_buffers(Device *, BufferType type) { return ggml.is_host(type); }
+bool takes_operation(Device *, const Tensor *node) {
+    if (is(node, "MUL_MAT")) return products::takes(node);
+    if (!is(node, "FLASH_ATTN_EXT")) return false;
+    const bool can = attention::takes(node);
+    taken += can;
+    refused += !can;
+    return can;
+}
+
+const char *backend_name(Backend *) { return "Afterword"; }
+void end_backend(Backend *backend) { delete backend; }
+void set_threads(Backend *backend, int threads) { backend->context = (void *)(intptr_t)threads; }
+int compute_graph(Backend *backend, Graph *graph) {
+    const int threads = (int)(intptr_t)backend->context;
+    for (int i = 0; i < ggml.graph_size(graph); i++) {
+        const Tensor *node = ggml.graph_node(graph, i);
+        if (!(node->flags & TO_COMPUTE)) continue;
+        if (is(node, "MUL_MAT")) products::compute(node, threads);
+        else if (is(node, "FLASH_ATTN_EXT")) attention::compute(node, threads);
+    }
+    return 0;
+}
+Backend *make_backend(Device *device, const char *) {
+    return new Backend{&guid, backend_name, end_backend, {}, compute_graph, {}, device, (void *)(intptr_t)1};
+}
+
+Device the_device = {name_of, description_of, memory_of, type_of, properties_of, make_backend, buffers_of,
+                     nullptr, nullptr, takes_operation, takes_buffers, {}, nullptr, nullptr};
+const char *registry_name(Registry *) { return "Afterword"; }
+size_t one_device(Registry *) { return 1; }
+Device *first_device(Registry *, size_t) { return &the_device; }
+void *address_of(Registry *, const char *name) {
+    return std::strcmp(name, "ggml_backend_set_n_threads") ? nullptr : (void *)set_threads;
+}
+Registry the_registry = {API_VERSION, registry_name, one_device, first_device, address_of, nullptr};
+
+}  // namespace
+
+extern "C" {
+
+// Bytes of a tensor as declared here, to be compared with the library's.
+size_t accelerator_tensor_size() { return sizeof(Tensor); }
+
+// What to register with ggml.
+void *accelerator_registry(const Ggml *addresses) {
+    ggml = *addresses;
+    the_device.registry = &the_registry;
+    return &the_registry;
+}
+
+// Whether there was attention to compute since the last call, and none was left to the library.
+int accelerator_attends() {
+    const bool suits = taken && !refused;
+    taken = refused = 0;
+    return suits;
+}
+
+// Whether products of quantized weights are computed here.
+int accelerator_multiplies() { return products::AVAILABLE; }
+
+// One operation by itself: what the tests compare.
+void attention_compute(const Tensor *node, int threads) { attention::compute(node, threads); }
+int products_takes(const Tensor *node) { return products::takes(node); }
+void products_compute(const Tensor *node, int threads) { products::compute(node, threads); }
+}

@@ -1,0 +1,94 @@
+// What of ggml's interface the accelerator needs (version 2 of its backends), declared here since ggml's own internal header
+// is not installed. accelerator.py checks what can be checked before anything is registered.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+struct Tensor {
+    int32_t type;
+    void *buffer;
+    int64_t ne[4];  // elements
+    size_t nb[4];   // strides in bytes
+    int32_t op;
+    int32_t params[16];
+    int32_t flags;
+    Tensor *src[10];
+    Tensor *view_src;
+    size_t view_offset;
+    char *data;
+    char name[64];
+    void *extra;
+    char padding[8];
+};
+
+struct Device;
+struct Backend;
+struct Graph;
+using BufferType = void *;
+
+struct Properties {
+    const char *name, *description;
+    size_t memory_free, memory_total;
+    int type;
+    const char *id;
+    bool async, host_buffer, buffer_from_host, events, mmap;
+};
+
+struct Backend {
+    uint8_t (*guid)[16];
+    const char *(*get_name)(Backend *);
+    void (*free)(Backend *);
+    void *transfers_and_plans[10];
+    int (*compute)(Backend *, Graph *);
+    void *events_and_order[3];
+    Device *device;
+    void *context;
+};
+
+struct Registry;
+
+struct Device {
+    const char *(*get_name)(Device *);
+    const char *(*get_description)(Device *);
+    void (*get_memory)(Device *, size_t *, size_t *);
+    int (*get_type)(Device *);
+    void (*get_properties)(Device *, Properties *);
+    Backend *(*make_backend)(Device *, const char *);
+    BufferType (*get_buffer_type)(Device *);
+    void *host_buffer_type;
+    void *buffer_from_host;
+    bool (*supports_operation)(Device *, const Tensor *);
+    bool (*supports_buffers)(Device *, BufferType);
+    void *offload_and_events[4];
+    Registry *registry;
+    void *context;
+};
+
+struct Registry {
+    int version;
+    const char *(*get_name)(Registry *);
+    size_t (*count)(Registry *);
+    Device *(*get_device)(Registry *, size_t);
+    void *(*get_address)(Registry *, const char *);
+    void *context;
+};
+
+// What of ggml this file calls: addresses that Python knows.
+struct Ggml {
+    BufferType (*cpu_buffers)();
+    bool (*is_host)(BufferType);
+    int (*graph_size)(Graph *);
+    Tensor *(*graph_node)(Graph *, int);
+    const char *(*operation_name)(int);
+};
+
+namespace {
+
+constexpr int API_VERSION = 2, ACCELERATOR = 3, TO_COMPUTE = 16;
+constexpr int F32 = 0, F16 = 1;  // types of elements
+
+bool rows_are_dense(const Tensor *x, size_t element) { return x->nb[0] == element; }
+
+}  // namespace

@@ -1,0 +1,229 @@
+// Products of weights with activations, the same bits for a column whatever other columns there are.
+//
+// Steps of 32 elements are summed by themselves (exactly, where they are integers), and then added, from the first to the
+// last, to one running float for each row and column. So the order of additions depends on neither the number of
+// columns nor of threads nor on the processor, and there is one path for a single token and for a thousand. Weights are read
+// as they lie in the file: some rows at a time are unpacked (weights.hpp) and multiplied with all columns.
+//
+// It needs instructions that multiply bytes (AVX2 or Arm's dot products); elsewhere `takes` says no and llama.cpp computes.
+
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "ggml.hpp"
+
+#if (defined(__AVX2__) && defined(__FMA__)) || defined(__ARM_FEATURE_DOTPROD)
+#include "weights.hpp"
+
+namespace products {
+namespace {
+
+constexpr bool AVAILABLE = true;
+constexpr int LINE = 64;   // bytes of a cache's line
+constexpr int CHUNK = 16;  // steps, at most, that are unpacked before they are multiplied: they stay in a near cache
+constexpr int MOST_COLUMNS = WIDE > LANES ? 8 : 4;  // multiplied together: as many as there are registers for their sums
+
+// Memory that is needed soon: so many lines of it are asked for at every step, while there is other work.
+struct Soon {
+    const char *at;
+    int lines;
+
+    void fetch() {
+        for (int i = 0; i < lines; i++, at += LINE) __builtin_prefetch(at, 0, 2);
+    }
+};
+
+// The sums of a tile of rows times some columns, while they are in registers.
+template <int COLUMNS>
+using Sums = Floats[COLUMNS][TILES];
+
+// Adds a step of bytes: exact sums of integers, then what they are worth.
+template <class Type, int COLUMNS>
+inline void add_step(Sums<COLUMNS> &total, const ByteStep *weights, const BytePiece *const *columns, int s) {
+    Bytes exact[COLUMNS][TILES];
+    const auto start = [&](int half) {
+        for (int c = 0; c < COLUMNS; c++) {
+            const int32_t *halves = columns[c][s].halves;
+            const int32_t sum = Type::HALVES ? halves[half] : halves[0] + halves[1];
+            for (int t = 0; t < TILES; t++) exact[c][t] = Bytes{} - Type::EXCESS * sum;
+        }
+    };
+    const auto finish = [&](int half) {
+        for (int t = 0; t < TILES; t++)
+            for (int c = 0; c < COLUMNS; c++) {
+                const Floats part = to_floats(exact[c][t]) * weights[t].scales[half];
+                total[c][t] = fused(part, all<Floats>(columns[c][s].scale), total[c][t]);
+            }
+    };
+    start(0);
+#pragma GCC unroll 8
+    for (int i = 0; i < STEP / 4; i++) {
+        if (Type::HALVES && i == STEP / 8) finish(0), start(1);
+        for (int c = 0; c < COLUMNS; c++) {
+            int32_t four;
+            std::memcpy(&four, columns[c][s].elements + 4 * i, 4);
+            for (int t = 0; t < TILES; t++)
+                exact[c][t] = dot<Type::SIGNED>(exact[c][t], weights[t].weights[i], Bytes{} + four);
+        }
+    }
+    finish(Type::HALVES);
+    if (Type::LEAST)
+        for (int t = 0; t < TILES; t++)
+            for (int c = 0; c < COLUMNS; c++)
+                total[c][t] = fused(-weights[t].least, all<Floats>(columns[c][s].sum), total[c][t]);
+}
+
+// Adds a step of floats: its elements one after the other, then their sum, so that long sums stay as exact as short ones.
+template <class Type, int COLUMNS>
+inline void add_step(Sums<COLUMNS> &total, const Plain::Step *weights, const Plain::Piece *const *columns, int s) {
+    Sums<COLUMNS> part = {};
+    for (int i = 0; i < STEP; i++)
+        for (int c = 0; c < COLUMNS; c++)
+            for (int t = 0; t < TILES; t++)
+                part[c][t] = fused(weights[t].weights[i], all<Floats>(columns[c][s].elements[i]), part[c][t]);
+    for (int c = 0; c < COLUMNS; c++)
+        for (int t = 0; t < TILES; t++) total[c][t] += part[c][t];
+}
+
+// Adds some steps to sums in memory.
+template <class Type, int COLUMNS>
+void multiply(float *sums, const typename Type::Step *weights, const typename Type::Piece *const *columns, int steps, Soon &soon) {
+    Sums<COLUMNS> total;
+    for (int c = 0; c < COLUMNS; c++)
+        for (int t = 0; t < TILES; t++) total[c][t] = load<Floats>(sums + c * ROWS + t * LANE_ROWS);
+    for (int s = 0; s < steps; s++, weights += TILES) {
+        soon.fetch();
+        add_step<Type, COLUMNS>(total, weights, columns, s);
+    }
+    for (int c = 0; c < COLUMNS; c++)
+        for (int t = 0; t < TILES; t++) store(sums + c * ROWS + t * LANE_ROWS, total[c][t]);
+}
+
+// What a thread needs, kept from one product to the next.
+template <class Type>
+struct Scratch {
+    alignas(64) typename Type::Step steps[CHUNK][TILES];
+    std::vector<float> sums;  // [column][ROWS]
+    std::vector<char> rows;   // the last tile's, if the matrix ends within it
+};
+
+// A matrix of rows of weights and what it is multiplied with: columns of `steps` pieces each.
+template <class Type>
+struct Product {
+    const char *weights;
+    size_t stride;
+    int64_t rows, steps, count;
+    const typename Type::Piece *pieces;
+    char *out;
+    size_t out_stride;
+
+    const char *tile(int64_t number, Scratch<Type> &scratch) const {
+        const char *first = weights + number * ROWS * stride;
+        const int64_t left = rows - number * ROWS;
+        if (left >= ROWS) return first;
+        scratch.rows.assign(ROWS * stride, 0);
+        std::memcpy(scratch.rows.data(), first, left * stride);
+        return scratch.rows.data();
+    }
+};
+
+template <class Type, int COLUMNS>
+int64_t multiply_some(const Product<Type> &op, Scratch<Type> &scratch, int64_t column, int64_t step, int steps, Soon &soon) {
+    for (; column + COLUMNS <= op.count; column += COLUMNS) {
+        const typename Type::Piece *columns[COLUMNS];
+        for (int c = 0; c < COLUMNS; c++) columns[c] = op.pieces + (column + c) * op.steps + step;
+        multiply<Type, COLUMNS>(scratch.sums.data() + column * ROWS, scratch.steps[0], columns, steps, soon);
+    }
+    return column;
+}
+
+// One tile of rows times all columns. `next`: the tile that comes after, which is fetched meanwhile.
+template <class Type>
+void multiply_tile(const Product<Type> &op, Scratch<Type> &scratch, int64_t number, const char *next) {
+    // For few columns memory is what takes time: pieces are shorter, so that it is asked more evenly.
+    const int most = (op.count > MOST_COLUMNS ? CHUNK : CHUNK / 2) / Type::STEPS;
+    scratch.sums.assign(op.count * ROWS, 0.0f);
+    const char *rows = op.tile(number, scratch);
+    const int64_t blocks = op.steps / Type::STEPS, groups = (op.count + MOST_COLUMNS - 1) / MOST_COLUMNS;
+    const int64_t lines = (Type::BYTES * ROWS / Type::STEPS + LINE - 1) / LINE;  // of a step
+    Soon soon{next, (int)((lines + groups) / (groups + 1))};
+    for (int64_t first = 0; first < blocks; first += most) {
+        const int here = (int)(blocks - first < most ? blocks - first : most);
+        for (int b = 0; b < here; b++) {
+            for (int step = 0; step < Type::STEPS; step++) soon.fetch();
+            for (int t = 0; t < TILES; t++)
+                Type::unpack(rows + t * LANE_ROWS * op.stride + (first + b) * Type::BYTES, op.stride,
+                             &scratch.steps[b * Type::STEPS][t]);
+        }
+        const int64_t step = first * Type::STEPS;
+        const int steps = here * Type::STEPS;
+        int64_t column = multiply_some<Type, MOST_COLUMNS>(op, scratch, 0, step, steps, soon);
+        column = multiply_some<Type, 4>(op, scratch, column, step, steps, soon);
+        column = multiply_some<Type, 2>(op, scratch, column, step, steps, soon);
+        multiply_some<Type, 1>(op, scratch, column, step, steps, soon);
+    }
+    const int64_t left = op.rows - number * ROWS, count = left < ROWS ? left : ROWS;
+    for (int64_t column = 0; column < op.count; column++)
+        std::memcpy(op.out + column * op.out_stride + number * ROWS * sizeof(float), &scratch.sums[column * ROWS],
+                    count * sizeof(float));
+}
+
+template <class Type>
+void compute_type(const Tensor *node, int threads) {
+    const Tensor *weights = node->src[0], *x = node->src[1];
+    static std::vector<typename Type::Piece> pieces;  // products are computed one after the other
+    const int64_t steps = x->ne[0] / STEP, count = x->ne[1];
+    pieces.resize(steps * count);
+    const Product<Type> op{weights->data, weights->nb[1], weights->ne[1], steps, count, pieces.data(), node->data, node->nb[1]};
+    const int64_t tiles = (op.rows + ROWS - 1) / ROWS;
+    std::atomic<int64_t> untaken{0};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for
+        for (int64_t i = 0; i < steps * count; i++)
+            Type::prepare((const float *)(x->data + i / steps * x->nb[1]) + i % steps * STEP, pieces[i]);
+        static thread_local Scratch<Type> scratch;
+        // A tile is taken before the one before it is computed, so that whoever will compute it fetches it.
+        for (int64_t next = untaken++, tile; (tile = next) < tiles;) {
+            next = untaken++;
+            multiply_tile<Type>(op, scratch, tile, op.weights + (next < tiles ? next : tile) * ROWS * op.stride);
+        }
+    }
+}
+
+// Whether it is a product that can be computed here.
+bool takes(const Tensor *node) {
+    const Tensor *weights = node->src[0], *x = node->src[1];
+    const auto flat = [](const Tensor *t) { return t->ne[2] == 1 && t->ne[3] == 1; };
+    if (node->type != F32 || x->type != F32 || !rows_are_dense(x, 4) || !rows_are_dense(node, 4)) return false;
+    if (!flat(weights) || !flat(x) || !flat(node)) return false;
+    // Of a model, not something computed: ggml multiplies queries and keys by this operation too.
+    if (weights->op || weights->view_src || x->ne[0] % STEP) return false;
+    return Known::find(weights->type, [](auto) {});
+}
+
+void compute(const Tensor *node, int threads) {
+    Known::find(node->src[0]->type, [=](auto type) { compute_type<decltype(type)>(node, threads); });
+}
+
+}  // namespace
+}  // namespace products
+
+#else
+
+namespace products {
+namespace {
+
+constexpr bool AVAILABLE = false;
+bool takes(const Tensor *) { return false; }
+void compute(const Tensor *, int) {}
+
+}  // namespace
+}  // namespace products
+
+#endif

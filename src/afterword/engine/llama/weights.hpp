@@ -1,0 +1,385 @@
+// Weights as they lie in a file, unpacked a row to a lane, and activations as they are multiplied with them.
+//
+// Quantized weights become bytes, which are multiplied with activations that are rounded to 8 bits, 32 at a time, as
+// llama.cpp does; others become floats, and activations stay what they are.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "../lanes.hpp"
+
+#ifdef __ARM_FEATURE_DOTPROD
+#include <arm_neon.h>
+#else
+#include <immintrin.h>
+#endif
+
+namespace products {
+namespace {
+
+using Bytes = wide_ints;  // of each lane's row 4 bytes
+using Floats = wide;      // of each lane's row one
+
+constexpr int STEP = 32;  // elements
+constexpr int LANE_ROWS = WIDE, TILES = 2, ROWS = TILES * LANE_ROWS;
+
+// A step of a row for each lane, as bytes: weights, what a unit of them is worth in each half, what is taken off.
+struct ByteStep {
+    Bytes weights[STEP / 4];
+    Floats scales[2];
+    Floats least;
+};
+
+// A step of one column, as bytes: rounded activations, what a unit is worth, sums of each half.
+struct BytePiece {
+    int8_t elements[STEP];
+    float scale;
+    int32_t halves[2];
+    float sum;  // in true units
+};
+
+// ---- what the processor multiplies
+
+// Products of four bytes, added. Weights are from 0 to 63, or where MIXED any byte without sign; or, with SIGNED, from -128
+// to 127. Activations are from -127 to 127.
+#if defined(__AVX512VNNI__)
+constexpr bool MIXED = true;
+template <bool SIGNED>
+inline Bytes dot(Bytes sum, Bytes weights, Bytes x) {
+    return (Bytes)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, (__m512i)x);
+}
+#elif defined(__AVX512BW__)
+constexpr bool MIXED = false;
+template <bool SIGNED>
+inline Bytes dot(Bytes sum, Bytes weights, Bytes x) {
+    __m512i w = (__m512i)weights, y = (__m512i)x;
+    if (SIGNED) {
+        y = _mm512_mask_sub_epi8(y, _mm512_movepi8_mask(w), _mm512_setzero_si512(), y);
+        w = _mm512_abs_epi8(w);
+    }
+    return sum + (Bytes)_mm512_madd_epi16(_mm512_maddubs_epi16(w, y), _mm512_set1_epi16(1));
+}
+#elif defined(__AVXVNNI__)
+constexpr bool MIXED = true;
+template <bool SIGNED>
+inline Bytes dot(Bytes sum, Bytes weights, Bytes x) {
+    return (Bytes)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)weights, (__m256i)x);
+}
+#elif defined(__AVX2__)
+constexpr bool MIXED = false;
+template <bool SIGNED>
+inline Bytes dot(Bytes sum, Bytes weights, Bytes x) {
+    const __m256i w = (__m256i)weights, y = (__m256i)x;
+    const __m256i pairs = SIGNED ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(y, w)) : _mm256_maddubs_epi16(w, y);
+    return sum + (Bytes)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+#else
+constexpr bool MIXED = false;
+template <bool SIGNED>
+inline Bytes dot(Bytes sum, Bytes weights, Bytes x) {
+    int32x4_t sums[2];
+    int8x16_t w[2], y[2];
+    std::memcpy(sums, &sum, sizeof sum), std::memcpy(w, &weights, sizeof w), std::memcpy(y, &x, sizeof y);
+    for (int i = 0; i < 2; i++) sums[i] = vdotq_s32(sums[i], w[i], y[i]);
+    std::memcpy(&sum, sums, sizeof sum);
+    return sum;
+}
+#endif
+
+// ---- activations
+
+inline Bytes round_numbers(Floats x) {
+    const Floats zero = all<Floats>(12582912.0f);  // from here on floats are whole numbers
+    return (Bytes)(x + zero) - (Bytes)zero;
+}
+
+inline int32_t total(Bytes x) {
+    i8 parts[WIDE / LANES], y = {};
+    std::memcpy(parts, &x, sizeof x);
+    for (const i8 &part : parts) y += part;
+    return ((y[0] + y[4]) + (y[1] + y[5])) + ((y[2] + y[6]) + (y[3] + y[7]));
+}
+
+void round_piece(const float *from, BytePiece &to) {
+    using Eight = int8_t __attribute__((vector_size(WIDE)));
+    constexpr int VECTORS = STEP / WIDE;
+    Floats x[VECTORS], most = {};
+    for (int i = 0; i < VECTORS; i++) {
+        x[i] = load<Floats>(from + i * WIDE);
+        most = larger(larger(x[i], -x[i]), most);
+    }
+    const float highest = largest(most), units = highest == 0 ? 0 : 127 / highest;
+    Bytes sums[2] = {};
+    for (int i = 0; i < VECTORS; i++) {
+        const Bytes whole = round_numbers(x[i] * units);
+        const Eight small = __builtin_convertvector(whole, Eight);
+        std::memcpy(to.elements + i * WIDE, &small, sizeof small);
+        sums[i * 2 / VECTORS] += whole;
+    }
+    to.scale = highest / 127;
+    for (int half = 0; half < 2; half++) to.halves[half] = total(sums[half]);
+    to.sum = to.scale * (float)(to.halves[0] + to.halves[1]);
+}
+
+// ---- weights
+
+// 16 bytes of every fourth row.
+inline Bytes read_rows(const char *from, size_t stride) {
+#if defined(__AVX512F__)
+    __m512i x = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)from));
+    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(from + 4 * stride)), 1);
+    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(from + 8 * stride)), 2);
+    return (Bytes)_mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(from + 12 * stride)), 3);
+#elif defined(__AVX2__)
+    return (Bytes)_mm256_loadu2_m128i((const __m128i *)(from + 4 * stride), (const __m128i *)from);
+#else
+    Bytes x;
+    for (int i = 0; i < LANE_ROWS / 4; i++) std::memcpy((char *)&x + 16 * i, from + 4 * i * stride, 16);
+    return x;
+#endif
+}
+
+#ifdef __AVX512F__
+#define WITHIN_FOURS(a, b, c, d) a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12
+#else
+#define WITHIN_FOURS(a, b, c, d) a, b, c, d, a + 4, b + 4, c + 4, d + 4
+#endif
+
+// Four numbers of 32 bits from each row: the first of every row, the second, and so on.
+inline void read_columns(const char *from, size_t stride, Bytes (&to)[4]) {
+    Bytes r[4], a[4];
+    for (int i = 0; i < 4; i++) r[i] = read_rows(from + i * stride, stride);
+    for (int i = 0; i < 2; i++) {
+        a[2 * i] = SHUFFLE(r[2 * i], r[2 * i + 1], WITHIN_FOURS(0, WIDE, 1, WIDE + 1));
+        a[2 * i + 1] = SHUFFLE(r[2 * i], r[2 * i + 1], WITHIN_FOURS(2, WIDE + 2, 3, WIDE + 3));
+    }
+    for (int i = 0; i < 2; i++) {
+        to[2 * i] = SHUFFLE(a[i], a[i + 2], WITHIN_FOURS(0, 1, WIDE, WIDE + 1));
+        to[2 * i + 1] = SHUFFLE(a[i], a[i + 2], WITHIN_FOURS(2, 3, WIDE + 2, WIDE + 3));
+    }
+}
+
+inline Floats read_halves(const char *from, size_t stride) {
+    alignas(32) half bits[LANE_ROWS];
+    for (int i = 0; i < LANE_ROWS; i++) std::memcpy(&bits[i], from + i * stride, 2);
+    return widen_all(bits);
+}
+
+inline Floats to_floats(Bytes x) { return __builtin_convertvector(x, Floats); }
+
+// Some bits of every byte; the shift must not bring in bits of the next byte that the mask lets through.
+inline Bytes bits(Bytes x, int shift, int mask) { return (x >> shift) & mask * 0x01010101; }
+inline Bytes nibbles(Bytes x, int which) { return bits(x, 4 * which, 0x0f); }
+inline Floats unsigned_byte(Bytes x, int which) { return to_floats((x >> 8 * which) & 0xff); }
+inline Floats signed_byte(Bytes x, int which) { return to_floats((x << (24 - 8 * which)) >> 24); }
+
+// Each type: what ggml calls it, bytes and steps of a block; and how a block of each row is unpacked into steps that are
+// `TILES` apart. Of bytes also by how much they are too large, whether each half of a step has a scale of its own, and
+// whether something is taken off (`least`).
+
+struct Quantized {
+    using Step = ByteStep;
+    using Piece = BytePiece;
+    static constexpr bool SIGNED = false, HALVES = false, LEAST = false;
+    static void prepare(const float *from, Piece &to) { round_piece(from, to); }
+};
+
+struct Q8_0 : Quantized {
+    static constexpr int ID = 8, BYTES = 34, STEPS = 1, EXCESS = MIXED ? 128 : 0;
+    static constexpr bool SIGNED = !MIXED;
+
+    static void unpack(const char *from, size_t stride, ByteStep *to) {
+        for (int part = 0; part < 2; part++) {
+            Bytes columns[4];
+            read_columns(from + 2 + 16 * part, stride, columns);
+            for (int i = 0; i < 4; i++) to->weights[4 * part + i] = MIXED ? columns[i] ^ (int32_t)0x80808080 : columns[i];
+        }
+        to->scales[0] = read_halves(from, stride);
+    }
+};
+
+struct Q4_0 : Quantized {
+    static constexpr int ID = 2, BYTES = 18, STEPS = 1, EXCESS = 8;
+
+    static void unpack(const char *from, size_t stride, ByteStep *to) {
+        Bytes columns[4];
+        read_columns(from + 2, stride, columns);
+        for (int i = 0; i < 8; i++) to->weights[i] = nibbles(columns[i % 4], i / 4);
+        to->scales[0] = read_halves(from, stride);
+    }
+};
+
+struct Q5_0 : Quantized {
+    static constexpr int ID = 6, BYTES = 22, STEPS = 1, EXCESS = 16;
+
+    static void unpack(const char *from, size_t stride, ByteStep *to) {
+        Bytes fifth, columns[4];
+        for (int i = 0; i < LANE_ROWS; i++) std::memcpy((char *)&fifth + 4 * i, from + i * stride + 2, 4);
+        read_columns(from + 6, stride, columns);
+        for (int i = 0; i < 8; i++) {
+            // Four bits to four bytes: copies of them, each moved seven bits further than the one before.
+            const Bytes spread = bits(((fifth >> 4 * i) & 15) * 0x00204081, 0, 1);
+            to->weights[i] = nibbles(columns[i % 4], i / 4) | spread << 4;
+        }
+        to->scales[0] = read_halves(from, stride);
+    }
+};
+
+// Scales and least values of Q4_K and Q5_K: 6 bits each, eight of either, packed into 12 bytes behind two halves.
+inline void unpack_header(const char *from, size_t stride, ByteStep *to) {
+    Bytes header[4];
+    read_columns(from, stride, header);
+    const Floats scale = read_halves(from, stride), least = read_halves(from + 2, stride);
+    const Bytes scales[2] = {bits(header[1], 0, 0x3f), bits(header[3], 0, 0x0f) | bits(header[1], 2, 0x30)};
+    const Bytes leasts[2] = {bits(header[2], 0, 0x3f), bits(header[3], 4, 0x0f) | bits(header[2], 2, 0x30)};
+#pragma GCC unroll 8
+    for (int step = 0; step < 8; step++) {
+        to[step * TILES].scales[0] = scale * unsigned_byte(scales[step / 4], step % 4);
+        to[step * TILES].least = least * unsigned_byte(leasts[step / 4], step % 4);
+    }
+}
+
+struct Q4_K : Quantized {
+    static constexpr int ID = 12, BYTES = 144, STEPS = 8, EXCESS = 0;
+    static constexpr bool LEAST = true;
+
+    static void unpack(const char *from, size_t stride, ByteStep *to) {
+        unpack_header(from, stride, to);
+        for (int part = 0; part < 8; part++) {  // 16 bytes: half of two steps
+            Bytes columns[4];
+            read_columns(from + 16 + 16 * part, stride, columns);
+            ByteStep *pair = to + part / 2 * 2 * TILES;
+            for (int i = 0; i < 4; i++) {
+                pair[0].weights[part % 2 * 4 + i] = nibbles(columns[i], 0);
+                pair[TILES].weights[part % 2 * 4 + i] = nibbles(columns[i], 1);
+            }
+        }
+    }
+};
+
+struct Q5_K : Quantized {
+    static constexpr int ID = 13, BYTES = 176, STEPS = 8, EXCESS = 0;
+    static constexpr bool LEAST = true;
+
+    static void unpack(const char *from, size_t stride, ByteStep *to) {
+        unpack_header(from, stride, to);
+        Bytes fifth[2][4];
+        for (int half = 0; half < 2; half++) read_columns(from + 16 + 16 * half, stride, fifth[half]);
+#pragma GCC unroll 8
+        for (int part = 0; part < 8; part++) {
+            Bytes columns[4];
+            read_columns(from + 48 + 16 * part, stride, columns);
+            const int step = part / 2 * 2;
+            for (int i = 0; i < 4; i++) {
+                const Bytes high = fifth[part % 2][i];
+                for (int j = 0; j < 2; j++)
+                    to[(step + j) * TILES].weights[part % 2 * 4 + i] = nibbles(columns[i], j) | bits(high, step + j, 1) << 4;
+            }
+        }
+    }
+};
+
+struct Q6_K : Quantized {
+    static constexpr int ID = 14, BYTES = 210, STEPS = 8, EXCESS = 32;
+    static constexpr bool HALVES = true;
+
+    static void unpack(const char *from, size_t stride, ByteStep *to) {
+        for (int quarter = 0; quarter < 4; quarter++) {  // 16 bytes of high bits: half of four steps
+            Bytes high[4], low[2][4];
+            const int four = quarter / 2, part = quarter % 2;
+            read_columns(from + 128 + 16 * quarter, stride, high);
+            for (int j = 0; j < 2; j++) read_columns(from + 64 * four + 32 * j + 16 * part, stride, low[j]);
+#pragma GCC unroll 4
+            for (int s = 0; s < 4; s++) {
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) {
+                    const Bytes top = bits(high[i], 2 * s, 3) << 4;
+                    to[(4 * four + s) * TILES].weights[4 * part + i] = nibbles(low[s % 2][i], s / 2) | top;
+                }
+            }
+        }
+        Bytes scales[4];
+        read_columns(from + 192, stride, scales);
+        const Floats scale = read_halves(from + 208, stride);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++)
+            to[i / 2 * TILES].scales[i % 2] = scale * signed_byte(scales[i / 4], i % 4);
+    }
+};
+
+// Numbers that are floats already, or become floats exactly.
+struct Plain {
+    struct Step {
+        Floats weights[STEP];
+    };
+    struct Piece {
+        float elements[STEP];
+    };
+    static constexpr int STEPS = 1;
+    static void prepare(const float *from, Piece &to) { std::memcpy(to.elements, from, sizeof to.elements); }
+};
+
+struct Float32 : Plain {
+    static constexpr int ID = 0, BYTES = 4 * STEP;
+
+    static void unpack(const char *from, size_t stride, Step *to) {
+#pragma GCC unroll 8
+        for (int i = 0; i < STEP; i += 4) {
+            Bytes columns[4];
+            read_columns(from + 4 * i, stride, columns);
+            for (int j = 0; j < 4; j++) to->weights[i + j] = (Floats)columns[j];
+        }
+    }
+};
+
+// Two numbers of 16 bits of each row, in its lane's lower and upper half.
+struct Float16 : Plain {
+    static constexpr int ID = 1, BYTES = 2 * STEP;
+
+    static Floats lower(Bytes x) {
+#ifdef __AVX512F__
+        return (Floats)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)x));
+#else
+        return from_half(x & 0xffff);
+#endif
+    }
+    static Floats upper(Bytes x) { return lower(x >> 16); }
+    static void unpack(const char *from, size_t stride, Step *to) { unpack_two<Float16>(from, stride, to); }
+
+    template <class Type>
+    static void unpack_two(const char *from, size_t stride, Step *to) {
+#pragma GCC unroll 4
+        for (int i = 0; i < STEP; i += 8) {
+            Bytes columns[4];
+            read_columns(from + 2 * i, stride, columns);
+            for (int j = 0; j < 4; j++) {
+                to->weights[i + 2 * j] = Type::lower(columns[j]);
+                to->weights[i + 2 * j + 1] = Type::upper(columns[j]);
+            }
+        }
+    }
+};
+
+struct BFloat16 : Plain {
+    static constexpr int ID = 30, BYTES = 2 * STEP;
+
+    static Floats lower(Bytes x) { return (Floats)(x << 16); }
+    static Floats upper(Bytes x) { return (Floats)(x & (int32_t)0xffff0000); }
+    static void unpack(const char *from, size_t stride, Step *to) { Float16::unpack_two<BFloat16>(from, stride, to); }
+};
+
+template <class... Types>
+struct List {
+    // Calls what is given with the type that ggml calls `id`; false if there is none.
+    template <class Do>
+    static bool find(int32_t id, Do what) {
+        return ((id == Types::ID && (what(Types{}), true)) || ...);
+    }
+};
+using Known = List<Q8_0, Q4_0, Q5_0, Q4_K, Q5_K, Q6_K, Float16, BFloat16, Float32>;
+
+}  // namespace
+}  // namespace products

@@ -1,0 +1,19 @@
+"""The accelerator's kernels, compiled when the package was installed."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+
+import pytest
+
+from afterword.engine.llama import accelerator, library
+
+
+@pytest.fixture(scope="session")
+def accelerator_library() -> ctypes.CDLL:
+    if not accelerator.FILE.exists():
+        assert shutil.which("c++") is None, "there is a compiler, so the kernels should have been built"
+        pytest.skip("no C++ compiler built the kernels")
+    library.start(verbose=False)
+    return ctypes.CDLL(str(accelerator.FILE))

@@ -1,0 +1,129 @@
+"""The kernel of products by itself: against a plain computation, and the same bits whatever is computed with it."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, quants
+
+from afterword.engine.llama import accelerator
+from ggml_tensors import Tensor, tensor, with_sources
+
+QUANTIZED = ["Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q5_K", "Q6_K"]
+FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": None}
+TYPES = [*QUANTIZED, *FLOATS]
+SCALES = {  # where a block has its halves: they are made small numbers, as other bits could be none
+    "Q8_0": [0],
+    "Q4_0": [0],
+    "Q5_0": [0],
+    "Q4_K": [0, 2],
+    "Q5_K": [0, 2],
+    "Q6_K": [208],
+}
+ROUNDING = 3e-6  # of sums of positive and negative numbers, as a share of what they are sums of
+
+
+@pytest.fixture(scope="module")
+def kernel(accelerator_library: ctypes.CDLL) -> ctypes.CDLL:
+    if not accelerator.multiplies():
+        pytest.skip("this processor has no instructions for it")
+    return accelerator_library
+
+
+def weights(name: str, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random blocks as they lie in a file, [row, byte], and what they mean, [row, element]."""
+    kind = GGMLQuantizationType[name]
+    rng = np.random.default_rng(1)
+    if name in FLOATS:
+        raw = quants.quantize(rng.normal(size=(rows, length)).astype(np.float32), kind).view(np.uint8)
+        return raw, quants.dequantize(raw if name == "BF16" else raw.view(FLOATS[name]), kind)
+    shape = quants.quant_shape_to_byte_shape((rows, length), kind)
+    raw = rng.integers(0, 256, shape, np.uint8)
+    per_block = quants.quant_shape_to_byte_shape((1, 256), kind)[1] // (256 // BLOCK[name])
+    blocks = raw.reshape(rows, -1, per_block)
+    for place in SCALES[name]:
+        halves = rng.uniform(-0.02, 0.02, blocks.shape[:2]).astype(np.float16)
+        blocks[:, :, place : place + 2] = halves[..., None].view(np.uint8)
+    return raw, quants.dequantize(raw, kind)
+
+
+BLOCK = {name: 256 if name.endswith("K") else 32 for name in QUANTIZED}
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    """Activations as the kernel sees them: whole numbers up to 127 of a unit for each 32 of them."""
+    pieces = x.reshape(len(x), -1, 32)
+    most = np.abs(pieces).max(-1, keepdims=True)
+    units = np.divide(np.float32(127), most, where=most > 0, out=np.zeros_like(most))
+    return (np.rint(pieces * units).astype(np.float64) * (most / np.float32(127))).reshape(x.shape)
+
+
+def activations(columns: int, length: int) -> np.ndarray:
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(columns, length)).astype(np.float32)
+    x[:, 64:96] *= 100
+    x[:, 32:64] = 0
+    return x
+
+
+def product(kernel: ctypes.CDLL, name: str, raw: np.ndarray, x: np.ndarray, threads: int = 1) -> np.ndarray:
+    """[column, row]."""
+    out = np.full((len(x), len(raw)), np.nan, np.float32)
+    matrix = Tensor(type=int(GGMLQuantizationType[name]), data=raw.ctypes.data)
+    matrix.ne[:] = [x.shape[1], len(raw), 1, 1]
+    matrix.nb[:] = [0, raw.strides[0], raw.nbytes, raw.nbytes]
+    node = with_sources(tensor(out[None, None]), matrix, tensor(x[None, None]))
+    assert kernel.products_takes(ctypes.byref(node))
+    kernel.products_compute(ctypes.byref(node), threads)
+    return out
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize(("rows", "columns", "length"), [(64, 1, 256), (32, 7, 1024), (77, 14, 768), (5, 3, 2304)])
+def test_it_agrees_with_the_definition(kernel, name, rows, columns, length):
+    raw, meant = weights(name, rows, length)
+    x = activations(columns, length)
+    seen = x.astype(np.float64) if name in FLOATS else rounded(x)
+    exact = seen @ meant.astype(np.float64).T
+    size = np.abs(seen) @ np.abs(meant.astype(np.float64)).T
+    assert np.abs((product(kernel, name, raw, x) - exact) / size).max() < ROUNDING
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("name", TYPES)
+def test_a_column_has_the_same_bits_in_any_company(kernel, name, threads):
+    raw, _ = weights(name, 200, 1280)
+    x = activations(20, 1280)
+    wanted = product(kernel, name, raw, x)
+    for first, end in [(0, 1), (3, 5), (19, 20), (7, 20), (1, 14)]:
+        part = np.ascontiguousarray(x[first:end])
+        assert (product(kernel, name, raw, part, threads) == wanted[first:end]).all()
+
+
+def test_columns_may_lie_apart(kernel):
+    raw, _ = weights("Q8_0", 40, 256)
+    wide = activations(4, 512)
+    apart = wide[:, :256]
+    assert (product(kernel, "Q8_0", raw, apart) == product(kernel, "Q8_0", raw, apart.copy())).all()
+
+
+def test_what_is_no_number_does_not_spread_to_other_columns(kernel):
+    raw, _ = weights("Q8_0", 40, 256)
+    x = activations(3, 256)
+    wanted = product(kernel, "Q8_0", raw, x)
+    x[1, 5] = np.nan
+    x[1, 40] = np.inf
+    assert (product(kernel, "Q8_0", raw, x)[[0, 2]] == wanted[[0, 2]]).all()
+
+
+def test_other_products_are_left_to_the_library(kernel):
+    raw, _ = weights("Q8_0", 32, 256)
+    matrix = Tensor(type=int(GGMLQuantizationType.IQ4_NL), data=raw.ctypes.data)
+    matrix.ne[:] = [256, 32, 1, 1]
+    x, out = activations(1, 256), np.zeros((1, 32), np.float32)
+    node = with_sources(tensor(out[None, None]), matrix, tensor(x[None, None]))
+    assert not kernel.products_takes(ctypes.byref(node))
+    matrix.type, matrix.ne[2] = int(GGMLQuantizationType.Q8_0), 2  # several matrices
+    assert not kernel.products_takes(ctypes.byref(with_sources(node, matrix, tensor(x[None, None]))))

@@ -1,0 +1,46 @@
+"""Arrays as ggml's tensors, to call the accelerator's kernels by themselves."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+
+F32, F16 = 0, 1
+
+
+class Tensor(ctypes.Structure):
+    """ggml's tensor, as engine/llama/ggml.hpp declares it."""
+
+
+Tensor._fields_ = [
+    ("type", ctypes.c_int32),
+    ("buffer", ctypes.c_void_p),
+    ("ne", ctypes.c_int64 * 4),
+    ("nb", ctypes.c_size_t * 4),
+    ("op", ctypes.c_int32),
+    ("params", ctypes.c_float * 16),
+    ("flags", ctypes.c_int32),
+    ("src", ctypes.POINTER(Tensor) * 10),
+    ("view_src", ctypes.c_void_p),
+    ("view_offset", ctypes.c_size_t),
+    ("data", ctypes.c_void_p),
+    ("name", ctypes.c_char * 64),
+    ("extra", ctypes.c_void_p),
+    ("padding", ctypes.c_char * 8),
+]
+
+
+def tensor(array: np.ndarray) -> Tensor:
+    """An array's memory, with four axes, as a tensor: ggml names axes from the last."""
+    made = Tensor(type={2: F16, 4: F32}[array.itemsize], data=array.ctypes.data)
+    made.ne[:] = array.shape[::-1]
+    made.nb[:] = array.strides[::-1]
+    return made
+
+
+def with_sources(node: Tensor, *sources: Tensor) -> Tensor:
+    """The node, which keeps its operands alive."""
+    for place, source in enumerate(sources):
+        node.src[place] = ctypes.pointer(source)
+    return node
