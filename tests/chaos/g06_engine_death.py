@@ -87,8 +87,13 @@ async def _deaths(server: Server, trial: Trial) -> Seen:
         asking = [asyncio.create_task(_ask(*pair, seen)) for pair in zip(callers, bodies, strict=True)]
         await _until(lambda: seen.looks[-1].running == STREAMS)
         await asyncio.sleep(random.uniform(0, 0.1))
+        engine = server.engine()
+        gone = asyncio.create_task(_gone(engine.pid))
+        await asyncio.sleep(0)
         start = time.monotonic()
-        server.engine().send_signal(how)
+        engine.send_signal(how)
+        if how != signal.SIGSTOP:
+            start = await gone
         texts = await asyncio.gather(*asking)
         over = time.monotonic()
         _judge(seen, start, over, _began(server.engine().pid), how)
@@ -101,7 +106,7 @@ async def _deaths(server: Server, trial: Trial) -> Seen:
 
 
 def _judge(seen: Seen, start: float, over: float, began: float, how: signal.Signals) -> None:
-    """What `/ready` said between a death and the last answer. `began`: the next engine's process."""
+    """What `/ready` said between a death, at `start`, and the last answer. `began`: the next engine's process."""
     after = [look for look in seen.looks if look.ended >= start]
     down = next((look.ended for look in after if look.status != 200), over + PATIENCE)
     up = next((look.ended for look in after if look.ended > down and look.status == 200), over)
@@ -114,6 +119,17 @@ def _judge(seen: Seen, start: float, over: float, began: float, how: signal.Sign
         seen.look = max(look.ended - look.began for look in after if look.ended <= down)  # as slow is the server
     seen.replaced = max(seen.replaced, began - down)  # how long it loads is up to the machine
     seen.ended = max(seen.ended, over - up)
+
+
+async def _gone(pid: int) -> float:
+    """When a process has ended. Where there is other work, that is some time after the signal."""
+    file, ended = os.pidfd_open(pid), asyncio.Event()
+    asyncio.get_running_loop().add_reader(file, ended.set)
+    await ended.wait()
+    now = time.monotonic()
+    asyncio.get_running_loop().remove_reader(file)
+    os.close(file)
+    return now
 
 
 def _began(pid: int) -> float:
