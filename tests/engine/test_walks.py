@@ -62,6 +62,21 @@ def test_exponentials_can_be_written_over_the_row(walks):
     assert (row == apart).all()
 
 
+@given(ROWS, st.data())
+def test_edits_are_as_if_they_stood_in_the_row(walks, row, data):
+    ids = np.array(sorted(data.draw(st.sets(st.integers(0, len(row) - 1), max_size=9))), np.int64)
+    values = np.array(
+        data.draw(st.lists(st.floats(-60, 60, width=32), min_size=len(ids), max_size=len(ids))), np.float32
+    )
+    edited, as_it_was = row.copy(), row.copy()
+    edited[ids] = values
+    wanted, found = np.empty_like(row), np.empty_like(row)
+    sums = walks.exponentials(edited, 60.0, 1.5, wanted)
+    assert (walks.exponentials(row, 60.0, 1.5, found, (ids, values)) == sums).all()
+    assert (found == wanted).all()
+    assert (row == as_it_was).all()
+
+
 def test_sums_can_be_had_alone(walks):
     row = np.linspace(-20, 0, 700, dtype=np.float32)
     assert (walks.exponentials(row, 0.0, 0.7, None) == walks.exponentials(row, 0.0, 0.7, row)).all()

@@ -4,6 +4,8 @@
 // machine takes at once, nor on which thread took the block. A row's length is any. Where there is nowhere to write to
 // (null), only the sums are wanted.
 
+#include <algorithm>
+
 #include "../lanes.hpp"
 
 namespace {
@@ -53,13 +55,22 @@ void rows_maxima(const float *row, int64_t length, float *maxima) {
     });
 }
 
-void rows_exponentials(const float *row, int64_t length, float shift, float divisor, float *weights, float *sums) {
+// Of the row with `count` other numbers in it: those at `ids`, which rise.
+void rows_exponentials(const float *row, int64_t length, float shift, float divisor, const int64_t *ids,
+                       const float *values, int64_t count, float *weights, float *sums) {
     const float factor = 1 / divisor;
     each_block(length, [=](int64_t block, int64_t start, int64_t end) {
+        const int64_t *first = std::lower_bound(ids, ids + count, start), *last = std::lower_bound(first, ids + count, end);
+        float edited[BLOCK];
+        const float *from = row + start;
+        if (first != last) {
+            from = std::copy(from, row + end, edited) - (end - start);
+            for (const int64_t *id = first; id != last; id++) edited[*id - start] = values[id - ids];
+        }
         f8 total = {};
-        for (int64_t at = start; at < end; at += WIDE) {
-            const wide x = exponential((some(row, at, end, -__builtin_inff()) - shift) * factor);
-            put(weights, at, end, x);
+        for (int64_t at = 0; at < end - start; at += WIDE) {
+            const wide x = exponential((some(from, at, end - start, -__builtin_inff()) - shift) * factor);
+            put(weights ? weights + start : nullptr, at, end - start, x);
             add(total, x);
         }
         sums[block] = sum(total);

@@ -16,9 +16,12 @@ from numpy.typing import NDArray
 from afterword.engine.compiled import library
 
 Row = NDArray[np.float32]
+Edits = tuple[NDArray[np.int64], Row]
+"""Token ids, rising, and their new numbers."""
 Sums = NDArray[np.float64]
 """What each block weighs. Inside blocks of float32, which is as exact as the weights are."""
 
+UNCHANGED: Edits = (np.empty(0, np.int64), np.empty(0, np.float32))
 BLOCK = 256
 FILE = library(Path(__file__).with_name("rows.cpp"))
 
@@ -30,8 +33,13 @@ class Walks(Protocol):
         """The largest of each block."""
         ...
 
-    def exponentials(self, row: Row, shift: float, divisor: float, weights: Row | None) -> Sums:
-        """Write exp((row - shift) / divisor), at most 1: the heavy ones to 1 in 10^6, 0 for those below 10^-37."""
+    def exponentials(
+        self, row: Row, shift: float, divisor: float, weights: Row | None, edits: Edits = UNCHANGED
+    ) -> Sums:
+        """Write exp((row - shift) / divisor), at most 1: the heavy ones to 1 in 10^6, 0 for those below 10^-37.
+
+        Of the row with its edits, if there are any.
+        """
         ...
 
     def keep(self, weights: Row, place: int, least: float, kept: Row | None) -> Sums:
@@ -50,10 +58,14 @@ class Plain:
         """See `Walks`."""
         return np.maximum.reduceat(row, np.arange(0, len(row), BLOCK))
 
-    def exponentials(self, row: Row, shift: float, divisor: float, weights: Row | None) -> Sums:
+    def exponentials(
+        self, row: Row, shift: float, divisor: float, weights: Row | None, edits: Edits = UNCHANGED
+    ) -> Sums:
         """See `Walks`."""
         weights = np.empty_like(row) if weights is None else weights
-        np.subtract(row, np.float32(shift), out=weights)
+        np.copyto(weights, row)
+        weights[edits[0]] = edits[1]
+        np.subtract(weights, np.float32(shift), out=weights)
         if divisor != 1.0:
             np.divide(weights, np.float32(divisor), out=weights)
         np.exp(weights, out=weights)
@@ -82,11 +94,14 @@ class Compiled:
         self._library.rows_maxima(_at(row), _count(row), _at(found))
         return found
 
-    def exponentials(self, row: Row, shift: float, divisor: float, weights: Row | None) -> Sums:
+    def exponentials(
+        self, row: Row, shift: float, divisor: float, weights: Row | None, edits: Edits = UNCHANGED
+    ) -> Sums:
         """See `Walks`."""
         sums = np.empty(-(-len(row) // BLOCK), np.float32)
         scale = (ctypes.c_float(shift), ctypes.c_float(divisor))
-        self._library.rows_exponentials(_at(row), _count(row), *scale, _at(weights), _at(sums))
+        changes = (_at(edits[0]), _at(edits[1]), _count(edits[0]))
+        self._library.rows_exponentials(_at(row), _count(row), *scale, *changes, _at(weights), _at(sums))
         return sums.astype(np.float64)
 
     def keep(self, weights: Row, place: int, least: float, kept: Row | None) -> Sums:
@@ -114,11 +129,11 @@ def stays(weights: Row, place: int, least: float) -> NDArray[np.bool_]:
     return chosen
 
 
-def _at(array: Row | None) -> ctypes.c_void_p:
+def _at(array: Row | NDArray[np.int64] | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if array is None else array.ctypes.data)
 
 
-def _count(array: Row) -> ctypes.c_int64:
+def _count(array: Row | NDArray[np.int64]) -> ctypes.c_int64:
     return ctypes.c_int64(len(array))
 
 

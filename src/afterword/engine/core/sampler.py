@@ -20,20 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afterword.engine.core.batch import Logits
-from afterword.engine.core.rows import BLOCK, Plain, Sums, Walks, stays, walks
+from afterword.engine.core.rows import BLOCK, UNCHANGED, Edits, Plain, Sums, Walks, stays, walks
 from afterword.engine.protocol import Job, Sampling, Token
 
 Weights = NDArray[np.float32]
 """A row of exponentials, the largest 1. In float32: exact to 1 in 10^6; what weighs below 10^-37 is never drawn."""
-Edits = tuple[NDArray[np.int64], Logits]
-"""Token ids, rising, and their new logits."""
 Draws = Callable[[int], float]
 """The n-th number in [0, 1) for one token. Most tokens need the first (0) alone."""
 
 GREEDY_BELOW = 1e-4
 """Temperatures below this are greedy: dividing by them would leave one token with all the mass anyway."""
 _BELOW_ONE = 1.0 - 2.0**-53
-_UNCHANGED: Edits = (np.empty(0, np.int64), np.empty(0, np.float32))
 
 
 def uniform(key: bytes, sample: int, position: int, attempt: int = 0) -> float:
@@ -58,7 +55,7 @@ def edits(
     repeated = (*prompt, *counts) if sampling.repetition_penalty != 1.0 else ()
     penalized = counts if sampling.presence_penalty or sampling.frequency_penalty else {}
     if not (biased or repeated or penalized or banned):
-        return _UNCHANGED
+        return UNCHANGED
     ids = np.unique(np.array((*biased, *repeated, *penalized, *banned), np.int64))
     values = logits[ids]
     if biased:
@@ -122,7 +119,9 @@ class Sampler:
             chosen = [self._likeliest(logits, changed)] * len(samples)
         else:
             if sums is None or not as_it_is:
-                sums = self._weigh(logits, highest, changed, sampling.temperature)
+                highest = _highest(logits, maxima, changed)
+                # The shift comes before the division: a quotient by a small temperature has few digits after its point.
+                sums = self._rows.exponentials(logits, highest, sampling.temperature, self._weights, changed)
             draws = [partial(uniform, job.key, sample, position) for sample in samples]
             chosen = self._choose(sampling, sums, draws)
         if total is None:
@@ -137,26 +136,12 @@ class Sampler:
 
     def _likeliest(self, row: Logits, changed: Edits) -> int:
         """The likeliest token; ties go to the lower id."""
-        return int(np.argmax(self._changed(row, changed)))
-
-    def _weigh(self, row: Logits, highest: float, changed: Edits, temperature: float) -> Sums:
-        """Leave the weights of a changed row. `highest` is that of the row unchanged."""
         ids, values = changed
         if len(ids):
-            was, row = row, self._changed(row, changed)
-            if max(was[ids].max(), values.max()) >= highest:  # else the highest is one of the others
-                highest = float(self._rows.maxima(row).max())
-        # The shift comes before the division: a quotient by a small temperature has few digits left after its point.
-        return self._rows.exponentials(row, highest, temperature, self._weights)
-
-    def _changed(self, row: Logits, changed: Edits) -> Logits:
-        """The row with its edits, in the scratch memory if there are any."""
-        ids, values = changed
-        if not len(ids):
-            return row
-        np.copyto(self._weights, row)
-        self._weights[ids] = values
-        return self._weights
+            np.copyto(self._weights, row)
+            self._weights[ids] = values
+            row = self._weights
+        return int(np.argmax(row))
 
     def _choose(self, sampling: Sampling, sums: Sums, draws: Sequence[Draws]) -> list[int]:
         """A token for each of `draws`, in proportion to the weights that the filters leave. Changes the weights."""
@@ -197,6 +182,23 @@ class Sampler:
 def likeliest(values: NDArray[np.float32], count: int, rows: Walks | None = None) -> NDArray[np.int64]:
     """Ids of the `count` largest values, largest first; ties go to the lower id."""
     return _likeliest(values, (rows or Plain()).maxima(values), count)
+
+
+def _highest(row: Logits, maxima: NDArray[np.float32], changed: Edits) -> float:
+    """The largest of a row with its edits; `maxima` are of its blocks without them."""
+    ids, values = changed
+    highest = float(maxima.max())
+    if not len(ids) or max(float(row[ids].max()), float(values.max())) < highest:
+        return highest
+    blocks, places = np.unique(ids // BLOCK, return_inverse=True)
+    inside = np.full((len(blocks), BLOCK), -np.inf, np.float32)
+    for place, block in enumerate(blocks.tolist()):
+        here = row[block * BLOCK : (block + 1) * BLOCK]
+        inside[place, : len(here)] = here
+    inside[places, ids % BLOCK] = values
+    others = maxima.copy()
+    others[blocks] = -np.inf
+    return float(max(inside.max(), others.max()))
 
 
 def _log_total(highest: float, sums: Sums) -> float:
