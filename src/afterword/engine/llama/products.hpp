@@ -25,7 +25,7 @@ namespace {
 
 constexpr bool AVAILABLE = true;
 constexpr int LINE = 64;   // bytes of a cache's line
-constexpr int CHUNK = 16;  // steps, at most, that are unpacked before they are multiplied: they stay in a near cache
+constexpr int CHUNK = 16;  // steps, at most, that are unpacked before they are multiplied; half of it is a block at least
 constexpr int MOST_COLUMNS = WIDE > LANES ? 8 : 4;  // multiplied together: as many as there are registers for their sums
 
 // Memory that is needed soon: so many lines of it are asked for at every step, while there is other work.
@@ -38,13 +38,18 @@ struct Soon {
     }
 };
 
+// A tile is as many rows as there are lanes, or twice as many: they share the reading of activations, of which one column
+// has few, and then it is better to read fewer rows at a time.
+template <int TILES>
+constexpr int ROWS = TILES * LANE_ROWS;
+
 // The sums of a tile of rows times some columns, while they are in registers.
-template <int COLUMNS>
+template <int TILES, int COLUMNS>
 using Sums = Floats[COLUMNS][TILES];
 
 // Adds a step of bytes: exact sums of integers, then what they are worth.
-template <class Type, int COLUMNS>
-inline void add_step(Sums<COLUMNS> &total, const ByteStep *weights, const BytePiece *const *columns, int s) {
+template <class Type, int TILES, int COLUMNS>
+inline void add_step(Sums<TILES, COLUMNS> &total, const ByteStep *weights, const BytePiece *const *columns, int s) {
     Bytes exact[COLUMNS][TILES];
     const auto start = [&](int half) {
         for (int c = 0; c < COLUMNS; c++) {
@@ -79,9 +84,9 @@ inline void add_step(Sums<COLUMNS> &total, const ByteStep *weights, const BytePi
 }
 
 // Adds a step of floats: its elements one after the other, then their sum, so that long sums stay as exact as short ones.
-template <class Type, int COLUMNS>
-inline void add_step(Sums<COLUMNS> &total, const Plain::Step *weights, const Plain::Piece *const *columns, int s) {
-    Sums<COLUMNS> part = {};
+template <class Type, int TILES, int COLUMNS>
+inline void add_step(Sums<TILES, COLUMNS> &total, const Plain::Step *weights, const Plain::Piece *const *columns, int s) {
+    Sums<TILES, COLUMNS> part = {};
     for (int i = 0; i < STEP; i++)
         for (int c = 0; c < COLUMNS; c++)
             for (int t = 0; t < TILES; t++)
@@ -91,21 +96,21 @@ inline void add_step(Sums<COLUMNS> &total, const Plain::Step *weights, const Pla
 }
 
 // Adds some steps to sums in memory.
-template <class Type, int COLUMNS>
+template <class Type, int TILES, int COLUMNS>
 void multiply(float *sums, const typename Type::Step *weights, const typename Type::Piece *const *columns, int steps, Soon &soon) {
-    Sums<COLUMNS> total;
+    Sums<TILES, COLUMNS> total;
     for (int c = 0; c < COLUMNS; c++)
-        for (int t = 0; t < TILES; t++) total[c][t] = load<Floats>(sums + c * ROWS + t * LANE_ROWS);
+        for (int t = 0; t < TILES; t++) total[c][t] = load<Floats>(sums + c * ROWS<TILES> + t * LANE_ROWS);
     for (int s = 0; s < steps; s++, weights += TILES) {
         soon.fetch();
-        add_step<Type, COLUMNS>(total, weights, columns, s);
+        add_step<Type, TILES, COLUMNS>(total, weights, columns, s);
     }
     for (int c = 0; c < COLUMNS; c++)
-        for (int t = 0; t < TILES; t++) store(sums + c * ROWS + t * LANE_ROWS, total[c][t]);
+        for (int t = 0; t < TILES; t++) store(sums + c * ROWS<TILES> + t * LANE_ROWS, total[c][t]);
 }
 
 // What a thread needs, kept from one product to the next.
-template <class Type>
+template <class Type, int TILES>
 struct Scratch {
     alignas(64) typename Type::Step steps[CHUNK][TILES];
     std::vector<float> sums;  // [column][ROWS]
@@ -122,33 +127,34 @@ struct Product {
     char *out;
     size_t out_stride;
 
-    const char *tile(int64_t number, Scratch<Type> &scratch) const {
-        const char *first = weights + number * ROWS * stride;
-        const int64_t left = rows - number * ROWS;
-        if (left >= ROWS) return first;
-        scratch.rows.assign(ROWS * stride, 0);
-        std::memcpy(scratch.rows.data(), first, left * stride);
-        return scratch.rows.data();
+    // Where some rows begin; at the end of the matrix a copy that is as long.
+    const char *tile(int64_t row, int64_t count, std::vector<char> &copy) const {
+        const char *first = weights + row * stride;
+        if (rows - row >= count) return first;
+        copy.assign(count * stride, 0);
+        std::memcpy(copy.data(), first, (rows - row) * stride);
+        return copy.data();
     }
 };
 
-template <class Type, int COLUMNS>
-int64_t multiply_some(const Product<Type> &op, Scratch<Type> &scratch, int64_t column, int64_t step, int steps, Soon &soon) {
+template <class Type, int TILES, int COLUMNS>
+int64_t multiply_some(const Product<Type> &op, Scratch<Type, TILES> &scratch, int64_t column, int64_t step, int steps, Soon &soon) {
     for (; column + COLUMNS <= op.count; column += COLUMNS) {
         const typename Type::Piece *columns[COLUMNS];
         for (int c = 0; c < COLUMNS; c++) columns[c] = op.pieces + (column + c) * op.steps + step;
-        multiply<Type, COLUMNS>(scratch.sums.data() + column * ROWS, scratch.steps[0], columns, steps, soon);
+        multiply<Type, TILES, COLUMNS>(scratch.sums.data() + column * ROWS<TILES>, scratch.steps[0], columns, steps, soon);
     }
     return column;
 }
 
 // One tile of rows times all columns. `next`: the tile that comes after, which is fetched meanwhile.
-template <class Type>
-void multiply_tile(const Product<Type> &op, Scratch<Type> &scratch, int64_t number, const char *next) {
+template <class Type, int TILES>
+void multiply_tile(const Product<Type> &op, Scratch<Type, TILES> &scratch, int64_t number, const char *next) {
     // For few columns memory is what takes time: pieces are shorter, so that it is asked more evenly.
     const int most = (op.count > MOST_COLUMNS ? CHUNK : CHUNK / 2) / Type::STEPS;
+    constexpr int ROWS = products::ROWS<TILES>;
     scratch.sums.assign(op.count * ROWS, 0.0f);
-    const char *rows = op.tile(number, scratch);
+    const char *rows = op.tile(number * ROWS, ROWS, scratch.rows);
     const int64_t blocks = op.steps / Type::STEPS, groups = (op.count + MOST_COLUMNS - 1) / MOST_COLUMNS;
     const int64_t lines = (Type::BYTES * ROWS / Type::STEPS + LINE - 1) / LINE;  // of a step
     Soon soon{next, (int)((lines + groups) / (groups + 1))};
@@ -158,19 +164,31 @@ void multiply_tile(const Product<Type> &op, Scratch<Type> &scratch, int64_t numb
             for (int step = 0; step < Type::STEPS; step++) soon.fetch();
             for (int t = 0; t < TILES; t++)
                 Type::unpack(rows + t * LANE_ROWS * op.stride + (first + b) * Type::BYTES, op.stride,
-                             &scratch.steps[b * Type::STEPS][t]);
+                             &scratch.steps[b * Type::STEPS][t], TILES);
         }
         const int64_t step = first * Type::STEPS;
         const int steps = here * Type::STEPS;
-        int64_t column = multiply_some<Type, MOST_COLUMNS>(op, scratch, 0, step, steps, soon);
-        column = multiply_some<Type, 4>(op, scratch, column, step, steps, soon);
-        column = multiply_some<Type, 2>(op, scratch, column, step, steps, soon);
-        multiply_some<Type, 1>(op, scratch, column, step, steps, soon);
+        int64_t column = multiply_some<Type, TILES, MOST_COLUMNS>(op, scratch, 0, step, steps, soon);
+        column = multiply_some<Type, TILES, 4>(op, scratch, column, step, steps, soon);
+        column = multiply_some<Type, TILES, 2>(op, scratch, column, step, steps, soon);
+        multiply_some<Type, TILES, 1>(op, scratch, column, step, steps, soon);
     }
     const int64_t left = op.rows - number * ROWS, count = left < ROWS ? left : ROWS;
     for (int64_t column = 0; column < op.count; column++)
         std::memcpy(op.out + column * op.out_stride + number * ROWS * sizeof(float), &scratch.sums[column * ROWS],
                     count * sizeof(float));
+}
+
+// A thread's share of the tiles. One is taken before the one before it is computed, so that who will compute it fetches it.
+template <class Type, int TILES>
+void multiply_tiles(const Product<Type> &op, std::atomic<int64_t> &untaken) {
+    static thread_local Scratch<Type, TILES> scratch;
+    const int64_t tiles = (op.rows + ROWS<TILES> - 1) / ROWS<TILES>;
+    for (int64_t next = untaken++, tile; (tile = next) < tiles;) {
+        next = untaken++;
+        const int64_t soon = next < tiles ? next : tile;
+        multiply_tile<Type, TILES>(op, scratch, tile, op.weights + soon * ROWS<TILES> * op.stride);
+    }
 }
 
 template <class Type>
@@ -180,19 +198,14 @@ void compute_type(const Tensor *node, int threads) {
     const int64_t steps = x->ne[0] / STEP, count = x->ne[1];
     pieces.resize(steps * count);
     const Product<Type> op{weights->data, weights->nb[1], weights->ne[1], steps, count, pieces.data(), node->data, node->nb[1]};
-    const int64_t tiles = (op.rows + ROWS - 1) / ROWS;
     std::atomic<int64_t> untaken{0};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for
         for (int64_t i = 0; i < steps * count; i++)
             Type::prepare((const float *)(x->data + i / steps * x->nb[1]) + i % steps * STEP, pieces[i]);
-        static thread_local Scratch<Type> scratch;
-        // A tile is taken before the one before it is computed, so that whoever will compute it fetches it.
-        for (int64_t next = untaken++, tile; (tile = next) < tiles;) {
-            next = untaken++;
-            multiply_tile<Type>(op, scratch, tile, op.weights + (next < tiles ? next : tile) * ROWS * op.stride);
-        }
+        if (count > 1) multiply_tiles<Type, 2>(op, untaken);
+        else multiply_tiles<Type, 1>(op, untaken);
     }
 }
 

@@ -24,7 +24,7 @@ using Bytes = wide_ints;  // of each lane's row 4 bytes
 using Floats = wide;      // of each lane's row one
 
 constexpr int STEP = 32;  // elements
-constexpr int LANE_ROWS = WIDE, TILES = 2, ROWS = TILES * LANE_ROWS;
+constexpr int LANE_ROWS = WIDE;
 
 // A step of a row for each lane, as bytes: weights, what a unit of them is worth in each half, what is taken off.
 struct ByteStep {
@@ -177,7 +177,7 @@ inline Floats unsigned_byte(Bytes x, int which) { return to_floats((x >> 8 * whi
 inline Floats signed_byte(Bytes x, int which) { return to_floats((x << (24 - 8 * which)) >> 24); }
 
 // Each type: what ggml calls it, bytes and steps of a block; and how a block of each row is unpacked into steps that are
-// `TILES` apart. Of bytes also by how much they are too large, whether each half of a step has a scale of its own, and
+// `apart` from each other. Of bytes also by how much they are too large, whether each half of a step has a scale of its own, and
 // whether something is taken off (`least`).
 
 struct Quantized {
@@ -191,7 +191,7 @@ struct Q8_0 : Quantized {
     static constexpr int ID = 8, BYTES = 34, STEPS = 1, EXCESS = MIXED ? 128 : 0;
     static constexpr bool SIGNED = !MIXED;
 
-    static void unpack(const char *from, size_t stride, ByteStep *to) {
+    static void unpack(const char *from, size_t stride, ByteStep *to, int) {
         for (int part = 0; part < 2; part++) {
             Bytes columns[4];
             read_columns(from + 2 + 16 * part, stride, columns);
@@ -204,7 +204,7 @@ struct Q8_0 : Quantized {
 struct Q4_0 : Quantized {
     static constexpr int ID = 2, BYTES = 18, STEPS = 1, EXCESS = 8;
 
-    static void unpack(const char *from, size_t stride, ByteStep *to) {
+    static void unpack(const char *from, size_t stride, ByteStep *to, int) {
         Bytes columns[4];
         read_columns(from + 2, stride, columns);
         for (int i = 0; i < 8; i++) to->weights[i] = nibbles(columns[i % 4], i / 4);
@@ -215,7 +215,7 @@ struct Q4_0 : Quantized {
 struct Q5_0 : Quantized {
     static constexpr int ID = 6, BYTES = 22, STEPS = 1, EXCESS = 16;
 
-    static void unpack(const char *from, size_t stride, ByteStep *to) {
+    static void unpack(const char *from, size_t stride, ByteStep *to, int) {
         Bytes fifth, columns[4];
         for (int i = 0; i < LANE_ROWS; i++) std::memcpy((char *)&fifth + 4 * i, from + i * stride + 2, 4);
         read_columns(from + 6, stride, columns);
@@ -229,7 +229,7 @@ struct Q5_0 : Quantized {
 };
 
 // Scales and least values of Q4_K and Q5_K: 6 bits each, eight of either, packed into 12 bytes behind two halves.
-inline void unpack_header(const char *from, size_t stride, ByteStep *to) {
+inline void unpack_header(const char *from, size_t stride, ByteStep *to, int apart) {
     Bytes header[4];
     read_columns(from, stride, header);
     const Floats scale = read_halves(from, stride), least = read_halves(from + 2, stride);
@@ -237,8 +237,8 @@ inline void unpack_header(const char *from, size_t stride, ByteStep *to) {
     const Bytes leasts[2] = {bits(header[2], 0, 0x3f), bits(header[3], 4, 0x0f) | bits(header[2], 2, 0x30)};
 #pragma GCC unroll 8
     for (int step = 0; step < 8; step++) {
-        to[step * TILES].scales[0] = scale * unsigned_byte(scales[step / 4], step % 4);
-        to[step * TILES].least = least * unsigned_byte(leasts[step / 4], step % 4);
+        to[step * apart].scales[0] = scale * unsigned_byte(scales[step / 4], step % 4);
+        to[step * apart].least = least * unsigned_byte(leasts[step / 4], step % 4);
     }
 }
 
@@ -246,15 +246,15 @@ struct Q4_K : Quantized {
     static constexpr int ID = 12, BYTES = 144, STEPS = 8, EXCESS = 0;
     static constexpr bool LEAST = true;
 
-    static void unpack(const char *from, size_t stride, ByteStep *to) {
-        unpack_header(from, stride, to);
+    static void unpack(const char *from, size_t stride, ByteStep *to, int apart) {
+        unpack_header(from, stride, to, apart);
         for (int part = 0; part < 8; part++) {  // 16 bytes: half of two steps
             Bytes columns[4];
             read_columns(from + 16 + 16 * part, stride, columns);
-            ByteStep *pair = to + part / 2 * 2 * TILES;
+            ByteStep *pair = to + part / 2 * 2 * apart;
             for (int i = 0; i < 4; i++) {
                 pair[0].weights[part % 2 * 4 + i] = nibbles(columns[i], 0);
-                pair[TILES].weights[part % 2 * 4 + i] = nibbles(columns[i], 1);
+                pair[apart].weights[part % 2 * 4 + i] = nibbles(columns[i], 1);
             }
         }
     }
@@ -264,8 +264,8 @@ struct Q5_K : Quantized {
     static constexpr int ID = 13, BYTES = 176, STEPS = 8, EXCESS = 0;
     static constexpr bool LEAST = true;
 
-    static void unpack(const char *from, size_t stride, ByteStep *to) {
-        unpack_header(from, stride, to);
+    static void unpack(const char *from, size_t stride, ByteStep *to, int apart) {
+        unpack_header(from, stride, to, apart);
         Bytes fifth[2][4];
         for (int half = 0; half < 2; half++) read_columns(from + 16 + 16 * half, stride, fifth[half]);
 #pragma GCC unroll 8
@@ -276,7 +276,7 @@ struct Q5_K : Quantized {
             for (int i = 0; i < 4; i++) {
                 const Bytes high = fifth[part % 2][i];
                 for (int j = 0; j < 2; j++)
-                    to[(step + j) * TILES].weights[part % 2 * 4 + i] = nibbles(columns[i], j) | bits(high, step + j, 1) << 4;
+                    to[(step + j) * apart].weights[part % 2 * 4 + i] = nibbles(columns[i], j) | bits(high, step + j, 1) << 4;
             }
         }
     }
@@ -286,7 +286,7 @@ struct Q6_K : Quantized {
     static constexpr int ID = 14, BYTES = 210, STEPS = 8, EXCESS = 32;
     static constexpr bool HALVES = true;
 
-    static void unpack(const char *from, size_t stride, ByteStep *to) {
+    static void unpack(const char *from, size_t stride, ByteStep *to, int apart) {
         for (int quarter = 0; quarter < 4; quarter++) {  // 16 bytes of high bits: half of four steps
             Bytes high[4], low[2][4];
             const int four = quarter / 2, part = quarter % 2;
@@ -297,7 +297,7 @@ struct Q6_K : Quantized {
 #pragma GCC unroll 4
                 for (int i = 0; i < 4; i++) {
                     const Bytes top = bits(high[i], 2 * s, 3) << 4;
-                    to[(4 * four + s) * TILES].weights[4 * part + i] = nibbles(low[s % 2][i], s / 2) | top;
+                    to[(4 * four + s) * apart].weights[4 * part + i] = nibbles(low[s % 2][i], s / 2) | top;
                 }
             }
         }
@@ -306,7 +306,7 @@ struct Q6_K : Quantized {
         const Floats scale = read_halves(from + 208, stride);
 #pragma GCC unroll 16
         for (int i = 0; i < 16; i++)
-            to[i / 2 * TILES].scales[i % 2] = scale * signed_byte(scales[i / 4], i % 4);
+            to[i / 2 * apart].scales[i % 2] = scale * signed_byte(scales[i / 4], i % 4);
     }
 };
 
@@ -325,7 +325,7 @@ struct Plain {
 struct Float32 : Plain {
     static constexpr int ID = 0, BYTES = 4 * STEP;
 
-    static void unpack(const char *from, size_t stride, Step *to) {
+    static void unpack(const char *from, size_t stride, Step *to, int) {
 #pragma GCC unroll 8
         for (int i = 0; i < STEP; i += 4) {
             Bytes columns[4];
@@ -347,7 +347,7 @@ struct Float16 : Plain {
 #endif
     }
     static Floats upper(Bytes x) { return lower(x >> 16); }
-    static void unpack(const char *from, size_t stride, Step *to) { unpack_two<Float16>(from, stride, to); }
+    static void unpack(const char *from, size_t stride, Step *to, int) { unpack_two<Float16>(from, stride, to); }
 
     template <class Type>
     static void unpack_two(const char *from, size_t stride, Step *to) {
@@ -368,7 +368,7 @@ struct BFloat16 : Plain {
 
     static Floats lower(Bytes x) { return (Floats)(x << 16); }
     static Floats upper(Bytes x) { return (Floats)(x & (int32_t)0xffff0000); }
-    static void unpack(const char *from, size_t stride, Step *to) { Float16::unpack_two<BFloat16>(from, stride, to); }
+    static void unpack(const char *from, size_t stride, Step *to, int) { Float16::unpack_two<BFloat16>(from, stride, to); }
 };
 
 template <class... Types>
