@@ -246,23 +246,21 @@ class Supervisor:
     def _mourn(self) -> None:
         """The engine has died. Give up what killed it, and bring the others into the order in which they start again.
 
-        What had brought something goes on first. Of the others those that may be to blame start one after the other,
-        each when the one before has brought something: so what kills twice does it alone. Where it did not, because
-        several came to the same point as before, each is tried until it comes further. A text that was at work is
-        blamed alone, and comes before them: nothing is tried as soon.
+        Only what was alone to blame is given up. What was to blame twice is tried first, and nothing beside it until it
+        comes further. Then what had brought something goes on, and the others that may be to blame start one after the
+        other, each when the one before has brought something. A text that was at work is blamed alone, and comes before
+        them: nothing is tried as soon.
         """
         self.state = "restarting"
         running = [run for run in self._runs.values() if run.begun]
         blamed = [run for run in self._runs.values() if run.lost(blamed=not len(self._texts))]
-        guilty = [run for run in blamed if run.crashes >= CRASHES]
-        if len(guilty) == 1:
-            self._quarantine.add(guilty[0].job, self._clock())
-            self._fail(guilty[0], EngineFailure())
+        if len(blamed) == 1 and blamed[0].crashes >= CRASHES:
+            self._quarantine.add(blamed[0].job, self._clock())
+            self._fail(blamed[0], EngineFailure())
         for run in running if self.card.promise == "none" else ():
             if run.brought and run.name in self._runs:
                 self._fail(run, EngineDied())
-        order = sorted(self._runs.values(), key=lambda run: 1 if run.on_probation else 0 if run.brought else 2)
-        self._line = {run.name: run for run in order}
+        self._line = {run.name: run for run in sorted(self._runs.values(), key=_turn)}
         self._trial = None
         if text := self._texts.died(CRASHES, EngineFailure()):
             self._quarantine.add(text, self._clock())
@@ -324,3 +322,12 @@ class Supervisor:
     def _send(self, message: frames.ToEngine) -> None:
         if self._link is not None and self.state == "ready":
             self._link.send(message)
+
+
+def _turn(run: Pending) -> int:
+    """When a job is begun again after a death: the suspects of two first, alone."""
+    if run.crashes >= CRASHES:
+        return 0
+    if run.brought:
+        return 1
+    return 2 if run.on_probation else 3
