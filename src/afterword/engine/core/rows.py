@@ -80,18 +80,30 @@ class Plain:
         return int(np.count_nonzero(row > np.float32(value)))
 
 
+_AT, _COUNT, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_SIGNATURES = {
+    "rows_threads": (ctypes.c_int,),
+    "rows_maxima": (_AT, _COUNT, _AT),
+    "rows_exponentials": (_AT, _COUNT, _NUMBER, _NUMBER, _AT, _AT, _COUNT, _AT, _AT),
+    "rows_keep": (_AT, _COUNT, _COUNT, _NUMBER, _AT, _AT),
+    "rows_above": (_AT, _COUNT, _NUMBER),
+}
+
+
 class Compiled:
     """By rows.cpp, each walk over a long row by up to `threads` threads."""
 
     def __init__(self, threads: int = 1) -> None:
         self._library = ctypes.CDLL(str(FILE))
-        self._library.rows_above.restype = ctypes.c_int64
+        for name, arguments in _SIGNATURES.items():
+            getattr(self._library, name).argtypes = arguments
+        self._library.rows_above.restype = _COUNT
         self._library.rows_threads(threads)
 
     def maxima(self, row: Row) -> Row:
         """See `Walks`."""
         found = np.empty(-(-len(row) // BLOCK), np.float32)
-        self._library.rows_maxima(_at(row), _count(row), _at(found))
+        self._library.rows_maxima(_at(row), len(row), _at(found))
         return found
 
     def exponentials(
@@ -99,21 +111,19 @@ class Compiled:
     ) -> Sums:
         """See `Walks`."""
         sums = np.empty(-(-len(row) // BLOCK), np.float32)
-        scale = (ctypes.c_float(shift), ctypes.c_float(divisor))
-        changes = (_at(edits[0]), _at(edits[1]), _count(edits[0]))
-        self._library.rows_exponentials(_at(row), _count(row), *scale, *changes, _at(weights), _at(sums))
+        changes = (_at(edits[0]), _at(edits[1]), len(edits[0]))
+        self._library.rows_exponentials(_at(row), len(row), shift, divisor, *changes, _at(weights), _at(sums))
         return sums.astype(np.float64)
 
     def keep(self, weights: Row, place: int, least: float, kept: Row | None) -> Sums:
         """See `Walks`."""
         sums = np.empty(-(-len(weights) // BLOCK), np.float32)
-        border = (ctypes.c_int64(place), ctypes.c_float(least))
-        self._library.rows_keep(_at(weights), _count(weights), *border, _at(kept), _at(sums))
+        self._library.rows_keep(_at(weights), len(weights), place, least, _at(kept), _at(sums))
         return sums.astype(np.float64)
 
     def above(self, row: Row, value: float) -> int:
         """See `Walks`."""
-        return int(self._library.rows_above(_at(row), _count(row), ctypes.c_float(value)))
+        return int(self._library.rows_above(_at(row), len(row), value))
 
 
 def walks(threads: int = 1) -> Walks:
@@ -129,12 +139,8 @@ def stays(weights: Row, place: int, least: float) -> NDArray[np.bool_]:
     return chosen
 
 
-def _at(array: Row | NDArray[np.int64] | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if array is None else array.ctypes.data)
-
-
-def _count(array: Row | NDArray[np.int64]) -> ctypes.c_int64:
-    return ctypes.c_int64(len(array))
+def _at(array: Row | NDArray[np.int64] | None) -> int | None:
+    return None if array is None else array.ctypes.data
 
 
 def _sums(weights: Row) -> Sums:
