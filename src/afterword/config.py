@@ -58,11 +58,11 @@ def advice(file_type: str) -> str | None:
     """What another type of the same model would bring on a CPU, as measured (docs/performance.md); None if little."""
     if file_type in ("F16", "BF16"):
         return (
-            f"A Q8_0 file of this model would take half the memory of {file_type}, generate 1.4 to 1.6 times "
+            f"A Q8_0 file of this model would take half the memory of {file_type}, generate 1.4 to 1.7 times "
             "as fast (as measured)."
         )
     if file_type.endswith(("_K", "_K_S", "_K_M", "_K_L")):
-        return "A Q4_0 file of this model would read prompts faster (1.5 times, as measured against Q4_K_M)."
+        return "A Q4_0 file of this model would generate faster (1.2 to 1.4 times, as measured against Q4_K_M)."
     return None
 
 
