@@ -56,7 +56,7 @@ def edits(
     penalized = counts if sampling.presence_penalty or sampling.frequency_penalty else {}
     if not (biased or repeated or penalized or banned):
         return UNCHANGED
-    ids = np.unique(np.array((*biased, *repeated, *penalized, *banned), np.int64))
+    ids = np.array(sorted({*biased, *repeated, *penalized, *banned}), np.int64)
     values = logits[ids]
     if biased:
         np.add.at(values, np.searchsorted(ids, biased), [bias for _, bias in sampling.logit_bias])
@@ -188,17 +188,21 @@ def _highest(row: Logits, maxima: NDArray[np.float32], changed: Edits) -> float:
     """The largest of a row with its edits; `maxima` are of its blocks without them."""
     ids, values = changed
     highest = float(maxima.max())
-    if not len(ids) or max(float(row[ids].max()), float(values.max())) < highest:
+    if not len(ids):
         return highest
-    blocks, places = np.unique(ids // BLOCK, return_inverse=True)
-    inside = np.full((len(blocks), BLOCK), -np.inf, np.float32)
-    for place, block in enumerate(blocks.tolist()):
-        here = row[block * BLOCK : (block + 1) * BLOCK]
-        inside[place, : len(here)] = here
-    inside[places, ids % BLOCK] = values
+    largest = float(values.max())
+    if float(row[ids].max()) < highest:
+        return max(highest, largest)
+    edited = ids // BLOCK
     others = maxima.copy()
-    others[blocks] = -np.inf
-    return float(max(inside.max(), others.max()))
+    others[edited] = -np.inf
+    largest = max(largest, float(others.max()))
+    # Of the edited blocks few, mostly one, had anything larger.
+    for block in sorted(set(edited[maxima[edited] > largest].tolist())):
+        inside = row[block * BLOCK : (block + 1) * BLOCK].copy()
+        inside[ids[edited == block] - block * BLOCK] = -np.inf
+        largest = max(largest, float(inside.max()))
+    return largest
 
 
 def _log_total(highest: float, sums: Sums) -> float:
