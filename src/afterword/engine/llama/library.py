@@ -15,8 +15,8 @@ from typing import TextIO
 os.environ.setdefault("GGML_NO_BACKTRACE", "1")
 # Products of K-quants with 8 rows and more would be summed in another order than those with fewer.
 os.environ.setdefault("GGML_CPU_TILED_MM", "0")
-# How often a thread asks whether the others are ready before it sleeps. By default it does so for milliseconds, and
-# beside other work of the machine threads then wait for one that has no core, at every operation.
+# How often a thread asks whether the others are ready before it sleeps. By default it asks far longer, and beside other
+# work of the machine threads then wait for one that has no core, at every operation.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import llama_cpp.llama_cpp as native
