@@ -1,8 +1,8 @@
 """`python -m bench.evaluation`: how long lm-evaluation-harness takes for a task with examples, server by server.
 
 The task is made up: questions of four choices behind the same five examples, as in the harness' own few-shot tasks.
-The harness is that of `make clients`: PYTHONPATH=.venv/clients. Servers are asked in turns, each round with new
-questions, so that no cache knows them.
+The harness is that of `make clients` (PYTHONPATH=.venv/clients); for the tokenizer's folder it also wants `transformers`.
+Servers are asked in turns, each round with new questions, so that no cache knows them.
 """
 
 from __future__ import annotations
