@@ -1,7 +1,7 @@
 """`python -m bench.evaluation`: how long lm-evaluation-harness takes for a task with examples, server by server.
 
 The task is made up: questions of four choices behind the same five examples, as in the harness' own few-shot tasks.
-The harness is that of `make clients` (PYTHONPATH=.venv/clients); for the tokenizer's folder it also wants `transformers`.
+The harness is that of `make clients` (PYTHONPATH=.venv/clients); for a tokenizer's folder it also wants `transformers`.
 Servers are asked in turns, each round with new questions, so that no cache knows them.
 """
 
