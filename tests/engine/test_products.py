@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, quants
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from afterword.engine.llama import accelerator
+from afterword.engine.llama.library import native
 from ggml_tensors import Tensor, tensor, with_sources
 
 QUANTIZED = ["Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q5_K", "Q6_K"]
@@ -30,6 +33,52 @@ def kernel(accelerator_library: ctypes.CDLL) -> ctypes.CDLL:
     if not accelerator.multiplies():
         pytest.skip("this processor has no instructions for it")
     return accelerator_library
+
+
+@pytest.fixture(scope="module")
+def memory(kernel: ctypes.CDLL) -> Memory:
+    assert accelerator.offer()
+    return Memory(kernel)
+
+
+class Memory:
+    """Our own memory for weights, by ggml's functions."""
+
+    def __init__(self, kernel: ctypes.CDLL) -> None:
+        kernel.accelerator_memory.restype = ctypes.c_void_p
+        self._kind = ctypes.c_void_p(kernel.accelerator_memory())
+        self._ggml = native._lib
+        for name in ("ggml_backend_buft_alloc_buffer", "ggml_backend_buffer_get_base"):
+            getattr(self._ggml, name).restype = ctypes.c_void_p
+        self._ggml.ggml_backend_buft_get_alloc_size.restype = ctypes.c_size_t
+
+    def make(self, size: int) -> ctypes.c_void_p | None:
+        """A buffer; None if there is no room."""
+        made = self._ggml.ggml_backend_buft_alloc_buffer(self._kind, ctypes.c_size_t(size))
+        return ctypes.c_void_p(made) if made else None
+
+    @contextmanager
+    def place(self, matrix: Tensor, raw: np.ndarray) -> Iterator[None]:
+        """The matrix is here for a while."""
+        here, matrix.data = ctypes.byref(matrix), None
+        buffer = self.make(self._ggml.ggml_backend_buft_get_alloc_size(self._kind, here))
+        base = ctypes.c_void_p(self._ggml.ggml_backend_buffer_get_base(buffer))
+        assert self._ggml.ggml_backend_tensor_alloc(buffer, here, base) == 0
+        self.set(matrix, raw, 0)
+        yield
+        self._ggml.ggml_backend_buffer_free(buffer)
+
+    def set(self, matrix: Tensor, raw: np.ndarray, offset: int) -> None:
+        """Copy from a file."""
+        at, size = ctypes.c_void_p(raw.ctypes.data), ctypes.c_size_t(raw.nbytes)
+        self._ggml.ggml_backend_tensor_set(ctypes.byref(matrix), at, ctypes.c_size_t(offset), size)
+
+    def get(self, matrix: Tensor, offset: int, size: int) -> np.ndarray:
+        """What would lie in a file."""
+        raw = np.zeros(size, np.uint8)
+        at = ctypes.c_void_p(raw.ctypes.data)
+        self._ggml.ggml_backend_tensor_get(ctypes.byref(matrix), at, ctypes.c_size_t(offset), ctypes.c_size_t(size))
+        return raw
 
 
 def weights(name: str, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -68,12 +117,24 @@ def activations(columns: int, length: int) -> np.ndarray:
     return x
 
 
+def in_file(name: str, raw: np.ndarray) -> Tensor:
+    """A matrix as it lies in a file."""
+    kind = GGMLQuantizationType[name]
+    elements, size = GGML_QUANT_SIZES[kind]
+    matrix = Tensor(type=int(kind), data=raw.ctypes.data)
+    matrix.ne[:] = [raw.shape[1] // size * elements, len(raw), 1, 1]
+    matrix.nb[:] = [size, raw.strides[0], raw.nbytes, raw.nbytes]
+    return matrix
+
+
 def product(kernel: ctypes.CDLL, name: str, raw: np.ndarray, x: np.ndarray, threads: int = 1) -> np.ndarray:
     """[column, row]."""
-    out = np.full((len(x), len(raw)), np.nan, np.float32)
-    matrix = Tensor(type=int(GGMLQuantizationType[name]), data=raw.ctypes.data)
-    matrix.ne[:] = [x.shape[1], len(raw), 1, 1]
-    matrix.nb[:] = [0, raw.strides[0], raw.nbytes, raw.nbytes]
+    return multiplied(kernel, in_file(name, raw), x, threads)
+
+
+def multiplied(kernel: ctypes.CDLL, matrix: Tensor, x: np.ndarray, threads: int = 1) -> np.ndarray:
+    """[column, row]."""
+    out = np.full((len(x), matrix.ne[1]), np.nan, np.float32)
     node = with_sources(tensor(out[None, None]), matrix, tensor(x[None, None]))
     assert kernel.products_takes(ctypes.byref(node))
     kernel.products_compute(ctypes.byref(node), threads)
@@ -100,6 +161,43 @@ def test_a_column_has_the_same_bits_in_any_company(kernel, name, threads):
     for first, end in [(0, 1), (3, 5), (19, 20), (7, 20), (1, 14)]:
         part = np.ascontiguousarray(x[first:end])
         assert (product(kernel, name, raw, part, threads) == wanted[first:end]).all()
+
+
+@pytest.mark.parametrize("rows", [1, 16, 40, 96, 200])
+@pytest.mark.parametrize("name", TYPES)
+def test_in_memory_of_our_own_weights_lie_otherwise_and_products_have_the_same_bits(kernel, memory, name, rows):
+    raw, _ = weights(name, rows, 768)
+    raw = raw.reshape(rows, -1)
+    x = activations(9, 768)
+    wanted = product(kernel, name, raw, x)
+    matrix = in_file(name, raw)
+    with memory.place(matrix, raw):
+        for first, end in [(0, 9), (2, 3)]:
+            part = np.ascontiguousarray(x[first:end])
+            assert (multiplied(kernel, matrix, part, threads=2) == wanted[first:end]).all()
+        assert (memory.get(matrix, 0, raw.nbytes) == raw.ravel()).all()
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_parts_of_what_is_in_our_memory_can_be_changed_and_read(memory, name):
+    raw, _ = weights(name, 80, 512)
+    raw = raw.reshape(80, -1).copy()
+    size = raw.shape[1]
+    matrix = in_file(name, raw)
+    with memory.place(matrix, raw):
+        for first, end in [(0, 1), (3, 70), (16, 48), (79, 80)]:
+            raw[first:end] = raw[first:end][::-1].copy()
+            memory.set(matrix, raw[first:end].copy(), first * size)
+            assert (memory.get(matrix, 0, raw.nbytes) == raw.ravel()).all()
+            assert (memory.get(matrix, first * size, (end - first) * size) == raw[first:end].ravel()).all()
+        view = in_file(name, raw[20:30])  # as ggml makes a view of what is not here
+        view.data, view.view_src, view.view_offset = matrix.data + 20 * size, ctypes.addressof(matrix), 20 * size
+        view.buffer = matrix.buffer
+        assert (memory.get(view, 0, 10 * size) == raw[20:30].ravel()).all()
+
+
+def test_without_room_there_is_no_buffer(memory):
+    assert memory.make(1 << 62) is None
 
 
 def test_columns_may_lie_apart(kernel):

@@ -5,11 +5,12 @@
 
 #include "attention.hpp"
 #include "ggml.hpp"
+#include "memory.hpp"
 #include "products.hpp"
 
 namespace {
 
-Ggml ggml;
+bool keeps_weights = false;
 int taken = 0, refused = 0;  // attentions that ggml asked about since somebody asked us
 
 bool is(const Tensor *node, const char *operation) { return !std::strcmp(ggml.operation_name(node->op), operation); }
@@ -22,10 +23,12 @@ int type_of(Device *) { return ACCELERATOR; }
 void properties_of(Device *device, Properties *to) {
     *to = {name_of(device), description_of(device), 0, 0, ACCELERATOR, nullptr, false, false, false, false, true};
 }
-BufferType buffers_of(Device *) { return ggml.cpu_buffers(); }
-bool takes_buffers(Device *, BufferType type) { return ggml.is_host(type); }
+BufferType *usual_buffers(Device *) { return ggml.cpu_buffers(); }
+BufferType *buffers_for_weights(Device *device) { return keeps_weights ? &memory::the_type : usual_buffers(device); }
+bool takes_buffers(Device *, BufferType *type) { return ggml.is_host(type) || type == &memory::the_type; }
 bool takes_operation(Device *, const Tensor *node) {
     if (is(node, "MUL_MAT")) return products::takes(node);
+    if (is(node, "NONE")) return memory::holds(node);
     if (!is(node, "FLASH_ATTN_EXT")) return false;
     const bool can = attention::takes(node);
     taken += can;
@@ -41,17 +44,24 @@ int compute_graph(Backend *backend, Graph *graph) {
     for (int i = 0; i < ggml.graph_size(graph); i++) {
         const Tensor *node = ggml.graph_node(graph, i);
         if (!(node->flags & TO_COMPUTE)) continue;
-        if (is(node, "MUL_MAT")) products::compute(node, threads);
+        if (is(node, "MUL_MAT")) products::compute(node, threads, memory::holds(node->src[0]));
         else if (is(node, "FLASH_ATTN_EXT")) attention::compute(node, threads);
     }
     return 0;
 }
-Backend *make_backend(Device *device, const char *) {
-    return new Backend{&guid, backend_name, end_backend, {}, compute_graph, {}, device, (void *)(intptr_t)1};
+Backend *make_backend(Device *, const char *);
+
+// As llama.cpp's loader sees it, which asks where to put weights; and as its scheduler does, which asks for whatever is
+// computed in between.
+Device the_device = {name_of, description_of, memory_of, type_of, properties_of, make_backend, buffers_for_weights,
+                     nullptr, nullptr, takes_operation, takes_buffers, {}, nullptr, nullptr};
+Device at_work = {name_of, description_of, memory_of, type_of, properties_of, make_backend, usual_buffers,
+                  nullptr, nullptr, takes_operation, takes_buffers, {}, nullptr, nullptr};
+
+Backend *make_backend(Device *, const char *) {
+    return new Backend{&guid, backend_name, end_backend, {}, compute_graph, {}, &at_work, (void *)(intptr_t)1};
 }
 
-Device the_device = {name_of, description_of, memory_of, type_of, properties_of, make_backend, buffers_of,
-                     nullptr, nullptr, takes_operation, takes_buffers, {}, nullptr, nullptr};
 const char *registry_name(Registry *) { return "Afterword"; }
 size_t one_device(Registry *) { return 1; }
 Device *first_device(Registry *, size_t) { return &the_device; }
@@ -70,7 +80,8 @@ size_t accelerator_tensor_size() { return sizeof(Tensor); }
 // What to register with ggml.
 void *accelerator_registry(const Ggml *addresses) {
     ggml = *addresses;
-    the_device.registry = &the_registry;
+    the_device.registry = at_work.registry = &the_registry;
+    memory::the_type.device = &the_device;
     return &the_registry;
 }
 
@@ -84,8 +95,12 @@ int accelerator_attends() {
 // Whether products of quantized weights are computed here.
 int accelerator_multiplies() { return products::AVAILABLE; }
 
+// Whether models that are loaded from now on have their weights copied to memory of ours.
+void accelerator_keep_weights(int keeps) { keeps_weights = keeps && products::AVAILABLE; }
+void *accelerator_memory() { return &memory::the_type; }
+
 // One operation by itself: what the tests compare.
 void attention_compute(const Tensor *node, int threads) { attention::compute(node, threads); }
 int products_takes(const Tensor *node) { return products::takes(node); }
-void products_compute(const Tensor *node, int threads) { products::compute(node, threads); }
+void products_compute(const Tensor *node, int threads) { products::compute(node, threads, memory::holds(node->src[0])); }
 }

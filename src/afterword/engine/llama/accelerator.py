@@ -17,7 +17,7 @@ FILE = library(Path(__file__).with_name("accelerator.cpp"))
 _KNOWN_GGML = b"0.25."  # the interface is ggml's own affair and may change with any other
 _OBJECT_BYTES = 32  # what ggml adds to a tensor to keep it in a list
 _ADDRESSES = (
-    *("ggml_backend_cpu_buffer_type", "ggml_backend_buft_is_host"),
+    *("ggml_backend_cpu_buffer_type", "ggml_backend_buft_is_host", "ggml_backend_buffer_init"),
     *("ggml_graph_n_nodes", "ggml_graph_node", "ggml_op_name"),
 )
 
@@ -53,6 +53,13 @@ def multiplies() -> bool:
     """Whether it computes products of quantized weights: on processors that have the instructions for it."""
     kernels = _kernels()
     return kernels is not None and bool(kernels.accelerator_multiplies())
+
+
+def keep_weights(keeps: bool) -> None:
+    """Whether models that are loaded from now on have the weights that we multiply with copied, as suits us best."""
+    kernels = _kernels()
+    if kernels is not None:
+        kernels.accelerator_keep_weights(keeps)
 
 
 @cache

@@ -6,9 +6,11 @@
 #include <cstddef>
 #include <cstdint>
 
+struct Buffer;
+
 struct Tensor {
     int32_t type;
-    void *buffer;
+    Buffer *buffer;
     int64_t ne[4];  // elements
     size_t nb[4];   // strides in bytes
     int32_t op;
@@ -26,7 +28,40 @@ struct Tensor {
 struct Device;
 struct Backend;
 struct Graph;
-using BufferType = void *;
+
+struct BufferType {
+    struct {
+        const char *(*get_name)(BufferType *);
+        Buffer *(*make_buffer)(BufferType *, size_t);
+        size_t (*get_alignment)(BufferType *);
+        size_t (*get_largest)(BufferType *);
+        size_t (*get_size)(BufferType *, const Tensor *);
+        bool (*is_host)(BufferType *);
+    } calls;
+    Device *device;
+    void *context;
+};
+
+struct BufferCalls {
+    void (*free)(Buffer *);
+    void *(*get_base)(Buffer *);
+    int (*init_tensor)(Buffer *, Tensor *);
+    void (*fill_tensor)(Buffer *, Tensor *, uint8_t, size_t, size_t);
+    void (*set_tensor)(Buffer *, Tensor *, const void *, size_t, size_t);
+    void (*get_tensor)(Buffer *, const Tensor *, void *, size_t, size_t);
+    void *tensors_2d[2];
+    bool (*copy_tensor)(Buffer *, const Tensor *, Tensor *);
+    void (*clear)(Buffer *, uint8_t);
+    void (*reset)(Buffer *);
+};
+
+struct Buffer {
+    BufferCalls calls;
+    BufferType *type;
+    void *context;
+    size_t size;
+    int usage;
+};
 
 struct Properties {
     const char *name, *description;
@@ -56,11 +91,11 @@ struct Device {
     int (*get_type)(Device *);
     void (*get_properties)(Device *, Properties *);
     Backend *(*make_backend)(Device *, const char *);
-    BufferType (*get_buffer_type)(Device *);
+    BufferType *(*get_buffer_type)(Device *);
     void *host_buffer_type;
     void *buffer_from_host;
     bool (*supports_operation)(Device *, const Tensor *);
-    bool (*supports_buffers)(Device *, BufferType);
+    bool (*supports_buffers)(Device *, BufferType *);
     void *offload_and_events[4];
     Registry *registry;
     void *context;
@@ -75,16 +110,19 @@ struct Registry {
     void *context;
 };
 
-// What of ggml this file calls: addresses that Python knows.
+// What of ggml is called: addresses that Python knows.
 struct Ggml {
-    BufferType (*cpu_buffers)();
-    bool (*is_host)(BufferType);
+    BufferType *(*cpu_buffers)();
+    bool (*is_host)(BufferType *);
+    Buffer *(*make_buffer)(BufferType *, BufferCalls, void *, size_t);
     int (*graph_size)(Graph *);
     Tensor *(*graph_node)(Graph *, int);
     const char *(*operation_name)(int);
 };
 
 namespace {
+
+Ggml ggml;
 
 constexpr int API_VERSION = 2, ACCELERATOR = 3, TO_COMPUTE = 16;
 constexpr int F32 = 0, F16 = 1;  // types of elements

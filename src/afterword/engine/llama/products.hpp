@@ -9,10 +9,15 @@
 
 #pragma once
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "ggml.hpp"
@@ -26,7 +31,16 @@ namespace {
 constexpr bool AVAILABLE = true;
 constexpr int LINE = 64;   // bytes of a cache's line
 constexpr int CHUNK = 16;  // steps, at most, that are unpacked before they are multiplied; half of it is a block at least
+constexpr int AHEAD = 8192;  // bytes that are asked for before they are needed, where one stream is all there is
 constexpr int MOST_COLUMNS = WIDE > LANES ? 8 : 4;  // multiplied together: as many as there are registers for their sums
+
+inline int this_thread() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
 
 // Memory that is needed soon: so many lines of it are asked for at every step, while there is other work.
 struct Soon {
@@ -34,7 +48,7 @@ struct Soon {
     int lines;
 
     void fetch() {
-        for (int i = 0; i < lines; i++, at += LINE) __builtin_prefetch(at, 0, 2);
+        for (int i = 0; i < lines; i++, at += LINE) __builtin_prefetch(at);
     }
 };
 
@@ -109,6 +123,30 @@ void multiply(float *sums, const typename Type::Step *weights, const typename Ty
         for (int t = 0; t < TILES; t++) store(sums + c * ROWS<TILES> + t * LANE_ROWS, total[c][t]);
 }
 
+// Tiles of a thread: in a row, since memory is read ahead. Whoever has none left takes the last of another's.
+class alignas(LINE) Share {
+    std::atomic<uint64_t> left{0};  // the first, and in the upper half the end
+
+    template <class Change>
+    bool take(Change change) {
+        uint64_t seen = left;
+        while ((uint32_t)seen < seen >> 32)
+            if (left.compare_exchange_weak(seen, change(seen))) return true;
+        return false;
+    }
+
+   public:
+    void give(int64_t first, int64_t end) { left = (uint64_t)end << 32 | (uint64_t)first; }
+
+    bool take_first(int64_t &tile) {
+        return take([&](uint64_t seen) { return tile = (uint32_t)seen, seen + 1; });
+    }
+
+    bool take_last(int64_t &tile) {
+        return take([&](uint64_t seen) { return tile = (seen >> 32) - 1, seen - ((uint64_t)1 << 32); });
+    }
+};
+
 // What a thread needs, kept from one product to the next.
 template <class Type, int TILES>
 struct Scratch {
@@ -118,7 +156,7 @@ struct Scratch {
 };
 
 // A matrix of rows of weights and what it is multiplied with: columns of `steps` pieces each.
-template <class Type>
+template <class Type, class Rows>
 struct Product {
     const char *weights;
     size_t stride;
@@ -127,18 +165,26 @@ struct Product {
     char *out;
     size_t out_stride;
 
-    // Where some rows begin; at the end of the matrix a copy that is as long.
+    static constexpr bool PACKED = std::is_same_v<Rows, Packed>;
+
+    // A block of each row of a group.
+    Rows group(const char *first, int64_t block) const {
+        if constexpr (PACKED) return {first + block * Type::BYTES * LANE_ROWS};
+        else return {first + block * Type::BYTES, stride};
+    }
+
+    // Where some rows begin; at the end of a matrix in a file a copy that is as long. Packed ones are padded.
     const char *tile(int64_t row, int64_t count, std::vector<char> &copy) const {
         const char *first = weights + row * stride;
-        if (rows - row >= count) return first;
+        if (PACKED || rows - row >= count) return first;
         copy.assign(count * stride, 0);
         std::memcpy(copy.data(), first, (rows - row) * stride);
         return copy.data();
     }
 };
 
-template <class Type, int TILES, int COLUMNS>
-int64_t multiply_some(const Product<Type> &op, Scratch<Type, TILES> &scratch, int64_t column, int64_t step, int steps, Soon &soon) {
+template <class Type, class Rows, int TILES, int COLUMNS>
+int64_t multiply_some(const Product<Type, Rows> &op, Scratch<Type, TILES> &scratch, int64_t column, int64_t step, int steps, Soon &soon) {
     for (; column + COLUMNS <= op.count; column += COLUMNS) {
         const typename Type::Piece *columns[COLUMNS];
         for (int c = 0; c < COLUMNS; c++) columns[c] = op.pieces + (column + c) * op.steps + step;
@@ -147,9 +193,9 @@ int64_t multiply_some(const Product<Type> &op, Scratch<Type, TILES> &scratch, in
     return column;
 }
 
-// One tile of rows times all columns. `next`: the tile that comes after, which is fetched meanwhile.
-template <class Type, int TILES>
-void multiply_tile(const Product<Type> &op, Scratch<Type, TILES> &scratch, int64_t number, const char *next) {
+// One tile of rows times all columns. `next`: what will be needed after it, and is fetched meanwhile.
+template <class Type, class Rows, int TILES>
+void multiply_tile(const Product<Type, Rows> &op, Scratch<Type, TILES> &scratch, int64_t number, const char *next) {
     // For few columns memory is what takes time: pieces are shorter, so that it is asked more evenly.
     const int most = (op.count > MOST_COLUMNS ? CHUNK : CHUNK / 2) / Type::STEPS;
     constexpr int ROWS = products::ROWS<TILES>;
@@ -163,15 +209,14 @@ void multiply_tile(const Product<Type> &op, Scratch<Type, TILES> &scratch, int64
         for (int b = 0; b < here; b++) {
             for (int step = 0; step < Type::STEPS; step++) soon.fetch();
             for (int t = 0; t < TILES; t++)
-                Type::unpack(rows + t * LANE_ROWS * op.stride + (first + b) * Type::BYTES, op.stride,
-                             &scratch.steps[b * Type::STEPS][t], TILES);
+                Type::unpack(op.group(rows + t * LANE_ROWS * op.stride, first + b), &scratch.steps[b * Type::STEPS][t], TILES);
         }
         const int64_t step = first * Type::STEPS;
         const int steps = here * Type::STEPS;
-        int64_t column = multiply_some<Type, TILES, MOST_COLUMNS>(op, scratch, 0, step, steps, soon);
-        column = multiply_some<Type, TILES, 4>(op, scratch, column, step, steps, soon);
-        column = multiply_some<Type, TILES, 2>(op, scratch, column, step, steps, soon);
-        multiply_some<Type, TILES, 1>(op, scratch, column, step, steps, soon);
+        int64_t column = multiply_some<Type, Rows, TILES, MOST_COLUMNS>(op, scratch, 0, step, steps, soon);
+        column = multiply_some<Type, Rows, TILES, 4>(op, scratch, column, step, steps, soon);
+        column = multiply_some<Type, Rows, TILES, 2>(op, scratch, column, step, steps, soon);
+        multiply_some<Type, Rows, TILES, 1>(op, scratch, column, step, steps, soon);
     }
     const int64_t left = op.rows - number * ROWS, count = left < ROWS ? left : ROWS;
     for (int64_t column = 0; column < op.count; column++)
@@ -179,33 +224,43 @@ void multiply_tile(const Product<Type> &op, Scratch<Type, TILES> &scratch, int64
                     count * sizeof(float));
 }
 
-// A thread's share of the tiles. One is taken before the one before it is computed, so that who will compute it fetches it.
-template <class Type, int TILES>
-void multiply_tiles(const Product<Type> &op, std::atomic<int64_t> &untaken) {
+// A thread's work: its own share of the tiles, and then of what others have left.
+template <class Type, class Rows, int TILES>
+void multiply_tiles(const Product<Type, Rows> &op, std::vector<Share> &shares, size_t thread) {
     static thread_local Scratch<Type, TILES> scratch;
-    const int64_t tiles = (op.rows + ROWS<TILES> - 1) / ROWS<TILES>;
-    for (int64_t next = untaken++, tile; (tile = next) < tiles;) {
-        next = untaken++;
-        const int64_t soon = next < tiles ? next : tile;
-        multiply_tile<Type, TILES>(op, scratch, tile, op.weights + soon * ROWS<TILES> * op.stride);
-    }
+    const size_t size = ROWS<TILES> * op.stride, ahead = op.PACKED && op.count == 1 ? AHEAD : size;
+    const auto multiply = [&](int64_t tile) {
+        multiply_tile<Type, Rows, TILES>(op, scratch, tile, op.weights + tile * size + ahead);
+    };
+    int64_t tile;
+    while (shares[thread].take_first(tile)) multiply(tile);
+    for (Share &other : shares)
+        while (other.take_last(tile)) multiply(tile);
 }
 
-template <class Type>
+template <class Type, class Rows, int TILES>
+void share_tiles(const Product<Type, Rows> &op, std::vector<Share> &shares) {
+    const int64_t tiles = (op.rows + ROWS<TILES> - 1) / ROWS<TILES>, count = shares.size();
+    for (int64_t i = 0; i < count; i++) shares[i].give(tiles * i / count, tiles * (i + 1) / count);
+}
+
+template <class Type, class Rows>
 void compute_type(const Tensor *node, int threads) {
     const Tensor *weights = node->src[0], *x = node->src[1];
     static std::vector<typename Type::Piece> pieces;  // products are computed one after the other
     const int64_t steps = x->ne[0] / STEP, count = x->ne[1];
     pieces.resize(steps * count);
-    const Product<Type> op{weights->data, weights->nb[1], weights->ne[1], steps, count, pieces.data(), node->data, node->nb[1]};
-    std::atomic<int64_t> untaken{0};
+    const Product<Type, Rows> op{weights->data, weights->nb[1], weights->ne[1], steps, count, pieces.data(), node->data, node->nb[1]};
+    std::vector<Share> shares(threads);
+    if (count > 1) share_tiles<Type, Rows, 2>(op, shares);
+    else share_tiles<Type, Rows, 1>(op, shares);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for
         for (int64_t i = 0; i < steps * count; i++)
             Type::prepare((const float *)(x->data + i / steps * x->nb[1]) + i % steps * STEP, pieces[i]);
-        if (count > 1) multiply_tiles<Type, 2>(op, untaken);
-        else multiply_tiles<Type, 1>(op, untaken);
+        if (count > 1) multiply_tiles<Type, Rows, 2>(op, shares, this_thread());
+        else multiply_tiles<Type, Rows, 1>(op, shares, this_thread());
     }
 }
 
@@ -220,8 +275,37 @@ bool takes(const Tensor *node) {
     return Known::find(weights->type, [](auto) {});
 }
 
-void compute(const Tensor *node, int threads) {
-    Known::find(node->src[0]->type, [=](auto type) { compute_type<decltype(type)>(node, threads); });
+// `packed`: the weights lie as `pack` left them.
+void compute(const Tensor *node, int threads, bool packed) {
+    Known::find(node->src[0]->type, [=](auto type) {
+        if (packed) compute_type<decltype(type), Packed>(node, threads);
+        else compute_type<decltype(type), InFile>(node, threads);
+    });
+}
+
+// Bytes of weights that are packed: whole tiles.
+size_t packed_size(const Tensor *weights) {
+    const int64_t rows = weights->ne[1] * weights->ne[2] * weights->ne[3];
+    return (rows + ROWS<2> - 1) / ROWS<2> * ROWS<2> * weights->nb[1];
+}
+
+// Calls what is given with the packing of a matrix and the bytes of a block.
+template <class Do>
+void with_packing(const Tensor *weights, Do what) {
+    Known::find(weights->type, [=](auto type) {
+        using Type = decltype(type);
+        what(Packing<Type>{weights->data, (int64_t)weights->nb[1] / Type::BYTES}, Type::BYTES);
+    });
+}
+
+// Puts whole blocks, as they lie in a file, so many bytes from its beginning on, into a matrix that is packed.
+void pack(const Tensor *weights, const char *file, size_t offset, size_t size) {
+    with_packing(weights, [=](auto packing, size_t block) { packing.pack(file, offset / block, size / block); });
+}
+
+// And gets them back.
+void unpack(const Tensor *weights, char *file, size_t offset, size_t size) {
+    with_packing(weights, [=](auto packing, size_t block) { packing.unpack(file, offset / block, size / block); });
 }
 
 }  // namespace
@@ -234,7 +318,10 @@ namespace {
 
 constexpr bool AVAILABLE = false;
 bool takes(const Tensor *) { return false; }
-void compute(const Tensor *, int) {}
+void compute(const Tensor *, int, bool) {}
+size_t packed_size(const Tensor *) { return 0; }
+void pack(const Tensor *, const char *, size_t, size_t) {}
+void unpack(const Tensor *, char *, size_t, size_t) {}
 
 }  // namespace
 }  // namespace products

@@ -45,6 +45,7 @@ class LlamaRunner:
         self.grid = settings.grid
         self.accelerated = not settings.gpu_layers and accelerator.offer()
         self.own_products = self.accelerated and settings.own_products and accelerator.multiplies()
+        accelerator.keep_weights(self.own_products)
         self.model = _load(settings, settings.repack and not self.own_products, tell)
         self._context, self.own_attention = _context(self.model, settings, self.accelerated)
         self._memory = native.llama_get_memory(self._context)

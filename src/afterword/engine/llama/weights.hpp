@@ -1,4 +1,4 @@
-// Weights as they lie in a file, unpacked a row to a lane, and activations as they are multiplied with them.
+// Weights unpacked into numbers, a row to a lane, and activations as they are multiplied with them.
 //
 // Quantized weights become bytes, which are multiplied with activations that are rounded to 8 bits, 32 at a time, as
 // llama.cpp does; others become floats, and activations stay what they are.
@@ -9,22 +9,12 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../lanes.hpp"
-
-#ifdef __ARM_FEATURE_DOTPROD
-#include <arm_neon.h>
-#else
-#include <immintrin.h>
-#endif
+#include "packing.hpp"
 
 namespace products {
 namespace {
 
-using Bytes = wide_ints;  // of each lane's row 4 bytes
-using Floats = wide;      // of each lane's row one
-
 constexpr int STEP = 32;  // elements
-constexpr int LANE_ROWS = WIDE;
 
 // A step of a row for each lane, as bytes: weights, what a unit of them is worth in each half, what is taken off.
 struct ByteStep {
@@ -126,48 +116,6 @@ void round_piece(const float *from, BytePiece &to) {
 
 // ---- weights
 
-// 16 bytes of every fourth row.
-inline Bytes read_rows(const char *from, size_t stride) {
-#if defined(__AVX512F__)
-    __m512i x = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)from));
-    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(from + 4 * stride)), 1);
-    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(from + 8 * stride)), 2);
-    return (Bytes)_mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(from + 12 * stride)), 3);
-#elif defined(__AVX2__)
-    return (Bytes)_mm256_loadu2_m128i((const __m128i *)(from + 4 * stride), (const __m128i *)from);
-#else
-    Bytes x;
-    for (int i = 0; i < LANE_ROWS / 4; i++) std::memcpy((char *)&x + 16 * i, from + 4 * i * stride, 16);
-    return x;
-#endif
-}
-
-#ifdef __AVX512F__
-#define WITHIN_FOURS(a, b, c, d) a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12
-#else
-#define WITHIN_FOURS(a, b, c, d) a, b, c, d, a + 4, b + 4, c + 4, d + 4
-#endif
-
-// Four numbers of 32 bits from each row: the first of every row, the second, and so on.
-inline void read_columns(const char *from, size_t stride, Bytes (&to)[4]) {
-    Bytes r[4], a[4];
-    for (int i = 0; i < 4; i++) r[i] = read_rows(from + i * stride, stride);
-    for (int i = 0; i < 2; i++) {
-        a[2 * i] = SHUFFLE(r[2 * i], r[2 * i + 1], WITHIN_FOURS(0, WIDE, 1, WIDE + 1));
-        a[2 * i + 1] = SHUFFLE(r[2 * i], r[2 * i + 1], WITHIN_FOURS(2, WIDE + 2, 3, WIDE + 3));
-    }
-    for (int i = 0; i < 2; i++) {
-        to[2 * i] = SHUFFLE(a[i], a[i + 2], WITHIN_FOURS(0, 1, WIDE, WIDE + 1));
-        to[2 * i + 1] = SHUFFLE(a[i], a[i + 2], WITHIN_FOURS(2, 3, WIDE + 2, WIDE + 3));
-    }
-}
-
-inline Floats read_halves(const char *from, size_t stride) {
-    alignas(32) half bits[LANE_ROWS];
-    for (int i = 0; i < LANE_ROWS; i++) std::memcpy(&bits[i], from + i * stride, 2);
-    return widen_all(bits);
-}
-
 inline Floats to_floats(Bytes x) { return __builtin_convertvector(x, Floats); }
 
 // Some bits of every byte; the shift must not bring in bits of the next byte that the mask lets through.
@@ -184,55 +132,60 @@ struct Quantized {
     using Step = ByteStep;
     using Piece = BytePiece;
     static constexpr bool SIGNED = false, HALVES = false, LEAST = false;
+    static constexpr int HALF_AT = -1;
     static void prepare(const float *from, Piece &to) { round_piece(from, to); }
 };
 
 struct Q8_0 : Quantized {
-    static constexpr int ID = 8, BYTES = 34, STEPS = 1, EXCESS = MIXED ? 128 : 0;
+    static constexpr int ID = 8, BYTES = 34, STEPS = 1, HALF_AT = 0, EXCESS = MIXED ? 128 : 0;
     static constexpr bool SIGNED = !MIXED;
 
-    static void unpack(const char *from, size_t stride, ByteStep *to, int) {
+    template <class Rows>
+    static void unpack(Rows rows, ByteStep *to, int) {
         for (int part = 0; part < 2; part++) {
             Bytes columns[4];
-            read_columns(from + 2 + 16 * part, stride, columns);
+            rows.columns(2 + 16 * part, columns);
             for (int i = 0; i < 4; i++) to->weights[4 * part + i] = MIXED ? columns[i] ^ (int32_t)0x80808080 : columns[i];
         }
-        to->scales[0] = read_halves(from, stride);
+        to->scales[0] = rows.halves(0);
     }
 };
 
 struct Q4_0 : Quantized {
-    static constexpr int ID = 2, BYTES = 18, STEPS = 1, EXCESS = 8;
+    static constexpr int ID = 2, BYTES = 18, STEPS = 1, HALF_AT = 0, EXCESS = 8;
 
-    static void unpack(const char *from, size_t stride, ByteStep *to, int) {
+    template <class Rows>
+    static void unpack(Rows rows, ByteStep *to, int) {
         Bytes columns[4];
-        read_columns(from + 2, stride, columns);
+        rows.columns(2, columns);
         for (int i = 0; i < 8; i++) to->weights[i] = nibbles(columns[i % 4], i / 4);
-        to->scales[0] = read_halves(from, stride);
+        to->scales[0] = rows.halves(0);
     }
 };
 
 struct Q5_0 : Quantized {
-    static constexpr int ID = 6, BYTES = 22, STEPS = 1, EXCESS = 16;
+    static constexpr int ID = 6, BYTES = 22, STEPS = 1, HALF_AT = 0, EXCESS = 16;
 
-    static void unpack(const char *from, size_t stride, ByteStep *to, int) {
-        Bytes fifth, columns[4];
-        for (int i = 0; i < LANE_ROWS; i++) std::memcpy((char *)&fifth + 4 * i, from + i * stride + 2, 4);
-        read_columns(from + 6, stride, columns);
+    template <class Rows>
+    static void unpack(Rows rows, ByteStep *to, int) {
+        Bytes columns[4];
+        const Bytes fifth = rows.column(2);
+        rows.columns(6, columns);
         for (int i = 0; i < 8; i++) {
             // Four bits to four bytes: copies of them, each moved seven bits further than the one before.
             const Bytes spread = bits(((fifth >> 4 * i) & 15) * 0x00204081, 0, 1);
             to->weights[i] = nibbles(columns[i % 4], i / 4) | spread << 4;
         }
-        to->scales[0] = read_halves(from, stride);
+        to->scales[0] = rows.halves(0);
     }
 };
 
 // Scales and least values of Q4_K and Q5_K: 6 bits each, eight of either, packed into 12 bytes behind two halves.
-inline void unpack_header(const char *from, size_t stride, ByteStep *to, int apart) {
+template <class Rows>
+inline void unpack_header(Rows rows, ByteStep *to, int apart) {
     Bytes header[4];
-    read_columns(from, stride, header);
-    const Floats scale = read_halves(from, stride), least = read_halves(from + 2, stride);
+    rows.columns(0, header);
+    const Floats scale = lower_halves(header[0]), least = upper_halves(header[0]);
     const Bytes scales[2] = {bits(header[1], 0, 0x3f), bits(header[3], 0, 0x0f) | bits(header[1], 2, 0x30)};
     const Bytes leasts[2] = {bits(header[2], 0, 0x3f), bits(header[3], 4, 0x0f) | bits(header[2], 2, 0x30)};
 #pragma GCC unroll 8
@@ -246,11 +199,12 @@ struct Q4_K : Quantized {
     static constexpr int ID = 12, BYTES = 144, STEPS = 8, EXCESS = 0;
     static constexpr bool LEAST = true;
 
-    static void unpack(const char *from, size_t stride, ByteStep *to, int apart) {
-        unpack_header(from, stride, to, apart);
+    template <class Rows>
+    static void unpack(Rows rows, ByteStep *to, int apart) {
+        unpack_header(rows, to, apart);
         for (int part = 0; part < 8; part++) {  // 16 bytes: half of two steps
             Bytes columns[4];
-            read_columns(from + 16 + 16 * part, stride, columns);
+            rows.columns(16 + 16 * part, columns);
             ByteStep *pair = to + part / 2 * 2 * apart;
             for (int i = 0; i < 4; i++) {
                 pair[0].weights[part % 2 * 4 + i] = nibbles(columns[i], 0);
@@ -264,14 +218,15 @@ struct Q5_K : Quantized {
     static constexpr int ID = 13, BYTES = 176, STEPS = 8, EXCESS = 0;
     static constexpr bool LEAST = true;
 
-    static void unpack(const char *from, size_t stride, ByteStep *to, int apart) {
-        unpack_header(from, stride, to, apart);
+    template <class Rows>
+    static void unpack(Rows rows, ByteStep *to, int apart) {
+        unpack_header(rows, to, apart);
         Bytes fifth[2][4];
-        for (int half = 0; half < 2; half++) read_columns(from + 16 + 16 * half, stride, fifth[half]);
+        for (int half = 0; half < 2; half++) rows.columns(16 + 16 * half, fifth[half]);
 #pragma GCC unroll 8
         for (int part = 0; part < 8; part++) {
             Bytes columns[4];
-            read_columns(from + 48 + 16 * part, stride, columns);
+            rows.columns(48 + 16 * part, columns);
             const int step = part / 2 * 2;
             for (int i = 0; i < 4; i++) {
                 const Bytes high = fifth[part % 2][i];
@@ -283,15 +238,16 @@ struct Q5_K : Quantized {
 };
 
 struct Q6_K : Quantized {
-    static constexpr int ID = 14, BYTES = 210, STEPS = 8, EXCESS = 32;
+    static constexpr int ID = 14, BYTES = 210, STEPS = 8, HALF_AT = 208, EXCESS = 32;
     static constexpr bool HALVES = true;
 
-    static void unpack(const char *from, size_t stride, ByteStep *to, int apart) {
+    template <class Rows>
+    static void unpack(Rows rows, ByteStep *to, int apart) {
         for (int quarter = 0; quarter < 4; quarter++) {  // 16 bytes of high bits: half of four steps
             Bytes high[4], low[2][4];
             const int four = quarter / 2, part = quarter % 2;
-            read_columns(from + 128 + 16 * quarter, stride, high);
-            for (int j = 0; j < 2; j++) read_columns(from + 64 * four + 32 * j + 16 * part, stride, low[j]);
+            rows.columns(128 + 16 * quarter, high);
+            for (int j = 0; j < 2; j++) rows.columns(64 * four + 32 * j + 16 * part, low[j]);
 #pragma GCC unroll 4
             for (int s = 0; s < 4; s++) {
 #pragma GCC unroll 4
@@ -302,8 +258,8 @@ struct Q6_K : Quantized {
             }
         }
         Bytes scales[4];
-        read_columns(from + 192, stride, scales);
-        const Floats scale = read_halves(from + 208, stride);
+        rows.columns(192, scales);
+        const Floats scale = rows.halves(208);
 #pragma GCC unroll 16
         for (int i = 0; i < 16; i++)
             to[i / 2 * apart].scales[i % 2] = scale * signed_byte(scales[i / 4], i % 4);
@@ -318,18 +274,19 @@ struct Plain {
     struct Piece {
         float elements[STEP];
     };
-    static constexpr int STEPS = 1;
+    static constexpr int STEPS = 1, HALF_AT = -1;
     static void prepare(const float *from, Piece &to) { std::memcpy(to.elements, from, sizeof to.elements); }
 };
 
 struct Float32 : Plain {
     static constexpr int ID = 0, BYTES = 4 * STEP;
 
-    static void unpack(const char *from, size_t stride, Step *to, int) {
+    template <class Rows>
+    static void unpack(Rows rows, Step *to, int) {
 #pragma GCC unroll 8
         for (int i = 0; i < STEP; i += 4) {
             Bytes columns[4];
-            read_columns(from + 4 * i, stride, columns);
+            rows.columns(4 * i, columns);
             for (int j = 0; j < 4; j++) to->weights[i + j] = (Floats)columns[j];
         }
     }
@@ -339,22 +296,17 @@ struct Float32 : Plain {
 struct Float16 : Plain {
     static constexpr int ID = 1, BYTES = 2 * STEP;
 
-    static Floats lower(Bytes x) {
-#ifdef __AVX512F__
-        return (Floats)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)x));
-#else
-        return from_half(x & 0xffff);
-#endif
-    }
-    static Floats upper(Bytes x) { return lower(x >> 16); }
-    static void unpack(const char *from, size_t stride, Step *to, int) { unpack_two<Float16>(from, stride, to); }
+    static Floats lower(Bytes x) { return lower_halves(x); }
+    static Floats upper(Bytes x) { return upper_halves(x); }
+    template <class Rows>
+    static void unpack(Rows rows, Step *to, int) { unpack_two<Float16>(rows, to); }
 
-    template <class Type>
-    static void unpack_two(const char *from, size_t stride, Step *to) {
+    template <class Type, class Rows>
+    static void unpack_two(Rows rows, Step *to) {
 #pragma GCC unroll 4
         for (int i = 0; i < STEP; i += 8) {
             Bytes columns[4];
-            read_columns(from + 2 * i, stride, columns);
+            rows.columns(2 * i, columns);
             for (int j = 0; j < 4; j++) {
                 to->weights[i + 2 * j] = Type::lower(columns[j]);
                 to->weights[i + 2 * j + 1] = Type::upper(columns[j]);
@@ -368,7 +320,8 @@ struct BFloat16 : Plain {
 
     static Floats lower(Bytes x) { return (Floats)(x << 16); }
     static Floats upper(Bytes x) { return (Floats)(x & (int32_t)0xffff0000); }
-    static void unpack(const char *from, size_t stride, Step *to, int) { Float16::unpack_two<BFloat16>(from, stride, to); }
+    template <class Rows>
+    static void unpack(Rows rows, Step *to, int) { Float16::unpack_two<BFloat16>(rows, to); }
 };
 
 template <class... Types>
