@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 F32, Q8_0 = 0, 8
-BLOCKS = {F32: (1, 4), Q8_0: (32, 34)}  # elements and bytes of a block
+BLOCKS = {F32: (1, 4), Q8_0: (32, 34), 9: (32, 40), 26: (1, 4), 28: (1, 8)}  # elements and bytes of a block
 
 VALUES: Mapping[str, object] = {
     "general.architecture": "llama",
@@ -24,7 +24,7 @@ VALUES: Mapping[str, object] = {
     "tokenizer.ggml.scores": [0.0, 0.0, -1.0, -2.0, -3.0],
     "tokenizer.ggml.add_bos_token": True,
 }
-TENSORS: Mapping[str, tuple[tuple[int, ...], int]] = {
+TENSORS: dict[str, tuple[tuple[int, ...], int]] = {
     "token_embd.weight": ((32, 5), Q8_0),
     "output_norm.weight": ((32,), F32),
     "blk.0.attn_q.weight": ((32, 32), Q8_0),

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-from ggufs import gguf, write
+from ggufs import TENSORS, gguf, write
 
 from afterword.errors import SettingError
 from afterword.models.gguf import read_facts
@@ -51,6 +51,21 @@ def test_what_would_end_the_engine_is_refused(tmp_path: Path, changes: dict[str,
 )
 def test_what_it_can_bear_is_not(tmp_path: Path, changes: dict[str, object]) -> None:
     assert read_facts(write(tmp_path / "m.gguf", gguf(changes))).architecture == "llama"
+
+
+@pytest.mark.parametrize(("number", "name"), [(9, "Q8_1"), (26, "I32"), (28, "F64")])
+def test_types_that_are_never_multiplied_with_are_refused(tmp_path: Path, number: int, name: str) -> None:
+    tensors = TENSORS | {"output.weight": ((32, 5), number)}
+    with pytest.raises(SettingError) as caught:
+        read_facts(write(tmp_path / "m.gguf", gguf(tensors=tensors)))
+    assert caught.value.message.endswith(f"is damaged: it has weights of type {name}.")
+
+
+def test_tables_of_experts_are_whole_numbers(tmp_path: Path) -> None:
+    values = {"general.architecture": "deepseek4"}
+    values |= {f"deepseek4.{name}": number for name, number in (("block_count", 2), ("embedding_length", 32))}
+    tensors = TENSORS | {"blk.0.ffn_gate_tid2eid.weight": ((6, 5), 26)}
+    assert read_facts(write(tmp_path / "m.gguf", gguf(values, tensors))).architecture == "deepseek4"
 
 
 def test_heads_that_are_rotated_in_part_are_another_architectures_affair(tmp_path: Path) -> None:

@@ -20,11 +20,16 @@ TURNED_WHOLE = frozenset(
     )
 )
 """Architectures whose attention heads are rotated whole."""
+NEVER_MULTIPLIED = frozenset(("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"))
+"""Types that ggml has no products for."""
+BY_TABLE = frozenset(("deepseek4",))
+"""Architectures with tables of whole numbers: which experts each token has."""
 
 
 def check_sound(path: Path, architecture: str, header: Header) -> None:
     """Refuse what would end the engine. Raises `SettingError`."""
-    fault = _layers(architecture, header) or _numbers(architecture, header) or _tokens(header)
+    fault = _layers(architecture, header) or _numbers(architecture, header)
+    fault = fault or _types(architecture, header) or _tokens(header)
     if fault:
         raise SettingError(f"{path} is damaged: {fault}.")
 
@@ -57,6 +62,13 @@ def _numbers(architecture: str, header: Header) -> str | None:
         if turned != length:
             return f"{turned} of the {length} elements of its heads are rotated"
     return None
+
+
+def _types(architecture: str, header: Header) -> str | None:
+    wrong = NEVER_MULTIPLIED & set(header.tensor_bytes)
+    if architecture in BY_TABLE:
+        wrong -= {"I32"}
+    return f"it has weights of type {min(wrong)}" if wrong else None
 
 
 def _tokens(header: Header) -> str | None:
