@@ -14,7 +14,8 @@ from time import thread_time
 import numpy as np
 from numpy.typing import NDArray
 
-from afterword.engine.core.sampler import Sampler, edits, uniform
+from afterword.engine.core.plain import number
+from afterword.engine.core.sampler import Sampler, edits, seed_of
 from afterword.engine.protocol import Job, Sampling
 
 Rows = NDArray[np.float32]
@@ -60,7 +61,9 @@ def main() -> None:
         _measure(
             lambda: [_report_before(row, token, 5) for row, token in zip(flat, following, strict=True)], len(flat)
         ),
-        _measure(lambda: sampler.score(flat, following, 5), len(flat), options.repeat),
+        _measure(
+            lambda: sampler.score(sampler.look(flat, [True] * len(flat)), following, 5), len(flat), options.repeat
+        ),
         options,
     )
 
@@ -96,8 +99,8 @@ def _now(rows: Rows, job: Job, counts: dict[int, int]) -> Callable[[], object]:
 
     def work() -> None:
         position = next(positions)
-        for index, row in enumerate(rows):
-            sampler.sample(row, job, (index,), position, counts)
+        for index, look in enumerate(sampler.look(rows, [job.alternatives is not None] * len(rows))):
+            sampler.sample(look, job, (index,), position, counts)
 
     return work
 
@@ -108,7 +111,7 @@ def _before(rows: Rows, job: Job, counts: dict[int, int]) -> Callable[[], object
             ids, values = edits(row, job.sampling, job.prompt, counts, ())
             edited = row.copy() if len(ids) else row
             edited[ids] = values
-            token = _choose_before(edited, job.sampling, uniform(KEY, index, 0))
+            token = _choose_before(edited, job.sampling, number(seed_of(KEY, index, 0), 0))
             if job.alternatives is not None:
                 _report_before(row, token, job.alternatives)
 

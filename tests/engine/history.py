@@ -74,7 +74,9 @@ def alone(job: Job, sample: int) -> list[int]:
     history, generated = list(job.prompt), []
     while len(generated) < job.max_tokens:
         counts = {token: generated.count(token) for token in generated}
-        token = Sampler().sample(logits_after(history), job, (sample,), len(generated), counts)[0].id
+        sampler = Sampler()
+        (look,) = sampler.look(logits_after(history)[None], [False])
+        token = sampler.sample(look, job, (sample,), len(generated), counts)[0].id
         history.append(token)
         generated.append(token)
         if token in job.ends:
@@ -86,8 +88,8 @@ def scores(job: Job) -> list[Token]:
     """What a job is told about its prompt's tokens, computed without any scheduler."""
     if job.prompt_alternatives is None:
         return []
-    rows = [logits_after(list(job.prompt[:end])) for end in range(1, len(job.prompt))]
-    return [
-        Sampler().score(row[None], (t,), job.prompt_alternatives)[0]
-        for row, t in zip(rows, job.prompt[1:], strict=True)
-    ]
+    sampler, scored = Sampler(), []
+    for end, token in enumerate(job.prompt[1:], 1):
+        looks = sampler.look(logits_after(list(job.prompt[:end]))[None], [True])
+        scored += sampler.score(looks, (token,), job.prompt_alternatives)
+    return scored

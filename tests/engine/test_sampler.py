@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pytest
@@ -11,10 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afterword.engine.core import sampler
+from afterword.engine.core.plain import Plain, number
+from afterword.engine.core.rows import FILE, Compiled
 from afterword.engine.core.sampler import Sampler
 from afterword.engine.protocol import Job, Sampling, Token
 
 KEY = b"k" * 16
+
+
+@pytest.fixture(scope="module", autouse=True, params=["compiled", "plain"])
+def chosen_walks(request) -> Iterator[None]:
+    if request.param == "compiled" and not FILE.exists():
+        pytest.skip("no C++ compiler built the library")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "walks", {"plain": Plain, "compiled": Compiled}[request.param])
+        yield
+
+
 VOCABULARY = 151_936
 EIGHT = np.array([2.0, 1.5, 1.0, 0.0, -1.0, -1.0, 0.5, 1.9], np.float32)
 
@@ -31,8 +45,19 @@ def job(wanted: Sampling, **fields: object) -> Job:
     return Job(prompt=(0,), samples=1, max_tokens=1, sampling=wanted, ends=(), key=KEY, **fields)  # type: ignore[arg-type]
 
 
+def sampled(row: np.ndarray, job: Job, samples: Iterable[int], position: int = 0, counts: dict[int, int] | None = None):
+    sampler = Sampler()
+    (look,) = sampler.look(row[None], [job.alternatives is not None])
+    return sampler.sample(look, job, list(samples), position, counts or {})
+
+
+def scored(rows: np.ndarray, tokens: list[int], alternatives: int) -> list[Token]:
+    sampler = Sampler()
+    return sampler.score(sampler.look(rows, [True] * len(rows)), tokens, alternatives)
+
+
 def drawn(row: np.ndarray, wanted: Sampling, draws: int, position: int = 0) -> list[int]:
-    return [token.id for token in Sampler().sample(row, job(wanted), range(draws), position, {})]
+    return [token.id for token in sampled(row, job(wanted), range(draws), position)]
 
 
 def probabilities(row: np.ndarray, wanted: Sampling) -> np.ndarray:
@@ -133,15 +158,6 @@ def test_all_mass_on_one_token(wanted):
     assert drawn(row, wanted, 50) == [650] * 50
 
 
-@pytest.mark.parametrize("draw", [0.0, 0.3, 0.5, 0.9999999, 1 - 2.0**-53])
-def test_what_weighs_nothing_is_never_picked(draw):
-    weights = np.array([0, 0, 0.1, 0, 0.1, 0, 0], np.float32)
-    index, rest = sampler._pick(weights, draw)
-    assert index == (2 if draw < 0.5 else 4)
-    assert 0 <= rest < 1
-    assert (index - 2) / 4 + rest / 2 == pytest.approx(draw, abs=1e-6)
-
-
 def test_a_nucleus_in_a_whole_vocabulary():
     row = wide(2.0, VOCABULARY)
     weights = np.exp(row.astype(np.float64))
@@ -160,7 +176,7 @@ def test_zero_temperature_takes_the_likeliest_and_ties_go_to_the_lower_id(row):
 def test_zero_temperature_sees_the_edits():
     row = np.array([5.0, 4.0, 4.0], np.float32)
     wanted = job(sampling(temperature=0.0, presence_penalty=1.5))
-    assert Sampler().sample(row, wanted, (0,), 1, {0: 1}) == [Token(1)]
+    assert sampled(row, wanted, [0], 1, {0: 1}) == [Token(1)]
     assert row[0] == 5
 
 
@@ -172,30 +188,30 @@ def test_small_temperatures_keep_their_precision(temperature):
     assert share == pytest.approx(1 / (1 + math.exp(-gap)), abs=0.02)
 
 
-@given(st.binary(min_size=1, max_size=16), st.integers(0, 200), st.integers(0, 10**6), st.integers(0, 20))
-def test_uniform_depends_on_its_arguments_alone(key, sample, position, attempt):
-    value = sampler.uniform(key, sample, position, attempt)
-    assert 0 <= value < 1
-    assert value == sampler.uniform(key, sample, position, attempt)
-    assert value != sampler.uniform(key, sample + 1, position, attempt)
-    assert value != sampler.uniform(key, sample, position + 1, attempt)
-    assert value != sampler.uniform(key, sample, position, attempt + 1)
+@given(st.binary(min_size=1, max_size=16), st.integers(0, 200), st.integers(0, 10**6))
+def test_a_seed_depends_on_its_arguments_alone(key, sample, position):
+    seed = sampler.seed_of(key, sample, position)
+    assert 0 <= seed < 2**64
+    assert seed == sampler.seed_of(key, sample, position)
+    assert seed != sampler.seed_of(key, sample + 1, position)
+    assert seed != sampler.seed_of(key, sample, position + 1)
 
 
-def test_the_numbers_of_a_seed_do_not_change():
-    assert sampler.uniform(KEY, 1, 2) == sampler.uniform(KEY, 1, 2, 0) == 0.45604927273710116
-    assert sampler.uniform(KEY, 1, 2, 1) == 0.3298157499868104
+def test_seeds_do_not_change():
+    assert number(sampler.seed_of(KEY, 1, 2), 0) == 0.45604927273710116
 
 
 def test_a_draw_depends_on_nothing_drawn_before_or_beside_it():
     flat, peaked = wide(0.5), wide(4.0)
     wanted = job(sampling(top_p=0.6, temperature=0.8), alternatives=3)
     used = Sampler()
-    together = used.sample(flat, wanted, range(30), 4, {7: 2})
+    look, other = used.look(np.stack([flat, peaked]), [True, True])
+    (third,) = used.look(EIGHT[None], [False])
+    together = used.sample(look, wanted, range(30), 4, {7: 2})
     for sample in reversed(range(30)):
-        used.sample(peaked, wanted, (sample,), 9, {})
-        used.sample(EIGHT, job(sampling(min_p=0.5)), (sample,), 9, {})
-        assert used.sample(flat, wanted, (sample,), 4, {7: 2}) == [together[sample]]
+        used.sample(other, wanted, (sample,), 9, {})
+        used.sample(third, job(sampling(min_p=0.5)), (sample,), 9, {})
+        assert used.sample(look, wanted, (sample,), 4, {7: 2}) == [together[sample]]
 
 
 def test_penalties_follow_the_documented_formula():
@@ -242,10 +258,10 @@ def test_ends_are_never_chosen_before_min_tokens():
     row = np.array([9.0, 5.0, 0.0], np.float32)
     for wanted in (sampling(), sampling(temperature=0.0), sampling(top_p=0.9), sampling(top_k=2)):
         waiting = Job((0,), 1, 9, wanted, (0, 1), KEY, min_tokens=5, alternatives=1)
-        tokens = Sampler().sample(row, waiting, range(20), 4, {})
+        tokens = sampled(row, waiting, range(20), 4)
         assert {token.id for token in tokens} == {2}
         assert tokens[0].top[0][0] == 0  # what is reported is the unmodified row
-        assert Sampler().sample(row, waiting, (0,), 5, {})[0].id != 2
+        assert sampled(row, waiting, [0], 5)[0].id != 2
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.2, 2.0])
@@ -269,14 +285,14 @@ def test_log_probabilities_are_the_log_softmax_of_the_row(row, data):
     token = data.draw(st.integers(0, len(row) - 1))
     exact = row.astype(np.float64)
     expected = exact - exact.max() - math.log(np.exp(exact - exact.max()).sum())
-    scored = Sampler().score(row[None], (token,), 3)[0]
-    assert scored.id == token
-    assert scored.logprob == pytest.approx(expected[token], abs=1e-6)
-    assert scored.rank == 1 + sum(row > row[token])
-    top = dict(scored.top)
+    (found,) = scored(row[None], [token], 3)
+    assert found.id == token
+    assert found.logprob == pytest.approx(expected[token], abs=1e-6)
+    assert found.rank == 1 + sum(row > row[token])
+    top = dict(found.top)
     assert list(top) == sorted(range(len(row)), key=lambda i: (-row[i], i))[:3]
     assert list(top.values()) == pytest.approx([expected[i] for i in top], abs=1e-6)
-    assert top.get(token, scored.logprob) == scored.logprob  # the same float, not one close to it
+    assert top.get(token, found.logprob) == found.logprob  # the same float, not one close to it
 
 
 @pytest.mark.parametrize("sharpness", [0.0, 0.1, 2.0, 8.0])
@@ -284,7 +300,7 @@ def test_log_probabilities_in_a_whole_vocabulary(sharpness):
     row = wide(sharpness, VOCABULARY)
     exact = row.astype(np.float64)
     total = exact.max() + math.log(np.exp(exact - exact.max()).sum())
-    assert Sampler().score(row[None], (7,), 0)[0].logprob == pytest.approx(exact[7] - total, abs=1e-6)
+    assert scored(row[None], [7], 0)[0].logprob == pytest.approx(exact[7] - total, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -293,45 +309,33 @@ def test_log_probabilities_in_a_whole_vocabulary(sharpness):
 def test_a_sampled_token_is_reported_as_it_would_be_scored(wanted):
     """However it was chosen: with the very same floats."""
     row = wide(3.0)
-    for token in Sampler().sample(row, job(wanted, alternatives=5), range(20), 0, {1: 1}):
-        scored = Sampler().score(row[None], (token.id,), 5)[0]
-        assert token == Token(scored.id, scored.logprob, scored.top)
+    for token in sampled(row, job(wanted, alternatives=5), range(20), 0, {1: 1}):
+        (found,) = scored(row[None], [token.id], 5)
+        assert token == Token(found.id, found.logprob, found.top)
 
 
 def test_nothing_is_reported_unless_asked_for():
-    assert Sampler().sample(EIGHT, job(sampling()), (0,), 0, {})[0].logprob is None
-    assert Sampler().sample(EIGHT, job(sampling(), alternatives=0), (0,), 0, {})[0].top == ()
+    assert sampled(EIGHT, job(sampling()), [0])[0].logprob is None
+    assert sampled(EIGHT, job(sampling(), alternatives=0), [0])[0].top == ()
 
 
 @pytest.mark.parametrize("size", [1, 24, 255, 256, 257, 5000, 50_257])
 def test_a_rows_bits_depend_on_no_other_row_and_on_no_address(size):
     matrix = np.random.default_rng(1).normal(0, 3, (7, size)).astype(np.float32)
     tokens = [size // 2] * 7
-    together = Sampler().score(matrix, tokens, 5)
-    assert Sampler().score(matrix[3:5], tokens[3:5], 5) == together[3:5]
+    together = scored(matrix, tokens, 5)
+    assert scored(matrix[3:5], tokens[3:5], 5) == together[3:5]
     shifted = np.empty(size + 3, np.float32)
     for index, row in enumerate(matrix):
         for offset in range(3):
             shifted[offset : offset + size] = row
-            assert Sampler().score(shifted[None, offset : offset + size], tokens[:1], 5) == [together[index]]
+            assert scored(shifted[None, offset : offset + size], tokens[:1], 5) == [together[index]]
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("wanted", [*FILTERS, sampling(temperature=0.0), sampling(logit_bias=((1, 3.0),))], ids=str)
 def test_a_broken_row_gives_a_token_and_no_exception(broken, wanted):
     for row in (np.full(300, broken, np.float32), np.append(wide(1.0, 300), np.float32(broken))):
-        token = Sampler().sample(row, job(wanted, alternatives=2), (0,), 0, {})[0]
+        token = sampled(row, job(wanted, alternatives=2), [0])[0]
         assert 0 <= token.id < len(row)
-        Sampler().score(row[None], (0,), 2)
-
-
-@given(st.one_of(rows, tied_rows), st.integers(1, 700))
-def test_likeliest_is_the_head_of_a_stable_sort(row, count):
-    expected = sorted(range(len(row)), key=lambda i: (-row[i], i))[:count]
-    assert sampler.likeliest(row, count).tolist() == expected
-
-
-def test_likeliest_when_all_are_in_one_block():
-    row = np.zeros(VOCABULARY, np.float32)
-    row[1000:1010] = range(1, 11)
-    assert sampler.likeliest(row, 12).tolist() == [*range(1009, 999, -1), 0, 1]
+        scored(row[None], [0], 2)

@@ -6,10 +6,10 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 
 from afterword.engine.core.batch import Batch, Logits, Row, Runner
-from afterword.engine.core.rows import walks
-from afterword.engine.core.sampler import Sampler
+from afterword.engine.core.sampler import Look, Sampler, walks
 from afterword.engine.core.scheduler import LEAST_PASS, Begun, Scheduler
 from afterword.engine.core.sequence import Sequence
 from afterword.engine.protocol import End, Job, Load, Meter, Step, Token
@@ -88,12 +88,17 @@ class Loop:
         self._measure(batch, seconds)
         prompt = self._scheduler.at(batch.rows[0].slot).catching_up
         self._made = (prompt, sum(len(row.tokens) for row in batch.rows), seconds)
-        first = 0
+        looks = iter(self._look(batch, logits))
         for row in batch.rows:
             sequence = self._scheduler.at(row.slot)
-            self._postprocess(row, sequence, logits[first : first + row.outputs], drafts[sequence.work.run])
-            first += row.outputs
+            self._postprocess(row, sequence, list(islice(looks, row.outputs)), drafts[sequence.work.run])
         return {run: draft.step() for run, draft in drafts.items()}
+
+    def _look(self, batch: Batch, logits: Logits) -> list[Look]:
+        """At what was computed, all at once. Log probabilities are wanted of prompts or of tokens."""
+        jobs = [self._scheduler.at(row.slot).work.job for row in batch.rows for _ in range(row.outputs)]
+        reported = [job.prompt_alternatives is not None or job.alternatives is not None for job in jobs]
+        return self._sampler.look(logits, reported)
 
     def _measure(self, batch: Batch, seconds: float) -> None:
         """Follow the speed of passes over prompts: down at once, since running sequences wait for them; up slowly.
@@ -105,34 +110,34 @@ class Loop:
             pace = tokens / seconds
             self._pace = pace if self._pace is None else min(pace, 0.75 * self._pace + 0.25 * pace)
 
-    def _postprocess(self, row: Row, sequence: Sequence, logits: Logits, draft: _Draft) -> None:
+    def _postprocess(self, row: Row, sequence: Sequence, looks: list[Look], draft: _Draft) -> None:
         job = sequence.work.job
         scores: list[Token] = []
         if job.prompt_alternatives is not None and not sequence.generated:
-            scores = self._score(row, sequence, logits)
+            scores = self._score(row, sequence, looks)
             draft.scored.extend(_narrowed(scores, job.prompt_alternatives))
         self._scheduler.computed(row, sequence, scores)
-        if sequence.computed < sequence.length or not len(logits):
+        if sequence.computed < sequence.length or not looks:
             return
         if sequence.generated:
-            if not self._sample([sequence], logits[-1], draft):
+            if not self._sample([sequence], looks[-1], draft):
                 self._scheduler.end(sequence)
         else:
-            self._first_tokens(sequence, logits[-1], draft)
+            self._first_tokens(sequence, looks[-1], draft)
 
-    def _first_tokens(self, first: Sequence, logits: Logits, draft: _Draft) -> None:
+    def _first_tokens(self, first: Sequence, look: Look, draft: _Draft) -> None:
         """The prompt is complete: every sample draws its first token from the same row."""
         work = first.work
         samples = [Sequence(work, index) for index in range(work.job.samples)]
         if work.job.max_tokens == 0:
             draft.ended.extend((s.sample, "length") for s in samples)
             samples = []
-        self._scheduler.begin(first, self._sample(samples, logits, draft) if samples else [])
+        self._scheduler.begin(first, self._sample(samples, look, draft) if samples else [])
 
-    def _sample(self, samples: list[Sequence], logits: Logits, draft: _Draft) -> list[Sequence]:
+    def _sample(self, samples: list[Sequence], look: Look, draft: _Draft) -> list[Sequence]:
         """Draw the next token of samples that have the same tokens so far; returns those that go on."""
         job, tokens = samples[0].work.job, samples[0].generated
-        drawn = self._sampler.sample(logits, job, [s.sample for s in samples], len(tokens), samples[0].counts)
+        drawn = self._sampler.sample(look, job, [s.sample for s in samples], len(tokens), samples[0].counts)
         for sequence, token in zip(samples, drawn, strict=True):
             draft.sampled.append((sequence.sample, token))
             sequence.append(token.id)
@@ -143,15 +148,15 @@ class Loop:
         over = {sample for sample, _ in draft.ended}
         return [sequence for sequence in samples if sequence.sample not in over]
 
-    def _score(self, row: Row, sequence: Sequence, logits: Logits) -> list[Token]:
-        """Tokens of the prompt that this row's logits predict: each row speaks of the token after it.
+    def _score(self, row: Row, sequence: Sequence, looks: list[Look]) -> list[Token]:
+        """Tokens of the prompt that these rows of logits predict: each speaks of the token after it.
 
         As broad as what the slot has already, so that it stays useful to whom that was computed for.
         """
         assert sequence.slot is not None
         start = row.position + 1
         following = sequence.work.job.prompt[start : start + len(row.tokens)]
-        return self._sampler.score(logits[: len(following)], following, sequence.slot.breadth)
+        return self._sampler.score(looks[: len(following)], following, sequence.slot.breadth)
 
 
 def _first_step(begun: Begun) -> Step:

@@ -1,12 +1,14 @@
-"""Walks over a whole row of logits, each with one reading of memory: the sampler's costly steps.
+"""The sampler's costly steps: walks over whole rows of logits, each with one reading of memory.
 
-Compiled (rows.cpp) where there was a compiler, else numpy's, which take about twice the time. Rows are taken in blocks,
-and what is known of each block is returned, so that what comes next need not look at the rest again.
+Compiled (rows.cpp) where there was a compiler, else numpy's (plain.py), which take about twice the time. Rows are taken
+in blocks, and what is known of each block is returned, so that what comes next need not look at the rest again.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -14,84 +16,59 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afterword.engine.compiled import library
+from afterword.engine.protocol import Sampling
 
 Row = NDArray[np.float32]
-Edits = tuple[NDArray[np.int64], Row]
+Rows = NDArray[np.float32]
+Ids = NDArray[np.int64]
+Edits = tuple[Ids, Row]
 """Token ids, rising, and their new numbers."""
-Sums = NDArray[np.float64]
-"""What each block weighs. Inside blocks of float32, which is as exact as the weights are."""
 
-UNCHANGED: Edits = (np.empty(0, np.int64), np.empty(0, np.float32))
 BLOCK = 256
+GREEDY_BELOW = 1e-4
+"""Temperatures below this are greedy: dividing by them would leave one token with all the mass anyway."""
 FILE = library(Path(__file__).with_name("rows.cpp"))
 
 
 class Walks(Protocol):
-    """Arrays are (vocabulary,) and contiguous. What is written to may be what is read; None where only sums matter."""
+    """Rows are (vocabulary,) and contiguous; `maxima` the largest of each block of them."""
 
-    def maxima(self, row: Row) -> Row:
-        """The largest of each block."""
-        ...
+    def survey(self, rows: Rows, summed: Sequence[bool]) -> tuple[Rows, list[float]]:
+        """The maxima of (n, vocabulary), and of those `summed` the log of the sum of exponentials.
 
-    def exponentials(
-        self, row: Row, shift: float, divisor: float, weights: Row | None, edits: Edits = UNCHANGED
-    ) -> Sums:
-        """Write exp((row - shift) / divisor), at most 1: the heavy ones to 1 in 10^6, 0 for those below 10^-37.
-
-        Of the row with its edits, if there are any.
+        To 1 in 10^6. Not a number for others, and for rows that are none.
         """
         ...
 
-    def keep(self, weights: Row, place: int, least: float, kept: Row | None) -> Sums:
-        """Write the weights that are larger than `least`, or as large and before `place`; zeros for the others."""
+    def draw(self, row: Row, maxima: Row, edits: Edits, sampling: Sampling, seeds: Sequence[int]) -> list[int]:
+        """An id for each seed, of the row with its edits: temperature, then min_p, top_k, top_p.
+
+        Weights are exponentials of what is below the largest: exact to 1 in 10^6, and 0 below 10^-37.
+        """
         ...
 
-    def above(self, row: Row, value: float) -> int:
+    def above(self, row: Row, maxima: Row, value: float) -> int:
         """How many are larger."""
         ...
 
-
-class Plain:
-    """By numpy."""
-
-    def maxima(self, row: Row) -> Row:
-        """See `Walks`."""
-        return np.maximum.reduceat(row, np.arange(0, len(row), BLOCK))
-
-    def exponentials(
-        self, row: Row, shift: float, divisor: float, weights: Row | None, edits: Edits = UNCHANGED
-    ) -> Sums:
-        """See `Walks`."""
-        weights = np.empty_like(row) if weights is None else weights
-        np.copyto(weights, row)
-        weights[edits[0]] = edits[1]
-        np.subtract(weights, np.float32(shift), out=weights)
-        if divisor != 1.0:
-            np.divide(weights, np.float32(divisor), out=weights)
-        np.exp(weights, out=weights)
-        return _sums(weights)
-
-    def keep(self, weights: Row, place: int, least: float, kept: Row | None) -> Sums:
-        """See `Walks`."""
-        return _sums(np.multiply(weights, stays(weights, place, least), out=kept))
-
-    def above(self, row: Row, value: float) -> int:
-        """See `Walks`."""
-        return int(np.count_nonzero(row > np.float32(value)))
+    def likeliest(self, row: Row, maxima: Row, count: int) -> Ids:
+        """Ids of the `count` largest, largest first; ties go to the lower id."""
+        ...
 
 
-_AT, _COUNT, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_AT, _COUNT, _NUMBER, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_double
+_FILTERS = (_DOUBLE, _DOUBLE, _COUNT, _DOUBLE)
 _SIGNATURES = {
     "rows_threads": (ctypes.c_int,),
-    "rows_maxima": (_AT, _COUNT, _AT),
-    "rows_exponentials": (_AT, _COUNT, _NUMBER, _NUMBER, _AT, _AT, _COUNT, _AT, _AT),
-    "rows_keep": (_AT, _COUNT, _COUNT, _NUMBER, _AT, _AT),
-    "rows_above": (_AT, _COUNT, _NUMBER),
+    "rows_survey": (_AT, _COUNT, _COUNT, _AT, _AT),
+    "rows_draw": (_AT, _COUNT, _AT, _AT, _AT, _COUNT, *_FILTERS, _AT, _COUNT, _AT),
+    "rows_above": (_AT, _COUNT, _AT, _NUMBER),
+    "rows_likeliest": (_AT, _COUNT, _AT, _COUNT, _AT),
 }
 
 
 class Compiled:
-    """By rows.cpp, each walk over a long row by up to `threads` threads."""
+    """By rows.cpp, each walk over what is long by up to `threads` threads."""
 
     def __init__(self, threads: int = 1) -> None:
         self._library = ctypes.CDLL(str(FILE))
@@ -100,51 +77,37 @@ class Compiled:
         self._library.rows_above.restype = _COUNT
         self._library.rows_threads(threads)
 
-    def maxima(self, row: Row) -> Row:
+    def survey(self, rows: Rows, summed: Sequence[bool]) -> tuple[Rows, list[float]]:
         """See `Walks`."""
-        found = np.empty(-(-len(row) // BLOCK), np.float32)
-        self._library.rows_maxima(_at(row), len(row), _at(found))
+        count, length = rows.shape
+        maxima = np.empty((count, -(-length // BLOCK)), np.float32)
+        totals = np.where(summed, 0.0, math.nan)
+        self._library.rows_survey(_at(rows), count, length, _at(maxima), _at(totals))
+        return maxima, totals.tolist()
+
+    def draw(self, row: Row, maxima: Row, edits: Edits, sampling: Sampling, seeds: Sequence[int]) -> list[int]:
+        """See `Walks`."""
+        chosen, wanted = np.empty(len(seeds), np.int64), np.array(seeds, np.uint64)
+        temperature = 0.0 if sampling.temperature < GREEDY_BELOW else sampling.temperature
+        filters = (temperature, sampling.top_p, sampling.top_k, sampling.min_p)
+        changes = (_at(edits[0]), _at(edits[1]), len(edits[0]))
+        self._library.rows_draw(
+            _at(row), len(row), _at(maxima), *changes, *filters, _at(wanted), len(seeds), _at(chosen)
+        )
+        found: list[int] = chosen.tolist()
         return found
 
-    def exponentials(
-        self, row: Row, shift: float, divisor: float, weights: Row | None, edits: Edits = UNCHANGED
-    ) -> Sums:
+    def above(self, row: Row, maxima: Row, value: float) -> int:
         """See `Walks`."""
-        sums = np.empty(-(-len(row) // BLOCK), np.float32)
-        changes = (_at(edits[0]), _at(edits[1]), len(edits[0]))
-        self._library.rows_exponentials(_at(row), len(row), shift, divisor, *changes, _at(weights), _at(sums))
-        return sums.astype(np.float64)
+        return int(self._library.rows_above(_at(row), len(row), _at(maxima), value))
 
-    def keep(self, weights: Row, place: int, least: float, kept: Row | None) -> Sums:
+    def likeliest(self, row: Row, maxima: Row, count: int) -> Ids:
         """See `Walks`."""
-        sums = np.empty(-(-len(weights) // BLOCK), np.float32)
-        self._library.rows_keep(_at(weights), len(weights), place, least, _at(kept), _at(sums))
-        return sums.astype(np.float64)
-
-    def above(self, row: Row, value: float) -> int:
-        """See `Walks`."""
-        return int(self._library.rows_above(_at(row), len(row), value))
+        ids = np.empty(min(count, len(row)), np.int64)
+        self._library.rows_likeliest(_at(row), len(row), _at(maxima), len(ids), _at(ids))
+        return ids
 
 
-def walks(threads: int = 1) -> Walks:
-    """The fastest there is."""
-    return Compiled(threads) if FILE.exists() else Plain()
-
-
-def stays(weights: Row, place: int, least: float) -> NDArray[np.bool_]:
-    """Which weights are larger than `least`, or as large and before `place`."""
-    before = max(0, place)
-    chosen = weights > np.float32(least)
-    np.greater_equal(weights[:before], np.float32(least), out=chosen[:before])
-    return chosen
-
-
-def _at(array: Row | NDArray[np.int64] | None) -> int | None:
-    return None if array is None else array.ctypes.data
-
-
-def _sums(weights: Row) -> Sums:
-    whole = len(weights) // BLOCK * BLOCK
-    sums = np.einsum("ij->i", weights[:whole].reshape(-1, BLOCK))  # half the time of `sum` or `add.reduceat`
-    rest = weights[whole:]
-    return (np.append(sums, rest.sum()) if len(rest) else sums).astype(np.float64)
+def _at(array: NDArray[np.float32 | np.float64 | np.int64 | np.uint64]) -> int | None:
+    """Where an array is; half the time of asking the array."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(array.data)) if array.size else None

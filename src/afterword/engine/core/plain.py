@@ -1,0 +1,140 @@
+"""The sampler's walks by numpy, for machines without a compiler: what rows.cpp does, and easier to read."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from afterword.engine.core.rows import BLOCK, GREEDY_BELOW, Edits, Ids, Row, Rows
+from afterword.engine.protocol import Sampling
+
+Weights = Row
+"""A row of exponentials, the largest 1. In float32: exact to 1 in 10^6; what weighs below 10^-37 is never drawn."""
+Sums = NDArray[np.float64]
+"""What each block weighs. Inside blocks of float32, which is as exact as the weights are."""
+
+_BELOW_ONE = 1.0 - 2.0**-53
+_ALL = 2**64 - 1
+
+
+class Plain:
+    """See `Walks`."""
+
+    def survey(self, rows: Rows, summed: Sequence[bool]) -> tuple[Rows, list[float]]:
+        """See `Walks`."""
+        pairs = zip(rows, summed, strict=True)
+        return _maxima(rows), [_log_total(row) if wanted else math.nan for row, wanted in pairs]
+
+    def draw(self, row: Row, maxima: Row, edits: Edits, sampling: Sampling, seeds: Sequence[int]) -> list[int]:
+        """See `Walks`."""
+        edited = row.copy()
+        edited[edits[0]] = edits[1]
+        weights = _weights(edited, sampling.temperature)
+        weights[weights < np.float32(sampling.min_p)] = 0
+        wanted = sampling.top_p * float(_sums(weights).sum())
+        # The likeliest weighs 1 and may be all of the nucleus; or the row is not of numbers.
+        if sampling.temperature < GREEDY_BELOW or not wanted > 1:
+            return [int(np.argmax(edited))] * len(seeds)
+        if sampling.top_k:
+            ids = self.likeliest(weights, _maxima(weights), sampling.top_k)
+            cumulated = np.cumsum(weights[ids], dtype=np.float64)
+            size = int(np.searchsorted(cumulated, sampling.top_p * float(cumulated[-1]))) + 1
+            return [int(ids[_pick(weights[ids[:size]], number(seed, 0))[0]]) for seed in seeds]
+        if sampling.top_p >= 1:
+            sums = _sums(weights)
+            return [_pick_by_blocks(weights, sums, number(seed, 0)) for seed in seeds]
+        return [_from_nucleus(weights, wanted, seed) for seed in seeds]
+
+    def above(self, row: Row, maxima: Row, value: float) -> int:
+        """See `Walks`."""
+        return int(np.count_nonzero(row > np.float32(value)))
+
+    def likeliest(self, row: Row, maxima: Row, count: int) -> Ids:
+        """See `Walks`."""
+        if count < len(maxima):
+            # At least `count` numbers reach the count-th largest maximum, and only blocks that reach it have any.
+            least = np.partition(maxima, -count)[-count]
+            blocks = np.flatnonzero(maxima >= least)
+            ids = (blocks[:, None] * BLOCK + np.arange(BLOCK)).ravel()
+            ids = ids[: np.searchsorted(ids, len(row))]
+            ids = ids[row[ids] >= least]
+        elif count < len(row):
+            ids = np.flatnonzero(row >= np.partition(row, -count)[-count])
+        else:
+            ids = np.arange(len(row))
+        return ids[np.argsort(-row[ids], kind="stable")][:count]
+
+
+def number(seed: int, n: int) -> float:
+    """The n-th number in [0, 1) that comes of a seed: the seed itself, then those of SplitMix64."""
+    if n:
+        seed = (seed + n * 0x9E3779B97F4A7C15) & _ALL
+        seed = ((seed ^ seed >> 30) * 0xBF58476D1CE4E5B9) & _ALL
+        seed = ((seed ^ seed >> 27) * 0x94D049BB133111EB) & _ALL
+        seed ^= seed >> 31
+    return float(seed >> 11) * 2.0**-53
+
+
+def _from_nucleus(weights: Weights, wanted: float, seed: int) -> int:
+    """A token of the nucleus: the fewest likeliest tokens that weigh `wanted` together; ties go to the lower id.
+
+    A token is in the nucleus if and only if those before it weigh less than `wanted`. So draw from all tokens; if
+    the token is outside, so is everything after it: draw again from those before it. What is returned is
+    distributed as if only the nucleus had been drawn from, after 1 + ln(1 / top_p) draws on average at most.
+    """
+    for n in itertools.count():
+        place = _pick_by_blocks(weights, _sums(weights), number(seed, n))
+        weights = np.where(_before(weights, place), weights, np.float32(0))
+        if _sums(weights).sum() < wanted:
+            break
+    return place
+
+
+def _before(weights: Weights, place: int) -> NDArray[np.bool_]:
+    """Which are heavier than the one at a place, or as heavy and before it."""
+    chosen: NDArray[np.bool_] = weights > weights[place]
+    chosen[:place] |= weights[:place] == weights[place]
+    return chosen
+
+
+def _weights(row: Row, temperature: float) -> Weights:
+    # The shift comes before the division: a quotient by a small temperature has few digits after its point.
+    lowered = row - row.max()
+    weights: Weights = np.exp(lowered / np.float32(max(temperature, GREEDY_BELOW)))
+    return weights
+
+
+def _log_total(row: Row) -> float:
+    total = float(_sums(_weights(row, 1.0)).sum())
+    return float(row.max()) + math.log(total) if total > 0 else math.nan
+
+
+def _maxima(rows: Rows) -> Rows:
+    return np.maximum.reduceat(rows, np.arange(0, rows.shape[-1], BLOCK), axis=-1)
+
+
+def _sums(weights: Weights) -> Sums:
+    whole = len(weights) // BLOCK * BLOCK
+    sums = np.einsum("ij->i", weights[:whole].reshape(-1, BLOCK))  # half the time of `sum` or `add.reduceat`
+    rest = weights[whole:]
+    return (np.append(sums, rest.sum()) if len(rest) else sums).astype(np.float64)
+
+
+def _pick(weights: NDArray[np.floating], draw: float) -> tuple[int, float]:
+    """Index drawn in proportion to the weights, and what is left of the draw: uniform in [0, 1) and unused."""
+    cumulated = np.cumsum(weights, dtype=np.float64)
+    target = draw * float(cumulated[-1])
+    index = int(np.searchsorted(cumulated, min(target, np.nextafter(cumulated[-1], 0)), side="right"))
+    before = float(cumulated[index - 1]) if index else 0.0
+    return index, min((target - before) / float(weights[index]), _BELOW_ONE)
+
+
+def _pick_by_blocks(weights: Weights, sums: Sums, draw: float) -> int:
+    """Id drawn in proportion to the weights: first its block, then the id in the block."""
+    block, rest = _pick(sums, draw)
+    start = block * BLOCK
+    return start + _pick(weights[start : start + BLOCK], rest)[0]
