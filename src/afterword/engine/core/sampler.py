@@ -13,15 +13,17 @@ import hashlib
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from afterword.engine.core.batch import Logits
 from afterword.engine.core.plain import Plain
-from afterword.engine.core.rows import FILE, Compiled, Edits, Row, Walks
+from afterword.engine.core.rows import FILE, Compiled, Edits, Ids, Row, Walks
 from afterword.engine.protocol import Job, Sampling, Token
 
-UNCHANGED: Edits = (np.empty(0, np.int64), np.empty(0, np.float32))
+_NONE = np.empty(0, np.int64)
+UNCHANGED: Edits = (_NONE, np.empty(0, np.float32))
 
 
 def walks(threads: int = 1) -> Walks:
@@ -45,25 +47,31 @@ def edits(
 
     `counts` are the sample's generated tokens. Only the repetition penalty looks at the prompt.
     """
-    biased = [token for token, _ in sampling.logit_bias]
-    repeated = (*prompt, *counts) if sampling.repetition_penalty != 1.0 else ()
-    penalized = counts if sampling.presence_penalty or sampling.frequency_penalty else {}
-    if not (biased or repeated or penalized or banned):
+    repeats, penalizes = sampling.repetition_penalty != 1.0, sampling.presence_penalty or sampling.frequency_penalty
+    generated = np.fromiter(counts, np.int64, len(counts)) if repeats or penalizes else _NONE
+    seen = _distinct(tuple(prompt)) if repeats else _NONE
+    biased, biases = zip(*sampling.logit_bias, strict=True) if sampling.logit_bias else ((), ())
+    if not (len(generated) or len(seen) or biased or banned):
         return UNCHANGED
-    ids = np.array(sorted({*biased, *repeated, *penalized, *banned}), np.int64)
+    ids = np.unique(np.concatenate((generated, seen, np.array((*biased, *banned), np.int64))))
     values = logits[ids]
     if biased:
-        np.add.at(values, np.searchsorted(ids, biased), [bias for _, bias in sampling.logit_bias])
-    if repeated:
-        at = np.searchsorted(ids, repeated)
+        np.add.at(values, np.searchsorted(ids, biased), biases)
+    at = np.searchsorted(ids, generated)
+    if repeats:
+        both = np.concatenate((at, np.searchsorted(ids, seen)))
         factor = np.float32(sampling.repetition_penalty)
-        values[at] = np.where(values[at] > 0, values[at] / factor, values[at] * factor)
-    if penalized:
-        times = np.fromiter(penalized.values(), np.float64, len(penalized))
-        penalties = times * sampling.frequency_penalty + sampling.presence_penalty
-        values[np.searchsorted(ids, list(penalized))] -= penalties.astype(np.float32)
+        values[both] = np.where(values[both] > 0, values[both] / factor, values[both] * factor)
+    if penalizes:
+        times = np.fromiter(counts.values(), np.float64, len(counts))
+        values[at] -= (times * sampling.frequency_penalty + sampling.presence_penalty).astype(np.float32)
     values[np.searchsorted(ids, banned)] = -np.inf
     return ids, values
+
+
+@lru_cache(maxsize=256)  # as many as there can be sequences: it is asked for at each of their tokens
+def _distinct(prompt: tuple[int, ...]) -> Ids:
+    return np.unique(np.array(prompt, np.int64))
 
 
 @dataclass(frozen=True, slots=True)

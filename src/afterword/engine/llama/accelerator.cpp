@@ -11,6 +11,7 @@
 namespace {
 
 bool keeps_weights = false;
+int threads = 1;
 int taken = 0, refused = 0;  // attentions that ggml asked about since somebody asked us
 
 bool is(const Tensor *node, const char *operation) { return !std::strcmp(ggml.operation_name(node->op), operation); }
@@ -38,9 +39,7 @@ bool takes_operation(Device *, const Tensor *node) {
 
 const char *backend_name(Backend *) { return "Afterword"; }
 void end_backend(Backend *backend) { delete backend; }
-void set_threads(Backend *backend, int threads) { backend->context = (void *)(intptr_t)threads; }
-int compute_graph(Backend *backend, Graph *graph) {
-    const int threads = (int)(intptr_t)backend->context;
+int compute_graph(Backend *, Graph *graph) {
     for (int i = 0; i < ggml.graph_size(graph); i++) {
         const Tensor *node = ggml.graph_node(graph, i);
         if (!(node->flags & TO_COMPUTE)) continue;
@@ -59,15 +58,13 @@ Device at_work = {name_of, description_of, memory_of, type_of, properties_of, ma
                   nullptr, nullptr, takes_operation, takes_buffers, {}, nullptr, nullptr};
 
 Backend *make_backend(Device *, const char *) {
-    return new Backend{&guid, backend_name, end_backend, {}, compute_graph, {}, &at_work, (void *)(intptr_t)1};
+    return new Backend{&guid, backend_name, end_backend, {}, compute_graph, {}, &at_work, nullptr};
 }
 
 const char *registry_name(Registry *) { return "Afterword"; }
 size_t one_device(Registry *) { return 1; }
 Device *first_device(Registry *, size_t) { return &the_device; }
-void *address_of(Registry *, const char *name) {
-    return std::strcmp(name, "ggml_backend_set_n_threads") ? nullptr : (void *)set_threads;
-}
+void *address_of(Registry *, const char *) { return nullptr; }
 Registry the_registry = {API_VERSION, registry_name, one_device, first_device, address_of, nullptr};
 
 }  // namespace
@@ -95,12 +92,15 @@ int accelerator_attends() {
 // Whether products of quantized weights are computed here.
 int accelerator_multiplies() { return products::AVAILABLE; }
 
-// Whether models that are loaded from now on have their weights copied to memory of ours.
-void accelerator_keep_weights(int keeps) { keeps_weights = keeps && products::AVAILABLE; }
+// How many threads compute, and whether models that are loaded from now on have their weights copied to memory of ours.
+void accelerator_prepare(int count, int keeps) {
+    threads = count;
+    keeps_weights = keeps && products::AVAILABLE;
+}
 void *accelerator_memory() { return &memory::the_type; }
 
 // One operation by itself: what the tests compare.
-void attention_compute(const Tensor *node, int threads) { attention::compute(node, threads); }
+void attention_compute(const Tensor *node, int count) { attention::compute(node, count); }
 int products_takes(const Tensor *node) { return products::takes(node); }
-void products_compute(const Tensor *node, int threads) { products::compute(node, threads, memory::holds(node->src[0])); }
+void products_compute(const Tensor *node, int count) { products::compute(node, count, memory::holds(node->src[0])); }
 }

@@ -55,11 +55,14 @@ def multiplies() -> bool:
     return kernels is not None and bool(kernels.accelerator_multiplies())
 
 
-def keep_weights(keeps: bool) -> None:
-    """Whether models that are loaded from now on have the weights that we multiply with copied, as suits us best."""
+def prepare(threads: int, keep_weights: bool) -> None:
+    """How many threads compute, and whether models that are loaded from now on have their weights copied.
+
+    Those that are multiplied with here: to memory of our own, where they lie as is best for that.
+    """
     kernels = _kernels()
     if kernels is not None:
-        kernels.accelerator_keep_weights(keeps)
+        kernels.accelerator_prepare(threads, keep_weights)
 
 
 @cache

@@ -45,9 +45,12 @@ class LlamaRunner:
         self.grid = settings.grid
         self.accelerated = not settings.gpu_layers and accelerator.offer()
         self.own_products = self.accelerated and settings.own_products and accelerator.multiplies()
-        accelerator.keep_weights(self.own_products)
+        accelerator.prepare(settings.threads, keep_weights=self.own_products)
         self.model = _load(settings, settings.repack and not self.own_products, tell)
         self._context, self.own_attention = _context(self.model, settings, self.accelerated)
+        if self.own_products and self.own_attention:
+            # What is left to the library of a single token takes less time than waking threads for it.
+            native.llama_set_n_threads(self._context, 1, settings.threads)
         self._memory = native.llama_get_memory(self._context)
         self._vocabulary = native.llama_vocab_n_tokens(native.llama_model_get_vocab(self.model))
         self.rewinds = not (
