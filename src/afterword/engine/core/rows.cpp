@@ -258,7 +258,8 @@ void rows_likeliest(const float *row, int64_t length, const float *maxima, int64
 void rows_draw(const float *row, int64_t length, const float *maxima, const int64_t *ids, const float *values, int64_t count,
                double temperature, double top_p, int64_t top_k, double min_p, const uint64_t *seeds, int64_t draws,
                int64_t *chosen) {
-    static thread_local std::vector<float> scratch;  // kept, since fresh pages cost more than the arithmetic that is done in them
+    static thread_local std::vector<float> kept;  // since fresh pages cost more than the arithmetic that is done in them
+    std::vector<float> &scratch = kept;           // this thread's, also for those that help it
     const Edited edited{row, length, ids, values, count};
     const std::vector<float> most = edited.maxima(maxima);
     const float highest = *std::max_element(most.begin(), most.end()), factor = 1 / (float)temperature;

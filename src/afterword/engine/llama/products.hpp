@@ -2,8 +2,8 @@
 //
 // Steps of 32 elements are summed by themselves (exactly, where they are integers), and then added, from the first to the
 // last, to one running float for each row and column. So the order of additions depends on neither the number of
-// columns nor of threads nor on the processor, and there is one path for a single token and for a thousand. Weights are read
-// as they lie in the file: some rows at a time are unpacked (weights.hpp) and multiplied with all columns.
+// columns nor of threads nor on the processor, and there is one path for a single token and for a thousand. Some rows of weights
+// at a time, as they lie in a file or packed (packing.hpp), are unpacked (weights.hpp) and multiplied with all columns.
 //
 // It needs instructions that multiply bytes (AVX2 or Arm's dot products); elsewhere `takes` says no and llama.cpp computes.
 
