@@ -11,7 +11,8 @@ import hashlib
 import numpy as np
 
 from afterword.engine.core.batch import Batch, Fork, Logits, Row
-from afterword.engine.core.sampler import Sampler
+from afterword.engine.core.sampler import Sample, Sampler, Score
+from afterword.engine.core.tally import Tally
 from afterword.engine.protocol import Job, Token
 
 VOCABULARY = 24
@@ -73,10 +74,9 @@ def alone(job: Job, sample: int) -> list[int]:
     """A sample's tokens, computed without any scheduler."""
     history, generated = list(job.prompt), []
     while len(generated) < job.max_tokens:
-        counts = {token: generated.count(token) for token in generated}
-        sampler = Sampler()
-        (look,) = sampler.look(logits_after(history)[None], [False])
-        token = sampler.sample(look, job, (sample,), len(generated), counts)[0].id
+        ask = Sample(job, (sample,), len(generated), Tally(generated))
+        ((token,),) = Sampler().read(logits_after(history)[None], [ask])
+        token = token.id
         history.append(token)
         generated.append(token)
         if token in job.ends:
@@ -88,8 +88,8 @@ def scores(job: Job) -> list[Token]:
     """What a job is told about its prompt's tokens, computed without any scheduler."""
     if job.prompt_alternatives is None:
         return []
-    sampler, scored = Sampler(), []
-    for end, token in enumerate(job.prompt[1:], 1):
-        looks = sampler.look(logits_after(list(job.prompt[:end]))[None], [True])
-        scored += sampler.score(looks, (token,), job.prompt_alternatives)
-    return scored
+    rows = [logits_after(list(job.prompt[:end])) for end in range(1, len(job.prompt))]
+    if not rows:
+        return []
+    asks = [Score(token, job.prompt_alternatives) for token in job.prompt[1:]]
+    return [token for (token,) in Sampler().read(np.stack(rows), asks)]

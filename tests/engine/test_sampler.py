@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afterword.engine.core import sampler
+from afterword.engine.core import plain, sampler
 from afterword.engine.core.plain import Plain, number
-from afterword.engine.core.rows import FILE, Compiled
-from afterword.engine.core.sampler import Sampler
+from afterword.engine.core.rows import FILE, Compiled, Draw, Task
+from afterword.engine.core.sampler import Sample, Sampler, Score
+from afterword.engine.core.tally import Tally
 from afterword.engine.protocol import Job, Sampling, Token
 
 KEY = b"k" * 16
@@ -45,15 +46,13 @@ def job(wanted: Sampling, **fields: object) -> Job:
     return Job(prompt=(0,), samples=1, max_tokens=1, sampling=wanted, ends=(), key=KEY, **fields)  # type: ignore[arg-type]
 
 
-def sampled(row: np.ndarray, job: Job, samples: Iterable[int], position: int = 0, counts: dict[int, int] | None = None):
-    sampler = Sampler()
-    (look,) = sampler.look(row[None], [job.alternatives is not None])
-    return sampler.sample(look, job, list(samples), position, counts or {})
+def sampled(row: np.ndarray, job: Job, samples: Iterable[int], position: int = 0, generated: Iterable[int] = ()):
+    (tokens,) = Sampler().read(row[None].copy(), [Sample(job, list(samples), position, Tally(generated))])
+    return tokens
 
 
 def scored(rows: np.ndarray, tokens: list[int], alternatives: int) -> list[Token]:
-    sampler = Sampler()
-    return sampler.score(sampler.look(rows, [True] * len(rows)), tokens, alternatives)
+    return [token for (token,) in Sampler().read(rows.copy(), [Score(token, alternatives) for token in tokens])]
 
 
 def drawn(row: np.ndarray, wanted: Sampling, draws: int, position: int = 0) -> list[int]:
@@ -176,7 +175,7 @@ def test_zero_temperature_takes_the_likeliest_and_ties_go_to_the_lower_id(row):
 def test_zero_temperature_sees_the_edits():
     row = np.array([5.0, 4.0, 4.0], np.float32)
     wanted = job(sampling(temperature=0.0, presence_penalty=1.5))
-    assert sampled(row, wanted, [0], 1, {0: 1}) == [Token(1)]
+    assert sampled(row, wanted, [0], 1, [0]) == [Token(1)]
     assert row[0] == 5
 
 
@@ -204,27 +203,30 @@ def test_seeds_do_not_change():
 def test_a_draw_depends_on_nothing_drawn_before_or_beside_it():
     flat, peaked = wide(0.5), wide(4.0)
     wanted = job(sampling(top_p=0.6, temperature=0.8), alternatives=3)
+    third = np.pad(EIGHT, (0, len(flat) - len(EIGHT)))
+    rows, asks = np.stack([flat, peaked, third]), [job(sampling()), job(sampling(min_p=0.5))]
+    together = sampled(flat, wanted, range(30), 4, [7, 7])
     used = Sampler()
-    look, other = used.look(np.stack([flat, peaked]), [True, True])
-    (third,) = used.look(EIGHT[None], [False])
-    together = used.sample(look, wanted, range(30), 4, {7: 2})
     for sample in reversed(range(30)):
-        used.sample(other, wanted, (sample,), 9, {})
-        used.sample(third, job(sampling(min_p=0.5)), (sample,), 9, {})
-        assert used.sample(look, wanted, (sample,), 4, {7: 2}) == [together[sample]]
+        beside = [Sample(each, (sample,), 9, Tally()) for each in asks]
+        found = used.read(rows, [Sample(wanted, (sample,), 4, Tally([7, 7])), *beside])
+        assert found[0] == [together[sample]]
+    assert (rows == np.stack([flat, peaked, third])).all()  # edits were taken back
+
+
+def edited(row: list[float] | np.ndarray, wanted: Sampling, prompt: list[int], generated: list[int], banned: list[int]):
+    return plain.edited(np.array(row, np.float32), Draw(wanted, [], Tally(generated), tuple(prompt), tuple(banned)))
 
 
 def test_penalties_follow_the_documented_formula():
     row = np.zeros(6, np.float32)
-    ids, values = sampler.edits(row, sampling(presence_penalty=0.5, frequency_penalty=0.25), (0, 2), {4: 3, 1: 1}, ())
-    assert (ids.tolist(), values.tolist()) == ([1, 4], [-0.75, -1.25])
-    assert not row.any()  # what is reported is the unmodified row
+    wanted = sampling(presence_penalty=0.5, frequency_penalty=0.25)
+    assert edited(row, wanted, [0, 2], [4, 1, 4, 4], []).tolist() == [0, -0.75, 0, 0, -1.25, 0]
 
 
 def test_the_repetition_penalty_weakens_what_the_prompt_or_the_sample_has():
-    row = np.array([2.0, -2.0, 2.0, -2.0], np.float32)
-    ids, values = sampler.edits(row, sampling(repetition_penalty=2.0), (0, 0, 1), {1: 5}, ())
-    assert (ids.tolist(), values.tolist()) == ([0, 1], [1, -4])
+    row = [2.0, -2.0, 2.0, -2.0]
+    assert edited(row, sampling(repetition_penalty=2.0), [0, 0, 1], [1] * 5, []).tolist() == [1, -4, 2, -2]
 
 
 ids = st.integers(0, 19)
@@ -237,6 +239,7 @@ ids = st.integers(0, 19)
     st.tuples(st.sampled_from([0.0, 0.5, -2.0]), st.sampled_from([0.0, 0.3]), st.sampled_from([1.0, 1.5, 0.8])),
 )
 def test_edits_are_applied_in_order(row, bias, tokens, strengths):
+    """By the definition; and what is drawn greedily is the likeliest of the edited row, which is then as it was."""
     prompt, generated, banned = tokens
     presence, frequency, repetition = strengths
     expected = [value + bias.get(token, 0.0) for token, value in enumerate(row)]
@@ -246,12 +249,15 @@ def test_edits_are_applied_in_order(row, bias, tokens, strengths):
         expected[token] -= presence + frequency * times
     for token in banned:
         expected[token] = -math.inf
-    wanted = Sampling(1.0, 1.0, 0, 0.0, presence, frequency, repetition, tuple(bias.items()))
-    result = np.array(row, np.float32)
-    changed, values = sampler.edits(result, wanted, prompt, Counter(generated), banned)
-    assert changed.tolist() == sorted(set(changed.tolist()))
-    result[changed] = values
-    assert result.tolist() == pytest.approx(expected, abs=1e-3)
+    wanted = Sampling(0.0, 1.0, 0, 0.0, presence, frequency, repetition, tuple(bias.items()))
+    found = edited(row, wanted, prompt, generated, banned)
+    assert found.tolist() == pytest.approx(expected, abs=1e-3)
+    draw = Draw(wanted, [0], Tally(generated), tuple(prompt), tuple(banned))
+    rows = np.array([row], np.float32)
+    ((token, value),) = sampler.walks().read(rows, [Task(draw=draw)])[0].drawn
+    assert token == int(found.argmax())
+    assert value == np.float32(row[token])
+    assert (rows == np.array([row], np.float32)).all()
 
 
 def test_ends_are_never_chosen_before_min_tokens():
@@ -309,7 +315,7 @@ def test_log_probabilities_in_a_whole_vocabulary(sharpness):
 def test_a_sampled_token_is_reported_as_it_would_be_scored(wanted):
     """However it was chosen: with the very same floats."""
     row = wide(3.0)
-    for token in sampled(row, job(wanted, alternatives=5), range(20), 0, {1: 1}):
+    for token in sampled(row, job(wanted, alternatives=5), range(20), 0, [1]):
         (found,) = scored(row[None], [token.id], 5)
         assert token == Token(found.id, found.logprob, found.top)
 

@@ -40,7 +40,7 @@ class Job(Value, frozen=True):
     `ends` are the tokens that end a sample; they are banned from its first `min_tokens` tokens. `alternatives` is
     how many of the likeliest tokens to report beside each token; None asks for no log probabilities at all.
     `prompt_alternatives` asks the same of the prompt's own tokens, from the second on. `key` (16 bytes) is where
-    all randomness comes from: see `core.sampler.uniform`. What was computed for one `namespace` is never used for
+    all randomness comes from: see `core.sampler.seed_of`. What was computed for one `namespace` is never used for
     another. `client` is who waits: those who wait are served in turn.
     """
 

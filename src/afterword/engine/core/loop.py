@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 
-from afterword.engine.core.batch import Batch, Logits, Row, Runner
-from afterword.engine.core.sampler import Look, Sampler, walks
+from afterword.engine.core.batch import Batch, Row, Runner
+from afterword.engine.core.sampler import Ask, Sample, Sampler, Score, walks
 from afterword.engine.core.scheduler import LEAST_PASS, Begun, Scheduler
 from afterword.engine.core.sequence import Sequence
 from afterword.engine.protocol import End, Job, Load, Meter, Step, Token
@@ -88,17 +88,29 @@ class Loop:
         self._measure(batch, seconds)
         prompt = self._scheduler.at(batch.rows[0].slot).catching_up
         self._made = (prompt, sum(len(row.tokens) for row in batch.rows), seconds)
-        looks = iter(self._look(batch, logits))
+        tokens = iter(self._sampler.read(logits, [ask for row in batch.rows for ask in self._asks(row)]))
         for row in batch.rows:
             sequence = self._scheduler.at(row.slot)
-            self._postprocess(row, sequence, list(islice(looks, row.outputs)), drafts[sequence.work.run])
+            self._postprocess(row, sequence, list(islice(tokens, row.outputs)), drafts[sequence.work.run])
         return {run: draft.step() for run, draft in drafts.items()}
 
-    def _look(self, batch: Batch, logits: Logits) -> list[Look]:
-        """At what was computed, all at once. Log probabilities are wanted of prompts or of tokens."""
-        jobs = [self._scheduler.at(row.slot).work.job for row in batch.rows for _ in range(row.outputs)]
-        reported = [job.prompt_alternatives is not None or job.alternatives is not None for job in jobs]
-        return self._sampler.look(logits, reported)
+    def _asks(self, row: Row) -> list[Ask]:
+        """What is wanted of a row's logits, each of which speak of the token after it.
+
+        Tokens of the prompt are scored as broadly as those that the slot has already, so that it stays useful to whom
+        they were computed for.
+        """
+        sequence = self._scheduler.at(row.slot)
+        job, end = sequence.work.job, row.position + len(row.tokens)
+        asks: list[Ask] = []
+        if job.prompt_alternatives is not None and not sequence.generated:
+            assert sequence.slot is not None
+            asks += [Score(token, sequence.slot.breadth) for token in job.prompt[row.position + 1 : end + 1]]
+        if len(asks) < row.outputs:
+            samples = [sequence.sample] if sequence.generated else range(job.samples if job.max_tokens else 0)
+            complete = end == sequence.length
+            asks.append(Sample(job, samples, len(sequence.generated), sequence.tally) if complete else None)
+        return asks
 
     def _measure(self, batch: Batch, seconds: float) -> None:
         """Follow the speed of passes over prompts: down at once, since running sequences wait for them; up slowly.
@@ -110,35 +122,36 @@ class Loop:
             pace = tokens / seconds
             self._pace = pace if self._pace is None else min(pace, 0.75 * self._pace + 0.25 * pace)
 
-    def _postprocess(self, row: Row, sequence: Sequence, looks: list[Look], draft: _Draft) -> None:
+    def _postprocess(self, row: Row, sequence: Sequence, found: list[list[Token]], draft: _Draft) -> None:
         job = sequence.work.job
         scores: list[Token] = []
         if job.prompt_alternatives is not None and not sequence.generated:
-            scores = self._score(row, sequence, looks)
+            following = min(len(found), len(job.prompt) - row.position - 1)
+            scores = [token for tokens in found[:following] for token in tokens]
             draft.scored.extend(_narrowed(scores, job.prompt_alternatives))
         self._scheduler.computed(row, sequence, scores)
-        if sequence.computed < sequence.length or not looks:
+        if sequence.computed < sequence.length or not found:
             return
         if sequence.generated:
-            if not self._sample([sequence], looks[-1], draft):
+            if not self._append([sequence], found[-1], draft):
                 self._scheduler.end(sequence)
         else:
-            self._first_tokens(sequence, looks[-1], draft)
+            self._first_tokens(sequence, found[-1], draft)
 
-    def _first_tokens(self, first: Sequence, look: Look, draft: _Draft) -> None:
-        """The prompt is complete: every sample draws its first token from the same row."""
+    def _first_tokens(self, first: Sequence, tokens: list[Token], draft: _Draft) -> None:
+        """The prompt is complete: every sample drew its first token from the same row."""
         work = first.work
-        samples = [Sequence(work, index) for index in range(work.job.samples)]
         if work.job.max_tokens == 0:
-            draft.ended.extend((s.sample, "length") for s in samples)
-            samples = []
-        self._scheduler.begin(first, self._sample(samples, look, draft) if samples else [])
+            draft.ended.extend((sample, "length") for sample in range(work.job.samples))
+            self._scheduler.begin(first, [])
+            return
+        samples = [Sequence(work, index) for index in range(work.job.samples)]
+        self._scheduler.begin(first, self._append(samples, tokens, draft))
 
-    def _sample(self, samples: list[Sequence], look: Look, draft: _Draft) -> list[Sequence]:
-        """Draw the next token of samples that have the same tokens so far; returns those that go on."""
-        job, tokens = samples[0].work.job, samples[0].generated
-        drawn = self._sampler.sample(look, job, [s.sample for s in samples], len(tokens), samples[0].counts)
-        for sequence, token in zip(samples, drawn, strict=True):
+    def _append(self, samples: list[Sequence], tokens: list[Token], draft: _Draft) -> list[Sequence]:
+        """Give samples of a job their next tokens; returns those that go on."""
+        job = samples[0].work.job
+        for sequence, token in zip(samples, tokens, strict=True):
             draft.sampled.append((sequence.sample, token))
             sequence.append(token.id)
             if token.id in job.ends:
@@ -147,16 +160,6 @@ class Loop:
                 draft.ended.append((sequence.sample, "length"))
         over = {sample for sample, _ in draft.ended}
         return [sequence for sequence in samples if sequence.sample not in over]
-
-    def _score(self, row: Row, sequence: Sequence, looks: list[Look]) -> list[Token]:
-        """Tokens of the prompt that these rows of logits predict: each speaks of the token after it.
-
-        As broad as what the slot has already, so that it stays useful to whom that was computed for.
-        """
-        assert sequence.slot is not None
-        start = row.position + 1
-        following = sequence.work.job.prompt[start : start + len(row.tokens)]
-        return self._sampler.score(looks[: len(following)], following, sequence.slot.breadth)
 
 
 def _first_step(begun: Begun) -> Step:

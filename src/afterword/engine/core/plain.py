@@ -1,4 +1,8 @@
-"""The sampler's walks by numpy, for machines without a compiler: what rows.cpp does, and easier to read."""
+"""Rows of logits read by numpy, for machines without a compiler: what rows.cpp does, and easier to follow.
+
+The vocabulary is never sorted. Its few largest are looked for in the blocks with the largest maxima, and the nucleus of
+top_p is never built: a token is drawn, and then asked whether it belongs there (`_from_nucleus`).
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from afterword.engine.core.rows import BLOCK, GREEDY_BELOW, Edits, Ids, Row, Rows
-from afterword.engine.protocol import Sampling
+from afterword.engine.core.batch import Logits
+from afterword.engine.core.rows import BLOCK, GREEDY_BELOW, Draw, Found, Ids, Task, distinct
 
+Row = NDArray[np.float32]
 Weights = Row
 """A row of exponentials, the largest 1. In float32: exact to 1 in 10^6; what weighs below 10^-37 is never drawn."""
 Sums = NDArray[np.float64]
@@ -24,49 +29,42 @@ _ALL = 2**64 - 1
 class Plain:
     """See `Walks`."""
 
-    def survey(self, rows: Rows, summed: Sequence[bool]) -> tuple[Rows, list[float]]:
+    @np.errstate(over="ignore", invalid="ignore")  # whatever a broken model gives, a token comes out
+    def read(self, rows: Logits, tasks: Sequence[Task]) -> list[Found]:
         """See `Walks`."""
-        pairs = zip(rows, summed, strict=True)
-        return _maxima(rows), [_log_total(row) if wanted else math.nan for row, wanted in pairs]
+        return [_read(row, task) for row, task in zip(rows, tasks, strict=True)]
 
-    def draw(self, row: Row, maxima: Row, edits: Edits, sampling: Sampling, seeds: Sequence[int]) -> list[int]:
-        """See `Walks`."""
-        edited = row.copy()
-        edited[edits[0]] = edits[1]
-        weights = _weights(edited, sampling.temperature)
-        weights[weights < np.float32(sampling.min_p)] = 0
-        wanted = sampling.top_p * float(_sums(weights).sum())
-        # The likeliest weighs 1 and may be all of the nucleus; or the row is not of numbers.
-        if sampling.temperature < GREEDY_BELOW or not wanted > 1:
-            return [int(np.argmax(edited))] * len(seeds)
-        if sampling.top_k:
-            ids = self.likeliest(weights, _maxima(weights), sampling.top_k)
-            cumulated = np.cumsum(weights[ids], dtype=np.float64)
-            size = int(np.searchsorted(cumulated, sampling.top_p * float(cumulated[-1]))) + 1
-            return [int(ids[_pick(weights[ids[:size]], number(seed, 0))[0]]) for seed in seeds]
-        if sampling.top_p >= 1:
-            sums = _sums(weights)
-            return [_pick_by_blocks(weights, sums, number(seed, 0)) for seed in seeds]
-        return [_from_nucleus(weights, wanted, seed) for seed in seeds]
 
-    def above(self, row: Row, maxima: Row, value: float) -> int:
-        """See `Walks`."""
-        return int(np.count_nonzero(row > np.float32(value)))
+def edited(row: Row, draw: Draw) -> Row:
+    """A row as bias, penalties and bans leave it, in this order."""
+    row, sampling = row.copy(), draw.sampling
+    for token, bias in sampling.logit_bias:
+        row[token] += np.float32(bias)
+    if sampling.repetition_penalty != 1.0:
+        ids = distinct((*draw.prompt, *draw.generated.ids.tolist()))
+        factor = np.float32(sampling.repetition_penalty)
+        row[ids] = np.where(row[ids] > 0, row[ids] / factor, row[ids] * factor)
+    penalties = draw.generated.times * sampling.frequency_penalty + sampling.presence_penalty
+    row[draw.generated.ids] -= penalties.astype(np.float32)
+    row[list(draw.banned)] = -np.inf
+    return row
 
-    def likeliest(self, row: Row, maxima: Row, count: int) -> Ids:
-        """See `Walks`."""
-        if count < len(maxima):
-            # At least `count` numbers reach the count-th largest maximum, and only blocks that reach it have any.
-            least = np.partition(maxima, -count)[-count]
-            blocks = np.flatnonzero(maxima >= least)
-            ids = (blocks[:, None] * BLOCK + np.arange(BLOCK)).ravel()
-            ids = ids[: np.searchsorted(ids, len(row))]
-            ids = ids[row[ids] >= least]
-        elif count < len(row):
-            ids = np.flatnonzero(row >= np.partition(row, -count)[-count])
-        else:
-            ids = np.arange(len(row))
-        return ids[np.argsort(-row[ids], kind="stable")][:count]
+
+def likeliest(row: Row, count: int) -> Ids:
+    """Ids of the `count` largest, largest first; ties go to the lower id."""
+    maxima = np.maximum.reduceat(row, np.arange(0, len(row), BLOCK))
+    if count < len(maxima):
+        # At least `count` numbers reach the count-th largest maximum, and only blocks that reach it have any.
+        least = np.partition(maxima, -count)[-count]
+        blocks = np.flatnonzero(maxima >= least)
+        ids = (blocks[:, None] * BLOCK + np.arange(BLOCK)).ravel()
+        ids = ids[: np.searchsorted(ids, len(row))]
+        ids = ids[row[ids] >= least]
+    elif count < len(row):
+        ids = np.flatnonzero(row >= np.partition(row, -count)[-count])
+    else:
+        ids = np.arange(len(row))
+    return ids[np.argsort(-row[ids], kind="stable")][:count]
 
 
 def number(seed: int, n: int) -> float:
@@ -77,6 +75,36 @@ def number(seed: int, n: int) -> float:
         seed = ((seed ^ seed >> 27) * 0x94D049BB133111EB) & _ALL
         seed ^= seed >> 31
     return float(seed >> 11) * 2.0**-53
+
+
+def _read(row: Row, task: Task) -> Found:
+    total = _log_total(row) if task.reported else 0.0
+    drawn = _drawn(edited(row, task.draw), task.draw) if task.draw else []
+    top = likeliest(row, task.top).tolist() if task.top else []
+    pairs = [tuple((token, float(row[token]) - total) for token in tokens) for tokens in (top, drawn)]
+    if task.given is None:
+        return Found(top=pairs[0], drawn=pairs[1])
+    rank = 1 + int(np.count_nonzero(row > row[task.given]))
+    return Found(pairs[0], float(row[task.given]) - total, rank, pairs[1])
+
+
+def _drawn(row: Row, draw: Draw) -> list[int]:
+    sampling, seeds = draw.sampling, draw.seeds
+    weights = _weights(row, sampling.temperature)
+    weights[weights < np.float32(sampling.min_p)] = 0
+    wanted = sampling.top_p * float(_sums(weights).sum())
+    # The likeliest weighs 1 and may be all of the nucleus; or the row is not of numbers.
+    if sampling.temperature < GREEDY_BELOW or not wanted > 1:
+        return [int(np.argmax(row))] * len(seeds)
+    if sampling.top_k:
+        ids = likeliest(weights, sampling.top_k)
+        cumulated = np.cumsum(weights[ids], dtype=np.float64)
+        size = int(np.searchsorted(cumulated, sampling.top_p * float(cumulated[-1]))) + 1
+        return [int(ids[_pick(weights[ids[:size]], number(seed, 0))[0]]) for seed in seeds]
+    if sampling.top_p >= 1:
+        sums = _sums(weights)
+        return [_pick_by_blocks(weights, sums, number(seed, 0)) for seed in seeds]
+    return [_from_nucleus(weights, wanted, seed) for seed in seeds]
 
 
 def _from_nucleus(weights: Weights, wanted: float, seed: int) -> int:
@@ -111,10 +139,6 @@ def _weights(row: Row, temperature: float) -> Weights:
 def _log_total(row: Row) -> float:
     total = float(_sums(_weights(row, 1.0)).sum())
     return float(row.max()) + math.log(total) if total > 0 else math.nan
-
-
-def _maxima(rows: Rows) -> Rows:
-    return np.maximum.reduceat(rows, np.arange(0, rows.shape[-1], BLOCK), axis=-1)
 
 
 def _sums(weights: Weights) -> Sums:

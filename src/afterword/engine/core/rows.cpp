@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "../lanes.hpp"
@@ -12,11 +13,9 @@
 namespace {
 
 constexpr int64_t BLOCK = 256;             // as in rows.py
-constexpr int64_t WORTH_A_THREAD = 16384;  // numbers: fewer take less time than waking it
+constexpr int64_t WORTH_A_THREAD = 16384;  // numbers: fewer take less time than waking another
 constexpr float NOTHING = -__builtin_inff();
 constexpr double BELOW_ONE = 1 - 0x1p-53;
-
-int most_threads = 1;
 
 int64_t blocks_of(int64_t length) { return (length + BLOCK - 1) / BLOCK; }
 
@@ -33,16 +32,12 @@ void put(float *row, int64_t at, int64_t end, wide x) {
     for (int64_t i = at; i < end; i++) row[i] = x[i - at];
 }
 
-// Calls `walk(row, block, start, end)` for each block of some rows.
+// Calls `walk(block, start, end)` for each block of a row, in several threads if a row is all there is.
 template <class Walk>
-void each_block(int64_t rows, int64_t length, Walk walk) {
-    const int64_t blocks = blocks_of(length), worth = 1 + rows * length / WORTH_A_THREAD;
-    const int threads = (int)(worth < most_threads ? worth : most_threads);
+void each_block(int64_t length, int threads, Walk walk) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < rows * blocks; i++) {
-        const int64_t block = i % blocks, start = block * BLOCK;
-        walk(i / blocks, block, start, std::min(start + BLOCK, length));
-    }
+    for (int64_t block = 0; block < blocks_of(length); block++)
+        walk(block, block * BLOCK, std::min((block + 1) * BLOCK, length));
 }
 
 float largest_of(const float *numbers, int64_t count) {
@@ -88,46 +83,20 @@ void find_likeliest(const float *row, int64_t length, const float *maxima, int64
     std::sort_heap(ids, ids + size, better);
 }
 
-// A row with other numbers at some ids, which rise.
-struct Edited {
-    const float *row;
-    int64_t length;
-    const int64_t *ids;
-    const float *values;
-    int64_t count;
+// A row's first number that is as large as `highest`; 0 if there is none, as in a row that is not of numbers.
+int64_t find_first(const float *row, int64_t length, const std::vector<float> &maxima, float highest) {
+    const int64_t start = BLOCK * (std::find(maxima.begin(), maxima.end(), highest) - maxima.begin());
+    if (start >= length) return 0;
+    return std::find(row + start, row + std::min(start + BLOCK, length), highest) - row;
+}
 
-    // A block: as it lies there, or a copy with its edits.
-    const float *block(int64_t start, int64_t end, float *copy) const {
-        const int64_t *first = std::lower_bound(ids, ids + count, start), *last = std::lower_bound(first, ids + count, end);
-        if (first == last) return row + start;
-        std::copy(row + start, row + end, copy);
-        for (const int64_t *id = first; id != last; id++) copy[*id - start] = values[id - ids];
-        return copy;
-    }
-
-    // The largest of each block, from those without edits.
-    std::vector<float> maxima(const float *as_it_was) const {
-        std::vector<float> most(as_it_was, as_it_was + blocks_of(length));
-        float copy[BLOCK];
-        for (int64_t i = 0, block = -1; i < count; i++) {
-            if (ids[i] / BLOCK == block) continue;
-            block = ids[i] / BLOCK;
-            const int64_t start = block * BLOCK, end = std::min(start + BLOCK, length);
-            most[block] = largest_of(this->block(start, end, copy), end - start);
-        }
-        return most;
-    }
-
-    // The first that is as large as `highest`.
-    int64_t likeliest(const std::vector<float> &maxima, float highest) const {
-        const int64_t start = BLOCK * (std::find(maxima.begin(), maxima.end(), highest) - maxima.begin());
-        if (start >= length) return 0;  // not a row of numbers
-        float copy[BLOCK];
-        const int64_t end = std::min(start + BLOCK, length);
-        const float *inside = block(start, end, copy);
-        return start + (std::find(inside, inside + (end - start), highest) - inside);
-    }
-};
+int64_t count_above(const float *row, int64_t length, const std::vector<float> &maxima, float value) {
+    int64_t count = 0;
+    for (int64_t start = 0; start < length; start += BLOCK)
+        if (maxima[start / BLOCK] > value)
+            for (int64_t at = start; at < std::min(start + BLOCK, length); at++) count += row[at] > value;
+    return count;
+}
 
 // The n-th number in [0, 1) that comes of a seed, as in rows.py.
 double number(uint64_t seed, uint64_t n) {
@@ -160,6 +129,7 @@ int64_t pick(int64_t count, Weight weight, double &draw) {
 // Weights, of which those larger than `least` stay, or as large and before `place`, with the sum of each block of these.
 struct Weights {
     std::vector<float> &all;
+    int threads;
     int64_t place;
     float least = 0;
     std::vector<double> sums;
@@ -174,7 +144,7 @@ struct Weights {
 
     void keep(int64_t before, float lowest) {
         place = before, least = lowest;
-        each_block(1, all.size(), [this](int64_t, int64_t block, int64_t start, int64_t end) {
+        each_block(all.size(), threads, [this](int64_t block, int64_t start, int64_t end) {
             f8 total = {};
             for (int64_t at = start; at < end; at += WIDE) {
                 const wide x = some(all.data(), at, end, 0);
@@ -208,7 +178,7 @@ int64_t from_nucleus(Weights weights, double wanted, uint64_t seed) {
 std::vector<int64_t> find_few(const Weights &weights, int64_t count, double top_p, std::vector<double> &cumulated) {
     const int64_t length = weights.all.size();
     std::vector<float> maxima(blocks_of(length));
-    each_block(1, length, [&](int64_t, int64_t block, int64_t start, int64_t end) {
+    each_block(length, weights.threads, [&](int64_t block, int64_t start, int64_t end) {
         maxima[block] = largest_of(&weights.all[start], end - start);
     });
     std::vector<int64_t> ids(std::min(count, length));
@@ -220,70 +190,147 @@ std::vector<int64_t> find_few(const Weights &weights, int64_t count, double top_
     return ids;
 }
 
+template <class Number>
+struct List {
+    const Number *first;
+    int64_t count;
+
+    const Number *begin() const { return first; }
+    const Number *end() const { return first + count; }
+};
+
+// What is wanted of a row, and what comes of it: as rows.py declares it.
+struct Task {
+    int64_t reported, given, top_count;  // whether log probabilities are wanted; a token or -1; how many of the likeliest
+    List<uint64_t> seeds;                // a draw for each
+    double temperature, top_p, min_p;
+    int64_t top_k;
+    double presence, frequency, repetition;
+    List<int64_t> generated;  // distinct
+    const int64_t *times;     // of each
+    List<int64_t> seen;       // of the prompt; distinct, rising
+    List<int64_t> biased;
+    const double *biases;
+    List<int64_t> banned;
+
+    double value;  // of the given token
+    int64_t rank;
+    int64_t *top;
+    double *top_values;
+    int64_t *chosen;
+    double *chosen_values;
+};
+
+// A row while other numbers stand in it: as they are taken back, it is what it was.
+class Edited {
+    float *const row;
+    std::vector<std::pair<int64_t, float>> before;
+
+    void set(int64_t id, float value) {
+        before.emplace_back(id, row[id]);
+        row[id] = value;
+    }
+
+    void penalize(int64_t id, float factor) { set(id, row[id] > 0 ? row[id] / factor : row[id] * factor); }
+
+   public:
+    // Bias, penalties and bans, in this order. The repetition penalty is for what the prompt or the sample has.
+    Edited(float *row, const Task &task) : row(row) {
+        for (int64_t i = 0; i < task.biased.count; i++) set(task.biased.first[i], row[task.biased.first[i]] + (float)task.biases[i]);
+        if (task.repetition != 1) {
+            for (const int64_t id : task.seen) penalize(id, task.repetition);
+            for (const int64_t id : task.generated)
+                if (!std::binary_search(task.seen.begin(), task.seen.end(), id)) penalize(id, task.repetition);
+        }
+        if (task.presence != 0 || task.frequency != 0)
+            for (int64_t i = 0; i < task.generated.count; i++) {
+                const int64_t id = task.generated.first[i];
+                set(id, row[id] - (float)(task.times[i] * task.frequency + task.presence));
+            }
+        for (const int64_t id : task.banned) set(id, NOTHING);
+    }
+
+    Edited(const Edited &) = delete;
+
+    ~Edited() {
+        for (auto edit = before.rbegin(); edit != before.rend(); edit++) row[edit->first] = edit->second;
+    }
+
+    void renew(int64_t length, std::vector<float> &maxima) const {
+        std::vector<bool> renewed(maxima.size());
+        for (const auto &[id, _] : before) {
+            const int64_t block = id / BLOCK, start = block * BLOCK;
+            if (renewed[block]) continue;
+            renewed[block] = true;
+            maxima[block] = largest_of(row + start, std::min(BLOCK, length - start));
+        }
+    }
+};
+
+// Draws from a row with its edits: temperature, then min_p, top_k, top_p.
+void draw(const float *row, int64_t length, const std::vector<float> &maxima, const Task &task, int threads) {
+    static thread_local std::vector<float> kept;  // since fresh pages cost more than the arithmetic that is done in them
+    std::vector<float> &scratch = kept;           // this thread's, also for those that help it
+    const float highest = *std::max_element(maxima.begin(), maxima.end());
+    const auto all_likeliest = [&] { std::fill_n(task.chosen, task.seeds.count, find_first(row, length, maxima, highest)); };
+    if (!(task.temperature > 0)) return all_likeliest();
+    scratch.resize(length);
+    Weights weights{scratch, threads, length, 0, std::vector<double>(maxima.size())};
+    const float factor = 1 / (float)task.temperature;
+    each_block(length, threads, [&](int64_t block, int64_t start, int64_t end) {
+        const auto write = [&](int64_t at, wide x) { put(&scratch[start], at, end - start, x); };
+        weights.sums[block] = exponentials(row + start, end - start, highest, factor, write);
+    });
+    if (task.min_p > 0) weights.keep(length, (float)task.min_p);
+    const double wanted = task.top_p * weights.total();
+    if (!(wanted > 1)) return all_likeliest();  // it weighs 1 and is all of the nucleus; or the row is not of numbers
+    std::vector<double> cumulated;
+    const std::vector<int64_t> few = task.top_k ? find_few(weights, task.top_k, task.top_p, cumulated) : std::vector<int64_t>();
+    for (int64_t i = 0; i < task.seeds.count; i++) {
+        const uint64_t seed = task.seeds.first[i];
+        if (task.top_k) {
+            const auto found = std::upper_bound(cumulated.begin(), cumulated.end() - 1, number(seed, 0) * cumulated.back());
+            task.chosen[i] = few[found - cumulated.begin()];
+        } else {
+            task.chosen[i] = task.top_p < 1 ? from_nucleus(weights, wanted, seed) : weights.pick(number(seed, 0));
+        }
+    }
+}
+
+void read_row(float *row, int64_t length, Task &task, int threads) {
+    std::vector<float> maxima(blocks_of(length)), sums(maxima.size());
+    each_block(length, threads, [&](int64_t block, int64_t start, int64_t end) {
+        maxima[block] = largest_of(row + start, end - start);
+        if (task.reported) sums[block] = exponentials(row + start, end - start, maxima[block], 1, [](int64_t, wide) {});
+    });
+    const double total = task.reported ? log_total(maxima.data(), sums.data(), maxima.size()) : 0;
+    if (task.top_count) find_likeliest(row, length, maxima.data(), task.top_count, task.top);
+    for (int64_t i = 0; i < task.top_count; i++) task.top_values[i] = row[task.top[i]] - total;
+    if (task.given >= 0) {
+        task.value = row[task.given] - total;
+        task.rank = 1 + count_above(row, length, maxima, row[task.given]);
+    }
+    if (!task.seeds.count) return;
+    {
+        const Edited edited(row, task);
+        edited.renew(length, maxima);
+        draw(row, length, maxima, task, threads);
+    }
+    for (int64_t i = 0; i < task.seeds.count; i++) task.chosen_values[i] = row[task.chosen[i]] - total;
+}
+
 }  // namespace
 
 extern "C" {
 
-void rows_threads(int threads) { most_threads = threads; }
+int64_t rows_task_size() { return sizeof(Task); }
 
-// Of `count` rows. `totals` are numbers for those that are wanted, and so stay those that are none.
-void rows_survey(const float *rows, int64_t count, int64_t length, float *maxima, double *totals) {
-    const int64_t blocks = blocks_of(length);
-    std::vector<float> sums(count * blocks);
-    each_block(count, length, [=, &sums](int64_t row, int64_t block, int64_t start, int64_t end) {
-        const float *numbers = rows + row * length + start;
-        const float most = maxima[row * blocks + block] = largest_of(numbers, end - start);
-        if (totals[row] == totals[row])
-            sums[row * blocks + block] = exponentials(numbers, end - start, most, 1, [](int64_t, wide) {});
-    });
-    for (int64_t row = 0; row < count; row++)
-        if (totals[row] == totals[row]) totals[row] = log_total(maxima + row * blocks, &sums[row * blocks], blocks);
-}
-
-// How many are larger than `value`; `maxima` are of the row's blocks.
-int64_t rows_above(const float *row, int64_t length, const float *maxima, float value) {
-    int64_t count = 0;
-    for (int64_t start = 0; start < length; start += BLOCK)
-        if (maxima[start / BLOCK] > value)
-            for (int64_t at = start; at < std::min(start + BLOCK, length); at++) count += row[at] > value;
-    return count;
-}
-
-// Writes the ids of the `count` largest, largest first and among equals the lower id; `maxima` are of the row's blocks.
-void rows_likeliest(const float *row, int64_t length, const float *maxima, int64_t count, int64_t *ids) {
-    find_likeliest(row, length, maxima, count, ids);
-}
-
-// Draws an id for each seed. `maxima` are of the row's blocks without its edits.
-void rows_draw(const float *row, int64_t length, const float *maxima, const int64_t *ids, const float *values, int64_t count,
-               double temperature, double top_p, int64_t top_k, double min_p, const uint64_t *seeds, int64_t draws,
-               int64_t *chosen) {
-    static thread_local std::vector<float> kept;  // since fresh pages cost more than the arithmetic that is done in them
-    std::vector<float> &scratch = kept;           // this thread's, also for those that help it
-    const Edited edited{row, length, ids, values, count};
-    const std::vector<float> most = edited.maxima(maxima);
-    const float highest = *std::max_element(most.begin(), most.end()), factor = 1 / (float)temperature;
-    if (!(temperature > 0)) return (void)std::fill(chosen, chosen + draws, edited.likeliest(most, highest));
-    scratch.resize(length);
-    Weights weights{scratch, length, 0, std::vector<double>(most.size())};
-    each_block(1, length, [&](int64_t, int64_t block, int64_t start, int64_t end) {
-        float copy[BLOCK];
-        weights.sums[block] = exponentials(edited.block(start, end, copy), end - start, highest, factor,
-                                           [&](int64_t at, wide x) { put(&scratch[start], at, end - start, x); });
-    });
-    if (min_p > 0) weights.keep(length, (float)min_p);
-    const double wanted = top_p * weights.total();
-    // The likeliest weighs 1 and may be all of the nucleus; or the row is not of numbers.
-    if (!(wanted > 1)) return (void)std::fill(chosen, chosen + draws, edited.likeliest(most, highest));
-    std::vector<double> cumulated;
-    const std::vector<int64_t> few = top_k ? find_few(weights, top_k, top_p, cumulated) : std::vector<int64_t>();
-    for (int64_t i = 0; i < draws; i++) {
-        if (top_k) {
-            const double target = number(seeds[i], 0) * cumulated.back();
-            chosen[i] = few[std::upper_bound(cumulated.begin(), cumulated.end() - 1, target) - cumulated.begin()];
-        } else {
-            chosen[i] = top_p < 1 ? from_nucleus(weights, wanted, seeds[i]) : weights.pick(number(seeds[i], 0));
-        }
-    }
+// Reads `count` rows, each for what is wanted of it. They are as they were afterwards.
+void rows_read(float *rows, int64_t count, int64_t length, Task *tasks, int threads) {
+    if (count * length < WORTH_A_THREAD) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1 && count > 1)
+    for (int64_t i = 0; i < count; i++)
+        if (tasks[i].reported || tasks[i].given >= 0 || tasks[i].seeds.count)
+            read_row(rows + i * length, length, tasks[i], count > 1 ? 1 : threads);
 }
 }

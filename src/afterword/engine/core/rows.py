@@ -1,14 +1,16 @@
-"""The sampler's costly steps: walks over whole rows of logits, each with one reading of memory.
+"""What the sampler does with whole rows of logits: the costly part, as few walks over memory as there can be.
 
-Compiled (rows.cpp) where there was a compiler, else numpy's (plain.py), which take about twice the time. Rows are taken
-in blocks, and what is known of each block is returned, so that what comes next need not look at the rest again.
+Compiled (rows.cpp) where there was a compiler, else numpy's (plain.py), which take several times as long. All rows of a
+pass are read in one call, since a call costs as much as the arithmetic in it.
 """
 
 from __future__ import annotations
 
 import ctypes
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -16,98 +18,179 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afterword.engine.compiled import library
+from afterword.engine.core.batch import Logits
+from afterword.engine.core.tally import Tally
 from afterword.engine.protocol import Sampling
 
-Row = NDArray[np.float32]
-Rows = NDArray[np.float32]
 Ids = NDArray[np.int64]
-Edits = tuple[Ids, Row]
-"""Token ids, rising, and their new numbers."""
+Numbers = NDArray[np.float64]
 
 BLOCK = 256
+"""Of this many numbers the largest is known, and the sum, so that what comes next need not look at them again."""
 GREEDY_BELOW = 1e-4
 """Temperatures below this are greedy: dividing by them would leave one token with all the mass anyway."""
 FILE = library(Path(__file__).with_name("rows.cpp"))
+_TEXTS = 256  # as many as there can be sequences: they are asked for at each token
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """An id for each seed: bias, penalties, bans, temperature, then the filters min_p, top_k, top_p.
+
+    `generated` are the sample's tokens so far; only the repetition penalty looks at the prompt.
+    """
+
+    sampling: Sampling
+    seeds: Sequence[int]
+    generated: Tally
+    prompt: tuple[int, ...] = ()
+    banned: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is wanted of a row: log probabilities if `reported`, with the `top` likeliest, and of one `given` id."""
+
+    reported: bool = False
+    top: int = 0
+    given: int | None = None
+    draw: Draw | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What came of it. Log probabilities are those of the unmodified row; where it is not of numbers, no numbers.
+
+    Without `reported` they are logits. `rank` is 1 for the likeliest id.
+    """
+
+    top: tuple[tuple[int, float], ...] = ()
+    value: float = 0.0
+    rank: int = 0
+    drawn: tuple[tuple[int, float], ...] = ()
 
 
 class Walks(Protocol):
-    """Rows are (vocabulary,) and contiguous; `maxima` the largest of each block of them."""
+    """How rows are read."""
 
-    def survey(self, rows: Rows, summed: Sequence[bool]) -> tuple[Rows, list[float]]:
-        """The maxima of (n, vocabulary), and of those `summed` the log of the sum of exponentials.
+    def read(self, rows: Logits, tasks: Sequence[Task]) -> list[Found]:
+        """Of each row of (n, vocabulary) what its task wants. Weights are exact to 1 in 10^6, and 0 below 10^-37.
 
-        To 1 in 10^6. Not a number for others, and for rows that are none.
+        The likeliest come first, and of equals the lower id. Rows are written to meanwhile.
         """
         ...
 
-    def draw(self, row: Row, maxima: Row, edits: Edits, sampling: Sampling, seeds: Sequence[int]) -> list[int]:
-        """An id for each seed, of the row with its edits: temperature, then min_p, top_k, top_p.
 
-        Weights are exponentials of what is below the largest: exact to 1 in 10^6, and 0 below 10^-37.
-        """
-        ...
-
-    def above(self, row: Row, maxima: Row, value: float) -> int:
-        """How many are larger."""
-        ...
-
-    def likeliest(self, row: Row, maxima: Row, count: int) -> Ids:
-        """Ids of the `count` largest, largest first; ties go to the lower id."""
-        ...
+def distinct(ids: tuple[int, ...]) -> Ids:
+    """Each of them once, rising."""
+    return np.unique(np.array(ids, np.int64))
 
 
-_AT, _COUNT, _NUMBER, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_double
-_FILTERS = (_DOUBLE, _DOUBLE, _COUNT, _DOUBLE)
-_SIGNATURES = {
-    "rows_threads": (ctypes.c_int,),
-    "rows_survey": (_AT, _COUNT, _COUNT, _AT, _AT),
-    "rows_draw": (_AT, _COUNT, _AT, _AT, _AT, _COUNT, *_FILTERS, _AT, _COUNT, _AT),
-    "rows_above": (_AT, _COUNT, _AT, _NUMBER),
-    "rows_likeliest": (_AT, _COUNT, _AT, _COUNT, _AT),
-}
+_AT, _COUNT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+
+
+class _Task(ctypes.Structure):
+    """As rows.cpp declares it."""
+
+    _fields_ = [
+        *((name, _COUNT) for name in ("reported", "given", "top_count")),
+        *(("seeds", _AT), ("seeds_count", _COUNT)),
+        *((name, _DOUBLE) for name in ("temperature", "top_p", "min_p")),
+        ("top_k", _COUNT),
+        *((name, _DOUBLE) for name in ("presence", "frequency", "repetition")),
+        *(("generated", _AT), ("generated_count", _COUNT), ("times", _AT)),
+        *(("seen", _AT), ("seen_count", _COUNT)),
+        *(("biased", _AT), ("biased_count", _COUNT), ("biases", _AT)),
+        *(("banned", _AT), ("banned_count", _COUNT)),
+        *(("value", _DOUBLE), ("rank", _COUNT)),
+        *((name, _AT) for name in ("top", "top_values", "chosen", "chosen_values")),
+    ]
 
 
 class Compiled:
-    """By rows.cpp, each walk over what is long by up to `threads` threads."""
+    """By rows.cpp: rows by up to `threads` threads, or blocks of a row where there is one."""
 
     def __init__(self, threads: int = 1) -> None:
-        self._library = ctypes.CDLL(str(FILE))
-        for name, arguments in _SIGNATURES.items():
-            getattr(self._library, name).argtypes = arguments
-        self._library.rows_above.restype = _COUNT
-        self._library.rows_threads(threads)
+        native = ctypes.CDLL(str(FILE))
+        native.rows_task_size.restype = _COUNT
+        assert native.rows_task_size() == ctypes.sizeof(_Task)
+        self._read = native.rows_read
+        self._read.argtypes = (_AT, _COUNT, _COUNT, _AT, ctypes.c_int)
+        self._threads = threads
 
-    def survey(self, rows: Rows, summed: Sequence[bool]) -> tuple[Rows, list[float]]:
+    def read(self, rows: Logits, tasks: Sequence[Task]) -> list[Found]:
         """See `Walks`."""
         count, length = rows.shape
-        maxima = np.empty((count, -(-length // BLOCK)), np.float32)
-        totals = np.where(summed, 0.0, math.nan)
-        self._library.rows_survey(_at(rows), count, length, _at(maxima), _at(totals))
-        return maxima, totals.tolist()
-
-    def draw(self, row: Row, maxima: Row, edits: Edits, sampling: Sampling, seeds: Sequence[int]) -> list[int]:
-        """See `Walks`."""
-        chosen, wanted = np.empty(len(seeds), np.int64), np.array(seeds, np.uint64)
-        temperature = 0.0 if sampling.temperature < GREEDY_BELOW else sampling.temperature
-        filters = (temperature, sampling.top_p, sampling.top_k, sampling.min_p)
-        changes = (_at(edits[0]), _at(edits[1]), len(edits[0]))
-        self._library.rows_draw(
-            _at(row), len(row), _at(maxima), *changes, *filters, _at(wanted), len(seeds), _at(chosen)
-        )
-        found: list[int] = chosen.tolist()
-        return found
-
-    def above(self, row: Row, maxima: Row, value: float) -> int:
-        """See `Walks`."""
-        return int(self._library.rows_above(_at(row), len(row), _at(maxima), value))
-
-    def likeliest(self, row: Row, maxima: Row, count: int) -> Ids:
-        """See `Walks`."""
-        ids = np.empty(min(count, len(row)), np.int64)
-        self._library.rows_likeliest(_at(row), len(row), _at(maxima), len(ids), _at(ids))
-        return ids
+        tops = [min(task.top, length) for task in tasks]
+        seeds = np.array([seed for task in tasks if task.draw for seed in task.draw.seeds], np.uint64)
+        top, drawn = _Pairs(sum(tops)), _Pairs(len(seeds))
+        at = _at(seeds)
+        native = (_Task * count)()
+        for each, task, size in zip(native, tasks, tops, strict=True):
+            each.reported, each.given = task.reported, -1 if task.given is None else task.given
+            each.top_count, (each.top, each.top_values) = size, top.next(size)
+            if task.draw:
+                draws = len(task.draw.seeds)
+                each.seeds, each.seeds_count, at = at, draws, at + 8 * draws
+                each.chosen, each.chosen_values = drawn.next(draws)
+                _fill(each, task.draw)
+        self._read(_at(rows), count, length, native, self._threads)
+        first, second = top.pairs(), drawn.pairs()
+        return [
+            Found(tuple(islice(first, size)), each.value, each.rank, tuple(islice(second, each.seeds_count)))
+            for each, size in zip(native, tops, strict=True)
+        ]
 
 
-def _at(array: NDArray[np.float32 | np.float64 | np.int64 | np.uint64]) -> int | None:
+class _Pairs:
+    """Memory for ids and numbers, given out from the first to the last."""
+
+    def __init__(self, count: int) -> None:
+        self._ids, self._numbers = np.zeros(count, np.int64), np.zeros(count, np.float64)
+        self._at = _at(self._ids), _at(self._numbers)
+        self._given = 0
+
+    def next(self, count: int) -> tuple[int, int]:
+        """Where there is room for so many."""
+        start = 8 * self._given
+        self._given += count
+        return self._at[0] + start, self._at[1] + start
+
+    def pairs(self) -> Iterator[tuple[int, float]]:
+        """What stands there."""
+        return zip(self._ids.tolist(), self._numbers.tolist(), strict=True)
+
+
+def _fill(each: _Task, draw: Draw) -> None:
+    """What is drawn and from what. Arrays outlive the call: they are the tally's, or remembered."""
+    sampling, generated = draw.sampling, draw.generated
+    each.temperature = 0.0 if sampling.temperature < GREEDY_BELOW else sampling.temperature
+    each.top_p, each.min_p, each.top_k = sampling.top_p, sampling.min_p, sampling.top_k
+    each.presence, each.frequency = sampling.presence_penalty, sampling.frequency_penalty
+    each.repetition = sampling.repetition_penalty
+    each.generated, each.times, each.generated_count = *generated.addresses, len(generated)
+    if sampling.repetition_penalty != 1.0 and draw.prompt:
+        each.seen, each.seen_count = _kept(draw.prompt)[1:]
+    if sampling.logit_bias:
+        _, _, each.biased, each.biases, each.biased_count = _kept_biases(sampling.logit_bias)
+    if draw.banned:
+        each.banned, each.banned_count = _kept(draw.banned)[1:]
+
+
+@lru_cache(_TEXTS)
+def _kept(ids: tuple[int, ...]) -> tuple[Ids, int, int]:
+    array = distinct(ids)
+    return array, _at(array), len(array)
+
+
+@lru_cache(_TEXTS)
+def _kept_biases(biases: tuple[tuple[int, float], ...]) -> tuple[Ids, Numbers, int, int, int]:
+    ids, numbers = (
+        np.array(column, kind) for column, kind in zip(zip(*biases, strict=True), (np.int64, float), strict=True)
+    )
+    return ids, numbers, _at(ids), _at(numbers), len(ids)
+
+
+def _at(array: NDArray[np.float32 | np.float64 | np.int64 | np.uint64]) -> int:
     """Where an array is; half the time of asking the array."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(array.data)) if array.size else None
+    return ctypes.addressof(ctypes.c_char.from_buffer(array.data)) if array.size else 0

@@ -6,10 +6,11 @@ notion of prefill and decode.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass, field
 
 from afterword.engine.core.slots import Slot, Wanted
+from afterword.engine.core.tally import Tally
 from afterword.engine.protocol import Job
 
 
@@ -39,7 +40,7 @@ class Sequence:
     sample: int
     generated: list[int] = field(default_factory=list)
     slot: Slot | None = None
-    counts: Counter[int] = field(default_factory=Counter)
+    tally: Tally = field(default_factory=Tally)
 
     @property
     def length(self) -> int:
@@ -59,7 +60,7 @@ class Sequence:
     def append(self, token: int) -> None:
         """Take a sampled token."""
         self.generated.append(token)
-        self.counts[token] += 1
+        self.tally.add(token)
 
     def slice(self, start: int, stop: int) -> tuple[int, ...]:
         """Tokens from `start` up to `stop`."""
