@@ -11,7 +11,6 @@
 namespace {
 
 bool keeps_weights = false;
-int threads = 1;
 int taken = 0, refused = 0;  // attentions that ggml asked about since somebody asked us
 
 bool is(const Tensor *node, const char *operation) { return !std::strcmp(ggml.operation_name(node->op), operation); }

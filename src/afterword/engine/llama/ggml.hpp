@@ -123,6 +123,7 @@ struct Ggml {
 namespace {
 
 Ggml ggml;
+int threads = 1;  // that compute
 
 constexpr int API_VERSION = 2, ACCELERATOR = 3, TO_COMPUTE = 16;
 constexpr int F32 = 0, F16 = 1;  // types of elements

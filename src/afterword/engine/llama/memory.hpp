@@ -46,7 +46,7 @@ const Tensor *whole(const Tensor *tensor, size_t &offset) {
 
 void set_tensor(Buffer *, Tensor *tensor, const void *data, size_t offset, size_t size) {
     const Tensor *weights = whole(tensor, offset);
-    products::pack(weights, (const char *)data, offset, size);
+    products::pack(weights, (const char *)data, offset, size, threads);
 }
 void get_tensor(Buffer *, const Tensor *tensor, void *data, size_t offset, size_t size) {
     const Tensor *weights = whole(tensor, offset);

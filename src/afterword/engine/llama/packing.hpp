@@ -6,7 +6,6 @@
 
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -111,13 +110,14 @@ struct Packing {
     int64_t blocks;
 
     // Copies some blocks from a file.
-    void pack(const char *file, int64_t first, int64_t count) const {
-        const int64_t whole = blocks * LANE_ROWS;
-        for (int64_t here; count; file += here * Type::BYTES, first += here, count -= here) {
-            here = std::min(count, whole - first % whole);
-            if (here == whole) pack_rows(file, data + first * Type::BYTES);
-            else copy<false>(const_cast<char *>(file), first, here);
-        }
+    void pack(char *file, int64_t first, int64_t count, int threads) const {
+        const int64_t group = blocks * LANE_ROWS, whole = (first + group - 1) / group * group, end = (first + count) / group * group;
+        if (whole >= end) return copy<false>(file, first, count);
+        const auto at = [=](int64_t block) { return file + (block - first) * Type::BYTES; };
+        copy<false>(file, first, whole - first);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+        for (int64_t block = whole; block < end; block += group) pack_rows(at(block), data + block * Type::BYTES);
+        copy<false>(at(end), end, first + count - end);
     }
 
     // And back.

@@ -299,8 +299,10 @@ void with_packing(const Tensor *weights, Do what) {
 }
 
 // Puts whole blocks, as they lie in a file, so many bytes from its beginning on, into a matrix that is packed.
-void pack(const Tensor *weights, const char *file, size_t offset, size_t size) {
-    with_packing(weights, [=](auto packing, size_t block) { packing.pack(file, offset / block, size / block); });
+void pack(const Tensor *weights, const char *file, size_t offset, size_t size, int threads) {
+    with_packing(weights, [=](auto packing, size_t block) {
+        packing.pack(const_cast<char *>(file), offset / block, size / block, threads);
+    });
 }
 
 // And gets them back.
@@ -320,7 +322,7 @@ constexpr bool AVAILABLE = false;
 bool takes(const Tensor *) { return false; }
 void compute(const Tensor *, int, bool) {}
 size_t packed_size(const Tensor *) { return 0; }
-void pack(const Tensor *, const char *, size_t, size_t) {}
+void pack(const Tensor *, const char *, size_t, size_t, int) {}
 void unpack(const Tensor *, char *, size_t, size_t) {}
 
 }  // namespace
