@@ -199,6 +199,16 @@ QUANTIZED = (
 EVERY_PROMISE = [(name, kv_type) for name in (*QUANTIZED, *sorted(FLOAT_TYPES)) for kv_type in ("exact", "f16")]
 
 
+@pytest.mark.parametrize(("file_type", "all_ours"), [("Q8_0", True), ("Q4_K_M", True), ("Q4_1", False)])
+def test_who_computes_all_products_is_known(folder, file_type, all_ours):
+    """A single token's other operations take one thread then; where a type is the library's, they take all."""
+    if not accelerator.multiplies():
+        pytest.skip("this processor has no instructions for it")
+    path = str(quantized(folder, file_type))
+    runner = LlamaRunner(Open(path, 64, 1, 2, 64, "exact", 0, False, own_products=True))
+    assert runner.computes_all == all_ours
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("file_type", "kv_type"), EVERY_PROMISE)

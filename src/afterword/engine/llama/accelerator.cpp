@@ -11,7 +11,9 @@
 namespace {
 
 bool keeps_weights = false;
-int taken = 0, refused = 0;  // attentions that ggml asked about since somebody asked us
+struct {
+    int attentions, attentions_left, products_left;  // to the library
+} asked;  // by ggml since accelerator_listen
 
 bool is(const Tensor *node, const char *operation) { return !std::strcmp(ggml.operation_name(node->op), operation); }
 
@@ -27,12 +29,12 @@ BufferType *usual_buffers(Device *) { return ggml.cpu_buffers(); }
 BufferType *buffers_for_weights(Device *device) { return keeps_weights ? &memory::the_type : usual_buffers(device); }
 bool takes_buffers(Device *, BufferType *type) { return ggml.is_host(type) || type == &memory::the_type; }
 bool takes_operation(Device *, const Tensor *node) {
-    if (is(node, "MUL_MAT")) return products::takes(node);
     if (is(node, "NONE")) return memory::holds(node);
-    if (!is(node, "FLASH_ATTN_EXT")) return false;
-    const bool can = attention::takes(node);
-    taken += can;
-    refused += !can;
+    const bool product = is(node, "MUL_MAT"), attention = is(node, "FLASH_ATTN_EXT");
+    const bool can = product ? products::takes(node) : attention && attention::takes(node);
+    asked.attentions += attention;
+    asked.attentions_left += attention && !can;
+    asked.products_left += (product && !can) || is(node, "MUL_MAT_ID");
     return can;
 }
 
@@ -81,12 +83,14 @@ void *accelerator_registry(const Ggml *addresses) {
     return &the_registry;
 }
 
-// Whether there was attention to compute since the last call, and none was left to the library.
-int accelerator_attends() {
-    const bool suits = taken && !refused;
-    taken = refused = 0;
-    return suits;
-}
+// From here on is counted what ggml asks about.
+void accelerator_listen() { asked = {}; }
+
+// Whether there was attention to compute, and none was left to the library.
+int accelerator_attends() { return asked.attentions && !asked.attentions_left; }
+
+// Whether no product was left to the library.
+int accelerator_multiplies_all() { return !asked.products_left; }
 
 // Whether products of quantized weights are computed here.
 int accelerator_multiplies() { return products::AVAILABLE; }

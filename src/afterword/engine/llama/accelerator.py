@@ -43,10 +43,23 @@ def offer() -> bool:
     return True
 
 
+def listen() -> None:
+    """From here on is counted what llama.cpp asks about."""
+    kernels = _kernels()
+    if kernels is not None:
+        kernels.accelerator_listen()
+
+
 def attends() -> bool:
-    """Whether all attention that llama.cpp asked about since the last call can be computed, and there was some."""
+    """Whether all attention that was asked about can be computed, and there was some."""
     kernels = _kernels()
     return kernels is not None and bool(kernels.accelerator_attends())
+
+
+def multiplies_all() -> bool:
+    """Whether all products that were asked about can be computed."""
+    kernels = _kernels()
+    return kernels is not None and bool(kernels.accelerator_multiplies_all())
 
 
 def multiplies() -> bool:

@@ -48,9 +48,6 @@ class LlamaRunner:
         accelerator.prepare(settings.threads, keep_weights=self.own_products)
         self.model = _load(settings, settings.repack and not self.own_products, tell)
         self._context, self.own_attention = _context(self.model, settings, self.accelerated)
-        if self.own_products and self.own_attention:
-            # What is left to the library of a single token takes less time than waking threads for it.
-            native.llama_set_n_threads(self._context, 1, settings.threads)
         self._memory = native.llama_get_memory(self._context)
         self._vocabulary = native.llama_vocab_n_tokens(native.llama_model_get_vocab(self.model))
         self.rewinds = not (
@@ -58,6 +55,10 @@ class LlamaRunner:
             or native.llama_model_is_hybrid(self.model)
             or native.llama_model_n_swa(self.model) > 0
         )
+        self.computes_all = self.own_products and self.own_attention and accelerator.multiplies_all() and self.rewinds
+        if self.computes_all:
+            # What is left to the library of a single token takes less time than waking threads for it.
+            native.llama_set_n_threads(self._context, 1, settings.threads)
         self.full = settings.full and self.rewinds
         self._arrays = _BatchArrays(_most_tokens(settings))
         if self.full:
@@ -188,7 +189,7 @@ def _context(model: object, settings: Open, accelerated: bool) -> tuple[object, 
     if settings.kv_type != "exact":
         return _made(model, settings, _ATTENTION[settings.kv_type]), False
     if accelerated:
-        accelerator.attends()
+        accelerator.listen()
         context = _made(model, settings, _OWN)
         if accelerator.attends():
             return context, True
