@@ -156,7 +156,7 @@ class Ledger:
         scheduler = process.core._scheduler
         shares: Counter[str] = Counter()
         for row in batch.rows:
-            shares[scheduler.at(row.slot).work.job.client] += len(row.tokens)
+            shares[scheduler.at(row.slot).work.job.client] += 1  # not tokens: of who has a prefix few are computed
         self._shares.append((frozenset(scheduler._waiting), shares))
         self._passes += 1
         if len(self._shares) < WINDOW or self._passes % 8:
