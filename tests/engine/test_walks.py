@@ -131,6 +131,16 @@ def test_nothing_is_found_where_nothing_is_wanted(walks):
     assert walks.read(np.stack([row, row]), [Task(), Task(given=3)]) == [Found(), Found((), 0.0, 1)]
 
 
+@pytest.mark.skipif(not FILE.exists(), reason="no C++ compiler built the library")
+def test_ids_beyond_the_row_are_not_written_to():
+    """Whoever asks has been told so before; memory must not depend on it."""
+    rows = np.zeros((3, 300), np.float32)
+    biased = Sampling(0.0, repetition_penalty=2.0, presence_penalty=1.0, logit_bias=((300, 9.0), (-1, 9.0), (7, 1.0)))
+    draw = Draw(biased, [0], Tally([300, 10**9]), prompt=(-5, 400), banned=(301,))
+    assert [each.drawn for each in Compiled().read(rows, [Task(), Task(draw=draw), Task()])] == [(), ((7, 0.0),), ()]
+    assert not rows.any()
+
+
 @given(st.lists(st.integers(0, 400), max_size=300))
 def test_a_tally_counts(tokens):
     tally = Tally(tokens)

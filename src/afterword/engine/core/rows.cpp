@@ -224,19 +224,26 @@ struct Task {
 // A row while other numbers stand in it: as they are taken back, it is what it was.
 class Edited {
     float *const row;
+    const int64_t length;
     std::vector<std::pair<int64_t, float>> before;
 
-    void set(int64_t id, float value) {
+    // `change` makes a number of what is there. Ids are known to be in the row; were one not, nothing would be lost.
+    template <class Change>
+    void edit(int64_t id, Change change) {
+        if (id < 0 || id >= length) return;
         before.emplace_back(id, row[id]);
-        row[id] = value;
+        row[id] = change(row[id]);
     }
 
-    void penalize(int64_t id, float factor) { set(id, row[id] > 0 ? row[id] / factor : row[id] * factor); }
+    void penalize(int64_t id, float factor) {
+        edit(id, [=](float x) { return x > 0 ? x / factor : x * factor; });
+    }
 
    public:
     // Bias, penalties and bans, in this order. The repetition penalty is for what the prompt or the sample has.
-    Edited(float *row, const Task &task) : row(row) {
-        for (int64_t i = 0; i < task.biased.count; i++) set(task.biased.first[i], row[task.biased.first[i]] + (float)task.biases[i]);
+    Edited(float *row, int64_t length, const Task &task) : row(row), length(length) {
+        for (int64_t i = 0; i < task.biased.count; i++)
+            edit(task.biased.first[i], [&](float x) { return x + (float)task.biases[i]; });
         if (task.repetition != 1) {
             for (const int64_t id : task.seen) penalize(id, task.repetition);
             for (const int64_t id : task.generated)
@@ -244,10 +251,10 @@ class Edited {
         }
         if (task.presence != 0 || task.frequency != 0)
             for (int64_t i = 0; i < task.generated.count; i++) {
-                const int64_t id = task.generated.first[i];
-                set(id, row[id] - (float)(task.times[i] * task.frequency + task.presence));
+                const float penalty = task.times[i] * task.frequency + task.presence;
+                edit(task.generated.first[i], [=](float x) { return x - penalty; });
             }
-        for (const int64_t id : task.banned) set(id, NOTHING);
+        for (const int64_t id : task.banned) edit(id, [](float) { return NOTHING; });
     }
 
     Edited(const Edited &) = delete;
@@ -256,7 +263,7 @@ class Edited {
         for (auto edit = before.rbegin(); edit != before.rend(); edit++) row[edit->first] = edit->second;
     }
 
-    void renew(int64_t length, std::vector<float> &maxima) const {
+    void renew(std::vector<float> &maxima) const {
         std::vector<bool> renewed(maxima.size());
         for (const auto &[id, _] : before) {
             const int64_t block = id / BLOCK, start = block * BLOCK;
@@ -312,8 +319,8 @@ void read_row(float *row, int64_t length, Task &task, int threads) {
     }
     if (!task.seeds.count) return;
     {
-        const Edited edited(row, task);
-        edited.renew(length, maxima);
+        const Edited edited(row, length, task);
+        edited.renew(maxima);
         draw(row, length, maxima, task, threads);
     }
     for (int64_t i = 0; i < task.seeds.count; i++) task.chosen_values[i] = row[task.chosen[i]] - total;

@@ -124,7 +124,7 @@ class Compiled:
         tops = [min(task.top, length) for task in tasks]
         seeds = np.array([seed for task in tasks if task.draw for seed in task.draw.seeds], np.uint64)
         top, drawn = _Pairs(sum(tops)), _Pairs(len(seeds))
-        at = _at(seeds)
+        at, held = _at(seeds), []
         native = (_Task * count)()
         for each, task, size in zip(native, tasks, tops, strict=True):
             each.reported, each.given = task.reported, -1 if task.given is None else task.given
@@ -133,7 +133,7 @@ class Compiled:
                 draws = len(task.draw.seeds)
                 each.seeds, each.seeds_count, at = at, draws, at + 8 * draws
                 each.chosen, each.chosen_values = drawn.next(draws)
-                _fill(each, task.draw)
+                held.append(_fill(each, task.draw))
         self._read(_at(rows), count, length, native, self._threads)
         first, second = top.pairs(), drawn.pairs()
         return [
@@ -161,34 +161,31 @@ class _Pairs:
         return zip(self._ids.tolist(), self._numbers.tolist(), strict=True)
 
 
-def _fill(each: _Task, draw: Draw) -> None:
-    """What is drawn and from what. Arrays outlive the call: they are the tally's, or remembered."""
+def _fill(each: _Task, draw: Draw) -> tuple[object, ...]:
+    """What is drawn and from what. Returns who owns the arrays, to be kept as long as they are looked at."""
     sampling, generated = draw.sampling, draw.generated
     each.temperature = 0.0 if sampling.temperature < GREEDY_BELOW else sampling.temperature
     each.top_p, each.min_p, each.top_k = sampling.top_p, sampling.min_p, sampling.top_k
     each.presence, each.frequency = sampling.presence_penalty, sampling.frequency_penalty
     each.repetition = sampling.repetition_penalty
     each.generated, each.times, each.generated_count = *generated.addresses, len(generated)
-    if sampling.repetition_penalty != 1.0 and draw.prompt:
-        each.seen, each.seen_count = _kept(draw.prompt)[1:]
-    if sampling.logit_bias:
-        _, _, each.biased, each.biases, each.biased_count = _kept_biases(sampling.logit_bias)
-    if draw.banned:
-        each.banned, each.banned_count = _kept(draw.banned)[1:]
+    seen = _array(draw.prompt if sampling.repetition_penalty != 1.0 else ())
+    banned = _array(draw.banned)
+    biased, biases = _arrays(sampling.logit_bias)
+    each.seen, each.seen_count = _at(seen), len(seen)
+    each.banned, each.banned_count = _at(banned), len(banned)
+    each.biased, each.biased_count, each.biases = _at(biased), len(biased), _at(biases)
+    return generated, seen, banned, biased, biases
 
 
 @lru_cache(_TEXTS)
-def _kept(ids: tuple[int, ...]) -> tuple[Ids, int, int]:
-    array = distinct(ids)
-    return array, _at(array), len(array)
+def _array(ids: tuple[int, ...]) -> Ids:
+    return distinct(ids)
 
 
 @lru_cache(_TEXTS)
-def _kept_biases(biases: tuple[tuple[int, float], ...]) -> tuple[Ids, Numbers, int, int, int]:
-    ids, numbers = (
-        np.array(column, kind) for column, kind in zip(zip(*biases, strict=True), (np.int64, float), strict=True)
-    )
-    return ids, numbers, _at(ids), _at(numbers), len(ids)
+def _arrays(biases: tuple[tuple[int, float], ...]) -> tuple[Ids, Numbers]:
+    return np.array([token for token, _ in biases], np.int64), np.array([bias for _, bias in biases], np.float64)
 
 
 def _at(array: NDArray[np.float32 | np.float64 | np.int64 | np.uint64]) -> int:
