@@ -103,7 +103,7 @@ class Loop:
         sequence = self._scheduler.at(row.slot)
         job, end = sequence.work.job, row.position + len(row.tokens)
         asks: list[Ask] = []
-        if job.prompt_alternatives is not None and not sequence.generated:
+        if _is_scored(sequence):
             assert sequence.slot is not None
             asks += [Score(token, sequence.slot.breadth) for token in job.prompt[row.position + 1 : end + 1]]
         if len(asks) < row.outputs:
@@ -125,10 +125,10 @@ class Loop:
     def _postprocess(self, row: Row, sequence: Sequence, found: list[list[Token]], draft: _Draft) -> None:
         job = sequence.work.job
         scores: list[Token] = []
-        if job.prompt_alternatives is not None and not sequence.generated:
+        if _is_scored(sequence):
             following = min(len(found), len(job.prompt) - row.position - 1)
             scores = [token for tokens in found[:following] for token in tokens]
-            draft.scored.extend(_narrowed(scores, job.prompt_alternatives))
+            draft.scored.extend(_narrowed(scores, job.prompt_alternatives or 0))
         self._scheduler.computed(row, sequence, scores)
         if sequence.computed < sequence.length or not found:
             return
@@ -160,6 +160,11 @@ class Loop:
                 draft.ended.append((sequence.sample, "length"))
         over = {sample for sample, _ in draft.ended}
         return [sequence for sequence in samples if sequence.sample not in over]
+
+
+def _is_scored(sequence: Sequence) -> bool:
+    """Whether what is computed for it now is told about its prompt."""
+    return sequence.work.job.prompt_alternatives is not None and not sequence.generated
 
 
 def _first_step(begun: Begun) -> Step:

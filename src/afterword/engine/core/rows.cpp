@@ -98,7 +98,7 @@ int64_t count_above(const float *row, int64_t length, const std::vector<float> &
     return count;
 }
 
-// The n-th number in [0, 1) that comes of a seed, as in rows.py.
+// The n-th number in [0, 1) that comes of a seed, as in plain.py.
 double number(uint64_t seed, uint64_t n) {
     if (n) {
         seed += n * 0x9e3779b97f4a7c15;

@@ -1,6 +1,6 @@
 """What the sampler does with whole rows of logits: the costly part, as few walks over memory as there can be.
 
-Compiled (rows.cpp) where there was a compiler, else numpy's (plain.py), which take several times as long. All rows of a
+Compiled (rows.cpp) where there was a compiler, else numpy's (plain.py), which are slower. All rows of a
 pass are read in one call, since a call costs as much as the arithmetic in it.
 """
 
