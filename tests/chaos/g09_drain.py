@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import tempfile
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,11 +14,12 @@ import pytest
 
 from afterword.door.server import Door
 
+from . import scripted_model
 from .client import Caller
 from .gate import Fault, Gate, Result, Trial
 from .server import Server
 
-STREAMS, TOKENS = 100, 150
+STREAMS, TOKENS = 100, 250
 PATIENCE = 60.0  # seconds
 _BODY: dict[str, Any] = {"prompt": "a", "max_tokens": TOKENS, "ignore_eos": True, "stream": True}
 
@@ -27,19 +30,24 @@ def run(trial: Trial) -> Result:
     options = ("--parallel", str(STREAMS), "--context", "512", "--drain-delay", "0.5")
     for number in range(trial.size):
         trial.say(f"G9 {number}")
-        with trial.serve(*options, scripted=True) as server:
-            asyncio.run(_end(server, seen))
+        with (
+            tempfile.NamedTemporaryFile(delete=False) as hold,
+            trial.serve(*options, scripted=True, variables={scripted_model.HOLD: hold.name}) as server,
+        ):
+            asyncio.run(_end(server, Path(hold.name), seen))
     bad = seen["cut"] + seen["not told"] + seen["let in later"] + seen["bad exits"]
     return Result(not bad, {"streams": STREAMS, **seen})
 
 
-async def _end(server: Server, seen: dict[str, int]) -> None:
+async def _end(server: Server, hold: Path, seen: dict[str, int]) -> None:
+    """Streams are open when the server is told: the model waits when all have begun, while `hold` is there."""
     begun = [asyncio.Event() for _ in range(STREAMS)]
     async with server.visitors() as client:
         streams = [asyncio.create_task(_read(client, event)) for event in begun]
         await asyncio.gather(*(event.wait() for event in begun))
         server.process.send_signal(signal.SIGTERM)
         seen["not told"] += not await _is_told(server)
+        hold.unlink()
         for whole in await asyncio.gather(*streams):
             seen["whole" if whole else "cut"] += 1
     with suppress(Exception):
