@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+from collections.abc import Iterator
 
 import pytest
 
@@ -17,3 +18,11 @@ def accelerator_library() -> ctypes.CDLL:
         pytest.skip("no C++ compiler built the kernels")
     library.start(verbose=False)
     return ctypes.CDLL(str(accelerator.FILE))
+
+
+@pytest.fixture
+def leading(accelerator_library: ctypes.CDLL) -> Iterator[None]:
+    """A single token is computed by threads of our own, as with a model that leaves nothing to the library."""
+    accelerator_library.accelerator_lead(True)
+    yield
+    accelerator_library.accelerator_lead(False)

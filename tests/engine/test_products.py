@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -198,6 +199,17 @@ def test_parts_of_what_is_in_our_memory_can_be_changed_and_read(memory, name):
 
 def test_without_room_there_is_no_buffer(memory):
     assert memory.make(1 << 62) is None
+
+
+def test_threads_that_read_ahead_compute_the_same(kernel, leading):
+    x = activations(1, 1280)
+    wanted = {name: product(kernel, name, weights(name, 333, 1280)[0], x) for name in TYPES}
+    for turn in range(30):  # weights that were read the last time are gone, and others are in their place
+        for name in TYPES:
+            raw, _ = weights(name, 333, 1280)
+            assert (product(kernel, name, raw, x, threads=2 + turn % 3) == wanted[name]).all()
+        if turn % 10 == 0:
+            time.sleep(0.05)  # they fall asleep
 
 
 def test_columns_may_lie_apart(kernel):

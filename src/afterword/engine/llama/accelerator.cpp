@@ -100,6 +100,10 @@ void accelerator_prepare(int count, int keeps) {
     threads = count;
     keeps_weights = keeps && products::AVAILABLE;
 }
+
+// Whether nothing of a single token is left to the library that takes more than one thread.
+void accelerator_lead(int alone) { team.leads = alone; }
+
 void *accelerator_memory() { return &memory::the_type; }
 
 // One operation by itself: what the tests compare.

@@ -78,6 +78,13 @@ def prepare(threads: int, keep_weights: bool) -> None:
         kernels.accelerator_prepare(threads, keep_weights)
 
 
+def lead(alone: bool) -> None:
+    """Whether nothing of a single token is left to the library that takes more than one thread."""
+    kernels = _kernels()
+    if kernels is not None:
+        kernels.accelerator_lead(alone)
+
+
 @cache
 def _kernels() -> ctypes.CDLL | None:
     if not FILE.exists():

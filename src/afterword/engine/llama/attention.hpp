@@ -16,6 +16,7 @@
 
 #include "../lanes.hpp"
 #include "ggml.hpp"
+#include "team.hpp"
 
 namespace attention {
 namespace {
@@ -282,17 +283,19 @@ void compute(const Tensor *node, int threads) {
     const int64_t rows = op.tokens * op.group, heads = op.k->ne[2], streams = op.q->ne[3];
     const int size = tile(rows, heads * streams, threads);
     const int64_t tiles = (rows + size - 1) / size, work = tiles * heads * streams;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        static thread_local Scratch scratch;
+    static std::vector<Scratch> scratches;  // attentions are computed one after the other
+    if (scratches.size() < (size_t)threads) scratches.resize(threads);
+    std::atomic<int64_t> taken{0};
+    in_threads(threads, op.tokens * streams == 1, [&](int thread) {
+        Scratch &scratch = scratches[thread];
         scratch.fit(op.dk, op.dv);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < work; i++) {
+        for (int64_t i; (i = taken++) < work;) {
             // The last tiles look at most cells: they begin first.
             const int64_t first = (tiles - 1 - i / (heads * streams)) * size, head = i % heads, stream = i / heads % streams;
             attend(op, scratch, stream, head, first, (int)(rows - first < size ? rows - first : size));
         }
-    }
+        return Span{};
+    });
 }
 
 // Whether it is an attention that can be computed here.

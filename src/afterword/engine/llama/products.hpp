@@ -9,18 +9,17 @@
 
 #pragma once
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <unordered_map>
 #include <vector>
 
 #include "ggml.hpp"
+#include "team.hpp"
 
 #if (defined(__AVX2__) && defined(__FMA__)) || defined(__ARM_FEATURE_DOTPROD)
 #include "weights.hpp"
@@ -29,18 +28,10 @@ namespace products {
 namespace {
 
 constexpr bool AVAILABLE = true;
-constexpr int LINE = 64;   // bytes of a cache's line
 constexpr int CHUNK = 16;  // steps, at most, that are unpacked before they are multiplied; half of it is a block at least
 constexpr int AHEAD = 8192;  // bytes that are asked for before they are needed, where one stream is all there is
+constexpr int64_t FAR_AHEAD = 1 << 19;  // bytes that a thread may read before their product begins: half of a large cache
 constexpr int MOST_COLUMNS = WIDE > LANES ? 8 : 4;  // multiplied together: as many as there are registers for their sums
-
-inline int this_thread() {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
 
 // Memory that is needed soon: so many lines of it are asked for at every step, while there is other work.
 struct Soon {
@@ -138,8 +129,14 @@ class alignas(LINE) Share {
    public:
     void give(int64_t first, int64_t end) { left = (uint64_t)end << 32 | (uint64_t)first; }
 
-    bool take_first(int64_t &tile) {
-        return take([&](uint64_t seen) { return tile = (uint32_t)seen, seen + 1; });
+    // Some of them: few enough to leave others something.
+    bool take_first(int64_t &first, int64_t &end) {
+        return take([&](uint64_t seen) {
+            first = (uint32_t)seen;
+            const int64_t count = (int64_t)(seen >> 32) - first;
+            end = first + (count + 7) / 8;
+            return seen + (uint64_t)(end - first);
+        });
     }
 
     bool take_last(int64_t &tile) {
@@ -199,7 +196,7 @@ void multiply_tile(const Product<Type, Rows> &op, Scratch<Type, TILES> &scratch,
     // For few columns memory is what takes time: pieces are shorter, so that it is asked more evenly.
     const int most = (op.count > MOST_COLUMNS ? CHUNK : CHUNK / 2) / Type::STEPS;
     constexpr int ROWS = products::ROWS<TILES>;
-    scratch.sums.assign(op.count * ROWS, 0.0f);
+    std::fill(scratch.sums.begin(), scratch.sums.end(), 0.0f);
     const char *rows = op.tile(number * ROWS, ROWS, scratch.rows);
     const int64_t blocks = op.steps / Type::STEPS, groups = (op.count + MOST_COLUMNS - 1) / MOST_COLUMNS;
     const int64_t lines = (Type::BYTES * ROWS / Type::STEPS + LINE - 1) / LINE;  // of a step
@@ -226,42 +223,76 @@ void multiply_tile(const Product<Type, Rows> &op, Scratch<Type, TILES> &scratch,
 
 // A thread's work: its own share of the tiles, and then of what others have left.
 template <class Type, class Rows, int TILES>
-void multiply_tiles(const Product<Type, Rows> &op, std::vector<Share> &shares, size_t thread) {
-    static thread_local Scratch<Type, TILES> scratch;
+void multiply_tiles(const Product<Type, Rows> &op, Scratch<Type, TILES> &scratch, std::vector<Share> &shares, size_t thread) {
+    scratch.sums.resize(op.count * ROWS<TILES>);
     const size_t size = ROWS<TILES> * op.stride, ahead = op.PACKED && op.count == 1 ? AHEAD : size;
     const auto multiply = [&](int64_t tile) {
         multiply_tile<Type, Rows, TILES>(op, scratch, tile, op.weights + tile * size + ahead);
     };
-    int64_t tile;
-    while (shares[thread].take_first(tile)) multiply(tile);
+    int64_t tile, end;
+    while (shares[thread].take_first(tile, end))
+        for (; tile < end; tile++) multiply(tile);
     for (Share &other : shares)
         while (other.take_last(tile)) multiply(tile);
 }
 
-template <class Type, class Rows, int TILES>
-void share_tiles(const Product<Type, Rows> &op, std::vector<Share> &shares) {
-    const int64_t tiles = (op.rows + ROWS<TILES> - 1) / ROWS<TILES>, count = shares.size();
-    for (int64_t i = 0; i < count; i++) shares[i].give(tiles * i / count, tiles * (i + 1) / count);
+// Where the tiles of a thread begin that is one of so many.
+inline int64_t share_of(int64_t tiles, int64_t thread, int64_t threads) { return tiles * thread / threads; }
+
+// Which weights are read after which: as it was the last time.
+class Order {
+    struct Place {
+        const char *weights;
+        int64_t tiles, size;
+        const Place *next;
+    };
+    std::unordered_map<const char *, Place> places;
+    Place *last = nullptr;
+
+   public:
+    // What each thread may read after these weights, which are read now.
+    auto after(const char *weights, int64_t tiles, int64_t size, int threads) {
+        Place &now = places[weights];
+        now = {weights, tiles, size, now.next};
+        if (last) last->next = &now;
+        last = &now;
+        return [threads, next = now.next](int64_t thread) {
+            if (!next) return Span{};
+            const char *first = next->weights + share_of(next->tiles, thread, threads) * next->size;
+            const char *end = next->weights + share_of(next->tiles, thread + 1, threads) * next->size;
+            return Span{first, end - first > FAR_AHEAD ? first + FAR_AHEAD : end};
+        };
+    }
+};
+
+Order order;  // products are computed one after the other
+
+template <int TILES, class Type, class Rows>
+void multiply_all(const Product<Type, Rows> &op, int threads) {
+    static std::vector<Share> shares;
+    static std::vector<Scratch<Type, TILES>> scratches;
+    if (shares.size() != (size_t)threads) shares = std::vector<Share>(threads), scratches.resize(threads);
+    const int64_t tiles = (op.rows + ROWS<TILES> - 1) / ROWS<TILES>;
+    for (int64_t i = 0; i < threads; i++) shares[i].give(share_of(tiles, i, threads), share_of(tiles, i + 1, threads));
+    const auto next = order.after(op.weights, tiles, ROWS<TILES> * op.stride, threads);
+    in_threads(threads, op.count == 1, [&](int thread) {
+        multiply_tiles(op, scratches[thread], shares, thread);
+        return next(thread);
+    });
 }
 
 template <class Type, class Rows>
 void compute_type(const Tensor *node, int threads) {
     const Tensor *weights = node->src[0], *x = node->src[1];
-    static std::vector<typename Type::Piece> pieces;  // products are computed one after the other
+    static std::vector<typename Type::Piece> pieces;
     const int64_t steps = x->ne[0] / STEP, count = x->ne[1];
     pieces.resize(steps * count);
     const Product<Type, Rows> op{weights->data, weights->nb[1], weights->ne[1], steps, count, pieces.data(), node->data, node->nb[1]};
-    std::vector<Share> shares(threads);
-    if (count > 1) share_tiles<Type, Rows, 2>(op, shares);
-    else share_tiles<Type, Rows, 1>(op, shares);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-#pragma omp for
-        for (int64_t i = 0; i < steps * count; i++)
-            Type::prepare((const float *)(x->data + i / steps * x->nb[1]) + i % steps * STEP, pieces[i]);
-        if (count > 1) multiply_tiles<Type, Rows, 2>(op, shares, this_thread());
-        else multiply_tiles<Type, Rows, 1>(op, shares, this_thread());
-    }
+#pragma omp parallel for num_threads(threads) if (threads > 1 && count > 1)
+    for (int64_t i = 0; i < steps * count; i++)
+        Type::prepare((const float *)(x->data + i / steps * x->nb[1]) + i % steps * STEP, pieces[i]);
+    if (count > 1) multiply_all<2>(op, threads);
+    else multiply_all<1>(op, threads);
 }
 
 // Whether it is a product that can be computed here.

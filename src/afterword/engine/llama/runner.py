@@ -56,6 +56,7 @@ class LlamaRunner:
             or native.llama_model_n_swa(self.model) > 0
         )
         self.computes_all = self.own_products and self.own_attention and accelerator.multiplies_all() and self.rewinds
+        accelerator.lead(alone=self.computes_all)
         if self.computes_all:
             # What is left to the library of a single token takes less time than waking threads for it.
             native.llama_set_n_threads(self._context, 1, settings.threads)
@@ -127,6 +128,15 @@ class _BatchArrays:
         self._slots = (ctypes.POINTER(ctypes.c_int32) * size)(
             *(ctypes.cast(first + 4 * i, ctypes.POINTER(ctypes.c_int32)) for i in range(size))
         )
+        self._batch = native.llama_batch(
+            n_tokens=0,
+            token=_pointer(self._token, ctypes.c_int32),
+            embd=None,
+            pos=_pointer(self._position, ctypes.c_int32),
+            n_seq_id=_pointer(self._ones, ctypes.c_int32),
+            seq_id=self._slots,
+            logits=_pointer(self._output, ctypes.c_int8),
+        )
 
     def fill(self, rows: tuple[Row, ...]) -> object:
         """The rows as a `llama_batch`; valid until the next call."""
@@ -138,15 +148,8 @@ class _BatchArrays:
             self._slot[start:end] = row.slot
             self._output[start:end] = 0
             self._output[end - row.outputs : end] = 1
-        return native.llama_batch(
-            n_tokens=end,
-            token=_pointer(self._token, ctypes.c_int32),
-            embd=None,
-            pos=_pointer(self._position, ctypes.c_int32),
-            n_seq_id=_pointer(self._ones, ctypes.c_int32),
-            seq_id=self._slots,
-            logits=_pointer(self._output, ctypes.c_int8),
-        )
+        self._batch.n_tokens = end
+        return self._batch
 
 
 def _pointer(array: NDArray[np.int32] | NDArray[np.int8], kind: type[ctypes.c_int32 | ctypes.c_int8]) -> object:
