@@ -40,7 +40,7 @@ def compiled(source: Path, target: Path) -> bool:
     target.unlink(missing_ok=True)
     for threads in (["-fopenmp"], []):
         for machine in machines:
-            flags = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", *machine, *threads]
+            flags = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread", *machine, *threads]
             command = [compiler, *flags, "-o", str(target), str(source)]
             try:
                 done = subprocess.run(command, capture_output=True, check=False)

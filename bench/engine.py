@@ -57,8 +57,9 @@ class Timed:
 def measure(path: Path, settings: EngineSettings, read: int, written: int, clock: Clock) -> Speed:
     """Prompts of `read` tokens and answers of `written`, with `logprobs` 5, `top_p` 0.9 and penalties."""
     opened = open_frame(Model(path.stem, path, "file"), read_facts(path), settings)
-    runner = Timed(LlamaRunner(opened), clock)
-    loop = Loop(runner, threads=settings.threads or 1)
+    llama = LlamaRunner(opened)
+    runner = Timed(llama, clock)
+    loop = Loop(runner, threads=settings.threads or 1, team=llama.team)
     if settings.gpu_layers:  # a kernel is loaded when it is first needed
         _spend(loop, clock, [_job(read, 2), *(_job(4, 2) for _ in range(SEQUENCES))])
         _spend(loop, clock, [_job(16, 2)])

@@ -21,8 +21,7 @@ def accelerator_library() -> ctypes.CDLL:
 
 
 @pytest.fixture
-def leading(accelerator_library: ctypes.CDLL) -> Iterator[None]:
-    """A single token is computed by threads of our own, as with a model that leaves nothing to the library."""
-    accelerator_library.accelerator_lead(True)
-    yield
-    accelerator_library.accelerator_lead(False)
+def team(accelerator_library: ctypes.CDLL) -> Iterator[int | None]:
+    """Threads are our own, as with a model that leaves nothing to the library. The address of what runs them."""
+    yield accelerator.lead(alone=True)
+    accelerator.lead(alone=False)

@@ -109,9 +109,9 @@ def test_it_agrees_with_the_definition(kernel, shape):
     np.testing.assert_allclose(computed(kernel, case), plain(case), rtol=0, atol=ROUNDING)
 
 
-@pytest.mark.parametrize("cells", [40, 1500])
-def test_a_single_token_has_the_same_bits_in_threads_of_our_own(kernel, leading, cells):
-    case = make(tokens=1, cells=cells)
+@pytest.mark.parametrize(("tokens", "cells"), [(1, 40), (1, 1500), (70, 300)])
+def test_threads_of_our_own_compute_the_same(kernel, team, tokens, cells):
+    case = make(tokens=tokens, cells=cells)
     for threads in (1, 2, 5, 3):
         assert (computed(kernel, case, threads) == computed(kernel, case)).all()
 

@@ -105,14 +105,14 @@ def test_a_block_has_the_same_sum_in_any_row(walks):
 
 
 @pytest.mark.skipif(not FILE.exists(), reason="no C++ compiler built the library")
-def test_threads_change_nothing():
+def test_threads_change_nothing(team):
     row = np.random.default_rng(0).normal(0, 3, 100_001).astype(np.float32)
     seeds = list(range(0, 2**64, 2**58))
     tasks = [Task(True, 5, 7, Draw(each, seeds, Tally([3, 99, 3]))) for each in FILTERS]
     rows = np.stack([np.roll(row, turn) for turn in range(len(tasks))])
     together = Compiled(1).read(rows, tasks)
-    assert Compiled(3).read(rows, tasks) == together
-    alone = [Compiled(3).read(each[None], [task])[0] for each, task in zip(rows, tasks, strict=True)]
+    assert Compiled(3).read(rows, tasks) == Compiled(3, team).read(rows, tasks) == together
+    alone = [Compiled(3, team).read(each[None], [task])[0] for each, task in zip(rows, tasks, strict=True)]
     assert alone == together
 
 

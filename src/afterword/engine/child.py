@@ -37,11 +37,12 @@ _PULSE = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model, ready to compute. `tokenize` may be called from any thread."""
+    """A model, ready to compute. `tokenize` may be called from any thread. `team`: see `Loop`."""
 
     runner: Runner
     card: Card
     tokenize: Tokenizer
+    team: int | None = None
 
 
 def serve(load: Callable[[frames.Open, Tell], Loaded]) -> None:
@@ -125,7 +126,7 @@ class _Child:
         threading.stack_size(0)
         threading.Thread(target=self._read, daemon=True).start()
         self._gauge = Gauge(loaded.runner)
-        self._work(Loop(self._gauge, threads=settings.threads))
+        self._work(Loop(self._gauge, threads=settings.threads, team=loaded.team))
 
     def _read(self) -> NoReturn:
         while body := frames.read(self._stream):

@@ -76,16 +76,24 @@ inline V fused(V a, V b, V c) {
 #endif
 }
 
+// Eight numbers become one: ((0, 4), (1, 5)), ((2, 6), (3, 7)).
+template <class V, class Two>
+inline auto fold(V x, Two two) {
+    x = two(x, SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3));
+    x = two(x, SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6));
+    x = two(x, SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5));
+    return x[0];
+}
+
 inline float largest(wide x) {
     f8 parts[WIDE / LANES];
     std::memcpy(parts, &x, sizeof x);
-    const f8 y = larger(parts[0], parts[WIDE / LANES - 1]);
-    float most = y[0];
-    for (int i = 1; i < LANES; i++) most = y[i] > most ? y[i] : most;
-    return most;
+    return fold(larger(parts[0], parts[WIDE / LANES - 1]), larger<f8>);
 }
 
-inline float sum(f8 x) { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
+inline float sum(f8 x) {
+    return fold(x, [](f8 a, f8 b) { return a + b; });
+}
 
 // Adds as many lanes as there are to eight running sums, eight by eight.
 inline void add(f8 &sums, wide x) {

@@ -33,13 +33,19 @@ class _Draft:
 class Loop:
     """Owner of the scheduler and the runner. One thread calls everything. `clock` gives seconds.
 
-    Up to `threads` threads look at a row of logits.
+    Up to `threads` threads look at a row of logits, run by a `team` if there is one (see `rows.Compiled`).
     """
 
-    def __init__(self, runner: Runner, clock: Callable[[], float] = time.perf_counter, threads: int = 1) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        clock: Callable[[], float] = time.perf_counter,
+        threads: int = 1,
+        team: int | None = None,
+    ) -> None:
         self._runner = runner
         self._scheduler = Scheduler(runner.slots, runner.chunk, runner.grid, runner.least_shared, runner.rewinds)
-        self._sampler = Sampler(walks(threads))
+        self._sampler = Sampler(walks(threads, team))
         self._clock = clock
         self._pace: float | None = None  # tokens of a prompt in a second, as measured
         self._made: tuple[bool, int, float] = (False, 0, 0.0)  # the last pass, see `Meter`

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../lanes.hpp"
+#include "../threads.hpp"
 
 namespace {
 
@@ -35,9 +36,12 @@ void put(float *row, int64_t at, int64_t end, wide x) {
 // Calls `walk(block, start, end)` for each block of a row, in several threads if a row is all there is.
 template <class Walk>
 void each_block(int64_t length, int threads, Walk walk) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t block = 0; block < blocks_of(length); block++)
-        walk(block, block * BLOCK, std::min((block + 1) * BLOCK, length));
+    constexpr int64_t PART = WORTH_A_THREAD / BLOCK;
+    const int64_t blocks = blocks_of(length);
+    in_parts(threads, (blocks + PART - 1) / PART, [=](int64_t part) {
+        for (int64_t block = part * PART; block < std::min((part + 1) * PART, blocks); block++)
+            walk(block, block * BLOCK, std::min((block + 1) * BLOCK, length));
+    });
 }
 
 float largest_of(const float *numbers, int64_t count) {
@@ -333,11 +337,12 @@ extern "C" {
 int64_t rows_task_size() { return sizeof(Task); }
 
 // Reads `count` rows, each for what is wanted of it. They are as they were afterwards.
-void rows_read(float *rows, int64_t count, int64_t length, Task *tasks, int threads) {
+void rows_read(float *rows, int64_t count, int64_t length, Task *tasks, int threads, Run team) {
+    of_the_team = team;
     if (count * length < WORTH_A_THREAD) threads = 1;
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1 && count > 1)
-    for (int64_t i = 0; i < count; i++)
+    in_parts(count > 1 ? threads : 1, count, [=](int64_t i) {
         if (tasks[i].reported || tasks[i].given >= 0 || tasks[i].seeds.count)
             read_row(rows + i * length, length, tasks[i], count > 1 ? 1 : threads);
+    });
 }
 }

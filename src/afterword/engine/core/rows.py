@@ -108,15 +108,18 @@ class _Task(ctypes.Structure):
 
 
 class Compiled:
-    """By rows.cpp: rows by up to `threads` threads, or blocks of a row where there is one."""
+    """By rows.cpp: rows by up to `threads` threads, or blocks of a row where there is one.
 
-    def __init__(self, threads: int = 1) -> None:
+    `team`: the address of what runs them (`Run` in threads.hpp); OpenMP does if there is none.
+    """
+
+    def __init__(self, threads: int = 1, team: int | None = None) -> None:
         native = ctypes.CDLL(str(FILE))
         native.rows_task_size.restype = _COUNT
         assert native.rows_task_size() == ctypes.sizeof(_Task)
         self._read = native.rows_read
-        self._read.argtypes = (_AT, _COUNT, _COUNT, _AT, ctypes.c_int)
-        self._threads = threads
+        self._read.argtypes = (_AT, _COUNT, _COUNT, _AT, ctypes.c_int, _AT)
+        self._threads = threads, team
 
     def read(self, rows: Logits, tasks: Sequence[Task]) -> list[Found]:
         """See `Walks`."""
@@ -134,7 +137,7 @@ class Compiled:
                 each.seeds, each.seeds_count, at = at, draws, at + 8 * draws
                 each.chosen, each.chosen_values = drawn.next(draws)
                 held.append(_fill(each, task.draw))
-        self._read(_at(rows), count, length, native, self._threads)
+        self._read(_at(rows), count, length, native, *self._threads)
         first, second = top.pairs(), drawn.pairs()
         return [
             Found(tuple(islice(first, size)), each.value, each.rank, tuple(islice(second, each.seeds_count)))

@@ -18,9 +18,9 @@ from afterword.engine.core.tally import Tally
 from afterword.engine.protocol import Job, Token
 
 
-def walks(threads: int = 1) -> Walks:
-    """The fastest there is."""
-    return Compiled(threads) if FILE.exists() else Plain()
+def walks(threads: int = 1, team: int | None = None) -> Walks:
+    """The fastest there is; see `Compiled`."""
+    return Compiled(threads, team) if FILE.exists() else Plain()
 
 
 def seed_of(key: bytes, sample: int, position: int) -> int:

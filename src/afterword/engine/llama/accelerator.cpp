@@ -4,9 +4,11 @@
 #include <cstring>
 
 #include "attention.hpp"
+#include "gate.hpp"
 #include "ggml.hpp"
 #include "memory.hpp"
 #include "products.hpp"
+#include "team.hpp"
 
 namespace {
 
@@ -30,6 +32,7 @@ BufferType *buffers_for_weights(Device *device) { return keeps_weights ? &memory
 bool takes_buffers(Device *, BufferType *type) { return ggml.is_host(type) || type == &memory::the_type; }
 bool takes_operation(Device *, const Tensor *node) {
     if (is(node, "NONE")) return memory::holds(node);
+    if (is(node, "GLU")) return products::AVAILABLE && gate::takes(node);
     const bool product = is(node, "MUL_MAT"), attention = is(node, "FLASH_ATTN_EXT");
     const bool can = product ? products::takes(node) : attention && attention::takes(node);
     asked.attentions += attention;
@@ -46,6 +49,7 @@ int compute_graph(Backend *, Graph *graph) {
         if (!(node->flags & TO_COMPUTE)) continue;
         if (is(node, "MUL_MAT")) products::compute(node, threads, memory::holds(node->src[0]));
         else if (is(node, "FLASH_ATTN_EXT")) attention::compute(node, threads);
+        else if (is(node, "GLU")) gate::compute(node, threads);
     }
     return 0;
 }
@@ -101,13 +105,15 @@ void accelerator_prepare(int count, int keeps) {
     keeps_weights = keeps && products::AVAILABLE;
 }
 
-// Whether nothing of a single token is left to the library that takes more than one thread.
-void accelerator_lead(int alone) { team.leads = alone; }
+// Threads are of our team from here on, or OpenMP's. Returns what runs work in them, null for OpenMP.
+void *accelerator_lead(int alone) { return (void *)(of_the_team = alone ? run_team : nullptr); }
 
 void *accelerator_memory() { return &memory::the_type; }
 
 // One operation by itself: what the tests compare.
 void attention_compute(const Tensor *node, int count) { attention::compute(node, count); }
+int gate_takes(const Tensor *node) { return gate::takes(node); }
+void gate_compute(const Tensor *node, int count) { gate::compute(node, count); }
 int products_takes(const Tensor *node) { return products::takes(node); }
 void products_compute(const Tensor *node, int count) { products::compute(node, count, memory::holds(node->src[0])); }
 }

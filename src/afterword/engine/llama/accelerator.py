@@ -78,11 +78,14 @@ def prepare(threads: int, keep_weights: bool) -> None:
         kernels.accelerator_prepare(threads, keep_weights)
 
 
-def lead(alone: bool) -> None:
-    """Whether nothing of a single token is left to the library that takes more than one thread."""
+def lead(alone: bool) -> int | None:
+    """Compute with a team of threads of our own, if nothing is left to the library that takes long.
+
+    Returns the address of what runs work in them (`Run` in threads.hpp), None where they are OpenMP's.
+    """
     kernels = _kernels()
-    if kernels is not None:
-        kernels.accelerator_lead(alone)
+    run: int | None = None if kernels is None else kernels.accelerator_lead(alone)
+    return run
 
 
 @cache
@@ -92,4 +95,5 @@ def _kernels() -> ctypes.CDLL | None:
     kernels = ctypes.CDLL(str(FILE))
     kernels.accelerator_tensor_size.restype = ctypes.c_size_t
     kernels.accelerator_registry.restype = ctypes.c_void_p
+    kernels.accelerator_lead.restype = ctypes.c_void_p
     return kernels

@@ -15,8 +15,8 @@
 #include <vector>
 
 #include "../lanes.hpp"
+#include "../threads.hpp"
 #include "ggml.hpp"
-#include "team.hpp"
 
 namespace attention {
 namespace {
@@ -283,18 +283,12 @@ void compute(const Tensor *node, int threads) {
     const int64_t rows = op.tokens * op.group, heads = op.k->ne[2], streams = op.q->ne[3];
     const int size = tile(rows, heads * streams, threads);
     const int64_t tiles = (rows + size - 1) / size, work = tiles * heads * streams;
-    static std::vector<Scratch> scratches;  // attentions are computed one after the other
-    if (scratches.size() < (size_t)threads) scratches.resize(threads);
-    std::atomic<int64_t> taken{0};
-    in_threads(threads, op.tokens * streams == 1, [&](int thread) {
-        Scratch &scratch = scratches[thread];
+    in_parts(threads, work, [&](int64_t i) {
+        static thread_local Scratch scratch;
         scratch.fit(op.dk, op.dv);
-        for (int64_t i; (i = taken++) < work;) {
-            // The last tiles look at most cells: they begin first.
-            const int64_t first = (tiles - 1 - i / (heads * streams)) * size, head = i % heads, stream = i / heads % streams;
-            attend(op, scratch, stream, head, first, (int)(rows - first < size ? rows - first : size));
-        }
-        return Span{};
+        // The last tiles look at most cells: they begin first.
+        const int64_t first = (tiles - 1 - i / (heads * streams)) * size, head = i % heads, stream = i / heads % streams;
+        attend(op, scratch, stream, head, first, (int)(rows - first < size ? rows - first : size));
     });
 }
 

@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "../lanes.hpp"
+#include "../threads.hpp"
 
 #ifdef __ARM_FEATURE_DOTPROD
 #include <arm_neon.h>
@@ -115,8 +116,10 @@ struct Packing {
         if (whole >= end) return copy<false>(file, first, count);
         const auto at = [=](int64_t block) { return file + (block - first) * Type::BYTES; };
         copy<false>(file, first, whole - first);
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-        for (int64_t block = whole; block < end; block += group) pack_rows(at(block), data + block * Type::BYTES);
+        in_parts(threads, (end - whole) / group, [=](int64_t i) {
+            const int64_t block = whole + i * group;
+            pack_rows(at(block), data + block * Type::BYTES);
+        });
         copy<false>(at(end), end, first + count - end);
     }
 

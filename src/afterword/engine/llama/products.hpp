@@ -9,7 +9,6 @@
 
 #pragma once
 
-#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -18,8 +17,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "../threads.hpp"
 #include "ggml.hpp"
-#include "team.hpp"
 
 #if (defined(__AVX2__) && defined(__FMA__)) || defined(__ARM_FEATURE_DOTPROD)
 #include "weights.hpp"
@@ -100,11 +99,11 @@ inline void add_step(Sums<TILES, COLUMNS> &total, const Plain::Step *weights, co
         for (int t = 0; t < TILES; t++) total[c][t] += part[c][t];
 }
 
-// Adds some steps to sums in memory.
+// Adds some steps to sums in memory; the first of all to none.
 template <class Type, int TILES, int COLUMNS>
-void multiply(float *sums, const typename Type::Step *weights, const typename Type::Piece *const *columns, int steps, Soon &soon) {
-    Sums<TILES, COLUMNS> total;
-    for (int c = 0; c < COLUMNS; c++)
+void multiply(float *sums, const typename Type::Step *weights, const typename Type::Piece *const *columns, int steps, bool first, Soon &soon) {
+    Sums<TILES, COLUMNS> total = {};
+    for (int c = 0; c < COLUMNS && !first; c++)
         for (int t = 0; t < TILES; t++) total[c][t] = load<Floats>(sums + c * ROWS<TILES> + t * LANE_ROWS);
     for (int s = 0; s < steps; s++, weights += TILES) {
         soon.fetch();
@@ -185,7 +184,7 @@ int64_t multiply_some(const Product<Type, Rows> &op, Scratch<Type, TILES> &scrat
     for (; column + COLUMNS <= op.count; column += COLUMNS) {
         const typename Type::Piece *columns[COLUMNS];
         for (int c = 0; c < COLUMNS; c++) columns[c] = op.pieces + (column + c) * op.steps + step;
-        multiply<Type, TILES, COLUMNS>(scratch.sums.data() + column * ROWS<TILES>, scratch.steps[0], columns, steps, soon);
+        multiply<Type, TILES, COLUMNS>(scratch.sums.data() + column * ROWS<TILES>, scratch.steps[0], columns, steps, step == 0, soon);
     }
     return column;
 }
@@ -196,7 +195,6 @@ void multiply_tile(const Product<Type, Rows> &op, Scratch<Type, TILES> &scratch,
     // For few columns memory is what takes time: pieces are shorter, so that it is asked more evenly.
     const int most = (op.count > MOST_COLUMNS ? CHUNK : CHUNK / 2) / Type::STEPS;
     constexpr int ROWS = products::ROWS<TILES>;
-    std::fill(scratch.sums.begin(), scratch.sums.end(), 0.0f);
     const char *rows = op.tile(number * ROWS, ROWS, scratch.rows);
     const int64_t blocks = op.steps / Type::STEPS, groups = (op.count + MOST_COLUMNS - 1) / MOST_COLUMNS;
     const int64_t lines = (Type::BYTES * ROWS / Type::STEPS + LINE - 1) / LINE;  // of a step
@@ -216,14 +214,19 @@ void multiply_tile(const Product<Type, Rows> &op, Scratch<Type, TILES> &scratch,
         multiply_some<Type, Rows, TILES, 1>(op, scratch, column, step, steps, soon);
     }
     const int64_t left = op.rows - number * ROWS, count = left < ROWS ? left : ROWS;
-    for (int64_t column = 0; column < op.count; column++)
-        std::memcpy(op.out + column * op.out_stride + number * ROWS * sizeof(float), &scratch.sums[column * ROWS],
-                    count * sizeof(float));
+    for (int64_t column = 0; column < op.count; column++) {
+        char *to = op.out + column * op.out_stride + number * ROWS * sizeof(float);
+        const float *sums = &scratch.sums[column * ROWS];
+        if (count == ROWS) std::memcpy(to, sums, ROWS * sizeof(float));  // a size that the compiler knows
+        else std::memcpy(to, sums, count * sizeof(float));
+    }
 }
 
 // A thread's work: its own share of the tiles, and then of what others have left.
 template <class Type, class Rows, int TILES>
-void multiply_tiles(const Product<Type, Rows> &op, Scratch<Type, TILES> &scratch, std::vector<Share> &shares, size_t thread) {
+void multiply_tiles(const Product<Type, Rows> &op, std::vector<Share> &shares, size_t thread) {
+    static thread_local Scratch<Type, TILES> of_this_thread;
+    Scratch<Type, TILES> &scratch = of_this_thread;  // looked up once
     scratch.sums.resize(op.count * ROWS<TILES>);
     const size_t size = ROWS<TILES> * op.stride, ahead = op.PACKED && op.count == 1 ? AHEAD : size;
     const auto multiply = [&](int64_t tile) {
@@ -270,13 +273,12 @@ Order order;  // products are computed one after the other
 template <int TILES, class Type, class Rows>
 void multiply_all(const Product<Type, Rows> &op, int threads) {
     static std::vector<Share> shares;
-    static std::vector<Scratch<Type, TILES>> scratches;
-    if (shares.size() != (size_t)threads) shares = std::vector<Share>(threads), scratches.resize(threads);
+    if (shares.size() != (size_t)threads) shares = std::vector<Share>(threads);
     const int64_t tiles = (op.rows + ROWS<TILES> - 1) / ROWS<TILES>;
     for (int64_t i = 0; i < threads; i++) shares[i].give(share_of(tiles, i, threads), share_of(tiles, i + 1, threads));
     const auto next = order.after(op.weights, tiles, ROWS<TILES> * op.stride, threads);
-    in_threads(threads, op.count == 1, [&](int thread) {
-        multiply_tiles(op, scratches[thread], shares, thread);
+    in_threads(threads, [&](int thread) {
+        multiply_tiles<Type, Rows, TILES>(op, shares, thread);
         return next(thread);
     });
 }
@@ -288,9 +290,11 @@ void compute_type(const Tensor *node, int threads) {
     const int64_t steps = x->ne[0] / STEP, count = x->ne[1];
     pieces.resize(steps * count);
     const Product<Type, Rows> op{weights->data, weights->nb[1], weights->ne[1], steps, count, pieces.data(), node->data, node->nb[1]};
-#pragma omp parallel for num_threads(threads) if (threads > 1 && count > 1)
-    for (int64_t i = 0; i < steps * count; i++)
-        Type::prepare((const float *)(x->data + i / steps * x->nb[1]) + i % steps * STEP, pieces[i]);
+    in_parts(count > 1 ? threads : 1, count, [&](int64_t column) {
+        const char *from = x->data + column * x->nb[1];
+        for (int64_t step = 0; step < steps; step++)
+            Type::prepare((const float *)from + step * STEP, pieces[column * steps + step]);
+    });
     if (count > 1) multiply_all<2>(op, threads);
     else multiply_all<1>(op, threads);
 }

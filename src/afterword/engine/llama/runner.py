@@ -56,10 +56,9 @@ class LlamaRunner:
             or native.llama_model_n_swa(self.model) > 0
         )
         self.computes_all = self.own_products and self.own_attention and accelerator.multiplies_all() and self.rewinds
-        accelerator.lead(alone=self.computes_all)
+        self.team = accelerator.lead(alone=self.computes_all)
         if self.computes_all:
-            # What is left to the library of a single token takes less time than waking threads for it.
-            native.llama_set_n_threads(self._context, 1, settings.threads)
+            native.llama_set_n_threads(self._context, 1, 1)
         self.full = settings.full and self.rewinds
         self._arrays = _BatchArrays(_most_tokens(settings))
         if self.full:

@@ -1,34 +1,25 @@
-// Threads for an operation: OpenMP's, or for a single token some of our own, which read ahead while they wait.
+// Threads for an operation: our own, which read ahead while they wait and are not waited for while they have no core.
 //
 // Generating one token is bounded by reading all weights once, and memory would be idle while what lies between two products
 // (norms, rotations, the choice of a token) is computed, which takes one thread. So the others read meanwhile what they will
-// multiply with next. The library has threads of OpenMP too, and two teams that spin would be in each other's way: `leads`
-// says that nothing of a single token is left to the library that takes more than one.
+// multiply with next. Where other programs run, a thread that has no core is missed by nobody: the rest do its part.
+//
+// Where something that takes several threads is left to the library, it has its own, of OpenMP, and two teams that spin would
+// be in each other's way: then all threads are OpenMP's.
 
 #pragma once
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
 
-#include <atomic>
 #include <condition_variable>
-#include <cstdint>
 #include <mutex>
 #include <thread>
-#include <vector>
+
+#include "../threads.hpp"
 
 namespace {
-
-constexpr int LINE = 64;  // bytes of a cache's line
-
-// Memory to be read into a thread's cache. It may have been freed since: asking for it does nothing then.
-struct Span {
-    const char *at, *end;
-};
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -88,22 +79,16 @@ class Team {
     }
 
    public:
-    bool leads = false;
-
-    // Calls `work` with 0 and the numbers of as many other threads as come before that returns: it does what no other has begun.
-    // What it returns is what that thread reads until the next call.
-    template <class Work>
-    void run(int count, const Work &todo) {
+    // See `Run`.
+    void run(int count, Span (*todo)(const void *, int), const void *what) {
         for (; size < count; size++) std::thread(&Team::serve, this, size, door / ROUND).detach();
-        work = &todo;
-        call = [](const void *work, int thread) { return (*(const Work *)work)(thread); };
-        wanted = count;
+        call = todo, work = what, wanted = count;
         door = (door / ROUND + 1) * ROUND | OPEN;
         if (asleep) {
             std::lock_guard<std::mutex> lock(mutex);
             waker.notify_all();
         }
-        todo(0);
+        call(work, 0);
         door -= OPEN;
         for (int i = 0; door.load(std::memory_order_acquire) % ROUND; i++) i < PATIENCE ? pause() : std::this_thread::yield();
     }
@@ -111,20 +96,6 @@ class Team {
 
 Team &team = *new Team;  // never destroyed: its threads wait until the process ends
 
-inline int this_thread() {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
-
-// Calls `work` as `Team::run` does, in threads that suit the pass.
-template <class Work>
-void in_threads(int count, bool one_token, const Work &work) {
-    if (one_token && team.leads && count > 1) return team.run(count, work);
-#pragma omp parallel num_threads(count) if (count > 1)
-    work(this_thread());
-}
+void run_team(int count, Span (*call)(const void *, int), const void *work) { team.run(count, call, work); }
 
 }  // namespace

@@ -90,7 +90,7 @@ inline int32_t total(Bytes x) {
     i8 parts[WIDE / LANES], y = {};
     std::memcpy(parts, &x, sizeof x);
     for (const i8 &part : parts) y += part;
-    return ((y[0] + y[4]) + (y[1] + y[5])) + ((y[2] + y[6]) + (y[3] + y[7]));
+    return fold(y, [](i8 a, i8 b) { return a + b; });
 }
 
 void round_piece(const float *from, BytePiece &to) {
