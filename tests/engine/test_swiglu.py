@@ -17,7 +17,7 @@ def kernel(accelerator_library: ctypes.CDLL) -> ctypes.CDLL:
     return accelerator_library
 
 
-def gate(x: np.ndarray, factors: np.ndarray, out: np.ndarray, which: int = SWIGLU) -> Tensor:
+def gated(x: np.ndarray, factors: np.ndarray, out: np.ndarray, which: int = SWIGLU) -> Tensor:
     node = with_sources(tensor(out[None, None]), tensor(x[None, None]), tensor(factors[None, None]))
     node.params[0] = np.int32(which).view(np.float32)  # the field is of floats here
     return node
@@ -25,9 +25,9 @@ def gate(x: np.ndarray, factors: np.ndarray, out: np.ndarray, which: int = SWIGL
 
 def computed(kernel: ctypes.CDLL, x: np.ndarray, factors: np.ndarray, threads: int = 1) -> np.ndarray:
     out = np.full(x.shape, np.nan, np.float32)
-    node = gate(x, factors, out)
-    assert kernel.gate_takes(ctypes.byref(node))
-    kernel.gate_compute(ctypes.byref(node), threads)
+    node = gated(x, factors, out)
+    assert kernel.swiglu_takes(ctypes.byref(node))
+    kernel.swiglu_compute(ctypes.byref(node), threads)
     return out
 
 
@@ -69,4 +69,4 @@ def test_what_is_no_number_does_not_spread(kernel):
 
 def test_other_gates_are_left_to_the_library(kernel):
     x, factors = operands(1, 16)
-    assert not kernel.gate_takes(ctypes.byref(gate(x, factors, x.copy(), GEGLU)))
+    assert not kernel.swiglu_takes(ctypes.byref(gated(x, factors, x.copy(), GEGLU)))

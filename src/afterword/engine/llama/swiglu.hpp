@@ -11,7 +11,7 @@
 #include "../threads.hpp"
 #include "ggml.hpp"
 
-namespace gate {
+namespace swiglu {
 namespace {
 
 constexpr int SWIGLU = 2;  // ggml's number
@@ -48,4 +48,4 @@ void compute(const Tensor *node, int threads) {
 }
 
 }  // namespace
-}  // namespace gate
+}  // namespace swiglu
