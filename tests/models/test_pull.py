@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import re
 import shutil
 import socket
@@ -25,6 +26,7 @@ from ggufs import TENSORS, cache, gguf, write
 from huggingface_hub import constants, file_download
 
 from afterword.errors import SettingError
+from afterword.models.arrival import left_over
 from afterword.models.fetch import Watcher
 from afterword.models.pull import pull, wanted
 from afterword.models.registry import installed, locate, parse_spec
@@ -290,6 +292,16 @@ def test_what_a_dead_process_left_is_taken_up(hub: Hub, home: Path) -> None:
         write(home / "hub" / f".pull--{name}" / "left", b"")
     pull(parse_spec("hf:owner/repo"))
     assert len(list((home / "hub").glob(".pull--*"))) == 2, "those of others stay"
+
+
+def test_room_is_there_already_for_what_the_dead_left_and_no_one_has_taken_up(home: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    begin = f".pull--owner--repo--{socket.gethostname()}--"
+    write(home / "hub" / f"{begin}{gone.pid}" / "blobs" / "one.part", bytes(1000))
+    write(home / "hub" / f"{begin}{os.getpid()}" / "blobs" / "mine.part", bytes(30))  # its process lives
+    (home / "hub" / f"{begin}{gone.pid}" / "moved.part").symlink_to("elsewhere")  # as if it went while one looks
+    assert left_over(home / "hub", "owner/repo") == 1000
 
 
 def test_a_disk_that_becomes_full(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,21 +50,37 @@ def difference(path: Path, listed: Listed) -> str | None:
 
 def left_over(cache: Path, repository: str) -> int:
     """Bytes that are here already of downloads that were broken off, and will be taken up."""
-    folders = cache.glob(f".pull--{repository.replace('/', '--')}--{socket.gethostname()}--*")
-    return sum(path.stat().st_size for folder in folders for path in folder.rglob("*.part"))
+    total = 0
+    for left in _abandoned(cache, repository):
+        for folder, _, names in os.walk(left):  # of what another process takes up meanwhile nothing is found
+            for name in names:
+                with contextlib.suppress(OSError):
+                    total += Path(folder, name).stat().st_size if name.endswith(".part") else 0
+    return total
 
 
 def _folder(cache: Path, repository: str) -> Path:
     """A new one, or one that nobody uses any more: renaming it decides between several who want it."""
-    begin = f".pull--{repository.replace('/', '--')}--{socket.gethostname()}--"
-    mine = cache / f"{begin}{os.getpid()}"
+    mine = cache / f"{_begin(repository)}{os.getpid()}"
+    for left in _abandoned(cache, repository):
+        with contextlib.suppress(OSError):
+            return left.rename(mine)
+    mine.mkdir(exist_ok=True)
+    return mine
+
+
+def _begin(repository: str) -> str:
+    """Of the names of this machine's folders."""
+    return f".pull--{repository.replace('/', '--')}--{socket.gethostname()}--"
+
+
+def _abandoned(cache: Path, repository: str) -> Iterator[Path]:
+    """Folders of processes that are gone."""
+    begin = _begin(repository)
     for left in cache.glob(f"{begin}*"):
         process = left.name.removeprefix(begin)
         if process.isdigit() and not psutil.pid_exists(int(process)):
-            with contextlib.suppress(OSError):
-                return left.rename(mine)
-    mine.mkdir(exist_ok=True)
-    return mine
+            yield left
 
 
 def _move_in(folder: Path, cache: Path) -> None:

@@ -1,5 +1,5 @@
-// An accelerator beside the CPU, as ggml sees it: it can do attention and products of quantized weights, and ggml gives it
-// these and keeps the rest. Both are computed so that a token's numbers do not depend on who else is computed.
+// An accelerator beside the CPU, as ggml sees it: it can do attention, products with weights and gates, and ggml gives it
+// these and keeps the rest. All are computed so that a token's numbers do not depend on who else is computed.
 
 #include <cstring>
 
@@ -21,7 +21,7 @@ bool is(const Tensor *node, const char *operation) { return !std::strcmp(ggml.op
 
 uint8_t guid[16] = {0x5d, 0x1f, 0x22, 0x8a, 0x6e, 0x0b, 0x4c, 0x93, 0xa7, 0x35, 0xe1, 0x58, 0x90, 0xcc, 0x17, 0x46};
 const char *name_of(Device *) { return "Afterword"; }
-const char *description_of(Device *) { return "attention and products that do not depend on company"; }
+const char *description_of(Device *) { return "what takes long, so that it does not depend on company"; }
 void memory_of(Device *, size_t *free, size_t *total) { *free = *total = 0; }
 int type_of(Device *) { return ACCELERATOR; }
 void properties_of(Device *device, Properties *to) {
