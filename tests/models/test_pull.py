@@ -294,14 +294,15 @@ def test_what_a_dead_process_left_is_taken_up(hub: Hub, home: Path) -> None:
     assert len(list((home / "hub").glob(".pull--*"))) == 2, "those of others stay"
 
 
-def test_room_is_there_already_for_what_the_dead_left_and_no_one_has_taken_up(home: Path) -> None:
+def test_room_is_there_already_for_what_no_other_process_will_take_up(home: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         gone.wait()
     begin = f".pull--owner--repo--{socket.gethostname()}--"
     write(home / "hub" / f"{begin}{gone.pid}" / "blobs" / "one.part", bytes(1000))
-    write(home / "hub" / f"{begin}{os.getpid()}" / "blobs" / "mine.part", bytes(30))  # its process lives
+    write(home / "hub" / f"{begin}{os.getpid()}" / "blobs" / "mine.part", bytes(200))
+    write(home / "hub" / f"{begin}{os.getppid()}" / "blobs" / "another.part", bytes(30))  # its process lives
     (home / "hub" / f"{begin}{gone.pid}" / "moved.part").symlink_to("elsewhere")  # as if it went while one looks
-    assert left_over(home / "hub", "owner/repo") == 1000
+    assert left_over(home / "hub", "owner/repo") == 1200
 
 
 def test_a_disk_that_becomes_full(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

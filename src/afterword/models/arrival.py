@@ -51,7 +51,7 @@ def difference(path: Path, listed: Listed) -> str | None:
 def left_over(cache: Path, repository: str) -> int:
     """Bytes that are here already of downloads that were broken off, and will be taken up."""
     total = 0
-    for left in _abandoned(cache, repository):
+    for left in _free(cache, repository):
         for folder, _, names in os.walk(left):  # of what another process takes up meanwhile nothing is found
             for name in names:
                 with contextlib.suppress(OSError):
@@ -62,7 +62,7 @@ def left_over(cache: Path, repository: str) -> int:
 def _folder(cache: Path, repository: str) -> Path:
     """A new one, or one that nobody uses any more: renaming it decides between several who want it."""
     mine = cache / f"{_begin(repository)}{os.getpid()}"
-    for left in _abandoned(cache, repository):
+    for left in _free(cache, repository):
         with contextlib.suppress(OSError):
             return left.rename(mine)
     mine.mkdir(exist_ok=True)
@@ -74,12 +74,12 @@ def _begin(repository: str) -> str:
     return f".pull--{repository.replace('/', '--')}--{socket.gethostname()}--"
 
 
-def _abandoned(cache: Path, repository: str) -> Iterator[Path]:
-    """Folders of processes that are gone."""
+def _free(cache: Path, repository: str) -> Iterator[Path]:
+    """Folders that no other process uses."""
     begin = _begin(repository)
     for left in cache.glob(f"{begin}*"):
         process = left.name.removeprefix(begin)
-        if process.isdigit() and not psutil.pid_exists(int(process)):
+        if process.isdigit() and (int(process) == os.getpid() or not psutil.pid_exists(int(process))):
             yield left
 
 
