@@ -1,5 +1,5 @@
-// An accelerator beside the CPU, as ggml sees it: it can do attention, products with weights and gates, and ggml gives it
-// these and keeps the rest. All are computed so that a token's numbers do not depend on who else is computed.
+// An accelerator beside the CPU, as ggml sees it: it can do attention and products with weights, and ggml gives it
+// these and keeps the rest. Both are computed so that a token's numbers do not depend on who else is computed.
 
 #include <cstring>
 
@@ -7,7 +7,6 @@
 #include "ggml.hpp"
 #include "memory.hpp"
 #include "products.hpp"
-#include "swiglu.hpp"
 #include "team.hpp"
 
 namespace {
@@ -32,7 +31,6 @@ BufferType *buffers_for_weights(Device *device) { return keeps_weights ? &memory
 bool takes_buffers(Device *, BufferType *type) { return ggml.is_host(type) || type == &memory::the_type; }
 bool takes_operation(Device *, const Tensor *node) {
     if (is(node, "NONE")) return memory::holds(node);
-    if (is(node, "GLU")) return products::AVAILABLE && swiglu::takes(node);
     const bool product = is(node, "MUL_MAT"), attention = is(node, "FLASH_ATTN_EXT");
     const bool can = product ? products::takes(node) : attention && attention::takes(node);
     asked.attentions += attention;
@@ -49,7 +47,6 @@ int compute_graph(Backend *, Graph *graph) {
         if (!(node->flags & TO_COMPUTE)) continue;
         if (is(node, "MUL_MAT")) products::compute(node, threads, memory::holds(node->src[0]));
         else if (is(node, "FLASH_ATTN_EXT")) attention::compute(node, threads);
-        else if (is(node, "GLU")) swiglu::compute(node, threads);
     }
     return 0;
 }
@@ -112,8 +109,6 @@ void *accelerator_memory() { return &memory::the_type; }
 
 // One operation by itself: what the tests compare.
 void attention_compute(const Tensor *node, int count) { attention::compute(node, count); }
-int swiglu_takes(const Tensor *node) { return swiglu::takes(node); }
-void swiglu_compute(const Tensor *node, int count) { swiglu::compute(node, count); }
 int products_takes(const Tensor *node) { return products::takes(node); }
 void products_compute(const Tensor *node, int count) { products::compute(node, count, memory::holds(node->src[0])); }
 }

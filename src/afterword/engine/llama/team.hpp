@@ -12,6 +12,9 @@
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
+#ifdef __linux__
+#include <sched.h>
+#endif
 
 #include <condition_variable>
 #include <mutex>
@@ -29,6 +32,25 @@ inline void pause() {
 #endif
 }
 
+#ifdef __linux__
+inline int this_core() { return sched_getcpu(); }
+
+// Go elsewhere, wherever that is. Systems let a thread that was woken wait for seconds behind one that never sleeps, on its
+// core, while others are idle most of the time.
+inline void leave_core(int core) {
+    cpu_set_t all, others;
+    if (sched_getaffinity(0, sizeof all, &all)) return;
+    others = all;
+    CPU_CLR(core, &others);
+    if (!CPU_COUNT(&others)) return;
+    sched_setaffinity(0, sizeof others, &others);
+    sched_setaffinity(0, sizeof all, &all);
+}
+#else
+inline int this_core() { return -1; }
+inline void leave_core(int) {}
+#endif
+
 class Team {
     static constexpr int SPINS = 50000;    // between two tokens; about half a millisecond
     static constexpr int PATIENCE = 5000;  // then whoever is waited for may have no core
@@ -42,14 +64,16 @@ class Team {
     std::condition_variable waker;
     Span (*call)(const void *, int) = nullptr;
     const void *work = nullptr;
-    std::atomic<int> wanted{1};
+    std::atomic<int> wanted{1}, home{-1};  // home: the core of thread 0
     int size = 1;
 
     [[noreturn]] void serve(int me, uint64_t seen) {
         for (Span next{};;) {
             seen = await(seen, next);
             next = {};
-            if (me >= wanted || !join(seen)) continue;
+            if (me >= wanted) continue;
+            if (const int core = this_core(); core == home) leave_core(core);
+            if (!join(seen)) continue;
             next = call(work, me);
             door.fetch_sub(1, std::memory_order_release);
         }
@@ -82,7 +106,7 @@ class Team {
     // See `Run`.
     void run(int count, Span (*todo)(const void *, int), const void *what) {
         for (; size < count; size++) std::thread(&Team::serve, this, size, door / ROUND).detach();
-        call = todo, work = what, wanted = count;
+        call = todo, work = what, wanted = count, home = this_core();
         door = (door / ROUND + 1) * ROUND | OPEN;
         if (asleep) {
             std::lock_guard<std::mutex> lock(mutex);
