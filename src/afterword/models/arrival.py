@@ -7,6 +7,7 @@ some shared disks only pretend to have, are not relied on. What a process that h
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import hashlib
 import os
 import shutil
@@ -53,9 +54,9 @@ def left_over(cache: Path, repository: str) -> int:
     total = 0
     for left in _free(cache, repository):
         for folder, _, names in os.walk(left):  # of what another process takes up meanwhile nothing is found
-            for name in names:
+            for part in fnmatch.filter(names, "*.part"):
                 with contextlib.suppress(OSError):
-                    total += Path(folder, name).stat().st_size if name.endswith(".part") else 0
+                    total += Path(folder, part).stat().st_size
     return total
 
 
