@@ -119,7 +119,8 @@ def test_threads_change_nothing(team):
 @pytest.mark.parametrize("sampling", FILTERS, ids=str)
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
 def test_a_row_that_is_not_of_numbers_breaks_nothing(walks, sampling, broken):
-    for row in (np.full(300, broken, np.float32), np.append(np.zeros(300, np.float32), np.float32(broken))):
+    everywhere = [np.full(length, broken, np.float32) for length in (1, 100, 300)]
+    for row in (*everywhere, np.append(np.zeros(300, np.float32), np.float32(broken))):
         found = read(walks, row, Task(True, 9, 0, Draw(sampling, [2**63], Tally())))
         assert not math.isinf(found.value)
         assert {token for token, _ in (*found.top, *found.drawn)} <= set(range(len(row)))

@@ -54,8 +54,19 @@ inline V all(float x) {
     return x - V{};  // minus, since -0 + 0 is another zero
 }
 
+// 0, 1, 2, ...
+inline wide_ints lanes() {
+    wide_ints numbers;
+    for (int i = 0; i < WIDE; i++) numbers[i] = i;
+    return numbers;
+}
+
+// `b` where either is not a number.
 template <class V>
 inline V larger(V a, V b) {
+#ifdef __AVX512F__
+    if constexpr (sizeof(V) == 64) return (V)_mm512_max_ps(a, b);
+#endif
     return a > b ? a : b;
 }
 
@@ -136,14 +147,14 @@ inline V exponential(V x) {
     const V shifted = y * 1.44269504f + zero;  // the nearest whole number, in the last bits
     const V n = shifted - zero;
     const V r = (y - n * 0.693359375f) - n * -2.12194440e-4f;
-    V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    const V power = (V)(((Bits)shifted - (Bits)zero + 127) << 23);
-    return x < least ? V{} : p * power;
+    V p = r * 1.3814600e-3f + 8.3687168e-3f;
+    p = p * r + 4.1668388e-2f;
+    p = p * r + 1.6666521e-1f;
+    p = p * r + 4.9999993e-1f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    const V power = (V)((Bits)p + ((Bits)shifted << 23));  // p times 2 to the power of n
+    return x < least ? V{} : power;
 }
 
 }  // namespace

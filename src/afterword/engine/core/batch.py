@@ -6,17 +6,16 @@ are computed. Nothing here knows how a runner keeps that state.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 Logits = NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
-class Fork:
+class Fork(msgspec.Struct, frozen=True):
     """Copy the first `keep` tokens' state from one slot to another, whose own state is lost."""
 
     source: int
@@ -24,16 +23,14 @@ class Fork:
     keep: int
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
+class Cut(msgspec.Struct, frozen=True):
     """Forget everything in a slot after its first `keep` tokens."""
 
     slot: int
     keep: int
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(msgspec.Struct, frozen=True):
     """Tokens to compute in one slot, the first of them at `position`; logits are wanted for the last `outputs`."""
 
     slot: int
@@ -42,8 +39,7 @@ class Row:
     outputs: int
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(msgspec.Struct, frozen=True):
     """Moves first, in order; then one pass over all rows. Either many rows of one token, or one row of many.
 
     The two are never mixed, because a token's numbers must not depend on other sequences: a library may cut

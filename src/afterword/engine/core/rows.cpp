@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -13,9 +14,9 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 256;             // as in rows.py
-constexpr int64_t WORTH_A_THREAD = 16384;  // numbers: fewer take less time than waking another
-constexpr float NOTHING = -__builtin_inff();
+constexpr int64_t BLOCK = 256;  // as in rows.py
+constexpr int64_t PART = 64;    // blocks: fewer take less time than waking another thread
+constexpr float NOTHING = -__builtin_inff(), LOWEST = -__FLT_MAX__;
 constexpr double BELOW_ONE = 1 - 0x1p-53;
 
 int64_t blocks_of(int64_t length) { return (length + BLOCK - 1) / BLOCK; }
@@ -28,50 +29,73 @@ wide some(const float *row, int64_t at, int64_t end, float rest) {
     return x;
 }
 
-void put(float *row, int64_t at, int64_t end, wide x) {
-    if (at + WIDE <= end) return store(row + at, x);
-    for (int64_t i = at; i < end; i++) row[i] = x[i - at];
-}
-
-// Calls `walk(block, start, end)` for each block of a row, in several threads if a row is all there is.
-template <class Walk>
-void each_block(int64_t length, int threads, Walk walk) {
-    constexpr int64_t PART = WORTH_A_THREAD / BLOCK;
-    const int64_t blocks = blocks_of(length);
-    in_parts(threads, (blocks + PART - 1) / PART, [=](int64_t part) {
-        for (int64_t block = part * PART; block < std::min((part + 1) * PART, blocks); block++)
-            walk(block, block * BLOCK, std::min((block + 1) * BLOCK, length));
-    });
-}
-
 float largest_of(const float *numbers, int64_t count) {
     wide most = all<wide>(NOTHING);
     for (int64_t at = 0; at < count; at += WIDE) most = larger(some(numbers, at, count, NOTHING), most);
     return largest(most);
 }
 
-// Sum of exponentials of numbers that are lowered by `shift` and multiplied; `write` takes them.
-template <class Write>
-float exponentials(const float *numbers, int64_t count, float shift, float factor, Write write) {
+// What a number weighs: e to the power of how far it is below `most`, times a factor.
+struct Scale {
+    float most, factor;
+
+    // Minus infinity is at no distance from itself.
+    Scale(float most, float factor) : most(std::max(most, LOWEST)), factor(factor) {}
+
+    wide operator()(wide x) const { return exponential((x - most) * factor); }
+};
+
+// Sum of what numbers weigh; `take(at, numbers, weights)` may leave some out.
+template <class Take>
+float weigh(const float *numbers, int64_t count, Scale scale, Take take) {
     f8 total = {};
     for (int64_t at = 0; at < count; at += WIDE) {
-        const wide x = exponential((some(numbers, at, count, NOTHING) - shift) * factor);
-        write(at, x);
-        add(total, x);
+        const wide x = some(numbers, at, count, NOTHING);
+        add(total, take(at, x, scale(x)));
     }
     return sum(total);
 }
 
-// Natural log of the sum of a row's exponentials, from what is known of its blocks.
-double log_total(const float *maxima, const float *sums, int64_t blocks) {
-    const float highest = *std::max_element(maxima, maxima + blocks);
-    double total = 0;
-    for (int64_t i = 0; i < blocks; i++)
-        if (maxima[i] > NOTHING) total += sums[i] * std::exp((double)maxima[i] - highest);
-    return total > 0 ? highest + std::log(total) : NAN;
-}
+// A row's blocks: the largest number of each and, unless the temperature is 0, what all of it weighs where that weighs 1.
+struct Blocks {
+    float factor;
+    std::vector<float> largest, weights;
 
-void find_likeliest(const float *row, int64_t length, const float *maxima, int64_t count, int64_t *ids) {
+    Blocks(int64_t length, double temperature)
+        : factor(temperature > 0 ? 1 / (float)temperature : 0), largest(blocks_of(length)), weights(largest.size()) {}
+
+    // All largest first, so that no weight has to wait for the one that it is measured by; and what comes next is asked for
+    // meanwhile, as weights take long and no memory.
+    void read(const float *row, int64_t length, int64_t first, int64_t end) {
+        const auto size = [=](int64_t block) { return std::min(BLOCK, length - block * BLOCK); };
+        for (int64_t i = first; i < end; i++) largest[i] = largest_of(row + i * BLOCK, size(i));
+        if (!(factor > 0)) return;
+        for (int64_t i = first; i < end; i++) {
+            for (int64_t at = 0; at < BLOCK; at += LINE / 4) __builtin_prefetch(row + (i + end - first) * BLOCK + at);
+            weights[i] = weigh(row + i * BLOCK, size(i), {largest[i], factor}, [](int64_t, wide, wide all) { return all; });
+        }
+    }
+
+    float highest() const { return *std::max_element(largest.begin(), largest.end()); }
+
+    // What the largest of each weighs where the largest of all weighs 1.
+    std::vector<float> factors() const {
+        const Scale scale(highest(), factor);
+        const int64_t count = largest.size();
+        std::vector<float> factors(blocks_of(count) * BLOCK);
+        for (int64_t at = 0; at < count; at += WIDE) store(&factors[at], scale(some(largest.data(), at, count, NOTHING)));
+        return factors;
+    }
+
+    // Natural log of the sum of the row's exponentials; no number where the row is not of numbers.
+    double log_total() const {
+        const float most = highest();
+        const double total = std::inner_product(weights.begin(), weights.end(), factors().begin(), 0.0);
+        return std::isfinite(most) ? most + std::log(total) : NAN;
+    }
+};
+
+void find_likeliest(const float *row, int64_t length, const std::vector<float> &maxima, int64_t count, int64_t *ids) {
     // A heap of the best so far, with the worst of them on top. Ids rise, so an equal that comes later is no better.
     const auto better = [=](int64_t a, int64_t b) { return row[a] > row[b] || (row[a] == row[b] && a < b); };
     int64_t size = 0;
@@ -90,8 +114,9 @@ void find_likeliest(const float *row, int64_t length, const float *maxima, int64
 // A row's first number that is as large as `highest`; 0 if there is none, as in a row that is not of numbers.
 int64_t find_first(const float *row, int64_t length, const std::vector<float> &maxima, float highest) {
     const int64_t start = BLOCK * (std::find(maxima.begin(), maxima.end(), highest) - maxima.begin());
-    if (start >= length) return 0;
-    return std::find(row + start, row + std::min(start + BLOCK, length), highest) - row;
+    const int64_t end = std::min(start + BLOCK, length);
+    const int64_t found = start < end ? std::find(row + start, row + end, highest) - row : end;
+    return found < end ? found : 0;
 }
 
 int64_t count_above(const float *row, int64_t length, const std::vector<float> &maxima, float value) {
@@ -115,83 +140,83 @@ double number(uint64_t seed, uint64_t n) {
 
 // A place drawn in proportion to its weight. What is left of the draw, in [0, 1), is as good as a new one.
 template <class Weight>
-int64_t pick(int64_t count, Weight weight, double &draw) {
-    double total = 0, before = 0, here = 0;
-    for (int64_t i = 0; i < count; i++) total += weight(i);
-    const double target = draw * total;
+int64_t pick(const Weight *weights, int64_t count, double &draw) {
+    const double target = draw * std::accumulate(weights, weights + count, 0.0);
+    double before = 0, here = 0;
     int64_t found = 0;
     for (int64_t i = 0; i < count; i++) {
-        const double next = weight(i);
-        if (!(next > 0)) continue;
-        before += here, here = next, found = i;
+        if (!(weights[i] > 0)) continue;
+        before += here, here = weights[i], found = i;
         if (before + here > target) break;
     }
     draw = std::min((target - before) / here, BELOW_ONE);
     return found;
 }
 
-// Weights, of which those larger than `least` stay, or as large and before `place`, with the sum of each block of these.
-struct Weights {
-    std::vector<float> &all;
-    int threads;
-    int64_t place;
-    float least = 0;
-    std::vector<double> sums;
+// A row's numbers to draw from, of which those larger than `least` stay, or as large and before `place`.
+//
+// What a number weighs is computed where it is needed, which is in few blocks: to write it down would take longer.
+class Pool {
+    const float *row;
+    int64_t length;
+    const Blocks *blocks;
+    std::vector<float> factors;
+    std::vector<double> weights;  // what stays of each block, where the row's largest number weighs 1
+    float least = NOTHING;
+    int64_t place = 0;
 
-    double total() const {
-        double sum = 0;
-        for (const double block : sums) sum += block;
-        return sum;
-    }
+    int64_t size(int64_t block) const { return std::min(BLOCK, length - block * BLOCK); }
 
-    bool stays(float weight, int64_t at) const { return weight > least || (weight == least && at < place); }
-
-    void keep(int64_t before, float lowest) {
-        place = before, least = lowest;
-        each_block(all.size(), threads, [this](int64_t block, int64_t start, int64_t end) {
-            f8 total = {};
-            for (int64_t at = start; at < end; at += WIDE) {
-                const wide x = some(all.data(), at, end, 0);
-                wide y;
-                if (at + WIDE <= place) y = x >= least ? x : wide{};
-                else if (at >= place) y = x > least ? x : wide{};
-                else for (int i = 0; i < WIDE; i++) y[i] = stays(x[i], at + i) ? x[i] : 0;
-                add(total, y);
-            }
-            sums[block] = sum(total);
+    // What stays of a block, where its largest number weighs 1; `take(at, weights)` hears of each number.
+    template <class Take>
+    float weigh(int64_t block, Take take) const {
+        const int64_t start = block * BLOCK;
+        const Scale scale(blocks->largest[block], blocks->factor);
+        return ::weigh(row + start, size(block), scale, [=](int64_t at, wide x, wide weights) {
+            const int32_t before = std::clamp<int64_t>(place - start - at, 0, WIDE);
+            weights = (x > least) | ((x == least) & (lanes() < before)) ? weights : wide{};
+            take(at, weights);
+            return weights;
         });
     }
 
+   public:
+    Pool(const float *row, int64_t length, const Blocks &blocks)
+        : row(row), length(length), blocks(&blocks), factors(blocks.factors()),
+          weights(blocks.weights.begin(), blocks.weights.end()) {
+        for (size_t i = 0; i < weights.size(); i++) weights[i] *= factors[i];
+    }
+
+    double total() const { return std::accumulate(weights.begin(), weights.end(), 0.0); }
+
+    // A number in proportion to its weight.
     int64_t pick(double draw) const {
-        const int64_t start = BLOCK * ::pick(sums.size(), [this](int64_t i) { return sums[i]; }, draw);
-        const auto weight = [this, start](int64_t i) { return stays(all[start + i], start + i) ? (double)all[start + i] : 0; };
-        return start + ::pick(std::min(BLOCK, (int64_t)all.size() - start), weight, draw);
+        const int64_t block = ::pick(weights.data(), weights.size(), draw);
+        float each[BLOCK];
+        weigh(block, [&each](int64_t at, wide weights) { store(each + at, weights); });
+        return block * BLOCK + ::pick(each, size(block), draw);
+    }
+
+    // Lets no others stay than those larger than `number`, or as large and before `before`. Ends as soon as they are known to
+    // weigh less than `enough`, and says so: what they weigh is not known then.
+    bool keep(float number, int64_t before, double enough) {
+        least = number, place = before;
+        double most = total();
+        for (size_t block = 0; block < weights.size() && !(most < enough); block++) {
+            const float stays = blocks->largest[block] < least ? 0 : weigh(block, [](int64_t, wide) {});
+            most -= weights[block];
+            most += weights[block] = (double)stays * factors[block];
+        }
+        return most < enough;
     }
 };
 
 // A token of the nucleus: see plain.py.
-int64_t from_nucleus(Weights weights, double wanted, uint64_t seed) {
+int64_t from_nucleus(Pool pool, const float *row, double wanted, uint64_t seed) {
     for (uint64_t n = 0;; n++) {
-        const int64_t place = weights.pick(number(seed, n));
-        weights.keep(place, weights.all[place]);
-        if (weights.total() < wanted) return place;
+        const int64_t place = pool.pick(number(seed, n));
+        if (pool.keep(row[place], place, wanted)) return place;
     }
-}
-
-// The `count` likeliest that stay and, of these, as many as weigh `top_p` of them.
-std::vector<int64_t> find_few(const Weights &weights, int64_t count, double top_p, std::vector<double> &cumulated) {
-    const int64_t length = weights.all.size();
-    std::vector<float> maxima(blocks_of(length));
-    each_block(length, weights.threads, [&](int64_t block, int64_t start, int64_t end) {
-        maxima[block] = largest_of(&weights.all[start], end - start);
-    });
-    std::vector<int64_t> ids(std::min(count, length));
-    find_likeliest(weights.all.data(), length, maxima.data(), ids.size(), ids.data());
-    double total = 0;
-    for (const int64_t id : ids) cumulated.push_back(total += weights.stays(weights.all[id], id) ? weights.all[id] : 0);
-    const auto end = std::lower_bound(cumulated.begin(), cumulated.end(), top_p * total);
-    cumulated.resize(std::min<size_t>(end - cumulated.begin() + 1, cumulated.size()));
-    return ids;
 }
 
 template <class Number>
@@ -267,65 +292,73 @@ class Edited {
         for (auto edit = before.rbegin(); edit != before.rend(); edit++) row[edit->first] = edit->second;
     }
 
-    void renew(std::vector<float> &maxima) const {
-        std::vector<bool> renewed(maxima.size());
+    void renew(Blocks &blocks) const {
+        std::vector<bool> renewed(blocks.largest.size());
         for (const auto &[id, _] : before) {
-            const int64_t block = id / BLOCK, start = block * BLOCK;
-            if (renewed[block]) continue;
+            const int64_t block = id / BLOCK;
+            if (!renewed[block]) blocks.read(row, length, block, block + 1);
             renewed[block] = true;
-            maxima[block] = largest_of(row + start, std::min(BLOCK, length - start));
         }
     }
 };
 
+// Draws from the likeliest numbers, of which those that are not below `least` stay and, of these, as many as weigh `top_p`.
+void draw_of_few(const float *row, int64_t length, const Blocks &blocks, float least, const Task &task) {
+    std::vector<int64_t> ids(std::min(task.top_k, length));
+    find_likeliest(row, length, blocks.largest, ids.size(), ids.data());
+    std::vector<double> weights;  // of each with those before it
+    for (const int64_t id : ids)
+        if (row[id] >= least || weights.empty())
+            weights.push_back((weights.empty() ? 0 : weights.back()) + std::exp((row[id] - row[ids[0]]) / task.temperature));
+    const auto last = std::lower_bound(weights.begin(), weights.end() - 1, task.top_p * weights.back());
+    for (int64_t i = 0; i < task.seeds.count; i++) {
+        const auto found = std::upper_bound(weights.begin(), last, number(task.seeds.first[i], 0) * *last);
+        task.chosen[i] = ids[found - weights.begin()];
+    }
+}
+
 // Draws from a row with its edits: temperature, then min_p, top_k, top_p.
-void draw(const float *row, int64_t length, const std::vector<float> &maxima, const Task &task, int threads) {
-    static thread_local std::vector<float> kept;  // since fresh pages cost more than the arithmetic that is done in them
-    std::vector<float> &scratch = kept;           // this thread's, also for those that help it
-    const float highest = *std::max_element(maxima.begin(), maxima.end());
-    const auto all_likeliest = [&] { std::fill_n(task.chosen, task.seeds.count, find_first(row, length, maxima, highest)); };
+void draw(const float *row, int64_t length, const Blocks &blocks, const Task &task) {
+    const float highest = blocks.highest();
+    const auto all_likeliest = [&] {
+        std::fill_n(task.chosen, task.seeds.count, find_first(row, length, blocks.largest, highest));
+    };
     if (!(task.temperature > 0)) return all_likeliest();
-    scratch.resize(length);
-    Weights weights{scratch, threads, length, 0, std::vector<double>(maxima.size())};
-    const float factor = 1 / (float)task.temperature;
-    each_block(length, threads, [&](int64_t block, int64_t start, int64_t end) {
-        const auto write = [&](int64_t at, wide x) { put(&scratch[start], at, end - start, x); };
-        weights.sums[block] = exponentials(row + start, end - start, highest, factor, write);
-    });
-    if (task.min_p > 0) weights.keep(length, (float)task.min_p);
-    const double wanted = task.top_p * weights.total();
+    const float least = highest + task.temperature * std::log(task.min_p);
+    if (task.top_k) return draw_of_few(row, length, blocks, least, task);
+    Pool pool(row, length, blocks);
+    if (task.min_p > 0) pool.keep(least, length, NOTHING);
+    const double wanted = task.top_p * pool.total();
     if (!(wanted > 1)) return all_likeliest();  // it weighs 1 and is all of the nucleus; or the row is not of numbers
-    std::vector<double> cumulated;
-    const std::vector<int64_t> few = task.top_k ? find_few(weights, task.top_k, task.top_p, cumulated) : std::vector<int64_t>();
     for (int64_t i = 0; i < task.seeds.count; i++) {
         const uint64_t seed = task.seeds.first[i];
-        if (task.top_k) {
-            const auto found = std::upper_bound(cumulated.begin(), cumulated.end() - 1, number(seed, 0) * cumulated.back());
-            task.chosen[i] = few[found - cumulated.begin()];
-        } else {
-            task.chosen[i] = task.top_p < 1 ? from_nucleus(weights, wanted, seed) : weights.pick(number(seed, 0));
-        }
+        task.chosen[i] = task.top_p < 1 ? from_nucleus(pool, row, wanted, seed) : pool.pick(number(seed, 0));
     }
 }
 
 void read_row(float *row, int64_t length, Task &task, int threads) {
-    std::vector<float> maxima(blocks_of(length)), sums(maxima.size());
-    each_block(length, threads, [&](int64_t block, int64_t start, int64_t end) {
-        maxima[block] = largest_of(row + start, end - start);
-        if (task.reported) sums[block] = exponentials(row + start, end - start, maxima[block], 1, [](int64_t, wide) {});
+    const bool weighed = task.seeds.count && !task.top_k;
+    Blocks plain(length, task.reported), warm(length, weighed ? task.temperature : 0);
+    const bool apart = weighed && warm.factor != plain.factor;
+    const int64_t blocks = blocks_of(length);
+    in_parts(threads, (blocks + PART - 1) / PART, [&](int64_t part) {
+        const int64_t first = part * PART, end = std::min(first + PART, blocks);
+        plain.read(row, length, first, end);
+        if (apart) warm.read(row, length, first, end);
     });
-    const double total = task.reported ? log_total(maxima.data(), sums.data(), maxima.size()) : 0;
-    if (task.top_count) find_likeliest(row, length, maxima.data(), task.top_count, task.top);
+    const double total = task.reported ? plain.log_total() : 0;
+    if (task.top_count) find_likeliest(row, length, plain.largest, task.top_count, task.top);
     for (int64_t i = 0; i < task.top_count; i++) task.top_values[i] = row[task.top[i]] - total;
     if (task.given >= 0) {
         task.value = row[task.given] - total;
-        task.rank = 1 + count_above(row, length, maxima, row[task.given]);
+        task.rank = 1 + count_above(row, length, plain.largest, row[task.given]);
     }
     if (!task.seeds.count) return;
     {
         const Edited edited(row, length, task);
-        edited.renew(maxima);
-        draw(row, length, maxima, task, threads);
+        Blocks &drawn = apart ? warm : plain;
+        edited.renew(drawn);
+        draw(row, length, drawn, task);
     }
     for (int64_t i = 0; i < task.seeds.count; i++) task.chosen_values[i] = row[task.chosen[i]] - total;
 }
@@ -339,7 +372,7 @@ int64_t rows_task_size() { return sizeof(Task); }
 // Reads `count` rows, each for what is wanted of it. They are as they were afterwards.
 void rows_read(float *rows, int64_t count, int64_t length, Task *tasks, int threads, Run team) {
     of_the_team = team;
-    if (count * length < WORTH_A_THREAD) threads = 1;
+    if (count * length < PART * BLOCK) threads = 1;
     in_parts(count > 1 ? threads : 1, count, [=](int64_t i) {
         if (tasks[i].reported || tasks[i].given >= 0 || tasks[i].seeds.count)
             read_row(rows + i * length, length, tasks[i], count > 1 ? 1 : threads);

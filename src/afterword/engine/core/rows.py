@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -33,8 +33,7 @@ FILE = library(Path(__file__).with_name("rows.cpp"))
 _TEXTS = 256  # as many as there can be sequences: they are asked for at each token
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(msgspec.Struct, frozen=True):
     """An id for each seed: bias, penalties, bans, temperature, then the filters min_p, top_k, top_p.
 
     `generated` are the sample's tokens so far; only the repetition penalty looks at the prompt.
@@ -47,8 +46,7 @@ class Draw:
     banned: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(msgspec.Struct, frozen=True):
     """What is wanted of a row: log probabilities if `reported`, with the `top` likeliest, and of one `given` id."""
 
     reported: bool = False
@@ -57,8 +55,7 @@ class Task:
     draw: Draw | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(msgspec.Struct, frozen=True):
     """What came of it. Log probabilities are those of the unmodified row; where it is not of numbers, no numbers.
 
     Without `reported` they are logits. `rank` is 1 for the likeliest id.

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from afterword.engine.core.batch import Logits
 from afterword.engine.core.plain import Plain
@@ -32,16 +33,14 @@ def seed_of(key: bytes, sample: int, position: int) -> int:
     return int.from_bytes(digest, "little")
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
+class Score(msgspec.Struct, frozen=True):
     """A given token is to be told about, with its rank and the `alternatives` likeliest."""
 
     token: int
     alternatives: int
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(msgspec.Struct, frozen=True):
     """The next token of each of a job's `samples` is wanted, which have the same row and the same `generated` tokens.
 
     `position` is how many these are. Samples share a row at their first token; later each comes alone.

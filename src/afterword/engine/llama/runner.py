@@ -139,14 +139,12 @@ class _BatchArrays:
 
     def fill(self, rows: tuple[Row, ...]) -> object:
         """The rows as a `llama_batch`; valid until the next call."""
-        end = 0
-        for row in rows:
-            start, end = end, end + len(row.tokens)
-            self._token[start:end] = row.tokens
-            self._position[start:end] = range(row.position, row.position + len(row.tokens))
-            self._slot[start:end] = row.slot
-            self._output[start:end] = 0
-            self._output[end - row.outputs : end] = 1
+        tokens = [token for row in rows for token in row.tokens]
+        end = len(tokens)
+        self._token[:end] = tokens
+        self._position[:end] = [row.position + i for row in rows for i in range(len(row.tokens))]
+        self._slot[:end] = [row.slot for row in rows for _ in row.tokens]
+        self._output[:end] = [i >= len(row.tokens) - row.outputs for row in rows for i in range(len(row.tokens))]
         self._batch.n_tokens = end
         return self._batch
 
