@@ -15,10 +15,12 @@ from time import perf_counter, process_time
 
 from bench import limits, report
 from bench.client import NotPossible
-from bench.scenarios import FULL, QUICK, SCENARIOS, Scenario, Size
+from bench.scenarios import FULL, QUICK, SCENARIOS, Measure, Scenario, Size
 from bench.target import Target, common_tokens, find_target
 
 Rounds = dict[str, list[report.Outcome]]
+SHARE = Measure("of read bandwidth", "%", more_is_better=True)
+"""Bandwidth is read right before and after each answer, as a machine may be another one in the next minute."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,8 +94,9 @@ async def _measure(options: argparse.Namespace) -> int:
     found: list[report.Row] = []
     for scenario in SCENARIOS:
         if scenario.name in wanted:
+            measures = (*scenario.measures, SHARE) if scenario.reads and options.gguf else scenario.measures
             rounds = await _alternate(scenario, targets, size, seed, options)
-            found += report.rows(scenario.name, scenario.measures, rounds)
+            found += report.rows(scenario.name, measures, rounds)
             # After each scenario: a long run that is broken off has been worth it.
             _write(options, found, names, base, about)
     print(report.table(found, names, base), limits.described(bounds, options.gguf), sep="\n\n")
@@ -128,12 +131,27 @@ async def _alternate(
             await asyncio.sleep(options.pause)
             # The same prompts for all, and no prompt twice.
             random = Random(f"{seed} {scenario.name} {number}")
-            outcome, share = await _once(scenario, target, size, random, options.timeout)
+            outcome, share = await _beside_bandwidth(scenario, target, size, random, options)
             rounds[target.name].append(outcome)
             told = outcome if isinstance(outcome, str) else _told(scenario, outcome)
             busy = f"  (the client took {share:.0%} of a core)" if share > 0.1 and not isinstance(outcome, str) else ""
             _say(f"{scenario.name} {number + 1}/{options.rounds} {target.name}: {told}{busy}")
     return rounds
+
+
+async def _beside_bandwidth(
+    scenario: Scenario, target: Target, size: Size, random: Random, options: argparse.Namespace
+) -> tuple[report.Outcome, float]:
+    """As `_once`; where it reads a whole model again and again, with the share of what could be read."""
+    if not (scenario.reads and options.gguf):
+        return await _once(scenario, target, size, random, options.timeout)
+    before = limits.bandwidth_now()
+    outcome, share = await _once(scenario, target, size, random, options.timeout)
+    could = (before + limits.bandwidth_now()) / 2
+    if isinstance(outcome, str):
+        return outcome, share
+    read = outcome[scenario.reads] * options.gguf.stat().st_size
+    return {**outcome, SHARE.name: 100 * read / could}, share
 
 
 async def _once(
@@ -155,7 +173,8 @@ async def _once(
 
 def _told(scenario: Scenario, numbers: report.Outcome) -> str:
     assert not isinstance(numbers, str)
-    return ", ".join(f"{m.name} {numbers[m.name]:.3g} {m.unit}" for m in scenario.measures)
+    measures = (*scenario.measures, SHARE) if SHARE.name in numbers else scenario.measures
+    return ", ".join(f"{m.name} {numbers[m.name]:.3g} {m.unit}" for m in measures)
 
 
 def _write(

@@ -63,6 +63,11 @@ def bandwidth(workers: int, mebibytes: int, repeats: int = 5) -> float:
     return numbers.nbytes / min(times)
 
 
+def bandwidth_now() -> float:
+    """Bytes per second that all cores read in this second. It takes a part of one."""
+    return bandwidth(os.cpu_count() or 1, mebibytes=256, repeats=3)
+
+
 def _read(pool: ThreadPoolExecutor, shares: list[list[np.ndarray]]) -> None:
     list(pool.map(lambda share: [piece.max() for piece in share], shares))
 

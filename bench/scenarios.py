@@ -78,6 +78,8 @@ class Scenario:
     run: Run
     tiny: bool = False
     """Measures all but the model, so it needs the smallest one, and runs only when it is asked for."""
+    reads: str | None = None
+    """The measure that counts how often a second the whole model is read."""
 
 
 async def one_stream(target: Target, size: Size, random: Random) -> Numbers:
@@ -247,7 +249,7 @@ def _longest_gap(stream: Exchange, began: float, ended: float) -> float:
 WALL = Measure("wall", "s")
 FIRST = Measure("first token", "s")
 SCENARIOS = (
-    Scenario("one-stream", (Measure("decode", "tok/s", True), FIRST), one_stream),
+    Scenario("one-stream", (Measure("decode", "tok/s", True), FIRST), one_stream, reads="decode"),
     Scenario("prefill", (Measure("prompt", "tok/s", True),), prefill),
     Scenario("crowd", (WALL, Measure("all tokens", "tok/s", True)), crowd),
     Scenario("common-prefix", (WALL,), common_prefix),

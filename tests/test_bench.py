@@ -64,11 +64,13 @@ def test_bars_go_to_the_right_where_a_target_is_better():
 
 @pytest.mark.timeout(60)
 def test_every_scenario_runs_on_our_server(serve, tmp_path):
-    numbers, picture = tmp_path / "numbers.json", tmp_path / "ratios.svg"
+    numbers, picture, model = tmp_path / "numbers.json", tmp_path / "ratios.svg", tmp_path / "model.gguf"
+    model.write_bytes(bytes(1000))
     with serve("--parallel", "4", "--context", "1024", key=None) as server:
         every = [word for scenario in SCENARIOS for word in ("--scenario", scenario.name)]
         where = ["--target", f"ours={server.url}", "--target", f"same={server.url}/v1", "--base", "same"]
         how = ["--quick", "--rounds", "1", "--pause", "0", "--json", str(numbers), "--picture", str(picture)]
+        how += ["--gguf", str(model)]
         done = subprocess.run(
             [sys.executable, "-m", "bench", *where, *how, *every], cwd=ROOT, capture_output=True, text=True, check=False
         )
@@ -84,6 +86,8 @@ def test_every_scenario_runs_on_our_server(serve, tmp_path):
     assert told["machine"]["cores"] >= 1
     assert "ours / same" in done.stdout
     assert "read bandwidth" in done.stdout
+    measured = {(result["scenario"], result["measure"]) for result in told["results"]}
+    assert [scenario for scenario, measure in measured if measure == "of read bandwidth"] == ["one-stream"]
     ElementTree.parse(picture)
 
 
