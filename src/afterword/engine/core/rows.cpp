@@ -337,9 +337,9 @@ void draw(const float *row, int64_t length, const Blocks &blocks, const Task &ta
 }
 
 void read_row(float *row, int64_t length, Task &task, int threads) {
-    const bool weighed = task.seeds.count && !task.top_k;
-    Blocks plain(length, task.reported), warm(length, weighed ? task.temperature : 0);
-    const bool apart = weighed && warm.factor != plain.factor;
+    const double temperature = task.seeds.count && !task.top_k ? task.temperature : 0;  // of what is drawn by its weight
+    Blocks plain(length, task.reported ? 1 : temperature), warm(length, temperature);
+    const bool apart = temperature > 0 && warm.factor != plain.factor;
     const int64_t blocks = blocks_of(length);
     in_parts(threads, (blocks + PART - 1) / PART, [&](int64_t part) {
         const int64_t first = part * PART, end = std::min(first + PART, blocks);
