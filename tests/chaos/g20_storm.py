@@ -27,15 +27,17 @@ from .wild import shout
 GOOD, BAD = 20, 8
 ROUNDS = 3
 """Calm and noise take turns, so that both meet what else the machine does; of each the median round counts."""
+SETTLING = 2.0
+"""Seconds until what noise has left behind has been dealt with, deadlines of half a head included: calm is calm."""
 _BODY = {"prompt": "Once upon a time", "max_tokens": 24, "stream": True, "ignore_eos": True}
 
 
 def run(trial: Trial) -> Result:
     with trial.serve("--parallel", "8", "--limit=head_seconds=1", "--limit=body_seconds=1") as server:
-        asyncio.run(_stream_well(server, 1))
         calm, stormy, noises = [], [], 0
         for number in range(ROUNDS):
             trial.say(f"G20 {number}")
+            asyncio.run(_stream_well(server, SETTLING))
             calm.append(asyncio.run(_stream_well(server, trial.size / ROUNDS)))
             with _noise(server, number) as noise:
                 stormy.append(asyncio.run(_stream_well(server, trial.size / ROUNDS)))
