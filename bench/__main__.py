@@ -94,9 +94,8 @@ async def _measure(options: argparse.Namespace) -> int:
     found: list[report.Row] = []
     for scenario in SCENARIOS:
         if scenario.name in wanted:
-            measures = (*scenario.measures, SHARE) if scenario.reads and options.gguf else scenario.measures
             rounds = await _alternate(scenario, targets, size, seed, options)
-            found += report.rows(scenario.name, measures, rounds)
+            found += report.rows(scenario.name, _measures(scenario, options), rounds)
             # After each scenario: a long run that is broken off has been worth it.
             _write(options, found, names, base, about)
     print(report.table(found, names, base), limits.described(bounds, options.gguf), sep="\n\n")
@@ -133,7 +132,7 @@ async def _alternate(
             random = Random(f"{seed} {scenario.name} {number}")
             outcome, share = await _beside_bandwidth(scenario, target, size, random, options)
             rounds[target.name].append(outcome)
-            told = outcome if isinstance(outcome, str) else _told(scenario, outcome)
+            told = outcome if isinstance(outcome, str) else _told(_measures(scenario, options), outcome)
             busy = f"  (the client took {share:.0%} of a core)" if share > 0.1 and not isinstance(outcome, str) else ""
             _say(f"{scenario.name} {number + 1}/{options.rounds} {target.name}: {told}{busy}")
     return rounds
@@ -171,9 +170,12 @@ async def _once(
     return outcome, (process_time() - busy) / (perf_counter() - wall)
 
 
-def _told(scenario: Scenario, numbers: report.Outcome) -> str:
+def _measures(scenario: Scenario, options: argparse.Namespace) -> tuple[Measure, ...]:
+    return (*scenario.measures, SHARE) if scenario.reads and options.gguf else scenario.measures
+
+
+def _told(measures: Sequence[Measure], numbers: report.Outcome) -> str:
     assert not isinstance(numbers, str)
-    measures = (*scenario.measures, SHARE) if SHARE.name in numbers else scenario.measures
     return ", ".join(f"{m.name} {numbers[m.name]:.3g} {m.unit}" for m in measures)
 
 
