@@ -6,7 +6,8 @@ import ctypes
 
 import numpy as np
 
-F32, F16 = 0, 1
+KINDS = {np.float32: 0, np.float16: 1, np.int32: 26, np.int64: 27}
+F32, F16 = KINDS[np.float32], KINDS[np.float16]
 
 
 class Tensor(ctypes.Structure):
@@ -33,7 +34,7 @@ Tensor._fields_ = [
 
 def tensor(array: np.ndarray) -> Tensor:
     """An array's memory, with four axes, as a tensor: ggml names axes from the last."""
-    made = Tensor(type={2: F16, 4: F32}[array.itemsize], data=array.ctypes.data)
+    made = Tensor(type=KINDS[array.dtype.type], data=array.ctypes.data)
     made.ne[:] = array.shape[::-1]
     made.nb[:] = array.strides[::-1]
     return made

@@ -50,7 +50,7 @@ def computed(kernel: ctypes.CDLL, case: Case, threads: int = 1) -> np.ndarray:
         operands.append(case.mask[:, None])
     with_sources(node, *map(tensor, operands))
     node.params[:3] = [case.scale, case.steepness, case.cap]
-    kernel.attention_compute(ctypes.byref(node), threads)
+    kernel.operation_compute(b"FLASH_ATTN_EXT", ctypes.byref(node), threads)
     return out
 
 

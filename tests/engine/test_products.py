@@ -137,8 +137,8 @@ def multiplied(kernel: ctypes.CDLL, matrix: Tensor, x: np.ndarray, threads: int 
     """[column, row]."""
     out = np.full((len(x), matrix.ne[1]), np.nan, np.float32)
     node = with_sources(tensor(out[None, None]), matrix, tensor(x[None, None]))
-    assert kernel.products_takes(ctypes.byref(node))
-    kernel.products_compute(ctypes.byref(node), threads)
+    assert kernel.operation_takes(b"MUL_MAT", ctypes.byref(node))
+    kernel.operation_compute(b"MUL_MAT", ctypes.byref(node), threads)
     return out
 
 
@@ -235,6 +235,6 @@ def test_other_products_are_left_to_the_library(kernel):
     matrix.ne[:] = [256, 32, 1, 1]
     x, out = activations(1, 256), np.zeros((1, 32), np.float32)
     node = with_sources(tensor(out[None, None]), matrix, tensor(x[None, None]))
-    assert not kernel.products_takes(ctypes.byref(node))
+    assert not kernel.operation_takes(b"MUL_MAT", ctypes.byref(node))
     matrix.type, matrix.ne[2] = int(GGMLQuantizationType.Q8_0), 2  # several matrices
-    assert not kernel.products_takes(ctypes.byref(with_sources(node, matrix, tensor(x[None, None]))))
+    assert not kernel.operation_takes(b"MUL_MAT", ctypes.byref(with_sources(node, matrix, tensor(x[None, None]))))

@@ -130,6 +130,20 @@ inline f8 widen(const half *from) {
 #endif
 }
 
+// Halves from floats: the nearest, of two that are as near the even one.
+inline void narrow(half *to, f8 x) {
+#ifdef __F16C__
+    _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+    const i8 bits = (i8)x & 0x7fffffff, sign = ((i8)x >> 16) & 0x8000;
+    const i8 small = (i8)((f8)bits + all(0.5f)) - 0x3f000000;  // steps of the least numbers: additions round to them
+    const i8 usual = (bits - (112 << 23) + 0xfff + ((bits >> 13) & 1)) >> 13;
+    const i8 beyond = bits > 0x7f800000 ? i8{} + 0x7e00 : i8{} + 0x7c00;
+    const i8 size = bits < 0x38800000 ? small : bits >= 0x47800000 ? beyond : usual;
+    for (int i = 0; i < LANES; i++) to[i] = (half)(size[i] | sign[i]);
+#endif
+}
+
 inline wide widen_all(const half *from) {
 #ifdef __AVX512F__
     return (wide)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));

@@ -1,9 +1,12 @@
-// An accelerator beside the CPU, as ggml sees it: it can do attention and products with weights, and ggml gives it
-// these and keeps the rest. Both are computed so that a token's numbers do not depend on who else is computed.
+// An accelerator beside the CPU, as ggml sees it: it can do attention, products with weights and most of what lies between
+// them; ggml gives it these and keeps the rest. All is computed so that a token's numbers do not depend on who else is.
 
+#include <algorithm>
 #include <cstring>
+#include <unordered_map>
 
 #include "attention.hpp"
+#include "between.hpp"
 #include "ggml.hpp"
 #include "memory.hpp"
 #include "products.hpp"
@@ -11,12 +14,51 @@
 
 namespace {
 
-bool keeps_weights = false;
+bool has_products = false;  // of models that are loaded from now on, whose weights are copied to memory of ours
 struct {
     int attentions, attentions_left, products_left;  // to the library
 } asked;  // by ggml since accelerator_listen
 
-bool is(const Tensor *node, const char *operation) { return !std::strcmp(ggml.operation_name(node->op), operation); }
+struct Operation {
+    const char *name;
+    bool (*takes)(const Tensor *);
+    void (*compute)(const Tensor *, int threads);
+};
+
+void multiply(const Tensor *node, int threads) { products::compute(node, threads, memory::holds(node->src[0])); }
+
+template <class Kind>
+constexpr Operation short_one{Kind::NAME, Kind::takes, Kind::compute};
+
+const Operation PRODUCT{"MUL_MAT", products::takes, multiply};
+const Operation ATTENTION{"FLASH_ATTN_EXT", attention::takes, attention::compute};
+const Operation *const OPERATIONS[] = {
+    &PRODUCT, &ATTENTION, &short_one<between::Norm>, &short_one<between::Sum>, &short_one<between::Scaling>,
+    &short_one<between::Gate>, &short_one<between::Rotation>, &short_one<between::Putting>, &short_one<between::Taking>,
+};
+
+const Operation *named(const char *name) {
+    for (const Operation *operation : OPERATIONS)
+        if (!std::strcmp(operation->name, name)) return operation;
+    return nullptr;
+}
+
+bool is(const Tensor *node, const char *name) { return !std::strcmp(ggml.operation_name(node->op), name); }
+
+// What a node is, null if it is nothing of ours. Names are compared once for each number.
+const Operation *operation_of(const Tensor *node) {
+    static std::unordered_map<int32_t, const Operation *> known;
+    const auto [place, fresh] = known.try_emplace(node->op, nullptr);
+    if (fresh) place->second = named(ggml.operation_name(node->op));
+    return place->second;
+}
+
+// What lies between products is left to the library with them: it would change hands more often, not less.
+bool can(const Operation *operation, const Tensor *node) {
+    if (!operation || !operation->takes(node)) return false;
+    if (operation == &PRODUCT || operation == &ATTENTION) return true;
+    return has_products && std::none_of(node->src, node->src + 3, memory::holds);
+}
 
 uint8_t guid[16] = {0x5d, 0x1f, 0x22, 0x8a, 0x6e, 0x0b, 0x4c, 0x93, 0xa7, 0x35, 0xe1, 0x58, 0x90, 0xcc, 0x17, 0x46};
 const char *name_of(Device *) { return "Afterword"; }
@@ -27,16 +69,18 @@ void properties_of(Device *device, Properties *to) {
     *to = {name_of(device), description_of(device), 0, 0, ACCELERATOR, nullptr, false, false, false, false, true};
 }
 BufferType *usual_buffers(Device *) { return ggml.cpu_buffers(); }
-BufferType *buffers_for_weights(Device *device) { return keeps_weights ? &memory::the_type : usual_buffers(device); }
+BufferType *buffers_for_weights(Device *device) { return has_products ? &memory::the_type : usual_buffers(device); }
 bool takes_buffers(Device *, BufferType *type) { return ggml.is_host(type) || type == &memory::the_type; }
+// Whether weights may lie in our memory that this is done with.
+bool takes_weights(Device *, const Tensor *node) { return is(node, PRODUCT.name) && products::takes(node); }
 bool takes_operation(Device *, const Tensor *node) {
     if (is(node, "NONE")) return memory::holds(node);
-    const bool product = is(node, "MUL_MAT"), attention = is(node, "FLASH_ATTN_EXT");
-    const bool can = product ? products::takes(node) : attention && attention::takes(node);
-    asked.attentions += attention;
-    asked.attentions_left += attention && !can;
-    asked.products_left += (product && !can) || is(node, "MUL_MAT_ID");
-    return can;
+    const Operation *operation = operation_of(node);
+    const bool takes = can(operation, node);
+    asked.attentions += operation == &ATTENTION;
+    asked.attentions_left += operation == &ATTENTION && !takes;
+    asked.products_left += (operation == &PRODUCT && !takes) || is(node, "MUL_MAT_ID");
+    return takes;
 }
 
 const char *backend_name(Backend *) { return "Afterword"; }
@@ -45,8 +89,7 @@ int compute_graph(Backend *, Graph *graph) {
     for (int i = 0; i < ggml.graph_size(graph); i++) {
         const Tensor *node = ggml.graph_node(graph, i);
         if (!(node->flags & TO_COMPUTE)) continue;
-        if (is(node, "MUL_MAT")) products::compute(node, threads, memory::holds(node->src[0]));
-        else if (is(node, "FLASH_ATTN_EXT")) attention::compute(node, threads);
+        if (const Operation *operation = operation_of(node)) operation->compute(node, threads);
     }
     return 0;
 }
@@ -55,7 +98,7 @@ Backend *make_backend(Device *, const char *);
 // As llama.cpp's loader sees it, which asks where to put weights; and as its scheduler does, which asks for whatever is
 // computed in between.
 Device the_device = {name_of, description_of, memory_of, type_of, properties_of, make_backend, buffers_for_weights,
-                     nullptr, nullptr, takes_operation, takes_buffers, {}, nullptr, nullptr};
+                     nullptr, nullptr, takes_weights, takes_buffers, {}, nullptr, nullptr};
 Device at_work = {name_of, description_of, memory_of, type_of, properties_of, make_backend, usual_buffers,
                   nullptr, nullptr, takes_operation, takes_buffers, {}, nullptr, nullptr};
 
@@ -99,7 +142,7 @@ int accelerator_multiplies() { return products::AVAILABLE; }
 // How many threads compute, and whether models that are loaded from now on have their weights copied to memory of ours.
 void accelerator_prepare(int count, int keeps) {
     threads = count;
-    keeps_weights = keeps && products::AVAILABLE;
+    has_products = keeps && products::AVAILABLE;
 }
 
 // Threads are of our team from here on, or OpenMP's. Returns what runs work in them, null for OpenMP.
@@ -107,8 +150,7 @@ void *accelerator_lead(int alone) { return (void *)(of_the_team = alone ? run_te
 
 void *accelerator_memory() { return &memory::the_type; }
 
-// One operation by itself: what the tests compare.
-void attention_compute(const Tensor *node, int count) { attention::compute(node, count); }
-int products_takes(const Tensor *node) { return products::takes(node); }
-void products_compute(const Tensor *node, int count) { products::compute(node, count, memory::holds(node->src[0])); }
+// One operation by itself, by ggml's name: what the tests compare.
+int operation_takes(const char *name, const Tensor *node) { return named(name)->takes(node); }
+void operation_compute(const char *name, const Tensor *node, int count) { named(name)->compute(node, count); }
 }

@@ -72,8 +72,8 @@ Buffer *make_buffer(BufferType *type, size_t size) {
 
 BufferType the_type = {{type_name, make_buffer, alignment_of, nullptr, size_of, nullptr}, nullptr, nullptr};
 
-// Whether a tensor lies here.
-bool holds(const Tensor *tensor) { return tensor->buffer && tensor->buffer->type == &the_type; }
+// Whether there is a tensor, and lies here.
+bool holds(const Tensor *tensor) { return tensor && tensor->buffer && tensor->buffer->type == &the_type; }
 
 }  // namespace
 }  // namespace memory

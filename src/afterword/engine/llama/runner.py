@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,7 +102,8 @@ class LlamaRunner:
         if not outputs:
             native.llama_synchronize(self._context)
             return np.empty((0, self._vocabulary), np.float32)
-        return np.ctypeslib.as_array(native.llama_get_logits(self._context), (outputs, self._vocabulary))
+        first = native.llama_get_logits(self._context).contents
+        return _matrix_at(ctypes.addressof(first), outputs, self._vocabulary)
 
     def _move(self, move: Fork | Cut) -> None:
         if isinstance(move, Fork):
@@ -147,6 +149,12 @@ class _BatchArrays:
         self._output[:end] = [i >= len(row.tokens) - row.outputs for row in rows for i in range(len(row.tokens))]
         self._batch.n_tokens = end
         return self._batch
+
+
+@lru_cache
+def _matrix_at(address: int, rows: int, columns: int) -> Logits:
+    """What stands there, seen as a matrix. To make such a view takes long, compared with what else is done."""
+    return np.ctypeslib.as_array((ctypes.c_float * (rows * columns)).from_address(address)).reshape(rows, columns)
 
 
 def _pointer(array: NDArray[np.int32] | NDArray[np.int8], kind: type[ctypes.c_int32 | ctypes.c_int8]) -> object:
