@@ -79,8 +79,10 @@ inline V fused(V a, V b, V c) {
 #endif
 #ifdef __FMA__
     if constexpr (sizeof(V) == 32) return (V)_mm256_fmadd_ps(a, b, c);
+    if constexpr (sizeof(V) == sizeof(float)) return __builtin_fmaf(a, b, c);
 #elif defined(__FP_FAST_FMAF)
-    for (size_t i = 0; i < sizeof a / sizeof a[0]; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    if constexpr (sizeof(V) == sizeof(float)) return __builtin_fmaf(a, b, c);
+    else for (size_t i = 0; i < sizeof a / sizeof a[0]; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
     return c;
 #else
     return a * b + c;

@@ -223,12 +223,13 @@ float weights_of(Query &query, float *scores, int64_t cell, int cells, const Att
     const float highest = std::fmax(query.highest, largest(most));
     const float shrink = exponential(all(query.highest - highest))[0];
     query.highest = highest;
-    query.total = query.total * shrink;
+    f8 total{};
     for (int i = 0; i < BLOCK / WIDE; i++) {
         const wide weight = exponential(part[i] - highest);
         store(scores + i * WIDE, weight);
-        add(query.total, weight);
+        add(total, weight);
     }
+    query.total = fused(query.total, all(shrink), total);
     return shrink;
 }
 

@@ -203,8 +203,8 @@ struct Rotation {
             float *to = row(node, at);
             const auto turn = [=](int pair, int one, int other) {
                 const float a = from[one], b = from[other];
-                to[one] = a * cosines[pair] - b * sines[pair];
-                to[other] = a * sines[pair] + b * cosines[pair];
+                to[one] = fused(a, cosines[pair], -b * sines[pair]);
+                to[other] = fused(a, sines[pair], b * cosines[pair]);
             };
             if (halves) for (int pair = 0; pair < pairs; pair++) turn(pair, pair, pair + pairs);
             else for (int pair = 0; pair < pairs; pair++) turn(pair, 2 * pair, 2 * pair + 1);
