@@ -203,6 +203,7 @@ def test_without_room_there_is_no_buffer(memory):
 
 @pytest.mark.parametrize("columns", [1, 9])
 def test_threads_of_our_own_compute_the_same(kernel, team, columns):
+    rest = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(team)
     x = activations(columns, 1280)
     wanted = {name: product(kernel, name, weights(name, 333, 1280)[0], x) for name in TYPES}
     for turn in range(12):  # weights that were read the last time are gone, and others are in their place
@@ -211,6 +212,8 @@ def test_threads_of_our_own_compute_the_same(kernel, team, columns):
             assert (product(kernel, name, raw, x, threads=2 + turn % 3) == wanted[name]).all()
         if turn % 5 == 0:
             time.sleep(0.05)  # they fall asleep
+        if turn % 2 == 0:
+            rest(0, None, None)  # or are told to
 
 
 def test_columns_may_lie_apart(kernel):

@@ -19,7 +19,8 @@ struct Span {
 };
 
 // Calls `call` with `work` and 0, and with the numbers of as many other threads as come before that returns. So thread 0 does
-// whatever no other has begun. What is returned is what that thread reads until the next call.
+// whatever no other has begun. What is returned is what that thread reads until the next call. With a count of 0 nothing is
+// called, and others leave their cores until the next call.
 using Run = void (*)(int count, Span (*call)(const void *, int), const void *work);
 
 Run of_the_team = nullptr;  // or OpenMP

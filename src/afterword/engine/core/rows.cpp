@@ -377,5 +377,6 @@ void rows_read(float *rows, int64_t count, int64_t length, Task *tasks, int thre
         if (tasks[i].reported || tasks[i].given >= 0 || tasks[i].seeds.count)
             read_row(rows + i * length, length, tasks[i], count > 1 ? 1 : threads);
     });
+    if (team) team(0, nullptr, nullptr);  // others are not needed before the next pass, and whom we write to needs a core
 }
 }

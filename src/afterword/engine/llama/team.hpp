@@ -65,6 +65,7 @@ class Team {
     Span (*call)(const void *, int) = nullptr;
     const void *work = nullptr;
     std::atomic<int> wanted{1}, home{-1};  // home: the core of thread 0
+    std::atomic<bool> resting{false};  // whether nothing is to be waited for
     int size = 1;
 
     [[noreturn]] void serve(int me, uint64_t seen) {
@@ -81,7 +82,7 @@ class Team {
 
     // The round that has begun since `seen`.
     uint64_t await(uint64_t seen, Span next) {
-        for (int i = 0; i < SPINS; i++) {
+        for (int i = 0; i < SPINS && !resting.load(std::memory_order_relaxed); i++) {
             const uint64_t now = door.load(std::memory_order_acquire) / ROUND;
             if (now != seen) return now;
             if (next.at >= next.end) pause();
@@ -105,6 +106,8 @@ class Team {
    public:
     // See `Run`.
     void run(int count, Span (*todo)(const void *, int), const void *what) {
+        resting = !count;
+        if (resting) return;
         for (; size < count; size++) std::thread(&Team::serve, this, size, door / ROUND).detach();
         call = todo, work = what, wanted = count, home = this_core();
         door = (door / ROUND + 1) * ROUND | OPEN;
