@@ -38,7 +38,7 @@ struct Soon {
     int lines;
 
     void fetch() {
-        for (int i = 0; i < lines; i++, at += LINE) __builtin_prefetch(at);
+        for (int i = 0; i < lines; i++, at += LINE) __builtin_prefetch(at, 0, 0);
     }
 };
 
