@@ -32,7 +32,8 @@ constexpr int AHEAD = 8192;  // bytes that are asked for before they are needed,
 constexpr int64_t FAR_AHEAD = 1 << 19;  // bytes that a thread may read before their product begins: half of a large cache
 constexpr int MOST_COLUMNS = WIDE > LANES ? 8 : 4;  // multiplied together: as many as there are registers for their sums
 
-// Memory that is needed soon: so many lines of it are asked for at every step, while there is other work.
+// Memory that is needed soon: so many lines of it are asked for at every step, while there is other work. It is read once in
+// a pass, and is not to drive out of the caches what is needed again: everything between two passes, and whom we write to.
 struct Soon {
     const char *at;
     int lines;
