@@ -70,6 +70,9 @@ class ScriptedRun:
         self.engine, self.job, self.closed = engine, job, False
         self.live = {sample: iter(engine.script(job, sample)) for sample in range(job.samples)}
         self.dropped: list[int] = []
+        self.going = asyncio.Event()
+        self.going.set()
+        self.pauses = 0
 
     async def __aiter__(self) -> AsyncIterator[Step]:
         wanted = self.job.prompt_alternatives
@@ -77,6 +80,7 @@ class ScriptedRun:
         yield Step(scored[:1])  # a prompt is scored in parts, the last of them with the first tokens
         length = 0
         while self.live:
+            await self.going.wait()
             if length == self.engine.dies_after:
                 raise EngineDied
             length += 1
@@ -97,3 +101,11 @@ class ScriptedRun:
     def close(self) -> None:
         self.closed |= bool(self.live)
         self.live.clear()
+        self.going.set()
+
+    def pause(self) -> None:
+        self.pauses += 1
+        self.going.clear()
+
+    def resume(self) -> None:
+        self.going.set()

@@ -6,7 +6,7 @@
     ├── RequestError      the caller's: 4xx; `param` names the field where one field is to blame
     │   ├── Unauthorized      401
     │   ├── RateLimited       429
-    │   ├── ReaderTooSlow     in a stream: it was not read as fast as it was made
+    │   ├── ReaderTooSlow     408: a streamed answer was not read for too long
     │   └── ModelNotFound     404
     ├── Overloaded        the moment's: 503, worth a retry
     ├── WaitedTooLong     the moment's: 504, never begun
@@ -74,11 +74,17 @@ class RateLimited(RequestError):
 
 
 class ReaderTooSlow(RequestError):
-    """An answer is so far ahead of its reader that it is not worth keeping."""
+    """The client left too much of a streamed answer unread for too long.
+
+    408, so that clients which retry after a time-out do so: the answer's first part has been computed already.
+    """
 
     def __init__(self) -> None:
         super().__init__(
-            "The answer was not read as fast as it was made, and has been cut off here.", code="reader_too_slow"
+            "The answer was not read for too long after it had been computed, and ends here. Read it faster, or ask "
+            "for less at once.",
+            code="reader_too_slow",
+            status=408,
         )
 
 

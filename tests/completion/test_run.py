@@ -14,7 +14,7 @@ from afterword.completion.plan import Plan, make_plan
 from afterword.completion.request import Request
 from afterword.completion.run import Usage, run, tokenize
 from afterword.engine.protocol import End, Job
-from afterword.errors import AfterwordError, EngineDied, Overloaded
+from afterword.errors import AfterwordError, EngineDied, Overloaded, ReaderTooSlow
 from scripted import BOS, CARD, EOS, INFILL, Script, ScriptedEngine, ids, report, says
 
 Items = list[Delta | Usage]
@@ -388,3 +388,43 @@ def test_what_comes_at_once_is_the_sum_of_what_comes_in_deltas(
     (streamed,) = ask(script, **fields).choices
     (at_once,) = ask(script, **fields, best_of=2).deltas
     assert at_once == streamed
+
+
+# ---- a reader that is behind
+
+
+def test_many_scored_prompts_may_come_faster_than_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine is paused, and goes on when the reader has caught up: no answer fails for its size."""
+    monkeypatch.setattr("afterword.completion.run.MOST_UNREAD", 3000)
+    engine = ScriptedEngine(says("Hello"), hasty=True)
+    prompts = ("Hello world", "the cat sat", "a" * 30) * 4
+    answer = ask(engine, prompt=prompts, echo=True, logprobs=3, max_tokens=5)
+    assert [choice.finish for choice in answer.choices] == ["stop"] * 12
+    assert all(each.pauses for each in engine.runs)
+
+
+async def slowly(engine: ScriptedEngine, seconds: float, items: Items) -> None:
+    plan = await planned(engine, {"prompt": ("a",), "max_tokens": 40, "logprobs": 3, "n": 2})
+    async with asyncio.timeout(5), aclosing(run(plan, engine)) as stream:
+        async for item in stream:
+            items.append(item)
+            await asyncio.sleep(seconds if len(items) == 1 else 0)
+
+
+def test_a_reader_that_pauses_gets_all_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("afterword.completion.run.MOST_UNREAD", 4000)
+    engine, items = ScriptedEngine(lambda *_: ids("x" * 99)), []
+    asyncio.run(slowly(engine, 0.05, items))
+    assert engine.runs[0].pauses > 0
+    assert sum(item.completion_tokens for item in items if isinstance(item, Delta)) == 80
+
+
+def test_a_reader_that_pauses_for_too_long_gets_what_there_is_and_then_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("afterword.completion.run.MOST_UNREAD", 4000)
+    monkeypatch.setattr("afterword.completion.run.READER_SECONDS", 0.01)
+    engine, items = ScriptedEngine(lambda *_: ids("x" * 99)), []
+    with pytest.raises(ReaderTooSlow) as caught:
+        asyncio.run(slowly(engine, 0.1, items))
+    assert caught.value.status == 408
+    assert engine.runs[0].closed
+    assert 2 < len(items) < 60

@@ -263,26 +263,39 @@ def test_a_reader_who_takes_nothing_is_cut_and_his_job_ended() -> None:
     assert not visitor.hall.state.tasks
 
 
-def test_what_waits_for_a_reader_is_bounded_and_then_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("afterword.completion.run.MOST_AHEAD", 2**13)
-    engine = Engine(endless, room=10)
+def unread_stream(engine: Engine, patience: float) -> bytes:
+    """What a client gets of a stream that it begins to read after a second."""
     body = json.dumps({"prompt": "a", "max_tokens": 60, "n": 64, "stream": True, "logprobs": 9}).encode()
 
     async def scenario() -> Visitor:
         visitor = Hall(application(engine)).visitor()
         visitor.wire.takes = False
         await visitor.say(post(body))
-        assert engine.runs[0].closed  # long before it has stalled
+        await asyncio.sleep(2 * patience)
+        assert engine.runs[0].pauses == 1  # long before it has stalled
         visitor.wire.takes, visitor.wire.unsent = True, 0
         visitor.protocol.resume_writing()
-        for _ in range(100):
+        for _ in range(400):
             await visitor.settle()
         return visitor
 
-    visitor = run(scenario())
-    assert visitor.wire.told.count(b"data: ") > 128
-    assert b'"code":"reader_too_slow"' in visitor.wire.told
-    assert b"[DONE]" not in visitor.wire.told
+    return bytes(run(scenario()).wire.told)
+
+
+def test_the_engine_waits_for_a_reader_that_is_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("afterword.completion.run.MOST_UNREAD", 2**20)
+    told = unread_stream(Engine(endless, room=10), 0.0)
+    assert told.count(b"data: ") == 64 * 60 + 1
+    assert b"data: [DONE]" in told
+
+
+def test_a_reader_that_is_behind_for_too_long_gets_what_there_is_and_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("afterword.completion.run.MOST_UNREAD", 2**20)
+    monkeypatch.setattr("afterword.completion.run.READER_SECONDS", 0.01)
+    told = unread_stream(Engine(endless, room=10), 0.01)
+    assert told.count(b"data: ") > 128
+    assert b'"code":"reader_too_slow"' in told
+    assert b"[DONE]" not in told
 
 
 def test_large_events_are_not_made_for_who_has_left(monkeypatch: pytest.MonkeyPatch) -> None:

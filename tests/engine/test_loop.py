@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from afterword.engine.core.batch import Fork
 from afterword.engine.core.loop import Loop
-from afterword.engine.protocol import Job, Load, Sampling, Step
+from afterword.engine.core.reports import PIECE, Reports, split
+from afterword.engine.protocol import Job, Load, Sampling, Step, Token
 
 PLAIN = Sampling()
 
@@ -61,11 +62,14 @@ def sampled(steps: list[Step], sample: int) -> list[int]:
     return [token.id for step in steps for index, token in step.sampled if index == sample]
 
 
+pieces = st.sampled_from([1, 500, PIECE])  # bytes of steps at a time
+
+
 @settings(deadline=None, max_examples=150)
-@given(st.lists(jobs, min_size=1, max_size=6), st.integers(1, 5), st.integers(3, 8), shapes)
-def test_every_sample_gets_the_tokens_it_would_get_alone(wanted, slots, chunk, shape):
+@given(st.lists(jobs, min_size=1, max_size=6), st.integers(1, 5), st.integers(3, 8), shapes, pieces)
+def test_every_sample_gets_the_tokens_it_would_get_alone(wanted, slots, chunk, shape, piece):
     runner = HistoryRunner(slots, chunk, grid=shape[0], rewinds=shape[1])
-    loop = Loop(runner)
+    loop = Loop(runner, piece=piece)
     for run, each in enumerate(wanted):
         loop.start(run, each)
     steps = finish(loop)
@@ -82,20 +86,30 @@ def test_every_sample_gets_the_tokens_it_would_get_alone(wanted, slots, chunk, s
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.lists(jobs, min_size=2, max_size=6), st.integers(1, 4), shapes, st.data())
-def test_leaving_and_dropping_disturb_nobody_and_leave_nothing_behind(wanted, slots, shape, data):
+@given(st.lists(jobs, min_size=2, max_size=6), st.integers(1, 4), shapes, pieces, st.data())
+def test_leaving_dropping_and_pausing_disturb_nobody_and_leave_nothing_behind(wanted, slots, shape, piece, data):
     runner = HistoryRunner(slots, 4, grid=shape[0], rewinds=shape[1])
-    loop = Loop(runner)
+    loop = Loop(runner, piece=piece)
     for run, each in enumerate(wanted):
         loop.start(run, each)
     disturbed: set[int] = set()
+    paused: set[int] = set()
     steps: defaultdict[int, list[Step]] = defaultdict(list)
-    while (passed := loop.step()) is not None:
-        for run, step in passed.items():
+    while (passed := loop.step()) is not None or paused:
+        for run, step in (passed or {}).items():
+            assert run not in paused
             steps[run].append(step)
-        act = data.draw(st.sampled_from(["none", "none", "close", "drop"]))
+        if passed is None:
+            loop.resume(paused.pop())
+        act = data.draw(st.sampled_from(["none", "none", "close", "drop", "pause", "resume"]))
         run = data.draw(st.integers(0, len(wanted) - 1))
-        if act == "close":
+        if act == "pause":
+            loop.pause(run)
+            paused.add(run)
+        elif act == "resume":
+            loop.resume(run)
+            paused.discard(run)
+        elif act == "close":
             loop.close(run)
             disturbed.add(run)
         elif act == "drop":
@@ -238,3 +252,105 @@ def test_late_messages_about_unknown_jobs_are_ignored():
     loop.start(0, job())
     loop.drop(0, 0)  # nothing sampled yet: there is no text that could be complete
     assert len(sampled(finish(loop)[0], 0)) == 4
+
+
+# ---- steps in pieces
+
+
+def scored(count: int, alternatives: int = 2) -> tuple[Token, ...]:
+    return tuple(Token(i, -1.0, ((1, -0.5),) * alternatives, 1) for i in range(count))
+
+
+def test_a_large_step_is_cut_into_pieces_that_say_the_same_in_order():
+    step = Step(scored(50), tuple((sample, Token(sample)) for sample in range(9)), ((3, "stop"), (4, "length")), 7)
+    pieces = list(split(step, 2000))
+    assert len(pieces) > 5
+    assert all(piece.size <= 2000 for piece in pieces)
+    assert tuple(token for piece in pieces for token in piece.scored) == step.scored
+    assert tuple(pair for piece in pieces for pair in piece.sampled) == step.sampled
+    assert [piece.cached for piece in pieces] == [7] + [0] * (len(pieces) - 1)
+    assert [piece.ended for piece in pieces] == [()] * (len(pieces) - 1) + [step.ended]
+
+
+def test_jobs_with_much_to_report_take_turns_and_a_paused_one_keeps_nobody_waiting():
+    reports = Reports(piece=4000)
+    for run in range(3):
+        reports.add(run, Step(scored(30)))
+    assert reports.room < 0
+    reports.paused.add(1)
+    order = []
+    while taken := reports.take():
+        assert sum(step.size for step in taken.values()) <= 4000
+        order += list(taken)
+    assert order[:4] == [0, 2, 0, 2]
+    assert reports.room == 4000
+    reports.paused.discard(1)
+    assert list(reports.take()) == [1]
+
+
+def test_many_scored_prompts_from_the_cache_come_in_pieces_and_passes_go_on_between_them():
+    runner = HistoryRunner(slots=3, chunk=8, grid=1)
+    loop = Loop(runner, piece=3000)
+    scoring = job(prompt=tuple(range(16)), max_tokens=0, prompt_alternatives=2)
+    loop.start(0, scoring)
+    finish(loop)
+    for run in range(1, 40):
+        loop.start(run, scoring)
+    loop.start(100, job(prompt=(5, 6, 7), max_tokens=6, client="another"))
+    computed = runner.computed
+    got: defaultdict[int, list[Token]] = defaultdict(list)
+    generated_after = []
+    while (steps := loop.step()) is not None:
+        assert sum(step.size for step in steps.values()) <= 3000
+        for run, step in steps.items():
+            got[run] += step.scored
+            if run == 100 and step.sampled:
+                generated_after.append(sum(len(tokens) == 15 for tokens in got.values()))
+    assert all(got[run] == scores(scoring) for run in range(1, 40))
+    assert runner.computed == computed + 3 + 5  # nothing of the scored prompts was computed again
+    assert generated_after[-1] < 20, "a job that generates does not wait for all that is known from the cache"
+
+
+def test_a_paused_job_computes_nothing_and_others_do_not_wait_for_a_prompt_that_it_shares():
+    runner = HistoryRunner(slots=2, chunk=4)
+    loop = Loop(runner)
+    loop.start(0, job(prompt=tuple(range(12)), max_tokens=2))
+    loop.step()
+    loop.step()  # a part of the prompt
+    loop.pause(0)
+    loop.start(1, job(prompt=(*range(12), 3), max_tokens=2))
+    steps = finish(loop)
+    assert 0 not in steps
+    assert len(sampled(steps[1], 0)) == 2
+    loop.resume(0)
+    assert len(sampled(finish(loop)[0], 0)) == 2
+    loop.check()
+
+
+def test_a_pause_of_a_job_that_is_not_there_leaves_nothing_behind():
+    loop = Loop(HistoryRunner(slots=1, chunk=4))
+    loop.pause(7)
+    loop.start(0, job())
+    loop.step()
+    loop.pause(0)
+    loop.drop(0, 0)  # it has not started: nothing to drop
+    loop.close(0)
+    assert loop.step() is None
+    assert not loop._reports.paused
+
+
+def test_scores_that_are_kept_are_bounded_and_the_longest_unused_go_first(monkeypatch):
+    monkeypatch.setattr("afterword.engine.core.slots.KEPT_SCORES", 3 * 16 * (160 + 2 * 120))
+    runner = HistoryRunner(slots=6, chunk=32, grid=1)
+    loop = Loop(runner)
+    prompts = [(index, *range(16)) for index in range(5)]
+    for run, prompt in enumerate(prompts):
+        loop.start(run, job(prompt=prompt, max_tokens=0, prompt_alternatives=2))
+        finish(loop)
+    kept = [slot for slot in loop._scheduler._slots if slot.scores]
+    assert {slot.tokens[0] for slot in kept} == {2, 3, 4}
+    for run, prompt in enumerate(prompts, 10):
+        wanted = job(prompt=prompt, max_tokens=0, prompt_alternatives=2)
+        loop.start(run, wanted)
+        assert [token for step in finish(loop)[run] for token in step.scored] == scores(wanted)
+    loop.check()

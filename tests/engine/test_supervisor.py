@@ -354,3 +354,36 @@ def test_closing_ends_the_process_and_every_run():
         assert not engines()
 
     run(test)
+
+
+# ---- pauses
+
+
+def test_a_paused_job_is_not_computed_not_taken_for_a_hang_and_stays_paused_in_the_next_engine() -> None:
+    async def scenario() -> None:
+        async with engine(hang_seconds=3) as supervisor:
+            current = supervisor.start(job(max_tokens=200))
+            got: list[int] = []
+
+            async def read() -> None:
+                async for step in current:
+                    got.extend(token.id for _, token in step.sampled)
+
+            reading = asyncio.create_task(read())
+            await until(lambda: len(got) > 3)
+            current.pause()
+            await asyncio.sleep(0.2)
+            before = len(got)
+            await asyncio.sleep(4)  # longer than a hang may take
+            assert supervisor.restarts == 0
+            assert len(got) == before
+            assert await tokens(supervisor, job(4)) == alone(job(4), 0)  # others go on
+            supervisor._link.kill()  # type: ignore[union-attr]
+            await until(lambda: supervisor.restarts == 1 and supervisor.state == "ready")
+            assert await tokens(supervisor, job(5)) == alone(job(5), 0)
+            assert len(got) == before
+            current.resume()
+            await reading
+            assert got == alone(job(max_tokens=200), 0)
+
+    asyncio.run(scenario())

@@ -261,3 +261,10 @@ class ObservedRun:
         self._entry.left = True
         self._run.close()
         self._ledger.over(self._entry, whole=False)
+
+    def pause(self) -> None:
+        self._ledger.note("pauses", self._entry.name)
+        self._run.pause()
+
+    def resume(self) -> None:
+        self._run.resume()

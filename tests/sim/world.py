@@ -9,6 +9,7 @@ from random import Random
 
 import msgspec
 
+from afterword.completion import run as completion_run
 from afterword.engine.frames import Open
 from afterword.engine.protocol import Load
 from afterword.engine.supervisor import Policy, Supervisor
@@ -23,7 +24,7 @@ from .visitors import Visit, key_digest, key_text, visit, wish
 
 _LATE = 4.0  # seconds that a hang may take to be noticed beyond its limit: a pulse, ticks, a stall before it
 _SPINS = 600.0 + _LATE  # seconds, where no pass has been measured before
-_ENDS = ("finished", "left", "limited", "Overloaded", "EngineFailure", "WaitedTooLong")
+_ENDS = ("finished", "left", "limited", "Overloaded", "EngineFailure", "WaitedTooLong", "ReaderTooSlow")
 _HEALED = 20_000.0  # seconds after which everything that was accepted has ended, or never will
 
 
@@ -44,12 +45,15 @@ def simulate(seed: int, events: int = 200) -> Outcome:
     """Run a seed."""
     world = World(seed)
     broken, rule = None, None
+    most_unread, completion_run.MOST_UNREAD = completion_run.MOST_UNREAD, world.unread
     try:
         run(world.live(events))
     except BrokenError as error:
         broken, rule = str(error), error.rule
     except Exception as error:
         broken, rule = f"{type(error).__name__}: {error}", 0
+    finally:
+        completion_run.MOST_UNREAD = most_unread
     ledger = world.ledger
     return Outcome(seed, ledger.trace, broken, rule, events, ledger.deaths, dict(ledger.outcomes))
 
@@ -68,6 +72,7 @@ class World:
         self._machine = Machine(Random(random.getrandbits(32)), shape, token_seconds=random.choice((0.002, 0.02, 1.0)))
         if self._crowd:
             self._machine.token_seconds = 0.002
+        self.unread = random.choice((1000, 16 * 2**20))  # bytes that may wait for a slow reader
         self._machine.load_seconds = random.choice((0.1, 1.0, 20.0))
         self.ledger = Ledger(self._policy, shape.sequences, fair=self._crowd)
         self._machine.told, self._machine.passed = self.ledger.note, self.ledger.passed
@@ -246,6 +251,7 @@ class World:
                 deaths = self.ledger.deaths - each.deaths
                 deserved = each.wish.deadly or (self._violent and deaths >= 2)
                 require(1, deserved, f"request {each.name} was given up")
+            require(1, each.outcome != "ReaderTooSlow" or each.wish.slow > 0, f"request {each.name} was cut")
 
 
 def _policy(random: Random, crowd: bool) -> Policy:

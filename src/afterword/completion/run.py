@@ -14,9 +14,12 @@ from afterword.completion.request import Request
 from afterword.engine.protocol import Engine, Run, Step, Token
 from afterword.errors import ReaderTooSlow
 
-MOST_AHEAD = 2**17
-"""Tokens, with the alternatives beside them, that the engine may be ahead of whoever reads the answer: it waits for
-nobody, so this bounds what is kept for a slow reader (to some tens of megabytes)."""
+MOST_UNREAD = 16 * 2**20
+"""Bytes of steps that may wait for the reader of an answer; beyond it the engine is paused for that request. What was on
+its way from the engine's process (some megabytes at most) still comes on top."""
+
+READER_SECONDS = 60.0
+"""How long the engine may be paused before the reader is given up: paused samples keep their sequences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,45 +145,78 @@ class _Growing:
 
 async def _merged(runs: Sequence[Run], growing: Sequence[_Growing]) -> AsyncGenerator[tuple[int, Step]]:
     """Steps of all runs as they come, each with the index of its run. The first failure ends it."""
-    steps: asyncio.Queue[tuple[int, Step] | Exception | None] = asyncio.Queue()
-
-    ahead = 0
+    unread = _Unread(runs)
 
     async def follow(index: int, run: Run) -> None:
-        nonlocal ahead
         try:
             async for step in run:
                 growing[index].count(step)
-                ahead += _weight(step)
-                if ahead > MOST_AHEAD:
-                    for each in runs:
-                        each.close()  # what nobody reads is not computed any further
-                    raise ReaderTooSlow()
-                steps.put_nowait((index, step))
-            steps.put_nowait(None)
+                unread.put(index, step)
+            unread.end(None)
         except Exception as error:
-            steps.put_nowait(error)
+            unread.end(error)
 
     tasks = [asyncio.create_task(follow(index, run)) for index, run in enumerate(runs)]
     try:
         open_runs = len(tasks)
         while open_runs:
-            item = await steps.get()
-            if isinstance(item, Exception):
-                raise item
+            item = await unread.get()
             if item is None:
                 open_runs -= 1
             else:
-                ahead -= _weight(item[1])
                 yield item
     finally:
+        unread.close()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _weight(step: Step) -> int:
-    """How much memory a step takes: its tokens, and the alternatives beside them."""
-    if len(step.sampled) == 1 and not step.scored:
-        return 1 + len(step.sampled[0][1].top)
-    return sum(1 + len(token.top) for _, token in step.sampled) + sum(1 + len(token.top) for token in step.scored)
+class _Unread:
+    """Steps of a request that its reader has not taken yet. The engine is paused while they take too much memory.
+
+    A reader that leaves the engine paused for `READER_SECONDS` gets what has been computed and then an error.
+    """
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self._runs = runs
+        self._items: asyncio.Queue[tuple[int, Step] | Exception | None] = asyncio.Queue()
+        self._size = 0
+        self._patience: asyncio.TimerHandle | None = None  # while the engine is paused
+
+    def put(self, index: int, step: Step) -> None:
+        """Add a step of a run."""
+        self._items.put_nowait((index, step))
+        self._size += step.size
+        if self._size > MOST_UNREAD and self._patience is None:
+            self._patience = asyncio.get_running_loop().call_later(READER_SECONDS, self._give_up)
+            for run in self._runs:
+                run.pause()
+
+    def end(self, error: Exception | None) -> None:
+        """A run has ended, perhaps with an error."""
+        self._items.put_nowait(error)
+
+    async def get(self) -> tuple[int, Step] | None:
+        """The next step with the index of its run, None at the end of a run. Raises the error of a run that failed."""
+        item = await self._items.get()
+        if isinstance(item, Exception):
+            raise item
+        if item is not None:
+            self._size -= item[1].size
+            if self._patience is not None and self._size <= MOST_UNREAD // 2:
+                self.close()
+                for run in self._runs:
+                    run.resume()
+        return item
+
+    def close(self) -> None:
+        """Stop waiting for the reader."""
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+
+    def _give_up(self) -> None:
+        for run in self._runs:
+            run.close()
+        self.end(ReaderTooSlow())

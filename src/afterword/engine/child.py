@@ -92,6 +92,10 @@ def apply(loop: Loop, message: frames.ToEngine) -> None:
             loop.drop(message.run, message.sample)
         case frames.Close():
             loop.close(message.run)
+        case frames.Pause():
+            loop.pause(message.run)
+        case frames.Resume():
+            loop.resume(message.run)
         case _:
             raise AssertionError(f"not a message for a running engine: {type(message).__name__}")
 

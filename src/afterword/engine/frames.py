@@ -66,6 +66,18 @@ class Close(Value, frozen=True, tag=True):
     run: int
 
 
+class Pause(Value, frozen=True, tag=True):
+    """Compute and send nothing of a job until `Resume`: its reader is far behind."""
+
+    run: int
+
+
+class Resume(Value, frozen=True, tag=True):
+    """Go on with a paused job."""
+
+    run: int
+
+
 class Tokenize(Value, frozen=True, tag=True):
     """Answer with `Tokens`."""
 
@@ -115,7 +127,7 @@ class Pulse(Value, frozen=True, tag=True):
     loaded: float = 1.0
 
 
-ToEngine = Open | Start | Drop | Close | Tokenize
+ToEngine = Open | Start | Drop | Close | Pause | Resume | Tokenize
 FromEngine = Ready | Failed | Pass | Tokens | Pulse
 
 _encoder = msgspec.msgpack.Encoder()

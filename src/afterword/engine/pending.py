@@ -28,12 +28,17 @@ class Keeper(Protocol):
         """Forget a job."""
         ...
 
+    def pause(self, pending: Pending, paused: bool) -> None:
+        """Have the engine hold a job, or go on with it."""
+        ...
+
 
 class Pending:
     """A job under way; see `protocol.Run`. Owned by its keeper.
 
     `since`: when it was accepted. `admitted`: an engine has ever begun it. `begun`: the one that lives now has;
     `fruitful`: and brought some of it. `crashes`: how many it may be to blame for, having come no further in between.
+    `paused`: its reader is behind, and the engine computes nothing for it.
     """
 
     def __init__(self, keeper: Keeper, name: int, job: Job, since: float, course: Course) -> None:
@@ -43,6 +48,7 @@ class Pending:
         self.admitted = False
         self.begun = False
         self.fruitful = False
+        self.paused = False
         self.crashes = 0
         self._keeper = keeper
         self._course = course
@@ -143,6 +149,19 @@ class Pending:
             if self.ended:
                 self._course.ended()
                 self.close()
+
+    def pause(self) -> None:
+        """Have nothing more computed for now; see `protocol.Run`."""
+        self._pause(True)
+
+    def resume(self) -> None:
+        """Go on after a pause."""
+        self._pause(False)
+
+    def _pause(self, paused: bool) -> None:
+        if self.paused != paused:
+            self.paused = paused
+            self._keeper.pause(self, paused)
 
     def close(self) -> None:
         """End the whole job now."""

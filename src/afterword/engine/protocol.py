@@ -12,6 +12,9 @@ from typing import Literal, Protocol
 import msgspec
 
 End = Literal["stop", "length"]
+
+TOKEN_BYTES, ALTERNATIVE_BYTES = 160, 120
+"""About how much memory CPython takes for a reported token, and for each alternative that is reported with it."""
 Promise = Literal["exact", "reproducible", "none"]
 """What an engine promises of its numbers. "reproducible": they depend on the request alone, not on who else is there.
 "exact": besides, a token's are the same whether it was read or generated."""
@@ -69,6 +72,11 @@ class Token(Value, frozen=True):
     top: tuple[tuple[int, float], ...] = ()
     rank: int = 0
 
+    @property
+    def size(self) -> int:
+        """About how many bytes of memory it takes."""
+        return TOKEN_BYTES + ALTERNATIVE_BYTES * len(self.top)
+
 
 class Step(Value, frozen=True):
     """What one forward pass brought one job.
@@ -82,6 +90,13 @@ class Step(Value, frozen=True):
     sampled: tuple[tuple[int, Token], ...] = ()
     ended: tuple[tuple[int, End], ...] = ()
     cached: int = 0
+
+    @property
+    def size(self) -> int:
+        """About how many bytes of memory its tokens take."""
+        if len(self.sampled) == 1 and not self.scored:  # the usual case, many times a second
+            return self.sampled[0][1].size
+        return sum(token.size for token in self.scored) + sum(token.size for _, token in self.sampled)
 
 
 class Load(Value, frozen=True):
@@ -150,6 +165,17 @@ class Run(Protocol):
 
     def close(self) -> None:
         """End the whole job now: nobody waits for it. Harmless on a finished run."""
+        ...
+
+    def pause(self) -> None:
+        """Compute and send nothing more of this job for now: its reader is far behind. Other jobs go on.
+
+        What was on its way still arrives. Harmless on a finished run.
+        """
+        ...
+
+    def resume(self) -> None:
+        """Go on with a paused job."""
         ...
 
 

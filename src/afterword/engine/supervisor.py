@@ -227,8 +227,9 @@ class Supervisor:
         while True:
             await asyncio.sleep(TICK)
             before, passed = self._clock(), self._clock() - before
-            ready, told = self.state == "ready", len(self._runs) - len(self._line)
-            hangs = self._watch.hangs(passed, jobs=ready and told > 0, texts=ready and len(self._texts) > 0)
+            ready = self.state == "ready"
+            works = ready and any(not run.paused for run in self._runs.values() if run.name not in self._line)
+            hangs = self._watch.hangs(passed, jobs=works, texts=ready and len(self._texts) > 0)
             if hangs and self._link is not None:
                 self._watch.started()
                 self._link.kill()
@@ -281,12 +282,14 @@ class Supervisor:
         while self.state == "ready" and self._line and not self._on_trial():
             run = self._line.pop(next(iter(self._line)))
             self._send(frames.Start(run.name, run.job))
+            if run.paused:
+                self._send(frames.Pause(run.name))
             self._trial = run if run.on_probation else None
 
     def _on_trial(self) -> bool:
         """Whether something that may have killed an engine is being tried, which is better done alone."""
         run = self._trial
-        tried = run is None or run.name not in self._runs or (run.fruitful and run.crashes < CRASHES)
+        tried = run is None or run.name not in self._runs or run.paused or (run.fruitful and run.crashes < CRASHES)
         return self._texts.suspected or not tried
 
     def _take(self, message: frames.Pass) -> None:
@@ -318,6 +321,12 @@ class Supervisor:
             self._waiting_tokens -= pending.size
         self._send(frames.Close(pending.name))
         self._feed()
+
+    def pause(self, pending: Pending, paused: bool) -> None:
+        """Have the engine hold a run, or go on with it."""
+        if pending.name in self._runs and pending.name not in self._line:
+            self._send(frames.Pause(pending.name) if paused else frames.Resume(pending.name))
+            self._feed()  # a run that is paused is not on trial
 
     def _send(self, message: frames.ToEngine) -> None:
         if self._link is not None and self.state == "ready":

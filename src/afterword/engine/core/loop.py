@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from afterword.engine.core.batch import Batch, Row, Runner
+from afterword.engine.core.reports import PIECE, Reports
 from afterword.engine.core.sampler import Ask, Sample, Sampler, Score, walks
 from afterword.engine.core.scheduler import LEAST_PASS, Begun, Scheduler
 from afterword.engine.core.sequence import Sequence
@@ -33,7 +34,8 @@ class _Draft:
 class Loop:
     """Owner of the scheduler and the runner. One thread calls everything. `clock` gives seconds.
 
-    Up to `threads` threads look at a row of logits, run by a `team` if there is one (see `rows.Compiled`).
+    Up to `threads` threads look at a row of logits, run by a `team` if there is one (see `rows.Compiled`). `piece`: bytes
+    of steps that are returned at a time, see `Reports`.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Loop:
         clock: Callable[[], float] = time.perf_counter,
         threads: int = 1,
         team: int | None = None,
+        piece: int = PIECE,
     ) -> None:
         self._runner = runner
         self._scheduler = Scheduler(runner.slots, runner.chunk, runner.grid, runner.least_shared, runner.rewinds)
@@ -49,6 +52,8 @@ class Loop:
         self._clock = clock
         self._pace: float | None = None  # tokens of a prompt in a second, as measured
         self._made: tuple[bool, int, float] = (False, 0, 0.0)  # the last pass, see `Meter`
+        self._reports = Reports(piece)
+        self._pass_next = False  # a pass comes before more jobs begin
 
     def start(self, run: int, job: Job) -> None:
         """Take a job; its steps come out of `step` under the name `run`."""
@@ -57,10 +62,22 @@ class Loop:
     def drop(self, run: int, sample: int) -> None:
         """End one sample."""
         self._scheduler.drop(run, sample)
+        self._update(run)
 
     def close(self, run: int) -> None:
         """End a job."""
         self._scheduler.close(run)
+        self._reports.forget(run)
+
+    def pause(self, run: int) -> None:
+        """Compute and report nothing for a job until `resume`. Unknown names are ignored."""
+        self._reports.paused.add(run)
+        self._update(run)
+
+    def resume(self, run: int) -> None:
+        """Go on with a paused job."""
+        self._reports.paused.discard(run)
+        self._update(run)
 
     def load(self) -> Load:
         """How busy the engine is."""
@@ -77,16 +94,49 @@ class Loop:
             assert self._runner.held(slot) == tokens, f"slot {slot} should hold {tokens} tokens"
 
     def step(self) -> dict[int, Step] | None:
-        """What begins, or else one forward pass. Returns what it brought each job (perhaps nothing); None when idle.
+        """Report what is known, or else make one forward pass. Returns what each job gets (perhaps nothing).
 
-        Jobs are said to begin before anything is computed for them: whoever watches knows whom a crash belongs to.
+        None when there is nothing to do. A job's first step is returned before anything is computed for it, so that the
+        supervisor knows which jobs a crash of this process may be due to. Passes and reports take turns: neither many
+        jobs that are answered from the prefix cache nor the passes keep the other waiting.
         """
-        if begun := self._scheduler.admit():
-            return {each.work.run: _first_step(each) for each in begun}
-        batch = self._scheduler.schedule(None if self._pace is None else int(self._pace * PASS_SECONDS))
-        return None if batch is None else self._compute(batch)
+        if self._pass_next and (batch := self._schedule()) is not None:
+            self._pass_next = False
+            self._compute(batch)
+            return self._take()
+        self._begin()
+        if steps := self._take():
+            self._pass_next = True
+            return steps
+        if (batch := self._schedule()) is None:
+            return None
+        self._compute(batch)
+        return self._take()
 
-    def _compute(self, batch: Batch) -> dict[int, Step]:
+    def _begin(self) -> None:
+        for begun in self._scheduler.admit(self._reports.room):
+            self._add(begun.work.run, _first_step(begun))
+
+    def _schedule(self) -> Batch | None:
+        return self._scheduler.schedule(None if self._pace is None else int(self._pace * PASS_SECONDS))
+
+    def _add(self, run: int, step: Step) -> None:
+        self._reports.add(run, step)
+        self._scheduler.hold(run, True)
+
+    def _take(self) -> dict[int, Step]:
+        steps = self._reports.take()
+        for run in steps:
+            self._update(run)
+        return steps
+
+    def _update(self, run: int) -> None:
+        """Hold a job that is paused or has steps to report; forget the pause of a job that has ended."""
+        waits, paused = run in self._reports, run in self._reports.paused
+        if not self._scheduler.hold(run, waits or paused) and paused and not waits:
+            self._reports.paused.discard(run)
+
+    def _compute(self, batch: Batch) -> None:
         drafts: defaultdict[int, _Draft] = defaultdict(_Draft)
         start = self._clock()
         logits = self._runner.run(batch)
@@ -98,7 +148,8 @@ class Loop:
         for row in batch.rows:
             sequence = self._scheduler.at(row.slot)
             self._postprocess(row, sequence, list(islice(tokens, row.outputs)), drafts[sequence.work.run])
-        return {run: draft.step() for run, draft in drafts.items()}
+        for run, draft in drafts.items():
+            self._add(run, draft.step())
 
     def _asks(self, row: Row) -> list[Ask]:
         """What is wanted of a row's logits, each of which speak of the token after it.

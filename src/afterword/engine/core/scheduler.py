@@ -77,13 +77,25 @@ class Scheduler:
                 self.end(sequence)
                 return
 
+    def hold(self, run: int, held: bool) -> bool:
+        """Compute nothing for a job while it is held. Returns whether there is a job of that name."""
+        work = self._works.get(run)
+        if work is None:
+            return False
+        work.held = held
+        return True
+
     # ---- what goes out
 
-    def admit(self) -> list[Begun]:
-        """Give slots to jobs that wait for them, and to samples of jobs that have begun."""
+    def admit(self, room: int) -> list[Begun]:
+        """Give slots to jobs that wait for them, and to samples of jobs that have begun.
+
+        No more jobs begin when the known scores of those that do take `room` bytes.
+        """
         begun = []
-        while self._slots.room and (found := self._next()):
+        while room > 0 and self._slots.room and (found := self._next()):
             begun.append(self._start(*found))
+            room -= sum(score.size for score in begun[-1].scores)
         for work in [work for work in self._works.values() if work.queued]:
             self._spread(work)
         return begun
@@ -184,7 +196,7 @@ class Scheduler:
         return None
 
     def _candidates(self, client: str) -> Iterator[tuple[Work, Hit | None]]:
-        for work in islice(self._waiting[client].values(), WINDOW):
+        for work in islice((work for work in self._waiting[client].values() if not work.held), WINDOW):
             yield work, self._slots.find(work.wanted)
 
     def _is_coming(self, work: Work, hit: Hit | None) -> bool:
@@ -193,6 +205,7 @@ class Scheduler:
         return any(
             self._slots.promised(work.wanted, other.work.wanted) >= max(found + self._least_shared, other.computed + 1)
             for other in self._turns
+            if not other.work.held
         )
 
     def _start(self, work: Work, hit: Hit | None) -> Begun:
@@ -251,12 +264,13 @@ class Scheduler:
     # ---- passes
 
     def _rows(self, budget: int | None) -> tuple[Row, ...]:
-        running = [sequence for sequence in self._held.values() if not sequence.catching_up]
+        running = [sequence for sequence in self._held.values() if not sequence.catching_up and not sequence.work.held]
+        turns = [sequence for sequence in self._turns if not sequence.work.held]
         if not running:
             self._spent = 0
         left = self._share(budget, len(running)) - self._spent
-        if self._turns and (not self._spent or left >= LEAST_PASS):
-            row = self._prompt_row(self._next_turn(), left)
+        if turns and (not self._spent or left >= LEAST_PASS):
+            row = self._prompt_row(self._next_turn(turns), left)
             self._spent += len(row.tokens)
             return (row,)
         self._spent = 0
@@ -274,18 +288,20 @@ class Scheduler:
             return self._chunk
         return int(budget * min(1 + len(self._turns) / max(running, 1), MOST_BUDGETS))
 
-    def _next_turn(self) -> Sequence:
+    def _next_turn(self, turns: list[Sequence]) -> Sequence:
         """By turns the one with the least to compute and the one that has waited longest."""
         self._short_turn = not self._short_turn
-        if self._short_turn:
-            return self._turns[0]
-        return min(self._turns, key=lambda sequence: len(sequence.work.job.prompt) - sequence.computed)
+        chosen = turns[0]
+        if not self._short_turn:
+            chosen = min(turns, key=lambda sequence: len(sequence.work.job.prompt) - sequence.computed)
+        if chosen is turns[0]:
+            self._turns.remove(chosen)
+            self._turns.append(chosen)
+        return chosen
 
     def _prompt_row(self, sequence: Sequence, budget: int) -> Row:
         prompt, start = sequence.work.job.prompt, sequence.computed
         stop = self._stop(start, len(prompt), min(max(budget, LEAST_PASS), self._chunk))
-        if self._turns[0] is sequence:
-            self._turns.rotate(-1)
         last = stop == len(prompt) and not sequence.generated
         scored = sequence.work.job.prompt_alternatives is not None and not sequence.generated
         outputs = stop - start if scored else int(last)

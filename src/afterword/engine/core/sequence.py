@@ -20,7 +20,7 @@ class Work:
 
     `started`: its first tokens have been sampled, all from the same row of logits. `live` hold a slot; `queued`
     are samples that have their first token and no slot yet. `wanted` is what may be found of its prompt, `passed` how
-    many later jobs were preferred.
+    many later jobs were preferred. While it is `held` nothing is computed for it.
     """
 
     run: int
@@ -28,6 +28,7 @@ class Work:
     wanted: Wanted
     started: bool = False
     passed: int = 0
+    held: bool = False
     live: list[Sequence] = field(default_factory=list)
     queued: deque[Sequence] = field(default_factory=deque)
 

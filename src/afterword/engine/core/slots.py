@@ -17,9 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afterword.engine.core.batch import Cut, Fork
-from afterword.engine.protocol import Job, Token
+from afterword.engine.protocol import ALTERNATIVE_BYTES, TOKEN_BYTES, Job, Token
 
 Tokens = NDArray[np.int32]
+
+KEPT_SCORES = 256 * 2**20
+"""Bytes that the scores of all slots may take. Beyond it those that were not used for the longest time are given up."""
 
 
 @dataclass(slots=True, eq=False)
@@ -47,6 +50,11 @@ class Slot:
     def tokens(self) -> Tokens:
         """The tokens whose state is held."""
         return self._buffer[: self.length]
+
+    @property
+    def scores_size(self) -> int:
+        """About how many bytes of memory the scores take."""
+        return len(self.scores) * (TOKEN_BYTES + ALTERNATIVE_BYTES * self.breadth)
 
     def append(self, tokens: tuple[int, ...], grid: int) -> None:
         """Tokens have been computed in one pass."""
@@ -183,9 +191,20 @@ class Slots:
 
     def computed(self, slot: Slot, tokens: tuple[int, ...], scores: list[Token]) -> None:
         """A pass has computed these tokens, and found the scores of those that follow each of them."""
-        if len(slot.scores) == slot.length:
+        if scores and len(slot.scores) == slot.length and self._keeps(slot, len(scores)):
             slot.scores.extend(scores)
         slot.append(tokens, self._grid)
+
+    def _keeps(self, slot: Slot, scores: int) -> bool:
+        """Make room for more scores of a slot, where free slots have some to give up. Whether there is room."""
+        room = KEPT_SCORES - sum(each.scores_size for each in self._all)
+        room -= scores * (TOKEN_BYTES + ALTERNATIVE_BYTES * slot.breadth)
+        for free in sorted((each for each in self._all if not each.taken and each.scores), key=_age):
+            if room >= 0:
+                break
+            room += free.scores_size
+            free.scores = []
+        return room >= 0
 
     def gather(self) -> None:
         """Bring taken slots closer together: some libraries compute neighbours together and others one by one.
