@@ -419,7 +419,9 @@ def test_a_reader_that_pauses_gets_all_of_an_answer(monkeypatch: pytest.MonkeyPa
     assert sum(item.completion_tokens for item in items if isinstance(item, Delta)) == 80
 
 
-def test_a_reader_that_pauses_for_too_long_gets_what_there_is_and_then_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_that_pauses_too_long_gets_what_there_is_and_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("afterword.completion.run.MOST_UNREAD", 4000)
     monkeypatch.setattr("afterword.completion.run.READER_SECONDS", 0.01)
     engine, items = ScriptedEngine(lambda *_: ids("x" * 99)), []

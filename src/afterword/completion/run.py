@@ -15,8 +15,8 @@ from afterword.engine.protocol import Engine, Run, Step, Token
 from afterword.errors import ReaderTooSlow
 
 MOST_UNREAD = 16 * 2**20
-"""Bytes of steps that may wait for the reader of an answer; beyond it the engine is paused for that request. What was on
-its way from the engine's process (some megabytes at most) still comes on top."""
+"""Bytes of steps that may wait for the reader of an answer; beyond it the engine is paused for that request. What was
+on its way from the engine's process (some megabytes at most) still comes on top."""
 
 READER_SECONDS = 60.0
 """How long the engine may be paused before the reader is given up: paused samples keep their sequences."""

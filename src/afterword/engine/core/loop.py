@@ -34,8 +34,8 @@ class _Draft:
 class Loop:
     """Owner of the scheduler and the runner. One thread calls everything. `clock` gives seconds.
 
-    Up to `threads` threads look at a row of logits, run by a `team` if there is one (see `rows.Compiled`). `piece`: bytes
-    of steps that are returned at a time, see `Reports`.
+    Up to `threads` threads look at a row of logits, run by a `team` if there is one (see `rows.Compiled`). `piece`:
+    bytes of steps that are returned at a time, see `Reports`.
     """
 
     def __init__(

@@ -1,0 +1,112 @@
+"""G24: scored prompts that the prefix cache knows: all at once, while all sequences are busy, as cold so warm."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from afterword.engine import frames
+from afterword.engine.core.loop import Loop
+from afterword.engine.core.reports import Reports
+
+from .client import Caller, crowd
+from .gate import Fault, Gate, Result, Trial
+from .server import Server
+
+SEQUENCES, TOKENS, LIST = 4, 1200, 16
+_PROMPTS = [[(7 * position + index) % 4000 + 1 for position in range(TOKENS)] for index in range(2)]
+_SCORED: dict[str, Any] = {"echo": True, "logprobs": 20, "max_tokens": 0}
+_LONG: dict[str, Any] = {"prompt": "Once upon a time", "n": SEQUENCES, "max_tokens": 400, "ignore_eos": True}
+
+
+@dataclass
+class Tally:
+    """What came back: whole answers, others by their status, and bodies that differ from the first of their prompt."""
+
+    whole: int = 0
+    others: dict[int, int] = field(default_factory=dict)
+    differ: int = 0
+    first: dict[int, str] = field(default_factory=dict)
+
+    def add(self, status: int, body: bytes, index: int) -> None:
+        """Count an answer. All choices of all answers to one prompt have the same numbers."""
+        if status != 200:
+            self.others[status] = self.others.get(status, 0) + 1
+            return
+        self.whole += 1
+        for choice in json.loads(body)["choices"]:
+            told = json.dumps(choice["logprobs"])
+            self.differ += self.first.setdefault(index, told) != told
+
+
+def run(trial: Trial) -> Result:
+    with trial.serve("--parallel", str(SEQUENCES), "--context", "2048") as server:
+        return asyncio.run(_score(server, trial))
+
+
+async def _score(server: Server, trial: Trial) -> Result:
+    engine, tally = server.engine().pid, Tally()
+    for index, prompt in enumerate(_PROMPTS):  # cold
+        reply = await Caller(server).ask(_SCORED | {"prompt": prompt})
+        tally.add(reply.status, reply.body, index)
+    busy = asyncio.create_task(Caller(server).ask(_LONG))
+    await asyncio.sleep(0.3)  # all sequences are taken now
+    start = time.monotonic()
+
+    async def visit(caller: Caller, number: int) -> None:
+        index = number % len(_PROMPTS)
+        reply = await caller.ask(_SCORED | {"prompt": _PROMPTS[index], "stream": number % 8 == 7})
+        tally.add(*((reply.status, reply.body) if number % 8 != 7 else _streamed(reply.status, reply.body)), index)
+        trial.say(f"G24 {tally.whole}")
+
+    await crowd(server, range(trial.size), visit, trial.size)
+    several = await Caller(server).ask(_SCORED | {"prompt": [_PROMPTS[0]] * LIST, "logprobs": 5})
+    taken = time.monotonic() - start
+    long = await busy
+    replaced = server.engine().pid != engine
+    good = not tally.others and not tally.differ and several.status == long.status == 200 and not replaced
+    figures = {
+        "scored": tally.whole,
+        "refused or lost": sum(tally.others.values()) + (several.status != 200),
+        "differ": tally.differ,
+        "engines replaced": int(replaced),
+        "seconds": round(taken, 1),
+    }
+    return Result(good, figures)
+
+
+def _streamed(status: int, body: bytes) -> tuple[int, bytes]:
+    """A stream of one choice as a whole answer: its first event has the prompt."""
+    if status != 200 or not body.endswith(b"data: [DONE]\n\n"):
+        return 0 if status == 200 else status, body
+    return status, body.split(b"\n\n")[0].removeprefix(b"data: ")
+
+
+def report_at_once(patch: pytest.MonkeyPatch) -> None:
+    """All that is known is sent in one frame. The bound of a frame is as much smaller as this gate is."""
+    pack = frames.pack
+
+    def bounded(message: frames.FromEngine) -> bytes:
+        data = pack(message)
+        return data if len(data) < frames.LIMIT // 64 else frames.HEADER.pack(frames.LIMIT + 1) + data
+
+    patch.setattr(frames, "pack", bounded)
+    patch.setattr(Reports, "room", 2**40)
+    patch.setattr(Loop.__init__, "__defaults__", (time.perf_counter, 1, None, 2**40))
+
+
+GATE = Gate(
+    name="G24",
+    goal="scores from the cache come in pieces: as cold so warm, no answer fails for its size",
+    unit="prompts",
+    commit=32,
+    nightly=700,
+    run=run,
+    fault=Fault("all that is known is sent at once", "engine", report_at_once),
+    planted=32,
+)
