@@ -87,3 +87,26 @@ def test_forty_requests(serve: Any) -> None:
 @pytest.mark.timeout(1800)
 def test_two_thousand_requests(serve: Any) -> None:
     compare(serve, 2000)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "streamed",
+        "repeated in one list",
+        *(pytest.param(variant, marks=pytest.mark.slow) for variant in ("one list", "a generated token too")),
+    ],
+)
+def test_many_scored_prompts_have_the_same_answer_cold_warm_and_repeated(http: httpx.Client, variant: str) -> None:
+    """More scores than were once kept for a reader: from the cache they all come at once."""
+    salt = {"cache_salt": variant}
+    prompt = [(7 * i) % 4000 + 1 for i in range(400)]
+    prompts = [prompt] * 16 if variant == "repeated in one list" else [[*prompt, index] for index in range(10, 26)]
+    fields = {"prompt": prompts, "echo": True, "logprobs": 20, "max_tokens": int(variant == "a generated token too")}
+    answers = [http.post("/v1/completions", json=fields | salt | {"seed": 1}) for _ in range(2)]
+    assert told(answers[0]) == told(answers[1])
+    if variant == "streamed":
+        answer = http.post("/v1/completions", json=fields | salt | {"stream": True})
+        events = [line for line in answer.text.split("\n\n") if line]
+        assert events[-1] == "data: [DONE]"
+        assert len(events) == 16 + 1
