@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from afterword.engine.core.batch import Batch, Row, Runner
+from afterword.engine.core.prompts import LEAST_PASS
 from afterword.engine.core.sampler import Ask, Sample, Sampler, Score, walks
-from afterword.engine.core.scheduler import LEAST_PASS, Begun, Scheduler
+from afterword.engine.core.scheduler import Begun, Scheduler
 from afterword.engine.core.sequence import Sequence
 from afterword.engine.protocol import End, Job, Load, Meter, Step, Token
 
@@ -134,8 +135,8 @@ class Loop:
         if _is_scored(sequence):
             following = min(len(found), len(job.prompt) - row.position - 1)
             scores = [token for tokens in found[:following] for token in tokens]
-            draft.scored.extend(_narrowed(scores, job.prompt_alternatives or 0))
-        self._scheduler.computed(row, sequence, scores)
+        untold = self._scheduler.computed(row, sequence, scores)
+        draft.scored.extend(_narrowed(untold, job.prompt_alternatives or 0))
         if sequence.computed < sequence.length or not found:
             return
         if sequence.generated:
