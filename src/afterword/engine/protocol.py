@@ -19,6 +19,8 @@ Promise = Literal["exact", "reproducible", "none"]
 """What an engine promises of its numbers. "reproducible": they depend on the request alone, not on who else is there.
 "exact": besides, a token's are the same whether it was read or generated."""
 
+BATCH = " batch"
+
 
 class Value(msgspec.Struct, frozen=True, array_like=True):
     """Base of everything that crosses the waist: immutable, compared by content, compact on the wire."""
@@ -44,7 +46,8 @@ class Job(Value, frozen=True):
     how many of the likeliest tokens to report beside each token; None asks for no log probabilities at all.
     `prompt_alternatives` asks the same of the prompt's own tokens, from the second on. `key` (16 bytes) is where
     all randomness comes from: see `core.sampler.seed_of`. What was computed for one `namespace` is never used for
-    another. `client` is who waits: those who wait are served in turn.
+    another. `client` names the client: clients that wait get equal shares. If it ends with `BATCH`, the job is a row of
+    a batch of the client.
     """
 
     prompt: tuple[int, ...]

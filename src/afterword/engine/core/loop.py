@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from afterword.engine.core.batch import Batch, Row, Runner
+from afterword.engine.core.prompts import LEAST_PASS
 from afterword.engine.core.reports import PIECE, Reports
 from afterword.engine.core.sampler import Ask, Sample, Sampler, Score, walks
-from afterword.engine.core.scheduler import LEAST_PASS, Begun, Scheduler
+from afterword.engine.core.scheduler import Begun, Scheduler
 from afterword.engine.core.sequence import Sequence
 from afterword.engine.protocol import End, Job, Load, Meter, Step, Token
 
@@ -122,7 +123,7 @@ class Loop:
 
     def _add(self, run: int, step: Step) -> None:
         self._reports.add(run, step)
-        self._scheduler.hold(run, True)
+        self._update(run)
 
     def _take(self) -> dict[int, Step]:
         steps = self._reports.take()
@@ -133,7 +134,7 @@ class Loop:
     def _update(self, run: int) -> None:
         """Hold a job that is paused or has steps to report; forget the pause of a job that has ended."""
         waits, paused = run in self._reports, run in self._reports.paused
-        if not self._scheduler.hold(run, waits or paused) and paused and not waits:
+        if not self._scheduler.hold(run, waits or paused, paused) and paused and not waits:
             self._reports.paused.discard(run)
 
     def _compute(self, batch: Batch) -> None:
@@ -185,8 +186,8 @@ class Loop:
         if _is_scored(sequence):
             following = min(len(found), len(job.prompt) - row.position - 1)
             scores = [token for tokens in found[:following] for token in tokens]
-            draft.scored.extend(_narrowed(scores, job.prompt_alternatives or 0))
-        self._scheduler.computed(row, sequence, scores)
+        untold = self._scheduler.computed(row, sequence, scores)
+        draft.scored.extend(_narrowed(untold, job.prompt_alternatives or 0))
         if sequence.computed < sequence.length or not found:
             return
         if sequence.generated:

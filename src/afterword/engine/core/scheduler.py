@@ -1,27 +1,37 @@
 """Decides what the next forward pass computes. Pure: it touches no model, no clock and no randomness.
 
-Rules: a sequence keeps its slot until it ends, so nothing that runs is ever preempted. Passes over a prompt end on a
+Rules: passes over a prompt end on a
 grid counted from its first token, so that the numbers do not depend on who else is here. They take turns with tokens
 of running sequences, so that neither waits for the other to finish. A prompt's beginning is computed once: what is
 being computed is waited for, what is in a slot is used, and the samples of a prompt fork from whichever holds it.
+
+A sequence keeps its slot until it ends, or until another client waits that holds less than its share (`core.shares`).
+Then the youngest sequence of the client that holds most is paused: its slot goes to the other client, and what the slot
+held is lost. A paused sequence keeps its tokens. It gets a slot again before anything else of its client does, and its
+state is computed again: of the prompt as at first, of the generated tokens one by one, as at first too, or in pieces
+where it does not matter how tokens are grouped (`Runner.grid` is 1). So its numbers stay the same.
+Nothing is computed again without end: a paused sequence waits for about as long as that costs before it takes a slot
+that is unused, and then brings `QUANTUM` tokens before it can be paused again. The oldest sequences of a client are
+paused last, so they always come to their end.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
 from afterword.engine.core.batch import Batch, Row
+from afterword.engine.core.prompts import LEAST_PASS, Prompts
 from afterword.engine.core.sequence import Sequence, Work
-from afterword.engine.core.slots import Hit, Slot, Slots
+from afterword.engine.core.shares import TURN, Shares
+from afterword.engine.core.slots import Hit, Slot, Slots, Wanted
 from afterword.engine.protocol import Job, Load, Token
 
 WINDOW = 32  # of a client's waiting jobs, how many are looked at
-LEAST_PASS = 32  # tokens of a prompt: fewer are computed hardly faster
-MOST_BUDGETS = 2  # for prompts at a time, while they are many and few sequences run
 PATIENCE = 8  # how often a job may be passed over for one whose prompt is further computed
+QUANTUM = 16  # tokens that a sample brings, after its state was computed again, before it can be paused again
+REST = (32, 256)  # passes, at least and at most, that a paused sample leaves an unused slot to others
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +48,17 @@ class Scheduler:
     """Owner of all work, sequences and slots. One thread."""
 
     def __init__(self, slots: int, chunk: int, grid: int, least_shared: int, rewinds: bool) -> None:
-        self._chunk = chunk
         self._grid = grid
         self._least_shared = least_shared
         self._rewinds = rewinds
         self._slots = Slots(slots, grid, least_shared, rewinds)
         self._works: dict[int, Work] = {}
         self._waiting: dict[str, dict[int, Work]] = {}  # nothing computed yet: by client, in order of arrival
+        self._begun: dict[int, Work] = {}  # all others, in the order in which they began
+        self._shares = Shares(slots)
         self._held: dict[Slot, Sequence] = {}
-        self._turns: deque[Sequence] = deque()  # sequences whose prompt is being computed, next turn first
-        self._spent = 0  # tokens of prompts computed since running sequences had their turn
-        self._short_turn = True
+        self._prompts = Prompts(chunk, grid)
+        self._passes = 0
 
     # ---- what comes in
 
@@ -77,27 +87,31 @@ class Scheduler:
                 self.end(sequence)
                 return
 
-    def hold(self, run: int, held: bool) -> bool:
-        """Compute nothing for a job while it is held. Returns whether there is a job of that name."""
+    def hold(self, run: int, held: bool, unread: bool = False) -> bool:
+        """Compute nothing for a job while it is held. Returns whether there is a job of that name.
+
+        `unread`: its reader is behind, perhaps for long, so its sequences give way to anything that waits.
+        """
         work = self._works.get(run)
         if work is None:
             return False
-        work.held = held
+        work.held, work.unread = held, unread
         return True
 
     # ---- what goes out
 
     def admit(self, room: int) -> list[Begun]:
-        """Give slots to jobs that wait for them, and to samples of jobs that have begun.
+        """Give slots to jobs that wait for them, and to samples of jobs that have begun. Sequences may be paused.
 
         No more jobs begin when the known scores of those that do take `room` bytes.
         """
         begun = []
-        while room > 0 and self._slots.room and (found := self._next()):
-            begun.append(self._start(*found))
-            room -= sum(score.size for score in begun[-1].scores)
-        for work in [work for work in self._works.values() if work.queued]:
-            self._spread(work)
+        while room > 0 and (found := self._next()):
+            if not self._slots.room:
+                self._pause(self._victims(found[0].work.job.client)[-1])
+            if first := self._give_slot(*found):
+                begun.append(first)
+                room -= sum(score.size for score in first.scores)
         return begun
 
     def schedule(self, budget: int | None = None) -> Batch | None:
@@ -106,18 +120,23 @@ class Scheduler:
         `budget` is how many tokens of prompts may be computed at a time while others wait; None: as many as fit a pass.
         """
         rows = self._rows(budget)
+        self._passes += bool(rows)
         return Batch(self._slots.moves(), rows) if rows else None
 
     def at(self, slot: int) -> Sequence:
         """The sequence in a slot."""
         return self._held[self._slots[slot]]
 
-    def computed(self, row: Row, sequence: Sequence, scores: list[Token]) -> None:
-        """Note that a row's tokens are computed, with the scores of the prompt's tokens that follow them."""
+    def computed(self, row: Row, sequence: Sequence, scores: list[Token]) -> list[Token]:
+        """Note that a row's tokens are computed, with the scores of the prompt's tokens that follow them.
+
+        Returns those scores that the job has not been told: a paused sequence's are computed twice.
+        """
         assert sequence.slot is not None
         self._slots.computed(sequence.slot, row.tokens, scores)
-        if not sequence.catching_up and sequence in self._turns:
-            self._turns.remove(sequence)
+        if not sequence.catching_up:
+            self._prompts.discard(sequence)
+        return sequence.work.untold(row.position, scores)
 
     def begin(self, first: Sequence, samples: Iterable[Sequence]) -> None:
         """The prompt in `first` is computed and every sample has its first token.
@@ -127,34 +146,43 @@ class Scheduler:
         work = first.work
         work.started = True
         work.queued.extend(samples)
-        self.end(first)
+        if work.queued:
+            self._hand_over(first)
+        else:
+            self.end(first)
 
     def end(self, sequence: Sequence) -> None:
         """A sample is complete: its slot goes to a sample of the same prompt, or keeps what it holds for others."""
         work, slot = sequence.work, sequence.slot
         if slot is None:
             work.queued.remove(sequence)
-        elif work.queued and not self._must_yield(work):
-            self._slots.cut(slot, len(work.job.prompt) if self._holds_prompt(sequence) else 0)
-            self._leave(sequence)
-            self._place(work.queued.popleft(), slot)
+        elif self._has_heir(work):
+            self._hand_over(sequence)
         else:
             self._leave(sequence)
             self._slots.leave(slot, again=self._source(work) is not None)
         if not work.live and not work.queued:
             self._forget(work)
 
-    def _must_yield(self, work: Work) -> bool:
-        """Whether a client with many samples runs more than one who waits. Its last slot stays: it holds the prompt."""
-        if not self._waiting or len(work.live) == 1:
-            return False
-        running = Counter(sequence.work.job.client for sequence in self._held.values())
-        return any(running[client] < running[work.job.client] - 1 for client in self._waiting)
+    def _has_heir(self, work: Work) -> bool:
+        """Whether a slot that holds a job's prompt should go to a sample of it that was never paused."""
+        client = work.job.client
+        first = self._first_queued(client)
+        fresh = first is not None and first.work is work and not first.paused
+        return fresh and not self._shares.should_leave(client)
+
+    def _hand_over(self, sequence: Sequence) -> None:
+        """Give a sequence's slot, with the prompt in it, to the first queued sample of the same job."""
+        work, slot = sequence.work, sequence.slot
+        assert slot is not None
+        self._slots.cut(slot, len(work.job.prompt) if self._holds_prompt(sequence) else 0)
+        self._leave(sequence)
+        self._place(work.queued.popleft(), slot)
 
     def load(self) -> Load:
         """How many sequences there are, are in use, and are waited for."""
         waiting = sum(work.job.samples for works in self._waiting.values() for work in works.values())
-        queued = sum(len(work.queued) for work in self._works.values())
+        queued = sum(len(work.queued) for work in self._begun.values())
         return Load(len(self._slots), len(self._held), waiting + queued)
 
     def filled(self) -> tuple[int, int]:
@@ -169,31 +197,85 @@ class Scheduler:
         """
         self._slots.check()
         assert {slot for slot in self._slots if slot.taken} == set(self._held), "a slot is taken by one sequence"
+        held = [sequence.work.job.client for sequence in self._held.values()]
+        assert all(self._shares.load(client)[1] == held.count(client) for client in held), "shares are counted"
         for slot, sequence in self._held.items():
             assert sequence.slot is slot
             assert sequence in sequence.work.live
             assert tuple(slot.tokens.tolist()) == sequence.slice(0, slot.length), "a slot holds its sequence's tokens"
-        assert set(self._turns) == {sequence for sequence in self._held.values() if sequence.catching_up}
+        assert set(self._prompts) == {sequence for sequence in self._held.values() if sequence.catching_up}
         return {slot.index: slot.length for slot in self._slots if slot.index not in self._slots.moving}
 
     # ---- who is next
 
-    def _next(self) -> tuple[Work, Hit | None] | None:
-        """The job to begin now: of the client that runs least, the one whose prompt is computed furthest."""
-        if not self._waiting:
+    def _next(self) -> tuple[Sequence, Hit | None] | None:
+        """What gets a slot now, unused or taken from another client: of the client that holds least, what comes first.
+
+        First of all come samples of jobs that have begun; of the other jobs, the one whose prompt is computed furthest.
+        """
+        self._shares.want(self._wanting(), self._passes)
+        gives_way = self._shares.uneven(self._passes) or any(each.work.unread for each in self._held.values())
+        if not self._slots.room and not gives_way:
             return None
-        running = [sequence.work.job.client for sequence in self._held.values()]
-        for client in sorted(self._waiting, key=running.count):
-            ready = [(work, hit) for work, hit in self._candidates(client) if not self._is_coming(work, hit)]
-            if not ready:
-                continue
-            first = ready[0][0]
-            if first.passed >= PATIENCE:
-                return ready[0]
-            chosen = max(ready, key=lambda pair: pair[1].keep if pair[1] else 0)
-            first.passed += chosen[0] is not first
-            return chosen
+        for client in self._shares.order():
+            if (self._slots.room or self._victims(client)) and (found := self._first(client)):
+                return found
         return None
+
+    def _wanting(self) -> Iterator[str]:
+        """Clients that have something without a slot."""
+        yield from (work.job.client for work in self._begun.values() if work.queued and not work.held)
+        for client, works in self._waiting.items():
+            if any(not work.held for work in works.values()):
+                yield client
+
+    def _first(self, client: str) -> tuple[Sequence, Hit | None] | None:
+        if queued := self._first_queued(client):
+            return self._resumable(queued)
+        work, hit = self._first_waiting(client)
+        return (Sequence(work, sample=0), hit) if work else None
+
+    def _first_queued(self, client: str) -> Sequence | None:
+        works = (each for each in self._begun.values() if each.queued and each.job.client == client and not each.held)
+        work = next(works, None)
+        return work.queued[0] if work else None
+
+    def _first_waiting(self, client: str) -> tuple[Work | None, Hit | None]:
+        ready = [(work, hit) for work, hit in self._candidates(client) if not self._is_coming(work, hit)]
+        if not ready:
+            return None, None
+        first = ready[0][0]
+        if first.passed >= PATIENCE:
+            return ready[0]
+        chosen = max(ready, key=lambda pair: pair[1].keep if pair[1] else 0)
+        first.passed += chosen[0] is not first
+        return chosen
+
+    def _resumable(self, sequence: Sequence) -> tuple[Sequence, Hit | None] | None:
+        """A sample of a job that has begun, with what slots hold of it; None if it should rather wait.
+
+        It waits after a pause, lest it is paused again at once, and for a sample that computes the same prompt.
+        """
+        work = sequence.work
+        passes_are_made = any(not each.work.held for each in self._held.values())
+        if self._passes < sequence.rests_until and self._shares.load(work.job.client)[0] and passes_are_made:
+            return None
+        source = self._source(work)
+        if source is None and any(other.catching_up for other in work.live):
+            return None
+        hit = self._slots.find(self._lost(sequence))
+        if source and source.slot and (hit is None or hit.keep < len(work.job.prompt)):
+            hit = Hit(source.slot, len(work.job.prompt), ())
+        return sequence, hit
+
+    def _lost(self, sequence: Sequence) -> Wanted:
+        """What may be found of a queued sample in slots: all but its last token, or the prompt."""
+        work = sequence.work
+        if not work.started:
+            return work.wanted
+        if self._grid > 1:
+            return self._slots.wanted_again(work.job, work.job.prompt, len(work.job.prompt))
+        return self._slots.wanted_again(work.job, sequence.slice(0, sequence.length), sequence.length - 1)
 
     def _candidates(self, client: str) -> Iterator[tuple[Work, Hit | None]]:
         for work in islice((work for work in self._waiting[client].values() if not work.held), WINDOW):
@@ -202,34 +284,72 @@ class Scheduler:
     def _is_coming(self, work: Work, hit: Hit | None) -> bool:
         """Whether more of a prompt than was found is being computed for another job just now."""
         found = hit.keep if hit else 0
+        scored = work.wanted.alternatives is not None  # which a sequence is not again, once it has generated
+        coming = [each for each in self._prompts if not each.work.held and not (scored and each.generated)]
         return any(
             self._slots.promised(work.wanted, other.work.wanted) >= max(found + self._least_shared, other.computed + 1)
-            for other in self._turns
-            if not other.work.held
+            for other in coming
         )
 
-    def _start(self, work: Work, hit: Hit | None) -> Begun:
+    def _give_slot(self, sequence: Sequence, hit: Hit | None) -> Begun | None:
+        """Give an unused slot to what waits for one. Tells if its job begins, or begins again after a pause."""
+        work = sequence.work
+        self._shares.served(work.job.client)
+        if work.run in self._begun:
+            work.queued.popleft()
+            if work.started:
+                self._place(sequence, self._slots.take(self._lost(sequence), hit))
+                return None
+        return self._start(sequence, hit)
+
+    def _start(self, sequence: Sequence, hit: Hit | None) -> Begun:
+        work = sequence.work
         job, wanted = work.job, work.wanted
-        works = self._waiting.pop(job.client)
-        del works[work.run]
-        if works:
-            self._waiting[job.client] = works  # now behind the clients that run as much
         keep, scores = (hit.keep, hit.scores) if hit else (0, ())
-        if wanted.most == len(job.prompt) and keep == len(job.prompt) - 1:
+        begun = Begun(
+            work,
+            cached=0 if work.run in self._begun else keep,
+            scores=tuple(work.untold(0, scores)),
+            complete=wanted.most == len(job.prompt) and keep == len(job.prompt) - 1,
+        )
+        if begun.complete:
             if hit:
                 self._slots.touch(hit.slot)  # the text that is asked for most is not the first to be given up
             self._forget(work)
-            return Begun(work, keep, scores, complete=True)
-        self._place(Sequence(work, sample=0), self._slots.take(wanted, hit))
-        return Begun(work, keep, scores, complete=False)
+            return begun
+        self._no_longer_waits(work)
+        self._begun[work.run] = work
+        self._place(sequence, self._slots.take(wanted, hit))
+        return begun
+
+    # ---- pauses
+
+    def _victims(self, client: str) -> list[Sequence]:
+        """Sequences that may be paused for a client, the one to be paused first at the end."""
+        late = self._shares.overdue(client, self._passes)
+        found = [sequence for sequence in self._held.values() if self._gives_way(sequence, client, late)]
+        return sorted(
+            found,
+            key=lambda each: (each.work.unread, *self._shares.load(each.work.job.client), each.work.run, each.sample),
+        )
+
+    def _gives_way(self, sequence: Sequence, client: str, late: bool) -> bool:
+        if sequence.work.unread or (late and sequence.brought >= TURN):
+            return True
+        protected = sequence.paused and 0 < sequence.brought < QUANTUM
+        return not protected and self._shares.exceeds(sequence.work.job.client, client)
+
+    def _pause(self, sequence: Sequence) -> None:
+        """Take a sequence's slot. What it holds stays until another sequence needs the slot."""
+        work, slot = sequence.work, sequence.slot
+        assert slot is not None
+        lost = -(-sequence.computed // LEAST_PASS) + (len(sequence.generated) if self._grid > 1 else 0)  # passes
+        sequence.paused, sequence.rests_until = True, self._passes + min(max(lost, REST[0]), REST[1])
+        self._leave(sequence)
+        self._slots.leave(slot, again=self._source(work) is not None)
+        work.queued.appendleft(sequence)
 
     # ---- slots
-
-    def _spread(self, work: Work) -> None:
-        """Fork queued samples into slots that nobody uses, while a slot of theirs can serve as the source."""
-        while self._slots.room and work.queued and (source := self._source(work)) is not None:
-            assert source.slot is not None
-            self._place(work.queued.popleft(), self._slots.fork(source.slot, len(work.job.prompt)))
 
     def _source(self, work: Work) -> Sequence | None:
         return next(filter(self._holds_prompt, work.live), None)
@@ -240,22 +360,27 @@ class Scheduler:
         return sequence.computed == prompt or (self._rewinds and sequence.computed > prompt)
 
     def _place(self, sequence: Sequence, slot: Slot) -> None:
-        sequence.slot = slot
+        sequence.occupy(slot, in_pieces=self._grid == 1)
         sequence.work.live.append(sequence)
         self._held[slot] = sequence
+        self._shares.take(sequence.work.job.client)
         if sequence.catching_up:
-            self._turns.append(sequence)
+            self._prompts.add(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
         assert sequence.slot is not None
         del self._held[sequence.slot]
         sequence.work.live.remove(sequence)
-        if sequence in self._turns:
-            self._turns.remove(sequence)
+        self._shares.give(sequence.work.job.client)
+        self._prompts.discard(sequence)
         sequence.slot = None
 
     def _forget(self, work: Work) -> None:
         self._works.pop(work.run, None)
+        self._begun.pop(work.run, None)
+        self._no_longer_waits(work)
+
+    def _no_longer_waits(self, work: Work) -> None:
         works = self._waiting.get(work.job.client, {})
         works.pop(work.run, None)
         if not works:
@@ -264,57 +389,11 @@ class Scheduler:
     # ---- passes
 
     def _rows(self, budget: int | None) -> tuple[Row, ...]:
-        running = [sequence for sequence in self._held.values() if not sequence.catching_up and not sequence.work.held]
-        turns = [sequence for sequence in self._turns if not sequence.work.held]
-        if not running:
-            self._spent = 0
-        left = self._share(budget, len(running)) - self._spent
-        if turns and (not self._spent or left >= LEAST_PASS):
-            row = self._prompt_row(self._next_turn(turns), left)
-            self._spent += len(row.tokens)
-            return (row,)
-        self._spent = 0
+        running = [each for each in self._held.values() if not each.catching_up and not each.work.held]
+        alone = len(self._held) == 1 and not self._waiting
+        if piece := self._prompts.piece(len(running), None if alone else budget):
+            return (piece,)
         if len(running) > 1:
             self._slots.gather()
-        rows = [Row(_index(s), s.computed, s.slice(s.computed, s.length), 1) for s in running]
+        rows = [Row(s.index, s.computed, s.slice(s.computed, s.computed + 1), int(s.is_last)) for s in running]
         return tuple(sorted(rows, key=lambda row: row.slot))
-
-    def _share(self, budget: int | None, running: int) -> int:
-        """How many tokens of prompts may be computed before running sequences have a turn.
-
-        More while most are still waiting for their prompt: running few at a time costs all of them.
-        """
-        if budget is None or (len(self._held) == 1 and not self._waiting):
-            return self._chunk
-        return int(budget * min(1 + len(self._turns) / max(running, 1), MOST_BUDGETS))
-
-    def _next_turn(self, turns: list[Sequence]) -> Sequence:
-        """By turns the one with the least to compute and the one that has waited longest."""
-        self._short_turn = not self._short_turn
-        chosen = turns[0]
-        if not self._short_turn:
-            chosen = min(turns, key=lambda sequence: len(sequence.work.job.prompt) - sequence.computed)
-        if chosen is turns[0]:
-            self._turns.remove(chosen)
-            self._turns.append(chosen)
-        return chosen
-
-    def _prompt_row(self, sequence: Sequence, budget: int) -> Row:
-        prompt, start = sequence.work.job.prompt, sequence.computed
-        stop = self._stop(start, len(prompt), min(max(budget, LEAST_PASS), self._chunk))
-        last = stop == len(prompt) and not sequence.generated
-        scored = sequence.work.job.prompt_alternatives is not None and not sequence.generated
-        outputs = stop - start if scored else int(last)
-        return Row(_index(sequence), start, prompt[start:stop], outputs)
-
-    def _stop(self, start: int, length: int, size: int) -> int:
-        """Where a pass of about `size` tokens ends: on the grid, or at the end of what is left beyond it."""
-        whole = length // self._grid * self._grid
-        if start >= whole:
-            return length
-        return min(start + max(size // self._grid, 1) * self._grid, whole)
-
-
-def _index(sequence: Sequence) -> int:
-    assert sequence.slot is not None
-    return sequence.slot.index

@@ -7,11 +7,12 @@ notion of prefill and decode.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence as TokenSequence
 from dataclasses import dataclass, field
 
 from afterword.engine.core.slots import Slot, Wanted
 from afterword.engine.core.tally import Tally
-from afterword.engine.protocol import Job
+from afterword.engine.protocol import Job, Token
 
 
 @dataclass(slots=True, eq=False)
@@ -19,8 +20,10 @@ class Work:
     """A job under way. Owned by the scheduler.
 
     `started`: its first tokens have been sampled, all from the same row of logits. `live` hold a slot; `queued`
-    are samples that have their first token and no slot yet. `wanted` is what may be found of its prompt, `passed` how
-    many later jobs were preferred. While it is `held` nothing is computed for it.
+    hold none: they are paused, or have their first token and had no slot yet. `wanted` is what may be found of its
+    prompt, `passed` how many later jobs were preferred, `told` how many scores of the prompt's tokens were told. While
+    it is `held` nothing is computed for it; while it is `unread`, since its reader is behind, its sequences give way to
+    anything that waits.
     """
 
     run: int
@@ -29,18 +32,35 @@ class Work:
     started: bool = False
     passed: int = 0
     held: bool = False
+    unread: bool = False
+    told: int = 0
     live: list[Sequence] = field(default_factory=list)
     queued: deque[Sequence] = field(default_factory=deque)
+
+    def untold(self, start: int, scores: TokenSequence[Token]) -> list[Token]:
+        """Of the scores from place `start` on those that the job has not been told; they count as told."""
+        fresh = list(scores[max(self.told - start, 0) :])
+        self.told += len(fresh)
+        return fresh
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """The state of one sample: the prompt's tokens, then the generated ones."""
+    """The state of one sample: the prompt's tokens, then the generated ones.
+
+    `pieces`: of so many tokens the state is computed in pieces of many tokens, of the others token by token. `kept`:
+    how many were generated before it got the slot that it has. `paused`: it ever lost one before its end; then it
+    leaves unused slots to others up to the pass `rests_until`.
+    """
 
     work: Work
     sample: int
     generated: list[int] = field(default_factory=list)
     slot: Slot | None = None
+    pieces: int = 0
+    kept: int = 0
+    paused: bool = False
+    rests_until: int = 0
     tally: Tally = field(default_factory=Tally)
 
     @property
@@ -54,9 +74,30 @@ class Sequence:
         return self.slot.length if self.slot else 0
 
     @property
+    def index(self) -> int:
+        """The place of its slot. It must have one."""
+        assert self.slot is not None
+        return self.slot.index
+
+    @property
+    def is_last(self) -> bool:
+        """Whether one token is left to compute, after which the next one is drawn."""
+        return self.computed + 1 == self.length
+
+    @property
     def catching_up(self) -> bool:
-        """Whether part of the prompt is still to be computed."""
-        return self.computed < len(self.work.job.prompt)
+        """Whether part of it is still to be computed in pieces."""
+        return self.computed < self.pieces
+
+    @property
+    def brought(self) -> int:
+        """Tokens generated since it got its slot."""
+        return len(self.generated) - self.kept
+
+    def occupy(self, slot: Slot, in_pieces: bool) -> None:
+        """Take a slot. `in_pieces`: if more than one token is missing, generated ones may be computed in pieces too."""
+        self.slot, self.kept = slot, len(self.generated)
+        self.pieces = self.length if in_pieces and self.length > slot.length + 1 else len(self.work.job.prompt)
 
     def append(self, token: int) -> None:
         """Take a sampled token."""

@@ -140,6 +140,11 @@ class Slots:
         most = len(prompt) if scores_only else len(prompt) - 1
         return Wanted(head(prompt, self._least), job.namespace, prompt, most, job.prompt_alternatives)
 
+    def wanted_again(self, job: Job, tokens: tuple[int, ...], most: int) -> Wanted:
+        """What may be found of tokens that were computed for a job before; their scores are not wanted again."""
+        array = np.array(tokens, np.int32)
+        return Wanted(head(array, self._least), job.namespace, array, most, None)
+
     def find(self, wanted: Wanted) -> Hit | None:
         """The longest useful beginning of a prompt that a slot holds."""
         alike = [slot for slot in self._all if slot.head == wanted.head and wanted.head]
@@ -170,13 +175,6 @@ class Slots:
         """What a slot holds was of use."""
         self._clock += 1
         slot.used = self._clock
-
-    def fork(self, source: Slot, keep: int) -> Slot:
-        """A slot with the first `keep` tokens of a taken one. There must be room."""
-        slot = self._oldest()
-        self._fork(source, slot, keep)
-        slot.taken = True
-        return slot
 
     def cut(self, slot: Slot, keep: int) -> None:
         """Forget everything in a slot after its first `keep` tokens."""

@@ -1,0 +1,85 @@
+"""Which piece of which prompt the next pass computes, and when running sequences have their turn instead. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from afterword.engine.core.batch import Row
+from afterword.engine.core.sequence import Sequence
+
+LEAST_PASS = 32  # tokens of a prompt: fewer are computed hardly faster
+MOST_BUDGETS = 2  # for prompts at a time, while they are many and few sequences run
+
+
+class Prompts:
+    """The sequences that are computed in pieces: their prompt is not complete, or their state was lost in a pause."""
+
+    def __init__(self, chunk: int, grid: int) -> None:
+        self._chunk = chunk
+        self._grid = grid
+        self._turns: deque[Sequence] = deque()  # next turn first
+        self._spent = 0  # tokens of prompts computed since running sequences had their turn
+        self._short_turn = True
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._turns)
+
+    def add(self, sequence: Sequence) -> None:
+        """A sequence has something to compute in pieces."""
+        self._turns.append(sequence)
+
+    def discard(self, sequence: Sequence) -> None:
+        """A sequence has nothing more to compute in pieces, or has no slot any more."""
+        if sequence in self._turns:
+            self._turns.remove(sequence)
+
+    def piece(self, running: int, budget: int | None) -> Row | None:
+        """The next piece, or None if it is the turn of the sequences that run, so many.
+
+        `budget`: see `Scheduler.schedule`.
+        """
+        if not running:
+            self._spent = 0
+        turns = [sequence for sequence in self._turns if not sequence.work.held]
+        left = self._share(budget, running, len(turns)) - self._spent
+        if not turns or (self._spent and left < LEAST_PASS):
+            self._spent = 0
+            return None
+        row = self._row(self._next_turn(turns), left)
+        self._spent += len(row.tokens)
+        return row
+
+    def _share(self, budget: int | None, running: int, waiting: int) -> int:
+        """How many tokens of prompts may be computed before running sequences have a turn.
+
+        More while most are still waiting for their prompt: running few at a time costs all of them.
+        """
+        if budget is None:
+            return self._chunk
+        return int(budget * min(1 + waiting / max(running, 1), MOST_BUDGETS))
+
+    def _next_turn(self, turns: list[Sequence]) -> Sequence:
+        """By turns the one with the least to compute and the one that has waited longest, which goes to the end."""
+        self._short_turn = not self._short_turn
+        chosen = turns[0]
+        if not self._short_turn:
+            chosen = min(turns, key=lambda sequence: sequence.pieces - sequence.computed)
+        if chosen is turns[0]:
+            self._turns.remove(chosen)
+            self._turns.append(chosen)
+        return chosen
+
+    def _row(self, sequence: Sequence, budget: int) -> Row:
+        start = sequence.computed
+        stop = self._stop(start, sequence.pieces, min(max(budget, LEAST_PASS), self._chunk))
+        scored = sequence.work.job.prompt_alternatives is not None and not sequence.generated
+        outputs = stop - start if scored else int(stop == sequence.length)
+        return Row(sequence.index, start, sequence.slice(start, stop), outputs)
+
+    def _stop(self, start: int, length: int, size: int) -> int:
+        """Where a pass of about `size` tokens ends: on the grid, or at the end of what is left beyond it."""
+        whole = length // self._grid * self._grid
+        if start >= whole:
+            return length
+        return min(start + max(size // self._grid, 1) * self._grid, whole)

@@ -1,0 +1,94 @@
+"""Which client gets the next sequence, and which client holds more than its share. Pure: it counts, and decides.
+
+All rows of batches together count as one client here, their group, and hold at most half of the sequences while a
+request waits that is not of a batch. Otherwise a client waits only while no other holds two sequences more than it
+does. So a client that waits holds at least its share: the sequences divided by the clients that run or wait, rounded
+down. A client that holds nothing and finds nothing to be shared (there are more clients than sequences) waits for
+`TURN` passes, and then one of the other clients has to give way to it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from afterword.engine.protocol import BATCH
+
+TURN = 128
+"""While there are more clients than sequences: passes that a client waits for its turn, and tokens it then gets."""
+
+
+class Shares:
+    """How many sequences each client holds, and since which pass those that want more have waited for their turn."""
+
+    def __init__(self, sequences: int) -> None:
+        self._half = max(1, sequences // 2)
+        self._held: Counter[str] = Counter()  # by client
+        self._groups: Counter[str] = Counter()
+        self._since: dict[str, int] = {}  # by client, in order of their turns
+
+    def take(self, client: str) -> None:
+        """A client got a sequence."""
+        self._held[client] += 1
+        self._groups[_group(client)] += 1
+
+    def give(self, client: str) -> None:
+        """A client left a sequence."""
+        for counts, name in ((self._held, client), (self._groups, _group(client))):
+            counts[name] -= 1
+            if not counts[name]:
+                del counts[name]
+
+    def want(self, clients: Iterable[str], now: int) -> None:
+        """These clients want more, and no others. `now` counts passes."""
+        wanting = dict.fromkeys(clients)
+        since = {client: at for client, at in self._since.items() if client in wanting}
+        self._since = since | {client: now for client in wanting if client not in since}
+
+    def served(self, client: str) -> None:
+        """A client has had its turn: if it wants more, it waits anew, behind all others."""
+        self._since.pop(client, None)
+
+    def load(self, client: str) -> tuple[int, int]:
+        """The sequences that a client's group holds, and those that it holds itself."""
+        return self._groups[_group(client)], self._held[client]
+
+    def order(self) -> list[str]:
+        """Clients that want more: first those that hold least, and of equals the one whose turn was longest ago."""
+        clients: Iterable[str] = self._since
+        if self._groups[BATCH] >= self._half and any(_group(client) != BATCH for client in clients):
+            clients = [client for client in clients if _group(client) != BATCH]
+        return sorted(clients, key=self.load)
+
+    def uneven(self, now: int) -> bool:
+        """Whether any client may have to give way: quick to tell, for each pass."""
+        if not self._since or self._held.keys() == self._since.keys() == {next(iter(self._since))}:
+            return False
+        return max(self._groups.values(), default=0) >= 2 or now - next(iter(self._since.values())) >= TURN
+
+    def exceeds(self, holder: str, client: str) -> bool:
+        """Whether a client holds more than its share, compared with one that waits."""
+        ours, theirs = _group(holder), _group(client)
+        if ours == theirs:
+            return self._held[holder] >= self._held[client] + 2
+        above_half = ours == BATCH and self._groups[BATCH] > self._half
+        return above_half or self._groups[ours] >= self._groups[theirs] + 2
+
+    def overdue(self, client: str, now: int) -> bool:
+        """Whether a client that holds nothing has waited for so long that another one has to give way."""
+        return not self.load(client)[0] and now - self._since[client] >= TURN
+
+    def should_leave(self, client: str) -> bool:
+        """Whether a sequence that a client is done with goes to another client. The last one does in turns."""
+        return any(other != client and self._comes_first(other, client) for other in self._since)
+
+    def _comes_first(self, other: str, client: str) -> bool:
+        if _group(other) == _group(client):
+            return self._held[other] < max(self._held[client] - 1, 1)
+        left = self._groups[_group(client)] - 1
+        return self._groups[_group(other)] < max(left, 1) or (_group(client) == BATCH and left >= self._half)
+
+
+def _group(client: str) -> str:
+    """What a client's sequences are counted under: its own name, or one name for all batches."""
+    return BATCH if client.endswith(BATCH) else client
