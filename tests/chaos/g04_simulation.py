@@ -1,4 +1,4 @@
-"""G4: the ten invariants in simulated worlds. `python -m tests.sim` runs the same, and says which seed broke what."""
+"""G4: the eleven invariants in simulated worlds. `python -m tests.sim` runs the same, and says which seed broke what."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def repeat_after_a_crash(patch: pytest.MonkeyPatch) -> None:
 
 GATE = Gate(
     name="G4",
-    goal="ten invariants of queue, scheduler, limiter and supervisor hold whatever happens (simulated)",
+    goal="eleven invariants of queue, scheduler, limiter and supervisor hold whatever happens (simulated)",
     unit="seeds of 200 events",
     commit=300,
     nightly=40_000,

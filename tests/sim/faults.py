@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from afterword.engine.core.scheduler import Scheduler
+from afterword.engine.core.sequence import Sequence
 from afterword.engine.core.slots import Slots
 from afterword.engine.pending import Pending
 from afterword.engine.protocol import Step
@@ -55,10 +56,19 @@ def _admit_any_size(patch: pytest.MonkeyPatch) -> None:
 
 def _first_come_first_served(patch: pytest.MonkeyPatch) -> None:
     def oldest(self: Scheduler) -> Any:
+        if not self._slots.room:
+            return None
+        queued = (self._resumable(work.queued[0]) for work in self._begun.values() if work.queued)
+        if found := next(filter(None, queued), None):
+            return found
         waiting = [work for works in self._waiting.values() for work in works.values()]
-        return (min(waiting, key=lambda work: work.run), None) if waiting else None
+        return (Sequence(min(waiting, key=lambda work: work.run), sample=0), None) if waiting else None
 
     patch.setattr(Scheduler, "_next", oldest)
+
+
+def _pause_nothing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Scheduler, "_victims", lambda *_: [])
 
 
 def _grant_without_counting(patch: pytest.MonkeyPatch) -> None:
@@ -91,6 +101,7 @@ FAULTS = (
     Fault("the queue has no end", (3,), _admit_everyone),
     Fault("the queue takes any number of tokens", (3,), _admit_any_size),
     Fault("clients are served as they come", (7,), _first_come_first_served),
+    Fault("nothing is paused for a client that waits", (11,), _pause_nothing),
     Fault("the limiter does not count", (9,), _grant_without_counting),
     Fault("deadlines are ignored", (6,), _ignore_deadlines),
     Fault("a job is forgotten in a crash", (0, 1), _forget_one_in_a_crash),

@@ -14,7 +14,9 @@ import history
 from history import scores
 
 from afterword.engine.core.batch import Batch
-from afterword.engine.protocol import Card, Engine, Job, Run, Step
+from afterword.engine.core.scheduler import REST, Scheduler
+from afterword.engine.core.shares import TURN
+from afterword.engine.protocol import BATCH, Card, Engine, Job, Run, Step
 from afterword.engine.supervisor import Policy
 from afterword.errors import AfterwordError
 from afterword.keys.key import Allowance
@@ -22,6 +24,9 @@ from afterword.keys.key import Allowance
 from .process import FakeProcess
 
 WINDOW = 100  # passes over which shares are compared
+SOON = 60
+"""Passes over running sequences after which a client that waits has its share. Longer than a sample is protected after
+a pause, and than prompts take; shorter than the samples of greedy clients."""
 
 
 class BrokenError(AssertionError):
@@ -68,6 +73,8 @@ class Ledger:
     """Owner of the trace, of what is known of every job, and of what every key was granted."""
 
     def __init__(self, policy: Policy, sequences: int, fair: bool) -> None:
+        self._short: Counter[str] = Counter()  # passes in which a client held less than its share and wanted more
+        self._without: Counter[str] = Counter()  # passes in which it held nothing and wanted something
         self.jobs: list[Entry] = []
         self.outcomes: Counter[str] = Counter()
         self.deaths = 0
@@ -146,14 +153,21 @@ class Ledger:
     # ---- shares
 
     def passed(self, process: FakeProcess, batch: Batch) -> None:
-        """A pass was computed for these: did everyone who waits get a share of the last ones?"""
+        """A pass was computed for these: did every client that waits get its share, now and of the last ones?"""
         assert process.core is not None
-        if not self._fair:
-            return
         if process is not self._process:
             self._process = process
-            self._shares.clear()
+            for each in (self._shares, self._short, self._without):
+                each.clear()
         scheduler = process.core._scheduler
+        held = Counter(sequence.work.job.client for sequence in scheduler._held.values())
+        for client in list(self._without):
+            if _group_of(client, held):
+                del self._without[client]
+        if not scheduler.at(batch.rows[0].slot).catching_up:
+            self._check_shares(scheduler, held)
+        if not self._fair:
+            return
         shares: Counter[str] = Counter()
         for row in batch.rows:
             shares[scheduler.at(row.slot).work.job.client] += 1  # not tokens: of who has a prefix few are computed
@@ -166,6 +180,38 @@ class Ledger:
         for client in frozenset.intersection(*(waiting for waiting, _ in self._shares)):
             share = total[client] / total.total()
             require(7, share >= 0.5 / len(there), f"one of {len(there)} clients got {share:.0%}")
+
+    def _check_shares(self, scheduler: Scheduler, held: Counter[str]) -> None:
+        """Has any client that wants more held less than its share for too long, or nothing at all?"""
+        resting = {work.job.client for work in scheduler._works.values() if work.queued}
+        wanting = {*scheduler._waiting, *resting}
+        for counts in (self._short, self._without):
+            for client in set(counts) - wanting:
+                del counts[client]
+        for client in sorted(wanting):
+            self._short[client] = self._short[client] + 1 if _holds_less(client, held, self._sequences) else 0
+            self._without[client] += not _group_of(client, held)
+            most = SOON + (REST[1] if client in resting else 0)
+            require(11, self._short[client] <= most, f"{client} holds {held[client]} while others hold {dict(held)}")
+            turns = (len(wanting | set(held))) * (TURN + SOON)
+            require(11, self._without[client] <= turns, f"{client} holds nothing for {turns} passes")
+
+
+def _group_of(client: str, held: Counter[str]) -> int:
+    """Sequences that are counted together with a client's: those of all batches, or its own."""
+    return sum(n for name, n in held.items() if name == client or (name.endswith(BATCH) and client.endswith(BATCH)))
+
+
+def _holds_less(client: str, held: Counter[str], sequences: int) -> bool:
+    """Whether a client holds less than its share: another one holds two more, or batches hold more than half."""
+    batch = client.endswith(BATCH)
+    for other, count in held.items():
+        if batch and other.endswith(BATCH):
+            if count >= held[client] + 2:
+                return True
+        elif _group_of(other, held) >= _group_of(client, held) + 2:
+            return True
+    return not batch and _group_of(BATCH, held) > max(1, sequences // 2)
 
 
 class Meter:

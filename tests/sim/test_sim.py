@@ -1,4 +1,4 @@
-"""The ten invariants in many worlds; that a world is the same every time; and that planted bugs are found."""
+"""The eleven invariants in many worlds; that a world is the same every time; and that planted bugs are found."""
 
 from __future__ import annotations
 

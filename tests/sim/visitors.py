@@ -35,6 +35,7 @@ class Wish:
     deadly: bool
     leaves: int | None = None
     slow: float = 0.0
+    line: str = ""
 
 
 def wish(random: Random, crowd: bool, poison: float) -> Wish:
@@ -58,6 +59,18 @@ def wish(random: Random, crowd: bool, poison: float) -> Wish:
     body["temperature"] = random.choice((0, 0.7, 1))
     leaves = random.randint(0, 8) if random.random() < 0.15 else None
     return Wish(body, deadly, leaves, random.uniform(0.1, 3) if random.random() < 0.1 else 0.0)
+
+
+def greedy_wish(random: Random) -> Wish:
+    """Much from one key or from a batch, or a short request of another."""
+    body: dict[str, Any] = {"prompt": _word(random, 1, 12), "seed": random.getrandbits(31), "ignore_eos": True}
+    body["echo"] = random.random() < 0.2
+    if body["echo"]:
+        body["logprobs"] = 1
+    line = "batch" if random.random() < 0.3 else ""
+    if random.random() < 0.08:
+        return Wish(body | {"max_tokens": 110, "n": random.randint(1, 5)}, deadly=False, line=line)
+    return Wish(body | {"max_tokens": random.randint(1, 6)}, deadly=False, line=line)
 
 
 def _word(random: Random, least: int, most: int) -> str:
@@ -110,7 +123,7 @@ async def _ask(
     visit: Visit, engine: Engine, grant: Grant, account: Account, ledger: Ledger
 ) -> tuple[str, Usage | None]:
     request = parse(json.dumps(visit.wish.body).encode(), Limits())
-    plan = make_plan(request, engine.card, await tokenize(request, engine), 0, Caller(visit.key))
+    plan = make_plan(request, engine.card, await tokenize(request, engine), 0, Caller(visit.key, line=visit.wish.line))
     if grant.reserve(plan.most_tokens) is not None:
         return "limited", None
     account.tokens.take(plan.most_tokens, ledger.now)

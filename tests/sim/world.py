@@ -20,7 +20,7 @@ from afterword.keys.ring import Ring
 from .ledger import Account, BrokenError, Ledger, ObservedEngine, require
 from .process import FakeProcess, Machine
 from .virtual import VirtualLoop, run
-from .visitors import Visit, key_digest, key_text, visit, wish
+from .visitors import Visit, greedy_wish, key_digest, key_text, visit, wish
 
 _LATE = 4.0  # seconds that a hang may take to be noticed beyond its limit: a pulse, ticks, a stall before it
 _SPINS = 600.0 + _LATE  # seconds, where no pass has been measured before
@@ -64,13 +64,16 @@ class World:
     def __init__(self, seed: int) -> None:
         random = self._random = Random(seed)
         self._crowd = seed % 8 == 0
+        self._greedy = seed % 8 == 6
         self._poison = random.choice((0, 0, 0.03, 0.1)) if not self._crowd else 0.0
         self._violent = random.random() < 0.7 and not self._crowd
         self._policy = _policy(random, self._crowd)
         shape = Open("sim", 64, random.randint(1, 5), 1, random.choice((4, 8, 32)), "f16", 0, False)
         shape = msgspec.structs.replace(shape, grid=random.choice((1, 4)), promise="exact")
         self._machine = Machine(Random(random.getrandbits(32)), shape, token_seconds=random.choice((0.002, 0.02, 1.0)))
-        if self._crowd:
+        if self._greedy:
+            shape = self._machine.shape = msgspec.structs.replace(shape, context=256)
+        if self._crowd or self._greedy:
             self._machine.token_seconds = 0.002
         self.unread = random.choice((1000, 16 * 2**20))  # bytes that may wait for a slow reader
         self._machine.load_seconds = random.choice((0.1, 1.0, 20.0))
@@ -78,7 +81,7 @@ class World:
         self._machine.told, self._machine.passed = self.ledger.note, self.ledger.passed
         self._visits: list[Visit] = []
         self._tasks: list[asyncio.Task[None]] = []
-        self._allowances = [_allowance(random, self._crowd) for _ in range(3)]
+        self._allowances = [_allowance(random, self._crowd or self._greedy) for _ in range(3)]
         self._accounts = [Account.of(allowance) for allowance in self._allowances]
 
     # ---- the course of things
@@ -150,7 +153,8 @@ class World:
 
     def _arrive(self, key: int | None = None) -> None:
         key = self._random.randrange(3) if key is None else key
-        one = Visit(len(self._visits), key_text(key), wish(self._random, self._crowd, self._poison), self.ledger.deaths)
+        wanted = greedy_wish(self._random) if self._greedy else wish(self._random, self._crowd, self._poison)
+        one = Visit(len(self._visits), key_text(key), wanted, self.ledger.deaths)
         self._visits.append(one)
         self._tasks.append(asyncio.create_task(visit(one, self._engine, self._ring, self._accounts[key], self.ledger)))
 
