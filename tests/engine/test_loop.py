@@ -354,3 +354,24 @@ def test_scores_that_are_kept_are_bounded_and_the_longest_unused_go_first(monkey
         loop.start(run, wanted)
         assert [token for step in finish(loop)[run] for token in step.scored] == scores(wanted)
     loop.check()
+
+
+def test_a_job_whose_reader_is_behind_gives_all_its_slots_to_what_waits_and_goes_on_later():
+    for grid in (1, 3):
+        loop = Loop(HistoryRunner(slots=2, chunk=4, grid=grid))
+        slow = job(prompt=(1, 2, 3), samples=2, max_tokens=8)
+        loop.start(0, slow)
+        steps = [loop.step() for _ in range(4)]
+        before = [[token.id for step in steps for at, token in step[0].sampled if at == sample] for sample in range(2)]
+        assert all(before)
+        loop.pause(0)
+        for run in (1, 2):
+            loop.start(run, job(prompt=(run, 5), max_tokens=6))
+        others = finish(loop)
+        assert [sampled(others[run], 0) for run in (1, 2)] == [
+            alone(job(prompt=(run, 5), max_tokens=6), 0) for run in (1, 2)
+        ]
+        loop.resume(0)
+        after = finish(loop)[0]
+        assert [before[sample] + sampled(after, sample) for sample in range(2)] == [alone(slow, at) for at in range(2)]
+        loop.check()

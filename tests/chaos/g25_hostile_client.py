@@ -1,0 +1,178 @@
+"""G25: one hostile client sends large texts, scores, answers and samples in turns; 20 good ones stream and score."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count, cycle
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+
+from afterword.engine.core.shares import Shares
+from oracle.tiny import write_tiny
+
+from . import ROOT
+from .client import Caller, Reply, late
+from .gate import Fault, Gate, Result, Trial
+from .server import Server
+
+GOOD, KEYS, HOSTILE = 20, ("good-0123456789", "well-0123456789"), "hostile-0123456789"
+ROUNDS = 3
+"""Quiet and hostile periods take turns, so that both meet what else the machine does; of each the median counts."""
+SETTLING = 2.0  # seconds in which what the hostile client has left behind ends, before a quiet period is measured
+CONTEXT = 1024
+_STREAM: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 16, "stream": True, "ignore_eos": True}
+_SCORE: dict[str, Any] = {"prompt": "Once upon a time there was a fox", "echo": True, "logprobs": 5, "max_tokens": 0}
+_IDS = [(7 * i) % 200 + 1 for i in range(CONTEXT - 24)]
+
+
+def hostile_requests() -> Iterator[tuple[str, Any]]:
+    """Paths and bodies: of each of the four kinds in turn, one after the other."""
+    texts = ["<|endoftext|>" * 190_000, "<" * 700_000, " " * 1_300_000, "ab" * 500_000]
+    for number in count():
+        text = texts[number % len(texts)]
+        yield "/tokenize", {"prompt": text}
+        yield "/v1/completions", {"prompt": text, "max_tokens": 1}
+        listed = [[*_IDS[: -(number % 7) - 1], index] for index in range(16)]
+        yield "/v1/completions", {"prompt": listed, "echo": True, "logprobs": 5, "max_tokens": 0}
+        yield "/v1/completions", {"prompt": _IDS, "n": 64, "prompt_logprobs": 20, "max_tokens": 1}
+        yield "/v1/completions", b'{"prompt": [' + b"[1]," * 2_000_000 + b"[1]]}"
+        yield "/detokenize", {"tokens": [1] * 2_000_000}
+        yield "/v1/completions", {"prompt": "So", "n": 16, "max_tokens": CONTEXT - 24, "ignore_eos": True}
+
+
+def run(trial: Trial) -> Result:
+    with tempfile.TemporaryDirectory() as folder:
+        second = write_tiny(Path(folder) / "second.gguf", vocabulary="spm")
+        results = {name: _beside(trial, model) for name, model in (("built-in", []), ("second", [str(second)]))}
+    figures: dict[str, int | float | str] = {}
+    for name, result in results.items():
+        figures |= {f"{name}: {each}": value for each, value in result.figures.items()}
+    return Result(all(result.passed for result in results.values()), figures)
+
+
+def _beside(trial: Trial, model: list[str]) -> Result:
+    keys = [word for key in (*KEYS, HOSTILE) for word in ("--api-key", key)]
+    size = trial.size / 2 / ROUNDS  # seconds of each period, for each of two models
+    with trial.serve(*model, "--parallel", "8", "--context", str(CONTEXT), *keys) as server:
+        engine, quiet, hostile, requests = server.engine().pid, [], [], 0
+        for number in range(ROUNDS):
+            trial.say(f"G25 {number}")
+            asyncio.run(_ask_well(server, SETTLING))
+            quiet.append(asyncio.run(_ask_well(server, size)))
+            with _hostile_client(server) as sent:
+                hostile.append(asyncio.run(_ask_well(server, size)))
+            requests += sent[0]
+        replaced = server.engine().pid != engine
+    failed = sum(times.count(None) for times in quiet + hostile)
+    before, during = (median(late(times) for times in periods) for periods in (quiet, hostile))
+    figures = {
+        "answers": sum(len(times) for times in quiet + hostile),
+        "failed": failed,
+        "hostile requests": requests,
+        "engines replaced": int(replaced),
+        "p99 to first token ms": f"{before * 1000:.0f}, then {during * 1000:.0f}",
+    }
+    soon = during <= max(2 * before, before + 0.1)  # where tokens come in milliseconds, a burst doubles them
+    return Result(not failed and not replaced and requests > 0 and soon, figures)
+
+
+async def _ask_well(server: Server, seconds: float) -> list[float | None]:
+    """Seconds to the first token of every answer of the good clients, streamed and scored by turns; None: it failed."""
+    times: list[float | None] = []
+    end = time.monotonic() + seconds
+
+    async def ask(number: int) -> None:
+        caller = Caller(server.with_key(KEYS[number % len(KEYS)]))
+        for body in cycle((_STREAM, _SCORE)):
+            if time.monotonic() >= end:
+                break
+            reply = await caller.ask(body)
+            times.append(reply.first if _whole(reply, body) else None)
+        caller.leave()
+
+    await asyncio.gather(*(ask(number) for number in range(GOOD)))
+    return times
+
+
+def _whole(reply: Reply, body: dict[str, Any]) -> bool:
+    return reply.status == 200 and ("stream" not in body or reply.events()[-1] == "[DONE]")
+
+
+@contextmanager
+def _hostile_client(server: Server) -> Iterator[list[int]]:
+    """The hostile client until the end; then how many requests it sent. Its process yields to others."""
+    command = ["nice", "-n", "19", sys.executable, "-m", "tests.chaos.g25_hostile_client", server.url]
+    sent = [0]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # it has begun
+        yield sent
+        told, _ = process.communicate("stop\n")
+        sent[0] = int(told)
+
+
+def be_hostile(port: int) -> None:
+    """Until a line comes in. Three requests are under way at a time; two of three are abandoned after a second."""
+
+    async def ask(requests: Iterator[tuple[str, bytes]], patience: float) -> None:
+        for path, body in requests:
+            head = (
+                f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAuthorization: Bearer {HOSTILE}\r\n"
+                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+            )
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(head.encode() + body)
+            sent[0] += 1
+            try:
+                async with asyncio.timeout(patience):
+                    while await reader.read(2**16):
+                        pass
+            except (TimeoutError, OSError):
+                pass
+            writer.transport.abort()
+
+    async def ask_all() -> None:
+        encoded = (
+            (path, body if isinstance(body, bytes) else json.dumps(body).encode()) for path, body in hostile_requests()
+        )
+        tasks = [asyncio.create_task(ask(encoded, patience)) for patience in (1.0, 1.0, 10.0)]
+        while not sent[0]:
+            await asyncio.sleep(0.01)
+        print("begun", flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    sent = [0]
+    asyncio.run(ask_all())
+    print(sent[0])
+
+
+def keep_every_slot(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Shares, "uneven", lambda *_: False)
+
+
+GATE = Gate(
+    name="G25",
+    goal=f"one hostile client does not reach {GOOD} that stream and score: none fails, their first tokens come as soon",
+    unit="seconds",
+    commit=24,
+    nightly=120,
+    run=run,
+    fault=Fault("a client keeps every sequence", "engine", keep_every_slot),
+    planted=24,
+)
+
+if __name__ == "__main__":
+    be_hostile(int(sys.argv[1].rpartition(":")[2]))
