@@ -144,7 +144,7 @@ class Visit:
             "code": self.code,
             "finish": [self.finish[index] for index in sorted(self.finish)],
             "prompt_tokens": used.prompt,
-            "completion_tokens": used.completion,
+            "generated_tokens": used.completion,
             "cached_tokens": used.cached,
             "first_ms": self._since(self.first),
             "total_ms": self._since(time.monotonic()),

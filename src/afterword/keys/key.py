@@ -49,7 +49,8 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Used:
-    """Tokens that a request has used. Those of the prompt that were in the cache are counted in `prompt` too."""
+    """Tokens that a request has used. `prompt` counts those that were in the cache too, `completion` all that were
+    generated, in the answer's text or not."""
 
     prompt: int = 0
     completion: int = 0
