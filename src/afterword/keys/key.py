@@ -81,7 +81,7 @@ def given_keys(texts: tuple[str, ...], file: Path | None) -> tuple[Key, ...]:
     lines: list[str] = []
     if file is not None:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise SettingError(f"--api-key-file {file}: it cannot be read ({error}).") from None
     listed = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
