@@ -100,31 +100,35 @@ def test_refusals_are_logged_with_their_code_and_our_name_of_the_route(logged, l
 
 
 @pytest.mark.parametrize(
-    ("limits", "calls", "code"),
+    ("limits", "code"),
     [
-        ({"requests": 1}, 2, "rate_limit_exceeded"),
-        ({"tokens": 5}, 1, "rate_limit_exceeded"),
-        ({"quota": 5}, 1, "insufficient_quota"),
+        ({"requests": 1}, "rate_limit_exceeded"),
+        ({"tokens": 5}, "rate_limit_exceeded"),
+        ({"quota": 5}, "insufficient_quota"),
     ],
     ids=str,
 )
-def test_who_has_reached_a_limit_is_logged_with_key_and_route(logged, line_of, store, limits, calls, code):
+def test_who_has_reached_a_limit_is_logged_with_key_and_route(logged, line_of, store, limits, code):
     key, text = store.create(allowance=Allowance(**limits))
     headers = {"Authorization": f"Bearer {text}"}
     wait_until(lambda: line_of(logged.get("/nope", headers=headers).headers["x-request-id"])["key"] == key.id)
-    answers = [logged.post("/v1/completions", json={"prompt": "Once"}, headers=headers) for _ in range(calls)]
+    answers = [logged.post("/v1/completions", json={"prompt": "Once"}, headers=headers) for _ in range(2)]
     line = line_of(answers[-1].headers["x-request-id"])
     assert (line["status"], line["code"], line["key"], line["route"]) == (429, code, key.id, "/v1/completions")
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "route"),
-    [("GET", "/nope", None), ("GET", "/v1/models/x", "/v1/models/{model:path}"), ("POST", "/ready", "/ready")],
+    ("asked", "route"),
+    [
+        (("GET", "/nope"), None),
+        (("GET", "/v1/models/x"), "/v1/models/{model:path}"),
+        (("POST", "/ready"), "/ready"),
+    ],
 )
-def test_what_is_not_there_is_logged_with_the_key(logged, line_of, store, method, path, route):
-    line = line_of(logged.request(method, path).headers["x-request-id"])
+def test_what_is_not_there_is_logged_with_the_key(logged, line_of, store, asked, route):
+    line = line_of(logged.request(*asked).headers["x-request-id"])
     assert (line["key"], line["route"]) == (store.all()[0].id, route)
-    stranger = line_of(logged.request(method, path, headers={"Authorization": "Bearer x"}).headers["x-request-id"])
+    stranger = line_of(logged.request(*asked, headers={"Authorization": "Bearer x"}).headers["x-request-id"])
     assert stranger["key"] is None
 
 

@@ -196,7 +196,13 @@ def test_a_page_that_may_not_ask_is_not_allowed_to_by_its_headers() -> None:
 @pytest.mark.parametrize(
     "origin",
     [
-        *("https://mine.example/", "https://Mine.example", "mine.example", "https://mine.example/page", "localhost:3000"),
+        *(
+            "https://mine.example/",
+            "https://Mine.example",
+            "mine.example",
+            "https://mine.example/page",
+            "localhost:3000",
+        ),
         *("https://mine.example:443", "http://mine.example:80", "https://", "https://a b", "https://x:0", "", "**"),
     ],
 )

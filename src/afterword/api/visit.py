@@ -29,7 +29,7 @@ _encode = msgspec.json.Encoder().encode  # escapes control characters
 class Visit:
     """One request. Made by `gate.Labelled`, filled by whoever answers it; the request's own task owns it.
 
-    `account` is the id of the caller's key, if it opens the server, also where nothing was granted. `inside`: a row of a
+    `account` is the id of the caller's key if it opens the server, also where nothing was granted. `inside`: a row of a
     batch, for which nobody waits. `began`, `begun`, when anything of it was computed, and `first`, when the first of an
     answer was there, are monotonic seconds. `n` and `choices` are the plan's. `status` stays 499
     if the caller has left before the answer began. `error` is the type of the error that was told, `code` its code;

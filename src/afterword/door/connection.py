@@ -37,7 +37,7 @@ _BODIES = ("body", "upload")
 _OF_UPGRADES = (b"upgrade", b"http2-settings")
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"  # which clients skip, however often it comes before the answer
 _ZERO = b"0"  # before the size of the next chunk, which it does not change
-_PROBED = 0.1  # seconds until the system of a client that has left has answered a probe
+_PROBED = (0.005, 0.2)  # seconds after which the system of a client that has left, near or far, has answered a probe
 
 
 @dataclass(slots=True)
@@ -108,7 +108,8 @@ class Connection(HttpToolsProtocol):
             self.transport.write(_ZERO)
         cycle.keep_alive = False
         self._half_closed = True
-        self.loop.call_later(_PROBED, self._check_left)
+        for seconds in _PROBED:
+            self.loop.call_later(seconds, self._check_left)
         return True
 
     def data_received(self, data: bytes) -> None:
