@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from afterword.cli import main
+from afterword.cli.ask import events
 
 STORY = ("complete", "Once upon a time", "--max-tokens", "12", "--seed", "7")
 
@@ -84,6 +85,26 @@ def saying(status: int, body: bytes) -> Iterator[str]:
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
+
+
+SEPARATORS = "\u2028\u2029\u0085\u000b\u000c\u001c\u001d\u001e"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("text", [f"a{letter}b" for letter in SEPARATORS] + [SEPARATORS, "a\rb"], ids=ascii)
+def test_only_the_ends_of_lines_end_an_event(end, text):
+    told = json.dumps({"choices": [{"text": text}]}, ensure_ascii=False)
+    body = f": a comment{end}data: {told}{end}{end}data:{told}{end}{end}data: [DONE]{end}{end}".encode()
+    with saying(200, body) as url:
+        result = afterword(*STORY, "--url", url)
+    assert (result.exit_code, result.stdout_bytes.decode()) == (0, text * 2 + "\n")
+
+
+def test_events_are_whole_however_they_are_cut():
+    body = 'data: {"a":"\u2028é"}\r\n\r\ndata:1\n\nevent: x\ndata: broken off'.encode()
+    for size in range(1, len(body)):
+        parts = [body[at : at + size] for at in range(0, len(body), size)]
+        assert [*events(parts)] == ['{"a":"\u2028é"}'.encode(), b"1"]
 
 
 @pytest.mark.parametrize(

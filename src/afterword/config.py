@@ -16,6 +16,9 @@ from afterword.engine.protocol import Promise
 from afterword.errors import SettingError
 from afterword.keys.key import Key
 
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[1-9][0-9]{0,4})?")
+_OWN_PORT = re.compile(r"http://.*:80|https://.*:443")
+
 SMALL_MODEL = 64 * 2**20
 """Weights below this many bytes are computed by one thread: with more, waiting costs more than computing."""
 
@@ -138,6 +141,12 @@ class Config:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.metrics_prefix):
             raise SettingError(f"--metrics-prefix {self.metrics_prefix}: letters, digits and _, no digit first.")
+        for origin in self.cors_origins:
+            if not _ORIGIN.fullmatch(origin) or _OWN_PORT.fullmatch(origin):
+                raise SettingError(
+                    f"--cors-origin {origin}: write SCHEME://HOST or SCHEME://HOST:PORT as browsers do, in lower case, "
+                    "without a path and without the scheme's own port, such as https://pages.example.org; or *."
+                )
         if not self.guarded and not self.allow_open and not is_loopback(self.host):
             raise SettingError(
                 f"--host {self.host} can be reached from other machines and there are no API keys. Give --keys or "

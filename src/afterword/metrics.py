@@ -38,7 +38,7 @@ class Answer(msgspec.Struct, frozen=True):
     """What became of a completion that was handed to an engine.
 
     Of `choices` those in `reasons` were ended. `begun` and `first`, when anything of it was computed and when the first
-    of the answer was there, are seconds after the request came. Tokens are those of `usage`.
+    of the answer was there, are seconds after the request came. `generated_tokens` are in the text or not.
     """
 
     model: str
@@ -253,7 +253,7 @@ _OF_REQUESTS: dict[str, tuple[str, Callable[[_Requests], Histogram]]] = {
     "time_to_first_token_seconds": ("From a request's head to the first of its answer.", lambda each: each.first),
     "e2e_request_latency_seconds": ("From a request's head to the end of its answer.", lambda each: each.whole),
     "request_prompt_tokens": ("prompt_tokens of whole answers.", lambda each: each.prompt_tokens),
-    "request_generation_tokens": ("completion_tokens of whole answers.", lambda each: each.generated_tokens),
+    "request_generation_tokens": ("Tokens generated for whole answers.", lambda each: each.generated_tokens),
     "request_params_n": ("n of whole answers.", lambda each: each.n),
 }
 _GAUGES: dict[str, tuple[str, Callable[[EngineFigures], float | None]]] = {

@@ -135,10 +135,10 @@ def test_what_an_answer_did_not_use_can_be_used_again(client):
     http = client(tokens=1000)
     first = ask(http, max_tokens=900, stop=" ")
     used = first.json()["usage"]["total_tokens"]
-    assert used < 100
+    most = used + 50  # and what was generated until the engine heard of the stop
     assert first.headers["x-ratelimit-limit-tokens"] == "1000"
     assert int(first.headers["x-ratelimit-remaining-tokens"]) < 1000 - used
-    assert int(http.get("/version").headers["x-ratelimit-remaining-tokens"]) >= 1000 - used
+    assert int(http.get("/version").headers["x-ratelimit-remaining-tokens"]) >= 1000 - most
 
 
 def test_every_sample_of_every_prompt_counts(client):
@@ -232,6 +232,23 @@ def test_a_quota_and_the_usage_survive_a_killed_server(serve, tmp_path):
     assert usage(store, "--user", "bob") == []
     with serve(*arguments, key=None) as server, server.http(text) as http:
         assert problem(ask(http, max_tokens=55), 429)["code"] == "insufficient_quota"
+
+
+def test_what_a_stop_string_cuts_off_is_charged(keyed, store, client):
+    http = client(quota=10_000)
+    letter = http.post("/tokenize", json={"prompt": "a"}).json()["tokens"][-1]
+    body = {"prompt": "b", "max_tokens": 40, "n": 2, "logit_bias": {str(letter): 100}, "stop": "a" * 30}
+    used = complete(http, **body)["usage"]
+    assert used["completion_tokens"] == 0
+    name = http.headers["authorization"].split("_")[1]
+    charged = used["prompt_tokens"] + 2 * 30
+
+    def spent() -> int:
+        return next(key.spent for key in store.all() if key.id == name)
+
+    wait_until(lambda: charged <= spent() <= used["prompt_tokens"] + 2 * 40)
+    (row,) = [row for row in usage(store, "--by", "key") if row["key"] == name]
+    assert row["prompt"] + row["completion"] == spent()
 
 
 @contextmanager

@@ -13,11 +13,12 @@ import httpx
 import pytest
 from asking import complete, stream, wait_until
 
+from afterword.keys.key import Allowance
 from afterword.keys.store import Store
 
 FIELDS = {
     *("time", "id", "peer", "key", "user", "route", "model", "status", "code", "finish"),
-    *("prompt_tokens", "completion_tokens", "cached_tokens", "first_ms", "total_ms"),
+    *("prompt_tokens", "generated_tokens", "cached_tokens", "first_ms", "total_ms"),
 }
 Line = dict[str, Any]
 
@@ -70,7 +71,7 @@ def test_a_line_says_who_asked_what_kind_and_how_it_went(logged, line_of, store)
     assert (line["status"], line["code"]) == (200, None)
     assert line["finish"] == [choice["finish_reason"] for choice in answer["choices"]]
     assert line["prompt_tokens"] == answer["usage"]["prompt_tokens"]
-    assert line["completion_tokens"] == answer["usage"]["completion_tokens"]
+    assert line["generated_tokens"] >= answer["usage"]["completion_tokens"]
     assert 0 < line["first_ms"] <= line["total_ms"]
 
 
@@ -98,6 +99,39 @@ def test_refusals_are_logged_with_their_code_and_our_name_of_the_route(logged, l
     assert (line["finish"], line["first_ms"]) == ([], None)
 
 
+@pytest.mark.parametrize(
+    ("limits", "code"),
+    [
+        ({"requests": 1}, "rate_limit_exceeded"),
+        ({"tokens": 5}, "rate_limit_exceeded"),
+        ({"quota": 5}, "insufficient_quota"),
+    ],
+    ids=str,
+)
+def test_who_has_reached_a_limit_is_logged_with_key_and_route(logged, line_of, store, limits, code):
+    key, text = store.create(allowance=Allowance(**limits))
+    headers = {"Authorization": f"Bearer {text}"}
+    wait_until(lambda: line_of(logged.get("/nope", headers=headers).headers["x-request-id"])["key"] == key.id)
+    answers = [logged.post("/v1/completions", json={"prompt": "Once"}, headers=headers) for _ in range(2)]
+    line = line_of(answers[-1].headers["x-request-id"])
+    assert (line["status"], line["code"], line["key"], line["route"]) == (429, code, key.id, "/v1/completions")
+
+
+@pytest.mark.parametrize(
+    ("asked", "route"),
+    [
+        (("GET", "/nope"), None),
+        (("GET", "/v1/models/x"), "/v1/models/{model:path}"),
+        (("POST", "/ready"), "/ready"),
+    ],
+)
+def test_what_is_not_there_is_logged_with_the_key(logged, line_of, store, asked, route):
+    line = line_of(logged.request(*asked).headers["x-request-id"])
+    assert (line["key"], line["route"]) == (store.all()[0].id, route)
+    stranger = line_of(logged.request(*asked, headers={"Authorization": "Bearer x"}).headers["x-request-id"])
+    assert stranger["key"] is None
+
+
 def test_a_wrong_key_is_logged_without_it(logged, line_of):
     response = logged.get("/version", headers={"Authorization": "Bearer wrong-key"})
     line = line_of(response.headers["x-request-id"])
@@ -110,7 +144,7 @@ def test_who_leaves_is_logged_with_what_was_computed(logged, line_of, endless):
         next(answer.iter_lines())
     line = line_of(answer.headers["x-request-id"])
     assert (line["status"], line["prompt_tokens"]) == (200, 1)
-    assert 0 < line["completion_tokens"] < 8 * 1900
+    assert 0 < line["generated_tokens"] < 8 * 1900
     assert len(line["finish"]) < 8
 
 

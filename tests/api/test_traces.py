@@ -66,7 +66,7 @@ def test_a_span_says_what_was_asked_of_which_model_and_how_it_ended(stream):
         "gen_ai.request.choice.count": 2,
         "gen_ai.response.finish_reasons": ("stop", "stop"),
         "gen_ai.usage.input_tokens": 3,
-        "gen_ai.usage.output_tokens": 2,
+        "gen_ai.usage.output_tokens": 4,  # with the end tokens
         "gen_ai.usage.cache_read.input_tokens": 0,
     }
     assert [event.name for event in span.events] == ["afterword.begun", "afterword.first_token"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from afterword.completion.fields import StreamOptions
 from afterword.completion.limits import STRICT, Limits
-from afterword.completion.request import EXTENSIONS, FIELDS, Request, parse
+from afterword.completion.request import EXTENSIONS, FIELDS, LENGTHS, Request, parse
 from afterword.errors import RequestError
 
 LIMITS = Limits()
@@ -307,6 +307,27 @@ def test_options_of_a_stream_are_known_booleans() -> None:
 def test_an_unknown_field_is_refused_by_name_before_anything_else(name: str) -> None:
     error = refused({"n": "many", name: None})
     assert (error.message, error.param) == (f"Unrecognized request argument supplied: {name}", name)
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+@pytest.mark.parametrize("ignore", [False, True])
+def test_a_length_by_another_name_is_refused_and_never_ignored(name: str, ignore: bool) -> None:
+    first, dot, last = name.partition(".")
+    body = {"prompt": "a", first: {last: 8, "seed": 1} if dot else 8}
+    with pytest.raises(RequestError, match="'max_tokens'" if ignore or not dot else "options") as caught:
+        parse(json.dumps(body).encode(), replace(LIMITS, ignore_unknown=ignore))
+    assert caught.value.param == (name if ignore else first)
+    assert caught.value.code == "unknown_parameter"
+
+
+def test_a_length_that_max_tokens_says_too_is_ignored_like_other_fields() -> None:
+    ignoring = replace(LIMITS, ignore_unknown=True)
+    for more in ({"n_predict": 8}, {"options": {"num_predict": 8}}, {"max_new_tokens": None}, {"options": {}}):
+        request = parse(json.dumps({"prompt": "a", "max_tokens": 8, **more}).encode(), ignoring)
+        assert (request.max_tokens, request.ignored) == (8, (*more,))
+    for other in (9, "8", [8]):
+        with pytest.raises(RequestError):
+            parse(json.dumps({"prompt": "a", "max_tokens": 8, "n_predict": other}).encode(), ignoring)
 
 
 # ---- fields that must agree

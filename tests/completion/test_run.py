@@ -338,9 +338,39 @@ async def aenumerate(items: AsyncIterator[Any]) -> AsyncIterator[tuple[int, Any]
         yield count, item
 
 
-def test_a_whole_answer_costs_its_usage() -> None:
-    answer = ask(says("Hello world", "Hello"), prompt=("a", "bc"), n=2)
-    assert told(ScriptedEngine(says("Hello world", "Hello")), prompt=("a", "bc"), n=2) == [answer.items[-1]]
+def test_a_whole_answer_of_its_whole_length_costs_its_usage() -> None:
+    fields: dict[str, Any] = {"prompt": ("a", "bc"), "n": 2, "max_tokens": 2}
+    answer = ask(says("Hello world cat", "Hello world"), **fields)
+    assert told(ScriptedEngine(says("Hello world cat", "Hello world")), **fields) == [answer.items[-1]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "used", "generated"),
+    [
+        ({"prompt": ("a",)}, 5, 6),  # the end token
+        ({"prompt": ("a",), "stop": ("Hello world the cat",)}, 0, 4),  # all of the text
+        ({"prompt": ("a",), "stop": (" the",)}, 2, 3),
+        ({"prompt": ("a",), "stop": (" sat?",)}, 5, 6),  # held back, then shown
+        ({"prompt": ("a", "b"), "stop": ("Hello world",), "n": 2}, 0, 8),
+        ({"prompt": ("a",), "stop": ("Hello world",), "best_of": 3, "n": 1}, 0, 6),  # candidates that are not given
+        ({"prompt": ("a",), "max_tokens": 0, "echo": True, "logprobs": 0}, 0, 0),
+    ],
+    ids=str,
+)
+def test_all_that_was_generated_is_charged_and_the_usage_is_of_the_text(
+    fields: dict[str, Any], used: int, generated: int
+) -> None:
+    script = says(*["Hello world the cat sat"] * 3)
+    assert ask(script, **fields).usage[1] == used
+    (account,) = told(ScriptedEngine(script), **fields)
+    assert account.completion_tokens == generated
+
+
+def test_samples_that_are_dropped_late_are_charged_to_their_end() -> None:
+    engine = ScriptedEngine(says("Hello world the cat sat"), hasty=True)  # it goes on until it hears of the drop
+    (account,) = told(engine, prompt=("a",), stop=("Hello",))
+    assert account.completion_tokens > 1
+    assert ask(says("Hello world the cat sat"), prompt=("a",), stop=("Hello",)).usage == (1, 0)
 
 
 @pytest.mark.parametrize("fields", [{"n": 2}, {"n": 1, "best_of": 2}], ids=str)

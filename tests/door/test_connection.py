@@ -55,6 +55,96 @@ def test_an_offer_to_upgrade_is_declined_and_the_body_read() -> None:
         assert run(scenario(size)).statuses == [200, 200]
 
 
+@pytest.mark.parametrize(
+    "connection",
+    [
+        ["Connection: close, Upgrade"],
+        ["Connection: Upgrade, Close"],
+        ["connection: upgrade", "Connection: close"],
+        ["Connection:Upgrade,HTTP2-Settings ,\tclose"],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [None, 1])
+def test_an_offer_to_upgrade_keeps_the_wish_to_close(connection: list[str], size: int | None) -> None:
+    async def scenario() -> Visitor:
+        visitor = Hall().visitor()
+        await visitor.say(post(b'{"prompt":"a"}', *connection, "Upgrade: h2c"), size)
+        return visitor
+
+    visitor = run(scenario())
+    assert (visitor.statuses, visitor.gone) == ([200], True)
+    assert b"connection: close\r\n" in visitor.wire.told
+
+
+def old(request: bytes) -> bytes:
+    """The same in HTTP/1.0."""
+    return request.replace(b" HTTP/1.1\r\n", b" HTTP/1.0\r\n", 1)
+
+
+STREAM = b'{"prompt":"a","max_tokens":8,"stream":true}'
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [[], ["Connection: keep-alive"], ["Connection: Upgrade", "Upgrade: h2c"], ["Expect: 100-continue"]],
+    ids=str,
+)
+def test_a_stream_to_a_client_of_http_1_0_has_no_chunks_and_ends_with_the_connection(headers: list[str]) -> None:
+    async def scenario() -> Visitor:
+        visitor = Hall().visitor()
+        await visitor.say(old(post(STREAM, *headers)))
+        return visitor
+
+    visitor = run(scenario())
+    head, _, body = bytes(visitor.wire.told).partition(b"\r\n\r\n")
+    assert (visitor.statuses, visitor.gone) == ([200], True)
+    assert b"transfer-encoding" not in head
+    assert b"connection: close" in head
+    assert body.startswith(b"data: {")
+    assert body.endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("parts", [[b"all"], [b"all ", b"", b"of it"], [b""]], ids=str)
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_an_answer_without_a_length_ends_with_the_connection_in_http_1_0(parts: list[bytes], method: str) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for part in parts:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body"})
+
+    async def scenario() -> Visitor:
+        visitor = Hall(app=app).visitor()
+        await visitor.say(old(get("/", method=method)))
+        return visitor
+
+    visitor = run(scenario())
+    head, _, body = bytes(visitor.wire.told).partition(b"\r\n\r\n")
+    assert visitor.gone
+    assert b"transfer-encoding" not in head
+    assert body == (b"" if method == "HEAD" else b"".join(parts))
+
+
+def test_an_answer_with_a_length_has_it_in_http_1_0_too() -> None:
+    async def scenario() -> Visitor:
+        visitor = Hall().visitor()
+        await visitor.say(old(ASK))
+        return visitor
+
+    head, _, body = bytes(run(scenario()).wire.told).partition(b"\r\n\r\n")
+    assert b"content-length: %d\r\n" % len(body) in head
+    assert json.loads(body)["object"] == "text_completion"
+
+
+def test_a_stream_asks_proxies_not_to_hold_it_back() -> None:
+    async def scenario(body: bytes) -> bytes:
+        return await Hall().visitor().say(post(body))
+
+    assert b"x-accel-buffering: no\r\n" in run(scenario(STREAM))
+    assert b"x-accel-buffering" not in run(scenario(b'{"prompt":"a"}'))
+
+
 def test_who_expects_100_is_told_to_continue() -> None:
     async def scenario() -> bytes:
         visitor = Hall().visitor()
@@ -95,10 +185,10 @@ def test_who_says_nothing_at_all_is_let_go_without_a_word() -> None:
 
 @pytest.mark.parametrize("blank", [b"", b"\r\n"])
 def test_between_requests_there_is_time_but_a_blank_line_begins_the_next(blank: bytes) -> None:
-    visitor = slowly([(ASK, 25), (blank, 4), (blank, 4)])
+    visitor = slowly([(ASK, 125), (blank, 4), (blank, 4)])
     assert visitor.gone is (not blank)
     assert visitor.statuses == [200]
-    assert slowly([(ASK, 25), (b"\r\n", 12)]).statuses == [200, 408]
+    assert slowly([(ASK, 125), (b"\r\n", 12)]).statuses == [200, 408]
 
 
 def test_a_body_must_keep_a_rate_after_a_grace() -> None:

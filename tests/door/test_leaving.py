@@ -26,9 +26,9 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 # ---- what it says
 
 
-def told(path: str, engine: Engine | Roster, body: bytes | None = None) -> tuple[int, Any, bytes]:
+def told(path: str, engine: Engine | Roster, body: bytes | None = None, keys: bool = True) -> tuple[int, Any, bytes]:
     async def scenario() -> tuple[int, Any, bytes]:
-        visitor = Hall(application(engine)).visitor()
+        visitor = Hall(application(engine, keys)).visitor()
         await visitor.say(get(path) if body is None else post(body, path=path))
         head, _, content = bytes(visitor.wire.told).partition(b"\r\n\r\n")
         return visitor.statuses[0], json.loads(content), head
@@ -78,9 +78,19 @@ def test_a_server_of_several_is_ready_while_one_can_answer(states: tuple[str, st
     models = roster(*(Engine(scripted.says("Hello"), state=state) for state in states))
     assert Life().state(models) == shown
     assert told("/health", models)[0] == health
-    status, said, _ = told("/ready", models)
+    status, said, _ = told("/ready", models, keys=False)
     assert (status == 200) is (shown == "ready")
     assert [model["status"] for model in said["models"]] == list(states)
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_where_keys_are_asked_for_no_names_are_told_without_one(path: str, count: int) -> None:
+    models = roster(*(Engine(scripted.says("Hello")) for _ in range(count)))
+    status, said, _ = told(path, models)
+    assert (status, "scripted" in str(said)) == (200, False)
+    assert said["status"] in ("ok", "ready")
+    assert str(told(path, models, keys=False)[1]).count("scripted") == count
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/tokenize", "/detokenize"])
@@ -192,6 +202,90 @@ def test_for_a_while_it_goes_on_as_if_nothing_were_but_keeps_no_connection() -> 
     play(scenario())
 
 
+# ---- who ends its sending, and who leaves
+
+
+class Reading:
+    """An application that reads the request, sends the head of its answer if it is `begun`, and waits for its cue.
+
+    `left`: it was told that its client has left.
+    """
+
+    def __init__(self, begun: bool) -> None:
+        self.came, self.cue, self.left = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._begun = begun
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        start = {"type": "http.response.start", "status": 200, "headers": []}
+        if self._begun:
+            await send(start)
+        self.came.set()
+        gone, cue = asyncio.create_task(receive()), asyncio.create_task(self.cue.wait())
+        await asyncio.wait((gone, cue), return_when=asyncio.FIRST_COMPLETED)
+        if gone.done() and gone.result()["type"] == "http.disconnect":
+            self.left.set()
+        for task in (gone, cue):
+            task.cancel()
+        if not self._begun:
+            await send(start)
+        await send({"type": "http.response.body", "body": b"all of it"})
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("request_", [get("/"), post(b"{}")], ids=["GET", "POST"])
+def test_a_client_that_ends_its_sending_gets_its_answer(begun: bool, request_: bytes) -> None:
+    async def scenario() -> None:
+        app = Reading(begun)
+        async with house(app) as (door, port):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(request_)
+            await app.came.wait()
+            writer.write_eof()
+            await asyncio.sleep(0.3)  # time enough to be taken for one that has left
+            for connection in door._connections():
+                connection.check(door._doorway.clock())
+            app.cue.set()
+            told = await rest((reader, writer))
+        assert not app.left.is_set()
+        assert b"all of it" in told
+        assert b"connection: close" in told or begun
+
+    play(scenario())
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["whole", "stream"])
+def test_a_client_that_leaves_is_noticed_while_its_answer_is_made(begun: bool) -> None:
+    async def scenario() -> None:
+        app = Reading(begun)
+        async with house(app) as (_, port):
+            with socket.create_connection(("127.0.0.1", port)) as client:
+                await asyncio.get_running_loop().run_in_executor(None, client.sendall, get("/"))
+                await app.came.wait()
+                if begun:
+                    await asyncio.get_running_loop().run_in_executor(None, client.recv, 2**16)
+            await app.left.wait()
+
+    play(scenario())
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"", get("/")[:20], post(b"{}")[:-1], get("/").replace(b"HTTP/1.1", b"HTTP/1.0")],
+    ids=["nothing", "half a head", "half a body", "HTTP/1.0"],
+)
+def test_a_client_that_ends_its_sending_without_a_whole_request_is_let_go(sent: bytes) -> None:
+    async def scenario() -> None:
+        async with house(Reading(False)) as (_, port):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(sent)
+            writer.write_eof()
+            assert await rest((reader, writer)) == b""
+
+    play(scenario())
+
+
 @pytest.mark.parametrize("hurries", [False, True], ids=["too late", "hurried"])
 def test_what_does_not_end_in_time_is_left_to_the_engine(hurries: bool) -> None:
     async def scenario() -> None:
@@ -230,6 +324,35 @@ def test_the_first_signal_asks_and_the_second_insists() -> None:
             assert heard == ["first"]
 
     play(scenario())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_hangup_asks_as_politely_as_sigterm(number: signal.Signals) -> None:
+    async def scenario() -> None:
+        with Told(lambda: None) as signals:
+            signal.raise_signal(number)
+            await signals.first.wait()
+            assert (signals.person, signals.again.is_set()) == (False, False)
+            signal.raise_signal(number)
+            await signals.again.wait()
+
+    play(scenario())
+
+
+def test_a_hangup_that_is_ignored_stays_so() -> None:
+    async def scenario() -> None:
+        with Told(lambda: None) as signals:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGTERM)
+            await signals.first.wait()
+            await asyncio.sleep(0)
+            assert not signals.again.is_set()
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup starts it
+    try:
+        play(scenario())
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_ends_what_was_to_be_waited_for() -> None:

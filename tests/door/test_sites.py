@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from wire import Hall, application, get
 
 from afterword.api.app import GUARDED, OPEN
+from afterword.config import Config
+from afterword.engine.roster import Offer, Roster
+from afterword.errors import SettingError
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 PATHS = [route.path.replace("{model:path}", "some/model") for route in (*GUARDED, *OPEN)]
@@ -129,3 +133,104 @@ def test_without_keys_a_foreign_page_changes_nothing() -> None:
 
 def test_with_keys_any_page_that_has_one_may() -> None:
     assert 403 not in origins("https://evil.example", "null")
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("path", ["/tokenizer_info?model=m", "/tokenizer_info", "/v1/models/m", "/ready", "/metrics"])
+def test_no_get_loads_a_model_without_a_key(method: str, path: str) -> None:
+    """What any page can have a browser send: an image, a link, a frame."""
+    make = Mock(side_effect=SettingError("It would have been loaded."))
+
+    async def scenario(keys: bool) -> bytes:
+        models = Roster([Offer("m", 0, make)], keep_alive=60)
+        told = await Hall(application(models, keys=keys)).visitor().say(get(path, method=method))
+        await models.close()
+        return told
+
+    told = asyncio.run(scenario(keys=False))
+    assert not make.called
+    if path.startswith("/tokenizer_info"):
+        assert b" 503 " in told
+        assert method == "HEAD" or b"POST /tokenize" in told
+        asyncio.run(scenario(keys=True))
+        assert make.called
+
+
+# ---- what a page may send
+
+
+def headers_of(told: bytes) -> dict[str, str]:
+    lines = told.partition(b"\r\n\r\n")[0].decode().split("\r\n")[1:]
+    return {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+
+
+def preflight(origin: str, wanted: str, **settings: Any) -> dict[str, str]:
+    asked = (f"Origin: {origin}", "Access-Control-Request-Method: POST", f"Access-Control-Request-Headers: {wanted}")
+
+    async def scenario() -> bytes:
+        return await Hall(application(**settings)).visitor().say(get("/v1/completions", *asked, method="OPTIONS"))
+
+    return headers_of(asyncio.run(scenario()))
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        "authorization,content-type",
+        "openai-organization,openai-project,x-request-id,x-title,cache-control",
+        "x-stainless-arch,x-stainless-lang,x-stainless-os,x-stainless-retry-count,x-stainless-timeout",
+    ],
+)
+def test_a_page_that_may_ask_may_send_any_header(wanted: str) -> None:
+    for settings in ({}, {"keys": False}, {"keys": False, "cors_origins": ("https://mine.example",)}):
+        origin = "https://mine.example" if settings.get("cors_origins") else "http://localhost:3000"
+        told = preflight(origin, wanted, **settings)
+        assert told["access-control-allow-headers"] == wanted
+        assert told["access-control-allow-origin"] in ("*", origin)
+
+
+def test_a_page_that_may_not_ask_is_not_allowed_to_by_its_headers() -> None:
+    assert "access-control-allow-origin" not in preflight("https://evil.example", "x-title", keys=False)
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        *(
+            "https://mine.example/",
+            "https://Mine.example",
+            "mine.example",
+            "https://mine.example/page",
+            "localhost:3000",
+        ),
+        *("https://mine.example:443", "http://mine.example:80", "https://", "https://a b", "https://x:0", "", "**"),
+    ],
+)
+def test_what_no_browser_would_send_as_an_origin_is_refused_at_the_start(origin: str) -> None:
+    with pytest.raises(SettingError, match="write SCHEME://HOST"):
+        Config(cors_origins=("https://mine.example", origin))
+
+
+def test_origins_of_all_kinds_are_taken() -> None:
+    origins = ("*", "null", "https://mine.example", "http://[::1]:3000", "app://obsidian.md", "chrome-extension://abc")
+    assert Config(cors_origins=origins).cors_origins == origins
+
+
+# ---- what a path can be asked for
+
+
+def test_a_wrong_method_is_told_all_that_the_path_has() -> None:
+    paths: dict[str, set[str]] = {}
+    for route in (*GUARDED, *OPEN):
+        paths.setdefault(route.path, set()).update(route.methods or ())
+
+    async def scenario(path: str) -> bytes:
+        asked = path.replace("{model:path}", "some/model").replace("{id}", "file-1")
+        return await Hall(application()).visitor().say(get(asked, method="PUT"))
+
+    assert len(paths) > 12
+    for path, methods in paths.items():
+        told = asyncio.run(scenario(path))
+        assert told.startswith(b"HTTP/1.1 405 "), path
+        assert headers_of(told)["allow"] == ", ".join(sorted(methods)), path
+    assert paths["/v1/files/{id}"] == {"GET", "HEAD", "DELETE"}

@@ -1,13 +1,14 @@
 """An engine's process without a model: the real process code over `HistoryRunner`.
 
-The path in `Open` says how it fares: "refuse" cannot be loaded, "vanish" dies while loading, "confuse" holds a token
-that nobody gave it, "unsure" promises nothing of its numbers. A prompt that contains token 99 kills it, and so does one
-text.
+The path in `Open` says how it fares: "refuse" cannot be loaded, "vanish" dies while loading, "slow" never ends loading,
+"confuse" holds a token that nobody gave it, "unsure" promises nothing of its numbers. A prompt that contains token 99
+kills it, and so does one text.
 """
 
 from __future__ import annotations
 
 import os
+import time
 
 from history import VOCABULARY, HistoryRunner
 
@@ -37,6 +38,8 @@ def load(settings: frames.Open, _: child.Tell) -> child.Loaded:
         raise SettingError("This model is not to be had.")
     if settings.path == "vanish":
         os._exit(1)
+    if settings.path == "slow":
+        time.sleep(10**6)
     card = Card(
         parameters=0,
         context=settings.context,

@@ -75,6 +75,6 @@ def with_cors(app: ASGIApp, config: Config) -> ASGIApp:
         allow_origins=["*"] if config.guarded else config.cors_origins,
         allow_origin_regex=LOCAL_PAGES,
         allow_methods=["DELETE", "GET", "POST"],
-        allow_headers=["authorization", "content-type"],
+        allow_headers=["*"],  # those that the page asks for: a page that may send requests may name anything in them
         expose_headers=["x-request-id", "retry-after", "x-should-retry", *ratelimit.HEADERS],
     )

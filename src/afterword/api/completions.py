@@ -96,7 +96,7 @@ class Answer(Response):
     async def _stream(self, send: Send) -> None:
         async with aclosing(run(self._plan, self._engine, self._visit.use, self._visit.begin)) as items:
             first = await anext(items)  # an engine that cannot even begin is an HTTP error
-            await send(self._start(b"text/event-stream"))
+            await send(self._start(b"text/event-stream", (b"x-accel-buffering", b"no")))
             try:
                 await self._send_chunks(send, first, items)
             except AfterwordError as problem:

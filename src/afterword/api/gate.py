@@ -53,9 +53,9 @@ class GuardedRoute(Route):
         visit.route = self.path
         if SCOPE in scope:
             visit.inside = True
-            visit.grant = None if scope[SCOPE] is None else entered(service.ring, scope[SCOPE])
+            visit.grant = None if scope[SCOPE] is None else entered(service.ring, scope[SCOPE], visit)
         elif service.config.guarded:
-            visit.grant = admit(service.ring, visit.peer, Headers(scope=scope).get("authorization", ""))
+            visit.grant = admit(service.ring, visit, Headers(scope=scope).get("authorization", ""))
 
         async def settled(message: Message) -> None:
             """Who has the last of an answer may ask again at once: by then nothing of it is in use any more."""
@@ -69,22 +69,28 @@ class GuardedRoute(Route):
             visit.close()
 
 
-def admit(ring: Ring, peer: str, authorization: str) -> Grant:
+def admit(ring: Ring, visit: Visit, authorization: str) -> Grant:
     """What a request may use. Whatever is wrong with a key, the answer is the same; it is never quoted whole."""
-    scheme, _, text = authorization.partition(" ")
-    text = text.strip()
-    if scheme.lower() != "bearer" or not text:
+    text = key_in(authorization)
+    if not text:
         raise Unauthorized(_NO_KEY)
     account = ring.find(text)
-    if wait := ring.wait(peer, account):
+    if wait := ring.wait(visit.peer, account):
         raise ratelimit.too_many_tries(wait)
     if account is None:
         raise Unauthorized(f"Incorrect API key provided: {masked(text)}.", code="invalid_api_key")
-    return entered(ring, account)
+    return entered(ring, account, visit)
 
 
-def entered(ring: Ring, account: Account) -> Grant:
+def key_in(authorization: str) -> str:
+    """The text of the key in an Authorization header; empty where there is none."""
+    scheme, _, text = authorization.partition(" ")
+    return text.strip() if scheme.lower() == "bearer" else ""
+
+
+def entered(ring: Ring, account: Account, visit: Visit) -> Grant:
     """What a request of an account may use. Raises `RateLimited`."""
+    visit.account = account.key.id  # for the log, where it is refused
     grant = ring.enter(account)
     if isinstance(grant, Refusal):
         raise ratelimit.refused(grant)
@@ -157,16 +163,26 @@ async def on_problem(request: Request, problem: Exception) -> Response:
 async def on_http(request: Request, problem: Exception) -> Response:
     """Errors of routing: unknown paths and methods."""
     assert isinstance(problem, HTTPException)
+    service: Service = request.app.state.service
+    if account := service.ring.find(key_in(request.headers.get("authorization", ""))):
+        visit_of(request.scope).account = account.key.id  # for the log alone: the answer is the same without it
     if problem.status_code == 404:
         message = f"Unknown request URL: {request.method} {request.url.path[:128]}. Please check the URL for typos."
         return await on_problem(request, RequestError(message, code="unknown_url", status=404))
     if problem.status_code == 405:
-        allowed = (problem.headers or {}).get("Allow", "")
+        allowed = ", ".join(methods_of(request))
         message = f"Not allowed to {request.method} here. Allowed: {allowed}."
         response = await on_problem(request, RequestError(message, code="method_not_supported", status=405))
         response.headers["allow"] = allowed
         return response
     return await on_problem(request, RequestError(problem.detail, status=problem.status_code))
+
+
+def methods_of(request: Request) -> list[str]:
+    """The methods that a path has, of all its routes."""
+    routes = [each for each in request.app.routes if isinstance(each, Route)]
+    matching = [each for each in routes if each.path_regex.match(request.scope["path"])]
+    return sorted({method for each in matching for method in each.methods or ()})
 
 
 async def on_gone(_: Request, __: Exception) -> Response:
@@ -209,9 +225,10 @@ class Labelled:
             visit.broke()
             raise
         finally:
+            route = getattr(scope.get("route"), "path", None)
             if self._log is not None and not visit.routine:
-                self._log.add(visit.line())
-            ended = visit.ended(scope["method"], getattr(scope.get("route"), "path", None))
+                self._log.add(visit.line(route))
+            ended = visit.ended(scope["method"], route)
             self._metrics.over(ended)
             if self._traces is not None and not visit.routine:
                 headers = Headers(scope=scope)

@@ -18,8 +18,8 @@ async def health(request: Request) -> Response:
     """200 while this process lives and does its part. 503 where only another start of all of it could help."""
     service: Service = request.app.state.service
     broken = all(host.state == "failing" for host in service.models)
-    states = {host.id: host.state for host in service.models}
-    return json_answer({"status": "failing" if broken else "ok", "models": states}, 503 if broken else 200)
+    body = {"status": "failing" if broken else "ok"} | _named(service, {host.id: host.state for host in service.models})
+    return json_answer(body, 503 if broken else 200)
 
 
 async def ready(request: Request) -> Response:
@@ -28,8 +28,13 @@ async def ready(request: Request) -> Response:
     state = service.life.state(service.models)
     models = [_busyness(host) for host in service.models]
     sums = {name: sum(model[name] for model in models) for name in ("sequences", "running", "waiting", "restarts")}
-    body = {"status": state, "reason": REASONS[state], **sums, "models": models}
+    body = {"status": state, "reason": REASONS[state], **sums} | _named(service, models)
     return json_answer(body, 200 if state == "ready" else 503)
+
+
+def _named(service: Service, models: object) -> dict[str, object]:
+    """What is said of each model by name: nothing where keys are asked for, since these routes ask for none."""
+    return {} if service.config.guarded else {"models": models}
 
 
 def _busyness(host: Host) -> dict[str, Any]:

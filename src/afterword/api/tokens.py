@@ -16,6 +16,8 @@ from afterword.completion.request import parse_object
 from afterword.engine.protocol import Card
 from afterword.errors import RequestError
 
+_NOT_LOADED = "The model is not loaded. On a server without keys a GET loads none; POST /tokenize does."
+
 
 async def tokenize(request: Request) -> Response:
     """`{"prompt": text, "add_special_tokens": true}` to token ids; the BOS is added if the model wants one."""
@@ -50,7 +52,10 @@ async def detokenize(request: Request) -> Response:
 async def tokenizer_info(request: Request) -> Response:
     """The special tokens, by name and id, and the sizes that clients need."""
     service: Service = request.app.state.service
-    card = (await service.enter(request.query_params.get("model"), visit_of(request.scope))).engine.card
+    name = request.query_params.get("model")
+    if not service.config.guarded:  # a page on another site can send a GET, but has no key
+        service.models.check_loaded(service.host(name), _NOT_LOADED)
+    card = (await service.enter(name, visit_of(request.scope))).engine.card
     return json_answer(
         {
             "vocab_size": len(card.pieces),

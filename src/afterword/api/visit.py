@@ -29,8 +29,9 @@ _encode = msgspec.json.Encoder().encode  # escapes control characters
 class Visit:
     """One request. Made by `gate.Labelled`, filled by whoever answers it; the request's own task owns it.
 
-    `inside`: a row of a batch, for which nobody waits. `began`, `begun`, when anything of it was computed, and `first`,
-    when the first of an answer was there, are monotonic seconds. `n` and `choices` are the plan's. `status` stays 499
+    `account` is the id of the caller's key if it opens the server, also where nothing was granted. `inside`: a row of a
+    batch, for which nobody waits. `began`, `begun`, when anything of it was computed, and `first`, when the first of an
+    answer was there, are monotonic seconds. `n` and `choices` are the plan's. `status` stays 499
     if the caller has left before the answer began. `error` is the type of the error that was told, `code` its code;
     `failed`: it was not the caller's.
     """
@@ -40,6 +41,7 @@ class Visit:
     began: float = field(default_factory=time.monotonic)
     route: str | None = None
     grant: Grant | None = None
+    account: str = ""
     inside: bool = False
     user: str | None = None
     model: str | None = None
@@ -58,8 +60,8 @@ class Visit:
 
     @property
     def key(self) -> str:
-        """The id of the caller's key, which tells nothing of the key; empty on a server without keys."""
-        return self.grant.key if self.grant else ""
+        """The id of the caller's key, which tells nothing of the key; empty without one that opens the server."""
+        return self.grant.key if self.grant else self.account
 
     def promise(self, plan: Plan) -> None:
         """What is about to be computed."""
@@ -129,8 +131,8 @@ class Visit:
             cached_tokens=used.cached,
         )
 
-    def line(self) -> bytes:
-        """What is logged."""
+    def line(self, route: str | None) -> bytes:
+        """What is logged. `route` is where it came to, guarded or not."""
         used = self.used or Used()
         facts: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -138,13 +140,13 @@ class Visit:
             "peer": self.peer,
             "key": self.key or None,
             "user": self.user,
-            "route": self.route,
+            "route": self.route or route,
             "model": self.model,
             "status": self.status,
             "code": self.code,
             "finish": [self.finish[index] for index in sorted(self.finish)],
             "prompt_tokens": used.prompt,
-            "completion_tokens": used.completion,
+            "generated_tokens": used.completion,
             "cached_tokens": used.cached,
             "first_ms": self._since(self.first),
             "total_ms": self._since(time.monotonic()),

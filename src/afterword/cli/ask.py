@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import httpx2
@@ -36,13 +37,11 @@ def ask(url: str, key: str | None, body: dict[str, Any], as_json: bool) -> None:
 
 def _write(answer: httpx2.Response) -> None:
     """The texts of a stream. Raises `AfterwordError` if it ends before its end."""
-    for line in answer.iter_lines():
-        if line == "data: [DONE]":
+    for data in events(answer.iter_bytes()):
+        if data == b"[DONE]":
             return
-        if not line.startswith("data:"):
-            continue
         try:
-            event = json.loads(line.removeprefix("data:"))
+            event = json.loads(data)
             problem = event.get("error")
             text = problem["message"] if problem else "".join(choice["text"] for choice in event["choices"])
         except (ValueError, LookupError, TypeError, AttributeError):
@@ -52,6 +51,18 @@ def _write(answer: httpx2.Response) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     raise AfterwordError("The answer broke off before its end.")
+
+
+def events(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """The data of server-sent events, which come in parts, each as soon as its line is whole.
+
+    A line ends at LF or CR LF only. httpx's `iter_lines` ends one at U+2028, U+0085 and form feeds too, which stand in
+    the JSON of an event as they are.
+    """
+    rest = b""
+    for part in parts:
+        *lines, rest = (rest + part).split(b"\n")
+        yield from (line.removeprefix(b"data:").strip() for line in lines if line.startswith(b"data:"))
 
 
 def _problem(status: int, body: bytes) -> AfterwordError:

@@ -117,7 +117,10 @@ def main() -> None:
 @option("Limits", "--json", "as_json", is_flag=True, help="Have --print-limits list them as JSON.")
 @option("API", "--strict", is_flag=True, help="Refuse what OpenAI refuses; its limits, no extension fields.")
 @option(
-    "API", "--ignore-unknown", is_flag=True, help="Accept unknown fields; the header x-afterword-ignored lists them."
+    "API",
+    "--ignore-unknown",
+    is_flag=True,
+    help="Accept unknown fields; the header x-afterword-ignored lists them. Lengths by another name stay refused.",
 )
 @engine_options
 @option(

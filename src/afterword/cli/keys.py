@@ -118,7 +118,8 @@ def revoke(key: str, keys_file: Path | None) -> None:
 def usage(by: By, user: str | None, as_json: bool, keys_file: Path | None) -> None:
     """Show what was used, by key, user or day.
 
-    Requests, and tokens of prompts (how many of them cached) and answers. Days are UTC.
+    Requests, tokens of prompts (how many of them cached), and all tokens that were
+    generated, in the text of an answer or not. Days are UTC.
 
     \b
     Examples:

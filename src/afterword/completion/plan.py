@@ -48,7 +48,7 @@ class Plan:
 
     @property
     def most_tokens(self) -> int:
-        """As many as `usage` can come to."""
+        """As many as can be read and generated, so the most that can be charged."""
         return self.prompt_tokens + sum(prompt.job.samples * prompt.job.max_tokens for prompt in self.prompts)
 
 

@@ -23,6 +23,7 @@ _BAD_JSON = (
     "We could not parse the JSON body of your request. (HINT: This likely means you aren't using your HTTP library "
     "correctly. The OpenAI API expects a JSON payload, but what was sent was not valid JSON.)"
 )
+_LENGTH_HINT = "(HINT: the most tokens that are generated are given in 'max_tokens'.)"
 _INT32, _INT64 = 2**31, 2**63
 
 
@@ -92,6 +93,9 @@ FIELDS: dict[str, Field] = {
 }
 """The API's own fields."""
 
+LENGTHS = ("max_completion_tokens", "max_new_tokens", "max_length", "n_predict", "num_predict", "options.num_predict")
+"""What other servers call `max_tokens`. Never ignored."""
+
 EXTENSIONS: dict[str, Field] = {
     "add_special_tokens": fields.boolean,
     "cache_salt": fields.salt,
@@ -115,12 +119,29 @@ def parse(body: bytes, limits: Limits) -> Request:
         raise RequestError("you must provide a model parameter")
     unknown = tuple(name[:64] for name in values if name not in known)
     if unknown and not limits.ignore_unknown:
-        message = f"Unrecognized request argument supplied: {unknown[0]}"
-        raise RequestError(message, param=unknown[0], code="unknown_parameter")
+        raise _unknown(unknown[0], values)
+    for name in _lengths(values):
+        raise _unknown(name, values)
     given = {name: value for name, value in values.items() if name in known and value is not None}
     request = Request(**{name: known[name](name, value, limits) for name, value in given.items()}, ignored=unknown)
     _check_together(request, limits)
     return request
+
+
+def _unknown(name: str, values: dict[str, Any]) -> RequestError:
+    hint = f" {_LENGTH_HINT}" if name in _lengths(values) else ""
+    message = f"Unrecognized request argument supplied: {name}{hint}"
+    return RequestError(message, param=name, code="unknown_parameter")
+
+
+def _lengths(values: dict[str, Any]) -> list[str]:
+    """Names under which other servers take a length, where it says something else than `max_tokens`.
+
+    To ignore one would answer with another length than was asked for.
+    """
+    options = values.get("options")
+    given = values | ({f"options.{name}": options[name] for name in options} if isinstance(options, dict) else {})
+    return [name for name in LENGTHS if given.get(name) not in (None, values.get("max_tokens"))]
 
 
 def known_fields(limits: Limits) -> dict[str, Field]:

@@ -24,7 +24,10 @@ READER_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of a whole request. Every prompt counts once; every candidate that was generated counts."""
+    """Tokens of a whole request. Every prompt counts once; every candidate that was generated counts.
+
+    `completion_tokens` are those of the texts in an answer's usage, and all that were generated in an account.
+    """
 
     prompt_tokens: int
     completion_tokens: int
@@ -49,13 +52,13 @@ async def run(
 ) -> AsyncGenerator[Delta | Usage]:
     """Carry out a plan. Yields deltas as they come, then one usage. Closing the iterator ends the work.
 
-    `account` is told what was computed, however it ended; `begun` that a prompt has begun to be computed, for each.
+    `account` is told what was computed, however it ended: every generated token counts there, also those that a stop
+    string or an end token kept out of the text. `begun` is told that a prompt has begun to be computed, for each.
 
     Raises `Overloaded` before the first delta, `EngineError` at any time.
     """
     growing = [_Growing(plan, index, prompt, begun) for index, prompt in enumerate(plan.prompts)]
     runs: list[Run] = []
-    whole = False
     try:
         for prompt in plan.prompts:
             runs.append(engine.start(prompt.job))
@@ -63,17 +66,13 @@ async def run(
             async for index, step in steps:
                 for delta in growing[index].take(step, runs[index]):
                     yield delta
-        whole = True
     finally:
         for each in runs:
             each.close()
-        usage = Usage(
-            sum(prompt.prompt_tokens for prompt in growing),
-            sum(prompt.completion_tokens(whole) for prompt in growing),
-            sum(prompt.cached_tokens for prompt in growing),
-        )
-        account(usage)
-    yield usage
+        read = sum(prompt.prompt_tokens for prompt in growing)
+        cached = sum(prompt.cached_tokens for prompt in growing)
+        account(Usage(read, sum(prompt.generated for prompt in growing), cached))
+    yield Usage(read, sum(prompt.completion_tokens for prompt in growing), cached)
 
 
 class _Growing:
@@ -88,7 +87,7 @@ class _Growing:
         self._choices: list[Choice] = []
         self._cached = 0
         self._begun = False
-        self._generated = 0
+        self.generated = 0  # tokens, in the text or not
 
     @property
     def prompt_tokens(self) -> int:
@@ -100,16 +99,17 @@ class _Growing:
         """How many of the caller's own tokens in the prompt had been computed before."""
         return max(0, min(self._cached - self._prompt.hidden, self._prompt.billed))
 
-    def completion_tokens(self, whole: bool) -> int:
-        """Of a whole answer those in its text; else all that were generated, taken or not."""
-        return sum(choice.completion_tokens for choice in self._choices) if whole else self._generated
+    @property
+    def completion_tokens(self) -> int:
+        """The generated tokens that are in the texts of all candidates."""
+        return sum(choice.completion_tokens for choice in self._choices)
 
     def count(self, step: Step) -> None:
         """A step was computed, though perhaps nobody will take it any more."""
         if not self._begun:
             self._begun = True
             self._tell_begun()
-        self._generated += len(step.sampled)
+        self.generated += len(step.sampled)
 
     def take(self, step: Step, run: Run) -> Iterator[Delta]:
         """Deltas that a step brings, each made when it is asked for, since an echoed prompt with its log

@@ -11,10 +11,18 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from socket import SO_ERROR, SOL_SOCKET
 
 import httptools
 from uvicorn import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import (
+    ASGI3Application,
+    ASGIReceiveCallable,
+    ASGISendCallable,
+    ASGISendEvent,
+    Scope,
+)
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from afterword.door import refusals
@@ -26,7 +34,10 @@ from afterword.door.refusals import Refusal
 
 _WASTE = 2**20  # bytes thrown away after a refusal, so that the sender gets to read it
 _BODIES = ("body", "upload")
-_OF_UPGRADES = (b"connection", b"upgrade", b"http2-settings")
+_OF_UPGRADES = (b"upgrade", b"http2-settings")
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"  # which clients skip, however often it comes before the answer
+_ZERO = b"0"  # before the size of the next chunk, which it does not change
+_PROBED = (0.005, 0.2)  # seconds after which the system of a client that has left, near or far, has answered a probe
 
 
 @dataclass(slots=True)
@@ -57,6 +68,7 @@ class Connection(HttpToolsProtocol):
         self._head = 0  # bytes of the head, as far as it is understood
         self._chunks = 0
         self._deaf = False  # nothing that comes is read
+        self._half_closed = False  # nothing more comes
         self._wasted = 0
 
     # ---- what the transport says
@@ -78,6 +90,27 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
         if self._peer is not None:
             self._doorway.places.leave(self._peer)
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]
+        """The client sends nothing more. One with a whole request may still read its answer, so it gets that.
+
+        A client that has left looks the same until something is sent: then its system answers with a reset, which
+        `check` sees. HTTP/1.0 has nothing that could be sent before the answer, so there it counts as left.
+        """
+        if self._deaf or self._pace.phase != "answer":
+            return None
+        cycle = self.cycle
+        if not cycle.response_started:
+            if self.parser.get_http_version() == "1.0":
+                return None
+            self.transport.write(_CONTINUE)
+        elif cycle.chunked_encoding and cycle.scope["method"] != "HEAD":
+            self.transport.write(_ZERO)
+        cycle.keep_alive = False
+        self._half_closed = True
+        for seconds in _PROBED:
+            self.loop.call_later(seconds, self._check_left)
+        return True
 
     def data_received(self, data: bytes) -> None:
         """Read on, as far as somebody listens."""
@@ -102,7 +135,8 @@ class Connection(HttpToolsProtocol):
                 self._refuse(refusals.LARGE_HEAD)
 
     def check(self, now: float) -> None:
-        """Cut what takes too long; called every second or so."""
+        """Cut what takes too long, and what is left alone; called every second or so."""
+        self._check_left()
         late = self._pace.overdue(now, self.transport.get_write_buffer_size())
         if late is None:
             return
@@ -140,7 +174,9 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """The head is whole: the application begins unless it is refused. Offers to upgrade are not taken up."""
-        check_head(self.parser.get_method(), self.url, self.parser.get_http_version(), self.headers)
+        version = self.parser.get_http_version()
+        check_head(self.parser.get_method(), self.url, version, self.headers)
+        self.expect_100_continue = self.expect_100_continue and version != "1.0"
         if self.parser.should_upgrade():
             return
         long = self.parser.get_method() == b"POST" and self.url.partition(b"?")[0] in UPLOADS
@@ -172,15 +208,30 @@ class Connection(HttpToolsProtocol):
         super().on_response_complete()
         self._turn("rest" if self.cycle.more_body else "idle")
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        """The application begins."""
+        super()._start_asgi_task(cycle, _without_chunks(app, cycle) if cycle.scope["http_version"] == "1.0" else app)
+
     # ----
+
+    def _check_left(self) -> None:
+        """Cut a client that has not only ended its sending but left, which a reset has told."""
+        line = self.transport.get_extra_info("socket") if self._half_closed else None
+        if line is not None and not self.transport.is_closing() and line.getsockopt(SOL_SOCKET, SO_ERROR):
+            self.transport.abort()
 
     def _turn(self, phase: Phase) -> None:
         self._pace.turn(phase, self._doorway.clock())
 
     def _decline(self, rest: bytes) -> None:
         """Read a request that offers an upgrade again as one that does not: the parser leaves its body away."""
-        kept = [(name, value) for name, value in self.headers if name not in _OF_UPGRADES]
-        line = b"%s %s HTTP/1.1\r\n" % (self.parser.get_method(), self.url)
+        kept = [
+            (name, _other_options(value) if name in (b"connection", b"proxy-connection") else value)
+            for name, value in self.headers
+            if name not in _OF_UPGRADES
+        ]
+        version = self.parser.get_http_version().encode()
+        line = b"%s %s HTTP/%s\r\n" % (self.parser.get_method(), self.url, version)
         head = line + b"".join(b"%s: %s\r\n" % header for header in kept) + b"\r\n"
         self.parser = httptools.HttpRequestParser(self)
         self.data_received(head + rest)
@@ -211,3 +262,30 @@ class Connection(HttpToolsProtocol):
         self._wasted += size
         if self._wasted > _WASTE:
             self.transport.abort()
+
+
+def _other_options(value: bytes) -> bytes:
+    """What a Connection header says beside an offer to upgrade, such as `close`."""
+    options = [option.strip() for option in value.split(b",")]
+    return b", ".join(option for option in options if option and option.lower() not in _OF_UPGRADES)
+
+
+def _without_chunks(app: ASGI3Application, cycle: RequestResponseCycle) -> ASGI3Application:
+    """An application whose answers go to a client of HTTP/1.0: a body without a length ends with the connection."""
+
+    async def answer(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        unframed = False
+
+        async def sent(message: ASGISendEvent) -> None:
+            nonlocal unframed
+            if message["type"] == "http.response.start":
+                unframed = not any(name.lower() == b"content-length" for name, _ in message.get("headers", []))
+                if unframed:
+                    cycle.chunked_encoding = False
+            elif unframed and message["type"] == "http.response.body":
+                cycle.expected_content_length = len(message.get("body", b""))  # uvicorn asks for no more than that
+            await send(message)
+
+        await app(scope, receive, sent)
+
+    return answer

@@ -27,6 +27,6 @@ class DoorLimits:
     upload_seconds: float = limit(600.0, "seconds for a file that is uploaded")
     body_grace: float = limit(5.0, "seconds before a body has to come at body_rate")
     body_rate: int = limit(1024, "bytes a second, at least, of a body")
-    idle_seconds: float = limit(30.0, "seconds between two requests on one connection")
+    idle_seconds: float = limit(130.0, "seconds between two requests on one connection, more than proxies keep one")
     stall_seconds: float = limit(30.0, "seconds in which a reader takes nothing of an answer")
     rest_seconds: float = limit(5.0, "seconds for what still comes of a body that has been answered already")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any, Self
 
-_ENDS = (signal.SIGTERM, signal.SIGINT)
+_ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Told:
@@ -16,19 +16,20 @@ class Told:
 
     def __init__(self, on_first: Callable[[], None]) -> None:
         self._on_first = on_first
+        self._heard = [number for number in _ENDS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup has it
         self.first = asyncio.Event()
         self.again = asyncio.Event()
         self.person = False
 
     def __enter__(self) -> Self:
-        for number in _ENDS:
+        for number in self._heard:
             asyncio.get_running_loop().add_signal_handler(number, self.hear, number)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number in _ENDS:
+        for number in self._heard:
             asyncio.get_running_loop().remove_signal_handler(number)
 
     def hear(self, number: signal.Signals) -> None:

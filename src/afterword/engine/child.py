@@ -12,6 +12,7 @@ import queue
 import resource
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -31,6 +32,7 @@ Tell = Callable[[float], None]
 
 _TOKENIZER_STACK = 512 * 2**20
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
+_CREDENTIALS = struct.Struct("3i")  # of who made a socket: the ids of the process, its user and its group
 _IDLE = 0.5  # seconds
 _PULSE = 1.0
 
@@ -50,9 +52,9 @@ def serve(load: Callable[[frames.Open, Tell], Loaded]) -> None:
 
     `load` may raise `SettingError`; its sentence goes to the parent.
     """
-    _follow_parent()
-    _keep_memory_private()
     hears, speaks = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
+    _follow_parent(hears)
+    _keep_memory_private()
     _Child(hears, speaks).main(load)
 
 
@@ -119,6 +121,7 @@ class _Child:
         if not isinstance(settings, frames.Open):
             return
         threading.Thread(target=self._pulse, daemon=True).start()
+        threading.Thread(target=self._read, daemon=True).start()  # also while loading: it sees that the parent is gone
         try:
             loaded = load(settings, self._tell)
         except AfterwordError as error:
@@ -128,7 +131,6 @@ class _Child:
         threading.stack_size(_TOKENIZER_STACK)
         threading.Thread(target=self._tokenize, args=(loaded.tokenize,), daemon=True).start()
         threading.stack_size(0)
-        threading.Thread(target=self._read, daemon=True).start()
         self._gauge = Gauge(loaded.runner)
         self._work(Loop(self._gauge, threads=settings.threads, team=loaded.team))
 
@@ -139,7 +141,7 @@ class _Child:
                 self._texts.put(message)
             else:
                 self._jobs.put(message)
-        os._exit(0)  # the parent is gone, and a pass may be running: nothing is worth waiting for
+        os._exit(0)  # the parent is gone, and a pass or the loading may be running: nothing is worth waiting for
 
     def _tell(self, share: float) -> None:
         self._loaded = share  # the next pulse says it
@@ -185,15 +187,25 @@ class _Child:
     def _send(self, message: frames.FromEngine) -> None:
         data = frames.pack(message)
         with self._sending:
-            self._speaks.sendall(data)
+            try:
+                self._speaks.sendall(data)
+            except OSError:
+                os._exit(0)  # the parent is gone
 
 
-def _follow_parent() -> None:
-    """Leave signals to the parent, and die with it (the closed socket says the same where this is missing)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _follow_parent(line: socket.socket) -> None:
+    """Leave signals to the parent, and die with it (the closed socket says the same where this is missing).
+
+    `line` was made by the parent. A parent that died before the kernel was asked for its death sends no signal any
+    more: then another process is the parent now.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        credentials = line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        if os.getppid() != _CREDENTIALS.unpack(credentials)[0]:
+            os._exit(0)
 
 
 def _keep_memory_private() -> None:

@@ -64,7 +64,11 @@ async def spawn(command: Sequence[str]) -> Link:
     and who killed it is known from these.
     """
     (to, hears), (speaks, back) = socket.socketpair(), socket.socketpair()
-    with hears, speaks, _held(signal.SIGINT, signal.SIGTERM):  # until it ignores them: they are its parent's to hear
+    with (
+        hears,
+        speaks,
+        _held(signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
+    ):  # until it ignores them: they are its parent's to hear
         process = subprocess.Popen(
             [*command, str(hears.fileno()), str(speaks.fileno())],
             pass_fds=[hears.fileno(), speaks.fileno()],

@@ -182,10 +182,10 @@ class Roster:
         for host in self if self.keep_alive is None else ():
             self.check_loaded(host)
 
-    def check_loaded(self, host: Host) -> Supervisor:
-        """Its engine, loaded. Raises `Overloaded` if it is not."""
+    def check_loaded(self, host: Host, unloaded: str = _LOADING) -> Supervisor:
+        """Its engine, loaded. Raises `Overloaded` if it is not, which says `unloaded` if it is not being loaded."""
         if host.up is None:
-            raise Overloaded(_LOADING, code="loading", retry_after=5)
+            raise Overloaded(unloaded if host.state == "unloaded" else _LOADING, code="loading", retry_after=5)
         return host.up
 
     def check_room(self, host: Host) -> None:

@@ -49,7 +49,8 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Used:
-    """Tokens that a request has used. Those of the prompt that were in the cache are counted in `prompt` too."""
+    """Tokens that a request has used. `prompt` counts those that were in the cache too, `completion` all that were
+    generated, in the answer's text or not."""
 
     prompt: int = 0
     completion: int = 0
@@ -80,7 +81,7 @@ def given_keys(texts: tuple[str, ...], file: Path | None) -> tuple[Key, ...]:
     lines: list[str] = []
     if file is not None:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise SettingError(f"--api-key-file {file}: it cannot be read ({error}).") from None
     listed = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
