@@ -288,7 +288,7 @@ def test_a_file_that_is_no_model_is_one_sentence(tmp_path):
     [(1, False, 8), (1, True, 8), (2, False, 4), (3, False, 2), (9, False, 1), (9, True, 4)],
 )
 def test_models_share_the_cores(tmp_path, monkeypatch, count, take_turns, threads):
-    monkeypatch.setattr("psutil.cpu_count", lambda logical: 8)
+    monkeypatch.setattr("afterword.hosting.cores", lambda: 8)
     path = write_tiny(tmp_path / "tiny.gguf")
     large = dataclasses.replace(read_facts(path), size_bytes=2**27)
     fitted = fit([(Model("tiny", path, "file"), large)] * count, EngineSettings(parallel=1), take_turns)

@@ -5,13 +5,10 @@ Opens nothing but the files' headers.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-
-import psutil
 
 from afterword.config import FLOAT_TYPES, GRID, OWN_TYPES, REPACKED_TYPES, SMALL_MODEL, EngineSettings, advice, promise
 from afterword.engine import frames
@@ -20,8 +17,9 @@ from afterword.engine.process import card_memory
 from afterword.engine.roster import Offer, Roster
 from afterword.engine.supervisor import Policy, Supervisor
 from afterword.errors import SettingError
+from afterword.machine import available_memory, cores
 from afterword.models.gguf import Facts, read_facts
-from afterword.models.memory import Shape, available_memory, choose_shapes, usual_context
+from afterword.models.memory import Shape, choose_shapes, usual_context
 from afterword.models.registry import Model, locate, parse_spec
 
 _KV_BYTES = {"exact": 2, "f16": 2, "f32": 4}
@@ -78,9 +76,9 @@ def fit(models: Sequence[tuple[Model, Facts]], settings: EngineSettings, take_tu
     that; else each gets the memory that it would have alone.
     """
     wanted = [(facts, _KV_BYTES[_kv_type(facts, settings)]) for _, facts in models]
-    cores = _cores(min(len(models), _BUSY if take_turns else len(models)))
+    threads = _threads(min(len(models), _BUSY if take_turns else len(models)))
     return [
-        Fitted(model, facts, _frame(model, facts, settings, shape, cores), shape.needed_bytes)
+        Fitted(model, facts, _frame(model, facts, settings, shape, threads), shape.needed_bytes)
         for (model, facts), shape in zip(models, _shapes(wanted, settings, take_turns), strict=True)
     ]
 
@@ -110,19 +108,19 @@ def _room(settings: EngineSettings) -> int:
     return (settings.gpu_layers == -1 and card_memory()) or available_memory()
 
 
-def _cores(busy: int) -> int:
+def _threads(busy: int) -> int:
     """For each of so many models: threads beyond the cores would wait for each other most of the time."""
-    return max(1, (psutil.cpu_count(logical=False) or os.cpu_count() or 1) // busy)
+    return max(1, cores() // busy)
 
 
-def _frame(model: Model, facts: Facts, settings: EngineSettings, shape: Shape, cores: int) -> frames.Open:
+def _frame(model: Model, facts: Facts, settings: EngineSettings, shape: Shape, threads: int) -> frames.Open:
     kv_type = _kv_type(facts, settings)
     promised = promise(facts.file_type, facts.experts, kv_type, settings.gpu_layers, settings.reproducible)
     return frames.Open(
         path=str(model.path),
         context=shape.context,
         sequences=shape.parallel,
-        threads=settings.threads or (1 if facts.size_bytes < SMALL_MODEL else cores),
+        threads=settings.threads or (1 if facts.size_bytes < SMALL_MODEL else threads),
         chunk=settings.batch,
         kv_type=kv_type,
         gpu_layers=settings.gpu_layers,

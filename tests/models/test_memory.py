@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
-import psutil
 import pytest
 
 from afterword.errors import SettingError
 from afterword.models.gguf import Facts
-from afterword.models.memory import Shape, available_memory, cgroup_room, choose_shapes
+from afterword.models.memory import Shape, choose_shapes
 
 GIB = 1 << 30
 
@@ -143,19 +141,3 @@ def test_spare_sequences_take_memory_and_are_not_given() -> None:
     assert (chosen.context, chosen.parallel, chosen.kv_bytes) == (4096, 7, 4352 * 8 * 8192)
     with pytest.raises(SettingError, match="set from 1 to 255"):
         choose_shapes([(FACTS, 2)], 64 * GIB, None, 256, spare=1)
-
-
-def test_available_memory_is_at_most_what_the_machine_has() -> None:
-    assert 0 < available_memory() <= psutil.virtual_memory().total
-
-
-def test_a_cgroup_limit_is_honoured(tmp_path: Path) -> None:
-    assert cgroup_room(tmp_path) is None
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("700\n")
-    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 200\n")
-    assert cgroup_room(tmp_path) is None
-    (tmp_path / "memory.max").write_text("1000\n")
-    assert cgroup_room(tmp_path) == 500
-    (tmp_path / "memory.max").write_text("100\n")
-    assert cgroup_room(tmp_path) == 0

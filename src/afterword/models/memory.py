@@ -1,15 +1,12 @@
 """How many sequences of how many tokens a model gets: the most that fits, or a refusal saying what to lower.
 
-The choice is arithmetic on Facts and a number of bytes; only `available_memory` looks at the machine.
+The choice is arithmetic on Facts and a number of bytes; nothing here looks at the machine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-
-import psutil
 
 from afterword.errors import SettingError
 from afterword.models.gguf import Facts
@@ -19,8 +16,6 @@ MOST_PARALLEL = 16  # sequences, where their number is ours to choose
 LEAST_USEFUL_CONTEXT, PARALLEL_LIMIT = 16, 256  # what may be asked for
 GRANULE = 256  # tokens, to which llama.cpp rounds up what a sequence has room for
 HEADROOM = 256 << 20  # bytes for the process itself and its compute buffers, beside a tenth of the rest
-
-CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,29 +71,6 @@ def choose_shapes(
 def usual_context(facts: Facts) -> int:
     """The tokens of one sequence, where memory sets no bounds."""
     return min(facts.context_length, MOST_CONTEXT) if facts.context_length else UNKNOWN_CONTEXT
-
-
-def available_memory() -> int:
-    """Bytes that can still be taken: what the machine has left, or less where a cgroup sets a limit."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        lines = []
-    own = CGROUPS / next((line[4:] for line in lines if line.startswith("0::/")), "")
-    rooms = [cgroup_room(folder) for folder in (own, *own.parents) if folder.is_relative_to(CGROUPS)]
-    return min([int(psutil.virtual_memory().available), *(room for room in rooms if room is not None)])
-
-
-def cgroup_room(folder: Path) -> int | None:
-    """Bytes left under a cgroup v2 folder's limit, its file cache counted as free; None if it sets none."""
-    try:
-        limit = int((folder / "memory.max").read_text())
-        used = int((folder / "memory.current").read_text())
-        rows = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        cache = next((int(row[1]) for row in rows if row[0] == "inactive_file"), 0)
-    except (OSError, ValueError):  # no such file, or a limit of "max"
-        return None
-    return max(0, limit - max(0, used - cache))
 
 
 def _smaller(shape: Shape, context: int | None, parallel: int | None) -> Shape | None:
