@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from afterword.config import FLOAT_TYPES, GRID, OWN_TYPES, REPACKED_TYPES, SMALL_MODEL, EngineSettings, advice, promise
@@ -18,7 +18,7 @@ from afterword.engine.roster import Offer, Roster
 from afterword.engine.supervisor import Policy, Supervisor
 from afterword.errors import SettingError
 from afterword.machine import available_memory, cores
-from afterword.models.gguf import Facts, read_facts
+from afterword.models.gguf import Facts, parts, read_facts
 from afterword.models.memory import Shape, choose_shapes, usual_context
 from afterword.models.registry import Model, locate, parse_spec
 
@@ -52,7 +52,7 @@ def roster(
         Offer(
             id=name,
             created=int(fitted.model.path.stat().st_mtime),
-            make=partial(Supervisor, fitted.opened, policy),
+            make=partial(Supervisor, partial(_renewed, fitted, settings), policy),
             context=fitted.opened.context,
             sequences=fitted.opened.sequences,
             promise=fitted.opened.promise,
@@ -81,6 +81,19 @@ def fit(models: Sequence[tuple[Model, Facts]], settings: EngineSettings, take_tu
         Fitted(model, facts, _frame(model, facts, settings, shape, threads), shape.needed_bytes)
         for (model, facts), shape in zip(models, _shapes(wanted, settings, take_turns), strict=True)
     ]
+
+
+def _renewed(fitted: Fitted, settings: EngineSettings) -> frames.Open:
+    """How the model is to be loaded now: as planned, unless its file is another. Raises `SettingError`.
+
+    Clients were told of the context, so another file gets the same number and length of sequences, or is refused.
+    """
+    facts = read_facts(fitted.model.path)
+    if facts == fitted.facts:
+        return fitted.opened
+    planned = fitted.opened
+    kept = replace(settings, context=planned.context, parallel=planned.sequences, threads=planned.threads)
+    return open_frame(fitted.model, facts, kept)
 
 
 def _shapes(wanted: Sequence[tuple[Facts, int]], settings: EngineSettings, take_turns: bool) -> list[Shape]:
@@ -132,6 +145,7 @@ def _frame(model: Model, facts: Facts, settings: EngineSettings, shape: Shape, t
         full=settings.reproducible,
         promise=promised,
         promise_without="none" if facts.file_type in FLOAT_TYPES and not settings.gpu_layers else promised,
+        parts=tuple(map(str, parts(model.path, facts))),
     )
 
 

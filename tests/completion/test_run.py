@@ -14,7 +14,7 @@ from afterword.completion.plan import Plan, make_plan
 from afterword.completion.request import Request
 from afterword.completion.run import Usage, run, tokenize
 from afterword.engine.protocol import End, Job
-from afterword.errors import AfterwordError, EngineDied, Overloaded
+from afterword.errors import AfterwordError, EngineDied, ModelReplaced, Overloaded
 from scripted import BOS, CARD, EOS, INFILL, Script, ScriptedEngine, ids, report, says
 
 Items = list[Delta | Usage]
@@ -388,3 +388,30 @@ def test_what_comes_at_once_is_the_sum_of_what_comes_in_deltas(
     (streamed,) = ask(script, **fields).choices
     (at_once,) = ask(script, **fields, best_of=2).deltas
     assert at_once == streamed
+
+
+OTHER = replace(CARD, fingerprint="fp_1")
+
+
+@pytest.mark.parametrize("fields", [{"prompt": ("Hello",)}, {"prompt": ((65, 66),)}, {"prompt": ("Hello", " cat")}])
+def test_a_plan_for_another_model_is_not_carried_out(fields: dict[str, Any]) -> None:
+    async def test() -> None:
+        engine = ScriptedEngine(says("x"))
+        plan = await planned(engine, fields)
+        engine.card = OTHER
+        with pytest.raises(ModelReplaced):
+            async for _ in run(plan, engine):
+                pass
+        assert not engine.runs
+
+    asyncio.run(test())
+
+
+def test_texts_of_one_request_are_of_one_model() -> None:
+    class Changing(ScriptedEngine):
+        async def tokenize(self, text: str, special: bool) -> tuple[int, ...]:
+            self.card = OTHER
+            return await super().tokenize(text, special)
+
+    with pytest.raises(ModelReplaced):
+        asyncio.run(tokenize(Request(prompt=("Hello", " cat")), Changing(says("x"))))

@@ -86,6 +86,11 @@ def read_facts(path: Path | str) -> Facts:
     )
 
 
+def parts(path: Path, facts: Facts) -> list[Path]:
+    """All files of the model whose (first) file is `path`, as llama.cpp finds them."""
+    return [path, *(_part(path, number, facts.split_count) for number in range(2, facts.split_count + 1))]
+
+
 def split_stem(name: str) -> str:
     """A file's name without `.gguf` and without the number of its part."""
     match = SPLIT_NAME.fullmatch(name)
