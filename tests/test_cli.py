@@ -92,6 +92,26 @@ def test_models_lists_what_is_on_this_machine(tmp_path):
     assert said.exit_code == 0, said.output
 
 
+def test_models_lists_what_cannot_be_used_with_the_reason(tmp_path):
+    places = {"HF_HUB_CACHE": str(tmp_path), "HOME": str(tmp_path), "OLLAMA_MODELS": str(tmp_path)}
+    studio = tmp_path / ".lmstudio" / "models" / "owner" / "repo"
+    studio.mkdir(parents=True)
+    data = write_tiny(studio / "m\udcff.gguf").read_bytes()
+    (studio / "tokens.gguf").write_bytes(data.replace(b"gpt2", b"none", 1))
+    (studio / "link.gguf").symlink_to("gone.gguf")
+    (studio / "cut.gguf").write_bytes(data[:-1])
+    broken = afterword("models", **places).stdout.split("These cannot be used:\n")[1]
+    listed = {model["spec"]: model for model in json.loads(afterword("models", "--json", **places).stdout)}
+    for name, reason in {
+        r"m\xff": "is not valid UTF-8",
+        "tokens": "has no vocabulary",
+        "link": "is a link to gone.gguf, which cannot be found",
+        "cut": "is damaged or cut short",
+    }.items():
+        assert reason in listed[f"lmstudio:owner/repo/{name}"]["problem"]
+        assert f"lmstudio:owner/repo/{name}: {listed[f'lmstudio:owner/repo/{name}']['problem']}" in broken
+
+
 def test_a_model_of_ollamas_runs(tmp_path):
     data = write_tiny(tmp_path / "tiny.gguf").read_bytes()
     digest = "a" * 64
@@ -211,6 +231,9 @@ def test_times_in_words(seconds, words):
     ("words", "said"),
     [
         (["serve", "nothing-here.gguf"], "does not exist"),
+        (["serve", "m\udcff.gguf"], r"m\xff.gguf is not valid UTF-8"),
+        (["serve", "--alias", "m\udcff"], r"m\xff is not valid UTF-8"),
+        (["complete", "a", "--model", "m\udcff.gguf"], r"m\xff.gguf is not valid UTF-8"),
         (["serve", "--parallel", "0"], "parallel"),
         (["serve", "--parallel", "257"], "parallel"),
         (["serve", "--context", "1000000"], "trained on"),

@@ -20,6 +20,7 @@ from afterword.errors import SettingError
 from afterword.machine import available_memory, cores
 from afterword.models.gguf import Facts, parts, read_facts
 from afterword.models.memory import Shape, choose_shapes, usual_context
+from afterword.models.names import check_utf8
 from afterword.models.registry import Model, locate, parse_spec
 
 _KV_BYTES = {"exact": 2, "f16": 2, "f32": 4}
@@ -164,6 +165,8 @@ def _names(ids: Sequence[str], aliases: Sequence[str]) -> list[str]:
     if len(aliases) > len(ids):
         raise SettingError(f"There are {len(aliases)} aliases and {len(ids)} models; give each one, in their order.")
     names = [*aliases, *ids[len(aliases) :]]
+    for alias in aliases:
+        check_utf8(alias)
     (name, count), *_ = Counter(names).most_common(1)
     if count > 1:
         raise SettingError(f"{count} models would be called {name}; give each a name with --alias, in their order.")

@@ -95,6 +95,31 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     assert complaint(tmp_path / "absent.gguf") == f"{tmp_path}/absent.gguf does not exist."
 
 
+@pytest.mark.parametrize("target", ["gone.gguf", "model.gguf", "folder/gone.gguf"])
+def test_a_link_that_leads_nowhere_says_where_to(tmp_path: Path, target: str) -> None:
+    link = tmp_path / "model.gguf"
+    link.symlink_to(target)
+    assert complaint(link) == f"{link} is a link to {target}, which cannot be found."
+    link.unlink()
+    write(link, gguf({"split.count": 2, "split.no": 0}, tensors={}))
+    later = tmp_path / "model-00002-of-00002.gguf"
+    later.symlink_to(target.replace("model", "gone"))
+    assert f"{later} is a link to" in complaint(link)
+
+
+@pytest.mark.parametrize("kind", ["none", "no_vocab"])
+@pytest.mark.parametrize("tokens", [None, ["a", "b"]])
+def test_a_model_without_a_vocabulary_is_refused(tmp_path: Path, kind: str, tokens: list[str] | None) -> None:
+    changes = {"tokenizer.ggml.model": kind, "tokenizer.ggml.tokens": tokens, "llama.vocab_size": 5}
+    assert "model.gguf has no vocabulary" in refused(tmp_path, gguf(changes))
+
+
+@pytest.mark.parametrize("architecture", ["wavtokenizer-dec", "qwen3tts", "pockettts"])
+def test_what_makes_audio_is_refused_by_name(tmp_path: Path, architecture: str) -> None:
+    changes = {"general.architecture": architecture, "tokenizer.ggml.model": "none"}
+    assert f"makes audio ({architecture})" in refused(tmp_path, gguf(changes))
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

@@ -23,6 +23,9 @@ FILE_TYPES = {
     37: "TQ2_0", 38: "MXFP4", 39: "NVFP4", 40: "Q1_0", 41: "Q2_0",
 }  # fmt: skip
 
+AUDIO = frozenset(("wavtokenizer-dec", "qwen3tts", "pockettts"))
+"""Architectures of llama.cpp whose output is sound or codes for it."""
+
 SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 
 
@@ -58,6 +61,7 @@ def read_facts(path: Path | str) -> Facts:
     keys = _Keys(path, first)
     keys.check_kind()
     split_count = keys.check_split()
+    keys.check_text()
     check_sound(path, keys.architecture, first)
     later = (_part(path, number, split_count) for number in range(2, split_count + 1))
     headers = [first, *map(read_header, later)]
@@ -138,6 +142,13 @@ class _Keys:
         kind = "projector" if self.architecture == "clip" else self.text("general.type") or "model"
         if kind != "model":
             raise OtherKind(f"{self.path} is of the kind {kind!r}, not a language model.")
+
+    def check_text(self) -> None:
+        """SettingError if what the model makes is no text."""
+        if self.architecture in AUDIO:
+            raise SettingError(f"{self.path} makes audio ({self.architecture}), and only text can be served.")
+        if self.text("tokenizer.ggml.model") in ("none", "no_vocab"):
+            raise SettingError(f"{self.path} has no vocabulary, so there is no text for its tokens.")
 
     def check_split(self) -> int:
         """The number of files of the model; SettingError if this is not the first of them."""
