@@ -19,7 +19,7 @@ from afterword.engine.supervisor import Policy, Supervisor
 from afterword.errors import SettingError
 from afterword.machine import available_memory, cores
 from afterword.models.gguf import Facts, parts, read_facts
-from afterword.models.memory import Shape, choose_shapes, usual_context
+from afterword.models.memory import Run, Shape, choose_shapes, usual_context
 from afterword.models.names import check_utf8
 from afterword.models.registry import Model, locate, parse_spec
 
@@ -76,7 +76,7 @@ def fit(models: Sequence[tuple[Model, Facts]], settings: EngineSettings, take_tu
     `take_turns`: they need not be there together. If they can be, each with its whole context, they are fitted for
     that; else each gets the memory that it would have alone.
     """
-    wanted = [(facts, _KV_BYTES[_kv_type(facts, settings)]) for _, facts in models]
+    wanted = [(facts, _run(facts, settings)) for _, facts in models]
     threads = _threads(min(len(models), _BUSY if take_turns else len(models)))
     return [
         Fitted(model, facts, _frame(model, facts, settings, shape, threads), shape.needed_bytes)
@@ -97,7 +97,13 @@ def _renewed(fitted: Fitted, settings: EngineSettings) -> frames.Open:
     return open_frame(fitted.model, facts, kept)
 
 
-def _shapes(wanted: Sequence[tuple[Facts, int]], settings: EngineSettings, take_turns: bool) -> list[Shape]:
+def _run(facts: Facts, settings: EngineSettings) -> Run:
+    kv_type = _kv_type(facts, settings)
+    plain = kv_type == "f32" or (kv_type == "f16" and not settings.gpu_layers)  # else attention is flash attention
+    return Run(_KV_BYTES[kv_type], settings.batch, plain)
+
+
+def _shapes(wanted: Sequence[tuple[Facts, Run]], settings: EngineSettings, take_turns: bool) -> list[Shape]:
     choose = partial(
         choose_shapes,
         available_bytes=_room(settings),
