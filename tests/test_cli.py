@@ -8,6 +8,7 @@ import io
 import json
 import shlex
 import socket
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -25,8 +26,8 @@ from afterword.completion.request import parse
 from afterword.config import Config, EngineSettings, advice, promise
 from afterword.engine.roster import Offer, Roster
 from afterword.errors import SettingError
-from afterword.hosting import fit, open_frame
-from afterword.models.gguf import read_facts
+from afterword.hosting import fit, open_frame, renewed
+from afterword.models.gguf import Facts, read_facts
 from afterword.models.registry import Model
 from afterword.times import as_time, parse_time
 from oracle.tiny import write_tiny
@@ -318,6 +319,26 @@ def test_models_share_the_cores(tmp_path, monkeypatch, count, take_turns, thread
     assert [each.opened.threads for each in fitted] == [threads] * count
     asked = fit([(Model("tiny", path, "file"), large)] * count, EngineSettings(parallel=1, threads=3), take_turns)
     assert {each.opened.threads for each in asked} == {3}
+
+
+def test_a_file_that_was_replaced_is_planned_anew(tmp_path):
+    path, settings = tmp_path / "tiny.gguf", EngineSettings(threads=2)
+
+    def write(**changes: Any) -> Facts:
+        return read_facts(write_tiny(path, **{"file_type": "Q8_0"} | changes))
+
+    (fitted,) = fit([(Model("tiny", path, "file"), write())], settings)
+    write(seed=1)
+    assert renewed(fitted, settings) == fitted.opened, "other weights of the same kind"
+    write(context=1024, vocabulary="spm")
+    other = renewed(fitted, settings)
+    assert (other.context, other.sequences, other.threads) == (512, 16, 2), "what clients were told stays"
+    write(context=256)
+    with pytest.raises(SettingError, match="more than the 256"):
+        renewed(fitted, settings)
+    path.write_bytes(b"<html>")
+    with pytest.raises(SettingError, match="web page"):
+        renewed(fitted, settings)
 
 
 def test_models_that_do_not_fit_together_may_take_turns(tmp_path, monkeypatch):

@@ -53,7 +53,7 @@ def roster(
         Offer(
             id=name,
             created=int(fitted.model.path.stat().st_mtime),
-            make=partial(Supervisor, partial(_renewed, fitted, settings), policy),
+            make=partial(Supervisor, partial(renewed, fitted, settings), policy),
             context=fitted.opened.context,
             sequences=fitted.opened.sequences,
             promise=fitted.opened.promise,
@@ -84,7 +84,7 @@ def fit(models: Sequence[tuple[Model, Facts]], settings: EngineSettings, take_tu
     ]
 
 
-def _renewed(fitted: Fitted, settings: EngineSettings) -> frames.Open:
+def renewed(fitted: Fitted, settings: EngineSettings) -> frames.Open:
     """How the model is to be loaded now: as planned, unless its file is another. Raises `SettingError`.
 
     Clients were told of the context, so another file gets the same number and length of sequences, or is refused.
