@@ -8,6 +8,7 @@ import io
 import json
 import shlex
 import socket
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -25,8 +26,8 @@ from afterword.completion.request import parse
 from afterword.config import Config, EngineSettings, advice, promise
 from afterword.engine.roster import Offer, Roster
 from afterword.errors import SettingError
-from afterword.hosting import fit, open_frame
-from afterword.models.gguf import read_facts
+from afterword.hosting import fit, open_frame, renewed
+from afterword.models.gguf import Facts, read_facts
 from afterword.models.registry import Model
 from afterword.times import as_time, parse_time
 from oracle.tiny import write_tiny
@@ -90,6 +91,26 @@ def test_models_lists_what_is_on_this_machine(tmp_path):
     assert "web page" in listed["lmstudio:owner/repo/bad"]["problem"]
     said = afterword("complete", "a", "--model", "lmstudio:owner/repo/other", "--max-tokens", "2", **places)
     assert said.exit_code == 0, said.output
+
+
+def test_models_lists_what_cannot_be_used_with_the_reason(tmp_path):
+    places = {"HF_HUB_CACHE": str(tmp_path), "HOME": str(tmp_path), "OLLAMA_MODELS": str(tmp_path)}
+    studio = tmp_path / ".lmstudio" / "models" / "owner" / "repo"
+    studio.mkdir(parents=True)
+    data = write_tiny(studio / "m\udcff.gguf").read_bytes()
+    (studio / "tokens.gguf").write_bytes(data.replace(b"gpt2", b"none", 1))
+    (studio / "link.gguf").symlink_to("gone.gguf")
+    (studio / "cut.gguf").write_bytes(data[:-1])
+    broken = afterword("models", **places).stdout.split("These cannot be used:\n")[1]
+    listed = {model["spec"]: model for model in json.loads(afterword("models", "--json", **places).stdout)}
+    for name, reason in {
+        r"m\xff": "is not valid UTF-8",
+        "tokens": "has no vocabulary",
+        "link": "is a link to gone.gguf, which cannot be found",
+        "cut": "is damaged or cut short",
+    }.items():
+        assert reason in listed[f"lmstudio:owner/repo/{name}"]["problem"]
+        assert f"lmstudio:owner/repo/{name}: {listed[f'lmstudio:owner/repo/{name}']['problem']}" in broken
 
 
 def test_a_model_of_ollamas_runs(tmp_path):
@@ -211,6 +232,9 @@ def test_times_in_words(seconds, words):
     ("words", "said"),
     [
         (["serve", "nothing-here.gguf"], "does not exist"),
+        (["serve", "m\udcff.gguf"], r"m\xff.gguf is not valid UTF-8"),
+        (["serve", "--alias", "m\udcff"], r"m\xff is not valid UTF-8"),
+        (["complete", "a", "--model", "m\udcff.gguf"], r"m\xff.gguf is not valid UTF-8"),
         (["serve", "--parallel", "0"], "parallel"),
         (["serve", "--parallel", "257"], "parallel"),
         (["serve", "--context", "1000000"], "trained on"),
@@ -288,13 +312,33 @@ def test_a_file_that_is_no_model_is_one_sentence(tmp_path):
     [(1, False, 8), (1, True, 8), (2, False, 4), (3, False, 2), (9, False, 1), (9, True, 4)],
 )
 def test_models_share_the_cores(tmp_path, monkeypatch, count, take_turns, threads):
-    monkeypatch.setattr("psutil.cpu_count", lambda logical: 8)
+    monkeypatch.setattr("afterword.hosting.cores", lambda: 8)
     path = write_tiny(tmp_path / "tiny.gguf")
     large = dataclasses.replace(read_facts(path), size_bytes=2**27)
     fitted = fit([(Model("tiny", path, "file"), large)] * count, EngineSettings(parallel=1), take_turns)
     assert [each.opened.threads for each in fitted] == [threads] * count
     asked = fit([(Model("tiny", path, "file"), large)] * count, EngineSettings(parallel=1, threads=3), take_turns)
     assert {each.opened.threads for each in asked} == {3}
+
+
+def test_a_file_that_was_replaced_is_planned_anew(tmp_path):
+    path, settings = tmp_path / "tiny.gguf", EngineSettings(threads=2)
+
+    def write(**changes: Any) -> Facts:
+        return read_facts(write_tiny(path, **{"file_type": "Q8_0"} | changes))
+
+    (fitted,) = fit([(Model("tiny", path, "file"), write())], settings)
+    write(seed=1)
+    assert renewed(fitted, settings) == fitted.opened, "other weights of the same kind"
+    write(context=1024, vocabulary="spm")
+    other = renewed(fitted, settings)
+    assert (other.context, other.sequences, other.threads) == (512, 16, 2), "what clients were told stays"
+    write(context=256)
+    with pytest.raises(SettingError, match="more than the 256"):
+        renewed(fitted, settings)
+    path.write_bytes(b"<html>")
+    with pytest.raises(SettingError, match="web page"):
+        renewed(fitted, settings)
 
 
 def test_models_that_do_not_fit_together_may_take_turns(tmp_path, monkeypatch):

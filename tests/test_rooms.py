@@ -41,10 +41,11 @@ MAY_IMPORT = {
     "models": set(),
     "keys": set(),
     "log": set(),
-    "config": {"batch", "completion", "door", "engine.frames", "engine.protocol", "keys"},
+    "config": {"batch", "completion", "door", "engine.frames", "engine.protocol", "keys", "machine"},
     "errors": set(),
     "histogram": set(),
     "limits": set(),
+    "machine": set(),
     "metrics": {"engine.protocol", "engine.tally", "histogram", ""},
     "traces": {"metrics", ""},
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from afterword.engine.frames import KvType
 from afterword.engine.protocol import Promise
 from afterword.errors import SettingError
 from afterword.keys.key import Key
+from afterword.machine import cores
 
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[1-9][0-9]{0,4})?")
 _OWN_PORT = re.compile(r"http://.*:80|https://.*:443")
@@ -88,9 +88,9 @@ class EngineSettings:
     def __post_init__(self) -> None:
         if self.batch < GRID or self.batch > 4096:
             raise SettingError(f"--batch {self.batch}: a pass has from {GRID} to 4096 tokens of a prompt.")
-        cores = os.cpu_count() or 1
-        if self.threads is not None and not 1 <= self.threads <= 4 * cores:
-            raise SettingError(f"--threads {self.threads}: this machine has {cores} cores.")
+        most = 4 * cores()
+        if self.threads is not None and not 1 <= self.threads <= most:
+            raise SettingError(f"--threads {self.threads}: set from 1 to {most}, four for each of the cores.")
         if self.gpu_layers < -1:
             raise SettingError(f"--gpu-layers {self.gpu_layers}: give a number of layers, or -1 for all of them.")
         if self.reproducible and self.gpu_layers != -1:

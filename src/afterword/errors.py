@@ -14,6 +14,7 @@
     ├── StorageFailed     the server's disk: 507
     └── EngineError       ours: 500
         ├── EngineDied        the engine's process ended under the request
+        ├── ModelReplaced     another model is served under the name since
         ├── EngineFailure     and did so again when it was tried again: not worth a third time
         └── LoadFailed        no engine could be started for the model
 
@@ -121,6 +122,15 @@ class EngineDied(EngineError):
 
     def __init__(self) -> None:
         super().__init__("The engine stopped while it was working on this request. Please try again.")
+
+
+class ModelReplaced(EngineError):
+    """The request was begun with one model, and the files of another have taken its place."""
+
+    code = "model_replaced"
+
+    def __init__(self) -> None:
+        super().__init__("The model was replaced by another while it was working on this request. Please try again.")
 
 
 class EngineFailure(EngineError):

@@ -5,13 +5,10 @@ Opens nothing but the files' headers.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-
-import psutil
 
 from afterword.config import FLOAT_TYPES, GRID, OWN_TYPES, REPACKED_TYPES, SMALL_MODEL, EngineSettings, advice, promise
 from afterword.engine import frames
@@ -20,8 +17,10 @@ from afterword.engine.process import card_memory
 from afterword.engine.roster import Offer, Roster
 from afterword.engine.supervisor import Policy, Supervisor
 from afterword.errors import SettingError
-from afterword.models.gguf import Facts, read_facts
-from afterword.models.memory import Shape, available_memory, choose_shapes, usual_context
+from afterword.machine import available_memory, cores
+from afterword.models.gguf import Facts, parts, read_facts
+from afterword.models.memory import Run, Shape, choose_shapes, usual_context
+from afterword.models.names import check_utf8
 from afterword.models.registry import Model, locate, parse_spec
 
 _KV_BYTES = {"exact": 2, "f16": 2, "f32": 4}
@@ -54,7 +53,7 @@ def roster(
         Offer(
             id=name,
             created=int(fitted.model.path.stat().st_mtime),
-            make=partial(Supervisor, fitted.opened, policy),
+            make=partial(Supervisor, partial(renewed, fitted, settings), policy),
             context=fitted.opened.context,
             sequences=fitted.opened.sequences,
             promise=fitted.opened.promise,
@@ -77,15 +76,34 @@ def fit(models: Sequence[tuple[Model, Facts]], settings: EngineSettings, take_tu
     `take_turns`: they need not be there together. If they can be, each with its whole context, they are fitted for
     that; else each gets the memory that it would have alone.
     """
-    wanted = [(facts, _KV_BYTES[_kv_type(facts, settings)]) for _, facts in models]
-    cores = _cores(min(len(models), _BUSY if take_turns else len(models)))
+    wanted = [(facts, _run(facts, settings)) for _, facts in models]
+    threads = _threads(min(len(models), _BUSY if take_turns else len(models)))
     return [
-        Fitted(model, facts, _frame(model, facts, settings, shape, cores), shape.needed_bytes)
+        Fitted(model, facts, _frame(model, facts, settings, shape, threads), shape.needed_bytes)
         for (model, facts), shape in zip(models, _shapes(wanted, settings, take_turns), strict=True)
     ]
 
 
-def _shapes(wanted: Sequence[tuple[Facts, int]], settings: EngineSettings, take_turns: bool) -> list[Shape]:
+def renewed(fitted: Fitted, settings: EngineSettings) -> frames.Open:
+    """How the model is to be loaded now: as planned, unless its file is another. Raises `SettingError`.
+
+    Clients were told of the context, so another file gets the same number and length of sequences, or is refused.
+    """
+    facts = read_facts(fitted.model.path)
+    if facts == fitted.facts:
+        return fitted.opened
+    planned = fitted.opened
+    kept = replace(settings, context=planned.context, parallel=planned.sequences, threads=planned.threads)
+    return open_frame(fitted.model, facts, kept)
+
+
+def _run(facts: Facts, settings: EngineSettings) -> Run:
+    kv_type = _kv_type(facts, settings)
+    plain = kv_type == "f32" or (kv_type == "f16" and not settings.gpu_layers)  # else attention is flash attention
+    return Run(_KV_BYTES[kv_type], settings.batch, plain)
+
+
+def _shapes(wanted: Sequence[tuple[Facts, Run]], settings: EngineSettings, take_turns: bool) -> list[Shape]:
     choose = partial(
         choose_shapes,
         available_bytes=_room(settings),
@@ -110,19 +128,19 @@ def _room(settings: EngineSettings) -> int:
     return (settings.gpu_layers == -1 and card_memory()) or available_memory()
 
 
-def _cores(busy: int) -> int:
+def _threads(busy: int) -> int:
     """For each of so many models: threads beyond the cores would wait for each other most of the time."""
-    return max(1, (psutil.cpu_count(logical=False) or os.cpu_count() or 1) // busy)
+    return max(1, cores() // busy)
 
 
-def _frame(model: Model, facts: Facts, settings: EngineSettings, shape: Shape, cores: int) -> frames.Open:
+def _frame(model: Model, facts: Facts, settings: EngineSettings, shape: Shape, threads: int) -> frames.Open:
     kv_type = _kv_type(facts, settings)
     promised = promise(facts.file_type, facts.experts, kv_type, settings.gpu_layers, settings.reproducible)
     return frames.Open(
         path=str(model.path),
         context=shape.context,
         sequences=shape.parallel,
-        threads=settings.threads or (1 if facts.size_bytes < SMALL_MODEL else cores),
+        threads=settings.threads or (1 if facts.size_bytes < SMALL_MODEL else threads),
         chunk=settings.batch,
         kv_type=kv_type,
         gpu_layers=settings.gpu_layers,
@@ -134,6 +152,7 @@ def _frame(model: Model, facts: Facts, settings: EngineSettings, shape: Shape, c
         full=settings.reproducible,
         promise=promised,
         promise_without="none" if facts.file_type in FLOAT_TYPES and not settings.gpu_layers else promised,
+        parts=tuple(map(str, parts(model.path, facts))),
     )
 
 
@@ -152,6 +171,8 @@ def _names(ids: Sequence[str], aliases: Sequence[str]) -> list[str]:
     if len(aliases) > len(ids):
         raise SettingError(f"There are {len(aliases)} aliases and {len(ids)} models; give each one, in their order.")
     names = [*aliases, *ids[len(aliases) :]]
+    for alias in aliases:
+        check_utf8(alias)
     (name, count), *_ = Counter(names).most_common(1)
     if count > 1:
         raise SettingError(f"{count} models would be called {name}; give each a name with --alias, in their order.")

@@ -14,7 +14,7 @@ from afterword.completion.plan import Plan, make_plan
 from afterword.completion.request import Request
 from afterword.completion.run import Usage, run, tokenize
 from afterword.engine.protocol import End, Job
-from afterword.errors import AfterwordError, EngineDied, Overloaded, ReaderTooSlow
+from afterword.errors import AfterwordError, EngineDied, ModelReplaced, Overloaded, ReaderTooSlow
 from scripted import BOS, CARD, EOS, INFILL, Script, ScriptedEngine, ids, report, says
 
 Items = list[Delta | Usage]
@@ -460,3 +460,30 @@ def test_a_reader_that_pauses_too_long_gets_what_there_is_and_an_error(
     assert caught.value.status == 408
     assert engine.runs[0].closed
     assert 2 < len(items) < 60
+
+
+OTHER = replace(CARD, fingerprint="fp_1")
+
+
+@pytest.mark.parametrize("fields", [{"prompt": ("Hello",)}, {"prompt": ((65, 66),)}, {"prompt": ("Hello", " cat")}])
+def test_a_plan_for_another_model_is_not_carried_out(fields: dict[str, Any]) -> None:
+    async def test() -> None:
+        engine = ScriptedEngine(says("x"))
+        plan = await planned(engine, fields)
+        engine.card = OTHER
+        with pytest.raises(ModelReplaced):
+            async for _ in run(plan, engine):
+                pass
+        assert not engine.runs
+
+    asyncio.run(test())
+
+
+def test_texts_of_one_request_are_of_one_model() -> None:
+    class Changing(ScriptedEngine):
+        async def tokenize(self, text: str, special: bool) -> tuple[int, ...]:
+            self.card = OTHER
+            return await super().tokenize(text, special)
+
+    with pytest.raises(ModelReplaced):
+        asyncio.run(tokenize(Request(prompt=("Hello", " cat")), Changing(says("x"))))

@@ -1,21 +1,23 @@
 """An engine's process without a model: the real process code over `HistoryRunner`.
 
 The path in `Open` says how it fares: "refuse" cannot be loaded, "vanish" dies while loading, "slow" never ends loading,
-"confuse" holds a token that nobody gave it, "unsure" promises nothing of its numbers. A prompt that contains token 99
-kills it, and so does one text.
+"confuse" holds a token that nobody gave it, "unsure" promises nothing of its numbers. That of a file is a model whose
+fingerprint is what the file holds. A prompt that contains token 99 kills it, and so does one text.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from functools import partial
+from pathlib import Path
 
 from history import VOCABULARY, HistoryRunner
 
 from afterword.engine import child, frames
 from afterword.engine.core.batch import Batch, Logits
 from afterword.engine.protocol import Card
-from afterword.errors import SettingError
+from afterword.errors import EngineError, SettingError
 
 DEADLY = 99  # beyond the vocabulary, so that it is never sampled
 DEADLY_TEXT = "deadly"
@@ -52,11 +54,21 @@ def load(settings: frames.Open, _: child.Tell) -> child.Loaded:
         space_prefix=False,
         longest=1,
         infill=None,
-        fingerprint="fp_history",
+        fingerprint=content(settings.path),
         promise="none" if settings.path == "unsure" else "exact",
     )
     runner = ConfusedRunner if settings.path == "confuse" else DeadlyRunner
-    return child.Loaded(runner(settings.sequences, settings.chunk), card, tokenize)
+    check = partial(confirm, settings.path, card.fingerprint)
+    return child.Loaded(runner(settings.sequences, settings.chunk), card, tokenize, check=check)
+
+
+def content(path: str) -> str:
+    return Path(path).read_text() if os.path.isfile(path) else "fp_history"
+
+
+def confirm(path: str, fingerprint: str) -> None:
+    if content(path) != fingerprint:
+        raise EngineError("The file was changed.")
 
 
 def tokenize(text: str, _: bool) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,8 +19,9 @@ from afterword.engine.frames import KvType, Open
 from afterword.engine.llama import accelerator, library
 from afterword.engine.llama.runner import LlamaRunner
 from afterword.engine.llama.vocabulary import make_card
-from afterword.engine.protocol import Infill, Job, Sampling, Token
+from afterword.engine.protocol import Card, Infill, Job, Sampling, Token
 from afterword.errors import SettingError
+from afterword.models.gguf import parts, read_facts
 from afterword.models.registry import builtin_path
 from oracle.oracle import Oracle
 from oracle.tiny import write_tiny
@@ -260,6 +262,38 @@ def test_the_fingerprint_changes_with_weights_and_with_what_shapes_the_computati
     }
     assert len(names) == 4
     assert open_model(one, sequences=2).card.fingerprint in names  # how many share the engine changes nothing
+
+
+def split_model(folder: Path, seed: int = 0) -> list[Path]:
+    """All parts of a model in several files."""
+    first = write_tiny(folder / "tiny.gguf", seed=seed, split=8)
+    return parts(first, read_facts(first))
+
+
+def open_split(paths: list[Path]) -> Card:
+    settings = Open(str(paths[0]), 64, 1, 1, 32, "exact", 0, False, parts=tuple(map(str, paths)))
+    return make_card(LlamaRunner(settings), settings)[0]
+
+
+def test_the_fingerprint_names_all_parts_of_a_split_model(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    paths, others = split_model(tmp_path / "one"), split_model(tmp_path / "two", seed=1)
+    assert len(paths) > 2
+    names = {open_split(paths).fingerprint}
+    for part in range(1, len(paths)):  # the first has the vocabulary, and no weights but its own
+        paths[part].write_bytes(others[part].read_bytes())
+        names.add(open_split(paths).fingerprint)
+    assert len(names) == len(paths)
+
+
+def test_a_file_that_changes_while_it_is_loaded_is_a_setting_error(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "tiny.gguf")
+    settings = Open(str(path), 64, 1, 1, 32, "exact", 0, False)
+    runner = LlamaRunner(settings)
+    os.truncate(path, path.stat().st_size + 1)
+    with pytest.raises(SettingError, match="changed while it was being loaded"):
+        make_card(runner, settings)
 
 
 def test_layers_for_a_gpu_need_a_build_that_has_one(monkeypatch, tmp_path):

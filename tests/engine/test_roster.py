@@ -142,7 +142,7 @@ def test_the_first_who_asks_loads_it_others_wait_and_it_ends_when_unused():
         assert (states(models), named(models, "a").load.waiting) == (["starting", "unloaded"], 5)
         await asyncio.gather(*work)
         assert [engine.name for engine in depot.engines] == ["a"]
-        assert (named(models, "a").fingerprint, named(models, "a").infill) == ("fp_0", False)
+        assert named(models, "a").card == CARD
         await asyncio.sleep(59)
         await use(models, "a", 1)  # the time begins anew
         await asyncio.sleep(59)
@@ -150,7 +150,7 @@ def test_the_first_who_asks_loads_it_others_wait_and_it_ends_when_unused():
         await asyncio.sleep(2 + ENDING)
         assert states(models) == ["unloaded", "unloaded"]
         assert depot.engines == []
-        assert named(models, "a").fingerprint == "fp_0"  # what was learnt stays
+        assert named(models, "a").card == CARD  # what was learnt stays
 
     run(test)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 
 import msgspec
@@ -18,7 +18,7 @@ from afterword.engine.frames import Open, Pulse
 from afterword.engine.process import without_secrets
 from afterword.engine.protocol import Job, Load, Run, Sampling
 from afterword.engine.supervisor import Policy, Supervisor
-from afterword.errors import EngineDied, EngineFailure, Overloaded, SettingError, WaitedTooLong
+from afterword.errors import EngineDied, EngineFailure, ModelReplaced, Overloaded, SettingError, WaitedTooLong
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_child.py")))
 PLAIN = Sampling()
@@ -319,6 +319,95 @@ def test_numbers_that_may_differ_a_second_time_are_not_mixed():
             with pytest.raises(EngineDied):
                 await read(supervisor)
             assert supervisor.restarts == 0, "it was not tried again"
+
+    run(test)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A file that is a model, see `fake_child`."""
+    path = tmp_path / "model"
+    path.write_text("fp_old")
+    return path
+
+
+async def replaced(supervisor: Supervisor, model: Path, fingerprint: str) -> None:
+    """Another file has the model's name, and the engine dies."""
+    other = model.with_name("other")
+    other.write_text(fingerprint)
+    for process in engines():
+        process.suspend()  # so that it does not notice by itself
+        other.replace(model)
+        process.kill()
+
+
+def test_another_model_ends_what_was_under_way(model: Path):
+    async def test() -> None:
+        async with engine(str(model)) as supervisor:
+            streaming = supervisor.start(job(max_tokens=10**6))
+            await until(lambda: supervisor.load.running == 1)
+            waiting = [supervisor.start(job(first, max_tokens=10**6)) for first in range(1, 4)]
+            await replaced(supervisor, model, "fp_new")
+            text = asyncio.create_task(supervisor.tokenize("AB", True))
+            late = supervisor.start(job(9))  # made for the old model, and never told to any engine
+            for run in (streaming, *waiting, late):
+                with pytest.raises(ModelReplaced):
+                    await drain(run)
+            with pytest.raises(ModelReplaced):
+                await text
+            assert (supervisor.card.fingerprint, supervisor.state) == ("fp_new", "ready")
+            assert await tokens(supervisor, job()) == alone(job(), 0)
+            await until(lambda: supervisor.load == Load(2, 0, 0))
+
+    run(test)
+
+
+def test_a_copy_of_the_same_model_goes_on_with_what_was_under_way(model: Path):
+    async def test() -> None:
+        async with engine(str(model)) as supervisor:
+            current = asyncio.create_task(tokens(supervisor, job(max_tokens=400)))
+            await until(lambda: supervisor.load.running == 1)
+            await replaced(supervisor, model, "fp_old")
+            assert await current == alone(job(max_tokens=400), 0)
+            assert supervisor.restarts == 1
+
+    run(test)
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_file_that_changes_under_the_engine_ends_it(model: Path, busy: bool):
+    async def test() -> None:
+        async with engine(str(model)) as supervisor:
+            current = supervisor.start(job(max_tokens=10**6)) if busy else None
+            await until(lambda: supervisor.load.running == busy)
+            model.write_text("fp_new")
+            await until(lambda: supervisor.restarts > 0 and supervisor.state == "ready")
+            assert supervisor.card.fingerprint == "fp_new"
+            with pytest.raises(ModelReplaced) if current else nullcontext():
+                await drain(current or supervisor.start(job()))
+
+    run(test)
+
+
+def test_how_a_model_is_loaded_is_asked_before_each_start():
+    sequences = iter([2, 3])
+
+    def settings() -> Open:
+        if (count := next(sequences, 0)) == 0:
+            raise SettingError("It is no model any more.")
+        return Open("any", 512, count, 1, 8, "f16", 0, False)
+
+    async def test() -> None:
+        supervisor = Supervisor(settings, command=FAKE)
+        await supervisor.open()
+        assert supervisor.card.sequences == 2
+        engines()[0].kill()
+        await until(lambda: supervisor.restarts == 1 and supervisor.state == "ready")
+        assert supervisor.card.sequences == 3
+        engines()[0].kill()
+        await until(lambda: supervisor.restarts > 2)
+        assert supervisor.state == "restarting"
+        await supervisor.close()
 
     run(test)
 

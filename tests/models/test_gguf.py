@@ -53,6 +53,36 @@ def test_a_number_for_each_layer_counts_as_the_largest(tmp_path: Path) -> None:
     assert (facts.heads_kv, facts.key_length, facts.value_length) == (3, 16, 8)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "changes", "kv_heads", "state"),
+    [
+        ("llama", {}, 4, 0),
+        ("jamba", {"attention.head_count_kv": [0, 3], "ssm.conv_kernel": 4, "ssm.inner_size": 64, "ssm.state_size": 8},
+         3, 3 * 64 + 8 * 64),
+        ("mamba", {"attention.head_count": 0, "attention.head_count_kv": None, "ssm.conv_kernel": 4,
+                   "ssm.inner_size": 64, "ssm.state_size": 8}, 0, 2 * (3 * 64 + 8 * 64)),
+        ("mamba2", {"attention.head_count": 0, "attention.head_count_kv": None, "ssm.conv_kernel": 4,
+                    "ssm.inner_size": 64, "ssm.state_size": 8, "ssm.group_count": 2}, 0, 2 * (3 * 96 + 8 * 64)),
+        ("falcon-h1", {"ssm.conv_kernel": 2, "ssm.inner_size": 64, "ssm.state_size": 8}, 4, 2 * (64 + 8 * 64)),
+        ("rwkv7", {"attention.head_count": 0, "attention.head_count_kv": None, "wkv.head_size": 8}, 0, 2 * 32 * 10),
+        ("lfm2", {"attention.head_count_kv": [2, 0], "shortconv.l_cache": 3}, 2, 32 * 2),
+        ("qwen3next", {"full_attention_interval": 2, "ssm.inner_size": 64, "ssm.state_size": 8}, 2, 8 * 64),
+        ("kimi-linear", {"attention.head_count_kv": [0, 2], "kda.head_dim": 8, "ssm.conv_kernel": 4},
+         2, 3 * 3 * 4 * 8 + 4 * 64),
+    ],
+)  # fmt: skip
+def test_layers_have_keys_and_values_or_a_state(
+    tmp_path: Path, architecture: str, changes: dict[str, object], kv_heads: int, state: int
+) -> None:
+    values = {
+        "general.architecture": architecture,
+        **{f"{architecture}{key[5:]}": content for key, content in ggufs.VALUES.items() if key.startswith("llama.")},
+        **{f"{architecture}.{key}": content for key, content in changes.items()},
+    }
+    facts = read_facts(write(tmp_path / "model.gguf", gguf(values)))
+    assert (facts.kv_heads, facts.state_bytes) == (kv_heads, 4 * state)
+
+
 def test_long_strings_and_arrays_are_stepped_over(tmp_path: Path) -> None:
     changes = {
         "tokenizer.chat_template": "x" * 100_000,
@@ -93,6 +123,31 @@ def test_other_files_are_told_apart(tmp_path: Path, data: bytes, seems: str) -> 
 def test_what_is_no_file(tmp_path: Path) -> None:
     assert complaint(tmp_path) == f"{tmp_path} is a folder, not a model file."
     assert complaint(tmp_path / "absent.gguf") == f"{tmp_path}/absent.gguf does not exist."
+
+
+@pytest.mark.parametrize("target", ["gone.gguf", "model.gguf", "folder/gone.gguf"])
+def test_a_link_that_leads_nowhere_says_where_to(tmp_path: Path, target: str) -> None:
+    link = tmp_path / "model.gguf"
+    link.symlink_to(target)
+    assert complaint(link) == f"{link} is a link to {target}, which cannot be found."
+    link.unlink()
+    write(link, gguf({"split.count": 2, "split.no": 0}, tensors={}))
+    later = tmp_path / "model-00002-of-00002.gguf"
+    later.symlink_to(target.replace("model", "gone"))
+    assert f"{later} is a link to" in complaint(link)
+
+
+@pytest.mark.parametrize("kind", ["none", "no_vocab"])
+@pytest.mark.parametrize("tokens", [None, ["a", "b"]])
+def test_a_model_without_a_vocabulary_is_refused(tmp_path: Path, kind: str, tokens: list[str] | None) -> None:
+    changes = {"tokenizer.ggml.model": kind, "tokenizer.ggml.tokens": tokens, "llama.vocab_size": 5}
+    assert "model.gguf has no vocabulary" in refused(tmp_path, gguf(changes))
+
+
+@pytest.mark.parametrize("architecture", ["wavtokenizer-dec", "qwen3tts", "pockettts"])
+def test_what_makes_audio_is_refused_by_name(tmp_path: Path, architecture: str) -> None:
+    changes = {"general.architecture": architecture, "tokenizer.ggml.model": "none"}
+    assert f"makes audio ({architecture})" in refused(tmp_path, gguf(changes))
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
-import psutil
 import pytest
 
 from afterword.errors import SettingError
 from afterword.models.gguf import Facts
-from afterword.models.memory import Shape, available_memory, cgroup_room, choose_shapes
+from afterword.models.memory import Run, Shape, choose_shapes
 
 GIB = 1 << 30
 
@@ -21,13 +19,16 @@ FACTS = Facts(
     file_type="Q8_0",
     context_length=8192,
     layers=2,
-    embedding_length=1024,
+    embedding_length=0,
     heads=8,
     heads_kv=8,
     experts=0,
+    kv_heads=16,
+    hidden=0,
+    state_bytes=0,
     key_length=128,
     value_length=128,
-    vocabulary=1000,
+    vocabulary=0,
     size_bytes=GIB,
     tensor_count=20,
     split_count=1,
@@ -36,7 +37,7 @@ FACTS = Facts(
 
 def choose_shape(facts: Facts, available: int, context: int | None, parallel: int | None, kv_bytes: int = 2) -> Shape:
     """Of one model alone."""
-    return choose_shapes([(facts, kv_bytes)], available, context, parallel)[0]
+    return choose_shapes([(facts, Run(kv_bytes))], available, context, parallel)[0]
 
 
 def shape(available: float, context: int | None = None, parallel: int | None = None) -> tuple[int, int]:
@@ -52,13 +53,32 @@ def complaint(available: float, context: int | None = None, parallel: int | None
     return caught.value.message
 
 
+ONE = dataclasses.replace(FACTS, size_bytes=1000, kv_heads=1, key_length=1, value_length=0)
+
+
 def test_what_a_shape_needs() -> None:
-    assert Shape(256, 2, 1000, 1).needed_bytes == 1512 + 151 + (256 << 20)
+    assert Shape(256, 2, ONE, Run(kv_bytes=1)).needed_bytes == 1512 + 151 + (256 << 20)
 
 
 def test_a_sequence_has_room_for_whole_granules() -> None:
-    assert Shape(16, 2, 0, 10).kv_bytes == Shape(256, 2, 0, 10).kv_bytes == 2 * 256 * 10
-    assert Shape(4096, 1, 0, 10, spare=1).kv_bytes == 2 * 4352 * 10
+    assert Shape(16, 2, ONE).kv_bytes == Shape(256, 2, ONE).kv_bytes == 2 * 256 * 2
+    assert Shape(4096, 1, ONE, spare=1).kv_bytes == 2 * 4352 * 2
+
+
+def test_a_pass_needs_its_logits_and_what_is_between_operations() -> None:
+    wide = dataclasses.replace(ONE, vocabulary=1000, hidden=20, embedding_length=10)
+    assert Shape(256, 2, wide, Run(chunk=64)).pass_bytes == 64 * (2 * 1000 + 3 * 20 + 8 * 10) * 4
+    assert Shape(256, 100, wide, Run(chunk=64)).pass_bytes == 100 * (2 * 1000 + 3 * 20 + 8 * 10) * 4
+    assert Shape(256, 2, ONE, Run(chunk=64)).pass_bytes == 0
+    assert Shape(256, 2, ONE, Run(chunk=64, plain=True)).pass_bytes == 64 * 8 * 256 * 4
+
+
+def test_each_sequence_needs_the_states_of_recurrent_layers() -> None:
+    recurrent = dataclasses.replace(ONE, kv_heads=0, state_bytes=1000)
+    assert Shape(4096, 3, recurrent).sequences_bytes == 3000
+    assert Shape(4096, 3, recurrent, spare=1).sequences_bytes == 4000
+    large = dataclasses.replace(recurrent, state_bytes=GIB)
+    assert choose_shape(large, 5 * GIB, None, None).parallel == 4
 
 
 def test_defaults_halve_until_they_fit() -> None:
@@ -77,12 +97,12 @@ def test_settings_are_kept_and_the_rest_adapts() -> None:
     assert shape(64, context=16, parallel=256) == (16, 256)
 
 
-SMALL = dataclasses.replace(FACTS, name="Small", layers=1, size_bytes=GIB // 4)
+SMALL = dataclasses.replace(FACTS, name="Small", layers=1, kv_heads=8, size_bytes=GIB // 4)
 
 
 def shapes(available: float, *models: Facts, **asked: int) -> list[tuple[int, int]]:
     settings = {"context": None, "parallel": None} | asked
-    chosen = choose_shapes([(facts, 2) for facts in models], int(available * GIB), **settings)
+    chosen = choose_shapes([(facts, Run()) for facts in models], int(available * GIB), **settings)
     assert sum(shape.needed_bytes for shape in chosen) <= available * GIB
     return [(shape.context, shape.parallel) for shape in chosen]
 
@@ -137,25 +157,9 @@ def test_senseless_settings(context: int | None, parallel: int | None, says: str
 
 
 def test_spare_sequences_take_memory_and_are_not_given() -> None:
-    (chosen,) = choose_shapes([(FACTS, 2)], 64 * GIB, None, None, spare=1)
+    (chosen,) = choose_shapes([(FACTS, Run())], 64 * GIB, None, None, spare=1)
     assert (chosen.context, chosen.parallel, chosen.kv_bytes) == (4096, 15, 4352 * 16 * 8192)
-    (chosen,) = choose_shapes([(FACTS, 2)], int(1.89 * GIB), None, None, spare=1)
+    (chosen,) = choose_shapes([(FACTS, Run())], int(1.89 * GIB), None, None, spare=1)
     assert (chosen.context, chosen.parallel, chosen.kv_bytes) == (4096, 7, 4352 * 8 * 8192)
     with pytest.raises(SettingError, match="set from 1 to 255"):
-        choose_shapes([(FACTS, 2)], 64 * GIB, None, 256, spare=1)
-
-
-def test_available_memory_is_at_most_what_the_machine_has() -> None:
-    assert 0 < available_memory() <= psutil.virtual_memory().total
-
-
-def test_a_cgroup_limit_is_honoured(tmp_path: Path) -> None:
-    assert cgroup_room(tmp_path) is None
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("700\n")
-    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 200\n")
-    assert cgroup_room(tmp_path) is None
-    (tmp_path / "memory.max").write_text("1000\n")
-    assert cgroup_room(tmp_path) == 500
-    (tmp_path / "memory.max").write_text("100\n")
-    assert cgroup_room(tmp_path) == 0
+        choose_shapes([(FACTS, Run())], 64 * GIB, None, 256, spare=1)

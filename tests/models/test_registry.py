@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from afterword.models.registry import (
     installed,
     locate,
     parse_spec,
+    present,
 )
 
 shipped = registry.builtin_path()  # before the fixture replaces it
@@ -220,3 +222,52 @@ def test_no_choice(names: list[str], wanted: str, says: str) -> None:
     with pytest.raises(SettingError, match="owner/repo") as caught:
         choose_file(names, HubFile("owner/repo", wanted))
     assert says in caught.value.message
+
+
+# ---- names that no output takes
+
+STRANGE = os.fsdecode(b"mod\xffel")
+
+
+@pytest.mark.parametrize("text", [f"{STRANGE}.gguf", f"{STRANGE}/model.gguf", f"hf:owner/{STRANGE}"])
+def test_a_path_that_is_not_utf8_is_a_sentence(text: str) -> None:
+    message = complaint(text)
+    assert r"mod\xffel" in message
+    assert "is not valid UTF-8; rename it" in message
+    assert message.encode()
+
+
+def test_what_lies_in_a_folder_that_is_not_utf8_is_a_sentence(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(home / STRANGE))
+    cache(home / STRANGE, "owner/repo", "a" * 40, ["model.gguf"])
+    assert "is not valid UTF-8" in complaint("hf:owner/repo")
+    assert [(model.id, model.problem is None) for model in present()] == [
+        ("afterword-tiny", True),
+        ("owner/repo:model.gguf", False),
+    ]
+
+
+def test_a_name_that_is_not_utf8_can_be_listed(home: Path) -> None:
+    cache(home, "owner/repo", "a" * 40, [f"{STRANGE}.gguf", "good.gguf"])
+    listed = {model.id: model.problem for model in present()}
+    assert listed["owner/repo:good.gguf"] is None
+    assert "is not valid UTF-8" in str(listed[r"owner/repo:mod\xffel.gguf"])
+    assert locate(parse_spec("hf:owner/repo:good.gguf")).path.name == "good.gguf"
+    assert r"for one of: good.gguf, mod\xffel.gguf." in complaint("hf:owner/repo")
+
+
+def test_a_folder_with_such_a_name_in_it_can_be_told(home: Path) -> None:
+    write(home / "models" / f"{STRANGE}.gguf", gguf())
+    assert r"name a file in it: mod\xffel.gguf." in complaint(str(home / "models"))
+    assert r"did you mean mod\xffel.gguf?" in complaint(str(home / "models" / "model.gguf"))
+
+
+# ---- what is there and is no file
+
+
+def test_what_is_no_file_says_what_it_is(home: Path) -> None:
+    link, pipe = home / "link.gguf", home / "pipe.gguf"
+    link.symlink_to("gone.gguf")
+    os.mkfifo(pipe)
+    assert complaint(str(link)) == f"{link} is a link to gone.gguf, which cannot be found."
+    assert complaint(str(pipe)) == f"{pipe} is no regular file."

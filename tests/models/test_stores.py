@@ -171,6 +171,8 @@ def test_lm_studios_models_are_found_in_both_places(home: Path) -> None:
 def test_a_split_model_without_a_part_is_listed_with_the_reason(home: Path) -> None:
     folder = home / ".lmstudio" / "models" / "owner" / "repo"
     write(folder / "b-00001-of-00002.gguf", gguf(SPLIT, tensors={}))
+    (folder / "c.gguf").symlink_to("gone.gguf")
+    assert "c.gguf is a link to gone.gguf, which cannot be found" in str(listed()["lmstudio:owner/repo/c"])
     assert "b-00002-of-00002.gguf is missing" in str(listed()["lmstudio:owner/repo/b"])
     assert "b-00002-of-00002.gguf is missing" in complaint("lmstudio:owner/repo/b")
 

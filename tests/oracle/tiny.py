@@ -75,12 +75,13 @@ def write_tiny(
     context: int = 512,
     tied: bool = False,
     heads: int = 2,
+    split: int = 0,
 ) -> Path:
     """Write a random model and return its path; `add_bos` is by default what the vocabulary's kind does."""
     make = byte_vocabulary if vocabulary == "bytes" else piece_vocabulary
     words = make(infill=infill, add_bos=vocabulary == "spm" if add_bos is None else add_bos)
     shape = Shape(arch=arch, context=context, heads=heads)
-    return write_model(path, shape, words, random_weights(shape, words, seed, tied), file_type)
+    return write_model(path, shape, words, random_weights(shape, words, seed, tied), file_type, split=split)
 
 
 def byte_vocabulary(infill: bool, add_bos: bool) -> Vocabulary:
@@ -164,10 +165,19 @@ def random_weights(shape: Shape, vocabulary: Vocabulary, seed: int = 0, tied: bo
 
 
 def write_model(
-    path: str | Path, shape: Shape, vocabulary: Vocabulary, weights: Weights, file_type: FileType = "F32"
+    path: str | Path,
+    shape: Shape,
+    vocabulary: Vocabulary,
+    weights: Weights,
+    file_type: FileType = "F32",
+    *,
+    split: int = 0,
 ) -> Path:
-    """Write a GGUF file with these weights; vectors stay F32, as in the files of real models."""
-    writer = GGUFWriter(path, shape.arch)
+    """Write a GGUF file with these weights; vectors stay F32, as in the files of real models.
+
+    `split`: tensors of one file, where there are to be several; the first is returned.
+    """
+    writer = GGUFWriter(path, shape.arch, split_max_tensors=split)
     add_shape(writer, shape, len(vocabulary.tokens))
     writer.add_file_type(FILE_TYPES[file_type])
     add_vocabulary(writer, vocabulary)
@@ -178,7 +188,9 @@ def write_model(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return Path(path)
+    return (
+        min(Path(path).parent.glob(f"{Path(path).stem}-00001-of-*.gguf"), default=Path(path)) if split else Path(path)
+    )
 
 
 def add_shape(writer: GGUFWriter, shape: Shape, size: int) -> None:

@@ -42,7 +42,7 @@ async def create(http: HttpRequest) -> Response:
     visit.user = service.ring.pseudonym(request.user)
     gate.reserve(visit, plan.most_tokens)
     visit.promise(plan)
-    head = wire.Head(wire.new_id(), created, served.id, served.engine.card.fingerprint)
+    head = wire.Head(wire.new_id(), created, served.id, plan.fingerprint)
     return Answer(request, plan, head, served.engine, visit)
 
 

@@ -37,6 +37,7 @@ def describe(host: Host) -> dict[str, Any]:
 
     What only the engine knows is null until the model has been loaded for the first time.
     """
+    card = host.card
     return {
         "id": host.id,
         "object": "model",
@@ -44,9 +45,9 @@ def describe(host: Host) -> dict[str, Any]:
         "owned_by": "afterword",
         "status": host.state,
         "max_model_len": host.offer.context,
-        "system_fingerprint": host.fingerprint,
+        "system_fingerprint": card.fingerprint if card else None,
         "reproducible": host.offer.promise,
-        "infill": host.infill,
+        "infill": card.infill is not None if card else None,
     }
 
 

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from afterword.models.catalogue import Entry, entries
 from afterword.models.fetch import Watcher
 from afterword.models.gguf import read_facts
+from afterword.models.names import printable
 from afterword.models.registry import Source, present
 
 _SOURCES: dict[Source, str] = {"built-in": "built-in", "hub": "Hub", "ollama": "Ollama", "lmstudio": "LM Studio"}
@@ -67,7 +68,7 @@ def _fields(entry: Entry) -> dict[str, Any]:
         "architecture": facts.architecture if facts else None,
         "context_length": facts.context_length if facts else None,
     }
-    named = {"spec": model.spec, "id": model.id, "source": model.source, "path": str(model.path)}
+    named = {"spec": model.spec, "id": model.id, "source": model.source, "path": printable(str(model.path))}
     return {**named, **known, "problem": entry.problem}
 
 

@@ -28,8 +28,9 @@ class PromptPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A whole request. Choices are numbered prompt by prompt, `n` for each."""
+    """A whole request to the model of that `fingerprint`. Choices are numbered prompt by prompt, `n` for each."""
 
+    fingerprint: str
     prompts: tuple[PromptPlan, ...]
     n: int
     best_of: int
@@ -111,6 +112,7 @@ def make_plan(request: Request, card: Card, tokens: Tokenized, entropy: int, cal
         text = given if isinstance(given, str) else _spell(card, ids)
         prompts.append(PromptPlan(job, text, hidden, len(ids) + len(tokens.suffix)))
     return Plan(
+        fingerprint=card.fingerprint,
         prompts=tuple(prompts),
         n=request.n,
         best_of=request.candidates,

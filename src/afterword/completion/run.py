@@ -12,7 +12,7 @@ from afterword.completion.logprobs import make_echo, make_report
 from afterword.completion.plan import Plan, PromptPlan, Tokenized, check_lengths
 from afterword.completion.request import Request
 from afterword.engine.protocol import Engine, Run, Step, Token
-from afterword.errors import ReaderTooSlow
+from afterword.errors import ModelReplaced, ReaderTooSlow
 
 MOST_UNREAD = 16 * 2**20
 """Bytes of steps that may wait for the reader of an answer; beyond it the engine is paused for that request. What was
@@ -35,10 +35,15 @@ class Usage:
 
 
 async def tokenize(request: Request, engine: Engine, special: bool = True) -> Tokenized:
-    """The tokens of all texts in a request. `special`: text that spells a special token becomes that token."""
+    """The tokens of all texts in a request. `special`: text that spells a special token becomes that token.
+
+    Raises `ModelReplaced` if they are not all of the model whose card the engine has now.
+    """
+    fingerprint = engine.card.fingerprint
     check_lengths(request, engine.card)
     texts = [prompt for prompt in request.prompt if isinstance(prompt, str)]
     tokens = await asyncio.gather(*(engine.tokenize(text, special) for text in (*texts, request.suffix or "") if text))
+    _check_model(fingerprint, engine)
     ready = iter(tokens)
     prompts = [prompt if isinstance(prompt, tuple) else next(ready) if prompt else () for prompt in request.prompt]
     return Tokenized(tuple(prompts), next(ready) if request.suffix else ())
@@ -60,6 +65,7 @@ async def run(
     growing = [_Growing(plan, index, prompt, begun) for index, prompt in enumerate(plan.prompts)]
     runs: list[Run] = []
     try:
+        _check_model(plan.fingerprint, engine)
         for prompt in plan.prompts:
             runs.append(engine.start(prompt.job))
         async with aclosing(_merged(runs, growing)) as steps:
@@ -73,6 +79,12 @@ async def run(
         cached = sum(prompt.cached_tokens for prompt in growing)
         account(Usage(read, sum(prompt.generated for prompt in growing), cached))
     yield Usage(read, sum(prompt.completion_tokens for prompt in growing), cached)
+
+
+def _check_model(fingerprint: str, engine: Engine) -> None:
+    """Raise `ModelReplaced` if the engine has another model than what was made for it supposes."""
+    if engine.card.fingerprint != fingerprint:
+        raise ModelReplaced()
 
 
 class _Growing:

@@ -24,7 +24,7 @@ from afterword.engine import frames
 from afterword.engine.core.batch import Batch, Logits, Runner
 from afterword.engine.core.loop import Loop
 from afterword.engine.protocol import Card
-from afterword.errors import AfterwordError
+from afterword.errors import AfterwordError, EngineError
 
 Tokenizer = Callable[[str, bool], tuple[int, ...]]
 Tell = Callable[[float], None]
@@ -39,12 +39,17 @@ _PULSE = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model, ready to compute. `tokenize` may be called from any thread. `team`: see `Loop`."""
+    """A model, ready to compute. `tokenize` may be called from any thread. `team`: see `Loop`.
+
+    `check` raises `EngineError` when what it was loaded from has changed: nothing may be computed with it any more. It
+    is called from any thread, each second and after each pass.
+    """
 
     runner: Runner
     card: Card
     tokenize: Tokenizer
     team: int | None = None
+    check: Callable[[], None] = lambda: None
 
 
 def serve(load: Callable[[frames.Open, Tell], Loaded]) -> None:
@@ -108,6 +113,7 @@ class _Child:
     def __init__(self, hears: socket.socket, speaks: socket.socket) -> None:
         self._speaks = speaks
         self._gauge: Gauge | None = None
+        self._check: Callable[[], None] = lambda: None  # see `Loaded`
         self._loaded = 0.0
         self._stream = hears.makefile("rb")
         self._sending = threading.Lock()
@@ -127,6 +133,7 @@ class _Child:
         except AfterwordError as error:
             self._send(frames.Failed(error.message))
             return
+        self._check = loaded.check
         self._send(frames.Ready(loaded.card))
         threading.stack_size(_TOKENIZER_STACK)
         threading.Thread(target=self._tokenize, args=(loaded.tokenize,), daemon=True).start()
@@ -149,6 +156,7 @@ class _Child:
     def _pulse(self) -> NoReturn:
         while True:
             time.sleep(_PULSE)
+            self._end_if_changed()
             self._send(self._gauge.pulse() if self._gauge else frames.Pulse(0, 0, 0, 0.0, self._loaded))
 
     def _tokenize(self, tokenize: Tokenizer) -> NoReturn:
@@ -161,6 +169,7 @@ class _Child:
         while True:
             changed = self._take(loop, wait=idle)
             steps = loop.step()
+            self._end_if_changed()  # before anything of the pass is told
             idle = steps is None
             if steps or changed:
                 self._send(frames.Pass(steps or {}, loop.load(), loop.meter()))
@@ -183,6 +192,14 @@ class _Child:
         except queue.Empty:
             loop.check()
             return self._jobs.get()
+
+    def _end_if_changed(self) -> None:
+        """End the process if the model is no longer the one that the card describes; the parent starts another."""
+        try:
+            self._check()
+        except EngineError as error:
+            print(error.message, file=sys.stderr, flush=True)
+            os._exit(1)
 
     def _send(self, message: frames.FromEngine) -> None:
         data = frames.pack(message)

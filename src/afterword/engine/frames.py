@@ -22,6 +22,8 @@ LIMIT = 256 * 2**20
 class Open(Value, frozen=True, tag=True):
     """Load this model, for `sequences` of `context` tokens each. `kv_type` is the type of keys and values.
 
+    `path` is the model's file, or the first of its `parts` (none given: it is the only one).
+
     "exact": a token has the same numbers whether it is read or generated, where the weights' products allow it.
     `chunk` and `grid`: see `core.batch.Runner`. `repack`: weights may be laid out anew for kernels that are faster, and
     in some types depend on the number of rows. `own_products`: they are of a type that kernels of our own multiply, and
@@ -44,6 +46,7 @@ class Open(Value, frozen=True, tag=True):
     full: bool = False
     promise: Promise = "none"
     promise_without: Promise = "none"
+    parts: tuple[str, ...] = ()
 
 
 class Start(Value, frozen=True, tag=True):

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from afterword.engine.protocol import Load, Promise
+from afterword.engine.protocol import Card, Load, Promise
 from afterword.engine.supervisor import LATER, Policy, State, Supervisor
 from afterword.engine.tally import Tally
 from afterword.errors import AfterwordError, LoadFailed, Overloaded, WaitedTooLong
@@ -52,16 +52,12 @@ class Offer:
 
 
 class Host:
-    """A model and the engine that it has at the moment. Its roster changes it, others read.
-
-    `fingerprint` and `infill` are what an engine said of it when it was loaded.
-    """
+    """A model and the engine that it has at the moment. Its roster changes it, others read."""
 
     def __init__(self, offer: Offer, *, kept: bool = True) -> None:
         self.offer = offer
         self.engine: Supervisor | None = None
-        self.fingerprint: str | None = None
-        self.infill: bool | None = None
+        self.told: Card | None = None  # by the last engine that has ended
         self.tally = Tally()  # of one engine after the other
         self.users = 0
         self.waiting = 0
@@ -92,6 +88,11 @@ class Host:
     def restarts(self) -> int:
         """How often the engine that it has now was replaced."""
         return self.engine.restarts if self.engine else 0
+
+    @property
+    def card(self) -> Card | None:
+        """What its engine says of the model, or the last one said that had loaded it."""
+        return self.up.card if self.up else self.told
 
     @property
     def up(self) -> Supervisor | None:
@@ -241,7 +242,6 @@ class Roster:
         except BaseException:
             await self._end(host)
             raise
-        host.fingerprint, host.infill = engine.card.fingerprint, engine.card.infill is not None
 
     async def _make_room(self, wanted: Host) -> None:
         """End engines that nobody uses, those unused for longest first, until it fits. Raises `Overloaded`."""
@@ -258,6 +258,7 @@ class Roster:
     async def _end(self, host: Host) -> None:
         self._hush(host)
         if host.engine is not None:
+            host.told = host.card
             engine, host.engine = host.engine, None
             await asyncio.shield(self._begin(engine.close()))
 

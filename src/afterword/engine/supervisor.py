@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from afterword.engine.quarantine import Quarantine
 from afterword.engine.tally import Course, Tally
 from afterword.engine.texts import Texts
 from afterword.engine.watch import TICK, Restarts, Watch
-from afterword.errors import EngineDied, EngineFailure, Overloaded, SettingError, WaitedTooLong
+from afterword.errors import EngineDied, EngineFailure, ModelReplaced, Overloaded, SettingError, WaitedTooLong
 from afterword.limits import limit
 
 State = Literal["starting", "ready", "restarting", "failing", "closed"]
@@ -33,6 +34,8 @@ State = Literal["starting", "ready", "restarting", "failing", "closed"]
 
 LATER = "The server is overloaded: too many requests are waiting. Please try again later."
 _FAILING = "The engine cannot be kept running at the moment."
+
+_log = logging.getLogger("afterword")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +53,15 @@ class Policy:
 
 
 class Supervisor:
-    """An `Engine` whose work is done by a child process. One event loop calls everything."""
+    """An `Engine` whose work is done by a child process. One event loop calls everything.
+
+    `settings` may be a function, which is called in a thread before each start and says how the model is to be loaded
+    now: its file may be another than at the last start. It may raise `SettingError`.
+    """
 
     def __init__(
         self,
-        settings: frames.Open,
+        settings: frames.Open | Callable[[], frames.Open],
         policy: Policy = Policy(),
         *,
         command: Sequence[str] = LLAMA,
@@ -167,9 +174,10 @@ class Supervisor:
         self._fail_all(Overloaded("The server is shutting down."))
 
     async def _launch(self) -> None:
+        settings = await asyncio.to_thread(self._settings) if callable(self._settings) else self._settings
         self._watch.started()
         self._link = link = await self._spawn()
-        link.send(self._settings)
+        link.send(settings)
         self.loaded = 0.0
         while isinstance(first := await link.receive(), frames.Pulse):
             self._watch.heard(first)
@@ -179,13 +187,22 @@ class Supervisor:
             raise SettingError(
                 first.message
                 if isinstance(first, frames.Failed)
-                else f"The engine's process ended while it was loading {self._settings.path} (exit status {code})."
+                else f"The engine's process ended while it was loading {settings.path} (exit status {code})."
             )
         self._watch.heard(first)
-        self._card, self._load, self._meter = first.card, Load(first.card.sequences), Meter()
+        self._take_card(first.card, settings.path)
+        self._load, self._meter = Load(first.card.sequences), Meter()
         self.state = "ready"
         self._texts.ask_again()
         self._feed()
+
+    def _take_card(self, card: Card, path: str) -> None:
+        """Another model than before cannot go on with what was under way: its tokens and numbers are others."""
+        before, self._card = self._card, card
+        if before is not None and before.fingerprint != card.fingerprint:
+            _log.warning("%s holds another model now: %s, before %s.", path, card.fingerprint, before.fingerprint)
+            self._fail_all(ModelReplaced())
+            self._quarantine = Quarantine()  # what killed the other model may be harmless to this one
 
     async def _live(self) -> None:
         """Serve with one engine after the other."""
@@ -217,7 +234,8 @@ class Supervisor:
         self.tally.restarts += 1
         try:
             await self._launch()
-        except (SettingError, OSError):
+        except (SettingError, OSError) as problem:
+            _log.warning("The engine could not be started again: %s", problem)
             return False
         return True
 

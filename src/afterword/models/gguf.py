@@ -23,12 +23,22 @@ FILE_TYPES = {
     37: "TQ2_0", 38: "MXFP4", 39: "NVFP4", 40: "Q1_0", 41: "Q2_0",
 }  # fmt: skip
 
+STATE_BYTES = 4
+"""Of an element of a recurrent layer's state."""
+
+AUDIO = frozenset(("wavtokenizer-dec", "qwen3tts", "pockettts"))
+"""Architectures of llama.cpp whose output is sound or codes for it."""
+
 SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a model's file says. Lengths are in tokens or elements; of per-layer numbers, the largest."""
+    """What a model's file says. Lengths are in tokens or elements; of per-layer numbers, the largest.
+
+    `kv_heads` are the heads of keys and values in all layers together. `state_bytes`: what a sequence has beside keys
+    and values, in recurrent layers (Mamba, RWKV, short convolutions), however long it is.
+    """
 
     architecture: str
     name: str
@@ -39,6 +49,9 @@ class Facts:
     experts: int  # 0 where every weight is used for every token
     heads: int
     heads_kv: int
+    kv_heads: int
+    hidden: int  # elements between the two halves of a layer; 0 if the file does not say
+    state_bytes: int
     key_length: int
     value_length: int
     vocabulary: int  # tokens; 0 if the file does not say
@@ -47,8 +60,11 @@ class Facts:
     split_count: int
 
     def kv_bytes_per_token(self, bytes_per_element: int = 2) -> int:
-        """Bytes of key-value cache that one token takes; an upper bound where layers differ."""
-        return self.layers * self.heads_kv * (self.key_length + self.value_length) * bytes_per_element
+        """Bytes of key-value cache that one token takes; an upper bound where lengths differ between layers.
+
+        Layers with a sliding window count like the others: llama.cpp keeps whole contexts for them, too.
+        """
+        return self.kv_heads * (self.key_length + self.value_length) * bytes_per_element
 
 
 def read_facts(path: Path | str) -> Facts:
@@ -58,6 +74,7 @@ def read_facts(path: Path | str) -> Facts:
     keys = _Keys(path, first)
     keys.check_kind()
     split_count = keys.check_split()
+    keys.check_text()
     check_sound(path, keys.architecture, first)
     later = (_part(path, number, split_count) for number in range(2, split_count + 1))
     headers = [first, *map(read_header, later)]
@@ -77,6 +94,9 @@ def read_facts(path: Path | str) -> Facts:
         experts=keys.number("expert_count", 0),
         heads=heads,
         heads_kv=keys.number("attention.head_count_kv", heads),
+        kv_heads=sum(keys.heads_kv(heads)),
+        hidden=keys.number("feed_forward_length", 0),
+        state_bytes=STATE_BYTES * keys.recurrent_layers(heads) * keys.state_length(heads),
         key_length=keys.number("attention.key_length", head_length),
         value_length=keys.number("attention.value_length", head_length),
         vocabulary=_vocabulary(keys),
@@ -84,6 +104,11 @@ def read_facts(path: Path | str) -> Facts:
         tensor_count=tensor_count,
         split_count=split_count,
     )
+
+
+def parts(path: Path, facts: Facts) -> list[Path]:
+    """All files of the model whose (first) file is `path`, as llama.cpp finds them."""
+    return [path, *(_part(path, number, facts.split_count) for number in range(2, facts.split_count + 1))]
 
 
 def split_stem(name: str) -> str:
@@ -129,10 +154,44 @@ class _Keys:
             raise SettingError(f"{self.path} gives no usable {key!r}.")
         return int(largest)
 
+    def heads_kv(self, heads: int) -> list[int]:
+        """Heads of keys and values of each layer, 0 of those without attention."""
+        layers = self.number("block_count")
+        given = self.header.values.get(f"{self.architecture}.attention.head_count_kv", heads)
+        if isinstance(given, tuple) and len(given) == layers:
+            return [int(count) for count in given]
+        most = self.number("attention.head_count_kv", heads)
+        every = self.number("full_attention_interval", 1) or 1  # of so many layers one has attention
+        return [most if number % every == 0 else 0 for number in range(1, layers + 1)]
+
+    def recurrent_layers(self, heads: int) -> int:
+        """Those without attention; all of them where each has it: then they may have both, or only one of the two."""
+        return self.heads_kv(heads).count(0) or self.number("block_count")
+
+    def state_length(self, heads: int) -> int:
+        """Elements that a recurrent layer keeps of a sequence: the last inputs of its convolution, and its state."""
+        width = self.number("embedding_length")
+        inner, states, groups = (self.number(f"ssm.{name}", 0) for name in ("inner_size", "state_size", "group_count"))
+        kept = max(0, self.number("ssm.conv_kernel", 0) - 1)
+        delta, cells = self.number("kda.head_dim", 0), self.number("wkv.head_size", 0)
+        return (
+            kept * (inner + 2 * groups * states + 3 * heads * delta)
+            + (states * inner + heads * delta * delta)
+            + width * (cells + self.number("token_shift_count", 2) if cells else 0)
+            + width * max(0, self.number("shortconv.l_cache", 0) - 1)
+        )
+
     def check_kind(self) -> None:
         kind = "projector" if self.architecture == "clip" else self.text("general.type") or "model"
         if kind != "model":
             raise OtherKind(f"{self.path} is of the kind {kind!r}, not a language model.")
+
+    def check_text(self) -> None:
+        """SettingError if what the model makes is no text."""
+        if self.architecture in AUDIO:
+            raise SettingError(f"{self.path} makes audio ({self.architecture}), and only text can be served.")
+        if self.text("tokenizer.ggml.model") in ("none", "no_vocab"):
+            raise SettingError(f"{self.path} has no vocabulary, so there is no text for its tokens.")
 
     def check_split(self) -> int:
         """The number of files of the model; SettingError if this is not the first of them."""

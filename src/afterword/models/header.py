@@ -6,6 +6,7 @@ through a buffer, not a memory map: a file that is cut while we read it must be 
 
 from __future__ import annotations
 
+import os
 import struct
 from collections import Counter
 from collections.abc import Mapping
@@ -75,13 +76,20 @@ def read_header(path: Path) -> Header:
         if path.is_dir():
             raise MalformedError("is a folder, not a model file")
         if not path.is_file():
-            raise MalformedError("is no regular file" if path.exists() else "does not exist")
+            raise MalformedError("is no regular file" if path.exists() else dangling(path) or "does not exist")
         with path.open("rb", buffering=1 << 20) as file:
             return _Reader(file, path.stat().st_size).header()
     except MalformedError as error:
         raise SettingError(f"{path} {error}.") from None
     except OSError as error:
         raise SettingError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def dangling(path: Path) -> str | None:
+    """Of a link that leads to no file: what it is, as the end of a sentence that begins with its name."""
+    if os.path.islink(path) and not os.path.exists(path):
+        return f"is a link to {os.readlink(path)}, which cannot be found"
+    return None
 
 
 class _Reader:

@@ -1,15 +1,12 @@
 """How many sequences of how many tokens a model gets: the most that fits, or a refusal saying what to lower.
 
-The choice is arithmetic on Facts and a number of bytes; only `available_memory` looks at the machine.
+The choice is arithmetic on Facts and a number of bytes; nothing here looks at the machine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-
-import psutil
 
 from afterword.errors import SettingError
 from afterword.models.gguf import Facts
@@ -18,57 +15,90 @@ MOST_CONTEXT, LEAST_CONTEXT, UNKNOWN_CONTEXT = 4096, 512, 2048  # tokens, where 
 MOST_PARALLEL = 16  # sequences, where their number is ours to choose
 LEAST_USEFUL_CONTEXT, PARALLEL_LIMIT = 16, 256  # what may be asked for
 GRANULE = 256  # tokens, to which llama.cpp rounds up what a sequence has room for
-HEADROOM = 256 << 20  # bytes for the process itself and its compute buffers, beside a tenth of the rest
+HEADROOM = 256 << 20  # bytes for the process itself, its vocabulary and what it keeps, beside a tenth of the rest
+FLOAT = 4  # bytes
+LOGIT_COPIES = 2  # of each row: llama.cpp computes them in one buffer and hands them over in another
 
-CGROUPS = Path("/sys/fs/cgroup")
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """How a model is computed, as far as memory depends on it.
+
+    `kv_bytes`: of one element of a key or a value. `chunk`: the most tokens of a pass over a prompt. `plain`: attention
+    writes down how much each token of a pass attends to each of the context, instead of going through them.
+    """
+
+    kv_bytes: int = 2
+    chunk: int = 256
+    plain: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """`parallel` sequences of `context` tokens each, and the bytes that the weights and a token take.
+    """`parallel` sequences of `context` tokens each of a model that is computed in some way.
 
     Room for `spare` more sequences, and for as many more tokens in each, is taken that nobody is given.
     """
 
     context: int
     parallel: int
-    weights_bytes: int
-    token_bytes: int
+    facts: Facts
+    run: Run = Run()
     spare: int = 0
 
     @property
     def kv_bytes(self) -> int:
         """Keys and values of all sequences."""
         granules = -(-(self.context + self.spare) // GRANULE)
-        return granules * GRANULE * (self.parallel + self.spare) * self.token_bytes
+        tokens = granules * GRANULE * (self.parallel + self.spare)
+        return tokens * self.facts.kv_bytes_per_token(self.run.kv_bytes)
+
+    @property
+    def sequences_bytes(self) -> int:
+        """What all sequences have: keys and values, and the states of recurrent layers."""
+        return self.kv_bytes + (self.parallel + self.spare) * self.facts.state_bytes
+
+    @property
+    def pass_bytes(self) -> int:
+        """The largest pass: logits of all its tokens (a scored prompt), and what is between a layer's operations."""
+        tokens = max(self.run.chunk, self.parallel + self.spare)
+        logits = LOGIT_COPIES * self.facts.vocabulary
+        layer = 3 * self.facts.hidden + 8 * self.facts.embedding_length
+        attention = self.facts.heads * (self.context + self.spare) if self.run.plain else 0
+        return tokens * (logits + layer + attention) * FLOAT
 
     @property
     def needed_bytes(self) -> int:
-        """Weights, key-value cache and headroom."""
-        total = self.weights_bytes + self.kv_bytes
-        return total + total // 10 + HEADROOM
+        """Weights, sequences, a pass and headroom.
+
+        Weights count once: where they are copied, or laid out anew, the file's own pages can be given up at any time.
+        """
+        return _with_headroom(self.facts.size_bytes + self.sequences_bytes + self.pass_bytes)
+
+
+def _with_headroom(size: int) -> int:
+    return size + size // 10 + HEADROOM
 
 
 def choose_shapes(
-    models: Sequence[tuple[Facts, int]], available_bytes: int, context: int | None, parallel: int | None, spare: int = 0
+    models: Sequence[tuple[Facts, Run]], available_bytes: int, context: int | None, parallel: int | None, spare: int = 0
 ) -> list[Shape]:
     """For models that are loaded together the shapes asked for, or for what is None the largest usual ones that fit.
 
-    Each comes with `kv_bytes`, the size of one element of a key or a value. The largest gives way first. Raises
-    `SettingError` if none fit.
+    The one whose sequences are the largest gives way first. Raises `SettingError` if none fit.
     """
     for facts, _ in models:
         _check_settings(facts, context, parallel, PARALLEL_LIMIT - spare)
     shapes = [
-        _shape(facts, context or usual_context(facts), parallel or MOST_PARALLEL - spare, spare, size)
-        for facts, size in models
+        Shape(context or usual_context(facts), parallel or MOST_PARALLEL - spare, facts, run, spare)
+        for facts, run in models
     ]
     while sum(shape.needed_bytes for shape in shapes) > available_bytes:
         smaller = {place: _smaller(shape, context, parallel) for place, shape in enumerate(shapes)}
         places = [place for place, shape in smaller.items() if shape is not None]
         if not places:
             raise SettingError(_do_not_fit(shapes, available_bytes))
-        place = max(places, key=lambda place: shapes[place].kv_bytes)
+        place = max(places, key=lambda place: shapes[place].sequences_bytes)
         shapes[place] = smaller[place] or shapes[place]
     return shapes
 
@@ -78,29 +108,6 @@ def usual_context(facts: Facts) -> int:
     return min(facts.context_length, MOST_CONTEXT) if facts.context_length else UNKNOWN_CONTEXT
 
 
-def available_memory() -> int:
-    """Bytes that can still be taken: what the machine has left, or less where a cgroup sets a limit."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        lines = []
-    own = CGROUPS / next((line[4:] for line in lines if line.startswith("0::/")), "")
-    rooms = [cgroup_room(folder) for folder in (own, *own.parents) if folder.is_relative_to(CGROUPS)]
-    return min([int(psutil.virtual_memory().available), *(room for room in rooms if room is not None)])
-
-
-def cgroup_room(folder: Path) -> int | None:
-    """Bytes left under a cgroup v2 folder's limit, its file cache counted as free; None if it sets none."""
-    try:
-        limit = int((folder / "memory.max").read_text())
-        used = int((folder / "memory.current").read_text())
-        rows = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        cache = next((int(row[1]) for row in rows if row[0] == "inactive_file"), 0)
-    except (OSError, ValueError):  # no such file, or a limit of "max"
-        return None
-    return max(0, limit - max(0, used - cache))
-
-
 def _smaller(shape: Shape, context: int | None, parallel: int | None) -> Shape | None:
     """The next smaller one, where that is ours to choose."""
     if parallel is None and shape.parallel > 1:
@@ -108,10 +115,6 @@ def _smaller(shape: Shape, context: int | None, parallel: int | None) -> Shape |
     if context is None and shape.context > LEAST_CONTEXT:
         return replace(shape, context=max(shape.context // 2, LEAST_CONTEXT))
     return None
-
-
-def _shape(facts: Facts, context: int, parallel: int, spare: int, kv_bytes: int) -> Shape:
-    return Shape(context, parallel, facts.size_bytes, facts.kv_bytes_per_token(kv_bytes), spare)
 
 
 def _check_settings(facts: Facts, context: int | None, parallel: int | None, most: int) -> None:
@@ -135,9 +138,9 @@ def _do_not_fit(shapes: Sequence[Shape], available: int) -> str:
             "--keep-alive 5m."
         )
     (shape,) = shapes
-    weights = Shape(0, 0, shape.weights_bytes, 0)
-    if weights.needed_bytes > available:
-        needs = f"The model needs {_gib(weights.needed_bytes)}"
+    least = _with_headroom(shape.facts.size_bytes)
+    if least > available:
+        needs = f"The model needs {_gib(least)}"
         remedy = "choose a smaller or more quantised one"
     else:
         needs = f"{shape.parallel} x {shape.context} tokens need {_gib(shape.needed_bytes)}"

@@ -9,6 +9,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 
+from afterword.errors import SettingError
 from afterword.models.gguf import is_later_part
 
 PREFERRED = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "F16", "BF16")
@@ -31,6 +32,17 @@ def model_files(names: Iterable[str]) -> list[str]:
         and not is_later_part(name)
         and not re.search("mmproj|imatrix", name.rpartition("/")[2], re.IGNORECASE)
     )
+
+
+def printable(name: str) -> str:
+    """A file's name with each byte that is not UTF-8 as \\xNN: Python has surrogates there, which no output takes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def check_utf8(path: str) -> None:
+    """Raise `SettingError` for a path that cannot be written in messages, logs and JSON."""
+    if (shown := printable(path)) != path:
+        raise SettingError(f"{shown} is not valid UTF-8; rename it, or make a link to it that has another name.")
 
 
 def is_safe(name: str) -> bool:

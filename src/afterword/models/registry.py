@@ -27,7 +27,8 @@ from typing import Literal
 from afterword.errors import SettingError
 from afterword.models import stores
 from afterword.models.gguf import part_names, split_stem
-from afterword.models.names import is_safe, matching, model_files, near, quant_of
+from afterword.models.header import dangling
+from afterword.models.names import check_utf8, is_safe, matching, model_files, near, printable, quant_of
 
 BUILTIN = "afterword-tiny"
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -97,6 +98,7 @@ def parse_spec(text: str | None) -> Spec:
     """What `text` names, whether or not it exists; SettingError if it can name nothing."""
     if text is None or text == BUILTIN:
         return BuiltIn()
+    check_utf8(text)
     for store in STORES:
         if text.startswith(f"{store}:"):
             return StoreModel(store, text.removeprefix(f"{store}:"))
@@ -112,6 +114,12 @@ def parse_spec(text: str | None) -> Spec:
 
 def locate(spec: Spec) -> Model:
     """Find a model that is already on this machine; SettingError says what to do if it is not."""
+    model = _found(spec)
+    check_utf8(str(model.path))
+    return model
+
+
+def _found(spec: Spec) -> Model:
     match spec:
         case BuiltIn():
             return _builtin()
@@ -131,13 +139,23 @@ def installed() -> list[Model]:
 
 
 def present() -> list[Model]:
-    """The same, and what is there in part."""
-    return [
+    """The same, and what is there in part or cannot be used."""
+    found = [
         *([_builtin()] if builtin_path().is_file() else []),
         *_cached(),
         *(_stored("ollama", model) for model in stores.ollama()),
         *(_stored("lmstudio", model) for model in stores.lmstudio()),
     ]
+    return [_named(model) for model in found]
+
+
+def _named(model: Model) -> Model:
+    """A model that can be listed whatever bytes its name has."""
+    try:
+        check_utf8(str(model.path))
+    except SettingError as error:
+        return replace(model, id=printable(model.id), problem=error.message)
+    return model
 
 
 def builtin_path() -> Path:
@@ -162,7 +180,7 @@ def choose_file(names: Iterable[str], spec: HubFile) -> str:
     if len(found) == 1:
         return found[0]
     problem = "has several files that fit" if found else f"has no file that fits {spec.wanted!r}"
-    listing = ", ".join(found or models)
+    listing = ", ".join(map(printable, found or models))
     raise SettingError(f"{spec.repository} {problem}; write hf:{spec.repository}:FILE for one of: {listing}.")
 
 
@@ -265,6 +283,10 @@ def _missing(path: Path) -> str:
     if os.path.isdir(path):
         models = ", ".join(_models_in(path))
         return f"{path} is a folder; " + (f"name a file in it: {models}." if models else "it holds no GGUF model.")
+    if os.path.exists(path):
+        return f"{path} is no regular file."
+    if problem := dangling(path):
+        return f"{path} {problem}."
     if close := difflib.get_close_matches(path.name, _models_in(path.parent), n=3, cutoff=0.5):
         return f"{path} does not exist; did you mean {' or '.join(close)}?"
     if path.suffix.lower() != ".gguf" and (close := _near(path.as_posix())):
@@ -277,6 +299,6 @@ def _missing(path: Path) -> str:
 
 def _models_in(folder: Path) -> list[str]:
     try:
-        return model_files(os.listdir(folder))
+        return [printable(name) for name in model_files(os.listdir(folder))]
     except (OSError, ValueError):  # ValueError: a path with a NUL in it
         return []

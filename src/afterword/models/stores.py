@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from afterword.models.gguf import part_names, split_stem
+from afterword.models.header import dangling
 from afterword.models.names import model_files
 
 _WEIGHTS = "application/vnd.ollama.image.model"
@@ -124,7 +125,7 @@ def _objects(value: object) -> list[dict[str, Any]]:
 
 def _missing_part(folder: Path, name: str) -> str | None:
     missing = [part for part in part_names(name) if not (folder / part).is_file()]
-    return f"{folder / missing[0]} is missing." if missing else None
+    return f"{folder / missing[0]} {dangling(folder / missing[0]) or 'is missing'}." if missing else None
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from afterword.engine.core.batch import Batch, Cut, Fork, Logits, Row
 from afterword.engine.frames import Open
 from afterword.engine.llama import accelerator
+from afterword.engine.llama.files import ModelFiles
 from afterword.engine.llama.full import fill
 from afterword.engine.llama.library import last_error, native
 from afterword.engine.protocol import Promise
@@ -47,6 +48,7 @@ class LlamaRunner:
         self.accelerated = not settings.gpu_layers and accelerator.offer()
         self.own_products = self.accelerated and settings.own_products and accelerator.multiplies()
         accelerator.prepare(settings.threads, keep_weights=self.own_products)
+        self.files = ModelFiles(settings.parts or (settings.path,))  # opened first, so that a change shows
         self.model = _load(settings, settings.repack and not self.own_products, tell)
         self._context, self.own_attention = _context(self.model, settings, self.accelerated)
         self._memory = native.llama_get_memory(self._context)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from pathlib import Path
+
+import msgspec
 
 from afterword.engine.compiled import digest
 from afterword.engine.core import rows
@@ -15,8 +16,6 @@ from afterword.engine.llama.runner import LlamaRunner
 from afterword.engine.protocol import Card, Infill
 
 _NO_TOKEN = -1
-_SAMPLES = 64
-_SAMPLE_BYTES = 65536
 
 
 class Vocabulary:
@@ -88,7 +87,10 @@ class Vocabulary:
 
 
 def make_card(runner: LlamaRunner, settings: Open) -> tuple[Card, Vocabulary]:
-    """Facts about the model that a runner holds, and its vocabulary."""
+    """Facts about the model that a runner holds, and its vocabulary.
+
+    Raises `SettingError` if its files changed while they were loaded: the fingerprint would name other bytes.
+    """
     vocabulary = Vocabulary(runner.model)
     pieces = vocabulary.pieces()
     # SentencePiece texts gain a leading space; the joined pieces of any text show whether this model's do.
@@ -106,34 +108,28 @@ def make_card(runner: LlamaRunner, settings: Open) -> tuple[Card, Vocabulary]:
         # In a text SentencePiece's own sign for a space has three bytes.
         longest=max(len(piece.replace(b" ", "▁".encode())) for piece in pieces) if vocabulary.keeps_text else 0,
         infill=vocabulary.infill(),
-        fingerprint=fingerprint(settings, runner),
+        fingerprint="",
         promise=runner.promise,
     )
+    card = msgspec.structs.replace(card, fingerprint=fingerprint(settings, runner, card))
+    runner.files.confirm_loaded()
     return card, vocabulary
 
 
-def fingerprint(settings: Open, runner: LlamaRunner) -> str:
-    """A short name for all that can change a number: libraries, weights, and the shape of the computation."""
+def fingerprint(settings: Open, runner: LlamaRunner, card: Card) -> str:
+    """A short name for all that can change a number: libraries, weights, and the shape of the computation.
+
+    Also for what else the card says of the model, such as its tokens: cards of one fingerprint are alike.
+    """
     named = hashlib.sha256(version().encode())
     named.update(digest(rows.FILE, *([accelerator.FILE] if runner.accelerated else [])).encode())
-    named.update(_weights_digest(Path(settings.path)))
+    named.update(runner.files.digest())
+    named.update(msgspec.msgpack.encode(msgspec.structs.replace(card, sequences=0, promise="none")))
     shape = (settings.context, settings.kv_type, settings.grid, settings.repack, settings.gpu_layers)
     named.update(repr((*shape, runner.own_products, runner.own_attention)).encode())
     if settings.gpu_layers:
         named.update(f"{cards.names()} {settings.sequences if settings.full else 0}".encode())
     return "fp_" + named.hexdigest()[:16]
-
-
-def _weights_digest(path: Path) -> bytes:
-    """Size, start and evenly spaced samples of the file: tells files apart without reading gigabytes."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    step = max(size // _SAMPLES, 1)
-    with path.open("rb") as file:
-        for offset in range(0, size, max(step, _SAMPLE_BYTES)):
-            file.seek(offset)
-            digest.update(file.read(_SAMPLE_BYTES))
-    return digest.digest()
 
 
 def _known(token: int) -> int | None:
