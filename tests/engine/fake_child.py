@@ -18,6 +18,7 @@ from afterword.errors import SettingError
 
 DEADLY = 99  # beyond the vocabulary, so that it is never sampled
 DEADLY_TEXT = "deadly"
+FAULTY_TEXT = "faulty"  # at which the tokenizer raises
 
 
 class DeadlyRunner(HistoryRunner):
@@ -57,6 +58,8 @@ def load(settings: frames.Open, _: child.Tell) -> child.Loaded:
 
 
 def tokenize(text: str, _: bool) -> tuple[int, ...]:
+    if text == FAULTY_TEXT:
+        raise ValueError(text)
     if text == DEADLY_TEXT:
         os._exit(1)
     return tuple(ord(letter) - 65 for letter in text)
