@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,17 +14,14 @@ from test_files import upload
 
 FEW = 256
 CONTENT = b"x" * 8_000_000  # more than the buffers of a connection hold
+FEW_FILES = ("sh", "-c", f'ulimit -n {FEW} && exec "$@"', "sh")
 ASK = {"prompt": "Once upon a time", "max_tokens": 3}
-
-
-def few_files() -> None:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (FEW, FEW))
 
 
 @pytest.fixture(scope="module")
 def cramped(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     where = str(tmp_path_factory.mktemp("data") / "batches")
-    with serve("--parallel", "1", "--batch-dir", where, key=None, before=few_files) as server:
+    with serve("--parallel", "1", "--batch-dir", where, key=None, before=FEW_FILES) as server:
         yield server
 
 

@@ -131,7 +131,9 @@ async def _serve(models: Roster, config: Config) -> None:
     ):
         port = listener.getsockname()[1]
         metrics = Metrics((host.id for host in models), config.metrics_prefix)
-        batches = Manager(Shelf(config.batch_dir or default_folder()), config.batch)
+        shelf = Shelf(config.batch_dir or default_folder())
+        shelf.check()
+        batches = Manager(shelf, config.batch)
         service = Service(config, models, ring, log, life, metrics, batches, traces)
         app = make_app(service)
         door = Door(app, listener, config.door, config.proxies)

@@ -61,7 +61,7 @@ async def spawn(command: Sequence[str]) -> Link:
     """Start a command; its last arguments are the file descriptors that it hears and speaks through.
 
     One line for each way: where a process has died, a failed send would else close the line with its last words unread,
-    and who killed it is known from these. Raises `OSError`, for one where no file descriptor is left, and leaves nothing.
+    and who killed it is known from these. Raises `OSError`, as where no file descriptor is left, and leaves nothing.
     """
     with ExitStack() as undo:
         to, hears = map(undo.enter_context, socket.socketpair())
