@@ -213,7 +213,7 @@ def _of_keys(prefix: str, keys: KeyFigures) -> Iterator[Metric]:
         family = GaugeMetricFamily(f"{prefix}:{name}", about)
         if value is not None:
             family.add_metric((), value)
-            yield family
+        yield family
 
 
 def _of_engines(prefix: str, engines: Sequence[EngineFigures]) -> Iterator[Metric]:
