@@ -13,6 +13,7 @@ from afterword.api.query import Query
 from afterword.api.service import Service
 from afterword.api.upload import uploaded
 from afterword.api.visit import visit_of
+from afterword.batch.job import in_thread
 from afterword.batch.manager import Manager
 from afterword.batch.shelf import File, Order
 from afterword.errors import RequestError
@@ -42,8 +43,12 @@ async def create(request: Request) -> Response:
         now, life = int(manager.clock()), _life(form.fields)
         expires = None if life is None else now + life
         file = File(form.place.name, key, form.name, "batch", form.size, now, expires)
-        await asyncio.to_thread(manager.shelf.add, file, manager.limits.max_stored, form.taken)
-        form.kept = True
+
+        def keep() -> None:
+            manager.shelf.add(file, manager.limits.max_stored, form.taken)
+            form.kept = True
+
+        await in_thread(keep)
     return json_answer(described(file))
 
 
