@@ -50,13 +50,18 @@ class Server:
 
 
 @contextmanager
-def running(*args: str, key: str | None = KEY, stderr: Path | None = None) -> Iterator[Server]:
-    """`afterword serve` with these arguments on a free port. It must end cleanly when it is told to."""
+def running(
+    *args: str, key: str | None = KEY, stderr: Path | None = None, before: tuple[str, ...] = ()
+) -> Iterator[Server]:
+    """`afterword serve` with these arguments on a free port. It must end cleanly when it is told to.
+
+    `before` is a command that becomes the server's.
+    """
     keys = ("--api-key", key) if key else ()
     command = [sys.executable, "-m", "afterword", "serve", "--port", "0", *keys, *args]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("AFTERWORD_")}
     with stderr.open("w+") if stderr else tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
+        process = subprocess.Popen([*before, *command], env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
         with process:
             try:
                 yield _greeted(process, log, key)

@@ -244,7 +244,9 @@ def _chunks() -> Iterator[Case]:
     }.items():
         yield Case(name, _BODY + AUTH + TE + b"\r\n" + whole + trailer + b"\r\n\r\n" + SMUGGLED, BAD)
     yield Case("tiny chunks", _BODY + AUTH + TE + b"\r\n" + b"1\r\n \r\n" * 20_000, BAD)
-    yield Case("endless extension", _BODY + AUTH + TE + b"\r\n1;" + b"x" * 100_000, SLOW)
+    yield Case("endless extension", _BODY + AUTH + TE + b"\r\n1;" + b"x" * 100_000, BAD)
+    yield Case("large extensions", _BODY + AUTH + TE + b"\r\n" + (b"1;" + b"x" * 5000 + b"\r\n \r\n") * 20, BAD)
+    yield Case("a short extension without end", _BODY + AUTH + TE + b"\r\n1;" + b"x" * 1000, SLOW)
 
 
 def _sizes() -> Iterator[Case]:

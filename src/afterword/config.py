@@ -14,6 +14,7 @@ from afterword.engine.frames import KvType
 from afterword.engine.protocol import Promise
 from afterword.errors import SettingError
 from afterword.keys.key import Key
+from afterword.keys.limits import KeyLimits
 from afterword.machine import cores
 
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[1-9][0-9]{0,4})?")
@@ -106,9 +107,8 @@ class Config:
     """How the server is run.
 
     `keys` were given at the start; more are in the store `keys_file`. With `shared_cache` what was computed for one key
-    is used for others too. `wrong_keys`: so many a minute from one address (0: any number). `log`:
-    the file that a line a request is added to. `metrics_prefix`: what names in /metrics begin with; with `metrics_open`
-    it needs no key. `traces`: a span a request is told to a collector.
+    is used for others too. `log`: the file that a line a request is added to. `metrics_prefix`: what names in /metrics
+    begin with; with `metrics_open` it needs no key. `traces`: a span a request is told to a collector.
     `cors_origins`: web pages that may use it, beside those of this machine; with keys, all may try. `special_text`:
     text that spells a special token becomes that token. `allowed_hosts`: names that the server answers to, beside
     addresses and its own; `*` for any, as where keys are asked for and none are given. `proxies` are believed when they
@@ -121,7 +121,6 @@ class Config:
     keys: tuple[Key, ...] = ()
     keys_file: Path | None = None
     shared_cache: bool = False
-    wrong_keys: int = 20
     log: Path | None = None
     metrics_prefix: str = "afterword"
     metrics_open: bool = False
@@ -137,6 +136,7 @@ class Config:
     limits: Limits = field(default_factory=Limits)
     batch: BatchLimits = field(default_factory=BatchLimits)
     door: DoorLimits = field(default_factory=DoorLimits)
+    key_limits: KeyLimits = field(default_factory=KeyLimits)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.metrics_prefix):

@@ -12,6 +12,7 @@
     ├── WaitedTooLong     the moment's: 504, never begun
     ├── Stopped           a batch goes no further for now; what is done is kept
     ├── StorageFailed     the server's disk: 507
+    │   └── NotOurs           a folder that has other files in it
     └── EngineError       ours: 500
         ├── EngineDied        the engine's process ended under the request
         ├── ModelReplaced     another model is served under the name since
@@ -172,3 +173,10 @@ class StorageFailed(AfterwordError):
 
     status = 507
     code = "storage_failed"
+
+
+class NotOurs(StorageFailed):
+    """The folder for files has files in it that Afterword did not write."""
+
+    def __init__(self) -> None:
+        super().__init__("The server's folder for files has other files in it. Its --batch-dir must be empty or new.")

@@ -52,8 +52,8 @@ class Lines:
         while (line := self._waiting.get()) is not None:
             try:
                 self._write(line)
-            except OSError as error:
-                self._complain(error.strerror)
+            except Exception as error:  # whatever it is, the next lines are still to be written
+                self._complain(error.strerror if isinstance(error, OSError) else repr(error))
             else:
                 self._complained = False
 

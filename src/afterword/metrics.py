@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import inf
 from typing import Any
 
@@ -96,6 +97,14 @@ class EngineFigures:
     memory: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class KeyFigures:
+    """The key file. `unread`: seconds since the keys were last known to be those of the file; None without a file."""
+
+    unread: float | None = None
+    skipped: int | None = None
+
+
 class _Requests:
     """Completions of one model."""
 
@@ -150,10 +159,11 @@ class Metrics:
             requests.generated_tokens.add(answer.generated_tokens)
             requests.n.add(answer.n)
 
-    def text(self, server: str, engines: Sequence[EngineFigures]) -> bytes:
+    def text(self, server: str, engines: Sequence[EngineFigures], keys: KeyFigures = KeyFigures()) -> bytes:
         """All figures. `server`: the state of the whole."""
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(_Fixed([*self._of_server(server), *self._of_requests(), *_of_engines(self._prefix, engines)]))
+        families = (self._of_server(server), _of_keys(self._prefix, keys), self._of_requests())
+        registry.register(_Fixed([*chain(*families), *_of_engines(self._prefix, engines)]))
         return generate_latest(registry) + generate_latest(self._process)
 
     def _of_server(self, server: str) -> Iterator[Metric]:
@@ -193,6 +203,17 @@ class _Fixed:
 
     def collect(self) -> Iterable[Metric]:
         return self._families
+
+
+def _of_keys(prefix: str, keys: KeyFigures) -> Iterator[Metric]:
+    for name, about, value in (
+        ("keys_unread_seconds", "Since the keys were last known to be those of the key file.", keys.unread),
+        ("keys_skipped", "Rows of the key file that are no keys.", keys.skipped),
+    ):
+        family = GaugeMetricFamily(f"{prefix}:{name}", about)
+        if value is not None:
+            family.add_metric((), value)
+        yield family
 
 
 def _of_engines(prefix: str, engines: Sequence[EngineFigures]) -> Iterator[Metric]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +71,17 @@ def test_the_official_client_keeps_and_fetches_files(sdk, files):
         sdk.files.content(file.id)
 
 
+def test_a_file_expires_when_the_official_client_says(sdk):
+    file = sdk.files.create(
+        file=("in.jsonl", b"{}"), purpose="batch", expires_after={"anchor": "created_at", "seconds": 7200}
+    )
+    assert file.expires_at == file.created_at + 7200
+    assert sdk.files.retrieve(file.id) == file
+    assert sdk.files.create(file=("in.jsonl", b"{}"), purpose="batch").expires_at is None
+    for each in sdk.files.list():
+        sdk.files.delete(each.id)
+
+
 def test_answers_are_as_the_document_says(files):
     document = files.get("/openapi.json").json()
 
@@ -118,7 +132,12 @@ def test_another_key_sees_nothing_of_it(files):
     ("more", "param"),
     [
         ({"purpose": "fine-tune"}, "purpose"),
-        ({"data": {"expires_after[seconds]": "3600"}}, "expires_after[seconds]"),
+        ({"data": {"expires_after[seconds]": "3600"}}, "expires_after[anchor]"),
+        ({"data": {"expires_after[anchor]": "created_at"}}, "expires_after[seconds]"),
+        ({"data": {"expires_after[anchor]": "now", "expires_after[seconds]": "3600"}}, "expires_after[anchor]"),
+        ({"data": {"expires_after[anchor]": "created_at", "expires_after[seconds]": "3599"}}, "expires_after[seconds]"),
+        ({"data": {"expires_after[anchor]": "created_at", "expires_after[seconds]": "1e4"}}, "expires_after[seconds]"),
+        ({"data": {"expires_after[days]": "1"}}, "expires_after[days]"),
         ({"files": {"other": ("a", b"b")}}, "file"),
         ({"data": {"purpose": "x" * 2000}}, "purpose"),
     ],
@@ -167,6 +186,45 @@ def test_a_key_has_so_much_room_and_no_more(files):
     assert problem(response, 400)["code"] == "storage_limit_reached"
     for file in files.get("/v1/files").json()["data"]:
         files.delete(f"/v1/files/{file['id']}")
+
+
+def test_uploads_at_the_same_time_have_no_more_room_together(files, folder):
+    """Ten at once, each of which would fit alone; what was refused leaves nothing."""
+    with ThreadPoolExecutor(10) as pool:
+        answers = list(pool.map(lambda _: upload(files, b"x" * LARGEST), range(10)))
+    statuses = [answer.status_code for answer in answers]
+    assert set(statuses) == {200, 400}
+    assert {answer.json()["error"]["code"] for answer in answers if answer.status_code == 400} == {
+        "storage_limit_reached"
+    }
+    kept = list((folder / "files").iterdir())
+    assert len(kept) == statuses.count(200) <= 4
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in kept)
+    for file in files.get("/v1/files").json()["data"]:
+        files.delete(f"/v1/files/{file['id']}")
+    assert not list((folder / "files").iterdir())
+    assert upload(files, b"x" * LARGEST).status_code == 200
+
+
+def test_rows_may_come_one_a_chunk(files):
+    """As a client that writes each row when it has it; more chunks than were once allowed."""
+    head = b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+    head += b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+    rows = [head, *([b"{}\n"] * 20_000), b"\r\n--x--\r\n"]
+    answer = files.post("/v1/files", content=iter(rows), headers={"Content-Type": "multipart/form-data; boundary=x"})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["bytes"] == 60_000
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "files/thesis.txt"])
+def test_a_folder_with_other_files_is_refused_at_the_start(tmp_path, name):
+    (tmp_path / "files").mkdir()
+    (tmp_path / name).write_bytes(b"text")
+    command = [sys.executable, "-m", "afterword", "serve", "--port", "0", "--batch-dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--batch-dir" in done.stderr
+    assert (tmp_path / name).read_bytes() == b"text"
 
 
 def test_an_upload_may_be_larger_than_other_bodies(serve, tmp_path):

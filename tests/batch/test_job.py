@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import sqlite3
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from making import CREATED, LONGEST, answering, bare, begun, completion, output, run, wrapped, write
 
 from afterword.batch import job as jobs
-from afterword.batch.answers import Reply, answered
+from afterword.batch.answers import Answer, Reply, answered
 from afterword.batch.job import Job, Progress
 from afterword.batch.journal import Journal
 from afterword.batch.rows import Row, read_lines, read_row
@@ -244,3 +247,40 @@ def test_many_rows_are_looked_at_a_window_at_a_time(tmp_path, monkeypatch):
 
     run(source, begun(source, tmp_path / "journal"), answering(note), at_once=1)
     assert asked == ["6", "7", "8", "9", "2", "3", "4", "5", "0", "1"]
+
+
+# ---- answers that cannot be kept
+
+
+@pytest.mark.parametrize("size", [10_000, 100_000, 1_000_000])
+def test_an_answer_that_sqlite_cannot_keep_is_an_error_of_its_row(source, tmp_path, size):
+    journal = begun(source, tmp_path / "journal")
+    journal._db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, size)
+
+    def choose(request: dict[str, Any]) -> Reply:
+        return completion(request, padding="x" * size if request["prompt"] == "b" else "")
+
+    run(source, journal, answering(choose))
+    codes = {line["custom_id"]: line["error"] and line["error"]["code"] for line in output(journal)}
+    assert codes["row-1"] is codes["row-6"] is None
+    errors = [line["error"] for line in output(journal) if line["custom_id"] == "x"]
+    assert errors[0]["code"] == "answer_too_large"
+    assert str(journal.longest) in errors[0]["message"]
+
+
+def test_the_largest_answer_that_is_announced_can_be_kept(source, journal):
+    journal._db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 50_000)
+    journal.keep([Answer(99, True, b"x" * journal.longest)])
+    assert journal.size() >= journal.longest
+
+
+def test_a_journal_is_its_owners_and_the_output_as_the_umask_says(source, tmp_path):
+    before = os.umask(0o022)
+    try:
+        journal = begun(source, tmp_path / "journal")
+        journal.write(tmp_path / "out")
+        journal.write(tmp_path / "private", private=True)
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("journal", "out", "private")]
+    assert modes == [0o600, 0o644, 0o600]

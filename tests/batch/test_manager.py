@@ -50,11 +50,10 @@ def living(folder: Path, ask: Ask | Callable[[str], Ask], life: Life, **how: Any
 
 
 def begin(manager: Manager, *rows: bytes, key: str = "k", name: str = "b1", expires: int = CREATED + 9) -> None:
-    place = manager.shelf.upload()
+    place = manager.shelf.upload(f"f-{name}")
     place.write_bytes(b"\n".join(rows))
-    file = File(f"f-{name}", key, "in", "batch", place.stat().st_size, CREATED)
-    manager.shelf.add(file, place, 10**6)
-    manager.shelf.begin(Batch(name, key, "/v1/completions", "24h", file.id, CREATED, expires), 9)
+    manager.shelf.add(File(place.name, key, "in", "batch", place.stat().st_size, CREATED), 10**6)
+    manager.shelf.begin(Batch(name, key, "/v1/completions", "24h", place.name, CREATED, expires), 9)
     manager.begun()
 
 
@@ -241,11 +240,11 @@ def test_a_disk_that_fails_is_waited_for(folder, monkeypatch):
     left = [3]
     write = managers.Journal.write
 
-    def failing(self: Any, *arguments: Any) -> int:
+    def failing(self: Any, *arguments: Any, **options: Any) -> int:
         left[0] -= 1
         if left[0] >= 0:
             raise managers.StorageFailed("The disk is full.")
-        return write(self, *arguments)
+        return write(self, *arguments, **options)
 
     monkeypatch.setattr(managers.Journal, "write", failing)
 
@@ -293,3 +292,111 @@ def test_another_servers_folder_is_waited_for_and_told_once(folder, monkeypatch,
 
     living(folder, hold, first)
     assert len([record for record in caplog.records if "--batch-dir" in record.message]) == 1
+
+
+# ---- room
+
+
+def test_answers_for_which_there_is_no_room_are_errors_of_their_rows(folder):
+    """What fits is kept; what was answered beside it is said to have no room, and nothing more is asked."""
+    asked: list[str] = []
+
+    def choose(request: dict[str, Any]) -> Reply:
+        asked.append(request["prompt"])
+        return completion(request, padding="x" * 1000)
+
+    async def life(manager: Manager) -> None:
+        begin(manager, *(bare(prompt=str(number)) for number in range(200)))
+        batch = await ended(manager)
+        assert (batch.status, batch.rows, batch.good + batch.bad) == ("completed", 200, 200)
+        good, bad = lines(manager, batch.output), lines(manager, batch.errors)
+        assert 5 <= len(good) <= 20
+        assert {line["error"]["code"] for line in bad} == {"storage_limit_reached"}
+        assert len(asked) < 100
+        output = manager.shelf.file("k", batch.output or "")
+        assert output.size + manager.shelf.file("k", "f-b1").size <= 25_000
+        sizes = sum(file.size for file in manager.shelf.files("k", None, 9, "asc", None)[0])
+        while manager.shelf.room.taken("k") != sizes:
+            await asyncio.sleep(0.001)
+
+    living(folder, answering(choose), life, limits=BatchLimits(max_stored=25_000))
+
+
+def test_uploads_find_no_room_that_answers_under_way_have_taken(folder):
+    waiting, first = asyncio.Event(), asyncio.Event()
+
+    async def ask(_: str, __: str, body: bytes) -> Reply:
+        if first.is_set():
+            await waiting.wait()
+        first.set()
+        return completion(json.loads(body), padding="x" * 5000)
+
+    async def life(manager: Manager) -> None:
+        begin(manager, *(bare(prompt=str(number)) for number in range(3)))
+        while not manager.shelf.room.taken("k") > 5000:
+            await asyncio.sleep(0.001)
+        assert not manager.shelf.room.take("k", 5000, 10_000)
+        assert manager.shelf.room.take("other", 5000, 10_000)
+        waiting.set()
+        await ended(manager)
+
+    living(folder, ask, life, limits=BatchLimits(max_stored=10_000))
+
+
+def test_what_a_killed_batch_had_answered_takes_room_when_it_goes_on(folder):
+    async def never(_: str, __: str, body: bytes) -> Reply:
+        if json.loads(body)["prompt"] != "0":
+            await asyncio.Event().wait()
+        return completion(json.loads(body), padding="x" * 5000)
+
+    async def interrupted(manager: Manager) -> None:
+        begin(manager, *(bare(prompt=str(number)) for number in range(3)))
+        while not manager.now(manager.shelf.batch("k", "b1")).good:
+            await asyncio.sleep(0.001)
+
+    async def life(manager: Manager) -> None:
+        while manager.shelf.room.taken("k") < 5000:
+            await asyncio.sleep(0.001)
+
+    living(folder, never, interrupted)
+    living(folder, never, life)
+
+
+def test_a_disk_that_fails_where_the_input_is_gone_is_waited_for(folder, monkeypatch):
+    """What is written of a failure fails too: the batch waits, and does not turn in a circle."""
+    monkeypatch.setattr(managers, "_PAUSE", 0.01)
+    waits: list[str] = []
+
+    async def life(manager: Manager) -> None:
+        put, wait = manager._put, manager._wait
+
+        async def failing(batch: Batch) -> Batch:
+            if len(waits) < 3:
+                raise managers.StorageFailed("The disk is full.")
+            return await put(batch)
+
+        async def noted(why: str) -> None:
+            waits.append(why)
+            await wait(why)
+
+        monkeypatch.setattr(manager, "_put", failing)
+        monkeypatch.setattr(manager, "_wait", noted)
+        begin(manager, *ROWS)
+        manager.shelf.contents("f-b1").unlink()
+        assert (await ended(manager)).status == "failed"
+
+    living(folder, answering(choose), life)
+    assert waits == ["The disk is full."] * 3
+
+
+def test_files_whose_time_has_come_are_removed_beside_the_batches(folder, monkeypatch):
+    monkeypatch.setattr(managers, "_TIDY", 0.001)
+
+    async def life(manager: Manager) -> None:
+        place = manager.shelf.upload("f1")
+        place.write_bytes(b"{}")
+        manager.shelf.add(File("f1", "k", "in", "batch", 2, 0, expires=1), 10**6)
+        while place.exists():
+            await asyncio.sleep(0.001)
+
+    living(folder, answering(choose), life)

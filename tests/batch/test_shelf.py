@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import errno
 import os
+import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from afterword.api.upload import _created
 from afterword.batch import shelf as shelves
+from afterword.batch.journal import Journal
 from afterword.batch.shelf import Batch, File, Shelf, new_id
-from afterword.errors import RequestError, StorageFailed
+from afterword.errors import RequestError, SettingError, StorageFailed
 
 MOST = 1000
 
 
-def put(shelf: Shelf, name: str, key: str = "k", text: bytes = b"{}\n", purpose: str = "batch") -> File:
-    place = shelf.upload()
-    place.write_bytes(text)
-    file = File(name, key, "in.jsonl", purpose, len(text), 1)
-    shelf.add(file, place, MOST)
+def put(shelf: Shelf, name: str, key: str = "k", text: bytes = b"{}\n", **facts: Any) -> File:
+    shelf.upload(name).write_bytes(text)
+    file = File(name, key, "in.jsonl", facts.pop("purpose", "batch"), len(text), 1, **facts)
+    shelf.add(file, MOST)
     return file
 
 
@@ -37,9 +40,37 @@ def test_nothing_is_made_before_the_first_file(shelf):
     assert not shelf.folder.parent.exists()
 
 
-def test_only_its_owner_can_read_it(shelf):
-    put(shelf, "f1")
-    assert shelf.folder.stat().st_mode & 0o077 == 0
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+@pytest.mark.parametrize("mode", [None, 0o755, 0o777])
+def test_only_its_owner_can_read_what_is_in_it(shelf, umask, mode):
+    if mode is not None:
+        shelf.folder.mkdir(parents=True)
+        shelf.folder.chmod(mode)
+    before = os.umask(umask)
+    try:
+        shelf.add(File(created(shelf.upload("f1")).name, "k", "in.jsonl", "batch", 0, 1), MOST)
+        shelf.begin(batch("b1"), 9)
+        journal = Journal(shelf.journal("b1"))
+        journal.write(shelf.upload("f2"), private=True)
+        journal.close()
+        shelf.close()
+    finally:
+        os.umask(before)
+    modes = {path.relative_to(shelf.folder).as_posix(): path.stat().st_mode & 0o777 for path in shelf.folder.rglob("*")}
+    assert modes == {
+        "files": 0o700,
+        "journals": 0o700,
+        "shelf.db": 0o600,
+        "files/f1": 0o600,
+        "files/f2": 0o600,
+        "journals/b1": 0o600,
+    }
+    assert shelf.folder.stat().st_mode & 0o777 == 0o700
+
+
+def created(place: Path) -> Path:
+    _created(place).close()
+    return place
 
 
 def test_files_are_the_keys_own(shelf):
@@ -115,15 +146,168 @@ def test_a_second_server_is_told_so(shelf):
     assert Shelf(shelf.folder).file("k", "f1")
 
 
-def test_what_was_half_there_is_thrown_away_at_the_start(shelf):
+def test_what_was_half_there_is_removed_at_the_start_and_nothing_else(shelf):
     put(shelf, "f1")
     shelf.begin(batch("b1"), 9)
-    for path in (shelf.upload(), shelf.contents("f9"), shelf.journal("b9"), shelf.journal("b1"), shelf.contents("f1")):
+    shelf.begin(batch("b2"), 9)
+    shelf.put(batch("b2").at("completed", 5))
+    ours = [shelf.upload(), shelf.upload("f2"), shelf.upload("f2").with_name("f2.part"), shelf.journal("b2")]
+    kept = [shelf.journal("b1"), shelf.contents("f1")]
+    foreign = [
+        shelf.contents("thesis.txt"),
+        shelf.contents("file-0123456789abcdef0123456789abcdef"),
+        shelf.contents(".upload-0123456789abcdef0123456789abcdef"),
+        shelf.journal("b9"),
+        shelf.journal("notes-journal"),
+        shelf.folder / "thesis.txt",
+    ]
+    for path in (*ours, *kept, *foreign):
         path.write_bytes(b"")
+    shelf.contents("folder").mkdir()
     shelf.close()
     Shelf(shelf.folder).unended()
+    assert [path.name for path in ours if path.exists()] == []
+    assert [path.name for path in (*kept, *foreign, shelf.contents("folder")) if not path.exists()] == []
+
+
+@pytest.mark.parametrize("name", ["../thesis.txt", "a/b", "..", "."])
+def test_a_name_that_leads_elsewhere_is_never_removed(shelf, name):
+    put(shelf, "f1")
+    (shelf.folder / "thesis.txt").write_bytes(b"")
+    shelf.upload(name)
+    shelf.close()
+    assert Shelf(shelf.folder).file("k", "f1")
+    assert (shelf.folder / "thesis.txt").exists()
+
+
+def other_files(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "thesis.txt").write_bytes(b"text")
+
+
+def files_of_the_same_name(folder: Path) -> None:
+    (folder / "files").mkdir(parents=True)
+    (folder / "files" / "thesis.txt").write_bytes(b"text")
+
+
+def another_database(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    with sqlite3.connect(folder / "shelf.db") as db:
+        db.execute("CREATE TABLE books (name TEXT)")
+    db.close()
+
+
+def another_database_with_a_version(folder: Path) -> None:
+    another_database(folder)
+    with sqlite3.connect(folder / "shelf.db") as db:
+        db.execute("PRAGMA user_version = 2")
+    db.close()
+
+
+def no_database(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "shelf.db").write_bytes(b"no database" * 1000)
+
+
+FOREIGN = [other_files, files_of_the_same_name, another_database, another_database_with_a_version, no_database]
+
+
+@pytest.mark.parametrize("fill", FOREIGN, ids=lambda each: each.__name__)
+def test_a_folder_that_is_not_ours_is_refused_and_left_as_it_is(shelf, fill):
+    fill(shelf.folder)
+    before = {path: path.is_file() and (path.read_bytes(), path.stat().st_mode) for path in shelf.folder.rglob("*")}
+    with pytest.raises(SettingError, match=str(shelf.folder)):
+        shelf.check()
+    with pytest.raises(StorageFailed, match="--batch-dir") as caught:
+        put(shelf, "f1")
+    assert str(shelf.folder) not in caught.value.message
+    after = {path: path.is_file() and (path.read_bytes(), path.stat().st_mode) for path in shelf.folder.rglob("*")}
+    assert after == before
+
+
+def test_a_file_where_the_folder_should_be_is_one_sentence(shelf):
+    shelf.folder.parent.mkdir()
+    shelf.folder.write_bytes(b"")
+    with pytest.raises(SettingError, match="no folder of Afterword's"):
+        shelf.check()
+
+
+@pytest.mark.parametrize("names", [(), ("lost+found",), ("files", "journals")])
+def test_an_empty_folder_is_taken(shelf, names):
+    for name in names:
+        (shelf.folder / name).mkdir(parents=True)
+    shelf.check()
+    put(shelf, "f1")
+    shelf.close()
+    shelf.check()
+
+
+def test_a_folder_of_the_version_before_goes_on(shelf):
+    put(shelf, "f1")
+    shelf.close()
+    with sqlite3.connect(shelf.folder / "shelf.db") as db:
+        db.executescript("DROP TABLE unfinished; ALTER TABLE files DROP COLUMN expires; PRAGMA user_version = 1;")
+    db.close()
+    again = Shelf(shelf.folder)
+    assert again.file("k", "f1").expires is None
+    put(again, "f2")
+    assert [file.id for file in again.files("k", None, 9, "asc", None)[0]] == ["f1", "f2"]
+
+
+@pytest.mark.parametrize(("table", "facts"), [("files", b"{"), ("files", b'{"id":1}'), ("batches", b"\xff")])
+def test_a_row_that_is_not_as_expected_is_left_out_and_the_rest_goes_on(shelf, caplog, table, facts):
+    for name in ("f1", "f2"):
+        put(shelf, name)
+    for number in (1, 2):
+        shelf.begin(batch(f"b{number}", file="f2"), 9)
+    shelf.close()
+    with sqlite3.connect(shelf.folder / "shelf.db") as db:
+        db.execute(f"UPDATE {table} SET facts = ? WHERE number = 1", (facts,))
+    db.close()
+    again = Shelf(shelf.folder)
+    files, batches = again.files("k", None, 9, "asc", None)[0], again.unended()
+    assert ([file.id for file in files], [each.id for each in batches]) == (
+        (["f2"], ["b1", "b2"]) if table == "files" else (["f1", "f2"], ["b2"])
+    )
+    put(again, "f3")
+    assert "is not as expected" in caplog.text
+
+
+def test_what_is_being_written_counts_too(shelf):
+    put(shelf, "f1", text=b"x" * 400)
+    assert [shelf.room.take("k", 300, MOST) for _ in range(3)] == [True, True, False]
+    shelf.room.give("k", 300)
+    with pytest.raises(RequestError):
+        put(shelf, "f2", text=b"x" * 301)
+    put(shelf, "f3", text=b"x" * 300)
+    shelf.remove("k", "f1")
+    assert shelf.room.taken("k") == 600
+    shelf.close()
+    again = Shelf(shelf.folder)
+    again.unended()
+    assert again.room.taken("k") == 300
+
+
+def test_a_file_is_gone_when_its_time_has_come(tmp_path):
+    now = [100.0]
+    shelf = Shelf(tmp_path / "batches", lambda: now[0])
+    for name, expires in (("f1", None), ("f2", 200), ("f3", 200)):
+        put(shelf, name, expires=expires)
+    shelf.begin(batch("b1", file="f3"), 9)
+    shelf.expire()
+    assert shelf.file("k", "f2").expires == 200
+    now[0] = 200.0
+    assert [file.id for file in shelf.files("k", None, 9, "asc", None)[0]] == ["f1"]
+    for ask in (lambda: shelf.file("k", "f2"), lambda: shelf.begin(batch("b2", file="f2"), 9)):
+        with pytest.raises(RequestError) as caught:
+            ask()
+        assert caught.value.status == 404
+    shelf.expire()
+    assert sorted(path.name for path in (shelf.folder / "files").iterdir()) == ["f1", "f3"], "a batch still reads f3"
+    shelf.put(batch("b1", file="f3").at("completed", 5))
+    shelf.expire()
     assert [path.name for path in (shelf.folder / "files").iterdir()] == ["f1"]
-    assert [path.name for path in (shelf.folder / "journals").iterdir()] == ["b1"]
+    assert shelf.room.taken("k") == 3
 
 
 def test_a_full_disk_leaves_nothing_half_written(shelf, monkeypatch):

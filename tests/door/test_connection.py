@@ -11,6 +11,7 @@ from wire import Engine, Hall, Visitor, application, get, post
 
 import scripted
 from afterword.api import wire
+from afterword.batch.limits import BatchLimits
 from afterword.door.limits import DoorLimits
 from afterword.engine.protocol import Job
 
@@ -260,15 +261,69 @@ def test_who_goes_on_sending_after_a_refusal_is_cut() -> None:
     assert visitor.wire.aborted
 
 
-def test_chunks_are_counted() -> None:
-    async def statuses(count: int) -> list[int]:
-        visitor = Hall(limits=DoorLimits(max_chunks=10)).visitor()
-        head = get("/v1/completions", "Transfer-Encoding: chunked", "Content-Type: application/json", method="POST")
-        await visitor.say(head + b"1\r\n \r\n" * count + b"e\r\n" + b'{"prompt":"a"}' + b"\r\n0\r\n\r\n")
+CHUNKED = get("/v1/files", "Transfer-Encoding: chunked", "Content-Type: application/json", method="POST")
+
+
+def chunks(size: int, extension: bytes = b"") -> bytes:
+    """A body of 60,000 bytes in chunks of a size."""
+    chunk = b"%x%s\r\n%s\r\n" % (size, extension, b" " * size)
+    return chunk * (60_000 // size) + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("size", "extension", "status"),
+    [
+        (1, b"", 400),
+        (2, b"", 400),
+        (5, b"", 200),
+        (15, b"", 200),
+        (110, b"", 200),
+        (6000, b";signature=" + b"a" * 64, 200),
+        (6000, b";e=" + b"a" * 20_000, 400),
+        (110, b";e=" + b"a" * 1000, 400),
+        (30, b' ;e="' + b"a;" * 50 + b'"', 400),
+    ],
+)
+def test_framing_may_be_as_large_as_the_body_and_little_more(size: int, extension: bytes, status: int) -> None:
+    async def statuses() -> list[int]:
+        visitor = Hall(swallow, DoorLimits(max_framing=50_000)).visitor()
+        await visitor.say(CHUNKED + chunks(size, extension), 1000)
         return visitor.statuses
 
-    assert run(statuses(8)) == [200]
-    assert run(statuses(20)) == [400]
+    assert run(statuses()) == [status]
+
+
+def test_a_chunk_whose_extension_never_ends_is_cut() -> None:
+    async def scenario() -> Visitor:
+        visitor = Hall(swallow).visitor()
+        await visitor.say(CHUNKED + b"5;")
+        for _ in range(100):
+            await visitor.say(b"a" * 2**16)
+        return visitor
+
+    visitor = run(scenario())
+    assert visitor.statuses == [400]
+    assert visitor.wire.aborted
+
+
+def test_a_batch_of_small_rows_may_come_a_row_a_chunk() -> None:
+    """20,000 rows of some 110 bytes, and as many small ones as a batch may have."""
+
+    async def statuses(row: bytes, count: int) -> list[int]:
+        visitor = Hall(swallow).visitor()
+        await visitor.say(CHUNKED + b"%x\r\n%s\r\n" % (len(row), row) * count + b"0\r\n\r\n", 2**16)
+        return visitor.statuses
+
+    assert run(statuses(b'{"custom_id": "row-12345", "body": {"prompt": "%s"}}\n' % (b"a" * 60), 20_000)) == [200]
+    assert run(statuses(b'{"prompt":""}\n', BatchLimits().max_rows)) == [200]
+
+
+async def swallow(_: Any, receive: Any, send: Any) -> None:
+    """An application that reads all of a body."""
+    while (await receive()).get("more_body"):
+        pass
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body", "body": b""})
 
 
 def test_places_are_counted_in_all_and_by_address() -> None:

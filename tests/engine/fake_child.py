@@ -21,6 +21,7 @@ from afterword.errors import EngineError, SettingError
 
 DEADLY = 99  # beyond the vocabulary, so that it is never sampled
 DEADLY_TEXT = "deadly"
+FAULTY_TEXT = "faulty"  # at which the tokenizer raises
 
 
 class DeadlyRunner(HistoryRunner):
@@ -72,6 +73,8 @@ def confirm(path: str, fingerprint: str) -> None:
 
 
 def tokenize(text: str, _: bool) -> tuple[int, ...]:
+    if text == FAULTY_TEXT:
+        raise ValueError(text)
     if text == DEADLY_TEXT:
         os._exit(1)
     return tuple(ord(letter) - 65 for letter in text)

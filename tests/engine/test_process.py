@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import socket
+import subprocess
 import sys
+from typing import Any
+
+import psutil
+import pytest
 
 from afterword.engine import frames
 from afterword.engine.process import spawn
@@ -25,5 +32,39 @@ def test_last_words_are_heard_though_nothing_can_be_sent_any_more():
         assert await link.receive() == LAST_WORDS
         assert await link.receive() is None
         await link.bury()
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "call"),
+    [
+        (socket, "socketpair", 1),
+        (socket, "socketpair", 2),
+        (subprocess, "Popen", 1),
+        (asyncio, "open_connection", 1),
+        (asyncio, "open_connection", 2),
+    ],
+)
+def test_a_process_that_cannot_be_started_leaves_nothing_behind(monkeypatch, place, name, call):
+    """As where no file descriptor is left: the next attempt finds as many as this one did."""
+    works, calls = getattr(place, name), []
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        calls.append(name)
+        if len(calls) == call:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return works(*arguments, **options)
+
+    async def test() -> None:
+        me = psutil.Process()
+        before = me.num_fds()
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, failing)
+            with pytest.raises(OSError, match="Too many open files"):
+                await spawn([sys.executable, "-c", "import time; time.sleep(60)"])
+        async with asyncio.timeout(30):
+            while me.num_fds() > before or [each for each in me.children() if each.status() != "zombie"]:
+                await asyncio.sleep(0.01)
 
     asyncio.run(test())

@@ -11,10 +11,10 @@ from pathlib import Path
 import msgspec
 import psutil
 import pytest
-from fake_child import DEADLY, DEADLY_TEXT
+from fake_child import DEADLY, DEADLY_TEXT, FAULTY_TEXT
 from history import alone
 
-from afterword.engine.frames import Open, Pulse
+from afterword.engine.frames import Open, Pass, Pulse
 from afterword.engine.process import without_secrets
 from afterword.engine.protocol import Job, Load, Run, Sampling
 from afterword.engine.supervisor import Policy, Supervisor
@@ -211,7 +211,6 @@ def test_a_text_that_kills_the_tokenizer_fails_alone():
             assert await running == alone(job(max_tokens=100), 0)
             with pytest.raises(EngineFailure):
                 await supervisor.tokenize(DEADLY_TEXT, True)
-            assert supervisor.restarts == 2
 
     run(test)
 
@@ -476,3 +475,86 @@ def test_a_paused_job_is_not_computed_not_taken_for_a_hang_and_stays_paused_in_t
             assert got == alone(job(max_tokens=200), 0)
 
     asyncio.run(scenario())
+
+
+# ---- tasks that fail
+
+
+def test_an_error_while_an_engine_is_heard_ends_that_engine_and_not_the_supervisor(monkeypatch, caplog):
+    """The task that serves with one engine after the other: what was under way fails, what comes later is answered."""
+    monkeypatch.setattr("afterword.tasks._FIRST_PAUSE", 0.0)
+    take, left = Supervisor._take, [1]
+
+    def failing(self: Supervisor, message: Pass) -> None:
+        if left and message.steps:
+            left.pop()
+            raise RuntimeError("planted")
+        take(self, message)
+
+    monkeypatch.setattr(Supervisor, "_take", failing)
+
+    async def test() -> None:
+        async with engine() as supervisor:
+            with pytest.raises(EngineDied):
+                await tokens(supervisor, job())
+            assert await tokens(supervisor, job()) == alone(job(), 0)
+            assert supervisor.restarts == 1
+
+    run(test)
+    assert [record.exc_info is not None for record in caplog.records] == [True]
+
+
+def test_an_error_while_the_jobs_of_a_dead_engine_are_sorted_does_not_end_the_supervisor(monkeypatch, caplog):
+    monkeypatch.setattr("afterword.tasks._FIRST_PAUSE", 0.0)
+    mourn, left = Supervisor._mourn, [1]
+
+    def failing(self: Supervisor) -> None:
+        if left:
+            left.pop()
+            raise RuntimeError("planted")
+        mourn(self)
+
+    monkeypatch.setattr(Supervisor, "_mourn", failing)
+
+    async def test() -> None:
+        async with engine() as supervisor:
+            engines()[0].kill()
+            await until(lambda: supervisor.restarts == 1 and supervisor.state == "ready")
+            assert await tokens(supervisor, job())
+
+    run(test)
+    assert len(caplog.records) == 1
+
+
+def test_an_error_in_the_watch_does_not_end_the_watching(monkeypatch, caplog):
+    monkeypatch.setattr("afterword.tasks._FIRST_PAUSE", 0.0)
+    monkeypatch.setattr("afterword.engine.supervisor.TICK", 0.001)
+    expire, left, looked = Supervisor._expire, [1, 2], asyncio.Event()
+
+    def failing(self: Supervisor, accepted: float) -> None:
+        if left:
+            left.pop()
+            raise RuntimeError("planted")
+        looked.set()
+        expire(self, accepted)
+
+    monkeypatch.setattr(Supervisor, "_expire", failing)
+
+    async def test() -> None:
+        async with engine():
+            await looked.wait()
+
+    run(test)
+    assert len(caplog.records) == 2
+
+
+def test_a_thread_of_the_engine_that_fails_ends_the_engine():
+    """The tokenizer's thread: without it no text would ever be answered."""
+
+    async def test() -> None:
+        async with engine() as supervisor:
+            with pytest.raises(EngineFailure):
+                await supervisor.tokenize(FAULTY_TEXT, special=True)
+            assert await supervisor.tokenize("a", special=True)
+
+    run(test)

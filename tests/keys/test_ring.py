@@ -13,8 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from afterword.errors import Overloaded, SettingError
 from afterword.keys.key import Allowance, Key, Used, digest, given_keys
 from afterword.keys.limiter import MINUTE, Refusal
+from afterword.keys.limits import KeyLimits
 from afterword.keys.ring import Grant, Ring
 from afterword.keys.store import Batch, Store, Sums
 
@@ -46,7 +48,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def ring_of(clock: Clock) -> Callable[..., Ring]:
-    return lambda given=(), store=None, wrong_keys=0: Ring(given, store, wrong_keys, clock, clock.wall)
+    return lambda given=(), store=None, wrong_keys=0: Ring(given, store, KeyLimits(wrong_keys), clock, clock.wall)
 
 
 def enter(ring: Ring, text: str) -> Grant:
@@ -206,7 +208,7 @@ def test_whatever_happens_the_sums_are_right(requests):
 async def live_through(requests: list[tuple[str, int, int, bool, int]]) -> None:
     clock = Clock()
     store = Memory(tuple(Key(name, digest(name), allowance=Allowance(quota=200, concurrent=3)) for name in "ABC"))
-    ring = Ring((), store, 0, clock, clock.wall)
+    ring = Ring((), store, KeyLimits(), clock, clock.wall)
     inside: list[tuple[Grant, int]] = []
     used = dict.fromkeys("ABC", 0)
     for name, wanted, needed, ends, pause in requests:
@@ -310,6 +312,162 @@ def test_what_is_used_is_written_in_the_end(ring_of, store):
 
 def test_wrong_keys_are_counted_by_address(ring_of):
     ring = ring_of(given_keys(("a",), None), None, 2)
-    assert [ring.wait("192.0.2.1", None) > 0 for _ in range(3)] == [False, False, True]
-    assert ring.wait("192.0.2.1", ring.find("a")) > 0
-    assert ring.wait("192.0.2.2", ring.find("a")) == 0
+    assert [ring.wait("192.0.2.1") > 0 for _ in range(3)] == [False, False, True]
+    assert ring.wait("192.0.2.2") == 0
+
+
+# ---- a file that is not as expected
+
+BAD = {
+    "expires": "'never'",
+    "revoked": "1.5",
+    "requests": "'many'",
+    "tokens": "0",
+    "concurrent": "-1",
+    "quota": "x'00'",
+    "created": "'today'",
+    "spent": "1e300",
+    "digest": "'text'",
+    "name": "CAST(x'ff' AS TEXT)",
+    "id": "CAST(x'ff' AS TEXT)",
+}
+
+
+def spoil(store: Store, key: str, column: str, value: str) -> None:
+    with sqlite3.connect(store.path) as db:
+        db.execute(f"UPDATE keys SET {column} = {value} WHERE id = ?", (key,))
+    db.close()
+
+
+@pytest.mark.parametrize("column", BAD)
+def test_a_row_that_is_no_key_is_left_out_and_the_rest_goes_on(ring_of, store, column, caplog):
+    (bad, bad_text), (good, good_text), (_, other_text) = (store.create() for _ in range(3))
+    ring = ring_of((), store)
+    spoil(store, bad.id, column, BAD[column])
+    sync(ring)
+    assert ring.find(bad_text) is None
+    store.revoke(good.id)
+    sync(ring)
+    assert ring.find(good_text) is None
+    assert ring.find(other_text)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert (f"key {bad.id}" if column != "id" else "row 1") in told
+    assert bad_text not in told
+    assert ring.skipped == 1
+
+
+def test_a_row_that_is_no_key_at_the_start_is_left_out_too(ring_of, store, caplog):
+    (bad, bad_text), (_, text) = store.create(), store.create()
+    spoil(store, bad.id, "expires", "'never'")
+    ring = ring_of((), store)
+    assert (ring.find(bad_text), bool(ring.find(text))) == (None, True)
+    spoil(store, bad.id, "expires", "NULL")
+    sync(ring)
+    assert ring.find(bad_text)
+    assert ring.skipped == 0
+
+
+def test_a_text_in_the_place_of_an_id_is_never_quoted(ring_of, store, caplog):
+    key, text = store.create()
+    spoil(store, key.id, "id", f"'{text}'")
+    spoil(store, text, "expires", "'never'")
+    assert ring_of((), store).find(text) is None
+    assert "row 1" in caplog.text
+    assert text not in caplog.text
+
+
+def be_gone(store: Store) -> None:
+    store.path.rename(store.path.with_name("aside"))
+
+
+def be_open_to_others(store: Store) -> None:
+    store.path.chmod(0o644)
+
+
+def be_something_else(store: Store) -> None:
+    store.path.write_bytes(b"no database" * 100)
+
+
+def be_without_a_table(store: Store) -> None:
+    with sqlite3.connect(store.path) as db:
+        db.execute("DROP TABLE keys")
+    db.close()
+
+
+TROUBLE = [be_gone, be_open_to_others, be_something_else, be_without_a_table]
+
+
+@pytest.mark.parametrize("trouble", TROUBLE, ids=lambda each: each.__name__)
+def test_keys_of_a_file_that_cannot_be_read_any_more_open_nothing_after_a_time(ring_of, store, clock, trouble, caplog):
+    _, text = store.create()
+    ring = ring_of(given_keys(("a",), None), store)
+    trouble(store)
+    for _ in range(3):
+        clock.now += 200 * 10**9
+        sync(ring)
+        assert ring.find(text), "for as long as the limit says"
+    clock.now += 1
+    with pytest.raises(Overloaded) as caught:
+        ring.find(text)
+    assert caught.value.code == "keys_unreadable"
+    with pytest.raises(Overloaded):
+        ring.account(ring._opens[digest(text)].key.id)
+    sync(ring)
+    assert ring.find("a"), "a key that was given at the start does not depend on the file"
+    assert ring.find("wrong") is None
+    assert ring.unread == pytest.approx(600)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "ERROR"], "each is told once"
+
+
+def test_keys_open_again_when_the_file_can_be_read(ring_of, store, clock):
+    key, text = store.create()
+    ring = ring_of((), store)
+    be_open_to_others(store)
+    clock.now += 601 * 10**9
+    sync(ring)
+    with pytest.raises(Overloaded):
+        ring.find(text)
+    store.path.chmod(0o600)
+    sync(ring)
+    assert ring.find(text)
+    store.revoke(key.id)
+    sync(ring)
+    assert ring.find(text) is None
+
+
+def test_an_error_that_nothing_expects_does_not_end_the_reading(ring_of, store, monkeypatch, caplog):
+    key, text = store.create()
+    ring = ring_of((), store)
+    monkeypatch.setattr(store, "version", lambda: 1 / 0)
+    grant = enter(ring, text)
+    grant.reserve(2)
+    grant.close(Used(1, 1), None)
+    for _ in range(3):
+        sync(ring)
+    assert len(caplog.records) == 1
+    monkeypatch.undo()
+    store.revoke(key.id)
+    sync(ring)
+    assert ring.find(text) is None
+    assert spent(store) == 2
+
+
+def test_a_disk_that_takes_nothing_more_does_not_hide_what_was_revoked(ring_of, store, monkeypatch, clock):
+    key, text = store.create(allowance=Allowance(quota=100))
+    ring = ring_of(given_keys(("a",), None), store)
+
+    def full(_: Batch) -> None:
+        raise SettingError("The key store cannot be used: database or disk is full.")
+
+    monkeypatch.setattr(store, "exchange", full)
+    grant = enter(ring, text)
+    grant.reserve(2)
+    grant.close(Used(1, 1), None)
+    store.revoke(key.id)
+    clock.now += 10**12
+    sync(ring)
+    assert ring.find(text) is None
+    assert ring.unread == 0
+    monkeypatch.undo()
+    sync(ring)
+    assert spent(store) == 2

@@ -208,3 +208,20 @@ def test_given_keys_are_named_by_their_place(tmp_path):
         ("given-2", digest("b")),
         ("given-3", digest("c")),
     ]
+
+
+@pytest.mark.parametrize("secret", [None, "text", 5])
+def test_a_file_without_its_secret_is_one_sentence(store, secret):
+    with sqlite3.connect(store.path) as db:
+        db.execute("DELETE FROM install")
+        if secret is not None:
+            db.execute("INSERT INTO install VALUES (?)", (secret,))
+    db.close()
+    with pytest.raises(SettingError, match="secret"):
+        Store(store.path)
+
+
+def test_a_change_of_rights_is_another_version(store):
+    before = store.version()
+    store.path.chmod(0o644)
+    assert store.version() != before

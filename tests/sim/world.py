@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -82,6 +83,7 @@ class World:
         self._visits: list[Visit] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._allowances = [_allowance(random, self._crowd or self._greedy) for _ in range(3)]
+        self._failures: list[BaseException] = []
         self._accounts = [Account.of(allowance) for allowance in self._allowances]
 
     # ---- the course of things
@@ -95,6 +97,9 @@ class World:
         keys = [Key(key_text(i), key_digest(i), allowance=each) for i, each in enumerate(self._allowances)]
         self._ring = Ring(keys, clock=lambda: int(loop.time() * 10**9), wall=lambda: 0.0)
         self._engine = ObservedEngine(supervisor, self.ledger)
+        failures = _Failures()
+        logging.getLogger("afterword.tasks").addHandler(failures)
+        self._failures = failures.seen
         await supervisor.open()
         try:
             if self._crowd:
@@ -106,6 +111,7 @@ class World:
             await self._end()
         finally:
             await supervisor.close()
+            logging.getLogger("afterword.tasks").removeHandler(failures)
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._check_tasks()
         self._check_ends()
@@ -242,7 +248,9 @@ class World:
     def _check_tasks(self) -> None:
         """Has anything raised what it should not? A world's own checks do so too."""
         processes = [task for process in self._machine.processes for task in process.tasks]
-        for task in (*self._tasks, *processes, *self._supervisor._tasks):
+        if self._failures:
+            raise self._failures[0]
+        for task in (*self._tasks, *processes):
             if task.done() and not task.cancelled() and (problem := task.exception()) is not None:
                 raise problem
 
@@ -256,6 +264,18 @@ class World:
                 deserved = each.wish.deadly or (self._violent and deaths >= 2)
                 require(1, deserved, f"request {each.name} was given up")
             require(1, each.outcome != "ReaderTooSlow" or each.wish.slow > 0, f"request {each.name} was cut")
+
+
+class _Failures(logging.Handler):
+    """Collects the exceptions of supervised tasks, which are logged and not raised."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.seen: list[BaseException] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1]:
+            self.seen.append(record.exc_info[1])
 
 
 def _policy(random: Random, crowd: bool) -> Policy:

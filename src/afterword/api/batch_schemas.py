@@ -26,6 +26,7 @@ _FILE = members(
     object=constant("file"),
     bytes=COUNT,
     created_at=COUNT,
+    expires_at=or_null(COUNT),
     filename=TEXT,
     purpose={"enum": [*files.PURPOSES]},
     status=constant("processed"),
@@ -66,6 +67,7 @@ _WORDS = {
     "File.object": "What this is.",
     "File.bytes": "Its size.",
     "File.created_at": "When it came, in Unix seconds.",
+    "File.expires_at": "When it is removed, in Unix seconds; null: when it is deleted.",
     "File.filename": "What it was called.",
     "File.purpose": "batch: it was uploaded; batch_output: a batch wrote it.",
     "File.status": "Always processed.",
@@ -120,6 +122,7 @@ _FILE_EXAMPLE = {
     "object": "file",
     "bytes": 5019,
     "created_at": 1795406827,
+    "expires_at": None,
     "filename": "in.jsonl",
     "purpose": "batch",
     "status": "processed",
@@ -171,6 +174,9 @@ def _asked() -> tuple[Schema, Schema]:
         "properties": {
             "file": {"type": "string", "format": "binary"} | said("The file."),
             "purpose": constant("batch") | said("What it is for.", "batch"),
+            files.ANCHOR: constant("created_at") | said("From when on the next field is counted.", "created_at"),
+            files.SECONDS: {"type": "integer", "minimum": files.SHORTEST, "maximum": files.LONGEST}
+            | said("Seconds after which the file is removed.", files.SHORTEST),
         },
         "required": ["file", "purpose"],
         "additionalProperties": False,

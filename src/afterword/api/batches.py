@@ -21,7 +21,7 @@ from afterword.batch.answers import Ask, Reply
 from afterword.batch.rows import ENDPOINT
 from afterword.batch.shelf import Batch, Status, new_id
 from afterword.completion.request import parse_object
-from afterword.errors import RequestError, Unauthorized
+from afterword.errors import Overloaded, RequestError, Unauthorized
 
 FIELDS = ("input_file_id", "endpoint", "completion_window", "metadata")
 WINDOW = "24h"
@@ -132,7 +132,10 @@ def asking(app: ASGIApp, service: Service) -> Callable[[str], Ask]:
     def ask_for(key: str) -> Ask:
         async def ask(method: str, path: str, body: bytes) -> Reply:
             async with room:
-                account = service.ring.account(key)
+                try:
+                    account = service.ring.account(key)
+                except Overloaded as problem:
+                    return Reply(problem.status, wire.encode(wire.error(problem)), again=float(problem.retry_after))
                 if service.config.guarded and account is None:
                     ended = Unauthorized("The API key of this batch has ended.", code="invalid_api_key")
                     return Reply(ended.status, wire.encode(wire.error(ended)))

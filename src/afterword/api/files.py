@@ -13,13 +13,17 @@ from afterword.api.query import Query
 from afterword.api.service import Service
 from afterword.api.upload import uploaded
 from afterword.api.visit import visit_of
+from afterword.batch.job import in_thread
 from afterword.batch.manager import Manager
-from afterword.batch.shelf import File, Order, new_id
+from afterword.batch.shelf import File, Order
 from afterword.errors import RequestError
 
 MOST = 10_000
 """Files in one list."""
-FIELDS = ("file", "purpose")
+ANCHOR, SECONDS = "expires_after[anchor]", "expires_after[seconds]"
+FIELDS = ("file", "purpose", ANCHOR, SECONDS)
+SHORTEST, LONGEST = 3600, 2_592_000
+"""Seconds after which a file may expire: an hour, 30 days."""
 PURPOSES = ("batch", "batch_output")
 _PARTS = (b"range", b"if-range")  # headers that ask for a part of a file: it comes whole
 
@@ -27,7 +31,8 @@ _PARTS = (b"range", b"if-range")  # headers that ask for a part of a file: it co
 async def create(request: Request) -> Response:
     """Take in a file."""
     manager = manager_of(request)
-    async with uploaded(request, manager.shelf, manager.limits.max_upload) as form:
+    key = visit_of(request.scope).key
+    async with uploaded(request, manager.shelf, manager.limits, key) as form:
         for name in form.fields:
             if name not in FIELDS:
                 raise RequestError(f"Unrecognized request argument supplied: {name[:64]}", param=name[:64])
@@ -35,9 +40,15 @@ async def create(request: Request) -> Response:
             raise RequestError("'file' is required: a file in the form.", param="file")
         if form.fields.get("purpose") != "batch":
             raise RequestError("'purpose' must be 'batch': files are for nothing else here.", param="purpose")
-        key = visit_of(request.scope).key
-        file = File(new_id("file-"), key, form.name, "batch", form.size, int(manager.clock()))
-        await asyncio.to_thread(manager.shelf.add, file, form.place, manager.limits.max_stored)
+        now, life = int(manager.clock()), _life(form.fields)
+        expires = None if life is None else now + life
+        file = File(form.place.name, key, form.name, "batch", form.size, now, expires)
+
+        def keep() -> None:
+            manager.shelf.add(file, manager.limits.max_stored, form.taken)
+            form.kept = True
+
+        await in_thread(keep)
     return json_answer(described(file))
 
 
@@ -76,6 +87,18 @@ async def delete(request: Request) -> Response:
     return json_answer({"id": file.id, "object": "file", "deleted": True})
 
 
+def _life(fields: dict[str, str]) -> int | None:
+    """Seconds that a file is kept, as OpenAI's clients say it; None: until it is deleted."""
+    if ANCHOR not in fields and SECONDS not in fields:
+        return None
+    if fields.get(ANCHOR) != "created_at":
+        raise RequestError(f"'{ANCHOR}' must be 'created_at'.", param=ANCHOR)
+    seconds = fields.get(SECONDS, "")
+    if not (seconds.isascii() and seconds.isdigit() and SHORTEST <= int(seconds) <= LONGEST):
+        raise RequestError(f"'{SECONDS}' must be a whole number from {SHORTEST} to {LONGEST}.", param=SECONDS)
+    return int(seconds)
+
+
 def described(file: File) -> dict[str, Any]:
     """The API's file object."""
     return {
@@ -83,6 +106,7 @@ def described(file: File) -> dict[str, Any]:
         "object": "file",
         "bytes": file.size,
         "created_at": file.created,
+        "expires_at": file.expires,
         "filename": file.name,
         "purpose": file.purpose,
         "status": "processed",

@@ -9,14 +9,15 @@ from starlette.responses import Response
 from afterword.api.service import Service
 from afterword.engine.protocol import Meter
 from afterword.engine.roster import Host
-from afterword.metrics import TEXT, EngineFigures
+from afterword.metrics import TEXT, EngineFigures, KeyFigures
 
 
 async def metrics(request: Request) -> Response:
     """Everything that is counted."""
     service: Service = request.app.state.service
     engines = [_figures(host) for host in service.models]
-    text = service.metrics.text(service.life.state(service.models), engines)
+    keys = KeyFigures(service.ring.unread, service.ring.skipped)
+    text = service.metrics.text(service.life.state(service.models), engines, keys)
     return Response(text, headers={"content-type": TEXT})
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,7 +16,9 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
-from afterword.batch.shelf import Shelf
+from afterword.batch.journal import make_private
+from afterword.batch.limits import BatchLimits
+from afterword.batch.shelf import Shelf, no_room
 from afterword.errors import RequestError, StorageFailed
 
 logging.getLogger("python_multipart").setLevel(logging.ERROR)  # what is wrong with a body is its sender's matter
@@ -26,20 +29,26 @@ _NOT_ONE = "The body must be multipart/form-data with a boundary, and whole."
 
 @dataclass(slots=True)
 class Form:
-    """What has come. `name` is that of the file, None while there is none; `size` are its bytes."""
+    """What has come. `name` is that of the file, None while there is none; `size` are its bytes.
+
+    `taken`: bytes of its key's room that it has taken. `kept`: it is a file now, and stays where it is.
+    """
 
     place: Path
     fields: dict[str, str] = field(default_factory=dict)
     name: str | None = None
     size: int = 0
+    taken: int = 0
+    kept: bool = False
 
 
 @asynccontextmanager
-async def uploaded(request: Request, shelf: Shelf, most: int) -> AsyncIterator[Form]:
-    """A body with one file named `file`, which lies at `place` until this is left.
+async def uploaded(request: Request, shelf: Shelf, limits: BatchLimits, key: str) -> AsyncIterator[Form]:
+    """A body with one file named `file`, which lies at `place`, and is removed when this is left unless it is `kept`.
 
-    Raises `RequestError` if it is something else or larger than `most` bytes, and `StorageFailed`.
+    Raises `RequestError` if it is something else or larger than a file of this key may be, and `StorageFailed`.
     """
+    most = limits.max_upload
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     boundary = options.get(b"boundary", b"")
     if kind != b"multipart/form-data" or not 0 < len(boundary) <= 70:
@@ -52,22 +61,43 @@ async def uploaded(request: Request, shelf: Shelf, most: int) -> AsyncIterator[F
     form = Form(await asyncio.to_thread(shelf.upload))
     try:
         with await asyncio.to_thread(_created, form.place) as file:
-            await _Reader(form, file, boundary, most).read(request)
+            room = partial(shelf.room.take, key, most=limits.max_stored)
+            await _Reader(_Target(form, file, room, limits), boundary).read(request)
         yield form
     except OSError as error:
         raise StorageFailed("The server's storage for files is full or cannot be used.") from error
     finally:
-        with suppress(OSError):
-            await asyncio.to_thread(form.place.unlink, missing_ok=True)
+        if not form.kept:
+            shelf.room.give(key, form.taken)
+            with suppress(StorageFailed):
+                await asyncio.to_thread(shelf.drop, form.place.name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """Where a file goes, and how much of it. `room` takes so many bytes, if there are as many."""
+
+    form: Form
+    file: BinaryIO
+    room: Callable[[int], bool]
+    limits: BatchLimits
+
+    def write(self, pieces: list[bytes]) -> None:
+        """In a thread: write some of the file. Raises `RequestError` where there is no room for it."""
+        size = sum(map(len, pieces))
+        if not self.room(size):
+            raise no_room(self.limits.max_stored)
+        self.form.taken += size
+        self.file.writelines(pieces)
 
 
 class _Reader:
     """Takes a body piece by piece: the parser's calls are noted, and carried out after each piece."""
 
-    def __init__(self, form: Form, file: BinaryIO, boundary: bytes, most: int) -> None:
-        self._form = form
-        self._file = file
-        self._most = most
+    def __init__(self, target: _Target, boundary: bytes) -> None:
+        self._target = target
+        self._form = target.form
+        self._most = target.limits.max_upload
         self._parts = 0
         self._beside = 0
         self._whole = False
@@ -95,13 +125,13 @@ class _Reader:
                 self._parser.write(piece)
                 if self._pieces:
                     pieces, self._pieces = self._pieces, []
-                    await asyncio.to_thread(self._file.writelines, pieces)
+                    await asyncio.to_thread(self._target.write, pieces)
             self._parser.finalize()
         except FormParserError:
             raise RequestError(_NOT_ONE) from None
         if not self._whole:
             raise RequestError(_NOT_ONE)
-        await asyncio.to_thread(_kept, self._file)
+        await asyncio.to_thread(_kept, self._target.file)
 
     # ---- what the parser says
 
@@ -159,7 +189,8 @@ class _Reader:
 
 
 def _created(place: Path) -> BinaryIO:
-    return place.open("xb")
+    make_private(place)
+    return place.open("r+b")
 
 
 def _kept(file: BinaryIO) -> None:

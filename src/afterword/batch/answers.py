@@ -68,6 +68,18 @@ def given_up(row: Row | Fault, code: str, message: str) -> Answer:
     return Answer(row.line, False, _line(row.digest, row.custom_id, None, {"code": code, "message": message}))
 
 
+def too_large(row: Row, most: int) -> Answer:
+    """A row whose answer is larger than a journal can keep."""
+    return given_up(row, "answer_too_large", f"The answer is larger than {most} bytes, which is the most that is kept.")
+
+
+def no_room(row: Row) -> Answer:
+    """A row for whose answer the key has no room left."""
+    return given_up(
+        row, "storage_limit_reached", "Your files have no room for this answer. Delete some, and ask again."
+    )
+
+
 def faulty(fault: Fault) -> Answer:
     """A line that is no request."""
     return given_up(fault, fault.code, fault.message)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from afterword.batch.answers import Answer, Ask, Reply, answered
+from afterword.batch.answers import Answer, Ask, Reply, answered, no_room, too_large
 from afterword.batch.journal import Journal, Sums, open_input
 from afterword.batch.rows import ENDPOINT, Row, read_lines, read_row
 
@@ -74,13 +74,17 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is to be done: the rows of a file that a journal does not have. `created`: the answers', in Unix seconds."""
+    """What is to be done: the rows of a file that a journal does not have. `created`: the answers', in Unix seconds.
+
+    `room` is asked for so many bytes; once it has too few for an answer, the rows that are left are not asked.
+    """
 
     source: Path
     journal: Journal
     created: int
     longest: int
     at_once: int
+    room: Callable[[int], bool] = lambda _: True
 
     async def run(
         self,
@@ -100,9 +104,14 @@ class Job:
             for _ in range(self.at_once):
                 await rows.put(None)
 
+        full = False
+
         async def work() -> None:
+            nonlocal full
             while (row := await rows.get()) is not None:
-                answer = answered(row, await asking.ask(row), self.created)
+                answer = None if full else self._answer(row, await asking.ask(row))
+                full = full or answer is None
+                answer = answer or no_room(row)
                 await keeper.take(answer)
                 progress.add(answer)
 
@@ -116,6 +125,14 @@ class Job:
             await asyncio.gather(*workers, return_exceptions=True)
             keeper.close()
             await keeping
+
+    def _answer(self, row: Row, reply: Reply) -> Answer | None:
+        """What is kept of a reply; None if there is no room for it."""
+        most = self.journal.longest
+        answer = too_large(row, most) if len(reply.body) > most else answered(row, reply, self.created)
+        if len(answer.text) > most:
+            answer = too_large(row, most)
+        return answer if self.room(len(answer.text) + 1) else None
 
     async def _rows(self) -> AsyncIterator[Row]:
         """The rows that are still to be done, window by window."""

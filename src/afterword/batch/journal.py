@@ -30,6 +30,7 @@ CREATE TABLE answers (
     prompt INTEGER NOT NULL, completion INTEGER NOT NULL, cached INTEGER NOT NULL
 );
 """
+_BESIDE = 4096  # bytes of a row beside its answer, and some more
 _NAMES = "CREATE TABLE names (digest BLOB PRIMARY KEY) WITHOUT ROWID"
 
 
@@ -59,6 +60,9 @@ class Journal:
         self.path = path
         self._lock = threading.RLock()
         with self._told():
+            if not path.exists():
+                with suppress(OSError):  # SQLite says what is wrong
+                    make_private(path)
             self._db = sqlite3.connect(path, timeout=0.2, isolation_level=None, check_same_thread=False)
         try:
             self._hold()
@@ -157,6 +161,17 @@ class Journal:
             ((each.line, each.good, each.text, each.prompt, each.completion, each.cached) for each in answers),
         )
 
+    @property
+    def longest(self) -> int:
+        """Bytes of the largest answer that can be kept."""
+        return self._db.getlimit(sqlite3.SQLITE_LIMIT_LENGTH) - _BESIDE
+
+    def size(self) -> int:
+        """Bytes of the lines of output that there are so far."""
+        with self._told():
+            (size,) = self._db.execute("SELECT sum(length(text) + 1) FROM answers").fetchone()
+            return size or 0
+
     def done(self, first: int, last: int) -> set[int]:
         """Which lines among these have an answer."""
         with self._told():
@@ -175,9 +190,12 @@ class Journal:
         only = "" if good is None else f"WHERE good = {int(good)}"
         yield from self._db.execute(f"SELECT line, text FROM answers {only} ORDER BY line")
 
-    def write(self, output: Path, good: bool | None = None) -> int:
-        """Write the output, whole or not at all. How many bytes it has."""
-        part = output.with_name(output.name + ".part")
+    def write(self, output: Path, good: bool | None = None, *, private: bool = False) -> int:
+        """Write the output, whole or not at all. How many bytes it has. `private`: nobody else may read it."""
+        part = part_of(output)
+        with self._told():
+            if private:
+                make_private(part)
         with self._told(), part.open("wb") as file:
             for _, text in self.texts(good):
                 file.write(text)
@@ -230,6 +248,27 @@ def open_input(path: Path) -> BufferedReader:
         return path.open("rb")
     except OSError as error:
         raise SettingError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def part_of(output: Path) -> Path:
+    """Where an output is until it is whole."""
+    return output.with_name(output.name + ".part")
+
+
+def make_private(path: Path) -> None:
+    """Make a file that only its owner can read and write, whatever the umask; of one that is there change the mode.
+
+    A file that is there is not opened: closing it would end the locks that SQLite has on it.
+    """
+    try:
+        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    except FileExistsError:
+        os.chmod(path, 0o600)
+        return
+    try:
+        os.fchmod(handle, 0o600)
+    finally:
+        os.close(handle)
 
 
 def _to_disk(file: BinaryIO) -> None:

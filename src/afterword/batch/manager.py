@@ -10,8 +10,10 @@ import hashlib
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,13 @@ from afterword.batch.limits import BatchLimits
 from afterword.batch.rows import Row, read_lines, read_row
 from afterword.batch.shelf import ENDED, Batch, File, Shelf, Wrong
 from afterword.errors import AfterwordError, SettingError, StorageFailed
+from afterword.tasks import supervised
 
 _KEYS = 16  # batches at once, each of another key
 _AT_ONCE = 32  # rows of each that are on their way to the models
 _MOST_WRONG = 100  # faulty lines that are told
 _PAUSE = 30.0  # seconds before another try where the disk fails
+_TIDY = 60.0  # seconds between two looks for files whose time has come
 _TOO_LATE = "This request could not be executed before the completion window expired."
 
 _log = logging.getLogger("afterword")
@@ -45,10 +49,11 @@ class Manager:
         self._ask_for: Callable[[str], Ask] | None = None
         self._running: dict[str, asyncio.Task[None]] = {}  # by key
         self._progress: dict[str, Progress] = {}  # by batch
+        self._held: Counter[str] = Counter()  # bytes of answers of batches under way, taken of their keys' room
         self._works: dict[str, asyncio.Task[None]] = {}  # by batch, while its rows are asked
         self._news = asyncio.Event()
         self._told = ""
-        self._living: asyncio.Task[None] | None = None
+        self._living: list[asyncio.Task[None]] = []
 
     @asynccontextmanager
     async def kept(self, ask_for: Callable[[str], Ask]) -> AsyncIterator[None]:
@@ -56,7 +61,10 @@ class Manager:
         self._ask_for = ask_for
         if self.shelf.exists:
             self._news.set()
-        self._living = asyncio.create_task(self._live())
+        self._living = [
+            supervised(self._live, "start of batches", self._news.set),
+            supervised(self._tidy, "expiry of files"),
+        ]
         try:
             yield
         finally:
@@ -65,7 +73,7 @@ class Manager:
 
     async def stop(self) -> None:
         """Ask nothing more. What is done is kept."""
-        tasks = [task for task in (self._living, *self._running.values()) if task is not None]
+        tasks = [*self._living, *self._running.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -104,12 +112,16 @@ class Manager:
                 if batch.key not in self._running and len(self._running) < _KEYS:
                     self._running[batch.key] = asyncio.create_task(self._see_to(batch))
 
+    async def _tidy(self) -> None:
+        while True:
+            await asyncio.sleep(_TIDY)
+            if self.shelf.exists:
+                with suppress(StorageFailed):  # who asks for files is told
+                    await in_thread(self.shelf.expire)
+
     async def _see_to(self, batch: Batch) -> None:
         try:
-            await self._carry_out(batch)
-        except SettingError:  # somebody has taken the file away
-            wrong = Wrong("input_file_unreadable", "The file of 'input_file_id' can no longer be read.")
-            await self._put(batch.at("failed", self.clock(), wrong=(wrong,)))
+            await self._carry_out_or_fail(batch)
         except AfterwordError as problem:
             await self._wait(problem.message)
         except Exception:
@@ -118,7 +130,15 @@ class Manager:
         finally:
             del self._running[batch.key]
             self._progress.pop(batch.id, None)
+            self.shelf.room.give(batch.key, self._held.pop(batch.id, 0))
             self._news.set()
+
+    async def _carry_out_or_fail(self, batch: Batch) -> None:
+        try:
+            await self._carry_out(batch)
+        except SettingError:  # the file has been taken away
+            wrong = Wrong("input_file_unreadable", "The file of 'input_file_id' can no longer be read.")
+            await self._put(batch.at("failed", self.clock(), wrong=(wrong,)))
 
     async def _carry_out(self, batch: Batch) -> None:
         journal = await in_thread(self._open_journal, batch)
@@ -137,7 +157,9 @@ class Manager:
     async def _ask_rows(self, batch: Batch, journal: Journal) -> Batch:
         """All that is left to be asked, until it is time or cancelled. Returns what is to be written of it."""
         assert self._ask_for is not None
-        job = Job(self.shelf.contents(batch.input), journal, batch.created, self.limits.max_line, _AT_ONCE)
+        room = partial(self._take_room, batch)
+        job = Job(self.shelf.contents(batch.input), journal, batch.created, self.limits.max_line, _AT_ONCE, room)
+        self._hold(batch, await in_thread(journal.size))
         self._progress[batch.id] = progress = Progress(batch.rows, await in_thread(journal.sums))
         self._works[batch.id] = work = asyncio.create_task(job.run(self._ask_for(batch.key), progress))
         try:
@@ -156,6 +178,18 @@ class Manager:
             return await in_thread(self.shelf.batch, batch.key, batch.id)
         await in_thread(self._expire, batch, journal)
         return await self._put(batch.at("finalizing", self.clock()))
+
+    def _take_room(self, batch: Batch, size: int) -> bool:
+        """Whether the key of a batch has room for so many bytes of an answer, which are then taken."""
+        if not self.shelf.room.take(batch.key, size, self.limits.max_stored):
+            return False
+        self._held[batch.id] += size
+        return True
+
+    def _hold(self, batch: Batch, size: int) -> None:
+        """Take room for the answers that there are already."""
+        self.shelf.room.take(batch.key, size)
+        self._held[batch.id] += size
 
     async def _wait(self, why: str) -> None:
         """Wait until another try is worth it. The same reason is told once."""
@@ -217,7 +251,7 @@ class Manager:
         label = "output" if good else "error"
         digest = hashlib.blake2b(f"{batch.id} {name}".encode(), digest_size=16).hexdigest()
         file = f"file-{digest}"
-        size = journal.write(self.shelf.contents(file), good)
+        size = journal.write(self.shelf.upload(file), good, private=True)
         return File(file, batch.key, f"{batch.id}_{label}.jsonl", "batch_output", size, int(self.clock()))
 
 

@@ -1,45 +1,46 @@
 """Uploaded files and the batches over them, in a folder of their own that is made with the first of them.
 
 `shelf.db` says what there is, `files/` has contents by id, `journals/` what is done of batches under way. A file is
-here when its line is in `shelf.db`, which is written after its contents; what has no line is thrown away at the start.
-One server at a time: the others are told so. Everything here may block, and may be called from any thread.
+here when its line is in `shelf.db`, which is written after its contents. Before anything is written, its name is put on
+a list in `shelf.db`; what is on the list without being a file is removed at the start, and nothing else ever is. A
+folder that has other files in it is refused. One server at a time: the others are told so. Everything here may block,
+and may be called from any thread.
 """
 
 from __future__ import annotations
 
-import os
+import logging
 import secrets
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from afterword.batch.journal import sync_folder
-from afterword.errors import RequestError, StorageFailed
+from afterword.batch.folder import entries, opened
+from afterword.batch.journal import part_of, sync_folder
+from afterword.batch.room import Room
+from afterword.errors import NotOurs, RequestError, SettingError, StorageFailed
 
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
 ENDED = frozenset({"failed", "completed", "expired", "cancelled"})
 Order = Literal["asc", "desc"]
 _Item = TypeVar("_Item", "File", "Batch")
 
-_VERSION = 1
-_SCHEMA = """
-CREATE TABLE files (number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, key TEXT NOT NULL, facts BLOB NOT NULL);
-CREATE TABLE batches (
-    number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, key TEXT NOT NULL, ended INTEGER NOT NULL, facts BLOB NOT NULL
-);
-CREATE INDEX files_of ON files (key, number);
-CREATE INDEX batches_of ON batches (key, number);
-"""
+_log = logging.getLogger(__name__)
 _encode = msgspec.json.encode
 
 
 class File(msgspec.Struct, frozen=True):
-    """A file without its contents. `key`: whose it is, by the key's id. Sizes in bytes, times in Unix seconds."""
+    """A file without its contents. `key`: whose it is, by the key's id. Sizes in bytes, times in Unix seconds.
+
+    From `expires` on it is gone, if that is not None.
+    """
 
     id: str
     key: str
@@ -47,6 +48,7 @@ class File(msgspec.Struct, frozen=True):
     purpose: str
     size: int
     created: int
+    expires: int | None = None
 
 
 class Wrong(msgspec.Struct, frozen=True):
@@ -94,8 +96,10 @@ def new_id(kind: str) -> str:
 class Shelf:
     """The folder. Raises `StorageFailed` where it cannot be used or has no room."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
         self.folder = folder
+        self.room = Room()
+        self._clock = clock
         self._lock = threading.RLock()
         self._db: sqlite3.Connection | None = None
 
@@ -103,6 +107,19 @@ class Shelf:
     def exists(self) -> bool:
         """Whether there is anything."""
         return (self.folder / "shelf.db").exists()
+
+    def check(self) -> None:
+        """To be called at the start of a server. Raises `SettingError` if the folder has other files in it."""
+        try:
+            if self.folder.exists() and entries(self.folder):
+                with self._use():
+                    pass
+        except (NotOurs, NotADirectoryError):
+            raise SettingError(
+                f"--batch-dir {self.folder}: this is no folder of Afterword's, and not an empty one. Give a new folder."
+            ) from None
+        except StorageFailed:
+            pass  # who uploads is told
 
     def close(self) -> None:
         """Let go of it."""
@@ -121,24 +138,37 @@ class Shelf:
         """Where what is done of a batch is."""
         return self.folder / "journals" / batch
 
-    def upload(self) -> Path:
-        """A place for contents that are still to come; nobody else has it."""
-        with self._use():
-            return self.folder / "files" / new_id(".upload-")
+    def upload(self, name: str | None = None) -> Path:
+        """A place for the contents of a file that is still to come, which has its id for a name."""
+        name = name or new_id("file-")
+        with self._use() as db:
+            db.execute("INSERT OR IGNORE INTO unfinished VALUES (?)", (name,))
+        return self.contents(name)
 
     # ---- files
 
-    def add(self, file: File, place: Path, most: int) -> None:
-        """Take in a file whose contents are at a place. Raises `RequestError` if its key then has too many bytes."""
+    def add(self, file: File, most: int, taken: int = 0) -> None:
+        """Take in a file whose contents are at the place that `upload` said.
+
+        `taken`: bytes that its key has taken of its room for it. Raises `RequestError` if there is none for the rest.
+        """
+        if not self.room.take(file.key, file.size - taken, most):
+            raise no_room(most)
+        try:
+            with self._use() as db:
+                sync_folder(self.folder / "files")
+                _insert(db, file)
+                db.execute("DELETE FROM unfinished WHERE name = ?", (file.id,))
+        except BaseException:
+            self.room.give(file.key, file.size - taken)
+            raise
+
+    def drop(self, name: str) -> None:
+        """Remove the contents of a file that is not to come after all."""
         with self._use() as db:
-            if self._stored(db, file.key) + file.size > most:
-                raise RequestError(
-                    f"Your files would be more than {most} bytes together. Delete some that you need no more.",
-                    code="storage_limit_reached",
-                )
-            os.replace(place, self.contents(file.id))
-            sync_folder(self.folder / "files")
-            _insert(db, file)
+            unfinished = db.execute("SELECT count(*) FROM unfinished WHERE name = ?", (name,)).fetchone()[0]
+        if unfinished:
+            self._discard([name])
 
     def file(self, key: str, name: str) -> File:
         """One of a key's files. Raises `RequestError`."""
@@ -157,16 +187,36 @@ class Shelf:
     def remove(self, key: str, name: str) -> None:
         """Remove a file and its contents. Raises `RequestError` if there is none, or a batch still reads it."""
         with self._use() as db:
-            self._one(db, key, name, File)
-            if any(batch.input == name for batch in self._unended(db)):
+            file = self._one(db, key, name, File)
+            if name in self._read(db):
                 raise RequestError("A batch that has not ended reads this file.", code="file_in_use", status=409)
-            db.execute("DELETE FROM files WHERE id = ?", (name,))
-            with suppress(FileNotFoundError):
-                self.contents(name).unlink()
+            _forget(db, file)
+        self.room.give(file.key, file.size)
+        self._discard([name])
 
-    def _stored(self, db: sqlite3.Connection, key: str) -> int:
-        rows = db.execute("SELECT facts FROM files WHERE key = ?", (key,))
-        return sum(msgspec.json.decode(facts, type=File).size for (facts,) in rows)
+    def expire(self) -> None:
+        """Remove the files whose time has come, but for those that a batch still reads."""
+        with self._use() as db:
+            late = db.execute("SELECT facts FROM files WHERE expires <= ?", (int(self._clock()),))
+            read = self._read(db)
+            files = [file for file in _decoded(late, File) if file.id not in read]
+            for file in files:
+                _forget(db, file)
+        for file in files:
+            self.room.give(file.key, file.size)
+        self._discard([file.id for file in files])
+
+    def _discard(self, names: Sequence[str]) -> None:
+        """Remove contents that are on the list of what is unfinished, and take them from the list."""
+        with self._use() as db:
+            self._unlink(db, names)
+
+    def _unlink(self, db: sqlite3.Connection, names: Iterable[str]) -> None:
+        for name in names:
+            if Path(name).name == name and name.strip("."):
+                for path in (self.contents(name), part_of(self.contents(name))):
+                    path.unlink(missing_ok=True)
+            db.execute("DELETE FROM unfinished WHERE name = ?", (name,))
 
     # ---- batches
 
@@ -208,24 +258,32 @@ class Shelf:
             known = self._one(db, batch.key, batch.id, Batch)
             if known.status == "cancelling" and batch.status in ("in_progress", "validating"):
                 batch = msgspec.structs.replace(batch, status=known.status, times=batch.times | known.times)
+            before = {each.id: each.size for each in self._some(db, batch.key, None, "asc", File)} if files else {}
             for file in files:
                 db.execute("DELETE FROM files WHERE id = ?", (file.id,))
+                db.execute("DELETE FROM unfinished WHERE name = ?", (file.id,))
                 _insert(db, file)
             facts = (batch.status in ENDED, _encode(batch), batch.id)
             db.execute("UPDATE batches SET ended = ?, facts = ? WHERE id = ?", facts)
-            return batch
+        for file in files:
+            self.room.take(file.key, file.size - before.get(file.id, 0))
+        return batch
 
     def _unended(self, db: sqlite3.Connection) -> list[Batch]:
-        rows = db.execute("SELECT facts FROM batches WHERE NOT ended ORDER BY number")
-        return [msgspec.json.decode(facts, type=Batch) for (facts,) in rows]
+        return _decoded(db.execute("SELECT facts FROM batches WHERE NOT ended ORDER BY number"), Batch)
+
+    def _read(self, db: sqlite3.Connection) -> set[str]:
+        """The files that batches still read."""
+        return {batch.input for batch in self._unended(db)}
 
     # ---- rows of either
 
     def _one(self, db: sqlite3.Connection, key: str, name: str, kind: type[_Item]) -> _Item:
-        found = db.execute(f"SELECT facts FROM {_TABLES[kind]} WHERE key = ? AND id = ?", (key, name)).fetchone()
-        if found is None:
+        rows = db.execute(f"SELECT facts FROM {_TABLES[kind]} WHERE key = ? AND id = ?", (key, name))
+        found = [item for item in _decoded(rows, kind) if self._is_there(item)]
+        if not found:
             raise RequestError(f"There is no {kind.__name__.lower()} of that ID.", code="not_found", status=404)
-        return msgspec.json.decode(found[0], type=kind)
+        return found[0]
 
     def _some(
         self, db: sqlite3.Connection, key: str, after: str | None, order: Order, kind: type[_Item]
@@ -237,7 +295,11 @@ class Shelf:
             self._one(db, key, after, kind)
             beyond, values = f"AND number {than} (SELECT number FROM {table} WHERE id = ?)", [key, after]
         rows = db.execute(f"SELECT facts FROM {table} WHERE key = ? {beyond} ORDER BY number {order}", values)
-        return [msgspec.json.decode(facts, type=kind) for (facts,) in rows]
+        return [item for item in _decoded(rows, kind) if self._is_there(item)]
+
+    def _is_there(self, item: File | Batch) -> bool:
+        """Files whose time has come are gone, whenever they are removed."""
+        return not isinstance(item, File) or item.expires is None or self._clock() < item.expires
 
     # ---- the folder
 
@@ -247,7 +309,7 @@ class Shelf:
         with self._lock:
             try:
                 if self._db is None:
-                    self._db = self._open()
+                    self._db = opened(self.folder, self._sweep)
                 self._db.execute("BEGIN IMMEDIATE")
                 try:
                     yield self._db
@@ -259,44 +321,49 @@ class Shelf:
             except (sqlite3.Error, OSError) as error:
                 raise _failed(error) from error
 
-    def _open(self) -> sqlite3.Connection:
-        for folder in (self.folder, self.folder / "files", self.folder / "journals"):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        db = sqlite3.connect(self.folder / "shelf.db", timeout=0.2, isolation_level=None, check_same_thread=False)
-        try:
-            db.execute("PRAGMA locking_mode = EXCLUSIVE")
-            db.execute("BEGIN EXCLUSIVE")
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            if not version:
-                for statement in _SCHEMA.split(";"):
-                    db.execute(statement)
-                db.execute(f"PRAGMA user_version = {_VERSION}")
-            elif version != _VERSION:
-                raise StorageFailed("The server's storage for files is of another version.")
-            self._sweep(db)
-            db.execute("COMMIT")
-        except BaseException:
-            db.close()
-            raise
-        return db
-
     def _sweep(self, db: sqlite3.Connection) -> None:
-        """Throw away what nobody knows: uploads and outputs that were under way."""
-        known = {name for (name,) in db.execute("SELECT id FROM files UNION SELECT id FROM batches WHERE NOT ended")}
-        for folder in ("files", "journals"):
-            for path in (self.folder / folder).iterdir():
-                if path.name.removesuffix("-journal") not in known:
-                    path.unlink()
+        """Remove what was under way: uploads and outputs that are on the list, and journals of batches that ended."""
+        self._unlink(db, [name for (name,) in db.execute("SELECT name FROM unfinished").fetchall()])
+        ended = {name for (name,) in db.execute("SELECT id FROM batches WHERE ended")}
+        for path in (self.folder / "journals").iterdir():
+            if path.name.removesuffix("-journal") in ended:
+                path.unlink()
+        kept: Counter[str] = Counter()
+        for file in _decoded(db.execute("SELECT facts FROM files"), File):
+            kept[file.key] += file.size
+        self.room.reset(kept)
 
 
 _TABLES: dict[type[Any], str] = {File: "files", Batch: "batches"}
 
 
 def _insert(db: sqlite3.Connection, item: File | Batch) -> None:
-    columns, marks = (
-        ("id, key, facts", "?, ?, ?") if isinstance(item, File) else ("id, key, ended, facts", "?, ?, 0, ?")
-    )
-    db.execute(f"INSERT INTO {_TABLES[type(item)]} ({columns}) VALUES ({marks})", (item.id, item.key, _encode(item)))
+    columns, last = ("expires", item.expires) if isinstance(item, File) else ("ended", 0)
+    values = (item.id, item.key, _encode(item), last)
+    db.execute(f"INSERT INTO {_TABLES[type(item)]} (id, key, facts, {columns}) VALUES (?, ?, ?, ?)", values)
+
+
+def _forget(db: sqlite3.Connection, file: File) -> None:
+    """A file is no more; its contents are to be removed."""
+    db.execute("DELETE FROM files WHERE id = ?", (file.id,))
+    db.execute("INSERT OR IGNORE INTO unfinished VALUES (?)", (file.id,))
+
+
+def _decoded(rows: Iterable[tuple[Any]], kind: type[_Item]) -> list[_Item]:
+    """Rows as what they are. One that is not as expected is left out: it must not keep the others from being used."""
+    items = []
+    for (facts,) in rows:
+        try:
+            items.append(msgspec.json.decode(facts, type=kind))
+        except (msgspec.MsgspecError, UnicodeDecodeError, TypeError):
+            _log.warning("A %s in the storage for files is not as expected and is left out.", kind.__name__.lower())
+    return items
+
+
+def no_room(most: int) -> RequestError:
+    """The error for a key whose files take all of its room."""
+    message = f"Your files would be more than {most} bytes together. Delete some that you need no more."
+    return RequestError(message, code="storage_limit_reached")
 
 
 def _failed(error: Exception) -> StorageFailed:

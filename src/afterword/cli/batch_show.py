@@ -7,12 +7,14 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from functools import partial
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from afterword.batch.job import Progress as Done
+from afterword.tasks import supervised
 
 _LOOK, _LINE = 0.25, 30.0  # seconds
 
@@ -21,7 +23,7 @@ _LOOK, _LINE = 0.25, 30.0  # seconds
 async def shown(done: Done) -> AsyncIterator[None]:
     """Show how far a job is until this is left."""
     with _bar(done) if sys.stderr.isatty() else _Lines(done) as look:
-        showing = asyncio.create_task(_again(look))
+        showing = supervised(partial(_again, look), "progress display")
         try:
             yield
         finally:

@@ -6,7 +6,10 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import NoReturn
+
+from afterword.tasks import supervised
 
 _PATIENCE = 1.0  # seconds before anything is shown: most small models are loaded by then
 _TURN = 0.25
@@ -18,7 +21,7 @@ async def shown(models: Mapping[str, Callable[[], float]]) -> AsyncIterator[None
     if not sys.stderr.isatty():
         yield
         return
-    showing = asyncio.create_task(_show(models))
+    showing = supervised(partial(_show, models), "progress display")
     try:
         yield
     finally:

@@ -34,6 +34,7 @@ from afterword.engine.roster import Host, Roster
 from afterword.engine.supervisor import Policy, Supervisor
 from afterword.errors import SettingError
 from afterword.keys.key import given_keys
+from afterword.keys.limits import KeyLimits
 from afterword.keys.ring import Ring
 from afterword.keys.store import Store, default_path
 from afterword.log import open_lines
@@ -53,10 +54,11 @@ def serve(specs: Sequence[str], options: dict[str, Any]) -> None:
     door = limits.with_limits(DoorLimits(max_per_peer=None if is_loopback(options["host"]) else 64), given)
     policy = limits.with_limits(Policy(), given)
     batch = limits.with_limits(BatchLimits(), given)
+    keys = limits.with_limits(KeyLimits(options["wrong_keys"]), given)
     limits.refuse_unknown(given)
     if options["print_limits"]:
         listed = limits.as_json if options["as_json"] else limits.listed
-        click.echo(listed(requests, door, policy, batch))
+        click.echo(listed(requests, door, policy, batch, keys))
         return
     config = Config(
         host=options["host"],
@@ -64,7 +66,6 @@ def serve(specs: Sequence[str], options: dict[str, Any]) -> None:
         keys=given_keys(options["api_key"], options["api_key_file"]),
         keys_file=options["keys_file"] or (default_path() if options["keys"] else None),
         shared_cache=options["shared_cache"],
-        wrong_keys=options["wrong_keys"],
         log=options["log"],
         metrics_prefix=options["metrics_prefix"],
         metrics_open=options["metrics_open"],
@@ -80,6 +81,7 @@ def serve(specs: Sequence[str], options: dict[str, Any]) -> None:
         limits=replace(requests, ignore_unknown=options["ignore_unknown"]),
         door=door,
         batch=batch,
+        key_limits=keys,
     )
     models = hosting.roster(specs, options["alias"], engine_settings(options), options["keep_alive"], policy)
     carried_out(_serve(models, config))
@@ -119,7 +121,7 @@ async def _serve(models: Roster, config: Config) -> None:
     from afterword.traces import open_traces
 
     store = Store(config.keys_file, patience=1) if config.keys_file else None
-    ring = Ring(config.keys, store, config.wrong_keys)
+    ring = Ring(config.keys, store, config.key_limits)
     life = Life()
     with (
         _listen(config) as listener,
@@ -129,7 +131,9 @@ async def _serve(models: Roster, config: Config) -> None:
     ):
         port = listener.getsockname()[1]
         metrics = Metrics((host.id for host in models), config.metrics_prefix)
-        batches = Manager(Shelf(config.batch_dir or default_folder()), config.batch)
+        shelf = Shelf(config.batch_dir or default_folder())
+        shelf.check()
+        batches = Manager(shelf, config.batch)
         service = Service(config, models, ring, log, life, metrics, batches, traces)
         app = make_app(service)
         door = Door(app, listener, config.door, config.proxies)

@@ -66,7 +66,6 @@ class Connection(HttpToolsProtocol):
         self._heard = 0  # bytes since the head began
         self._coming = 0  # bytes that are being read
         self._head = 0  # bytes of the head, as far as it is understood
-        self._chunks = 0
         self._deaf = False  # nothing that comes is read
         self._half_closed = False  # nothing more comes
         self._wasted = 0
@@ -133,6 +132,8 @@ class Connection(HttpToolsProtocol):
             self._heard += len(data)
             if self._pace.phase == "head" and self._heard > self._limits.max_head:
                 self._refuse(refusals.LARGE_HEAD)
+            elif self._pace.phase in _BODIES and self._framing() > self._limits.max_framing:
+                self._refuse(refusals.LARGE_FRAMING)
 
     def check(self, now: float) -> None:
         """Cut what takes too long, and what is left alone; called every second or so."""
@@ -155,7 +156,7 @@ class Connection(HttpToolsProtocol):
         if self._pace.phase == "idle":  # it came with the rest of a body that had been answered before its end
             self._turn("head")
             self._heard = -self._coming
-        self._head = self._chunks = 0
+        self._head = 0
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -185,12 +186,6 @@ class Connection(HttpToolsProtocol):
         if self._doorway.leaving:
             self.cycle.keep_alive = False
 
-    def on_chunk_header(self) -> None:
-        """The body goes on with a chunk. Each costs work, however small it is."""
-        self._chunks += 1
-        if self._chunks > self._limits.max_chunks:
-            raise refusals.MANY_CHUNKS
-
     def on_body(self, body: bytes) -> None:
         """A part of the body."""
         self._pace.received += len(body)
@@ -219,6 +214,13 @@ class Connection(HttpToolsProtocol):
         line = self.transport.get_extra_info("socket") if self._half_closed else None
         if line is not None and not self.transport.is_closing() and line.getsockopt(SOL_SOCKET, SO_ERROR):
             self.transport.abort()
+
+    def _framing(self) -> int:
+        """Bytes of a body's framing beyond as many as the body has: headers of chunks, with their extensions.
+
+        Each chunk costs work, however small it is; so framing may grow with the body, and a little beside it.
+        """
+        return self._heard - self._head - 2 * self._pace.received
 
     def _turn(self, phase: Phase) -> None:
         self._pace.turn(phase, self._doorway.clock())

@@ -21,7 +21,7 @@ class DoorLimits:
     max_head: int = limit(32 * 1024, "bytes of a request's line and headers")
     max_headers: int = limit(100, "headers of a request")
     max_body: int = limit(8 * 2**20, "bytes of a request's body")
-    max_chunks: int = limit(16_384, "chunks of a body that is sent in chunks")
+    max_framing: int = limit(64 * 1024, "bytes that the framing of a body in chunks may be larger than the body")
     head_seconds: float = limit(10.0, "seconds for a request's line and headers")
     body_seconds: float = limit(30.0, "seconds for a request's body")
     upload_seconds: float = limit(600.0, "seconds for a file that is uploaded")

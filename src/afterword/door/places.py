@@ -1,4 +1,4 @@
-"""How many may be connected: in all, and from one address."""
+"""How many may be connected: in all, from one address, and with the file descriptors that the system allows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ import ipaddress
 import resource
 from collections import Counter
 
-_FOR_OURSELVES = 64  # open files besides connections: the engine, the listener, logs, a database
+_EACH = 2  # file descriptors of a connection: its socket, and a file that is downloaded or uploaded over it
+_FOR_OURSELVES = 128
+"""File descriptors that connections never take.
+
+About 20 are open from the start (streams, event loop, listener, log, key file). An engine that is replaced needs 8
+until it runs, and keeps 2. Each of up to 16 batches has at most 5 (its journal with SQLite's, its input, its output, a
+folder).
+"""
+_LAST = 32
+"""Where so few are left, whatever has taken the others, no connection is accepted: an engine can still be replaced."""
 
 
 class Places:
@@ -46,12 +55,24 @@ class Places:
 
 
 def open_files(wanted: int) -> int:
-    """Raise this process's limit on open files as far as wanted and allowed. How many connections that is."""
+    """Raise this process's limit on open files as far as wanted and allowed. How many connections that is.
+
+    Where few are allowed, connections get half of them at least.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted + _FOR_OURSELVES:
-        soft = wanted + _FOR_OURSELVES if hard == resource.RLIM_INFINITY else min(hard, wanted + _FOR_OURSELVES)
+    needed = wanted * _EACH + _FOR_OURSELVES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - _FOR_OURSELVES))
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    return max(1, min(wanted, (soft - min(_FOR_OURSELVES, soft // 2)) // _EACH))
+
+
+def is_last(descriptor: int) -> bool:
+    """Whether a descriptor that was just opened shows that few are left: the system gives out the lowest free one."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft != resource.RLIM_INFINITY and descriptor >= soft - min(_LAST, soft // 4)
 
 
 def _household(peer: str) -> str:

@@ -35,7 +35,7 @@ NO_PATH = Refusal(400, "The target of a request must be a path: visible ASCII th
 NO_HOST = Refusal(400, "A request must have exactly one Host header.")
 NOT_CHUNKED = Refusal(400, "The only transfer coding that is understood is 'chunked', in HTTP/1.1.")
 NO_TRAILERS = Refusal(400, "Headers after a body are not accepted.")
-MANY_CHUNKS = Refusal(400, "The body comes in too many chunks.")
+LARGE_FRAMING = Refusal(400, "The body comes in chunks that are too small or have too large extensions.")
 OLD = Refusal(505, "This server speaks HTTP/1.1.")
 LARGE_HEAD = Refusal(431, "The request's headers are too large or too many.")
 SLOW = Refusal(408, "The request did not come in time.", code="request_timeout")

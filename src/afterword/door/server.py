@@ -7,10 +7,14 @@ first that it leaves, and lets the engine end what is left, so that streams say 
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from email.utils import formatdate
+from functools import partial
 from socket import socket
 from types import TracebackType
 from typing import Any, Self
@@ -18,12 +22,19 @@ from typing import Any, Self
 from uvicorn import Config
 from uvicorn.server import ServerState
 
+from afterword.door import refusals
 from afterword.door.connection import Connection, Doorway
 from afterword.door.limits import DoorLimits
-from afterword.door.places import Places, open_files
+from afterword.door.places import Places, is_last, open_files
+from afterword.tasks import logged, supervised
 
 _TICK = 1.0  # seconds
+_AT_ONCE = 16  # connections that are accepted together
+_PAUSE = 0.1  # seconds without accepting where the system has no file descriptor or no memory for a connection
+_SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _LAST_WORDS = 2.0  # seconds for the errors with which the last answers end
+
+_log = logging.getLogger(__name__)
 
 
 class Door:
@@ -53,8 +64,9 @@ class Door:
         most = open_files(limits.max_connections)
         places = Places(most, most if limits.max_per_peer is None else limits.max_per_peer, proxies)
         self._doorway = Doorway(limits, places, clock)
-        self._server: asyncio.Server | None = None
         self._ticking: asyncio.Task[None] | None = None
+        self._admitted: set[asyncio.Task[None]] = set()
+        self._open = self._told = False
 
     @property
     def turned_away(self) -> Counter[str]:
@@ -64,9 +76,10 @@ class Door:
     async def __aenter__(self) -> Self:
         self._config.load()
         self._tell_date()
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(self._connect, sock=self._listener, backlog=1024)
-        self._ticking = asyncio.create_task(self._tick())
+        self._listener.setblocking(False)
+        self._open = True
+        self._listen()
+        self._ticking = supervised(self._tick, "connection times")
         return self
 
     async def __aexit__(
@@ -94,9 +107,10 @@ class Door:
     def close(self) -> None:
         """Let nobody in any more. Connections without a request end, the others after their answer."""
         self._doorway.leaving = True
-        if self._server is not None:
-            self._server.close()
-            self._server = None
+        if self._open:
+            self._open = False
+            asyncio.get_running_loop().remove_reader(self._listener)
+            self._listener.close()
         for connection in self._connections():
             connection.shutdown()
 
@@ -105,6 +119,57 @@ class Door:
 
     def _connect(self) -> Connection:
         return Connection(self._config, self._state, self._doorway)
+
+    def _accept(self) -> None:
+        """Accept some of the connections that wait, so that few are open that have no place.
+
+        An event loop's own server would accept all that wait at once, and leave no file descriptor to anything else.
+        """
+        for _ in range(_AT_ONCE):
+            try:
+                accepted, _address = self._listener.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                if error.errno in _SCARCE:
+                    self._rest(error.strerror)
+                    return
+                continue  # the connection ended before it was accepted
+            accepted.setblocking(False)
+            if is_last(accepted.fileno()):
+                self._turn_away(accepted)
+                self._rest("few file descriptors are left")
+                return
+            task = logged(partial(self._admit, accepted), "a new connection")
+            self._admitted.add(task)
+            task.add_done_callback(self._admitted.discard)
+
+    async def _admit(self, accepted: socket) -> None:
+        """Have a protocol read from a connection."""
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(self._connect, accepted)
+        except BaseException:
+            accepted.close()
+            raise
+
+    def _turn_away(self, accepted: socket) -> None:
+        self._doorway.turned_away[str(refusals.FULL.code)] += 1
+        with suppress(OSError):
+            accepted.send(refusals.FULL.response)
+        accepted.close()
+
+    def _rest(self, why: str | None) -> None:
+        """Accept nothing for a moment; logged once."""
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._listener)
+        loop.call_later(_PAUSE, self._listen)
+        if not self._told:
+            _log.warning("Connections wait or are refused: %s. Raise the limit of open files.", why)
+        self._told = True
+
+    def _listen(self) -> None:
+        if self._open:
+            asyncio.get_running_loop().add_reader(self._listener, self._accept)
 
     async def _emptied(self, seconds: float, hurry: asyncio.Event) -> None:
         """Wait until nobody is left, but no longer than that."""

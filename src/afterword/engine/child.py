@@ -25,6 +25,7 @@ from afterword.engine.core.batch import Batch, Logits, Runner
 from afterword.engine.core.loop import Loop
 from afterword.engine.protocol import Card
 from afterword.errors import AfterwordError, EngineError
+from afterword.tasks import vital_thread
 
 Tokenizer = Callable[[str, bool], tuple[int, ...]]
 Tell = Callable[[float], None]
@@ -126,8 +127,8 @@ class _Child:
         settings = frames.unpack_to_engine(body) if body else None
         if not isinstance(settings, frames.Open):
             return
-        threading.Thread(target=self._pulse, daemon=True).start()
-        threading.Thread(target=self._read, daemon=True).start()  # also while loading: it sees that the parent is gone
+        vital_thread(self._pulse, name="pulse")
+        vital_thread(self._read, name="reader")  # also while loading: it sees that the parent is gone
         try:
             loaded = load(settings, self._tell)
         except AfterwordError as error:
@@ -136,7 +137,7 @@ class _Child:
         self._check = loaded.check
         self._send(frames.Ready(loaded.card))
         threading.stack_size(_TOKENIZER_STACK)
-        threading.Thread(target=self._tokenize, args=(loaded.tokenize,), daemon=True).start()
+        vital_thread(self._tokenize, loaded.tokenize, name="tokenizer")
         threading.stack_size(0)
         self._gauge = Gauge(loaded.runner)
         self._work(Loop(self._gauge, threads=settings.threads, team=loaded.team))

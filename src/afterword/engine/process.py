@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Protocol
 
@@ -61,23 +61,34 @@ async def spawn(command: Sequence[str]) -> Link:
     """Start a command; its last arguments are the file descriptors that it hears and speaks through.
 
     One line for each way: where a process has died, a failed send would else close the line with its last words unread,
-    and who killed it is known from these.
+    and who killed it is known from these. Raises `OSError`, as where no file descriptor is left, and leaves nothing.
     """
-    (to, hears), (speaks, back) = socket.socketpair(), socket.socketpair()
-    with (
-        hears,
-        speaks,
-        _held(signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
-    ):  # until it ignores them: they are its parent's to hear
-        process = subprocess.Popen(
-            [*command, str(hears.fileno()), str(speaks.fileno())],
-            pass_fds=[hears.fileno(), speaks.fileno()],
-            stdin=subprocess.DEVNULL,
-            env=without_secrets(os.environ),
-        )
-    _, writer = await asyncio.open_connection(sock=to, limit=2**10)
-    reader, ears = await asyncio.open_connection(sock=back, limit=2**20)
+    with ExitStack() as undo:
+        to, hears = map(undo.enter_context, socket.socketpair())
+        speaks, back = map(undo.enter_context, socket.socketpair())
+        with _held(
+            signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+        ):  # until it ignores them, as its parent's
+            process = subprocess.Popen(
+                [*command, str(hears.fileno()), str(speaks.fileno())],
+                pass_fds=[hears.fileno(), speaks.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=without_secrets(os.environ),
+            )
+        undo.callback(_end, process)
+        hears.close()
+        speaks.close()
+        _, writer = await asyncio.open_connection(sock=to, limit=2**10)
+        undo.callback(writer.transport.abort)
+        reader, ears = await asyncio.open_connection(sock=back, limit=2**20)
+        undo.pop_all()
     return _Process(process, reader, (writer, ears))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process that has done nothing yet, which is at once."""
+    process.kill()
+    process.wait()
 
 
 @contextmanager

@@ -11,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import msgspec
 
@@ -21,6 +22,7 @@ from afterword.engine.protocol import Card, Load, Promise
 from afterword.engine.supervisor import LATER, Policy, State, Supervisor
 from afterword.engine.tally import Tally
 from afterword.errors import AfterwordError, LoadFailed, Overloaded, WaitedTooLong
+from afterword.tasks import Work, logged
 
 HostState = State | Literal["unloaded"]
 """`starting`: its turn to be loaded will come, or it is being loaded."""
@@ -229,6 +231,9 @@ class Roster:
         except (AfterwordError, OSError) as problem:
             _log.warning("The model %s could not be loaded: %s", host.id, problem)
             return LoadFailed(host.id)
+        except Exception:
+            _log.exception("The model %s could not be loaded", host.id)
+            return LoadFailed(host.id)
         finally:
             host.loading = None
             self._set_alarm(host)  # those who waited may all have left
@@ -260,7 +265,7 @@ class Roster:
         if host.engine is not None:
             host.told = host.card
             engine, host.engine = host.engine, None
-            await asyncio.shield(self._begin(engine.close()))
+            await asyncio.shield(self._begin(engine.close))
 
     def _set_alarm(self, host: Host) -> None:
         """Look at it again when it has been unused for long enough."""
@@ -274,11 +279,11 @@ class Roster:
             host.alarm = None
 
     def _expire(self, host: Host) -> None:
-        self._begin(self._end_unused(host))
+        self._begin(partial(self._end_unused, host))
 
-    def _begin(self, move: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _begin(self, move: Work) -> asyncio.Task[None]:
         """Something that is carried through, whoever waits for it."""
-        task = asyncio.create_task(move)
+        task = logged(move, "model load or unload")
         self._moves.add(task)
         task.add_done_callback(self._moves.discard)
         return task

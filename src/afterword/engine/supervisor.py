@@ -28,6 +28,7 @@ from afterword.engine.texts import Texts
 from afterword.engine.watch import TICK, Restarts, Watch
 from afterword.errors import EngineDied, EngineFailure, ModelReplaced, Overloaded, SettingError, WaitedTooLong
 from afterword.limits import limit
+from afterword.tasks import supervised
 
 State = Literal["starting", "ready", "restarting", "failing", "closed"]
 """`restarting`: jobs wait for the next engine. `failing`: too many have died; nothing is accepted until one lives."""
@@ -159,9 +160,9 @@ class Supervisor:
 
     async def open(self) -> None:
         """Start the process and load the model. Raises `SettingError` if that fails."""
-        self._tasks.append(asyncio.create_task(self._look()))
+        self._tasks.append(supervised(self._look, "engine watch"))
         await self._launch()
-        self._tasks.append(asyncio.create_task(self._live()))
+        self._tasks.append(supervised(self._live, "engine life", self._give_up))
 
     async def close(self) -> None:
         """End the process and every run."""
@@ -211,6 +212,13 @@ class Supervisor:
             self._mourn()
             while not await self._revive():
                 pass
+
+    def _give_up(self) -> None:
+        """`_live` has failed, so what it knows of the jobs may be wrong: end them and the engine, and begin anew."""
+        self.state = "restarting"
+        if self._link is not None:
+            self._link.kill()
+        self._fail_all(EngineDied())
 
     async def _listen(self) -> None:
         assert self._link is not None

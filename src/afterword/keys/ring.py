@@ -13,16 +13,25 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
-from afterword.errors import SettingError
+from afterword.errors import AfterwordError, Overloaded, SettingError
 from afterword.keys.key import Key, Used, digest
 from afterword.keys.limiter import Limiter, Refusal, Standing
+from afterword.keys.limits import KeyLimits
 from afterword.keys.store import Batch, Place, Store, Sums, Version
 from afterword.keys.throttle import Throttle
+from afterword.tasks import supervised
 
 _BEAT = 0.5  # seconds between looks at the store
 _UNSURE = 2 * 10**9  # a file changed so shortly before it was read may have changed again since, with the same time
 _MOST_PLACES = 10_000  # kept while nothing can be written; then users are no longer told apart
+_LIMITS = KeyLimits()
+_LAST = 10.0  # seconds for the last exchange with the store
+_SECOND = 10**9  # in nanoseconds
+_UNREADABLE = "The server cannot read its keys at the moment. Please try again later."
+_PAUSE = 30  # seconds after which a client may try again then
 
 _log = logging.getLogger(__name__)
 
@@ -38,22 +47,21 @@ class Account:
 class Ring:
     """All keys: those given at the start, which never change, and those of a store.
 
-    `wrong_keys`: so many a minute from one address, 0 for any number. `clock` is in nanoseconds and only moves
-    forward; `wall` is Unix seconds.
+    `clock` is in nanoseconds and only moves forward; `wall` is Unix seconds.
     """
 
     def __init__(
         self,
         given: Sequence[Key] = (),
         store: Store | None = None,
-        wrong_keys: int = 0,
+        limits: KeyLimits = _LIMITS,
         clock: Callable[[], int] = time.monotonic_ns,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self.clock = clock
         self._wall = wall
         self._store = store
-        self._throttle = Throttle(wrong_keys)
+        self._throttle = Throttle(limits.wrong_keys)
         self._given = tuple(Account(key, Limiter(key.allowance, clock())) for key in given)
         self._stored: dict[str, Account] = {}
         self._opens: dict[bytes, Account] = {}
@@ -61,26 +69,32 @@ class Ring:
         self._leaving: Counter[str] = Counter()  # on its way there
         self._used: dict[Place, Sums] = {}
         self._seen: Version | None = None
-        self._complained = False
+        self._complained = self._closed = False
+        self._trusted = int(limits.keys_seconds * _SECOND)
+        self._known = clock()  # when the keys were last those of the store
         self._take(() if store is None else store.all())
 
     def find(self, text: str) -> Account | None:
-        """Whose key a text is, if it opens the server.
+        """Whose key a text is, if it opens the server. Raises `Overloaded` if the store has been unreadable too long.
 
         Found by its digest: what a dict's lookup takes tells nothing of a SHA-256 that only the right text has.
         """
-        account = self._opens.get(digest(text))
-        return account if account is not None and account.key.state(self._wall()) == "active" else None
+        return self._opening(self._opens.get(digest(text)))
 
     def account(self, key: str) -> Account | None:
-        """Whose key has an id, if it opens the server."""
-        found = (account for account in self._opens.values() if account.key.id == key)
-        account = next(found, None)
-        return account if account is not None and account.key.state(self._wall()) == "active" else None
+        """Whose key has an id, if it opens the server. Raises `Overloaded` as `find` does."""
+        return self._opening(next((account for account in self._opens.values() if account.key.id == key), None))
 
-    def wait(self, peer: str, account: Account | None) -> int:
-        """Nanoseconds until this address may show a key again, 0 for now; `account` is whose key it has shown."""
-        return self._throttle.wait(peer, account.key.id if account else None, self.clock())
+    def _opening(self, account: Account | None) -> Account | None:
+        if account is None or account.key.state(self._wall()) != "active":
+            return None
+        if self._stored.get(account.key.id) is account and self._distrusted():
+            raise Overloaded(_UNREADABLE, retry_after=_PAUSE, code="keys_unreadable")
+        return account
+
+    def wait(self, peer: str) -> int:
+        """Count a wrong key of an address. Nanoseconds until it may try another one, 0 for now."""
+        return self._throttle.wait(peer, self.clock())
 
     def enter(self, account: Account) -> Grant | Refusal:
         """Let a request in, or say which limit is in the way."""
@@ -114,12 +128,32 @@ class Ring:
     async def kept(self) -> AsyncIterator[None]:
         """Exchange news with the store until the end, and a last time then."""
         over = asyncio.Event()
-        keeping = asyncio.create_task(self._keep(over))
+        keeping = supervised(partial(self._keep, over), "exchange with the key file")
         try:
             yield
         finally:
             over.set()
-            await keeping
+            await asyncio.wait({keeping}, timeout=_LAST)
+            keeping.cancel()
+
+    @property
+    def unread(self) -> float | None:
+        """Seconds since the keys were last known to be those of the store; None without a store."""
+        return None if self._store is None else (self.clock() - self._known) / _SECOND
+
+    @property
+    def skipped(self) -> int | None:
+        """Rows of the store that are no keys; None without a store."""
+        return None if self._store is None else self._store.skipped
+
+    def _distrusted(self) -> bool:
+        """Whether the store has been unreadable for so long that keys in it may have been revoked; logged once."""
+        closed = self.clock() - self._known > self._trusted
+        if closed and not self._closed:
+            told = self._trusted / _SECOND
+            _log.error("The key file could not be read for %g s. Until it can be read, its keys open nothing.", told)
+        self._closed = closed
+        return closed
 
     async def _keep(self, over: asyncio.Event) -> None:
         last = False
@@ -137,17 +171,30 @@ class Ring:
         self._leaving, self._spent, self._used = self._spent, Counter(), {}
         try:
             news = await asyncio.to_thread(_visit, self._store, batch, self._seen)
-        except SettingError as error:
+        except Exception as error:  # whatever it is, keys are read again in half a second
             self._keep_for_later(batch)
-            if not self._complained:
-                _log.warning("%s Requests are served meanwhile, with the keys as they were.", error.message)
-            self._complained = True
+            self._complain(error, "Requests are served meanwhile, with the keys as they were.")
+            self._distrusted()
             return
-        self._complained = False
-        if news is not None:
-            keys, self._seen = news
+        self._known = self.clock()
+        self._distrusted()
+        if news.problem is None:
             self._leaving = Counter()
-            self._take(keys)
+            self._complained = False
+        else:
+            self._keep_for_later(batch)
+            self._complain(news.problem, "Requests are served meanwhile; what they use is written later.")
+        if news.keys is not None:
+            self._seen = news.version
+            self._take(news.keys)
+
+    def _complain(self, error: Exception, meanwhile: str) -> None:
+        """Say once what is wrong; of an error that is not expected, where it comes from."""
+        if not self._complained:
+            expected = isinstance(error, AfterwordError)
+            message = error.message if isinstance(error, AfterwordError) else "The key store cannot be used."
+            _log.warning("%s %s", message, meanwhile, exc_info=None if expected else error)
+        self._complained = True
 
     def _keep_for_later(self, batch: Batch) -> None:
         self._leaving = Counter()
@@ -204,10 +251,24 @@ class Grant:
         return self._account.limiter.standing(self._ring.clock())
 
 
-def _visit(store: Store, batch: Batch, seen: Version | None) -> tuple[tuple[Key, ...], Version | None] | None:
-    """In a thread: give a batch to the store and take its keys; None if there was nothing to give or to take."""
+class _News(NamedTuple):
+    """What an exchange has brought. `keys`: None if nothing has changed. `problem`: why nothing could be written."""
+
+    keys: tuple[Key, ...] | None
+    version: Version | None
+    problem: SettingError | None
+
+
+def _visit(store: Store, batch: Batch, seen: Version | None) -> _News:
+    """In a thread: give a batch to the store and take its keys. Raises `SettingError` if they cannot be read."""
     version = store.version()
-    if version == seen and not batch.spent and not batch.used:
-        return None
-    keys = store.exchange(batch)
-    return keys, None if time.time_ns() - version[1] < _UNSURE else version
+    problem: SettingError | None = None
+    keys: tuple[Key, ...] | None = None
+    if batch.spent or batch.used:
+        try:
+            keys = store.exchange(batch)
+        except SettingError as error:  # a full disk, say: keys can be read all the same
+            problem = error
+    if keys is None and version != seen:
+        keys = store.all()
+    return _News(keys, None if time.time_ns() - version[1] < _UNSURE else version, problem)

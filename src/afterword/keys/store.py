@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import os
+import re
 import secrets
 import sqlite3
 import time
@@ -40,6 +42,9 @@ CREATE TABLE usage (
     PRIMARY KEY (key, user, day)
 ) WITHOUT ROWID;
 """
+_ID = re.compile(r"[0-9A-Za-z-]{1,32}")  # what a message may quote: a key's text is longer, and has "_" in it
+_log = logging.getLogger(__name__)
+
 _COLUMNS = "id, digest, name, created, expires, revoked, requests, tokens, concurrent, quota, spent"
 
 
@@ -80,10 +85,19 @@ class Store:
     def __init__(self, path: Path, *, create: bool = False, patience: float = 5.0) -> None:
         self.path = path
         self._patience = patience
+        self._skipped: frozenset[str] = frozenset()  # rows that the last reading could not use
         if create:
             self._create()
         with self._open() as db:
-            (self._secret,) = db.execute("SELECT secret FROM install").fetchone()
+            found = db.execute("SELECT secret FROM install").fetchone()
+        if found is None or not isinstance(found[0], bytes):
+            raise self._broken("its secret is missing")
+        self._secret = found[0]
+
+    @property
+    def skipped(self) -> int:
+        """How many rows the last reading could not use."""
+        return len(self._skipped)
 
     # ---- keys
 
@@ -99,9 +113,9 @@ class Store:
         return key, text
 
     def all(self) -> tuple[Key, ...]:
-        """All keys, the oldest first."""
+        """All keys, the oldest first. A row that is no key is left out, and logged once."""
         with self._open() as db:
-            return _keys(db)
+            return self._keys(db)
 
     def revoke(self, key: str) -> None:
         """End a key for good. What it used stays known."""
@@ -133,7 +147,7 @@ class Store:
             stat = self.path.stat()
         except OSError as error:
             raise self._broken(error.strerror) from None
-        return stat.st_ino, stat.st_mtime_ns, stat.st_size
+        return stat.st_ino, stat.st_ctime_ns, stat.st_size  # ctime: a change of rights is seen too
 
     def exchange(self, batch: Batch) -> tuple[Key, ...]:
         """Write all of a batch, or raise and write nothing; and read the keys as they are then."""
@@ -146,7 +160,20 @@ class Store:
                 "completion = completion + excluded.completion, cached = cached + excluded.cached",
                 [(*astuple(place), *astuple(sums)) for place, sums in batch.used.items()],
             )
-            return _keys(db)
+            return self._keys(db)
+
+    def _keys(self, db: sqlite3.Connection) -> tuple[Key, ...]:
+        keys, skipped = [], set()
+        for number, *row in db.execute(f"SELECT rowid, {_COLUMNS} FROM keys ORDER BY created, id"):
+            try:
+                keys.append(_key(*row))
+            except (TypeError, ValueError):
+                good = isinstance(row[0], str) and _ID.fullmatch(row[0])
+                skipped.add(f"key {row[0]}" if good else f"row {number}")
+        for name in sorted(skipped - self._skipped):
+            _log.warning("The key store %s: %s is not as expected and is left out.", self.path, name)
+        self._skipped = frozenset(skipped)
+        return tuple(keys)
 
     # ---- the file
 
@@ -173,6 +200,7 @@ class Store:
         try:
             db = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=rw", timeout=self._patience, uri=True)
             db.isolation_level = None  # transactions begin where we say
+            db.text_factory = _text
             try:
                 db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
                 if check and db.execute("PRAGMA user_version").fetchone()[0] != _SCHEMA_VERSION:
@@ -204,11 +232,22 @@ def default_path() -> Path:
     return Path(data) / "afterword" / "keys.db"
 
 
-def _keys(db: sqlite3.Connection) -> tuple[Key, ...]:
-    return tuple(_key(*row) for row in db.execute(f"SELECT {_COLUMNS} FROM keys ORDER BY created, id"))
+def _text(raw: bytes) -> str:
+    """Text that is no UTF-8 makes a row unusable, not the file."""
+    return raw.decode("utf-8", "surrogateescape")
 
 
 def _key(*row: Any) -> Key:
-    *who, requests, tokens, concurrent, quota, spent = row
-    values: tuple[Any, ...] = (*who, Allowance(requests, tokens, concurrent, quota), spent)
-    return Key(*values)
+    """A row as a key. Raises `ValueError` and `TypeError` if it is none."""
+    name, told, label, created, expires, revoked, *most, spent = row
+    if not (isinstance(told, bytes) and len(told) == len(digest(""))):
+        raise ValueError("digest")
+    for text in (name, label):
+        text.encode()  # not of bytes, nor of what was no UTF-8
+    if not name or not all(type(number) is int for number in (created, spent)):
+        raise ValueError("id or numbers")
+    if not all(number is None or type(number) is int for number in (expires, revoked, *most)):
+        raise ValueError("numbers")
+    if any(number is not None and number < 1 for number in most):
+        raise ValueError("limits")
+    return Key(name, told, label, created, expires, revoked, Allowance(*most), spent)

@@ -1,0 +1,68 @@
+"""Few open files: connections and what they download never take those that an engine's process needs."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import psutil
+import pytest
+from asking import complete, wait_until
+from test_files import upload
+
+FEW = 256
+CONTENT = b"x" * 8_000_000  # more than the buffers of a connection hold
+FEW_FILES = ("sh", "-c", f'ulimit -n {FEW} && exec "$@"', "sh")
+ASK = {"prompt": "Once upon a time", "max_tokens": 3}
+
+
+@pytest.fixture(scope="module")
+def cramped(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    where = str(tmp_path_factory.mktemp("data") / "batches")
+    with serve("--parallel", "1", "--batch-dir", where, key=None, before=FEW_FILES) as server:
+        yield server
+
+
+def crowd(server: Any, request: bytes, stack: ExitStack) -> list[socket.socket]:
+    """150 clients that send a request and read the first byte of its answer, as far as one comes."""
+    host, port = server.url.removeprefix("http://").split(":")
+    clients = [stack.enter_context(socket.create_connection((host, int(port)), timeout=30)) for _ in range(150)]
+    for client in clients:
+        client.sendall(request)
+    for client in clients:
+        client.recv(12)
+    return clients
+
+
+def engine(server: Any) -> psutil.Process:
+    (found,) = [each for each in psutil.Process(server.pid).children() if each.status() != "zombie"]
+    return found
+
+
+@pytest.mark.parametrize("kind", ["downloads", "uploads", "pages"])
+def test_an_engine_that_dies_is_replaced_beside_a_crowd(cramped, kind):
+    with cramped.http() as http, ExitStack() as stack:
+        file = upload(http, CONTENT).json()["id"]
+        crowd(cramped, requests(kind, file), stack)
+        assert psutil.Process(cramped.pid).num_fds() <= FEW - 100
+        restarts = http.get("/ready").json()["restarts"]
+        engine(cramped).kill()
+        wait_until(lambda: (state := http.get("/ready").json())["status"] == "ready" and state["restarts"] > restarts)
+        assert complete(http, **ASK)
+        assert http.get(f"/v1/files/{file}").status_code == 200, "what is on the disk can be read too"
+    with cramped.http() as http:
+        wait_until(lambda: http.get("/ready").status_code == 200)
+
+
+def requests(kind: str, file: str) -> bytes:
+    if kind == "downloads":
+        return b"GET /v1/files/%s/content HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" % file.encode()
+    if kind == "uploads":
+        return (
+            b"POST /v1/files HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000000\r\nExpect: 100-continue\r\n"
+            b"Content-Type: multipart/form-data; boundary=x\r\n\r\n"
+            b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + b"y" * 5000
+        )
+    return b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"

@@ -1,0 +1,284 @@
+"""Background tasks: one that fails is logged and runs again, or ends its process; each of the server's is provoked."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+import scripted
+from afterword import tasks
+from afterword.batch.limits import BatchLimits
+from afterword.batch.manager import Manager
+from afterword.batch.shelf import Shelf
+from afterword.door.limits import DoorLimits
+from afterword.door.server import Door
+from afterword.engine.protocol import Load
+from afterword.engine.roster import Offer, Roster
+from afterword.errors import LoadFailed
+from afterword.keys.ring import Ring
+from afterword.keys.store import Store
+from afterword.log import Lines
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "_FIRST_PAUSE", 0.0)
+
+
+class Failing:
+    """A call that raises so many times, and then does what it should."""
+
+    def __init__(self, then: Callable[..., Any], times: int = 2) -> None:
+        self.left = times
+        self.called = 0
+        self._then = then
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.called += 1
+        if self.left:
+            self.left -= 1
+            raise RuntimeError("planted")
+        return self._then(*arguments)
+
+
+async def until(holds: Callable[[], object]) -> None:
+    async with asyncio.timeout(30):
+        while not holds():
+            await asyncio.sleep(0.001)
+
+
+def failures(caplog: pytest.LogCaptureFixture, name: str) -> int:
+    return sum(name in record.getMessage() and record.exc_info is not None for record in caplog.records)
+
+
+# ---- the helper
+
+
+def test_work_that_fails_is_logged_and_begins_again(caplog):
+    async def work() -> None:
+        failing()
+
+    failing = Failing(lambda: None, 3)
+    recovered: list[int] = []
+
+    async def main() -> None:
+        await tasks.supervised(work, "some work", lambda: recovered.append(1))
+
+    asyncio.run(main())
+    assert (failing.called, failures(caplog, "some work"), len(recovered)) == (4, 3, 3)
+
+
+def test_work_that_is_cancelled_ends(caplog):
+    async def main() -> None:
+        task = tasks.supervised(asyncio.Event().wait, "waiting")  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+
+    asyncio.run(main())
+    assert not caplog.records
+
+
+def test_a_clean_up_that_fails_does_not_end_the_task(caplog):
+    async def work() -> None:
+        failing()
+
+    failing = Failing(lambda: None, 1)
+
+    async def main() -> None:
+        await tasks.supervised(work, "some work", Failing(lambda: None))
+
+    asyncio.run(main())
+    assert failing.called == 2
+    assert failures(caplog, "some work") == 2
+
+
+def test_the_pause_grows_while_work_fails(monkeypatch, caplog):
+    monkeypatch.setattr(tasks, "_FIRST_PAUSE", 1.0)
+    pauses: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr(tasks.asyncio, "sleep", sleep)
+    failing = Failing(lambda: None, 8)
+
+    async def work() -> None:
+        failing()
+
+    async def main() -> None:
+        await tasks.supervised(work, "some work")
+
+    asyncio.run(main())
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
+
+
+def test_work_that_is_done_once_logs_its_failure(caplog):
+    async def work() -> None:
+        raise RuntimeError("planted")
+
+    async def main() -> None:
+        await tasks.logged(work, "one move")
+
+    asyncio.run(main())
+    assert failures(caplog, "one move") == 1
+
+
+@pytest.mark.parametrize(
+    ("problem", "told"), [("RuntimeError('planted')", True), ("SystemExit(0)", True), ("BrokenPipeError()", False)]
+)
+def test_a_vital_thread_that_fails_ends_its_process(problem, told):
+    program = f"""
+import threading
+from afterword.tasks import vital_thread
+def work(number): raise {problem}
+vital_thread(work, 1, name="worker")
+threading.Event().wait()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 70
+    assert ("The thread worker has failed" in done.stderr) == told
+
+
+# ---- the server's tasks
+
+
+def test_the_task_that_reads_keys(tmp_path, caplog, monkeypatch):
+    store = Store(tmp_path / "keys.db", create=True)
+    key, text = store.create()
+    ring = Ring((), store)
+    monkeypatch.setattr("afterword.keys.ring._BEAT", 0.001)
+    monkeypatch.setattr(ring, "exchange", Failing(ring.exchange))
+
+    async def main() -> None:
+        async with ring.kept():
+            store.revoke(key.id)
+            await until(lambda: ring.find(text) is None)
+
+    asyncio.run(main())
+    assert failures(caplog, "key file") == 2
+
+
+def test_the_task_that_starts_batches(tmp_path, caplog, monkeypatch):
+    shelf = Shelf(tmp_path / "batches")
+    shelf.upload()
+    manager = Manager(shelf, BatchLimits())
+    unended = Failing(shelf.unended)
+    monkeypatch.setattr(shelf, "unended", unended)
+
+    async def main() -> None:
+        async with manager.kept(Mock()):
+            await until(lambda: unended.called == 3)
+
+    asyncio.run(main())
+    assert failures(caplog, "batches") == 2
+
+
+def test_the_task_that_times_connections(caplog, monkeypatch):
+    monkeypatch.setattr("afterword.door.server._TICK", 0.001)
+    door = opened_door()
+    check = Failing(lambda: [])
+    monkeypatch.setattr(door, "_connections", check)
+
+    async def main() -> None:
+        async with door:
+            await until(lambda: check.called >= 3)
+
+    asyncio.run(main())
+    assert failures(caplog, "connection times") == 2
+
+
+def test_a_connection_that_cannot_be_admitted_does_not_end_the_accepting(caplog, monkeypatch):
+    door = opened_door()
+    port = door._listener.getsockname()[1]
+    monkeypatch.setattr(door, "_connect", Failing(door._connect))
+
+    async def ask() -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+            return await reader.readline()
+        except ConnectionError:
+            return b""
+        finally:
+            writer.close()
+
+    async def main() -> None:
+        async with asyncio.timeout(30), door:
+            assert [(await ask())[:8] for _ in range(3)] == [b"", b"", b"HTTP/1.1"]
+
+    asyncio.run(main())
+    assert failures(caplog, "connection") == 2
+
+
+def opened_door() -> Door:
+    async def app(_: Any, __: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    return Door(app, socket.create_server(("127.0.0.1", 0)), DoorLimits())
+
+
+def test_a_model_that_fails_in_an_unexpected_way_can_be_loaded_later(caplog):
+    engine = scripted.ScriptedEngine(scripted.says("Hello"))
+    roster = Roster([Offer("model", 0, Failing(lambda: opened(engine), 1))], keep_alive=60)
+
+    async def main() -> None:
+        (host,) = roster
+        with pytest.raises(LoadFailed):
+            await roster.enter(host)
+        assert await roster.enter(host)
+        roster.leave(host)
+
+    asyncio.run(main())
+    assert failures(caplog, "could not be loaded") == 1
+
+
+def opened(engine: Any) -> Any:
+    async def nothing() -> None:
+        return None
+
+    engine.open = engine.close = nothing
+    engine.state, engine.load = "ready", Load()
+    return engine
+
+
+def test_a_model_that_cannot_be_unloaded_is_logged(caplog):
+    engine = scripted.ScriptedEngine(scripted.says("Hello"))
+
+    async def main() -> None:
+        roster = Roster([Offer("model", 0, lambda: opened(engine))], keep_alive=0)
+        (host,) = roster
+        await roster.enter(host)
+        monkey = Failing(lambda: None)
+        engine.close = lambda: refused(monkey)
+        roster.leave(host)
+        await until(lambda: monkey.called)
+        await roster.close()
+
+    async def refused(call: Failing) -> None:
+        call()
+
+    asyncio.run(main())
+    assert failures(caplog, "unload") == 1
+
+
+def test_the_thread_that_writes_the_log(tmp_path, caplog, monkeypatch):
+    lines = Lines(tmp_path / "log")
+    monkeypatch.setattr(lines, "_write", Failing(lines._write))
+    with caplog.at_level(logging.WARNING):
+        for line in (b"a", b"b", b"c"):
+            lines.add(line)
+        lines.close()
+    assert Path(tmp_path / "log").read_bytes() == b"c\n"
+    assert len(caplog.records) == 1
