@@ -13,10 +13,11 @@ from functools import partial
 
 import psutil
 
-from afterword.config import FLOAT_TYPES, GRID, OWN_TYPES, REPACKED_TYPES, SMALL_MODEL, EngineSettings, advice, promise
+from afterword.config import GRID, SMALL_MODEL, EngineSettings, Weights, advice
 from afterword.engine import frames
 from afterword.engine.frames import KvType
 from afterword.engine.process import card_memory
+from afterword.engine.protocol import Promise
 from afterword.engine.roster import Offer, Roster
 from afterword.engine.supervisor import Policy, Supervisor
 from afterword.errors import SettingError
@@ -77,7 +78,7 @@ def fit(models: Sequence[tuple[Model, Facts]], settings: EngineSettings, take_tu
     `take_turns`: they need not be there together. If they can be, each with its whole context, they are fitted for
     that; else each gets the memory that it would have alone.
     """
-    wanted = [(facts, _KV_BYTES[_kv_type(facts, settings)]) for _, facts in models]
+    wanted = [(facts, _KV_BYTES[_kv_type(settings)]) for _, facts in models]
     cores = _cores(min(len(models), _BUSY if take_turns else len(models)))
     return [
         Fitted(model, facts, _frame(model, facts, settings, shape, cores), shape.needed_bytes)
@@ -116,8 +117,9 @@ def _cores(busy: int) -> int:
 
 
 def _frame(model: Model, facts: Facts, settings: EngineSettings, shape: Shape, cores: int) -> frames.Open:
-    kv_type = _kv_type(facts, settings)
-    promised = promise(facts.file_type, facts.experts, kv_type, settings.gpu_layers, settings.reproducible)
+    kv_type = _kv_type(settings)
+    weights = Weights(facts.architecture, facts.matrix_types, facts.experts)
+    promised, without = _promises(weights, kv_type, settings)
     return frames.Open(
         path=str(model.path),
         context=shape.context,
@@ -128,13 +130,21 @@ def _frame(model: Model, facts: Facts, settings: EngineSettings, shape: Shape, c
         gpu_layers=settings.gpu_layers,
         verbose=settings.verbose,
         # Where lengths of passes choose kernels, they are all one.
-        grid=settings.batch if settings.reproducible else 1 if promised == "exact" else GRID,
-        repack=promised == "none" or facts.file_type in REPACKED_TYPES,
-        own_products=facts.file_type in OWN_TYPES and not facts.experts,
+        grid=settings.batch if settings.reproducible else GRID,
+        repack=without == "none" or weights.repacked,
+        own_products=weights.own_products,
         full=settings.reproducible,
         promise=promised,
-        promise_without="none" if facts.file_type in FLOAT_TYPES and not settings.gpu_layers else promised,
+        promise_without=without,
     )
+
+
+def _promises(weights: Weights, kv_type: KvType, settings: EngineSettings) -> tuple[Promise, Promise]:
+    """The most that can be promised with products of our own, and without them."""
+    if settings.gpu_layers:
+        promised = weights.promise_on_gpu(kv_type, settings.gpu_layers, settings.reproducible)
+        return promised, promised
+    return weights.promise(kv_type, own_products=True), weights.promise(kv_type, own_products=False)
 
 
 def _found(spec: str | None) -> tuple[Model, Facts]:
@@ -142,9 +152,9 @@ def _found(spec: str | None) -> tuple[Model, Facts]:
     return model, read_facts(model.path)
 
 
-def _kv_type(facts: Facts, settings: EngineSettings) -> KvType:
-    best = promise(facts.file_type, facts.experts, "exact", settings.gpu_layers)
-    return settings.kv_type or ("exact" if best == "exact" else "f16")
+def _kv_type(settings: EngineSettings) -> KvType:
+    """On a CPU attention that never multiplies a masked cell, and is the fastest, also where nothing is promised."""
+    return settings.kv_type or ("f16" if settings.gpu_layers else "exact")
 
 
 def _names(ids: Sequence[str], aliases: Sequence[str]) -> list[str]:

@@ -32,7 +32,7 @@ class Facts:
 
     architecture: str
     name: str
-    file_type: str  # the quantisation, such as "Q8_0"
+    file_type: str  # the quantisation that the file names, such as "Q8_0"
     context_length: int  # tokens it was trained on; 0 if the file does not say
     layers: int
     embedding_length: int
@@ -45,6 +45,7 @@ class Facts:
     size_bytes: int  # all parts together
     tensor_count: int
     split_count: int
+    matrix_types: frozenset[str] = frozenset()  # those that its matrices really have, whatever `file_type` says
 
     def kv_bytes_per_token(self, bytes_per_element: int = 2) -> int:
         """Bytes of key-value cache that one token takes; an upper bound where layers differ."""
@@ -83,6 +84,7 @@ def read_facts(path: Path | str) -> Facts:
         size_bytes=sum(header.size for header in headers),
         tensor_count=tensor_count,
         split_count=split_count,
+        matrix_types=frozenset().union(*(header.matrix_types for header in headers)),
     )
 
 
