@@ -44,8 +44,7 @@ class Timed:
     def __init__(self, runner: LlamaRunner, clock: Clock) -> None:
         self._runner, self._clock, self.seconds = runner, clock, 0.0
         self.slots, self.chunk, self.grid = runner.slots, runner.chunk, runner.grid
-        self.least_shared, self.rewinds, self.forks = runner.least_shared, runner.rewinds, runner.forks
-        self.held = runner.held
+        self.least_shared, self.rewinds, self.held = runner.least_shared, runner.rewinds, runner.held
 
     def run(self, batch: Batch) -> Logits:
         """Execute a batch, as the runner does."""

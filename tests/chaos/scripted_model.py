@@ -55,7 +55,7 @@ def tokenize(text: str, special: bool) -> tuple[int, ...]:
 class TableRunner:
     """State of a slot: the tokens in it."""
 
-    grid, least_shared, rewinds, forks = 1, 16, True, True
+    grid, least_shared, rewinds = 1, 16, True
 
     def __init__(self, slots: int, chunk: int) -> None:
         self.slots, self.chunk = slots, chunk

@@ -21,21 +21,12 @@ VOCABULARY = 24
 class HistoryRunner:
     """State of a slot: the tokens computed in it."""
 
-    def __init__(
-        self,
-        slots: int,
-        chunk: int,
-        rewinds: bool = True,
-        grid: int = 1,
-        least_shared: int = 2,
-        forks: bool = True,
-    ) -> None:
+    def __init__(self, slots: int, chunk: int, rewinds: bool = True, grid: int = 1, least_shared: int = 2) -> None:
         self.slots = slots
         self.chunk = chunk
         self.grid = grid
         self.least_shared = least_shared
         self.rewinds = rewinds
-        self.forks = forks
         self.state: list[list[int]] = [[] for _ in range(slots)]
         self.computed = 0
         self.batches: list[Batch] = []
@@ -44,7 +35,6 @@ class HistoryRunner:
         self.batches.append(batch)
         for move in batch.moves:
             if isinstance(move, Fork):
-                assert self.forks
                 assert len(self.state[move.source]) >= move.keep
                 assert self.rewinds or len(self.state[move.source]) == move.keep
                 self.state[move.target] = self.state[move.source][: move.keep]

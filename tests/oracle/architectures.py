@@ -143,7 +143,7 @@ def _write(
     add_vocabulary(writer, words)
     for name, weight in weights.items():
         # The library reads small matrices of recurrent layers, and what is no number, as they are.
-        plain = weight.ndim == 1 or weight.shape[-1] % 32 or re.search("norm|ssm|shortconv", name)
+        plain = weight.ndim == 1 or weight.shape[-1] % 32 or re.search("ssm|shortconv", name)
         kind = GGMLQuantizationType["F32" if plain or not np.isfinite(weight).all() else file_type]
         writer.add_tensor(name, quantize(weight, kind), raw_dtype=kind)
     writer.write_header_to_file()

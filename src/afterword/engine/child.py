@@ -61,7 +61,7 @@ class Gauge:
 
     def __init__(self, runner: Runner, clock: Callable[[], float] = time.monotonic) -> None:
         self.slots, self.chunk, self.grid = runner.slots, runner.chunk, runner.grid
-        self.least_shared, self.rewinds, self.forks = runner.least_shared, runner.rewinds, runner.forks
+        self.least_shared, self.rewinds = runner.least_shared, runner.rewinds
         self.held = runner.held
         self._runner = runner
         self._clock = clock

@@ -69,8 +69,6 @@ class Runner(Protocol):
     """A beginning that is shared by fewer tokens is computed anew: copying a slot costs about as much."""
     rewinds: bool
     """Whether a slot can be cut to a length other than 0 (a recurrent model's cannot)."""
-    forks: bool
-    """Whether a slot can be copied: see `Fork`. Where not, a prompt is computed again for each of its samples."""
 
     def run(self, batch: Batch) -> Logits:
         """Execute a batch. Returns (batch.outputs, vocabulary) logits, rows in order, valid until the next call.

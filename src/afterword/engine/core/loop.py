@@ -44,9 +44,7 @@ class Loop:
         team: int | None = None,
     ) -> None:
         self._runner = runner
-        self._scheduler = Scheduler(
-            runner.slots, runner.chunk, runner.grid, runner.least_shared, runner.rewinds, runner.forks
-        )
+        self._scheduler = Scheduler(runner.slots, runner.chunk, runner.grid, runner.least_shared, runner.rewinds)
         self._sampler = Sampler(walks(threads, team))
         self._clock = clock
         self._pace: float | None = None  # tokens of a prompt in a second, as measured

@@ -37,13 +37,12 @@ class Begun:
 class Scheduler:
     """Owner of all work, sequences and slots. One thread."""
 
-    def __init__(self, slots: int, chunk: int, grid: int, least_shared: int, rewinds: bool, forks: bool = True) -> None:
+    def __init__(self, slots: int, chunk: int, grid: int, least_shared: int, rewinds: bool) -> None:
         self._chunk = chunk
         self._grid = grid
         self._least_shared = least_shared
         self._rewinds = rewinds
-        self._forks = forks
-        self._slots = Slots(slots, grid, least_shared, rewinds, forks)
+        self._slots = Slots(slots, grid, least_shared, rewinds)
         self._works: dict[int, Work] = {}
         self._waiting: dict[str, dict[int, Work]] = {}  # nothing computed yet: by client, in order of arrival
         self._held: dict[Slot, Sequence] = {}
@@ -229,8 +228,7 @@ class Scheduler:
             self._place(work.queued.popleft(), self._slots.fork(source.slot, len(work.job.prompt)))
 
     def _source(self, work: Work) -> Sequence | None:
-        """A sequence whose slot can be copied for another sample of the job."""
-        return next(filter(self._holds_prompt, work.live), None) if self._forks else None
+        return next(filter(self._holds_prompt, work.live), None)
 
     def _holds_prompt(self, sequence: Sequence) -> bool:
         """Whether its slot can give the prompt's state: exactly the prompt, where state cannot be rewound."""

@@ -103,12 +103,11 @@ class Hit:
 class Slots:
     """Owner of all slots and of the moves between them that the next pass begins with."""
 
-    def __init__(self, count: int, grid: int, least: int, rewinds: bool, forks: bool = True) -> None:
+    def __init__(self, count: int, grid: int, least: int, rewinds: bool) -> None:
         self._all = [Slot(index, least) for index in range(count)]
         self._grid = grid
         self._least = least
         self._rewinds = rewinds
-        self._forks = forks  # else nothing is copied, and only slots that are not taken are of use
         self._clock = 0
         self._moves: list[Fork | Cut] = []
 
@@ -135,8 +134,7 @@ class Slots:
 
     def find(self, wanted: Wanted) -> Hit | None:
         """The longest useful beginning of a prompt that a slot holds."""
-        usable = (slot for slot in self._all if self._forks or not slot.taken)
-        alike = [slot for slot in usable if slot.head == wanted.head and wanted.head]
+        alike = [slot for slot in self._all if slot.head == wanted.head and wanted.head]
         keep, slot = max(
             ((self._useful(slot, wanted), slot) for slot in alike), key=lambda pair: pair[0], default=(0, None)
         )
@@ -196,7 +194,7 @@ class Slots:
         """
         taken = [slot.index for slot in self._all if slot.taken]
         gaps = [index for index in range(taken[0], taken[-1]) if index not in taken] if taken else []
-        if not gaps or not self._forks:
+        if not gaps:
             return
         left = [index for index in taken if index < gaps[0]]
         outer, gap = (taken[-1], gaps[0]) if 2 * len(left) >= len(taken) else (taken[0], gaps[-1])
@@ -234,9 +232,7 @@ class Slots:
 
     def promised(self, wanted: Wanted, other: Wanted) -> int:
         """How many of a prompt's tokens there will be in a slot when another prompt has been computed."""
-        if not wanted.head or other.head != wanted.head or other.namespace != wanted.namespace:
-            return 0
-        if not self._rewinds or not self._forks:
+        if not wanted.head or other.head != wanted.head or other.namespace != wanted.namespace or not self._rewinds:
             return 0
         if wanted.alternatives is not None and (other.alternatives is None or other.alternatives < wanted.alternatives):
             return 0
@@ -259,8 +255,7 @@ class Slots:
 
     def _target(self, hit: Hit | None) -> Slot:
         oldest = self._oldest()
-        in_place = hit and (hit.slot is oldest or hit.slot.length - hit.keep < self._least or not self._forks)
-        if hit and not hit.slot.taken and in_place:
+        if hit and not hit.slot.taken and (hit.slot is oldest or hit.slot.length - hit.keep < self._least):
             return hit.slot
         return oldest
 
