@@ -21,8 +21,12 @@ SMALL_MODEL = 64 * 2**20
 
 TESTED_ARCHITECTURES = frozenset(
     (
-        "llama",
-        "qwen2",
+        *("arcee", "baichuan", "bitnet", "bloom", "chatglm", "codeshell", "cohere2", "command-r", "deci", "ernie4_5"),
+        *("exaone", "exaone4", "falcon", "gemma", "gemma2", "gemma3", "glm4", "gpt2", "gptneox", "granite"),
+        *("hunyuan-dense", "internlm2", "jais", "jais2", "llama", "maincoder", "minicpm", "mistral3", "mpt"),
+        *("nemotron", "olmo", "olmo2", "openelm", "orion", "pangu-embedded", "phi2", "phi3", "plamo", "plamo3"),
+        *("qwen", "qwen2", "qwen2vl", "qwen3", "qwen3vl", "refact", "seed_oss", "smollm3", "stablelm", "starcoder"),
+        *("starcoder2", "xverse"),
     )
 )
 """Dense architectures whose numbers were shown to be the same in any company (tests/engine/test_architectures.py)."""
@@ -38,6 +42,9 @@ REPACKED_TYPES = frozenset({"Q8_0", "Q4_0", "IQ4_NL", "IQ4_XS"})
 
 REPACKED_BESIDE = frozenset({"Q6_K"})
 """Matrices that are in files of the types above, and of which the same holds."""
+
+ONE_SEQUENCE = frozenset(("plamo2", "deepseek4"))
+"""Architectures of which llama.cpp computes several sequences wrongly: numbers differ by nats, or the process ends."""
 
 GPU_ARCHITECTURES = frozenset({"llama", "qwen2"})
 GPU_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K"})
@@ -79,8 +86,15 @@ class Weights:
         return "reproducible" if full and measured else "none"
 
 
-def advice(file_type: str) -> str | None:
-    """What another type of the same model would bring on a CPU, as measured (docs/performance.md); None if little."""
+def advice(file_type: str, architecture: str = "") -> str | None:
+    """What is lost with an architecture, or what another type of the same model would bring on a CPU; None if little.
+
+    As measured (docs/performance.md).
+    """
+    if architecture in ONE_SEQUENCE:
+        return (
+            f"One sequence is computed at a time: the installed llama.cpp computes several of {architecture} wrongly."
+        )
     if file_type in ("F16", "BF16"):
         return (
             f"A Q8_0 file of this model would take half the memory of {file_type}, generate 1.4 to 1.7 times "

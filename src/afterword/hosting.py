@@ -13,7 +13,7 @@ from functools import partial
 
 import psutil
 
-from afterword.config import GRID, SMALL_MODEL, EngineSettings, Weights, advice
+from afterword.config import GRID, ONE_SEQUENCE, SMALL_MODEL, EngineSettings, Weights, advice
 from afterword.engine import frames
 from afterword.engine.frames import KvType
 from afterword.engine.process import card_memory
@@ -60,7 +60,7 @@ def roster(
             sequences=fitted.opened.sequences,
             promise=fitted.opened.promise,
             needs=fitted.needs,
-            tip=None if settings.gpu_layers else advice(fitted.facts.file_type),
+            tip=advice("" if settings.gpu_layers else fitted.facts.file_type, fitted.facts.architecture),
         )
         for name, fitted in zip(names, fit(models, settings, take_turns=keep_alive is not None), strict=True)
     ]
@@ -123,7 +123,7 @@ def _frame(model: Model, facts: Facts, settings: EngineSettings, shape: Shape, c
     return frames.Open(
         path=str(model.path),
         context=shape.context,
-        sequences=shape.parallel,
+        sequences=1 if facts.architecture in ONE_SEQUENCE else shape.parallel,
         threads=settings.threads or (1 if facts.size_bytes < SMALL_MODEL else cores),
         chunk=settings.batch,
         kv_type=kv_type,

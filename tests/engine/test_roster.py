@@ -143,6 +143,7 @@ def test_the_first_who_asks_loads_it_others_wait_and_it_ends_when_unused():
         await asyncio.gather(*work)
         assert [engine.name for engine in depot.engines] == ["a"]
         assert (named(models, "a").fingerprint, named(models, "a").infill) == ("fp_0", False)
+        assert named(models, "a").promise == "exact", "what the engine promises, not what was planned"
         await asyncio.sleep(59)
         await use(models, "a", 1)  # the time begins anew
         await asyncio.sleep(59)

@@ -52,10 +52,23 @@ _BESIDES: Mapping[str, Mapping[str, Value]] = {
         **{"attention.key_length_mla": 48, "attention.value_length_mla": 32},
         **{"leading_dense_block_count": 2, "expert_feed_forward_length": 32, "expert_shared_count": 0},
     },
+    "phi3": {"attention.sliding_window": WINDOW, "rope.scaling.original_context_length": 64},
+    "exaone4": {"attention.sliding_window": WINDOW},
+    "plamo2": {
+        **{**_STATE, "ssm.state_size": 64, "ssm.group_count": 0, "attention.head_count_kv": (0, 1)},
+        **{"attention.key_length": 32, "attention.value_length": 32},
+    },
     "mamba": _STATE,
     "mamba2": {**_STATE, "ssm.group_count": 1},
     "jamba": {**_STATE, "attention.head_count_kv": (0, 1), "expert_count": 0, "expert_used_count": 0},
     "lfm2": {"shortconv.l_cache": 3, "attention.head_count_kv": (0, 1)},
+}
+_MORE: Mapping[str, Mapping[str, Shape]] = {
+    # what a file may lack, and what the library then takes for granted
+    "phi3": {
+        **{f"blk.{layer}.attn_qkv.weight": (2 * WIDTH, WIDTH) for layer in range(2)},
+        **{f"rope_factors_{which}.weight": (WIDTH // 4,) for which in ("long", "short")},
+    },
 }
 
 
@@ -79,7 +92,7 @@ def write_random(
 @cache
 def _tensors(architecture: str, keys: tuple[tuple[str, Value], ...]) -> tuple[tuple[str, Shape], ...]:
     """The tensors that a file must have. A matrix for logits is its own where that can be."""
-    shapes: dict[str, Shape] = {}
+    shapes: dict[str, Shape] = dict(_MORE.get(architecture, {}))
     while True:
         weights = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
         with tempfile.TemporaryDirectory() as folder:
@@ -120,6 +133,8 @@ def _kind(name: str) -> str:
 def _random(name: str, shape: Shape, random: np.random.Generator) -> NDArray[np.float32]:
     """Peaked distributions that vary, as in tiny.py."""
     numbers = random.standard_normal(shape, dtype=np.float32)
+    if name.endswith("ssm_a"):
+        return -np.abs(numbers)  # states decay
     if name == "output_norm.weight":
         return numbers * 3 / WIDTH**0.5
     if len(shape) == 1:
@@ -135,7 +150,7 @@ def _write(
     file_type: FileType,
 ) -> Path:
     writer = GGUFWriter(path, architecture)
-    writer.add_name(f"tiny-{architecture}")
+    writer.add_name("tiny")  # an architecture in it would choose another vocabulary
     words = byte_vocabulary(infill=False, add_bos=False)
     for key, value in {**keys, "vocab_size": len(words.tokens)}.items():
         _add(writer, f"{architecture}.{key}", value)
@@ -143,7 +158,7 @@ def _write(
     add_vocabulary(writer, words)
     for name, weight in weights.items():
         # The library reads small matrices of recurrent layers, and what is no number, as they are.
-        plain = weight.ndim == 1 or weight.shape[-1] % 32 or re.search("ssm|shortconv", name)
+        plain = weight.ndim == 1 or weight.shape[-1] % 32 or re.search("norm|ssm|shortconv", name)
         kind = GGMLQuantizationType["F32" if plain or not np.isfinite(weight).all() else file_type]
         writer.add_tensor(name, quantize(weight, kind), raw_dtype=kind)
     writer.write_header_to_file()

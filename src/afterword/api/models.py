@@ -45,7 +45,7 @@ def describe(host: Host) -> dict[str, Any]:
         "status": host.state,
         "max_model_len": host.offer.context,
         "system_fingerprint": host.fingerprint,
-        "reproducible": host.offer.promise,
+        "reproducible": host.promise,
         "infill": host.infill,
     }
 

@@ -54,7 +54,8 @@ class Offer:
 class Host:
     """A model and the engine that it has at the moment. Its roster changes it, others read.
 
-    `fingerprint` and `infill` are what an engine said of it when it was loaded.
+    `fingerprint`, `infill` and `promise` are what an engine said of it when it was loaded; until then the promise is
+    the most that there can be.
     """
 
     def __init__(self, offer: Offer, *, kept: bool = True) -> None:
@@ -62,6 +63,7 @@ class Host:
         self.engine: Supervisor | None = None
         self.fingerprint: str | None = None
         self.infill: bool | None = None
+        self.promise = offer.promise
         self.tally = Tally()  # of one engine after the other
         self.users = 0
         self.waiting = 0
@@ -242,6 +244,7 @@ class Roster:
             await self._end(host)
             raise
         host.fingerprint, host.infill = engine.card.fingerprint, engine.card.infill is not None
+        host.promise = engine.card.promise
 
     async def _make_room(self, wanted: Host) -> None:
         """End engines that nobody uses, those unused for longest first, until it fits. Raises `Overloaded`."""

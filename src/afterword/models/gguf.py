@@ -13,6 +13,7 @@ from pathlib import Path
 
 from afterword.errors import OtherKind, SettingError
 from afterword.models.header import TOKENS, Header, read_header
+from afterword.models.kinds import check_served
 from afterword.models.sound import check_sound
 
 FILE_TYPES = {
@@ -59,6 +60,7 @@ def read_facts(path: Path | str) -> Facts:
     keys = _Keys(path, first)
     keys.check_kind()
     split_count = keys.check_split()
+    check_served(path, keys.architecture, first)
     check_sound(path, keys.architecture, first)
     later = (_part(path, number, split_count) for number in range(2, split_count + 1))
     headers = [first, *map(read_header, later)]

@@ -32,8 +32,6 @@ _OWN = (_FLASH, _F16, _F16)
 _ON_A_CARD = (_FLASH_IF_THERE, _F16, _F16)
 # For keys and values of unequal types llama.cpp has one kernel for every shape, which takes query by query.
 _QUERY_BY_QUERY = (_FLASH, _F16, _BF16)
-_COPIED_WRONGLY = frozenset(("plamo2", "deepseek4"))
-"""Architectures of which the library's copy of a sequence continues with other numbers (by nats)."""
 _LIBRARY_TYPES = frozenset(
     (
         *(native.GGML_TYPE_Q2_K, native.GGML_TYPE_Q3_K, native.GGML_TYPE_Q4_K, native.GGML_TYPE_Q5_K),
@@ -59,11 +57,13 @@ class LlamaRunner:
         self.model = _load(settings, settings.repack and not self.own_products, tell)
         accelerator.listen()
         self._context, self.own_attention = _context(self.model, settings, self.accelerated)
+        if not native.llama_get_memory(self._context):
+            raise SettingError(f"{settings.path} is not a text-completion model: it keeps no state of a text.")
         self._left, self._others_left = accelerator.types_left(), accelerator.others_left()
         self._vocabulary = native.llama_vocab_n_tokens(native.llama_model_get_vocab(self.model))
         recurrent = native.llama_model_is_recurrent(self.model) or native.llama_model_is_hybrid(self.model)
         self.rewinds = not recurrent and native.llama_model_n_swa(self.model) <= 0
-        self.forks = _architecture(self.model) not in _COPIED_WRONGLY
+        self._recurrent = recurrent
         ours = self.own_products and self.own_attention and not self._left and not self._others_left
         self.computes_all = ours and self.rewinds
         self.team = accelerator.lead(alone=self.computes_all)
@@ -100,7 +100,7 @@ class LlamaRunner:
     @property
     def promise(self) -> Promise:
         """What is known of the numbers, given how they turned out to be computed."""
-        if self.full != self._settings.full:
+        if self.full != self._settings.full or self._recurrent:
             return "none"
         if self._settings.gpu_layers or not self.own_products:
             return self._settings.promise_without
@@ -174,12 +174,6 @@ def _matrix_at(address: int, rows: int, columns: int) -> Logits:
 
 def _pointer(array: NDArray[np.int32] | NDArray[np.int8], kind: type[ctypes.c_int32 | ctypes.c_int8]) -> object:
     return array.ctypes.data_as(ctypes.POINTER(kind))
-
-
-def _architecture(model: object) -> str:
-    name = ctypes.create_string_buffer(64)
-    native.llama_model_meta_val_str(model, b"general.architecture", name, len(name))
-    return name.value.decode()
 
 
 def _load(settings: Open, repack: bool, tell: Callable[[float], None]) -> object:

@@ -117,7 +117,7 @@ def fingerprint(settings: Open, runner: LlamaRunner) -> str:
     named = hashlib.sha256(version().encode())
     named.update(digest(rows.FILE, *([accelerator.FILE] if runner.accelerated else [])).encode())
     named.update(_weights_digest(Path(settings.path)))
-    shape = (settings.context, settings.kv_type, settings.grid, settings.repack, settings.gpu_layers)
+    shape = (settings.context, settings.kv_type, runner.grid, settings.repack, settings.gpu_layers)
     named.update(repr((*shape, runner.own_products, runner.own_attention)).encode())
     if settings.gpu_layers:
         named.update(f"{cards.names()} {settings.sequences if settings.full else 0}".encode())
