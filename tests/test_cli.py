@@ -23,7 +23,7 @@ from afterword.cli.models import Bars, Lines
 from afterword.cli.run import greeting
 from afterword.completion.limits import Limits
 from afterword.completion.request import parse
-from afterword.config import Config, EngineSettings, advice, promise
+from afterword.config import ONE_SEQUENCE, Config, EngineSettings, Weights, advice
 from afterword.engine.roster import Offer, Roster
 from afterword.errors import SettingError
 from afterword.hosting import fit, open_frame, renewed
@@ -369,33 +369,74 @@ def test_the_environment_sets_what_the_command_line_does_not():
 
 
 @pytest.mark.parametrize(
-    ("file_type", "experts", "kv_type", "layers", "expected"),
+    ("architecture", "types", "experts", "kv_type", "ours", "without"),
     [
-        ("Q8_0", 0, "exact", 0, "exact"),
-        ("Q4_K_M", 0, "f16", 0, "reproducible"),
-        ("F16", 0, "exact", 0, "exact"),
-        ("F16", 0, "f16", 0, "reproducible"),
-        ("Q8_0", 8, "exact", 0, "none"),
-        ("Q8_0", 0, "f16", -1, "none"),
+        ("llama", "Q8_0", 0, "exact", "exact", "exact"),
+        ("qwen3", "Q4_K Q6_K", 0, "f16", "reproducible", "reproducible"),
+        ("llama", "Q4_K Q6_K Q4_1", 0, "exact", "exact", "exact"),
+        ("llama", "F16", 0, "exact", "exact", "none"),
+        ("llama", "Q8_0 F32", 0, "exact", "exact", "none"),
+        ("llama", "IQ4_XS Q6_K", 0, "exact", "none", "exact"),
+        # types that the file's name does not tell
+        ("llama", "Q4_K Q6_K IQ3_S", 0, "exact", "none", "none"),
+        ("llama", "Q4_K Q6_K IQ4_NL", 0, "exact", "none", "none"),
+        ("llama", "", 0, "exact", "none", "none"),
+        # not shown by a test
+        ("llama", "Q8_0", 8, "exact", "none", "none"),
+        ("deepseek2", "Q8_0", 0, "exact", "none", "none"),
+        ("gemma3n", "Q8_0", 0, "exact", "none", "none"),
+        ("mamba", "Q8_0", 0, "exact", "none", "none"),
+        ("jamba", "Q8_0", 0, "exact", "none", "none"),
+        ("lfm2", "Q8_0", 0, "f16", "none", "none"),
+        ("plamo2", "Q8_0", 0, "exact", "none", "none"),
+        ("qwen35", "Q8_0", 0, "exact", "none", "none"),
+        ("one of tomorrow", "Q8_0", 0, "exact", "none", "none"),
     ],
 )
-def test_only_what_was_measured_is_promised(file_type, experts, kv_type, layers, expected):
-    assert promise(file_type, experts, kv_type, layers) == expected
+def test_only_what_was_shown_is_promised(architecture, types, experts, kv_type, ours, without):
+    weights = Weights(architecture, frozenset(types.split()), experts)
+    assert weights.promise(kv_type, own_products=True) == ours
+    assert weights.promise(kv_type, own_products=False) == without
 
 
 @pytest.mark.parametrize(
-    ("file_type", "experts", "kv_type", "layers", "expected"),
+    ("architecture", "types", "experts", "kv_type", "layers", "expected"),
     [
-        ("Q8_0", 0, "f16", -1, "reproducible"),
-        ("BF16", 0, "f16", -1, "reproducible"),
-        ("Q6_K", 0, "f16", -1, "none"),
-        ("Q8_0", 8, "f16", -1, "none"),
-        ("Q8_0", 0, "f32", -1, "none"),
-        ("Q8_0", 0, "f16", 12, "none"),
+        ("llama", "Q8_0", 0, "f16", -1, "reproducible"),
+        ("qwen2", "BF16", 0, "f16", -1, "reproducible"),
+        ("llama", "Q4_K Q6_K", 0, "f16", -1, "reproducible"),
+        ("llama", "Q5_K Q6_K", 0, "f16", -1, "none"),
+        ("gemma2", "Q8_0", 0, "f16", -1, "none"),
+        ("llama", "Q8_0", 8, "f16", -1, "none"),
+        ("llama", "Q8_0", 0, "f32", -1, "none"),
+        ("llama", "Q8_0", 0, "f16", 12, "none"),
     ],
 )
-def test_with_passes_of_one_shape_a_gpu_keeps_what_was_measured(file_type, experts, kv_type, layers, expected):
-    assert promise(file_type, experts, kv_type, layers, full=True) == expected
+def test_with_passes_of_one_shape_a_gpu_keeps_what_was_measured(
+    architecture, types, experts, kv_type, layers, expected
+):
+    weights = Weights(architecture, frozenset(types.split()), experts)
+    assert weights.promise_on_gpu(kv_type, layers, full=True) == expected
+    assert weights.promise_on_gpu(kv_type, layers, full=False) == "none"
+
+
+def test_the_most_that_can_be_promised_is_planned_from_what_the_file_holds(tmp_path):
+    opened = [
+        open_frame(Model("tiny", path, "file"), facts, EngineSettings())
+        for path in [write_tiny(tmp_path / "tiny.gguf", file_type="F16")]
+        for facts in (read_facts(path), dataclasses.replace(read_facts(path), matrix_types=frozenset({"F16", "IQ3_S"})))
+    ]
+    assert [(each.promise, each.promise_without) for each in opened] == [("exact", "none"), ("none", "none")]
+    assert [(each.kv_type, each.grid) for each in opened] == [("exact", 64)] * 2
+    assert [each.own_products for each in opened] == [True, False]
+
+
+@pytest.mark.parametrize("architecture", sorted(ONE_SEQUENCE))
+def test_what_the_library_computes_wrongly_together_is_computed_alone(tmp_path, architecture):
+    path = write_tiny(tmp_path / "tiny.gguf")
+    facts = dataclasses.replace(read_facts(path), architecture=architecture)
+    assert open_frame(Model("tiny", path, "file"), facts, EngineSettings(parallel=4)).sequences == 1
+    assert "One sequence" in str(advice("Q8_0", architecture))
 
 
 @pytest.mark.parametrize(

@@ -23,43 +23,82 @@ _OWN_PORT = re.compile(r"http://.*:80|https://.*:443")
 SMALL_MODEL = 64 * 2**20
 """Weights below this many bytes are computed by one thread: with more, waiting costs more than computing."""
 
+TESTED_ARCHITECTURES = frozenset(
+    (
+        *("arcee", "baichuan", "bitnet", "bloom", "chatglm", "codeshell", "cohere2", "command-r", "deci", "ernie4_5"),
+        *("exaone", "exaone4", "falcon", "gemma", "gemma2", "gemma3", "glm4", "gpt2", "gptneox", "granite"),
+        *("hunyuan-dense", "internlm2", "jais", "jais2", "llama", "maincoder", "minicpm", "mistral3", "mpt"),
+        *("nemotron", "olmo", "olmo2", "openelm", "orion", "pangu-embedded", "phi2", "phi3", "plamo", "plamo3"),
+        *("qwen", "qwen2", "qwen2vl", "qwen3", "qwen3vl", "refact", "seed_oss", "smollm3", "stablelm", "starcoder"),
+        *("starcoder2", "xverse"),
+    )
+)
+"""Dense architectures whose numbers were shown to be the same in any company (tests/engine/test_architectures.py)."""
+
+OWN_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q5_K", "Q6_K"})
+"""Matrices that kernels of our own (engine/llama/products.hpp) multiply, where the processor has the instructions."""
+
+LIBRARY_TYPES = frozenset({"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_1", "Q5_0", "Q5_1"})
+"""Matrices as they lie in the file of which llama.cpp's kernels give a row of a product the same bits in any company."""
+
 REPACKED_TYPES = frozenset({"Q8_0", "Q4_0", "IQ4_NL", "IQ4_XS"})
-"""Weights whose repacked kernels give a row of a product the same bits whatever the other rows are."""
+"""Matrices of which llama.cpp's kernels do so when they are repacked."""
 
-FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
-"""Weights that llama.cpp's kernels sum in another order for one row than for several."""
+REPACKED_BESIDE = frozenset({"Q6_K"})
+"""Matrices that are in files of the types above, and of which the same holds."""
 
-OWN_TYPES = FLOAT_TYPES | {"Q8_0", "Q4_0", "Q5_0", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"}
-"""Weights that kernels of our own (engine/llama/products.hpp) multiply, where the processor has the instructions."""
+ONE_SEQUENCE = frozenset(("plamo2", "deepseek4"))
+"""Architectures of which llama.cpp computes several sequences wrongly: numbers differ by nats, or the process ends."""
 
-EXACT_TYPES = REPACKED_TYPES | {
-    *("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"),
-    *("Q4_1", "Q5_0", "Q5_1"),
-}
-"""Weights with which exact keys and values make a token's numbers independent of how it was computed."""
-
-FULL_TYPES = frozenset({"Q8_0", "Q4_0", "Q4_K_M"}) | FLOAT_TYPES
-"""Weights that were measured to give the same bits on a GPU when all passes of single tokens have the same shape."""
+GPU_ARCHITECTURES = frozenset({"llama", "qwen2"})
+GPU_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K"})
+"""What was measured to give the same bits on a GPU when all passes of single tokens have the same shape."""
 
 GRID = 64
 """Where passes over a prompt end, in tokens, when numbers do depend on how tokens are grouped."""
 
 
-def promise(file_type: str, experts: int, kv_type: KvType, gpu_layers: int, full: bool = False) -> Promise:
-    """What was measured of such weights (docs/reproducibility.md); of weights among experts nothing was.
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What of a model decides how its numbers are computed: the types are those that its matrices really have."""
 
-    `full`: on a GPU all passes of single tokens have the same shape.
-    """
-    if gpu_layers:
-        measured = gpu_layers == -1 and kv_type == "f16" and file_type in FULL_TYPES and not experts
+    architecture: str
+    types: frozenset[str]
+    experts: int = 0
+
+    @property
+    def own_products(self) -> bool:
+        """Whether kernels of our own are to multiply some of its matrices, and the library's none but those they suit."""
+        return not self.experts and bool(self.types & OWN_TYPES) and self.types <= OWN_TYPES | LIBRARY_TYPES
+
+    @property
+    def repacked(self) -> bool:
+        """Whether llama.cpp's products of repacked matrices are the same in any company."""
+        return bool(self.types & REPACKED_TYPES) and self.types <= REPACKED_TYPES | REPACKED_BESIDE
+
+    def promise(self, kv_type: KvType, *, own_products: bool) -> Promise:
+        """The most that can be promised on a CPU. What is, the engine knows: it asks what is computed by which kernels."""
+        sound = self.own_products if own_products else self.repacked or self.types <= LIBRARY_TYPES
+        if self.experts or self.architecture not in TESTED_ARCHITECTURES or not self.types or not sound:
+            return "none"
+        return "exact" if kv_type == "exact" else "reproducible"
+
+    def promise_on_gpu(self, kv_type: KvType, layers: int, full: bool) -> Promise:
+        """What was measured on a GPU. `full`: all passes of single tokens have the same shape."""
+        tested = self.architecture in GPU_ARCHITECTURES and bool(self.types) and self.types <= GPU_TYPES
+        measured = tested and layers == -1 and kv_type == "f16" and not self.experts
         return "reproducible" if full and measured else "none"
-    if file_type not in EXACT_TYPES | FLOAT_TYPES or experts:
-        return "none"
-    return "exact" if kv_type == "exact" else "reproducible"
 
 
-def advice(file_type: str) -> str | None:
-    """What another type of the same model would bring on a CPU, as measured (docs/performance.md); None if little."""
+def advice(file_type: str, architecture: str = "") -> str | None:
+    """What is lost with an architecture, or what another type of the same model would bring on a CPU; None if little.
+
+    As measured (docs/performance.md).
+    """
+    if architecture in ONE_SEQUENCE:
+        return (
+            f"One sequence is computed at a time: the installed llama.cpp computes several of {architecture} wrongly."
+        )
     if file_type in ("F16", "BF16"):
         return (
             f"A Q8_0 file of this model would take half the memory of {file_type}, generate 1.4 to 1.7 times "

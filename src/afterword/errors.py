@@ -17,6 +17,7 @@
         ├── EngineDied        the engine's process ended under the request
         ├── ModelReplaced     another model is served under the name since
         ├── EngineFailure     and did so again when it was tried again: not worth a third time
+        ├── NotFinite         the model's numbers for it are not finite
         └── LoadFailed        no engine could be started for the model
 
 This file knows no HTTP library. `status`, `type`, `param` and `code` are OpenAI's envelope in plain values.
@@ -142,6 +143,18 @@ class EngineFailure(EngineError):
     def __init__(self) -> None:
         super().__init__(
             "The engine stopped twice while it was working on this request. It is not tried again for an hour."
+        )
+
+
+class NotFinite(EngineError):
+    """A row of logits has a number that is not finite, so no token can be chosen. The same request fails again."""
+
+    code = "not_finite"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The model computed numbers that are not finite (NaN or infinity) for this request, so it has no answer. "
+            "The same request will fail again."
         )
 
 

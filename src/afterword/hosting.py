@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from afterword.config import FLOAT_TYPES, GRID, OWN_TYPES, REPACKED_TYPES, SMALL_MODEL, EngineSettings, advice, promise
+from afterword.config import GRID, ONE_SEQUENCE, SMALL_MODEL, EngineSettings, Weights, advice
 from afterword.engine import frames
 from afterword.engine.frames import KvType
 from afterword.engine.process import card_memory
+from afterword.engine.protocol import Promise
 from afterword.engine.roster import Offer, Roster
 from afterword.engine.supervisor import Policy, Supervisor
 from afterword.errors import SettingError
@@ -58,7 +59,7 @@ def roster(
             sequences=fitted.opened.sequences,
             promise=fitted.opened.promise,
             needs=fitted.needs,
-            tip=None if settings.gpu_layers else advice(fitted.facts.file_type),
+            tip=advice("" if settings.gpu_layers else fitted.facts.file_type, fitted.facts.architecture),
         )
         for name, fitted in zip(names, fit(models, settings, take_turns=keep_alive is not None), strict=True)
     ]
@@ -98,7 +99,7 @@ def renewed(fitted: Fitted, settings: EngineSettings) -> frames.Open:
 
 
 def _run(facts: Facts, settings: EngineSettings) -> Run:
-    kv_type = _kv_type(facts, settings)
+    kv_type = _kv_type(settings)
     plain = kv_type == "f32" or (kv_type == "f16" and not settings.gpu_layers)  # else attention is flash attention
     return Run(_KV_BYTES[kv_type], settings.batch, plain)
 
@@ -134,26 +135,35 @@ def _threads(busy: int) -> int:
 
 
 def _frame(model: Model, facts: Facts, settings: EngineSettings, shape: Shape, threads: int) -> frames.Open:
-    kv_type = _kv_type(facts, settings)
-    promised = promise(facts.file_type, facts.experts, kv_type, settings.gpu_layers, settings.reproducible)
+    kv_type = _kv_type(settings)
+    weights = Weights(facts.architecture, facts.matrix_types, facts.experts)
+    promised, without = _promises(weights, kv_type, settings)
     return frames.Open(
         path=str(model.path),
         context=shape.context,
-        sequences=shape.parallel,
+        sequences=1 if facts.architecture in ONE_SEQUENCE else shape.parallel,
         threads=settings.threads or (1 if facts.size_bytes < SMALL_MODEL else threads),
         chunk=settings.batch,
         kv_type=kv_type,
         gpu_layers=settings.gpu_layers,
         verbose=settings.verbose,
         # Where lengths of passes choose kernels, they are all one.
-        grid=settings.batch if settings.reproducible else 1 if promised == "exact" else GRID,
-        repack=promised == "none" or facts.file_type in REPACKED_TYPES,
-        own_products=facts.file_type in OWN_TYPES and not facts.experts,
+        grid=settings.batch if settings.reproducible else GRID,
+        repack=without == "none" or weights.repacked,
+        own_products=weights.own_products,
         full=settings.reproducible,
         promise=promised,
-        promise_without="none" if facts.file_type in FLOAT_TYPES and not settings.gpu_layers else promised,
+        promise_without=without,
         parts=tuple(map(str, parts(model.path, facts))),
     )
+
+
+def _promises(weights: Weights, kv_type: KvType, settings: EngineSettings) -> tuple[Promise, Promise]:
+    """The most that can be promised with products of our own, and without them."""
+    if settings.gpu_layers:
+        promised = weights.promise_on_gpu(kv_type, settings.gpu_layers, settings.reproducible)
+        return promised, promised
+    return weights.promise(kv_type, own_products=True), weights.promise(kv_type, own_products=False)
 
 
 def _found(spec: str | None) -> tuple[Model, Facts]:
@@ -161,9 +171,9 @@ def _found(spec: str | None) -> tuple[Model, Facts]:
     return model, read_facts(model.path)
 
 
-def _kv_type(facts: Facts, settings: EngineSettings) -> KvType:
-    best = promise(facts.file_type, facts.experts, "exact", settings.gpu_layers)
-    return settings.kv_type or ("exact" if best == "exact" else "f16")
+def _kv_type(settings: EngineSettings) -> KvType:
+    """On a CPU attention that never multiplies a masked cell, and is the fastest, also where nothing is promised."""
+    return settings.kv_type or ("f16" if settings.gpu_layers else "exact")
 
 
 def _names(ids: Sequence[str], aliases: Sequence[str]) -> list[str]:

@@ -174,6 +174,41 @@ def test_cells_that_nobody_sees_do_not_matter(kernel):
     assert (computed(kernel, case) == wanted).all()
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("part", ["keys", "values", "both"])
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"tokens": 1}, {"tokens": 131}, {"cells": 77}, {"dk": 80, "dv": 72}, {"streams": 3, "tokens": 2}],
+    ids=str,
+)
+def test_masked_cells_that_are_not_finite_never_enter_a_sum(kernel, shape, part, value):
+    """Such as another request left there. Some queries of a tile see a cell that is masked for the others."""
+    case = make(**shape)
+    assert case.mask is not None
+    wanted = computed(kernel, case)
+    hidden = np.isinf(case.mask).all(1)[:, None, :, None]
+    case.k, case.v = (
+        np.where(hidden & (part in (kind, "both")), np.float16(value), x)
+        for kind, x in (("keys", case.k), ("values", case.v))
+    )
+    assert (computed(kernel, case) == wanted).all()
+
+
+@pytest.mark.parametrize("cap", [0.0, 5.0])
+@pytest.mark.parametrize("steepness", [0.0, 8.0])
+@pytest.mark.parametrize("part", ["k", "v"])
+def test_a_cell_that_is_not_finite_reaches_the_queries_that_see_it_and_no_others(kernel, part, cap, steepness):
+    case = make(tokens=70, cells=300, heads=8)
+    case.cap, case.steepness = cap, steepness
+    assert case.mask is not None
+    wanted = computed(kernel, case)
+    cell = int(np.flatnonzero(~np.isinf(case.mask[0, 40]))[-1])
+    getattr(case, part)[:, :, cell] = np.nan
+    found = computed(kernel, case, threads=3)
+    assert (found[:, :40] == wanted[:, :40]).all()
+    assert np.isnan(found[:, 40:]).all()
+
+
 # ---- whether a model gets it
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import ggufs
 import pytest
-from ggufs import TENSORS, gguf, write
+from ggufs import F32, TENSORS, gguf, write
 
 from afterword.errors import SettingError
 from afterword.models.gguf import part_names, read_facts
@@ -165,6 +165,29 @@ def test_what_makes_audio_is_refused_by_name(tmp_path: Path, architecture: str) 
 )
 def test_unusable_values(tmp_path: Path, changes: dict[str, object], says: str) -> None:
     assert says in refused(tmp_path, gguf(changes))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "says"),
+    [
+        *((name, {}, "diffusion model") for name in ("dream", "llada", "llada-moe", "rnd1")),
+        *((name, {}, "model for embeddings") for name in ("bert", "nomic-bert", "modern-bert", "gemma-embedding")),
+        ("qwen3", {"qwen3.attention.causal": False}, "model for embeddings"),
+        ("llama", {"llama.attention.causal": False}, "model for embeddings"),
+        ("cogvlm", {}, "architecture is cogvlm, and the installed llama.cpp computes other numbers"),
+        ("qwen4exp", {}, "architecture is qwen4exp, and the installed llama.cpp ends its process"),
+    ],
+)
+def test_architectures_that_are_not_served_are_refused_by_name(tmp_path, architecture, changes, says) -> None:
+    assert says in refused(tmp_path, gguf({"general.architecture": architecture, **changes}))
+
+
+def test_types_are_those_of_the_matrices_whatever_the_file_says_of_itself(tmp_path: Path) -> None:
+    tensors = {**TENSORS, "blk.0.attn_k.weight": ((32, 16), F32)}
+    path = write(tmp_path / "model.gguf", gguf({"general.file_type": 15}, tensors))
+    facts = read_facts(path)
+    assert (facts.file_type, facts.matrix_types) == ("Q4_K_M", {"Q8_0", "F32"})
+    assert read_facts(write(tmp_path / "plain.gguf", gguf())).matrix_types == {"Q8_0"}, "vectors are not multiplied"
 
 
 def test_versions(tmp_path: Path) -> None:

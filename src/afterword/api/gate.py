@@ -25,6 +25,7 @@ from afterword.errors import (
     AfterwordError,
     EngineFailure,
     LoadFailed,
+    NotFinite,
     Overloaded,
     RateLimited,
     RequestError,
@@ -149,7 +150,7 @@ def answer_error(problem: AfterwordError) -> Response:
         headers["retry-after"] = str(problem.retry_after + secrets.randbelow(_SPREAD))
     if isinstance(problem, Unauthorized):
         headers["www-authenticate"] = "Bearer"
-    if isinstance(problem, EngineFailure | LoadFailed):
+    if isinstance(problem, EngineFailure | LoadFailed | NotFinite):
         headers["x-should-retry"] = "false"
     if isinstance(problem, RateLimited):
         told = problem.retry_after

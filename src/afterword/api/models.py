@@ -46,7 +46,7 @@ def describe(host: Host) -> dict[str, Any]:
         "status": host.state,
         "max_model_len": host.offer.context,
         "system_fingerprint": card.fingerprint if card else None,
-        "reproducible": host.offer.promise,
+        "reproducible": host.promise,
         "infill": card.infill is not None if card else None,
     }
 

@@ -228,7 +228,7 @@ def _described(host: Host, named: bool) -> str:
     size = f"{host.up.card.parameters / 1e6:,.1f} M parameters, up" if host.up else "up"
     text = f"{size} to {host.offer.sequences} sequences of {host.offer.context} tokens together."
     tip = f" {host.offer.tip}" if host.offer.tip else ""
-    return f"{f'{host.id}: ' if named else ''}{text} {_PROMISES[host.offer.promise]}{tip}"
+    return f"{f'{host.id}: ' if named else ''}{text} {_PROMISES[host.promise]}{tip}"
 
 
 def _coming_and_going(keep_alive: float | None) -> str:

@@ -25,11 +25,12 @@ class Open(Value, frozen=True, tag=True):
     `path` is the model's file, or the first of its `parts` (none given: it is the only one).
 
     "exact": a token has the same numbers whether it is read or generated, where the weights' products allow it.
-    `chunk` and `grid`: see `core.batch.Runner`. `repack`: weights may be laid out anew for kernels that are faster, and
-    in some types depend on the number of rows. `own_products`: they are of a type that kernels of our own multiply, and
-    are left as they lie where there are such kernels. `full`: passes of single tokens always have the same shape, see
-    `llama.full`. `promise` is what is known of numbers that are computed like this, `promise_without` what is known
-    where there are no such kernels.
+    `chunk` and `grid`: see `core.batch.Runner`; where numbers are exact the grid is 1, whatever is said here. `repack`:
+    weights may be laid out anew for kernels that are faster, and in some types depend on the number of rows.
+    `own_products`: kernels of our own multiply the matrices that they can, and all are left as they lie, where there are
+    such kernels. `full`: passes of single tokens always have the same shape, see `llama.full`. `promise` is the most
+    that can be promised of numbers that are computed like this, `promise_without` where there are no such kernels;
+    the card says what the loaded model keeps of it.
     """
 
     path: str

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from afterword.engine.protocol import Job, Step
 from afterword.engine.tally import Course
+from afterword.errors import NotFinite
 
 CRASHES = 2
 """What was being computed in so many, and came no further in between, is not tried again."""
@@ -90,6 +91,11 @@ class Pending:
         """Take a step from the engine."""
         self.admitted = self.begun = True
         self.fruitful = self.fruitful or bool(step.scored or step.sampled)
+        if step.failed:
+            self._open.clear()
+            self._course.ended()
+            self.fail(NotFinite())
+            return
         if self._repeated:
             step = self._new(step)
         self._course.took(step)

@@ -66,9 +66,7 @@ async def spawn(command: Sequence[str]) -> Link:
     with ExitStack() as undo:
         to, hears = map(undo.enter_context, socket.socketpair())
         speaks, back = map(undo.enter_context, socket.socketpair())
-        with _held(
-            signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-        ):  # until it ignores them, as its parent's
+        with _held(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # until it ignores them, as its parent's
             process = subprocess.Popen(
                 [*command, str(hears.fileno()), str(speaks.fileno())],
                 pass_fds=[hears.fileno(), speaks.fileno()],

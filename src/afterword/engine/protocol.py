@@ -86,13 +86,14 @@ class Step(Value, frozen=True):
 
     `scored` are further tokens of the prompt, in order; `sampled` are pairs of sample and new token; `ended` are
     the samples that this pass finished. `cached`, in a job's first step: how many of its prompt's tokens had been
-    computed for others before.
+    computed for others before. `failed`: its logits were not finite, and the job has ended.
     """
 
     scored: tuple[Token, ...] = ()
     sampled: tuple[tuple[int, Token], ...] = ()
     ended: tuple[tuple[int, End], ...] = ()
     cached: int = 0
+    failed: bool = False
 
     @property
     def size(self) -> int:

@@ -97,6 +97,11 @@ class Host:
         return self.up.card if self.up else self.told
 
     @property
+    def promise(self) -> Promise:
+        """What an engine that had loaded the model promises of its numbers; until then the most that there can be."""
+        return self.card.promise if self.card else self.offer.promise
+
+    @property
     def up(self) -> Supervisor | None:
         """Its engine, if that has loaded the model."""
         return self.engine if self.engine and self.engine.state != "starting" else None

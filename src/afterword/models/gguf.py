@@ -13,6 +13,7 @@ from pathlib import Path
 
 from afterword.errors import OtherKind, SettingError
 from afterword.models.header import TOKENS, Header, read_header
+from afterword.models.kinds import check_served
 from afterword.models.sound import check_sound
 
 FILE_TYPES = {
@@ -42,7 +43,7 @@ class Facts:
 
     architecture: str
     name: str
-    file_type: str  # the quantisation, such as "Q8_0"
+    file_type: str  # the quantisation that the file names, such as "Q8_0"
     context_length: int  # tokens it was trained on; 0 if the file does not say
     layers: int
     embedding_length: int
@@ -58,6 +59,7 @@ class Facts:
     size_bytes: int  # all parts together
     tensor_count: int
     split_count: int
+    matrix_types: frozenset[str] = frozenset()  # those that its matrices really have, whatever `file_type` says
 
     def kv_bytes_per_token(self, bytes_per_element: int = 2) -> int:
         """Bytes of key-value cache that one token takes; an upper bound where lengths differ between layers.
@@ -75,6 +77,7 @@ def read_facts(path: Path | str) -> Facts:
     keys.check_kind()
     split_count = keys.check_split()
     keys.check_text()
+    check_served(path, keys.architecture, first)
     check_sound(path, keys.architecture, first)
     later = (_part(path, number, split_count) for number in range(2, split_count + 1))
     headers = [first, *map(read_header, later)]
@@ -103,6 +106,7 @@ def read_facts(path: Path | str) -> Facts:
         size_bytes=sum(header.size for header in headers),
         tensor_count=tensor_count,
         split_count=split_count,
+        matrix_types=frozenset().union(*(header.matrix_types for header in headers)),
     )
 
 

@@ -55,7 +55,7 @@ class Header:
     """What one GGUF file says of itself.
 
     `lengths` are those of its arrays, in entries; `size` and `tensor_bytes` (per type name) are in bytes. `tokens` are
-    the vocabulary's, as they are spelled in the file.
+    the vocabulary's, as they are spelled in the file. `matrix_types`: the types of tensors with two dimensions and more.
     """
 
     size: int
@@ -64,6 +64,7 @@ class Header:
     tensors: int
     tensor_bytes: Mapping[str, int]
     tokens: tuple[bytes, ...] = ()
+    matrix_types: frozenset[str] = frozenset()
 
 
 class MalformedError(Exception):
@@ -98,6 +99,7 @@ class _Reader:
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.size, self.position = file, size, 0
         self.tokens: tuple[bytes, ...] = ()
+        self.matrix_types: set[str] = set()
 
     def header(self) -> Header:
         self.check_format()
@@ -116,7 +118,7 @@ class _Reader:
             else:
                 values[key] = self.value(kind, key)
         sizes = self.tensor_table(tensors, values.get("general.alignment", 32))
-        return Header(self.size, values, lengths, tensors, sizes, self.tokens)
+        return Header(self.size, values, lengths, tensors, sizes, self.tokens, frozenset(self.matrix_types))
 
     def check_format(self) -> None:
         start = self.file.read(64)
@@ -240,6 +242,8 @@ class _Reader:
         type_name, block, block_bytes = TENSOR_TYPES[code]
         if shape[0] % block:
             raise MalformedError(f"is damaged: rows of tensor {name!r} are not whole blocks of {type_name}")
+        if dimensions > 1:
+            self.matrix_types.add(type_name)
         elements = 1
         for length in shape:
             elements *= length

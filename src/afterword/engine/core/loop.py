@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 
-from afterword.engine.core.batch import Batch, Row, Runner
+from afterword.engine.core.batch import Batch, Logits, Row, Runner
 from afterword.engine.core.prompts import LEAST_PASS
 from afterword.engine.core.reports import PIECE, Reports
-from afterword.engine.core.sampler import Ask, Sample, Sampler, Score, walks
+from afterword.engine.core.sampler import Ask, Sample, Sampler, Score, finite, walks
 from afterword.engine.core.scheduler import Begun, Scheduler
 from afterword.engine.core.sequence import Sequence
 from afterword.engine.protocol import End, Job, Load, Meter, Step, Token
@@ -145,12 +145,27 @@ class Loop:
         self._measure(batch, seconds)
         prompt = self._scheduler.at(batch.rows[0].slot).catching_up
         self._made = (prompt, sum(len(row.tokens) for row in batch.rows), seconds)
+        failed = self._failed(batch, logits)
         tokens = iter(self._sampler.read(logits, [ask for row in batch.rows for ask in self._asks(row)]))
         for row in batch.rows:
-            sequence = self._scheduler.at(row.slot)
-            self._postprocess(row, sequence, list(islice(tokens, row.outputs)), drafts[sequence.work.run])
+            sequence, found = self._scheduler.at(row.slot), list(islice(tokens, row.outputs))
+            if sequence.work.run in failed:
+                self._scheduler.computed(row, sequence, [])
+            else:
+                self._postprocess(row, sequence, found, drafts[sequence.work.run])
+        for run in failed:
+            self._scheduler.discard(run)
+            self._add(run, Step(failed=True))
         for run, draft in drafts.items():
             self._add(run, draft.step())
+
+    def _failed(self, batch: Batch, logits: Logits) -> set[int]:
+        """The jobs that have a row of logits which is not finite."""
+        sound = finite(logits)
+        if sound.all():
+            return set()
+        outputs = [row for row in batch.rows for _ in range(row.outputs)]
+        return {self._scheduler.at(row.slot).work.run for row, fine in zip(outputs, sound, strict=True) if not fine}
 
     def _asks(self, row: Row) -> list[Ask]:
         """What is wanted of a row's logits, each of which speak of the token after it.

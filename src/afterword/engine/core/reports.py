@@ -82,4 +82,4 @@ def split(step: Step, size: int) -> Iterator[Step]:
             scored.append(token)
         else:
             sampled.append((sample, token))
-    yield Step(tuple(scored), tuple(sampled), step.ended, cached)
+    yield Step(tuple(scored), tuple(sampled), step.ended, cached, step.failed)

@@ -11,6 +11,8 @@ import struct
 from collections.abc import Sequence
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from afterword.engine.core.batch import Logits
 from afterword.engine.core.plain import Plain
@@ -22,6 +24,12 @@ from afterword.engine.protocol import Job, Token
 def walks(threads: int = 1, team: int | None = None) -> Walks:
     """The fastest there is; see `Compiled`."""
     return Compiled(threads, team) if FILE.exists() else Plain()
+
+
+def finite(logits: Logits) -> NDArray[np.bool_]:
+    """Of each row whether a token can be chosen: no NaN, no infinity, and not all minus infinity."""
+    found: NDArray[np.bool_] = np.isfinite(logits.max(axis=1))
+    return found
 
 
 def seed_of(key: bytes, sample: int, position: int) -> int:

@@ -77,6 +77,15 @@ class Scheduler:
             self.end(sequence)
         self._forget(work)
 
+    def discard(self, run: int) -> None:
+        """Forget a job, and what its slots hold: nothing else may be continued from that."""
+        work = self._works.get(run)
+        slots = [sequence.slot for sequence in work.live] if work else []
+        self.close(run)
+        for slot in slots:
+            assert slot is not None
+            self._slots.cut(slot, 0)
+
     def drop(self, run: int, sample: int) -> None:
         """End one sample of a started job. Unknown names are ignored."""
         work = self._works.get(run)

@@ -16,7 +16,9 @@ namespace {
 
 bool has_products = false;  // of models that are loaded from now on, whose weights are copied to memory of ours
 struct {
-    int attentions, attentions_left, products_left;  // to the library
+    int attentions, attentions_left;  // left to the library
+    uint64_t types_left;              // of matrices whose products are left: a bit for each of ggml's types
+    int others_left;                  // products of what was computed, and of experts
 } asked;  // by ggml since accelerator_listen
 
 struct Operation {
@@ -73,13 +75,18 @@ BufferType *buffers_for_weights(Device *device) { return has_products ? &memory:
 bool takes_buffers(Device *, BufferType *type) { return ggml.is_host(type) || type == &memory::the_type; }
 // Whether weights may lie in our memory that this is done with.
 bool takes_weights(Device *, const Tensor *node) { return is(node, PRODUCT.name) && products::takes(node); }
+void note_product(const Tensor *matrix) {
+    if (products::of_model(matrix)) asked.types_left |= 1ull << matrix->type;
+    else asked.others_left++;
+}
 bool takes_operation(Device *, const Tensor *node) {
     if (is(node, "NONE")) return memory::holds(node);
     const Operation *operation = operation_of(node);
     const bool takes = can(operation, node);
     asked.attentions += operation == &ATTENTION;
     asked.attentions_left += operation == &ATTENTION && !takes;
-    asked.products_left += (operation == &PRODUCT && !takes) || is(node, "MUL_MAT_ID");
+    if (operation == &PRODUCT && !takes) note_product(node->src[0]);
+    asked.others_left += is(node, "MUL_MAT_ID");
     return takes;
 }
 
@@ -133,8 +140,11 @@ void accelerator_listen() { asked = {}; }
 // Whether there was attention to compute, and none was left to the library.
 int accelerator_attends() { return asked.attentions && !asked.attentions_left; }
 
-// Whether no product was left to the library.
-int accelerator_multiplies_all() { return !asked.products_left; }
+// The types of the model's matrices whose products were left to the library: a bit for each of ggml's types.
+uint64_t accelerator_types_left() { return asked.types_left; }
+
+// How many products were left to it of which no operand is a matrix of the model, or which are of experts.
+int accelerator_others_left() { return asked.others_left; }
 
 // Whether products of quantized weights are computed here.
 int accelerator_multiplies() { return products::AVAILABLE; }

@@ -56,10 +56,17 @@ def attends() -> bool:
     return kernels is not None and bool(kernels.accelerator_attends())
 
 
-def multiplies_all() -> bool:
-    """Whether all products that were asked about can be computed."""
+def types_left() -> frozenset[int]:
+    """The types, by ggml's numbers, of the model's matrices whose products were asked about and are the library's."""
     kernels = _kernels()
-    return kernels is not None and bool(kernels.accelerator_multiplies_all())
+    bits: int = kernels.accelerator_types_left() if kernels is not None else 0
+    return frozenset(kind for kind in range(bits.bit_length()) if bits >> kind & 1)
+
+
+def others_left() -> bool:
+    """Whether there were products of two computed operands, or of experts: they are the library's."""
+    kernels = _kernels()
+    return kernels is not None and bool(kernels.accelerator_others_left())
 
 
 def multiplies() -> bool:
@@ -96,4 +103,5 @@ def _kernels() -> ctypes.CDLL | None:
     kernels.accelerator_tensor_size.restype = ctypes.c_size_t
     kernels.accelerator_registry.restype = ctypes.c_void_p
     kernels.accelerator_lead.restype = ctypes.c_void_p
+    kernels.accelerator_types_left.restype = ctypes.c_uint64
     return kernels

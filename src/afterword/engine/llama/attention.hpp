@@ -26,9 +26,12 @@ constexpr int MANY = WIDE > LANES ? 6 : 4, FEW = WIDE > LANES ? 4 : 2;  // queri
 
 // ---- several numbers at a time
 
+// `value` where x is a number, else x: `exponential` and `larger` hide what is not a number.
+inline wide unless_nan(wide x, wide value) { return x == x ? value : x; }
+
 inline wide hyperbolic_tangent(wide x) {
     const wide most = all<wide>(20.0f), bounded = x > most ? most : larger(x, -most);
-    return 1.0f - 2.0f / (exponential(2.0f * bounded) + 1.0f);
+    return unless_nan(x, 1.0f - 2.0f / (exponential(2.0f * bounded) + 1.0f));
 }
 
 // Eight rows of eight become eight columns.
@@ -153,7 +156,9 @@ struct Share {
 };
 
 // Values weighed by the probabilities of ROWS queries, added to their sums: running sums over the cells, in their order.
-template <class V, int ROWS, int COLUMNS>
+// With SKIP cells of probability 0 are left out: 0 times a value that is not finite is no number, and a masked cell can
+// hold such values, left by another request. Finite values give the same sums with and without SKIP.
+template <bool SKIP, class V, int ROWS, int COLUMNS>
 void weigh(const Share *shares, const float *values, int dv, int d) {
     constexpr int WIDTH = sizeof(V) / sizeof(float);
     V total[ROWS][COLUMNS];
@@ -162,25 +167,29 @@ void weigh(const Share *shares, const float *values, int dv, int d) {
     for (int cell = 0; cell < BLOCK; cell++) {
         for (int c = 0; c < COLUMNS; c++) {
             const V value = load<V>(values + cell * dv + d + c * WIDTH);
-            for (int r = 0; r < ROWS; r++) total[r][c] = fused(all<V>(shares[r].weights[cell]), value, total[r][c]);
+            for (int r = 0; r < ROWS; r++) {
+                if (SKIP && shares[r].weights[cell] == 0) continue;
+                total[r][c] = fused(all<V>(shares[r].weights[cell]), value, total[r][c]);
+            }
         }
     }
     for (int r = 0; r < ROWS; r++)
         for (int c = 0; c < COLUMNS; c++) store(shares[r].sums + d + c * WIDTH, total[r][c]);
 }
 
-template <int ROWS>
+template <bool SKIP, int ROWS>
 void weigh_rows(const Share *shares, const float *values, int dv) {
     int d = 0;
-    for (; d + FEW * WIDE <= dv; d += FEW * WIDE) weigh<wide, ROWS, FEW>(shares, values, dv, d);
-    for (; d < dv; d += LANES) weigh<f8, ROWS, 1>(shares, values, dv, d);
+    for (; d + FEW * WIDE <= dv; d += FEW * WIDE) weigh<SKIP, wide, ROWS, FEW>(shares, values, dv, d);
+    for (; d < dv; d += LANES) weigh<SKIP, f8, ROWS, 1>(shares, values, dv, d);
 }
 
+template <bool SKIP>
 void weigh_all(const Share *shares, const float *values, int dv, int count) {
     int i = 0;
-    for (; i + MANY <= count; i += MANY) weigh_rows<MANY>(shares + i, values, dv);
-    for (; i + 2 <= count; i += 2) weigh_rows<2>(shares + i, values, dv);
-    for (; i < count; i++) weigh_rows<1>(shares + i, values, dv);
+    for (; i + MANY <= count; i += MANY) weigh_rows<SKIP, MANY>(shares + i, values, dv);
+    for (; i + 2 <= count; i += 2) weigh_rows<SKIP, 2>(shares + i, values, dv);
+    for (; i < count; i++) weigh_rows<SKIP, 1>(shares + i, values, dv);
 }
 
 // ---- a tile of queries over all blocks
@@ -200,13 +209,19 @@ bool looks(const Query &query, int64_t cell, int cells) {
     return false;
 }
 
+// Scores with what the mask adds to them. Where that is minus infinity so is the result, even if the score is not finite.
+template <class V>
+V with_mask(V mask, float slope, V scores) {
+    return mask == all<V>(-INFINITY) ? mask : fused(mask, all<V>(slope), scores);
+}
+
 // Scores of cells from `cell` on, of which `here` are in the memory, with what the mask adds to them.
 wide masked(const Query &query, wide scores, int64_t cell, int here) {
     if (here >= WIDE && !query.mask) return scores;
-    if (here >= WIDE) return fused(widen_all(query.mask + cell), all<wide>(query.slope), scores);
+    if (here >= WIDE) return with_mask(widen_all(query.mask + cell), query.slope, scores);
     for (int i = 0; i < WIDE; i++) {
         half one[LANES] = {i < here && query.mask ? query.mask[cell + i] : (half)0};
-        scores[i] = i < here ? fused(widen(one), all(query.slope), all(scores[i]))[0] : -INFINITY;
+        scores[i] = i < here ? with_mask(widen(one), query.slope, all(scores[i]))[0] : -INFINITY;
     }
     return scores;
 }
@@ -225,7 +240,7 @@ float weights_of(Query &query, float *scores, int64_t cell, int cells, const Att
     query.highest = highest;
     f8 total{};
     for (int i = 0; i < BLOCK / WIDE; i++) {
-        const wide weight = exponential(part[i] - highest);
+        const wide below = part[i] - highest, weight = unless_nan(below, exponential(below));
         store(scores + i * WIDE, weight);
         add(total, weight);
     }
@@ -233,7 +248,9 @@ float weights_of(Query &query, float *scores, int64_t cell, int cells, const Att
     return shrink;
 }
 
-void attend(const Attention &op, Scratch &scratch, int64_t stream, int64_t kv_head, int64_t first, int count) {
+// Whether all outputs are finite. See `weigh` for SKIP.
+template <bool SKIP>
+bool attend(const Attention &op, Scratch &scratch, int64_t stream, int64_t kv_head, int64_t first, int count) {
     Query queries[MOST_ROWS];
     for (int r = 0; r < count; r++) {
         const int64_t token = (first + r) / op.group, head = kv_head * op.group + (first + r) % op.group;
@@ -261,15 +278,21 @@ void attend(const Attention &op, Scratch &scratch, int64_t stream, int64_t kv_he
             const float shrink = weights_of(queries[who[i]], scores, cell, cells, op);
             shares[i] = {scores, shrink, scratch.sums + who[i] * op.dv};
         }
-        weigh_all(shares, scratch.values, op.dv, looking);
+        weigh_all<SKIP>(shares, scratch.values, op.dv, looking);
     }
+    f8 finite{};  // a sum of zeros, as long as it is
     for (int r = 0; r < count; r++) {
         const int64_t token = (first + r) / op.group, head = kv_head * op.group + (first + r) % op.group;
         float *out = (float *)(op.out->data + head * op.out->nb[1] + token * op.out->nb[2] + stream * op.out->nb[3]);
         const float total = sum(queries[r].total);
         const f8 part = all(total == 0 ? 0 : 1 / total);
-        for (int d = 0; d < op.dv; d += LANES) store(out + d, load(scratch.sums + r * op.dv + d) * part);
+        for (int d = 0; d < op.dv; d += LANES) {
+            const f8 value = load(scratch.sums + r * op.dv + d) * part;
+            finite += value * 0.0f;
+            store(out + d, value);
+        }
     }
+    return sum(finite) == 0;
 }
 
 // How many queries share the work of unpacking: as many as leave something for every thread.
@@ -289,7 +312,8 @@ void compute(const Tensor *node, int threads) {
         scratch.fit(op.dk, op.dv);
         // The last tiles look at most cells: they begin first.
         const int64_t first = (tiles - 1 - i / (heads * streams)) * size, head = i % heads, stream = i / heads % streams;
-        attend(op, scratch, stream, head, first, (int)(rows - first < size ? rows - first : size));
+        const int count = (int)(rows - first < size ? rows - first : size);
+        if (!attend<false>(op, scratch, stream, head, first, count)) attend<true>(op, scratch, stream, head, first, count);
     });
 }
 

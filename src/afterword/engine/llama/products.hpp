@@ -20,6 +20,15 @@
 #include "../threads.hpp"
 #include "ggml.hpp"
 
+namespace products {
+namespace {
+
+// Whether a matrix is of the model, not something computed: ggml multiplies queries and keys by the same operation.
+bool of_model(const Tensor *matrix) { return !matrix->op && !matrix->view_src; }
+
+}  // namespace
+}  // namespace products
+
 #if (defined(__AVX2__) && defined(__FMA__)) || defined(__ARM_FEATURE_DOTPROD)
 #include "weights.hpp"
 
@@ -306,8 +315,7 @@ bool takes(const Tensor *node) {
     const auto flat = [](const Tensor *t) { return t->ne[2] == 1 && t->ne[3] == 1; };
     if (node->type != F32 || x->type != F32 || !rows_are_dense(x, 4) || !rows_are_dense(node, 4)) return false;
     if (!flat(weights) || !flat(x) || !flat(node)) return false;
-    // Of a model, not something computed: ggml multiplies queries and keys by this operation too.
-    if (weights->op || weights->view_src || x->ne[0] % STEP) return false;
+    if (!of_model(weights) || x->ne[0] % STEP) return false;
     return Known::find(weights->type, [](auto) {});
 }
 

@@ -14,12 +14,13 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from afterword.engine.core.batch import Batch, Cut, Fork, Logits, Row
+from afterword.engine.core.batch import Batch, Logits, Row
 from afterword.engine.frames import Open
 from afterword.engine.llama import accelerator
 from afterword.engine.llama.files import ModelFiles
 from afterword.engine.llama.full import fill
 from afterword.engine.llama.library import last_error, native
+from afterword.engine.llama.memory import Memory
 from afterword.engine.protocol import Promise
 from afterword.errors import EngineError, SettingError
 
@@ -32,6 +33,13 @@ _OWN = (_FLASH, _F16, _F16)
 _ON_A_CARD = (_FLASH_IF_THERE, _F16, _F16)
 # For keys and values of unequal types llama.cpp has one kernel for every shape, which takes query by query.
 _QUERY_BY_QUERY = (_FLASH, _F16, _BF16)
+_LIBRARY_TYPES = frozenset(
+    (
+        *(native.GGML_TYPE_Q2_K, native.GGML_TYPE_Q3_K, native.GGML_TYPE_Q4_K, native.GGML_TYPE_Q5_K),
+        *(native.GGML_TYPE_Q6_K, native.GGML_TYPE_Q4_1, native.GGML_TYPE_Q5_0, native.GGML_TYPE_Q5_1),
+    )
+)
+"""As in config.py: matrices as they lie in the file whose products may be the library's."""
 
 
 class LlamaRunner:
@@ -44,57 +52,74 @@ class LlamaRunner:
         self._settings = settings
         self.slots = settings.sequences
         self.chunk = settings.chunk
-        self.grid = settings.grid
         self.accelerated = not settings.gpu_layers and accelerator.offer()
         self.own_products = self.accelerated and settings.own_products and accelerator.multiplies()
         accelerator.prepare(settings.threads, keep_weights=self.own_products)
         self.files = ModelFiles(settings.parts or (settings.path,))  # opened first, so that a change shows
         self.model = _load(settings, settings.repack and not self.own_products, tell)
+        accelerator.listen()
         self._context, self.own_attention = _context(self.model, settings, self.accelerated)
-        self._memory = native.llama_get_memory(self._context)
+        if not native.llama_get_memory(self._context):
+            raise SettingError(f"{settings.path} is not a text-completion model: it keeps no state of a text.")
+        self._left, self._others_left = accelerator.types_left(), accelerator.others_left()
         self._vocabulary = native.llama_vocab_n_tokens(native.llama_model_get_vocab(self.model))
-        self.rewinds = not (
-            native.llama_model_is_recurrent(self.model)
-            or native.llama_model_is_hybrid(self.model)
-            or native.llama_model_n_swa(self.model) > 0
-        )
-        self.computes_all = self.own_products and self.own_attention and accelerator.multiplies_all() and self.rewinds
+        recurrent = native.llama_model_is_recurrent(self.model) or native.llama_model_is_hybrid(self.model)
+        self.rewinds = not recurrent and native.llama_model_n_swa(self.model) <= 0
+        self._recurrent = recurrent
+        ours = self.own_products and self.own_attention and not self._left and not self._others_left
+        self.computes_all = ours and self.rewinds
         self.team = accelerator.lead(alone=self.computes_all)
         if self.computes_all:
             native.llama_set_n_threads(self._context, 1, 1)
         self.full = settings.full and self.rewinds
+        self.grid = 1 if self.promise == "exact" else settings.grid
         self._arrays = _BatchArrays(_most_tokens(settings))
+        self._memory = Memory(
+            self._context,
+            self.slots + self.full,
+            settings.context,
+            self._decode,
+            multiplies_masked=recurrent or settings.kv_type != "exact" or settings.gpu_layers != 0,
+        )
+        self.held = self._memory.held
         if self.full:
             self._fill_last(settings)
 
     def run(self, batch: Batch) -> Logits:
         """Execute a batch; see `core.batch.Runner.run`."""
         for move in batch.moves:
-            self._move(move)
+            self._memory.move(move)
         if not self.full:
-            return self._decode(batch.rows)
+            return self._compute(batch.rows)
         filled = fill(batch.rows, [self.held(slot) for slot in range(self.slots + 1)])
-        logits = self._decode(filled.rows)
+        logits = self._compute(filled.rows)
+        if len(filled.wanted) < len(logits):
+            logits = logits[list(filled.wanted)]  # a copy: to cut can mean to compute
         for cut in filled.forget:
-            self._move(cut)
-        return logits if len(filled.wanted) == len(logits) else logits[list(filled.wanted)]
+            self._memory.move(cut)
+        return logits
 
     @property
     def promise(self) -> Promise:
         """What is known of the numbers, given how they turned out to be computed."""
-        if self.full != self._settings.full:
+        if self.full != self._settings.full or self._recurrent:
             return "none"
-        return self._settings.promise if self.own_products else self._settings.promise_without
-
-    def held(self, slot: int) -> int:
-        """How many tokens' state a slot holds."""
-        return int(native.llama_memory_seq_pos_max(self._memory, slot)) + 1
+        if self._settings.gpu_layers or not self.own_products:
+            return self._settings.promise_without
+        # Without flash attention the library multiplies keys and values as it does what was computed.
+        sound = self._left <= _LIBRARY_TYPES and (not self._others_left or self._settings.kv_type != "exact")
+        return self._settings.promise if sound else "none"
 
     def _fill_last(self, settings: Open) -> None:
         """One slot beyond those that are used holds a whole context, so that no sequence is ever the longest."""
         for start in range(0, settings.context, settings.chunk):
             tokens = (0,) * min(settings.chunk, settings.context - start)
             self._decode((Row(settings.sequences, start, tokens, 0),))
+
+    def _compute(self, rows: tuple[Row, ...]) -> Logits:
+        logits = self._decode(rows)
+        self._memory.computed(rows, logits)
+        return logits
 
     def _decode(self, rows: tuple[Row, ...]) -> Logits:
         status = native.llama_decode(self._context, self._arrays.fill(rows))
@@ -106,16 +131,6 @@ class LlamaRunner:
             return np.empty((0, self._vocabulary), np.float32)
         first = native.llama_get_logits(self._context).contents
         return _matrix_at(ctypes.addressof(first), outputs, self._vocabulary)
-
-    def _move(self, move: Fork | Cut) -> None:
-        if isinstance(move, Fork):
-            # Only whole sequences can be copied between separate memories.
-            native.llama_memory_seq_cp(self._memory, move.source, move.target, -1, -1)
-            slot = move.target
-        else:
-            slot = move.slot
-        if not native.llama_memory_seq_rm(self._memory, slot, move.keep or -1, -1):
-            raise EngineError(f"cannot cut a sequence to {move.keep} tokens")
 
 
 class _BatchArrays:
@@ -199,11 +214,11 @@ def _context(model: object, settings: Open, accelerated: bool) -> tuple[object, 
     if settings.kv_type != "exact":
         return _made(model, settings, _ATTENTION[settings.kv_type]), False
     if accelerated:
-        accelerator.listen()
         context = _made(model, settings, _OWN)
         if accelerator.attends():
             return context, True
         native.llama_free(context)
+        accelerator.listen()
     return _made(model, settings, _QUERY_BY_QUERY), False
 
 

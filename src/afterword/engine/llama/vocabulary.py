@@ -125,7 +125,7 @@ def fingerprint(settings: Open, runner: LlamaRunner, card: Card) -> str:
     named.update(digest(rows.FILE, *([accelerator.FILE] if runner.accelerated else [])).encode())
     named.update(runner.files.digest())
     named.update(msgspec.msgpack.encode(msgspec.structs.replace(card, sequences=0, promise="none")))
-    shape = (settings.context, settings.kv_type, settings.grid, settings.repack, settings.gpu_layers)
+    shape = (settings.context, settings.kv_type, runner.grid, settings.repack, settings.gpu_layers)
     named.update(repr((*shape, runner.own_products, runner.own_attention)).encode())
     if settings.gpu_layers:
         named.update(f"{cards.names()} {settings.sequences if settings.full else 0}".encode())

@@ -96,11 +96,14 @@ inline int32_t total(Bytes x) {
 void round_piece(const float *from, BytePiece &to) {
     using Eight = int8_t __attribute__((vector_size(WIDE)));
     constexpr int VECTORS = STEP / WIDE;
-    Floats x[VECTORS], most = {};
+    Floats x[VECTORS], most = {}, zeros = {};  // zeros: not a number where an element is not finite
     for (int i = 0; i < VECTORS; i++) {
         x[i] = load<Floats>(from + i * WIDE);
         most = larger(larger(x[i], -x[i]), most);
+        zeros = fused(x[i], Floats{}, zeros);
     }
+    f8 zero = {};
+    add(zero, zeros);
     const float highest = largest(most), units = highest == 0 ? 0 : 127 / highest;
     Bytes sums[2] = {};
     for (int i = 0; i < VECTORS; i++) {
@@ -109,7 +112,7 @@ void round_piece(const float *from, BytePiece &to) {
         std::memcpy(to.elements + i * WIDE, &small, sizeof small);
         sums[i * 2 / VECTORS] += whole;
     }
-    to.scale = highest / 127;
+    to.scale = highest / 127 + sum(zero);  // bytes cannot say that an element was not finite
     for (int half = 0; half < 2; half++) to.halves[half] = total(sums[half]);
     to.sum = to.scale * (float)(to.halves[0] + to.halves[1]);
 }

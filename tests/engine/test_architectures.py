@@ -1,0 +1,90 @@
+"""What is promised of an architecture is what these show: the same request brings the same bytes alone and in a crowd,
+with its prompt computed anew or found in the prefix cache, and a token the same numbers read or generated."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from afterword.config import TESTED_ARCHITECTURES
+from afterword.engine.core.loop import Loop
+from afterword.engine.llama import accelerator, library
+from engine.test_reproducible import GRID, alone, compare, open_runner, requests
+from oracle.architectures import write_random
+
+library.start(verbose=False)
+
+VOCABULARY = 280
+FEW = ("qwen3", "gemma2", "phi3", "gpt2")
+UNSURE = ("deepseek2", "gemma3n", "mamba", "jamba", "lfm2")
+"""Of which some numbers depended on what was computed with them, or whose state cannot be cut."""
+
+
+def check(folder, architecture: str, file_type: str, count: int) -> None:
+    if not accelerator.multiplies():
+        pytest.skip("this processor has no instructions for it")
+    runner = open_runner(write_random(folder / "tiny.gguf", architecture, file_type), "exact", 8)
+    assert (runner.promise, runner.grid) == ("exact", 1)
+    compare(Loop(runner), count, VOCABULARY)
+
+
+@pytest.mark.parametrize("architecture", FEW)
+def test_some_architectures(tmp_path, architecture):
+    check(tmp_path, architecture, "Q8_0", 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file_type", ["Q8_0", "F16"])
+@pytest.mark.parametrize("architecture", sorted(TESTED_ARCHITECTURES))
+def test_every_architecture_of_which_anything_is_promised(tmp_path, architecture, file_type):
+    check(tmp_path, architecture, file_type, 60)
+
+
+@pytest.mark.parametrize("architecture", UNSURE)
+def test_nothing_is_promised_of_others_and_their_numbers_are_nearly_the_same(tmp_path, architecture):
+    assert architecture not in TESTED_ARCHITECTURES
+    runner = open_runner(write_random(tmp_path / "tiny.gguf", architecture, "Q8_0"), "exact", 4)
+    assert (runner.promise, runner.grid) == ("none", GRID)
+    loop = Loop(runner)
+    jobs = [msgspec.structs.replace(job, max_tokens=0, prompt_alternatives=0) for job in requests(12, 1, VOCABULARY)]
+    for cold, warm in zip(alone(loop, jobs), crowd_scores(loop, jobs), strict=True):
+        assert [token.logprob for token in warm] == pytest.approx([token.logprob for token in cold[0]], abs=0.05)
+
+
+def crowd_scores(loop: Loop, jobs):
+    scored = {run: [] for run in range(-len(jobs), 0)}
+    for run, job in zip(scored, jobs, strict=True):
+        loop.start(run, job)
+    while (passed := loop.step()) is not None:
+        for run, step in passed.items():
+            scored[run] += step.scored
+    return list(scored.values())
+
+
+# ---- what the loaded model can do decides, not what its file says
+
+
+def test_a_width_that_kernels_of_our_own_cannot_multiply_breaks_the_promise(tmp_path):
+    """Which the file's types do not tell: steps have 32 elements."""
+    if not accelerator.multiplies():
+        pytest.skip("this processor has no instructions for it")
+    odd = {"embedding_length": 80, "rope.dimension_count": 40}
+    runner = open_runner(write_random(tmp_path / "odd.gguf", "llama", "F16", also=odd), "exact", 4)
+    assert runner.own_products
+    assert (runner.promise, runner.grid) == ("none", GRID)
+
+
+def test_a_product_that_is_not_of_the_model_alone_breaks_the_promise(tmp_path, monkeypatch):
+    path = write_random(tmp_path / "tiny.gguf", "llama")
+    monkeypatch.setattr(accelerator, "others_left", lambda: True)
+    assert open_runner(path, "exact", 4).promise == "none"
+    assert open_runner(path, "f16", 4).promise == "reproducible", "keys and values are such, without flash attention"
+
+
+def test_with_the_librarys_attention_query_by_query_numbers_are_exact_too(tmp_path, monkeypatch):
+    if not accelerator.multiplies():
+        pytest.skip("this processor has no instructions for it")
+    monkeypatch.setattr(accelerator, "attends", lambda: False)
+    runner = open_runner(write_random(tmp_path / "tiny.gguf", "llama"), "exact", 8)
+    assert (runner.own_attention, runner.promise) == (False, "exact")
+    compare(Loop(runner), 40, VOCABULARY)

@@ -1,0 +1,180 @@
+"""Tiny random models of any architecture that llama.cpp knows: it says itself which tensors a file lacks, and their shapes."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import quantize
+from numpy.typing import NDArray
+
+from afterword.engine.llama import library
+from afterword.engine.llama.library import native
+from oracle.tiny import FILE_TYPES, FileType, add_vocabulary, byte_vocabulary
+
+Value = bool | int | float | tuple[int, ...]
+Shape = tuple[int, ...]
+
+WIDTH, WINDOW = 64, 32
+_USUAL: Mapping[str, Value] = {
+    "context_length": 512,
+    "embedding_length": WIDTH,
+    "block_count": 2,
+    "feed_forward_length": 2 * WIDTH,
+    "attention.head_count": 2,
+    "attention.head_count_kv": 1,
+    "rope.dimension_count": WIDTH // 2,
+    "rope.freq_base": 50000.0,
+    "attention.layer_norm_epsilon": 1e-5,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+    "attention.max_alibi_bias": 8.0,
+    "attention.clamp_kqv": 0.0,
+    "use_parallel_residual": True,
+    "logit_scale": 1.0,
+}
+_STATE = {"ssm.conv_kernel": 4, "ssm.inner_size": 2 * WIDTH, "ssm.state_size": 16, "ssm.time_step_rank": 4}
+_BESIDES: Mapping[str, Mapping[str, Value]] = {
+    "cohere2": {"attention.sliding_window": WINDOW},
+    "gemma2": {"attention.sliding_window": WINDOW},
+    "gemma3": {"attention.sliding_window": WINDOW},
+    "gemma3n": {"attention.sliding_window": WINDOW},
+    "qwen2vl": {"rope.dimension_sections": (4, 4, 8, 0)},
+    "qwen3vl": {"rope.dimension_sections": (4, 4, 8, 0)},
+    "deepseek2": {
+        **{"attention.q_lora_rank": 32, "attention.kv_lora_rank": 32, "rope.dimension_count": 16},
+        **{"attention.key_length": 48, "attention.value_length": 32},
+        **{"attention.key_length_mla": 48, "attention.value_length_mla": 32},
+        **{"leading_dense_block_count": 2, "expert_feed_forward_length": 32, "expert_shared_count": 0},
+    },
+    "phi3": {"attention.sliding_window": WINDOW, "rope.scaling.original_context_length": 64},
+    "exaone4": {"attention.sliding_window": WINDOW},
+    "plamo2": {
+        **{**_STATE, "ssm.state_size": 64, "ssm.group_count": 0, "attention.head_count_kv": (0, 1)},
+        **{"attention.key_length": 32, "attention.value_length": 32},
+    },
+    "mamba": _STATE,
+    "mamba2": {**_STATE, "ssm.group_count": 1},
+    "jamba": {**_STATE, "attention.head_count_kv": (0, 1), "expert_count": 0, "expert_used_count": 0},
+    "lfm2": {"shortconv.l_cache": 3, "attention.head_count_kv": (0, 1)},
+}
+_MORE: Mapping[str, Mapping[str, Shape]] = {
+    # what a file may lack, and what the library then takes for granted
+    "phi3": {
+        **{f"blk.{layer}.attn_qkv.weight": (2 * WIDTH, WIDTH) for layer in range(2)},
+        **{f"rope_factors_{which}.weight": (WIDTH // 4,) for which in ("long", "short")},
+    },
+}
+
+
+def write_random(
+    path: str | Path,
+    architecture: str,
+    file_type: FileType = "Q8_0",
+    *,
+    poison: Mapping[int, float] | None = None,
+    also: Mapping[str, Value] | None = None,
+) -> Path:
+    """Write a random model and return its path. The embeddings of tokens in `poison` are that number."""
+    keys = {**_USUAL, **_BESIDES.get(architecture, {}), **(also or {})}
+    shapes = dict(_tensors(architecture, tuple(sorted(keys.items()))))
+    weights = {name: _random(name, shape, np.random.default_rng(i)) for i, (name, shape) in enumerate(shapes.items())}
+    for token, value in (poison or {}).items():
+        weights["token_embd.weight"][token] = value
+    return _write(path, architecture, keys, weights, file_type)
+
+
+@cache
+def _tensors(architecture: str, keys: tuple[tuple[str, Value], ...]) -> tuple[tuple[str, Shape], ...]:
+    """The tensors that a file must have. A matrix for logits is its own where that can be."""
+    shapes: dict[str, Shape] = dict(_MORE.get(architecture, {}))
+    while True:
+        weights = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        with tempfile.TemporaryDirectory() as folder:
+            fault = _fault(_write(Path(folder, "tiny.gguf"), architecture, dict(keys), weights, "F32"))
+        if missing := re.search(r"(?:missing tensor '([^']+)'|tensor '([^']+)' not found)", fault):
+            name = missing[1] or missing[2]
+            alike = [shape for known, shape in shapes.items() if _kind(known) == _kind(name)]
+            shapes[name] = alike[-1] if alike else (1,)
+        elif wrong := re.search(r"tensor '([^']+)' has wrong shape; expected\s+([\d, ]+?), got", fault):
+            shape = [int(size) for size in wrong[2].split(",")]
+            while len(shape) > 1 and shape[-1] == 1:
+                shape.pop()
+            shapes[wrong[1]] = tuple(reversed(shape))
+        elif "wrong number of tensors" in fault and "output.weight" in shapes:
+            del shapes["output.weight"]
+            return tuple(shapes.items())
+        elif not fault and "output.weight" not in shapes:
+            shapes["output.weight"] = shapes["token_embd.weight"]
+        else:
+            assert not fault, f"{architecture}: {fault}"
+            return tuple(shapes.items())
+
+
+def _fault(path: Path) -> str:
+    """Why a file cannot be loaded; nothing if it can."""
+    library._last_errors.clear()
+    model = native.llama_model_load_from_file(os.fsencode(path), native.llama_model_default_params())
+    if model:
+        native.llama_model_free(model)
+        return ""
+    return " ".join(library._last_errors)
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\d+", "N", name)
+
+
+def _random(name: str, shape: Shape, random: np.random.Generator) -> NDArray[np.float32]:
+    """Peaked distributions that vary, as in tiny.py."""
+    numbers = random.standard_normal(shape, dtype=np.float32)
+    if name.endswith("ssm_a"):
+        return -np.abs(numbers)  # states decay
+    if name == "output_norm.weight":
+        return numbers * 3 / WIDTH**0.5
+    if len(shape) == 1:
+        return 1 + 0.1 * numbers if name.endswith("weight") else 0.25 * numbers
+    return numbers if name.startswith(("token_embd", "output.")) else numbers / shape[-1] ** 0.5
+
+
+def _write(
+    path: str | Path,
+    architecture: str,
+    keys: Mapping[str, Value],
+    weights: Mapping[str, NDArray[np.float32]],
+    file_type: FileType,
+) -> Path:
+    writer = GGUFWriter(path, architecture)
+    writer.add_name("tiny")  # an architecture in it would choose another vocabulary
+    words = byte_vocabulary(infill=False, add_bos=False)
+    for key, value in {**keys, "vocab_size": len(words.tokens)}.items():
+        _add(writer, f"{architecture}.{key}", value)
+    writer.add_file_type(FILE_TYPES[file_type])
+    add_vocabulary(writer, words)
+    for name, weight in weights.items():
+        # The library reads small matrices of recurrent layers, and what is no number, as they are.
+        plain = weight.ndim == 1 or weight.shape[-1] % 32 or re.search("norm|ssm|shortconv", name)
+        kind = GGMLQuantizationType["F32" if plain or not np.isfinite(weight).all() else file_type]
+        writer.add_tensor(name, quantize(weight, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return Path(path)
+
+
+def _add(writer: GGUFWriter, name: str, value: Value) -> None:
+    match value:
+        case bool():
+            writer.add_bool(name, value)
+        case int():
+            writer.add_uint32(name, value)
+        case float():
+            writer.add_float32(name, value)
+        case _:
+            writer.add_array(name, value)
