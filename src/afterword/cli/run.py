@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import click
 
 from afterword import __version__, hosting, limits
-from afterword.api import wire
+from afterword.api import pieces, wire
 from afterword.batch.limits import BatchLimits
 from afterword.cli.loading import shown
 from afterword.completion.choice import Delta, fold
@@ -164,7 +164,7 @@ async def _complete(spec: str | None, body: bytes, settings: EngineSettings, as_
                 sys.stdout.flush()
     if as_json:
         head = wire.Head(wire.new_id(), int(time.time()), model.id, engine.card.fingerprint)
-        sys.stdout.write(wire.completion(head, [fold(deltas)], usage).decode())
+        sys.stdout.write(pieces.completion(head, [fold(deltas)], usage).decode())
     sys.stdout.write("\n")
     sys.stdout.flush()
 

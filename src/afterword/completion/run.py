@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from afterword.completion.choice import Choice, Delta, fold
 from afterword.completion.logprobs import make_echo, make_report
@@ -83,6 +83,7 @@ class _Growing:
         self._first = index * plan.n
         self._scored: list[Token] = []
         self._choices: list[Choice] = []
+        self._held: list[list[Delta]] = []  # of candidates, until all are whole
         self._cached = 0
         self._begun = False
         self._generated = 0
@@ -109,14 +110,15 @@ class _Growing:
         self._generated += len(step.sampled)
 
     def take(self, step: Step, run: Run) -> Iterator[Delta]:
-        """Deltas that a step brings, each made when it is asked for, since an echoed prompt with its log
-        probabilities is large. Samples whose text is complete are dropped from the run."""
+        """Deltas that a step brings, each made when it is asked for. Samples whose text is complete are dropped from
+        the run."""
         self._scored.extend(step.scored)
         self._cached += step.cached
         if not self._choices and (step.sampled or step.ended):
             echo = make_echo(self._plan, self._prompt, self._scored)
             report = make_report(self._plan, self._prompt, self._scored)
             self._choices = [Choice(self._plan, self._prompt, echo, report) for _ in range(self._plan.best_of)]
+            self._held = [[] for _ in self._choices]
             self._scored.clear()
         growing = {sample for sample, choice in enumerate(self._choices) if choice.finish is None}
         for sample, token in step.sampled:
@@ -127,17 +129,21 @@ class _Growing:
         for sample in growing:
             if self._choices[sample].finish:
                 run.drop(sample)
-        if self._plan.best_of > self._plan.n:
-            yield from self._best() if growing and all(choice.finish for choice in self._choices) else ()
-            return
+        ranked = self._plan.best_of > self._plan.n
         for sample in sorted(growing):
-            yield from self._choices[sample].deltas(self._first + sample)
+            deltas = self._choices[sample].deltas(self._first + sample)
+            if ranked:
+                self._held[sample] += deltas
+            else:
+                yield from deltas
+        if ranked and growing and all(choice.finish for choice in self._choices):
+            yield from self._best()
 
-    def _best(self) -> list[Delta]:
+    def _best(self) -> Iterator[Delta]:
         """The `n` candidates with the highest mean log probability, best first, whole."""
-        ranked = sorted(self._choices, key=lambda choice: -choice.score)
-        answers = [fold(choice.deltas(self._first + place)) for place, choice in enumerate(ranked)]
-        return answers[: self._plan.n]
+        ranked = sorted(range(len(self._choices)), key=lambda sample: -self._choices[sample].score)
+        for place, sample in enumerate(ranked[: self._plan.n]):
+            yield replace(fold(self._held[sample]), index=self._first + place)
 
 
 async def _merged(runs: Sequence[Run], growing: Sequence[_Growing]) -> AsyncGenerator[tuple[int, Step]]:
