@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import secrets
@@ -139,6 +140,7 @@ async def _serve(models: Roster, config: Config) -> None:
                 opened = await told.unless(models.open())
             if not opened:
                 return
+            gc.freeze()  # what is here stays: later collections, which stop the process, do not visit it
             async with batches.kept(asking(app, service)):
                 click.echo(greeting(models, config, port))
                 await told.first.wait()

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from afterword.completion.logprobs import Echo, Logprobs, PromptReport, generated_columns, joined
+from afterword.completion.logprobs import SLICE, Echo, Logprobs, PromptReport, generated_columns, joined
 from afterword.completion.plan import Plan, PromptPlan
 from afterword.completion.text import Placed, Released, TextStream
 from afterword.engine.protocol import End, Token
@@ -140,6 +140,26 @@ def fold(deltas: Iterable[Delta]) -> Delta:
         prompt=first.prompt,
         echo=first.echo,
     )
+
+
+class Folded:
+    """The deltas of one choice, folded as they come: many small objects are slow to collect."""
+
+    def __init__(self) -> None:
+        self._blocks: list[Delta] = []
+        self._deltas: list[Delta] = []
+
+    def take(self, deltas: Iterable[Delta]) -> None:
+        """Add the next deltas."""
+        self._deltas += deltas
+        if len(self._deltas) >= SLICE:
+            self._blocks.append(fold(self._deltas))
+            self._deltas = []
+
+    @property
+    def whole(self) -> Delta:
+        """The whole answer."""
+        return fold((*self._blocks, *self._deltas))
 
 
 def _beginning(prompt: PromptPlan, echo: Echo | None) -> tuple[int, bytes]:

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from afterword.completion.choice import Choice, Delta, fold
+from afterword.completion.choice import Choice, Delta, Folded
 from afterword.completion.logprobs import make_echo, make_report
 from afterword.completion.plan import Plan, PromptPlan, Tokenized, check_lengths
 from afterword.completion.request import Request
@@ -83,7 +83,7 @@ class _Growing:
         self._first = index * plan.n
         self._scored: list[Token] = []
         self._choices: list[Choice] = []
-        self._held: list[list[Delta]] = []  # of candidates, until all are whole
+        self._held: list[Folded] = []  # candidates, until all are whole
         self._cached = 0
         self._begun = False
         self._generated = 0
@@ -118,7 +118,7 @@ class _Growing:
             echo = make_echo(self._plan, self._prompt, self._scored)
             report = make_report(self._plan, self._prompt, self._scored)
             self._choices = [Choice(self._plan, self._prompt, echo, report) for _ in range(self._plan.best_of)]
-            self._held = [[] for _ in self._choices]
+            self._held = [Folded() for _ in self._choices]
             self._scored.clear()
         growing = {sample for sample, choice in enumerate(self._choices) if choice.finish is None}
         for sample, token in step.sampled:
@@ -133,7 +133,7 @@ class _Growing:
         for sample in sorted(growing):
             deltas = self._choices[sample].deltas(self._first + sample)
             if ranked:
-                self._held[sample] += deltas
+                self._held[sample].take(deltas)
             else:
                 yield from deltas
         if ranked and growing and all(choice.finish for choice in self._choices):
@@ -143,7 +143,7 @@ class _Growing:
         """The `n` candidates with the highest mean log probability, best first, whole."""
         ranked = sorted(range(len(self._choices)), key=lambda sample: -self._choices[sample].score)
         for place, sample in enumerate(ranked[: self._plan.n]):
-            yield replace(fold(self._held[sample]), index=self._first + place)
+            yield replace(self._held[sample].whole, index=self._first + place)
 
 
 async def _merged(runs: Sequence[Run], growing: Sequence[_Growing]) -> AsyncGenerator[tuple[int, Step]]:
