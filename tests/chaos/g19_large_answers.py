@@ -7,7 +7,7 @@ import json
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -49,10 +49,13 @@ def run(trial: Trial) -> Result:
     return Result(passed, {"wrong": wrong, "worst, ms": round(worst * 1000), "MiB": round(memory)} | figures)
 
 
+def completion(**fields: Any) -> tuple[str, str, int]:
+    return "/v1/completions", json.dumps(fields), 200
+
+
 def cases() -> dict[str, tuple[str, str, int]]:
     """Requests by what is large in them: path, body, and the status that is right."""
     prompt = [7 * place % _WORDS for place in range(2000)]
-    completion: Callable[..., tuple[str, str, int]] = lambda **fields: ("/v1/completions", json.dumps(fields), 200)
     stops = [chr(ord("a") + number) * 1023 for number in range(16)]
     items = _BODY // 4
     return {

@@ -16,7 +16,7 @@ from afterword.engine.protocol import Token
 SLICE = 256
 """Tokens whose columns are made, and encoded, in one step."""
 
-_WINDOW = 64  # bytes in which the next token is searched at first
+_SEARCHED = 16  # times that a text is searched to its end for a token that is not in it
 _CONTINUATIONS = bytes(range(0x80, 0xC0))  # bytes that begin no character
 
 T = TypeVar("T")
@@ -176,16 +176,16 @@ def _searched(echo: Echo) -> Iterator[tuple[bytes, int]]:
     """
     text = echo.text.encode()
     place = characters = 0
-    window = _WINDOW
+    budget = _SEARCHED * len(text)  # so that many tokens that are not in the text cost no more than a few looks at it
     for piece, _ in echo.tokens or ():
         spaceless = piece.removeprefix(b" ") if echo.plan.strip_space else piece
-        shown, found = piece, place
-        if not text.startswith(piece, place):
-            shown = spaceless
-            if not text.startswith(shown, place):
-                shown, found = piece, text.find(piece, place, place + window + len(piece))
-        if found < 0:  # a run of dropped bytes may be longer; the whole text is searched once at most
-            window = 0 if window > len(text) else 2 * window
+        shown = piece if text.startswith(piece, place) else spaceless
+        found = place
+        if not text.startswith(shown, place):
+            shown = piece
+            found = text.find(piece, place) if budget > 0 else -1
+            budget -= len(text) - place if found < 0 else 0
+        if found < 0:
             yield piece, characters
             continue
         characters += _beginnings(text[place:found])
