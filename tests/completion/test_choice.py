@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from afterword.completion.choice import Choice, Delta, fold
-from afterword.completion.logprobs import Logprobs, make_echo, make_report, spelled, top_map
+from afterword.completion import logprobs, text
+from afterword.completion.choice import Choice, Delta, Folded, fold
+from afterword.completion.logprobs import Logprobs, joined, make_echo, make_report, spelled, top_map
 from afterword.completion.plan import Plan, make_plan
 from afterword.completion.request import Request
 from afterword.completion.run import tokenize
@@ -243,7 +244,8 @@ def test_nothing_precedes_the_first_token_of_a_prompt() -> None:
 
 def test_a_prompt_alone_is_scored_without_a_completion() -> None:
     _, deltas = grow(plan(prompt=("Hello cat",), echo=True, logprobs=0, max_tokens=0), ())
-    assert deltas == [Delta(0, "Hello cat", Logprobs(("Hello", " cat"), (None, -0.5), None, (0, 5)), "length")]
+    assert brief(deltas) == [("Hello cat", "length")]
+    assert columns(deltas[0]) == Logprobs(("Hello", " cat"), (None, -0.5), None, (0, 5))
 
 
 def test_a_prompt_of_one_token_is_scored_too() -> None:
@@ -369,3 +371,143 @@ def test_no_more_alternatives_are_shown_than_were_asked_for() -> None:
 def test_a_stop_string_ends_nothing_before_the_fewest_tokens() -> None:
     answer = whole(plan(prompt=("a",), stop=(" cat",), min_tokens=3), ids(" cat the cat sat cat sat"))
     assert (answer.text, answer.finish) == (" cat the cat sat", "stop")
+
+
+# ---- a character that the prompt begins and the completion ends
+
+EMOJI = "😀".encode()
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+@pytest.mark.parametrize("before", ["", "a", "é 漢"])
+@pytest.mark.parametrize("logprobs", [None, 0])
+def test_a_character_cut_by_the_end_of_the_prompt_is_whole_in_the_echo(
+    cut: int, before: str, logprobs: int | None
+) -> None:
+    prompt = (*before.encode(), *EMOJI[:cut])
+    answer = whole(plan(prompt=(prompt,), echo=True, logprobs=logprobs), (*EMOJI[cut:], *b" x"))
+    assert answer.text == f"{before}😀 x"
+    if logprobs is not None:
+        place = len(before)
+        offsets = [place] * 4 + [place + 1, place + 2]
+        assert list(columns(answer).text_offset[len(before.encode()) :]) == offsets
+
+
+@pytest.mark.parametrize("said", [b"x", b"\x80x", b"\xf0\x9f\x98\x80", b"", b"\xff"])
+@pytest.mark.parametrize("stop", [(), ("\ufffd",), ("x",)])
+def test_a_cut_character_that_does_not_go_on_is_one_replacement(said: bytes, stop: tuple[str, ...]) -> None:
+    prompt = (*b"a", *EMOJI[:2])
+    answer = whole(plan(prompt=(prompt,), echo=True, logprobs=0, stop=stop), (*said, EOS), "stop")
+    expected = (b"a" + EMOJI[:2] + said).decode("utf-8", "replace")
+    if stop == ("x",):
+        expected = expected.partition("x")[0]
+    if stop != ("\ufffd",) or said in (b"x", b""):
+        assert answer.text == expected
+    assert all(0 <= offset <= len(answer.text) for offset in columns(answer).text_offset)
+    assert answer.text.startswith("a")
+
+
+def test_a_prompt_that_ends_inside_a_character_is_scored_as_it_was() -> None:
+    answer = whole(plan(prompt=((*b"a", *EMOJI[:2]),), echo=True, logprobs=0, max_tokens=0, stop=("\ufffd",)), ())
+    assert (answer.text, answer.finish, columns(answer).text_offset) == ("a\ufffd", "length", (0, 1, 1))
+
+
+def test_a_completion_without_echo_begins_with_its_own_bytes() -> None:
+    answer = whole(plan(prompt=((*b"a", *EMOJI[:2]),), logprobs=0), (*EMOJI[2:], *b"x"))
+    assert (answer.text, columns(answer).text_offset) == ("\ufffd\ufffdx", (2, 3, 4))
+
+
+# ---- a tokenizer that drops bytes
+
+
+def echoed(text: str, given: bytes, strip_space: bool = False, said: bytes = b"x") -> Delta:
+    """The echo of a text of which the tokenizer has kept these bytes, a token each."""
+    asked = plan(replace(CARD, context=8192), prompt=(text,), echo=True, logprobs=0)
+    prompt = asked.prompts[0]
+    prompt = dataclasses.replace(prompt, job=replace(prompt.job, prompt=tuple(given)))
+    asked = dataclasses.replace(asked, strip_space=strip_space)
+    scored = [report(token, 0) for token in given[1:]]
+    choice = Choice(asked, prompt, make_echo(asked, prompt, scored), None)
+    for token in said:
+        choice.take(report(token, 0))
+    choice.end("length")
+    return fold(choice.deltas(0))
+
+
+@pytest.mark.parametrize(
+    ("text", "dropped"),
+    [
+        ("a\x04b", "\x04"),
+        ("\x04ab", "\x04"),
+        ("ab\x04", "\x04"),
+        ("a\x04\x05é\x04😀\x05b", "\x04\x05"),
+        ("é" + "\x04" * 5000 + "ab", "\x04"),
+        ("\x04".join("abcdefgh" * 100), "\x04"),
+        ("é漢" * 200 + "\x04b", "\x04"),
+        ("\x04\x05", "\x04\x05"),
+    ],
+    ids=lambda text: repr(text[:12]),
+)
+def test_offsets_fit_the_text_where_bytes_were_dropped(text: str, dropped: str) -> None:
+    kept = text.translate(dict.fromkeys(map(ord, dropped)))
+    answer = echoed(text, kept.encode())
+    assert answer.text == text + "x"
+    places = [place for place, letter in enumerate(text) if letter not in dropped for _ in letter.encode()]
+    assert columns(answer).text_offset == (*places, len(text))
+
+
+@pytest.mark.parametrize("given", [b"Qa", b"QQQQ", b"aQb" * 400, bytes(range(65, 91)) * 40])
+def test_offsets_of_tokens_that_are_not_in_the_text_stay_within_it(given: bytes) -> None:
+    text = "abc" * 300
+    offsets = columns(echoed(text, given)).text_offset
+    assert list(offsets) == sorted(offsets)
+    assert offsets[-1] == len(text)
+    assert len(offsets) == len(given) + 1
+
+
+# ---- sizes
+
+
+def test_a_fold_looks_at_each_entry_once() -> None:
+    entries = [{"a": -1.0}] * 3
+    parts = [Delta(0, "ab", Logprobs(("a",) * 3, (-1.0,) * 3, tuple(entries), (0, 1, 2)), None, 3)] * 20_000
+    answer = fold([*parts, Delta(0, "", Logprobs((), (), (), ()), "stop")])
+    assert (len(answer.text), answer.completion_tokens, answer.finish) == (40_000, 60_000, "stop")
+    assert [len(column) for column in (columns(answer).tokens, columns(answer).top_logprobs or ())] == [60_000] * 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 255, 256, 257, 600])
+def test_what_is_folded_as_it_comes_is_what_is_folded_at_the_end(size: int) -> None:
+    deltas = [Delta(3, f"{n} ", Logprobs((str(n),), (-1.0,), None, (n,)), None, 1, (n,)) for n in range(size)]
+    folded = Folded()
+    for delta in deltas:
+        folded.take([delta])
+    assert folded.whole == fold(deltas)
+
+
+def test_stop_strings_are_prepared_once_for_all_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[str] = []
+    borders = text._borders
+    monkeypatch.setattr(text, "_borders", lambda stop: prepared.append(stop) or borders(stop))
+    stops = tuple(letter * 1023 for letter in "abcdefghijklmnop")
+    asked = plan(prompt=("x",) * 50, n=1, stop=stops)
+    choices = [Choice(asked, prompt, None, None) for prompt in asked.prompts for _ in range(20)]
+    assert len(choices) == 1000
+    assert sorted(prepared) == sorted(stops)
+    for choice in choices[:3]:
+        for token in b"ab" * 20:
+            choice.take(report(token, 0))
+        assert choice.finish is None
+
+
+def test_an_echo_and_a_report_are_made_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = plan(prompt=("a" * 40,), echo=True, logprobs=2, prompt_logprobs=2)
+    scored = [report(token, 2) for token in asked.prompts[0].job.prompt[1:]]
+    echo = make_echo(asked, asked.prompts[0], scored)
+    told = make_report(asked, asked.prompts[0], scored)
+    monkeypatch.setattr(logprobs, "SLICE", 8)
+    assert echo is not None
+    assert told is not None
+    assert [len(part.tokens) for part in echo.columns()] == [8] * 5
+    assert [len(part) for part in told.entries()] == [1, 8, 8, 8, 8, 7]
+    assert joined(echo.columns()).text_offset == tuple(range(40))

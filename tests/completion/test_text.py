@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afterword.completion.text import StopMatcher, TextStream
+from afterword.completion.text import StopMatcher, Stops, TextStream
 
 thorough = settings(deadline=None, max_examples=150)
 # Few characters, so that stops are found; then bytes that are no characters, some of which begin one.
@@ -30,7 +30,7 @@ class Reader:
     """Takes tokens (their numbers, for short) and notes what is released after each."""
 
     def __init__(self, stops: Sequence[str] = (), start: int = 0) -> None:
-        self.stream: TextStream[int] = TextStream(stops, start)
+        self.stream: TextStream[int] = TextStream(Stops.of(stops), start)
         self.texts: list[str] = []
         self.tokens: list[tuple[int, int]] = []
 
@@ -132,7 +132,7 @@ def test_text_appears_as_soon_as_it_is_settled_and_no_sooner(text: str, cuts: se
 @thorough
 @given(BYTES, CUTS, STOPS)
 def test_text_and_tokens_are_released_together(data: bytes, cuts: set[int], stops: list[str]) -> None:
-    stream: TextStream[bytes] = TextStream(stops, 0)
+    stream: TextStream[bytes] = TextStream(Stops.of(stops), 0)
     for piece in cut(data, cuts):
         stream.push(piece, piece)
         if stream.stopped:
@@ -149,7 +149,7 @@ def test_tokens_without_text_change_no_text(text: str, cuts: set[int], stops: li
 
 @given(TEXTS, STOPS)
 def test_a_stop_is_found_at_the_character_that_completes_it(text: str, stops: list[str]) -> None:
-    matcher = StopMatcher(stops)
+    matcher = StopMatcher(Stops.of(stops))
     for end, character in enumerate(text, 1):
         complete = [len(stop) for stop in stops if text[:end].endswith(stop)]
         assert matcher.feed(character) == ((1, max(complete)) if complete else None)

@@ -7,6 +7,7 @@ import math
 import msgspec
 import numpy as np
 import pytest
+from history import HistoryRunner
 
 from afterword.engine.core.batch import Batch, Cut, Fork, Logits, Row
 from afterword.engine.core.loop import Loop
@@ -15,7 +16,6 @@ from afterword.engine.frames import KvType, Open
 from afterword.engine.llama import accelerator, library
 from afterword.engine.llama.runner import LlamaRunner
 from afterword.engine.protocol import Job, Sampling, Step
-from history import HistoryRunner
 from oracle.architectures import write_random
 
 library.start(verbose=False)

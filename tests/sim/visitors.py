@@ -173,7 +173,7 @@ def _said(plan: Plan, index: int) -> str:
     tokens = wanted(job, index % plan.n)
     text = "".join(LETTERS[token] for token in tokens if token not in job.ends)
     for end in range(len(text) + 1):
-        found = [stop for stop in plan.stop if text[:end].endswith(stop)]
+        found = [stop for stop in plan.stop.texts if text[:end].endswith(stop)]
         if found:
             return text[: end - max(map(len, found))]
     return text

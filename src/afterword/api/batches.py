@@ -20,7 +20,7 @@ from afterword.api.visit import visit_of
 from afterword.batch.answers import Ask, Reply
 from afterword.batch.rows import ENDPOINT
 from afterword.batch.shelf import Batch, Status, new_id
-from afterword.completion.request import parse_object
+from afterword.completion.body import beside, parse_object
 from afterword.errors import Overloaded, RequestError, Unauthorized
 
 FIELDS = ("input_file_id", "endpoint", "completion_window", "metadata")
@@ -43,7 +43,7 @@ TIMES: tuple[tuple[str, Status], ...] = (
 async def create(request: Request) -> Response:
     """Take in a batch."""
     manager = manager_of(request)
-    body = parse_object(await gate.read_json(request))
+    body = await beside(parse_object, await gate.read_json(request))
     for name in body:
         if name not in FIELDS:
             raise RequestError(f"Unrecognized request argument supplied: {name[:64]}", param=name[:64])

@@ -13,18 +13,19 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from afterword.api import gate, wire
+from afterword.api import gate, pieces, wire
 from afterword.api.service import Service
 from afterword.api.visit import Visit, visit_of
-from afterword.completion.choice import Delta, fold
+from afterword.completion.body import beside
+from afterword.completion.choice import Delta
 from afterword.completion.fields import StreamOptions
-from afterword.completion.plan import Caller, Plan, make_plan
+from afterword.completion.logprobs import SLICE
+from afterword.completion.plan import Caller, Plan, Tokenized, make_plan
 from afterword.completion.request import Request, parse
 from afterword.completion.run import Usage, run, tokenize
-from afterword.engine.protocol import Engine
+from afterword.completion.size import check_size
+from afterword.engine.protocol import Card, Engine
 from afterword.errors import AfterwordError
-
-_LARGE = 2**12  # bytes of an event
 
 
 async def create(http: HttpRequest) -> Response:
@@ -32,18 +33,25 @@ async def create(http: HttpRequest) -> Response:
     service: Service = http.app.state.service
     created = int(time.time())
     service.check_room()
-    request = parse(await gate.read_json(http), service.config.limits)
+    limits = service.config.limits
+    body = await gate.read_json(http)
+    request = await beside(parse, body, limits)
     visit = visit_of(http.scope)
     served = await service.enter(request.model, visit)
     visit.model = served.id
     tokens = await tokenize(request, served.engine, service.config.special_text)
     caller = Caller(visit.key, service.config.shared_cache, "batch" if visit.inside else "")
-    plan = make_plan(request, served.engine.card, tokens, secrets.randbits(64), caller)
+    plan = await beside(_planned, body, request, served.engine.card, tokens, caller)
+    check_size(plan, limits.max_answer)
     visit.user = service.ring.pseudonym(request.user)
     gate.reserve(visit, plan.most_tokens)
     visit.promise(plan)
     head = wire.Head(wire.new_id(), created, served.id, plan.fingerprint)
     return Answer(request, plan, head, served.engine, visit)
+
+
+def _planned(_: bytes, request: Request, card: Card, tokens: Tokenized, caller: Caller) -> Plan:
+    return make_plan(request, card, tokens, secrets.randbits(64), caller)
 
 
 class Answer(Response):
@@ -56,6 +64,8 @@ class Answer(Response):
         self._head = head
         self._engine = engine
         self._visit = visit
+        self._sharing = pieces.Sharing(plan.n)
+        self._turns = _Turns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer; stop as soon as nobody is there to read it."""
@@ -79,7 +89,7 @@ class Answer(Response):
         return {"type": "http.response.start", "status": 200, "headers": headers}
 
     async def _whole(self, send: Send) -> None:
-        deltas: dict[int, list[Delta]] = {}
+        body = pieces.Body(self._head, self._plan.n)
         usage = Usage(0, 0)
         async with aclosing(run(self._plan, self._engine, self._visit.use, self._visit.begin)) as items:
             async for item in items:
@@ -87,11 +97,15 @@ class Answer(Response):
                     usage = item
                 else:
                     self._visit.finished(item.index, item.finish)
-                    deltas.setdefault(item.index, []).append(item)
-        choices = [fold(deltas[index]) for index in sorted(deltas)]
-        body = wire.completion(self._head, choices, usage)
-        await send(self._start(b"application/json", (b"content-length", str(len(body)).encode())))
-        await send({"type": "http.response.body", "body": body})
+                    for tokens in body.steps(item):
+                        await self._turns.after(tokens)
+        length = sum(map(len, body.fragments(usage)))
+        await send(self._start(b"application/json", (b"content-length", str(length).encode())))
+        sent = 0
+        for piece in pieces.cut(body.fragments(usage)):
+            sent += len(piece)
+            await send({"type": "http.response.body", "body": piece, "more_body": sent < length})
+            await asyncio.sleep(0)
 
     async def _stream(self, send: Send) -> None:
         async with aclosing(run(self._plan, self._engine, self._visit.use, self._visit.begin)) as items:
@@ -113,16 +127,45 @@ class Answer(Response):
                 written += item.completion_tokens
                 self._visit.finished(item.index, item.finish)
                 usage: Usage | Literal["later", "never"] = "later" if options.include_usage else "never"
-                if options.continuous_usage_stats:
+                if options.include_usage and options.continuous_usage_stats:
                     usage = Usage(self._plan.prompt_tokens, written)
-                event = wire.chunk(self._head, item, usage)
-                await send(_body(event))
-                if len(event) > _LARGE:
-                    await asyncio.sleep(0)  # it took a while, and the reader may have left meanwhile
+                await self._send_chunk(send, item, usage)
             elif options.include_usage:
                 await send(_body(wire.usage_chunk(self._head, item)))
             item = await anext(rest, None)
         await send(_body(wire.DONE))
+
+    async def _send_chunk(self, send: Send, delta: Delta, usage: Usage | Literal["later", "never"]) -> None:
+        """One event. One with the prompt in it can be large: it is sent in pieces, and other tasks run between them."""
+        if delta.echo is None:
+            await send(_body(wire.chunk(self._head, delta, usage)))
+            return
+        choice = None
+        for step in self._sharing.steps(delta):
+            if isinstance(step, pieces.Shared):
+                choice = pieces.Choice(delta.index, step)
+            else:
+                await self._turns.after(step)
+        assert choice is not None
+        for tokens in choice.steps(delta):
+            await self._turns.after(tokens)
+        for piece in pieces.cut(pieces.event(self._head, choice, usage)):
+            await send(_body(piece))
+            await asyncio.sleep(0)  # the reader may have left meanwhile
+
+
+class _Turns:
+    """Lets other tasks run after every slice of tokens that are worked on."""
+
+    def __init__(self) -> None:
+        self._since = 0
+
+    async def after(self, tokens: int) -> None:
+        """So many tokens have been worked on."""
+        self._since += tokens
+        if self._since >= SLICE:
+            self._since = 0
+            await asyncio.sleep(0)
 
 
 async def _until_gone(receive: Receive) -> None:

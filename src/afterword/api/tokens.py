@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import codecs
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
-from afterword.api import gate
+from afterword.api import gate, pieces
 from afterword.api.models import json_answer
 from afterword.api.service import Served, Service
 from afterword.api.visit import visit_of
+from afterword.completion.body import beside, encode, parse_object
 from afterword.completion.fields import as_integer
-from afterword.completion.request import parse_object
 from afterword.engine.protocol import Card
 from afterword.errors import RequestError
 
 _NOT_LOADED = "The model is not loaded. On a server without keys a GET loads none; POST /tokenize does."
+_SLICE = 2**14  # token ids that are worked on in one step
 
 
 async def tokenize(request: Request) -> Response:
@@ -38,15 +42,23 @@ async def detokenize(request: Request) -> Response:
     """`{"tokens": ids}` to the text that they spell; bytes that are no characters become U+FFFD."""
     served, body = await _read(request, ("tokens",))
     given = body.get("tokens")
-    ids = [as_integer(token) for token in given] if isinstance(given, list) else [None]
     card = served.engine.card
-    pieces = card.pieces
-    if not all(token is not None and 0 <= token < len(pieces) for token in ids):
-        raise RequestError(f"'tokens' must be an array of integers from 0 to {len(pieces) - 1}.", param="tokens")
-    text = b"".join(pieces[token] for token in ids if token is not None)
-    if card.space_prefix:
-        text = text.removeprefix(b" ")  # which tokenizing had added
-    return json_answer({"prompt": text.decode("utf-8", "replace")})
+    if not isinstance(given, list):
+        raise _not_tokens(card)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    most = request.app.state.service.config.limits.max_answer
+    text, size = [], 0
+    for start in range(0, len(given), _SLICE):
+        spelled = _spell(card, given[start : start + _SLICE])
+        if start == 0 and card.space_prefix:
+            spelled = spelled.removeprefix(b" ")  # which tokenizing had added
+        size += len(spelled)
+        if size > most:
+            raise RequestError(f"The text has more than {most} bytes.", param="tokens", code="answer_too_large")
+        text.append(encode(decoder.decode(spelled))[1:-1])
+        await asyncio.sleep(0)
+    text.append(encode(decoder.decode(b"", final=True))[1:-1])
+    return _InPieces([b'{"prompt":"', *text, b'"}'])
 
 
 async def tokenizer_info(request: Request) -> Response:
@@ -69,10 +81,39 @@ async def tokenizer_info(request: Request) -> Response:
     )
 
 
+class _InPieces(Response):
+    """A JSON answer that is sent piece by piece, as fast as the client reads it."""
+
+    def __init__(self, fragments: list[bytes]) -> None:
+        self._fragments = fragments
+        length = sum(map(len, fragments))
+        super().__init__(headers={"content-length": str(length)}, media_type="application/json")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for piece in pieces.cut(self._fragments):
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await asyncio.sleep(0)
+        await send({"type": "http.response.body", "body": b""})
+
+
+def _spell(card: Card, given: list[Any]) -> bytes:
+    """The bytes of some tokens. Raises `RequestError`."""
+    ids = [as_integer(token) for token in given]
+    if not all(token is not None and 0 <= token < len(card.pieces) for token in ids):
+        raise _not_tokens(card)
+    return b"".join(card.pieces[token] for token in ids if token is not None)
+
+
+def _not_tokens(card: Card) -> RequestError:
+    return RequestError(f"'tokens' must be an array of integers from 0 to {len(card.pieces) - 1}.", param="tokens")
+
+
 async def _read(request: Request, known: tuple[str, ...]) -> tuple[Served, dict[str, Any]]:
     """The body, whose keys are known ones and perhaps `model`."""
     service: Service = request.app.state.service
-    body = parse_object(await gate.read_json(request))
+    body = await beside(parse_object, await gate.read_json(request))
     for key in body:
         if key not in (*known, "model"):
             raise RequestError(f"Unrecognized request argument supplied: {key[:64]}", param=key[:64])

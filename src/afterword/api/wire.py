@@ -8,8 +8,7 @@ import string
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import msgspec
-
+from afterword.completion import body
 from afterword.completion.choice import Delta
 from afterword.completion.logprobs import Logprobs
 from afterword.completion.run import Usage
@@ -17,9 +16,10 @@ from afterword.errors import AfterwordError
 
 _ALPHABET = string.ascii_letters + string.digits
 _LOWEST = -9999.0  # JSON has no infinity
+encode = body.encode
 DONE = b"data: [DONE]\n\n"
-
-encode = msgspec.json.Encoder().encode
+COLUMNS = (b"text_offset", b"token_logprobs", b"tokens", b"top_logprobs")
+"""Keys of `logprobs`, in their order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +37,15 @@ def new_id() -> str:
     return "cmpl-" + "".join(secrets.choice(_ALPHABET) for _ in range(29))
 
 
-def completion(head: Head, choices: list[Delta], usage: Usage) -> bytes:
-    """The whole answer."""
-    return encode(_object(head, [_choice(choice) for choice in choices]) | {"usage": _usage(usage)})
+def around(head: Head, usage: Usage | Literal["later", "never"]) -> tuple[bytes, bytes]:
+    """What comes before an object's choices and after them."""
+    told = b"".join(b',"%b":%b' % (name.encode(), encode(value)) for name, value in _told(usage).items())
+    return encode(_object(head, [])).removesuffix(b"]}"), b"]" + told + b"}"
 
 
 def chunk(head: Head, delta: Delta, usage: Usage | Literal["later", "never"]) -> bytes:
     """One event of a stream, with the usage so far, with null because the last chunk has it, or without the key."""
-    told = {} if usage == "never" else {"usage": None if usage == "later" else _usage(usage)}
-    return event(_object(head, [_choice(delta)]) | told)
+    return event(_object(head, [_choice(delta)]) | _told(usage))
 
 
 def usage_chunk(head: Head, usage: Usage) -> bytes:
@@ -70,6 +70,10 @@ def error(problem: AfterwordError) -> dict[str, Any]:
     }
 
 
+def _told(usage: Usage | Literal["later", "never"]) -> dict[str, Any]:
+    return {} if usage == "never" else {"usage": None if usage == "later" else _usage(usage)}
+
+
 def _object(head: Head, choices: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "id": head.id,
@@ -85,7 +89,7 @@ def _choice(delta: Delta) -> dict[str, Any]:
     choice = {
         "text": delta.text,
         "index": delta.index,
-        "logprobs": delta.logprobs and _logprobs(delta.logprobs),
+        "logprobs": delta.logprobs and columns(delta.logprobs),
         "finish_reason": delta.finish,
     }
     if delta.token_ids is not None:
@@ -97,12 +101,13 @@ def _choice(delta: Delta) -> dict[str, Any]:
     return choice
 
 
-def _logprobs(columns: Logprobs) -> dict[str, Any]:
-    top = columns.top_logprobs
+def columns(part: Logprobs) -> dict[str, Any]:
+    """The four columns; `top_logprobs` is None where no alternatives are asked for."""
+    top = part.top_logprobs
     return {
-        "text_offset": columns.text_offset,
-        "token_logprobs": [value if value is None else _finite(value) for value in columns.token_logprobs],
-        "tokens": columns.tokens,
+        "text_offset": part.text_offset,
+        "token_logprobs": [value if value is None else _finite(value) for value in part.token_logprobs],
+        "tokens": part.tokens,
         "top_logprobs": top and [entry and _all_finite(entry) for entry in top],
     }
 

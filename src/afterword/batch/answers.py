@@ -14,11 +14,10 @@ from typing import Any
 import msgspec
 
 from afterword.batch.rows import Fault, Row
+from afterword.completion.body import encode
 
 Again = bool | float
 """Whether another try is worth it; a number: not before so many seconds."""
-
-_encode = msgspec.json.encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +90,7 @@ def batch_id(digest: bytes) -> str:
 
 
 def _line(digest: bytes, name: str | None, response: object, error: object) -> bytes:
-    return _encode({"id": batch_id(digest), "custom_id": name, "response": response, "error": error})
+    return encode({"id": batch_id(digest), "custom_id": name, "response": response, "error": error})
 
 
 def _steady(reply: Reply, digest: bytes, created: int) -> tuple[Any, dict[str, Any]]:

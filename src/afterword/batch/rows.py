@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 
-from afterword.completion.request import parse_object
+from afterword.completion.body import BAD_JSON, parse_object
 from afterword.errors import RequestError
 
 ENDPOINT = "/v1/completions"
@@ -106,8 +106,9 @@ def read_row(line: Line) -> Row | Fault:
         return _fault(line, None, "invalid_utf8", f"is not UTF-8 (byte {error.start + 1})")
     try:
         value = parse_object(line.text)
-    except RequestError:
-        return _fault(line, None, "invalid_json_line", "is not a JSON object, or has a key twice")
+    except RequestError as problem:
+        reason = "" if problem.message == BAD_JSON else f": {problem.message.removesuffix('.')}"
+        return _fault(line, None, "invalid_json_line", f"is not a JSON object, or has a key twice{reason}")
     if "body" not in value and not _WRAPPED & value.keys():
         return _request(line, f"row-{line.number}", value)
     return _wrapped(line, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import secrets
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 import click
 
 from afterword import __version__, hosting, limits
-from afterword.api import wire
+from afterword.api import pieces, wire
 from afterword.batch.limits import BatchLimits
 from afterword.cli.loading import shown
 from afterword.completion.choice import Delta, fold
@@ -143,6 +144,7 @@ async def _serve(models: Roster, config: Config) -> None:
                 opened = await told.unless(models.open())
             if not opened:
                 return
+            gc.freeze()  # what is here stays: later collections, which stop the process, do not visit it
             async with batches.kept(asking(app, service)):
                 click.echo(greeting(models, config, port))
                 await told.first.wait()
@@ -168,7 +170,7 @@ async def _complete(spec: str | None, body: bytes, settings: EngineSettings, as_
                 sys.stdout.flush()
     if as_json:
         head = wire.Head(wire.new_id(), int(time.time()), model.id, engine.card.fingerprint)
-        sys.stdout.write(wire.completion(head, [fold(deltas)], usage).decode())
+        sys.stdout.write(pieces.completion(head, [fold(deltas)], usage).decode())
     sys.stdout.write("\n")
     sys.stdout.flush()
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import reduce
-from operator import add
+from itertools import chain
 
-from afterword.completion.logprobs import Echo, Logprobs, PromptReport, generated_columns
+from afterword.completion.logprobs import SLICE, Echo, Logprobs, PromptReport, generated_columns, joined
 from afterword.completion.plan import Plan, PromptPlan
 from afterword.completion.text import Placed, Released, TextStream
 from afterword.engine.protocol import End, Token
@@ -15,27 +14,32 @@ from afterword.engine.protocol import End, Token
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """New text and tokens of one choice. `finish` is set in its last delta only, `prompt` in its first.
+    """New text and tokens of one choice. `finish` is set in its last delta only, `echo` and `prompt` in its first.
 
-    `completion_tokens` counts the tokens of the text. `token_ids` are those that were generated, shown in the text
-    or not; None unless they are asked for.
+    `own_text` and `own_logprobs` are of generated tokens. `completion_tokens` counts the tokens of the text.
+    `token_ids` are those that were generated, shown in the text or not; None unless they are asked for.
     """
 
     index: int
-    text: str
-    logprobs: Logprobs | None
+    own_text: str
+    own_logprobs: Logprobs | None
     finish: End | None
     completion_tokens: int = 0
     token_ids: tuple[int, ...] | None = None
     prompt: PromptReport | None = None
+    echo: Echo | None = None
 
-    def __add__(self, other: Delta) -> Delta:
-        columns = self.logprobs
-        if columns is not None and other.logprobs is not None:
-            columns = columns + other.logprobs
-        ids = None if self.token_ids is None else self.token_ids + (other.token_ids or ())
-        count = self.completion_tokens + other.completion_tokens
-        return Delta(self.index, self.text + other.text, columns, other.finish, count, ids, self.prompt)
+    @property
+    def text(self) -> str:
+        """The text, the echoed prompt included."""
+        return self.own_text if self.echo is None else self.echo.text + self.own_text
+
+    @property
+    def logprobs(self) -> Logprobs | None:
+        """The columns, those of the echoed prompt included."""
+        if self.echo is None or self.own_logprobs is None:
+            return self.own_logprobs
+        return joined((*self.echo.columns(), self.own_logprobs))
 
 
 class Choice:
@@ -44,7 +48,7 @@ class Choice:
     def __init__(self, plan: Plan, prompt: PromptPlan, echo: Echo | None, report: PromptReport | None) -> None:
         self._plan = plan
         self._echo = echo
-        self._stream: TextStream[Token] = TextStream(plan.stop, len(prompt.text))
+        self._stream: TextStream[Token] = TextStream(plan.stop, *_beginning(prompt, echo))
         self._ends = prompt.job.ends
         self._min_tokens = prompt.job.min_tokens
         self._ids: list[int] = []  # generated and not yet told
@@ -91,14 +95,14 @@ class Choice:
         """A stop is told in a delta of its own, without text; a length in the last token's."""
         if self.finish is None:
             delta = self._delta(index, self._stream.release())
-            return [delta] if delta.text or (delta.logprobs and delta.logprobs.tokens) else []
+            return [delta] if _shows(delta) else []
         last = self._delta(index, self._stream.finish())
         if self._stream.stopped:  # the bytes that were left could complete a stop string
             self.finish = "stop"
         if self.finish == "length":
             return [replace(last, finish="length")]
         ending = Delta(index, "", self._ending(), "stop")
-        return [last, ending] if last.text or (last.logprobs and last.logprobs.tokens) else [ending]
+        return [last, ending] if _shows(last) else [ending]
 
     def _delta(self, index: int, released: Released[Token]) -> Delta:
         self.completion_tokens += len(released.tokens)
@@ -107,7 +111,7 @@ class Choice:
         if self._echo is None or not (released.tokens or self.finish):
             return delta
         echo, self._echo = self._echo, None
-        return Delta(index, echo.text, echo.logprobs, None) + delta
+        return replace(delta, echo=echo)
 
     def _ending(self) -> Logprobs | None:
         """Columns of the last delta: the end token counts as an entry only where the prompt is echoed.
@@ -122,4 +126,47 @@ class Choice:
 
 def fold(deltas: Iterable[Delta]) -> Delta:
     """The whole answer from its deltas, of which there is at least one."""
-    return reduce(add, deltas)
+    deltas = tuple(deltas)
+    first, last = deltas[0], deltas[-1]
+    columns = [delta.own_logprobs for delta in deltas if delta.own_logprobs is not None]
+    ids = chain.from_iterable(delta.token_ids or () for delta in deltas)
+    return Delta(
+        index=first.index,
+        own_text="".join(delta.own_text for delta in deltas),
+        own_logprobs=joined(columns) if columns else None,
+        finish=last.finish,
+        completion_tokens=sum(delta.completion_tokens for delta in deltas),
+        token_ids=None if first.token_ids is None else tuple(ids),
+        prompt=first.prompt,
+        echo=first.echo,
+    )
+
+
+class Folded:
+    """The deltas of one choice, folded as they come: many small objects are slow to collect."""
+
+    def __init__(self) -> None:
+        self._blocks: list[Delta] = []
+        self._deltas: list[Delta] = []
+
+    def take(self, deltas: Iterable[Delta]) -> None:
+        """Add the next deltas."""
+        self._deltas += deltas
+        if len(self._deltas) >= SLICE:
+            self._blocks.append(fold(self._deltas))
+            self._deltas = []
+
+    @property
+    def whole(self) -> Delta:
+        """The whole answer."""
+        return fold((*self._blocks, *self._deltas))
+
+
+def _beginning(prompt: PromptPlan, echo: Echo | None) -> tuple[int, bytes]:
+    """The offset of a completion's first character, and its bytes that are in the prompt, if the prompt is shown."""
+    return (len(prompt.text), b"") if echo is None else (len(echo.text), echo.begun)
+
+
+def _shows(delta: Delta) -> bool:
+    columns, echo = delta.own_logprobs, delta.echo
+    return bool(delta.own_text or (columns and columns.tokens) or (echo and (echo.text or echo.tokens)))

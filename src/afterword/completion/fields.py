@@ -7,7 +7,7 @@ Beside each parser stands what it accepts as a JSON Schema, for the API's docume
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ Parser = Callable[[str, Any, Limits], Any]
 Schema = dict[str, Any]
 
 _LONGEST_STOP = 1024
+_SLICE = 2**16  # items of an array that are checked in one step
 _STOP: Schema = {"type": "string", "minLength": 1, "maxLength": _LONGEST_STOP}
 _IDS: Schema = {"type": "array", "items": {"type": "integer"}}
 
@@ -186,15 +187,18 @@ def token_ids(name: str, value: Any, limits: Limits) -> tuple[int, ...]:
 
 @accepts(
     lambda limits: {
-        "anyOf": [_STOP, {"type": "array", "minItems": 1, "maxItems": limits.max_stop, "items": _STOP}],
+        "anyOf": [
+            _STOP,
+            {"type": "array", "minItems": int(limits.strict), "maxItems": limits.max_stop, "items": _STOP},
+        ],
     }
 )
 def stop(name: str, value: Any, limits: Limits) -> tuple[str, ...]:
-    """One or several texts, none of them empty."""
+    """One or several texts, none of them empty. An empty array is no stop string; strictly it is refused."""
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(text, str) for text in stops):
         raise _wrong_type(name, value, "one of a string or an array of strings")
-    if not stops:
+    if not stops and limits.strict:
         raise _empty_array(name)
     if len(stops) > limits.max_stop:
         raise _too_long(name, "array", limits.max_stop, len(stops))
@@ -251,10 +255,17 @@ def _stream_keys(limits: Limits) -> set[str]:
     return {"include_usage", "include_obfuscation"} | (set() if limits.strict else {"continuous_usage_stats"})
 
 
-def _integers(items: Iterable[Any]) -> tuple[int, ...] | None:
-    """Integers, or None if something else is among them."""
-    ids = tuple(as_integer(item) for item in items)
-    return None if None in ids else ids  # type: ignore[return-value]
+def _integers(items: list[Any]) -> tuple[int, ...] | None:
+    """Integers, or None if something else is among them. In slices: each holds the interpreter's lock."""
+    ids: list[Any] = []
+    for start in range(0, len(items), _SLICE):
+        part = items[start : start + _SLICE]
+        if set(map(type, part)) != {int}:
+            part = [as_integer(item) for item in part]
+            if None in part:
+                return None
+        ids += part
+    return tuple(ids)
 
 
 def _bias_key(name: str, key: str) -> int:

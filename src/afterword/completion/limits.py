@@ -21,6 +21,7 @@ class Limits:
     max_best_of: int = limit(20, "candidates a prompt")
     max_completions: int = limit(2048, "prompts times candidates")
     max_request_tokens: int = limit(2**22, "token ids in the prompts, and tokens that may be generated")
+    max_answer: int = limit(2**29, "bytes of an answer, as estimated from the request")
     max_bias: int = limit(1024, "entries of logit_bias, and of stop_token_ids")
     max_name: int = limit(256, "characters of model, and of user")
     max_salt: int = limit(1024, "characters of cache_salt")

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain, islice
+from typing import TypeVar
 
 from afterword.completion.plan import Plan, PromptPlan
-from afterword.completion.text import Placed, TextStream
+from afterword.completion.text import Placed, Released, Stops, TextStream
 from afterword.engine.protocol import Token
 
+SLICE = 256
+"""Tokens whose columns are made, and encoded, in one step."""
+
+_SEARCHED = 16  # times that a text is searched to its end for a token that is not in it
+_CONTINUATIONS = bytes(range(0x80, 0xC0))  # bytes that begin no character
+
+T = TypeVar("T")
 TopLogprobs = tuple[dict[str, float] | None, ...]
 
 
@@ -22,24 +32,63 @@ class Logprobs:
     top_logprobs: TopLogprobs | None
     text_offset: tuple[int, ...]
 
-    def __add__(self, other: Logprobs) -> Logprobs:
-        top = None
-        if self.top_logprobs is not None and other.top_logprobs is not None:
-            top = self.top_logprobs + other.top_logprobs
-        return Logprobs(
-            self.tokens + other.tokens,
-            self.token_logprobs + other.token_logprobs,
-            top,
-            self.text_offset + other.text_offset,
-        )
+
+def sliced(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    """A sequence in slices of what is worked on in one step."""
+    return (items[start : start + SLICE] for start in range(0, len(items), SLICE))
+
+
+def joined(parts: Iterable[Logprobs]) -> Logprobs:
+    """Columns one after another, of which there is at least one part."""
+    parts = tuple(parts)
+    tops = [part.top_logprobs for part in parts if part.top_logprobs is not None]
+    return Logprobs(
+        tuple(chain.from_iterable(part.tokens for part in parts)),
+        tuple(chain.from_iterable(part.token_logprobs for part in parts)),
+        tuple(chain.from_iterable(tops)) if len(tops) == len(parts) else None,
+        tuple(chain.from_iterable(part.text_offset for part in parts)),
+    )
+
+
+def column_slices(columns: Logprobs) -> Iterator[Logprobs]:
+    """Columns in slices of what is worked on in one step."""
+    if len(columns.tokens) <= SLICE:
+        yield columns
+        return
+    for start in range(0, len(columns.tokens), SLICE):
+        part = slice(start, start + SLICE)
+        top = None if columns.top_logprobs is None else columns.top_logprobs[part]
+        yield Logprobs(columns.tokens[part], columns.token_logprobs[part], top, columns.text_offset[part])
 
 
 @dataclass(frozen=True, slots=True)
 class Echo:
-    """What comes before the completion when the prompt is echoed."""
+    """What comes before the completion when the prompt is echoed; its choices share it.
+
+    `text` are whole characters; `begun` are the bytes after them, the beginning of a character that the completion may
+    end. `tokens` are the prompt's, each as it is in the text, with what the engine reported; None without columns.
+    """
 
     text: str
-    logprobs: Logprobs | None
+    begun: bytes
+    tokens: tuple[tuple[bytes, Token | None], ...] | None
+    aligned: bool
+    plan: Plan = field(compare=False, repr=False)
+
+    def columns(self) -> Iterator[Logprobs]:
+        """The columns in slices, each made when it is asked for: those of a long prompt are large."""
+        if self.tokens is None:
+            return
+        offsets = _searched(self) if self.aligned else _decoded(self)
+        for part in sliced(self.tokens):
+            placed = list(islice(offsets, len(part)))
+            top = tuple(None if t is None else top_map(t, self.plan) for _, t in part) if self.plan.logprobs else None
+            yield Logprobs(
+                tuple(spelled(shown) for shown, _ in placed),
+                tuple(None if t is None else t.logprob for _, t in part),
+                top,
+                tuple(offset for _, offset in placed),
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +102,26 @@ class Ranked:
 
 @dataclass(frozen=True, slots=True)
 class PromptReport:
-    """What was asked about the tokens that the model read; None where nothing was."""
+    """What was asked about the tokens that the model read; None where nothing was. Its choices share it.
+
+    `scored` are the tokens from the second on.
+    """
 
     token_ids: tuple[int, ...] | None
-    logprobs: tuple[dict[str, Ranked] | None, ...] | None
+    scored: tuple[Token, ...] | None
+    plan: Plan = field(compare=False, repr=False)
+
+    def entries(self) -> Iterator[tuple[dict[str, Ranked] | None, ...]]:
+        """An entry for each token, in slices, each made when it is asked for. Nothing precedes the first token."""
+        if self.scored is not None:
+            yield (None,)
+            for part in sliced(self.scored):
+                yield tuple(ranked(token, self.plan) for token in part)
+
+    @property
+    def logprobs(self) -> tuple[dict[str, Ranked] | None, ...] | None:
+        """All entries."""
+        return None if self.scored is None else tuple(chain.from_iterable(self.entries()))
 
 
 def generated_columns(tokens: Iterable[Placed[Token]], plan: Plan) -> Logprobs:
@@ -77,30 +142,69 @@ def make_echo(plan: Plan, prompt: PromptPlan, scored: Sequence[Token]) -> Echo |
     """
     if not plan.echo:
         return None
-    if plan.logprobs is None:
-        return Echo(prompt.text, None)
     ids = prompt.job.prompt[prompt.hidden :]
     pieces = [plan.pieces[token] for token in ids]
-    if plan.strip_space and b"".join(pieces).decode("utf-8", "replace") != prompt.text:
-        pieces = list(_without_added_spaces(pieces, prompt.text.encode()))
-    stream: TextStream[int] = TextStream((), 0)
-    for position, piece in enumerate(pieces):
-        stream.push(position, piece)
-    offsets = tuple(placed.offset for placed in stream.finish().tokens)
+    spelling = b"".join(pieces)
+    aligned = spelling.decode("utf-8", "replace") != prompt.text
+    begun = b"" if aligned else unfinished(spelling)
+    text = prompt.text[:-1] if begun else prompt.text
+    if plan.logprobs is None:
+        return Echo(text, begun, None, aligned, plan)
     known: list[Token | None] = [None, *scored[prompt.hidden :]] if ids else []  # nothing precedes the first token
-    top = tuple(None if t is None else top_map(t, plan) for t in known) if plan.logprobs else None
-    columns = Logprobs(
-        tuple(map(spelled, pieces)), tuple(None if t is None else t.logprob for t in known), top, offsets
-    )
-    return Echo(prompt.text, columns)
+    return Echo(text, begun, tuple(zip(pieces, known, strict=True)), aligned, plan)
 
 
-def _without_added_spaces(pieces: Iterable[bytes], text: bytes) -> Iterator[bytes]:
-    """The pieces as they are in the text: SentencePiece puts spaces before it and after its special tokens."""
-    for piece in pieces:
-        shown = piece if text.startswith(piece) else piece.removeprefix(b" ")
-        yield shown
-        text = text[len(shown) :]
+def _decoded(echo: Echo) -> Iterator[tuple[bytes, int]]:
+    """Each token's bytes and offset, where the tokens spell the text."""
+    stream: TextStream[bytes] = TextStream(Stops(), 0)
+    for count, (piece, _) in enumerate(echo.tokens or (), 1):
+        stream.push(piece, piece)
+        if count % SLICE == 0:
+            yield from _pairs(stream.release())
+    yield from _pairs(stream.finish())
+
+
+def _pairs(released: Released[bytes]) -> Iterator[tuple[bytes, int]]:
+    return ((placed.token, placed.offset) for placed in released.tokens)
+
+
+def _searched(echo: Echo) -> Iterator[tuple[bytes, int]]:
+    """Each token's bytes and offset, where the tokenizer has added or dropped something.
+
+    SentencePiece puts spaces before a text and after its special tokens; byte-level vocabularies without a token for a
+    byte drop it. A token stands where its bytes come next. What is not found at all takes no place in the text.
+    """
+    text = echo.text.encode()
+    place = characters = 0
+    budget = _SEARCHED * len(text)  # so that many tokens that are not in the text cost no more than a few looks at it
+    for piece, _ in echo.tokens or ():
+        spaceless = piece.removeprefix(b" ") if echo.plan.strip_space else piece
+        shown = piece if text.startswith(piece, place) else spaceless
+        found = place
+        if not text.startswith(shown, place):
+            shown = piece
+            found = text.find(piece, place) if budget > 0 else -1
+            budget -= len(text) - place if found < 0 else 0
+        if found < 0:
+            yield piece, characters
+            continue
+        characters += _beginnings(text[place:found])
+        inside = bool(shown) and text[found] in _CONTINUATIONS
+        yield shown, characters - inside
+        characters += _beginnings(shown)
+        place = found + len(shown)
+
+
+def _beginnings(data: bytes) -> int:
+    """How many characters begin in these bytes."""
+    return len(data.translate(None, _CONTINUATIONS))
+
+
+def unfinished(data: bytes) -> bytes:
+    """The bytes at the end that are the beginning of a character."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(data[-3:])
+    return decoder.getstate()[0]
 
 
 def make_report(plan: Plan, prompt: PromptPlan, scored: Sequence[Token]) -> PromptReport | None:
@@ -108,9 +212,7 @@ def make_report(plan: Plan, prompt: PromptPlan, scored: Sequence[Token]) -> Prom
     if not plan.return_token_ids and plan.prompt_logprobs is None:
         return None
     ids = prompt.job.prompt if plan.return_token_ids else None
-    if plan.prompt_logprobs is None:
-        return PromptReport(ids, None)
-    return PromptReport(ids, (None, *(ranked(token, plan) for token in scored)))
+    return PromptReport(ids, None if plan.prompt_logprobs is None else tuple(scored), plan)
 
 
 def ranked(token: Token, plan: Plan) -> dict[str, Ranked]:

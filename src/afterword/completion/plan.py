@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from afterword.completion.fields import Prompt
 from afterword.completion.infill import infill_prompt
 from afterword.completion.request import Request
+from afterword.completion.text import Stops
 from afterword.engine.protocol import Card, Infill, Job, Sampling
 from afterword.errors import RequestError
 
@@ -38,7 +39,7 @@ class Plan:
     logprobs: int | None
     prompt_logprobs: int | None
     return_token_ids: bool
-    stop: tuple[str, ...]
+    stop: Stops
     pieces: tuple[bytes, ...]
     strip_space: bool
 
@@ -120,7 +121,7 @@ def make_plan(request: Request, card: Card, tokens: Tokenized, entropy: int, cal
         logprobs=request.logprobs,
         prompt_logprobs=request.prompt_logprobs,
         return_token_ids=request.return_token_ids,
-        stop=request.stop,
+        stop=Stops.of(request.stop),
         pieces=card.pieces,
         strip_space=card.space_prefix,
     )

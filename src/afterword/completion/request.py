@@ -7,22 +7,16 @@ model (ids, context, infill) is the plan's to check.
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from afterword.completion import fields
+from afterword.completion.body import parse_object
 from afterword.completion.fields import Field, Prompt, Schema, StreamOptions
 from afterword.completion.limits import Limits
 from afterword.completion.meanings import MEANINGS, explained
 from afterword.errors import RequestError
 
-_BAD_JSON = (
-    "We could not parse the JSON body of your request. (HINT: This likely means you aren't using your HTTP library "
-    "correctly. The OpenAI API expects a JSON payload, but what was sent was not valid JSON.)"
-)
 _LENGTH_HINT = "(HINT: the most tokens that are generated are given in 'max_tokens'.)"
 _INT32, _INT64 = 2**31, 2**63
 
@@ -169,32 +163,6 @@ def schema(limits: Limits) -> Schema:
         "additionalProperties": limits.ignore_unknown,
     }
     return explained(described, "", MEANINGS)
-
-
-def parse_object(body: bytes) -> dict[str, Any]:
-    """A JSON object as a dict. Strict: UTF-8, no NaN, no lone surrogates, bounded depth, no key twice."""
-    try:
-        value = msgspec.json.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        raise RequestError(_BAD_JSON) from None
-    if not isinstance(value, dict):
-        raise RequestError(_BAD_JSON)
-    if body.count(b":") != len(value):  # a colon a key, more where there are objects within, or texts with colons
-        _check_keys(body)
-    return value
-
-
-def _check_keys(body: bytes) -> None:
-    """No object has a key twice: readers differ in which of the two they take. The fast parser would not say."""
-
-    def check(pairs: list[tuple[str, Any]]) -> None:
-        if len({key for key, _ in pairs}) != len(pairs):
-            raise RequestError("The JSON body has a key twice in one object.")
-
-    try:
-        json.loads(body, object_pairs_hook=check)
-    except (ValueError, RecursionError):
-        raise RequestError(_BAD_JSON) from None
 
 
 # ---- rules about several fields at once

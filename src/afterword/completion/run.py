@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from afterword.completion.choice import Choice, Delta, fold
+from afterword.completion.choice import Choice, Delta, Folded
 from afterword.completion.logprobs import make_echo, make_report
 from afterword.completion.plan import Plan, PromptPlan, Tokenized, check_lengths
 from afterword.completion.request import Request
@@ -19,7 +19,7 @@ MOST_UNREAD = 16 * 2**20
 on its way from the engine's process (some megabytes at most) still comes on top."""
 
 READER_SECONDS = 60.0
-"""How long the engine may be paused before the reader is given up: paused samples keep their sequences."""
+"""How long the engine may be paused before the reader is given up: what has been computed takes memory meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +97,7 @@ class _Growing:
         self._first = index * plan.n
         self._scored: list[Token] = []
         self._choices: list[Choice] = []
+        self._held: list[Folded] = []  # candidates, until all are whole
         self._cached = 0
         self._begun = False
         self.generated = 0  # tokens, in the text or not
@@ -124,14 +125,15 @@ class _Growing:
         self.generated += len(step.sampled)
 
     def take(self, step: Step, run: Run) -> Iterator[Delta]:
-        """Deltas that a step brings, each made when it is asked for, since an echoed prompt with its log
-        probabilities is large. Samples whose text is complete are dropped from the run."""
+        """Deltas that a step brings, each made when it is asked for. Samples whose text is complete are dropped from
+        the run."""
         self._scored.extend(step.scored)
         self._cached += step.cached
         if not self._choices and (step.sampled or step.ended):
             echo = make_echo(self._plan, self._prompt, self._scored)
             report = make_report(self._plan, self._prompt, self._scored)
             self._choices = [Choice(self._plan, self._prompt, echo, report) for _ in range(self._plan.best_of)]
+            self._held = [Folded() for _ in self._choices]
             self._scored.clear()
         growing = {sample for sample, choice in enumerate(self._choices) if choice.finish is None}
         for sample, token in step.sampled:
@@ -142,17 +144,21 @@ class _Growing:
         for sample in growing:
             if self._choices[sample].finish:
                 run.drop(sample)
-        if self._plan.best_of > self._plan.n:
-            yield from self._best() if growing and all(choice.finish for choice in self._choices) else ()
-            return
+        ranked = self._plan.best_of > self._plan.n
         for sample in sorted(growing):
-            yield from self._choices[sample].deltas(self._first + sample)
+            deltas = self._choices[sample].deltas(self._first + sample)
+            if ranked:
+                self._held[sample].take(deltas)
+            else:
+                yield from deltas
+        if ranked and growing and all(choice.finish for choice in self._choices):
+            yield from self._best()
 
-    def _best(self) -> list[Delta]:
+    def _best(self) -> Iterator[Delta]:
         """The `n` candidates with the highest mean log probability, best first, whole."""
-        ranked = sorted(self._choices, key=lambda choice: -choice.score)
-        answers = [fold(choice.deltas(self._first + place)) for place, choice in enumerate(ranked)]
-        return answers[: self._plan.n]
+        ranked = sorted(range(len(self._choices)), key=lambda sample: -self._choices[sample].score)
+        for place, sample in enumerate(ranked[: self._plan.n]):
+            yield replace(self._held[sample].whole, index=self._first + place)
 
 
 async def _merged(runs: Sequence[Run], growing: Sequence[_Growing]) -> AsyncGenerator[tuple[int, Step]]:

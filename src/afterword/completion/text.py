@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -32,10 +32,14 @@ class Released(Generic[T]):
 
 
 class TextStream(Generic[T]):
-    """Tokens in, text out. Owner of one sample's undecided text. `start` is the offset of its first character."""
+    """Tokens in, text out. Owner of one sample's undecided text. `start` is the offset of its first character.
 
-    def __init__(self, stops: Sequence[str], start: int) -> None:
+    `begun` are the first bytes of that character, where the text before ends inside it.
+    """
+
+    def __init__(self, stops: Stops, start: int, begun: bytes = b"") -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder.setstate((begun, 0))
         self._stops = StopMatcher(stops)
         self._start = start  # offset of the first character that is not released
         self._text = ""
@@ -50,7 +54,7 @@ class TextStream(Generic[T]):
     def push(self, token: T, piece: bytes, may_stop: bool = True) -> None:
         """Take a token and its bytes. Ignored once a stop string was found; one begins only where it may."""
         if not self.stopped and self._breaks_off(piece):
-            self._append(self._decoder.decode(b"", final=True), may_stop)
+            self._break_off(may_stop)
         if self.stopped:
             return
         offset = self.end
@@ -73,7 +77,7 @@ class TextStream(Generic[T]):
     def finish(self) -> Released[T]:
         """All that is left: nothing more will come."""
         if not self.stopped:
-            self._append(self._decoder.decode(b"", final=True))
+            self._break_off(may_stop=True)
         return self._release(len(self._held), self.end)
 
     def _breaks_off(self, piece: bytes) -> bool:
@@ -84,6 +88,10 @@ class TextStream(Generic[T]):
         except UnicodeDecodeError:
             return bool(begun)
         return False
+
+    def _break_off(self, may_stop: bool) -> None:
+        """Replace the bytes of an unfinished character. If all are from the text before, no stop string is in it."""
+        self._append(self._decoder.decode(b"", final=True), may_stop and bool(self._held))
 
     def _append(self, text: str, may_stop: bool = True) -> None:
         found = self._stops.feed(text) if may_stop else None
@@ -103,16 +111,30 @@ class TextStream(Generic[T]):
         return Released(text, tuple(self._held.popleft()[0] for _ in range(count)))
 
 
+@dataclass(frozen=True, slots=True)
+class Stops:
+    """Stop strings, prepared once for all samples of a request. `borders` belong to `texts`."""
+
+    texts: tuple[str, ...] = ()
+    borders: tuple[tuple[int, ...], ...] = ()
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> Stops:
+        """Prepare some texts."""
+        distinct = tuple(dict.fromkeys(texts))
+        return cls(distinct, tuple(map(_borders, distinct)))
+
+
 class StopMatcher:
     """Finds the stop string that is complete first; of several that end together, the longest.
 
-    A character at a time, so that the result does not depend on how text is cut into tokens.
+    A character at a time, so that the result does not depend on how text is cut into tokens. Of its own it keeps a
+    number for each stop string.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(dict.fromkeys(stops))
-        self._borders = tuple(_borders(stop) for stop in self._stops)
-        self._matched = [0] * len(self._stops)
+    def __init__(self, stops: Stops) -> None:
+        self._stops = stops
+        self._matched = [0] * len(stops.texts)
 
     @property
     def held(self) -> int:
@@ -121,17 +143,17 @@ class StopMatcher:
 
     def feed(self, text: str) -> tuple[int, int] | None:
         """Where in `text` a stop string ends, and its length; None if none does."""
-        if not self._stops:
+        if not self._matched:
             return None
         for position, character in enumerate(text, 1):
-            longest = max(self._advance(index, character) for index in range(len(self._stops)))
+            longest = max(self._advance(index, character) for index in range(len(self._matched)))
             if longest:
                 return position, longest
         return None
 
     def _advance(self, index: int, character: str) -> int:
         """One character for one stop string (Knuth, Morris, Pratt); returns its length if it is complete."""
-        stop, borders = self._stops[index], self._borders[index]
+        stop, borders = self._stops.texts[index], self._stops.borders[index]
         matched = self._matched[index]
         while matched and stop[matched] != character:
             matched = borders[matched - 1]

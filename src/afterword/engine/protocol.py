@@ -63,11 +63,12 @@ class Job(Value, frozen=True):
     client: str = ""
 
 
-class Token(Value, frozen=True):
+class Token(Value, frozen=True, gc=False):
     """A token with its natural-log probability under the unmodified model, and the likeliest ones, best first.
 
     `logprob` is None where the job asked for no log probabilities. `rank` is 1 for the likeliest token; known for
-    tokens of the prompt, else 0.
+    tokens of the prompt, else 0. The garbage collector does not visit it: it cannot be part of a cycle, and a large
+    answer has so many that a collection would stop the process for a long time.
     """
 
     id: int

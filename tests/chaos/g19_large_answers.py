@@ -1,0 +1,141 @@
+"""G19: beside any single request within the limits, however large its body or answer is, `/health` answers at once."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from afterword.api import completions, pieces
+
+from .gate import Fault, Gate, Result, Trial
+from .server import Server, beside
+
+WORST = 0.1
+"""Seconds that `/health` may take."""
+MOST_MEMORY = 768
+"""MiB that the server's own process may have."""
+_PAUSE = 0.01  # seconds between two looks
+_CONTEXT = 2048
+_LIMIT = 300  # seconds for a request
+_BODY = 8 * 2**20 - 2**10
+_WORDS = 256  # ids below are bytes
+
+
+def run(trial: Trial) -> Result:
+    slowest: dict[str, float] = {}
+    sizes: dict[str, int] = {}
+    wrong, memory = 0, 0.0
+    with (
+        trial.serve("--parallel", "8", "--context", str(_CONTEXT), scripted=True) as server,
+        beside("taker") as taker,
+    ):
+        for name, (path, body, status) in list(cases().items()) * trial.size:
+            trial.say(f"G19 {name}")
+            told, seconds = _ask(server, taker, path, body)
+            wrong += told[0] != status
+            slowest[name] = max(slowest.get(name, 0.0), seconds)
+            memory = max(memory, server.memory)
+            sizes[name] = told[1]
+    worst = max(slowest.values())
+    figures = {f"{name}: MB, ms": f"{sizes[name] / 1e6:.0f}, {slowest[name] * 1000:.0f}" for name in sizes}
+    passed = wrong == 0 and worst <= WORST and memory <= MOST_MEMORY
+    return Result(passed, {"wrong": wrong, "worst, ms": round(worst * 1000), "MiB": round(memory)} | figures)
+
+
+def completion(**fields: Any) -> tuple[str, str, int]:
+    return "/v1/completions", json.dumps(fields), 200
+
+
+def cases() -> dict[str, tuple[str, str, int]]:
+    """Requests by what is large in them: path, body, and the status that is right."""
+    prompt = [7 * place % _WORDS for place in range(2000)]
+    stops = [chr(ord("a") + number) * 1023 for number in range(16)]
+    items = _BODY // 4
+    return {
+        "reports": completion(prompt=prompt, n=128, prompt_logprobs=20, max_tokens=1),
+        "echoes": completion(prompt=prompt, n=128, echo=True, logprobs=20, max_tokens=1),
+        "streamed echoes": completion(prompt=prompt, n=128, echo=True, logprobs=20, max_tokens=1, stream=True),
+        "scored prompts": completion(prompt=[prompt] * 20, echo=True, logprobs=20, max_tokens=0),
+        "long texts": completion(prompt="a", n=16, logprobs=20, max_tokens=_CONTEXT - 8, ignore_eos=True),
+        "ranked texts": completion(prompt="a", best_of=16, logprobs=20, max_tokens=_CONTEXT - 8, ignore_eos=True),
+        "stop strings": completion(prompt=["a"] * 2048, stop=stops, max_tokens=1),
+        "lists": ("/v1/completions", f'{{"prompt":[{",".join(["[1]"] * items)}]}}', 400),
+        "ids": ("/v1/completions", f'{{"prompt":[{",".join(["1"] * 2 * items)}],"max_tokens":1}}', 400),
+        "detokenized": ("/detokenize", f'{{"tokens":[{",".join(["97"] * (_BODY // 3))}]}}', 200),
+    }
+
+
+def _ask(server: Server, taker: subprocess.Popen[str], path: str, body: str) -> tuple[list[int], float]:
+    """Status and bytes of an answer, and how long `/health` took at most meanwhile."""
+    assert taker.stdin is not None
+    assert taker.stdout is not None
+    taker.stdin.write(json.dumps({"port": server.port, "path": path, "body": body}) + "\n")
+    taker.stdin.flush()
+    looks = _looks(server)
+    worst = next(looks)
+    deadline = time.monotonic() + _LIMIT
+    with _Lines(taker) as lines:
+        while lines.line is None and time.monotonic() < deadline:
+            worst = max(worst, next(looks))
+            time.sleep(_PAUSE)
+        told: list[int] = json.loads(lines.line or "[0, 0]")
+    return told, worst
+
+
+class _Lines:
+    """Waits for the taker's next line in a thread."""
+
+    def __init__(self, taker: subprocess.Popen[str]) -> None:
+        self.line: str | None = None
+        self._taker = taker
+        self._thread = threading.Thread(target=self._read, daemon=True)
+
+    def __enter__(self) -> _Lines:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.line is None:
+            self._taker.kill()
+        self._thread.join()
+
+    def _read(self) -> None:
+        assert self._taker.stdout is not None
+        self.line = self._taker.stdout.readline()
+
+
+def _looks(server: Server) -> Iterator[float]:
+    """Seconds that `/health` takes, again and again, on one connection."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    while True:
+        start = time.monotonic()
+        connection.request("GET", "/health")
+        connection.getresponse().read()
+        yield time.monotonic() - start
+
+
+def make_in_one_piece(patch: pytest.MonkeyPatch) -> None:
+    async def no_turn(*_: Any) -> None:
+        pass
+
+    patch.setattr(completions._Turns, "after", no_turn)
+    patch.setattr(pieces, "cut", lambda fragments: iter([b"".join(fragments)]))
+
+
+GATE = Gate(
+    name="G19",
+    goal="beside one request within the limits, however large, /health takes at most 100 ms",
+    unit="rounds",
+    commit=1,
+    nightly=5,
+    run=run,
+    fault=Fault("answers are made and sent in one piece", "server", make_in_one_piece),
+    planted=1,
+)
