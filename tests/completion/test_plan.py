@@ -138,7 +138,7 @@ def test_the_first_prompt_that_is_too_long_is_told() -> None:
 
 def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized() -> None:
     class Untouchable(ScriptedEngine):
-        async def tokenize(self, text: str, special: bool) -> tuple[int, ...]:
+        async def tokenize(self, text: str, special: bool, client: str = "") -> tuple[int, ...]:
             raise AssertionError
 
     for fields in ({"prompt": ("x" * 10_000,)}, {"prompt": ("a",), "suffix": "x" * 10_000}):

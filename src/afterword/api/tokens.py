@@ -9,16 +9,21 @@ from starlette.responses import Response
 
 from afterword.api import gate
 from afterword.api.models import json_answer
+from afterword.api.presence import while_present
 from afterword.api.service import Served, Service
 from afterword.api.visit import visit_of
 from afterword.completion.fields import as_integer
+from afterword.completion.plan import bos_before
 from afterword.completion.request import parse_object
 from afterword.engine.protocol import Card
 from afterword.errors import RequestError
 
 
 async def tokenize(request: Request) -> Response:
-    """`{"prompt": text, "add_special_tokens": true}` to token ids; the BOS is added if the model wants one."""
+    """`{"prompt": text, "add_special_tokens": true}` to token ids: those that the model reads of such a prompt.
+
+    So the BOS is among them if the model wants one; `usage` counts the caller's own tokens, without it.
+    """
     served, body = await _read(request, ("prompt", "add_special_tokens"))
     prompt, add = body.get("prompt"), body.get("add_special_tokens")
     if not isinstance(prompt, str):
@@ -26,9 +31,10 @@ async def tokenize(request: Request) -> Response:
     if not isinstance(add, bool | None):
         raise RequestError("'add_special_tokens' must be a boolean.", param="add_special_tokens")
     card = served.engine.card
-    bos = [card.bos] if card.add_bos and add is not False else []
     special = request.app.state.service.config.special_text
-    tokens = [*bos, *(await served.engine.tokenize(prompt, special) if prompt else ())]
+    work = served.engine.tokenize(prompt, special, visit_of(request.scope).key)
+    ids = await while_present(request.receive, work) if prompt else ()
+    tokens = [*bos_before(card, ids, add is not False), *ids]
     return json_answer({"tokens": tokens, "count": len(tokens), "max_model_len": card.context})
 
 

@@ -28,12 +28,17 @@ class Usage:
     cached_tokens: int = 0
 
 
-async def tokenize(request: Request, engine: Engine, special: bool = True) -> Tokenized:
+async def tokenize(request: Request, engine: Engine, special: bool = True, client: str = "") -> Tokenized:
     """The tokens of all texts in a request. `special`: text that spells a special token becomes that token."""
     check_lengths(request, engine.card)
     texts = [prompt for prompt in request.prompt if isinstance(prompt, str)]
-    tokens = await asyncio.gather(*(engine.tokenize(text, special) for text in (*texts, request.suffix or "") if text))
-    ready = iter(tokens)
+    wanted = [text for text in (*texts, request.suffix or "") if text]
+    work = [asyncio.ensure_future(engine.tokenize(text, special, client)) for text in wanted]
+    try:
+        ready = iter(await asyncio.gather(*work))
+    finally:
+        for each in work:
+            each.cancel()  # one of them has failed, or the client has left
     prompts = [prompt if isinstance(prompt, tuple) else next(ready) if prompt else () for prompt in request.prompt]
     return Tokenized(tuple(prompts), next(ready) if request.suffix else ())
 

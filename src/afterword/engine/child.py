@@ -1,7 +1,7 @@
 """The engine's process: reads frames, runs passes, writes frames. It ends when its parent does.
 
-Which library computes is an argument. Four threads: one reads, so that a cancel is seen between two passes; one
-tokenizes, with a stack large enough for recursive pre-tokenizers; one pulses; the main one computes.
+Which library computes is an argument. Its threads: one reads, so that a cancel is seen between two passes; two
+tokenize (`tokenizing`); one pulses; the main one computes.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
+import msgspec
+
 from afterword.engine import frames
 from afterword.engine.core.batch import Batch, Logits, Runner
 from afterword.engine.core.loop import Loop
 from afterword.engine.protocol import Card
+from afterword.engine.tokenizing import Tokenizer, Tokenizing
 from afterword.errors import AfterwordError
 
-Tokenizer = Callable[[str, bool], tuple[int, ...]]
 Tell = Callable[[float], None]
 """Is told the share of the model that has been loaded."""
 
-_TOKENIZER_STACK = 512 * 2**20
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
 _IDLE = 0.5  # seconds
 _PULSE = 1.0
@@ -37,7 +38,7 @@ _PULSE = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model, ready to compute. `tokenize` may be called from any thread. `team`: see `Loop`."""
+    """A model, ready to compute. `team`: see `Loop`."""
 
     runner: Runner
     card: Card
@@ -106,7 +107,7 @@ class _Child:
         self._stream = hears.makefile("rb")
         self._sending = threading.Lock()
         self._jobs: queue.SimpleQueue[frames.ToEngine] = queue.SimpleQueue()
-        self._texts: queue.SimpleQueue[frames.Tokenize] = queue.SimpleQueue()
+        self._tokenizing: Tokenizing | None = None
 
     def main(self, load: Callable[[frames.Open, Tell], Loaded]) -> None:
         """Load the model that the first frame names, then work until the parent is gone."""
@@ -121,20 +122,21 @@ class _Child:
             self._send(frames.Failed(error.message))
             return
         self._send(frames.Ready(loaded.card))
-        threading.stack_size(_TOKENIZER_STACK)
-        threading.Thread(target=self._tokenize, args=(loaded.tokenize,), daemon=True).start()
-        threading.stack_size(0)
-        threading.Thread(target=self._read, daemon=True).start()
+        self._tokenizing = Tokenizing(loaded.tokenize, self._send)
+        threading.Thread(target=self._read, args=(self._tokenizing,), daemon=True).start()
+        self._tokenizing.start()
         self._gauge = Gauge(loaded.runner)
         self._work(Loop(self._gauge, threads=settings.threads, team=loaded.team))
 
-    def _read(self) -> NoReturn:
+    def _read(self, tokenizing: Tokenizing) -> NoReturn:
         while body := frames.read(self._stream):
-            message = frames.unpack_to_engine(body)
-            if isinstance(message, frames.Tokenize):
-                self._texts.put(message)
-            else:
-                self._jobs.put(message)
+            match message := frames.unpack_to_engine(body):
+                case frames.Tokenize():
+                    tokenizing.add(message)
+                case frames.Forget():
+                    tokenizing.forget(message.call)
+                case _:
+                    self._jobs.put(message)
         os._exit(0)  # the parent is gone, and a pass may be running: nothing is worth waiting for
 
     def _tell(self, share: float) -> None:
@@ -143,12 +145,9 @@ class _Child:
     def _pulse(self) -> NoReturn:
         while True:
             time.sleep(_PULSE)
-            self._send(self._gauge.pulse() if self._gauge else frames.Pulse(0, 0, 0, 0.0, self._loaded))
-
-    def _tokenize(self, tokenize: Tokenizer) -> NoReturn:
-        while True:
-            call = self._texts.get()
-            self._send(frames.Tokens(call.call, tokenize(call.text, call.special)))
+            pulse = self._gauge.pulse() if self._gauge else frames.Pulse(0, 0, 0, 0.0, self._loaded)
+            short, long = self._tokenizing.parts if self._tokenizing else (0, 0)
+            self._send(msgspec.structs.replace(pulse, parts=(short, long)))
 
     def _work(self, loop: Loop) -> NoReturn:
         idle = True

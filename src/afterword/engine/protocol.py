@@ -168,6 +168,9 @@ class Engine(Protocol):
         """Accept a job. Raises `Overloaded` when the queue is full."""
         ...
 
-    async def tokenize(self, text: str, special: bool) -> tuple[int, ...]:
-        """Tokens of a text, without BOS. `special`: text that spells a special token becomes that token."""
+    async def tokenize(self, text: str, special: bool, client: str = "") -> tuple[int, ...]:
+        """Tokens of a text, without BOS. `special`: text that spells a special token becomes that token.
+
+        Clients are served in turn. Raises `RequestError` where the text is too long for the tokenizer.
+        """
         ...
