@@ -2,12 +2,13 @@
 
 The path in `Open` says how it fares: "refuse" cannot be loaded, "vanish" dies while loading, "confuse" holds a token
 that nobody gave it, "unsure" promises nothing of its numbers. A prompt that contains token 99 kills it, and so does one
-text.
+text. A text that begins with `SLOW` is tokenized for ever, part by part; one that is `STUCK` without an end to a part.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 
 from history import VOCABULARY, HistoryRunner
@@ -19,6 +20,7 @@ from afterword.errors import SettingError
 
 DEADLY = 99  # beyond the vocabulary, so that it is never sampled
 DEADLY_TEXT = "deadly"
+SLOW, STUCK = "slow", "stuck"
 
 
 class DeadlyRunner(HistoryRunner):
@@ -60,6 +62,9 @@ def load(settings: frames.Open, _: child.Tell) -> child.Loaded:
 def tokenize(text: str, _: bool) -> Iterator[tuple[int, ...]]:
     if text == DEADLY_TEXT:
         os._exit(1)
+    while text.startswith((SLOW, STUCK)):
+        time.sleep(0.01 if text.startswith(SLOW) else 3600)
+        yield ()
     for letter in text:
         yield (ord(letter) - 65,)
 

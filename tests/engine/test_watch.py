@@ -84,7 +84,9 @@ def test_a_text_of_which_parts_are_done_does_not_hang_however_long_it_takes():
 
 @pytest.mark.parametrize("texts", [(5, 9000), (5, 0)])
 def test_texts_that_hang_are_noticed_beside_others_that_do_not(texts: tuple[int, int]):
-    assert hangs_after(Watch(15), lambda second: parts(long=second), jobs=False, texts=texts) == pytest.approx(60, abs=1)
+    assert hangs_after(Watch(15), lambda second: parts(long=second), jobs=False, texts=texts) == pytest.approx(
+        60, abs=1
+    )
     answers = (frames.Tokens(0, (), True), pulse())
     assert hangs_after(Watch(15), *answers, jobs=False, texts=texts) == pytest.approx(60, abs=1)
 

@@ -31,7 +31,11 @@ class Cuts:
                     self._before[second].add(first)
 
     def pieces(self, text: str, spaced: bool) -> Iterator[str]:
-        """The pieces of a text. `spaced`: a space will be put before each, and must stay apart from it too."""
+        """The pieces of a text. `spaced`: a space will be put before each, and must stay apart from it too.
+
+        What is plain text in the whole is so in a piece; spaces are not yet written as `SPACE`, which could make
+        a special token of them.
+        """
         start, place = 0, LENGTH
         while place < len(text):
             if self._apart(text[place - 1], text[place]) and not (spaced and not self._apart(SPACE, text[place])):
@@ -42,4 +46,5 @@ class Cuts:
         yield text[start:]
 
     def _apart(self, first: str, second: str) -> bool:
+        first, second = (SPACE if letter == " " else letter for letter in (first, second))
         return second not in self._letters and first not in self._before.get(second, ())

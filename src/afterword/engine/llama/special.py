@@ -32,7 +32,7 @@ Piece = int | tuple[int, int]
 
 
 class SpecialTokens:
-    """Splits texts at special tokens. No two of them may have the same text.
+    """Splits texts at special tokens. They all have different texts, as in llama.cpp.
 
     `ambiguous`: two of the same length can overlap in a text. Then it matters which of them llama.cpp looks for first,
     and that depends on how its C++ library sorts.

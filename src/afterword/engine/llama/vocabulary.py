@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import itertools
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from afterword.engine.compiled import digest
 from afterword.engine.core import rows
 from afterword.engine.frames import Open
 from afterword.engine.llama import accelerator, cards
-from afterword.engine.llama.cuts import LENGTH, SPACE, Cuts
+from afterword.engine.llama.cuts import LENGTH, Cuts
 from afterword.engine.llama.library import native, version
 from afterword.engine.llama.runner import LlamaRunner
 from afterword.engine.llama.special import SpecialToken, SpecialTokens
@@ -75,7 +74,7 @@ class Vocabulary:
             yield self._ids(data, False)
             return
         led = 0
-        for piece in self._cuts.pieces(data.decode("utf-8", "surrogateescape").replace(" ", SPACE), self._led > 0):
+        for piece in self._cuts.pieces(data.decode("utf-8", "surrogateescape"), self._led > 0):
             yield self._ids(piece.encode("utf-8", "surrogateescape"), False)[led:]
             led = self._led  # the library puts a space before each piece, but only the first one has it
 
@@ -90,17 +89,13 @@ class Vocabulary:
         return ids[:count]
 
     def _special_tokens(self, special: bool) -> Iterator[SpecialToken]:
-        """The tokens that llama.cpp finds in a text before all others; of those with one text the one that it takes."""
-        found: defaultdict[bytes, list[int]] = defaultdict(list)
+        """The tokens that llama.cpp finds in a text before all others."""
+        left, right = native.LLAMA_TOKEN_ATTR_LSTRIP, native.LLAMA_TOKEN_ATTR_RSTRIP
         for token in range(self.size):
             kind = native.llama_vocab_get_attr(self._vocab, token)
             if kind & _SPECIAL and (special or not kind & _BY_NAME):
-                found[native.llama_vocab_get_text(self._vocab, token)].append(token)
-        for text, tokens in found.items():
-            token = tokens[0] if len(tokens) == 1 else self._ids(text, special)[0]
-            kind = native.llama_vocab_get_attr(self._vocab, token)
-            left, right = native.LLAMA_TOKEN_ATTR_LSTRIP, native.LLAMA_TOKEN_ATTR_RSTRIP
-            yield SpecialToken(token, text, bool(kind & left), bool(kind & right))
+                text = native.llama_vocab_get_text(self._vocab, token)
+                yield SpecialToken(token, text, bool(kind & left), bool(kind & right))
 
     def _texts(self) -> Iterator[str]:
         for token in range(self.size):
