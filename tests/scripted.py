@@ -51,7 +51,7 @@ class ScriptedEngine:
     hasty: bool = False
     runs: list["ScriptedRun"] = field(default_factory=list)
 
-    async def tokenize(self, text: str, special: bool) -> tuple[int, ...]:
+    async def tokenize(self, text: str, special: bool, client: str = "") -> tuple[int, ...]:
         parts = re.split(f"({'|'.join(SPECIAL)})", text) if special else [text]
         space = " " if self.card.space_prefix else ""
         return tuple(token for part in parts if part for token in ids(part if part in SPECIAL else space + part))

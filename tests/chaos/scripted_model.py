@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +48,9 @@ def load(settings: frames.Open, _: child.Tell) -> child.Loaded:
     return child.Loaded(TableRunner(settings.sequences, settings.chunk), card, tokenize)
 
 
-def tokenize(text: str, special: bool) -> tuple[int, ...]:
+def tokenize(text: str, special: bool) -> Iterator[tuple[int, ...]]:
     """The longest pieces. `special`: names of special tokens are those tokens, else they are spelled."""
-    return tuple(_IDS[piece] for piece in (_ANY if special else _PLAIN).findall(text.encode()))
+    yield tuple(_IDS[piece] for piece in (_ANY if special else _PLAIN).findall(text.encode()))
 
 
 class TableRunner:

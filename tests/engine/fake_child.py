@@ -3,12 +3,14 @@
 The path in `Open` says how it fares: "refuse" cannot be loaded, "vanish" dies while loading, "slow" never ends loading,
 "confuse" holds a token that nobody gave it, "unsure" promises nothing of its numbers. That of a file is a model whose
 fingerprint is what the file holds. A prompt that contains token 99 kills it, and so does one text.
+A text that begins with `SLOW` is tokenized for ever, part by part; one that is `STUCK` without an end to a part.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from afterword.errors import EngineError, SettingError
 DEADLY = 99  # beyond the vocabulary, so that it is never sampled
 DEADLY_TEXT = "deadly"
 FAULTY_TEXT = "faulty"  # at which the tokenizer raises
+SLOW, STUCK = "slow", "stuck"
 
 
 class DeadlyRunner(HistoryRunner):
@@ -72,12 +75,16 @@ def confirm(path: str, fingerprint: str) -> None:
         raise EngineError("The file was changed.")
 
 
-def tokenize(text: str, _: bool) -> tuple[int, ...]:
+def tokenize(text: str, _: bool) -> Iterator[tuple[int, ...]]:
     if text == FAULTY_TEXT:
         raise ValueError(text)
     if text == DEADLY_TEXT:
         os._exit(1)
-    return tuple(ord(letter) - 65 for letter in text)
+    while text.startswith((SLOW, STUCK)):
+        time.sleep(0.01 if text.startswith(SLOW) else 3600)
+        yield ()
+    for letter in text:
+        yield (ord(letter) - 65,)
 
 
 if __name__ == "__main__":

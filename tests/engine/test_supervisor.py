@@ -11,14 +11,22 @@ from pathlib import Path
 import msgspec
 import psutil
 import pytest
-from fake_child import DEADLY, DEADLY_TEXT, FAULTY_TEXT
+from fake_child import DEADLY, DEADLY_TEXT, FAULTY_TEXT, SLOW, STUCK
 from history import alone
 
 from afterword.engine.frames import Open, Pass, Pulse
 from afterword.engine.process import without_secrets
 from afterword.engine.protocol import Job, Load, Run, Sampling
 from afterword.engine.supervisor import Policy, Supervisor
-from afterword.errors import EngineDied, EngineFailure, ModelReplaced, Overloaded, SettingError, WaitedTooLong
+from afterword.errors import (
+    EngineDied,
+    EngineFailure,
+    ModelReplaced,
+    Overloaded,
+    RequestError,
+    SettingError,
+    WaitedTooLong,
+)
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_child.py")))
 PLAIN = Sampling()
@@ -211,6 +219,48 @@ def test_a_text_that_kills_the_tokenizer_fails_alone():
             assert await running == alone(job(max_tokens=100), 0)
             with pytest.raises(EngineFailure):
                 await supervisor.tokenize(DEADLY_TEXT, True)
+
+    run(test)
+
+
+@pytest.mark.parametrize("seconds", [0, pytest.param(13, marks=pytest.mark.slow)])
+def test_a_slow_text_holds_no_other_texts_and_is_no_hang(seconds: int):
+    async def test() -> None:
+        async with engine(hang_seconds=3) as supervisor:
+            slow = [asyncio.create_task(supervisor.tokenize(SLOW + "x" * 10**4, True, "A")) for _ in range(8)]
+            await asyncio.sleep(0)
+            assert await supervisor.tokenize("ABC", True, "B") == (0, 1, 2)
+            await asyncio.sleep(seconds)
+            for task in slow:
+                task.cancel()
+            text = "A" * 10**4
+            assert await supervisor.tokenize(text, True, "B") == (0,) * 10**4, (
+                "a client that leaves frees the tokenizer"
+            )
+            assert supervisor.restarts == 0, "parts of the slow text were done"
+
+    run(test)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", [STUCK, STUCK + "x" * 10**4], ids=["short", "long"])
+def test_a_text_that_hangs_is_noticed(text: str):
+    async def test() -> None:
+        async with engine(hang_seconds=3) as supervisor:
+            stuck = asyncio.create_task(supervisor.tokenize(text, True, "A"))
+            await until(lambda: supervisor.restarts == 1 and supervisor.state == "ready")
+            stuck.cancel()
+
+    run(test)
+
+
+def test_texts_that_the_tokenizer_cannot_take_do_not_reach_it():
+    async def test() -> None:
+        async with engine(max_text=10**4) as supervisor:
+            for text in ("A" * (10**4 + 1), DEADLY_TEXT * 10**4):
+                with pytest.raises(RequestError, match="max_text"):
+                    await supervisor.tokenize(text, True)
+            assert supervisor.restarts == 0
 
     run(test)
 

@@ -7,14 +7,15 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import TypeVar
 
 import pytest
 
-from afterword.engine.child import _TOKENIZER_STACK
 from afterword.engine.llama import library
 from afterword.engine.llama.library import native
 from afterword.engine.llama.vocabulary import Vocabulary
+from afterword.engine.tokenizing import stack_for
 
 T = TypeVar("T")
 
@@ -70,7 +71,7 @@ def loaded(request: pytest.FixtureRequest) -> Iterator[Loaded]:
 def on_a_large_stack(work: Callable[[], T]) -> T:
     """The result of `work` on a thread like the one that tokenizes in the engine's process."""
     results: list[T] = []
-    before = threading.stack_size(_TOKENIZER_STACK)
+    before = threading.stack_size(stack_for("x" * 2**18))
     try:
         thread = threading.Thread(target=lambda: results.append(work()))
         thread.start()
@@ -109,6 +110,17 @@ def test_sentencepiece_takes_its_sign_for_a_space_as_a_space(loaded: Loaded) -> 
 def test_a_run_of_100_000_characters_survives(loaded: Loaded, run: str) -> None:
     text = (run * 100_000)[:100_000]
     assert on_a_large_stack(lambda: loaded.round_trip(text)) == text
+
+
+def test_special_tokens_are_found_as_llama_cpp_finds_them(loaded: Loaded) -> None:
+    vocabulary, random = loaded.vocabulary, Random(loaded.name)
+    names = [token.text.decode() for token in vocabulary._special_tokens(True)]
+    parts = [*names, *(name[1:] for name in names), *(name[: len(name) // 2] for name in names)]
+    plain = [" ", "  ", "\n", "the", "<", "|>", "é", "漢", "▁", "\0"] * (1 + len(names) // 10)
+    for _ in range(200):
+        text = "".join(random.choices(parts + plain, k=random.choice((1, 4, 30))))
+        for special in (False, True):
+            assert vocabulary.tokenize(text, special) == tuple(vocabulary._ids(text.encode(), special)), repr(text)
 
 
 def test_no_piece_is_longer_than_the_longest(loaded: Loaded) -> None:

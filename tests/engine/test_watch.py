@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from afterword.engine import frames
@@ -14,12 +16,17 @@ from afterword.errors import SettingError
 PASS = frames.Pass({}, Load())
 
 
-def hangs_after(watch: Watch, *messages: frames.FromEngine, jobs: bool = True, texts: bool = False) -> float | None:
+def hangs_after(
+    watch: Watch,
+    *messages: frames.FromEngine | Callable[[int], frames.FromEngine],
+    jobs: bool = True,
+    texts: tuple[int, int] = (0, 0),
+) -> float | None:
     """Seconds until it is said to hang while these come every second; None: not in an hour."""
     for look in range(round(3600 / TICK)):
         if look * TICK == int(look * TICK):
             for message in messages:
-                watch.heard(message)
+                watch.heard(message(int(look * TICK)) if callable(message) else message)
         if watch.hangs(TICK, jobs, texts):
             return (look + 1) * TICK
     return None
@@ -58,13 +65,35 @@ def test_what_is_known_of_passes_outlives_an_engine():
 
 
 def test_a_text_is_given_four_times_the_limit():
-    assert hangs_after(Watch(15), pulse(), jobs=False, texts=True) == pytest.approx(60, abs=1)
-    assert hangs_after(Watch(15), pulse(), frames.Tokens(0, ()), jobs=False, texts=True) is None
+    assert hangs_after(Watch(15), pulse(), jobs=False, texts=(1, 0)) == pytest.approx(60, abs=1)
+    assert hangs_after(Watch(15), pulse(), frames.Tokens(0, ()), jobs=False, texts=(1, 0)) is None
+
+
+def test_a_long_text_is_given_longer():
+    assert hangs_after(Watch(15), pulse(), jobs=False, texts=(0, 2**20)) == pytest.approx(300, abs=1)
+
+
+def parts(short: int = 0, long: int = 0) -> frames.Pulse:
+    return frames.Pulse(0, 0, 0, 0.0, parts=(short, long))
+
+
+def test_a_text_of_which_parts_are_done_does_not_hang_however_long_it_takes():
+    assert hangs_after(Watch(15), lambda second: parts(long=second // 50), jobs=False, texts=(0, 9000)) is None
+    assert hangs_after(Watch(15), lambda second: parts(short=second // 50), jobs=False, texts=(5, 0)) is None
+
+
+@pytest.mark.parametrize("texts", [(5, 9000), (5, 0)])
+def test_texts_that_hang_are_noticed_beside_others_that_do_not(texts: tuple[int, int]):
+    assert hangs_after(Watch(15), lambda second: parts(long=second), jobs=False, texts=texts) == pytest.approx(
+        60, abs=1
+    )
+    answers = (frames.Tokens(0, (), True), pulse())
+    assert hangs_after(Watch(15), *answers, jobs=False, texts=texts) == pytest.approx(60, abs=1)
 
 
 def test_a_look_that_comes_late_counts_as_a_short_one():
     watch = Watch(15)
-    assert not any(watch.hangs(3600, True, True) for _ in range(10))
+    assert not any(watch.hangs(3600, True, (1, 1)) for _ in range(10))
 
 
 def test_pauses_grow_from_none_and_end_with_a_finished_job():

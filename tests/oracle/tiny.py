@@ -6,7 +6,7 @@ a space is put before the text, what no piece covers falls back to byte tokens).
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import ascii_letters
 from typing import Literal
@@ -46,6 +46,7 @@ class Vocabulary:
     add_bos: bool
     merges: tuple[str, ...] = ()
     scores: tuple[float, ...] = ()
+    pre: str = "qwen2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,25 @@ def write_tiny(
     words = make(infill=infill, add_bos=vocabulary == "spm" if add_bos is None else add_bos)
     shape = Shape(arch=arch, context=context, heads=heads)
     return write_model(path, shape, words, random_weights(shape, words, seed, tied), file_type, split=split)
+
+
+def with_tokens(vocabulary: Vocabulary, *tokens: tuple[str, TokenType]) -> Vocabulary:
+    """The vocabulary with more tokens at its end."""
+    texts, types = zip(*tokens, strict=True)
+    scores = vocabulary.scores and vocabulary.scores + (-1000.0,) * len(tokens)
+    return replace(vocabulary, tokens=vocabulary.tokens + texts, types=vocabulary.types + types, scores=scores)
+
+
+def write_vocabulary(path: str | Path, vocabulary: Vocabulary, name: str = "tiny", arch: str = "llama") -> Path:
+    """Write a file without weights, of which only the vocabulary can be loaded."""
+    writer = GGUFWriter(path, arch)
+    writer.add_name(name)
+    add_vocabulary(writer, vocabulary)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return Path(path)
 
 
 def byte_vocabulary(infill: bool, add_bos: bool) -> Vocabulary:
@@ -212,7 +232,7 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
     if vocabulary.model == "gpt2":
-        writer.add_tokenizer_pre("qwen2")
+        writer.add_tokenizer_pre(vocabulary.pre)
         writer.add_token_merges(vocabulary.merges)
     else:
         writer.add_token_scores(vocabulary.scores)

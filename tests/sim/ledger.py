@@ -272,8 +272,8 @@ class ObservedEngine:
     def card(self) -> Card:
         return self._engine.card
 
-    async def tokenize(self, text: str, special: bool) -> tuple[int, ...]:
-        return await self._engine.tokenize(text, special)
+    async def tokenize(self, text: str, special: bool, client: str = "") -> tuple[int, ...]:
+        return await self._engine.tokenize(text, special, client)
 
     def start(self, job: Job) -> Run:
         run = self._engine.start(job)

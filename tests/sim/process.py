@@ -113,11 +113,12 @@ class FakeProcess:
         self._runner = TimedRunner(machine, self)
         self._inbox: deque[tuple[float, frames.ToEngine]] = deque()
         self._outbox: asyncio.Queue[tuple[float, frames.FromEngine | None]] = asyncio.Queue()
-        self._texts: asyncio.Queue[frames.Tokenize] = asyncio.Queue()
+        self._lanes: tuple[asyncio.Queue[frames.Tokenize], ...] = (asyncio.Queue(), asyncio.Queue())
         self._news = asyncio.Event()
         self._going = asyncio.Event()
         self._going.set()
-        self.tasks = [asyncio.create_task(work) for work in (self._compute(), self._pulse(), self._tokenize())]
+        works = (self._compute(), self._pulse(), *(self._tokenize(texts) for texts in self._lanes))
+        self.tasks = [asyncio.create_task(work) for work in works]
 
     @property
     def now(self) -> float:
@@ -127,8 +128,10 @@ class FakeProcess:
 
     def send(self, message: frames.ToEngine) -> None:
         if isinstance(message, frames.Tokenize):
-            self._texts.put_nowait(message)  # they have a thread of their own, and wait for no pass
+            self._lanes[message.long].put_nowait(message)  # they have threads of their own, and wait for no pass
             return
+        if isinstance(message, frames.Forget):
+            return  # the text is short, and answered soon
         self._inbox.append((self.now + _WAY, message))
         self._news.set()
 
@@ -230,14 +233,16 @@ class FakeProcess:
                 taken = True
         return taken
 
-    async def _tokenize(self) -> None:
+    async def _tokenize(self, texts: asyncio.Queue[frames.Tokenize]) -> None:
         while True:
-            message = await self._texts.get()
+            message = await texts.get()
             await self._rest(_WAY + 0.001 * (1 + len(message.text)))
             if CURSED in message.text:
                 asyncio.get_running_loop().call_soon(self.die, "cursed")
                 await asyncio.Event().wait()
-            self._emit(frames.Tokens(message.call, tuple(LETTERS.index(letter) for letter in message.text)))
+            self._emit(
+                frames.Tokens(message.call, tuple(LETTERS.index(letter) for letter in message.text), message.long)
+            )
 
     async def _pulse(self) -> None:
         while True:

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from afterword.api import gate, pieces, wire
+from afterword.api.presence import until_gone, while_present
 from afterword.api.service import Service
 from afterword.api.visit import Visit, visit_of
 from afterword.completion.body import beside
@@ -39,8 +40,9 @@ async def create(http: HttpRequest) -> Response:
     visit = visit_of(http.scope)
     served = await service.enter(request.model, visit)
     visit.model = served.id
-    tokens = await tokenize(request, served.engine, service.config.special_text)
     caller = Caller(visit.key, service.config.shared_cache, "batch" if visit.inside else "")
+    texts = tokenize(request, served.engine, service.config.special_text, caller.queue)
+    tokens = await while_present(http.receive, texts)
     plan = await beside(_planned, body, request, served.engine.card, tokens, caller)
     check_size(plan, limits.max_answer)
     visit.user = service.ring.pseudonym(request.user)
@@ -70,7 +72,7 @@ class Answer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer; stop as soon as nobody is there to read it."""
         work = asyncio.create_task(self._stream(send) if self._request.stream else self._whole(send))
-        gone = asyncio.create_task(_until_gone(receive))
+        gone = asyncio.create_task(until_gone(receive))
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -166,11 +168,6 @@ class _Turns:
         if self._since >= SLICE:
             self._since = 0
             await asyncio.sleep(0)
-
-
-async def _until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _body(data: bytes) -> dict[str, object]:

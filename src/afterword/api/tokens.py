@@ -12,10 +12,12 @@ from starlette.types import Receive, Scope, Send
 
 from afterword.api import gate, pieces
 from afterword.api.models import json_answer
+from afterword.api.presence import while_present
 from afterword.api.service import Served, Service
 from afterword.api.visit import visit_of
 from afterword.completion.body import beside, encode, parse_object
 from afterword.completion.fields import as_integer
+from afterword.completion.plan import bos_before
 from afterword.engine.protocol import Card
 from afterword.errors import RequestError
 
@@ -24,7 +26,10 @@ _SLICE = 2**14  # token ids that are worked on in one step
 
 
 async def tokenize(request: Request) -> Response:
-    """`{"prompt": text, "add_special_tokens": true}` to token ids; the BOS is added if the model wants one."""
+    """`{"prompt": text, "add_special_tokens": true}` to token ids: those that the model reads of such a prompt.
+
+    So the BOS is among them if the model wants one; `usage` counts the caller's own tokens, without it.
+    """
     served, body = await _read(request, ("prompt", "add_special_tokens"))
     prompt, add = body.get("prompt"), body.get("add_special_tokens")
     if not isinstance(prompt, str):
@@ -32,9 +37,10 @@ async def tokenize(request: Request) -> Response:
     if not isinstance(add, bool | None):
         raise RequestError("'add_special_tokens' must be a boolean.", param="add_special_tokens")
     card = served.engine.card
-    bos = [card.bos] if card.add_bos and add is not False else []
     special = request.app.state.service.config.special_text
-    tokens = [*bos, *(await served.engine.tokenize(prompt, special) if prompt else ())]
+    work = served.engine.tokenize(prompt, special, visit_of(request.scope).key)
+    ids = await while_present(request.receive, work) if prompt else ()
+    tokens = [*bos_before(card, ids, add is not False), *ids]
     return json_answer({"tokens": tokens, "count": len(tokens), "max_model_len": card.context})
 
 

@@ -73,6 +73,11 @@ class Caller:
     shares: bool = False
     line: str = ""
 
+    @property
+    def queue(self) -> str:
+        """The name that takes turns with other callers' names."""
+        return f"{self.name} {self.line}".rstrip()
+
 
 def check_lengths(request: Request, card: Card) -> None:
     """Refuse texts that cannot fit, before any time is spent on tokenizing them.
@@ -108,7 +113,7 @@ def make_plan(request: Request, card: Card, tokens: Tokenized, entropy: int, cal
             alternatives=_alternatives(request),
             prompt_alternatives=_prompt_alternatives(request),
             namespace=_namespace("" if caller.shares else caller.name, request.cache_salt),
-            client=f"{caller.name} {caller.line}".rstrip(),
+            client=caller.queue,
         )
         text = given if isinstance(given, str) else _spell(card, ids)
         prompts.append(PromptPlan(job, text, hidden, len(ids) + len(tokens.suffix)))
@@ -131,13 +136,21 @@ def _lay_out(
     request: Request, card: Card, given: Prompt, ids: tuple[int, ...], suffix: tuple[int, ...]
 ) -> tuple[tuple[int, ...], int]:
     """The tokens that the model reads, and how many at their start are not the caller's."""
-    bos = (card.bos,) if card.add_bos and card.bos is not None else ()
-    if isinstance(given, tuple) or not request.add_special_tokens:
+    bos = bos_before(card, ids, request.add_special_tokens)
+    if isinstance(given, tuple):
         bos = ()  # token ids are taken as they are, never with a BOS
     if request.suffix:
-        return bos + infill_prompt(_infill(card), ids, suffix), len(bos) + 1
+        own = ids[:1] if isinstance(given, str) and card.add_bos and ids[:1] == (card.bos,) else ()
+        return bos + own + infill_prompt(_infill(card), ids[len(own) :], suffix), len(bos) + 1
     start = bos if ids else _document_start(card)
     return start + ids, len(start)
+
+
+def bos_before(card: Card, ids: tuple[int, ...], add: bool) -> tuple[int, ...]:
+    """The BOS to put before the tokens of a text: none if it begins with a BOS itself. `add`: whether one is wanted."""
+    if not (add and card.add_bos) or card.bos is None or ids[:1] == (card.bos,):
+        return ()
+    return (card.bos,)
 
 
 def _document_start(card: Card) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ class Usage:
     cached_tokens: int = 0
 
 
-async def tokenize(request: Request, engine: Engine, special: bool = True) -> Tokenized:
+async def tokenize(request: Request, engine: Engine, special: bool = True, client: str = "") -> Tokenized:
     """The tokens of all texts in a request. `special`: text that spells a special token becomes that token.
 
     Raises `ModelReplaced` if they are not all of the model whose card the engine has now.
@@ -42,9 +42,14 @@ async def tokenize(request: Request, engine: Engine, special: bool = True) -> To
     fingerprint = engine.card.fingerprint
     check_lengths(request, engine.card)
     texts = [prompt for prompt in request.prompt if isinstance(prompt, str)]
-    tokens = await asyncio.gather(*(engine.tokenize(text, special) for text in (*texts, request.suffix or "") if text))
+    wanted = [text for text in (*texts, request.suffix or "") if text]
+    work = [asyncio.ensure_future(engine.tokenize(text, special, client)) for text in wanted]
+    try:
+        ready = iter(await asyncio.gather(*work))
+    finally:
+        for each in work:
+            each.cancel()  # one of them has failed, or the client has left
     _check_model(fingerprint, engine)
-    ready = iter(tokens)
     prompts = [prompt if isinstance(prompt, tuple) else next(ready) if prompt else () for prompt in request.prompt]
     return Tokenized(tuple(prompts), next(ready) if request.suffix else ())
 

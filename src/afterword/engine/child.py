@@ -1,7 +1,7 @@
 """The engine's process: reads frames, runs passes, writes frames. It ends when its parent does.
 
-Which library computes is an argument. Four threads: one reads, so that a cancel is seen between two passes; one
-tokenizes, with a stack large enough for recursive pre-tokenizers; one pulses; the main one computes.
+Which library computes is an argument. Its threads: one reads, so that a cancel is seen between two passes; two
+tokenize (`tokenizing`); one pulses; the main one computes.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
+import msgspec
+
 from afterword.engine import frames
 from afterword.engine.core.batch import Batch, Logits, Runner
 from afterword.engine.core.loop import Loop
 from afterword.engine.protocol import Card
+from afterword.engine.tokenizing import Tokenizer, Tokenizing
 from afterword.errors import AfterwordError, EngineError
 from afterword.tasks import vital_thread
 
-Tokenizer = Callable[[str, bool], tuple[int, ...]]
 Tell = Callable[[float], None]
 """Is told the share of the model that has been loaded."""
 
-_TOKENIZER_STACK = 512 * 2**20
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
 _CREDENTIALS = struct.Struct("3i")  # of who made a socket: the ids of the process, its user and its group
 _IDLE = 0.5  # seconds
@@ -40,7 +41,7 @@ _PULSE = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model, ready to compute. `tokenize` may be called from any thread. `team`: see `Loop`.
+    """A model, ready to compute. `team`: see `Loop`.
 
     `check` raises `EngineError` when what it was loaded from has changed: nothing may be computed with it any more. It
     is called from any thread, each second and after each pass.
@@ -119,7 +120,7 @@ class _Child:
         self._stream = hears.makefile("rb")
         self._sending = threading.Lock()
         self._jobs: queue.SimpleQueue[frames.ToEngine] = queue.SimpleQueue()
-        self._texts: queue.SimpleQueue[frames.Tokenize] = queue.SimpleQueue()
+        self._tokenizing: Tokenizing | None = None
 
     def main(self, load: Callable[[frames.Open, Tell], Loaded]) -> None:
         """Load the model that the first frame names, then work until the parent is gone."""
@@ -135,20 +136,23 @@ class _Child:
             self._send(frames.Failed(error.message))
             return
         self._check = loaded.check
+        self._tokenizing = Tokenizing(loaded.tokenize, self._send)
+        self._tokenizing.start()
         self._send(frames.Ready(loaded.card))
-        threading.stack_size(_TOKENIZER_STACK)
-        vital_thread(self._tokenize, loaded.tokenize, name="tokenizer")
-        threading.stack_size(0)
         self._gauge = Gauge(loaded.runner)
         self._work(Loop(self._gauge, threads=settings.threads, team=loaded.team))
 
     def _read(self) -> NoReturn:
         while body := frames.read(self._stream):
             message = frames.unpack_to_engine(body)
-            if isinstance(message, frames.Tokenize):
-                self._texts.put(message)
-            else:
+            if not isinstance(message, frames.Tokenize | frames.Forget):
                 self._jobs.put(message)
+                continue
+            assert self._tokenizing is not None, "a text came before the model was ready"
+            if isinstance(message, frames.Tokenize):
+                self._tokenizing.add(message)
+            else:
+                self._tokenizing.forget(message.call)
         os._exit(0)  # the parent is gone, and a pass or the loading may be running: nothing is worth waiting for
 
     def _tell(self, share: float) -> None:
@@ -158,12 +162,9 @@ class _Child:
         while True:
             time.sleep(_PULSE)
             self._end_if_changed()
-            self._send(self._gauge.pulse() if self._gauge else frames.Pulse(0, 0, 0, 0.0, self._loaded))
-
-    def _tokenize(self, tokenize: Tokenizer) -> NoReturn:
-        while True:
-            call = self._texts.get()
-            self._send(frames.Tokens(call.call, tokenize(call.text, call.special)))
+            pulse = self._gauge.pulse() if self._gauge else frames.Pulse(0, 0, 0, 0.0, self._loaded)
+            short, long = self._tokenizing.parts if self._tokenizing else (0, 0)
+            self._send(msgspec.structs.replace(pulse, parts=(short, long)))
 
     def _work(self, loop: Loop) -> NoReturn:
         idle = True

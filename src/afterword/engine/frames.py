@@ -83,11 +83,18 @@ class Resume(Value, frozen=True, tag=True):
 
 
 class Tokenize(Value, frozen=True, tag=True):
-    """Answer with `Tokens`."""
+    """Answer with `Tokens`. `long`: other texts need not wait for it."""
 
     call: int
     text: str
     special: bool
+    long: bool = False
+
+
+class Forget(Value, frozen=True, tag=True):
+    """The tokens of a text are not needed any more. It is answered, with some tokens or none."""
+
+    call: int
 
 
 class Ready(Value, frozen=True, tag=True):
@@ -115,13 +122,15 @@ class Tokens(Value, frozen=True, tag=True):
 
     call: int
     ids: tuple[int, ...]
+    long: bool = False
 
 
 class Pulse(Value, frozen=True, tag=True):
     """The engine's process lives. Sent every second, whatever it does.
 
     So many `passes` have ended, and one over so many `tokens` is under way (0: none); the longest so far took `slowest`
-    seconds, the `largest` had so many tokens. `loaded` is the share of the model that is there.
+    seconds, the `largest` had so many tokens. `loaded` is the share of the model that is there. `parts` counts what has
+    been tokenized of short texts and of long ones.
     """
 
     passes: int
@@ -129,9 +138,10 @@ class Pulse(Value, frozen=True, tag=True):
     largest: int
     slowest: float
     loaded: float = 1.0
+    parts: tuple[int, int] = (0, 0)
 
 
-ToEngine = Open | Start | Drop | Close | Pause | Resume | Tokenize
+ToEngine = Open | Start | Drop | Close | Pause | Resume | Tokenize | Forget
 FromEngine = Ready | Failed | Pass | Tokens | Pulse
 
 _encoder = msgspec.msgpack.Encoder()

@@ -140,6 +140,8 @@ class Card(Value, frozen=True):
     `pieces[id]` are the bytes that a token stands for, special tokens by their name; an id without text has b"".
     `longest` bounds the bytes of one token of a tokenized text, 0 where the tokenizer can drop or fold text.
     `fingerprint` names everything that could change a number that the engine returns; `promise` what could not.
+    `runs`: a text may have at most so many characters of a class (a regular expression) in a row, since the
+    tokenizer's time is quadratic in their number.
     """
 
     parameters: int
@@ -155,6 +157,7 @@ class Card(Value, frozen=True):
     infill: Infill | None
     fingerprint: str
     promise: Promise = "none"
+    runs: tuple[str, int] | None = None
 
 
 class Run(Protocol):
@@ -196,6 +199,9 @@ class Engine(Protocol):
         """Accept a job. Raises `Overloaded` when the queue is full."""
         ...
 
-    async def tokenize(self, text: str, special: bool) -> tuple[int, ...]:
-        """Tokens of a text, without BOS. `special`: text that spells a special token becomes that token."""
+    async def tokenize(self, text: str, special: bool, client: str = "") -> tuple[int, ...]:
+        """Tokens of a text, without BOS. `special`: text that spells a special token becomes that token.
+
+        Clients are served in turn. Raises `RequestError` where the text is too long for the tokenizer.
+        """
         ...

@@ -24,7 +24,7 @@ from afterword.engine.process import LLAMA, Link, Spawn, spawn
 from afterword.engine.protocol import Card, Job, Load, Meter
 from afterword.engine.quarantine import Quarantine
 from afterword.engine.tally import Course, Tally
-from afterword.engine.texts import Texts
+from afterword.engine.texts import Texts, check_text
 from afterword.engine.watch import TICK, Restarts, Watch
 from afterword.errors import EngineDied, EngineFailure, ModelReplaced, Overloaded, SettingError, WaitedTooLong
 from afterword.limits import limit
@@ -46,6 +46,7 @@ class Policy:
     queue: int = limit(4096, "prompts that wait")
     queue_tokens: int = limit(2**22, "tokens of prompts that wait and of all that they may generate")
     queue_seconds: float = limit(600.0, "seconds that a prompt waits for its turn, 0: for ever")
+    max_text: int = limit(2**20, "characters of a text that is tokenized")
     hang_seconds: float = limit(15.0, "seconds without a sign of life after which the engine is replaced, at least 3")
 
     def __post_init__(self) -> None:
@@ -131,11 +132,12 @@ class Supervisor:
         self._feed()
         return run
 
-    async def tokenize(self, text: str, special: bool) -> tuple[int, ...]:
+    async def tokenize(self, text: str, special: bool, client: str = "") -> tuple[int, ...]:
         """Tokens of a text; see `protocol.Engine`. While the engine is being replaced, it waits."""
+        check_text(text, self._policy.max_text, self.card)
         self._check(text, waiting=len(self._texts), room=0)
         try:
-            return await self._texts.tokens(text, special, self._clock())
+            return await self._texts.tokens(text, special, self._clock(), client)
         finally:
             self._feed()  # it may have been what jobs were kept back for
 
@@ -255,7 +257,7 @@ class Supervisor:
             before, passed = self._clock(), self._clock() - before
             ready = self.state == "ready"
             works = ready and any(not run.paused for run in self._runs.values() if run.name not in self._line)
-            hangs = self._watch.hangs(passed, jobs=works, texts=ready and len(self._texts) > 0)
+            hangs = self._watch.hangs(passed, works, self._texts.at_work if ready else (0, 0))
             if hangs and self._link is not None:
                 self._watch.started()
                 self._link.kill()
@@ -280,7 +282,7 @@ class Supervisor:
         """
         self.state = "restarting"
         running = [run for run in self._runs.values() if run.begun]
-        blamed = [run for run in self._runs.values() if run.lost(blamed=not len(self._texts))]
+        blamed = [run for run in self._runs.values() if run.lost(blamed=not any(self._texts.at_work))]
         if len(blamed) == 1 and blamed[0].crashes >= CRASHES:
             self._quarantine.add(blamed[0].job, self._clock())
             self._fail(blamed[0], EngineFailure())

@@ -2,7 +2,8 @@
 
 A hung engine shows in one of three ways. It is silent: its process pulses every second, computing or not, unless it is
 stopped. Or it pulses, there is work, and no pass ends: then it is given as long as its passes are known to take, since
-a big model on a small machine may take minutes for one. Or it never answers for a text.
+a big model on a small machine may take minutes for one. Or nothing is done of a text, short or long, for longer than
+any part of a text of that length takes.
 
 Only time in which it could be heard counts: a tick counts as a short one however late it comes, so that this process,
 stopped or starved, does not take its own silence for the engine's.
@@ -11,7 +12,8 @@ stopped or starved, does not take its own silence for the engine's.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from afterword.engine import frames
 
@@ -20,7 +22,8 @@ TICK = 0.5
 
 _SLOWER = 5.0  # times as long as the longest pass so far is still no hang
 _FIRST_PASS = 600.0  # seconds, where no pass has been measured yet: the weights may still come from a slow disk
-_TEXTS = 4.0  # times the limit for silence are given to a text, which is tokenized in one go
+_TEXTS = 4.0  # times the limit for silence are given to a part of a text, and as many again for each _MORE characters
+_MORE = 2**18
 
 _CRASHES, _WINDOW = 5, 300.0  # so many crashes in so many seconds, and it is not the moment's fault
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds before another attempt to start
@@ -40,12 +43,14 @@ class Watch:
     _passes: int = 0
     _silent: float = 0.0
     _stuck: float = 0.0
-    _speechless: float = 0.0
+    _parts: tuple[int, ...] = (0, 0)
+    _speechless: list[float] = field(default_factory=lambda: [0.0, 0.0])  # short texts, long texts
 
     def started(self) -> None:
         """Another engine is being started."""
         self._size = self._passes = 0
-        self._silent = self._stuck = self._speechless = 0.0
+        self._silent = self._stuck = 0.0
+        self._parts, self._speechless = (0, 0), [0.0, 0.0]
 
     def heard(self, message: frames.FromEngine) -> None:
         """Something came from the engine."""
@@ -56,21 +61,31 @@ class Watch:
                 self._size = message.tokens
                 if message.passes != self._passes:
                     self._passes, self._stuck = message.passes, 0.0
+                for lane, (before, parts) in enumerate(zip(self._parts, message.parts, strict=True)):
+                    if parts != before:
+                        self._speechless[lane] = 0.0
+                self._parts = message.parts
             case frames.Pass() | frames.Ready():
                 self._stuck = 0.0
             case frames.Tokens():
-                self._speechless = 0.0
+                self._speechless[message.long] = 0.0
 
-    def hangs(self, seconds: float, jobs: bool, texts: bool) -> bool:
-        """Whether it hangs, `seconds` after the last look; whether there were jobs and texts to work on."""
+    def hangs(self, seconds: float, jobs: bool, texts: Sequence[int] = (0, 0)) -> bool:
+        """Whether it hangs, `seconds` after the last look; whether there were jobs to work on, and how many characters
+        the short text and the long one have that it is working on (0: there is none)."""
         seconds = min(seconds, 2 * TICK)
         self._silent += seconds
         self._stuck = self._stuck + seconds if jobs else 0.0
-        self._speechless = self._speechless + seconds if texts else 0.0
+        self._speechless = [
+            spent + seconds if size else 0.0 for spent, size in zip(self._speechless, texts, strict=True)
+        ]
         return (
             self._silent > self.limit
             or self._stuck > max(self.limit, self._longest())
-            or self._speechless > self.limit * _TEXTS
+            or any(
+                spent > self.limit * _TEXTS * (1 + size / _MORE)
+                for spent, size in zip(self._speechless, texts, strict=True)
+            )
         )
 
     def _longest(self) -> float:

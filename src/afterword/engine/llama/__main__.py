@@ -13,7 +13,7 @@ def load(settings: frames.Open, tell: child.Tell) -> child.Loaded:
     library.start(settings.verbose)
     runner = LlamaRunner(settings, tell)
     card, vocabulary = make_card(runner, settings)
-    return child.Loaded(runner, card, vocabulary.tokenize, runner.team, runner.files.check)
+    return child.Loaded(runner, card, vocabulary.parts, runner.team, runner.files.check)
 
 
 child.serve(load)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
@@ -11,11 +13,20 @@ from afterword.engine.compiled import digest
 from afterword.engine.core import rows
 from afterword.engine.frames import Open
 from afterword.engine.llama import accelerator, cards
+from afterword.engine.llama.cuts import LENGTH, Cuts
 from afterword.engine.llama.library import native, version
 from afterword.engine.llama.runner import LlamaRunner
+from afterword.engine.llama.special import SpecialToken, SpecialTokens
 from afterword.engine.protocol import Card, Infill
 
 _NO_TOKEN = -1
+
+_BY_NAME = native.LLAMA_TOKEN_ATTR_CONTROL | native.LLAMA_TOKEN_ATTR_UNKNOWN
+_SPECIAL = _BY_NAME | native.LLAMA_TOKEN_ATTR_USER_DEFINED
+_PRIVATE = range(0xE000, 0xF900)  # characters that a vocabulary has seldom
+_SLOW_RUNS = {"deepseek-llm": (r"\s", 256), "superbpe": (r"\d", 256), "jais-2": (r"\s", 2**16)}
+"""Pre-tokenizers in llama.cpp whose time is quadratic in the length of a run, and the longest that is tokenized."""
+_WHOLE = ("(?s:.)", 2**16)  # any character: where llama.cpp has to find the special tokens, in quadratic time
 
 
 class Vocabulary:
@@ -25,19 +36,76 @@ class Vocabulary:
         self._vocab = native.llama_model_get_vocab(model)
         self.size = int(native.llama_vocab_n_tokens(self._vocab))
         self._kind = native.llama_vocab_type(self._vocab)
+        self._splits = {special: SpecialTokens(self._special_tokens(special)) for special in (False, True)}
+        self._cuts = Cuts(self._texts()) if self._kind == native.LLAMA_VOCAB_TYPE_SPM else None
+        self._led = self._lead() if self._cuts else 0
+        self._pre_tokenizer = _meta(model, b"tokenizer.ggml.pre")
 
     def tokenize(self, text: str, special: bool) -> tuple[int, ...]:
         """Tokens without BOS. `special`: text that spells a special token becomes that token."""
+        return tuple(itertools.chain.from_iterable(self.parts(text, special)))
+
+    def parts(self, text: str, special: bool) -> Iterator[Sequence[int]]:
+        """The same tokens as llama.cpp's own, part by part: a caller may stop in between."""
         data = text.encode()
-        if not data:
-            return ()
+        if self.ambiguous:
+            yield self._ids(data, special)
+            return
+        for piece in self._splits[special].split(data):
+            if isinstance(piece, int):
+                yield (piece,)
+            else:
+                yield from self._plain(data[slice(*piece)])
+
+    @property
+    def ambiguous(self) -> bool:
+        """Whether only llama.cpp knows how its special tokens are found."""
+        return any(tokens.ambiguous for tokens in self._splits.values())
+
+    @property
+    def runs(self) -> tuple[str, int] | None:
+        """See `Card.runs`."""
+        return _WHOLE if self.ambiguous else _SLOW_RUNS.get(self._pre_tokenizer)
+
+    def _plain(self, data: bytes) -> Iterator[Sequence[int]]:
+        """Tokens of a text that has no special tokens in it."""
+        if self._cuts is None or len(data) <= LENGTH:
+            yield self._ids(data, False)
+            return
+        led = 0
+        for piece in self._cuts.pieces(data.decode("utf-8", "surrogateescape"), self._led > 0):
+            yield self._ids(piece.encode("utf-8", "surrogateescape"), False)[led:]
+            led = self._led  # the library puts a space before each piece, but only the first one has it
+
+    def _ids(self, data: bytes, special: bool) -> Sequence[int]:
+        """Tokens of a text as llama.cpp makes them."""
         room = len(data) + 8
         ids = (ctypes.c_int32 * room)()
         count = native.llama_tokenize(self._vocab, data, len(data), ids, room, False, special)
         if count < 0:
             ids = (ctypes.c_int32 * -count)()
             count = native.llama_tokenize(self._vocab, data, len(data), ids, -count, False, special)
-        return tuple(ids[:count])
+        return ids[:count]
+
+    def _special_tokens(self, special: bool) -> Iterator[SpecialToken]:
+        """The tokens that llama.cpp finds in a text before all others."""
+        left, right = native.LLAMA_TOKEN_ATTR_LSTRIP, native.LLAMA_TOKEN_ATTR_RSTRIP
+        for token in range(self.size):
+            kind = native.llama_vocab_get_attr(self._vocab, token)
+            if kind & _SPECIAL and (special or not kind & _BY_NAME):
+                text = native.llama_vocab_get_text(self._vocab, token)
+                yield SpecialToken(token, text, bool(kind & left), bool(kind & right))
+
+    def _texts(self) -> Iterator[str]:
+        for token in range(self.size):
+            yield native.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace")
+
+    def _lead(self) -> int:
+        """How many tokens the library puts before a text."""
+        known = set("".join(self._texts()))
+        letter = next(chr(code) for code in _PRIVATE if chr(code) not in known)
+        once, twice = (len(self._ids(text.encode(), False)) for text in (letter, letter * 2))
+        return 2 * once - twice
 
     def pieces(self) -> tuple[bytes, ...]:
         """The bytes of every id; special tokens by their name, ids without text b""."""
@@ -110,6 +178,7 @@ def make_card(runner: LlamaRunner, settings: Open) -> tuple[Card, Vocabulary]:
         infill=vocabulary.infill(),
         fingerprint="",
         promise=runner.promise,
+        runs=vocabulary.runs,
     )
     card = msgspec.structs.replace(card, fingerprint=fingerprint(settings, runner, card))
     runner.files.confirm_loaded()
@@ -134,3 +203,9 @@ def fingerprint(settings: Open, runner: LlamaRunner, card: Card) -> str:
 
 def _known(token: int) -> int | None:
     return None if token == _NO_TOKEN else int(token)
+
+
+def _meta(model: object, key: bytes) -> str:
+    """A value of the model file's header; empty where it has none."""
+    room = ctypes.create_string_buffer(256)
+    return room.value.decode("utf-8", "replace") if native.llama_model_meta_val_str(model, key, room, 256) >= 0 else ""
