@@ -7,6 +7,7 @@ import math
 import msgspec
 import numpy as np
 import pytest
+from history import HistoryRunner
 
 from afterword.engine.core.batch import Batch, Cut, Fork, Logits, Row
 from afterword.engine.core.loop import Loop
@@ -15,7 +16,6 @@ from afterword.engine.frames import KvType, Open
 from afterword.engine.llama import accelerator, library
 from afterword.engine.llama.runner import LlamaRunner
 from afterword.engine.protocol import Job, Sampling, Step
-from history import HistoryRunner
 from oracle.architectures import write_random
 
 library.start(verbose=False)
@@ -135,11 +135,10 @@ ATTENTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("architecture", "kv_type", "own", "file_type"), ATTENTIONS)
-def test_what_is_not_finite_reaches_no_later_owner_of_a_slot(
-    tmp_path, monkeypatch, architecture, kv_type, own, file_type
-):
-    """Whether the text was computed to its end, or was left before any logits could tell; and nor do others lose theirs."""
+@pytest.mark.parametrize("case", ATTENTIONS, ids=str)
+def test_what_is_not_finite_reaches_no_later_owner_of_a_slot(tmp_path, monkeypatch, case):
+    """Whether the text was computed to its end, or was left before any logits could tell; others keep their states."""
+    architecture, kv_type, own, file_type = case
     if not own:
         monkeypatch.setattr(accelerator, "attends", lambda: False)
     path = write_random(tmp_path / "tiny.gguf", architecture, file_type, poison={POISON: math.nan})

@@ -9,7 +9,16 @@ from afterword.models.header import Header
 
 ENCODERS = frozenset(
     (
-        *("bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "jina-bert-v2", "jina-bert-v3", "modern-bert", "eurobert"),
+        *(
+            "bert",
+            "nomic-bert",
+            "nomic-bert-moe",
+            "neo-bert",
+            "jina-bert-v2",
+            "jina-bert-v3",
+            "modern-bert",
+            "eurobert",
+        ),
         *("gemma-embedding", "llama-embed", "t5encoder"),
     )
 )
@@ -19,7 +28,7 @@ DIFFUSION = frozenset(("dream", "llada", "llada-moe", "rnd1", "diffusion-gemma")
 """They fill in a whole text in steps, not one token after the other."""
 
 BROKEN = {
-    "cogvlm": "the installed llama.cpp computes other numbers for it when the beginning of a prompt is already computed",
+    "cogvlm": "the installed llama.cpp computes other numbers when the beginning of a prompt is already computed",
     "qwen4exp": "the installed llama.cpp ends its process when several texts of it are computed together",
 }
 """Language models that the library computes wrongly."""
@@ -28,8 +37,12 @@ BROKEN = {
 def check_served(path: Path, architecture: str, header: Header) -> None:
     """Raises `OtherKind` for what is no language model, `SettingError` for one that cannot be computed rightly."""
     if architecture in DIFFUSION:
-        raise OtherKind(f"{path} is a diffusion model ({architecture}), and only models that continue a text are served.")
+        raise OtherKind(
+            f"{path} is a diffusion model ({architecture}), and only models that continue a text are served."
+        )
     if architecture in ENCODERS or header.values.get(f"{architecture}.attention.causal") is False:
-        raise OtherKind(f"{path} is a model for embeddings ({architecture}), and only models that continue a text are served.")
+        raise OtherKind(
+            f"{path} is a model for embeddings ({architecture}), and only models that continue a text are served."
+        )
     if reason := BROKEN.get(architecture):
         raise SettingError(f"{path} is not served: its architecture is {architecture}, and {reason}.")
