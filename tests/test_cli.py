@@ -369,55 +369,53 @@ def test_the_environment_sets_what_the_command_line_does_not():
 
 
 @pytest.mark.parametrize(
-    ("architecture", "types", "experts", "kv_type", "ours", "without"),
+    ("architecture", "types", "experts", "kv_type", "expected"),
     [
-        ("llama", "Q8_0", 0, "exact", "exact", "exact"),
-        ("qwen3", "Q4_K Q6_K", 0, "f16", "reproducible", "reproducible"),
-        ("llama", "Q4_K Q6_K Q4_1", 0, "exact", "exact", "exact"),
-        ("llama", "F16", 0, "exact", "exact", "none"),
-        ("llama", "Q8_0 F32", 0, "exact", "exact", "none"),
-        ("llama", "IQ4_XS Q6_K", 0, "exact", "none", "exact"),
+        ("llama", "Q8_0", 0, "exact", ("exact", "exact")),
+        ("qwen3", "Q4_K Q6_K", 0, "f16", ("reproducible", "reproducible")),
+        ("llama", "Q4_K Q6_K Q4_1", 0, "exact", ("exact", "exact")),
+        ("llama", "F16", 0, "exact", ("exact", "none")),
+        ("llama", "Q8_0 F32", 0, "exact", ("exact", "none")),
+        ("llama", "IQ4_XS Q6_K", 0, "exact", ("none", "exact")),
         # types that the file's name does not tell
-        ("llama", "Q4_K Q6_K IQ3_S", 0, "exact", "none", "none"),
-        ("llama", "Q4_K Q6_K IQ4_NL", 0, "exact", "none", "none"),
-        ("llama", "", 0, "exact", "none", "none"),
+        ("llama", "Q4_K Q6_K IQ3_S", 0, "exact", ("none", "none")),
+        ("llama", "Q4_K Q6_K IQ4_NL", 0, "exact", ("none", "none")),
+        ("llama", "", 0, "exact", ("none", "none")),
         # not shown by a test
-        ("llama", "Q8_0", 8, "exact", "none", "none"),
-        ("deepseek2", "Q8_0", 0, "exact", "none", "none"),
-        ("gemma3n", "Q8_0", 0, "exact", "none", "none"),
-        ("mamba", "Q8_0", 0, "exact", "none", "none"),
-        ("jamba", "Q8_0", 0, "exact", "none", "none"),
-        ("lfm2", "Q8_0", 0, "f16", "none", "none"),
-        ("plamo2", "Q8_0", 0, "exact", "none", "none"),
-        ("qwen35", "Q8_0", 0, "exact", "none", "none"),
-        ("one of tomorrow", "Q8_0", 0, "exact", "none", "none"),
+        ("llama", "Q8_0", 8, "exact", ("none", "none")),
+        ("deepseek2", "Q8_0", 0, "exact", ("none", "none")),
+        ("gemma3n", "Q8_0", 0, "exact", ("none", "none")),
+        ("mamba", "Q8_0", 0, "exact", ("none", "none")),
+        ("jamba", "Q8_0", 0, "exact", ("none", "none")),
+        ("lfm2", "Q8_0", 0, "f16", ("none", "none")),
+        ("plamo2", "Q8_0", 0, "exact", ("none", "none")),
+        ("qwen35", "Q8_0", 0, "exact", ("none", "none")),
+        ("one of tomorrow", "Q8_0", 0, "exact", ("none", "none")),
     ],
 )
-def test_only_what_was_shown_is_promised(architecture, types, experts, kv_type, ours, without):
+def test_only_what_was_shown_is_promised(architecture, types, experts, kv_type, expected):
+    """With products of our own, and without them."""
     weights = Weights(architecture, frozenset(types.split()), experts)
-    assert weights.promise(kv_type, own_products=True) == ours
-    assert weights.promise(kv_type, own_products=False) == without
+    assert tuple(weights.promise(kv_type, own_products=own) for own in (True, False)) == expected
 
 
 @pytest.mark.parametrize(
-    ("architecture", "types", "experts", "kv_type", "layers", "expected"),
+    ("architecture", "types", "kv_type", "layers", "expected"),
     [
-        ("llama", "Q8_0", 0, "f16", -1, "reproducible"),
-        ("qwen2", "BF16", 0, "f16", -1, "reproducible"),
-        ("llama", "Q4_K Q6_K", 0, "f16", -1, "reproducible"),
-        ("llama", "Q5_K Q6_K", 0, "f16", -1, "none"),
-        ("gemma2", "Q8_0", 0, "f16", -1, "none"),
-        ("llama", "Q8_0", 8, "f16", -1, "none"),
-        ("llama", "Q8_0", 0, "f32", -1, "none"),
-        ("llama", "Q8_0", 0, "f16", 12, "none"),
+        ("llama", "Q8_0", "f16", -1, "reproducible"),
+        ("qwen2", "BF16", "f16", -1, "reproducible"),
+        ("llama", "Q4_K Q6_K", "f16", -1, "reproducible"),
+        ("llama", "Q5_K Q6_K", "f16", -1, "none"),
+        ("gemma2", "Q8_0", "f16", -1, "none"),
+        ("llama", "Q8_0", "f32", -1, "none"),
+        ("llama", "Q8_0", "f16", 12, "none"),
     ],
 )
-def test_with_passes_of_one_shape_a_gpu_keeps_what_was_measured(
-    architecture, types, experts, kv_type, layers, expected
-):
-    weights = Weights(architecture, frozenset(types.split()), experts)
+def test_with_passes_of_one_shape_a_gpu_keeps_what_was_measured(architecture, types, kv_type, layers, expected):
+    weights = Weights(architecture, frozenset(types.split()))
     assert weights.promise_on_gpu(kv_type, layers, full=True) == expected
     assert weights.promise_on_gpu(kv_type, layers, full=False) == "none"
+    assert dataclasses.replace(weights, experts=8).promise_on_gpu(kv_type, layers, full=True) == "none"
 
 
 def test_the_most_that_can_be_promised_is_planned_from_what_the_file_holds(tmp_path):

@@ -25,12 +25,12 @@ SMALL_MODEL = 64 * 2**20
 
 TESTED_ARCHITECTURES = frozenset(
     (
-        *("arcee", "baichuan", "bitnet", "bloom", "chatglm", "codeshell", "cohere2", "command-r", "deci", "ernie4_5"),
-        *("exaone", "exaone4", "falcon", "gemma", "gemma2", "gemma3", "glm4", "gpt2", "gptneox", "granite"),
-        *("hunyuan-dense", "internlm2", "jais", "jais2", "llama", "maincoder", "minicpm", "mistral3", "mpt"),
-        *("nemotron", "olmo", "olmo2", "openelm", "orion", "pangu-embedded", "phi2", "phi3", "plamo", "plamo3"),
-        *("qwen", "qwen2", "qwen2vl", "qwen3", "qwen3vl", "refact", "seed_oss", "smollm3", "stablelm", "starcoder"),
-        *("starcoder2", "xverse"),
+        *("arcee", "baichuan", "bitnet", "bloom", "chatglm", "codeshell", "cohere2", "command-r", "deci"),
+        *("ernie4_5", "exaone", "exaone4", "falcon", "gemma", "gemma2", "gemma3", "glm4", "gpt2", "gptneox"),
+        *("granite", "hunyuan-dense", "internlm2", "jais", "jais2", "llama", "maincoder", "minicpm"),
+        *("mistral3", "mpt", "nemotron", "olmo", "olmo2", "openelm", "orion", "pangu-embedded", "phi2", "phi3"),
+        *("plamo", "plamo3", "qwen", "qwen2", "qwen2vl", "qwen3", "qwen3vl", "refact", "seed_oss", "smollm3"),
+        *("stablelm", "starcoder", "starcoder2", "xverse"),
     )
 )
 """Dense architectures whose numbers were shown to be the same in any company (tests/engine/test_architectures.py)."""
@@ -39,7 +39,7 @@ OWN_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q5
 """Matrices that kernels of our own (engine/llama/products.hpp) multiply, where the processor has the instructions."""
 
 LIBRARY_TYPES = frozenset({"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_1", "Q5_0", "Q5_1"})
-"""Matrices as they lie in the file of which llama.cpp's kernels give a row of a product the same bits in any company."""
+"""Matrices, as they lie in the file, whose products by llama.cpp's kernels have the same bits in any company."""
 
 REPACKED_TYPES = frozenset({"Q8_0", "Q4_0", "IQ4_NL", "IQ4_XS"})
 """Matrices of which llama.cpp's kernels do so when they are repacked."""
@@ -68,7 +68,7 @@ class Weights:
 
     @property
     def own_products(self) -> bool:
-        """Whether kernels of our own are to multiply some of its matrices, and the library's none but those they suit."""
+        """Whether kernels of our own are to multiply some of its matrices, the library's those of `LIBRARY_TYPES`."""
         return not self.experts and bool(self.types & OWN_TYPES) and self.types <= OWN_TYPES | LIBRARY_TYPES
 
     @property
@@ -77,7 +77,7 @@ class Weights:
         return bool(self.types & REPACKED_TYPES) and self.types <= REPACKED_TYPES | REPACKED_BESIDE
 
     def promise(self, kv_type: KvType, *, own_products: bool) -> Promise:
-        """The most that can be promised on a CPU. What is, the engine knows: it asks what is computed by which kernels."""
+        """The most that can be promised on a CPU. The loaded engine decides: it knows which kernels compute what."""
         sound = self.own_products if own_products else self.repacked or self.types <= LIBRARY_TYPES
         if self.experts or self.architecture not in TESTED_ARCHITECTURES or not self.types or not sound:
             return "none"

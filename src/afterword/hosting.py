@@ -163,7 +163,8 @@ def _promises(weights: Weights, kv_type: KvType, settings: EngineSettings) -> tu
     if settings.gpu_layers:
         promised = weights.promise_on_gpu(kv_type, settings.gpu_layers, settings.reproducible)
         return promised, promised
-    return weights.promise(kv_type, own_products=True), weights.promise(kv_type, own_products=False)
+    without = weights.promise(kv_type, own_products=False)
+    return weights.promise(kv_type, own_products=True) if weights.own_products else without, without
 
 
 def _found(spec: str | None) -> tuple[Model, Facts]:

@@ -135,11 +135,10 @@ ATTENTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("architecture", "kv_type", "own", "file_type"), ATTENTIONS)
-def test_what_is_not_finite_reaches_no_later_owner_of_a_slot(
-    tmp_path, monkeypatch, architecture, kv_type, own, file_type
-):
-    """Whether the text was computed to its end, or was left before any logits could tell; and nor do others lose theirs."""
+@pytest.mark.parametrize("case", ATTENTIONS, ids=str)
+def test_what_is_not_finite_reaches_no_later_owner_of_a_slot(tmp_path, monkeypatch, case):
+    """Whether the text was computed to its end, or was left before any logits could tell; others keep their states."""
+    architecture, kv_type, own, file_type = case
     if not own:
         monkeypatch.setattr(accelerator, "attends", lambda: False)
     path = write_random(tmp_path / "tiny.gguf", architecture, file_type, poison={POISON: math.nan})

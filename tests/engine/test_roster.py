@@ -8,16 +8,18 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import pytest
 
 from afterword.engine.protocol import Load
 from afterword.engine.roster import Host, Offer, Roster
 from afterword.engine.supervisor import Policy, Supervisor
 from afterword.errors import LoadFailed, Overloaded, SettingError, WaitedTooLong
-from scripted import CARD
+from scripted import CARD as SCRIPTED
 from sim import virtual
 
 LOADING, ENDING = 10.0, 2.0  # seconds
+CARD = msgspec.structs.replace(SCRIPTED, promise="reproducible")
 
 
 @dataclass
@@ -143,6 +145,7 @@ def test_the_first_who_asks_loads_it_others_wait_and_it_ends_when_unused():
         await asyncio.gather(*work)
         assert [engine.name for engine in depot.engines] == ["a"]
         assert named(models, "a").card == CARD
+        assert named(models, "a").promise == CARD.promise, "what the engine promises, not what was planned"
         await asyncio.sleep(59)
         await use(models, "a", 1)  # the time begins anew
         await asyncio.sleep(59)

@@ -1,4 +1,4 @@
-"""Tiny random models of any architecture that llama.cpp knows: it says itself which tensors a file lacks, and their shapes."""
+"""Tiny random models of any architecture of llama.cpp, which says what tensors a file lacks and their shapes."""
 
 from __future__ import annotations
 

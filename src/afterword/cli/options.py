@@ -98,7 +98,7 @@ def engine_options(command: F) -> F:
             "Engine",
             "--kv-type",
             type=click.Choice(["exact", "f16", "f32"]),
-            help="Keys and values; see docs/reproducibility.md.  [default: exact where it is known to be, else f16]",
+            help="Keys and values; see docs/reproducibility.md.  [default: exact, with --gpu-layers f16]",
         ),
         option("Engine", "--gpu-layers", type=int, default=0, help="Layers computed by a GPU; -1 for all of them."),
         option(

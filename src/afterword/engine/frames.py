@@ -27,8 +27,8 @@ class Open(Value, frozen=True, tag=True):
     "exact": a token has the same numbers whether it is read or generated, where the weights' products allow it.
     `chunk` and `grid`: see `core.batch.Runner`; where numbers are exact the grid is 1, whatever is said here. `repack`:
     weights may be laid out anew for kernels that are faster, and in some types depend on the number of rows.
-    `own_products`: kernels of our own multiply the matrices that they can, and all are left as they lie, where there are
-    such kernels. `full`: passes of single tokens always have the same shape, see `llama.full`. `promise` is the most
+    `own_products`: where there are kernels of our own, they multiply the matrices that they can, and all are left as
+    they lie. `full`: passes of single tokens always have the same shape, see `llama.full`. `promise` is the most
     that can be promised of numbers that are computed like this, `promise_without` where there are no such kernels;
     the card says what the loaded model keeps of it.
     """

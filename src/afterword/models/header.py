@@ -55,7 +55,7 @@ class Header:
     """What one GGUF file says of itself.
 
     `lengths` are those of its arrays, in entries; `size` and `tensor_bytes` (per type name) are in bytes. `tokens` are
-    the vocabulary's, as they are spelled in the file. `matrix_types`: the types of tensors with two dimensions and more.
+    the vocabulary's, as they are spelled in the file. `matrix_types` are those of tensors with two dimensions or more.
     """
 
     size: int

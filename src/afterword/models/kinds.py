@@ -28,7 +28,7 @@ DIFFUSION = frozenset(("dream", "llada", "llada-moe", "rnd1", "diffusion-gemma")
 """They fill in a whole text in steps, not one token after the other."""
 
 BROKEN = {
-    "cogvlm": "the installed llama.cpp computes other numbers for it when the beginning of a prompt is already computed",
+    "cogvlm": "the installed llama.cpp computes other numbers when the beginning of a prompt is already computed",
     "qwen4exp": "the installed llama.cpp ends its process when several texts of it are computed together",
 }
 """Language models that the library computes wrongly."""

@@ -20,7 +20,7 @@ from afterword.engine.llama import accelerator
 from afterword.engine.llama.files import ModelFiles
 from afterword.engine.llama.full import fill
 from afterword.engine.llama.library import last_error, native
-from afterword.engine.llama.memory import Memory
+from afterword.engine.llama.state import States
 from afterword.engine.protocol import Promise
 from afterword.errors import EngineError, SettingError
 
@@ -74,21 +74,21 @@ class LlamaRunner:
         self.full = settings.full and self.rewinds
         self.grid = 1 if self.promise == "exact" else settings.grid
         self._arrays = _BatchArrays(_most_tokens(settings))
-        self._memory = Memory(
+        self._states = States(
             self._context,
             self.slots + self.full,
             settings.context,
             self._decode,
             multiplies_masked=recurrent or settings.kv_type != "exact" or settings.gpu_layers != 0,
         )
-        self.held = self._memory.held
+        self.held = self._states.held
         if self.full:
             self._fill_last(settings)
 
     def run(self, batch: Batch) -> Logits:
         """Execute a batch; see `core.batch.Runner.run`."""
         for move in batch.moves:
-            self._memory.move(move)
+            self._states.move(move)
         if not self.full:
             return self._compute(batch.rows)
         filled = fill(batch.rows, [self.held(slot) for slot in range(self.slots + 1)])
@@ -96,7 +96,7 @@ class LlamaRunner:
         if len(filled.wanted) < len(logits):
             logits = logits[list(filled.wanted)]  # a copy: to cut can mean to compute
         for cut in filled.forget:
-            self._memory.move(cut)
+            self._states.move(cut)
         return logits
 
     @property
@@ -118,7 +118,7 @@ class LlamaRunner:
 
     def _compute(self, rows: tuple[Row, ...]) -> Logits:
         logits = self._decode(rows)
-        self._memory.computed(rows, logits)
+        self._states.computed(rows, logits)
         return logits
 
     def _decode(self, rows: tuple[Row, ...]) -> Logits:

@@ -1,10 +1,10 @@
 """What llama.cpp's memory holds of each slot, and that nothing of it reaches a slot's next owner.
 
-Cells that were cut stay where they are and are masked. Our attention, and the library's flash attention, never multiply a
-masked cell. Its other attention multiplies it by 0, and a recurrent state is multiplied by 0 when a text begins, and 0
-times a value that is not finite is no number. So before such a memory is cut, it is asked whether that can happen: one
-more token is computed in the slot, whose logits are not finite if the slot holds anything that is not. Then all memory is
-cleared, and what the slots keep is put back as it was.
+Cells that were cut stay where they are and are masked. Our attention, and the library's flash attention, never
+multiply a masked cell. The library's other attention multiplies it by 0, a recurrent state is multiplied by 0 when a
+text begins, and 0 times a value that is not finite is NaN. So before a slot of such a memory is cut, one more token is
+computed in it, unless its last logits were finite. If the logits of that token are not finite, all memory is cleared,
+and what the slots keep is put back as it was.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Decode = Callable[[tuple[Row, ...]], Logits]
 _PROBE = (0,)  # any token will do
 
 
-class Memory:
+class States:
     """Owner of a context's memory. `multiplies_masked`: what was cut can reach what is computed later in the slot."""
 
     def __init__(self, context: object, slots: int, length: int, decode: Decode, *, multiplies_masked: bool) -> None:
@@ -90,8 +90,8 @@ class Memory:
                 raise EngineError("cannot put back a sequence's state")
 
     def _state(self, slot: int) -> ctypes.Array[ctypes.c_uint8]:
-        size = native.llama_state_seq_get_size(self._context, slot)
-        state = (ctypes.c_uint8 * size)()
+        size: int = native.llama_state_seq_get_size(self._context, slot)
+        state: ctypes.Array[ctypes.c_uint8] = (ctypes.c_uint8 * size)()
         if native.llama_state_seq_get_data(self._context, state, size, slot) != size:
             raise EngineError("cannot save a sequence's state")
         return state
