@@ -64,26 +64,26 @@ class Series:
 class Shared:
     """What comes before the completion and about the prompt, the same in all choices of a prompt."""
 
-    def __init__(self, echo: Echo | None, report: PromptReport | None) -> None:
-        self.echo = echo
-        self.report = report
+    def __init__(self, report: PromptReport | None = None) -> None:
+        self.has_ids = report is not None and report.token_ids is not None
+        self.has_logprobs = report is not None and report.scored is not None
         self.text = Series(_text)
         self.columns = [Series() for _ in wire.COLUMNS]
         self.token_ids = Series()
         self.logprobs = Series()
 
-    def steps(self) -> Iterator[int]:
+    def steps(self, echo: Echo | None, report: PromptReport | None) -> Iterator[int]:
         """Encode it. Yields after each slice how many tokens were in it."""
-        if self.echo is not None:
-            self.text.extend([self.echo.text])
+        if echo is not None:
+            self.text.extend([echo.text])
             self.text.close()
-            for part in self.echo.columns():
+            for part in echo.columns():
                 _add_columns(self.columns, part)
                 yield len(part.tokens)
-        if self.report is not None:
-            for ids in sliced(self.report.token_ids or ()):
+        if report is not None:
+            for ids in sliced(report.token_ids or ()):
                 self.token_ids.extend(ids)
-            for entries in self.report.entries():
+            for entries in report.entries():
                 self.logprobs.extend(entries)
                 yield len(entries)
         for series in (*self.columns, self.token_ids, self.logprobs):
@@ -95,17 +95,17 @@ class Sharing:
 
     def __init__(self, n: int) -> None:
         self._n = n
-        self._kept: dict[tuple[int, int], tuple[Shared, int]] = {}
+        self._kept: dict[tuple[int, int], tuple[Shared, int, Delta]] = {}  # the delta keeps what the key is made of
 
     def steps(self, delta: Delta) -> Iterator[int | Shared]:
         """Like `Shared.steps`, then what is shared."""
         key = (id(delta.echo), id(delta.prompt))
-        shared, uses = self._kept.get(key, (None, 0))
+        shared, uses, first = self._kept.get(key, (None, 0, delta))
         if shared is None:
-            shared = Shared(delta.echo, delta.prompt)
-            yield from shared.steps()
+            shared = Shared(delta.prompt)
+            yield from shared.steps(delta.echo, delta.prompt)
         if uses + 1 < self._n:
-            self._kept[key] = (shared, uses + 1)
+            self._kept[key] = (shared, uses + 1, first)
         else:
             self._kept.pop(key, None)
         yield shared
@@ -116,7 +116,7 @@ class Choice:
 
     def __init__(self, index: int, shared: Shared | None) -> None:
         self._index = index
-        self._shared = shared or Shared(None, None)
+        self._shared = shared or Shared()
         self._text = Series(_text)
         self._columns: list[Series] | None = None
         self._has_top = False
@@ -152,10 +152,9 @@ class Choice:
         yield b',"finish_reason":' + encode(self._finish)
         if self._token_ids is not None:
             yield from _array(b',"token_ids":', self._token_ids)
-        report = self._shared.report
-        if report is not None and report.token_ids is not None:
+        if self._shared.has_ids:
             yield from _array(b',"prompt_token_ids":', self._shared.token_ids)
-        if report is not None and report.scored is not None:
+        if self._shared.has_logprobs:
             yield from _array(b',"prompt_logprobs":', self._shared.logprobs)
         yield b"}"
 
