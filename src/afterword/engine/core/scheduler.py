@@ -199,10 +199,14 @@ class Scheduler:
         First of all come samples of jobs that have begun; of the other jobs, the one whose prompt is computed furthest.
         """
         self._shares.want(self._wanting(), self._passes)
-        if not self._slots.room and not self._shares.uneven(self._passes):
+        if not self._slots.room and not self._can_pause():
             return None
+        stuck = set()  # many clients may wait, but few differ in what they hold
         for client in self._shares.order():
-            if (self._slots.room or self._victims(client)) and (found := self._first(client)):
+            standing = self._shares.standing(client)
+            if not self._slots.room and (standing in stuck or not self._victims(client)):
+                stuck.add(standing)
+            elif found := self._first(client):
                 return found
         return None
 
@@ -304,6 +308,11 @@ class Scheduler:
         return begun
 
     # ---- pauses
+
+    def _can_pause(self) -> bool:
+        """Whether it is worth asking for which client a sequence can be paused."""
+        late = self._shares.late(self._passes)
+        return self._shares.uneven or (late and any(each.brought >= TURN for each in self._held.values()))
 
     def _victims(self, client: str) -> list[Sequence]:
         """Sequences that may be paused for a client, the one to be paused first at the end."""
