@@ -21,7 +21,7 @@ from afterword.completion.fields import StreamOptions
 from afterword.completion.plan import Caller, Plan, make_plan
 from afterword.completion.request import Request, parse
 from afterword.completion.run import Usage, run, tokenize
-from afterword.engine.protocol import Engine
+from afterword.engine.protocol import BATCH, Engine
 from afterword.errors import AfterwordError
 
 _LARGE = 2**12  # bytes of an event
@@ -37,7 +37,7 @@ async def create(http: HttpRequest) -> Response:
     served = await service.enter(request.model, visit)
     visit.model = served.id
     tokens = await tokenize(request, served.engine, service.config.special_text)
-    caller = Caller(visit.key, service.config.shared_cache, "batch" if visit.inside else "")
+    caller = Caller(visit.key, service.config.shared_cache, BATCH.strip() if visit.inside else "")
     plan = make_plan(request, served.engine.card, tokens, secrets.randbits(64), caller)
     visit.user = service.ring.pseudonym(request.user)
     gate.reserve(visit, plan.most_tokens)

@@ -1,9 +1,9 @@
 """Decides what the next forward pass computes. Pure: it touches no model, no clock and no randomness.
 
-Rules: passes over a prompt end on a
-grid counted from its first token, so that the numbers do not depend on who else is here. They take turns with tokens
-of running sequences, so that neither waits for the other to finish. A prompt's beginning is computed once: what is
-being computed is waited for, what is in a slot is used, and the samples of a prompt fork from whichever holds it.
+Rules: passes over a prompt end on a grid counted from its first token, so that the numbers do not depend on who else is
+here. They take turns with tokens of running sequences, so that neither waits for the other to finish. A prompt's
+beginning is computed once: what is being computed is waited for, what is in a slot is used, and the samples of a prompt
+fork from whichever holds it.
 
 A sequence keeps its slot until it ends, or until another client waits that holds less than its share (`core.shares`).
 Then the youngest sequence of the client that holds most is paused: its slot goes to the other client, and what the slot
