@@ -1,4 +1,4 @@
-"""G4: eleven invariants in simulated worlds. `python -m tests.sim` runs the same, and says which seed broke what."""
+"""G4: the eleven invariants in simulated worlds. `python -m tests.sim` runs the same and names the seeds."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ import msgspec
 import pytest
 
 from afterword.config import GRID, Weights
+from afterword.engine.core import scheduler
 from afterword.engine.core.loop import Loop
 from afterword.engine.frames import KvType, Open
 from afterword.engine.llama import accelerator, library
@@ -89,7 +90,7 @@ def requests(count: int, seed: int, vocabulary: int = 4000) -> list[Job]:
                 key=index.to_bytes(16, "big"),
                 alternatives=rng.choice([None, 0, 3]),
                 prompt_alternatives=scored,
-                client=rng.choice(["", "someone"]),
+                client=rng.choice(["", "someone", "someone batch"]),
             )
         )
     return jobs
@@ -202,6 +203,35 @@ def test_passes_of_one_shape_give_the_same_bits_too(folder):
     """As on a GPU, where kernels depend on it."""
     path = quantized(folder, "F16")
     compare(Loop(LlamaRunner(Open(str(path), 320, 7, 1, 64, "f16", 0, False, grid=64, full=True))), count=40)
+
+
+@pytest.mark.parametrize(("file_type", "kv_type"), [("Q8_0", "exact"), ("Q8_0", "f16")])
+def test_paused_samples_bring_the_same_bits(folder, monkeypatch, file_type, kv_type):
+    """One client holds all sequences while short requests of another come; with `f16` the state is computed again
+    token by token."""
+    monkeypatch.setattr(scheduler, "REST", (2, 6))
+    loop = Loop(open_runner(quantized(folder, file_type), kv_type, sequences=4))
+    wanted = [
+        msgspec.structs.replace(each, samples=5, max_tokens=40, prompt_alternatives=scored, client="many", ends=())
+        for each, scored in zip(requests(2, seed=5), (None, 2), strict=True)
+    ]
+    expected = alone(loop, wanted)
+    names = [next(_names) for _ in wanted]
+    for name, each in zip(names, wanted, strict=True):
+        loop.start(name, each)
+    steps: dict[int, list[Step]] = {name: [] for name in names}
+    pauses = 0
+    while (passed := loop.step()) is not None:
+        for name in passed.keys() & steps.keys():
+            steps[name].append(passed[name])
+        begun = loop._scheduler._begun
+        pauses = max(pauses, sum(sequence.paused for name in names if name in begun for sequence in begun[name].queued))
+        if len(begun) == len(loop._scheduler._works) and any(name in begun for name in names):
+            run = next(_names)  # the next short request, as soon as the one before has begun
+            loop.start(run, Job((run % 4000, 5, 6), 1, 3, Sampling(), (), bytes(16), client="few"))
+    loop.check()
+    assert pauses
+    assert [numbers(steps[name], each) for name, each in zip(names, wanted, strict=True)] == expected
 
 
 FLOATS = ("BF16", "F16", "F32")

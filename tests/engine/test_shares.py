@@ -14,11 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_loop import finish, job, jobs, sampled, shapes
 
-from afterword.engine.core import scheduler, shares
+from afterword.completion.limits import Limits
+from afterword.completion.plan import Caller, Tokenized, make_plan
+from afterword.completion.request import parse
+from afterword.engine.core import pauses, scheduler, shares
 from afterword.engine.core.loop import Loop
-from afterword.engine.core.scheduler import QUANTUM
+from afterword.engine.core.pauses import QUANTUM
 from afterword.engine.core.shares import TURN, Shares
-from afterword.engine.protocol import BATCH, Job, Load, Sampling, Step
+from afterword.engine.protocol import BATCH, Card, Job, Load, Sampling, Step
 
 SLOTS = 16
 SOON = 3  # passes until a short request begins while no sample is protected from a pause
@@ -38,9 +41,9 @@ crowded = st.builds(
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples are paused again after a few tokens, so that short ones are paused several times."""
-    monkeypatch.setattr(scheduler, "QUANTUM", 2)
+    monkeypatch.setattr(pauses, "QUANTUM", 2)
     monkeypatch.setattr(scheduler, "REST", (1, 3))
-    monkeypatch.setattr(scheduler, "TURN", 4)
+    monkeypatch.setattr(pauses, "TURN", 4)
     monkeypatch.setattr(shares, "TURN", 4)
 
 
@@ -355,3 +358,12 @@ def test_of_clients_that_hold_as_much_the_one_that_waits_longest_is_first():
     assert held.order() == ["b", "a", "c"]
     assert held.overdue("b", TURN)
     assert not held.overdue("a", TURN)
+
+
+def test_rows_of_batches_are_told_apart_from_requests():
+    request = parse(b'{"prompt": [1, 2], "max_tokens": 1}', Limits())
+    card = Card(0, 64, 2, (b"a",) * 9, (0,), None, 0, False, False, 1, None, "fp")
+    for name in ("", "key"):
+        row = make_plan(request, card, Tokenized(((1, 2),), ()), 0, Caller(name, line=BATCH.strip()))
+        assert row.prompts[0].job.client == name + BATCH
+        assert make_plan(request, card, Tokenized(((1, 2),), ()), 0, Caller(name)).prompts[0].job.client == name

@@ -1,9 +1,9 @@
 """Decides what the next forward pass computes. Pure: it touches no model, no clock and no randomness.
 
-Rules: passes over a prompt end on a
-grid counted from its first token, so that the numbers do not depend on who else is here. They take turns with tokens
-of running sequences, so that neither waits for the other to finish. A prompt's beginning is computed once: what is
-being computed is waited for, what is in a slot is used, and the samples of a prompt fork from whichever holds it.
+Rules: passes over a prompt end on a grid counted from its first token, so that the numbers do not depend on who else is
+here. They take turns with tokens of running sequences, so that neither waits for the other to finish. A prompt's
+beginning is computed once: what is being computed is waited for, what is in a slot is used, and the samples of a prompt
+fork from whichever holds it.
 
 A sequence keeps its slot until it ends, or until another client waits that holds less than its share (`core.shares`).
 Then the youngest sequence of the client that holds most is paused: its slot goes to the other client, and what the slot
@@ -11,8 +11,8 @@ held is lost. A paused sequence keeps its tokens. It gets a slot again before an
 state is computed again: of the prompt as at first, of the generated tokens one by one, as at first too, or in pieces
 where it does not matter how tokens are grouped (`Runner.grid` is 1). So its numbers stay the same.
 Nothing is computed again without end: a paused sequence waits for about as long as that costs before it takes a slot
-that is unused, and then brings `QUANTUM` tokens before it can be paused again. The oldest sequences of a client are
-paused last, so they always come to their end.
+that is unused, and then brings some tokens (`core.pauses`) before it can be paused again. The oldest sequences of a
+client are paused last, so they always come to their end.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from dataclasses import dataclass
 from itertools import islice
 
 from afterword.engine.core.batch import Batch, Row
+from afterword.engine.core.pauses import can_pause, victims
 from afterword.engine.core.prompts import LEAST_PASS, Prompts
 from afterword.engine.core.sequence import Sequence, Work
-from afterword.engine.core.shares import TURN, Shares
+from afterword.engine.core.shares import Shares
 from afterword.engine.core.slots import Hit, Slot, Slots, Wanted
 from afterword.engine.protocol import Job, Load, Token
 
 WINDOW = 32  # of a client's waiting jobs, how many are looked at
 PATIENCE = 8  # how often a job may be passed over for one whose prompt is further computed
-QUANTUM = 16  # tokens that a sample brings, after its state was computed again, before it can be paused again
 REST = (32, 256)  # passes, at least and at most, that a paused sample leaves an unused slot to others
 
 
@@ -223,11 +223,14 @@ class Scheduler:
         First of all come samples of jobs that have begun; of the other jobs, the one whose prompt is computed furthest.
         """
         self._shares.want(self._wanting(), self._passes)
-        gives_way = self._shares.uneven(self._passes) or any(each.work.unread for each in self._held.values())
-        if not self._slots.room and not gives_way:
+        if not self._slots.room and not can_pause(self._held.values(), self._shares, self._passes):
             return None
+        stuck = set()  # many clients may wait, but few differ in what they hold
         for client in self._shares.order():
-            if (self._slots.room or self._victims(client)) and (found := self._first(client)):
+            standing = self._shares.standing(client)
+            if not self._slots.room and (standing in stuck or not self._victims(client)):
+                stuck.add(standing)
+            elif found := self._first(client):
                 return found
         return None
 
@@ -334,19 +337,7 @@ class Scheduler:
     # ---- pauses
 
     def _victims(self, client: str) -> list[Sequence]:
-        """Sequences that may be paused for a client, the one to be paused first at the end."""
-        late = self._shares.overdue(client, self._passes)
-        found = [sequence for sequence in self._held.values() if self._gives_way(sequence, client, late)]
-        return sorted(
-            found,
-            key=lambda each: (each.work.unread, *self._shares.load(each.work.job.client), each.work.run, each.sample),
-        )
-
-    def _gives_way(self, sequence: Sequence, client: str, late: bool) -> bool:
-        if sequence.work.unread or (late and sequence.brought >= TURN):
-            return True
-        protected = sequence.paused and 0 < sequence.brought < QUANTUM
-        return not protected and self._shares.exceeds(sequence.work.job.client, client)
+        return victims(self._held.values(), self._shares, client, self._passes)
 
     def _pause(self, sequence: Sequence) -> None:
         """Take a sequence's slot. What it holds stays until another sequence needs the slot."""

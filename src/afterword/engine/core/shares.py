@@ -60,11 +60,20 @@ class Shares:
             clients = [client for client in clients if _group(client) != BATCH]
         return sorted(clients, key=self.load)
 
-    def uneven(self, now: int) -> bool:
-        """Whether any client may have to give way: quick to tell, for each pass."""
+    @property
+    def uneven(self) -> bool:
+        """Whether a client may hold more than its share: quick to tell, for each pass."""
         if not self._since or self._held.keys() == self._since.keys() == {next(iter(self._since))}:
             return False
-        return max(self._groups.values(), default=0) >= 2 or now - next(iter(self._since.values())) >= TURN
+        return max(self._groups.values(), default=0) >= 2
+
+    def late(self, now: int) -> bool:
+        """Whether any client has waited for a turn, or for more, as long as for a turn."""
+        return bool(self._since) and now - next(iter(self._since.values())) >= TURN
+
+    def standing(self, client: str) -> tuple[int, int, bool]:
+        """Clients with the same standing exceed the same others; the one that has waited longest is overdue first."""
+        return *self.load(client), client.endswith(BATCH)
 
     def exceeds(self, holder: str, client: str) -> bool:
         """Whether a client holds more than its share, compared with one that waits."""
