@@ -104,7 +104,7 @@ def test_the_logits_of_a_wide_vocabulary_are_reckoned(tmp_path: Path) -> None:
 
 
 def test_the_states_of_recurrent_layers_are_reckoned(tmp_path: Path) -> None:
-    compare(write_mamba(tmp_path / "mamba.gguf", inner=1024, states=256), parallel=64, context=64)
+    compare(write_mamba(tmp_path / "mamba.gguf", inner=1024, states=512), parallel=64, context=64)
 
 
 def test_the_keys_and_values_are_reckoned(tmp_path: Path) -> None:
