@@ -38,6 +38,7 @@ from .server import Server, beside
 PATIENCE, SLOWEST = 60, 2.0  # seconds: before a process is given up; of the processor, for one text
 CONTEXT = 4096  # tokens, of which none spells more than the vocabulary's longest: no longer text is tokenized
 LONGEST = Policy().max_text  # characters, of any text
+LARGE = 32768  # tokens of context
 UNITS = (
     "<|endoftext|>",
     "<",
@@ -64,10 +65,11 @@ UNITS = (
     "\u200d",
 )
 SIZES = (1_000, 10_000, None)
+COMMIT = len(UNITS) * len(SIZES)
 """Bytes; None: as many as could fit the context."""
 SHARED = sorted((ROOT.parent / "shared" / "vocabs").glob("*.gguf"))
 HOSTILE = ("<|endoftext|>", "<unused7>", "<", "</s>", " ", "\n", "é", "a", "!", "<|endoftext|> a")
-ABANDONED = 4  # requests for each that is waited for
+ABANDONED = 2  # requests for each text, before two that are waited for
 
 
 @dataclass
@@ -86,11 +88,12 @@ def run(trial: Trial) -> Result:
         gemma = write_gemma(Path(folder, "gemma.gguf"))
         figures = _tokenize_beside(trial, [locate(parse_spec(None)).path, gemma, *SHARED])
         seen = Beside()
-        units = HOSTILE[: max(1, trial.size // 6)]
+        length = LONGEST if trial.size > COMMIT else LONGEST // 4
+        hostile = [(unit * (length // len(unit) + 1))[:length] for unit in HOSTILE[: max(1, trial.size // 6)]]
         with trial.serve("--parallel", "2") as server:
-            asyncio.run(_press(server, units, seen))
-        with trial.serve(str(gemma), "--parallel", "2", "--context", "32768") as server:
-            asyncio.run(_press(server, units, seen))
+            asyncio.run(_press(server, hostile, seen))
+        with trial.serve(str(gemma), "--parallel", "2", "--context", str(LARGE)) as server:
+            asyncio.run(_press(server, hostile, seen))
     figures |= {"slowest beside s": round(seen.slowest, 2), "wrong": seen.wrong, "restarts": seen.restarts}
     passed = (
         figures["texts"] == trial.size
@@ -110,21 +113,20 @@ def write_gemma(path: Path) -> Path:
     runs = [(character * size, TokenType.USER_DEFINED) for character in "\n\t▁" for size in range(2, 32)]
     unused = [(f"<unused{number}>", TokenType.USER_DEFINED) for number in range(1000)]
     words = tiny.with_tokens(tiny.piece_vocabulary(infill=True, add_bos=True), *runs, *unused)
-    shape = tiny.Shape(context=32768)
+    shape = tiny.Shape(context=LARGE)
     return tiny.write_model(path, shape, words, tiny.random_weights(shape, words))
 
 
-async def _press(server: Server, units: tuple[str, ...], seen: Beside) -> None:
+async def _press(server: Server, hostile: list[str], seen: Beside) -> None:
     other = asyncio.create_task(_ask_all_the_time(server, seen))
-    for unit in units:
-        text = (unit * (LONGEST // len(unit) + 1))[:LONGEST]
+    for text in hostile:
         leaving = [Caller(server).ask_and_leave({"prompt": text}, 1, "/tokenize") for _ in range(ABANDONED)]
         asked = (Caller(server) for _ in range(2))
-        bodies = ({"prompt": text}, "/tokenize"), ({"prompt": text, "max_tokens": 1}, "/v1/completions")
+        bodies = ({"prompt": text}, "/tokenize"), ({"prompt": text, "max_tokens": LARGE}, "/v1/completions")
         *_, first, second = await asyncio.gather(
             *leaving, *(caller.ask(*body) for caller, body in zip(asked, bodies, strict=True))
         )
-        seen.wrong += (first.status, second.status) != (200, 400)  # it is longer than the context
+        seen.wrong += (first.status, second.status) != (200, 400)  # which is found out when the text is tokenized
     other.cancel()
     await asyncio.gather(other, return_exceptions=True)
     seen.restarts += server.load()["restarts"]
@@ -227,8 +229,8 @@ GATE = Gate(
     name="G15",
     goal="runs of one thing up to the limits: no crash, spelled back whole; nobody waits for more than 2 s",
     unit="texts",
-    commit=len(UNITS) * len(SIZES),
-    nightly=len(UNITS) * len(SIZES) * (2 + len(SHARED)),
+    commit=COMMIT,
+    nightly=COMMIT * (2 + len(SHARED)),
     run=run,
     fault=Fault("texts wait in one line, and llama.cpp finds their special tokens", "engine", keep_one_line),
     planted=6,
