@@ -18,6 +18,8 @@ MOST_AHEAD = 2**17
 """Tokens, with the alternatives beside them, that the engine may be ahead of whoever reads the answer: it waits for
 nobody, so this bounds what is kept for a slow reader (to some tens of megabytes)."""
 
+_TOGETHER = 32  # prompts that are handed to the engine in one step
+
 
 @dataclass(frozen=True, slots=True)
 class Usage:
@@ -54,8 +56,10 @@ async def run(
     runs: list[Run] = []
     whole = False
     try:
-        for prompt in plan.prompts:
+        for count, prompt in enumerate(plan.prompts, 1):
             runs.append(engine.start(prompt.job))
+            if count % _TOGETHER == 0:
+                await asyncio.sleep(0)
         async with aclosing(_merged(runs, growing)) as steps:
             async for index, step in steps:
                 for delta in growing[index].take(step, runs[index]):
