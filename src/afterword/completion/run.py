@@ -21,6 +21,8 @@ on its way from the engine's process (some megabytes at most) still comes on top
 READER_SECONDS = 60.0
 """How long the engine may be paused before the reader is given up: what has been computed takes memory meanwhile."""
 
+_TOGETHER = 32  # prompts that are handed to the engine in one step
+
 
 @dataclass(frozen=True, slots=True)
 class Usage:
@@ -70,8 +72,10 @@ async def run(
     growing = [_Growing(plan, index, prompt, begun) for index, prompt in enumerate(plan.prompts)]
     runs: list[Run] = []
     try:
-        _check_model(plan.fingerprint, engine)
-        for prompt in plan.prompts:
+        for count, prompt in enumerate(plan.prompts):
+            if count and count % _TOGETHER == 0:
+                await asyncio.sleep(0)
+            _check_model(plan.fingerprint, engine)  # it may have been replaced while other tasks ran
             runs.append(engine.start(prompt.job))
         async with aclosing(_merged(runs, growing)) as steps:
             async for index, step in steps:
