@@ -15,7 +15,7 @@ until it runs, and keeps 2. Each of up to 16 batches has at most 5 (its journal 
 folder).
 """
 _LAST = 32
-"""Where so few are left, whatever has taken the others, no connection is accepted: an engine can still be replaced."""
+"""Where so few are left (a sixteenth, of less than 512), whatever has taken the others, no connection is accepted."""
 
 
 class Places:
@@ -72,7 +72,7 @@ def open_files(wanted: int) -> int:
 def is_last(descriptor: int) -> bool:
     """Whether a descriptor that was just opened shows that few are left: the system gives out the lowest free one."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return soft != resource.RLIM_INFINITY and descriptor >= soft - min(_LAST, soft // 4)
+    return soft != resource.RLIM_INFINITY and descriptor >= soft - min(_LAST, soft // 16)
 
 
 def _household(peer: str) -> str:
