@@ -235,7 +235,7 @@ class Reading:
 
 
 @pytest.mark.parametrize("begun", [False, True], ids=["whole", "stream"])
-@pytest.mark.parametrize("request_", [get("/"), post(b"{}")], ids=["GET", "POST"])
+@pytest.mark.parametrize("request_", [get("/"), post(b"{}"), get("/") * 2], ids=["GET", "POST", "sent ahead"])
 def test_a_client_that_ends_its_sending_gets_its_answer(begun: bool, request_: bytes) -> None:
     async def scenario() -> None:
         app = Reading(begun)
@@ -337,7 +337,11 @@ def test_a_hangup_asks_as_politely_as_sigterm(number: signal.Signals) -> None:
             signal.raise_signal(number)
             await signals.again.wait()
 
-    play(scenario())
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        play(scenario())
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_hangup_that_is_ignored_stays_so() -> None:

@@ -96,11 +96,11 @@ class Connection(HttpToolsProtocol):
         A client that has left looks the same until something is sent: then its system answers with a reset, which
         `check` sees. HTTP/1.0 has nothing that could be sent before the answer, so there it counts as left.
         """
-        if self._deaf or self._pace.phase != "answer":
+        if self._pace.phase != "answer":
             return None
         cycle = self.cycle
         if not cycle.response_started:
-            if self.parser.get_http_version() == "1.0":
+            if cycle.scope["http_version"] == "1.0":
                 return None
             self.transport.write(_CONTINUE)
         elif cycle.chunked_encoding and cycle.scope["method"] != "HEAD":
