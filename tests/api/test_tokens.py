@@ -59,6 +59,35 @@ def test_a_bos_is_added_where_the_model_wants_one(with_bos: httpx.Client) -> Non
     assert tokens_of(with_bos, "") == [facts["bos_token_id"]]
 
 
+@pytest.mark.parametrize("more", ["Hello", "", "<s>Hello", " the"])
+def test_a_text_that_begins_with_the_bos_gets_no_second_one(with_bos: httpx.Client, more: str) -> None:
+    bos = with_bos.get("/tokenizer_info").json()["bos_token"]
+    bare = with_bos.post("/tokenize", json={"prompt": bos + more, "add_special_tokens": False}).json()["tokens"]
+    assert tokens_of(with_bos, bos + more) == bare
+    body = {"prompt": bos + more, "max_tokens": 1, "echo": True, "logprobs": 0, "return_token_ids": True}
+    answer = complete(with_bos, **body)
+    (choice,) = answer["choices"]
+    assert choice["prompt_token_ids"] == bare
+    assert answer["usage"]["prompt_tokens"] == len(bare)
+    assert choice["text"].startswith(bos + more)
+    columns = choice["logprobs"]
+    assert len(columns["tokens"]) == len(bare) + 1
+    assert (columns["tokens"][0], columns["text_offset"][:2]) == (bos, [0, len(bos)])
+    for token, offset in zip(columns["tokens"][:-1], columns["text_offset"], strict=False):
+        assert choice["text"][offset:].startswith(token)
+
+
+def test_the_bos_is_among_the_tokens_of_a_text_and_usage_counts_only_the_callers_own(with_bos: httpx.Client) -> None:
+    """`/tokenize` tells what the model reads, `usage` what the caller has written and is charged for."""
+    facts = with_bos.get("/tokenizer_info").json()
+    for text, own in (("Hello", 0), ("the cat", 0), (facts["bos_token"] + "Hello", 1)):
+        tokens = tokens_of(with_bos, text)
+        answer = complete(with_bos, prompt=text, max_tokens=1, return_token_ids=True)
+        assert answer["choices"][0]["prompt_token_ids"] == tokens
+        assert tokens.count(facts["bos_token_id"]) == 1
+        assert answer["usage"]["prompt_tokens"] == len(tokens) - 1 + own
+
+
 def test_no_bos_is_added_where_the_model_wants_none(http: httpx.Client, facts: dict[str, Any]) -> None:
     bare = http.post("/tokenize", json={"prompt": "Hello", "add_special_tokens": False}).json()["tokens"]
     assert facts["add_bos_token"] is False

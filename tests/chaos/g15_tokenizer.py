@@ -1,32 +1,50 @@
-"""G15: long runs of one thing, which recursive and quadratic tokenizers die of, are tokenized soon and whole."""
+"""G15: long runs of one thing, which recursive and quadratic tokenizers die of, are tokenized soon and whole.
+
+Each is first tokenized in a process of its own. Then servers are sent the longest of them, by clients that wait and by
+clients that leave, while another client's short texts and completions of one token have to be answered soon.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from random import Random
 
 import pytest
+from gguf import TokenType
 
-from afterword.engine import child
 from afterword.engine.llama import library
 from afterword.engine.llama.library import native
 from afterword.engine.llama.vocabulary import Vocabulary
+from afterword.engine.supervisor import Policy
+from afterword.engine.tokenizing import Tokenizing, stack_for
 from afterword.models.registry import locate, parse_spec
+from oracle import tiny
 
 from . import ROOT
+from .client import Caller
 from .gate import Fault, Gate, Result, Trial
-from .server import beside
+from .server import Server, beside
 
 PATIENCE, SLOWEST = 60, 2.0  # seconds: before a process is given up; of the processor, for one text
 CONTEXT = 4096  # tokens, of which none spells more than the vocabulary's longest: no longer text is tokenized
+LONGEST = Policy().max_text  # characters, of any text
+LARGE = 32768  # tokens of context
 UNITS = (
+    "<|endoftext|>",
+    "<",
+    "</s>",
+    "<unused7>",
+    "<|im_start|>",
     "a",
     "A",
     " ",
@@ -47,14 +65,87 @@ UNITS = (
     "\u200d",
 )
 SIZES = (1_000, 10_000, None)
+COMMIT = len(UNITS) * len(SIZES)
 """Bytes; None: as many as could fit the context."""
 SHARED = sorted((ROOT.parent / "shared" / "vocabs").glob("*.gguf"))
+HOSTILE = ("<|endoftext|>", "<unused7>", "<", "</s>", " ", "\n", "é", "a", "!", "<|endoftext|> a")
+ABANDONED = 2  # requests for each text, before two that are waited for
+
+
+@dataclass
+class Beside:
+    """What the servers did. `slowest`: seconds that the other client waited at most."""
+
+    slowest: float = 0.0
+    asked: int = 0
+    wrong: int = 0
+    restarts: int = 0
 
 
 def run(trial: Trial) -> Result:
-    """The built-in vocabulary first; those that lie beside the repository while the size reaches."""
-    vocabularies = [locate(parse_spec(None)).path, *SHARED]
-    figures = {"vocabularies": 0, "died or hung": 0, "changed": 0, "slowest s": 0.0}
+    """The built-in vocabulary first, then one like Gemma's; those beside the repository while the size reaches."""
+    with tempfile.TemporaryDirectory() as folder:
+        gemma = write_gemma(Path(folder, "gemma.gguf"))
+        figures = _tokenize_beside(trial, [locate(parse_spec(None)).path, gemma, *SHARED])
+        seen = Beside()
+        length = LONGEST if trial.size > COMMIT else LONGEST // 4
+        hostile = [(unit * (length // len(unit) + 1))[:length] for unit in HOSTILE[: max(1, trial.size // 6)]]
+        with trial.serve("--parallel", "2") as server:
+            asyncio.run(_press(server, hostile, seen))
+        with trial.serve(str(gemma), "--parallel", "2", "--context", str(LARGE)) as server:
+            asyncio.run(_press(server, hostile, seen))
+    figures |= {"slowest beside s": round(seen.slowest, 2), "wrong": seen.wrong, "restarts": seen.restarts}
+    passed = (
+        figures["texts"] == trial.size
+        and not figures["died or hung"]
+        and not figures["changed"]
+        and figures["slowest s"] <= SLOWEST
+        and not seen.wrong
+        and not seen.restarts
+        and seen.slowest <= SLOWEST
+    )
+    del figures["texts"]
+    return Result(passed, figures)
+
+
+def write_gemma(path: Path) -> Path:
+    """A SentencePiece model with what Gemma's vocabulary has: many tokens that are found by name, and runs."""
+    runs = [(character * size, TokenType.USER_DEFINED) for character in "\n\t▁" for size in range(2, 32)]
+    unused = [(f"<unused{number}>", TokenType.USER_DEFINED) for number in range(1000)]
+    words = tiny.with_tokens(tiny.piece_vocabulary(infill=True, add_bos=True), *runs, *unused)
+    shape = tiny.Shape(context=LARGE)
+    return tiny.write_model(path, shape, words, tiny.random_weights(shape, words))
+
+
+async def _press(server: Server, hostile: list[str], seen: Beside) -> None:
+    other = asyncio.create_task(_ask_all_the_time(server, seen))
+    for text in hostile:
+        leaving = [Caller(server).ask_and_leave({"prompt": text}, 1, "/tokenize") for _ in range(ABANDONED)]
+        asked = (Caller(server) for _ in range(2))
+        bodies = ({"prompt": text}, "/tokenize"), ({"prompt": text, "max_tokens": LARGE}, "/v1/completions")
+        *_, first, second = await asyncio.gather(
+            *leaving, *(caller.ask(*body) for caller, body in zip(asked, bodies, strict=True))
+        )
+        seen.wrong += (first.status, second.status) != (200, 400)  # which is found out when the text is tokenized
+    other.cancel()
+    await asyncio.gather(other, return_exceptions=True)
+    seen.restarts += server.load()["restarts"]
+    seen.wrong += not seen.asked
+
+
+async def _ask_all_the_time(server: Server, seen: Beside) -> None:
+    caller = Caller(server)
+    while True:
+        for body, path in (({"prompt": "the cat"}, "/tokenize"), ({"prompt": "a", "max_tokens": 1}, "/v1/completions")):
+            start = time.monotonic()
+            reply = await caller.ask(body, path)
+            seen.slowest = max(seen.slowest, time.monotonic() - start)
+            seen.asked += 1
+            seen.wrong += reply.status != 200
+
+
+def _tokenize_beside(trial: Trial, vocabularies: list[Path]) -> dict[str, float]:
+    figures = {"vocabularies": 0, "texts": 0, "died or hung": 0, "changed": 0, "slowest s": 0.0}
     tried = 0
     for path in vocabularies:
         cases = [*product(UNITS, SIZES)]
@@ -65,8 +156,7 @@ def run(trial: Trial) -> Result:
             figures["vocabularies"] += 1
             trial.say(f"G15 {path.name}")
             _try_all(path, cases, trial.planted is not None, figures)
-    passed = not figures["died or hung"] and not figures["changed"] and figures["slowest s"] <= SLOWEST
-    return Result(passed and tried == trial.size, figures)
+    return figures | {"texts": tried}
 
 
 def _try_all(path: Path, cases: list[tuple[str, int | None]], planted: bool, figures: dict[str, float]) -> None:
@@ -107,7 +197,7 @@ def main() -> None:
     path, *planted = sys.argv[1:]
     if planted:
         GATE.fault.plant(pytest.MonkeyPatch())
-    threading.stack_size(child._TOKENIZER_STACK)  # as the engine's process does
+    threading.stack_size(stack_for("a" * LONGEST))  # as the engine's process does
     thread = threading.Thread(target=_tokenize_all, args=(path,))
     thread.start()
     thread.join()
@@ -122,28 +212,28 @@ def _tokenize_all(path: str) -> None:
     longest = max(map(len, pieces))
     for line in sys.stdin:
         unit, size = json.loads(line)
-        text = unit * max(1, (size or CONTEXT * longest) // len(unit.encode()))
+        text = unit * min(LONGEST // len(unit), max(1, (size or CONTEXT * longest) // len(unit.encode())))
         start = time.thread_time()  # others use the machine too
-        tokens = vocabulary.tokenize(text, False)
+        tokens = vocabulary.tokenize(text, True)
         seconds = time.thread_time() - start
         spelled = b"".join(pieces[token] for token in tokens)
         print(json.dumps([text.encode() in (spelled, spelled[1:]), seconds]), flush=True)
 
 
-def end_at_nul(patch: pytest.MonkeyPatch) -> None:
-    tokenize = Vocabulary.tokenize
-    patch.setattr(Vocabulary, "tokenize", lambda self, text, special: tokenize(self, text.partition("\0")[0], special))
+def keep_one_line(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Vocabulary, "parts", lambda self, text, special: iter([self._ids(text.encode(), special)]))
+    patch.setattr(Tokenizing, "add", lambda self, message: (self._wanted.add(message.call), self._short.put(message)))
 
 
 GATE = Gate(
     name="G15",
-    goal="runs of one thing up to the context's length: no crash, at most 2 s, spelled back whole",
+    goal="runs of one thing up to the limits: no crash, spelled back whole; nobody waits for more than 2 s",
     unit="texts",
-    commit=len(UNITS) * len(SIZES),
-    nightly=len(UNITS) * len(SIZES) * (1 + len(SHARED)),
+    commit=COMMIT,
+    nightly=COMMIT * (2 + len(SHARED)),
     run=run,
-    fault=Fault("texts end at a NUL, as strings do in C", "gate", end_at_nul),
-    planted=len(UNITS) * len(SIZES),
+    fault=Fault("texts wait in one line, and llama.cpp finds their special tokens", "engine", keep_one_line),
+    planted=6,
 )
 
 if __name__ == "__main__":

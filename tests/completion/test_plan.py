@@ -58,6 +58,26 @@ def test_a_bos_that_the_model_wants_is_added_to_texts_and_hidden() -> None:
     assert (prompt.job.prompt, prompt.text, prompt.hidden, prompt.billed) == ((BOS, *ids("Hello")), "Hello", 1, 1)
 
 
+@pytest.mark.parametrize("text", ["<s>Hello", "<s>", "<s><s>Hello", "<s> Hello</s>"])
+def test_a_text_that_begins_with_the_bos_gets_no_second_one(text: str) -> None:
+    """The caller has written it: it is shown, and counted."""
+    prompt = only(WITH_BOS, prompt=(text,))
+    assert (prompt.job.prompt, prompt.text, prompt.hidden, prompt.billed) == (ids(text), text, 0, len(ids(text)))
+
+
+def test_each_prompt_has_the_bos_that_it_lacks() -> None:
+    prompts = plan(WITH_BOS, prompt=("<s>Hello", "Hello", "Hello<s>", "")).prompts
+    hello = ids("Hello")
+    assert [prompt.job.prompt for prompt in prompts] == [(BOS, *hello), (BOS, *hello), (BOS, *hello, BOS), (BOS,)]
+    assert [prompt.billed for prompt in prompts] == [2, 1, 2, 0]
+
+
+def test_a_model_that_wants_no_bos_reads_what_is_written() -> None:
+    card = replace(CARD, bos=BOS)
+    assert only(card, prompt=("<s><s>",)).job.prompt == (BOS, BOS)
+    assert only(card, prompt=("a",)).job.prompt == ids("a")
+
+
 def test_a_bos_is_never_added_to_token_ids() -> None:
     prompt = only(WITH_BOS, prompt=(ids("Hello"),))
     assert (prompt.job.prompt, prompt.hidden) == (ids("Hello"), 0)
@@ -97,6 +117,8 @@ def test_a_suffix_goes_with_bos_and_with_token_ids_and_with_every_prompt() -> No
         (BOS, PRE, *ids("Hello"), SUF, *ids("!"), MID),
         (BOS, PRE, SUF, *ids("!"), MID),
     ]
+    (prompt,) = plan(replace(WITH_BOS, infill=INFILL), prompt=("<s>Hello",), suffix="!").prompts
+    assert prompt.job.prompt == (BOS, PRE, *ids("Hello"), SUF, *ids("!"), MID), "the caller's own BOS is at the start"
     assert only(WITH_INFILL, prompt=((5, 6),), suffix="!").job.prompt == (PRE, 5, 6, SUF, *ids("!"), MID)
 
 

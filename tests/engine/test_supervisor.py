@@ -227,7 +227,9 @@ def test_a_slow_text_holds_no_other_texts_and_is_no_hang(seconds: int):
             for task in slow:
                 task.cancel()
             text = "A" * 10**4
-            assert await supervisor.tokenize(text, True, "B") == (0,) * 10**4, "a client that leaves frees the tokenizer"
+            assert await supervisor.tokenize(text, True, "B") == (0,) * 10**4, (
+                "a client that leaves frees the tokenizer"
+            )
             assert supervisor.restarts == 0, "parts of the slow text were done"
 
     run(test)
@@ -239,7 +241,7 @@ def test_a_text_that_hangs_is_noticed(text: str):
     async def test() -> None:
         async with engine(hang_seconds=3) as supervisor:
             stuck = asyncio.create_task(supervisor.tokenize(text, True, "A"))
-            await until(lambda: supervisor.restarts == 1)
+            await until(lambda: supervisor.restarts == 1 and supervisor.state == "ready")
             stuck.cancel()
 
     run(test)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 
 from afterword.engine.compiled import digest
@@ -21,6 +22,7 @@ from afterword.engine.protocol import Card, Infill
 _NO_TOKEN = -1
 _SAMPLES = 64
 _SAMPLE_BYTES = 65536
+_KNOWN = 256  # pieces of a text whose tokens are kept until its end
 
 _BY_NAME = native.LLAMA_TOKEN_ATTR_CONTROL | native.LLAMA_TOKEN_ATTR_UNKNOWN
 _SPECIAL = _BY_NAME | native.LLAMA_TOKEN_ATTR_USER_DEFINED
@@ -52,11 +54,12 @@ class Vocabulary:
         if self.ambiguous:
             yield self._ids(data, special)
             return
+        plain = lru_cache(_KNOWN)(partial(self._ids, special=False))  # runs have many equal pieces
         for piece in self._splits[special].split(data):
             if isinstance(piece, int):
                 yield (piece,)
             else:
-                yield from self._plain(data[slice(*piece)])
+                yield from self._plain(data[slice(*piece)], plain)
 
     @property
     def ambiguous(self) -> bool:
@@ -68,14 +71,14 @@ class Vocabulary:
         """See `Card.runs`."""
         return _WHOLE if self.ambiguous else _SLOW_RUNS.get(self._pre_tokenizer)
 
-    def _plain(self, data: bytes) -> Iterator[Sequence[int]]:
+    def _plain(self, data: bytes, tokenize: Callable[[bytes], Sequence[int]]) -> Iterator[Sequence[int]]:
         """Tokens of a text that has no special tokens in it."""
         if self._cuts is None or len(data) <= LENGTH:
-            yield self._ids(data, False)
+            yield tokenize(data)
             return
         led = 0
         for piece in self._cuts.pieces(data.decode("utf-8", "surrogateescape"), self._led > 0):
-            yield self._ids(piece.encode("utf-8", "surrogateescape"), False)[led:]
+            yield tokenize(piece.encode("utf-8", "surrogateescape"))[led:]
             led = self._led  # the library puts a space before each piece, but only the first one has it
 
     def _ids(self, data: bytes, special: bool) -> Sequence[int]:
