@@ -64,6 +64,8 @@ async def run(
             async for index, step in steps:
                 for delta in growing[index].take(step, runs[index]):
                     yield delta
+                if plan.best_of > plan.n:
+                    await asyncio.sleep(0)  # no delta comes before all candidates are whole
         whole = True
     finally:
         for each in runs:
