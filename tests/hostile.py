@@ -271,7 +271,7 @@ def _sizes() -> Iterator[Case]:
     yield Case("one key often", _with_length(b"{" + b",".join([b'"n":1'] * 50_000) + b"}"), BAD)
     for name, body in {
         "UTF-16": '{"prompt":"a"}'.encode("utf-16"),
-        "BOM": b"\xef\xbb\xbf" + PROMPT,
+        "two BOMs": b"\xef\xbb\xbf" * 2 + PROMPT,
         "NaN": b'{"temperature":NaN}',
         "infinity": b'{"temperature":1e999}',
         "lone surrogate": b'{"prompt":"\\ud800"}',

@@ -206,6 +206,18 @@ def test_other_tasks_run_while_a_large_answer_is_made() -> None:
     assert many["before"] - few["before"] >= 40 * 60 // (2 * logprobs.SLICE)
 
 
+def test_other_tasks_run_while_candidates_are_computed() -> None:
+    _, few = ask(prompt="a", best_of=2, max_tokens=1)
+    _, many = ask(prompt="a", best_of=2, max_tokens=61)
+    assert many["before"] - few["before"] >= 60
+
+
+def test_other_tasks_run_while_many_prompts_are_begun() -> None:
+    _, few = ask(prompt=["a"], max_tokens=1)
+    _, many = ask(prompt=["a"] * 640, max_tokens=1)
+    assert many["before"] - few["before"] >= 20
+
+
 def test_a_small_answer_is_one_message() -> None:
     said, _ = ask(prompt="a", n=2, logprobs=1)
     assert len(said) == 2

@@ -13,7 +13,7 @@ from afterword.completion.plan import Plan, PromptPlan
 from afterword.completion.text import Placed, Released, Stops, TextStream
 from afterword.engine.protocol import Token
 
-SLICE = 256
+SLICE = 64
 """Tokens whose columns are made, and encoded, in one step."""
 
 _SEARCHED = 16  # times that a text is searched to its end for a token that is not in it

@@ -81,6 +81,8 @@ async def run(
             async for index, step in steps:
                 for delta in growing[index].take(step, runs[index]):
                     yield delta
+                if plan.best_of > plan.n:
+                    await asyncio.sleep(0)  # no delta comes before all candidates are whole
     finally:
         for each in runs:
             each.close()
