@@ -96,3 +96,11 @@ def test_answers_are_told_apart_by_whether_another_try_is_worth_it(status, heade
 def test_where_all_rows_would_fail_alike_the_batch_stops(status, body):
     with pytest.raises(Stopped):
         judged(status, body, {})
+
+
+@pytest.mark.parametrize("line_end", ["\u2028", "\u2029", "\x85"])
+def test_an_answer_is_one_line_for_every_reader(line_end):
+    reply = Reply(200, json.dumps({"choices": [{"text": f"a{line_end}b"}]}, ensure_ascii=False).encode())
+    for answer in (answered(row(), reply, CREATED), given_up(row(), "stopped", f"a{line_end}b")):
+        assert len(answer.text.decode().splitlines()) == 1
+        assert f"a\\u{ord(line_end):04x}b".encode() in answer.text

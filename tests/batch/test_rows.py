@@ -119,3 +119,20 @@ def test_every_line_that_is_not_blank_is_told_of_once(lines, end, last):
 def test_no_bytes_are_too_much(text):
     for row in read(text):
         assert isinstance(row, Row | Fault)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"prompt":"\\ud800"}', "lone surrogate"),
+        (b'{"prompt":[%b]}' % b",".join([b"[1]"] * 70_000), "arrays and objects"),
+        (b'{"prompt":[%b]}' % b",".join([b'""'] * 70_000), "strings"),
+    ],
+    ids=["surrogate", "arrays", "strings"],
+)
+def test_a_line_that_is_not_built_says_why(line, reason):
+    (fault,) = (read_row(each) for each in read_lines(io.BytesIO(line), 2**20))
+    assert isinstance(fault, Fault)
+    assert fault.code == "invalid_json_line"
+    assert reason in fault.message
+    assert fault.message.startswith("Line 1 ")
