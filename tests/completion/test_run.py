@@ -352,7 +352,8 @@ def test_a_whole_answer_of_its_whole_length_costs_its_usage() -> None:
         ({"prompt": ("a",), "stop": (" the",)}, 2, 3),
         ({"prompt": ("a",), "stop": (" sat?",)}, 5, 6),  # held back, then shown
         ({"prompt": ("a", "b"), "stop": ("Hello world",), "n": 2}, 0, 8),
-        ({"prompt": ("a",), "stop": ("Hello world",), "best_of": 3, "n": 1}, 0, 6),  # candidates that are not given
+        # Candidates that are not given; each generates one token more before it is dropped.
+        ({"prompt": ("a",), "stop": ("Hello world",), "best_of": 3, "n": 1}, 0, 9),
         ({"prompt": ("a",), "max_tokens": 0, "echo": True, "logprobs": 0}, 0, 0),
     ],
     ids=str,
@@ -481,9 +482,9 @@ def test_a_plan_for_another_model_is_not_carried_out(fields: dict[str, Any]) -> 
 
 def test_texts_of_one_request_are_of_one_model() -> None:
     class Changing(ScriptedEngine):
-        async def tokenize(self, text: str, special: bool) -> tuple[int, ...]:
+        async def tokenize(self, text: str, special: bool, client: str = "") -> tuple[int, ...]:
             self.card = OTHER
-            return await super().tokenize(text, special)
+            return await super().tokenize(text, special, client)
 
     with pytest.raises(ModelReplaced):
         asyncio.run(tokenize(Request(prompt=("Hello", " cat")), Changing(says("x"))))

@@ -230,6 +230,7 @@ class Supervisor:
                 self._take(message)
             elif isinstance(message, frames.Tokens):
                 self._texts.answered(message)
+                self._feed()  # jobs may have been kept back for that text, even if its client has left
 
     async def _revive(self) -> bool:
         """Start another engine; whether it lives. While too many have died, nobody is kept waiting for the next."""

@@ -138,9 +138,12 @@ class Texts:
                 _fail(waiting, error)
 
     def fail(self, error: Exception) -> None:
-        """Give up all of them."""
+        """Give up all of them. Those that the engine does not have are never sent to it."""
         for waiting in self._texts.values():
             _fail(waiting, error)
+        self._suspects.clear()
+        for lane in self._lanes:
+            lane.clients.clear()
 
     def _feed(self) -> None:
         """Send the engine what it may have: suspects alone, each when the one before is over."""
