@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from afterword.api import gate, pieces, wire
 from afterword.api.presence import until_gone, while_present
 from afterword.api.service import Service
+from afterword.api.turns import Turns
 from afterword.api.visit import Visit, visit_of
 from afterword.completion.body import beside
 from afterword.completion.choice import Delta
@@ -67,7 +68,7 @@ class Answer(Response):
         self._engine = engine
         self._visit = visit
         self._sharing = pieces.Sharing(plan.n)
-        self._turns = _Turns()
+        self._turns = Turns(SLICE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer; stop as soon as nobody is there to read it."""
@@ -154,20 +155,6 @@ class Answer(Response):
         for piece in pieces.cut(pieces.event(self._head, choice, usage)):
             await send(_body(piece))
             await asyncio.sleep(0)  # the reader may have left meanwhile
-
-
-class _Turns:
-    """Lets other tasks run after every slice of tokens that are worked on."""
-
-    def __init__(self) -> None:
-        self._since = 0
-
-    async def after(self, tokens: int) -> None:
-        """So many tokens have been worked on."""
-        self._since += tokens
-        if self._since >= SLICE:
-            self._since = 0
-            await asyncio.sleep(0)
 
 
 def _body(data: bytes) -> dict[str, object]:

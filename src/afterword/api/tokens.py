@@ -14,6 +14,7 @@ from afterword.api import gate, pieces
 from afterword.api.models import json_answer
 from afterword.api.presence import while_present
 from afterword.api.service import Served, Service
+from afterword.api.turns import Turns
 from afterword.api.visit import visit_of
 from afterword.completion.body import beside, encode, parse_object
 from afterword.completion.fields import as_integer
@@ -22,7 +23,7 @@ from afterword.engine.protocol import Card
 from afterword.errors import RequestError
 
 _NOT_LOADED = "The model is not loaded. On a server without keys a GET loads none; POST /tokenize does."
-_SLICE = 2**14  # token ids that are worked on in one step
+_SLICE = 2**12  # token ids that are worked on in one step
 
 
 async def tokenize(request: Request) -> Response:
@@ -53,7 +54,7 @@ async def detokenize(request: Request) -> Response:
         raise _not_tokens(card)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     most = request.app.state.service.config.limits.max_answer
-    text, size = [], 0
+    text, size, turns = [], 0, Turns()
     for start in range(0, len(given), _SLICE):
         spelled = _spell(card, given[start : start + _SLICE])
         if start == 0 and card.space_prefix:
@@ -62,7 +63,7 @@ async def detokenize(request: Request) -> Response:
         if size > most:
             raise RequestError(f"The text has more than {most} bytes.", param="tokens", code="answer_too_large")
         text.append(encode(decoder.decode(spelled))[1:-1])
-        await asyncio.sleep(0)
+        await turns.after()
     text.append(encode(decoder.decode(b"", final=True))[1:-1])
     return _InPieces([b'{"prompt":"', *text, b'"}'])
 

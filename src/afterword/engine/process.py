@@ -25,6 +25,7 @@ LLAMA = (sys.executable, "-m", "afterword.engine.llama")
 CARDS = (*LLAMA[:-1], f"{LLAMA[-1]}.cards")
 
 _SECRET = re.compile(r"(KEY|KEYS|TOKEN|SECRET|PASSWORD|PASSPHRASE|CREDENTIALS?|OTLP_\w*HEADERS)$")
+_LARGE = 2**16  # bytes of a frame that takes milliseconds to decode
 _BURIAL = 30.0  # seconds that a killed process may take: it may have much memory to give back, or hang in a driver
 
 
@@ -143,6 +144,8 @@ class _Process:
             size = frames.HEADER.unpack(header)[0]
             if size > frames.LIMIT:
                 return None
+            if size > _LARGE:
+                await asyncio.sleep(0)  # several may be there: other tasks run before each
             return frames.unpack_from_engine(await self._reader.readexactly(size))
         except (asyncio.IncompleteReadError, ConnectionError, msgspec.MsgspecError, UnicodeDecodeError):
             return None

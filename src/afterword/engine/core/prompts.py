@@ -19,6 +19,8 @@ class Prompts:
         self._chunk = chunk
         self._grid = grid
         self._turns: deque[Sequence] = deque()  # next turn first
+        self._served: dict[str, int] = {}  # by client: how many turns there had been before its last
+        self._count = 0
         self._spent = 0  # tokens of prompts computed since running sequences had their turn
         self._short_turn = True
 
@@ -60,7 +62,15 @@ class Prompts:
         return int(budget * min(1 + waiting / max(running, 1), MOST_BUDGETS))
 
     def _next_turn(self, turns: list[Sequence]) -> Sequence:
-        """By turns the one with the least to compute and the one that has waited longest, which goes to the end."""
+        """Of the client whose turn was longest ago, by turns the sequence with the least to compute and the first.
+
+        Without turns of clients, one that sends many short prompts would keep those of others waiting.
+        """
+        client = min((each.work.job.client for each in turns), key=lambda name: self._served.get(name, -1))
+        turns = [sequence for sequence in turns if sequence.work.job.client == client]
+        self._count += 1
+        clients = {sequence.work.job.client for sequence in self._turns}
+        self._served = {name: at for name, at in self._served.items() if name in clients} | {client: self._count}
         self._short_turn = not self._short_turn
         chosen = turns[0]
         if not self._short_turn:
