@@ -11,7 +11,7 @@ from random import Random
 import pytest
 
 from afterword.errors import SettingError
-from afterword.models import gguf
+from afterword.models import gguf, sound
 
 from .gate import Fault, Gate, Result, Trial
 from .mutations import DIED, HUNG, LIVED, REFUSED, bases, mutated
@@ -55,7 +55,9 @@ def _fate(loader: subprocess.Popen[str], path: Path) -> str:
 
 
 def believe_the_header(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(gguf, "check_sound", lambda *_: None)
+    """All but the number of layers, which bounds the checker's own lists."""
+    for check in ("_numbers", "_types", "_tokens"):
+        patch.setattr(sound, check, lambda *_: None)
 
 
 GATE = Gate(
