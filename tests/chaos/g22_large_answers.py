@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from afterword.api import completions, pieces
+from afterword.api import pieces
+from afterword.api.turns import Turns
 
 from .gate import Fault, Gate, Result, Trial
 from .server import Server, beside
@@ -135,7 +136,7 @@ def make_in_one_piece(patch: pytest.MonkeyPatch) -> None:
     async def no_turn(*_: Any) -> None:
         pass
 
-    patch.setattr(completions._Turns, "after", no_turn)
+    patch.setattr(Turns, "after", no_turn)
     patch.setattr(pieces, "cut", lambda fragments: iter([b"".join(fragments)]))
 
 
