@@ -140,7 +140,7 @@ function example(schema) {
 /** One line of a form, for what stands in the path, the query or a part of a body. */
 function blank(name, schema, required) {
   const file = schema.format === "binary";
-  const looks = file ? { type: "file" } : { value: schema.const ?? "", placeholder: inWords(schema) };
+  const looks = file ? { type: "file" } : { value: required ? (schema.const ?? "") : "", placeholder: inWords(schema) };
   return make("input", { name, required, spellcheck: false, autocomplete: "off", ...looks });
 }
 
@@ -154,14 +154,14 @@ function addressOf(path, inputs) {
 
 function formOf(inputs) {
   const form = new FormData();
-  for (const { name, files, value } of inputs) if (files?.length !== 0) form.append(name, files?.[0] ?? value);
+  for (const { name, files, value } of inputs) if (files?.length || (!files && value)) form.append(name, files?.[0] ?? value);
   return form;
 }
 
 function trial(path, method, { parameters: given = [], requestBody }) {
   const schema = requestBody?.content?.["application/json"]?.schema;
-  const parts = requestBody?.content?.["multipart/form-data"]?.schema.properties ?? {};
-  const inputs = { parts: Object.entries(parts).map(([name, part]) => blank(name, part, true)) };
+  const { properties: parts = {}, required = [] } = requestBody?.content?.["multipart/form-data"]?.schema ?? {};
+  const inputs = { parts: Object.entries(parts).map(([name, part]) => blank(name, part, required.includes(name))) };
   for (const place of ["path", "query"]) {
     const here = given.filter((each) => each.in === place);
     inputs[place] = here.map((each) => blank(each.name, each.schema, Boolean(each.required)));
