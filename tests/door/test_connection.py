@@ -138,6 +138,32 @@ def test_an_answer_with_a_length_has_it_in_http_1_0_too() -> None:
     assert json.loads(body)["object"] == "text_completion"
 
 
+@pytest.mark.parametrize("parts", [[b"all of it"], [b"all ", b"of it"], [b"all of it", b""]], ids=str)
+def test_an_answer_is_complete_with_its_last_byte(parts: list[bytes]) -> None:
+    """A client that has read as many bytes as the length says may send its next request at once."""
+
+    async def scenario() -> Visitor:
+        read = asyncio.Event()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"Content-Length", b"9")]})
+            for part in parts:
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+            await read.wait()
+            await send({"type": "http.response.body"})
+
+        visitor = Hall(app=app).visitor()
+        await visitor.say(get("/"))
+        assert visitor.wire.told.endswith(b"all of it")
+        await visitor.say(get("/"))
+        read.set()
+        await visitor.say(get("/"))
+        return visitor
+
+    visitor = run(scenario())
+    assert (visitor.statuses, visitor.gone) == ([200, 200, 200], False)
+
+
 def test_a_stream_asks_proxies_not_to_hold_it_back() -> None:
     async def scenario(body: bytes) -> bytes:
         return await Hall().visitor().say(post(body))

@@ -104,11 +104,7 @@ class Answer(Response):
                         await self._turns.after(tokens)
         length = sum(map(len, body.fragments(usage)))
         await send(self._start(b"application/json", (b"content-length", str(length).encode())))
-        sent = 0
-        for piece in pieces.cut(body.fragments(usage)):
-            sent += len(piece)
-            await send({"type": "http.response.body", "body": piece, "more_body": sent < length})
-            await asyncio.sleep(0)
+        await pieces.send_pieces(send, body.fragments(usage))
 
     async def _stream(self, send: Send) -> None:
         async with aclosing(run(self._plan, self._engine, self._visit.use, self._visit.begin)) as items:

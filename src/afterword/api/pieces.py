@@ -6,8 +6,11 @@ are written for each choice. Small deltas of a stream are encoded in one call, b
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
+
+from starlette.types import Send
 
 from afterword.api import wire
 from afterword.completion.body import encode
@@ -30,6 +33,17 @@ def cut(fragments: Iterable[bytes]) -> Iterator[bytes]:
                 held.clear()
     if held:
         yield bytes(held)
+
+
+async def send_pieces(send: Send, fragments: Iterable[bytes]) -> None:
+    """Send the fragments of a whole body, as fast as the client reads them. Other tasks run between the pieces."""
+    held = b""
+    for piece in cut(fragments):
+        if held:
+            await send({"type": "http.response.body", "body": held, "more_body": True})
+            await asyncio.sleep(0)
+        held = piece
+    await send({"type": "http.response.body", "body": held})
 
 
 class Series:

@@ -205,7 +205,7 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         """The application begins."""
-        super()._start_asgi_task(cycle, _without_chunks(app, cycle) if cycle.scope["http_version"] == "1.0" else app)
+        super()._start_asgi_task(cycle, _framed(app, cycle))
 
     # ----
 
@@ -272,8 +272,12 @@ def _other_options(value: bytes) -> bytes:
     return b", ".join(option for option in options if option and option.lower() not in _OF_UPGRADES)
 
 
-def _without_chunks(app: ASGI3Application, cycle: RequestResponseCycle) -> ASGI3Application:
-    """An application whose answers go to a client of HTTP/1.0: a body without a length ends with the connection."""
+def _framed(app: ASGI3Application, cycle: RequestResponseCycle) -> ASGI3Application:
+    """An application whose answers end where the client sees their end.
+
+    With a content length that is the last byte, after which the client may send its next request at once: the answer
+    is complete then, although the application has yet to say so. Without one, in HTTP/1.0, it is the connection's end.
+    """
 
     async def answer(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         unframed = False
@@ -281,11 +285,18 @@ def _without_chunks(app: ASGI3Application, cycle: RequestResponseCycle) -> ASGI3
         async def sent(message: ASGISendEvent) -> None:
             nonlocal unframed
             if message["type"] == "http.response.start":
-                unframed = not any(name.lower() == b"content-length" for name, _ in message.get("headers", []))
+                has_length = any(name.lower() == b"content-length" for name, _ in message.get("headers", []))
+                unframed = cycle.scope["http_version"] == "1.0" and not has_length
                 if unframed:
                     cycle.chunked_encoding = False
-            elif unframed and message["type"] == "http.response.body":
-                cycle.expected_content_length = len(message.get("body", b""))  # uvicorn asks for no more than that
+            elif message["type"] == "http.response.body" and not cycle.chunked_encoding:
+                body = message.get("body", b"")
+                if unframed:
+                    cycle.expected_content_length = len(body)  # uvicorn asks for no more than that
+                elif cycle.response_complete and not body:
+                    return
+                elif len(body) == cycle.expected_content_length:
+                    message = {"type": "http.response.body", "body": body, "more_body": False}
             await send(message)
 
         await app(scope, receive, sent)
