@@ -6,7 +6,9 @@ under way ends after the part of it that is being tokenized.
 
 from __future__ import annotations
 
+import os
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
@@ -18,6 +20,8 @@ Tokenizer = Callable[[str, bool], Iterable[Sequence[int]]]
 """A text and whether it may spell special tokens, to its tokens, part by part. Called by two threads at a time."""
 
 _STACK, _STACK_PER_CHARACTER = 64 * 2**20, 512  # bytes: some pre-tokenizers call themselves for each character of a run
+
+_NICENESS = 5  # of threads with long texts: where cores are scarce, forward passes have three times as much of one
 
 
 def stack_for(text: str) -> int:
@@ -61,7 +65,12 @@ class Tokenizing:
         while True:
             message = self._long.get()
             threading.stack_size(stack_for(message.text))
-            vital_thread(self._answer, message, name="tokenizer of a long text").join()
+            vital_thread(self._answer_slowly, message, name="tokenizer of a long text").join()
+
+    def _answer_slowly(self, message: frames.Tokenize) -> None:
+        if sys.platform == "linux":  # the only system where a thread has a niceness of its own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        self._answer(message)
 
     def _answer(self, message: frames.Tokenize) -> None:
         ids: list[int] = []

@@ -12,8 +12,8 @@ from afterword.engine.core.batch import Batch, Logits, Row, Runner
 from afterword.engine.core.prompts import LEAST_PASS
 from afterword.engine.core.reports import PIECE, Reports
 from afterword.engine.core.sampler import Ask, Sample, Sampler, Score, finite, walks
-from afterword.engine.core.scheduler import Begun, Scheduler
-from afterword.engine.core.sequence import Sequence
+from afterword.engine.core.scheduler import Scheduler
+from afterword.engine.core.sequence import Begun, Sequence
 from afterword.engine.protocol import End, Job, Load, Meter, Step, Token
 
 PASS_SECONDS = 0.25
@@ -143,6 +143,7 @@ class Loop:
         logits = self._runner.run(batch)
         seconds = self._clock() - start
         self._measure(batch, seconds)
+        self._scheduler.spent(batch, seconds)
         prompt = self._scheduler.at(batch.rows[0].slot).catching_up
         self._made = (prompt, sum(len(row.tokens) for row in batch.rows), seconds)
         failed = self._failed(batch, logits)

@@ -6,10 +6,12 @@ from collections import deque
 from collections.abc import Iterator
 
 from afterword.engine.core.batch import Row
+from afterword.engine.core.debts import GRACE, Debts
 from afterword.engine.core.sequence import Sequence
 
 LEAST_PASS = 32  # tokens of a prompt: fewer are computed hardly faster
 MOST_BUDGETS = 2  # for prompts at a time, while they are many and few sequences run
+COMPETING = 0.2  # of a budget, which a piece takes at most while sequences of other clients run
 
 
 class Prompts:
@@ -23,6 +25,7 @@ class Prompts:
         self._count = 0
         self._spent = 0  # tokens of prompts computed since running sequences had their turn
         self._short_turn = True
+        self.debts = Debts()
 
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._turns)
@@ -36,19 +39,22 @@ class Prompts:
         if sequence in self._turns:
             self._turns.remove(sequence)
 
-    def piece(self, running: int, budget: int | None) -> Row | None:
-        """The next piece, or None if it is the turn of the sequences that run, so many.
+    def piece(self, running: list[Sequence], budget: int | None) -> Row | None:
+        """The next piece, or None if it is the turn of the sequences that run.
 
         `budget`: see `Scheduler.schedule`.
         """
         if not running:
             self._spent = 0
         turns = [sequence for sequence in self._turns if not sequence.work.held]
-        left = self._share(budget, running, len(turns)) - self._spent
-        if not turns or (self._spent and left < LEAST_PASS):
+        left = self._share(budget, len(running), len(turns)) - self._spent
+        if not turns or (self._spent and left < LEAST_PASS) or self._gives_way(turns, running):
             self._spent = 0
             return None
-        row = self._row(self._next_turn(turns), left)
+        sequence = self._next_turn(turns)
+        if budget is not None and any(each.work.job.client != sequence.work.job.client for each in running):
+            left = min(left, int(budget * COMPETING))
+        row = self._row(sequence, left)
         self._spent += len(row.tokens)
         return row
 
@@ -62,11 +68,11 @@ class Prompts:
         return int(budget * min(1 + waiting / max(running, 1), MOST_BUDGETS))
 
     def _next_turn(self, turns: list[Sequence]) -> Sequence:
-        """Of the client whose turn was longest ago, by turns the sequence with the least to compute and the first.
+        """Of the client that owes least, or whose turn was longest ago.
 
-        Without turns of clients, one that sends many short prompts would keep those of others waiting.
+        Of its sequences the one with the least to compute and the one that came first take turns.
         """
-        client = min((each.work.job.client for each in turns), key=lambda name: self._served.get(name, -1))
+        client = self._next_client(turns)
         turns = [sequence for sequence in turns if sequence.work.job.client == client]
         self._count += 1
         clients = {sequence.work.job.client for sequence in self._turns}
@@ -79,6 +85,20 @@ class Prompts:
             self._turns.remove(chosen)
             self._turns.append(chosen)
         return chosen
+
+    def gives_way(self, client: str) -> bool:
+        """Whether a client has a prompt that waits until others have had their time, so that a second one would too."""
+        waits = any(each.work.job.client == client and not each.work.held for each in self._turns)
+        return waits and self.debts.owed(client) > 0
+
+    def _next_client(self, turns: list[Sequence]) -> str:
+        clients = (sequence.work.job.client for sequence in turns)
+        return min(clients, key=lambda name: (self.debts.owed(name), self._served.get(name, -1)))
+
+    def _gives_way(self, turns: list[Sequence], running: list[Sequence]) -> bool:
+        """Whether the client whose turn it is owes time to one of those that run."""
+        client = self._next_client(turns)
+        return self.debts.owed(client) > GRACE and any(each.work.job.client != client for each in running)
 
     def _row(self, sequence: Sequence, budget: int) -> Row:
         start = sequence.computed

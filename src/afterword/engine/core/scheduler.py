@@ -18,13 +18,12 @@ client are paused last, so they always come to their end.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from itertools import filterfalse, islice
 
 from afterword.engine.core.batch import Batch, Row
 from afterword.engine.core.pauses import can_pause, victims
 from afterword.engine.core.prompts import LEAST_PASS, Prompts
-from afterword.engine.core.sequence import Sequence, Work
+from afterword.engine.core.sequence import Begun, Sequence, Work
 from afterword.engine.core.shares import Shares
 from afterword.engine.core.slots import Hit, Slot, Slots, Wanted
 from afterword.engine.protocol import Job, Load, Token
@@ -32,16 +31,6 @@ from afterword.engine.protocol import Job, Load, Token
 WINDOW = 32  # of a client's waiting jobs, how many are looked at
 PATIENCE = 8  # how often a job may be passed over for one whose prompt is further computed
 REST = (32, 256)  # passes, at least and at most, that a paused sample leaves an unused slot to others
-
-
-@dataclass(frozen=True, slots=True)
-class Begun:
-    """A job leaves the queue with what is known of its prompt. `complete`: there is nothing more to compute."""
-
-    work: Work
-    cached: int
-    scores: tuple[Token, ...]
-    complete: bool
 
 
 class Scheduler:
@@ -120,7 +109,7 @@ class Scheduler:
                 self._pause(self._victims(found[0].work.job.client)[-1])
             if first := self._give_slot(*found):
                 begun.append(first)
-                room -= sum(score.size for score in first.scores)
+                room -= len(first.scores) * first.scores[0].size if first.scores else 0
         return begun
 
     def schedule(self, budget: int | None = None) -> Batch | None:
@@ -135,6 +124,11 @@ class Scheduler:
     def at(self, slot: int) -> Sequence:
         """The sequence in a slot."""
         return self._held[self._slots[slot]]
+
+    def spent(self, batch: Batch, seconds: float) -> None:
+        """Note how long a pass took, before anything of it is noted as computed."""
+        clients = [self.at(row.slot).work.job.client for row in batch.rows]
+        self._prompts.debts.spent(clients, seconds, self._shares.holding)
 
     def computed(self, row: Row, sequence: Sequence, scores: list[Token]) -> list[Token]:
         """Note that a row's tokens are computed, with the scores of the prompt's tokens that follow them.
@@ -226,7 +220,7 @@ class Scheduler:
         if not self._slots.room and not can_pause(self._held.values(), self._shares, self._passes):
             return None
         stuck = set()  # many clients may wait, but few differ in what they hold
-        for client in self._shares.order():
+        for client in filterfalse(self._prompts.gives_way, self._shares.order()):
             standing = self._shares.standing(client)
             if not self._slots.room and (standing in stuck or not self._victims(client)):
                 stuck.add(standing)
@@ -277,7 +271,7 @@ class Scheduler:
             return None
         hit = self._slots.find(self._lost(sequence))
         if source and source.slot and (hit is None or hit.keep < len(work.job.prompt)):
-            hit = Hit(source.slot, len(work.job.prompt), ())
+            hit = Hit(source.slot, len(work.job.prompt), scored=False)
         return sequence, hit
 
     def _lost(self, sequence: Sequence) -> Wanted:
@@ -317,7 +311,7 @@ class Scheduler:
     def _start(self, sequence: Sequence, hit: Hit | None) -> Begun:
         work = sequence.work
         job, wanted = work.job, work.wanted
-        keep, scores = (hit.keep, hit.scores) if hit else (0, ())
+        keep, scores = (hit.keep, hit.scores) if hit else (0, [])
         begun = Begun(
             work,
             cached=0 if work.run in self._begun else keep,
@@ -391,7 +385,7 @@ class Scheduler:
     def _rows(self, budget: int | None) -> tuple[Row, ...]:
         running = [each for each in self._held.values() if not each.catching_up and not each.work.held]
         alone = len(self._held) == 1 and not self._waiting
-        if piece := self._prompts.piece(len(running), None if alone else budget):
+        if piece := self._prompts.piece(running, None if alone else budget):
             return (piece,)
         if len(running) > 1:
             self._slots.gather()

@@ -44,6 +44,16 @@ class Work:
         return fresh
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A job leaves the queue with what is known of its prompt. `complete`: there is nothing more to compute."""
+
+    work: Work
+    cached: int
+    scores: tuple[Token, ...]
+    complete: bool
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """The state of one sample: the prompt's tokens, then the generated ones.

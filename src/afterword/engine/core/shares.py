@@ -10,7 +10,7 @@ down. A client that holds nothing and finds nothing to be shared (there are more
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, KeysView
 
 from afterword.engine.protocol import BATCH
 
@@ -30,11 +30,11 @@ class Shares:
     def take(self, client: str) -> None:
         """A client got a sequence."""
         self._held[client] += 1
-        self._groups[_group(client)] += 1
+        self._groups[group(client)] += 1
 
     def give(self, client: str) -> None:
         """A client left a sequence."""
-        for counts, name in ((self._held, client), (self._groups, _group(client))):
+        for counts, name in ((self._held, client), (self._groups, group(client))):
             counts[name] -= 1
             if not counts[name]:
                 del counts[name]
@@ -49,15 +49,20 @@ class Shares:
         """A client has had its turn: if it wants more, it waits anew, behind all others."""
         self._since.pop(client, None)
 
+    @property
+    def holding(self) -> KeysView[str]:
+        """The clients that hold sequences."""
+        return self._held.keys()
+
     def load(self, client: str) -> tuple[int, int]:
         """The sequences that a client's group holds, and those that it holds itself."""
-        return self._groups[_group(client)], self._held[client]
+        return self._groups[group(client)], self._held[client]
 
     def order(self) -> list[str]:
         """Clients that want more: first those that hold least, and of equals the one whose turn was longest ago."""
         clients: Iterable[str] = self._since
-        if self._groups[BATCH] >= self._half and any(_group(client) != BATCH for client in clients):
-            clients = [client for client in clients if _group(client) != BATCH]
+        if self._groups[BATCH] >= self._half and any(group(client) != BATCH for client in clients):
+            clients = [client for client in clients if group(client) != BATCH]
         return sorted(clients, key=self.load)
 
     @property
@@ -77,7 +82,7 @@ class Shares:
 
     def exceeds(self, holder: str, client: str) -> bool:
         """Whether a client holds more than its share, compared with one that waits."""
-        ours, theirs = _group(holder), _group(client)
+        ours, theirs = group(holder), group(client)
         if ours == theirs:
             return self._held[holder] >= self._held[client] + 2
         above_half = ours == BATCH and self._groups[BATCH] > self._half
@@ -92,12 +97,12 @@ class Shares:
         return any(other != client and self._comes_first(other, client) for other in self._since)
 
     def _comes_first(self, other: str, client: str) -> bool:
-        if _group(other) == _group(client):
+        if group(other) == group(client):
             return self._held[other] < max(self._held[client] - 1, 1)
-        left = self._groups[_group(client)] - 1
-        return self._groups[_group(other)] < max(left, 1) or (_group(client) == BATCH and left >= self._half)
+        left = self._groups[group(client)] - 1
+        return self._groups[group(other)] < max(left, 1) or (group(client) == BATCH and left >= self._half)
 
 
-def _group(client: str) -> str:
+def group(client: str) -> str:
     """What a client's sequences are counted under: its own name, or one name for all batches."""
     return BATCH if client.endswith(BATCH) else client

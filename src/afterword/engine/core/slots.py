@@ -101,11 +101,16 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """The first `keep` tokens of a prompt are in a slot; `scores` are those of the `keep` tokens after the first."""
+    """The first `keep` tokens of a prompt are in a slot; `scored`: with the scores of the tokens after the first."""
 
     slot: Slot
     keep: int
-    scores: tuple[Token, ...]
+    scored: bool
+
+    @property
+    def scores(self) -> list[Token]:
+        """Those scores, of `keep` tokens, as long as the slot is as it was found."""
+        return self.slot.scores[: self.keep] if self.scored else []
 
 
 class Slots:
@@ -153,12 +158,12 @@ class Slots:
         )
         if slot is None or not keep:
             return None
-        return Hit(slot, keep, () if wanted.alternatives is None else tuple(slot.scores[:keep]))
+        return Hit(slot, keep, wanted.alternatives is not None)
 
     def take(self, wanted: Wanted, hit: Hit | None) -> Slot:
         """A slot for a prompt, with what was found of it. There must be room."""
         self._clock += 1
-        slot, keep = self._target(hit), hit.keep if hit else 0
+        slot, keep, scores = self._target(hit), hit.keep if hit else 0, hit.scores if hit else []
         if hit and hit.slot is not slot:
             self._fork(hit.slot, slot, keep)
             hit.slot.used = self._clock
@@ -166,7 +171,7 @@ class Slots:
             self.cut(slot, keep)
         slot.taken, slot.used, slot.namespace = True, self._clock, wanted.namespace
         # Without a hit a scored prompt has no scores yet, and the last score may speak of another text's token.
-        slot.scores = list(hit.scores) if hit and hit.scores else slot.scores[: max(keep - 1, 0)]
+        slot.scores = scores or slot.scores[: max(keep - 1, 0)]
         if not slot.scores:
             slot.breadth = wanted.alternatives or 0
         return slot
