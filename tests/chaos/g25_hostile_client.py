@@ -28,7 +28,7 @@ from .server import Server
 GOOD, KEYS, HOSTILE = 20, ("good-0123456789", "well-0123456789"), "hostile-0123456789"
 ROUNDS = 3
 """Quiet and hostile periods take turns, so that both meet what else the machine does; of each the median counts."""
-MOST = 6
+MOST = 4
 """Times as long as in a quiet period the first tokens may take. The aim is 2: see the open ends in docs/log.md."""
 SETTLING = 2.0  # seconds in which what the hostile client has left behind ends, before a quiet period is measured
 CONTEXT = 512  # the second model has no more
