@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import cycle
 from random import Random
 from statistics import median
@@ -18,8 +16,8 @@ from afterword.door.connection import Connection
 from afterword.door.refusals import Refusal
 from hostile import cases
 
-from . import ROOT
 from .client import Caller, late
+from .disturbance import Disturb, disturb, disturbance
 from .gate import Fault, Gate, Result, Trial
 from .server import Server
 from .wild import shout
@@ -39,7 +37,7 @@ def run(trial: Trial) -> Result:
             trial.say(f"G20 {number}")
             asyncio.run(_stream_well(server, SETTLING))
             calm.append(asyncio.run(_stream_well(server, trial.size / ROUNDS)))
-            with _noise(server, number) as noise:
+            with disturbance("g20_storm", server, str(number)) as noise:
                 stormy.append(asyncio.run(_stream_well(server, trial.size / ROUNDS)))
             noises += noise[0]
         alive = server.alive()
@@ -71,42 +69,20 @@ async def _stream_well(server: Server, seconds: float) -> list[float | None]:
     return times
 
 
-@contextmanager
-def _noise(server: Server, seed: int) -> Iterator[list[int]]:
-    """Noise until the end; then how many noises there were. Its process yields to others: it stands for a network."""
-    command = ["nice", "-n", "19", sys.executable, "-m", "tests.chaos.g20_storm", server.url, str(seed)]
-    counted = [0]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        process.stdout.readline()  # it has begun
-        yield counted
-        told, _ = process.communicate("stop\n")
-        counted[0] = int(told)
-
-
 def make_noise(port: int, seed: int) -> None:
-    """Until a line comes in. Prints when it begins, and how many noises there were."""
+    """Until a line comes in."""
 
-    async def shouter(random: Random) -> None:
-        corpus = [case.data for case in cases()]
-        random.shuffle(corpus)
-        for data in cycle(corpus):
-            await shout(port, random.choice((data, random.randbytes(random.randrange(1, 2000)))))
-            made[0] += 1
+    def shouter(random: Random) -> Disturb:
+        async def make(count: Callable[[], None]) -> None:
+            corpus = [case.data for case in cases()]
+            random.shuffle(corpus)
+            for data in cycle(corpus):
+                await shout(port, random.choice((data, random.randbytes(random.randrange(1, 2000)))))
+                count()
 
-    async def all_shout() -> None:
-        tasks = [asyncio.create_task(shouter(Random(seed * BAD + each))) for each in range(BAD)]
-        while not made[0]:
-            await asyncio.sleep(0.01)
-        print("begun", flush=True)
-        await asyncio.to_thread(sys.stdin.readline)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        return make
 
-    made = [0]
-    asyncio.run(all_shout())
-    print(made[0])
+    disturb(*(shouter(Random(seed * BAD + each)) for each in range(BAD)))
 
 
 def dawdle_over_strangers(patch: pytest.MonkeyPatch) -> None:
@@ -131,4 +107,4 @@ GATE = Gate(
 )
 
 if __name__ == "__main__":
-    make_noise(int(sys.argv[1].rpartition(":")[2]), int(sys.argv[2]))
+    make_noise(int(sys.argv[1]), int(sys.argv[2]))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import count, cycle
 from pathlib import Path
 from statistics import median
@@ -20,8 +19,8 @@ import pytest
 from afterword.api.turns import Turns
 from oracle.tiny import write_tiny
 
-from . import ROOT
 from .client import Caller, Reply, late
+from .disturbance import Disturb, disturb, disturbance
 from .gate import Fault, Gate, Result, Trial
 from .server import Server
 
@@ -71,7 +70,7 @@ def _beside(trial: Trial, model: list[str]) -> Result:
             trial.say(f"G25 {number}")
             asyncio.run(_ask_well(server, SETTLING))
             quiet.append(asyncio.run(_ask_well(server, size)))
-            with _hostile_client(server) as sent:
+            with disturbance("g25_hostile_client", server) as sent:
                 hostile.append(asyncio.run(_ask_well(server, size)))
             requests += sent[0]
         replaced = server.engine().pid != engine
@@ -110,55 +109,31 @@ def _whole(reply: Reply, body: dict[str, Any]) -> bool:
     return reply.status == 200 and ("stream" not in body or reply.events()[-1] == "[DONE]")
 
 
-@contextmanager
-def _hostile_client(server: Server) -> Iterator[list[int]]:
-    """The hostile client until the end; then how many requests it sent. Its process yields to others."""
-    command = ["nice", "-n", "19", sys.executable, "-m", "tests.chaos.g25_hostile_client", server.url]
-    sent = [0]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        process.stdout.readline()  # it has begun
-        yield sent
-        told, _ = process.communicate("stop\n")
-        sent[0] = int(told)
-
-
 def be_hostile(port: int) -> None:
     """Until a line comes in. Three requests are under way at a time; two of three are abandoned after a second."""
+    encoded = (
+        (path, body if isinstance(body, bytes) else json.dumps(body).encode()) for path, body in hostile_requests()
+    )
 
-    async def ask(requests: Iterator[tuple[str, bytes]], patience: float) -> None:
-        for path, body in requests:
-            head = (
-                f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAuthorization: Bearer {HOSTILE}\r\n"
-                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-            )
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(head.encode() + body)
-            sent[0] += 1
-            try:
-                async with asyncio.timeout(patience):
-                    while await reader.read(2**16):
-                        pass
-            except (TimeoutError, OSError):
-                pass
-            writer.transport.abort()
+    def asker(patience: float) -> Disturb:
+        async def ask(count: Callable[[], None]) -> None:
+            for path, body in encoded:
+                head = (
+                    f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAuthorization: Bearer {HOSTILE}\r\n"
+                    f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+                )
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(head.encode() + body)
+                count()
+                with suppress(TimeoutError, OSError):
+                    async with asyncio.timeout(patience):
+                        while await reader.read(2**16):
+                            pass
+                writer.transport.abort()
 
-    async def ask_all() -> None:
-        encoded = (
-            (path, body if isinstance(body, bytes) else json.dumps(body).encode()) for path, body in hostile_requests()
-        )
-        tasks = [asyncio.create_task(ask(encoded, patience)) for patience in (1.0, 1.0, 10.0)]
-        while not sent[0]:
-            await asyncio.sleep(0.01)
-        print("begun", flush=True)
-        await asyncio.to_thread(sys.stdin.readline)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        return ask
 
-    sent = [0]
-    asyncio.run(ask_all())
-    print(sent[0])
+    disturb(asker(1.0), asker(1.0), asker(10.0))
 
 
 def make_answers_in_one_go(patch: pytest.MonkeyPatch) -> None:
@@ -185,4 +160,4 @@ GATE = Gate(
 )
 
 if __name__ == "__main__":
-    be_hostile(int(sys.argv[1].rpartition(":")[2]))
+    be_hostile(int(sys.argv[1]))
