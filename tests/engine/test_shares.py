@@ -253,6 +253,19 @@ def test_all_batches_together_hold_half_while_others_want_more():
     assert there.held()["a"] == 3
 
 
+def test_a_batch_gets_its_part_of_the_half_that_batches_hold_while_others_want_more():
+    there = crowd(slots=4)
+    there.loop.start(0, long_job("a" + BATCH, samples=4))
+    there.passes(20)
+    there.loop.start(1, long_job("c", samples=4))
+    there.loop.start(2, long_job("d", samples=4))
+    there.passes(40)
+    assert there.held() == {"a" + BATCH: 2, "c": 1, "d": 1}
+    there.loop.start(3, long_job("b" + BATCH, samples=4))
+    there.passes(20)
+    assert there.held() == {"a" + BATCH: 1, "b" + BATCH: 1, "c": 1, "d": 1}
+
+
 def test_nothing_is_paused_for_requests_of_the_same_client():
     there = crowd(slots=4)
     wanted = {0: long_job(samples=4), 1: short_job("a"), 2: short_job("a")}
@@ -355,7 +368,7 @@ def test_of_clients_that_hold_as_much_the_one_that_waits_longest_is_first():
     held.want(["a", "b"], now=0)
     held.served("a")
     held.want(["a", "b", "c"], now=1)
-    assert held.order() == ["b", "a", "c"]
+    assert held.order(room=True) == ["b", "a", "c"]
     assert held.overdue("b", TURN)
     assert not held.overdue("a", TURN)
 

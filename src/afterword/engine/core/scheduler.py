@@ -220,7 +220,7 @@ class Scheduler:
         if not self._slots.room and not can_pause(self._held.values(), self._shares, self._passes):
             return None
         stuck = set()  # many clients may wait, but few differ in what they hold
-        for client in filterfalse(self._prompts.gives_way, self._shares.order()):
+        for client in filterfalse(self._prompts.gives_way, self._shares.order(self._slots.room)):
             standing = self._shares.standing(client)
             if not self._slots.room and (standing in stuck or not self._victims(client)):
                 stuck.add(standing)

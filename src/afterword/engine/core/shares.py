@@ -58,12 +58,20 @@ class Shares:
         """The sequences that a client's group holds, and those that it holds itself."""
         return self._groups[group(client)], self._held[client]
 
-    def order(self) -> list[str]:
-        """Clients that want more: first those that hold least, and of equals the one whose turn was longest ago."""
+    def order(self, room: bool) -> list[str]:
+        """Clients that want more: first those that hold least, and of equals the one whose turn was longest ago.
+
+        `room`: a sequence is unused. Else one is taken from a client that exceeds its share; so a batch that waits can
+        get one of another batch when batches hold their half, but no unused one.
+        """
         clients: Iterable[str] = self._since
         if self._groups[BATCH] >= self._half and any(group(client) != BATCH for client in clients):
-            clients = [client for client in clients if group(client) != BATCH]
+            clients = [client for client in clients if group(client) != BATCH or not (room or self._is_even(client))]
         return sorted(clients, key=self.load)
+
+    def _is_even(self, client: str) -> bool:
+        """Whether no client of the same group exceeds its share beside this one."""
+        return not any(self.exceeds(other, client) for other in self._held if group(other) == group(client))
 
     @property
     def uneven(self) -> bool:
