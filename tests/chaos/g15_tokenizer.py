@@ -88,7 +88,7 @@ def run(trial: Trial) -> Result:
         gemma = write_gemma(Path(folder, "gemma.gguf"))
         figures = _tokenize_beside(trial, [locate(parse_spec(None)).path, gemma, *SHARED])
         seen = Beside()
-        length = LONGEST if trial.size > COMMIT else LONGEST // 4
+        length = LONGEST if trial.size > COMMIT else LONGEST // 2
         hostile = [(unit * (length // len(unit) + 1))[:length] for unit in HOSTILE[: max(1, trial.size // 6)]]
         with trial.serve("--parallel", "2") as server:
             asyncio.run(_press(server, hostile, seen))
