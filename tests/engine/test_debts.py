@@ -97,6 +97,7 @@ def test_a_client_alone_waits_for_no_one():
     spent = runner.run_for(0.5)
     assert all(len(batch.rows) == 1 for batch in runner.batches[:8])
     assert spent.total() >= 0.5
+    assert runner.loop._scheduler._prompts.debts.owed("a") == 0
 
 
 def test_others_that_compute_nothing_are_not_waited_for():
@@ -109,6 +110,17 @@ def test_others_that_compute_nothing_are_not_waited_for():
     while runner.loop.step() is not None:
         pass
     assert runner.loop.load().running == 1
+
+
+def test_prompts_of_batches_do_not_wait_for_rows_of_other_batches():
+    """These cannot pay what batches owe together; a client that could is paused."""
+    runner = TimedRunner(slots=4)
+    runner.start(stream("paused"), stream("b" + BATCH), *(long_prompt("a" + BATCH, first) for first in range(2)))
+    runner.run_for(0.15)
+    runner.loop.pause(0)
+    before = runner.spent["a" + BATCH]
+    runner.run_for(0.25)
+    assert runner.spent["a" + BATCH] > before + 0.1
 
 
 def test_a_paused_prompt_keeps_no_other_request_of_its_client_waiting():

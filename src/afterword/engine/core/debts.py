@@ -1,7 +1,7 @@
 """How much of the engine's time each client owes to the others, for which its prompts wait. Pure.
 
-A piece of a prompt has a pass to itself, which may take as long as a hundred tokens of running sequences. Without a
-rule for time, one client that sends long prompts, or many short ones, would delay all others for as long as it likes.
+A piece of a prompt has a pass to itself, which may take as long as many passes over running sequences. Without a rule
+for time, one client that sends long prompts, or many short ones, would delay all others for as long as it likes.
 So the time of each pass is divided among the clients of its rows. A client owes the time that it has had to each other
 client that holds sequences, to `MOST_OTHERS` of them at most, and the time that others have had reduces what it owes.
 While it owes more than `GRACE` and sequences of other clients run, no piece of its prompts is computed.

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from afterword.engine.core.batch import Row
 from afterword.engine.core.debts import GRACE, Debts
 from afterword.engine.core.sequence import Sequence
+from afterword.engine.core.shares import group
 
 LEAST_PASS = 32  # tokens of a prompt: fewer are computed hardly faster
 MOST_BUDGETS = 2  # for prompts at a time, while they are many and few sequences run
@@ -48,7 +49,7 @@ class Prompts:
             self._spent = 0
         turns = [sequence for sequence in self._turns if not sequence.work.held]
         left = self._share(budget, len(running), len(turns)) - self._spent
-        if not turns or (self._spent and left < LEAST_PASS) or self._gives_way(turns, running):
+        if not turns or (self._spent and left < LEAST_PASS) or self._owes_running(turns, running):
             self._spent = 0
             return None
         sequence = self._next_turn(turns)
@@ -95,10 +96,11 @@ class Prompts:
         clients = (sequence.work.job.client for sequence in turns)
         return min(clients, key=lambda name: (self.debts.owed(name), self._served.get(name, -1)))
 
-    def _gives_way(self, turns: list[Sequence], running: list[Sequence]) -> bool:
+    def _owes_running(self, turns: list[Sequence], running: list[Sequence]) -> bool:
         """Whether the client whose turn it is owes time to one of those that run."""
         client = self._next_client(turns)
-        return self.debts.owed(client) > GRACE and any(each.work.job.client != client for each in running)
+        others = any(group(each.work.job.client) != group(client) for each in running)
+        return others and self.debts.owed(client) > GRACE
 
     def _row(self, sequence: Sequence, budget: int) -> Row:
         start = sequence.computed
