@@ -28,7 +28,8 @@ GOOD, KEYS, HOSTILE = 20, ("good-0123456789", "well-0123456789"), "hostile-01234
 ROUNDS = 3
 """Quiet and hostile periods take turns, so that both meet what else the machine does; of each the median counts."""
 MOST = 4
-"""Times as long as in a quiet period the first tokens may take. The aim is 2: see the open ends in docs/log.md."""
+"""Times as long as in a quiet period the first tokens may take. Over 60 seconds they take at most twice as long; the
+periods here are of seconds, and the burst at the beginning counts."""
 SETTLING = 2.0  # seconds in which what the hostile client has left behind ends, before a quiet period is measured
 CONTEXT = 512  # the second model has no more
 _STREAM: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 16, "stream": True, "ignore_eos": True}

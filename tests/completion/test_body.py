@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+import time
 from typing import Any
 
 import msgspec
@@ -94,6 +95,35 @@ def test_a_large_body_is_parsed_in_another_thread_and_a_small_one_is_not() -> No
 
     small, large = asyncio.run(ask())
     assert small == threading.get_ident() != large
+
+
+def test_one_large_body_is_parsed_at_a_time() -> None:
+    at_work: list[int] = []
+
+    def parse(data: bytes) -> int:
+        at_work.append(1)
+        time.sleep(0.01)
+        most = len(at_work)
+        at_work.pop()
+        return most
+
+    async def ask() -> list[int]:
+        return await asyncio.gather(*(beside(parse, b"x" * (LARGE + 1)) for _ in range(5)))
+
+    assert asyncio.run(ask()) == [1] * 5
+
+
+def test_no_call_keeps_the_interpreter_for_a_whole_array_of_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode, sizes = msgspec.json.decode, []
+
+    def counted(data: bytes) -> Any:
+        sizes.append(len(data))
+        return decode(data)
+
+    monkeypatch.setattr(msgspec.json, "decode", counted)
+    given = {"prompt": [list(range(200_000)), [7] * 100_000], "model": "m"}
+    assert parse_object(json.dumps(given).encode()) == given
+    assert max(sizes) < 2 * body._PIECE
 
 
 # ---- keys

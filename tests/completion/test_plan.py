@@ -170,7 +170,7 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized() -> None:
 
 def test_without_a_longest_piece_any_text_may_fit() -> None:
     request = Request(prompt=("x" * 10_000,))
-    tokens = asyncio.run(tokenize(request, ScriptedEngine(says(), replace(CARD, longest=0))))
+    tokens = asyncio.run(tokenize(request, ScriptedEngine(says(), replace(CARD, longest=0, context=10_000))))
     assert len(tokens.prompts[0]) == 10_000
 
 

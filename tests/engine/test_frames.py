@@ -22,7 +22,7 @@ TO_ENGINE = [
     frames.Tokenize(5, "héllo", True),
 ]
 STEP = Step((Token(1, -0.5, ((2, -0.25),)),), ((0, Token(3)),), ((0, "stop"),))
-FROM_ENGINE = [frames.Failed("no"), frames.Pass({7: STEP}, Load(4, 1, 0)), frames.Tokens(5, (1, 2, 3))]
+FROM_ENGINE = [frames.Failed("no"), frames.Pass({7: STEP}, Load(4, 1, 0)), frames.Tokens.of(5, (1, 2, 3))]
 
 
 @pytest.mark.parametrize("message", TO_ENGINE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 from msgspec.structs import replace
@@ -25,7 +25,7 @@ class Queue:
         if living:
             self.texts.ask_again()
 
-    async def add(self, text: str, client: str = "") -> asyncio.Task[tuple[int, ...]]:
+    async def add(self, text: str, client: str = "") -> asyncio.Task[Sequence[int]]:
         task = asyncio.create_task(self.texts.tokens(text, True, 0.0, client))
         await asyncio.sleep(0)
         return task
@@ -42,7 +42,7 @@ class Queue:
     async def answer(self, text: str) -> None:
         """The engine has tokenized the text that it was told last of those with these letters."""
         call = next(c for c in self.asked[::-1] if isinstance(c, frames.Tokenize) and c.text == text)
-        self.texts.answered(frames.Tokens(call.call, (len(text),), call.long))
+        self.texts.answered(frames.Tokens.of(call.call, (len(text),), call.long))
         await asyncio.sleep(0)
 
 
@@ -50,7 +50,7 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(test(), 30))
 
 
-async def leave(*tasks: asyncio.Task[tuple[int, ...]]) -> None:
+async def leave(*tasks: asyncio.Task[Sequence[int]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -63,7 +63,7 @@ def test_short_texts_do_not_wait_for_long_ones() -> None:
         short = await queue.add("short")
         assert queue.sent == [LONG, "short"]
         await queue.answer("short")
-        assert await short == (5,)
+        assert tuple(await short) == (5,)
         await leave(*long)
 
     run(test)
@@ -132,7 +132,7 @@ def test_the_engine_is_told_when_the_client_of_a_text_at_work_leaves() -> None:
         await queue.answer(LONG + "0")
         assert queue.sent[1:] == [LONG + "1"]
         await queue.answer(LONG + "1")
-        assert await second == (len(LONG) + 1,)
+        assert tuple(await second) == (len(LONG) + 1,)
         assert queue.texts.at_work == (0, 0)
         assert len(queue.texts) == 0
 
@@ -175,7 +175,7 @@ def test_of_a_short_and_a_long_text_at_work_the_one_that_kills_is_found_out() ->
         queue.texts.ask_again()
         assert queue.sent[5:] == ["waiting"]
         await queue.answer("waiting")
-        assert (await short, await waiting) == ((5,), (7,))
+        assert [*await short, *await waiting] == [5, 7]
         assert not queue.texts.suspected
 
     run(test)

@@ -46,9 +46,9 @@ def slow() -> Slow:
 def test_a_short_text_passes_a_long_one(slow: Slow) -> None:
     slow.add(1, "AB")
     slow.add(2, "ab")
-    assert slow.answer() == frames.Tokens(2, (97, 98))
+    assert slow.answer() == frames.Tokens.of(2, (97, 98))
     slow.step.release(2)
-    assert slow.answer() == frames.Tokens(1, (65, 66), True)
+    assert slow.answer() == frames.Tokens.of(1, (65, 66), True)
 
 
 def test_an_abandoned_text_ends_after_the_part_at_work(slow: Slow) -> None:
@@ -57,10 +57,10 @@ def test_an_abandoned_text_ends_after_the_part_at_work(slow: Slow) -> None:
     assert slow.done.acquire(timeout=30)
     slow.work.forget(1)
     slow.step.release()
-    assert slow.answer() == frames.Tokens(1, (), True)
+    assert slow.answer() == frames.Tokens.of(1, (), True)
     slow.add(2, "G")
     slow.step.release()
-    assert slow.answer() == frames.Tokens(2, (71,), True)
+    assert slow.answer() == frames.Tokens.of(2, (71,), True)
 
 
 def test_an_abandoned_text_that_waits_is_not_begun(slow: Slow) -> None:
@@ -69,9 +69,9 @@ def test_an_abandoned_text_that_waits_is_not_begun(slow: Slow) -> None:
     slow.work.forget(1)
     slow.step.release(2)
     assert [slow.answer() for _ in range(3)] == [
-        frames.Tokens(0, (65,), True),
-        frames.Tokens(1, (), True),
-        frames.Tokens(2, (67,), True),
+        frames.Tokens.of(0, (65,), True),
+        frames.Tokens.of(1, (), True),
+        frames.Tokens.of(2, (67,), True),
     ]
     assert slow.begun == ["A", "C"]
 

@@ -66,7 +66,7 @@ def test_what_is_known_of_passes_outlives_an_engine():
 
 def test_a_text_is_given_four_times_the_limit():
     assert hangs_after(Watch(15), pulse(), jobs=False, texts=(1, 0)) == pytest.approx(60, abs=1)
-    assert hangs_after(Watch(15), pulse(), frames.Tokens(0, ()), jobs=False, texts=(1, 0)) is None
+    assert hangs_after(Watch(15), pulse(), frames.Tokens.of(0, ()), jobs=False, texts=(1, 0)) is None
 
 
 def test_a_long_text_is_given_longer():
@@ -87,7 +87,7 @@ def test_texts_that_hang_are_noticed_beside_others_that_do_not(texts: tuple[int,
     assert hangs_after(Watch(15), lambda second: parts(long=second), jobs=False, texts=texts) == pytest.approx(
         60, abs=1
     )
-    answers = (frames.Tokens(0, (), True), pulse())
+    answers = (frames.Tokens.of(0, (), True), pulse())
     assert hangs_after(Watch(15), *answers, jobs=False, texts=texts) == pytest.approx(60, abs=1)
 
 

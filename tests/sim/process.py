@@ -241,7 +241,7 @@ class FakeProcess:
                 asyncio.get_running_loop().call_soon(self.die, "cursed")
                 await asyncio.Event().wait()
             self._emit(
-                frames.Tokens(message.call, tuple(LETTERS.index(letter) for letter in message.text), message.long)
+                frames.Tokens.of(message.call, tuple(LETTERS.index(letter) for letter in message.text), message.long)
             )
 
     async def _pulse(self) -> None:

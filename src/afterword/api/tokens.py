@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -40,8 +41,19 @@ async def tokenize(request: Request) -> Response:
     special = request.app.state.service.config.special_text
     work = served.engine.tokenize(prompt, special, visit_of(request.scope).key)
     ids = await while_present(request.receive, work) if prompt else ()
-    tokens = [*bos_before(card, ids, add is not False), *ids]
-    return json_answer({"tokens": tokens, "count": len(tokens), "max_model_len": card.context})
+    bos = bos_before(card, tuple(ids[:1]), add is not False)
+    encoded = await while_present(request.receive, _numbers(bos, ids))
+    rest = encode({"count": len(bos) + len(ids), "max_model_len": card.context})[1:]
+    return _InPieces([b'{"tokens":[', b",".join(encoded), b"],", rest])
+
+
+async def _numbers(bos: tuple[int, ...], ids: Sequence[int]) -> list[bytes]:
+    """Tokens as parts of a JSON array."""
+    encoded, turns = [encode(bos)[1:-1]] if bos else [], Turns()
+    for start in range(0, len(ids), _SLICE):
+        encoded.append(encode(list(ids[start : start + _SLICE]))[1:-1])
+        await turns.after()
+    return encoded
 
 
 async def detokenize(request: Request) -> Response:
@@ -51,8 +63,14 @@ async def detokenize(request: Request) -> Response:
     card = served.engine.card
     if not isinstance(given, list):
         raise _not_tokens(card)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     most = request.app.state.service.config.limits.max_answer
+    text = await while_present(request.receive, _text(card, given, most))
+    return _InPieces([b'{"prompt":"', *text, b'"}'])
+
+
+async def _text(card: Card, given: list[Any], most: int) -> list[bytes]:
+    """What some tokens spell, as parts of a JSON string. Raises `RequestError` beyond `most` bytes."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     text, size, turns = [], 0, Turns()
     for start in range(0, len(given), _SLICE):
         spelled = _spell(card, given[start : start + _SLICE])
@@ -64,7 +82,7 @@ async def detokenize(request: Request) -> Response:
         text.append(encode(decoder.decode(spelled))[1:-1])
         await turns.after()
     text.append(encode(decoder.decode(b"", final=True))[1:-1])
-    return _InPieces([b'{"prompt":"', *text, b'"}'])
+    return text
 
 
 async def tokenizer_info(request: Request) -> Response:
@@ -103,10 +121,11 @@ class _InPieces(Response):
 
 def _spell(card: Card, given: list[Any]) -> bytes:
     """The bytes of some tokens. Raises `RequestError`."""
-    ids = [as_integer(token) for token in given]
-    if not all(token is not None and 0 <= token < len(card.pieces) for token in ids):
+    plain = set(map(type, given)) <= {int}  # nearly always, and a list can have millions
+    ids = given if plain else [-1 if (token := as_integer(each)) is None else token for each in given]
+    if ids and not 0 <= min(ids) <= max(ids) < len(card.pieces):
         raise _not_tokens(card)
-    return b"".join(card.pieces[token] for token in ids if token is not None)
+    return b"".join(map(card.pieces.__getitem__, ids))
 
 
 def _not_tokens(card: Card) -> RequestError:

@@ -39,6 +39,7 @@ from afterword.keys.limits import KeyLimits
 from afterword.keys.ring import Ring
 from afterword.keys.store import Store, default_path
 from afterword.log import open_lines
+from afterword.tasks import switch_threads_soon
 from afterword.times import as_time
 
 E = TypeVar("E", Roster, Supervisor)
@@ -242,6 +243,7 @@ def _coming_and_going(keep_alive: float | None) -> str:
 def carried_out(work: Coroutine[Any, Any, None]) -> None:
     """Run something until it is over, with the fastest event loop there is."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    switch_threads_soon()
     try:
         import uvloop
     except ImportError:  # not on every system

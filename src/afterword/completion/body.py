@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -29,7 +32,9 @@ LARGE = 2**16
 MOST_PARTS = 2**16
 """Arrays and objects that a body may have; likewise strings, member names included."""
 
-_PIECE = 2**17  # bytes of an array of numbers that are decoded in one call
+_PIECE = 2**15  # bytes of an array of numbers that are decoded in one call
+_REST = 2  # times as long as a piece took the thread leaves the interpreter to other threads
+_THREAD = ThreadPoolExecutor(1, "parser")  # more would take the interpreter's lock from the event loop more often
 _BOM = b"\xef\xbb\xbf"
 _LONE_SURROGATE = re.compile(
     rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})"
@@ -56,10 +61,10 @@ def encode(value: object) -> bytes:
 
 
 async def beside(call: Callable[..., T], body: bytes, *more: Any) -> T:
-    """`call(body, *more)`, in a worker thread if the body is large."""
+    """`call(body, *more)`, in the thread for large bodies if it is one."""
     if len(body) <= LARGE:
         return call(body, *more)
-    return await asyncio.to_thread(call, body, *more)
+    return await asyncio.get_running_loop().run_in_executor(_THREAD, partial(call, body, *more))
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -86,23 +91,32 @@ def _reason(body: bytes) -> str:
 
 
 def _decoded_in_pieces(body: bytes) -> dict[str, Any]:
-    arrays = body.count(b"[") + body.count(b"{")
-    if arrays > MOST_PARTS or body.count(b'"') > 2 * MOST_PARTS:
-        bare = _outside_strings(body)
-        arrays = bare.count(b"[") + bare.count(b"{")
-    if arrays > MOST_PARTS:
-        raise RequestError(f"The JSON body has {arrays} arrays and objects, but it can have at most {MOST_PARTS}.")
+    _check_parts(body)
     return {name: _value(bytes(raw)) for name, raw in _members_of(body).items()}
+
+
+def _check_parts(body: bytes) -> None:
+    """Raises `RequestError` if a body has too many strings, arrays or objects."""
+    if not _more_than(MOST_PARTS, body, b"[{") and not _more_than(2 * MOST_PARTS, body, b'"'):
+        return
+    if _more_than(MOST_PARTS, _outside_strings(body), b"[{"):
+        raise RequestError(f"The JSON body has more than {MOST_PARTS} arrays and objects.")
+
+
+def _more_than(most: int, data: bytes, characters: bytes) -> bool:
+    """Whether there are more of some characters. Stops where that is known: each call counts a piece."""
+    for start in range(0, len(data), _PIECE):
+        most -= sum(data.count(character, start, start + _PIECE) for character in characters)
+        if most < 0:
+            return True
+    return False
 
 
 def _outside_strings(body: bytes) -> bytes:
     """The body without its strings. Raises `RequestError` if it has too many of them."""
-    plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
-    strings = plain.count(b'"') // 2
-    if strings > MOST_PARTS:
-        raise RequestError(
-            f"The JSON body has {strings} strings, member names included, but it can have at most {MOST_PARTS}."
-        )
+    plain = body.replace(rb"\\", b"").replace(rb"\"", b"") if b"\\" in body else body
+    if _more_than(2 * MOST_PARTS + 1, plain, b'"'):
+        raise RequestError(f"The JSON body has more than {MOST_PARTS} strings, member names included.")
     return b"".join(plain.split(b'"')[::2])
 
 
@@ -110,7 +124,7 @@ def _value(raw: bytes) -> Any:
     """A value that is known to be well formed outside its strings; the items of a large array one by one."""
     if len(raw) <= LARGE or not raw.startswith(b"["):
         return msgspec.json.decode(raw)
-    if b"[" not in raw[1:] and b"{" not in raw and b'"' not in raw:
+    if raw.find(b"[", 1) < 0 and b"{" not in raw and b'"' not in raw:
         return _numbers(raw)
     return [_value(bytes(item)) for item in _items_of(raw)]
 
@@ -120,10 +134,12 @@ def _numbers(raw: bytes) -> list[Any]:
     values: list[Any] = []
     start, end = 1, len(raw) - 1
     while start < end:
+        began = time.perf_counter()
         cut = raw.find(b",", start + _PIECE, end)
         cut = end if cut < 0 else cut
         values += msgspec.json.decode(b"[" + raw[start:cut] + b"]")
         start = cut + 1
+        time.sleep(_REST * (time.perf_counter() - began))
     return values
 
 

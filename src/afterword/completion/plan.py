@@ -90,7 +90,7 @@ def check_lengths(request: Request, card: Card) -> None:
         text = (prompt if isinstance(prompt, str) else "") + (request.suffix or "")
         fewest = len(text.encode()) // card.longest
         if fewest > card.context:
-            raise _too_long(card, fewest, request.max_tokens)
+            raise too_long(card, fewest, request.max_tokens)
 
 
 def make_plan(request: Request, card: Card, tokens: Tokenized, entropy: int, caller: Caller | None = None) -> Plan:
@@ -101,7 +101,7 @@ def make_plan(request: Request, card: Card, tokens: Tokenized, entropy: int, cal
     for index, (given, ids) in enumerate(zip(request.prompt, tokens.prompts, strict=True)):
         prompt, hidden = _lay_out(request, card, given, ids, tokens.suffix)
         if len(prompt) + request.max_tokens > card.context:
-            raise _too_long(card, len(prompt), request.max_tokens)
+            raise too_long(card, len(prompt), request.max_tokens)
         job = Job(
             prompt=prompt,
             samples=request.candidates,
@@ -235,7 +235,8 @@ def _spell(card: Card, ids: tuple[int, ...]) -> str:
     return b"".join(card.pieces[token] for token in ids).decode("utf-8", "replace")
 
 
-def _too_long(card: Card, prompt: int, max_tokens: int) -> RequestError:
+def too_long(card: Card, prompt: int, max_tokens: int) -> RequestError:
+    """The error for a prompt of so many tokens."""
     return RequestError(
         f"This model's maximum context length is {card.context} tokens, however you requested "
         f"{prompt + max_tokens} tokens ({prompt} in your prompt; {max_tokens} for the completion). Please reduce "

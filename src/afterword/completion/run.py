@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 from afterword.completion.choice import Choice, Delta, Folded
 from afterword.completion.logprobs import make_echo, make_report
-from afterword.completion.plan import Plan, PromptPlan, Tokenized, check_lengths
+from afterword.completion.plan import Plan, PromptPlan, Tokenized, check_lengths, too_long
 from afterword.completion.request import Request
-from afterword.engine.protocol import Engine, Run, Step, Token
+from afterword.engine.protocol import Card, Engine, Run, Step, Token
 from afterword.errors import ModelReplaced, ReaderTooSlow
 
 MOST_UNREAD = 16 * 2**20
@@ -47,13 +47,20 @@ async def tokenize(request: Request, engine: Engine, special: bool = True, clien
     wanted = [text for text in (*texts, request.suffix or "") if text]
     work = [asyncio.ensure_future(engine.tokenize(text, special, client)) for text in wanted]
     try:
-        ready = iter(await asyncio.gather(*work))
+        ready = iter([_fitting(ids, request, engine.card) for ids in await asyncio.gather(*work)])
     finally:
         for each in work:
             each.cancel()  # one of them has failed, or the client has left
     _check_model(fingerprint, engine)
     prompts = [prompt if isinstance(prompt, tuple) else next(ready) if prompt else () for prompt in request.prompt]
     return Tokenized(tuple(prompts), next(ready) if request.suffix else ())
+
+
+def _fitting(ids: Sequence[int], request: Request, card: Card) -> tuple[int, ...]:
+    """The tokens of a text. Raises `RequestError` if it has more than the context alone."""
+    if len(ids) > card.context:
+        raise too_long(card, len(ids), request.max_tokens)
+    return tuple(ids)
 
 
 async def run(

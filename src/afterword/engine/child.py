@@ -28,7 +28,7 @@ from afterword.engine.core.loop import Loop
 from afterword.engine.protocol import Card
 from afterword.engine.tokenizing import Tokenizer, Tokenizing
 from afterword.errors import AfterwordError, EngineError
-from afterword.tasks import vital_thread
+from afterword.tasks import switch_threads_soon, vital_thread
 
 Tell = Callable[[float], None]
 """Is told the share of the model that has been loaded."""
@@ -128,6 +128,7 @@ class _Child:
         settings = frames.unpack_to_engine(body) if body else None
         if not isinstance(settings, frames.Open):
             return
+        switch_threads_soon()
         vital_thread(self._pulse, name="pulse")
         vital_thread(self._read, name="reader")  # also while loading: it sees that the parent is gone
         try:

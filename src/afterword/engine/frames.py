@@ -7,6 +7,8 @@ can run code. One frame carries a whole forward pass.
 from __future__ import annotations
 
 import struct
+from array import array
+from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol
 
 import msgspec
@@ -118,11 +120,21 @@ class Pass(Value, frozen=True, tag=True):
 
 
 class Tokens(Value, frozen=True, tag=True):
-    """The tokens of a text."""
+    """The tokens of a text, as the bytes of C integers: of a long text there are millions, and decoding takes time."""
 
     call: int
-    ids: tuple[int, ...]
+    data: bytes
     long: bool = False
+
+    @classmethod
+    def of(cls, call: int, ids: Iterable[int], long: bool = False) -> Tokens:
+        """Some tokens."""
+        return cls(call, array("i", ids).tobytes(), long)
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """The tokens."""
+        return array("i", self.data)
 
 
 class Pulse(Value, frozen=True, tag=True):

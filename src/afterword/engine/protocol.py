@@ -6,7 +6,7 @@ that runs models. All values are plain and frozen, so that they cross a process 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Literal, Protocol
 
 import msgspec
@@ -198,7 +198,7 @@ class Engine(Protocol):
         """Accept a job. Raises `Overloaded` when the queue is full."""
         ...
 
-    async def tokenize(self, text: str, special: bool, client: str = "") -> tuple[int, ...]:
+    async def tokenize(self, text: str, special: bool, client: str = "") -> Sequence[int]:
         """Tokens of a text, without BOS. `special`: text that spells a special token becomes that token.
 
         Clients are served in turn. Raises `RequestError` where the text is too long for the tokenizer.

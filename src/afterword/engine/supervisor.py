@@ -132,7 +132,7 @@ class Supervisor:
         self._feed()
         return run
 
-    async def tokenize(self, text: str, special: bool, client: str = "") -> tuple[int, ...]:
+    async def tokenize(self, text: str, special: bool, client: str = "") -> Sequence[int]:
         """Tokens of a text; see `protocol.Engine`. While the engine is being replaced, it waits."""
         check_text(text, self._policy.max_text, self.card)
         self._check(text, waiting=len(self._texts), room=0)

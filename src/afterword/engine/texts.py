@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from afterword.engine import frames
@@ -30,7 +30,7 @@ class _Text:
     message: frames.Tokenize
     client: str
     since: float
-    answer: asyncio.Future[tuple[int, ...]]
+    answer: asyncio.Future[Sequence[int]]
     crashes: int = 0
 
 
@@ -87,7 +87,7 @@ class Texts:
         """Whether there is a text that was at work when an engine died."""
         return bool(self._suspects) or any(text.crashes for lane in self._lanes for text in lane.sent.values())
 
-    async def tokens(self, text: str, special: bool, now: float, client: str = "") -> tuple[int, ...]:
+    async def tokens(self, text: str, special: bool, now: float, client: str = "") -> Sequence[int]:
         """The tokens of a text."""
         message = frames.Tokenize(next(self._names), text, special, len(text) > SHORT)
         waiting = _Text(message, client, now, asyncio.get_running_loop().create_future())

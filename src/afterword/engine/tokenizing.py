@@ -10,6 +10,7 @@ import os
 import queue
 import sys
 import threading
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
@@ -73,7 +74,7 @@ class Tokenizing:
         self._answer(message)
 
     def _answer(self, message: frames.Tokenize) -> None:
-        ids: list[int] = []
+        ids = array("i")
         parts = iter(self._tokenize(message.text, message.special))
         while message.call in self._wanted and (part := next(parts, None)) is not None:
             ids.extend(part)
@@ -81,4 +82,4 @@ class Tokenizing:
         wanted = message.call in self._wanted
         self._wanted.discard(message.call)
         self.parts[message.long] += 1
-        self._send(frames.Tokens(message.call, tuple(ids) if wanted else (), message.long))
+        self._send(frames.Tokens.of(message.call, ids if wanted else (), message.long))

@@ -9,6 +9,7 @@ the other, nothing is ever joined across the place, and the tokens on its two si
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
@@ -17,18 +18,24 @@ SPACE = "▁"
 LENGTH = 4096
 """Characters that a piece has before it is cut at the next place."""
 
+_WINDOW = 2**15  # characters that are searched in one call: the search keeps the interpreter's lock
+
 
 class Cuts:
     """Places before characters that are no tokens. `texts` are those of all tokens, with `SPACE` for a space."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         texts = set(texts)
-        self._letters = {text for text in texts if len(text) == 1}
-        self._before: defaultdict[str, set[str]] = defaultdict(set)
+        letters = {text for text in texts if len(text) == 1}
+        before: defaultdict[str, set[str]] = defaultdict(set)
         for text in texts:
             for first, second in pairwise(text):
-                if second not in self._letters:
-                    self._before[second].add(first)
+                if second not in letters:
+                    before[_plain(second)].add(_plain(first))
+        self._before = dict(before)
+        spaced = {second for second, firsts in before.items() if " " in firsts}
+        known = set(map(_plain, letters))
+        self._places = {False: _other_than(known), True: _other_than(known | spaced)}
 
     def pieces(self, text: str, spaced: bool) -> Iterator[str]:
         """The pieces of a text. `spaced`: a space will be put before each, and must stay apart from it too.
@@ -38,13 +45,24 @@ class Cuts:
         """
         start, place = 0, LENGTH
         while place < len(text):
-            if self._apart(text[place - 1], text[place]) and not (spaced and not self._apart(SPACE, text[place])):
-                yield text[start:place]
-                start, place = place, place + LENGTH
+            end = min(place + _WINDOW, len(text))
+            found = self._places[spaced].search(text, place, end)
+            if found is None:
+                place = end
+            elif _plain(text[found.start() - 1]) in self._before.get(_plain(found[0]), ()):
+                place = found.end()
             else:
-                place += 1
+                yield text[start : found.start()]
+                start, place = found.start(), found.start() + LENGTH
         yield text[start:]
 
-    def _apart(self, first: str, second: str) -> bool:
-        first, second = (SPACE if letter == " " else letter for letter in (first, second))
-        return second not in self._letters and first not in self._before.get(second, ())
+
+def _plain(letter: str) -> str:
+    """`SPACE` and a space are the same to the tokenizer."""
+    return " " if letter == SPACE else letter
+
+
+def _other_than(letters: set[str]) -> re.Pattern[str]:
+    """Any character but these."""
+    both = letters | {SPACE} if " " in letters else letters
+    return re.compile(f"[^{''.join(map(re.escape, sorted(both)))}]" if both else "(?s:.)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import itertools
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 
@@ -88,7 +89,7 @@ class Vocabulary:
         if count < 0:
             ids = (ctypes.c_int32 * -count)()
             count = native.llama_tokenize(self._vocab, data, len(data), ids, -count, False, special)
-        return ids[:count]
+        return array("i", memoryview(ids)[:count].tobytes())  # without an object for each token of a long text
 
     def _special_tokens(self, special: bool) -> Iterator[SpecialToken]:
         """The tokens that llama.cpp finds in a text before all others."""
