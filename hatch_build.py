@@ -1,7 +1,8 @@
 """Compiles the engine's kernels when the package is built or installed from its source.
 
-Without a C++ compiler the package is installed all the same, and slower ways are used (afterword/engine/compiled.py).
-CXX names another compiler. CXXFLAGS replace -march=native, for a package that is to run on other machines.
+Without a C++ compiler the package is installed all the same, and slower ways are used
+(afterword/engine/kernels/compiled.py). CXX names another compiler. CXXFLAGS replace -march=native, for a package that
+is to run on other machines.
 """
 
 from __future__ import annotations

@@ -14,14 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from afterword.cli.model_setup import load_message
 from afterword.config import EngineSettings
-from afterword.engine.core.batch import Batch, Logits
-from afterword.engine.core.loop import Loop
+from afterword.engine.core.engine_loop import EngineLoop
+from afterword.engine.core.forward_batch import ForwardBatch, Logits
 from afterword.engine.llama import library
 from afterword.engine.llama.runner import LlamaRunner
 from afterword.engine.protocol import Job, Sampling
-from afterword.hosting import open_frame
-from afterword.models.gguf import read_facts
+from afterword.models.gguf_facts import read_facts
 from afterword.models.registry import Model
 
 SEQUENCES = 16
@@ -44,9 +44,13 @@ class Timed:
     def __init__(self, runner: LlamaRunner, clock: Clock) -> None:
         self._runner, self._clock, self.seconds = runner, clock, 0.0
         self.slots, self.chunk, self.grid = runner.slots, runner.chunk, runner.grid
-        self.least_shared, self.rewinds, self.held = runner.least_shared, runner.rewinds, runner.held
+        self.min_shared_tokens, self.can_truncate, self.cached_tokens = (
+            runner.min_shared_tokens,
+            runner.can_truncate,
+            runner.cached_tokens,
+        )
 
-    def run(self, batch: Batch) -> Logits:
+    def run(self, batch: ForwardBatch) -> Logits:
         """Execute a batch, as the runner does."""
         start = self._clock()
         logits = self._runner.run(batch)
@@ -56,10 +60,10 @@ class Timed:
 
 def measure(path: Path, settings: EngineSettings, read: int, written: int, clock: Clock) -> Speed:
     """Prompts of `read` tokens and answers of `written`, with `logprobs` 5, `top_p` 0.9 and penalties."""
-    opened = open_frame(Model(path.stem, path, "file"), read_facts(path), settings)
+    opened = load_message(Model(path.stem, path, "file"), read_facts(path), settings)
     llama = LlamaRunner(opened)
     runner = Timed(llama, clock)
-    loop = Loop(runner, threads=settings.threads or 1, team=llama.team)
+    loop = EngineLoop(runner, threads=settings.threads or 1, team=llama.thread_pool)
     if settings.gpu_layers:  # a kernel is loaded when it is first needed
         _spend(loop, clock, [_job(read, 2), *(_job(4, 2) for _ in range(SEQUENCES))])
         _spend(loop, clock, [_job(16, 2)])
@@ -78,7 +82,7 @@ def _job(read: int, written: int) -> Job:
     return Job(tokens, 1, written or 1, sampling, (), random.randbytes(16), alternatives=5)
 
 
-def _spend(loop: Loop, clock: Clock, jobs: Sequence[Job]) -> float:
+def _spend(loop: EngineLoop, clock: Clock, jobs: Sequence[Job]) -> float:
     start = clock()
     for run, job in enumerate(jobs):
         loop.start(run, job)
@@ -100,7 +104,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--read", type=int, default=512, help="tokens of the prompt (512)")
     parser.add_argument("--written", type=int, default=32, help="tokens of an answer (32)")
     options = parser.parse_args(arguments)
-    library.start(verbose=False)
+    library.initialize(verbose=False)
     clock = time.process_time if options.threads == 1 and not options.gpu_layers else time.perf_counter
     base = EngineSettings(
         context=2 * options.read,

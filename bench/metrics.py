@@ -10,17 +10,17 @@ from collections.abc import Callable
 
 import msgspec
 
-from afterword.api.visit import Visit
+from afterword.api.requests.request_context import RequestContext
 from afterword.completion.run import Usage
 from afterword.engine.core.scheduler import Scheduler
-from afterword.engine.frames import HEADER, Pass, pack, unpack_from_engine
-from afterword.engine.protocol import Job, Load, Meter, Sampling, Step, Token
-from afterword.engine.tally import Course, Tally
-from afterword.metrics import EngineFigures, Metrics
+from afterword.engine.messages import HEADER, PassDone, pack, unpack_for_server
+from afterword.engine.parent.engine_metrics import EngineMetrics, JobTimer
+from afterword.engine.protocol import Job, Load, PassStats, Sampling, Step, Token
+from afterword.observability.metrics import EngineSnapshot, Metrics
 
 _JOB = Job(tuple(range(64)), 1, 128, Sampling(), (), bytes(16))
 _STEP = Step(sampled=((0, Token(1)),))
-_METER = Meter(False, 16, 0.0123, 12_000, 40_000)
+_METER = PassStats(False, 16, 0.0123, 12_000, 40_000)
 
 
 class _Unmeasured(msgspec.Struct, frozen=True, array_like=True, tag="Pass"):
@@ -32,22 +32,22 @@ class _Unmeasured(msgspec.Struct, frozen=True, array_like=True, tag="Pass"):
 
 def main() -> None:
     """Print a line a figure."""
-    tally, metrics = Tally(), Metrics(["model"])
-    course = Course(tally, _JOB, time.monotonic(), time.monotonic)
-    course.took(_STEP)
+    engine_metrics, metrics = EngineMetrics(), Metrics(["model"])
+    timer = JobTimer(engine_metrics, _JOB, time.monotonic(), time.monotonic)
+    timer.record_step(_STEP)
     scheduler = Scheduler(16, 256, 1, 16, True)
-    told, bare = Pass({}, Load(), _METER), _Unmeasured({}, Load())
+    told, bare = PassDone({}, Load(), _METER), _Unmeasured({}, Load())
     encode = msgspec.msgpack.Encoder().encode
     wire, bare_wire = pack(told)[HEADER.size :], encode(bare)
-    reading = _cost(lambda: unpack_from_engine(wire)) - _cost(lambda: unpack_from_engine(bare_wire))
+    reading = _cost(lambda: unpack_for_server(wire)) - _cost(lambda: unpack_for_server(bare_wire))
     costs = {
-        "token, server": _cost(lambda: course.took(_STEP)),
-        "pass, server": _cost(lambda: tally.passed(_METER)) + reading,
-        "pass, engine": _cost(lambda: Meter(False, 16, 0.0123, *scheduler.filled()))
+        "token, server": _cost(lambda: timer.record_step(_STEP)),
+        "pass, server": _cost(lambda: engine_metrics.record_pass(_METER)) + reading,
+        "pass, engine": _cost(lambda: PassStats(False, 16, 0.0123, *scheduler.slot_usage()))
         + _cost(lambda: encode(told))
         - _cost(lambda: encode(bare)),
-        "request, server": _cost(lambda: _request(tally, metrics)) - _cost(_visit),
-        "page of /metrics": _cost(lambda: _page(tally, metrics), 100),
+        "request, server": _cost(lambda: _request(engine_metrics, metrics)) - _cost(_visit),
+        "page of /metrics": _cost(lambda: _page(engine_metrics, metrics), 100),
     }
     for name, seconds in costs.items():
         print(f"{name:<18} {seconds * 1e6:10.2f} µs")
@@ -64,28 +64,30 @@ def _cost(work: Callable[[], object], times: int = 50_000) -> float:
     return least
 
 
-def _visit() -> Visit:
-    visit = Visit("req", "127.0.0.1", route="/v1/completions", model="model", status=200)
-    visit.use(Usage(64, 128))
-    visit.finish[0] = "length"
-    return visit
+def _visit() -> RequestContext:
+    request_context = RequestContext("req", "127.0.0.1", route="/v1/completions", model="model", status=200)
+    request_context.record_usage(Usage(64, 128))
+    request_context.finish[0] = "length"
+    return request_context
 
 
-def _request(tally: Tally, metrics: Metrics) -> None:
+def _request(engine_metrics: EngineMetrics, metrics: Metrics) -> None:
     """All that is counted of a request of one token."""
-    visit = _visit()
-    course = Course(tally, _JOB, visit.began, time.monotonic)
-    course.took(Step())
-    visit.n, visit.choices = 1, 1
-    visit.begin()
-    visit.first = visit.begun
-    course.took(_STEP)
-    course.ended()
-    metrics.over(visit.ended("POST", None))
+    request_context = _visit()
+    timer = JobTimer(engine_metrics, _JOB, request_context.started_at, time.monotonic)
+    timer.record_step(Step())
+    request_context.n, request_context.choices = 1, 1
+    request_context.mark_compute_started()
+    request_context.first_token_at = request_context.compute_started_at
+    timer.record_step(_STEP)
+    timer.record_end()
+    metrics.record_request(request_context.outcome("POST", None))
 
 
-def _page(tally: Tally, metrics: Metrics) -> bytes:
-    return metrics.text("ready", [EngineFigures("model", "ready", Load(16, 3, 5), _METER, tally, 65_536, 10**9)])
+def _page(engine_metrics: EngineMetrics, metrics: Metrics) -> bytes:
+    return metrics.text(
+        "ready", [EngineSnapshot("model", "ready", Load(16, 3, 5), _METER, engine_metrics, 65_536, 10**9)]
+    )
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from time import thread_time
 import numpy as np
 from numpy.typing import NDArray
 
-from afterword.engine.core.plain import edited, number
-from afterword.engine.core.rows import Draw
-from afterword.engine.core.sampler import Sample, Sampler, Score, seed_of
-from afterword.engine.core.tally import Tally
+from afterword.engine.core.numpy_kernel import adjusted_row, random_number
+from afterword.engine.core.sampler import Sampler, SampleTokens, ScoreQuery, seed_of
+from afterword.engine.core.sampler_kernel import SampleQuery
+from afterword.engine.core.token_counts import TokenCounts
 from afterword.engine.protocol import Job, Sampling
 
 Rows = NDArray[np.float32]
@@ -47,7 +47,7 @@ def main() -> None:
         likely = generator.choice(len(row), 200, replace=False)
         row[likely] += generator.exponential(4, 200).astype(np.float32)
         row[likely[0]] += 12
-    counts = Tally(generator.choice(options.vocabulary, 100, replace=False).tolist() * 2)
+    counts = TokenCounts(generator.choice(options.vocabulary, 100, replace=False).tolist() * 2)
     print(f"{options.rows} rows x {options.vocabulary}; % of a step of {options.step_ms:g} ms is for all rows, median")
     print(f"{'':46}{'before':>16}{'now: min':>12}{'median':>9}{'% of step':>11}")
     for name, sampling, alternatives in CASES:
@@ -57,7 +57,7 @@ def main() -> None:
             now = _measure(_now(rows, job, counts), options.rows, options.repeat)
             _show(f"{name}, {kind}", before, now, options)
     following = generator.integers(0, options.vocabulary, options.rows).tolist()
-    sampler, asks = Sampler(), [Score(token, 5) for token in following]
+    sampler, asks = Sampler(), [ScoreQuery(token, 5) for token in following]
     _show(
         "score, 5 alternatives and rank",
         _measure(
@@ -93,22 +93,24 @@ def _show(name: str, before: tuple[float, float], now: tuple[float, float], opti
     print(f"{name:<46}{before[1]:>16.3f}{now[0]:>12.3f}{now[1]:>9.3f}{share:>11.1f}", flush=True)
 
 
-def _now(rows: Rows, job: Job, counts: Tally) -> Callable[[], object]:
+def _now(rows: Rows, job: Job, counts: TokenCounts) -> Callable[[], object]:
     sampler = Sampler()
     positions = iter(range(1 << 62))
 
     def work() -> None:
         position = next(positions)
-        sampler.read(rows, [Sample(job, (index,), position, counts) for index in range(len(rows))])
+        sampler.read(rows, [SampleTokens(job, (index,), position, counts) for index in range(len(rows))])
 
     return work
 
 
-def _before(rows: Rows, job: Job, counts: Tally) -> Callable[[], object]:
+def _before(rows: Rows, job: Job, counts: TokenCounts) -> Callable[[], object]:
     def work() -> None:
         for index, row in enumerate(rows):
             token = _choose_before(
-                edited(row, Draw(job.sampling, (), counts)), job.sampling, number(seed_of(KEY, index, 0), 0)
+                adjusted_row(row, SampleQuery(job.sampling, (), counts)),
+                job.sampling,
+                random_number(seed_of(KEY, index, 0), 0),
             )
             if job.alternatives is not None:
                 _report_before(row, token, job.alternatives)

@@ -18,18 +18,18 @@ from rich.progress import Progress
 
 from afterword import __version__
 from afterword.cli import main
-from afterword.cli.loading import shown
-from afterword.cli.models import Bars, Lines
-from afterword.cli.run import greeting
-from afterword.completion.limits import Limits
+from afterword.cli.load_progress import show_loading
+from afterword.cli.model_setup import fit_models, load_message, refreshed_load_message
+from afterword.cli.models import ProgressBars, ProgressLines
+from afterword.cli.run import startup_message
 from afterword.completion.request import parse
-from afterword.config import ONE_SEQUENCE, Config, EngineSettings, Weights, advice
-from afterword.engine.roster import Offer, Roster
+from afterword.completion.request_limits import RequestLimits
+from afterword.config import ONE_SEQUENCE, Config, EngineSettings, WeightTypes, advice
+from afterword.engine.parent.model_manager import ModelDefinition, ModelManager
 from afterword.errors import SettingError
-from afterword.hosting import fit, open_frame, renewed
-from afterword.models.gguf import Facts, read_facts
+from afterword.models.gguf_facts import Facts, read_facts
 from afterword.models.registry import Model
-from afterword.times import as_time, parse_time
+from afterword.settings.durations import format_duration, parse_duration
 from oracle.tiny import write_tiny
 from sim import virtual
 
@@ -144,11 +144,11 @@ def test_pull_tells_where_the_model_is(tmp_path):
 def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    lines = Lines()
+    lines = ProgressLines()
     lines.chosen("m-Q8_0.gguf", ["m-Q4_0.gguf"])
-    lines.begun("m-Q8_0.gguf", 100 * 2**20, 10 * 2**20)
+    lines.started("m-Q8_0.gguf", 100 * 2**20, 10 * 2**20)
     for now in range(1, 31):  # noqa: B007 - the clock
-        lines.came(2**20)
+        lines.received(2**20)
     lines.checking("m-Q8_0.gguf")
     assert capsys.readouterr().err.splitlines() == [
         "Taking m-Q8_0.gguf, the best of 2 files; there are also m-Q4_0.gguf.",
@@ -163,10 +163,10 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys)
 def test_progress_on_a_terminal_is_a_bar():
     screen = Console(file=io.StringIO(), force_terminal=True, width=100)
     with Progress(console=screen, auto_refresh=False) as progress:
-        bars = Bars(progress)
+        bars = ProgressBars(progress)
         bars.checking("m.gguf")  # it was here already
-        bars.begun("folder/m.gguf", 100, 10)
-        bars.came(40)
+        bars.started("folder/m.gguf", 100, 10)
+        bars.received(40)
         (task,) = progress.tasks
         assert (task.description, task.completed, task.total) == ("m.gguf", 50, 100)
         bars.chosen("a", ["b [c]"])
@@ -183,7 +183,7 @@ def test_loading_is_shown_on_a_terminal_if_it_takes_long(monkeypatch):
     async def load(screen, seconds):
         monkeypatch.setattr("sys.stderr", screen)
         share = 0.0
-        async with shown({"large": lambda: share}):
+        async with show_loading({"large": lambda: share}):
             await asyncio.sleep(seconds)
             share = 0.5
             await asyncio.sleep(seconds)
@@ -212,7 +212,7 @@ def test_loading_is_shown_on_a_terminal_if_it_takes_long(monkeypatch):
     ],
 )
 def test_times_as_people_write_them(text, seconds):
-    assert parse_time(text) == seconds
+    assert parse_duration(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "m", "5x", "five", "-5", "1m1h", "inf", "nan", "1e3"])
@@ -225,7 +225,7 @@ def test_times_that_are_none(text):
     [(0, "0 seconds"), (1, "1 second"), (90, "90 seconds"), (60, "1 minute"), (300, "5 minutes"), (7200, "2 hours")],
 )
 def test_times_in_words(seconds, words):
-    assert as_time(seconds) == words
+    assert format_duration(seconds) == words
 
 
 @pytest.mark.parametrize(
@@ -276,28 +276,28 @@ def test_bad_settings_are_one_sentence(words, said, tmp_path):
 )
 def test_numbers_are_exact_by_default_where_that_holds(file_type, settings, kv_type, tmp_path):
     path = write_tiny(tmp_path / "tiny.gguf", file_type=file_type)
-    opened = open_frame(Model("tiny", path, "file"), read_facts(path), EngineSettings(**settings))
+    opened = load_message(Model("tiny", path, "file"), read_facts(path), EngineSettings(**settings))
     assert (opened.kv_type, opened.threads) == (kv_type, 1)
 
 
 def test_what_a_gpu_holds_is_fitted_to_its_memory(tmp_path, monkeypatch):
     path = write_tiny(tmp_path / "tiny.gguf", file_type="Q8_0")
     model = Model("tiny", path, "file")
-    monkeypatch.setattr("afterword.hosting.available_memory", lambda: 2**31)
-    monkeypatch.setattr("afterword.hosting.card_memory", lambda: 2**20)
+    monkeypatch.setattr("afterword.cli.model_setup.available_memory", lambda: 2**31)
+    monkeypatch.setattr("afterword.cli.model_setup.card_memory", lambda: 2**20)
     for settings in ({}, {"gpu_layers": 1}):
-        assert open_frame(model, read_facts(path), EngineSettings(**settings)).sequences == 16
+        assert load_message(model, read_facts(path), EngineSettings(**settings)).sequences == 16
     with pytest.raises(SettingError, match=r"0\.00 GiB are available"):
-        open_frame(model, read_facts(path), EngineSettings(gpu_layers=-1))
-    monkeypatch.setattr("afterword.hosting.card_memory", lambda: None)
-    assert open_frame(model, read_facts(path), EngineSettings(gpu_layers=-1)).sequences == 16
+        load_message(model, read_facts(path), EngineSettings(gpu_layers=-1))
+    monkeypatch.setattr("afterword.cli.model_setup.card_memory", lambda: None)
+    assert load_message(model, read_facts(path), EngineSettings(gpu_layers=-1)).sequences == 16
 
 
 def test_reproducible_on_a_gpu_means_passes_of_one_shape(tmp_path):
     path = write_tiny(tmp_path / "tiny.gguf", file_type="Q8_0")
     settings = EngineSettings(gpu_layers=-1, reproducible=True)
-    opened = open_frame(Model("tiny", path, "file"), read_facts(path), settings)
-    assert (opened.full, opened.sequences, opened.promise) == (True, 15, "reproducible")
+    opened = load_message(Model("tiny", path, "file"), read_facts(path), settings)
+    assert (opened.fixed_shape, opened.sequences, opened.promise) == (True, 15, "reproducible")
     assert opened.grid == opened.chunk == 256
 
 
@@ -312,13 +312,15 @@ def test_a_file_that_is_no_model_is_one_sentence(tmp_path):
     [(1, False, 8), (1, True, 8), (2, False, 4), (3, False, 2), (9, False, 1), (9, True, 4)],
 )
 def test_models_share_the_cores(tmp_path, monkeypatch, count, take_turns, threads):
-    monkeypatch.setattr("afterword.hosting.cores", lambda: 8)
+    monkeypatch.setattr("afterword.cli.model_setup.cores", lambda: 8)
     path = write_tiny(tmp_path / "tiny.gguf")
     large = dataclasses.replace(read_facts(path), size_bytes=2**27)
-    fitted = fit([(Model("tiny", path, "file"), large)] * count, EngineSettings(parallel=1), take_turns)
-    assert [each.opened.threads for each in fitted] == [threads] * count
-    asked = fit([(Model("tiny", path, "file"), large)] * count, EngineSettings(parallel=1, threads=3), take_turns)
-    assert {each.opened.threads for each in asked} == {3}
+    placed = fit_models([(Model("tiny", path, "file"), large)] * count, EngineSettings(parallel=1), take_turns)
+    assert [each.load_message.threads for each in placed] == [threads] * count
+    asked = fit_models(
+        [(Model("tiny", path, "file"), large)] * count, EngineSettings(parallel=1, threads=3), take_turns
+    )
+    assert {each.load_message.threads for each in asked} == {3}
 
 
 def test_a_file_that_was_replaced_is_planned_anew(tmp_path):
@@ -327,33 +329,33 @@ def test_a_file_that_was_replaced_is_planned_anew(tmp_path):
     def write(**changes: Any) -> Facts:
         return read_facts(write_tiny(path, **{"file_type": "Q8_0"} | changes))
 
-    (fitted,) = fit([(Model("tiny", path, "file"), write())], settings)
+    (placed,) = fit_models([(Model("tiny", path, "file"), write())], settings)
     write(seed=1)
-    assert renewed(fitted, settings) == fitted.opened, "other weights of the same kind"
+    assert refreshed_load_message(placed, settings) == placed.load_message, "other weights of the same kind"
     write(context=1024, vocabulary="spm")
-    other = renewed(fitted, settings)
+    other = refreshed_load_message(placed, settings)
     assert (other.context, other.sequences, other.threads) == (512, 16, 2), "what clients were told stays"
     write(context=256)
     with pytest.raises(SettingError, match="more than the 256"):
-        renewed(fitted, settings)
+        refreshed_load_message(placed, settings)
     path.write_bytes(b"<html>")
     with pytest.raises(SettingError, match="web page"):
-        renewed(fitted, settings)
+        refreshed_load_message(placed, settings)
 
 
 def test_models_that_do_not_fit_together_may_take_turns(tmp_path, monkeypatch):
     paths = [write_tiny(tmp_path / name) for name in ("a.gguf", "b.gguf")]
     found = [(Model(path.stem, path, "file"), read_facts(path)) for path in paths]
-    need = fit(found[:1], EngineSettings(context=64, parallel=1))[0].needs
-    monkeypatch.setattr("afterword.hosting.available_memory", lambda: need * 3 // 2)
+    need = fit_models(found[:1], EngineSettings(context=64, parallel=1))[0].memory_bytes
+    monkeypatch.setattr("afterword.cli.model_setup.available_memory", lambda: need * 3 // 2)
     small = EngineSettings(context=64, parallel=1)
     with pytest.raises(SettingError, match="take turns with --keep-alive"):
-        fit(found, small)
-    assert [fitted.needs for fitted in fit(found, small, take_turns=True)] == [need, need]
+        fit_models(found, small)
+    assert [placed.memory_bytes for placed in fit_models(found, small, take_turns=True)] == [need, need]
 
 
 def test_too_little_memory_says_how_much_is_missing(monkeypatch):
-    monkeypatch.setattr("afterword.hosting.available_memory", lambda: 2**20)
+    monkeypatch.setattr("afterword.cli.model_setup.available_memory", lambda: 2**20)
     assert "GiB" in refusal("complete", "a")
 
 
@@ -395,7 +397,7 @@ def test_the_environment_sets_what_the_command_line_does_not():
 )
 def test_only_what_was_shown_is_promised(architecture, types, experts, kv_type, expected):
     """With products of our own, and without them."""
-    weights = Weights(architecture, frozenset(types.split()), experts)
+    weights = WeightTypes(architecture, frozenset(types.split()), experts)
     assert tuple(weights.promise(kv_type, own_products=own) for own in (True, False)) == expected
 
 
@@ -412,7 +414,7 @@ def test_only_what_was_shown_is_promised(architecture, types, experts, kv_type, 
     ],
 )
 def test_with_passes_of_one_shape_a_gpu_keeps_what_was_measured(architecture, types, kv_type, layers, expected):
-    weights = Weights(architecture, frozenset(types.split()))
+    weights = WeightTypes(architecture, frozenset(types.split()))
     assert weights.promise_on_gpu(kv_type, layers, full=True) == expected
     assert weights.promise_on_gpu(kv_type, layers, full=False) == "none"
     assert dataclasses.replace(weights, experts=8).promise_on_gpu(kv_type, layers, full=True) == "none"
@@ -420,20 +422,20 @@ def test_with_passes_of_one_shape_a_gpu_keeps_what_was_measured(architecture, ty
 
 def test_the_most_that_can_be_promised_is_planned_from_what_the_file_holds(tmp_path):
     opened = [
-        open_frame(Model("tiny", path, "file"), facts, EngineSettings())
+        load_message(Model("tiny", path, "file"), facts, EngineSettings())
         for path in [write_tiny(tmp_path / "tiny.gguf", file_type="F16")]
         for facts in (read_facts(path), dataclasses.replace(read_facts(path), matrix_types=frozenset({"F16", "IQ3_S"})))
     ]
-    assert [(each.promise, each.promise_without) for each in opened] == [("exact", "none"), ("none", "none")]
+    assert [(each.promise, each.promise_without_kernels) for each in opened] == [("exact", "none"), ("none", "none")]
     assert [(each.kv_type, each.grid) for each in opened] == [("exact", 64)] * 2
-    assert [each.own_products for each in opened] == [True, False]
+    assert [each.use_kernels for each in opened] == [True, False]
 
 
 @pytest.mark.parametrize("architecture", sorted(ONE_SEQUENCE))
 def test_what_the_library_computes_wrongly_together_is_computed_alone(tmp_path, architecture):
     path = write_tiny(tmp_path / "tiny.gguf")
     facts = dataclasses.replace(read_facts(path), architecture=architecture)
-    assert open_frame(Model("tiny", path, "file"), facts, EngineSettings(parallel=4)).sequences == 1
+    assert load_message(Model("tiny", path, "file"), facts, EngineSettings(parallel=4)).sequences == 1
     assert "One sequence" in str(advice("Q8_0", architecture))
 
 
@@ -448,7 +450,7 @@ def test_a_better_type_for_this_machine_is_named(file_type, said):
 
 def test_the_curl_line_of_the_greeting_is_a_valid_request():
     name = 'it\'s "mine"'
-    models = Roster([Offer(name, 0, Mock())])
-    words = shlex.split(greeting(models, Config(host="::1"), 8000).split("Try it:")[1].replace("\\\n", " "))
+    models = ModelManager([ModelDefinition(name, 0, Mock())])
+    words = shlex.split(startup_message(models, Config(host="::1"), 8000).split("Try it:")[1].replace("\\\n", " "))
     assert words[:2] == ["curl", "http://[::1]:8000/v1/completions"]
-    assert parse(words[words.index("-d") + 1].encode(), Limits()).model == name
+    assert parse(words[words.index("-d") + 1].encode(), RequestLimits()).model == name

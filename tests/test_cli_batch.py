@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from afterword.batch.answers import Reply
-from afterword.batch.job import Progress
-from afterword.batch.journal import Journal, Sums
+from afterword.batch.batch_job import Progress
+from afterword.batch.journal import BatchCounts, Journal
+from afterword.batch.output_lines import ServerReply
 from afterword.cli import batch_run, main
-from afterword.cli.batch_show import facts, shown
-from afterword.errors import Stopped
+from afterword.cli.batch_progress import facts, show_progress
+from afterword.errors import BatchStopped
 
-Ask = Callable[[dict[str, Any]], Reply]
+Ask = Callable[[dict[str, Any]], ServerReply]
 ROWS = [
     {"prompt": "Once", "max_tokens": 3},
     {"custom_id": "b", "method": "POST", "url": "/v1/completions", "body": {"prompt": "The sea", "max_tokens": 3}},
@@ -55,8 +55,8 @@ def output(tmp_path: Path) -> Path:
     return tmp_path / "out.jsonl"
 
 
-def answer(_: dict[str, Any]) -> Reply:
-    return Reply(200, b'{"id":"x","usage":{"prompt_tokens":1,"completion_tokens":1}}')
+def answer(_: dict[str, Any]) -> ServerReply:
+    return ServerReply(200, b'{"id":"x","usage":{"prompt_tokens":1,"completion_tokens":1}}')
 
 
 @pytest.fixture
@@ -66,12 +66,12 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def serve(choose: Ask = answer, fingerprint: str = "f") -> None:
         @asynccontextmanager
         async def asking(_: object) -> AsyncIterator[Any]:
-            async def ask(method: str, path: str, body: bytes) -> Reply:
+            async def ask(method: str, path: str, body: bytes) -> ServerReply:
                 await asyncio.sleep(0)
                 if method == "GET":
                     models = [{"id": "m", "system_fingerprint": fingerprint}]
-                    return Reply(200, json.dumps({"data": models, "sequences": 2}).encode())
-                return Reply(200, b'{"count":5}') if path == "/tokenize" else choose(json.loads(body))
+                    return ServerReply(200, json.dumps({"data": models, "sequences": 2}).encode())
+                return ServerReply(200, b'{"count":5}') if path == "/tokenize" else choose(json.loads(body))
 
             yield ask
 
@@ -125,7 +125,7 @@ def test_what_is_done_already_is_not_done_again(source, output, fake):
     assert afterword(source, "-o", output).exit_code == 0
     before = output.read_bytes()
 
-    def never(_: object) -> Reply:
+    def never(_: object) -> ServerReply:
         raise AssertionError
 
     fake(never)
@@ -137,9 +137,9 @@ def test_what_is_done_already_is_not_done_again(source, output, fake):
 
 
 def test_a_job_that_cannot_go_on_says_so_and_goes_on_later(source, output, fake):
-    def full(request: dict[str, Any]) -> Reply:
+    def full(request: dict[str, Any]) -> ServerReply:
         if request["prompt"] == "a":
-            raise Stopped("No room.")
+            raise BatchStopped("No room.")
         return answer(request)
 
     fake(full)
@@ -155,7 +155,7 @@ def test_a_job_that_cannot_go_on_says_so_and_goes_on_later(source, output, fake)
 
 
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(source, output, fake):
-    def interrupt(request: dict[str, Any]) -> Reply:
+    def interrupt(request: dict[str, Any]) -> ServerReply:
         os.kill(os.getpid(), signal.SIGINT)
         return answer(request)
 
@@ -183,8 +183,8 @@ def test_a_changed_model_is_refused(source, output, fake):
 
 
 def halfway(source: Path, output: Path, fake: Callable[..., None]) -> None:
-    def stop(_: object) -> Reply:
-        raise Stopped("Stopped.")
+    def stop(_: object) -> ServerReply:
+        raise BatchStopped("Stopped.")
 
     fake(stop)
     assert afterword(source, "-o", output).exit_code == 75
@@ -268,26 +268,26 @@ def test_a_large_plan_is_from_a_sample_and_says_so(tmp_path, fake):
 
 def test_progress_tells_rates_what_is_left_errors_and_why_it_waits(monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: 1010.0)
-    done = Progress(100, Sums(good=10), began=1000.0)
-    done.done = Sums(good=28, bad=2, completion=500)
+    done = Progress(100, BatchCounts(succeeded=10), began=1000.0)
+    done.done = BatchCounts(succeeded=28, failed=2, completion=500)
     told = facts(done)
     assert "2 rows/s" in told
     assert "50 tokens/s" in told
     assert "0:00:35 left" in told
     assert "2 errors" in told
-    done.waits = "the server does not answer"
+    done.waiting_for = "the server does not answer"
     assert facts(done).endswith("the server does not answer")
-    done.done = Sums(good=100)
+    done.done = BatchCounts(succeeded=100)
     assert "left" not in facts(done)
 
 
 def test_without_a_terminal_there_is_a_line_now_and_then(capsys):
     async def main() -> None:
-        done = Progress(100, Sums(), began=time.monotonic())
-        async with shown(done):
+        done = Progress(100, BatchCounts(), began=time.monotonic())
+        async with show_progress(done):
             done.began -= 31
-            done.done = Sums(good=40)
-        async with shown(done):
+            done.done = BatchCounts(succeeded=40)
+        async with show_progress(done):
             pass
 
     asyncio.run(main())

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from afterword.cli import main
 from afterword.config import Config
-from afterword.keys.store import Batch, Place, Store, Sums
+from afterword.keys.key_store import KeyStore, UsageCounts, UsageKey, UsageUpdate
 
 Command = Callable[..., Result]
 
@@ -41,7 +41,7 @@ def test_create_prints_the_key_alone_so_that_scripts_can_take_it(afterword, plac
     assert result.exit_code == 0, result.output
     assert re.fullmatch(r"aw_[0-9a-f]{8}_[A-Za-z0-9_-]{43}\n", result.stdout)
     assert "not shown again" in result.stderr
-    assert [key.id for key in Store(place).all()] == [result.stdout.split("_")[1]]
+    assert [key.id for key in KeyStore(place).all()] == [result.stdout.split("_")[1]]
 
 
 def test_a_key_has_what_it_was_given(afterword):
@@ -99,16 +99,19 @@ def test_the_place_can_be_named_for_one_command_or_for_all(afterword, place, tmp
     other = tmp_path / "other.db"
     assert afterword("keys", "create", "--keys-file", str(other)).exit_code == 0
     assert afterword("keys", "create", AFTERWORD_KEYS_FILE=str(other)).exit_code == 0
-    assert len(Store(other).all()) == 2
+    assert len(KeyStore(other).all()) == 2
     assert not place.exists()
 
 
 def test_usage_is_shown_by_key_user_and_day(afterword, place):
     text = afterword("keys", "create", "--name", "alice's").stdout
-    store = Store(place)
+    store = KeyStore(place)
     name, user = text.split("_")[1], store.pseudonym("bob")
-    used = {Place(name, user, "2026-01-01"): Sums(1, 2000, 3, 4), Place(name, "", "2026-01-02"): Sums(5, 6, 7, 0)}
-    store.exchange(Batch({}, used))
+    used = {
+        UsageKey(name, user, "2026-01-01"): UsageCounts(1, 2000, 3, 4),
+        UsageKey(name, "", "2026-01-02"): UsageCounts(5, 6, 7, 0),
+    }
+    store.sync(UsageUpdate({}, used))
     assert afterword("usage").stdout.splitlines() == [
         "key       requests  prompt  cached  completion  name",
         f"{name}  6         2,006   4       10          alice's",
@@ -127,4 +130,4 @@ def test_nothing_used_is_no_error(afterword):
 
 
 def test_a_store_of_keys_is_enough_to_listen_beyond_this_machine(place):
-    assert Config(host="0.0.0.0", keys_file=place).guarded
+    assert Config(host="0.0.0.0", keys_file=place).requires_key

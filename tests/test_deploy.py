@@ -18,9 +18,9 @@ import pytest
 import yaml
 
 from afterword.cli import main
-from afterword.engine.protocol import Load, Meter
-from afterword.engine.tally import Tally
-from afterword.metrics import EngineFigures, Metrics
+from afterword.engine.parent.engine_metrics import EngineMetrics
+from afterword.engine.protocol import Load, PassStats
+from afterword.observability.metrics import EngineSnapshot, Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
@@ -44,7 +44,7 @@ needs_promtool = pytest.mark.skipif(
 
 def served(prefix: str) -> set[str]:
     """Every name that a query can ask a server for."""
-    figures = EngineFigures("m", "ready", Load(), Meter(), Tally(), 1, 1)
+    figures = EngineSnapshot("m", "ready", Load(), PassStats(), EngineMetrics(), 1, 1)
     kinds = re.findall(r"^# TYPE (\S+) (\w+)", Metrics(["m"], prefix).text("ready", [figures]).decode(), re.MULTILINE)
     parts = {"histogram": ("_bucket", "_sum", "_count")}
     return {name + part for name, kind in kinds for part in parts.get(kind, ("",))}

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from afterword.api import ratelimit
-from afterword.api.app import GUARDED, OPEN
+from afterword.api.app import PROTECTED_ROUTES, PUBLIC_ROUTES
+from afterword.api.middleware import rate_limit_headers
 from afterword.completion.fields import StreamOptions
 from afterword.completion.request import EXTENSIONS, FIELDS
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-SOURCES = [ROOT / "src/afterword/errors.py", *(ROOT / "src/afterword").glob("[abc]*/*.py")]
+SOURCES = [ROOT / "src/afterword/errors.py", *(ROOT / "src/afterword").glob("[abckt]*/**/*.py")]
 
 
 def keyword_values(name: str) -> set[object]:
@@ -52,12 +52,12 @@ def test_every_status_is_explained(status):
     assert f"| {status} |" in REFERENCE
 
 
-@pytest.mark.parametrize("route", [*OPEN, *GUARDED], ids=lambda route: route.path)
+@pytest.mark.parametrize("route", [*PUBLIC_ROUTES, *PROTECTED_ROUTES], ids=lambda route: route.path)
 def test_every_route_is_explained(route):
     assert route.path.replace("{model:path}", "{id}") in REFERENCE
 
 
-@pytest.mark.parametrize("name", [*ratelimit.HEADERS, "x-should-retry", "retry-after", "x-request-id"])
+@pytest.mark.parametrize("name", [*rate_limit_headers.HEADERS, "x-should-retry", "retry-after", "x-request-id"])
 def test_every_header_is_explained(name):
     assert f"`{name}" in REFERENCE.lower()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from afterword import machine
+from afterword.system import resources
 
 UNLIMITED = 9223372036854771712  # what version 1 says where no limit is set
 
@@ -17,9 +17,9 @@ UNLIMITED = 9223372036854771712  # what version 1 says where no limit is set
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No cgroups but those that the test makes, on a machine of eight cores with two threads each."""
-    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(machine, "MEMBERSHIPS", tmp_path / "memberships")
-    monkeypatch.setattr(machine, "CPUS", tmp_path / "cpus")
+    monkeypatch.setattr(resources, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(resources, "MEMBERSHIPS", tmp_path / "memberships")
+    monkeypatch.setattr(resources, "CPUS", tmp_path / "cpus")
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: 16 if logical else 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     for cpu in range(16):
@@ -40,31 +40,31 @@ def belong(root: Path, *lines: str) -> None:
 
 
 def test_without_cgroups_the_machine_is_the_limit() -> None:
-    assert 0 < machine.available_memory() <= psutil.virtual_memory().total
-    assert machine.cores() == 8
+    assert 0 < resources.available_memory() <= psutil.virtual_memory().total
+    assert resources.cores() == 8
 
 
 # ---- memory
 
 
 def test_a_limit_of_version_2_is_honoured(tmp_path: Path) -> None:
-    assert machine.memory_room(tmp_path) is None
+    assert resources.memory_room(tmp_path) is None
     write(tmp_path, memory__max="max", memory__current=700, memory__stat="anon 500\ninactive_file 200")
-    assert machine.memory_room(tmp_path) is None
+    assert resources.memory_room(tmp_path) is None
     write(tmp_path, memory__max=1000)
-    assert machine.memory_room(tmp_path) == 500
+    assert resources.memory_room(tmp_path) == 500
     write(tmp_path, memory__max=100)
-    assert machine.memory_room(tmp_path) == 0
+    assert resources.memory_room(tmp_path) == 0
 
 
 def test_a_limit_of_version_1_is_honoured(tmp_path: Path) -> None:
     stat = "inactive_file 1\ntotal_inactive_file 200"
     write(tmp_path, memory__limit_in_bytes=UNLIMITED, memory__usage_in_bytes=700, memory__stat=stat)
-    assert (machine.memory_room(tmp_path) or 0) > 2**60
+    assert (resources.memory_room(tmp_path) or 0) > 2**60
     write(tmp_path, memory__limit_in_bytes=1000)
-    assert machine.memory_room(tmp_path) == 500
+    assert resources.memory_room(tmp_path) == 500
     write(tmp_path, memory__limit_in_bytes=100)
-    assert machine.memory_room(tmp_path) == 0
+    assert resources.memory_room(tmp_path) == 0
 
 
 @pytest.mark.parametrize("limited", ["", "outer", "outer/inner"])
@@ -73,7 +73,7 @@ def test_every_folder_up_to_the_root_counts(root: Path, limited: str) -> None:
     write(root / "cgroup" / "memory" / "outer" / "inner")
     limits = {"memory__limit_in_bytes": 1000, "memory__usage_in_bytes": 400}
     write(root / "cgroup" / "memory" / limited, **limits)
-    assert machine.available_memory() == 600
+    assert resources.available_memory() == 600
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_in_a_container_the_root_of_the_mount_is_its_own(
 ) -> None:
     belong(root, line)
     write(root / "cgroup" / mount, **files)
-    assert machine.available_memory() == 600
+    assert resources.available_memory() == 600
 
 
 # ---- cores
@@ -100,18 +100,18 @@ def test_the_affinity_mask_counts_in_physical_cores(
     monkeypatch: pytest.MonkeyPatch, cpus: set[int], cores: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: cpus, raising=False)
-    assert machine.cores() == cores
+    assert resources.cores() == cores
 
 
 def test_without_a_topology_each_allowed_processor_is_a_core(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "CPUS", root / "nowhere")
+    monkeypatch.setattr(resources, "CPUS", root / "nowhere")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 2}, raising=False)
-    assert machine.cores() == 2
+    assert resources.cores() == 2
 
 
 def test_where_there_are_no_masks_all_cores_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    assert machine.cores() == 8
+    assert resources.cores() == 8
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_where_there_are_no_masks_all_cores_count(monkeypatch: pytest.MonkeyPatc
 def test_a_quota_of_version_2_counts(root: Path, quota: str, cores: int) -> None:
     belong(root, "0::/")
     write(root / "cgroup", cpu__max=quota)
-    assert machine.cores() == cores
+    assert resources.cores() == cores
 
 
 @pytest.mark.parametrize("mount", ["cpu,cpuacct", "cpu"])
@@ -128,13 +128,13 @@ def test_a_quota_of_version_2_counts(root: Path, quota: str, cores: int) -> None
 def test_a_quota_of_version_1_counts(root: Path, mount: str, quota: int, cores: int) -> None:
     belong(root, "3:cpu,cpuacct:/docker/abc", "0::/")
     write(root / "cgroup" / mount, cpu__cfs_quota_us=quota, cpu__cfs_period_us=100000)
-    assert machine.cores() == cores
+    assert resources.cores() == cores
 
 
 def test_the_smallest_of_mask_and_quotas_is_taken(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
     belong(root, "0::/a/b")
     write(root / "cgroup" / "a" / "b", cpu__max="600000 100000")
-    assert machine.cores() == 3
+    assert resources.cores() == 3
     write(root / "cgroup" / "a", cpu__max="200000 100000")
-    assert machine.cores() == 2
+    assert resources.cores() == 2

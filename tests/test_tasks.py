@@ -14,19 +14,19 @@ from unittest.mock import Mock
 
 import pytest
 
-import scripted
-from afterword import tasks
-from afterword.batch.limits import BatchLimits
-from afterword.batch.manager import Manager
-from afterword.batch.shelf import Shelf
-from afterword.door.limits import DoorLimits
-from afterword.door.server import Door
+import scripted_engine
+from afterword.batch.batch_limits import BatchLimits
+from afterword.batch.file_store import FileStore
+from afterword.batch.manager import BatchManager
+from afterword.engine.parent.model_manager import ModelDefinition, ModelManager
 from afterword.engine.protocol import Load
-from afterword.engine.roster import Offer, Roster
 from afterword.errors import LoadFailed
-from afterword.keys.ring import Ring
-from afterword.keys.store import Store
-from afterword.log import Lines
+from afterword.keys.key_registry import KeyRegistry
+from afterword.keys.key_store import KeyStore
+from afterword.observability.request_log import RequestLog
+from afterword.system import tasks
+from afterword.transport.server import TransportServer
+from afterword.transport.transport_limits import TransportLimits
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +128,7 @@ def test_work_that_is_done_once_logs_its_failure(caplog):
         raise RuntimeError("planted")
 
     async def main() -> None:
-        await tasks.logged(work, "one move")
+        await tasks.run_logged(work, "one move")
 
     asyncio.run(main())
     assert failures(caplog, "one move") == 1
@@ -140,7 +140,7 @@ def test_work_that_is_done_once_logs_its_failure(caplog):
 def test_a_vital_thread_that_fails_ends_its_process(problem, told):
     program = f"""
 import threading
-from afterword.tasks import vital_thread
+from afterword.system.tasks import vital_thread
 def work(number): raise {problem}
 vital_thread(work, 1, name="worker")
 threading.Event().wait()
@@ -154,30 +154,30 @@ threading.Event().wait()
 
 
 def test_the_task_that_reads_keys(tmp_path, caplog, monkeypatch):
-    store = Store(tmp_path / "keys.db", create=True)
+    store = KeyStore(tmp_path / "keys.db", create=True)
     key, text = store.create()
-    ring = Ring((), store)
-    monkeypatch.setattr("afterword.keys.ring._BEAT", 0.001)
-    monkeypatch.setattr(ring, "exchange", Failing(ring.exchange))
+    key_registry = KeyRegistry((), store)
+    monkeypatch.setattr("afterword.keys.key_registry._SYNC_SECONDS", 0.001)
+    monkeypatch.setattr(key_registry, "sync", Failing(key_registry.sync))
 
     async def main() -> None:
-        async with ring.kept():
+        async with key_registry.syncing():
             store.revoke(key.id)
-            await until(lambda: ring.find(text) is None)
+            await until(lambda: key_registry.find(text) is None)
 
     asyncio.run(main())
     assert failures(caplog, "key file") == 2
 
 
 def test_the_task_that_starts_batches(tmp_path, caplog, monkeypatch):
-    shelf = Shelf(tmp_path / "batches")
-    shelf.upload()
-    manager = Manager(shelf, BatchLimits())
-    unended = Failing(shelf.unended)
-    monkeypatch.setattr(shelf, "unended", unended)
+    file_store = FileStore(tmp_path / "batches")
+    file_store.upload()
+    manager = BatchManager(file_store, BatchLimits())
+    unended = Failing(file_store.unfinished_batches)
+    monkeypatch.setattr(file_store, "unfinished_batches", unended)
 
     async def main() -> None:
-        async with manager.kept(Mock()):
+        async with manager.running(Mock()):
             await until(lambda: unended.called == 3)
 
     asyncio.run(main())
@@ -185,13 +185,13 @@ def test_the_task_that_starts_batches(tmp_path, caplog, monkeypatch):
 
 
 def test_the_task_that_times_connections(caplog, monkeypatch):
-    monkeypatch.setattr("afterword.door.server._TICK", 0.001)
-    door = opened_door()
+    monkeypatch.setattr("afterword.transport.server._TICK", 0.001)
+    transport_server = opened_door()
     check = Failing(lambda: [])
-    monkeypatch.setattr(door, "_connections", check)
+    monkeypatch.setattr(transport_server, "_connections", check)
 
     async def main() -> None:
-        async with door:
+        async with transport_server:
             await until(lambda: check.called >= 3)
 
     asyncio.run(main())
@@ -199,9 +199,9 @@ def test_the_task_that_times_connections(caplog, monkeypatch):
 
 
 def test_a_connection_that_cannot_be_admitted_does_not_end_the_accepting(caplog, monkeypatch):
-    door = opened_door()
-    port = door._listener.getsockname()[1]
-    monkeypatch.setattr(door, "_connect", Failing(door._connect))
+    transport_server = opened_door()
+    port = transport_server._listener.getsockname()[1]
+    monkeypatch.setattr(transport_server, "_connect", Failing(transport_server._connect))
 
     async def ask() -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -214,31 +214,31 @@ def test_a_connection_that_cannot_be_admitted_does_not_end_the_accepting(caplog,
             writer.close()
 
     async def main() -> None:
-        async with asyncio.timeout(30), door:
+        async with asyncio.timeout(30), transport_server:
             assert [(await ask())[:8] for _ in range(3)] == [b"", b"", b"HTTP/1.1"]
 
     asyncio.run(main())
     assert failures(caplog, "connection") == 2
 
 
-def opened_door() -> Door:
+def opened_door() -> TransportServer:
     async def app(_: Any, __: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
         await send({"type": "http.response.body", "body": b""})
 
-    return Door(app, socket.create_server(("127.0.0.1", 0)), DoorLimits())
+    return TransportServer(app, socket.create_server(("127.0.0.1", 0)), TransportLimits())
 
 
 def test_a_model_that_fails_in_an_unexpected_way_can_be_loaded_later(caplog):
-    engine = scripted.ScriptedEngine(scripted.says("Hello"))
-    roster = Roster([Offer("model", 0, Failing(lambda: opened(engine), 1))], keep_alive=60)
+    engine = scripted_engine.ScriptedEngine(scripted_engine.says("Hello"))
+    model_manager = ModelManager([ModelDefinition("model", 0, Failing(lambda: opened(engine), 1))], keep_alive=60)
 
     async def main() -> None:
-        (host,) = roster
+        (managed_model,) = model_manager
         with pytest.raises(LoadFailed):
-            await roster.enter(host)
-        assert await roster.enter(host)
-        roster.leave(host)
+            await model_manager.acquire(managed_model)
+        assert await model_manager.acquire(managed_model)
+        model_manager.release(managed_model)
 
     asyncio.run(main())
     assert failures(caplog, "could not be loaded") == 1
@@ -254,17 +254,17 @@ def opened(engine: Any) -> Any:
 
 
 def test_a_model_that_cannot_be_unloaded_is_logged(caplog):
-    engine = scripted.ScriptedEngine(scripted.says("Hello"))
+    engine = scripted_engine.ScriptedEngine(scripted_engine.says("Hello"))
 
     async def main() -> None:
-        roster = Roster([Offer("model", 0, lambda: opened(engine))], keep_alive=0)
-        (host,) = roster
-        await roster.enter(host)
+        model_manager = ModelManager([ModelDefinition("model", 0, lambda: opened(engine))], keep_alive=0)
+        (managed_model,) = model_manager
+        await model_manager.acquire(managed_model)
         monkey = Failing(lambda: None)
         engine.close = lambda: refused(monkey)
-        roster.leave(host)
+        model_manager.release(managed_model)
         await until(lambda: monkey.called)
-        await roster.close()
+        await model_manager.close()
 
     async def refused(call: Failing) -> None:
         call()
@@ -274,11 +274,11 @@ def test_a_model_that_cannot_be_unloaded_is_logged(caplog):
 
 
 def test_the_thread_that_writes_the_log(tmp_path, caplog, monkeypatch):
-    lines = Lines(tmp_path / "log")
-    monkeypatch.setattr(lines, "_write", Failing(lines._write))
+    request_log = RequestLog(tmp_path / "log")
+    monkeypatch.setattr(request_log, "_write", Failing(request_log._write))
     with caplog.at_level(logging.WARNING):
         for line in (b"a", b"b", b"c"):
-            lines.add(line)
-        lines.close()
+            request_log.write(line)
+        request_log.close()
     assert Path(tmp_path / "log").read_bytes() == b"c\n"
     assert len(caplog.records) == 1

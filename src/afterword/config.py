@@ -7,15 +7,15 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from afterword.batch.limits import BatchLimits
-from afterword.completion.limits import Limits
-from afterword.door.limits import DoorLimits
-from afterword.engine.frames import KvType
+from afterword.batch.batch_limits import BatchLimits
+from afterword.completion.request_limits import RequestLimits
+from afterword.engine.messages import KvType
 from afterword.engine.protocol import Promise
 from afterword.errors import SettingError
 from afterword.keys.key import Key
-from afterword.keys.limits import KeyLimits
-from afterword.machine import cores
+from afterword.keys.key_limits import KeyLimits
+from afterword.system.resources import cores
+from afterword.transport.transport_limits import TransportLimits
 
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[1-9][0-9]{0,4})?")
 _OWN_PORT = re.compile(r"http://.*:80|https://.*:443")
@@ -35,7 +35,7 @@ TESTED_ARCHITECTURES = frozenset(
 )
 """Dense architectures whose numbers were shown to be the same in any company (tests/engine/test_architectures.py)."""
 
-OWN_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q5_K", "Q6_K"})
+KERNEL_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q5_K", "Q6_K"})
 """Matrices that kernels of our own (engine/llama/products.hpp) multiply, where the processor has the instructions."""
 
 LIBRARY_TYPES = frozenset({"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_1", "Q5_0", "Q5_1"})
@@ -44,7 +44,7 @@ LIBRARY_TYPES = frozenset({"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_1", "Q5_0
 REPACKED_TYPES = frozenset({"Q8_0", "Q4_0", "IQ4_NL", "IQ4_XS"})
 """Matrices of which llama.cpp's kernels do so when they are repacked."""
 
-REPACKED_BESIDE = frozenset({"Q6_K"})
+REPACKED_WITH = frozenset({"Q6_K"})
 """Matrices that are in files of the types above, and of which the same holds."""
 
 ONE_SEQUENCE = frozenset(("plamo2", "deepseek4"))
@@ -54,12 +54,12 @@ GPU_ARCHITECTURES = frozenset({"llama", "qwen2"})
 GPU_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K"})
 """What was measured to give the same bits on a GPU when all passes of single tokens have the same shape."""
 
-GRID = 64
+CHUNK_GRID = 64
 """Where passes over a prompt end, in tokens, when numbers do depend on how tokens are grouped."""
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
+class WeightTypes:
     """What of a model decides how its numbers are computed: the types are those that its matrices really have."""
 
     architecture: str
@@ -67,18 +67,18 @@ class Weights:
     experts: int = 0
 
     @property
-    def own_products(self) -> bool:
+    def uses_kernels(self) -> bool:
         """Whether kernels of our own are to multiply some of its matrices, the library's those of `LIBRARY_TYPES`."""
-        return not self.experts and bool(self.types & OWN_TYPES) and self.types <= OWN_TYPES | LIBRARY_TYPES
+        return not self.experts and bool(self.types & KERNEL_TYPES) and self.types <= KERNEL_TYPES | LIBRARY_TYPES
 
     @property
     def repacked(self) -> bool:
         """Whether llama.cpp's products of repacked matrices are the same in any company."""
-        return bool(self.types & REPACKED_TYPES) and self.types <= REPACKED_TYPES | REPACKED_BESIDE
+        return bool(self.types & REPACKED_TYPES) and self.types <= REPACKED_TYPES | REPACKED_WITH
 
     def promise(self, kv_type: KvType, *, own_products: bool) -> Promise:
         """The most that can be promised on a CPU. The loaded engine decides: it knows which kernels compute what."""
-        sound = self.own_products if own_products else self.repacked or self.types <= LIBRARY_TYPES
+        sound = self.uses_kernels if own_products else self.repacked or self.types <= LIBRARY_TYPES
         if self.experts or self.architecture not in TESTED_ARCHITECTURES or not self.types or not sound:
             return "none"
         return "exact" if kv_type == "exact" else "reproducible"
@@ -126,8 +126,8 @@ class EngineSettings:
     verbose: bool = False
 
     def __post_init__(self) -> None:
-        if self.batch < GRID or self.batch > 4096:
-            raise SettingError(f"--batch {self.batch}: a pass has from {GRID} to 4096 tokens of a prompt.")
+        if self.batch < CHUNK_GRID or self.batch > 4096:
+            raise SettingError(f"--batch {self.batch}: a pass has from {CHUNK_GRID} to 4096 tokens of a prompt.")
         most = 4 * cores()
         if self.threads is not None and not 1 <= self.threads <= most:
             raise SettingError(f"--threads {self.threads}: set from 1 to {most}, four for each of the cores.")
@@ -172,9 +172,9 @@ class Config:
     drain_delay: float = 0.0
     grace: float = 30.0
     batch_dir: Path | None = None
-    limits: Limits = field(default_factory=Limits)
+    limits: RequestLimits = field(default_factory=RequestLimits)
     batch: BatchLimits = field(default_factory=BatchLimits)
-    door: DoorLimits = field(default_factory=DoorLimits)
+    transport: TransportLimits = field(default_factory=TransportLimits)
     key_limits: KeyLimits = field(default_factory=KeyLimits)
 
     def __post_init__(self) -> None:
@@ -186,7 +186,7 @@ class Config:
                     f"--cors-origin {origin}: write SCHEME://HOST or SCHEME://HOST:PORT as browsers do, in lower case, "
                     "without a path and without the scheme's own port, such as https://pages.example.org; or *."
                 )
-        if not self.guarded and not self.allow_open and not is_loopback(self.host):
+        if not self.requires_key and not self.allow_open and not is_loopback(self.host):
             raise SettingError(
                 f"--host {self.host} can be reached from other machines and there are no API keys. Give --keys or "
                 "--api-key, "
@@ -194,7 +194,7 @@ class Config:
             )
 
     @property
-    def guarded(self) -> bool:
+    def requires_key(self) -> bool:
         """Whether a key is needed, even if there is none yet."""
         return bool(self.keys) or self.keys_file is not None
 

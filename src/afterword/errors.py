@@ -43,7 +43,7 @@ class SettingError(AfterwordError):
     """A setting or a model file that cannot be used."""
 
 
-class OtherKind(SettingError):
+class NotLanguageModel(SettingError):
     """A file that has something else in it than a language model."""
 
 
@@ -146,7 +146,7 @@ class EngineFailure(EngineError):
         )
 
 
-class NotFinite(EngineError):
+class NonFiniteLogits(EngineError):
     """A row of logits has a number that is not finite, so no token can be chosen. The same request fails again."""
 
     code = "not_finite"
@@ -167,7 +167,7 @@ class LoadFailed(EngineError):
         super().__init__(f"The model `{model}` could not be loaded. The server's messages say why.")
 
 
-class WaitedTooLong(AfterwordError):
+class QueueTimeout(AfterwordError):
     """It has waited as long as anything may wait here, and nothing was computed for it."""
 
     status = 504
@@ -177,7 +177,7 @@ class WaitedTooLong(AfterwordError):
         super().__init__("The request has waited too long for its turn. Please try again later.")
 
 
-class Stopped(AfterwordError):
+class BatchStopped(AfterwordError):
     """A batch that cannot go on now and can later: what is done is kept."""
 
 
@@ -188,7 +188,7 @@ class StorageFailed(AfterwordError):
     code = "storage_failed"
 
 
-class NotOurs(StorageFailed):
+class ForeignFolder(StorageFailed):
     """The folder for files has files in it that Afterword did not write."""
 
     def __init__(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from parrot import write_parrot
+from one_text_model import write_parrot
 
 from oracle.tiny import write_tiny
 
@@ -26,7 +26,7 @@ def endless(facts: dict[str, Any]) -> dict[str, int]:
 
 
 @pytest.fixture(scope="session")
-def parrot(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+def one_text_client(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """The model that knows one text, on a server without a key."""
     path = write_parrot(tmp_path_factory.mktemp("models") / "parrot.gguf")
     with serve(str(path), "--parallel", "4", key=None) as server, server.http() as client:
@@ -34,7 +34,7 @@ def parrot(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[htt
 
 
 @pytest.fixture(scope="session")
-def plain(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+def no_infill_client(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """A model that cannot fill in the middle, on a server without a key."""
     path = write_tiny(tmp_path_factory.mktemp("models") / "plain.gguf", infill=False)
     with serve(str(path), "--parallel", "2", key=None) as server, server.http() as client:
@@ -42,7 +42,7 @@ def plain(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[http
 
 
 @pytest.fixture(scope="session")
-def spm(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+def bos_client(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """A model that wants a BOS before a text, on a server without a key."""
     path = write_tiny(tmp_path_factory.mktemp("models") / "spm.gguf", vocabulary="spm")
     with serve(str(path), "--parallel", "2", key=None) as server, server.http() as client:

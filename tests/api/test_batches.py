@@ -16,10 +16,10 @@ import httpx
 import jsonschema_rs
 import openai
 import pytest
-from asking import problem, wait_until
+from completion_requests import problem, wait_until
 
 from afterword.keys.key import Allowance
-from afterword.keys.store import Store
+from afterword.keys.key_store import KeyStore
 
 ENDED = ("completed", "failed", "cancelled", "expired")
 WHAT: dict[str, Any] = {"endpoint": "/v1/completions", "completion_window": "24h"}
@@ -199,7 +199,7 @@ def test_a_server_that_is_killed_goes_on_when_it_starts_again(tmp_path):
 
 
 def test_rows_are_charged_to_their_key_and_end_with_its_quota(serve, tmp_path):
-    store = Store(tmp_path / "keys.db", create=True)
+    store = KeyStore(tmp_path / "keys.db", create=True)
     key, text = store.create("a", allowance=Allowance(quota=200))
     where = ("--keys-file", str(tmp_path / "keys.db"), "--batch-dir", str(tmp_path / "batches"))
     with serve("--parallel", "2", *where, key=None) as server, sdk(server.url, text) as client:
@@ -215,7 +215,7 @@ def test_rows_are_charged_to_their_key_and_end_with_its_quota(serve, tmp_path):
 
 
 def test_a_key_that_ends_answers_no_more_of_its_rows(serve, tmp_path):
-    store = Store(tmp_path / "keys.db", create=True)
+    store = KeyStore(tmp_path / "keys.db", create=True)
     key, text = store.create("a")
     _, other = store.create("b")
     where = ("--keys-file", str(tmp_path / "keys.db"), "--batch-dir", str(tmp_path / "batches"))

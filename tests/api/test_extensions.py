@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from asking import one
+from completion_requests import one
 
 
 def ask(http: httpx.Client, **body: Any) -> httpx.Response:
@@ -77,10 +77,10 @@ def test_the_prompts_log_probabilities_are_those_of_an_echo(http: httpx.Client) 
         assert sorted(entry["rank"] for entry in entries.values())[:2] == [1, 2]
 
 
-def test_add_special_tokens_false_leaves_the_bos_away(spm: httpx.Client) -> None:
-    bos = spm.get("/tokenizer_info").json()["bos_token_id"]
-    assert choice(spm, prompt="a", return_token_ids=True)["prompt_token_ids"][0] == bos
-    bare = choice(spm, prompt="a", return_token_ids=True, add_special_tokens=False)
+def test_add_special_tokens_false_leaves_the_bos_away(bos_client: httpx.Client) -> None:
+    bos = bos_client.get("/tokenizer_info").json()["bos_token_id"]
+    assert choice(bos_client, prompt="a", return_token_ids=True)["prompt_token_ids"][0] == bos
+    bare = choice(bos_client, prompt="a", return_token_ids=True, add_special_tokens=False)
     assert bos not in bare["prompt_token_ids"]
 
 

@@ -14,7 +14,7 @@ import httpx
 import jsonschema_rs
 import openai
 import pytest
-from asking import problem
+from completion_requests import problem
 
 ONE, OTHER = "sk-one-0123456789", "sk-other-0123456789"
 LARGEST = 100_000

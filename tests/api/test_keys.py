@@ -14,12 +14,12 @@ import httpx
 import openai
 import psutil
 import pytest
-from asking import complete, problem, wait_until
 from click.testing import CliRunner
+from completion_requests import complete, problem, wait_until
 
 from afterword.cli import main
 from afterword.keys.key import Allowance
-from afterword.keys.store import Store
+from afterword.keys.key_store import KeyStore
 
 try:
     import resource
@@ -32,12 +32,12 @@ GIVEN = "given-key-of-the-operator"
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return Store(tmp_path_factory.mktemp("keys") / "keys.db", create=True)
+def store(tmp_path_factory: pytest.TempPathFactory) -> KeyStore:
+    return KeyStore(tmp_path_factory.mktemp("keys") / "keys.db", create=True)
 
 
 @pytest.fixture(scope="module")
-def keyed(serve: Any, store: Store) -> Iterator[Any]:
+def keyed(serve: Any, store: KeyStore) -> Iterator[Any]:
     """A server that takes the keys of the store, and one that was given."""
     arguments = ("--keys-file", str(store.path), "--api-key", GIVEN, "--wrong-keys", "0", "--parallel", "4")
     with serve(*arguments, key=None) as server:
@@ -45,7 +45,7 @@ def keyed(serve: Any, store: Store) -> Iterator[Any]:
 
 
 @pytest.fixture
-def client(keyed: Any, store: Store) -> Iterator[Callable[..., httpx.Client]]:
+def client(keyed: Any, store: KeyStore) -> Iterator[Callable[..., httpx.Client]]:
     """Makes clients with a fresh key that has these limits."""
     clients: list[httpx.Client] = []
 
@@ -213,7 +213,7 @@ def test_a_quota_ends_and_no_client_tries_again(keyed, client):
 
 
 def test_a_quota_and_the_usage_survive_a_killed_server(serve, tmp_path):
-    store = Store(tmp_path / "keys.db", create=True)
+    store = KeyStore(tmp_path / "keys.db", create=True)
     key, text = store.create(allowance=Allowance(quota=60))
     arguments = ("--keys-file", str(store.path), "--parallel", "1")
     with killed(serve, *arguments) as server, server.http(text) as http:
@@ -262,11 +262,11 @@ def killed(serve: Any, *arguments: str) -> Iterator[Any]:
         assert not psutil.pid_exists(server.pid)
 
 
-def usage(store: Store, *options: str) -> Any:
+def usage(store: KeyStore, *options: str) -> Any:
     return json.loads(afterword(store, "usage", "--json", *options))
 
 
-def afterword(store: Store, *words: str) -> str:
+def afterword(store: KeyStore, *words: str) -> str:
     result = CliRunner().invoke(main, words, env={"AFTERWORD_KEYS_FILE": str(store.path)})
     assert result.exit_code == 0, result.output
     return result.stdout
@@ -276,7 +276,7 @@ def afterword(store: Store, *words: str) -> str:
 
 
 def test_wrong_keys_of_an_address_must_wait_and_right_ones_never(serve, tmp_path):
-    store = Store(tmp_path / "keys.db", create=True)
+    store = KeyStore(tmp_path / "keys.db", create=True)
     _, text = store.create()
     with serve("--keys-file", str(store.path), "--wrong-keys", "3", "--parallel", "1", key=GIVEN) as server:
 
@@ -313,7 +313,7 @@ def test_what_was_computed_for_one_key_is_used_for_another_only_if_that_is_wante
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits of another process can be set on Linux only")
 def test_a_full_disk_stops_no_request_and_what_was_used_is_written_when_there_is_room(serve, tmp_path):
-    store, stderr, log = Store(tmp_path / "keys.db", create=True), tmp_path / "stderr", tmp_path / "log"
+    store, stderr, log = KeyStore(tmp_path / "keys.db", create=True), tmp_path / "stderr", tmp_path / "log"
     key, text = store.create(allowance=Allowance(quota=500))
     log.write_bytes(b" " * 8192 + b"\n")
     arguments = ("--keys-file", str(store.path), "--log", str(log), "--parallel", "1")

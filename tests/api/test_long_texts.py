@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from asking import complete, problem, tokens_of
+from completion_requests import complete, problem, tokens_of
 
 from oracle.tiny import write_tiny
 

@@ -18,20 +18,20 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from asking import complete, is_idle, stream, wait_until
-from parrot import TEXT, write_parrot
+from completion_requests import complete, is_idle, stream, wait_until
+from one_text_model import TEXT, write_parrot
 from prometheus_client.parser import text_string_to_metric_families
 
-import scripted
+import scripted_engine
 from afterword.api.app import make_app
-from afterword.api.inside import inside
+from afterword.api.in_process_client import in_process_client
 from afterword.api.service import Service
 from afterword.config import Config
 from afterword.errors import SettingError
-from afterword.keys.ring import Ring
-from afterword.metrics import Metrics
-from door.wire import Engine, Hall, roster
+from afterword.keys.key_registry import KeyRegistry
+from afterword.observability.metrics import Metrics
 from oracle.tiny import write_tiny
+from transport.in_memory_connection import Engine, InMemoryServer, roster
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCUMENTED = re.findall(
@@ -258,7 +258,7 @@ def test_who_leaves_aborts_every_choice_that_has_not_ended(counted, endless):
 def test_refusals_are_counted_by_route_and_code_and_by_nothing_else(counted, request_line, body, handler, code):
     before = settled(counted)
     method, path = request_line.split()
-    assert counted.request(method, path, json=body).status_code >= 400
+    assert counted.request_body(method, path, json=body).status_code >= 400
     expected = {("http_requests_total", handler, method, "4xx"): 1, ("request_errors_total", code): 1}
     assert grown(before, settled(counted)) == expected
 
@@ -266,7 +266,7 @@ def test_refusals_are_counted_by_route_and_code_and_by_nothing_else(counted, req
 def test_a_foreign_name_and_an_odd_method_have_no_labels_of_their_own(counted):
     before = settled(counted)
     assert counted.get("/version", headers={"Host": "evil.example"}).status_code == 400
-    assert counted.request("PROPFIND", "/anything").status_code == 404
+    assert counted.request_body("PROPFIND", "/anything").status_code == 404
     more = grown(before, settled(counted))
     assert more["http_requests_total", "none", "GET", "4xx"] == more["request_errors_total", "unknown_host"] == 1
     assert more["http_requests_total", "none", "other", "4xx"] == 1
@@ -418,11 +418,11 @@ def test_a_killed_engine_is_a_restart_and_no_token_counts_twice(serve, endless):
 async def asked(engine: Engine, *requests: bytes) -> Figures:
     """What is counted of completions on a scripted engine, each on a connection of its own."""
     metrics = Metrics()
-    app = make_app(Service(Config(), roster(engine), Ring(()), metrics=metrics))
-    hall = Hall(app)
+    app = make_app(Service(Config(), roster(engine), KeyRegistry(()), metrics=metrics))
+    in_memory_server = InMemoryServer(app)
     for body in requests:
         head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        visitor = hall.visitor()
+        visitor = in_memory_server.visitor()
         await visitor.say(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         visitor.leave()
     return parsed(metrics.text("ready", []).decode())
@@ -430,7 +430,7 @@ async def asked(engine: Engine, *requests: bytes) -> Figures:
 
 @pytest.mark.parametrize("streams", [b"true", b"false"])
 def test_what_the_server_could_not_finish_is_an_error_streamed_or_not(streams):
-    engine = Engine(scripted.says(b"Hello" * 4, b"Hello" * 4), dies_after=2)
+    engine = Engine(scripted_engine.says(b"Hello" * 4, b"Hello" * 4), dies_after=2)
     figures = asyncio.run(asked(engine, b'{"prompt": "a", "n": 2, "stream": %s}' % streams))
     assert figures["request_success_total", "error"] == 2
     assert figures["request_success_total", "abort"] == figures["request_success_total", "stop"] == 0
@@ -453,7 +453,7 @@ def test_a_bug_in_the_middle_of_a_stream_is_an_error_and_nobody_who_left():
 
 def test_who_finds_no_room_is_refused_and_no_answer(serve):
     figures = asyncio.run(
-        asked(Engine(scripted.says("a"), room=0), b'{"prompt": "a"}', b'{"prompt": "a", "stream": true}')
+        asked(Engine(scripted_engine.says("a"), room=0), b'{"prompt": "a"}', b'{"prompt": "a", "stream": true}')
     )
     assert figures["request_errors_total", "server_is_overloaded"] == 2
     assert {value for (name, *_), value in figures.items() if name.startswith("request_success")} == {0}
@@ -462,8 +462,10 @@ def test_who_finds_no_room_is_refused_and_no_answer(serve):
 def test_a_row_of_a_batch_is_an_answer_and_no_request_that_somebody_waits_for():
     async def ask() -> Figures:
         metrics = Metrics()
-        app = make_app(Service(Config(), roster(Engine(scripted.says("Hello"))), Ring(()), metrics=metrics))
-        reply = await inside(app)("POST", "/v1/completions", b'{"prompt": "a"}')
+        app = make_app(
+            Service(Config(), roster(Engine(scripted_engine.says("Hello"))), KeyRegistry(()), metrics=metrics)
+        )
+        reply = await in_process_client(app)("POST", "/v1/completions", b'{"prompt": "a"}')
         assert reply.status == 200
         return parsed(metrics.text("ready", []).decode())
 

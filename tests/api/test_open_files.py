@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
-from asking import complete, wait_until
+from completion_requests import complete, wait_until
 from test_files import upload
 
 FEW = 256
@@ -19,7 +19,7 @@ ASK = {"prompt": "Once upon a time", "max_tokens": 3}
 
 
 @pytest.fixture(scope="module")
-def cramped(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def limited_server(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     where = str(tmp_path_factory.mktemp("data") / "batches")
     with serve("--parallel", "1", "--batch-dir", where, key=None, before=FEW_FILES) as server:
         yield server
@@ -42,17 +42,17 @@ def engine(server: Any) -> psutil.Process:
 
 
 @pytest.mark.parametrize("kind", ["downloads", "uploads", "pages"])
-def test_an_engine_that_dies_is_replaced_beside_a_crowd(cramped, kind):
-    with cramped.http() as http, ExitStack() as stack:
+def test_an_engine_that_dies_is_replaced_beside_a_crowd(limited_server, kind):
+    with limited_server.http() as http, ExitStack() as stack:
         file = upload(http, CONTENT).json()["id"]
-        crowd(cramped, requests(kind, file), stack)
-        assert psutil.Process(cramped.pid).num_fds() <= FEW - 100
+        crowd(limited_server, requests(kind, file), stack)
+        assert psutil.Process(limited_server.pid).num_fds() <= FEW - 100
         restarts = http.get("/ready").json()["restarts"]
-        engine(cramped).kill()
+        engine(limited_server).kill()
         wait_until(lambda: (state := http.get("/ready").json())["status"] == "ready" and state["restarts"] > restarts)
         assert complete(http, **ASK)
         assert http.get(f"/v1/files/{file}").status_code == 200, "what is on the disk can be read too"
-    with cramped.http() as http:
+    with limited_server.http() as http:
         wait_until(lambda: http.get("/ready").status_code == 200)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from asking import is_idle, tokens_of, wait_until
+from completion_requests import is_idle, tokens_of, wait_until
 
 STORY = "Once upon a time"
 

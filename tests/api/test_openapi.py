@@ -8,16 +8,20 @@ from typing import Any
 
 import httpx
 import jsonschema_rs
-from asking import complete, problem, stream
+from completion_requests import complete, problem, stream
 
-from afterword.api.app import GUARDED, OPEN
-from afterword.completion.limits import Limits
+from afterword.api.app import PROTECTED_ROUTES, PUBLIC_ROUTES
 from afterword.completion.request import parse, schema
+from afterword.completion.request_limits import RequestLimits
 
 
 def test_the_document_has_every_route_and_every_method(http: httpx.Client) -> None:
     document = http.get("/openapi.json").json()
-    routes = {(route.path.replace(":path", ""), method) for route in (*OPEN, *GUARDED) for method in route.methods}
+    routes = {
+        (route.path.replace(":path", ""), method)
+        for route in (*PUBLIC_ROUTES, *PROTECTED_ROUTES)
+        for method in route.methods
+    }
     described = {(path, method.upper()) for path, methods in document["paths"].items() for method in methods}
     assert described == {(path, method) for path, method in routes if method != "HEAD"}
 
@@ -69,8 +73,10 @@ def test_everything_that_can_be_sent_is_described_with_a_valid_example(http: htt
     document = http.get("/openapi.json").json()
     for path, body in bodies(document):
         for name, each in members(body, path):
-            assert each.get("description"), f"{name}: see completion/meanings.py"
-            assert each.get("examples") or each.get("format") == "binary", f"{name}: see completion/meanings.py"
+            assert each.get("description"), f"{name}: see completion/request_descriptions.py"
+            assert each.get("examples") or each.get("format") == "binary", (
+                f"{name}: see completion/request_descriptions.py"
+            )
             for example in each.get("examples", ()):
                 jsonschema_rs.validate(each, example)
         for example in body.get("examples", ()):
@@ -82,12 +88,12 @@ def test_everything_that_can_be_sent_is_described_with_a_valid_example(http: htt
 def test_everything_that_is_answered_is_described_with_an_example_that_has_it(http: httpx.Client) -> None:
     components = http.get("/openapi.json").json()["components"]
     for name, described in components["schemas"].items():
-        assert described.get("examples"), f"{name}: see api/meanings.py"
+        assert described.get("examples"), f"{name}: see specification/field_descriptions.py"
         shown = json.dumps(described["examples"])
         for example in described["examples"]:
             jsonschema_rs.validate({"$ref": f"#/components/schemas/{name}", "components": components}, example)
         for member, each in members(described, name):
-            assert each.get("description"), f"{member}: see api/meanings.py"
+            assert each.get("description"), f"{member}: see specification/field_descriptions.py"
             *parents, own = member.split(".")
             if name != "CompletionRequest" and not any(f'"{parent}": null' in shown for parent in parents):
                 assert f'"{own}":' in shown, f"{member} is in no example"
@@ -104,8 +110,8 @@ def test_examples_are_of_this_server_and_work(http: httpx.Client) -> None:
 
 
 def test_defaults_are_those_of_the_parser() -> None:
-    described = schema(Limits())["properties"]
-    absent = parse(b'{"prompt": "a"}', Limits())
+    described = schema(RequestLimits())["properties"]
+    absent = parse(b'{"prompt": "a"}', RequestLimits())
     for name, each in described.items():
         known = each["default"]
         assert known == getattr(absent, name) or (known is None and getattr(absent, name) in ((), None, ("a",)))

@@ -7,8 +7,8 @@ from typing import Any
 
 import httpx
 import pytest
-from asking import COLUMNS, complete, is_idle, joined, one, refused, stream, tokens_of
-from parrot import TEXT
+from completion_requests import COLUMNS, complete, is_idle, joined, one, refused, stream, tokens_of
+from one_text_model import TEXT
 
 STORY = "Once upon a time"
 
@@ -27,10 +27,10 @@ def test_up_to_20_alternatives_are_given(http: httpx.Client, endless: dict[str, 
     refused(http, "logprobs", prompt="a", logprobs=21)
 
 
-def test_up_to_16_stop_strings_are_heeded(parrot: httpx.Client) -> None:
+def test_up_to_16_stop_strings_are_heeded(one_text_client: httpx.Client) -> None:
     misses = [f"no{number}" for number in range(15)]
-    assert one(parrot, prompt="(", max_tokens=30, stop=[*misses, "6"])["text"] == "é😀漢) 12345"
-    refused(parrot, "stop", prompt="(", stop=[*misses, "5", "6"])
+    assert one(one_text_client, prompt="(", max_tokens=30, stop=[*misses, "6"])["text"] == "é😀漢) 12345"
+    refused(one_text_client, "stop", prompt="(", stop=[*misses, "5", "6"])
 
 
 def test_an_absent_prompt_is_a_null_prompt_is_an_empty_one(http: httpx.Client) -> None:
@@ -57,30 +57,30 @@ def mean_of(choice: dict[str, Any]) -> float:
 
 
 @pytest.mark.parametrize(("stop", "text"), [("34", "é😀漢) 12"), (None, TEXT[1:])], ids=["stop", "end"])
-def test_no_token_lies_beyond_the_end(parrot: httpx.Client, stop: str | None, text: str) -> None:
-    choice = one(parrot, prompt="(", max_tokens=100, logprobs=1, stop=stop)
+def test_no_token_lies_beyond_the_end(one_text_client: httpx.Client, stop: str | None, text: str) -> None:
+    choice = one(one_text_client, prompt="(", max_tokens=100, logprobs=1, stop=stop)
     assert (choice["text"], choice["finish_reason"]) == (text, "stop")
     assert len(choice["logprobs"]["tokens"]) == len(text.encode())
 
 
-def test_only_a_stop_string_that_is_complete_ends_the_text(parrot: httpx.Client) -> None:
-    assert one(parrot, prompt="(é😀漢) 1234", temperature=0, stop=" 78")["text"] == "567890."
-    choice = one(parrot, prompt="(é😀漢) 1234", temperature=0, stop="78")
+def test_only_a_stop_string_that_is_complete_ends_the_text(one_text_client: httpx.Client) -> None:
+    assert one(one_text_client, prompt="(é😀漢) 1234", temperature=0, stop=" 78")["text"] == "567890."
+    choice = one(one_text_client, prompt="(é😀漢) 1234", temperature=0, stop="78")
     assert (choice["text"], choice["finish_reason"]) == ("56", "stop")
 
 
-def test_a_stop_string_that_begins_in_the_prompt_does_not_count(parrot: httpx.Client) -> None:
-    assert one(parrot, prompt="123", echo=True, max_tokens=5, stop=["23", "34"])["text"] == "12345678"
+def test_a_stop_string_that_begins_in_the_prompt_does_not_count(one_text_client: httpx.Client) -> None:
+    assert one(one_text_client, prompt="123", echo=True, max_tokens=5, stop=["23", "34"])["text"] == "12345678"
 
 
-def test_an_end_is_a_chunk_with_empty_columns(parrot: httpx.Client) -> None:
-    *_, last = stream(parrot, prompt="(", max_tokens=30, logprobs=1)
+def test_an_end_is_a_chunk_with_empty_columns(one_text_client: httpx.Client) -> None:
+    *_, last = stream(one_text_client, prompt="(", max_tokens=30, logprobs=1)
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     assert last["choices"][0] == {"text": "", "index": 0, "logprobs": columns, "finish_reason": "stop"}
 
 
-def test_chunks_hold_whole_characters(parrot: httpx.Client) -> None:
-    chunks = stream(parrot, prompt="(", max_tokens=30)
+def test_chunks_hold_whole_characters(one_text_client: httpx.Client) -> None:
+    chunks = stream(one_text_client, prompt="(", max_tokens=30)
     assert not any("\ufffd" in chunk["choices"][0]["text"] for chunk in chunks)
     assert joined(chunks)[0]["text"] == TEXT[1:]
 
@@ -88,8 +88,10 @@ def test_chunks_hold_whole_characters(parrot: httpx.Client) -> None:
 # ---- suffix
 
 
-def test_a_suffix_needs_a_model_that_fills_gaps_and_is_counted(http: httpx.Client, plain: httpx.Client) -> None:
-    error = refused(plain, "suffix", prompt="a", suffix="x")
+def test_a_suffix_needs_a_model_that_fills_gaps_and_is_counted(
+    http: httpx.Client, no_infill_client: httpx.Client
+) -> None:
+    error = refused(no_infill_client, "suffix", prompt="a", suffix="x")
     assert error["message"].startswith("Unrecognized request argument supplied: suffix")
     answer = complete(http, prompt="The dog ", suffix=" home.", temperature=0)
     assert answer["usage"]["prompt_tokens"] == len(tokens_of(http, "The dog ")) + len(tokens_of(http, " home."))

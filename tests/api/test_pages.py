@@ -7,16 +7,16 @@ from typing import Any
 
 import httpx
 import pytest
-from asking import problem
+from completion_requests import problem
 from starlette.routing import Route
 
-from afterword.api.app import GUARDED, OPEN
-from afterword.api.gate import GuardedRoute
-from afterword.api.pages import FOLDER, KINDS, fields, routes
-from afterword.completion.limits import Limits
+from afterword.api.app import PROTECTED_ROUTES, PUBLIC_ROUTES
+from afterword.api.middleware.authentication import ProtectedRoute
+from afterword.api.routes.static_pages import MEDIA_TYPES, PLAYGROUND, fields, routes
 from afterword.completion.request import EXTENSIONS, FIELDS
+from afterword.completion.request_limits import RequestLimits
 
-FILES = sorted(path.name for path in FOLDER.iterdir() if path.suffix in KINDS and path.suffix != ".html")
+FILES = sorted(path.name for path in PLAYGROUND.iterdir() if path.suffix in MEDIA_TYPES and path.suffix != ".html")
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +27,10 @@ def stranger(server: Any) -> Iterator[httpx.Client]:
 
 
 def test_routes_are_guarded_but_for_these(server: Any) -> None:
-    assert all(type(route) is GuardedRoute for route in GUARDED)
-    assert {route.path for route in OPEN} == {"/health", "/ready"}
-    assert {route.path for route in routes(Limits())} == {"/", "/docs", "/playground/{file}"}
-    assert all(type(route) is Route and route.methods == {"GET", "HEAD"} for route in routes(Limits()))
+    assert all(type(route) is ProtectedRoute for route in PROTECTED_ROUTES)
+    assert {route.path for route in PUBLIC_ROUTES} == {"/health", "/ready"}
+    assert {route.path for route in routes(RequestLimits())} == {"/", "/docs", "/playground/{file}"}
+    assert all(type(route) is Route and route.methods == {"GET", "HEAD"} for route in routes(RequestLimits()))
 
 
 @pytest.mark.parametrize("path", ["/", *(f"/playground/{name}" for name in FILES), "/playground/fields.json"])
@@ -75,4 +75,4 @@ def test_the_page_is_told_which_fields_the_server_takes(stranger: httpx.Client) 
     assert set(told) == set(FIELDS) | set(EXTENSIONS)
     assert told["n"] == {"type": "integer", "minimum": 1, "maximum": 128}
     assert "continuous_usage_stats" in told["stream_options"]["members"]
-    assert set(fields(Limits(strict=True))) == set(FIELDS)
+    assert set(fields(RequestLimits(strict=True))) == set(FIELDS)

@@ -7,8 +7,8 @@ from typing import Any
 
 import httpx
 import pytest
-from asking import COLUMNS, complete, joined, one, problem, stream
-from parrot import TEXT
+from completion_requests import COLUMNS, complete, joined, one, problem, stream
+from one_text_model import TEXT
 
 STORY = "Once upon a time"
 CROWD = {"prompt": [STORY, "The dog"], "n": 3, "seed": 5, "max_tokens": 12}
@@ -47,10 +47,10 @@ def test_a_stream_adds_up_to_the_whole_answer(http: httpx.Client, body: dict[str
 @pytest.mark.parametrize("logprobs", [None, 2])
 @pytest.mark.parametrize("body", PARROT_KINDS.values(), ids=PARROT_KINDS.keys())
 def test_a_stream_of_split_characters_and_stops_adds_up(
-    parrot: httpx.Client, body: dict[str, Any], logprobs: int | None
+    one_text_client: httpx.Client, body: dict[str, Any], logprobs: int | None
 ) -> None:
-    whole = complete(parrot, prompt="(", **body, logprobs=logprobs)
-    assert joined(stream(parrot, prompt="(", **body, logprobs=logprobs)) == whole["choices"]
+    whole = complete(one_text_client, prompt="(", **body, logprobs=logprobs)
+    assert joined(stream(one_text_client, prompt="(", **body, logprobs=logprobs)) == whole["choices"]
 
 
 @pytest.mark.parametrize("body", KINDS.values(), ids=KINDS.keys())
@@ -102,23 +102,23 @@ def test_usage_is_null_until_the_last_chunk(http: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("stop", ["34567", "😀漢", "é", ") 1", "."])
-def test_nothing_of_a_stop_string_is_shown(parrot: httpx.Client, stop: str) -> None:
+def test_nothing_of_a_stop_string_is_shown(one_text_client: httpx.Client, stop: str) -> None:
     before, _, _ = TEXT.removeprefix("(").partition(stop)
     shown = ""
-    for chunk in stream(parrot, prompt="(", max_tokens=40, stop=stop):
+    for chunk in stream(one_text_client, prompt="(", max_tokens=40, stop=stop):
         shown += chunk["choices"][0]["text"]
         assert before.startswith(shown)
     assert shown == before
 
 
-def test_text_that_only_began_like_a_stop_string_is_shown(parrot: httpx.Client) -> None:
-    (choice,) = joined(stream(parrot, prompt="(", max_tokens=14, stop="123456"))
+def test_text_that_only_began_like_a_stop_string_is_shown(one_text_client: httpx.Client) -> None:
+    (choice,) = joined(stream(one_text_client, prompt="(", max_tokens=14, stop="123456"))
     assert (choice["text"], choice["finish_reason"]) == ("é😀漢) 123", "length")
 
 
-def test_a_character_that_the_length_cuts_is_replaced(parrot: httpx.Client) -> None:
-    (choice,) = joined(stream(parrot, prompt="(", max_tokens=4, logprobs=0))
-    assert choice["text"] == one(parrot, prompt="(", max_tokens=4)["text"] == "é\ufffd"
+def test_a_character_that_the_length_cuts_is_replaced(one_text_client: httpx.Client) -> None:
+    (choice,) = joined(stream(one_text_client, prompt="(", max_tokens=4, logprobs=0))
+    assert choice["text"] == one(one_text_client, prompt="(", max_tokens=4)["text"] == "é\ufffd"
     assert choice["logprobs"]["tokens"] == [r"bytes:\xc3", r"bytes:\xa9", r"bytes:\xf0", r"bytes:\x9f"]
     assert choice["logprobs"]["text_offset"] == [1, 1, 2, 2]
 

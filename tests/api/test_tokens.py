@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from asking import complete, problem, tokens_of
+from completion_requests import complete, problem, tokens_of
 
 from oracle.tiny import write_tiny
 
@@ -149,6 +149,6 @@ def test_special_tokens_in_texts_can_be_switched_off(serve: Any) -> None:
 
 
 @pytest.mark.parametrize("text", ["the cat", " the", "a", ""])
-def test_the_space_that_sentencepiece_adds_does_not_come_back(spm: httpx.Client, text: str) -> None:
-    tokens = spm.post("/tokenize", json={"prompt": text, "add_special_tokens": False}).json()["tokens"]
-    assert spm.post("/detokenize", json={"tokens": tokens}).json()["prompt"] == text
+def test_the_space_that_sentencepiece_adds_does_not_come_back(bos_client: httpx.Client, text: str) -> None:
+    tokens = bos_client.post("/tokenize", json={"prompt": text, "add_special_tokens": False}).json()["tokens"]
+    assert bos_client.post("/detokenize", json={"tokens": tokens}).json()["prompt"] == text

@@ -11,17 +11,17 @@ from threading import Thread
 from typing import Any
 
 import pytest
-from asking import complete
+from completion_requests import complete
 
-import scripted
+import scripted_engine
 from afterword.api.app import make_app
 from afterword.api.service import Service
 from afterword.config import Config
-from afterword.engine.process import without_secrets
+from afterword.engine.parent.worker_process import without_secrets
 from afterword.errors import SettingError
-from afterword.keys.ring import Ring
-from afterword.traces import Traces, open_traces
-from door.wire import Engine, Hall, roster
+from afterword.keys.key_registry import KeyRegistry
+from afterword.observability.traces import Traces, open_traces
+from transport.in_memory_connection import Engine, InMemoryServer, roster
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
@@ -34,8 +34,8 @@ def spans_of(*requests: tuple[str, dict[str, Any], dict[str, str]], engine: Engi
     exporter = InMemorySpanExporter()
 
     async def ask() -> None:
-        models = roster(engine or Engine(scripted.says("Hello", "Hello"), room=100))
-        hall = Hall(make_app(Service(Config(), models, Ring(()), traces=Traces(exporter))))
+        models = roster(engine or Engine(scripted_engine.says("Hello", "Hello"), room=100))
+        in_memory_server = InMemoryServer(make_app(Service(Config(), models, KeyRegistry(()), traces=Traces(exporter))))
         for path, body, headers in requests:
             data = json.dumps(body).encode()
             told = {
@@ -45,7 +45,7 @@ def spans_of(*requests: tuple[str, dict[str, Any], dict[str, str]], engine: Engi
                 **headers,
             }
             head = f"POST {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in told.items())
-            await hall.visitor().say(head.encode() + b"\r\n" + data)
+            await in_memory_server.visitor().say(head.encode() + b"\r\n" + data)
 
     asyncio.run(ask())
     return list(exporter.get_finished_spans())
@@ -95,7 +95,7 @@ def test_what_its_caller_does_not_sample_is_not_told():
 def test_refusals_and_failures():
     refused, failed = (
         spans_of(("/v1/completions", {"prompt": "a", "temperature": 9}, {})),
-        spans_of(("/v1/completions", {"prompt": "a"}, {}), engine=Engine(scripted.says("Hello"), dies_after=0)),
+        spans_of(("/v1/completions", {"prompt": "a"}, {}), engine=Engine(scripted_engine.says("Hello"), dies_after=0)),
     )
     assert (refused[0].name, refused[0].status.status_code.name) == ("POST /v1/completions", "UNSET")
     assert refused[0].attributes["error.type"] == "decimal_above_max_value"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from afterword.completion.text import TextStream
+from afterword.completion.text_stream import TextStream
 
 from .client import Caller, Reply, crowd
 from .gate import Fault, Gate, Result, Trial

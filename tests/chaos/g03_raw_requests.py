@@ -10,8 +10,8 @@ from random import Random
 
 import pytest
 
-from afterword.door import connection
-from hostile import CLOSED, KEY, PROMPT, REFUSED, Case, cases
+from afterword.transport import connection
+from malformed_requests import CLOSED, KEY, PROMPT, REFUSED, Case, cases
 
 from .gate import Fault, Gate, Result, Trial
 from .server import Server

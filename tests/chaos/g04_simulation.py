@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from afterword.engine.pending import Pending
+from afterword.engine.parent.pending_job import PendingJob
 from sim.__main__ import outcomes
 
 from .gate import Fault, Gate, Result, Trial
@@ -29,7 +29,7 @@ def run(trial: Trial) -> Result:
 
 
 def repeat_after_a_crash(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Pending, "_repeats", lambda *_: False)
+    patch.setattr(PendingJob, "_repeats", lambda *_: False)
 
 
 GATE = Gate(

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from afterword.engine.supervisor import Supervisor
+from afterword.engine.parent.supervisor import Supervisor
 
 from .client import Caller, crowd
 from .gate import Fault, Gate, Result, Trial

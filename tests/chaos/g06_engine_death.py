@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from afterword.engine.pending import Pending
+from afterword.engine.parent.pending_job import PendingJob
 
 from .client import PATIENCE, Caller, Reply
 from .gate import Fault, Gate, Result, Trial
@@ -178,7 +178,7 @@ async def _until(condition: Callable[[], bool]) -> None:
 
 
 def repeat_after_a_crash(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Pending, "_repeats", lambda *_: False)
+    patch.setattr(PendingJob, "_repeats", lambda *_: False)
 
 
 GATE = Gate(

@@ -20,7 +20,7 @@ from random import Random
 
 import pytest
 
-from afterword.batch.rows import Row
+from afterword.batch.input_lines import BatchRequest
 
 from . import ROOT
 from .gate import Fault, Gate, Result, Trial
@@ -146,7 +146,7 @@ def _row(random: Random, row: int) -> str:
 
 
 def draw_anew(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Row, "seed", property(lambda _: int.from_bytes(os.urandom(3))))
+    patch.setattr(BatchRequest, "seed", property(lambda _: int.from_bytes(os.urandom(3))))
 
 
 GATE = Gate(

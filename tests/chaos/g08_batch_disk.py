@@ -25,8 +25,8 @@ from typing import Any
 
 import pytest
 
-from afterword.batch import job, journal
-from afterword.batch.answers import Ask, Reply
+from afterword.batch import batch_job, journal
+from afterword.batch.output_lines import SendRequest, ServerReply
 from afterword.cli import batch_run
 
 from . import ROOT
@@ -102,7 +102,7 @@ def main() -> None:
     patch.setattr(batch_run, "_asking", echoing)
     patch.setattr(batch_run.click, "echo", lambda *_, **__: None)
     patch.setattr(batch_run.click, "secho", lambda *_, **__: None)
-    patch.setattr(job, "_PAUSE", 0)
+    patch.setattr(batch_job, "_PAUSE", 0)
     if planted:
         GATE.fault.plant(patch)
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -127,17 +127,17 @@ def lines(rows: int, random: Random) -> list[bytes]:
 
 
 @asynccontextmanager
-async def echoing(_: object) -> AsyncIterator[Ask]:
+async def echoing(_: object) -> AsyncIterator[SendRequest]:
     """A server that answers at once, refuses some, and shows the seed that it is given."""
 
-    async def ask(method: str, path: str, body: bytes) -> Reply:
+    async def ask(method: str, path: str, body: bytes) -> ServerReply:
         await asyncio.sleep(0)
         if method == "GET":
-            return Reply(200, b'{"data": [{"id": "m", "system_fingerprint": "f"}], "sequences": 2}')
+            return ServerReply(200, b'{"data": [{"id": "m", "system_fingerprint": "f"}], "sequences": 2}')
         if json.loads(body)["n"] == 0:
-            return Reply(400, b'{"error": {"message": "n", "type": "invalid_request_error"}}')
+            return ServerReply(400, b'{"error": {"message": "n", "type": "invalid_request_error"}}')
         usage = {"prompt_tokens": 2, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 1}}
-        return Reply(200, json.dumps({"id": "x", "created": 5, "was": json.loads(body), "usage": usage}).encode())
+        return ServerReply(200, json.dumps({"id": "x", "created": 5, "was": json.loads(body), "usage": usage}).encode())
 
     yield ask
 
@@ -178,7 +178,7 @@ def failing(bench: Bench, error: int, on: bool) -> int:
         over = bench.disk.disk_calls() <= number
         bench.disk.disk_watch(b"/nowhere", -1)
         where = f"{errno.errorcode[error]} at call {number}"
-        if status not in (0, 2, batch_run.LATER) and "SettingError" not in str(status):
+        if status not in (0, 2, batch_run.EXIT_RETRY_LATER) and "SettingError" not in str(status):
             bench.wrong.append(f"{where}: {status}")
         bench.finish(f"after {where}")
         if over:
@@ -188,7 +188,7 @@ def failing(bench: Bench, error: int, on: bool) -> int:
 
 def forget_the_disk(patch: pytest.MonkeyPatch) -> None:
     flushed: Callable[[Any], None] = lambda file: file.flush()  # noqa: E731
-    patch.setattr(journal, "_to_disk", flushed)
+    patch.setattr(journal, "_fsync", flushed)
 
 
 GATE = Gate(

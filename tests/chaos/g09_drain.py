@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from afterword.door.server import Door
+from afterword.transport.server import TransportServer
 
 from . import scripted_model
 from .client import Caller
@@ -90,7 +90,7 @@ async def leave_at_once(*_: object) -> None:
 
 
 def do_not_drain(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Door, "drain", leave_at_once)
+    patch.setattr(TransportServer, "drain", leave_at_once)
 
 
 GATE = Gate(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from afterword.engine.supervisor import Supervisor
+from afterword.engine.parent.supervisor import Supervisor
 
 from .client import Caller, crowd
 from .gate import Fault, Gate, Result, Trial
@@ -101,7 +101,7 @@ async def _watch(server: Server, tally: Tally) -> None:
 
 
 def let_everyone_wait(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Supervisor, "_check_room", lambda *_: None)
+    patch.setattr(Supervisor, "_check_capacity", lambda *_: None)
 
 
 GATE = Gate(

@@ -12,7 +12,7 @@ from contextlib import suppress
 import psutil
 import pytest
 
-from afterword.door.connection import Connection
+from afterword.transport.connection import Connection
 
 from .client import Caller, late
 from .gate import Fault, Gate, Result, Trial

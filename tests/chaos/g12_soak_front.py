@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from afterword.api import completions
+from afterword.api.routes import completions
 
 from .gate import Fault, Gate, Result, Trial
 from .soak import Soak, soak
@@ -38,13 +38,13 @@ def _body(random: Random) -> dict[str, Any]:
 
 def keep_every_plan(patch: pytest.MonkeyPatch) -> None:
     kept = []
-    answer = completions.Answer.__init__
+    answer = completions.CompletionResponse.__init__
 
     def init(self: Any, *arguments: Any, **more: Any) -> None:
         kept.append(bytearray(1_000))
         answer(self, *arguments, **more)
 
-    patch.setattr(completions.Answer, "__init__", init)
+    patch.setattr(completions.CompletionResponse, "__init__", init)
 
 
 GATE = Gate(

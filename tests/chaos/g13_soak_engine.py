@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from afterword.engine.core.loop import Loop
+from afterword.engine.core.engine_loop import EngineLoop
 
 from .gate import Fault, Gate, Result, Trial
 from .soak import Soak, soak
@@ -27,13 +27,13 @@ def _body(random: Random) -> dict[str, Any]:
 
 def keep_of_every_job(patch: pytest.MonkeyPatch) -> None:
     kept = []
-    start = Loop.start
+    start = EngineLoop.start
 
-    def starting(self: Loop, *arguments: Any) -> None:
+    def starting(self: EngineLoop, *arguments: Any) -> None:
         kept.append(bytearray(200_000))
         start(self, *arguments)
 
-    patch.setattr(Loop, "start", starting)
+    patch.setattr(EngineLoop, "start", starting)
 
 
 GATE = Gate(

@@ -11,7 +11,7 @@ from random import Random
 import pytest
 
 from afterword.errors import SettingError
-from afterword.models import gguf, sound
+from afterword.models import gguf_checks, gguf_facts
 
 from .gate import Fault, Gate, Result, Trial
 from .mutations import DIED, HUNG, LIVED, REFUSED, bases, mutated
@@ -28,7 +28,7 @@ def run(trial: Trial) -> Result:
         for number in range(trial.size):
             path.write_bytes(mutated(random.choice(sound), random))
             try:
-                gguf.read_facts(path)
+                gguf_facts.read_facts(path)
             except SettingError:
                 fates["checked"] += 1
             except Exception:  # this process is where it would have been the server's
@@ -57,7 +57,7 @@ def _fate(loader: subprocess.Popen[str], path: Path) -> str:
 def believe_the_header(patch: pytest.MonkeyPatch) -> None:
     """All but the number of layers, which bounds the checker's own lists."""
     for check in ("_numbers", "_types", "_tokens"):
-        patch.setattr(sound, check, lambda *_: None)
+        patch.setattr(gguf_checks, check, lambda *_: None)
 
 
 GATE = Gate(

@@ -25,8 +25,8 @@ from gguf import TokenType
 from afterword.engine.llama import library
 from afterword.engine.llama.library import native
 from afterword.engine.llama.vocabulary import Vocabulary
-from afterword.engine.supervisor import Policy
-from afterword.engine.tokenizing import Tokenizing, stack_for
+from afterword.engine.parent.supervisor import QueuePolicy
+from afterword.engine.worker.tokenizer_threads import TokenizerThreads, stack_bytes
 from afterword.models.registry import locate, parse_spec
 from oracle import tiny
 
@@ -37,7 +37,7 @@ from .server import Server, beside
 
 PATIENCE, SLOWEST = 60, 2.0  # seconds: before a process is given up; of the processor, for one text
 CONTEXT = 4096  # tokens, of which none spells more than the vocabulary's longest: no longer text is tokenized
-LONGEST = Policy().max_text  # characters, of any text
+LONGEST = QueuePolicy().max_text  # characters, of any text
 LARGE = 32768  # tokens of context
 UNITS = (
     "<|endoftext|>",
@@ -197,14 +197,14 @@ def main() -> None:
     path, *planted = sys.argv[1:]
     if planted:
         GATE.fault.plant(pytest.MonkeyPatch())
-    threading.stack_size(stack_for("a" * LONGEST))  # as the engine's process does
+    threading.stack_size(stack_bytes("a" * LONGEST))  # as the engine's process does
     thread = threading.Thread(target=_tokenize_all, args=(path,))
     thread.start()
     thread.join()
 
 
 def _tokenize_all(path: str) -> None:
-    library.start(False)
+    library.initialize(False)
     params = native.llama_model_default_params()
     params.vocab_only = True
     vocabulary = Vocabulary(native.llama_model_load_from_file(os.fsencode(path), params))
@@ -222,7 +222,9 @@ def _tokenize_all(path: str) -> None:
 
 def keep_one_line(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Vocabulary, "parts", lambda self, text, special: iter([self._ids(text.encode(), special)]))
-    patch.setattr(Tokenizing, "add", lambda self, message: (self._wanted.add(message.call), self._short.put(message)))
+    patch.setattr(
+        TokenizerThreads, "add", lambda self, message: (self._wanted.add(message.call), self._short.put(message))
+    )
 
 
 GATE = Gate(

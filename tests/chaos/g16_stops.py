@@ -7,8 +7,8 @@ from random import Random
 
 import pytest
 
-from afterword.completion.text import StopMatcher
-from completion.test_text import before_stop, read
+from afterword.completion.text_stream import StopMatcher
+from completion.test_text_stream import before_stop, read
 
 from .gate import Fault, Gate, Result, Trial
 

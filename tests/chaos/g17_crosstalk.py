@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from afterword.engine.core import slots
+from afterword.engine.core import prefix_cache
 
 from .client import Caller, crowd
 from .gate import Fault, Gate, Result, Trial
@@ -71,7 +71,7 @@ def _told(reply: Any) -> str:
 
 
 def compare_lengths_only(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(slots, "common", lambda first, second: min(len(first), len(second)))
+    patch.setattr(prefix_cache, "common_prefix", lambda first, second: min(len(first), len(second)))
 
 
 GATE = Gate(

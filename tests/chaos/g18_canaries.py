@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from afterword.api import completions
+from afterword.api.routes import completions
 from afterword.completion import request
 
 from .client import Caller, Reply, crowd
@@ -155,7 +155,7 @@ def _bodies(trial: Trial) -> Iterator[Body | bytes]:
 def log_what_is_refused(patch: pytest.MonkeyPatch) -> None:
     """A tempting thing to write when one looks for a bug."""
 
-    def parse(body: bytes, limits: Any) -> request.Request:
+    def parse(body: bytes, limits: Any) -> request.CompletionRequest:
         try:
             return request.parse(body, limits)
         except Exception:

@@ -12,9 +12,9 @@ from statistics import median
 
 import pytest
 
-from afterword.door.connection import Connection
-from afterword.door.refusals import Refusal
-from hostile import cases
+from afterword.transport.connection import Connection
+from afterword.transport.error_responses import ErrorResponse
+from malformed_requests import cases
 
 from .client import Caller, late
 from .disturbance import Disturb, disturb, disturbance
@@ -86,13 +86,13 @@ def make_noise(port: int, seed: int) -> None:
 
 
 def dawdle_over_strangers(patch: pytest.MonkeyPatch) -> None:
-    refuse = Connection._refuse
+    refuse = Connection._reject
 
-    def slowly(self: Connection, refusal: Refusal) -> None:
+    def slowly(self: Connection, refusal: ErrorResponse) -> None:
         time.sleep(0.5)
         refuse(self, refusal)
 
-    patch.setattr(Connection, "_refuse", slowly)
+    patch.setattr(Connection, "_reject", slowly)
 
 
 GATE = Gate(

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from afterword.api import pieces
-from afterword.api.turns import Turns
+from afterword.api.responses import incremental
+from afterword.api.responses.time_slices import TimeSlices
 
 from .gate import Fault, Gate, Result, Trial
 from .server import Server, beside
@@ -136,8 +136,8 @@ def make_in_one_piece(patch: pytest.MonkeyPatch) -> None:
     async def no_turn(*_: Any) -> None:
         pass
 
-    patch.setattr(Turns, "after", no_turn)
-    patch.setattr(pieces, "cut", lambda fragments: iter([b"".join(fragments)]))
+    patch.setattr(TimeSlices, "yield_after", no_turn)
+    patch.setattr(incremental, "chunked", lambda fragments: iter([b"".join(fragments)]))
 
 
 GATE = Gate(

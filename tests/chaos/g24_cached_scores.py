@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from afterword.engine import frames
-from afterword.engine.core.loop import Loop
-from afterword.engine.core.reports import Reports
+from afterword.engine import messages
+from afterword.engine.core.engine_loop import EngineLoop
+from afterword.engine.core.step_buffer import StepBuffer
 
 from .client import Caller, crowd
 from .gate import Fault, Gate, Result, Trial
@@ -89,15 +89,19 @@ def _streamed(status: int, body: bytes) -> tuple[int, bytes]:
 
 def report_at_once(patch: pytest.MonkeyPatch) -> None:
     """All that is known is sent in one frame. The bound of a frame is as much smaller as this gate is."""
-    pack = frames.pack
+    pack = messages.pack
 
-    def bounded(message: frames.FromEngine) -> bytes:
+    def bounded(message: messages.ServerMessage) -> bytes:
         data = pack(message)
-        return data if len(data) < frames.LIMIT // 64 else frames.HEADER.pack(frames.LIMIT + 1) + data
+        return (
+            data
+            if len(data) < messages.MAX_FRAME_BYTES // 64
+            else messages.HEADER.pack(messages.MAX_FRAME_BYTES + 1) + data
+        )
 
-    patch.setattr(frames, "pack", bounded)
-    patch.setattr(Reports, "room", 2**40)
-    patch.setattr(Loop.__init__, "__defaults__", (time.perf_counter, 1, None, 2**40))
+    patch.setattr(messages, "pack", bounded)
+    patch.setattr(StepBuffer, "free_bytes", 2**40)
+    patch.setattr(EngineLoop.__init__, "__defaults__", (time.perf_counter, 1, None, 2**40))
 
 
 GATE = Gate(

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from afterword.api.turns import Turns
+from afterword.api.responses.time_slices import TimeSlices
 from oracle.tiny import write_tiny
 
 from .client import Caller, Reply, late
@@ -140,13 +140,13 @@ def be_hostile(port: int) -> None:
 def make_answers_in_one_go(patch: pytest.MonkeyPatch) -> None:
     """A large answer is made without letting other tasks run, and a little more slowly."""
 
-    async def after(self: Turns, work: int = 1) -> None:
+    async def after(self: TimeSlices, work: int = 1) -> None:
         self._done += work
         if self._done >= self._size:
             self._done = 0
             time.sleep(0.02)
 
-    patch.setattr(Turns, "after", after)
+    patch.setattr(TimeSlices, "yield_after", after)
 
 
 GATE = Gate(

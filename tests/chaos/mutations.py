@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from afterword.engine.core.batch import Batch, Row
-from afterword.engine.frames import Open
+from afterword.engine.core.forward_batch import BatchEntry, ForwardBatch
+from afterword.engine.messages import LoadModel
 from afterword.errors import AfterwordError
 from oracle.tiny import write_tiny
 
@@ -104,19 +104,19 @@ def _load_and_leave(path: Path) -> None:
     try:
         from afterword.engine.llama import library
         from afterword.engine.llama.runner import LlamaRunner
-        from afterword.engine.llama.vocabulary import make_card
+        from afterword.engine.llama.vocabulary import make_model_info
 
-        library.start(False)
-        frame = Open(
+        library.initialize(False)
+        frame = LoadModel(
             str(path), context=64, sequences=2, threads=1, chunk=64, kv_type="exact", gpu_layers=0, verbose=False
         )
         runner = LlamaRunner(frame)
-        card, vocabulary = make_card(runner, frame)
+        model_info, vocabulary = make_model_info(runner, frame)
         for text in ("é漢😀\x00\x7f <s></s>", " \n\n\t  ", "".join(map(chr, range(256))), "a" * 5000):
             vocabulary.tokenize(text, True)
         tokens = vocabulary.tokenize("Once upon a time, <|endoftext|>", True)[:8] or (0,)
-        runner.run(Batch((), (Row(0, 0, tokens, 1),)))
-        assert card.pieces
+        runner.run(ForwardBatch((), (BatchEntry(0, 0, tokens, 1),)))
+        assert model_info.pieces
         code = 0
     except AfterwordError:
         code = 3

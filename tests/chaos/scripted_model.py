@@ -1,6 +1,6 @@
 """A model that computes nothing: the next row of logits depends on the last token alone, by a table.
 
-It speaks `tests/scripted.py`'s vocabulary: every byte, some words and special tokens, so any text can be asked.
+It speaks `tests/scripted_engine.py`'s vocabulary: every byte, some words and special tokens, so any text can be asked.
 """
 
 from __future__ import annotations
@@ -13,39 +13,40 @@ from pathlib import Path
 
 import numpy as np
 
-import scripted
-from afterword.engine import child, frames
-from afterword.engine.core.batch import Batch, Fork, Logits
-from afterword.engine.protocol import Card
+import scripted_engine
+from afterword.engine import messages
+from afterword.engine.core.forward_batch import CopyPrefix, ForwardBatch, Logits
+from afterword.engine.protocol import ModelInfo
+from afterword.engine.worker import worker_main
 
-VOCABULARY = len(scripted.PIECES)
-_IDS = {piece: token for token, piece in enumerate(scripted.PIECES)}
-_PLAIN_PIECES = sorted((*(bytes([byte]) for byte in range(256)), *scripted.WORDS), key=len, reverse=True)
+VOCABULARY = len(scripted_engine.PIECES)
+_IDS = {piece: token for token, piece in enumerate(scripted_engine.PIECES)}
+_PLAIN_PIECES = sorted((*(bytes([byte]) for byte in range(256)), *scripted_engine.WORDS), key=len, reverse=True)
 _PLAIN = re.compile(b"|".join(map(re.escape, _PLAIN_PIECES)), re.DOTALL)
-_ANY = re.compile(b"|".join(name.encode() for name in scripted.SPECIAL) + b"|" + _PLAIN.pattern, re.DOTALL)
+_ANY = re.compile(b"|".join(name.encode() for name in scripted_engine.SPECIAL) + b"|" + _PLAIN.pattern, re.DOTALL)
 HOLD = "SCRIPTED_HOLD"  # names a file: while it is there and every slot holds so many tokens, nothing more is computed
 _HELD_AT = 50
 _END = 2.0  # above the others' scatter: a text ends after some tens of tokens
 
 
-def load(settings: frames.Open, _: child.Tell) -> child.Loaded:
+def load(settings: messages.LoadModel, _: worker_main.ReportProgress) -> worker_main.LoadedModel:
     """A card like a model's, of the context and sequences that are asked for."""
-    card = Card(
+    model_info = ModelInfo(
         parameters=1,
         context=settings.context,
         sequences=settings.sequences,
-        pieces=scripted.PIECES,
-        ends=(scripted.EOS,),
+        pieces=scripted_engine.PIECES,
+        end_tokens=(scripted_engine.EOS,),
         bos=None,
-        eos=scripted.EOS,
+        eos=scripted_engine.EOS,
         add_bos=False,
         space_prefix=False,
-        longest=6,
-        infill=scripted.INFILL,
+        longest_token=6,
+        infill=scripted_engine.INFILL,
         fingerprint="fp_scripted",
         promise="exact",
     )
-    return child.Loaded(TableRunner(settings.sequences, settings.chunk), card, tokenize)
+    return worker_main.LoadedModel(TableRunner(settings.sequences, settings.chunk), model_info, tokenize)
 
 
 def tokenize(text: str, special: bool) -> Iterator[tuple[int, ...]]:
@@ -56,27 +57,27 @@ def tokenize(text: str, special: bool) -> Iterator[tuple[int, ...]]:
 class TableRunner:
     """State of a slot: the tokens in it."""
 
-    grid, least_shared, rewinds = 1, 16, True
+    grid, min_shared_tokens, can_truncate = 1, 16, True
 
     def __init__(self, slots: int, chunk: int) -> None:
         self.slots, self.chunk = slots, chunk
         self._held: list[int] = [0] * slots
         self._table = np.random.default_rng(1).normal(size=(VOCABULARY, VOCABULARY)).astype(np.float32)
-        self._table[:, scripted.EOS] += _END
+        self._table[:, scripted_engine.EOS] += _END
         self._hold = Path(os.environ[HOLD]) if HOLD in os.environ else None
 
-    def run(self, batch: Batch) -> Logits:
+    def run(self, batch: ForwardBatch) -> Logits:
         while self._hold and min(self._held) >= _HELD_AT and self._hold.exists():
             time.sleep(0.01)
-        for move in batch.moves:
-            if isinstance(move, Fork):
+        for move in batch.slot_operations:
+            if isinstance(move, CopyPrefix):
                 self._held[move.target] = move.keep
             else:
                 self._held[move.slot] = move.keep
-        for row in batch.rows:
+        for row in batch.entries:
             self._held[row.slot] = row.position + len(row.tokens)
-        wanted = [token for row in batch.rows for token in row.tokens[len(row.tokens) - row.outputs :]]
+        wanted = [token for row in batch.entries for token in row.tokens[len(row.tokens) - row.outputs :]]
         return self._table[wanted]
 
-    def held(self, slot: int) -> int:
+    def cached_tokens(self, slot: int) -> int:
         return self._held[slot]

@@ -13,9 +13,10 @@ import sys
 
 import pytest
 
-from afterword import cli, hosting
-from afterword.engine import child
-from afterword.engine.supervisor import Supervisor
+from afterword import cli
+from afterword.cli import model_setup
+from afterword.engine.parent.supervisor import Supervisor
+from afterword.engine.worker import worker_main
 
 from . import scripted_model
 from .gate import Fault, find_gate
@@ -36,7 +37,7 @@ def main() -> None:
     flags = sys.orig_argv[sys.orig_argv.index("tests.chaos.serve") + 1 : -len(options.words)]
     if options.scripted or (fault and fault.where == "engine"):
         command = (sys.executable, "-m", "tests.chaos.serve", *flags, "engine")
-        hosting.Supervisor = functools.partial(Supervisor, command=command)  # type: ignore[misc, assignment]
+        model_setup.Supervisor = functools.partial(Supervisor, command=command)  # type: ignore[misc, assignment]
     if fault and fault.where == "server":
         fault.plant(pytest.MonkeyPatch())
     cli.main(options.words, prog_name="afterword")
@@ -46,7 +47,7 @@ def _engine(scripted: bool, fault: Fault | None) -> None:
     if fault and fault.where == "engine":
         fault.plant(pytest.MonkeyPatch())
     if scripted:
-        child.serve(scripted_model.load)
+        worker_main.serve(scripted_model.load)
     else:
         runpy.run_module("afterword.engine.llama", run_name="__main__")
 

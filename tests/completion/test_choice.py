@@ -8,30 +8,30 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from afterword.completion import logprobs, text
-from afterword.completion.choice import Choice, Delta, Folded, fold
-from afterword.completion.logprobs import Logprobs, joined, make_echo, make_report, spelled, top_map
+from afterword.completion import logprobs, text_stream
+from afterword.completion.choice import ChoiceBuilder, Delta, DeltaFolder, fold
+from afterword.completion.logprobs import Logprobs, join_columns, make_echo, make_report, token_text, top_map
 from afterword.completion.plan import Plan, make_plan
-from afterword.completion.request import Request
+from afterword.completion.request import CompletionRequest
 from afterword.completion.run import tokenize
-from afterword.engine.protocol import Card, End, Token
-from scripted import BLANK, BOS, CARD, EOS, ScriptedEngine, ids, report, says
+from afterword.engine.protocol import FinishReason, ModelInfo, Token
+from scripted_engine import BLANK, BOS, CARD, EOS, ScriptedEngine, ids, report, says
 
 
-def plan(card: Card = CARD, **fields: Any) -> Plan:
-    request = Request(**fields)
-    return make_plan(request, card, asyncio.run(tokenize(request, ScriptedEngine(says(), card))), 0)
+def plan(model_info: ModelInfo = CARD, **fields: Any) -> Plan:
+    request = CompletionRequest(**fields)
+    return make_plan(request, model_info, asyncio.run(tokenize(request, ScriptedEngine(says(), model_info))), 0)
 
 
-def grow(plan: Plan, tokens: Sequence[int], end: End = "length") -> tuple[Choice, list[Delta]]:
+def grow(plan: Plan, tokens: Sequence[int], end: FinishReason = "length") -> tuple[ChoiceBuilder, list[Delta]]:
     """A choice that was given these tokens one by one, and then the end; and its deltas."""
     prompt = plan.prompts[0]
     wanted = prompt.job.prompt_alternatives
     scored = [report(token, wanted) for token in prompt.job.prompt[1:] if wanted is not None]
-    choice = Choice(plan, prompt, make_echo(plan, prompt, scored), make_report(plan, prompt, scored))
+    choice = ChoiceBuilder(plan, prompt, make_echo(plan, prompt, scored), make_report(plan, prompt, scored))
     deltas = []
     for count, token in enumerate(tokens, 1):
-        choice.take(report(token, prompt.job.alternatives))
+        choice.add(report(token, prompt.job.alternatives))
         if count == len(tokens):
             choice.end(end)
         deltas += choice.deltas(0)
@@ -41,7 +41,7 @@ def grow(plan: Plan, tokens: Sequence[int], end: End = "length") -> tuple[Choice
     return choice, choice.deltas(0)
 
 
-def whole(plan: Plan, tokens: Sequence[int], end: End = "length") -> Delta:
+def whole(plan: Plan, tokens: Sequence[int], end: FinishReason = "length") -> Delta:
     return fold(grow(plan, tokens, end)[1])
 
 
@@ -50,7 +50,7 @@ def columns(answer: Delta) -> Logprobs:
     return answer.logprobs
 
 
-def brief(deltas: list[Delta]) -> list[tuple[str, End | None]]:
+def brief(deltas: list[Delta]) -> list[tuple[str, FinishReason | None]]:
     return [(delta.text, delta.finish) for delta in deltas]
 
 
@@ -197,7 +197,7 @@ def test_a_character_of_several_tokens_has_one_offset_and_each_its_bytes() -> No
     ],
 )
 def test_spelling(piece: bytes, name: str) -> None:
-    assert spelled(piece) == name
+    assert token_text(piece) == name
 
 
 def test_a_delta_has_the_columns_of_its_own_tokens() -> None:
@@ -318,15 +318,15 @@ def test_an_end_token_has_an_entry_only_where_the_prompt_is_echoed() -> None:
 @pytest.mark.parametrize("end", ["stop", "length"])
 @pytest.mark.parametrize("echo", [False, True])
 @pytest.mark.parametrize("logprobs", [None, 0, 3])
-def test_the_whole_is_the_sum_of_its_deltas(end: End, echo: bool, logprobs: int | None) -> None:
+def test_the_whole_is_the_sum_of_its_deltas(end: FinishReason, echo: bool, logprobs: int | None) -> None:
     asked = plan(prompt=("Hello’",), echo=echo, logprobs=logprobs, stop=("worn",))
     tokens = (*ids(b"Hello world \xf0\x9f sat\xe2"), *((EOS,) if end == "stop" else ()))
     prompt = asked.prompts[0]
     wanted = prompt.job.prompt_alternatives
     scored = [report(token, wanted) for token in prompt.job.prompt[1:] if wanted is not None]
-    choice = Choice(asked, prompt, make_echo(asked, prompt, scored), None)
+    choice = ChoiceBuilder(asked, prompt, make_echo(asked, prompt, scored), None)
     for token in tokens:
-        choice.take(report(token, logprobs))
+        choice.add(report(token, logprobs))
     choice.end(end)
     assert fold(choice.deltas(0)) == whole(asked, tokens, end)
 
@@ -427,9 +427,9 @@ def echoed(text: str, given: bytes, strip_space: bool = False, said: bytes = b"x
     prompt = dataclasses.replace(prompt, job=replace(prompt.job, prompt=tuple(given)))
     asked = dataclasses.replace(asked, strip_space=strip_space)
     scored = [report(token, 0) for token in given[1:]]
-    choice = Choice(asked, prompt, make_echo(asked, prompt, scored), None)
+    choice = ChoiceBuilder(asked, prompt, make_echo(asked, prompt, scored), None)
     for token in said:
-        choice.take(report(token, 0))
+        choice.add(report(token, 0))
     choice.end("length")
     return fold(choice.deltas(0))
 
@@ -479,24 +479,24 @@ def test_a_fold_looks_at_each_entry_once() -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 255, 256, 257, 600])
 def test_what_is_folded_as_it_comes_is_what_is_folded_at_the_end(size: int) -> None:
     deltas = [Delta(3, f"{n} ", Logprobs((str(n),), (-1.0,), None, (n,)), None, 1, (n,)) for n in range(size)]
-    folded = Folded()
+    folded = DeltaFolder()
     for delta in deltas:
-        folded.take([delta])
-    assert folded.whole == fold(deltas)
+        folded.add([delta])
+    assert folded.result == fold(deltas)
 
 
 def test_stop_strings_are_prepared_once_for_all_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     prepared: list[str] = []
-    borders = text._borders
-    monkeypatch.setattr(text, "_borders", lambda stop: prepared.append(stop) or borders(stop))
+    borders = text_stream._borders
+    monkeypatch.setattr(text_stream, "_borders", lambda stop: prepared.append(stop) or borders(stop))
     stops = tuple(letter * 1023 for letter in "abcdefghijklmnop")
     asked = plan(prompt=("x",) * 50, n=1, stop=stops)
-    choices = [Choice(asked, prompt, None, None) for prompt in asked.prompts for _ in range(20)]
+    choices = [ChoiceBuilder(asked, prompt, None, None) for prompt in asked.prompts for _ in range(20)]
     assert len(choices) == 1000
     assert sorted(prepared) == sorted(stops)
     for choice in choices[:3]:
         for token in b"ab" * 20:
-            choice.take(report(token, 0))
+            choice.add(report(token, 0))
         assert choice.finish is None
 
 
@@ -505,9 +505,9 @@ def test_an_echo_and_a_report_are_made_when_they_are_asked_for(monkeypatch: pyte
     scored = [report(token, 2) for token in asked.prompts[0].job.prompt[1:]]
     echo = make_echo(asked, asked.prompts[0], scored)
     told = make_report(asked, asked.prompts[0], scored)
-    monkeypatch.setattr(logprobs, "SLICE", 8)
+    monkeypatch.setattr(logprobs, "SLICE_TOKENS", 8)
     assert echo is not None
     assert told is not None
     assert [len(part.tokens) for part in echo.columns()] == [8] * 5
     assert [len(part) for part in told.entries()] == [1, 8, 8, 8, 8, 7]
-    assert joined(echo.columns()).text_offset == tuple(range(40))
+    assert join_columns(echo.columns()).text_offset == tuple(range(40))

@@ -6,31 +6,31 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from afterword.completion.plan import Caller, Plan, PromptPlan, make_plan
-from afterword.completion.request import Request
+from afterword.completion.plan import ClientIdentity, Plan, PromptPlan, make_plan
+from afterword.completion.request import CompletionRequest
 from afterword.completion.run import tokenize
-from afterword.engine.protocol import Card, Sampling
+from afterword.engine.protocol import ModelInfo, Sampling
 from afterword.errors import RequestError
-from scripted import BOS, CARD, EOS, INFILL, MID, PIECES, PRE, SUF, ScriptedEngine, ids, says
+from scripted_engine import BOS, CARD, EOS, INFILL, MID, PIECES, PRE, SUF, ScriptedEngine, ids, says
 
 WITH_BOS = replace(CARD, bos=BOS, add_bos=True)
 WITH_INFILL = replace(CARD, infill=INFILL)
 LAST = len(PIECES) - 1
 
 
-def plan(card: Card = CARD, entropy: int = 0, **fields: Any) -> Plan:
-    request = Request(**fields)
-    return make_plan(request, card, asyncio.run(tokenize(request, ScriptedEngine(says(), card))), entropy)
+def plan(model_info: ModelInfo = CARD, entropy: int = 0, **fields: Any) -> Plan:
+    request = CompletionRequest(**fields)
+    return make_plan(request, model_info, asyncio.run(tokenize(request, ScriptedEngine(says(), model_info))), entropy)
 
 
-def only(card: Card = CARD, **fields: Any) -> PromptPlan:
-    (prompt,) = plan(card, **fields).prompts
+def only(model_info: ModelInfo = CARD, **fields: Any) -> PromptPlan:
+    (prompt,) = plan(model_info, **fields).prompts
     return prompt
 
 
-def refused(card: Card = CARD, **fields: Any) -> tuple[str, str | None, str | None]:
+def refused(model_info: ModelInfo = CARD, **fields: Any) -> tuple[str, str | None, str | None]:
     with pytest.raises(RequestError) as caught:
-        plan(card, **fields)
+        plan(model_info, **fields)
     assert caught.value.status == 400
     return caught.value.message, caught.value.param, caught.value.code
 
@@ -40,13 +40,23 @@ def refused(card: Card = CARD, **fields: Any) -> tuple[str, str | None, str | No
 
 def test_a_text_is_read_as_its_tokens() -> None:
     prompt = only(prompt=("Hello world",))
-    assert (prompt.job.prompt, prompt.text, prompt.hidden, prompt.billed) == (ids("Hello world"), "Hello world", 0, 2)
+    assert (prompt.job.prompt, prompt.text, prompt.hidden_tokens, prompt.billed_tokens) == (
+        ids("Hello world"),
+        "Hello world",
+        0,
+        2,
+    )
 
 
 def test_token_ids_are_read_verbatim_and_shown_as_their_text() -> None:
     given = (*ids(" cat"), EOS, 0xE2, 0x41)
     prompt = only(prompt=(given,))
-    assert (prompt.job.prompt, prompt.text, prompt.hidden, prompt.billed) == (given, " cat</s>\ufffdA", 0, 4)
+    assert (prompt.job.prompt, prompt.text, prompt.hidden_tokens, prompt.billed_tokens) == (
+        given,
+        " cat</s>\ufffdA",
+        0,
+        4,
+    )
 
 
 def test_text_that_spells_a_special_token_is_that_token() -> None:
@@ -55,41 +65,52 @@ def test_text_that_spells_a_special_token_is_that_token() -> None:
 
 def test_a_bos_that_the_model_wants_is_added_to_texts_and_hidden() -> None:
     prompt = only(WITH_BOS, prompt=("Hello",))
-    assert (prompt.job.prompt, prompt.text, prompt.hidden, prompt.billed) == ((BOS, *ids("Hello")), "Hello", 1, 1)
+    assert (prompt.job.prompt, prompt.text, prompt.hidden_tokens, prompt.billed_tokens) == (
+        (BOS, *ids("Hello")),
+        "Hello",
+        1,
+        1,
+    )
 
 
 @pytest.mark.parametrize("text", ["<s>Hello", "<s>", "<s><s>Hello", "<s> Hello</s>"])
 def test_a_text_that_begins_with_the_bos_gets_no_second_one(text: str) -> None:
     """The caller has written it: it is shown, and counted."""
     prompt = only(WITH_BOS, prompt=(text,))
-    assert (prompt.job.prompt, prompt.text, prompt.hidden, prompt.billed) == (ids(text), text, 0, len(ids(text)))
+    assert (prompt.job.prompt, prompt.text, prompt.hidden_tokens, prompt.billed_tokens) == (
+        ids(text),
+        text,
+        0,
+        len(ids(text)),
+    )
 
 
 def test_each_prompt_has_the_bos_that_it_lacks() -> None:
     prompts = plan(WITH_BOS, prompt=("<s>Hello", "Hello", "Hello<s>", "")).prompts
     hello = ids("Hello")
     assert [prompt.job.prompt for prompt in prompts] == [(BOS, *hello), (BOS, *hello), (BOS, *hello, BOS), (BOS,)]
-    assert [prompt.billed for prompt in prompts] == [2, 1, 2, 0]
+    assert [prompt.billed_tokens for prompt in prompts] == [2, 1, 2, 0]
 
 
 def test_a_model_that_wants_no_bos_reads_what_is_written() -> None:
-    card = replace(CARD, bos=BOS)
-    assert only(card, prompt=("<s><s>",)).job.prompt == (BOS, BOS)
-    assert only(card, prompt=("a",)).job.prompt == ids("a")
+    model_info = replace(CARD, bos=BOS)
+    assert only(model_info, prompt=("<s><s>",)).job.prompt == (BOS, BOS)
+    assert only(model_info, prompt=("a",)).job.prompt == ids("a")
 
 
 def test_a_bos_is_never_added_to_token_ids() -> None:
     prompt = only(WITH_BOS, prompt=(ids("Hello"),))
-    assert (prompt.job.prompt, prompt.hidden) == (ids("Hello"), 0)
+    assert (prompt.job.prompt, prompt.hidden_tokens) == (ids("Hello"), 0)
 
 
 @pytest.mark.parametrize("given", [None, ""])
 @pytest.mark.parametrize(
-    ("card", "start"), [(CARD, EOS), (WITH_BOS, BOS), (replace(CARD, bos=BOS), BOS), (replace(WITH_BOS, eos=None), BOS)]
+    ("model_info", "start"),
+    [(CARD, EOS), (WITH_BOS, BOS), (replace(CARD, bos=BOS), BOS), (replace(WITH_BOS, eos=None), BOS)],
 )
-def test_an_empty_prompt_begins_a_document_free_of_charge(given: str | None, card: Card, start: int) -> None:
-    prompt = only(card, prompt=(given,))
-    assert (prompt.job.prompt, prompt.text, prompt.hidden, prompt.billed) == ((start,), "", 1, 0)
+def test_an_empty_prompt_begins_a_document_free_of_charge(given: str | None, model_info: ModelInfo, start: int) -> None:
+    prompt = only(model_info, prompt=(given,))
+    assert (prompt.job.prompt, prompt.text, prompt.hidden_tokens, prompt.billed_tokens) == ((start,), "", 1, 0)
 
 
 def test_a_model_without_any_such_token_cannot_begin_a_document() -> None:
@@ -108,7 +129,7 @@ def test_prompts_of_all_kinds_go_together_in_order() -> None:
 def test_a_suffix_is_laid_out_the_way_the_model_was_trained() -> None:
     prompt = only(WITH_INFILL, prompt=("Hello",), suffix=" sat the")
     assert prompt.job.prompt == (PRE, *ids("Hello"), SUF, *ids(" sat the"), MID)
-    assert (prompt.text, prompt.billed) == ("Hello", 3)
+    assert (prompt.text, prompt.billed_tokens) == ("Hello", 3)
 
 
 def test_a_suffix_goes_with_bos_and_with_token_ids_and_with_every_prompt() -> None:
@@ -150,7 +171,7 @@ def test_prompt_and_completion_fit_the_context_together() -> None:
 
 
 def test_tokens_that_the_server_adds_need_room_too() -> None:
-    assert only(WITH_BOS, prompt=(" the" * 47,)).hidden == 1
+    assert only(WITH_BOS, prompt=(" the" * 47,)).hidden_tokens == 1
     assert refused(WITH_BOS, prompt=(" the" * 48,)) == too_long(49, 16)
 
 
@@ -165,12 +186,12 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized() -> None:
 
     for fields in ({"prompt": ("x" * 10_000,)}, {"prompt": ("a",), "suffix": "x" * 10_000}):
         with pytest.raises(RequestError, match="maximum context length is 64 tokens"):
-            asyncio.run(tokenize(Request(**fields), Untouchable(says())))
+            asyncio.run(tokenize(CompletionRequest(**fields), Untouchable(says())))
 
 
 def test_without_a_longest_piece_any_text_may_fit() -> None:
-    request = Request(prompt=("x" * 10_000,))
-    tokens = asyncio.run(tokenize(request, ScriptedEngine(says(), replace(CARD, longest=0, context=10_000))))
+    request = CompletionRequest(prompt=("x" * 10_000,))
+    tokens = asyncio.run(tokenize(request, ScriptedEngine(says(), replace(CARD, longest_token=0, context=10_000))))
     assert len(tokens.prompts[0]) == 10_000
 
 
@@ -203,14 +224,14 @@ def test_a_job_says_how_tokens_are_chosen_and_what_ends_them() -> None:
     assert job.sampling == Sampling(
         temperature=0.5, top_p=0.9, presence_penalty=1.0, frequency_penalty=-1.0, logit_bias=((7, -100.0),)
     )
-    assert (job.max_tokens, job.ends) == (5, (EOS,))
+    assert (job.max_tokens, job.end_tokens) == (5, (EOS,))
 
 
 def test_extensions_change_the_job() -> None:
     job = only(prompt=("a",), top_k=5, min_p=0.1, repetition_penalty=1.2, min_tokens=3, stop_token_ids=(7,)).job
     assert job.sampling == Sampling(top_k=5, min_p=0.1, repetition_penalty=1.2)
-    assert (job.min_tokens, job.ends) == (3, (EOS, 7))
-    assert only(prompt=("a",), ignore_eos=True, stop_token_ids=(7,)).job.ends == (7,)
+    assert (job.min_tokens, job.end_tokens) == (3, (EOS, 7))
+    assert only(prompt=("a",), ignore_eos=True, stop_token_ids=(7,)).job.end_tokens == (7,)
 
 
 def test_ids_that_stop_must_be_the_models() -> None:
@@ -289,9 +310,9 @@ def test_the_most_that_a_request_can_use_is_every_sample_of_every_prompt() -> No
 
 def test_what_is_computed_for_one_caller_is_for_another_only_if_they_share() -> None:
     def namespace(name: str, shares: bool, salt: str | None = None) -> str:
-        request = Request(prompt=("a",), cache_salt=salt)
+        request = CompletionRequest(prompt=("a",), cache_salt=salt)
         tokens = asyncio.run(tokenize(request, ScriptedEngine(says())))
-        (prompt,) = make_plan(request, CARD, tokens, 0, Caller(name, shares)).prompts
+        (prompt,) = make_plan(request, CARD, tokens, 0, ClientIdentity(name, shares)).prompts
         assert prompt.job.client == name, "served in turn all the same"
         return prompt.job.namespace
 

@@ -9,19 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afterword.completion.fields import StreamOptions
-from afterword.completion.limits import STRICT, Limits
-from afterword.completion.request import EXTENSIONS, FIELDS, LENGTHS, Request, parse, schema
+from afterword.completion.request import EXTENSIONS, FIELDS, LENGTH_ALIASES, CompletionRequest, parse, schema
+from afterword.completion.request_limits import STRICT, RequestLimits
 from afterword.errors import RequestError
 
-LIMITS = Limits()
+LIMITS = RequestLimits()
 INT64 = 2**63
 
 
-def parsed(**values: Any) -> Request:
+def parsed(**values: Any) -> CompletionRequest:
     return parse(json.dumps(values).encode(), LIMITS)
 
 
-def refused(body: bytes | dict[str, Any], limits: Limits = LIMITS) -> RequestError:
+def refused(body: bytes | dict[str, Any], limits: RequestLimits = LIMITS) -> RequestError:
     with pytest.raises(RequestError) as caught:
         parse(body if isinstance(body, bytes) else json.dumps(body).encode(), limits)
     error = caught.value
@@ -76,7 +76,7 @@ def test_null_is_as_if_absent(name: str) -> None:
 
 
 def test_every_field_of_a_request_can_be_parsed_and_no_other() -> None:
-    assert [*FIELDS, *EXTENSIONS, "ignored"] == [field.name for field in fields(Request)]
+    assert [*FIELDS, *EXTENSIONS, "ignored"] == [field.name for field in fields(CompletionRequest)]
 
 
 # ---- fields that are taken
@@ -126,7 +126,7 @@ def test_every_field_of_a_request_can_be_parsed_and_no_other() -> None:
     ],
 )
 def test_accepted(name: str, given_value: Any, value: Any) -> None:
-    assert parsed(**{name: given_value}) == replace(Request(), **{name: value})
+    assert parsed(**{name: given_value}) == replace(CompletionRequest(), **{name: value})
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ TOO_LONG = "Expected an array with maximum length 4, but got an array with lengt
 
 
 def test_stops_are_counted() -> None:
-    error = refused({"stop": ["x"] * 9}, Limits(max_stop=4))
+    error = refused({"stop": ["x"] * 9}, RequestLimits(max_stop=4))
     assert told(error) == (f"Invalid 'stop': array too long. {TOO_LONG}", "stop", "array_above_max_length")
     assert len(parsed(stop=["x"] * LIMITS.max_stop).stop) == LIMITS.max_stop
     assert refused({"stop": ["x"] * (LIMITS.max_stop + 1)}).code == "array_above_max_length"
@@ -315,7 +315,7 @@ def test_an_unknown_field_is_refused_by_name_before_anything_else(name: str) -> 
     assert (error.message, error.param) == (f"Unrecognized request argument supplied: {name}", name)
 
 
-@pytest.mark.parametrize("name", LENGTHS)
+@pytest.mark.parametrize("name", LENGTH_ALIASES)
 @pytest.mark.parametrize("ignore", [False, True])
 def test_a_length_by_another_name_is_refused_and_never_ignored(name: str, ignore: bool) -> None:
     first, dot, last = name.partition(".")
@@ -392,7 +392,7 @@ MANY = "Too many parallel completions requested. You submitted 65 prompts with 2
     ],
 )
 def test_fields_that_contradict(body: dict[str, Any], message: str, param: str | None) -> None:
-    assert told(refused(body, Limits(max_completions=128))) == (message, param, None)
+    assert told(refused(body, RequestLimits(max_completions=128))) == (message, param, None)
 
 
 @pytest.mark.parametrize(
@@ -411,7 +411,7 @@ def test_fields_that_contradict(body: dict[str, Any], message: str, param: str |
     ],
 )
 def test_fields_that_agree(body: dict[str, Any]) -> None:
-    parse(json.dumps(body).encode(), Limits(max_completions=128))
+    parse(json.dumps(body).encode(), RequestLimits(max_completions=128))
 
 
 # ---- JSON
@@ -483,7 +483,7 @@ JSON: st.SearchStrategy[Any] = st.recursive(
 BODIES = st.dictionaries(st.sampled_from(sorted(FIELDS)) | st.text(max_size=3), JSON, max_size=4)
 
 
-def outcome(body: bytes) -> Request | RequestError:
+def outcome(body: bytes) -> CompletionRequest | RequestError:
     try:
         return parse(body, LIMITS)
     except RequestError as error:
@@ -580,7 +580,7 @@ def test_log_probabilities_of_the_prompt_cannot_be_streamed() -> None:
     assert refused({"prompt_logprobs": 1, "stream": True}).param == "prompt_logprobs"
 
 
-def strictly(body: dict[str, Any]) -> Request:
+def strictly(body: dict[str, Any]) -> CompletionRequest:
     return parse(json.dumps({"model": "m", "prompt": "a"} | body).encode(), STRICT)
 
 
@@ -602,7 +602,7 @@ def test_strictly_the_limits_are_openais() -> None:
 
 
 def test_unknown_fields_can_be_ignored_and_are_remembered() -> None:
-    lenient = Limits(ignore_unknown=True)
+    lenient = RequestLimits(ignore_unknown=True)
     request = parse(b'{"prompt": "a", "foo": {"n": 5}, "top_k": 3, "bar": null}', lenient)
     assert (request.ignored, request.top_k) == (("foo", "bar"), 3)
     assert parse(b'{"model": "m", "top_k": 3}', replace(STRICT, ignore_unknown=True)).ignored == ("top_k",)

@@ -11,18 +11,18 @@ from msgspec.structs import replace
 
 from afterword.completion.choice import Delta, fold
 from afterword.completion.plan import Plan, make_plan
-from afterword.completion.request import Request
+from afterword.completion.request import CompletionRequest
 from afterword.completion.run import Usage, run, tokenize
-from afterword.engine.protocol import End, Job
+from afterword.engine.protocol import FinishReason, Job
 from afterword.errors import AfterwordError, EngineDied, ModelReplaced, Overloaded, ReaderTooSlow
-from scripted import BOS, CARD, EOS, INFILL, Script, ScriptedEngine, ids, report, says
+from scripted_engine import BOS, CARD, EOS, INFILL, Script, ScriptedEngine, ids, report, says
 
 Items = list[Delta | Usage]
 
 
 async def planned(engine: ScriptedEngine, fields: dict[str, Any]) -> Plan:
-    request = Request(**fields)
-    return make_plan(request, engine.card, await tokenize(request, engine), 0)
+    request = CompletionRequest(**fields)
+    return make_plan(request, engine.model_info, await tokenize(request, engine), 0)
 
 
 async def collect(engine: ScriptedEngine, fields: dict[str, Any], items: Items) -> None:
@@ -47,7 +47,7 @@ class Answer:
         return [fold(delta for delta in self.deltas if delta.index == index) for index in indexes]
 
     @property
-    def brief(self) -> list[tuple[int, str, End | None]]:
+    def brief(self) -> list[tuple[int, str, FinishReason | None]]:
         return [(choice.index, choice.text, choice.finish) for choice in self.choices]
 
     @property
@@ -138,9 +138,9 @@ def test_only_tokens_of_the_answer_are_completion_tokens(text: str, fields: dict
 
 
 def test_tokens_that_the_server_adds_are_not_billed() -> None:
-    card = replace(CARD, bos=BOS, add_bos=True, infill=INFILL)
-    assert ask(ScriptedEngine(says(), card), prompt=("a", ""), suffix=" cat sat").usage == (5, 0)
-    assert ask(ScriptedEngine(says(), card), prompt=(None, "a")).usage == (1, 0)
+    model_info = replace(CARD, bos=BOS, add_bos=True, infill=INFILL)
+    assert ask(ScriptedEngine(says(), model_info), prompt=("a", ""), suffix=" cat sat").usage == (5, 0)
+    assert ask(ScriptedEngine(says(), model_info), prompt=(None, "a")).usage == (1, 0)
 
 
 # ---- best_of
@@ -426,7 +426,7 @@ def test_what_comes_at_once_is_the_sum_of_what_comes_in_deltas(
 
 def test_many_scored_prompts_may_come_faster_than_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine is paused, and goes on when the reader has caught up: no answer fails for its size."""
-    monkeypatch.setattr("afterword.completion.run.MOST_UNREAD", 3000)
+    monkeypatch.setattr("afterword.completion.run.MAX_UNREAD_BYTES", 3000)
     engine = ScriptedEngine(says("Hello"), hasty=True)
     prompts = ("Hello world", "the cat sat", "a" * 30) * 4
     answer = ask(engine, prompt=prompts, echo=True, logprobs=3, max_tokens=5)
@@ -443,7 +443,7 @@ async def slowly(engine: ScriptedEngine, seconds: float, items: Items) -> None:
 
 
 def test_a_reader_that_pauses_gets_all_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("afterword.completion.run.MOST_UNREAD", 4000)
+    monkeypatch.setattr("afterword.completion.run.MAX_UNREAD_BYTES", 4000)
     engine, items = ScriptedEngine(lambda *_: ids("x" * 99)), []
     asyncio.run(slowly(engine, 0.05, items))
     assert engine.runs[0].pauses > 0
@@ -453,7 +453,7 @@ def test_a_reader_that_pauses_gets_all_of_an_answer(monkeypatch: pytest.MonkeyPa
 def test_a_reader_that_pauses_too_long_gets_what_there_is_and_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("afterword.completion.run.MOST_UNREAD", 4000)
+    monkeypatch.setattr("afterword.completion.run.MAX_UNREAD_BYTES", 4000)
     monkeypatch.setattr("afterword.completion.run.READER_SECONDS", 0.01)
     engine, items = ScriptedEngine(lambda *_: ids("x" * 99)), []
     with pytest.raises(ReaderTooSlow) as caught:
@@ -471,7 +471,7 @@ def test_a_plan_for_another_model_is_not_carried_out(fields: dict[str, Any]) -> 
     async def test() -> None:
         engine = ScriptedEngine(says("x"))
         plan = await planned(engine, fields)
-        engine.card = OTHER
+        engine.model_info = OTHER
         with pytest.raises(ModelReplaced):
             async for _ in run(plan, engine):
                 pass
@@ -483,8 +483,8 @@ def test_a_plan_for_another_model_is_not_carried_out(fields: dict[str, Any]) -> 
 def test_texts_of_one_request_are_of_one_model() -> None:
     class Changing(ScriptedEngine):
         async def tokenize(self, text: str, special: bool, client: str = "") -> tuple[int, ...]:
-            self.card = OTHER
+            self.model_info = OTHER
             return await super().tokenize(text, special, client)
 
     with pytest.raises(ModelReplaced):
-        asyncio.run(tokenize(Request(prompt=("Hello", " cat")), Changing(says("x"))))
+        asyncio.run(tokenize(CompletionRequest(prompt=("Hello", " cat")), Changing(says("x"))))

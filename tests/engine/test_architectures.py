@@ -7,12 +7,12 @@ import msgspec
 import pytest
 
 from afterword.config import TESTED_ARCHITECTURES
-from afterword.engine.core.loop import Loop
+from afterword.engine.core.engine_loop import EngineLoop
 from afterword.engine.llama import accelerator, library
-from engine.test_reproducible import GRID, alone, compare, open_runner, requests
+from engine.test_reproducible import CHUNK_GRID, alone, compare, open_runner, requests
 from oracle.architectures import write_random
 
-library.start(verbose=False)
+library.initialize(verbose=False)
 
 VOCABULARY = 280
 FEW = ("qwen3", "gemma2", "phi3", "gpt2")
@@ -21,11 +21,11 @@ UNSURE = ("deepseek2", "gemma3n", "mamba", "jamba", "lfm2")
 
 
 def check(folder, architecture: str, file_type: str, count: int) -> None:
-    if not accelerator.multiplies():
+    if not accelerator.supports_quantized():
         pytest.skip("this processor has no instructions for it")
     runner = open_runner(write_random(folder / "tiny.gguf", architecture, file_type), "exact", 8)
     assert (runner.promise, runner.grid) == ("exact", 1)
-    compare(Loop(runner), count, VOCABULARY)
+    compare(EngineLoop(runner), count, VOCABULARY)
 
 
 @pytest.mark.parametrize("architecture", FEW)
@@ -44,14 +44,14 @@ def test_every_architecture_of_which_anything_is_promised(tmp_path, architecture
 def test_nothing_is_promised_of_others_and_their_numbers_are_nearly_the_same(tmp_path, architecture):
     assert architecture not in TESTED_ARCHITECTURES
     runner = open_runner(write_random(tmp_path / "tiny.gguf", architecture, "Q8_0"), "exact", 4)
-    assert (runner.promise, runner.grid) == ("none", GRID)
-    loop = Loop(runner)
+    assert (runner.promise, runner.grid) == ("none", CHUNK_GRID)
+    loop = EngineLoop(runner)
     jobs = [msgspec.structs.replace(job, max_tokens=0, prompt_alternatives=0) for job in requests(12, 1, VOCABULARY)]
     for cold, warm in zip(alone(loop, jobs), crowd_scores(loop, jobs), strict=True):
         assert [token.logprob for token in warm] == pytest.approx([token.logprob for token in cold[0]], abs=0.05)
 
 
-def crowd_scores(loop: Loop, jobs):
+def crowd_scores(loop: EngineLoop, jobs):
     scored = {run: [] for run in range(-len(jobs), 0)}
     for run, job in zip(scored, jobs, strict=True):
         loop.start(run, job)
@@ -66,25 +66,25 @@ def crowd_scores(loop: Loop, jobs):
 
 def test_a_width_that_kernels_of_our_own_cannot_multiply_breaks_the_promise(tmp_path):
     """Which the file's types do not tell: steps have 32 elements."""
-    if not accelerator.multiplies():
+    if not accelerator.supports_quantized():
         pytest.skip("this processor has no instructions for it")
     odd = {"embedding_length": 80, "rope.dimension_count": 40}
     runner = open_runner(write_random(tmp_path / "odd.gguf", "llama", "F16", also=odd), "exact", 4)
-    assert runner.own_products
-    assert (runner.promise, runner.grid) == ("none", GRID)
+    assert runner.uses_kernels
+    assert (runner.promise, runner.grid) == ("none", CHUNK_GRID)
 
 
 def test_a_product_that_is_not_of_the_model_alone_breaks_the_promise(tmp_path, monkeypatch):
     path = write_random(tmp_path / "tiny.gguf", "llama")
-    monkeypatch.setattr(accelerator, "others_left", lambda: True)
+    monkeypatch.setattr(accelerator, "has_unsupported_products", lambda: True)
     assert open_runner(path, "exact", 4).promise == "none"
     assert open_runner(path, "f16", 4).promise == "reproducible", "keys and values are such, without flash attention"
 
 
 def test_with_the_librarys_attention_query_by_query_numbers_are_exact_too(tmp_path, monkeypatch):
-    if not accelerator.multiplies():
+    if not accelerator.supports_quantized():
         pytest.skip("this processor has no instructions for it")
-    monkeypatch.setattr(accelerator, "attends", lambda: False)
+    monkeypatch.setattr(accelerator, "computes_all_attention", lambda: False)
     runner = open_runner(write_random(tmp_path / "tiny.gguf", "llama"), "exact", 8)
-    assert (runner.own_attention, runner.promise) == (False, "exact")
-    compare(Loop(runner), 40, VOCABULARY)
+    assert (runner.uses_own_attention, runner.promise) == (False, "exact")
+    compare(EngineLoop(runner), 40, VOCABULARY)

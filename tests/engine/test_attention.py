@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from afterword.engine.frames import Open
 from afterword.engine.llama import accelerator, library
 from afterword.engine.llama.runner import LlamaRunner
+from afterword.engine.messages import LoadModel
 from afterword.models.registry import builtin_path
 from ggml_tensors import tensor, with_sources
 from oracle.tiny import write_tiny
 
-library.start(verbose=False)
+library.initialize(verbose=False)
 
 ROUNDING = 1e-5  # of outputs of about 1, in float32
 
@@ -213,20 +213,20 @@ def test_a_cell_that_is_not_finite_reaches_the_queries_that_see_it_and_no_others
 
 
 def opened(path, kv_type="exact") -> LlamaRunner:
-    return LlamaRunner(Open(str(path), 256, 2, 1, 64, kv_type, 0, False, grid=1))
+    return LlamaRunner(LoadModel(str(path), 256, 2, 1, 64, kv_type, 0, False, grid=1))
 
 
 def test_exact_models_get_it_and_others_do_not(kernel):
-    assert opened(builtin_path()).own_attention
-    assert not opened(builtin_path(), "f16").own_attention
+    assert opened(builtin_path()).uses_own_attention
+    assert not opened(builtin_path(), "f16").uses_own_attention
 
 
 def test_it_is_not_offered_to_a_library_that_it_does_not_know(kernel, monkeypatch):
     monkeypatch.setattr(accelerator, "_KNOWN_GGML", b"9999.")
-    assert not accelerator.offer.__wrapped__()
+    assert not accelerator.register.__wrapped__()
 
 
 def test_a_model_with_heads_that_it_cannot_compute_gets_the_librarys(kernel, tmp_path):
     """Elements come in eights."""
     odd = write_tiny(tmp_path / "odd.gguf", heads=16)
-    assert not opened(odd).own_attention
+    assert not opened(odd).uses_own_attention

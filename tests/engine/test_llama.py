@@ -12,55 +12,55 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from afterword.engine.child import Loaded
-from afterword.engine.core.batch import Batch, Cut, Row
-from afterword.engine.core.loop import Loop
-from afterword.engine.frames import KvType, Open
+from afterword.engine.core.engine_loop import EngineLoop
+from afterword.engine.core.forward_batch import BatchEntry, ForwardBatch, Truncate
 from afterword.engine.llama import accelerator, library
 from afterword.engine.llama.runner import LlamaRunner
-from afterword.engine.llama.vocabulary import make_card
-from afterword.engine.protocol import Card, Infill, Job, Sampling, Token
+from afterword.engine.llama.vocabulary import make_model_info
+from afterword.engine.messages import KvType, LoadModel
+from afterword.engine.protocol import InfillTokens, Job, ModelInfo, Sampling, Token
+from afterword.engine.worker.worker_main import LoadedModel
 from afterword.errors import SettingError
-from afterword.models.gguf import parts, read_facts
+from afterword.models.gguf_facts import parts, read_facts
 from afterword.models.registry import builtin_path
 from oracle.oracle import Oracle
 from oracle.tiny import write_tiny
 
-library.start(verbose=False)
+library.initialize(verbose=False)
 
 GREEDY = Sampling(temperature=0.0)
 WARM = Sampling(top_p=0.95)
 
 
-def open_model(path: Path, sequences: int = 4, kv_type: KvType = "exact", chunk: int = 32) -> Loaded:
+def open_model(path: Path, sequences: int = 4, kv_type: KvType = "exact", chunk: int = 32) -> LoadedModel:
     grid = 1 if kv_type == "exact" else chunk
-    settings = Open(
-        str(path), 512, sequences, 1, chunk, kv_type, 0, False, grid=grid, own_products=True, promise="exact"
+    settings = LoadModel(
+        str(path), 512, sequences, 1, chunk, kv_type, 0, False, grid=grid, use_kernels=True, promise="exact"
     )
     runner = LlamaRunner(settings)
-    card, vocabulary = make_card(runner, settings)
-    return Loaded(runner, card, vocabulary.tokenize)
+    model_info, vocabulary = make_model_info(runner, settings)
+    return LoadedModel(runner, model_info, vocabulary.tokenize)
 
 
 def test_loading_tells_how_far_it_is():
     told: list[float] = []
-    LlamaRunner(Open(str(builtin_path()), 64, 1, 1, 32, "exact", 0, False), told.append)
+    LlamaRunner(LoadModel(str(builtin_path()), 64, 1, 1, 32, "exact", 0, False), told.append)
     assert len(told) > 1
     assert told == sorted(told)
     assert 0 <= told[0] < told[-1] == 1
 
 
 @pytest.fixture(scope="module")
-def builtin() -> Loaded:
+def builtin() -> LoadedModel:
     return open_model(builtin_path(), sequences=8)
 
 
 @pytest.fixture(scope="module")
-def builtin_loop(builtin) -> Loop:
-    return Loop(builtin.runner)
+def builtin_loop(builtin) -> EngineLoop:
+    return EngineLoop(builtin.runner)
 
 
-def play(loop: Loop, jobs: Sequence[Job], arrivals: random.Random | None = None) -> list[list[tuple[int, Token]]]:
+def play(loop: EngineLoop, jobs: Sequence[Job], arrivals: random.Random | None = None) -> list[list[tuple[int, Token]]]:
     """What every job brings: its scored tokens under -1, its sampled ones under their sample, in order.
 
     With `arrivals` the jobs come in at random moments, otherwise all at once.
@@ -91,7 +91,7 @@ def random_jobs(count: int, vocabulary: int, seed: int) -> list[Job]:
             samples=rng.choice([1, 1, 2, 4]),
             max_tokens=rng.randrange(1, 24),
             sampling=rng.choice([GREEDY, WARM]),
-            ends=(),
+            end_tokens=(),
             key=bytes([index]) * 16,
             alternatives=2,
             prompt_alternatives=2 if rng.random() < 0.4 else None,
@@ -107,7 +107,7 @@ def test_scored_log_probabilities_agree_with_an_independent_forward_pass(arch, v
     model = open_model(path, kv_type="f32")
     prompt = tuple(random.Random(1).randrange(4, 250) for _ in range(100))
     job = Job(prompt, 1, 0, GREEDY, (), b"k" * 16, prompt_alternatives=3)
-    scored = [token for _, token in play(Loop(model.runner), [job])[0]]
+    scored = [token for _, token in play(EngineLoop(model.runner), [job])[0]]
     expected = Oracle(path).log_probs(prompt)
     assert [token.id for token in scored] == list(prompt[1:])
     for position, token in enumerate(scored):
@@ -121,7 +121,7 @@ def test_generated_log_probabilities_agree_with_an_independent_forward_pass(tmp_
     model = open_model(path, kv_type="f32")
     oracle = Oracle(path)
     job = Job((10, 20, 30), 2, 20, WARM, (), b"k" * 16, alternatives=0)
-    brought = play(Loop(model.runner), [job])[0]
+    brought = play(EngineLoop(model.runner), [job])[0]
     for sample in (0, 1):
         tokens = [token for index, token in brought if index == sample]
         rows = oracle.log_probs((*job.prompt, *(token.id for token in tokens)))
@@ -157,7 +157,7 @@ def one_at_a_time(job: Job) -> list[int]:
     while len(generated) < job.max_tokens:
         for start in range(0, len(tokens), runner.chunk):
             part = tokens[start : start + runner.chunk]
-            logits = runner.run(Batch((), (Row(0, position, part, 1),)))
+            logits = runner.run(ForwardBatch((), (BatchEntry(0, position, part, 1),)))
             position += len(part)
         generated.append(int(np.argmax(logits[0])))
         tokens = (generated[-1],)
@@ -168,15 +168,15 @@ def one_at_a_time(job: Job) -> list[int]:
 @pytest.mark.parametrize("file_type", ["Q8_0", "Q4_0"])
 def test_every_float_is_the_same_alone_and_in_a_crowd(file_type, kv_type, tmp_path):
     model = open_model(write_tiny(tmp_path / "tiny.gguf", file_type=file_type), kv_type=kv_type)
-    loop = Loop(model.runner)
-    jobs = random_jobs(16, len(model.card.pieces), seed=5)
+    loop = EngineLoop(model.runner)
+    jobs = random_jobs(16, len(model.model_info.pieces), seed=5)
     alone = [play(loop, [job])[0] for job in jobs]
     for seed in range(3):
         assert play(loop, jobs, random.Random(seed)) == alone
 
 
 def test_every_float_of_the_built_in_model_is_the_same_alone_and_in_a_crowd(builtin, builtin_loop):
-    jobs = random_jobs(12, len(builtin.card.pieces), seed=6)
+    jobs = random_jobs(12, len(builtin.model_info.pieces), seed=6)
     alone = [play(builtin_loop, [job])[0] for job in jobs]
     assert play(builtin_loop, jobs, random.Random(7)) == alone
 
@@ -185,7 +185,7 @@ def test_every_float_of_the_built_in_model_is_the_same_alone_and_in_a_crowd(buil
 def test_every_float_is_the_same_whether_a_token_is_read_or_generated(chunk):
     """With exact keys and values it does not matter how many tokens a pass has."""
     model = open_model(builtin_path(), chunk=chunk)
-    loop = Loop(model.runner)
+    loop = EngineLoop(model.runner)
     prompt = model.tokenize("One day, a little girl named Lily", True)
     for key in (b"a" * 16, b"b" * 16):
         generated = play(loop, [Job(prompt, 1, 150, WARM, (), key, alternatives=3)])[0]
@@ -198,10 +198,10 @@ def test_every_float_is_the_same_whether_a_token_is_read_or_generated(chunk):
 def test_tokens_of_unquantized_weights_are_the_same_read_and_generated(file_type, tmp_path):
     """To the end of the context. Where there are no products of our own nothing is promised of such weights."""
     model = open_model(write_tiny(tmp_path / "tiny.gguf", file_type=file_type), chunk=64)
-    if not accelerator.multiplies():
-        assert model.card.promise == "none"
+    if not accelerator.supports_quantized():
+        assert model.model_info.promise == "none"
         return
-    loop = Loop(model.runner)
+    loop = EngineLoop(model.runner)
     generated = play(loop, [Job((1, 2, 3), 1, 509, WARM, (), b"k" * 16, alternatives=3)])[0]
     whole = (1, 2, 3, *(token.id for _, token in generated))
     read = play(loop, [Job(whole, 1, 0, GREEDY, (), b"k" * 16, prompt_alternatives=3)])[0][2:]
@@ -210,31 +210,33 @@ def test_tokens_of_unquantized_weights_are_the_same_read_and_generated(file_type
 
 
 def test_without_products_of_our_own_less_may_be_promised(tmp_path, monkeypatch):
-    monkeypatch.setattr(accelerator, "multiplies", lambda: False)
-    assert open_model(write_tiny(tmp_path / "tiny.gguf", file_type="F16")).card.promise == "none"
+    monkeypatch.setattr(accelerator, "supports_quantized", lambda: False)
+    assert open_model(write_tiny(tmp_path / "tiny.gguf", file_type="F16")).model_info.promise == "none"
 
 
 def test_a_slot_can_be_cut_and_computed_again(tmp_path):
     runner = open_model(write_tiny(tmp_path / "tiny.gguf", file_type="Q8_0"), chunk=8).runner
-    whole = runner.run(Batch((), (Row(0, 0, (1, 2, 3, 4, 5, 6, 7, 8), 8),))).copy()
-    again = runner.run(Batch((Cut(0, 0),), (Row(0, 0, (1, 2, 3, 4, 5, 6, 7, 8), 8),)))
+    whole = runner.run(ForwardBatch((), (BatchEntry(0, 0, (1, 2, 3, 4, 5, 6, 7, 8), 8),))).copy()
+    again = runner.run(ForwardBatch((Truncate(0, 0),), (BatchEntry(0, 0, (1, 2, 3, 4, 5, 6, 7, 8), 8),)))
     assert (whole == again).all()
 
 
 def test_the_card_tells_what_the_file_says(tmp_path):
-    card = open_model(write_tiny(tmp_path / "bytes.gguf", infill=True)).card
-    assert (card.context, card.sequences, card.add_bos) == (512, 4, False)
-    assert card.eos is not None
-    assert card.pieces[card.eos] == b"<|endoftext|>"
-    assert card.ends == (card.eos,)
-    assert isinstance(card.infill, Infill)
-    assert [card.pieces[i] for i in (card.infill.prefix, card.infill.suffix, card.infill.middle)] == [
+    model_info = open_model(write_tiny(tmp_path / "bytes.gguf", infill=True)).model_info
+    assert (model_info.context, model_info.sequences, model_info.add_bos) == (512, 4, False)
+    assert model_info.eos is not None
+    assert model_info.pieces[model_info.eos] == b"<|endoftext|>"
+    assert model_info.end_tokens == (model_info.eos,)
+    assert isinstance(model_info.infill, InfillTokens)
+    assert [
+        model_info.pieces[i] for i in (model_info.infill.prefix, model_info.infill.suffix, model_info.infill.middle)
+    ] == [
         b"<|fim_prefix|>",
         b"<|fim_suffix|>",
         b"<|fim_middle|>",
     ]
-    assert open_model(write_tiny(tmp_path / "plain.gguf", infill=False)).card.infill is None
-    spm = open_model(write_tiny(tmp_path / "spm.gguf", vocabulary="spm")).card
+    assert open_model(write_tiny(tmp_path / "plain.gguf", infill=False)).model_info.infill is None
+    spm = open_model(write_tiny(tmp_path / "spm.gguf", vocabulary="spm")).model_info
     assert (spm.add_bos, spm.space_prefix) == (True, True)
 
 
@@ -242,26 +244,26 @@ def test_the_card_tells_what_the_file_says(tmp_path):
     "text", ["", "Hello", " two  spaces", "tabs\tand\nlines\r\n", "naïve 😀 漢字 \x00 \u200d", "a" * 5000]
 )
 def test_tokens_of_a_text_spell_the_text(builtin, text):
-    spelled = b"".join(builtin.card.pieces[token] for token in builtin.tokenize(text, True))
+    spelled = b"".join(builtin.model_info.pieces[token] for token in builtin.tokenize(text, True))
     assert spelled == text.encode()
 
 
 def test_text_that_spells_a_special_token_is_one_only_when_asked(builtin):
-    name = builtin.card.pieces[builtin.card.eos].decode()
-    assert builtin.tokenize(name, True) == (builtin.card.eos,)
-    assert builtin.card.eos not in builtin.tokenize(name, False)
+    name = builtin.model_info.pieces[builtin.model_info.eos].decode()
+    assert builtin.tokenize(name, True) == (builtin.model_info.eos,)
+    assert builtin.model_info.eos not in builtin.tokenize(name, False)
 
 
 def test_the_fingerprint_changes_with_weights_and_with_what_shapes_the_computation(tmp_path):
     one, two = write_tiny(tmp_path / "1.gguf", seed=1), write_tiny(tmp_path / "2.gguf", seed=2)
     names = {
-        open_model(one).card.fingerprint,
-        open_model(two).card.fingerprint,
-        open_model(one, kv_type="f32").card.fingerprint,
-        open_model(one, kv_type="f16").card.fingerprint,
+        open_model(one).model_info.fingerprint,
+        open_model(two).model_info.fingerprint,
+        open_model(one, kv_type="f32").model_info.fingerprint,
+        open_model(one, kv_type="f16").model_info.fingerprint,
     }
     assert len(names) == 4
-    assert open_model(one, sequences=2).card.fingerprint in names  # how many share the engine changes nothing
+    assert open_model(one, sequences=2).model_info.fingerprint in names  # how many share the engine changes nothing
 
 
 def split_model(folder: Path, seed: int = 0) -> list[Path]:
@@ -270,9 +272,9 @@ def split_model(folder: Path, seed: int = 0) -> list[Path]:
     return parts(first, read_facts(first))
 
 
-def open_split(paths: list[Path]) -> Card:
-    settings = Open(str(paths[0]), 64, 1, 1, 32, "exact", 0, False, parts=tuple(map(str, paths)))
-    return make_card(LlamaRunner(settings), settings)[0]
+def open_split(paths: list[Path]) -> ModelInfo:
+    settings = LoadModel(str(paths[0]), 64, 1, 1, 32, "exact", 0, False, parts=tuple(map(str, paths)))
+    return make_model_info(LlamaRunner(settings), settings)[0]
 
 
 def test_the_fingerprint_names_all_parts_of_a_split_model(tmp_path: Path) -> None:
@@ -289,16 +291,16 @@ def test_the_fingerprint_names_all_parts_of_a_split_model(tmp_path: Path) -> Non
 
 def test_a_file_that_changes_while_it_is_loaded_is_a_setting_error(tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "tiny.gguf")
-    settings = Open(str(path), 64, 1, 1, 32, "exact", 0, False)
+    settings = LoadModel(str(path), 64, 1, 1, 32, "exact", 0, False)
     runner = LlamaRunner(settings)
     os.truncate(path, path.stat().st_size + 1)
     with pytest.raises(SettingError, match="changed while it was being loaded"):
-        make_card(runner, settings)
+        make_model_info(runner, settings)
 
 
 def test_layers_for_a_gpu_need_a_build_that_has_one(monkeypatch, tmp_path):
     monkeypatch.setattr(library.native, "llama_supports_gpu_offload", lambda: False)
-    settings = Open(str(write_tiny(tmp_path / "tiny.gguf")), 64, 1, 1, 32, "f16", -1, False)
+    settings = LoadModel(str(write_tiny(tmp_path / "tiny.gguf")), 64, 1, 1, 32, "f16", -1, False)
     with pytest.raises(SettingError, match="without GPU support"):
         LlamaRunner(settings)
 
@@ -314,7 +316,7 @@ def test_no_gpu_is_lent_anything_unless_it_is_asked_for(monkeypatch, tmp_path, l
     monkeypatch.setattr(library.native, "llama_supports_gpu_offload", lambda: True)
     monkeypatch.setattr(library.native, "llama_model_load_from_file", load)
     with pytest.raises(SettingError, match="cannot load"):
-        LlamaRunner(Open(str(write_tiny(tmp_path / "tiny.gguf")), 64, 1, 1, 32, "f16", layers, False))
+        LlamaRunner(LoadModel(str(write_tiny(tmp_path / "tiny.gguf")), 64, 1, 1, 32, "f16", layers, False))
     assert lists == ["the library's choice" if layers else [None]]
 
 

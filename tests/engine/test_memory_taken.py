@@ -11,12 +11,12 @@ import psutil
 import pytest
 from gguf import GGUFWriter, TokenType
 
+from afterword.cli.model_setup import fit_models
 from afterword.config import EngineSettings
+from afterword.engine.parent.supervisor import Supervisor
 from afterword.engine.protocol import Job, Sampling
-from afterword.engine.supervisor import Supervisor
-from afterword.hosting import fit
-from afterword.models.gguf import read_facts
-from afterword.models.memory import HEADROOM
+from afterword.models.gguf_facts import read_facts
+from afterword.models.memory_fit import HEADROOM
 from afterword.models.registry import Model
 from oracle.tiny import Shape, Vocabulary, add_vocabulary, byte_vocabulary, random_weights, write_model
 
@@ -80,15 +80,17 @@ def write_mamba(path: Path, inner: int, states: int) -> Path:
 
 async def taken(path: Path, settings: EngineSettings) -> tuple[int, int]:
     """Bytes that are reckoned, and those that are resident after scoring a prompt that fills a pass."""
-    (fitted,) = fit([(Model("m", path, "file"), read_facts(path))], settings)
-    engine = Supervisor(fitted.opened)
+    (placed,) = fit_models([(Model("m", path, "file"), read_facts(path))], settings)
+    engine = Supervisor(placed.load_message)
     try:
         await engine.open()
-        prompt = tuple(65 + number % 26 for number in range(min(fitted.opened.chunk + 1, fitted.opened.context - 1)))
+        prompt = tuple(
+            65 + number % 26 for number in range(min(placed.load_message.chunk + 1, placed.load_message.context - 1))
+        )
         async for _ in engine.start(Job(prompt, 1, 1, Sampling(), (), bytes(16), prompt_alternatives=1)):
             pass
         assert engine.pid is not None
-        return fitted.needs, psutil.Process(engine.pid).memory_info().rss
+        return placed.memory_bytes, psutil.Process(engine.pid).memory_info().rss
     finally:
         await engine.close()
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from afterword.engine.llama.files import HEAD, SAMPLE_BYTES, ModelFiles
+from afterword.engine.llama.model_files import HEAD_BYTES, SAMPLE_BYTES, ModelFiles
 from afterword.errors import EngineError, SettingError
 
-SIZE = HEAD + 100 * SAMPLE_BYTES
+SIZE = HEAD_BYTES + 100 * SAMPLE_BYTES
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def put(path: str, data: bytes, at: int = 0) -> None:
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
-@pytest.mark.parametrize("place", [0, HEAD - 1, HEAD, SIZE // 2 + 12345, SIZE - 1])
+@pytest.mark.parametrize("place", [0, HEAD_BYTES - 1, HEAD_BYTES, SIZE // 2 + 12345, SIZE - 1])
 def test_a_byte_of_any_part_makes_another_digest(paths: list[str], part: int, place: int) -> None:
     before = ModelFiles(paths).digest()
     assert ModelFiles(paths).digest() == before
@@ -48,12 +48,12 @@ def test_size_number_and_order_of_parts_count(paths: list[str]) -> None:
 
 
 def overwrite(path: str) -> None:
-    put(path, b"x", HEAD // 2)
+    put(path, b"x", HEAD_BYTES // 2)
 
 
 def overwrite_and_keep_the_time(path: str) -> None:
     before = os.stat(path)
-    put(path, b"x", HEAD // 2)
+    put(path, b"x", HEAD_BYTES // 2)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 

@@ -7,18 +7,18 @@ import math
 import msgspec
 import numpy as np
 import pytest
-from history import HistoryRunner
+from history_runner import HistoryRunner
 
-from afterword.engine.core.batch import Batch, Cut, Fork, Logits, Row
-from afterword.engine.core.loop import Loop
-from afterword.engine.core.sampler import finite
-from afterword.engine.frames import KvType, Open
+from afterword.engine.core.engine_loop import EngineLoop
+from afterword.engine.core.forward_batch import BatchEntry, CopyPrefix, ForwardBatch, Logits, Truncate
+from afterword.engine.core.sampler import finite_rows
 from afterword.engine.llama import accelerator, library
 from afterword.engine.llama.runner import LlamaRunner
+from afterword.engine.messages import KvType, LoadModel
 from afterword.engine.protocol import Job, Sampling, Step
 from oracle.architectures import write_random
 
-library.start(verbose=False)
+library.initialize(verbose=False)
 
 POISON = 200
 GREEDY = Sampling(temperature=0.0)
@@ -28,7 +28,7 @@ def job(prompt: tuple[int, ...], *, samples: int = 1, tokens: int = 4, **more: o
     return Job(prompt, samples, tokens, GREEDY, (), b"k" * 16, **more)  # type: ignore[arg-type]
 
 
-def played(loop: Loop, jobs: dict[int, Job]) -> dict[int, list[Step]]:
+def played(loop: EngineLoop, jobs: dict[int, Job]) -> dict[int, list[Step]]:
     for run, each in jobs.items():
         loop.start(run, each)
     steps: dict[int, list[Step]] = {run: [] for run in jobs}
@@ -58,7 +58,7 @@ def failed(steps: list[Step]) -> bool:
     ],
 )
 def test_a_token_can_be_chosen_of_numbers_of_which_the_largest_is_finite(row, sound):
-    assert finite(np.array([[0.0] * 3, row], np.float32)).tolist() == [True, sound]
+    assert finite_rows(np.array([[0.0] * 3, row], np.float32)).tolist() == [True, sound]
 
 
 # ---- jobs, with a runner that is a function of a text
@@ -71,9 +71,9 @@ class Poisoned(HistoryRunner):
         super().__init__(slots, chunk=4)
         self.value = value
 
-    def run(self, batch: Batch) -> Logits:
+    def run(self, batch: ForwardBatch) -> Logits:
         logits = super().run(batch)
-        rows = [row for row in batch.rows for _ in range(row.outputs)]
+        rows = [row for row in batch.entries for _ in range(row.outputs)]
         for index, row in enumerate(rows):
             if 9 in self.state[row.slot]:
                 logits[index] = self.value
@@ -95,9 +95,9 @@ def test_a_job_whose_logits_are_not_finite_ends_alone(value, bad):
     bias = ((9, 100.0),) if 9 not in bad.prompt else ()
     bad = msgspec.structs.replace(bad, sampling=Sampling(0.0, logit_bias=bias))
     good = {1: job((1, 2, 5, 6, 7)), 3: job((4, 4, 4, 2), samples=2)}
-    alone = played(Loop(HistoryRunner(3, 4)), good)
+    alone = played(EngineLoop(HistoryRunner(3, 4)), good)
     runner = Poisoned(value)
-    loop = Loop(runner)
+    loop = EngineLoop(runner)
     steps = played(loop, {1: good[1], 2: bad, 3: good[3]})
     assert failed(steps[2])
     assert steps[2][-1] == Step(failed=True)
@@ -115,15 +115,15 @@ def sampled(steps: list[Step]) -> list[object]:
 
 
 def opened(path: object, kv_type: KvType, own_products: bool = True) -> LlamaRunner:
-    return LlamaRunner(Open(str(path), 128, 3, 1, 64, kv_type, 0, False, own_products=own_products))
+    return LlamaRunner(LoadModel(str(path), 128, 3, 1, 64, kv_type, 0, False, use_kernels=own_products))
 
 
-def row(slot: int, *tokens: int, position: int = 0) -> Row:
-    return Row(slot, position, tokens, 1)
+def row(slot: int, *tokens: int, position: int = 0) -> BatchEntry:
+    return BatchEntry(slot, position, tokens, 1)
 
 
-def one(runner: LlamaRunner, row: Row, *moves: Fork | Cut) -> Logits:
-    return runner.run(Batch(moves, (row,)))[0].copy()
+def one(runner: LlamaRunner, row: BatchEntry, *moves: CopyPrefix | Truncate) -> Logits:
+    return runner.run(ForwardBatch(moves, (row,)))[0].copy()
 
 
 ATTENTIONS = [
@@ -140,22 +140,22 @@ def test_what_is_not_finite_reaches_no_later_owner_of_a_slot(tmp_path, monkeypat
     """Whether the text was computed to its end, or was left before any logits could tell; others keep their states."""
     architecture, kv_type, own, file_type = case
     if not own:
-        monkeypatch.setattr(accelerator, "attends", lambda: False)
+        monkeypatch.setattr(accelerator, "computes_all_attention", lambda: False)
     path = write_random(tmp_path / "tiny.gguf", architecture, file_type, poison={POISON: math.nan})
     runner = opened(path, kv_type)
     other = one(runner, row(2, 8, 9, 10))
     clean = one(runner, row(0, 5, 6, 7))
     goes_on = one(runner, row(2, 11, position=3))
     assert np.isfinite(clean).sum() > len(clean) - 2  # where embeddings are the matrix for logits, one is not
-    one(runner, row(2, 8, 9, 10), Cut(2, 0))
-    bad = one(runner, row(0, 1, 2, POISON, 3, 4, 5), Cut(0, 0))
-    assert not finite(bad[None])[0]
-    assert np.array_equal(one(runner, row(0, 5, 6, 7), Cut(0, 0)), clean, equal_nan=True)
-    runner.run(Batch((Cut(0, 0),), (Row(0, 0, (1, 2, POISON, 3, 4, 5), 0),)))
-    assert np.array_equal(one(runner, row(1, 5, 6, 7), Fork(2, 0, 3), Cut(0, 0)), clean, equal_nan=True)
+    one(runner, row(2, 8, 9, 10), Truncate(2, 0))
+    bad = one(runner, row(0, 1, 2, POISON, 3, 4, 5), Truncate(0, 0))
+    assert not finite_rows(bad[None])[0]
+    assert np.array_equal(one(runner, row(0, 5, 6, 7), Truncate(0, 0)), clean, equal_nan=True)
+    runner.run(ForwardBatch((Truncate(0, 0),), (BatchEntry(0, 0, (1, 2, POISON, 3, 4, 5), 0),)))
+    assert np.array_equal(one(runner, row(1, 5, 6, 7), CopyPrefix(2, 0, 3), Truncate(0, 0)), clean, equal_nan=True)
     assert np.array_equal(one(runner, row(0, 5, 6, 7)), clean, equal_nan=True)
     assert np.array_equal(one(runner, row(2, 11, position=3)), goes_on, equal_nan=True)
-    assert np.array_equal(one(runner, row(2, 8, 9, 10), Cut(2, 0)), other, equal_nan=True)
+    assert np.array_equal(one(runner, row(2, 8, 9, 10), Truncate(2, 0)), other, equal_nan=True)
 
 
 @pytest.mark.parametrize("kv_type", ["exact", "f16", "f32"])
@@ -164,8 +164,8 @@ def test_what_a_slot_keeps_can_be_continued_after_what_is_not_finite_was_cut(tmp
     runner = opened(path, kv_type)
     one(runner, row(0, 5, 6, 7))
     wanted = one(runner, row(0, 8, position=3))
-    runner.run(Batch((Cut(0, 3),), (Row(0, 3, (POISON, 3, 4), 0),)))
-    assert np.array_equal(one(runner, row(0, 8, position=3), Cut(0, 3)), wanted)
+    runner.run(ForwardBatch((Truncate(0, 3),), (BatchEntry(0, 3, (POISON, 3, 4), 0),)))
+    assert np.array_equal(one(runner, row(0, 8, position=3), Truncate(0, 3)), wanted)
 
 
 @pytest.mark.parametrize("kv_type", ["exact", "f16"])
@@ -173,8 +173,8 @@ def test_what_a_slot_keeps_can_be_continued_after_what_is_not_finite_was_cut(tmp
 def test_requests_of_others_are_as_if_a_poisoned_one_had_never_been(tmp_path, kv_type, value):
     path = write_random(tmp_path / "tiny.gguf", "llama", poison={POISON: value})
     good = [job(tuple(range(5 + i, 45 + i)), samples=1 + i % 2, alternatives=1) for i in range(6)]
-    expected = [sampled(played(Loop(opened(path, kv_type)), {0: each})[0]) for each in good]
-    loop = Loop(opened(path, kv_type))
+    expected = [sampled(played(EngineLoop(opened(path, kv_type)), {0: each})[0]) for each in good]
+    loop = EngineLoop(opened(path, kv_type))
     for turn, each in enumerate(good):
         bad = job((*range(30, 90), POISON, 4, 5), samples=1 + turn % 3, client="another")
         steps = played(loop, {2 * turn: bad, 2 * turn + 1: each})

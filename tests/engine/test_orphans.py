@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from afterword.engine import frames
+from afterword.engine import messages
 
 FAKE = str(Path(__file__).with_name("fake_child.py"))
 SECONDS = 30  # for an engine that never ends, not for slow machines
@@ -23,15 +23,15 @@ SECONDS = 30  # for an engine that never ends, not for slow machines
 
 def opened(path: str) -> bytes:
     """The first frame, as bytes."""
-    return frames.pack(
-        frames.Open(
+    return messages.pack(
+        messages.LoadModel(
             path=path, context=64, sequences=2, threads=1, chunk=8, kv_type="exact", gpu_layers=0, verbose=False
         )
     )
 
 
 class Lines:
-    """The two lines to an engine, whose ends are called as in `process.spawn`."""
+    """The two lines to an engine, whose ends are called as in `worker_process.spawn_worker`."""
 
     def __init__(self) -> None:
         self.to, self.hears = socket.socketpair()
@@ -68,10 +68,10 @@ def is_loading(lines: Lines) -> None:
     """Wait for the first sign of life; the model is then being loaded."""
     lines.back.settimeout(SECONDS)
     with lines.back.makefile("rb") as stream:
-        body = frames.read(stream)
+        body = messages.read(stream)
     lines.back.settimeout(None)
     assert body is not None
-    assert isinstance(frames.unpack_from_engine(body), frames.Pulse | frames.Ready)
+    assert isinstance(messages.unpack_for_server(body), messages.Heartbeat | messages.ModelReady)
 
 
 def ends(pid: int) -> None:

@@ -15,18 +15,18 @@ from typing import Any
 import msgspec
 import pytest
 
-from afterword.config import GRID, Weights
+from afterword.config import CHUNK_GRID, WeightTypes
 from afterword.engine.core import scheduler
-from afterword.engine.core.loop import Loop
-from afterword.engine.frames import KvType, Open
+from afterword.engine.core.engine_loop import EngineLoop
 from afterword.engine.llama import accelerator, library
 from afterword.engine.llama.library import native
 from afterword.engine.llama.runner import LlamaRunner
+from afterword.engine.messages import KvType, LoadModel
 from afterword.engine.protocol import Job, Sampling, Step
-from afterword.models.gguf import read_facts
+from afterword.models.gguf_facts import read_facts
 from afterword.models.registry import builtin_path
 
-library.start(verbose=False)
+library.initialize(verbose=False)
 
 SAMPLINGS = (
     Sampling(temperature=0.0),
@@ -58,14 +58,14 @@ def quantized(folder: Path, file_type: str) -> Path:
 def open_runner(path: Path, kv_type: KvType, sequences: int = 12, *, own: bool = True, threads: int = 1) -> LlamaRunner:
     """As hosting.py has it opened; `own`: with products of our own."""
     facts = read_facts(path)
-    weights = Weights(facts.architecture, facts.matrix_types, facts.experts)
-    settings = Open(
+    weights = WeightTypes(facts.architecture, facts.matrix_types, facts.experts)
+    settings = LoadModel(
         *(str(path), 512, sequences, threads, 128, kv_type, 0, False),
-        grid=GRID,
+        grid=CHUNK_GRID,
         repack=weights.repacked,
-        own_products=own and weights.own_products,
+        use_kernels=own and weights.uses_kernels,
         promise=weights.promise(kv_type, own_products=True),
-        promise_without=weights.promise(kv_type, own_products=False),
+        promise_without_kernels=weights.promise(kv_type, own_products=False),
     )
     return LlamaRunner(settings)
 
@@ -86,7 +86,7 @@ def requests(count: int, seed: int, vocabulary: int = 4000) -> list[Job]:
                 samples=rng.choice([1, 1, 1, 2, 4]),
                 max_tokens=max_tokens,
                 sampling=rng.choice(SAMPLINGS),
-                ends=(0,),
+                end_tokens=(0,),
                 key=index.to_bytes(16, "big"),
                 alternatives=rng.choice([None, 0, 3]),
                 prompt_alternatives=scored,
@@ -112,7 +112,7 @@ def numbers(steps: list[Step], job: Job) -> list[Any]:
     return [scored, samples, sorted(end for step in steps for end in step.ended)]
 
 
-def alone(loop: Loop, jobs: list[Job]) -> list[list[Any]]:
+def alone(loop: EngineLoop, jobs: list[Job]) -> list[list[Any]]:
     results = []
     for job in jobs:
         run = next(_names)
@@ -125,7 +125,7 @@ def alone(loop: Loop, jobs: list[Job]) -> list[list[Any]]:
     return results
 
 
-def crowd(loop: Loop, jobs: list[Job], seed: int) -> list[list[Any]]:
+def crowd(loop: EngineLoop, jobs: list[Job], seed: int) -> list[list[Any]]:
     """All jobs, arriving at random; between them others like them that leave before they end."""
     rng = random.Random(seed)
     waiting = [(next(_names), job) for job in jobs]
@@ -162,11 +162,11 @@ _names = itertools.count()
 def check(path: Path, kv_type: KvType, count: int, *, own: bool = True) -> None:
     runner = open_runner(path, kv_type, own=own)
     assert runner.promise == ("exact" if kv_type == "exact" else "reproducible")
-    assert runner.grid == (1 if kv_type == "exact" else GRID)
-    compare(Loop(runner), count)
+    assert runner.grid == (1 if kv_type == "exact" else CHUNK_GRID)
+    compare(EngineLoop(runner), count)
 
 
-def compare(loop: Loop, count: int, vocabulary: int = 4000) -> None:
+def compare(loop: EngineLoop, count: int, vocabulary: int = 4000) -> None:
     jobs = requests(count * 3 // 4, count, vocabulary)
     expected = alone(loop, jobs)
     grown = continued(jobs, expected, count // 4)
@@ -195,24 +195,29 @@ def test_other_weights_and_other_keys_and_values(folder, file_type, kv_type):
 
 
 def needs_own_products(file_type: str) -> None:
-    if file_type in FLOATS and not accelerator.multiplies():
+    if file_type in FLOATS and not accelerator.supports_quantized():
         pytest.skip(f"nothing is promised of {file_type} where there are no products of our own")
 
 
 def test_passes_of_one_shape_give_the_same_bits_too(folder):
     """As on a GPU, where kernels depend on it."""
     path = quantized(folder, "F16")
-    compare(Loop(LlamaRunner(Open(str(path), 320, 7, 1, 64, "f16", 0, False, grid=64, full=True))), count=40)
+    compare(
+        EngineLoop(LlamaRunner(LoadModel(str(path), 320, 7, 1, 64, "f16", 0, False, grid=64, fixed_shape=True))),
+        count=40,
+    )
 
 
 @pytest.mark.parametrize(("file_type", "kv_type"), [("Q8_0", "exact"), ("Q8_0", "f16")])
 def test_paused_samples_bring_the_same_bits(folder, monkeypatch, file_type, kv_type):
     """One client holds all sequences while short requests of another come; with `f16` the state is computed again
     token by token."""
-    monkeypatch.setattr(scheduler, "REST", (2, 6))
-    loop = Loop(open_runner(quantized(folder, file_type), kv_type, sequences=4))
+    monkeypatch.setattr(scheduler, "REST_PASSES", (2, 6))
+    loop = EngineLoop(open_runner(quantized(folder, file_type), kv_type, sequences=4))
     wanted = [
-        msgspec.structs.replace(each, samples=5, max_tokens=40, prompt_alternatives=scored, client="many", ends=())
+        msgspec.structs.replace(
+            each, samples=5, max_tokens=40, prompt_alternatives=scored, client="many", end_tokens=()
+        )
         for each, scored in zip(requests(2, seed=5), (None, 2), strict=True)
     ]
     expected = alone(loop, wanted)
@@ -245,7 +250,7 @@ EVERY_PROMISE = [(name, kv_type) for name in (*QUANTIZED, *FLOATS) for kv_type i
 @pytest.mark.parametrize(("file_type", "all_ours"), [("Q8_0", True), ("Q4_K_M", True), ("Q4_1", False)])
 def test_who_computes_all_products_is_known(folder, file_type, all_ours):
     """A single token's other operations take one thread then; where a type is the library's, they take all."""
-    if not accelerator.multiplies():
+    if not accelerator.supports_quantized():
         pytest.skip("this processor has no instructions for it")
     assert open_runner(quantized(folder, file_type), "exact", 1, threads=2).computes_all == all_ours
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afterword.engine.core import plain, sampler
-from afterword.engine.core.plain import Plain, number
-from afterword.engine.core.rows import FILE, Compiled, Draw, Task
-from afterword.engine.core.sampler import Sample, Sampler, Score
-from afterword.engine.core.tally import Tally
+from afterword.engine.core import numpy_kernel, sampler
+from afterword.engine.core.numpy_kernel import NumpyKernel, random_number
+from afterword.engine.core.sampler import Sampler, SampleTokens, ScoreQuery
+from afterword.engine.core.sampler_kernel import LIBRARY, CompiledKernel, RowQuery, SampleQuery
+from afterword.engine.core.token_counts import TokenCounts
 from afterword.engine.protocol import Job, Sampling, Token
 
 KEY = b"k" * 16
@@ -23,10 +23,10 @@ KEY = b"k" * 16
 
 @pytest.fixture(scope="module", autouse=True, params=["compiled", "plain"])
 def chosen_walks(request) -> Iterator[None]:
-    if request.param == "compiled" and not FILE.exists():
+    if request.param == "compiled" and not LIBRARY.exists():
         pytest.skip("no C++ compiler built the library")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler, "walks", {"plain": Plain, "compiled": Compiled}[request.param])
+        patch.setattr(sampler, "make_kernel", {"plain": NumpyKernel, "compiled": CompiledKernel}[request.param])
         yield
 
 
@@ -43,16 +43,16 @@ def sampling(**fields: object) -> Sampling:
 
 
 def job(wanted: Sampling, **fields: object) -> Job:
-    return Job(prompt=(0,), samples=1, max_tokens=1, sampling=wanted, ends=(), key=KEY, **fields)  # type: ignore[arg-type]
+    return Job(prompt=(0,), samples=1, max_tokens=1, sampling=wanted, end_tokens=(), key=KEY, **fields)  # type: ignore[arg-type]
 
 
 def sampled(row: np.ndarray, job: Job, samples: Iterable[int], position: int = 0, generated: Iterable[int] = ()):
-    (tokens,) = Sampler().read(row[None].copy(), [Sample(job, list(samples), position, Tally(generated))])
+    (tokens,) = Sampler().read(row[None].copy(), [SampleTokens(job, list(samples), position, TokenCounts(generated))])
     return tokens
 
 
 def scored(rows: np.ndarray, tokens: list[int], alternatives: int) -> list[Token]:
-    return [token for (token,) in Sampler().read(rows.copy(), [Score(token, alternatives) for token in tokens])]
+    return [token for (token,) in Sampler().read(rows.copy(), [ScoreQuery(token, alternatives) for token in tokens])]
 
 
 def drawn(row: np.ndarray, wanted: Sampling, draws: int, position: int = 0) -> list[int]:
@@ -197,7 +197,7 @@ def test_a_seed_depends_on_its_arguments_alone(key, sample, position):
 
 
 def test_seeds_do_not_change():
-    assert number(sampler.seed_of(KEY, 1, 2), 0) == 0.45604927273710116
+    assert random_number(sampler.seed_of(KEY, 1, 2), 0) == 0.45604927273710116
 
 
 def test_a_draw_depends_on_nothing_drawn_before_or_beside_it():
@@ -208,14 +208,16 @@ def test_a_draw_depends_on_nothing_drawn_before_or_beside_it():
     together = sampled(flat, wanted, range(30), 4, [7, 7])
     used = Sampler()
     for sample in reversed(range(30)):
-        beside = [Sample(each, (sample,), 9, Tally()) for each in asks]
-        found = used.read(rows, [Sample(wanted, (sample,), 4, Tally([7, 7])), *beside])
+        beside = [SampleTokens(each, (sample,), 9, TokenCounts()) for each in asks]
+        found = used.read(rows, [SampleTokens(wanted, (sample,), 4, TokenCounts([7, 7])), *beside])
         assert found[0] == [together[sample]]
     assert (rows == np.stack([flat, peaked, third])).all()  # edits were taken back
 
 
 def edited(row: list[float] | np.ndarray, wanted: Sampling, prompt: list[int], generated: list[int], banned: list[int]):
-    return plain.edited(np.array(row, np.float32), Draw(wanted, [], Tally(generated), tuple(prompt), tuple(banned)))
+    return numpy_kernel.adjusted_row(
+        np.array(row, np.float32), SampleQuery(wanted, [], TokenCounts(generated), tuple(prompt), tuple(banned))
+    )
 
 
 def test_penalties_follow_the_documented_formula():
@@ -252,9 +254,9 @@ def test_edits_are_applied_in_order(row, bias, tokens, strengths):
     wanted = Sampling(0.0, 1.0, 0, 0.0, presence, frequency, repetition, tuple(bias.items()))
     found = edited(row, wanted, prompt, generated, banned)
     assert found.tolist() == pytest.approx(expected, abs=1e-3)
-    draw = Draw(wanted, [0], Tally(generated), tuple(prompt), tuple(banned))
+    draw = SampleQuery(wanted, [0], TokenCounts(generated), tuple(prompt), tuple(banned))
     rows = np.array([row], np.float32)
-    ((token, value),) = sampler.walks().read(rows, [Task(draw=draw)])[0].drawn
+    ((token, value),) = sampler.make_kernel().read(rows, [RowQuery(draw=draw)])[0].drawn
     assert token == int(found.argmax())
     assert value == np.float32(row[token])
     assert (rows == np.array([row], np.float32)).all()

@@ -11,21 +11,21 @@ from pathlib import Path
 import msgspec
 import psutil
 import pytest
-from fake_child import DEADLY, DEADLY_TEXT, FAULTY_TEXT, SLOW, STUCK
-from history import alone
+from fake_worker import DEADLY, DEADLY_TEXT, FAULTY_TEXT, SLOW, STUCK
+from history_runner import alone
 
-from afterword.engine.frames import Open, Pass, Pulse
-from afterword.engine.process import without_secrets
-from afterword.engine.protocol import Job, Load, Run, Sampling
-from afterword.engine.supervisor import Policy, Supervisor
+from afterword.engine.messages import Heartbeat, LoadModel, PassDone
+from afterword.engine.parent.supervisor import QueuePolicy, Supervisor
+from afterword.engine.parent.worker_process import without_secrets
+from afterword.engine.protocol import Job, JobHandle, Load, Sampling
 from afterword.errors import (
     EngineDied,
     EngineFailure,
     ModelReplaced,
     Overloaded,
+    QueueTimeout,
     RequestError,
     SettingError,
-    WaitedTooLong,
 )
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_child.py")))
@@ -33,15 +33,15 @@ PLAIN = Sampling()
 
 
 def job(*prompt: int, samples: int = 1, max_tokens: int = 5) -> Job:
-    return Job(prompt or (1, 2, 3), samples, max_tokens, PLAIN, ends=(), key=b"k" * 16)
+    return Job(prompt or (1, 2, 3), samples, max_tokens, PLAIN, end_tokens=(), key=b"k" * 16)
 
 
 @asynccontextmanager
 async def engine(
     path: str = "any", max_queue: int = 100, sequences: int = 2, queue_tokens: int = 10**9, **limits: float
 ) -> AsyncIterator[Supervisor]:
-    policy = Policy(queue=max_queue, queue_tokens=queue_tokens, **limits)
-    supervisor = Supervisor(Open(path, 512, sequences, 1, 8, "f16", 0, False), policy, command=FAKE)
+    policy = QueuePolicy(queue=max_queue, queue_tokens=queue_tokens, **limits)
+    supervisor = Supervisor(LoadModel(path, 512, sequences, 1, 8, "f16", 0, False), policy, command=FAKE)
     try:
         await supervisor.open()
         yield supervisor
@@ -53,7 +53,7 @@ async def tokens(supervisor: Supervisor, wanted: Job) -> list[int]:
     return [token.id async for step in supervisor.start(wanted) for _, token in step.sampled]
 
 
-async def drain(current: Run) -> None:
+async def drain(current: JobHandle) -> None:
     async for _ in current:
         pass
 
@@ -139,10 +139,10 @@ def test_dropping_the_last_sample_wakes_whoever_waits_for_a_step():
 def test_what_is_loaded_is_told_on_the_way():
     async def test() -> None:
         link = SlowLink()
-        supervisor = Supervisor(Open("any", 512, 2, 1, 8, "f16", 0, False), spawn=link.spawn)
+        supervisor = Supervisor(LoadModel("any", 512, 2, 1, 8, "f16", 0, False), spawn=link.spawn)
         opening = asyncio.create_task(supervisor.open())
         for share in (0.25, 0.75):
-            link.coming.put_nowait(Pulse(0, 0, 0, 0.0, share))
+            link.coming.put_nowait(Heartbeat(0, 0, 0, 0.0, share))
             await until(lambda share=share: supervisor.loaded == share)
         link.coming.put_nowait(None)
         with pytest.raises(SettingError, match="while it was loading"):
@@ -158,7 +158,7 @@ class SlowLink:
     pid = None
 
     def __init__(self) -> None:
-        self.coming: asyncio.Queue[Pulse | None] = asyncio.Queue()
+        self.coming: asyncio.Queue[Heartbeat | None] = asyncio.Queue()
 
     async def spawn(self, _: object) -> SlowLink:
         return self
@@ -166,13 +166,13 @@ class SlowLink:
     def send(self, _: object) -> None:
         """Nobody is there."""
 
-    async def receive(self) -> Pulse | None:
+    async def receive(self) -> Heartbeat | None:
         return await self.coming.get()
 
     def kill(self) -> None:
         """Nobody is there."""
 
-    async def bury(self) -> int | None:
+    async def wait_ended(self) -> int | None:
         return 1
 
 
@@ -281,7 +281,7 @@ def test_what_is_never_begun_is_given_up_in_time():
     async def test() -> None:
         async with engine(queue_seconds=1) as supervisor:
             running = [supervisor.start(job(first, max_tokens=10**6)) for first in (1, 2)]
-            with pytest.raises(WaitedTooLong):
+            with pytest.raises(QueueTimeout):
                 await drain(supervisor.start(job()))
             assert supervisor.load.running == 2, "what has been begun may take its time"
             running[0].close()
@@ -404,7 +404,7 @@ def test_another_model_ends_what_was_under_way(model: Path):
                     await drain(run)
             with pytest.raises(ModelReplaced):
                 await text
-            assert (supervisor.card.fingerprint, supervisor.state) == ("fp_new", "ready")
+            assert (supervisor.model_info.fingerprint, supervisor.state) == ("fp_new", "ready")
             assert await tokens(supervisor, job()) == alone(job(), 0)
             await until(lambda: supervisor.load == Load(2, 0, 0))
 
@@ -431,7 +431,7 @@ def test_a_file_that_changes_under_the_engine_ends_it(model: Path, busy: bool):
             await until(lambda: supervisor.load.running == busy)
             model.write_text("fp_new")
             await until(lambda: supervisor.restarts > 0 and supervisor.state == "ready")
-            assert supervisor.card.fingerprint == "fp_new"
+            assert supervisor.model_info.fingerprint == "fp_new"
             with pytest.raises(ModelReplaced) if current else nullcontext():
                 await drain(current or supervisor.start(job()))
 
@@ -441,18 +441,18 @@ def test_a_file_that_changes_under_the_engine_ends_it(model: Path, busy: bool):
 def test_how_a_model_is_loaded_is_asked_before_each_start():
     sequences = iter([2, 3])
 
-    def settings() -> Open:
+    def settings() -> LoadModel:
         if (count := next(sequences, 0)) == 0:
             raise SettingError("It is no model any more.")
-        return Open("any", 512, count, 1, 8, "f16", 0, False)
+        return LoadModel("any", 512, count, 1, 8, "f16", 0, False)
 
     async def test() -> None:
         supervisor = Supervisor(settings, command=FAKE)
         await supervisor.open()
-        assert supervisor.card.sequences == 2
+        assert supervisor.model_info.sequences == 2
         engines()[0].kill()
         await until(lambda: supervisor.restarts == 1 and supervisor.state == "ready")
-        assert supervisor.card.sequences == 3
+        assert supervisor.model_info.sequences == 3
         engines()[0].kill()
         await until(lambda: supervisor.restarts > 2)
         assert supervisor.state == "restarting"
@@ -532,16 +532,16 @@ def test_a_paused_job_is_not_computed_not_taken_for_a_hang_and_stays_paused_in_t
 
 def test_an_error_while_an_engine_is_heard_ends_that_engine_and_not_the_supervisor(monkeypatch, caplog):
     """The task that serves with one engine after the other: what was under way fails, what comes later is answered."""
-    monkeypatch.setattr("afterword.tasks._FIRST_PAUSE", 0.0)
-    take, left = Supervisor._take, [1]
+    monkeypatch.setattr("afterword.system.tasks._FIRST_PAUSE", 0.0)
+    take, left = Supervisor._handle_message, [1]
 
-    def failing(self: Supervisor, message: Pass) -> None:
+    def failing(self: Supervisor, message: PassDone) -> None:
         if left and message.steps:
             left.pop()
             raise RuntimeError("planted")
         take(self, message)
 
-    monkeypatch.setattr(Supervisor, "_take", failing)
+    monkeypatch.setattr(Supervisor, "_handle_message", failing)
 
     async def test() -> None:
         async with engine() as supervisor:
@@ -555,8 +555,8 @@ def test_an_error_while_an_engine_is_heard_ends_that_engine_and_not_the_supervis
 
 
 def test_an_error_while_the_jobs_of_a_dead_engine_are_sorted_does_not_end_the_supervisor(monkeypatch, caplog):
-    monkeypatch.setattr("afterword.tasks._FIRST_PAUSE", 0.0)
-    mourn, left = Supervisor._mourn, [1]
+    monkeypatch.setattr("afterword.system.tasks._FIRST_PAUSE", 0.0)
+    mourn, left = Supervisor._handle_worker_death, [1]
 
     def failing(self: Supervisor) -> None:
         if left:
@@ -564,7 +564,7 @@ def test_an_error_while_the_jobs_of_a_dead_engine_are_sorted_does_not_end_the_su
             raise RuntimeError("planted")
         mourn(self)
 
-    monkeypatch.setattr(Supervisor, "_mourn", failing)
+    monkeypatch.setattr(Supervisor, "_handle_worker_death", failing)
 
     async def test() -> None:
         async with engine() as supervisor:
@@ -577,8 +577,8 @@ def test_an_error_while_the_jobs_of_a_dead_engine_are_sorted_does_not_end_the_su
 
 
 def test_an_error_in_the_watch_does_not_end_the_watching(monkeypatch, caplog):
-    monkeypatch.setattr("afterword.tasks._FIRST_PAUSE", 0.0)
-    monkeypatch.setattr("afterword.engine.supervisor.TICK", 0.001)
+    monkeypatch.setattr("afterword.system.tasks._FIRST_PAUSE", 0.0)
+    monkeypatch.setattr("afterword.engine.parent.supervisor.TICK", 0.001)
     expire, left, looked = Supervisor._expire, [1, 2], asyncio.Event()
 
     def failing(self: Supervisor, accepted: float) -> None:

@@ -15,7 +15,7 @@ import pytest
 from afterword.engine.llama import library
 from afterword.engine.llama.library import native
 from afterword.engine.llama.vocabulary import Vocabulary
-from afterword.engine.tokenizing import stack_for
+from afterword.engine.worker.tokenizer_threads import stack_bytes
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ class Loaded:
 def loaded(request: pytest.FixtureRequest) -> Iterator[Loaded]:
     if request.param is None:
         pytest.skip("no vocabularies in ../shared/vocabs")
-    library.start(verbose=False)
+    library.initialize(verbose=False)
     params = native.llama_model_default_params()
     params.vocab_only = True
     model = native.llama_model_load_from_file(os.fsencode(request.param), params)
@@ -71,7 +71,7 @@ def loaded(request: pytest.FixtureRequest) -> Iterator[Loaded]:
 def on_a_large_stack(work: Callable[[], T]) -> T:
     """The result of `work` on a thread like the one that tokenizes in the engine's process."""
     results: list[T] = []
-    before = threading.stack_size(stack_for("x" * 2**18))
+    before = threading.stack_size(stack_bytes("x" * 2**18))
     try:
         thread = threading.Thread(target=lambda: results.append(work()))
         thread.start()

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from afterword.keys.limiter import MINUTE
-from afterword.keys.throttle import Throttle, network
+from afterword.keys.rate_limiter import MINUTE_NS
+from afterword.keys.throttle import WrongKeyThrottle, network
 
 HOME, AWAY = "192.0.2.1", "192.0.2.2"
 
 
-def worn_out(limit: int = 20) -> Throttle:
+def worn_out(limit: int = 20) -> WrongKeyThrottle:
     """One that HOME has tried as many wrong keys on as it may."""
-    throttle = Throttle(limit)
+    throttle = WrongKeyThrottle(limit)
     assert [throttle.wait(HOME, 0) for _ in range(limit)] == [0] * limit
     return throttle
 
 
 def test_after_so_many_wrong_keys_an_address_must_wait():
     throttle = worn_out()
-    assert throttle.wait(HOME, 0) == MINUTE // 20
-    assert throttle.wait(HOME, MINUTE // 20) == 0
+    assert throttle.wait(HOME, 0) == MINUTE_NS // 20
+    assert throttle.wait(HOME, MINUTE_NS // 20) == 0
 
 
 def test_other_addresses_are_not_concerned():
@@ -28,15 +28,15 @@ def test_other_addresses_are_not_concerned():
 
 
 def test_zero_is_any_number():
-    throttle = Throttle(0)
+    throttle = WrongKeyThrottle(0)
     assert [throttle.wait(HOME, 0) for _ in range(1000)] == [0] * 1000
 
 
 def test_memory_is_bounded_however_many_addresses_come():
-    throttle = Throttle(1)
+    throttle = WrongKeyThrottle(1)
     for number in range(10_000):
         throttle.wait(f"10.0.{number // 256}.{number % 256}", 0)
-    assert len(throttle._tries) <= 4096
+    assert len(throttle._buckets) <= 4096
 
 
 @pytest.mark.parametrize(

@@ -22,13 +22,13 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 import huggingface_hub
 import pytest
-from ggufs import TENSORS, cache, gguf, write
+from gguf_writer import TENSORS, cache, gguf, write
 from huggingface_hub import constants, file_download
 
 from afterword.errors import SettingError
-from afterword.models.arrival import left_over
-from afterword.models.fetch import Watcher
-from afterword.models.pull import pull, wanted
+from afterword.models.download_staging import partial_bytes
+from afterword.models.fetch import DownloadObserver
+from afterword.models.pull import parse_hub_spec, pull
 from afterword.models.registry import installed, locate, parse_spec
 
 GOOD = gguf()
@@ -302,7 +302,7 @@ def test_room_is_there_already_for_what_no_other_process_will_take_up(home: Path
     write(home / "hub" / f"{begin}{os.getpid()}" / "blobs" / "mine.part", bytes(200))
     write(home / "hub" / f"{begin}{os.getppid()}" / "blobs" / "another.part", bytes(30))  # its process lives
     (home / "hub" / f"{begin}{gone.pid}" / "moved.part").symlink_to("elsewhere")  # as if it went while one looks
-    assert left_over(home / "hub", "owner/repo") == 1200
+    assert partial_bytes(home / "hub", "owner/repo") == 1200
 
 
 def test_a_disk_that_becomes_full(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +316,7 @@ def test_a_disk_that_becomes_full(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> 
 # ---- what was begun before, what is told on the way, and what somebody may have meant
 
 
-class Heard(Watcher):
+class Heard(DownloadObserver):
     """What was told."""
 
     def __init__(self) -> None:
@@ -328,11 +328,11 @@ class Heard(Watcher):
     def chosen(self, name: str, among: Sequence[str]) -> None:
         self.choices.append((name, list(among)))
 
-    def begun(self, name: str, size: int, have: int) -> None:
+    def started(self, name: str, size: int, have: int) -> None:
         self.files.append((name, size, have))
         self.bytes = have
 
-    def came(self, count: int) -> None:
+    def received(self, count: int) -> None:
         self.bytes += count
 
     def checking(self, name: str) -> None:
@@ -401,10 +401,10 @@ def test_the_owner_says_which_is_meant(hub: Hub, home: Path) -> None:
     hub.files["maker/model"] = {"model.safetensors": b""}
     hub.files["other/Model-GGUF"] = {"m-Q8_0.gguf": GOOD}
     assert complaint("hf:maker/model") == "maker/model holds no GGUF model. The Hub has it at other/Model-GGUF."
-    assert wanted("owner/repo:Q4_0") == parse_spec("hf:owner/repo:Q4_0")
+    assert parse_hub_spec("owner/repo:Q4_0") == parse_spec("hf:owner/repo:Q4_0")
     for text in ("model", "model:Q8_0"):
         with pytest.raises(SettingError, match=r"lacks its owner\. The Hub has it at maker/model, other/Model-GGUF"):
-            wanted(text)
+            parse_hub_spec(text)
     for text in ("nothing-like-it", "afterword-tiny", "./model.gguf", "model.gguf"):
         with pytest.raises(SettingError, match="is not on the Hub"):
-            wanted(text)
+            parse_hub_spec(text)

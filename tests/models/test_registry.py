@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
-from ggufs import cache, gguf, write
+from gguf_writer import cache, gguf, write
 
 from afterword.errors import SettingError
-from afterword.models import registry, stores
+from afterword.models import other_stores, registry
 from afterword.models.registry import (
     BuiltIn,
     HubFile,
@@ -31,8 +31,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty Hub cache, a built-in model, and nothing else."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(stores, "ollama", list)
-    monkeypatch.setattr(stores, "lmstudio", list)
+    monkeypatch.setattr(other_stores, "ollama", list)
+    monkeypatch.setattr(other_stores, "lmstudio", list)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     builtin = write(tmp_path / "builtin" / "afterword-tiny.gguf", gguf())
     monkeypatch.setattr(registry, "builtin_path", lambda: builtin)

@@ -18,7 +18,7 @@ from afterword.engine.llama import library
 from afterword.engine.llama.library import native
 from oracle.tiny import FILE_TYPES, FileType, add_vocabulary, byte_vocabulary
 
-library.start(verbose=False)  # or the library's sentences are not kept
+library.initialize(verbose=False)  # or the library's sentences are not kept
 
 Value = bool | int | float | tuple[int, ...]
 Shape = tuple[int, ...]

@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, expect  # noqa: E402
 from conftest import running  # noqa: E402
 
 from .chromium import browsing  # noqa: E402
-from .visitor import Visitor  # noqa: E402
+from .page_driver import PageDriver  # noqa: E402
 
 SIZES = {"-phone": (390, 844), "-tablet": (820, 1000), "": (1440, 900)}
 STORY = "Once upon a time there was a little girl named Lily. She had a small red boat, and every morning she"
@@ -48,7 +48,7 @@ def take(browser: Browser, url: str, width: int, height: int, dark: bool) -> byt
         color_scheme="dark" if dark else "light",
         reduced_motion="reduce",
     )
-    visitor = Visitor(context.new_page(), url).open()
+    visitor = PageDriver(context.new_page(), url).open()
     visitor.write(STORY)
     visitor.set(max_tokens=220, temperature=0.7, seed=11)
     visitor.page.evaluate(TIDY)
@@ -71,7 +71,7 @@ def take(browser: Browser, url: str, width: int, height: int, dark: bool) -> byt
     return picture
 
 
-def several(visitor: Visitor) -> None:
+def several(visitor: PageDriver) -> None:
     """Three answers side by side."""
     visitor.set(n=3, max_tokens=40, min_tokens=30, seed=5)
     visitor.press("Escape")

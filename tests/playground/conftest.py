@@ -12,9 +12,9 @@ from playwright.sync_api import Browser, expect
 from oracle.tiny import write_tiny
 
 from .chromium import browsing, path
-from .visitor import Visitor
+from .page_driver import PageDriver
 
-Visit = Callable[..., Visitor]
+Visit = Callable[..., PageDriver]
 
 expect.set_options(timeout=20_000)  # milliseconds; the machine may be busy
 
@@ -45,9 +45,9 @@ def plain_server(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.fixture
 def visit(browser: Browser, tmp_path: Path) -> Iterator[Visit]:
     """`visit(url, width=..., height=..., dark=...)`: a page of its own. What goes wrong on it fails the test."""
-    visitors: list[Visitor] = []
+    visitors: list[PageDriver] = []
 
-    def visit(url: str, width: int = 1440, height: int = 900, dark: bool = False, touch: bool = False) -> Visitor:
+    def visit(url: str, width: int = 1440, height: int = 900, dark: bool = False, touch: bool = False) -> PageDriver:
         context = browser.new_context(
             viewport={"width": width, "height": height},
             color_scheme="dark" if dark else "light",
@@ -56,7 +56,7 @@ def visit(browser: Browser, tmp_path: Path) -> Iterator[Visit]:
             accept_downloads=True,
         )
         context.set_default_timeout(30_000)
-        visitors.append(Visitor(context.new_page(), url))
+        visitors.append(PageDriver(context.new_page(), url))
         return visitors[-1]
 
     yield visit
@@ -67,6 +67,6 @@ def visit(browser: Browser, tmp_path: Path) -> Iterator[Visit]:
 
 
 @pytest.fixture
-def visitor(visit: Visit, open_server: Any) -> Visitor:
+def visitor(visit: Visit, open_server: Any) -> PageDriver:
     """A page on the built-in model."""
     return visit(open_server.url).open()

@@ -7,10 +7,10 @@ from typing import Any
 
 from playwright.sync_api import expect
 
-from .visitor import BEGINNING, Visitor
+from .page_driver import BEGINNING, PageDriver
 
 
-def test_several_answers_stand_side_by_side_until_one_is_picked(visitor: Visitor) -> None:
+def test_several_answers_stand_side_by_side_until_one_is_picked(visitor: PageDriver) -> None:
     visitor.write(BEGINNING)
     visitor.set(n=3, max_tokens=10, seed=4)
     visitor.area.focus()
@@ -32,7 +32,7 @@ def test_several_answers_stand_side_by_side_until_one_is_picked(visitor: Visitor
         assert visitor.text.replace("\n", "") == BEGINNING + texts[index].replace("\n", ""), keys
 
 
-def test_an_answer_that_ended_at_once_is_shown_and_is_no_branch(visitor: Visitor) -> None:
+def test_an_answer_that_ended_at_once_is_shown_and_is_no_branch(visitor: PageDriver) -> None:
     def choice(index: int, text: str) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": None, "finish_reason": "stop"}
 
@@ -53,7 +53,7 @@ def test_an_answer_that_ended_at_once_is_shown_and_is_no_branch(visitor: Visitor
     expect(visitor.find("#position")).to_have_text("1 / 1")
 
 
-def test_answers_can_be_put_away_and_found_again(visitor: Visitor) -> None:
+def test_answers_can_be_put_away_and_found_again(visitor: PageDriver) -> None:
     visitor.write(BEGINNING)
     visitor.set(n=2, max_tokens=4)
     visitor.area.focus()
@@ -66,7 +66,7 @@ def test_answers_can_be_put_away_and_found_again(visitor: Visitor) -> None:
     assert len(visitor.text) > len(BEGINNING)
 
 
-def test_alternatives_of_a_card_go_on_from_there(visitor: Visitor) -> None:
+def test_alternatives_of_a_card_go_on_from_there(visitor: PageDriver) -> None:
     visitor.write(BEGINNING)
     visitor.set(n=2, max_tokens=6)
     visitor.area.focus()
@@ -80,7 +80,7 @@ def test_alternatives_of_a_card_go_on_from_there(visitor: Visitor) -> None:
     assert visitor.asked[-1]["prompt"].startswith(BEGINNING + first)
 
 
-def test_the_arrows_walk_the_tree(visitor: Visitor) -> None:
+def test_the_arrows_walk_the_tree(visitor: PageDriver) -> None:
     visitor.write(BEGINNING)
     first = BEGINNING + visitor.continues(max_tokens=5, seed=1)
     second = first + visitor.continues()
@@ -95,7 +95,7 @@ def test_the_arrows_walk_the_tree(visitor: Visitor) -> None:
     assert visitor.text == second
 
 
-def test_write_again_makes_a_sibling(visitor: Visitor) -> None:
+def test_write_again_makes_a_sibling(visitor: PageDriver) -> None:
     visitor.write(BEGINNING)
     first = visitor.continues(max_tokens=12)
     visitor.press("Alt+KeyR")
@@ -108,7 +108,7 @@ def test_write_again_makes_a_sibling(visitor: Visitor) -> None:
     assert visitor.text == BEGINNING + first
 
 
-def test_undo_and_redo_go_through_edits_and_answers(visitor: Visitor) -> None:
+def test_undo_and_redo_go_through_edits_and_answers(visitor: PageDriver) -> None:
     visitor.area.focus()
     visitor.page.keyboard.type("One day")
     answered = "One day" + visitor.continues(max_tokens=5, seed=1)
@@ -124,7 +124,7 @@ def test_undo_and_redo_go_through_edits_and_answers(visitor: Visitor) -> None:
     assert visitor.find("#mirror .token").count() > 0, "numbers come back too"
 
 
-def test_undo_during_an_answer_stops_and_takes_it_back(visitor: Visitor) -> None:
+def test_undo_during_an_answer_stops_and_takes_it_back(visitor: PageDriver) -> None:
     visitor.begins_endless()
     visitor.press("Control+z")
     assert visitor.text == BEGINNING
@@ -133,7 +133,7 @@ def test_undo_during_an_answer_stops_and_takes_it_back(visitor: Visitor) -> None
     assert len(visitor.text) > len(BEGINNING) + 20
 
 
-def test_what_a_model_wrote_is_not_lost_when_it_is_deleted(visitor: Visitor) -> None:
+def test_what_a_model_wrote_is_not_lost_when_it_is_deleted(visitor: PageDriver) -> None:
     visitor.write(BEGINNING)
     answer = visitor.continues(max_tokens=6, seed=1)
     visitor.write("Something else.")
@@ -144,7 +144,7 @@ def test_what_a_model_wrote_is_not_lost_when_it_is_deleted(visitor: Visitor) -> 
     assert any(answer.strip()[:10] in label for label in labels)
 
 
-def test_the_list_of_branches_goes_to_each(visitor: Visitor) -> None:
+def test_the_list_of_branches_goes_to_each(visitor: PageDriver) -> None:
     visitor.write(BEGINNING)
     first = BEGINNING + visitor.continues(max_tokens=5, seed=1)
     visitor.press("Alt+ArrowLeft")

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from afterword.api.app import GUARDED, OPEN
+from afterword.api.app import PROTECTED_ROUTES, PUBLIC_ROUTES
 
 from .conftest import Visit
 
@@ -34,7 +34,9 @@ def test_every_operation_and_every_field_is_there(page: Page, open_server: Any) 
     document = httpx.get(f"{open_server.url}/openapi.json", trust_env=False).json()
     shown = page.locator(".operation h2").all_inner_texts()
     routes = {
-        (method, route.path.replace(":path", "")) for route in (*OPEN, *GUARDED) for method in route.methods or ()
+        (method, route.path.replace(":path", ""))
+        for route in (*PUBLIC_ROUTES, *PROTECTED_ROUTES)
+        for method in route.methods or ()
     }
     assert {tuple(each.split()) for each in shown} == {each for each in routes if each[0] != "HEAD"}
     section = page.locator("#post-v1-completions")

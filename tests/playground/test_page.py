@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import expect
 
-from .visitor import BEGINNING, Visitor
+from .page_driver import BEGINNING, PageDriver
 
 MOST = 150_000  # bytes
 
@@ -49,7 +49,7 @@ def contrast(one: str, other: str) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-def test_it_is_small_and_from_one_origin(visitor: Visitor) -> None:
+def test_it_is_small_and_from_one_origin(visitor: PageDriver) -> None:
     expect(visitor.find("#context-text")).not_to_be_empty()
     assert 50_000 < visitor.weight <= MOST  # that requests stay on the origin is looked at on every visit
 
@@ -68,7 +68,7 @@ def test_the_policy_is_told_with_every_file_and_kept(open_server: Any) -> None:
     assert not re.search(r"<script>|\son\w+=|\sstyle=|javascript:|https?://", page.text)
 
 
-def everything_open(visitor: Visitor) -> None:
+def everything_open(visitor: PageDriver) -> None:
     visitor.write(BEGINNING)
     visitor.continues(max_tokens=40, seed=5)
     visitor.scores()
@@ -81,7 +81,7 @@ def everything_open(visitor: Visitor) -> None:
     visitor.find("#pane-settings > details > summary").click()
 
 
-def test_everything_that_can_be_used_has_a_name(visitor: Visitor) -> None:
+def test_everything_that_can_be_used_has_a_name(visitor: PageDriver) -> None:
     everything_open(visitor)
     for tab in ("settings", "branches", "request", "sessions"):
         visitor.shows(tab)
@@ -103,7 +103,7 @@ def test_everything_that_can_be_used_has_a_name(visitor: Visitor) -> None:
     assert len(ids) == len(set(ids))
 
 
-def test_the_keyboard_goes_through_everything_in_the_order_of_the_page(visitor: Visitor) -> None:
+def test_the_keyboard_goes_through_everything_in_the_order_of_the_page(visitor: PageDriver) -> None:
     visitor.find("#model").focus()
     seen = ["model"]
     for _ in range(120):
@@ -154,7 +154,7 @@ def test_the_most_coloured_token_stands_out_too(visit: Any, open_server: Any) ->
                 assert min(contrast(ink, ground) for ink, ground, _ in found) >= 4.5, (dark, author, mode)
 
 
-def test_tabs_are_walked_with_the_arrows_and_dialogs_open_and_close(visitor: Visitor) -> None:
+def test_tabs_are_walked_with_the_arrows_and_dialogs_open_and_close(visitor: PageDriver) -> None:
     visitor.find("#tab-settings").focus()
     for name in ("branches", "request", "sessions", "settings"):
         visitor.press("ArrowRight")
@@ -168,7 +168,7 @@ def test_tabs_are_walked_with_the_arrows_and_dialogs_open_and_close(visitor: Vis
     expect(visitor.find("#panel")).to_be_hidden()
 
 
-def test_the_typeface_is_chosen_and_kept(visitor: Visitor) -> None:
+def test_the_typeface_is_chosen_and_kept(visitor: PageDriver) -> None:
     visitor.find("#pane-settings > details > summary").click()
     visitor.find("#face").select_option("mono")
     visitor.page.reload()
@@ -179,7 +179,7 @@ def test_the_typeface_is_chosen_and_kept(visitor: Visitor) -> None:
     assert "mono" in field
 
 
-def test_the_theme_can_be_switched(visitor: Visitor) -> None:
+def test_the_theme_can_be_switched(visitor: PageDriver) -> None:
     def ground() -> str:
         colour: str = visitor.page.evaluate("() => getComputedStyle(document.body).backgroundColor")
         return colour
@@ -278,7 +278,7 @@ def long_session(tokens: int) -> dict[str, Any]:
     return {"kind": "afterword session", "version": 1, "name": "long", "tree": tree, "current": 1, "settings": {}}
 
 
-def test_a_long_document_costs_no_more_than_what_changes(visitor: Visitor, tmp_path: Any) -> None:
+def test_a_long_document_costs_no_more_than_what_changes(visitor: PageDriver, tmp_path: Any) -> None:
     path = tmp_path / "long.json"
     path.write_text(json.dumps(long_session(8000)), encoding="utf-8")
     visitor.shows("sessions")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import expect
 
-from .visitor import BEGINNING, Visitor
+from .page_driver import BEGINNING, PageDriver
 
 ELSEWHERE = {"model", "prompt", "suffix", "stream_options"}  # the document, the list of models, the page itself
 
@@ -21,7 +21,7 @@ def schema(server: Any) -> dict[str, Any]:
         return properties
 
 
-def test_every_field_that_the_server_knows_can_be_set(visitor: Visitor, open_server: Any) -> None:
+def test_every_field_that_the_server_knows_can_be_set(visitor: PageDriver, open_server: Any) -> None:
     names = set(visitor.find("#fields .field label").all_text_contents())
     assert names == set(schema(open_server)) - ELSEWHERE | {"continuous_usage_stats"}
 
@@ -37,7 +37,7 @@ def test_a_strict_server_is_offered_only_its_own_fields(visit: Any, plain_server
     expect(visitor.find("#insert"), "this model cannot fill gaps").to_be_disabled()
 
 
-def test_only_what_differs_from_the_api_is_sent(visitor: Visitor, open_server: Any) -> None:
+def test_only_what_differs_from_the_api_is_sent(visitor: PageDriver, open_server: Any) -> None:
     visitor.write(BEGINNING)
     visitor.continues()
     streamed = {"stream": True, "stream_options": {"include_usage": True}}
@@ -62,20 +62,20 @@ def test_only_what_differs_from_the_api_is_sent(visitor: Visitor, open_server: A
     ],
     ids="+".join,
 )
-def test_fields_reach_the_server_and_it_takes_them(visitor: Visitor, fields: Any, sent: dict[str, Any]) -> None:
+def test_fields_reach_the_server_and_it_takes_them(visitor: PageDriver, fields: Any, sent: dict[str, Any]) -> None:
     visitor.write(BEGINNING)
     visitor.continues(max_tokens=5, **fields)
     body = visitor.asked[-1]
     assert {name: body.get(name) for name in sent} == sent
 
 
-def test_usage_in_every_event_is_an_option_of_the_stream(visitor: Visitor) -> None:
+def test_usage_in_every_event_is_an_option_of_the_stream(visitor: PageDriver) -> None:
     visitor.write(BEGINNING)
     visitor.continues(max_tokens=3, continuous_usage_stats=True)
     assert visitor.asked[-1]["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
 
 
-def test_stop_strings_are_a_list_with_line_ends(visitor: Visitor) -> None:
+def test_stop_strings_are_a_list_with_line_ends(visitor: PageDriver) -> None:
     visitor.shows("settings")
     for text in (".", "\\n\\n"):
         visitor.find("#field-stop").fill(text)
@@ -90,7 +90,7 @@ def test_stop_strings_are_a_list_with_line_ends(visitor: Visitor) -> None:
     assert visitor.asked[-1]["stop"] == ["\n\n"]
 
 
-def test_bias_is_given_by_text(visitor: Visitor, open_server: Any) -> None:
+def test_bias_is_given_by_text(visitor: PageDriver, open_server: Any) -> None:
     visitor.shows("settings")
     visitor.find("#fields details summary").first.click()
     visitor.find("#field-logit_bias").fill(" Lily")
@@ -104,14 +104,14 @@ def test_bias_is_given_by_text(visitor: Visitor, open_server: Any) -> None:
     assert answer == " Lily" * 4
 
 
-def test_reset_goes_back_to_where_the_page_began(visitor: Visitor) -> None:
+def test_reset_goes_back_to_where_the_page_began(visitor: PageDriver) -> None:
     visitor.set(temperature=0.3, n=2)
     visitor.find("#reset").click()
     expect(visitor.find("#field-temperature")).to_have_value("1")
     expect(visitor.find("#field-n")).to_have_value("1")
 
 
-def test_the_request_as_python_runs(visitor: Visitor, tmp_path: Any) -> None:
+def test_the_request_as_python_runs(visitor: PageDriver, tmp_path: Any) -> None:
     prompt = 'It\'s "quoted" \\ here,\nand £ 日本. Once upon a time'
     visitor.write(prompt)
     answer = visitor.continues(max_tokens=12, seed=3, top_k=4)
@@ -124,7 +124,7 @@ def test_the_request_as_python_runs(visitor: Visitor, tmp_path: Any) -> None:
     assert run.stdout == answer
 
 
-def test_the_request_as_curl_is_what_a_shell_understands(visitor: Visitor) -> None:
+def test_the_request_as_curl_is_what_a_shell_understands(visitor: PageDriver) -> None:
     visitor.write("It's here: Once upon a time")
     answer = visitor.continues(max_tokens=12, seed=3, stream=False)
     visitor.press("Alt+ArrowLeft")
@@ -139,7 +139,7 @@ def test_the_request_as_curl_is_what_a_shell_understands(visitor: Visitor) -> No
     expect(visitor.find('[data-copy="curl"]')).to_have_text("Copied")
 
 
-def test_the_last_answer_can_be_read_raw(visitor: Visitor) -> None:
+def test_the_last_answer_can_be_read_raw(visitor: PageDriver) -> None:
     visitor.write(BEGINNING)
     visitor.continues(max_tokens=3)
     visitor.shows("request")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import expect
 
-from .visitor import BEGINNING, Visitor
+from .page_driver import BEGINNING, PageDriver
 
 
 def scored(server: Any, text: str) -> dict[str, list[Any]]:
@@ -20,7 +20,7 @@ def scored(server: Any, text: str) -> dict[str, list[Any]]:
         return columns
 
 
-def sums(visitor: Visitor) -> dict[str, str]:
+def sums(visitor: PageDriver) -> dict[str, str]:
     names = visitor.find("#sums dt").all_inner_texts()
     return dict(zip(names, visitor.find("#sums dd").all_inner_texts(), strict=True))
 
@@ -34,7 +34,7 @@ def percent(logprob: float) -> str:
     return "100 %" if share >= 99.95 else f"{share:.{1 if share >= 9.95 else 2}f} %" if share >= 0.01 else "< 0.01 %"
 
 
-def test_score_has_the_probabilities_of_the_documents_own_tokens(visitor: Visitor, open_server: Any) -> None:
+def test_score_has_the_probabilities_of_the_documents_own_tokens(visitor: PageDriver, open_server: Any) -> None:
     visitor.write(BEGINNING)
     visitor.scores()
     columns = scored(open_server, BEGINNING)
@@ -53,7 +53,7 @@ def test_score_has_the_probabilities_of_the_documents_own_tokens(visitor: Visito
     assert visitor.text == BEGINNING
 
 
-def test_the_course_of_surprise_leads_into_the_text(visitor: Visitor) -> None:
+def test_the_course_of_surprise_leads_into_the_text(visitor: PageDriver) -> None:
     visitor.write(f"{BEGINNING} " * 60)
     visitor.scores()
     course = visitor.find("#course")
@@ -66,7 +66,7 @@ def test_the_course_of_surprise_leads_into_the_text(visitor: Visitor) -> None:
     assert visitor.find("#page").evaluate("(page) => page.scrollTop") > 0
 
 
-def test_what_is_selected_is_summed_by_itself(visitor: Visitor, open_server: Any) -> None:
+def test_what_is_selected_is_summed_by_itself(visitor: PageDriver, open_server: Any) -> None:
     visitor.write(BEGINNING)
     visitor.scores()
     columns = scored(open_server, BEGINNING)
@@ -78,7 +78,7 @@ def test_what_is_selected_is_summed_by_itself(visitor: Visitor, open_server: Any
     assert amount(found["log probability"]) == pytest.approx(sum(columns["token_logprobs"][3:7]), abs=0.006)
 
 
-def test_colour_is_the_probability_or_the_surprise_or_nothing(visitor: Visitor, open_server: Any) -> None:
+def test_colour_is_the_probability_or_the_surprise_or_nothing(visitor: PageDriver, open_server: Any) -> None:
     visitor.write(BEGINNING)
     visitor.scores()
     logprobs = scored(open_server, BEGINNING)["token_logprobs"]
@@ -98,7 +98,7 @@ def test_colour_is_the_probability_or_the_surprise_or_nothing(visitor: Visitor, 
     assert ink(unlikely) == ink(likely) == 0
 
 
-def test_pointing_at_a_token_shows_its_alternatives(visitor: Visitor, open_server: Any) -> None:
+def test_pointing_at_a_token_shows_its_alternatives(visitor: PageDriver, open_server: Any) -> None:
     visitor.write(BEGINNING)
     visitor.scores()
     columns = scored(open_server, BEGINNING)
@@ -117,7 +117,7 @@ def test_pointing_at_a_token_shows_its_alternatives(visitor: Visitor, open_serve
     expect(popover).to_be_hidden()
 
 
-def test_the_keyboard_reaches_alternatives_and_takes_one(visitor: Visitor) -> None:
+def test_the_keyboard_reaches_alternatives_and_takes_one(visitor: PageDriver) -> None:
     visitor.write(BEGINNING)
     visitor.continues(max_tokens=10, temperature=0)
     visitor.caret(len(visitor.text))
@@ -142,7 +142,7 @@ def test_the_keyboard_reaches_alternatives_and_takes_one(visitor: Visitor) -> No
     assert visitor.asked[-1]["prompt"] == BEGINNING + wanted
 
 
-def test_an_alternative_cuts_the_text_there_and_goes_on_from_it(visitor: Visitor) -> None:
+def test_an_alternative_cuts_the_text_there_and_goes_on_from_it(visitor: PageDriver) -> None:
     visitor.write(BEGINNING)
     visitor.continues(max_tokens=12, temperature=0)
     kept = BEGINNING + "".join(visitor.tokens.all_inner_texts()[:5])
@@ -156,7 +156,7 @@ def test_an_alternative_cuts_the_text_there_and_goes_on_from_it(visitor: Visitor
     expect(visitor.find("#position"), "it is a branch beside the first answer").to_have_text("2 / 2")
 
 
-def test_a_character_of_several_tokens_is_one_piece_and_offsets_hold_after_it(visitor: Visitor) -> None:
+def test_a_character_of_several_tokens_is_one_piece_and_offsets_hold_after_it(visitor: PageDriver) -> None:
     text = "Oné 日本 😀 upon a time"
     visitor.write(text)
     visitor.scores()
@@ -172,7 +172,7 @@ def test_a_character_of_several_tokens_is_one_piece_and_offsets_hold_after_it(vi
     expect(visitor.find("#popover")).to_have_attribute("aria-label", "Alternatives to ␣time")
 
 
-def test_generated_characters_may_be_made_of_bytes(visitor: Visitor) -> None:
+def test_generated_characters_may_be_made_of_bytes(visitor: PageDriver) -> None:
     visitor.write("日本日本日本")
     visitor.set(max_tokens=12, temperature=0)
     visitor.shows("settings")
@@ -187,7 +187,7 @@ def test_generated_characters_may_be_made_of_bytes(visitor: Visitor) -> None:
     assert len(visitor.text) > 6
 
 
-def test_boundaries_are_shown_for_all_of_the_text(visitor: Visitor, open_server: Any) -> None:
+def test_boundaries_are_shown_for_all_of_the_text(visitor: PageDriver, open_server: Any) -> None:
     visitor.write(BEGINNING)
     visitor.find("#boundaries").click()
     visitor.says("Scored")
@@ -198,7 +198,7 @@ def test_boundaries_are_shown_for_all_of_the_text(visitor: Visitor, open_server:
     assert visitor.tokens.nth(1).evaluate("(node) => getComputedStyle(node).boxShadow") == "none"
 
 
-def test_tokens_with_line_ends_are_whole(visitor: Visitor, open_server: Any) -> None:
+def test_tokens_with_line_ends_are_whole(visitor: PageDriver, open_server: Any) -> None:
     text = "One\n\nTwo\n\n\nThree\n"
     visitor.write(text)
     visitor.scores()
@@ -206,7 +206,7 @@ def test_tokens_with_line_ends_are_whole(visitor: Visitor, open_server: Any) -> 
     assert visitor.mirrored == visitor.text == text
 
 
-def test_another_models_numbers_are_told_apart(visitor: Visitor) -> None:
+def test_another_models_numbers_are_told_apart(visitor: PageDriver) -> None:
     models = [{"id": name, "object": "model", "max_model_len": 2048} for name in ("afterword-tiny", "another")]
     visitor.page.route("**/v1/models", lambda route: route.fulfill(json={"object": "list", "data": models}))
     visitor.page.reload()
@@ -220,7 +220,7 @@ def test_another_models_numbers_are_told_apart(visitor: Visitor) -> None:
     assert visitor.find("#mirror .stale").count() == 0
 
 
-def test_numbers_from_before_an_edit_are_told_apart(visitor: Visitor) -> None:
+def test_numbers_from_before_an_edit_are_told_apart(visitor: PageDriver) -> None:
     visitor.write(BEGINNING)
     visitor.scores()
     visitor.caret(0)

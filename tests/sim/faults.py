@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from afterword.engine.core.prefix_cache import PrefixCache
 from afterword.engine.core.scheduler import Scheduler
 from afterword.engine.core.sequence import Sequence
-from afterword.engine.core.slots import Slots
-from afterword.engine.pending import Pending
+from afterword.engine.parent.pending_job import PendingJob
+from afterword.engine.parent.supervisor import Supervisor
 from afterword.engine.protocol import Step
-from afterword.engine.supervisor import Supervisor
-from afterword.keys.limiter import Bucket
+from afterword.keys.rate_limiter import TokenBucket
 
 
 @dataclass(frozen=True)
@@ -27,22 +27,22 @@ class Fault:
 
 
 def _leak_slots(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Slots, "leave", lambda *_, **__: None)
+    patch.setattr(PrefixCache, "release", lambda *_, **__: None)
 
 
 def _go_on_after_the_end(patch: pytest.MonkeyPatch) -> None:
-    put = Pending.put
+    put = PendingJob.add_step
 
-    def put_more(self: Pending, step: Step) -> None:
+    def put_more(self: PendingJob, step: Step) -> None:
         put(self, step)
         if step.ended and not self.ended:
             self._steps.put_nowait(Step(sampled=step.sampled))
 
-    patch.setattr(Pending, "put", put_more)
+    patch.setattr(PendingJob, "add_step", put_more)
 
 
 def _repeat_after_a_crash(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Pending, "_repeats", lambda *_: False)
+    patch.setattr(PendingJob, "_repeats", lambda *_: False)
 
 
 def _admit_everyone(patch: pytest.MonkeyPatch) -> None:
@@ -51,12 +51,12 @@ def _admit_everyone(patch: pytest.MonkeyPatch) -> None:
 
 
 def _admit_any_size(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Pending, "size", 0)
+    patch.setattr(PendingJob, "size", 0)
 
 
 def _first_come_first_served(patch: pytest.MonkeyPatch) -> None:
     def oldest(self: Scheduler) -> Any:
-        if not self._slots.room:
+        if not self._slots.has_free_slot:
             return None
         queued = (self._resumable(work.queued[0]) for work in self._begun.values() if work.queued)
         if found := next(filter(None, queued), None):
@@ -72,7 +72,7 @@ def _pause_nothing(patch: pytest.MonkeyPatch) -> None:
 
 
 def _grant_without_counting(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Bucket, "take", lambda *_: None)
+    patch.setattr(TokenBucket, "take", lambda *_: None)
 
 
 def _ignore_deadlines(patch: pytest.MonkeyPatch) -> None:
@@ -80,18 +80,18 @@ def _ignore_deadlines(patch: pytest.MonkeyPatch) -> None:
 
 
 def _forget_one_in_a_crash(patch: pytest.MonkeyPatch) -> None:
-    mourn = Supervisor._mourn
+    mourn = Supervisor._handle_worker_death
 
     def forget(self: Supervisor) -> None:
         mourn(self)
-        if self._line:
-            self._line.popitem()
+        if self._waiting:
+            self._waiting.popitem()
 
-    patch.setattr(Supervisor, "_mourn", forget)
+    patch.setattr(Supervisor, "_handle_worker_death", forget)
 
 
 def _ignore_silence(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("afterword.engine.watch.Watch.hangs", lambda *_, **__: False)
+    patch.setattr("afterword.engine.parent.watchdog.Watchdog.is_hanging", lambda *_, **__: False)
 
 
 FAULTS = (

@@ -1,6 +1,7 @@
 """An engine's process that is none: the real loop, scheduler and slots, in the same event loop as the server.
 
-It stands in where `afterword.engine.process.Link` is, and can die, stop, spin and stall as it is told.
+It stands in where `afterword.engine.parent.worker_process.WorkerLink` is, and can die, stop, spin and stall as it is
+told.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
-from history import VOCABULARY, HistoryRunner
+from history_runner import VOCABULARY, HistoryRunner
 
-from afterword.engine import frames
-from afterword.engine.child import Gauge, apply
-from afterword.engine.core.batch import Batch, Logits
-from afterword.engine.core.loop import Loop
-from afterword.engine.protocol import Card
+from afterword.engine import messages
+from afterword.engine.core.engine_loop import EngineLoop
+from afterword.engine.core.forward_batch import ForwardBatch, Logits
+from afterword.engine.protocol import ModelInfo
+from afterword.engine.worker.worker_main import PassMonitor, apply_message
 
 DEADLY, BOMB, CURSED = "!", "#", "?"
 """A prompt with the first kills as it is read, with the second after some tokens; the last kills the tokenizer."""
@@ -35,27 +36,27 @@ class Machine:
     """What processes run on. `failing`: so many of the next cannot load the model."""
 
     random: Random
-    shape: frames.Open
+    shape: messages.LoadModel
     promise: str = "exact"
     load_seconds: float = 1.0
     pass_seconds: float = 0.01
     token_seconds: float = 0.002
     failing: int = 0
     processes: list[FakeProcess] = field(default_factory=list)
-    passed: Callable[[FakeProcess, Batch], None] = lambda *_: None
+    passed: Callable[[FakeProcess, ForwardBatch], None] = lambda *_: None
     told: Callable[..., None] = lambda *_: None
 
     async def spawn(self, _: object) -> FakeProcess:
-        """A new process; see `afterword.engine.process.Spawn`."""
+        """A new process; see `afterword.engine.parent.worker_process.SpawnWorker`."""
         self.processes.append(FakeProcess(self, self.failing > 0))
         self.failing = max(0, self.failing - 1)
         return self.processes[-1]
 
-    def card(self) -> Card:
+    def card(self) -> ModelInfo:
         """The model's."""
         pieces = tuple(letter.encode() for letter in LETTERS)
         shape = self.shape
-        return Card(
+        return ModelInfo(
             *(0, shape.context, shape.sequences, pieces, (0,), None, 0, False, False, 1, None, "fp_sim"),
             promise=self.promise,  # type: ignore[arg-type]
         )
@@ -68,23 +69,23 @@ class TimedRunner(HistoryRunner):
         shape = machine.shape
         super().__init__(shape.sequences, shape.chunk, grid=shape.grid)
         self.ahead = 0.0  # seconds by which this process's clock is before the loop's
-        self.gauge: Gauge | None = None
-        self.pulse = frames.Pulse(0, 0, 0, 0.0)
+        self.monitor: PassMonitor | None = None
+        self.pulse = messages.Heartbeat(0, 0, 0, 0.0)
         self._machine = machine
         self._process = process
 
     def clock(self) -> float:
         return asyncio.get_running_loop().time() + self.ahead
 
-    def run(self, batch: Batch) -> Logits:
-        assert self.gauge is not None
-        self.pulse = self.gauge.pulse()
-        tokens = sum(len(row.tokens) for row in batch.rows)
+    def run(self, batch: ForwardBatch) -> Logits:
+        assert self.monitor is not None
+        self.pulse = self.monitor.heartbeat()
+        tokens = sum(len(row.tokens) for row in batch.entries)
         machine = self._machine
         self.ahead = (machine.pass_seconds + tokens * machine.token_seconds) * machine.random.uniform(0.7, 1.3)
         machine.passed(self._process, batch)
         logits = super().run(batch)
-        if any(self._deadly(slot) for slot in {row.slot for row in batch.rows}):
+        if any(self._deadly(slot) for slot in {row.slot for row in batch.entries}):
             raise DeadError
         return logits
 
@@ -97,13 +98,13 @@ class TimedRunner(HistoryRunner):
 
 
 class FakeProcess:
-    """See `afterword.engine.process.Link`. `stopped_at` and `spins_at`: since when it hangs."""
+    """See `afterword.engine.parent.worker_process.WorkerLink`. `stopped_at` and `spins_at`: since when it hangs."""
 
     pid = None
 
     def __init__(self, machine: Machine, fails: bool) -> None:
         self.alive = True
-        self.core: Loop | None = None
+        self.core: EngineLoop | None = None
         self.stopped_at: float | None = None
         self.spins_at: float | None = None
         self.died_at: float | None = None
@@ -111,9 +112,9 @@ class FakeProcess:
         self._fails = fails
         self._spins = False
         self._runner = TimedRunner(machine, self)
-        self._inbox: deque[tuple[float, frames.ToEngine]] = deque()
-        self._outbox: asyncio.Queue[tuple[float, frames.FromEngine | None]] = asyncio.Queue()
-        self._lanes: tuple[asyncio.Queue[frames.Tokenize], ...] = (asyncio.Queue(), asyncio.Queue())
+        self._inbox: deque[tuple[float, messages.WorkerMessage]] = deque()
+        self._outbox: asyncio.Queue[tuple[float, messages.ServerMessage | None]] = asyncio.Queue()
+        self._lanes: tuple[asyncio.Queue[messages.TokenizeText], ...] = (asyncio.Queue(), asyncio.Queue())
         self._news = asyncio.Event()
         self._going = asyncio.Event()
         self._going.set()
@@ -126,16 +127,16 @@ class FakeProcess:
 
     # ---- what the server sees
 
-    def send(self, message: frames.ToEngine) -> None:
-        if isinstance(message, frames.Tokenize):
+    def send(self, message: messages.WorkerMessage) -> None:
+        if isinstance(message, messages.TokenizeText):
             self._lanes[message.long].put_nowait(message)  # they have threads of their own, and wait for no pass
             return
-        if isinstance(message, frames.Forget):
+        if isinstance(message, messages.CancelTokenize):
             return  # the text is short, and answered soon
         self._inbox.append((self.now + _WAY, message))
         self._news.set()
 
-    async def receive(self) -> frames.FromEngine | None:
+    async def receive(self) -> messages.ServerMessage | None:
         ready, message = await self._outbox.get()
         await asyncio.sleep(max(0.0, ready - self.now))
         return message
@@ -145,7 +146,7 @@ class FakeProcess:
             raise AssertionError("a healthy engine was killed")
         self.die("killed")
 
-    async def bury(self) -> int | None:
+    async def wait_ended(self) -> int | None:
         self.die("ended")
         await asyncio.sleep(0.01)
         return -9
@@ -185,18 +186,18 @@ class FakeProcess:
     async def _compute(self) -> None:
         await self._rest(self._machine.load_seconds)
         if self._fails:
-            self._emit(frames.Failed("The model is gone."))
+            self._emit(messages.LoadFailure("The model is gone."))
             return
-        self._emit(frames.Ready(self._machine.card()))
-        gauge = self._runner.gauge = Gauge(self._runner, self._runner.clock)
-        self.core = Loop(gauge, self._runner.clock)
+        self._emit(messages.ModelReady(self._machine.card()))
+        monitor = self._runner.monitor = PassMonitor(self._runner, self._runner.clock)
+        self.core = EngineLoop(monitor, self._runner.clock)
         try:
             while True:
                 await self._beat(self.core)
         except DeadError:
             self.die("deadly")
 
-    async def _beat(self, core: Loop) -> None:
+    async def _beat(self, core: EngineLoop) -> None:
         changed = self._take(core)
         self._runner.ahead = 0.0
         computed = len(self._runner.batches)
@@ -204,10 +205,10 @@ class FakeProcess:
         if len(self._runner.batches) > computed:
             await self._rest(self._runner.ahead, spins=self._spins)
         self._runner.ahead = 0.0
-        if self._runner.gauge:
-            self._runner.pulse = self._runner.gauge.pulse()
+        if self._runner.monitor:
+            self._runner.pulse = self._runner.monitor.heartbeat()
         if steps or changed:
-            self._emit(frames.Pass(steps or {}, core.load()))
+            self._emit(messages.PassDone(steps or {}, core.load()))
         if steps is None and not changed:
             await self._wait()
 
@@ -224,16 +225,16 @@ class FakeProcess:
             self.spins_at = self.now
             await asyncio.Event().wait()
 
-    def _take(self, core: Loop) -> bool:
+    def _take(self, core: EngineLoop) -> bool:
         taken = False
         while self._inbox and self._inbox[0][0] <= self.now + 1e-9:
             message = self._inbox.popleft()[1]
-            if not isinstance(message, frames.Open):
-                apply(core, message)
+            if not isinstance(message, messages.LoadModel):
+                apply_message(core, message)
                 taken = True
         return taken
 
-    async def _tokenize(self, texts: asyncio.Queue[frames.Tokenize]) -> None:
+    async def _tokenize(self, texts: asyncio.Queue[messages.TokenizeText]) -> None:
         while True:
             message = await texts.get()
             await self._rest(_WAY + 0.001 * (1 + len(message.text)))
@@ -241,7 +242,9 @@ class FakeProcess:
                 asyncio.get_running_loop().call_soon(self.die, "cursed")
                 await asyncio.Event().wait()
             self._emit(
-                frames.Tokens.of(message.call, tuple(LETTERS.index(letter) for letter in message.text), message.long)
+                messages.TextTokens.of(
+                    message.call, tuple(LETTERS.index(letter) for letter in message.text), message.long
+                )
             )
 
     async def _pulse(self) -> None:
@@ -249,5 +252,5 @@ class FakeProcess:
             await self._rest(1.0)
             self._emit(self._runner.pulse)
 
-    def _emit(self, message: frames.FromEngine) -> None:
+    def _emit(self, message: messages.ServerMessage) -> None:
         self._outbox.put_nowait((self.now + _WAY, message))

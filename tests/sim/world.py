@@ -11,17 +11,17 @@ from random import Random
 import msgspec
 
 from afterword.completion import run as completion_run
-from afterword.engine.frames import Open
+from afterword.engine.messages import LoadModel
+from afterword.engine.parent.supervisor import QueuePolicy, Supervisor
+from afterword.engine.parent.watchdog import TICK_SECONDS
 from afterword.engine.protocol import Load
-from afterword.engine.supervisor import Policy, Supervisor
-from afterword.engine.watch import TICK
 from afterword.keys.key import Allowance, Key
-from afterword.keys.ring import Ring
+from afterword.keys.key_registry import KeyRegistry
 
-from .ledger import Account, BrokenError, Ledger, ObservedEngine, require
+from .clients import Visit, greedy_wish, key_digest, key_text, visit, wish
+from .invariants import Account, BrokenError, Ledger, ObservedEngine, require
 from .process import FakeProcess, Machine
 from .virtual import VirtualLoop, run
-from .visitors import Visit, greedy_wish, key_digest, key_text, visit, wish
 
 _LATE = 4.0  # seconds that a hang may take to be noticed beyond its limit: a pulse, ticks, a stall before it
 _SPINS = 600.0 + _LATE  # seconds, where no pass has been measured before
@@ -46,7 +46,7 @@ def simulate(seed: int, events: int = 200) -> Outcome:
     """Run a seed."""
     world = World(seed)
     broken, rule = None, None
-    most_unread, completion_run.MOST_UNREAD = completion_run.MOST_UNREAD, world.unread
+    most_unread, completion_run.MAX_UNREAD_BYTES = completion_run.MAX_UNREAD_BYTES, world.unread
     try:
         run(world.live(events))
     except BrokenError as error:
@@ -54,7 +54,7 @@ def simulate(seed: int, events: int = 200) -> Outcome:
     except Exception as error:
         broken, rule = f"{type(error).__name__}: {error}", 0
     finally:
-        completion_run.MOST_UNREAD = most_unread
+        completion_run.MAX_UNREAD_BYTES = most_unread
     ledger = world.ledger
     return Outcome(seed, ledger.trace, broken, rule, events, ledger.deaths, dict(ledger.outcomes))
 
@@ -69,7 +69,7 @@ class World:
         self._poison = random.choice((0, 0, 0.03, 0.1)) if not self._crowd else 0.0
         self._violent = random.random() < 0.7 and not self._crowd
         self._policy = _policy(random, self._crowd)
-        shape = Open("sim", 64, random.randint(1, 5), 1, random.choice((4, 8, 32)), "f16", 0, False)
+        shape = LoadModel("sim", 64, random.randint(1, 5), 1, random.choice((4, 8, 32)), "f16", 0, False)
         shape = msgspec.structs.replace(shape, grid=random.choice((1, 4)), promise="exact")
         self._machine = Machine(Random(random.getrandbits(32)), shape, token_seconds=random.choice((0.002, 0.02, 1.0)))
         if self._greedy:
@@ -95,10 +95,10 @@ class World:
             self._machine.shape, self._policy, spawn=self._machine.spawn, clock=loop.time
         )
         keys = [Key(key_text(i), key_digest(i), allowance=each) for i, each in enumerate(self._allowances)]
-        self._ring = Ring(keys, clock=lambda: int(loop.time() * 10**9), wall=lambda: 0.0)
+        self._key_registry = KeyRegistry(keys, clock=lambda: int(loop.time() * 10**9), wall=lambda: 0.0)
         self._engine = ObservedEngine(supervisor, self.ledger)
         failures = _Failures()
-        logging.getLogger("afterword.tasks").addHandler(failures)
+        logging.getLogger("afterword.system.tasks").addHandler(failures)
         self._failures = failures.seen
         await supervisor.open()
         try:
@@ -111,7 +111,7 @@ class World:
             await self._end()
         finally:
             await supervisor.close()
-            logging.getLogger("afterword.tasks").removeHandler(failures)
+            logging.getLogger("afterword.system.tasks").removeHandler(failures)
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._check_tasks()
         self._check_ends()
@@ -162,7 +162,9 @@ class World:
         wanted = greedy_wish(self._random) if self._greedy else wish(self._random, self._crowd, self._poison)
         one = Visit(len(self._visits), key_text(key), wanted, self.ledger.deaths)
         self._visits.append(one)
-        self._tasks.append(asyncio.create_task(visit(one, self._engine, self._ring, self._accounts[key], self.ledger)))
+        self._tasks.append(
+            asyncio.create_task(visit(one, self._engine, self._key_registry, self._accounts[key], self.ledger))
+        )
 
     def _leave(self) -> None:
         """Somebody leaves."""
@@ -200,7 +202,7 @@ class World:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
         loop.leap(seconds)
-        self.ledger.overslept = loop.time() + 4 * TICK
+        self.ledger.overslept = loop.time() + 4 * TICK_SECONDS
         for process in self._machine.processes:
             if process.stopped_at is not None:
                 process.stopped_at += seconds
@@ -231,7 +233,7 @@ class World:
         if process.alive and process.stopped_at is not None:
             require(6, self.ledger.now <= process.stopped_at + late, "a stopped engine was not noticed")
         if process.alive and process.spins_at is not None:
-            if len(self._supervisor._runs) == len(self._supervisor._line):
+            if len(self._supervisor._runs) == len(self._supervisor._waiting):
                 process.spins_at = self.ledger.now  # nobody waits for it
             require(6, self.ledger.now <= process.spins_at + _SPINS, "a spinning engine was not noticed")
 
@@ -278,10 +280,10 @@ class _Failures(logging.Handler):
             self.seen.append(record.exc_info[1])
 
 
-def _policy(random: Random, crowd: bool) -> Policy:
+def _policy(random: Random, crowd: bool) -> QueuePolicy:
     if crowd:
-        return Policy(queue=1000)
-    return Policy(
+        return QueuePolicy(queue=1000)
+    return QueuePolicy(
         queue=random.choice((3, 20, 1000)),
         queue_tokens=random.choice((100, 10**6)),
         queue_seconds=random.choice((3.0, 30.0, 600.0, 0.0)),

@@ -9,60 +9,62 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from afterword.api import batches, completions, files, gate, metrics, models, openapi, pages, ratelimit, status, tokens
-from afterword.api.gate import GuardedRoute
+from afterword.api.middleware import authentication, rate_limit_headers
+from afterword.api.middleware.authentication import ProtectedRoute
+from afterword.api.middleware.host_check import LOCAL_PAGES, HostCheck
+from afterword.api.routes import batches, completions, files, metrics, models, static_pages, status, tokenizer
 from afterword.api.service import Service
-from afterword.api.sites import LOCAL_PAGES, KnownSites
+from afterword.api.specification import document
 from afterword.config import Config
 from afterword.errors import AfterwordError
 
-OPEN = (
+PUBLIC_ROUTES = (
     Route("/health", status.health, methods=["GET"]),
     Route("/ready", status.ready, methods=["GET"]),
 )
-"""Routes that need no key: what a load balancer asks. The playground's files (`pages`) need none either."""
+"""Routes that need no key: what a load balancer asks. The playground's files (`static_pages`) need none either."""
 
-GUARDED = (
-    GuardedRoute("/v1/completions", completions.create, methods=["POST"]),
-    GuardedRoute("/v1/models", models.list_models, methods=["GET"]),
-    GuardedRoute("/v1/models/{model:path}", models.get_model, methods=["GET"]),
-    GuardedRoute("/v1/files", files.create, methods=["POST"]),
-    GuardedRoute("/v1/files", files.list_files, methods=["GET"]),
-    GuardedRoute("/v1/files/{id}", files.get_file, methods=["GET"]),
-    GuardedRoute("/v1/files/{id}", files.delete, methods=["DELETE"]),
-    GuardedRoute("/v1/files/{id}/content", files.get_content, methods=["GET"]),
-    GuardedRoute("/v1/batches", batches.create, methods=["POST"]),
-    GuardedRoute("/v1/batches", batches.list_batches, methods=["GET"]),
-    GuardedRoute("/v1/batches/{id}", batches.get_batch, methods=["GET"]),
-    GuardedRoute("/v1/batches/{id}/cancel", batches.cancel, methods=["POST"]),
-    GuardedRoute("/tokenize", tokens.tokenize, methods=["POST"]),
-    GuardedRoute("/detokenize", tokens.detokenize, methods=["POST"]),
-    GuardedRoute("/tokenizer_info", tokens.tokenizer_info, methods=["GET"]),
-    GuardedRoute("/version", status.version, methods=["GET"]),
-    GuardedRoute("/metrics", metrics.metrics, methods=["GET"]),
-    GuardedRoute("/openapi.json", openapi.openapi, methods=["GET"]),
+PROTECTED_ROUTES = (
+    ProtectedRoute("/v1/completions", completions.create, methods=["POST"]),
+    ProtectedRoute("/v1/models", models.list_models, methods=["GET"]),
+    ProtectedRoute("/v1/models/{model:path}", models.get_model, methods=["GET"]),
+    ProtectedRoute("/v1/files", files.create, methods=["POST"]),
+    ProtectedRoute("/v1/files", files.list_files, methods=["GET"]),
+    ProtectedRoute("/v1/files/{id}", files.get_file, methods=["GET"]),
+    ProtectedRoute("/v1/files/{id}", files.delete, methods=["DELETE"]),
+    ProtectedRoute("/v1/files/{id}/content", files.get_content, methods=["GET"]),
+    ProtectedRoute("/v1/batches", batches.create, methods=["POST"]),
+    ProtectedRoute("/v1/batches", batches.list_batches, methods=["GET"]),
+    ProtectedRoute("/v1/batches/{id}", batches.get_batch, methods=["GET"]),
+    ProtectedRoute("/v1/batches/{id}/cancel", batches.cancel, methods=["POST"]),
+    ProtectedRoute("/tokenize", tokenizer.tokenize, methods=["POST"]),
+    ProtectedRoute("/detokenize", tokenizer.detokenize, methods=["POST"]),
+    ProtectedRoute("/tokenizer_info", tokenizer.tokenizer_info, methods=["GET"]),
+    ProtectedRoute("/version", status.version, methods=["GET"]),
+    ProtectedRoute("/metrics", metrics.metrics, methods=["GET"]),
+    ProtectedRoute("/openapi.json", document.openapi, methods=["GET"]),
 )
 
-OPENED = (Route("/metrics", metrics.metrics, methods=["GET"]),)
+OPTIONAL_ROUTES = (Route("/metrics", metrics.metrics, methods=["GET"]),)
 """In front of the guarded ones with `--metrics-open`."""
 
 
 def make_app(service: Service) -> ASGIApp:
     """The web application for a service."""
-    opened = OPENED if service.config.metrics_open else ()
+    opened = OPTIONAL_ROUTES if service.config.metrics_open else ()
     app = Starlette(
-        routes=[*OPEN, *pages.routes(service.config.limits), *opened, *GUARDED],
+        routes=[*PUBLIC_ROUTES, *static_pages.routes(service.config.limits), *opened, *PROTECTED_ROUTES],
         exception_handlers={
-            AfterwordError: gate.on_problem,
-            HTTPException: gate.on_http,
-            ClientDisconnect: gate.on_gone,
-            Exception: gate.on_bug,
+            AfterwordError: authentication.on_afterword_error,
+            HTTPException: authentication.on_routing_error,
+            ClientDisconnect: authentication.on_disconnect,
+            Exception: authentication.on_unexpected_error,
         },
     )
     app.router.redirect_slashes = False
     app.state.service = service
-    known = KnownSites(with_cors(app, service.config), service.config)
-    return gate.Labelled(known, service.log, service.metrics, service.traces)
+    known = HostCheck(with_cors(app, service.config), service.config)
+    return authentication.RequestMiddleware(known, service.request_log, service.metrics, service.traces)
 
 
 def with_cors(app: ASGIApp, config: Config) -> ASGIApp:
@@ -72,9 +74,9 @@ def with_cors(app: ASGIApp, config: Config) -> ASGIApp:
     """
     return CORSMiddleware(
         app,
-        allow_origins=["*"] if config.guarded else config.cors_origins,
+        allow_origins=["*"] if config.requires_key else config.cors_origins,
         allow_origin_regex=LOCAL_PAGES,
         allow_methods=["DELETE", "GET", "POST"],
         allow_headers=["*"],  # those that the page asks for: a page that may send requests may name anything in them
-        expose_headers=["x-request-id", "retry-after", "x-should-retry", *ratelimit.HEADERS],
+        expose_headers=["x-request-id", "retry-after", "x-should-retry", *rate_limit_headers.HEADERS],
     )

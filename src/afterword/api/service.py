@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from afterword.api.life import Life
-from afterword.api.visit import Visit
-from afterword.batch.manager import Manager
+from afterword.api.readiness import Readiness
+from afterword.api.requests.request_context import RequestContext
+from afterword.batch.manager import BatchManager
 from afterword.config import Config
-from afterword.engine.roster import Host, Roster
-from afterword.engine.supervisor import Supervisor
+from afterword.engine.parent.model_manager import ManagedModel, ModelManager
+from afterword.engine.parent.supervisor import Supervisor
 from afterword.errors import ModelNotFound, Overloaded, RequestError
-from afterword.keys.ring import Ring
-from afterword.log import Lines
-from afterword.metrics import Metrics
-from afterword.traces import Traces
+from afterword.keys.key_registry import KeyRegistry
+from afterword.observability.metrics import Metrics
+from afterword.observability.request_log import RequestLog
+from afterword.observability.traces import Traces
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ServedModel:
     """A model that is loaded."""
 
     id: str
@@ -33,43 +33,43 @@ class Service:
     """
 
     config: Config
-    models: Roster
-    ring: Ring = field(default_factory=Ring)
-    log: Lines | None = None
-    life: Life = field(default_factory=Life)
+    models: ModelManager
+    key_registry: KeyRegistry = field(default_factory=KeyRegistry)
+    request_log: RequestLog | None = None
+    readiness: Readiness = field(default_factory=Readiness)
     metrics: Metrics = field(default_factory=Metrics)
-    batches: Manager | None = None
+    batches: BatchManager | None = None
     traces: Traces | None = None
 
-    def host(self, model: str | None) -> Host:
+    def managed_model(self, model: str | None) -> ManagedModel:
         """The model of that name, whatever it is at. None or "" is the only one there is.
 
         Raises `ModelNotFound`, and `RequestError` where a name is needed.
         """
         if not model and len(self.models) > 1:
-            names = ", ".join(host.id for host in self.models)
+            names = ", ".join(managed_model.id for managed_model in self.models)
             raise RequestError(f"This server has several models; name one of them in 'model': {names}.", param="model")
-        host = self.models.get(model) if model else next(iter(self.models))
-        if host is None:
+        managed_model = self.models.get(model) if model else next(iter(self.models))
+        if managed_model is None:
             raise ModelNotFound(model or "")
-        return host
+        return managed_model
 
-    async def enter(self, model: str | None, visit: Visit) -> Served:
+    async def acquire_model(self, model: str | None, request_context: RequestContext) -> ServedModel:
         """The model of that name, loaded if need be; its engine is kept until the visit is over.
 
-        Raises what `host` does, `Overloaded`, `WaitedTooLong` and `LoadFailed`.
+        Raises what `managed_model` does, `Overloaded`, `QueueTimeout` and `LoadFailed`.
         """
-        host = self.host(model)
-        engine = await self.models.enter(host)
-        visit.on_close = lambda: self.models.leave(host)
-        return Served(host.id, engine)
+        managed_model = self.managed_model(model)
+        engine = await self.models.acquire(managed_model)
+        request_context.on_close = lambda: self.models.release(managed_model)
+        return ServedModel(managed_model.id, engine)
 
-    def check_room(self) -> None:
+    def check_capacity(self) -> None:
         """To be asked before a request is read. Raises `Overloaded` if no model would take any."""
         problem = None
-        for host in self.models:
+        for managed_model in self.models:
             try:
-                return self.models.check_room(host)
+                return self.models.check_capacity(managed_model)
             except Overloaded as full:
                 problem = problem or full
         assert problem is not None

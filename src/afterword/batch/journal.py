@@ -18,9 +18,9 @@ from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
-from afterword.batch.answers import Answer, faulty
-from afterword.batch.rows import Fault, Row, read_lines, read_row, repeated
-from afterword.errors import SettingError, Stopped
+from afterword.batch.input_lines import BatchRequest, InvalidLine, duplicate_id_error, read_lines, read_row
+from afterword.batch.output_lines import OutputLine, invalid_line
+from afterword.errors import BatchStopped, SettingError
 
 _VERSION = 1
 _SCHEMA = """
@@ -30,36 +30,36 @@ CREATE TABLE answers (
     prompt INTEGER NOT NULL, completion INTEGER NOT NULL, cached INTEGER NOT NULL
 );
 """
-_BESIDE = 4096  # bytes of a row beside its answer, and some more
+_ROW_OVERHEAD = 4096  # bytes of a row beside its answer, and some more
 _NAMES = "CREATE TABLE names (digest BLOB PRIMARY KEY) WITHOUT ROWID"
 
 
 @dataclass(frozen=True, slots=True)
-class Sums:
-    """What is done. `bad` rows have an error; tokens are those of good ones."""
+class BatchCounts:
+    """What is done. `failed` rows have an error; tokens are those of good ones."""
 
-    good: int = 0
-    bad: int = 0
+    succeeded: int = 0
+    failed: int = 0
     prompt: int = 0
     completion: int = 0
     cached: int = 0
 
     @property
-    def rows(self) -> int:
+    def total(self) -> int:
         """All of them."""
-        return self.good + self.bad
+        return self.succeeded + self.failed
 
 
 class Journal:
     """The file, held for as long as this is open: who opens it a second time is refused.
 
-    Raises `SettingError` where it cannot be used, and `Stopped` where there is no room for more.
+    Raises `SettingError` where it cannot be used, and `BatchStopped` where there is no room for more.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.RLock()
-        with self._told():
+        with self._translated_errors():
             if not path.exists():
                 with suppress(OSError):  # SQLite says what is wrong
                     make_private(path)
@@ -71,7 +71,7 @@ class Journal:
             raise
 
     def _hold(self) -> None:
-        with self._told():
+        with self._translated_errors():
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("BEGIN EXCLUSIVE")
@@ -91,7 +91,7 @@ class Journal:
     def remove(self) -> None:
         """Throw it away."""
         self.close()
-        with self._told():
+        with self._translated_errors():
             for ending in ("-journal", ""):
                 with suppress(FileNotFoundError):
                     os.unlink(f"{self.path}{ending}")
@@ -101,10 +101,10 @@ class Journal:
     @property
     def facts(self) -> dict[str, str]:
         """What was noted, by name."""
-        with self._told():
+        with self._translated_errors():
             return dict(self._db.execute("SELECT name, value FROM facts"))
 
-    def note(self, facts: Mapping[str, object]) -> None:
+    def set_facts(self, facts: Mapping[str, object]) -> None:
         """Note some facts."""
         with self._transaction():
             self._note(facts)
@@ -133,76 +133,76 @@ class Journal:
             for line in read_lines(file, longest):
                 row = self._unique(read_row(line))
                 rows += 1
-                if isinstance(row, Fault):
-                    self._keep([faulty(row)])
+                if isinstance(row, InvalidLine):
+                    self._keep([invalid_line(row)])
                     faults += 1
                 if faults >= most_faults or rows > most_rows:
                     break
             self._db.execute("DROP TABLE names")
             self._note({"rows": rows, **facts})
 
-    def _unique(self, row: Row | Fault) -> Row | Fault:
+    def _unique(self, row: BatchRequest | InvalidLine) -> BatchRequest | InvalidLine:
         if row.custom_id is None:
             return row
         digest = hashlib.blake2b(row.custom_id.encode(), digest_size=16).digest()
         new = self._db.execute("INSERT OR IGNORE INTO names VALUES (?)", (digest,)).rowcount
-        return row if new else repeated(row)
+        return row if new else duplicate_id_error(row)
 
     # ---- answers
 
-    def keep(self, answers: Iterable[Answer]) -> None:
+    def add(self, answers: Iterable[OutputLine]) -> None:
         """Keep answers, all of them or none."""
         with self._transaction():
             self._keep(answers)
 
-    def _keep(self, answers: Iterable[Answer]) -> None:
+    def _keep(self, answers: Iterable[OutputLine]) -> None:
         self._db.executemany(
             "INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?)",
-            ((each.line, each.good, each.text, each.prompt, each.completion, each.cached) for each in answers),
+            ((each.line, each.is_success, each.text, each.prompt, each.completion, each.cached) for each in answers),
         )
 
     @property
     def longest(self) -> int:
         """Bytes of the largest answer that can be kept."""
-        return self._db.getlimit(sqlite3.SQLITE_LIMIT_LENGTH) - _BESIDE
+        return self._db.getlimit(sqlite3.SQLITE_LIMIT_LENGTH) - _ROW_OVERHEAD
 
     def size(self) -> int:
         """Bytes of the lines of output that there are so far."""
-        with self._told():
+        with self._translated_errors():
             (size,) = self._db.execute("SELECT sum(length(text) + 1) FROM answers").fetchone()
             return size or 0
 
     def done(self, first: int, last: int) -> set[int]:
         """Which lines among these have an answer."""
-        with self._told():
+        with self._translated_errors():
             return {
                 line for (line,) in self._db.execute(f"SELECT line FROM answers WHERE line BETWEEN {first} AND {last}")
             }
 
-    def sums(self) -> Sums:
+    def counts(self) -> BatchCounts:
         """What is done so far."""
         columns = "sum(good), sum(NOT good), sum(prompt), sum(completion), sum(cached)"
-        with self._told():
-            return Sums(*(value or 0 for value in self._db.execute(f"SELECT {columns} FROM answers").fetchone()))
+        with self._translated_errors():
+            return BatchCounts(*(value or 0 for value in self._db.execute(f"SELECT {columns} FROM answers").fetchone()))
 
-    def texts(self, good: bool | None = None) -> Iterator[tuple[int, bytes]]:
+    def lines(self, good: bool | None = None) -> Iterator[tuple[int, bytes]]:
         """The lines of output, each with its line of the input, in order; only the good ones, or the others."""
         only = "" if good is None else f"WHERE good = {int(good)}"
         yield from self._db.execute(f"SELECT line, text FROM answers {only} ORDER BY line")
 
     def write(self, output: Path, good: bool | None = None, *, private: bool = False) -> int:
         """Write the output, whole or not at all. How many bytes it has. `private`: nobody else may read it."""
-        part = part_of(output)
-        with self._told():
+        part = partial_path(output)
+        with self._translated_errors():
             if private:
                 make_private(part)
-        with self._told(), part.open("wb") as file:
-            for _, text in self.texts(good):
+        with self._translated_errors(), part.open("wb") as file:
+            for _, text in self.lines(good):
                 file.write(text)
                 file.write(b"\n")
-            _to_disk(file)
+            _fsync(file)
             size = file.tell()
-        with self._told():
+        with self._translated_errors():
             os.replace(part, output)
             sync_folder(output.parent)
         return size
@@ -211,7 +211,7 @@ class Journal:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self._told():
+        with self._translated_errors():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -222,16 +222,16 @@ class Journal:
                 raise
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _translated_errors(self) -> Iterator[None]:
         """One thread after the other; and what the system says, in a sentence."""
         try:
             with self._lock:
                 yield
         except (sqlite3.Error, OSError) as error:
-            raise _told(self.path, error) from None
+            raise _storage_error(self.path, error) from None
 
 
-def _told(path: Path, error: Exception) -> SettingError | Stopped:
+def _storage_error(path: Path, error: Exception) -> SettingError | BatchStopped:
     if isinstance(error, sqlite3.Error) and error.sqlite_errorname == "SQLITE_BUSY":
         return SettingError(f"Another process is at work on {path}. Wait for it, or end it.")
     if isinstance(error, sqlite3.Error) and error.sqlite_errorname == "SQLITE_NOTADB":
@@ -239,7 +239,7 @@ def _told(path: Path, error: Exception) -> SettingError | Stopped:
     if isinstance(error, sqlite3.Error) and error.sqlite_errorname == "SQLITE_CANTOPEN":
         return SettingError(f"{path} cannot be opened or made.")
     why = error.strerror if isinstance(error, OSError) else str(error)
-    return Stopped(f"The batch stops, since {path.parent} cannot be written or read: {why}. What is done is kept.")
+    return BatchStopped(f"The batch stops, since {path.parent} cannot be written or read: {why}. What is done is kept.")
 
 
 def open_input(path: Path) -> BufferedReader:
@@ -250,7 +250,7 @@ def open_input(path: Path) -> BufferedReader:
         raise SettingError(f"{path} cannot be read: {error.strerror}.") from None
 
 
-def part_of(output: Path) -> Path:
+def partial_path(output: Path) -> Path:
     """Where an output is until it is whole."""
     return output.with_name(output.name + ".part")
 
@@ -271,7 +271,7 @@ def make_private(path: Path) -> None:
         os.close(handle)
 
 
-def _to_disk(file: BinaryIO) -> None:
+def _fsync(file: BinaryIO) -> None:
     """What was written is there when the power fails."""
     file.flush()
     os.fsync(file.fileno())

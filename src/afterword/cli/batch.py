@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from afterword.cli.completion import complete_model
 from afterword.cli.options import GroupedCommand, engine_options, option
+from afterword.cli.shell_completion import complete_model
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 

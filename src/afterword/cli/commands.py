@@ -13,10 +13,10 @@ from typing import Any
 import click
 
 from afterword import __version__
-from afterword.cli import batch, completion, config, keys, settings
+from afterword.cli import batch, config, keys, settings, shell_completion
 from afterword.cli.options import GroupedCommand, engine_options, leaves, option, short_values, typed
 from afterword.errors import AfterwordError, RequestError, SettingError
-from afterword.times import parse_time
+from afterword.settings.durations import parse_duration
 
 SECONDS = click.FloatRange(0, 86_400)
 
@@ -71,13 +71,13 @@ def main() -> None:
     metavar="[MODEL]...",
     nargs=-1,
     envvar="AFTERWORD_SERVE_MODELS",
-    shell_complete=completion.complete_model,
+    shell_complete=shell_completion.complete_model,
 )
 @option("Model", "--alias", multiple=True, help="A model's name in requests; for several in their order.")
 @option(
     "Model",
     "--keep-alive",
-    type=parse_time,
+    type=parse_duration,
     metavar="TIME",
     help="Load a model when asked for it, unload it when unused for so long (300, 5m, 1h).  [default: forever]",
 )
@@ -164,7 +164,7 @@ def serve(models: tuple[str, ...], **options: Any) -> None:
 @option(
     "Model",
     "--model",
-    shell_complete=completion.complete_model,
+    shell_complete=shell_completion.complete_model,
     help="As for serve; with --url its name there.",
 )
 @option("Server", "--url", help="Ask this server instead of running a model.")
@@ -238,4 +238,4 @@ main.add_command(batch.batch)
 main.add_command(keys.keys)
 main.add_command(keys.usage)
 main.add_command(config.config)
-main.add_command(completion.completion)
+main.add_command(shell_completion.completion)

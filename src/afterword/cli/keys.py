@@ -15,7 +15,7 @@ from afterword.errors import SettingError
 
 if TYPE_CHECKING:  # else imported where they are used: --help does without
     from afterword.keys.key import Key
-    from afterword.keys.store import By, Store
+    from afterword.keys.key_store import KeyStore, UsageGrouping
 
 F = TypeVar("F", bound=Callable[..., Any])
 KEYS_FILE = "AFTERWORD_KEYS_FILE"
@@ -68,9 +68,9 @@ def create(  # noqa: PLR0913, PLR0917 (as many as options)
     """
     if not name.isprintable() or len(name) > 64:
         raise SettingError("--name: at most 64 printable characters.")
-    from afterword.keys.key import Allowance, read_span
+    from afterword.keys.key import Allowance, parse_duration
 
-    end = None if expires is None else int(time.time() + read_span(expires).total_seconds())
+    end = None if expires is None else int(time.time() + parse_duration(expires).total_seconds())
     store = _store(keys_file, create=True)
     key, text = store.create(name, end, Allowance(rpm, tpm, concurrent, quota))
     click.echo(text)
@@ -115,7 +115,7 @@ def revoke(key: str, keys_file: Path | None) -> None:
 @click.option("--user", help="Only what had this in the field user; without it users are shown by pseudonym.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @keys_file_option
-def usage(by: By, user: str | None, as_json: bool, keys_file: Path | None) -> None:
+def usage(by: UsageGrouping, user: str | None, as_json: bool, keys_file: Path | None) -> None:
     """Show what was used, by key, user or day.
 
     Requests, tokens of prompts (how many of them cached), and all tokens that were
@@ -140,10 +140,10 @@ def usage(by: By, user: str | None, as_json: bool, keys_file: Path | None) -> No
     _table(head, [row[: len(head)] for row in rows])
 
 
-def _store(keys_file: Path | None, *, create: bool = False) -> Store:
-    from afterword.keys.store import Store, default_path
+def _store(keys_file: Path | None, *, create: bool = False) -> KeyStore:
+    from afterword.keys.key_store import KeyStore, default_path
 
-    return Store(keys_file or default_path(), create=create)
+    return KeyStore(keys_file or default_path(), create=create)
 
 
 def _described(key: Key) -> dict[str, Any]:

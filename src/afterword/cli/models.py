@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from afterword.models.catalogue import Entry, entries
-from afterword.models.fetch import Watcher
-from afterword.models.gguf import read_facts
-from afterword.models.names import printable
+from afterword.models.fetch import DownloadObserver
+from afterword.models.file_names import printable
+from afterword.models.gguf_facts import read_facts
 from afterword.models.registry import Source, present
 
 _SOURCES: dict[Source, str] = {"built-in": "built-in", "hub": "Hub", "ollama": "Ollama", "lmstudio": "LM Studio"}
@@ -47,11 +47,11 @@ def list_models(as_json: bool) -> None:
 
 def pull(text: str, as_json: bool) -> None:
     """Download a model and tell where it is."""
+    from afterword.models.pull import parse_hub_spec
     from afterword.models.pull import pull as download  # the Hub's library takes half a second to import
-    from afterword.models.pull import wanted
 
-    spec = wanted(text)
-    with _watching(quiet=as_json) as watcher:
+    spec = parse_hub_spec(text)
+    with _make_watcher(quiet=as_json) as watcher:
         model = download(spec, watcher)
     if as_json:
         fields = {"spec": model.spec, "id": model.id, "path": str(model.path)}
@@ -78,12 +78,12 @@ def _size(count: float) -> str:
 
 
 @contextmanager
-def _watching(quiet: bool) -> Iterator[Watcher]:
+def _make_watcher(quiet: bool) -> Iterator[DownloadObserver]:
     """Whoever tells a person how it goes, on standard error."""
     if quiet:
-        yield Watcher()
+        yield DownloadObserver()
     elif not sys.stderr.isatty():
-        yield Lines()
+        yield ProgressLines()
     else:
         columns = (
             TextColumn("{task.description}"),
@@ -93,10 +93,10 @@ def _watching(quiet: bool) -> Iterator[Watcher]:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=Console(stderr=True)) as progress:
-            yield Bars(progress)
+            yield ProgressBars(progress)
 
 
-class _Telling(Watcher):
+class _TextWatcher(DownloadObserver):
     """Says which file was taken."""
 
     def chosen(self, name: str, among: Sequence[str]) -> None:
@@ -108,18 +108,18 @@ class _Telling(Watcher):
         click.echo(text, err=True)
 
 
-class Bars(_Telling):
+class ProgressBars(_TextWatcher):
     """A bar for each file, with rate and time left."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._task: Any = None
 
-    def begun(self, name: str, size: int, have: int) -> None:
+    def started(self, name: str, size: int, have: int) -> None:
         """A file, of which a part may be here."""
         self._task = self._progress.add_task(name.rpartition("/")[2], total=size or None, completed=have)
 
-    def came(self, count: int) -> None:
+    def received(self, count: int) -> None:
         """More of it."""
         self._progress.advance(self._task, count)
 
@@ -133,7 +133,7 @@ class Bars(_Telling):
         self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-class Lines(_Telling):
+class ProgressLines(_TextWatcher):
     """A line now and then, for logs."""
 
     def __init__(self) -> None:
@@ -141,13 +141,13 @@ class Lines(_Telling):
         self._size = self._have = self._had = 0
         self._began = self._told = 0.0
 
-    def begun(self, name: str, size: int, have: int) -> None:
+    def started(self, name: str, size: int, have: int) -> None:
         """A file, of which a part may be here."""
         self._name, self._size, self._have, self._had = name, size, have, have
         self._began = self._told = time.monotonic()
         self.say(f"{name}: {_size(size)}" + (f", of which {_size(have)} are here" if have else ""))
 
-    def came(self, count: int) -> None:
+    def received(self, count: int) -> None:
         """More of it."""
         self._have += count
         now = time.monotonic()

@@ -19,30 +19,32 @@ from typing import Any, TypeVar
 
 import click
 
-from afterword import __version__, hosting, limits
-from afterword.api import pieces, wire
-from afterword.batch.limits import BatchLimits
-from afterword.cli.loading import shown
+from afterword import __version__
+from afterword.api.responses import incremental, serialization
+from afterword.batch.batch_limits import BatchLimits
+from afterword.cli import model_setup
+from afterword.cli.load_progress import show_loading
 from afterword.completion.choice import Delta, fold
-from afterword.completion.limits import STRICT, Limits
 from afterword.completion.plan import make_plan
 from afterword.completion.request import parse
+from afterword.completion.request_limits import STRICT, RequestLimits
 from afterword.completion.run import Usage, run, tokenize
 from afterword.config import Config, EngineSettings, is_loopback
-from afterword.door.limits import DoorLimits
+from afterword.engine.parent.model_manager import ManagedModel, ModelManager
+from afterword.engine.parent.supervisor import QueuePolicy, Supervisor
 from afterword.engine.protocol import Promise
-from afterword.engine.roster import Host, Roster
-from afterword.engine.supervisor import Policy, Supervisor
 from afterword.errors import SettingError
-from afterword.keys.key import given_keys
-from afterword.keys.limits import KeyLimits
-from afterword.keys.ring import Ring
-from afterword.keys.store import Store, default_path
-from afterword.log import open_lines
-from afterword.tasks import switch_threads_soon
-from afterword.times import as_time
+from afterword.keys.key import static_keys
+from afterword.keys.key_limits import KeyLimits
+from afterword.keys.key_registry import KeyRegistry
+from afterword.keys.key_store import KeyStore, default_path
+from afterword.observability.request_log import open_request_log
+from afterword.settings import limit_table
+from afterword.settings.durations import format_duration
+from afterword.system.tasks import switch_threads_soon
+from afterword.transport.transport_limits import TransportLimits
 
-E = TypeVar("E", Roster, Supervisor)
+E = TypeVar("E", ModelManager, Supervisor)
 _ENGINE = ("context", "parallel", "threads", "batch", "kv_type", "gpu_layers", "reproducible", "verbose")
 _LIMITS = {"max_logprobs": "max_logprobs", "max_stop": "max_stop", "queue": "max_queue"}
 """Limits that have options of their own. Whatever is set, by either name, goes before what `--strict` sets."""
@@ -51,21 +53,21 @@ _LIMITS = {"max_logprobs": "max_logprobs", "max_stop": "max_stop", "queue": "max
 def serve(specs: Sequence[str], options: dict[str, Any]) -> None:
     """Serve models until a signal says to end. `options` are the command's, by name."""
     own = {name: options[option] for name, option in _LIMITS.items() if options[option] is not None}
-    given = own | limits.parse(options["limit"])
-    requests = limits.with_limits(STRICT if options["strict"] else Limits(), given)
-    door = limits.with_limits(DoorLimits(max_per_peer=None if is_loopback(options["host"]) else 64), given)
-    policy = limits.with_limits(Policy(), given)
-    batch = limits.with_limits(BatchLimits(), given)
-    keys = limits.with_limits(KeyLimits(options["wrong_keys"]), given)
-    limits.refuse_unknown(given)
+    given = own | limit_table.parse_limits(options["limit"])
+    requests = limit_table.with_limits(STRICT if options["strict"] else RequestLimits(), given)
+    door = limit_table.with_limits(TransportLimits(max_per_peer=None if is_loopback(options["host"]) else 64), given)
+    policy = limit_table.with_limits(QueuePolicy(), given)
+    batch = limit_table.with_limits(BatchLimits(), given)
+    keys = limit_table.with_limits(KeyLimits(options["wrong_keys"]), given)
+    limit_table.check_all_used(given)
     if options["print_limits"]:
-        listed = limits.as_json if options["as_json"] else limits.listed
+        listed = limit_table.limits_as_json if options["as_json"] else limit_table.limits_as_text
         click.echo(listed(requests, door, policy, batch, keys))
         return
     config = Config(
         host=options["host"],
         port=options["port"],
-        keys=given_keys(options["api_key"], options["api_key_file"]),
+        keys=static_keys(options["api_key"], options["api_key_file"]),
         keys_file=options["keys_file"] or (default_path() if options["keys"] else None),
         shared_cache=options["shared_cache"],
         log=options["log"],
@@ -81,12 +83,14 @@ def serve(specs: Sequence[str], options: dict[str, Any]) -> None:
         batch_dir=options["batch_dir"],
         special_text=not options["plain_text"],
         limits=replace(requests, ignore_unknown=options["ignore_unknown"]),
-        door=door,
+        transport=door,
         batch=batch,
         key_limits=keys,
     )
-    models = hosting.roster(specs, options["alias"], engine_settings(options), options["keep_alive"], policy)
-    carried_out(_serve(models, config))
+    models = model_setup.make_model_manager(
+        specs, options["alias"], engine_settings(options), options["keep_alive"], policy
+    )
+    run_async(_serve(models, config))
 
 
 def complete(prompt: str, spec: str | None, options: dict[str, Any], server: tuple[str, str | None] | None) -> None:
@@ -96,13 +100,13 @@ def complete(prompt: str, spec: str | None, options: dict[str, Any], server: tup
     text = sys.stdin.read() if prompt == "-" else prompt
     body |= {"prompt": text, "stop": list(options["stop"]) or None, "stream": True}
     if server:
-        from afterword.cli.ask import ask
+        from afterword.cli.remote_complete import complete_remotely
 
-        ask(*server, body | {"model": spec}, options["as_json"])
+        complete_remotely(*server, body | {"model": spec}, options["as_json"])
         return
     parallel = 1 if options["parallel"] is None else options["parallel"]
     settings = replace(engine_settings(options), parallel=parallel)
-    carried_out(_complete(spec, json.dumps(body).encode(), settings, options["as_json"]))
+    run_async(_complete(spec, json.dumps(body).encode(), settings, options["as_json"]))
 
 
 def engine_settings(options: dict[str, Any]) -> EngineSettings:
@@ -110,57 +114,59 @@ def engine_settings(options: dict[str, Any]) -> EngineSettings:
     return EngineSettings(**{name: options[name] for name in _ENGINE})
 
 
-async def _serve(models: Roster, config: Config) -> None:
+async def _serve(models: ModelManager, config: Config) -> None:
     from afterword.api.app import make_app  # the web framework takes a while to import, and complete does without
-    from afterword.api.batches import asking
-    from afterword.api.life import Life
+    from afterword.api.readiness import Readiness
+    from afterword.api.routes.batches import ask_for_key
     from afterword.api.service import Service
-    from afterword.batch.manager import Manager, default_folder
-    from afterword.batch.shelf import Shelf
-    from afterword.door.server import Door
-    from afterword.door.signals import Told
-    from afterword.metrics import Metrics
-    from afterword.traces import open_traces
+    from afterword.batch.file_store import FileStore
+    from afterword.batch.manager import BatchManager, default_folder
+    from afterword.observability.metrics import Metrics
+    from afterword.observability.traces import open_traces
+    from afterword.transport.server import TransportServer
+    from afterword.transport.shutdown_signals import ShutdownSignals
 
-    store = Store(config.keys_file, patience=1) if config.keys_file else None
-    ring = Ring(config.keys, store, config.key_limits)
-    life = Life()
+    store = KeyStore(config.keys_file, patience=1) if config.keys_file else None
+    key_registry = KeyRegistry(config.keys, store, config.key_limits)
+    readiness = Readiness()
     with (
-        _listen(config) as listener,
-        open_lines(config.log) as log,
+        _open_listener(config) as listener,
+        open_request_log(config.log) as log,
         open_traces(config.traces) as traces,
-        Told(life.drain) as told,
+        ShutdownSignals(readiness.drain) as shutdown_signals,
     ):
         port = listener.getsockname()[1]
-        metrics = Metrics((host.id for host in models), config.metrics_prefix)
-        shelf = Shelf(config.batch_dir or default_folder())
-        shelf.check()
-        batches = Manager(shelf, config.batch)
-        service = Service(config, models, ring, log, life, metrics, batches, traces)
+        metrics = Metrics((managed_model.id for managed_model in models), config.metrics_prefix)
+        file_store = FileStore(config.batch_dir or default_folder())
+        file_store.check()
+        batches = BatchManager(file_store, config.batch)
+        service = Service(config, models, key_registry, log, readiness, metrics, batches, traces)
         app = make_app(service)
-        door = Door(app, listener, config.door, config.proxies)
-        metrics.turned_away = door.turned_away
-        async with ring.kept(), door, _ended(models):
-            async with shown({host.id: partial(_loaded, host) for host in models}):
-                opened = await told.unless(models.open())
+        transport_server = TransportServer(app, listener, config.transport, config.proxies)
+        metrics.rejected = transport_server.rejected
+        async with key_registry.syncing(), transport_server, _closing(models):
+            async with show_loading({managed_model.id: partial(_loaded, managed_model) for managed_model in models}):
+                opened = await shutdown_signals.run_until_signal(models.open())
             if not opened:
                 return
             gc.freeze()  # what is here stays: later collections, which stop the process, do not visit it
-            async with batches.kept(asking(app, service)):
-                click.echo(greeting(models, config, port))
-                await told.first.wait()
-            await door.drain(0 if told.person else config.drain_delay, config.grace, told.again)
+            async with batches.running(ask_for_key(app, service)):
+                click.echo(startup_message(models, config, port))
+                await shutdown_signals.first.wait()
+            await transport_server.drain(
+                0 if shutdown_signals.interactive else config.drain_delay, config.grace, shutdown_signals.second
+            )
 
 
 async def _complete(spec: str | None, body: bytes, settings: EngineSettings, as_json: bool) -> None:
-    request = parse(body, Limits())
-    model, engine = hosting.one(spec, settings, Policy())
+    request = parse(body, RequestLimits())
+    model, engine = model_setup.single_model(spec, settings, QueuePolicy())
     deltas: list[Delta] = []
     usage = Usage(0, 0)
-    async with _ended(engine):
-        async with shown({model.id: lambda: engine.loaded}):
+    async with _closing(engine):
+        async with show_loading({model.id: lambda: engine.loaded}):
             await engine.open()
-        plan = make_plan(request, engine.card, await tokenize(request, engine), secrets.randbits(64))
+        plan = make_plan(request, engine.model_info, await tokenize(request, engine), secrets.randbits(64))
         async for item in run(plan, engine):
             if isinstance(item, Usage):
                 usage = item
@@ -170,18 +176,20 @@ async def _complete(spec: str | None, body: bytes, settings: EngineSettings, as_
                 sys.stdout.write(item.text)
                 sys.stdout.flush()
     if as_json:
-        head = wire.Head(wire.new_id(), int(time.time()), model.id, engine.card.fingerprint)
-        sys.stdout.write(pieces.completion(head, [fold(deltas)], usage).decode())
+        head = serialization.ResponseHead(
+            serialization.new_id(), int(time.time()), model.id, engine.model_info.fingerprint
+        )
+        sys.stdout.write(incremental.completion(head, [fold(deltas)], usage).decode())
     sys.stdout.write("\n")
     sys.stdout.flush()
 
 
-def _loaded(host: Host) -> float:
-    return 1.0 if host.up else host.engine.loaded if host.engine else 0.0
+def _loaded(managed_model: ManagedModel) -> float:
+    return 1.0 if managed_model.loaded_engine else managed_model.engine.loaded if managed_model.engine else 0.0
 
 
 @asynccontextmanager
-async def _ended(engine: E) -> AsyncIterator[E]:
+async def _closing(engine: E) -> AsyncIterator[E]:
     """An engine or several, closed afterwards, opened or not."""
     try:
         yield engine
@@ -189,7 +197,7 @@ async def _ended(engine: E) -> AsyncIterator[E]:
         await engine.close()
 
 
-def _listen(config: Config) -> socket.socket:
+def _open_listener(config: Config) -> socket.socket:
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
         return socket.create_server((config.host, config.port), family=family, backlog=1024)
@@ -204,21 +212,23 @@ _PROMISES: dict[Promise, str] = {
 }
 
 
-def greeting(models: Roster, config: Config, port: int) -> str:
+def startup_message(models: ModelManager, config: Config, port: int) -> str:
     """What a person needs to know when the server is up, with a curl line that works."""
     host = f"[{config.host}]" if ":" in config.host else config.host
     url = f"http://{host}:{port}"
-    key = "-H 'Authorization: Bearer YOUR_KEY' " if config.guarded else ""
-    hosts = list(models)
-    body = json.dumps({"model": hosts[0].id, "prompt": "Once upon a time", "max_tokens": 40})
-    names = " and ".join(filter(None, (", ".join(host.id for host in hosts[:-1]), hosts[-1].id)))
-    described = "\n".join(_described(host, len(hosts) > 1) for host in hosts)
+    key = "-H 'Authorization: Bearer YOUR_KEY' " if config.requires_key else ""
+    managed_models = list(models)
+    body = json.dumps({"model": managed_models[0].id, "prompt": "Once upon a time", "max_tokens": 40})
+    names = " and ".join(
+        filter(None, (", ".join(managed_model.id for managed_model in managed_models[:-1]), managed_models[-1].id))
+    )
+    described = "\n".join(_described(managed_model, len(managed_models) > 1) for managed_model in managed_models)
     return f"""\
 Afterword {__version__} serves {names} at
 
   {url}
 
-{described}{_coming_and_going(models.keep_alive)} Try it:
+{described}{_keep_alive_text(models.keep_alive)} Try it:
 
   curl {url}/v1/completions {key}\\
     -H 'Content-Type: application/json' -d {shlex.quote(body)}
@@ -227,20 +237,29 @@ In a browser it is a page to write on. {url}/docs explains every field, afterwor
 Ctrl+C stops."""
 
 
-def _described(host: Host, named: bool) -> str:
-    size = f"{host.up.card.parameters / 1e6:,.1f} M parameters, up" if host.up else "up"
-    text = f"{size} to {host.offer.sequences} sequences of {host.offer.context} tokens together."
-    tip = f" {host.offer.tip}" if host.offer.tip else ""
-    return f"{f'{host.id}: ' if named else ''}{text} {_PROMISES[host.promise]}{tip}"
+def _described(managed_model: ManagedModel, named: bool) -> str:
+    size = (
+        f"{managed_model.loaded_engine.model_info.parameters / 1e6:,.1f} M parameters, up"
+        if managed_model.loaded_engine
+        else "up"
+    )
+    text = (
+        f"{size} to {managed_model.definition.sequences} sequences of {managed_model.definition.context} tokens "
+        f"together."
+    )
+    tip = f" {managed_model.definition.advice}" if managed_model.definition.advice else ""
+    return f"{f'{managed_model.id}: ' if named else ''}{text} {_PROMISES[managed_model.promise]}{tip}"
 
 
-def _coming_and_going(keep_alive: float | None) -> str:
+def _keep_alive_text(keep_alive: float | None) -> str:
     if keep_alive is None:
         return ""
-    return f"\nA model is loaded when a request asks for it and unloaded {as_time(keep_alive)} after the last one."
+    return (
+        f"\nA model is loaded when a request asks for it and unloaded {format_duration(keep_alive)} after the last one."
+    )
 
 
-def carried_out(work: Coroutine[Any, Any, None]) -> None:
+def run_async(work: Coroutine[Any, Any, None]) -> None:
     """Run something until it is over, with the fastest event loop there is."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     switch_threads_soon()

@@ -33,7 +33,7 @@ _KINDS: tuple[tuple[type[click.ParamType[Any]], tuple[type, ...], str], ...] = (
 )
 
 
-class _AsWritten(click.ParamType[str]):
+class _UnparsedValue(click.ParamType[str]):
     """Checks a value and leaves it as it was written."""
 
     name = "text"
@@ -231,7 +231,7 @@ def _optional(parameter: click.Parameter) -> click.Parameter:
     relaxed = copy.copy(parameter)
     relaxed.required = False
     if isinstance(relaxed.type, click.types.FuncParamType):
-        relaxed.type = _AsWritten(relaxed.type)
+        relaxed.type = _UnparsedValue(relaxed.type)
     return relaxed
 
 

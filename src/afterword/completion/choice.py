@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from afterword.completion.logprobs import SLICE, Echo, Logprobs, PromptReport, generated_columns, joined
+from afterword.completion.logprobs import SLICE_TOKENS, Echo, Logprobs, PromptReport, generated_columns, join_columns
 from afterword.completion.plan import Plan, PromptPlan
-from afterword.completion.text import Placed, Released, TextStream
-from afterword.engine.protocol import End, Token
+from afterword.completion.text_stream import ReleasedText, TextStream, TokenAtOffset
+from afterword.engine.protocol import FinishReason, Token
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Delta:
     index: int
     own_text: str
     own_logprobs: Logprobs | None
-    finish: End | None
+    finish: FinishReason | None
     completion_tokens: int = 0
     token_ids: tuple[int, ...] | None = None
     prompt: PromptReport | None = None
@@ -39,17 +39,17 @@ class Delta:
         """The columns, those of the echoed prompt included."""
         if self.echo is None or self.own_logprobs is None:
             return self.own_logprobs
-        return joined((*self.echo.columns(), self.own_logprobs))
+        return join_columns((*self.echo.columns(), self.own_logprobs))
 
 
-class Choice:
+class ChoiceBuilder:
     """A growing answer. Owner of one sample's text and counts."""
 
     def __init__(self, plan: Plan, prompt: PromptPlan, echo: Echo | None, report: PromptReport | None) -> None:
         self._plan = plan
         self._echo = echo
         self._stream: TextStream[Token] = TextStream(plan.stop, *_beginning(prompt, echo))
-        self._ends = prompt.job.ends
+        self._ends = prompt.job.end_tokens
         self._min_tokens = prompt.job.min_tokens
         self._ids: list[int] = []  # generated and not yet told
         self._report = report
@@ -57,14 +57,14 @@ class Choice:
         self._logprob = 0.0
         self._tokens = 0
         self.completion_tokens = 0
-        self.finish: End | None = None
+        self.finish: FinishReason | None = None
 
     @property
     def score(self) -> float:
         """Mean log probability of the generated tokens, the one that ended them included."""
         return self._logprob / self._tokens if self._tokens else 0.0
 
-    def take(self, token: Token) -> None:
+    def add(self, token: Token) -> None:
         """Take the sample's next token."""
         self._tokens += 1
         self._logprob += token.logprob or 0.0
@@ -76,7 +76,7 @@ class Choice:
         if self._stream.stopped:
             self.finish = "stop"
 
-    def end(self, reason: End) -> None:
+    def end(self, reason: FinishReason) -> None:
         """The engine ended the sample. A stop string that came first decides."""
         self.finish = self.finish or reason
 
@@ -95,16 +95,16 @@ class Choice:
         """A stop is told in a delta of its own, without text; a length in the last token's."""
         if self.finish is None:
             delta = self._delta(index, self._stream.release())
-            return [delta] if _shows(delta) else []
+            return [delta] if _has_content(delta) else []
         last = self._delta(index, self._stream.finish())
         if self._stream.stopped:  # the bytes that were left could complete a stop string
             self.finish = "stop"
         if self.finish == "length":
             return [replace(last, finish="length")]
         ending = Delta(index, "", self._ending(), "stop")
-        return [last, ending] if _shows(last) else [ending]
+        return [last, ending] if _has_content(last) else [ending]
 
-    def _delta(self, index: int, released: Released[Token]) -> Delta:
+    def _delta(self, index: int, released: ReleasedText[Token]) -> Delta:
         self.completion_tokens += len(released.tokens)
         columns = None if self._plan.logprobs is None else generated_columns(released.tokens, self._plan)
         delta = Delta(index, released.text, columns, None, len(released.tokens))
@@ -121,7 +121,7 @@ class Choice:
         if self._plan.logprobs is None:
             return None
         shown = self._end_token if self._plan.echo else None
-        return generated_columns([Placed(shown, self._stream.end)] if shown else [], self._plan)
+        return generated_columns([TokenAtOffset(shown, self._stream.end)] if shown else [], self._plan)
 
 
 def fold(deltas: Iterable[Delta]) -> Delta:
@@ -133,7 +133,7 @@ def fold(deltas: Iterable[Delta]) -> Delta:
     return Delta(
         index=first.index,
         own_text="".join(delta.own_text for delta in deltas),
-        own_logprobs=joined(columns) if columns else None,
+        own_logprobs=join_columns(columns) if columns else None,
         finish=last.finish,
         completion_tokens=sum(delta.completion_tokens for delta in deltas),
         token_ids=None if first.token_ids is None else tuple(ids),
@@ -142,31 +142,31 @@ def fold(deltas: Iterable[Delta]) -> Delta:
     )
 
 
-class Folded:
+class DeltaFolder:
     """The deltas of one choice, folded as they come: many small objects are slow to collect."""
 
     def __init__(self) -> None:
         self._blocks: list[Delta] = []
         self._deltas: list[Delta] = []
 
-    def take(self, deltas: Iterable[Delta]) -> None:
+    def add(self, deltas: Iterable[Delta]) -> None:
         """Add the next deltas."""
         self._deltas += deltas
-        if len(self._deltas) >= SLICE:
+        if len(self._deltas) >= SLICE_TOKENS:
             self._blocks.append(fold(self._deltas))
             self._deltas = []
 
     @property
-    def whole(self) -> Delta:
+    def result(self) -> Delta:
         """The whole answer."""
         return fold((*self._blocks, *self._deltas))
 
 
 def _beginning(prompt: PromptPlan, echo: Echo | None) -> tuple[int, bytes]:
     """The offset of a completion's first character, and its bytes that are in the prompt, if the prompt is shown."""
-    return (len(prompt.text), b"") if echo is None else (len(echo.text), echo.begun)
+    return (len(prompt.text), b"") if echo is None else (len(echo.text), echo.pending_bytes)
 
 
-def _shows(delta: Delta) -> bool:
+def _has_content(delta: Delta) -> bool:
     columns, echo = delta.own_logprobs, delta.echo
     return bool(delta.own_text or (columns and columns.tokens) or (echo and (echo.text or echo.tokens)))

@@ -11,17 +11,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from afterword.completion.limits import Limits
+from afterword.completion.request_limits import RequestLimits
 from afterword.errors import RequestError
 
 Prompt = str | tuple[int, ...] | None
-Parser = Callable[[str, Any, Limits], Any]
-Schema = dict[str, Any]
+Parser = Callable[[str, Any, RequestLimits], Any]
+JsonSchema = dict[str, Any]
 
 _LONGEST_STOP = 1024
 _SLICE = 2**16  # items of an array that are checked in one step
-_STOP: Schema = {"type": "string", "minLength": 1, "maxLength": _LONGEST_STOP}
-_IDS: Schema = {"type": "array", "items": {"type": "integer"}}
+_STOP: JsonSchema = {"type": "string", "minLength": 1, "maxLength": _LONGEST_STOP}
+_IDS: JsonSchema = {"type": "array", "items": {"type": "integer"}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +38,14 @@ class Field:
     """A parser, and the JSON Schema of the values that it does not refuse (null apart, which is always absence)."""
 
     parse: Parser
-    schema: Callable[[Limits], Schema]
+    schema: Callable[[RequestLimits], JsonSchema]
 
-    def __call__(self, name: str, value: Any, limits: Limits) -> Any:
+    def __call__(self, name: str, value: Any, limits: RequestLimits) -> Any:
         """Parse a value."""
         return self.parse(name, value, limits)
 
 
-def accepts(schema: Schema | Callable[[Limits], Schema]) -> Callable[[Parser], Field]:
+def field_parser(schema: JsonSchema | Callable[[RequestLimits], JsonSchema]) -> Callable[[Parser], Field]:
     """Make a parser a field."""
     return lambda parse: Field(parse, schema if callable(schema) else lambda _: schema)
 
@@ -53,14 +53,14 @@ def accepts(schema: Schema | Callable[[Limits], Schema]) -> Callable[[Parser], F
 # ---- plain values
 
 
-def integer(low: int, high: int | Callable[[Limits], int]) -> Field:
+def integer(low: int, high: int | Callable[[RequestLimits], int]) -> Field:
     """Integers in a range; 16.0 is one, true is not."""
 
-    def highest_of(limits: Limits) -> int:
+    def highest_of(limits: RequestLimits) -> int:
         return high(limits) if callable(high) else high
 
-    @accepts(lambda limits: {"type": "integer", "minimum": low, "maximum": highest_of(limits)})
-    def parse(name: str, value: Any, limits: Limits) -> int:
+    @field_parser(lambda limits: {"type": "integer", "minimum": low, "maximum": highest_of(limits)})
+    def parse(name: str, value: Any, limits: RequestLimits) -> int:
         number = as_integer(value)
         if number is None:
             raise _wrong_type(name, value, "an integer")
@@ -75,8 +75,8 @@ def integer(low: int, high: int | Callable[[Limits], int]) -> Field:
 def decimal(low: float, high: float) -> Field:
     """Numbers in a range."""
 
-    @accepts({"type": "number", "minimum": low, "maximum": high})
-    def parse(name: str, value: Any, _: Limits) -> float:
+    @field_parser({"type": "number", "minimum": low, "maximum": high})
+    def parse(name: str, value: Any, _: RequestLimits) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise _wrong_type(name, value, "a decimal")
         if not low <= value <= high:  # in this form, so that NaN cannot pass
@@ -86,24 +86,24 @@ def decimal(low: float, high: float) -> Field:
     return parse
 
 
-@accepts({"type": "boolean"})
-def boolean(name: str, value: Any, _: Limits) -> bool:
+@field_parser({"type": "boolean"})
+def boolean(name: str, value: Any, _: RequestLimits) -> bool:
     """True or false."""
     if not isinstance(value, bool):
         raise _wrong_type(name, value, "a boolean")
     return value
 
 
-@accepts({"type": "string"})
-def string(name: str, value: Any, _: Limits) -> str:
+@field_parser({"type": "string"})
+def string(name: str, value: Any, _: RequestLimits) -> str:
     """Any text."""
     if not isinstance(value, str):
         raise _wrong_type(name, value, "a string")
     return value
 
 
-@accepts(lambda limits: {"type": "string", "maxLength": limits.max_name})
-def name_string(name: str, value: Any, limits: Limits) -> str:
+@field_parser(lambda limits: {"type": "string", "maxLength": limits.max_name})
+def name_string(name: str, value: Any, limits: RequestLimits) -> str:
     """A string that is someone's or something's name."""
     text: str = string(name, value, limits)
     if len(text) > limits.max_name:
@@ -111,8 +111,8 @@ def name_string(name: str, value: Any, limits: Limits) -> str:
     return text
 
 
-@accepts(lambda limits: {"type": "string", "minLength": 1, "maxLength": limits.max_salt})
-def salt(name: str, value: Any, limits: Limits) -> str:
+@field_parser(lambda limits: {"type": "string", "minLength": 1, "maxLength": limits.max_salt})
+def salt(name: str, value: Any, limits: RequestLimits) -> str:
     """A string that is not empty."""
     text: str = string(name, value, limits)
     if not text:
@@ -132,21 +132,21 @@ def as_integer(value: object) -> int | None:
 # ---- fields with a shape of their own
 
 
-@accepts(lambda limits: {"type": "integer", "minimum": 0, "maximum": _most_logprobs(limits)})
-def logprobs(name: str, value: Any, limits: Limits) -> int:
+@field_parser(lambda limits: {"type": "integer", "minimum": 0, "maximum": _most_logprobs(limits)})
+def logprobs(name: str, value: Any, limits: RequestLimits) -> int:
     """How many alternatives to report. Strictly, more than allowed means as many as allowed."""
     wanted: int = integer(0, _most_logprobs)(name, value, limits)
     return min(wanted, limits.max_logprobs)
 
 
-@accepts({"type": "integer", "minimum": -1, "maximum": 2**31 - 1})
-def top_k(name: str, value: Any, limits: Limits) -> int:
+@field_parser({"type": "integer", "minimum": -1, "maximum": 2**31 - 1})
+def top_k(name: str, value: Any, limits: RequestLimits) -> int:
     """How many of the likeliest tokens may be drawn; 0 and -1 both mean all."""
     wanted: int = integer(-1, 2**31 - 1)(name, value, limits)
     return max(0, wanted)
 
 
-@accepts(
+@field_parser(
     {
         "anyOf": [
             {"type": "string"},
@@ -156,7 +156,7 @@ def top_k(name: str, value: Any, limits: Limits) -> int:
         ]
     }
 )
-def prompt(name: str, value: Any, _: Limits) -> tuple[Prompt, ...]:
+def prompt(name: str, value: Any, _: RequestLimits) -> tuple[Prompt, ...]:
     """The four forms: a text, texts, token ids, lists of token ids."""
     if isinstance(value, str):
         return (value,)
@@ -174,8 +174,8 @@ def prompt(name: str, value: Any, _: Limits) -> tuple[Prompt, ...]:
     raise _wrong_type(name, value, expected)
 
 
-@accepts(lambda limits: _IDS | {"maxItems": limits.max_bias})
-def token_ids(name: str, value: Any, limits: Limits) -> tuple[int, ...]:
+@field_parser(lambda limits: _IDS | {"maxItems": limits.max_bias})
+def token_ids(name: str, value: Any, limits: RequestLimits) -> tuple[int, ...]:
     """A list of token ids, perhaps empty."""
     ids = _integers(value) if isinstance(value, list) else None
     if ids is None:
@@ -185,7 +185,7 @@ def token_ids(name: str, value: Any, limits: Limits) -> tuple[int, ...]:
     return ids
 
 
-@accepts(
+@field_parser(
     lambda limits: {
         "anyOf": [
             _STOP,
@@ -193,7 +193,7 @@ def token_ids(name: str, value: Any, limits: Limits) -> tuple[int, ...]:
         ],
     }
 )
-def stop(name: str, value: Any, limits: Limits) -> tuple[str, ...]:
+def stop(name: str, value: Any, limits: RequestLimits) -> tuple[str, ...]:
     """One or several texts, none of them empty. An empty array is no stop string; strictly it is refused."""
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(text, str) for text in stops):
@@ -211,7 +211,7 @@ def stop(name: str, value: Any, limits: Limits) -> tuple[str, ...]:
     return tuple(stops)
 
 
-@accepts(
+@field_parser(
     lambda limits: {
         "type": "object",
         "maxProperties": limits.max_bias,
@@ -219,7 +219,7 @@ def stop(name: str, value: Any, limits: Limits) -> tuple[str, ...]:
         "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
     }
 )
-def logit_bias(name: str, value: Any, limits: Limits) -> tuple[tuple[int, float], ...]:
+def logit_bias(name: str, value: Any, limits: RequestLimits) -> tuple[tuple[int, float], ...]:
     """Token ids, as decimal strings, to what is added to their logits."""
     if not isinstance(value, dict):
         raise _wrong_type(name, value, "an object")
@@ -228,14 +228,14 @@ def logit_bias(name: str, value: Any, limits: Limits) -> tuple[tuple[int, float]
     return tuple((_bias_key(name, key), _bias_value(name, bias)) for key, bias in value.items())
 
 
-@accepts(
+@field_parser(
     lambda limits: {
         "type": "object",
         "properties": {key: {"type": ["boolean", "null"]} for key in sorted(_stream_keys(limits))},
         "additionalProperties": False,
     }
 )
-def stream_options(name: str, value: Any, limits: Limits) -> StreamOptions:
+def stream_options(name: str, value: Any, limits: RequestLimits) -> StreamOptions:
     """What a stream carries beside its text."""
     if not isinstance(value, dict):
         raise _wrong_type(name, value, "an object")
@@ -247,11 +247,11 @@ def stream_options(name: str, value: Any, limits: Limits) -> StreamOptions:
     return StreamOptions(**{key: boolean(f"{name}.{key}", item, limits) for key, item in given.items()})
 
 
-def _most_logprobs(limits: Limits) -> int:
+def _most_logprobs(limits: RequestLimits) -> int:
     return 2**31 - 1 if limits.strict else limits.max_logprobs
 
 
-def _stream_keys(limits: Limits) -> set[str]:
+def _stream_keys(limits: RequestLimits) -> set[str]:
     return {"include_usage", "include_obfuscation"} | (set() if limits.strict else {"continuous_usage_stats"})
 
 

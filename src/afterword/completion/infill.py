@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from afterword.engine.protocol import Infill
+from afterword.engine.protocol import InfillTokens
 
 
-def infill_prompt(tokens: Infill, prefix: tuple[int, ...], suffix: tuple[int, ...]) -> tuple[int, ...]:
+def infill_prompt(tokens: InfillTokens, prefix: tuple[int, ...], suffix: tuple[int, ...]) -> tuple[int, ...]:
     """Prefix, suffix, then the middle for the model to write."""
     return (tokens.prefix, *prefix, tokens.suffix, *suffix, tokens.middle)

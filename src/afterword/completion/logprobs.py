@@ -10,10 +10,10 @@ from itertools import chain, islice
 from typing import TypeVar
 
 from afterword.completion.plan import Plan, PromptPlan
-from afterword.completion.text import Placed, Released, Stops, TextStream
+from afterword.completion.text_stream import ReleasedText, StopStrings, TextStream, TokenAtOffset
 from afterword.engine.protocol import Token
 
-SLICE = 64
+SLICE_TOKENS = 64
 """Tokens whose columns are made, and encoded, in one step."""
 
 _SEARCHED = 16  # times that a text is searched to its end for a token that is not in it
@@ -33,12 +33,12 @@ class Logprobs:
     text_offset: tuple[int, ...]
 
 
-def sliced(items: Sequence[T]) -> Iterator[Sequence[T]]:
+def slices(items: Sequence[T]) -> Iterator[Sequence[T]]:
     """A sequence in slices of what is worked on in one step."""
-    return (items[start : start + SLICE] for start in range(0, len(items), SLICE))
+    return (items[start : start + SLICE_TOKENS] for start in range(0, len(items), SLICE_TOKENS))
 
 
-def joined(parts: Iterable[Logprobs]) -> Logprobs:
+def join_columns(parts: Iterable[Logprobs]) -> Logprobs:
     """Columns one after another, of which there is at least one part."""
     parts = tuple(parts)
     tops = [part.top_logprobs for part in parts if part.top_logprobs is not None]
@@ -52,11 +52,11 @@ def joined(parts: Iterable[Logprobs]) -> Logprobs:
 
 def column_slices(columns: Logprobs) -> Iterator[Logprobs]:
     """Columns in slices of what is worked on in one step."""
-    if len(columns.tokens) <= SLICE:
+    if len(columns.tokens) <= SLICE_TOKENS:
         yield columns
         return
-    for start in range(0, len(columns.tokens), SLICE):
-        part = slice(start, start + SLICE)
+    for start in range(0, len(columns.tokens), SLICE_TOKENS):
+        part = slice(start, start + SLICE_TOKENS)
         top = None if columns.top_logprobs is None else columns.top_logprobs[part]
         yield Logprobs(columns.tokens[part], columns.token_logprobs[part], top, columns.text_offset[part])
 
@@ -65,12 +65,13 @@ def column_slices(columns: Logprobs) -> Iterator[Logprobs]:
 class Echo:
     """What comes before the completion when the prompt is echoed; its choices share it.
 
-    `text` are whole characters; `begun` are the bytes after them, the beginning of a character that the completion may
-    end. `tokens` are the prompt's, each as it is in the text, with what the engine reported; None without columns.
+    `text` are whole characters; `pending_bytes` are the bytes after them, the beginning of a character that the
+    completion may end. `tokens` are the prompt's, each as it is in the text, with what the engine reported; None
+    without columns.
     """
 
     text: str
-    begun: bytes
+    pending_bytes: bytes
     tokens: tuple[tuple[bytes, Token | None], ...] | None
     aligned: bool
     plan: Plan = field(compare=False, repr=False)
@@ -80,11 +81,11 @@ class Echo:
         if self.tokens is None:
             return
         offsets = _searched(self) if self.aligned else _decoded(self)
-        for part in sliced(self.tokens):
+        for part in slices(self.tokens):
             placed = list(islice(offsets, len(part)))
             top = tuple(None if t is None else top_map(t, self.plan) for _, t in part) if self.plan.logprobs else None
             yield Logprobs(
-                tuple(spelled(shown) for shown, _ in placed),
+                tuple(token_text(shown) for shown, _ in placed),
                 tuple(None if t is None else t.logprob for _, t in part),
                 top,
                 tuple(offset for _, offset in placed),
@@ -92,7 +93,7 @@ class Echo:
 
 
 @dataclass(frozen=True, slots=True)
-class Ranked:
+class RankedToken:
     """A token of the prompt as vLLM reports it; `rank` is 1 for the likeliest."""
 
     logprob: float
@@ -111,24 +112,24 @@ class PromptReport:
     scored: tuple[Token, ...] | None
     plan: Plan = field(compare=False, repr=False)
 
-    def entries(self) -> Iterator[tuple[dict[str, Ranked] | None, ...]]:
+    def entries(self) -> Iterator[tuple[dict[str, RankedToken] | None, ...]]:
         """An entry for each token, in slices, each made when it is asked for. Nothing precedes the first token."""
         if self.scored is not None:
             yield (None,)
-            for part in sliced(self.scored):
+            for part in slices(self.scored):
                 yield tuple(ranked(token, self.plan) for token in part)
 
     @property
-    def logprobs(self) -> tuple[dict[str, Ranked] | None, ...] | None:
+    def logprobs(self) -> tuple[dict[str, RankedToken] | None, ...] | None:
         """All entries."""
         return None if self.scored is None else tuple(chain.from_iterable(self.entries()))
 
 
-def generated_columns(tokens: Iterable[Placed[Token]], plan: Plan) -> Logprobs:
+def generated_columns(tokens: Iterable[TokenAtOffset[Token]], plan: Plan) -> Logprobs:
     """Columns of generated tokens."""
     tokens = tuple(tokens)
     return Logprobs(
-        tuple(spelled(plan.pieces[placed.token.id]) for placed in tokens),
+        tuple(token_text(plan.pieces[placed.token.id]) for placed in tokens),
         tuple(placed.token.logprob for placed in tokens),
         tuple(top_map(placed.token, plan) for placed in tokens) if plan.logprobs else None,
         tuple(placed.offset for placed in tokens),
@@ -142,7 +143,7 @@ def make_echo(plan: Plan, prompt: PromptPlan, scored: Sequence[Token]) -> Echo |
     """
     if not plan.echo:
         return None
-    ids = prompt.job.prompt[prompt.hidden :]
+    ids = prompt.job.prompt[prompt.hidden_tokens :]
     pieces = [plan.pieces[token] for token in ids]
     spelling = b"".join(pieces)
     aligned = spelling.decode("utf-8", "replace") != prompt.text
@@ -150,21 +151,22 @@ def make_echo(plan: Plan, prompt: PromptPlan, scored: Sequence[Token]) -> Echo |
     text = prompt.text[:-1] if begun else prompt.text
     if plan.logprobs is None:
         return Echo(text, begun, None, aligned, plan)
-    known: list[Token | None] = [None, *scored[prompt.hidden :]] if ids else []  # nothing precedes the first token
+    # nothing precedes the first token
+    known: list[Token | None] = [None, *scored[prompt.hidden_tokens :]] if ids else []
     return Echo(text, begun, tuple(zip(pieces, known, strict=True)), aligned, plan)
 
 
 def _decoded(echo: Echo) -> Iterator[tuple[bytes, int]]:
     """Each token's bytes and offset, where the tokens spell the text."""
-    stream: TextStream[bytes] = TextStream(Stops(), 0)
+    stream: TextStream[bytes] = TextStream(StopStrings(), 0)
     for count, (piece, _) in enumerate(echo.tokens or (), 1):
         stream.push(piece, piece)
-        if count % SLICE == 0:
+        if count % SLICE_TOKENS == 0:
             yield from _pairs(stream.release())
     yield from _pairs(stream.finish())
 
 
-def _pairs(released: Released[bytes]) -> Iterator[tuple[bytes, int]]:
+def _pairs(released: ReleasedText[bytes]) -> Iterator[tuple[bytes, int]]:
     return ((placed.token, placed.offset) for placed in released.tokens)
 
 
@@ -215,25 +217,25 @@ def make_report(plan: Plan, prompt: PromptPlan, scored: Sequence[Token]) -> Prom
     return PromptReport(ids, None if plan.prompt_logprobs is None else tuple(scored), plan)
 
 
-def ranked(token: Token, plan: Plan) -> dict[str, Ranked]:
+def ranked(token: Token, plan: Plan) -> dict[str, RankedToken]:
     """A token of the prompt and the likeliest ones, by their ids."""
     assert token.logprob is not None
-    entries = {str(token.id): Ranked(token.logprob, token.rank, spelled(plan.pieces[token.id]))}
+    entries = {str(token.id): RankedToken(token.logprob, token.rank, token_text(plan.pieces[token.id]))}
     for rank, (other, logprob) in enumerate(token.top[: plan.prompt_logprobs], 1):
-        entries.setdefault(str(other), Ranked(logprob, rank, spelled(plan.pieces[other])))
+        entries.setdefault(str(other), RankedToken(logprob, rank, token_text(plan.pieces[other])))
     return entries
 
 
 def top_map(token: Token, plan: Plan) -> dict[str, float]:
     """The token itself, then the likeliest others, best first. Of equal spellings the first stays."""
-    entries = {} if token.logprob is None else {spelled(plan.pieces[token.id]): token.logprob}
+    entries = {} if token.logprob is None else {token_text(plan.pieces[token.id]): token.logprob}
     for other, logprob in token.top[: plan.logprobs]:
-        entries.setdefault(spelled(plan.pieces[other]), logprob)
+        entries.setdefault(token_text(plan.pieces[other]), logprob)
     return entries
 
 
 @lru_cache(2**15)
-def spelled(piece: bytes) -> str:
+def token_text(piece: bytes) -> str:
     r"""A token as a string: its text, or `bytes:` and escapes where its bytes are not whole characters."""
     try:
         return piece.decode()

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from afterword.completion.fields import Prompt
 from afterword.completion.infill import infill_prompt
-from afterword.completion.request import Request
-from afterword.completion.text import Stops
-from afterword.engine.protocol import Card, Infill, Job, Sampling
+from afterword.completion.request import CompletionRequest
+from afterword.completion.text_stream import StopStrings
+from afterword.engine.protocol import InfillTokens, Job, ModelInfo, Sampling
 from afterword.errors import RequestError
 
 
@@ -17,14 +17,15 @@ from afterword.errors import RequestError
 class PromptPlan:
     """One prompt of a request.
 
-    `text` is the prompt as it is echoed; `hidden` counts the leading tokens of `job.prompt` that the server added;
-    `billed` the caller's own.
+    `text` is the prompt as it is echoed; `hidden_tokens` counts the leading tokens of `job.prompt` that the server
+    added;
+    `billed_tokens` the caller's own.
     """
 
     job: Job
     text: str
-    hidden: int
-    billed: int
+    hidden_tokens: int
+    billed_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +40,14 @@ class Plan:
     logprobs: int | None
     prompt_logprobs: int | None
     return_token_ids: bool
-    stop: Stops
+    stop: StopStrings
     pieces: tuple[bytes, ...]
     strip_space: bool
 
     @property
     def prompt_tokens(self) -> int:
         """The caller's own tokens in all prompts, each prompt once."""
-        return sum(prompt.billed for prompt in self.prompts)
+        return sum(prompt.billed_tokens for prompt in self.prompts)
 
     @property
     def most_tokens(self) -> int:
@@ -63,14 +64,14 @@ class Tokenized:
 
 
 @dataclass(frozen=True, slots=True)
-class Caller:
+class ClientIdentity:
     """Who asks. Callers are served in turn; what was computed for one is not used for another, unless they share.
 
     `line`: what they wait in, if that is another than their requests do; each has its own turns.
     """
 
     name: str = ""
-    shares: bool = False
+    shares_cache: bool = False
     line: str = ""
 
     @property
@@ -79,46 +80,52 @@ class Caller:
         return f"{self.name} {self.line}".rstrip()
 
 
-def check_lengths(request: Request, card: Card) -> None:
+def check_lengths(request: CompletionRequest, model_info: ModelInfo) -> None:
     """Refuse texts that cannot fit, before any time is spent on tokenizing them.
 
     No token spells more than `card.longest` bytes, so a text has at least its bytes divided by that many tokens.
     """
-    if not card.longest:
+    if not model_info.longest_token:
         return
     for prompt in request.prompt:
         text = (prompt if isinstance(prompt, str) else "") + (request.suffix or "")
-        fewest = len(text.encode()) // card.longest
-        if fewest > card.context:
-            raise too_long(card, fewest, request.max_tokens)
+        fewest = len(text.encode()) // model_info.longest_token
+        if fewest > model_info.context:
+            raise too_long(model_info, fewest, request.max_tokens)
 
 
-def make_plan(request: Request, card: Card, tokens: Tokenized, entropy: int, caller: Caller | None = None) -> Plan:
+def make_plan(
+    request: CompletionRequest,
+    model_info: ModelInfo,
+    tokens: Tokenized,
+    entropy: int,
+    caller: ClientIdentity | None = None,
+) -> Plan:
     """Decide everything. `entropy` (64 bits) seeds a request that has no seed. Raises `RequestError`."""
-    caller = caller or Caller()
-    _check_ids(request, card)
+    caller = caller or ClientIdentity()
+    _check_ids(request, model_info)
     prompts = []
     for index, (given, ids) in enumerate(zip(request.prompt, tokens.prompts, strict=True)):
-        prompt, hidden = _lay_out(request, card, given, ids, tokens.suffix)
-        if len(prompt) + request.max_tokens > card.context:
-            raise too_long(card, len(prompt), request.max_tokens)
+        prompt, hidden = _model_tokens(request, model_info, given, ids, tokens.suffix)
+        if len(prompt) + request.max_tokens > model_info.context:
+            raise too_long(model_info, len(prompt), request.max_tokens)
         job = Job(
             prompt=prompt,
             samples=request.candidates,
             max_tokens=request.max_tokens,
             sampling=_sampling(request),
-            ends=(() if request.ignore_eos else card.ends) + request.stop_token_ids,
-            key=_key(entropy if request.seed is None else request.seed, index),
+            end_tokens=(() if request.ignore_eos else model_info.end_tokens) + request.stop_token_ids,
+            key=_sampling_key(entropy if request.seed is None else request.seed, index),
             min_tokens=request.min_tokens,
             alternatives=_alternatives(request),
             prompt_alternatives=_prompt_alternatives(request),
-            namespace=_namespace("" if caller.shares else caller.name, request.cache_salt),
+            namespace=_namespace("" if caller.shares_cache else caller.name, request.cache_salt),
             client=caller.queue,
         )
-        text = given if isinstance(given, str) else _spell(card, ids)
+        text = given if isinstance(given, str) else _spell(model_info, ids)
         prompts.append(PromptPlan(job, text, hidden, len(ids) + len(tokens.suffix)))
     return Plan(
-        fingerprint=card.fingerprint,
+        fingerprint=model_info.fingerprint,
         prompts=tuple(prompts),
         n=request.n,
         best_of=request.candidates,
@@ -126,52 +133,52 @@ def make_plan(request: Request, card: Card, tokens: Tokenized, entropy: int, cal
         logprobs=request.logprobs,
         prompt_logprobs=request.prompt_logprobs,
         return_token_ids=request.return_token_ids,
-        stop=Stops.of(request.stop),
-        pieces=card.pieces,
-        strip_space=card.space_prefix,
+        stop=StopStrings.prepare(request.stop),
+        pieces=model_info.pieces,
+        strip_space=model_info.space_prefix,
     )
 
 
-def _lay_out(
-    request: Request, card: Card, given: Prompt, ids: tuple[int, ...], suffix: tuple[int, ...]
+def _model_tokens(
+    request: CompletionRequest, model_info: ModelInfo, given: Prompt, ids: tuple[int, ...], suffix: tuple[int, ...]
 ) -> tuple[tuple[int, ...], int]:
     """The tokens that the model reads, and how many at their start are not the caller's."""
-    bos = bos_before(card, ids, request.add_special_tokens)
+    bos = bos_before(model_info, ids, request.add_special_tokens)
     if isinstance(given, tuple):
         bos = ()  # token ids are taken as they are, never with a BOS
     if request.suffix:
-        own = ids[:1] if isinstance(given, str) and card.add_bos and ids[:1] == (card.bos,) else ()
-        return bos + own + infill_prompt(_infill(card), ids[len(own) :], suffix), len(bos) + 1
-    start = bos if ids else _document_start(card)
+        own = ids[:1] if isinstance(given, str) and model_info.add_bos and ids[:1] == (model_info.bos,) else ()
+        return bos + own + infill_prompt(_infill(model_info), ids[len(own) :], suffix), len(bos) + 1
+    start = bos if ids else _document_start(model_info)
     return start + ids, len(start)
 
 
-def bos_before(card: Card, ids: tuple[int, ...], add: bool) -> tuple[int, ...]:
+def bos_before(model_info: ModelInfo, ids: tuple[int, ...], add: bool) -> tuple[int, ...]:
     """The BOS to put before the tokens of a text: none if it begins with a BOS itself. `add`: whether one is wanted."""
-    if not (add and card.add_bos) or card.bos is None or ids[:1] == (card.bos,):
+    if not (add and model_info.add_bos) or model_info.bos is None or ids[:1] == (model_info.bos,):
         return ()
-    return (card.bos,)
+    return (model_info.bos,)
 
 
-def _document_start(card: Card) -> tuple[int, ...]:
+def _document_start(model_info: ModelInfo) -> tuple[int, ...]:
     """An empty prompt continues from the beginning of a document: the end of the one before it, or BOS."""
-    token = card.eos if card.bos is None else card.bos
+    token = model_info.eos if model_info.bos is None else model_info.bos
     if token is None:
         raise RequestError("This model has no token to begin from: the prompt cannot be empty.", param="prompt")
     return (token,)
 
 
-def _infill(card: Card) -> Infill:
-    if card.infill is None:
+def _infill(model_info: ModelInfo) -> InfillTokens:
+    if model_info.infill is None:
         raise RequestError(
             "Unrecognized request argument supplied: suffix (this model has no fill-in-the-middle tokens, so suffix "
             "is not supported)",
             param="suffix",
         )
-    return card.infill
+    return model_info.infill
 
 
-def _sampling(request: Request) -> Sampling:
+def _sampling(request: CompletionRequest) -> Sampling:
     return Sampling(
         temperature=request.temperature,
         top_p=request.top_p,
@@ -184,21 +191,21 @@ def _sampling(request: Request) -> Sampling:
     )
 
 
-def _alternatives(request: Request) -> int | None:
+def _alternatives(request: CompletionRequest) -> int | None:
     """Log probabilities are also what candidates are ranked by."""
     if request.logprobs is not None:
         return request.logprobs
     return 0 if request.candidates > request.n else None
 
 
-def _prompt_alternatives(request: Request) -> int | None:
+def _prompt_alternatives(request: CompletionRequest) -> int | None:
     """What is reported of the prompt's tokens, as much as either field asks for."""
     echoed = request.logprobs if request.echo else None
     wanted = [count for count in (echoed, request.prompt_logprobs) if count is not None]
     return max(wanted, default=None)
 
 
-def _key(seed: int, prompt: int) -> bytes:
+def _sampling_key(seed: int, prompt: int) -> bytes:
     """Where a prompt's randomness comes from: the same seed at another prompt draws other numbers."""
     return hashlib.blake2b(f"{seed} {prompt}".encode(), digest_size=16).digest()
 
@@ -210,8 +217,8 @@ def _namespace(client: str, salt: str | None) -> str:
     return hashlib.blake2b(f"{client}\n{salt or ''}".encode(), digest_size=16).hexdigest()
 
 
-def _check_ids(request: Request, card: Card) -> None:
-    last = len(card.pieces) - 1
+def _check_ids(request: CompletionRequest, model_info: ModelInfo) -> None:
+    last = len(model_info.pieces) - 1
     for prompt in request.prompt:
         for token in prompt if isinstance(prompt, tuple) else ():
             if not 0 <= token <= last:
@@ -231,14 +238,14 @@ def _check_ids(request: Request, card: Card) -> None:
             raise RequestError(f"Invalid key in 'logit_bias': {token}. Maximum value is {last}.", param="logit_bias")
 
 
-def _spell(card: Card, ids: tuple[int, ...]) -> str:
-    return b"".join(card.pieces[token] for token in ids).decode("utf-8", "replace")
+def _spell(model_info: ModelInfo, ids: tuple[int, ...]) -> str:
+    return b"".join(model_info.pieces[token] for token in ids).decode("utf-8", "replace")
 
 
-def too_long(card: Card, prompt: int, max_tokens: int) -> RequestError:
+def too_long(model_info: ModelInfo, prompt: int, max_tokens: int) -> RequestError:
     """The error for a prompt of so many tokens."""
     return RequestError(
-        f"This model's maximum context length is {card.context} tokens, however you requested "
+        f"This model's maximum context length is {model_info.context} tokens, however you requested "
         f"{prompt + max_tokens} tokens ({prompt} in your prompt; {max_tokens} for the completion). Please reduce "
         "your prompt; or completion length."
     )

@@ -1,4 +1,4 @@
-"""The caller's JSON, parsed once: bytes to a `Request`, or an error that names the field.
+"""The caller's JSON, parsed once: bytes to a `CompletionRequest`, or an error that names the field.
 
 Left of the plan values may be absent, so absent fields are None or the API's default here. What depends on the
 model (ids, context, infill) is the plan's to check.
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from afterword.completion import fields
-from afterword.completion.body import parse_object
-from afterword.completion.fields import Field, Prompt, Schema, StreamOptions
-from afterword.completion.limits import Limits
-from afterword.completion.meanings import MEANINGS, explained
+from afterword.completion.fields import Field, JsonSchema, Prompt, StreamOptions
+from afterword.completion.json_body import parse_object
+from afterword.completion.request_descriptions import DESCRIPTIONS, described_schema
+from afterword.completion.request_limits import RequestLimits
 from afterword.errors import RequestError
 
 _LENGTH_HINT = "(HINT: the most tokens that are generated are given in 'max_tokens'.)"
@@ -22,7 +22,7 @@ _INT32, _INT64 = 2**31, 2**63
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class CompletionRequest:
     """A request body: the API's fields, then our extensions with vLLM's names and meanings.
 
     `ignored` are the unknown fields that the server was told to ignore.
@@ -87,7 +87,14 @@ FIELDS: dict[str, Field] = {
 }
 """The API's own fields."""
 
-LENGTHS = ("max_completion_tokens", "max_new_tokens", "max_length", "n_predict", "num_predict", "options.num_predict")
+LENGTH_ALIASES = (
+    "max_completion_tokens",
+    "max_new_tokens",
+    "max_length",
+    "n_predict",
+    "num_predict",
+    "options.num_predict",
+)
 """What other servers call `max_tokens`. Never ignored."""
 
 EXTENSIONS: dict[str, Field] = {
@@ -105,7 +112,7 @@ EXTENSIONS: dict[str, Field] = {
 """Fields beyond the API's, unknown where the server is strict."""
 
 
-def parse(body: bytes, limits: Limits) -> Request:
+def parse(body: bytes, limits: RequestLimits) -> CompletionRequest:
     """A request from its body. Raises `RequestError`; nothing of the body but field names and numbers is quoted."""
     values = parse_object(body)
     known = known_fields(limits)
@@ -114,40 +121,42 @@ def parse(body: bytes, limits: Limits) -> Request:
     unknown = tuple(name[:64] for name in values if name not in known)
     if unknown and not limits.ignore_unknown:
         raise _unknown(unknown[0], values)
-    for name in _lengths(values):
+    for name in _check_length_aliases(values):
         raise _unknown(name, values)
     given = {name: value for name, value in values.items() if name in known and value is not None}
-    request = Request(**{name: known[name](name, value, limits) for name, value in given.items()}, ignored=unknown)
-    _check_together(request, limits)
+    request = CompletionRequest(
+        **{name: known[name](name, value, limits) for name, value in given.items()}, ignored=unknown
+    )
+    _check_combinations(request, limits)
     return request
 
 
 def _unknown(name: str, values: dict[str, Any]) -> RequestError:
-    hint = f" {_LENGTH_HINT}" if name in _lengths(values) else ""
+    hint = f" {_LENGTH_HINT}" if name in _check_length_aliases(values) else ""
     message = f"Unrecognized request argument supplied: {name}{hint}"
     return RequestError(message, param=name, code="unknown_parameter")
 
 
-def _lengths(values: dict[str, Any]) -> list[str]:
+def _check_length_aliases(values: dict[str, Any]) -> list[str]:
     """Names under which other servers take a length, where it says something else than `max_tokens`.
 
     To ignore one would answer with another length than was asked for.
     """
     options = values.get("options")
     given = values | ({f"options.{name}": options[name] for name in options} if isinstance(options, dict) else {})
-    return [name for name in LENGTHS if given.get(name) not in (None, values.get("max_tokens"))]
+    return [name for name in LENGTH_ALIASES if given.get(name) not in (None, values.get("max_tokens"))]
 
 
-def known_fields(limits: Limits) -> dict[str, Field]:
+def known_fields(limits: RequestLimits) -> dict[str, Field]:
     """The fields that a request may have."""
     return FIELDS if limits.strict else FIELDS | EXTENSIONS
 
 
-def schema(limits: Limits) -> Schema:
+def schema(limits: RequestLimits) -> JsonSchema:
     """What `parse` accepts, as a JSON Schema; the rules about several fields at once, and the model's, go beyond it."""
     known = known_fields(limits)
-    standard = {each.name: each.default for each in dataclasses.fields(Request)}
-    properties: Schema = {
+    standard = {each.name: each.default for each in dataclasses.fields(CompletionRequest)}
+    properties: JsonSchema = {
         name: {
             "anyOf": [field.schema(limits), {"type": "null"}],
             "default": None if isinstance(standard[name], tuple) else standard[name],
@@ -162,13 +171,13 @@ def schema(limits: Limits) -> Schema:
         "required": ["model"] if limits.strict else [],
         "additionalProperties": limits.ignore_unknown,
     }
-    return explained(described, "", MEANINGS)
+    return described_schema(described, "", DESCRIPTIONS)
 
 
 # ---- rules about several fields at once
 
 
-def _check_together(request: Request, limits: Limits) -> None:
+def _check_combinations(request: CompletionRequest, limits: RequestLimits) -> None:
     if request.n > request.candidates:
         raise RequestError(
             "You requested that the server return more choices than it will generate (HINT: you must set 'n' "
@@ -200,7 +209,7 @@ def _check_together(request: Request, limits: Limits) -> None:
     _check_tokens(request, limits)
 
 
-def _check_tokens(request: Request, limits: Limits) -> None:
+def _check_tokens(request: CompletionRequest, limits: RequestLimits) -> None:
     """What is asked for as a whole; an answer that is too long by itself is told so by the model's context."""
     read = sum(len(prompt) for prompt in request.prompt if isinstance(prompt, tuple))
     written = len(request.prompt) * request.candidates * request.max_tokens
@@ -212,7 +221,7 @@ def _check_tokens(request: Request, limits: Limits) -> None:
         )
 
 
-def _check_stream(request: Request) -> None:
+def _check_stream(request: CompletionRequest) -> None:
     if request.candidates > request.n:
         raise RequestError(
             "Results cannot be streamed when 'best_of' is greater than 'n'. (HINT: set 'best_of' to at most 'n', or "
@@ -223,7 +232,7 @@ def _check_stream(request: Request) -> None:
         raise RequestError("'prompt_logprobs' cannot be streamed; 'echo' with 'logprobs' can.", param="prompt_logprobs")
 
 
-def _check_scoring(request: Request) -> None:
+def _check_scoring(request: CompletionRequest) -> None:
     if not request.echo:
         raise RequestError(
             "You requested a length 0 completion, but you did not set the 'echo' parameter. That means that we will "

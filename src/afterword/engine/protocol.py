@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-End = Literal["stop", "length"]
+FinishReason = Literal["stop", "length"]
 
 TOKEN_BYTES, ALTERNATIVE_BYTES = 160, 120
 """About how much memory CPython takes for a reported token, and for each alternative that is reported with it."""
@@ -19,7 +19,7 @@ Promise = Literal["exact", "reproducible", "none"]
 """What an engine promises of its numbers. "reproducible": they depend on the request alone, not on who else is there.
 "exact": besides, a token's are the same whether it was read or generated."""
 
-BATCH = " batch"
+BATCH_CLIENT = " batch"
 
 
 class Value(msgspec.Struct, frozen=True, array_like=True):
@@ -42,19 +42,19 @@ class Sampling(Value, frozen=True):
 class Job(Value, frozen=True):
     """One prompt to be continued `samples` times.
 
-    `ends` are the tokens that end a sample; they are banned from its first `min_tokens` tokens. `alternatives` is
+    `end_tokens` are the tokens that end a sample; they are banned from its first `min_tokens` tokens. `alternatives` is
     how many of the likeliest tokens to report beside each token; None asks for no log probabilities at all.
     `prompt_alternatives` asks the same of the prompt's own tokens, from the second on. `key` (16 bytes) is where
     all randomness comes from: see `core.sampler.seed_of`. What was computed for one `namespace` is never used for
-    another. `client` names the client: clients that wait get equal shares. If it ends with `BATCH`, the job is a row of
-    a batch of the client.
+    another. `client` names the client: clients that wait get equal shares. If it ends with `BATCH_CLIENT`, the job is a
+    row of a batch of the client.
     """
 
     prompt: tuple[int, ...]
     samples: int
     max_tokens: int
     sampling: Sampling
-    ends: tuple[int, ...]
+    end_tokens: tuple[int, ...]
     key: bytes
     min_tokens: int = 0
     alternatives: int | None = None
@@ -92,7 +92,7 @@ class Step(Value, frozen=True):
 
     scored: tuple[Token, ...] = ()
     sampled: tuple[tuple[int, Token], ...] = ()
-    ended: tuple[tuple[int, End], ...] = ()
+    ended: tuple[tuple[int, FinishReason], ...] = ()
     cached: int = 0
     failed: bool = False
 
@@ -111,21 +111,22 @@ class Load(Value, frozen=True):
     waiting: int = 0
 
 
-class Meter(Value, frozen=True):
+class PassStats(Value, frozen=True):
     """What an engine's last pass computed, and how full it is.
 
     `tokens` 0: no pass was made. `prompt`: they were a piece of a prompt, else one of each running sequence. `seconds`
-    that the pass took. `held`: tokens whose state running sequences have; `kept`: those that the others left behind.
+    that the pass took. `used_tokens`: tokens whose state running sequences have; `cached_tokens`: those that the others
+    left behind.
     """
 
     prompt: bool = False
     tokens: int = 0
     seconds: float = 0.0
-    held: int = 0
-    kept: int = 0
+    used_tokens: int = 0
+    cached_tokens: int = 0
 
 
-class Infill(Value, frozen=True):
+class InfillTokens(Value, frozen=True):
     """A model's own tokens for fill-in-the-middle."""
 
     prefix: int
@@ -133,13 +134,13 @@ class Infill(Value, frozen=True):
     middle: int
 
 
-class Card(Value, frozen=True):
+class ModelInfo(Value, frozen=True):
     """Facts about a loaded model.
 
     `pieces[id]` are the bytes that a token stands for, special tokens by their name; an id without text has b"".
-    `longest` bounds the bytes of one token of a tokenized text, 0 where the tokenizer can drop or fold text.
+    `longest_token` bounds the bytes of one token of a tokenized text, 0 where the tokenizer can drop or fold text.
     `fingerprint` names everything that could change a number that the engine returns; `promise` what could not.
-    `runs`: a text may have at most so many characters of a class (a regular expression) in a row, since the
+    `slow_runs`: a text may have at most so many characters of a class (a regular expression) in a row, since the
     tokenizer's time is quadratic in their number.
     """
 
@@ -147,19 +148,19 @@ class Card(Value, frozen=True):
     context: int
     sequences: int
     pieces: tuple[bytes, ...]
-    ends: tuple[int, ...]
+    end_tokens: tuple[int, ...]
     bos: int | None
     eos: int | None
     add_bos: bool
     space_prefix: bool
-    longest: int
-    infill: Infill | None
+    longest_token: int
+    infill: InfillTokens | None
     fingerprint: str
     promise: Promise = "none"
-    runs: tuple[str, int] | None = None
+    slow_runs: tuple[str, int] | None = None
 
 
-class Run(Protocol):
+class JobHandle(Protocol):
     """One job under way. Iteration ends when every sample has ended."""
 
     def __aiter__(self) -> AsyncIterator[Step]:
@@ -190,11 +191,11 @@ class Engine(Protocol):
     """Whatever turns jobs into steps."""
 
     @property
-    def card(self) -> Card:
+    def model_info(self) -> ModelInfo:
         """Facts about the model."""
         ...
 
-    def start(self, job: Job) -> Run:
+    def start(self, job: Job) -> JobHandle:
         """Accept a job. Raises `Overloaded` when the queue is full."""
         ...
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from afterword.errors import SettingError
 
-State = Literal["active", "expired", "revoked"]
+KeyState = Literal["active", "expired", "revoked"]
 _SPAN = re.compile(r"([0-9]{1,6})([hdw])")
 _UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
 
@@ -40,7 +40,7 @@ class Key:
     allowance: Allowance = Allowance()
     spent: int = 0
 
-    def state(self, now: float) -> State:
+    def state(self, now: float) -> KeyState:
         """Whether it opens the server."""
         if self.revoked is not None:
             return "revoked"
@@ -48,7 +48,7 @@ class Key:
 
 
 @dataclass(frozen=True, slots=True)
-class Used:
+class TokenUsage:
     """Tokens that a request has used. `prompt` counts those that were in the cache too, `completion` all that were
     generated, in the answer's text or not."""
 
@@ -67,13 +67,13 @@ def digest(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "replace")).digest()
 
 
-def new_text() -> tuple[str, str]:
+def generate_key() -> tuple[str, str]:
     """A fresh key's id and its text, which contains the id."""
     name = secrets.token_hex(4)
     return name, f"aw_{name}_{secrets.token_urlsafe(32)}"
 
 
-def given_keys(texts: tuple[str, ...], file: Path | None) -> tuple[Key, ...]:
+def static_keys(texts: tuple[str, ...], file: Path | None) -> tuple[Key, ...]:
     """Keys given one by one and one a line in a file (not blank lines and those with #), without limits.
 
     They are named by their place, since even a digest would tell something of a key that a person thought up.
@@ -92,7 +92,7 @@ def given_keys(texts: tuple[str, ...], file: Path | None) -> tuple[Key, ...]:
     return tuple(Key(f"given-{place}", digest(text)) for place, text in enumerate((*texts, *listed), 1))
 
 
-def read_span(text: str) -> timedelta:
+def parse_duration(text: str) -> timedelta:
     """12h, 30d or 52w. Raises `SettingError`."""
     found = _SPAN.fullmatch(text)
     if found is None or int(found[1]) == 0:

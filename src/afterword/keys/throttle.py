@@ -8,31 +8,31 @@ from __future__ import annotations
 import ipaddress
 from collections import OrderedDict
 
-from afterword.keys.limiter import Bucket
+from afterword.keys.rate_limiter import TokenBucket
 
-_MOST = 4096  # addresses that are remembered, the latest ones, so that the memory stays bounded
+_MAX_ADDRESSES = 4096  # addresses that are remembered, the latest ones, so that the memory stays bounded
 
 
-class Throttle:
+class WrongKeyThrottle:
     """`limit` wrong keys a minute from one address; 0 is any number."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._tries: OrderedDict[str, Bucket] = OrderedDict()
+        self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
 
     def wait(self, peer: str, now: int) -> int:
         """Count a wrong key of this address. Nanoseconds until it may try another one; 0: it may now."""
         if not self._limit:
             return 0
         address = network(peer)
-        bucket = self._tries.get(address) or Bucket(self._limit, now)
+        bucket = self._buckets.get(address) or TokenBucket(self._limit, now)
         if wait := bucket.wait(1, now):
             return wait
         bucket.take(1, now)
-        self._tries[address] = bucket
-        self._tries.move_to_end(address)
-        if len(self._tries) > _MOST:
-            self._tries.popitem(last=False)
+        self._buckets[address] = bucket
+        self._buckets.move_to_end(address)
+        if len(self._buckets) > _MAX_ADDRESSES:
+            self._buckets.popitem(last=False)
         return 0
 
 

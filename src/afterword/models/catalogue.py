@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from afterword.errors import OtherKind, SettingError
-from afterword.models.gguf import Facts, read_facts
+from afterword.errors import NotLanguageModel, SettingError
+from afterword.models.gguf_facts import Facts, read_facts
 from afterword.models.registry import Model, present
 
 
@@ -24,7 +24,7 @@ def entries() -> Iterator[Entry]:
     for model in present():
         try:
             yield Entry(model, None, model.problem) if model.problem else Entry(model, read_facts(model.path))
-        except OtherKind:
+        except NotLanguageModel:
             continue
         except SettingError as error:
             yield Entry(model, None, error.message)

@@ -13,29 +13,29 @@ from pathlib import Path
 from typing import BinaryIO
 
 from afterword.errors import SettingError
-from afterword.models.arrival import Listed, difference
+from afterword.models.download_staging import ListedFile, find_difference
 
 _NAME = re.compile(r"[\w-][\w.-]*")
 _LARGEST = 50_000_000_000  # bytes; the Hub serves larger files only in its own protocol, which the library speaks
 
 
-class Watcher:
+class DownloadObserver:
     """Hears how a download goes. This one is not interested."""
 
     def chosen(self, name: str, among: Sequence[str]) -> None:
         """Of several files that would do this one was taken."""
 
-    def begun(self, name: str, size: int, have: int) -> None:
+    def started(self, name: str, size: int, have: int) -> None:
         """A file of `size` bytes, 0 if that is not known, of which so many are already here."""
 
-    def came(self, count: int) -> None:
+    def received(self, count: int) -> None:
         """So many more bytes of it; negative if some were thrown away."""
 
     def checking(self, name: str) -> None:
         """It is whole, and its content is being compared."""
 
 
-SILENT = Watcher()
+NO_OBSERVER = DownloadObserver()
 
 
 def endpoint() -> str | None:
@@ -43,13 +43,13 @@ def endpoint() -> str | None:
     return os.environ.get("HF_ENDPOINT") or None  # read here, as the library reads it once, at import
 
 
-def fetch(repository: str, name: str, listed: Listed, folder: Path, watcher: Watcher) -> None:
+def download_file(repository: str, name: str, listed: ListedFile, folder: Path, watcher: DownloadObserver) -> None:
     """Download one file; one that is not as it was listed is downloaded once more. Raises `SettingError`."""
     wrong = None
     for _ in range(2):
         path = _download(repository, name, listed, folder, watcher)
         watcher.checking(name)
-        wrong = difference(path, listed)
+        wrong = find_difference(path, listed)
         if wrong is None:
             return
         path.resolve().unlink()
@@ -57,7 +57,7 @@ def fetch(repository: str, name: str, listed: Listed, folder: Path, watcher: Wat
     raise SettingError(f"{name} {wrong}; pull it again later.")
 
 
-def _download(repository: str, name: str, listed: Listed, folder: Path, watcher: Watcher) -> Path:
+def _download(repository: str, name: str, listed: ListedFile, folder: Path, watcher: DownloadObserver) -> Path:
     from huggingface_hub import file_download, hf_hub_download, hf_hub_url
 
     if listed.size < _LARGEST:
@@ -70,7 +70,7 @@ def _download(repository: str, name: str, listed: Listed, folder: Path, watcher:
     return Path(hf_hub_download(repository, name, cache_dir=folder, endpoint=endpoint()))
 
 
-def _complete(url: str, size: int | None, name: str, blob: Path, watcher: Watcher) -> None:
+def _complete(url: str, size: int | None, name: str, blob: Path, watcher: DownloadObserver) -> None:
     """The content of a URL as a file, of which a part may be there."""
     from huggingface_hub import file_download
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
@@ -85,7 +85,7 @@ def _complete(url: str, size: int | None, name: str, blob: Path, watcher: Watche
             file.truncate(0)
             file.seek(0)
         have = file.tell()
-        watcher.begun(name, size or 0, have)
+        watcher.started(name, size or 0, have)
         headers = build_hf_headers()
         file_download.http_get(url, _Counted(file, watcher), resume_size=have, headers=headers, expected_size=size)  # type: ignore[arg-type]
     part.rename(blob)
@@ -94,18 +94,18 @@ def _complete(url: str, size: int | None, name: str, blob: Path, watcher: Watche
 class _Counted:
     """A file whose growth is told."""
 
-    def __init__(self, file: BinaryIO, watcher: Watcher) -> None:
+    def __init__(self, file: BinaryIO, watcher: DownloadObserver) -> None:
         self._file, self._watcher = file, watcher
 
     def write(self, data: bytes) -> int:
-        self._watcher.came(len(data))
+        self._watcher.received(len(data))
         return self._file.write(data)
 
     def truncate(self, size: int | None = None) -> int:
         self._file.flush()
         before = os.fstat(self._file.fileno()).st_size
         after = self._file.truncate(size)
-        self._watcher.came(after - before)
+        self._watcher.received(after - before)
         return after
 
     def __getattr__(self, name: str) -> object:

@@ -1,6 +1,6 @@
 """Download a model from the Hub into the Hub's own cache, and check it before anyone loads it.
 
-Only this file and `fetch` reach the network. What is already there costs no connection; every trouble ends in a
+Only this file and `download_file` reach the network. What is already there costs no connection; every trouble ends in a
 SettingError that says what the operator can do.
 """
 
@@ -15,10 +15,10 @@ import shutil
 from collections.abc import Iterator
 
 from afterword.errors import SettingError
-from afterword.models.arrival import Listed, arriving, left_over
-from afterword.models.fetch import SILENT, Watcher, endpoint, fetch
-from afterword.models.gguf import part_names, read_facts
-from afterword.models.names import model_files
+from afterword.models.download_staging import ListedFile, partial_bytes, staging_folder
+from afterword.models.fetch import NO_OBSERVER, DownloadObserver, download_file, endpoint
+from afterword.models.file_names import model_files
+from afterword.models.gguf_facts import part_names, read_facts
 from afterword.models.registry import (
     HubFile,
     LocalFile,
@@ -30,10 +30,10 @@ from afterword.models.registry import (
     parse_spec,
 )
 
-RESERVE = 256 << 20  # bytes of disk that a download leaves free
+RESERVED_BYTES = 256 << 20  # bytes of disk that a download leaves free
 
 
-def wanted(text: str) -> HubFile:
+def parse_hub_spec(text: str) -> HubFile:
     """The Hub's file that somebody wants to have; `hf:` may be left out. Raises `SettingError`."""
     spec = parse_spec(text)
     if isinstance(spec, HubFile):
@@ -41,13 +41,13 @@ def wanted(text: str) -> HubFile:
     if isinstance(spec, LocalFile) and not spec.path.exists():
         bare = text.removesuffix(".gguf") == text and not text.startswith((".", "/", "~"))
         if bare and "/" in text:
-            return wanted(f"hf:{text}")
+            return parse_hub_spec(f"hf:{text}")
         if bare and not _offline() and (found := _search(text.partition(":")[0], gguf=True)):
             raise SettingError(f"{text} lacks its owner. The Hub has it at {', '.join(found[:5])}.")
     raise SettingError(f"{text} is not on the Hub; write hf:owner/repo.")
 
 
-def pull(spec: Spec, watcher: Watcher = SILENT) -> Model:
+def pull(spec: Spec, watcher: DownloadObserver = NO_OBSERVER) -> Model:
     """Make the model present and sound, downloading it if need be; SettingError if that cannot be done."""
     if not isinstance(spec, HubFile):
         return _checked(locate(spec))
@@ -55,7 +55,7 @@ def pull(spec: Spec, watcher: Watcher = SILENT) -> Model:
         return _checked(locate(spec))
     if _offline():
         raise SettingError(f"{spec} is not on this machine, and HF_HUB_OFFLINE forbids fetching it.")
-    with _told_plainly(spec):
+    with _translated_errors(spec):
         files = _list_files(spec.repository)
     if not model_files(files):
         raise SettingError(f"{spec.repository} holds no GGUF model.{_others(spec.repository)}")
@@ -64,10 +64,10 @@ def pull(spec: Spec, watcher: Watcher = SILENT) -> Model:
         watcher.chosen(names[0], [name for name in model_files(files) if name != names[0]])
     if missing := [name for name in names if name not in files]:
         raise SettingError(f"{spec.repository} lacks {missing[0]}, a part of the model; choose another file.")
-    _check_disk(sum(files[name].size for name in names) - left_over(cache_folder(), spec.repository), spec)
-    with _told_plainly(spec), arriving(cache_folder(), spec.repository) as folder:
+    _check_disk(sum(files[name].size for name in names) - partial_bytes(cache_folder(), spec.repository), spec)
+    with _translated_errors(spec), staging_folder(cache_folder(), spec.repository) as folder:
         for name in names:
-            fetch(spec.repository, name, files[name], folder, watcher)
+            download_file(spec.repository, name, files[name], folder, watcher)
     return _checked(locate(HubFile(spec.repository, names[0])))
 
 
@@ -80,19 +80,19 @@ def _checked(model: Model) -> Model:
     return model
 
 
-def _list_files(repository: str) -> dict[str, Listed]:
+def _list_files(repository: str) -> dict[str, ListedFile]:
     """Every file of a repository on the Hub."""
     from huggingface_hub import HfApi
 
     files = HfApi(endpoint=endpoint()).model_info(repository, files_metadata=True).siblings or []
-    return {file.rfilename: Listed(file.size or 0, file.lfs.sha256 if file.lfs else None) for file in files}
+    return {file.rfilename: ListedFile(file.size or 0, file.lfs.sha256 if file.lfs else None) for file in files}
 
 
 def _check_disk(needed: int, spec: HubFile) -> None:
     folder = cache_folder()
     place = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(place).free
-    if needed + RESERVE > free:
+    if needed + RESERVED_BYTES > free:
         raise SettingError(
             f"{spec} takes {needed / 2**30:.2f} GiB and {place} has {free / 2**30:.2f} GiB free; "
             "make room, or set HF_HOME to a folder on a larger disk."
@@ -100,7 +100,7 @@ def _check_disk(needed: int, spec: HubFile) -> None:
 
 
 @contextlib.contextmanager
-def _told_plainly(spec: HubFile) -> Iterator[None]:
+def _translated_errors(spec: HubFile) -> Iterator[None]:
     """Turn what the Hub's library raises into a sentence."""
     try:
         yield

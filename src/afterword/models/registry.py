@@ -25,17 +25,25 @@ from pathlib import Path
 from typing import Literal
 
 from afterword.errors import SettingError
-from afterword.models import stores
-from afterword.models.gguf import part_names, split_stem
-from afterword.models.header import dangling
-from afterword.models.names import check_utf8, is_safe, matching, model_files, near, printable, quant_of
+from afterword.models import other_stores
+from afterword.models.file_names import (
+    check_utf8,
+    is_safe,
+    matching_models,
+    model_files,
+    printable,
+    quant_of,
+    similar_names,
+)
+from afterword.models.gguf_facts import part_names, split_stem
+from afterword.models.gguf_header import describe_broken_link
 
 BUILTIN = "afterword-tiny"
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 Source = Literal["built-in", "hub", "ollama", "lmstudio", "file"]
-Store = Literal["ollama", "lmstudio"]
-STORES: tuple[Store, ...] = ("ollama", "lmstudio")
+StoreName = Literal["ollama", "lmstudio"]
+STORES: tuple[StoreName, ...] = ("ollama", "lmstudio")
 _PREFIXES: dict[Source, str] = {"hub": "hf:", "ollama": "ollama:", "lmstudio": "lmstudio:"}
 
 
@@ -59,7 +67,7 @@ class HubFile:
 class StoreModel:
     """A model in another program's store, by its name there."""
 
-    store: Store
+    store: StoreName
     name: str
 
     def __str__(self) -> str:
@@ -143,8 +151,8 @@ def present() -> list[Model]:
     found = [
         *([_builtin()] if builtin_path().is_file() else []),
         *_cached(),
-        *(_stored("ollama", model) for model in stores.ollama()),
-        *(_stored("lmstudio", model) for model in stores.lmstudio()),
+        *(_stored("ollama", model) for model in other_stores.ollama()),
+        *(_stored("lmstudio", model) for model in other_stores.lmstudio()),
     ]
     return [_named(model) for model in found]
 
@@ -176,7 +184,7 @@ def choose_file(names: Iterable[str], spec: HubFile) -> str:
     models = model_files(names)
     if not models:
         raise SettingError(f"{spec.repository} holds no GGUF model; look for a repository named …-GGUF.")
-    found = matching(models, spec.wanted)
+    found = matching_models(models, spec.wanted)
     if len(found) == 1:
         return found[0]
     problem = "has several files that fit" if found else f"has no file that fits {spec.wanted!r}"
@@ -220,14 +228,14 @@ def _incomplete(repository: str, snapshot: Path) -> Iterator[Model]:
             yield replace(_hub_model(repository, snapshot, name, model_files(files)), problem=problem)
 
 
-def _stored(store: Store, model: stores.Stored) -> Model:
+def _stored(store: StoreName, model: other_stores.StoredModel) -> Model:
     return Model(model.name, model.path, store, model.problem)
 
 
 def _in_cache(spec: HubFile) -> Model:
     for snapshot in _snapshots(spec.repository):
         names = _complete(snapshot)
-        if matching(names, spec.wanted):
+        if matching_models(names, spec.wanted):
             return _hub_model(spec.repository, snapshot, choose_file(names, spec), names)
     raise SettingError(f"{spec} is not on this machine; run `afterword pull {spec}` first{_or(_near(str(spec)))}.")
 
@@ -239,7 +247,7 @@ def _in_store(spec: StoreModel) -> Model:
     else:
         name = spec.name.removesuffix(".gguf")
         within = [each for each in models if each.startswith(f"{name}/") and not models[each].problem]
-        found = [name] if name in models else matching(within, "")
+        found = [name] if name in models else matching_models(within, "")
     if len(found) > 1:
         raise SettingError(f"{spec} has several files; write one of: {', '.join(models[name].spec for name in found)}.")
     if not found:
@@ -253,7 +261,7 @@ def _in_store(spec: StoreModel) -> Model:
 
 
 def _near(name: str) -> list[str]:
-    return near(name, [model.spec for model in installed()])
+    return similar_names(name, [model.spec for model in installed()])
 
 
 def _or(names: Sequence[str]) -> str:
@@ -285,7 +293,7 @@ def _missing(path: Path) -> str:
         return f"{path} is a folder; " + (f"name a file in it: {models}." if models else "it holds no GGUF model.")
     if os.path.exists(path):
         return f"{path} is no regular file."
-    if problem := dangling(path):
+    if problem := describe_broken_link(path):
         return f"{path} {problem}."
     if close := difflib.get_close_matches(path.name, _models_in(path.parent), n=3, cutoff=0.5):
         return f"{path} does not exist; did you mean {' or '.join(close)}?"

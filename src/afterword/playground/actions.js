@@ -3,7 +3,7 @@
 
 import { MODEL, lengthOf, piece, places, seedOf, slice, textOf } from "./pieces.js";
 import { bodyOf, scoringOf } from "./requests.js";
-import { Answer, Clock, readingOf } from "./writing.js";
+import { Answer, Clock, readingOf } from "./stream.js";
 
 const ALTERNATIVES = 5; // for scored text, if fewer are asked for
 

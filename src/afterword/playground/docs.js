@@ -1,7 +1,7 @@
 // The API's page: openapi.json drawn as sections, each with a form that sends a real request to this server.
 
 import { find, make } from "./dom.js";
-import { key, preferences } from "./store.js";
+import { key, preferences } from "./storage.js";
 
 const METHODS = ["get", "post", "put", "patch", "delete"];
 const HUGE = 2 ** 31 - 1;

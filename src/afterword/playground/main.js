@@ -2,32 +2,32 @@
 
 import { Actions } from "./actions.js";
 import { showBranches } from "./branches.js";
-import { Cards } from "./cards.js";
-import { Desk } from "./desk.js";
+import { ChoiceCards } from "./choices.js";
+import { WorkingDocument } from "./document.js";
 import { find, make } from "./dom.js";
 import { Editor } from "./editor.js";
 import { fieldsOf, initial } from "./fields.js";
 import { listen } from "./keyboard.js";
 import { showContext, showCourse, showNumbers, showUsage } from "./meters.js";
-import { Mirror } from "./mirror.js";
+import { HighlightLayer } from "./highlight.js";
 import { Settings } from "./panel.js";
 import { YOU, difference, piece, placeAt, seedOf } from "./pieces.js";
 import { Popover } from "./popover.js";
 import { asCurl, asPython, bodyOf } from "./requests.js";
 import { Problem, Server } from "./server.js";
-import { Shelf } from "./shelf.js";
-import { key, preferences } from "./store.js";
+import { SessionList } from "./sessions.js";
+import { key, preferences } from "./storage.js";
 import { dress } from "./view.js";
 
 const RAW = 60_000; // letters of the last answer that are kept to be looked at
 
-const desk = new Desk();
+const desk = new WorkingDocument();
 const server = new Server(key.get);
 const page = { fields: [], values: {}, models: [], counted: { text: null, count: 0 }, from: null, raw: [] };
 const area = find("area");
 const looks = dress();
 
-const editor = new Editor(area, new Mirror(find("mirror")), {
+const editor = new Editor(area, new HighlightLayer(find("mirror")), {
   edit(start, end, text, caret) {
     const { busy } = actions;
     const shown = desk.text;
@@ -64,7 +64,7 @@ const popover = new Popover(find("popover"), {
   },
 });
 
-const cards = new Cards(find("cards"), {
+const cards = new ChoiceCards(find("cards"), {
   pick: (answer) => use(answer),
   closed: () => area.focus(),
   point: (piece) => popover.point(piece, {}),
@@ -117,7 +117,7 @@ const actions = new Actions({
   },
 });
 
-const shelf = new Shelf({
+const shelf = new SessionList({
   fail: (text) => fail(new Problem(text)),
   read: () => ({ ...desk.told(), settings: page.values }),
   lay(session) {
@@ -285,7 +285,7 @@ const commands = {
 };
 
 function emptyTree() {
-  return new Desk().tree;
+  return new WorkingDocument().tree;
 }
 
 // ---- beginning

@@ -1,7 +1,7 @@
 // How the page is dressed: colours, theme, typeface, panel and tabs. It knows nothing of texts and models.
 
 import { find } from "./dom.js";
-import { preferences } from "./store.js";
+import { preferences } from "./storage.js";
 
 const LEGENDS = { probability: ["100 %", "0 %"], surprise: ["0", "10 nats"], off: ["", ""] };
 const THEMES = ["auto", "light", "dark"];

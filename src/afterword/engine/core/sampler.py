@@ -14,19 +14,26 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from afterword.engine.core.batch import Logits
-from afterword.engine.core.plain import Plain
-from afterword.engine.core.rows import FILE, Compiled, Draw, Found, Task, Walks
-from afterword.engine.core.tally import Tally
+from afterword.engine.core.forward_batch import Logits
+from afterword.engine.core.numpy_kernel import NumpyKernel
+from afterword.engine.core.sampler_kernel import (
+    LIBRARY,
+    CompiledKernel,
+    RowQuery,
+    RowResult,
+    SampleQuery,
+    SamplerKernel,
+)
+from afterword.engine.core.token_counts import TokenCounts
 from afterword.engine.protocol import Job, Token
 
 
-def walks(threads: int = 1, team: int | None = None) -> Walks:
-    """The fastest there is; see `Compiled`."""
-    return Compiled(threads, team) if FILE.exists() else Plain()
+def make_kernel(threads: int = 1, team: int | None = None) -> SamplerKernel:
+    """The fastest there is; see `CompiledKernel`."""
+    return CompiledKernel(threads, team) if LIBRARY.exists() else NumpyKernel()
 
 
-def finite(logits: Logits) -> NDArray[np.bool_]:
+def finite_rows(logits: Logits) -> NDArray[np.bool_]:
     """Of each row whether a token can be chosen: no NaN, no infinity, and not all minus infinity."""
     found: NDArray[np.bool_] = np.isfinite(logits.max(axis=1))
     return found
@@ -41,14 +48,14 @@ def seed_of(key: bytes, sample: int, position: int) -> int:
     return int.from_bytes(digest, "little")
 
 
-class Score(msgspec.Struct, frozen=True):
+class ScoreQuery(msgspec.Struct, frozen=True):
     """A given token is to be told about, with its rank and the `alternatives` likeliest."""
 
     token: int
     alternatives: int
 
 
-class Sample(msgspec.Struct, frozen=True):
+class SampleTokens(msgspec.Struct, frozen=True):
     """The next token of each of a job's `samples` is wanted, which have the same row and the same `generated` tokens.
 
     `position` is how many these are. Samples share a row at their first token; later each comes alone.
@@ -57,42 +64,42 @@ class Sample(msgspec.Struct, frozen=True):
     job: Job
     samples: Sequence[int]
     position: int
-    generated: Tally
+    generated: TokenCounts
 
 
-Ask = Score | Sample | None
+TokenQuery = ScoreQuery | SampleTokens | None
 
 
 class Sampler:
     """What it returns depends on its arguments alone. One thread calls it."""
 
-    def __init__(self, rows: Walks | None = None) -> None:
-        self._rows = rows or walks()
+    def __init__(self, rows: SamplerKernel | None = None) -> None:
+        self._rows = rows or make_kernel()
 
-    def read(self, logits: Logits, asks: Sequence[Ask]) -> list[list[Token]]:
+    def read(self, logits: Logits, asks: Sequence[TokenQuery]) -> list[list[Token]]:
         """The tokens that each row of a pass (n, vocabulary) is asked for."""
-        found = self._rows.read(logits, [_task(ask) for ask in asks])
+        found = self._rows.read(logits, [_row_query(ask) for ask in asks])
         return [_tokens(ask, each) for ask, each in zip(asks, found, strict=True)]
 
 
-def _task(ask: Ask) -> Task:
+def _row_query(ask: TokenQuery) -> RowQuery:
     match ask:
-        case Score(token, alternatives):
-            return Task(reported=True, top=alternatives, given=token)
-        case Sample(job, samples, position, generated):
+        case ScoreQuery(token, alternatives):
+            return RowQuery(reported=True, top=alternatives, given=token)
+        case SampleTokens(job, samples, position, generated):
             seeds = [seed_of(job.key, sample, position) for sample in samples]
-            banned = job.ends if position < job.min_tokens else ()
-            draw = Draw(job.sampling, seeds, generated, job.prompt, banned)
-            return Task(reported=job.alternatives is not None, top=job.alternatives or 0, draw=draw)
+            banned = job.end_tokens if position < job.min_tokens else ()
+            draw = SampleQuery(job.sampling, seeds, generated, job.prompt, banned)
+            return RowQuery(reported=job.alternatives is not None, top=job.alternatives or 0, draw=draw)
         case None:
-            return Task()
+            return RowQuery()
 
 
-def _tokens(ask: Ask, found: Found) -> list[Token]:
+def _tokens(ask: TokenQuery, found: RowResult) -> list[Token]:
     match ask:
-        case Score(token):
+        case ScoreQuery(token):
             return [Token(token, found.value, found.top, found.rank)]
-        case Sample(job) if job.alternatives is None:
+        case SampleTokens(job) if job.alternatives is None:
             return [Token(token) for token, _ in found.drawn]
         case _:
             return [Token(token, value, found.top) for token, value in found.drawn]

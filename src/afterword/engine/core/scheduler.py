@@ -20,17 +20,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import filterfalse, islice
 
-from afterword.engine.core.batch import Batch, Row
-from afterword.engine.core.pauses import can_pause, victims
-from afterword.engine.core.prompts import LEAST_PASS, Prompts
-from afterword.engine.core.sequence import Begun, Sequence, Work
-from afterword.engine.core.shares import Shares
-from afterword.engine.core.slots import Hit, Slot, Slots, Wanted
+from afterword.engine.core.fair_share import FairShare
+from afterword.engine.core.forward_batch import BatchEntry, ForwardBatch
+from afterword.engine.core.preemption import can_preempt, preemption_victims
+from afterword.engine.core.prefill_queue import MIN_CHUNK, PrefillQueue
+from afterword.engine.core.prefix_cache import PrefixCache, PrefixHit, PrefixQuery, Slot
+from afterword.engine.core.sequence import Admission, JobState, Sequence
 from afterword.engine.protocol import Job, Load, Token
 
-WINDOW = 32  # of a client's waiting jobs, how many are looked at
-PATIENCE = 8  # how often a job may be passed over for one whose prompt is further computed
-REST = (32, 256)  # passes, at least and at most, that a paused sample leaves an unused slot to others
+ADMISSION_WINDOW = 32  # of a client's waiting jobs, how many are looked at
+MAX_OVERTAKEN = 8  # how often a job may be passed over for one whose prompt is further computed
+REST_PASSES = (32, 256)  # passes, at least and at most, that a paused sample leaves an unused slot to others
 
 
 class Scheduler:
@@ -40,20 +40,20 @@ class Scheduler:
         self._grid = grid
         self._least_shared = least_shared
         self._rewinds = rewinds
-        self._slots = Slots(slots, grid, least_shared, rewinds)
-        self._works: dict[int, Work] = {}
-        self._waiting: dict[str, dict[int, Work]] = {}  # nothing computed yet: by client, in order of arrival
-        self._begun: dict[int, Work] = {}  # all others, in the order in which they began
-        self._shares = Shares(slots)
+        self._slots = PrefixCache(slots, grid, least_shared, rewinds)
+        self._works: dict[int, JobState] = {}
+        self._waiting: dict[str, dict[int, JobState]] = {}  # nothing computed yet: by client, in order of arrival
+        self._begun: dict[int, JobState] = {}  # all others, in the order in which they began
+        self._fair_share = FairShare(slots)
         self._held: dict[Slot, Sequence] = {}
-        self._prompts = Prompts(chunk, grid)
+        self._prefill_queue = PrefillQueue(chunk, grid)
         self._passes = 0
 
     # ---- what comes in
 
     def add(self, run: int, job: Job) -> None:
         """Take a new job, named by `run`."""
-        self._works[run] = work = Work(run, job, self._slots.wanted(job))
+        self._works[run] = work = JobState(run, job, self._slots.prefix_query(job))
         self._waiting.setdefault(job.client, {})[run] = work
 
     def close(self, run: int) -> None:
@@ -64,16 +64,16 @@ class Scheduler:
         work.queued.clear()
         for sequence in list(work.live):
             self.end(sequence)
-        self._forget(work)
+        self._remove_work(work)
 
-    def discard(self, run: int) -> None:
+    def discard_failed(self, run: int) -> None:
         """Forget a job, and what its slots hold: nothing else may be continued from that."""
         work = self._works.get(run)
         slots = [sequence.slot for sequence in work.live] if work else []
         self.close(run)
         for slot in slots:
             assert slot is not None
-            self._slots.cut(slot, 0)
+            self._slots.truncate(slot, 0)
 
     def drop(self, run: int, sample: int) -> None:
         """End one sample of a started job. Unknown names are ignored."""
@@ -93,44 +93,44 @@ class Scheduler:
         work = self._works.get(run)
         if work is None:
             return False
-        work.held, work.unread = held, unread
+        work.held, work.reader_is_behind = held, unread
         return True
 
     # ---- what goes out
 
-    def admit(self, room: int) -> list[Begun]:
+    def admit(self, room: int) -> list[Admission]:
         """Give slots to jobs that wait for them, and to samples of jobs that have begun. Sequences may be paused.
 
         No more jobs begin when the known scores of those that do take `room` bytes.
         """
         begun = []
         while room > 0 and (found := self._next()):
-            if not self._slots.room:
-                self._pause(self._victims(found[0].work.job.client)[-1])
+            if not self._slots.has_free_slot:
+                self._preempt(self._victims(found[0].work.job.client)[-1])
             if first := self._give_slot(*found):
                 begun.append(first)
                 room -= len(first.scores) * first.scores[0].size if first.scores else 0
         return begun
 
-    def schedule(self, budget: int | None = None) -> Batch | None:
+    def schedule(self, budget: int | None = None) -> ForwardBatch | None:
         """The next pass, or None when there is nothing to compute.
 
         `budget` is how many tokens of prompts may be computed at a time while others wait; None: as many as fit a pass.
         """
-        rows = self._rows(budget)
+        rows = self._decode_entries(budget)
         self._passes += bool(rows)
-        return Batch(self._slots.moves(), rows) if rows else None
+        return ForwardBatch(self._slots.take_operations(), rows) if rows else None
 
-    def at(self, slot: int) -> Sequence:
+    def sequence_in(self, slot: int) -> Sequence:
         """The sequence in a slot."""
         return self._held[self._slots[slot]]
 
-    def spent(self, batch: Batch, seconds: float) -> None:
+    def charge(self, batch: ForwardBatch, seconds: float) -> None:
         """Note how long a pass took, before anything of it is noted as computed."""
-        clients = [self.at(row.slot).work.job.client for row in batch.rows]
-        self._prompts.debts.spent(clients, seconds, self._shares.holding)
+        clients = [self.sequence_in(row.slot).work.job.client for row in batch.entries]
+        self._prefill_queue.debts.spent(clients, seconds, self._fair_share.holding)
 
-    def computed(self, row: Row, sequence: Sequence, scores: list[Token]) -> list[Token]:
+    def computed(self, row: BatchEntry, sequence: Sequence, scores: list[Token]) -> list[Token]:
         """Note that a row's tokens are computed, with the scores of the prompt's tokens that follow them.
 
         Returns those scores that the job has not been told: a paused sequence's are computed twice.
@@ -138,8 +138,8 @@ class Scheduler:
         assert sequence.slot is not None
         self._slots.computed(sequence.slot, row.tokens, scores)
         if not sequence.catching_up:
-            self._prompts.discard(sequence)
-        return sequence.work.untold(row.position, scores)
+            self._prefill_queue.discard(sequence)
+        return sequence.work.unsent_scores(row.position, scores)
 
     def begin(self, first: Sequence, samples: Iterable[Sequence]) -> None:
         """The prompt in `first` is computed and every sample has its first token.
@@ -150,7 +150,7 @@ class Scheduler:
         work.started = True
         work.queued.extend(samples)
         if work.queued:
-            self._hand_over(first)
+            self._pass_slot(first)
         else:
             self.end(first)
 
@@ -159,27 +159,27 @@ class Scheduler:
         work, slot = sequence.work, sequence.slot
         if slot is None:
             work.queued.remove(sequence)
-        elif self._has_heir(work):
-            self._hand_over(sequence)
+        elif self._has_successor(work):
+            self._pass_slot(sequence)
         else:
-            self._leave(sequence)
-            self._slots.leave(slot, again=self._source(work) is not None)
+            self._release(sequence)
+            self._slots.release(slot, again=self._source(work) is not None)
         if not work.live and not work.queued:
-            self._forget(work)
+            self._remove_work(work)
 
-    def _has_heir(self, work: Work) -> bool:
+    def _has_successor(self, work: JobState) -> bool:
         """Whether a slot that holds a job's prompt should go to a sample of it that was never paused."""
         client = work.job.client
         first = self._first_queued(client)
         fresh = first is not None and first.work is work and not first.paused
-        return fresh and not self._shares.should_leave(client)
+        return fresh and not self._fair_share.should_yield_slot(client)
 
-    def _hand_over(self, sequence: Sequence) -> None:
+    def _pass_slot(self, sequence: Sequence) -> None:
         """Give a sequence's slot, with the prompt in it, to the first queued sample of the same job."""
         work, slot = sequence.work, sequence.slot
         assert slot is not None
-        self._slots.cut(slot, len(work.job.prompt) if self._holds_prompt(sequence) else 0)
-        self._leave(sequence)
+        self._slots.truncate(slot, len(work.job.prompt) if self._holds_prompt(sequence) else 0)
+        self._release(sequence)
         self._place(work.queued.popleft(), slot)
 
     def load(self) -> Load:
@@ -188,7 +188,7 @@ class Scheduler:
         queued = sum(len(work.queued) for work in self._begun.values())
         return Load(len(self._slots), len(self._held), waiting + queued)
 
-    def filled(self) -> tuple[int, int]:
+    def slot_usage(self) -> tuple[int, int]:
         """Tokens in the slots of sequences, and in those that nobody uses."""
         held = sum(slot.length for slot in self._held)
         return held, sum(slot.length for slot in self._slots) - held
@@ -199,43 +199,43 @@ class Scheduler:
         Raises `AssertionError` where sequences and slots contradict each other.
         """
         self._slots.check()
-        assert {slot for slot in self._slots if slot.taken} == set(self._held), "a slot is taken by one sequence"
+        assert {slot for slot in self._slots if slot.in_use} == set(self._held), "a slot is taken by one sequence"
         held = [sequence.work.job.client for sequence in self._held.values()]
-        assert all(self._shares.load(client)[1] == held.count(client) for client in held), "shares are counted"
+        assert all(self._fair_share.load(client)[1] == held.count(client) for client in held), "shares are counted"
         for slot, sequence in self._held.items():
             assert sequence.slot is slot
             assert sequence in sequence.work.live
             assert tuple(slot.tokens.tolist()) == sequence.slice(0, slot.length), "a slot holds its sequence's tokens"
-        assert set(self._prompts) == {sequence for sequence in self._held.values() if sequence.catching_up}
-        return {slot.index: slot.length for slot in self._slots if slot.index not in self._slots.moving}
+        assert set(self._prefill_queue) == {sequence for sequence in self._held.values() if sequence.catching_up}
+        return {slot.index: slot.length for slot in self._slots if slot.index not in self._slots.slots_being_changed}
 
     # ---- who is next
 
-    def _next(self) -> tuple[Sequence, Hit | None] | None:
+    def _next(self) -> tuple[Sequence, PrefixHit | None] | None:
         """What gets a slot now, unused or taken from another client: of the client that holds least, what comes first.
 
         First of all come samples of jobs that have begun; of the other jobs, the one whose prompt is computed furthest.
         """
-        self._shares.want(self._wanting(), self._passes)
-        if not self._slots.room and not can_pause(self._held.values(), self._shares, self._passes):
+        self._fair_share.want(self._waiting_clients(), self._passes)
+        if not self._slots.has_free_slot and not can_preempt(self._held.values(), self._fair_share, self._passes):
             return None
         stuck = set()  # many clients may wait, but few differ in what they hold
-        for client in filterfalse(self._prompts.gives_way, self._shares.order(self._slots.room)):
-            standing = self._shares.standing(client)
-            if not self._slots.room and (standing in stuck or not self._victims(client)):
+        for client in filterfalse(self._prefill_queue.gives_way, self._fair_share.order(self._slots.has_free_slot)):
+            standing = self._fair_share.standing(client)
+            if not self._slots.has_free_slot and (standing in stuck or not self._victims(client)):
                 stuck.add(standing)
             elif found := self._first(client):
                 return found
         return None
 
-    def _wanting(self) -> Iterator[str]:
+    def _waiting_clients(self) -> Iterator[str]:
         """Clients that have something without a slot."""
         yield from (work.job.client for work in self._begun.values() if work.queued and not work.held)
         for client, works in self._waiting.items():
             if any(not work.held for work in works.values()):
                 yield client
 
-    def _first(self, client: str) -> tuple[Sequence, Hit | None] | None:
+    def _first(self, client: str) -> tuple[Sequence, PrefixHit | None] | None:
         if queued := self._first_queued(client):
             return self._resumable(queued)
         work, hit = self._first_waiting(client)
@@ -246,106 +246,107 @@ class Scheduler:
         work = next(works, None)
         return work.queued[0] if work else None
 
-    def _first_waiting(self, client: str) -> tuple[Work | None, Hit | None]:
-        ready = [(work, hit) for work, hit in self._candidates(client) if not self._is_coming(work, hit)]
+    def _first_waiting(self, client: str) -> tuple[JobState | None, PrefixHit | None]:
+        ready = [(work, hit) for work, hit in self._candidates(client) if not self._is_being_computed(work, hit)]
         if not ready:
             return None, None
         first = ready[0][0]
-        if first.passed >= PATIENCE:
+        if first.times_passed_over >= MAX_OVERTAKEN:
             return ready[0]
         chosen = max(ready, key=lambda pair: pair[1].keep if pair[1] else 0)
-        first.passed += chosen[0] is not first
+        first.times_passed_over += chosen[0] is not first
         return chosen
 
-    def _resumable(self, sequence: Sequence) -> tuple[Sequence, Hit | None] | None:
+    def _resumable(self, sequence: Sequence) -> tuple[Sequence, PrefixHit | None] | None:
         """A sample of a job that has begun, with what slots hold of it; None if it should rather wait.
 
         It waits after a pause, lest it is paused again at once, and for a sample that computes the same prompt.
         """
         work = sequence.work
         passes_are_made = any(not each.work.held for each in self._held.values())
-        if self._passes < sequence.rests_until and self._shares.load(work.job.client)[0] and passes_are_made:
+        if self._passes < sequence.resume_pass and self._fair_share.load(work.job.client)[0] and passes_are_made:
             return None
         source = self._source(work)
         if source is None and any(other.catching_up for other in work.live):
             return None
-        hit = self._slots.find(self._lost(sequence))
+        hit = self._slots.find(self._resume_query(sequence))
         if source and source.slot and (hit is None or hit.keep < len(work.job.prompt)):
-            hit = Hit(source.slot, len(work.job.prompt), scored=False)
+            hit = PrefixHit(source.slot, len(work.job.prompt), scored=False)
         return sequence, hit
 
-    def _lost(self, sequence: Sequence) -> Wanted:
+    def _resume_query(self, sequence: Sequence) -> PrefixQuery:
         """What may be found of a queued sample in slots: all but its last token, or the prompt."""
         work = sequence.work
         if not work.started:
-            return work.wanted
+            return work.query
         if self._grid > 1:
-            return self._slots.wanted_again(work.job, work.job.prompt, len(work.job.prompt))
-        return self._slots.wanted_again(work.job, sequence.slice(0, sequence.length), sequence.length - 1)
+            return self._slots.resume_query(work.job, work.job.prompt, len(work.job.prompt))
+        return self._slots.resume_query(work.job, sequence.slice(0, sequence.length), sequence.length - 1)
 
-    def _candidates(self, client: str) -> Iterator[tuple[Work, Hit | None]]:
-        for work in islice((work for work in self._waiting[client].values() if not work.held), WINDOW):
-            yield work, self._slots.find(work.wanted)
+    def _candidates(self, client: str) -> Iterator[tuple[JobState, PrefixHit | None]]:
+        for work in islice((work for work in self._waiting[client].values() if not work.held), ADMISSION_WINDOW):
+            yield work, self._slots.find(work.query)
 
-    def _is_coming(self, work: Work, hit: Hit | None) -> bool:
+    def _is_being_computed(self, work: JobState, hit: PrefixHit | None) -> bool:
         """Whether more of a prompt than was found is being computed for another job just now."""
         found = hit.keep if hit else 0
-        scored = work.wanted.alternatives is not None  # which a sequence is not again, once it has generated
-        coming = [each for each in self._prompts if not each.work.held and not (scored and each.generated)]
+        scored = work.query.alternatives is not None  # which a sequence is not again, once it has generated
+        coming = [each for each in self._prefill_queue if not each.work.held and not (scored and each.generated)]
         return any(
-            self._slots.promised(work.wanted, other.work.wanted) >= max(found + self._least_shared, other.computed + 1)
+            self._slots.expected_prefix(work.query, other.work.query)
+            >= max(found + self._least_shared, other.computed + 1)
             for other in coming
         )
 
-    def _give_slot(self, sequence: Sequence, hit: Hit | None) -> Begun | None:
+    def _give_slot(self, sequence: Sequence, hit: PrefixHit | None) -> Admission | None:
         """Give an unused slot to what waits for one. Tells if its job begins, or begins again after a pause."""
         work = sequence.work
-        self._shares.served(work.job.client)
+        self._fair_share.served(work.job.client)
         if work.run in self._begun:
             work.queued.popleft()
             if work.started:
-                self._place(sequence, self._slots.take(self._lost(sequence), hit))
+                self._place(sequence, self._slots.take(self._resume_query(sequence), hit))
                 return None
         return self._start(sequence, hit)
 
-    def _start(self, sequence: Sequence, hit: Hit | None) -> Begun:
+    def _start(self, sequence: Sequence, hit: PrefixHit | None) -> Admission:
         work = sequence.work
-        job, wanted = work.job, work.wanted
+        job, query = work.job, work.query
         keep, scores = (hit.keep, hit.scores) if hit else (0, [])
-        begun = Begun(
+        begun = Admission(
             work,
             cached=0 if work.run in self._begun else keep,
-            scores=tuple(work.untold(0, scores)),
-            complete=wanted.most == len(job.prompt) and keep == len(job.prompt) - 1,
+            scores=tuple(work.unsent_scores(0, scores)),
+            complete=query.max_tokens == len(job.prompt) and keep == len(job.prompt) - 1,
         )
         if begun.complete:
             if hit:
-                self._slots.touch(hit.slot)  # the text that is asked for most is not the first to be given up
-            self._forget(work)
+                self._slots.mark_used(hit.slot)  # the text that is asked for most is not the first to be given up
+            self._remove_work(work)
             return begun
         self._no_longer_waits(work)
         self._begun[work.run] = work
-        self._place(sequence, self._slots.take(wanted, hit))
+        self._place(sequence, self._slots.take(query, hit))
         return begun
 
     # ---- pauses
 
     def _victims(self, client: str) -> list[Sequence]:
-        return victims(self._held.values(), self._shares, client, self._passes)
+        return preemption_victims(self._held.values(), self._fair_share, client, self._passes)
 
-    def _pause(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: Sequence) -> None:
         """Take a sequence's slot. What it holds stays until another sequence needs the slot."""
         work, slot = sequence.work, sequence.slot
         assert slot is not None
-        lost = -(-sequence.computed // LEAST_PASS) + (len(sequence.generated) if self._grid > 1 else 0)  # passes
-        sequence.paused, sequence.rests_until = True, self._passes + min(max(lost, REST[0]), REST[1])
-        self._leave(sequence)
-        self._slots.leave(slot, again=self._source(work) is not None)
+        lost = -(-sequence.computed // MIN_CHUNK) + (len(sequence.generated) if self._grid > 1 else 0)  # passes
+        sequence.paused, sequence.resume_pass = True, self._passes + min(max(lost, REST_PASSES[0]), REST_PASSES[1])
+        self._release(sequence)
+        self._slots.release(slot, again=self._source(work) is not None)
         work.queued.appendleft(sequence)
 
     # ---- slots
 
-    def _source(self, work: Work) -> Sequence | None:
+    def _source(self, work: JobState) -> Sequence | None:
         return next(filter(self._holds_prompt, work.live), None)
 
     def _holds_prompt(self, sequence: Sequence) -> bool:
@@ -357,24 +358,24 @@ class Scheduler:
         sequence.occupy(slot, in_pieces=self._grid == 1)
         sequence.work.live.append(sequence)
         self._held[slot] = sequence
-        self._shares.take(sequence.work.job.client)
+        self._fair_share.acquire(sequence.work.job.client)
         if sequence.catching_up:
-            self._prompts.add(sequence)
+            self._prefill_queue.add(sequence)
 
-    def _leave(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence) -> None:
         assert sequence.slot is not None
         del self._held[sequence.slot]
         sequence.work.live.remove(sequence)
-        self._shares.give(sequence.work.job.client)
-        self._prompts.discard(sequence)
+        self._fair_share.release(sequence.work.job.client)
+        self._prefill_queue.discard(sequence)
         sequence.slot = None
 
-    def _forget(self, work: Work) -> None:
+    def _remove_work(self, work: JobState) -> None:
         self._works.pop(work.run, None)
         self._begun.pop(work.run, None)
         self._no_longer_waits(work)
 
-    def _no_longer_waits(self, work: Work) -> None:
+    def _no_longer_waits(self, work: JobState) -> None:
         works = self._waiting.get(work.job.client, {})
         works.pop(work.run, None)
         if not works:
@@ -382,12 +383,12 @@ class Scheduler:
 
     # ---- passes
 
-    def _rows(self, budget: int | None) -> tuple[Row, ...]:
+    def _decode_entries(self, budget: int | None) -> tuple[BatchEntry, ...]:
         running = [each for each in self._held.values() if not each.catching_up and not each.work.held]
         alone = len(self._held) == 1 and not self._waiting
-        if piece := self._prompts.piece(running, None if alone else budget):
+        if piece := self._prefill_queue.next_chunk(running, None if alone else budget):
             return (piece,)
         if len(running) > 1:
-            self._slots.gather()
-        rows = [Row(s.index, s.computed, s.slice(s.computed, s.computed + 1), int(s.is_last)) for s in running]
+            self._slots.compact()
+        rows = [BatchEntry(s.index, s.computed, s.slice(s.computed, s.computed + 1), int(s.is_last)) for s in running]
         return tuple(sorted(rows, key=lambda row: row.slot))

@@ -10,45 +10,45 @@ from collections import deque
 from collections.abc import Sequence as TokenSequence
 from dataclasses import dataclass, field
 
-from afterword.engine.core.slots import Slot, Wanted
-from afterword.engine.core.tally import Tally
+from afterword.engine.core.prefix_cache import PrefixQuery, Slot
+from afterword.engine.core.token_counts import TokenCounts
 from afterword.engine.protocol import Job, Token
 
 
 @dataclass(slots=True, eq=False)
-class Work:
+class JobState:
     """A job under way. Owned by the scheduler.
 
     `started`: its first tokens have been sampled, all from the same row of logits. `live` hold a slot; `queued`
-    hold none: they are paused, or have their first token and had no slot yet. `wanted` is what may be found of its
-    prompt, `passed` how many later jobs were preferred, `told` how many scores of the prompt's tokens were told. While
-    it is `held` nothing is computed for it; while it is `unread`, since its reader is behind, its sequences give way to
-    anything that waits.
+    hold none: they are paused, or have their first token and had no slot yet. `query` is what may be found of its
+    prompt, `times_passed_over` how many later jobs were preferred, `scores_sent` how many scores of the prompt's tokens
+    were told. While it is `held` nothing is computed for it; while it is `reader_is_behind`, since its reader is
+    behind, its sequences give way to anything that waits.
     """
 
     run: int
     job: Job
-    wanted: Wanted
+    query: PrefixQuery
     started: bool = False
-    passed: int = 0
+    times_passed_over: int = 0
     held: bool = False
-    unread: bool = False
-    told: int = 0
+    reader_is_behind: bool = False
+    scores_sent: int = 0
     live: list[Sequence] = field(default_factory=list)
     queued: deque[Sequence] = field(default_factory=deque)
 
-    def untold(self, start: int, scores: TokenSequence[Token]) -> list[Token]:
+    def unsent_scores(self, start: int, scores: TokenSequence[Token]) -> list[Token]:
         """Of the scores from place `start` on those that the job has not been told; they count as told."""
-        fresh = list(scores[max(self.told - start, 0) :])
-        self.told += len(fresh)
+        fresh = list(scores[max(self.scores_sent - start, 0) :])
+        self.scores_sent += len(fresh)
         return fresh
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
+class Admission:
     """A job leaves the queue with what is known of its prompt. `complete`: there is nothing more to compute."""
 
-    work: Work
+    work: JobState
     cached: int
     scores: tuple[Token, ...]
     complete: bool
@@ -60,18 +60,18 @@ class Sequence:
 
     `pieces`: of so many tokens the state is computed in pieces of many tokens, of the others token by token. `kept`:
     how many were generated before it got the slot that it has. `paused`: it ever lost one before its end; then it
-    leaves unused slots to others up to the pass `rests_until`.
+    leaves unused slots to others up to the pass `resume_pass`.
     """
 
-    work: Work
+    work: JobState
     sample: int
     generated: list[int] = field(default_factory=list)
     slot: Slot | None = None
     pieces: int = 0
     kept: int = 0
     paused: bool = False
-    rests_until: int = 0
-    tally: Tally = field(default_factory=Tally)
+    resume_pass: int = 0
+    token_counts: TokenCounts = field(default_factory=TokenCounts)
 
     @property
     def length(self) -> int:
@@ -100,7 +100,7 @@ class Sequence:
         return self.computed < self.pieces
 
     @property
-    def brought(self) -> int:
+    def generated_in_slot(self) -> int:
         """Tokens generated since it got its slot."""
         return len(self.generated) - self.kept
 
@@ -112,7 +112,7 @@ class Sequence:
     def append(self, token: int) -> None:
         """Take a sampled token."""
         self.generated.append(token)
-        self.tally.add(token)
+        self.token_counts.add(token)
 
     def slice(self, start: int, stop: int) -> tuple[int, ...]:
         """Tokens from `start` up to `stop`."""

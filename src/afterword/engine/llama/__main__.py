@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from afterword.engine import child, frames
+from afterword.engine import messages
 from afterword.engine.llama import library
 from afterword.engine.llama.runner import LlamaRunner
-from afterword.engine.llama.vocabulary import make_card
+from afterword.engine.llama.vocabulary import make_model_info
+from afterword.engine.worker import worker_main
 
 
-def load(settings: frames.Open, tell: child.Tell) -> child.Loaded:
+def load(settings: messages.LoadModel, tell: worker_main.ReportProgress) -> worker_main.LoadedModel:
     """The model that `settings` names. Raises `SettingError`."""
-    library.start(settings.verbose)
+    library.initialize(settings.verbose)
     runner = LlamaRunner(settings, tell)
-    card, vocabulary = make_card(runner, settings)
-    return child.Loaded(runner, card, vocabulary.parts, runner.team, runner.files.check)
+    model_info, vocabulary = make_model_info(runner, settings)
+    return worker_main.LoadedModel(runner, model_info, vocabulary.parts, runner.thread_pool, runner.files.check)
 
 
-child.serve(load)
+worker_main.serve(load)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from pathlib import Path
 
-from afterword.engine.compiled import library
+from afterword.engine.kernels.compiled import KERNELS, library
 from afterword.engine.llama.library import native
 
-FILE = library(Path(__file__).with_name("accelerator.cpp"))
+LIBRARY = library(KERNELS / "accelerator.cpp")
 
 _KNOWN_GGML = b"0.25."  # the interface is ggml's own affair and may change with any other
 _OBJECT_BYTES = 32  # what ggml adds to a tensor to keep it in a list
@@ -23,7 +22,7 @@ _ADDRESSES = (
 
 
 @cache
-def offer() -> bool:
+def register() -> bool:
     """Register it with llama.cpp, for every context made from now on. False where that cannot be done."""
     kernels = _kernels()
     if kernels is None:
@@ -43,39 +42,39 @@ def offer() -> bool:
     return True
 
 
-def listen() -> None:
+def start_recording() -> None:
     """From here on is counted what llama.cpp asks about."""
     kernels = _kernels()
     if kernels is not None:
         kernels.accelerator_listen()
 
 
-def attends() -> bool:
+def computes_all_attention() -> bool:
     """Whether all attention that was asked about can be computed, and there was some."""
     kernels = _kernels()
     return kernels is not None and bool(kernels.accelerator_attends())
 
 
-def types_left() -> frozenset[int]:
+def unsupported_types() -> frozenset[int]:
     """The types, by ggml's numbers, of the model's matrices whose products were asked about and are the library's."""
     kernels = _kernels()
     bits: int = kernels.accelerator_types_left() if kernels is not None else 0
     return frozenset(kind for kind in range(bits.bit_length()) if bits >> kind & 1)
 
 
-def others_left() -> bool:
+def has_unsupported_products() -> bool:
     """Whether there were products of two computed operands, or of experts: they are the library's."""
     kernels = _kernels()
     return kernels is not None and bool(kernels.accelerator_others_left())
 
 
-def multiplies() -> bool:
+def supports_quantized() -> bool:
     """Whether it computes products of quantized weights: on processors that have the instructions for it."""
     kernels = _kernels()
     return kernels is not None and bool(kernels.accelerator_multiplies())
 
 
-def prepare(threads: int, keep_weights: bool) -> None:
+def configure(threads: int, keep_weights: bool) -> None:
     """How many threads compute, and whether models that are loaded from now on have their weights copied.
 
     Those that are multiplied with here: to memory of our own, where they lie as is best for that.
@@ -85,10 +84,10 @@ def prepare(threads: int, keep_weights: bool) -> None:
         kernels.accelerator_prepare(threads, keep_weights)
 
 
-def lead(alone: bool) -> int | None:
+def use_thread_pool(alone: bool) -> int | None:
     """Compute with a team of threads of our own, if nothing is left to the library that takes long.
 
-    Returns the address of what runs work in them (`Run` in threads.hpp), None where they are OpenMP's.
+    Returns the address of what runs work in them (`Run` in parallel.hpp), None where they are OpenMP's.
     """
     kernels = _kernels()
     run: int | None = None if kernels is None else kernels.accelerator_lead(alone)
@@ -97,9 +96,9 @@ def lead(alone: bool) -> int | None:
 
 @cache
 def _kernels() -> ctypes.CDLL | None:
-    if not FILE.exists():
+    if not LIBRARY.exists():
         return None
-    kernels = ctypes.CDLL(str(FILE))
+    kernels = ctypes.CDLL(str(LIBRARY))
     kernels.accelerator_tensor_size.restype = ctypes.c_size_t
     kernels.accelerator_registry.restype = ctypes.c_void_p
     kernels.accelerator_lead.restype = ctypes.c_void_p

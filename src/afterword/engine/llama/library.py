@@ -35,7 +35,7 @@ def _log(level: int, text: bytes, _: object) -> None:
         stream.write(line)
 
 
-def start(verbose: bool) -> None:
+def initialize(verbose: bool) -> None:
     """Initialise the library once per process."""
     if verbose:
         _shown.append(sys.stderr)
@@ -53,4 +53,4 @@ def version() -> str:
     return f"{native.llama_version().decode()} {native.llama_print_system_info().decode().strip()}"
 
 
-__all__ = ["last_error", "native", "start", "version"]
+__all__ = ["initialize", "last_error", "native", "version"]

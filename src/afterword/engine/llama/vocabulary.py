@@ -11,15 +11,15 @@ from functools import lru_cache, partial
 
 import msgspec
 
-from afterword.engine.compiled import digest
-from afterword.engine.core import rows
-from afterword.engine.frames import Open
-from afterword.engine.llama import accelerator, cards
-from afterword.engine.llama.cuts import LENGTH, Cuts
+from afterword.engine.core import sampler_kernel
+from afterword.engine.kernels.compiled import digest
+from afterword.engine.llama import accelerator, gpus
 from afterword.engine.llama.library import native, version
 from afterword.engine.llama.runner import LlamaRunner
-from afterword.engine.llama.special import SpecialToken, SpecialTokens
-from afterword.engine.protocol import Card, Infill
+from afterword.engine.llama.special_tokens import SpecialToken, SpecialTokens
+from afterword.engine.llama.split_points import PIECE_LENGTH, SplitPoints
+from afterword.engine.messages import LoadModel
+from afterword.engine.protocol import InfillTokens, ModelInfo
 
 _NO_TOKEN = -1
 _KNOWN = 256  # pieces of a text whose tokens are kept until its end
@@ -40,8 +40,8 @@ class Vocabulary:
         self.size = int(native.llama_vocab_n_tokens(self._vocab))
         self._kind = native.llama_vocab_type(self._vocab)
         self._splits = {special: SpecialTokens(self._special_tokens(special)) for special in (False, True)}
-        self._cuts = Cuts(self._texts()) if self._kind == native.LLAMA_VOCAB_TYPE_SPM else None
-        self._led = self._lead() if self._cuts else 0
+        self._split_points = SplitPoints(self._texts()) if self._kind == native.LLAMA_VOCAB_TYPE_SPM else None
+        self._leading_tokens = self._count_leading_tokens() if self._split_points else 0
         self._pre_tokenizer = _meta(model, b"tokenizer.ggml.pre")
 
     def tokenize(self, text: str, special: bool) -> tuple[int, ...]:
@@ -68,18 +68,18 @@ class Vocabulary:
 
     @property
     def runs(self) -> tuple[str, int] | None:
-        """See `Card.runs`."""
+        """See `ModelInfo.slow_runs`."""
         return _WHOLE if self.ambiguous else _SLOW_RUNS.get(self._pre_tokenizer)
 
     def _plain(self, data: bytes, tokenize: Callable[[bytes], Sequence[int]]) -> Iterator[Sequence[int]]:
         """Tokens of a text that has no special tokens in it."""
-        if self._cuts is None or len(data) <= LENGTH:
+        if self._split_points is None or len(data) <= PIECE_LENGTH:
             yield tokenize(data)
             return
         led = 0
-        for piece in self._cuts.pieces(data.decode("utf-8", "surrogateescape"), self._led > 0):
+        for piece in self._split_points.pieces(data.decode("utf-8", "surrogateescape"), self._leading_tokens > 0):
             yield tokenize(piece.encode("utf-8", "surrogateescape"))[led:]
-            led = self._led  # the library puts a space before each piece, but only the first one has it
+            led = self._leading_tokens  # the library puts a space before each piece, but only the first one has it
 
     def _ids(self, data: bytes, special: bool) -> Sequence[int]:
         """Tokens of a text as llama.cpp makes them."""
@@ -104,7 +104,7 @@ class Vocabulary:
         for token in range(self.size):
             yield native.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace")
 
-    def _lead(self) -> int:
+    def _count_leading_tokens(self) -> int:
         """How many tokens the library puts before a text."""
         known = set("".join(self._texts()))
         letter = next(chr(code) for code in _PRIVATE if chr(code) not in known)
@@ -131,7 +131,7 @@ class Vocabulary:
         """Whether the model wants BOS before a text."""
         return bool(native.llama_vocab_get_add_bos(self._vocab))
 
-    def infill(self) -> Infill | None:
+    def infill(self) -> InfillTokens | None:
         """The model's fill-in-the-middle tokens, if it has all three."""
         ids = [
             _known(native.llama_vocab_fim_pre(self._vocab)),
@@ -141,7 +141,7 @@ class Vocabulary:
         prefix, suffix, middle = ids
         if prefix is None or suffix is None or middle is None:
             return None
-        return Infill(prefix, suffix, middle)
+        return InfillTokens(prefix, suffix, middle)
 
     @property
     def keeps_text(self) -> bool:
@@ -158,7 +158,7 @@ class Vocabulary:
             room = -size
 
 
-def make_card(runner: LlamaRunner, settings: Open) -> tuple[Card, Vocabulary]:
+def make_model_info(runner: LlamaRunner, settings: LoadModel) -> tuple[ModelInfo, Vocabulary]:
     """Facts about the model that a runner holds, and its vocabulary.
 
     Raises `SettingError` if its files changed while they were loaded: the fingerprint would name other bytes.
@@ -167,41 +167,41 @@ def make_card(runner: LlamaRunner, settings: Open) -> tuple[Card, Vocabulary]:
     pieces = vocabulary.pieces()
     # SentencePiece texts gain a leading space; the joined pieces of any text show whether this model's do.
     plain = vocabulary.tokenize("a", False)
-    card = Card(
+    model_info = ModelInfo(
         parameters=int(native.llama_model_n_params(runner.model)),
         context=settings.context,
         sequences=settings.sequences,
         pieces=pieces,
-        ends=vocabulary.ends(),
+        end_tokens=vocabulary.ends(),
         bos=vocabulary.bos(),
         eos=vocabulary.eos(),
         add_bos=vocabulary.add_bos(),
         space_prefix=b"".join(pieces[t] for t in plain).startswith(b" "),
         # In a text SentencePiece's own sign for a space has three bytes.
-        longest=max(len(piece.replace(b" ", "▁".encode())) for piece in pieces) if vocabulary.keeps_text else 0,
+        longest_token=max(len(piece.replace(b" ", "▁".encode())) for piece in pieces) if vocabulary.keeps_text else 0,
         infill=vocabulary.infill(),
         fingerprint="",
         promise=runner.promise,
-        runs=vocabulary.runs,
+        slow_runs=vocabulary.runs,
     )
-    card = msgspec.structs.replace(card, fingerprint=fingerprint(settings, runner, card))
+    model_info = msgspec.structs.replace(model_info, fingerprint=fingerprint(settings, runner, model_info))
     runner.files.confirm_loaded()
-    return card, vocabulary
+    return model_info, vocabulary
 
 
-def fingerprint(settings: Open, runner: LlamaRunner, card: Card) -> str:
+def fingerprint(settings: LoadModel, runner: LlamaRunner, model_info: ModelInfo) -> str:
     """A short name for all that can change a number: libraries, weights, and the shape of the computation.
 
     Also for what else the card says of the model, such as its tokens: cards of one fingerprint are alike.
     """
     named = hashlib.sha256(version().encode())
-    named.update(digest(rows.FILE, *([accelerator.FILE] if runner.accelerated else [])).encode())
+    named.update(digest(sampler_kernel.LIBRARY, *([accelerator.LIBRARY] if runner.accelerated else [])).encode())
     named.update(runner.files.digest())
-    named.update(msgspec.msgpack.encode(msgspec.structs.replace(card, sequences=0, promise="none")))
+    named.update(msgspec.msgpack.encode(msgspec.structs.replace(model_info, sequences=0, promise="none")))
     shape = (settings.context, settings.kv_type, runner.grid, settings.repack, settings.gpu_layers)
-    named.update(repr((*shape, runner.own_products, runner.own_attention)).encode())
+    named.update(repr((*shape, runner.uses_kernels, runner.uses_own_attention)).encode())
     if settings.gpu_layers:
-        named.update(f"{cards.names()} {settings.sequences if settings.full else 0}".encode())
+        named.update(f"{gpus.gpu_names()} {settings.sequences if settings.fixed_shape else 0}".encode())
     return "fp_" + named.hexdigest()[:16]
 
 

@@ -1,0 +1,1 @@
+"""ASGI middleware: authentication, rate limit headers, host check."""

@@ -1,0 +1,1 @@
+"""What the API reads of a request, and what it records about it."""

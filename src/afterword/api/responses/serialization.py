@@ -1,0 +1,136 @@
+"""Answers as bytes: the response object, its chunks, and the error envelope. Key order is the API reference's."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import string
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from afterword.completion import json_body
+from afterword.completion.choice import Delta
+from afterword.completion.logprobs import Logprobs
+from afterword.completion.run import Usage
+from afterword.errors import AfterwordError
+
+_ALPHABET = string.ascii_letters + string.digits
+_LOWEST = -9999.0  # JSON has no infinity
+encode = json_body.encode
+DONE = b"data: [DONE]\n\n"
+COLUMNS = (b"text_offset", b"token_logprobs", b"tokens", b"top_logprobs")
+"""Keys of `logprobs`, in their order."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseHead:
+    """What every object of one answer has in common. `created` is in Unix seconds."""
+
+    id: str
+    created: int
+    model: str
+    fingerprint: str
+
+
+def new_id() -> str:
+    """A fresh name for an answer."""
+    return "cmpl-" + "".join(secrets.choice(_ALPHABET) for _ in range(29))
+
+
+def envelope(head: ResponseHead, usage: Usage | Literal["later", "never"]) -> tuple[bytes, bytes]:
+    """What comes before an object's choices and after them."""
+    told = b"".join(b',"%b":%b' % (name.encode(), encode(value)) for name, value in _usage_member(usage).items())
+    return encode(_object(head, [])).removesuffix(b"]}"), b"]" + told + b"}"
+
+
+def chunk(head: ResponseHead, delta: Delta, usage: Usage | Literal["later", "never"]) -> bytes:
+    """One event of a stream, with the usage so far, with null because the last chunk has it, or without the key."""
+    return event(_object(head, [_choice(delta)]) | _usage_member(usage))
+
+
+def usage_chunk(head: ResponseHead, usage: Usage) -> bytes:
+    """The event after the last choice's."""
+    return event(_object(head, []) | {"usage": _usage(usage)})
+
+
+def event(value: object) -> bytes:
+    """A server-sent event."""
+    return b"data: " + encode(value) + b"\n\n"
+
+
+def error(problem: AfterwordError) -> dict[str, Any]:
+    """The error envelope: always four keys."""
+    return {
+        "error": {
+            "message": problem.message,
+            "type": problem.type,
+            "param": problem.param,
+            "code": problem.code,
+        }
+    }
+
+
+def _usage_member(usage: Usage | Literal["later", "never"]) -> dict[str, Any]:
+    return {} if usage == "never" else {"usage": None if usage == "later" else _usage(usage)}
+
+
+def _object(head: ResponseHead, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "id": head.id,
+        "object": "text_completion",
+        "created": head.created,
+        "model": head.model,
+        "system_fingerprint": head.fingerprint,
+        "choices": choices,
+    }
+
+
+def _choice(delta: Delta) -> dict[str, Any]:
+    choice = {
+        "text": delta.text,
+        "index": delta.index,
+        "logprobs": delta.logprobs and columns(delta.logprobs),
+        "finish_reason": delta.finish,
+    }
+    if delta.token_ids is not None:
+        choice["token_ids"] = delta.token_ids
+    if delta.prompt is not None and delta.prompt.token_ids is not None:
+        choice["prompt_token_ids"] = delta.prompt.token_ids
+    if delta.prompt is not None and delta.prompt.logprobs is not None:
+        choice["prompt_logprobs"] = delta.prompt.logprobs
+    return choice
+
+
+def columns(part: Logprobs) -> dict[str, Any]:
+    """The four columns; `top_logprobs` is None where no alternatives are asked for."""
+    top = part.top_logprobs
+    return {
+        "text_offset": part.text_offset,
+        "token_logprobs": [value if value is None else _finite(value) for value in part.token_logprobs],
+        "tokens": part.tokens,
+        "top_logprobs": top and [entry and _is_all_finite(entry) for entry in top],
+    }
+
+
+def _finite(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) else _LOWEST
+
+
+def _is_all_finite(entry: dict[str, float]) -> dict[str, float]:
+    """Hardly ever is one of them not, and a sum tells."""
+    return entry if math.isfinite(sum(entry.values())) else {token: _finite(value) for token, value in entry.items()}
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": 0,
+            "audio_tokens": 0,
+            "reasoning_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
+        "prompt_tokens_details": {"audio_tokens": 0, "cached_tokens": usage.cached_tokens},
+    }

@@ -1,0 +1,186 @@
+"""`/v1/batches`: files of requests that are answered in the background, beside those for which somebody waits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from afterword.api.in_process_client import in_process_client
+from afterword.api.middleware import authentication
+from afterword.api.requests.query_parameters import QueryParameters
+from afterword.api.requests.request_context import request_context_of
+from afterword.api.responses import serialization
+from afterword.api.routes.files import check_exists, list_object, manager_of
+from afterword.api.routes.models import json_response
+from afterword.api.service import Service
+from afterword.batch.file_store import BatchStatus, StoredBatch, new_id
+from afterword.batch.input_lines import ENDPOINT
+from afterword.batch.output_lines import SendRequest, ServerReply
+from afterword.completion.json_body import parse_object, run_in_thread_if_large
+from afterword.errors import Overloaded, RequestError, Unauthorized
+
+FIELDS = ("input_file_id", "endpoint", "completion_window", "metadata")
+WINDOW = "24h"
+MAX_LISTED = 100
+"""Batches in one list."""
+MOST_METADATA, LONGEST_KEY, LONGEST_VALUE = 16, 64, 512
+TIMES: tuple[tuple[str, BatchStatus], ...] = (
+    ("in_progress_at", "in_progress"),
+    ("finalizing_at", "finalizing"),
+    ("completed_at", "completed"),
+    ("failed_at", "failed"),
+    ("expired_at", "expired"),
+    ("cancelling_at", "cancelling"),
+    ("cancelled_at", "cancelled"),
+)
+"""When a batch became what."""
+
+
+async def create(request: Request) -> Response:
+    """Take in a batch."""
+    manager = manager_of(request)
+    body = await run_in_thread_if_large(parse_object, await authentication.read_json(request))
+    for name in body:
+        if name not in FIELDS:
+            raise RequestError(f"Unrecognized request argument supplied: {name[:64]}", param=name[:64])
+    now = int(manager.clock())
+    batch = StoredBatch(
+        id=new_id("batch_"),
+        key=request_context_of(request.scope).key,
+        endpoint=_only(body, "endpoint", ENDPOINT),
+        window=_only(body, "completion_window", WINDOW),
+        input=_file(body),
+        created=now,
+        expires=now + int(manager.limits.batch_seconds),
+        metadata=_metadata(body.get("metadata")),
+    )
+    if not manager.file_store.exists:
+        raise check_exists("file")
+    await asyncio.to_thread(manager.file_store.add_batch, batch, manager.limits.max_batches)
+    manager.notify()
+    return json_response(batch_object(batch))
+
+
+async def list_batches(request: Request) -> Response:
+    """Some of a key's batches, the newest first."""
+    query = QueryParameters(request, ("after", "limit"))
+    after, most = query.text("after"), query.number("limit", 1, MAX_LISTED, 20)
+    manager = manager_of(request)
+    if not manager.file_store.exists:
+        return json_response(list_object([], False))
+    batches, more = await asyncio.to_thread(
+        manager.file_store.batches, request_context_of(request.scope).key, after, most
+    )
+    return json_response(list_object([batch_object(manager.with_progress(batch)) for batch in batches], more))
+
+
+async def get_batch(request: Request) -> Response:
+    """How one batch stands."""
+    manager = manager_of(request)
+    if not manager.file_store.exists:
+        raise check_exists("batch")
+    batch = await asyncio.to_thread(
+        manager.file_store.batch, request_context_of(request.scope).key, request.path_params["id"]
+    )
+    return json_response(batch_object(manager.with_progress(batch)))
+
+
+async def cancel(request: Request) -> Response:
+    """End one batch before its time."""
+    manager = manager_of(request)
+    if not manager.file_store.exists:
+        raise check_exists("batch")
+    return json_response(
+        batch_object(await manager.cancel(request_context_of(request.scope).key, request.path_params["id"]))
+    )
+
+
+def batch_object(batch: StoredBatch) -> dict[str, Any]:
+    """The API's batch object."""
+    wrong = [{"code": each.code, "line": each.line, "message": each.message, "param": None} for each in batch.wrong]
+    return {
+        "id": batch.id,
+        "object": "batch",
+        "endpoint": batch.endpoint,
+        "errors": {"object": "list", "data": wrong} if wrong else None,
+        "input_file_id": batch.input,
+        "completion_window": batch.window,
+        "status": batch.status,
+        "output_file_id": batch.output,
+        "error_file_id": batch.errors,
+        "created_at": batch.created,
+        "expires_at": batch.expires,
+        **{name: batch.times.get(status) for name, status in TIMES},
+        "request_counts": {"total": batch.rows, "completed": batch.good, "failed": batch.bad},
+        "usage": {
+            "input_tokens": batch.prompt,
+            "input_tokens_details": {"cached_tokens": batch.cached},
+            "output_tokens": batch.completion,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": batch.prompt + batch.completion,
+        },
+        "metadata": batch.metadata,
+    }
+
+
+def ask_for_key(app: ASGIApp, service: Service) -> Callable[[str], SendRequest]:
+    """How rows are asked on behalf of a key: no more at a time than half of what is computed together.
+
+    So those for whom somebody waits find room. A key that has ended has only refusals.
+    """
+    sequences = max(managed_model.definition.sequences for managed_model in service.models)
+    room = asyncio.Semaphore(max(1, sequences // 2))
+
+    def ask_for(key: str) -> SendRequest:
+        async def ask(method: str, path: str, body: bytes) -> ServerReply:
+            async with room:
+                try:
+                    account = service.key_registry.account(key)
+                except Overloaded as problem:
+                    return ServerReply(
+                        problem.status,
+                        serialization.encode(serialization.error(problem)),
+                        retry=float(problem.retry_after),
+                    )
+                if service.config.requires_key and account is None:
+                    ended = Unauthorized("The API key of this batch has ended.", code="invalid_api_key")
+                    return ServerReply(ended.status, serialization.encode(serialization.error(ended)))
+                return await in_process_client(app, account)(method, path, body)
+
+        return ask
+
+    return ask_for
+
+
+def _only(body: dict[str, Any], name: str, value: str) -> str:
+    if body.get(name) != value:
+        raise RequestError(f"'{name}' must be '{value}'.", param=name)
+    return value
+
+
+def _file(body: dict[str, Any]) -> str:
+    file = body.get("input_file_id")
+    if not isinstance(file, str):
+        raise RequestError("'input_file_id' must be the ID of a file.", param="input_file_id")
+    return file
+
+
+def _metadata(given: object) -> dict[str, str] | None:
+    if given is None:
+        return None
+    good = isinstance(given, dict) and len(given) <= MOST_METADATA
+    if not good or not all(
+        len(name) <= LONGEST_KEY and isinstance(value, str) and len(value) <= LONGEST_VALUE
+        for name, value in given.items()  # type: ignore[attr-defined]
+    ):
+        raise RequestError(
+            f"'metadata' must be an object of at most {MOST_METADATA} strings of at most {LONGEST_VALUE} characters, "
+            f"their names of at most {LONGEST_KEY}.",
+            param="metadata",
+        )
+    return dict(given)  # type: ignore[call-overload, no-any-return]

@@ -1,0 +1,178 @@
+"""`POST /v1/completions`: a body to a plan, a plan's deltas to one answer or to a stream of chunks."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Literal
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from afterword.api.middleware import authentication
+from afterword.api.requests.disconnect import cancel_on_disconnect, wait_for_disconnect
+from afterword.api.requests.request_context import RequestContext, request_context_of
+from afterword.api.responses import incremental, serialization
+from afterword.api.responses.time_slices import TimeSlices
+from afterword.api.service import Service
+from afterword.completion.choice import Delta
+from afterword.completion.fields import StreamOptions
+from afterword.completion.json_body import run_in_thread_if_large
+from afterword.completion.logprobs import SLICE_TOKENS
+from afterword.completion.plan import ClientIdentity, Plan, Tokenized, make_plan
+from afterword.completion.request import CompletionRequest, parse
+from afterword.completion.response_size import check_size
+from afterword.completion.run import Usage, run, tokenize
+from afterword.engine.protocol import Engine, ModelInfo
+from afterword.errors import AfterwordError
+
+
+async def create(http: HttpRequest) -> Response:
+    """Everything that can be the caller's fault happens here; the answer only runs the plan."""
+    service: Service = http.app.state.service
+    created = int(time.time())
+    service.check_capacity()
+    limits = service.config.limits
+    body = await authentication.read_json(http)
+    request = await run_in_thread_if_large(parse, body, limits)
+    request_context = request_context_of(http.scope)
+    served = await service.acquire_model(request.model, request_context)
+    request_context.model = served.id
+    caller = ClientIdentity(
+        request_context.key, service.config.shared_cache, "batch" if request_context.in_process else ""
+    )
+    texts = tokenize(request, served.engine, service.config.special_text, caller.queue)
+    tokens = await cancel_on_disconnect(http.receive, texts)
+    plan = await run_in_thread_if_large(_make_plan, body, request, served.engine.model_info, tokens, caller)
+    check_size(plan, limits.max_answer)
+    request_context.user = service.key_registry.pseudonym(request.user)
+    authentication.reserve(request_context, plan.most_tokens)
+    request_context.set_plan(plan)
+    head = serialization.ResponseHead(serialization.new_id(), created, served.id, plan.fingerprint)
+    return CompletionResponse(request, plan, head, served.engine, request_context)
+
+
+def _make_plan(
+    _: bytes, request: CompletionRequest, model_info: ModelInfo, tokens: Tokenized, caller: ClientIdentity
+) -> Plan:
+    return make_plan(request, model_info, tokens, secrets.randbits(64), caller)
+
+
+class CompletionResponse(Response):
+    """A response that owns the run it sends: when the client leaves, the work ends."""
+
+    def __init__(
+        self,
+        request: CompletionRequest,
+        plan: Plan,
+        head: serialization.ResponseHead,
+        engine: Engine,
+        request_context: RequestContext,
+    ) -> None:
+        super().__init__()
+        self._request = request
+        self._plan = plan
+        self._head = head
+        self._engine = engine
+        self._request_context = request_context
+        self._sharing = incremental.PromptEncoder(plan.n)
+        self._time_slices = TimeSlices(SLICE_TOKENS)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer; stop as soon as nobody is there to read it."""
+        work = asyncio.create_task(self._stream(send) if self._request.stream else self._whole(send))
+        gone = asyncio.create_task(wait_for_disconnect(receive))
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            if not work.done():
+                work.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+        if not work.cancelled() and (problem := work.exception()) is not None:
+            raise problem
+
+    def _start(self, kind: bytes, *more: tuple[bytes, bytes]) -> dict[str, object]:
+        headers = [(b"content-type", kind), (b"cache-control", b"no-cache, must-revalidate"), *more]
+        headers.append((b"openai-model", authentication.header_text(self._head.model)))
+        if self._request.ignored:
+            headers.append((b"x-afterword-ignored", authentication.header_text(", ".join(self._request.ignored))))
+        return {"type": "http.response.start", "status": 200, "headers": headers}
+
+    async def _whole(self, send: Send) -> None:
+        body = incremental.EncodedBody(self._head, self._plan.n)
+        usage = Usage(0, 0)
+        async with aclosing(
+            run(
+                self._plan, self._engine, self._request_context.record_usage, self._request_context.mark_compute_started
+            )
+        ) as items:
+            async for item in items:
+                if isinstance(item, Usage):
+                    usage = item
+                else:
+                    self._request_context.record_choice(item.index, item.finish)
+                    for tokens in body.encode(item):
+                        await self._time_slices.yield_after(tokens)
+        length = sum(map(len, body.fragments(usage)))
+        await send(self._start(b"application/json", (b"content-length", str(length).encode())))
+        await incremental.send_chunks(send, body.fragments(usage))
+
+    async def _stream(self, send: Send) -> None:
+        async with aclosing(
+            run(
+                self._plan, self._engine, self._request_context.record_usage, self._request_context.mark_compute_started
+            )
+        ) as items:
+            first = await anext(items)  # an engine that cannot even begin is an HTTP error
+            await send(self._start(b"text/event-stream", (b"x-accel-buffering", b"no")))
+            try:
+                await self._send_chunks(send, first, items)
+            except AfterwordError as problem:
+                self._request_context.record_error(problem)
+                # and no [DONE]: the answer is not whole
+                await send(_body(serialization.event(serialization.error(problem))))
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _send_chunks(self, send: Send, first: Delta | Usage, rest: AsyncIterator[Delta | Usage]) -> None:
+        options = self._request.stream_options or StreamOptions()
+        written = 0
+        item: Delta | Usage | None = first
+        while item is not None:
+            if isinstance(item, Delta):
+                written += item.completion_tokens
+                self._request_context.record_choice(item.index, item.finish)
+                usage: Usage | Literal["later", "never"] = "later" if options.include_usage else "never"
+                if options.include_usage and options.continuous_usage_stats:
+                    usage = Usage(self._plan.prompt_tokens, written)
+                await self._send_chunk(send, item, usage)
+            elif options.include_usage:
+                await send(_body(serialization.usage_chunk(self._head, item)))
+            item = await anext(rest, None)
+        await send(_body(serialization.DONE))
+
+    async def _send_chunk(self, send: Send, delta: Delta, usage: Usage | Literal["later", "never"]) -> None:
+        """One event. One with the prompt in it can be large: it is sent in pieces, and other tasks run between them."""
+        if delta.echo is None:
+            await send(_body(serialization.chunk(self._head, delta, usage)))
+            return
+        choice = None
+        for step in self._sharing.encode(delta):
+            if isinstance(step, incremental.EncodedPrompt):
+                choice = incremental.EncodedChoice(delta.index, step)
+            else:
+                await self._time_slices.yield_after(step)
+        assert choice is not None
+        for tokens in choice.encode(delta):
+            await self._time_slices.yield_after(tokens)
+        for piece in incremental.chunked(incremental.event(self._head, choice, usage)):
+            await send(_body(piece))
+            await asyncio.sleep(0)  # the reader may have left meanwhile
+
+
+def _body(data: bytes) -> dict[str, object]:
+    return {"type": "http.response.body", "body": data, "more_body": True}

@@ -1,0 +1,56 @@
+"""`GET /v1/models`: what is served here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from afterword.api.responses import serialization
+from afterword.api.service import Service
+from afterword.engine.parent.model_manager import ManagedModel
+from afterword.errors import ModelNotFound
+
+
+async def list_models(request: Request) -> Response:
+    """All models."""
+    service: Service = request.app.state.service
+    service.models.check_started()
+    return json_response({"object": "list", "data": [model_object(managed_model) for managed_model in service.models]})
+
+
+async def get_model(request: Request) -> Response:
+    """One model; its name may contain slashes. Raises `ModelNotFound`."""
+    service: Service = request.app.state.service
+    name: str = request.path_params["model"]
+    if not name:  # in a request's body that would mean whatever is served
+        raise ModelNotFound(name)
+    managed_model = service.managed_model(name)
+    if service.models.keep_alive is None:
+        service.models.check_loaded(managed_model)
+    return json_response(model_object(managed_model))
+
+
+def model_object(managed_model: ManagedModel) -> dict[str, Any]:
+    """The API's model object, and what clients of other servers look for beside it.
+
+    What only the engine knows is null until the model has been loaded for the first time.
+    """
+    model_info = managed_model.model_info
+    return {
+        "id": managed_model.id,
+        "object": "model",
+        "created": managed_model.definition.created,
+        "owned_by": "afterword",
+        "status": managed_model.state,
+        "max_model_len": managed_model.definition.context,
+        "system_fingerprint": model_info.fingerprint if model_info else None,
+        "reproducible": managed_model.promise,
+        "infill": model_info.infill is not None if model_info else None,
+    }
+
+
+def json_response(value: object, status: int = 200) -> Response:
+    """A value as JSON."""
+    return Response(serialization.encode(value), status, media_type="application/json")

@@ -1,0 +1,121 @@
+"""What is written for a row: OpenAI's batch output, in bytes that depend on the row and its answer alone. Pure.
+
+Ids come from the row, times from the job. How much of a prompt was in a cache depends on what else ran, so that is
+left out: `usage.prompt_tokens_details` is told in sums, not in rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from afterword.batch.input_lines import BatchRequest, InvalidLine
+from afterword.completion.json_body import encode
+
+Retry = bool | float
+"""Whether another try is worth it; a number: not before so many seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerReply:
+    """What a server says. Status 0: nothing. `retry`: waiting cures it, however long that takes."""
+
+    status: int
+    body: bytes
+    retry: Retry = False
+    attempted: bool = False  # a failure of the server, worth some tries
+
+    @property
+    def is_success(self) -> bool:
+        """Whether it is an answer."""
+        return 200 <= self.status < 300
+
+
+SendRequest = Callable[[str, str, bytes], Awaitable[ServerReply]]
+"""Ask a server: method, path, body."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputLine:
+    """What is kept of a row: its line of output, and what is added up."""
+
+    line: int
+    is_success: bool
+    text: bytes
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+
+
+def success_line(row: BatchRequest, reply: ServerReply, created: int) -> OutputLine:
+    """A row with what the server said last."""
+    body, usage = _without_variable_parts(reply, row.digest, created)
+    response = {"status_code": reply.status, "request_id": f"req_{_id(row.digest, 'request', 32)}", "body": body}
+    text = _line(row.digest, row.custom_id, response, None)
+    prompt, completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
+    details = usage.get("prompt_tokens_details")
+    cached = _count(details, "cached_tokens") if isinstance(details, dict) else 0
+    return OutputLine(row.line, reply.is_success, text, prompt, completion, cached)
+
+
+def failure_line(row: BatchRequest | InvalidLine, code: str, message: str) -> OutputLine:
+    """A row that no server has answered."""
+    return OutputLine(row.line, False, _line(row.digest, row.custom_id, None, {"code": code, "message": message}))
+
+
+def too_large_line(row: BatchRequest, most: int) -> OutputLine:
+    """A row whose answer is larger than a journal can keep."""
+    return failure_line(
+        row, "answer_too_large", f"The answer is larger than {most} bytes, which is the most that is kept."
+    )
+
+
+def no_space_line(row: BatchRequest) -> OutputLine:
+    """A row for whose answer the key has no room left."""
+    return failure_line(
+        row, "storage_limit_reached", "Your files have no room for this answer. Delete some, and ask again."
+    )
+
+
+def invalid_line(fault: InvalidLine) -> OutputLine:
+    """A line that is no request."""
+    return failure_line(fault, fault.code, fault.message)
+
+
+def batch_id(digest: bytes) -> str:
+    """The id of a row in the output."""
+    return f"batch_req_{_id(digest, 'row', 32)}"
+
+
+def _line(digest: bytes, name: str | None, response: object, error: object) -> bytes:
+    return encode({"id": batch_id(digest), "custom_id": name, "response": response, "error": error})
+
+
+def _without_variable_parts(reply: ServerReply, digest: bytes, created: int) -> tuple[Any, dict[str, Any]]:
+    """A body without what differs from one run to the next, and its usage as it was."""
+    try:
+        body = msgspec.json.decode(reply.body, type=dict[str, msgspec.Raw])
+        usage = msgspec.json.decode(body.get("usage", b"null"))
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        problem = {"message": "The server's answer was not JSON.", "type": "server_error", "param": None, "code": None}
+        return {"error": problem}, {}
+    if not reply.is_success:
+        return body, {}
+    usage = usage if isinstance(usage, dict) else {}
+    changes: dict[str, Any] = {"id": f"cmpl-{_id(digest, 'completion', 32)}", "created": created}
+    if usage:
+        changes["usage"] = {name: value for name, value in usage.items() if name != "prompt_tokens_details"}
+    return {name: changes.get(name, value) for name, value in body.items()}, usage
+
+
+def _id(digest: bytes, kind: str, length: int) -> str:
+    return hashlib.blake2b(digest, digest_size=length // 2, person=kind.encode()).hexdigest()
+
+
+def _count(values: dict[str, Any], name: str) -> int:
+    value = values.get(name)
+    return value if isinstance(value, int) and value > 0 else 0

@@ -1,0 +1,152 @@
+r"""JSON bodies, read and written.
+
+A body to a dict. Strict: UTF-8, no NaN, no lone surrogates, bounded depth, no key twice, bounded counts.
+
+The parser holds the interpreter's lock for each call, so a large body is decoded in pieces: called in a worker thread,
+`parse_object` lets other threads run between them. Arrays, objects and strings are counted before any is built.
+
+Characters that end a line in Unicode and not in JSON are written as escapes: many clients split streams there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
+
+import msgspec
+
+from afterword.errors import RequestError
+
+T = TypeVar("T")
+BAD_JSON = (
+    "We could not parse the JSON body of your request. (HINT: This likely means you aren't using your HTTP library "
+    "correctly. The OpenAI API expects a JSON payload, but what was sent was not valid JSON.)"
+)
+LARGE_BODY = 2**16
+"""Bytes of a body up to which it is parsed in one call, on the event loop."""
+MAX_PARTS = 2**16
+"""Arrays and objects that a body may have; likewise strings, member names included."""
+
+_PIECE = 2**15  # bytes of an array of numbers that are decoded in one call
+_REST = 2  # times as long as a piece took the thread leaves the interpreter to other threads
+_THREAD = ThreadPoolExecutor(1, "parser")  # more would take the interpreter's lock from the event loop more often
+_BOM = b"\xef\xbb\xbf"
+_LONE_SURROGATE = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+    rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+    rb"|\xed[\xa0-\xbf]"
+)
+
+_members_of = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_items_of = msgspec.json.Decoder(list[msgspec.Raw]).decode
+
+
+_LINE_ENDS = ((b"\xe2\x80\xa8", rb"\u2028"), (b"\xe2\x80\xa9", rb"\u2029"), (b"\xc2\x85", rb"\u0085"))
+
+_encode = msgspec.json.Encoder().encode
+
+
+def encode(value: object) -> bytes:
+    """A value as JSON. Python's and Unicode's other line ends (U+0085, U+2028, U+2029) are escaped."""
+    data = _encode(value)
+    if b"\xe2\x80" in data or b"\xc2\x85" in data:
+        for character, escape in _LINE_ENDS:
+            data = data.replace(character, escape)
+    return data
+
+
+async def run_in_thread_if_large(call: Callable[..., T], body: bytes, *more: Any) -> T:
+    """`call(body, *more)`, in the thread for large bodies if it is one."""
+    if len(body) <= LARGE_BODY:
+        return call(body, *more)
+    return await asyncio.get_running_loop().run_in_executor(_THREAD, partial(call, body, *more))
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """A JSON object as a dict. A byte order mark before it is skipped. Raises `RequestError`."""
+    body = body.removeprefix(_BOM)
+    try:
+        value = msgspec.json.decode(body) if len(body) <= LARGE_BODY else _decoded_in_pieces(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise RequestError(_reason(body)) from None
+    if not isinstance(value, dict):
+        raise RequestError(BAD_JSON)
+    if body.count(b":") != len(value) and _outside_strings(body).count(b":") != _count_members(value):
+        raise RequestError("The JSON body has a key twice in one object.")
+    return value
+
+
+def _reason(body: bytes) -> str:
+    if _LONE_SURROGATE.search(body.replace(rb"\\", b"")):
+        return (
+            "The JSON body has a lone surrogate: a code unit from U+D800 to U+DFFF without its pair, which is not a "
+            "character. (HINT: do not cut strings inside a surrogate pair, or replace what is cut with U+FFFD.)"
+        )
+    return BAD_JSON
+
+
+def _decoded_in_pieces(body: bytes) -> dict[str, Any]:
+    _check_parts(body)
+    return {name: _value(bytes(raw)) for name, raw in _members_of(body).items()}
+
+
+def _check_parts(body: bytes) -> None:
+    """Raises `RequestError` if a body has too many strings, arrays or objects."""
+    if not _more_than(MAX_PARTS, body, b"[{") and not _more_than(2 * MAX_PARTS, body, b'"'):
+        return
+    if _more_than(MAX_PARTS, _outside_strings(body), b"[{"):
+        raise RequestError(f"The JSON body has more than {MAX_PARTS} arrays and objects.")
+
+
+def _more_than(most: int, data: bytes, characters: bytes) -> bool:
+    """Whether there are more of some characters. Stops where that is known: each call counts a piece."""
+    for start in range(0, len(data), _PIECE):
+        most -= sum(data.count(character, start, start + _PIECE) for character in characters)
+        if most < 0:
+            return True
+    return False
+
+
+def _outside_strings(body: bytes) -> bytes:
+    """The body without its strings. Raises `RequestError` if it has too many of them."""
+    plain = body.replace(rb"\\", b"").replace(rb"\"", b"") if b"\\" in body else body
+    if _more_than(2 * MAX_PARTS + 1, plain, b'"'):
+        raise RequestError(f"The JSON body has more than {MAX_PARTS} strings, member names included.")
+    return b"".join(plain.split(b'"')[::2])
+
+
+def _value(raw: bytes) -> Any:
+    """A value that is known to be well formed outside its strings; the items of a large array one by one."""
+    if len(raw) <= LARGE_BODY or not raw.startswith(b"["):
+        return msgspec.json.decode(raw)
+    if raw.find(b"[", 1) < 0 and b"{" not in raw and b'"' not in raw:
+        return _numbers(raw)
+    return [_value(bytes(item)) for item in _items_of(raw)]
+
+
+def _numbers(raw: bytes) -> list[Any]:
+    """An array of values that contain no comma."""
+    values: list[Any] = []
+    start, end = 1, len(raw) - 1
+    while start < end:
+        began = time.perf_counter()
+        cut = raw.find(b",", start + _PIECE, end)
+        cut = end if cut < 0 else cut
+        values += msgspec.json.decode(b"[" + raw[start:cut] + b"]")
+        start = cut + 1
+        time.sleep(_REST * (time.perf_counter() - began))
+    return values
+
+
+def _count_members(value: Any) -> int:
+    """Members of all objects in a value."""
+    if isinstance(value, dict):
+        return len(value) + sum(map(_count_members, value.values()))
+    if isinstance(value, list) and not {dict, list}.isdisjoint(map(type, value)):
+        return sum(map(_count_members, value))
+    return 0

@@ -1,0 +1,164 @@
+"""Rows of logits read by numpy, for machines without a compiler: what sampler_kernel.cpp does, and easier to follow.
+
+The vocabulary is never sorted. Its few largest are looked for in the blocks with the largest maxima, and the nucleus of
+top_p is never built: a token is drawn, and then asked whether it belongs there (`_sample_nucleus`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from afterword.engine.core.forward_batch import Logits
+from afterword.engine.core.sampler_kernel import BLOCK, GREEDY_BELOW, Ids, RowQuery, RowResult, SampleQuery, distinct
+
+LogitsRow = NDArray[np.float32]
+WeightArray = LogitsRow
+"""A row of exponentials, the largest 1. In float32: exact to 1 in 10^6; what weighs below 10^-37 is never drawn."""
+SumArray = NDArray[np.float64]
+"""What each block weighs. Inside blocks of float32, which is as exact as the weights are."""
+
+_BELOW_ONE = 1.0 - 2.0**-53
+_ALL = 2**64 - 1
+
+
+class NumpyKernel:
+    """See `SamplerKernel`."""
+
+    @np.errstate(over="ignore", invalid="ignore")  # whatever a broken model gives, a token comes out
+    def read(self, rows: Logits, tasks: Sequence[RowQuery]) -> list[RowResult]:
+        """See `SamplerKernel`."""
+        return [_read(row, task) for row, task in zip(rows, tasks, strict=True)]
+
+
+def adjusted_row(row: LogitsRow, draw: SampleQuery) -> LogitsRow:
+    """A row as bias, penalties and bans leave it, in this order."""
+    row, sampling = row.copy(), draw.sampling
+    for token, bias in sampling.logit_bias:
+        row[token] += np.float32(bias)
+    if sampling.repetition_penalty != 1.0:
+        ids = distinct((*draw.prompt, *draw.generated.ids.tolist()))
+        factor = np.float32(sampling.repetition_penalty)
+        row[ids] = np.where(row[ids] > 0, row[ids] / factor, row[ids] * factor)
+    penalties = draw.generated.counts * sampling.frequency_penalty + sampling.presence_penalty
+    row[draw.generated.ids] -= penalties.astype(np.float32)
+    row[list(draw.banned)] = -np.inf
+    return row
+
+
+def top_ids(row: LogitsRow, count: int) -> Ids:
+    """Ids of the `count` largest, largest first; ties go to the lower id."""
+    maxima = np.maximum.reduceat(row, np.arange(0, len(row), BLOCK))
+    if count < len(maxima):
+        # At least `count` numbers reach the count-th largest maximum, and only blocks that reach it have any.
+        least = np.partition(maxima, -count)[-count]
+        blocks = np.flatnonzero(maxima >= least)
+        ids = (blocks[:, None] * BLOCK + np.arange(BLOCK)).ravel()
+        ids = ids[: np.searchsorted(ids, len(row))]
+        ids = ids[row[ids] >= least]
+    elif count < len(row):
+        ids = np.flatnonzero(row >= np.partition(row, -count)[-count])
+    else:
+        ids = np.arange(len(row))
+    return ids[np.argsort(-row[ids], kind="stable")][:count]
+
+
+def random_number(seed: int, n: int) -> float:
+    """The n-th number in [0, 1) that comes of a seed: the seed itself, then those of SplitMix64."""
+    if n:
+        seed = (seed + n * 0x9E3779B97F4A7C15) & _ALL
+        seed = ((seed ^ seed >> 30) * 0xBF58476D1CE4E5B9) & _ALL
+        seed = ((seed ^ seed >> 27) * 0x94D049BB133111EB) & _ALL
+        seed ^= seed >> 31
+    return float(seed >> 11) * 2.0**-53
+
+
+def _read(row: LogitsRow, task: RowQuery) -> RowResult:
+    total = _log_total(row) if task.reported else 0.0
+    drawn = _draw_ids(adjusted_row(row, task.draw), task.draw) if task.draw else []
+    top = top_ids(row, task.top).tolist() if task.top else []
+    pairs = [tuple((token, float(row[token]) - total) for token in tokens) for tokens in (top, drawn)]
+    if task.given is None:
+        return RowResult(top=pairs[0], drawn=pairs[1])
+    rank = 1 + int(np.count_nonzero(row > row[task.given]))
+    return RowResult(pairs[0], float(row[task.given]) - total, rank, pairs[1])
+
+
+def _draw_ids(row: LogitsRow, draw: SampleQuery) -> list[int]:
+    sampling, seeds = draw.sampling, draw.seeds
+    weights = _weights(row, sampling.temperature)
+    weights[weights < np.float32(sampling.min_p)] = 0
+    wanted = sampling.top_p * float(_block_sums(weights).sum())
+    # The likeliest weighs 1 and may be all of the nucleus; or the row is not of numbers.
+    if sampling.temperature < GREEDY_BELOW or not wanted > 1:
+        return [int(np.argmax(row))] * len(seeds)
+    if sampling.top_k:
+        ids = top_ids(weights, sampling.top_k)
+        cumulated = np.cumsum(weights[ids], dtype=np.float64)
+        size = int(np.searchsorted(cumulated, sampling.top_p * float(cumulated[-1]))) + 1
+        return [int(ids[_pick(weights[ids[:size]], random_number(seed, 0))[0]]) for seed in seeds]
+    if sampling.top_p >= 1:
+        sums = _block_sums(weights)
+        return [_pick_by_blocks(weights, sums, random_number(seed, 0)) for seed in seeds]
+    return [_sample_nucleus(weights, wanted, seed) for seed in seeds]
+
+
+def _sample_nucleus(weights: WeightArray, wanted: float, seed: int) -> int:
+    """A token of the nucleus: the fewest likeliest tokens that weigh `wanted` together; ties go to the lower id.
+
+    A token is in the nucleus if and only if those before it weigh less than `wanted`. So draw from all tokens; if
+    the token is outside, so is everything after it: draw again from those before it. What is returned is
+    distributed as if only the nucleus had been drawn from, after 1 + ln(1 / top_p) draws on average at most.
+    """
+    for n in itertools.count():
+        place = _pick_by_blocks(weights, _block_sums(weights), random_number(seed, n))
+        weights = np.where(_order_before(weights, place), weights, np.float32(0))
+        if _block_sums(weights).sum() < wanted:
+            break
+    return place
+
+
+def _order_before(weights: WeightArray, place: int) -> NDArray[np.bool_]:
+    """Which are heavier than the one at a place, or as heavy and before it."""
+    chosen: NDArray[np.bool_] = weights > weights[place]
+    chosen[:place] |= weights[:place] == weights[place]
+    return chosen
+
+
+def _weights(row: LogitsRow, temperature: float) -> WeightArray:
+    # The shift comes before the division: a quotient by a small temperature has few digits after its point.
+    lowered = row - row.max()
+    weights: WeightArray = np.exp(lowered / np.float32(max(temperature, GREEDY_BELOW)))
+    return weights
+
+
+def _log_total(row: LogitsRow) -> float:
+    total = float(_block_sums(_weights(row, 1.0)).sum())
+    return float(row.max()) + math.log(total) if total > 0 else math.nan
+
+
+def _block_sums(weights: WeightArray) -> SumArray:
+    whole = len(weights) // BLOCK * BLOCK
+    sums = np.einsum("ij->i", weights[:whole].reshape(-1, BLOCK))  # half the time of `sum` or `add.reduceat`
+    rest = weights[whole:]
+    return (np.append(sums, rest.sum()) if len(rest) else sums).astype(np.float64)
+
+
+def _pick(weights: NDArray[np.floating], draw: float) -> tuple[int, float]:
+    """Index drawn in proportion to the weights, and what is left of the draw: uniform in [0, 1) and unused."""
+    cumulated = np.cumsum(weights, dtype=np.float64)
+    target = draw * float(cumulated[-1])
+    index = int(np.searchsorted(cumulated, min(target, np.nextafter(cumulated[-1], 0)), side="right"))
+    before = float(cumulated[index - 1]) if index else 0.0
+    return index, min((target - before) / float(weights[index]), _BELOW_ONE)
+
+
+def _pick_by_blocks(weights: WeightArray, sums: SumArray, draw: float) -> int:
+    """Id drawn in proportion to the weights: first its block, then the id in the block."""
+    block, rest = _pick(sums, draw)
+    start = block * BLOCK
+    return start + _pick(weights[start : start + BLOCK], rest)[0]

@@ -1,0 +1,375 @@
+// Products of weights with activations, the same bits for a column whatever other columns there are.
+//
+// Steps of 32 elements are summed by themselves (exactly, where they are integers), and then added, from the first to the
+// last, to one running float for each row and column. So the order of additions depends on neither the number of
+// columns nor of threads nor on the processor, and there is one path for a single token and for a thousand. Some rows of weights
+// at a time, as they lie in a file or packed (packing.hpp), are unpacked (weight_formats.hpp) and multiplied with all columns.
+//
+// It needs instructions that multiply bytes (AVX2 or Arm's dot products); elsewhere `supports` says no and llama.cpp computes.
+
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <unordered_map>
+#include <vector>
+
+#include "parallel.hpp"
+#include "ggml.hpp"
+
+namespace products {
+namespace {
+
+// Whether a matrix is of the model, not something computed: ggml multiplies queries and keys by the same operation.
+bool of_model(const Tensor *matrix) { return !matrix->op && !matrix->view_src; }
+
+}  // namespace
+}  // namespace products
+
+#if (defined(__AVX2__) && defined(__FMA__)) || defined(__ARM_FEATURE_DOTPROD)
+#include "weight_formats.hpp"
+
+namespace products {
+namespace {
+
+constexpr bool AVAILABLE = true;
+constexpr int CHUNK = 16;  // steps, at most, that are unpacked before they are multiplied; half of it is a block at least
+constexpr int AHEAD = 8192;  // bytes that are asked for before they are needed, where one stream is all there is
+constexpr int64_t FAR_AHEAD = 1 << 19;  // bytes that a thread may read before their product begins: half of a large cache
+constexpr int MOST_COLUMNS = WIDE > LANES ? 8 : 4;  // multiplied together: as many as there are registers for their sums
+
+// Memory that is needed soon: so many lines of it are asked for at every step, while there is other work. It is read once in
+// a pass, and is not to drive out of the caches what is needed again: everything between two passes, and whom we write to.
+struct Prefetcher {
+    const char *at;
+    int lines;
+
+    void fetch() {
+        for (int i = 0; i < lines; i++, at += LINE) __builtin_prefetch(at, 0, 0);
+    }
+};
+
+// A tile is as many rows as there are lanes, or twice as many: they share the reading of activations, of which one column
+// has few, and then it is better to read fewer rows at a time.
+template <int TILES>
+constexpr int ROWS = TILES * LANE_ROWS;
+
+// The sums of a tile of rows times some columns, while they are in registers.
+template <int TILES, int COLUMNS>
+using Sums = Floats[COLUMNS][TILES];
+
+// Adds a step of bytes: exact sums of integers, then what they are worth.
+template <class Type, int TILES, int COLUMNS>
+inline void add_step(Sums<TILES, COLUMNS> &total, const ByteStep *weights, const BytePiece *const *columns, int s) {
+    Bytes exact[COLUMNS][TILES];
+    const auto start = [&](int half) {
+        for (int c = 0; c < COLUMNS; c++) {
+            const int32_t *halves = columns[c][s].halves;
+            const int32_t sum = Type::HALVES ? halves[half] : halves[0] + halves[1];
+            for (int t = 0; t < TILES; t++) exact[c][t] = Bytes{} - Type::EXCESS * sum;
+        }
+    };
+    const auto finish = [&](int half) {
+        for (int t = 0; t < TILES; t++)
+            for (int c = 0; c < COLUMNS; c++) {
+                const Floats part = to_floats(exact[c][t]) * weights[t].scales[half];
+                total[c][t] = fused(part, all<Floats>(columns[c][s].scale), total[c][t]);
+            }
+    };
+    start(0);
+#pragma GCC unroll 8
+    for (int i = 0; i < STEP / 4; i++) {
+        if (Type::HALVES && i == STEP / 8) finish(0), start(1);
+        for (int c = 0; c < COLUMNS; c++) {
+            int32_t four;
+            std::memcpy(&four, columns[c][s].elements + 4 * i, 4);
+            for (int t = 0; t < TILES; t++)
+                exact[c][t] = dot<Type::SIGNED>(exact[c][t], weights[t].weights[i], Bytes{} + four);
+        }
+    }
+    finish(Type::HALVES);
+    if (Type::LEAST)
+        for (int t = 0; t < TILES; t++)
+            for (int c = 0; c < COLUMNS; c++)
+                total[c][t] = fused(-weights[t].least, all<Floats>(columns[c][s].sum), total[c][t]);
+}
+
+// Adds a step of floats: its elements one after the other, then their sum, so that long sums stay as exact as short ones.
+template <class Type, int TILES, int COLUMNS>
+inline void add_step(Sums<TILES, COLUMNS> &total, const Plain::Step *weights, const Plain::Piece *const *columns, int s) {
+    Sums<TILES, COLUMNS> part = {};
+    for (int i = 0; i < STEP; i++)
+        for (int c = 0; c < COLUMNS; c++)
+            for (int t = 0; t < TILES; t++)
+                part[c][t] = fused(weights[t].weights[i], all<Floats>(columns[c][s].elements[i]), part[c][t]);
+    for (int c = 0; c < COLUMNS; c++)
+        for (int t = 0; t < TILES; t++) total[c][t] += part[c][t];
+}
+
+// Adds some steps to sums in memory; the first of all to none.
+template <class Type, int TILES, int COLUMNS>
+void multiply(float *sums, const typename Type::Step *weights, const typename Type::Piece *const *columns, int steps, bool first, Prefetcher &prefetcher) {
+    Sums<TILES, COLUMNS> total = {};
+    for (int c = 0; c < COLUMNS && !first; c++)
+        for (int t = 0; t < TILES; t++) total[c][t] = load<Floats>(sums + c * ROWS<TILES> + t * LANE_ROWS);
+    for (int s = 0; s < steps; s++, weights += TILES) {
+        prefetcher.fetch();
+        add_step<Type, TILES, COLUMNS>(total, weights, columns, s);
+    }
+    for (int c = 0; c < COLUMNS; c++)
+        for (int t = 0; t < TILES; t++) store(sums + c * ROWS<TILES> + t * LANE_ROWS, total[c][t]);
+}
+
+// Tiles of a thread: in a row, since memory is read ahead. Whoever has none left takes the last of another's.
+class alignas(LINE) TileQueue {
+    std::atomic<uint64_t> left{0};  // the first, and in the upper half the end
+
+    template <class Change>
+    bool take(Change change) {
+        uint64_t seen = left;
+        while ((uint32_t)seen < seen >> 32)
+            if (left.compare_exchange_weak(seen, change(seen))) return true;
+        return false;
+    }
+
+   public:
+    void give(int64_t first, int64_t end) { left = (uint64_t)end << 32 | (uint64_t)first; }
+
+    // Some of them: few enough to leave others something.
+    bool take_front(int64_t &first, int64_t &end) {
+        return take([&](uint64_t seen) {
+            first = (uint32_t)seen;
+            const int64_t count = (int64_t)(seen >> 32) - first;
+            end = first + (count + 7) / 8;
+            return seen + (uint64_t)(end - first);
+        });
+    }
+
+    bool take_back(int64_t &tile) {
+        return take([&](uint64_t seen) { return tile = (seen >> 32) - 1, seen - ((uint64_t)1 << 32); });
+    }
+};
+
+// What a thread needs, kept from one product to the next.
+template <class Type, int TILES>
+struct Scratch {
+    alignas(64) typename Type::Step steps[CHUNK][TILES];
+    std::vector<float> sums;  // [column][ROWS]
+    std::vector<char> rows;   // the last tile's, if the matrix ends within it
+};
+
+// A matrix of rows of weights and what it is multiplied with: columns of `steps` pieces each.
+template <class Type, class Rows>
+struct Product {
+    const char *weights;
+    size_t stride;
+    int64_t rows, steps, count;
+    const typename Type::Piece *pieces;
+    char *out;
+    size_t out_stride;
+
+    static constexpr bool PACKED = std::is_same_v<Rows, Packed>;
+
+    // A block of each row of a group.
+    Rows group(const char *first, int64_t block) const {
+        if constexpr (PACKED) return {first + block * Type::BYTES * LANE_ROWS};
+        else return {first + block * Type::BYTES, stride};
+    }
+
+    // Where some rows begin; at the end of a matrix in a file a copy that is as long. Packed ones are padded.
+    const char *tile(int64_t row, int64_t count, std::vector<char> &copy) const {
+        const char *first = weights + row * stride;
+        if (PACKED || rows - row >= count) return first;
+        copy.assign(count * stride, 0);
+        std::memcpy(copy.data(), first, (rows - row) * stride);
+        return copy.data();
+    }
+};
+
+template <class Type, class Rows, int TILES, int COLUMNS>
+int64_t multiply_some(const Product<Type, Rows> &op, Scratch<Type, TILES> &scratch, int64_t column, int64_t step, int steps, Prefetcher &prefetcher) {
+    for (; column + COLUMNS <= op.count; column += COLUMNS) {
+        const typename Type::Piece *columns[COLUMNS];
+        for (int c = 0; c < COLUMNS; c++) columns[c] = op.pieces + (column + c) * op.steps + step;
+        multiply<Type, TILES, COLUMNS>(scratch.sums.data() + column * ROWS<TILES>, scratch.steps[0], columns, steps, step == 0, prefetcher);
+    }
+    return column;
+}
+
+// One tile of rows times all columns. `next`: what will be needed after it, and is fetched meanwhile.
+template <class Type, class Rows, int TILES>
+void multiply_tile(const Product<Type, Rows> &op, Scratch<Type, TILES> &scratch, int64_t number, const char *next) {
+    // For few columns memory is what takes time: pieces are shorter, so that it is asked more evenly.
+    const int most = (op.count > MOST_COLUMNS ? CHUNK : CHUNK / 2) / Type::STEPS;
+    constexpr int ROWS = products::ROWS<TILES>;
+    const char *rows = op.tile(number * ROWS, ROWS, scratch.rows);
+    const int64_t blocks = op.steps / Type::STEPS, groups = (op.count + MOST_COLUMNS - 1) / MOST_COLUMNS;
+    const int64_t lines = (Type::BYTES * ROWS / Type::STEPS + LINE - 1) / LINE;  // of a step
+    Prefetcher prefetcher{next, (int)((lines + groups) / (groups + 1))};
+    for (int64_t first = 0; first < blocks; first += most) {
+        const int here = (int)(blocks - first < most ? blocks - first : most);
+        for (int b = 0; b < here; b++) {
+            for (int step = 0; step < Type::STEPS; step++) prefetcher.fetch();
+            for (int t = 0; t < TILES; t++)
+                Type::unpack(op.group(rows + t * LANE_ROWS * op.stride, first + b), &scratch.steps[b * Type::STEPS][t], TILES);
+        }
+        const int64_t step = first * Type::STEPS;
+        const int steps = here * Type::STEPS;
+        int64_t column = multiply_some<Type, Rows, TILES, MOST_COLUMNS>(op, scratch, 0, step, steps, prefetcher);
+        column = multiply_some<Type, Rows, TILES, 4>(op, scratch, column, step, steps, prefetcher);
+        column = multiply_some<Type, Rows, TILES, 2>(op, scratch, column, step, steps, prefetcher);
+        multiply_some<Type, Rows, TILES, 1>(op, scratch, column, step, steps, prefetcher);
+    }
+    const int64_t left = op.rows - number * ROWS, count = left < ROWS ? left : ROWS;
+    for (int64_t column = 0; column < op.count; column++) {
+        char *to = op.out + column * op.out_stride + number * ROWS * sizeof(float);
+        const float *sums = &scratch.sums[column * ROWS];
+        if (count == ROWS) std::memcpy(to, sums, ROWS * sizeof(float));  // a size that the compiler knows
+        else std::memcpy(to, sums, count * sizeof(float));
+    }
+}
+
+// A thread's work: its own share of the tiles, and then of what others have left.
+template <class Type, class Rows, int TILES>
+void multiply_tiles(const Product<Type, Rows> &op, std::vector<TileQueue> &queues, size_t thread) {
+    static thread_local Scratch<Type, TILES> of_this_thread;
+    Scratch<Type, TILES> &scratch = of_this_thread;  // looked up once
+    scratch.sums.resize(op.count * ROWS<TILES>);
+    const size_t size = ROWS<TILES> * op.stride, ahead = op.PACKED && op.count == 1 ? AHEAD : size;
+    const auto multiply = [&](int64_t tile) {
+        multiply_tile<Type, Rows, TILES>(op, scratch, tile, op.weights + tile * size + ahead);
+    };
+    int64_t tile, end;
+    while (queues[thread].take_front(tile, end))
+        for (; tile < end; tile++) multiply(tile);
+    for (TileQueue &other : queues)
+        while (other.take_back(tile)) multiply(tile);
+}
+
+// Where the tiles of a thread begin that is one of so many.
+inline int64_t first_tile_of(int64_t tiles, int64_t thread, int64_t threads) { return tiles * thread / threads; }
+
+// Which weights are read after which: as it was the last time.
+class NextWeights {
+    struct RowIndex {
+        const char *weights;
+        int64_t tiles, size;
+        const RowIndex *next;
+    };
+    std::unordered_map<const char *, RowIndex> places;
+    RowIndex *last = nullptr;
+
+   public:
+    // What each thread may read after these weights, which are read now.
+    auto after(const char *weights, int64_t tiles, int64_t size, int threads) {
+        RowIndex &now = places[weights];
+        now = {weights, tiles, size, now.next};
+        if (last) last->next = &now;
+        last = &now;
+        return [threads, next = now.next](int64_t thread) {
+            if (!next) return MemoryRange{};
+            const char *first = next->weights + first_tile_of(next->tiles, thread, threads) * next->size;
+            const char *end = next->weights + first_tile_of(next->tiles, thread + 1, threads) * next->size;
+            return MemoryRange{first, end - first > FAR_AHEAD ? first + FAR_AHEAD : end};
+        };
+    }
+};
+
+NextWeights order;  // products are computed one after the other
+
+template <int TILES, class Type, class Rows>
+void multiply_all(const Product<Type, Rows> &op, int threads) {
+    static std::vector<TileQueue> queues;
+    if (queues.size() != (size_t)threads) queues = std::vector<TileQueue>(threads);
+    const int64_t tiles = (op.rows + ROWS<TILES> - 1) / ROWS<TILES>;
+    for (int64_t i = 0; i < threads; i++) queues[i].give(first_tile_of(tiles, i, threads), first_tile_of(tiles, i + 1, threads));
+    const auto next = order.after(op.weights, tiles, ROWS<TILES> * op.stride, threads);
+    run_threads(threads, [&](int thread) {
+        multiply_tiles<Type, Rows, TILES>(op, queues, thread);
+        return next(thread);
+    });
+}
+
+template <class Type, class Rows>
+void compute_type(const Tensor *node, int threads) {
+    const Tensor *weights = node->src[0], *x = node->src[1];
+    static std::vector<typename Type::Piece> pieces;
+    const int64_t steps = x->ne[0] / STEP, count = x->ne[1];
+    pieces.resize(steps * count);
+    const Product<Type, Rows> op{weights->data, weights->nb[1], weights->ne[1], steps, count, pieces.data(), node->data, node->nb[1]};
+    parallel_for(count > 1 ? threads : 1, count, [&](int64_t column) {
+        const char *from = x->data + column * x->nb[1];
+        for (int64_t step = 0; step < steps; step++)
+            Type::prepare((const float *)from + step * STEP, pieces[column * steps + step]);
+    });
+    if (count > 1) multiply_all<2>(op, threads);
+    else multiply_all<1>(op, threads);
+}
+
+// Whether it is a product that can be computed here.
+bool supports(const Tensor *node) {
+    const Tensor *weights = node->src[0], *x = node->src[1];
+    const auto flat = [](const Tensor *t) { return t->ne[2] == 1 && t->ne[3] == 1; };
+    if (node->type != F32 || x->type != F32 || !rows_are_dense(x, 4) || !rows_are_dense(node, 4)) return false;
+    if (!flat(weights) || !flat(x) || !flat(node)) return false;
+    if (!of_model(weights) || x->ne[0] % STEP) return false;
+    return KnownTypes::find(weights->type, [](auto) {});
+}
+
+// `packed`: the weights lie as `pack` left them.
+void compute(const Tensor *node, int threads, bool packed) {
+    KnownTypes::find(node->src[0]->type, [=](auto type) {
+        if (packed) compute_type<decltype(type), Packed>(node, threads);
+        else compute_type<decltype(type), InFile>(node, threads);
+    });
+}
+
+// Bytes of weights that are packed: whole tiles.
+size_t packed_size(const Tensor *weights) {
+    const int64_t rows = weights->ne[1] * weights->ne[2] * weights->ne[3];
+    return (rows + ROWS<2> - 1) / ROWS<2> * ROWS<2> * weights->nb[1];
+}
+
+// Calls what is given with the packing of a matrix and the bytes of a block.
+template <class Do>
+void with_packing(const Tensor *weights, Do what) {
+    KnownTypes::find(weights->type, [=](auto type) {
+        using Type = decltype(type);
+        what(Packing<Type>{weights->data, (int64_t)weights->nb[1] / Type::BYTES}, Type::BYTES);
+    });
+}
+
+// Puts whole blocks, as they lie in a file, so many bytes from its beginning on, into a matrix that is packed.
+void pack(const Tensor *weights, const char *file, size_t offset, size_t size, int threads) {
+    with_packing(weights, [=](auto packing, size_t block) {
+        packing.pack(const_cast<char *>(file), offset / block, size / block, threads);
+    });
+}
+
+// And gets them back.
+void unpack(const Tensor *weights, char *file, size_t offset, size_t size) {
+    with_packing(weights, [=](auto packing, size_t block) { packing.unpack(file, offset / block, size / block); });
+}
+
+}  // namespace
+}  // namespace products
+
+#else
+
+namespace products {
+namespace {
+
+constexpr bool AVAILABLE = false;
+bool supports(const Tensor *) { return false; }
+void compute(const Tensor *, int, bool) {}
+size_t packed_size(const Tensor *) { return 0; }
+void pack(const Tensor *, const char *, size_t, size_t, int) {}
+void unpack(const Tensor *, char *, size_t, size_t) {}
+
+}  // namespace
+}  // namespace products
+
+#endif

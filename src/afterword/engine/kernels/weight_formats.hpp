@@ -1,0 +1,341 @@
+// Weights unpacked into numbers, a row to a lane, and activations as they are multiplied with them.
+//
+// Quantized weights become bytes, which are multiplied with activations that are rounded to 8 bits, 32 at a time, as
+// llama.cpp does; others become floats, and activations stay what they are.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "packing.hpp"
+
+namespace products {
+namespace {
+
+constexpr int STEP = 32;  // elements
+
+// A step of a row for each lane, as bytes: weights, what a unit of them is worth in each half, what is taken off.
+struct ByteStep {
+    Bytes weights[STEP / 4];
+    Floats scales[2];
+    Floats least;
+};
+
+// A step of one column, as bytes: rounded activations, what a unit is worth, sums of each half.
+struct BytePiece {
+    int8_t elements[STEP];
+    float scale;
+    int32_t halves[2];
+    float sum;  // in true units
+};
+
+// ---- what the processor multiplies
+
+// Products of four bytes, added. Weights are from 0 to 63, or where MIXED any byte without sign; or, with SIGNED, from -128
+// to 127. Activations are from -127 to 127.
+#if defined(__AVX512VNNI__)
+constexpr bool MIXED = true;
+template <bool SIGNED>
+inline Bytes dot(Bytes sum, Bytes weights, Bytes x) {
+    return (Bytes)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, (__m512i)x);
+}
+#elif defined(__AVX512BW__)
+constexpr bool MIXED = false;
+template <bool SIGNED>
+inline Bytes dot(Bytes sum, Bytes weights, Bytes x) {
+    __m512i w = (__m512i)weights, y = (__m512i)x;
+    if (SIGNED) {
+        y = _mm512_mask_sub_epi8(y, _mm512_movepi8_mask(w), _mm512_setzero_si512(), y);
+        w = _mm512_abs_epi8(w);
+    }
+    return sum + (Bytes)_mm512_madd_epi16(_mm512_maddubs_epi16(w, y), _mm512_set1_epi16(1));
+}
+#elif defined(__AVXVNNI__)
+constexpr bool MIXED = true;
+template <bool SIGNED>
+inline Bytes dot(Bytes sum, Bytes weights, Bytes x) {
+    return (Bytes)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)weights, (__m256i)x);
+}
+#elif defined(__AVX2__)
+constexpr bool MIXED = false;
+template <bool SIGNED>
+inline Bytes dot(Bytes sum, Bytes weights, Bytes x) {
+    const __m256i w = (__m256i)weights, y = (__m256i)x;
+    const __m256i pairs = SIGNED ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(y, w)) : _mm256_maddubs_epi16(w, y);
+    return sum + (Bytes)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+#else
+constexpr bool MIXED = false;
+template <bool SIGNED>
+inline Bytes dot(Bytes sum, Bytes weights, Bytes x) {
+    int32x4_t sums[2];
+    int8x16_t w[2], y[2];
+    std::memcpy(sums, &sum, sizeof sum), std::memcpy(w, &weights, sizeof w), std::memcpy(y, &x, sizeof y);
+    for (int i = 0; i < 2; i++) sums[i] = vdotq_s32(sums[i], w[i], y[i]);
+    std::memcpy(&sum, sums, sizeof sum);
+    return sum;
+}
+#endif
+
+// ---- activations
+
+inline Bytes round_numbers(Floats x) {
+    const Floats zero = all<Floats>(12582912.0f);  // from here on floats are whole numbers
+    return (Bytes)(x + zero) - (Bytes)zero;
+}
+
+inline int32_t total(Bytes x) {
+    i8 parts[WIDE / LANES], y = {};
+    std::memcpy(parts, &x, sizeof x);
+    for (const i8 &part : parts) y += part;
+    return fold(y, [](i8 a, i8 b) { return a + b; });
+}
+
+void round_piece(const float *from, BytePiece &to) {
+    using Eight = int8_t __attribute__((vector_size(WIDE)));
+    constexpr int VECTORS = STEP / WIDE;
+    Floats x[VECTORS], most = {}, zeros = {};  // zeros: not a number where an element is not finite
+    for (int i = 0; i < VECTORS; i++) {
+        x[i] = load<Floats>(from + i * WIDE);
+        most = larger(larger(x[i], -x[i]), most);
+        zeros = fused(x[i], Floats{}, zeros);
+    }
+    f8 zero = {};
+    add(zero, zeros);
+    const float highest = largest(most), units = highest == 0 ? 0 : 127 / highest;
+    Bytes sums[2] = {};
+    for (int i = 0; i < VECTORS; i++) {
+        const Bytes whole = round_numbers(x[i] * units);
+        const Eight small = __builtin_convertvector(whole, Eight);
+        std::memcpy(to.elements + i * WIDE, &small, sizeof small);
+        sums[i * 2 / VECTORS] += whole;
+    }
+    to.scale = highest / 127 + sum(zero);  // bytes cannot say that an element was not finite
+    for (int half = 0; half < 2; half++) to.halves[half] = total(sums[half]);
+    to.sum = to.scale * (float)(to.halves[0] + to.halves[1]);
+}
+
+// ---- weights
+
+inline Floats to_floats(Bytes x) { return __builtin_convertvector(x, Floats); }
+
+// Some bits of every byte; the shift must not bring in bits of the next byte that the mask lets through.
+inline Bytes bits(Bytes x, int shift, int mask) { return (x >> shift) & mask * 0x01010101; }
+inline Bytes nibbles(Bytes x, int which) { return bits(x, 4 * which, 0x0f); }
+inline Floats unsigned_byte(Bytes x, int which) { return to_floats((x >> 8 * which) & 0xff); }
+inline Floats signed_byte(Bytes x, int which) { return to_floats((x << (24 - 8 * which)) >> 24); }
+
+// Each type: what ggml calls it, bytes and steps of a block; and how a block of each row is unpacked into steps that are
+// `apart` from each other. Of bytes also by how much they are too large, whether each half of a step has a scale of its own, and
+// whether something is taken off (`least`).
+
+struct Quantized {
+    using Step = ByteStep;
+    using Piece = BytePiece;
+    static constexpr bool SIGNED = false, HALVES = false, LEAST = false;
+    static constexpr int HALF_AT = -1;
+    static void prepare(const float *from, Piece &to) { round_piece(from, to); }
+};
+
+struct Q8_0 : Quantized {
+    static constexpr int ID = 8, BYTES = 34, STEPS = 1, HALF_AT = 0, EXCESS = MIXED ? 128 : 0;
+    static constexpr bool SIGNED = !MIXED;
+
+    template <class Rows>
+    static void unpack(Rows rows, ByteStep *to, int) {
+        for (int part = 0; part < 2; part++) {
+            Bytes columns[4];
+            rows.columns(2 + 16 * part, columns);
+            for (int i = 0; i < 4; i++) to->weights[4 * part + i] = MIXED ? columns[i] ^ (int32_t)0x80808080 : columns[i];
+        }
+        to->scales[0] = rows.halves(0);
+    }
+};
+
+struct Q4_0 : Quantized {
+    static constexpr int ID = 2, BYTES = 18, STEPS = 1, HALF_AT = 0, EXCESS = 8;
+
+    template <class Rows>
+    static void unpack(Rows rows, ByteStep *to, int) {
+        Bytes columns[4];
+        rows.columns(2, columns);
+        for (int i = 0; i < 8; i++) to->weights[i] = nibbles(columns[i % 4], i / 4);
+        to->scales[0] = rows.halves(0);
+    }
+};
+
+struct Q5_0 : Quantized {
+    static constexpr int ID = 6, BYTES = 22, STEPS = 1, HALF_AT = 0, EXCESS = 16;
+
+    template <class Rows>
+    static void unpack(Rows rows, ByteStep *to, int) {
+        Bytes columns[4];
+        const Bytes fifth = rows.column(2);
+        rows.columns(6, columns);
+        for (int i = 0; i < 8; i++) {
+            // Four bits to four bytes: copies of them, each moved seven bits further than the one before.
+            const Bytes spread = bits(((fifth >> 4 * i) & 15) * 0x00204081, 0, 1);
+            to->weights[i] = nibbles(columns[i % 4], i / 4) | spread << 4;
+        }
+        to->scales[0] = rows.halves(0);
+    }
+};
+
+// Scales and least values of Q4_K and Q5_K: 6 bits each, eight of either, packed into 12 bytes behind two halves.
+template <class Rows>
+inline void unpack_header(Rows rows, ByteStep *to, int apart) {
+    Bytes header[4];
+    rows.columns(0, header);
+    const Floats scale = lower_halves(header[0]), least = upper_halves(header[0]);
+    const Bytes scales[2] = {bits(header[1], 0, 0x3f), bits(header[3], 0, 0x0f) | bits(header[1], 2, 0x30)};
+    const Bytes leasts[2] = {bits(header[2], 0, 0x3f), bits(header[3], 4, 0x0f) | bits(header[2], 2, 0x30)};
+#pragma GCC unroll 8
+    for (int step = 0; step < 8; step++) {
+        to[step * apart].scales[0] = scale * unsigned_byte(scales[step / 4], step % 4);
+        to[step * apart].least = least * unsigned_byte(leasts[step / 4], step % 4);
+    }
+}
+
+struct Q4_K : Quantized {
+    static constexpr int ID = 12, BYTES = 144, STEPS = 8, EXCESS = 0;
+    static constexpr bool LEAST = true;
+
+    template <class Rows>
+    static void unpack(Rows rows, ByteStep *to, int apart) {
+        unpack_header(rows, to, apart);
+        for (int part = 0; part < 8; part++) {  // 16 bytes: half of two steps
+            Bytes columns[4];
+            rows.columns(16 + 16 * part, columns);
+            ByteStep *pair = to + part / 2 * 2 * apart;
+            for (int i = 0; i < 4; i++) {
+                pair[0].weights[part % 2 * 4 + i] = nibbles(columns[i], 0);
+                pair[apart].weights[part % 2 * 4 + i] = nibbles(columns[i], 1);
+            }
+        }
+    }
+};
+
+struct Q5_K : Quantized {
+    static constexpr int ID = 13, BYTES = 176, STEPS = 8, EXCESS = 0;
+    static constexpr bool LEAST = true;
+
+    template <class Rows>
+    static void unpack(Rows rows, ByteStep *to, int apart) {
+        unpack_header(rows, to, apart);
+        Bytes fifth[2][4];
+        for (int half = 0; half < 2; half++) rows.columns(16 + 16 * half, fifth[half]);
+#pragma GCC unroll 8
+        for (int part = 0; part < 8; part++) {
+            Bytes columns[4];
+            rows.columns(48 + 16 * part, columns);
+            const int step = part / 2 * 2;
+            for (int i = 0; i < 4; i++) {
+                const Bytes high = fifth[part % 2][i];
+                for (int j = 0; j < 2; j++)
+                    to[(step + j) * apart].weights[part % 2 * 4 + i] = nibbles(columns[i], j) | bits(high, step + j, 1) << 4;
+            }
+        }
+    }
+};
+
+struct Q6_K : Quantized {
+    static constexpr int ID = 14, BYTES = 210, STEPS = 8, HALF_AT = 208, EXCESS = 32;
+    static constexpr bool HALVES = true;
+
+    template <class Rows>
+    static void unpack(Rows rows, ByteStep *to, int apart) {
+        for (int quarter = 0; quarter < 4; quarter++) {  // 16 bytes of high bits: half of four steps
+            Bytes high[4], low[2][4];
+            const int four = quarter / 2, part = quarter % 2;
+            rows.columns(128 + 16 * quarter, high);
+            for (int j = 0; j < 2; j++) rows.columns(64 * four + 32 * j + 16 * part, low[j]);
+#pragma GCC unroll 4
+            for (int s = 0; s < 4; s++) {
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) {
+                    const Bytes top = bits(high[i], 2 * s, 3) << 4;
+                    to[(4 * four + s) * apart].weights[4 * part + i] = nibbles(low[s % 2][i], s / 2) | top;
+                }
+            }
+        }
+        Bytes scales[4];
+        rows.columns(192, scales);
+        const Floats scale = rows.halves(208);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++)
+            to[i / 2 * apart].scales[i % 2] = scale * signed_byte(scales[i / 4], i % 4);
+    }
+};
+
+// Numbers that are floats already, or become floats exactly.
+struct Plain {
+    struct Step {
+        Floats weights[STEP];
+    };
+    struct Piece {
+        float elements[STEP];
+    };
+    static constexpr int STEPS = 1, HALF_AT = -1;
+    static void prepare(const float *from, Piece &to) { std::memcpy(to.elements, from, sizeof to.elements); }
+};
+
+struct Float32 : Plain {
+    static constexpr int ID = 0, BYTES = 4 * STEP;
+
+    template <class Rows>
+    static void unpack(Rows rows, Step *to, int) {
+#pragma GCC unroll 8
+        for (int i = 0; i < STEP; i += 4) {
+            Bytes columns[4];
+            rows.columns(4 * i, columns);
+            for (int j = 0; j < 4; j++) to->weights[i + j] = (Floats)columns[j];
+        }
+    }
+};
+
+// Two numbers of 16 bits of each row, in its lane's lower and upper half.
+struct Float16 : Plain {
+    static constexpr int ID = 1, BYTES = 2 * STEP;
+
+    static Floats lower(Bytes x) { return lower_halves(x); }
+    static Floats upper(Bytes x) { return upper_halves(x); }
+    template <class Rows>
+    static void unpack(Rows rows, Step *to, int) { unpack_two<Float16>(rows, to); }
+
+    template <class Type, class Rows>
+    static void unpack_two(Rows rows, Step *to) {
+#pragma GCC unroll 4
+        for (int i = 0; i < STEP; i += 8) {
+            Bytes columns[4];
+            rows.columns(2 * i, columns);
+            for (int j = 0; j < 4; j++) {
+                to->weights[i + 2 * j] = Type::lower(columns[j]);
+                to->weights[i + 2 * j + 1] = Type::upper(columns[j]);
+            }
+        }
+    }
+};
+
+struct BFloat16 : Plain {
+    static constexpr int ID = 30, BYTES = 2 * STEP;
+
+    static Floats lower(Bytes x) { return (Floats)(x << 16); }
+    static Floats upper(Bytes x) { return (Floats)(x & (int32_t)0xffff0000); }
+    template <class Rows>
+    static void unpack(Rows rows, Step *to, int) { Float16::unpack_two<BFloat16>(rows, to); }
+};
+
+template <class... Types>
+struct List {
+    // Calls what is given with the type that ggml calls `id`; false if there is none.
+    template <class Do>
+    static bool find(int32_t id, Do what) {
+        return ((id == Types::ID && (what(Types{}), true)) || ...);
+    }
+};
+using KnownTypes = List<Q8_0, Q4_0, Q5_0, Q4_K, Q5_K, Q6_K, Float16, BFloat16, Float32>;
+
+}  // namespace
+}  // namespace products

@@ -1,0 +1,1 @@
+"""The part of the engine that runs in the server's process."""

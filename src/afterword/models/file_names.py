@@ -1,0 +1,93 @@
+"""What file names tell of models: which are language models, their quantisation, and which one somebody means.
+
+Knows names alone; opens nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+from afterword.errors import SettingError
+from afterword.models.gguf_facts import is_later_part
+
+PREFERRED = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "F16", "BF16")
+"""Quantisations, the best first: the one that is taken where several are there and none is asked for."""
+
+FILE = re.compile(r'[^/\\:*?"<>|\x00-\x1f]+(/[^/\\:*?"<>|\x00-\x1f]+)*')
+QUANT = re.compile(
+    r"(?<![A-Za-z0-9])((?:UD-)?I?Q\d(?:_\w+)?|BF16|F16|F32|FP16|FP32|MXFP4|NVFP4|TQ\d_\d)(?![A-Za-z0-9])",
+    re.IGNORECASE,
+)
+
+
+def model_files(names: Iterable[str]) -> list[str]:
+    """The language models among a folder's files: no projectors, calibration data or later parts."""
+    return sorted(
+        name
+        for name in names
+        if name.lower().endswith(".gguf")
+        and is_safe(name)
+        and not is_later_part(name)
+        and not re.search("mmproj|imatrix", name.rpartition("/")[2], re.IGNORECASE)
+    )
+
+
+def printable(name: str) -> str:
+    """A file's name with each byte that is not UTF-8 as \\xNN: Python has surrogates there, which no output takes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def check_utf8(path: str) -> None:
+    """Raise `SettingError` for a path that cannot be written in messages, logs and JSON."""
+    if (shown := printable(path)) != path:
+        raise SettingError(f"{shown} is not valid UTF-8; rename it, or make a link to it that has another name.")
+
+
+def is_safe(name: str) -> bool:
+    """Whether a file name from outside stays inside the folder that it is joined to."""
+    return FILE.fullmatch(name) is not None and ".." not in name
+
+
+def matching_models(models: Sequence[str], wanted: str) -> list[str]:
+    """Those that are meant by a file's name, a quantisation, a part of the name, or nothing: then the best."""
+    if wanted.lower().endswith(".gguf"):
+        return [name for name in models if wanted in (name, name.rpartition("/")[2])]
+    if wanted:
+        exact = [name for name in models if quant_of(name).upper() == wanted.upper()]
+        return exact or [name for name in models if wanted.lower() in name.lower()]
+    for quant in PREFERRED:
+        if found := [name for name in models if quant_of(name) == quant]:
+            return found
+    return list(models)
+
+
+def quant_of(name: str) -> str:
+    """The quantisation in a file's name, in capitals, or nothing."""
+    found = QUANT.findall(name)
+    return found[-1].upper().replace("FP16", "F16").replace("FP32", "F32") if found else ""
+
+
+def similar_names(name: str, known: Iterable[str], most: int = 3) -> list[str]:
+    """Which of the known names somebody may have meant: those that contain it, else those that look like it."""
+    known = list(dict.fromkeys(known))
+    wanted = _bare(name)
+    if not wanted:
+        return []
+    if within := [each for each in known if wanted in _bare(each)]:
+        return within[:most]
+    spelled = {part: each for each in reversed(known) for part in _parts(each)}
+    close = difflib.get_close_matches(wanted, spelled, n=most, cutoff=0.7)
+    return list(dict.fromkeys(spelled[part] for part in close))
+
+
+def _bare(name: str) -> str:
+    """Without the word that says where it comes from."""
+    return re.sub(r"^(hf|ollama|lmstudio):", "", name.lower()).removesuffix(".gguf")
+
+
+def _parts(name: str) -> list[str]:
+    bare = _bare(name)
+    last = bare.rpartition("/")[2]
+    return [bare, bare.partition(":")[0], last, last.partition(":")[0]]

@@ -1,0 +1,59 @@
+// Several answers side by side while they grow, until one is picked. Each stays in the tree, picked or not.
+
+import { find, make, number } from "./dom.js";
+import { HighlightLayer } from "./highlight.js";
+
+export class ChoiceCards {
+  /** `pick(answer)` when one is chosen; `closed()` when they are put away; `point(piece, mirror)` under the pointer. */
+  constructor(root, { pick, closed, point }) {
+    Object.assign(this, { root, pick, closed, point, cards: [] });
+    root.querySelector("[data-close]").addEventListener("click", () => {
+      this.close();
+      closed();
+    });
+  }
+
+  open(answers) {
+    const list = find("card-list");
+    this.cards = answers.map((answer, i) => {
+      const text = make("div", { className: "mirror" });
+      const facts = make("small", {});
+      const name = `Answer ${i + 1} of ${answers.length}`;
+      const pick = { "aria-label": `Use answer ${i + 1}`, onclick: () => this.pick(answer) };
+      const button = make("button", { type: "button", ...pick }, "Use this");
+      const mirror = new HighlightLayer(text);
+      text.addEventListener("pointermove", (event) => this.point(mirror.pieceAt(event.clientX, event.clientY), mirror));
+      text.addEventListener("pointerleave", () => this.point(null, mirror));
+      const head = make("h3", {}, `${i + 1}`);
+      const element = make("article", { "aria-label": name }, head, text, make("footer", {}, facts, button));
+      return { answer, element, facts, mirror, button };
+    });
+    list.replaceChildren(...this.cards.map(({ element }) => element));
+    this.root.hidden = false;
+    this.root.scrollIntoView({ block: "nearest" });
+  }
+
+  /** Draw what is new; with `all` there, bring it into sight. */
+  render(all = false) {
+    for (const { answer, facts, mirror, button } of this.cards) {
+      mirror.render(answer.grown, answer.begun);
+      facts.textContent = factsOf(answer);
+      button.disabled = all && !answer.grown.length; // it ended at once, and is in no tree
+    }
+    if (all) this.root.scrollIntoView({ block: "nearest" });
+  }
+
+  close() {
+    this.root.hidden = true;
+    this.cards = [];
+    find("card-list").replaceChildren();
+  }
+}
+
+function factsOf({ grown, tokens, finish }) {
+  const known = grown.filter((p) => p.token && p.token.logprob !== null);
+  const sum = known.reduce((total, p) => total + p.token.logprob, 0);
+  const count = known.reduce((total, p) => total + p.token.parts.length, 0);
+  const mean = count ? `mean ${number(sum / count, 2)}` : null;
+  return [`${number(tokens)} tokens`, mean, finish].filter(Boolean).join(" · ");
+}

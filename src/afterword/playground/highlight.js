@@ -1,0 +1,120 @@
+// What a list of pieces looks like: one block a line, one span a token. The only one who makes these nodes, and only
+// those that changed: a stream that appends a token costs one span, however long the document is.
+
+import { MODEL, places } from "./pieces.js";
+import { steps } from "./tokens.js";
+
+export class HighlightLayer {
+  constructor(root) {
+    this.root = root;
+    this.lines = [];
+    this.pieces = new WeakMap(); // a span's piece
+    this.nodes = new WeakMap(); // a piece's first span
+  }
+
+  /** `hash` is of what stands before the pieces: a model's seed, perhaps a text. */
+  render(pieces, hash) {
+    const old = this.lines;
+    const now = linesOf(pieces, hash);
+    const most = Math.min(old.length, now.length);
+    let head = 0;
+    let tail = 0;
+    while (head < most && sameRow(old[head].row, now[head])) head++;
+    while (tail < most - head && sameRow(old[old.length - 1 - tail].row, now[now.length - 1 - tail])) tail++;
+    const before = old.slice(head, old.length - tail);
+    const after = now.slice(head, now.length - tail);
+    const lines = after.map((row, i) => (before[i] ? this.#patch(before[i], row) : this.#line(row)));
+    const anchor = old[old.length - tail]?.element ?? null;
+    lines.slice(before.length).forEach((line) => this.root.insertBefore(line.element, anchor));
+    before.slice(after.length).forEach((line) => line.element.remove());
+    this.lines = [...old.slice(0, head), ...lines, ...old.slice(old.length - tail)];
+  }
+
+  /** The piece that is drawn at a point of the window, under whatever lies above it. */
+  pieceAt(x, y) {
+    for (const element of document.elementsFromPoint(x, y)) {
+      const found = this.root.contains(element) && this.pieces.get(element);
+      if (found) return found;
+    }
+    return null;
+  }
+
+  /** Where a piece is drawn. */
+  boxOf(piece) {
+    const node = this.nodes.get(piece);
+    return node?.isConnected ? (node.getClientRects()[0] ?? node.getBoundingClientRect()) : null;
+  }
+
+  #line(row) {
+    const element = document.createElement("div");
+    element.className = "line";
+    const nodes = row.map((part) => this.#node(part));
+    element.append(...nodes);
+    return { element, row, nodes };
+  }
+
+  #patch(line, row) {
+    const old = line.row;
+    const most = Math.min(old.length, row.length);
+    let head = 0;
+    let tail = 0;
+    while (head < most && samePart(old[head], row[head])) head++;
+    while (tail < most - head && samePart(old[old.length - 1 - tail], row[row.length - 1 - tail])) tail++;
+    const nodes = row.slice(head, row.length - tail).map((part) => this.#node(part));
+    line.nodes.slice(head, old.length - tail).forEach((node) => node.remove());
+    const anchor = line.nodes[old.length - tail] ?? null;
+    nodes.forEach((node) => line.element.insertBefore(node, anchor));
+    line.nodes.splice(head, old.length - tail - head, ...nodes);
+    line.row = row;
+    return line;
+  }
+
+  #node({ piece, text, stale, breaks, first }) {
+    if (!piece.token && piece.by !== MODEL) return document.createTextNode(text);
+    const span = document.createElement("span");
+    span.textContent = text;
+    span.className = classOf(piece, stale, breaks, first);
+    if (piece.token) {
+      this.pieces.set(span, piece);
+      if (first) this.nodes.set(piece, span);
+    }
+    return span;
+  }
+}
+
+function classOf({ by, token }, stale, breaks, first) {
+  const names = [by === MODEL ? "model" : "you"];
+  if (token) {
+    names.push("token");
+    if (token.logprob !== null) {
+      const { improbable, surprising } = steps(token.logprob);
+      names.push(`p${improbable}`, `s${surprising}`);
+    }
+    if (stale) names.push("stale");
+    if (breaks) names.push("breaks");
+    if (first) names.push("first");
+  }
+  return names.join(" ");
+}
+
+/** A list of rows; a row is the parts of pieces that stand between two line ends. */
+function linesOf(pieces, hash) {
+  let row = [];
+  const rows = [row];
+  for (const { piece, stale } of places(pieces, hash)) {
+    const texts = piece.text.split("\n");
+    texts.forEach((text, i) => {
+      if (i > 0) rows.push((row = []));
+      const breaks = i < texts.length - 1;
+      if (text || (piece.token && breaks)) row.push({ piece, text, stale, breaks, first: i === 0 });
+    });
+  }
+  return rows;
+}
+
+const sameRow = (a, b) => a.length === b.length && a.every((part, i) => samePart(part, b[i]));
+
+function samePart(a, b) {
+  if (a.text !== b.text || a.stale !== b.stale || a.breaks !== b.breaks || a.first !== b.first) return false;
+  return a.piece === b.piece || (!a.piece.token && !b.piece.token && a.piece.by === b.piece.by);
+}

@@ -1,0 +1,1 @@
+"""How limits and durations are declared and parsed."""

@@ -1,0 +1,1 @@
+"""What the operating system gives to the process: memory, cores, background tasks."""

@@ -1,0 +1,294 @@
+"""A job: it ends the same whenever it is stopped, asks as it should, and keeps little in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sqlite3
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from batch_rows import CREATED, LONGEST, answering, bare, begun, completion, output, run, wrapped, write
+
+from afterword.batch import batch_job as jobs
+from afterword.batch.batch_job import BatchJob, Progress
+from afterword.batch.input_lines import BatchRequest, read_lines, read_row
+from afterword.batch.journal import Journal
+from afterword.batch.output_lines import OutputLine, ServerReply, success_line
+from afterword.errors import BatchStopped, SettingError
+
+BUSY, BROKEN, HOPELESS = (
+    ServerReply(503, b"{}", retry=2.0),
+    ServerReply(500, b"{}", attempted=True),
+    ServerReply(500, b"{}"),
+)
+LINES = [bare(prompt="a"), wrapped("x", prompt="b", seed=1), b"{no", b"", wrapped("x", prompt="c"), bare(prompt="aa")]
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "_PAUSE", 0)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write(tmp_path / "in.jsonl", *LINES)
+
+
+@pytest.fixture
+def journal(source: Path, tmp_path: Path) -> Journal:
+    return begun(source, tmp_path / "journal")
+
+
+def whole(source: Path, place: Path) -> bytes:
+    """The output of an unbroken run."""
+    journal = begun(source, place)
+    run(source, journal, answering())
+    journal.write(place.with_name("whole"))
+    journal.remove()
+    return place.with_name("whole").read_bytes()
+
+
+def test_every_row_has_one_answer_in_the_order_of_the_input(source, journal):
+    progress = run(source, journal, answering())
+    lines = output(journal)
+    assert [line["custom_id"] for line in lines] == ["row-1", "x", None, "x", "row-6"]
+    assert [line["error"] and line["error"]["code"] for line in lines] == [
+        None,
+        None,
+        "invalid_json_line",
+        "duplicate_custom_id",
+        None,
+    ]
+    assert (progress.done.succeeded, progress.done.failed, progress.rows) == (3, 2, 5)
+    assert progress.done == journal.counts()
+
+
+def test_rows_are_asked_by_the_beginnings_of_their_prompts(tmp_path):
+    prompts = ["b2", "a1", "b1", "a2"]
+    source = write(tmp_path / "in", *(bare(prompt=prompt) for prompt in prompts))
+    asked: list[str] = []
+
+    def note(request):
+        asked.append(request["prompt"])
+        return completion(request)
+
+    run(source, begun(source, tmp_path / "journal"), answering(note), at_once=1)
+    assert asked == sorted(prompts)
+
+
+def test_no_more_are_asked_at_once_than_is_said(source, tmp_path):
+    source = write(tmp_path / "many", *(bare(prompt=str(number)) for number in range(40)))
+    five = asyncio.Barrier(5)
+    now = most = 0
+
+    async def ask(*_: object) -> ServerReply:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        async with asyncio.timeout(30):
+            await five.wait()  # so that no round ends before it is whole, however slow the machine
+        now -= 1
+        return completion({})
+
+    run(source, begun(source, tmp_path / "journal"), ask, at_once=5)
+    assert most == 5
+
+
+@pytest.mark.parametrize("done", [set(), {1}, {2}, {6}, {1, 2}, {1, 6}, {2, 6}, {1, 2, 6}], ids=str)
+def test_whatever_was_done_before_the_end_is_the_same(source, tmp_path, done):
+    want = whole(source, tmp_path / "unbroken")
+    journal = begun(source, tmp_path / "broken")
+    with source.open("rb") as file:
+        rows = [row for line in read_lines(file, LONGEST) if isinstance(row := read_row(line), BatchRequest)]
+    journal.add(
+        [success_line(row, completion(json.loads(row.request_body)), CREATED) for row in rows if row.line in done]
+    )
+    journal.close()
+    journal = begun(source, tmp_path / "broken")
+    asked: Counter[str] = Counter()
+
+    def note(request):
+        asked[request["prompt"]] += 1
+        return completion(request)
+
+    run(source, journal, answering(note), at_once=2)
+    journal.write(tmp_path / "out")
+    journal.remove()
+    assert (tmp_path / "out").read_bytes() == want
+    assert set(asked.values()) <= {1}
+    assert len(asked) == 3 - len(done)
+
+
+@pytest.mark.parametrize("after", range(12))
+def test_stopped_at_any_moment_it_goes_on(tmp_path, after):
+    source = write(tmp_path / "in", *(bare(prompt=str(number)) for number in range(8)))
+    want = whole(source, tmp_path / "unbroken")
+    journal = begun(source, tmp_path / "broken")
+    asked = 0
+
+    async def broken() -> None:
+        async def ask(_: str, __: str, body: bytes) -> ServerReply:
+            nonlocal asked
+            asked += 1
+            if asked > after:
+                task.cancel()
+            await asyncio.sleep(0)
+            return completion(json.loads(body))
+
+        task = asyncio.create_task(
+            BatchJob(source, journal, CREATED, LONGEST, 2).run(ask, Progress(8, journal.counts()))
+        )
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(broken())
+    run(source, journal, answering())
+    journal.write(tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == want
+
+
+def test_what_was_answered_is_kept_when_it_is_stopped(tmp_path):
+    source = write(tmp_path / "in", *(bare(prompt=str(number)) for number in range(8)))
+    journal = begun(source, tmp_path / "journal")
+
+    def choose(request):
+        if request["prompt"] == "5":
+            raise BatchStopped("No more.")
+        return completion(request)
+
+    with pytest.raises(BatchStopped):
+        run(source, journal, answering(choose), at_once=1)
+    assert journal.counts().succeeded == 5
+
+
+# ---- servers that cannot
+
+
+def asking_again(replies: list[ServerReply], tmp_path: Path) -> tuple[list[float], Progress, Journal]:
+    source = write(tmp_path / "in", bare(prompt="a"))
+    left = iter(replies)
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    journal = begun(source, tmp_path / "journal")
+    progress = run(source, journal, answering(lambda _: next(left)), chance=lambda: 0.0, sleep=sleep)
+    assert next(left, None) is None
+    return waits, progress, journal
+
+
+def test_who_is_told_to_wait_waits_and_asks_until_there_is_an_answer(tmp_path):
+    waits, progress, _ = asking_again([BUSY] * 20 + [completion({})], tmp_path)
+    assert progress.done.succeeded == 1
+    assert min(waits) == 2.0
+    assert max(waits) == 30.0
+    assert waits == sorted(waits)
+
+
+def test_a_server_that_is_not_there_is_waited_for(tmp_path):
+    _, progress, _ = asking_again([ServerReply(0, b"", retry=True)] * 9 + [completion({})], tmp_path)
+    assert progress.done.succeeded == 1
+    assert not progress.waiting_for
+
+
+def test_a_failing_server_is_asked_some_times_and_then_its_error_is_the_answer(tmp_path):
+    waits, progress, journal = asking_again([BROKEN] * 6, tmp_path)
+    assert len(waits) == 5
+    assert progress.done.failed == 1
+    assert output(journal)[0]["response"]["status_code"] == 500
+
+
+def test_what_is_not_worth_another_try_is_not_tried(tmp_path):
+    waits, progress, _ = asking_again([HOPELESS], tmp_path)
+    assert (waits, progress.done.failed) == ([], 1)
+
+
+# ---- the journal
+
+
+def test_a_second_process_is_refused(journal):
+    with pytest.raises(SettingError, match="Another process"):
+        Journal(journal.path)
+    journal.close()
+    Journal(journal.path).close()
+
+
+def test_a_file_that_is_no_journal_is_refused(tmp_path):
+    place = tmp_path / "journal"
+    place.write_bytes(b"something else, and long enough to be read as a database" * 40)
+    with pytest.raises(SettingError, match="is no journal"):
+        Journal(place)
+
+
+def test_answers_are_kept_all_or_none(journal, source):
+    with source.open("rb") as file:
+        row = read_row(next(read_lines(file, LONGEST)))
+    assert isinstance(row, BatchRequest)
+    answer = success_line(row, completion({}), CREATED)
+    with pytest.raises(BatchStopped):
+        journal.add([answer, answer])
+    assert journal.done(1, 9) == {3, 5}  # the faulty ones alone
+
+
+def test_a_scan_stops_where_it_is_told(tmp_path):
+    source = write(tmp_path / "in", *[b"{no"] * 50)
+    journal = Journal(tmp_path / "a")
+    journal.scan(source, LONGEST, {}, most_faults=7)
+    assert journal.counts().failed == 7
+    journal = Journal(tmp_path / "b")
+    journal.scan(source, LONGEST, {}, most_rows=9)
+    assert journal.facts["rows"] == "10"
+
+
+def test_many_rows_are_looked_at_a_window_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "WINDOW", 4)
+    source = write(tmp_path / "in", *(bare(prompt=f"{9 - number}") for number in range(10)))
+    asked: list[str] = []
+
+    def note(request):
+        asked.append(request["prompt"])
+        return completion(request)
+
+    run(source, begun(source, tmp_path / "journal"), answering(note), at_once=1)
+    assert asked == ["6", "7", "8", "9", "2", "3", "4", "5", "0", "1"]
+
+
+# ---- answers that cannot be kept
+
+
+@pytest.mark.parametrize("size", [10_000, 100_000, 1_000_000])
+def test_an_answer_that_sqlite_cannot_keep_is_an_error_of_its_row(source, tmp_path, size):
+    journal = begun(source, tmp_path / "journal")
+    journal._db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, size)
+
+    def choose(request: dict[str, Any]) -> ServerReply:
+        return completion(request, padding="x" * size if request["prompt"] == "b" else "")
+
+    run(source, journal, answering(choose))
+    codes = {line["custom_id"]: line["error"] and line["error"]["code"] for line in output(journal)}
+    assert codes["row-1"] is codes["row-6"] is None
+    errors = [line["error"] for line in output(journal) if line["custom_id"] == "x"]
+    assert errors[0]["code"] == "answer_too_large"
+    assert str(journal.longest) in errors[0]["message"]
+
+
+def test_the_largest_answer_that_is_announced_can_be_kept(source, journal):
+    journal._db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 50_000)
+    journal.add([OutputLine(99, True, b"x" * journal.longest)])
+    assert journal.size() >= journal.longest
+
+
+def test_a_journal_is_its_owners_and_the_output_as_the_umask_says(source, tmp_path):
+    before = os.umask(0o022)
+    try:
+        journal = begun(source, tmp_path / "journal")
+        journal.write(tmp_path / "out")
+        journal.write(tmp_path / "private", private=True)
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("journal", "out", "private")]
+    assert modes == [0o600, 0o644, 0o600]

@@ -1,0 +1,164 @@
+"""Which part of the engine's time each client has, on a clock that moves as forward passes do."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import pytest
+from history_runner import HistoryRunner
+from test_engine_loop import job
+
+from afterword.engine.core.compute_share import ALLOWED_EXCESS, ComputeShare
+from afterword.engine.core.engine_loop import EngineLoop
+from afterword.engine.core.forward_batch import ForwardBatch, Logits
+from afterword.engine.protocol import BATCH_CLIENT, Job
+
+TOKEN, PASS = 0.001, 0.004  # seconds: of a token, and of a pass beside
+
+
+class TimedRunner(HistoryRunner):
+    """A runner whose passes take time. `spent`: seconds by client, of a pass over several rows equal parts."""
+
+    def __init__(self, slots: int) -> None:
+        super().__init__(slots, chunk=64)
+        self.now = 0.0
+        self._runs = itertools.count()
+        self.spent: Counter[str] = Counter()
+        self.loop = EngineLoop(self, clock=lambda: self.now)
+
+    def run(self, batch: ForwardBatch) -> Logits:
+        seconds = PASS + TOKEN * sum(len(row.tokens) for row in batch.entries)
+        self.now += seconds
+        for row in batch.entries:
+            self.spent[self.loop._scheduler.sequence_in(row.slot).work.job.client] += seconds / len(batch.entries)
+        return super().run(batch)
+
+    def start(self, *jobs: Job) -> None:
+        for each in jobs:
+            self.loop.start(next(self._runs), each)
+
+    def run_for(self, seconds: float) -> Counter[str]:
+        """What each client has of so much time."""
+        before, end = self.spent.copy(), self.now + seconds
+        while self.now < end:
+            assert self.loop.step() is not None, "idle"
+        return self.spent - before
+
+
+def stream(client: str) -> Job:
+    """An answer that goes on for longer than any test that watches it."""
+    return job(prompt=(1, 2, 3), max_tokens=200, client=client)
+
+
+def long_prompt(client: str, first: int = 7, scored: int | None = None) -> Job:
+    return job(prompt=(first, *[7] * 190), max_tokens=0 if scored else 1, client=client, prompt_alternatives=scored)
+
+
+@pytest.mark.parametrize("scored", [None, 2])
+def test_long_prompts_of_one_client_leave_half_of_the_time_to_the_stream_of_another(scored):
+    runner = TimedRunner(slots=4)
+    runner.start(stream("good"), *(long_prompt("hostile", first, scored) for first in range(8)))
+    runner.run_for(0.3)
+    spent = runner.run_for(0.6)
+    assert spent["good"] / spent.total() == pytest.approx(0.5, abs=0.1)
+
+
+def test_of_three_clients_one_with_long_prompts_has_a_third_of_the_time():
+    runner = TimedRunner(slots=8)
+    runner.start(stream("good"), stream("well"), *(long_prompt("hostile", first) for first in range(8)))
+    runner.run_for(0.3)
+    spent = runner.run_for(0.6)
+    assert spent["hostile"] / spent.total() == pytest.approx(1 / 3, abs=0.1)
+
+
+def test_one_of_many_clients_still_has_a_third_of_the_time_for_its_prompts():
+    runner = TimedRunner(slots=12)
+    runner.start(*(stream(f"good {number}") for number in range(9)), long_prompt("long"), long_prompt("long", 8))
+    runner.run_for(0.2)
+    spent = runner.run_for(0.4)
+    assert spent["long"] / spent.total() == pytest.approx(1 / 3, abs=0.1)
+
+
+def test_many_short_prompts_of_one_client_leave_the_time_of_others_to_them():
+    """Each is computed in a pass of its own, that brings one token of a prompt; and it holds one sequence meanwhile."""
+    runner = TimedRunner(slots=8)
+    tail = [job(prompt=(*[7] * 60, number), max_tokens=0, prompt_alternatives=1, client="a") for number in range(23)]
+    runner.start(*(stream("good") for _ in range(4)), *(stream("well") for _ in range(4)), *(tail * 6))
+    runner.run_for(0.3)
+    spent = runner.run_for(0.4)
+    assert spent["a"] / spent.total() <= 0.4
+    assert len([each for each in runner.loop._scheduler._held.values() if each.work.job.client == "a"]) <= 1
+
+
+def test_a_client_alone_waits_for_no_one():
+    runner = TimedRunner(slots=4)
+    runner.start(stream("a"), *(long_prompt("a", first) for first in range(4)))
+    spent = runner.run_for(0.5)
+    assert all(len(batch.entries) == 1 for batch in runner.batches[:8])
+    assert spent.total() >= 0.5
+    assert runner.loop._scheduler._prefill_queue.debts.excess("a") == 0
+
+
+def test_others_that_compute_nothing_are_not_waited_for():
+    runner = TimedRunner(slots=4)
+    runner.start(stream("paused"), *(long_prompt("a", first) for first in range(4)))
+    runner.run_for(0.2)
+    runner.loop.pause(0)
+    spent = runner.run_for(0.4)
+    assert spent.total() == spent["a"]
+    while runner.loop.step() is not None:
+        pass
+    assert runner.loop.load().running == 1
+
+
+def test_prompts_of_batches_do_not_wait_for_rows_of_other_batches():
+    """These cannot pay what batches owe together; a client that could is paused."""
+    runner = TimedRunner(slots=4)
+    runner.start(
+        stream("paused"), stream("b" + BATCH_CLIENT), *(long_prompt("a" + BATCH_CLIENT, first) for first in range(2))
+    )
+    runner.run_for(0.15)
+    runner.loop.pause(0)
+    before = runner.spent["a" + BATCH_CLIENT]
+    runner.run_for(0.25)
+    assert runner.spent["a" + BATCH_CLIENT] > before + 0.1
+
+
+def test_a_paused_prompt_keeps_no_other_request_of_its_client_waiting():
+    runner = TimedRunner(slots=4)
+    runner.start(stream("other"), long_prompt("a"))
+    while not runner.loop._scheduler._prefill_queue.debts.excess("a"):
+        runner.loop.step()
+    runner.loop.pause(1)
+    runner.loop.close(0)
+    runner.start(job(prompt=(4, 5), max_tokens=1, client="a"))
+    while runner.loop.step() is not None:
+        pass
+    assert (runner.loop.load().waiting, runner.loop.load().running) == (0, 1)
+
+
+def test_equal_parts_leave_no_debt():
+    debts = ComputeShare()
+    for _ in range(100):
+        debts.spent(["a"], 1.0, ["a", "b"])
+        debts.spent(["b"], 1.0, ["a", "b"])
+    assert debts.excess("a") <= 1.0
+    assert debts.excess("b") <= 1.0
+    debts.spent(["a", "b"], 10.0, ["a", "b"])
+    assert max(debts.excess("a"), debts.excess("b")) <= 1.0
+
+
+def test_nothing_is_owed_to_clients_that_are_gone():
+    debts = ComputeShare()
+    debts.spent(["a"], ALLOWED_EXCESS, ["a", "b"])
+    assert debts.excess("a") == ALLOWED_EXCESS
+    debts.spent(["a"], ALLOWED_EXCESS, ["a"])
+    assert debts.excess("a") == 0
+
+
+def test_rows_of_all_batches_owe_together():
+    debts = ComputeShare()
+    debts.spent(["a" + BATCH_CLIENT], 1.0, ["a" + BATCH_CLIENT, "b" + BATCH_CLIENT, "c"])
+    assert debts.excess("a" + BATCH_CLIENT) == debts.excess("b" + BATCH_CLIENT) == 1.0
+    assert debts.excess("a") == 0

@@ -1,0 +1,247 @@
+"""What lies between products and attention: against plain computations, and the same bits in any company."""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import re
+
+import numpy as np
+import pytest
+
+from afterword.engine.llama import accelerator, library
+from afterword.engine.llama.runner import LlamaRunner
+from afterword.engine.messages import LoadModel
+from afterword.models.registry import builtin_path
+from ggml_tensors import Tensor, tensor
+
+ROUNDING = 3e-6  # of numbers of about 1, in float32
+BASE, PAIRS_ARE_NEIGHBOURS, PAIRS_ARE_HALVES = 10000.0, 0, 2
+SWIGLU = 2
+WIDTHS = [8, 24, 64, 896]
+
+
+@pytest.fixture(scope="module")
+def kernel(accelerator_library: ctypes.CDLL) -> ctypes.CDLL:
+    return accelerator_library
+
+
+def shaped(array: np.ndarray) -> np.ndarray:
+    """With four axes, as ggml's tensors have."""
+    return array.reshape((1,) * (4 - array.ndim) + array.shape)
+
+
+Params = dict[int, float]
+"""Settings of an operation by their places. Integers and floats share these."""
+
+
+def node_of(out: np.ndarray, sources: tuple[np.ndarray | None, ...], params: Params) -> Tensor:
+    node = tensor(out)
+    whole = ctypes.cast(node.params, ctypes.POINTER(ctypes.c_int32))
+    for place, value in params.items():
+        places = whole if isinstance(value, int) else node.params
+        places[place] = value
+    for place, source in enumerate(sources):
+        if source is not None:
+            node.src[place] = ctypes.pointer(tensor(shaped(source)))
+    return node
+
+
+def takes(kernel: ctypes.CDLL, name: str, node: Tensor) -> bool:
+    return bool(kernel.operation_takes(name.encode(), ctypes.byref(node)))
+
+
+def computed(
+    kernel: ctypes.CDLL,
+    name: str,
+    out: tuple[int, ...],
+    *sources: np.ndarray | None,
+    params: Params | None = None,
+    threads: int = 1,
+) -> np.ndarray:
+    result = np.full(out, np.nan, np.float32)
+    node = node_of(shaped(result), sources, params or {})
+    assert takes(kernel, name, node)
+    kernel.operation_compute(name.encode(), ctypes.byref(node), threads)
+    return result
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+# ---- each of them
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_rows_are_divided_by_the_root_of_their_mean_square(kernel, width):
+    x = random(3, 5, width) * np.float32(30)
+    wanted = x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 0.5)
+    got = computed(kernel, "RMS_NORM", x.shape, x, params={0: 0.5})
+    np.testing.assert_allclose(got, wanted, rtol=ROUNDING)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("rows", [(1, 1), (1, 5), (3, 5)])
+@pytest.mark.parametrize(("name", "plain"), [("ADD", np.add), ("MUL", np.multiply)])
+def test_rows_of_the_second_operand_are_repeated(kernel, name, plain, rows, width):
+    x, y = random(3, 5, width), random(*rows, width, seed=1)
+    assert (computed(kernel, name, x.shape, x, y) == plain(x, y)).all()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("form", ["two tensors", "halves", "halves, swapped"])
+def test_gates(kernel, form, width):
+    x, other = random(5, width) * np.float32(20), random(5, width, seed=1)
+    x[0, :4] = [-1000, -89, 89, 1000]
+    with np.errstate(over="ignore"):
+        wanted = x.astype(np.float64) / (1 + np.exp(-x.astype(np.float64))) * other
+    both = {
+        "two tensors": (x, other),
+        "halves": (np.concatenate([x, other], 1), None),
+        "halves, swapped": (np.concatenate([other, x], 1), None),
+    }[form]
+    got = computed(kernel, "GLU", x.shape, *both, params={0: SWIGLU, 1: int("swapped" in form)})
+    np.testing.assert_allclose(got, wanted, rtol=ROUNDING, atol=1e-30)
+
+
+def rotation(order: int, turned: int, *, speed: float = 1.0, size: float = 1.0) -> Params:
+    return {1: turned, 2: order, 5: BASE, 6: speed, 7: 0.0, 8: size}
+
+
+@pytest.mark.parametrize("order", [PAIRS_ARE_NEIGHBOURS, PAIRS_ARE_HALVES])
+@pytest.mark.parametrize(("head", "turned"), [(8, 8), (64, 64), (80, 32)])
+@pytest.mark.parametrize("slower", [False, True])
+def test_rotations(kernel, order, head, turned, slower):
+    x, pairs = random(6, 3, head), turned // 2
+    positions = np.array([0, 1, 2, 17, 2000, 31000], np.int32)
+    factors = 1 + np.arange(pairs, dtype=np.float32) / 4 if slower else None
+    speeds = (0.5 * (BASE ** -(np.arange(pairs) / pairs)).astype(np.float32)).astype(np.float32)
+    if factors is not None:
+        speeds /= factors
+    angles = (positions[:, None].astype(np.float32) * speeds)[:, None].astype(np.float64)
+    one, other = (
+        (slice(0, pairs), slice(pairs, turned))
+        if order == PAIRS_ARE_HALVES
+        else (slice(0, turned, 2), slice(1, turned, 2))
+    )
+    wanted = x.copy()
+    wanted[..., one] = 1.5 * (x[..., one] * np.cos(angles) - x[..., other] * np.sin(angles))
+    wanted[..., other] = 1.5 * (x[..., one] * np.sin(angles) + x[..., other] * np.cos(angles))
+    params = rotation(order, turned, speed=0.5, size=1.5)
+    got = computed(kernel, "ROPE", x.shape, x, positions, factors, params=params)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=4 * ROUNDING)
+
+
+def test_rotations_follow_what_has_changed(kernel):
+    """Angles are kept from one to the next."""
+    x = random(2, 1, 8)
+    turns = [
+        (np.array(positions, np.int32), factors, rotation(PAIRS_ARE_HALVES, turned, speed=speed))
+        for positions in ([0, 1], [0, 3])
+        for factors in (None, np.full(4, 5, np.float32))
+        for turned in (8, 4)
+        for speed in (1.0, 0.5)
+    ]
+    first = [computed(kernel, "ROPE", x.shape, x, at, factors, params=params) for at, factors, params in turns]
+    assert len({result.tobytes() for result in first}) == len(turns)
+    for (at, factors, params), wanted in zip(reversed(turns), reversed(first), strict=True):
+        assert (computed(kernel, "ROPE", x.shape, x, at, factors, params=params) == wanted).all()
+
+
+def test_rows_are_put_into_memory_as_halves(kernel):
+    """Rounded as everybody rounds them, also the least, the largest and what is no number."""
+    bits = np.arange(0, 1 << 32, 65537 // 8, dtype=np.uint64).astype(np.uint32)
+    x = np.resize(bits, (len(bits) // 64 + 1, 64)).view(np.float32)
+    memory = np.zeros((2 * len(x), 64), np.float16)
+    where = np.arange(len(x), dtype=np.int64) * 2 + 1
+    node = node_of(shaped(memory), (x, where), {})
+    assert takes(kernel, "SET_ROWS", node)
+    kernel.operation_compute(b"SET_ROWS", ctypes.byref(node), 1)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(memory[1::2], x.astype(np.float16))
+    assert not memory[::2].any()
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.int64])
+def test_rows_are_taken(kernel, kind):
+    x, which = random(9, 24), np.array([8, 0, 3, 3], kind)
+    assert (computed(kernel, "GET_ROWS", (4, 24), x, which) == x[which]).all()
+
+
+# ---- in any company
+
+
+def alone_and_together(kernel: ctypes.CDLL, threads: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Of each operation one row by itself, and the same row among many."""
+    x, y, weights = random(400, 4, 96), random(400, 4, 96, seed=1), random(96)
+    positions = np.arange(400, dtype=np.int32)
+    forms = {
+        "RMS_NORM": ((x,), {0: 1e-6}),
+        "ADD": ((x, y), {}),
+        "MUL": ((x, weights), {}),
+        "GLU": ((x, y), {0: SWIGLU}),
+        "ROPE": ((x, positions), rotation(PAIRS_ARE_HALVES, 96)),
+    }
+    results = {}
+    for name, (sources, params) in forms.items():
+        own = tuple(np.ascontiguousarray(s[77:78]) if len(s) == 400 else s for s in sources)
+        one = computed(kernel, name, (1, 4, 96), *own, params=params)
+        all_rows = computed(kernel, name, (400, 4, 96), *sources, params=params, threads=threads)
+        results[name] = one, all_rows[77:78]
+        assert not np.isnan(all_rows).any()
+    return results
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_row_has_the_same_bits_in_any_company(kernel, threads):
+    for name, (alone, together) in alone_and_together(kernel, threads).items():
+        assert (alone == together).all(), name
+
+
+def test_threads_of_our_own_compute_the_same(kernel, team):
+    for name, (alone, together) in alone_and_together(kernel, 3).items():
+        assert (alone == together).all(), name
+
+
+def test_results_may_lie_where_operands_do(kernel):
+    for order in (PAIRS_ARE_NEIGHBOURS, PAIRS_ARE_HALVES):
+        x, at = random(5, 3, 64), np.arange(5, dtype=np.int32)
+        wanted = computed(kernel, "ROPE", x.shape, x, at, params=rotation(order, 64))
+        node = node_of(shaped(x), (x, at), rotation(order, 64))
+        kernel.operation_compute(b"ROPE", ctypes.byref(node), 1)
+        assert (x == wanted).all()
+
+
+# ---- what is left to the library
+
+
+def test_unusual_forms_are_left(kernel):
+    x, odd, at = random(4, 2, 64), random(4, 2, 63), np.arange(4, dtype=np.int32)
+    turn = rotation(PAIRS_ARE_HALVES, 64)
+    stretched, by_section = {1: 64, 2: 2, 7: 1.0}, {1: 64, 2: 8}
+    memory, two = np.zeros((8, 64), np.float32), np.zeros((4, 2), np.int64)
+    left = {
+        "rows of another number of elements": ("RMS_NORM", odd, (odd,), {}),
+        "elements that lie apart": ("RMS_NORM", x[..., :32], (random(4, 2, 64)[..., ::2],), {}),
+        "a column that is repeated": ("MUL", x, (x, random(4, 2, 8)), {}),
+        "halves": ("ADD", x.astype(np.float16), (x.astype(np.float16), x.astype(np.float16)), {}),
+        "another gate": ("GLU", x, (x, x), {0: 1}),
+        "a stretched rotation": ("ROPE", x, (x, at), stretched),
+        "a rotation by sections": ("ROPE", x, (x, at), by_section),
+        "a rotation of halves": ("ROPE", x.astype(np.float16), (x.astype(np.float16), at), turn),
+        "a memory of another type": ("SET_ROWS", memory, (x[:, 0].copy(), at), {}),
+        "several lists": ("SET_ROWS", memory.astype(np.float16), (x[:, 0].copy(), two), {}),
+    }
+    for why, (name, out, sources, params) in left.items():
+        assert not takes(kernel, name, node_of(shaped(out), sources, params)), why
+
+
+def test_of_a_usual_model_only_the_lookup_of_tokens_is_left(kernel, monkeypatch):
+    if not accelerator.supports_quantized():
+        pytest.skip("where products are the library's, so is what lies between them")
+    said = io.StringIO()
+    monkeypatch.setattr(library, "_shown", [said])
+    runner = LlamaRunner(LoadModel(str(builtin_path()), 256, 2, 1, 64, "exact", 0, False, use_kernels=True))
+    assert runner.computes_all
+    assert re.findall(r"splits = (\d+)", said.getvalue())[-1] == "2"

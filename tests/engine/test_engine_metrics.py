@@ -1,0 +1,94 @@
+"""What an engine's numbers count, step by step, on a clock that only the test moves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from afterword.engine.parent.engine_metrics import EngineMetrics, JobTimer
+from afterword.engine.protocol import Job, PassStats, Sampling, Step, Token
+from afterword.observability.histogram import Histogram
+
+TOKEN = Token(1)
+
+
+@dataclass
+class Told:
+    """One job that is accepted at 100 s."""
+
+    samples: int = 1
+    engine_metrics: EngineMetrics = field(default_factory=EngineMetrics)
+    now: float = 100.0
+
+    def __post_init__(self) -> None:
+        job = Job((1, 2, 3), self.samples, 10, Sampling(), (), bytes(16))
+        self.timer = JobTimer(self.engine_metrics, job, self.now, lambda: self.now)
+
+    def at(self, now: float, *samples: int, cached: int = 0) -> Told:
+        """A step brings a token of each of these samples."""
+        self.now = now
+        self.timer.record_step(Step(sampled=tuple((sample, TOKEN) for sample in samples), cached=cached))
+        return self
+
+
+def test_a_number_is_in_the_first_bucket_that_it_does_not_exceed():
+    histogram = Histogram((1.0, 2.0))
+    for number in (0.5, 1.0, 1.5, 2.0, 2.5, 100.0):
+        histogram.add(number)
+    assert histogram.counts == [2, 2, 2]
+    assert histogram.sum == 107.5
+
+
+def test_a_job_goes_from_the_queue_to_its_last_token():
+    told = Told().at(103).at(105, 0).at(105.5, 0).at(107, 0)
+    told.timer.record_end()
+    engine_metrics = told.engine_metrics
+    assert (
+        engine_metrics.queued.sum,
+        engine_metrics.prefill.sum,
+        engine_metrics.decode.sum,
+        engine_metrics.inter_token_seconds.sum,
+    ) == (3, 2, 2, 2)
+    assert [
+        sum(each.counts)
+        for each in (
+            engine_metrics.queued,
+            engine_metrics.prefill,
+            engine_metrics.decode,
+            engine_metrics.inter_token_seconds,
+        )
+    ] == [1, 1, 1, 2]
+    assert (engine_metrics.prompt_tokens, engine_metrics.cached_tokens, engine_metrics.generated_tokens) == (3, 0, 3)
+
+
+def test_samples_have_gaps_of_their_own():
+    told = Told(samples=2).at(101, cached=2).at(102, 0, 1).at(103, 0).at(109, 0, 1)
+    assert told.engine_metrics.inter_token_seconds.sum == (103 - 102) + (109 - 103) + (109 - 102)
+    assert told.engine_metrics.generated_tokens == 5
+    assert told.engine_metrics.cached_tokens == 2
+
+
+def test_what_generates_nothing_has_no_decode_time():
+    told = Told().at(104)
+    told.now = 106
+    told.timer.record_end()
+    assert told.engine_metrics.prefill.sum == 2
+    assert sum(told.engine_metrics.decode.counts) == 0
+
+
+def test_who_leaves_before_anything_began_was_never_there():
+    engine_metrics = Told().engine_metrics
+    assert sum(engine_metrics.queued.counts) == engine_metrics.prompt_tokens == 0
+
+
+def test_passes_are_counted_by_kind_and_news_without_a_pass_is_none():
+    engine_metrics = EngineMetrics()
+    for pass_stats in (
+        PassStats(used_tokens=5),
+        PassStats(True, 64, 0.25),
+        PassStats(False, 3, 0.5),
+        PassStats(False, 4, 0.5),
+    ):
+        engine_metrics.record_pass(pass_stats)
+    assert (engine_metrics.prompts.tokens.sum, engine_metrics.prompts.seconds.sum) == (64, 0.25)
+    assert (engine_metrics.generation.tokens.sum, engine_metrics.generation.seconds.sum) == (7, 1.0)
+    assert sum(engine_metrics.generation.tokens.counts) == 2

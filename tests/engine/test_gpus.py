@@ -1,0 +1,65 @@
+"""What the library says of GPUs, and what a server asks a process of them. No GPU is needed."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from typing import Any
+
+import pytest
+
+from afterword.engine.llama import gpus
+from afterword.engine.parent import worker_process
+
+DEVICES = {1: ("Large", 1, 700), 2: ("Small", 1, 30), 3: ("The processor", 0, 999)}
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    def memory(device: int, free: Any, total: Any) -> None:
+        free._obj.value = total._obj.value = DEVICES[device][2]
+
+    functions = {
+        "ggml_backend_dev_count": lambda: len(DEVICES),
+        "ggml_backend_dev_get": lambda index: index + 1,
+        "ggml_backend_dev_type": lambda device: DEVICES[device][1],
+        "ggml_backend_dev_description": lambda device: DEVICES[device][0].encode(),
+        "ggml_backend_dev_memory": memory,
+    }
+    monkeypatch.setattr(gpus, "_function", lambda name, result, *arguments: functions[name])
+
+
+@pytest.mark.usefixtures("fake")
+def test_all_gpus_count_and_nothing_else() -> None:
+    assert gpus.gpu_names() == ["Large", "Small"]
+    assert gpus.free_memory() == 730
+
+
+def test_the_library_can_be_asked() -> None:
+    assert bool(gpus.gpu_names()) == bool(gpus.free_memory())
+    kind = gpus._function("ggml_backend_dev_type", ctypes.c_int, ctypes.c_void_p)
+    first = gpus._function("ggml_backend_dev_get", ctypes.c_void_p, ctypes.c_size_t)(0)
+    assert kind(first) in range(5)
+
+
+@pytest.mark.parametrize(
+    ("program", "found"),
+    [
+        ("print(12345)", 12345),
+        ("print(0)", None),
+        ("raise SystemExit(3)", None),
+        ("print('no GPU')", None),
+        ("print(5); raise SystemExit(1)", None),
+    ],
+)
+def test_a_process_tells_how_much_is_left(monkeypatch: pytest.MonkeyPatch, program: str, found: int | None) -> None:
+    monkeypatch.setattr(worker_process, "GPU_MEMORY_COMMAND", (sys.executable, "-c", program))
+    worker_process.gpu_memory.cache_clear()
+    try:
+        assert worker_process.gpu_memory() == found
+    finally:
+        worker_process.gpu_memory.cache_clear()
+
+
+def test_the_process_that_is_asked_exists() -> None:
+    assert (worker_process.gpu_memory() or 0) == pytest.approx(gpus.free_memory(), rel=0.2)

@@ -1,0 +1,341 @@
+"""Models that come and go, in virtual time and without processes."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import pytest
+
+from afterword.engine.parent.model_manager import ManagedModel, ModelDefinition, ModelManager
+from afterword.engine.parent.supervisor import QueuePolicy, Supervisor
+from afterword.engine.protocol import Load
+from afterword.errors import LoadFailed, Overloaded, QueueTimeout, SettingError
+from scripted_engine import CARD as SCRIPTED
+from sim import virtual
+
+LOADING, ENDING = 10.0, 2.0  # seconds
+CARD = msgspec.structs.replace(SCRIPTED, promise="reproducible")
+
+
+@dataclass
+class Engine:
+    """A supervisor that only counts time. Its loading ends with the depot's fault, if there is one."""
+
+    depot: Depot
+    name: str
+    needs: int
+    state: str = "starting"
+    load: Load = field(default_factory=Load)
+    restarts: int = 0
+    model_info = CARD
+
+    async def open(self) -> None:
+        assert not self.depot.alive(self.name), "two engines of one model"
+        self.depot.engines.append(self)
+        assert sum(engine.needs for engine in self.depot.engines) <= self.depot.memory
+        await asyncio.sleep(LOADING)
+        if fault := self.depot.faults.pop(self.name, None):
+            raise fault
+        self.state = "ready"
+
+    async def close(self) -> None:
+        self.state = "closed"
+        await asyncio.sleep(ENDING)
+        self.depot.engines.remove(self)
+
+    def check_room(self) -> None:
+        if self.state == "closed":
+            raise Overloaded("It is closed.")
+
+
+@dataclass
+class Depot:
+    """Where engines are. `faults`: how the next loading of a model ends; `taken`: memory that others took."""
+
+    memory: int = 100
+    taken: int = 0
+    engines: list[Engine] = field(default_factory=list)
+    faults: dict[str, Exception] = field(default_factory=dict)
+
+    def alive(self, name: str) -> list[Engine]:
+        return [engine for engine in self.engines if engine.name == name]
+
+    def roster(self, *names: str, keep_alive: float | None = 60, needs: int = 10, **policy: Any) -> ModelManager:
+        definitions = [ModelDefinition(name, 0, self.maker(name, needs), memory_bytes=needs) for name in names]
+        free = self.memory
+        return ModelManager(
+            definitions, keep_alive=keep_alive, policy=QueuePolicy(**policy), free=lambda: free - self.taken
+        )
+
+    def maker(self, name: str, needs: int) -> Callable[[], Supervisor]:
+        return lambda: Engine(self, name, needs)  # type: ignore[return-value]
+
+
+def run(test: Callable[[Depot], Coroutine[Any, Any, None]], depot: Depot | None = None) -> None:
+    virtual.run(test(depot or Depot()))
+
+
+def states(models: ModelManager) -> list[str]:
+    return [managed_model.state for managed_model in models]
+
+
+async def use(models: ModelManager, name: str, seconds: float) -> None:
+    """Enter, stay, leave; the engine is there all the time."""
+    managed_model = named(models, name)
+    engine = await models.acquire(managed_model)
+    try:
+        for _ in range(10):
+            assert engine is managed_model.engine
+            assert engine.state == "ready"
+            await asyncio.sleep(seconds / 10)
+        assert engine.state == "ready"
+    finally:
+        models.release(managed_model)
+
+
+def named(models: ModelManager, name: str) -> ManagedModel:
+    managed_model = models.get(name)
+    assert managed_model is not None
+    return managed_model
+
+
+def test_without_a_time_all_are_loaded_at_the_start_one_after_the_other_and_stay():
+    async def test(depot: Depot) -> None:
+        models = depot.roster("a", "b", keep_alive=None)
+        assert states(models) == ["starting", "starting"]
+        opening = asyncio.create_task(models.open())
+        await asyncio.sleep(LOADING + 1)
+        assert states(models) == ["ready", "starting"]
+        await use(models, "a", 1)  # the first answers already
+        with pytest.raises(Overloaded) as caught:
+            await models.acquire(named(models, "b"))
+        assert caught.value.code == "loading"
+        await opening
+        await asyncio.sleep(10**6)
+        assert states(models) == ["ready", "ready"]
+        await models.close()
+        assert depot.engines == []
+
+    run(test)
+
+
+def test_a_model_that_cannot_be_loaded_at_the_start_is_the_operators_to_know():
+    async def test(depot: Depot) -> None:
+        models = depot.roster("a", "b", keep_alive=None)
+        depot.faults["b"] = SettingError("b is no model.")
+        with pytest.raises(SettingError, match="b is no model"):
+            await models.open()
+        await models.close()
+        assert depot.engines == []
+
+    run(test)
+
+
+def test_the_first_who_asks_loads_it_others_wait_and_it_ends_when_unused():
+    async def test(depot: Depot) -> None:
+        models = depot.roster("a", "b")
+        await models.open()
+        assert states(models) == ["unloaded", "unloaded"]
+        work = [asyncio.create_task(use(models, "a", 100)) for _ in range(5)]
+        await asyncio.sleep(LOADING / 2)
+        assert (states(models), named(models, "a").load.waiting) == (["starting", "unloaded"], 5)
+        await asyncio.gather(*work)
+        assert [engine.name for engine in depot.engines] == ["a"]
+        assert named(models, "a").model_info == CARD
+        assert named(models, "a").promise == CARD.promise, "what the engine promises, not what was planned"
+        await asyncio.sleep(59)
+        await use(models, "a", 1)  # the time begins anew
+        await asyncio.sleep(59)
+        assert states(models) == ["ready", "unloaded"]
+        await asyncio.sleep(2 + ENDING)
+        assert states(models) == ["unloaded", "unloaded"]
+        assert depot.engines == []
+        assert named(models, "a").model_info == CARD  # what was learnt stays
+
+    run(test)
+
+
+def test_who_comes_while_it_ends_gets_the_next_engine():
+    async def test(depot: Depot) -> None:
+        models = depot.roster("a", keep_alive=0)
+        await use(models, "a", 1)
+        await asyncio.sleep(ENDING / 2)
+        (dying,) = depot.engines
+        assert dying.state == "closed"
+        await use(models, "a", 1)
+        assert depot.engines != [dying]
+
+    run(test)
+
+
+def test_who_comes_just_before_it_ends_keeps_it():
+    async def test(depot: Depot) -> None:
+        models = depot.roster("a", "b")
+        await use(models, "a", 1)
+        loading = asyncio.create_task(use(models, "b", 200))
+        await asyncio.sleep(59.5)
+        (engine,) = depot.alive("a")
+        await use(models, "a", 1)
+        assert depot.alive("a") == [engine]
+        await loading
+
+    run(test)
+
+
+def test_a_failure_is_told_to_all_who_wait_and_tried_again_for_the_next(caplog: pytest.LogCaptureFixture):
+    async def test(depot: Depot) -> None:
+        models = depot.roster("a")
+        depot.faults["a"] = SettingError("/secret/path is damaged.")
+        failed = await asyncio.gather(*(use(models, "a", 1) for _ in range(3)), return_exceptions=True)
+        assert [type(problem) for problem in failed] == [LoadFailed] * 3
+        assert "secret" not in str(failed[0])
+        assert "/secret/path is damaged" in caplog.text
+        await asyncio.sleep(1000)
+        assert (depot.engines, states(models)) == ([], ["unloaded"])  # nobody tries on their own
+        await use(models, "a", 1)
+
+    run(test)
+
+
+def test_those_who_wait_are_bounded_in_number_and_time():
+    async def test(depot: Depot) -> None:
+        models = depot.roster("a", queue=2, queue_seconds=LOADING / 2)
+        waiting = [asyncio.create_task(use(models, "a", 1)) for _ in range(2)]
+        models.check_capacity(named(models, "a"))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match="too many"):
+            models.check_capacity(named(models, "a"))
+        with pytest.raises(Overloaded, match="too many"):
+            await models.acquire(named(models, "a"))
+        late = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [type(problem) for problem in late] == [QueueTimeout] * 2
+        await use(models, "a", 1)  # it was loaded all the same
+        assert named(models, "a").users == 0
+
+    run(test)
+
+
+def test_who_leaves_while_it_loads_takes_nothing_from_the_others():
+    async def test(depot: Depot) -> None:
+        models = depot.roster("a")
+        leaving, staying = (asyncio.create_task(use(models, "a", 1)) for _ in range(2))
+        await asyncio.sleep(1)
+        leaving.cancel()
+        await staying
+        (engine,) = depot.engines
+        await asyncio.sleep(60 + ENDING)
+        alone = asyncio.create_task(use(models, "a", 1))
+        await asyncio.sleep(1)
+        alone.cancel()
+        await asyncio.sleep(LOADING)
+        assert states(models) == ["ready"]
+        assert depot.engines != [engine]
+        await asyncio.sleep(60 + ENDING)
+        assert depot.engines == []
+
+    run(test)
+
+
+def test_what_was_unused_for_longest_makes_room():
+    async def test(depot: Depot) -> None:
+        models = depot.roster("a", "b", "c", needs=40)
+        await use(models, "a", 1)
+        await use(models, "b", 1)
+        await use(models, "a", 1)
+        await use(models, "c", 1)
+        assert states(models) == ["ready", "unloaded", "ready"]
+
+    run(test)
+
+
+def test_what_is_in_use_does_not_make_room():
+    async def test(depot: Depot) -> None:
+        models = depot.roster("a", "b", needs=60)
+        using = asyncio.create_task(use(models, "a", 100))
+        await asyncio.sleep(LOADING + 1)
+        with pytest.raises(Overloaded, match="other models") as caught:
+            await use(models, "b", 1)
+        assert caught.value.retry_after >= 1
+        await using
+        await use(models, "b", 1)
+        assert states(models) == ["unloaded", "ready"]
+
+    run(test)
+
+
+def test_memory_that_other_programs_took_counts():
+    async def test(depot: Depot) -> None:
+        models = depot.roster("a", needs=60)
+        depot.taken = 50
+        with pytest.raises(Overloaded):
+            await use(models, "a", 1)
+        depot.taken = 40
+        await use(models, "a", 1)
+
+    run(test)
+
+
+def test_an_engine_that_works_for_somebody_who_did_not_enter_is_not_ended():
+    async def test(depot: Depot) -> None:
+        models = depot.roster("a")
+        await use(models, "a", 1)
+        (engine,) = depot.engines
+        engine.load = Load(4, running=1)
+        await asyncio.sleep(10**4)
+        assert states(models) == ["ready"]
+        engine.load = Load(4)
+        await asyncio.sleep(60 + ENDING)
+        assert depot.engines == []
+
+    run(test)
+
+
+@pytest.mark.parametrize("moment", [1.0, LOADING + 1, LOADING + 5 + ENDING / 2], ids=["loading", "in use", "ending"])
+def test_the_end_leaves_no_engine_and_nobody_waiting(moment: float):
+    async def test(depot: Depot) -> None:
+        models = depot.roster("a", "b", keep_alive=0)
+        work = [asyncio.create_task(use(models, "a", 5)), asyncio.create_task(use(models, "b", 5))]
+        await asyncio.sleep(moment)
+        await models.close()
+        assert depot.engines == []
+        outcomes = await asyncio.gather(*work, return_exceptions=True)
+        assert all(outcome is None or isinstance(outcome, Overloaded | AssertionError) for outcome in outcomes)
+        with pytest.raises(Overloaded, match="shutting down"):
+            await models.acquire(named(models, "a"))
+
+    run(test)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_whatever_comes_in_whatever_order(seed: int):
+    chance = random.Random(seed)
+
+    async def visit(depot: Depot, models: ModelManager) -> None:
+        await asyncio.sleep(chance.uniform(0, 300))
+        name = chance.choice("abcd")
+        if not chance.randrange(10):
+            depot.faults[name] = SettingError("by chance")
+        task = asyncio.create_task(use(models, name, chance.uniform(0, 30)))
+        if not chance.randrange(5):
+            await asyncio.sleep(chance.uniform(0, 20))
+            task.cancel()
+        problems = await asyncio.gather(task, return_exceptions=True)
+        assert isinstance(problems[0], LoadFailed | Overloaded | asyncio.CancelledError | None), problems
+
+    async def test(depot: Depot) -> None:
+        models = depot.roster(*"abcd", needs=40, keep_alive=chance.choice([0, 1, 20, 100]))
+        await asyncio.gather(*(visit(depot, models) for _ in range(40)))
+        assert (
+            [managed_model.users for managed_model in models]
+            == [managed_model.waiting for managed_model in models]
+            == [0] * 4
+        )
+        await asyncio.sleep(1000)
+        assert (depot.engines, states(models)) == ([], ["unloaded"] * 4)
+
+    run(test)

@@ -1,0 +1,167 @@
+"""How much context fits: defaults shrink until they do, settings are kept or refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from afterword.errors import SettingError
+from afterword.models.gguf_facts import Facts
+from afterword.models.memory_fit import ComputeOptions, ModelShape, choose_shapes
+
+GIB = 1 << 30
+
+# 2 layers x 8 heads x (128 + 128) x 2 bytes = 8 KiB of cache for each token
+FACTS = Facts(
+    architecture="llama",
+    name="Medium",
+    file_type="Q8_0",
+    context_length=8192,
+    layers=2,
+    embedding_length=0,
+    heads=8,
+    heads_kv=8,
+    experts=0,
+    kv_heads=16,
+    hidden=0,
+    state_bytes=0,
+    key_length=128,
+    value_length=128,
+    vocabulary=0,
+    size_bytes=GIB,
+    tensor_count=20,
+    split_count=1,
+)
+
+
+def choose_shape(
+    facts: Facts, available: int, context: int | None, parallel: int | None, kv_bytes: int = 2
+) -> ModelShape:
+    """Of one model alone."""
+    return choose_shapes([(facts, ComputeOptions(kv_bytes))], available, context, parallel)[0]
+
+
+def shape(available: float, context: int | None = None, parallel: int | None = None) -> tuple[int, int]:
+    chosen = choose_shape(FACTS, int(available * GIB), context, parallel)
+    assert chosen.kv_bytes == max(256, chosen.context) * chosen.parallel * 8192
+    assert chosen.needed_bytes <= available * GIB
+    return chosen.context, chosen.parallel
+
+
+def complaint(available: float, context: int | None = None, parallel: int | None = None) -> str:
+    with pytest.raises(SettingError) as caught:
+        shape(available, context, parallel)
+    return caught.value.message
+
+
+ONE = dataclasses.replace(FACTS, size_bytes=1000, kv_heads=1, key_length=1, value_length=0)
+
+
+def test_what_a_shape_needs() -> None:
+    assert ModelShape(256, 2, ONE, ComputeOptions(kv_bytes=1)).needed_bytes == 1512 + 151 + (256 << 20)
+
+
+def test_a_sequence_has_room_for_whole_granules() -> None:
+    assert ModelShape(16, 2, ONE).kv_bytes == ModelShape(256, 2, ONE).kv_bytes == 2 * 256 * 2
+    assert ModelShape(4096, 1, ONE, spare=1).kv_bytes == 2 * 4352 * 2
+
+
+def test_a_pass_needs_its_logits_and_what_is_between_operations() -> None:
+    wide = dataclasses.replace(ONE, vocabulary=1000, hidden=20, embedding_length=10)
+    assert ModelShape(256, 2, wide, ComputeOptions(chunk=64)).pass_bytes == 64 * (2 * 1000 + 3 * 20 + 8 * 10) * 4
+    assert ModelShape(256, 100, wide, ComputeOptions(chunk=64)).pass_bytes == 100 * (2 * 1000 + 3 * 20 + 8 * 10) * 4
+    assert ModelShape(256, 2, ONE, ComputeOptions(chunk=64)).pass_bytes == 0
+    assert ModelShape(256, 2, ONE, ComputeOptions(chunk=64, plain_attention=True)).pass_bytes == 64 * 8 * 256 * 4
+
+
+def test_each_sequence_needs_the_states_of_recurrent_layers() -> None:
+    recurrent = dataclasses.replace(ONE, kv_heads=0, state_bytes=1000)
+    assert ModelShape(4096, 3, recurrent).sequences_bytes == 3000
+    assert ModelShape(4096, 3, recurrent, spare=1).sequences_bytes == 4000
+    large = dataclasses.replace(recurrent, state_bytes=GIB)
+    assert choose_shape(large, 5 * GIB, None, None).parallel == 4
+
+
+def test_defaults_halve_until_they_fit() -> None:
+    assert shape(64) == (4096, 16)
+    assert shape(1.89) == (4096, 8)
+    assert shape(1.5) == (4096, 4)
+    assert shape(1.39) == (4096, 1)
+    assert shape(1.375) == (2048, 1)
+    assert shape(1.355) == (512, 1)
+
+
+def test_settings_are_kept_and_the_rest_adapts() -> None:
+    assert shape(64, context=8192) == (8192, 16)
+    assert shape(1.5, context=8192) == (8192, 2)
+    assert shape(1.5, parallel=16) == (1024, 16)
+    assert shape(64, context=16, parallel=256) == (16, 256)
+
+
+SMALL = dataclasses.replace(FACTS, name="Small", layers=1, kv_heads=8, size_bytes=GIB // 4)
+
+
+def shapes(available: float, *models: Facts, **asked: int) -> list[tuple[int, int]]:
+    settings = {"context": None, "parallel": None} | asked
+    chosen = choose_shapes([(facts, ComputeOptions()) for facts in models], int(available * GIB), **settings)
+    assert sum(shape.needed_bytes for shape in chosen) <= available * GIB
+    return [(shape.context, shape.parallel) for shape in chosen]
+
+
+def test_models_that_are_there_together_share_the_memory() -> None:
+    assert shapes(64, FACTS, SMALL) == [(4096, 16), (4096, 16)]
+    assert shapes(2.5, FACTS, SMALL) == [(4096, 8), (4096, 16)], "the largest gives way first"
+    assert shapes(2.3, FACTS, SMALL) == [(4096, 4), (4096, 16)]
+    assert shapes(2.5, SMALL, FACTS) == [(4096, 16), (4096, 8)]
+    assert shapes(2.0, FACTS, SMALL) == [(4096, 1), (4096, 4)]
+    assert shapes(2.2, FACTS, SMALL, context=4096) == [(4096, 4), (4096, 8)]
+
+
+def test_models_that_do_not_fit_together_say_what_to_do() -> None:
+    with pytest.raises(SettingError, match=r"The 2 models need .* together, .* take turns with --keep-alive"):
+        shapes(1.5, FACTS, FACTS)
+    with pytest.raises(SettingError, match="trained on"):
+        shapes(64, FACTS, dataclasses.replace(FACTS, name="Short", context_length=300), context=4096)
+
+
+def test_short_and_unknown_training_lengths() -> None:
+    short = dataclasses.replace(FACTS, context_length=300)
+    assert choose_shape(short, 64 * GIB, None, None).context == 300
+    unknown = dataclasses.replace(FACTS, context_length=0)
+    assert choose_shape(unknown, 64 * GIB, None, None).context == 2048
+    assert choose_shape(unknown, 64 * GIB, 100_000, None).context == 100_000
+
+
+def test_what_does_not_fit_says_what_to_lower() -> None:
+    assert complaint(1) == (
+        "The model needs 1.35 GiB of memory, and 1.00 GiB are available; choose a smaller or more quantised one."
+    )
+    assert complaint(1.5, 8192, 16) == (
+        "16 x 8192 tokens need 2.45 GiB of memory, and 1.50 GiB are available; lower context or parallel."
+    )
+    assert complaint(1.4, 8192).endswith("available; lower context.")
+
+
+@pytest.mark.parametrize(
+    ("context", "parallel", "says"),
+    [
+        (15, None, "set 16 or more"),
+        (-1, None, "set 16 or more"),
+        (0, None, "set 16 or more"),
+        (8193, None, "more than the 8192 that Medium was trained on"),
+        (None, 0, "set from 1 to 256"),
+        (None, 257, "set from 1 to 256"),
+    ],
+)
+def test_senseless_settings(context: int | None, parallel: int | None, says: str) -> None:
+    assert says in complaint(64, context, parallel)
+
+
+def test_spare_sequences_take_memory_and_are_not_given() -> None:
+    (chosen,) = choose_shapes([(FACTS, ComputeOptions())], 64 * GIB, None, None, spare=1)
+    assert (chosen.context, chosen.parallel, chosen.kv_bytes) == (4096, 15, 4352 * 16 * 8192)
+    (chosen,) = choose_shapes([(FACTS, ComputeOptions())], int(1.89 * GIB), None, None, spare=1)
+    assert (chosen.context, chosen.parallel, chosen.kv_bytes) == (4096, 7, 4352 * 8 * 8192)
+    with pytest.raises(SettingError, match="set from 1 to 255"):
+        choose_shapes([(FACTS, ComputeOptions())], 64 * GIB, None, 256, spare=1)

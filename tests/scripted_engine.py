@@ -1,0 +1,111 @@
+"""An engine that plays a script: it stands in for a model wherever only the waist matters.
+
+Its vocabulary is every byte, then `WORDS`, `SPECIAL` and a token without text. Texts become their longest pieces.
+Log probabilities depend on the token alone and are exact in binary: the words are likeliest, in order.
+"""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass, field
+
+from afterword.engine.protocol import FinishReason, InfillTokens, Job, ModelInfo, Step, Token
+from afterword.errors import EngineDied, Overloaded
+
+WORDS = (b" the", b" cat", b" sat", b"Hello", b" world", b"\xf0\x9f", b"\x98\x80", b" \xe2\x80", b"\xe2\x80")
+SPECIAL = ("<s>", "</s>", "<pre>", "<suf>", "<mid>")
+PIECES = (*(bytes([byte]) for byte in range(256)), *WORDS, *(name.encode() for name in SPECIAL), b"")
+BOS, EOS, PRE, SUF, MID, BLANK = range(256 + len(WORDS), len(PIECES))
+INFILL = InfillTokens(PRE, SUF, MID)
+CARD = ModelInfo(0, 64, 4, PIECES, (EOS,), None, EOS, False, False, 6, None, "fp_0")
+
+Script = Callable[[Job, int], Iterable[int]]
+_LONGEST_FIRST = re.compile(b"|".join(re.escape(piece) for piece in sorted(PIECES[:-1], key=len)[::-1]), re.DOTALL)
+
+
+def ids(text: str | bytes) -> tuple[int, ...]:
+    """The tokens of a text, special ones by their name."""
+    data = text.encode() if isinstance(text, str) else text
+    return tuple(PIECES.index(piece) for piece in _LONGEST_FIRST.findall(data))
+
+
+def says(*texts: str | bytes) -> Script:
+    """A script in which each sample says its text and then ends; those without a text just end."""
+    return lambda _, sample: (*ids(texts[sample] if sample < len(texts) else ""), EOS)
+
+
+def report(token: int, alternatives: int | None = 0) -> Token:
+    """A token as the engine reports it."""
+    logprobs = [-(1 + (token - 256) % 512) / 4 for token in (token, *range(256, 256 + (alternatives or 0)))]
+    return Token(token) if alternatives is None else Token(token, logprobs[0], tuple(enumerate(logprobs[1:], 256)))
+
+
+@dataclass
+class ScriptedEngine:
+    """Takes `room` jobs, each of which dies after `dies_after` passes. `hasty`: nobody can react between passes."""
+
+    script: Script
+    model_info: ModelInfo = CARD
+    room: int = 100
+    dies_after: int | None = None
+    hasty: bool = False
+    runs: list["ScriptedRun"] = field(default_factory=list)
+
+    async def tokenize(self, text: str, special: bool, client: str = "") -> tuple[int, ...]:
+        parts = re.split(f"({'|'.join(SPECIAL)})", text) if special else [text]
+        space = " " if self.model_info.space_prefix else ""
+        return tuple(token for part in parts if part for token in ids(part if part in SPECIAL else space + part))
+
+    def start(self, job: Job) -> "ScriptedRun":
+        if len(self.runs) == self.room:
+            raise Overloaded("There is no room.")
+        self.runs.append(ScriptedRun(self, job))
+        return self.runs[-1]
+
+
+class ScriptedRun:
+    """`live` are the samples that go on, with what they have yet to say; `dropped` were ended from above."""
+
+    def __init__(self, engine: ScriptedEngine, job: Job) -> None:
+        self.engine, self.job, self.closed = engine, job, False
+        self.live = {sample: iter(engine.script(job, sample)) for sample in range(job.samples)}
+        self.dropped: list[int] = []
+        self.going = asyncio.Event()
+        self.going.set()
+        self.pauses = 0
+
+    async def __aiter__(self) -> AsyncIterator[Step]:
+        wanted = self.job.prompt_alternatives
+        scored = tuple(report(token, wanted) for token in self.job.prompt[1:] if wanted is not None)
+        yield Step(scored[:1])  # a prompt is scored in parts, the last of them with the first tokens
+        length = 0
+        while self.live:
+            await self.going.wait()
+            if length == self.engine.dies_after:
+                raise EngineDied
+            length += 1
+            yield self.step(length, scored[1:] if length == 1 else ())
+            await asyncio.sleep(0) if not self.engine.hasty else None
+
+    def step(self, length: int, scored: tuple[Token, ...]) -> Step:
+        tokens = {sample: next(rest) for sample, rest in self.live.items() if self.job.max_tokens}
+        ended: dict[int, FinishReason] = dict.fromkeys(self.live, "length") if length >= self.job.max_tokens else {}
+        ended |= {sample: "stop" for sample, token in tokens.items() if token in self.job.end_tokens}
+        self.live = {sample: rest for sample, rest in self.live.items() if sample not in ended}
+        sampled = ((sample, report(token, self.job.alternatives)) for sample, token in tokens.items())
+        return Step(scored, tuple(sampled), tuple(ended.items()))
+
+    def drop(self, sample: int) -> None:
+        self.dropped += [sample] if self.live.pop(sample, None) else []
+
+    def close(self) -> None:
+        self.closed |= bool(self.live)
+        self.live.clear()
+        self.going.set()
+
+    def pause(self) -> None:
+        self.pauses += 1
+        self.going.clear()
+
+    def resume(self) -> None:
+        self.going.set()

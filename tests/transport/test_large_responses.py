@@ -1,0 +1,295 @@
+"""Large answers: encoded in slices, what choices share once, sent in pieces between which other tasks run."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+from in_memory_connection import Engine, application
+
+from afterword.api.responses import incremental, serialization
+from afterword.completion import logprobs
+from afterword.completion.choice import Delta, fold
+from afterword.completion.plan import Plan, make_plan
+from afterword.completion.request import CompletionRequest
+from afterword.completion.request_limits import RequestLimits
+from afterword.completion.run import Usage, run, tokenize
+from scripted_engine import EOS, ids, says
+
+HEAD = serialization.ResponseHead("cmpl-1", 1, "scripted", "fp_0")
+SAID = says("Hello 😀 world \u2028 the", " cat", "")
+
+
+def planned(engine: Engine, **fields: Any) -> Plan:
+    request = CompletionRequest(**fields)
+    return make_plan(request, engine.model_info, asyncio.run(tokenize(request, engine)), 0)
+
+
+def deltas_of(script: Any = SAID, **fields: Any) -> tuple[list[Delta], Usage]:
+    engine = Engine(script)
+    plan = planned(engine, **fields)
+
+    async def collect() -> list[Delta | Usage]:
+        return [item async for item in run(plan, engine)]
+
+    *deltas, usage = asyncio.run(collect())
+    return deltas, usage  # type: ignore[return-value]
+
+
+def reference(choices: list[Delta], usage: Usage) -> bytes:
+    """The whole answer in one call of the encoder."""
+    objects = [serialization._choice(choice) for choice in choices]
+    return serialization.encode(serialization._object(HEAD, objects) | serialization._usage_member(usage))
+
+
+ASKED: list[dict[str, Any]] = [
+    {},
+    {"logprobs": 0},
+    {"logprobs": 3, "echo": True},
+    {"echo": True},
+    {"logprobs": 2, "echo": True, "max_tokens": 0},
+    {"return_token_ids": True, "prompt_logprobs": 2},
+    {"return_token_ids": True, "prompt_logprobs": 0, "echo": True, "logprobs": 1},
+    {"best_of": 3, "echo": True, "logprobs": 1},
+    {"prompt": ("a cat", "", "the cat sat"), "echo": True, "logprobs": 1},
+    {"prompt": ((*ids("the"), 0xF0, 0x9F),), "echo": True, "logprobs": 1},
+    {"prompt": ("",), "echo": True, "logprobs": 1, "max_tokens": 0},
+]
+
+
+@pytest.fixture(params=[1, 2, 256])
+def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The size of slices, small ones too, so that short texts have several."""
+    for module in (incremental, logprobs):
+        monkeypatch.setattr(module, "SLICE", request.param)
+    return int(request.param)
+
+
+@pytest.mark.usefixtures("slices")
+@pytest.mark.parametrize("fields", ASKED, ids=str)
+def test_an_answer_in_slices_has_the_bytes_of_one_that_is_encoded_at_once(fields: dict[str, Any]) -> None:
+    fields = {"prompt": ("a cat sat",), "n": 1 if "best_of" in fields else 2} | fields
+    deltas, usage = deltas_of(**fields)
+    body = incremental.EncodedBody(HEAD, fields["n"])
+    for delta in deltas:
+        for _ in body.encode(delta):
+            pass
+    by_index = {delta.index: [each for each in deltas if each.index == delta.index] for delta in deltas}
+    choices = [fold(by_index[index]) for index in sorted(by_index)]
+    whole = b"".join(body.fragments(usage))
+    assert whole == reference(choices, usage) == b"".join(body.fragments(usage))
+    assert whole == incremental.completion(HEAD, choices, usage)
+
+
+@pytest.mark.usefixtures("slices")
+@pytest.mark.parametrize("usage", ["never", "later", Usage(1, 2)], ids=str)
+@pytest.mark.parametrize("fields", ASKED, ids=str)
+def test_an_event_in_slices_has_the_bytes_of_one_that_is_encoded_at_once(fields: dict[str, Any], usage: Any) -> None:
+    for delta in deltas_of(**{"prompt": ("a cat sat",)} | fields)[0]:
+        sharing = incremental.PromptEncoder(2)
+        for _ in range(3):
+            (shared,) = [step for step in sharing.encode(delta) if isinstance(step, incremental.EncodedPrompt)]
+            choice = incremental.EncodedChoice(delta.index, shared)
+            for _ in choice.encode(delta):
+                pass
+            assert b"".join(incremental.event(HEAD, choice, usage)) == serialization.chunk(HEAD, delta, usage)
+
+
+def test_pieces_are_of_one_size_and_together_the_fragments() -> None:
+    fragments = [b"a" * size for size in (0, 1, 2**16, 3, 2**20, 2**16 - 1, 5)]
+    cut = list(incremental.chunked(fragments))
+    assert b"".join(cut) == b"".join(fragments)
+    assert all(incremental.MIN_CHUNK_BYTES <= len(piece) < 2 * incremental.MIN_CHUNK_BYTES for piece in cut[:-1])
+    assert len(cut[-1]) < 2 * incremental.MIN_CHUNK_BYTES
+
+
+# ---- through the application
+
+
+async def post(app: Any, path: str, fields: dict[str, Any], ticks: Counter[str]) -> list[dict[str, Any]]:
+    """The messages of an answer. Counts the turns that another task gets before the answer begins, and after."""
+    said: list[dict[str, Any]] = []
+    parts = [{"type": "http.request", "body": json.dumps(fields).encode(), "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if not parts:
+            await asyncio.Event().wait()
+        return parts.pop()
+
+    async def send(message: dict[str, Any]) -> None:
+        said.append(message)
+
+    async def other() -> None:
+        while True:
+            ticks["after" if said else "before"] += 1
+            await asyncio.sleep(0)
+
+    scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": path, "raw_path": path.encode()}
+    scope |= {"query_string": b"", "root_path": "", "scheme": "http", "client": ("127.0.0.1", 1), "server": None}
+    scope["headers"] = [(b"content-type", b"application/json"), (b"host", b"localhost")]
+    beside = asyncio.create_task(other())
+    try:
+        await app(scope, receive, send)
+    finally:
+        beside.cancel()
+    return said
+
+
+def ask(
+    path: str = "/v1/completions", limits: RequestLimits | None = None, **fields: Any
+) -> tuple[list[Any], Counter[str]]:
+    ticks: Counter[str] = Counter()
+    engine = Engine(lambda *_: iter(lambda: 97, None), room=10**6)
+    app = application(engine, keys=False, limits=limits or RequestLimits())
+    return asyncio.run(post(app, path, fields, ticks)), ticks
+
+
+def content(said: list[Any]) -> bytes:
+    assert said[0]["status"] == 200, said[1]
+    assert [message["more_body"] for message in said[1:] if message.get("more_body")] == [True] * (len(said) - 2)
+    body = b"".join(message["body"] for message in said[1:])
+    assert dict(said[0]["headers"]).get(b"content-length", b"%d" % len(body)) == b"%d" % len(body)
+    return body
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often entries about a token were made."""
+    counts: Counter[str] = Counter()
+    for name in ("top_map", "ranked"):
+        function = getattr(logprobs, name)
+        monkeypatch.setattr(logprobs, name, lambda *a, f=function, n=name: counts.update([n]) or f(*a))
+    return counts
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echoed_prompts_columns_are_made_once_for_all_choices(made: Counter[str], stream: bool) -> None:
+    said, _ = ask(prompt="a" * 40, echo=True, logprobs=3, n=64, max_tokens=1, stream=stream)
+    assert content(said).count(b'"finish_reason":"length"') == 64
+    assert made["top_map"] == 39 + 64
+
+
+def test_a_report_about_a_prompt_is_made_once_for_all_choices(made: Counter[str]) -> None:
+    answer = json.loads(content(ask(prompt=["a" * 40, "b" * 30], prompt_logprobs=5, n=32, max_tokens=1)[0]))
+    assert [len(choice["prompt_logprobs"]) for choice in answer["choices"]] == [40] * 32 + [30] * 32
+    assert made["ranked"] == 39 + 29
+
+
+def test_what_best_of_shares_is_made_once(made: Counter[str]) -> None:
+    fields = {"prompt": "a" * 40, "prompt_logprobs": 5, "n": 10, "best_of": 20, "max_tokens": 1}
+    assert len(json.loads(content(ask(**fields)[0]))["choices"]) == 10
+    assert made["ranked"] == 39
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt_logprobs": 14},
+        {"echo": True, "logprobs": 14},
+        {"echo": True, "logprobs": 14, "stream": True},
+    ],
+    ids=str,
+)
+def test_a_large_answer_is_sent_in_pieces_and_other_tasks_run_meanwhile(fields: dict[str, Any]) -> None:
+    said, ticks = ask(prompt="a" * 60, n=128, max_tokens=1, **fields)
+    body = content(said)
+    assert len(body) > 16 * incremental.MIN_CHUNK_BYTES
+    assert max(len(message["body"]) for message in said[1:]) < 2 * incremental.MIN_CHUNK_BYTES
+    assert ticks["after"] >= len(body) // (2 * incremental.MIN_CHUNK_BYTES)
+
+
+def test_other_tasks_run_while_a_large_answer_is_made() -> None:
+    _, few = ask(prompt="a", max_tokens=1)
+    said, many = ask(prompt=["a" * 60] * 40, echo=True, logprobs=14, max_tokens=0)
+    assert len(json.loads(content(said))["choices"]) == 40
+    assert many["before"] - few["before"] >= 40 * 60 // (2 * logprobs.SLICE_TOKENS)
+
+
+def test_other_tasks_run_while_candidates_are_computed() -> None:
+    _, few = ask(prompt="a", best_of=2, max_tokens=1)
+    _, many = ask(prompt="a", best_of=2, max_tokens=61)
+    assert many["before"] - few["before"] >= 60
+
+
+def test_other_tasks_run_while_many_prompts_are_begun() -> None:
+    _, few = ask(prompt=["a"], max_tokens=1)
+    _, many = ask(prompt=["a"] * 640, max_tokens=1)
+    assert many["before"] - few["before"] >= 20
+
+
+def test_a_small_answer_is_one_message() -> None:
+    said, _ = ask(prompt="a", n=2, logprobs=1)
+    assert len(said) == 2
+    assert content(said)
+
+
+@pytest.mark.parametrize(
+    ("fields", "blamed"),
+    [
+        ({"n": 128, "prompt_logprobs": 20}, "prompt_logprobs"),
+        ({"n": 128, "logprobs": 20, "echo": True}, "logprobs"),
+        ({"prompt": ["a"] * 2000, "logprobs": 14}, "logprobs"),
+        ({"n": 128, "echo": True, "prompt": ["a" * 48] * 16}, "echo"),
+        ({"n": 128, "max_tokens": 50, "prompt": "a"}, "n"),
+        ({"n": 128, "return_token_ids": True}, "return_token_ids"),
+    ],
+)
+def test_an_answer_above_the_limit_is_refused_before_any_work(fields: dict[str, Any], blamed: str) -> None:
+    engine = Engine(says("Hello"), room=10**6)
+    app = application(engine, keys=False, limits=RequestLimits(max_answer=50_000))
+    asked = {"prompt": "a" * 40, "max_tokens": 16} | fields
+    head, body = asyncio.run(post(app, "/v1/completions", asked, Counter()))
+    error = json.loads(body["body"])["error"]
+    assert (head["status"], error["param"], error["code"]) == (400, blamed, "answer_too_large")
+    assert f"'{blamed}'" in error["message"]
+    assert not engine.runs
+
+
+def test_line_ends_of_unicode_are_escaped_in_answers_and_events() -> None:
+    for line_end in ("\u2028", "\u2029", "\x85"):
+        for stream in (False, True):
+            body = content(ask(prompt=f"a{line_end}b", echo=True, logprobs=1, max_tokens=1, stream=stream)[0])
+            assert line_end.encode() not in body
+            assert f"a\\u{ord(line_end):04x}b" in body.decode()
+        answer = content(ask("/detokenize", tokens=list(line_end.encode()))[0])
+        assert json.loads(answer) == {"prompt": line_end}
+        assert line_end.encode() not in answer
+
+
+@pytest.mark.parametrize("text", ["", "a", "é😀" * 50_000, "\ufffd"])
+def test_many_tokens_are_spelled_in_pieces(text: str) -> None:
+    said, ticks = ask("/detokenize", tokens=list(text.encode()))
+    assert json.loads(content(said)) == {"prompt": text}
+    assert max(len(message["body"]) for message in said[1:]) < 2 * incremental.MIN_CHUNK_BYTES
+    assert ticks["before"] >= len(text.encode()) // 2**14
+
+
+@pytest.mark.parametrize("tokens", [[97] * 20_000 + [-1], [97] * 20_000 + [10**6], [97] * 20_000 + ["a"], "a", [[97]]])
+def test_what_is_no_token_is_refused_wherever_it_stands(tokens: Any) -> None:
+    head, body = ask("/detokenize", tokens=tokens)[0]
+    assert (head["status"], json.loads(body["body"])["error"]["param"]) == (400, "tokens")
+
+
+def test_a_text_above_the_limit_of_answers_is_refused() -> None:
+    head, body = ask("/detokenize", RequestLimits(max_answer=1000), tokens=[EOS] * 300)[0]
+    assert (head["status"], json.loads(body["body"])["error"]["code"]) == (400, "answer_too_large")
+
+
+# ---- usage in chunks
+
+
+@pytest.mark.parametrize(
+    ("options", "with_usage"),
+    [
+        ({"continuous_usage_stats": True}, 0),
+        ({"continuous_usage_stats": True, "include_usage": False}, 0),
+        ({"continuous_usage_stats": True, "include_usage": True}, 4),
+        ({"include_usage": True}, 1),
+    ],
+)
+def test_continuous_usage_needs_usage(options: dict[str, bool], with_usage: int) -> None:
+    body = content(ask(prompt="a", max_tokens=3, stream=True, stream_options=options)[0])
+    assert body.count(b'"usage":{') == with_usage
