@@ -578,7 +578,7 @@ def test_an_error_while_the_jobs_of_a_dead_engine_are_sorted_does_not_end_the_su
 
 def test_an_error_in_the_watch_does_not_end_the_watching(monkeypatch, caplog):
     monkeypatch.setattr("afterword.system.tasks._FIRST_PAUSE", 0.0)
-    monkeypatch.setattr("afterword.engine.parent.supervisor.TICK", 0.001)
+    monkeypatch.setattr("afterword.engine.parent.supervisor.TICK_SECONDS", 0.001)
     expire, left, looked = Supervisor._expire, [1, 2], asyncio.Event()
 
     def failing(self: Supervisor, accepted: float) -> None:
