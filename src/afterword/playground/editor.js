@@ -30,7 +30,7 @@ export class Editor {
     return this.area.selectionEnd;
   }
 
-  /** Show pieces, without colour what is not of the seed's model. The caret stays where it is unless it is given.
+  /** Show pieces; tokens of other models than the seed's have no colour. The caret stays where it is unless it is given.
    * `growing`: more will come at once. */
   show(pieces, text, seed, caret = null, growing = false) {
     this.late = text;

@@ -172,7 +172,7 @@ const CONTROLS = {
   },
 };
 
-/** A text field whose value is added with Enter or its button. */
+/** A text field that adds its value with Enter or its button. */
 function adding(id, placeholder, add) {
   const input = make("input", {
     id, type: "text", placeholder, autocomplete: "off",

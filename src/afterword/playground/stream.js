@@ -40,7 +40,7 @@ export class Answer {
   }
 }
 
-/** The columns of the tokens whose text offset is in [from, to). */
+/** The columns of the tokens with a text offset in [from, to). */
 function part(columns, from, to) {
   const mine = columns.text_offset.map((at) => at >= from && at < to);
   const only = (list) => list && list.filter((_, i) => mine[i]);

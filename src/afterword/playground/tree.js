@@ -50,7 +50,7 @@ export class Tree {
     return [row.indexOf(node.id) + 1, row.length];
   }
 
-  /** The node itself or its nearest ancestor whose text begins `text`; null if none does. */
+  /** The nearest node, itself or an ancestor, with a text that is a prefix of `text`; null if there is none. */
   under(node, text) {
     for (let at = node; at; at = this.parent(at)) if (text.startsWith(textOf(at.pieces))) return at;
     return null;
