@@ -22,7 +22,7 @@ KEY = "sk-test-0123456789abcdef"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Settings of whoever runs the tests are not the tests'."""
+    """The developer's own settings must not change the tests."""
     home = tempfile.TemporaryDirectory()
     config.add_cleanup(home.cleanup)
     os.environ["XDG_CONFIG_HOME"] = os.environ["XDG_DATA_HOME"] = home.name
@@ -53,7 +53,7 @@ class Server:
 def running(
     *args: str, key: str | None = KEY, stderr: Path | None = None, before: tuple[str, ...] = ()
 ) -> Iterator[Server]:
-    """`afterword serve` with these arguments on a free port. It must end cleanly when it is told to.
+    """`afterword serve` with these arguments on a free port. It must exit cleanly on a signal.
 
     `before` is a command that becomes the server's.
     """

@@ -1,9 +1,10 @@
-"""The house rules: which room may know which, how large things may grow, and that the map shows real places."""
+"""Rules about the source: which package may import which, how large files and functions are, which names are unique."""
 
 from __future__ import annotations
 
 import ast
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -12,71 +13,58 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "afterword"
 FILES = sorted(SOURCE.rglob("*.py"))
 
-MAY_IMPORT = {
-    # room: the rooms of this package that it may import, besides itself and errors
-    "api": {
-        *("batch", "completion", "engine.protocol", "engine.parent.model_manager", "engine.parent.supervisor"),
-        *("config", "keys", "observability.request_log", "observability.metrics", "observability.traces", ""),
-    },
-    "batch": {"completion", "settings.limit_table", "system.tasks"},
-    "completion": {"engine.protocol", "settings.limit_table"},
-    "transport": {"settings.limit_table", "system.tasks"},
+_TOKENIZE = {"engine.messages", "engine.protocol"}
+MAY_IMPORT: dict[str, set[str]] = {
+    # package or module: the others that it may import, besides itself and `errors`. "" is the version.
+    "": set(),
+    "errors": set(),
+    "system": set(),
+    "settings": set(),
+    "models": set(),
+    "observability": set(),
+    "observability.metrics": {"engine.protocol", "engine.parent.engine_metrics", "observability", ""},
+    "observability.traces": {"observability.metrics", ""},
+    "keys": {"settings", "system"},
+    "transport": {"settings", "system"},
+    "completion": {"engine.protocol", "settings"},
+    "batch": {"completion", "settings", "system"},
+    "config": {"batch", "completion", "transport", "engine.messages", "engine.protocol", "keys", "system"},
+    "engine": set(),
     "engine.protocol": set(),
     "engine.messages": {"engine.protocol"},
+    "engine.kernels": set(),
+    "engine.core": {"engine.kernels", "engine.protocol"},
     "engine.parent.pending_job": {"engine.protocol", "engine.parent.engine_metrics"},
     "engine.parent.worker_process": {"engine.messages"},
     "engine.parent.quarantine": {"engine.protocol"},
-    "engine.parent.engine_metrics": {"engine.protocol", "observability.histogram"},
-    "engine.parent.tokenizer_client": {"engine.messages", "engine.protocol"},
-    "engine.worker.tokenizer_threads": {"engine.messages", "system.tasks"},
+    "engine.parent.engine_metrics": {"engine.protocol", "observability"},
+    "engine.parent.tokenizer_client": _TOKENIZE,
     "engine.parent.watchdog": {"engine.messages"},
     "engine.parent.supervisor": {
-        *("engine.messages", "engine.parent.pending_job", "engine.parent.worker_process", "engine.protocol"),
-        *(
-            "engine.parent.quarantine",
-            "engine.parent.engine_metrics",
-            "engine.parent.tokenizer_client",
-            "engine.parent.watchdog",
-            "settings.limit_table",
-            "system.tasks",
-        ),
+        *("engine.messages", "engine.protocol", "engine.parent.engine_metrics", "engine.parent.pending_job"),
+        *("engine.parent.quarantine", "engine.parent.tokenizer_client", "engine.parent.watchdog"),
+        *("engine.parent.worker_process", "settings", "system"),
     },
     "engine.parent.model_manager": {
-        "engine.protocol",
-        "engine.parent.supervisor",
-        "engine.parent.engine_metrics",
-        "system.tasks",
+        *("engine.protocol", "engine.parent.engine_metrics", "engine.parent.supervisor", "system"),
     },
-    "engine.worker.worker_main": {
-        "engine.core",
-        "engine.messages",
-        "engine.protocol",
-        "engine.worker.tokenizer_threads",
-        "system.tasks",
+    "engine.parent": set(),
+    "engine.worker.tokenizer_threads": {"engine.messages", "system"},
+    "engine.worker": {"engine.core", *_TOKENIZE, "engine.worker.tokenizer_threads", "system"},
+    "engine.llama": {"engine.kernels", "engine.core", "engine.worker", *_TOKENIZE},
+    "api": {
+        *("batch", "completion", "engine.protocol", "engine.parent.model_manager", "engine.parent.supervisor"),
+        *("config", "keys", "observability", "observability.metrics", "observability.traces", ""),
     },
-    "engine.kernels.compiled": set(),
-    "engine.core": {"engine.kernels.compiled", "engine.protocol"},
-    "engine.llama": {
-        "engine.kernels.compiled",
-        "engine.core",
-        "engine.worker.worker_main",
-        "engine.messages",
-        "engine.protocol",
+    "cli": {
+        *("api", "batch", "completion", "config", "engine.messages", "engine.parent.model_manager"),
+        *("engine.parent.supervisor", "engine.parent.worker_process", "engine.protocol", "keys", "models"),
+        *("observability", "observability.metrics", "observability.traces", "settings", "system", "transport", ""),
     },
-    "models": set(),
-    "keys": {"settings.limit_table", "system.tasks"},
-    "observability.request_log": set(),
-    "config": {"batch", "completion", "transport", "engine.messages", "engine.protocol", "keys", "system.resources"},
-    "errors": set(),
-    "observability.histogram": set(),
-    "settings.limit_table": set(),
-    "system.resources": set(),
-    "system.tasks": set(),
-    "observability.metrics": {"engine.protocol", "engine.parent.engine_metrics", "observability.histogram", ""},
-    "observability.traces": {"observability.metrics", ""},
+    "__main__": {"cli"},
 }
 OUTSIDE = {
-    # a library and the only rooms that may know it
+    # a library and the only packages that may import it
     "llama_cpp": {"engine.llama"},
     "starlette": {"api"},
     "python_multipart": {"api"},
@@ -92,10 +80,10 @@ OUTSIDE = {
 }
 
 
-def room(module: str) -> str:
-    """The room of a module: the longest of the names above that it lies in; else its first part."""
+def package_of(module: str) -> str:
+    """The longest name in `MAY_IMPORT` that is the module or a package around it; else the module itself."""
     known = [name for name in MAY_IMPORT if module == name or module.startswith(name + ".")]
-    return max(known, key=len, default=module.split(".", maxsplit=1)[0])
+    return max(known, key=len, default=module)
 
 
 def imports(path: Path) -> set[str]:
@@ -116,20 +104,20 @@ def module_of(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_a_room_imports_only_what_it_may_know(path):
-    here = room(module_of(path))
+def test_a_package_imports_only_what_the_table_allows(path: Path) -> None:
+    here = package_of(module_of(path))
+    assert here in MAY_IMPORT, f"{here} is not in the table"
     for name in imports(path):
-        package, _, inner = name.partition(".")
-        if package in OUTSIDE:
-            assert here in OUTSIDE[package], f"{here} must not know {package}"
-        if package == "afterword" and here in MAY_IMPORT:
-            there = room(inner) if inner != "__version__" else ""
-            allowed = MAY_IMPORT[here] | {here, "errors"}
-            assert there in allowed, f"{here} must not know {there} ({name})"
+        library, _, inner = name.partition(".")
+        if library in OUTSIDE:
+            assert here in OUTSIDE[library], f"{here} must not import {library}"
+        if library == "afterword":
+            there = package_of(inner) if inner != "__version__" else ""
+            assert there in MAY_IMPORT[here] | {here, "errors"}, f"{here} must not import {there} ({name})"
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_files_and_functions_stay_small_and_say_what_they_are(path):
+def test_files_and_functions_are_small_and_files_have_a_docstring(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     tree = ast.parse(text)
     assert text.count("\n") <= 400
@@ -139,9 +127,18 @@ def test_files_and_functions_stay_small_and_say_what_they_are(path):
             assert (node.end_lineno or 0) - node.lineno < 80, f"{path}: {node.name} is too long"
 
 
-def test_the_map_names_places_that_exist():
+def test_a_public_class_name_is_defined_once() -> None:
+    modules = defaultdict(list)
+    for path in FILES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                modules[node.name].append(module_of(path))
+    assert not {name: places for name, places in modules.items() if len(places) > 1}
+
+
+def test_the_story_of_a_request_names_files_that_exist() -> None:
     text = (ROOT / "docs" / "trace.md").read_text(encoding="utf-8")
-    places = re.findall(r"`((?:src|tests)/[\w/.-]+\.py)(?::(\w+(?:\.\w+)?))?`", text)
+    places = re.findall(r"`((?:src|tests)/[\w/.-]+\.\w+)(?::(\w+(?:\.\w+)?))?`", text)
     assert len(places) >= 10
     for file, name in places:
         path = ROOT / file
@@ -150,15 +147,7 @@ def test_the_map_names_places_that_exist():
             assert re.search(rf"\b(?:def|class) {name.split('.')[-1]}\b", path.read_text(encoding="utf-8")), name
 
 
-def test_every_file_of_the_request_path_is_on_the_map():
-    text = (ROOT / "docs" / "trace.md").read_text(encoding="utf-8")
-    on_the_path = [path for path in FILES if room(module_of(path)) != "models" and path.name != "__init__.py"]
-    missing = [str(path.relative_to(ROOT)) for path in on_the_path if str(path.relative_to(ROOT)) not in text]
-    assert not missing
-
-
-def test_the_repository_speaks_of_itself_alone():
-    """No paths of one machine and no package hosts in what is shipped."""
+def test_the_repository_names_no_paths_of_one_machine_and_no_package_hosts() -> None:
     places = [*FILES, *(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md"), *ROOT.glob("*.txt"), ROOT / "Makefile"]
     for path in places:
         found = re.search(r"/(?:work|tmp|root|home)/\w+|pypi\.org|pythonhosted", path.read_text(encoding="utf-8"))

@@ -379,7 +379,7 @@ def test_the_environment_sets_what_the_command_line_does_not():
         ("llama", "F16", 0, "exact", ("exact", "none")),
         ("llama", "Q8_0 F32", 0, "exact", ("exact", "none")),
         ("llama", "IQ4_XS Q6_K", 0, "exact", ("none", "exact")),
-        # types that the file's name does not tell
+        # types that the file's name does not contain
         ("llama", "Q4_K Q6_K IQ3_S", 0, "exact", ("none", "none")),
         ("llama", "Q4_K Q6_K IQ4_NL", 0, "exact", ("none", "none")),
         ("llama", "", 0, "exact", ("none", "none")),
@@ -396,7 +396,7 @@ def test_the_environment_sets_what_the_command_line_does_not():
     ],
 )
 def test_only_what_was_shown_is_promised(architecture, types, experts, kv_type, expected):
-    """With products of our own, and without them."""
+    """With the kernels' matmul and without it."""
     weights = WeightTypes(architecture, frozenset(types.split()), experts)
     assert tuple(weights.promise(kv_type, own_products=own) for own in (True, False)) == expected
 

@@ -1,4 +1,4 @@
-"""`afterword batch` as a person meets it: what it writes, how it goes on, and one sentence for whatever is wrong."""
+"""`afterword batch` at the terminal: its output, how it resumes, and one sentence for each error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One rule of precedence for every option of every command, and one sentence for what is wrong with a settings file."""
+"""One rule of precedence for every option of every command, and one sentence for each error in a settings file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Tab key: what shells are told through the environment, and what real ones make of it."""
+"""Shell completion: the candidates that are printed for each shell, and real shells that use them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def completed(line: str) -> list[str]:
-    """What bash is told of a line with the cursor at its end: kind and value."""
+    """The candidates for bash, for a line with the cursor at its end: kind and value."""
     told = CliRunner().invoke(
         main, [], prog_name="afterword", env={"_AFTERWORD_COMPLETE": "bash_complete", "COMP_WORDS": line}
     )

@@ -1,4 +1,4 @@
-"""deploy/: what is shipped for Prometheus, Grafana and Docker names what exists, and Prometheus itself can use it."""
+"""deploy/: the files for Prometheus, Grafana and Docker name things that exist, and Prometheus accepts them."""
 
 from __future__ import annotations
 
@@ -301,7 +301,7 @@ def counted(http: httpx.Client) -> float:
 
 
 def knock(url: str) -> None:
-    """Somebody connects who does not speak HTTP."""
+    """A client connects and does not speak HTTP."""
     with socket.create_connection((httpx.URL(url).host, httpx.URL(url).port or 80)) as link:
         link.sendall(b"hello\r\n\r\n")
         while link.recv(4096):

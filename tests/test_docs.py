@@ -1,4 +1,4 @@
-"""The reference is complete: whatever a caller can send or be told stands in it."""
+"""docs/api.md is complete: every field that a client can send or receive is in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The documents as a whole: every page can be reached, every link leads somewhere, every limit is told."""
+"""The documents as a whole: every page can be reached, every link has a target, every limit is documented."""
 
 from __future__ import annotations
 

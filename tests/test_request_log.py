@@ -1,4 +1,4 @@
-"""Lines that are written by a thread: whole ones or none, and nobody waits for a disk."""
+"""The request log: a thread writes whole lines or none, and no request waits for the disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests as real clients send them, each to three servers: what is accepted, and what is refused by name and why.
+"""Requests as real clients send them, each to three servers: accepted ones, and refused ones with the reason.
 
 A line of requests.jsonl is a request: `captured` on the wire and shortened, or `described`, put together from the
 fields that the client sends. Its `status` is what each server answers: the status, and of a refusal the field to

@@ -15,7 +15,7 @@ from .server import Server
 PATIENCE = 30.0
 """Seconds after which an answer that has not come is a hang."""
 _LINE = 2**20  # bytes of a header block
-_PAUSE = 0.1  # seconds that who leaves waits for more
+_PAUSE = 0.1  # seconds that a client that disconnects waits for more
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Caller:
         self.leave()
 
     def leave(self) -> None:
-        """Cut the connection, whatever is on its way."""
+        """Abort the connection without sending or reading more."""
         if self._streams:
             self._streams[1].transport.abort()
             self._streams = None

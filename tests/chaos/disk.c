@@ -1,5 +1,5 @@
 /* A disk that can be watched and made to fail, for one process: loaded before the C library (LD_PRELOAD), it stands
-   before the calls that change files in one folder. Each is counted, logged with its data, and fails if told to. */
+   before the calls that change files in one folder. Each is counted and logged with its data, and fails if the settings say so. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>

@@ -85,11 +85,11 @@ class Disk:
                 file.unsafe.append(call)
 
     def killed(self) -> Contents:
-        """What is there when the process ends here."""
+        """The files after the process ends at this point."""
         return {path: bytes(file.now) for path, file in self._names.items()}
 
     def powerless(self) -> Contents:
-        """What is there when the power fails here and only what is safe is left."""
+        """The files after a power failure at this point, if only safe contents and names survive."""
         return {path: file.safe for path, file in self._safe_names.items()}
 
     def renamed(self) -> Contents:
@@ -97,7 +97,7 @@ class Disk:
         return {path: file.safe for path, file in self._names.items()}
 
     def torn(self, random: Random) -> Contents:
-        """What may be there when the power fails here: old names or new ones, and of what is not safe any part."""
+        """The possible files after a power failure at this point: old or new names, and any part of unsafe contents."""
         contents = {}
         for path, file in random.choice((self._safe_names, self._names)).items():
             made = bytearray(file.safe)

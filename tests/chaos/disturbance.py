@@ -20,7 +20,7 @@ Disturb = Callable[[Callable[[], None]], Coroutine[Any, Any, None]]
 def disturbance(module: str, server: Server, *arguments: str) -> Iterator[list[int]]:
     """A module from here that calls `disturb`, until the end; then how many requests it sent.
 
-    Its process has the lowest priority: it stands for other machines, whose work takes no time from the server's.
+    Its process has the lowest priority: it stands for other machines, and their work takes no time from the server's.
     """
     command = ["nice", "-n", "19", sys.executable, "-m", f"tests.chaos.{module}", str(server.port), *arguments]
     sent = [0]

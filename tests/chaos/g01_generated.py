@@ -1,4 +1,4 @@
-"""G1: requests made from the API's own document, right and wrong ones, and those with values and bytes mixed up."""
+"""G1: requests generated from the OpenAPI document: valid, invalid, and with mutated values and bytes."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def forget_to_check_types(patch: pytest.MonkeyPatch) -> None:
 
 GATE = Gate(
     name="G1",
-    goal="no 5xx, no hang, every answer as the API's document says, errors of at most 2 KiB",
+    goal="no 5xx, no hang, every response matches the OpenAPI document, errors of at most 2 KiB",
     unit="generated requests",
     commit=10_000,
     nightly=500_000,

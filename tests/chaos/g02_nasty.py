@@ -1,4 +1,4 @@
-"""G2: nasty texts in every field that takes one, on the built-in model; a stream says what the whole answer says."""
+"""G2: malicious texts in every text field, on the built-in model; a stream equals the whole response."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def cut_characters_where_tokens_end(patch: pytest.MonkeyPatch) -> None:
 
 GATE = Gate(
     name="G2",
-    goal="nasty texts in every field: no 5xx, no dead engine, a stream that says what the whole says",
+    goal="malicious texts in every field: no 5xx, no dead worker, a stream equals the whole response",
     unit="bodies, each whole and streamed",
     commit=600,
     nightly=len(SURROGATES) * 6 + len(TEXTS) * len(FIELDS),

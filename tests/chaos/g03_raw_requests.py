@@ -1,4 +1,4 @@
-"""G3: no bytes on the wire crash it, hang it or make it fail, and the next request on a new connection works."""
+"""G3: no bytes on a connection crash or block the server, and the next request on a new connection works."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def trust_every_head(patch: pytest.MonkeyPatch) -> None:
 
 GATE = Gate(
     name="G3",
-    goal="no bytes on the wire crash it or hang it, and the next request works",
+    goal="no bytes on a connection crash or block the server, and the next request works",
     unit="byte streams",
     commit=1_000,
     nightly=200_000,

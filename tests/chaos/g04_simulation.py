@@ -34,7 +34,7 @@ def repeat_after_a_crash(patch: pytest.MonkeyPatch) -> None:
 
 GATE = Gate(
     name="G4",
-    goal="eleven invariants of queue, scheduler, limiter and supervisor hold whatever happens (simulated)",
+    goal="eleven invariants of queue, scheduler, limiter and supervisor hold in every simulated world",
     unit="seeds of 200 events",
     commit=300,
     nightly=40_000,

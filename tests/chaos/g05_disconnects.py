@@ -1,4 +1,4 @@
-"""G5: who leaves, at whatever moment, frees what it held: sequences, files, threads. And soon."""
+"""G5: a client that disconnects at any moment soon frees its sequences, files and threads."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def keep_the_slot(patch: pytest.MonkeyPatch) -> None:
 
 GATE = Gate(
     name="G5",
-    goal="those who leave, at whatever moment, free what they held",
+    goal="a client that disconnects at any moment frees its sequences, files and threads",
     unit="disconnects",
     commit=500,
     nightly=10_000,

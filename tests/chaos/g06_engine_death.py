@@ -1,4 +1,4 @@
-"""G6: the engine is killed, stopped and aborted under load. Every answer is whole, and `/ready` tells the truth."""
+"""G6: the engine is killed, stopped and aborted under load. Every response is whole, and `/ready` reports the state."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _judge(seen: Seen, start: float, over: float, began: float, how: signal.Sign
     after = [look for look in seen.looks if look.ended >= start]
     down = next((look.ended for look in after if look.status != 200), over + PATIENCE)
     up = next((look.ended for look in after if look.ended > down and look.status == 200), over)
-    # It is wrong when the last look begins that is told so: how long a look takes is up to the machine.
+    # The time ends when the last wrong check begins: the machine decides how long a check takes.
     wrong = max((look.began - start for look in after if look.ended < down), default=0.0)
     if how == signal.SIGSTOP:
         seen.noticed_hang = max(seen.noticed_hang, wrong)
@@ -183,7 +183,7 @@ def repeat_after_a_crash(patch: pytest.MonkeyPatch) -> None:
 
 GATE = Gate(
     name="G6",
-    goal=f"the engine is killed, stopped, aborted under {STREAMS} streams: all end whole, none hangs, /ready tells",
+    goal=f"the engine is killed, stopped, aborted under {STREAMS} streams: all end whole, none hangs, /ready says so",
     unit="deaths",
     commit=9,
     nightly=300,

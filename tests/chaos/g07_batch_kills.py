@@ -1,4 +1,4 @@
-"""G7: a batch is killed at random moments and started again; it ends with the bytes of one that was never touched.
+"""G7: a batch is killed at random moments and resumed; its output has the bytes of an undisturbed run.
 
 Every other time it asks a server instead of running the model, which must make no difference. With twenty kills or more
 there are 2,000 rows, else 300.
@@ -151,7 +151,7 @@ def draw_anew(patch: pytest.MonkeyPatch) -> None:
 
 GATE = Gate(
     name="G7",
-    goal="a batch, killed at random moments and started again, has every row once and the bytes of an untouched one",
+    goal="a batch that is killed at random moments and resumed has each line once and an undisturbed run's bytes",
     unit="kills",
     commit=5,
     nightly=200,

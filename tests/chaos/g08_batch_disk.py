@@ -1,6 +1,6 @@
-"""G8: a batch ends the same after a crash at any call that changes a file, and after any of them fails.
+"""G8: a batch has the same output after a crash at, or a failure of, any call that changes a file.
 
-The command runs in a process whose disk is watched (`disk.c`). One run is logged; from the log comes what could be on
+The command runs in a process with a logged disk (`disk.c`). One run is logged; from the log comes what could be on
 the disk after each call (`disk.py`), and from each of those the same command goes on. Then every call is made to fail
 in turn: with a full disk, which stays full, and with an error that does not last.
 """
@@ -89,7 +89,7 @@ class Bench:
             return f"{type(problem).__name__}: {problem}"
 
     def finish(self, where: str) -> None:
-        """The command brings it to its end from whatever is there, and it is what it has to be."""
+        """The command completes the batch from these files, and the output is complete and correct."""
         status = self.go()
         left = sorted(path.name for path in self.folder.iterdir())
         if status != 0 or left != ["out.jsonl"] or self.output.read_bytes() != self.want:

@@ -1,4 +1,4 @@
-"""G9: told to end, the server says so, answers those who are there to the end, and is gone."""
+"""G9: on SIGTERM the server reports that it drains, completes running responses, and exits."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(trial: Trial) -> Result:
 
 
 async def _end(server: Server, hold: Path, seen: dict[str, int]) -> None:
-    """Streams are open when the server is told: the model waits when all have begun, while `hold` is there."""
+    """Streams are open when the signal is sent: while the file `hold` exists the model waits, after all have begun."""
     begun = [asyncio.Event() for _ in range(STREAMS)]
     async with server.visitors() as client:
         streams = [asyncio.create_task(_read(client, event)) for event in begun]
@@ -95,7 +95,7 @@ def do_not_drain(patch: pytest.MonkeyPatch) -> None:
 
 GATE = Gate(
     name="G9",
-    goal="told to end, it says so, finishes every stream and exits with 0",
+    goal="on SIGTERM the server reports it, finishes every stream and exits with 0",
     unit="ends",
     commit=3,
     nightly=50,

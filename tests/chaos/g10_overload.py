@@ -1,4 +1,4 @@
-"""G10: three times as many as there is room for: the work goes on as fast, the rest are sent away quickly."""
+"""G10: three times as many requests as the queue holds: throughput stays, the excess is refused quickly."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ async def _press(server: Server, trial: Trial) -> Result:
 
 
 async def _rate(server: Server, tally: Tally, trial: Trial, callers: int) -> float:
-    """Answers a second while so many ask until all have been answered; who is sent away comes again."""
+    """Responses per second while so many clients send until each has its response; a refused client retries."""
     random, start = Random(trial.seed), time.monotonic()
     watching = asyncio.create_task(_watch(server, tally))
 
@@ -106,7 +106,7 @@ def let_everyone_wait(patch: pytest.MonkeyPatch) -> None:
 
 GATE = Gate(
     name="G10",
-    goal="three times too many: the work goes on, the rest are sent away quickly",
+    goal="three times too many requests: throughput stays, the excess is refused quickly",
     unit="requests",
     commit=300,
     nightly=20_000,

@@ -1,4 +1,4 @@
-"""G11: those who send slowly and those who do not read are cut, and cost the others nothing."""
+"""G11: clients that send slowly or do not read are disconnected, and do not slow down other clients."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .server import Server
 
 GOOD, OF_ONE = 20, 50  # good clients; connections from one bad address
 GROWTH, LIMIT = 64, 15.0  # MiB; seconds in which all bad ones must be gone
-PAUSE = 0.1  # seconds until the next who does not read comes: what a crowd asks for at once is work, and not slow
+PAUSE = 0.1  # seconds between clients that do not read: a burst of requests would measure load, not slow readers
 _SHORT = {"prompt": "a", "max_tokens": 8, "ignore_eos": True}
 _LONG = {
     "prompt": [97] * 240,
@@ -81,7 +81,7 @@ async def _besiege(server: Server, trial: Trial) -> Result:
 
 
 async def _ask_well(server: Server, again: Callable[[], bool]) -> list[float | None]:
-    """How long short answers take for good clients, each of whom asks ten times, and again; None: it failed."""
+    """Seconds of short responses of good clients that send ten requests each; None: the request failed."""
     times: list[float | None] = []
 
     async def ask() -> None:
@@ -151,7 +151,7 @@ def never_look(patch: pytest.MonkeyPatch) -> None:
 
 GATE = Gate(
     name="G11",
-    goal="slow senders and readers are cut, and cost the others nothing",
+    goal="slow senders and slow readers are disconnected, and do not slow down other clients",
     unit="slow senders",
     commit=200,
     nightly=900,

@@ -1,4 +1,4 @@
-"""G12: requests leave nothing behind in the front end, over an engine that computes no model."""
+"""G12: the server process does not grow with requests; the engine is scripted and computes no model."""
 
 from __future__ import annotations
 

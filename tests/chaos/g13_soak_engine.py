@@ -1,4 +1,4 @@
-"""G13: requests leave nothing behind in either process, on the built-in model."""
+"""G13: neither process grows with requests, on the built-in model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""G14: model files with something wrong in their header are refused in words, or load, but never end the engine."""
+"""G14: model files with wrong headers are refused with a message, or load, and never crash the worker."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def believe_the_header(patch: pytest.MonkeyPatch) -> None:
 
 GATE = Gate(
     name="G14",
-    goal="no model file with a wrong header that we accept ends the engine, none surprises the checker",
+    goal="no model file with a wrong header that the checks accept crashes the worker, and no file crashes the checks",
     unit="wrong files",
     commit=600,
     nightly=100_000,

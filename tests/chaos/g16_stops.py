@@ -1,4 +1,4 @@
-"""G16: characters and stop strings come out the same however bytes are cut into tokens, against a plain reference."""
+"""G16: text and stop strings are the same for every division of bytes into tokens, compared with a simple reference."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def hold_nothing_back(patch: pytest.MonkeyPatch) -> None:
 
 GATE = Gate(
     name="G16",
-    goal="the text is all before the first stop string, to the byte, however it is cut into tokens",
+    goal="the text is exactly the part before the first stop string, for every division into tokens",
     unit="texts",
     commit=20_000,
     nightly=1_000_000,

@@ -1,4 +1,4 @@
-"""G17: nobody is told what is another's. Prompts that begin alike, many at once, under the same request id."""
+"""G17: no response contains text of another request: concurrent prompts with a shared prefix and one request id."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def compare_lengths_only(patch: pytest.MonkeyPatch) -> None:
 
 GATE = Gate(
     name="G17",
-    goal="no answer has anything of another request",
+    goal="no response contains anything of another request",
     unit="requests",
     commit=1_000,
     nightly=100_000,

@@ -1,4 +1,4 @@
-"""G18: what callers write and what opens the server is in no log, output, error, process table or file."""
+"""G18: prompts and API keys appear in no log, output, error, process table or file."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run(trial: Trial) -> Result:
 
 
 def _processes(server: Server) -> dict[str, bytes]:
-    """What the system tells of the server's processes. The server's own environment is the operator's affair."""
+    """The facts that the system shows about the server's processes, without the server's own environment."""
     children = psutil.Process(server.pid).children(recursive=True)
     places = {f"arguments of {process.pid}": Path(f"/proc/{process.pid}/cmdline") for process in children}
     places |= {f"environment of {process.pid}": Path(f"/proc/{process.pid}/environ") for process in children}

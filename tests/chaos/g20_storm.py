@@ -1,4 +1,4 @@
-"""G20: noise at the port, of random bytes and of requests that no client would send, does not reach who is served."""
+"""G20: random bytes and malformed requests at the port do not disturb clients that are served."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def dawdle_over_strangers(patch: pytest.MonkeyPatch) -> None:
 
 GATE = Gate(
     name="G20",
-    goal=f"noise at the port does not reach {GOOD} clients who stream: none fails, their first tokens come as soon",
+    goal=f"noise at the port does not disturb {GOOD} streaming clients: none fails, their first tokens are as fast",
     unit="seconds",
     commit=9,
     nightly=60,

@@ -1,4 +1,4 @@
-"""G21: one key holds all sequences, in each way that there is: another key's short requests begin after few passes."""
+"""G21: one key holds all sequences, in every possible way: another key's short requests begin within few passes."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def pause_nothing(patch: pytest.MonkeyPatch) -> None:
 
 GATE = Gate(
     name="G21",
-    goal="while one key holds all sequences, another key's short requests begin after few passes; no answer changes",
+    goal="while one key holds all sequences, another key's short requests begin within few passes; no text changes",
     unit="short requests",
     commit=24,
     nightly=2_000,

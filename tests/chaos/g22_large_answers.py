@@ -1,4 +1,4 @@
-"""G22: beside any single request within the limits, however large its body or answer is, `/health` answers at once."""
+"""G22: beside any request within the limits, with the largest bodies and responses, `/health` answers at once."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def completion(**fields: Any) -> tuple[str, str, int]:
 
 
 def cases() -> dict[str, tuple[str, str, int]]:
-    """Requests by what is large in them: path, body, and the status that is right."""
+    """Requests by the part that is large: path, body, and the expected status."""
     prompt = [7 * place % _WORDS for place in range(2000)]
     stops = [chr(ord("a") + number) * 1023 for number in range(16)]
     items = _BODY // 4
@@ -142,7 +142,7 @@ def make_in_one_piece(patch: pytest.MonkeyPatch) -> None:
 
 GATE = Gate(
     name="G22",
-    goal="beside one request within the limits, however large, /health takes at most 100 ms",
+    goal="beside any one request within the limits, /health takes at most 100 ms",
     unit="rounds",
     commit=1,
     nightly=5,

@@ -1,4 +1,4 @@
-"""G24: scored prompts that the prefix cache knows: all at once, while all sequences are busy, as cold so warm."""
+"""G24: prompts with scores in the prefix cache, all at once while all sequences are busy: cold and warm are equal."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def report_at_once(patch: pytest.MonkeyPatch) -> None:
 
 GATE = Gate(
     name="G24",
-    goal="scores from the cache come in pieces: as cold so warm, no answer fails for its size",
+    goal="scores from the cache are sent in pieces: cold and warm requests are equal, no response fails for its size",
     unit="prompts",
     commit=32,
     nightly=700,

@@ -151,7 +151,7 @@ def make_answers_in_one_go(patch: pytest.MonkeyPatch) -> None:
 
 GATE = Gate(
     name="G25",
-    goal=f"one hostile client beside {GOOD} good ones: none of these fails, their first tokens come soon enough",
+    goal=f"one hostile client beside {GOOD} good ones: no good request fails, and first tokens stay fast",
     unit="seconds",
     commit=18,
     nightly=120,

@@ -20,7 +20,7 @@ Figure = int | float | str
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A bug planted on purpose: what is wrong, and how it is patched in, in the process that `where` names.
+    """A deliberate bug: a description, and the patch that adds it to the process that `where` names.
 
     "gate": the gate's own process, for gates that need no server; undone afterwards.
     """

@@ -1,4 +1,4 @@
-"""`python -m tests.chaos.serve [--scripted] [--planted G5] serve …`: afterword's own command line, changed as told.
+"""`python -m tests.chaos.serve [--scripted] [--planted G5] serve …`: the `afterword` command, modified by options.
 
 `--scripted`: the engine's process is the real one over a model that computes nothing. `--planted`: with the named
 gate's bug, here or in the engine's process. The same file is that process: the last word is then `engine`.

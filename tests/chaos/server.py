@@ -73,7 +73,7 @@ class Server:
         )
 
     def with_key(self, key: str) -> Server:
-        """The same server for who shows this key."""
+        """The same server for requests with this API key."""
         return replace(self, key=key)
 
     @property

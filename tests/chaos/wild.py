@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 PATIENCE = 15.0
-"""Seconds in which a server must have answered or closed, whatever it was sent."""
+"""Seconds within which a server must answer or close, for any input."""
 _STATUS = re.compile(rb"HTTP/1\.1 ([2-9]\d\d) ")
 _LENGTH = re.compile(rb"\r\ncontent-length: (\d+)\r\n", re.IGNORECASE)
 

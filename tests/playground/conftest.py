@@ -19,7 +19,7 @@ Visit = Callable[..., PageDriver]
 expect.set_options(timeout=20_000)  # milliseconds; the machine may be busy
 
 
-@pytest.fixture(scope="package")  # whose loop would be in the way of others'
+@pytest.fixture(scope="package")  # : its event loop would disturb other tests'
 def browser() -> Iterator[Browser]:
     if path() is None:
         pytest.skip("Chromium is not on the path")

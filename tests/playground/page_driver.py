@@ -1,4 +1,4 @@
-"""Someone who uses the page: what they do and what they see, and what their browser did meanwhile."""
+"""A user of the page: actions, visible state, and the browser's requests and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens and their numbers: colours, alternatives, the score of a text; all as the server told them."""
+"""Tokens and their numbers: colours, alternatives, the score of a text; all as in the server's responses."""
 
 from __future__ import annotations
 

@@ -1,46 +1,46 @@
-// What a person can have the model do: continue, fill a gap, take an alternative, write again, score. One at a time;
-// whatever has come when it ends, however it ends, stays.
+// The actions that call the model: continue, fill a gap, take an alternative, rewrite, score. One action runs at a time.
+// Text that has arrived stays when an action ends, also after an error or a cancel.
 
 import { MODEL, lengthOf, piece, places, seedOf, slice, textOf } from "./pieces.js";
 import { bodyOf, scoringOf } from "./requests.js";
 import { Answer, Clock, readingOf } from "./stream.js";
 
-const ALTERNATIVES = 5; // for scored text, if fewer are asked for
+const ALTERNATIVES = 5; // of each token of scored text, at least
 
 export class Actions {
-  /** `ask()` gives {fields, values, model}; `view` is told what to show: see main.js. */
-  constructor({ desk, server, ask, view }) {
-    Object.assign(this, { desk, server, ask, view, run: null });
+  /** `ask()` gives {fields, values, model}; `view` draws; see main.js. */
+  constructor({ workspace, server, ask, view }) {
+    Object.assign(this, { workspace, server, ask, view, run: null });
   }
 
   get busy() {
     return this.run !== null;
   }
 
-  /** End what is under way. What has come is kept. */
+  /** Stop the running action. Text that has arrived is kept. */
   stop(why = "Stopped.") {
     if (!this.run) return;
     this.run.controller.abort();
     this.run.settle(why);
   }
 
-  /** Go on at the end of the text. */
+  /** Continue at the end of the text. */
   continue() {
     this.stop();
-    const end = this.desk.text.length;
-    return this.#write(this.desk.place(end, end));
+    const end = this.workspace.text.length;
+    return this.#write(this.workspace.place(end, end));
   }
 
-  /** Write what belongs between the text before a place and the text after it. */
+  /** Fill the gap between the text before and after an offset. */
   insert(at) {
     this.stop();
-    return this.#write({ ...this.desk.place(at, at), gap: true });
+    return this.#write({ ...this.workspace.place(at, at), gap: true });
   }
 
-  /** Cut the text at a token, put another one there (or leave it) and go on. Within a gap, up to its end. */
+  /** Cut the text at a token, replace the token if another is given, and continue. Within a filled gap, up to its end. */
   pick(chosen, part, raw, logprob) {
     this.stop();
-    const all = [...places(this.desk.pieces)];
+    const all = [...places(this.workspace.pieces)];
     const at = all.findIndex(({ piece: p }) => p === chosen);
     if (at < 0) return undefined;
     const { gap, context } = chosen.token;
@@ -50,27 +50,27 @@ export class Actions {
     const parts = [{ raw, logprob, top: part.top }];
     const token = Object.freeze({ parts, logprob, context, gap });
     const put = kept ? chosen : piece(raw.replaceAll("\r", ""), MODEL, token);
-    const place = this.desk.place(all[at].start, gap && end < all.length ? all[end].start : Infinity);
-    const above = gap ? this.#before(gap, place.parent) : this.desk.tree.under(place.parent, textOf(place.before));
+    const place = this.workspace.place(all[at].start, gap && end < all.length ? all[end].start : Infinity);
+    const above = gap ? this.#before(gap, place.parent) : this.workspace.tree.under(place.parent, textOf(place.before));
     return this.#write({ ...place, before: [...place.before, put], parent: above, gap: Boolean(gap), put });
   }
 
-  /** Another answer to what this node answers. */
+  /** Generate another text for the same prompt as this node. */
   again() {
     this.stop();
-    const node = this.desk.commit();
+    const node = this.workspace.commit();
     const { start, end, gap } = node.facts;
     if (start === undefined) return this.view.say("Nothing was written here that could be written again.");
     const after = gap ? slice(node.pieces, end) : [];
-    const parent = this.desk.tree.parent(node);
+    const parent = this.workspace.tree.parent(node);
     return this.#write({ before: slice(node.pieces, 0, start), after, parent, gap: Boolean(gap) });
   }
 
-  /** The probabilities of the text's own tokens. */
+  /** Score the text: the log probabilities of its own tokens. */
   async score() {
     this.stop();
-    const { desk, view } = this;
-    const text = desk.text;
+    const { workspace, view } = this;
+    const text = workspace.text;
     if (!text) return view.say("There is no text to score yet.");
     const { fields, values, model } = this.ask();
     const most = fields.find(({ name }) => name === "logprobs")?.maximum ?? ALTERNATIVES;
@@ -79,7 +79,7 @@ export class Actions {
     const run = this.#begin("Reading the text…", () => {});
     const clock = new Clock();
     return this.#hear(run, body, (answer) => {
-      desk.renumber(readingOf(answer, text, desk.pieces, seedOf(model)));
+      workspace.renumber(readingOf(answer, text, workspace.pieces, seedOf(model)));
       view.usage({ rate: null, wait: null, usage: answer.usage });
       view.draw();
       clock.tick();
@@ -89,41 +89,41 @@ export class Actions {
 
   /** The node above the one that filled a gap. */
   #before(gap, from) {
-    for (let node = from; node; node = this.desk.tree.parent(node)) {
-      if (node.facts.gap === gap) return this.desk.tree.parent(node);
+    for (let node = from; node; node = this.workspace.tree.parent(node)) {
+      if (node.facts.gap === gap) return this.workspace.tree.parent(node);
     }
-    return this.desk.tree.parent(from);
+    return this.workspace.tree.parent(from);
   }
 
   async #write({ before, after, parent, gap = false, put = null }) {
-    const { desk, view } = this;
+    const { workspace, view } = this;
     const { fields, values, model } = this.ask();
     const prompt = textOf(before);
     const body = bodyOf(fields, values, { model, prompt, suffix: gap ? textOf(after) : "" });
-    const state = desk.state;
+    const state = workspace.state;
     const name = gap ? `${Date.now()}` : 0;
     const answers = Array.from({ length: body.n ?? 1 }, () => {
       const facts = { model, start: prompt.length, gap: name };
-      const node = desk.tree.add(parent?.id ?? null, [...before, ...after], facts);
+      const node = workspace.tree.add(parent?.id ?? null, [...before, ...after], facts);
       return new Answer(node, before, after, { prompt, gap: name, seed: seedOf(model) });
     });
     const alone = answers.length === 1;
-    if (alone) desk.history.keep(state);
+    if (alone) workspace.history.keep(state);
     const clock = new Clock();
     let usage = null;
-    const told = () => view.usage({ rate: clock.rate(sum(answers)), wait: clock.wait, usage });
+    const reportUsage = () => view.usage({ rate: clock.rate(sum(answers)), wait: clock.wait, usage });
 
     const draw = () => {
       for (const answer of answers) answer.node.pieces = answer.pieces;
       if (alone) this.#follow(answers[0]);
       else view.cards.render();
-      told();
+      reportUsage();
     };
     const run = this.#begin("Writing…", () => {
       const empty = answers.filter(({ grown }) => !grown.length && !put);
       for (const answer of answers) keep(answer, body);
       draw();
-      for (const { node } of empty) desk.tree.remove(node);
+      for (const { node } of empty) workspace.tree.remove(node);
       if (empty.length === answers.length) this.#nothing(state, alone);
       if (!alone) view.cards.render(true);
     });
@@ -139,19 +139,19 @@ export class Actions {
     }, () => `${usage ? `${usage.completion_tokens} tokens` : "Done"}, ended by ${reasons(answers)}.`);
   }
 
-  /** The working text follows an answer that grows. */
+  /** Show a streaming choice as the document's text. */
   #follow({ node, before, grown }) {
-    this.desk.node = node;
-    this.desk.pieces = node.pieces;
-    this.desk.caret = lengthOf(before) + lengthOf(grown);
+    this.workspace.node = node;
+    this.workspace.pieces = node.pieces;
+    this.workspace.caret = lengthOf(before) + lengthOf(grown);
     this.view.draw(null, true);
   }
 
-  /** Nothing came of it: as if it had not been. */
+  /** The action generated nothing: restore the state before it. */
   #nothing({ id, pieces, caret }, alone) {
-    const { desk, view } = this;
-    Object.assign(desk, { node: desk.tree.get(id), pieces, caret });
-    if (alone) desk.history.forget();
+    const { workspace, view } = this;
+    Object.assign(workspace, { node: workspace.tree.get(id), pieces, caret });
+    if (alone) workspace.history.forget();
     view.cards.close();
     view.draw(caret);
   }
@@ -203,7 +203,7 @@ const sum = (answers) => answers.reduce((total, { tokens }) => total + tokens, 0
 
 const reasons = (answers) => [...new Set(answers.map(({ finish }) => finish ?? "nothing"))].join(", ");
 
-/** What is known of an answer, in its node. */
+/** The facts about a generation that its node keeps. */
 function keep({ node, before, grown, finish }, { prompt, suffix, ...request }) {
   const end = lengthOf(before) + lengthOf(grown);
   Object.assign(node.facts, { finish, end, request });

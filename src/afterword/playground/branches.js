@@ -1,4 +1,4 @@
-// The tree of texts as a list to move in.
+// The tree of texts drawn as a list with which the user moves between branches.
 
 import { make } from "./dom.js";
 

@@ -1,10 +1,10 @@
-// Several answers side by side while they grow, until one is picked. Each stays in the tree, picked or not.
+// Several choices of one request side by side while they stream, until the user picks one. All of them stay in the tree.
 
 import { find, make, number } from "./dom.js";
 import { HighlightLayer } from "./highlight.js";
 
 export class ChoiceCards {
-  /** `pick(answer)` when one is chosen; `closed()` when they are put away; `point(piece, mirror)` under the pointer. */
+  /** `pick(answer)`: the user chose one; `closed()`: the list was closed; `point(piece, mirror)`: pointer position. */
   constructor(root, { pick, closed, point }) {
     Object.assign(this, { root, pick, closed, point, cards: [] });
     root.querySelector("[data-close]").addEventListener("click", () => {
@@ -33,12 +33,12 @@ export class ChoiceCards {
     this.root.scrollIntoView({ block: "nearest" });
   }
 
-  /** Draw what is new; with `all` there, bring it into sight. */
+  /** Draw new text. `all`: the last choice has ended, so scroll the list into view. */
   render(all = false) {
     for (const { answer, facts, mirror, button } of this.cards) {
       mirror.render(answer.grown, answer.begun);
       facts.textContent = factsOf(answer);
-      button.disabled = all && !answer.grown.length; // it ended at once, and is in no tree
+      button.disabled = all && !answer.grown.length; // it ended without text, so it has no node in the tree
     }
     if (all) this.root.scrollIntoView({ block: "nearest" });
   }

@@ -1,20 +1,20 @@
-// The API's page: openapi.json drawn as sections, each with a form that sends a real request to this server.
+// The API page: draws openapi.json as sections, each with a form that sends a real request to this server.
 
 import { find, make } from "./dom.js";
 import { key, preferences } from "./storage.js";
 
 const METHODS = ["get", "post", "put", "patch", "delete"];
 const HUGE = 2 ** 31 - 1;
-const SHOWN = 2 ** 20; // characters of an answer
-let whole; // the document
+const SHOWN = 2 ** 20; // characters of a response that are shown at most
+let whole; // the OpenAPI document
 
-// ---- schemas in words
+// ---- schemas as text
 
 const resolved = (schema) => (schema.$ref ? whole.components.schemas[nameOf(schema)] : schema);
 const nameOf = (schema) => schema.$ref.split("/").at(-1);
 const isNull = (schema) => schema.type === "null";
 
-/** What a value is: `integer, 0 to 20`, `array of string or null`. */
+/** A schema as text: `integer, 0 to 20`, `array of string or null`. */
 function inWords(schema) {
   if (schema.$ref) return nameOf(schema);
   if (schema.anyOf) return [...new Set(schema.anyOf.map(inWords))].join(" or ");
@@ -35,7 +35,7 @@ function range({ minimum, maximum }) {
   return `, ${minimum} to ${maximum}`;
 }
 
-/** The members of what a schema describes: those of an object, or of the objects in an array. */
+/** The properties of a schema: those of an object, or of the objects in an array. */
 function membersOf(schema) {
   const plain = resolved(schema);
   if (plain.properties) return { properties: plain.properties, required: plain.required ?? [] };
@@ -47,12 +47,12 @@ function membersOf(schema) {
   return null;
 }
 
-/** Rows for the members of what is sent, or of what comes back. */
+/** Table rows for the properties of a request or a response. */
 function members(schema, sent, depth = 0, seen = []) {
   const found = membersOf(schema);
   if (!found) return [];
   return Object.entries(found.properties).flatMap(([name, each]) => {
-    const nothing = each.default !== undefined && each.anyOf; // where null is absence, it is no value worth a word
+    const nothing = each.default !== undefined && each.anyOf; // null means that the field is absent: it is not listed as a value
     const facts = [inWords(nothing ? { anyOf: each.anyOf.filter((one) => !isNull(one)) } : each)];
     const required = found.required.includes(name);
     if (required === sent) facts.push(sent ? "required" : "not always there");
@@ -69,7 +69,7 @@ function members(schema, sent, depth = 0, seen = []) {
 const samples = ({ examples }) =>
   examples.flatMap((value, at) => [...(at ? [" or "] : []), make("code", {}, JSON.stringify(value))]);
 
-/** A sentence with `code` in it. */
+/** A text in which `code` is marked. */
 const prose = (text) => text.split("`").map((part, at) => (at % 2 ? make("code", {}, part) : part));
 
 // ---- an operation
@@ -130,21 +130,21 @@ function answered({ responses }) {
   return [make("h3", {}, "Answer"), ...parts];
 }
 
-// ---- trying it
+// ---- sending a request
 
 function example(schema) {
   const plain = resolved(schema);
   return plain.examples?.[0] ?? {};
 }
 
-/** One line of a form, for what stands in the path, the query or a part of a body. */
+/** One form row for a parameter in the path, in the query or in a multipart body. */
 function blank(name, schema, required) {
   const file = schema.format === "binary";
   const looks = file ? { type: "file" } : { value: required ? (schema.const ?? "") : "", placeholder: inWords(schema) };
   return make("input", { name, required, spellcheck: false, autocomplete: "off", ...looks });
 }
 
-/** Where a request goes, from what was typed. */
+/** The URL of a request, from the form's values. */
 function addressOf(path, inputs) {
   const inPath = (text, { name, value }) => text.replace(`{${name}}`, value.split("/").map(encodeURIComponent).join("/"));
   const url = new URL(inputs.path.reduce(inPath, path.slice(1)), document.baseURI);
@@ -216,7 +216,7 @@ function trial(path, method, { parameters: given = [], requestBody }) {
   return form;
 }
 
-/** Sends a request and shows what comes, as it comes. */
+/** Sends a request and shows the response while it arrives. */
 async function tried({ url, ...options }, { status, headers, more, answer }, signal) {
   const began = performance.now();
   const took = () => `${Math.round(performance.now() - began).toLocaleString("en")} ms`;
@@ -255,7 +255,7 @@ function isJson(text) {
 
 const pretty = (text) => (isJson(text) ? JSON.stringify(JSON.parse(text), null, 2) : text);
 
-/** For a shell. The key itself is not in it. */
+/** The request as a shell command. It does not contain the API key. */
 function asCurl({ url, method, headers, body }) {
   const quoted = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
   const streams = typeof body === "string" && isJson(body) && JSON.parse(body)?.stream;
@@ -272,7 +272,7 @@ async function copied(button, text) {
     await navigator.clipboard.writeText(text);
     button.textContent = "Copied";
   } catch {
-    button.textContent = "Not allowed"; // the page is not on this machine and not encrypted
+    button.textContent = "Not allowed"; // browsers allow the clipboard on localhost and HTTPS only
   }
   setTimeout(() => (button.textContent = "Copy"), 2000);
 }

@@ -1,5 +1,5 @@
-// The working document, where it hangs in the tree, and how it came there. Owner of all three: whatever changes the
-// text goes through here, so whatever changes it can be undone. Nothing that a model wrote is ever lost from the tree.
+// The current document, its node in the tree, and its undo history. Every change of the text is made through this module,
+// so every change can be undone. Text that a model generated is never removed from the tree.
 
 import { History } from "./history.js";
 import { MODEL, YOU, difference, piece, slice, splice, textOf } from "./pieces.js";
@@ -11,7 +11,7 @@ export class WorkingDocument {
     this.open(new Tree());
   }
 
-  /** Another tree, at one of its nodes. */
+  /** Open another tree at one of its nodes. */
   open(tree, id) {
     this.tree = tree;
     this.history.clear();
@@ -20,10 +20,10 @@ export class WorkingDocument {
     this.caret = this.text.length;
   }
 
-  /** All of it as plain data. */
-  told() {
+  /** The tree, draft and position as plain data. */
+  serialize() {
     const draft = this.pieces === this.node.pieces ? null : this.pieces;
-    return { tree: this.tree.told(draft), current: this.node.id };
+    return { tree: this.tree.serialize(draft), current: this.node.id };
   }
 
   get text() {
@@ -38,7 +38,7 @@ export class WorkingDocument {
     return { id: this.node.id, pieces: this.pieces, caret: this.caret };
   }
 
-  /** The person changed the text between two offsets. */
+  /** The user replaced the text between two offsets. */
   edit(start, end, text, caret) {
     const added = end === start && text.length === 1 && text !== "\n";
     this.history.keep(this.state, added ? "typing" : start < end && !text ? "deleting" : "");
@@ -46,7 +46,7 @@ export class WorkingDocument {
     this.caret = caret;
   }
 
-  /** The same text with other numbers. */
+  /** The same text with new log probabilities. */
   renumber(pieces) {
     if (this.node.pieces === this.pieces) this.node.pieces = pieces;
     this.pieces = pieces;
@@ -68,7 +68,7 @@ export class WorkingDocument {
     return true;
   }
 
-  /** The node whose text is the working text: this one, or a branch beside it where it has become another text. */
+  /** The node that holds the current text: the current node, or a new sibling if the text was edited. */
   commit() {
     const { node, pieces } = this;
     if (node.pieces === pieces) return node;
@@ -84,7 +84,7 @@ export class WorkingDocument {
     return this.node;
   }
 
-  /** To another node of the tree. */
+  /** Move to another node of the tree. */
   go(node) {
     if (!node) return false;
     this.history.keep(this.state);
@@ -97,14 +97,14 @@ export class WorkingDocument {
     return true;
   }
 
-  /** Where an answer goes that begins at an offset of the working text, and at `resume` that goes on. */
+  /** The place in the tree for a generation that begins at an offset of the text and continues at `resume`. */
   place(start, resume) {
     const node = this.commit();
     return { before: slice(this.pieces, 0, start), after: slice(this.pieces, resume), parent: node };
   }
 }
 
-/** Where an answer begins and ends, when text before or within it has changed; forgotten where that cannot be said. */
+/** Move the start and end of a generation after an edit; the start is forgotten if the edit crosses it. */
 function move(facts, start, end, length) {
   const more = length - (end - start);
   if (facts.start === undefined || start >= facts.end) return;

@@ -1,4 +1,4 @@
-// Elements by name and by hand. Text is always text: nothing here or elsewhere makes HTML of a string.
+// Finds and creates elements. Text is always set as text: no module makes HTML from a string.
 
 export const find = (id) => document.getElementById(id);
 
@@ -14,7 +14,7 @@ export function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** A picture from the sprite in the page. */
+/** An icon from the page's SVG sprite. */
 export function icon(name) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   const use = document.createElementNS("http://www.w3.org/2000/svg", "use");

@@ -1,22 +1,22 @@
-// The text field and the mirror under it: the field has the text, the caret and the keyboard, the mirror has the looks.
-// Both break lines alike. It tells what the person did; it decides nothing.
+// The text field and the mirror under it. The field holds text, caret and keyboard focus; the mirror draws the colours.
+// Both break lines at the same places. The editor reports user input as events and decides nothing.
 
 import { difference } from "./pieces.js";
 
-const LONG = 12_000; // letters from which on the field costs too much to be set for every token of a stream
-const LATER = 400; // milliseconds that it may then be behind what is drawn
+const LONG = 12_000; // characters: above it, setting the field for every token of a stream is too slow
+const LATER = 400; // milliseconds: the field's greatest delay behind the mirror for such a text
 const BEFORE_EDITS = ["keydown", "pointerdown", "beforeinput", "compositionstart", "drop"];
 
 export class Editor {
-  /** `told`: {edit(start, end, text, caret), move(), point(piece or null, clicked)}. */
-  constructor(area, mirror, told) {
-    Object.assign(this, { area, mirror, told, text: "", selected: [0, 0], late: null, timer: 0 });
+  /** `handlers`: {edit(start, end, text, caret), move(), point(piece or null, clicked)}. */
+  constructor(area, mirror, handlers) {
+    Object.assign(this, { area, mirror, handlers, text: "", selected: [0, 0], late: null, timer: 0 });
     for (const name of BEFORE_EDITS) area.addEventListener(name, () => this.#catchUp(), { capture: true });
     area.addEventListener("input", () => this.#changed());
     document.addEventListener("selectionchange", () => this.#moved());
     for (const name of ["keyup", "pointerup", "focus"]) area.addEventListener(name, () => this.#moved());
     area.addEventListener("pointermove", (event) => event.buttons || this.#pointed(event));
-    area.addEventListener("pointerleave", () => told.point(null, false));
+    area.addEventListener("pointerleave", () => handlers.point(null, false));
     area.addEventListener("click", (event) => {
       if (area.selectionStart === area.selectionEnd) this.#pointed(event, true);
     });
@@ -30,7 +30,7 @@ export class Editor {
     return this.area.selectionEnd;
   }
 
-  /** Show pieces, without colour what is not of the seed's model. The caret stays where it is unless it is given.
+  /** Show pieces; tokens of other models than the seed's have no colour. The caret stays where it is unless it is given.
    * `growing`: more will come at once. */
   show(pieces, text, seed, caret = null, growing = false) {
     this.late = text;
@@ -40,7 +40,7 @@ export class Editor {
     this.mirror.render(pieces, seed);
   }
 
-  /** Give the field the text that is drawn; a selection that lies behind what is new moves with its text. */
+  /** Set the field to the drawn text. A selection behind the inserted text moves with it. */
   #catchUp() {
     clearTimeout(this.timer);
     this.timer = 0;
@@ -59,17 +59,17 @@ export class Editor {
     const { value, selectionEnd } = this.area;
     const { start, end, text } = difference(this.text, value, selectionEnd);
     this.text = value;
-    this.told.edit(start, end, text, selectionEnd);
+    this.handlers.edit(start, end, text, selectionEnd);
   }
 
   #moved() {
     const now = [this.start, this.end];
     if (document.activeElement !== this.area || `${now}` === `${this.selected}`) return;
     this.selected = now;
-    this.told.move();
+    this.handlers.move();
   }
 
   #pointed({ clientX, clientY }, clicked = false) {
-    this.told.point(this.mirror.pieceAt(clientX, clientY), clicked);
+    this.handlers.point(this.mirror.pieceAt(clientX, clientY), clicked);
   }
 }

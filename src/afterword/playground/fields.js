@@ -1,5 +1,5 @@
-// The fields of a request that a person can set: what they are called, how they are edited, what the API's default is.
-// Which of them the server takes, and their ranges, it says itself.
+// The request fields that the user can set: label, kind of control, and the API's default.
+// openapi.json says which of them the server accepts, and their ranges.
 
 const field = (name, kind, standard, help, more = {}) => ({ name, kind, standard, help, ...more });
 
@@ -46,10 +46,10 @@ export const FIELDS = [
   }),
 ];
 
-/** Set by the document, the model's name, or the page itself. */
+/** Fields that the document, the model selection or the page sets. */
 const ELSEWHERE = new Set(["model", "prompt", "suffix", "stream_options"]);
 
-/** The fields that the server takes, with its ranges; those unknown here as their type has them. */
+/** The fields that the server accepts, with its ranges. A field that is not listed here gets a control for its type. */
 export function fieldsOf(taken) {
   const known = FIELDS.filter(({ name, inside }) => (inside ? taken[inside]?.members.includes(name) : name in taken));
   const named = new Set(known.map(({ name }) => name));
@@ -61,5 +61,5 @@ export function fieldsOf(taken) {
   return [...known, ...generic].map((one) => ({ ...one, ...taken[one.name] }));
 }
 
-/** What the page begins with. */
+/** The page's initial values. */
 export const initial = (fields) => Object.fromEntries(fields.map((f) => [f.name, f.initial ?? f.standard]));

@@ -1,5 +1,5 @@
-// What a list of pieces looks like: one block a line, one span a token. The only one who makes these nodes, and only
-// those that changed: a stream that appends a token costs one span, however long the document is.
+// Draws a list of pieces: one block element per line, one span per token. Only this module creates these nodes, and only
+// for lines that changed: appending a token costs one span, however long the document is.
 
 import { MODEL, places } from "./pieces.js";
 import { steps } from "./tokens.js";
@@ -8,11 +8,11 @@ export class HighlightLayer {
   constructor(root) {
     this.root = root;
     this.lines = [];
-    this.pieces = new WeakMap(); // a span's piece
-    this.nodes = new WeakMap(); // a piece's first span
+    this.pieces = new WeakMap(); // span -> piece
+    this.nodes = new WeakMap(); // piece -> its first span
   }
 
-  /** `hash` is of what stands before the pieces: a model's seed, perhaps a text. */
+  /** `hash`: the hash of the text before the pieces, seeded by the model. */
   render(pieces, hash) {
     const old = this.lines;
     const now = linesOf(pieces, hash);
@@ -30,7 +30,7 @@ export class HighlightLayer {
     this.lines = [...old.slice(0, head), ...lines, ...old.slice(old.length - tail)];
   }
 
-  /** The piece that is drawn at a point of the window, under whatever lies above it. */
+  /** The piece at a point of the window, also under other elements. */
   pieceAt(x, y) {
     for (const element of document.elementsFromPoint(x, y)) {
       const found = this.root.contains(element) && this.pieces.get(element);
@@ -39,7 +39,7 @@ export class HighlightLayer {
     return null;
   }
 
-  /** Where a piece is drawn. */
+  /** The bounding box of a piece. */
   boxOf(piece) {
     const node = this.nodes.get(piece);
     return node?.isConnected ? (node.getClientRects()[0] ?? node.getBoundingClientRect()) : null;
@@ -97,7 +97,7 @@ function classOf({ by, token }, stale, breaks, first) {
   return names.join(" ");
 }
 
-/** A list of rows; a row is the parts of pieces that stand between two line ends. */
+/** The rows of the text; a row is the list of piece parts between two line ends. */
 function linesOf(pieces, hash) {
   let row = [];
   const rows = [row];

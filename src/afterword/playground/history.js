@@ -1,7 +1,7 @@
-// What was, and what was undone: states of the desk, one line of time. Edits of one go are one step.
+// Undo and redo: a linear list of the document's states. Edits without a pause between them are one step.
 
 const MOST = 300;
-const PAUSE = 900; // milliseconds after which typing is a new step
+const PAUSE = 900; // milliseconds without an edit, after which typing begins a new step
 
 export class History {
   constructor() {
@@ -15,7 +15,7 @@ export class History {
     this.time = 0;
   }
 
-  /** Keep a state that is about to change. Typing that goes on where it was is one step with what came before. */
+  /** Record the state before a change. Typing that continues at the same place is one step. */
   keep(state, kind = "") {
     const now = performance.now();
     const goesOn = kind !== "" && kind === this.kind && now - this.time < PAUSE;
@@ -24,7 +24,7 @@ export class History {
     Object.assign(this, { kind, time: now, future: [] });
   }
 
-  /** Take back the last `keep`: nothing came of it. */
+  /** Remove the last recorded state: nothing was changed. */
   forget() {
     this.past.pop();
     this.kind = "";

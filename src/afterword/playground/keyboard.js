@@ -1,9 +1,9 @@
-// Which keys mean what. Keys that a text field has a use of its own for are taken in the document only.
+// Keyboard shortcuts. Keys that text fields use themselves are shortcuts in the document's text field only.
 
 const PLAIN = { KeyR: "again", KeyS: "score" };
 const ARROWS = { ArrowUp: "previous", ArrowDown: "next", ArrowLeft: "parent", ArrowRight: "child" };
 
-/** The command that a key event means; null for none. */
+/** The command of a key event, or null. */
 export function meaning(event, inDocument) {
   const { key, code, altKey, shiftKey } = event;
   const ctrl = event.ctrlKey || event.metaKey;

@@ -1,4 +1,4 @@
-// The page as a whole: who tells whom. It decides nothing that a module below it could decide.
+// The page as a whole: connects the modules' events. Decisions that a single module can make are made there.
 
 import { Actions } from "./actions.js";
 import { showBranches } from "./branches.js";
@@ -19,9 +19,9 @@ import { SessionList } from "./sessions.js";
 import { key, preferences } from "./storage.js";
 import { dress } from "./view.js";
 
-const RAW = 60_000; // letters of the last answer that are kept to be looked at
+const RAW = 60_000; // characters of the last response that are kept for the raw view
 
-const desk = new WorkingDocument();
+const workspace = new WorkingDocument();
 const server = new Server(key.get);
 const page = { fields: [], values: {}, models: [], counted: { text: null, count: 0 }, from: null, raw: [] };
 const area = find("area");
@@ -30,18 +30,18 @@ const looks = dress();
 const editor = new Editor(area, new HighlightLayer(find("mirror")), {
   edit(start, end, text, caret) {
     const { busy } = actions;
-    const shown = desk.text;
+    const shown = workspace.text;
     actions.stop("Stopped: the text was changed.");
-    const last = difference(shown, desk.text); // what had come and was not yet to be seen
+    const last = difference(shown, workspace.text); // text that had arrived and was not drawn yet
     const shift = start > last.start ? last.text.length : 0;
     popover.hide();
-    desk.edit(start + shift, end + shift, text, caret + shift);
-    draw(busy ? desk.caret : null);
+    workspace.edit(start + shift, end + shift, text, caret + shift);
+    draw(busy ? workspace.caret : null);
     soon();
   },
   move() {
-    desk.caret = editor.end;
-    showNumbers(desk.pieces, seed(), editor.start, editor.end);
+    workspace.caret = editor.end;
+    showNumbers(workspace.pieces, seed(), editor.start, editor.end);
     find("insert").disabled = !canInsert();
   },
   point(piece, clicked) {
@@ -83,7 +83,7 @@ const settings = new Settings(find("fields"), {
 });
 
 const actions = new Actions({
-  desk,
+  workspace,
   server,
   ask: () => ({ fields: page.fields, values: page.values, model: find("model").value }),
   view: {
@@ -100,12 +100,12 @@ const actions = new Actions({
     draw(caret = null, follow = false) {
       draw(caret, follow);
       if (caret !== null) page.from = caret;
-      if (caret === desk.text.length) find("page").scrollTop = find("page").scrollHeight;
+      if (caret === workspace.text.length) find("page").scrollTop = find("page").scrollHeight;
       soon(250);
     },
     settled() {
       const left = editor.start !== page.from || editor.end !== page.from;
-      if (cards.root.hidden) draw(left ? null : desk.caret);
+      if (cards.root.hidden) draw(left ? null : workspace.caret);
       soon();
     },
     asked() {
@@ -117,31 +117,31 @@ const actions = new Actions({
   },
 });
 
-const shelf = new SessionList({
+const sessionList = new SessionList({
   fail: (text) => fail(new Problem(text)),
-  read: () => ({ ...desk.told(), settings: page.values }),
+  read: () => ({ ...workspace.serialize(), settings: page.values }),
   lay(session) {
     actions.stop();
     cards.close();
-    desk.open(session?.tree ?? emptyTree(), session?.current);
+    workspace.open(session?.tree ?? emptyTree(), session?.current);
     page.values = { ...initial(page.fields), ...session?.settings };
     settings.show(page.fields, page.values);
-    draw(desk.text.length);
+    draw(workspace.text.length);
     soon();
   },
 });
 
 // ---- drawing
 
-/** The document, now. With `follow` the end of the text stays in sight if it was. */
+/** Draw the document. `follow`: keep the end of the text in view if it was in view. */
 function draw(caret = null, follow = false) {
   const scroller = find("page");
   const atEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 160;
-  editor.show(desk.pieces, desk.text, seed(), caret, follow);
+  editor.show(workspace.pieces, workspace.text, seed(), caret, follow);
   if (follow && atEnd) scroller.scrollTop = scroller.scrollHeight;
 }
 
-/** Everything beside the document, when there is a moment. */
+/** Draw everything else, in the next idle period. */
 function soon(pause = 60) {
   page.timer ??= setTimeout(() => {
     page.timer = null;
@@ -150,52 +150,52 @@ function soon(pause = 60) {
 }
 
 function around() {
-  showNumbers(desk.pieces, seed(), editor.start, editor.end);
-  showCourse(desk.pieces);
+  showNumbers(workspace.pieces, seed(), editor.start, editor.end);
+  showCourse(workspace.pieces);
   count();
-  const { tree, node } = desk;
+  const { tree, node } = workspace;
   const [place, all] = tree.position(node);
   find("position").textContent = `${place} / ${all}`;
   find("previous").disabled = place === 1;
   find("next").disabled = place === all;
-  find("undo").disabled = !desk.history.past.length;
-  find("redo").disabled = !desk.history.future.length;
+  find("undo").disabled = !workspace.history.past.length;
+  find("redo").disabled = !workspace.history.future.length;
   find("again").disabled = node.facts.start === undefined;
   find("insert").disabled = !canInsert();
   if (!find("pane-branches").hidden) showBranches(find("branches"), tree, node, (to) => travel(to));
   if (!find("pane-request").hidden) showRequest();
-  if (!actions.busy) shelf.later();
+  if (!actions.busy) sessionList.later();
 }
 
 function canInsert() {
   const model = page.models.find(({ id }) => id === find("model").value);
-  return model?.infill !== false && editor.end < desk.text.length;
+  return model?.infill !== false && editor.end < workspace.text.length;
 }
 
 function showRequest() {
   const here = new URL(".", document.baseURI).href;
-  const where = { model: find("model").value, prompt: desk.text };
+  const where = { model: find("model").value, prompt: workspace.text };
   const body = bodyOf(page.fields, page.values, where);
   find("curl").textContent = asCurl(here, body, Boolean(key.get()));
   find("python").textContent = asPython(here, body, Boolean(key.get()));
   find("answer").textContent = page.raw.map((value) => JSON.stringify(value)).join("\n").slice(0, RAW);
 }
 
-/** The context bar: the text's tokens as the server counts them, once typing pauses. */
+/** The context bar: the number of tokens by the server's tokenizer, updated when typing pauses. */
 function count() {
   const model = page.models.find(({ id }) => id === find("model").value);
-  const { text } = desk;
+  const { text } = workspace;
   if (!text) page.counted = { text, count: 0 };
   const known = page.counted;
   showContext(known.count, model?.max_model_len ?? 0);
   if (known.text === text || known.asking || !model) return;
   known.asking = setTimeout(async () => {
-    const asked = desk.text;
+    const asked = workspace.text;
     try {
       const answer = await server.post("tokenize", { prompt: asked, model: model.id });
       page.counted = { text: asked, count: (await answer.json()).count };
     } catch {
-      page.counted = { text: asked, count: known.count }; // the next request will say what is wrong
+      page.counted = { text: asked, count: known.count }; // the next request will report the error
     }
     soon();
   }, actions.busy ? 600 : 250);
@@ -203,7 +203,7 @@ function count() {
 
 const isStale = (p) => editor.mirror.nodes.get(p)?.classList.contains("stale") ?? false;
 
-/** Of the model that is chosen. */
+/** Facts about the selected model. */
 const seed = () => seedOf(find("model").value);
 
 function say(text) {
@@ -214,7 +214,7 @@ function clear() {
   find("notice").hidden = true;
 }
 
-/** What went wrong, in the server's own words. */
+/** Show an error with the server's message. */
 function fail(problem) {
   if (!(problem instanceof Problem)) throw problem;
   const { message, status, id } = problem;
@@ -235,14 +235,14 @@ function askForKey(message) {
   return null;
 }
 
-// ---- moving
+// ---- moving in the tree
 
 function travel(node) {
   actions.stop();
   popover.hide();
-  if (!desk.go(node)) return;
+  if (!workspace.go(node)) return;
   cards.close();
-  draw(desk.caret);
+  draw(workspace.caret);
   soon(0);
 }
 
@@ -257,7 +257,7 @@ function rewind(step) {
   popover.hide();
   if (!step()) return;
   cards.close();
-  draw(desk.caret);
+  draw(workspace.caret);
   soon(0);
 }
 
@@ -269,15 +269,15 @@ const commands = {
     await actions.score();
   },
   again: () => (area.focus(), actions.again()),
-  undo: () => rewind(() => desk.undo()),
-  redo: () => rewind(() => desk.redo()),
-  previous: () => travel(desk.tree.sibling(desk.commit(), -1)),
-  next: () => travel(desk.tree.sibling(desk.commit(), 1)),
-  parent: () => travel(desk.tree.parent(desk.commit())),
-  child: () => travel(desk.tree.child(desk.commit())),
+  undo: () => rewind(() => workspace.undo()),
+  redo: () => rewind(() => workspace.redo()),
+  previous: () => travel(workspace.tree.sibling(workspace.commit(), -1)),
+  next: () => travel(workspace.tree.sibling(workspace.commit(), 1)),
+  parent: () => travel(workspace.tree.parent(workspace.commit())),
+  child: () => travel(workspace.tree.child(workspace.commit())),
   stop: () => (popover.open ? popover.hide() : actions.busy ? actions.stop() : looks.closeSheet()),
   alternatives() {
-    const around = [editor.end, editor.end - 1].map((at) => placeAt(desk.pieces, at)?.piece);
+    const around = [editor.end, editor.end - 1].map((at) => placeAt(workspace.pieces, at)?.piece);
     const found = around.find((p) => p?.token);
     if (found) popover.show(found, { stale: isStale(found) }, true);
     else say("Nothing is known of the token here yet: score the text first.");
@@ -288,7 +288,7 @@ function emptyTree() {
   return new WorkingDocument().tree;
 }
 
-// ---- beginning
+// ---- start
 
 for (const name of ["go", "insert", "score", "again", "undo", "redo", "previous", "next"]) {
   find(name).addEventListener("click", () => commands[name]());
@@ -303,7 +303,7 @@ find("model").addEventListener("change", () => {
 });
 find("boundaries").addEventListener("click", () => {
   looks.boundaries();
-  const unknown = desk.pieces.some(({ token }) => !token);
+  const unknown = workspace.pieces.some(({ token }) => !token);
   if (document.body.classList.contains("boundaries") && unknown) actions.score();
 });
 find("reset").addEventListener("click", () => {
@@ -313,8 +313,8 @@ find("reset").addEventListener("click", () => {
 });
 find("course").addEventListener("click", (event) => {
   const { left, width } = find("course").getBoundingClientRect();
-  const at = Math.floor(((event.clientX - left) / width) * desk.text.length);
-  const box = editor.mirror.boxOf(placeAt(desk.pieces, at)?.piece);
+  const at = Math.floor(((event.clientX - left) / width) * workspace.text.length);
+  const box = editor.mirror.boxOf(placeAt(workspace.pieces, at)?.piece);
   area.focus({ preventScroll: true });
   area.setSelectionRange(at, at);
   if (box) find("page").scrollBy({ top: box.top - innerHeight / 2 });
@@ -339,7 +339,7 @@ find("key-save").addEventListener("click", () => {
 find("key-given").addEventListener("keydown", (event) => event.key === "Enter" && find("key-save").click());
 find("key-cancel").addEventListener("click", () => find("key-dialog").close());
 
-/** What is served and how it may be asked. A server that is still loading its model is asked again. */
+/** Load the model list and the API description. While the server loads its model, retry. */
 async function load() {
   try {
     page.fields = fieldsOf(await server.get("playground/fields.json"));
@@ -347,7 +347,7 @@ async function load() {
   } catch (problem) {
     fail(problem);
     if (problem.status === 503 || problem.status === 0) setTimeout(load, 2000);
-    if (!shelf.id) resume(); // the texts are here, whatever the server says
+    if (!sessionList.id) resume(); // texts are stored in the browser, so the session opens without a server too
     return;
   }
   clear();
@@ -355,21 +355,21 @@ async function load() {
   find("model").replaceChildren(...page.models.map(({ id }) => make("option", { value: id }, id)));
   if (page.models.some(({ id }) => id === wanted)) find("model").value = wanted;
   page.values = { ...initial(page.fields), ...page.values };
-  if (shelf.id) draw();
+  if (sessionList.id) draw();
   else resume();
   settings.show(page.fields, page.values);
   document.body.classList.add("ready");
   soon(0);
 }
 
-/** What was on the desk, or what a link brings. */
+/** Open the last session, or the text from the link. */
 function resume() {
-  shelf.resume();
+  sessionList.resume();
   const prompt = new URLSearchParams(location.hash.slice(1)).get("prompt");
   if (prompt === null) return;
   const tree = emptyTree();
   tree.get(tree.roots[0]).pieces = prompt ? [piece(prompt, YOU)] : [];
-  shelf.begin({ tree: tree.told(null) });
+  sessionList.begin({ tree: tree.serialize(null) });
   history.replaceState(null, "", location.pathname);
 }
 

@@ -1,11 +1,11 @@
-// Numbers for reading: how much of the context is used, how fast the answer came, what a text's tokens say together.
+// The figures below the text: context used, tokens per second, and statistics of a text's log probabilities.
 
 import { find, make, number } from "./dom.js";
 import { measure, places } from "./pieces.js";
 
 const BARS = 120;
 
-/** Tokens in use, of as many as the model can hold. */
+/** Tokens used, of the model's context. */
 export function showContext(used, most) {
   const share = most ? Math.min(1, used / most) : 0;
   const bar = find("context");
@@ -17,7 +17,7 @@ export function showContext(used, most) {
   find("context-text").textContent = most ? `${number(used)} / ${number(most)}` : "";
 }
 
-/** What the last answer took. */
+/** Time and rate of the last generation. */
 export function showUsage({ rate, wait, usage }) {
   const read = usage && `${number(usage.prompt_tokens)} read`;
   const cached = usage?.prompt_tokens_details?.cached_tokens;
@@ -32,7 +32,7 @@ export function showUsage({ rate, wait, usage }) {
   );
 }
 
-/** Totals of all numbers in the text, or of those within a selection. */
+/** Totals over the text's tokens, or over the selected ones. */
 export function showNumbers(pieces, seed, from, to) {
   const selected = to > from;
   const sum = selected ? measure(pieces, seed, from, to) : measure(pieces, seed);
@@ -54,7 +54,7 @@ export function showNumbers(pieces, seed, from, to) {
   find("sums-note").textContent = sum.stale ? stale : sum.plain ? "Not all of it has numbers." : "";
 }
 
-/** The course of surprise along the text, and where each bar begins in it. */
+/** The surprisal along the text as bars, and the offset of each bar. */
 export function showCourse(pieces) {
   const svg = find("course");
   const length = pieces.reduce((sum, p) => sum + p.text.length, 0);

@@ -1,4 +1,4 @@
-// The settings of a request as controls, made from a list of fields; what is set differs from the default and shows it.
+// The settings panel: one control for each request field. A value that differs from the default is marked.
 
 import { icon, make } from "./dom.js";
 import { shown } from "./tokens.js";
@@ -50,7 +50,7 @@ export class Settings {
   }
 }
 
-/** A limit that someone could come near. */
+/** Show a range only if its limit is near usual values. */
 const bound = (limit) => (limit === undefined || Math.abs(limit) > 1e9 ? "" : limit);
 
 function numeric({ id, value, standard, minimum, maximum, set }, more) {
@@ -172,7 +172,7 @@ const CONTROLS = {
   },
 };
 
-/** A field whose content is taken with Enter or its button. */
+/** A text field that adds its value with Enter or its button. */
 function adding(id, placeholder, add) {
   const input = make("input", {
     id, type: "text", placeholder, autocomplete: "off",

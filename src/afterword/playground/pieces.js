@@ -1,9 +1,9 @@
-// A document is a list of frozen pieces; a piece is text by one author, perhaps a token with its numbers.
-// Pure: nothing here knows the page. Offsets are in UTF-16 units, as everywhere in the browser.
+// A document is a list of frozen pieces. A piece is text by one author (user or model), perhaps a token with its log
+// probability. Pure functions, without access to the page. Offsets are in UTF-16 code units, as browsers count.
 
 export const YOU = "you";
 export const MODEL = "model";
-const START = 2166136261; // FNV-1a
+const START = 2166136261; // the offset basis of the FNV-1a hash
 const UTF8 = new TextEncoder();
 
 /** `token`: null or {parts, logprob, context, gap}; `context` is the hash of all text that stood before it. */
@@ -13,7 +13,7 @@ export const textOf = (pieces) => pieces.map((p) => p.text).join("");
 
 export const lengthOf = (pieces) => pieces.reduce((sum, p) => sum + p.text.length, 0);
 
-/** The pieces between two offsets. A token that is cut in two is a token no more. */
+/** The pieces between two offsets. A token that is cut becomes plain text. */
 export function slice(pieces, start, end = Infinity) {
   const found = [];
   let at = 0;
@@ -28,7 +28,7 @@ export function slice(pieces, start, end = Infinity) {
   return found;
 }
 
-/** Lists of pieces one after the other; plain neighbours of one author become one. */
+/** Concatenate lists of pieces; plain neighbours by one author are merged. */
 export function join(...lists) {
   const all = [];
   for (const list of lists) {
@@ -42,16 +42,16 @@ export function join(...lists) {
   return all;
 }
 
-/** What stands between two offsets replaced. Pieces that are not touched stay the same objects. */
+/** Replace the text between two offsets. Unchanged pieces stay the same objects. */
 export function splice(pieces, start, end, inserted) {
   const before = slice(pieces, 0, start);
   const after = slice(pieces, end);
-  // Only the seams can have plain neighbours, so only they are joined.
+  // Only pieces beside an inserted range can have a plain neighbour, so only they are joined.
   const seam = join(before.slice(-1), inserted, after.slice(0, 1));
   return [...before.slice(0, -1), ...seam, ...after.slice(1)];
 }
 
-/** One range that changed: old[start, end) became `text`. `caret` decides where letters repeat. */
+/** The one changed range: old[start, end) became `text`. `caret` decides between repeated characters. */
 export function difference(old, now, caret = now.length) {
   let tail = now.length - caret;
   if (!old.endsWith(now.slice(caret))) tail = 0;
@@ -63,13 +63,13 @@ export function difference(old, now, caret = now.length) {
   return { start: head, end: old.length - tail, text: now.slice(head, now.length - tail) };
 }
 
-/** The hash of a text, or of a longer one that begins with a hashed one. */
+/** The hash of a text; with `hash`, of a text that continues a hashed one. */
 export function extend(text, hash = START) {
   for (let i = 0; i < text.length; i++) hash = Math.imul(hash ^ text.charCodeAt(i), 16777619);
   return hash;
 }
 
-/** What the contexts of a model's numbers begin with: another model's numbers are of another context. */
+/** The initial hash for a model: log probabilities of different models have different contexts. */
 export const seedOf = (model) => extend(`${model}\n`);
 
 /** Each piece with its offset, and whether its numbers are still those of what stands before it now. `hash` is of what
@@ -83,7 +83,7 @@ export function* places(pieces, hash = START) {
   }
 }
 
-/** The place that holds the character at an offset; at the very end the last one. */
+/** The index of the piece with the character at an offset; at the end, the last piece. */
 export function placeAt(pieces, offset) {
   let last = null;
   for (const place of places(pieces)) {
@@ -93,7 +93,7 @@ export function placeAt(pieces, offset) {
   return last;
 }
 
-/** What the tokens that lie wholly between two offsets say together. Log probabilities in nats. */
+/** Statistics of the tokens that lie completely between two offsets. Log probabilities in nats. */
 export function measure(pieces, seed, from = 0, to = Infinity) {
   const sum = { tokens: 0, scored: 0, logprob: 0, bytes: 0, plain: 0, stale: 0 };
   for (const { piece: p, start, end, stale } of places(pieces, seed)) {

@@ -1,13 +1,13 @@
-// What else could have stood where a token stands: its alternatives with their probabilities, to look at and to choose.
+// The popover of a token: its alternatives with their probabilities, one of which the user can choose.
 
 import { icon, make, number } from "./dom.js";
 import { isBytes, percent, shown } from "./tokens.js";
 
-const DWELL = 140; // milliseconds that the pointer rests on a token before its popover comes
-const GRACE = 280; // and that it may be away before it goes
+const DWELL = 140; // milliseconds that the pointer rests on a token before its popover opens
+const GRACE = 280; // milliseconds that the pointer may be outside before the popover closes
 
 export class Popover {
-  /** `choose(piece, raw)`: put that token there and go on. `boxOf(piece)`: where it is drawn. */
+  /** `choose(piece, raw)`: replace the piece by that token and continue. `boxOf(piece)`: its bounding box. */
   constructor(element, { choose, boxOf, closed }) {
     Object.assign(this, { element, choose, boxOf, closed, piece: null, timer: 0 });
     element.addEventListener("pointerenter", () => clearTimeout(this.timer));
@@ -19,7 +19,7 @@ export class Popover {
     return this.piece !== null;
   }
 
-  /** The pointer is over a token, or over none. */
+  /** The pointer moved to a token, or away from tokens (null). */
   point(piece, details) {
     if (piece === this.piece && piece) return clearTimeout(this.timer);
     if (!piece && !this.open) return clearTimeout(this.timer);
@@ -29,7 +29,7 @@ export class Popover {
     return undefined;
   }
 
-  /** `details`: {stale}. With `focus` the keyboard goes to the alternatives. */
+  /** `details`: {stale}. `focus`: move keyboard focus to the alternatives. */
   show(piece, { stale = false } = {}, focus = false) {
     const box = piece.token && this.boxOf(piece);
     if (!box) return this.hide();

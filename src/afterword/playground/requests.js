@@ -1,11 +1,11 @@
-// A request as a value: its body from settings and texts, and the same as curl and as Python. Pure.
+// Builds request bodies from settings and texts, and shows a request as curl and as Python. Pure functions.
 
 const CLIENT = new Set(
   `model prompt best_of echo frequency_penalty logit_bias logprobs max_tokens n presence_penalty seed stop stream
    stream_options suffix temperature top_p user`.split(/\s+/),
 );
 
-/** Only what differs from the API's defaults is in it. */
+/** The body contains only values that differ from the API's defaults. */
 export function bodyOf(fields, settings, { model, prompt, suffix = "" }) {
   const body = { model, prompt, ...(suffix && { suffix }) };
   const options = { include_usage: true };
@@ -30,11 +30,11 @@ function valueOf(kind, value) {
   return Array.isArray(value) && !value.length ? null : value;
 }
 
-/** The body that has the probabilities of a text's own tokens, and writes nothing. */
+/** The body that scores a text without generating any. */
 export function scoringOf(fields, settings, { model, prompt }, alternatives) {
   const known = new Set(fields.map(({ name }) => name));
   const body = { model, prompt, max_tokens: 0, echo: true, logprobs: alternatives };
-  if (known.has("prompt_logprobs")) body.prompt_logprobs = 0; // ranks and ids
+  if (known.has("prompt_logprobs")) body.prompt_logprobs = 0; // for ranks and token ids
   if (settings.add_special_tokens === false) body.add_special_tokens = false;
   for (const name of ["cache_salt", "user"]) if (known.has(name) && settings[name]) body[name] = settings[name];
   return body;

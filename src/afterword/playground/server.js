@@ -1,6 +1,6 @@
-// All that is said to the server and heard from it. Nothing else fetches; it speaks to its own origin only.
+// All communication with the server. No other module calls fetch; only the page's own origin is contacted.
 
-/** What went wrong, in the server's words. `status` is 0 where there was no answer at all. */
+/** An error with the server's message. `status` is 0 if there was no response. */
 export class Problem extends Error {
   constructor(message, { status = 0, id = "", param = null } = {}) {
     super(message);
@@ -9,7 +9,7 @@ export class Problem extends Error {
 }
 
 export class Server {
-  /** `key` is asked for the API key at each request. */
+  /** `key()` returns the API key; it is called for each request. */
   constructor(key) {
     this.key = key;
   }
@@ -27,7 +27,7 @@ export class Server {
     return this.#send(path, { method: "POST", headers, body: JSON.stringify(body), signal });
   }
 
-  /** A completion as it comes: objects of the API, one for a whole answer. Raises `Problem`. */
+  /** The chunks of a streamed completion, or one object for a whole one. Throws `Problem`. */
   async *complete(body, signal) {
     const response = await this.post("v1/completions", body, signal);
     if (!body.stream) {
@@ -70,7 +70,7 @@ async function problemOf(response) {
   }
 }
 
-/** The data of server-sent events, one line each. */
+/** The data lines of server-sent events. */
 export async function* events(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -83,6 +83,6 @@ export async function* events(stream) {
       for (const line of lines) if (line.startsWith("data: ")) yield line.slice(6);
     }
   } finally {
-    reader.cancel().catch(() => {}); // whoever stops listening closes the connection, and the work ends
+    reader.cancel().catch(() => {}); // closing the connection ends the work on the server
   }
 }

@@ -1,4 +1,4 @@
-// Sessions on the shelf: which one is on the desk, the others to take down, and files of them to carry away.
+// Stored sessions: which one is open, the list of the others, and export and import as files.
 
 import { find, icon, make } from "./dom.js";
 import { preferences, sessions } from "./storage.js";
@@ -9,7 +9,7 @@ const KIND = "afterword session";
 const shown = (time) => new Date(time).toLocaleString([], { dateStyle: "short", timeStyle: "short" });
 
 export class SessionList {
-  /** `read()` gives the session on the desk as plain data; `lay(session)` puts one there, null for an empty one. */
+  /** `read()` returns the open session as plain data; `lay(session)` opens one, null for an empty one. */
   constructor({ read, lay, fail }) {
     Object.assign(this, { read, lay, fail, id: "", name: "", timer: 0 });
     find("session-new").addEventListener("click", () => this.begin());
@@ -24,7 +24,7 @@ export class SessionList {
     addEventListener("pagehide", () => this.save());
   }
 
-  /** Take up what was on the desk when the page was left. */
+  /** Open the session that was open when the page was closed. */
   resume() {
     const id = preferences.get("session", "");
     const found = sessions.get(id);
@@ -37,7 +37,7 @@ export class SessionList {
     this.#open(crypto.getRandomValues(new Uint32Array(2)).join("-"), name, session);
   }
 
-  /** Save soon. */
+  /** Save after a short delay. */
   later() {
     clearTimeout(this.timer);
     this.timer = setTimeout(() => this.save(), 800);

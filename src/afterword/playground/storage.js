@@ -1,4 +1,4 @@
-// What stays in this browser: sessions, preferences and, where asked for, the key. Owner of the local storage.
+// The browser's local storage: sessions, preferences and, if the user chooses so, the API key. Only this module uses it.
 
 const PREFIX = "afterword.";
 const KEY = `${PREFIX}key`;
@@ -11,7 +11,7 @@ function read(name, otherwise) {
   }
 }
 
-/** False if there is no room left, or no storage at all. */
+/** Returns false if the storage is full or disabled. */
 function write(name, value) {
   try {
     localStorage.setItem(PREFIX + name, JSON.stringify(value));
@@ -31,7 +31,7 @@ export const key = {
   get kept() {
     return localStorage.getItem(KEY) !== null;
   },
-  /** For as long as the tab is open, or until it is taken away. */
+  /** Kept until the tab is closed or the key is removed. */
   set(text, keep) {
     localStorage.removeItem(KEY);
     sessionStorage.removeItem(KEY);
@@ -40,10 +40,10 @@ export const key = {
 };
 
 export const sessions = {
-  /** {id, name, time} of each, the newest first. */
+  /** {id, name, time} of each session, the newest first. */
   list: () => read("sessions", []),
   get: (id) => read(`session.${id}`, null),
-  /** "whole", "bare" where there was room only without the alternatives, "none" where there was none at all. */
+  /** Returns "whole", "bare" if only the version without alternatives fitted, or "none". */
   put(id, name, session) {
     const others = this.list().filter((one) => one.id !== id);
     write("sessions", [{ id, name, time: Date.now() }, ...others]);

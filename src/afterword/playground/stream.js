@@ -1,12 +1,12 @@
-// One request and what comes of it: chunks to pieces, pieces to nodes, and the clock. It draws nothing; it says when
-// there is something new, at most once a frame.
+// Runs one request: turns chunks into pieces and nodes, and measures times. It draws nothing; it calls back when there is
+// new text, at most once per animation frame.
 
 import { MODEL, YOU, extend, textOf } from "./pieces.js";
 import { piecesOf } from "./tokens.js";
 
-const SHORTEST = 20; // milliseconds below which a rate would be chance
+const SHORTEST = 20; // milliseconds: below it a rate in tokens per second means nothing
 
-/** One of the n answers while it grows. */
+/** One of the n choices while it streams. */
 export class Answer {
   constructor(node, before, after, { prompt, gap, seed }) {
     Object.assign(this, { node, before, after, prompt, gap, seed });
@@ -18,7 +18,7 @@ export class Answer {
     this.tokens = 0;
   }
 
-  /** A choice of a chunk, or of a whole answer. `echo`: its first text begins with the prompt. */
+  /** Add a choice of a chunk or of a whole response. `echo`: the first text begins with the prompt. */
   take({ text, logprobs, finish_reason: finish, token_ids: ids }, echo) {
     let columns = logprobs && { ...logprobs };
     if (columns && ids?.length === columns.tokens.length) columns.more = ids.map((id) => ({ id }));
@@ -40,7 +40,7 @@ export class Answer {
   }
 }
 
-/** The columns of tokens whose place is from one letter to before another. */
+/** The columns of the tokens with a text offset in [from, to). */
 function part(columns, from, to) {
   const mine = columns.text_offset.map((at) => at >= from && at < to);
   const only = (list) => list && list.filter((_, i) => mine[i]);
@@ -54,7 +54,7 @@ function part(columns, from, to) {
   };
 }
 
-/** What was read, with the authors of what stood there. */
+/** The scored pieces with the authors of the pieces that they replace. */
 export function credited(read, old) {
   let at = 0;
   let i = 0;
@@ -67,12 +67,12 @@ export function credited(read, old) {
   });
 }
 
-/** The pieces of an answer to a scoring request, and its usage. */
+/** The pieces of a response to a scoring request. */
 export function readingOf(answer, prompt, old, seed) {
   const [choice] = answer.choices;
   const columns = { ...choice.logprobs };
-  const told = choice.prompt_logprobs?.slice(-columns.tokens.length); // without what the server put in front
-  columns.more = told?.map((entry) => {
+  const scores = choice.prompt_logprobs?.slice(-columns.tokens.length); // without added tokens
+  columns.more = scores?.map((entry) => {
     const [first] = Object.entries(entry ?? {});
     return first && { id: Number(first[0]), rank: first[1].rank };
   });
@@ -96,7 +96,7 @@ export class Clock {
     return this.first === null ? null : this.first - this.began;
   }
 
-  /** Tokens a second, from the first on; of what came all at once, from the request on. */
+  /** Tokens per second since the first token; for a whole response, since the request. */
   rate(tokens) {
     const streamed = this.last - this.first >= SHORTEST;
     const seconds = (this.last - (streamed ? this.first : this.began)) / 1000;

@@ -1,5 +1,5 @@
-// Tokens as the server tells them, columns and offsets in code points, made into pieces; and how a token is shown.
-// A token that is no whole character comes as `bytes:\xe2\x80`; those of one character make one piece together.
+// Turns the server's log probability columns (offsets in code points) into pieces, and formats tokens for display.
+// A token that is no whole character arrives as `bytes:\xe2\x80`; the tokens of one character make one piece.
 
 import { extend, piece } from "./pieces.js";
 
@@ -7,7 +7,7 @@ const NAMED = { " ": "␣", "\n": "↵", "\t": "⇥" };
 
 export const isBytes = (raw) => raw.startsWith("bytes:") && raw.includes("\\x");
 
-/** A token so that a person sees all of it. */
+/** A token with its whitespace and control characters made visible. */
 export function shown(raw) {
   if (!isBytes(raw)) return raw.replace(/^ +| +$|[\n\t]/g, (found) => [...found].map((c) => NAMED[c]).join(""));
   const bytes = raw.slice(6).replace(/\\x(..)|([^])/g, (_, hex, letter) => {
@@ -16,7 +16,7 @@ export function shown(raw) {
   return `⟨${bytes.trim()}⟩`;
 }
 
-/** A probability for reading: two or three digits that count. */
+/** A probability as text with two or three significant digits. */
 export function percent(p) {
   if (p >= 0.9995) return "100 %";
   if (p >= 0.0995) return `${(p * 100).toFixed(1)} %`;
@@ -24,9 +24,9 @@ export function percent(p) {
   return "< 0.01 %";
 }
 
-/** Pieces of one stretch of an answer. `hash` is of all text before it; the last of them ends where `text` ends. */
+/** The pieces of one part of a response. `hash`: of all text before it. The last piece ends where `text` ends. */
 export function piecesOf(text, columns, by, hash, gap = 0) {
-  text = text.replaceAll("\r", ""); // the page's text field knows one kind of line end
+  text = text.replaceAll("\r", ""); // text fields have \n as their only line end
   if (!columns || !columns.tokens.length) return text ? [piece(text, by)] : [];
   const letters = [...text];
   const { tokens, text_offset: offsets } = columns;
@@ -36,7 +36,7 @@ export function piecesOf(text, columns, by, hash, gap = 0) {
     for (next = i + 1; next < tokens.length && offsets[next] === offsets[i]; ) next++;
     const end = next < tokens.length ? offsets[next] - base : letters.length;
     const own = letters.slice(offsets[i] - base, end).join("");
-    if (!own) continue; // the end token, which has no place in the text
+    if (!own) continue; // the end token, which has no text
     found.push(piece(own, by, tokenOf(columns, i, next, hash, gap)));
     hash = extend(own, hash);
   }
@@ -49,16 +49,16 @@ function tokenOf(columns, from, to, context, gap) {
     const alternatives = Object.entries(columns.top_logprobs?.[i] ?? {});
     // In order of probability: an object puts keys that look like numbers first.
     alternatives.sort((a, b) => b[1] - a[1]);
-    const told = { raw: columns.tokens[i], logprob: columns.token_logprobs[i], top: alternatives };
+    const token = { raw: columns.tokens[i], logprob: columns.token_logprobs[i], top: alternatives };
     const more = columns.more?.[i];
-    parts.push(Object.freeze(more ? { ...told, ...more } : told));
+    parts.push(Object.freeze(more ? { ...token, ...more } : token));
   }
   const known = parts.every((part) => part.logprob !== null);
   const logprob = known ? parts.reduce((sum, part) => sum + part.logprob, 0) : null;
   return Object.freeze({ parts, logprob, context, gap });
 }
 
-/** Tenths of the two scales of colour: how improbable (linear), how surprising (nats, up to 10). */
+/** The two colour scales in tenths: improbability (linear) and surprisal (nats, up to 10). */
 export function steps(logprob) {
   const rounded = (share) => Math.min(10, Math.max(0, Math.round(share * 10)));
   return { improbable: rounded(1 - Math.exp(logprob)), surprising: rounded(-logprob / 10) };

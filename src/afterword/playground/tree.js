@@ -1,4 +1,4 @@
-// A tree of texts: each generation is a node under the text that it continued. Owner of the nodes, not of the page.
+// A tree of texts: each generation is a node below the text that it continued. Owns the nodes; draws nothing.
 
 import { textOf } from "./pieces.js";
 
@@ -10,7 +10,7 @@ export class Tree {
     this.draft = null;
   }
 
-  /** A new node. `facts`: what is known of how it came about. */
+  /** Add a node. `facts`: how its text was generated. */
   add(parent, pieces, facts = {}) {
     const node = { id: this.next++, parent, children: [], pieces, facts, last: null };
     this.nodes.set(node.id, node);
@@ -18,7 +18,7 @@ export class Tree {
     return node;
   }
 
-  /** A node that turned out empty. It must have no children. */
+  /** Remove an empty node, which must have no children. */
   remove(node) {
     const row = this.#row(node);
     row.splice(row.indexOf(node.id), 1);
@@ -33,30 +33,30 @@ export class Tree {
     return this.nodes.get(node.parent) ?? null;
   }
 
-  /** The child that was visited last, else the newest. */
+  /** The child that was shown last, else the newest one. */
   child(node) {
     return this.nodes.get(node.last) ?? this.nodes.get(node.children.at(-1)) ?? null;
   }
 
-  /** The sibling some places further; null beyond the ends. */
+  /** The sibling at a distance; null beyond the ends. */
   sibling(node, step) {
     const row = this.#row(node);
     return this.nodes.get(row[row.indexOf(node.id) + step]) ?? null;
   }
 
-  /** Which of how many a node is among its siblings, from 1. */
+  /** The position of a node among its siblings, from 1, and their number. */
   position(node) {
     const row = this.#row(node);
     return [row.indexOf(node.id) + 1, row.length];
   }
 
-  /** The node itself or its nearest ancestor whose text begins `text`; null if none does. */
+  /** The nearest node, itself or an ancestor, with a text that is a prefix of `text`; null if there is none. */
   under(node, text) {
     for (let at = node; at; at = this.parent(at)) if (text.startsWith(textOf(at.pieces))) return at;
     return null;
   }
 
-  /** What a node's text has that its parent's has not, in short. */
+  /** The beginning of the text that a node adds to its parent's. */
   label(node) {
     const text = textOf(node.pieces);
     const above = this.parent(node) ? textOf(this.parent(node).pieces) : "";
@@ -74,8 +74,8 @@ export class Tree {
     }
   }
 
-  /** Plain data; a piece that several nodes share is told once. `draft`: a text that hangs nowhere yet, or null. */
-  told(draft) {
+  /** The tree as plain data; a piece that several nodes share stands once. `draft`: a text without a node, or null. */
+  serialize(draft) {
     const seen = new Map();
     const number = (p) => seen.get(p) ?? (seen.set(p, seen.size), seen.size - 1);
     const nodes = [...this.walk()].map(({ node }) => {
@@ -86,7 +86,7 @@ export class Tree {
     return { pieces: [...seen.keys()], nodes, draft: loose };
   }
 
-  /** The tree that `told` told of, and its draft. */
+  /** The tree and the draft that `serialize` returned as plain data. */
   static from({ pieces, nodes, draft }) {
     const tree = new Tree();
     const frozen = pieces.map((p) => Object.freeze({ ...p, token: p.token && Object.freeze(p.token) }));

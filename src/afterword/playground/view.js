@@ -1,4 +1,4 @@
-// How the page is dressed: colours, theme, typeface, panel and tabs. It knows nothing of texts and models.
+// The page's appearance: colours, theme, typeface, panel and tabs. Independent of texts and models.
 
 import { find } from "./dom.js";
 import { preferences } from "./storage.js";
@@ -29,7 +29,7 @@ export function dress() {
     if (WIDE.matches) preferences.set("panel", open);
   };
 
-  /** Put the panel away where it lies over the text. */
+  /** Close the panel if it covers the text. */
   looks.closeSheet = () => {
     if (WIDE.matches || find("panel").hidden) return;
     looks.panel(false);
@@ -95,7 +95,7 @@ function tabs(looks) {
   });
 }
 
-/** To the clipboard; where the browser keeps it from pages without encryption, select it at least. */
+/** Copy to the clipboard; where the browser forbids that on unencrypted pages, select the text. */
 async function copy(source, button) {
   try {
     await navigator.clipboard.writeText(source.textContent);

@@ -1,0 +1,77 @@
+"""`python scripts/module_index.py [--write]`: the list of all source files, made from the first sentence of each file.
+
+It prints docs/modules.md, or writes it. A Python file is described by its docstring, a C++ or JavaScript file by the
+comment at its top. `tests/test_module_index.py` fails when the page is not up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "src" / "afterword"
+PAGE = ROOT / "docs" / "modules.md"
+SUFFIXES = {".py", ".cpp", ".hpp", ".js"}
+HEADER = """# Source files
+
+Every file of `src/afterword` with its first sentence, by package. [trace.md](trace.md) follows one request through the
+important ones; `tests/test_architecture.py` states which package may import which. This page is generated:
+`python scripts/module_index.py --write`.
+"""
+
+
+def main() -> None:
+    """Print the page or write it."""
+    parser = argparse.ArgumentParser(description="List all source files with their first sentences.")
+    parser.add_argument("--write", action="store_true", help="write docs/modules.md instead of printing it")
+    page = index()
+    if parser.parse_args().write:
+        PAGE.write_text(page, encoding="utf-8")
+    else:
+        print(page, end="")
+
+
+def index() -> str:
+    """The whole page."""
+    files = sorted((path for path in SOURCE.rglob("*") if path.suffix in SUFFIXES), key=_order)
+    return HEADER + "".join(_section(folder, group) for folder, group in groupby(files, lambda path: path.parent))
+
+
+def first_sentence(path: Path) -> str:
+    """What a file says first about itself, on one line. Empty if it says nothing."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        prose = ast.get_docstring(ast.parse(text)) or ""
+    else:
+        comment = re.match(r"(?://[^\n]*\n)+", text)
+        prose = re.sub(r"(?m)^// ?", "", comment[0]) if comment else ""
+    paragraph = " ".join(prose.split("\n\n")[0].split())
+    return re.split(r"(?<=[.:])\s(?=[A-Z`])", paragraph)[0].rstrip(":")
+
+
+def _order(path: Path) -> tuple[str, bool, str]:
+    return path.parent.relative_to(SOURCE).as_posix(), path.name != "__init__.py", path.name
+
+
+def _section(folder: Path, files: Iterator[Path]) -> str:
+    name = folder.relative_to(SOURCE.parent).as_posix()
+    rows = []
+    about = ""
+    for path in files:
+        if path.name == "__init__.py":
+            about = first_sentence(path)
+        else:
+            link = f"[{path.name}](../{path.relative_to(ROOT).as_posix()})"
+            rows.append(f"| {link} | {first_sentence(path).replace('|', chr(92) + '|')} |\n")
+    if not rows:
+        return ""
+    return f"\n## {name}\n\n{about}\n\n| file | |\n|---|---|\n{''.join(rows)}".replace("\n\n\n", "\n\n")
+
+
+if __name__ == "__main__":
+    main()
