@@ -45,6 +45,18 @@ def test_the_index_names_every_page_in_a_sentence() -> None:
     assert min(len(told[page].split()) for page in pages) > 2
 
 
+def test_the_index_of_decisions_has_every_record_with_its_date() -> None:
+    index = (DOCS / "decisions.md").read_text(encoding="utf-8")
+    listed = re.findall(r"(?m)^- (\S+) \[(.+)\]\(decisions/(\S+\.md)#", index)
+    records = [
+        (date, title, page.name)
+        for page in sorted((DOCS / "decisions").glob("*.md"))
+        for title, date in re.findall(r"(?m)^## (.+)\n\n(\d{4}-\d\d-\d\d)?", page.read_text(encoding="utf-8"))
+    ]
+    assert len(records) > 100
+    assert sorted(listed) == sorted(records)
+
+
 def test_every_limit_has_its_row_and_the_value_that_is_told() -> None:
     told = (DOCS / "limits.md").read_text(encoding="utf-8")
     listed = CliRunner().invoke(main, ["serve", "--print-limits"]).output
