@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 
 import pytest
 from batch_rows import CREATED, LONGEST, bare, completion, wrapped
+from starlette.types import Receive, Scope, Send
 
+from afterword.api.in_process_client import in_process_client
 from afterword.batch.http_client import classify_reply
 from afterword.batch.input_lines import BatchRequest, read_lines, read_row
 from afterword.batch.output_lines import ServerReply, batch_id, failure_line, success_line
@@ -69,25 +72,37 @@ def test_ids_differ_from_row_to_row_and_not_from_run_to_run():
 
 
 @pytest.mark.parametrize(
-    ("status", "headers", "again", "tried"),
+    ("status", "headers", "retry", "attempted"),
     [
         (200, {}, False, False),
         (400, {}, False, False),
         (404, {}, False, False),
+        (408, {}, True, False),
+        (409, {}, True, False),
         (429, {}, True, False),
         (429, {"retry-after": "7"}, 7.0, False),
         (429, {"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT"}, True, False),
         (429, {"retry-after": "9999"}, 120.0, False),
         (429, {"x-should-retry": "false"}, False, False),
+        (503, {}, True, False),
         (503, {"retry-after": "2"}, 2.0, False),
+        (503, {"x-should-retry": "false"}, False, False),
         (500, {}, False, True),
         (502, {}, False, True),
         (500, {"x-should-retry": "false"}, False, False),
     ],
 )
-def test_answers_are_told_apart_by_whether_another_try_is_worth_it(status, headers, again, tried):
-    reply = classify_reply(status, b'{"error": {"message": "m", "code": null}}', headers)
-    assert (reply.retry, reply.attempted) == (again, tried)
+def test_status_and_headers_decide_whether_either_client_sends_a_request_again(status, headers, retry, attempted):
+    body = b'{"error": {"message": "m", "code": null}}'
+
+    async def app(_: Scope, __: Receive, send: Send) -> None:
+        encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": status, "headers": encoded})
+        await send({"type": "http.response.body", "body": body})
+
+    expected = ServerReply(status, body, retry, attempted)
+    assert classify_reply(status, body, headers) == expected
+    assert asyncio.run(in_process_client(app)("POST", "/v1/completions", b"{}")) == expected
 
 
 @pytest.mark.parametrize(

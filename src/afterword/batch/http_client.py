@@ -9,10 +9,9 @@ from urllib.parse import urlsplit
 import httpx2
 import msgspec
 
-from afterword.batch.output_lines import Retry, SendRequest, ServerReply
+from afterword.batch.output_lines import SendRequest, ServerReply
 from afterword.errors import BatchStopped, SettingError
 
-_LONGEST_WAIT = 120.0  # seconds that a server may ask for
 _TIMEOUT = httpx2.Timeout(1200, connect=10)  # seconds; an answer may have to wait for its turn
 _CONNECTION_ERRORS = (httpx2.TransportError, httpx2.StreamError)
 
@@ -54,17 +53,7 @@ def classify_reply(status: int, body: bytes, headers: dict[str, str]) -> ServerR
     code, message = _problem(body) if status >= 400 else ("", "")
     if status in (401, 403) or code == "insufficient_quota":
         raise BatchStopped(f"The server lets nothing more in: {message or status} What is done is kept.")
-    hopeless = headers.get("x-should-retry") == "false"
-    if status in (408, 409, 429, 503) and not hopeless:
-        return ServerReply(status, body, retry=_wait(headers.get("retry-after", "")))
-    return ServerReply(status, body, attempted=status >= 500 and not hopeless)
-
-
-def _wait(told: str) -> Retry:
-    try:
-        return min(max(float(told), 0.001), _LONGEST_WAIT)
-    except ValueError:
-        return True
+    return ServerReply.from_response(status, body, headers)
 
 
 def _problem(body: bytes) -> tuple[str, str]:

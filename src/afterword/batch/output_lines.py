@@ -7,7 +7,7 @@ left out: `usage.prompt_tokens_details` is told in sums, not in rows.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,21 +17,45 @@ from afterword.batch.input_lines import BatchRequest, InvalidLine
 from afterword.completion.json_body import encode
 
 Retry = bool | float
-"""Whether another try is worth it; a number: not before so many seconds."""
+"""Whether the request is sent again. A number is the wait before that, in seconds."""
+
+RETRIED_STATUSES = frozenset({408, 409, 429, 503})
+"""HTTP statuses after which a batch sends the request again, without a limit of attempts.
+
+OpenAI's Python client 3.54 retries the same statuses and all of 500 and above (`_should_retry` in `_base_client.py`).
+"""
+
+_MAX_RETRY_AFTER_SECONDS = 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class ServerReply:
-    """What a server says. Status 0: nothing. `retry`: waiting cures it, however long that takes."""
+    """A server's response to one request. `status` is 0 if there was none.
+
+    `retry`: the request is sent again as often as necessary. `attempted`: the server failed, and the request is sent
+    again a limited number of times.
+    """
 
     status: int
     body: bytes
     retry: Retry = False
-    attempted: bool = False  # a failure of the server, worth some tries
+    attempted: bool = False
+
+    @classmethod
+    def from_response(cls, status: int, body: bytes, headers: Mapping[str, str]) -> ServerReply:
+        """Decide from an HTTP response whether the request is sent again. Names of headers are in lower case.
+
+        This rule holds for every client of a batch. `x-should-retry: false` forbids another attempt. `retry-after` is
+        read as a number of seconds, at most 120; other forms of it are ignored.
+        """
+        if headers.get("x-should-retry") == "false":
+            return cls(status, body)
+        if status in RETRIED_STATUSES:
+            return cls(status, body, retry=_retry_after(headers.get("retry-after", "")))
+        return cls(status, body, attempted=status >= 500)
 
     @property
     def is_success(self) -> bool:
-        """Whether it is an answer."""
         return 200 <= self.status < 300
 
 
@@ -114,6 +138,13 @@ def _without_variable_parts(reply: ServerReply, digest: bytes, created: int) -> 
 
 def _id(digest: bytes, kind: str, length: int) -> str:
     return hashlib.blake2b(digest, digest_size=length // 2, person=kind.encode()).hexdigest()
+
+
+def _retry_after(value: str) -> Retry:
+    try:
+        return min(max(float(value), 0.001), _MAX_RETRY_AFTER_SECONDS)
+    except ValueError:
+        return True
 
 
 def _count(values: dict[str, Any], name: str) -> int:
