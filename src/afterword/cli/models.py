@@ -1,4 +1,4 @@
-"""What `afterword models` and `afterword pull` do, apart from the command line's declarations."""
+"""Implements `afterword models` and `afterword pull`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from afterword.models.gguf_facts import read_facts
 from afterword.models.registry import Source, present
 
 _SOURCES: dict[Source, str] = {"built-in": "built-in", "hub": "Hub", "ollama": "Ollama", "lmstudio": "LM Studio"}
-_PAUSE = 10.0  # seconds between two lines where there is no terminal
+_PAUSE = 10.0  # seconds between two progress lines without a terminal
 
 
 def list_models(as_json: bool) -> None:
-    """Print the models on this machine, and what is there of others."""
+    """Print the models on this machine, and the files that cannot be used with the reason."""
     if as_json:
         click.echo(json.dumps([_fields(entry) for entry in entries()], indent=2))
         return
@@ -46,9 +46,9 @@ def list_models(as_json: bool) -> None:
 
 
 def pull(text: str, as_json: bool) -> None:
-    """Download a model and tell where it is."""
+    """Download a model and print its path."""
     from afterword.models.pull import parse_hub_spec
-    from afterword.models.pull import pull as download  # the Hub's library takes half a second to import
+    from afterword.models.pull import pull as download  # imported late: the Hub's library takes 0.5 s
 
     spec = parse_hub_spec(text)
     with _make_watcher(quiet=as_json) as watcher:
@@ -79,7 +79,7 @@ def _size(count: float) -> str:
 
 @contextmanager
 def _make_watcher(quiet: bool) -> Iterator[DownloadObserver]:
-    """Whoever tells a person how it goes, on standard error."""
+    """Open the display of download progress on standard error: bars on a terminal, otherwise lines."""
     if quiet:
         yield DownloadObserver()
     elif not sys.stderr.isatty():
@@ -97,66 +97,59 @@ def _make_watcher(quiet: bool) -> Iterator[DownloadObserver]:
 
 
 class _TextWatcher(DownloadObserver):
-    """Says which file was taken."""
+    """Base of both displays. It prints which file was selected."""
 
     def chosen(self, name: str, among: Sequence[str]) -> None:
-        """Of several files that would do this one was taken."""
-        self.say(f"Taking {name}, the best of {len(among) + 1} files; there are also {', '.join(among)}.")
+        self.say(f"Selected {name}, the best of {len(among) + 1} files; the others are {', '.join(among)}.")
 
     def say(self, text: str) -> None:
-        """Show a line."""
+        """Print a line."""
         click.echo(text, err=True)
 
 
 class ProgressBars(_TextWatcher):
-    """A bar for each file, with rate and time left."""
+    """A bar for each file, with rate and remaining time."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._task: Any = None
 
     def started(self, name: str, size: int, have: int) -> None:
-        """A file, of which a part may be here."""
         self._task = self._progress.add_task(name.rpartition("/")[2], total=size or None, completed=have)
 
     def received(self, count: int) -> None:
-        """More of it."""
         self._progress.advance(self._task, count)
 
     def checking(self, name: str) -> None:
-        """Its content is being compared."""
         if self._task is not None:
             self._progress.update(self._task, description=f"{name.rpartition('/')[2]}, checking")
 
     def say(self, text: str) -> None:
-        """Show a line above the bars."""
+        """Print a line above the bars."""
         self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class ProgressLines(_TextWatcher):
-    """A line now and then, for logs."""
+    """A line every 10 s, for logs."""
 
     def __init__(self) -> None:
         self._name = ""
-        self._size = self._have = self._had = 0
-        self._began = self._told = 0.0
+        self._size = self._have = self._have_before = 0
+        self._started = self._last_line = 0.0
 
     def started(self, name: str, size: int, have: int) -> None:
-        """A file, of which a part may be here."""
-        self._name, self._size, self._have, self._had = name, size, have, have
-        self._began = self._told = time.monotonic()
-        self.say(f"{name}: {_size(size)}" + (f", of which {_size(have)} are here" if have else ""))
+        self._name, self._size, self._have, self._have_before = name, size, have, have
+        self._started = self._last_line = time.monotonic()
+        self.say(f"{name}: {_size(size)}" + (f", {_size(have)} already downloaded" if have else ""))
 
     def received(self, count: int) -> None:
-        """More of it."""
         self._have += count
         now = time.monotonic()
-        if now - self._told >= _PAUSE:
-            self._told = now
-            rate = max(1.0, (self._have - self._had) / (now - self._began))
+        if now - self._last_line >= _PAUSE:
+            self._last_line = now
+            rate = max(1.0, (self._have - self._have_before) / (now - self._started))
             left = f", {(self._size - self._have) / rate:.0f} s left" if self._size else ""
             self.say(f"{self._name}: {_size(self._have)}, {_size(rate)}/s{left}")
 
     def checking(self, name: str) -> None:
-        """Its content is being compared."""
         self.say(f"{name}: checking")
