@@ -317,10 +317,10 @@ def test_models_share_the_cores(tmp_path, monkeypatch, count, take_turns, thread
     large = dataclasses.replace(read_facts(path), size_bytes=2**27)
     placed = fit_models([(Model("tiny", path, "file"), large)] * count, EngineSettings(parallel=1), take_turns)
     assert [each.load_message.threads for each in placed] == [threads] * count
-    asked = fit_models(
+    explicit = fit_models(
         [(Model("tiny", path, "file"), large)] * count, EngineSettings(parallel=1, threads=3), take_turns
     )
-    assert {each.load_message.threads for each in asked} == {3}
+    assert {each.load_message.threads for each in explicit} == {3}
 
 
 def test_a_replaced_file_gets_a_new_load_message(tmp_path):
@@ -360,8 +360,8 @@ def test_too_little_memory_is_an_error_with_sizes(monkeypatch):
 
 
 def test_a_port_in_use_is_a_one_line_error():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as occupied:
+        port = str(occupied.getsockname()[1])
         assert f"port {port}" in refusal("serve", "--port", port)
 
 

@@ -139,13 +139,13 @@ def test_a_complete_output_is_not_computed_again(source, output, fake):
 def test_a_stopped_batch_exits_with_75_and_can_be_continued(source, output, fake):
     def full(request: dict[str, Any]) -> ServerReply:
         if request["prompt"] == "a":
-            raise BatchStopped("No room.")
+            raise BatchStopped("The disk is full.")
         return answer(request)
 
     fake(full)
     result = afterword(source, "-o", output, "--concurrency", 1)
     assert result.exit_code == 75
-    assert "No room. Run the same command again to continue." in result.stderr
+    assert "The disk is full. Run the same command again to continue." in result.stderr
     assert not output.exists()
     fake()
     result = afterword(source, "-o", output, "--json")

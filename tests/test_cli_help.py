@@ -18,7 +18,7 @@ from afterword.cli import main
 from afterword.cli.options import GroupedCommand, GroupedOption, leaves
 from afterword.cli.settings import variables
 from afterword.errors import EngineDied
-from cli_page import PAGE, RENEW, renewed
+from cli_page import COMMAND, PAGE, rendered
 
 AFTERWORD = [sys.executable, "-m", "afterword"]
 
@@ -164,15 +164,13 @@ def test_ctrl_c_ends_it_with_130_and_no_traceback():
     words = [*AFTERWORD, "complete", "Once upon a time", "--max-tokens", "1800", "--json"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as process:
         assert process.stderr is not None
-        _until_it_has_a_child(process.pid)
-        os.killpg(
-            process.pid, signal.SIGINT
-        )  # the whole process group, as a terminal does: the worker gets the signal too
+        _wait_for_child(process.pid)
+        os.killpg(process.pid, signal.SIGINT)  # to the worker too, as a terminal does
         assert b"Traceback" not in process.stderr.read()
         assert process.wait() == 130
 
 
-def _until_it_has_a_child(pid: int) -> None:
+def _wait_for_child(pid: int) -> None:
     psutil = pytest.importorskip("psutil")
     while not psutil.Process(pid).children():
         pass
@@ -187,7 +185,7 @@ def test_leaves_are_all_commands():
 
 def test_the_generated_part_of_the_page_is_current():
     page = PAGE.read_text(encoding="utf-8")
-    assert page == renewed(page), f"renew it: {RENEW}"
+    assert page == rendered(page), f"run {COMMAND}"
 
 
 def test_the_page_has_every_option_and_variable():

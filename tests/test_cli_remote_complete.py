@@ -55,8 +55,8 @@ def test_an_error_of_the_server_is_one_line(server):
 
 
 def test_an_unreachable_server_is_a_one_line_error():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
     result = afterword(*STORY, "--url", f"http://127.0.0.1:{port}")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "The request to http" in result.stderr

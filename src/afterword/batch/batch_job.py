@@ -128,7 +128,7 @@ class BatchJob:
         async def work() -> None:
             nonlocal no_space
             while (row := await rows.get()) is not None:
-                answer = None if no_space else self._answer(row, await requester.send(row))
+                answer = None if no_space else self._make_line(row, await requester.send(row))
                 no_space = no_space or answer is None
                 answer = answer or no_space_line(row)
                 await writer.put(answer)
@@ -145,7 +145,7 @@ class BatchJob:
             writer.close()
             await writing
 
-    def _answer(self, row: BatchRequest, reply: ServerReply) -> OutputLine | None:
+    def _make_line(self, row: BatchRequest, reply: ServerReply) -> OutputLine | None:
         """Make the output line from a reply; None if there is no space for it."""
         max_bytes = self.journal.longest
         is_larger = len(reply.body) > max_bytes
@@ -171,12 +171,12 @@ class BatchJob:
                     window.append(row)
                     size += len(line.text or b"")
                 if len(window) == WINDOW or size > _WINDOW_BYTES:
-                    yield self._to_do(window)
+                    yield self._unanswered(window)
                     window, size = [], 0
             if window:
-                yield self._to_do(window)
+                yield self._unanswered(window)
 
-    def _to_do(self, window: list[BatchRequest]) -> list[BatchRequest]:
+    def _unanswered(self, window: list[BatchRequest]) -> list[BatchRequest]:
         """Return the requests without an answer, sorted by their prompts."""
         done = self.journal.done(window[0].line, window[-1].line)
         return sorted((row for row in window if row.line not in done), key=lambda row: row.sort_key)

@@ -37,7 +37,7 @@ SortOrder = Literal["asc", "desc"]
 _Item = TypeVar("_Item", "StoredFile", "StoredBatch")
 
 _log = logging.getLogger(__name__)
-_encode = msgspec.json.encode
+_to_json = msgspec.json.encode
 
 
 class StoredFile(msgspec.Struct, frozen=True):
@@ -185,21 +185,21 @@ class FileStore:
     def file(self, key: str, name: str) -> StoredFile:
         """Return one of a key's files. Raises `RequestError` if it does not exist."""
         with self._use() as db:
-            return self._one(db, key, name, StoredFile)
+            return self._get_item(db, key, name, StoredFile)
 
     def files(
         self, key: str, after: str | None, most: int, order: SortOrder, purpose: str | None
     ) -> tuple[list[StoredFile], bool]:
         """Return at most `most` of a key's files that come after the file `after`, and whether there are more."""
         with self._use() as db:
-            found = self._some(db, key, after, order, StoredFile)
+            found = self._list_items(db, key, after, order, StoredFile)
             wanted = [file for file in found if purpose in (None, file.purpose)]
         return wanted[:most], len(wanted) > most
 
     def remove(self, key: str, name: str) -> None:
         """Delete a file. Raises `RequestError` if it does not exist, or an unfinished batch reads it."""
         with self._use() as db:
-            file = self._one(db, key, name, StoredFile)
+            file = self._get_item(db, key, name, StoredFile)
             if name in self._inputs_in_use(db):
                 raise RequestError("An unfinished batch reads this file.", code="file_in_use", status=409)
             _delete(db, file)
@@ -211,7 +211,7 @@ class FileStore:
         with self._use() as db:
             expired = db.execute("SELECT facts FROM files WHERE expires <= ?", (int(self._clock()),))
             in_use = self._inputs_in_use(db)
-            files = [file for file in _decoded(expired, StoredFile) if file.id not in in_use]
+            files = [file for file in _decode_rows(expired, StoredFile) if file.id not in in_use]
             for file in files:
                 _delete(db, file)
         for file in files:
@@ -239,7 +239,7 @@ class FileStore:
         unfinished batches.
         """
         with self._use() as db:
-            file = self._one(db, batch.key, batch.input, StoredFile)
+            file = self._get_item(db, batch.key, batch.input, StoredFile)
             if file.purpose != "batch":
                 raise RequestError("The file of 'input_file_id' must have the purpose 'batch'.", param="input_file_id")
             if sum(each.key == batch.key for each in self._unfinished(db)) >= limit:
@@ -250,12 +250,12 @@ class FileStore:
     def batch(self, key: str, name: str) -> StoredBatch:
         """Return one of a key's batches. Raises `RequestError` if it does not exist."""
         with self._use() as db:
-            return self._one(db, key, name, StoredBatch)
+            return self._get_item(db, key, name, StoredBatch)
 
     def batches(self, key: str, after: str | None, most: int) -> tuple[list[StoredBatch], bool]:
         """Return at most `most` of a key's batches older than `after`, newest first, and whether there are more."""
         with self._use() as db:
-            found = self._some(db, key, after, "desc", StoredBatch)
+            found = self._list_items(db, key, after, "desc", StoredBatch)
         return found[:most], len(found) > most
 
     def unfinished_batches(self) -> list[StoredBatch]:
@@ -269,24 +269,26 @@ class FileStore:
         Returns the batch as it was written: a batch with the status `cancelling` does not return to an earlier status.
         """
         with self._use() as db:
-            known = self._one(db, batch.key, batch.id, StoredBatch)
+            known = self._get_item(db, batch.key, batch.id, StoredBatch)
             if known.status == "cancelling" and batch.status in ("in_progress", "validating"):
                 batch = msgspec.structs.replace(batch, status=known.status, times=batch.times | known.times)
             before = (
-                {each.id: each.size for each in self._some(db, batch.key, None, "asc", StoredFile)} if files else {}
+                {each.id: each.size for each in self._list_items(db, batch.key, None, "asc", StoredFile)}
+                if files
+                else {}
             )
             for file in files:
                 db.execute("DELETE FROM files WHERE id = ?", (file.id,))
                 db.execute("DELETE FROM unfinished WHERE name = ?", (file.id,))
                 _insert(db, file)
-            facts = (batch.status in FINAL_STATUSES, _encode(batch), batch.id)
+            facts = (batch.status in FINAL_STATUSES, _to_json(batch), batch.id)
             db.execute("UPDATE batches SET ended = ?, facts = ? WHERE id = ?", facts)
         for file in files:
             self.quota.reserve(file.key, file.size - before.get(file.id, 0))
         return batch
 
     def _unfinished(self, db: sqlite3.Connection) -> list[StoredBatch]:
-        return _decoded(db.execute("SELECT facts FROM batches WHERE NOT ended ORDER BY number"), StoredBatch)
+        return _decode_rows(db.execute("SELECT facts FROM batches WHERE NOT ended ORDER BY number"), StoredBatch)
 
     def _inputs_in_use(self, db: sqlite3.Connection) -> set[str]:
         """Return the ids of the files that unfinished batches read."""
@@ -294,24 +296,24 @@ class FileStore:
 
     # ---- files and batches alike
 
-    def _one(self, db: sqlite3.Connection, key: str, name: str, kind: type[_Item]) -> _Item:
+    def _get_item(self, db: sqlite3.Connection, key: str, name: str, kind: type[_Item]) -> _Item:
         rows = db.execute(f"SELECT facts FROM {_TABLES[kind]} WHERE key = ? AND id = ?", (key, name))
-        found = [item for item in _decoded(rows, kind) if self._is_available(item)]
+        found = [item for item in _decode_rows(rows, kind) if self._is_available(item)]
         if not found:
             raise RequestError(f"There is no {_NOUNS[kind]} of that ID.", code="not_found", status=404)
         return found[0]
 
-    def _some(
+    def _list_items(
         self, db: sqlite3.Connection, key: str, after: str | None, order: SortOrder, kind: type[_Item]
     ) -> list[_Item]:
         """Return all items of a key that come after the item `after`. A key has thousands at most."""
         table, comparison = _TABLES[kind], "<" if order == "desc" else ">"
         condition, values = "", [key]
         if after is not None:
-            self._one(db, key, after, kind)
+            self._get_item(db, key, after, kind)
             condition, values = f"AND number {comparison} (SELECT number FROM {table} WHERE id = ?)", [key, after]
         rows = db.execute(f"SELECT facts FROM {table} WHERE key = ? {condition} ORDER BY number {order}", values)
-        return [item for item in _decoded(rows, kind) if self._is_available(item)]
+        return [item for item in _decode_rows(rows, kind) if self._is_available(item)]
 
     def _is_available(self, item: StoredFile | StoredBatch) -> bool:
         """Whether clients can see the item. Expired files are hidden even before `expire` deletes them."""
@@ -335,7 +337,7 @@ class FileStore:
                         self._db.execute("ROLLBACK")
                     raise
             except (sqlite3.Error, OSError) as error:
-                raise _failed(error) from error
+                raise _storage_error(error) from error
 
     def _remove_leftovers(self, db: sqlite3.Connection) -> None:
         """Delete what a previous server left: unfinished uploads and outputs, and journals of batches that ended.
@@ -348,7 +350,7 @@ class FileStore:
             if path.name.removesuffix("-journal") in ended:
                 path.unlink()
         stored: Counter[str] = Counter()
-        for file in _decoded(db.execute("SELECT facts FROM files"), StoredFile):
+        for file in _decode_rows(db.execute("SELECT facts FROM files"), StoredFile):
             stored[file.key] += file.size
         self.quota.reset(stored)
 
@@ -359,7 +361,7 @@ _NOUNS: dict[type[Any], str] = {StoredFile: "file", StoredBatch: "batch"}
 
 def _insert(db: sqlite3.Connection, item: StoredFile | StoredBatch) -> None:
     columns, last = ("expires", item.expires) if isinstance(item, StoredFile) else ("ended", 0)
-    values = (item.id, item.key, _encode(item), last)
+    values = (item.id, item.key, _to_json(item), last)
     db.execute(f"INSERT INTO {_TABLES[type(item)]} (id, key, facts, {columns}) VALUES (?, ?, ?, ?)", values)
 
 
@@ -369,7 +371,7 @@ def _delete(db: sqlite3.Connection, file: StoredFile) -> None:
     db.execute("INSERT OR IGNORE INTO unfinished VALUES (?)", (file.id,))
 
 
-def _decoded(rows: Iterable[tuple[Any]], kind: type[_Item]) -> list[_Item]:
+def _decode_rows(rows: Iterable[tuple[Any]], kind: type[_Item]) -> list[_Item]:
     """Decode rows. A row that cannot be decoded is logged and left out, so that the others stay usable."""
     items = []
     for (facts,) in rows:
@@ -386,7 +388,7 @@ def quota_error(limit: int) -> RequestError:
     return RequestError(message, code="storage_limit_reached")
 
 
-def _failed(error: Exception) -> StorageFailed:
+def _storage_error(error: Exception) -> StorageFailed:
     if isinstance(error, sqlite3.Error) and error.sqlite_errorname == "SQLITE_BUSY":
         return StorageFailed(
             "Another server uses this server's file store. Start each server with its own --batch-dir."

@@ -95,7 +95,7 @@ class BatchManager:
     def with_progress(self, batch: StoredBatch) -> StoredBatch:
         """Return the batch with the current counts of its job."""
         progress = self._progress.get(batch.id)
-        return batch if progress is None or batch.status in FINAL_STATUSES else _with_sums(batch, progress.done)
+        return batch if progress is None or batch.status in FINAL_STATUSES else _with_counts(batch, progress.done)
 
     # ----
 
@@ -147,13 +147,15 @@ class BatchManager:
             if batch.status == "validating":
                 wrong = await in_thread(self._scan, batch, journal)
                 if wrong:
-                    await in_thread(self._end, batch.with_status("failed", self.clock(), wrong=wrong), journal, False)
+                    await in_thread(
+                        self._finish, batch.with_status("failed", self.clock(), wrong=wrong), journal, False
+                    )
                     return
                 rows = int(journal.facts["rows"])
                 batch = await self._save(batch.with_status("in_progress", self.clock(), rows=rows))
             if batch.status == "in_progress":
                 batch = await self._run_job(batch, journal)
-            await in_thread(self._end, batch, journal, True)
+            await in_thread(self._finish, batch, journal, True)
 
     async def _run_job(self, batch: StoredBatch, journal: Journal) -> StoredBatch:
         """Send the remaining requests until all are answered, the batch expires or a client cancels it.
@@ -240,15 +242,15 @@ class BatchManager:
                 journal.add([failure_line(row, "batch_expired", _EXPIRED) for row in some if row.line not in done])
         journal.set_facts({"expired": True})
 
-    def _end(self, batch: StoredBatch, journal: Journal, outputs: bool) -> None:
+    def _finish(self, batch: StoredBatch, journal: Journal, outputs: bool) -> None:
         """Write the output files and the final status of a batch, and delete its journal."""
         facts: dict[str, Any] = {}
         files = []
         if outputs:
-            batch = _with_sums(batch, journal.counts())
+            batch = _with_counts(batch, journal.counts())
             for name, good, many in (("output", True, batch.good), ("errors", False, batch.bad)):
                 if many:
-                    files.append(self._written(batch, journal, name, good))
+                    files.append(self._write_output(batch, journal, name, good))
                     facts[name] = files[-1].id
             expired = "expired" in journal.facts
             last = "cancelled" if batch.status == "cancelling" else "expired" if expired else "completed"
@@ -256,7 +258,7 @@ class BatchManager:
         self.file_store.save_batch(batch, files)
         journal.remove()
 
-    def _written(self, batch: StoredBatch, journal: Journal, name: str, good: bool) -> StoredFile:
+    def _write_output(self, batch: StoredBatch, journal: Journal, name: str, good: bool) -> StoredFile:
         """Write an output file. Its id is derived from the batch, so a repeated call replaces the file."""
         label = "output" if good else "error"
         digest = hashlib.blake2b(f"{batch.id} {name}".encode(), digest_size=16).hexdigest()
@@ -265,7 +267,7 @@ class BatchManager:
         return StoredFile(file, batch.key, f"{batch.id}_{label}.jsonl", "batch_output", size, int(self.clock()))
 
 
-def _with_sums(batch: StoredBatch, sums: BatchCounts) -> StoredBatch:
+def _with_counts(batch: StoredBatch, sums: BatchCounts) -> StoredBatch:
     return msgspec.structs.replace(
         batch, good=sums.succeeded, bad=sums.failed, prompt=sums.prompt, completion=sums.completion, cached=sums.cached
     )

@@ -35,7 +35,7 @@ def config(ctx: click.Context, command: tuple[str, ...], as_json: bool) -> None:
     """
     contexts = settings.contexts(ctx.find_root(), list(command), settings.file_of(ctx))
     commands = {" ".join(settings.words_of(each)): _settings(each) for each in contexts}
-    click.echo(json.dumps(commands, indent=2, default=str) if as_json else _as_file(commands))
+    click.echo(json.dumps(commands, indent=2, default=str) if as_json else _format_file(commands))
 
 
 def _settings(ctx: click.Context) -> dict[str, dict[str, Any]]:
@@ -50,7 +50,7 @@ def _settings(ctx: click.Context) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _as_file(commands: dict[str, dict[str, dict[str, Any]]]) -> str:
+def _format_file(commands: dict[str, dict[str, dict[str, Any]]]) -> str:
     """Format the settings as a settings file. Defaults are comments, so that the file does not fix them."""
     lines: list[str] = []
     for command, known in commands.items():
@@ -60,11 +60,11 @@ def _as_file(commands: dict[str, dict[str, dict[str, Any]]]) -> str:
         for name, setting in known.items():
             is_comment = setting["source"] == "default" or setting["value"] == _HIDDEN
             place = f"  # {setting['place']}" if setting["place"] else ""
-            lines.append(f"{'# ' * is_comment}{name} = {_toml(setting['value'])}{place}".rstrip())
+            lines.append(f"{'# ' * is_comment}{name} = {_format_toml(setting['value'])}{place}".rstrip())
     return "\n".join(lines[1:])
 
 
-def _toml(value: Any) -> str:
+def _format_toml(value: Any) -> str:
     """Format a value as TOML; None becomes an empty text. TOML writes these values like JSON, except DEL in strings."""
     if value is None:
         return ""

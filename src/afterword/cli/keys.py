@@ -71,7 +71,7 @@ def create(  # noqa: PLR0913, PLR0917 (as many as options)
     from afterword.keys.key import Allowance, parse_duration
 
     end = None if expires is None else int(time.time() + parse_duration(expires).total_seconds())
-    store = _store(keys_file, create=True)
+    store = _open_store(keys_file, create=True)
     key, text = store.create(name, end, Allowance(rpm, tpm, concurrent, quota))
     click.echo(text)
     click.echo(
@@ -91,12 +91,12 @@ def list_(as_json: bool, keys_file: Path | None) -> None:
       afterword keys list
       afterword keys list --json
     """
-    known = _store(keys_file).all()
+    known = _open_store(keys_file).all()
     if as_json:
-        click.echo(json.dumps([_described(key) for key in known], indent=2))
+        click.echo(json.dumps([_as_json_fields(key) for key in known], indent=2))
         return
     head = ("ID", "state", "created", "expires", "requests/min", "tokens/min", "concurrent", "tokens spent", "name")
-    _table(head, [_row(key) for key in known])
+    _print_table(head, [_table_row(key) for key in known])
 
 
 @keys.command()
@@ -109,7 +109,7 @@ def revoke(key: str, keys_file: Path | None) -> None:
     Examples:
       afterword keys revoke key_1a2b3c           # IDs are in keys list
     """
-    _store(keys_file).revoke(key)
+    _open_store(keys_file).revoke(key)
     click.echo(f"{key} is revoked.")
 
 
@@ -132,7 +132,7 @@ def usage(by: UsageGrouping, user: str | None, as_json: bool, keys_file: Path | 
       afterword usage --by day --json
       afterword usage --user ann@example.org
     """
-    store = _store(keys_file)
+    store = _open_store(keys_file)
     sums = store.usage(by, user)
     if as_json:
         click.echo(json.dumps([{by: name or None, **asdict(each)} for name, each in sums], indent=2))
@@ -142,38 +142,38 @@ def usage(by: UsageGrouping, user: str | None, as_json: bool, keys_file: Path | 
     rows = [
         (name or "-", each.requests, each.prompt, each.cached, each.completion, names.get(name)) for name, each in sums
     ]
-    _table(head, [row[: len(head)] for row in rows])
+    _print_table(head, [row[: len(head)] for row in rows])
 
 
-def _store(keys_file: Path | None, *, create: bool = False) -> KeyStore:
+def _open_store(keys_file: Path | None, *, create: bool = False) -> KeyStore:
     from afterword.keys.key_store import KeyStore, default_path
 
     return KeyStore(keys_file or default_path(), create=create)
 
 
-def _described(key: Key) -> dict[str, Any]:
+def _as_json_fields(key: Key) -> dict[str, Any]:
     facts = asdict(key) | asdict(key.allowance) | {"state": key.state(time.time())}
     return {name: value for name, value in facts.items() if name not in ("digest", "allowance")}
 
 
-def _row(key: Key) -> tuple[object, ...]:
+def _table_row(key: Key) -> tuple[object, ...]:
     limits = key.allowance
     spent = f"{key.spent:,}" if limits.quota is None else f"{key.spent:,} of {limits.quota:,}"
     rates = (limits.requests, limits.tokens, limits.concurrent)
-    return (key.id, key.state(time.time()), _day(key.created), _day(key.expires), *rates, spent, key.name)
+    return (key.id, key.state(time.time()), _format_day(key.created), _format_day(key.expires), *rates, spent, key.name)
 
 
-def _day(seconds: int | None) -> str | None:
+def _format_day(seconds: int | None) -> str | None:
     return None if seconds is None else time.strftime("%Y-%m-%d", time.gmtime(seconds))
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+def _print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table. Columns are as wide as their longest entry; an empty entry is `-`."""
-    shown = [head, *([_shown(value) for value in row] for row in rows)]
+    shown = [head, *([_format_value(value) for value in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     for row in shown:
         click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _shown(value: object) -> str:
+def _format_value(value: object) -> str:
     return "-" if value is None or value == "" else f"{value:,}" if isinstance(value, int) else str(value)

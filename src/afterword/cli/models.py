@@ -26,7 +26,7 @@ _PAUSE = 10.0  # seconds between two progress lines without a terminal
 def list_models(as_json: bool) -> None:
     """Print the models on this machine, and the files that cannot be used with the reason."""
     if as_json:
-        click.echo(json.dumps([_fields(entry) for entry in entries()], indent=2))
+        click.echo(json.dumps([_as_json_fields(entry) for entry in entries()], indent=2))
         return
     width = max((len(model.spec) for model in present()), default=0)
     click.echo(f"{'NAME':<{width}} {'SIZE':>10}  {'TYPE':<7} {'CONTEXT':>8}  FROM")
@@ -37,7 +37,7 @@ def list_models(as_json: bool) -> None:
             broken.append(entry)
             continue
         context = facts.context_length or "?"
-        line = f"{model.spec:<{width}} {_size(facts.size_bytes):>10}  {facts.file_type:<7} {context:>8}"
+        line = f"{model.spec:<{width}} {_format_size(facts.size_bytes):>10}  {facts.file_type:<7} {context:>8}"
         click.echo(f"{line}  {_SOURCES[model.source]}")
     if broken:
         click.echo("\nThese cannot be used:")
@@ -51,8 +51,8 @@ def pull(text: str, as_json: bool) -> None:
     from afterword.models.pull import pull as download  # imported late: the Hub's library takes 0.5 s
 
     spec = parse_hub_spec(text)
-    with _make_watcher(quiet=as_json) as watcher:
-        model = download(spec, watcher)
+    with _open_observer(quiet=as_json) as observer:
+        model = download(spec, observer)
     if as_json:
         fields = {"spec": model.spec, "id": model.id, "path": str(model.path)}
         click.echo(json.dumps(fields | {"size_bytes": read_facts(model.path).size_bytes}))
@@ -60,7 +60,7 @@ def pull(text: str, as_json: bool) -> None:
         click.echo(f"{model.id} is at {model.path}. Serve it with: afterword serve {model.spec}")
 
 
-def _fields(entry: Entry) -> dict[str, Any]:
+def _as_json_fields(entry: Entry) -> dict[str, Any]:
     model, facts = entry.model, entry.facts
     known = {
         "size_bytes": facts.size_bytes if facts else None,
@@ -72,14 +72,14 @@ def _fields(entry: Entry) -> dict[str, Any]:
     return {**named, **known, "problem": entry.problem}
 
 
-def _size(count: float) -> str:
+def _format_size(count: float) -> str:
     unit = "MiB" if count < 2**30 else "GiB"
     return f"{count / 2 ** (20 if unit == 'MiB' else 30):,.1f} {unit}"
 
 
 @contextmanager
-def _make_watcher(quiet: bool) -> Iterator[DownloadObserver]:
-    """Open the display of download progress on standard error: bars on a terminal, otherwise lines."""
+def _open_observer(quiet: bool) -> Iterator[DownloadObserver]:
+    """Open an observer that shows download progress on standard error: bars on a terminal, otherwise lines."""
     if quiet:
         yield DownloadObserver()
     elif not sys.stderr.isatty():
@@ -96,7 +96,7 @@ def _make_watcher(quiet: bool) -> Iterator[DownloadObserver]:
             yield ProgressBars(progress)
 
 
-class _TextWatcher(DownloadObserver):
+class _TextObserver(DownloadObserver):
     """Base of both displays. It prints which file was selected."""
 
     def chosen(self, name: str, among: Sequence[str]) -> None:
@@ -107,7 +107,7 @@ class _TextWatcher(DownloadObserver):
         click.echo(text, err=True)
 
 
-class ProgressBars(_TextWatcher):
+class ProgressBars(_TextObserver):
     """A bar for each file, with rate and remaining time."""
 
     def __init__(self, progress: Progress) -> None:
@@ -129,18 +129,18 @@ class ProgressBars(_TextWatcher):
         self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-class ProgressLines(_TextWatcher):
+class ProgressLines(_TextObserver):
     """A line every 10 s, for logs."""
 
     def __init__(self) -> None:
         self._name = ""
-        self._size = self._have = self._have_before = 0
+        self._format_size = self._have = self._have_before = 0
         self._started = self._last_line = 0.0
 
     def started(self, name: str, size: int, have: int) -> None:
-        self._name, self._size, self._have, self._have_before = name, size, have, have
+        self._name, self._format_size, self._have, self._have_before = name, size, have, have
         self._started = self._last_line = time.monotonic()
-        self.say(f"{name}: {_size(size)}" + (f", {_size(have)} already downloaded" if have else ""))
+        self.say(f"{name}: {_format_size(size)}" + (f", {_format_size(have)} already downloaded" if have else ""))
 
     def received(self, count: int) -> None:
         self._have += count
@@ -148,8 +148,8 @@ class ProgressLines(_TextWatcher):
         if now - self._last_line >= _PAUSE:
             self._last_line = now
             rate = max(1.0, (self._have - self._have_before) / (now - self._started))
-            left = f", {(self._size - self._have) / rate:.0f} s left" if self._size else ""
-            self.say(f"{self._name}: {_size(self._have)}, {_size(rate)}/s{left}")
+            left = f", {(self._format_size - self._have) / rate:.0f} s left" if self._format_size else ""
+            self.say(f"{self._name}: {_format_size(self._have)}, {_format_size(rate)}/s{left}")
 
     def checking(self, name: str) -> None:
         self.say(f"{name}: checking")

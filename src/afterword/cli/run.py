@@ -150,7 +150,9 @@ async def _serve(models: ModelManager, config: Config) -> None:
         transport_server = TransportServer(app, listener, config.transport, config.proxies)
         metrics.rejected = transport_server.rejected
         async with key_registry.syncing(), transport_server, _closing(models):
-            async with show_loading({managed_model.id: partial(_loaded, managed_model) for managed_model in models}):
+            async with show_loading(
+                {managed_model.id: partial(_loaded_share, managed_model) for managed_model in models}
+            ):
                 opened = await shutdown_signals.run_until_signal(models.open())
             if not opened:
                 return
@@ -189,7 +191,7 @@ async def _complete(spec: str | None, body: bytes, settings: EngineSettings, as_
     sys.stdout.flush()
 
 
-def _loaded(managed_model: ManagedModel) -> float:
+def _loaded_share(managed_model: ManagedModel) -> float:
     return 1.0 if managed_model.loaded_engine else managed_model.engine.loaded if managed_model.engine else 0.0
 
 
@@ -227,7 +229,7 @@ def startup_message(models: ModelManager, config: Config, port: int) -> str:
     names = " and ".join(
         filter(None, (", ".join(managed_model.id for managed_model in managed_models[:-1]), managed_models[-1].id))
     )
-    described = "\n".join(_described(managed_model, len(managed_models) > 1) for managed_model in managed_models)
+    described = "\n".join(_describe(managed_model, len(managed_models) > 1) for managed_model in managed_models)
     return f"""\
 Afterword {__version__} serves {names} at
 
@@ -242,7 +244,7 @@ The URL in a browser opens a playground. {url}/docs explains every field, afterw
 Ctrl+C stops."""
 
 
-def _described(managed_model: ManagedModel, named: bool) -> str:
+def _describe(managed_model: ManagedModel, named: bool) -> str:
     size = (
         f"{managed_model.loaded_engine.model_info.parameters / 1e6:,.1f} M parameters, up"
         if managed_model.loaded_engine

@@ -89,7 +89,7 @@ def read(path: Path, commands: click.Group) -> dict[str, Any]:
         raise SettingError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError as error:  # not UTF-8, or not TOML
         raise SettingError(f"{path} is not valid TOML: {error}.") from None
-    values = _of_group(f"{path}: ", table, commands)
+    values = _read_group(f"{path}: ", table, commands)
     if others and os.name == "posix" and _has_secret(values):
         raise SettingError(
             f"{path} contains an API key and every user of this machine can read it. Run: chmod o-r {path}"
@@ -182,7 +182,7 @@ def _load(ctx: click.Context, _: click.Parameter, given: Path | None) -> None:
         click.echo(f"Settings from {path}.", err=True)
 
 
-def _of_group(where: str, table: dict[str, Any], group: click.Group) -> dict[str, Any]:
+def _read_group(where: str, table: dict[str, Any], group: click.Group) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in table.items():
         command = group.commands.get(key)
@@ -191,13 +191,13 @@ def _of_group(where: str, table: dict[str, Any], group: click.Group) -> dict[str
         if not isinstance(value, dict):
             raise SettingError(f"{where}{key}: expected a table with the settings of a command, such as [serve].")
         if isinstance(command, click.Group):
-            values[key] = _of_group(f"{where}[{key}] ", value, command)
+            values[key] = _read_group(f"{where}[{key}] ", value, command)
         else:
-            values[key] = _of_command(f"{where}[{key}] ", value, command)
+            values[key] = _read_command(f"{where}[{key}] ", value, command)
     return values
 
 
-def _of_command(where: str, table: dict[str, Any], command: click.Command) -> dict[str, Any]:
+def _read_command(where: str, table: dict[str, Any], command: click.Command) -> dict[str, Any]:
     known = settable(command)
     values: dict[str, Any] = {}
     for key, value in table.items():
@@ -206,16 +206,16 @@ def _of_command(where: str, table: dict[str, Any], command: click.Command) -> di
         parameter = known[key]
         many = is_list(parameter)
         if many and not isinstance(value, list):
-            raise SettingError(f"{where}{key}: expected a list, not {_shown(value)}.")
-        checked = [_checked(f"{where}{key}", each, parameter) for each in (value if many else [value])]
+            raise SettingError(f"{where}{key}: expected a list, not {_format_value(value)}.")
+        checked = [_check_value(f"{where}{key}", each, parameter) for each in (value if many else [value])]
         values[parameter.name or key] = checked if many else checked[0]
     return values
 
 
-def _checked(where: str, value: Any, parameter: click.Parameter) -> Any:
+def _check_value(where: str, value: Any, parameter: click.Parameter) -> Any:
     kinds, expected = next((kinds, words) for kind, kinds, words in _KINDS if isinstance(parameter.type, kind))
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise SettingError(f"{where}: expected {expected}, not {_shown(value)}.")
+        raise SettingError(f"{where}: expected {expected}, not {_format_value(value)}.")
     if isinstance(parameter.type, click.Path):
         value = os.path.expanduser(str(value))  # on the command line the shell does this
     if isinstance(parameter.type, click.types.FuncParamType):
@@ -244,6 +244,6 @@ def _hint(wrong: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     text = str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 40 else text[:37] + "..."
