@@ -1,6 +1,6 @@
 """Declares the commands and their options. The implementation of a command is imported when the command runs.
 
-So `--help` and shell completion start fast: this module must not import the web framework, llama.cpp or numpy.
+So `--help` and shell completion start fast. This module must not import the web framework, llama.cpp or numpy.
 """
 
 from __future__ import annotations
@@ -45,9 +45,8 @@ class _Commands(click.Group):
         except KeyboardInterrupt:
             ctx.exit(130)  # 128 and the number of SIGINT, as in shells
         except BrokenPipeError:  # the reader closed standard output, as `| head` does
-            os.dup2(
-                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-            )  # else Python reports the error again at exit
+            # Without a valid standard output Python would report the error again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(141)
 
 
