@@ -1,6 +1,7 @@
-"""`python -m tests.cli_page --write` renews docs/cli.md from the tree of commands; a test says when that is due.
+"""Generates the second part of docs/cli.md, after `MARK`, from the commands. The first part is written by hand.
 
-What stands above the mark is written by hand.
+`python -m tests.cli_page --write` writes the page; without `--write` the exit status is 1 if the page is not current.
+`tests/test_cli_help.py` fails in that case.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from afterword.cli import main, settings
 from afterword.cli.options import GroupedOption
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
-RENEW = "python -m tests.cli_page --write"
-MARK = f"<!-- From here on made from the commands: {RENEW} -->"
+COMMAND = "python -m tests.cli_page --write"
+MARK = f"<!-- The rest of this page is generated: {COMMAND} -->"
 
 
-def renewed(page: str) -> str:
-    """The page with what is made from the commands as it should be."""
+def rendered(page: str) -> str:
+    """Return the page with its generated part made anew."""
     head, mark, _ = page.partition(MARK)
-    assert mark, f"{PAGE} has lost its mark"
+    assert mark, f"{PAGE} does not contain {MARK}"
     root = click.Context(main, info_name="afterword", show_default=True)
     return head + "\n\n".join([MARK, *_group(root)]) + "\n"
 
@@ -55,7 +56,7 @@ def _table(options: list[click.Option], ctx: click.Context, arguments: list[clic
     for argument in arguments:
         variables = ", ".join(f"`{name}`" for name in settings.variables(argument))
         yield f"| `{argument.make_metavar(ctx)}` | {variables} | In a file `{settings.name(argument)}`, a list. |"
-    options = sorted(options, key=lambda each: not isinstance(each, GroupedOption))  # those without a group come last
+    options = sorted(options, key=lambda each: not isinstance(each, GroupedOption))  # options without a group come last
     group = ""
     for option in options:
         if isinstance(option, GroupedOption) and option.group != group:
@@ -73,8 +74,8 @@ def _table(options: list[click.Option], ctx: click.Context, arguments: list[clic
 
 if __name__ == "__main__":
     before = PAGE.read_text(encoding="utf-8")
-    after = renewed(before)
+    after = rendered(before)
     if sys.argv[1:] == ["--write"]:
         PAGE.write_text(after, encoding="utf-8")
     elif before != after:
-        sys.exit(f"{PAGE} is not what it should be; run {RENEW}")
+        sys.exit(f"{PAGE} is not current; run {COMMAND}")

@@ -1,4 +1,4 @@
-"""The command line as a person meets it: what it prints, and one plain sentence for every bad setting."""
+"""The commands serve, complete, models and pull: output, one-line errors, and the setup of models."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def refusal(*words: str, **environment: str) -> str:
     result = afterword(*words, **environment)
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
-    assert result.stderr.count("\n") == 1, "one sentence"
+    assert result.stderr.count("\n") == 1, "one line"
     return result.stderr
 
 
@@ -74,35 +74,35 @@ def test_complete_runs_another_model(tmp_path):
     assert "suffix is not supported" in refusal("complete", "a", "--model", str(path), "--suffix", "b")
 
 
-def test_models_lists_what_is_on_this_machine(tmp_path):
-    places = {"HF_HUB_CACHE": str(tmp_path), "HOME": str(tmp_path), "OLLAMA_MODELS": str(tmp_path)}
+def test_models_lists_installed_models(tmp_path):
+    folders = {"HF_HUB_CACHE": str(tmp_path), "HOME": str(tmp_path), "OLLAMA_MODELS": str(tmp_path)}
     studio = tmp_path / ".lmstudio" / "models" / "owner" / "repo"
     studio.mkdir(parents=True)
     write_tiny(studio / "other.gguf")
     (studio / "bad.gguf").write_bytes(b"<html>")
-    heading, builtin, other, _, reason, bad = afterword("models", **places).stdout.splitlines()
+    heading, builtin, other, _, reason, bad = afterword("models", **folders).stdout.splitlines()
     assert heading.split() == ["NAME", "SIZE", "TYPE", "CONTEXT", "FROM"]
     assert builtin.split() == ["afterword-tiny", "6.4", "MiB", "Q8_0", "2048", "built-in"]
     assert other.split()[0] == "lmstudio:owner/repo/other"
     assert reason == "These cannot be used:"
     assert bad.startswith("lmstudio:owner/repo/bad: ")
-    listed = {model["spec"]: model for model in json.loads(afterword("models", "--json", **places).stdout)}
+    listed = {model["spec"]: model for model in json.loads(afterword("models", "--json", **folders).stdout)}
     assert listed["lmstudio:owner/repo/other"]["path"] == str(studio / "other.gguf")
     assert "web page" in listed["lmstudio:owner/repo/bad"]["problem"]
-    said = afterword("complete", "a", "--model", "lmstudio:owner/repo/other", "--max-tokens", "2", **places)
-    assert said.exit_code == 0, said.output
+    result = afterword("complete", "a", "--model", "lmstudio:owner/repo/other", "--max-tokens", "2", **folders)
+    assert result.exit_code == 0, result.output
 
 
-def test_models_lists_what_cannot_be_used_with_the_reason(tmp_path):
-    places = {"HF_HUB_CACHE": str(tmp_path), "HOME": str(tmp_path), "OLLAMA_MODELS": str(tmp_path)}
+def test_models_lists_unusable_files_with_the_reason(tmp_path):
+    folders = {"HF_HUB_CACHE": str(tmp_path), "HOME": str(tmp_path), "OLLAMA_MODELS": str(tmp_path)}
     studio = tmp_path / ".lmstudio" / "models" / "owner" / "repo"
     studio.mkdir(parents=True)
     data = write_tiny(studio / "m\udcff.gguf").read_bytes()
     (studio / "tokens.gguf").write_bytes(data.replace(b"gpt2", b"none", 1))
     (studio / "link.gguf").symlink_to("gone.gguf")
     (studio / "cut.gguf").write_bytes(data[:-1])
-    broken = afterword("models", **places).stdout.split("These cannot be used:\n")[1]
-    listed = {model["spec"]: model for model in json.loads(afterword("models", "--json", **places).stdout)}
+    broken = afterword("models", **folders).stdout.split("These cannot be used:\n")[1]
+    listed = {model["spec"]: model for model in json.loads(afterword("models", "--json", **folders).stdout)}
     for name, reason in {
         r"m\xff": "is not valid UTF-8",
         "tokens": "has no vocabulary",
@@ -113,7 +113,7 @@ def test_models_lists_what_cannot_be_used_with_the_reason(tmp_path):
         assert f"lmstudio:owner/repo/{name}: {listed[f'lmstudio:owner/repo/{name}']['problem']}" in broken
 
 
-def test_a_model_of_ollamas_runs(tmp_path):
+def test_a_model_of_ollama_runs(tmp_path):
     data = write_tiny(tmp_path / "tiny.gguf").read_bytes()
     digest = "a" * 64
     layer = {"mediaType": "application/vnd.ollama.image.model", "digest": f"sha256:{digest}"}
@@ -126,14 +126,14 @@ def test_a_model_of_ollamas_runs(tmp_path):
     assert result.exit_code == 0, result.output
 
 
-def test_pull_tells_where_the_model_is(tmp_path):
+def test_pull_prints_the_path_of_the_model(tmp_path):
     folder = tmp_path / "models--owner--repo" / "snapshots" / "abc"
     folder.mkdir(parents=True)
     path = write_tiny(folder / "m-Q8_0.gguf")
-    told = afterword("pull", "hf:owner/repo", HF_HUB_CACHE=str(tmp_path)).stdout
-    assert told == f"owner/repo:Q8_0 is at {path}. Serve it with: afterword serve hf:owner/repo:Q8_0\n"
-    told = afterword("pull", "owner/repo", "--json", HF_HUB_CACHE=str(tmp_path)).stdout
-    assert json.loads(told) == {
+    printed = afterword("pull", "hf:owner/repo", HF_HUB_CACHE=str(tmp_path)).stdout
+    assert printed == f"owner/repo:Q8_0 is at {path}. Serve it with: afterword serve hf:owner/repo:Q8_0\n"
+    printed = afterword("pull", "owner/repo", "--json", HF_HUB_CACHE=str(tmp_path)).stdout
+    assert json.loads(printed) == {
         "spec": "hf:owner/repo:Q8_0",
         "id": "owner/repo:Q8_0",
         "path": str(path),
@@ -141,7 +141,7 @@ def test_pull_tells_where_the_model_is(tmp_path):
     }
 
 
-def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
+def test_download_progress_without_a_terminal_is_printed_as_lines(monkeypatch, capsys):
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     lines = ProgressLines()
@@ -151,8 +151,8 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys)
         lines.received(2**20)
     lines.checking("m-Q8_0.gguf")
     assert capsys.readouterr().err.splitlines() == [
-        "Taking m-Q8_0.gguf, the best of 2 files; there are also m-Q4_0.gguf.",
-        "m-Q8_0.gguf: 100.0 MiB, of which 10.0 MiB are here",
+        "Selected m-Q8_0.gguf, the best of 2 files; the others are m-Q4_0.gguf.",
+        "m-Q8_0.gguf: 100.0 MiB, 10.0 MiB already downloaded",
         "m-Q8_0.gguf: 20.0 MiB, 1.0 MiB/s, 80 s left",
         "m-Q8_0.gguf: 30.0 MiB, 1.0 MiB/s, 70 s left",
         "m-Q8_0.gguf: 40.0 MiB, 1.0 MiB/s, 60 s left",
@@ -160,11 +160,11 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys)
     ]
 
 
-def test_progress_on_a_terminal_is_a_bar():
+def test_download_progress_on_a_terminal_is_a_bar():
     screen = Console(file=io.StringIO(), force_terminal=True, width=100)
     with Progress(console=screen, auto_refresh=False) as progress:
         bars = ProgressBars(progress)
-        bars.checking("m.gguf")  # it was here already
+        bars.checking("m.gguf")  # it was downloaded before
         bars.started("folder/m.gguf", 100, 10)
         bars.received(40)
         (task,) = progress.tasks
@@ -172,10 +172,10 @@ def test_progress_on_a_terminal_is_a_bar():
         bars.chosen("a", ["b [c]"])
         bars.checking("folder/m.gguf")
         assert task.description == "m.gguf, checking"
-    assert "there are also b [c]." in screen.file.getvalue()
+    assert "the others are b [c]." in screen.file.getvalue()
 
 
-def test_loading_is_shown_on_a_terminal_if_it_takes_long(monkeypatch):
+def test_load_progress_is_shown_on_a_terminal_after_a_delay(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
@@ -211,12 +211,12 @@ def test_loading_is_shown_on_a_terminal_if_it_takes_long(monkeypatch):
         ("-1", None),
     ],
 )
-def test_times_as_people_write_them(text, seconds):
+def test_durations_are_parsed(text, seconds):
     assert parse_duration(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "m", "5x", "five", "-5", "1m1h", "inf", "nan", "1e3"])
-def test_times_that_are_none(text):
+def test_invalid_durations_are_refused(text):
     assert "is no time" in refusal("serve", "--keep-alive", text)
 
 
@@ -224,12 +224,12 @@ def test_times_that_are_none(text):
     ("seconds", "words"),
     [(0, "0 seconds"), (1, "1 second"), (90, "90 seconds"), (60, "1 minute"), (300, "5 minutes"), (7200, "2 hours")],
 )
-def test_times_in_words(seconds, words):
+def test_durations_are_formatted(seconds, words):
     assert format_duration(seconds) == words
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["serve", "nothing-here.gguf"], "does not exist"),
         (["serve", "m\udcff.gguf"], r"m\xff.gguf is not valid UTF-8"),
@@ -260,8 +260,8 @@ def test_times_in_words(seconds, words):
         (["serve", "ollama:nothing"], "is not on this machine"),
     ],
 )
-def test_bad_settings_are_one_sentence(words, said, tmp_path):
-    assert said in refusal(*words, HF_HUB_CACHE=str(tmp_path))
+def test_invalid_settings_are_one_line_errors(words, message, tmp_path):
+    assert message in refusal(*words, HF_HUB_CACHE=str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -274,13 +274,13 @@ def test_bad_settings_are_one_sentence(words, said, tmp_path):
         ("Q8_0", {"gpu_layers": -1}, "f16"),
     ],
 )
-def test_numbers_are_exact_by_default_where_that_holds(file_type, settings, kv_type, tmp_path):
+def test_the_default_kv_type_is_exact_on_a_cpu(file_type, settings, kv_type, tmp_path):
     path = write_tiny(tmp_path / "tiny.gguf", file_type=file_type)
     opened = load_message(Model("tiny", path, "file"), read_facts(path), EngineSettings(**settings))
     assert (opened.kv_type, opened.threads) == (kv_type, 1)
 
 
-def test_what_a_gpu_holds_is_fitted_to_its_memory(tmp_path, monkeypatch):
+def test_a_model_on_a_gpu_is_fitted_to_the_gpu_memory(tmp_path, monkeypatch):
     path = write_tiny(tmp_path / "tiny.gguf", file_type="Q8_0")
     model = Model("tiny", path, "file")
     monkeypatch.setattr("afterword.cli.model_setup.available_memory", lambda: 2**31)
@@ -293,7 +293,7 @@ def test_what_a_gpu_holds_is_fitted_to_its_memory(tmp_path, monkeypatch):
     assert load_message(model, read_facts(path), EngineSettings(gpu_layers=-1)).sequences == 16
 
 
-def test_reproducible_on_a_gpu_means_passes_of_one_shape(tmp_path):
+def test_reproducible_on_a_gpu_uses_forward_passes_of_one_shape(tmp_path):
     path = write_tiny(tmp_path / "tiny.gguf", file_type="Q8_0")
     settings = EngineSettings(gpu_layers=-1, reproducible=True)
     opened = load_message(Model("tiny", path, "file"), read_facts(path), settings)
@@ -301,7 +301,7 @@ def test_reproducible_on_a_gpu_means_passes_of_one_shape(tmp_path):
     assert opened.grid == opened.chunk == 256
 
 
-def test_a_file_that_is_no_model_is_one_sentence(tmp_path):
+def test_a_file_that_is_not_a_model_is_a_one_line_error(tmp_path):
     path = tmp_path / "page.gguf"
     path.write_text("<!DOCTYPE html><html>", encoding="utf-8")
     assert "page.gguf" in refusal("serve", str(path))
@@ -317,13 +317,13 @@ def test_models_share_the_cores(tmp_path, monkeypatch, count, take_turns, thread
     large = dataclasses.replace(read_facts(path), size_bytes=2**27)
     placed = fit_models([(Model("tiny", path, "file"), large)] * count, EngineSettings(parallel=1), take_turns)
     assert [each.load_message.threads for each in placed] == [threads] * count
-    asked = fit_models(
+    explicit = fit_models(
         [(Model("tiny", path, "file"), large)] * count, EngineSettings(parallel=1, threads=3), take_turns
     )
-    assert {each.load_message.threads for each in asked} == {3}
+    assert {each.load_message.threads for each in explicit} == {3}
 
 
-def test_a_file_that_was_replaced_is_planned_anew(tmp_path):
+def test_a_replaced_file_gets_a_new_load_message(tmp_path):
     path, settings = tmp_path / "tiny.gguf", EngineSettings(threads=2)
 
     def write(**changes: Any) -> Facts:
@@ -331,10 +331,10 @@ def test_a_file_that_was_replaced_is_planned_anew(tmp_path):
 
     (placed,) = fit_models([(Model("tiny", path, "file"), write())], settings)
     write(seed=1)
-    assert refreshed_load_message(placed, settings) == placed.load_message, "other weights of the same kind"
+    assert refreshed_load_message(placed, settings) == placed.load_message, "only the weights differ"
     write(context=1024, vocabulary="spm")
     other = refreshed_load_message(placed, settings)
-    assert (other.context, other.sequences, other.threads) == (512, 16, 2), "what clients were told stays"
+    assert (other.context, other.sequences, other.threads) == (512, 16, 2), "clients know the context"
     write(context=256)
     with pytest.raises(SettingError, match="more than the 256"):
         refreshed_load_message(placed, settings)
@@ -354,18 +354,18 @@ def test_models_that_do_not_fit_together_may_take_turns(tmp_path, monkeypatch):
     assert [placed.memory_bytes for placed in fit_models(found, small, take_turns=True)] == [need, need]
 
 
-def test_too_little_memory_says_how_much_is_missing(monkeypatch):
+def test_too_little_memory_is_an_error_with_sizes(monkeypatch):
     monkeypatch.setattr("afterword.cli.model_setup.available_memory", lambda: 2**20)
     assert "GiB" in refusal("complete", "a")
 
 
-def test_a_port_that_is_taken_is_one_sentence():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
+def test_a_port_in_use_is_a_one_line_error():
+    with socket.create_server(("127.0.0.1", 0)) as occupied:
+        port = str(occupied.getsockname()[1])
         assert f"port {port}" in refusal("serve", "--port", port)
 
 
-def test_the_environment_sets_what_the_command_line_does_not():
+def test_the_environment_sets_options():
     assert "from 64" in refusal("serve", AFTERWORD_SERVE_BATCH="1")
     assert "from 64" in refusal("complete", "a", AFTERWORD_COMPLETE_BATCH="1")
 
@@ -379,11 +379,11 @@ def test_the_environment_sets_what_the_command_line_does_not():
         ("llama", "F16", 0, "exact", ("exact", "none")),
         ("llama", "Q8_0 F32", 0, "exact", ("exact", "none")),
         ("llama", "IQ4_XS Q6_K", 0, "exact", ("none", "exact")),
-        # types that the file's name does not contain
+        # types that are not in the name of the file
         ("llama", "Q4_K Q6_K IQ3_S", 0, "exact", ("none", "none")),
         ("llama", "Q4_K Q6_K IQ4_NL", 0, "exact", ("none", "none")),
         ("llama", "", 0, "exact", ("none", "none")),
-        # not shown by a test
+        # no test shows that they are reproducible
         ("llama", "Q8_0", 8, "exact", ("none", "none")),
         ("deepseek2", "Q8_0", 0, "exact", ("none", "none")),
         ("gemma3n", "Q8_0", 0, "exact", ("none", "none")),
@@ -395,8 +395,8 @@ def test_the_environment_sets_what_the_command_line_does_not():
         ("one of tomorrow", "Q8_0", 0, "exact", ("none", "none")),
     ],
 )
-def test_only_what_was_shown_is_promised(architecture, types, experts, kv_type, expected):
-    """With the kernels' matmul and without it."""
+def test_promises_hold_only_for_tested_models(architecture, types, experts, kv_type, expected):
+    """`expected`: the promises with Afterword's kernels, and without them."""
     weights = WeightTypes(architecture, frozenset(types.split()), experts)
     assert tuple(weights.promise(kv_type, own_products=own) for own in (True, False)) == expected
 
@@ -413,14 +413,14 @@ def test_only_what_was_shown_is_promised(architecture, types, experts, kv_type, 
         ("llama", "Q8_0", "f16", 12, "none"),
     ],
 )
-def test_with_passes_of_one_shape_a_gpu_keeps_what_was_measured(architecture, types, kv_type, layers, expected):
+def test_promises_on_a_gpu_need_forward_passes_of_one_shape(architecture, types, kv_type, layers, expected):
     weights = WeightTypes(architecture, frozenset(types.split()))
     assert weights.promise_on_gpu(kv_type, layers, full=True) == expected
     assert weights.promise_on_gpu(kv_type, layers, full=False) == "none"
     assert dataclasses.replace(weights, experts=8).promise_on_gpu(kv_type, layers, full=True) == "none"
 
 
-def test_the_most_that_can_be_promised_is_planned_from_what_the_file_holds(tmp_path):
+def test_the_promise_depends_on_the_weight_types_in_the_file(tmp_path):
     opened = [
         load_message(Model("tiny", path, "file"), facts, EngineSettings())
         for path in [write_tiny(tmp_path / "tiny.gguf", file_type="F16")]
@@ -432,7 +432,7 @@ def test_the_most_that_can_be_promised_is_planned_from_what_the_file_holds(tmp_p
 
 
 @pytest.mark.parametrize("architecture", sorted(ONE_SEQUENCE))
-def test_what_the_library_computes_wrongly_together_is_computed_alone(tmp_path, architecture):
+def test_architectures_that_llama_cpp_batches_wrongly_get_one_sequence(tmp_path, architecture):
     path = write_tiny(tmp_path / "tiny.gguf")
     facts = dataclasses.replace(read_facts(path), architecture=architecture)
     assert load_message(Model("tiny", path, "file"), facts, EngineSettings(parallel=4)).sequences == 1
@@ -440,15 +440,15 @@ def test_what_the_library_computes_wrongly_together_is_computed_alone(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("file_type", "said"),
+    ("file_type", "suggestion"),
     [("F16", "Q8_0"), ("BF16", "Q8_0"), ("Q4_K_M", "Q4_0"), ("Q6_K", "Q4_0"), ("Q8_0", None), ("Q4_0", None)],
 )
-def test_a_better_type_for_this_machine_is_named(file_type, said):
-    tip = advice(file_type)
-    assert (tip is None) if said is None else said in str(tip)
+def test_advice_names_a_faster_file_type(file_type, suggestion):
+    text = advice(file_type)
+    assert (text is None) if suggestion is None else suggestion in str(text)
 
 
-def test_the_curl_line_of_the_greeting_is_a_valid_request():
+def test_the_curl_command_of_the_startup_message_is_a_valid_request():
     name = 'it\'s "mine"'
     models = ModelManager([ModelDefinition(name, 0, Mock())])
     words = shlex.split(startup_message(models, Config(host="::1"), 8000).split("Try it:")[1].replace("\\\n", " "))

@@ -1,4 +1,4 @@
-"""`--help` of every command: complete, with examples that are real, and fit for 80 columns. And how commands end."""
+"""`--help` of every command: complete, with valid examples, in 80 columns. Exit statuses, and docs/cli.md."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from afterword.cli import main
 from afterword.cli.options import GroupedCommand, GroupedOption, leaves
 from afterword.cli.settings import variables
 from afterword.errors import EngineDied
-from cli_page import PAGE, RENEW, renewed
+from cli_page import COMMAND, PAGE, rendered
 
 AFTERWORD = [sys.executable, "-m", "afterword"]
 
 
 def commands(group: click.Group = main, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], click.Command]]:
-    """The tree: groups and commands with the words that lead to them."""
+    """All groups and commands, with their words on the command line."""
     found: list[tuple[tuple[str, ...], click.Command]] = [(path, group)]
     for name, each in group.commands.items():
         found += commands(each, (*path, name)) if isinstance(each, click.Group) else [((*path, name), each)]
@@ -41,31 +41,31 @@ def help_of(path: tuple[str, ...]) -> str:
 
 
 def examples(text: str) -> list[str]:
-    """The command lines of the block of examples, without indentation."""
+    """The command lines in the block of examples, without indentation."""
     block = re.search(r"^  Examples:\n((?:    .*\n)+)", text, re.MULTILINE)
     return [line.strip() for line in block[1].splitlines()] if block else []
 
 
 @pytest.mark.parametrize(("path", "command"), EVERY)
-def test_help_fits_eighty_columns_and_nothing_in_it_is_cut_off(path, command):
+def test_help_fits_into_eighty_columns_without_truncation(path, command):
     lines = help_of(path).splitlines()
     assert max(map(len, lines)) <= 80
     assert not [line for line in lines if line.endswith("...") and "[ARGS]" not in line and "Usage" not in line]
 
 
 @pytest.mark.parametrize(("path", "command"), EVERY)
-def test_every_command_has_examples_that_it_understands(path, command):
+def test_every_command_has_examples_that_it_accepts(path, command):
     shown = examples(help_of(path))
     assert shown, "a block of examples: see afterword/cli/options.py"
     for line in shown:
         words = shlex.split(line.rpartition(" | ")[2], comments=True)
         words = words[: words.index(">")] if ">" in words else words
         assert words[: 1 + len(path)] == ["afterword", *path], line
-        understood(words[1:])
+        parse_words(words[1:])
 
 
-def understood(words: list[str]) -> None:
-    """Raises what click raises where words are no command line."""
+def parse_words(words: list[str]) -> None:
+    """Parse a command line without running it. Raises click's errors."""
     context: click.Context = click.Context(main, info_name="afterword")
     command: click.Command = main
     while isinstance(command, click.Group):
@@ -76,13 +76,13 @@ def understood(words: list[str]) -> None:
     command.make_context(command.name, words, parent=context)
 
 
-def test_what_is_no_command_line_is_not_understood():
+def test_an_invalid_command_line_is_refused():
     with pytest.raises(click.UsageError):
-        understood(["serve", "--prot", "1"])
+        parse_words(["serve", "--prot", "1"])
 
 
 @pytest.mark.parametrize(("path", "command"), EVERY)
-def test_every_option_says_what_it_is_for(path, command):
+def test_every_option_has_a_help_text(path, command):
     shown = help_of(path)
     for option in command.params:
         if isinstance(option, click.Option):
@@ -91,7 +91,7 @@ def test_every_option_says_what_it_is_for(path, command):
 
 
 @pytest.mark.parametrize(("path", "command"), EVERY)
-def test_options_are_in_groups_where_there_are_many(path, command):
+def test_commands_with_many_options_group_them(path, command):
     own = [each for each in command.params if isinstance(each, click.Option) and each.name not in ("config", "help")]
     grouped = [each for each in own if isinstance(each, GroupedOption)]
     if len(own) > 12 or grouped:
@@ -101,12 +101,12 @@ def test_options_are_in_groups_where_there_are_many(path, command):
         assert headings == [*dict.fromkeys(each.group for each in grouped), "Other options"]
 
 
-def test_help_starts_without_what_only_running_needs():
+def test_help_does_not_import_heavy_modules():
     heavy = {"asyncio", "httptools", "httpx", "huggingface_hub", "llama_cpp", "msgspec", "numpy", "psutil", "rich"}
     heavy |= {"sqlite3", "starlette", "uvicorn", "uvloop"}
     code = "import sys\nfrom afterword.cli import main\ntry: main(['serve', '--help'])\nfinally: print(*sys.modules)"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    loaded = set(said.splitlines()[-1].split())
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    loaded = set(output.splitlines()[-1].split())
     assert "click" in loaded
     assert not heavy & loaded
 
@@ -114,7 +114,7 @@ def test_help_starts_without_what_only_running_needs():
 # ---- as JSON
 
 
-def test_limits_as_json_are_those_of_the_table():
+def test_limits_as_json_match_the_table():
     shown = CliRunner().invoke(main, ["serve", "--print-limits", "--json", "--limit", "max_n=7"]).stdout
     table = CliRunner().invoke(main, ["serve", "--print-limits", "--limit", "max_n=7"]).stdout
     listed = json.loads(shown)
@@ -122,7 +122,7 @@ def test_limits_as_json_are_those_of_the_table():
     assert list(listed) == [line.split()[0] for line in table.splitlines()]
 
 
-def test_complete_prints_the_answer_of_the_api():
+def test_complete_json_prints_the_response_of_the_api():
     words = ["complete", "Once upon a time", "--max-tokens", "5", "--temperature", "0"]
     text = CliRunner().invoke(main, words).stdout
     answer = json.loads(CliRunner().invoke(main, [*words, "--json"]).stdout)
@@ -133,10 +133,10 @@ def test_complete_prints_the_answer_of_the_api():
     assert answer["usage"]["completion_tokens"] == 5
 
 
-# ---- how it ends
+# ---- exit statuses
 
 
-def test_what_fails_while_it_runs_is_told_apart_from_a_wrong_setting(monkeypatch):
+def test_exit_status_separates_failures_at_run_time_from_invalid_settings(monkeypatch):
     def dies(*_: object) -> None:
         raise EngineDied
 
@@ -148,7 +148,7 @@ def test_what_fails_while_it_runs_is_told_apart_from_a_wrong_setting(monkeypatch
     assert CliRunner().invoke(main, ["nothing"]).exit_code == 2
 
 
-def test_who_has_read_enough_is_not_told_of_it():
+def test_a_closed_standard_output_ends_the_command_silently():
     """As in `afterword complete … | head -c 1`."""
     words = [*AFTERWORD, "complete", "Once upon a time", "--max-tokens", "100", "--seed", "1"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -164,13 +164,13 @@ def test_ctrl_c_ends_it_with_130_and_no_traceback():
     words = [*AFTERWORD, "complete", "Once upon a time", "--max-tokens", "1800", "--json"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as process:
         assert process.stderr is not None
-        _until_it_has_a_child(process.pid)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the engine's process too
+        _wait_for_child(process.pid)
+        os.killpg(process.pid, signal.SIGINT)  # to the worker too, as a terminal does
         assert b"Traceback" not in process.stderr.read()
         assert process.wait() == 130
 
 
-def _until_it_has_a_child(pid: int) -> None:
+def _wait_for_child(pid: int) -> None:
     psutil = pytest.importorskip("psutil")
     while not psutil.Process(pid).children():
         pass
@@ -183,12 +183,12 @@ def test_leaves_are_all_commands():
 # ---- docs/cli.md
 
 
-def test_the_page_of_commands_is_current():
+def test_the_generated_part_of_the_page_is_current():
     page = PAGE.read_text(encoding="utf-8")
-    assert page == renewed(page), f"renew it: {RENEW}"
+    assert page == rendered(page), f"run {COMMAND}"
 
 
-def test_the_page_says_all_that_help_says():
+def test_the_page_has_every_option_and_variable():
     page = PAGE.read_text(encoding="utf-8")
     for path, command in leaves(main):
         section = page.partition(f"\n## afterword {' '.join(path)}\n")[2].partition("\n## ")[0]

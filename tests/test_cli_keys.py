@@ -1,4 +1,4 @@
-"""`afterword keys` and `afterword usage` as a person meets them."""
+"""`afterword keys` and `afterword usage`: output and one-line errors."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ Command = Callable[..., Result]
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
+def key_file(tmp_path: Path) -> Path:
     return tmp_path / "data" / "afterword" / "keys.db"
 
 
 @pytest.fixture
-def afterword(place: Path) -> Command:
-    """Runs a command where the default place is a temporary one."""
-    home = {"XDG_DATA_HOME": str(place.parent.parent)}
+def afterword(key_file: Path) -> Command:
+    """Runs a command whose default key file is a temporary one."""
+    home = {"XDG_DATA_HOME": str(key_file.parent.parent)}
     return lambda *words, **env: CliRunner().invoke(main, words, env=home | env, prog_name="afterword")
 
 
 def refusal(result: Result) -> str:
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
-    assert result.stderr.count("\n") == 1, "one sentence"
+    assert result.stderr.count("\n") == 1, "one line"
     return result.stderr
 
 
-def test_create_prints_the_key_alone_so_that_scripts_can_take_it(afterword, place):
+def test_create_prints_only_the_key_to_standard_output(afterword, key_file):
     result = afterword("keys", "create")
     assert result.exit_code == 0, result.output
     assert re.fullmatch(r"aw_[0-9a-f]{8}_[A-Za-z0-9_-]{43}\n", result.stdout)
     assert "not shown again" in result.stderr
-    assert [key.id for key in KeyStore(place).all()] == [result.stdout.split("_")[1]]
+    assert [key.id for key in KeyStore(key_file).all()] == [result.stdout.split("_")[1]]
 
 
-def test_a_key_has_what_it_was_given(afterword):
+def test_a_key_has_the_given_limits(afterword):
     limits = ("--rpm", "60", "--tpm", "1000", "--concurrent", "2", "--quota", "5000")
     made = afterword("keys", "create", "--name", "alice", "--expires", "30d", *limits)
     (key,) = json.loads(afterword("keys", "list", "--json").stdout)
@@ -64,48 +64,48 @@ def test_the_list_shows_all_keys_and_never_their_text(afterword):
 
 
 @pytest.mark.parametrize("words", [("keys", "list"), ("keys", "revoke", "x"), ("usage",), ("serve", "--keys")])
-def test_without_any_key_it_says_how_to_make_one(afterword, place, words):
+def test_without_a_key_file_the_error_names_keys_create(afterword, key_file, words):
     assert "afterword keys create" in refusal(afterword(*words))
-    assert not place.exists()
+    assert not key_file.exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("create", "--expires", "soon"), "30d"),
         (("create", "--name", "a\nb"), "printable"),
         (("create", "--name", "x" * 65), "64"),
-        (("revoke", "nobody"), "keys list"),
+        (("revoke", "unknown"), "keys list"),
     ],
 )
-def test_bad_words_are_one_sentence(afterword, words, said):
+def test_invalid_arguments_are_one_line_errors(afterword, words, message):
     afterword("keys", "create")
-    assert said in refusal(afterword("keys", *words))
+    assert message in refusal(afterword("keys", *words))
 
 
 @pytest.mark.parametrize("words", [("keys", "create"), ("keys", "list"), ("usage",), ("serve", "--keys")])
-def test_a_file_that_others_can_read_is_refused_by_every_command(afterword, place, words):
+def test_a_file_that_others_can_read_is_refused_by_every_command(afterword, key_file, words):
     afterword("keys", "create")
-    place.chmod(0o644)
+    key_file.chmod(0o644)
     assert "chmod 600" in refusal(afterword(*words))
 
 
-def test_a_place_that_cannot_be_written_is_one_sentence(afterword, tmp_path):
+def test_a_path_that_cannot_be_written_is_a_one_line_error(afterword, tmp_path):
     (tmp_path / "file").write_text("")
     assert "cannot be used" in refusal(afterword("keys", "create", "--keys-file", str(tmp_path / "file" / "keys.db")))
 
 
-def test_the_place_can_be_named_for_one_command_or_for_all(afterword, place, tmp_path):
+def test_the_key_file_can_be_set_by_option_or_environment(afterword, key_file, tmp_path):
     other = tmp_path / "other.db"
     assert afterword("keys", "create", "--keys-file", str(other)).exit_code == 0
     assert afterword("keys", "create", AFTERWORD_KEYS_FILE=str(other)).exit_code == 0
     assert len(KeyStore(other).all()) == 2
-    assert not place.exists()
+    assert not key_file.exists()
 
 
-def test_usage_is_shown_by_key_user_and_day(afterword, place):
+def test_usage_is_shown_by_key_user_and_day(afterword, key_file):
     text = afterword("keys", "create", "--name", "alice's").stdout
-    store = KeyStore(place)
+    store = KeyStore(key_file)
     name, user = text.split("_")[1], store.pseudonym("bob")
     used = {
         UsageKey(name, user, "2026-01-01"): UsageCounts(1, 2000, 3, 4),
@@ -123,11 +123,11 @@ def test_usage_is_shown_by_key_user_and_day(afterword, place):
     assert "bob" not in afterword("usage", "--by", "user").stdout
 
 
-def test_nothing_used_is_no_error(afterword):
+def test_empty_usage_is_not_an_error(afterword):
     afterword("keys", "create")
     assert afterword("usage", "--json").stdout == "[]\n"
     assert afterword("usage").exit_code == 0
 
 
-def test_a_store_of_keys_is_enough_to_listen_beyond_this_machine(place):
-    assert Config(host="0.0.0.0", keys_file=place).requires_key
+def test_a_key_file_is_sufficient_for_a_public_host(key_file):
+    assert Config(host="0.0.0.0", keys_file=key_file).requires_key

@@ -1,4 +1,4 @@
-"""`afterword complete --url`: what a server says, as if the model ran here."""
+"""`afterword complete --url`: the same output as with a local model, and one-line errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def server(serve: Any) -> Iterator[Any]:
         yield server
 
 
-def test_a_server_says_what_the_model_says_here(server):
+def test_a_server_gives_the_same_text_as_a_local_model(server):
     here = afterword(*STORY)
     there = afterword(*STORY, "--url", server.url, "--api-key", server.key)
     assert there.exit_code == 0, there.output
@@ -39,14 +39,14 @@ def test_a_server_says_what_the_model_says_here(server):
     assert afterword(*gap, "--url", server.url, "--api-key", server.key).stdout == afterword(*gap).stdout
 
 
-def test_the_answer_comes_whole_as_json(server):
+def test_json_prints_the_whole_response(server):
     shown = afterword(*STORY, "--json", "--model", "afterword-tiny", "--url", server.url, "--api-key", server.key)
     answer = json.loads(shown.stdout)
     assert answer["choices"][0]["text"] + "\n" == afterword(*STORY).stdout
     assert answer["usage"]["completion_tokens"] == 12
 
 
-def test_what_a_server_refuses_is_one_sentence(server):
+def test_an_error_of_the_server_is_one_line(server):
     wrong = afterword(*STORY, "--url", server.url, "--api-key", "wrong")
     assert (wrong.exit_code, wrong.stdout) == (2, "")
     assert wrong.stderr.startswith("afterword: Incorrect API key provided")
@@ -54,19 +54,19 @@ def test_what_a_server_refuses_is_one_sentence(server):
     assert "The model `gpt` does not exist" in other.stderr
 
 
-def test_what_cannot_be_asked_is_one_sentence():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    nobody = afterword(*STORY, "--url", f"http://127.0.0.1:{port}")
-    assert (nobody.exit_code, nobody.stdout) == (1, "")
-    assert "cannot be asked" in nobody.stderr
-    assert nobody.stderr.count("\n") == 1
-    assert "write http://" in afterword(*STORY, "--url", "localhost:8000").stderr
+def test_an_unreachable_server_is_a_one_line_error():
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    result = afterword(*STORY, "--url", f"http://127.0.0.1:{port}")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "The request to http" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "Write http://" in afterword(*STORY, "--url", "localhost:8000").stderr
 
 
 @contextmanager
-def saying(status: int, body: bytes) -> Iterator[str]:
-    """A server of someone else's that always answers this."""
+def fixed_response(status: int, body: bytes) -> Iterator[str]:
+    """A server that sends the same response to every request."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -92,15 +92,15 @@ SEPARATORS = "\u2028\u2029\u0085\u000b\u000c\u001c\u001d\u001e"
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("text", [f"a{letter}b" for letter in SEPARATORS] + [SEPARATORS, "a\rb"], ids=ascii)
-def test_only_the_ends_of_lines_end_an_event(end, text):
-    told = json.dumps({"choices": [{"text": text}]}, ensure_ascii=False)
-    body = f": a comment{end}data: {told}{end}{end}data:{told}{end}{end}data: [DONE]{end}{end}".encode()
-    with saying(200, body) as url:
+def test_only_lf_and_cr_lf_end_an_event(end, text):
+    data = json.dumps({"choices": [{"text": text}]}, ensure_ascii=False)
+    body = f": a comment{end}data: {data}{end}{end}data:{data}{end}{end}data: [DONE]{end}{end}".encode()
+    with fixed_response(200, body) as url:
         result = afterword(*STORY, "--url", url)
     assert (result.exit_code, result.stdout_bytes.decode()) == (0, text * 2 + "\n")
 
 
-def test_events_are_whole_however_they_are_cut():
+def test_events_are_parsed_from_pieces_of_any_size():
     body = 'data: {"a":"\u2028é"}\r\n\r\ndata:1\n\nevent: x\ndata: broken off'.encode()
     for size in range(1, len(body)):
         parts = [body[at : at + size] for at in range(0, len(body), size)]
@@ -108,30 +108,30 @@ def test_events_are_whole_however_they_are_cut():
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "code", "said"),
+    ("status", "body", "code", "message"),
     [
-        (404, b"<html>", 2, "The server answered 404."),
+        (404, b"<html>", 2, "The server responded with status 404."),
         (500, b'{"error": {"message": "Broken."}}', 1, "afterword: Broken."),
-        (200, b'data: {"choices": [{"text": "a"}]}\n\n', 1, "broke off"),
+        (200, b'data: {"choices": [{"text": "a"}]}\n\n', 1, "ended before it was complete"),
         (
             200,
             b'data: {"choices": [{"text": "a"}]}\n\ndata: {"error": {"message": "Gone."}}\n\n',
             1,
             "afterword: Gone.",
         ),
-        (200, b"data: {\n\n", 1, "is no server of completions"),
-        (200, b"data: 7\n\n", 1, "is no server of completions"),
+        (200, b"data: {\n\n", 1, "is not a stream of completions"),
+        (200, b"data: 7\n\n", 1, "is not a stream of completions"),
     ],
 )
-def test_an_answer_that_is_none_is_one_sentence(status, body, code, said):
-    with saying(status, body) as url:
+def test_an_invalid_response_is_a_one_line_error(status, body, code, message):
+    with fixed_response(status, body) as url:
         result = afterword(*STORY, "--url", url)
     assert result.exit_code == code
-    assert said in result.stderr
+    assert message in result.stderr
     assert result.stderr.count("\n") == 1
 
 
-def test_options_that_would_do_nothing_are_refused():
-    assert "--threads is for a model that runs here" in afterword(*STORY, "--url", "http://a", "--threads", "1").stderr
-    assert "--api-key goes with --url" in afterword(*STORY, "--api-key", "a").stderr
+def test_options_without_effect_are_refused():
+    assert "--threads cannot be used with --url" in afterword(*STORY, "--url", "http://a", "--threads", "1").stderr
+    assert "--api-key cannot be used without --url" in afterword(*STORY, "--api-key", "a").stderr
     assert afterword(*STORY, OPENAI_API_KEY="a").exit_code == 0

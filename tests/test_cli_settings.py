@@ -1,4 +1,4 @@
-"""One rule of precedence for every option of every command, and one sentence for each error in a settings file."""
+"""Settings files and environment variables: precedence for every option, one-line errors, `afterword config`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPTIONS = [
 
 
 def afterword(*words: str, file: str | None = None, **environment: str) -> Result:
-    """The command line, with a settings file of this text."""
+    """Run a command with a settings file of this text."""
     with tempfile.TemporaryDirectory() as folder:
         if file is not None:
             path = Path(folder) / "settings.toml"
@@ -34,15 +34,15 @@ def afterword(*words: str, file: str | None = None, **environment: str) -> Resul
         return CliRunner().invoke(main, words, env=environment, prog_name="afterword")
 
 
-def refusal(*words: str, **how: Any) -> str:
-    result = afterword(*words, **how)
+def refusal(*words: str, **options: Any) -> str:
+    result = afterword(*words, **options)
     assert result.exit_code == 2, result.output
-    assert result.stderr.count("\n") == 1, "one sentence"
+    assert result.stderr.count("\n") == 1, "one line"
     return result.stderr
 
 
 def two_values(option: click.Option) -> tuple[Any, Any]:
-    """Two values that an option takes, as a file has them."""
+    """Two valid values of an option, as they are written in a settings file."""
     kind = option.type
     match kind:
         case click.types.BoolParamType():
@@ -66,7 +66,7 @@ def received(
     file: str = "",
     **environment: str,
 ) -> Any:
-    """What the command gets for an option."""
+    """Run a command and return the value that it receives for an option."""
     seen: dict[str, Any] = {}
     before, command.callback = command.callback, lambda **values: seen.update(values)
     try:
@@ -80,7 +80,7 @@ def received(
 
 
 @pytest.mark.parametrize(("path", "command", "option"), OPTIONS)
-def test_the_command_line_comes_before_the_environment_before_the_file_before_the_default(path, command, option):
+def test_precedence_is_command_line_environment_file_default(path, command, option):
     first, second = two_values(option)
     name = settings.name(option)
     variable = f"afterword_{'_'.join(path)}_{name}".replace("-", "_").upper()
@@ -100,17 +100,19 @@ def test_the_command_line_comes_before_the_environment_before_the_file_before_th
     assert received(path, command, option, file=in_file(first), **{variable: str(second)}) == expected(second)
     environment = {variable: str(second)}
     assert received(path, command, option, *typed(first), file=in_file(second), **environment) == expected(first)
-    assert received(path, command, option, **{variable: ""}) == received(path, command, option)  # an empty one is none
+    assert received(path, command, option, **{variable: ""}) == received(
+        path, command, option
+    )  # an empty variable is ignored
 
 
-def test_every_command_with_options_is_walked():
+def test_the_options_of_every_command_are_tested():
     names = {" ".join(each.values[0]) for each in OPTIONS}
     assert {"serve", "complete", "keys create", "usage"} <= names
     assert len(OPTIONS) > 50
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("[serv]\n", "[serv]: there is no such command; did you mean serve?"),
         ("[serve]\nprot = 1\n", "[serve] prot: there is no such setting; did you mean port?"),
@@ -128,23 +130,23 @@ def test_every_command_with_options_is_walked():
         ("[serve]\nkv-type = 'f64'\n", "[serve] kv-type: 'f64' is not one of"),
         ("[serve.more]\nport = 1\n", "[serve] more: there is no such setting"),
         ("port = 1\n", "[port]: there is no such command"),
-        ("serve = 1\n", "serve: a command's settings are a table"),
+        ("serve = 1\n", "serve: expected a table with the settings of a command"),
         ("[keys]\nname = 'x'\n", "[keys] [name]: there is no such command"),
         ("[keys.create]\nname = 1\n", "[keys] [create] name: expected a string"),
-        ("[serve\n", "is not TOML"),
+        ("[serve\n", "is not valid TOML"),
     ],
 )
-def test_a_mistake_is_named_with_its_place_also_in_another_commands_table(text, said):
+def test_errors_in_a_settings_file_name_file_table_and_option(text, message):
     for command in (["serve", "--print-limits"], ["usage"]):
-        told = refusal(*command, file=text)
-        assert said in told
-        assert "settings.toml" in told
+        printed = refusal(*command, file=text)
+        assert message in printed
+        assert "settings.toml" in printed
 
 
-def test_a_file_that_is_named_must_be_there(tmp_path):
+def test_a_named_settings_file_must_exist(tmp_path):
     missing = tmp_path / "none.toml"
     assert f"{missing} cannot be read: No such file" in refusal("serve", "--config", str(missing), "--print-limits")
-    assert "is not TOML" in refusal("serve", "--config", str(_bytes(tmp_path, b"\xff")), "--print-limits")
+    assert "is not valid TOML" in refusal("serve", "--config", str(_bytes(tmp_path, b"\xff")), "--print-limits")
 
 
 def _bytes(folder: Path, data: bytes) -> Path:
@@ -153,7 +155,7 @@ def _bytes(folder: Path, data: bytes) -> Path:
     return path
 
 
-def test_the_users_own_file_is_found_and_one_that_lies_around_is_not(tmp_path, monkeypatch):
+def test_only_the_users_settings_file_is_read_by_default(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("afterword.toml", "config.toml"):
         (tmp_path / name).write_text("[serve]\nmax-stop = 7\n", encoding="utf-8")
@@ -171,25 +173,25 @@ def test_the_users_own_file_is_found_and_one_that_lies_around_is_not(tmp_path, m
     assert found.stderr == f"Settings from {own}.\n"
 
     other = runner.invoke(main, ["models"], env={"XDG_CONFIG_HOME": str(tmp_path / "home")})
-    assert "Settings" not in other.stderr, "nothing in it is for this command"
+    assert "Settings" not in other.stderr, "the file has no table for this command"
 
 
-def test_a_folder_that_cannot_be_looked_into_has_no_file():
+def test_an_unreadable_settings_folder_is_ignored():
     assert afterword("serve", "--print-limits", XDG_CONFIG_HOME="x" * 5000).exit_code == 0
 
 
-def test_a_key_in_a_file_that_everyone_can_read_is_refused(tmp_path):
+def test_an_api_key_in_a_world_readable_settings_file_is_refused(tmp_path):
     path = tmp_path / "config.toml"
     path.write_text("[serve]\napi-key = ['secret-0123456789']\n", encoding="utf-8")
     path.chmod(0o644)
-    told = refusal("serve", "--config", str(path), "--print-limits")
-    assert f"chmod o-r {path}" in told
-    assert "secret" not in told
+    printed = refusal("serve", "--config", str(path), "--print-limits")
+    assert f"chmod o-r {path}" in printed
+    assert "secret" not in printed
     path.chmod(0o640)
     assert afterword("serve", "--config", str(path), "--print-limits").exit_code == 0
 
 
-def test_a_home_is_meant_by_a_tilde_in_a_path():
+def test_a_tilde_in_a_path_is_expanded():
     shown = afterword("config", "serve", file="[serve]\nlog = '~/lines'\n").stdout
     assert tomllib.loads(shown)["serve"]["log"] == os.path.expanduser("~/lines")
 
@@ -197,13 +199,13 @@ def test_a_home_is_meant_by_a_tilde_in_a_path():
 # ---- afterword config
 
 
-def config(*words: str, **how: Any) -> dict[str, Any]:
-    result = afterword("config", "--json", *words, **how)
+def config(*words: str, **options: Any) -> dict[str, Any]:
+    result = afterword("config", "--json", *words, **options)
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 
 
-def test_config_says_where_each_setting_comes_from():
+def test_config_shows_the_source_of_each_setting():
     settings = config(
         *("serve", "--port", "9000"), file="[serve]\nport = 1\nhost = '::1'\ngrace = 3\n", AFTERWORD_SERVE_GRACE="4"
     )["serve"]
@@ -215,11 +217,11 @@ def test_config_says_where_each_setting_comes_from():
 
 
 @pytest.mark.parametrize(("path", "command", "option"), OPTIONS)
-def test_config_knows_every_setting(path, command, option):
+def test_config_shows_every_setting(path, command, option):
     assert settings.name(option) in config(*path)[" ".join(path)]
 
 
-def test_config_runs_nothing_and_asks_for_no_argument(monkeypatch):
+def test_config_runs_no_command_and_needs_no_arguments(monkeypatch):
     for path, command in leaves(main):
         if path != ("config",):
             monkeypatch.setattr(command, "callback", lambda **_: pytest.fail("it ran"))
@@ -228,7 +230,7 @@ def test_config_runs_nothing_and_asks_for_no_argument(monkeypatch):
     assert config("keys") == {name: settings for name, settings in everything.items() if name.startswith("keys ")}
 
 
-def test_what_config_prints_is_a_settings_file_that_says_the_same():
+def test_the_output_of_config_is_an_equivalent_settings_file():
     file = """
         [serve]
         host = "::1"
@@ -240,7 +242,7 @@ def test_what_config_prints_is_a_settings_file_that_says_the_same():
         name = "Ä"
     """
     printed = afterword("config", file=file).stdout
-    assert without_empty(tomllib.loads(printed)) == tomllib.loads(file), "and nothing that is only a default"
+    assert without_empty(tomllib.loads(printed)) == tomllib.loads(file), "defaults are comments"
     assert values(config(file=printed)) == values(config(file=file))
     assert "# max-queue = 4096" in printed
 
@@ -254,7 +256,7 @@ def values(commands: dict[str, Any]) -> dict[str, Any]:
     return {command: {name: each["value"] for name, each in found.items()} for command, found in commands.items()}
 
 
-def test_config_takes_a_file_of_its_own(tmp_path):
+def test_config_accepts_its_own_settings_file(tmp_path):
     path = tmp_path / "one.toml"
     path.write_text("[serve]\nport = 9000\n", encoding="utf-8")
     assert config("--config", str(path), "serve")["serve"]["port"]["place"] == str(path)
@@ -269,7 +271,7 @@ def test_config_shows_no_key():
     assert "# api-key = " in result.stdout
 
 
-def test_config_of_what_is_wrong_is_an_error():
+def test_config_of_an_invalid_command_line_is_an_error():
     assert "No such command 'serv'" in afterword("config", "serv").stderr
     assert "No such option" in afterword("config", "serve", "--prot", "1").stderr
     assert afterword("config", "serve", "--port", "x").exit_code == 2

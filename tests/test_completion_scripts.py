@@ -1,4 +1,4 @@
-"""Shell completion: the candidates that are printed for each shell, and real shells that use them."""
+"""Shell completion: the protocol between script and program, and the scripts in real shells."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BIN = Path(sys.executable).parent
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """A Hub's cache with one model, and an empty folder to be in."""
+    """A Hub cache with one model. The current folder is another one, which is empty."""
     snapshot = tmp_path / "hub" / "models--owner--repo" / "snapshots" / "1"
     snapshot.mkdir(parents=True)
     (snapshot / "repo-Q8_0.gguf").write_bytes(b"GGUF")
@@ -31,12 +31,12 @@ def cache(tmp_path, monkeypatch):
 
 
 def completed(line: str) -> list[str]:
-    """The candidates for bash, for a line with the cursor at its end: kind and value."""
-    told = CliRunner().invoke(
+    """The completions of a line with the cursor at its end, as bash receives them: kind and value."""
+    result = CliRunner().invoke(
         main, [], prog_name="afterword", env={"_AFTERWORD_COMPLETE": "bash_complete", "COMP_WORDS": line}
     )
-    assert told.exit_code == 0, told.output
-    return told.stdout.splitlines()
+    assert result.exit_code == 0, result.output
+    return result.stdout.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -56,11 +56,11 @@ def completed(line: str) -> list[str]:
         ("afterword complete 'an open quote --", [""]),
     ],
 )
-def test_what_can_follow_is_told(line, expected, cache):
+def test_completions_of_a_line(line, expected, cache):
     assert completed(line) == expected
 
 
-def test_model_files_are_told_and_others_left_to_the_shell(cache):
+def test_gguf_files_are_completed_and_other_files_left_to_the_shell(cache):
     (cache / "folder").mkdir()
     for name in ("mine.gguf", "notes.txt", "folder/Other.GGUF"):
         (cache / name).touch()
@@ -70,7 +70,7 @@ def test_model_files_are_told_and_others_left_to_the_shell(cache):
     assert completed("afterword serve nowhere/") == ["file,nowhere/"]
 
 
-def test_a_cache_that_cannot_be_read_is_no_reason_for_a_message(cache, monkeypatch):
+def test_an_unreadable_cache_is_ignored(cache, monkeypatch):
     def broken() -> None:
         raise OSError
 
@@ -78,14 +78,14 @@ def test_a_cache_that_cannot_be_read_is_no_reason_for_a_message(cache, monkeypat
     assert completed("afterword serve x") == ["file,x"]
 
 
-def test_completion_starts_without_what_only_running_needs(cache):
+def test_completion_does_not_import_heavy_modules(cache):
     heavy = {"asyncio", "huggingface_hub", "llama_cpp", "msgspec", "numpy", "psutil", "sqlite3", "starlette"}
     code = "import sys\nfrom afterword.cli import main\ntry: main([], 'afterword')\nfinally: print(*sys.modules)"
     environment = os.environ | {"_AFTERWORD_COMPLETE": "bash_complete", "COMP_WORDS": "afterword serve "}
     command = [sys.executable, "-c", code]
-    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    *told, modules = said.splitlines()
-    assert told[0] == "plain,afterword-tiny"
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    *completions, modules = output.splitlines()
+    assert completions[0] == "plain,afterword-tiny"
     assert not heavy & set(modules.split())
 
 
@@ -94,7 +94,7 @@ def test_completion_starts_without_what_only_running_needs(cache):
 
 @pytest.fixture(params=SHELLS)
 def shell(request, tmp_path):
-    """A shell and our script for it."""
+    """A shell and the completion script for it."""
     path = shutil.which(request.param)
     if path is None:
         pytest.skip(f"{request.param} is not installed")
@@ -110,19 +110,19 @@ def run(*words: str, **environment: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_scripts_are_sound(shell):
+def test_scripts_have_valid_syntax(shell):
     path, script = shell
     assert run(path, "-n", str(script)) == []
 
 
 def in_bash(script: Path, line: str) -> list[str]:
-    """What bash would put in place of the word at the end of a line, as it cuts words."""
+    """The texts with which bash would replace the last word of a line, by its own rules for words."""
     code = '. "$1"; COMP_LINE=$2 COMP_POINT=${#2}; _afterword_completion afterword; printf "%s\\n" "${COMPREPLY[@]}"'
     return run("bash", "--norc", "-c", code, "bash", str(script), line, COMP_WORDBREAKS=" \t\n\"'@><=;|&(:")
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
-def test_bash_completes_also_after_colons_and_equals_signs(cache, tmp_path):
+def test_bash_completes_after_colons_and_equals_signs(cache, tmp_path):
     script = tmp_path / "script"
     script.write_text(CliRunner().invoke(main, ["completion", "bash"]).stdout, encoding="utf-8")
     assert in_bash(script, "afterword serve --kv-type=e") == ["exact"]
@@ -134,7 +134,7 @@ def test_bash_completes_also_after_colons_and_equals_signs(cache, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
-def test_fish_completes_with_whole_descriptions(cache, tmp_path):
+def test_fish_shows_whole_descriptions(cache, tmp_path):
     script = tmp_path / "script"
     script.write_text(CliRunner().invoke(main, ["completion", "fish"]).stdout, encoding="utf-8")
     shown = run("fish", "--no-config", "-c", f"source {script}; complete -C 'afterword serve --gpu'")

@@ -1,10 +1,10 @@
-"""Rows, and servers that answer them without a model."""
+"""Helpers for the tests of batches: input lines, and servers that answer without a model."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +18,30 @@ LONGEST = 10_000
 
 
 def wrapped(name: object, **body: Any) -> bytes:
-    """A line in OpenAI's form."""
+    """An input line in OpenAI's batch form."""
     return json.dumps({"custom_id": name, "method": "POST", "url": "/v1/completions", "body": body}).encode()
 
 
 def bare(**body: Any) -> bytes:
-    """A line that is a request."""
+    """An input line with the body of a request alone."""
     return json.dumps(body).encode()
 
 
 def completion(request: Json, **more: Any) -> ServerReply:
-    """What a server could answer, with things in it that differ each time."""
+    """A server's reply whose id, time and cached tokens differ from call to call."""
     usage = {"prompt_tokens": 3, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": id(request) % 3}}
     body = {"id": f"cmpl-{id(request)}", "created": id(request), "choices": [{"text": request}], "usage": usage}
     return ServerReply(200, json.dumps(body | more).encode())
 
 
 def answering(choose: Callable[[Json], ServerReply] = completion) -> SendRequest:
-    """A server."""
+    """A client of a server whose replies `choose` makes."""
 
-    async def ask(_: str, __: str, body: bytes) -> ServerReply:
+    async def send(_: str, __: str, body: bytes) -> ServerReply:
         await asyncio.sleep(0)
         return choose(json.loads(body))
 
-    return ask
+    return send
 
 
 def write(path: Path, *lines: bytes) -> Path:
@@ -49,28 +49,20 @@ def write(path: Path, *lines: bytes) -> Path:
     return path
 
 
-def begun(source: Path, place: Path) -> Journal:
-    """A journal of a job over a file."""
-    journal = Journal(place)
+def open_journal(source: Path, path: Path) -> Journal:
+    """Open the journal of a job; a new one gets the lines of `source`."""
+    journal = Journal(path)
     if not journal.facts:
         journal.scan(source, LONGEST, {})
     return journal
 
 
-def run(source: Path, journal: Journal, ask: SendRequest, at_once: int = 3, **how: Any) -> Progress:
-    """Do the job, or what is left of it."""
+def run(source: Path, journal: Journal, send: SendRequest, at_once: int = 3, **options: Any) -> Progress:
+    """Run a job to its end."""
     progress = Progress(int(journal.facts["rows"]), journal.counts())
-    asyncio.run(BatchJob(source, journal, CREATED, LONGEST, at_once).run(ask, progress, **how))
+    asyncio.run(BatchJob(source, journal, CREATED, LONGEST, at_once).run(send, progress, **options))
     return progress
 
 
 def output(journal: Journal) -> list[Json]:
     return [json.loads(text) for _, text in journal.lines()]
-
-
-def seconds() -> Iterator[float]:
-    """A clock that goes on by itself."""
-    now = float(CREATED)
-    while True:
-        yield now
-        now += 1

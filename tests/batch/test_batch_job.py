@@ -1,4 +1,4 @@
-"""A job: it ends the same whenever it is stopped, asks as it should, and keeps little in memory."""
+"""Batch jobs and journals: order, retries, stops and continuation give the same output."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from batch_rows import CREATED, LONGEST, answering, bare, begun, completion, output, run, wrapped, write
+from batch_rows import CREATED, LONGEST, answering, bare, completion, open_journal, output, run, wrapped, write
 
 from afterword.batch import batch_job as jobs
 from afterword.batch.batch_job import BatchJob, Progress
@@ -20,7 +20,7 @@ from afterword.batch.journal import Journal
 from afterword.batch.output_lines import OutputLine, ServerReply, success_line
 from afterword.errors import BatchStopped, SettingError
 
-BUSY, BROKEN, HOPELESS = (
+BUSY, BROKEN, NOT_RETRIED = (
     ServerReply(503, b"{}", retry=2.0),
     ServerReply(500, b"{}", attempted=True),
     ServerReply(500, b"{}"),
@@ -29,7 +29,7 @@ LINES = [bare(prompt="a"), wrapped("x", prompt="b", seed=1), b"{no", b"", wrappe
 
 
 @pytest.fixture(autouse=True)
-def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "_PAUSE", 0)
 
 
@@ -40,19 +40,18 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def journal(source: Path, tmp_path: Path) -> Journal:
-    return begun(source, tmp_path / "journal")
+    return open_journal(source, tmp_path / "journal")
 
 
-def whole(source: Path, place: Path) -> bytes:
-    """The output of an unbroken run."""
-    journal = begun(source, place)
+def uninterrupted_output(source: Path, path: Path) -> bytes:
+    journal = open_journal(source, path)
     run(source, journal, answering())
-    journal.write(place.with_name("whole"))
+    journal.write(path.with_name("uninterrupted"))
     journal.remove()
-    return place.with_name("whole").read_bytes()
+    return path.with_name("uninterrupted").read_bytes()
 
 
-def test_every_row_has_one_answer_in_the_order_of_the_input(source, journal):
+def test_every_line_has_one_answer_in_the_order_of_the_input(source, journal):
     progress = run(source, journal, answering())
     lines = output(journal)
     assert [line["custom_id"] for line in lines] == ["row-1", "x", None, "x", "row-6"]
@@ -67,92 +66,92 @@ def test_every_row_has_one_answer_in_the_order_of_the_input(source, journal):
     assert progress.done == journal.counts()
 
 
-def test_rows_are_asked_by_the_beginnings_of_their_prompts(tmp_path):
+def test_requests_are_sent_in_the_order_of_their_prompts(tmp_path):
     prompts = ["b2", "a1", "b1", "a2"]
     source = write(tmp_path / "in", *(bare(prompt=prompt) for prompt in prompts))
-    asked: list[str] = []
+    sent: list[str] = []
 
     def note(request):
-        asked.append(request["prompt"])
+        sent.append(request["prompt"])
         return completion(request)
 
-    run(source, begun(source, tmp_path / "journal"), answering(note), at_once=1)
-    assert asked == sorted(prompts)
+    run(source, open_journal(source, tmp_path / "journal"), answering(note), at_once=1)
+    assert sent == sorted(prompts)
 
 
-def test_no_more_are_asked_at_once_than_is_said(source, tmp_path):
+def test_concurrency_limits_the_requests_sent_at_the_same_time(source, tmp_path):
     source = write(tmp_path / "many", *(bare(prompt=str(number)) for number in range(40)))
     five = asyncio.Barrier(5)
     now = most = 0
 
-    async def ask(*_: object) -> ServerReply:
+    async def send(*_: object) -> ServerReply:
         nonlocal now, most
         now += 1
         most = max(most, now)
         async with asyncio.timeout(30):
-            await five.wait()  # so that no round ends before it is whole, however slow the machine
+            await five.wait()  # all five requests are sent before one is answered, on a slow machine too
         now -= 1
         return completion({})
 
-    run(source, begun(source, tmp_path / "journal"), ask, at_once=5)
+    run(source, open_journal(source, tmp_path / "journal"), send, at_once=5)
     assert most == 5
 
 
 @pytest.mark.parametrize("done", [set(), {1}, {2}, {6}, {1, 2}, {1, 6}, {2, 6}, {1, 2, 6}], ids=str)
-def test_whatever_was_done_before_the_end_is_the_same(source, tmp_path, done):
-    want = whole(source, tmp_path / "unbroken")
-    journal = begun(source, tmp_path / "broken")
+def test_output_does_not_depend_on_what_an_earlier_run_answered(source, tmp_path, done):
+    expected = uninterrupted_output(source, tmp_path / "first.journal")
+    journal = open_journal(source, tmp_path / "second.journal")
     with source.open("rb") as file:
         rows = [row for line in read_lines(file, LONGEST) if isinstance(row := read_row(line), BatchRequest)]
     journal.add(
         [success_line(row, completion(json.loads(row.request_body)), CREATED) for row in rows if row.line in done]
     )
     journal.close()
-    journal = begun(source, tmp_path / "broken")
-    asked: Counter[str] = Counter()
+    journal = open_journal(source, tmp_path / "second.journal")
+    sent: Counter[str] = Counter()
 
     def note(request):
-        asked[request["prompt"]] += 1
+        sent[request["prompt"]] += 1
         return completion(request)
 
     run(source, journal, answering(note), at_once=2)
     journal.write(tmp_path / "out")
     journal.remove()
-    assert (tmp_path / "out").read_bytes() == want
-    assert set(asked.values()) <= {1}
-    assert len(asked) == 3 - len(done)
+    assert (tmp_path / "out").read_bytes() == expected
+    assert set(sent.values()) <= {1}
+    assert len(sent) == 3 - len(done)
 
 
 @pytest.mark.parametrize("after", range(12))
-def test_stopped_at_any_moment_it_goes_on(tmp_path, after):
+def test_a_job_cancelled_at_any_request_can_be_continued(tmp_path, after):
     source = write(tmp_path / "in", *(bare(prompt=str(number)) for number in range(8)))
-    want = whole(source, tmp_path / "unbroken")
-    journal = begun(source, tmp_path / "broken")
-    asked = 0
+    expected = uninterrupted_output(source, tmp_path / "first.journal")
+    journal = open_journal(source, tmp_path / "second.journal")
+    sent = 0
 
-    async def broken() -> None:
-        async def ask(_: str, __: str, body: bytes) -> ServerReply:
-            nonlocal asked
-            asked += 1
-            if asked > after:
+    async def run_until_cancelled() -> None:
+        async def send(_: str, __: str, body: bytes) -> ServerReply:
+            nonlocal sent
+            sent += 1
+            if sent > after:
                 task.cancel()
             await asyncio.sleep(0)
             return completion(json.loads(body))
 
         task = asyncio.create_task(
-            BatchJob(source, journal, CREATED, LONGEST, 2).run(ask, Progress(8, journal.counts()))
+            BatchJob(source, journal, CREATED, LONGEST, 2).run(send, Progress(8, journal.counts()))
         )
         await asyncio.gather(task, return_exceptions=True)
 
-    asyncio.run(broken())
+    asyncio.run(run_until_cancelled())
     run(source, journal, answering())
     journal.write(tmp_path / "out")
-    assert (tmp_path / "out").read_bytes() == want
+    assert (tmp_path / "out").read_bytes() == expected
 
 
-def test_what_was_answered_is_kept_when_it_is_stopped(tmp_path):
+def test_answers_before_a_stop_are_in_the_journal(tmp_path):
     source = write(tmp_path / "in", *(bare(prompt=str(number)) for number in range(8)))
-    journal = begun(source, tmp_path / "journal")
+    journal = open_journal(source, tmp_path / "journal")
 
     def choose(request):
         if request["prompt"] == "5":
@@ -164,10 +163,10 @@ def test_what_was_answered_is_kept_when_it_is_stopped(tmp_path):
     assert journal.counts().succeeded == 5
 
 
-# ---- servers that cannot
+# ---- servers that are busy or fail
 
 
-def asking_again(replies: list[ServerReply], tmp_path: Path) -> tuple[list[float], Progress, Journal]:
+def run_with_replies(replies: list[ServerReply], tmp_path: Path) -> tuple[list[float], Progress, Journal]:
     source = write(tmp_path / "in", bare(prompt="a"))
     left = iter(replies)
     waits: list[float] = []
@@ -175,35 +174,35 @@ def asking_again(replies: list[ServerReply], tmp_path: Path) -> tuple[list[float
     async def sleep(seconds: float) -> None:
         waits.append(seconds)
 
-    journal = begun(source, tmp_path / "journal")
-    progress = run(source, journal, answering(lambda _: next(left)), chance=lambda: 0.0, sleep=sleep)
+    journal = open_journal(source, tmp_path / "journal")
+    progress = run(source, journal, answering(lambda _: next(left)), random_number=lambda: 0.0, sleep=sleep)
     assert next(left, None) is None
     return waits, progress, journal
 
 
-def test_who_is_told_to_wait_waits_and_asks_until_there_is_an_answer(tmp_path):
-    waits, progress, _ = asking_again([BUSY] * 20 + [completion({})], tmp_path)
+def test_a_busy_server_is_retried_with_backoff_until_it_answers(tmp_path):
+    waits, progress, _ = run_with_replies([BUSY] * 20 + [completion({})], tmp_path)
     assert progress.done.succeeded == 1
     assert min(waits) == 2.0
     assert max(waits) == 30.0
     assert waits == sorted(waits)
 
 
-def test_a_server_that_is_not_there_is_waited_for(tmp_path):
-    _, progress, _ = asking_again([ServerReply(0, b"", retry=True)] * 9 + [completion({})], tmp_path)
+def test_an_unreachable_server_is_retried_until_it_answers(tmp_path):
+    _, progress, _ = run_with_replies([ServerReply(0, b"", retry=True)] * 9 + [completion({})], tmp_path)
     assert progress.done.succeeded == 1
     assert not progress.waiting_for
 
 
-def test_a_failing_server_is_asked_some_times_and_then_its_error_is_the_answer(tmp_path):
-    waits, progress, journal = asking_again([BROKEN] * 6, tmp_path)
+def test_a_failing_server_is_tried_six_times_then_its_error_is_the_answer(tmp_path):
+    waits, progress, journal = run_with_replies([BROKEN] * 6, tmp_path)
     assert len(waits) == 5
     assert progress.done.failed == 1
     assert output(journal)[0]["response"]["status_code"] == 500
 
 
-def test_what_is_not_worth_another_try_is_not_tried(tmp_path):
-    waits, progress, _ = asking_again([HOPELESS], tmp_path)
+def test_an_error_that_must_not_be_retried_is_the_answer_at_once(tmp_path):
+    waits, progress, _ = run_with_replies([NOT_RETRIED], tmp_path)
     assert (waits, progress.done.failed) == ([], 1)
 
 
@@ -217,24 +216,24 @@ def test_a_second_process_is_refused(journal):
     Journal(journal.path).close()
 
 
-def test_a_file_that_is_no_journal_is_refused(tmp_path):
-    place = tmp_path / "journal"
-    place.write_bytes(b"something else, and long enough to be read as a database" * 40)
-    with pytest.raises(SettingError, match="is no journal"):
-        Journal(place)
+def test_a_file_that_is_not_a_journal_is_refused(tmp_path):
+    path = tmp_path / "journal"
+    path.write_bytes(b"another file, and long enough to be read as a database" * 40)
+    with pytest.raises(SettingError, match="is not a journal"):
+        Journal(path)
 
 
-def test_answers_are_kept_all_or_none(journal, source):
+def test_answers_are_written_in_one_transaction(journal, source):
     with source.open("rb") as file:
         row = read_row(next(read_lines(file, LONGEST)))
     assert isinstance(row, BatchRequest)
     answer = success_line(row, completion({}), CREATED)
     with pytest.raises(BatchStopped):
         journal.add([answer, answer])
-    assert journal.done(1, 9) == {3, 5}  # the faulty ones alone
+    assert journal.done(1, 9) == {3, 5}  # the faulty lines
 
 
-def test_a_scan_stops_where_it_is_told(tmp_path):
+def test_a_scan_stops_at_its_limits(tmp_path):
     source = write(tmp_path / "in", *[b"{no"] * 50)
     journal = Journal(tmp_path / "a")
     journal.scan(source, LONGEST, {}, most_faults=7)
@@ -244,25 +243,25 @@ def test_a_scan_stops_where_it_is_told(tmp_path):
     assert journal.facts["rows"] == "10"
 
 
-def test_many_rows_are_looked_at_a_window_at_a_time(tmp_path, monkeypatch):
+def test_requests_are_sorted_within_windows(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "WINDOW", 4)
     source = write(tmp_path / "in", *(bare(prompt=f"{9 - number}") for number in range(10)))
-    asked: list[str] = []
+    sent: list[str] = []
 
     def note(request):
-        asked.append(request["prompt"])
+        sent.append(request["prompt"])
         return completion(request)
 
-    run(source, begun(source, tmp_path / "journal"), answering(note), at_once=1)
-    assert asked == ["6", "7", "8", "9", "2", "3", "4", "5", "0", "1"]
+    run(source, open_journal(source, tmp_path / "journal"), answering(note), at_once=1)
+    assert sent == ["6", "7", "8", "9", "2", "3", "4", "5", "0", "1"]
 
 
-# ---- answers that cannot be kept
+# ---- answers that are too large
 
 
 @pytest.mark.parametrize("size", [10_000, 100_000, 1_000_000])
-def test_an_answer_that_sqlite_cannot_keep_is_an_error_of_its_row(source, tmp_path, size):
-    journal = begun(source, tmp_path / "journal")
+def test_an_answer_too_large_for_sqlite_becomes_an_error_of_its_line(source, tmp_path, size):
+    journal = open_journal(source, tmp_path / "journal")
     journal._db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, size)
 
     def choose(request: dict[str, Any]) -> ServerReply:
@@ -276,16 +275,16 @@ def test_an_answer_that_sqlite_cannot_keep_is_an_error_of_its_row(source, tmp_pa
     assert str(journal.longest) in errors[0]["message"]
 
 
-def test_the_largest_answer_that_is_announced_can_be_kept(source, journal):
+def test_an_answer_of_the_maximum_size_can_be_stored(source, journal):
     journal._db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 50_000)
     journal.add([OutputLine(99, True, b"x" * journal.longest)])
     assert journal.size() >= journal.longest
 
 
-def test_a_journal_is_its_owners_and_the_output_as_the_umask_says(source, tmp_path):
+def test_the_journal_has_mode_0600_and_the_output_follows_the_umask(source, tmp_path):
     before = os.umask(0o022)
     try:
-        journal = begun(source, tmp_path / "journal")
+        journal = open_journal(source, tmp_path / "journal")
         journal.write(tmp_path / "out")
         journal.write(tmp_path / "private", private=True)
     finally:

@@ -1,4 +1,4 @@
-"""Lines to requests: every line that is not blank is one, or says what is wrong with it."""
+"""Parsing of input lines: every line that is not blank is a request or an error with a message."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def read(text: bytes) -> list[BatchRequest | InvalidLine]:
 
 
 @pytest.mark.parametrize(("line", "name", "code"), WRONG, ids=[f"{code}-{n}" for n, (_, _, code) in enumerate(WRONG)])
-def test_a_line_that_is_no_request_says_what_is_wrong_with_which_line(line, name, code):
+def test_an_invalid_line_has_a_code_and_a_message_with_its_number(line, name, code):
     fault = read(b"\n" + line + b"\n")[0]
     assert isinstance(fault, InvalidLine)
     assert (fault.line, fault.custom_id, fault.code) == (2, name, code)
     assert fault.message.startswith("Line 2 ")
 
 
-def test_both_forms_are_requests_and_blank_lines_are_none():
+def test_both_forms_are_parsed_and_blank_lines_are_skipped():
     text = b"\xef\xbb\xbf" + bare(prompt="a") + b"\r\n\n  \n" + wrapped("b", prompt="c") + b"\n" + bare()
     rows = read(text)
     assert [(row.line, row.custom_id, row.body) for row in rows] == [
@@ -55,26 +55,26 @@ def test_both_forms_are_requests_and_blank_lines_are_none():
     ]
 
 
-def test_a_seed_comes_from_the_row_unless_it_has_one():
+def test_a_request_without_seed_gets_one_from_its_line():
     first, same, other, own, null = read(
         b"\n".join([bare(prompt="a"), bare(prompt="a"), bare(prompt="b"), bare(seed=7), bare(seed=None)])
     )
-    assert len({first.seed, same.seed, other.seed}) == 3  # by line, too
+    assert len({first.seed, same.seed, other.seed}) == 3  # equal content in another line has another seed
     assert json.loads(first.request_body) == {"prompt": "a", "seed": first.seed}
     assert read(bare(prompt="a"))[0].seed == first.seed
     assert json.loads(own.request_body)["seed"] == 7
     assert json.loads(null.request_body)["seed"] == null.seed
 
 
-def test_prompts_that_begin_alike_are_neighbours():
+def test_sorting_puts_prompts_with_a_common_prefix_together():
     prompts = ["sea one", "land", "sea two", [1, 2, 3], "land two", [9], [1, 2, 4], None]
     ordered = sorted(read(b"\n".join(bare(prompt=prompt) for prompt in prompts)), key=lambda row: row.sort_key)
-    places = {str(row.body["prompt"]): place for place, row in enumerate(ordered)}
+    positions = {str(row.body["prompt"]): position for position, row in enumerate(ordered)}
     for one, other in (("sea one", "sea two"), ("land", "land two"), ("[1, 2, 3]", "[1, 2, 4]")):
-        assert abs(places[one] - places[other]) == 1
+        assert abs(positions[one] - positions[other]) == 1
 
 
-def test_a_line_of_any_length_costs_no_more_than_the_longest():
+def test_memory_does_not_grow_with_the_length_of_a_line():
     class Endless(io.RawIOBase):
         left = 64 * 2**20
 
@@ -107,7 +107,7 @@ LINES = st.lists(
 
 
 @given(LINES, st.sampled_from([b"\n", b"\r\n"]), st.booleans())
-def test_every_line_that_is_not_blank_is_told_of_once(lines, end, last):
+def test_every_line_that_is_not_blank_is_read_once(lines, end, last):
     text = end.join(lines) + (end if last else b"")
     rows = read(text)
     plain = text.removeprefix(b"\xef\xbb\xbf").split(b"\n")
@@ -116,7 +116,7 @@ def test_every_line_that_is_not_blank_is_told_of_once(lines, end, last):
 
 
 @given(st.binary(max_size=200))
-def test_no_bytes_are_too_much(text):
+def test_any_bytes_are_parsed_without_an_exception(text):
     for row in read(text):
         assert isinstance(row, BatchRequest | InvalidLine)
 
@@ -130,7 +130,7 @@ def test_no_bytes_are_too_much(text):
     ],
     ids=["surrogate", "arrays", "strings"],
 )
-def test_a_line_that_is_not_built_says_why(line, reason):
+def test_a_line_over_the_limits_of_json_values_says_why(line, reason):
     (fault,) = (read_row(each) for each in read_lines(io.BytesIO(line), 2**20))
     assert isinstance(fault, InvalidLine)
     assert fault.code == "invalid_json_line"

@@ -56,12 +56,6 @@ def _scope(method: str, path: str) -> dict[str, Any]:
 
 
 def _make_reply(said: list[Message]) -> ServerReply:
-    """What an answer is worth, told apart as `batch.remote` does."""
-    status: int = said[0]["status"]
-    headers = dict(said[0]["headers"])
     body = b"".join(message.get("body", b"") for message in said[1:])
-    if headers.get(b"x-should-retry") == b"false":
-        return ServerReply(status, body)
-    if status in (429, 503):
-        return ServerReply(status, body, retry=float(headers.get(b"retry-after", b"1")))
-    return ServerReply(status, body, attempted=status >= 500)
+    headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in said[0]["headers"]}
+    return ServerReply.from_response(said[0]["status"], body, headers)

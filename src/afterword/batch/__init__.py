@@ -1,1 +1,1 @@
-"""Batch jobs: many requests in a file, answered in any order, written in theirs, whatever happens on the way."""
+"""Batches: a file of requests is answered in any order; the output has the order of the input, after restarts too."""

@@ -1,6 +1,8 @@
-"""A batch carried out: rows in an order that shares beginnings, some at a time, each kept when it is answered.
+"""Runs a batch: sends its requests, several at a time, and writes each answer to the journal.
 
-It can be stopped at any moment; what is not kept then is done again the next time, and comes out the same.
+Requests whose prompts have a common prefix are sent one after the other, so that the prefix cache is used. A job can be
+cancelled at any time. The next run sends the requests again whose answers were not written. Everything here belongs to
+one event loop; threads read the input file and write the journal.
 """
 
 from __future__ import annotations
@@ -26,19 +28,20 @@ from afterword.batch.output_lines import (
 )
 
 T = TypeVar("T")
-WINDOW = 4096  # rows that are looked at together, to do those with a common beginning one after the other
+WINDOW = 4096  # requests that are sorted together by their prompts
 _WINDOW_BYTES = 32 * 2**20
-_PAUSE = 0.25  # seconds in which more answers may join a transaction
-_MAX_TRANSACTION_LINES = 64  # answers for which no more are waited for
-_MAX_ATTEMPTS = 6  # of a row at which the server fails
-_FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds before another try
+_PAUSE = 0.25  # seconds that the journal writer waits for more answers before it starts a transaction
+_MAX_TRANSACTION_LINES = 64  # with so many answers the transaction starts at once
+_MAX_ATTEMPTS = 6  # attempts of a request with which the server fails (`ServerReply.attempted`)
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds before another attempt
 
 
 @dataclass(slots=True)
 class Progress:
-    """How far a job is.
+    """The progress of a job.
 
-    `done_before`: what was done when it began. `waiting_for`: why nothing goes on, if nothing does.
+    `rows`: lines of the input. `done_before`: the counts at the start of this run. `waiting_for`: why the server
+    answers no requests at the moment; empty if it does.
     """
 
     rows: int
@@ -52,26 +55,26 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
+        """Seconds since the start of this run, at least 0.001."""
         return max(time.monotonic() - self.began, 1e-3)
 
     @property
     def rate(self) -> float:
-        """Rows a second since it began."""
+        """Lines per second since the start of this run."""
         return (self.done.total - self.done_before.total) / self.seconds
 
     @property
     def token_rate(self) -> float:
-        """Generated tokens a second since it began."""
+        """Generated tokens per second since the start of this run."""
         return (self.done.completion - self.done_before.completion) / self.seconds
 
     @property
     def remaining_seconds(self) -> float | None:
-        """Seconds until it is done, None if nobody knows."""
+        """Estimated seconds until the end, None before the first answer."""
         return (self.rows - self.done.total) / self.rate if self.rate else None
 
     def add(self, answer: OutputLine) -> None:
-        """One more is done."""
+        """Count one more answer."""
         sums = self.done
         self.done = BatchCounts(
             sums.succeeded + answer.is_success,
@@ -84,9 +87,11 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class BatchJob:
-    """What is to be done: the rows of a file that a journal does not have. `created`: the answers', in Unix seconds.
+    """The requests of an input file that have no answer in a journal.
 
-    `reserve` is asked for so many bytes; once it has too few for an answer, the rows that are left are not asked.
+    `created`: the time in every answer, in Unix seconds. `max_line_bytes`: longest line of the input. `concurrency`:
+    requests sent at the same time. `reserve` is called with the size of an output line in bytes, and returns whether
+    there is space for it. After it has returned False, the remaining requests are not sent and get an error line.
     """
 
     source: Path
@@ -98,14 +103,18 @@ class BatchJob:
 
     async def run(
         self,
-        ask: SendRequest,
+        send: SendRequest,
         progress: Progress,
-        chance: Callable[[], float] = random.random,
+        random_number: Callable[[], float] = random.random,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """Do all of it. Raises `BatchStopped` where it cannot go on, with what is done kept."""
-        asking = _Requester(ask, progress, chance, sleep)
-        keeper = _JournalWriter(self.journal, most=2 * self.concurrency + _MAX_TRANSACTION_LINES)
+        """Answer every request. `random_number` returns numbers in [0, 1); `sleep` takes seconds.
+
+        Raises `BatchStopped` if the batch cannot continue now, and `SettingError` if the input cannot be read. The
+        journal then has all answers received so far.
+        """
+        requester = _Requester(send, progress, random_number, sleep)
+        writer = _JournalWriter(self.journal, max_pending=2 * self.concurrency + _MAX_TRANSACTION_LINES)
         rows: asyncio.Queue[BatchRequest | None] = asyncio.Queue(self.concurrency)
 
         async def feed() -> None:
@@ -114,38 +123,39 @@ class BatchJob:
             for _ in range(self.concurrency):
                 await rows.put(None)
 
-        full = False
+        no_space = False
 
         async def work() -> None:
-            nonlocal full
+            nonlocal no_space
             while (row := await rows.get()) is not None:
-                answer = None if full else self._answer(row, await asking.ask(row))
-                full = full or answer is None
+                answer = None if no_space else self._make_line(row, await requester.send(row))
+                no_space = no_space or answer is None
                 answer = answer or no_space_line(row)
-                await keeper.take(answer)
+                await writer.put(answer)
                 progress.add(answer)
 
-        keeping = asyncio.create_task(keeper.keep())
+        writing = asyncio.create_task(writer.run())
         workers = [asyncio.create_task(each) for each in (feed(), *(work() for _ in range(self.concurrency)))]
         try:
-            await _wait_for_all(workers, keeping)
+            await _wait_for_all(workers, writing)
         finally:
             for task in workers:
                 task.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
-            keeper.close()
-            await keeping
+            writer.close()
+            await writing
 
-    def _answer(self, row: BatchRequest, reply: ServerReply) -> OutputLine | None:
-        """What is kept of a reply; None if there is no room for it."""
-        most = self.journal.longest
-        answer = too_large_line(row, most) if len(reply.body) > most else success_line(row, reply, self.created)
-        if len(answer.text) > most:
-            answer = too_large_line(row, most)
+    def _make_line(self, row: BatchRequest, reply: ServerReply) -> OutputLine | None:
+        """Make the output line from a reply; None if there is no space for it."""
+        max_bytes = self.journal.longest
+        is_larger = len(reply.body) > max_bytes
+        answer = too_large_line(row, max_bytes) if is_larger else success_line(row, reply, self.created)
+        if len(answer.text) > max_bytes:
+            answer = too_large_line(row, max_bytes)
         return answer if self.reserve(len(answer.text) + 1) else None
 
     async def _rows(self) -> AsyncIterator[BatchRequest]:
-        """The rows that are still to be done, window by window."""
+        """Yield the requests that have no answer yet, window by window. A thread reads and sorts each window."""
         windows = self._windows()
         while (window := await in_thread(next, windows, None)) is not None:
             for row in window:
@@ -161,98 +171,108 @@ class BatchJob:
                     window.append(row)
                     size += len(line.text or b"")
                 if len(window) == WINDOW or size > _WINDOW_BYTES:
-                    yield self._to_do(window)
+                    yield self._unanswered(window)
                     window, size = [], 0
             if window:
-                yield self._to_do(window)
+                yield self._unanswered(window)
 
-    def _to_do(self, window: list[BatchRequest]) -> list[BatchRequest]:
-        """Those without an answer; rows whose prompts begin alike are neighbours."""
+    def _unanswered(self, window: list[BatchRequest]) -> list[BatchRequest]:
+        """Return the requests without an answer, sorted by their prompts."""
         done = self.journal.done(window[0].line, window[-1].line)
         return sorted((row for row in window if row.line not in done), key=lambda row: row.sort_key)
 
 
 class _JournalWriter:
-    """Has answers written by a thread, those that come together in one transaction. Never cut off while it writes."""
+    """Writes answers to the journal in a thread. Answers that arrive close together share one transaction.
 
-    def __init__(self, journal: Journal, most: int) -> None:
+    `run` must not be cancelled: it holds answers that it has not written yet. `close` ends it.
+    """
+
+    def __init__(self, journal: Journal, max_pending: int) -> None:
         self._journal = journal
-        self._room = asyncio.Semaphore(most)
-        self._waiting: list[OutputLine] = []
-        self._some = asyncio.Event()
-        self._many = asyncio.Event()
+        self._free = asyncio.Semaphore(max_pending)
+        self._pending: list[OutputLine] = []
+        self._has_pending = asyncio.Event()
+        self._is_full = asyncio.Event()  # enough pending answers for a transaction
         self._closed = False
 
-    async def take(self, answer: OutputLine) -> None:
-        """Have an answer kept soon; wait if many are waiting for that."""
-        await self._room.acquire()
-        self._waiting.append(answer)
-        self._some.set()
-        if len(self._waiting) >= _MAX_TRANSACTION_LINES:
-            self._many.set()
+    async def put(self, answer: OutputLine) -> None:
+        """Queue an answer to be written. Waits while `max_pending` answers are queued."""
+        await self._free.acquire()
+        self._pending.append(answer)
+        self._has_pending.set()
+        if len(self._pending) >= _MAX_TRANSACTION_LINES:
+            self._is_full.set()
 
     def close(self) -> None:
-        """No more answers come."""
+        """Let `run` write the queued answers and return. `put` must not be called afterwards."""
         self._closed = True
-        self._some.set()
-        self._many.set()
+        self._has_pending.set()
+        self._is_full.set()
 
-    async def keep(self) -> None:
-        """Write until it is closed and nothing waits. Raises what the journal raises."""
-        while self._waiting or not self._closed:
-            await self._some.wait()
+    async def run(self) -> None:
+        """Write queued answers until `close` is called and the queue is empty. Raises the journal's errors."""
+        while self._pending or not self._closed:
+            await self._has_pending.wait()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._many.wait(), _PAUSE)
-            answers, self._waiting = self._waiting, []
+                await asyncio.wait_for(self._is_full.wait(), _PAUSE)
+            answers, self._pending = self._pending, []
             if not self._closed:
-                self._some.clear()
-                self._many.clear()
+                self._has_pending.clear()
+                self._is_full.clear()
             await asyncio.to_thread(self._journal.add, answers)
             for _ in answers:
-                self._room.release()
+                self._free.release()
 
 
 class _Requester:
-    """Asks until there is an answer, or none is to be had."""
+    """Sends a request until the server answers it, or the number of attempts is used up."""
 
     def __init__(
         self,
-        ask: SendRequest,
+        send: SendRequest,
         progress: Progress,
-        chance: Callable[[], float],
+        random_number: Callable[[], float],
         sleep: Callable[[float], Awaitable[None]],
     ) -> None:
-        self._ask = ask
+        self._send = send
         self._progress = progress
-        self._chance = chance
+        self._random_number = random_number
         self._sleep = sleep
 
-    async def ask(self, row: BatchRequest) -> ServerReply:
-        """The last that a server says of a row."""
+    async def send(self, row: BatchRequest) -> ServerReply:
+        """Return the server's last reply to a request."""
         request = row.request_body
         failures = waits = 0
         while True:
-            reply = await self._ask("POST", ENDPOINT, request)
+            reply = await self._send("POST", ENDPOINT, request)
             failures += reply.attempted
             if not reply.retry and (not reply.attempted or failures == _MAX_ATTEMPTS):
                 self._progress.waiting_for = ""
                 return reply
             if reply.retry:
                 self._progress.waiting_for = (
-                    "the server takes nothing now" if reply.status else "the server does not answer"
+                    "the server accepts no requests now" if reply.status else "the server does not respond"
                 )
             await self._sleep(self._wait(reply, waits))
             waits += 1
 
     def _wait(self, reply: ServerReply, before: int) -> float:
-        """Seconds: as the server says, or more each time; and some by chance, so that not all come together."""
-        told = 0.0 if isinstance(reply.retry, bool) else reply.retry
-        own: float = min(_FIRST_WAIT * 2 ** min(before, 10), _LONGEST_WAIT)
-        return max(told, own) * (1 + self._chance() / 4)
+        """Return the seconds until the next attempt. `before`: how often this request has waited already.
+
+        The wait doubles with each attempt and is at least the server's `Retry-After`. Up to a quarter is added at
+        random, so that requests that failed together are not sent again together.
+        """
+        retry_after = 0.0 if isinstance(reply.retry, bool) else reply.retry
+        backoff: float = min(_FIRST_WAIT * 2 ** min(before, 10), _LONGEST_WAIT)
+        return max(retry_after, backoff) * (1 + self._random_number() / 4)
 
 
 async def in_thread(call: Callable[..., T], *arguments: Any) -> T:
-    """Like `asyncio.to_thread`, but who is cancelled waits for the thread, which has a journal in its hands."""
+    """Call a function in a thread. A caller that is cancelled still waits until the thread has ended.
+
+    `asyncio.to_thread` does not wait, so the journal could be closed while the thread uses it.
+    """
     task = asyncio.create_task(asyncio.to_thread(call, *arguments))
     try:
         return await asyncio.shield(task)
@@ -261,10 +281,10 @@ async def in_thread(call: Callable[..., T], *arguments: Any) -> T:
         raise
 
 
-async def _wait_for_all(workers: list[asyncio.Task[None]], keeping: asyncio.Task[None]) -> None:
-    """Wait for all workers. The first failure ends the waiting, also one in keeping what is done."""
-    left = {*workers, keeping}
-    while left != {keeping}:
+async def _wait_for_all(workers: list[asyncio.Task[None]], writing: asyncio.Task[None]) -> None:
+    """Wait until all workers have ended. Raises the first error of a worker or of the journal writer."""
+    left = {*workers, writing}
+    while left != {writing}:
         done, left = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()

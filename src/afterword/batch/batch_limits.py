@@ -1,4 +1,4 @@
-"""How large batches may be."""
+"""The limits of batches and uploaded files."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from afterword.settings.limit_table import limit
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """Sizes in bytes. `afterword batch` heeds `max_line` alone; the others are for what is uploaded."""
+    """Sizes are in bytes. `afterword batch` applies `max_line` only; the others limit uploads to a server."""
 
-    max_line: int = limit(8 * 2**20, "bytes of a line of a batch")
-    max_rows: int = limit(50_000, "rows of an uploaded batch")
+    max_line: int = limit(8 * 2**20, "bytes of one line of a batch's input file")
+    max_rows: int = limit(50_000, "requests in the input file of a batch")
     max_upload: int = limit(200 * 2**20, "bytes of an uploaded file")
-    max_stored: int = limit(10 * 2**30, "bytes of files that are kept for one key")
-    max_batches: int = limit(100, "batches of one key that have not ended")
-    batch_seconds: float = limit(86_400.0, "seconds that a batch may take, a completion_window of 24h")
+    max_stored: int = limit(10 * 2**30, "bytes of all files of one API key")
+    max_batches: int = limit(100, "unfinished batches of one API key")
+    batch_seconds: float = limit(86_400.0, "seconds after which a batch expires (completion_window: 24h)")

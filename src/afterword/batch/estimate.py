@@ -1,7 +1,8 @@
-"""What a batch would take, before it is done: counted where that is cheap, else estimated from a sample, and said so.
+"""Estimates tokens and time of a batch for `afterword batch --plan`.
 
-Where a server does not count tokens, a token is taken to have four characters. The sample of rows is the same every
-time. What is measured is thrown away.
+Lines, token ids and completion tokens are counted; tokens of texts, common prefixes and the time are estimated from a
+sample of requests, which is the same in every run. If the server has no `/tokenize`, a token counts as four characters.
+The time comes from requests that are really sent; their answers are discarded.
 """
 
 from __future__ import annotations
@@ -22,14 +23,19 @@ from afterword.batch.input_lines import ENDPOINT, BatchRequest, read_lines, read
 from afterword.batch.journal import open_input
 from afterword.batch.output_lines import SendRequest
 
-SAMPLE = 256  # rows whose prompts are counted in tokens
-_TIMED = 4  # times as many rows as are done together are measured, so that the machine is as full as it will be
-_DEFAULT = 16  # max_tokens of a request that does not say
+SAMPLE = 256  # requests whose prompts are tokenized
+_TIMED = 4  # requests that are timed, for each one sent at the same time: enough to keep the server fully loaded
+_DEFAULT = 16  # max_tokens of a request without that field
 
 
 @dataclass(slots=True)
 class _Counts:
-    """What one reading of the input finds. `rows` is a sample; `texts` and `shared` are characters of prompts."""
+    """Counts over the input file.
+
+    `good`, `bad`: requests, faulty lines. `most`: the most completion tokens. `ids`: token ids in prompts. `texts`:
+    characters of prompts. `shared`, `shared_ids`: those of them in a prefix that a neighbouring prompt has too. `rows`:
+    a sample of at most `SAMPLE` requests.
+    """
 
     good: int = 0
     bad: int = 0
@@ -43,60 +49,65 @@ class _Counts:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Figures by name; those in `guessed` are estimates."""
+    """Figures by name. `facts["estimates"]` lists the names of the estimated ones."""
 
     facts: dict[str, Any]
 
     @property
     def text(self) -> str:
-        """For a person."""
+        """The figures as a table of five lines."""
         facts = self.facts
-        left = f"; {facts['faulty']:,} lines are faulty" if facts["faulty"] else ""
+        faulty = f", of which {facts['faulty']:,} are faulty" if facts["faulty"] else ""
         about = "about " if "prompt_tokens" in facts["estimates"] else ""
         seconds = timedelta(seconds=round(facts["seconds"]))
-        timed = f"if the rest are like the {facts['timed']:,} rows that were tried"
+        timed = f"extrapolated from {facts['timed']:,} requests"
         return "\n".join(
             [
-                f"rows                 {facts['rows']:,}{left}",
+                f"lines                {facts['rows']:,}{faulty}",
                 f"prompt tokens        {about}{facts['prompt_tokens']:,}"
-                + (f" (from {facts['sampled']:,} rows)" if about else ""),
-                f"  begin alike        about {facts['shared_tokens']:,} of them (computed once)",
+                + (f" (from {facts['sampled']:,} lines)" if about else ""),
+                f"  in common prefixes about {facts['shared_tokens']:,} (computed once)",
                 f"completion tokens    at most {facts['most_completion_tokens']:,}",
                 f"time                 about {seconds}, {timed}" if facts["timed"] else "time                 unknown",
             ]
         )
 
 
-async def estimate(source: Path, longest: int, ask: SendRequest, at_once: int) -> Estimate:
-    """Read the input once, count some prompts with the server's tokenizer, and try some rows."""
+async def estimate(source: Path, longest: int, send: SendRequest, at_once: int) -> Estimate:
+    """Read the input once, tokenize a sample of prompts on the server, and time a few requests.
+
+    `longest`: bytes of a line. `at_once`: requests sent at the same time.
+    """
     counts = await asyncio.to_thread(_count, source, longest)
     texts = [text for row in counts.rows for text in _texts(row)]
-    counted = await _map_concurrently([_tokens(ask, row, text) for row in counts.rows for text in _texts(row)], at_once)
+    counted = await _map_concurrently(
+        [_tokens(send, row, text) for row in counts.rows for text in _texts(row)], at_once
+    )
     tokens = sum(len(text) // 4 if count < 0 else count for count, text in zip(counted, texts, strict=True))
-    letters = sum(map(len, texts))
-    guessed = bool(counts.texts) and (len(counts.rows) < counts.good or -1 in counted)
-    each = tokens / letters if letters else 0.0  # tokens a character
-    tried = counts.rows[: _TIMED * at_once]
+    characters = sum(map(len, texts))
+    estimated = bool(counts.texts) and (len(counts.rows) < counts.good or -1 in counted)
+    tokens_per_character = tokens / characters if characters else 0.0
+    timed = counts.rows[: _TIMED * at_once]
     start = time.monotonic()
-    good = sum(await _map_concurrently([_time_request(ask, row) for row in tried], at_once))
-    seconds = (time.monotonic() - start) / len(tried) * counts.good if good else 0.0
+    good = sum(await _map_concurrently([_is_answered(send, row) for row in timed], at_once))
+    seconds = (time.monotonic() - start) / len(timed) * counts.good if good else 0.0
     return Estimate(
         {
             "rows": counts.good + counts.bad,
             "faulty": counts.bad,
-            "prompt_tokens": counts.ids + round(counts.texts * each),
+            "prompt_tokens": counts.ids + round(counts.texts * tokens_per_character),
             "sampled": len(counts.rows) + counts.bad,
-            "shared_tokens": counts.shared_ids + round(counts.shared * each),
+            "shared_tokens": counts.shared_ids + round(counts.shared * tokens_per_character),
             "most_completion_tokens": counts.most,
             "seconds": round(seconds, 1),
-            "timed": len(tried) if good else 0,
-            "estimates": ["shared_tokens", "seconds"] + (["prompt_tokens"] if guessed else []),
+            "timed": len(timed) if good else 0,
+            "estimates": ["shared_tokens", "seconds"] + (["prompt_tokens"] if estimated else []),
         }
     )
 
 
 def _count(source: Path, longest: int) -> _Counts:
-    counts, chance = _Counts(), Random(0)
+    counts, random = _Counts(), Random(0)
     with open_input(source) as file:
         for line in read_lines(file, longest):
             row = read_row(line)
@@ -109,25 +120,27 @@ def _count(source: Path, longest: int) -> _Counts:
             counts.ids += sum(map(len, _ids(row)))
             if len(counts.rows) < SAMPLE:
                 counts.rows.append(row)
-            elif (place := chance.randrange(counts.good)) < SAMPLE:
-                counts.rows[place] = row
+            elif (index := random.randrange(counts.good)) < SAMPLE:  # reservoir sampling
+                counts.rows[index] = row
     _count_shared(counts)
     return counts
 
 
 def _count_shared(counts: _Counts) -> None:
-    """What neighbours in the order of the work begin alike with: of the sample, as if all rows were so."""
+    """Sum the common prefixes of neighbours in the order of sending, scaled from the sample to all requests."""
     ordered = sorted(counts.rows, key=lambda row: row.sort_key)
     scale = counts.good / len(ordered) if ordered else 0
     for one, other in pairwise(ordered):
         for kind, name in ((_texts, "shared"), (_ids, "shared_ids")):
-            alike = sum(_common_prefix(*pair) for pair in zip(list(kind(one))[:1], list(kind(other))[:1], strict=False))
-            setattr(counts, name, getattr(counts, name) + round(alike * scale))
+            length = sum(
+                _common_prefix(*pair) for pair in zip(list(kind(one))[:1], list(kind(other))[:1], strict=False)
+            )
+            setattr(counts, name, getattr(counts, name) + round(length * scale))
 
 
 def _common_prefix(one: Any, other: Any) -> int:
     pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (mine, theirs) in pairs if mine != theirs), min(len(one), len(other)))
+    return next((index for index, (left, right) in pairs if left != right), min(len(one), len(other)))
 
 
 def _texts(row: BatchRequest) -> Iterator[str]:
@@ -146,7 +159,7 @@ def _ids(row: BatchRequest) -> Iterator[list[int]]:
 
 
 def _max_tokens(body: dict[str, Any]) -> int:
-    """Tokens that a request can generate. What is no number is refused later."""
+    """Return the most tokens that a request can generate; 0 if a field is not a number, which the server refuses."""
     prompt = body.get("prompt")
     many = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
     samples = body.get("best_of") or body.get("n") or 1
@@ -156,26 +169,26 @@ def _max_tokens(body: dict[str, Any]) -> int:
     return (len(prompt) if many and isinstance(prompt, list) else 1) * samples * max(tokens, 0)
 
 
-async def _tokens(ask: SendRequest, row: BatchRequest, text: str) -> int:
-    """How many tokens a text has; -1 where the server does not say."""
+async def _tokens(send: SendRequest, row: BatchRequest, text: str) -> int:
+    """Return the number of tokens in a text; -1 if the server does not report it."""
     named = {"model": row.body["model"]} if isinstance(row.body.get("model"), str) else {}
-    reply = await ask("POST", "/tokenize", msgspec.json.encode({"prompt": text, **named}))
+    reply = await send("POST", "/tokenize", msgspec.json.encode({"prompt": text, **named}))
     try:
         return int(msgspec.json.decode(reply.body)["count"])
     except (msgspec.MsgspecError, LookupError, TypeError, ValueError):
         return -1
 
 
-async def _time_request(ask: SendRequest, row: BatchRequest) -> bool:
-    return (await ask("POST", ENDPOINT, row.request_body)).is_success
+async def _is_answered(send: SendRequest, row: BatchRequest) -> bool:
+    return (await send("POST", ENDPOINT, row.request_body)).is_success
 
 
 async def _map_concurrently(work: list[Any], at_once: int) -> list[int]:
-    """Do all, some at a time."""
-    room = asyncio.Semaphore(at_once)
+    """Await all of `work`, at most `at_once` at the same time. Returns the results in the order of `work`."""
+    semaphore = asyncio.Semaphore(at_once)
 
     async def one(each: Any) -> int:
-        async with room:
+        async with semaphore:
             return int(await each)
 
     return list(await asyncio.gather(*map(one, work)))

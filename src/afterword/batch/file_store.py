@@ -1,10 +1,12 @@
-"""Uploaded files and the batches over them, in a folder of their own that is made with the first of them.
+"""The file store: uploaded files and batches, in one folder that is created with the first upload.
 
-`shelf.db` says what there is, `files/` has contents by id, `journals/` what is done of batches under way. A file is
-here when its line is in `shelf.db`, which is written after its contents. Before anything is written, its name is put on
-a list in `shelf.db`; what is on the list without being a file is removed at the start, and nothing else ever is. A
-folder that has other files in it is refused. One server at a time: the others are told so. Everything here may block,
-and may be called from any thread.
+- `shelf.db` is the database: tables `files`, `batches` and `unfinished`.
+- `files/` has the contents of files, named by id. The row in `files` is written after the contents.
+- `journals/` has the journals of unfinished batches.
+
+Before contents are written, their name goes into `unfinished`. At the start, contents whose name is in `unfinished` are
+deleted; no other contents are. The first use opens and locks the database; a second server gets `StorageFailed`. A
+folder with other files is refused. All methods may block. They may be called from any thread.
 """
 
 from __future__ import annotations
@@ -35,13 +37,13 @@ SortOrder = Literal["asc", "desc"]
 _Item = TypeVar("_Item", "StoredFile", "StoredBatch")
 
 _log = logging.getLogger(__name__)
-_encode = msgspec.json.encode
+_to_json = msgspec.json.encode
 
 
 class StoredFile(msgspec.Struct, frozen=True):
-    """A file without its contents. `key`: whose it is, by the key's id. Sizes in bytes, times in Unix seconds.
+    """The description of a file. `key`: the id of the API key that owns it. `size` in bytes, times in Unix seconds.
 
-    From `expires` on it is gone, if that is not None.
+    From `expires` on the file is no longer available; None: it does not expire.
     """
 
     id: str
@@ -54,7 +56,7 @@ class StoredFile(msgspec.Struct, frozen=True):
 
 
 class BatchError(msgspec.Struct, frozen=True):
-    """Why a batch has failed; `line` of its input, if it is that line's fault."""
+    """A reason why a batch failed. `line` is the number of the faulty input line, or None."""
 
     code: str
     message: str
@@ -62,7 +64,11 @@ class BatchError(msgspec.Struct, frozen=True):
 
 
 class StoredBatch(msgspec.Struct, frozen=True):
-    """A batch. Times, by what happened then, are in Unix seconds; `input`, `output` and `errors` are files."""
+    """The state of a batch. `input`, `output` and `errors` are ids of files.
+
+    `times` has the time of each status by its name, in Unix seconds. `wrong`: why it failed. `rows`, `good` and `bad`
+    count lines; `prompt`, `completion` and `cached` count tokens.
+    """
 
     id: str
     key: str
@@ -85,18 +91,21 @@ class StoredBatch(msgspec.Struct, frozen=True):
     cached: int = 0
 
     def with_status(self, status: BatchStatus, now: float, **facts: Any) -> StoredBatch:
-        """The same in another state, since now."""
+        """Return the batch with another status, reached at `now`, and other changed fields."""
         times = {**self.times, status: int(now)}
         return msgspec.structs.replace(self, status=status, times=times, **facts)
 
 
 def new_id(kind: str) -> str:
-    """A fresh name."""
+    """Return a random id with the prefix `kind`."""
     return kind + secrets.token_hex(16)
 
 
 class FileStore:
-    """The folder. Raises `StorageFailed` where it cannot be used or has no room."""
+    """The files and batches in a folder, by key. `clock` returns Unix seconds.
+
+    All methods raise `StorageFailed` if the folder cannot be used or its disk is full.
+    """
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
         self.folder = folder
@@ -107,41 +116,41 @@ class FileStore:
 
     @property
     def exists(self) -> bool:
-        """Whether there is anything."""
+        """Whether the database exists."""
         return (self.folder / "shelf.db").exists()
 
     def check(self) -> None:
-        """To be called at the start of a server. Raises `SettingError` if the folder has other files in it."""
+        """Check the folder at the start of a server. Raises `SettingError` if it has files that are not Afterword's."""
         try:
             if self.folder.exists() and entries(self.folder):
                 with self._use():
                     pass
         except (ForeignFolder, NotADirectoryError):
             raise SettingError(
-                f"--batch-dir {self.folder}: this is no folder of Afterword's, and not an empty one. Give a new folder."
+                f"--batch-dir {self.folder} has files that Afterword did not create. Give a new or an empty folder."
             ) from None
         except StorageFailed:
-            pass  # who uploads is told
+            pass  # uploads get the error
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the database. The next use opens it again."""
         with self._lock:
             if self._db is not None:
                 self._db.close()
                 self._db = None
 
-    # ---- places
+    # ---- paths
 
     def contents(self, file: str) -> Path:
-        """Where a file's contents are."""
+        """Return the path of a file's contents."""
         return self.folder / "files" / file
 
     def journal(self, batch: str) -> Path:
-        """Where what is done of a batch is."""
+        """Return the path of a batch's journal."""
         return self.folder / "journals" / batch
 
     def upload(self, name: str | None = None) -> Path:
-        """A place for the contents of a file that is still to come, which has its id for a name."""
+        """Return the path for the contents of a new file. Its last part is the file's id; `name` sets it."""
         name = name or new_id("file-")
         with self._use() as db:
             db.execute("INSERT OR IGNORE INTO unfinished VALUES (?)", (name,))
@@ -149,59 +158,60 @@ class FileStore:
 
     # ---- files
 
-    def add(self, file: StoredFile, most: int, taken: int = 0) -> None:
-        """Take in a file whose contents are at the place that `upload` said.
+    def add(self, file: StoredFile, limit: int, reserved: int = 0) -> None:
+        """Add a file whose contents are at the path that `upload` returned.
 
-        `taken`: bytes that its key has taken of its room for it. Raises `RequestError` if there is none for the rest.
+        `limit`: bytes of all files of the key. `reserved`: bytes that the caller has already reserved for this file.
+        Raises `RequestError` if the file exceeds the limit.
         """
-        if not self.quota.reserve(file.key, file.size - taken, most):
-            raise quota_error(most)
+        if not self.quota.reserve(file.key, file.size - reserved, limit):
+            raise quota_error(limit)
         try:
             with self._use() as db:
                 sync_folder(self.folder / "files")
                 _insert(db, file)
                 db.execute("DELETE FROM unfinished WHERE name = ?", (file.id,))
         except BaseException:
-            self.quota.release(file.key, file.size - taken)
+            self.quota.release(file.key, file.size - reserved)
             raise
 
     def discard_upload(self, name: str) -> None:
-        """Remove the contents of a file that is not to come after all."""
+        """Delete the contents of an upload that was given up. Contents of a file that was added are kept."""
         with self._use() as db:
             unfinished = db.execute("SELECT count(*) FROM unfinished WHERE name = ?", (name,)).fetchone()[0]
         if unfinished:
             self._discard([name])
 
     def file(self, key: str, name: str) -> StoredFile:
-        """One of a key's files. Raises `RequestError`."""
+        """Return one of a key's files. Raises `RequestError` if it does not exist."""
         with self._use() as db:
-            return self._one(db, key, name, StoredFile)
+            return self._get_item(db, key, name, StoredFile)
 
     def files(
         self, key: str, after: str | None, most: int, order: SortOrder, purpose: str | None
     ) -> tuple[list[StoredFile], bool]:
-        """Some of a key's files, and whether there are more."""
+        """Return at most `most` of a key's files that come after the file `after`, and whether there are more."""
         with self._use() as db:
-            found = self._some(db, key, after, order, StoredFile)
+            found = self._list_items(db, key, after, order, StoredFile)
             wanted = [file for file in found if purpose in (None, file.purpose)]
         return wanted[:most], len(wanted) > most
 
     def remove(self, key: str, name: str) -> None:
-        """Remove a file and its contents. Raises `RequestError` if there is none, or a batch still reads it."""
+        """Delete a file. Raises `RequestError` if it does not exist, or an unfinished batch reads it."""
         with self._use() as db:
-            file = self._one(db, key, name, StoredFile)
-            if name in self._read(db):
-                raise RequestError("A batch that has not ended reads this file.", code="file_in_use", status=409)
+            file = self._get_item(db, key, name, StoredFile)
+            if name in self._inputs_in_use(db):
+                raise RequestError("An unfinished batch reads this file.", code="file_in_use", status=409)
             _delete(db, file)
         self.quota.release(file.key, file.size)
         self._discard([name])
 
     def expire(self) -> None:
-        """Remove the files whose time has come, but for those that a batch still reads."""
+        """Delete expired files, except those that an unfinished batch reads."""
         with self._use() as db:
-            late = db.execute("SELECT facts FROM files WHERE expires <= ?", (int(self._clock()),))
-            read = self._read(db)
-            files = [file for file in _decoded(late, StoredFile) if file.id not in read]
+            expired = db.execute("SELECT facts FROM files WHERE expires <= ?", (int(self._clock()),))
+            in_use = self._inputs_in_use(db)
+            files = [file for file in _decode_rows(expired, StoredFile) if file.id not in in_use]
             for file in files:
                 _delete(db, file)
         for file in files:
@@ -209,7 +219,7 @@ class FileStore:
         self._discard([file.id for file in files])
 
     def _discard(self, names: Sequence[str]) -> None:
-        """Remove contents that are on the list of what is unfinished, and take them from the list."""
+        """Delete contents whose names are in `unfinished`, and remove the names."""
         with self._use() as db:
             self._unlink(db, names)
 
@@ -222,94 +232,98 @@ class FileStore:
 
     # ---- batches
 
-    def add_batch(self, batch: StoredBatch, most: int) -> None:
-        """Take in a new batch. Raises `RequestError` if its key has more than so many."""
+    def add_batch(self, batch: StoredBatch, limit: int) -> None:
+        """Add a new batch.
+
+        Raises `RequestError` if its file does not exist or has another purpose, or if the key already has `limit`
+        unfinished batches.
+        """
         with self._use() as db:
-            file = self._one(db, batch.key, batch.input, StoredFile)
+            file = self._get_item(db, batch.key, batch.input, StoredFile)
             if file.purpose != "batch":
-                raise RequestError(
-                    "The file of 'input_file_id' has another purpose than 'batch'.", param="input_file_id"
-                )
-            if sum(each.key == batch.key for each in self._unfinished(db)) >= most:
-                message = f"You have {most} batches that have not ended. Wait for one of them, or cancel it."
+                raise RequestError("The file of 'input_file_id' must have the purpose 'batch'.", param="input_file_id")
+            if sum(each.key == batch.key for each in self._unfinished(db)) >= limit:
+                message = f"You have {limit} unfinished batches. Wait until one of them ends, or cancel one."
                 raise RequestError(message, code="too_many_batches")
             _insert(db, batch)
 
     def batch(self, key: str, name: str) -> StoredBatch:
-        """One of a key's batches. Raises `RequestError`."""
+        """Return one of a key's batches. Raises `RequestError` if it does not exist."""
         with self._use() as db:
-            return self._one(db, key, name, StoredBatch)
+            return self._get_item(db, key, name, StoredBatch)
 
     def batches(self, key: str, after: str | None, most: int) -> tuple[list[StoredBatch], bool]:
-        """Some of a key's batches, the newest first, and whether there are more."""
+        """Return at most `most` of a key's batches older than `after`, newest first, and whether there are more."""
         with self._use() as db:
-            found = self._some(db, key, after, "desc", StoredBatch)
+            found = self._list_items(db, key, after, "desc", StoredBatch)
         return found[:most], len(found) > most
 
     def unfinished_batches(self) -> list[StoredBatch]:
-        """Those of all keys that are not at an end, the oldest first."""
+        """Return the unfinished batches of all keys, oldest first."""
         with self._use() as db:
             return self._unfinished(db)
 
     def save_batch(self, batch: StoredBatch, files: Sequence[StoredFile] = ()) -> StoredBatch:
-        """Write how a batch stands, and its new files, whose contents are there; all or nothing.
+        """Write a batch and its output files in one transaction. The contents of the files must be written already.
 
-        Once it is to be cancelled, it does not go back.
+        Returns the batch as it was written: a batch with the status `cancelling` does not return to an earlier status.
         """
         with self._use() as db:
-            known = self._one(db, batch.key, batch.id, StoredBatch)
+            known = self._get_item(db, batch.key, batch.id, StoredBatch)
             if known.status == "cancelling" and batch.status in ("in_progress", "validating"):
                 batch = msgspec.structs.replace(batch, status=known.status, times=batch.times | known.times)
             before = (
-                {each.id: each.size for each in self._some(db, batch.key, None, "asc", StoredFile)} if files else {}
+                {each.id: each.size for each in self._list_items(db, batch.key, None, "asc", StoredFile)}
+                if files
+                else {}
             )
             for file in files:
                 db.execute("DELETE FROM files WHERE id = ?", (file.id,))
                 db.execute("DELETE FROM unfinished WHERE name = ?", (file.id,))
                 _insert(db, file)
-            facts = (batch.status in FINAL_STATUSES, _encode(batch), batch.id)
+            facts = (batch.status in FINAL_STATUSES, _to_json(batch), batch.id)
             db.execute("UPDATE batches SET ended = ?, facts = ? WHERE id = ?", facts)
         for file in files:
             self.quota.reserve(file.key, file.size - before.get(file.id, 0))
         return batch
 
     def _unfinished(self, db: sqlite3.Connection) -> list[StoredBatch]:
-        return _decoded(db.execute("SELECT facts FROM batches WHERE NOT ended ORDER BY number"), StoredBatch)
+        return _decode_rows(db.execute("SELECT facts FROM batches WHERE NOT ended ORDER BY number"), StoredBatch)
 
-    def _read(self, db: sqlite3.Connection) -> set[str]:
-        """The files that batches still read."""
+    def _inputs_in_use(self, db: sqlite3.Connection) -> set[str]:
+        """Return the ids of the files that unfinished batches read."""
         return {batch.input for batch in self._unfinished(db)}
 
-    # ---- rows of either
+    # ---- files and batches alike
 
-    def _one(self, db: sqlite3.Connection, key: str, name: str, kind: type[_Item]) -> _Item:
+    def _get_item(self, db: sqlite3.Connection, key: str, name: str, kind: type[_Item]) -> _Item:
         rows = db.execute(f"SELECT facts FROM {_TABLES[kind]} WHERE key = ? AND id = ?", (key, name))
-        found = [item for item in _decoded(rows, kind) if self._is_available(item)]
+        found = [item for item in _decode_rows(rows, kind) if self._is_available(item)]
         if not found:
-            raise RequestError(f"There is no {kind.__name__.lower()} of that ID.", code="not_found", status=404)
+            raise RequestError(f"There is no {_NOUNS[kind]} of that ID.", code="not_found", status=404)
         return found[0]
 
-    def _some(
+    def _list_items(
         self, db: sqlite3.Connection, key: str, after: str | None, order: SortOrder, kind: type[_Item]
     ) -> list[_Item]:
-        """Those of a key that come after one, all of them: a key has thousands at most."""
-        table, than = _TABLES[kind], "<" if order == "desc" else ">"
-        beyond, values = "", [key]
+        """Return all items of a key that come after the item `after`. A key has thousands at most."""
+        table, comparison = _TABLES[kind], "<" if order == "desc" else ">"
+        condition, values = "", [key]
         if after is not None:
-            self._one(db, key, after, kind)
-            beyond, values = f"AND number {than} (SELECT number FROM {table} WHERE id = ?)", [key, after]
-        rows = db.execute(f"SELECT facts FROM {table} WHERE key = ? {beyond} ORDER BY number {order}", values)
-        return [item for item in _decoded(rows, kind) if self._is_available(item)]
+            self._get_item(db, key, after, kind)
+            condition, values = f"AND number {comparison} (SELECT number FROM {table} WHERE id = ?)", [key, after]
+        rows = db.execute(f"SELECT facts FROM {table} WHERE key = ? {condition} ORDER BY number {order}", values)
+        return [item for item in _decode_rows(rows, kind) if self._is_available(item)]
 
     def _is_available(self, item: StoredFile | StoredBatch) -> bool:
-        """Files whose time has come are gone, whenever they are removed."""
+        """Whether clients can see the item. Expired files are hidden even before `expire` deletes them."""
         return not isinstance(item, StoredFile) or item.expires is None or self._clock() < item.expires
 
     # ---- the folder
 
     @contextmanager
     def _use(self) -> Iterator[sqlite3.Connection]:
-        """The open folder, and one transaction."""
+        """Open the database if necessary, and run the block in one transaction under the lock."""
         with self._lock:
             try:
                 if self._db is None:
@@ -323,56 +337,60 @@ class FileStore:
                         self._db.execute("ROLLBACK")
                     raise
             except (sqlite3.Error, OSError) as error:
-                raise _failed(error) from error
+                raise _storage_error(error) from error
 
     def _remove_leftovers(self, db: sqlite3.Connection) -> None:
-        """Remove what was under way: uploads and outputs that are on the list, and journals of batches that ended."""
+        """Delete what a previous server left: unfinished uploads and outputs, and journals of batches that ended.
+
+        Counts the stored bytes of each key.
+        """
         self._unlink(db, [name for (name,) in db.execute("SELECT name FROM unfinished").fetchall()])
         ended = {name for (name,) in db.execute("SELECT id FROM batches WHERE ended")}
         for path in (self.folder / "journals").iterdir():
             if path.name.removesuffix("-journal") in ended:
                 path.unlink()
-        kept: Counter[str] = Counter()
-        for file in _decoded(db.execute("SELECT facts FROM files"), StoredFile):
-            kept[file.key] += file.size
-        self.quota.reset(kept)
+        stored: Counter[str] = Counter()
+        for file in _decode_rows(db.execute("SELECT facts FROM files"), StoredFile):
+            stored[file.key] += file.size
+        self.quota.reset(stored)
 
 
 _TABLES: dict[type[Any], str] = {StoredFile: "files", StoredBatch: "batches"}
+_NOUNS: dict[type[Any], str] = {StoredFile: "file", StoredBatch: "batch"}
 
 
 def _insert(db: sqlite3.Connection, item: StoredFile | StoredBatch) -> None:
     columns, last = ("expires", item.expires) if isinstance(item, StoredFile) else ("ended", 0)
-    values = (item.id, item.key, _encode(item), last)
+    values = (item.id, item.key, _to_json(item), last)
     db.execute(f"INSERT INTO {_TABLES[type(item)]} (id, key, facts, {columns}) VALUES (?, ?, ?, ?)", values)
 
 
 def _delete(db: sqlite3.Connection, file: StoredFile) -> None:
-    """A file is no more; its contents are to be removed."""
+    """Remove a file's row, and note its contents for deletion."""
     db.execute("DELETE FROM files WHERE id = ?", (file.id,))
     db.execute("INSERT OR IGNORE INTO unfinished VALUES (?)", (file.id,))
 
 
-def _decoded(rows: Iterable[tuple[Any]], kind: type[_Item]) -> list[_Item]:
-    """Rows as what they are. One that is not as expected is left out: it must not keep the others from being used."""
+def _decode_rows(rows: Iterable[tuple[Any]], kind: type[_Item]) -> list[_Item]:
+    """Decode rows. A row that cannot be decoded is logged and left out, so that the others stay usable."""
     items = []
     for (facts,) in rows:
         try:
             items.append(msgspec.json.decode(facts, type=kind))
         except (msgspec.MsgspecError, UnicodeDecodeError, TypeError):
-            _log.warning("A %s in the storage for files is not as expected and is left out.", kind.__name__.lower())
+            _log.warning("A %s in the file store cannot be decoded and is ignored.", _NOUNS[kind])
     return items
 
 
-def quota_error(most: int) -> RequestError:
-    """The error for a key whose files take all of its room."""
-    message = f"Your files would be more than {most} bytes together. Delete some that you need no more."
+def quota_error(limit: int) -> RequestError:
+    """Make the error for a key whose files would exceed its storage limit of `limit` bytes."""
+    message = f"Your files would exceed the storage limit of {limit} bytes. Delete files that you do not need."
     return RequestError(message, code="storage_limit_reached")
 
 
-def _failed(error: Exception) -> StorageFailed:
+def _storage_error(error: Exception) -> StorageFailed:
     if isinstance(error, sqlite3.Error) and error.sqlite_errorname == "SQLITE_BUSY":
         return StorageFailed(
-            "Another server uses this server's storage for files. Each needs a --batch-dir of its own."
+            "Another server uses this server's file store. Start each server with its own --batch-dir."
         )
-    return StorageFailed("The server's storage for files is full or cannot be used.")
+    return StorageFailed("The disk of the server's file store is full or fails.")

@@ -1,6 +1,6 @@
-"""Lines of a batch, read one at a time: each is a request, or a fault that says what is wrong with which line.
+"""Reads the lines of a batch's input file. Each line is a `BatchRequest` or an `InvalidLine` with an error message.
 
-Pure but for the file that it is given. Nothing here is larger than a line.
+The functions read from a given file and have no state. They hold at most one line in memory.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ ENDPOINT = "/v1/completions"
 MAX_CUSTOM_ID = 512
 """Characters of a `custom_id`."""
 
-_PIECE = 2**16
-_WRAPPED = frozenset({"custom_id", "method", "url", "body"})
+_PIECE = 2**16  # bytes
+_BATCH_FORM_KEYS = frozenset({"custom_id", "method", "url", "body"})
 _BOM = b"\xef\xbb\xbf"
-_SEEDS = 2**31  # small enough for every server
+_SEEDS = 2**31  # seeds below this are accepted by every server
 
 
 class InputLine(NamedTuple):
-    """A line that is not blank. `text` is None if it is too long; `digest` depends on its number and what is in it."""
+    """A line that is not blank. `number` counts from 1; `text` is None if the line is too long.
+
+    `digest` is a hash of the number and the content.
+    """
 
     number: int
     text: bytes | None
@@ -35,7 +38,7 @@ class InputLine(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BatchRequest:
-    """A request. `digest` names it: its seed, if it has none, and all its ids come from there."""
+    """A valid line. `body` is the request; the seed of a request without one and all ids are derived from `digest`."""
 
     line: int
     custom_id: str
@@ -44,24 +47,24 @@ class BatchRequest:
 
     @property
     def seed(self) -> int:
-        """What the request is drawn from if it does not say."""
+        """The seed that is sent if the request has none."""
         return int.from_bytes(self.digest[:8]) % _SEEDS
 
     @property
     def request_body(self) -> bytes:
-        """The body as it is sent."""
+        """The JSON that is sent to the server, always with a seed."""
         given = self.body if self.body.get("seed") is not None else self.body | {"seed": self.seed}
         return msgspec.json.encode(given)
 
     @property
     def sort_key(self) -> bytes:
-        """Rows whose prompts begin alike are neighbours in this order."""
+        """Sorting by this key puts requests with a common prompt prefix next to each other."""
         return msgspec.json.encode(self.body.get("prompt"))
 
 
 @dataclass(frozen=True, slots=True)
 class InvalidLine:
-    """A line that is no request. `message` names the line."""
+    """A line that is not a request. `message` contains the number of the line."""
 
     line: int
     custom_id: str | None
@@ -72,7 +75,7 @@ class InvalidLine:
 
 
 def read_lines(file: BinaryIO, longest: int) -> Iterator[InputLine]:
-    """The lines of a file, numbered from 1. Blank ones are left out. Of one that is too long no more is kept."""
+    """Yield the lines of a file that are not blank. A line over `longest` bytes is hashed, but its text is dropped."""
     number = 0
     while first := file.readline(_PIECE):
         number += 1
@@ -82,7 +85,7 @@ def read_lines(file: BinaryIO, longest: int) -> Iterator[InputLine]:
         while True:
             if text is not None:
                 text += piece
-                if len(text) > longest + 2:  # with what ends the line
+                if len(text) > longest + 2:  # CR LF
                     digest.update(text)
                     text = None
             else:
@@ -97,7 +100,7 @@ def read_lines(file: BinaryIO, longest: int) -> Iterator[InputLine]:
 
 
 def read_row(line: InputLine) -> BatchRequest | InvalidLine:
-    """What a line asks for: OpenAI's batch form, or the body of a request alone."""
+    """Parse a line: OpenAI's batch form, or the body of a request alone."""
     if line.text is None:
         return _fault(line, None, "line_too_long", "is too long")
     try:
@@ -108,19 +111,19 @@ def read_row(line: InputLine) -> BatchRequest | InvalidLine:
         value = parse_object(line.text)
     except RequestError as problem:
         reason = "" if problem.message == BAD_JSON else f": {problem.message.removesuffix('.')}"
-        return _fault(line, None, "invalid_json_line", f"is not a JSON object, or has a key twice{reason}")
-    if "body" not in value and not _WRAPPED & value.keys():
+        return _fault(line, None, "invalid_json_line", f"is not a JSON object, or has a duplicate key{reason}")
+    if "body" not in value and not _BATCH_FORM_KEYS & value.keys():
         return _request(line, f"row-{line.number}", value)
-    return _wrapped(line, value)
+    return _batch_form(line, value)
 
 
-def _wrapped(line: InputLine, value: dict[str, Any]) -> BatchRequest | InvalidLine:
+def _batch_form(line: InputLine, value: dict[str, Any]) -> BatchRequest | InvalidLine:
     name = value.get("custom_id")
     if not isinstance(name, str) or not 0 < len(name) <= MAX_CUSTOM_ID:
-        what = f"needs a 'custom_id', a string of 1 to {MAX_CUSTOM_ID} characters"
-        return _fault(line, None, "invalid_custom_id", what, "custom_id")
+        problem = f"needs a 'custom_id', a string of 1 to {MAX_CUSTOM_ID} characters"
+        return _fault(line, None, "invalid_custom_id", problem, "custom_id")
     for key in value:
-        if key not in _WRAPPED:
+        if key not in _BATCH_FORM_KEYS:
             return _fault(line, name, "unknown_parameter", f"has an unknown member: {key[:64]}", key[:64])
     if value.get("method") != "POST":
         return _fault(line, name, "invalid_method", "needs the method 'POST'", "method")
@@ -133,15 +136,15 @@ def _wrapped(line: InputLine, value: dict[str, Any]) -> BatchRequest | InvalidLi
 
 def _request(line: InputLine, name: str, body: dict[str, Any]) -> BatchRequest | InvalidLine:
     if body.get("stream"):
-        return _fault(line, name, "stream_not_supported", "asks for a stream, which a batch has not", "body.stream")
+        return _fault(line, name, "stream_not_supported", "sets 'stream', which batches do not support", "body.stream")
     return BatchRequest(line.number, name, body, line.digest)
 
 
 def duplicate_id_error(row: BatchRequest | InvalidLine) -> InvalidLine:
-    """The same line as one whose `custom_id` an earlier one has."""
-    message = f"Line {row.line} has a 'custom_id' that an earlier line has."
+    """Make the error for a line with the `custom_id` of an earlier line."""
+    message = f"Line {row.line} has the same 'custom_id' as an earlier line."
     return InvalidLine(row.line, row.custom_id, row.digest, "duplicate_custom_id", message, "custom_id")
 
 
-def _fault(line: InputLine, name: str | None, code: str, what: str, param: str | None = None) -> InvalidLine:
-    return InvalidLine(line.number, name, line.digest, code, f"Line {line.number} {what}.", param)
+def _fault(line: InputLine, name: str | None, code: str, problem: str, param: str | None = None) -> InvalidLine:
+    return InvalidLine(line.number, name, line.digest, code, f"Line {line.number} {problem}.", param)

@@ -1,7 +1,8 @@
-"""What is done of a batch, in one SQLite file beside its output: kept in transactions, so it is whole at any moment.
+"""The journal of a batch: a SQLite file with the output line of every answered input line.
 
-The output is made from it in the end, in the order of the lines, and appears under its name whole or not at all.
-Everything here blocks, and may be called from any thread.
+Answers are written in transactions, so the journal is consistent after a crash. At the end `Journal.write` makes the
+output from it, in the order of the input. The output is written under another name and renamed when it is complete.
+All functions block. They may be called from any thread.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ CREATE TABLE answers (
     prompt INTEGER NOT NULL, completion INTEGER NOT NULL, cached INTEGER NOT NULL
 );
 """
-_ROW_OVERHEAD = 4096  # bytes of a row beside its answer, and some more
+_ROW_OVERHEAD = 4096  # bytes; an upper bound of a row's size in SQLite without its answer
 _NAMES = "CREATE TABLE names (digest BLOB PRIMARY KEY) WITHOUT ROWID"
 
 
 @dataclass(frozen=True, slots=True)
 class BatchCounts:
-    """What is done. `failed` rows have an error; tokens are those of good ones."""
+    """Counts over the answered lines. `failed` lines have an error; the token counts are those of the others."""
 
     succeeded: int = 0
     failed: int = 0
@@ -46,14 +47,15 @@ class BatchCounts:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Number of answered lines."""
         return self.succeeded + self.failed
 
 
 class Journal:
-    """The file, held for as long as this is open: who opens it a second time is refused.
+    """An open journal, with an exclusive lock on its file until `close`.
 
-    Raises `SettingError` where it cannot be used, and `BatchStopped` where there is no room for more.
+    All methods raise `SettingError` if the file cannot be used, for example because another process has opened it, and
+    `BatchStopped` if the disk is full or fails.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,16 +63,16 @@ class Journal:
         self._lock = threading.RLock()
         with self._translated_errors():
             if not path.exists():
-                with suppress(OSError):  # SQLite says what is wrong
+                with suppress(OSError):  # SQLite's error is more precise
                     make_private(path)
             self._db = sqlite3.connect(path, timeout=0.2, isolation_level=None, check_same_thread=False)
         try:
-            self._hold()
+            self._lock_and_create()
         except BaseException:
             self._db.close()
             raise
 
-    def _hold(self) -> None:
+    def _lock_and_create(self) -> None:
         with self._translated_errors():
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._db.execute("PRAGMA synchronous = FULL")
@@ -81,35 +83,35 @@ class Journal:
                     self._db.execute(statement)
                 self._db.execute(f"PRAGMA user_version = {_VERSION}")
             elif version != _VERSION:
-                raise SettingError(f"{self.path} is no journal of this version. --restart throws it away.")
+                raise SettingError(f"{self.path} is a journal of another version of Afterword. --restart deletes it.")
             self._db.execute("COMMIT")
 
     def close(self) -> None:
-        """Let go of it. What is in it stays."""
+        """Close the file and release its lock."""
         self._db.close()
 
     def remove(self) -> None:
-        """Throw it away."""
+        """Close the journal and delete its file."""
         self.close()
         with self._translated_errors():
             for ending in ("-journal", ""):
                 with suppress(FileNotFoundError):
                     os.unlink(f"{self.path}{ending}")
 
-    # ---- what is known of the job
+    # ---- facts about the job
 
     @property
     def facts(self) -> dict[str, str]:
-        """What was noted, by name."""
+        """The values written by `set_facts` and `scan`, by name."""
         with self._translated_errors():
             return dict(self._db.execute("SELECT name, value FROM facts"))
 
     def set_facts(self, facts: Mapping[str, object]) -> None:
-        """Note some facts."""
+        """Write facts; values are converted with `str`. Facts with other names are kept."""
         with self._transaction():
-            self._note(facts)
+            self._put_facts(facts)
 
-    def _note(self, facts: Mapping[str, object]) -> None:
+    def _put_facts(self, facts: Mapping[str, object]) -> None:
         rows = [(name, str(value)) for name, value in facts.items()]
         self._db.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", rows)
 
@@ -122,10 +124,10 @@ class Journal:
         most_rows: float = math.inf,
         most_faults: float = math.inf,
     ) -> None:
-        """Read the whole input once: count its rows, keep an answer for every faulty line, note the facts.
+        """Read the input once, in one transaction: count its lines, write an error for each faulty line and the facts.
 
-        All or nothing, in memory that does not depend on the input. With more rows than `most_rows`, or as many
-        faults as `most_faults`, it is read no further.
+        `longest`: bytes of a line. Reading stops after more than `most_rows` lines or after `most_faults` faulty ones.
+        Memory does not grow with the input: names of lines are in a temporary table. Adds the fact `rows`.
         """
         rows = faults = 0
         with self._transaction(), open_input(source) as file:
@@ -134,12 +136,12 @@ class Journal:
                 row = self._unique(read_row(line))
                 rows += 1
                 if isinstance(row, InvalidLine):
-                    self._keep([invalid_line(row)])
+                    self._insert([invalid_line(row)])
                     faults += 1
                 if faults >= most_faults or rows > most_rows:
                     break
             self._db.execute("DROP TABLE names")
-            self._note({"rows": rows, **facts})
+            self._put_facts({"rows": rows, **facts})
 
     def _unique(self, row: BatchRequest | InvalidLine) -> BatchRequest | InvalidLine:
         if row.custom_id is None:
@@ -151,11 +153,11 @@ class Journal:
     # ---- answers
 
     def add(self, answers: Iterable[OutputLine]) -> None:
-        """Keep answers, all of them or none."""
+        """Write answers in one transaction."""
         with self._transaction():
-            self._keep(answers)
+            self._insert(answers)
 
-    def _keep(self, answers: Iterable[OutputLine]) -> None:
+    def _insert(self, answers: Iterable[OutputLine]) -> None:
         self._db.executemany(
             "INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?)",
             ((each.line, each.is_success, each.text, each.prompt, each.completion, each.cached) for each in answers),
@@ -163,35 +165,41 @@ class Journal:
 
     @property
     def longest(self) -> int:
-        """Bytes of the largest answer that can be kept."""
+        """Size in bytes of the largest answer that SQLite can store."""
         return self._db.getlimit(sqlite3.SQLITE_LIMIT_LENGTH) - _ROW_OVERHEAD
 
     def size(self) -> int:
-        """Bytes of the lines of output that there are so far."""
+        """Size of the output so far, in bytes."""
         with self._translated_errors():
             (size,) = self._db.execute("SELECT sum(length(text) + 1) FROM answers").fetchone()
             return size or 0
 
     def done(self, first: int, last: int) -> set[int]:
-        """Which lines among these have an answer."""
+        """Return the numbers of the answered lines from `first` to `last`, both included."""
         with self._translated_errors():
             return {
                 line for (line,) in self._db.execute(f"SELECT line FROM answers WHERE line BETWEEN {first} AND {last}")
             }
 
     def counts(self) -> BatchCounts:
-        """What is done so far."""
+        """Count the answers so far."""
         columns = "sum(good), sum(NOT good), sum(prompt), sum(completion), sum(cached)"
         with self._translated_errors():
             return BatchCounts(*(value or 0 for value in self._db.execute(f"SELECT {columns} FROM answers").fetchone()))
 
     def lines(self, good: bool | None = None) -> Iterator[tuple[int, bytes]]:
-        """The lines of output, each with its line of the input, in order; only the good ones, or the others."""
+        """Yield the number of each input line and its output line, in order.
+
+        `good`: True for lines without error, False for lines with an error, None for all.
+        """
         only = "" if good is None else f"WHERE good = {int(good)}"
         yield from self._db.execute(f"SELECT line, text FROM answers {only} ORDER BY line")
 
     def write(self, output: Path, good: bool | None = None, *, private: bool = False) -> int:
-        """Write the output, whole or not at all. How many bytes it has. `private`: nobody else may read it."""
+        """Write the output and return its size in bytes. A crash leaves no partial file under the name `output`.
+
+        `good`: as for `lines`. `private`: the file gets mode 0600; otherwise the umask decides.
+        """
         part = partial_path(output)
         with self._translated_errors():
             if private:
@@ -223,7 +231,7 @@ class Journal:
 
     @contextmanager
     def _translated_errors(self) -> Iterator[None]:
-        """One thread after the other; and what the system says, in a sentence."""
+        """Hold the lock, and translate errors of SQLite and the system to Afterword's."""
         try:
             with self._lock:
                 yield
@@ -233,17 +241,17 @@ class Journal:
 
 def _storage_error(path: Path, error: Exception) -> SettingError | BatchStopped:
     if isinstance(error, sqlite3.Error) and error.sqlite_errorname == "SQLITE_BUSY":
-        return SettingError(f"Another process is at work on {path}. Wait for it, or end it.")
+        return SettingError(f"Another process uses {path}. Wait until it ends, or end it.")
     if isinstance(error, sqlite3.Error) and error.sqlite_errorname == "SQLITE_NOTADB":
-        return SettingError(f"{path} is no journal. --restart throws it away.")
+        return SettingError(f"{path} is not a journal. --restart deletes it.")
     if isinstance(error, sqlite3.Error) and error.sqlite_errorname == "SQLITE_CANTOPEN":
-        return SettingError(f"{path} cannot be opened or made.")
-    why = error.strerror if isinstance(error, OSError) else str(error)
-    return BatchStopped(f"The batch stops, since {path.parent} cannot be written or read: {why}. What is done is kept.")
+        return SettingError(f"{path} cannot be opened or created.")
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    return BatchStopped(f"Reading or writing in {path.parent} failed: {reason}. All answers so far are kept.")
 
 
 def open_input(path: Path) -> BufferedReader:
-    """The input, to be read from its beginning."""
+    """Open the input file. Raises `SettingError`."""
     try:
         return path.open("rb")
     except OSError as error:
@@ -251,14 +259,14 @@ def open_input(path: Path) -> BufferedReader:
 
 
 def partial_path(output: Path) -> Path:
-    """Where an output is until it is whole."""
+    """Return the path under which an output is written before it is renamed."""
     return output.with_name(output.name + ".part")
 
 
 def make_private(path: Path) -> None:
-    """Make a file that only its owner can read and write, whatever the umask; of one that is there change the mode.
+    """Create a file with mode 0600, independent of the umask. An existing file gets that mode.
 
-    A file that is there is not opened: closing it would end the locks that SQLite has on it.
+    An existing file is not opened: closing a descriptor of it would release the POSIX locks that SQLite holds on it.
     """
     try:
         handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
@@ -272,13 +280,13 @@ def make_private(path: Path) -> None:
 
 
 def _fsync(file: BinaryIO) -> None:
-    """What was written is there when the power fails."""
+    """Flush the file to the disk, so that its content survives a power failure."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """What was renamed in a folder stays so when the power fails."""
+    """Flush a folder to the disk, so that renamed files survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

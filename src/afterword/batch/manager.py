@@ -1,6 +1,7 @@
-"""The batches of a server, carried out in the background: one of each key at a time, the oldest first.
+"""Runs the batches of a server in the background: one batch per API key at a time, the oldest first.
 
-One event loop owns it; disks are touched in threads. What a server had not finished goes on when it starts again.
+The manager belongs to the server's event loop. Threads read and write files. After a restart the manager continues the
+unfinished batches. It must not import `api`: it sends requests through a function that it is given.
 """
 
 from __future__ import annotations
@@ -29,40 +30,40 @@ from afterword.batch.output_lines import SendRequest, failure_line
 from afterword.errors import AfterwordError, SettingError, StorageFailed
 from afterword.system.tasks import supervised
 
-_MAX_KEYS = 16  # batches at once, each of another key
-_AT_ONCE = 32  # rows of each that are on their way to the models
-_MAX_ERRORS = 100  # faulty lines that are told
-_PAUSE = 30.0  # seconds before another try where the disk fails
-_TIDY = 60.0  # seconds between two looks for files whose time has come
-_TOO_LATE = "This request could not be executed before the completion window expired."
+_MAX_KEYS = 16  # batches that run at the same time, each of another key
+_CONCURRENCY = 32  # requests of one batch that are sent at the same time
+_MAX_ERRORS = 100  # faulty lines that a failed batch reports
+_PAUSE = 30.0  # seconds before another attempt after the disk failed
+_EXPIRY_INTERVAL = 60.0  # seconds between deletions of expired files
+_EXPIRED = "This request could not be executed before the completion window expired."
 
 _log = logging.getLogger("afterword")
 
 
 class BatchManager:
-    """Owner of the shelf and of the batches under way. `ask_for` a key gives a way to ask on its behalf."""
+    """Owns the file store and the running batches. `clock` returns Unix seconds."""
 
     def __init__(self, file_store: FileStore, limits: BatchLimits, clock: Callable[[], float] = time.time) -> None:
         self.file_store = file_store
         self.limits = limits
         self.clock = clock
-        self._ask_for: Callable[[str], SendRequest] | None = None
+        self._client_for: Callable[[str], SendRequest] | None = None
         self._running: dict[str, asyncio.Task[None]] = {}  # by key
         self._progress: dict[str, Progress] = {}  # by batch
-        self._held: Counter[str] = Counter()  # bytes of answers of batches under way, taken of their keys' room
-        self._tasks: dict[str, asyncio.Task[None]] = {}  # by batch, while its rows are asked
+        self._reserved: Counter[str] = Counter()  # by batch: bytes of answers, as long as it runs
+        self._tasks: dict[str, asyncio.Task[None]] = {}  # by batch, while its requests are sent
         self._wakeup = asyncio.Event()
-        self._logged_reasons = ""
+        self._logged_reason = ""
         self._task: list[asyncio.Task[None]] = []
 
     @asynccontextmanager
-    async def running(self, ask_for: Callable[[str], SendRequest]) -> AsyncIterator[None]:
-        """Carry out batches until this is left."""
-        self._ask_for = ask_for
+    async def running(self, client_for: Callable[[str], SendRequest]) -> AsyncIterator[None]:
+        """Run batches inside the `async with` block. `client_for(key)` returns the client that sends its requests."""
+        self._client_for = client_for
         if self.file_store.exists:
             self._wakeup.set()
         self._task = [
-            supervised(self._live, "start of batches", self._wakeup.set),
+            supervised(self._start_batches, "start of batches", self._wakeup.set),
             supervised(self._expire_files, "expiry of files"),
         ]
         try:
@@ -72,51 +73,51 @@ class BatchManager:
             await in_thread(self.file_store.close)
 
     async def stop(self) -> None:
-        """Ask nothing more. What is done is kept."""
+        """Cancel all running batches. Their journals keep the answers so far."""
         tasks = [*self._task, *self._running.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def notify(self) -> None:
-        """There is a new batch."""
+        """Start a batch that was added to the file store, if its key has none running."""
         self._wakeup.set()
 
     async def cancel(self, key: str, name: str) -> StoredBatch:
-        """End a batch before its time; what is answered is kept. Raises `RequestError` if there is none."""
+        """Cancel a batch; its output has the answers so far. Raises `RequestError` if it does not exist."""
         batch = await in_thread(self.file_store.batch, key, name)
         if batch.status in ("validating", "in_progress"):
             batch = await in_thread(self.file_store.save_batch, batch.with_status("cancelling", self.clock()))
-            if (work := self._tasks.get(name)) is not None:
-                work.cancel()
+            if (task := self._tasks.get(name)) is not None:
+                task.cancel()
         return self.with_progress(batch)
 
     def with_progress(self, batch: StoredBatch) -> StoredBatch:
-        """A batch with what has been done of it by now."""
+        """Return the batch with the current counts of its job."""
         progress = self._progress.get(batch.id)
-        return batch if progress is None or batch.status in FINAL_STATUSES else _with_sums(batch, progress.done)
+        return batch if progress is None or batch.status in FINAL_STATUSES else _with_counts(batch, progress.done)
 
     # ----
 
-    async def _live(self) -> None:
+    async def _start_batches(self) -> None:
         while True:
             await self._wakeup.wait()
             self._wakeup.clear()
             try:
-                waiting = await in_thread(self.file_store.unfinished_batches)
+                unfinished = await in_thread(self.file_store.unfinished_batches)
             except StorageFailed as problem:
                 await self._wait(problem.message)
                 self._wakeup.set()
                 continue
-            for batch in waiting:
+            for batch in unfinished:
                 if batch.key not in self._running and len(self._running) < _MAX_KEYS:
                     self._running[batch.key] = asyncio.create_task(self._run_batch(batch))
 
     async def _expire_files(self) -> None:
         while True:
-            await asyncio.sleep(_TIDY)
+            await asyncio.sleep(_EXPIRY_INTERVAL)
             if self.file_store.exists:
-                with suppress(StorageFailed):  # who asks for files is told
+                with suppress(StorageFailed):  # requests for files get this error
                     await in_thread(self.file_store.expire)
 
     async def _run_batch(self, batch: StoredBatch) -> None:
@@ -125,18 +126,18 @@ class BatchManager:
         except AfterwordError as problem:
             await self._wait(problem.message)
         except Exception:
-            _log.exception("A batch fails")
-            await self._wait("the server has a mistake")
+            _log.exception("A batch failed with an unexpected error and will be tried again")
+            await self._wait("unexpected error")
         finally:
             del self._running[batch.key]
             self._progress.pop(batch.id, None)
-            self.file_store.quota.release(batch.key, self._held.pop(batch.id, 0))
+            self.file_store.quota.release(batch.key, self._reserved.pop(batch.id, 0))
             self._wakeup.set()
 
     async def _execute_or_fail(self, batch: StoredBatch) -> None:
         try:
             await self._execute(batch)
-        except SettingError:  # the file has been taken away
+        except SettingError:  # another program deleted the contents
             wrong = BatchError("input_file_unreadable", "The file of 'input_file_id' can no longer be read.")
             await self._save(batch.with_status("failed", self.clock(), wrong=(wrong,)))
 
@@ -146,35 +147,40 @@ class BatchManager:
             if batch.status == "validating":
                 wrong = await in_thread(self._scan, batch, journal)
                 if wrong:
-                    await in_thread(self._end, batch.with_status("failed", self.clock(), wrong=wrong), journal, False)
+                    await in_thread(
+                        self._finish, batch.with_status("failed", self.clock(), wrong=wrong), journal, False
+                    )
                     return
                 rows = int(journal.facts["rows"])
                 batch = await self._save(batch.with_status("in_progress", self.clock(), rows=rows))
             if batch.status == "in_progress":
-                batch = await self._ask_rows(batch, journal)
-            await in_thread(self._end, batch, journal, True)
+                batch = await self._run_job(batch, journal)
+            await in_thread(self._finish, batch, journal, True)
 
-    async def _ask_rows(self, batch: StoredBatch, journal: Journal) -> StoredBatch:
-        """All that is left to be asked, until it is time or cancelled. Returns what is to be written of it."""
-        assert self._ask_for is not None
-        room = partial(self._reserve, batch)
+    async def _run_job(self, batch: StoredBatch, journal: Journal) -> StoredBatch:
+        """Send the remaining requests until all are answered, the batch expires or a client cancels it.
+
+        Returns the batch with its new status, `finalizing` or `cancelling`.
+        """
+        assert self._client_for is not None
+        reserve = partial(self._reserve, batch)
         job = BatchJob(
-            self.file_store.contents(batch.input), journal, batch.created, self.limits.max_line, _AT_ONCE, room
+            self.file_store.contents(batch.input), journal, batch.created, self.limits.max_line, _CONCURRENCY, reserve
         )
         self._reserve_existing(batch, await in_thread(journal.size))
         self._progress[batch.id] = progress = Progress(batch.rows, await in_thread(journal.counts))
-        self._tasks[batch.id] = work = asyncio.create_task(job.run(self._ask_for(batch.key), progress))
+        self._tasks[batch.id] = task = asyncio.create_task(job.run(self._client_for(batch.key), progress))
         try:
             known = await in_thread(self.file_store.batch, batch.key, batch.id)
-            if known.status == "cancelling":  # meanwhile
-                work.cancel()
-            done, _ = await asyncio.wait([work], timeout=max(0.0, batch.expires - self.clock()))
+            if known.status == "cancelling":  # cancelled before its task existed
+                task.cancel()
+            done, _ = await asyncio.wait([task], timeout=max(0.0, batch.expires - self.clock()))
         finally:
-            work.cancel()
-            await asyncio.wait([work])
+            task.cancel()
+            await asyncio.wait([task])
             del self._tasks[batch.id]
-        if done and not work.cancelled():
-            work.result()
+        if done and not task.cancelled():
+            task.result()
             return await self._save(batch.with_status("finalizing", self.clock()))
         if done:
             return await in_thread(self.file_store.batch, batch.key, batch.id)
@@ -182,22 +188,22 @@ class BatchManager:
         return await self._save(batch.with_status("finalizing", self.clock()))
 
     def _reserve(self, batch: StoredBatch, size: int) -> bool:
-        """Whether the key of a batch has room for so many bytes of an answer, which are then taken."""
+        """Reserve `size` bytes of the key's storage for an answer. Returns False if the limit would be exceeded."""
         if not self.file_store.quota.reserve(batch.key, size, self.limits.max_stored):
             return False
-        self._held[batch.id] += size
+        self._reserved[batch.id] += size
         return True
 
     def _reserve_existing(self, batch: StoredBatch, size: int) -> None:
-        """Take room for the answers that there are already."""
+        """Reserve storage for the answers that the journal has already, without a limit."""
         self.file_store.quota.reserve(batch.key, size)
-        self._held[batch.id] += size
+        self._reserved[batch.id] += size
 
-    async def _wait(self, why: str) -> None:
-        """Wait until another try is worth it. The same reason is told once."""
-        if why != self._logged_reasons:
-            _log.warning("Batches wait: %s", why)
-        self._logged_reasons = why
+    async def _wait(self, reason: str) -> None:
+        """Wait before another attempt. The same reason is logged only once."""
+        if reason != self._logged_reason:
+            _log.warning("Batches wait %d s before another attempt: %s", _PAUSE, reason)
+        self._logged_reason = reason
         await asyncio.sleep(_PAUSE)
 
     async def _save(self, batch: StoredBatch) -> StoredBatch:
@@ -212,19 +218,19 @@ class BatchManager:
             raise StorageFailed(problem.message) from None
 
     def _scan(self, batch: StoredBatch, journal: Journal) -> tuple[BatchError, ...]:
-        """What is wrong with the input as a whole."""
+        """Read the input into the journal. Returns the errors for which the whole batch fails."""
         source, most = self.file_store.contents(batch.input), self.limits.max_rows
         if not journal.facts:
             journal.scan(source, self.limits.max_line, {}, most_faults=_MAX_ERRORS, most_rows=most)
         rows = int(journal.facts["rows"])
         if not rows:
-            return (BatchError("empty_file", "The file has no requests."),)
+            return (BatchError("empty_file", "The input file has no requests."),)
         if rows > most:
-            return (BatchError("too_many_rows", f"The file has more than {most} requests."),)
+            return (BatchError("too_many_rows", f"The input file has more than {most} requests."),)
         return tuple(_batch_error(text, line) for line, text in journal.lines(good=False))
 
     def _expire(self, batch: StoredBatch, journal: Journal) -> None:
-        """Give up what has not been answered."""
+        """Write an error for each request without an answer."""
         with self.file_store.contents(batch.input).open("rb") as file:
             rows = (
                 row
@@ -233,18 +239,18 @@ class BatchManager:
             )
             while some := list(islice(rows, 1000)):
                 done = journal.done(some[0].line, some[-1].line)
-                journal.add([failure_line(row, "batch_expired", _TOO_LATE) for row in some if row.line not in done])
+                journal.add([failure_line(row, "batch_expired", _EXPIRED) for row in some if row.line not in done])
         journal.set_facts({"expired": True})
 
-    def _end(self, batch: StoredBatch, journal: Journal, outputs: bool) -> None:
-        """Write what there is, and that this is all."""
+    def _finish(self, batch: StoredBatch, journal: Journal, outputs: bool) -> None:
+        """Write the output files and the final status of a batch, and delete its journal."""
         facts: dict[str, Any] = {}
         files = []
         if outputs:
-            batch = _with_sums(batch, journal.counts())
+            batch = _with_counts(batch, journal.counts())
             for name, good, many in (("output", True, batch.good), ("errors", False, batch.bad)):
                 if many:
-                    files.append(self._written(batch, journal, name, good))
+                    files.append(self._write_output(batch, journal, name, good))
                     facts[name] = files[-1].id
             expired = "expired" in journal.facts
             last = "cancelled" if batch.status == "cancelling" else "expired" if expired else "completed"
@@ -252,8 +258,8 @@ class BatchManager:
         self.file_store.save_batch(batch, files)
         journal.remove()
 
-    def _written(self, batch: StoredBatch, journal: Journal, name: str, good: bool) -> StoredFile:
-        """A file of answers, the same one however often it is written."""
+    def _write_output(self, batch: StoredBatch, journal: Journal, name: str, good: bool) -> StoredFile:
+        """Write an output file. Its id is derived from the batch, so a repeated call replaces the file."""
         label = "output" if good else "error"
         digest = hashlib.blake2b(f"{batch.id} {name}".encode(), digest_size=16).hexdigest()
         file = f"file-{digest}"
@@ -261,7 +267,7 @@ class BatchManager:
         return StoredFile(file, batch.key, f"{batch.id}_{label}.jsonl", "batch_output", size, int(self.clock()))
 
 
-def _with_sums(batch: StoredBatch, sums: BatchCounts) -> StoredBatch:
+def _with_counts(batch: StoredBatch, sums: BatchCounts) -> StoredBatch:
     return msgspec.structs.replace(
         batch, good=sums.succeeded, bad=sums.failed, prompt=sums.prompt, completion=sums.completion, cached=sums.cached
     )
@@ -273,6 +279,6 @@ def _batch_error(text: bytes, line: int) -> BatchError:
 
 
 def default_folder() -> Path:
-    """Where batches are unless somewhere else is named."""
+    """Return the folder of the file store if `--batch-dir` is not set."""
     data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
     return Path(data) / "afterword" / "batches"

@@ -1,4 +1,4 @@
-"""How many bytes each key's files take: those that are kept, and those that are being written. From any thread."""
+"""Counts the bytes of each API key's files: stored ones, and those that are being written. Thread-safe."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Mapping
 
 
 class StorageQuota:
-    """What is taken, by key."""
+    """The used bytes by key id."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._used: Counter[str] = Counter()
 
-    def reset(self, kept: Mapping[str, int]) -> None:
-        """Count what is kept from here on; nothing is being written."""
+    def reset(self, stored: Mapping[str, int]) -> None:
+        """Replace all counts by the bytes of stored files. Nothing may be reserved at that time."""
         with self._lock:
-            self._used = Counter(kept)
+            self._used = Counter(stored)
 
     def reserve(self, key: str, size: int, most: float = float("inf")) -> bool:
-        """Take so many bytes if the key then has no more than `most`; whether it has them."""
+        """Add `size` bytes to a key's count and return True; return False if the count would exceed `most`."""
         with self._lock:
             if self._used[key] + size > most:
                 return False
@@ -28,11 +28,11 @@ class StorageQuota:
             return True
 
     def release(self, key: str, size: int) -> None:
-        """Give bytes back."""
+        """Subtract `size` bytes from a key's count."""
         with self._lock:
             self._used[key] -= size
 
     def used(self, key: str) -> int:
-        """How many bytes a key has."""
+        """Return the count of a key in bytes."""
         with self._lock:
             return self._used[key]

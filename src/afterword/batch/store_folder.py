@@ -1,6 +1,7 @@
-"""The folder of files and batches: whose it is, who may read it, and the database in it.
+"""Opens the file store's folder: checks that it belongs to Afterword, sets modes, creates or migrates the database.
 
-It is ours if it is empty or has our database. What else lies in it is left alone. Everything here blocks.
+The folder belongs to Afterword if it is empty or contains Afterword's database. Other files are never changed. All
+functions block.
 """
 
 from __future__ import annotations
@@ -27,31 +28,32 @@ ALTER TABLE files ADD COLUMN expires INTEGER;
 CREATE TABLE unfinished (name TEXT PRIMARY KEY) WITHOUT ROWID;
 """
 _OWN_FILES = frozenset({"shelf.db", "shelf.db-journal", "files", "journals"})
-_OF_SYSTEM = frozenset({"lost+found"})  # in a folder that is a disk of its own
+_OF_SYSTEM = frozenset({"lost+found"})  # exists if the folder is the root of a file system
 
 
 def entries(folder: Path) -> set[str]:
-    """The names of what is in it."""
+    """Return the names in the folder, except those that the file system made."""
     return set(os.listdir(folder)) - _OF_SYSTEM
 
 
-def open_database(folder: Path, sweep: Callable[[sqlite3.Connection], None]) -> sqlite3.Connection:
-    """Its database, held until it is closed, after `sweep`. Made if there is none.
+def open_database(folder: Path, clean_up: Callable[[sqlite3.Connection], None]) -> sqlite3.Connection:
+    """Open or create the database of a folder, lock it for this process, and call `clean_up` in the first transaction.
 
-    Raises `ForeignFolder` if other files are in the folder, `StorageFailed`, `OSError` and `sqlite3.Error`.
+    Raises `ForeignFolder` if the folder has files that are not Afterword's, `StorageFailed`, `OSError` and
+    `sqlite3.Error`.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    place = folder / "shelf.db"
-    if not place.exists():
+    path = folder / "shelf.db"
+    if not path.exists():
         if not _is_empty(folder):
             raise ForeignFolder
-        make_private(place)
-    db = sqlite3.connect(place, timeout=0.2, isolation_level=None, check_same_thread=False)
+        make_private(path)
+    db = sqlite3.connect(path, timeout=0.2, isolation_level=None, check_same_thread=False)
     try:
         db.execute("PRAGMA locking_mode = EXCLUSIVE")
         db.execute("BEGIN EXCLUSIVE")
         _prepare(folder, db)
-        sweep(db)
+        clean_up(db)
         db.execute("COMMIT")
     except BaseException as error:
         db.close()
@@ -62,20 +64,23 @@ def open_database(folder: Path, sweep: Callable[[sqlite3.Connection], None]) -> 
 
 
 def _is_empty(folder: Path) -> bool:
-    """Whether there is nothing but what a server left that ended while it made the folder."""
+    """Whether the folder has no files, or only those of a server that ended while it created the folder."""
     inner = [folder / name for name in ("files", "journals")]
     return entries(folder) <= _OWN_FILES and not any(each.exists() and os.listdir(each) for each in inner)
 
 
 def _prepare(folder: Path, db: sqlite3.Connection) -> None:
-    """Make or mend what is missing. Raises `ForeignFolder` for the database of something else."""
+    """Create or migrate the tables, create missing folders, set all modes.
+
+    Raises `ForeignFolder` for a database of another program, and `StorageFailed` for one of a newer Afterword.
+    """
     version = db.execute("PRAGMA user_version").fetchone()[0]
     tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    ours = tables >= {"files", "batches"} if version else not tables and _is_empty(folder)
-    if not ours:
+    is_own = tables >= {"files", "batches"} if version else not tables and _is_empty(folder)
+    if not is_own:
         raise ForeignFolder
     if version > _VERSION:
-        raise StorageFailed("The server's storage for files is of another version.")
+        raise StorageFailed("The server's file store was written by a newer version of Afterword.")
     scripts = {0: (_SCHEMA, _MIGRATION_2), 1: (_MIGRATION_2,)}.get(version, ())
     for statement in (statement for script in scripts for statement in script.split(";")):
         db.execute(statement)

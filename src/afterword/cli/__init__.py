@@ -1,4 +1,4 @@
-"""The command line. Sees all rooms; what a command does is imported when it is run."""
+"""The command line. It may import every package; a command's implementation is imported when the command runs."""
 
 from afterword.cli.commands import main
 

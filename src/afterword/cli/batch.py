@@ -1,4 +1,4 @@
-"""`afterword batch`: its options. What it does is in `cli/batch_run.py`."""
+"""The options of `afterword batch`. `cli/batch_run.py` implements the command."""
 
 from __future__ import annotations
 
@@ -14,23 +14,28 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command(cls=GroupedCommand)
-@click.argument("rows", type=_FILE, metavar="IN.jsonl")
+@click.argument("source", type=_FILE, metavar="IN.jsonl")
 @click.argument("model", required=False, shell_complete=complete_model)
-@option("Job", "-o", "--output", type=_FILE, help="Where the answers go; a journal stands beside it until then.")
-@option("Job", "--concurrency", type=click.IntRange(1, 4096), help="Rows at a time.  [default: twice the sequences]")
-@option("Job", "--plan", is_flag=True, help="Only say how many tokens and how much time it would take.")
-@option("Job", "--restart", is_flag=True, help="Forget what is done, and the output that is there.")
-@option("Job", "--json", "as_json", is_flag=True, help="Print what came out as JSON.")
-@option("Server", "--url", help="Ask this server instead of running a model.")
-@option("Server", "--api-key", envvar=["AFTERWORD_BATCH_API_KEY", "OPENAI_API_KEY"], help="The key that opens it.")
-@option("Model", "--alias", help="Name of the model in rows.  [default: from the file]")
+@option("Job", "-o", "--output", type=_FILE, help="Output file. A journal is beside it until it is complete.")
+@option(
+    "Job",
+    "--concurrency",
+    type=click.IntRange(1, 4096),
+    help="Requests at the same time.  [default: twice the sequences]",
+)
+@option("Job", "--plan", is_flag=True, help="Only estimate tokens and time.")
+@option("Job", "--restart", is_flag=True, help="Delete the journal and the output, and start again.")
+@option("Job", "--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@option("Server", "--url", help="Send requests to this server instead of running a model.")
+@option("Server", "--api-key", envvar=["AFTERWORD_BATCH_API_KEY", "OPENAI_API_KEY"], help="API key for this server.")
+@option("Model", "--alias", help="Name of the model in requests.  [default: from the file]")
 @engine_options
-def batch(rows: Path, model: str | None, **options: Any) -> None:
-    """Answer every row of a file.
+def batch(source: Path, model: str | None, **options: Any) -> None:
+    """Answer every request of a file.
 
-    With MODEL (as for serve) or with the server at --url. A row is a request, or one in OpenAI's batch form.
-    Answers come in the order of the rows, those that cannot be had as errors. Stopped or killed, the same command
-    goes on where it was, and the output is the same to the byte.
+    MODEL (as for serve) or the server at --url answers. Each line is the body of a request, or OpenAI's batch form.
+    The output has the order of the input; a line without an answer has an error. After a stop or a crash the same
+    command continues the batch, and the output has the same bytes as without the interruption.
 
     \b
     Examples:
@@ -41,4 +46,4 @@ def batch(rows: Path, model: str | None, **options: Any) -> None:
     """
     from afterword.cli import batch_run
 
-    click.get_current_context().exit(batch_run.batch(rows, model, options))
+    click.get_current_context().exit(batch_run.batch(source, model, options))

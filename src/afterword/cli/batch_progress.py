@@ -1,4 +1,4 @@
-"""How far a batch is, for a person: a bar on a terminal, else a line now and then. Both on standard error."""
+"""Shows the progress of a batch on standard error: a bar on a terminal, otherwise a line every 30 s."""
 
 from __future__ import annotations
 
@@ -13,75 +13,75 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from afterword.batch.batch_job import Progress as Done
+from afterword.batch.batch_job import Progress as JobProgress
 from afterword.system.tasks import supervised
 
-_LOOK, _LINE = 0.25, 30.0  # seconds
+_REFRESH_SECONDS, _LINE_SECONDS = 0.25, 30.0
 
 
 @asynccontextmanager
-async def show_progress(done: Done) -> AsyncIterator[None]:
-    """Show how far a job is until this is left."""
-    with _BarDisplay(done) if sys.stderr.isatty() else _LineDisplay(done) as look:
-        showing = supervised(partial(_repeat, look), "progress display")
+async def show_progress(job: JobProgress) -> AsyncIterator[None]:
+    """Show the progress of a job inside the `async with` block."""
+    with _BarDisplay(job) if sys.stderr.isatty() else _LineDisplay(job) as refresh:
+        showing = supervised(partial(_repeat, refresh), "progress display")
         try:
             yield
         finally:
             showing.cancel()
             await asyncio.gather(showing, return_exceptions=True)
-            look()
+            refresh()
 
 
-async def _repeat(look: Callable[[], None]) -> None:
+async def _repeat(refresh: Callable[[], None]) -> None:
     while True:
-        look()
-        await asyncio.sleep(_LOOK)
+        refresh()
+        await asyncio.sleep(_REFRESH_SECONDS)
 
 
 class _LineDisplay:
-    """A line every half a minute, the first after that time."""
+    """Prints a line every 30 s, the first one after 30 s."""
 
-    def __init__(self, done: Done) -> None:
-        self._done = done
-        self._said = done.seconds
+    def __init__(self, job: JobProgress) -> None:
+        self._job = job
+        self._last_line = job.seconds
 
     def __enter__(self) -> Callable[[], None]:
-        return self._look
+        return self._refresh
 
     def __exit__(self, *_: object) -> None:
-        """Nothing is left to do."""
+        pass
 
-    def _look(self) -> None:
-        if self._done.seconds - self._said >= _LINE:
-            self._said = self._done.seconds
-            click.echo(f"{self._done.done.total:,} of {self._done.rows:,} rows, {facts(self._done)}", err=True)
+    def _refresh(self) -> None:
+        if self._job.seconds - self._last_line >= _LINE_SECONDS:
+            self._last_line = self._job.seconds
+            click.echo(f"{self._job.done.total:,} of {self._job.rows:,} lines, {facts(self._job)}", err=True)
 
 
 class _BarDisplay:
-    """A bar that is drawn again and again."""
+    """Draws a progress bar."""
 
-    def __init__(self, done: Done) -> None:
-        self._done = done
-        columns = (BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f} rows  {task.description}"))
+    def __init__(self, job: JobProgress) -> None:
+        self._job = job
+        columns = (BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f} lines  {task.description}"))
         self._progress = Progress(*columns, console=Console(stderr=True), auto_refresh=False)
-        self._task = self._progress.add_task("", total=done.rows, completed=done.done.total)
+        self._task = self._progress.add_task("", total=job.rows, completed=job.done.total)
 
     def __enter__(self) -> Callable[[], None]:
         self._progress.start()
-        return self._look
+        return self._refresh
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def _look(self) -> None:
-        self._progress.update(self._task, completed=self._done.done.total, description=facts(self._done), refresh=True)
+    def _refresh(self) -> None:
+        self._progress.update(self._task, completed=self._job.done.total, description=facts(self._job), refresh=True)
 
 
-def facts(done: Done) -> str:
-    """Rates, what is left, errors, and why nothing goes on if nothing does."""
-    told = [f"{done.rate:.3g} rows/s", f"{done.token_rate:,.0f} tokens/s"]
-    if done.remaining_seconds is not None and done.done.total < done.rows:
-        told.append(f"{timedelta(seconds=round(done.remaining_seconds))} left")
-    if done.done.failed:
-        told.append(f"{done.done.failed:,} errors")
-    return ", ".join([*told, *([done.waiting_for] if done.waiting_for else [])])
+def facts(job: JobProgress) -> str:
+    """Describe rates, remaining time, errors, and why the job waits if it does."""
+    parts = [f"{job.rate:.3g} lines/s", f"{job.token_rate:,.0f} tokens/s"]
+    if job.remaining_seconds is not None and job.done.total < job.rows:
+        parts.append(f"{timedelta(seconds=round(job.remaining_seconds))} left")
+    if job.done.failed:
+        parts.append(f"{job.done.failed:,} errors")
+    return ", ".join([*parts, *([job.waiting_for] if job.waiting_for else [])])

@@ -1,4 +1,4 @@
-"""What `afterword batch` does: a file and a model, or a server, to a file of answers."""
+"""Implements `afterword batch`: sends the requests of a file to a model or a server, and writes the output file."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from afterword.errors import BatchStopped, SettingError
 
 MAX_LINE = BatchLimits().max_line
 EXIT_RETRY_LATER = 75
-"""The exit status of a job that has stopped and can go on, as sysexits.h has it: a temporary failure."""
-_DEFAULT_SEQUENCES = 16  # where a server does not say
-_RETRY_SECONDS = 2.0  # seconds between two looks for a server that is not there
+"""The exit status of a batch that stopped and can be continued: EX_TEMPFAIL of sysexits.h."""
+_DEFAULT_SEQUENCES = 16  # of a server that does not report them
+_RETRY_SECONDS = 2.0  # between attempts to reach a server
 
 
 @dataclass(frozen=True, slots=True)
 class _Invocation:
-    """What was typed. `options` are the command's, by name."""
+    """The arguments of the command. `options`: the values of its options by name."""
 
     source: Path
     model: str | None
@@ -46,16 +46,16 @@ class _Invocation:
 
     @property
     def output(self) -> Path:
-        """Where the answers go. Raises `SettingError`."""
+        """The output file. Raises `SettingError` if `-o` is missing or names the input."""
         output: Path | None = self.options["output"]
         if output is None:
-            raise SettingError("Say with -o where the answers go.")
+            raise SettingError("The output file is missing. Give it with -o.")
         if output.exists() and output.samefile(self.source):
-            raise SettingError(f"-o {output}: that is the input.")
+            raise SettingError(f"-o {output} is the input file. Give another output file.")
         return output
 
     def print_result(self, text: str, facts: dict[str, Any]) -> None:
-        """What came out: facts on standard output if they are asked for, else a text for a person."""
+        """With `--json` write `facts` to standard output as JSON, otherwise `text` to standard error."""
         if self.options["as_json"]:
             click.echo(json.dumps(facts))
         else:
@@ -63,50 +63,57 @@ class _Invocation:
 
 
 def batch(source: Path, model: str | None, options: dict[str, Any]) -> int:
-    """Do a job. `options` are the command's, by name. Returns the exit status. Raises `SettingError`."""
-    wish = _Invocation(source, model, options)
+    """Run the command and return the exit status. `options`: values by option name. Raises `SettingError`."""
+    invocation = _Invocation(source, model, options)
     if options["url"] and model:
-        raise SettingError("Give a MODEL or --url, not both.")
+        raise SettingError("MODEL and --url were both given. Give only one of them.")
     if not source.is_file():
-        raise SettingError(f"{source} is not a file, or does not exist. It is read more than once.")
+        raise SettingError(
+            f"{source} is not a regular file, or does not exist. The input is read twice, so it cannot be a pipe."
+        )
     if options["plan"]:
-        run_async(_plan(wish))
+        run_async(_plan(invocation))
         return 0
-    output = wish.output
-    place = output.with_name(output.name + ".journal")
+    output = invocation.output
+    journal_path = output.with_name(output.name + ".journal")
     try:
         if options["restart"]:
-            _forget(place, output)
-        elif output.exists() and not place.exists():
-            return _check_existing_output(wish)
-        with closing(Journal(place)) as journal:
-            return _finish(wish, journal)
+            _delete_previous(journal_path, output)
+        elif output.exists() and not journal_path.exists():
+            return _check_existing_output(invocation)
+        with closing(Journal(journal_path)) as journal:
+            return _finish(invocation, journal)
     except BatchStopped as stopped:
-        click.secho(f"afterword: {stopped.message} The same command goes on.", err=True, fg="yellow")
+        click.secho(f"afterword: {stopped.message} Run the same command again to continue.", err=True, fg="yellow")
         return EXIT_RETRY_LATER
     except KeyboardInterrupt:
-        click.secho("\nStopped. What is done is kept; the same command goes on.", err=True, fg="yellow")
+        click.secho(
+            "\nStopped. All answers so far are kept. Run the same command again to continue.", err=True, fg="yellow"
+        )
         return 130
 
 
-def _finish(wish: _Invocation, journal: Journal) -> int:
-    """Do all that is left."""
+def _finish(invocation: _Invocation, journal: Journal) -> int:
+    """Answer the remaining lines, write the output and delete the journal. Returns the exit status."""
     start = time.monotonic()
     before = journal.counts()
-    facts = _scanned(wish.source, journal)
+    facts = _scan_or_check(invocation.source, journal)
     rows = int(facts["rows"])
     if journal.counts().total < rows:
-        run_async(_carry_out(wish, journal, facts))
+        run_async(_run_job(invocation, journal, facts))
     done = journal.counts()
-    assert done.total == rows, f"{rows - done.total} rows have no answer"
-    journal.write(wish.output)
+    assert done.total == rows, f"{rows - done.total} lines have no answer"
+    journal.write(invocation.output)
     journal.remove()
-    wish.print_result(*_outcome(wish.output, done, before.total, time.monotonic() - start))
+    invocation.print_result(*_outcome(invocation.output, done, before.total, time.monotonic() - start))
     return 0
 
 
-def _scanned(source: Path, journal: Journal) -> dict[str, str]:
-    """What is known of the job, from its first start. Raises `SettingError` if it is another one."""
+def _scan_or_check(source: Path, journal: Journal) -> dict[str, str]:
+    """Scan the input into a new journal, or check that an existing journal is of this input. Returns the facts.
+
+    Raises `SettingError` if the input has changed.
+    """
     digest = _digest(source)
     known = journal.facts
     if not known:
@@ -116,37 +123,37 @@ def _scanned(source: Path, journal: Journal) -> dict[str, str]:
         return journal.facts
     if known["input"] != digest:
         raise SettingError(
-            f"{source} is not what it was when {journal.path} was begun. Give another -o, or --restart to begin again."
+            f"{source} has changed since {journal.path} was started. Give another -o, or --restart to start again."
         )
     return known
 
 
-async def _carry_out(wish: _Invocation, journal: Journal, facts: dict[str, str]) -> None:
-    async with _asking(wish) as ask:
-        sequences = await _wait_until_ready(ask, journal)
-        at_once = wish.options["concurrency"] or 2 * sequences
-        job = BatchJob(wish.source, journal, int(facts["created"]), MAX_LINE, at_once)
+async def _run_job(invocation: _Invocation, journal: Journal, facts: dict[str, str]) -> None:
+    async with _asking(invocation) as send:
+        sequences = await _wait_until_ready(send, journal)
+        at_once = invocation.options["concurrency"] or 2 * sequences
+        job = BatchJob(invocation.source, journal, int(facts["created"]), MAX_LINE, at_once)
         progress = Progress(int(facts["rows"]), journal.counts())
         async with show_progress(progress):
-            await job.run(ask, progress)
+            await job.run(send, progress)
 
 
 @asynccontextmanager
-async def _asking(wish: _Invocation) -> AsyncIterator[SendRequest]:
-    """The server at --url, or the same application in this process, without a socket."""
-    options = wish.options
+async def _asking(invocation: _Invocation) -> AsyncIterator[SendRequest]:
+    """Open a client of the server at --url, or of the application in this process."""
+    options = invocation.options
     if options["url"]:
-        async with http_client(options["url"], options["api_key"], options["concurrency"] or 1024) as ask:
-            yield ask
+        async with http_client(options["url"], options["api_key"], options["concurrency"] or 1024) as send:
+            yield send
     else:
-        async with _in_process_server(wish.model, options) as ask:
-            yield ask
+        async with _in_process_server(invocation.model, options) as send:
+            yield send
 
 
 @asynccontextmanager
 async def _in_process_server(model: str | None, options: dict[str, Any]) -> AsyncIterator[SendRequest]:
-    """The application over a model, which is loaded for it."""
-    from afterword.api.app import make_app  # the web framework takes a while to import
+    """Load a model and open a client of the application, without a socket."""
+    from afterword.api.app import make_app  # imported late: the web framework takes long to import
     from afterword.api.in_process_client import in_process_client
     from afterword.api.service import Service
 
@@ -161,26 +168,29 @@ async def _in_process_server(model: str | None, options: dict[str, Any]) -> Asyn
         await models.close()
 
 
-async def _wait_until_ready(ask: SendRequest, journal: Journal | None) -> int:
-    """How many sequences the server has, once it is there. Its models must be those that the job was begun with."""
-    models = await _get_with_retries(ask, "/v1/models")
+async def _wait_until_ready(send: SendRequest, journal: Journal | None) -> int:
+    """Wait until the server responds, and return the number of its sequences.
+
+    Raises `SettingError` if its models are not those with which the journal was started.
+    """
+    models = await _get_with_retries(send, "/v1/models")
     if journal is not None:
-        _same_models(_fingerprints(models), journal)
-    return max(1, sequences_of(await ask("GET", "/ready", b"")))
+        _check_models(_fingerprints(models), journal)
+    return max(1, sequences_of(await send("GET", "/ready", b"")))
 
 
-async def _get_with_retries(ask: SendRequest, path: str) -> ServerReply:
-    told = False
-    while (reply := await ask("GET", path, b"")).retry or reply.attempted:
-        if not told:
+async def _get_with_retries(send: SendRequest, path: str) -> ServerReply:
+    has_message = False
+    while (reply := await send("GET", path, b"")).retry or reply.attempted:
+        if not has_message:
             click.echo("Waiting for the server.", err=True)
-        told = True
+        has_message = True
         await asyncio.sleep(_RETRY_SECONDS)
     return reply
 
 
 def sequences_of(ready: ServerReply) -> int:
-    """What `/ready` says of how many can be computed together; a guess where it says nothing."""
+    """Read the number of sequences from the reply of `/ready`; 16 if it is missing, as on other servers."""
     try:
         found = json.loads(ready.body)["sequences"]
     except (ValueError, LookupError, TypeError):
@@ -189,7 +199,7 @@ def sequences_of(ready: ServerReply) -> int:
 
 
 def _fingerprints(models: ServerReply) -> dict[str, str]:
-    """The models of a server and what could change their numbers, as far as it says."""
+    """Return the fingerprints of a server's models by id, empty where the server reports none."""
     try:
         listed = json.loads(models.body)["data"]
         return {str(each["id"]): str(each.get("system_fingerprint", "")) for each in listed}
@@ -197,17 +207,20 @@ def _fingerprints(models: ServerReply) -> dict[str, str]:
         return {}
 
 
-def _same_models(now: dict[str, str], journal: Journal) -> None:
-    """What is added to a server does no harm; what has changed would make the rows' numbers different."""
+def _check_models(current: dict[str, str], journal: Journal) -> None:
+    """Write the models into a new journal, or compare them with those of an existing one. Raises `SettingError`.
+
+    New models on a server are allowed. A changed fingerprint is not: later answers would differ from earlier ones.
+    """
     known = journal.facts.get("models")
     if known is None:
-        journal.set_facts({"models": json.dumps(now)})
+        journal.set_facts({"models": json.dumps(current)})
         return
-    changed = [name for name, fingerprint in json.loads(known).items() if now.get(name) != fingerprint]
+    changed = [name for name, fingerprint in json.loads(known).items() if current.get(name) != fingerprint]
     if changed:
         raise SettingError(
-            f"The model {changed[0]} is not there, or not with the settings, with which {journal.path} was begun. "
-            "Give another -o, or --restart to begin again."
+            f"The model {changed[0]} or its settings have changed since {journal.path} was started, or it is missing. "
+            "Give another -o, or --restart to start again."
         )
 
 
@@ -216,33 +229,33 @@ def _digest(source: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _forget(place: Path, output: Path) -> None:
-    """Throw away what is there, unless somebody is at work on it."""
-    if place.exists():
+def _delete_previous(journal_path: Path, output: Path) -> None:
+    """Delete journal and output. Raises `SettingError` if another process uses the journal."""
+    if journal_path.exists():
         try:
-            Journal(place).remove()
+            Journal(journal_path).remove()
         except SettingError as problem:
             if "Another process" in problem.message:
                 raise
-            place.unlink()
+            journal_path.unlink()
     output.unlink(missing_ok=True)
 
 
-def _check_existing_output(wish: _Invocation) -> int:
-    """The output is there and no journal: either all is done, or it is something else. Raises `SettingError`."""
-    good = _answers(wish.source, wish.output)
+def _check_existing_output(invocation: _Invocation) -> int:
+    """Check an output without a journal. Raises `SettingError` if it is not the complete output of this input."""
+    good = _read_output(invocation.source, invocation.output)
     if good is None:
         raise SettingError(
-            f"{wish.output} is there already and is not of {wish.source}. Give another -o, or --restart."
+            f"{invocation.output} exists and is not the output of {invocation.source}. Give another -o, or --restart."
         )
-    click.echo(f"{wish.output} has an answer to every row already. --restart makes them anew.", err=True)
+    click.echo(f"{invocation.output} is complete already. --restart answers all lines again.", err=True)
     sums = BatchCounts(sum(good), len(good) - sum(good))
-    wish.print_result(*_outcome(wish.output, sums, sums.total, 0.0))
+    invocation.print_result(*_outcome(invocation.output, sums, sums.total, 0.0))
     return 0
 
 
-def _answers(source: Path, output: Path) -> bytearray | None:
-    """For each row whether its answer is a good one; None if the output is not of this input."""
+def _read_output(source: Path, output: Path) -> bytearray | None:
+    """Return for each input line 1 if its answer has no error, else 0; None if the output is not of this input."""
     good = bytearray()
     with open_input(source) as lines, open_input(output) as answers:
         for line in read_lines(lines, MAX_LINE):
@@ -257,9 +270,9 @@ def _answers(source: Path, output: Path) -> bytearray | None:
 
 
 def _outcome(output: Path, done: BatchCounts, before: int, seconds: float) -> tuple[str, dict[str, Any]]:
-    """What came out, in words and as facts."""
+    """Describe the result as a sentence and as JSON facts."""
     errors = f", {done.failed:,} of them errors" if done.failed else ""
-    return f"{output}: {done.total:,} rows{errors}.", {
+    return f"{output}: {done.total:,} lines{errors}.", {
         "output": str(output),
         "rows": done.total,
         "completed": done.succeeded,
@@ -272,9 +285,8 @@ def _outcome(output: Path, done: BatchCounts, before: int, seconds: float) -> tu
     }
 
 
-async def _plan(wish: _Invocation) -> None:
-    """What a job would take."""
-    async with _asking(wish) as ask:
-        sequences = await _wait_until_ready(ask, None)
-        found = await estimate(wish.source, MAX_LINE, ask, wish.options["concurrency"] or 2 * sequences)
-    wish.print_result(found.text, found.facts)
+async def _plan(invocation: _Invocation) -> None:
+    async with _asking(invocation) as send:
+        sequences = await _wait_until_ready(send, None)
+        found = await estimate(invocation.source, MAX_LINE, send, invocation.options["concurrency"] or 2 * sequences)
+    invocation.print_result(found.text, found.facts)

@@ -1,4 +1,4 @@
-"""`afterword config`: every setting as commands would see it, and where it comes from."""
+"""`afterword config`: prints every setting with the value that a command would use, and its source."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ _HIDDEN = "***"
     options_metavar="[--config FILE] [--json]",
 )
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def config(ctx: click.Context, command: tuple[str, ...], as_json: bool) -> None:
     """Show every setting and where it comes from.
 
-    COMMAND is a command with its options, which is not run; without it all commands are shown. A setting comes from
-    the command line, else from the environment, else from the file, else it has its default. What is printed
-    can be used as a settings file.
+    COMMAND is a command with its options; it is not run. Without COMMAND all commands are shown. A setting comes from
+    the command line, else from the environment, else from the file, else it has its default. The output can be used
+    as a settings file.
 
     \b
     Examples:
-      afterword config serve --port 9000         # what that would run with
-      afterword config > config.toml             # a file to start from
+      afterword config serve --port 9000         # settings of this command
+      afterword config > config.toml             # a new settings file
       afterword config --json keys create
     """
-    asked = settings.contexts(ctx.find_root(), list(command), settings.file_of(ctx))
-    found = {" ".join(settings.words_of(each)): _settings(each) for each in asked}
-    click.echo(json.dumps(found, indent=2, default=str) if as_json else _as_file(found))
+    contexts = settings.contexts(ctx.find_root(), list(command), settings.file_of(ctx))
+    commands = {" ".join(settings.words_of(each)): _settings(each) for each in contexts}
+    click.echo(json.dumps(commands, indent=2, default=str) if as_json else _format_file(commands))
 
 
 def _settings(ctx: click.Context) -> dict[str, dict[str, Any]]:
-    """A command's settings by name."""
+    """Return value, source and place of each setting of a command, by the setting's name."""
     found = {}
     for name, option in settings.settable(ctx.command).items():
         value = ctx.params[option.name or ""]
@@ -50,22 +50,22 @@ def _settings(ctx: click.Context) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _as_file(commands: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """As a settings file. What nobody has set is a comment, so that the file does not fix today's defaults."""
+def _format_file(commands: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Format the settings as a settings file. Defaults are comments, so that the file does not fix them."""
     lines: list[str] = []
     for command, known in commands.items():
         if not known:
             continue
         lines += ["", f"[{command.replace(' ', '.')}]"]
         for name, setting in known.items():
-            kept = setting["source"] == "default" or setting["value"] == _HIDDEN
+            is_comment = setting["source"] == "default" or setting["value"] == _HIDDEN
             place = f"  # {setting['place']}" if setting["place"] else ""
-            lines.append(f"{'# ' * kept}{name} = {_toml(setting['value'])}{place}".rstrip())
+            lines.append(f"{'# ' * is_comment}{name} = {_format_toml(setting['value'])}{place}".rstrip())
     return "\n".join(lines[1:])
 
 
-def _toml(value: Any) -> str:
-    """A value as TOML, which writes these as JSON does but for what is none."""
+def _format_toml(value: Any) -> str:
+    """Format a value as TOML; None becomes an empty text. TOML writes these values like JSON, except DEL in strings."""
     if value is None:
         return ""
     return json.dumps(value, default=str, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,4 +1,4 @@
-"""`afterword keys` and `afterword usage`: who may use the server, and what they have used."""
+"""`afterword keys` and `afterword usage`: manage the API keys of a server, and show their usage."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ import click
 
 from afterword.errors import SettingError
 
-if TYPE_CHECKING:  # else imported where they are used: --help does without
+if TYPE_CHECKING:  # at run time they are imported where they are used, so that --help starts fast
     from afterword.keys.key import Key
     from afterword.keys.key_store import KeyStore, UsageGrouping
 
 F = TypeVar("F", bound=Callable[..., Any])
 KEYS_FILE = "AFTERWORD_KEYS_FILE"
-"""The environment variable that says where keys are, for every command."""
+"""The environment variable with the path of the key database, for every command."""
 
 
 def keys_file_option(command: F) -> F:
-    """Where the keys are."""
-    place = click.Path(path_type=Path)
-    text = "Where keys are kept.  [default: afterword/keys.db in $XDG_DATA_HOME or ~/.local/share]"
-    return click.option("--keys-file", type=place, envvar=KEYS_FILE, help=text)(command)
+    """Add the option `--keys-file` to a command."""
+    kind = click.Path(path_type=Path)
+    text = "File of the API keys.  [default: afterword/keys.db in $XDG_DATA_HOME or ~/.local/share]"
+    return click.option("--keys-file", type=kind, envvar=KEYS_FILE, help=text)(command)
 
 
 @click.group()
 def keys() -> None:
-    """Make, list and revoke the keys of a server.
+    """Create, list and revoke API keys of a server.
 
-    They open `afterword serve --keys`. A running server follows within a second.
+    `afterword serve --keys` accepts these keys. A running server applies changes within a second.
 
     \b
     Examples:
@@ -43,12 +43,12 @@ def keys() -> None:
 
 
 @keys.command()
-@click.option("--name", default="", help="Whom or what it is for.")
-@click.option("--expires", help="How long it opens: 12h, 30d, 52w.  [default: for ever]")
-@click.option("--rpm", type=click.IntRange(1, 10**9), help="Most requests a minute.")
-@click.option("--tpm", type=click.IntRange(1, 10**12), help="Most tokens a minute, of prompts and answers.")
+@click.option("--name", default="", help="Name of the person or program that uses the key.")
+@click.option("--expires", help="Time until it expires: 12h, 30d, 52w.  [default: unlimited]")
+@click.option("--rpm", type=click.IntRange(1, 10**9), help="Most requests per minute.")
+@click.option("--tpm", type=click.IntRange(1, 10**12), help="Most tokens per minute, prompts and completions together.")
 @click.option("--concurrent", type=click.IntRange(1, 10**9), help="Most requests at the same time.")
-@click.option("--quota", type=click.IntRange(1, 10**15), help="Most tokens in all.")
+@click.option("--quota", type=click.IntRange(1, 10**15), help="Most tokens in total.")
 @keys_file_option
 def create(  # noqa: PLR0913, PLR0917 (as many as options)
     name: str,
@@ -59,7 +59,7 @@ def create(  # noqa: PLR0913, PLR0917 (as many as options)
     quota: int | None,
     keys_file: Path | None,
 ) -> None:
-    """Make a key and print it. It cannot be shown again.
+    """Create an API key and print it. It cannot be shown again.
 
     \b
     Examples:
@@ -67,59 +67,64 @@ def create(  # noqa: PLR0913, PLR0917 (as many as options)
       afterword keys create --name course --rpm 60 --quota 1000000
     """
     if not name.isprintable() or len(name) > 64:
-        raise SettingError("--name: at most 64 printable characters.")
+        raise SettingError("--name must have at most 64 characters, all printable.")
     from afterword.keys.key import Allowance, parse_duration
 
     end = None if expires is None else int(time.time() + parse_duration(expires).total_seconds())
-    store = _store(keys_file, create=True)
+    store = _open_store(keys_file, create=True)
     key, text = store.create(name, end, Allowance(rpm, tpm, concurrent, quota))
     click.echo(text)
-    click.echo(f"Its ID is {key.id}. Keep the key: it is not shown again. It is for afterword serve --keys.", err=True)
+    click.echo(
+        f"The ID of this key is {key.id}. Store the key: it is not shown again. afterword serve --keys accepts it.",
+        err=True,
+    )
 
 
 @keys.command(name="list")
-@click.option("--json", "as_json", is_flag=True, help="As JSON, with all that is known.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with all fields.")
 @keys_file_option
 def list_(as_json: bool, keys_file: Path | None) -> None:
-    """List all keys, those too that open nothing any more.
+    """List all API keys, expired and revoked ones too.
 
     \b
     Examples:
       afterword keys list
       afterword keys list --json
     """
-    known = _store(keys_file).all()
+    known = _open_store(keys_file).all()
     if as_json:
-        click.echo(json.dumps([_described(key) for key in known], indent=2))
+        click.echo(json.dumps([_as_json_fields(key) for key in known], indent=2))
         return
     head = ("ID", "state", "created", "expires", "requests/min", "tokens/min", "concurrent", "tokens spent", "name")
-    _table(head, [_row(key) for key in known])
+    _print_table(head, [_table_row(key) for key in known])
 
 
 @keys.command()
 @click.argument("key")
 @keys_file_option
 def revoke(key: str, keys_file: Path | None) -> None:
-    """End the key with this ID for good.
+    """Revoke the API key with this ID. This cannot be undone.
 
     \b
     Examples:
-      afterword keys revoke key_1a2b3c           # the ID is in keys list
+      afterword keys revoke key_1a2b3c           # IDs are in keys list
     """
-    _store(keys_file).revoke(key)
+    _open_store(keys_file).revoke(key)
     click.echo(f"{key} is revoked.")
 
 
 @click.command()
-@click.option("--by", type=click.Choice(["key", "user", "day"]), default="key", help="What to add up by.")
-@click.option("--user", help="Only what had this in the field user; without it users are shown by pseudonym.")
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--by", type=click.Choice(["key", "user", "day"]), default="key", help="Group usage by this.")
+@click.option(
+    "--user", help="Only requests with this value in the field user. Without this option users are shown as pseudonyms."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @keys_file_option
 def usage(by: UsageGrouping, user: str | None, as_json: bool, keys_file: Path | None) -> None:
-    """Show what was used, by key, user or day.
+    """Show usage by API key, user or day.
 
-    Requests, tokens of prompts (how many of them cached), and all tokens that were
-    generated, in the text of an answer or not. Days are UTC.
+    Shows requests, prompt tokens, how many of these were cached, and completion tokens. Completion tokens include
+    generated tokens that are not in a response. Days are UTC.
 
     \b
     Examples:
@@ -127,7 +132,7 @@ def usage(by: UsageGrouping, user: str | None, as_json: bool, keys_file: Path | 
       afterword usage --by day --json
       afterword usage --user ann@example.org
     """
-    store = _store(keys_file)
+    store = _open_store(keys_file)
     sums = store.usage(by, user)
     if as_json:
         click.echo(json.dumps([{by: name or None, **asdict(each)} for name, each in sums], indent=2))
@@ -137,38 +142,38 @@ def usage(by: UsageGrouping, user: str | None, as_json: bool, keys_file: Path | 
     rows = [
         (name or "-", each.requests, each.prompt, each.cached, each.completion, names.get(name)) for name, each in sums
     ]
-    _table(head, [row[: len(head)] for row in rows])
+    _print_table(head, [row[: len(head)] for row in rows])
 
 
-def _store(keys_file: Path | None, *, create: bool = False) -> KeyStore:
+def _open_store(keys_file: Path | None, *, create: bool = False) -> KeyStore:
     from afterword.keys.key_store import KeyStore, default_path
 
     return KeyStore(keys_file or default_path(), create=create)
 
 
-def _described(key: Key) -> dict[str, Any]:
+def _as_json_fields(key: Key) -> dict[str, Any]:
     facts = asdict(key) | asdict(key.allowance) | {"state": key.state(time.time())}
     return {name: value for name, value in facts.items() if name not in ("digest", "allowance")}
 
 
-def _row(key: Key) -> tuple[object, ...]:
+def _table_row(key: Key) -> tuple[object, ...]:
     limits = key.allowance
     spent = f"{key.spent:,}" if limits.quota is None else f"{key.spent:,} of {limits.quota:,}"
-    many = (limits.requests, limits.tokens, limits.concurrent)
-    return (key.id, key.state(time.time()), _day(key.created), _day(key.expires), *many, spent, key.name)
+    rates = (limits.requests, limits.tokens, limits.concurrent)
+    return (key.id, key.state(time.time()), _format_day(key.created), _format_day(key.expires), *rates, spent, key.name)
 
 
-def _day(seconds: int | None) -> str | None:
+def _format_day(seconds: int | None) -> str | None:
     return None if seconds is None else time.strftime("%Y-%m-%d", time.gmtime(seconds))
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Columns as wide as their longest entry; `-` where there is nothing to say."""
-    shown = [head, *([_shown(value) for value in row] for row in rows)]
+def _print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table. Columns are as wide as their longest entry; an empty entry is `-`."""
+    shown = [head, *([_format_value(value) for value in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     for row in shown:
         click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _shown(value: object) -> str:
+def _format_value(value: object) -> str:
     return "-" if value is None or value == "" else f"{value:,}" if isinstance(value, int) else str(value)

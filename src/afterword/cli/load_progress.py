@@ -1,4 +1,4 @@
-"""How far models are loaded, on a terminal: a bar each, which is gone when they are there. Elsewhere nothing."""
+"""Shows a progress bar for each model while it is loaded. Without a terminal on standard error it shows nothing."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import NoReturn
 
 from afterword.system.tasks import supervised
 
-_DELAY_SECONDS = 1.0  # seconds before anything is shown: most small models are loaded by then
+_DELAY_SECONDS = 1.0  # before a bar is shown: most small models are loaded by then
 _REFRESH_SECONDS = 0.25
 
 
 @asynccontextmanager
 async def show_loading(models: Mapping[str, Callable[[], float]]) -> AsyncIterator[None]:
-    """Show the share that is loaded of each, by its name, until the end."""
+    """Show progress bars inside the `async with` block. `models`: by name, functions for the loaded share (0 to 1)."""
     if not sys.stderr.isatty():
         yield
         return
@@ -31,7 +31,7 @@ async def show_loading(models: Mapping[str, Callable[[], float]]) -> AsyncIterat
 
 async def _show(models: Mapping[str, Callable[[], float]]) -> NoReturn:
     await asyncio.sleep(_DELAY_SECONDS)
-    from rich.console import Console  # whoever need not wait for the model need not wait for it either
+    from rich.console import Console  # imported late: it is not needed if models load fast
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
     columns = (TextColumn("Loading {task.description}"), BarColumn(), TaskProgressColumn())

@@ -1,6 +1,7 @@
-"""From specs and settings to engines that can be opened: which files, how much memory each, how they compute.
+"""Makes supervisors and the model manager from model specs and settings.
 
-Opens nothing but the files' headers.
+Decides for each model its file, context, number of sequences, threads, memory and promise. Reads only the headers of
+the model files, and starts no worker.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from afterword.models.registry import Model, locate, parse_spec
 from afterword.system.resources import available_memory, cores
 
 _KV_BYTES = {"exact": 2, "f16": 2, "f32": 4}
-_BUSY_MODELS = 2  # models that come and go: so many are reckoned to be busy at once
+_BUSY_MODELS = 2  # with --keep-alive: models that are assumed to compute at the same time
 
 
 @dataclass(frozen=True, slots=True)
 class PlacedModel:
-    """A model, how it is to be loaded, and the bytes of memory that this takes."""
+    """A model, the message that loads it, and the memory that it needs then, in bytes."""
 
     model: Model
     facts: Facts
@@ -39,8 +40,8 @@ class PlacedModel:
 
 
 def single_model(spec: str | None, settings: EngineSettings, policy: QueuePolicy) -> tuple[Model, Supervisor]:
-    """A model and its engine, which is not open yet. Raises `SettingError`."""
-    model, facts = _found(spec)
+    """Return a model and its supervisor, which is not opened. Raises `SettingError`."""
+    model, facts = _locate(spec)
     return model, Supervisor(load_message(model, facts, settings), policy)
 
 
@@ -51,8 +52,11 @@ def make_model_manager(
     keep_alive: float | None,
     policy: QueuePolicy,
 ) -> ModelManager:
-    """The models of a server, none of them loaded; without a spec the built-in one. Raises `SettingError`."""
-    models = [_found(spec) for spec in specs or (None,)]
+    """Return the manager of a server's models; none is loaded. Without specs it has the built-in model.
+
+    `keep_alive`: seconds until an unused model is unloaded, None for never. Raises `SettingError`.
+    """
+    models = [_locate(spec) for spec in specs or (None,)]
     names = _names([model.id for model, _ in models], aliases)
     definitions = [
         ModelDefinition(
@@ -71,19 +75,19 @@ def make_model_manager(
 
 
 def load_message(model: Model, facts: Facts, settings: EngineSettings) -> messages.LoadModel:
-    """Settings with nothing left to choose. Raises `SettingError` if they cannot be met."""
+    """Make the message that loads a model, with every setting decided. Raises `SettingError` if it does not fit."""
     return fit_models([(model, facts)], settings)[0].load_message
 
 
 def fit_models(
     models: Sequence[tuple[Model, Facts]], settings: EngineSettings, take_turns: bool = False
 ) -> list[PlacedModel]:
-    """How models that share a machine are to be loaded. Raises `SettingError` if they do not fit.
+    """Decide how models that share a machine are loaded. Raises `SettingError` if they do not fit into memory.
 
-    `take_turns`: they need not be there together. If they can be, each with its whole context, they are fitted for
-    that; else each gets the memory that it would have alone.
+    `take_turns`: the models need not be loaded at the same time. If all of them fit together with their whole context,
+    they share the memory; otherwise each is fitted to the memory that it would have alone.
     """
-    wanted = [(facts, _run(facts, settings)) for _, facts in models]
+    wanted = [(facts, _compute_options(facts, settings)) for _, facts in models]
     threads = _threads(min(len(models), _BUSY_MODELS if take_turns else len(models)))
     return [
         PlacedModel(model, facts, _load_message(model, facts, settings, shape, threads), shape.needed_bytes)
@@ -92,9 +96,9 @@ def fit_models(
 
 
 def refreshed_load_message(placed: PlacedModel, settings: EngineSettings) -> messages.LoadModel:
-    """How the model is to be loaded now: as planned, unless its file is another. Raises `SettingError`.
+    """Return the message that loads the model now. It is made anew if the file was replaced. Raises `SettingError`.
 
-    Clients were told of the context, so another file gets the same number and length of sequences, or is refused.
+    Clients know the context, so a replaced file gets the same number and length of sequences, or is refused.
     """
     facts = read_facts(placed.model.path)
     if facts == placed.facts:
@@ -104,9 +108,9 @@ def refreshed_load_message(placed: PlacedModel, settings: EngineSettings) -> mes
     return load_message(placed.model, facts, kept)
 
 
-def _run(facts: Facts, settings: EngineSettings) -> ComputeOptions:
+def _compute_options(facts: Facts, settings: EngineSettings) -> ComputeOptions:
     kv_type = _kv_type(settings)
-    plain = kv_type == "f32" or (kv_type == "f16" and not settings.gpu_layers)  # else attention is flash attention
+    plain = kv_type == "f32" or (kv_type == "f16" and not settings.gpu_layers)  # otherwise flash attention
     return ComputeOptions(_KV_BYTES[kv_type], settings.batch, plain)
 
 
@@ -133,12 +137,12 @@ def _shapes(
 
 
 def _available_memory(settings: EngineSettings) -> int:
-    """Bytes that models may take: of the GPUs where they hold all layers, else of the machine."""
+    """Return the bytes that models may use: of the GPUs if they hold all layers, otherwise of the machine."""
     return (settings.gpu_layers == -1 and gpu_memory()) or available_memory()
 
 
 def _threads(busy: int) -> int:
-    """For each of so many models: threads beyond the cores would wait for each other most of the time."""
+    """Return the threads of each of `busy` models. More threads than cores would mostly wait for each other."""
     return max(1, cores() // busy)
 
 
@@ -147,7 +151,7 @@ def _load_message(
 ) -> messages.LoadModel:
     kv_type = _kv_type(settings)
     weights = WeightTypes(facts.architecture, facts.matrix_types, facts.experts)
-    promised, without = _promises(weights, kv_type, settings)
+    promise, promise_without_kernels = _promises(weights, kv_type, settings)
     return messages.LoadModel(
         path=str(model.path),
         context=shape.context,
@@ -157,44 +161,52 @@ def _load_message(
         kv_type=kv_type,
         gpu_layers=settings.gpu_layers,
         verbose=settings.verbose,
-        # Where lengths of passes choose kernels, they are all one.
+        # On a GPU the length of a forward pass selects the kernels, so with --reproducible all lengths are equal.
         grid=settings.batch if settings.reproducible else CHUNK_GRID,
-        repack=without == "none" or weights.repacked,
+        repack=promise_without_kernels == "none" or weights.repacked,
         use_kernels=weights.uses_kernels,
         fixed_shape=settings.reproducible,
-        promise=promised,
-        promise_without_kernels=without,
+        promise=promise,
+        promise_without_kernels=promise_without_kernels,
         parts=tuple(map(str, parts(model.path, facts))),
     )
 
 
 def _promises(weights: WeightTypes, kv_type: KvType, settings: EngineSettings) -> tuple[Promise, Promise]:
-    """The most that can be promised with products of our own, and without them."""
+    """Return the strongest promise with Afterword's kernels, and without them."""
     if settings.gpu_layers:
-        promised = weights.promise_on_gpu(kv_type, settings.gpu_layers, settings.reproducible)
-        return promised, promised
+        promise = weights.promise_on_gpu(kv_type, settings.gpu_layers, settings.reproducible)
+        return promise, promise
     without = weights.promise(kv_type, own_products=False)
     return weights.promise(kv_type, own_products=True) if weights.uses_kernels else without, without
 
 
-def _found(spec: str | None) -> tuple[Model, Facts]:
+def _locate(spec: str | None) -> tuple[Model, Facts]:
     model = locate(parse_spec(spec))
     return model, read_facts(model.path)
 
 
 def _kv_type(settings: EngineSettings) -> KvType:
-    """On a CPU attention that never multiplies a masked cell, and is the fastest, also where nothing is promised."""
+    """Return the type of keys and values.
+
+    The default on a CPU is `exact`, also without a promise: its attention never multiplies a masked cell, and is the
+    fastest.
+    """
     return settings.kv_type or ("f16" if settings.gpu_layers else "exact")
 
 
 def _names(ids: Sequence[str], aliases: Sequence[str]) -> list[str]:
-    """What requests call the models: the aliases in their order, then the files' own names."""
+    """Return the models' names in requests: the aliases in their order, then the ids of the remaining models."""
     if len(aliases) > len(ids):
-        raise SettingError(f"There are {len(aliases)} aliases and {len(ids)} models; give each one, in their order.")
+        raise SettingError(
+            f"There are {len(aliases)} aliases and {len(ids)} models. Give at most one --alias per model."
+        )
     names = [*aliases, *ids[len(aliases) :]]
     for alias in aliases:
         check_utf8(alias)
     (name, count), *_ = Counter(names).most_common(1)
     if count > 1:
-        raise SettingError(f"{count} models would be called {name}; give each a name with --alias, in their order.")
+        raise SettingError(
+            f"{count} models would be called {name}. Give each model a name with --alias, in their order."
+        )
     return names

@@ -1,6 +1,7 @@
-"""How options are declared and shown in `--help`: in groups, and beside examples. Imports click alone, to start fast.
+"""Option groups and their display in `--help`, and the options of all commands that run a model.
 
-A command's examples are a block of its docstring after a backspace, which tells click to keep its lines:
+This module imports only click, so that `--help` starts fast. The examples of a command are a block of its docstring.
+The block begins with a backspace, so that click keeps its line breaks:
 
     \\b
     Examples:
@@ -25,7 +26,7 @@ _VALUES = (
 
 
 class GroupedOption(click.Option):
-    """An option that `--help` shows under a heading."""
+    """An option that `--help` shows under the heading `group`."""
 
     def __init__(self, *args: Any, group: str, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -33,10 +34,10 @@ class GroupedOption(click.Option):
 
 
 class GroupedCommand(click.Command):
-    """A command that shows its options under their headings, in the order in which these first come."""
+    """A command whose help has its options in groups, in the order in which the groups are first used."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the headings and what is under each; what has none comes last."""
+        """Write the options under the headings of their groups. Options without a group come last."""
         groups: dict[str, list[tuple[str, str]]] = {}
         rest: list[tuple[str, str]] = []
         for each in self.get_params(ctx):
@@ -49,14 +50,14 @@ class GroupedCommand(click.Command):
 
 
 def short_values(command: click.Command) -> None:
-    """Call the values of options by one short word, so that what options mean has room in 80 columns."""
+    """Name the values of options with one short word, so that the help texts fit into 80 columns."""
     for each in command.params:
         if isinstance(each, click.Option) and not each.is_flag and each.metavar is None:
             each.metavar = next((word for kind, word in _VALUES if isinstance(each.type, kind)), None)
 
 
 def leaves(command: click.Command, *words: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
-    """The command itself, or the commands in a group, with the words that lead there."""
+    """Yield a command, or all commands in a group, each with its words on the command line."""
     if isinstance(command, click.Group):
         for name, each in command.commands.items():
             yield from leaves(each, *words, name)
@@ -65,12 +66,12 @@ def leaves(command: click.Command, *words: str) -> Iterator[tuple[tuple[str, ...
 
 
 def option(group: str, *names: str, **settings: Any) -> Callable[[F], F]:
-    """`click.option` under a heading."""
+    """Like `click.option`, in a group of options."""
     return click.option(*names, cls=GroupedOption, group=group, **settings)
 
 
 def typed(group: str) -> list[str]:
-    """The options of a group that stand on the command line of the command that runs."""
+    """Return the options of a group that were given on the command line of the running command."""
     ctx = click.get_current_context()
     options = [each for each in ctx.command.params if isinstance(each, GroupedOption) and each.group == group]
     return [
@@ -79,35 +80,31 @@ def typed(group: str) -> list[str]:
 
 
 def engine_options(command: F) -> F:
-    """The options of every command that runs a model."""
+    """Add the options of the group Engine to a command that runs a model."""
     options = [
-        option(
-            "Engine", "--context", type=int, help="Tokens of one sequence.  [default: from the model and the memory]"
-        ),
-        option(
-            "Engine", "--parallel", type=int, help="Sequences computed together.  [default: 16, or what fits in memory]"
-        ),
+        option("Engine", "--context", type=int, help="Tokens per sequence.  [default: from the model and the memory]"),
+        option("Engine", "--parallel", type=int, help="Sequences computed together.  [default: 16, or as many as fit]"),
         option(
             "Engine",
             "--threads",
             type=int,
-            help="Threads of each model.  [default: its part of the cores; 1 for small models]",
+            help="Threads per model.  [default: its share of the cores; 1 for small models]",
         ),
-        option("Engine", "--batch", type=int, default=256, help="Most tokens of a prompt computed in one pass."),
+        option("Engine", "--batch", type=int, default=256, help="Most prompt tokens in one forward pass."),
         option(
             "Engine",
             "--kv-type",
             type=click.Choice(["exact", "f16", "f32"]),
-            help="Keys and values; see docs/reproducibility.md.  [default: exact, with --gpu-layers f16]",
+            help="Type of keys and values; see docs/reproducibility.md.  [default: exact; with --gpu-layers f16]",
         ),
         option("Engine", "--gpu-layers", type=int, default=0, help="Layers computed by a GPU; -1 for all of them."),
         option(
             "Engine",
             "--reproducible",
             is_flag=True,
-            help="With --gpu-layers -1: the same request gives the same bytes; slower where few ask.",
+            help="With --gpu-layers -1: the same request gives the same bytes; slower with few clients.",
         ),
-        option("Engine", "--verbose", is_flag=True, help="Show what llama.cpp logs."),
+        option("Engine", "--verbose", is_flag=True, help="Show the log of llama.cpp."),
     ]
     for each in reversed(options):
         command = each(command)

@@ -1,4 +1,4 @@
-"""`afterword complete --url`: the same from a server, this one or any other that has the endpoint."""
+"""Implements `afterword complete --url` for any server that has `/v1/completions`."""
 
 from __future__ import annotations
 
@@ -11,33 +11,38 @@ import httpx2
 
 from afterword.errors import AfterwordError, RequestError, SettingError
 
-_TIMEOUT = httpx2.Timeout(1200, connect=10)  # seconds; an answer may have to wait for its turn
+_TIMEOUT = httpx2.Timeout(1200, connect=10)  # seconds; a request may wait long in the server's queue
 
 
 def complete_remotely(url: str, key: str | None, body: dict[str, Any], as_json: bool) -> None:
-    """Write a server's answer to standard output as it comes, or whole as JSON. Raises `AfterwordError`."""
+    """Send a request, and write the text of the response to standard output as it arrives, or the response as JSON.
+
+    Raises `AfterwordError`.
+    """
     base = url.rstrip("/").removesuffix("/v1")
     if not base.startswith(("http://", "https://")):
-        raise SettingError(f"--url {url}: write http://HOST:PORT or https://HOST.")
-    given = {name: value for name, value in body.items() if value is not None} | {"stream": not as_json}
+        raise SettingError(f"--url {url} is not an HTTP URL. Write http://HOST:PORT or https://HOST.")
+    fields = {name: value for name, value in body.items() if value is not None} | {"stream": not as_json}
     headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
-        with httpx2.stream("POST", f"{base}/v1/completions", json=given, headers=headers, timeout=_TIMEOUT) as answer:
-            if answer.status_code >= 400:
-                raise _problem(answer.status_code, answer.read())
+        with httpx2.stream(
+            "POST", f"{base}/v1/completions", json=fields, headers=headers, timeout=_TIMEOUT
+        ) as response:
+            if response.status_code >= 400:
+                raise _make_error(response.status_code, response.read())
             if as_json:
-                sys.stdout.write(answer.read().decode())
+                sys.stdout.write(response.read().decode())
             else:
-                _write(answer)
+                _write_texts(response)
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-        raise AfterwordError(f"{url} cannot be asked: {error or type(error).__name__}.") from None
+        raise AfterwordError(f"The request to {url} failed: {error or type(error).__name__}.") from None
     sys.stdout.write("\n")
     sys.stdout.flush()
 
 
-def _write(answer: httpx2.Response) -> None:
-    """The texts of a stream. Raises `AfterwordError` if it ends before its end."""
-    for data in parse_events(answer.iter_bytes()):
+def _write_texts(response: httpx2.Response) -> None:
+    """Write the texts of a stream. Raises `AfterwordError` for an error event, or a stream without `[DONE]`."""
+    for data in parse_events(response.iter_bytes()):
         if data == b"[DONE]":
             return
         try:
@@ -45,19 +50,19 @@ def _write(answer: httpx2.Response) -> None:
             problem = event.get("error")
             text = problem["message"] if problem else "".join(choice["text"] for choice in event["choices"])
         except (ValueError, LookupError, TypeError, AttributeError):
-            raise AfterwordError("This is no server of completions: its answer is none.") from None
+            raise AfterwordError("The server's response is not a stream of completions.") from None
         if problem:
             raise AfterwordError(str(text))
         sys.stdout.write(text)
         sys.stdout.flush()
-    raise AfterwordError("The answer broke off before its end.")
+    raise AfterwordError("The response ended before it was complete.")
 
 
 def parse_events(parts: Iterable[bytes]) -> Iterator[bytes]:
-    """The data of server-sent events, which come in parts, each as soon as its line is whole.
+    """Yield the data of server-sent events from pieces of a response, each event as soon as its line is complete.
 
-    A line ends at LF or CR LF only. httpx's `iter_lines` ends one at U+2028, U+0085 and form feeds too, which stand in
-    the JSON of an event as they are.
+    A line ends at LF or CR LF only. httpx's `iter_lines` also ends lines at U+2028, U+0085 and form feeds, which the
+    JSON of an event may contain unescaped.
     """
     rest = b""
     for part in parts:
@@ -65,10 +70,10 @@ def parse_events(parts: Iterable[bytes]) -> Iterator[bytes]:
         yield from (line.removeprefix(b"data:").strip() for line in lines if line.startswith(b"data:"))
 
 
-def _problem(status: int, body: bytes) -> AfterwordError:
-    """What the server says is wrong; whose fault it is decides how the command ends."""
+def _make_error(status: int, body: bytes) -> AfterwordError:
+    """Make an error from the server's message: `RequestError` (exit status 2) below 500, else `AfterwordError` (1)."""
     kind = RequestError if status < 500 else AfterwordError
     try:
         return kind(str(json.loads(body)["error"]["message"]))
     except (ValueError, LookupError, TypeError):
-        return kind(f"The server answered {status}.")
+        return kind(f"The server responded with status {status}.")

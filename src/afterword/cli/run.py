@@ -1,4 +1,4 @@
-"""What `afterword serve` and `afterword complete` do, apart from the command line's declarations, which start fast."""
+"""Implements `afterword serve` and `afterword complete`: builds their parts, and runs the event loop."""
 
 from __future__ import annotations
 
@@ -47,22 +47,24 @@ from afterword.transport.transport_limits import TransportLimits
 E = TypeVar("E", ModelManager, Supervisor)
 _ENGINE = ("context", "parallel", "threads", "batch", "kv_type", "gpu_layers", "reproducible", "verbose")
 _LIMITS = {"max_logprobs": "max_logprobs", "max_stop": "max_stop", "queue": "max_queue"}
-"""Limits that have options of their own. Whatever is set, by either name, goes before what `--strict` sets."""
+"""Options that set a limit, by the limit's name. Both `--limit` and these options take precedence over `--strict`."""
 
 
 def serve(specs: Sequence[str], options: dict[str, Any]) -> None:
-    """Serve models until a signal says to end. `options` are the command's, by name."""
+    """Serve models until a signal. `options`: the values of the command's options by name. Raises `SettingError`."""
     own = {name: options[option] for name, option in _LIMITS.items() if options[option] is not None}
     given = own | limit_table.parse_limits(options["limit"])
     requests = limit_table.with_limits(STRICT if options["strict"] else RequestLimits(), given)
-    door = limit_table.with_limits(TransportLimits(max_per_peer=None if is_loopback(options["host"]) else 64), given)
+    transport = limit_table.with_limits(
+        TransportLimits(max_per_peer=None if is_loopback(options["host"]) else 64), given
+    )
     policy = limit_table.with_limits(QueuePolicy(), given)
     batch = limit_table.with_limits(BatchLimits(), given)
     keys = limit_table.with_limits(KeyLimits(options["wrong_keys"]), given)
     limit_table.check_all_used(given)
     if options["print_limits"]:
         listed = limit_table.limits_as_json if options["as_json"] else limit_table.limits_as_text
-        click.echo(listed(requests, door, policy, batch, keys))
+        click.echo(listed(requests, transport, policy, batch, keys))
         return
     config = Config(
         host=options["host"],
@@ -83,7 +85,7 @@ def serve(specs: Sequence[str], options: dict[str, Any]) -> None:
         batch_dir=options["batch_dir"],
         special_text=not options["plain_text"],
         limits=replace(requests, ignore_unknown=options["ignore_unknown"]),
-        transport=door,
+        transport=transport,
         batch=batch,
         key_limits=keys,
     )
@@ -94,7 +96,10 @@ def serve(specs: Sequence[str], options: dict[str, Any]) -> None:
 
 
 def complete(prompt: str, spec: str | None, options: dict[str, Any], server: tuple[str, str | None] | None) -> None:
-    """Continue a text on standard output. `options` are the command's, by name. `server`: its URL and its key."""
+    """Write the continuation of `prompt` to standard output.
+
+    `options`: values by option name. `server`: URL and API key of a server that is used instead of a model.
+    """
     names = ("suffix", "max_tokens", "temperature", "top_p", "seed", "echo")
     body = {name: options[name] for name in names}
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -110,12 +115,12 @@ def complete(prompt: str, spec: str | None, options: dict[str, Any], server: tup
 
 
 def engine_settings(options: dict[str, Any]) -> EngineSettings:
-    """Those of a command's options that are the engine's."""
+    """Return the engine settings among a command's options."""
     return EngineSettings(**{name: options[name] for name in _ENGINE})
 
 
 async def _serve(models: ModelManager, config: Config) -> None:
-    from afterword.api.app import make_app  # the web framework takes a while to import, and complete does without
+    from afterword.api.app import make_app  # imported late: complete does not need the web framework
     from afterword.api.readiness import Readiness
     from afterword.api.routes.batches import ask_for_key
     from afterword.api.service import Service
@@ -145,11 +150,13 @@ async def _serve(models: ModelManager, config: Config) -> None:
         transport_server = TransportServer(app, listener, config.transport, config.proxies)
         metrics.rejected = transport_server.rejected
         async with key_registry.syncing(), transport_server, _closing(models):
-            async with show_loading({managed_model.id: partial(_loaded, managed_model) for managed_model in models}):
+            async with show_loading(
+                {managed_model.id: partial(_loaded_share, managed_model) for managed_model in models}
+            ):
                 opened = await shutdown_signals.run_until_signal(models.open())
             if not opened:
                 return
-            gc.freeze()  # what is here stays: later collections, which stop the process, do not visit it
+            gc.freeze()  # later garbage collections, which pause the process, skip the objects made so far
             async with batches.running(ask_for_key(app, service)):
                 click.echo(startup_message(models, config, port))
                 await shutdown_signals.first.wait()
@@ -184,13 +191,13 @@ async def _complete(spec: str | None, body: bytes, settings: EngineSettings, as_
     sys.stdout.flush()
 
 
-def _loaded(managed_model: ManagedModel) -> float:
+def _loaded_share(managed_model: ManagedModel) -> float:
     return 1.0 if managed_model.loaded_engine else managed_model.engine.loaded if managed_model.engine else 0.0
 
 
 @asynccontextmanager
 async def _closing(engine: E) -> AsyncIterator[E]:
-    """An engine or several, closed afterwards, opened or not."""
+    """Close the engine or model manager after the block, even if it was not opened."""
     try:
         yield engine
     finally:
@@ -206,14 +213,14 @@ def _open_listener(config: Config) -> socket.socket:
 
 
 _PROMISES: dict[Promise, str] = {
-    "exact": "The same request gives the same bytes, and a token the same numbers read or generated.",
+    "exact": "The same request gives the same bytes. A token has the same log probability read or generated.",
     "reproducible": "The same request gives the same bytes.",
-    "none": "Numbers can differ in their last digits with who else is served (docs/reproducibility.md).",
+    "none": "Numbers can differ in their last digits with other requests (docs/reproducibility.md).",
 }
 
 
 def startup_message(models: ModelManager, config: Config, port: int) -> str:
-    """What a person needs to know when the server is up, with a curl line that works."""
+    """Return the message for a server that is ready, with a curl command that works."""
     host = f"[{config.host}]" if ":" in config.host else config.host
     url = f"http://{host}:{port}"
     key = "-H 'Authorization: Bearer YOUR_KEY' " if config.requires_key else ""
@@ -222,7 +229,7 @@ def startup_message(models: ModelManager, config: Config, port: int) -> str:
     names = " and ".join(
         filter(None, (", ".join(managed_model.id for managed_model in managed_models[:-1]), managed_models[-1].id))
     )
-    described = "\n".join(_described(managed_model, len(managed_models) > 1) for managed_model in managed_models)
+    described = "\n".join(_describe(managed_model, len(managed_models) > 1) for managed_model in managed_models)
     return f"""\
 Afterword {__version__} serves {names} at
 
@@ -233,11 +240,11 @@ Afterword {__version__} serves {names} at
   curl {url}/v1/completions {key}\\
     -H 'Content-Type: application/json' -d {shlex.quote(body)}
 
-In a browser it is a page to write on. {url}/docs explains every field, afterword serve --help every setting.
+The URL in a browser opens a playground. {url}/docs explains every field, afterword serve --help every setting.
 Ctrl+C stops."""
 
 
-def _described(managed_model: ManagedModel, named: bool) -> str:
+def _describe(managed_model: ManagedModel, named: bool) -> str:
     size = (
         f"{managed_model.loaded_engine.model_info.parameters / 1e6:,.1f} M parameters, up"
         if managed_model.loaded_engine
@@ -245,7 +252,7 @@ def _described(managed_model: ManagedModel, named: bool) -> str:
     )
     text = (
         f"{size} to {managed_model.definition.sequences} sequences of {managed_model.definition.context} tokens "
-        f"together."
+        f"at the same time."
     )
     tip = f" {managed_model.definition.advice}" if managed_model.definition.advice else ""
     return f"{f'{managed_model.id}: ' if named else ''}{text} {_PROMISES[managed_model.promise]}{tip}"
@@ -254,18 +261,16 @@ def _described(managed_model: ManagedModel, named: bool) -> str:
 def _keep_alive_text(keep_alive: float | None) -> str:
     if keep_alive is None:
         return ""
-    return (
-        f"\nA model is loaded when a request asks for it and unloaded {format_duration(keep_alive)} after the last one."
-    )
+    return f"\nA model is loaded for its first request, and unloaded {format_duration(keep_alive)} after its last one."
 
 
 def run_async(work: Coroutine[Any, Any, None]) -> None:
-    """Run something until it is over, with the fastest event loop there is."""
+    """Run a coroutine to its end on uvloop if it is installed, otherwise on asyncio's event loop."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     switch_threads_soon()
     try:
         import uvloop
-    except ImportError:  # not on every system
+    except ImportError:  # uvloop does not exist for every system
         asyncio.run(work)
     else:
         uvloop.run(work)

@@ -1,7 +1,9 @@
-"""Settings from a file, and where each setting comes from: command line, then environment, then file, then default.
+"""Settings from environment variables and a settings file, and the source of each setting.
 
-The file is TOML with a table for each command and options by their names in `--help`. It is checked whole before
-anything of it is used; what is wrong with it is one sentence that names file, table and option.
+The command line takes precedence over the environment, the environment over the file, the file over the default. The
+file is TOML with a table for each command and options by their names in `--help`. The whole file is checked before a
+setting is used. An error message names file, table and option. This module must not import the implementation of
+commands.
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ from click.core import ParameterSource
 from afterword.errors import SettingError
 
 CONFIG = "AFTERWORD_CONFIG"
-"""The environment variable that says where the file is."""
+"""The environment variable with the path of the settings file."""
 
 _SECRETS = frozenset({"api_key"})
-_FILE, _ASKED = "afterword.settings.file", "afterword.settings.asked"  # what contexts remember
+_FILE, _QUIET = "afterword.settings.file", "afterword.settings.quiet"  # keys in `Context.meta`
 _KINDS: tuple[tuple[type[click.ParamType[Any]], tuple[type, ...], str], ...] = (
     (click.types.BoolParamType, (bool,), "true or false"),
     (click.types.IntParamType, (int,), "a whole number"),
@@ -34,7 +36,7 @@ _KINDS: tuple[tuple[type[click.ParamType[Any]], tuple[type, ...], str], ...] = (
 
 
 class _UnparsedValue(click.ParamType[str]):
-    """Checks a value and leaves it as it was written."""
+    """Checks a value and returns it as text, unconverted."""
 
     name = "text"
 
@@ -47,37 +49,37 @@ class _UnparsedValue(click.ParamType[str]):
 
 
 def default_path() -> Path:
-    """The file that is read if no other is named; never one of the folder that one happens to be in."""
+    """Return the path of the user's settings file. A file in the current folder is never read by default."""
     home = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
     return Path(os.path.expanduser(home)) / "afterword" / "config.toml"
 
 
 def with_variables(command: click.Command, words: Iterable[str]) -> None:
-    """Let the environment set a command's options, by the words of the command and their own names."""
+    """Give each option of a command an environment variable, named by the words of the command and the option."""
     for each in settable(command).values():
         own = "_".join(["AFTERWORD", *words, name(each)]).replace("-", "_").upper()
         each.envvar = [own, *(other for other in variables(each) if other != own)]
 
 
 def with_file(command: click.Command) -> None:
-    """Give a command the option `--config`, if there is anything to set."""
+    """Add the option `--config` to a command that has settings."""
     if settable(command):
         command.params.append(
             click.Option(
                 ["--config"],
                 type=click.Path(path_type=Path),
                 envvar=CONFIG,
-                is_eager=True,  # before the options that it sets
+                is_eager=True,  # processed before the options that it sets
                 expose_value=False,
                 callback=_load,
-                help="Settings from a file.  [default: afterword/config.toml in $XDG_CONFIG_HOME or ~/.config]",
+                help="Settings file.  [default: afterword/config.toml in $XDG_CONFIG_HOME or ~/.config]",
             )
         )
 
 
 def read(path: Path, commands: click.Group) -> dict[str, Any]:
-    """Values by the names of commands and parameters, nested. Raises `SettingError`."""
-    import tomllib  # only who has a file waits for it
+    """Read a settings file: values by command and parameter name, nested. Raises `SettingError`."""
+    import tomllib  # imported late: most commands run without a file
 
     try:
         text = path.read_text(encoding="utf-8")
@@ -85,48 +87,50 @@ def read(path: Path, commands: click.Group) -> dict[str, Any]:
         table = tomllib.loads(text)
     except OSError as error:
         raise SettingError(f"{path} cannot be read: {error.strerror}.") from None
-    except ValueError as error:  # of the encoding, or of TOML
-        raise SettingError(f"{path} is not TOML: {error}.") from None
-    values = _of_group(f"{path}: ", table, commands)
+    except ValueError as error:  # not UTF-8, or not TOML
+        raise SettingError(f"{path} is not valid TOML: {error}.") from None
+    values = _read_group(f"{path}: ", table, commands)
     if others and os.name == "posix" and _has_secret(values):
-        raise SettingError(f"{path} has a key in it and everyone on this machine can read it; run: chmod o-r {path}")
+        raise SettingError(
+            f"{path} contains an API key and every user of this machine can read it. Run: chmod o-r {path}"
+        )
     return values
 
 
 def settable(command: click.Command) -> dict[str, click.Parameter]:
-    """What a file can set, by its name there: options, and arguments that have an environment variable."""
-    given = [each for each in command.params if each.name != "config"]
-    return {name(each): each for each in given if isinstance(each, click.Option) or each.envvar}
+    """Return the parameters that a file can set, by name: options, and arguments with an environment variable."""
+    parameters = [each for each in command.params if each.name != "config"]
+    return {name(each): each for each in parameters if isinstance(each, click.Option) or each.envvar}
 
 
 def name(parameter: click.Parameter) -> str:
-    """An option's long name without its dashes, or an argument's."""
+    """Return the long name of an option without dashes, or the name of an argument."""
     return max(parameter.opts, key=len).removeprefix("--")
 
 
 def is_list(parameter: click.Parameter) -> bool:
-    """Whether it takes several values."""
+    """Whether the parameter takes several values."""
     return parameter.multiple or parameter.nargs == -1
 
 
 def variables(parameter: click.Parameter) -> tuple[str, ...]:
-    """The environment variables that set an option or argument, the first that is set first."""
-    given = parameter.envvar or ()
-    return (given,) if isinstance(given, str) else tuple(given)
+    """Return the environment variables of an option or argument. The first one that is set is used."""
+    names = parameter.envvar or ()
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def contexts(ctx: click.Context, words: list[str], file: Path | None = None) -> Iterator[click.Context]:
-    """What commands would run with, without running them: the command of these words, or every one of a group."""
-    ctx.meta[_ASKED] = True
+    """Yield the contexts with which commands would run: of the command named by `words`, or of all in a group."""
+    ctx.meta[_QUIET] = True
     command = ctx.command
     if not isinstance(command, click.Group):
-        named = ["--config", str(file)] if file and settable(command) else []
+        config = ["--config", str(file)] if file and settable(command) else []
         relaxed = copy.copy(command)
         relaxed.params = [_optional(each) for each in command.params]
-        yield relaxed.make_context(ctx.info_name, [*named, *words], parent=ctx.parent)
+        yield relaxed.make_context(ctx.info_name, [*config, *words], parent=ctx.parent)
         return
-    every = [each for each in command.commands if each != "config"]
-    for each in words[:1] or every:
+    names = [each for each in command.commands if each != "config"]
+    for each in words[:1] or names:
         child = command.get_command(ctx, each)
         if child is None:
             raise click.UsageError(f"No such command '{each}'.", ctx)
@@ -134,7 +138,7 @@ def contexts(ctx: click.Context, words: list[str], file: Path | None = None) -> 
 
 
 def origin(parameter: click.Parameter, ctx: click.Context) -> tuple[str, str]:
-    """Where a value comes from: the kind of place, and the place."""
+    """Return the source of a value, and the option, variable or file there."""
     match ctx.get_parameter_source(parameter.name or ""):
         case ParameterSource.COMMANDLINE:
             return "command line", max(parameter.opts, key=len)
@@ -152,20 +156,20 @@ def is_secret(parameter: click.Parameter) -> bool:
 
 
 def file_of(ctx: click.Context) -> Path | None:
-    """The file that a command's settings come from."""
+    """Return the settings file of a command, or None."""
     file: Path | None = ctx.meta.get(_FILE)
     return file
 
 
 def words_of(ctx: click.Context) -> list[str]:
-    """The words of a command after the program's own."""
+    """Return the words of a command without the program's name."""
     return [*words_of(ctx.parent), ctx.info_name or ""] if ctx.parent else []
 
 
 def _load(ctx: click.Context, _: click.Parameter, given: Path | None) -> None:
-    """Make the file's values the defaults of the command whose context this is."""
+    """Read the file and make its values the defaults of the context's command."""
     path = given or default_path()
-    if ctx.resilient_parsing or (given is None and not os.path.isfile(path)):  # which never raises
+    if ctx.resilient_parsing or (given is None and not os.path.isfile(path)):  # `Path.is_file` can raise
         return
     root = ctx.find_root().command
     assert isinstance(root, click.Group)
@@ -174,52 +178,52 @@ def _load(ctx: click.Context, _: click.Parameter, given: Path | None) -> None:
         values = values.get(word, {})
     ctx.default_map = values
     ctx.meta[_FILE] = path
-    if values and not ctx.meta.get(_ASKED):
+    if values and not ctx.meta.get(_QUIET):
         click.echo(f"Settings from {path}.", err=True)
 
 
-def _of_group(place: str, table: dict[str, Any], group: click.Group) -> dict[str, Any]:
+def _read_group(where: str, table: dict[str, Any], group: click.Group) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in table.items():
         command = group.commands.get(key)
         if command is None:
-            raise SettingError(f"{place}[{key}]: there is no such command{_hint(key, group.commands)}.")
+            raise SettingError(f"{where}[{key}]: there is no such command{_hint(key, group.commands)}.")
         if not isinstance(value, dict):
-            raise SettingError(f"{place}{key}: a command's settings are a table, such as [serve].")
+            raise SettingError(f"{where}{key}: expected a table with the settings of a command, such as [serve].")
         if isinstance(command, click.Group):
-            values[key] = _of_group(f"{place}[{key}] ", value, command)
+            values[key] = _read_group(f"{where}[{key}] ", value, command)
         else:
-            values[key] = _of_command(f"{place}[{key}] ", value, command)
+            values[key] = _read_command(f"{where}[{key}] ", value, command)
     return values
 
 
-def _of_command(place: str, table: dict[str, Any], command: click.Command) -> dict[str, Any]:
+def _read_command(where: str, table: dict[str, Any], command: click.Command) -> dict[str, Any]:
     known = settable(command)
     values: dict[str, Any] = {}
     for key, value in table.items():
         if key not in known:
-            raise SettingError(f"{place}{key}: there is no such setting{_hint(key, known)}.")
+            raise SettingError(f"{where}{key}: there is no such setting{_hint(key, known)}.")
         parameter = known[key]
-        several = is_list(parameter)
-        if several and not isinstance(value, list):
-            raise SettingError(f"{place}{key}: expected a list, not {_shown(value)}.")
-        checked = [_checked(f"{place}{key}", each, parameter) for each in (value if several else [value])]
-        values[parameter.name or key] = checked if several else checked[0]
+        many = is_list(parameter)
+        if many and not isinstance(value, list):
+            raise SettingError(f"{where}{key}: expected a list, not {_format_value(value)}.")
+        checked = [_check_value(f"{where}{key}", each, parameter) for each in (value if many else [value])]
+        values[parameter.name or key] = checked if many else checked[0]
     return values
 
 
-def _checked(place: str, value: Any, parameter: click.Parameter) -> Any:
+def _check_value(where: str, value: Any, parameter: click.Parameter) -> Any:
     kinds, expected = next((kinds, words) for kind, kinds, words in _KINDS if isinstance(parameter.type, kind))
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise SettingError(f"{place}: expected {expected}, not {_shown(value)}.")
+        raise SettingError(f"{where}: expected {expected}, not {_format_value(value)}.")
     if isinstance(parameter.type, click.Path):
-        value = os.path.expanduser(str(value))  # as a shell does before a command line gets here
+        value = os.path.expanduser(str(value))  # on the command line the shell does this
     if isinstance(parameter.type, click.types.FuncParamType):
-        value = str(value)  # these read what people write
+        value = str(value)  # these types parse text
     try:
         parameter.type.convert(value, parameter, None)
     except (click.BadParameter, SettingError) as error:
-        raise SettingError(f"{place}: {error.message}") from None
+        raise SettingError(f"{where}: {error.message}") from None
     return value
 
 
@@ -240,6 +244,6 @@ def _hint(wrong: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     text = str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 40 else text[:37] + "..."

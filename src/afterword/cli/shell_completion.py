@@ -1,7 +1,7 @@
-"""`afterword completion`: the shell's Tab key knows commands, options, what options take, and the models that are here.
+"""`afterword completion`: scripts for bash, zsh and fish, and the completion of model names.
 
-The scripts for bash and fish are our own: bash cuts words at the colons that are in models' names, and fish's
-descriptions have commas.
+Click's scripts for bash and fish are replaced: bash splits words at the colons in model names, and click's fish script
+splits descriptions at commas.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BASH = """\
     local line=${COMP_LINE:0:COMP_POINT} kind value typed kept=
     typed=${line##*[[:space:]]}
     typed=${typed##*=}
-    # Bash replaces what follows the last colon, so what comes before it is not said again.
+    # Bash replaces only the text after the last colon, so the text before it is removed from each value.
     [[ $COMP_WORDBREAKS == *:* && $typed == *:* ]] && kept=${typed%%"${typed##*:}"}
     COMPREPLY=()
     while IFS=, read -r kind value; do
@@ -68,7 +68,7 @@ class _Bash(BashComplete):
     source_template = _BASH
 
     def get_completion_args(self) -> tuple[list[str], str]:
-        """From the line up to the cursor, since bash's own words end at colons."""
+        """Split the line up to the cursor. Bash's own words end at colons."""
         line = os.environ["COMP_WORDS"]
         words = split_arg_string(line)
         typed = "" if line[-1:].isspace() else words.pop()
@@ -84,13 +84,13 @@ class _Fish(FishComplete):
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
-    """Print a script that makes the Tab key complete.
+    """Print a script for completion with the Tab key.
 
-    It knows commands, options, what they take, and the models on this machine.
+    It completes commands, options, their values, and the models on this machine.
 
     \b
     Examples:
-      afterword completion bash > ~/.afterword.bash    # to source in ~/.bashrc
+      afterword completion bash > ~/.afterword.bash    # source it in ~/.bashrc
       afterword completion zsh > ~/.zfunc/_afterword   # a folder of $fpath
       afterword completion fish > ~/.config/fish/completions/afterword.fish
     """
@@ -100,22 +100,22 @@ def completion(ctx: click.Context, shell: str) -> None:
 
 
 def complete_model(ctx: click.Context, _: click.Parameter, typed: str) -> Items:
-    """Models that are on this machine, and GGUF files; if neither begins so, whatever files there are."""
+    """Complete the names of installed models and GGUF files. If none begins with `typed`, complete other files."""
     from afterword.models.registry import installed
 
     try:
         names = [model.spec for model in installed()]
-    except (AfterwordError, OSError):  # a shell has no place for it
+    except (AfterwordError, OSError):  # completion cannot show errors
         names = []
-    found = [name for name in names if name.startswith(typed)] + _gguf_files(typed)
-    return [CompletionItem(name) for name in found] or [CompletionItem(typed, type="file")]
+    matches = [name for name in names if name.startswith(typed)] + _gguf_files(typed)
+    return [CompletionItem(name) for name in matches] or [CompletionItem(typed, type="file")]
 
 
 def _gguf_files(typed: str) -> list[str]:
     folder, slash, start = typed.rpartition("/")
-    place = Path(folder + slash).expanduser()
+    path = Path(folder + slash).expanduser()
     try:
-        names = sorted(os.listdir(place))
+        names = sorted(os.listdir(path))
     except OSError:
         return []
     return [folder + slash + name for name in names if name.startswith(start) and name.lower().endswith(".gguf")]
