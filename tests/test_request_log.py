@@ -73,7 +73,7 @@ def test_nobody_waits_for_a_disk_that_hangs(tmp_path, monkeypatch, caplog):
         goes_on.wait()
         return write(file, data)
 
-    monkeypatch.setattr("afterword.observability.request_log._MOST_WAITING", 10)
+    monkeypatch.setattr("afterword.observability.request_log._MAX_QUEUED", 10)
     monkeypatch.setattr(os, "write", hung)
     with caplog.at_level(logging.WARNING), open_request_log(tmp_path / "log") as request_log:
         request_log.write(b"0")

@@ -38,7 +38,7 @@ class Engine(scripted_engine.ScriptedEngine):
     load: Load = field(default_factory=Load)
     restarts: int = 0
 
-    def check_room(self) -> None:
+    def check_capacity(self) -> None:
         """There is always room, but for those whom `start` refuses."""
 
 
@@ -49,11 +49,11 @@ def application(
     keyring = static_keys((KEY,), None) if keys else ()
     settled = config.Config(keys=keyring, **settings)
     engine = engine or Engine(scripted_engine.says("Hello"), room=10**9)
-    models = engine if isinstance(engine, ModelManager) else roster(engine)
+    models = engine if isinstance(engine, ModelManager) else model_manager_of(engine)
     return make_app(Service(settled, models, KeyRegistry(keyring)))
 
 
-def roster(*engines: Engine) -> ModelManager:
+def model_manager_of(*engines: Engine) -> ModelManager:
     """Engines as models that are loaded; the first is called "scripted", the next "scripted-2"."""
     names = ["scripted", *(f"scripted-{place}" for place in range(2, len(engines) + 1))]
     models = ModelManager([ModelDefinition(name, 0, Mock()) for name in names])
@@ -69,7 +69,7 @@ class InMemoryTransport(asyncio.Transport):
         super().__init__()
         self.told = bytearray()
         self.unsent = 0
-        self.takes = True
+        self.reads = True
         self.closing = self.aborted = self.ended = self.paused = False
         self.protocol: Any = None
         self._peer = (peer, 50_000)
@@ -80,7 +80,7 @@ class InMemoryTransport(asyncio.Transport):
     def write(self, data: Any) -> None:
         assert not self.aborted
         self.told += data
-        if not self.takes:
+        if not self.reads:
             self.unsent += len(data)
             if self.unsent > 2**16:
                 self.protocol.pause_writing()
@@ -127,7 +127,7 @@ class InMemoryServer:
         self.state = ServerState()
         self.context = ConnectionContext(self.limits, ConnectionLimiter(self.most, self.most_of_one), lambda: self.now)
 
-    def visitor(self, peer: str = "127.0.0.1") -> InMemoryClient:
+    def connect(self, peer: str = "127.0.0.1") -> InMemoryClient:
         """Somebody connects."""
         return InMemoryClient(self, peer)
 
@@ -135,54 +135,54 @@ class InMemoryServer:
 class InMemoryClient:
     """A client on a connection of its own."""
 
-    def __init__(self, in_memory_server: InMemoryServer, peer: str) -> None:
-        self.in_memory_server = in_memory_server
-        self.protocol = Connection(in_memory_server.config, in_memory_server.state, in_memory_server.context)
-        self.wire = InMemoryTransport(peer)
-        self.wire.protocol = self.protocol
-        self.protocol.connection_made(self.wire)
-        self._gone = False
+    def __init__(self, server: InMemoryServer, peer: str) -> None:
+        self.server = server
+        self.protocol = Connection(server.config, server.state, server.context)
+        self.transport = InMemoryTransport(peer)
+        self.transport.protocol = self.protocol
+        self.protocol.connection_made(self.transport)
+        self._closed = False
 
-    async def say(self, data: bytes, size: int | None = None) -> bytes:
+    async def send(self, data: bytes, size: int | None = None) -> bytes:
         """Send bytes, in pieces of a size, and see what has been told when nothing happens any more."""
         for start in range(0, len(data), size or len(data) or 1):
-            if not self.wire.closing:
+            if not self.transport.closing:
                 self.protocol.data_received(data[start : start + size] if size else data)
             await self.settle()
-        return bytes(self.wire.told)
+        return bytes(self.transport.written)
 
     async def settle(self) -> None:
         """Let everything happen that can."""
         for _ in range(200):
             await asyncio.sleep(0)
-            if self.wire.closing and not self._gone and (self.wire.aborted or not self.wire.unsent):
-                self.leave()
-            if not self.in_memory_server.state.tasks:
+            if self.transport.closing and not self._closed and (self.transport.aborted or not self.transport.unsent):
+                self.disconnect()
+            if not self.server.state.tasks:
                 break
 
     async def wait(self, seconds: float) -> None:
         """Time passes, second by second."""
-        end = self.in_memory_server.now + seconds
-        while self.in_memory_server.now < end and not self._gone:
-            self.in_memory_server.now = min(end, self.in_memory_server.now + 1)
-            self.protocol.check(self.in_memory_server.now)
+        end = self.server.now + seconds
+        while self.server.now < end and not self._closed:
+            self.server.now = min(end, self.server.now + 1)
+            self.protocol.check(self.server.now)
             await self.settle()
 
-    def leave(self) -> None:
+    def disconnect(self) -> None:
         """The connection ends."""
-        if not self._gone:
-            self._gone = True
-            self.wire.closing = True
+        if not self._closed:
+            self._closed = True
+            self.transport.closing = True
             self.protocol.connection_lost(None)
 
     @property
-    def gone(self) -> bool:
-        return self._gone
+    def closed(self) -> bool:
+        return self._closed
 
     @property
     def statuses(self) -> list[int]:
         """Those of all answers, in order."""
-        return [int(code) for code in re.findall(rb"HTTP/1\.1 (\d{3}) ", bytes(self.wire.told))]
+        return [int(code) for code in re.findall(rb"HTTP/1\.1 (\d{3}) ", bytes(self.transport.written))]
 
 
 def post(body: bytes, *headers: str, path: str = "/v1/completions", key: str | None = KEY) -> bytes:

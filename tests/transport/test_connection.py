@@ -33,24 +33,24 @@ def body_of(told: bytes) -> Any:
 @pytest.mark.parametrize("size", [None, 1, 7, 64])
 def test_a_request_is_answered_however_it_is_cut(size: int | None) -> None:
     async def scenario() -> InMemoryClient:
-        visitor = InMemoryServer().visitor()
-        await visitor.say(ASK * 1, size)
-        await visitor.say(ASK, size)
-        return visitor
+        client = InMemoryServer().connect()
+        await client.send(ASK * 1, size)
+        await client.send(ASK, size)
+        return client
 
-    visitor = run(scenario())
-    assert visitor.statuses == [200, 200]
-    assert not visitor.gone
+    client = run(scenario())
+    assert client.statuses == [200, 200]
+    assert not client.closed
 
 
 def test_an_offer_to_upgrade_is_declined_and_the_body_read() -> None:
     offer = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQAAP__")
 
     async def scenario(size: int | None) -> InMemoryClient:
-        visitor = InMemoryServer().visitor()
-        await visitor.say(post(b'{"prompt":"a","max_tokens":8}', *offer), size)
-        await visitor.say(get("/version"), size)
-        return visitor
+        client = InMemoryServer().connect()
+        await client.send(post(b'{"prompt":"a","max_tokens":8}', *offer), size)
+        await client.send(get("/version"), size)
+        return client
 
     for size in (None, 1):
         assert run(scenario(size)).statuses == [200, 200]
@@ -69,13 +69,13 @@ def test_an_offer_to_upgrade_is_declined_and_the_body_read() -> None:
 @pytest.mark.parametrize("size", [None, 1])
 def test_an_offer_to_upgrade_keeps_the_wish_to_close(connection: list[str], size: int | None) -> None:
     async def scenario() -> InMemoryClient:
-        visitor = InMemoryServer().visitor()
-        await visitor.say(post(b'{"prompt":"a"}', *connection, "Upgrade: h2c"), size)
-        return visitor
+        client = InMemoryServer().connect()
+        await client.send(post(b'{"prompt":"a"}', *connection, "Upgrade: h2c"), size)
+        return client
 
-    visitor = run(scenario())
-    assert (visitor.statuses, visitor.gone) == ([200], True)
-    assert b"connection: close\r\n" in visitor.wire.told
+    client = run(scenario())
+    assert (client.statuses, client.closed) == ([200], True)
+    assert b"connection: close\r\n" in client.transport.written
 
 
 def old(request: bytes) -> bytes:
@@ -93,13 +93,13 @@ STREAM = b'{"prompt":"a","max_tokens":8,"stream":true}'
 )
 def test_a_stream_to_a_client_of_http_1_0_has_no_chunks_and_ends_with_the_connection(headers: list[str]) -> None:
     async def scenario() -> InMemoryClient:
-        visitor = InMemoryServer().visitor()
-        await visitor.say(old(post(STREAM, *headers)))
-        return visitor
+        client = InMemoryServer().connect()
+        await client.send(old(post(STREAM, *headers)))
+        return client
 
-    visitor = run(scenario())
-    head, _, body = bytes(visitor.wire.told).partition(b"\r\n\r\n")
-    assert (visitor.statuses, visitor.gone) == ([200], True)
+    client = run(scenario())
+    head, _, body = bytes(client.transport.written).partition(b"\r\n\r\n")
+    assert (client.statuses, client.closed) == ([200], True)
     assert b"transfer-encoding" not in head
     assert b"connection: close" in head
     assert body.startswith(b"data: {")
@@ -116,24 +116,24 @@ def test_an_answer_without_a_length_ends_with_the_connection_in_http_1_0(parts: 
         await send({"type": "http.response.body"})
 
     async def scenario() -> InMemoryClient:
-        visitor = InMemoryServer(app=app).visitor()
-        await visitor.say(old(get("/", method=method)))
-        return visitor
+        client = InMemoryServer(app=app).connect()
+        await client.send(old(get("/", method=method)))
+        return client
 
-    visitor = run(scenario())
-    head, _, body = bytes(visitor.wire.told).partition(b"\r\n\r\n")
-    assert visitor.gone
+    client = run(scenario())
+    head, _, body = bytes(client.transport.written).partition(b"\r\n\r\n")
+    assert client.closed
     assert b"transfer-encoding" not in head
     assert body == (b"" if method == "HEAD" else b"".join(parts))
 
 
 def test_an_answer_with_a_length_has_it_in_http_1_0_too() -> None:
     async def scenario() -> InMemoryClient:
-        visitor = InMemoryServer().visitor()
-        await visitor.say(old(ASK))
-        return visitor
+        client = InMemoryServer().connect()
+        await client.send(old(ASK))
+        return client
 
-    head, _, body = bytes(run(scenario()).wire.told).partition(b"\r\n\r\n")
+    head, _, body = bytes(run(scenario()).transport.written).partition(b"\r\n\r\n")
     assert b"content-length: %d\r\n" % len(body) in head
     assert json.loads(body)["object"] == "text_completion"
 
@@ -152,21 +152,21 @@ def test_an_answer_is_complete_with_its_last_byte(parts: list[bytes]) -> None:
             await read.wait()
             await send({"type": "http.response.body"})
 
-        visitor = InMemoryServer(app=app).visitor()
-        await visitor.say(get("/"))
-        assert visitor.wire.told.endswith(b"all of it")
-        await visitor.say(get("/"))
+        client = InMemoryServer(app=app).connect()
+        await client.send(get("/"))
+        assert client.transport.written.endswith(b"all of it")
+        await client.send(get("/"))
         read.set()
-        await visitor.say(get("/"))
-        return visitor
+        await client.send(get("/"))
+        return client
 
-    visitor = run(scenario())
-    assert (visitor.statuses, visitor.gone) == ([200, 200, 200], False)
+    client = run(scenario())
+    assert (client.statuses, client.closed) == ([200, 200, 200], False)
 
 
 def test_a_stream_asks_proxies_not_to_hold_it_back() -> None:
     async def scenario(body: bytes) -> bytes:
-        return await InMemoryServer().visitor().say(post(body))
+        return await InMemoryServer().connect().send(post(body))
 
     assert b"x-accel-buffering: no\r\n" in run(scenario(STREAM))
     assert b"x-accel-buffering" not in run(scenario(b'{"prompt":"a"}'))
@@ -174,11 +174,11 @@ def test_a_stream_asks_proxies_not_to_hold_it_back() -> None:
 
 def test_who_expects_100_is_told_to_continue() -> None:
     async def scenario() -> bytes:
-        visitor = InMemoryServer().visitor()
+        client = InMemoryServer().connect()
         head, _, body = post(b'{"prompt":"a"}', "Expect: 100-continue").partition(b"\r\n\r\n")
-        first = await visitor.say(head + b"\r\n\r\n")
+        first = await client.send(head + b"\r\n\r\n")
         assert first == b"HTTP/1.1 100 Continue\r\n\r\n"
-        return await visitor.say(body)
+        return await client.send(body)
 
     assert b"HTTP/1.1 200 OK" in run(scenario())
 
@@ -188,33 +188,33 @@ def test_who_expects_100_is_told_to_continue() -> None:
 
 def slowly(chunks: list[tuple[bytes, float]], limits: TransportLimits | None = None) -> InMemoryClient:
     async def scenario() -> InMemoryClient:
-        visitor = InMemoryServer(limits=limits or TransportLimits()).visitor()
+        client = InMemoryServer(limits=limits or TransportLimits()).connect()
         for chunk, pause in chunks:
-            if visitor.wire.ended or visitor.gone:
+            if client.transport.ended or client.closed:
                 break
-            await visitor.say(chunk)
-            await visitor.wait(pause)
-        return visitor
+            await client.send(chunk)
+            await client.wait(pause)
+        return client
 
     return run(scenario())
 
 
 def test_a_head_has_ten_seconds_however_it_drips() -> None:
-    visitor = slowly([(bytes([byte]), 1.0) for byte in ASK])
-    assert visitor.statuses == [408]
-    assert visitor.in_memory_server.now == pytest.approx(1011)
+    client = slowly([(bytes([byte]), 1.0) for byte in ASK])
+    assert client.statuses == [408]
+    assert client.server.now == pytest.approx(1011)
 
 
 def test_who_says_nothing_at_all_is_let_go_without_a_word() -> None:
-    visitor = slowly([(b"", 12)])
-    assert (visitor.gone, visitor.wire.told) == (True, b"")
+    client = slowly([(b"", 12)])
+    assert (client.closed, client.transport.written) == (True, b"")
 
 
 @pytest.mark.parametrize("blank", [b"", b"\r\n"])
 def test_between_requests_there_is_time_but_a_blank_line_begins_the_next(blank: bytes) -> None:
-    visitor = slowly([(ASK, 125), (blank, 4), (blank, 4)])
-    assert visitor.gone is (not blank)
-    assert visitor.statuses == [200]
+    client = slowly([(ASK, 125), (blank, 4), (blank, 4)])
+    assert client.closed is (not blank)
+    assert client.statuses == [200]
     assert slowly([(ASK, 125), (b"\r\n", 12)]).statuses == [200, 408]
 
 
@@ -229,24 +229,24 @@ def test_a_body_must_keep_a_rate_after_a_grace() -> None:
 
 def test_a_body_must_be_whole_in_time_at_any_rate() -> None:
     steady = [(post(b"x" * 10**6)[: -(10**6)], 0.0), *((b"x" * 2000, 1.0) for _ in range(40))]
-    visitor = slowly(steady)
-    assert visitor.statuses == [408]
-    assert visitor.in_memory_server.now == pytest.approx(1031)
+    client = slowly(steady)
+    assert client.statuses == [408]
+    assert client.server.now == pytest.approx(1031)
 
 
 def test_an_empty_chunk_is_no_progress() -> None:
     head = get("/v1/completions", "Transfer-Encoding: chunked", "Content-Type: application/json", method="POST")
-    visitor = slowly([(head, 0.0), *((b"1;" + b"x" * 500 + b"\r\nx\r\n", 1.0) for _ in range(20))])
-    assert visitor.statuses == [408]
-    assert visitor.in_memory_server.now < 1008
+    client = slowly([(head, 0.0), *((b"1;" + b"x" * 500 + b"\r\nx\r\n", 1.0) for _ in range(20))])
+    assert client.statuses == [408]
+    assert client.server.now < 1008
 
 
 def test_what_comes_after_an_early_answer_is_let_in_for_a_while() -> None:
     wrong = post(b" " * 10**6, key="no-key-of-this-server")
-    visitor = slowly([(wrong[:5000], 4.0), (wrong[5000:], 1.0), (ASK, 1.0)])
-    assert visitor.statuses == [401, 200]
-    visitor = slowly([(wrong[:5000], 4.0), (wrong[5000:9000], 4.0)])
-    assert (visitor.statuses, visitor.gone) == ([401], True)
+    client = slowly([(wrong[:5000], 4.0), (wrong[5000:], 1.0), (ASK, 1.0)])
+    assert client.statuses == [401, 200]
+    client = slowly([(wrong[:5000], 4.0), (wrong[5000:9000], 4.0)])
+    assert (client.statuses, client.closed) == ([401], True)
 
 
 # ---- how much
@@ -254,9 +254,9 @@ def test_what_comes_after_an_early_answer_is_let_in_for_a_while() -> None:
 
 def test_a_head_may_be_large_but_not_larger() -> None:
     async def status(size: int, piece: int | None) -> list[int]:
-        visitor = InMemoryServer().visitor()
-        await visitor.say(get("/version", "X-Long: " + "x" * size), piece)
-        return visitor.statuses
+        client = InMemoryServer().connect()
+        await client.send(get("/version", "X-Long: " + "x" * size), piece)
+        return client.statuses
 
     for piece in (None, 1000):
         assert run(status(32_000, piece)) == [200]
@@ -266,9 +266,9 @@ def test_a_head_may_be_large_but_not_larger() -> None:
 
 def test_headers_may_be_many_but_not_more() -> None:
     async def status(count: int) -> list[int]:
-        visitor = InMemoryServer().visitor()
-        await visitor.say(get("/version", *(f"X-{number}: 1" for number in range(count))))
-        return visitor.statuses
+        client = InMemoryServer().connect()
+        await client.send(get("/version", *(f"X-{number}: 1" for number in range(count))))
+        return client.statuses
 
     assert run(status(98)) == [200]
     assert run(status(99)) == [431]
@@ -277,14 +277,14 @@ def test_headers_may_be_many_but_not_more() -> None:
 
 def test_who_goes_on_sending_after_a_refusal_is_cut() -> None:
     async def scenario() -> InMemoryClient:
-        visitor = InMemoryServer().visitor()
+        client = InMemoryServer().connect()
         for _ in range(40):
-            await visitor.say(b"x" * 2**16)
-        return visitor
+            await client.send(b"x" * 2**16)
+        return client
 
-    visitor = run(scenario())
-    assert visitor.statuses == [400]
-    assert visitor.wire.aborted
+    client = run(scenario())
+    assert client.statuses == [400]
+    assert client.transport.aborted
 
 
 CHUNKED = get("/v1/files", "Transfer-Encoding: chunked", "Content-Type: application/json", method="POST")
@@ -312,33 +312,33 @@ def chunks(size: int, extension: bytes = b"") -> bytes:
 )
 def test_framing_may_be_as_large_as_the_body_and_little_more(size: int, extension: bytes, status: int) -> None:
     async def statuses() -> list[int]:
-        visitor = InMemoryServer(swallow, TransportLimits(max_framing=50_000)).visitor()
-        await visitor.say(CHUNKED + chunks(size, extension), 1000)
-        return visitor.statuses
+        client = InMemoryServer(swallow, TransportLimits(max_framing=50_000)).connect()
+        await client.send(CHUNKED + chunks(size, extension), 1000)
+        return client.statuses
 
     assert run(statuses()) == [status]
 
 
 def test_a_chunk_whose_extension_never_ends_is_cut() -> None:
     async def scenario() -> InMemoryClient:
-        visitor = InMemoryServer(swallow).visitor()
-        await visitor.say(CHUNKED + b"5;")
+        client = InMemoryServer(swallow).connect()
+        await client.send(CHUNKED + b"5;")
         for _ in range(100):
-            await visitor.say(b"a" * 2**16)
-        return visitor
+            await client.send(b"a" * 2**16)
+        return client
 
-    visitor = run(scenario())
-    assert visitor.statuses == [400]
-    assert visitor.wire.aborted
+    client = run(scenario())
+    assert client.statuses == [400]
+    assert client.transport.aborted
 
 
 def test_a_batch_of_small_rows_may_come_a_row_a_chunk() -> None:
     """20,000 rows of some 110 bytes, and as many small ones as a batch may have."""
 
     async def statuses(row: bytes, count: int) -> list[int]:
-        visitor = InMemoryServer(swallow).visitor()
-        await visitor.say(CHUNKED + b"%x\r\n%s\r\n" % (len(row), row) * count + b"0\r\n\r\n", 2**16)
-        return visitor.statuses
+        client = InMemoryServer(swallow).connect()
+        await client.send(CHUNKED + b"%x\r\n%s\r\n" % (len(row), row) * count + b"0\r\n\r\n", 2**16)
+        return client.statuses
 
     assert run(statuses(b'{"custom_id": "row-12345", "body": {"prompt": "%s"}}\n' % (b"a" * 60), 20_000)) == [200]
     assert run(statuses(b'{"prompt":""}\n', BatchLimits().max_rows)) == [200]
@@ -354,16 +354,16 @@ async def swallow(_: Any, receive: Any, send: Any) -> None:
 
 def test_places_are_counted_in_all_and_by_address() -> None:
     async def scenario() -> None:
-        in_memory_server = InMemoryServer(most=5, most_of_one=3)
-        first = [in_memory_server.visitor("10.0.0.1") for _ in range(4)]
-        assert [visitor.statuses for visitor in first] == [[], [], [], [503]]
-        others = [in_memory_server.visitor(f"10.0.0.{number}") for number in (2, 3, 4)]
-        assert [visitor.statuses for visitor in others] == [[], [], [503]]
-        first[0].leave()
-        assert in_memory_server.visitor("10.0.0.9").statuses == []
-        for visitor in (*first, *others):
-            visitor.leave()
-        assert in_memory_server.context.connection_limiter.open_connections == 1
+        server = InMemoryServer(max_connections=5, max_per_client=3)
+        first = [server.connect("10.0.0.1") for _ in range(4)]
+        assert [client.statuses for client in first] == [[], [], [], [503]]
+        others = [server.connect(f"10.0.0.{number}") for number in (2, 3, 4)]
+        assert [client.statuses for client in others] == [[], [], [503]]
+        first[0].disconnect()
+        assert server.connect("10.0.0.9").statuses == []
+        for client in (*first, *others):
+            client.disconnect()
+        assert server.context.connection_limiter.open_connections == 1
 
     run(scenario())
 
@@ -373,14 +373,14 @@ def test_places_are_counted_in_all_and_by_address() -> None:
 
 def test_a_second_request_does_not_disturb_the_first_and_ends_the_connection() -> None:
     async def scenario() -> InMemoryClient:
-        visitor = InMemoryServer().visitor()
-        await visitor.say(ENDLESS + ASK + ASK)
-        return visitor
+        client = InMemoryServer().connect()
+        await client.send(ENDLESS + ASK + ASK)
+        return client
 
-    visitor = run(scenario())
-    assert visitor.statuses == [200]
-    assert visitor.wire.told.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
-    assert visitor.gone
+    client = run(scenario())
+    assert client.statuses == [200]
+    assert client.transport.written.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert client.closed
 
 
 @pytest.mark.parametrize("sends", [ASK, b"rubbish", b"\x00" * 100, b"GET"])
@@ -393,16 +393,16 @@ def test_whatever_is_sent_during_an_answer_leaves_it_whole(sends: bytes) -> None
         await send({"type": "http.response.body", "body": b"all of it"})
 
     async def scenario() -> InMemoryClient:
-        visitor = InMemoryServer(app=app).visitor()
-        await visitor.say(ASK)
-        await visitor.say(sends)
+        client = InMemoryServer(app=app).connect()
+        await client.send(ASK)
+        await client.send(sends)
         hold.set()
-        await visitor.settle()
-        return visitor
+        await client.settle()
+        return client
 
-    visitor = run(scenario())
-    assert visitor.statuses == [200]
-    assert b"all of it" in visitor.wire.told
+    client = run(scenario())
+    assert client.statuses == [200]
+    assert b"all of it" in client.transport.written
 
 
 # ---- slow readers
@@ -418,20 +418,20 @@ def test_a_reader_who_takes_nothing_is_cut_and_his_job_ended() -> None:
     body = json.dumps({"prompt": "a", "max_tokens": 60, "n": 64, "stream": True, "logprobs": 9}).encode()
 
     async def scenario() -> InMemoryClient:
-        visitor = InMemoryServer(application(engine)).visitor()
-        visitor.wire.takes = False
-        await visitor.say(post(body))
+        client = InMemoryServer(application(engine)).connect()
+        client.transport.reads = False
+        await client.send(post(body))
         assert engine.runs
-        await visitor.wait(29)
-        assert not visitor.gone
-        await visitor.wait(3)
-        return visitor
+        await client.wait(29)
+        assert not client.closed
+        await client.wait(3)
+        return client
 
-    visitor = run(scenario())
-    assert visitor.wire.aborted
-    assert visitor.wire.unsent < 2**16 + 2**14  # what waited in the connection
+    client = run(scenario())
+    assert client.transport.aborted
+    assert client.transport.unsent < 2**16 + 2**14  # what waited in the connection
     assert all(each.closed or not each.live for each in engine.runs)
-    assert not visitor.in_memory_server.state.tasks
+    assert not client.server.state.tasks
 
 
 def unread_stream(engine: Engine, patience: float) -> bytes:
@@ -439,18 +439,18 @@ def unread_stream(engine: Engine, patience: float) -> bytes:
     body = json.dumps({"prompt": "a", "max_tokens": 60, "n": 64, "stream": True, "logprobs": 9}).encode()
 
     async def scenario() -> InMemoryClient:
-        visitor = InMemoryServer(application(engine)).visitor()
-        visitor.wire.takes = False
-        await visitor.say(post(body))
+        client = InMemoryServer(application(engine)).connect()
+        client.transport.reads = False
+        await client.send(post(body))
         await asyncio.sleep(2 * patience)
         assert engine.runs[0].pauses == 1  # long before it has stalled
-        visitor.wire.takes, visitor.wire.unsent = True, 0
-        visitor.protocol.resume_writing()
+        client.transport.reads, client.transport.unsent = True, 0
+        client.protocol.resume_writing()
         for _ in range(400):
-            await visitor.settle()
-        return visitor
+            await client.settle()
+        return client
 
-    return bytes(run(scenario()).wire.told)
+    return bytes(run(scenario()).transport.written)
 
 
 def test_the_engine_waits_for_a_reader_that_is_behind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -476,13 +476,13 @@ def test_large_events_are_not_made_for_who_has_left(monkeypatch: pytest.MonkeyPa
     fields = {"prompt": "a" * 50, "echo": True, "logprobs": 15, "n": 64, "max_tokens": 1, "stream": True}
 
     async def scenario() -> int:
-        visitor = InMemoryServer(application(Engine(endless, room=10))).visitor()
-        visitor.wire.takes = False
-        await visitor.say(post(json.dumps(fields).encode()))
+        client = InMemoryServer(application(Engine(endless, room=10))).connect()
+        client.transport.reads = False
+        await client.send(post(json.dumps(fields).encode()))
         before = len(made)
-        visitor.leave()
-        await visitor.settle()
-        assert not visitor.in_memory_server.state.tasks
+        client.disconnect()
+        await client.settle()
+        assert not client.server.state.tasks
         return len(made) - before
 
     assert run(scenario()) <= 3
@@ -491,28 +491,28 @@ def test_large_events_are_not_made_for_who_has_left(monkeypatch: pytest.MonkeyPa
 
 def test_a_slow_reader_who_takes_something_may_stay() -> None:
     async def scenario() -> InMemoryClient:
-        visitor = InMemoryServer().visitor()
-        visitor.wire.takes = False
-        await visitor.say(ASK)
+        client = InMemoryServer().connect()
+        client.transport.reads = False
+        await client.send(ASK)
         for _ in range(20):
-            await visitor.wait(20)
-            visitor.wire.unsent -= 1
-        return visitor
+            await client.wait(20)
+            client.transport.unsent -= 1
+        return client
 
-    assert not run(scenario()).gone
+    assert not run(scenario()).closed
 
 
 def test_who_does_not_take_the_last_of_an_answer_is_cut_too() -> None:
     async def scenario() -> InMemoryClient:
-        visitor = InMemoryServer().visitor()
-        visitor.wire.takes = False
-        await visitor.say(post(b'{"prompt":"a"}', "Connection: close"))
-        assert visitor.wire.closing
-        assert not visitor.gone
-        await visitor.wait(32)
-        return visitor
+        client = InMemoryServer().connect()
+        client.transport.reads = False
+        await client.send(post(b'{"prompt":"a"}', "Connection: close"))
+        assert client.transport.closing
+        assert not client.closed
+        await client.wait(32)
+        return client
 
-    assert run(scenario()).wire.aborted
+    assert run(scenario()).transport.aborted
 
 
 # ---- leaving
@@ -520,24 +520,24 @@ def test_who_does_not_take_the_last_of_an_answer_is_cut_too() -> None:
 
 def test_when_the_server_leaves_every_answer_says_that_it_is_the_last() -> None:
     async def scenario() -> InMemoryClient:
-        visitor = InMemoryServer().visitor()
-        visitor.in_memory_server.context.draining = True
-        await visitor.say(ASK)
-        return visitor
+        client = InMemoryServer().connect()
+        client.server.context.draining = True
+        await client.send(ASK)
+        return client
 
-    visitor = run(scenario())
-    assert visitor.statuses == [200]
-    assert b"connection: close" in visitor.wire.told
-    assert visitor.gone
+    client = run(scenario())
+    assert client.statuses == [200]
+    assert b"connection: close" in client.transport.written
+    assert client.closed
 
 
 def test_a_client_that_leaves_during_its_body_is_no_bug(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> InMemoryClient:
-        visitor = InMemoryServer().visitor()
-        await visitor.say(ASK[:-5])
-        visitor.leave()
-        await visitor.settle()
-        return visitor
+        client = InMemoryServer().connect()
+        await client.send(ASK[:-5])
+        client.disconnect()
+        await client.settle()
+        return client
 
-    assert not run(scenario()).in_memory_server.state.tasks
+    assert not run(scenario()).server.state.tasks
     assert not caplog.records

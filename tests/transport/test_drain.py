@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from in_memory_connection import Engine, InMemoryServer, application, get, post, roster
+from in_memory_connection import Engine, InMemoryServer, application, get, model_manager_of, post
 
 import scripted_engine
 from afterword.api.readiness import Readiness
@@ -31,10 +31,10 @@ def told(
     path: str, engine: Engine | ModelManager, body: bytes | None = None, keys: bool = True
 ) -> tuple[int, Any, bytes]:
     async def scenario() -> tuple[int, Any, bytes]:
-        visitor = InMemoryServer(application(engine, keys)).visitor()
-        await visitor.say(get(path) if body is None else post(body, path=path))
-        head, _, content = bytes(visitor.wire.told).partition(b"\r\n\r\n")
-        return visitor.statuses[0], json.loads(content), head
+        client = InMemoryServer(application(engine, keys)).connect()
+        await client.send(get(path) if body is None else post(body, path=path))
+        head, _, content = bytes(client.transport.written).partition(b"\r\n\r\n")
+        return client.statuses[0], json.loads(content), head
 
     return asyncio.run(scenario())
 
@@ -59,7 +59,7 @@ def test_health_and_ready_tell_the_truth(state: str, shown: str, health: int, re
 
 
 def test_a_server_that_is_to_end_says_so_at_once_and_answers_on() -> None:
-    readiness, models = Readiness(), roster(Engine(scripted_engine.says("Hello")))
+    readiness, models = Readiness(), model_manager_of(Engine(scripted_engine.says("Hello")))
     assert readiness.state(models) == "ready"
     readiness.drain()
     assert readiness.state(models) == "draining"
@@ -78,7 +78,7 @@ def test_a_server_that_is_to_end_says_so_at_once_and_answers_on() -> None:
     ],
 )
 def test_a_server_of_several_is_ready_while_one_can_answer(states: tuple[str, str], shown: str, health: int) -> None:
-    models = roster(*(Engine(scripted_engine.says("Hello"), state=state) for state in states))
+    models = model_manager_of(*(Engine(scripted_engine.says("Hello"), state=state) for state in states))
     assert Readiness().state(models) == shown
     assert told("/health", models)[0] == health
     status, said, _ = told("/ready", models, keys=False)
@@ -89,7 +89,7 @@ def test_a_server_of_several_is_ready_while_one_can_answer(states: tuple[str, st
 @pytest.mark.parametrize("path", ["/health", "/ready"])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_where_keys_are_asked_for_no_names_are_told_without_one(path: str, count: int) -> None:
-    models = roster(*(Engine(scripted_engine.says("Hello")) for _ in range(count)))
+    models = model_manager_of(*(Engine(scripted_engine.says("Hello")) for _ in range(count)))
     status, said, _ = told(path, models)
     assert (status, "scripted" in str(said)) == (200, False)
     assert said["status"] in ("ok", "ready")

@@ -46,26 +46,24 @@ OVERRIDES = (
 )
 
 
-async def statuses(in_memory_server: InMemoryServer, *requests: bytes) -> list[int]:
+async def statuses(server: InMemoryServer, *requests: bytes) -> list[int]:
     found = []
     for request in requests:
-        visitor = in_memory_server.visitor()
-        await visitor.say(request)
-        (status,) = visitor.statuses
+        client = server.connect()
+        await client.send(request)
+        (status,) = client.statuses
         found.append(status)
-        visitor.leave()
+        client.disconnect()
     return found
 
 
 @pytest.mark.parametrize("trick", TRICKS)
 def test_without_a_key_only_two_paths_are_open(trick: str) -> None:
     async def scenario() -> dict[tuple[str, str], int]:
-        in_memory_server = InMemoryServer(application())
+        server = InMemoryServer(application())
         pairs = [(method, TRICKS[trick](path)) for method, path in itertools.product(METHODS, PATHS)]
         pairs = [pair for pair in pairs if pair[1] not in OPEN_PATHS]
-        found = await statuses(
-            in_memory_server, *(get(path, *OVERRIDES, method=method, key=None) for method, path in pairs)
-        )
+        found = await statuses(server, *(get(path, *OVERRIDES, method=method, key=None) for method, path in pairs))
         return dict(zip(pairs, found, strict=True))
 
     found = asyncio.run(scenario())
@@ -149,7 +147,7 @@ def test_no_get_loads_a_model_without_a_key(method: str, path: str) -> None:
 
     async def scenario(keys: bool) -> bytes:
         models = ModelManager([ModelDefinition("m", 0, make)], keep_alive=60)
-        told = await InMemoryServer(application(models, keys=keys)).visitor().say(get(path, method=method))
+        told = await InMemoryServer(application(models, keys=keys)).connect().send(get(path, method=method))
         await models.close()
         return told
 
@@ -176,8 +174,8 @@ def preflight(origin: str, wanted: str, **settings: Any) -> dict[str, str]:
     async def scenario() -> bytes:
         return (
             await InMemoryServer(application(**settings))
-            .visitor()
-            .say(get("/v1/completions", *asked, method="OPTIONS"))
+            .connect()
+            .send(get("/v1/completions", *asked, method="OPTIONS"))
         )
 
     return headers_of(asyncio.run(scenario()))
@@ -236,7 +234,7 @@ def test_a_wrong_method_is_told_all_that_the_path_has() -> None:
 
     async def scenario(path: str) -> bytes:
         asked = path.replace("{model:path}", "some/model").replace("{id}", "file-1")
-        return await InMemoryServer(application()).visitor().say(get(asked, method="PUT"))
+        return await InMemoryServer(application()).connect().send(get(asked, method="PUT"))
 
     assert len(paths) > 12
     for path, methods in paths.items():

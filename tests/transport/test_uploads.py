@@ -31,14 +31,14 @@ def sent(path: str, piece: int, seconds: int, limits: TransportLimits | None = N
     """A body that comes so many bytes a second, for so long."""
 
     async def scenario() -> InMemoryClient:
-        visitor = InMemoryServer(app=swallow, limits=limits or TransportLimits()).visitor()
-        await visitor.say(post(b"x" * LARGE, path=path)[:-LARGE])
+        client = InMemoryServer(app=swallow, limits=limits or TransportLimits()).connect()
+        await client.send(post(b"x" * LARGE, path=path)[:-LARGE])
         for _ in range(seconds):
-            if visitor.wire.ended or visitor.gone:
+            if client.transport.ended or client.closed:
                 break
-            await visitor.say(b"x" * piece)
-            await visitor.wait(1.0)
-        return visitor
+            await client.send(b"x" * piece)
+            await client.wait(1.0)
+        return client
 
     return asyncio.run(scenario())
 
@@ -48,26 +48,26 @@ def test_a_file_may_take_longer_than_other_bodies() -> None:
     assert sent("/v1/files?x=1", 5000, 200).statuses == [200]
     for path in ("/v1/completions", "/v1/files/file-1", "/v1/filesystem"):
         late = sent(path, 5000, 200)
-        assert (late.statuses, late.in_memory_server.now) == ([408], pytest.approx(1031))
+        assert (late.statuses, late.server.now) == ([408], pytest.approx(1031))
 
 
 def test_a_file_keeps_a_rate_and_has_an_end() -> None:
     slow = sent("/v1/files", 500, 200)
-    assert (slow.statuses, slow.in_memory_server.now) == ([408], pytest.approx(1010, abs=3))
+    assert (slow.statuses, slow.server.now) == ([408], pytest.approx(1010, abs=3))
     late = sent("/v1/files", 5000, 200, TransportLimits(upload_seconds=60))
-    assert (late.statuses, late.in_memory_server.now) == ([408], pytest.approx(1061))
+    assert (late.statuses, late.server.now) == ([408], pytest.approx(1061))
 
 
 @pytest.mark.parametrize("cut", [0, 1, 30, len(ASK)])
 def test_the_rest_of_a_refused_body_and_the_next_request_may_come_together(cut: int) -> None:
     async def scenario() -> InMemoryClient:
-        visitor = InMemoryServer().visitor()
+        client = InMemoryServer().connect()
         wrong = post(b" " * LARGE, key="no-key-of-this-server")
-        await visitor.say(wrong[:5000])
-        assert visitor.statuses == [401]
-        await visitor.say(wrong[5000:] + ASK[:cut])
-        await visitor.say(ASK[cut:])
-        return visitor
+        await client.send(wrong[:5000])
+        assert client.statuses == [401]
+        await client.send(wrong[5000:] + ASK[:cut])
+        await client.send(ASK[cut:])
+        return client
 
     assert asyncio.run(scenario()).statuses == [401, 200]
 
