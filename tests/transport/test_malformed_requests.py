@@ -1,4 +1,7 @@
-"""The corpus against the real protocol and application, without a network. `tests/chaos` has it over sockets."""
+"""Malformed requests, sent to the real protocol and application without a network.
+
+`tests/chaos` sends the same requests over sockets.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,12 @@ CASES = cases()
 
 
 @pytest.fixture(scope="module")
-def hall() -> InMemoryServer:
-    """One for all, so that what a case breaks shows in the next."""
+def server() -> InMemoryServer:
+    """One server for all cases, so that damage from one case shows in the next."""
     return InMemoryServer(application())
 
 
-def test_the_corpus_is_large() -> None:
+def test_the_corpus_has_at_least_200_cases() -> None:
     assert len(CASES) >= 200
 
 

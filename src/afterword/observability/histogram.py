@@ -6,7 +6,7 @@ from bisect import bisect_left
 
 
 class Histogram:
-    """Counts values in buckets with the upper bounds `bounds`, and sums them. One thread adds values, without a lock."""
+    """Counts values in buckets with the upper bounds `bounds`, and sums them. One thread adds values without a lock."""
 
     __slots__ = ("bounds", "counts", "sum")
 
