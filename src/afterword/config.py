@@ -33,7 +33,7 @@ TESTED_ARCHITECTURES = frozenset(
         *("stablelm", "starcoder", "starcoder2", "xverse"),
     )
 )
-"""Dense architectures that give a sequence the same bits whatever other sequences share its forward passes.
+"""Dense architectures that give a sequence the same bits, with any other sequences in its forward passes.
 
 Measured by tests/engine/test_architectures.py.
 """

@@ -1,4 +1,4 @@
-"""A histogram for metrics. It knows neither what is measured nor how it is exported."""
+"""A histogram for metrics. It does not depend on the metric or on the export format."""
 
 from __future__ import annotations
 

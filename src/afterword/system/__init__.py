@@ -1,1 +1,1 @@
-"""The machine's resources, and background tasks and threads whose failures are logged."""
+"""The machine's resources, and background tasks and threads that log their failures."""

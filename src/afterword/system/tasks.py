@@ -1,4 +1,4 @@
-"""Background tasks and threads whose exceptions are always logged; then the work is repeated or the process ends."""
+"""Background tasks and threads. Each exception is logged; then the work is repeated or the process ends."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ async def _log_failure(work: TaskFunction, name: str) -> None:
 
 
 def switch_threads_soon() -> None:
-    """Set a short switch interval. For processes whose threads compute beside an event loop or forward passes.
+    """Set a short switch interval, for a process with threads that compute beside an event loop or forward passes.
 
     Call it once per process.
     """

@@ -158,7 +158,7 @@ class Connection(HttpToolsProtocol):
         """Begin a request. A pipelined request during a response ends the connection after that response."""
         if self.cycle is not None and not self.cycle.response_complete:
             raise error_responses.NOT_HTTP
-        if self._deadlines.phase == "idle":  # it arrived with the end of a body whose response was already complete
+        if self._deadlines.phase == "idle":  # it arrived with the end of an already answered body
             self._enter_phase("head")
             self._received = -self._chunk_size
         self._head = 0

@@ -19,8 +19,10 @@ until the new worker runs, which keeps 2. Each of up to 16 batches needs at most
 input, its output, a folder.
 """
 _SCARCE_DESCRIPTORS = 32
-"""The server accepts no connection while fewer file descriptors than this are free, whatever uses the others. Where the
-limit on open files is below 512, a sixteenth of that limit takes the place of this number."""
+"""The server accepts no connection while fewer file descriptors than this are free.
+
+If the limit on open files is below 512, the number is a sixteenth of that limit.
+"""
 
 
 class ConnectionLimiter:

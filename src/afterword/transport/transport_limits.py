@@ -29,4 +29,4 @@ class TransportLimits:
     body_rate: int = limit(1024, "bytes per second that a body must keep at least")
     idle_seconds: float = limit(130.0, "seconds between two requests on a connection; more than proxies keep one open")
     stall_seconds: float = limit(30.0, "seconds in which a client reads nothing of a response")
-    rest_seconds: float = limit(5.0, "seconds to receive the rest of a body whose response is already sent")
+    rest_seconds: float = limit(5.0, "seconds to receive the rest of a body after its response")
