@@ -102,7 +102,7 @@ def advice(file_type: str, architecture: str = "") -> str | None:
     None if there is little to gain. The figures are those of docs/performance.md.
     """
     if architecture in ONE_SEQUENCE:
-        return f"Only one sequence runs at a time: the installed llama.cpp computes several of {architecture} wrongly."
+        return f"One sequence runs at a time: the installed llama.cpp computes several of {architecture} wrongly."
     if file_type in ("F16", "BF16"):
         return (
             f"A Q8_0 file of this model would need half the memory of {file_type} and generate 1.4 to 1.7 times as "
