@@ -48,7 +48,7 @@ class Engine:
         await asyncio.sleep(ENDING)
         self.depot.engines.remove(self)
 
-    def check_room(self) -> None:
+    def check_capacity(self) -> None:
         if self.state == "closed":
             raise Overloaded("It is closed.")
 

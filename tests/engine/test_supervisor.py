@@ -28,7 +28,7 @@ from afterword.errors import (
     SettingError,
 )
 
-FAKE = (sys.executable, str(Path(__file__).with_name("fake_child.py")))
+FAKE = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
 PLAIN = Sampling()
 
 
@@ -374,7 +374,7 @@ def test_numbers_that_may_differ_a_second_time_are_not_mixed():
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A file that is a model, see `fake_child`."""
+    """A file that is a model, see `fake_worker`."""
     path = tmp_path / "model"
     path.write_text("fp_old")
     return path
