@@ -1,4 +1,4 @@
-"""The request log: a thread writes whole lines or none, and requests do not wait for a disk."""
+"""The request log: a thread writes whole lines or none, and no request waits for the disk."""
 
 from __future__ import annotations
 
