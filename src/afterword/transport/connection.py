@@ -207,7 +207,7 @@ class Connection(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         super()._start_asgi_task(cycle, _with_framing(app, cycle))
 
-    # ----
+    # ---- internals
 
     def _check_disconnect(self) -> None:
         """Abort the connection if a client that half-closed it has disconnected: a reset has set a socket error."""
