@@ -217,7 +217,7 @@ def test_durations_are_parsed(text, seconds):
 
 @pytest.mark.parametrize("text", ["", "m", "5x", "five", "-5", "1m1h", "inf", "nan", "1e3"])
 def test_invalid_durations_are_refused(text):
-    assert "is no time" in refusal("serve", "--keep-alive", text)
+    assert "is not a duration" in refusal("serve", "--keep-alive", text)
 
 
 @pytest.mark.parametrize(
@@ -243,8 +243,8 @@ def test_durations_are_formatted(seconds, words):
         (["serve", "--threads", "100000"], "cores"),
         (["serve", "--batch", "1"], "from 64"),
         (["serve", "--gpu-layers", "-2"], "gpu-layers"),
-        (["serve", "--reproducible"], "goes with --gpu-layers -1"),
-        (["serve", "--reproducible", "--gpu-layers", "-1", "--kv-type", "f32"], "goes with --kv-type f16"),
+        (["serve", "--reproducible"], "requires --gpu-layers -1"),
+        (["serve", "--reproducible", "--gpu-layers", "-1", "--kv-type", "f32"], "requires --kv-type f16"),
         (["serve", "--host", "0.0.0.0"], "no API keys"),
         (["serve", "--host", "::"], "no API keys"),
         (["serve", "--api-key", ""], "empty"),

@@ -1,4 +1,4 @@
-"""What a process may use: the machine's memory and cores, within its cgroups' limits of either version."""
+"""The memory and cores that a process may use, with cgroups of both versions."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 
 from afterword.system import resources
 
-UNLIMITED = 9223372036854771712  # what version 1 says where no limit is set
+UNLIMITED = 9223372036854771712  # the value in cgroup version 1 without a limit
 
 
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No cgroups but those that the test makes, on a machine of eight cores with two threads each."""
+    """A machine of eight cores with two threads each, with only those cgroups that the test creates."""
     monkeypatch.setattr(resources, "CGROUPS", tmp_path / "cgroup")
     monkeypatch.setattr(resources, "MEMBERSHIPS", tmp_path / "memberships")
     monkeypatch.setattr(resources, "CPUS", tmp_path / "cpus")
@@ -28,14 +28,14 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write(folder: Path, **files: object) -> Path:
-    """Files of one line; a `__` in a name stands for a dot."""
+    """Write files of one line each. `__` in a name stands for a dot."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (folder / name.replace("__", ".")).write_text(f"{content}\n")
     return folder
 
 
-def belong(root: Path, *lines: str) -> None:
+def set_memberships(root: Path, *lines: str) -> None:
     (root / "memberships").write_text("\n".join(lines) + "\n")
 
 
@@ -47,7 +47,7 @@ def test_without_cgroups_the_machine_is_the_limit() -> None:
 # ---- memory
 
 
-def test_a_limit_of_version_2_is_honoured(tmp_path: Path) -> None:
+def test_a_memory_limit_of_cgroup_version_2_applies(tmp_path: Path) -> None:
     assert resources.memory_room(tmp_path) is None
     write(tmp_path, memory__max="max", memory__current=700, memory__stat="anon 500\ninactive_file 200")
     assert resources.memory_room(tmp_path) is None
@@ -57,7 +57,7 @@ def test_a_limit_of_version_2_is_honoured(tmp_path: Path) -> None:
     assert resources.memory_room(tmp_path) == 0
 
 
-def test_a_limit_of_version_1_is_honoured(tmp_path: Path) -> None:
+def test_a_memory_limit_of_cgroup_version_1_applies(tmp_path: Path) -> None:
     stat = "inactive_file 1\ntotal_inactive_file 200"
     write(tmp_path, memory__limit_in_bytes=UNLIMITED, memory__usage_in_bytes=700, memory__stat=stat)
     assert (resources.memory_room(tmp_path) or 0) > 2**60
@@ -69,7 +69,7 @@ def test_a_limit_of_version_1_is_honoured(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("limited", ["", "outer", "outer/inner"])
 def test_every_folder_up_to_the_root_counts(root: Path, limited: str) -> None:
-    belong(root, "7:cpu,cpuacct:/", "4:memory:/outer/inner", "0::/")
+    set_memberships(root, "7:cpu,cpuacct:/", "4:memory:/outer/inner", "0::/")
     write(root / "cgroup" / "memory" / "outer" / "inner")
     limits = {"memory__limit_in_bytes": 1000, "memory__usage_in_bytes": 400}
     write(root / "cgroup" / "memory" / limited, **limits)
@@ -84,10 +84,10 @@ def test_every_folder_up_to_the_root_counts(root: Path, limited: str) -> None:
         ("5:memory:/docker/abc", "memory", {"memory__limit_in_bytes": 1000, "memory__usage_in_bytes": 400}),
     ],
 )
-def test_in_a_container_the_root_of_the_mount_is_its_own(
+def test_in_a_container_the_root_of_the_mount_counts(
     root: Path, line: str, mount: str, files: Mapping[str, int]
 ) -> None:
-    belong(root, line)
+    set_memberships(root, line)
     write(root / "cgroup" / mount, **files)
     assert resources.available_memory() == 600
 
@@ -109,7 +109,7 @@ def test_without_a_topology_each_allowed_processor_is_a_core(root: Path, monkeyp
     assert resources.cores() == 2
 
 
-def test_where_there_are_no_masks_all_cores_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_affinity_masks_all_cores_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert resources.cores() == 8
 
@@ -117,23 +117,23 @@ def test_where_there_are_no_masks_all_cores_count(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("quota", "cores"), [("max 100000", 8), ("400000 100000", 4), ("250000 100000", 2), ("50000 100000", 1), ("", 8)]
 )
-def test_a_quota_of_version_2_counts(root: Path, quota: str, cores: int) -> None:
-    belong(root, "0::/")
+def test_a_cpu_quota_of_cgroup_version_2_applies(root: Path, quota: str, cores: int) -> None:
+    set_memberships(root, "0::/")
     write(root / "cgroup", cpu__max=quota)
     assert resources.cores() == cores
 
 
 @pytest.mark.parametrize("mount", ["cpu,cpuacct", "cpu"])
 @pytest.mark.parametrize(("quota", "cores"), [(-1, 8), (400000, 4), (150000, 1), (1000, 1)])
-def test_a_quota_of_version_1_counts(root: Path, mount: str, quota: int, cores: int) -> None:
-    belong(root, "3:cpu,cpuacct:/docker/abc", "0::/")
+def test_a_cpu_quota_of_cgroup_version_1_applies(root: Path, mount: str, quota: int, cores: int) -> None:
+    set_memberships(root, "3:cpu,cpuacct:/docker/abc", "0::/")
     write(root / "cgroup" / mount, cpu__cfs_quota_us=quota, cpu__cfs_period_us=100000)
     assert resources.cores() == cores
 
 
-def test_the_smallest_of_mask_and_quotas_is_taken(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_smallest_of_mask_and_quotas_applies(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
-    belong(root, "0::/a/b")
+    set_memberships(root, "0::/a/b")
     write(root / "cgroup" / "a" / "b", cpu__max="600000 100000")
     assert resources.cores() == 3
     write(root / "cgroup" / "a", cpu__max="200000 100000")

@@ -1,4 +1,7 @@
-"""Background tasks: one that fails is logged and runs again, or ends its process; each of the server's is provoked."""
+"""Background tasks: a failure is logged, and the task runs again or ends its process.
+
+The tests inject a failure into each background task of the server.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Failing:
-    """A call that raises so many times, and then does what it should."""
+    """A function that raises `times` times and then calls `then`."""
 
     def __init__(self, then: Callable[..., Any], times: int = 2) -> None:
         self.left = times
@@ -46,7 +49,7 @@ class Failing:
         self.called += 1
         if self.left:
             self.left -= 1
-            raise RuntimeError("planted")
+            raise RuntimeError("injected")
         return self._then(*arguments)
 
 
@@ -60,10 +63,10 @@ def failures(caplog: pytest.LogCaptureFixture, name: str) -> int:
     return sum(name in record.getMessage() and record.exc_info is not None for record in caplog.records)
 
 
-# ---- the helper
+# ---- afterword.system.tasks
 
 
-def test_work_that_fails_is_logged_and_begins_again(caplog):
+def test_failed_work_is_logged_and_repeated(caplog):
     async def work() -> None:
         failing()
 
@@ -123,21 +126,21 @@ def test_the_pause_grows_while_work_fails(monkeypatch, caplog):
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
 
 
-def test_work_that_is_done_once_logs_its_failure(caplog):
+def test_run_logged_logs_the_exception(caplog):
     async def work() -> None:
-        raise RuntimeError("planted")
+        raise RuntimeError("injected")
 
     async def main() -> None:
-        await tasks.run_logged(work, "one move")
+        await tasks.run_logged(work, "some work")
 
     asyncio.run(main())
-    assert failures(caplog, "one move") == 1
+    assert failures(caplog, "some work") == 1
 
 
 @pytest.mark.parametrize(
-    ("problem", "told"), [("RuntimeError('planted')", True), ("SystemExit(0)", True), ("BrokenPipeError()", False)]
+    ("problem", "logged"), [("RuntimeError('injected')", True), ("SystemExit(0)", True), ("BrokenPipeError()", False)]
 )
-def test_a_vital_thread_that_fails_ends_its_process(problem, told):
+def test_a_vital_thread_that_fails_ends_its_process(problem, logged):
     program = f"""
 import threading
 from afterword.system.tasks import vital_thread
@@ -147,7 +150,7 @@ threading.Event().wait()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 70
-    assert ("The thread worker has failed" in done.stderr) == told
+    assert ("The thread worker has failed" in done.stderr) == logged
 
 
 # ---- the server's tasks
@@ -173,12 +176,12 @@ def test_the_task_that_starts_batches(tmp_path, caplog, monkeypatch):
     file_store = FileStore(tmp_path / "batches")
     file_store.upload()
     manager = BatchManager(file_store, BatchLimits())
-    unended = Failing(file_store.unfinished_batches)
-    monkeypatch.setattr(file_store, "unfinished_batches", unended)
+    unfinished = Failing(file_store.unfinished_batches)
+    monkeypatch.setattr(file_store, "unfinished_batches", unfinished)
 
     async def main() -> None:
         async with manager.running(Mock()):
-            await until(lambda: unended.called == 3)
+            await until(lambda: unfinished.called == 3)
 
     asyncio.run(main())
     assert failures(caplog, "batches") == 2
@@ -186,7 +189,7 @@ def test_the_task_that_starts_batches(tmp_path, caplog, monkeypatch):
 
 def test_the_task_that_times_connections(caplog, monkeypatch):
     monkeypatch.setattr("afterword.transport.server._TICK", 0.001)
-    transport_server = opened_door()
+    transport_server = new_transport_server()
     check = Failing(lambda: [])
     monkeypatch.setattr(transport_server, "_connections", check)
 
@@ -198,8 +201,8 @@ def test_the_task_that_times_connections(caplog, monkeypatch):
     assert failures(caplog, "connection times") == 2
 
 
-def test_a_connection_that_cannot_be_admitted_does_not_end_the_accepting(caplog, monkeypatch):
-    transport_server = opened_door()
+def test_a_connection_that_cannot_be_started_does_not_stop_accepting(caplog, monkeypatch):
+    transport_server = new_transport_server()
     port = transport_server._listener.getsockname()[1]
     monkeypatch.setattr(transport_server, "_connect", Failing(transport_server._connect))
 
@@ -221,7 +224,7 @@ def test_a_connection_that_cannot_be_admitted_does_not_end_the_accepting(caplog,
     assert failures(caplog, "connection") == 2
 
 
-def opened_door() -> TransportServer:
+def new_transport_server() -> TransportServer:
     async def app(_: Any, __: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
         await send({"type": "http.response.body", "body": b""})
@@ -231,7 +234,9 @@ def opened_door() -> TransportServer:
 
 def test_a_model_that_fails_in_an_unexpected_way_can_be_loaded_later(caplog):
     engine = scripted_engine.ScriptedEngine(scripted_engine.says("Hello"))
-    model_manager = ModelManager([ModelDefinition("model", 0, Failing(lambda: opened(engine), 1))], keep_alive=60)
+    model_manager = ModelManager(
+        [ModelDefinition("model", 0, Failing(lambda: as_supervisor(engine), 1))], keep_alive=60
+    )
 
     async def main() -> None:
         (managed_model,) = model_manager
@@ -244,7 +249,7 @@ def test_a_model_that_fails_in_an_unexpected_way_can_be_loaded_later(caplog):
     assert failures(caplog, "could not be loaded") == 1
 
 
-def opened(engine: Any) -> Any:
+def as_supervisor(engine: Any) -> Any:
     async def nothing() -> None:
         return None
 
@@ -257,16 +262,16 @@ def test_a_model_that_cannot_be_unloaded_is_logged(caplog):
     engine = scripted_engine.ScriptedEngine(scripted_engine.says("Hello"))
 
     async def main() -> None:
-        model_manager = ModelManager([ModelDefinition("model", 0, lambda: opened(engine))], keep_alive=0)
+        model_manager = ModelManager([ModelDefinition("model", 0, lambda: as_supervisor(engine))], keep_alive=0)
         (managed_model,) = model_manager
         await model_manager.acquire(managed_model)
-        monkey = Failing(lambda: None)
-        engine.close = lambda: refused(monkey)
+        close = Failing(lambda: None)
+        engine.close = lambda: call_close(close)
         model_manager.release(managed_model)
-        await until(lambda: monkey.called)
+        await until(lambda: close.called)
         await model_manager.close()
 
-    async def refused(call: Failing) -> None:
+    async def call_close(call: Failing) -> None:
         call()
 
     asyncio.run(main())

@@ -1,3 +1,3 @@
-"""Afterword: OpenAI's text Completions API on models that people run themselves."""
+"""Afterword: a server for OpenAI's text Completions API on local GGUF models."""
 
 __version__ = "0.1.0"

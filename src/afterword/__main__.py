@@ -1,4 +1,4 @@
-"""`python -m afterword`."""
+"""Run Afterword's command line with `python -m afterword`."""
 
 from afterword.cli import main
 

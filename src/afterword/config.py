@@ -1,4 +1,4 @@
-"""Every setting, once: one frozen value that the command line fills and the rest reads."""
+"""All settings as frozen values. The command line creates them, and everything else reads them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from afterword.system.resources import cores
 from afterword.transport.transport_limits import TransportLimits
 
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[1-9][0-9]{0,4})?")
-_OWN_PORT = re.compile(r"http://.*:80|https://.*:443")
+_DEFAULT_PORT = re.compile(r"http://.*:80|https://.*:443")
 
 SMALL_MODEL = 64 * 2**20
-"""Weights below this many bytes are computed by one thread: with more, waiting costs more than computing."""
+"""A model with fewer bytes of weights is computed by one thread: more threads would wait longer than they compute."""
 
 TESTED_ARCHITECTURES = frozenset(
     (
@@ -33,34 +33,37 @@ TESTED_ARCHITECTURES = frozenset(
         *("stablelm", "starcoder", "starcoder2", "xverse"),
     )
 )
-"""Dense architectures whose numbers were shown to be the same in any company (tests/engine/test_architectures.py)."""
+"""Dense architectures that give a sequence the same bits, with any other sequences in its forward passes.
+
+Measured by tests/engine/test_architectures.py.
+"""
 
 KERNEL_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q5_K", "Q6_K"})
-"""Matrices that kernels of our own (engine/llama/products.hpp) multiply, where the processor has the instructions."""
+"""Weight types that Afterword's kernels (engine/kernels/matmul.hpp) multiply if the processor has the instructions."""
 
 LIBRARY_TYPES = frozenset({"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_1", "Q5_0", "Q5_1"})
-"""Matrices, as they lie in the file, whose products by llama.cpp's kernels have the same bits in any company."""
+"""Weight types, as stored in the file, for which llama.cpp's matmuls give the same bits in every forward batch."""
 
 REPACKED_TYPES = frozenset({"Q8_0", "Q4_0", "IQ4_NL", "IQ4_XS"})
-"""Matrices of which llama.cpp's kernels do so when they are repacked."""
+"""Weight types for which llama.cpp's matmuls do so after it has repacked the weights."""
 
 REPACKED_WITH = frozenset({"Q6_K"})
-"""Matrices that are in files of the types above, and of which the same holds."""
+"""Weight types that occur in files of the types above and for which the same holds."""
 
 ONE_SEQUENCE = frozenset(("plamo2", "deepseek4"))
-"""Architectures of which llama.cpp computes several sequences wrongly: numbers differ by nats, or the process ends."""
+"""Architectures for which llama.cpp computes several sequences wrongly: results differ by nats, or the process ends."""
 
 GPU_ARCHITECTURES = frozenset({"llama", "qwen2"})
 GPU_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K"})
-"""What was measured to give the same bits on a GPU when all passes of single tokens have the same shape."""
+"""Measured to give the same bits on a GPU when all decode passes have the same shape."""
 
 CHUNK_GRID = 64
-"""Where passes over a prompt end, in tokens, when numbers do depend on how tokens are grouped."""
+"""Chunk length in tokens of prefill passes where results depend on how tokens are grouped into passes."""
 
 
 @dataclass(frozen=True, slots=True)
 class WeightTypes:
-    """What of a model decides how its numbers are computed: the types are those that its matrices really have."""
+    """The facts about a model that decide how it is computed. `types` are the types that its matrices really have."""
 
     architecture: str
     types: frozenset[str]
@@ -68,52 +71,54 @@ class WeightTypes:
 
     @property
     def uses_kernels(self) -> bool:
-        """Whether kernels of our own are to multiply some of its matrices, the library's those of `LIBRARY_TYPES`."""
+        """Whether Afterword's kernels multiply some of its matrices and llama.cpp those of `LIBRARY_TYPES`."""
         return not self.experts and bool(self.types & KERNEL_TYPES) and self.types <= KERNEL_TYPES | LIBRARY_TYPES
 
     @property
     def repacked(self) -> bool:
-        """Whether llama.cpp's products of repacked matrices are the same in any company."""
+        """Whether llama.cpp's matmuls of repacked weights give the same bits in every forward batch."""
         return bool(self.types & REPACKED_TYPES) and self.types <= REPACKED_TYPES | REPACKED_WITH
 
     def promise(self, kv_type: KvType, *, own_products: bool) -> Promise:
-        """The most that can be promised on a CPU. The loaded engine decides: it knows which kernels compute what."""
-        sound = self.uses_kernels if own_products else self.repacked or self.types <= LIBRARY_TYPES
-        if self.experts or self.architecture not in TESTED_ARCHITECTURES or not self.types or not sound:
+        """The strongest promise for a CPU. The loaded engine may lower it: it knows which kernels compute what.
+
+        `own_products`: whether Afterword's kernels multiply the matrices.
+        """
+        constant = self.uses_kernels if own_products else self.repacked or self.types <= LIBRARY_TYPES
+        if self.experts or self.architecture not in TESTED_ARCHITECTURES or not self.types or not constant:
             return "none"
         return "exact" if kv_type == "exact" else "reproducible"
 
     def promise_on_gpu(self, kv_type: KvType, layers: int, full: bool) -> Promise:
-        """What was measured on a GPU. `full`: all passes of single tokens have the same shape."""
+        """The promise for a GPU, as measured. `full`: all decode passes have the same shape."""
         tested = self.architecture in GPU_ARCHITECTURES and bool(self.types) and self.types <= GPU_TYPES
         measured = tested and layers == -1 and kv_type == "f16" and not self.experts
         return "reproducible" if full and measured else "none"
 
 
 def advice(file_type: str, architecture: str = "") -> str | None:
-    """What is lost with an architecture, or what another type of the same model would bring on a CPU; None if little.
+    """A note for the user: what the architecture costs, or what another weight type would gain on a CPU.
 
-    As measured (docs/performance.md).
+    None if there is little to gain. The figures are those of docs/performance.md.
     """
     if architecture in ONE_SEQUENCE:
-        return (
-            f"One sequence is computed at a time: the installed llama.cpp computes several of {architecture} wrongly."
-        )
+        return f"One sequence runs at a time: the installed llama.cpp computes several of {architecture} wrongly."
     if file_type in ("F16", "BF16"):
         return (
-            f"A Q8_0 file of this model would take half the memory of {file_type}, generate 1.4 to 1.7 times "
-            "as fast (as measured)."
+            f"A Q8_0 file of this model would need half the memory of {file_type} and generate 1.4 to 1.7 times as "
+            "fast (docs/performance.md)."
         )
     if file_type.endswith(("_K", "_K_S", "_K_M", "_K_L")):
-        return "A Q4_0 file of this model would generate faster (1.2 to 1.4 times, as measured against Q4_K_M)."
+        return "A Q4_0 file of this model would generate 1.2 to 1.4 times as fast as Q4_K_M (docs/performance.md)."
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """How a model is run. None: chosen from the model and the machine.
+    """How a model is run. None means that the value is chosen from the model and the machine.
 
-    `reproducible`: on a GPU, where that costs something.
+    `context`: tokens of one sequence. `parallel`: sequences. `batch`: prompt tokens in one forward pass. `gpu_layers`:
+    -1 for all. `reproducible`: make results reproducible on a GPU too, at a cost in speed.
     """
 
     context: int | None = None
@@ -127,32 +132,40 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         if self.batch < CHUNK_GRID or self.batch > 4096:
-            raise SettingError(f"--batch {self.batch}: a pass has from {CHUNK_GRID} to 4096 tokens of a prompt.")
-        most = 4 * cores()
-        if self.threads is not None and not 1 <= self.threads <= most:
-            raise SettingError(f"--threads {self.threads}: set from 1 to {most}, four for each of the cores.")
+            raise SettingError(
+                f"--batch {self.batch}: give a number from {CHUNK_GRID} to 4096, the prompt tokens in one forward pass."
+            )
+        maximum = 4 * cores()
+        if self.threads is not None and not 1 <= self.threads <= maximum:
+            raise SettingError(f"--threads {self.threads}: give a number from 1 to {maximum}, four times the cores.")
         if self.gpu_layers < -1:
-            raise SettingError(f"--gpu-layers {self.gpu_layers}: give a number of layers, or -1 for all of them.")
+            raise SettingError(f"--gpu-layers {self.gpu_layers}: give a number of layers, or -1 for all layers.")
         if self.reproducible and self.gpu_layers != -1:
             raise SettingError(
-                "--reproducible goes with --gpu-layers -1; on a CPU numbers are reproducible as far as they can be."
+                "--reproducible requires --gpu-layers -1. On a CPU results are as reproducible as possible without it."
             )
         if self.reproducible and self.kv_type not in (None, "f16"):
-            raise SettingError(f"--reproducible goes with --kv-type f16, not {self.kv_type}.")
+            raise SettingError(f"--reproducible requires --kv-type f16, not {self.kv_type}.")
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """How the server is run.
+    """How the server is run. Times are in seconds.
 
-    `keys` were given at the start; more are in the store `keys_file`. With `shared_cache` what was computed for one key
-    is used for others too. `log`: the file that a line a request is added to. `metrics_prefix`: what names in /metrics
-    begin with; with `metrics_open` it needs no key. `traces`: a span a request is told to a collector.
-    `cors_origins`: web pages that may use it, beside those of this machine; with keys, all may try. `special_text`:
-    text that spells a special token becomes that token. `allowed_hosts`: names that the server answers to, beside
-    addresses and its own; `*` for any, as where keys are asked for and none are given. `proxies` are believed when they
-    say for whom they ask. When it is told to end, it goes on for `drain_delay` seconds and then lets answers finish
-    for `grace` seconds. Uploaded files and batches are kept in `batch_dir`.
+    - `keys`: API keys given on the command line; `keys_file`: the key store with further keys.
+    - `shared_cache`: use the prefix cache of one key's requests for other keys too.
+    - `log`: the file to which the server appends one line per request.
+    - `metrics_prefix`: the beginning of the names in /metrics; `metrics_open`: /metrics needs no key.
+    - `traces`: send one OpenTelemetry span per request.
+    - `allow_open`: start without keys on an address that other machines can reach.
+    - `cors_origins`: web origins that may use the server beside those of this machine; with keys every origin may.
+    - `special_text`: text that spells a special token becomes that token.
+    - `allowed_hosts`: `Host` names that the server accepts beside addresses and its own name. `*` accepts every name,
+      as does an empty tuple where keys are required.
+    - `proxies`: addresses whose `X-Forwarded-For` header the server trusts.
+    - `drain_delay`, `grace`: at shutdown the server keeps serving for `drain_delay`, then lets responses finish for
+      `grace`.
+    - `batch_dir`: the folder of uploaded files and batches.
     """
 
     host: str = "127.0.0.1"
@@ -179,28 +192,29 @@ class Config:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.metrics_prefix):
-            raise SettingError(f"--metrics-prefix {self.metrics_prefix}: letters, digits and _, no digit first.")
+            raise SettingError(
+                f"--metrics-prefix {self.metrics_prefix}: use letters, digits and _, and do not begin with a digit."
+            )
         for origin in self.cors_origins:
-            if not _ORIGIN.fullmatch(origin) or _OWN_PORT.fullmatch(origin):
+            if not _ORIGIN.fullmatch(origin) or _DEFAULT_PORT.fullmatch(origin):
                 raise SettingError(
-                    f"--cors-origin {origin}: write SCHEME://HOST or SCHEME://HOST:PORT as browsers do, in lower case, "
-                    "without a path and without the scheme's own port, such as https://pages.example.org; or *."
+                    f"--cors-origin {origin}: write SCHEME://HOST or SCHEME://HOST:PORT in lower case as browsers do, "
+                    "without a path and without the scheme's default port, such as https://pages.example.org; or *."
                 )
         if not self.requires_key and not self.allow_open and not is_loopback(self.host):
             raise SettingError(
                 f"--host {self.host} can be reached from other machines and there are no API keys. Give --keys or "
-                "--api-key, "
-                "or --allow-open if anyone who can reach it may use it."
+                "--api-key; or --allow-open if everyone who can reach the server may use it."
             )
 
     @property
     def requires_key(self) -> bool:
-        """Whether a key is needed, even if there is none yet."""
+        """Whether requests need a key, even if none has been created yet."""
         return bool(self.keys) or self.keys_file is not None
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
+    """Whether an address can be reached only from this machine."""
     if host == "localhost":
         return True
     try:

@@ -1,33 +1,33 @@
-"""Every error that Afterword raises on purpose, and whose fault it is.
+"""All errors that Afterword raises on purpose, and whether client, operator, load or server caused them.
 
     AfterwordError
-    ├── SettingError      the operator's: a setting or a model file; told at start, exit status 2
-    │   └── OtherKind         a file that is sound and no language model
-    ├── RequestError      the caller's: 4xx; `param` names the field where one field is to blame
-    │   ├── Unauthorized      401
-    │   ├── RateLimited       429
-    │   ├── ReaderTooSlow     408: a streamed answer was not read for too long
-    │   └── ModelNotFound     404
-    ├── Overloaded        the moment's: 503, worth a retry
-    ├── WaitedTooLong     the moment's: 504, never begun
-    ├── Stopped           a batch goes no further for now; what is done is kept
-    ├── StorageFailed     the server's disk: 507
-    │   └── NotOurs           a folder that has other files in it
-    └── EngineError       ours: 500
-        ├── EngineDied        the engine's process ended under the request
-        ├── ModelReplaced     another model is served under the name since
-        ├── EngineFailure     and did so again when it was tried again: not worth a third time
-        ├── NotFinite         the model's numbers for it are not finite
-        └── LoadFailed        no engine could be started for the model
+    ├── SettingError          operator: a setting or a model file; shown at the start, exit status 2
+    │   └── NotLanguageModel      a valid model file of something other than a language model
+    ├── RequestError          client: 4xx; `param` names the field, where one field is wrong
+    │   ├── Unauthorized          401
+    │   ├── RateLimited           429
+    │   ├── ReaderTooSlow         408: the client did not read a streamed response for too long
+    │   └── ModelNotFound         404
+    ├── Overloaded            load: 503; the client may retry
+    ├── QueueTimeout          load: 504; the request waited too long, and nothing was computed for it
+    ├── BatchStopped          a batch cannot continue at the moment; finished lines are kept
+    ├── StorageFailed         server: 507; the disk of the file store
+    │   └── ForeignFolder         the file store's folder has other files in it
+    └── EngineError           server: 500
+        ├── EngineDied            the worker ended during the request
+        ├── ModelReplaced         the model's files were replaced by another model during the request
+        ├── EngineFailure         the worker ended twice during the request, so it is not repeated
+        ├── NonFiniteLogits       the model computed NaN or infinity
+        └── LoadFailed            no worker could load the model
 
-This file knows no HTTP library. `status`, `type`, `param` and `code` are OpenAI's envelope in plain values.
+This module imports no HTTP library. `status`, `type`, `param` and `code` are the plain values of OpenAI's error object.
 """
 
 from __future__ import annotations
 
 
 class AfterwordError(Exception):
-    """Base of all; `message` is one plain sentence that may be shown to whoever is to blame."""
+    """Base class. `message` is one plain sentence or two that the client or operator may see."""
 
     status = 500
     type = "server_error"
@@ -44,11 +44,11 @@ class SettingError(AfterwordError):
 
 
 class NotLanguageModel(SettingError):
-    """A file that has something else in it than a language model."""
+    """The file contains something other than a language model."""
 
 
 class RequestError(AfterwordError):
-    """A request that cannot be answered as it stands."""
+    """A request that the server cannot answer as it is."""
 
     status = 400
     type = "invalid_request_error"
@@ -61,14 +61,17 @@ class RequestError(AfterwordError):
 
 
 class Unauthorized(RequestError):
-    """No key, or a key that is not known."""
+    """The request has no API key, or one that is not valid."""
 
     def __init__(self, message: str, *, code: str | None = None) -> None:
         super().__init__(message, code=code, status=401)
 
 
 class RateLimited(RequestError):
-    """A key or an address has no more for now. `kind` is the error's type; `retry_after` seconds, None: never."""
+    """A key or an address has reached a limit.
+
+    `kind` is the error's `type`. `retry_after` is in seconds; None: a retry never helps.
+    """
 
     def __init__(self, message: str, *, kind: str, code: str, retry_after: int | None) -> None:
         super().__init__(message, code=code, status=429)
@@ -77,22 +80,23 @@ class RateLimited(RequestError):
 
 
 class ReaderTooSlow(RequestError):
-    """The client left too much of a streamed answer unread for too long.
+    """The client left too much of a streamed response unread for too long.
 
-    408, so that clients which retry after a time-out do so: the answer's first part has been computed already.
+    The status is 408, so that clients which retry after a timeout do so: the server has already computed the first part
+    of the response.
     """
 
     def __init__(self) -> None:
         super().__init__(
-            "The answer was not read for too long after it had been computed, and ends here. Read it faster, or ask "
-            "for less at once.",
+            "The response was not read for too long after it had been computed, and ends here. Read it faster, or "
+            "request less at once.",
             code="reader_too_slow",
             status=408,
         )
 
 
 class ModelNotFound(RequestError):
-    """The request names a model that is not served here."""
+    """The request names a model that this server does not serve."""
 
     def __init__(self, model: str) -> None:
         shown = model if len(model) <= 128 else model[:125] + "..."
@@ -104,7 +108,7 @@ class ModelNotFound(RequestError):
 
 
 class Overloaded(AfterwordError):
-    """No room now. `retry_after` is in seconds."""
+    """The server has no capacity at the moment. `retry_after` is in seconds."""
 
     status = 503
     type = "service_unavailable_error"
@@ -116,38 +120,38 @@ class Overloaded(AfterwordError):
 
 
 class EngineError(AfterwordError):
-    """The engine could not do what it was asked."""
+    """The engine could not process the request."""
 
 
 class EngineDied(EngineError):
-    """The engine's process ended while it was working on the request."""
+    """The worker ended while it processed the request."""
 
     def __init__(self) -> None:
-        super().__init__("The engine stopped while it was working on this request. Please try again.")
+        super().__init__("The engine stopped while it was processing this request. Please try again.")
 
 
 class ModelReplaced(EngineError):
-    """The request was begun with one model, and the files of another have taken its place."""
+    """The model's files were replaced by those of another model while the request was processed."""
 
     code = "model_replaced"
 
     def __init__(self) -> None:
-        super().__init__("The model was replaced by another while it was working on this request. Please try again.")
+        super().__init__("The model was replaced by another while it was processing this request. Please try again.")
 
 
 class EngineFailure(EngineError):
-    """The engine's process ended twice while it was working on this, or on the same of someone else."""
+    """The worker ended twice while it processed this request, or another with the same job or text."""
 
     code = "engine_failure"
 
     def __init__(self) -> None:
         super().__init__(
-            "The engine stopped twice while it was working on this request. It is not tried again for an hour."
+            "The engine stopped twice while it was processing this request. The server refuses it for an hour."
         )
 
 
 class NonFiniteLogits(EngineError):
-    """A row of logits has a number that is not finite, so no token can be chosen. The same request fails again."""
+    """A logits row contains NaN or infinity, so no token can be chosen. The same request fails again."""
 
     code = "not_finite"
 
@@ -159,37 +163,39 @@ class NonFiniteLogits(EngineError):
 
 
 class LoadFailed(EngineError):
-    """The model that the request names could not be loaded; why is for whoever runs the server."""
+    """The model that the request names could not be loaded. The server logs the reason for the operator."""
 
     code = "load_failed"
 
     def __init__(self, model: str) -> None:
-        super().__init__(f"The model `{model}` could not be loaded. The server's messages say why.")
+        super().__init__(
+            f"The model `{model}` could not be loaded. The reason is in the server's messages on standard error."
+        )
 
 
 class QueueTimeout(AfterwordError):
-    """It has waited as long as anything may wait here, and nothing was computed for it."""
+    """The request has waited for `queue_seconds`, and nothing was computed for it."""
 
     status = 504
     code = "deadline_exceeded"
 
     def __init__(self) -> None:
-        super().__init__("The request has waited too long for its turn. Please try again later.")
+        super().__init__("The request has waited too long in the queue. Please try again later.")
 
 
 class BatchStopped(AfterwordError):
-    """A batch that cannot go on now and can later: what is done is kept."""
+    """The batch cannot continue at the moment, but can later. Finished lines are kept."""
 
 
 class StorageFailed(AfterwordError):
-    """The server has no room for files, or its disk fails."""
+    """The file store has no space left, or its disk fails."""
 
     status = 507
     code = "storage_failed"
 
 
 class ForeignFolder(StorageFailed):
-    """The folder for files has files in it that Afterword did not write."""
+    """The file store's folder contains files that Afterword did not write."""
 
     def __init__(self) -> None:
-        super().__init__("The server's folder for files has other files in it. Its --batch-dir must be empty or new.")
+        super().__init__("The server's folder for files contains other files. Give an empty or new --batch-dir.")

@@ -31,7 +31,7 @@ from afterword.errors import SettingError
 from afterword.keys.key_registry import KeyRegistry
 from afterword.observability.metrics import Metrics
 from oracle.tiny import write_tiny
-from transport.in_memory_connection import Engine, InMemoryServer, roster
+from transport.in_memory_connection import Engine, InMemoryServer, model_manager_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCUMENTED = re.findall(
@@ -418,13 +418,13 @@ def test_a_killed_engine_is_a_restart_and_no_token_counts_twice(serve, endless):
 async def asked(engine: Engine, *requests: bytes) -> Figures:
     """What is counted of completions on a scripted engine, each on a connection of its own."""
     metrics = Metrics()
-    app = make_app(Service(Config(), roster(engine), KeyRegistry(()), metrics=metrics))
+    app = make_app(Service(Config(), model_manager_of(engine), KeyRegistry(()), metrics=metrics))
     in_memory_server = InMemoryServer(app)
     for body in requests:
         head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        visitor = in_memory_server.visitor()
-        await visitor.say(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-        visitor.leave()
+        client = in_memory_server.connect()
+        await client.send(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        client.disconnect()
     return parsed(metrics.text("ready", []).decode())
 
 
@@ -463,7 +463,7 @@ def test_a_row_of_a_batch_is_an_answer_and_no_request_that_somebody_waits_for():
     async def ask() -> Figures:
         metrics = Metrics()
         app = make_app(
-            Service(Config(), roster(Engine(scripted_engine.says("Hello"))), KeyRegistry(()), metrics=metrics)
+            Service(Config(), model_manager_of(Engine(scripted_engine.says("Hello"))), KeyRegistry(()), metrics=metrics)
         )
         reply = await in_process_client(app)("POST", "/v1/completions", b'{"prompt": "a"}')
         assert reply.status == 200

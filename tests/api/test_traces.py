@@ -21,7 +21,7 @@ from afterword.engine.parent.worker_process import without_secrets
 from afterword.errors import SettingError
 from afterword.keys.key_registry import KeyRegistry
 from afterword.observability.traces import Traces, open_traces
-from transport.in_memory_connection import Engine, InMemoryServer, roster
+from transport.in_memory_connection import Engine, InMemoryServer, model_manager_of
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
@@ -34,7 +34,7 @@ def spans_of(*requests: tuple[str, dict[str, Any], dict[str, str]], engine: Engi
     exporter = InMemorySpanExporter()
 
     async def ask() -> None:
-        models = roster(engine or Engine(scripted_engine.says("Hello", "Hello"), room=100))
+        models = model_manager_of(engine or Engine(scripted_engine.says("Hello", "Hello"), room=100))
         in_memory_server = InMemoryServer(make_app(Service(Config(), models, KeyRegistry(()), traces=Traces(exporter))))
         for path, body, headers in requests:
             data = json.dumps(body).encode()
@@ -45,7 +45,7 @@ def spans_of(*requests: tuple[str, dict[str, Any], dict[str, str]], engine: Engi
                 **headers,
             }
             head = f"POST {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in told.items())
-            await in_memory_server.visitor().say(head.encode() + b"\r\n" + data)
+            await in_memory_server.connect().send(head.encode() + b"\r\n" + data)
 
     asyncio.run(ask())
     return list(exporter.get_finished_spans())

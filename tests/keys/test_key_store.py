@@ -1,4 +1,4 @@
-"""The file of keys: who can read it, what is in it, and what happens when it cannot be used."""
+"""The key store: access rights, contents, and errors when the file cannot be used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def store(tmp_path: Path) -> KeyStore:
     return KeyStore(tmp_path / "deep" / "keys.db", create=True, patience=0.05)
 
 
-def test_a_key_looks_like_one_and_only_its_digest_is_kept(store):
+def test_a_key_has_its_format_and_only_its_digest_is_stored(store):
     key, text = store.create("mine")
     assert re.fullmatch(r"aw_[0-9a-f]{8}_[A-Za-z0-9_-]{43}", text)
     assert text.split("_")[1] == key.id
@@ -28,19 +28,19 @@ def test_a_key_looks_like_one_and_only_its_digest_is_kept(store):
     assert text[-43:].encode() not in store.path.read_bytes()
 
 
-def test_several_keys_live_at_once_with_their_own_limits(store):
+def test_several_keys_are_valid_with_their_own_limits(store):
     allowance = Allowance(1, 2, 3, 4)
     first, second = store.create()[0], store.create("b", 100, allowance)[0]
     assert {key.id: key for key in store.all()} == {first.id: first, second.id: second}
     assert (second.allowance, second.expires, first.allowance) == (allowance, 100, Allowance())
 
 
-def test_a_key_ends_when_it_is_told_to(store):
-    lasting, ending = store.create()[0], store.create(expires=100)[0]
-    assert (lasting.state(1e12), ending.state(99.9), ending.state(100)) == ("active", "active", "expired")
-    store.revoke(ending.id)
+def test_a_key_expires_and_can_be_revoked(store):
+    permanent, temporary = store.create()[0], store.create(expires=100)[0]
+    assert (permanent.state(1e12), temporary.state(99.9), temporary.state(100)) == ("active", "active", "expired")
+    store.revoke(temporary.id)
     states = {key.id: key.state(0) for key in store.all()}
-    assert states == {lasting.id: "active", ending.id: "revoked"}
+    assert states == {permanent.id: "active", temporary.id: "revoked"}
 
 
 def test_only_keys_that_exist_can_be_revoked(store):
@@ -48,11 +48,11 @@ def test_only_keys_that_exist_can_be_revoked(store):
         store.revoke("' OR 1=1 --")
 
 
-# ---- rights
+# ---- access rights
 
 
-def test_nobody_else_can_read_the_file_even_while_it_is_written(store):
-    """A rollback journal has the same mode; nothing else is left lying around."""
+def test_only_the_owner_can_read_the_file(store):
+    """A rollback journal gets the same mode. No other file is left in the folder."""
     store.create()
     assert [path.name for path in store.path.parent.iterdir()] == ["keys.db"]
     assert store.path.stat().st_mode & 0o777 == 0o600
@@ -60,7 +60,7 @@ def test_nobody_else_can_read_the_file_even_while_it_is_written(store):
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o644, 0o602])
-def test_a_file_that_others_can_touch_is_refused(store, mode):
+def test_a_file_with_access_for_other_users_is_refused(store, mode):
     store.path.chmod(mode)
     with pytest.raises(SettingError, match="chmod 600"):
         KeyStore(store.path)
@@ -68,14 +68,14 @@ def test_a_file_that_others_can_touch_is_refused(store, mode):
         store.sync(UsageUpdate())
 
 
-def test_a_file_that_is_missing_is_only_made_when_that_is_meant(tmp_path):
+def test_a_missing_file_is_created_only_on_request(tmp_path):
     with pytest.raises(SettingError, match="afterword keys create"):
         KeyStore(tmp_path / "keys.db")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("content", [b"this is no database" * 100, b"SQLite format 3\0" + b"\1" * 2000])
-def test_a_file_that_is_something_else_is_one_sentence(tmp_path, content):
+def test_a_file_that_is_not_a_key_store_is_refused_and_unchanged(tmp_path, content):
     path = tmp_path / "keys.db"
     path.write_bytes(content)
     path.chmod(0o600)
@@ -85,7 +85,7 @@ def test_a_file_that_is_something_else_is_one_sentence(tmp_path, content):
     assert path.read_bytes() == content
 
 
-def test_a_file_of_a_later_version_is_left_alone(store):
+def test_a_file_of_a_later_version_is_refused(store):
     with sqlite3.connect(store.path) as db:
         db.execute("PRAGMA user_version = 2")
     db.close()
@@ -93,7 +93,7 @@ def test_a_file_of_a_later_version_is_left_alone(store):
         KeyStore(store.path, create=True)
 
 
-def test_the_default_place_follows_xdg(monkeypatch, tmp_path):
+def test_the_default_path_follows_xdg(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     assert default_path() == tmp_path / "afterword" / "keys.db"
     monkeypatch.delenv("XDG_DATA_HOME")
@@ -120,25 +120,25 @@ def test_usage_adds_up_by_key_user_and_day(store):
     )
     assert dict(store.usage("user")) == {alice: UsageCounts(4, 22, 42, 12), bob: UsageCounts(4, 200, 400, 100)}
     assert store.usage("key", "bob") == (("k1", UsageCounts(4, 200, 400, 100)),)
-    assert store.usage("key", "nobody") == ()
+    assert store.usage("key", "carol") == ()
 
 
-def test_users_have_other_names_in_every_installation(store, tmp_path):
+def test_pseudonyms_differ_between_stores(store, tmp_path):
     other = KeyStore(tmp_path / "other.db", create=True)
     assert store.pseudonym("alice") == KeyStore(store.path).pseudonym("alice") != other.pseudonym("alice")
 
 
-def test_what_was_spent_adds_up_and_is_given_back(store):
+def test_spent_tokens_add_up_and_can_be_given_back(store):
     key = store.create()[0]
     store.sync(UsageUpdate({key.id: 100}))
     (after,) = store.sync(UsageUpdate({key.id: -40, "given-1": 5}))
     assert after.spent == 60
 
 
-# ---- trouble
+# ---- errors
 
 
-def test_while_it_is_locked_nothing_is_half_written(store):
+def test_a_locked_file_is_not_partly_written(store):
     key = store.create()[0]
     batch = UsageUpdate({key.id: 1}, {UsageKey(key.id, "", "2026-01-01"): UsageCounts(1, 1, 1, 1)})
     blocker = sqlite3.connect(store.path, isolation_level=None)
@@ -153,28 +153,28 @@ def test_while_it_is_locked_nothing_is_half_written(store):
 
 def test_a_full_disk_is_an_error_and_changes_nothing(store, monkeypatch):
     key = store.create()[0]
-    full(monkeypatch)
-    places = {UsageKey(key.id, f"user{number}", "2026-01-01"): UsageCounts(1, 1, 1, 1) for number in range(1000)}
+    fill_disk(monkeypatch)
+    used = {UsageKey(key.id, f"user{number}", "2026-01-01"): UsageCounts(1, 1, 1, 1) for number in range(1000)}
     with pytest.raises(SettingError, match="full"):
-        store.sync(UsageUpdate({key.id: 1000}, places))
+        store.sync(UsageUpdate({key.id: 1000}, used))
     monkeypatch.undo()
     assert store.all() == (key,)
     assert store.usage("key") == ()
 
 
-def full(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on SQLite finds that no page more fits on the disk."""
+def fill_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let SQLite report a full disk from now on."""
     connect = sqlite3.connect
 
-    def cramped(*args: object, **options: object) -> sqlite3.Connection:
+    def connect_to_full_disk(*args: object, **options: object) -> sqlite3.Connection:
         db = connect(*args, **options)
         db.execute("PRAGMA max_page_count = 1")
         return db
 
-    monkeypatch.setattr(sqlite3, "connect", cramped)
+    monkeypatch.setattr(sqlite3, "connect", connect_to_full_disk)
 
 
-def test_every_change_changes_the_version_and_a_look_does_not(store):
+def test_every_change_changes_the_version_and_a_read_does_not(store):
     before = store.version()
     store.all()
     assert store.version() == before
@@ -182,28 +182,28 @@ def test_every_change_changes_the_version_and_a_look_does_not(store):
     assert store.version() != before
 
 
-def test_another_file_in_its_place_is_another_version(store, tmp_path):
+def test_a_replaced_file_changes_the_version(store, tmp_path):
     before = store.version()
     other = KeyStore(tmp_path / "other.db", create=True)
     os.replace(other.path, store.path)
     assert store.version() != before
 
 
-# ---- what is written at the command line
+# ---- command-line values
 
 
 @pytest.mark.parametrize(("text", "hours"), [("1h", 1), ("30d", 720), ("2w", 336)])
-def test_spans(text, hours):
+def test_durations(text, hours):
     assert parse_duration(text).total_seconds() == hours * 3600
 
 
 @pytest.mark.parametrize("text", ["", "0d", "-1d", "1", "d", "1m", "1.5d", "٣d", "9999999d"])
-def test_what_is_no_span_is_refused(text):
+def test_an_invalid_duration_is_refused(text):
     with pytest.raises(SettingError, match="--expires"):
         parse_duration(text)
 
 
-def test_given_keys_are_named_by_their_place(tmp_path):
+def test_given_keys_are_named_by_their_position(tmp_path):
     file = tmp_path / "keys"
     file.write_text("# two\nb\n\n c \n")
     assert [(key.id, key.digest) for key in static_keys(("a",), file)] == [
@@ -214,7 +214,7 @@ def test_given_keys_are_named_by_their_place(tmp_path):
 
 
 @pytest.mark.parametrize("secret", [None, "text", 5])
-def test_a_file_without_its_secret_is_one_sentence(store, secret):
+def test_a_file_without_its_secret_is_refused(store, secret):
     with sqlite3.connect(store.path) as db:
         db.execute("DELETE FROM install")
         if secret is not None:
@@ -224,7 +224,7 @@ def test_a_file_without_its_secret_is_one_sentence(store, secret):
         KeyStore(store.path)
 
 
-def test_a_change_of_rights_is_another_version(store):
+def test_a_change_of_mode_changes_the_version(store):
     before = store.version()
     store.path.chmod(0o644)
     assert store.version() != before

@@ -1,4 +1,4 @@
-"""The limits of a key, against the shortest reference there is: everything that ever happened, added up anew."""
+"""Rate limits, compared with a simple reference that adds up all events again."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ pauses = st.one_of(st.integers(0, 100), st.integers(0, 2 * MINUTE_NS))
 
 
 @dataclass
-class Naive:
-    """A bucket as fractions: how much is there is worked out from all that happened since the beginning."""
+class ReferenceBucket:
+    """A token bucket in fractions. It computes its level from all events since the beginning."""
 
     limit: int
-    events: list[tuple[int, int]] = field(default_factory=list)  # when, and what was taken (or given, below 0)
+    events: list[tuple[int, int]] = field(default_factory=list)  # time, and units taken (negative: given back)
 
     def level(self, now: int) -> Fraction:
         level, at = Fraction(self.limit), 0
@@ -33,22 +33,22 @@ class Naive:
 
 
 @given(limits, st.lists(st.tuples(pauses, st.integers(1, 60), st.integers(0, 60))))
-def test_a_bucket_is_what_it_would_be_in_theory(limit, events):
-    bucket, naive, now = TokenBucket(limit, 0), Naive(limit), 0
+def test_a_bucket_equals_the_exact_reference(limit, events):
+    bucket, reference, now = TokenBucket(limit, 0), ReferenceBucket(limit), 0
     for pause, amount, refund in events:
         now += pause
-        assert bucket.remaining(now) == naive.level(now) // 1
+        assert bucket.remaining(now) == reference.level(now) // 1
         wait = bucket.wait(amount, now)
-        assert (wait == 0) == (naive.level(now) >= amount)
+        assert (wait == 0) == (reference.level(now) >= amount)
         if wait == 0:
             bucket.take(amount, now)
             bucket.refund(min(amount, refund), now)
-            naive.events += [(now, amount), (now, -min(amount, refund))]
+            reference.events += [(now, amount), (now, -min(amount, refund))]
 
 
 @given(limits, st.lists(st.tuples(pauses, st.integers(1, 60), st.integers(0, 60), pauses)))
-def test_never_more_is_let_in_than_the_burst_and_the_rate(limit, events):
-    """In any window: what was taken and not given back is at most a bucketful and what flowed in."""
+def test_no_interval_exceeds_the_burst_and_the_rate(limit, events):
+    """In any interval, the units taken and not given back are at most one full bucket plus what the rate added."""
     bucket, now, log = TokenBucket(limit, 0), 0, [(0, 0)]
     for pause, amount, refund, length in events:
         now += pause
@@ -66,7 +66,7 @@ def test_never_more_is_let_in_than_the_burst_and_the_rate(limit, events):
 
 
 @given(limits, st.integers(1, 60), st.integers(0, MINUTE_NS))
-def test_after_the_wait_it_is_there_and_not_before(limit, amount, now):
+def test_the_wait_is_exact(limit, amount, now):
     bucket = TokenBucket(limit, 0)
     bucket.take(limit, 0)
     wait = bucket.wait(amount, now)
@@ -78,7 +78,7 @@ def test_after_the_wait_it_is_there_and_not_before(limit, amount, now):
 
 
 @given(limits, st.integers(0, 50), st.integers(0, MINUTE_NS))
-def test_full_says_when_it_is_full(limit, taken, now):
+def test_full_is_exact(limit, taken, now):
     bucket = TokenBucket(limit, 0)
     bucket.take(min(taken, limit), 0)
     full = bucket.full(now)
@@ -86,7 +86,7 @@ def test_full_says_when_it_is_full(limit, taken, now):
     assert bucket.wait(limit, now + full) == 0
 
 
-def test_a_clock_that_goes_back_brings_nothing():
+def test_a_clock_that_goes_back_adds_nothing():
     bucket = TokenBucket(60, 100 * SECOND)
     bucket.take(60, 100 * SECOND)
     assert bucket.remaining(0) == 0
@@ -96,7 +96,7 @@ def test_a_clock_that_goes_back_brings_nothing():
 # ---- all limits of a key together
 
 
-def test_requests_at_once_are_counted_from_door_to_end():
+def test_concurrent_requests_are_counted_until_their_end():
     limiter = RateLimiter(Allowance(concurrent=2), 0)
     assert limiter.enter(0) is None
     assert limiter.enter(0) is None
@@ -105,7 +105,7 @@ def test_requests_at_once_are_counted_from_door_to_end():
     assert limiter.enter(0) is None
 
 
-def test_whom_the_rate_keeps_out_takes_no_place():
+def test_a_request_above_the_rate_does_not_count_as_concurrent():
     limiter = RateLimiter(Allowance(requests=1, concurrent=1), 0)
     assert limiter.enter(0) is None
     limiter.exit()
@@ -114,7 +114,7 @@ def test_whom_the_rate_keeps_out_takes_no_place():
     assert limiter.enter(MINUTE_NS) is None
 
 
-def test_who_is_kept_out_by_the_places_takes_nothing_of_the_rate():
+def test_a_request_above_the_concurrency_limit_takes_nothing_from_the_rate():
     limiter = RateLimiter(Allowance(requests=2, concurrent=1), 0)
     assert limiter.enter(0) is None
     assert limiter.enter(0) == LimitExceeded("concurrent", 1, 0, 1, SECOND)
@@ -122,21 +122,21 @@ def test_who_is_kept_out_by_the_places_takes_nothing_of_the_rate():
     assert limiter.enter(0) is None
 
 
-def test_more_than_a_minutes_tokens_never_go():
+def test_more_tokens_than_the_limit_are_never_accepted():
     limiter = RateLimiter(Allowance(tokens=100), 0)
     assert limiter.reserve(101, 0, 0) == LimitExceeded("tokens", 100, 100, 101, None)
     assert limiter.reserve(100, 0, 0) is None
     assert limiter.reserve(1, 0, 0) == LimitExceeded("tokens", 100, 0, 1, MINUTE_NS // 100)
 
 
-@pytest.mark.parametrize(("spent", "goes"), [(0, True), (90, True), (91, False), (1000, False)])
-def test_a_quota_is_never_exceeded_and_takes_nothing_of_the_rate(spent, goes):
+@pytest.mark.parametrize(("spent", "accepted"), [(0, True), (90, True), (91, False), (1000, False)])
+def test_a_request_above_the_quota_takes_nothing_from_the_rate(spent, accepted):
     limiter = RateLimiter(Allowance(tokens=10, quota=100), 0)
-    assert (limiter.reserve(10, spent, 0) is None) == goes
-    assert limiter.standing(0)[0].remaining == (0 if goes else 10)
+    assert (limiter.reserve(10, spent, 0) is None) == accepted
+    assert limiter.standing(0)[0].remaining == (0 if accepted else 10)
 
 
-def test_what_was_not_used_can_be_used_by_the_next():
+def test_refunded_tokens_can_be_used_again():
     limiter = RateLimiter(Allowance(tokens=100), 0)
     assert limiter.reserve(100, 0, 0) is None
     limiter.refund(60, 0)
@@ -144,7 +144,7 @@ def test_what_was_not_used_can_be_used_by_the_next():
     assert limiter.reserve(1, 0, 0) is not None
 
 
-def test_only_limits_a_minute_that_exist_have_a_standing():
+def test_only_per_minute_limits_have_a_status():
     assert RateLimiter(Allowance(concurrent=1, quota=1), 0).standing(0) == ()
     assert [each.limit for each in RateLimiter(Allowance(requests=1, tokens=1), 0).standing(0)] == [
         "requests",

@@ -1,4 +1,4 @@
-"""Wrong keys: so many a minute from one address."""
+"""The limit on wrong keys per address and minute."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ import pytest
 from afterword.keys.rate_limiter import MINUTE_NS
 from afterword.keys.throttle import WrongKeyThrottle, network
 
-HOME, AWAY = "192.0.2.1", "192.0.2.2"
+ADDRESS, OTHER_ADDRESS = "192.0.2.1", "192.0.2.2"
 
 
-def worn_out(limit: int = 20) -> WrongKeyThrottle:
-    """One that HOME has tried as many wrong keys on as it may."""
+def exhausted(limit: int = 20) -> WrongKeyThrottle:
+    """A throttle after ADDRESS has used up its limit."""
     throttle = WrongKeyThrottle(limit)
-    assert [throttle.wait(HOME, 0) for _ in range(limit)] == [0] * limit
+    assert [throttle.wait(ADDRESS, 0) for _ in range(limit)] == [0] * limit
     return throttle
 
 
-def test_after_so_many_wrong_keys_an_address_must_wait():
-    throttle = worn_out()
-    assert throttle.wait(HOME, 0) == MINUTE_NS // 20
-    assert throttle.wait(HOME, MINUTE_NS // 20) == 0
+def test_above_the_limit_an_address_must_wait():
+    throttle = exhausted()
+    assert throttle.wait(ADDRESS, 0) == MINUTE_NS // 20
+    assert throttle.wait(ADDRESS, MINUTE_NS // 20) == 0
 
 
-def test_other_addresses_are_not_concerned():
-    assert worn_out().wait(AWAY, 0) == 0
+def test_other_addresses_do_not_wait():
+    assert exhausted().wait(OTHER_ADDRESS, 0) == 0
 
 
-def test_zero_is_any_number():
+def test_zero_means_no_limit():
     throttle = WrongKeyThrottle(0)
-    assert [throttle.wait(HOME, 0) for _ in range(1000)] == [0] * 1000
+    assert [throttle.wait(ADDRESS, 0) for _ in range(1000)] == [0] * 1000
 
 
-def test_memory_is_bounded_however_many_addresses_come():
+def test_memory_is_bounded_for_any_number_of_addresses():
     throttle = WrongKeyThrottle(1)
     for number in range(10_000):
         throttle.wait(f"10.0.{number // 256}.{number % 256}", 0)
@@ -40,7 +40,7 @@ def test_memory_is_bounded_however_many_addresses_come():
 
 
 @pytest.mark.parametrize(
-    ("peer", "whose"),
+    ("peer", "counted"),
     [
         ("192.0.2.1", "192.0.2.1"),
         ("::ffff:192.0.2.1", "192.0.2.1"),
@@ -50,5 +50,5 @@ def test_memory_is_bounded_however_many_addresses_come():
         ("unix", ""),
     ],
 )
-def test_what_one_person_has_of_an_address(peer, whose):
-    assert network(peer) == whose
+def test_an_ipv6_address_counts_by_its_first_64_bits(peer, counted):
+    assert network(peer) == counted

@@ -1,6 +1,6 @@
-"""A connection without a network: the real protocol and application over a transport that only remembers.
+"""In-memory clients and connections: the real protocol and application over a transport that records bytes.
 
-Time stands still unless a test moves it. Names here are the clients': they `say` bytes and see what they were `told`.
+The clock stands still until a test advances it with `InMemoryClient.wait`.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ KEY = "sk-test-0123456789abcdef"
 
 @dataclass
 class Engine(scripted_engine.ScriptedEngine):
-    """The scripted engine as a supervisor."""
+    """The scripted engine with the interface of a supervisor."""
 
     state: str = "ready"
     load: Load = field(default_factory=Load)
     restarts: int = 0
 
     def check_capacity(self) -> None:
-        """There is always room, but for those whom `start` refuses."""
+        """Accept every request. `start` may still raise `Overloaded`."""
 
 
 def application(
     engine: Engine | ModelManager | None = None, keys: bool = True, **settings: Any
 ) -> Callable[..., Awaitable[None]]:
-    """The application over models, or over an engine that says "Hello"."""
-    keyring = static_keys((KEY,), None) if keys else ()
-    settled = config.Config(keys=keyring, **settings)
+    """The application for a model manager or an engine; by default for an engine that generates "Hello"."""
+    api_keys = static_keys((KEY,), None) if keys else ()
+    settled = config.Config(keys=api_keys, **settings)
     engine = engine or Engine(scripted_engine.says("Hello"), room=10**9)
-    models = engine if isinstance(engine, ModelManager) else roster(engine)
-    return make_app(Service(settled, models, KeyRegistry(keyring)))
+    models = engine if isinstance(engine, ModelManager) else model_manager_of(engine)
+    return make_app(Service(settled, models, KeyRegistry(api_keys)))
 
 
-def roster(*engines: Engine) -> ModelManager:
-    """Engines as models that are loaded; the first is called "scripted", the next "scripted-2"."""
-    names = ["scripted", *(f"scripted-{place}" for place in range(2, len(engines) + 1))]
+def model_manager_of(*engines: Engine) -> ModelManager:
+    """A model manager with `engines` as loaded models, named "scripted", "scripted-2" and so on."""
+    names = ["scripted", *(f"scripted-{number}" for number in range(2, len(engines) + 1))]
     models = ModelManager([ModelDefinition(name, 0, Mock()) for name in names])
     for managed_model, engine in zip(models, engines, strict=True):
         managed_model.engine = engine  # type: ignore[assignment]
@@ -63,13 +63,17 @@ def roster(*engines: Engine) -> ModelManager:
 
 
 class InMemoryTransport(asyncio.Transport):
-    """What the protocol holds. `unsent`: bytes that the client has not taken; `takes`: whether it takes any."""
+    """The transport of one connection.
+
+    `written`: bytes that the server wrote. `unsent`: how many of them the client has not read. `reads`: whether the
+    client reads at all.
+    """
 
     def __init__(self, peer: str) -> None:
         super().__init__()
-        self.told = bytearray()
+        self.written = bytearray()
         self.unsent = 0
-        self.takes = True
+        self.reads = True
         self.closing = self.aborted = self.ended = self.paused = False
         self.protocol: Any = None
         self._peer = (peer, 50_000)
@@ -79,8 +83,8 @@ class InMemoryTransport(asyncio.Transport):
 
     def write(self, data: Any) -> None:
         assert not self.aborted
-        self.told += data
-        if not self.takes:
+        self.written += data
+        if not self.reads:
             self.unsent += len(data)
             if self.unsent > 2**16:
                 self.protocol.pause_writing()
@@ -112,12 +116,12 @@ class InMemoryTransport(asyncio.Transport):
 
 @dataclass
 class InMemoryServer:
-    """A server without a socket. `now` is its clock."""
+    """The shared state of connections without a socket. `now` is the clock, in seconds."""
 
     app: Callable[..., Awaitable[None]] = field(default_factory=application)
     limits: TransportLimits = field(default_factory=TransportLimits)
-    most: int = 1000
-    most_of_one: int = 1000
+    max_connections: int = 1000
+    max_per_client: int = 1000
     now: float = 1000.0
 
     def __post_init__(self) -> None:
@@ -125,74 +129,73 @@ class InMemoryServer:
         self.config = Config(self.app, proxy_headers=False, **options)  # type: ignore[arg-type]
         self.config.load()
         self.state = ServerState()
-        self.context = ConnectionContext(self.limits, ConnectionLimiter(self.most, self.most_of_one), lambda: self.now)
+        limiter = ConnectionLimiter(self.max_connections, self.max_per_client)
+        self.context = ConnectionContext(self.limits, limiter, lambda: self.now)
 
-    def visitor(self, peer: str = "127.0.0.1") -> InMemoryClient:
-        """Somebody connects."""
+    def connect(self, peer: str = "127.0.0.1") -> InMemoryClient:
         return InMemoryClient(self, peer)
 
 
 class InMemoryClient:
-    """A client on a connection of its own."""
+    """A client with its connection."""
 
-    def __init__(self, in_memory_server: InMemoryServer, peer: str) -> None:
-        self.in_memory_server = in_memory_server
-        self.protocol = Connection(in_memory_server.config, in_memory_server.state, in_memory_server.context)
-        self.wire = InMemoryTransport(peer)
-        self.wire.protocol = self.protocol
-        self.protocol.connection_made(self.wire)
-        self._gone = False
+    def __init__(self, server: InMemoryServer, peer: str) -> None:
+        self.server = server
+        self.protocol = Connection(server.config, server.state, server.context)
+        self.transport = InMemoryTransport(peer)
+        self.transport.protocol = self.protocol
+        self.protocol.connection_made(self.transport)
+        self._closed = False
 
-    async def say(self, data: bytes, size: int | None = None) -> bytes:
-        """Send bytes, in pieces of a size, and see what has been told when nothing happens any more."""
+    async def send(self, data: bytes, size: int | None = None) -> bytes:
+        """Send bytes, in pieces of `size`. Returns all bytes that the server has written when it is idle again."""
         for start in range(0, len(data), size or len(data) or 1):
-            if not self.wire.closing:
+            if not self.transport.closing:
                 self.protocol.data_received(data[start : start + size] if size else data)
             await self.settle()
-        return bytes(self.wire.told)
+        return bytes(self.transport.written)
 
     async def settle(self) -> None:
-        """Let everything happen that can."""
+        """Run the event loop until no request is being processed, for at most 200 turns."""
         for _ in range(200):
             await asyncio.sleep(0)
-            if self.wire.closing and not self._gone and (self.wire.aborted or not self.wire.unsent):
-                self.leave()
-            if not self.in_memory_server.state.tasks:
+            if self.transport.closing and not self._closed and (self.transport.aborted or not self.transport.unsent):
+                self.disconnect()
+            if not self.server.state.tasks:
                 break
 
     async def wait(self, seconds: float) -> None:
-        """Time passes, second by second."""
-        end = self.in_memory_server.now + seconds
-        while self.in_memory_server.now < end and not self._gone:
-            self.in_memory_server.now = min(end, self.in_memory_server.now + 1)
-            self.protocol.check(self.in_memory_server.now)
+        """Advance the clock second by second and check the deadlines."""
+        end = self.server.now + seconds
+        while self.server.now < end and not self._closed:
+            self.server.now = min(end, self.server.now + 1)
+            self.protocol.check(self.server.now)
             await self.settle()
 
-    def leave(self) -> None:
-        """The connection ends."""
-        if not self._gone:
-            self._gone = True
-            self.wire.closing = True
+    def disconnect(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self.transport.closing = True
             self.protocol.connection_lost(None)
 
     @property
-    def gone(self) -> bool:
-        return self._gone
+    def closed(self) -> bool:
+        return self._closed
 
     @property
     def statuses(self) -> list[int]:
-        """Those of all answers, in order."""
-        return [int(code) for code in re.findall(rb"HTTP/1\.1 (\d{3}) ", bytes(self.wire.told))]
+        """The status codes of all responses, in order."""
+        return [int(code) for code in re.findall(rb"HTTP/1\.1 (\d{3}) ", bytes(self.transport.written))]
 
 
 def post(body: bytes, *headers: str, path: str = "/v1/completions", key: str | None = KEY) -> bytes:
-    """A request as bytes."""
+    """The bytes of a POST request."""
     lines = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1:8000", "Content-Type: application/json", *headers]
     lines += [f"Authorization: Bearer {key}"] if key else []
     return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body
 
 
 def get(path: str, *headers: str, method: str = "GET", key: str | None = KEY, host: str = "127.0.0.1:8000") -> bytes:
-    """A request without a body."""
+    """The bytes of a request without a body."""
     lines = [f"{method} {path} HTTP/1.1", f"Host: {host}", *headers, *([f"Authorization: Bearer {key}"] if key else [])]
     return "\r\n".join([*lines, "", ""]).encode()

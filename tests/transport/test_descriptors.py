@@ -1,4 +1,4 @@
-"""No file descriptor is left: accepting pauses, nothing breaks, and goes on when there are some again."""
+"""Without free file descriptors the server pauses accepting, and resumes when some are free again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ async def app(scope, receive, send):
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
     await send({"type": "http.response.body", "body": b""})
 
-async def answered(client):
+async def status_of(client):
     loop = asyncio.get_running_loop()
     await loop.sock_sendall(client, b"GET / HTTP/1.1\\r\\nHost: a\\r\\n\\r\\n")
     try:
@@ -33,28 +33,28 @@ async def main():
     clients = [socket.socket() for _ in range(7)]
     for client in clients:
         client.setblocking(False)
-    door = TransportServer(app, listener, TransportLimits())
-    async with door:
+    server = TransportServer(app, listener, TransportLimits())
+    async with server:
         address = listener.getsockname()
-        await asyncio.get_running_loop().sock_connect(clients[6], address)  # what is imported late is imported now
-        assert await answered(clients[6]) == b"200"
-        taken = []
+        await asyncio.get_running_loop().sock_connect(clients[6], address)  # loads lazily imported modules
+        assert await status_of(clients[6]) == b"200"
+        opened = []
         try:
-            while kind == "none" or not taken or not is_scarce_descriptor(taken[-1] + 1):
-                taken.append(os.open(os.devnull, os.O_RDONLY))
+            while kind == "none" or not opened or not is_scarce_descriptor(opened[-1] + 1):
+                opened.append(os.open(os.devnull, os.O_RDONLY))
         except OSError:
             pass
         for client in clients[:5]:
             await asyncio.get_running_loop().sock_connect(client, address)
-        answers = [asyncio.ensure_future(answered(client)) for client in clients[:5]]
+        statuses = [asyncio.ensure_future(status_of(client)) for client in clients[:5]]
         await asyncio.sleep(0.3)
-        print([each.result() for each in answers if each.done()].count(b"200"))
-        for number in taken:
+        print([each.result() for each in statuses if each.done()].count(b"200"))
+        for number in opened:
             os.close(number)
-        late = [await each for each in answers]
+        late = [await each for each in statuses]
         print(set(late) <= {b"200", b"503", b"cut"}, kind != "none" or set(late) == {b"200"})
         await asyncio.get_running_loop().sock_connect(clients[5], address)
-        print(await answered(clients[5]))
+        print(await status_of(clients[5]))
         for client in clients:
             client.close()
 
@@ -68,13 +68,13 @@ else:
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 @pytest.mark.parametrize("kind", ["none", "few"])
-def test_connections_wait_while_no_descriptor_is_left(kind, loop):
-    """None at all: they wait. Few, which an engine may need: they are told that there is no place."""
+def test_connections_wait_while_no_file_descriptor_is_free(kind, loop):
+    """Without any free descriptor the connections wait. With few, which a worker may need, they get 503."""
     if loop == "uvloop":
         pytest.importorskip("uvloop")
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", PROGRAM, kind, loop], capture_output=True, text=True, timeout=60, check=False
     )
-    assert done.stdout.splitlines() == ["0", "True True", "b'200'"], done.stderr
-    assert done.stderr.count("Raise the limit of open files") == 1
-    assert "Traceback" not in done.stderr
+    assert result.stdout.splitlines() == ["0", "True True", "b'200'"], result.stderr
+    assert result.stderr.count("Raise the limit on open files") == 1
+    assert "Traceback" not in result.stderr

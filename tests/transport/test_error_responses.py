@@ -1,4 +1,4 @@
-"""What the door itself answers: small, in the shape of all errors, and documented."""
+"""The error responses of the transport are small, have OpenAI's error object, and are documented."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ALL = {name: value for name, value in vars(error_responses).items() if isinstanc
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_it_is_a_small_whole_response_that_clients_can_read(name: str) -> None:
+def test_an_error_response_is_small_and_complete(name: str) -> None:
     head, _, body = ALL[name].response.partition(b"\r\n\r\n")
     lines = head.decode().split("\r\n")
     assert lines[0].startswith(f"HTTP/1.1 {ALL[name].status} ")
@@ -27,6 +27,6 @@ def test_it_is_a_small_whole_response_that_clients_can_read(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_it_is_documented(name: str) -> None:
+def test_an_error_response_is_documented(name: str) -> None:
     assert f"| {ALL[name].status} |" in REFERENCE
     assert ALL[name].code is None or f"`{ALL[name].code}`" in REFERENCE

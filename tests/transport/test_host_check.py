@@ -1,4 +1,4 @@
-"""Nobody gets in by another name: every route asks for the key, whatever the path looks like and whoever sends it."""
+"""Keys, host check and CORS: every protected route requires a key, also for unusual spellings of its path."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from afterword.errors import SettingError
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 PATHS = [route.path.replace("{model:path}", "some/model") for route in (*PROTECTED_ROUTES, *PUBLIC_ROUTES)]
-OPEN_PATHS = [route.path for route in PUBLIC_ROUTES]
-TRICKS = {
+PUBLIC_PATHS = [route.path for route in PUBLIC_ROUTES]
+PATH_VARIANTS = {
     "plain": lambda path: path,
     "double slash": lambda path: "/" + path,
     "double slash within": lambda path: path.replace("/", "//"),
@@ -33,7 +33,7 @@ TRICKS = {
     "query": lambda path: path + "?key=x",
     "parameter": lambda path: path + ";x",
     "nul": lambda path: path + "%00",
-    "behind an open one": lambda path: "/health/.." + path,
+    "after a public path": lambda path: "/health/.." + path,
     "absolute": lambda path: "http://127.0.0.1" + path,
     "backslash": lambda path: path.replace("/", "\\"),
     "fragment": lambda path: "/health#" + path,
@@ -46,37 +46,35 @@ OVERRIDES = (
 )
 
 
-async def statuses(in_memory_server: InMemoryServer, *requests: bytes) -> list[int]:
+async def statuses(server: InMemoryServer, *requests: bytes) -> list[int]:
     found = []
     for request in requests:
-        visitor = in_memory_server.visitor()
-        await visitor.say(request)
-        (status,) = visitor.statuses
+        client = server.connect()
+        await client.send(request)
+        (status,) = client.statuses
         found.append(status)
-        visitor.leave()
+        client.disconnect()
     return found
 
 
-@pytest.mark.parametrize("trick", TRICKS)
-def test_without_a_key_only_two_paths_are_open(trick: str) -> None:
+@pytest.mark.parametrize("variant", PATH_VARIANTS)
+def test_without_a_key_only_public_paths_are_answered(variant: str) -> None:
     async def scenario() -> dict[tuple[str, str], int]:
-        in_memory_server = InMemoryServer(application())
-        pairs = [(method, TRICKS[trick](path)) for method, path in itertools.product(METHODS, PATHS)]
-        pairs = [pair for pair in pairs if pair[1] not in OPEN_PATHS]
-        found = await statuses(
-            in_memory_server, *(get(path, *OVERRIDES, method=method, key=None) for method, path in pairs)
-        )
+        server = InMemoryServer(application())
+        pairs = [(method, PATH_VARIANTS[variant](path)) for method, path in itertools.product(METHODS, PATHS)]
+        pairs = [pair for pair in pairs if pair[1] not in PUBLIC_PATHS]
+        found = await statuses(server, *(get(path, *OVERRIDES, method=method, key=None) for method, path in pairs))
         return dict(zip(pairs, found, strict=True))
 
     found = asyncio.run(scenario())
-    let_in = {pair for pair, status in found.items() if status not in (400, 401, 404, 405)}
-    # The open ones under another spelling of the very same path are no more than open.
-    assert all(path.replace("%68", "h").replace("%72", "r").partition("?")[0] in OPEN_PATHS for _, path in let_in)
-    assert not any("v1" in path or "token" in path for _, path in let_in)
+    answered = {pair for pair, status in found.items() if status not in (400, 401, 404, 405)}
+    # another spelling of a public path may be answered too
+    assert all(path.replace("%68", "h").replace("%72", "r").partition("?")[0] in PUBLIC_PATHS for _, path in answered)
+    assert not any("v1" in path or "token" in path for _, path in answered)
 
 
-@pytest.mark.parametrize("path", OPEN_PATHS)
-def test_the_open_ones_say_nothing_to_other_methods(path: str) -> None:
+@pytest.mark.parametrize("path", PUBLIC_PATHS)
+def test_public_routes_accept_get_and_head_only(path: str) -> None:
     found = asyncio.run(
         statuses(InMemoryServer(application()), *(get(path, method=method, key=None) for method in METHODS))
     )
@@ -102,13 +100,13 @@ LOCAL = (
     "localhost.",
 )
 NAMES = ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "mine.example")
-BAD = ("a b", "localhost/x", "localhost:x", "[::1", "a@localhost", "")
+INVALID_HOSTS = ("a b", "localhost/x", "localhost:x", "[::1", "a@localhost", "")
 
 
-def test_without_keys_only_addresses_and_known_names_are_answered_to() -> None:
-    """A name can be made to point here by a page in somebody's browser; an address cannot."""
+def test_without_keys_only_addresses_and_allowed_hosts_are_accepted() -> None:
+    """A web page can make a host name of its own resolve to this machine, but it cannot do so with an address."""
     assert set(hosts(*LOCAL, keys=False)) == {200}
-    assert set(hosts(*NAMES, *BAD, keys=False)) == {400}
+    assert set(hosts(*NAMES, *INVALID_HOSTS, keys=False)) == {400}
     assert hosts("mine.example:80", "Mine.Example", "evil.example", keys=False, allowed_hosts=("mine.example",)) == [
         200,
         200,
@@ -118,9 +116,9 @@ def test_without_keys_only_addresses_and_known_names_are_answered_to() -> None:
     assert hosts("my-box", "other", keys=False, host="my-box", allow_open=True) == [200, 400]
 
 
-def test_with_keys_any_name_will_do_unless_some_are_chosen() -> None:
+def test_with_keys_any_host_is_accepted_unless_some_are_allowed() -> None:
     assert set(hosts(*LOCAL, *NAMES)) == {200}
-    assert set(hosts(*BAD)) == {400}
+    assert set(hosts(*INVALID_HOSTS)) == {400}
     assert hosts("mine.example", "evil.example", "localhost", allowed_hosts=("mine.example",)) == [200, 400, 200]
 
 
@@ -137,47 +135,47 @@ def test_without_keys_a_foreign_page_changes_nothing() -> None:
     assert 403 not in origins(*foreign, method="GET", keys=False)
 
 
-def test_with_keys_any_page_that_has_one_may() -> None:
+def test_with_keys_any_origin_is_accepted() -> None:
     assert 403 not in origins("https://evil.example", "null")
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize("path", ["/tokenizer_info?model=m", "/tokenizer_info", "/v1/models/m", "/ready", "/metrics"])
 def test_no_get_loads_a_model_without_a_key(method: str, path: str) -> None:
-    """What any page can have a browser send: an image, a link, a frame."""
+    """Any web page can make a browser send a GET: an image, a link, a frame."""
     make = Mock(side_effect=SettingError("It would have been loaded."))
 
     async def scenario(keys: bool) -> bytes:
         models = ModelManager([ModelDefinition("m", 0, make)], keep_alive=60)
-        told = await InMemoryServer(application(models, keys=keys)).visitor().say(get(path, method=method))
+        response = await InMemoryServer(application(models, keys=keys)).connect().send(get(path, method=method))
         await models.close()
-        return told
+        return response
 
-    told = asyncio.run(scenario(keys=False))
+    response = asyncio.run(scenario(keys=False))
     assert not make.called
     if path.startswith("/tokenizer_info"):
-        assert b" 503 " in told
-        assert method == "HEAD" or b"POST /tokenize" in told
+        assert b" 503 " in response
+        assert method == "HEAD" or b"POST /tokenize" in response
         asyncio.run(scenario(keys=True))
         assert make.called
 
 
-# ---- what a page may send
+# ---- CORS preflight requests
 
 
-def headers_of(told: bytes) -> dict[str, str]:
-    lines = told.partition(b"\r\n\r\n")[0].decode().split("\r\n")[1:]
+def headers_of(response: bytes) -> dict[str, str]:
+    lines = response.partition(b"\r\n\r\n")[0].decode().split("\r\n")[1:]
     return {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
 
 
 def preflight(origin: str, wanted: str, **settings: Any) -> dict[str, str]:
-    asked = (f"Origin: {origin}", "Access-Control-Request-Method: POST", f"Access-Control-Request-Headers: {wanted}")
+    headers = (f"Origin: {origin}", "Access-Control-Request-Method: POST", f"Access-Control-Request-Headers: {wanted}")
 
     async def scenario() -> bytes:
         return (
             await InMemoryServer(application(**settings))
-            .visitor()
-            .say(get("/v1/completions", *asked, method="OPTIONS"))
+            .connect()
+            .send(get("/v1/completions", *headers, method="OPTIONS"))
         )
 
     return headers_of(asyncio.run(scenario()))
@@ -191,15 +189,15 @@ def preflight(origin: str, wanted: str, **settings: Any) -> dict[str, str]:
         "x-stainless-arch,x-stainless-lang,x-stainless-os,x-stainless-retry-count,x-stainless-timeout",
     ],
 )
-def test_a_page_that_may_ask_may_send_any_header(wanted: str) -> None:
+def test_an_allowed_page_may_send_any_header(wanted: str) -> None:
     for settings in ({}, {"keys": False}, {"keys": False, "cors_origins": ("https://mine.example",)}):
         origin = "https://mine.example" if settings.get("cors_origins") else "http://localhost:3000"
-        told = preflight(origin, wanted, **settings)
-        assert told["access-control-allow-headers"] == wanted
-        assert told["access-control-allow-origin"] in ("*", origin)
+        response = preflight(origin, wanted, **settings)
+        assert response["access-control-allow-headers"] == wanted
+        assert response["access-control-allow-origin"] in ("*", origin)
 
 
-def test_a_page_that_may_not_ask_is_not_allowed_to_by_its_headers() -> None:
+def test_a_preflight_of_a_foreign_page_allows_nothing() -> None:
     assert "access-control-allow-origin" not in preflight("https://evil.example", "x-title", keys=False)
 
 
@@ -216,31 +214,31 @@ def test_a_page_that_may_not_ask_is_not_allowed_to_by_its_headers() -> None:
         *("https://mine.example:443", "http://mine.example:80", "https://", "https://a b", "https://x:0", "", "**"),
     ],
 )
-def test_what_no_browser_would_send_as_an_origin_is_refused_at_the_start(origin: str) -> None:
+def test_an_invalid_origin_is_refused_at_the_start(origin: str) -> None:
     with pytest.raises(SettingError, match="write SCHEME://HOST"):
         Config(cors_origins=("https://mine.example", origin))
 
 
-def test_origins_of_all_kinds_are_taken() -> None:
+def test_origins_of_all_kinds_are_accepted() -> None:
     origins = ("*", "null", "https://mine.example", "http://[::1]:3000", "app://obsidian.md", "chrome-extension://abc")
     assert Config(cors_origins=origins).cors_origins == origins
 
 
-# ---- what a path can be asked for
+# ---- methods
 
 
-def test_a_wrong_method_is_told_all_that_the_path_has() -> None:
+def test_a_405_lists_all_methods_of_the_path() -> None:
     paths: dict[str, set[str]] = {}
     for route in (*PROTECTED_ROUTES, *PUBLIC_ROUTES):
         paths.setdefault(route.path, set()).update(route.methods or ())
 
     async def scenario(path: str) -> bytes:
-        asked = path.replace("{model:path}", "some/model").replace("{id}", "file-1")
-        return await InMemoryServer(application()).visitor().say(get(asked, method="PUT"))
+        target = path.replace("{model:path}", "some/model").replace("{id}", "file-1")
+        return await InMemoryServer(application()).connect().send(get(target, method="PUT"))
 
     assert len(paths) > 12
     for path, methods in paths.items():
-        told = asyncio.run(scenario(path))
-        assert told.startswith(b"HTTP/1.1 405 "), path
-        assert headers_of(told)["allow"] == ", ".join(sorted(methods)), path
+        response = asyncio.run(scenario(path))
+        assert response.startswith(b"HTTP/1.1 405 "), path
+        assert headers_of(response)["allow"] == ", ".join(sorted(methods)), path
     assert paths["/v1/files/{id}"] == {"GET", "HEAD", "DELETE"}

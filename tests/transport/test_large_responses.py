@@ -1,4 +1,4 @@
-"""Large answers: encoded in slices, what choices share once, sent in pieces between which other tasks run."""
+"""Large responses are encoded in slices and sent in pieces while other tasks run. Shared parts are encoded once."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from afterword.completion.run import Usage, run, tokenize
 from scripted_engine import EOS, ids, says
 
 HEAD = serialization.ResponseHead("cmpl-1", 1, "scripted", "fp_0")
-SAID = says("Hello 😀 world \u2028 the", " cat", "")
+SCRIPT = says("Hello 😀 world \u2028 the", " cat", "")
 
 
-def planned(engine: Engine, **fields: Any) -> Plan:
+def new_plan(engine: Engine, **fields: Any) -> Plan:
     request = CompletionRequest(**fields)
     return make_plan(request, engine.model_info, asyncio.run(tokenize(request, engine)), 0)
 
 
-def deltas_of(script: Any = SAID, **fields: Any) -> tuple[list[Delta], Usage]:
+def deltas_of(script: Any = SCRIPT, **fields: Any) -> tuple[list[Delta], Usage]:
     engine = Engine(script)
-    plan = planned(engine, **fields)
+    plan = new_plan(engine, **fields)
 
     async def collect() -> list[Delta | Usage]:
         return [item async for item in run(plan, engine)]
@@ -40,12 +40,12 @@ def deltas_of(script: Any = SAID, **fields: Any) -> tuple[list[Delta], Usage]:
 
 
 def reference(choices: list[Delta], usage: Usage) -> bytes:
-    """The whole answer in one call of the encoder."""
+    """The whole response, encoded in one call."""
     objects = [serialization._choice(choice) for choice in choices]
     return serialization.encode(serialization._object(HEAD, objects) | serialization._usage_member(usage))
 
 
-ASKED: list[dict[str, Any]] = [
+FIELDS: list[dict[str, Any]] = [
     {},
     {"logprobs": 0},
     {"logprobs": 3, "echo": True},
@@ -62,15 +62,15 @@ ASKED: list[dict[str, Any]] = [
 
 @pytest.fixture(params=[1, 2, 256])
 def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The size of slices, small ones too, so that short texts have several."""
+    """The number of tokens in a slice; also small numbers, so that short texts have several slices."""
     for module in (incremental, logprobs):
         monkeypatch.setattr(module, "SLICE_TOKENS", request.param)
     return int(request.param)
 
 
 @pytest.mark.usefixtures("slices")
-@pytest.mark.parametrize("fields", ASKED, ids=str)
-def test_an_answer_in_slices_has_the_bytes_of_one_that_is_encoded_at_once(fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+def test_a_response_encoded_in_slices_has_the_same_bytes(fields: dict[str, Any]) -> None:
     fields = {"prompt": ("a cat sat",), "n": 1 if "best_of" in fields else 2} | fields
     deltas, usage = deltas_of(**fields)
     body = incremental.EncodedBody(HEAD, fields["n"])
@@ -86,8 +86,8 @@ def test_an_answer_in_slices_has_the_bytes_of_one_that_is_encoded_at_once(fields
 
 @pytest.mark.usefixtures("slices")
 @pytest.mark.parametrize("usage", ["never", "later", Usage(1, 2)], ids=str)
-@pytest.mark.parametrize("fields", ASKED, ids=str)
-def test_an_event_in_slices_has_the_bytes_of_one_that_is_encoded_at_once(fields: dict[str, Any], usage: Any) -> None:
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+def test_an_event_encoded_in_slices_has_the_same_bytes(fields: dict[str, Any], usage: Any) -> None:
     for delta in deltas_of(**{"prompt": ("a cat sat",)} | fields)[0]:
         sharing = incremental.PromptEncoder(2)
         for _ in range(3):
@@ -98,7 +98,7 @@ def test_an_event_in_slices_has_the_bytes_of_one_that_is_encoded_at_once(fields:
             assert b"".join(incremental.event(HEAD, choice, usage)) == serialization.chunk(HEAD, delta, usage)
 
 
-def test_pieces_are_of_one_size_and_together_the_fragments() -> None:
+def test_pieces_have_one_size_and_join_to_the_fragments() -> None:
     fragments = [b"a" * size for size in (0, 1, 2**16, 3, 2**20, 2**16 - 1, 5)]
     cut = list(incremental.chunked(fragments))
     assert b"".join(cut) == b"".join(fragments)
@@ -110,8 +110,8 @@ def test_pieces_are_of_one_size_and_together_the_fragments() -> None:
 
 
 async def post(app: Any, path: str, fields: dict[str, Any], ticks: Counter[str]) -> list[dict[str, Any]]:
-    """The messages of an answer. Counts the turns that another task gets before the answer begins, and after."""
-    said: list[dict[str, Any]] = []
+    """The ASGI messages of a response. `ticks`: turns of another task before and after the response begins."""
+    messages: list[dict[str, Any]] = []
     parts = [{"type": "http.request", "body": json.dumps(fields).encode(), "more_body": False}]
 
     async def receive() -> dict[str, Any]:
@@ -120,22 +120,22 @@ async def post(app: Any, path: str, fields: dict[str, Any], ticks: Counter[str])
         return parts.pop()
 
     async def send(message: dict[str, Any]) -> None:
-        said.append(message)
+        messages.append(message)
 
-    async def other() -> None:
+    async def count_turns() -> None:
         while True:
-            ticks["after" if said else "before"] += 1
+            ticks["after" if messages else "before"] += 1
             await asyncio.sleep(0)
 
     scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": path, "raw_path": path.encode()}
     scope |= {"query_string": b"", "root_path": "", "scheme": "http", "client": ("127.0.0.1", 1), "server": None}
     scope["headers"] = [(b"content-type", b"application/json"), (b"host", b"localhost")]
-    beside = asyncio.create_task(other())
+    counting = asyncio.create_task(count_turns())
     try:
         await app(scope, receive, send)
     finally:
-        beside.cancel()
-    return said
+        counting.cancel()
+    return messages
 
 
 def ask(
@@ -147,17 +147,19 @@ def ask(
     return asyncio.run(post(app, path, fields, ticks)), ticks
 
 
-def content(said: list[Any]) -> bytes:
-    assert said[0]["status"] == 200, said[1]
-    assert [message["more_body"] for message in said[1:] if message.get("more_body")] == [True] * (len(said) - 2)
-    body = b"".join(message["body"] for message in said[1:])
-    assert dict(said[0]["headers"]).get(b"content-length", b"%d" % len(body)) == b"%d" % len(body)
+def content(messages: list[Any]) -> bytes:
+    assert messages[0]["status"] == 200, messages[1]
+    assert [message["more_body"] for message in messages[1:] if message.get("more_body")] == [True] * (
+        len(messages) - 2
+    )
+    body = b"".join(message["body"] for message in messages[1:])
+    assert dict(messages[0]["headers"]).get(b"content-length", b"%d" % len(body)) == b"%d" % len(body)
     return body
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often entries about a token were made."""
+def encoded(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts how often entries about a token are encoded."""
     counts: Counter[str] = Counter()
     for name in ("top_map", "ranked"):
         function = getattr(logprobs, name)
@@ -166,22 +168,22 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_echoed_prompts_columns_are_made_once_for_all_choices(made: Counter[str], stream: bool) -> None:
-    said, _ = ask(prompt="a" * 40, echo=True, logprobs=3, n=64, max_tokens=1, stream=stream)
-    assert content(said).count(b'"finish_reason":"length"') == 64
-    assert made["top_map"] == 39 + 64
+def test_an_echoed_prompt_is_encoded_once_for_all_choices(encoded: Counter[str], stream: bool) -> None:
+    messages, _ = ask(prompt="a" * 40, echo=True, logprobs=3, n=64, max_tokens=1, stream=stream)
+    assert content(messages).count(b'"finish_reason":"length"') == 64
+    assert encoded["top_map"] == 39 + 64
 
 
-def test_a_report_about_a_prompt_is_made_once_for_all_choices(made: Counter[str]) -> None:
+def test_a_report_about_a_prompt_is_made_once_for_all_choices(encoded: Counter[str]) -> None:
     answer = json.loads(content(ask(prompt=["a" * 40, "b" * 30], prompt_logprobs=5, n=32, max_tokens=1)[0]))
     assert [len(choice["prompt_logprobs"]) for choice in answer["choices"]] == [40] * 32 + [30] * 32
-    assert made["ranked"] == 39 + 29
+    assert encoded["ranked"] == 39 + 29
 
 
-def test_what_best_of_shares_is_made_once(made: Counter[str]) -> None:
+def test_best_of_encodes_the_prompt_once(encoded: Counter[str]) -> None:
     fields = {"prompt": "a" * 40, "prompt_logprobs": 5, "n": 10, "best_of": 20, "max_tokens": 1}
     assert len(json.loads(content(ask(**fields)[0]))["choices"]) == 10
-    assert made["ranked"] == 39
+    assert encoded["ranked"] == 39
 
 
 @pytest.mark.parametrize(
@@ -193,18 +195,18 @@ def test_what_best_of_shares_is_made_once(made: Counter[str]) -> None:
     ],
     ids=str,
 )
-def test_a_large_answer_is_sent_in_pieces_and_other_tasks_run_meanwhile(fields: dict[str, Any]) -> None:
-    said, ticks = ask(prompt="a" * 60, n=128, max_tokens=1, **fields)
-    body = content(said)
+def test_a_large_response_is_sent_in_pieces_and_other_tasks_run_meanwhile(fields: dict[str, Any]) -> None:
+    messages, ticks = ask(prompt="a" * 60, n=128, max_tokens=1, **fields)
+    body = content(messages)
     assert len(body) > 16 * incremental.MIN_CHUNK_BYTES
-    assert max(len(message["body"]) for message in said[1:]) < 2 * incremental.MIN_CHUNK_BYTES
+    assert max(len(message["body"]) for message in messages[1:]) < 2 * incremental.MIN_CHUNK_BYTES
     assert ticks["after"] >= len(body) // (2 * incremental.MIN_CHUNK_BYTES)
 
 
-def test_other_tasks_run_while_a_large_answer_is_made() -> None:
+def test_other_tasks_run_while_a_large_response_is_encoded() -> None:
     _, few = ask(prompt="a", max_tokens=1)
-    said, many = ask(prompt=["a" * 60] * 40, echo=True, logprobs=14, max_tokens=0)
-    assert len(json.loads(content(said))["choices"]) == 40
+    messages, many = ask(prompt=["a" * 60] * 40, echo=True, logprobs=14, max_tokens=0)
+    assert len(json.loads(content(messages))["choices"]) == 40
     assert many["before"] - few["before"] >= 40 * 60 // (2 * logprobs.SLICE_TOKENS)
 
 
@@ -220,14 +222,14 @@ def test_other_tasks_run_while_many_prompts_are_begun() -> None:
     assert many["before"] - few["before"] >= 20
 
 
-def test_a_small_answer_is_one_message() -> None:
-    said, _ = ask(prompt="a", n=2, logprobs=1)
-    assert len(said) == 2
-    assert content(said)
+def test_a_small_response_is_one_message() -> None:
+    messages, _ = ask(prompt="a", n=2, logprobs=1)
+    assert len(messages) == 2
+    assert content(messages)
 
 
 @pytest.mark.parametrize(
-    ("fields", "blamed"),
+    ("fields", "param"),
     [
         ({"n": 128, "prompt_logprobs": 20}, "prompt_logprobs"),
         ({"n": 128, "logprobs": 20, "echo": True}, "logprobs"),
@@ -237,14 +239,14 @@ def test_a_small_answer_is_one_message() -> None:
         ({"n": 128, "return_token_ids": True}, "return_token_ids"),
     ],
 )
-def test_an_answer_above_the_limit_is_refused_before_any_work(fields: dict[str, Any], blamed: str) -> None:
+def test_an_answer_above_the_limit_is_refused_before_any_work(fields: dict[str, Any], param: str) -> None:
     engine = Engine(says("Hello"), room=10**6)
     app = application(engine, keys=False, limits=RequestLimits(max_answer=50_000))
-    asked = {"prompt": "a" * 40, "max_tokens": 16} | fields
-    head, body = asyncio.run(post(app, "/v1/completions", asked, Counter()))
+    request = {"prompt": "a" * 40, "max_tokens": 16} | fields
+    head, body = asyncio.run(post(app, "/v1/completions", request, Counter()))
     error = json.loads(body["body"])["error"]
-    assert (head["status"], error["param"], error["code"]) == (400, blamed, "answer_too_large")
-    assert f"'{blamed}'" in error["message"]
+    assert (head["status"], error["param"], error["code"]) == (400, param, "answer_too_large")
+    assert f"'{param}'" in error["message"]
     assert not engine.runs
 
 
@@ -260,20 +262,20 @@ def test_line_ends_of_unicode_are_escaped_in_answers_and_events() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "a", "é😀" * 50_000, "\ufffd"])
-def test_many_tokens_are_spelled_in_pieces(text: str) -> None:
-    said, ticks = ask("/detokenize", tokens=list(text.encode()))
-    assert json.loads(content(said)) == {"prompt": text}
-    assert max(len(message["body"]) for message in said[1:]) < 2 * incremental.MIN_CHUNK_BYTES
+def test_a_detokenized_text_is_sent_in_pieces(text: str) -> None:
+    messages, ticks = ask("/detokenize", tokens=list(text.encode()))
+    assert json.loads(content(messages)) == {"prompt": text}
+    assert max(len(message["body"]) for message in messages[1:]) < 2 * incremental.MIN_CHUNK_BYTES
     assert ticks["before"] >= len(text.encode()) // 2**14
 
 
 @pytest.mark.parametrize("tokens", [[97] * 20_000 + [-1], [97] * 20_000 + [10**6], [97] * 20_000 + ["a"], "a", [[97]]])
-def test_what_is_no_token_is_refused_wherever_it_stands(tokens: Any) -> None:
+def test_an_invalid_token_is_refused_at_any_position(tokens: Any) -> None:
     head, body = ask("/detokenize", tokens=tokens)[0]
     assert (head["status"], json.loads(body["body"])["error"]["param"]) == (400, "tokens")
 
 
-def test_a_text_above_the_limit_of_answers_is_refused() -> None:
+def test_a_detokenized_text_above_the_response_limit_is_refused() -> None:
     head, body = ask("/detokenize", RequestLimits(max_answer=1000), tokens=[EOS] * 300)[0]
     assert (head["status"], json.loads(body["body"])["error"]["code"]) == (400, "answer_too_large")
 

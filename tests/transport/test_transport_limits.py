@@ -1,4 +1,4 @@
-"""One table of limits: every limit is listed, can be set by name, and is heeded."""
+"""Limits: every limit is listed, can be set by name, and is applied to requests."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_every_limit_can_be_set(row: limit_table.LimitEntry) -> None:
 
 
 @pytest.mark.parametrize("words", [["--max-logprobs", "7"], ["--limit", "max_logprobs=7"]])
-def test_what_is_set_goes_before_what_strict_sets(words: list[str]) -> None:
+def test_an_explicit_limit_overrides_strict(words: list[str]) -> None:
     found = printed("--strict", *words)
     assert f"{'max_logprobs':<22} {'7':>9}" in found
     assert f"{'max_stop':<22} {'4':>9}" in found
@@ -55,7 +55,7 @@ def test_addresses_are_limited_where_other_machines_can_connect() -> None:
 @pytest.mark.parametrize(
     "words", ["max_n", "max_n=", "max_n=x", "max_n=-1", "max_n=nan", "max_n=1.5", "no_such=1", "strict=1"]
 )
-def test_a_limit_that_makes_no_sense_is_one_sentence(words: str) -> None:
+def test_an_invalid_limit_gives_a_message_of_one_line(words: str) -> None:
     result = CliRunner().invoke(main, ["serve", "--limit", words, "--print-limits"], prog_name="afterword")
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
@@ -96,8 +96,8 @@ def test_tokens_count_as_a_whole() -> None:
     parse(json.dumps({"prompt": ["a"] * 5, "n": 2, "max_tokens": 10}).encode(), few)
 
 
-def test_nothing_is_made_for_what_is_refused() -> None:
-    """A body of 12 kB that asks for 16 million answers is refused by its numbers alone."""
+def test_a_refused_request_costs_no_memory() -> None:
+    """A body of 12 kB that requests 16 million choices is refused before anything is allocated for them."""
     assert "2048" in refusal(RequestLimits(max_n=16384), prompt=["a"] * 1024, n=16384).message
 
 
@@ -130,12 +130,12 @@ def test_a_key_that_comes_twice_is_refused(body: bytes) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["a:b", '"n":1', '{"n":1,"n":2}', "::::", '\\"n\\":1', "a\\", "é:é"])
-def test_what_only_looks_like_a_key_is_text(prompt: str) -> None:
+def test_a_string_that_looks_like_a_member_is_accepted(prompt: str) -> None:
     assert parse(json.dumps({"n": 2, "prompt": prompt}).encode(), RequestLimits()).prompt == (prompt,)
 
 
 @pytest.mark.parametrize("depth", [100, 900, 2_000, 100_000])
-def test_depth_is_no_way_to_fail_later(depth: int) -> None:
+def test_deeply_nested_json_is_refused(depth: int) -> None:
     for body in (b"[" * depth + b"]" * depth, b'{"x":' * depth + b"1" + b"}" * depth):
         with pytest.raises(RequestError):
             parse(b'{"prompt":"a:b","y":' + body + b"}", RequestLimits())

@@ -1,4 +1,4 @@
-"""A file may take longer than other bodies, where files are taken; and keeps the same rate."""
+"""Uploads: a file may take longer than other bodies, but must keep the same rate."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from afterword.api.app import PROTECTED_ROUTES
 from afterword.transport.transport_limits import UPLOAD_PATHS, TransportLimits
 
 LARGE = 10**6
-ASK = post(b'{"prompt": "a"}')
+REQUEST = post(b'{"prompt": "a"}')
 
 
-async def swallow(_: Any, receive: Any, send: Any) -> None:
-    """An application that reads all of a body."""
+async def read_body(_: Any, receive: Any, send: Any) -> None:
+    """An application that reads the whole body."""
     more = True
     while more:
         message = await receive()
@@ -27,51 +27,51 @@ async def swallow(_: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-def sent(path: str, piece: int, seconds: int, limits: TransportLimits | None = None) -> InMemoryClient:
-    """A body that comes so many bytes a second, for so long."""
+def send_upload(path: str, piece: int, seconds: int, limits: TransportLimits | None = None) -> InMemoryClient:
+    """Send `piece` bytes of a body per second, for `seconds` seconds."""
 
     async def scenario() -> InMemoryClient:
-        visitor = InMemoryServer(app=swallow, limits=limits or TransportLimits()).visitor()
-        await visitor.say(post(b"x" * LARGE, path=path)[:-LARGE])
+        client = InMemoryServer(app=read_body, limits=limits or TransportLimits()).connect()
+        await client.send(post(b"x" * LARGE, path=path)[:-LARGE])
         for _ in range(seconds):
-            if visitor.wire.ended or visitor.gone:
+            if client.transport.ended or client.closed:
                 break
-            await visitor.say(b"x" * piece)
-            await visitor.wait(1.0)
-        return visitor
+            await client.send(b"x" * piece)
+            await client.wait(1.0)
+        return client
 
     return asyncio.run(scenario())
 
 
-def test_a_file_may_take_longer_than_other_bodies() -> None:
-    assert sent("/v1/files", 5000, 200).statuses == [200]
-    assert sent("/v1/files?x=1", 5000, 200).statuses == [200]
+def test_an_upload_may_take_longer_than_other_bodies() -> None:
+    assert send_upload("/v1/files", 5000, 200).statuses == [200]
+    assert send_upload("/v1/files?x=1", 5000, 200).statuses == [200]
     for path in ("/v1/completions", "/v1/files/file-1", "/v1/filesystem"):
-        late = sent(path, 5000, 200)
-        assert (late.statuses, late.in_memory_server.now) == ([408], pytest.approx(1031))
+        slow = send_upload(path, 5000, 200)
+        assert (slow.statuses, slow.server.now) == ([408], pytest.approx(1031))
 
 
-def test_a_file_keeps_a_rate_and_has_an_end() -> None:
-    slow = sent("/v1/files", 500, 200)
-    assert (slow.statuses, slow.in_memory_server.now) == ([408], pytest.approx(1010, abs=3))
-    late = sent("/v1/files", 5000, 200, TransportLimits(upload_seconds=60))
-    assert (late.statuses, late.in_memory_server.now) == ([408], pytest.approx(1061))
+def test_an_upload_must_keep_the_rate_and_the_time_limit() -> None:
+    slow = send_upload("/v1/files", 500, 200)
+    assert (slow.statuses, slow.server.now) == ([408], pytest.approx(1010, abs=3))
+    slow = send_upload("/v1/files", 5000, 200, TransportLimits(upload_seconds=60))
+    assert (slow.statuses, slow.server.now) == ([408], pytest.approx(1061))
 
 
-@pytest.mark.parametrize("cut", [0, 1, 30, len(ASK)])
-def test_the_rest_of_a_refused_body_and_the_next_request_may_come_together(cut: int) -> None:
+@pytest.mark.parametrize("cut", [0, 1, 30, len(REQUEST)])
+def test_the_rest_of_a_rejected_body_and_the_next_request_may_arrive_together(cut: int) -> None:
     async def scenario() -> InMemoryClient:
-        visitor = InMemoryServer().visitor()
+        client = InMemoryServer().connect()
         wrong = post(b" " * LARGE, key="no-key-of-this-server")
-        await visitor.say(wrong[:5000])
-        assert visitor.statuses == [401]
-        await visitor.say(wrong[5000:] + ASK[:cut])
-        await visitor.say(ASK[cut:])
-        return visitor
+        await client.send(wrong[:5000])
+        assert client.statuses == [401]
+        await client.send(wrong[5000:] + REQUEST[:cut])
+        await client.send(REQUEST[cut:])
+        return client
 
     assert asyncio.run(scenario()).statuses == [401, 200]
 
 
-def test_files_are_taken_where_long_bodies_are() -> None:
+def test_every_upload_path_has_a_post_route() -> None:
     posted = {route.path for route in PROTECTED_ROUTES if "POST" in (route.methods or ())}
     assert {path.decode() for path in UPLOAD_PATHS} <= posted

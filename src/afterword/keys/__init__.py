@@ -1,1 +1,1 @@
-"""Who may ask, how much, and what was used. Knows no web framework and no command line."""
+"""API keys, their rate limits and quotas, and the usage records. It imports no web framework and no command line."""

@@ -1,4 +1,4 @@
-"""How many wrong keys may be tried, and how long keys are trusted that cannot be read again."""
+"""Limits on wrong keys, and on how long the server trusts keys that it cannot read again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from afterword.settings.limit_table import limit
 
 @dataclass(frozen=True, slots=True)
 class KeyLimits:
-    """Times in seconds. `wrong_keys`, which has an option of its own: so many a minute from one address, 0: any."""
+    """Times are in seconds. `wrong_keys`, set by `--wrong-keys`: per minute and address; 0 means no limit."""
 
     wrong_keys: int = 0
-    keys_seconds: float = limit(600.0, "seconds that keys of the key file open the server after it was last readable")
+    keys_seconds: float = limit(600.0, "seconds that keys of the key file stay valid after it was last readable")

@@ -1,7 +1,7 @@
-"""The keys of a running server: whom they let in, what they may still do, and what they have used.
+"""The API keys of a running server: validation, rate limits, quotas and usage.
 
-One event loop owns everything. The store is only ever touched by a thread, about once a second, so no request waits
-for a disk; what cannot be written is kept and tried again, and requests are served meanwhile.
+One event loop owns all state. A thread reads and writes the key store twice a second, so that no request waits for a
+disk. If the store cannot be written, the data stay in memory and are written later; requests are served meanwhile.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from afterword.keys.rate_limiter import LimitExceeded, LimitStatus, RateLimiter
 from afterword.keys.throttle import WrongKeyThrottle
 from afterword.system.tasks import supervised
 
-_SYNC_SECONDS = 0.5  # seconds between looks at the store
-_UNSURE_NS = 2 * 10**9  # a file changed so shortly before it was read may have changed again since, with the same time
-_MAX_USAGE_ROWS = 10_000  # kept while nothing can be written; then users are no longer told apart
+_SYNC_SECONDS = 0.5  # seconds between two synchronizations with the store
+_UNSURE_NS = 2 * 10**9  # a file that changed less than this before a read may change again with the same timestamp
+_MAX_USAGE_ROWS = 10_000  # unwritten rows; beyond that, usage is counted without users, so that memory stays bounded
 _LIMITS = KeyLimits()
-_FINAL_SYNC_SECONDS = 10.0  # seconds for the last exchange with the store
-_SECOND = 10**9  # in nanoseconds
+_FINAL_SYNC_SECONDS = 10.0  # seconds for the last synchronization with the store
+_SECOND = 10**9  # nanoseconds
 _UNREADABLE = "The server cannot read its keys at the moment. Please try again later."
-_PAUSE = 30  # seconds after which a client may try again then
+_PAUSE = 30  # seconds after which a client may retry then
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class Account:
-    """A key, and what is in use of its limits."""
+    """A key and the current use of its limits."""
 
     key: Key
     limiter: RateLimiter
@@ -47,7 +47,7 @@ class Account:
 class KeyRegistry:
     """All keys: those given at the start, which never change, and those of a store.
 
-    `clock` is in nanoseconds and only moves forward; `wall` is Unix seconds.
+    `clock` returns nanoseconds and never goes back. `wall` returns Unix seconds.
     """
 
     def __init__(
@@ -64,26 +64,27 @@ class KeyRegistry:
         self._throttle = WrongKeyThrottle(limits.wrong_keys)
         self._given = tuple(Account(key, RateLimiter(key.allowance, clock())) for key in given)
         self._stored: dict[str, Account] = {}
-        self._is_valid: dict[bytes, Account] = {}
-        self._spent: Counter[str] = Counter()  # not yet in the store, by key
-        self._leaving: Counter[str] = Counter()  # on its way there
+        self._by_digest: dict[bytes, Account] = {}
+        self._spent: Counter[str] = Counter()  # tokens by key that are not yet in the store
+        self._syncing_spent: Counter[str] = Counter()  # tokens by key that a thread is writing to the store
         self._used: dict[UsageKey, UsageCounts] = {}
         self._store_version: Version | None = None
-        self._complained = self._closed = False
+        self._error_logged = self._stale_logged = False
         self._trusted = int(limits.keys_seconds * _SECOND)
-        self._known = clock()  # when the keys were last those of the store
+        self._known = clock()  # when the keys were last known to be those of the store
         self._update_keys(() if store is None else store.all())
 
     def find(self, text: str) -> Account | None:
-        """Whose key a text is, if it opens the server. Raises `Overloaded` if the store has been unreadable too long.
+        """The account of a key's text; None if the key is not valid.
 
-        Found by its digest: what a dict's lookup takes tells nothing of a SHA-256 that only the right text has.
+        Raises `Overloaded` if the key is in the store and the store has been unreadable for `keys_seconds`. The lookup
+        is by SHA-256 digest: its timing tells an attacker nothing about a text that is nearly right.
         """
-        return self._if_valid(self._is_valid.get(digest(text)))
+        return self._if_valid(self._by_digest.get(digest(text)))
 
     def account(self, key: str) -> Account | None:
-        """Whose key has an id, if it opens the server. Raises `Overloaded` as `find` does."""
-        return self._if_valid(next((account for account in self._is_valid.values() if account.key.id == key), None))
+        """The account of a key's id; None if the key is not valid. Raises `Overloaded` as `find` does."""
+        return self._if_valid(next((account for account in self._by_digest.values() if account.key.id == key), None))
 
     def _if_valid(self, account: Account | None) -> Account | None:
         if account is None or account.key.state(self._wall()) != "active":
@@ -93,34 +94,34 @@ class KeyRegistry:
         return account
 
     def record_wrong_key(self, peer: str) -> int:
-        """Count a wrong key of an address. Nanoseconds until it may try another one, 0 for now."""
+        """Count a wrong key from an address. Nanoseconds until the address may try another one; 0: at once."""
         return self._throttle.wait(peer, self.clock())
 
     def enter(self, account: Account) -> Grant | LimitExceeded:
-        """Let a request in, or say which limit is in the way."""
+        """Accept a request of an account, or return the limit that refuses it."""
         return account.limiter.enter(self.clock()) or Grant(self, account)
 
     def pseudonym(self, user: str | None) -> str | None:
-        """What a user is called in logs and usage; None without a store, which has the secret for it."""
+        """The name of a user in logs and usage; None without a store, which has the secret for it."""
         return self._store.pseudonym(user) if self._store is not None and user is not None else None
 
-    # ---- what was used
+    # ---- usage
 
     def spent(self, key: Key) -> int:
-        """Tokens that count against a quota: what was used, and what requests under way may yet use."""
-        return key.spent + self._leaving[key.id] + self._spent[key.id]
+        """Tokens that count against a key's quota: those used, and those that running requests have reserved."""
+        return key.spent + self._syncing_spent[key.id] + self._spent[key.id]
 
     def spend(self, key: Key, tokens: int) -> None:
-        """Count tokens against a quota; fewer than none are given back."""
+        """Count tokens against a quota. A negative number gives tokens back."""
         if self._store is not None and tokens:
             self._spent[key.id] += tokens
 
     def record(self, key: Key, user: str | None, used: TokenUsage) -> None:
-        """Keep what a request has used."""
+        """Add a finished request to the usage of a key and user."""
         if self._store is not None:
-            named = user or "" if len(self._used) < _MAX_USAGE_ROWS else ""
-            place = UsageKey(key.id, named, time.strftime("%Y-%m-%d", time.gmtime(self._wall())))
-            self._used[place] = self._used.get(place, UsageCounts()).plus(
+            name = user or "" if len(self._used) < _MAX_USAGE_ROWS else ""
+            usage_key = UsageKey(key.id, name, time.strftime("%Y-%m-%d", time.gmtime(self._wall())))
+            self._used[usage_key] = self._used.get(usage_key, UsageCounts()).plus(
                 UsageCounts(1, used.prompt, used.completion, used.cached)
             )
 
@@ -128,15 +129,15 @@ class KeyRegistry:
 
     @asynccontextmanager
     async def syncing(self) -> AsyncIterator[None]:
-        """Exchange news with the store until the end, and a last time then."""
+        """Synchronize with the store periodically while the context is open, and once more at its end."""
         over = asyncio.Event()
-        keeping = supervised(partial(self._keep, over), "exchange with the key file")
+        syncing = supervised(partial(self._sync_until, over), "synchronization with the key file")
         try:
             yield
         finally:
             over.set()
-            await asyncio.wait({keeping}, timeout=_FINAL_SYNC_SECONDS)
-            keeping.cancel()
+            await asyncio.wait({syncing}, timeout=_FINAL_SYNC_SECONDS)
+            syncing.cancel()
 
     @property
     def seconds_since_sync(self) -> float | None:
@@ -145,19 +146,19 @@ class KeyRegistry:
 
     @property
     def skipped_rows(self) -> int | None:
-        """Rows of the store that are no keys; None without a store."""
+        """Rows of the store that are not valid keys; None without a store."""
         return None if self._store is None else self._store.skipped_rows
 
     def _is_stale(self) -> bool:
-        """Whether the store has been unreadable for so long that keys in it may have been revoked; logged once."""
-        closed = self.clock() - self._known > self._trusted
-        if closed and not self._closed:
-            told = self._trusted / _SECOND
-            _log.error("The key file could not be read for %g s. Until it can be read, its keys open nothing.", told)
-        self._closed = closed
-        return closed
+        """Whether the store has been unreadable for so long that its keys may have been revoked. Logged once."""
+        stale = self.clock() - self._known > self._trusted
+        if stale and not self._stale_logged:
+            seconds = self._trusted / _SECOND
+            _log.error("The key file could not be read for %g s. Its keys are refused until it can be read.", seconds)
+        self._stale_logged = stale
+        return stale
 
-    async def _keep(self, over: asyncio.Event) -> None:
+    async def _sync_until(self, over: asyncio.Event) -> None:
         last = False
         while not last:
             with suppress(TimeoutError):
@@ -166,46 +167,46 @@ class KeyRegistry:
             await self.sync()
 
     async def sync(self) -> None:
-        """Write what was used and read what has changed. What goes wrong is told once, until it goes right again."""
+        """Write usage to the store and read changed keys. An error is logged once, until a synchronization succeeds."""
         if self._store is None:
             return
         batch = UsageUpdate(self._spent, self._used)
-        self._leaving, self._spent, self._used = self._spent, Counter(), {}
+        self._syncing_spent, self._spent, self._used = self._spent, Counter(), {}
         try:
-            news = await asyncio.to_thread(_sync_store, self._store, batch, self._store_version)
-        except Exception as error:  # whatever it is, keys are read again in half a second
+            result = await asyncio.to_thread(_sync_store, self._store, batch, self._store_version)
+        except Exception as error:  # after any error the keys are read again half a second later
             self._requeue(batch)
-            self._log_error(error, "Requests are served meanwhile, with the keys as they were.")
+            self._log_error(error, "Requests are served meanwhile with the keys that were last read.")
             self._is_stale()
             return
         self._known = self.clock()
         self._is_stale()
-        if news.problem is None:
-            self._leaving = Counter()
-            self._complained = False
+        if result.problem is None:
+            self._syncing_spent = Counter()
+            self._error_logged = False
         else:
             self._requeue(batch)
-            self._log_error(news.problem, "Requests are served meanwhile; what they use is written later.")
-        if news.keys is not None:
-            self._store_version = news.version
-            self._update_keys(news.keys)
+            self._log_error(result.problem, "Requests are served meanwhile; their usage is written later.")
+        if result.keys is not None:
+            self._store_version = result.version
+            self._update_keys(result.keys)
 
     def _log_error(self, error: Exception, meanwhile: str) -> None:
-        """Say once what is wrong; of an error that is not expected, where it comes from."""
-        if not self._complained:
+        """Log an error once; with its traceback if it is unexpected."""
+        if not self._error_logged:
             expected = isinstance(error, AfterwordError)
             message = error.message if isinstance(error, AfterwordError) else "The key store cannot be used."
             _log.warning("%s %s", message, meanwhile, exc_info=None if expected else error)
-        self._complained = True
+        self._error_logged = True
 
     def _requeue(self, batch: UsageUpdate) -> None:
-        self._leaving = Counter()
+        self._syncing_spent = Counter()
         self._spent.update(batch.spent)
-        for place, sums in batch.used.items():
-            self._used[place] = self._used.get(place, UsageCounts()).plus(sums)
+        for usage_key, counts in batch.used.items():
+            self._used[usage_key] = self._used.get(usage_key, UsageCounts()).plus(counts)
 
     def _update_keys(self, keys: Sequence[Key]) -> None:
-        """Know these keys of the store and no others. Who is inside stays there."""
+        """Replace the keys of the store. Requests that have begun keep their account."""
         before, self._stored = self._stored, {}
         for key in keys:
             account = before.get(key.id)
@@ -214,11 +215,11 @@ class KeyRegistry:
             account.key = key
             self._stored[key.id] = account
         accounts = (*self._stored.values(), *self._given)
-        self._is_valid = {account.key.digest: account for account in accounts}
+        self._by_digest = {account.key.digest: account for account in accounts}
 
 
 class Grant:
-    """What one request may use, from the door to its end."""
+    """The right of one request to use its key's limits, from its acceptance to its end."""
 
     def __init__(self, key_registry: KeyRegistry, account: Account) -> None:
         self._key_registry = key_registry
@@ -227,21 +228,20 @@ class Grant:
 
     @property
     def key(self) -> str:
-        """The key's id."""
         return self._account.key.id
 
     def reserve(self, tokens: int) -> LimitExceeded | None:
-        """Take the most tokens that the request can use, or say which limit is in the way."""
-        refusal = self._account.limiter.reserve(
+        """Take the most tokens that the request can use, or return the limit that refuses it."""
+        exceeded = self._account.limiter.reserve(
             tokens, self._key_registry.spent(self._account.key), self._key_registry.clock()
         )
-        if refusal is None:
+        if exceeded is None:
             self._reserved += tokens
             self._key_registry.spend(self._account.key, tokens)
-        return refusal
+        return exceeded
 
     def close(self, used: TokenUsage | None, user: str | None) -> None:
-        """The request is over: give back what it has not used. `used` is None if nothing was to be computed."""
+        """End the request and give back the tokens that it has not used. `used` is None if nothing was computed."""
         unused = max(0, self._reserved - (used.total if used else 0))
         self._reserved -= unused
         self._account.limiter.refund(unused, self._key_registry.clock())
@@ -251,12 +251,15 @@ class Grant:
             self._key_registry.record(self._account.key, user, used)
 
     def standing(self) -> tuple[LimitStatus, ...]:
-        """Where the key stands with its limits a minute."""
+        """The state of the key's per-minute limits."""
         return self._account.limiter.standing(self._key_registry.clock())
 
 
 class _SyncResult(NamedTuple):
-    """What an exchange has brought. `keys`: None if nothing has changed. `problem`: why nothing could be written."""
+    """The result of a synchronization.
+
+    `keys`: None if they have not changed. `problem`: why usage could not be written.
+    """
 
     keys: tuple[Key, ...] | None
     version: Version | None
@@ -264,14 +267,14 @@ class _SyncResult(NamedTuple):
 
 
 def _sync_store(store: KeyStore, batch: UsageUpdate, seen: Version | None) -> _SyncResult:
-    """In a thread: give a batch to the store and take its keys. Raises `SettingError` if they cannot be read."""
+    """Write `batch` to the store and read its keys. Runs in a thread. Raises `SettingError` if keys cannot be read."""
     version = store.version()
     problem: SettingError | None = None
     keys: tuple[Key, ...] | None = None
     if batch.spent or batch.used:
         try:
             keys = store.sync(batch)
-        except SettingError as error:  # a full disk, say: keys can be read all the same
+        except SettingError as error:  # on a full disk, for example, keys can still be read
             problem = error
     if keys is None and version != seen:
         keys = store.all()

@@ -1,7 +1,7 @@
-"""How much one key may do now. Pure: the clock is an argument, in nanoseconds, and only ever moves forward.
+"""The rate limits of one key. Pure: the current time is an argument, in nanoseconds.
 
-Whole numbers throughout, so that nothing is gained or lost by rounding: a unit is worth `MINUTE_NS`, and every
-nanosecond brings a bucket its limit.
+Token buckets count in whole numbers, so that rounding gains or loses nothing. One request or token counts as
+`MINUTE_NS`, and each nanosecond adds `limit` to the level. A clock that goes back adds nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Limit = Literal["requests", "tokens", "concurrent", "quota"]
 
 @dataclass(frozen=True, slots=True)
 class LimitExceeded:
-    """Which limit is in the way. `wait` is in nanoseconds, None if no wait would help."""
+    """A limit that refuses a request. `wait`: nanoseconds until it would be accepted; None if it never would be."""
 
     limit: Limit
     allowed: int
@@ -29,7 +29,7 @@ class LimitExceeded:
 
 @dataclass(frozen=True, slots=True)
 class LimitStatus:
-    """Where a key stands with a limit a minute. `full` is when all of it can be used again, in nanoseconds."""
+    """The state of a per-minute limit. `full`: nanoseconds until all of it is available again."""
 
     limit: Limit
     allowed: int
@@ -38,46 +38,49 @@ class LimitStatus:
 
 
 class TokenBucket:
-    """`limit` units a minute and at most `limit` at once."""
+    """Allows `limit` units a minute, and at most `limit` at once."""
 
     def __init__(self, limit: int, now: int) -> None:
         self.limit = limit
         self._level = limit * MINUTE_NS
-        self._at = now
+        self._updated = now
 
     def wait(self, amount: int, now: int) -> int | None:
-        """Nanoseconds until so much is there, None for never."""
+        """Nanoseconds until `amount` units are available; None if that is more than the bucket can hold."""
         if amount > self.limit:
             return None
         missing = amount * MINUTE_NS - self._refill(now)
         return max(0, -(-missing // self.limit))
 
     def take(self, amount: int, now: int) -> None:
-        """Take what `wait` said is there."""
+        """Take `amount` units, for which `wait` has just returned 0."""
         self._level = self._refill(now) - amount * MINUTE_NS
         assert self._level >= 0
 
     def refund(self, amount: int, now: int) -> None:
-        """Give back what was taken and not used; beyond the limit it is lost."""
+        """Give back unused units. What exceeds the limit is lost."""
         self._level = min(self.limit * MINUTE_NS, self._refill(now) + amount * MINUTE_NS)
 
     def remaining(self, now: int) -> int:
-        """Whole units that are there."""
+        """Whole units that are available."""
         return self._refill(now) // MINUTE_NS
 
     def full(self, now: int) -> int:
-        """Nanoseconds until it is full."""
+        """Nanoseconds until the bucket is full."""
         return -(-(self.limit * MINUTE_NS - self._refill(now)) // self.limit)
 
     def _refill(self, now: int) -> int:
-        passed = max(0, now - self._at)
-        self._at += passed
-        self._level = min(self.limit * MINUTE_NS, self._level + passed * self.limit)
+        elapsed = max(0, now - self._updated)
+        self._updated += elapsed
+        self._level = min(self.limit * MINUTE_NS, self._level + elapsed * self.limit)
         return self._level
 
 
 class RateLimiter:
-    """The limits of one key and what is in use of them. Requests `enter`, `reserve` tokens, `refund` some, `exit`."""
+    """The limits of one key and their current use.
+
+    A request calls `enter`, `reserve` for its tokens, `refund` for unused tokens, and `exit`.
+    """
 
     def __init__(self, allowance: Allowance, now: int) -> None:
         self.allowance = allowance
@@ -86,39 +89,42 @@ class RateLimiter:
         self._concurrent = 0
 
     def enter(self, now: int) -> LimitExceeded | None:
-        """Let a request in, or say why not."""
-        most = self.allowance.concurrent
-        if most is not None and self._concurrent >= most:
-            return LimitExceeded("concurrent", most, 0, 1, 10**9)
-        if self._requests is not None and (refusal := _refusal("requests", self._requests, 1, now)):
-            return refusal
+        """Accept a request, or return the limit that refuses it."""
+        maximum = self.allowance.concurrent
+        if maximum is not None and self._concurrent >= maximum:
+            return LimitExceeded("concurrent", maximum, 0, 1, 10**9)
+        if self._requests is not None and (exceeded := _exceeded("requests", self._requests, 1, now)):
+            return exceeded
         if self._requests is not None:
             self._requests.take(1, now)
         self._concurrent += 1
         return None
 
     def exit(self) -> None:
-        """A request that had entered is over."""
+        """End a request that was accepted."""
         self._concurrent -= 1
 
     def reserve(self, tokens: int, spent: int, now: int) -> LimitExceeded | None:
-        """Take the most that a request can use, or say why not. `spent` is what counts against the quota already."""
+        """Take the most tokens that a request can use, or return the limit that refuses it.
+
+        `spent`: the tokens that already count against the quota.
+        """
         quota = self.allowance.quota
         if quota is not None and spent + tokens > quota:
             return LimitExceeded("quota", quota, max(0, quota - spent), tokens, None)
         if self._tokens is not None:
-            if refusal := _refusal("tokens", self._tokens, tokens, now):
-                return refusal
+            if exceeded := _exceeded("tokens", self._tokens, tokens, now):
+                return exceeded
             self._tokens.take(tokens, now)
         return None
 
     def refund(self, tokens: int, now: int) -> None:
-        """Give back what was reserved and not used."""
+        """Give back reserved tokens that were not used."""
         if self._tokens is not None:
             self._tokens.refund(tokens, now)
 
     def standing(self, now: int) -> tuple[LimitStatus, ...]:
-        """Where the limits a minute stand."""
+        """The state of the per-minute limits."""
         buckets: tuple[tuple[Limit, TokenBucket | None], ...] = (("requests", self._requests), ("tokens", self._tokens))
         return tuple(
             LimitStatus(name, bucket.limit, bucket.remaining(now), bucket.full(now))
@@ -127,6 +133,6 @@ class RateLimiter:
         )
 
 
-def _refusal(name: Limit, bucket: TokenBucket, amount: int, now: int) -> LimitExceeded | None:
+def _exceeded(name: Limit, bucket: TokenBucket, amount: int, now: int) -> LimitExceeded | None:
     wait = bucket.wait(amount, now)
     return None if wait == 0 else LimitExceeded(name, bucket.limit, bucket.remaining(now), amount, wait)

@@ -1,6 +1,6 @@
-"""Wrong keys: so many a minute from one address, then each further one is told to wait. Pure; see `limiter`.
+"""Limits wrong keys per address and minute. Pure: the current time is an argument, in nanoseconds.
 
-Right keys are never counted and never wait: several clients may share one address, such as that of a proxy.
+Valid keys are never counted and never refused, since several clients may share one address, such as a proxy's.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from collections import OrderedDict
 
 from afterword.keys.rate_limiter import TokenBucket
 
-_MAX_ADDRESSES = 4096  # addresses that are remembered, the latest ones, so that the memory stays bounded
+_MAX_ADDRESSES = 4096  # the latest addresses that are remembered, so that memory stays bounded
 
 
 class WrongKeyThrottle:
-    """`limit` wrong keys a minute from one address; 0 is any number."""
+    """Allows `limit` wrong keys per minute from one address; 0 means no limit."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
 
     def wait(self, peer: str, now: int) -> int:
-        """Count a wrong key of this address. Nanoseconds until it may try another one; 0: it may now."""
+        """Count a wrong key from an address. Nanoseconds until the address may try another one; 0: at once."""
         if not self._limit:
             return 0
         address = network(peer)
@@ -37,7 +37,10 @@ class WrongKeyThrottle:
 
 
 def network(peer: str) -> str:
-    """What one person has of an address: all of IPv4, the first half of IPv6; nothing of what is no address."""
+    """The address that is counted: an IPv4 address, or the first 64 bits of an IPv6 address.
+
+    An IPv4-mapped IPv6 address counts as IPv4. Text that is not an address gives "".
+    """
     try:
         address = ipaddress.ip_address(peer)
     except ValueError:

@@ -1,9 +1,10 @@
-"""What is counted of requests, and all figures in Prometheus' text format. Knows no web framework and no request.
+"""Counts requests, and writes all metrics in Prometheus' text format. It imports no web framework.
 
-Two owners count: `Metrics` here what requests were and how they ended, each when it is over; an engine's
-`EngineMetrics` what was computed, as it comes. Labels take values from closed sets only: names of models that are
-served, routes as we name them, codes of errors; never a word of a caller. What each figure means to an operator is in
-docs/metrics.md.
+`Metrics` counts requests and how they ended, each when it is over. An engine's `EngineMetrics` counts computed tokens
+and forward passes as they happen. The event loop owns both.
+
+Label values come from closed sets only: names of served models, names of routes, error codes. They never contain text
+that a client sent. docs/metrics.md describes every metric.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from afterword.engine.protocol import Load, PassStats
 from afterword.observability.histogram import Histogram
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
-"""The only format: OpenMetrics allows no colons, so its library writes `vllm_…` where boards ask for `vllm:…`."""
+"""The only format. OpenMetrics allows no colons in names: its library would write `vllm_…` where dashboards query
+`vllm:…`."""
 
 ENGINE_STATES = ("unloaded", "starting", "ready", "restarting", "failing", "closed")
 SERVER_STATES = ("starting", "ready", "degraded", "draining")
@@ -37,10 +39,11 @@ _COUNT_BOUNDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 
 
 class CompletionOutcome(msgspec.Struct, frozen=True):
-    """What became of a completion that was handed to an engine.
+    """How a completion ended that was given to an engine.
 
-    Of `choices` those in `reasons` were ended. `begun` and `first`, when anything of it was computed and when the first
-    of the answer was there, are seconds after the request came. `generated_tokens` are in the text or not.
+    `choices`: the number of requested choices; `reasons`: the finish reasons of those that ended. `begun` and `first`:
+    seconds from the request to the first forward pass and to the first text of the response; None if there was none.
+    `generated_tokens` counts all of them, whether or not they are in the text.
     """
 
     model: str
@@ -55,10 +58,10 @@ class CompletionOutcome(msgspec.Struct, frozen=True):
 
 
 class RequestOutcome(msgspec.Struct, frozen=True):
-    """A request that is over. `error`: the code that was told, or the type where an error has none.
+    """A finished request. `error`: its error code, or the error type where the code is null.
 
-    `failed`: the error was not the caller's. `in_process`: it was a row of a batch, which is no HTTP request and for
-    which nobody waits. `seconds` it took, from its head to the end of its answer.
+    `failed`: the server or load caused the error, not the client. `in_process`: a line of a batch, not an HTTP request.
+    `seconds`: the time from the request's head to the end of the response.
     """
 
     method: str
@@ -72,7 +75,7 @@ class RequestOutcome(msgspec.Struct, frozen=True):
 
     @property
     def is_complete(self) -> bool:
-        """Whether it was a completion and every choice was ended."""
+        """Whether the request was a completion and all of its choices ended."""
         return (
             self.completion is not None
             and len(self.completion.reasons) == self.completion.choices
@@ -81,7 +84,7 @@ class RequestOutcome(msgspec.Struct, frozen=True):
 
     @property
     def incomplete_reason(self) -> str | None:
-        """Why choices were not ended; None where the request was refused, which is no answer to count."""
+        """Why some choices did not end. None if all did, or if the request was rejected before any computation."""
         if self.completion is None or len(self.completion.reasons) == self.completion.choices:
             return None
         if not self.failed:
@@ -91,7 +94,10 @@ class RequestOutcome(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class EngineSnapshot:
-    """One model at this moment. `room`: tokens that its slots can hold; `memory`: bytes, None without a process."""
+    """The state of one model at this moment.
+
+    `room`: tokens that its slots can hold. `memory`: bytes of the worker's resident memory; None without a worker.
+    """
 
     model: str
     state: str
@@ -104,14 +110,18 @@ class EngineSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class KeySnapshot:
-    """The key file. `unread`: seconds since the keys were last known to be those of the file; None without a file."""
+    """The state of the key store.
+
+    `unread`: seconds since the server last knew the keys to be those of the file. `skipped`: rows that are not valid
+    keys. Both are None without a key store.
+    """
 
     unread: float | None = None
     skipped: int | None = None
 
 
-class _Requests:
-    """Completions of one model."""
+class _ModelCounters:
+    """The counters of one model's completions."""
 
     def __init__(self) -> None:
         self.reasons: Counter[str] = Counter()
@@ -123,9 +133,10 @@ class _Requests:
 
 
 class Metrics:
-    """Owner of what is counted of requests. One event loop calls everything.
+    """Counts finished requests and writes the metrics page. It is used from one event loop.
 
-    `rejected`: who never came as far as a request, by the code or the status they were told; the door counts them.
+    `rejected` counts connections that received an error before there was a request, by error code or status. The
+    transport counts them.
     """
 
     def __init__(self, models: Iterable[str] = (), prefix: str = "afterword") -> None:
@@ -133,61 +144,60 @@ class Metrics:
         self._prefix = prefix
         self._http: Counter[tuple[str, str, str]] = Counter()
         self._errors: Counter[str] = Counter()
-        self._requests = {model: _Requests() for model in models}
+        self._requests = {model: _ModelCounters() for model in models}
         self._process = CollectorRegistry()
         ProcessCollector(registry=self._process)
 
     def record_request(self, outcome: RequestOutcome) -> None:
-        """A request is over."""
         if not outcome.in_process:
             method = outcome.method if outcome.method in METHODS else "other"
             self._http[outcome.route, method, f"{outcome.status // 100}xx"] += 1
         if outcome.error is not None:
             self._errors[outcome.error] += 1
         if outcome.completion is not None:
-            self._answered(outcome, outcome.completion)
+            self._record_completion(outcome, outcome.completion)
 
-    def _answered(self, outcome: RequestOutcome, answer: CompletionOutcome) -> None:
-        requests = self._requests.get(answer.model)
+    def _record_completion(self, outcome: RequestOutcome, completion: CompletionOutcome) -> None:
+        requests = self._requests.get(completion.model)
         if requests is None:
-            requests = self._requests[answer.model] = _Requests()
-        for reason in answer.reasons:
+            requests = self._requests[completion.model] = _ModelCounters()
+        for reason in completion.reasons:
             requests.reasons[reason] += 1
-        if loss := outcome.incomplete_reason:
-            requests.reasons[loss] += answer.choices - len(answer.reasons)
-        if answer.first is not None and not outcome.in_process:
-            requests.first.add(answer.first)
+        if missing := outcome.incomplete_reason:
+            requests.reasons[missing] += completion.choices - len(completion.reasons)
+        if completion.first is not None and not outcome.in_process:
+            requests.first.add(completion.first)
         if outcome.is_complete and not outcome.in_process:
             requests.whole.add(outcome.seconds)
         if outcome.is_complete:
-            requests.prompt_tokens.add(answer.prompt_tokens)
-            requests.generated_tokens.add(answer.generated_tokens)
-            requests.n.add(answer.n)
+            requests.prompt_tokens.add(completion.prompt_tokens)
+            requests.generated_tokens.add(completion.generated_tokens)
+            requests.n.add(completion.n)
 
     def text(self, server: str, engines: Sequence[EngineSnapshot], keys: KeySnapshot = KeySnapshot()) -> bytes:
-        """All figures. `server`: the state of the whole."""
+        """The metrics page. `server`: the state of the server, one of `SERVER_STATES`."""
         registry = CollectorRegistry(auto_describe=False)
-        families = (self._of_server(server), _of_keys(self._prefix, keys), self._of_requests())
-        registry.register(_StaticCollector([*chain(*families), *_of_engines(self._prefix, engines)]))
+        families = (self._server_families(server), _key_families(self._prefix, keys), self._request_families())
+        registry.register(_StaticCollector([*chain(*families), *_engine_families(self._prefix, engines)]))
         return generate_latest(registry) + generate_latest(self._process)
 
-    def _of_server(self, server: str) -> Iterator[Metric]:
+    def _server_families(self, server: str) -> Iterator[Metric]:
         prefix = self._prefix
-        http = CounterMetricFamily("http_requests", "Requests that are over.", labels=("handler", "method", "status"))
+        http = CounterMetricFamily("http_requests", "Finished requests.", labels=("handler", "method", "status"))
         for labels, count in sorted(self._http.items()):
             http.add_metric(labels, count)
         yield http
-        build = GaugeMetricFamily(f"{prefix}:build_info", "1, for the version that runs.", labels=("version",))
+        build = GaugeMetricFamily(f"{prefix}:build_info", "1 for the running version.", labels=("version",))
         build.add_metric((__version__,), 1)
         yield build
         state = GaugeMetricFamily(f"{prefix}:server_state", "1 for the state of the server.", labels=("state",))
         for each in SERVER_STATES:
             state.add_metric((each,), each == server)
         yield state
-        yield _counted(f"{prefix}:request_errors", "Errors that callers were told.", self._errors)
-        yield _counted(f"{prefix}:connections_refused", "Connections that were told an error.", self.rejected)
+        yield _counted(f"{prefix}:request_errors", "Errors sent to clients.", self._errors)
+        yield _counted(f"{prefix}:connections_refused", "Connections that received an error.", self.rejected)
 
-    def _of_requests(self) -> Iterator[Metric]:
+    def _request_families(self) -> Iterator[Metric]:
         ended = CounterMetricFamily(
             f"{self._prefix}:request_success", "Choices that have ended.", labels=("model_name", "finished_reason")
         )
@@ -195,13 +205,13 @@ class Metrics:
             for reason in FINISH_REASONS:
                 ended.add_metric((model, reason), requests.reasons[reason])
         yield ended
-        for name, (about, histogram) in _OF_REQUESTS.items():
+        for name, (description, histogram) in _REQUEST_HISTOGRAMS.items():
             values = {(model,): histogram(requests) for model, requests in self._requests.items()}
-            yield _histogram(f"{self._prefix}:{name}", about, values)
+            yield _histogram(f"{self._prefix}:{name}", description, values)
 
 
 class _StaticCollector:
-    """Families that are made already, as the library wants to collect them."""
+    """A collector, in the form that the library requires, of metric families that exist already."""
 
     def __init__(self, families: Sequence[Metric]) -> None:
         self._families = families
@@ -210,18 +220,18 @@ class _StaticCollector:
         return self._families
 
 
-def _of_keys(prefix: str, keys: KeySnapshot) -> Iterator[Metric]:
-    for name, about, value in (
-        ("keys_unread_seconds", "Since the keys were last known to be those of the key file.", keys.unread),
-        ("keys_skipped", "Rows of the key file that are no keys.", keys.skipped),
+def _key_families(prefix: str, keys: KeySnapshot) -> Iterator[Metric]:
+    for name, description, value in (
+        ("keys_unread_seconds", "Seconds since the keys were last known to be those of the key file.", keys.unread),
+        ("keys_skipped", "Rows of the key file that are not valid keys.", keys.skipped),
     ):
-        family = GaugeMetricFamily(f"{prefix}:{name}", about)
+        family = GaugeMetricFamily(f"{prefix}:{name}", description)
         if value is not None:
             family.add_metric((), value)
         yield family
 
 
-def _of_engines(prefix: str, engines: Sequence[EngineSnapshot]) -> Iterator[Metric]:
+def _engine_families(prefix: str, engines: Sequence[EngineSnapshot]) -> Iterator[Metric]:
     state = GaugeMetricFamily(
         f"{prefix}:engine_state", "1 for the state of the model's engine.", labels=("model_name", "state")
     )
@@ -229,26 +239,28 @@ def _of_engines(prefix: str, engines: Sequence[EngineSnapshot]) -> Iterator[Metr
         for each in ENGINE_STATES:
             state.add_metric((engine.model, each), each == engine.state)
     yield state
-    for name, (about, gauge) in _GAUGES.items():
-        family = GaugeMetricFamily(f"{prefix}:{name}", about, labels=("model_name",))
+    for name, (description, gauge) in _GAUGES.items():
+        family = GaugeMetricFamily(f"{prefix}:{name}", description, labels=("model_name",))
         for engine in engines:
             if (value := gauge(engine)) is not None:
                 family.add_metric((engine.model,), value)
         yield family
-    for name, (about, count) in _COUNTERS.items():
-        counter = CounterMetricFamily(f"{prefix}:{name}", about, labels=("model_name",))
+    for name, (description, count) in _COUNTERS.items():
+        counter = CounterMetricFamily(f"{prefix}:{name}", description, labels=("model_name",))
         for engine in engines:
             counter.add_metric((engine.model,), count(engine.metrics))
         yield counter
-    for name, (about, histogram) in _HISTOGRAMS.items():
-        yield _histogram(f"{prefix}:{name}", about, {(engine.model,): histogram(engine.metrics) for engine in engines})
-    for name, (about, passes) in _OF_PASSES.items():
+    for name, (description, histogram) in _HISTOGRAMS.items():
+        yield _histogram(
+            f"{prefix}:{name}", description, {(engine.model,): histogram(engine.metrics) for engine in engines}
+        )
+    for name, (description, passes) in _PASS_HISTOGRAMS.items():
         kinds = {(engine.model, kind): passes(each) for engine in engines for kind, each in engine.metrics.kinds()}
-        yield _histogram(f"{prefix}:{name}", about, kinds, ("model_name", "kind"))
+        yield _histogram(f"{prefix}:{name}", description, kinds, ("model_name", "kind"))
 
 
-def _counted(name: str, about: str, counts: Counter[str]) -> CounterMetricFamily:
-    counter = CounterMetricFamily(name, about, labels=("code",))
+def _counted(name: str, description: str, counts: Counter[str]) -> CounterMetricFamily:
+    counter = CounterMetricFamily(name, description, labels=("code",))
     for code, count in sorted(counts.items()):
         counter.add_metric((code,), count)
     return counter
@@ -256,11 +268,11 @@ def _counted(name: str, about: str, counts: Counter[str]) -> CounterMetricFamily
 
 def _histogram(
     name: str,
-    about: str,
+    description: str,
     histograms: Mapping[Any, Histogram],
     labels: tuple[str, ...] = ("model_name",),
 ) -> HistogramMetricFamily:
-    family = HistogramMetricFamily(name, about, labels=labels)
+    family = HistogramMetricFamily(name, description, labels=labels)
     for values, histogram in histograms.items():
         below = 0
         buckets: list[tuple[str, float]] = []
@@ -275,36 +287,39 @@ def _fraction(engine: EngineSnapshot, tokens: int) -> float:
     return tokens / engine.room if engine.room else 0.0
 
 
-_OF_REQUESTS: dict[str, tuple[str, Callable[[_Requests], Histogram]]] = {
-    "time_to_first_token_seconds": ("From a request's head to the first of its answer.", lambda each: each.first),
-    "e2e_request_latency_seconds": ("From a request's head to the end of its answer.", lambda each: each.whole),
-    "request_prompt_tokens": ("prompt_tokens of whole answers.", lambda each: each.prompt_tokens),
-    "request_generation_tokens": ("Tokens generated for whole answers.", lambda each: each.generated_tokens),
-    "request_params_n": ("n of whole answers.", lambda each: each.n),
+_REQUEST_HISTOGRAMS: dict[str, tuple[str, Callable[[_ModelCounters], Histogram]]] = {
+    "time_to_first_token_seconds": (
+        "From a request's head to the first text of the response.",
+        lambda each: each.first,
+    ),
+    "e2e_request_latency_seconds": ("From a request's head to the end of the response.", lambda each: each.whole),
+    "request_prompt_tokens": ("prompt_tokens of complete responses.", lambda each: each.prompt_tokens),
+    "request_generation_tokens": ("Tokens generated for complete responses.", lambda each: each.generated_tokens),
+    "request_params_n": ("n of complete responses.", lambda each: each.n),
 }
 _GAUGES: dict[str, tuple[str, Callable[[EngineSnapshot], float | None]]] = {
-    "num_requests_running": ("Samples that are computed.", lambda each: each.load.running),
-    "num_requests_waiting": ("Samples that wait.", lambda each: each.load.waiting),
+    "num_requests_running": ("Samples that have a slot.", lambda each: each.load.running),
+    "num_requests_waiting": ("Samples that wait for a slot.", lambda each: each.load.waiting),
     "kv_cache_usage_perc": (
-        "Share of the room that samples fill; 1 is all.",
+        "Share of the KV cache that running samples use; 1 is all of it.",
         lambda each: _fraction(each, each.pass_stats.used_tokens),
     ),
     "kv_cache_kept_perc": (
-        "Share of the room that is kept for later.",
+        "Share of the KV cache that holds reusable prefixes.",
         lambda each: _fraction(each, each.pass_stats.cached_tokens),
     ),
-    "engine_resident_memory_bytes": ("Memory of the engine's process.", lambda each: each.memory),
+    "engine_resident_memory_bytes": ("Resident memory of the worker process.", lambda each: each.memory),
 }
 _COUNTERS: dict[str, tuple[str, Callable[[EngineMetrics], float]]] = {
-    "prompt_tokens": ("Tokens of prompts, found or computed.", lambda engine_metrics: engine_metrics.prompt_tokens),
-    "generation_tokens": ("Tokens that were generated.", lambda engine_metrics: engine_metrics.generated_tokens),
+    "prompt_tokens": ("Prompt tokens, cached or computed.", lambda engine_metrics: engine_metrics.prompt_tokens),
+    "generation_tokens": ("Generated tokens.", lambda engine_metrics: engine_metrics.generated_tokens),
     "prefix_cache_queries": (
-        "Tokens of prompts that were looked for.",
+        "Prompt tokens looked up in the prefix cache.",
         lambda engine_metrics: engine_metrics.prompt_tokens,
     ),
-    "prefix_cache_hits": ("Tokens of prompts that were found.", lambda engine_metrics: engine_metrics.cached_tokens),
+    "prefix_cache_hits": ("Prompt tokens found in the cache.", lambda engine_metrics: engine_metrics.cached_tokens),
     "engine_restarts": (
-        "Engines that were started after one had died.",
+        "Workers that were started to replace one that died or hung.",
         lambda engine_metrics: engine_metrics.restarts,
     ),
 }
@@ -313,11 +328,17 @@ _HISTOGRAMS: dict[str, tuple[str, Callable[[EngineMetrics], Histogram]]] = {
         "From one token of a sample to the next.",
         lambda engine_metrics: engine_metrics.inter_token_seconds,
     ),
-    "request_queue_time_seconds": ("Until a prompt's turn came.", lambda engine_metrics: engine_metrics.queued),
-    "request_prefill_time_seconds": ("From then to its first token.", lambda engine_metrics: engine_metrics.prefill),
-    "request_decode_time_seconds": ("From then to its last token.", lambda engine_metrics: engine_metrics.decode),
+    "request_queue_time_seconds": (
+        "From a prompt's arrival to its start.",
+        lambda engine_metrics: engine_metrics.queued,
+    ),
+    "request_prefill_time_seconds": (
+        "From the start to the first token.",
+        lambda engine_metrics: engine_metrics.prefill,
+    ),
+    "request_decode_time_seconds": ("From the first to the last token.", lambda engine_metrics: engine_metrics.decode),
 }
-_OF_PASSES: dict[str, tuple[str, Callable[[PassHistograms], Histogram]]] = {
+_PASS_HISTOGRAMS: dict[str, tuple[str, Callable[[PassHistograms], Histogram]]] = {
     "engine_pass_tokens": ("Tokens of a forward pass.", lambda passes: passes.tokens),
-    "engine_pass_seconds": ("What a forward pass took.", lambda passes: passes.seconds),
+    "engine_pass_seconds": ("Duration of a forward pass.", lambda passes: passes.seconds),
 }

@@ -1,1 +1,1 @@
-"""How limits and durations are declared and parsed."""
+"""Declares and parses limits and durations."""

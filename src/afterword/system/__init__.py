@@ -1,1 +1,1 @@
-"""What the operating system gives to the process: memory, cores, background tasks."""
+"""The machine's resources, and background tasks and threads that log their failures."""

@@ -1,7 +1,8 @@
-"""What this process may use of the machine: bytes of memory and cores, within the limits of its cgroups.
+"""Memory and processor cores that this process may use, within the limits of its cgroups.
 
-Both versions of cgroups are read, and every folder from the process's own to the root of the mount: each may set a
-limit. In a container the path that `/proc/self/cgroup` names may not exist; the root of the mount is then its own.
+It reads both versions of cgroups, and every folder from the process's own cgroup up to the root of the mount: each
+may set a limit. In a container the path in `/proc/self/cgroup` may not exist; then the root of the mount is the
+process's own cgroup. Everything is read again at each call; the module keeps no state.
 """
 
 from __future__ import annotations
@@ -21,30 +22,30 @@ CPUS = Path("/sys/devices/system/cpu")
 
 
 def available_memory() -> int:
-    """Bytes that can still be taken: what the machine has left, or less where a cgroup sets a limit."""
-    rooms = (memory_room(folder) for folder in cgroups("memory"))
-    return min([int(psutil.virtual_memory().available), *(room for room in rooms if room is not None)])
+    """Bytes of memory that can still be allocated: what the machine has left, or less where a cgroup sets a limit."""
+    free = (memory_room(folder) for folder in cgroups("memory"))
+    return min([int(psutil.virtual_memory().available), *(size for size in free if size is not None)])
 
 
 def cores() -> int:
     """Physical cores that this process may keep busy: those of its affinity mask, within its CPU quota; at least 1.
 
-    More threads than that wait for each other most of the time.
+    More compute threads than that wait for each other most of the time.
     """
     quotas = (cpu_quota(folder) for folder in cgroups("cpu"))
     return max(1, min([allowed_cores(), *(int(quota) for quota in quotas if quota is not None)]))
 
 
 def allowed_cores() -> int:
-    """Physical cores of the affinity mask; all of the machine's where the system has no such mask."""
-    everywhere = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    """Physical cores of the affinity mask; all of the machine's cores where the system has no affinity masks."""
+    all_cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     if not hasattr(os, "sched_getaffinity"):
-        return everywhere
-    return min(everywhere, len({_siblings(cpu) for cpu in os.sched_getaffinity(0)}))
+        return all_cores
+    return min(all_cores, len({_siblings(cpu) for cpu in os.sched_getaffinity(0)}))
 
 
 def cgroups(controller: str) -> Iterator[Path]:
-    """The folders that can limit this process's use of `controller` ("memory", "cpu"), in both versions."""
+    """The folders of both versions that can limit this process's use of `controller` ("memory" or "cpu")."""
     try:
         lines = MEMBERSHIPS.read_text().splitlines()
     except (OSError, UnicodeDecodeError):
@@ -60,46 +61,46 @@ def cgroups(controller: str) -> Iterator[Path]:
 
 
 def memory_room(folder: Path) -> int | None:
-    """Bytes left under a cgroup's limit, its file cache counted as free; None if it sets none."""
+    """Bytes left under a cgroup's memory limit, with its inactive file cache counted as free; None without a limit."""
     if (folder / "memory.max").exists():
-        return _room(folder, "memory.max", "memory.current", "inactive_file")
-    return _room(folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        return _free_memory(folder, "memory.max", "memory.current", "inactive_file")
+    return _free_memory(folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 def cpu_quota(folder: Path) -> float | None:
-    """Cores' worth of time that a cgroup may use; None if it sets no limit."""
+    """A cgroup's CPU quota as a number of cores; None without a limit."""
     if (folder / "cpu.max").exists():
         return _read(lambda: _ratio(*(folder / "cpu.max").read_text().split()))
     quota, period = folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us"
     return _read(lambda: _ratio(quota.read_text(), period.read_text()))
 
 
-def _room(folder: Path, limit: str, used: str, cache: str) -> int | None:
-    """`limit` and `used` are names of files, `cache` is a row of `memory.stat`."""
-    most = _read(lambda: int((folder / limit).read_text()))
-    taken = _read(lambda: int((folder / used).read_text()))
-    if most is None or taken is None:
+def _free_memory(folder: Path, limit: str, used: str, cache: str) -> int | None:
+    """As `memory_room`. `limit` and `used` are names of files, `cache` is a row of `memory.stat`."""
+    maximum = _read(lambda: int((folder / limit).read_text()))
+    usage = _read(lambda: int((folder / used).read_text()))
+    if maximum is None or usage is None:
         return None
     rows = (line.split() for line in (_read((folder / "memory.stat").read_text) or "").splitlines())
     free = next((int(row[1]) for row in rows if row[0] == cache), 0)
-    return max(0, most - max(0, taken - free))
+    return max(0, maximum - max(0, usage - free))
 
 
 def _ratio(quota: str, period: str) -> float | None:
-    """`quota` is "max" (which is a ValueError) or negative where there is no limit."""
+    """`quota / period`; None if `quota` is negative, which means no limit. "max" raises `ValueError`."""
     return int(quota) / int(period) if int(quota) > 0 and int(period) > 0 else None
 
 
 def _read(read: Callable[[], T]) -> T | None:
-    """What `read` returns; None where there is no such file or no number in it, such as "max"."""
+    """The result of `read`; None if the file does not exist or has no number in it, such as "max"."""
     try:
         return read()
-    except (OSError, ValueError, TypeError):  # TypeError: a row of `cpu.max` with too few words
+    except (OSError, ValueError, TypeError):  # TypeError: a row of `cpu.max` has too few words
         return None
 
 
 def _siblings(cpu: int) -> str:
-    """Names the physical core of a logical one."""
+    """The list of logical processors on the same physical core, as the kernel writes it; it identifies the core."""
     for name in ("core_cpus_list", "thread_siblings_list"):
         if (found := _read((CPUS / f"cpu{cpu}" / "topology" / name).read_text)) is not None:
             return found

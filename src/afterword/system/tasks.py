@@ -1,4 +1,4 @@
-"""Background tasks and threads that cannot end unnoticed: what raises is logged, and runs again or ends its process."""
+"""Background tasks and threads. Each exception is logged; then the work is repeated or the process ends."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, NoReturn
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds before a task that has raised runs again
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds before a failed task runs again
 _SWITCH = 0.0005
-"""Seconds after which a thread that computes in Python leaves the interpreter to one that waits for it. An event loop
-takes the interpreter back after each system call, so Python's 5 ms would add up to a tenth of a second in one turn."""
+"""Seconds after which a running Python thread releases the interpreter lock to a thread that waits for it.
+
+An event loop acquires the lock again after each system call. With Python's default of 5 ms, the waits of one turn of
+the loop would add up to a tenth of a second.
+"""
 _FATAL = 70
-"""The exit status of a process that one of its threads has ended: an internal software error, as sysexits.h has it."""
+"""The exit status of a process that one of its threads has ended: `EX_SOFTWARE` of sysexits.h."""
 
 _log = logging.getLogger(__name__)
 
@@ -24,10 +27,10 @@ TaskFunction = Callable[[], Coroutine[Any, Any, None]]
 
 
 def supervised(work: TaskFunction, name: str, on_error: Callable[[], None] = lambda: None) -> asyncio.Task[None]:
-    """A task that does `work` until that returns or the task is cancelled.
+    """A task that runs `work` until it returns or the task is cancelled.
 
-    When the work raises, the exception is logged, `on_error` is called, and the work begins again after a pause. The
-    pause doubles with each failure, up to a minute; work that has run for a minute begins with the first pause again.
+    When `work` raises, the exception is logged, `on_error` is called, and `work` is called again after a pause. The
+    pause doubles with each failure, up to a minute. After a run of more than a minute the first pause applies again.
     """
     return asyncio.create_task(_supervise(work, name, on_error), name=name)
 
@@ -42,17 +45,17 @@ async def _supervise(work: TaskFunction, name: str, on_error: Callable[[], None]
         except Exception:
             if time.monotonic() - began > _LONGEST_PAUSE:
                 pause = _FIRST_PAUSE
-            _log.exception("The background task %s has failed. It begins again in %g s.", name, pause)
+            _log.exception("The background task %s has failed. It starts again in %g s.", name, pause)
         try:
             on_error()
         except Exception:
-            _log.exception("The background task %s cannot clean up after its failure.", name)
+            _log.exception("The background task %s could not clean up after its failure.", name)
         await asyncio.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
 
 
 def run_logged(work: TaskFunction, name: str) -> asyncio.Task[None]:
-    """A task that is done once. It raises nothing: an exception is logged."""
+    """A task that runs `work` once. It never raises: an exception is logged."""
     return asyncio.create_task(_log_failure(work, name), name=name)
 
 
@@ -64,12 +67,15 @@ async def _log_failure(work: TaskFunction, name: str) -> None:
 
 
 def switch_threads_soon() -> None:
-    """To be called once in a process whose threads compute beside its event loop or its forward passes."""
+    """Set a short switch interval, for a process with threads that compute beside an event loop or forward passes.
+
+    Call it once per process.
+    """
     sys.setswitchinterval(_SWITCH)
 
 
 def vital_thread(work: Callable[..., None], *arguments: Any, name: str) -> threading.Thread:
-    """A daemon thread without which its process is of no use: when the work raises, the process ends at once."""
+    """Start a daemon thread that its process cannot work without: if `work` raises, the process ends at once."""
     thread = threading.Thread(target=_run_or_end, args=(work, arguments, name), name=name, daemon=True)
     thread.start()
     return thread
@@ -79,7 +85,7 @@ def _run_or_end(work: Callable[..., None], arguments: tuple[Any, ...], name: str
     try:
         work(*arguments)
     except BaseException as problem:
-        if not isinstance(problem, OSError):  # the other process is gone, which is how these processes usually end
+        if not isinstance(problem, OSError):  # the other process has ended, as usually at a shutdown
             _log.exception("The thread %s has failed; its process ends.", name)
         end_process()
 

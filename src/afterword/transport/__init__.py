@@ -1,1 +1,1 @@
-"""Between the socket and the application: who may connect, how long each part of a request may take, when to stop."""
+"""TCP connections: how many are open, how long each part of a request may take, and when they close."""

@@ -1,4 +1,7 @@
-"""How many may be connected: in all, from one address, and with the file descriptors that the system allows."""
+"""How many connections may be open: in total, per client address, and within the system's limit on open files.
+
+`ConnectionLimiter` owns the counts; it runs on the event loop. `raise_file_limit` changes the process's file limit.
+"""
 
 from __future__ import annotations
 
@@ -6,39 +9,42 @@ import ipaddress
 import resource
 from collections import Counter
 
-# file descriptors of a connection: its socket, and a file that is downloaded or uploaded over it
+# file descriptors per connection: its socket, and a file that is downloaded or uploaded over it
 _DESCRIPTORS_PER_CONNECTION = 2
 _RESERVED_DESCRIPTORS = 128
-"""File descriptors that connections never take.
+"""File descriptors that are reserved for everything but connections.
 
-About 20 are open from the start (streams, event loop, listener, log, key file). An engine that is replaced needs 8
-until it runs, and keeps 2. Each of up to 16 batches has at most 5 (its journal with SQLite's, its input, its output, a
-folder).
+About 20 are open from the start (standard streams, event loop, listener, log, key file). Replacing a worker needs 8
+until the new worker runs, which keeps 2. Each of up to 16 batches needs at most 5: its journal with SQLite's files, its
+input, its output, a folder.
 """
 _SCARCE_DESCRIPTORS = 32
-"""Where so few are left (a sixteenth, of less than 512), whatever has taken the others, no connection is accepted."""
+"""The server accepts no connection while fewer file descriptors than this are free.
+
+If the limit on open files is below 512, the number is a sixteenth of that limit.
+"""
 
 
 class ConnectionLimiter:
-    """The places that are taken. One event loop calls everything.
+    """Counts open connections. It is used from one event loop.
 
-    `most_of_one` does not hold for `proxies`, behind which many are.
+    `max_connections` bounds all connections together. `max_per_client` bounds those of one address, except for the
+    addresses in `proxies`, over which many clients connect.
     """
 
-    def __init__(self, most: int, most_of_one: int, proxies: tuple[str, ...] = ()) -> None:
-        self._max_connections = most
-        self._max_per_client = most_of_one
+    def __init__(self, max_connections: int, max_per_client: int, proxies: tuple[str, ...] = ()) -> None:
+        self._max_connections = max_connections
+        self._max_per_client = max_per_client
         self._proxies = frozenset(proxies)
         self._by_client: Counter[str] = Counter()
         self._total = 0
 
     @property
     def open_connections(self) -> int:
-        """How many there are."""
         return self._total
 
     def acquire(self, peer: str) -> bool:
-        """Whether there was a place for one more."""
+        """Count one more connection from the address `peer`. False if a limit is reached; then nothing is counted."""
         name = _client_network(peer)
         if self._total >= self._max_connections or (
             self._by_client[name] >= self._max_per_client and peer not in self._proxies
@@ -49,7 +55,6 @@ class ConnectionLimiter:
         return True
 
     def release(self, peer: str) -> None:
-        """Give a place back."""
         name = _client_network(peer)
         self._total -= 1
         self._by_client[name] -= 1
@@ -58,9 +63,10 @@ class ConnectionLimiter:
 
 
 def raise_file_limit(wanted: int) -> int:
-    """Raise this process's limit on open files as far as wanted and allowed. How many connections that is.
+    """Raise this process's limit on open files as far as `wanted` connections need and the system allows.
 
-    Where few are allowed, connections get half of them at least.
+    Returns how many connections the new limit allows: at most `wanted`, at least 1. At least half of the files are for
+    connections where the limit is low.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = wanted * _DESCRIPTORS_PER_CONNECTION + _RESERVED_DESCRIPTORS
@@ -73,13 +79,16 @@ def raise_file_limit(wanted: int) -> int:
 
 
 def is_scarce_descriptor(descriptor: int) -> bool:
-    """Whether a descriptor that was just opened shows that few are left: the system gives out the lowest free one."""
+    """Whether the number of a newly opened descriptor shows that few are free: the system assigns the lowest one."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return soft != resource.RLIM_INFINITY and descriptor >= soft - min(_SCARCE_DESCRIPTORS, soft // 16)
 
 
 def _client_network(peer: str) -> str:
-    """Who counts as one: an address; of IPv6 the first half, all of which belongs to one customer."""
+    """The address that limits apply to: an IPv4 address, or the first 64 bits of an IPv6 address.
+
+    A provider assigns at least a /64 to one customer.
+    """
     if ":" not in peer:
         return peer
     try:

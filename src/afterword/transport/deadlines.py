@@ -1,4 +1,4 @@
-"""Whether a connection takes too long over what it is at. Pure: the time is an argument."""
+"""Deadlines of one connection: how long each phase of a request may last. Pure: the current time is an argument."""
 
 from __future__ import annotations
 
@@ -7,17 +7,25 @@ from typing import Literal
 
 from afterword.transport.transport_limits import TransportLimits
 
-Phase = Literal["idle", "head", "body", "upload", "answer", "rest"]
-"""Between requests; reading a head; reading a body; reading one that may be long; all read, the answer is to come;
-answered, the body still comes."""
+Phase = Literal["idle", "head", "body", "upload", "response", "rest"]
+"""What the connection does at the moment:
+
+- `idle`: waits between two requests
+- `head`: reads a request line and headers
+- `body`: reads a body
+- `upload`: reads the body of a file upload, which may take longer
+- `response`: has read the whole request and waits for the end of the response
+- `rest`: has sent the response and still reads the rest of the body
+"""
 
 
 @dataclass(slots=True)
 class Deadlines:
-    """Where one connection stands, since when. Owner: the connection.
+    """The phase of one connection and the time at which it began. Owner: the `Connection`. Times are in seconds.
 
-    A body has to be whole in time, and to keep a rate from the first seconds on. What was written counts as taken
-    when less of it is left, or nothing; for how long nothing was taken is known as exactly as `overdue` is asked often.
+    A body must arrive within its limit and keep `body_rate` after the first `body_grace` seconds. The client has read
+    something when fewer bytes are unsent than before, or none. A stall is measured as exactly as `overdue` is called
+    often.
     """
 
     limits: TransportLimits
@@ -28,15 +36,17 @@ class Deadlines:
     _last_progress: float = 0.0
 
     def enter_phase(self, phase: Phase, now: float) -> None:
-        """Begin another phase."""
         self.phase, self.since, self.received = phase, now, 0
 
     def overdue(self, now: float, unsent: int) -> Phase | Literal["stall"] | None:
-        """Which limit has been passed, if any. `unsent`: bytes of answers that the reader has not taken yet."""
+        """Which deadline has passed: the current phase, or "stall"; None if none has.
+
+        `unsent`: bytes of responses that the client has not read yet.
+        """
         if not unsent or unsent != self._unsent:
             self._unsent, self._last_progress = unsent, now
         if unsent and self.phase == "idle":
-            self.since = now  # they are still reading
+            self.since = now  # the client is still reading the response
         if now - self._last_progress > self.limits.stall_seconds:
             return "stall"
         return self.phase if now - self.since > self._allowed() else None
@@ -49,9 +59,9 @@ class Deadlines:
             case "head":
                 return limits.head_seconds
             case "body" | "upload":
-                kept = limits.body_grace + self.received / max(1, limits.body_rate)
-                return min(limits.body_seconds if self.phase == "body" else limits.upload_seconds, kept)
+                due = limits.body_grace + self.received / max(1, limits.body_rate)
+                return min(limits.body_seconds if self.phase == "body" else limits.upload_seconds, due)
             case "rest":
                 return limits.rest_seconds
-            case "answer":
+            case "response":
                 return float("inf")

@@ -1,4 +1,4 @@
-"""What is answered to requests that never reach the application, as the bytes of whole responses."""
+"""Error responses for requests that never reach the application, as the bytes of whole HTTP responses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from http import HTTPStatus
 
 @dataclass(frozen=True)
 class ErrorResponse(Exception):
-    """A response after which nothing more is read from the connection. Nothing of the request is in it."""
+    """A response after which the connection reads nothing more. It contains nothing of the request.
+
+    The parser's callbacks raise it to reject a request.
+    """
 
     status: int
     message: str
@@ -19,7 +22,7 @@ class ErrorResponse(Exception):
 
     @property
     def response(self) -> bytes:
-        """The response, in the shape of all errors."""
+        """The bytes of the response, with OpenAI's error object as its body."""
         error = {"message": self.message, "type": self.type, "param": None, "code": self.code}
         body = json.dumps({"error": error}, separators=(",", ":")).encode()
         retry = f"retry-after: {self.retry_after}\r\n" if self.retry_after is not None else ""
@@ -31,14 +34,14 @@ class ErrorResponse(Exception):
 
 
 NOT_HTTP = ErrorResponse(400, "This is not a valid HTTP/1.1 request.")
-INVALID_TARGET = ErrorResponse(400, "The target of a request must be a path: visible ASCII that begins with a slash.")
-INVALID_HOST = ErrorResponse(400, "A request must have exactly one Host header.")
-UNKNOWN_TRANSFER_CODING = ErrorResponse(400, "The only transfer coding that is understood is 'chunked', in HTTP/1.1.")
-TRAILERS_NOT_ACCEPTED = ErrorResponse(400, "Headers after a body are not accepted.")
-FRAMING_TOO_LARGE = ErrorResponse(400, "The body comes in chunks that are too small or have too large extensions.")
-VERSION_NOT_SUPPORTED = ErrorResponse(505, "This server speaks HTTP/1.1.")
-HEAD_TOO_LARGE = ErrorResponse(431, "The request's headers are too large or too many.")
-REQUEST_TIMEOUT = ErrorResponse(408, "The request did not come in time.", code="request_timeout")
+INVALID_TARGET = ErrorResponse(400, "The request target must be a path of visible ASCII characters that begins with /.")
+INVALID_HOST = ErrorResponse(400, "The request must have exactly one Host header.")
+UNKNOWN_TRANSFER_CODING = ErrorResponse(400, "The only supported transfer coding is 'chunked', in HTTP/1.1.")
+TRAILERS_NOT_ACCEPTED = ErrorResponse(400, "Trailers (headers after the body) are not supported.")
+FRAMING_TOO_LARGE = ErrorResponse(400, "The chunks of the body are too small, or their extensions are too large.")
+VERSION_NOT_SUPPORTED = ErrorResponse(505, "This server supports HTTP/1.1 and HTTP/1.0.")
+HEAD_TOO_LARGE = ErrorResponse(431, "The request's headers are too large, or there are too many of them.")
+REQUEST_TIMEOUT = ErrorResponse(408, "The request did not arrive in time.", code="request_timeout")
 TOO_MANY_CONNECTIONS = ErrorResponse(
-    503, "Too many connections. Please try again later.", "server_error", "too_many_connections", 2
+    503, "Too many connections are open. Please try again later.", "server_error", "too_many_connections", 2
 )

@@ -1,6 +1,7 @@
-"""What a request's line and headers must be like, beyond what the parser sees to. Pure.
+"""Checks of a request's line and headers beyond those of the parser. Pure.
 
-Whatever two readers could understand differently is refused: that is how requests are smuggled past a proxy.
+They reject each request that a proxy and this server could read differently, since an attacker can smuggle a second
+request past the proxy in such a request.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import re
 from afterword.transport import error_responses
 
 _TARGET = re.compile(rb"/[!-\"$-~]*")
-"""Visible ASCII without a fragment, from a slash on: no other server's address, no `*`."""
+"""Visible ASCII that begins with a slash and has no fragment. It excludes an absolute URL and `*`."""
 
 
 def check_head(method: bytes, target: bytes, version: str, headers: list[tuple[bytes, bytes]]) -> None:
-    """Refuse what is not clear. Names of headers are in lower case. Raises `Refusal`."""
+    """Check a request head. The names of `headers` are in lower case. Raises `ErrorResponse`."""
     if version not in ("1.1", "1.0"):
         raise error_responses.VERSION_NOT_SUPPORTED
     if method == b"CONNECT" or not _TARGET.fullmatch(target):

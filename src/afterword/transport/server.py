@@ -1,7 +1,9 @@
-"""The server around the connections: it accepts, keeps time, and leaves without hurry.
+"""The HTTP server: it owns the listening socket and all connections, checks their deadlines, and drains them.
 
-uvicorn's own server stops listening at once and cuts what has not ended in time; this one lets a load balancer see
-first that it leaves, and lets the engine end what is left, so that streams say that they are not whole.
+`TransportServer` replaces uvicorn's server, which closes its listener at once on shutdown and cuts late responses.
+This server first keeps answering while `/ready` says `draining`, so that a load balancer notices. It then lets the
+engine end the remaining responses, so that unfinished streams end with an error event. All state belongs to the event
+loop that enters the server.
 """
 
 from __future__ import annotations
@@ -28,17 +30,20 @@ from afterword.transport.connection import Connection, ConnectionContext
 from afterword.transport.connection_limiter import ConnectionLimiter, is_scarce_descriptor, raise_file_limit
 from afterword.transport.transport_limits import TransportLimits
 
-_TICK = 1.0  # seconds
-_AT_ONCE = 16  # connections that are accepted together
-_PAUSE = 0.1  # seconds without accepting where the system has no file descriptor or no memory for a connection
+_TICK = 1.0  # seconds between two checks of all connections
+_ACCEPT_BATCH = 16  # connections that are accepted in one turn of the event loop
+_PAUSE = 0.1  # seconds without accepting when the system has no file descriptor or memory for a connection
 _OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-_CLOSE_SECONDS = 2.0  # seconds for the errors with which the last answers end
+_CLOSE_SECONDS = 2.0  # seconds in which the last responses can end with their errors
 
 _log = logging.getLogger(__name__)
 
 
 class TransportServer:
-    """Lets requests in to an application. Owner of the listener and of all connections."""
+    """Serves an ASGI application on a listening socket. Owner of the listener and of all connections.
+
+    `proxies`: addresses whose `X-Forwarded-For` header is trusted. `clock` returns seconds.
+    """
 
     def __init__(
         self,
@@ -61,18 +66,18 @@ class TransportServer:
             timeout_keep_alive=int(limits.idle_seconds),
         )
         self._state = ServerState()
-        most = raise_file_limit(limits.max_connections)
+        max_connections = raise_file_limit(limits.max_connections)
         connection_limiter = ConnectionLimiter(
-            most, most if limits.max_per_peer is None else limits.max_per_peer, proxies
+            max_connections, max_connections if limits.max_per_peer is None else limits.max_per_peer, proxies
         )
         self._context = ConnectionContext(limits, connection_limiter, clock)
-        self._ticking: asyncio.Task[None] | None = None
-        self._admitted: set[asyncio.Task[None]] = set()
-        self._open = self._logged = False
+        self._checking: asyncio.Task[None] | None = None
+        self._starting: set[asyncio.Task[None]] = set()
+        self._open = self._pause_logged = False
 
     @property
     def rejected(self) -> Counter[str]:
-        """How often connections were told an error before the application was asked, by its code or else its status."""
+        """How many error responses the transport sent, by error code, or by status where the error has no code."""
         return self._context.rejected
 
     async def __aenter__(self) -> Self:
@@ -81,7 +86,7 @@ class TransportServer:
         self._listener.setblocking(False)
         self._open = True
         self._listen()
-        self._ticking = supervised(self._tick, "connection times")
+        self._checking = supervised(self._tick, "connection times")
         return self
 
     async def __aexit__(
@@ -91,23 +96,24 @@ class TransportServer:
         await self._wait_closed(_CLOSE_SECONDS, asyncio.Event())
         for connection in self._connections():
             connection.transport.abort()
-        if self._ticking is not None:
-            self._ticking.cancel()
-        if self._state.tasks:  # to them their clients have left
+        if self._checking is not None:
+            self._checking.cancel()
+        if self._state.tasks:  # the application sees disconnected clients
             await asyncio.wait(self._state.tasks, timeout=_CLOSE_SECONDS)
 
-    async def drain(self, delay: float, grace: float, hurry: asyncio.Event) -> None:
-        """Answer for `delay` seconds as if nothing were, then let nobody in, and wait for the rest to end.
+    async def drain(self, delay: float, grace: float, stop_waiting: asyncio.Event) -> None:
+        """Serve for another `delay` seconds, then stop accepting and wait until all connections are closed.
 
-        Returns when all have left, after `grace` seconds, or when there is suddenly a `hurry`.
+        Each response is its connection's last from now on. Returns when no connection is left, `grace` seconds after
+        accepting stopped, or when `stop_waiting` is set.
         """
         self._context.draining = True
-        await _wait_for(hurry, delay)
+        await _wait_for(stop_waiting, delay)
         self.close()
-        await self._wait_closed(grace, hurry)
+        await self._wait_closed(grace, stop_waiting)
 
     def close(self) -> None:
-        """Let nobody in any more. Connections without a request end, the others after their answer."""
+        """Stop accepting. Idle connections close now, the others after their response."""
         self._context.draining = True
         if self._open:
             self._open = False
@@ -123,11 +129,11 @@ class TransportServer:
         return Connection(self._config, self._state, self._context)
 
     def _accept(self) -> None:
-        """Accept some of the connections that wait, so that few are open that have no place.
+        """Accept up to `_ACCEPT_BATCH` waiting connections, so that few are open above the connection limit.
 
-        An event loop's own server would accept all that wait at once, and leave no file descriptor to anything else.
+        The event loop's own server would accept all waiting connections at once and use up the file descriptors.
         """
-        for _ in range(_AT_ONCE):
+        for _ in range(_ACCEPT_BATCH):
             try:
                 accepted, _address = self._listener.accept()
             except (BlockingIOError, InterruptedError):
@@ -136,18 +142,17 @@ class TransportServer:
                 if error.errno in _OUT_OF_RESOURCES:
                     self._pause_accepting(error.strerror)
                     return
-                continue  # the connection ended before it was accepted
+                continue  # the client closed the connection before it was accepted
             accepted.setblocking(False)
             if is_scarce_descriptor(accepted.fileno()):
                 self._reject(accepted)
-                self._pause_accepting("few file descriptors are left")
+                self._pause_accepting("too few file descriptors are free")
                 return
             task = run_logged(partial(self._start_protocol, accepted), "a new connection")
-            self._admitted.add(task)
-            task.add_done_callback(self._admitted.discard)
+            self._starting.add(task)
+            task.add_done_callback(self._starting.discard)
 
     async def _start_protocol(self, accepted: socket) -> None:
-        """Have a protocol read from a connection."""
         try:
             await asyncio.get_running_loop().connect_accepted_socket(self._connect, accepted)
         except BaseException:
@@ -161,23 +166,23 @@ class TransportServer:
         accepted.close()
 
     def _pause_accepting(self, why: str | None) -> None:
-        """Accept nothing for a moment; logged once."""
+        """Accept nothing for `_PAUSE` seconds. Only the first pause is logged."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._listener)
         loop.call_later(_PAUSE, self._listen)
-        if not self._logged:
-            _log.warning("Connections wait or are refused: %s. Raise the limit of open files.", why)
-        self._logged = True
+        if not self._pause_logged:
+            _log.warning("Connections wait or are rejected: %s. Raise the limit on open files (ulimit -n).", why)
+        self._pause_logged = True
 
     def _listen(self) -> None:
         if self._open:
             asyncio.get_running_loop().add_reader(self._listener, self._accept)
 
-    async def _wait_closed(self, seconds: float, hurry: asyncio.Event) -> None:
-        """Wait until nobody is left, but no longer than that."""
+    async def _wait_closed(self, seconds: float, stop_waiting: asyncio.Event) -> None:
+        """Wait until no connection is left, for at most `seconds`, or until `stop_waiting` is set."""
         end = self._context.clock() + seconds
-        while self._state.connections and not hurry.is_set() and self._context.clock() < end:
-            await _wait_for(hurry, 0.05)
+        while self._state.connections and not stop_waiting.is_set() and self._context.clock() < end:
+            await _wait_for(stop_waiting, 0.05)
 
     async def _tick(self) -> None:
         while True:
@@ -192,7 +197,7 @@ class TransportServer:
 
 
 async def _wait_for(event: asyncio.Event, seconds: float) -> bool:
-    """Whether an event comes within some seconds."""
+    """Whether `event` is set within `seconds`."""
     try:
         await asyncio.wait_for(event.wait(), seconds)
     except TimeoutError:
