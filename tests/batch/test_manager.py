@@ -270,6 +270,24 @@ def test_a_deleted_input_file_fails_its_batch(folder):
     with_manager(folder, answering(choose), scenario)
 
 
+def test_a_batch_that_expires_after_its_input_file_was_deleted_fails(folder):
+    now, input_file = [float(CREATED)], []
+
+    async def send(*_: object) -> ServerReply:
+        input_file[0].unlink(missing_ok=True)
+        now[0] += 2
+        await asyncio.Event().wait()
+        return completion({})
+
+    async def scenario(manager: BatchManager) -> None:
+        add_batch(manager, *ROWS, expires=CREATED + 1)
+        input_file.append(manager.file_store.contents("f-b1"))
+        batch = await wait_for_end(manager)
+        assert (batch.status, [each.code for each in batch.wrong]) == ("failed", ["input_file_unreadable"])
+
+    with_manager(folder, send, scenario, clock=lambda: now[0])
+
+
 def test_a_folder_locked_by_another_server_is_logged_once(folder, monkeypatch, caplog):
     monkeypatch.setattr(managers, "_PAUSE", 0.01)
 

@@ -83,6 +83,8 @@ def test_ids_differ_between_lines_and_not_between_runs():
         (429, {"retry-after": "7"}, 7.0, False),
         (429, {"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT"}, True, False),
         (429, {"retry-after": "9999"}, 120.0, False),
+        (429, {"retry-after": "nan"}, True, False),
+        (429, {"retry-after": "inf"}, 120.0, False),
         (429, {"x-should-retry": "false"}, False, False),
         (503, {}, True, False),
         (503, {"retry-after": "2"}, 2.0, False),

@@ -25,7 +25,7 @@ from afterword.batch.batch_job import BatchJob, Progress, in_thread
 from afterword.batch.batch_limits import BatchLimits
 from afterword.batch.file_store import FINAL_STATUSES, BatchError, FileStore, StoredBatch, StoredFile
 from afterword.batch.input_lines import BatchRequest, read_lines, read_row
-from afterword.batch.journal import BatchCounts, Journal
+from afterword.batch.journal import BatchCounts, Journal, open_input
 from afterword.batch.output_lines import SendRequest, failure_line
 from afterword.errors import AfterwordError, SettingError, StorageFailed
 from afterword.system.tasks import supervised
@@ -231,7 +231,7 @@ class BatchManager:
 
     def _expire(self, batch: StoredBatch, journal: Journal) -> None:
         """Write an error for each request without an answer."""
-        with self.file_store.contents(batch.input).open("rb") as file:
+        with open_input(self.file_store.contents(batch.input)) as file:
             rows = (
                 row
                 for line in read_lines(file, self.limits.max_line)

@@ -8,6 +8,7 @@ the lines (`usage.prompt_tokens_details`) and reported only as a sum over the ba
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -140,9 +141,10 @@ def _id(digest: bytes, kind: str, length: int) -> str:
 
 def _retry_after(value: str) -> Retry:
     try:
-        return min(max(float(value), 0.001), _MAX_RETRY_AFTER_SECONDS)
+        seconds = float(value)
     except ValueError:
         return True
+    return True if math.isnan(seconds) else min(max(seconds, 0.001), _MAX_RETRY_AFTER_SECONDS)
 
 
 def _count(values: dict[str, Any], name: str) -> int:
