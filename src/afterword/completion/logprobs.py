@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from afterword.completion.plan import Plan, PromptPlan
 from afterword.completion.text_stream import ReleasedText, StopStrings, TextStream, TokenAtOffset
-from afterword.engine.protocol import Token
+from afterword.engine.protocol import Token, score_count
 
 SLICE_TOKENS = 64
 """Tokens whose columns are made, and encoded, in one step."""
@@ -151,8 +151,8 @@ def make_echo(plan: Plan, prompt: PromptPlan, scored: Sequence[Token]) -> Echo |
     text = prompt.text[:-1] if begun else prompt.text
     if plan.logprobs is None:
         return Echo(text, begun, None, aligned, plan)
-    # nothing precedes the first token
-    known: list[Token | None] = [None, *scored[prompt.hidden_tokens :]] if ids else []
+    # The first echoed token has no entry, also where a token that the server added precedes it.
+    known: list[Token | None] = [None, *scored[score_count(prompt.hidden_tokens + 1) :]] if ids else []
     return Echo(text, begun, tuple(zip(pieces, known, strict=True)), aligned, plan)
 
 
