@@ -133,8 +133,8 @@ def test_tokens_that_are_in_the_answer_count(tokens: tuple[int, ...], stop: tupl
 def test_the_score_is_the_mean_of_all_that_was_generated() -> None:
     tokens = (*ids("Hello world"), EOS)
     choice, _ = grow(plan(prompt=("a",), logprobs=0), tokens, "stop")
-    assert choice.score == sum(report(token).logprob or 0 for token in tokens) / 3
-    assert grow(plan(prompt=("a",), logprobs=0), (EOS,), "stop")[0].score == report(EOS).logprob
+    assert choice.mean_logprob == sum(report(token).logprob or 0 for token in tokens) / 3
+    assert grow(plan(prompt=("a",), logprobs=0), (EOS,), "stop")[0].mean_logprob == report(EOS).logprob
 
 
 # ---- the columns

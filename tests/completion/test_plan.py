@@ -115,7 +115,7 @@ def test_an_empty_prompt_begins_a_document_free_of_charge(given: str | None, mod
 
 def test_a_model_without_any_such_token_cannot_begin_a_document() -> None:
     message, param, _ = refused(replace(CARD, eos=None), prompt=("",))
-    assert (message.endswith("the prompt cannot be empty."), param) == (True, "prompt")
+    assert (message.startswith("The prompt cannot be empty: "), param) == (True, "prompt")
 
 
 def test_prompts_of_all_kinds_go_together_in_order() -> None:

@@ -290,7 +290,7 @@ def test_values_of_a_bias_are_small_numbers(value: Any, shown: str) -> None:
 
 def test_biases_are_counted() -> None:
     many = {str(token): 1 for token in range(LIMITS.max_bias + 1)}
-    message = f"Invalid 'logit_bias': at most {LIMITS.max_bias} tokens may be biased."
+    message = f"Invalid 'logit_bias': at most {LIMITS.max_bias} tokens can have a bias."
     assert told(refused({"logit_bias": many})) == (message, "logit_bias", None)
     del many["0"]
     assert len(parsed(logit_bias=many).logit_bias) == LIMITS.max_bias
@@ -384,8 +384,8 @@ MANY = "Too many parallel completions requested. You submitted 65 prompts with 2
         ),
         (
             {"suffix": "x", "echo": True, "logprobs": 0},
-            "'suffix' cannot be combined with 'echo' and 'logprobs' together: the model reads the suffix before it "
-            "writes, so the prompt's log probabilities are not those of the prompt alone.",
+            "'suffix' cannot be combined with both 'echo' and 'logprobs': the model reads the suffix too, so the "
+            "prompt's log probabilities would not be those of the prompt alone. Leave out one of the three.",
             "suffix",
         ),
         ({"prompt": ["a"] * 65, "n": 2}, f"{MANY}request at most 128 in total.", "prompt"),
