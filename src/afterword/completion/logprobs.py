@@ -148,7 +148,7 @@ def generated_columns(tokens: Iterable[TokenAtOffset[Token]], plan: Plan) -> Log
 def make_echo(plan: Plan, prompt: PromptPlan, scored: Sequence[Token]) -> Echo | None:
     """The echoed prompt; None without `echo`.
 
-    `scored`: the scores of the prompt's tokens from the second on. Empty if the request has no `logprobs`.
+    `scored`: the scores of the prompt's tokens from the second on. Not used without `logprobs`.
     """
     if not plan.echo:
         return None
@@ -156,11 +156,11 @@ def make_echo(plan: Plan, prompt: PromptPlan, scored: Sequence[Token]) -> Echo |
     pieces = [plan.pieces[token] for token in ids]
     spelling = b"".join(pieces)
     must_search = spelling.decode("utf-8", "replace") != prompt.text
-    pending = b"" if must_search else unfinished(spelling)
+    pending = b"" if must_search else incomplete_character(spelling)
     text = prompt.text[:-1] if pending else prompt.text  # without U+FFFD for the pending bytes
     if plan.logprobs is None:
         return Echo(text, pending, None, must_search, plan)
-    # The first echoed token has no entry, also where a token that the server added precedes it.
+    # The first echoed token has no log probability, even if a token that the server added precedes it.
     known: list[Token | None] = [None, *scored[score_count(prompt.hidden_tokens + 1) :]] if ids else []
     return Echo(text, pending, tuple(zip(pieces, known, strict=True)), must_search, plan)
 
@@ -212,7 +212,7 @@ def _count_characters(data: bytes) -> int:
     return len(data.translate(None, _CONTINUATIONS))
 
 
-def unfinished(data: bytes) -> bytes:
+def incomplete_character(data: bytes) -> bytes:
     """The last bytes, up to 3, if they are the start of an incomplete UTF-8 character; else b""."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     decoder.decode(data[-3:])

@@ -25,7 +25,7 @@ that the worker has already sent (some megabytes at most) still arrive."""
 READER_SECONDS = 60.0
 """Seconds for which the reader may keep the engine paused; then the request fails. Its steps take memory meanwhile."""
 
-_MAX_CONCURRENT_TEXTS = 32  # prompts that are started before other tasks run
+_STARTS_PER_TURN = 32  # jobs that are started before other tasks of the event loop run
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ async def run(
     runs: list[JobHandle] = []
     try:
         for count, prompt in enumerate(plan.prompts):
-            if count and count % _MAX_CONCURRENT_TEXTS == 0:
+            if count and count % _STARTS_PER_TURN == 0:
                 await asyncio.sleep(0)
             _check_model(plan.fingerprint, engine)  # the model can be replaced while other tasks run
             runs.append(engine.start(prompt.job))
