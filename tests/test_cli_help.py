@@ -118,7 +118,7 @@ def test_limits_as_json_match_the_table():
     shown = CliRunner().invoke(main, ["serve", "--print-limits", "--json", "--limit", "max_n=7"]).stdout
     table = CliRunner().invoke(main, ["serve", "--print-limits", "--limit", "max_n=7"]).stdout
     listed = json.loads(shown)
-    assert listed["max_n"] == {"value": 7, "meaning": "answers a prompt"}
+    assert listed["max_n"] == {"value": 7, "meaning": "choices for each prompt"}
     assert list(listed) == [line.split()[0] for line in table.splitlines()]
 
 

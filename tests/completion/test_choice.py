@@ -1,4 +1,4 @@
-"""One sample's tokens to one choice's answer: its text, its columns, and how it ends."""
+"""`ChoiceBuilder`: the text, the columns and the finish reason that the tokens of one sample give."""
 
 import asyncio
 import dataclasses
@@ -23,8 +23,8 @@ def plan(model_info: ModelInfo = CARD, **fields: Any) -> Plan:
     return make_plan(request, model_info, asyncio.run(tokenize(request, ScriptedEngine(says(), model_info))), 0)
 
 
-def grow(plan: Plan, tokens: Sequence[int], end: FinishReason = "length") -> tuple[ChoiceBuilder, list[Delta]]:
-    """A choice that was given these tokens one by one, and then the end; and its deltas."""
+def build(plan: Plan, tokens: Sequence[int], end: FinishReason = "length") -> tuple[ChoiceBuilder, list[Delta]]:
+    """A builder that got these tokens one by one and then the end, and its deltas."""
     prompt = plan.prompts[0]
     wanted = prompt.job.prompt_alternatives
     scored = [report(token, wanted) for token in prompt.job.prompt[1:] if wanted is not None]
@@ -41,77 +41,77 @@ def grow(plan: Plan, tokens: Sequence[int], end: FinishReason = "length") -> tup
     return choice, choice.deltas(0)
 
 
-def whole(plan: Plan, tokens: Sequence[int], end: FinishReason = "length") -> Delta:
-    return fold(grow(plan, tokens, end)[1])
+def build_whole(plan: Plan, tokens: Sequence[int], end: FinishReason = "length") -> Delta:
+    return fold(build(plan, tokens, end)[1])
 
 
-def columns(answer: Delta) -> Logprobs:
-    assert answer.logprobs is not None
-    return answer.logprobs
+def columns(result: Delta) -> Logprobs:
+    assert result.logprobs is not None
+    return result.logprobs
 
 
-def brief(deltas: list[Delta]) -> list[tuple[str, FinishReason | None]]:
+def texts_and_finishes(deltas: list[Delta]) -> list[tuple[str, FinishReason | None]]:
     return [(delta.text, delta.finish) for delta in deltas]
 
 
-# ---- how an answer ends
+# ---- finish reasons
 
 
-def test_a_length_is_told_with_the_last_token() -> None:
-    _, deltas = grow(plan(prompt=("a",)), ids("Hello world"))
-    assert brief(deltas) == [("Hello", None), (" world", "length")]
+def test_length_is_reported_in_the_delta_of_the_last_token() -> None:
+    _, deltas = build(plan(prompt=("a",)), ids("Hello world"))
+    assert texts_and_finishes(deltas) == [("Hello", None), (" world", "length")]
 
 
-def test_a_stop_is_told_alone() -> None:
-    _, deltas = grow(plan(prompt=("a",)), (*ids("Hello world"), EOS), "stop")
-    assert brief(deltas) == [("Hello", None), (" world", None), ("", "stop")]
+def test_stop_is_reported_in_a_delta_of_its_own() -> None:
+    _, deltas = build(plan(prompt=("a",)), (*ids("Hello world"), EOS), "stop")
+    assert texts_and_finishes(deltas) == [("Hello", None), (" world", None), ("", "stop")]
 
 
-def test_a_stop_string_ends_an_answer_before_it() -> None:
-    _, deltas = grow(plan(prompt=("a",), stop=(" sat", "wor")), ids("Hello world sat"))
-    assert brief(deltas) == [("Hello", None), (" ", None), ("", "stop")]
+def test_a_choice_ends_before_a_stop_string() -> None:
+    _, deltas = build(plan(prompt=("a",), stop=(" sat", "wor")), ids("Hello world sat"))
+    assert texts_and_finishes(deltas) == [("Hello", None), (" ", None), ("", "stop")]
 
 
-def test_what_a_stop_string_held_back_comes_before_the_end() -> None:
-    _, deltas = grow(plan(prompt=("a",), stop=("END",)), (*ids("Hello EN"), EOS), "stop")
-    assert brief(deltas) == [("Hello", None), (" ", None), ("EN", None), ("", "stop")]
-    _, deltas = grow(plan(prompt=("a",), stop=("END",)), ids("Hello EN"))
-    assert brief(deltas) == [("Hello", None), (" ", None), ("EN", "length")]
+def test_text_held_for_a_stop_string_is_released_before_the_end() -> None:
+    _, deltas = build(plan(prompt=("a",), stop=("END",)), (*ids("Hello EN"), EOS), "stop")
+    assert texts_and_finishes(deltas) == [("Hello", None), (" ", None), ("EN", None), ("", "stop")]
+    _, deltas = build(plan(prompt=("a",), stop=("END",)), ids("Hello EN"))
+    assert texts_and_finishes(deltas) == [("Hello", None), (" ", None), ("EN", "length")]
 
 
-def test_a_stop_string_in_the_last_token_is_a_stop() -> None:
-    assert whole(plan(prompt=("a",), stop=(" world",)), ids("Hello world"), "length").finish == "stop"
+def test_a_stop_string_in_the_last_token_finishes_with_stop() -> None:
+    assert build_whole(plan(prompt=("a",), stop=(" world",)), ids("Hello world"), "length").finish == "stop"
 
 
-def test_a_stop_string_that_the_last_bytes_complete_is_a_stop() -> None:
-    choice, deltas = grow(plan(prompt=("a",), stop=("\ufffd",)), ids(b"Hello\xe2"))
-    assert (brief(deltas), choice.completion_tokens) == ([("Hello", None), ("", "stop")], 1)
+def test_a_stop_string_that_the_last_bytes_complete_finishes_with_stop() -> None:
+    choice, deltas = build(plan(prompt=("a",), stop=("\ufffd",)), ids(b"Hello\xe2"))
+    assert (texts_and_finishes(deltas), choice.completion_tokens) == ([("Hello", None), ("", "stop")], 1)
 
 
-def test_an_end_token_in_the_last_place_is_a_stop() -> None:
-    assert whole(plan(prompt=("a",), max_tokens=2), (*ids("Hello"), EOS), "stop").finish == "stop"
+def test_an_end_token_at_max_tokens_finishes_with_stop() -> None:
+    assert build_whole(plan(prompt=("a",), max_tokens=2), (*ids("Hello"), EOS), "stop").finish == "stop"
 
 
-def test_a_stop_string_of_the_prompt_ends_nothing() -> None:
-    answer = whole(plan(prompt=("a.b.",), echo=True, stop=(".", ".H")), ids("Hello"))
-    assert (answer.text, answer.finish) == ("a.b.Hello", "length")
+def test_a_stop_string_in_the_prompt_does_not_end_a_choice() -> None:
+    result = build_whole(plan(prompt=("a.b.",), echo=True, stop=(".", ".H")), ids("Hello"))
+    assert (result.text, result.finish) == ("a.b.Hello", "length")
 
 
-def test_an_answer_without_tokens_still_ends_once() -> None:
-    assert brief(grow(plan(prompt=("a",)), (EOS,), "stop")[1]) == [("", "stop")]
-    assert brief(grow(plan(prompt=("a",), stop=("Hello",)), ids("Hello"))[1]) == [("", "stop")]
+def test_a_choice_without_tokens_ends_once() -> None:
+    assert texts_and_finishes(build(plan(prompt=("a",)), (EOS,), "stop")[1]) == [("", "stop")]
+    assert texts_and_finishes(build(plan(prompt=("a",), stop=("Hello",)), ids("Hello"))[1]) == [("", "stop")]
 
 
-def test_nothing_is_said_while_a_character_is_unfinished() -> None:
-    _, deltas = grow(plan(prompt=("a",)), ids("😀!"))
-    assert brief(deltas) == [("😀", None), ("!", "length")]
+def test_no_delta_ends_inside_a_character() -> None:
+    _, deltas = build(plan(prompt=("a",)), ids("😀!"))
+    assert texts_and_finishes(deltas) == [("😀", None), ("!", "length")]
 
 
-def test_an_unfinished_character_at_the_end_is_a_replacement() -> None:
-    assert whole(plan(prompt=("a",)), ids(b"a\xf0\x9f")).text == "a\ufffd"
+def test_an_incomplete_last_character_becomes_a_replacement_character() -> None:
+    assert build_whole(plan(prompt=("a",)), ids(b"a\xf0\x9f")).text == "a\ufffd"
 
 
-# ---- how tokens are counted
+# ---- token counts
 
 
 @pytest.mark.parametrize(
@@ -121,61 +121,63 @@ def test_an_unfinished_character_at_the_end_is_a_replacement() -> None:
         ((*ids("Hello"), EOS), (), 1),
         ((EOS,), (), 0),
         (ids("Hello, stop"), (", stop",), 1),
-        (ids("Hello world"), ("rld",), 2),  # some of its text is in the answer
+        (ids("Hello world"), ("rld",), 2),  # the second token, too: the result contains part of its text
         (ids(b"\xf0\x9f"), (), 1),
         ((*ids("Hello"), BLANK), (), 2),
     ],
 )
-def test_tokens_that_are_in_the_answer_count(tokens: tuple[int, ...], stop: tuple[str, ...], count: int) -> None:
-    assert grow(plan(prompt=("a",), stop=stop, echo=True), tokens, "stop")[0].completion_tokens == count
+def test_completion_tokens_count_the_tokens_of_the_text(
+    tokens: tuple[int, ...], stop: tuple[str, ...], count: int
+) -> None:
+    assert build(plan(prompt=("a",), stop=stop, echo=True), tokens, "stop")[0].completion_tokens == count
 
 
-def test_the_score_is_the_mean_of_all_that_was_generated() -> None:
+def test_the_mean_log_probability_is_over_all_generated_tokens() -> None:
     tokens = (*ids("Hello world"), EOS)
-    choice, _ = grow(plan(prompt=("a",), logprobs=0), tokens, "stop")
-    assert choice.score == sum(report(token).logprob or 0 for token in tokens) / 3
-    assert grow(plan(prompt=("a",), logprobs=0), (EOS,), "stop")[0].score == report(EOS).logprob
+    choice, _ = build(plan(prompt=("a",), logprobs=0), tokens, "stop")
+    assert choice.mean_logprob == sum(report(token).logprob or 0 for token in tokens) / 3
+    assert build(plan(prompt=("a",), logprobs=0), (EOS,), "stop")[0].mean_logprob == report(EOS).logprob
 
 
 # ---- the columns
 
 
 def test_without_logprobs_there_are_no_columns() -> None:
-    assert all(delta.logprobs is None for delta in grow(plan(prompt=("a",), echo=True), ids("Hello world"))[1])
+    assert all(delta.logprobs is None for delta in build(plan(prompt=("a",), echo=True), ids("Hello world"))[1])
 
 
 def test_columns_are_parallel_and_count_from_the_prompt() -> None:
     first, second = ids("Hello world")
-    assert whole(plan(prompt=("héllo 😀 wörld",), logprobs=0), (first, second)).logprobs == Logprobs(
+    assert build_whole(plan(prompt=("héllo 😀 wörld",), logprobs=0), (first, second)).logprobs == Logprobs(
         ("Hello", " world"), (report(first).logprob, report(second).logprob), None, (13, 18)
     )
 
 
 def test_offsets_of_a_prompt_of_ids_count_from_its_text() -> None:
     prompt = (EOS, *ids("é 😀"), 0xE2)
-    assert columns(whole(plan(prompt=(prompt,), logprobs=0), ids("a"))).text_offset == (len("</s>é 😀?"),)
+    assert columns(build_whole(plan(prompt=(prompt,), logprobs=0), ids("a"))).text_offset == (len("</s>é 😀?"),)
 
 
 def test_alternatives_start_with_the_token_itself() -> None:
     the, cat, sat = ids(" the cat sat")
-    top = columns(whole(plan(prompt=("a",), logprobs=2), (the, cat, sat))).top_logprobs
+    top = columns(build_whole(plan(prompt=("a",), logprobs=2), (the, cat, sat))).top_logprobs
     assert top is not None
     assert [[*entry.items()] for entry in top if entry] == [
-        [(" the", -0.25), (" cat", -0.5)],  # one of the likeliest: as many as were asked for
+        [(" the", -0.25), (" cat", -0.5)],  # the token is among the most likely ones: as many as requested
         [(" cat", -0.5), (" the", -0.25)],
-        [(" sat", -0.75), (" the", -0.25), (" cat", -0.5)],  # or else one more
+        [(" sat", -0.75), (" the", -0.25), (" cat", -0.5)],  # otherwise one more
     ]
 
 
-def test_of_equal_spellings_the_token_itself_stays_and_then_the_likelier() -> None:
+def test_of_tokens_with_equal_text_the_chosen_one_stays_and_then_the_likelier() -> None:
     pieces = (b"a", b"b", b"a", b"b", b"")
-    asked = dataclasses.replace(plan(prompt=("a",), logprobs=4), pieces=pieces)
-    entries = top_map(Token(2, -3.0, ((0, -0.5), (1, -1.0), (3, -2.0), (4, -4.0))), asked)
+    the_plan = dataclasses.replace(plan(prompt=("a",), logprobs=4), pieces=pieces)
+    entries = top_map(Token(2, -3.0, ((0, -0.5), (1, -1.0), (3, -2.0), (4, -4.0))), the_plan)
     assert list(entries.items()) == [("a", -3.0), ("b", -1.0), ("", -4.0)]
 
 
 def test_a_character_of_several_tokens_has_one_offset_and_each_its_bytes() -> None:
-    assert columns(whole(plan(prompt=("ab",), logprobs=0), ids("c😀d"))) == Logprobs(
+    assert columns(build_whole(plan(prompt=("ab",), logprobs=0), ids("c😀d"))) == Logprobs(
         ("c", "bytes:\\xf0\\x9f", "bytes:\\x98\\x80", "d"),
         tuple(report(token).logprob for token in ids("c😀d")),
         None,
@@ -196,80 +198,80 @@ def test_a_character_of_several_tokens_has_one_offset_and_each_its_bytes() -> No
         (b"a\n\x99~", "bytes:a\\x0a\\x99~"),
     ],
 )
-def test_spelling(piece: bytes, name: str) -> None:
+def test_token_text(piece: bytes, name: str) -> None:
     assert token_text(piece) == name
 
 
 def test_a_delta_has_the_columns_of_its_own_tokens() -> None:
-    _, deltas = grow(plan(prompt=("ab",), logprobs=1), (*ids("😀 the"), EOS), "stop")
+    _, deltas = build(plan(prompt=("ab",), logprobs=1), (*ids("😀 the"), EOS), "stop")
     assert [columns(delta).text_offset for delta in deltas] == [(2, 2), (3,), ()]
     assert deltas[-1].logprobs == Logprobs((), (), (), ())
 
 
 def test_tokens_of_a_stop_string_are_not_in_the_columns() -> None:
-    answer = columns(whole(plan(prompt=("a",), logprobs=0, stop=(", stop",)), ids("Hello, stop")))
-    assert answer.tokens == ("Hello",)
-    answer = columns(whole(plan(prompt=("a",), logprobs=0, stop=("rld",)), ids("Hello world")))
-    assert answer.tokens == ("Hello", " world")
+    result = columns(build_whole(plan(prompt=("a",), logprobs=0, stop=(", stop",)), ids("Hello, stop")))
+    assert result.tokens == ("Hello",)
+    result = columns(build_whole(plan(prompt=("a",), logprobs=0, stop=("rld",)), ids("Hello world")))
+    assert result.tokens == ("Hello", " world")
 
 
 # ---- echo
 
 
 def test_the_prompt_comes_with_the_first_token() -> None:
-    _, deltas = grow(plan(prompt=("a cat",), echo=True, logprobs=0), ids("Hello world"))
-    assert brief(deltas) == [("a catHello", None), (" world", "length")]
+    _, deltas = build(plan(prompt=("a cat",), echo=True, logprobs=0), ids("Hello world"))
+    assert texts_and_finishes(deltas) == [("a catHello", None), (" world", "length")]
     assert [columns(delta).text_offset for delta in deltas] == [(0, 1, 5), (10,)]
 
 
 def test_an_echo_waits_for_text_that_may_be_shown() -> None:
-    _, deltas = grow(plan(prompt=("a cat",), echo=True), ids("😀"))
-    assert brief(deltas) == [("a cat😀", "length")]
+    _, deltas = build(plan(prompt=("a cat",), echo=True), ids("😀"))
+    assert texts_and_finishes(deltas) == [("a cat😀", "length")]
 
 
 def test_nothing_precedes_the_first_token_of_a_prompt() -> None:
     prompt = ids("Hello cat sat")
-    answer = columns(whole(plan(prompt=("Hello cat sat",), echo=True, logprobs=1), ids(" the")))
-    assert answer.tokens == ("Hello", " cat", " sat", " the")
-    assert answer.token_logprobs == (None, -0.5, -0.75, -0.25)
-    assert answer.top_logprobs == (
+    result = columns(build_whole(plan(prompt=("Hello cat sat",), echo=True, logprobs=1), ids(" the")))
+    assert result.tokens == ("Hello", " cat", " sat", " the")
+    assert result.token_logprobs == (None, -0.5, -0.75, -0.25)
+    assert result.top_logprobs == (
         None,
         {" cat": -0.5, " the": -0.25},
         {" sat": -0.75, " the": -0.25},
         {" the": -0.25},
     )
-    assert answer.text_offset == (0, 5, 9, 13)
-    assert len(answer.tokens) == len(prompt) + 1
+    assert result.text_offset == (0, 5, 9, 13)
+    assert len(result.tokens) == len(prompt) + 1
 
 
 def test_a_prompt_alone_is_scored_without_a_completion() -> None:
-    _, deltas = grow(plan(prompt=("Hello cat",), echo=True, logprobs=0, max_tokens=0), ())
-    assert brief(deltas) == [("Hello cat", "length")]
+    _, deltas = build(plan(prompt=("Hello cat",), echo=True, logprobs=0, max_tokens=0), ())
+    assert texts_and_finishes(deltas) == [("Hello cat", "length")]
     assert columns(deltas[0]) == Logprobs(("Hello", " cat"), (None, -0.5), None, (0, 5))
 
 
 def test_a_prompt_of_one_token_is_scored_too() -> None:
-    answer = whole(plan(prompt=(ids("Hello"),), echo=True, logprobs=2, max_tokens=0), ())
-    assert answer.logprobs == Logprobs(("Hello",), (None,), (None,), (0,))
+    result = build_whole(plan(prompt=(ids("Hello"),), echo=True, logprobs=2, max_tokens=0), ())
+    assert result.logprobs == Logprobs(("Hello",), (None,), (None,), (0,))
 
 
 @pytest.mark.parametrize("given", ["Hello cat", ids("Hello cat")])
-def test_a_bos_of_the_server_is_not_seen(given: str | tuple[int, ...]) -> None:
+def test_a_bos_that_the_server_adds_is_not_echoed(given: str | tuple[int, ...]) -> None:
     with_bos = replace(CARD, bos=BOS, add_bos=True)
-    answer = whole(plan(with_bos, prompt=(given,), echo=True, logprobs=0), ids(" the"))
-    assert answer.text == "Hello cat the"
-    assert answer.logprobs == Logprobs(("Hello", " cat", " the"), (None, -0.5, -0.25), None, (0, 5, 9))
+    result = build_whole(plan(with_bos, prompt=(given,), echo=True, logprobs=0), ids(" the"))
+    assert result.text == "Hello cat the"
+    assert result.logprobs == Logprobs(("Hello", " cat", " the"), (None, -0.5, -0.25), None, (0, 5, 9))
 
 
 def test_an_empty_prompt_has_nothing_to_echo() -> None:
-    answer = whole(plan(prompt=("",), echo=True, logprobs=0), ids(" the"))
-    assert (answer.text, answer.logprobs) == (" the", Logprobs((" the",), (-0.25,), None, (0,)))
+    result = build_whole(plan(prompt=("",), echo=True, logprobs=0), ids(" the"))
+    assert (result.text, result.logprobs) == (" the", Logprobs((" the",), (-0.25,), None, (0,)))
 
 
 def test_an_echo_of_bytes_spells_them_and_shows_their_text() -> None:
-    answer = whole(plan(prompt=("’😀漢",), echo=True, logprobs=0, max_tokens=0), ())
-    assert answer.text == "’😀漢"
-    assert columns(answer).tokens == (
+    result = build_whole(plan(prompt=("’😀漢",), echo=True, logprobs=0, max_tokens=0), ())
+    assert result.text == "’😀漢"
+    assert columns(result).tokens == (
         "bytes:\\xe2\\x80",
         "bytes:\\x99",
         "bytes:\\xf0\\x9f",
@@ -278,12 +280,12 @@ def test_an_echo_of_bytes_spells_them_and_shows_their_text() -> None:
         "bytes:\\xbc",
         "bytes:\\xa2",
     )
-    assert columns(answer).text_offset == (0, 0, 1, 1, 2, 2, 2)
+    assert columns(result).text_offset == (0, 0, 1, 1, 2, 2, 2)
 
 
 def test_an_echo_of_broken_bytes_keeps_later_offsets_right() -> None:
-    answer = whole(plan(prompt=((0xE2, *ids(" the")),), echo=True, logprobs=0), ids(" cat"))
-    assert (answer.text, columns(answer).text_offset) == ("\ufffd the cat", (0, 1, 5))
+    result = build_whole(plan(prompt=((0xE2, *ids(" the")),), echo=True, logprobs=0), ids(" cat"))
+    assert (result.text, columns(result).text_offset) == ("\ufffd the cat", (0, 1, 5))
 
 
 @pytest.mark.parametrize(
@@ -291,66 +293,66 @@ def test_an_echo_of_broken_bytes_keeps_later_offsets_right() -> None:
 )
 def test_spaces_that_the_tokenizer_adds_are_not_echoed(text: str) -> None:
     spaced = replace(CARD, space_prefix=True)
-    answer = whole(plan(spaced, prompt=(text,), echo=True, logprobs=0), ids(" the"))
-    assert answer.text == text + " the"
-    assert "".join(columns(answer).tokens) == answer.text
-    for token, offset in zip(columns(answer).tokens, columns(answer).text_offset, strict=True):
-        assert answer.text[offset:].startswith(token)
+    result = build_whole(plan(spaced, prompt=(text,), echo=True, logprobs=0), ids(" the"))
+    assert result.text == text + " the"
+    assert "".join(columns(result).tokens) == result.text
+    for token, offset in zip(columns(result).tokens, columns(result).text_offset, strict=True):
+        assert result.text[offset:].startswith(token)
 
 
 def test_token_ids_keep_their_spaces() -> None:
     given = (0xFF, *ids(" cat sat"))
-    answer = whole(plan(replace(CARD, space_prefix=True), prompt=(given,), echo=True, logprobs=0), ids(" the"))
-    assert (answer.text, columns(answer).text_offset) == ("\ufffd cat sat the", (0, 1, 5, 9))
+    result = build_whole(plan(replace(CARD, space_prefix=True), prompt=(given,), echo=True, logprobs=0), ids(" the"))
+    assert (result.text, columns(result).text_offset) == ("\ufffd cat sat the", (0, 1, 5, 9))
 
 
 def test_an_end_token_has_an_entry_only_where_the_prompt_is_echoed() -> None:
     tokens = (*ids(" the"), EOS)
-    assert columns(whole(plan(prompt=("Hello",), logprobs=0), tokens, "stop")).tokens == (" the",)
-    answer = whole(plan(prompt=("Hello",), logprobs=0, echo=True), tokens, "stop")
-    assert answer.text == "Hello the"
-    assert answer.logprobs == Logprobs(("Hello", " the", "</s>"), (None, -0.25, report(EOS).logprob), None, (0, 5, 9))
+    assert columns(build_whole(plan(prompt=("Hello",), logprobs=0), tokens, "stop")).tokens == (" the",)
+    result = build_whole(plan(prompt=("Hello",), logprobs=0, echo=True), tokens, "stop")
+    assert result.text == "Hello the"
+    assert result.logprobs == Logprobs(("Hello", " the", "</s>"), (None, -0.25, report(EOS).logprob), None, (0, 5, 9))
 
 
-# ---- the sum of the deltas
+# ---- the fold of the deltas
 
 
 @pytest.mark.parametrize("end", ["stop", "length"])
 @pytest.mark.parametrize("echo", [False, True])
 @pytest.mark.parametrize("logprobs", [None, 0, 3])
-def test_the_whole_is_the_sum_of_its_deltas(end: FinishReason, echo: bool, logprobs: int | None) -> None:
-    asked = plan(prompt=("Hello’",), echo=echo, logprobs=logprobs, stop=("worn",))
+def test_one_delta_at_the_end_equals_the_fold_of_many(end: FinishReason, echo: bool, logprobs: int | None) -> None:
+    the_plan = plan(prompt=("Hello’",), echo=echo, logprobs=logprobs, stop=("worn",))
     tokens = (*ids(b"Hello world \xf0\x9f sat\xe2"), *((EOS,) if end == "stop" else ()))
-    prompt = asked.prompts[0]
+    prompt = the_plan.prompts[0]
     wanted = prompt.job.prompt_alternatives
     scored = [report(token, wanted) for token in prompt.job.prompt[1:] if wanted is not None]
-    choice = ChoiceBuilder(asked, prompt, make_echo(asked, prompt, scored), None)
+    choice = ChoiceBuilder(the_plan, prompt, make_echo(the_plan, prompt, scored), None)
     for token in tokens:
         choice.add(report(token, logprobs))
     choice.end(end)
-    assert fold(choice.deltas(0)) == whole(asked, tokens, end)
+    assert fold(choice.deltas(0)) == build_whole(the_plan, tokens, end)
 
 
 # ---- extensions
 
 
-def test_token_ids_are_all_that_were_generated_the_hidden_ones_too() -> None:
-    asked = plan(prompt=("a cat",), return_token_ids=True, stop=(" sat",))
-    _, deltas = grow(asked, ids("Hello the sat"))
+def test_token_ids_contain_all_generated_tokens_including_hidden_ones() -> None:
+    the_plan = plan(prompt=("a cat",), return_token_ids=True, stop=(" sat",))
+    _, deltas = build(the_plan, ids("Hello the sat"))
     assert fold(deltas).token_ids == ids("Hello the sat")
     assert deltas[0].prompt is not None
     assert deltas[0].prompt.token_ids == ids("a cat")
     assert all(delta.prompt is None for delta in deltas[1:])
-    _, deltas = grow(plan(prompt=("a",), return_token_ids=True), (*ids("Hello"), EOS), "stop")
+    _, deltas = build(plan(prompt=("a",), return_token_ids=True), (*ids("Hello"), EOS), "stop")
     assert fold(deltas).token_ids == (*ids("Hello"), EOS)
 
 
-def test_the_prompts_log_probabilities_are_told_by_id_with_ranks() -> None:
+def test_prompt_logprobs_are_reported_by_token_id_with_ranks() -> None:
     the, cat, sat = ids(" the cat sat")
-    answer = whole(plan(prompt=((the, sat),), prompt_logprobs=2), ids("Hello"))
-    assert answer.prompt is not None
-    assert answer.prompt.token_ids is None
-    first, second = answer.prompt.logprobs or ()
+    result = build_whole(plan(prompt=((the, sat),), prompt_logprobs=2), ids("Hello"))
+    assert result.prompt is not None
+    assert result.prompt.token_ids is None
+    first, second = result.prompt.logprobs or ()
     assert first is None
     assert second is not None
     assert [(token, entry.decoded_token) for token, entry in second.items()] == [
@@ -360,20 +362,20 @@ def test_the_prompts_log_probabilities_are_told_by_id_with_ranks() -> None:
 
 
 def test_no_more_alternatives_are_shown_than_were_asked_for() -> None:
-    answer = whole(plan(prompt=(" the cat",), echo=True, logprobs=1, prompt_logprobs=3), ids("Hello"))
-    top = columns(answer).top_logprobs
+    result = build_whole(plan(prompt=(" the cat",), echo=True, logprobs=1, prompt_logprobs=3), ids("Hello"))
+    top = columns(result).top_logprobs
     assert top is not None
     assert max(len(entry) for entry in top if entry) <= 2
-    assert answer.prompt is not None
-    assert len((answer.prompt.logprobs or ())[1] or ()) >= 3
+    assert result.prompt is not None
+    assert len((result.prompt.logprobs or ())[1] or ()) >= 3
 
 
 def test_a_stop_string_ends_nothing_before_the_fewest_tokens() -> None:
-    answer = whole(plan(prompt=("a",), stop=(" cat",), min_tokens=3), ids(" cat the cat sat cat sat"))
-    assert (answer.text, answer.finish) == (" cat the cat sat", "stop")
+    result = build_whole(plan(prompt=("a",), stop=(" cat",), min_tokens=3), ids(" cat the cat sat cat sat"))
+    assert (result.text, result.finish) == (" cat the cat sat", "stop")
 
 
-# ---- a character that the prompt begins and the completion ends
+# ---- a character that starts in the prompt and ends in the completion
 
 EMOJI = "😀".encode()
 
@@ -385,50 +387,52 @@ def test_a_character_cut_by_the_end_of_the_prompt_is_whole_in_the_echo(
     cut: int, before: str, logprobs: int | None
 ) -> None:
     prompt = (*before.encode(), *EMOJI[:cut])
-    answer = whole(plan(prompt=(prompt,), echo=True, logprobs=logprobs), (*EMOJI[cut:], *b" x"))
-    assert answer.text == f"{before}😀 x"
+    result = build_whole(plan(prompt=(prompt,), echo=True, logprobs=logprobs), (*EMOJI[cut:], *b" x"))
+    assert result.text == f"{before}😀 x"
     if logprobs is not None:
         place = len(before)
         offsets = [place] * 4 + [place + 1, place + 2]
-        assert list(columns(answer).text_offset[len(before.encode()) :]) == offsets
+        assert list(columns(result).text_offset[len(before.encode()) :]) == offsets
 
 
-@pytest.mark.parametrize("said", [b"x", b"\x80x", b"\xf0\x9f\x98\x80", b"", b"\xff"])
+@pytest.mark.parametrize("generated", [b"x", b"\x80x", b"\xf0\x9f\x98\x80", b"", b"\xff"])
 @pytest.mark.parametrize("stop", [(), ("\ufffd",), ("x",)])
-def test_a_cut_character_that_does_not_go_on_is_one_replacement(said: bytes, stop: tuple[str, ...]) -> None:
+def test_a_cut_character_that_is_not_continued_becomes_one_replacement_character(
+    generated: bytes, stop: tuple[str, ...]
+) -> None:
     prompt = (*b"a", *EMOJI[:2])
-    answer = whole(plan(prompt=(prompt,), echo=True, logprobs=0, stop=stop), (*said, EOS), "stop")
-    expected = (b"a" + EMOJI[:2] + said).decode("utf-8", "replace")
+    result = build_whole(plan(prompt=(prompt,), echo=True, logprobs=0, stop=stop), (*generated, EOS), "stop")
+    expected = (b"a" + EMOJI[:2] + generated).decode("utf-8", "replace")
     if stop == ("x",):
         expected = expected.partition("x")[0]
-    if stop != ("\ufffd",) or said in (b"x", b""):
-        assert answer.text == expected
-    assert all(0 <= offset <= len(answer.text) for offset in columns(answer).text_offset)
-    assert answer.text.startswith("a")
+    if stop != ("\ufffd",) or generated in (b"x", b""):
+        assert result.text == expected
+    assert all(0 <= offset <= len(result.text) for offset in columns(result).text_offset)
+    assert result.text.startswith("a")
 
 
-def test_a_prompt_that_ends_inside_a_character_is_scored_as_it_was() -> None:
-    answer = whole(plan(prompt=((*b"a", *EMOJI[:2]),), echo=True, logprobs=0, max_tokens=0, stop=("\ufffd",)), ())
-    assert (answer.text, answer.finish, columns(answer).text_offset) == ("a\ufffd", "length", (0, 1, 1))
+def test_a_prompt_that_ends_inside_a_character_can_be_scored_alone() -> None:
+    result = build_whole(plan(prompt=((*b"a", *EMOJI[:2]),), echo=True, logprobs=0, max_tokens=0, stop=("\ufffd",)), ())
+    assert (result.text, result.finish, columns(result).text_offset) == ("a\ufffd", "length", (0, 1, 1))
 
 
-def test_a_completion_without_echo_begins_with_its_own_bytes() -> None:
-    answer = whole(plan(prompt=((*b"a", *EMOJI[:2]),), logprobs=0), (*EMOJI[2:], *b"x"))
-    assert (answer.text, columns(answer).text_offset) == ("\ufffd\ufffdx", (2, 3, 4))
+def test_without_echo_a_completion_starts_with_its_own_bytes() -> None:
+    result = build_whole(plan(prompt=((*b"a", *EMOJI[:2]),), logprobs=0), (*EMOJI[2:], *b"x"))
+    assert (result.text, columns(result).text_offset) == ("\ufffd\ufffdx", (2, 3, 4))
 
 
 # ---- a tokenizer that drops bytes
 
 
-def echoed(text: str, given: bytes, strip_space: bool = False, said: bytes = b"x") -> Delta:
-    """The echo of a text of which the tokenizer has kept these bytes, a token each."""
-    asked = plan(replace(CARD, context=8192), prompt=(text,), echo=True, logprobs=0)
-    prompt = asked.prompts[0]
+def echoed(text: str, given: bytes, strip_space: bool = False, generated: bytes = b"x") -> Delta:
+    """The echo of a text of which the tokenizer has kept these bytes, each as one token."""
+    the_plan = plan(replace(CARD, context=8192), prompt=(text,), echo=True, logprobs=0)
+    prompt = the_plan.prompts[0]
     prompt = dataclasses.replace(prompt, job=replace(prompt.job, prompt=tuple(given)))
-    asked = dataclasses.replace(asked, strip_space=strip_space)
+    the_plan = dataclasses.replace(the_plan, strip_space=strip_space)
     scored = [report(token, 0) for token in given[1:]]
-    choice = ChoiceBuilder(asked, prompt, make_echo(asked, prompt, scored), None)
-    for token in said:
+    choice = ChoiceBuilder(the_plan, prompt, make_echo(the_plan, prompt, scored), None)
+    for token in generated:
         choice.add(report(token, 0))
     choice.end("length")
     return fold(choice.deltas(0))
@@ -450,10 +454,10 @@ def echoed(text: str, given: bytes, strip_space: bool = False, said: bytes = b"x
 )
 def test_offsets_fit_the_text_where_bytes_were_dropped(text: str, dropped: str) -> None:
     kept = text.translate(dict.fromkeys(map(ord, dropped)))
-    answer = echoed(text, kept.encode())
-    assert answer.text == text + "x"
+    result = echoed(text, kept.encode())
+    assert result.text == text + "x"
     places = [place for place, letter in enumerate(text) if letter not in dropped for _ in letter.encode()]
-    assert columns(answer).text_offset == (*places, len(text))
+    assert columns(result).text_offset == (*places, len(text))
 
 
 @pytest.mark.parametrize("given", [b"Qa", b"QQQQ", b"aQb" * 400, bytes(range(65, 91)) * 40])
@@ -465,19 +469,19 @@ def test_offsets_of_tokens_that_are_not_in_the_text_stay_within_it(given: bytes)
     assert len(offsets) == len(given) + 1
 
 
-# ---- sizes
+# ---- large and many choices
 
 
-def test_a_fold_looks_at_each_entry_once() -> None:
+def test_a_fold_of_many_deltas_has_every_entry() -> None:
     entries = [{"a": -1.0}] * 3
     parts = [Delta(0, "ab", Logprobs(("a",) * 3, (-1.0,) * 3, tuple(entries), (0, 1, 2)), None, 3)] * 20_000
-    answer = fold([*parts, Delta(0, "", Logprobs((), (), (), ()), "stop")])
-    assert (len(answer.text), answer.completion_tokens, answer.finish) == (40_000, 60_000, "stop")
-    assert [len(column) for column in (columns(answer).tokens, columns(answer).top_logprobs or ())] == [60_000] * 2
+    result = fold([*parts, Delta(0, "", Logprobs((), (), (), ()), "stop")])
+    assert (len(result.text), result.completion_tokens, result.finish) == (40_000, 60_000, "stop")
+    assert [len(column) for column in (columns(result).tokens, columns(result).top_logprobs or ())] == [60_000] * 2
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 255, 256, 257, 600])
-def test_what_is_folded_as_it_comes_is_what_is_folded_at_the_end(size: int) -> None:
+def test_a_delta_folder_gives_the_same_as_one_fold(size: int) -> None:
     deltas = [Delta(3, f"{n} ", Logprobs((str(n),), (-1.0,), None, (n,)), None, 1, (n,)) for n in range(size)]
     folded = DeltaFolder()
     for delta in deltas:
@@ -490,8 +494,8 @@ def test_stop_strings_are_prepared_once_for_all_choices(monkeypatch: pytest.Monk
     borders = text_stream._borders
     monkeypatch.setattr(text_stream, "_borders", lambda stop: prepared.append(stop) or borders(stop))
     stops = tuple(letter * 1023 for letter in "abcdefghijklmnop")
-    asked = plan(prompt=("x",) * 50, n=1, stop=stops)
-    choices = [ChoiceBuilder(asked, prompt, None, None) for prompt in asked.prompts for _ in range(20)]
+    the_plan = plan(prompt=("x",) * 50, n=1, stop=stops)
+    choices = [ChoiceBuilder(the_plan, prompt, None, None) for prompt in the_plan.prompts for _ in range(20)]
     assert len(choices) == 1000
     assert sorted(prepared) == sorted(stops)
     for choice in choices[:3]:
@@ -500,14 +504,14 @@ def test_stop_strings_are_prepared_once_for_all_choices(monkeypatch: pytest.Monk
         assert choice.finish is None
 
 
-def test_an_echo_and_a_report_are_made_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = plan(prompt=("a" * 40,), echo=True, logprobs=2, prompt_logprobs=2)
-    scored = [report(token, 2) for token in asked.prompts[0].job.prompt[1:]]
-    echo = make_echo(asked, asked.prompts[0], scored)
-    told = make_report(asked, asked.prompts[0], scored)
+def test_echo_columns_and_report_entries_are_made_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    the_plan = plan(prompt=("a" * 40,), echo=True, logprobs=2, prompt_logprobs=2)
+    scored = [report(token, 2) for token in the_plan.prompts[0].job.prompt[1:]]
+    echo = make_echo(the_plan, the_plan.prompts[0], scored)
+    prompt_report = make_report(the_plan, the_plan.prompts[0], scored)
     monkeypatch.setattr(logprobs, "SLICE_TOKENS", 8)
     assert echo is not None
-    assert told is not None
+    assert prompt_report is not None
     assert [len(part.tokens) for part in echo.columns()] == [8] * 5
-    assert [len(part) for part in told.entries()] == [1, 8, 8, 8, 8, 7]
+    assert [len(part) for part in prompt_report.entries()] == [1, 8, 8, 8, 8, 7]
     assert join_columns(echo.columns()).text_offset == tuple(range(40))

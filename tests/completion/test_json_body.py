@@ -1,4 +1,4 @@
-"""JSON bodies: what is refused before it is built, what is named, and that pieces give what one call gives."""
+"""`json_body`: decoding in pieces gives the same as one call; limits, repeated keys and lone surrogates are errors."""
 
 import asyncio
 import json
@@ -42,7 +42,7 @@ def refused(data: bytes) -> str:
     ids=lambda value: repr(value)[:20],
 )
 @pytest.mark.parametrize("spaces", [False, True])
-def test_a_large_body_is_what_the_parser_says_in_one_call(
+def test_a_large_body_has_the_same_value_as_parsed_in_one_call(
     value: Any, spaces: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(json_body, "_PIECE", 2**12)
@@ -53,14 +53,14 @@ def test_a_large_body_is_what_the_parser_says_in_one_call(
 
 @pytest.mark.parametrize("value", [b"[1,]", b"[,1]", b"[1 2]", b"[01]", b"[1", b"[1]]", b"[tru]", b"[NaN]", b'"\xff"'])
 @pytest.mark.parametrize("before", [b"", b"1," * 40_000])
-def test_a_large_body_that_is_no_json_is_refused(value: bytes, before: bytes) -> None:
+def test_a_large_body_that_is_not_json_is_refused(value: bytes, before: bytes) -> None:
     inner = value.replace(b"[", b"[" + before, 1)
     assert "not valid JSON" in refused(b'{"value":' + inner + b"," + PAD + b"}")
     assert "not valid JSON" in refused(b"[" + PAD[6:] + b"]")
 
 
 @pytest.mark.parametrize("item", [b"[1]", b"{}", b"[[]]", b"[{}]"])
-def test_more_arrays_and_objects_than_a_body_may_have_are_not_built(item: bytes, monkeypatch: Any) -> None:
+def test_too_many_arrays_and_objects_are_refused_before_decoding(item: bytes, monkeypatch: Any) -> None:
     few, many = (b'{"prompt":[%b]}' % b",".join([item] * count) for count in (MAX_PARTS // 2 - 2, MAX_PARTS))
     assert len(parse_object(few)["prompt"]) == MAX_PARTS // 2 - 2
     monkeypatch.setattr(json_body, "_members_of", None)
@@ -68,54 +68,54 @@ def test_more_arrays_and_objects_than_a_body_may_have_are_not_built(item: bytes,
 
 
 @pytest.mark.parametrize("item", [b'""', b'"a"', b'"\\\\"'])
-def test_more_strings_than_a_body_may_have_are_not_built(item: bytes, monkeypatch: Any) -> None:
+def test_too_many_strings_are_refused_before_decoding(item: bytes, monkeypatch: Any) -> None:
     few, many = (b'{"prompt":[%b]}' % b",".join([item] * count) for count in (MAX_PARTS - 1, MAX_PARTS + 1))
     assert len(parse_object(few)["prompt"]) == MAX_PARTS - 1
     monkeypatch.setattr(json_body, "_members_of", None)
     assert "strings" in refused(many)
 
 
-def test_members_count_as_strings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_member_names_count_as_strings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_body, "_members_of", None)
     assert "strings" in refused(b"{%b}" % b",".join(b'"%x":1' % number for number in range(MAX_PARTS + 1)))
 
 
 @pytest.mark.parametrize("text", ["[", "{", '"', '\\"[', ",", ":", "\\\\", '\\\\"'])
-def test_what_a_text_has_in_it_does_not_count(text: str) -> None:
+def test_characters_inside_strings_are_not_counted(text: str) -> None:
     given = {"prompt": text * (MAX_PARTS + 10), "stop": [text]}
     assert parse_object(json.dumps(given).encode()) == given
 
 
 def test_a_large_body_is_parsed_in_another_thread_and_a_small_one_is_not() -> None:
-    def where(_: bytes) -> int:
+    def thread_of(_: bytes) -> int:
         return threading.get_ident()
 
-    async def ask() -> tuple[int, int]:
-        return await run_in_thread_if_large(where, b"x" * LARGE_BODY), await run_in_thread_if_large(
-            where, b"x" * (LARGE_BODY + 1)
+    async def parse_both() -> tuple[int, int]:
+        return await run_in_thread_if_large(thread_of, b"x" * LARGE_BODY), await run_in_thread_if_large(
+            thread_of, b"x" * (LARGE_BODY + 1)
         )
 
-    small, large = asyncio.run(ask())
+    small, large = asyncio.run(parse_both())
     assert small == threading.get_ident() != large
 
 
 def test_one_large_body_is_parsed_at_a_time() -> None:
-    at_work: list[int] = []
+    running: list[int] = []
 
     def parse(data: bytes) -> int:
-        at_work.append(1)
+        running.append(1)
         time.sleep(0.01)
-        most = len(at_work)
-        at_work.pop()
+        most = len(running)
+        running.pop()
         return most
 
-    async def ask() -> list[int]:
+    async def parse_both() -> list[int]:
         return await asyncio.gather(*(run_in_thread_if_large(parse, b"x" * (LARGE_BODY + 1)) for _ in range(5)))
 
-    assert asyncio.run(ask()) == [1] * 5
+    assert asyncio.run(parse_both()) == [1] * 5
 
 
-def test_no_call_keeps_the_interpreter_for_a_whole_array_of_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_array_of_numbers_is_decoded_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     decode, sizes = msgspec.json.decode, []
 
     def counted(data: bytes) -> Any:
@@ -157,7 +157,7 @@ def test_a_key_that_comes_twice_is_refused(data: bytes) -> None:
     ],
     ids=lambda data: repr(data[:20]),
 )
-def test_colons_in_texts_are_no_keys(data: bytes) -> None:
+def test_colons_in_strings_are_not_counted_as_keys(data: bytes) -> None:
     assert parse_object(data) == json.loads(data)
 
 
@@ -183,7 +183,7 @@ def test_a_lone_surrogate_is_named(text: bytes, form: bytes) -> None:
 
 
 @pytest.mark.parametrize("text", [rb"\ud83d\ude00", rb"\\ud800", rb"\\\\udc00", rb"\ud83d\ude00\ud83d\ude00"])
-def test_pairs_and_what_only_looks_like_one_are_read(text: bytes) -> None:
+def test_surrogate_pairs_and_escaped_backslashes_are_accepted(text: bytes) -> None:
     data = b'{"prompt":"%b"}' % text
     assert parse_object(data) == json.loads(data)
     assert "surrogate" not in refused(data[:-1])
@@ -205,6 +205,6 @@ def test_line_ends_of_unicode_are_written_as_escapes(line_end: str) -> None:
     assert "“x”".encode() in data
 
 
-def test_other_values_are_written_as_ever() -> None:
+def test_values_without_such_line_ends_are_encoded_as_by_msgspec() -> None:
     for value in ("“é😀…”", {"a": [1.5, None, True]}, "\n\r\u200b\x84\x86\u2027\u202a"):
         assert encode(value) == msgspec.json.encode(value)

@@ -1,4 +1,4 @@
-"""A request and a model's card to a plan: what the model will read, and what the caller could not ask for."""
+"""`make_plan`: the jobs of a request, and the errors that depend on the model."""
 
 import asyncio
 from typing import Any
@@ -23,7 +23,7 @@ def plan(model_info: ModelInfo = CARD, entropy: int = 0, **fields: Any) -> Plan:
     return make_plan(request, model_info, asyncio.run(tokenize(request, ScriptedEngine(says(), model_info))), entropy)
 
 
-def only(model_info: ModelInfo = CARD, **fields: Any) -> PromptPlan:
+def plan_one_prompt(model_info: ModelInfo = CARD, **fields: Any) -> PromptPlan:
     (prompt,) = plan(model_info, **fields).prompts
     return prompt
 
@@ -35,11 +35,11 @@ def refused(model_info: ModelInfo = CARD, **fields: Any) -> tuple[str, str | Non
     return caught.value.message, caught.value.param, caught.value.code
 
 
-# ---- what the model reads
+# ---- the tokens of the prompt
 
 
 def test_a_text_is_read_as_its_tokens() -> None:
-    prompt = only(prompt=("Hello world",))
+    prompt = plan_one_prompt(prompt=("Hello world",))
     assert (prompt.job.prompt, prompt.text, prompt.hidden_tokens, prompt.billed_tokens) == (
         ids("Hello world"),
         "Hello world",
@@ -48,9 +48,9 @@ def test_a_text_is_read_as_its_tokens() -> None:
     )
 
 
-def test_token_ids_are_read_verbatim_and_shown_as_their_text() -> None:
+def test_token_ids_are_unchanged_and_echoed_as_their_text() -> None:
     given = (*ids(" cat"), EOS, 0xE2, 0x41)
-    prompt = only(prompt=(given,))
+    prompt = plan_one_prompt(prompt=(given,))
     assert (prompt.job.prompt, prompt.text, prompt.hidden_tokens, prompt.billed_tokens) == (
         given,
         " cat</s>\ufffdA",
@@ -60,11 +60,11 @@ def test_token_ids_are_read_verbatim_and_shown_as_their_text() -> None:
 
 
 def test_text_that_spells_a_special_token_is_that_token() -> None:
-    assert only(prompt=("</s>Hello",)).job.prompt == (EOS, *ids("Hello"))
+    assert plan_one_prompt(prompt=("</s>Hello",)).job.prompt == (EOS, *ids("Hello"))
 
 
-def test_a_bos_that_the_model_wants_is_added_to_texts_and_hidden() -> None:
-    prompt = only(WITH_BOS, prompt=("Hello",))
+def test_bos_is_added_to_texts_and_hidden() -> None:
+    prompt = plan_one_prompt(WITH_BOS, prompt=("Hello",))
     assert (prompt.job.prompt, prompt.text, prompt.hidden_tokens, prompt.billed_tokens) == (
         (BOS, *ids("Hello")),
         "Hello",
@@ -75,8 +75,8 @@ def test_a_bos_that_the_model_wants_is_added_to_texts_and_hidden() -> None:
 
 @pytest.mark.parametrize("text", ["<s>Hello", "<s>", "<s><s>Hello", "<s> Hello</s>"])
 def test_a_text_that_begins_with_the_bos_gets_no_second_one(text: str) -> None:
-    """The caller has written it: it is shown, and counted."""
-    prompt = only(WITH_BOS, prompt=(text,))
+    """The client sent the BOS, so it is echoed and billed."""
+    prompt = plan_one_prompt(WITH_BOS, prompt=(text,))
     assert (prompt.job.prompt, prompt.text, prompt.hidden_tokens, prompt.billed_tokens) == (
         ids(text),
         text,
@@ -85,21 +85,21 @@ def test_a_text_that_begins_with_the_bos_gets_no_second_one(text: str) -> None:
     )
 
 
-def test_each_prompt_has_the_bos_that_it_lacks() -> None:
+def test_bos_is_added_only_to_prompts_without_it() -> None:
     prompts = plan(WITH_BOS, prompt=("<s>Hello", "Hello", "Hello<s>", "")).prompts
     hello = ids("Hello")
     assert [prompt.job.prompt for prompt in prompts] == [(BOS, *hello), (BOS, *hello), (BOS, *hello, BOS), (BOS,)]
     assert [prompt.billed_tokens for prompt in prompts] == [2, 1, 2, 0]
 
 
-def test_a_model_that_wants_no_bos_reads_what_is_written() -> None:
+def test_without_add_bos_a_text_is_unchanged() -> None:
     model_info = replace(CARD, bos=BOS)
-    assert only(model_info, prompt=("<s><s>",)).job.prompt == (BOS, BOS)
-    assert only(model_info, prompt=("a",)).job.prompt == ids("a")
+    assert plan_one_prompt(model_info, prompt=("<s><s>",)).job.prompt == (BOS, BOS)
+    assert plan_one_prompt(model_info, prompt=("a",)).job.prompt == ids("a")
 
 
 def test_a_bos_is_never_added_to_token_ids() -> None:
-    prompt = only(WITH_BOS, prompt=(ids("Hello"),))
+    prompt = plan_one_prompt(WITH_BOS, prompt=(ids("Hello"),))
     assert (prompt.job.prompt, prompt.hidden_tokens) == (ids("Hello"), 0)
 
 
@@ -108,17 +108,19 @@ def test_a_bos_is_never_added_to_token_ids() -> None:
     ("model_info", "start"),
     [(CARD, EOS), (WITH_BOS, BOS), (replace(CARD, bos=BOS), BOS), (replace(WITH_BOS, eos=None), BOS)],
 )
-def test_an_empty_prompt_begins_a_document_free_of_charge(given: str | None, model_info: ModelInfo, start: int) -> None:
-    prompt = only(model_info, prompt=(given,))
+def test_an_empty_prompt_starts_a_document_and_bills_no_token(
+    given: str | None, model_info: ModelInfo, start: int
+) -> None:
+    prompt = plan_one_prompt(model_info, prompt=(given,))
     assert (prompt.job.prompt, prompt.text, prompt.hidden_tokens, prompt.billed_tokens) == ((start,), "", 1, 0)
 
 
-def test_a_model_without_any_such_token_cannot_begin_a_document() -> None:
+def test_without_bos_and_eos_an_empty_prompt_is_refused() -> None:
     message, param, _ = refused(replace(CARD, eos=None), prompt=("",))
-    assert (message.endswith("the prompt cannot be empty."), param) == (True, "prompt")
+    assert (message.startswith("The prompt cannot be empty: "), param) == (True, "prompt")
 
 
-def test_prompts_of_all_kinds_go_together_in_order() -> None:
+def test_prompts_of_different_forms_keep_their_order() -> None:
     prompts = plan(prompt=("Hello", ids(" cat sat"), None)).prompts
     assert [prompt.job.prompt for prompt in prompts] == [ids("Hello"), ids(" cat sat"), (EOS,)]
 
@@ -126,33 +128,33 @@ def test_prompts_of_all_kinds_go_together_in_order() -> None:
 # ---- suffix
 
 
-def test_a_suffix_is_laid_out_the_way_the_model_was_trained() -> None:
-    prompt = only(WITH_INFILL, prompt=("Hello",), suffix=" sat the")
+def test_a_suffix_is_laid_out_with_infill_tokens() -> None:
+    prompt = plan_one_prompt(WITH_INFILL, prompt=("Hello",), suffix=" sat the")
     assert prompt.job.prompt == (PRE, *ids("Hello"), SUF, *ids(" sat the"), MID)
     assert (prompt.text, prompt.billed_tokens) == ("Hello", 3)
 
 
-def test_a_suffix_goes_with_bos_and_with_token_ids_and_with_every_prompt() -> None:
+def test_a_suffix_works_with_bos_with_token_ids_and_with_several_prompts() -> None:
     prompts = plan(replace(WITH_BOS, infill=INFILL), prompt=("Hello", None), suffix="!").prompts
     assert [prompt.job.prompt for prompt in prompts] == [
         (BOS, PRE, *ids("Hello"), SUF, *ids("!"), MID),
         (BOS, PRE, SUF, *ids("!"), MID),
     ]
     (prompt,) = plan(replace(WITH_BOS, infill=INFILL), prompt=("<s>Hello",), suffix="!").prompts
-    assert prompt.job.prompt == (BOS, PRE, *ids("Hello"), SUF, *ids("!"), MID), "the caller's own BOS is at the start"
-    assert only(WITH_INFILL, prompt=((5, 6),), suffix="!").job.prompt == (PRE, 5, 6, SUF, *ids("!"), MID)
+    assert prompt.job.prompt == (BOS, PRE, *ids("Hello"), SUF, *ids("!"), MID), "the BOS of the client is at the start"
+    assert plan_one_prompt(WITH_INFILL, prompt=((5, 6),), suffix="!").job.prompt == (PRE, 5, 6, SUF, *ids("!"), MID)
 
 
-def test_a_model_that_cannot_fill_gaps_refuses_a_suffix() -> None:
+def test_a_suffix_is_refused_without_infill_tokens() -> None:
     message, param, _ = refused(prompt=("Hello",), suffix="!")
     assert (message.startswith("Unrecognized request argument supplied: suffix"), param) == (True, "suffix")
 
 
-def test_an_empty_suffix_is_none() -> None:
-    assert only(prompt=("Hello",), suffix="") == only(prompt=("Hello",))
+def test_an_empty_suffix_is_as_if_absent() -> None:
+    assert plan_one_prompt(prompt=("Hello",), suffix="") == plan_one_prompt(prompt=("Hello",))
 
 
-# ---- what cannot be
+# ---- errors
 
 
 def too_long(prompt: int, completion: int) -> tuple[str, None, None]:
@@ -164,55 +166,55 @@ def too_long(prompt: int, completion: int) -> tuple[str, None, None]:
     )
 
 
-def test_prompt_and_completion_fit_the_context_together() -> None:
-    assert only(prompt=(" the" * 48,)).job.max_tokens == 16
+def test_prompt_and_completion_together_must_fit_the_context() -> None:
+    assert plan_one_prompt(prompt=(" the" * 48,)).job.max_tokens == 16
     assert refused(prompt=(" the" * 49,)) == too_long(49, 16)
     assert refused(prompt=("a",), max_tokens=64) == too_long(1, 64)
 
 
-def test_tokens_that_the_server_adds_need_room_too() -> None:
-    assert only(WITH_BOS, prompt=(" the" * 47,)).hidden_tokens == 1
+def test_tokens_that_the_server_adds_count_against_the_context() -> None:
+    assert plan_one_prompt(WITH_BOS, prompt=(" the" * 47,)).hidden_tokens == 1
     assert refused(WITH_BOS, prompt=(" the" * 48,)) == too_long(49, 16)
 
 
-def test_the_first_prompt_that_is_too_long_is_told() -> None:
+def test_the_error_reports_the_first_prompt_that_is_too_long() -> None:
     assert refused(prompt=("a", "b" * 50, "c" * 60)) == too_long(50, 16)
 
 
 def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized() -> None:
-    class Untouchable(ScriptedEngine):
+    class NoTokenizer(ScriptedEngine):
         async def tokenize(self, text: str, special: bool, client: str = "") -> tuple[int, ...]:
             raise AssertionError
 
     for fields in ({"prompt": ("x" * 10_000,)}, {"prompt": ("a",), "suffix": "x" * 10_000}):
         with pytest.raises(RequestError, match="maximum context length is 64 tokens"):
-            asyncio.run(tokenize(CompletionRequest(**fields), Untouchable(says())))
+            asyncio.run(tokenize(CompletionRequest(**fields), NoTokenizer(says())))
 
 
-def test_without_a_longest_piece_any_text_may_fit() -> None:
+def test_without_longest_token_a_long_text_is_tokenized() -> None:
     request = CompletionRequest(prompt=("x" * 10_000,))
     tokens = asyncio.run(tokenize(request, ScriptedEngine(says(), replace(CARD, longest_token=0, context=10_000))))
     assert len(tokens.prompts[0]) == 10_000
 
 
 @pytest.mark.parametrize("token", [-1, LAST + 1, 10**18])
-def test_ids_of_a_prompt_are_in_the_vocabulary(token: int) -> None:
+def test_ids_of_a_prompt_must_be_in_the_vocabulary(token: int) -> None:
     message = f"Invalid token in prompt: {token}. Minimum value is 0, maximum value is {LAST} (inclusive)."
     assert refused(prompt=((1,), (0, token))) == (message, None, None)
-    assert only(prompt=((0, LAST),)).job.prompt == (0, LAST)
+    assert plan_one_prompt(prompt=((0, LAST),)).job.prompt == (0, LAST)
 
 
-def test_ids_of_a_bias_are_in_the_vocabulary() -> None:
+def test_ids_of_a_bias_must_be_in_the_vocabulary() -> None:
     message = f"Invalid key in 'logit_bias': {LAST + 1}. Maximum value is {LAST}."
     assert refused(prompt=("a",), logit_bias=((LAST + 1, 1.0),)) == (message, "logit_bias", None)
-    assert only(prompt=("a",), logit_bias=((LAST, 1.0),)).job.sampling.logit_bias == ((LAST, 1.0),)
+    assert plan_one_prompt(prompt=("a",), logit_bias=((LAST, 1.0),)).job.sampling.logit_bias == ((LAST, 1.0),)
 
 
-# ---- what the engine is asked
+# ---- the fields of a job
 
 
-def test_a_job_says_how_tokens_are_chosen_and_what_ends_them() -> None:
-    job = only(
+def test_a_job_has_the_sampling_parameters_and_end_tokens() -> None:
+    job = plan_one_prompt(
         prompt=("a",),
         max_tokens=5,
         temperature=0.5,
@@ -228,29 +230,31 @@ def test_a_job_says_how_tokens_are_chosen_and_what_ends_them() -> None:
 
 
 def test_extensions_change_the_job() -> None:
-    job = only(prompt=("a",), top_k=5, min_p=0.1, repetition_penalty=1.2, min_tokens=3, stop_token_ids=(7,)).job
+    job = plan_one_prompt(
+        prompt=("a",), top_k=5, min_p=0.1, repetition_penalty=1.2, min_tokens=3, stop_token_ids=(7,)
+    ).job
     assert job.sampling == Sampling(top_k=5, min_p=0.1, repetition_penalty=1.2)
     assert (job.min_tokens, job.end_tokens) == (3, (EOS, 7))
-    assert only(prompt=("a",), ignore_eos=True, stop_token_ids=(7,)).job.end_tokens == (7,)
+    assert plan_one_prompt(prompt=("a",), ignore_eos=True, stop_token_ids=(7,)).job.end_tokens == (7,)
 
 
-def test_ids_that_stop_must_be_the_models() -> None:
+def test_stop_token_ids_must_be_in_the_vocabulary() -> None:
     with pytest.raises(RequestError, match="stop_token_ids") as refusal:
-        only(prompt=("a",), stop_token_ids=(len(CARD.pieces),))
+        plan_one_prompt(prompt=("a",), stop_token_ids=(len(CARD.pieces),))
     assert refusal.value.param == "stop_token_ids"
 
 
-def test_a_text_gains_no_bos_when_none_is_wanted() -> None:
-    spoken = replace(CARD, bos=BOS, add_bos=True)
-    assert only(spoken, prompt=("a",)).job.prompt == (BOS, *ids("a"))
-    assert only(spoken, prompt=("a",), add_special_tokens=False).job.prompt == ids("a")
+def test_add_special_tokens_false_adds_no_bos() -> None:
+    with_bos = replace(CARD, bos=BOS, add_bos=True)
+    assert plan_one_prompt(with_bos, prompt=("a",)).job.prompt == (BOS, *ids("a"))
+    assert plan_one_prompt(with_bos, prompt=("a",), add_special_tokens=False).job.prompt == ids("a")
 
 
 @pytest.mark.parametrize(
     ("fields", "samples"), [({}, 1), ({"n": 3}, 3), ({"best_of": 4}, 4), ({"n": 2, "best_of": 2}, 2)]
 )
 def test_a_job_has_as_many_samples_as_there_are_candidates(fields: dict[str, Any], samples: int) -> None:
-    assert only(prompt=("a",), **fields).job.samples == samples
+    assert plan_one_prompt(prompt=("a",), **fields).job.samples == samples
 
 
 @pytest.mark.parametrize(
@@ -264,14 +268,14 @@ def test_a_job_has_as_many_samples_as_there_are_candidates(fields: dict[str, Any
         ({"prompt_logprobs": 2}, None, 2),
         ({"prompt_logprobs": 2, "logprobs": 4, "echo": True}, 4, 4),
         ({"n": 2}, None, None),
-        ({"best_of": 2}, 0, None),  # candidates are ranked by them
+        ({"best_of": 2}, 0, None),  # candidates are ranked by log probability
         ({"best_of": 2, "logprobs": 2}, 2, None),
     ],
 )
-def test_log_probabilities_are_asked_for_only_where_they_are_needed(
+def test_jobs_request_log_probabilities_only_where_needed(
     fields: dict[str, Any], alternatives: int | None, of_the_prompt: int | None
 ) -> None:
-    job = only(prompt=("a",), **fields).job
+    job = plan_one_prompt(prompt=("a",), **fields).job
     assert (job.alternatives, job.prompt_alternatives) == (alternatives, of_the_prompt)
 
 
@@ -282,38 +286,38 @@ def keys(**fields: Any) -> list[bytes]:
     return [prompt.job.key for prompt in plan(**fields).prompts]
 
 
-def test_equal_seeds_give_equal_keys_whatever_the_entropy() -> None:
+def test_equal_seeds_give_equal_keys_with_any_entropy() -> None:
     assert keys(prompt=("a", "b"), seed=7, entropy=1) == keys(prompt=("c", "d"), seed=7, entropy=2)
 
 
-def test_every_prompt_and_every_seed_has_a_key_of_its_own() -> None:
+def test_every_prompt_and_every_seed_has_a_different_key() -> None:
     seeds = (0, 1, 11, -1, 2**63 - 1, -(2**63))
     found = [key for seed in seeds for key in keys(prompt=("a",) * 12, seed=seed)]
     assert len(set(found)) == len(found) == 72
     assert {len(key) for key in found} == {16}
 
 
-def test_without_a_seed_entropy_decides() -> None:
+def test_without_a_seed_the_key_depends_on_entropy() -> None:
     assert keys(prompt=("a",), entropy=1) != keys(prompt=("a",), entropy=2)
     assert keys(prompt=("a",), entropy=1) == keys(prompt=("a",), entropy=1)
 
 
-# ---- who asks
+# ---- charges and clients
 
 
-def test_the_most_that_a_request_can_use_is_every_sample_of_every_prompt() -> None:
+def test_most_tokens_counts_every_sample_of_every_prompt() -> None:
     assert (
         plan(prompt=("a", "the cat"), n=2, best_of=3, max_tokens=5).most_tokens == 1 + len(ids("the cat")) + 2 * 3 * 5
     )
     assert plan(prompt=("a",), max_tokens=0, echo=True, logprobs=0).most_tokens == 1
 
 
-def test_what_is_computed_for_one_caller_is_for_another_only_if_they_share() -> None:
+def test_clients_share_a_namespace_only_with_shares_cache_and_equal_salt() -> None:
     def namespace(name: str, shares: bool, salt: str | None = None) -> str:
         request = CompletionRequest(prompt=("a",), cache_salt=salt)
         tokens = asyncio.run(tokenize(request, ScriptedEngine(says())))
         (prompt,) = make_plan(request, CARD, tokens, 0, ClientIdentity(name, shares)).prompts
-        assert prompt.job.client == name, "served in turn all the same"
+        assert prompt.job.client == name, "shares are per client in any case"
         return prompt.job.namespace
 
     assert namespace("alice", False) == namespace("alice", False) != namespace("bob", False)

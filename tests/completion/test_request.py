@@ -1,4 +1,4 @@
-"""A body to a request: what every field takes, and what is said of everything else."""
+"""`request.parse`: the values that each field accepts, and the errors for all others."""
 
 import json
 from dataclasses import asdict, fields, replace
@@ -29,14 +29,14 @@ def refused(body: bytes | dict[str, Any], limits: RequestLimits = LIMITS) -> Req
     return error
 
 
-def told(error: RequestError) -> tuple[str, str | None, str | None]:
+def error_fields(error: RequestError) -> tuple[str, str | None, str | None]:
     return error.message, error.param, error.code
 
 
-# ---- fields that are absent
+# ---- absent fields
 
 
-def test_an_empty_body_asks_for_the_defaults_of_the_api() -> None:
+def test_an_empty_body_gives_the_defaults_of_the_api() -> None:
     assert asdict(parsed()) == {
         "model": None,
         "prompt": (None,),
@@ -75,11 +75,11 @@ def test_null_is_as_if_absent(name: str) -> None:
     assert parsed(**{name: None}) == parsed()
 
 
-def test_every_field_of_a_request_can_be_parsed_and_no_other() -> None:
+def test_there_is_a_parser_for_every_field_of_a_request() -> None:
     assert [*FIELDS, *EXTENSIONS, "ignored"] == [field.name for field in fields(CompletionRequest)]
 
 
-# ---- fields that are taken
+# ---- accepted values
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_every_field_of_a_request_can_be_parsed_and_no_other() -> None:
         ("prompt", [1212, 318], ((1212, 318),)),
         ("prompt", [1.0], ((1,),)),
         ("prompt", [[1212], [318, 2]], ((1212,), (318, 2))),
-        ("prompt", [-1], ((-1,),)),  # which ids there are, the model knows
+        ("prompt", [-1], ((-1,),)),  # the plan checks ids, because they depend on the model
         ("echo", True, True),
         ("frequency_penalty", -2, -2.0),
         ("frequency_penalty", 2, 2.0),
@@ -141,13 +141,13 @@ def test_stream_options(options: dict[str, Any], value: StreamOptions) -> None:
     assert parsed(stream=True, stream_options=options).stream_options == value
 
 
-def test_numbers_become_what_the_request_says_they_are() -> None:
+def test_numbers_are_converted_to_the_declared_types() -> None:
     request = parsed(temperature=1, top_p=1, max_tokens=3.0, logit_bias={"1": 1})
     assert [type(value) for value in (request.temperature, request.top_p, request.max_tokens)] == [float, float, int]
     assert type(request.logit_bias[0][1]) is float
 
 
-# ---- fields that are refused: wrong types
+# ---- refused values: wrong types
 
 KINDS = {
     "a boolean": True,
@@ -176,14 +176,14 @@ WRONG = [
 ]
 
 
-def test_every_field_has_a_type() -> None:
+def test_the_table_of_types_has_every_field() -> None:
     assert sorted(name for names in TYPES.values() for name in names) == sorted(FIELDS)
 
 
 @pytest.mark.parametrize(("name", "expected", "kind"), WRONG)
 def test_a_wrong_type_is_named(name: str, expected: str, kind: str) -> None:
     message = f"Invalid type for '{name}': expected {expected}, but got {kind} instead."
-    assert told(refused({name: KINDS[kind]})) == (message, name, "invalid_type")
+    assert error_fields(refused({name: KINDS[kind]})) == (message, name, "invalid_type")
 
 
 @pytest.mark.parametrize("prompt", [[[]], [1, "a"], ["a", 1], [[1], "a"], [[1], []], [[1], 2], [1.5], [True], [[True]]])
@@ -192,9 +192,9 @@ def test_a_prompt_is_one_of_its_four_forms(prompt: Any) -> None:
     assert (error.param, error.code) == ("prompt", "invalid_type")
 
 
-def test_an_array_is_not_empty() -> None:
+def test_an_empty_array_of_prompts_is_refused() -> None:
     message = "empty array. Expected an array with minimum length 1, but got an empty array instead."
-    assert told(refused({"prompt": []})) == (f"Invalid 'prompt': {message}", "prompt", "empty_array")
+    assert error_fields(refused({"prompt": []})) == (f"Invalid 'prompt': {message}", "prompt", "empty_array")
 
 
 def test_an_empty_array_is_no_stop_string_and_strictly_refused() -> None:
@@ -204,7 +204,7 @@ def test_an_empty_array_is_no_stop_string_and_strictly_refused() -> None:
         parse(b'{"model":"a","stop":[]}', STRICT)
 
 
-# ---- fields that are refused: out of bounds
+# ---- refused values: out of range
 
 
 @pytest.mark.parametrize(
@@ -218,12 +218,12 @@ def test_an_empty_array_is_no_stop_string_and_strictly_refused() -> None:
     ],
 )
 def test_bounds_of_integers(name: str, low: int, high: int) -> None:
-    assert told(refused({name: low - 1})) == (
+    assert error_fields(refused({name: low - 1})) == (
         f"Invalid '{name}': integer below minimum value. Expected a value >= {low}, but got {low - 1} instead.",
         name,
         "integer_below_min_value",
     )
-    assert told(refused({name: high + 1})) == (
+    assert error_fields(refused({name: high + 1})) == (
         f"Invalid '{name}': integer above maximum value. Expected a value <= {high}, but got {high + 1} instead.",
         name,
         "integer_above_max_value",
@@ -235,12 +235,12 @@ def test_bounds_of_integers(name: str, low: int, high: int) -> None:
     [("frequency_penalty", -2, 2), ("presence_penalty", -2, 2), ("temperature", 0, 2), ("top_p", 0, 1)],
 )
 def test_bounds_of_decimals(name: str, low: int, high: int) -> None:
-    assert told(refused({name: low - 0.5})) == (
+    assert error_fields(refused({name: low - 0.5})) == (
         f"Invalid '{name}': decimal below minimum value. Expected a value >= {low}, but got {low - 0.5} instead.",
         name,
         "decimal_below_min_value",
     )
-    assert told(refused({name: high + 0.5})) == (
+    assert error_fields(refused({name: high + 0.5})) == (
         f"Invalid '{name}': decimal above maximum value. Expected a value <= {high}, but got {high + 0.5} instead.",
         name,
         "decimal_above_max_value",
@@ -250,59 +250,63 @@ def test_bounds_of_decimals(name: str, low: int, high: int) -> None:
 TOO_LONG = "Expected an array with maximum length 4, but got an array with length 9 instead."
 
 
-def test_stops_are_counted() -> None:
+def test_the_number_of_stop_strings_is_limited() -> None:
     error = refused({"stop": ["x"] * 9}, RequestLimits(max_stop=4))
-    assert told(error) == (f"Invalid 'stop': array too long. {TOO_LONG}", "stop", "array_above_max_length")
+    assert error_fields(error) == (f"Invalid 'stop': array too long. {TOO_LONG}", "stop", "array_above_max_length")
     assert len(parsed(stop=["x"] * LIMITS.max_stop).stop) == LIMITS.max_stop
     assert refused({"stop": ["x"] * (LIMITS.max_stop + 1)}).code == "array_above_max_length"
 
 
 @pytest.mark.parametrize("stop", ["", ["a", ""]])
-def test_a_stop_is_not_empty(stop: Any) -> None:
+def test_an_empty_stop_string_is_refused(stop: Any) -> None:
     message = "empty string. Expected a string with minimum length 1, but got an empty string instead."
-    assert told(refused({"stop": stop})) == (f"Invalid 'stop': {message}", "stop", "empty_string")
+    assert error_fields(refused({"stop": stop})) == (f"Invalid 'stop': {message}", "stop", "empty_string")
 
 
-def test_a_stop_is_not_too_long() -> None:
+def test_a_stop_string_that_is_too_long_is_refused() -> None:
     message = "string too long. Expected a string with maximum length 1024, but got a string with length 1025 instead."
-    assert told(refused({"stop": "x" * 1025})) == (f"Invalid 'stop': {message}", "stop", "string_above_max_length")
+    assert error_fields(refused({"stop": "x" * 1025})) == (
+        f"Invalid 'stop': {message}",
+        "stop",
+        "string_above_max_length",
+    )
 
 
 @pytest.mark.parametrize("stop", [[1], [None], [["a"]], ["a", 1]])
-def test_every_stop_is_a_string(stop: Any) -> None:
-    assert told(refused({"stop": stop}))[1:] == ("stop", "invalid_type")
+def test_a_stop_that_is_not_a_string_is_refused(stop: Any) -> None:
+    assert error_fields(refused({"stop": stop}))[1:] == ("stop", "invalid_type")
 
 
 @pytest.mark.parametrize("key", ["AI", "", "-1", "1.0", "+1", " 1", "²", "٣", "1e3", "99999999999"])
-def test_keys_of_a_bias_are_token_ids(key: str) -> None:
+def test_a_key_of_logit_bias_that_is_not_a_token_id_is_refused(key: str) -> None:
     message = f"Invalid key in 'logit_bias': {key}. You should only be submitting non-negative integers."
-    assert told(refused({"logit_bias": {key: 1}})) == (message, "logit_bias", None)
+    assert error_fields(refused({"logit_bias": {key: 1}})) == (message, "logit_bias", None)
 
 
 @pytest.mark.parametrize(
     ("value", "shown"),
     [(101, "101"), (-100.5, "-100.5"), (True, "a boolean"), ("5", "a string"), (None, "null"), ([1], "an array")],
 )
-def test_values_of_a_bias_are_small_numbers(value: Any, shown: str) -> None:
+def test_a_value_of_logit_bias_out_of_range_is_refused(value: Any, shown: str) -> None:
     message = f"Invalid value in 'logit_bias': {shown}. Values must be between -100 and 100."
-    assert told(refused({"logit_bias": {"5": value}})) == (message, "logit_bias", None)
+    assert error_fields(refused({"logit_bias": {"5": value}})) == (message, "logit_bias", None)
 
 
-def test_biases_are_counted() -> None:
+def test_the_number_of_biases_is_limited() -> None:
     many = {str(token): 1 for token in range(LIMITS.max_bias + 1)}
-    message = f"Invalid 'logit_bias': at most {LIMITS.max_bias} tokens may be biased."
-    assert told(refused({"logit_bias": many})) == (message, "logit_bias", None)
+    message = f"Invalid 'logit_bias': at most {LIMITS.max_bias} tokens can have a bias."
+    assert error_fields(refused({"logit_bias": many})) == (message, "logit_bias", None)
     del many["0"]
     assert len(parsed(logit_bias=many).logit_bias) == LIMITS.max_bias
 
 
-def test_options_of_a_stream_are_known_booleans() -> None:
-    assert told(refused({"stream": True, "stream_options": {"foo": True}})) == (
+def test_unknown_or_mistyped_stream_options_are_refused() -> None:
+    assert error_fields(refused({"stream": True, "stream_options": {"foo": True}})) == (
         "Unknown parameter: 'stream_options.foo'.",
         "stream_options.foo",
         "unknown_parameter",
     )
-    assert told(refused({"stream": True, "stream_options": {"include_usage": 1}})) == (
+    assert error_fields(refused({"stream": True, "stream_options": {"include_usage": 1}})) == (
         "Invalid type for 'stream_options.include_usage': expected a boolean, but got an integer instead.",
         "stream_options.include_usage",
         "invalid_type",
@@ -326,7 +330,7 @@ def test_a_length_by_another_name_is_refused_and_never_ignored(name: str, ignore
     assert caught.value.code == "unknown_parameter"
 
 
-def test_a_length_that_max_tokens_says_too_is_ignored_like_other_fields() -> None:
+def test_a_length_alias_equal_to_max_tokens_can_be_ignored() -> None:
     ignoring = replace(LIMITS, ignore_unknown=True)
     for more in ({"n_predict": 8}, {"options": {"num_predict": 8}}, {"max_new_tokens": None}, {"options": {}}):
         request = parse(json.dumps({"prompt": "a", "max_tokens": 8, **more}).encode(), ignoring)
@@ -336,7 +340,7 @@ def test_a_length_that_max_tokens_says_too_is_ignored_like_other_fields() -> Non
             parse(json.dumps({"prompt": "a", "max_tokens": 8, "n_predict": other}).encode(), ignoring)
 
 
-# ---- fields that must agree
+# ---- rules that concern several fields
 
 ZERO = "You requested a length 0 completion, but "
 CHOICES = "You requested that the server return more choices than it will generate (HINT: you must set 'n' "
@@ -384,15 +388,15 @@ MANY = "Too many parallel completions requested. You submitted 65 prompts with 2
         ),
         (
             {"suffix": "x", "echo": True, "logprobs": 0},
-            "'suffix' cannot be combined with 'echo' and 'logprobs' together: the model reads the suffix before it "
-            "writes, so the prompt's log probabilities are not those of the prompt alone.",
+            "'suffix' cannot be combined with both 'echo' and 'logprobs': the model reads the suffix too, so the "
+            "prompt's log probabilities would not be those of the prompt alone. Leave out one of the three.",
             "suffix",
         ),
         ({"prompt": ["a"] * 65, "n": 2}, f"{MANY}request at most 128 in total.", "prompt"),
     ],
 )
-def test_fields_that_contradict(body: dict[str, Any], message: str, param: str | None) -> None:
-    assert told(refused(body, RequestLimits(max_completions=128))) == (message, param, None)
+def test_contradicting_fields_are_refused(body: dict[str, Any], message: str, param: str | None) -> None:
+    assert error_fields(refused(body, RequestLimits(max_completions=128))) == (message, param, None)
 
 
 @pytest.mark.parametrize(
@@ -400,7 +404,7 @@ def test_fields_that_contradict(body: dict[str, Any], message: str, param: str |
     [
         {"n": 2, "best_of": 2, "stream": True},
         {"best_of": 1, "stream": True},
-        {"n": 128},  # and best_of absent: as many
+        {"n": 128},  # best_of is absent, so it equals n
         {"n": 3, "temperature": 0},
         {"max_tokens": 0, "echo": True, "logprobs": 0},
         {"max_tokens": 0, "echo": True, "logprobs": 0, "stream": True},
@@ -410,7 +414,7 @@ def test_fields_that_contradict(body: dict[str, Any], message: str, param: str |
         {"prompt": ["a"] * 64, "n": 2},
     ],
 )
-def test_fields_that_agree(body: dict[str, Any]) -> None:
+def test_agreeing_fields_are_accepted(body: dict[str, Any]) -> None:
     parse(json.dumps(body).encode(), RequestLimits(max_completions=128))
 
 
@@ -442,13 +446,13 @@ def test_fields_that_agree(body: dict[str, Any]) -> None:
     ],
     ids=lambda body: repr(body[:20]),
 )
-def test_what_is_not_a_json_object_is_refused_as_such(body: bytes) -> None:
-    message, param, code = told(refused(body))
+def test_a_body_that_is_not_a_json_object_is_refused(body: bytes) -> None:
+    message, param, code = error_fields(refused(body))
     assert message.startswith("We could not parse the JSON body of your request. (HINT: ")
     assert (param, code) == (None, None)
 
 
-def test_escapes_are_read() -> None:
+def test_escapes_are_decoded() -> None:
     assert parse(rb'{"prompt": "\ud83d\ude00\u0000\n"}', LIMITS).prompt == ("😀\0\n",)
 
 
@@ -458,15 +462,15 @@ def test_equal_keys_are_refused() -> None:
 
 @pytest.mark.parametrize("digits", [20, 40, 400, 5000])
 @pytest.mark.parametrize("name", ["max_tokens", "seed", "temperature", "logprobs"])
-def test_a_huge_integer_is_refused_in_few_words(name: str, digits: int) -> None:
+def test_the_error_for_a_huge_integer_is_short(name: str, digits: int) -> None:
     assert len(refused(b'{"%s": %s}' % (name.encode(), b"9" * digits)).message) < 256
 
 
-def test_tiny_numbers_are_numbers() -> None:
+def test_tiny_numbers_are_accepted() -> None:
     assert parse(b'{"temperature": 1e-999, "top_p": 0.' + b"0" * 400 + b"1}", LIMITS).temperature == 0.0
 
 
-# ---- anything at all
+# ---- generated bodies
 
 SECRET = "sesame-opens"
 JSON: st.SearchStrategy[Any] = st.recursive(
@@ -483,25 +487,25 @@ JSON: st.SearchStrategy[Any] = st.recursive(
 BODIES = st.dictionaries(st.sampled_from(sorted(FIELDS)) | st.text(max_size=3), JSON, max_size=4)
 
 
-def outcome(body: bytes) -> CompletionRequest | RequestError:
+def request_or_error(body: bytes) -> CompletionRequest | RequestError:
     try:
         return parse(body, LIMITS)
     except RequestError as error:
-        told_bytes = len(error.message.encode()) + len((error.param or "").encode())
-        assert told_bytes < 2048
+        size = len(error.message.encode()) + len((error.param or "").encode())
+        assert size < 2048
         return error
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode()))
-def test_any_bytes_are_a_request_or_an_error(body: bytes) -> None:
-    outcome(body)
+def test_any_bytes_give_a_request_or_an_error(body: bytes) -> None:
+    request_or_error(body)
 
 
 @settings(deadline=None, max_examples=100)
 @given(BODIES)
-def test_any_object_is_a_request_within_limits_or_an_error(body: dict[str, Any]) -> None:
-    request = outcome(json.dumps(body).encode())
+def test_any_object_gives_a_request_within_limits_or_an_error(body: dict[str, Any]) -> None:
+    request = request_or_error(json.dumps(body).encode())
     if isinstance(request, RequestError):
         return
     assert 1 <= request.n <= (request.best_of or request.n) <= LIMITS.max_n
@@ -510,13 +514,13 @@ def test_any_object_is_a_request_within_limits_or_an_error(body: dict[str, Any])
     assert 0 <= request.temperature <= 2
     assert 0 <= request.top_p <= 1
     assert all(request.stop)
-    hash(request)  # all of it is frozen
+    hash(request)  # every value is immutable
 
 
 @pytest.mark.parametrize("name", FIELDS)
 @pytest.mark.parametrize("value", [SECRET, [SECRET], [SECRET, 1], {"0": SECRET}, [[SECRET]]])
-def test_an_error_quotes_no_text_of_the_caller(name: str, value: Any) -> None:
-    result = outcome(json.dumps({"best_of": 0} | {name: value}).encode())
+def test_an_error_quotes_no_text_of_the_client(name: str, value: Any) -> None:
+    result = request_or_error(json.dumps({"best_of": 0} | {name: value}).encode())
     assert isinstance(result, RequestError)
     assert SECRET not in result.message
 
@@ -525,10 +529,10 @@ def test_an_error_quotes_no_text_of_the_caller(name: str, value: Any) -> None:
     "body", [{"é" * 10**5: 1}, {"stream_options": {"é" * 10**5: 1}}, {"logit_bias": {"é" * 10**5: 1}}]
 )
 def test_a_long_name_is_cut_short(body: dict[str, Any]) -> None:
-    assert isinstance(outcome(json.dumps({"stream": True} | body).encode()), RequestError)
+    assert isinstance(request_or_error(json.dumps({"stream": True} | body).encode()), RequestError)
 
 
-# ---- extensions, and how strictly a request is read
+# ---- extensions, and strict limits
 
 
 @pytest.mark.parametrize(
@@ -580,28 +584,28 @@ def test_log_probabilities_of_the_prompt_cannot_be_streamed() -> None:
     assert refused({"prompt_logprobs": 1, "stream": True}).param == "prompt_logprobs"
 
 
-def strictly(body: dict[str, Any]) -> CompletionRequest:
+def parse_strictly(body: dict[str, Any]) -> CompletionRequest:
     return parse(json.dumps({"model": "m", "prompt": "a"} | body).encode(), STRICT)
 
 
 @pytest.mark.parametrize("name", EXTENSIONS)
-def test_strictly_there_are_no_extensions(name: str) -> None:
+def test_strict_limits_refuse_extensions(name: str) -> None:
     with pytest.raises(RequestError, match=f"Unrecognized request argument supplied: {name}"):
-        strictly({name: None})
+        parse_strictly({name: None})
 
 
-def test_strictly_the_limits_are_openais() -> None:
-    assert strictly({"logprobs": 100}).logprobs == 5
-    assert strictly({"stop": ["a"] * 4}).stop == ("a",) * 4
+def test_strict_limits_are_those_of_openai() -> None:
+    assert parse_strictly({"logprobs": 100}).logprobs == 5
+    assert parse_strictly({"stop": ["a"] * 4}).stop == ("a",) * 4
     with pytest.raises(RequestError, match="maximum length 4, but got an array with length 5"):
-        strictly({"stop": ["a"] * 5})
+        parse_strictly({"stop": ["a"] * 5})
     with pytest.raises(RequestError, match="you must provide a model parameter"):
-        strictly({"model": None, "foo": 1})
+        parse_strictly({"model": None, "foo": 1})
     with pytest.raises(RequestError, match=r"stream_options\.continuous_usage_stats"):
-        strictly({"stream": True, "stream_options": {"continuous_usage_stats": True}})
+        parse_strictly({"stream": True, "stream_options": {"continuous_usage_stats": True}})
 
 
-def test_unknown_fields_can_be_ignored_and_are_remembered() -> None:
+def test_ignored_unknown_fields_are_listed() -> None:
     lenient = RequestLimits(ignore_unknown=True)
     request = parse(b'{"prompt": "a", "foo": {"n": 5}, "top_k": 3, "bar": null}', lenient)
     assert (request.ignored, request.top_k) == (("foo", "bar"), 3)

@@ -1,6 +1,6 @@
-"""The rules of OpenAI's text Completions API as numbered cases. A function is a case; its name is the rule.
+"""The rules of OpenAI's text Completions API as numbered cases. Each function is a case; its name is the rule.
 
-MUST: documented, or recorded from OpenAI's servers. SHOULD: a recommendation where nothing is.
+MUST: the behaviour is documented, or was recorded from OpenAI's servers. SHOULD: a recommendation where it is neither.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from probe import (
     STORY,
     Json,
     Probe,
-    bytes_of,
-    close,
+    assert_close,
+    error_of,
+    has_message,
+    has_no_param_and_code,
     joined,
-    nobody_is_blamed,
-    problem,
-    says,
+    token_bytes,
 )
 from verdict import CASES, MUST, SHOULD, NotApplicable, case
 
@@ -46,54 +46,54 @@ EXAMPLE: Json = {
     "top_p": 1,
     "user": "user-1234",
 }
-"""The request that the API's reference gives as its example: every field there is, but the model."""
+"""The example request of OpenAI's API reference, with every field except `model`."""
 
 # ---- authentication and protocol
 
 
 @case(1, MUST)
 def a_missing_key_is_named(api: Probe) -> None:
-    need_key(api)
-    with api.client(None) as stranger:
-        error = problem(stranger.post("/completions", json={}), 401)
+    require_key(api)
+    with api.client(None) as other_client:
+        error = error_of(other_client.post("/completions", json={}), 401)
     assert (error["type"], error["code"]) == ("invalid_request_error", None)
     assert error["message"].startswith("You didn't provide an API key.")
 
 
 @case(2, MUST)
 def a_wrong_key_is_masked(api: Probe) -> None:
-    need_key(api)
-    with api.client("bad-key-for-error-test") as stranger:
-        error = problem(stranger.post("/completions", json={}), 401)
+    require_key(api)
+    with api.client("bad-key-for-error-test") as other_client:
+        error = error_of(other_client.post("/completions", json={}), 401)
     assert error["code"] == "invalid_api_key"
     assert error["message"].startswith("Incorrect API key provided: bad-key-**********test.")
 
 
 @case(3, MUST)
 def the_key_is_checked_first(api: Probe) -> None:
-    need_key(api)
-    with api.client("wrong") as stranger:
-        problem(stranger.post("/completions", content=b'{"model":"nope",'), 401)
+    require_key(api)
+    with api.client("wrong") as other_client:
+        error_of(other_client.post("/completions", content=b'{"model":"nope",'), 401)
 
 
 @case(4, MUST)
-def broken_json_is_called_that(api: Probe) -> None:
-    error = problem(api.send(b'{"model":'), 400)
+def broken_json_is_refused_as_such(api: Probe) -> None:
+    error = error_of(api.send(b'{"model":'), 400)
     assert error["message"].startswith("We could not parse the JSON body of your request.")
-    nobody_is_blamed(error)
+    has_no_param_and_code(error)
 
 
 @case(5, MUST)
 def the_model_must_be_named(api: Probe) -> None:
     for body in (b"{}", b'{"prompt":"a"}'):
-        error = problem(api.send(body), 400)
-        says(error, "you must provide a model parameter")
-        nobody_is_blamed(error)
+        error = error_of(api.send(body), 400)
+        has_message(error, "you must provide a model parameter")
+        has_no_param_and_code(error)
 
 
 @case(6, MUST)
 def an_unknown_model_is_not_found(api: Probe) -> None:
-    error = problem(api.ask(model="no-such", prompt="a"), 404)
+    error = error_of(api.ask(model="no-such", prompt="a"), 404)
     assert error["code"] == "model_not_found"
     assert "`no-such`" in error["message"]
 
@@ -106,30 +106,30 @@ def an_unknown_field_is_refused_by_name(api: Probe) -> None:
 
 @case(8, MUST)
 def an_unknown_path_is_a_404_envelope(api: Probe) -> None:
-    problem(api.http.post("/nope"), 404)
+    error_of(api.http.post("/nope"), 404)
 
 
 @case(8, SHOULD)
 def an_unknown_path_has_the_code_unknown_url(api: Probe) -> None:
-    assert problem(api.http.post("/nope"), 404)["code"] == "unknown_url"
+    assert error_of(api.http.post("/nope"), 404)["code"] == "unknown_url"
 
 
 @case(9, MUST)
 def completions_are_posted(api: Probe) -> None:
-    problem(api.http.get("/completions"), 405)
+    error_of(api.http.get("/completions"), 405)
 
 
 @case(10, SHOULD)
 def a_body_must_be_called_json(api: Probe) -> None:
-    problem(api.send(f'{{"model":"{api.model}","prompt":"a"}}'.encode(), kind="text/plain"), 400)
+    error_of(api.send(f'{{"model":"{api.model}","prompt":"a"}}'.encode(), kind="text/plain"), 400)
 
 
 @case(11, MUST)
 def every_answer_has_a_request_id_of_its_own(api: Probe) -> None:
     answers = [api.ask(prompt="a", max_tokens=1), api.ask(n=0), api.ask(model="no-such"), api.http.get("/nope")]
     if api.key:
-        with api.client("wrong") as stranger:
-            answers.append(stranger.post("/completions", json={}))
+        with api.client("wrong") as other_client:
+            answers.append(other_client.post("/completions", json={}))
     assert len({answer.headers["x-request-id"] for answer in answers}) == len(answers)
 
 
@@ -144,9 +144,9 @@ def the_headers_are_openais(api: Probe) -> None:
 @case(12, MUST)
 def every_error_has_the_same_four_keys(api: Probe) -> None:
     for body in (b"", b"[]", b'"text"', b"null", b'{"prompt": ', b"\xff"):
-        problem(api.send(body), 400)
+        error_of(api.send(body), 400)
     for field in ({"n": 0}, {"temperature": "hot"}, {"prompt": {}}, {"stream": 1}, {"stop": 5}):
-        problem(api.ask(**field), 400)
+        error_of(api.ask(**field), 400)
 
 
 @case(13, MUST)
@@ -159,7 +159,7 @@ def models_are_listed_and_found(api: Probe) -> None:
         assert isinstance(entry["owned_by"], str)
     (model,) = (entry for entry in listing["data"] if entry["id"] == api.model)
     assert api.http.get(f"/models/{api.model}").json() == model
-    assert problem(api.http.get("/models/nope"), 404)["code"] == "model_not_found"
+    assert error_of(api.http.get("/models/nope"), 404)["code"] == "model_not_found"
 
 
 # ---- basics and nulls
@@ -193,7 +193,7 @@ def null_is_as_if_absent(api: Probe) -> None:
 
 
 def is_basic(answer: Json) -> None:
-    """The answer to a request of the model and one prompt."""
+    """Check the response to a request with only a model and one prompt."""
     (choice,) = answer["choices"]
     usage = answer["usage"]
     assert usage["completion_tokens"] <= 16
@@ -231,7 +231,7 @@ def the_official_client_is_served(api: Probe) -> None:
             client.completions.create(**body | {"temperature": 3})
         except openai.BadRequestError as error:
             refusal = error
-        assert refusal is not None, "temperature=3 is no BadRequestError"
+        assert refusal is not None, "temperature=3 raised no BadRequestError"
         assert refusal.param in (None, "temperature")
         assert refusal.type == "invalid_request_error"
 
@@ -252,7 +252,7 @@ def a_text_and_its_tokens_are_the_same_prompt(api: Probe) -> None:
     text = "The quick brown fox"
     ids = api.tokens(text)
     if api.tokens(text, add_special_tokens=True) != ids:
-        raise NotApplicable("the model wants a BOS before a text")
+        raise NotApplicable("the model has a BOS before a text")
     answers = [api.complete(prompt=prompt, temperature=0) for prompt in (text, ids, [ids])]
     assert len({answer["choices"][0]["text"] for answer in answers}) == 1
     assert {answer["usage"]["prompt_tokens"] for answer in answers} == {len(ids)}
@@ -294,7 +294,7 @@ def beyond_the_vocabulary(api: Probe, token: int) -> None:
     last = r"\d+" if api.last_token is None else api.last_token
     wanted = rf"Invalid token in prompt: {token}\. Minimum value is 0, maximum value is {last} \(inclusive\)\."
     assert re.fullmatch(wanted, error["message"]), f"the message is {error['message']!r}"
-    nobody_is_blamed(error)
+    has_no_param_and_code(error)
 
 
 # ---- max_tokens and context
@@ -302,7 +302,7 @@ def beyond_the_vocabulary(api: Probe, token: int) -> None:
 
 @case(25, MUST)
 def no_tokens_need_echo(api: Probe) -> None:
-    says(
+    has_message(
         api.refused("max_tokens", prompt="a", max_tokens=0),
         "You requested a length 0 completion, but you did not set the 'echo' parameter. That means that we will return "
         "no data to you. (HINT: set 'echo' to true in order for the API to echo back the prompt to you.)",
@@ -311,7 +311,7 @@ def no_tokens_need_echo(api: Probe) -> None:
 
 @case(26, MUST)
 def no_tokens_need_logprobs(api: Probe) -> None:
-    says(
+    has_message(
         api.refused("max_tokens", prompt="a", max_tokens=0, echo=True),
         "You requested a length 0 completion, but did not specify a 'logprobs' parameter to see the probability of "
         "each token. Either request a completion with length greater than 1, or set 'logprobs' to 0 (to see the "
@@ -359,10 +359,10 @@ def a_completion_must_fit_in_the_context(api: Probe) -> None:
 @case(30, SHOULD)
 def a_completion_may_fill_the_context(api: Probe) -> None:
     if api.context is None:
-        raise NotApplicable("the server does not tell its context length")
-    room = api.context - length_of(api, STORY)
-    body = {"model": api.model, "prompt": STORY, "max_tokens": room, "stream": True}
-    with api.http.stream("POST", "/completions", json=body) as response:  # left as soon as it is accepted
+        raise NotApplicable("the server does not report its context length")
+    free = api.context - length_of(api, STORY)
+    body = {"model": api.model, "prompt": STORY, "max_tokens": free, "stream": True}
+    with api.http.stream("POST", "/completions", json=body) as response:  # closed as soon as it is accepted
         assert response.status_code == 200
 
 
@@ -406,13 +406,13 @@ def logprobs_is_a_count(api: Probe) -> None:
 
 @case(36, MUST)
 def offsets_count_code_points(api: Probe) -> None:
-    columns = api.one(prompt="héllo 😀 wörld", logprobs=1, logit_bias=api.endless)["logprobs"]
+    columns = api.one(prompt="héllo 😀 wörld", logprobs=1, logit_bias=api.eos_ban)["logprobs"]
     assert columns["text_offset"][0] == 13
 
 
 @case(37, MUST)
 def offsets_lead_to_the_tokens(api: Probe) -> None:
-    choice = api.one(prompt="Tom's dog\n\nran, and 漢字!", echo=True, logprobs=1, logit_bias=api.endless)
+    choice = api.one(prompt="Tom's dog\n\nran, and 漢字!", echo=True, logprobs=1, logit_bias=api.eos_ban)
     offsets = choice["logprobs"]["text_offset"]
     assert all(before <= after for before, after in pairwise(offsets))
     for token, offset in zip(choice["logprobs"]["tokens"], offsets, strict=True):
@@ -422,13 +422,13 @@ def offsets_lead_to_the_tokens(api: Probe) -> None:
 @case(38, MUST)
 def tokens_spell_the_bytes_of_the_prompt(api: Probe) -> None:
     prompt = "’😀漢字"
-    assert b"".join(map(bytes_of, api.scored(prompt)["tokens"])) == prompt.encode()
+    assert b"".join(map(token_bytes, api.scored(prompt)["tokens"])) == prompt.encode()
 
 
 @case(39, MUST)
 def a_prompts_scores_do_not_depend_on_the_temperature(api: Probe) -> None:
     cold, hot = (api.scored(STORY, temperature=temperature)["token_logprobs"] for temperature in (0, 2))
-    close(cold, hot, within=1e-3)
+    assert_close(cold, hot, within=1e-3)
 
 
 @case(40, MUST)
@@ -443,15 +443,15 @@ def evaluators_find_an_entry_for_each_token_and_one_more(api: Probe) -> None:
 @case(41, SHOULD)
 def a_text_scores_as_it_was_written(api: Probe) -> None:
     ids = api.tokens(STORY)
-    written = api.one(prompt=ids, temperature=0, max_tokens=8, logprobs=1, logit_bias=api.endless)
+    written = api.one(prompt=ids, temperature=0, max_tokens=8, logprobs=1, logit_bias=api.eos_ban)
     scored = api.scored([*ids, *api.tokens(written["text"])])
     if scored["tokens"][len(ids) :] != written["logprobs"]["tokens"]:
-        raise NotApplicable("the text has other tokens than those that it was written with")
-    close(scored["token_logprobs"][len(ids) :], written["logprobs"]["token_logprobs"], within=0.02)
+        raise NotApplicable("the tokenizer gives the text other tokens than the model generated")
+    assert_close(scored["token_logprobs"][len(ids) :], written["logprobs"]["token_logprobs"], within=0.02)
 
 
 @case(42, MUST)
-def no_token_lies_beyond_the_end(api: Probe) -> None:
+def no_token_starts_beyond_the_end_of_the_text(api: Probe) -> None:
     body, stop, _ = stopped(api)
     choice = api.one(**body, stop=stop, logprobs=1)
     tokens = choice["logprobs"]["tokens"]
@@ -467,7 +467,7 @@ def a_bias_does_not_change_log_probabilities(api: Probe) -> None:
     unused = api.last_token or api.token
     biased, plain = (api.one(**body, logit_bias=bias)["logprobs"] for bias in ({str(unused): -100}, None))
     assert biased["tokens"] == plain["tokens"]
-    close(biased["token_logprobs"], plain["token_logprobs"], within=1e-3)
+    assert_close(biased["token_logprobs"], plain["token_logprobs"], within=1e-3)
     assert biased["top_logprobs"][-1].keys() == plain["top_logprobs"][-1].keys()
 
 
@@ -476,7 +476,7 @@ def a_bias_does_not_change_log_probabilities(api: Probe) -> None:
 
 @case(44, MUST)
 def n_is_at_most_best_of(api: Probe) -> None:
-    says(
+    has_message(
         api.refused("best_of", prompt="a", n=2, best_of=1),
         "You requested that the server return more choices than it will generate (HINT: you must set 'n' (currently "
         "2) to be at most 'best_of' (currently 1), or omit either parameter if you don't specifically want to use "
@@ -498,15 +498,15 @@ def the_best_of_3_comes_back(api: Probe) -> None:
 
 @case(46, SHOULD)
 def every_candidate_is_counted(api: Probe) -> None:
-    if not api.endless:
-        raise NotApplicable("the server does not tell its end token")
-    body = {"prompt": STORY, "best_of": 3, "max_tokens": 8, "logit_bias": api.endless}
+    if not api.eos_ban:
+        raise NotApplicable("the server does not report its end token")
+    body = {"prompt": STORY, "best_of": 3, "max_tokens": 8, "logit_bias": api.eos_ban}
     assert api.complete(**body)["usage"]["completion_tokens"] == 24
 
 
 @case(47, SHOULD)
 def the_best_come_first(api: Probe) -> None:
-    body = {"prompt": STORY, "logprobs": 0, "max_tokens": 12, "logit_bias": api.endless}
+    body = {"prompt": STORY, "logprobs": 0, "max_tokens": 12, "logit_bias": api.eos_ban}
     best = [fmean(choice["logprobs"]["token_logprobs"]) for choice in api.complete(**body, n=4, best_of=8)["choices"]]
     assert best == sorted(best, reverse=True), f"the means are {best}"
 
@@ -525,7 +525,7 @@ def counts_have_limits(api: Probe) -> None:
 
 @case(50, MUST)
 def echo_puts_the_prompt_first(api: Probe) -> None:
-    answer = api.complete(prompt=STORY, echo=True, max_tokens=5, logit_bias=api.endless)
+    answer = api.complete(prompt=STORY, echo=True, max_tokens=5, logit_bias=api.eos_ban)
     text, written = answer["choices"][0]["text"], answer["usage"]["completion_tokens"]
     assert text.startswith(STORY)
     assert (len(text) > len(STORY)) == (written > 0)
@@ -544,7 +544,7 @@ def a_stop_string_ends_the_text_before_it(api: Probe) -> None:
 
 
 @case(52, MUST)
-def up_to_4_stop_strings_are_heeded(api: Probe) -> None:
+def up_to_4_stop_strings_are_applied(api: Probe) -> None:
     body, stop, before = stopped(api)
     assert api.one(**body, stop=["\x00no", "\x01no", "\x02no", stop])["text"] == before
     for other in (["a", "b", "c", "d", "e"], 5, [1], {}):
@@ -589,7 +589,7 @@ def numbers_have_limits_which_are_allowed(api: Probe) -> None:
 @case(56, MUST)
 def a_bias_is_for_a_token_id(api: Probe) -> None:
     error = api.refused("logit_bias", prompt="a", logit_bias={"abc": 1})
-    says(error, "Invalid key in 'logit_bias': abc. You should only be submitting non-negative integers.")
+    has_message(error, "Invalid key in 'logit_bias': abc. You should only be submitting non-negative integers.")
     assert error["param"] == "logit_bias"
 
 
@@ -620,19 +620,19 @@ def a_bias_of_100_forces(api: Probe) -> None:
 @case(58, MUST)
 def a_bias_of_minus_100_bans(api: Probe) -> None:
     body = {"prompt": STORY, "temperature": 0, "max_tokens": 1, "logprobs": 0}
-    (first,) = api.one(**body, logit_bias=api.endless)["logprobs"]["tokens"]
+    (first,) = api.one(**body, logit_bias=api.eos_ban)["logprobs"]["tokens"]
     ids = api.tokens(first)
     if len(ids) != 1:
         raise NotApplicable("the id of the first token cannot be found")
-    banned = api.one(**body, logit_bias=api.endless | {str(ids[0]): -100})["logprobs"]["tokens"]
+    banned = api.one(**body, logit_bias=api.eos_ban | {str(ids[0]): -100})["logprobs"]["tokens"]
     assert banned != [first]
 
 
 @case(59, MUST)
 def a_text_whose_end_is_banned_has_full_length(api: Probe) -> None:
-    if not api.endless:
-        raise NotApplicable("the server does not tell its end token")
-    answer = api.complete(prompt=STORY, logit_bias=api.endless, max_tokens=40)
+    if not api.eos_ban:
+        raise NotApplicable("the server does not report its end token")
+    answer = api.complete(prompt=STORY, logit_bias=api.eos_ban, max_tokens=40)
     assert (answer["choices"][0]["finish_reason"], answer["usage"]["completion_tokens"]) == ("length", 40)
 
 
@@ -646,7 +646,7 @@ def penalties_ignore_the_prompt(api: Probe) -> None:
 
 @case(61, SHOULD)
 def penalties_follow_the_formula(api: Probe) -> None:
-    """With a bias that the penalties eat up, a token is repeated exactly as long as it still leads."""
+    """A token with a bias must be repeated exactly until the penalties have used up the lead of its logit."""
     body = {"prompt": STORY, "temperature": 0, "max_tokens": 8, "logprobs": 2}
     forced = rows(api.one(**body, logit_bias={str(api.token): 100})["logprobs"])
     name = forced[0][0]
@@ -658,7 +658,7 @@ def penalties_follow_the_formula(api: Probe) -> None:
                 margins = [lead + bias - handicap for lead, handicap in zip(leads, handicaps, strict=True)]
                 wanted = next((at for at, margin in enumerate(margins) if margin < 0), len(margins))
                 if abs(bias) > 100 or min(map(abs, margins[: wanted + 1])) < 0.05:
-                    continue  # too close to call
+                    continue  # too close to decide
                 tokens = api.one(**body, **{penalty: 2}, logit_bias={str(api.token): bias})["logprobs"]["tokens"]
                 found = next((at for at, token in enumerate(tokens) if token != name), len(tokens))
                 assert found == wanted, f"{penalty}: repeated {found} times, not {wanted}"
@@ -698,14 +698,14 @@ def a_suffix_is_refused_in_openais_words(api: Probe) -> None:
     response = api.ask(prompt="a", suffix="x")
     if response.status_code == 200:
         raise NotApplicable("the model fills in the middle")
-    assert problem(response, 400)["message"].startswith("Unrecognized request argument supplied: suffix")
+    assert error_of(response, 400)["message"].startswith("Unrecognized request argument supplied: suffix")
 
 
 # ---- streams
 
 
 @case(65, MUST)
-def every_chunk_is_of_one_answer(api: Probe) -> None:
+def all_chunks_belong_to_one_response(api: Probe) -> None:
     chunks = api.stream(prompt=STORY)
     assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}) == 1
     assert {chunk["object"] for chunk in chunks} == {"text_completion"}
@@ -737,7 +737,7 @@ def usage_comes_last_when_asked_for(api: Probe) -> None:
 @case(68, MUST)
 def stream_options_are_for_streams(api: Probe) -> None:
     error = api.refused("stream_options", prompt="a", stream_options={"include_usage": True})
-    says(error, "The 'stream_options' parameter is only allowed when 'stream' is enabled.")
+    has_message(error, "The 'stream_options' parameter is only allowed when 'stream' is enabled.")
     assert (error["param"], error["code"]) == ("stream_options", None)
     api.complete(prompt="a", max_tokens=1, stream_options=None)
     api.stream(prompt="a", max_tokens=1, stream_options={"include_obfuscation": False})
@@ -745,13 +745,13 @@ def stream_options_are_for_streams(api: Probe) -> None:
 
 @case(69, MUST)
 def the_columns_of_chunks_add_up(api: Probe) -> None:
-    body = {"prompt": STORY, "temperature": 0, "logprobs": 3, "logit_bias": api.endless}
+    body = {"prompt": STORY, "temperature": 0, "logprobs": 3, "logit_bias": api.eos_ban}
     chunks = api.stream(**body)
     streamed, whole = joined(chunks)[0]["logprobs"], api.one(**body)["logprobs"]
     assert streamed["text_offset"][0] == len(STORY)
     assert (streamed["tokens"], streamed["text_offset"]) == (whole["tokens"], whole["text_offset"])
     assert [top.keys() for top in streamed["top_logprobs"]] == [top.keys() for top in whole["top_logprobs"]]
-    close(streamed["token_logprobs"], whole["token_logprobs"], within=1e-3)
+    assert_close(streamed["token_logprobs"], whole["token_logprobs"], within=1e-3)
 
 
 @case(69, MUST)
@@ -785,7 +785,7 @@ def chunks_hold_whole_characters(api: Probe) -> None:
     whole = api.one(**body)["text"]
     assert joined(chunks)[0]["text"] == whole
     broken = sum(chunk["choices"][0]["text"].count("\ufffd") for chunk in chunks)
-    assert broken <= whole.removesuffix("\ufffd").count("\ufffd") + 1  # the length may cut the last character
+    assert broken <= whole.removesuffix("\ufffd").count("\ufffd") + 1  # max_tokens may cut the last character
 
 
 @case(73, MUST)
@@ -794,32 +794,32 @@ def a_bad_request_is_no_stream(api: Probe) -> None:
 
 
 @case(74, SHOULD)
-def a_rate_limit_says_when_to_return(api: Probe) -> None:
-    raise NotApplicable("a rate limit cannot be reached on purpose")
+def a_rate_limit_error_has_the_time_to_wait(api: Probe) -> None:
+    raise NotApplicable("a client cannot reach a rate limit reliably")
 
 
-# ---- what several cases need
+# ---- helpers
 
 
-def need_key(api: Probe) -> None:
+def require_key(api: Probe) -> None:
     if not api.key:
         raise NotApplicable("no key was given")
 
 
 def length_of(api: Probe, prompt: str) -> int:
-    """The tokens of a text, as the server counts them."""
+    """The number of tokens of a text, as the server reports it."""
     length: int = api.complete(prompt=prompt, max_tokens=1)["usage"]["prompt_tokens"]
     return length
 
 
 def rows(columns: Json) -> list[tuple[str, float, dict[str, float]]]:
-    """Token, log probability and alternatives of each entry."""
+    """The token, log probability and alternatives of each entry."""
     return list(zip(columns["tokens"], columns["token_logprobs"], columns["top_logprobs"], strict=True))
 
 
 def stopped(api: Probe, length: int = 4) -> tuple[dict[str, Any], str, str]:
-    """A request, a stop string that its text is known to contain, and what of the text comes before it."""
-    body = {"prompt": STORY, "temperature": 0, "max_tokens": 24, "logit_bias": api.endless}
+    """A request without stop strings, a string of `length` characters of its text, and the text before that."""
+    body = {"prompt": STORY, "temperature": 0, "max_tokens": 24, "logit_bias": api.eos_ban}
     text: str = api.one(**body)["text"]
     stop = text[len(text) // 2 :][:length]
     if len(stop) < length or "\ufffd" in stop:

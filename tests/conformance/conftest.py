@@ -1,4 +1,4 @@
-"""Our own server, read as strictly as OpenAI's, for the cases to be held against."""
+"""An Afterword server with `--strict`, for the conformance cases."""
 
 from __future__ import annotations
 

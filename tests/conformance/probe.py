@@ -1,4 +1,4 @@
-"""A server under test: how to ask it, and what it says of its tokenizer and context, if anything."""
+"""A client for the server under test: sends requests, checks responses, and reads tokenizer and context facts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ STORY = "Once upon a time"
 
 
 class Probe:
-    """A base URL that ends in /v1, the key that opens it, and the model to ask for (the first listed if none)."""
+    """Sends requests to one server.
+
+    `url`: the base URL, which ends in /v1. `key`: the API key. `model`: the model to request; by default the first that
+    the server lists.
+    """
 
     def __init__(self, url: str, key: str | None = None, model: str | None = None) -> None:
         self.url = url.rstrip("/")
@@ -34,38 +38,38 @@ class Probe:
         self.http.close()
 
     def client(self, key: str | None) -> httpx.Client:
-        """A client that shows this key, or none."""
+        """An HTTP client that sends this API key, or none."""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         return httpx.Client(base_url=self.url, headers=headers, timeout=100, trust_env=False)
 
-    # ---- asking
+    # ---- requests
 
     def ask(self, **body: Any) -> httpx.Response:
-        """Any answer. The model is named unless the body names one."""
+        """The response to a request with this body, which gets the model if it has none."""
         return self.http.post("/completions", json={"model": self.model} | body)
 
     def send(self, content: bytes, kind: str = "application/json") -> httpx.Response:
-        """The answer to a body as it stands."""
+        """The response to a body of these bytes."""
         return self.http.post("/completions", content=content, headers={"Content-Type": kind})
 
     def complete(self, **body: Any) -> Json:
-        """The whole answer to a request that must be accepted."""
+        """The whole response to a request that must be accepted."""
         response = self.ask(**body)
         has_status(response, 200)
         answer: Json = response.json()
         return answer
 
     def one(self, **body: Any) -> Json:
-        """The only choice of the whole answer."""
+        """The only choice of the whole response."""
         (choice,) = self.complete(**body)["choices"]
         return choice
 
     def stream(self, **body: Any) -> list[Json]:
-        """The chunks of a streamed answer, whose framing must be right."""
+        """The chunks of a streamed response. Raises `AssertionError` for wrong server-sent events."""
         response = self.ask(**body, stream=True)
         has_status(response, 200)
         kind = response.headers["content-type"]
-        assert kind.startswith("text/event-stream"), f"the stream is called {kind}"
+        assert kind.startswith("text/event-stream"), f"the stream's content type is {kind}"
         lines = [line for line in re.split(r"\r\n|\n|\r", response.content.decode()) if line]
         data = [line.removeprefix("data: ") for line in lines if not line.startswith(":")]
         others = [line for line in lines if not line.startswith(("data: ", ":"))]
@@ -75,28 +79,28 @@ class Probe:
         return [json.loads(chunk) for chunk in data]
 
     def refused(self, param: str | None, **body: Any) -> Json:
-        """The error of a request that must be refused; `param` is the field that may be blamed."""
-        asked = ", ".join(f"{name}={value!r}"[:60] for name, value in body.items())
+        """The error of a request that must be refused. Its `param` must be null or this one."""
+        sent = ", ".join(f"{name}={value!r}"[:60] for name, value in body.items())
         try:
-            error = problem(self.ask(**body), 400)
+            error = error_of(self.ask(**body), 400)
         except AssertionError as wrong:
-            raise AssertionError(f"{asked}: {wrong}") from None
-        assert error["type"] == "invalid_request_error", f"{asked}: the type is {error['type']!r}"
-        assert error["param"] in (None, param), f"{asked}: the param is {error['param']!r}"
+            raise AssertionError(f"{sent}: {wrong}") from None
+        assert error["type"] == "invalid_request_error", f"{sent}: the type is {error['type']!r}"
+        assert error["param"] in (None, param), f"{sent}: the param is {error['param']!r}"
         return error
 
     def scored(self, prompt: str | list[int], **body: Any) -> Json:
-        """The logprobs columns of a prompt alone."""
+        """The logprobs columns of the prompt, without the generated token."""
         answer = self.complete(prompt=prompt, echo=True, max_tokens=1, **({"logprobs": 1, "temperature": 0} | body))
         columns = answer["choices"][0]["logprobs"]
         return {name: columns[name][: answer["usage"]["prompt_tokens"]] for name in COLUMNS}
 
-    # ---- what the server says of itself, outside the API
+    # ---- facts about the server, from routes outside the API
 
     def tokens(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """The ids of a text, for which there is no route in the API."""
+        """The token ids of a text, from `/tokenize`. Raises `NotApplicable` if the server does not have it."""
         body = {"model": self.model, "prompt": text, "add_special_tokens": add_special_tokens}
-        response = self._beside("POST", "/tokenize", json=body)
+        response = self._outside_api("POST", "/tokenize", json=body)
         if response.status_code != 200 or "tokens" not in response.json():
             raise NotApplicable("the server has no /tokenize")
         ids: list[int] = response.json()["tokens"]
@@ -104,7 +108,7 @@ class Probe:
 
     @cached_property
     def token(self) -> int:
-        """The id of some ordinary token."""
+        """The id of an ordinary token."""
         try:
             return self.tokens(" dog")[0]
         except NotApplicable:
@@ -112,20 +116,20 @@ class Probe:
 
     @cached_property
     def context(self) -> int | None:
-        """How many tokens a prompt and its completion may have."""
+        """The most tokens that a prompt and its completion can have together; None if the server does not report it."""
         found = self.http.get("/models").json()["data"]
         length: int | None = next((model.get("max_model_len") for model in found if model["id"] == self.model), None)
         return length
 
     @cached_property
     def last_token(self) -> int | None:
-        """The highest id of the vocabulary."""
+        """The highest token id of the vocabulary; None if the server does not report it."""
         size = self._tokenizer_info.get("vocab_size")
         return None if size is None else size - 1
 
     @cached_property
     def eos(self) -> int | None:
-        """The id that ends a text."""
+        """The id of the end token; None if the server does not report it."""
         info = self._tokenizer_info
         found: int | None = info.get("eos_token_id")
         if found is None and info.get("eos_token"):
@@ -133,32 +137,31 @@ class Probe:
         return found
 
     @property
-    def endless(self) -> dict[str, int]:
-        """A bias that keeps a text from ending, where it is known how."""
+    def eos_ban(self) -> dict[str, int]:
+        """A `logit_bias` that bans the end token; empty if it is not known."""
         return {} if self.eos is None else {str(self.eos): -100}
 
     @cached_property
     def _tokenizer_info(self) -> Json:
-        response = self._beside("GET", "/tokenizer_info")
+        response = self._outside_api("GET", "/tokenizer_info")
         return response.json() if response.status_code == 200 else {}
 
-    def _beside(self, method: str, path: str, **options: Any) -> httpx.Response:
+    def _outside_api(self, method: str, path: str, **options: Any) -> httpx.Response:
         return self.http.request(method, self.url.removesuffix("/v1") + path, **options)
 
 
-# ---- what answers must look like
+# ---- checks of responses
 
 
 def has_status(response: httpx.Response, status: int) -> None:
-    """The answer has this status."""
     found = response.status_code
     assert found == status, f"expected {status}, got {found}" + (found != 200) * f" {response.text[:120]}"
 
 
-def problem(response: httpx.Response, status: int) -> Json:
-    """The error in an answer that must be one."""
+def error_of(response: httpx.Response, status: int) -> Json:
+    """The error object of a response that must have this status and be an error."""
     has_status(response, status)
-    assert response.headers["content-type"].startswith("application/json"), "the error is no JSON"
+    assert response.headers["content-type"].startswith("application/json"), "the error is not JSON"
     answer = response.json()
     assert list(answer) == ["error"], f"the error is {response.text[:120]}"
     error: Json = answer["error"]
@@ -166,16 +169,16 @@ def problem(response: httpx.Response, status: int) -> Json:
     return error
 
 
-def says(error: Json, message: str) -> None:
+def has_message(error: Json, message: str) -> None:
     assert error["message"] == message, f"the message is {error['message']!r}"
 
 
-def nobody_is_blamed(error: Json) -> None:
+def has_no_param_and_code(error: Json) -> None:
     assert (error["param"], error["code"]) == (None, None), f"param {error['param']!r}, code {error['code']!r}"
 
 
 def joined(chunks: Iterable[Json]) -> list[Json]:
-    """The choices that the chunks of a stream add up to, in order."""
+    """The choices that the chunks of a stream add up to, by index."""
     choices: dict[int, Json] = {}
     for part in (part for chunk in chunks for part in chunk["choices"]):
         whole = choices.setdefault(part["index"], part | {"text": "", "logprobs": None})
@@ -187,16 +190,16 @@ def joined(chunks: Iterable[Json]) -> list[Json]:
     return [choices[index] for index in sorted(choices)]
 
 
-def bytes_of(token: str) -> bytes:
-    """What a token of the logprobs columns spells."""
+def token_bytes(token: str) -> bytes:
+    """The bytes of a token in the logprobs columns."""
     if not token.startswith("bytes:"):
         return token.encode()
     assert re.fullmatch(r"bytes:( |[!-~]|\\x[0-9a-f]{2})+", token), f"a token is {token!r}"
     return token.removeprefix("bytes:").encode().decode("unicode_escape").encode("latin-1")
 
 
-def close(found: Iterable[float | None], wanted: Iterable[float | None], within: float) -> None:
-    """Two columns of log probabilities agree."""
+def assert_close(found: Iterable[float | None], wanted: Iterable[float | None], within: float) -> None:
+    """Check that two columns of log probabilities differ by at most `within`."""
     pairs = list(zip(found, wanted, strict=True))
     apart = max((abs(one - other) for one, other in pairs if one is not None and other is not None), default=0)
     assert apart <= within, f"log probabilities differ by {apart:.4f}"

@@ -1,4 +1,4 @@
-"""Our own server, started with `--strict`, passes all cases."""
+"""Afterword with `--strict` passes all cases; tests of the verdicts and of the report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_every_number_has_a_case() -> None:
     assert {case.number for case in CASES} == set(range(1, 75))
 
 
-def test_a_verdict_says_in_one_line_what_is_wrong() -> None:
+def test_the_reason_of_a_verdict_is_one_line() -> None:
     def passes(_: Any) -> None:
         return
 
@@ -40,7 +40,7 @@ def test_a_verdict_says_in_one_line_what_is_wrong() -> None:
     ]
 
 
-def test_a_broken_must_is_the_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_exit_status_is_1_if_a_must_fails(capsys: pytest.CaptureFixture[str]) -> None:
     must, should = (next(case for case in CASES if case.level == level) for level in (MUST, SHOULD))
     assert report([Verdict(must, "pass"), Verdict(should, "FAIL", "it is not so")]) == 0
     assert report([Verdict(must, "FAIL"), Verdict(should, "n/a")]) == 1

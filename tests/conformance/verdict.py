@@ -1,4 +1,4 @@
-"""A numbered rule, and what comes of holding a server to it: pass, fail with a reason, or not applicable."""
+"""Cases, which are numbered rules with a check, and verdicts: pass, fail with a reason, or not applicable."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SHOULD: Level = "SHOULD"
 
 
 class NotApplicable(Exception):
-    """The server cannot be held to the rule; the message says why."""
+    """The rule cannot be checked on this server; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A rule and its check, which raises what it finds wrong. A number may have a part of either level."""
+    """A rule and its check, which raises an exception if the rule is broken. Cases can share a number."""
 
     number: int
     level: Level
@@ -32,7 +32,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What came of a case. `reason` is one line, empty for a pass."""
+    """The result of a case. `reason` is one line, empty for a pass."""
 
     case: Case
     result: Literal["pass", "FAIL", "n/a"]
@@ -40,11 +40,11 @@ class Verdict:
 
 
 CASES: list[Case] = []
-"""All cases, in the order in which they are written."""
+"""All cases, in the order of their definition."""
 
 
 def case(number: int, level: Level) -> Callable[[Callable[[Probe], None]], Callable[[Probe], None]]:
-    """Add a function to the cases; its name is the rule."""
+    """A decorator that adds a function to the cases. Its name is the rule."""
 
     def add(check: Callable[[Probe], None]) -> Callable[[Probe], None]:
         CASES.append(Case(number, level, check.__name__.replace("_", " "), check))
@@ -54,7 +54,7 @@ def case(number: int, level: Level) -> Callable[[Callable[[Probe], None]], Calla
 
 
 def judge(case: Case, probe: Probe) -> Verdict:
-    """Hold a server to a case; whatever goes wrong is the server's."""
+    """Run a case. Every exception of its check except `NotApplicable` is a failure of the server."""
     try:
         case.check(probe)
     except NotApplicable as why:
@@ -67,7 +67,7 @@ def judge(case: Case, probe: Probe) -> Verdict:
 
 
 def report(verdicts: Iterable[Verdict]) -> int:
-    """Print a line for each verdict as it comes, and a last one that counts them. Returns the exit status."""
+    """Print a line for each verdict when it is known, and then the counts. Returns the exit status."""
     counts: Counter[tuple[str, str]] = Counter()
     width = max(len(case.rule) for case in CASES)
     for verdict in verdicts:
@@ -75,17 +75,16 @@ def report(verdicts: Iterable[Verdict]) -> int:
         counts[case.level, verdict.result] += 1
         line = f"{case.number:>2}  {case.rule:<{width}}  {case.level:<6}  {verdict.result:<4}  {verdict.reason}"
         print(line.rstrip(), flush=True)
-    print("; ".join(f"{level}: {_told(counts, level)}" for level in (MUST, SHOULD)))
+    print("; ".join(f"{level}: {_counts_text(counts, level)}" for level in (MUST, SHOULD)))
     return 1 if counts[MUST, "FAIL"] else 0
 
 
-def _told(counts: Counter[tuple[str, str]], level: str) -> str:
-    """How many rules of a level the server keeps."""
+def _counts_text(counts: Counter[tuple[str, str]], level: str) -> str:
     return f"{counts[level, 'pass']} pass, {counts[level, 'FAIL']} fail, {counts[level, 'n/a']} do not apply"
 
 
 def _statement(wrong: Exception) -> str:
-    """The line of the cases that found it."""
+    """The source line of cases.py in which the exception was raised."""
     frames = [frame for frame in traceback.extract_tb(wrong.__traceback__) if frame.filename.endswith("cases.py")]
     return (frames[-1].line or "").removeprefix("assert ") if frames else ""
 

@@ -1,1 +1,1 @@
-"""What the Completions API means, over any engine. Pure: no HTTP, no model library, no clock."""
+"""The Completions API over any `engine.protocol.Engine`: request, plan, run, deltas. No HTTP and no model library."""

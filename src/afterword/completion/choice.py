@@ -1,4 +1,7 @@
-"""One sample's tokens to one choice's answer, a delta at a time. The whole answer is the sum of its deltas."""
+"""Turns the tokens of one sample into the deltas of one choice. A whole choice is the fold of its deltas.
+
+Each `ChoiceBuilder` owns the text, the token counts and the finish reason of one choice. It does no I/O.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,12 @@ from afterword.engine.protocol import FinishReason, Token
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """New text and tokens of one choice. `finish` is set in its last delta only, `echo` and `prompt` in its first.
+    """The new text and tokens of one choice since its last delta.
 
-    `own_text` and `own_logprobs` are of generated tokens. `completion_tokens` counts the tokens of the text.
-    `token_ids` are those that were generated, shown in the text or not; None unless they are asked for.
+    `finish` is set in the last delta of a choice only, `prompt` in the first, `echo` in the first with text or tokens.
+    `own_text` and `own_logprobs` belong to generated tokens, without the echoed prompt. `completion_tokens` counts the
+    tokens that the text was made from. `token_ids` are all generated tokens, also those that the text leaves out; None
+    unless the request has `return_token_ids`.
     """
 
     index: int
@@ -31,27 +36,27 @@ class Delta:
 
     @property
     def text(self) -> str:
-        """The text, the echoed prompt included."""
+        """The text, including the echoed prompt."""
         return self.own_text if self.echo is None else self.echo.text + self.own_text
 
     @property
     def logprobs(self) -> Logprobs | None:
-        """The columns, those of the echoed prompt included."""
+        """The columns, including those of the echoed prompt."""
         if self.echo is None or self.own_logprobs is None:
             return self.own_logprobs
         return join_columns((*self.echo.columns(), self.own_logprobs))
 
 
 class ChoiceBuilder:
-    """A growing answer. Owner of one sample's text and counts."""
+    """Builds one choice while its sample is generated. It owns the text and the token counts of the sample."""
 
     def __init__(self, plan: Plan, prompt: PromptPlan, echo: Echo | None, report: PromptReport | None) -> None:
         self._plan = plan
         self._echo = echo
-        self._stream: TextStream[Token] = TextStream(plan.stop, *_beginning(prompt, echo))
-        self._ends = prompt.job.end_tokens
+        self._stream: TextStream[Token] = TextStream(plan.stop, *_text_start(prompt, echo))
+        self._end_tokens = prompt.job.end_tokens
         self._min_tokens = prompt.job.min_tokens
-        self._ids: list[int] = []  # generated and not yet told
+        self._ids: list[int] = []  # generated, and in no delta yet
         self._report = report
         self._end_token: Token | None = None
         self._logprob = 0.0
@@ -60,16 +65,16 @@ class ChoiceBuilder:
         self.finish: FinishReason | None = None
 
     @property
-    def score(self) -> float:
-        """Mean log probability of the generated tokens, the one that ended them included."""
+    def mean_logprob(self) -> float:
+        """The mean log probability of the generated tokens, including an end token. 0 without tokens."""
         return self._logprob / self._tokens if self._tokens else 0.0
 
     def add(self, token: Token) -> None:
-        """Take the sample's next token."""
+        """Add the next token of the sample."""
         self._tokens += 1
         self._logprob += token.logprob or 0.0
         self._ids.append(token.id)
-        if token.id in self._ends:
+        if token.id in self._end_tokens:
             self._end_token = token
             return
         self._stream.push(token, self._plan.pieces[token.id], self._tokens > self._min_tokens)
@@ -77,11 +82,11 @@ class ChoiceBuilder:
             self.finish = "stop"
 
     def end(self, reason: FinishReason) -> None:
-        """The engine ended the sample. A stop string that came first decides."""
+        """Note that the engine has ended the sample. A stop string that was found before decides the finish reason."""
         self.finish = self.finish or reason
 
     def deltas(self, index: int) -> list[Delta]:
-        """What is new since the last call; at the end, with the last delta."""
+        """The deltas since the last call: none while nothing may be shown, two where a stop follows text."""
         deltas = self._text_deltas(index)
         if deltas and self._plan.return_token_ids:
             deltas = [replace(delta, token_ids=()) for delta in deltas]
@@ -92,16 +97,16 @@ class ChoiceBuilder:
         return deltas
 
     def _text_deltas(self, index: int) -> list[Delta]:
-        """A stop is told in a delta of its own, without text; a length in the last token's."""
+        """`"stop"` gets a delta of its own, without text; `"length"` is in the delta of the last token."""
         if self.finish is None:
             delta = self._delta(index, self._stream.release())
             return [delta] if _has_content(delta) else []
         last = self._delta(index, self._stream.finish())
-        if self._stream.stopped:  # the bytes that were left could complete a stop string
+        if self._stream.stopped:  # `finish` decoded the last bytes, which can complete a stop string
             self.finish = "stop"
         if self.finish == "length":
             return [replace(last, finish="length")]
-        ending = Delta(index, "", self._ending(), "stop")
+        ending = Delta(index, "", self._final_columns(), "stop")
         return [last, ending] if _has_content(last) else [ending]
 
     def _delta(self, index: int, released: ReleasedText[Token]) -> Delta:
@@ -113,10 +118,11 @@ class ChoiceBuilder:
         echo, self._echo = self._echo, None
         return replace(delta, echo=echo)
 
-    def _ending(self) -> Logprobs | None:
-        """Columns of the last delta: the end token counts as an entry only where the prompt is echoed.
+    def _final_columns(self) -> Logprobs | None:
+        """The columns of the delta with `"stop"`: an entry for the end token where the prompt is echoed, else none.
 
-        Clients that score a text ask for one more token than they need and cut it off by position.
+        Clients that score a text request one token more than they need and cut it off by position. So they need an
+        entry for each generated token.
         """
         if self._plan.logprobs is None:
             return None
@@ -125,7 +131,7 @@ class ChoiceBuilder:
 
 
 def fold(deltas: Iterable[Delta]) -> Delta:
-    """The whole answer from its deltas, of which there is at least one."""
+    """The whole choice from all its deltas, at least one."""
     deltas = tuple(deltas)
     first, last = deltas[0], deltas[-1]
     columns = [delta.own_logprobs for delta in deltas if delta.own_logprobs is not None]
@@ -143,14 +149,16 @@ def fold(deltas: Iterable[Delta]) -> Delta:
 
 
 class DeltaFolder:
-    """The deltas of one choice, folded as they come: many small objects are slow to collect."""
+    """Folds the deltas of one choice while they arrive.
+
+    The garbage collector takes long for many small objects, so every `SLICE_TOKENS` deltas become one.
+    """
 
     def __init__(self) -> None:
         self._blocks: list[Delta] = []
         self._deltas: list[Delta] = []
 
     def add(self, deltas: Iterable[Delta]) -> None:
-        """Add the next deltas."""
         self._deltas += deltas
         if len(self._deltas) >= SLICE_TOKENS:
             self._blocks.append(fold(self._deltas))
@@ -158,12 +166,12 @@ class DeltaFolder:
 
     @property
     def result(self) -> Delta:
-        """The whole answer."""
+        """The whole choice so far."""
         return fold((*self._blocks, *self._deltas))
 
 
-def _beginning(prompt: PromptPlan, echo: Echo | None) -> tuple[int, bytes]:
-    """The offset of a completion's first character, and its bytes that are in the prompt, if the prompt is shown."""
+def _text_start(prompt: PromptPlan, echo: Echo | None) -> tuple[int, bytes]:
+    """The offset of a completion's first character, in code points, and the bytes of it that end the echoed prompt."""
     return (len(prompt.text), b"") if echo is None else (len(echo.text), echo.pending_bytes)
 
 

@@ -1,7 +1,7 @@
-"""One field of a request at a time: a JSON value to a plain one, or an error that names the field.
+"""Parsers for the fields of a request: each checks one JSON value and converts it, or raises `RequestError`.
 
-A parser takes (name, value, limits); a value is never None here. Wording follows the API's own where it is on record.
-Beside each parser stands what it accepts as a JSON Schema, for the API's document.
+A parser takes (name, value, limits). A value is never None here. Error messages use OpenAI's wording where it was
+recorded. Each parser has a JSON Schema of the values that it accepts, for `/openapi.json`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Prompt = str | tuple[int, ...] | None
 Parser = Callable[[str, Any, RequestLimits], Any]
 JsonSchema = dict[str, Any]
 
-_LONGEST_STOP = 1024
+_LONGEST_STOP = 1024  # characters
 _SLICE = 2**16  # items of an array that are checked in one step
 _STOP: JsonSchema = {"type": "string", "minLength": 1, "maxLength": _LONGEST_STOP}
 _IDS: JsonSchema = {"type": "array", "items": {"type": "integer"}}
@@ -26,7 +26,7 @@ _IDS: JsonSchema = {"type": "array", "items": {"type": "integer"}}
 
 @dataclass(frozen=True, slots=True)
 class StreamOptions:
-    """`include_obfuscation` is accepted and has no effect: this endpoint's chunks have no such field."""
+    """The field `stream_options`. `include_obfuscation` has no effect: chunks of this endpoint have no such field."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
@@ -35,18 +35,17 @@ class StreamOptions:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A parser, and the JSON Schema of the values that it does not refuse (null apart, which is always absence)."""
+    """A parser, and the JSON Schema of the values that it accepts. Null is not among them: it means an absent field."""
 
     parse: Parser
     schema: Callable[[RequestLimits], JsonSchema]
 
     def __call__(self, name: str, value: Any, limits: RequestLimits) -> Any:
-        """Parse a value."""
         return self.parse(name, value, limits)
 
 
 def field_parser(schema: JsonSchema | Callable[[RequestLimits], JsonSchema]) -> Callable[[Parser], Field]:
-    """Make a parser a field."""
+    """A decorator that makes a `Field` of a parser."""
     return lambda parse: Field(parse, schema if callable(schema) else lambda _: schema)
 
 
@@ -54,7 +53,7 @@ def field_parser(schema: JsonSchema | Callable[[RequestLimits], JsonSchema]) -> 
 
 
 def integer(low: int, high: int | Callable[[RequestLimits], int]) -> Field:
-    """Integers in a range; 16.0 is one, true is not."""
+    """A field for integers from `low` to `high`. 16.0 is accepted, true is not."""
 
     def highest_of(limits: RequestLimits) -> int:
         return high(limits) if callable(high) else high
@@ -73,7 +72,7 @@ def integer(low: int, high: int | Callable[[RequestLimits], int]) -> Field:
 
 
 def decimal(low: float, high: float) -> Field:
-    """Numbers in a range."""
+    """A field for numbers from `low` to `high`."""
 
     @field_parser({"type": "number", "minimum": low, "maximum": high})
     def parse(name: str, value: Any, _: RequestLimits) -> float:
@@ -88,7 +87,6 @@ def decimal(low: float, high: float) -> Field:
 
 @field_parser({"type": "boolean"})
 def boolean(name: str, value: Any, _: RequestLimits) -> bool:
-    """True or false."""
     if not isinstance(value, bool):
         raise _wrong_type(name, value, "a boolean")
     return value
@@ -96,7 +94,6 @@ def boolean(name: str, value: Any, _: RequestLimits) -> bool:
 
 @field_parser({"type": "string"})
 def string(name: str, value: Any, _: RequestLimits) -> str:
-    """Any text."""
     if not isinstance(value, str):
         raise _wrong_type(name, value, "a string")
     return value
@@ -104,7 +101,7 @@ def string(name: str, value: Any, _: RequestLimits) -> str:
 
 @field_parser(lambda limits: {"type": "string", "maxLength": limits.max_name})
 def name_string(name: str, value: Any, limits: RequestLimits) -> str:
-    """A string that is someone's or something's name."""
+    """A string of at most `limits.max_name` characters, for `model` and `user`."""
     text: str = string(name, value, limits)
     if len(text) > limits.max_name:
         raise _too_long(name, "string", limits.max_name, len(text))
@@ -113,7 +110,7 @@ def name_string(name: str, value: Any, limits: RequestLimits) -> str:
 
 @field_parser(lambda limits: {"type": "string", "minLength": 1, "maxLength": limits.max_salt})
 def salt(name: str, value: Any, limits: RequestLimits) -> str:
-    """A string that is not empty."""
+    """A string of 1 to `limits.max_salt` characters, for `cache_salt`."""
     text: str = string(name, value, limits)
     if not text:
         raise RequestError(f"Invalid '{name}': empty string. Expected at least one character.", param=name)
@@ -123,25 +120,25 @@ def salt(name: str, value: Any, limits: RequestLimits) -> str:
 
 
 def as_integer(value: object) -> int | None:
-    """JSON's integers: 16 and 16.0, never true."""
+    """The value as an integer: 16 for 16 and for 16.0. None for any other value, also for true."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-# ---- fields with a shape of their own
+# ---- fields with their own formats
 
 
 @field_parser(lambda limits: {"type": "integer", "minimum": 0, "maximum": _most_logprobs(limits)})
 def logprobs(name: str, value: Any, limits: RequestLimits) -> int:
-    """How many alternatives to report. Strictly, more than allowed means as many as allowed."""
+    """The number of alternatives to report. With `limits.strict`, a number above the maximum means the maximum."""
     wanted: int = integer(0, _most_logprobs)(name, value, limits)
     return min(wanted, limits.max_logprobs)
 
 
 @field_parser({"type": "integer", "minimum": -1, "maximum": 2**31 - 1})
 def top_k(name: str, value: Any, limits: RequestLimits) -> int:
-    """How many of the likeliest tokens may be drawn; 0 and -1 both mean all."""
+    """The number of most likely tokens to sample from. 0 and -1 mean all; the result is then 0."""
     wanted: int = integer(-1, 2**31 - 1)(name, value, limits)
     return max(0, wanted)
 
@@ -157,7 +154,7 @@ def top_k(name: str, value: Any, limits: RequestLimits) -> int:
     }
 )
 def prompt(name: str, value: Any, _: RequestLimits) -> tuple[Prompt, ...]:
-    """The four forms: a text, texts, token ids, lists of token ids."""
+    """One of four forms: a string, an array of strings, an array of token ids, an array of arrays of token ids."""
     if isinstance(value, str):
         return (value,)
     if isinstance(value, list):
@@ -176,7 +173,7 @@ def prompt(name: str, value: Any, _: RequestLimits) -> tuple[Prompt, ...]:
 
 @field_parser(lambda limits: _IDS | {"maxItems": limits.max_bias})
 def token_ids(name: str, value: Any, limits: RequestLimits) -> tuple[int, ...]:
-    """A list of token ids, perhaps empty."""
+    """An array of at most `limits.max_bias` token ids; it may be empty."""
     ids = _integers(value) if isinstance(value, list) else None
     if ids is None:
         raise _wrong_type(name, value, "an array of integers")
@@ -194,7 +191,7 @@ def token_ids(name: str, value: Any, limits: RequestLimits) -> tuple[int, ...]:
     }
 )
 def stop(name: str, value: Any, limits: RequestLimits) -> tuple[str, ...]:
-    """One or several texts, none of them empty. An empty array is no stop string; strictly it is refused."""
+    """One string or an array of strings, none of them empty. With `limits.strict`, an empty array is an error."""
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(text, str) for text in stops):
         raise _wrong_type(name, value, "one of a string or an array of strings")
@@ -220,11 +217,11 @@ def stop(name: str, value: Any, limits: RequestLimits) -> tuple[str, ...]:
     }
 )
 def logit_bias(name: str, value: Any, limits: RequestLimits) -> tuple[tuple[int, float], ...]:
-    """Token ids, as decimal strings, to what is added to their logits."""
+    """Pairs of token id and bias, from an object with decimal token ids as keys."""
     if not isinstance(value, dict):
         raise _wrong_type(name, value, "an object")
     if len(value) > limits.max_bias:
-        raise RequestError(f"Invalid '{name}': at most {limits.max_bias} tokens may be biased.", param=name)
+        raise RequestError(f"Invalid '{name}': at most {limits.max_bias} tokens can have a bias.", param=name)
     return tuple((_bias_key(name, key), _bias_value(name, bias)) for key, bias in value.items())
 
 
@@ -236,7 +233,6 @@ def logit_bias(name: str, value: Any, limits: RequestLimits) -> tuple[tuple[int,
     }
 )
 def stream_options(name: str, value: Any, limits: RequestLimits) -> StreamOptions:
-    """What a stream carries beside its text."""
     if not isinstance(value, dict):
         raise _wrong_type(name, value, "an object")
     for key in value:
@@ -256,7 +252,7 @@ def _stream_keys(limits: RequestLimits) -> set[str]:
 
 
 def _integers(items: list[Any]) -> tuple[int, ...] | None:
-    """Integers, or None if something else is among them. In slices: each holds the interpreter's lock."""
+    """The items as integers, or None if an item is not one. Checked in slices: each holds the interpreter's lock."""
     ids: list[Any] = []
     for start in range(0, len(items), _SLICE):
         part = items[start : start + _SLICE]

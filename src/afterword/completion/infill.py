@@ -1,4 +1,4 @@
-"""`suffix`: a prompt and the text after the gap, laid out the way the model was trained to fill gaps."""
+"""Lays out a prompt and its `suffix` with the model's infill tokens, in the order in which models are trained."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from afterword.engine.protocol import InfillTokens
 
 
 def infill_prompt(tokens: InfillTokens, prefix: tuple[int, ...], suffix: tuple[int, ...]) -> tuple[int, ...]:
-    """Prefix, suffix, then the middle for the model to write."""
+    """The order is prefix, suffix, middle: the model generates the text between prefix and suffix."""
     return (tokens.prefix, *prefix, tokens.suffix, *suffix, tokens.middle)

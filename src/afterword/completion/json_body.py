@@ -1,11 +1,11 @@
-r"""JSON bodies, read and written.
+"""Parses JSON request bodies, and encodes JSON.
 
-A body to a dict. Strict: UTF-8, no NaN, no lone surrogates, bounded depth, no key twice, bounded counts.
+`parse_object` is strict: UTF-8, no NaN, no lone surrogates, limited depth, no key twice in an object, limited counts.
 
-The parser holds the interpreter's lock for each call, so a large body is decoded in pieces: called in a worker thread,
-`parse_object` lets other threads run between them. Arrays, objects and strings are counted before any is built.
+The parser holds the interpreter's lock during each call. So `parse_object` decodes a large body in pieces; called in a
+worker thread, it lets other threads run between them. It counts arrays, objects and strings before it builds any.
 
-Characters that end a line in Unicode and not in JSON are written as escapes: many clients split streams there.
+`encode` escapes characters that end a line in Unicode but not in JSON, because many clients split streams there.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ BAD_JSON = (
     "correctly. The OpenAI API expects a JSON payload, but what was sent was not valid JSON.)"
 )
 LARGE_BODY = 2**16
-"""Bytes of a body up to which it is parsed in one call, on the event loop."""
+"""Bytes. A body up to this size is parsed in one call, on the event loop."""
 MAX_PARTS = 2**16
-"""Arrays and objects that a body may have; likewise strings, member names included."""
+"""The most arrays and objects of a body together, and the most strings, including member names."""
 
 _PIECE = 2**15  # bytes of an array of numbers that are decoded in one call
-_REST = 2  # times as long as a piece took the thread leaves the interpreter to other threads
-_THREAD = ThreadPoolExecutor(1, "parser")  # more would take the interpreter's lock from the event loop more often
+_REST = 2  # after a piece that took t seconds the thread sleeps for 2 t seconds, so that other threads run
+_THREAD = ThreadPoolExecutor(1, "parser")  # more threads would take the interpreter's lock from the event loop
 _BOM = b"\xef\xbb\xbf"
 _LONE_SURROGATE = re.compile(
     rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})"
@@ -45,14 +45,13 @@ _LONE_SURROGATE = re.compile(
 _members_of = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _items_of = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
-
 _LINE_ENDS = ((b"\xe2\x80\xa8", rb"\u2028"), (b"\xe2\x80\xa9", rb"\u2029"), (b"\xc2\x85", rb"\u0085"))
 
 _encode = msgspec.json.Encoder().encode
 
 
 def encode(value: object) -> bytes:
-    """A value as JSON. Python's and Unicode's other line ends (U+0085, U+2028, U+2029) are escaped."""
+    """A value as JSON, with U+0085, U+2028 and U+2029 escaped."""
     data = _encode(value)
     if b"\xe2\x80" in data or b"\xc2\x85" in data:
         for character, escape in _LINE_ENDS:
@@ -61,14 +60,14 @@ def encode(value: object) -> bytes:
 
 
 async def run_in_thread_if_large(call: Callable[..., T], body: bytes, *more: Any) -> T:
-    """`call(body, *more)`, in the thread for large bodies if it is one."""
+    """Return `call(body, *more)`. It runs in the thread of this module if the body is larger than `LARGE_BODY`."""
     if len(body) <= LARGE_BODY:
         return call(body, *more)
     return await asyncio.get_running_loop().run_in_executor(_THREAD, partial(call, body, *more))
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """A JSON object as a dict. A byte order mark before it is skipped. Raises `RequestError`."""
+    """Parse a JSON object. One byte order mark before it is skipped. Raises `RequestError`."""
     body = body.removeprefix(_BOM)
     try:
         value = msgspec.json.decode(body) if len(body) <= LARGE_BODY else _decoded_in_pieces(body)
@@ -77,7 +76,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RequestError(BAD_JSON)
     if body.count(b":") != len(value) and _outside_strings(body).count(b":") != _count_members(value):
-        raise RequestError("The JSON body has a key twice in one object.")
+        raise RequestError("The JSON body has an object with the same key twice. Send each key once.")
     return value
 
 
@@ -85,7 +84,7 @@ def _reason(body: bytes) -> str:
     if _LONE_SURROGATE.search(body.replace(rb"\\", b"")):
         return (
             "The JSON body has a lone surrogate: a code unit from U+D800 to U+DFFF without its pair, which is not a "
-            "character. (HINT: do not cut strings inside a surrogate pair, or replace what is cut with U+FFFD.)"
+            "character. (HINT: do not cut strings inside a surrogate pair, or replace the cut character with U+FFFD.)"
         )
     return BAD_JSON
 
@@ -100,11 +99,11 @@ def _check_parts(body: bytes) -> None:
     if not _more_than(MAX_PARTS, body, b"[{") and not _more_than(2 * MAX_PARTS, body, b'"'):
         return
     if _more_than(MAX_PARTS, _outside_strings(body), b"[{"):
-        raise RequestError(f"The JSON body has more than {MAX_PARTS} arrays and objects.")
+        raise RequestError(f"The JSON body has more than {MAX_PARTS} arrays and objects. Send fewer prompts at a time.")
 
 
 def _more_than(most: int, data: bytes, characters: bytes) -> bool:
-    """Whether there are more of some characters. Stops where that is known: each call counts a piece."""
+    """Whether `data` has more than `most` of these characters. It counts piece by piece and stops when it has."""
     for start in range(0, len(data), _PIECE):
         most -= sum(data.count(character, start, start + _PIECE) for character in characters)
         if most < 0:
@@ -113,15 +112,17 @@ def _more_than(most: int, data: bytes, characters: bytes) -> bool:
 
 
 def _outside_strings(body: bytes) -> bytes:
-    """The body without its strings. Raises `RequestError` if it has too many of them."""
+    """The body without its strings. Raises `RequestError` if it has too many strings."""
     plain = body.replace(rb"\\", b"").replace(rb"\"", b"") if b"\\" in body else body
     if _more_than(2 * MAX_PARTS + 1, plain, b'"'):
-        raise RequestError(f"The JSON body has more than {MAX_PARTS} strings, member names included.")
+        raise RequestError(
+            f"The JSON body has more than {MAX_PARTS} strings, including member names. Send fewer prompts at a time."
+        )
     return b"".join(plain.split(b'"')[::2])
 
 
 def _value(raw: bytes) -> Any:
-    """A value that is known to be well formed outside its strings; the items of a large array one by one."""
+    """Decode a value that is well-formed outside its strings. The items of a large array are decoded one by one."""
     if len(raw) <= LARGE_BODY or not raw.startswith(b"["):
         return msgspec.json.decode(raw)
     if raw.find(b"[", 1) < 0 and b"{" not in raw and b'"' not in raw:
@@ -130,7 +131,7 @@ def _value(raw: bytes) -> Any:
 
 
 def _numbers(raw: bytes) -> list[Any]:
-    """An array of values that contain no comma."""
+    """Decode an array whose values contain no comma, in pieces of about `_PIECE` bytes."""
     values: list[Any] = []
     start, end = 1, len(raw) - 1
     while start < end:
@@ -144,7 +145,7 @@ def _numbers(raw: bytes) -> list[Any]:
 
 
 def _count_members(value: Any) -> int:
-    """Members of all objects in a value."""
+    """The number of members of all objects in a value."""
     if isinstance(value, dict):
         return len(value) + sum(map(_count_members, value.values()))
     if isinstance(value, list) and not {dict, list}.isdisjoint(map(type, value)):

@@ -1,4 +1,9 @@
-"""Log probabilities as callers read them: columns of generated and echoed tokens, and reports about the prompt."""
+"""Makes the log probabilities of a response: `logprobs` columns, and `prompt_logprobs` in vLLM's format.
+
+The columns are OpenAI's four parallel arrays, for generated and for echoed tokens. Those of a prompt are made in slices
+of `SLICE_TOKENS` tokens, so that a long prompt never has all of them in memory. This module decodes bytes and offsets
+for the columns; `text_stream` does the same for generated text.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +16,13 @@ from typing import TypeVar
 
 from afterword.completion.plan import Plan, PromptPlan
 from afterword.completion.text_stream import ReleasedText, StopStrings, TextStream, TokenAtOffset
-from afterword.engine.protocol import Token
+from afterword.engine.protocol import Token, score_count
 
 SLICE_TOKENS = 64
-"""Tokens whose columns are made, and encoded, in one step."""
+"""The number of tokens whose columns are made and encoded in one step."""
 
-_SEARCHED = 16  # times that a text is searched to its end for a token that is not in it
-_CONTINUATIONS = bytes(range(0x80, 0xC0))  # bytes that begin no character
+_MAX_FAILED_SEARCHES = 16  # searches through the whole text for tokens that are not in it
+_CONTINUATIONS = bytes(range(0x80, 0xC0))  # UTF-8 continuation bytes
 
 T = TypeVar("T")
 TopLogprobs = tuple[dict[str, float] | None, ...]
@@ -25,7 +30,10 @@ TopLogprobs = tuple[dict[str, float] | None, ...]
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Four parallel columns, an entry a token. `top_logprobs` is None when no alternatives were asked for."""
+    """Four parallel columns with one entry for each token. `top_logprobs` is None with `logprobs` 0.
+
+    `text_offset` counts code points from the start of the prompt's text.
+    """
 
     tokens: tuple[str, ...]
     token_logprobs: tuple[float | None, ...]
@@ -34,12 +42,12 @@ class Logprobs:
 
 
 def slices(items: Sequence[T]) -> Iterator[Sequence[T]]:
-    """A sequence in slices of what is worked on in one step."""
+    """The items in slices of at most `SLICE_TOKENS`."""
     return (items[start : start + SLICE_TOKENS] for start in range(0, len(items), SLICE_TOKENS))
 
 
 def join_columns(parts: Iterable[Logprobs]) -> Logprobs:
-    """Columns one after another, of which there is at least one part."""
+    """Concatenate columns. There must be at least one part."""
     parts = tuple(parts)
     tops = [part.top_logprobs for part in parts if part.top_logprobs is not None]
     return Logprobs(
@@ -51,7 +59,7 @@ def join_columns(parts: Iterable[Logprobs]) -> Logprobs:
 
 
 def column_slices(columns: Logprobs) -> Iterator[Logprobs]:
-    """Columns in slices of what is worked on in one step."""
+    """The columns in slices of at most `SLICE_TOKENS` entries."""
     if len(columns.tokens) <= SLICE_TOKENS:
         yield columns
         return
@@ -63,24 +71,24 @@ def column_slices(columns: Logprobs) -> Iterator[Logprobs]:
 
 @dataclass(frozen=True, slots=True)
 class Echo:
-    """What comes before the completion when the prompt is echoed; its choices share it.
+    """The echoed prompt of a request with `echo`. All choices of the prompt share it.
 
-    `text` are whole characters; `pending_bytes` are the bytes after them, the beginning of a character that the
-    completion may end. `tokens` are the prompt's, each as it is in the text, with what the engine reported; None
-    without columns.
+    `text`: whole characters. `pending_bytes`: the bytes after them, the start of a character that the completion may
+    complete. `tokens`: the bytes and the score of each of the prompt's tokens; None without `logprobs`. `must_search`:
+    the tokens do not spell the text exactly, so their offsets are found by search.
     """
 
     text: str
     pending_bytes: bytes
     tokens: tuple[tuple[bytes, Token | None], ...] | None
-    aligned: bool
+    must_search: bool
     plan: Plan = field(compare=False, repr=False)
 
     def columns(self) -> Iterator[Logprobs]:
-        """The columns in slices, each made when it is asked for: those of a long prompt are large."""
+        """Yield the columns in slices. Each slice is made on demand, because those of a long prompt are large."""
         if self.tokens is None:
             return
-        offsets = _searched(self) if self.aligned else _decoded(self)
+        offsets = _searched_offsets(self) if self.must_search else _decoded_offsets(self)
         for part in slices(self.tokens):
             placed = list(islice(offsets, len(part)))
             top = tuple(None if t is None else top_map(t, self.plan) for _, t in part) if self.plan.logprobs else None
@@ -94,7 +102,7 @@ class Echo:
 
 @dataclass(frozen=True, slots=True)
 class RankedToken:
-    """A token of the prompt as vLLM reports it; `rank` is 1 for the likeliest."""
+    """A token of the prompt in vLLM's format. `rank` is 1 for the most likely token."""
 
     logprob: float
     rank: int
@@ -103,9 +111,10 @@ class RankedToken:
 
 @dataclass(frozen=True, slots=True)
 class PromptReport:
-    """What was asked about the tokens that the model read; None where nothing was. Its choices share it.
+    """The report about the prompt's tokens, for `return_token_ids` and `prompt_logprobs`. All choices share it.
 
-    `scored` are the tokens from the second on.
+    `token_ids`: None without `return_token_ids`. `scored`: the scores of the tokens from the second on; None without
+    `prompt_logprobs`.
     """
 
     token_ids: tuple[int, ...] | None
@@ -113,7 +122,7 @@ class PromptReport:
     plan: Plan = field(compare=False, repr=False)
 
     def entries(self) -> Iterator[tuple[dict[str, RankedToken] | None, ...]]:
-        """An entry for each token, in slices, each made when it is asked for. Nothing precedes the first token."""
+        """Yield an entry for each token, in slices that are made on demand. The entry of the first token is None."""
         if self.scored is not None:
             yield (None,)
             for part in slices(self.scored):
@@ -121,12 +130,12 @@ class PromptReport:
 
     @property
     def logprobs(self) -> tuple[dict[str, RankedToken] | None, ...] | None:
-        """All entries."""
+        """All entries; None without `prompt_logprobs`."""
         return None if self.scored is None else tuple(chain.from_iterable(self.entries()))
 
 
 def generated_columns(tokens: Iterable[TokenAtOffset[Token]], plan: Plan) -> Logprobs:
-    """Columns of generated tokens."""
+    """The columns of generated tokens."""
     tokens = tuple(tokens)
     return Logprobs(
         tuple(token_text(plan.pieces[placed.token.id]) for placed in tokens),
@@ -137,27 +146,27 @@ def generated_columns(tokens: Iterable[TokenAtOffset[Token]], plan: Plan) -> Log
 
 
 def make_echo(plan: Plan, prompt: PromptPlan, scored: Sequence[Token]) -> Echo | None:
-    """The echoed prompt, if it is to be echoed.
+    """The echoed prompt; None without `echo`.
 
-    `scored` are its tokens from the second on; empty where no log probabilities are wanted.
+    `scored`: the scores of the prompt's tokens from the second on. Not used without `logprobs`.
     """
     if not plan.echo:
         return None
     ids = prompt.job.prompt[prompt.hidden_tokens :]
     pieces = [plan.pieces[token] for token in ids]
     spelling = b"".join(pieces)
-    aligned = spelling.decode("utf-8", "replace") != prompt.text
-    begun = b"" if aligned else unfinished(spelling)
-    text = prompt.text[:-1] if begun else prompt.text
+    must_search = spelling.decode("utf-8", "replace") != prompt.text
+    pending = b"" if must_search else incomplete_character(spelling)
+    text = prompt.text[:-1] if pending else prompt.text  # without U+FFFD for the pending bytes
     if plan.logprobs is None:
-        return Echo(text, begun, None, aligned, plan)
-    # nothing precedes the first token
-    known: list[Token | None] = [None, *scored[prompt.hidden_tokens :]] if ids else []
-    return Echo(text, begun, tuple(zip(pieces, known, strict=True)), aligned, plan)
+        return Echo(text, pending, None, must_search, plan)
+    # The first echoed token has no log probability, even if a token that the server added precedes it.
+    known: list[Token | None] = [None, *scored[score_count(prompt.hidden_tokens + 1) :]] if ids else []
+    return Echo(text, pending, tuple(zip(pieces, known, strict=True)), must_search, plan)
 
 
-def _decoded(echo: Echo) -> Iterator[tuple[bytes, int]]:
-    """Each token's bytes and offset, where the tokens spell the text."""
+def _decoded_offsets(echo: Echo) -> Iterator[tuple[bytes, int]]:
+    """Each token's bytes and offset in code points, for tokens that spell the text exactly."""
     stream: TextStream[bytes] = TextStream(StopStrings(), 0)
     for count, (piece, _) in enumerate(echo.tokens or (), 1):
         stream.push(piece, piece)
@@ -170,47 +179,48 @@ def _pairs(released: ReleasedText[bytes]) -> Iterator[tuple[bytes, int]]:
     return ((placed.token, placed.offset) for placed in released.tokens)
 
 
-def _searched(echo: Echo) -> Iterator[tuple[bytes, int]]:
-    """Each token's bytes and offset, where the tokenizer has added or dropped something.
+def _searched_offsets(echo: Echo) -> Iterator[tuple[bytes, int]]:
+    """Each token's bytes and offset in code points, for a tokenizer that has added or dropped bytes.
 
-    SentencePiece puts spaces before a text and after its special tokens; byte-level vocabularies without a token for a
-    byte drop it. A token stands where its bytes come next. What is not found at all takes no place in the text.
+    SentencePiece adds spaces before a text and after special tokens. Byte-level vocabularies drop a byte for which they
+    have no token. A token's offset is the next place of its bytes in the text. A token that is not found gets the
+    current offset and does not move it.
     """
     text = echo.text.encode()
-    place = characters = 0
-    budget = _SEARCHED * len(text)  # so that many tokens that are not in the text cost no more than a few looks at it
+    position = characters = 0  # in bytes, and in code points
+    budget = _MAX_FAILED_SEARCHES * len(text)  # bytes; bounds the time for many tokens that are not in the text
     for piece, _ in echo.tokens or ():
         spaceless = piece.removeprefix(b" ") if echo.plan.strip_space else piece
-        shown = piece if text.startswith(piece, place) else spaceless
-        found = place
-        if not text.startswith(shown, place):
+        shown = piece if text.startswith(piece, position) else spaceless
+        found = position
+        if not text.startswith(shown, position):
             shown = piece
-            found = text.find(piece, place) if budget > 0 else -1
-            budget -= len(text) - place if found < 0 else 0
+            found = text.find(piece, position) if budget > 0 else -1
+            budget -= len(text) - position if found < 0 else 0
         if found < 0:
             yield piece, characters
             continue
-        characters += _beginnings(text[place:found])
+        characters += _count_characters(text[position:found])
         inside = bool(shown) and text[found] in _CONTINUATIONS
         yield shown, characters - inside
-        characters += _beginnings(shown)
-        place = found + len(shown)
+        characters += _count_characters(shown)
+        position = found + len(shown)
 
 
-def _beginnings(data: bytes) -> int:
-    """How many characters begin in these bytes."""
+def _count_characters(data: bytes) -> int:
+    """How many characters start in these bytes."""
     return len(data.translate(None, _CONTINUATIONS))
 
 
-def unfinished(data: bytes) -> bytes:
-    """The bytes at the end that are the beginning of a character."""
+def incomplete_character(data: bytes) -> bytes:
+    """The last bytes, up to 3, if they are the start of an incomplete UTF-8 character; else b""."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     decoder.decode(data[-3:])
     return decoder.getstate()[0]
 
 
 def make_report(plan: Plan, prompt: PromptPlan, scored: Sequence[Token]) -> PromptReport | None:
-    """What was asked about the tokens that the model read, the server's among them."""
+    """The report about the prompt's tokens, including those that the server added. None if no field requests it."""
     if not plan.return_token_ids and plan.prompt_logprobs is None:
         return None
     ids = prompt.job.prompt if plan.return_token_ids else None
@@ -218,7 +228,7 @@ def make_report(plan: Plan, prompt: PromptPlan, scored: Sequence[Token]) -> Prom
 
 
 def ranked(token: Token, plan: Plan) -> dict[str, RankedToken]:
-    """A token of the prompt and the likeliest ones, by their ids."""
+    """A token of the prompt and the most likely ones, by token id as a string, as vLLM reports them."""
     assert token.logprob is not None
     entries = {str(token.id): RankedToken(token.logprob, token.rank, token_text(plan.pieces[token.id]))}
     for rank, (other, logprob) in enumerate(token.top[: plan.prompt_logprobs], 1):
@@ -227,7 +237,7 @@ def ranked(token: Token, plan: Plan) -> dict[str, RankedToken]:
 
 
 def top_map(token: Token, plan: Plan) -> dict[str, float]:
-    """The token itself, then the likeliest others, best first. Of equal spellings the first stays."""
+    """The token and the most likely others, best first. Of tokens with the same text the first stays."""
     entries = {} if token.logprob is None else {token_text(plan.pieces[token.id]): token.logprob}
     for other, logprob in token.top[: plan.logprobs]:
         entries.setdefault(token_text(plan.pieces[other]), logprob)
@@ -236,7 +246,7 @@ def top_map(token: Token, plan: Plan) -> dict[str, float]:
 
 @lru_cache(2**15)
 def token_text(piece: bytes) -> str:
-    r"""A token as a string: its text, or `bytes:` and escapes where its bytes are not whole characters."""
+    r"""A token as a string: its text, or `bytes:` and `\xNN` escapes if its bytes are not whole characters."""
     try:
         return piece.decode()
     except UnicodeDecodeError:

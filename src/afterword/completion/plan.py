@@ -1,4 +1,8 @@
-"""What we will do, fully decided. Right of here nothing is absent and nothing can be the caller's fault."""
+"""Makes a `Plan` from a request, the model's facts and the tokens of its texts.
+
+A plan has a value for every default, limit and seed. Later code finds no optional fields and no errors of the client.
+This module checks what depends on the model: token ids, the context length and infill. It does no I/O.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +21,8 @@ from afterword.errors import RequestError
 class PromptPlan:
     """One prompt of a request.
 
-    `text` is the prompt as it is echoed; `hidden_tokens` counts the leading tokens of `job.prompt` that the server
-    added;
-    `billed_tokens` the caller's own.
+    `text`: the prompt as it is echoed. `hidden_tokens`: how many leading tokens of `job.prompt` the server added.
+    `billed_tokens`: the number of tokens that the client sent, including the suffix.
     """
 
     job: Job
@@ -30,7 +33,7 @@ class PromptPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A whole request to the model of that `fingerprint`. Choices are numbered prompt by prompt, `n` for each."""
+    """A whole request to the model with this `fingerprint`. Choices are numbered prompt by prompt, `n` for each."""
 
     fingerprint: str
     prompts: tuple[PromptPlan, ...]
@@ -46,18 +49,18 @@ class Plan:
 
     @property
     def prompt_tokens(self) -> int:
-        """The caller's own tokens in all prompts, each prompt once."""
+        """The number of tokens that the client sent in all prompts; each prompt counts once."""
         return sum(prompt.billed_tokens for prompt in self.prompts)
 
     @property
     def most_tokens(self) -> int:
-        """As many as can be read and generated, so the most that can be charged."""
+        """The largest number of tokens that the request can read and generate, so the most that it can be charged."""
         return self.prompt_tokens + sum(prompt.job.samples * prompt.job.max_tokens for prompt in self.prompts)
 
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """The tokens of a request's texts: one entry a prompt (its own ids if it came as ids), and the suffix's."""
+    """The token ids of a request: one tuple for each prompt (the client's ids where it sent ids), and the suffix's."""
 
     prompts: tuple[tuple[int, ...], ...]
     suffix: tuple[int, ...]
@@ -65,9 +68,10 @@ class Tokenized:
 
 @dataclass(frozen=True, slots=True)
 class ClientIdentity:
-    """Who asks. Callers are served in turn; what was computed for one is not used for another, unless they share.
+    """The client of a request, for fair shares and for the prefix cache.
 
-    `line`: what they wait in, if that is another than their requests do; each has its own turns.
+    Two clients use the same prefix cache only if both have `shares_cache`. `line`: the name of a separate queue of the
+    client, `"batch"` for batch lines; empty for its direct requests. The engine gives each queue its own share.
     """
 
     name: str = ""
@@ -76,14 +80,15 @@ class ClientIdentity:
 
     @property
     def queue(self) -> str:
-        """The name that takes turns with other callers' names."""
+        """The client name for the engine: `Job.client`."""
         return f"{self.name} {self.line}".rstrip()
 
 
 def check_lengths(request: CompletionRequest, model_info: ModelInfo) -> None:
-    """Refuse texts that cannot fit, before any time is spent on tokenizing them.
+    """Refuse texts that cannot fit into the context, before they are tokenized. Raises `RequestError`.
 
-    No token spells more than `card.longest` bytes, so a text has at least its bytes divided by that many tokens.
+    No token spells more than `model_info.longest_token` bytes. So a text has at least its size in bytes divided by that
+    number of tokens.
     """
     if not model_info.longest_token:
         return
@@ -101,7 +106,7 @@ def make_plan(
     entropy: int,
     caller: ClientIdentity | None = None,
 ) -> Plan:
-    """Decide everything. `entropy` (64 bits) seeds a request that has no seed. Raises `RequestError`."""
+    """Make the plan of a request. `entropy` (64 bits) seeds a request without a seed. Raises `RequestError`."""
     caller = caller or ClientIdentity()
     _check_ids(request, model_info)
     prompts = []
@@ -122,7 +127,7 @@ def make_plan(
             namespace=_namespace("" if caller.shares_cache else caller.name, request.cache_salt),
             client=caller.queue,
         )
-        text = given if isinstance(given, str) else _spell(model_info, ids)
+        text = given if isinstance(given, str) else _decode(model_info, ids)
         prompts.append(PromptPlan(job, text, hidden, len(ids) + len(tokens.suffix)))
     return Plan(
         fingerprint=model_info.fingerprint,
@@ -142,10 +147,10 @@ def make_plan(
 def _model_tokens(
     request: CompletionRequest, model_info: ModelInfo, given: Prompt, ids: tuple[int, ...], suffix: tuple[int, ...]
 ) -> tuple[tuple[int, ...], int]:
-    """The tokens that the model reads, and how many at their start are not the caller's."""
+    """The tokens that the model reads, and how many leading ones the server added."""
     bos = bos_before(model_info, ids, request.add_special_tokens)
     if isinstance(given, tuple):
-        bos = ()  # token ids are taken as they are, never with a BOS
+        bos = ()  # the server adds no BOS to token ids
     if request.suffix:
         own = ids[:1] if isinstance(given, str) and model_info.add_bos and ids[:1] == (model_info.bos,) else ()
         return bos + own + infill_prompt(_infill(model_info), ids[len(own) :], suffix), len(bos) + 1
@@ -154,17 +159,20 @@ def _model_tokens(
 
 
 def bos_before(model_info: ModelInfo, ids: tuple[int, ...], add: bool) -> tuple[int, ...]:
-    """The BOS to put before the tokens of a text: none if it begins with a BOS itself. `add`: whether one is wanted."""
+    """The BOS to put before the tokens of a text, as a tuple. Empty without `add`, or if `ids` begins with BOS."""
     if not (add and model_info.add_bos) or model_info.bos is None or ids[:1] == (model_info.bos,):
         return ()
     return (model_info.bos,)
 
 
 def _document_start(model_info: ModelInfo) -> tuple[int, ...]:
-    """An empty prompt continues from the beginning of a document: the end of the one before it, or BOS."""
+    """The token that an empty prompt continues from: BOS, or else the EOS that ends the document before."""
     token = model_info.eos if model_info.bos is None else model_info.bos
     if token is None:
-        raise RequestError("This model has no token to begin from: the prompt cannot be empty.", param="prompt")
+        raise RequestError(
+            "The prompt cannot be empty: this model has neither a BOS nor an EOS token to start a document with.",
+            param="prompt",
+        )
     return (token,)
 
 
@@ -192,26 +200,26 @@ def _sampling(request: CompletionRequest) -> Sampling:
 
 
 def _alternatives(request: CompletionRequest) -> int | None:
-    """Log probabilities are also what candidates are ranked by."""
+    """`Job.alternatives`. Candidates are ranked by their log probabilities, so `best_of` above `n` requires them."""
     if request.logprobs is not None:
         return request.logprobs
     return 0 if request.candidates > request.n else None
 
 
 def _prompt_alternatives(request: CompletionRequest) -> int | None:
-    """What is reported of the prompt's tokens, as much as either field asks for."""
+    """`Job.prompt_alternatives`: the larger of what `echo` with `logprobs` and `prompt_logprobs` request."""
     echoed = request.logprobs if request.echo else None
     wanted = [count for count in (echoed, request.prompt_logprobs) if count is not None]
     return max(wanted, default=None)
 
 
 def _sampling_key(seed: int, prompt: int) -> bytes:
-    """Where a prompt's randomness comes from: the same seed at another prompt draws other numbers."""
+    """`Job.key`, 16 bytes. With the same seed, prompts at different indexes get different random numbers."""
     return hashlib.blake2b(f"{seed} {prompt}".encode(), digest_size=16).digest()
 
 
 def _namespace(client: str, salt: str | None) -> str:
-    """Who may use what is computed for this request. Hashed, so that a long salt is not carried along."""
+    """`Job.namespace`: only requests with the same one share prefixes. A hash, so that its length is bounded."""
     if not client and salt is None:
         return ""
     return hashlib.blake2b(f"{client}\n{salt or ''}".encode(), digest_size=16).hexdigest()
@@ -238,12 +246,12 @@ def _check_ids(request: CompletionRequest, model_info: ModelInfo) -> None:
             raise RequestError(f"Invalid key in 'logit_bias': {token}. Maximum value is {last}.", param="logit_bias")
 
 
-def _spell(model_info: ModelInfo, ids: tuple[int, ...]) -> str:
+def _decode(model_info: ModelInfo, ids: tuple[int, ...]) -> str:
     return b"".join(model_info.pieces[token] for token in ids).decode("utf-8", "replace")
 
 
 def too_long(model_info: ModelInfo, prompt: int, max_tokens: int) -> RequestError:
-    """The error for a prompt of so many tokens."""
+    """The error for a prompt of `prompt` tokens that does not fit with `max_tokens`, in OpenAI's words."""
     return RequestError(
         f"This model's maximum context length is {model_info.context} tokens, however you requested "
         f"{prompt + max_tokens} tokens ({prompt} in your prompt; {max_tokens} for the completion). Please reduce "

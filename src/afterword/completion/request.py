@@ -1,7 +1,7 @@
-"""The caller's JSON, parsed once: bytes to a `CompletionRequest`, or an error that names the field.
+"""Parses a request body to a `CompletionRequest`, or raises an error that names the field.
 
-Left of the plan values may be absent, so absent fields are None or the API's default here. What depends on the
-model (ids, context, infill) is the plan's to check.
+Absent fields get the API's default, or None where the default depends on other fields. `plan.py` checks what depends on
+the model: token ids, the context length and infill.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from afterword.completion.request_descriptions import DESCRIPTIONS, described_sc
 from afterword.completion.request_limits import RequestLimits
 from afterword.errors import RequestError
 
-_LENGTH_HINT = "(HINT: the most tokens that are generated are given in 'max_tokens'.)"
+_LENGTH_HINT = "(HINT: set the maximum number of generated tokens in 'max_tokens'.)"
 _INT32, _INT64 = 2**31, 2**63
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest:
-    """A request body: the API's fields, then our extensions with vLLM's names and meanings.
+    """A parsed request body: the API's fields, then extensions with vLLM's names and meanings.
 
-    `ignored` are the unknown fields that the server was told to ignore.
+    `ignored`: the names of unknown fields, if the operator allows them (`RequestLimits.ignore_unknown`).
     """
 
     model: str | None = None
@@ -61,7 +61,7 @@ class CompletionRequest:
 
     @property
     def candidates(self) -> int:
-        """How many answers are generated for each prompt."""
+        """The number of outputs to generate for each prompt: `best_of`, or else `n`."""
         return self.n if self.best_of is None else self.best_of
 
 
@@ -95,7 +95,7 @@ LENGTH_ALIASES = (
     "num_predict",
     "options.num_predict",
 )
-"""What other servers call `max_tokens`. Never ignored."""
+"""Other servers' names for `max_tokens`. They are refused even with `ignore_unknown`."""
 
 EXTENSIONS: dict[str, Field] = {
     "add_special_tokens": fields.boolean,
@@ -109,11 +109,11 @@ EXTENSIONS: dict[str, Field] = {
     "stop_token_ids": fields.token_ids,
     "top_k": fields.top_k,
 }
-"""Fields beyond the API's, unknown where the server is strict."""
+"""Fields that OpenAI's API does not have. With `RequestLimits.strict` they are unknown fields."""
 
 
 def parse(body: bytes, limits: RequestLimits) -> CompletionRequest:
-    """A request from its body. Raises `RequestError`; nothing of the body but field names and numbers is quoted."""
+    """Parse a request body. Raises `RequestError`, whose message quotes only field names and numbers of the body."""
     values = parse_object(body)
     known = known_fields(limits)
     if limits.strict and not values.get("model"):
@@ -138,9 +138,9 @@ def _unknown(name: str, values: dict[str, Any]) -> RequestError:
 
 
 def _check_length_aliases(values: dict[str, Any]) -> list[str]:
-    """Names under which other servers take a length, where it says something else than `max_tokens`.
+    """The given names of `LENGTH_ALIASES` whose value differs from `max_tokens`.
 
-    To ignore one would answer with another length than was asked for.
+    If the server ignored such a field, the completion would have another length than the client requested.
     """
     options = values.get("options")
     given = values | ({f"options.{name}": options[name] for name in options} if isinstance(options, dict) else {})
@@ -148,12 +148,11 @@ def _check_length_aliases(values: dict[str, Any]) -> list[str]:
 
 
 def known_fields(limits: RequestLimits) -> dict[str, Field]:
-    """The fields that a request may have."""
     return FIELDS if limits.strict else FIELDS | EXTENSIONS
 
 
 def schema(limits: RequestLimits) -> JsonSchema:
-    """What `parse` accepts, as a JSON Schema; the rules about several fields at once, and the model's, go beyond it."""
+    """The JSON Schema of the bodies that `parse` accepts, without rules that concern several fields or the model."""
     known = known_fields(limits)
     standard = {each.name: each.default for each in dataclasses.fields(CompletionRequest)}
     properties: JsonSchema = {
@@ -174,7 +173,7 @@ def schema(limits: RequestLimits) -> JsonSchema:
     return described_schema(described, "", DESCRIPTIONS)
 
 
-# ---- rules about several fields at once
+# ---- rules that concern several fields
 
 
 def _check_combinations(request: CompletionRequest, limits: RequestLimits) -> None:
@@ -193,11 +192,14 @@ def _check_combinations(request: CompletionRequest, limits: RequestLimits) -> No
     if request.max_tokens == 0:
         _check_scoring(request)
     if request.min_tokens > request.max_tokens:
-        raise RequestError("'min_tokens' must be at most 'max_tokens'.", param="min_tokens")
+        raise RequestError(
+            f"'min_tokens' ({request.min_tokens}) must be at most 'max_tokens' ({request.max_tokens}).",
+            param="min_tokens",
+        )
     if request.suffix and request.echo and request.logprobs is not None:
         raise RequestError(
-            "'suffix' cannot be combined with 'echo' and 'logprobs' together: the model reads the suffix before it "
-            "writes, so the prompt's log probabilities are not those of the prompt alone.",
+            "'suffix' cannot be combined with both 'echo' and 'logprobs': the model reads the suffix too, so the "
+            "prompt's log probabilities would not be those of the prompt alone. Leave out one of the three.",
             param="suffix",
         )
     if len(request.prompt) * request.candidates > limits.max_completions:
@@ -210,7 +212,10 @@ def _check_combinations(request: CompletionRequest, limits: RequestLimits) -> No
 
 
 def _check_tokens(request: CompletionRequest, limits: RequestLimits) -> None:
-    """What is asked for as a whole; an answer that is too long by itself is told so by the model's context."""
+    """Check `max_request_tokens`.
+
+    A `max_tokens` above it is left to the plan: its error names the model's context length.
+    """
     read = sum(len(prompt) for prompt in request.prompt if isinstance(prompt, tuple))
     written = len(request.prompt) * request.candidates * request.max_tokens
     if request.max_tokens <= limits.max_request_tokens < read + written:
@@ -229,7 +234,10 @@ def _check_stream(request: CompletionRequest) -> None:
             param="best_of",
         )
     if request.prompt_logprobs is not None:
-        raise RequestError("'prompt_logprobs' cannot be streamed; 'echo' with 'logprobs' can.", param="prompt_logprobs")
+        raise RequestError(
+            "'prompt_logprobs' cannot be streamed. Set 'stream' to false, or use 'echo' with 'logprobs'.",
+            param="prompt_logprobs",
+        )
 
 
 def _check_scoring(request: CompletionRequest) -> None:

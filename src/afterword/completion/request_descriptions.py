@@ -1,7 +1,4 @@
-"""What each field of a request means, in a sentence and an example: what `/openapi.json` says and `/docs` shows.
-
-docs/api.md says the same at more length, with what shows it.
-"""
+"""Descriptions and examples of a request's fields, for `/openapi.json` and `/docs`. docs/api.md has the details."""
 
 from __future__ import annotations
 
@@ -12,12 +9,15 @@ from afterword.completion.fields import JsonSchema
 
 
 def description(text: str, *examples: Any) -> JsonSchema:
-    """What is added to a schema."""
+    """The members `description` and `examples` of a schema."""
     return {"description": text} | ({"examples": list(examples)} if examples else {})
 
 
 def described_schema(schema: JsonSchema, name: str, meanings: Mapping[str, JsonSchema]) -> JsonSchema:
-    """A schema in which every member has its meaning, found by its dotted name; `name` is the schema's own."""
+    """A copy of a schema in which each property has its entry of `meanings`.
+
+    The keys of `meanings` are dotted names, such as `stream_options.include_usage`. `name` is that of `schema` itself.
+    """
     whole = dict(schema)
     for part in ("items", "additionalProperties"):
         if isinstance(whole.get(part), dict):
@@ -35,63 +35,75 @@ def described_schema(schema: JsonSchema, name: str, meanings: Mapping[str, JsonS
 
 
 DESCRIPTIONS: dict[str, JsonSchema] = {
-    "model": description("Which of the served models; absent or empty where there is only one.", "afterword-tiny"),
+    "model": description(
+        "The name of a served model. It can be absent or empty if the server has one model.", "afterword-tiny"
+    ),
     "prompt": description(
-        "The text to continue: a string, several, token ids, or several lists of token ids. Absent or null begins a "
-        "new document. Choices are numbered prompt by prompt.",
+        "The text to continue: a string, an array of strings, an array of token ids, or an array of arrays of token "
+        "ids. Absent or null starts a new document. Choices are numbered prompt by prompt.",
         "Once upon a time",
         ["One, two,", "Red, green,"],
     ),
     "best_of": description(
-        "How many candidates to write for each prompt; the n with the highest mean log probability are the answer. By "
-        "default n.",
+        "The number of candidates to generate for each prompt. The n candidates with the highest mean log probability "
+        "are returned. Default: n.",
         3,
     ),
-    "echo": description("Put the prompt before the completion, in the text and in logprobs.", True),
+    "echo": description("Put the prompt before the completion, in text and in logprobs.", True),
     "frequency_penalty": description(
-        "Subtracted from a token's logit for each time that it has been written in this answer.", 0.5
+        "Subtracted from a token's logit once for each time that the choice already contains the token.", 0.5
     ),
     "logit_bias": description(
-        "What to add to the logits of tokens, by token id; −100 forbids one, 100 forces it.", {"1": -100}
+        "A number to add to the logit of each of these token ids. −100 bans a token, 100 forces it.", {"1": -100}
     ),
     "logprobs": description(
-        "Give the log probability of each token and of so many alternatives; 0: of the token only.", 2
+        "Report the log probability of each token and of this many alternatives. 0: of the token only.", 2
     ),
     "max_tokens": description(
-        "Most tokens to write. 0, with echo and logprobs, writes nothing and gives the prompt's log probabilities.", 40
+        "The maximum number of tokens to generate. 0, with echo and logprobs, only scores the prompt.", 40
     ),
-    "n": description("How many answers to each prompt.", 2),
+    "n": description("The number of choices for each prompt.", 2),
     "presence_penalty": description(
-        "Subtracted once from the logit of every token that was written in this answer.", 0.5
+        "Subtracted once from the logit of every token that the choice already contains.", 0.5
     ),
-    "seed": description("The same request with the same seed gives the same answer.", 7),
+    "seed": description("The same request with the same seed gives the same choices.", 7),
     "stop": description(
-        "Text, or several texts: the answer ends before the first that comes, which is left out.", "\n"
+        "A string or several strings. The choice ends before the first of them that occurs, and does not contain it.",
+        "\n",
     ),
-    "stream": description("Send the answer as it is written, as server-sent events.", True),
-    "stream_options": description("What a stream carries beside the text.", {"include_usage": True}),
-    "stream_options.include_usage": description("A last chunk has the usage; in all others it is null.", True),
-    "stream_options.include_obfuscation": description("Accepted; there is nothing here to obfuscate.", False),
-    "stream_options.continuous_usage_stats": description("Every chunk has the usage so far.", True),
-    "suffix": description("The text after the gap to fill, for models that were trained to.", " They went home."),
-    "temperature": description("0 takes the likeliest token, higher draws more freely.", 0.8),
-    "top_p": description("Draw from the fewest likeliest tokens that have this much probability together.", 0.9),
-    "user": description("Whom to count this for in the key's usage; kept as a pseudonym.", "ann"),
-    "add_special_tokens": description("False: no beginning-of-sequence token before a text.", False),
-    "cache_salt": description("Only requests with the same salt use what was computed for each other.", "course-1"),
-    "ignore_eos": description("Go on where the model would end.", True),
-    "min_p": description("Draw from tokens with at least this share of the likeliest one's probability.", 0.05),
-    "min_tokens": description("Nothing ends the answer before it has so many tokens.", 10),
+    "stream": description("Send the response while it is generated, as server-sent events.", True),
+    "stream_options": description("Options for a streamed response.", {"include_usage": True}),
+    "stream_options.include_usage": description(
+        "Send one more chunk with the usage at the end. In all other chunks usage is null.", True
+    ),
+    "stream_options.include_obfuscation": description("Accepted without effect.", False),
+    "stream_options.continuous_usage_stats": description("Every chunk has the usage up to then.", True),
+    "suffix": description("The text after the gap, for models with infill tokens.", " They went home."),
+    "temperature": description(
+        "0 always chooses the most likely token. Higher values make less likely tokens more frequent.", 0.8
+    ),
+    "top_p": description(
+        "Sample from the smallest set of most likely tokens with at least this total probability.", 0.9
+    ),
+    "user": description(
+        "The end user to count the request for in the API key's usage. The server stores a pseudonym.", "ann"
+    ),
+    "add_special_tokens": description("False: add no beginning-of-sequence token before a text.", False),
+    "cache_salt": description("Only requests with the same salt share cached prefixes.", "course-1"),
+    "ignore_eos": description("Continue after the model's end tokens.", True),
+    "min_p": description(
+        "Sample from tokens with at least this fraction of the most likely token's probability.", 0.05
+    ),
+    "min_tokens": description("Ignore end tokens and stop strings until the choice has this many tokens.", 10),
     "prompt_logprobs": description(
-        "Give rank and log probability of each token that the model read, and of so many alternatives. Not with "
-        "stream.",
+        "Report rank and log probability of each token of the prompt, and of this many alternatives. Not with stream.",
         1,
     ),
     "repetition_penalty": description(
-        "Above 1: against tokens that stand in the prompt or the answer; below: for them.", 1.1
+        "Above 1: make tokens of the prompt and of the choice less likely. Below 1: more likely.", 1.1
     ),
-    "return_token_ids": description("Give the ids of the prompt's and the answer's tokens.", True),
-    "stop_token_ids": description("Ids of tokens that end the answer and are left out.", [0]),
-    "top_k": description("Draw from so many of the likeliest tokens; 0 and −1: from all.", 40),
+    "return_token_ids": description("Return the token ids of the prompt and of the choice.", True),
+    "stop_token_ids": description("Token ids that end the choice. Its text does not contain them.", [0]),
+    "top_k": description("Sample from this many of the most likely tokens. 0 and −1: from all.", 40),
 }
-"""Every field of `request.FIELDS` and `request.EXTENSIONS`, and what is in `stream_options`."""
+"""Every field of `request.FIELDS` and `request.EXTENSIONS`, and the members of `stream_options`."""

@@ -1,4 +1,4 @@
-"""How much one request may ask for, and how strictly it is read."""
+"""The limits on one request, and how strictly it is parsed."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from afterword.settings.limit_table import limit
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """Above OpenAI's own limits where that does no harm.
+    """The defaults are above OpenAI's limits where that does no harm.
 
-    `strict`: what OpenAI refuses is refused, extensions too, and `logprobs` is clamped as the live API did.
-    `ignore_unknown`: fields that nobody knows are ignored, and listed in a header of the answer.
+    `strict`: refuse what OpenAI refuses, including extensions, and clamp `logprobs` as OpenAI's server did.
+    `ignore_unknown`: ignore unknown fields, and list them in a header of the response.
     """
 
-    max_logprobs: int = limit(20, "alternatives a token")
+    max_logprobs: int = limit(20, "alternatives for each token")
     max_stop: int = limit(16, "stop strings")
-    max_n: int = limit(128, "answers a prompt")
-    max_best_of: int = limit(20, "candidates a prompt")
+    max_n: int = limit(128, "choices for each prompt")
+    max_best_of: int = limit(20, "candidates for each prompt")
     max_completions: int = limit(2048, "prompts times candidates")
-    max_request_tokens: int = limit(2**22, "token ids in the prompts, and tokens that may be generated")
-    max_answer: int = limit(2**29, "bytes of an answer, as estimated from the request")
-    max_bias: int = limit(1024, "entries of logit_bias, and of stop_token_ids")
-    max_name: int = limit(256, "characters of model, and of user")
+    max_request_tokens: int = limit(2**22, "token ids in the prompts plus tokens that can be generated")
+    max_answer: int = limit(2**29, "bytes of a response, as estimated from the request")
+    max_bias: int = limit(1024, "entries of logit_bias and of stop_token_ids")
+    max_name: int = limit(256, "characters of model and of user")
     max_salt: int = limit(1024, "characters of cache_salt")
     strict: bool = False
     ignore_unknown: bool = False
 
 
 STRICT = RequestLimits(max_logprobs=5, max_stop=4, strict=True)
-"""OpenAI's own."""
+"""OpenAI's limits."""

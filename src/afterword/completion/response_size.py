@@ -1,6 +1,6 @@
-"""How large an answer can become, estimated from the plan, so that one that is too large is refused before any work.
+"""Estimates the size of a response from its plan, so that one that is too large is refused before any work.
 
-The estimates are of ordinary texts. An answer that ends before `max_tokens` is smaller.
+The estimates are for ordinary text. A response whose choices end before `max_tokens` is smaller.
 """
 
 from __future__ import annotations
@@ -10,31 +10,31 @@ from afterword.errors import RequestError
 
 _TEXT = 8  # bytes of a generated token's text
 _ID = 7  # of a token id
-_ENTRY = 56  # of a token in the columns of `logprobs`, without `top_logprobs`
+_ENTRY = 56  # of a token in the columns of `logprobs` without `top_logprobs`
 _ALTERNATIVE = 36  # of an entry in `top_logprobs`
 _RANKED = 80  # of an entry in `prompt_logprobs`
 
 
 def estimate_bytes(plan: Plan) -> int:
-    """Bytes of the whole answer. What choices share counts for each: it is sent for each."""
+    """Bytes of the whole response. The prompt's part counts for each choice, because it is sent with each."""
     return plan.n * sum(_shared(plan, prompt) + _own(plan, prompt) for prompt in plan.prompts)
 
 
 def check_size(plan: Plan, most: int) -> None:
-    """Raises `RequestError` where the answer is estimated to have more bytes than `most`."""
+    """Raises `RequestError` if the response is estimated to have more than `most` bytes."""
     size = estimate_bytes(plan)
     if size > most:
         fields = ", ".join(f"'{name}'" for name in _fields(plan))
         raise RequestError(
-            f"The answer is estimated to have {size} bytes, but it can have at most {most}. (HINT: lower or leave out "
-            f"{fields}, or send fewer prompts at a time.)",
+            f"The response is estimated to have {size} bytes, but it can have at most {most}. (HINT: lower or leave "
+            f"out {fields}, or send fewer prompts at a time.)",
             param=_fields(plan)[0],
             code="answer_too_large",
         )
 
 
 def _shared(plan: Plan, prompt: PromptPlan) -> int:
-    """What is said of a prompt."""
+    """Bytes of the prompt's part of one choice: echo, token ids and `prompt_logprobs`."""
     tokens = len(prompt.job.prompt)
     echoed = len(prompt.text.encode()) + tokens * _columns(plan) if plan.echo else 0
     ids = tokens * _ID if plan.return_token_ids else 0
@@ -43,7 +43,7 @@ def _shared(plan: Plan, prompt: PromptPlan) -> int:
 
 
 def _own(plan: Plan, prompt: PromptPlan) -> int:
-    """What is generated for a choice."""
+    """Bytes of the generated part of one choice."""
     return prompt.job.max_tokens * (_TEXT + _columns(plan) + (_ID if plan.return_token_ids else 0))
 
 
@@ -54,7 +54,7 @@ def _columns(plan: Plan) -> int:
 
 
 def _fields(plan: Plan) -> list[str]:
-    """The fields that make the answer large, those that do most of it first."""
+    """The given fields that make the response large, those with the largest effect first."""
     given = {
         "prompt_logprobs": plan.prompt_logprobs is not None,
         "logprobs": plan.logprobs is not None,

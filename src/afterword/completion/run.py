@@ -1,4 +1,8 @@
-"""A plan carried out over an engine: jobs in, deltas and a usage out. Nothing here waits for anything else."""
+"""Runs a plan: starts its jobs on an engine, and yields deltas and then the usage.
+
+`run` owns the job handles and closes them, however it ends. Everything runs on the event loop's thread. Nothing here
+waits for anything but the engine and the reader of the deltas.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +19,21 @@ from afterword.engine.protocol import Engine, JobHandle, ModelInfo, Step, Token
 from afterword.errors import ModelReplaced, ReaderTooSlow
 
 MAX_UNREAD_BYTES = 16 * 2**20
-"""Bytes of steps that may wait for the reader of an answer; beyond it the engine is paused for that request. What was
-on its way from the engine's process (some megabytes at most) still comes on top."""
+"""Bytes of steps that may wait for the reader of a response. Above it, the engine is paused for that request. Steps
+that the worker has already sent (some megabytes at most) still arrive."""
 
 READER_SECONDS = 60.0
-"""How long the engine may be paused before the reader is given up: what has been computed takes memory meanwhile."""
+"""Seconds for which the reader may keep the engine paused; then the request fails. Its steps take memory meanwhile."""
 
-_MAX_CONCURRENT_TEXTS = 32  # prompts that are handed to the engine in one step
+_STARTS_PER_TURN = 32  # jobs that are started before other tasks of the event loop run
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of a whole request. Every prompt counts once; every candidate that was generated counts.
+    """The tokens of a whole request. Each prompt counts once, each generated candidate counts.
 
-    `completion_tokens` are those of the texts in an answer's usage, and all that were generated in an account.
+    `completion_tokens`: in a response, the tokens of the texts; for an account, all generated tokens.
+    `cached_tokens`: the tokens of the prompts that came from the prefix cache.
     """
 
     prompt_tokens: int
@@ -37,9 +42,9 @@ class Usage:
 
 
 async def tokenize(request: CompletionRequest, engine: Engine, special: bool = True, client: str = "") -> Tokenized:
-    """The tokens of all texts in a request. `special`: text that spells a special token becomes that token.
+    """Tokenize all texts of a request. `special`: text that spells a special token becomes that token.
 
-    Raises `ModelReplaced` if they are not all of the model whose card the engine has now.
+    Raises `RequestError` if a text is too long, `ModelReplaced` if the engine's model changed meanwhile.
     """
     fingerprint = engine.model_info.fingerprint
     check_lengths(request, engine.model_info)
@@ -47,17 +52,17 @@ async def tokenize(request: CompletionRequest, engine: Engine, special: bool = T
     wanted = [text for text in (*texts, request.suffix or "") if text]
     work = [asyncio.ensure_future(engine.tokenize(text, special, client)) for text in wanted]
     try:
-        ready = iter([_fitting(ids, request, engine.model_info) for ids in await asyncio.gather(*work)])
+        ready = iter([_checked(ids, request, engine.model_info) for ids in await asyncio.gather(*work)])
     finally:
         for each in work:
-            each.cancel()  # one of them has failed, or the client has left
+            each.cancel()  # if one has failed, or the client has disconnected
     _check_model(fingerprint, engine)
     prompts = [prompt if isinstance(prompt, tuple) else next(ready) if prompt else () for prompt in request.prompt]
     return Tokenized(tuple(prompts), next(ready) if request.suffix else ())
 
 
-def _fitting(ids: Sequence[int], request: CompletionRequest, model_info: ModelInfo) -> tuple[int, ...]:
-    """The tokens of a text. Raises `RequestError` if it has more than the context alone."""
+def _checked(ids: Sequence[int], request: CompletionRequest, model_info: ModelInfo) -> tuple[int, ...]:
+    """The tokens of a text. Raises `RequestError` if this text alone is longer than the context."""
     if len(ids) > model_info.context:
         raise too_long(model_info, len(ids), request.max_tokens)
     return tuple(ids)
@@ -66,129 +71,132 @@ def _fitting(ids: Sequence[int], request: CompletionRequest, model_info: ModelIn
 async def run(
     plan: Plan,
     engine: Engine,
-    account: Callable[[Usage], None] = lambda _: None,
-    begun: Callable[[], None] = lambda: None,
+    record_usage: Callable[[Usage], None] = lambda _: None,
+    on_prompt_started: Callable[[], None] = lambda: None,
 ) -> AsyncGenerator[Delta | Usage]:
-    """Carry out a plan. Yields deltas as they come, then one usage. Closing the iterator ends the work.
+    """Run a plan. Yields deltas when they are ready, then one `Usage`. Closing the iterator closes the jobs.
 
-    `account` is told what was computed, however it ended: every generated token counts there, also those that a stop
-    string or an end token kept out of the text. `begun` is told that a prompt has begun to be computed, for each.
+    `record_usage` is called once at the end, also after an error or a close. Its `Usage` counts every generated token,
+    also those that a stop string or an end token keeps out of the text. `on_prompt_started` is called once for each
+    prompt, at its first step.
 
-    Raises `Overloaded` before the first delta, `EngineError` at any time.
+    Raises `Overloaded` or `ModelReplaced` before the first delta, `EngineError` or `ReaderTooSlow` at any time.
     """
-    growing = [_PromptProgress(plan, index, prompt, begun) for index, prompt in enumerate(plan.prompts)]
+    progress = [_PromptProgress(plan, index, prompt, on_prompt_started) for index, prompt in enumerate(plan.prompts)]
     runs: list[JobHandle] = []
     try:
         for count, prompt in enumerate(plan.prompts):
-            if count and count % _MAX_CONCURRENT_TEXTS == 0:
+            if count and count % _STARTS_PER_TURN == 0:
                 await asyncio.sleep(0)
-            _check_model(plan.fingerprint, engine)  # it may have been replaced while other tasks ran
+            _check_model(plan.fingerprint, engine)  # the model can be replaced while other tasks run
             runs.append(engine.start(prompt.job))
-        async with aclosing(_merge_steps(runs, growing)) as steps:
+        async with aclosing(_merge_steps(runs, progress)) as steps:
             async for index, step in steps:
-                for delta in growing[index].take(step, runs[index]):
+                for delta in progress[index].take(step, runs[index]):
                     yield delta
                 if plan.best_of > plan.n:
-                    await asyncio.sleep(0)  # no delta comes before all candidates are whole
+                    await asyncio.sleep(0)  # no delta is yielded before all candidates are complete
     finally:
         for each in runs:
             each.close()
-        read = sum(prompt.prompt_tokens for prompt in growing)
-        cached = sum(prompt.cached_tokens for prompt in growing)
-        account(Usage(read, sum(prompt.generated for prompt in growing), cached))
-    yield Usage(read, sum(prompt.completion_tokens for prompt in growing), cached)
+        read = sum(prompt.prompt_tokens for prompt in progress)
+        cached = sum(prompt.cached_tokens for prompt in progress)
+        record_usage(Usage(read, sum(prompt.generated for prompt in progress), cached))
+    yield Usage(read, sum(prompt.completion_tokens for prompt in progress), cached)
 
 
 def _check_model(fingerprint: str, engine: Engine) -> None:
-    """Raise `ModelReplaced` if the engine has another model than what was made for it supposes."""
+    """Raise `ModelReplaced` if the engine has another model than the one with this fingerprint."""
     if engine.model_info.fingerprint != fingerprint:
         raise ModelReplaced()
 
 
 class _PromptProgress:
-    """The choices of one prompt while they grow. Until the prompt is scored there are none."""
+    """The choices of one prompt while they are generated. They are made at the first sampled token or ended sample.
 
-    def __init__(self, plan: Plan, index: int, prompt: PromptPlan, begun: Callable[[], None]) -> None:
+    Before that, all scores of the prompt have arrived.
+    """
+
+    def __init__(self, plan: Plan, index: int, prompt: PromptPlan, on_started: Callable[[], None]) -> None:
         self._plan = plan
         self._prompt = prompt
-        self._tell_begun = begun
+        self._on_started = on_started
         self._first = index * plan.n
         self._scored: list[Token] = []
         self._choices: list[ChoiceBuilder] = []
-        self._held: list[DeltaFolder] = []  # candidates, until all are whole
+        self._candidates: list[DeltaFolder] = []  # held back until all are complete
         self._cached = 0
-        self._begun = False
-        self.generated = 0  # tokens, in the text or not
+        self._started = False
+        self.generated = 0  # tokens, in a text or not
 
     @property
     def prompt_tokens(self) -> int:
-        """The caller's own tokens in the prompt, once anything of it has been computed."""
-        return self._prompt.billed_tokens if self._begun else 0
+        """The tokens of the prompt that the client sent; 0 before the first step."""
+        return self._prompt.billed_tokens if self._started else 0
 
     @property
     def cached_tokens(self) -> int:
-        """How many of the caller's own tokens in the prompt had been computed before."""
+        """How many of the tokens that the client sent came from the prefix cache."""
         return max(0, min(self._cached - self._prompt.hidden_tokens, self._prompt.billed_tokens))
 
     @property
     def completion_tokens(self) -> int:
-        """The generated tokens that are in the texts of all candidates."""
+        """The generated tokens that the texts of all candidates were made from."""
         return sum(choice.completion_tokens for choice in self._choices)
 
     def count(self, step: Step) -> None:
-        """A step was computed, though perhaps nobody will take it any more."""
-        if not self._begun:
-            self._begun = True
-            self._tell_begun()
+        """Count a computed step for the account, also if `take` is never called with it."""
+        if not self._started:
+            self._started = True
+            self._on_started()
         self.generated += len(step.sampled)
 
     def take(self, step: Step, run: JobHandle) -> Iterator[Delta]:
-        """Deltas that a step brings, each made when it is asked for. Samples whose text is complete are dropped from
-        the run."""
+        """Yield the deltas of a step, each made on demand. Samples whose text is complete are dropped from the run."""
         self._scored.extend(step.scored)
         self._cached += step.cached
         if not self._choices and (step.sampled or step.ended):
             echo = make_echo(self._plan, self._prompt, self._scored)
             report = make_report(self._plan, self._prompt, self._scored)
             self._choices = [ChoiceBuilder(self._plan, self._prompt, echo, report) for _ in range(self._plan.best_of)]
-            self._held = [DeltaFolder() for _ in self._choices]
+            self._candidates = [DeltaFolder() for _ in self._choices]
             self._scored.clear()
-        growing = {sample for sample, choice in enumerate(self._choices) if choice.finish is None}
+        unfinished = {sample for sample, choice in enumerate(self._choices) if choice.finish is None}
         for sample, token in step.sampled:
-            if sample in growing:
+            if sample in unfinished:
                 self._choices[sample].add(token)
         for sample, reason in step.ended:
             self._choices[sample].end(reason)
-        for sample in growing:
+        for sample in unfinished:
             if self._choices[sample].finish:
                 run.drop(sample)
         ranked = self._plan.best_of > self._plan.n
-        for sample in sorted(growing):
+        for sample in sorted(unfinished):
             deltas = self._choices[sample].deltas(self._first + sample)
             if ranked:
-                self._held[sample].add(deltas)
+                self._candidates[sample].add(deltas)
             else:
                 yield from deltas
-        if ranked and growing and all(choice.finish for choice in self._choices):
-            yield from self._best()
+        if ranked and unfinished and all(choice.finish for choice in self._choices):
+            yield from self._best_candidates()
 
-    def _best(self) -> Iterator[Delta]:
-        """The `n` candidates with the highest mean log probability, best first, whole."""
-        ranked = sorted(range(len(self._choices)), key=lambda sample: -self._choices[sample].score)
-        for place, sample in enumerate(ranked[: self._plan.n]):
-            yield replace(self._held[sample].result, index=self._first + place)
+    def _best_candidates(self) -> Iterator[Delta]:
+        """The `n` candidates with the highest mean log probability, best first, each as one delta."""
+        ranked = sorted(range(len(self._choices)), key=lambda sample: -self._choices[sample].mean_logprob)
+        for rank, sample in enumerate(ranked[: self._plan.n]):
+            yield replace(self._candidates[sample].result, index=self._first + rank)
 
 
 async def _merge_steps(
-    runs: Sequence[JobHandle], growing: Sequence[_PromptProgress]
+    runs: Sequence[JobHandle], progress: Sequence[_PromptProgress]
 ) -> AsyncGenerator[tuple[int, Step]]:
-    """Steps of all runs as they come, each with the index of its run. The first failure ends it."""
+    """Yield the steps of all runs in order of arrival, each with the index of its run. Raises the first error."""
     unread = _StepQueue(runs)
 
     async def follow(index: int, run: JobHandle) -> None:
         try:
             async for step in run:
-                growing[index].count(step)
+                progress[index].count(step)
                 unread.put(index, step)
             unread.end(None)
         except Exception as error:
@@ -211,48 +219,47 @@ async def _merge_steps(
 
 
 class _StepQueue:
-    """Steps of a request that its reader has not taken yet. The engine is paused while they take too much memory.
+    """The steps of a request that its reader has not taken. The engine is paused while they take too much memory.
 
-    A reader that leaves the engine paused for `READER_SECONDS` gets what has been computed and then an error.
+    A reader that keeps the engine paused for `READER_SECONDS` gets the steps in the queue and then `ReaderTooSlow`.
     """
 
     def __init__(self, runs: Sequence[JobHandle]) -> None:
         self._runs = runs
         self._items: asyncio.Queue[tuple[int, Step] | Exception | None] = asyncio.Queue()
         self._size = 0
-        self._patience: asyncio.TimerHandle | None = None  # while the engine is paused
+        self._reader_timer: asyncio.TimerHandle | None = None  # set while the engine is paused
 
     def put(self, index: int, step: Step) -> None:
-        """Add a step of a run."""
         self._items.put_nowait((index, step))
         self._size += step.size
-        if self._size > MAX_UNREAD_BYTES and self._patience is None:
-            self._patience = asyncio.get_running_loop().call_later(READER_SECONDS, self._give_up)
+        if self._size > MAX_UNREAD_BYTES and self._reader_timer is None:
+            self._reader_timer = asyncio.get_running_loop().call_later(READER_SECONDS, self._give_up)
             for run in self._runs:
                 run.pause()
 
     def end(self, error: Exception | None) -> None:
-        """A run has ended, perhaps with an error."""
+        """Note that a run has ended; `error` is None if it was successful."""
         self._items.put_nowait(error)
 
     async def get(self) -> tuple[int, Step] | None:
-        """The next step with the index of its run, None at the end of a run. Raises the error of a run that failed."""
+        """The next step with the index of its run; None at the end of a run. Raises the error of a failed run."""
         item = await self._items.get()
         if isinstance(item, Exception):
             raise item
         if item is not None:
             self._size -= item[1].size
-            if self._patience is not None and self._size <= MAX_UNREAD_BYTES // 2:
+            if self._reader_timer is not None and self._size <= MAX_UNREAD_BYTES // 2:
                 self.close()
                 for run in self._runs:
                     run.resume()
         return item
 
     def close(self) -> None:
-        """Stop waiting for the reader."""
-        if self._patience is not None:
-            self._patience.cancel()
-            self._patience = None
+        """Cancel the timer for a slow reader."""
+        if self._reader_timer is not None:
+            self._reader_timer.cancel()
+            self._reader_timer = None
 
     def _give_up(self) -> None:
         for run in self._runs:

@@ -1,7 +1,7 @@
-"""Bytes of tokens to text that may be shown: whole characters only, and nothing of a stop string.
+"""Decodes the bytes of tokens to text that may be sent: whole characters, without stop strings.
 
-Offsets are counted in code points. A token whose bytes end inside a character, or whose text could still become
-part of a stop string, is held back until that is decided; text is released in whole tokens.
+Offsets count code points. A token is held back while its bytes end inside a character, or while its text could still
+become part of a stop string. Text is released in whole tokens. Each `TextStream` owns the held text of one sample.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class TokenAtOffset(Generic[T]):
-    """A token at its place: the offset of its first character, or of the character that it continues."""
+    """A token with the offset of its first character, or of the character that it continues."""
 
     token: T
     offset: int
@@ -25,36 +25,37 @@ class TokenAtOffset(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class ReleasedText(Generic[T]):
-    """Text, and the tokens that it came from."""
+    """Text, and the tokens that it was decoded from."""
 
     text: str
     tokens: tuple[TokenAtOffset[T], ...]
 
 
 class TextStream(Generic[T]):
-    """Tokens in, text out. Owner of one sample's undecided text. `start` is the offset of its first character.
+    """Decodes one sample's tokens and holds back text that may not be sent yet.
 
-    `begun` are the first bytes of that character, where the text before ends inside it.
+    `start`: the offset of the first character. `pending`: the first bytes of that character, if the text before ends
+    inside it.
     """
 
-    def __init__(self, stops: StopStrings, start: int, begun: bytes = b"") -> None:
+    def __init__(self, stops: StopStrings, start: int, pending: bytes = b"") -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._decoder.setstate((begun, 0))
+        self._decoder.setstate((pending, 0))
         self._stops = StopMatcher(stops)
-        self._start = start  # offset of the first character that is not released
+        self._start = start  # offset of the first unreleased character
         self._text = ""
         self._held: deque[tuple[TokenAtOffset[T], int, bool]] = deque()  # token, end offset, ends a whole character
         self.stopped = False
 
     @property
     def end(self) -> int:
-        """The offset after the last character so far."""
+        """The offset after the last decoded character."""
         return self._start + len(self._text)
 
     def push(self, token: T, piece: bytes, may_stop: bool = True) -> None:
-        """Take a token and its bytes. Ignored once a stop string was found; one begins only where it may."""
-        if not self.stopped and self._breaks_off(piece):
-            self._break_off(may_stop)
+        """Add a token and its bytes. Ignored after a stop string. `may_stop`: search its text for stop strings."""
+        if not self.stopped and self._interrupts_character(piece):
+            self._flush_decoder(may_stop)
         if self.stopped:
             return
         offset = self.end
@@ -64,7 +65,7 @@ class TextStream(Generic[T]):
             self._held.append((TokenAtOffset(token, offset), self.end, whole))
 
     def release(self) -> ReleasedText[T]:
-        """What may be shown by now."""
+        """Release the tokens whose text is decided."""
         safe = self.end if self.stopped else self.end - self._stops.held
         count, end = 0, self._start
         for index, (_, token_end, whole) in enumerate(self._held, 1):
@@ -75,22 +76,25 @@ class TextStream(Generic[T]):
         return self._release(count, end)
 
     def finish(self) -> ReleasedText[T]:
-        """All that is left: nothing more will come."""
+        """Release all remaining tokens, at the end of the sample."""
         if not self.stopped:
-            self._break_off(may_stop=True)
+            self._flush_decoder(may_stop=True)
         return self._release(len(self._held), self.end)
 
-    def _breaks_off(self, piece: bytes) -> bool:
-        """Whether the bytes before were no character after all, so that this piece begins with one of its own."""
-        begun = self._decoder.getstate()[0]
+    def _interrupts_character(self, piece: bytes) -> bool:
+        """Whether the decoder holds the start of a character that the first byte of `piece` cannot continue."""
+        pending = self._decoder.getstate()[0]
         try:
-            codecs.utf_8_decode(begun + piece[:1], "strict", False)
+            codecs.utf_8_decode(pending + piece[:1], "strict", False)
         except UnicodeDecodeError:
-            return bool(begun)
+            return bool(pending)
         return False
 
-    def _break_off(self, may_stop: bool) -> None:
-        """Replace the bytes of an unfinished character. If all are from the text before, no stop string is in it."""
+    def _flush_decoder(self, may_stop: bool) -> None:
+        """Decode an incomplete character as U+FFFD.
+
+        If no token is held, all its bytes are from the text before `start`, which is not searched for stop strings.
+        """
         self._append(self._decoder.decode(b"", final=True), may_stop and bool(self._held))
 
     def _append(self, text: str, may_stop: bool = True) -> None:
@@ -113,23 +117,22 @@ class TextStream(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class StopStrings:
-    """Stop strings, prepared once for all samples of a request. `borders` belong to `texts`."""
+    """Stop strings, prepared once for all samples of a request. `borders[i]` is `_borders(texts[i])`."""
 
     texts: tuple[str, ...] = ()
     borders: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def prepare(cls, texts: Iterable[str]) -> StopStrings:
-        """Prepare some texts."""
         distinct = tuple(dict.fromkeys(texts))
         return cls(distinct, tuple(map(_borders, distinct)))
 
 
 class StopMatcher:
-    """Finds the stop string that is complete first; of several that end together, the longest.
+    """Finds the stop string that is complete first; of several that end at the same character, the longest.
 
-    A character at a time, so that the result does not depend on how text is cut into tokens. Of its own it keeps a
-    number for each stop string.
+    It reads one character at a time, so that the result does not depend on how text is cut into tokens. Its state is
+    one number for each stop string: how many of its first characters are matched.
     """
 
     def __init__(self, stops: StopStrings) -> None:
@@ -138,11 +141,11 @@ class StopMatcher:
 
     @property
     def held(self) -> int:
-        """How many of the last characters could be the beginning of a stop string."""
+        """How many of the last characters could be the start of a stop string."""
         return max(self._matched, default=0)
 
     def feed(self, text: str) -> tuple[int, int] | None:
-        """Where in `text` a stop string ends, and its length; None if none does."""
+        """The position in `text` after the first complete stop string, and its length; None if none is complete."""
         if not self._matched:
             return None
         for position, character in enumerate(text, 1):
@@ -152,7 +155,7 @@ class StopMatcher:
         return None
 
     def _advance(self, index: int, character: str) -> int:
-        """One character for one stop string (Knuth, Morris, Pratt); returns its length if it is complete."""
+        """Match one character with one stop string (Knuth, Morris, Pratt). Returns its length if complete, else 0."""
         stop, borders = self._stops.texts[index], self._stops.borders[index]
         matched = self._matched[index]
         while matched and stop[matched] != character:

@@ -103,6 +103,20 @@ class Step(Value, frozen=True):
         return scored + (len(self.sampled) * self.sampled[0][1].size if self.sampled else 0)
 
 
+def scored_positions(start: int, stop: int) -> slice:
+    """The positions of the tokens that the logits rows at the positions `start` to `stop - 1` score.
+
+    The logits row at position i - 1 predicts the token at position i, so it gives that token's score. The first token
+    has no score. In a list of a prompt's scores, the score with index j belongs to the token at position j + 1.
+    """
+    return slice(start + 1, stop + 1)
+
+
+def score_count(tokens: int) -> int:
+    """How many scores the first `tokens` tokens of a prompt have: one for each token but the first."""
+    return max(tokens - 1, 0)
+
+
 class Load(Value, frozen=True):
     """How busy an engine is, in sequences. `waiting` counts samples that have no sequence yet."""
 

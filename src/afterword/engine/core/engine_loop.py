@@ -14,7 +14,7 @@ from afterword.engine.core.sampler import Sampler, SampleTokens, ScoreQuery, Tok
 from afterword.engine.core.scheduler import Scheduler
 from afterword.engine.core.sequence import Admission, Sequence
 from afterword.engine.core.step_buffer import MAX_STEP_BYTES, StepBuffer
-from afterword.engine.protocol import FinishReason, Job, Load, PassStats, Step, Token
+from afterword.engine.protocol import FinishReason, Job, Load, PassStats, Step, Token, scored_positions
 
 PASS_SECONDS = 0.25
 """How long prompts may be computed at a time while others wait; up to twice as long while few sequences run."""
@@ -183,9 +183,11 @@ class EngineLoop:
         sequence = self._scheduler.sequence_in(row.slot)
         job, end = sequence.work.job, row.position + len(row.tokens)
         asks: list[TokenQuery] = []
-        if _is_scored(sequence):
+        if sequence.is_scored:
             assert sequence.slot is not None
-            asks += [ScoreQuery(token, sequence.slot.breadth) for token in job.prompt[row.position + 1 : end + 1]]
+            asks += [
+                ScoreQuery(token, sequence.slot.breadth) for token in job.prompt[scored_positions(row.position, end)]
+            ]
         if len(asks) < row.outputs:
             samples = [sequence.sample] if sequence.generated else range(job.samples if job.max_tokens else 0)
             complete = end == sequence.length
@@ -209,8 +211,8 @@ class EngineLoop:
     def _postprocess(self, row: BatchEntry, sequence: Sequence, found: list[list[Token]], draft: _StepBuilder) -> None:
         job = sequence.work.job
         scores: list[Token] = []
-        if _is_scored(sequence):
-            following = min(len(found), len(job.prompt) - row.position - 1)
+        if sequence.is_scored:
+            following = len(job.prompt[scored_positions(row.position, row.position + len(row.tokens))])
             scores = [token for tokens in found[:following] for token in tokens]
         untold = self._scheduler.computed(row, sequence, scores)
         draft.scored.extend(_limit_alternatives(untold, job.prompt_alternatives or 0))
@@ -244,11 +246,6 @@ class EngineLoop:
                 draft.ended.append((sequence.sample, "length"))
         over = {sample for sample, _ in draft.ended}
         return [sequence for sequence in samples if sequence.sample not in over]
-
-
-def _is_scored(sequence: Sequence) -> bool:
-    """Whether what is computed for it now is told about its prompt."""
-    return sequence.work.job.prompt_alternatives is not None and not sequence.generated
 
 
 def _first_step(begun: Admission) -> Step:

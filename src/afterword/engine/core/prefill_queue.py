@@ -105,8 +105,7 @@ class PrefillQueue:
     def _row(self, sequence: Sequence, budget: int) -> BatchEntry:
         start = sequence.computed
         stop = self._stop(start, sequence.pieces, min(max(budget, MIN_CHUNK), self._chunk))
-        scored = sequence.work.job.prompt_alternatives is not None and not sequence.generated
-        outputs = stop - start if scored else int(stop == sequence.length)
+        outputs = stop - start if sequence.is_scored else int(stop == sequence.length)
         return BatchEntry(sequence.index, start, sequence.slice(start, stop), outputs)
 
     def _stop(self, start: int, length: int, size: int) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afterword.engine.core.forward_batch import CopyPrefix, Truncate
-from afterword.engine.protocol import ALTERNATIVE_BYTES, TOKEN_BYTES, Job, Token
+from afterword.engine.protocol import ALTERNATIVE_BYTES, TOKEN_BYTES, Job, Token, score_count, scored_positions
 
 TokenArray = NDArray[np.int32]
 
@@ -70,7 +70,7 @@ class Slot:
     def truncate(self, keep: int) -> None:
         """Forget what comes after the first `keep` tokens."""
         self.length, self.sound = keep, min(self.sound, keep)
-        del self.scores[max(keep - 1, 0) :]
+        del self.scores[score_count(keep) :]
         self._name()
 
     def copy(self, other: Slot, keep: int) -> None:
@@ -78,7 +78,7 @@ class Slot:
         self.namespace, self.breadth, self.last_used = other.namespace, other.breadth, other.last_used
         self.length, self.sound = keep, min(other.sound, keep)
         self._buffer = np.resize(other.tokens, max(64, keep))
-        self.scores = other.scores[: max(keep - 1, 0)]
+        self.scores = other.scores[: score_count(keep)]
         self._name()
 
     def _name(self) -> None:
@@ -171,7 +171,7 @@ class PrefixCache:
             self.truncate(slot, keep)
         slot.in_use, slot.last_used, slot.namespace = True, self._clock, query.namespace
         # Without a hit a scored prompt has no scores yet, and the last score may speak of another text's token.
-        slot.scores = scores or slot.scores[: max(keep - 1, 0)]
+        slot.scores = scores or slot.scores[: score_count(keep)]
         if not slot.scores:
             slot.breadth = query.alternatives or 0
         return slot
@@ -249,7 +249,7 @@ class PrefixCache:
             assert 0 <= slot.sound <= slot.length == len(slot.tokens), "no more is sound than is held"
             assert len(slot.scores) <= slot.length, "scores belong to tokens"
             assert len({len(score.top) for score in slot.scores}) <= 1, "scores are equally broad"
-            expected = [int(token) for token in slot.tokens[1 : len(slot.scores) + 1]]
+            expected = [int(token) for token in slot.tokens[scored_positions(0, len(slot.scores))]]
             assert [score.id for score in slot.scores][: len(expected)] == expected, "scores speak of their tokens"
 
     def expected_prefix(self, query: PrefixQuery, other: PrefixQuery) -> int:
@@ -258,12 +258,12 @@ class PrefixCache:
             return 0
         if query.alternatives is not None and (other.alternatives is None or other.alternatives < query.alternatives):
             return 0
-        return self._keep(common_prefix(query.prompt, other.prompt), query)
+        shared = common_prefix(query.prompt, other.prompt)
+        return self._keep(shared if query.alternatives is None else score_count(shared), query)
 
-    def _keep(self, shared: int, query: PrefixQuery) -> int:
-        """How many of the first `shared` tokens of a prompt another one's computation can give it."""
-        scored = query.alternatives is not None
-        keep = min(shared - 1 if scored else shared, query.max_tokens) // self._grid * self._grid
+    def _keep(self, usable: int, query: PrefixQuery) -> int:
+        """How many of a prompt's first `usable` tokens it may take over: a multiple of the grid, 0 if too few."""
+        keep = min(usable, query.max_tokens) // self._grid * self._grid
         return keep if keep >= self._least else 0
 
     def _useful(self, slot: Slot, query: PrefixQuery) -> int:
@@ -271,7 +271,8 @@ class PrefixCache:
             return 0
         shared = common_prefix(slot.tokens[: slot.sound], query.prompt)
         if query.alternatives is not None:
-            shared = min(shared, len(slot.scores) + 1 if slot.breadth >= query.alternatives else 0)
+            # The row of a taken-over token is not computed again, so the score of the next token must be known.
+            shared = min(score_count(shared), len(slot.scores)) if slot.breadth >= query.alternatives else 0
         keep = self._keep(shared, query)
         return keep if self._rewinds or keep == slot.length else 0
 

@@ -26,7 +26,7 @@ from afterword.engine.core.preemption import can_preempt, preemption_victims
 from afterword.engine.core.prefill_queue import MIN_CHUNK, PrefillQueue
 from afterword.engine.core.prefix_cache import PrefixCache, PrefixHit, PrefixQuery, Slot
 from afterword.engine.core.sequence import Admission, JobState, Sequence
-from afterword.engine.protocol import Job, Load, Token
+from afterword.engine.protocol import Job, Load, Token, score_count
 
 ADMISSION_WINDOW = 32  # of a client's waiting jobs, how many are looked at
 MAX_OVERTAKEN = 8  # how often a job may be passed over for one whose prompt is further computed
@@ -290,8 +290,8 @@ class Scheduler:
     def _is_being_computed(self, work: JobState, hit: PrefixHit | None) -> bool:
         """Whether more of a prompt than was found is being computed for another job just now."""
         found = hit.keep if hit else 0
-        scored = work.query.alternatives is not None  # which a sequence is not again, once it has generated
-        coming = [each for each in self._prefill_queue if not each.work.held and not (scored and each.generated)]
+        scored = work.query.alternatives is not None
+        coming = [each for each in self._prefill_queue if not each.work.held and (each.is_scored or not scored)]
         return any(
             self._slots.expected_prefix(work.query, other.work.query)
             >= max(found + self._least_shared, other.computed + 1)
@@ -317,7 +317,7 @@ class Scheduler:
             work,
             cached=0 if work.run in self._begun else keep,
             scores=tuple(work.unsent_scores(0, scores)),
-            complete=query.max_tokens == len(job.prompt) and keep == len(job.prompt) - 1,
+            complete=query.max_tokens == len(job.prompt) and keep == score_count(len(job.prompt)),
         )
         if begun.complete:
             if hit:

@@ -95,6 +95,15 @@ class Sequence:
         return self.computed + 1 == self.length
 
     @property
+    def is_scored(self) -> bool:
+        """Whether the job gets the scores of the prompt's tokens that the next forward pass computes.
+
+        True while no token is generated. If a preempted sequence computes its prompt again after that, the job has all
+        scores already. `engine.protocol.scored_positions` says which logits row scores which token.
+        """
+        return self.work.job.prompt_alternatives is not None and not self.generated
+
+    @property
     def catching_up(self) -> bool:
         """Whether part of it is still to be computed in pieces."""
         return self.computed < self.pieces
