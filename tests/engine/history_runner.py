@@ -21,12 +21,12 @@ VOCABULARY = 24
 class HistoryRunner:
     """State of a slot: the tokens computed in it."""
 
-    def __init__(self, slots: int, chunk: int, rewinds: bool = True, grid: int = 1, least_shared: int = 2) -> None:
+    def __init__(self, slots: int, chunk: int, can_truncate: bool = True, grid: int = 1, min_shared_tokens: int = 2) -> None:
         self.slots = slots
         self.chunk = chunk
         self.grid = grid
-        self.min_shared_tokens = least_shared
-        self.can_truncate = rewinds
+        self.min_shared_tokens = min_shared_tokens
+        self.can_truncate = can_truncate
         self.state: list[list[int]] = [[] for _ in range(slots)]
         self.computed = 0
         self.batches: list[ForwardBatch] = []

@@ -88,7 +88,7 @@ def test_many_short_prompts_of_one_client_leave_the_time_of_others_to_them():
     runner.run_for(0.3)
     spent = runner.run_for(0.4)
     assert spent["a"] / spent.total() <= 0.4
-    assert len([each for each in runner.loop._scheduler._held.values() if each.work.job.client == "a"]) <= 1
+    assert len([each for each in runner.loop._scheduler._active.values() if each.work.job.client == "a"]) <= 1
 
 
 def test_a_client_alone_waits_for_no_one():
@@ -97,7 +97,7 @@ def test_a_client_alone_waits_for_no_one():
     spent = runner.run_for(0.5)
     assert all(len(batch.entries) == 1 for batch in runner.batches[:8])
     assert spent.total() >= 0.5
-    assert runner.loop._scheduler._prefill_queue.debts.excess("a") == 0
+    assert runner.loop._scheduler._prefill_queue.compute_share.excess("a") == 0
 
 
 def test_others_that_compute_nothing_are_not_waited_for():
@@ -128,7 +128,7 @@ def test_prompts_of_batches_do_not_wait_for_rows_of_other_batches():
 def test_a_paused_prompt_keeps_no_other_request_of_its_client_waiting():
     runner = TimedRunner(slots=4)
     runner.start(stream("other"), long_prompt("a"))
-    while not runner.loop._scheduler._prefill_queue.debts.excess("a"):
+    while not runner.loop._scheduler._prefill_queue.compute_share.excess("a"):
         runner.loop.step()
     runner.loop.pause(1)
     runner.loop.close(0)

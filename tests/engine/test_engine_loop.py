@@ -68,7 +68,7 @@ pieces = st.sampled_from([1, 500, MAX_STEP_BYTES])  # bytes of steps at a time
 @settings(deadline=None, max_examples=150)
 @given(st.lists(jobs, min_size=1, max_size=6), st.integers(1, 5), st.integers(3, 8), shapes, pieces)
 def test_every_sample_gets_the_tokens_it_would_get_alone(wanted, slots, chunk, shape, piece):
-    runner = HistoryRunner(slots, chunk, grid=shape[0], rewinds=shape[1])
+    runner = HistoryRunner(slots, chunk, grid=shape[0], can_truncate=shape[1])
     loop = EngineLoop(runner, piece=piece)
     for run, each in enumerate(wanted):
         loop.start(run, each)
@@ -88,7 +88,7 @@ def test_every_sample_gets_the_tokens_it_would_get_alone(wanted, slots, chunk, s
 @settings(deadline=None, max_examples=150)
 @given(st.lists(jobs, min_size=2, max_size=6), st.integers(1, 4), shapes, pieces, st.data())
 def test_leaving_dropping_and_pausing_disturb_nobody_and_leave_nothing_behind(wanted, slots, shape, piece, data):
-    runner = HistoryRunner(slots, 4, grid=shape[0], rewinds=shape[1])
+    runner = HistoryRunner(slots, 4, grid=shape[0], can_truncate=shape[1])
     loop = EngineLoop(runner, piece=piece)
     for run, each in enumerate(wanted):
         loop.start(run, each)

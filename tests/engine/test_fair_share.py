@@ -78,7 +78,7 @@ class Crowd:
 
     def held(self) -> Counter[str]:
         """Sequences of each client in the last pass."""
-        return Counter(sequence.work.job.client for sequence in self.loop._scheduler._held.values())
+        return Counter(sequence.work.job.client for sequence in self.loop._scheduler._active.values())
 
     def check(self, wanted: dict[int, Job]) -> None:
         """Everything brought is what each job has alone."""
@@ -88,9 +88,9 @@ class Crowd:
             assert [token for step in self.steps[run] for token in step.scored] == scores(each)
 
 
-def crowd(slots: int = SLOTS, chunk: int = 16, grid: int = 1, rewinds: bool = True) -> Crowd:
+def crowd(slots: int = SLOTS, chunk: int = 16, grid: int = 1, can_truncate: bool = True) -> Crowd:
     """A pass takes a twentieth of a second."""
-    runner, ticks = HistoryRunner(slots, chunk, grid=grid, rewinds=rewinds), itertools.count()
+    runner, ticks = HistoryRunner(slots, chunk, grid=grid, can_truncate=can_truncate), itertools.count()
     return Crowd(EngineLoop(runner, clock=lambda: next(ticks) / 20), runner)
 
 
@@ -111,7 +111,7 @@ def run_all(loop: EngineLoop, wanted: list[Job], pauses: Iterator[int]) -> dict[
 @settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(crowded, min_size=2, max_size=8), st.integers(1, 5), shapes, st.data())
 def test_paused_samples_bring_what_they_bring_alone(hurried, wanted, slots, shape, data):
-    runner = HistoryRunner(slots, chunk=5, grid=shape[0], rewinds=shape[1])
+    runner = HistoryRunner(slots, chunk=5, grid=shape[0], can_truncate=shape[1])
     loop = EngineLoop(runner)
     steps = run_all(loop, wanted, iter(lambda: data.draw(st.integers(0, 12)), None))
     for run, each in enumerate(wanted):
@@ -127,7 +127,7 @@ def test_paused_samples_bring_what_they_bring_alone(hurried, wanted, slots, shap
 @settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(crowded, min_size=2, max_size=8), st.integers(1, 4), shapes, st.data())
 def test_paused_samples_can_be_dropped_and_closed(hurried, wanted, slots, shape, data):
-    runner = HistoryRunner(slots, 4, grid=shape[0], rewinds=shape[1])
+    runner = HistoryRunner(slots, 4, grid=shape[0], can_truncate=shape[1])
     loop = EngineLoop(runner)
     for run, each in enumerate(wanted):
         loop.start(run, each)

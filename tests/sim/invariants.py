@@ -160,11 +160,11 @@ class Ledger:
             for each in (self._shares, self._short, self._without):
                 each.clear()
         scheduler = process.core._scheduler
-        held = Counter(sequence.work.job.client for sequence in scheduler._held.values())
+        held = Counter(sequence.work.job.client for sequence in scheduler._active.values())
         for client in list(self._without):
             if _group_of(client, held):
                 del self._without[client]
-        if not scheduler.sequence_in(batch.entries[0].slot).catching_up:
+        if not scheduler.sequence_in(batch.entries[0].slot).needs_prefill:
             self._check_shares(scheduler, held)
         if not self._fair:
             return
