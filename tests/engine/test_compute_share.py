@@ -18,7 +18,7 @@ TOKEN, PASS = 0.001, 0.004  # seconds per token, and additional seconds per pass
 
 
 class TimedRunner(HistoryRunner):
-    """A runner whose passes advance a clock. `spent`: seconds by client; the entries of a pass count equally."""
+    """A runner that advances a clock in each pass. `spent`: seconds by client; the entries of a pass count equally."""
 
     def __init__(self, slots: int) -> None:
         super().__init__(slots, chunk=64)
@@ -113,7 +113,7 @@ def test_paused_clients_are_not_waited_for():
 
 
 def test_prompts_of_batches_do_not_wait_for_other_batches():
-    """Time that batches use does not reduce their common debt. The only client whose time would reduce it is paused."""
+    """Time that batches use does not reduce their common debt. Only the paused client could reduce it."""
     runner = TimedRunner(slots=4)
     runner.start(
         stream("paused"), stream("b" + BATCH_CLIENT), *(long_prompt("a" + BATCH_CLIENT, first) for first in range(2))

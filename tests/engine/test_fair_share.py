@@ -93,7 +93,7 @@ class RecordedLoop:
 
 
 def recorded_loop(slots: int = SLOTS, chunk: int = 16, grid: int = 1, can_truncate: bool = True) -> RecordedLoop:
-    """An empty loop whose passes take 0.05 seconds each."""
+    """An empty loop with passes of 0.05 seconds each."""
     runner, ticks = HistoryRunner(slots, chunk, grid=grid, can_truncate=can_truncate), itertools.count()
     return RecordedLoop(EngineLoop(runner, clock=lambda: next(ticks) / 20), runner)
 
@@ -159,7 +159,7 @@ def test_preempted_samples_can_be_dropped_and_closed(frequent_preemption, wanted
 
 
 def long_job(client: str = "a", samples: int = 1, **fields: object) -> Job:
-    """A job whose samples generate tokens for longer than any of these tests runs."""
+    """A job with samples that outlast any of these tests."""
     return job(prompt=(1, 2, 3), samples=samples, max_tokens=200, client=client, **fields)
 
 

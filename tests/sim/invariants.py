@@ -257,7 +257,8 @@ class BucketModel:
         spent = self._level + amount - Fraction(now) * self._limit / 60
         self._lowest = min(self._lowest, self._level - Fraction(now) * self._limit / 60)
         self._level += amount
-        require(9, spent - self._lowest <= self._limit + Fraction(1, 1000), "more was granted than a minute brings")
+        most = self._limit + Fraction(1, 1000)
+        require(9, spent - self._lowest <= most, "more was granted than the limit per minute")
 
     def give(self, amount: int) -> None:
         """Record an amount that was given back."""

@@ -62,7 +62,7 @@ class Machine:
 
 
 class TimedRunner(HistoryRunner):
-    """A runner whose passes take time and whose passes over some tokens crash the worker.
+    """A runner that takes time for each pass and crashes the worker at some tokens.
 
     `run` advances its clock by `clock_offset`. The process sleeps for as long after the pass.
     """

@@ -24,7 +24,7 @@ BATCH_CLIENT = " batch"
 
 
 class Value(msgspec.Struct, frozen=True, array_like=True):
-    """Base class of all values that pass between server and worker: immutable, compared by content, encoded as arrays."""
+    """Base class of all values that pass between server and worker: immutable, compared by content, sent as arrays."""
 
 
 class Sampling(Value, frozen=True):

@@ -79,5 +79,5 @@ class Runner(Protocol):
         ...
 
     def cached_tokens(self, slot: int) -> int:
-        """The number of tokens whose state a slot holds."""
+        """The number of tokens in a slot."""
         ...

@@ -94,9 +94,9 @@ def _draw_ids(row: LogitsRow, draw: SampleQuery) -> list[int]:
     sampling, seeds = draw.sampling, draw.seeds
     weights = _weights(row, sampling.temperature)
     weights[weights < np.float32(sampling.min_p)] = 0
-    wanted = sampling.top_p * float(_block_sums(weights).sum())
-    # The most likely token weighs 1. If `wanted` is at most 1, it is the whole nucleus; NaN: the logits are not finite.
-    if sampling.temperature < GREEDY_BELOW or not wanted > 1:
+    nucleus_weight = sampling.top_p * float(_block_sums(weights).sum())
+    # The most likely token weighs 1, so it is the whole nucleus if that weighs at most 1. NaN: logits are not finite.
+    if sampling.temperature < GREEDY_BELOW or not nucleus_weight > 1:
         return [int(np.argmax(row))] * len(seeds)
     if sampling.top_k:
         ids = top_ids(weights, sampling.top_k)
@@ -106,21 +106,21 @@ def _draw_ids(row: LogitsRow, draw: SampleQuery) -> list[int]:
     if sampling.top_p >= 1:
         sums = _block_sums(weights)
         return [_pick_by_blocks(weights, sums, random_number(seed, 0)) for seed in seeds]
-    return [_sample_nucleus(weights, wanted, seed) for seed in seeds]
+    return [_sample_nucleus(weights, nucleus_weight, seed) for seed in seeds]
 
 
-def _sample_nucleus(weights: WeightArray, wanted: float, seed: int) -> int:
-    """Draw a token of the nucleus: the fewest most likely tokens with a total weight of at least `wanted`.
+def _sample_nucleus(weights: WeightArray, nucleus_weight: float, seed: int) -> int:
+    """Draw a token of the nucleus: the fewest most likely tokens with a total weight of at least `nucleus_weight`.
 
-    Ties go to the lower id. A token is in the nucleus if and only if the tokens before it weigh less than `wanted`.
-    So a token is drawn from all tokens. If it is outside, everything after it is outside too, and the next draw is
-    from the tokens before it. The result is distributed as if drawn from the nucleus alone. The mean number of draws
-    is at most 1 + ln(1 / top_p).
+    Ties go to the lower id. A token is in the nucleus if and only if the tokens before it weigh less than
+    `nucleus_weight`. So a token is drawn from all tokens. If it is outside, everything after it is outside too, and
+    the next draw is from the tokens before it. The result is distributed as if drawn from the nucleus alone. The mean
+    number of draws is at most 1 + ln(1 / top_p).
     """
     for n in itertools.count():
         index = _pick_by_blocks(weights, _block_sums(weights), random_number(seed, n))
         weights = np.where(_order_before(weights, index), weights, np.float32(0))
-        if _block_sums(weights).sum() < wanted:
+        if _block_sums(weights).sum() < nucleus_weight:
             break
     return index
 

@@ -51,7 +51,7 @@ class Slot:
 
     @property
     def tokens(self) -> TokenArray:
-        """The tokens whose state the slot holds. Shape: (length,)."""
+        """The tokens in the slot. Shape: (length,)."""
         return self._buffer[: self.length]
 
     @property

@@ -11,6 +11,7 @@ the other client, and the slot's content is lost. A preempted sequence keeps its
 anything else of its client, and its state is computed again. The prompt is computed on the same grid as before. The
 generated tokens are computed one by one as before, or in chunks if the grouping of tokens does not matter
 (`Runner.grid` is 1). So the sequence's numbers stay the same.
+
 Recomputation is bounded: a preempted sequence waits for about as many passes as its recomputation costs before it takes
 a free slot. Then it generates some tokens (`core.preemption`) before it can be preempted again. The oldest sequences of
 a client are preempted last, so they always finish.

@@ -3,7 +3,7 @@
 A step can be far larger than one message to the server should be. Examples are a prompt whose scores are all in the
 prefix cache, and a pass with many alternatives for each token. The buffer splits such a step into several, in order.
 While the buffer holds steps of a job, the scheduler computes nothing for that job. So the job's tokens stay in order
-and few of them are buffered. Jobs whose steps do not fit into one portion take turns.
+and few of them are buffered. If the steps of all jobs do not fit into one portion, the jobs take turns.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class StepBuffer:
     def __init__(self, max_bytes: int = MAX_STEP_BYTES) -> None:
         self._max_bytes = max_bytes
         self._waiting: dict[int, deque[Step]] = {}
-        self.paused: set[int] = set()  # ids of jobs whose steps are not returned for now
+        self.paused: set[int] = set()  # ids of jobs that get no steps for now
 
     def __contains__(self, run: int) -> bool:
         return run in self._waiting
