@@ -70,7 +70,7 @@ class EngineLoop:
     def drop(self, run: int, sample: int) -> None:
         """End one sample."""
         self._scheduler.drop(run, sample)
-        self._update(run)
+        self._update_suspension(run)
 
     def close(self, run: int) -> None:
         """End a job."""
@@ -80,12 +80,12 @@ class EngineLoop:
     def pause(self, run: int) -> None:
         """Compute and return nothing for a job until `resume`. Unknown ids are ignored."""
         self._step_buffer.paused.add(run)
-        self._update(run)
+        self._update_suspension(run)
 
     def resume(self, run: int) -> None:
         """Continue a paused job."""
         self._step_buffer.paused.discard(run)
-        self._update(run)
+        self._update_suspension(run)
 
     def load(self) -> Load:
         """The number of slots, running sequences and waiting samples."""
@@ -133,15 +133,15 @@ class EngineLoop:
 
     def _add(self, run: int, step: Step) -> None:
         self._step_buffer.add(run, step)
-        self._update(run)
+        self._update_suspension(run)
 
     def _take(self) -> dict[int, Step]:
         steps = self._step_buffer.take()
         for run in steps:
-            self._update(run)
+            self._update_suspension(run)
         return steps
 
-    def _update(self, run: int) -> None:
+    def _update_suspension(self, run: int) -> None:
         """Suspend a job that is paused or has buffered steps. Delete the pause of a job that has ended."""
         waits, paused = run in self._step_buffer, run in self._step_buffer.paused
         if not self._scheduler.suspend(run, waits or paused, paused) and paused and not waits:
