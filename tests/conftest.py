@@ -1,4 +1,4 @@
-"""A real server for the tests that speak HTTP: `afterword serve` in a process of its own."""
+"""Fixtures for tests that use HTTP: a real server, `afterword serve` in its own process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEY = "sk-test-0123456789abcdef"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The developer's own settings must not change the tests."""
+    """Isolate the tests from the settings and data of the user who runs them."""
     home = tempfile.TemporaryDirectory()
     config.add_cleanup(home.cleanup)
     os.environ["XDG_CONFIG_HOME"] = os.environ["XDG_DATA_HOME"] = home.name
@@ -35,7 +35,7 @@ Serve = Callable[..., AbstractContextManager["Server"]]
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A running server. `key` is None where the tests gave it none."""
+    """A running server. `key`: its API key; None if it was started without one."""
 
     url: str
     key: str | None
@@ -43,7 +43,7 @@ class Server:
     pid: int
 
     def http(self, key: str | None = None) -> httpx.Client:
-        """A client that shows the server's key, or another one."""
+        """An HTTP client that sends the server's API key, or the given one."""
         key = key or self.key
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         return httpx.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False)
@@ -53,9 +53,9 @@ class Server:
 def running(
     *args: str, key: str | None = KEY, stderr: Path | None = None, before: tuple[str, ...] = ()
 ) -> Iterator[Server]:
-    """`afterword serve` with these arguments on a free port. It must exit cleanly on a signal.
+    """Run `afterword serve` with these arguments on a free port. The server must exit with status 0 after SIGTERM.
 
-    `before` is a command that becomes the server's.
+    `before`: a command that is put in front of the server's command line.
     """
     keys = ("--api-key", key) if key else ()
     command = [sys.executable, "-m", "afterword", "serve", "--port", "0", *keys, *args]
@@ -64,7 +64,7 @@ def running(
         process = subprocess.Popen([*before, *command], env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
         with process:
             try:
-                yield _greeted(process, log, key)
+                yield _wait_until_ready(process, log, key)
                 process.send_signal(signal.SIGTERM)
                 assert process.wait(60) == 0
             finally:
@@ -72,12 +72,12 @@ def running(
         assert "Traceback" not in _read(log)
 
 
-def _greeted(process: subprocess.Popen[str], log: IO[str], key: str | None) -> Server:
+def _wait_until_ready(process: subprocess.Popen[str], log: IO[str], key: str | None) -> Server:
     assert process.stdout is not None
-    greeting = ""
+    output = ""
     for line in process.stdout:
-        greeting += line
-        if found := re.search(r"serves (\S+) .*\s(http://\S+)\n", greeting, re.DOTALL):
+        output += line
+        if found := re.search(r"serves (\S+) .*\s(http://\S+)\n", output, re.DOTALL):
             return Server(found[2], key, found[1], process.pid)
     pytest.fail(f"The server did not start: {_read(log)}")
 
@@ -89,13 +89,13 @@ def _read(log: IO[str]) -> str:
 
 @pytest.fixture(scope="session")
 def serve() -> Serve:
-    """For tests that need a server of their own: `with serve(*arguments, key=...) as server`."""
+    """For tests that start their own server: `with serve(*arguments, key=...) as server`."""
     return running
 
 
 @pytest.fixture(scope="session")
 def server(serve: Serve) -> Iterator[Server]:
-    """The built-in model behind a key."""
+    """A server with the built-in model and an API key."""
     with serve("--parallel", "8") as server:
         yield server
 

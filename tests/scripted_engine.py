@@ -1,7 +1,8 @@
-"""An engine that plays a script: it stands in for a model wherever only the waist matters.
+"""An `Engine` without a model, for tests: a script decides which tokens each sample gets.
 
-Its vocabulary is every byte, then `WORDS`, `SPECIAL` and a token without text. Texts become their longest pieces.
-Log probabilities depend on the token alone and are exact in binary: the words are likeliest, in order.
+The vocabulary is every byte, then `WORDS`, `SPECIAL` and a token without text. The tokenizer splits a text into the
+longest pieces. Log probabilities depend on the token alone and are exact in binary. The words are the most likely
+tokens, in order.
 """
 
 import asyncio
@@ -24,25 +25,28 @@ _LONGEST_FIRST = re.compile(b"|".join(re.escape(piece) for piece in sorted(PIECE
 
 
 def ids(text: str | bytes) -> tuple[int, ...]:
-    """The tokens of a text, special ones by their name."""
+    """The token ids of a text; the name of a special token becomes that token."""
     data = text.encode() if isinstance(text, str) else text
     return tuple(PIECES.index(piece) for piece in _LONGEST_FIRST.findall(data))
 
 
 def says(*texts: str | bytes) -> Script:
-    """A script in which each sample says its text and then ends; those without a text just end."""
+    """A script in which each sample generates its text, then the end token. Without a text it is only the end token."""
     return lambda _, sample: (*ids(texts[sample] if sample < len(texts) else ""), EOS)
 
 
 def report(token: int, alternatives: int | None = 0) -> Token:
-    """A token as the engine reports it."""
+    """A token as the engine reports it, with this many alternatives; None: without log probabilities."""
     logprobs = [-(1 + (token - 256) % 512) / 4 for token in (token, *range(256, 256 + (alternatives or 0)))]
     return Token(token) if alternatives is None else Token(token, logprobs[0], tuple(enumerate(logprobs[1:], 256)))
 
 
 @dataclass
 class ScriptedEngine:
-    """Takes `room` jobs, each of which dies after `dies_after` passes. `hasty`: nobody can react between passes."""
+    """Accepts at most `room` jobs. A job fails with `EngineDied` after `dies_after` passes.
+
+    `hasty`: do not yield to the event loop between passes, so that the caller cannot react to a step in time.
+    """
 
     script: Script
     model_info: ModelInfo = CARD
@@ -58,13 +62,13 @@ class ScriptedEngine:
 
     def start(self, job: Job) -> "ScriptedRun":
         if len(self.runs) == self.room:
-            raise Overloaded("There is no room.")
+            raise Overloaded("The scripted engine accepts no more jobs.")
         self.runs.append(ScriptedRun(self, job))
         return self.runs[-1]
 
 
 class ScriptedRun:
-    """`live` are the samples that go on, with what they have yet to say; `dropped` were ended from above."""
+    """A job. `live`: running samples with their remaining tokens. `dropped`: samples that the caller has ended."""
 
     def __init__(self, engine: ScriptedEngine, job: Job) -> None:
         self.engine, self.job, self.closed = engine, job, False
@@ -77,7 +81,7 @@ class ScriptedRun:
     async def __aiter__(self) -> AsyncIterator[Step]:
         wanted = self.job.prompt_alternatives
         scored = tuple(report(token, wanted) for token in self.job.prompt[1:] if wanted is not None)
-        yield Step(scored[:1])  # a prompt is scored in parts, the last of them with the first tokens
+        yield Step(scored[:1])  # the first score alone; the others come with the first tokens
         length = 0
         while self.live:
             await self.going.wait()

@@ -1,7 +1,7 @@
-"""A runner whose logits are a function of a slot's whole history, and which checks every batch that it is given.
+"""A runner for tests: its logits depend on all tokens in a slot, and it checks every batch.
 
-If the scheduler mixes up slots, positions, forks or cuts, tokens come out different from `alone`, or an assertion
-fails at once.
+If the scheduler confuses slots, positions, copies or truncations, the tokens differ from those of `alone`, or an
+assertion fails at once.
 """
 
 from __future__ import annotations
@@ -19,77 +19,78 @@ VOCABULARY = 24
 
 
 class HistoryRunner:
-    """State of a slot: the tokens computed in it."""
+    """`state[slot]`: the tokens computed in a slot. `computed`: the number of tokens computed so far."""
 
-    def __init__(self, slots: int, chunk: int, rewinds: bool = True, grid: int = 1, least_shared: int = 2) -> None:
+    def __init__(
+        self, slots: int, chunk: int, can_truncate: bool = True, grid: int = 1, min_shared_tokens: int = 2
+    ) -> None:
         self.slots = slots
         self.chunk = chunk
         self.grid = grid
-        self.min_shared_tokens = least_shared
-        self.can_truncate = rewinds
+        self.min_shared_tokens = min_shared_tokens
+        self.can_truncate = can_truncate
         self.state: list[list[int]] = [[] for _ in range(slots)]
         self.computed = 0
         self.batches: list[ForwardBatch] = []
 
     def run(self, batch: ForwardBatch) -> Logits:
         self.batches.append(batch)
-        for move in batch.slot_operations:
-            if isinstance(move, CopyPrefix):
-                assert len(self.state[move.source]) >= move.keep
-                assert self.can_truncate or len(self.state[move.source]) == move.keep
-                self.state[move.target] = self.state[move.source][: move.keep]
+        for operation in batch.slot_operations:
+            if isinstance(operation, CopyPrefix):
+                assert len(self.state[operation.source]) >= operation.keep
+                assert self.can_truncate or len(self.state[operation.source]) == operation.keep
+                self.state[operation.target] = self.state[operation.source][: operation.keep]
             else:
-                assert self.can_truncate or move.keep == 0
-                del self.state[move.slot][move.keep :]
+                assert self.can_truncate or operation.keep == 0
+                del self.state[operation.slot][operation.keep :]
         assert batch.entries
-        assert len({row.slot for row in batch.entries}) == len(batch.entries), "a slot is in one row only"
+        assert len({entry.slot for entry in batch.entries}) == len(batch.entries), "a slot is in one entry only"
         if len(batch.entries) > 1:
-            assert all(len(row.tokens) == 1 for row in batch.entries)
-        rows = [logits for row in batch.entries for logits in self._compute(row)]
+            assert all(len(entry.tokens) == 1 for entry in batch.entries)
+        rows = [logits for entry in batch.entries for logits in self._compute(entry)]
         return np.array(rows, np.float32).reshape(batch.outputs, VOCABULARY)
 
     def cached_tokens(self, slot: int) -> int:
         return len(self.state[slot])
 
-    def _compute(self, row: BatchEntry) -> list[Logits]:
-        state = self.state[row.slot]
-        assert len(state) == row.position, "tokens are computed in order"
-        assert 0 < len(row.tokens) <= self.chunk
-        assert len(row.tokens) == 1 or row.position % self.grid == 0, "on the grid"
-        self.computed += len(row.tokens)
+    def _compute(self, entry: BatchEntry) -> list[Logits]:
+        state = self.state[entry.slot]
+        assert len(state) == entry.position, "tokens are computed in order"
+        assert 0 < len(entry.tokens) <= self.chunk
+        assert len(entry.tokens) == 1 or entry.position % self.grid == 0, "chunks start on the grid"
+        self.computed += len(entry.tokens)
         outputs = []
-        for token in row.tokens:
+        for token in entry.tokens:
             state.append(token)
             outputs.append(logits_after(state))
-        return outputs[len(row.tokens) - row.outputs :]
+        return outputs[len(entry.tokens) - entry.outputs :]
 
 
 def logits_after(history: list[int]) -> Logits:
-    """A row of logits that depends on every token before it."""
+    """A logits row that depends on every token of the history. Shape: (VOCABULARY,)."""
     digest = hashlib.blake2b(bytes(history), digest_size=VOCABULARY).digest()
     return np.frombuffer(digest, np.uint8).astype(np.float32) / 32
 
 
 def alone(job: Job, sample: int) -> list[int]:
-    """A sample's tokens, computed without any scheduler."""
+    """The tokens of a sample, computed without a scheduler."""
     history, generated = list(job.prompt), []
     while len(generated) < job.max_tokens:
-        ask = SampleTokens(job, (sample,), len(generated), TokenCounts(generated))
-        ((token,),) = Sampler().read(logits_after(history)[None], [ask])
-        token = token.id
-        history.append(token)
-        generated.append(token)
-        if token in job.end_tokens:
+        query = SampleTokens(job, (sample,), len(generated), TokenCounts(generated))
+        ((token,),) = Sampler().read(logits_after(history)[None], [query])
+        history.append(token.id)
+        generated.append(token.id)
+        if token.id in job.end_tokens:
             break
     return generated
 
 
 def scores(job: Job) -> list[Token]:
-    """What a job is told about its prompt's tokens, computed without any scheduler."""
+    """The scores of a job's prompt tokens, computed without a scheduler; none if the job requests none."""
     if job.prompt_alternatives is None:
         return []
     rows = [logits_after(list(job.prompt[:end])) for end in range(1, len(job.prompt))]
     if not rows:
         return []
-    asks = [ScoreQuery(token, job.prompt_alternatives) for token in job.prompt[1:]]
-    return [token for (token,) in Sampler().read(np.stack(rows), asks)]
+    queries = [ScoreQuery(token, job.prompt_alternatives) for token in job.prompt[1:]]
+    return [token for (token,) in Sampler().read(np.stack(rows), queries)]

@@ -1,4 +1,4 @@
-"""Which part of the engine's time each client has, on a clock that moves as forward passes do."""
+"""Tests of the share of compute time that each client gets, on a clock that only forward passes advance."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from afterword.engine.core.engine_loop import EngineLoop
 from afterword.engine.core.forward_batch import ForwardBatch, Logits
 from afterword.engine.protocol import BATCH_CLIENT, Job
 
-TOKEN, PASS = 0.001, 0.004  # seconds: of a token, and of a pass beside
+TOKEN, PASS = 0.001, 0.004  # seconds per token, and additional seconds per pass
 
 
 class TimedRunner(HistoryRunner):
-    """A runner whose passes take time. `spent`: seconds by client, of a pass over several rows equal parts."""
+    """A runner that advances a clock in each pass. `spent`: seconds by client; the entries of a pass count equally."""
 
     def __init__(self, slots: int) -> None:
         super().__init__(slots, chunk=64)
@@ -39,7 +39,7 @@ class TimedRunner(HistoryRunner):
             self.loop.start(next(self._runs), each)
 
     def run_for(self, seconds: float) -> Counter[str]:
-        """What each client has of so much time."""
+        """Run for this many seconds and return the seconds that each client got."""
         before, end = self.spent.copy(), self.now + seconds
         while self.now < end:
             assert self.loop.step() is not None, "idle"
@@ -47,7 +47,7 @@ class TimedRunner(HistoryRunner):
 
 
 def stream(client: str) -> Job:
-    """An answer that goes on for longer than any test that watches it."""
+    """A job that generates tokens for longer than any of these tests runs."""
     return job(prompt=(1, 2, 3), max_tokens=200, client=client)
 
 
@@ -56,7 +56,7 @@ def long_prompt(client: str, first: int = 7, scored: int | None = None) -> Job:
 
 
 @pytest.mark.parametrize("scored", [None, 2])
-def test_long_prompts_of_one_client_leave_half_of_the_time_to_the_stream_of_another(scored):
+def test_long_prompts_of_one_client_leave_half_of_the_time_to_another_client(scored):
     runner = TimedRunner(slots=4)
     runner.start(stream("good"), *(long_prompt("hostile", first, scored) for first in range(8)))
     runner.run_for(0.3)
@@ -64,7 +64,7 @@ def test_long_prompts_of_one_client_leave_half_of_the_time_to_the_stream_of_anot
     assert spent["good"] / spent.total() == pytest.approx(0.5, abs=0.1)
 
 
-def test_of_three_clients_one_with_long_prompts_has_a_third_of_the_time():
+def test_one_of_three_clients_gets_a_third_of_the_time_for_long_prompts():
     runner = TimedRunner(slots=8)
     runner.start(stream("good"), stream("well"), *(long_prompt("hostile", first) for first in range(8)))
     runner.run_for(0.3)
@@ -72,7 +72,7 @@ def test_of_three_clients_one_with_long_prompts_has_a_third_of_the_time():
     assert spent["hostile"] / spent.total() == pytest.approx(1 / 3, abs=0.1)
 
 
-def test_one_of_many_clients_still_has_a_third_of_the_time_for_its_prompts():
+def test_one_of_many_clients_gets_a_third_of_the_time_for_its_prompts():
     runner = TimedRunner(slots=12)
     runner.start(*(stream(f"good {number}") for number in range(9)), long_prompt("long"), long_prompt("long", 8))
     runner.run_for(0.2)
@@ -80,27 +80,27 @@ def test_one_of_many_clients_still_has_a_third_of_the_time_for_its_prompts():
     assert spent["long"] / spent.total() == pytest.approx(1 / 3, abs=0.1)
 
 
-def test_many_short_prompts_of_one_client_leave_the_time_of_others_to_them():
-    """Each is computed in a pass of its own, that brings one token of a prompt; and it holds one sequence meanwhile."""
+def test_many_short_prompts_of_one_client_leave_time_to_other_clients():
+    """Each prompt is computed in its own pass, of one token beyond the cached prefix, and holds one slot."""
     runner = TimedRunner(slots=8)
     tail = [job(prompt=(*[7] * 60, number), max_tokens=0, prompt_alternatives=1, client="a") for number in range(23)]
     runner.start(*(stream("good") for _ in range(4)), *(stream("well") for _ in range(4)), *(tail * 6))
     runner.run_for(0.3)
     spent = runner.run_for(0.4)
     assert spent["a"] / spent.total() <= 0.4
-    assert len([each for each in runner.loop._scheduler._held.values() if each.work.job.client == "a"]) <= 1
+    assert len([each for each in runner.loop._scheduler._active.values() if each.work.job.client == "a"]) <= 1
 
 
-def test_a_client_alone_waits_for_no_one():
+def test_a_single_client_does_not_wait():
     runner = TimedRunner(slots=4)
     runner.start(stream("a"), *(long_prompt("a", first) for first in range(4)))
     spent = runner.run_for(0.5)
     assert all(len(batch.entries) == 1 for batch in runner.batches[:8])
     assert spent.total() >= 0.5
-    assert runner.loop._scheduler._prefill_queue.debts.excess("a") == 0
+    assert runner.loop._scheduler._prefill_queue.compute_share.excess("a") == 0
 
 
-def test_others_that_compute_nothing_are_not_waited_for():
+def test_paused_clients_are_not_waited_for():
     runner = TimedRunner(slots=4)
     runner.start(stream("paused"), *(long_prompt("a", first) for first in range(4)))
     runner.run_for(0.2)
@@ -112,8 +112,8 @@ def test_others_that_compute_nothing_are_not_waited_for():
     assert runner.loop.load().running == 1
 
 
-def test_prompts_of_batches_do_not_wait_for_rows_of_other_batches():
-    """These cannot pay what batches owe together; a client that could is paused."""
+def test_prompts_of_batches_do_not_wait_for_other_batches():
+    """Time that batches use does not reduce their common debt. Only the paused client could reduce it."""
     runner = TimedRunner(slots=4)
     runner.start(
         stream("paused"), stream("b" + BATCH_CLIENT), *(long_prompt("a" + BATCH_CLIENT, first) for first in range(2))
@@ -125,10 +125,10 @@ def test_prompts_of_batches_do_not_wait_for_rows_of_other_batches():
     assert runner.spent["a" + BATCH_CLIENT] > before + 0.1
 
 
-def test_a_paused_prompt_keeps_no_other_request_of_its_client_waiting():
+def test_a_paused_prompt_does_not_block_other_requests_of_its_client():
     runner = TimedRunner(slots=4)
     runner.start(stream("other"), long_prompt("a"))
-    while not runner.loop._scheduler._prefill_queue.debts.excess("a"):
+    while not runner.loop._scheduler._prefill_queue.compute_share.excess("a"):
         runner.loop.step()
     runner.loop.pause(1)
     runner.loop.close(0)
@@ -138,27 +138,27 @@ def test_a_paused_prompt_keeps_no_other_request_of_its_client_waiting():
     assert (runner.loop.load().waiting, runner.loop.load().running) == (0, 1)
 
 
-def test_equal_parts_leave_no_debt():
-    debts = ComputeShare()
+def test_equal_times_leave_no_excess():
+    shares = ComputeShare()
     for _ in range(100):
-        debts.spent(["a"], 1.0, ["a", "b"])
-        debts.spent(["b"], 1.0, ["a", "b"])
-    assert debts.excess("a") <= 1.0
-    assert debts.excess("b") <= 1.0
-    debts.spent(["a", "b"], 10.0, ["a", "b"])
-    assert max(debts.excess("a"), debts.excess("b")) <= 1.0
+        shares.spent(["a"], 1.0, ["a", "b"])
+        shares.spent(["b"], 1.0, ["a", "b"])
+    assert shares.excess("a") <= 1.0
+    assert shares.excess("b") <= 1.0
+    shares.spent(["a", "b"], 10.0, ["a", "b"])
+    assert max(shares.excess("a"), shares.excess("b")) <= 1.0
 
 
-def test_nothing_is_owed_to_clients_that_are_gone():
-    debts = ComputeShare()
-    debts.spent(["a"], ALLOWED_EXCESS, ["a", "b"])
-    assert debts.excess("a") == ALLOWED_EXCESS
-    debts.spent(["a"], ALLOWED_EXCESS, ["a"])
-    assert debts.excess("a") == 0
+def test_a_client_owes_nothing_when_no_other_client_is_left():
+    shares = ComputeShare()
+    shares.spent(["a"], ALLOWED_EXCESS, ["a", "b"])
+    assert shares.excess("a") == ALLOWED_EXCESS
+    shares.spent(["a"], ALLOWED_EXCESS, ["a"])
+    assert shares.excess("a") == 0
 
 
-def test_rows_of_all_batches_owe_together():
-    debts = ComputeShare()
-    debts.spent(["a" + BATCH_CLIENT], 1.0, ["a" + BATCH_CLIENT, "b" + BATCH_CLIENT, "c"])
-    assert debts.excess("a" + BATCH_CLIENT) == debts.excess("b" + BATCH_CLIENT) == 1.0
-    assert debts.excess("a") == 0
+def test_all_batches_have_a_common_excess():
+    shares = ComputeShare()
+    shares.spent(["a" + BATCH_CLIENT], 1.0, ["a" + BATCH_CLIENT, "b" + BATCH_CLIENT, "c"])
+    assert shares.excess("a" + BATCH_CLIENT) == shares.excess("b" + BATCH_CLIENT) == 1.0
+    assert shares.excess("a") == 0

@@ -1,4 +1,4 @@
-"""The core's law: what a job gets depends on the job alone, whoever else is there and whatever is cancelled."""
+"""Tests of `EngineLoop`: a job's results depend on the job alone, not on other jobs and not on their cancellation."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ jobs = st.builds(
     namespace=st.sampled_from(["", "", "salt"]),
     client=st.sampled_from(["", "someone"]),
 )
-shapes = st.sampled_from([(1, True), (1, False), (3, True)])  # grid, and whether slots can be cut
+shapes = st.sampled_from([(1, True), (1, False), (3, True)])  # grid, and whether slots can be truncated
 
 
 def job(prompt: tuple[int, ...] = (1, 2), samples: int = 1, max_tokens: int = 4, **fields: object) -> Job:
@@ -50,7 +50,7 @@ def job(prompt: tuple[int, ...] = (1, 2), samples: int = 1, max_tokens: int = 4,
 
 
 def finish(loop: EngineLoop) -> dict[int, list[Step]]:
-    """Run until idle; all steps of every run."""
+    """Run until idle and return all steps of each job."""
     steps: defaultdict[int, list[Step]] = defaultdict(list)
     while (passed := loop.step()) is not None:
         for run, step in passed.items():
@@ -62,14 +62,14 @@ def sampled(steps: list[Step], sample: int) -> list[int]:
     return [token.id for step in steps for index, token in step.sampled if index == sample]
 
 
-pieces = st.sampled_from([1, 500, MAX_STEP_BYTES])  # bytes of steps at a time
+step_sizes = st.sampled_from([1, 500, MAX_STEP_BYTES])  # bytes of one portion of steps
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.lists(jobs, min_size=1, max_size=6), st.integers(1, 5), st.integers(3, 8), shapes, pieces)
-def test_every_sample_gets_the_tokens_it_would_get_alone(wanted, slots, chunk, shape, piece):
-    runner = HistoryRunner(slots, chunk, grid=shape[0], rewinds=shape[1])
-    loop = EngineLoop(runner, piece=piece)
+@given(st.lists(jobs, min_size=1, max_size=6), st.integers(1, 5), st.integers(3, 8), shapes, step_sizes)
+def test_every_sample_gets_the_tokens_it_would_get_alone(wanted, slots, chunk, shape, max_step_bytes):
+    runner = HistoryRunner(slots, chunk, grid=shape[0], can_truncate=shape[1])
+    loop = EngineLoop(runner, max_step_bytes=max_step_bytes)
     for run, each in enumerate(wanted):
         loop.start(run, each)
     steps = finish(loop)
@@ -86,10 +86,10 @@ def test_every_sample_gets_the_tokens_it_would_get_alone(wanted, slots, chunk, s
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.lists(jobs, min_size=2, max_size=6), st.integers(1, 4), shapes, pieces, st.data())
-def test_leaving_dropping_and_pausing_disturb_nobody_and_leave_nothing_behind(wanted, slots, shape, piece, data):
-    runner = HistoryRunner(slots, 4, grid=shape[0], rewinds=shape[1])
-    loop = EngineLoop(runner, piece=piece)
+@given(st.lists(jobs, min_size=2, max_size=6), st.integers(1, 4), shapes, step_sizes, st.data())
+def test_closing_dropping_and_pausing_a_job_does_not_affect_other_jobs(wanted, slots, shape, max_step_bytes, data):
+    runner = HistoryRunner(slots, 4, grid=shape[0], can_truncate=shape[1])
+    loop = EngineLoop(runner, max_step_bytes=max_step_bytes)
     for run, each in enumerate(wanted):
         loop.start(run, each)
     disturbed: set[int] = set()
@@ -101,18 +101,18 @@ def test_leaving_dropping_and_pausing_disturb_nobody_and_leave_nothing_behind(wa
             steps[run].append(step)
         if passed is None:
             loop.resume(paused.pop())
-        act = data.draw(st.sampled_from(["none", "none", "close", "drop", "pause", "resume"]))
+        action = data.draw(st.sampled_from(["none", "none", "close", "drop", "pause", "resume"]))
         run = data.draw(st.integers(0, len(wanted) - 1))
-        if act == "pause":
+        if action == "pause":
             loop.pause(run)
             paused.add(run)
-        elif act == "resume":
+        elif action == "resume":
             loop.resume(run)
             paused.discard(run)
-        elif act == "close":
+        elif action == "close":
             loop.close(run)
             disturbed.add(run)
-        elif act == "drop":
+        elif action == "drop":
             loop.drop(run, data.draw(st.integers(0, 4)))
             disturbed.add(run)
     for run, each in enumerate(wanted):
@@ -133,7 +133,7 @@ def test_a_prompt_is_computed_once_for_all_its_samples():
     assert runner.computed == 10 + 6 * 2  # the last token of a sample is never computed
 
 
-def test_samples_beyond_the_slots_take_over_a_siblings_prompt():
+def test_samples_beyond_the_slots_reuse_the_prompt_of_an_ended_sample():
     runner = HistoryRunner(slots=2, chunk=16)
     loop = EngineLoop(runner)
     loop.start(0, job(prompt=tuple(range(10)), samples=7, max_tokens=3))
@@ -144,7 +144,7 @@ def test_samples_beyond_the_slots_take_over_a_siblings_prompt():
 def test_the_first_tokens_of_all_samples_come_with_the_prompts_last_pass():
     loop = EngineLoop(HistoryRunner(slots=1, chunk=4))
     loop.start(0, job(prompt=tuple(range(10)), samples=5))
-    for _ in range(3):  # it begins; two passes without the prompt's end
+    for _ in range(3):  # the job's first step, then two passes without the prompt's end
         assert not loop.step()[0].sampled
     assert [sample for sample, _ in loop.step()[0].sampled] == [0, 1, 2, 3, 4]
 
@@ -164,7 +164,7 @@ def test_scored_tokens_are_the_prompts_own_from_the_second_on():
 def test_prompts_and_running_sequences_take_turns():
     runner = HistoryRunner(slots=2, chunk=2)
     seconds = itertools.count()
-    loop = EngineLoop(runner, clock=lambda: float(next(seconds)))  # a pass takes longer than prompts may at a time
+    loop = EngineLoop(runner, clock=lambda: float(next(seconds)))  # a pass exceeds PASS_SECONDS
     loop.start(0, job(max_tokens=8))
     loop.step()
     loop.start(1, job(prompt=tuple(range(10)), max_tokens=1))
@@ -174,7 +174,7 @@ def test_prompts_and_running_sequences_take_turns():
 
 
 def test_many_prompts_are_computed_before_few_sequences_run():
-    """A pass takes a tenth of a second: two fit the time for prompts, and up to six while few sequences run."""
+    """A pass takes 0.1 seconds: two fit into the time for prefill, and up to six while few sequences run."""
     tenths = itertools.count()
     runner = HistoryRunner(slots=16, chunk=32)
     loop = EngineLoop(runner, clock=lambda: next(tenths) / 10)
@@ -210,7 +210,7 @@ def test_closing_frees_the_sequences_before_the_next_pass():
     assert loop.step() is None
 
 
-def test_gaps_that_others_leave_are_closed():
+def test_gaps_between_used_slots_are_closed():
     runner = HistoryRunner(slots=6, chunk=4)
     loop = EngineLoop(runner)
     jobs = [job(prompt=(run + 1,), max_tokens=40) for run in range(6)]
@@ -230,7 +230,7 @@ def test_gaps_that_others_leave_are_closed():
         assert sampled(early[run] + steps[run], 0) == alone(jobs[run], 0)
 
 
-def test_one_move_brings_the_outermost_to_the_others():
+def test_one_copy_moves_the_outermost_slot_next_to_the_others():
     runner = HistoryRunner(slots=8, chunk=4)
     loop = EngineLoop(runner)
     for run in range(8):
@@ -250,30 +250,30 @@ def test_late_messages_about_unknown_jobs_are_ignored():
     loop.close(9)
     loop.drop(9, 0)
     loop.start(0, job())
-    loop.drop(0, 0)  # nothing sampled yet: there is no text that could be complete
+    loop.drop(0, 0)  # no effect: the job has no sampled token yet
     assert len(sampled(finish(loop)[0], 0)) == 4
 
 
-# ---- steps in pieces
+# ---- steps in portions
 
 
 def scored(count: int, alternatives: int = 2) -> tuple[Token, ...]:
     return tuple(Token(i, -1.0, ((1, -0.5),) * alternatives, 1) for i in range(count))
 
 
-def test_a_large_step_is_cut_into_pieces_that_say_the_same_in_order():
+def test_a_large_step_is_split_into_parts_in_order():
     step = Step(scored(50), tuple((sample, Token(sample)) for sample in range(9)), ((3, "stop"), (4, "length")), 7)
-    pieces = list(split_step(step, 2000))
-    assert len(pieces) > 5
-    assert all(piece.size <= 2000 for piece in pieces)
-    assert tuple(token for piece in pieces for token in piece.scored) == step.scored
-    assert tuple(pair for piece in pieces for pair in piece.sampled) == step.sampled
-    assert [piece.cached for piece in pieces] == [7] + [0] * (len(pieces) - 1)
-    assert [piece.ended for piece in pieces] == [()] * (len(pieces) - 1) + [step.ended]
+    parts = list(split_step(step, 2000))
+    assert len(parts) > 5
+    assert all(part.size <= 2000 for part in parts)
+    assert tuple(token for part in parts for token in part.scored) == step.scored
+    assert tuple(pair for part in parts for pair in part.sampled) == step.sampled
+    assert [part.cached for part in parts] == [7] + [0] * (len(parts) - 1)
+    assert [part.ended for part in parts] == [()] * (len(parts) - 1) + [step.ended]
 
 
-def test_jobs_with_much_to_report_take_turns_and_a_paused_one_keeps_nobody_waiting():
-    step_buffer = StepBuffer(piece=4000)
+def test_jobs_with_large_steps_take_turns_and_a_paused_job_blocks_no_other():
+    step_buffer = StepBuffer(max_bytes=4000)
     for run in range(3):
         step_buffer.add(run, Step(scored(30)))
     assert step_buffer.free_bytes < 0
@@ -288,9 +288,9 @@ def test_jobs_with_much_to_report_take_turns_and_a_paused_one_keeps_nobody_waiti
     assert list(step_buffer.take()) == [1]
 
 
-def test_many_scored_prompts_from_the_cache_come_in_pieces_and_passes_go_on_between_them():
+def test_cached_scores_are_returned_in_portions_between_forward_passes():
     runner = HistoryRunner(slots=3, chunk=8, grid=1)
-    loop = EngineLoop(runner, piece=3000)
+    loop = EngineLoop(runner, max_step_bytes=3000)
     scoring = job(prompt=tuple(range(16)), max_tokens=0, prompt_alternatives=2)
     loop.start(0, scoring)
     finish(loop)
@@ -307,16 +307,16 @@ def test_many_scored_prompts_from_the_cache_come_in_pieces_and_passes_go_on_betw
             if run == 100 and step.sampled:
                 generated_after.append(sum(len(tokens) == 15 for tokens in got.values()))
     assert all(got[run] == scores(scoring) for run in range(1, 40))
-    assert runner.computed == computed + 3 + 5  # nothing of the scored prompts was computed again
-    assert generated_after[-1] < 20, "a job that generates does not wait for all that is known from the cache"
+    assert runner.computed == computed + 3 + 5  # no token of the scored prompts was computed again
+    assert generated_after[-1] < 20, "a job that generates does not wait for all cached scores"
 
 
-def test_a_paused_job_computes_nothing_and_others_do_not_wait_for_a_prompt_that_it_shares():
+def test_a_paused_job_computes_nothing_and_blocks_no_job_with_the_same_prefix():
     runner = HistoryRunner(slots=2, chunk=4)
     loop = EngineLoop(runner)
     loop.start(0, job(prompt=tuple(range(12)), max_tokens=2))
     loop.step()
-    loop.step()  # a part of the prompt
+    loop.step()  # computes a part of the prompt
     loop.pause(0)
     loop.start(1, job(prompt=(*range(12), 3), max_tokens=2))
     steps = finish(loop)
@@ -327,19 +327,19 @@ def test_a_paused_job_computes_nothing_and_others_do_not_wait_for_a_prompt_that_
     loop.check()
 
 
-def test_a_pause_of_a_job_that_is_not_there_leaves_nothing_behind():
+def test_pausing_an_unknown_or_ended_job_leaves_no_state():
     loop = EngineLoop(HistoryRunner(slots=1, chunk=4))
     loop.pause(7)
     loop.start(0, job())
     loop.step()
     loop.pause(0)
-    loop.drop(0, 0)  # it has not started: nothing to drop
+    loop.drop(0, 0)  # no effect: the job has no sampled token yet
     loop.close(0)
     assert loop.step() is None
     assert not loop._step_buffer.paused
 
 
-def test_scores_that_are_kept_are_bounded_and_the_longest_unused_go_first(monkeypatch):
+def test_cached_scores_are_bounded_and_evicted_least_recently_used_first(monkeypatch):
     monkeypatch.setattr("afterword.engine.core.prefix_cache.MAX_SCORE_BYTES", 3 * 16 * (160 + 2 * 120))
     runner = HistoryRunner(slots=6, chunk=32, grid=1)
     loop = EngineLoop(runner)
@@ -356,7 +356,7 @@ def test_scores_that_are_kept_are_bounded_and_the_longest_unused_go_first(monkey
     loop.check()
 
 
-def test_a_job_whose_reader_is_behind_gives_all_its_slots_to_what_waits_and_goes_on_later():
+def test_a_job_with_a_slow_reader_loses_its_slots_to_waiting_jobs_and_resumes_later():
     for grid in (1, 3):
         loop = EngineLoop(HistoryRunner(slots=2, chunk=4, grid=grid))
         slow = job(prompt=(1, 2, 3), samples=2, max_tokens=8)

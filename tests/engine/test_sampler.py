@@ -1,4 +1,4 @@
-"""The sampler against float64 references that are too slow and too simple to be wrong."""
+"""Tests of the sampler against simple float64 reference implementations."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from afterword.engine.protocol import Job, Sampling, Token
 KEY = b"k" * 16
 
 
-@pytest.fixture(scope="module", autouse=True, params=["compiled", "plain"])
-def chosen_walks(request) -> Iterator[None]:
+@pytest.fixture(scope="module", autouse=True, params=["compiled", "numpy"])
+def kernel(request) -> Iterator[None]:
     if request.param == "compiled" and not LIBRARY.exists():
         pytest.skip("no C++ compiler built the library")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler, "make_kernel", {"plain": NumpyKernel, "compiled": CompiledKernel}[request.param])
+        patch.setattr(sampler, "make_kernel", {"numpy": NumpyKernel, "compiled": CompiledKernel}[request.param])
         yield
 
 
@@ -34,7 +34,7 @@ VOCABULARY = 151_936
 EIGHT = np.array([2.0, 1.5, 1.0, 0.0, -1.0, -1.0, 0.5, 1.9], np.float32)
 
 rows = st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=700).map(lambda row: np.array(row, np.float32))
-spaced_rows = rows.map(lambda row: np.round(row, 3))  # filters take as equal what is closer than the digits of a weight
+spaced_rows = rows.map(lambda row: np.round(row, 3))  # filters treat logits as equal if their weights have equal digits
 tied_rows = st.lists(st.integers(-3, 3), min_size=2, max_size=700).map(lambda row: np.array(row, np.float32))
 
 
@@ -60,7 +60,7 @@ def drawn(row: np.ndarray, wanted: Sampling, draws: int, position: int = 0) -> l
 
 
 def probabilities(row: np.ndarray, wanted: Sampling) -> np.ndarray:
-    """What a draw must follow: temperature, min_p, top_k, top_p, in float64 and with a sort."""
+    """The expected distribution: temperature, min_p, top_k, top_p, in float64 and with a sort. Shape: (vocabulary,)."""
     weights = np.exp((row.astype(np.float64) - float(row.max())) / wanted.temperature)
     order = [i for i in sorted(range(len(row)), key=lambda i: (-row[i], i)) if weights[i] >= wanted.min_p]
     order = order[: wanted.top_k or None]
@@ -72,8 +72,8 @@ def probabilities(row: np.ndarray, wanted: Sampling) -> np.ndarray:
     return result
 
 
-def surprise(chosen: list[int], expected: np.ndarray) -> float:
-    """How many standard deviations chi-square lies above its mean; rare tokens count as one."""
+def deviation(chosen: list[int], expected: np.ndarray) -> float:
+    """How many standard deviations chi-square lies above its mean. All rare tokens count as one."""
     counts = np.bincount(chosen, minlength=len(expected)).astype(np.float64)
     assert not counts[expected == 0].any(), "a token that the filters exclude"
     expected = expected * len(chosen)
@@ -85,7 +85,7 @@ def surprise(chosen: list[int], expected: np.ndarray) -> float:
 
 
 def wide(sharpness: float, size: int = 1000) -> np.ndarray:
-    """A row of several blocks and a part of one."""
+    """A random row; the default size is several blocks and a part of one."""
     return np.random.default_rng(5).normal(0, sharpness, size).astype(np.float32)
 
 
@@ -107,7 +107,7 @@ FILTERS = [
 @pytest.mark.parametrize("row", [EIGHT, wide(0.5), wide(4.0)], ids=["eight", "flat", "peaked"])
 @pytest.mark.parametrize("wanted", FILTERS, ids=str)
 def test_draws_follow_the_distribution(row, wanted):
-    assert surprise(drawn(row, wanted, 3000), probabilities(row, wanted)) < 4  # the key is fixed: this never flickers
+    assert deviation(drawn(row, wanted, 3000), probabilities(row, wanted)) < 4  # the key is fixed, so the result is too
 
 
 @pytest.mark.parametrize(
@@ -118,9 +118,9 @@ def test_draws_follow_the_distribution(row, wanted):
         (sampling(top_k=5), sampling(top_k=5, temperature=1.3)),
     ],
 )
-def test_a_wrong_distribution_would_be_noticed(wanted, other):
-    """The test above can fail: the same draws against another temperature."""
-    assert surprise(drawn(EIGHT, wanted, 4000), probabilities(EIGHT, other)) > 4
+def test_the_deviation_of_a_wrong_distribution_is_large(wanted, other):
+    """The test above can fail: here the same draws are compared with another temperature."""
+    assert deviation(drawn(EIGHT, wanted, 4000), probabilities(EIGHT, other)) > 4
 
 
 @settings(max_examples=60)
@@ -172,7 +172,7 @@ def test_zero_temperature_takes_the_likeliest_and_ties_go_to_the_lower_id(row):
         assert drawn(row, sampling(temperature=temperature), 2) == [best, best]
 
 
-def test_zero_temperature_sees_the_edits():
+def test_zero_temperature_applies_penalties():
     row = np.array([5.0, 4.0, 4.0], np.float32)
     wanted = job(sampling(temperature=0.0, presence_penalty=1.5))
     assert sampled(row, wanted, [0], 1, [0]) == [Token(1)]
@@ -200,21 +200,23 @@ def test_seeds_do_not_change():
     assert random_number(sampler.seed_of(KEY, 1, 2), 0) == 0.45604927273710116
 
 
-def test_a_draw_depends_on_nothing_drawn_before_or_beside_it():
+def test_a_draw_does_not_depend_on_earlier_or_concurrent_draws():
     flat, peaked = wide(0.5), wide(4.0)
     wanted = job(sampling(top_p=0.6, temperature=0.8), alternatives=3)
     third = np.pad(EIGHT, (0, len(flat) - len(EIGHT)))
-    rows, asks = np.stack([flat, peaked, third]), [job(sampling()), job(sampling(min_p=0.5))]
+    rows, others = np.stack([flat, peaked, third]), [job(sampling()), job(sampling(min_p=0.5))]
     together = sampled(flat, wanted, range(30), 4, [7, 7])
     used = Sampler()
     for sample in reversed(range(30)):
-        beside = [SampleTokens(each, (sample,), 9, TokenCounts()) for each in asks]
+        beside = [SampleTokens(each, (sample,), 9, TokenCounts()) for each in others]
         found = used.read(rows, [SampleTokens(wanted, (sample,), 4, TokenCounts([7, 7])), *beside])
         assert found[0] == [together[sample]]
-    assert (rows == np.stack([flat, peaked, third])).all()  # edits were taken back
+    assert (rows == np.stack([flat, peaked, third])).all()  # the kernel restored the rows
 
 
-def edited(row: list[float] | np.ndarray, wanted: Sampling, prompt: list[int], generated: list[int], banned: list[int]):
+def adjusted(
+    row: list[float] | np.ndarray, wanted: Sampling, prompt: list[int], generated: list[int], banned: list[int]
+):
     return numpy_kernel.adjusted_row(
         np.array(row, np.float32), SampleQuery(wanted, [], TokenCounts(generated), tuple(prompt), tuple(banned))
     )
@@ -223,12 +225,12 @@ def edited(row: list[float] | np.ndarray, wanted: Sampling, prompt: list[int], g
 def test_penalties_follow_the_documented_formula():
     row = np.zeros(6, np.float32)
     wanted = sampling(presence_penalty=0.5, frequency_penalty=0.25)
-    assert edited(row, wanted, [0, 2], [4, 1, 4, 4], []).tolist() == [0, -0.75, 0, 0, -1.25, 0]
+    assert adjusted(row, wanted, [0, 2], [4, 1, 4, 4], []).tolist() == [0, -0.75, 0, 0, -1.25, 0]
 
 
-def test_the_repetition_penalty_weakens_what_the_prompt_or_the_sample_has():
+def test_the_repetition_penalty_applies_to_tokens_of_prompt_and_sample():
     row = [2.0, -2.0, 2.0, -2.0]
-    assert edited(row, sampling(repetition_penalty=2.0), [0, 0, 1], [1] * 5, []).tolist() == [1, -4, 2, -2]
+    assert adjusted(row, sampling(repetition_penalty=2.0), [0, 0, 1], [1] * 5, []).tolist() == [1, -4, 2, -2]
 
 
 ids = st.integers(0, 19)
@@ -240,8 +242,8 @@ ids = st.integers(0, 19)
     st.tuples(st.lists(ids), st.lists(ids), st.lists(ids, max_size=3, unique=True)),
     st.tuples(st.sampled_from([0.0, 0.5, -2.0]), st.sampled_from([0.0, 0.3]), st.sampled_from([1.0, 1.5, 0.8])),
 )
-def test_edits_are_applied_in_order(row, bias, tokens, strengths):
-    """By the definition; and what is drawn greedily is the likeliest of the edited row, which is then as it was."""
+def test_adjustments_are_applied_in_order(row, bias, tokens, strengths):
+    """Compare with the definition. A greedy draw takes the most likely token of the adjusted row, which is restored."""
     prompt, generated, banned = tokens
     presence, frequency, repetition = strengths
     expected = [value + bias.get(token, 0.0) for token, value in enumerate(row)]
@@ -252,7 +254,7 @@ def test_edits_are_applied_in_order(row, bias, tokens, strengths):
     for token in banned:
         expected[token] = -math.inf
     wanted = Sampling(0.0, 1.0, 0, 0.0, presence, frequency, repetition, tuple(bias.items()))
-    found = edited(row, wanted, prompt, generated, banned)
+    found = adjusted(row, wanted, prompt, generated, banned)
     assert found.tolist() == pytest.approx(expected, abs=1e-3)
     draw = SampleQuery(wanted, [0], TokenCounts(generated), tuple(prompt), tuple(banned))
     rows = np.array([row], np.float32)
@@ -262,30 +264,30 @@ def test_edits_are_applied_in_order(row, bias, tokens, strengths):
     assert (rows == np.array([row], np.float32)).all()
 
 
-def test_ends_are_never_chosen_before_min_tokens():
+def test_end_tokens_are_never_sampled_before_min_tokens():
     row = np.array([9.0, 5.0, 0.0], np.float32)
     for wanted in (sampling(), sampling(temperature=0.0), sampling(top_p=0.9), sampling(top_k=2)):
         waiting = Job((0,), 1, 9, wanted, (0, 1), KEY, min_tokens=5, alternatives=1)
         tokens = sampled(row, waiting, range(20), 4)
         assert {token.id for token in tokens} == {2}
-        assert tokens[0].top[0][0] == 0  # what is reported is the unmodified row
+        assert tokens[0].top[0][0] == 0  # reported alternatives are those of the unmodified row
         assert sampled(row, waiting, [0], 5)[0].id != 2
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.2, 2.0])
-def test_bias_forces_or_bans(temperature):
+def test_logit_bias_forces_or_bans_tokens(temperature):
     row = np.array([5.0, 4.0, 0.0], np.float32)
     assert set(drawn(row, sampling(temperature=temperature, logit_bias=((2, 100.0),)), 200)) == {2}
     assert 0 not in drawn(row, sampling(temperature=temperature, logit_bias=((0, -100.0),)), 200)
 
 
-def test_edited_rows_follow_their_own_distribution():
+def test_draws_with_bias_follow_the_adjusted_distribution():
     row = wide(1.0)
     top = int(row.argmax())
     wanted = sampling(temperature=0.8, top_p=0.9, logit_bias=((3, 4.0), (top, -100.0)))
     edited = row.copy()
     edited[[3, top]] += np.array([4.0, -100.0], np.float32)
-    assert surprise(drawn(row, wanted, 3000), probabilities(edited, sampling(temperature=0.8, top_p=0.9))) < 4
+    assert deviation(drawn(row, wanted, 3000), probabilities(edited, sampling(temperature=0.8, top_p=0.9))) < 4
 
 
 @given(st.one_of(rows, tied_rows), st.data())
@@ -315,20 +317,20 @@ def test_log_probabilities_in_a_whole_vocabulary(sharpness):
     "wanted", [sampling(), sampling(temperature=0.7), sampling(temperature=0.0), sampling(min_p=0.5)], ids=str
 )
 def test_a_sampled_token_is_reported_as_it_would_be_scored(wanted):
-    """However it was chosen: with the very same floats."""
+    """Sampling parameters do not change the reported floats."""
     row = wide(3.0)
     for token in sampled(row, job(wanted, alternatives=5), range(20), 0, [1]):
         (found,) = scored(row[None], [token.id], 5)
         assert token == Token(found.id, found.logprob, found.top)
 
 
-def test_nothing_is_reported_unless_asked_for():
+def test_nothing_is_reported_unless_requested():
     assert sampled(EIGHT, job(sampling()), [0])[0].logprob is None
     assert sampled(EIGHT, job(sampling(), alternatives=0), [0])[0].top == ()
 
 
 @pytest.mark.parametrize("size", [1, 24, 255, 256, 257, 5000, 50_257])
-def test_a_rows_bits_depend_on_no_other_row_and_on_no_address(size):
+def test_the_bits_of_a_result_depend_on_no_other_row_and_on_no_address(size):
     matrix = np.random.default_rng(1).normal(0, 3, (7, size)).astype(np.float32)
     tokens = [size // 2] * 7
     together = scored(matrix, tokens, 5)
@@ -342,7 +344,7 @@ def test_a_rows_bits_depend_on_no_other_row_and_on_no_address(size):
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("wanted", [*FILTERS, sampling(temperature=0.0), sampling(logit_bias=((1, 3.0),))], ids=str)
-def test_a_broken_row_gives_a_token_and_no_exception(broken, wanted):
+def test_a_row_that_is_not_finite_gives_a_token_and_no_exception(broken, wanted):
     for row in (np.full(300, broken, np.float32), np.append(wide(1.0, 300), np.float32(broken))):
         token = sampled(row, job(wanted, alternatives=2), [0])[0]
         assert 0 <= token.id < len(row)

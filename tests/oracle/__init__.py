@@ -1,1 +1,1 @@
-"""Test instruments that share no code with an engine: a judge of its numbers, and tiny models to load."""
+"""A reference implementation that shares no code with the engine, and tiny model files for tests."""

@@ -1,4 +1,7 @@
-"""Tiny random models of any architecture of llama.cpp, which says what tensors a file lacks and their shapes."""
+"""Tiny random models of any architecture that llama.cpp supports.
+
+The names and shapes of the tensors come from llama.cpp's error messages about missing and wrong tensors.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,13 @@ from afterword.engine.llama import library
 from afterword.engine.llama.library import native
 from oracle.tiny import FILE_TYPES, FileType, add_vocabulary, byte_vocabulary
 
-library.initialize(verbose=False)  # or the library's sentences are not kept
+library.initialize(verbose=False)  # otherwise the library's error messages are not recorded
 
 Value = bool | int | float | tuple[int, ...]
 Shape = tuple[int, ...]
 
 WIDTH, WINDOW = 64, 32
-_USUAL: Mapping[str, Value] = {
+_COMMON_KEYS: Mapping[str, Value] = {
     "context_length": 512,
     "embedding_length": WIDTH,
     "block_count": 2,
@@ -41,7 +44,7 @@ _USUAL: Mapping[str, Value] = {
     "logit_scale": 1.0,
 }
 _STATE = {"ssm.conv_kernel": 4, "ssm.inner_size": 2 * WIDTH, "ssm.state_size": 16, "ssm.time_step_rank": 4}
-_BESIDES: Mapping[str, Mapping[str, Value]] = {
+_ARCHITECTURE_KEYS: Mapping[str, Mapping[str, Value]] = {
     "cohere2": {"attention.sliding_window": WINDOW},
     "gemma2": {"attention.sliding_window": WINDOW},
     "gemma3": {"attention.sliding_window": WINDOW},
@@ -65,8 +68,8 @@ _BESIDES: Mapping[str, Mapping[str, Value]] = {
     "jamba": {**_STATE, "attention.head_count_kv": (0, 1), "expert_count": 0, "expert_used_count": 0},
     "lfm2": {"shortconv.l_cache": 3, "attention.head_count_kv": (0, 1)},
 }
-_MORE: Mapping[str, Mapping[str, Shape]] = {
-    # what a file may lack, and what the library then takes for granted
+_OPTIONAL_TENSORS: Mapping[str, Mapping[str, Shape]] = {
+    # tensors that a file may omit; the library then uses defaults
     "phi3": {
         **{f"blk.{layer}.attn_qkv.weight": (2 * WIDTH, WIDTH) for layer in range(2)},
         **{f"rope_factors_{which}.weight": (WIDTH // 4,) for which in ("long", "short")},
@@ -82,8 +85,11 @@ def write_random(
     poison: Mapping[int, float] | None = None,
     also: Mapping[str, Value] | None = None,
 ) -> Path:
-    """Write a random model and return its path. The embeddings of tokens in `poison` are that number."""
-    keys = {**_USUAL, **_BESIDES.get(architecture, {}), **(also or {})}
+    """Write a random model and return its path.
+
+    `poison`: token ids and the number that replaces all elements of their embedding. `also`: additional keys.
+    """
+    keys = {**_COMMON_KEYS, **_ARCHITECTURE_KEYS.get(architecture, {}), **(also or {})}
     shapes = dict(_tensors(architecture, tuple(sorted(keys.items()))))
     weights = {name: _random(name, shape, np.random.default_rng(i)) for i, (name, shape) in enumerate(shapes.items())}
     for token, value in (poison or {}).items():
@@ -93,33 +99,33 @@ def write_random(
 
 @cache
 def _tensors(architecture: str, keys: tuple[tuple[str, Value], ...]) -> tuple[tuple[str, Shape], ...]:
-    """The tensors that a file must have. A matrix for logits is its own where that can be."""
-    shapes: dict[str, Shape] = dict(_MORE.get(architecture, {}))
+    """The names and shapes of the tensors that a file needs, with an untied output matrix if the library accepts it."""
+    shapes: dict[str, Shape] = dict(_OPTIONAL_TENSORS.get(architecture, {}))
     while True:
         weights = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
         with tempfile.TemporaryDirectory() as folder:
-            fault = _fault(_write(Path(folder, "tiny.gguf"), architecture, dict(keys), weights, "F32"))
-        if missing := re.search(r"(?:missing tensor '([^']+)'|tensor '([^']+)' not found)", fault):
+            error = _load_error(_write(Path(folder, "tiny.gguf"), architecture, dict(keys), weights, "F32"))
+        if missing := re.search(r"(?:missing tensor '([^']+)'|tensor '([^']+)' not found)", error):
             name = missing[1] or missing[2]
             alike = [shape for known, shape in shapes.items() if _kind(known) == _kind(name)]
             shapes[name] = alike[-1] if alike else (1,)
-        elif wrong := re.search(r"tensor '([^']+)' has wrong shape; expected\s+([\d, ]+?), got", fault):
+        elif wrong := re.search(r"tensor '([^']+)' has wrong shape; expected\s+([\d, ]+?), got", error):
             shape = [int(size) for size in wrong[2].split(",")]
             while len(shape) > 1 and shape[-1] == 1:
                 shape.pop()
             shapes[wrong[1]] = tuple(reversed(shape))
-        elif "wrong number of tensors" in fault and "output.weight" in shapes:
+        elif "wrong number of tensors" in error and "output.weight" in shapes:
             del shapes["output.weight"]
             return tuple(shapes.items())
-        elif not fault and "output.weight" not in shapes:
+        elif not error and "output.weight" not in shapes:
             shapes["output.weight"] = shapes["token_embd.weight"]
         else:
-            assert not fault, f"{architecture}: {fault}"
+            assert not error, f"{architecture}: {error}"
             return tuple(shapes.items())
 
 
-def _fault(path: Path) -> str:
-    """Why a file cannot be loaded; nothing if it can."""
+def _load_error(path: Path) -> str:
+    """The library's error messages about a file; empty if the file can be loaded."""
     library._last_errors.clear()
     model = native.llama_model_load_from_file(os.fsencode(path), native.llama_model_default_params())
     if model:
@@ -133,7 +139,7 @@ def _kind(name: str) -> str:
 
 
 def _random(name: str, shape: Shape, random: np.random.Generator) -> NDArray[np.float32]:
-    """Peaked distributions that vary, as in tiny.py."""
+    """Random weights that result in peaked and varied distributions, as in tiny.py."""
     numbers = random.standard_normal(shape, dtype=np.float32)
     if name.endswith("ssm_a"):
         return -np.abs(numbers)  # states decay
@@ -152,14 +158,14 @@ def _write(
     file_type: FileType,
 ) -> Path:
     writer = GGUFWriter(path, architecture)
-    writer.add_name("tiny")  # an architecture in it would choose another vocabulary
+    writer.add_name("tiny")  # if the name contained an architecture, the library would choose another vocabulary
     words = byte_vocabulary(infill=False, add_bos=False)
     for key, value in {**keys, "vocab_size": len(words.tokens)}.items():
         _add(writer, f"{architecture}.{key}", value)
     writer.add_file_type(FILE_TYPES[file_type])
     add_vocabulary(writer, words)
     for name, weight in weights.items():
-        # The library reads small matrices of recurrent layers, and what is no number, as they are.
+        # The library expects small matrices of recurrent layers unquantized. Non-finite values cannot be quantized.
         plain = weight.ndim == 1 or weight.shape[-1] % 32 or re.search("norm|ssm|shortconv", name)
         kind = GGMLQuantizationType["F32" if plain or not np.isfinite(weight).all() else file_type]
         writer.add_tensor(name, quantize(weight, kind), raw_dtype=kind)

@@ -1,4 +1,4 @@
-"""The oracle against what is known without an engine: arithmetic by hand, laws of causal attention."""
+"""Tests of the oracle without an engine: arithmetic by hand and properties of causal attention."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,7 +28,7 @@ WORDS = byte_vocabulary(infill=False, add_bos=False)
 
 
 def plain_weights() -> Weights:
-    """One layer of width 2 that passes its input on: every matrix of the blocks is zero."""
+    """The weights of one layer of width 2 that returns its input: every matrix of the block is zero."""
     weights = random_weights(SHAPE, WORDS)
     zero = {name: np.zeros_like(weight) for name, weight in weights.items() if "blk" in name}
     one = {name: np.ones_like(weight) for name, weight in weights.items() if "norm" in name}
@@ -44,14 +44,14 @@ def test_blocks_of_zeros_leave_normalised_embeddings_times_output(tmp_path: Path
     assert row[:2] == pytest.approx([3 / 12.5**0.5, 2 * 4 / 12.5**0.5], rel=1e-5)
 
 
-def test_uniform_attention_is_the_mean_of_values_so_far(tmp_path: Path) -> None:
+def test_uniform_attention_is_the_mean_of_all_values_up_to_the_position(tmp_path: Path) -> None:
     weights = plain_weights()
     weights["token_embd.weight"][[65, 66]] = (1, 1), (1, -1)
     for part in ("v", "output"):
         weights[f"blk.0.attn_{part}.weight"] = np.eye(2, dtype=np.float32)
     weights["output.weight"][:2] = np.eye(2)
     rows = Oracle(write_model(tmp_path / "m.gguf", SHAPE, WORDS, weights)).logits([65, 66])[:, :2]
-    # Normalised embeddings are themselves: (1, 1) + (1, 1), then (1, -1) + the mean (1, 0).
+    # Normalization does not change these embeddings: (1, 1) + (1, 1), then (1, -1) + the mean (1, 0).
     assert rows == pytest.approx(np.array([[1, 1], [2 / 2.5**0.5, -1 / 2.5**0.5]]), rel=1e-5)
 
 
@@ -148,12 +148,12 @@ def test_a_greedy_continuation_varies(tmp_path: Path, arch: Arch, tied: bool) ->
 
 
 @pytest.mark.parametrize("vocabulary", [byte_vocabulary, piece_vocabulary])
-def test_infill_tokens_are_there_only_when_asked_for(vocabulary: Callable[..., Vocabulary]) -> None:
+def test_vocabularies_have_infill_tokens_only_on_request(vocabulary: Callable[..., Vocabulary]) -> None:
     assert "<|fim_middle|>" in vocabulary(infill=True, add_bos=False).tokens
     assert not any("fim" in token for token in vocabulary(infill=False, add_bos=False).tokens)
 
 
-def test_what_the_oracle_does_not_know_it_refuses(tmp_path: Path) -> None:
+def test_the_oracle_refuses_unknown_architectures(tmp_path: Path) -> None:
     strange = replace(SHAPE, arch="gpt2")  # type: ignore[arg-type]
     path = write_model(tmp_path / "m.gguf", strange, WORDS, plain_weights())
     with pytest.raises(ValueError, match="architecture gpt2"):

@@ -1,8 +1,8 @@
-"""Tiny GGUF models with random weights, written in a fraction of a second, for tests that load one.
+"""Tiny GGUF models with random weights for tests. Writing one takes a fraction of a second.
 
-Distributions are peaked and a greedy continuation varies. Two vocabularies: `bytes` (byte-level BPE: a token
-below 256 is that byte; then come the merges, then the special tokens) and `spm` (SentencePiece: BOS is added,
-a space is put before the text, what no piece covers falls back to byte tokens). Output is seldom UTF-8.
+Distributions are peaked, and greedy continuations vary. There are two vocabularies. `bytes` is byte-level BPE: ids
+below 256 are bytes, followed by the merges and the special tokens. `spm` is SentencePiece: the tokenizer adds BOS and
+a space before the text, and uses byte tokens for text that no piece covers. Generated text is seldom valid UTF-8.
 """
 
 from collections.abc import Iterable, Mapping
@@ -32,12 +32,12 @@ FILE_TYPES = {
     "Q4_0": LlamaFileType.MOSTLY_Q4_0,
 }
 PEAK = 3.0
-"""Standard deviation of the logits: the best token has a probability of about a third."""
+"""Standard deviation of the logits. The most likely token has a probability of about 1/3."""
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """A tokenizer as the keys of a GGUF file state it; `special` maps a key such as "eos" to its token."""
+    """A tokenizer as in the keys of a GGUF file. `special` maps a key such as "eos" to its token."""
 
     model: str
     tokens: tuple[str, ...]
@@ -51,7 +51,7 @@ class Vocabulary:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The hyperparameters of a model; `rope_base` is unusual so that ignoring it shows."""
+    """The hyperparameters of a model. `rope_base` is unusual, so that an engine that ignores it fails the tests."""
 
     arch: Arch = "llama"
     width: int = 64
@@ -78,7 +78,7 @@ def write_tiny(
     heads: int = 2,
     split: int = 0,
 ) -> Path:
-    """Write a random model and return its path; `add_bos` is by default what the vocabulary's kind does."""
+    """Write a random model and return its path. `add_bos` is by default True for `spm` and False for `bytes`."""
     make = byte_vocabulary if vocabulary == "bytes" else piece_vocabulary
     words = make(infill=infill, add_bos=vocabulary == "spm" if add_bos is None else add_bos)
     shape = Shape(arch=arch, context=context, heads=heads)
@@ -86,14 +86,14 @@ def write_tiny(
 
 
 def with_tokens(vocabulary: Vocabulary, *tokens: tuple[str, TokenType]) -> Vocabulary:
-    """The vocabulary with more tokens at its end."""
+    """A copy of the vocabulary with more tokens at its end."""
     texts, types = zip(*tokens, strict=True)
     scores = vocabulary.scores and vocabulary.scores + (-1000.0,) * len(tokens)
     return replace(vocabulary, tokens=vocabulary.tokens + texts, types=vocabulary.types + types, scores=scores)
 
 
 def write_vocabulary(path: str | Path, vocabulary: Vocabulary, name: str = "tiny", arch: str = "llama") -> Path:
-    """Write a file without weights, of which only the vocabulary can be loaded."""
+    """Write a file without weights, from which only the vocabulary can be loaded."""
     writer = GGUFWriter(path, arch)
     writer.add_name(name)
     add_vocabulary(writer, vocabulary)
@@ -105,7 +105,7 @@ def write_vocabulary(path: str | Path, vocabulary: Vocabulary, name: str = "tiny
 
 
 def byte_vocabulary(infill: bool, add_bos: bool) -> Vocabulary:
-    """256 byte tokens, whose ids are their bytes, then the merges, then the special tokens."""
+    """256 byte tokens with the byte as id, then the merges, then the special tokens."""
     alphabet = byte_alphabet()
     words = ("".join(alphabet[byte] for byte in word.encode()) for word in WORDS + BLANKS)
     merges = merge_chain(words)
@@ -118,7 +118,7 @@ def byte_vocabulary(infill: bool, add_bos: bool) -> Vocabulary:
 
 
 def piece_vocabulary(infill: bool, add_bos: bool) -> Vocabulary:
-    """<unk>, <s>, </s>, infill tokens, 256 byte tokens, then pieces of falling score."""
+    """<unk>, <s>, </s>, the infill tokens, 256 byte tokens, then pieces with descending scores."""
     special = {"unk": "<unk>", "bos": "<s>", "eos": "</s>"} | (INFILL if infill else {})
     byte_tokens = tuple(f"<0x{byte:02X}>" for byte in range(256))
     merges = merge_chain(word.replace(" ", "▁") for word in WORDS)
@@ -136,7 +136,7 @@ def piece_vocabulary(infill: bool, add_bos: bool) -> Vocabulary:
 
 
 def byte_alphabet() -> tuple[str, ...]:
-    """What stands for each byte in byte-level BPE: its own character if visible, else one from U+0100 on."""
+    """The character of each byte in byte-level BPE: the byte's own if visible, else one from U+0100 on."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     stand_ins = iter(range(0x100, 0x200))
     return tuple(chr(byte if byte in visible else next(stand_ins)) for byte in range(256))
@@ -149,7 +149,7 @@ def merge_chain(words: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def random_weights(shape: Shape, vocabulary: Vocabulary, seed: int = 0, tied: bool = False) -> Weights:
-    """Random weights; special tokens score 0 unless tied, so that greedy choice hardly ever ends a text."""
+    """Random weights. Special tokens have logit 0 unless `tied`, so greedy sampling hardly ever ends a text."""
     random = np.random.default_rng(seed)
 
     def normal(*size: int, scale: float = 1.0) -> NDArray[np.float32]:
@@ -176,7 +176,7 @@ def random_weights(shape: Shape, vocabulary: Vocabulary, seed: int = 0, tied: bo
             lengths = {"q": width, "k": keys, "v": keys}
             parts |= {f"attn_{part}.bias": normal(length, scale=0.25) for part, length in lengths.items()}
         weights |= {f"blk.{layer}.{name}": weight for name, weight in parts.items()}
-    # Of both signs: with tied embeddings, a positive one would have every token repeat itself.
+    # Both signs: with tied embeddings, positive weights would make every token repeat itself.
     weights["output_norm.weight"] = normal(width, scale=PEAK / width**0.5)
     if not tied:
         output = weights["output.weight"] = normal(size, width)
@@ -193,9 +193,9 @@ def write_model(
     *,
     split: int = 0,
 ) -> Path:
-    """Write a GGUF file with these weights; vectors stay F32, as in the files of real models.
+    """Write a GGUF file with these weights and return its path. Vectors stay F32, as in the files of real models.
 
-    `split`: tensors of one file, where there are to be several; the first is returned.
+    `split`: the most tensors per file; 0: write one file. If there are several files, the path is that of the first.
     """
     writer = GGUFWriter(path, shape.arch, split_max_tensors=split)
     add_shape(writer, shape, len(vocabulary.tokens))

@@ -1,4 +1,7 @@
-"""Those who ask: what they want, how they behave, and what they must be told. Right of the HTTP, left of nothing."""
+"""Simulated clients: what they request, how they behave, and which text they must receive.
+
+They call the functions that the HTTP layer calls: keys, limits, parser, plan, run.
+"""
 
 from __future__ import annotations
 
@@ -20,57 +23,61 @@ from afterword.keys.key import TokenUsage, digest
 from afterword.keys.key_registry import Grant, KeyRegistry
 from afterword.keys.rate_limiter import LimitExceeded
 
-from .invariants import Account, Ledger, require, wanted
-from .process import BOMB, CURSED, DEADLY, LETTERS
+from .invariants import AccountModel, InvariantChecker, expected_tokens, require
+from .process import DECODE_CRASH, LETTERS, PREFILL_CRASH, TOKENIZER_CRASH
 
 _PLAIN = LETTERS[:24]
-_BEGINNINGS = ("", "", _PLAIN[:8], _PLAIN[:16])
+_PREFIXES = ("", "", _PLAIN[:8], _PLAIN[:16])
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What is asked for and how its asker behaves: leaves after so many deltas, or reads only so fast."""
+class Behavior:
+    """What a client requests and how it behaves.
+
+    `body`: the JSON body. `crashes`: the prompt crashes the worker. `leaves_after`: number of items after which the
+    client disconnects. `read_seconds`: seconds that it takes to read an item. `line`: the batch line's name, if any.
+    """
 
     body: dict[str, Any]
-    deadly: bool
-    leaves: int | None = None
-    slow: float = 0.0
+    crashes: bool
+    leaves_after: int | None = None
+    read_seconds: float = 0.0
     line: str = ""
 
 
-def wish(random: Random, crowd: bool, poison: float) -> Wish:
-    """Something to ask."""
-    texts = [random.choice(_BEGINNINGS) + _word(random, 1, 8) for _ in range(random.choice((1, 1, 1, 2, 3)))]
-    deadly = random.random() < poison
-    if deadly:
-        texts[0] = texts[0] + random.choice((DEADLY, BOMB, CURSED)) + _word(random, 0, 3)
+def random_behavior(random: Random, contended: bool, crash_share: float) -> Behavior:
+    """A random request. `contended`: one of many small equal requests. `crash_share`: how many crash the worker."""
+    texts = [random.choice(_PREFIXES) + _word(random, 1, 8) for _ in range(random.choice((1, 1, 1, 2, 3)))]
+    crashes = random.random() < crash_share
+    if crashes:
+        texts[0] = texts[0] + random.choice((PREFILL_CRASH, DECODE_CRASH, TOKENIZER_CRASH)) + _word(random, 0, 3)
     body: dict[str, Any] = {"prompt": texts, "max_tokens": random.randint(1, 12), "seed": random.getrandbits(31)}
     body["n"] = random.choice((1, 1, 1, 2, 3))
-    if crowd:
+    if contended:
         body |= {"prompt": texts[0][:12], "n": 1, "max_tokens": 8, "ignore_eos": True}
-        return Wish(body, deadly)
+        return Behavior(body, crashes)
     if random.random() < 0.3:
         body["stop"] = [_word(random, 1, 2) for _ in range(random.randint(1, 3))]
-    if random.random() < 0.2 and not deadly:
+    if random.random() < 0.2 and not crashes:
         body |= {"echo": True, "logprobs": random.randint(0, 2)}
         body["max_tokens"] *= random.choice((0, 1))
     if random.random() < 0.2:
         body["cache_salt"] = "salt"
     body["temperature"] = random.choice((0, 0.7, 1))
-    leaves = random.randint(0, 8) if random.random() < 0.15 else None
-    return Wish(body, deadly, leaves, random.uniform(0.1, 3) if random.random() < 0.1 else 0.0)
+    leaves_after = random.randint(0, 8) if random.random() < 0.15 else None
+    return Behavior(body, crashes, leaves_after, random.uniform(0.1, 3) if random.random() < 0.1 else 0.0)
 
 
-def greedy_wish(random: Random) -> Wish:
-    """Much from one key or from a batch, or a short request of another."""
+def heavy_behavior(random: Random) -> Behavior:
+    """A random request, either long with several samples or short; 30 % are batch lines."""
     body: dict[str, Any] = {"prompt": _word(random, 1, 12), "seed": random.getrandbits(31), "ignore_eos": True}
     body["echo"] = random.random() < 0.2
     if body["echo"]:
         body["logprobs"] = 1
     line = "batch" if random.random() < 0.3 else ""
     if random.random() < 0.08:
-        return Wish(body | {"max_tokens": 110, "n": random.randint(1, 5)}, deadly=False, line=line)
-    return Wish(body | {"max_tokens": random.randint(1, 6)}, deadly=False, line=line)
+        return Behavior(body | {"max_tokens": 110, "n": random.randint(1, 5)}, crashes=False, line=line)
+    return Behavior(body | {"max_tokens": random.randint(1, 6)}, crashes=False, line=line)
 
 
 def _word(random: Random, least: int, most: int) -> str:
@@ -78,79 +85,84 @@ def _word(random: Random, least: int, most: int) -> str:
 
 
 @dataclass
-class Visit:
-    """One request, from its arrival to its end. `outcome` is set once, at the end."""
+class SimulatedRequest:
+    """One request. `deaths`: worker deaths before it arrived. `outcome`: set once, when it ends."""
 
     name: int
     key: str
-    wish: Wish
-    deaths: int  # of engines, before it came
+    behavior: Behavior
+    deaths: int
     arrived: bool = False
     outcome: str | None = None
 
 
-async def visit(visit: Visit, engine: Engine, key_registry: KeyRegistry, account: Account, ledger: Ledger) -> None:
-    """Ask, as a request does: key, limits, tokens, plan, limits, answer."""
-    visit.arrived = True
-    ledger.note("arrives", visit.name, visit.key, json.dumps(visit.wish.body))
-    found = key_registry.find(visit.key)
+async def send_request(
+    request: SimulatedRequest,
+    engine: Engine,
+    key_registry: KeyRegistry,
+    account: AccountModel,
+    checker: InvariantChecker,
+) -> None:
+    """Process a request as the server does: key, limits, tokens, plan, token limits, response."""
+    request.arrived = True
+    checker.record("arrives", request.name, request.key, json.dumps(request.behavior.body))
+    found = key_registry.find(request.key)
     assert found is not None
     grant = key_registry.enter(found)
     if isinstance(grant, LimitExceeded):
-        end(visit, "limited", ledger)
+        record_end(request, "limited", checker)
         return
-    account.entered(ledger.now)
+    account.entered(checker.now)
     outcome, usage = "left", None
     try:
-        outcome, usage = await _ask(visit, engine, grant, account, ledger)
+        outcome, usage = await _complete(request, engine, grant, account, checker)
     except AfterwordError as error:
         outcome = type(error).__name__
     finally:
-        end(visit, outcome, ledger)
+        record_end(request, outcome, checker)
         account.inside -= 1
         _settle(grant, usage, account)
 
 
-def end(visit: Visit, outcome: str, ledger: Ledger) -> None:
-    """A request is over, once."""
-    require(1, visit.outcome is None, f"request {visit.name} ended twice")
-    visit.outcome = outcome
-    ledger.outcomes[outcome] += 1
-    ledger.note("ends", visit.name, outcome)
+def record_end(request: SimulatedRequest, outcome: str, checker: InvariantChecker) -> None:
+    """Record the outcome of a request. It must not have ended before."""
+    require(1, request.outcome is None, f"request {request.name} ended twice")
+    request.outcome = outcome
+    checker.outcomes[outcome] += 1
+    checker.record("ends", request.name, outcome)
 
 
-async def _ask(
-    visit: Visit, engine: Engine, grant: Grant, account: Account, ledger: Ledger
+async def _complete(
+    request: SimulatedRequest, engine: Engine, grant: Grant, account: AccountModel, checker: InvariantChecker
 ) -> tuple[str, Usage | None]:
-    request = parse(json.dumps(visit.wish.body).encode(), RequestLimits())
-    plan = make_plan(
-        request, engine.model_info, await tokenize(request, engine), 0, ClientIdentity(visit.key, line=visit.wish.line)
-    )
+    parsed = parse(json.dumps(request.behavior.body).encode(), RequestLimits())
+    identity = ClientIdentity(request.key, line=request.behavior.line)
+    plan = make_plan(parsed, engine.model_info, await tokenize(parsed, engine), 0, identity)
     if grant.reserve(plan.most_tokens) is not None:
         return "limited", None
-    account.tokens.take(plan.most_tokens, ledger.now)
-    told: dict[int, list[Delta]] = {}
+    account.tokens.take(plan.most_tokens, checker.now)
+    choices: dict[int, list[Delta]] = {}
     used: list[Usage] = []
     count = 0
     try:
         async with aclosing(run(plan, engine, used.append)) as items:
             async for item in items:
                 if isinstance(item, Delta):
-                    require(4, not _finished(told.get(item.index, [])), "text for an answer that has ended")
-                    told.setdefault(item.index, []).append(item)
-                if visit.wish.leaves == count:
+                    require(4, not _finished(choices.get(item.index, [])), "text for a choice that has ended")
+                    choices.setdefault(item.index, []).append(item)
+                if request.behavior.leaves_after == count:
                     return "left", None
                 count += 1
-                await asyncio.sleep(visit.wish.slow)
+                await asyncio.sleep(request.behavior.read_seconds)
     finally:
-        _check_texts(visit, plan, told)
-    require(5, all(_finished(deltas) for deltas in told.values()), "an answer has no end")
-    require(5, len(told) == len(plan.prompts) * plan.n, "an answer is missing")
+        _check_texts(request, plan, choices)
+    require(5, all(_finished(deltas) for deltas in choices.values()), "a choice has no finish reason")
+    require(5, len(choices) == len(plan.prompts) * plan.n, "a choice is missing")
     return "finished", used[0]
 
 
-def _settle(grant: Grant, usage: Usage | None, account: Account) -> None:
-    """Give back what was not used, and see that the limiter gives back no more."""
+def _settle(grant: Grant, usage: Usage | None, account: AccountModel) -> None:
+    """Release the unused reservation, and check that the limiter gives back no more than was taken."""
     reserved = grant._reserved
     grant.close(TokenUsage(usage.prompt_tokens, usage.completion_tokens) if usage else None, None)
     account.tokens.give(reserved - grant._reserved)
@@ -160,19 +172,19 @@ def _finished(deltas: list[Delta]) -> bool:
     return bool(deltas) and deltas[-1].finish is not None
 
 
-def _check_texts(visit: Visit, plan: Plan, told: dict[int, list[Delta]]) -> None:
-    """The text is what the model says alone, without the stop string; of an answer that was cut, its beginning."""
-    for index, deltas in told.items():
+def _check_texts(request: SimulatedRequest, plan: Plan, choices: dict[int, list[Delta]]) -> None:
+    """Check that each text is what the model generates alone, up to the stop string; of an unfinished one, a prefix."""
+    for index, deltas in choices.items():
         prompt = plan.prompts[index // plan.n]
         text = "".join(delta.text for delta in deltas)
-        expected = (prompt.text if plan.echo else "") + _said(plan, index)
-        whole = _finished(deltas)
-        require(5, text == expected if whole else expected.startswith(text), f"{text!r} instead of {expected!r}")
+        expected = (prompt.text if plan.echo else "") + _expected_text(plan, index)
+        complete = _finished(deltas)
+        require(5, text == expected if complete else expected.startswith(text), f"{text!r} instead of {expected!r}")
 
 
-def _said(plan: Plan, index: int) -> str:
+def _expected_text(plan: Plan, index: int) -> str:
     job = plan.prompts[index // plan.n].job
-    tokens = wanted(job, index % plan.n)
+    tokens = expected_tokens(job, index % plan.n)
     text = "".join(LETTERS[token] for token in tokens if token not in job.end_tokens)
     for end in range(len(text) + 1):
         found = [stop for stop in plan.stop.texts if text[:end].endswith(stop)]
@@ -182,7 +194,7 @@ def _said(plan: Plan, index: int) -> str:
 
 
 def key_text(index: int) -> str:
-    """The text of a key."""
+    """The secret text of an API key."""
     return f"key-{index}"
 
 

@@ -1,4 +1,4 @@
-"""Bugs planted on purpose. The simulator must find each of them, by the invariant that it breaks."""
+"""Deliberate bugs. The simulator must find each of them by an invariant that it breaks."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from afterword.keys.rate_limiter import TokenBucket
 
 @dataclass(frozen=True)
 class Fault:
-    """`rules` are the invariants that may show it first."""
+    """A deliberate bug. `rules`: the invariants that may break first. `install`: patches the server's code."""
 
     name: str
     rules: tuple[int, ...]
-    plant: Callable[[pytest.MonkeyPatch], None]
+    install: Callable[[pytest.MonkeyPatch], None]
 
 
 def _leak_slots(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PrefixCache, "release", lambda *_, **__: None)
 
 
-def _go_on_after_the_end(patch: pytest.MonkeyPatch) -> None:
+def _continue_after_the_end(patch: pytest.MonkeyPatch) -> None:
     put = PendingJob.add_step
 
     def put_more(self: PendingJob, step: Step) -> None:
@@ -45,12 +45,12 @@ def _repeat_after_a_crash(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PendingJob, "_repeats", lambda *_: False)
 
 
-def _admit_everyone(patch: pytest.MonkeyPatch) -> None:
+def _accept_any_number(patch: pytest.MonkeyPatch) -> None:
     check = Supervisor._check
-    patch.setattr(Supervisor, "_check", lambda self, work, waiting, room: check(self, work, 0, 1))
+    patch.setattr(Supervisor, "_check", lambda self, work, *_, **__: check(self, work, 0, 1))
 
 
-def _admit_any_size(patch: pytest.MonkeyPatch) -> None:
+def _accept_any_size(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PendingJob, "size", 0)
 
 
@@ -64,10 +64,10 @@ def _first_come_first_served(patch: pytest.MonkeyPatch) -> None:
         waiting = [work for works in self._waiting.values() for work in works.values()]
         return (Sequence(min(waiting, key=lambda work: work.run), sample=0), None) if waiting else None
 
-    patch.setattr(Scheduler, "_next", oldest)
+    patch.setattr(Scheduler, "_next_admission", oldest)
 
 
-def _pause_nothing(patch: pytest.MonkeyPatch) -> None:
+def _preempt_nothing(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Scheduler, "_victims", lambda *_: [])
 
 
@@ -79,31 +79,31 @@ def _ignore_deadlines(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Supervisor, "_expire", lambda *_: None)
 
 
-def _forget_one_in_a_crash(patch: pytest.MonkeyPatch) -> None:
-    mourn = Supervisor._handle_worker_death
+def _lose_a_job_in_a_crash(patch: pytest.MonkeyPatch) -> None:
+    handle_death = Supervisor._handle_worker_death
 
-    def forget(self: Supervisor) -> None:
-        mourn(self)
+    def handle_and_lose(self: Supervisor) -> None:
+        handle_death(self)
         if self._waiting:
             self._waiting.popitem()
 
-    patch.setattr(Supervisor, "_handle_worker_death", forget)
+    patch.setattr(Supervisor, "_handle_worker_death", handle_and_lose)
 
 
-def _ignore_silence(patch: pytest.MonkeyPatch) -> None:
+def _ignore_hangs(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("afterword.engine.parent.watchdog.Watchdog.is_hanging", lambda *_, **__: False)
 
 
 FAULTS = (
-    Fault("a slot is not given back", (2,), _leak_slots),
-    Fault("a sample that has ended goes on", (4,), _go_on_after_the_end),
+    Fault("a slot is not released", (2,), _leak_slots),
+    Fault("a sample continues after its end", (4,), _continue_after_the_end),
     Fault("a token is repeated after a crash", (5,), _repeat_after_a_crash),
-    Fault("the queue has no end", (3,), _admit_everyone),
-    Fault("the queue takes any number of tokens", (3,), _admit_any_size),
-    Fault("clients are served as they come", (7,), _first_come_first_served),
-    Fault("nothing is paused for a client that waits", (11,), _pause_nothing),
-    Fault("the limiter does not count", (9,), _grant_without_counting),
-    Fault("deadlines are ignored", (6,), _ignore_deadlines),
-    Fault("a job is forgotten in a crash", (0, 1), _forget_one_in_a_crash),
-    Fault("a hung engine is not noticed", (6,), _ignore_silence),
+    Fault("the queue has no limit of jobs", (3,), _accept_any_number),
+    Fault("the queue has no limit of tokens", (3,), _accept_any_size),
+    Fault("jobs are admitted in order of arrival", (7,), _first_come_first_served),
+    Fault("no sequence is preempted", (11,), _preempt_nothing),
+    Fault("the rate limiter does not count", (9,), _grant_without_counting),
+    Fault("queue deadlines are ignored", (6,), _ignore_deadlines),
+    Fault("a job is lost in a crash", (0, 1), _lose_a_job_in_a_crash),
+    Fault("a hung worker is not noticed", (6,), _ignore_hangs),
 )

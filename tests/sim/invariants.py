@@ -1,4 +1,8 @@
-"""What happened in a world, and what must never happen: the invariants. It is told everything and decides nothing."""
+"""The invariants of a simulation: records all events and raises `BrokenError` when an invariant does not hold.
+
+The simulation, the clients and the simulated workers report events. The checker does not change their behaviour. The
+numbers of the invariants are those of README.md.
+"""
 
 from __future__ import annotations
 
@@ -23,29 +27,35 @@ from afterword.keys.key import Allowance
 
 from .process import FakeProcess
 
-WINDOW = 100  # passes over which shares are compared
-SOON = 60
-"""Passes over running sequences after which a client that waits has its share. Longer than a sample is protected after
-a pause, and than prompts take; shorter than the samples of greedy clients."""
+WINDOW = 100  # passes over which the shares of invariant 7 are averaged
+SHARE_PASSES = 60
+"""Decode passes after which a waiting client must have its share.
+
+It is more than the passes for which a preempted sample is protected and than prompts take. It is less than the length
+of the samples of heavy clients."""
 
 
 class BrokenError(AssertionError):
-    """An invariant does not hold. `rule` is its number."""
+    """An invariant does not hold. `rule`: its number."""
 
-    def __init__(self, rule: int, what: str) -> None:
-        super().__init__(f"invariant {rule}: {what}")
+    def __init__(self, rule: int, message: str) -> None:
+        super().__init__(f"invariant {rule}: {message}")
         self.rule = rule
 
 
-def require(rule: int, holds: bool, what: str) -> None:
-    """Raise `BrokenError` unless it holds."""
+def require(rule: int, holds: bool, message: str) -> None:
+    """Raise `BrokenError` unless the condition holds."""
     if not holds:
-        raise BrokenError(rule, what)
+        raise BrokenError(rule, message)
 
 
 @dataclass(eq=False)
-class Entry:
-    """A job that was accepted, and what it brought."""
+class JobRecord:
+    """An accepted job and the results that its client has received.
+
+    `since`: time of acceptance. `begun`: its first step has arrived. `over`: it has ended. `left`: its client closed
+    it. `dropped`: samples that the client ended.
+    """
 
     name: int
     job: Job
@@ -64,21 +74,24 @@ class Entry:
 
 
 @lru_cache(4096)
-def wanted(job: Job, sample: int) -> list[int]:
-    """The tokens that a sample has alone."""
+def expected_tokens(job: Job, sample: int) -> list[int]:
+    """The tokens that a sample gets if no other job runs."""
     return history_runner.alone(job, sample)
 
 
-class Ledger:
-    """Owner of the trace, of what is known of every job, and of what every key was granted."""
+class InvariantChecker:
+    """Owner of the trace of all events and of the records of all jobs.
+
+    `fair`: all clients always wait and send the same kind of request, so invariant 7 is checked too.
+    """
 
     def __init__(self, policy: QueuePolicy, sequences: int, fair: bool) -> None:
-        self._short: Counter[str] = Counter()  # passes in which a client held less than its share and wanted more
-        self._without: Counter[str] = Counter()  # passes in which it held nothing and wanted something
-        self.jobs: list[Entry] = []
+        self._below_share: Counter[str] = Counter()  # by client: successive passes with less than its share
+        self._without_slots: Counter[str] = Counter()  # by client: passes in which it waited and held nothing
+        self.jobs: list[JobRecord] = []
         self.outcomes: Counter[str] = Counter()
         self.deaths = 0
-        self.overslept = 0.0  # until when timers may be late
+        self.timers_late_until = 0.0  # the time until which timers may be late, after a jump of the clock
         self._policy = policy
         self._sequences = sequences
         self._fair = fair
@@ -89,54 +102,56 @@ class Ledger:
 
     @property
     def trace(self) -> str:
-        """Names everything that happened, in order."""
+        """A hash of all events in order."""
         return self._trace.hexdigest()
 
     @property
     def now(self) -> float:
         return asyncio.get_running_loop().time()
 
-    def note(self, *facts: object) -> None:
-        """Something happened."""
+    def record(self, *facts: object) -> None:
+        """Add an event to the trace."""
         self._trace.update(repr((round(self.now, 6), *facts)).encode())
         self.deaths += facts[0] == "died"
 
     # ---- jobs
 
-    def accepted(self, job: Job) -> Entry:
-        """The engine took a job."""
-        entry = Entry(len(self.jobs), job, self.now)
-        self.jobs.append(entry)
-        self.note("job", entry.name, job.client, len(job.prompt), job.samples, job.max_tokens)
-        return entry
+    def add_job(self, job: Job) -> JobRecord:
+        """Record a job that the engine has accepted."""
+        record = JobRecord(len(self.jobs), job, self.now)
+        self.jobs.append(record)
+        self.record("job", record.name, job.client, len(job.prompt), job.samples, job.max_tokens)
+        return record
 
-    def brought(self, entry: Entry, step: Step) -> None:
-        """A step reached who waits for it."""
-        require(4, not entry.left, "a step for a job whose client has left")
-        entry.begun = True
-        entry.scored += len(step.scored)
+    def add_step(self, record: JobRecord, step: Step) -> None:
+        """Record a step that a client has received."""
+        require(4, not record.left, "a step for a job whose client has left")
+        record.begun = True
+        record.scored += len(step.scored)
         for sample, token in step.sampled:
-            require(4, sample not in entry.ended, "a token for a sample that has ended")
-            entry.tokens.setdefault(sample, []).append(token.id)
-        entry.ended |= {sample for sample, _ in step.ended}
-        self.note("step", entry.name, [(sample, token.id) for sample, token in step.sampled], step.ended, step.cached)
+            require(4, sample not in record.ended, "a token for a sample that has ended")
+            record.tokens.setdefault(sample, []).append(token.id)
+        record.ended |= {sample for sample, _ in step.ended}
+        self.record(
+            "step", record.name, [(sample, token.id) for sample, token in step.sampled], step.ended, step.cached
+        )
 
-    def over(self, entry: Entry, whole: bool) -> None:
-        """Nothing more will come; are the tokens those that it has alone?"""
-        if entry.over:
+    def end_job(self, record: JobRecord, whole: bool) -> None:
+        """Record the end of a job and check its tokens. `whole`: it was not cancelled and did not fail."""
+        if record.over:
             return
-        entry.over = True
-        self.note("over", entry.name, whole)
-        for sample in range(entry.job.samples) if whole or entry.tokens else ():
-            expected, got = wanted(entry.job, sample), entry.tokens.get(sample, [])
+        record.over = True
+        self.record("over", record.name, whole)
+        for sample in range(record.job.samples) if whole or record.tokens else ():
+            expected, got = expected_tokens(record.job, sample), record.tokens.get(sample, [])
             require(5, got == expected[: len(got)], f"sample {sample} got {got} instead of {expected}")
-            if whole and sample not in entry.dropped:
+            if whole and sample not in record.dropped:
                 require(5, len(got) == len(expected), f"sample {sample} ended early: {got} of {expected}")
-        if whole and not entry.dropped:
-            require(5, entry.scored == len(scores(entry.job)), "not every token of the prompt was scored")
+        if whole and not record.dropped:
+            require(5, record.scored == len(scores(record.job)), "not every token of the prompt was scored")
 
     def check_queue(self) -> None:
-        """Is it within its limits? For when what happened at this moment has settled."""
+        """Check the limits of the queue. Call it when all tasks have processed the last event."""
         live = [each for each in self.jobs if not each.over]
         waiting = [each for each in live if not each.begun]
         require(3, len(live) <= self._policy.queue + self._sequences, f"{len(live)} jobs were accepted")
@@ -144,62 +159,65 @@ class Ledger:
         require(3, len(waiting) <= 1 or tokens <= self._policy.queue_tokens, f"{tokens} tokens wait")
 
     def check_waiting(self) -> None:
-        """Has anything waited for too long?"""
+        """Check that no job has waited in the queue for longer than allowed."""
         latest = self.now - self._policy.queue_seconds - 1.0
-        if self._policy.queue_seconds and self.now > self.overslept:
-            for entry in self.jobs:
-                require(6, entry.begun or entry.over or entry.since >= latest, f"job {entry.name} waits too long")
+        if self._policy.queue_seconds and self.now > self.timers_late_until:
+            for record in self.jobs:
+                require(6, record.begun or record.over or record.since >= latest, f"job {record.name} waits too long")
 
     # ---- shares
 
-    def passed(self, process: FakeProcess, batch: ForwardBatch) -> None:
-        """A pass was computed for these: did every client that waits get its share, now and of the last ones?"""
-        assert process.core is not None
+    def add_pass(self, process: FakeProcess, batch: ForwardBatch) -> None:
+        """Record a forward pass. Check that each waiting client has its share of the slots and of the last passes."""
+        assert process.engine_loop is not None
         if process is not self._process:
             self._process = process
-            for each in (self._shares, self._short, self._without):
+            for each in (self._shares, self._below_share, self._without_slots):
                 each.clear()
-        scheduler = process.core._scheduler
-        held = Counter(sequence.work.job.client for sequence in scheduler._held.values())
-        for client in list(self._without):
-            if _group_of(client, held):
-                del self._without[client]
-        if not scheduler.sequence_in(batch.entries[0].slot).catching_up:
+        scheduler = process.engine_loop._scheduler
+        held = Counter(sequence.work.job.client for sequence in scheduler._active.values())
+        for client in list(self._without_slots):
+            if _group_slots(client, held):
+                del self._without_slots[client]
+        if not scheduler.sequence_in(batch.entries[0].slot).needs_prefill:
             self._check_shares(scheduler, held)
         if not self._fair:
             return
         shares: Counter[str] = Counter()
-        for row in batch.entries:
-            # not tokens: of who has a prefix few are computed
-            shares[scheduler.sequence_in(row.slot).work.job.client] += 1
+        for entry in batch.entries:
+            # Count entries, not tokens: with a cached prefix, few tokens are computed.
+            shares[scheduler.sequence_in(entry.slot).work.job.client] += 1
         self._shares.append((frozenset(scheduler._waiting), shares))
         self._passes += 1
         if len(self._shares) < WINDOW or self._passes % 8:
             return
         total = sum((shares for _, shares in self._shares), Counter())
-        there = frozenset(total).union(*(waiting for waiting, _ in self._shares))
+        clients = frozenset(total).union(*(waiting for waiting, _ in self._shares))
         for client in frozenset.intersection(*(waiting for waiting, _ in self._shares)):
             share = total[client] / total.total()
-            require(7, share >= 0.5 / len(there), f"one of {len(there)} clients got {share:.0%}")
+            require(7, share >= 0.5 / len(clients), f"one of {len(clients)} clients got {share:.0%} of the entries")
 
     def _check_shares(self, scheduler: Scheduler, held: Counter[str]) -> None:
-        """Has any client that wants more held less than its share for too long, or nothing at all?"""
-        resting = {work.job.client for work in scheduler._works.values() if work.queued}
-        wanting = {*scheduler._waiting, *resting}
-        for counts in (self._short, self._without):
-            for client in set(counts) - wanting:
+        """Check that no waiting client held less than its share, or nothing at all, for too many passes."""
+        queued = {work.job.client for work in scheduler._works.values() if work.queued}
+        waiting = {*scheduler._waiting, *queued}
+        for counts in (self._below_share, self._without_slots):
+            for client in set(counts) - waiting:
                 del counts[client]
-        for client in sorted(wanting):
-            self._short[client] = self._short[client] + 1 if _holds_less(client, held, self._sequences) else 0
-            self._without[client] += not _group_of(client, held)
-            most = SOON + (REST_PASSES[1] if client in resting else 0)
-            require(11, self._short[client] <= most, f"{client} holds {held[client]} while others hold {dict(held)}")
-            turns = (len(wanting | set(held))) * (TURN_PASSES + SOON)
-            require(11, self._without[client] <= turns, f"{client} holds nothing for {turns} passes")
+        for client in sorted(waiting):
+            below = _is_below_share(client, held, self._sequences)
+            self._below_share[client] = self._below_share[client] + 1 if below else 0
+            self._without_slots[client] += not _group_slots(client, held)
+            most = SHARE_PASSES + (REST_PASSES[1] if client in queued else 0)
+            require(
+                11, self._below_share[client] <= most, f"{client} holds {held[client]} while others hold {dict(held)}"
+            )
+            turns = (len(waiting | set(held))) * (TURN_PASSES + SHARE_PASSES)
+            require(11, self._without_slots[client] <= turns, f"{client} holds nothing for {turns} passes")
 
 
-def _group_of(client: str, held: Counter[str]) -> int:
-    """Sequences that are counted together with a client's: those of all batches, or its own."""
+def _group_slots(client: str, held: Counter[str]) -> int:
+    """The slots that the client's group holds: those of all batches, or its own."""
     return sum(
         n
         for name, n in held.items()
@@ -207,21 +225,23 @@ def _group_of(client: str, held: Counter[str]) -> int:
     )
 
 
-def _holds_less(client: str, held: Counter[str], sequences: int) -> bool:
-    """Whether a client holds less than its share: another one holds two more, or batches hold more than half."""
+def _is_below_share(client: str, held: Counter[str], sequences: int) -> bool:
+    """Whether a client holds less than its share: another one holds 2 more, or batches hold more than half."""
     batch = client.endswith(BATCH_CLIENT)
     for other, count in held.items():
         if batch and other.endswith(BATCH_CLIENT):
             if count >= held[client] + 2:
                 return True
-        elif _group_of(other, held) >= _group_of(client, held) + 2:
+        elif _group_slots(other, held) >= _group_slots(client, held) + 2:
             return True
-    return not batch and _group_of(BATCH_CLIENT, held) > max(1, sequences // 2)
+    return not batch and _group_slots(BATCH_CLIENT, held) > max(1, sequences // 2)
 
 
-class Meter:
-    """What one key was granted, against a bucket of its own making: at any time at most a minute's worth more than
-    what has come in since any earlier time."""
+class BucketModel:
+    """An independent check of one rate limit of a key.
+
+    Between any two times, the granted amount must not exceed the limit per minute plus the refill of that span.
+    """
 
     def __init__(self, limit: int | None) -> None:
         self._limit = limit
@@ -230,48 +250,49 @@ class Meter:
         self._out = 0
 
     def take(self, amount: int, now: float) -> None:
-        """So much was granted."""
+        """Record a granted amount."""
         self._out += amount
         if self._limit is None:
             return
         spent = self._level + amount - Fraction(now) * self._limit / 60
         self._lowest = min(self._lowest, self._level - Fraction(now) * self._limit / 60)
         self._level += amount
-        require(9, spent - self._lowest <= self._limit + Fraction(1, 1000), "more was granted than a minute brings")
+        most = self._limit + Fraction(1, 1000)
+        require(9, spent - self._lowest <= most, "more was granted than the limit per minute")
 
     def give(self, amount: int) -> None:
-        """So much was given back."""
+        """Record an amount that was given back."""
         require(9, 0 <= amount <= self._out, "more was given back than was taken")
         self._out -= amount
         self._level -= amount
 
 
 @dataclass
-class Account:
-    """A key's limits as they should be kept."""
+class AccountModel:
+    """An independent check of all limits of a key."""
 
-    requests: Meter
-    tokens: Meter
+    requests: BucketModel
+    tokens: BucketModel
     most: int | None
     inside: int = 0
 
     @classmethod
-    def of(cls, allowance: Allowance) -> Account:
-        return cls(Meter(allowance.requests), Meter(allowance.tokens), allowance.concurrent)
+    def of(cls, allowance: Allowance) -> AccountModel:
+        return cls(BucketModel(allowance.requests), BucketModel(allowance.tokens), allowance.concurrent)
 
     def entered(self, now: float) -> None:
-        """A request was let in."""
+        """Record an admitted request."""
         self.inside += 1
         self.requests.take(1, now)
         require(9, self.most is None or self.inside <= self.most, "too many requests at once")
 
 
 class ObservedEngine:
-    """The engine as the ledger sees it used."""
+    """An engine that reports all jobs and steps to the checker."""
 
-    def __init__(self, engine: Engine, ledger: Ledger) -> None:
+    def __init__(self, engine: Engine, checker: InvariantChecker) -> None:
         self._engine = engine
-        self._ledger = ledger
+        self._checker = checker
 
     @property
     def model_info(self) -> ModelInfo:
@@ -282,40 +303,40 @@ class ObservedEngine:
 
     def start(self, job: Job) -> JobHandle:
         run = self._engine.start(job)
-        return ObservedRun(run, self._ledger.accepted(job), self._ledger)
+        return ObservedJob(run, self._checker.add_job(job), self._checker)
 
 
-class ObservedRun:
-    """A run as the ledger sees it."""
+class ObservedJob:
+    """A job handle that reports all steps to the checker."""
 
-    def __init__(self, run: JobHandle, entry: Entry, ledger: Ledger) -> None:
-        self._run = run
-        self._entry = entry
-        self._ledger = ledger
+    def __init__(self, run: JobHandle, record: JobRecord, checker: InvariantChecker) -> None:
+        self._job = run
+        self._record = record
+        self._checker = checker
 
     async def __aiter__(self) -> AsyncIterator[Step]:
         try:
-            async for step in self._run:
-                self._ledger.brought(self._entry, step)
+            async for step in self._job:
+                self._checker.add_step(self._record, step)
                 yield step
         except AfterwordError as error:
-            self._ledger.note("failed", self._entry.name, type(error).__name__)
-            self._ledger.over(self._entry, whole=False)
+            self._checker.record("failed", self._record.name, type(error).__name__)
+            self._checker.end_job(self._record, whole=False)
             raise
-        self._ledger.over(self._entry, whole=True)
+        self._checker.end_job(self._record, whole=True)
 
     def drop(self, sample: int) -> None:
-        self._entry.dropped.add(sample)
-        self._run.drop(sample)
+        self._record.dropped.add(sample)
+        self._job.drop(sample)
 
     def close(self) -> None:
-        self._entry.left = True
-        self._run.close()
-        self._ledger.over(self._entry, whole=False)
+        self._record.left = True
+        self._job.close()
+        self._checker.end_job(self._record, whole=False)
 
     def pause(self) -> None:
-        self._ledger.note("pauses", self._entry.name)
-        self._run.pause()
+        self._checker.record("pauses", self._record.name)
+        self._job.pause()
 
     def resume(self) -> None:
-        self._run.resume()
+        self._job.resume()

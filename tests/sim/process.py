@@ -1,7 +1,7 @@
-"""An engine's process that is none: the real loop, scheduler and slots, in the same event loop as the server.
+"""A simulated worker process: the real engine loop, scheduler and slots, in the same event loop as the server.
 
-It stands in where `afterword.engine.parent.worker_process.WorkerLink` is, and can die, stop, spin and stall as it is
-told.
+`FakeProcess` replaces `afterword.engine.parent.worker_process.WorkerLink`. The simulation can make it die, stop, hang
+and stall.
 """
 
 from __future__ import annotations
@@ -20,121 +20,126 @@ from afterword.engine.core.forward_batch import ForwardBatch, Logits
 from afterword.engine.protocol import ModelInfo
 from afterword.engine.worker.worker_main import PassMonitor, apply_message
 
-DEADLY, BOMB, CURSED = "!", "#", "?"
-"""A prompt with the first kills as it is read, with the second after some tokens; the last kills the tokenizer."""
-LETTERS = "".join(chr(65 + token) for token in range(VOCABULARY)) + DEADLY + BOMB + CURSED
-_FUSE = 6  # tokens
-_WAY = 0.001  # seconds from one process to the other
+PREFILL_CRASH, DECODE_CRASH, TOKENIZER_CRASH = "!", "#", "?"
+"""Letters that crash the worker: during prefill, some tokens later during decode, and in the tokenizer."""
+LETTERS = "".join(chr(65 + token) for token in range(VOCABULARY)) + PREFILL_CRASH + DECODE_CRASH + TOKENIZER_CRASH
+_CRASH_TOKENS = 6  # tokens after DECODE_CRASH until the crash
+_LATENCY = 0.001  # seconds that a message takes between server and worker
 
 
-class DeadError(Exception):
-    """Something computed has killed the process."""
+class CrashError(Exception):
+    """A computed token has crashed the worker."""
 
 
 @dataclass
 class Machine:
-    """What processes run on. `failing`: so many of the next cannot load the model."""
+    """Starts workers; owns their settings and speeds. `failing`: how many of the next ones fail to load the model."""
 
     random: Random
-    shape: messages.LoadModel
+    settings: messages.LoadModel
     promise: str = "exact"
     load_seconds: float = 1.0
     pass_seconds: float = 0.01
     token_seconds: float = 0.002
     failing: int = 0
     processes: list[FakeProcess] = field(default_factory=list)
-    passed: Callable[[FakeProcess, ForwardBatch], None] = lambda *_: None
-    told: Callable[..., None] = lambda *_: None
+    on_pass: Callable[[FakeProcess, ForwardBatch], None] = lambda *_: None
+    record: Callable[..., None] = lambda *_: None
 
     async def spawn(self, _: object) -> FakeProcess:
-        """A new process; see `afterword.engine.parent.worker_process.SpawnWorker`."""
+        """Start a worker; see `afterword.engine.parent.worker_process.SpawnWorker`."""
         self.processes.append(FakeProcess(self, self.failing > 0))
         self.failing = max(0, self.failing - 1)
         return self.processes[-1]
 
-    def card(self) -> ModelInfo:
-        """The model's."""
+    def model_info(self) -> ModelInfo:
         pieces = tuple(letter.encode() for letter in LETTERS)
-        shape = self.shape
+        settings = self.settings
         return ModelInfo(
-            *(0, shape.context, shape.sequences, pieces, (0,), None, 0, False, False, 1, None, "fp_sim"),
+            *(0, settings.context, settings.sequences, pieces, (0,), None, 0, False, False, 1, None, "fp_sim"),
             promise=self.promise,  # type: ignore[arg-type]
         )
 
 
 class TimedRunner(HistoryRunner):
-    """A pass takes time, which is slept when it is over; and some tokens are deadly."""
+    """A runner that takes time for each pass and crashes the worker at some tokens.
+
+    `run` advances its clock by `clock_offset`. The process sleeps for as long after the pass.
+    """
 
     def __init__(self, machine: Machine, process: FakeProcess) -> None:
-        shape = machine.shape
-        super().__init__(shape.sequences, shape.chunk, grid=shape.grid)
-        self.ahead = 0.0  # seconds by which this process's clock is before the loop's
+        settings = machine.settings
+        super().__init__(settings.sequences, settings.chunk, grid=settings.grid)
+        self.clock_offset = 0.0  # seconds by which this worker's clock is ahead of the event loop's
         self.monitor: PassMonitor | None = None
-        self.pulse = messages.Heartbeat(0, 0, 0, 0.0)
+        self.last_heartbeat = messages.Heartbeat(0, 0, 0, 0.0)
         self._machine = machine
         self._process = process
 
     def clock(self) -> float:
-        return asyncio.get_running_loop().time() + self.ahead
+        return asyncio.get_running_loop().time() + self.clock_offset
 
     def run(self, batch: ForwardBatch) -> Logits:
         assert self.monitor is not None
-        self.pulse = self.monitor.heartbeat()
-        tokens = sum(len(row.tokens) for row in batch.entries)
+        self.last_heartbeat = self.monitor.heartbeat()
+        tokens = sum(len(entry.tokens) for entry in batch.entries)
         machine = self._machine
-        self.ahead = (machine.pass_seconds + tokens * machine.token_seconds) * machine.random.uniform(0.7, 1.3)
-        machine.passed(self._process, batch)
+        self.clock_offset = (machine.pass_seconds + tokens * machine.token_seconds) * machine.random.uniform(0.7, 1.3)
+        machine.on_pass(self._process, batch)
         logits = super().run(batch)
-        if any(self._deadly(slot) for slot in {row.slot for row in batch.entries}):
-            raise DeadError
+        if any(self._crashes(slot) for slot in {entry.slot for entry in batch.entries}):
+            raise CrashError
         return logits
 
-    def _deadly(self, slot: int) -> bool:
+    def _crashes(self, slot: int) -> bool:
         state = self.state[slot]
-        if LETTERS.index(DEADLY) in state:
+        if LETTERS.index(PREFILL_CRASH) in state:
             return True
-        bomb = LETTERS.index(BOMB)
-        return bomb in state and len(state) - state.index(bomb) > _FUSE
+        letter = LETTERS.index(DECODE_CRASH)
+        return letter in state and len(state) - state.index(letter) > _CRASH_TOKENS
 
 
 class FakeProcess:
-    """See `afterword.engine.parent.worker_process.WorkerLink`. `stopped_at` and `spins_at`: since when it hangs."""
+    """A simulated worker; see `afterword.engine.parent.worker_process.WorkerLink`.
+
+    `stopped_at`: the time since which the process is stopped. `hangs_at`: the time since which a pass does not end.
+    """
 
     pid = None
 
     def __init__(self, machine: Machine, fails: bool) -> None:
         self.alive = True
-        self.core: EngineLoop | None = None
+        self.engine_loop: EngineLoop | None = None
         self.stopped_at: float | None = None
-        self.spins_at: float | None = None
+        self.hangs_at: float | None = None
         self.died_at: float | None = None
         self._machine = machine
         self._fails = fails
-        self._spins = False
+        self._hangs_next = False
         self._runner = TimedRunner(machine, self)
         self._inbox: deque[tuple[float, messages.WorkerMessage]] = deque()
         self._outbox: asyncio.Queue[tuple[float, messages.ServerMessage | None]] = asyncio.Queue()
-        self._lanes: tuple[asyncio.Queue[messages.TokenizeText], ...] = (asyncio.Queue(), asyncio.Queue())
-        self._news = asyncio.Event()
-        self._going = asyncio.Event()
-        self._going.set()
-        works = (self._compute(), self._pulse(), *(self._tokenize(texts) for texts in self._lanes))
-        self.tasks = [asyncio.create_task(work) for work in works]
+        self._tokenizer_queues: tuple[asyncio.Queue[messages.TokenizeText], ...] = (asyncio.Queue(), asyncio.Queue())
+        self._message_arrived = asyncio.Event()
+        self._not_stopped = asyncio.Event()
+        self._not_stopped.set()
+        tokenizers = (self._tokenize(texts) for texts in self._tokenizer_queues)
+        self.tasks = [asyncio.create_task(each) for each in (self._compute(), self._send_heartbeats(), *tokenizers)]
 
     @property
     def now(self) -> float:
         return asyncio.get_running_loop().time()
 
-    # ---- what the server sees
+    # ---- the interface for the server
 
     def send(self, message: messages.WorkerMessage) -> None:
         if isinstance(message, messages.TokenizeText):
-            self._lanes[message.long].put_nowait(message)  # they have threads of their own, and wait for no pass
+            self._tokenizer_queues[message.long].put_nowait(message)  # tokenizer threads do not wait for passes
             return
         if isinstance(message, messages.CancelTokenize):
-            return  # the text is short, and answered soon
-        self._inbox.append((self.now + _WAY, message))
-        self._news.set()
+            return  # all texts are short, so their tokens arrive soon
+        self._inbox.append((self.now + _LATENCY, message))
+        self._message_arrived.set()
 
     async def receive(self) -> messages.ServerMessage | None:
         ready, message = await self._outbox.get()
@@ -142,8 +147,8 @@ class FakeProcess:
         return message
 
     def kill(self) -> None:
-        if self.alive and self.stopped_at is None and self.spins_at is None:
-            raise AssertionError("a healthy engine was killed")
+        if self.alive and self.stopped_at is None and self.hangs_at is None:
+            raise AssertionError("a healthy worker was killed")
         self.die("killed")
 
     async def wait_ended(self) -> int | None:
@@ -151,106 +156,106 @@ class FakeProcess:
         await asyncio.sleep(0.01)
         return -9
 
-    # ---- what happens to it
+    # ---- faults
 
     def die(self, why: str) -> None:
-        """It is gone, and what it was computing with it; what it had sent still arrives."""
+        """End the process and everything that it computes. Messages that it has sent still arrive."""
         if self.alive:
             self.alive, self.died_at = False, self.now
-            self._machine.told("died", self._machine.processes.index(self), why)
+            self._machine.record("died", self._machine.processes.index(self), why)
             for task in self.tasks:
                 task.cancel()
-            self._outbox.put_nowait((self.now + _WAY, None))
+            self._outbox.put_nowait((self.now + _LATENCY, None))
 
     def stop(self) -> None:
-        """It does nothing any more."""
+        """Stop the process for ever."""
         self.stopped_at = self.now
-        self._going.clear()
+        self._not_stopped.clear()
 
     def stall(self, seconds: float) -> None:
-        """It does nothing for a while."""
-        if self._going.is_set():
-            self._going.clear()
-            asyncio.get_running_loop().call_later(seconds, self._go)
+        """Stop the process for this many seconds."""
+        if self._not_stopped.is_set():
+            self._not_stopped.clear()
+            asyncio.get_running_loop().call_later(seconds, self._continue)
 
-    def _go(self) -> None:
+    def _continue(self) -> None:
         if self.stopped_at is None:
-            self._going.set()
+            self._not_stopped.set()
 
-    def spin(self) -> None:
-        """The pass after this one never ends."""
-        self._spins = True
+    def hang(self) -> None:
+        """Make the next pass endless."""
+        self._hangs_next = True
 
-    # ---- what it does
+    # ---- the work of the process
 
     async def _compute(self) -> None:
-        await self._rest(self._machine.load_seconds)
+        await self._sleep(self._machine.load_seconds)
         if self._fails:
-            self._emit(messages.LoadFailure("The model is gone."))
+            self._send_to_server(messages.LoadFailure("The simulated model cannot be loaded."))
             return
-        self._emit(messages.ModelReady(self._machine.card()))
+        self._send_to_server(messages.ModelReady(self._machine.model_info()))
         monitor = self._runner.monitor = PassMonitor(self._runner, self._runner.clock)
-        self.core = EngineLoop(monitor, self._runner.clock)
+        self.engine_loop = EngineLoop(monitor, self._runner.clock)
         try:
             while True:
-                await self._beat(self.core)
-        except DeadError:
-            self.die("deadly")
+                await self._iterate(self.engine_loop)
+        except CrashError:
+            self.die("crashed by a token")
 
-    async def _beat(self, core: EngineLoop) -> None:
-        changed = self._take(core)
-        self._runner.ahead = 0.0
+    async def _iterate(self, loop: EngineLoop) -> None:
+        changed = self._take(loop)
+        self._runner.clock_offset = 0.0
         computed = len(self._runner.batches)
-        steps = core.step()
+        steps = loop.step()
         if len(self._runner.batches) > computed:
-            await self._rest(self._runner.ahead, spins=self._spins)
-        self._runner.ahead = 0.0
+            await self._sleep(self._runner.clock_offset, hangs=self._hangs_next)
+        self._runner.clock_offset = 0.0
         if self._runner.monitor:
-            self._runner.pulse = self._runner.monitor.heartbeat()
+            self._runner.last_heartbeat = self._runner.monitor.heartbeat()
         if steps or changed:
-            self._emit(messages.PassDone(steps or {}, core.load()))
+            self._send_to_server(messages.PassDone(steps or {}, loop.load()))
         if steps is None and not changed:
             await self._wait()
 
     async def _wait(self) -> None:
         while not self._inbox:
-            self._news.clear()
-            await self._news.wait()
-        await self._rest(max(0.0, self._inbox[0][0] - self.now))
+            self._message_arrived.clear()
+            await self._message_arrived.wait()
+        await self._sleep(max(0.0, self._inbox[0][0] - self.now))
 
-    async def _rest(self, seconds: float, spins: bool = False) -> None:
+    async def _sleep(self, seconds: float, hangs: bool = False) -> None:
         await asyncio.sleep(seconds)
-        await self._going.wait()
-        if spins:
-            self.spins_at = self.now
+        await self._not_stopped.wait()
+        if hangs:
+            self.hangs_at = self.now
             await asyncio.Event().wait()
 
-    def _take(self, core: EngineLoop) -> bool:
+    def _take(self, loop: EngineLoop) -> bool:
         taken = False
         while self._inbox and self._inbox[0][0] <= self.now + 1e-9:
             message = self._inbox.popleft()[1]
             if not isinstance(message, messages.LoadModel):
-                apply_message(core, message)
+                apply_message(loop, message)
                 taken = True
         return taken
 
     async def _tokenize(self, texts: asyncio.Queue[messages.TokenizeText]) -> None:
         while True:
             message = await texts.get()
-            await self._rest(_WAY + 0.001 * (1 + len(message.text)))
-            if CURSED in message.text:
-                asyncio.get_running_loop().call_soon(self.die, "cursed")
+            await self._sleep(_LATENCY + 0.001 * (1 + len(message.text)))
+            if TOKENIZER_CRASH in message.text:
+                asyncio.get_running_loop().call_soon(self.die, "crashed by a text")
                 await asyncio.Event().wait()
-            self._emit(
+            self._send_to_server(
                 messages.TextTokens.of(
                     message.call, tuple(LETTERS.index(letter) for letter in message.text), message.long
                 )
             )
 
-    async def _pulse(self) -> None:
+    async def _send_heartbeats(self) -> None:
         while True:
-            await self._rest(1.0)
-            self._emit(self._runner.pulse)
+            await self._sleep(1.0)
+            self._send_to_server(self._runner.last_heartbeat)
 
-    def _emit(self, message: messages.ServerMessage) -> None:
-        self._outbox.put_nowait((self.now + _WAY, message))
+    def _send_to_server(self, message: messages.ServerMessage) -> None:
+        self._outbox.put_nowait((self.now + _LATENCY, message))

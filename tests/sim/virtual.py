@@ -1,4 +1,7 @@
-"""An event loop whose time passes only when nothing is left to do, and then at once. No sockets, no threads."""
+"""An event loop with a virtual clock, without sockets and threads.
+
+Time advances only when no task can run; then it advances at once to the next timer.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ from typing import Any
 
 
 class StuckError(Exception):
-    """Nobody will ever do anything again."""
+    """No task can run and there is no timer."""
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
-    """Its clock begins at 0; it is the selector that it waits with."""
+    """The loop is its own selector: waiting advances the clock, which starts at 0 seconds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,8 +26,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def time(self) -> float:
         return self._now
 
-    def leap(self, seconds: float) -> None:
-        """Time passes in which nothing here could run, as when a machine sleeps."""
+    def jump(self, seconds: float) -> None:
+        """Advance the clock without running anything, as when a machine is suspended."""
         self._now += seconds
 
     def select(self, timeout: float | None) -> list[Any]:
@@ -41,7 +44,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
-    """Run a coroutine to its end in virtual time. What it leaves behind is cancelled."""
+    """Run a coroutine to its end in virtual time. Then cancel all remaining tasks."""
     loop = VirtualLoop()
     asyncio.set_event_loop(loop)
     try:

@@ -1,1 +1,1 @@
-"""Whatever turns jobs into steps: the protocol, the process it runs in, and the engines."""
+"""Everything that turns jobs into steps: protocol, messages, supervisor, worker, scheduler, sampler and kernels."""

@@ -1,7 +1,7 @@
-"""What the server's process and the engine's process say to each other, and how it is framed.
+"""The messages between server and worker, and their encoding as frames.
 
-A frame is a length (4 bytes, big-endian) and a msgpack value of a closed set of types: nothing that is read here
-can run code. One frame carries a whole forward pass.
+A frame is a length (4 bytes, big-endian) and a msgpack value of a closed set of types. Decoding a frame cannot run
+code. One frame carries the results of a whole forward pass.
 """
 
 from __future__ import annotations
@@ -18,21 +18,23 @@ from afterword.engine.protocol import Job, Load, ModelInfo, PassStats, Promise, 
 HEADER = struct.Struct(">I")
 KvType = Literal["exact", "f16", "f32"]
 MAX_FRAME_BYTES = 256 * 2**20
-"""The most bytes that a frame may have: a card with a large vocabulary has about 3 million."""
+"""The largest accepted frame in bytes. The model info of a model with a large vocabulary has about 3 million bytes."""
 
 
 class LoadModel(Value, frozen=True, tag=True):
-    """Load this model, for `sequences` of `context` tokens each. `kv_type` is the type of keys and values.
+    """Load a model with `sequences` slots of `context` tokens each.
 
-    `path` is the model's file, or the first of its `parts` (none given: it is the only one).
-
-    "exact": a token has the same numbers whether it is read or generated, where the weights' products allow it.
-    `chunk` and `grid`: see `core.batch.Runner`; where numbers are exact the grid is 1, whatever is said here. `repack`:
-    weights may be laid out anew for kernels that are faster, and in some types depend on the number of rows.
-    `use_kernels`: where there are kernels of our own, they multiply the matrices that they can, and all are left as
-    they lie. `fixed_shape`: passes of single tokens always have the same shape, see `llama.full`. `promise` is the most
-    that can be promised of numbers that are computed like this, `promise_without_kernels` where there are no such
-    kernels; the card says what the loaded model keeps of it.
+    `path`: the model file, or the first of its `parts`. `parts` is empty if the model is one file.
+    `kv_type`: the type of the KV cache. With "exact", a token has the same numbers whether it was part of the prompt
+    or generated, if the matmuls of the model's weight types allow it.
+    `chunk` and `grid`: see `core.forward_batch.Runner`. If numbers are exact, the worker ignores `grid` and uses 1.
+    `repack`: llama.cpp may repack weights for faster kernels. With some weight types their results depend on the
+    number of rows.
+    `use_kernels`: Afterword's own kernels, if available, compute the matmuls that they support, and llama.cpp repacks
+    no weights.
+    `fixed_shape`: all decode passes have the same shape, see `llama.fixed_shape`.
+    `promise`: the strongest promise that these settings allow; `promise_without_kernels`: the same if Afterword's
+    kernels are not available. `ModelInfo.promise` states the promise that the loaded model keeps.
     """
 
     path: str
@@ -53,7 +55,7 @@ class LoadModel(Value, frozen=True, tag=True):
 
 
 class StartJob(Value, frozen=True, tag=True):
-    """Begin a job, named by `run`."""
+    """Start a job with the id `run`."""
 
     run: int
     job: Job
@@ -73,19 +75,19 @@ class CloseJob(Value, frozen=True, tag=True):
 
 
 class PauseJob(Value, frozen=True, tag=True):
-    """Compute and send nothing of a job until `ResumeJob`: its reader is far behind."""
+    """Compute and send no steps of a job until `ResumeJob`, because its client reads too slowly."""
 
     run: int
 
 
 class ResumeJob(Value, frozen=True, tag=True):
-    """Go on with a paused job."""
+    """Continue a paused job."""
 
     run: int
 
 
 class TokenizeText(Value, frozen=True, tag=True):
-    """Answer with `TextTokens`. `long`: other texts need not wait for it."""
+    """Tokenize a text and answer with `TextTokens`. `long`: the worker's thread for long texts does it."""
 
     call: int
     text: str
@@ -94,7 +96,7 @@ class TokenizeText(Value, frozen=True, tag=True):
 
 
 class CancelTokenize(Value, frozen=True, tag=True):
-    """The tokens of a text are not needed any more. It is answered, with some tokens or none."""
+    """Cancel a `TokenizeText`. The worker still answers it, with some tokens or none."""
 
     call: int
 
@@ -106,13 +108,13 @@ class ModelReady(Value, frozen=True, tag=True):
 
 
 class LoadFailure(Value, frozen=True, tag=True):
-    """The model cannot be loaded; a sentence for the operator."""
+    """The model cannot be loaded. `message` explains the reason to the operator."""
 
     message: str
 
 
 class PassDone(Value, frozen=True, tag=True):
-    """A forward pass was made, or the load changed."""
+    """The results of a forward pass, by job id. Also sent without results when only the load has changed."""
 
     steps: dict[int, Step]
     load: Load
@@ -120,7 +122,10 @@ class PassDone(Value, frozen=True, tag=True):
 
 
 class TextTokens(Value, frozen=True, tag=True):
-    """The tokens of a text, as the bytes of C integers: of a long text there are millions, and decoding takes time."""
+    """The tokens of a text, as an array of C integers in bytes.
+
+    A long text has millions of tokens, and decoding them as msgpack integers would take too long.
+    """
 
     call: int
     data: bytes
@@ -128,21 +133,19 @@ class TextTokens(Value, frozen=True, tag=True):
 
     @classmethod
     def of(cls, call: int, ids: Iterable[int], long: bool = False) -> TextTokens:
-        """Some tokens."""
         return cls(call, array("i", ids).tobytes(), long)
 
     @property
     def ids(self) -> Sequence[int]:
-        """The tokens."""
         return array("i", self.data)
 
 
 class Heartbeat(Value, frozen=True, tag=True):
-    """The engine's process lives. Sent every second, whatever it does.
+    """Proof that the worker is alive and its progress. The worker sends it every second.
 
-    So many `passes` have ended, and one over so many `tokens` is under way (0: none); the longest so far took `slowest`
-    seconds, the `largest` had so many tokens. `loaded` is the share of the model that is there. `parts` counts what has
-    been tokenized of short texts and of long ones.
+    `passes`: number of finished forward passes. `tokens`: tokens of the pass that is running, 0 if none is. `largest`:
+    most tokens of a pass so far. `slowest`: seconds of the longest pass so far. `loaded`: the loaded fraction of the
+    model, 0 to 1. `parts`: how many parts of short and of long texts were tokenized.
     """
 
     passes: int
@@ -157,36 +160,36 @@ WorkerMessage = LoadModel | StartJob | DropSample | CloseJob | PauseJob | Resume
 ServerMessage = ModelReady | LoadFailure | PassDone | TextTokens | Heartbeat
 
 _encoder = msgspec.msgpack.Encoder()
-_to_engine: msgspec.msgpack.Decoder[WorkerMessage] = msgspec.msgpack.Decoder(WorkerMessage)
-_from_engine: msgspec.msgpack.Decoder[ServerMessage] = msgspec.msgpack.Decoder(ServerMessage)
+_worker_decoder: msgspec.msgpack.Decoder[WorkerMessage] = msgspec.msgpack.Decoder(WorkerMessage)
+_server_decoder: msgspec.msgpack.Decoder[ServerMessage] = msgspec.msgpack.Decoder(ServerMessage)
 
 
 def pack(message: WorkerMessage | ServerMessage) -> bytes:
-    """A message as a whole frame."""
+    """Encode a message as a frame, length included."""
     body = _encoder.encode(message)
     return HEADER.pack(len(body)) + body
 
 
 def unpack_for_worker(body: bytes) -> WorkerMessage:
-    """Raises `msgspec.MsgspecError` for anything else."""
-    return _to_engine.decode(body)
+    """Decode a message to the worker. Raises `msgspec.MsgspecError` for any other bytes."""
+    return _worker_decoder.decode(body)
 
 
 def unpack_for_server(body: bytes) -> ServerMessage:
-    """Raises `msgspec.MsgspecError` for anything else."""
-    return _from_engine.decode(body)
+    """Decode a message to the server. Raises `msgspec.MsgspecError` for any other bytes."""
+    return _server_decoder.decode(body)
 
 
 class Stream(Protocol):
-    """A blocking byte stream, such as a socket's file object."""
+    """A blocking stream of bytes, such as a socket's file object."""
 
     def read(self, size: int) -> bytes | None:
-        """Up to `size` bytes; fewer only at the end."""
+        """Read `size` bytes. The result is shorter only at the end of the stream."""
         ...
 
 
 def read(stream: Stream) -> bytes | None:
-    """The body of the next frame, or None at the end of the stream."""
+    """Read the body of the next frame. None at the end of the stream, or if the frame is too long or incomplete."""
     header = stream.read(HEADER.size)
     if not header or len(header) < HEADER.size:
         return None

@@ -1,7 +1,7 @@
-"""The waist: what `completion/` asks of an engine, and what comes back.
+"""The interface between `completion/` and an engine: jobs go in, steps come out.
 
-Tokens only. Nothing here knows text, `echo`, `stop`, `suffix`, JSON or HTTP, and nothing here knows a library
-that runs models. All values are plain and frozen, so that they cross a process unchanged.
+The interface handles token ids. It must not depend on text processing, `echo`, `stop`, `suffix`, JSON or HTTP, nor on
+a library that runs models. All values are immutable structs, so they pass between processes unchanged.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ import msgspec
 FinishReason = Literal["stop", "length"]
 
 TOKEN_BYTES, ALTERNATIVE_BYTES = 160, 120
-"""About how much memory CPython takes for a reported token, and for each alternative that is reported with it."""
+"""Approximate bytes of memory that CPython uses for one reported token, and for each alternative reported with it."""
 Promise = Literal["exact", "reproducible", "none"]
-"""What an engine promises of its numbers. "reproducible": they depend on the request alone, not on who else is there.
-"exact": besides, a token's are the same whether it was read or generated."""
+"""What an engine guarantees about its numbers. "reproducible": they depend on the request alone, not on other requests.
+"exact": in addition, a token has the same numbers whether it was part of the prompt or generated."""
 
 BATCH_CLIENT = " batch"
+"""Suffix of `Job.client` for jobs that are lines of a batch."""
 
 
 class Value(msgspec.Struct, frozen=True, array_like=True):
-    """Base of everything that crosses the waist: immutable, compared by content, compact on the wire."""
+    """Base class of all values that pass between server and worker: immutable, compared by content, sent as arrays."""
 
 
 class Sampling(Value, frozen=True):
-    """How the next token is chosen from a row of logits. `top_k` 0 and the other defaults change nothing."""
+    """How the next token is sampled from a row of logits. The defaults (`top_k` 0 included) change nothing."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -42,12 +43,12 @@ class Sampling(Value, frozen=True):
 class Job(Value, frozen=True):
     """One prompt to be continued `samples` times.
 
-    `end_tokens` are the tokens that end a sample; they are banned from its first `min_tokens` tokens. `alternatives` is
-    how many of the likeliest tokens to report beside each token; None asks for no log probabilities at all.
-    `prompt_alternatives` asks the same of the prompt's own tokens, from the second on. `key` (16 bytes) is where
-    all randomness comes from: see `core.sampler.seed_of`. What was computed for one `namespace` is never used for
-    another. `client` names the client: clients that wait get equal shares. If it ends with `BATCH_CLIENT`, the job is a
-    row of a batch of the client.
+    `end_tokens`: token ids that end a sample. The sampler does not choose them for the first `min_tokens` tokens.
+    `alternatives`: how many of the most likely tokens to report with each generated token; None: report no log
+    probabilities. `prompt_alternatives`: the same for the prompt's tokens, from the second on. `key` (16 bytes): the
+    source of all randomness, see `core.sampler.seed_of`. `namespace`: jobs of different namespaces do not share the
+    prefix cache. `client`: the client's name; the scheduler gives equal shares to waiting clients. If the name ends
+    with `BATCH_CLIENT`, the job is a line of one of the client's batches.
     """
 
     prompt: tuple[int, ...]
@@ -64,11 +65,11 @@ class Job(Value, frozen=True):
 
 
 class Token(Value, frozen=True, gc=False):
-    """A token with its natural-log probability under the unmodified model, and the likeliest ones, best first.
+    """A token with its log probability under the unmodified model, and the alternatives, most likely first.
 
-    `logprob` is None where the job asked for no log probabilities. `rank` is 1 for the likeliest token; known for
-    tokens of the prompt, else 0. The garbage collector does not visit it: it cannot be part of a cycle, and a large
-    answer has so many that a collection would stop the process for a long time.
+    `logprob` is None if the job requested no log probabilities. `rank` is 1 for the most likely token; it is set for
+    prompt tokens and 0 for generated ones. `gc=False` excludes tokens from garbage collection: a token cannot be part
+    of a cycle, and a collection over the many tokens of a large response would stop the process for a long time.
     """
 
     id: int
@@ -78,16 +79,16 @@ class Token(Value, frozen=True, gc=False):
 
     @property
     def size(self) -> int:
-        """About how many bytes of memory it takes."""
+        """Approximate bytes of memory."""
         return TOKEN_BYTES + ALTERNATIVE_BYTES * len(self.top)
 
 
 class Step(Value, frozen=True):
-    """What one forward pass brought one job.
+    """What one forward pass produced for one job.
 
-    `scored` are further tokens of the prompt, in order; `sampled` are pairs of sample and new token; `ended` are
-    the samples that this pass finished. `cached`, in a job's first step: how many of its prompt's tokens had been
-    computed for others before. `failed`: its logits were not finite, and the job has ended.
+    `scored`: the next tokens of the prompt, in order. `sampled`: pairs of a sample's index and its new token.
+    `ended`: the samples that this pass finished, with the reason. `cached`, set in a job's first step: how many prompt
+    tokens came from the prefix cache. `failed`: the job's logits were not finite, and the job has ended.
     """
 
     scored: tuple[Token, ...] = ()
@@ -98,7 +99,7 @@ class Step(Value, frozen=True):
 
     @property
     def size(self) -> int:
-        """About how many bytes of memory its tokens take: tokens of a job have equally many alternatives."""
+        """Approximate bytes of memory of the tokens. All tokens of a job have the same number of alternatives."""
         scored = len(self.scored) * self.scored[0].size if self.scored else 0
         return scored + (len(self.sampled) * self.sampled[0][1].size if self.sampled else 0)
 
@@ -118,7 +119,7 @@ def score_count(tokens: int) -> int:
 
 
 class Load(Value, frozen=True):
-    """How busy an engine is, in sequences. `waiting` counts samples that have no sequence yet."""
+    """The load of an engine: number of slots (`sequences`), slots in use, and samples that wait for a slot."""
 
     sequences: int = 0
     running: int = 0
@@ -126,11 +127,11 @@ class Load(Value, frozen=True):
 
 
 class PassStats(Value, frozen=True):
-    """What an engine's last pass computed, and how full it is.
+    """What an engine's last forward pass computed, and how full its slots are.
 
-    `tokens` 0: no pass was made. `prompt`: they were a piece of a prompt, else one of each running sequence. `seconds`
-    that the pass took. `used_tokens`: tokens whose state running sequences have; `cached_tokens`: those that the others
-    left behind.
+    `tokens`: number of tokens computed; 0: there was no pass. `prompt`: True for a prefill, False for a decode.
+    `seconds`: duration of the pass. `used_tokens`: tokens in the slots of running sequences. `cached_tokens`: tokens in
+    all other slots, left by ended sequences.
     """
 
     prompt: bool = False
@@ -141,7 +142,7 @@ class PassStats(Value, frozen=True):
 
 
 class InfillTokens(Value, frozen=True):
-    """A model's own tokens for fill-in-the-middle."""
+    """The ids of a model's special tokens for fill-in-the-middle."""
 
     prefix: int
     suffix: int
@@ -151,11 +152,11 @@ class InfillTokens(Value, frozen=True):
 class ModelInfo(Value, frozen=True):
     """Facts about a loaded model.
 
-    `pieces[id]` are the bytes that a token stands for, special tokens by their name; an id without text has b"".
-    `longest_token` bounds the bytes of one token of a tokenized text, 0 where the tokenizer can drop or fold text.
-    `fingerprint` names everything that could change a number that the engine returns; `promise` what could not.
-    `slow_runs`: a text may have at most so many characters of a class (a regular expression) in a row, since the
-    tokenizer's time is quadratic in their number.
+    `pieces[id]`: the bytes of a token's text; for a special token its name; b"" for an id without text.
+    `longest_token`: upper bound of the text bytes that one token can cover; 0 if the tokenizer can drop or fold text.
+    `fingerprint`: a hash of everything that can change a number that the engine returns. `promise`: what the engine
+    guarantees about its numbers. `slow_runs`: a regular expression for a class of characters, and the most of them that
+    a text may have in a row. The tokenizer's time is quadratic in the length of such a run.
     """
 
     parameters: int
@@ -175,38 +176,38 @@ class ModelInfo(Value, frozen=True):
 
 
 class JobHandle(Protocol):
-    """One job under way. Iteration ends when every sample has ended."""
+    """An accepted job. Iteration yields its steps and ends when every sample has ended."""
 
     def __aiter__(self) -> AsyncIterator[Step]:
         """Yield steps. Raises `EngineError` if the engine cannot finish."""
         ...
 
     def drop(self, sample: int) -> None:
-        """End one sample now: its text is complete."""
+        """End one sample now, because its text is complete."""
         ...
 
     def close(self) -> None:
-        """End the whole job now: nobody waits for it. Harmless on a finished run."""
+        """End the whole job now, because its client no longer waits. No effect on a finished job."""
         ...
 
     def pause(self) -> None:
-        """Compute and send nothing more of this job for now: its reader is far behind. Other jobs go on.
+        """Stop computing and sending steps of this job until `resume`, because its client reads too slowly.
 
-        What was on its way still arrives. Harmless on a finished run.
+        Steps that were already sent still arrive. Other jobs are not affected. No effect on a finished job.
         """
         ...
 
     def resume(self) -> None:
-        """Go on with a paused job."""
+        """Continue a paused job."""
         ...
 
 
 class Engine(Protocol):
-    """Whatever turns jobs into steps."""
+    """A component that turns jobs into steps."""
 
     @property
     def model_info(self) -> ModelInfo:
-        """Facts about the model."""
+        """Facts about the loaded model."""
         ...
 
     def start(self, job: Job) -> JobHandle:
@@ -214,8 +215,8 @@ class Engine(Protocol):
         ...
 
     async def tokenize(self, text: str, special: bool, client: str = "") -> Sequence[int]:
-        """Tokens of a text, without BOS. `special`: text that spells a special token becomes that token.
+        """Tokenize a text, without BOS. `special`: text that spells a special token becomes that token.
 
-        Clients are served in turn. Raises `RequestError` where the text is too long for the tokenizer.
+        The engine serves clients in turn. Raises `RequestError` if the text is too long for the tokenizer.
         """
         ...

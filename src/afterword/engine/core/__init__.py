@@ -1,1 +1,1 @@
-"""Scheduling and sampling for any library that turns batches of tokens into rows of logits."""
+"""Scheduling and sampling for any library that computes rows of logits from forward batches of tokens."""

@@ -1,13 +1,13 @@
-"""How much of the engine's time each client owes to the others, for which its prompts wait. Pure.
+"""How much compute time each client has received beyond its share. Pure: the scheduler passes in all durations.
 
-A piece of a prompt has a pass to itself, which may take as long as many passes over running sequences. Without a rule
-for time, one client that sends long prompts, or many short ones, would delay all others for as long as it likes.
-So the time of each pass is divided among the clients of its rows. A client owes the time that it has had to each other
-client that holds sequences, to `MOST_CLIENTS` of them at most, and the time that others have had reduces what it owes.
-While it owes more than `ALLOWED_EXCESS` and sequences of other clients run, no piece of its prompts is computed.
+A chunk of a prompt is computed in its own pass, which can take as long as many decode passes. Without a rule for time,
+a client that sends long prompts, or many short ones, could delay all other clients without limit. So the time of each
+pass is divided among the clients in its batch. A client owes its time to each other client that holds slots, to at
+most `MAX_CREDITORS` of them. The time that the others receive reduces the debt. While a client owes more than
+`ALLOWED_EXCESS` and sequences of other clients run, the scheduler computes no chunks of its prompts.
 
-So each of two clients gets half of the time, and each of three gets a third. A client among more of them still gets a
-third for its prompts: an equal part would leave a long prompt waiting for minutes behind short answers.
+So each of two clients gets half of the time, and each of three clients a third. With more clients, a client still gets
+a third for its prompts: with an equal part, a long prompt would wait for minutes behind short responses.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from collections.abc import Collection, Sequence
 
 from afterword.engine.core.fair_share import share_group
 
-MOST_CLIENTS = 2
-"""Clients that time is owed to, at most."""
+MAX_CREDITORS = 2
+"""The most other clients to which a client owes time."""
 ALLOWED_EXCESS = 0.1
-"""Seconds that a client may owe: short prompts are rather computed at once than one by one between other passes."""
+"""Seconds that a client may owe. Short prompts are computed at once rather than one by one between other passes."""
 
 
 class ComputeShare:
-    """Seconds that clients owe to others. All rows of batches together count as one client, as in `core.shares`."""
+    """The seconds that each client owes. The lines of all batches count as one client, as in `core.fair_share`."""
 
     def __init__(self) -> None:
         self._excess: dict[str, float] = {}
 
     def excess(self, client: str) -> float:
-        """Seconds."""
+        """Seconds that a client has received beyond its share."""
         return self._excess.get(share_group(client), 0.0)
 
-    def spent(self, rows: Sequence[str], seconds: float, holding: Collection[str]) -> None:
-        """A pass took so long. `rows` names each row's client, `holding` all clients that hold sequences."""
-        others = min(len({share_group(client) for client in holding}) - 1, MOST_CLIENTS)
-        counts = Counter(share_group(client) for client in rows)
+    def spent(self, entries: Sequence[str], seconds: float, active: Collection[str]) -> None:
+        """Charge a pass of `seconds`. `entries`: the client of each batch entry; `active`: clients that hold slots."""
+        others = min(len({share_group(client) for client in active}) - 1, MAX_CREDITORS)
+        counts = Counter(share_group(client) for client in entries)
         owed = {}
         for client in {*counts, *self._excess} if others else ():
-            part = counts[client] / len(rows)
+            part = counts[client] / len(entries)
             debt = self._excess.get(client, 0.0) + seconds * (part * others - (1 - part))
             if debt > 0:
                 owed[client] = debt

@@ -1,4 +1,8 @@
-"""The engine's heartbeat: schedule, run, postprocess. Knows any runner, and no library and no process."""
+"""The engine's main loop: schedule a forward batch, run it, turn logits into steps.
+
+It works with any `Runner` and must not depend on a model library or on the worker process. It owns the scheduler, the
+runner and the step buffer, all in the worker's main thread.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +21,12 @@ from afterword.engine.core.step_buffer import MAX_STEP_BYTES, StepBuffer
 from afterword.engine.protocol import FinishReason, Job, Load, PassStats, Step, Token, scored_positions
 
 PASS_SECONDS = 0.25
-"""How long prompts may be computed at a time while others wait; up to twice as long while few sequences run."""
+"""Seconds of prefill between two decodes while sequences run; up to twice as long while few sequences run."""
 
 
 @dataclass(slots=True)
 class _StepBuilder:
-    """A step while it is being put together."""
+    """The parts of a step, collected during one pass."""
 
     scored: list[Token] = field(default_factory=list)
     sampled: list[tuple[int, Token]] = field(default_factory=list)
@@ -33,10 +37,11 @@ class _StepBuilder:
 
 
 class EngineLoop:
-    """Owner of the scheduler and the runner. One thread calls everything. `clock` gives seconds.
+    """Owner of the scheduler and the runner. One thread calls everything.
 
-    Up to `threads` threads look at a row of logits, run by a `team` if there is one (see
-    `sampler_kernel.CompiledKernel`). `piece`: bytes of steps that are returned at a time, see `StepBuffer`.
+    `clock`: returns seconds. `threads`: the most threads that the sampler uses. `team`: address of the thread pool that
+    runs them, see `sampler_kernel.CompiledKernel`. `max_step_bytes`: bytes of steps returned at a time, see
+    `StepBuffer`.
     """
 
     def __init__(
@@ -45,7 +50,7 @@ class EngineLoop:
         clock: Callable[[], float] = time.perf_counter,
         threads: int = 1,
         team: int | None = None,
-        piece: int = MAX_STEP_BYTES,
+        max_step_bytes: int = MAX_STEP_BYTES,
     ) -> None:
         self._runner = runner
         self._scheduler = Scheduler(
@@ -53,19 +58,19 @@ class EngineLoop:
         )
         self._sampler = Sampler(make_kernel(threads, team))
         self._clock = clock
-        self._prefill_budget: float | None = None  # tokens of a prompt in a second, as measured
-        self._made: tuple[bool, int, float] = (False, 0, 0.0)  # the last pass, see `PassStats`
-        self._step_buffer = StepBuffer(piece)
-        self._pass_next = False  # a pass comes before more jobs begin
+        self._prefill_speed: float | None = None  # prompt tokens per second, as measured
+        self._last_pass: tuple[bool, int, float] = (False, 0, 0.0)  # prompt, tokens, seconds: see `PassStats`
+        self._step_buffer = StepBuffer(max_step_bytes)
+        self._pass_next = False  # compute a pass before more jobs are admitted
 
     def start(self, run: int, job: Job) -> None:
-        """Take a job; its steps come out of `step` under the name `run`."""
+        """Add a job. `step` returns its steps under the id `run`."""
         self._scheduler.add(run, job)
 
     def drop(self, run: int, sample: int) -> None:
         """End one sample."""
         self._scheduler.drop(run, sample)
-        self._update(run)
+        self._update_suspension(run)
 
     def close(self, run: int) -> None:
         """End a job."""
@@ -73,41 +78,42 @@ class EngineLoop:
         self._step_buffer.discard(run)
 
     def pause(self, run: int) -> None:
-        """Compute and report nothing for a job until `resume`. Unknown names are ignored."""
+        """Compute and return nothing for a job until `resume`. Unknown ids are ignored."""
         self._step_buffer.paused.add(run)
-        self._update(run)
+        self._update_suspension(run)
 
     def resume(self, run: int) -> None:
-        """Go on with a paused job."""
+        """Continue a paused job."""
         self._step_buffer.paused.discard(run)
-        self._update(run)
+        self._update_suspension(run)
 
     def load(self) -> Load:
-        """How busy the engine is."""
+        """The number of slots, running sequences and waiting samples."""
         return self._scheduler.load()
 
     def pass_stats(self) -> PassStats:
-        """The pass that was made since this was last asked, and how full the slots are."""
-        made, self._made = self._made, (False, 0, 0.0)
-        return PassStats(*made, *self._scheduler.slot_usage())
+        """The pass since the last call of this method, if there was one, and how full the slots are."""
+        last_pass, self._last_pass = self._last_pass, (False, 0, 0.0)
+        return PassStats(*last_pass, *self._scheduler.slot_usage())
 
     def check(self) -> None:
-        """Raise `AssertionError` unless scheduler, slots and runner agree about every token. For when it is idle."""
+        """Raise `AssertionError` if scheduler, slots and runner disagree about any token. Call it only when idle."""
         for slot, tokens in self._scheduler.check().items():
             assert self._runner.cached_tokens(slot) == tokens, f"slot {slot} should hold {tokens} tokens"
 
     def step(self) -> dict[int, Step] | None:
-        """Report what is known, or else make one forward pass. Returns what each job gets (perhaps nothing).
+        """Return buffered steps, or else compute one forward pass. Returns steps by job id (possibly none).
 
-        None when there is nothing to do. A job's first step is returned before anything is computed for it, so that the
-        supervisor knows which jobs a crash of this process may be due to. Passes and reports take turns: neither many
-        jobs that are answered from the prefix cache nor the passes keep the other waiting.
+        Returns None if there is nothing to do. A job's first step is returned before anything is computed for it, so
+        that the supervisor knows which jobs may have caused a crash of this process. Passes and returns of buffered
+        steps alternate. So jobs that are answered from the prefix cache and jobs that need passes do not block each
+        other.
         """
         if self._pass_next and (batch := self._schedule()) is not None:
             self._pass_next = False
             self._compute(batch)
             return self._take()
-        self._begin()
+        self._admit()
         if steps := self._take():
             self._pass_next = True
             return steps
@@ -116,150 +122,154 @@ class EngineLoop:
         self._compute(batch)
         return self._take()
 
-    def _begin(self) -> None:
-        for begun in self._scheduler.admit(self._step_buffer.free_bytes):
-            self._add(begun.work.run, _first_step(begun))
+    def _admit(self) -> None:
+        for admission in self._scheduler.admit(self._step_buffer.free_bytes):
+            self._add(admission.work.run, _first_step(admission))
 
     def _schedule(self) -> ForwardBatch | None:
         return self._scheduler.schedule(
-            None if self._prefill_budget is None else int(self._prefill_budget * PASS_SECONDS)
+            None if self._prefill_speed is None else int(self._prefill_speed * PASS_SECONDS)
         )
 
     def _add(self, run: int, step: Step) -> None:
         self._step_buffer.add(run, step)
-        self._update(run)
+        self._update_suspension(run)
 
     def _take(self) -> dict[int, Step]:
         steps = self._step_buffer.take()
         for run in steps:
-            self._update(run)
+            self._update_suspension(run)
         return steps
 
-    def _update(self, run: int) -> None:
-        """Hold a job that is paused or has steps to report; forget the pause of a job that has ended."""
+    def _update_suspension(self, run: int) -> None:
+        """Suspend a job that is paused or has buffered steps. Delete the pause of a job that has ended."""
         waits, paused = run in self._step_buffer, run in self._step_buffer.paused
-        if not self._scheduler.hold(run, waits or paused, paused) and paused and not waits:
+        if not self._scheduler.suspend(run, waits or paused, paused) and paused and not waits:
             self._step_buffer.paused.discard(run)
 
     def _compute(self, batch: ForwardBatch) -> None:
-        drafts: defaultdict[int, _StepBuilder] = defaultdict(_StepBuilder)
+        builders: defaultdict[int, _StepBuilder] = defaultdict(_StepBuilder)
         start = self._clock()
         logits = self._runner.run(batch)
         seconds = self._clock() - start
-        self._update_prefill_budget(batch, seconds)
+        self._update_prefill_speed(batch, seconds)
         self._scheduler.charge(batch, seconds)
-        prompt = self._scheduler.sequence_in(batch.entries[0].slot).catching_up
-        self._made = (prompt, sum(len(row.tokens) for row in batch.entries), seconds)
-        failed = self._failed(batch, logits)
-        tokens = iter(self._sampler.read(logits, [ask for row in batch.entries for ask in self._row_queries(row)]))
-        for row in batch.entries:
-            sequence, found = self._scheduler.sequence_in(row.slot), list(islice(tokens, row.outputs))
+        prompt = self._scheduler.sequence_in(batch.entries[0].slot).needs_prefill
+        self._last_pass = (prompt, sum(len(entry.tokens) for entry in batch.entries), seconds)
+        failed = self._failed_jobs(batch, logits)
+        queries = [query for entry in batch.entries for query in self._entry_queries(entry)]
+        tokens = iter(self._sampler.read(logits, queries))
+        for entry in batch.entries:
+            sequence, found = self._scheduler.sequence_in(entry.slot), list(islice(tokens, entry.outputs))
             if sequence.work.run in failed:
-                self._scheduler.computed(row, sequence, [])
+                self._scheduler.computed(entry, sequence, [])
             else:
-                self._postprocess(row, sequence, found, drafts[sequence.work.run])
+                self._postprocess(entry, sequence, found, builders[sequence.work.run])
         for run in failed:
             self._scheduler.discard_failed(run)
             self._add(run, Step(failed=True))
-        for run, draft in drafts.items():
-            self._add(run, draft.step())
+        for run, builder in builders.items():
+            self._add(run, builder.step())
 
-    def _failed(self, batch: ForwardBatch, logits: Logits) -> set[int]:
-        """The jobs that have a row of logits which is not finite."""
-        sound = finite_rows(logits)
-        if sound.all():
+    def _failed_jobs(self, batch: ForwardBatch, logits: Logits) -> set[int]:
+        """The ids of jobs with a logits row that is not finite."""
+        finite = finite_rows(logits)
+        if finite.all():
             return set()
-        outputs = [row for row in batch.entries for _ in range(row.outputs)]
+        outputs = [entry for entry in batch.entries for _ in range(entry.outputs)]
         return {
-            self._scheduler.sequence_in(row.slot).work.run for row, fine in zip(outputs, sound, strict=True) if not fine
+            self._scheduler.sequence_in(entry.slot).work.run
+            for entry, is_finite in zip(outputs, finite, strict=True)
+            if not is_finite
         }
 
-    def _row_queries(self, row: BatchEntry) -> list[TokenQuery]:
-        """What is wanted of a row's logits, each of which speak of the token after it.
+    def _entry_queries(self, entry: BatchEntry) -> list[TokenQuery]:
+        """The queries for an entry's logits rows, one a row. Each row predicts the token after its position.
 
-        Tokens of the prompt are scored as broadly as those that the slot has already, so that it stays useful to whom
-        they were computed for.
+        Scores of prompt tokens get as many alternatives as the scores that the slot has already, so that the slot's
+        scores can still be reused for queries with that many alternatives.
         """
-        sequence = self._scheduler.sequence_in(row.slot)
-        job, end = sequence.work.job, row.position + len(row.tokens)
-        asks: list[TokenQuery] = []
+        sequence = self._scheduler.sequence_in(entry.slot)
+        job, end = sequence.work.job, entry.position + len(entry.tokens)
+        queries: list[TokenQuery] = []
         if sequence.is_scored:
             assert sequence.slot is not None
-            asks += [
-                ScoreQuery(token, sequence.slot.breadth) for token in job.prompt[scored_positions(row.position, end)]
-            ]
-        if len(asks) < row.outputs:
+            scored = job.prompt[scored_positions(entry.position, end)]
+            queries += [ScoreQuery(token, sequence.slot.alternatives) for token in scored]
+        if len(queries) < entry.outputs:
             samples = [sequence.sample] if sequence.generated else range(job.samples if job.max_tokens else 0)
             complete = end == sequence.length
-            asks.append(
+            queries.append(
                 SampleTokens(job, samples, len(sequence.generated), sequence.token_counts) if complete else None
             )
-        return asks
+        return queries
 
-    def _update_prefill_budget(self, batch: ForwardBatch, seconds: float) -> None:
-        """Follow the speed of passes over prompts: down at once, since running sequences wait for them; up slowly.
+    def _update_prefill_speed(self, batch: ForwardBatch, seconds: float) -> None:
+        """Adapt the measured prefill speed: down at once, because running sequences wait for prefill; up slowly.
 
-        Short ones say little: they are as slow as their fixed costs.
+        Passes of fewer than `MIN_CHUNK` tokens are ignored once a speed is known: fixed costs dominate their time.
         """
         tokens = len(batch.entries[0].tokens)
-        if seconds > 0 and (tokens >= MIN_CHUNK or (tokens > 1 and self._prefill_budget is None)):
-            pace = tokens / seconds
-            self._prefill_budget = (
-                pace if self._prefill_budget is None else min(pace, 0.75 * self._prefill_budget + 0.25 * pace)
+        if seconds > 0 and (tokens >= MIN_CHUNK or (tokens > 1 and self._prefill_speed is None)):
+            speed = tokens / seconds
+            self._prefill_speed = (
+                speed if self._prefill_speed is None else min(speed, 0.75 * self._prefill_speed + 0.25 * speed)
             )
 
-    def _postprocess(self, row: BatchEntry, sequence: Sequence, found: list[list[Token]], draft: _StepBuilder) -> None:
+    def _postprocess(
+        self, entry: BatchEntry, sequence: Sequence, found: list[list[Token]], builder: _StepBuilder
+    ) -> None:
         job = sequence.work.job
         scores: list[Token] = []
         if sequence.is_scored:
-            following = len(job.prompt[scored_positions(row.position, row.position + len(row.tokens))])
+            following = len(job.prompt[scored_positions(entry.position, entry.position + len(entry.tokens))])
             scores = [token for tokens in found[:following] for token in tokens]
-        untold = self._scheduler.computed(row, sequence, scores)
-        draft.scored.extend(_limit_alternatives(untold, job.prompt_alternatives or 0))
+        unsent = self._scheduler.computed(entry, sequence, scores)
+        builder.scored.extend(_limit_alternatives(unsent, job.prompt_alternatives or 0))
         if sequence.computed < sequence.length or not found:
             return
         if sequence.generated:
-            if not self._append([sequence], found[-1], draft):
+            if not self._append([sequence], found[-1], builder):
                 self._scheduler.end(sequence)
         else:
-            self._first_tokens(sequence, found[-1], draft)
+            self._first_tokens(sequence, found[-1], builder)
 
-    def _first_tokens(self, first: Sequence, tokens: list[Token], draft: _StepBuilder) -> None:
-        """The prompt is complete: every sample drew its first token from the same row."""
+    def _first_tokens(self, first: Sequence, tokens: list[Token], builder: _StepBuilder) -> None:
+        """Start the samples of a complete prompt. The first tokens of all samples come from the same logits row."""
         work = first.work
         if work.job.max_tokens == 0:
-            draft.ended.extend((sample, "length") for sample in range(work.job.samples))
+            builder.ended.extend((sample, "length") for sample in range(work.job.samples))
             self._scheduler.begin(first, [])
             return
         samples = [Sequence(work, index) for index in range(work.job.samples)]
-        self._scheduler.begin(first, self._append(samples, tokens, draft))
+        self._scheduler.begin(first, self._append(samples, tokens, builder))
 
-    def _append(self, samples: list[Sequence], tokens: list[Token], draft: _StepBuilder) -> list[Sequence]:
-        """Give samples of a job their next tokens; returns those that go on."""
+    def _append(self, samples: list[Sequence], tokens: list[Token], builder: _StepBuilder) -> list[Sequence]:
+        """Append the next token to each sample of a job. Returns the samples that continue."""
         job = samples[0].work.job
         for sequence, token in zip(samples, tokens, strict=True):
-            draft.sampled.append((sequence.sample, token))
+            builder.sampled.append((sequence.sample, token))
             sequence.append(token.id)
             if token.id in job.end_tokens:
-                draft.ended.append((sequence.sample, "stop"))
+                builder.ended.append((sequence.sample, "stop"))
             elif len(sequence.generated) == job.max_tokens:
-                draft.ended.append((sequence.sample, "length"))
-        over = {sample for sample, _ in draft.ended}
-        return [sequence for sequence in samples if sequence.sample not in over]
+                builder.ended.append((sequence.sample, "length"))
+        ended = {sample for sample, _ in builder.ended}
+        return [sequence for sequence in samples if sequence.sample not in ended]
 
 
-def _first_step(begun: Admission) -> Step:
-    """What a job's prompt is known to be, before anything is computed for it."""
-    job = begun.work.job
-    scored = _limit_alternatives(begun.scores, job.prompt_alternatives or 0)
+def _first_step(admission: Admission) -> Step:
+    """The first step of a job: the cached scores of its prompt, before anything is computed for it."""
+    job = admission.work.job
+    scored = _limit_alternatives(admission.scores, job.prompt_alternatives or 0)
     ended: list[tuple[int, FinishReason]] = (
-        [(sample, "length") for sample in range(job.samples)] if begun.complete else []
+        [(sample, "length") for sample in range(job.samples)] if admission.complete else []
     )
-    return Step(scored=tuple(scored), ended=tuple(ended), cached=begun.cached)
+    return Step(scored=tuple(scored), ended=tuple(ended), cached=admission.cached)
 
 
 def _limit_alternatives(scores: list[Token] | tuple[Token, ...], alternatives: int) -> list[Token]:
-    """Scores with no more alternatives than were asked for."""
+    """The scores with at most `alternatives` alternatives each."""
     return [
         Token(score.id, score.logprob, score.top[:alternatives], score.rank) if len(score.top) > alternatives else score
         for score in scores

@@ -1,7 +1,7 @@
-"""One forward pass as a value: what the scheduler decides and a runner executes.
+"""One forward pass as a value: the scheduler decides it and a runner executes it.
 
-A slot is one of the runner's places for a sequence's state (its keys and values); its first `position` tokens
-are computed. Nothing here knows how a runner keeps that state.
+A slot is the part of the runner's KV cache that holds one sequence. Its first `position` tokens are computed. This
+module does not depend on how a runner stores that state.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Logits = NDArray[np.float32]
 
 
 class CopyPrefix(msgspec.Struct, frozen=True):
-    """Copy the first `keep` tokens' state from one slot to another, whose own state is lost."""
+    """Copy the state of the first `keep` tokens from slot `source` to slot `target`. The target's state is lost."""
 
     source: int
     target: int
@@ -24,14 +24,14 @@ class CopyPrefix(msgspec.Struct, frozen=True):
 
 
 class Truncate(msgspec.Struct, frozen=True):
-    """Forget everything in a slot after its first `keep` tokens."""
+    """Delete the state of everything in a slot after its first `keep` tokens."""
 
     slot: int
     keep: int
 
 
 class BatchEntry(msgspec.Struct, frozen=True):
-    """Tokens to compute in one slot, the first of them at `position`; logits are wanted for the last `outputs`."""
+    """Tokens to compute in one slot, the first of them at `position`. The last `outputs` tokens produce logits rows."""
 
     slot: int
     position: int
@@ -40,10 +40,11 @@ class BatchEntry(msgspec.Struct, frozen=True):
 
 
 class ForwardBatch(msgspec.Struct, frozen=True):
-    """Moves first, in order; then one pass over all rows. Either many rows of one token, or one row of many.
+    """Slot operations, to be done first and in order; then one pass over all entries.
 
-    The two are never mixed, because a token's numbers must not depend on other sequences: a library may cut
-    a mixed batch wherever its neighbours' lengths suggest.
+    The entries are either many of one token each (decode) or one of many tokens (prefill). A pass never mixes the two,
+    because a token's numbers must not depend on other sequences: a library may split a mixed batch at points that
+    depend on the lengths of the other entries.
     """
 
     slot_operations: tuple[CopyPrefix | Truncate, ...]
@@ -51,32 +52,32 @@ class ForwardBatch(msgspec.Struct, frozen=True):
 
     @property
     def outputs(self) -> int:
-        """How many rows of logits the pass gives."""
-        return sum(row.outputs for row in self.entries)
+        """The number of logits rows that the pass produces."""
+        return sum(entry.outputs for entry in self.entries)
 
 
 class Runner(Protocol):
     """A library that holds a model and the state of `slots` sequences."""
 
     slots: int
-    """How many sequences there is room for."""
+    """The number of slots."""
     chunk: int
     """The most tokens of a prompt in one pass."""
     grid: int
-    """Passes over a prompt end on multiples of this, so that a token's numbers do not depend on where others ended.
-    1 where it does not matter at all how tokens are grouped, generated ones included."""
+    """Prefill passes end at multiples of this, so that a token's numbers do not depend on other requests.
+    1: the grouping of tokens into passes has no effect on their numbers, not even for generated tokens."""
     min_shared_tokens: int
-    """A beginning that is shared by fewer tokens is computed anew: copying a slot costs about as much."""
+    """A shared prefix of fewer tokens is computed again, because copying a slot costs about as much."""
     can_truncate: bool
-    """Whether a slot can be cut to a length other than 0 (a recurrent model's cannot)."""
+    """Whether a slot can be truncated to a length other than 0 (a recurrent model's cannot)."""
 
     def run(self, batch: ForwardBatch) -> Logits:
-        """Execute a batch. Returns (batch.outputs, vocabulary) logits, rows in order, valid until the next call.
+        """Execute a batch. Returns logits of shape (batch.outputs, vocabulary), in order, valid until the next call.
 
-        Raises `EngineError` if the library fails; the state of every slot is then unknown.
+        Raises `EngineError` if the library fails. The state of every slot is then unknown.
         """
         ...
 
     def cached_tokens(self, slot: int) -> int:
-        """How many tokens' state a slot holds."""
+        """The number of tokens in a slot."""
         ...

@@ -1,7 +1,7 @@
-"""Rows of logits read by numpy, for machines without a compiler: what sampler_kernel.cpp does, and easier to follow.
+"""The numpy implementation of `SamplerKernel`, for machines without a compiler. sampler_kernel.cpp computes the same.
 
-The vocabulary is never sorted. Its few largest are looked for in the blocks with the largest maxima, and the nucleus of
-top_p is never built: a token is drawn, and then asked whether it belongs there (`_sample_nucleus`).
+The vocabulary is never sorted. The largest logits are searched in the blocks with the largest maxima. The nucleus of
+top_p is never built: a token is drawn, and then tested for membership (`_sample_nucleus`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from afterword.engine.core.sampler_kernel import BLOCK, GREEDY_BELOW, Ids, RowQu
 
 LogitsRow = NDArray[np.float32]
 WeightArray = LogitsRow
-"""A row of exponentials, the largest 1. In float32: exact to 1 in 10^6; what weighs below 10^-37 is never drawn."""
+"""Exponentials of a logits row, scaled so that the largest is 1. Shape: (vocabulary,).
+
+float32 is exact to 1 in 10^6. Tokens with a weight below 10^-37 are never drawn."""
 SumArray = NDArray[np.float64]
-"""What each block weighs. Inside blocks of float32, which is as exact as the weights are."""
+"""The sum of the weights of each block. Sums inside a block are float32, which is as exact as the weights are."""
 
 _BELOW_ONE = 1.0 - 2.0**-53
 _ALL = 2**64 - 1
@@ -29,14 +31,14 @@ _ALL = 2**64 - 1
 class NumpyKernel:
     """See `SamplerKernel`."""
 
-    @np.errstate(over="ignore", invalid="ignore")  # whatever a broken model gives, a token comes out
-    def read(self, rows: Logits, tasks: Sequence[RowQuery]) -> list[RowResult]:
+    @np.errstate(over="ignore", invalid="ignore")  # logits that are not finite also result in a token
+    def read(self, rows: Logits, queries: Sequence[RowQuery]) -> list[RowResult]:
         """See `SamplerKernel`."""
-        return [_read(row, task) for row, task in zip(rows, tasks, strict=True)]
+        return [_read(row, query) for row, query in zip(rows, queries, strict=True)]
 
 
 def adjusted_row(row: LogitsRow, draw: SampleQuery) -> LogitsRow:
-    """A row as bias, penalties and bans leave it, in this order."""
+    """A copy of the row with bias, repetition, frequency and presence penalties and bans applied, in this order."""
     row, sampling = row.copy(), draw.sampling
     for token, bias in sampling.logit_bias:
         row[token] += np.float32(bias)
@@ -51,10 +53,10 @@ def adjusted_row(row: LogitsRow, draw: SampleQuery) -> LogitsRow:
 
 
 def top_ids(row: LogitsRow, count: int) -> Ids:
-    """Ids of the `count` largest, largest first; ties go to the lower id."""
+    """The ids of the `count` largest logits, largest first. Ties go to the lower id."""
     maxima = np.maximum.reduceat(row, np.arange(0, len(row), BLOCK))
     if count < len(maxima):
-        # At least `count` numbers reach the count-th largest maximum, and only blocks that reach it have any.
+        # At least `count` logits are >= the count-th largest block maximum. Only blocks with such a maximum have any.
         least = np.partition(maxima, -count)[-count]
         blocks = np.flatnonzero(maxima >= least)
         ids = (blocks[:, None] * BLOCK + np.arange(BLOCK)).ravel()
@@ -68,7 +70,7 @@ def top_ids(row: LogitsRow, count: int) -> Ids:
 
 
 def random_number(seed: int, n: int) -> float:
-    """The n-th number in [0, 1) that comes of a seed: the seed itself, then those of SplitMix64."""
+    """The n-th random number in [0, 1) of a seed: number 0 is the seed itself, the others are those of SplitMix64."""
     if n:
         seed = (seed + n * 0x9E3779B97F4A7C15) & _ALL
         seed = ((seed ^ seed >> 30) * 0xBF58476D1CE4E5B9) & _ALL
@@ -77,24 +79,24 @@ def random_number(seed: int, n: int) -> float:
     return float(seed >> 11) * 2.0**-53
 
 
-def _read(row: LogitsRow, task: RowQuery) -> RowResult:
-    total = _log_total(row) if task.reported else 0.0
-    drawn = _draw_ids(adjusted_row(row, task.draw), task.draw) if task.draw else []
-    top = top_ids(row, task.top).tolist() if task.top else []
+def _read(row: LogitsRow, query: RowQuery) -> RowResult:
+    total = _log_total(row) if query.reported else 0.0
+    drawn = _draw_ids(adjusted_row(row, query.draw), query.draw) if query.draw else []
+    top = top_ids(row, query.top).tolist() if query.top else []
     pairs = [tuple((token, float(row[token]) - total) for token in tokens) for tokens in (top, drawn)]
-    if task.given is None:
+    if query.given is None:
         return RowResult(top=pairs[0], drawn=pairs[1])
-    rank = 1 + int(np.count_nonzero(row > row[task.given]))
-    return RowResult(pairs[0], float(row[task.given]) - total, rank, pairs[1])
+    rank = 1 + int(np.count_nonzero(row > row[query.given]))
+    return RowResult(pairs[0], float(row[query.given]) - total, rank, pairs[1])
 
 
 def _draw_ids(row: LogitsRow, draw: SampleQuery) -> list[int]:
     sampling, seeds = draw.sampling, draw.seeds
     weights = _weights(row, sampling.temperature)
     weights[weights < np.float32(sampling.min_p)] = 0
-    wanted = sampling.top_p * float(_block_sums(weights).sum())
-    # The likeliest weighs 1 and may be all of the nucleus; or the row is not of numbers.
-    if sampling.temperature < GREEDY_BELOW or not wanted > 1:
+    nucleus_weight = sampling.top_p * float(_block_sums(weights).sum())
+    # The most likely token weighs 1, so it is the whole nucleus if that weighs at most 1. NaN: logits are not finite.
+    if sampling.temperature < GREEDY_BELOW or not nucleus_weight > 1:
         return [int(np.argmax(row))] * len(seeds)
     if sampling.top_k:
         ids = top_ids(weights, sampling.top_k)
@@ -104,33 +106,34 @@ def _draw_ids(row: LogitsRow, draw: SampleQuery) -> list[int]:
     if sampling.top_p >= 1:
         sums = _block_sums(weights)
         return [_pick_by_blocks(weights, sums, random_number(seed, 0)) for seed in seeds]
-    return [_sample_nucleus(weights, wanted, seed) for seed in seeds]
+    return [_sample_nucleus(weights, nucleus_weight, seed) for seed in seeds]
 
 
-def _sample_nucleus(weights: WeightArray, wanted: float, seed: int) -> int:
-    """A token of the nucleus: the fewest likeliest tokens that weigh `wanted` together; ties go to the lower id.
+def _sample_nucleus(weights: WeightArray, nucleus_weight: float, seed: int) -> int:
+    """Draw a token of the nucleus: the fewest most likely tokens with a total weight of at least `nucleus_weight`.
 
-    A token is in the nucleus if and only if those before it weigh less than `wanted`. So draw from all tokens; if
-    the token is outside, so is everything after it: draw again from those before it. What is returned is
-    distributed as if only the nucleus had been drawn from, after 1 + ln(1 / top_p) draws on average at most.
+    Ties go to the lower id. A token is in the nucleus if and only if the tokens before it weigh less than
+    `nucleus_weight`. So a token is drawn from all tokens. If it is outside, everything after it is outside too, and
+    the next draw is from the tokens before it. The result is distributed as if drawn from the nucleus alone. The mean
+    number of draws is at most 1 + ln(1 / top_p).
     """
     for n in itertools.count():
-        place = _pick_by_blocks(weights, _block_sums(weights), random_number(seed, n))
-        weights = np.where(_order_before(weights, place), weights, np.float32(0))
-        if _block_sums(weights).sum() < wanted:
+        index = _pick_by_blocks(weights, _block_sums(weights), random_number(seed, n))
+        weights = np.where(_order_before(weights, index), weights, np.float32(0))
+        if _block_sums(weights).sum() < nucleus_weight:
             break
-    return place
+    return index
 
 
-def _order_before(weights: WeightArray, place: int) -> NDArray[np.bool_]:
-    """Which are heavier than the one at a place, or as heavy and before it."""
-    chosen: NDArray[np.bool_] = weights > weights[place]
-    chosen[:place] |= weights[:place] == weights[place]
+def _order_before(weights: WeightArray, index: int) -> NDArray[np.bool_]:
+    """A mask of the tokens that come before `index`: those of larger weight, or of equal weight and lower id."""
+    chosen: NDArray[np.bool_] = weights > weights[index]
+    chosen[:index] |= weights[:index] == weights[index]
     return chosen
 
 
 def _weights(row: LogitsRow, temperature: float) -> WeightArray:
-    # The shift comes before the division: a quotient by a small temperature has few digits after its point.
+    # Subtract before the division: the quotient of a large logit and a small temperature has few fractional digits.
     lowered = row - row.max()
     weights: WeightArray = np.exp(lowered / np.float32(max(temperature, GREEDY_BELOW)))
     return weights
@@ -149,7 +152,7 @@ def _block_sums(weights: WeightArray) -> SumArray:
 
 
 def _pick(weights: NDArray[np.floating], draw: float) -> tuple[int, float]:
-    """Index drawn in proportion to the weights, and what is left of the draw: uniform in [0, 1) and unused."""
+    """Draw an index in proportion to the weights. Also returns the unused rest of `draw`, again uniform in [0, 1)."""
     cumulated = np.cumsum(weights, dtype=np.float64)
     target = draw * float(cumulated[-1])
     index = int(np.searchsorted(cumulated, min(target, np.nextafter(cumulated[-1], 0)), side="right"))
@@ -158,7 +161,7 @@ def _pick(weights: NDArray[np.floating], draw: float) -> tuple[int, float]:
 
 
 def _pick_by_blocks(weights: WeightArray, sums: SumArray, draw: float) -> int:
-    """Id drawn in proportion to the weights: first its block, then the id in the block."""
+    """Draw an id in proportion to the weights: first its block, then the id in the block."""
     block, rest = _pick(sums, draw)
     start = block * BLOCK
     return start + _pick(weights[start : start + BLOCK], rest)[0]

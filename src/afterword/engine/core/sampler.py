@@ -1,7 +1,7 @@
-"""From rows of logits to tokens and log probabilities. Randomness is an argument.
+"""Turns logits rows into tokens and log probabilities. Pure: seeds are arguments.
 
-The log probabilities that are reported are those of the unmodified row: what the model believes, not what was asked of
-it. What is costly is in rows.py.
+Reported log probabilities are those of the unmodified logits row, before bias, penalties, temperature and filters. The
+expensive computations over whole rows are in `core.sampler_kernel`.
 """
 
 from __future__ import annotations
@@ -29,36 +29,36 @@ from afterword.engine.protocol import Job, Token
 
 
 def make_kernel(threads: int = 1, team: int | None = None) -> SamplerKernel:
-    """The fastest there is; see `CompiledKernel`."""
+    """The fastest available kernel. `team`: see `CompiledKernel`."""
     return CompiledKernel(threads, team) if LIBRARY.exists() else NumpyKernel()
 
 
 def finite_rows(logits: Logits) -> NDArray[np.bool_]:
-    """Of each row whether a token can be chosen: no NaN, no infinity, and not all minus infinity."""
+    """For each row, whether a token can be sampled: no NaN, no plus infinity, not all minus infinity. Shape: (n,)."""
     found: NDArray[np.bool_] = np.isfinite(logits.max(axis=1))
     return found
 
 
 def seed_of(key: bytes, sample: int, position: int) -> int:
-    """64 bits that depend on nothing but their arguments: `position` counts a sample's generated tokens.
+    """A 64-bit seed that depends on the arguments alone. `position`: number of tokens that the sample has generated.
 
-    No state means that neither load nor order can change a draw.
+    The sampler keeps no random state, so neither load nor order can change a sampled token.
     """
     digest = hashlib.blake2b(struct.pack("<2Q", sample, position), digest_size=8, key=key).digest()
     return int.from_bytes(digest, "little")
 
 
 class ScoreQuery(msgspec.Struct, frozen=True):
-    """A given token is to be told about, with its rank and the `alternatives` likeliest."""
+    """Request the log probability and rank of a given token, and the `alternatives` most likely tokens."""
 
     token: int
     alternatives: int
 
 
 class SampleTokens(msgspec.Struct, frozen=True):
-    """The next token of each of a job's `samples` is wanted, which have the same row and the same `generated` tokens.
+    """Request the next token of each of a job's `samples`, which share a logits row and their `generated` tokens.
 
-    `position` is how many these are. Samples share a row at their first token; later each comes alone.
+    `position`: the number of generated tokens. Samples share a row only for their first token.
     """
 
     job: Job
@@ -71,19 +71,19 @@ TokenQuery = ScoreQuery | SampleTokens | None
 
 
 class Sampler:
-    """What it returns depends on its arguments alone. One thread calls it."""
+    """Samples and scores tokens. Results depend on the arguments of `read` alone. One thread calls it."""
 
-    def __init__(self, rows: SamplerKernel | None = None) -> None:
-        self._rows = rows or make_kernel()
+    def __init__(self, kernel: SamplerKernel | None = None) -> None:
+        self._kernel = kernel or make_kernel()
 
-    def read(self, logits: Logits, asks: Sequence[TokenQuery]) -> list[list[Token]]:
-        """The tokens that each row of a pass (n, vocabulary) is asked for."""
-        found = self._rows.read(logits, [_row_query(ask) for ask in asks])
-        return [_tokens(ask, each) for ask, each in zip(asks, found, strict=True)]
+    def read(self, logits: Logits, queries: Sequence[TokenQuery]) -> list[list[Token]]:
+        """Answer one query for each row of `logits: (n, vocabulary)`. Returns the tokens of each query."""
+        found = self._kernel.read(logits, [_row_query(query) for query in queries])
+        return [_tokens(query, each) for query, each in zip(queries, found, strict=True)]
 
 
-def _row_query(ask: TokenQuery) -> RowQuery:
-    match ask:
+def _row_query(query: TokenQuery) -> RowQuery:
+    match query:
         case ScoreQuery(token, alternatives):
             return RowQuery(reported=True, top=alternatives, given=token)
         case SampleTokens(job, samples, position, generated):
@@ -95,8 +95,8 @@ def _row_query(ask: TokenQuery) -> RowQuery:
             return RowQuery()
 
 
-def _tokens(ask: TokenQuery, found: RowResult) -> list[Token]:
-    match ask:
+def _tokens(query: TokenQuery, found: RowResult) -> list[Token]:
+    match query:
         case ScoreQuery(token):
             return [Token(token, found.value, found.top, found.rank)]
         case SampleTokens(job) if job.alternatives is None:

@@ -1,7 +1,7 @@
-"""What the sampler does with whole rows of logits: the costly part, as few walks over memory as there can be.
+"""The sampler's computations over whole logits rows, with as few passes over memory as possible.
 
-Compiled (sampler_kernel.cpp) where there was a compiler, else numpy's (plain.py), which are slower. All rows of a
-pass are read in one call, since a call costs as much as the arithmetic in it.
+`CompiledKernel` calls sampler_kernel.cpp if a compiler built it; `core.numpy_kernel` is the slower alternative. One
+call reads all rows of a forward pass, because a call costs as much time as its arithmetic.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ Ids = NDArray[np.int64]
 Numbers = NDArray[np.float64]
 
 BLOCK = 256
-"""Of this many numbers the largest is known, and the sum, so that what comes next need not look at them again."""
+"""Logits per block. The kernels keep the maximum and the sum of each block, so that later steps can skip blocks."""
 GREEDY_BELOW = 1e-4
-"""Temperatures below this are greedy: dividing by them would leave one token with all the mass anyway."""
+"""Temperatures below this are greedy: after a division by them, one token would have all the probability anyway."""
 LIBRARY = library(KERNELS / "sampler_kernel.cpp")
-_MAX_CACHED = 256  # as many as there can be sequences: they are asked for at each token
+_MAX_CACHED = 256  # arrays; as many as there can be sequences, because each token of a sequence needs its array
 
 
 class SampleQuery(msgspec.Struct, frozen=True):
-    """An id for each seed: bias, penalties, bans, temperature, then the filters min_p, top_k, top_p.
+    """Draw one id for each seed: bias, penalties, bans, temperature, then the filters min_p, top_k, top_p.
 
-    `generated` are the sample's tokens so far; only the repetition penalty looks at the prompt.
+    `generated`: the sample's tokens so far. `banned`: ids that are never drawn. `prompt`: for the repetition penalty.
     """
 
     sampling: Sampling
@@ -46,7 +46,11 @@ class SampleQuery(msgspec.Struct, frozen=True):
 
 
 class RowQuery(msgspec.Struct, frozen=True):
-    """What is wanted of a row: log probabilities if `reported`, with the `top` likeliest, and of one `given` id."""
+    """The request for one logits row.
+
+    `reported`: return log probabilities. `top`: number of most likely ids to return. `given`: the id to be scored.
+    `draw`: the ids to be drawn.
+    """
 
     reported: bool = False
     top: int = 0
@@ -55,9 +59,10 @@ class RowQuery(msgspec.Struct, frozen=True):
 
 
 class RowResult(msgspec.Struct, frozen=True):
-    """What came of it. Log probabilities are those of the unmodified row; where it is not of numbers, no numbers.
+    """The result for one logits row. Values are those of the unmodified row; without meaning if it is not finite.
 
-    Without `reported` they are logits. `rank` is 1 for the likeliest id.
+    `top`, `drawn`: pairs of id and log probability. `value`, `rank`: log probability and rank of the given id; rank 1
+    is the most likely id. Without `reported`, all values are logits instead of log probabilities.
     """
 
     top: tuple[tuple[int, float], ...] = ()
@@ -67,18 +72,19 @@ class RowResult(msgspec.Struct, frozen=True):
 
 
 class SamplerKernel(Protocol):
-    """How rows are read."""
+    """A function over logits rows, compiled or in numpy."""
 
-    def read(self, rows: Logits, tasks: Sequence[RowQuery]) -> list[RowResult]:
-        """Of each row of (n, vocabulary) what its task wants. Weights are exact to 1 in 10^6, and 0 below 10^-37.
+    def read(self, rows: Logits, queries: Sequence[RowQuery]) -> list[RowResult]:
+        """Answer one query for each row of `rows: (n, vocabulary)`. Weights are exact to 1 in 10^6, 0 below 10^-37.
 
-        The likeliest come first, and of equals the lower id. Rows are written to meanwhile.
+        The most likely ids come first; ties go to the lower id. The kernel may modify rows during the call and restores
+        them before it returns.
         """
         ...
 
 
 def distinct(ids: tuple[int, ...]) -> Ids:
-    """Each of them once, rising."""
+    """The distinct ids in ascending order."""
     return np.unique(np.array(ids, np.int64))
 
 
@@ -86,7 +92,7 @@ _AT, _COUNT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 
 class _NativeRowQuery(ctypes.Structure):
-    """As sampler_kernel.cpp declares it."""
+    """The same struct as in sampler_kernel.cpp."""
 
     _fields_ = [
         *((name, _COUNT) for name in ("reported", "given", "top_count")),
@@ -104,9 +110,9 @@ class _NativeRowQuery(ctypes.Structure):
 
 
 class CompiledKernel:
-    """By sampler_kernel.cpp: rows by up to `threads` threads, or blocks of a row where there is one.
+    """The kernel of sampler_kernel.cpp. Up to `threads` threads share the rows, or the blocks of a single row.
 
-    `team`: the address of what runs them (`Run` in parallel.hpp); OpenMP does if there is none.
+    `team`: the address of the thread pool's function that runs them (`Run` in parallel.hpp); None: OpenMP runs them.
     """
 
     def __init__(self, threads: int = 1, team: int | None = None) -> None:
@@ -117,22 +123,22 @@ class CompiledKernel:
         self._read.argtypes = (_AT, _COUNT, _COUNT, _AT, ctypes.c_int, _AT)
         self._threads = threads, team
 
-    def read(self, rows: Logits, tasks: Sequence[RowQuery]) -> list[RowResult]:
+    def read(self, rows: Logits, queries: Sequence[RowQuery]) -> list[RowResult]:
         """See `SamplerKernel`."""
         count, length = rows.shape
-        tops = [min(task.top, length) for task in tasks]
-        seeds = np.array([seed for task in tasks if task.draw for seed in task.draw.seeds], np.uint64)
+        tops = [min(query.top, length) for query in queries]
+        seeds = np.array([seed for query in queries if query.draw for seed in query.draw.seeds], np.uint64)
         top, drawn = _ResultMemory(sum(tops)), _ResultMemory(len(seeds))
         at, held = _address(seeds), []
         native = (_NativeRowQuery * count)()
-        for each, task, size in zip(native, tasks, tops, strict=True):
-            each.reported, each.given = task.reported, -1 if task.given is None else task.given
+        for each, query, size in zip(native, queries, tops, strict=True):
+            each.reported, each.given = query.reported, -1 if query.given is None else query.given
             each.top_count, (each.top, each.top_values) = size, top.next(size)
-            if task.draw:
-                draws = len(task.draw.seeds)
+            if query.draw:
+                draws = len(query.draw.seeds)
                 each.seeds, each.seeds_count, at = at, draws, at + 8 * draws
                 each.chosen, each.chosen_values = drawn.next(draws)
-                held.append(_fill_query(each, task.draw))
+                held.append(_fill_query(each, query.draw))
         self._read(_address(rows), count, length, native, *self._threads)
         first, second = top.pairs(), drawn.pairs()
         return [
@@ -142,26 +148,26 @@ class CompiledKernel:
 
 
 class _ResultMemory:
-    """Memory for ids and numbers, given out from the first to the last."""
+    """Memory for ids and values, allocated in order from the first element to the last."""
 
     def __init__(self, count: int) -> None:
         self._ids, self._numbers = np.zeros(count, np.int64), np.zeros(count, np.float64)
         self._at = _address(self._ids), _address(self._numbers)
-        self._given = 0
+        self._allocated = 0
 
     def next(self, count: int) -> tuple[int, int]:
-        """Where there is room for so many."""
-        start = 8 * self._given
-        self._given += count
+        """Allocate `count` elements. Returns the addresses of their ids and values."""
+        start = 8 * self._allocated
+        self._allocated += count
         return self._at[0] + start, self._at[1] + start
 
     def pairs(self) -> Iterator[tuple[int, float]]:
-        """What stands there."""
+        """All ids with their values."""
         return zip(self._ids.tolist(), self._numbers.tolist(), strict=True)
 
 
 def _fill_query(each: _NativeRowQuery, draw: SampleQuery) -> tuple[object, ...]:
-    """What is drawn and from what. Returns who owns the arrays, to be kept as long as they are looked at."""
+    """Fill in the fields for drawing. Returns the owners of the arrays, to be kept alive during the native call."""
     sampling, generated = draw.sampling, draw.generated
     each.temperature = 0.0 if sampling.temperature < GREEDY_BELOW else sampling.temperature
     each.top_p, each.min_p, each.top_k = sampling.top_p, sampling.min_p, sampling.top_k
@@ -188,5 +194,5 @@ def _arrays(biases: tuple[tuple[int, float], ...]) -> tuple[Ids, Numbers]:
 
 
 def _address(array: NDArray[np.float32 | np.float64 | np.int64 | np.uint64]) -> int:
-    """Where an array is; half the time of asking the array."""
+    """The address of an array's data. Takes half the time of `array.ctypes.data`."""
     return ctypes.addressof(ctypes.c_char.from_buffer(array.data)) if array.size else 0

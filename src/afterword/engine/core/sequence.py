@@ -1,7 +1,7 @@
-"""One sample's state in the engine, and the work that its samples share.
+"""The state of one sample in the scheduler, and the state of the job that its samples share.
 
-A sequence has tokens, and a slot that holds the computed ones; every pass lets those catch up. There is no other
-notion of prefill and decode.
+A sequence has tokens and, while it runs, a slot that holds the computed ones. Each pass computes more of its tokens.
+Prefill and decode are not separate states of a sequence.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from afterword.engine.protocol import Job, Token
 
 @dataclass(slots=True, eq=False)
 class JobState:
-    """A job under way. Owned by the scheduler.
+    """An accepted job. Owned by the scheduler.
 
-    `started`: its first tokens have been sampled, all from the same row of logits. `live` hold a slot; `queued`
-    hold none: they are paused, or have their first token and had no slot yet. `query` is what may be found of its
-    prompt, `times_passed_over` how many later jobs were preferred, `scores_sent` how many scores of the prompt's tokens
-    were told. While it is `held` nothing is computed for it; while it is `reader_is_behind`, since its reader is
-    behind, its sequences give way to anything that waits.
+    `run`: the job's id. `query`: the request to the prefix cache for its prompt. `started`: its first tokens are
+    sampled, all from the same logits row. `times_passed_over`: how often the scheduler preferred a later job.
+    `suspended`: the scheduler computes nothing for the job. `reader_is_behind`: the client reads too slowly, so the
+    job's sequences are preempted before all others. `scores_sent`: how many scores of prompt tokens were returned.
+    `live`: sequences that have a slot. `queued`: sequences that have none, because they were preempted or because
+    there was no free slot after their first token.
     """
 
     run: int
@@ -31,22 +32,22 @@ class JobState:
     query: PrefixQuery
     started: bool = False
     times_passed_over: int = 0
-    held: bool = False
+    suspended: bool = False
     reader_is_behind: bool = False
     scores_sent: int = 0
     live: list[Sequence] = field(default_factory=list)
     queued: deque[Sequence] = field(default_factory=deque)
 
     def unsent_scores(self, start: int, scores: TokenSequence[Token]) -> list[Token]:
-        """Of the scores from place `start` on those that the job has not been told; they count as told."""
-        fresh = list(scores[max(self.scores_sent - start, 0) :])
-        self.scores_sent += len(fresh)
-        return fresh
+        """The scores, of which the first has index `start`, that were not returned before. Marks them as sent."""
+        unsent = list(scores[max(self.scores_sent - start, 0) :])
+        self.scores_sent += len(unsent)
+        return unsent
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """A job leaves the queue with what is known of its prompt. `complete`: there is nothing more to compute."""
+    """A job that leaves the queue, with the cached part of its prompt. `complete`: there is nothing more to compute."""
 
     work: JobState
     cached: int
@@ -58,40 +59,40 @@ class Admission:
 class Sequence:
     """The state of one sample: the prompt's tokens, then the generated ones.
 
-    `pieces`: of so many tokens the state is computed in pieces of many tokens, of the others token by token. `kept`:
-    how many were generated before it got the slot that it has. `paused`: it ever lost one before its end; then it
-    leaves unused slots to others up to the pass `resume_pass`.
+    `prefill_length`: the first tokens, up to this many, are computed in chunks; later tokens are computed one by one.
+    `generated_before_slot`: number of tokens generated before the sequence got its present slot. `paused`: the sequence
+    was preempted at least once. It then leaves free slots to others until the pass number `resume_pass`.
     """
 
     work: JobState
     sample: int
     generated: list[int] = field(default_factory=list)
     slot: Slot | None = None
-    pieces: int = 0
-    kept: int = 0
+    prefill_length: int = 0
+    generated_before_slot: int = 0
     paused: bool = False
     resume_pass: int = 0
     token_counts: TokenCounts = field(default_factory=TokenCounts)
 
     @property
     def length(self) -> int:
-        """Tokens in all."""
+        """Number of tokens, prompt and generated."""
         return len(self.work.job.prompt) + len(self.generated)
 
     @property
     def computed(self) -> int:
-        """How many of them the slot holds."""
+        """Number of tokens that the slot holds; 0 without a slot."""
         return self.slot.length if self.slot else 0
 
     @property
     def index(self) -> int:
-        """The place of its slot. It must have one."""
+        """The index of its slot. The sequence must have one."""
         assert self.slot is not None
         return self.slot.index
 
     @property
     def is_last(self) -> bool:
-        """Whether one token is left to compute, after which the next one is drawn."""
+        """Whether one token is left to compute, after which the next one is sampled."""
         return self.computed + 1 == self.length
 
     @property
@@ -104,27 +105,28 @@ class Sequence:
         return self.work.job.prompt_alternatives is not None and not self.generated
 
     @property
-    def catching_up(self) -> bool:
-        """Whether part of it is still to be computed in pieces."""
-        return self.computed < self.pieces
+    def needs_prefill(self) -> bool:
+        """Whether a part of it is still to be computed in chunks."""
+        return self.computed < self.prefill_length
 
     @property
     def generated_in_slot(self) -> int:
-        """Tokens generated since it got its slot."""
-        return len(self.generated) - self.kept
+        """Number of tokens generated since the sequence got its slot."""
+        return len(self.generated) - self.generated_before_slot
 
-    def occupy(self, slot: Slot, in_pieces: bool) -> None:
-        """Take a slot. `in_pieces`: if more than one token is missing, generated ones may be computed in pieces too."""
-        self.slot, self.kept = slot, len(self.generated)
-        self.pieces = self.length if in_pieces and self.length > slot.length + 1 else len(self.work.job.prompt)
+    def assign_slot(self, slot: Slot, chunk_generated: bool) -> None:
+        """Set the slot. `chunk_generated`: if several tokens are missing, generated ones may be computed in chunks."""
+        self.slot, self.generated_before_slot = slot, len(self.generated)
+        in_chunks = chunk_generated and self.length > slot.length + 1
+        self.prefill_length = self.length if in_chunks else len(self.work.job.prompt)
 
     def append(self, token: int) -> None:
-        """Take a sampled token."""
+        """Append a sampled token."""
         self.generated.append(token)
         self.token_counts.add(token)
 
     def slice(self, start: int, stop: int) -> tuple[int, ...]:
-        """Tokens from `start` up to `stop`."""
+        """The tokens from index `start` up to `stop`."""
         prompt = self.work.job.prompt
         size = len(prompt)
         if start >= size:

@@ -1,9 +1,9 @@
-"""Steps that a loop has ready for its jobs, handed out in pieces of bounded size.
+"""Buffers the steps of jobs and returns them in portions of bounded size.
 
-A step may be far larger than one message to the server's process should be: a prompt whose scores are all in the prefix
-cache, or a pass with many alternatives for each token. Such a step is cut into several, in order. While steps of a job
-wait here the scheduler computes nothing for that job, so its tokens stay in order and few of them are kept. The jobs
-whose steps do not fit take turns.
+A step can be far larger than one message to the server should be. Examples are a prompt whose scores are all in the
+prefix cache, and a pass with many alternatives for each token. The buffer splits such a step into several, in order.
+While the buffer holds steps of a job, the scheduler computes nothing for that job. So the job's tokens stay in order
+and few of them are buffered. If the steps of all jobs do not fit into one portion, the jobs take turns.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from collections.abc import Iterator
 from afterword.engine.protocol import Step, Token
 
 MAX_STEP_BYTES = 2 * 2**20
-"""Bytes of tokens, in memory, that are handed out at a time. The same tokens take about a ninth of it in a message."""
+"""The most bytes of tokens, in memory, that one portion has. In a message the same tokens take about a ninth of it."""
 
 
 class StepBuffer:
-    """Owner of the steps that are not handed out yet. One thread."""
+    """Owner of the steps that are not sent yet. One thread calls everything. `max_bytes`: size of a portion."""
 
-    def __init__(self, piece: int = MAX_STEP_BYTES) -> None:
-        self._piece = piece
+    def __init__(self, max_bytes: int = MAX_STEP_BYTES) -> None:
+        self._max_bytes = max_bytes
         self._waiting: dict[int, deque[Step]] = {}
-        self.paused: set[int] = set()  # jobs that get nothing for now
+        self.paused: set[int] = set()  # ids of jobs that get no steps for now
 
     def __contains__(self, run: int) -> bool:
         return run in self._waiting
@@ -33,53 +33,56 @@ class StepBuffer:
 
     @property
     def free_bytes(self) -> int:
-        """How many bytes more may be added by jobs that have not begun. Steps of paused jobs are not counted."""
+        """Bytes that new jobs may still add. Steps of paused jobs do not count. Can be negative."""
         waiting = sum(step.size for run, steps in self._waiting.items() if run not in self.paused for step in steps)
-        return self._piece - waiting
+        return self._max_bytes - waiting
 
     def add(self, run: int, step: Step) -> None:
-        """Keep a step of a job until it is handed out."""
+        """Add a step of a job, split if it exceeds the size of a portion."""
         self._waiting.setdefault(run, deque()).extend(
-            split_step(step, self._piece) if step.size > self._piece else (step,)
+            split_step(step, self._max_bytes) if step.size > self._max_bytes else (step,)
         )
 
     def take(self) -> dict[int, Step]:
-        """The next steps, one for each job, of `piece` bytes together; one step of more is handed out alone."""
+        """Remove and return the next portion: at most one step of each job, at most `max_bytes` bytes together.
+
+        A single step of more than `max_bytes` bytes is returned alone.
+        """
         taken: dict[int, Step] = {}
-        room = self._piece
+        free = self._max_bytes
         for run in [run for run in self._waiting if run not in self.paused]:
             steps = self._waiting[run]
-            if steps[0].size > room:
+            if steps[0].size > free:
                 if not taken:
                     taken[run] = steps.popleft()
                 break
             taken[run] = steps.popleft()
-            room -= taken[run].size
+            free -= taken[run].size
         for run in taken:
             steps = self._waiting.pop(run)
             if steps:
-                self._waiting[run] = steps  # behind the others
+                self._waiting[run] = steps  # to the end: the other jobs come first in the next portion
         return taken
 
     def discard(self, run: int) -> None:
-        """A job was closed."""
+        """Delete all steps of a closed job."""
         self._waiting.pop(run, None)
         self.paused.discard(run)
 
 
 def split_step(step: Step, size: int) -> Iterator[Step]:
-    """A step as several of about `size` bytes at most, in order: the prompt's scores, then what was sampled.
+    """Split a step into several of about `size` bytes at most, in order: prompt scores, then sampled tokens.
 
-    The first carries the count of cached tokens, the last the samples that ended.
+    The first part carries the count of cached tokens, the last the samples that ended.
     """
     scored: list[Token] = []
     sampled: list[tuple[int, Token]] = []
-    cached, room = step.cached, size
+    cached, free = step.cached, size
     for sample, token in (*((None, token) for token in step.scored), *step.sampled):
-        if room < token.size and (scored or sampled):
+        if free < token.size and (scored or sampled):
             yield Step(tuple(scored), tuple(sampled), cached=cached)
-            scored, sampled, cached, room = [], [], 0, size
-        room -= token.size
+            scored, sampled, cached, free = [], [], 0, size
+        free -= token.size
         if sample is None:
             scored.append(token)
         else:

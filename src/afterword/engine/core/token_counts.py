@@ -1,4 +1,7 @@
-"""How often a sample has generated which tokens: arrays that grow, so that a step costs no more for a long text."""
+"""The tokens that a sample has generated, with their counts, in arrays that grow.
+
+The arrays are updated token by token, so the cost of a step does not grow with the length of the text.
+"""
 
 from __future__ import annotations
 
@@ -7,44 +10,44 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-_INITIAL_CAPACITY = 64  # tokens at first
+_INITIAL_CAPACITY = 64  # distinct tokens
 
 
 class TokenCounts:
-    """Distinct tokens in the order of their first time, and how often each was added."""
+    """Distinct tokens in the order in which they first appeared, and how often each was added."""
 
-    __slots__ = ("_counts", "_ids", "_places", "addresses")
+    __slots__ = ("_counts", "_ids", "_indexes", "addresses")
 
     def __init__(self, tokens: Iterable[int] = ()) -> None:
-        self._places: dict[int, int] = {}
+        self._indexes: dict[int, int] = {}
         self._ids, self._counts = np.zeros(_INITIAL_CAPACITY, np.int64), np.zeros(_INITIAL_CAPACITY, np.int64)
-        self._trim()
+        self._update_addresses()
         for token in tokens:
             self.add(token)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._indexes)
 
     @property
     def ids(self) -> NDArray[np.int64]:
-        """The tokens."""
+        """The distinct token ids. Shape: (len(self),)."""
         return self._ids[: len(self)]
 
     @property
     def counts(self) -> NDArray[np.int64]:
-        """How often each."""
+        """The count of each id. Shape: (len(self),)."""
         return self._counts[: len(self)]
 
     def add(self, token: int) -> None:
         """Count a token once more."""
-        place = self._places.setdefault(token, len(self._places))
-        if place == len(self._ids):
-            self._ids, self._counts = np.resize(self._ids, 2 * place), np.resize(self._counts, 2 * place)
-            self._counts[place:] = 0
-            self._trim()
-        self._ids[place] = token
-        self._counts[place] += 1
+        index = self._indexes.setdefault(token, len(self._indexes))
+        if index == len(self._ids):
+            self._ids, self._counts = np.resize(self._ids, 2 * index), np.resize(self._counts, 2 * index)
+            self._counts[index:] = 0
+            self._update_addresses()
+        self._ids[index] = token
+        self._counts[index] += 1
 
-    def _trim(self) -> None:
+    def _update_addresses(self) -> None:
         self.addresses = self._ids.ctypes.data, self._counts.ctypes.data
-        """Where ids and times are, for compiled code; they move when a token is added."""
+        """Memory addresses of ids and counts, for compiled code. They can change when a token is added."""
