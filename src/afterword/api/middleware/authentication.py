@@ -1,7 +1,7 @@
-"""Who may come in, and with how much: keys, body size, and the headers that every answer has.
+"""API keys and their limits, request bodies, error responses, and the headers that every response has.
 
-Every route is guarded but the two that a load balancer asks; the check hangs on the matched route, never on the
-path's text.
+Every route checks the API key except the two for load balancers and the static pages. The check belongs to the matched
+route and never depends on the text of the path.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from afterword.api.in_process_client import SCOPE_KEY
 from afterword.api.middleware import rate_limit_headers
-from afterword.api.requests.request_context import RequestContext, request_context_of
+from afterword.api.requests.request_context import CONTEXT_KEY, RequestContext, request_context_of
 from afterword.api.responses import serialization
 from afterword.api.service import Service
 from afterword.errors import (
@@ -38,7 +38,7 @@ from afterword.observability.metrics import Metrics
 from afterword.observability.request_log import RequestLog
 from afterword.observability.traces import PARENT_HEADERS, Traces
 
-# seconds over which those who are sent away come again, so that they do not all do so at once
+# seconds over which the retries of refused clients are spread, so that they do not all arrive at once
 _RETRY_JITTER_SECONDS = 5
 _NO_KEY = (
     "You didn't provide an API key. You need to provide your API key in an Authorization header using Bearer auth "
@@ -47,10 +47,10 @@ _NO_KEY = (
 
 
 class ProtectedRoute(Route):
-    """A route that first asks for a key, if the server has any, whatever the method; and whether it has any left."""
+    """A route that checks the API key, if the server has keys, and the limits of its account, for every HTTP method."""
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises `Unauthorized` and `RateLimited`, before anything of a body is read."""
+        """Raises `Unauthorized`, `RateLimited` and `Overloaded`, before any of the body is read."""
         service: Service = scope["app"].state.service
         request_context = request_context_of(scope)
         request_context.route = self.path
@@ -66,23 +66,24 @@ class ProtectedRoute(Route):
                 service.key_registry, request_context, Headers(scope=scope).get("authorization", "")
             )
 
-        async def settled(message: Message) -> None:
-            """Who has the last of an answer may ask again at once: by then nothing of it is in use any more."""
+        async def close_then_send(message: Message) -> None:
+            """Close the context before the last part of the body: the client may send its next request at once."""
             if message["type"] == "http.response.body" and not message.get("more_body"):
                 request_context.close()
             await send(message)
 
         try:
-            await super().handle(scope, receive, settled)
+            await super().handle(scope, receive, close_then_send)
         finally:
             request_context.close()
 
 
 def authenticate(key_registry: KeyRegistry, request_context: RequestContext, authorization: str) -> Grant:
-    """What a request may use. Whatever is wrong with a key, the answer is the same; it is never quoted whole.
+    """The grant for the key in an Authorization header.
 
-    The key is looked up first, which costs one hash of at most a head: so a right key never waits because of wrong
-    ones that came from the same address. Raises `Unauthorized`, `RateLimited`, and `Overloaded` where no key is known.
+    The error for a wrong key is the same for unknown, expired and revoked keys, and never contains the whole key. The
+    lookup costs one hash of at most `max_head` bytes and comes first, so that a valid key never waits because of wrong
+    keys from the same address. Raises `Unauthorized`, `RateLimited`, and `Overloaded` while the keys cannot be read.
     """
     text = bearer_token(authorization)
     if not text:
@@ -96,14 +97,14 @@ def authenticate(key_registry: KeyRegistry, request_context: RequestContext, aut
 
 
 def bearer_token(authorization: str) -> str:
-    """The text of the key in an Authorization header; empty where there is none."""
+    """The API key in an Authorization header, or "" if there is none."""
     scheme, _, text = authorization.partition(" ")
     return text.strip() if scheme.lower() == "bearer" else ""
 
 
 def acquire_grant(key_registry: KeyRegistry, account: Account, request_context: RequestContext) -> Grant:
-    """What a request of an account may use. Raises `RateLimited`."""
-    request_context.account = account.key.id  # for the log, where it is refused
+    """Count a request against the limits of its account. Raises `RateLimited`."""
+    request_context.account = account.key.id  # for the log if the request is refused
     grant = key_registry.enter(account)
     if isinstance(grant, LimitExceeded):
         raise rate_limit_headers.rate_limit_error(grant)
@@ -111,28 +112,28 @@ def acquire_grant(key_registry: KeyRegistry, account: Account, request_context: 
 
 
 def reserve(request_context: RequestContext, tokens: int) -> None:
-    """Take the most tokens that a request can use from what its key has. Raises `RateLimited`."""
+    """Charge an account the most tokens that its request can use. Raises `RateLimited`."""
     refusal = request_context.grant.reserve(tokens) if request_context.grant else None
     if refusal is not None:
         raise rate_limit_headers.rate_limit_error(refusal)
 
 
 def mask_key(key: str) -> str:
-    """The first 8 and last 4 characters; nothing of a short or a very long key."""
+    """The first 8 and last 4 characters; of a key of up to 12 or more than 256 characters, only asterisks."""
     if not 12 < len(key) <= 256:
         return "*" * min(len(key), 12)
     return key[:8] + "*" * (len(key) - 12) + key[-4:]
 
 
 async def read_json(request: Request) -> bytes:
-    """A JSON body. Raises `RequestError` if it is too large or is called something else."""
+    """The bytes of a JSON body. Raises `RequestError` for another media type, a compressed or a too large body."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise RequestError(
-            "The body must be JSON and say so: set the header 'Content-Type: application/json'.", status=400
+            "The body must be JSON, and the request must have the header 'Content-Type: application/json'.", status=400
         )
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
-        raise RequestError("A compressed body is not accepted: send it without Content-Encoding.", status=415)
+        raise RequestError("The body must not be compressed: send it without the header Content-Encoding.", status=415)
     limit: int = request.app.state.service.config.transport.max_body
     too_large = RequestError(f"The body is larger than {limit} bytes.", status=413)
     length = request.headers.get("content-length", "")
@@ -147,12 +148,12 @@ async def read_json(request: Request) -> bytes:
 
 
 def header_text(text: str) -> bytes:
-    """A caller's words as a header value: visible ASCII and spaces, the rest as question marks."""
+    """At most 1,024 characters as a header value. All but visible ASCII and spaces become question marks."""
     return "".join(letter if " " <= letter <= "~" else "?" for letter in text[:1024]).encode()
 
 
 def error_response(problem: AfterwordError) -> Response:
-    """The error envelope with the headers that clients act on."""
+    """The error object, with the headers that state whether and when to retry."""
     headers = {}
     if isinstance(problem, Overloaded):
         headers["retry-after"] = str(problem.retry_after + secrets.randbelow(_RETRY_JITTER_SECONDS))
@@ -161,8 +162,8 @@ def error_response(problem: AfterwordError) -> Response:
     if isinstance(problem, EngineFailure | LoadFailed | NonFiniteLogits):
         headers["x-should-retry"] = "false"
     if isinstance(problem, RateLimited):
-        told = problem.retry_after
-        headers |= {"x-should-retry": "false"} if told is None else {"retry-after": str(told)}
+        wait = problem.retry_after
+        headers |= {"x-should-retry": "false"} if wait is None else {"retry-after": str(wait)}
     return Response(
         serialization.encode(serialization.error(problem)),
         problem.status,
@@ -172,25 +173,24 @@ def error_response(problem: AfterwordError) -> Response:
 
 
 async def on_afterword_error(request: Request, problem: Exception) -> Response:
-    """Errors that we raise on purpose."""
     assert isinstance(problem, AfterwordError)
     request_context_of(request.scope).record_error(problem)
     return error_response(problem)
 
 
 async def on_routing_error(request: Request, problem: Exception) -> Response:
-    """Errors of routing: unknown paths and methods."""
+    """The response for an unknown path or a method that the path does not have."""
     assert isinstance(problem, HTTPException)
     service: Service = request.app.state.service
     if account := service.key_registry.find(bearer_token(request.headers.get("authorization", ""))):
-        # for the log alone: the answer is the same without it
+        # for the log only: the response does not depend on it
         request_context_of(request.scope).account = account.key.id
     if problem.status_code == 404:
         message = f"Unknown request URL: {request.method} {request.url.path[:128]}. Please check the URL for typos."
         return await on_afterword_error(request, RequestError(message, code="unknown_url", status=404))
     if problem.status_code == 405:
         allowed = ", ".join(methods_of(request))
-        message = f"Not allowed to {request.method} here. Allowed: {allowed}."
+        message = f"This path does not have the method {request.method}. Allowed: {allowed}."
         response = await on_afterword_error(request, RequestError(message, code="method_not_supported", status=405))
         response.headers["allow"] = allowed
         return response
@@ -198,25 +198,25 @@ async def on_routing_error(request: Request, problem: Exception) -> Response:
 
 
 def methods_of(request: Request) -> list[str]:
-    """The methods that a path has, of all its routes."""
+    """The sorted methods of all routes that match the path."""
     routes = [each for each in request.app.routes if isinstance(each, Route)]
     matching = [each for each in routes if each.path_regex.match(request.scope["path"])]
     return sorted({method for each in matching for method in each.methods or ()})
 
 
 async def on_disconnect(_: Request, __: Exception) -> Response:
-    """The caller left while the body was still to come: nobody reads this, but the log."""
+    """The client disconnected before its body was complete. Only the log shows this status."""
     return Response(status_code=499)
 
 
 async def on_unexpected_error(request: Request, _: Exception) -> Response:
-    """Anything else: ours. The traceback goes to the log, nothing of it to the caller."""
+    """The response for a bug. The traceback goes to the log and not to the client."""
     problem = AfterwordError("The server had an error while processing your request. Sorry about that!")
     return await on_afterword_error(request, problem)
 
 
 class RequestMiddleware:
-    """Outermost: gives every answer its request id, the time it took and its limits; logs and counts what is over."""
+    """Outermost middleware: adds the common headers to each response; logs, counts and traces each ended request."""
 
     def __init__(
         self, app: ASGIApp, request_log: RequestLog | None, metrics: Metrics, traces: Traces | None = None
@@ -227,21 +227,21 @@ class RequestMiddleware:
         self._traces = traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass everything on; add headers to the start of the response."""
+        """Create the request context, run the application, then report the outcome."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         request_context = RequestContext(f"req_{secrets.token_hex(16)}", client_address(scope))
-        scope["afterword.visit"] = request_context
+        scope[CONTEXT_KEY] = request_context
 
-        async def labelled(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 request_context.status = message["status"]
                 MutableHeaders(scope=message).update(response_headers(request_context))
             await send(message)
 
         try:
-            await self._app(scope, receive, labelled)
+            await self._app(scope, receive, send_with_headers)
         except Exception:
             request_context.record_bug()
             raise
@@ -259,7 +259,7 @@ class RequestMiddleware:
 
 
 def response_headers(request_context: RequestContext) -> dict[str, str]:
-    """The headers that every answer has, and those of the limits that its key has."""
+    """The headers that every response has, and those of the limits of its account."""
     return {
         "x-request-id": request_context.id,
         "openai-processing-ms": str(int((time.monotonic() - request_context.started_at) * 1000)),
@@ -270,7 +270,7 @@ def response_headers(request_context: RequestContext) -> dict[str, str]:
 
 
 def client_address(scope: Scope) -> str:
-    """The address that asks; empty where what is said of it, perhaps by a proxy, is no address."""
+    """The client's IP address; "" if the server or a proxy states no valid one."""
     try:
         return str(ipaddress.ip_address((scope.get("client") or ("",))[0]))
     except ValueError:

@@ -1,7 +1,7 @@
-"""What is known of one request while it lasts, and the line that is logged of it: who, what, how long; never a text.
+"""The request context: what the server records about one request for its log line, its metrics and its trace span.
 
-Whatever a caller wrote is left out or stands here under another name: the route is ours, the model's name is the
-served one's, the user is a pseudonym.
+It never holds a text from the client. The route is the pattern in the route table, the model's name is that of the
+served model, and the user is a pseudonym.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ from afterword.observability.metrics import NO_ROUTE, CompletionOutcome, Request
 
 _encode = msgspec.json.Encoder().encode  # escapes control characters
 
+CONTEXT_KEY = "afterword.request_context"
+"""The key of the ASGI scope that holds the request context."""
+
 
 @dataclass(slots=True)
 class RequestContext:
-    """One request. Made by `authentication.RequestMiddleware`, filled by whoever answers it; the request's own task
-    owns it.
+    """Facts about one request. `RequestMiddleware` creates it, the route fills it, and only the request's task uses it.
 
-    `account` is the id of the caller's key if it opens the server, also where nothing was granted. `in_process`: a row
-    of a batch, for which nobody waits. `started_at`, `compute_started_at`, when anything of it was computed, and
-    `first_token_at`, when the first of an answer was there, are monotonic seconds. `n` and `choices` are the plan's.
-    `status` stays 499 if the caller has left before the answer began. `error` is the type of the error that was told,
-    `code` its code;
-    `failed`: it was not the caller's.
+    - `account`: the id of a valid API key, also if a limit refused the request.
+    - `in_process`: the request is a batch line and has no waiting client.
+    - `started_at`, `compute_started_at` (the first prefill began), `first_token_at`: seconds of `time.monotonic`.
+    - `n`, `choices`: choices per prompt, and of all prompts together.
+    - `status`: the HTTP status; it stays 499 if the client disconnects before the response starts.
+    - `error`, `code`: type and code of the error that the client got. `failed`: the server caused it.
     """
 
     id: str
@@ -62,37 +64,36 @@ class RequestContext:
 
     @property
     def key(self) -> str:
-        """The id of the caller's key, which tells nothing of the key; empty without one that opens the server."""
+        """The id of the API key, from which the key cannot be derived; "" without a valid key."""
         return self.grant.key if self.grant else self.account
 
     def set_plan(self, plan: Plan) -> None:
-        """What is about to be computed."""
         self.n, self.choices = plan.n, plan.n * len(plan.prompts)
 
     def mark_compute_started(self) -> None:
-        """A prompt of it has begun to be computed."""
+        """Record that the engine has begun the prefill of one of the prompts."""
         self.compute_started_at = self.compute_started_at or time.monotonic()
 
     def record_error(self, problem: AfterwordError) -> None:
-        """The caller is told an error, instead of an answer or in the middle of one."""
+        """Record an error that the client gets instead of the response or within a stream."""
         self.code, self.error, self.failed = problem.code, problem.type, problem.status >= 500
 
     def record_bug(self) -> None:
-        """A bug, perhaps in the middle of an answer: nobody could be told."""
+        """Record an unexpected exception, which may have ended a response that had started."""
         self.error, self.failed = self.error or AfterwordError.type, True
 
     def record_usage(self, usage: Usage) -> None:
-        """What was computed, however it ended."""
+        """Record the tokens computed, also when the request fails or the client disconnects."""
         self.used = TokenUsage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
 
     def record_choice(self, index: int, reason: str | None) -> None:
-        """Something of a choice was there; `reason` if that was all of it."""
+        """Record a delta of a choice. `reason`: its `finish_reason`, if this was the last delta."""
         self.first_token_at = self.first_token_at or time.monotonic()
         if reason is not None:
             self.finish[index] = reason
 
     def close(self) -> None:
-        """The answer is over: settle what it used, and let go of the model. Once more changes nothing."""
+        """Release the model and charge the account for the tokens used. Further calls do nothing."""
         if self.closed:
             return
         self.closed = True
@@ -103,11 +104,11 @@ class RequestContext:
 
     @property
     def is_routine(self) -> bool:
-        """Whether nobody wants to read of it: health checks, a page's files, pages that ask whether they may ask."""
+        """Whether log and traces leave the request out: health checks, static files and CORS preflight requests."""
         return self.route is None and self.status in (200, 304)
 
     def outcome(self, method: str, route: str | None) -> RequestOutcome:
-        """What there is to count of it, now that it is over. `route` is where it came to, guarded or not."""
+        """The values for metrics and traces, after the request. `route`: the matched route, protected or not."""
         return RequestOutcome(
             method=method,
             route=self.route or route or NO_ROUTE,
@@ -116,10 +117,10 @@ class RequestContext:
             failed=self.failed,
             in_process=self.in_process,
             seconds=time.monotonic() - self.started_at,
-            completion=self._answer() if self.choices else None,
+            completion=self._completion_outcome() if self.choices else None,
         )
 
-    def _answer(self) -> CompletionOutcome:
+    def _completion_outcome(self) -> CompletionOutcome:
         used = self.used or TokenUsage()
         return CompletionOutcome(
             model=self.model or "",
@@ -134,9 +135,9 @@ class RequestContext:
         )
 
     def log_line(self, route: str | None) -> bytes:
-        """What is logged. `route` is where it came to, guarded or not."""
+        """The JSON line for the request log. `route`: the matched route, protected or not."""
         used = self.used or TokenUsage()
-        facts: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "id": self.id,
             "peer": self.peer,
@@ -150,16 +151,15 @@ class RequestContext:
             "prompt_tokens": used.prompt,
             "generated_tokens": used.completion,
             "cached_tokens": used.cached,
-            "first_ms": self._since(self.first_token_at),
-            "total_ms": self._since(time.monotonic()),
+            "first_ms": self._milliseconds_to(self.first_token_at),
+            "total_ms": self._milliseconds_to(time.monotonic()),
         }
-        return _encode(facts)
+        return _encode(fields)
 
-    def _since(self, moment: float | None) -> float | None:
+    def _milliseconds_to(self, moment: float | None) -> float | None:
         return None if moment is None else round((moment - self.started_at) * 1000, 1)
 
 
 def request_context_of(scope: Scope) -> RequestContext:
-    """The visit that a request is."""
-    request_context: RequestContext = scope["afterword.visit"]
+    request_context: RequestContext = scope[CONTEXT_KEY]
     return request_context

@@ -1,4 +1,4 @@
-"""`POST /v1/completions`: a body to a plan, a plan's deltas to one answer or to a stream of chunks."""
+"""`POST /v1/completions`: turns the body into a plan, and the plan's deltas into a whole or a streamed response."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from afterword.errors import AfterwordError
 
 
 async def create(http: HttpRequest) -> Response:
-    """Everything that can be the caller's fault happens here; the answer only runs the plan."""
+    """Validate the request completely and make its plan; the returned response only runs the plan."""
     service: Service = http.app.state.service
     created = int(time.time())
     service.check_capacity()
@@ -42,12 +42,12 @@ async def create(http: HttpRequest) -> Response:
     request_context = request_context_of(http.scope)
     served = await service.acquire_model(request.model, request_context)
     request_context.model = served.id
-    caller = ClientIdentity(
+    identity = ClientIdentity(
         request_context.key, service.config.shared_cache, "batch" if request_context.in_process else ""
     )
-    texts = tokenize(request, served.engine, service.config.special_text, caller.queue)
+    texts = tokenize(request, served.engine, service.config.special_text, identity.queue)
     tokens = await cancel_on_disconnect(http.receive, texts)
-    plan = await run_in_thread_if_large(_make_plan, body, request, served.engine.model_info, tokens, caller)
+    plan = await run_in_thread_if_large(_make_plan, body, request, served.engine.model_info, tokens, identity)
     check_size(plan, limits.max_answer)
     request_context.user = service.key_registry.pseudonym(request.user)
     authentication.reserve(request_context, plan.most_tokens)
@@ -57,13 +57,13 @@ async def create(http: HttpRequest) -> Response:
 
 
 def _make_plan(
-    _: bytes, request: CompletionRequest, model_info: ModelInfo, tokens: Tokenized, caller: ClientIdentity
+    _: bytes, request: CompletionRequest, model_info: ModelInfo, tokens: Tokenized, identity: ClientIdentity
 ) -> Plan:
-    return make_plan(request, model_info, tokens, secrets.randbits(64), caller)
+    return make_plan(request, model_info, tokens, secrets.randbits(64), identity)
 
 
 class CompletionResponse(Response):
-    """A response that owns the run it sends: when the client leaves, the work ends."""
+    """A response that runs its plan while it is sent. If the client disconnects, the run ends."""
 
     def __init__(
         self,
@@ -83,16 +83,16 @@ class CompletionResponse(Response):
         self._time_slices = TimeSlices(SLICE_TOKENS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the answer; stop as soon as nobody is there to read it."""
+        """Run the plan and send the response; cancel the run when the client disconnects."""
         work = asyncio.create_task(self._stream(send) if self._request.stream else self._whole(send))
-        gone = asyncio.create_task(wait_for_disconnect(receive))
+        disconnect = asyncio.create_task(wait_for_disconnect(receive))
         try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((work, disconnect), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            gone.cancel()
+            disconnect.cancel()
             if not work.done():
                 work.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
+            await asyncio.gather(work, disconnect, return_exceptions=True)
         if not work.cancelled() and (problem := work.exception()) is not None:
             raise problem
 
@@ -128,13 +128,13 @@ class CompletionResponse(Response):
                 self._plan, self._engine, self._request_context.record_usage, self._request_context.mark_compute_started
             )
         ) as items:
-            first = await anext(items)  # an engine that cannot even begin is an HTTP error
+            first = await anext(items)  # an error before the first item is an HTTP error
             await send(self._start(b"text/event-stream", (b"x-accel-buffering", b"no")))
             try:
                 await self._send_chunks(send, first, items)
             except AfterwordError as problem:
                 self._request_context.record_error(problem)
-                # and no [DONE]: the answer is not whole
+                # no [DONE] follows, since the response is incomplete
                 await send(_body(serialization.event(serialization.error(problem))))
         await send({"type": "http.response.body", "body": b""})
 
@@ -156,7 +156,7 @@ class CompletionResponse(Response):
         await send(_body(serialization.DONE))
 
     async def _send_chunk(self, send: Send, delta: Delta, usage: Usage | Literal["later", "never"]) -> None:
-        """One event. One with the prompt in it can be large: it is sent in pieces, and other tasks run between them."""
+        """Send one event. An event with an echo can be large: other tasks run between its pieces."""
         if delta.echo is None:
             await send(_body(serialization.chunk(self._head, delta, usage)))
             return
@@ -171,7 +171,7 @@ class CompletionResponse(Response):
             await self._time_slices.yield_after(tokens)
         for piece in incremental.chunked(incremental.event(self._head, choice, usage)):
             await send(_body(piece))
-            await asyncio.sleep(0)  # the reader may have left meanwhile
+            await asyncio.sleep(0)  # a disconnect of the client can cancel this task here
 
 
 def _body(data: bytes) -> dict[str, object]:
