@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from afterword.api.middleware.rate_limit_headers import HEADERS, duration, headers, rate_limit_error
+from afterword.api.responses.rate_limit_headers import HEADERS, duration, headers, rate_limit_error
 from afterword.keys.rate_limiter import LimitExceeded, LimitStatus
 
 MS, SECOND = 10**6, 10**9

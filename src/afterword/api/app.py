@@ -9,9 +9,11 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from afterword.api.middleware import authentication, rate_limit_headers
+from afterword.api import exception_handlers
 from afterword.api.middleware.authentication import ProtectedRoute
 from afterword.api.middleware.host_check import LOCAL_PAGES, HostCheck
+from afterword.api.middleware.request_middleware import RequestMiddleware
+from afterword.api.responses import rate_limit_headers
 from afterword.api.routes import batches, completions, files, metrics, models, static_pages, status, tokenizer
 from afterword.api.service import Service
 from afterword.api.specification import document
@@ -54,16 +56,16 @@ def make_app(service: Service) -> ASGIApp:
     app = Starlette(
         routes=[*PUBLIC_ROUTES, *static_pages.routes(service.config.limits), *optional, *PROTECTED_ROUTES],
         exception_handlers={
-            AfterwordError: authentication.on_afterword_error,
-            HTTPException: authentication.on_routing_error,
-            ClientDisconnect: authentication.on_disconnect,
-            Exception: authentication.on_unexpected_error,
+            AfterwordError: exception_handlers.on_afterword_error,
+            HTTPException: exception_handlers.on_routing_error,
+            ClientDisconnect: exception_handlers.on_disconnect,
+            Exception: exception_handlers.on_unexpected_error,
         },
     )
     app.router.redirect_slashes = False
     app.state.service = service
     checked = HostCheck(with_cors(app, service.config), service.config)
-    return authentication.RequestMiddleware(checked, service.request_log, service.metrics, service.traces)
+    return RequestMiddleware(checked, service.request_log, service.metrics, service.traces)
 
 
 def with_cors(app: ASGIApp, config: Config) -> ASGIApp:

@@ -11,8 +11,8 @@ import re
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from afterword.api.middleware import authentication
 from afterword.api.requests.request_context import request_context_of
+from afterword.api.responses.error_response import error_response
 from afterword.config import Config
 from afterword.errors import RequestError
 
@@ -37,7 +37,7 @@ class HostCheck:
         problem = self._find_error(scope) if scope["type"] == "http" else None
         if problem is not None:
             request_context_of(scope).record_error(problem)
-        await (authentication.error_response(problem) if problem else self._app)(scope, receive, send)
+        await (error_response(problem) if problem else self._app)(scope, receive, send)
 
     def _find_error(self, scope: Scope) -> RequestError | None:
         host = origin = None

@@ -11,8 +11,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from afterword.api.in_process_client import in_process_client
-from afterword.api.middleware import authentication
 from afterword.api.requests.query_parameters import QueryParameters
+from afterword.api.requests.request_body import read_json
 from afterword.api.requests.request_context import request_context_of
 from afterword.api.responses import serialization
 from afterword.api.routes.files import check_exists, list_object, manager_of
@@ -45,7 +45,7 @@ TIMES: tuple[tuple[str, BatchStatus], ...] = (
 async def create(request: Request) -> Response:
     """Store a new batch and wake the batch manager. Raises `RequestError` and `StorageFailed`."""
     manager = manager_of(request)
-    body = await run_in_thread_if_large(parse_object, await authentication.read_json(request))
+    body = await run_in_thread_if_large(parse_object, await read_json(request))
     for name in body:
         if name not in FIELDS:
             raise RequestError(f"Unrecognized request argument supplied: {name[:64]}", param=name[:64])

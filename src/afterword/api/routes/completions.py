@@ -13,10 +13,12 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from afterword.api.middleware import authentication
+from afterword.api.middleware.quota import reserve
 from afterword.api.requests.disconnect import cancel_on_disconnect, wait_for_disconnect
+from afterword.api.requests.request_body import read_json
 from afterword.api.requests.request_context import RequestContext, request_context_of
 from afterword.api.responses import incremental, serialization
+from afterword.api.responses.response_headers import header_text
 from afterword.api.responses.time_slices import TimeSlices
 from afterword.api.service import Service
 from afterword.completion.choice import Delta
@@ -37,7 +39,7 @@ async def create(http: HttpRequest) -> Response:
     created = int(time.time())
     service.check_capacity()
     limits = service.config.limits
-    body = await authentication.read_json(http)
+    body = await read_json(http)
     request = await run_in_thread_if_large(parse, body, limits)
     request_context = request_context_of(http.scope)
     served = await service.acquire_model(request.model, request_context)
@@ -50,7 +52,7 @@ async def create(http: HttpRequest) -> Response:
     plan = await run_in_thread_if_large(_make_plan, body, request, served.engine.model_info, tokens, identity)
     check_size(plan, limits.max_answer)
     request_context.user = service.key_registry.pseudonym(request.user)
-    authentication.reserve(request_context, plan.most_tokens)
+    reserve(request_context, plan.most_tokens)
     request_context.set_plan(plan)
     head = serialization.ResponseHead(serialization.new_id(), created, served.id, plan.fingerprint)
     return CompletionResponse(request, plan, head, served.engine, request_context)
@@ -98,9 +100,9 @@ class CompletionResponse(Response):
 
     def _start(self, kind: bytes, *more: tuple[bytes, bytes]) -> dict[str, object]:
         headers = [(b"content-type", kind), (b"cache-control", b"no-cache, must-revalidate"), *more]
-        headers.append((b"openai-model", authentication.header_text(self._head.model)))
+        headers.append((b"openai-model", header_text(self._head.model)))
         if self._request.ignored:
-            headers.append((b"x-afterword-ignored", authentication.header_text(", ".join(self._request.ignored))))
+            headers.append((b"x-afterword-ignored", header_text(", ".join(self._request.ignored))))
         return {"type": "http.response.start", "status": 200, "headers": headers}
 
     async def _whole(self, send: Send) -> None:

@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from afterword.api.middleware import authentication
 from afterword.api.requests.disconnect import cancel_on_disconnect
+from afterword.api.requests.request_body import read_json
 from afterword.api.requests.request_context import request_context_of
 from afterword.api.responses import incremental
 from afterword.api.responses.time_slices import TimeSlices
@@ -139,7 +139,7 @@ def _not_tokens(model_info: ModelInfo) -> RequestError:
 async def _read(request: Request, known: tuple[str, ...]) -> tuple[ServedModel, dict[str, Any]]:
     """The acquired model and the body, whose keys must be in `known` or `model`. Raises `RequestError`."""
     service: Service = request.app.state.service
-    body = await run_in_thread_if_large(parse_object, await authentication.read_json(request))
+    body = await run_in_thread_if_large(parse_object, await read_json(request))
     for key in body:
         if key not in (*known, "model"):
             raise RequestError(f"Unrecognized request argument supplied: {key[:64]}", param=key[:64])
