@@ -1,4 +1,4 @@
-"""Turns exceptions of routes and of routing into error responses, and records them in the request context."""
+"""Turns exceptions of routes and of routing into error responses, and records them in the request recorder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from afterword.api.middleware.authentication import bearer_token
-from afterword.api.requests.request_context import request_context_of
+from afterword.api.requests.request_recorder import recorder_of
 from afterword.api.responses.error_response import error_response
 from afterword.api.service import Service
 from afterword.errors import AfterwordError, RequestError
@@ -16,7 +16,7 @@ from afterword.errors import AfterwordError, RequestError
 
 async def on_afterword_error(request: Request, problem: Exception) -> Response:
     assert isinstance(problem, AfterwordError)
-    request_context_of(request.scope).record_error(problem)
+    recorder_of(request.scope).record_error(problem)
     return error_response(problem)
 
 
@@ -26,7 +26,7 @@ async def on_routing_error(request: Request, problem: Exception) -> Response:
     service: Service = request.app.state.service
     if account := service.key_registry.find(bearer_token(request.headers.get("authorization", ""))):
         # for the log only: the response does not depend on it
-        request_context_of(request.scope).account = account.key.id
+        recorder_of(request.scope).record_account(account.key.id)
     if problem.status_code == 404:
         message = f"Unknown request URL: {request.method} {request.url.path[:128]}. Please check the URL for typos."
         return await on_afterword_error(request, RequestError(message, code="unknown_url", status=404))

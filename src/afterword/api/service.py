@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from afterword.api.readiness import Readiness
-from afterword.api.requests.request_context import RequestContext
 from afterword.batch.manager import BatchManager
 from afterword.config import Config
 from afterword.engine.parent.model_manager import ManagedModel, ModelManager
@@ -56,15 +57,18 @@ class Service:
             raise ModelNotFound(model or "")
         return managed_model
 
-    async def acquire_model(self, model: str | None, request_context: RequestContext) -> ServedModel:
-        """The model with that name, loaded first if necessary. It stays loaded until the request context is closed.
+    @asynccontextmanager
+    async def use_model(self, model: str | None) -> AsyncIterator[ServedModel]:
+        """The model with that name, loaded first if necessary. It stays loaded until the context manager exits.
 
         Raises the exceptions of `managed_model`, `Overloaded`, `QueueTimeout` and `LoadFailed`.
         """
         managed_model = self.managed_model(model)
         engine = await self.models.acquire(managed_model)
-        request_context.on_close = lambda: self.models.release(managed_model)
-        return ServedModel(managed_model.id, engine)
+        try:
+            yield ServedModel(managed_model.id, engine)
+        finally:
+            self.models.release(managed_model)
 
     def check_capacity(self) -> None:
         """Raises `Overloaded` if no model accepts requests. Routes call it before they read the body."""

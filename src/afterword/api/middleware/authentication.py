@@ -6,17 +6,20 @@ protected except the two for load balancers, the static pages and, with `--metri
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack, aclosing
+
 from starlette.datastructures import Headers
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from afterword.api.in_process_client import SCOPE_KEY
 from afterword.api.middleware.quota import acquire_grant
-from afterword.api.requests.request_context import RequestContext, request_context_of
+from afterword.api.requests.request_context import CONTEXT_KEY, RequestContext
+from afterword.api.requests.request_recorder import RequestRecorder, recorder_of
 from afterword.api.responses import rate_limit_headers
 from afterword.api.service import Service
 from afterword.errors import Unauthorized
-from afterword.keys.key_registry import Grant, KeyRegistry
+from afterword.keys.key_registry import Account, Grant, KeyRegistry
 
 _NO_KEY = (
     "You didn't provide an API key. You need to provide your API key in an Authorization header using Bearer auth "
@@ -29,34 +32,35 @@ class ProtectedRoute(Route):
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises `Unauthorized`, `RateLimited` and `Overloaded`, before any of the body is read."""
-        service: Service = scope["app"].state.service
-        request_context = request_context_of(scope)
-        request_context.route = self.path
-        if SCOPE_KEY in scope:
-            request_context.in_process = True
-            request_context.grant = (
-                None
-                if scope[SCOPE_KEY] is None
-                else acquire_grant(service.key_registry, scope[SCOPE_KEY], request_context)
-            )
-        elif service.config.requires_key:
-            request_context.grant = authenticate(
-                service.key_registry, request_context, Headers(scope=scope).get("authorization", "")
-            )
+        recorder = recorder_of(scope)
+        recorder.record_route(self.path)
+        async with aclosing(AsyncExitStack()) as resources:
+            grant = _acquire(scope, recorder)
+            if grant is not None:
+                resources.callback(lambda: grant.close(recorder.usage, recorder.user))
+            scope[CONTEXT_KEY] = RequestContext(grant, SCOPE_KEY in scope, recorder, resources)
 
-        async def close_then_send(message: Message) -> None:
-            """Close the context before the last part of the body: the client may send its next request at once."""
-            if message["type"] == "http.response.body" and not message.get("more_body"):
-                request_context.close()
-            await send(message)
+            async def close_then_send(message: Message) -> None:
+                """Release everything before the last part of the body: the client may send its next request at once."""
+                if message["type"] == "http.response.body" and not message.get("more_body"):
+                    await resources.aclose()
+                await send(message)
 
-        try:
             await super().handle(scope, receive, close_then_send)
-        finally:
-            request_context.close()
 
 
-def authenticate(key_registry: KeyRegistry, request_context: RequestContext, authorization: str) -> Grant:
+def _acquire(scope: Scope, recorder: RequestRecorder) -> Grant | None:
+    """The grant of the account of an in-process request or of the API key. None where none is needed."""
+    service: Service = scope["app"].state.service
+    if SCOPE_KEY in scope:
+        account: Account | None = scope[SCOPE_KEY]
+        return None if account is None else acquire_grant(service.key_registry, account, recorder)
+    if service.config.requires_key:
+        return authenticate(service.key_registry, recorder, Headers(scope=scope).get("authorization", ""))
+    return None
+
+
+def authenticate(key_registry: KeyRegistry, recorder: RequestRecorder, authorization: str) -> Grant:
     """The grant for the key in an Authorization header.
 
     The error for a wrong key is the same for unknown, expired and revoked keys, and never contains the whole key. The
@@ -68,10 +72,10 @@ def authenticate(key_registry: KeyRegistry, request_context: RequestContext, aut
         raise Unauthorized(_NO_KEY)
     account = key_registry.find(text)
     if account is None:
-        if wait := key_registry.record_wrong_key(request_context.peer):
+        if wait := key_registry.record_wrong_key(recorder.peer):
             raise rate_limit_headers.wrong_key_error(wait)
         raise Unauthorized(f"Incorrect API key provided: {mask_key(text)}.", code="invalid_api_key")
-    return acquire_grant(key_registry, account, request_context)
+    return acquire_grant(key_registry, account, recorder)
 
 
 def bearer_token(authorization: str) -> str:

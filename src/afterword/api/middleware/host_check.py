@@ -11,7 +11,7 @@ import re
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from afterword.api.requests.request_context import request_context_of
+from afterword.api.requests.request_recorder import recorder_of
 from afterword.api.responses.error_response import error_response
 from afterword.config import Config
 from afterword.errors import RequestError
@@ -36,7 +36,7 @@ class HostCheck:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         problem = self._find_error(scope) if scope["type"] == "http" else None
         if problem is not None:
-            request_context_of(scope).record_error(problem)
+            recorder_of(scope).record_error(problem)
         await (error_response(problem) if problem else self._app)(scope, receive, send)
 
     def _find_error(self, scope: Scope) -> RequestError | None:

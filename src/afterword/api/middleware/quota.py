@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from afterword.api.requests.request_context import RequestContext
+from afterword.api.requests.request_recorder import RequestRecorder
 from afterword.api.responses import rate_limit_headers
 from afterword.keys.key_registry import Account, Grant, KeyRegistry
 from afterword.keys.rate_limiter import LimitExceeded
 
 
-def acquire_grant(key_registry: KeyRegistry, account: Account, request_context: RequestContext) -> Grant:
+def acquire_grant(key_registry: KeyRegistry, account: Account, recorder: RequestRecorder) -> Grant:
     """Count a request against the limits of its account. Raises `RateLimited`."""
-    request_context.account = account.key.id  # for the log if the request is refused
+    recorder.record_account(account.key.id)  # before a refusal, whose log line has it too
     grant = key_registry.enter(account)
     if isinstance(grant, LimitExceeded):
         raise rate_limit_headers.rate_limit_error(grant)

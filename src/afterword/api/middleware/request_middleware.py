@@ -1,6 +1,6 @@
-"""The outermost middleware: one request context per request.
+"""The outermost middleware: one request recorder per request.
 
-It creates the context, adds the common headers to the response, and reports the ended request to the log, the metrics
+It creates the recorder, adds the common headers to the response, and reports the ended request to the log, the metrics
 and the traces.
 """
 
@@ -12,7 +12,9 @@ import secrets
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from afterword.api.in_process_client import SCOPE_KEY
 from afterword.api.requests.request_context import CONTEXT_KEY, RequestContext
+from afterword.api.requests.request_recorder import RECORDER_KEY, RequestRecorder
 from afterword.api.responses.response_headers import response_headers
 from afterword.observability.metrics import Metrics
 from afterword.observability.request_log import RequestLog
@@ -31,31 +33,33 @@ class RequestMiddleware:
         self._traces = traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Create the request context, run the application, then report the outcome."""
+        """Create the request recorder, run the application, then report the outcome."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_context = RequestContext(f"req_{secrets.token_hex(16)}", client_address(scope))
-        scope[CONTEXT_KEY] = request_context
+        recorder = RequestRecorder(f"req_{secrets.token_hex(16)}", client_address(scope), SCOPE_KEY in scope)
+        scope[RECORDER_KEY] = recorder
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                request_context.status = message["status"]
-                MutableHeaders(scope=message).update(response_headers(request_context))
+                recorder.record_status(message["status"])
+                request_context: RequestContext | None = scope.get(CONTEXT_KEY)  # None before a key is accepted
+                grant = request_context.grant if request_context else None
+                MutableHeaders(scope=message).update(response_headers(recorder, grant))
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_headers)
         except Exception:
-            request_context.record_bug()
+            recorder.record_bug()
             raise
         finally:
             route = getattr(scope.get("route"), "path", None)
-            if self._log is not None and not request_context.is_routine:
-                self._log.write(request_context.log_line(route))
-            outcome = request_context.outcome(scope["method"], route)
+            if self._log is not None and not recorder.is_routine:
+                self._log.write(recorder.log_line(route))
+            outcome = recorder.outcome(scope["method"], route)
             self._metrics.record_request(outcome)
-            if self._traces is not None and not request_context.is_routine:
+            if self._traces is not None and not recorder.is_routine:
                 headers = Headers(scope=scope)
                 self._traces.record_request(
                     outcome, {name: headers[name] for name in PARENT_HEADERS if name in headers}

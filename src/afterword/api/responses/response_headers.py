@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 
-from afterword.api.requests.request_context import RequestContext
+from afterword.api.requests.request_recorder import RequestRecorder
 from afterword.api.responses import rate_limit_headers
+from afterword.keys.key_registry import Grant
 
 
-def response_headers(request_context: RequestContext) -> dict[str, str]:
+def response_headers(recorder: RequestRecorder, grant: Grant | None) -> dict[str, str]:
     """The headers that every response has, and those of the limits of its account."""
     return {
-        "x-request-id": request_context.id,
-        "openai-processing-ms": str(int((time.monotonic() - request_context.started_at) * 1000)),
+        "x-request-id": recorder.id,
+        "openai-processing-ms": str(int((time.monotonic() - recorder.started_at) * 1000)),
         "openai-version": "2020-10-01",
         "x-content-type-options": "nosniff",
-        **(rate_limit_headers.headers(request_context.grant.standing()) if request_context.grant else {}),
+        **(rate_limit_headers.headers(grant.standing()) if grant else {}),
     }
 
 

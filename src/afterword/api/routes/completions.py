@@ -16,7 +16,8 @@ from starlette.types import Receive, Scope, Send
 from afterword.api.middleware.quota import reserve
 from afterword.api.requests.disconnect import cancel_on_disconnect, wait_for_disconnect
 from afterword.api.requests.request_body import read_json
-from afterword.api.requests.request_context import RequestContext, request_context_of
+from afterword.api.requests.request_context import request_context_of
+from afterword.api.requests.request_recorder import RequestRecorder
 from afterword.api.responses import incremental, serialization
 from afterword.api.responses.response_headers import header_text
 from afterword.api.responses.time_slices import TimeSlices
@@ -42,8 +43,8 @@ async def create(http: HttpRequest) -> Response:
     body = await read_json(http)
     request = await run_in_thread_if_large(parse, body, limits)
     request_context = request_context_of(http.scope)
-    served = await service.acquire_model(request.model, request_context)
-    request_context.model = served.id
+    served = await request_context.enter(service.use_model(request.model))
+    request_context.recorder.record_model(served.id)
     identity = ClientIdentity(
         request_context.key, service.config.shared_cache, "batch" if request_context.in_process else ""
     )
@@ -51,11 +52,11 @@ async def create(http: HttpRequest) -> Response:
     tokens = await cancel_on_disconnect(http.receive, texts)
     plan = await run_in_thread_if_large(_make_plan, body, request, served.engine.model_info, tokens, identity)
     check_size(plan, limits.max_answer)
-    request_context.user = service.key_registry.pseudonym(request.user)
+    request_context.recorder.record_user(service.key_registry.pseudonym(request.user))
     reserve(request_context, plan.most_tokens)
-    request_context.set_plan(plan)
+    request_context.recorder.record_plan(plan.n, len(plan.prompts))
     head = serialization.ResponseHead(serialization.new_id(), created, served.id, plan.fingerprint)
-    return CompletionResponse(request, plan, head, served.engine, request_context)
+    return CompletionResponse(request, plan, head, served.engine, request_context.recorder)
 
 
 def _make_plan(
@@ -73,14 +74,14 @@ class CompletionResponse(Response):
         plan: Plan,
         head: serialization.ResponseHead,
         engine: Engine,
-        request_context: RequestContext,
+        recorder: RequestRecorder,
     ) -> None:
         super().__init__()
         self._request = request
         self._plan = plan
         self._head = head
         self._engine = engine
-        self._request_context = request_context
+        self._recorder = recorder
         self._sharing = incremental.PromptEncoder(plan.n)
         self._time_slices = TimeSlices(SLICE_TOKENS)
 
@@ -109,15 +110,13 @@ class CompletionResponse(Response):
         body = incremental.EncodedBody(self._head, self._plan.n)
         usage = Usage(0, 0)
         async with aclosing(
-            run(
-                self._plan, self._engine, self._request_context.record_usage, self._request_context.mark_compute_started
-            )
+            run(self._plan, self._engine, self._recorder.record_usage, self._recorder.record_compute_start)
         ) as items:
             async for item in items:
                 if isinstance(item, Usage):
                     usage = item
                 else:
-                    self._request_context.record_choice(item.index, item.finish)
+                    self._recorder.record_choice(item.index, item.finish)
                     for tokens in body.encode(item):
                         await self._time_slices.yield_after(tokens)
         length = sum(map(len, body.fragments(usage)))
@@ -126,16 +125,14 @@ class CompletionResponse(Response):
 
     async def _stream(self, send: Send) -> None:
         async with aclosing(
-            run(
-                self._plan, self._engine, self._request_context.record_usage, self._request_context.mark_compute_started
-            )
+            run(self._plan, self._engine, self._recorder.record_usage, self._recorder.record_compute_start)
         ) as items:
             first = await anext(items)  # an error before the first item is an HTTP error
             await send(self._start(b"text/event-stream", (b"x-accel-buffering", b"no")))
             try:
                 await self._send_chunks(send, first, items)
             except AfterwordError as problem:
-                self._request_context.record_error(problem)
+                self._recorder.record_error(problem)
                 # no [DONE] follows, since the response is incomplete
                 await send(_body(serialization.event(serialization.error(problem))))
         await send({"type": "http.response.body", "body": b""})
@@ -147,7 +144,7 @@ class CompletionResponse(Response):
         while item is not None:
             if isinstance(item, Delta):
                 written += item.completion_tokens
-                self._request_context.record_choice(item.index, item.finish)
+                self._recorder.record_choice(item.index, item.finish)
                 usage: Usage | Literal["later", "never"] = "later" if options.include_usage else "never"
                 if options.include_usage and options.continuous_usage_stats:
                     usage = Usage(self._plan.prompt_tokens, written)

@@ -94,7 +94,8 @@ async def tokenizer_info(request: Request) -> Response:
     name = request.query_params.get("model")
     if not service.config.requires_key:  # otherwise a web page of another site could load models with a GET
         service.models.check_loaded(service.managed_model(name), _NOT_LOADED)
-    model_info = (await service.acquire_model(name, request_context_of(request.scope))).engine.model_info
+    served = await request_context_of(request.scope).enter(service.use_model(name))
+    model_info = served.engine.model_info
     return json_response(
         {
             "vocab_size": len(model_info.pieces),
@@ -146,7 +147,7 @@ async def _read(request: Request, known: tuple[str, ...]) -> tuple[ServedModel, 
     model = body.get("model")
     if model is not None and not isinstance(model, str):
         raise RequestError("'model' must be a string.", param="model")
-    return await service.acquire_model(model, request_context_of(request.scope)), body
+    return await request_context_of(request.scope).enter(service.use_model(model)), body
 
 
 def _name(model_info: ModelInfo, token: int | None) -> str | None:
