@@ -9,7 +9,7 @@ from openai import OpenAI
 
 from afterword.api.routes.static_pages import PLAYGROUND
 
-PARTS = ("docs.html", "docs.css", "docs.js", "dom.js", "store.js")
+PARTS = ("docs.html", "docs.css", "docs.js", "dom.js", "storage.js")
 
 
 def test_the_page_needs_no_key_and_holds_none(http: httpx.Client, client: OpenAI) -> None:

@@ -220,7 +220,8 @@ def test_quota_and_usage_survive_a_killed_server(serve, tmp_path):
     arguments = ("--keys-file", str(store.path), "--parallel", "1")
     with killed(serve, *arguments) as server, server.http(text) as http:
         used = complete(http, **ASK, user="alice")["usage"]
-        wait_until(lambda: store.all()[0].spent == used["total_tokens"])
+        wait_until(lambda: usage(store, "--by", "key") != [])  # written when the request has ended
+        assert store.all()[0].spent == used["total_tokens"]
     assert usage(store, "--by", "key") == [
         {
             "key": key.id,
@@ -251,7 +252,7 @@ def test_tokens_cut_off_by_a_stop_string_are_charged(keyed, store, client):
     def recorded() -> list[int]:
         return [row["prompt"] + row["completion"] for row in usage(store, "--by", "key") if row["key"] == name]
 
-    wait_until(lambda: recorded() == [spent()])  # before its end a request is charged what it could use at most
+    wait_until(lambda: recorded() == [spent()])  # before its end, a request is charged the most tokens that it can use
     assert charged <= spent() <= used["prompt_tokens"] + 2 * 40
 
 
