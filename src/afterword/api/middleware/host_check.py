@@ -24,7 +24,7 @@ _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
 class HostCheck:
-    """ASGI middleware that answers such requests with an error and passes on all others."""
+    """ASGI middleware that refuses these requests with an error and passes on all others."""
 
     def __init__(self, app: ASGIApp, config: Config) -> None:
         self._app = app

@@ -26,14 +26,14 @@ class QueryParameters:
         """The value of a parameter, or None if it is absent."""
         return self._values.get(name)
 
-    def number(self, name: str, least: int, most: int, default: int) -> int:
-        """A whole number from `least` to `most`."""
+    def number(self, name: str, minimum: int, maximum: int, default: int) -> int:
+        """A whole number from `minimum` to `maximum`."""
         text = self._values.get(name)
         if text is None:
             return default
         number = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else -1
-        if not least <= number <= most:
-            raise RequestError(f"'{name}' must be a whole number from {least} to {most}.", param=name)
+        if not minimum <= number <= maximum:
+            raise RequestError(f"'{name}' must be a whole number from {minimum} to {maximum}.", param=name)
         return number
 
     def choice(self, name: str, known: Sequence[T], default: T) -> T:

@@ -15,7 +15,7 @@ from afterword.api.requests.query_parameters import QueryParameters
 from afterword.api.requests.request_body import read_json
 from afterword.api.requests.request_context import request_context_of
 from afterword.api.responses import serialization
-from afterword.api.routes.files import check_exists, list_object, manager_of
+from afterword.api.routes.files import list_object, manager_of, not_found_error
 from afterword.api.routes.models import json_response
 from afterword.api.service import Service
 from afterword.batch.file_store import BatchStatus, StoredBatch, new_id
@@ -28,7 +28,7 @@ FIELDS = ("input_file_id", "endpoint", "completion_window", "metadata")
 WINDOW = "24h"
 MAX_LISTED = 100
 """The most batches in one response."""
-MOST_METADATA, LONGEST_KEY, LONGEST_VALUE = 16, 64, 512
+MAX_METADATA_MEMBERS, MAX_METADATA_NAME, MAX_METADATA_VALUE = 16, 64, 512
 """Limits of `metadata`: pairs, characters of a key, characters of a value."""
 TIMES: tuple[tuple[str, BatchStatus], ...] = (
     ("in_progress_at", "in_progress"),
@@ -61,7 +61,7 @@ async def create(request: Request) -> Response:
         metadata=_metadata(body.get("metadata")),
     )
     if not manager.file_store.exists:
-        raise check_exists("file")
+        raise not_found_error("file")
     await asyncio.to_thread(manager.file_store.add_batch, batch, manager.limits.max_batches)
     manager.notify()
     return json_response(batch_object(batch))
@@ -83,7 +83,7 @@ async def list_batches(request: Request) -> Response:
 async def get_batch(request: Request) -> Response:
     manager = manager_of(request)
     if not manager.file_store.exists:
-        raise check_exists("batch")
+        raise not_found_error("batch")
     batch = await asyncio.to_thread(
         manager.file_store.batch, request_context_of(request.scope).key, request.path_params["id"]
     )
@@ -93,7 +93,7 @@ async def get_batch(request: Request) -> Response:
 async def cancel(request: Request) -> Response:
     manager = manager_of(request)
     if not manager.file_store.exists:
-        raise check_exists("batch")
+        raise not_found_error("batch")
     return json_response(
         batch_object(await manager.cancel(request_context_of(request.scope).key, request.path_params["id"]))
     )
@@ -170,17 +170,17 @@ def _file(body: dict[str, Any]) -> str:
     return file
 
 
-def _metadata(given: object) -> dict[str, str] | None:
-    if given is None:
+def _metadata(metadata: object) -> dict[str, str] | None:
+    if metadata is None:
         return None
-    is_small_dict = isinstance(given, dict) and len(given) <= MOST_METADATA
+    is_small_dict = isinstance(metadata, dict) and len(metadata) <= MAX_METADATA_MEMBERS
     if not is_small_dict or not all(
-        len(name) <= LONGEST_KEY and isinstance(value, str) and len(value) <= LONGEST_VALUE
-        for name, value in given.items()  # type: ignore[attr-defined]
+        len(name) <= MAX_METADATA_NAME and isinstance(value, str) and len(value) <= MAX_METADATA_VALUE
+        for name, value in metadata.items()  # type: ignore[attr-defined]
     ):
         raise RequestError(
-            f"'metadata' must be an object with at most {MOST_METADATA} members. A name may have at most {LONGEST_KEY} "
-            f"characters; a value must be a string of at most {LONGEST_VALUE} characters.",
+            f"'metadata' must be an object with at most {MAX_METADATA_MEMBERS} members. A name may have at most "
+            f"{MAX_METADATA_NAME} characters; a value must be a string of at most {MAX_METADATA_VALUE} characters.",
             param="metadata",
         )
-    return dict(given)  # type: ignore[call-overload, no-any-return]
+    return dict(metadata)  # type: ignore[call-overload, no-any-return]

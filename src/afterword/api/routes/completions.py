@@ -87,7 +87,7 @@ class CompletionResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the plan and send the response; cancel the run when the client disconnects."""
-        work = asyncio.create_task(self._stream(send) if self._request.stream else self._whole(send))
+        work = asyncio.create_task(self._send_stream(send) if self._request.stream else self._send_whole(send))
         disconnect = asyncio.create_task(wait_for_disconnect(receive))
         try:
             await asyncio.wait((work, disconnect), return_when=asyncio.FIRST_COMPLETED)
@@ -106,7 +106,7 @@ class CompletionResponse(Response):
             headers.append((b"x-afterword-ignored", header_text(", ".join(self._request.ignored))))
         return {"type": "http.response.start", "status": 200, "headers": headers}
 
-    async def _whole(self, send: Send) -> None:
+    async def _send_whole(self, send: Send) -> None:
         body = incremental.EncodedBody(self._head, self._plan.n)
         usage = Usage(0, 0)
         async with aclosing(
@@ -123,7 +123,7 @@ class CompletionResponse(Response):
         await send(self._start(b"application/json", (b"content-length", str(length).encode())))
         await incremental.send_chunks(send, body.fragments(usage))
 
-    async def _stream(self, send: Send) -> None:
+    async def _send_stream(self, send: Send) -> None:
         async with aclosing(
             run(self._plan, self._engine, self._recorder.record_usage, self._recorder.record_compute_start)
         ) as items:

@@ -22,7 +22,7 @@ MAX_LISTED = 10_000
 """The most files in one response."""
 ANCHOR, SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 FIELDS = ("file", "purpose", ANCHOR, SECONDS)
-SHORTEST, LONGEST = 3600, 2_592_000
+MIN_LIFETIME, MAX_LIFETIME = 3600, 2_592_000
 """Seconds from upload to expiry: at least an hour, at most 30 days."""
 PURPOSES = ("batch", "batch_output")
 _RANGE_HEADERS = (b"range", b"if-range")  # ignored: the whole file is sent
@@ -94,8 +94,8 @@ def _lifetime_seconds(fields: dict[str, str]) -> int | None:
     if fields.get(ANCHOR) != "created_at":
         raise RequestError(f"'{ANCHOR}' must be 'created_at'.", param=ANCHOR)
     seconds = fields.get(SECONDS, "")
-    if not (seconds.isascii() and seconds.isdigit() and SHORTEST <= int(seconds) <= LONGEST):
-        raise RequestError(f"'{SECONDS}' must be a whole number from {SHORTEST} to {LONGEST}.", param=SECONDS)
+    if not (seconds.isascii() and seconds.isdigit() and MIN_LIFETIME <= int(seconds) <= MAX_LIFETIME):
+        raise RequestError(f"'{SECONDS}' must be a whole number from {MIN_LIFETIME} to {MAX_LIFETIME}.", param=SECONDS)
     return int(seconds)
 
 
@@ -128,10 +128,10 @@ def manager_of(request: Request) -> BatchManager:
 async def _file(request: Request) -> StoredFile:
     file_store = manager_of(request).file_store
     if not file_store.exists:
-        raise check_exists("file")
+        raise not_found_error("file")
     return await asyncio.to_thread(file_store.file, request_context_of(request.scope).key, request.path_params["id"])
 
 
-def check_exists(kind: str) -> RequestError:
+def not_found_error(kind: str) -> RequestError:
     """The error for an unknown id. Routes raise it without creating the file store's folder."""
     return RequestError(f"There is no {kind} with this ID.", code="not_found", status=404)

@@ -60,21 +60,21 @@ async def _numbers(bos: tuple[int, ...], ids: Sequence[int]) -> list[bytes]:
 async def detokenize(request: Request) -> Response:
     """`{"tokens": ids}` to the text of these tokens. Bytes that are not valid UTF-8 become U+FFFD."""
     served, body = await _read(request, ("tokens",))
-    given = body.get("tokens")
+    tokens = body.get("tokens")
     model_info = served.engine.model_info
-    if not isinstance(given, list):
+    if not isinstance(tokens, list):
         raise _not_tokens(model_info)
     max_bytes = request.app.state.service.config.limits.max_answer
-    text = await cancel_on_disconnect(request.receive, _text(model_info, given, max_bytes))
+    text = await cancel_on_disconnect(request.receive, _text(model_info, tokens, max_bytes))
     return ChunkedJsonResponse([b'{"prompt":"', *text, b'"}'])
 
 
-async def _text(model_info: ModelInfo, given: list[Any], max_bytes: int) -> list[bytes]:
+async def _text(model_info: ModelInfo, tokens: list[Any], max_bytes: int) -> list[bytes]:
     """The text of tokens as fragments of a JSON string. Raises `RequestError` if it has more than `max_bytes` bytes."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     text, size, time_slices = [], 0, TimeSlices()
-    for start in range(0, len(given), _SLICE):
-        spelled = _spell(model_info, given[start : start + _SLICE])
+    for start in range(0, len(tokens), _SLICE):
+        spelled = _spell(model_info, tokens[start : start + _SLICE])
         if start == 0 and model_info.space_prefix:
             spelled = spelled.removeprefix(b" ")  # the space that tokenizing adds
         size += len(spelled)
@@ -122,10 +122,10 @@ class ChunkedJsonResponse(Response):
         await incremental.send_chunks(send, self._fragments)
 
 
-def _spell(model_info: ModelInfo, given: list[Any]) -> bytes:
+def _spell(model_info: ModelInfo, tokens: list[Any]) -> bytes:
     """The bytes of tokens. Raises `RequestError` for anything but token ids of the model."""
-    all_int = set(map(type, given)) <= {int}  # the common case, checked fast: a list can have millions of items
-    ids = given if all_int else [-1 if (token := as_integer(each)) is None else token for each in given]
+    all_int = set(map(type, tokens)) <= {int}  # the common case, checked fast: a list can have millions of items
+    ids = tokens if all_int else [-1 if (token := as_integer(each)) is None else token for each in tokens]
     if ids and not 0 <= min(ids) <= max(ids) < len(model_info.pieces):
         raise _not_tokens(model_info)
     return b"".join(map(model_info.pieces.__getitem__, ids))

@@ -27,9 +27,9 @@ Operation = Callable[..., JsonSchema]
 _TIMES = {name: or_null(COUNT) for name, _ in batches.TIMES}
 _METADATA: JsonSchema = {
     "type": "object",
-    "maxProperties": batches.MOST_METADATA,
-    "propertyNames": {"maxLength": batches.LONGEST_KEY},
-    "additionalProperties": {"type": "string", "maxLength": batches.LONGEST_VALUE},
+    "maxProperties": batches.MAX_METADATA_MEMBERS,
+    "propertyNames": {"maxLength": batches.MAX_METADATA_NAME},
+    "additionalProperties": {"type": "string", "maxLength": batches.MAX_METADATA_VALUE},
 }
 _FILE = object_schema(
     id=TEXT,
@@ -176,7 +176,7 @@ _EXAMPLES: dict[str, tuple[JsonSchema, dict[str, Any]]] = {
     "Batches": (_list("Batch"), files.list_object([_BATCH_EXAMPLE], False)),
 }
 _MEMBER_DESCRIPTIONS = {name: description(text) for name, text in _DESCRIPTIONS.items()}
-ANSWERS: dict[str, JsonSchema] = {
+BATCH_RESPONSE_SCHEMAS: dict[str, JsonSchema] = {
     name: described_schema(schema, name, _MEMBER_DESCRIPTIONS) | {"examples": [example]}
     for name, (schema, example) in _EXAMPLES.items()
 }
@@ -192,8 +192,8 @@ def _request_bodies() -> tuple[JsonSchema, JsonSchema]:
             "purpose": constant("batch") | description("The purpose of the file.", "batch"),
             files.ANCHOR: constant("created_at")
             | description("The time from which expires_after[seconds] counts.", "created_at"),
-            files.SECONDS: {"type": "integer", "minimum": files.SHORTEST, "maximum": files.LONGEST}
-            | description("Seconds after which the server deletes the file.", files.SHORTEST),
+            files.SECONDS: {"type": "integer", "minimum": files.MIN_LIFETIME, "maximum": files.MAX_LIFETIME}
+            | description("Seconds after which the server deletes the file.", files.MIN_LIFETIME),
         },
         "required": ["file", "purpose"],
         "additionalProperties": False,
@@ -234,7 +234,7 @@ def paths(operation: Operation) -> JsonSchema:
     most_batches = {"type": "integer", "minimum": 1, "maximum": batches.MAX_LISTED}
     batch_query: JsonSchema = {"parameters": [after, _query("limit", most_batches, "The most objects to list.")]}
     form: JsonSchema = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": upload}}}}
-    whole: JsonSchema = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+    content: JsonSchema = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
     return {
         "/v1/files": {
             "post": operation("upload a file", _json("File")) | form,
@@ -244,7 +244,7 @@ def paths(operation: Operation) -> JsonSchema:
             "get": operation("get a file", _json("File")) | with_id,
             "delete": operation("delete a file", _json("DeletedFile")) | with_id,
         },
-        "/v1/files/{id}/content": {"get": operation("get the content of a file", whole) | with_id},
+        "/v1/files/{id}/content": {"get": operation("get the content of a file", content) | with_id},
         "/v1/batches": {
             "post": operation("create a batch", _json("Batch"), batch),
             "get": operation("list batches", _json("Batches")) | batch_query,

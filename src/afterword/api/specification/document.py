@@ -64,7 +64,7 @@ def document(config: Config, vocabulary: int, model: str) -> JsonSchema:
         "paths": _paths(config, vocabulary),
         "components": {
             "schemas": described_schemas(RESPONSE_SCHEMAS)
-            | batch_schemas.ANSWERS
+            | batch_schemas.BATCH_RESPONSE_SCHEMAS
             | {"CompletionRequest": request_schema},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
@@ -82,8 +82,8 @@ def _paths(config: Config, vocabulary: int) -> JsonSchema:
         "schema": {"type": "string", "minLength": 1},
     } | description("The model's name, which may contain slashes.")
     tokens = _body("Detokenize", ["tokens"], tokens=array_schema(token))
-    answer = _json(ref("Completion")) | {"text/event-stream": {"x-event": ref("Chunk")}}
-    completion = _operation("create a completion", answer, ref("CompletionRequest")) | {"description": STREAMS}
+    content = _json(ref("Completion")) | {"text/event-stream": {"x-event": ref("Chunk")}}
+    completion = _operation("create a completion", content, ref("CompletionRequest")) | {"description": STREAMS}
     return {
         "/v1/completions": {"post": completion},
         "/v1/models": {"get": _operation("list the models", _json(ref("Models")))},
@@ -101,18 +101,22 @@ def _paths(config: Config, vocabulary: int) -> JsonSchema:
 
 
 def _operation(summary: str, content: JsonSchema, body: JsonSchema | None = None) -> JsonSchema:
-    answers: JsonSchema = {str(status): _answer(text, _json(ref("Error"))) for status, text in ERRORS.items()}
+    responses: JsonSchema = {str(status): _response(text, _json(ref("Error"))) for status, text in ERRORS.items()}
     request_body: JsonSchema = {"requestBody": {"required": True, "content": _json(body)}} if body else {}
-    return {"summary": summary, "responses": {"200": _answer(summary, content), **answers}, **request_body}
+    return {"summary": summary, "responses": {"200": _response(summary, content), **responses}, **request_body}
 
 
 def _status(summary: str) -> JsonSchema:
     body: JsonSchema = {"type": "object", "properties": {"status": {"type": "string"}}, "required": ["status"]}
     state = _json(described_schema(body, "Status", DESCRIPTIONS))
-    return {"summary": summary, "security": [], "responses": {code: _answer(summary, state) for code in ("200", "503")}}
+    return {
+        "summary": summary,
+        "security": [],
+        "responses": {code: _response(summary, state) for code in ("200", "503")},
+    }
 
 
-def _answer(description: str, content: JsonSchema) -> JsonSchema:
+def _response(description: str, content: JsonSchema) -> JsonSchema:
     return {"description": description, "content": content}
 
 
