@@ -17,7 +17,7 @@ TEXT = "(é😀漢) 1234567890."
 
 
 def write_one_text_model(path: Path) -> Path:
-    """Write a model whose layers add zero and whose output weights map each token to its successor."""
+    """Write a model with layers that add zero and output weights that map each token to its successor."""
     shape, vocabulary = Shape(), byte_vocabulary(infill=False, add_bos=False)
     weights = random_weights(shape, vocabulary)
     for name, weight in weights.items():

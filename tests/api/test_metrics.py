@@ -107,7 +107,7 @@ SENT: Counter[str] = Counter()
 
 @contextmanager
 def counting_client(server: Any) -> Iterator[httpx.Client]:
-    """A client whose requests are counted in `SENT`. Its server must have no other client."""
+    """A client that counts its requests in `SENT`. Its server must have no other client."""
     with server.http() as http:
         http.event_hooks = {"response": [lambda _: SENT.update([str(http.base_url)])]}
         yield http

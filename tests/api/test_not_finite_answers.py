@@ -12,7 +12,7 @@ import pytest
 from oracle.architectures import write_random
 
 POISON = 200
-"""The token whose embedding is NaN."""
+"""The id of the token with an embedding of NaN."""
 
 
 def post(client: httpx.Client, prompt: list[int], **fields: object) -> httpx.Response:

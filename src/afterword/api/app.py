@@ -69,7 +69,7 @@ def make_app(service: Service) -> ASGIApp:
 
 
 def with_cors(app: ASGIApp, config: Config) -> ASGIApp:
-    """Add CORS headers, which state the web pages whose scripts may send requests.
+    """Add CORS headers, which allow the scripts of web pages to send requests.
 
     Allowed are pages of this machine and of the origins in `cors_origins`; with API keys, pages of every origin.
     Without keys, a page of any origin could use the model of a user that visits it.

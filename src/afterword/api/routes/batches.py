@@ -39,7 +39,7 @@ TIMES: tuple[tuple[str, BatchStatus], ...] = (
     ("cancelling_at", "cancelling"),
     ("cancelled_at", "cancelled"),
 )
-"""The time members of a batch object, and the status whose beginning each one states."""
+"""The time members of a batch object, and the status that began at each time."""
 
 
 async def create(request: Request) -> Response:

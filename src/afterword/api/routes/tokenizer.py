@@ -138,7 +138,7 @@ def _not_tokens(model_info: ModelInfo) -> RequestError:
 
 
 async def _read(request: Request, known: tuple[str, ...]) -> tuple[ServedModel, dict[str, Any]]:
-    """The acquired model and the body, whose keys must be in `known` or `model`. Raises `RequestError`."""
+    """The model and the body. Raises `RequestError` for keys of the body other than `known` and `model`."""
     service: Service = request.app.state.service
     body = await run_in_thread_if_large(parse_object, await read_json(request))
     for key in body:
