@@ -31,7 +31,7 @@ ERRORS = {
     503: "The server is overloaded, or its worker process is restarting; retry after `Retry-After`.",
     507: "The server cannot store files.",
 }
-"""Every HTTP status of an error, with its description."""
+"""The HTTP statuses of errors in the document, with their descriptions."""
 
 STREAMS = (
     "With `stream` the response is a text/event-stream. Each event is `data: ` and a Chunk, or an Error that ends an "
