@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from afterword.api.requests.multipart_upload import _created
+from afterword.api.requests.multipart_upload import _create
 from afterword.batch import file_store as shelves
 from afterword.batch.file_store import FileStore, StoredBatch, StoredFile, new_id
 from afterword.batch.journal import Journal
@@ -69,7 +69,7 @@ def test_only_its_owner_can_read_what_is_in_it(shelf, umask, mode):
 
 
 def created(place: Path) -> Path:
-    _created(place).close()
+    _create(place).close()
     return place
 
 
