@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from afterword.api.requests.request_context import RequestContext
+from afterword.api.requests.request_recorder import RequestRecorder
 from afterword.completion.run import Usage
 from afterword.engine.core.scheduler import Scheduler
 from afterword.engine.messages import HEADER, PassDone, pack, unpack_for_server
@@ -46,7 +46,7 @@ def main() -> None:
         "pass, engine": _cost(lambda: PassStats(False, 16, 0.0123, *scheduler.slot_usage()))
         + _cost(lambda: encode(told))
         - _cost(lambda: encode(bare)),
-        "request, server": _cost(lambda: _request(engine_metrics, metrics)) - _cost(_visit),
+        "request, server": _cost(lambda: _request(engine_metrics, metrics)) - _cost(_recorder),
         "page of /metrics": _cost(lambda: _page(engine_metrics, metrics), 100),
     }
     for name, seconds in costs.items():
@@ -64,24 +64,26 @@ def _cost(work: Callable[[], object], times: int = 50_000) -> float:
     return least
 
 
-def _visit() -> RequestContext:
-    request_context = RequestContext("req", "127.0.0.1", route="/v1/completions", model="model", status=200)
-    request_context.record_usage(Usage(64, 128))
-    request_context.finish[0] = "length"
-    return request_context
+def _recorder() -> RequestRecorder:
+    recorder = RequestRecorder("req", "127.0.0.1")
+    recorder.record_route("/v1/completions")
+    recorder.record_model("model")
+    recorder.record_usage(Usage(64, 128))
+    recorder.record_status(200)
+    return recorder
 
 
 def _request(engine_metrics: EngineMetrics, metrics: Metrics) -> None:
     """All that is counted of a request of one token."""
-    request_context = _visit()
-    timer = JobTimer(engine_metrics, _JOB, request_context.started_at, time.monotonic)
+    recorder = _recorder()
+    timer = JobTimer(engine_metrics, _JOB, recorder.started_at, time.monotonic)
     timer.record_step(Step())
-    request_context.n, request_context.choices = 1, 1
-    request_context.mark_compute_started()
-    request_context.first_token_at = request_context.compute_started_at
+    recorder.record_plan(n=1, prompts=1)
+    recorder.record_compute_start()
+    recorder.record_choice(0, "length")
     timer.record_step(_STEP)
     timer.record_end()
-    metrics.record_request(request_context.outcome("POST", None))
+    metrics.record_request(recorder.outcome("POST", None))
 
 
 def _page(engine_metrics: EngineMetrics, metrics: Metrics) -> bytes:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from afterword.api.app import PROTECTED_ROUTES, PUBLIC_ROUTES
-from afterword.api.middleware import rate_limit_headers
+from afterword.api.responses import rate_limit_headers
 from afterword.completion.fields import StreamOptions
 from afterword.completion.request import EXTENSIONS, FIELDS
 

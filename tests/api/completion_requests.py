@@ -1,4 +1,4 @@
-"""Ways to ask a server for completions, and what every answer of a kind must look like."""
+"""Helpers that send completion requests to a server and check the form of its responses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLUMNS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
 def complete(http: httpx.Client, **body: Any) -> Json:
-    """The whole answer."""
+    """The response, not streamed."""
     response = http.post("/v1/completions", json=body)
     assert response.status_code == 200, response.text
     answer: Json = response.json()
@@ -24,13 +24,13 @@ def complete(http: httpx.Client, **body: Any) -> Json:
 
 
 def one(http: httpx.Client, **body: Any) -> Json:
-    """The only choice of the whole answer."""
+    """The only choice of a whole response."""
     (choice,) = complete(http, **body)["choices"]
     return choice
 
 
 def stream(http: httpx.Client, **body: Any) -> list[Json]:
-    """The chunks of a streamed answer, which is framed as it must be."""
+    """The chunks of a streamed response. Checks the framing of its events."""
     response = http.post("/v1/completions", json=body | {"stream": True})
     assert response.status_code == 200, response.text
     assert response.headers["content-type"].startswith("text/event-stream")
@@ -42,7 +42,7 @@ def stream(http: httpx.Client, **body: Any) -> list[Json]:
 
 
 def joined(chunks: list[Json]) -> list[Json]:
-    """The choices that the chunks of a stream add up to, in order."""
+    """The choices that result from adding up all chunks of a stream, in order of their index."""
     choices: dict[int, Json] = {}
     for chunk in chunks:
         for part in chunk["choices"]:
@@ -60,7 +60,7 @@ def added(before: list[Any] | None, more: list[Any] | None) -> list[Any] | None:
 
 
 def problem(response: httpx.Response, status: int) -> Json:
-    """The error in an answer that must be one."""
+    """The error of a response that must have this status."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"].startswith("application/json")
     (error,) = response.json().values()
@@ -68,11 +68,11 @@ def problem(response: httpx.Response, status: int) -> Json:
     return error
 
 
-def refused(http: httpx.Client, blamed: str | None = None, status: int = 400, **body: Any) -> Json:
-    """The error for a body that is the caller's fault; `blamed` is the field that the error may name."""
+def refused(http: httpx.Client, param: str | None = None, status: int = 400, **body: Any) -> Json:
+    """The error for an invalid body. `param`: the field that the error may name."""
     error = problem(http.post("/v1/completions", json=body), status)
     assert error["type"] == "invalid_request_error"
-    assert error["param"] in (None, blamed)
+    assert error["param"] in (None, param)
     return error
 
 
@@ -83,15 +83,15 @@ def tokens_of(http: httpx.Client, text: str) -> list[int]:
     return tokens
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
-    """Polls; the deadline is for servers that never get there, not for slow ones."""
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Poll until the condition is true. The deadline is long enough for slow machines."""
     deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it never came to hold"
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not become true in time"
         time.sleep(0.02)
 
 
 def is_idle(http: httpx.Client) -> bool:
-    """Whether nothing runs and nothing waits."""
+    """Whether no sequence runs and no prompt waits."""
     load = http.get("/ready").json()
     return bool(load["status"] == "ready" and load["running"] == load["waiting"] == 0)

@@ -1,4 +1,4 @@
-"""The servers that several files share, beside the one of the built-in model."""
+"""Servers that several test files share, besides the server with the built-in model."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ from typing import Any
 
 import httpx
 import pytest
-from one_text_model import write_parrot
+from one_text_model import write_one_text_model
 
 from oracle.tiny import write_tiny
 
 
 @pytest.fixture(scope="session")
 def facts(http: httpx.Client) -> dict[str, Any]:
-    """What the built-in model's tokenizer says of itself."""
+    """The response of `/tokenizer_info` for the built-in model."""
     facts: dict[str, Any] = http.get("/tokenizer_info").json()
     return facts
 
 
 @pytest.fixture(scope="session")
 def endless(facts: dict[str, Any]) -> dict[str, int]:
-    """A bias that keeps a text from ending."""
+    """A `logit_bias` that excludes the end token."""
     return {str(facts["eos_token_id"]): -100}
 
 
 @pytest.fixture(scope="session")
 def one_text_client(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """The model that knows one text, on a server without a key."""
-    path = write_parrot(tmp_path_factory.mktemp("models") / "parrot.gguf")
+    """A client of a server without API keys, with the model that generates one fixed text."""
+    path = write_one_text_model(tmp_path_factory.mktemp("models") / "one-text.gguf")
     with serve(str(path), "--parallel", "4", key=None) as server, server.http() as client:
         yield client
 
 
 @pytest.fixture(scope="session")
 def no_infill_client(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A model that cannot fill in the middle, on a server without a key."""
+    """A client of a server without API keys, with a model without infill tokens."""
     path = write_tiny(tmp_path_factory.mktemp("models") / "plain.gguf", infill=False)
     with serve(str(path), "--parallel", "2", key=None) as server, server.http() as client:
         yield client
@@ -43,7 +43,7 @@ def no_infill_client(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture(scope="session")
 def bos_client(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A model that wants a BOS before a text, on a server without a key."""
+    """A client of a server without API keys, with a model that needs a BOS before a text."""
     path = write_tiny(tmp_path_factory.mktemp("models") / "spm.gguf", vocabulary="spm")
     with serve(str(path), "--parallel", "2", key=None) as server, server.http() as client:
         yield client

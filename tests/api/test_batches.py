@@ -1,4 +1,4 @@
-"""`/v1/batches` with the official client against a real server, also one that is killed on the way."""
+"""`/v1/batches` with the official client and a real server, which one test kills while a batch runs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from completion_requests import problem, wait_until
 from afterword.keys.key import Allowance
 from afterword.keys.key_store import KeyStore
 
-ENDED = ("completed", "failed", "cancelled", "expired")
-WHAT: dict[str, Any] = {"endpoint": "/v1/completions", "completion_window": "24h"}
+FINAL = ("completed", "failed", "cancelled", "expired")
+CREATE: dict[str, Any] = {"endpoint": "/v1/completions", "completion_window": "24h"}
 
 
 @contextmanager
@@ -58,13 +58,13 @@ def line(name: str, **body: Any) -> bytes:
     return json.dumps(wrapped).encode()
 
 
-def begin(client: openai.OpenAI, *lines: bytes, **more: Any) -> Any:
+def create_batch(client: openai.OpenAI, *lines: bytes, **more: Any) -> Any:
     file = client.files.create(file=("in.jsonl", b"\n".join(lines)), purpose="batch")
-    return client.batches.create(input_file_id=file.id, **WHAT, **more)
+    return client.batches.create(input_file_id=file.id, **CREATE, **more)
 
 
-def ended(client: openai.OpenAI, batch: Any) -> Any:
-    wait_until(lambda: client.batches.retrieve(batch.id).status in ENDED)
+def wait_for_end(client: openai.OpenAI, batch: Any) -> Any:
+    wait_until(lambda: client.batches.retrieve(batch.id).status in FINAL)
     return client.batches.retrieve(batch.id)
 
 
@@ -73,14 +73,14 @@ def lines(client: openai.OpenAI, file: str | None) -> list[dict[str, Any]]:
     return [json.loads(each) for each in client.files.content(file).text.splitlines()]
 
 
-def test_the_official_client_has_its_batch_answered(client, http):
+def test_the_official_client_runs_a_batch(client, http):
     rows = [
         line(f"r{number}", prompt=f"Once {number}", max_tokens=3, n=0 if number == 4 else 1) for number in range(12)
     ]
-    batch = begin(client, *rows, metadata={"run": "7"})
+    batch = create_batch(client, *rows, metadata={"run": "7"})
     assert batch.status in ("validating", "in_progress", "finalizing", "completed")
     assert batch.expires_at - batch.created_at == 24 * 3600
-    batch = ended(client, batch)
+    batch = wait_for_end(client, batch)
     assert (batch.status, batch.metadata, batch.errors) == ("completed", {"run": "7"}, None)
     counts = batch.request_counts
     assert (counts.total, counts.completed, counts.failed) == (12, 11, 1)
@@ -98,15 +98,17 @@ def test_the_official_client_has_its_batch_answered(client, http):
         jsonschema_rs.validate(described, value.json())
 
 
-def test_a_row_has_the_answer_that_its_request_has(client, http):
-    batch = ended(client, begin(client, line("a", prompt="Once upon", max_tokens=12, seed=5, logprobs=2)))
+def test_a_batch_line_has_the_response_of_a_single_request(client, http):
+    batch = wait_for_end(client, create_batch(client, line("a", prompt="Once upon", max_tokens=12, seed=5, logprobs=2)))
     row = lines(client, batch.output_file_id)[0]["response"]["body"]
     alone = http.post("/v1/completions", json={"prompt": "Once upon", "max_tokens": 12, "seed": 5, "logprobs": 2})
     assert row["choices"] == alone.json()["choices"]
 
 
-def test_a_wrong_file_fails_with_its_lines(client):
-    batch = ended(client, begin(client, line("a", prompt="b"), b"{no", line("a", prompt="c"), line("d", stream=True)))
+def test_an_invalid_input_file_fails_with_its_line_numbers(client):
+    batch = wait_for_end(
+        client, create_batch(client, line("a", prompt="b"), b"{no", line("a", prompt="c"), line("d", stream=True))
+    )
     assert batch.status == "failed"
     assert [(error.code, error.line) for error in batch.errors.data] == [
         ("invalid_json_line", 2),
@@ -116,13 +118,15 @@ def test_a_wrong_file_fails_with_its_lines(client):
     assert (batch.output_file_id, batch.error_file_id) == (None, None)
 
 
-def test_a_cancelled_batch_ends_early_and_others_are_listed_in_pages(client, http):
-    batch = begin(client, *(line(str(number), prompt="a", max_tokens=400, ignore_eos=True) for number in range(400)))
+def test_a_cancelled_batch_ends_early_and_batches_are_listed_in_pages(client, http):
+    batch = create_batch(
+        client, *(line(str(number), prompt="a", max_tokens=400, ignore_eos=True) for number in range(400))
+    )
     wait_until(lambda: client.batches.retrieve(batch.id).request_counts.completed > 0)
     file = batch.input_file_id
     assert problem(http.delete(f"/v1/files/{file}"), 409)["code"] == "file_in_use"
     assert client.batches.cancel(batch.id).status == "cancelling"
-    batch = ended(client, batch)
+    batch = wait_for_end(client, batch)
     assert batch.status == "cancelled"
     assert 0 < len(lines(client, batch.output_file_id)) == batch.request_counts.completed < 400
     assert client.files.delete(file).deleted
@@ -132,14 +136,16 @@ def test_a_cancelled_batch_ends_early_and_others_are_listed_in_pages(client, htt
 
 
 def test_those_for_whom_somebody_waits_do_not_wait_for_batches(client, http):
-    batch = begin(client, *(line(str(number), prompt="a", max_tokens=400, ignore_eos=True) for number in range(200)))
+    batch = create_batch(
+        client, *(line(str(number), prompt="a", max_tokens=400, ignore_eos=True) for number in range(200))
+    )
     wait_until(lambda: client.batches.retrieve(batch.id).status == "in_progress")
     for _ in range(3):
-        assert http.get("/ready").json()["running"] <= 2  # half of the sequences
+        assert http.get("/ready").json()["running"] <= 2  # half of the sequences are for batches
         assert http.post("/v1/completions", json={"prompt": "b", "max_tokens": 2}).status_code == 200
     assert client.batches.retrieve(batch.id).status == "in_progress"
     client.batches.cancel(batch.id)
-    ended(client, batch)
+    wait_for_end(client, batch)
 
 
 @pytest.mark.parametrize(
@@ -154,11 +160,11 @@ def test_those_for_whom_somebody_waits_do_not_wait_for_batches(client, http):
         ({"output_expires_after": {"anchor": "created_at", "seconds": 3600}}, "output_expires_after"),
     ],
 )
-def test_what_is_asked_is_known_or_refused_by_name(http, change, param):
-    assert problem(http.post("/v1/batches", json=WHAT | {"input_file_id": "file-1"} | change), 400)["param"] == param
+def test_invalid_batch_fields_are_refused_by_name(http, change, param):
+    assert problem(http.post("/v1/batches", json=CREATE | {"input_file_id": "file-1"} | change), 400)["param"] == param
 
 
-def test_lists_take_known_parameters_alone(http):
+def test_unknown_query_parameters_of_lists_are_refused(http):
     for query in ("limit=101", "limit=0", "status=failed"):
         assert problem(http.get(f"/v1/batches?{query}"), 400)["param"] == query.partition("=")[0]
 
@@ -188,23 +194,23 @@ def test_a_server_that_is_killed_goes_on_when_it_starts_again(tmp_path):
 
     rows = [line(str(number), prompt=f"Once {number}", max_tokens=20, ignore_eos=True) for number in range(60)]
     with server() as (process, url), sdk(url) as client:
-        batch = begin(client, *rows)
+        batch = create_batch(client, *rows)
         wait_until(lambda: client.batches.retrieve(batch.id).request_counts.completed > 5)
         process.send_signal(signal.SIGKILL)
         process.wait()
     with server() as (_, url), sdk(url) as client:
-        batch = ended(client, batch)
+        batch = wait_for_end(client, batch)
         assert (batch.status, batch.request_counts.completed) == ("completed", 60)
         assert [each["custom_id"] for each in lines(client, batch.output_file_id)] == [str(n) for n in range(60)]
 
 
-def test_rows_are_charged_to_their_key_and_end_with_its_quota(serve, tmp_path):
+def test_batch_lines_are_charged_to_their_key_and_stop_at_its_quota(serve, tmp_path):
     store = KeyStore(tmp_path / "keys.db", create=True)
     key, text = store.create("a", allowance=Allowance(quota=200))
     where = ("--keys-file", str(tmp_path / "keys.db"), "--batch-dir", str(tmp_path / "batches"))
     with serve("--parallel", "2", *where, key=None) as server, sdk(server.url, text) as client:
         rows = [line(str(number), prompt="Once", max_tokens=20, ignore_eos=True) for number in range(20)]
-        batch = ended(client, begin(client, *rows))
+        batch = wait_for_end(client, create_batch(client, *rows))
         assert batch.status == "completed"
         assert 0 < batch.request_counts.completed < 20
         codes = {each["response"]["body"]["error"]["code"] for each in lines(client, batch.error_file_id)}
@@ -214,7 +220,7 @@ def test_rows_are_charged_to_their_key_and_end_with_its_quota(serve, tmp_path):
     assert used.prompt + used.completion <= 200
 
 
-def test_a_key_that_ends_answers_no_more_of_its_rows(serve, tmp_path):
+def test_lines_of_a_revoked_key_are_refused(serve, tmp_path):
     store = KeyStore(tmp_path / "keys.db", create=True)
     key, text = store.create("a")
     _, other = store.create("b")
@@ -224,27 +230,27 @@ def test_a_key_that_ends_answers_no_more_of_its_rows(serve, tmp_path):
         sdk(server.url, text) as client,
         sdk(server.url, other) as b,
     ):
-        batch = begin(client, *(line(str(n), prompt="a", max_tokens=400, ignore_eos=True) for n in range(200)))
+        batch = create_batch(client, *(line(str(n), prompt="a", max_tokens=400, ignore_eos=True) for n in range(200)))
         wait_until(lambda: client.batches.retrieve(batch.id).request_counts.completed > 0)
         with pytest.raises(openai.NotFoundError):
             b.batches.retrieve(batch.id)
         with pytest.raises(openai.NotFoundError):
-            b.batches.create(input_file_id=batch.input_file_id, **WHAT)
+            b.batches.create(input_file_id=batch.input_file_id, **CREATE)
         store.revoke(key.id)
         folder = tmp_path / "batches" / "files"
 
-        def whole() -> list[Path]:  # the input, the answers and the refusals
+        def complete_files() -> list[Path]:  # the input file, the output file and the error file
             return [path for path in folder.iterdir() if path.suffix != ".part"]
 
-        wait_until(lambda: len(whole()) == 3)
-        rows = [json.loads(row) for path in whole() for row in path.read_bytes().splitlines()]
+        wait_until(lambda: len(complete_files()) == 3)
+        rows = [json.loads(row) for path in complete_files() for row in path.read_bytes().splitlines()]
         refused = [row for row in rows if row.get("response") and row["response"]["status_code"] == 401]
         assert refused
         assert {row["response"]["body"]["error"]["code"] for row in refused} == {"invalid_api_key"}
 
 
-def test_a_disk_that_takes_no_more_leaves_nothing_half_written(serve, tmp_path):
-    """Files of this process may not grow beyond some bytes, which is told to it like a full disk."""
+def test_a_full_disk_leaves_no_partial_upload(serve, tmp_path):
+    """A limit of the size of the server's files has the same effect as a full disk: writes fail."""
     batches = tmp_path / "batches"
     rows = b"\n".join(line(str(number), prompt="a", max_tokens=1) for number in range(1000))
     with serve("--parallel", "1", "--batch-dir", str(batches), key=None) as server, server.http() as http:
@@ -259,7 +265,7 @@ def test_a_disk_that_takes_no_more_leaves_nothing_half_written(serve, tmp_path):
         assert response.json()["bytes"] == len(rows)
 
 
-def test_a_folder_that_cannot_be_used_is_told_without_its_name(serve, tmp_path):
+def test_the_error_for_an_unusable_folder_omits_its_path(serve, tmp_path):
     (tmp_path / "files").write_bytes(b"")
     with serve("--parallel", "1", "--batch-dir", str(tmp_path), key=None) as server, server.http() as http:
         response = http.post("/v1/files", data={"purpose": "batch"}, files={"file": ("a", b"{}")})

@@ -1,4 +1,4 @@
-"""Many clients at once: none changes another's text, none holds what it has left, none hangs when the engine dies."""
+"""Concurrent clients: same texts as alone, freed sequences after a disconnect, and killed workers."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ import pytest
 from completion_requests import is_idle, one, wait_until
 
 CLIENTS = 32
-LONG, LONGER = 150, 300  # tokens; the longer one is for what must be seen while it lasts, on a busy machine too
+LONG, LONGER = 150, 300  # tokens; the longer one is for states that a test must observe, even on a slow machine
 PROMPTS = [f"One day, {name} went to the {place}" for name in ("Tom", "a cat", "Lily", "the king") for place in
            ("park", "sea", "shop", "old house", "moon", "zoo", "farm", "big tree")]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def crowded_server(serve: Any) -> Iterator[Any]:
-    """A server with a sequence for each client."""
+def shared_server(serve: Any) -> Iterator[Any]:
+    """A server with one sequence for each client."""
     with serve("--parallel", str(CLIENTS), "--context", "512") as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def crowded_client(crowded_server: Any) -> Iterator[httpx.Client]:
-    with crowded_server.http() as client:
+def shared_client(shared_server: Any) -> Iterator[httpx.Client]:
+    with shared_server.http() as client:
         yield client
 
 
 @asynccontextmanager
-async def visitor(server: Any) -> AsyncIterator[httpx.AsyncClient]:
+async def async_client(server: Any) -> AsyncIterator[httpx.AsyncClient]:
     headers = {"Authorization": f"Bearer {server.key}"}
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(
@@ -42,9 +42,9 @@ async def visitor(server: Any) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-async def events(visitor: httpx.AsyncClient, **body: Any) -> AsyncIterator[Any]:
-    """What a stream brings: chunks, then "[DONE]" if it is whole; the status alone if it never began."""
-    async with visitor.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+async def events(client: httpx.AsyncClient, **body: Any) -> AsyncIterator[Any]:
+    """The chunks of a stream and "[DONE]" if it is complete; or only the HTTP status if it did not start."""
+    async with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
         if response.status_code != 200:
             yield response.status_code
             return
@@ -58,9 +58,9 @@ def text_of(chunks: list[Any]) -> str:
     return "".join(chunk["choices"][0]["text"] for chunk in chunks)
 
 
-def engine_of(hall: Any) -> psutil.Process:
-    (engine,) = psutil.Process(hall.pid).children()
-    return engine
+def worker_of(server: Any) -> psutil.Process:
+    (worker,) = psutil.Process(server.pid).children()
+    return worker
 
 
 def long(prompt: str, endless: dict[str, int]) -> dict[str, Any]:
@@ -68,11 +68,11 @@ def long(prompt: str, endless: dict[str, int]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"seed": 11}], ids=["greedy", "seeded"])
-def test_a_crowd_gets_the_texts_that_each_gets_alone(
-    crowded_server: Any, crowded_client: httpx.Client, sampling: Any
+def test_concurrent_clients_get_the_texts_of_single_requests(
+    shared_server: Any, shared_client: httpx.Client, sampling: Any
 ) -> None:
     bodies = [{"prompt": prompt, "max_tokens": 24, **sampling} for prompt in PROMPTS]
-    alone = [one(crowded_client, **body)["text"] for body in bodies]
+    alone = [one(shared_client, **body)["text"] for body in bodies]
 
     async def read(client: httpx.AsyncClient, body: dict[str, Any]) -> str:
         *chunks, done = [event async for event in events(client, **body)]
@@ -80,14 +80,14 @@ def test_a_crowd_gets_the_texts_that_each_gets_alone(
         return text_of(chunks)
 
     async def all_at_once() -> list[str]:
-        async with visitor(crowded_server) as client:
+        async with async_client(shared_server) as client:
             return await asyncio.gather(*(read(client, body) for body in bodies))
 
     assert asyncio.run(all_at_once()) == alone
 
 
-def test_those_who_leave_free_their_sequences_and_the_others_finish(
-    crowded_server: Any, crowded_client: httpx.Client, endless: dict[str, int]
+def test_disconnects_free_sequences_and_other_clients_finish(
+    shared_server: Any, shared_client: httpx.Client, endless: dict[str, int]
 ) -> None:
     started = asyncio.Barrier(CLIENTS)
     finished: list[int] = []
@@ -105,7 +105,7 @@ def test_those_who_leave_free_their_sequences_and_the_others_finish(
         await stream.aclose()
 
     async def watch(client: httpx.AsyncClient) -> bool:
-        """Whether half of them were seen to run while nobody had finished."""
+        """Whether `/ready` reported half of the sequences running before any client had finished."""
         while not finished:
             load = (await client.get("/ready")).json()
             if load["running"] == CLIENTS // 2 and load["waiting"] == 0 and not finished:
@@ -114,83 +114,83 @@ def test_those_who_leave_free_their_sequences_and_the_others_finish(
         return False
 
     async def all_at_once() -> bool:
-        async with visitor(crowded_server) as client:
-            seen, *_ = await asyncio.gather(watch(client), *(read(client, index) for index in range(CLIENTS)))
-            return seen
+        async with async_client(shared_server) as client:
+            observed, *_ = await asyncio.gather(watch(client), *(read(client, index) for index in range(CLIENTS)))
+            return observed
 
     assert asyncio.run(all_at_once())
     assert len(finished) == CLIENTS // 2
-    wait_until(lambda: is_idle(crowded_client))
+    wait_until(lambda: is_idle(shared_client))
 
 
-def test_a_killed_engine_is_a_pause_and_no_more(crowded_server: Any, crowded_client: httpx.Client) -> None:
+def test_streams_continue_after_the_worker_is_killed(shared_server: Any, shared_client: httpx.Client) -> None:
     bodies = [{"prompt": prompt, "max_tokens": LONG, "ignore_eos": True, "seed": 5} for prompt in PROMPTS[:8]]
-    alone = [one(crowded_client, **body)["text"] for body in bodies]
-    restarts = crowded_client.get("/ready").json()["restarts"]
-    engine = engine_of(crowded_server)
+    alone = [one(shared_client, **body)["text"] for body in bodies]
+    restarts = shared_client.get("/ready").json()["restarts"]
+    worker = worker_of(shared_server)
     started = asyncio.Barrier(8)
 
     async def read(client: httpx.AsyncClient, body: dict[str, Any]) -> list[Any]:
         stream = events(client, **body)
         chunks = [await anext(stream)]
         if await started.wait() == 0:
-            engine.kill()
+            worker.kill()
         return chunks + [chunk async for chunk in stream]
 
     async def all_at_once() -> list[list[Any]]:
-        async with visitor(crowded_server) as client:
+        async with async_client(shared_server) as client:
             return await asyncio.gather(*(read(client, body) for body in bodies))
 
     for chunks, text in zip(asyncio.run(all_at_once()), alone, strict=True):
         assert chunks.pop() == "[DONE]"
         assert text_of(chunks) == text
-    assert crowded_client.get("/ready").json()["restarts"] == restarts + 1
-    wait_until(lambda: is_idle(crowded_client))
-    assert crowded_client.get("/health").status_code == 200
+    assert shared_client.get("/ready").json()["restarts"] == restarts + 1
+    wait_until(lambda: is_idle(shared_client))
+    assert shared_client.get("/health").status_code == 200
 
 
-def test_what_was_waiting_survives_the_engine(
-    crowded_server: Any, crowded_client: httpx.Client, endless: dict[str, int]
+def test_waiting_requests_survive_a_killed_worker(
+    shared_server: Any, shared_client: httpx.Client, endless: dict[str, int]
 ) -> None:
     waiting = 8
 
-    async def ask(client: httpx.AsyncClient, index: int) -> int:
+    async def post(client: httpx.AsyncClient, index: int) -> int:
         response = await client.post("/v1/completions", json=long(PROMPTS[index % CLIENTS], endless))
         return response.status_code
 
     async def kill(client: httpx.AsyncClient) -> None:
         while not (await client.get("/ready")).json()["waiting"]:
             await asyncio.sleep(0.005)
-        engine_of(crowded_server).kill()
+        worker_of(shared_server).kill()
 
     async def all_at_once() -> list[int]:
-        async with visitor(crowded_server) as client:
-            _, *statuses = await asyncio.gather(kill(client), *(ask(client, i) for i in range(CLIENTS + waiting)))
+        async with async_client(shared_server) as client:
+            _, *statuses = await asyncio.gather(kill(client), *(post(client, i) for i in range(CLIENTS + waiting)))
             return statuses
 
     assert set(asyncio.run(all_at_once())) == {200}
-    wait_until(lambda: is_idle(crowded_client))
+    wait_until(lambda: is_idle(shared_client))
 
 
 @pytest.mark.parametrize("deaths", [1, 2])
-def test_nobody_hangs_while_the_engine_restarts(crowded_server: Any, crowded_client: httpx.Client, deaths: int) -> None:
-    async def ask(client: httpx.AsyncClient, prompt: Any) -> int:
+def test_requests_end_while_the_worker_restarts(shared_server: Any, shared_client: httpx.Client, deaths: int) -> None:
+    async def post(client: httpx.AsyncClient, prompt: Any) -> int:
         response = await client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 4}, timeout=30)
         return response.status_code
 
     async def all_at_once() -> set[int]:
-        async with visitor(crowded_server) as client:
-            asking = []
+        async with async_client(shared_server) as client:
+            requests = []
             for _ in range(deaths):
-                while not (engines := psutil.Process(crowded_server.pid).children()):
+                while not (workers := psutil.Process(shared_server.pid).children()):
                     await asyncio.sleep(0.005)
-                asking += [asyncio.create_task(ask(client, prompt)) for prompt in ("a", [1, 2])]
+                requests += [asyncio.create_task(post(client, prompt)) for prompt in ("a", [1, 2])]
                 await asyncio.sleep(0.05)
-                engines[0].kill()
-                engines[0].wait()
-                asking += [asyncio.create_task(ask(client, prompt)) for prompt in ("a", [1, 2])]
-            return set(await asyncio.gather(*asking))
+                workers[0].kill()
+                workers[0].wait()
+                requests += [asyncio.create_task(post(client, prompt)) for prompt in ("a", [1, 2])]
+            return set(await asyncio.gather(*requests))
 
     assert asyncio.run(all_at_once()) <= {200, 500, 503}
-    wait_until(lambda: is_idle(crowded_client))
-    assert one(crowded_client, prompt="a", max_tokens=1)["index"] == 0
+    wait_until(lambda: is_idle(shared_client))
+    assert one(shared_client, prompt="a", max_tokens=1)["index"] == 0

@@ -1,4 +1,4 @@
-"""What is done for a request before its answer begins ends when the client leaves."""
+"""`cancel_on_disconnect` cancels the work for a request when its client disconnects."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from afterword.api.requests.disconnect import cancel_on_disconnect
 
 
 class Client:
-    """A client that stays until it is told to leave."""
+    """A client that stays connected until the test sets `disconnected`."""
 
     def __init__(self) -> None:
-        self.left = asyncio.Event()
+        self.disconnected = asyncio.Event()
 
     async def receive(self) -> Message:
-        await self.left.wait()
+        await self.disconnected.wait()
         return {"type": "http.disconnect"}
 
 
@@ -31,7 +31,7 @@ async def fail() -> int:
     raise ValueError("a reason")
 
 
-async def for_ever(cancelled: asyncio.Event) -> int:
+async def never_ending(cancelled: asyncio.Event) -> int:
     try:
         await asyncio.Event().wait()
     except asyncio.CancelledError:
@@ -40,18 +40,18 @@ async def for_ever(cancelled: asyncio.Event) -> int:
     return 0
 
 
-def test_work_whose_client_stays_has_its_result() -> None:
+def test_work_returns_its_result_while_the_client_stays() -> None:
     assert asyncio.run(cancel_on_disconnect(Client().receive, result(5))) == 5
     with pytest.raises(ValueError, match="a reason"):
         asyncio.run(cancel_on_disconnect(Client().receive, fail()))
 
 
-def test_work_ends_when_the_client_leaves() -> None:
+def test_work_is_cancelled_when_the_client_disconnects() -> None:
     async def test() -> None:
         client, cancelled = Client(), asyncio.Event()
-        waiting = asyncio.create_task(cancel_on_disconnect(client.receive, for_ever(cancelled)))
+        waiting = asyncio.create_task(cancel_on_disconnect(client.receive, never_ending(cancelled)))
         await asyncio.sleep(0)
-        client.left.set()
+        client.disconnected.set()
         with pytest.raises(ClientDisconnect):
             await waiting
         assert cancelled.is_set()
@@ -59,10 +59,10 @@ def test_work_ends_when_the_client_leaves() -> None:
     asyncio.run(asyncio.wait_for(test(), 30))
 
 
-def test_work_ends_with_the_request() -> None:
+def test_work_is_cancelled_with_its_request() -> None:
     async def test() -> None:
         cancelled = asyncio.Event()
-        waiting = asyncio.create_task(cancel_on_disconnect(Client().receive, for_ever(cancelled)))
+        waiting = asyncio.create_task(cancel_on_disconnect(Client().receive, never_ending(cancelled)))
         await asyncio.sleep(0.01)
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)

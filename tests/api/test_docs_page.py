@@ -1,4 +1,4 @@
-"""`/docs` as it is sent: small, and of this server alone. What it does in a browser is in tests/playground."""
+"""The files of the page `/docs` over HTTP. tests/playground tests the page in a browser."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_the_page_needs_no_key_and_holds_none(http: httpx.Client, client: OpenAI
     assert httpx.get(f"{http.base_url}/openapi.json", trust_env=False).status_code == 401
 
 
-def test_all_that_it_names_is_here(http: httpx.Client) -> None:
+def test_the_page_loads_only_files_that_exist(http: httpx.Client) -> None:
     text = http.get("/docs").text
     names = re.findall(r'(?:href|src)="([^"#]+)"', text)
     assert {"playground/docs.css", "playground/docs.js"} <= set(names)
@@ -29,10 +29,10 @@ def test_all_that_it_names_is_here(http: httpx.Client) -> None:
         assert http.get(f"/{name.removeprefix('.')}").status_code == 200
 
 
-def test_it_weighs_little_and_names_no_other_place() -> None:
+def test_the_page_is_small_and_loads_nothing_from_elsewhere() -> None:
     texts = [(PLAYGROUND / name).read_text(encoding="utf-8") for name in PARTS]
     assert sum(len(text.encode()) for text in texts) <= 40_000
     links = {link for text in texts for link in re.findall(r"https?://[^\s\"'`]+", text)}
-    assert links <= {"http://www.w3.org/2000/svg"}, "a namespace, which nobody asks for"
+    assert links <= {"http://www.w3.org/2000/svg"}, "only the SVG namespace, which browsers do not load"
     imported = {name for text in texts for name in re.findall(r'from "\./([^"]+)"', text)}
     assert imported <= set(PARTS)

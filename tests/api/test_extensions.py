@@ -1,4 +1,4 @@
-"""Extension fields over HTTP, each with a change that it makes; and the server's ways to read a request."""
+"""Extension fields over HTTP, each with a required effect; and the options `--strict` and `--ignore-unknown`."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ def test_a_repetition_penalty_changes_what_repeats(http: httpx.Client) -> None:
     assert choice(http, prompt=prompt, temperature=0, max_tokens=40, repetition_penalty=2.0)["text"] != plain["text"]
 
 
-def test_ignore_eos_goes_on_to_the_length(http: httpx.Client) -> None:
+def test_ignore_eos_continues_until_max_tokens(http: httpx.Client) -> None:
     forced = {"logit_bias": {str(eos(http)): 100}}
     assert choice(http, **forced)["finish_reason"] == "stop"
     assert choice(http, **forced, ignore_eos=True)["finish_reason"] == "length"
 
 
-def test_min_tokens_keeps_the_end_away(http: httpx.Client) -> None:
+def test_min_tokens_delays_the_end_token(http: httpx.Client) -> None:
     answer = choice(http, logit_bias={str(eos(http)): 100}, min_tokens=5, return_token_ids=True)
     assert len(answer["token_ids"]) == 6
     assert answer["token_ids"][-1] == eos(http)
     assert answer["finish_reason"] == "stop"
 
 
-def test_stop_token_ids_end_the_answer_before_them(http: httpx.Client) -> None:
+def test_stop_token_ids_end_the_text_before_the_token(http: httpx.Client) -> None:
     ids = choice(http, return_token_ids=True)["token_ids"]
     answer = choice(http, stop_token_ids=[ids[4]], return_token_ids=True)
     first = ids.index(ids[4])
@@ -61,14 +61,14 @@ def test_stop_token_ids_end_the_answer_before_them(http: httpx.Client) -> None:
     assert answer["text"] == http.post("/detokenize", json={"tokens": ids[:first]}).json()["prompt"]
 
 
-def test_token_ids_of_prompt_and_answer_can_be_had(http: httpx.Client) -> None:
+def test_return_token_ids_adds_ids_of_prompt_and_completion(http: httpx.Client) -> None:
     answer = choice(http, return_token_ids=True)
     assert answer["prompt_token_ids"] == http.post("/tokenize", json={"prompt": "Once upon a time"}).json()["tokens"]
     assert http.post("/detokenize", json={"tokens": answer["token_ids"]}).json()["prompt"] == answer["text"]
     assert "token_ids" not in choice(http)
 
 
-def test_the_prompts_log_probabilities_are_those_of_an_echo(http: httpx.Client) -> None:
+def test_prompt_logprobs_equal_those_of_an_echo(http: httpx.Client) -> None:
     answer = choice(http, prompt_logprobs=2, echo=True, logprobs=2)
     first, *rest = answer["prompt_logprobs"]
     assert first is None
@@ -77,7 +77,7 @@ def test_the_prompts_log_probabilities_are_those_of_an_echo(http: httpx.Client) 
         assert sorted(entry["rank"] for entry in entries.values())[:2] == [1, 2]
 
 
-def test_add_special_tokens_false_leaves_the_bos_away(bos_client: httpx.Client) -> None:
+def test_add_special_tokens_false_omits_the_bos(bos_client: httpx.Client) -> None:
     bos = bos_client.get("/tokenizer_info").json()["bos_token_id"]
     assert choice(bos_client, prompt="a", return_token_ids=True)["prompt_token_ids"][0] == bos
     bare = choice(bos_client, prompt="a", return_token_ids=True, add_special_tokens=False)
@@ -98,23 +98,23 @@ def cached(http: httpx.Client, **body: Any) -> int:
     return int(ask(http, **body).json()["usage"]["prompt_tokens_details"]["cached_tokens"])
 
 
-def test_the_usage_says_what_had_been_computed_before(http: httpx.Client) -> None:
+def test_usage_reports_cached_tokens(http: httpx.Client) -> None:
     story = "A wolf and a crow met at the well, and neither of them would let the other drink before the sun went down."
     assert cached(http, prompt=story) == 0
     tokens = ask(http, prompt=story, max_tokens=1).json()["usage"]["prompt_tokens"]
     assert cached(http, prompt=story) == tokens - 1
-    # The last token of the story is found, too, if the second prompt comes before the first has computed it anew.
+    # The last token of the story is cached too if the second prompt starts before the first has recomputed it.
     assert cached(http, prompt=[story, story + " Then"]) in (2 * tokens - 2, 2 * tokens - 1)
 
 
-def test_a_salt_keeps_what_was_computed_apart(http: httpx.Client) -> None:
+def test_cache_salts_separate_the_prefix_cache(http: httpx.Client) -> None:
     story = "The old ferryman counted his coins twice each night, once for himself and once for the river that fed him."
     assert cached(http, prompt=story) == 0
     assert cached(http, prompt=story, cache_salt="mine") == 0
     assert cached(http, prompt=story, cache_salt="mine") > 16
 
 
-def test_scores_are_the_same_numbers_from_the_cache(http: httpx.Client) -> None:
+def test_scores_from_the_cache_are_equal(http: httpx.Client) -> None:
     story = {
         "prompt": "Three goats lived on a hill above the mill, and every one of them was afraid of the bridge.",
         "echo": True,
@@ -130,7 +130,7 @@ def test_scores_are_the_same_numbers_from_the_cache(http: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("name", ["prediction", "guided_json"])
-def test_what_is_not_there_yet_is_refused_by_name(http: httpx.Client, name: str) -> None:
+def test_unsupported_fields_are_refused_by_name(http: httpx.Client, name: str) -> None:
     assert ask(http, **{name: {}}).json()["error"]["param"] == name
 
 
@@ -140,7 +140,7 @@ def strict(serve: Any) -> Iterator[httpx.Client]:
         yield client
 
 
-def test_strictly_openais_limits_hold(strict: httpx.Client) -> None:
+def test_strict_applies_openais_limits(strict: httpx.Client) -> None:
     model = {"model": "afterword-tiny"}
     assert ask(strict).json()["error"]["message"] == "you must provide a model parameter"
     assert ask(strict, **model, top_k=5).status_code == 400
@@ -149,7 +149,7 @@ def test_strictly_openais_limits_hold(strict: httpx.Client) -> None:
     assert all(len(entry) in (5, 6) for entry in logprobs["top_logprobs"])
 
 
-def test_unknown_fields_are_ignored_when_told_and_listed(serve: Any) -> None:
+def test_unknown_fields_can_be_ignored_and_are_listed(serve: Any) -> None:
     with serve("--ignore-unknown", "--parallel", "2") as server, server.http() as client:
         response = ask(client, foo=1, **{"naïve\r\nset-cookie: a": 2})
         assert response.status_code == 200
@@ -158,5 +158,5 @@ def test_unknown_fields_are_ignored_when_told_and_listed(serve: Any) -> None:
         assert "x-afterword-ignored" not in ask(client).headers
 
 
-def test_the_model_says_what_its_numbers_promise(http: httpx.Client) -> None:
+def test_the_model_object_states_its_promise(http: httpx.Client) -> None:
     assert http.get("/v1/models/afterword-tiny").json()["reproducible"] == "exact"

@@ -1,4 +1,4 @@
-"""`/v1/files`: uploads go to the disk whole or not at all, and each key sees its own."""
+"""`/v1/files`: an upload is stored completely or not at all, and each API key sees only its own files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(serve: Any, folder: Path) -> Iterator[httpx.Client]:
-    """A server with two keys and little room; shows the first."""
+    """A client with the first of two API keys, on a server with a small storage quota."""
     limits = ("--limit", f"max_upload={LARGEST}", "--limit", f"max_stored={4 * LARGEST}")
     where = ("--batch-dir", str(folder), "--api-key", OTHER)
     with serve("--parallel", "2", *limits, *where, key=ONE) as server, server.http() as client:
@@ -48,7 +48,7 @@ def upload(http: httpx.Client, content: bytes = b"{}\n", purpose: str = "batch",
     return http.post("/v1/files", data={"purpose": purpose} | more.pop("data", {}), files=parts, **more)
 
 
-def test_nothing_is_made_on_the_disk_before_the_first_upload(files, folder):
+def test_no_folder_is_created_before_the_first_upload(files, folder):
     assert files.get("/v1/files").json()["data"] == []
     assert files.get("/v1/batches").json()["data"] == []
     problem(files.get("/v1/files/file-1"), 404)
@@ -59,7 +59,7 @@ def test_nothing_is_made_on_the_disk_before_the_first_upload(files, folder):
     assert not folder.exists()
 
 
-def test_the_official_client_keeps_and_fetches_files(sdk, files):
+def test_the_official_client_uploads_and_downloads_files(sdk, files):
     content = b'{"prompt": "a"}\n' * 5000
     file = sdk.files.create(file=("in.jsonl", content), purpose="batch")
     assert (file.filename, file.bytes, file.purpose, file.status) == ("in.jsonl", len(content), "batch", "processed")
@@ -71,7 +71,7 @@ def test_the_official_client_keeps_and_fetches_files(sdk, files):
         sdk.files.content(file.id)
 
 
-def test_a_file_expires_when_the_official_client_says(sdk):
+def test_a_file_expires_after_the_requested_time(sdk):
     file = sdk.files.create(
         file=("in.jsonl", b"{}"), purpose="batch", expires_after={"anchor": "created_at", "seconds": 7200}
     )
@@ -82,7 +82,7 @@ def test_a_file_expires_when_the_official_client_says(sdk):
         sdk.files.delete(each.id)
 
 
-def test_answers_are_as_the_document_says(files):
+def test_responses_match_the_openapi_document(files):
     document = files.get("/openapi.json").json()
 
     def check(name: str, value: object) -> None:
@@ -111,11 +111,11 @@ def test_files_are_listed_in_pages(files):
 @pytest.mark.parametrize(
     "query", ["limit=0", "limit=x", "limit=10001", "order=up", "purpose=x", "page=2", "limit=1&limit=2"]
 )
-def test_what_stands_behind_the_question_mark_is_known_or_refused(files, query):
+def test_invalid_query_parameters_are_refused_by_name(files, query):
     assert problem(files.get(f"/v1/files?{query}"), 400)["param"] == query.partition("=")[0]
 
 
-def test_another_key_sees_nothing_of_it(files):
+def test_another_key_cannot_see_a_file(files):
     file = upload(files).json()["id"]
     other = {"headers": {"Authorization": f"Bearer {OTHER}"}}
     for response in (
@@ -142,7 +142,7 @@ def test_another_key_sees_nothing_of_it(files):
         ({"data": {"purpose": "x" * 2000}}, "purpose"),
     ],
 )
-def test_a_form_that_asks_for_more_is_refused_by_name(files, folder, more, param):
+def test_an_invalid_form_field_is_refused_by_name(files, folder, more, param):
     assert problem(upload(files, **more), 400)["param"] == param
     assert not list((folder / "files").iterdir())
 
@@ -161,7 +161,7 @@ def test_a_form_that_asks_for_more_is_refused_by_name(files, folder, more, param
         ("multipart/form-data; boundary=x", b"--x\r\nA: " + b"b" * 100_000),
     ],
 )
-def test_what_is_no_whole_form_is_refused_and_leaves_nothing(files, folder, kind, body):
+def test_a_malformed_form_is_refused_and_leaves_no_file(files, folder, kind, body):
     problem(files.post("/v1/files", content=body, headers={"Content-Type": kind}), 400)
     assert not list((folder / "files").iterdir())
 
@@ -188,8 +188,8 @@ def test_a_key_has_so_much_room_and_no_more(files):
         files.delete(f"/v1/files/{file['id']}")
 
 
-def test_uploads_at_the_same_time_have_no_more_room_together(files, folder):
-    """Ten at once, each of which would fit alone; what was refused leaves nothing."""
+def test_concurrent_uploads_share_one_storage_quota(files, folder):
+    """Ten concurrent uploads, each of which would fit alone. The refused ones leave no file."""
     with ThreadPoolExecutor(10) as pool:
         answers = list(pool.map(lambda _: upload(files, b"x" * LARGEST), range(10)))
     statuses = [answer.status_code for answer in answers]
@@ -206,8 +206,8 @@ def test_uploads_at_the_same_time_have_no_more_room_together(files, folder):
     assert upload(files, b"x" * LARGEST).status_code == 200
 
 
-def test_rows_may_come_one_a_chunk(files):
-    """As a client that writes each row when it has it; more chunks than were once allowed."""
+def test_an_upload_may_have_one_line_per_chunk(files):
+    """A client may send each line in its own chunk: here 20,000 chunks."""
     head = b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
     head += b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
     rows = [head, *([b"{}\n"] * 20_000), b"\r\n--x--\r\n"]
@@ -235,7 +235,7 @@ def test_an_upload_may_be_larger_than_other_bodies(serve, tmp_path):
         assert json.loads(client.get("/v1/files").content)["data"][0]["bytes"] == 2_000_000
 
 
-def test_a_second_server_over_the_same_folder_says_so(serve, files, folder):
+def test_a_second_server_with_the_same_folder_refuses_uploads(serve, files, folder):
     upload(files)
     with serve("--parallel", "1", "--batch-dir", str(folder), key=None) as server, server.http() as client:
         assert "--batch-dir" in problem(upload(client), 507)["message"]

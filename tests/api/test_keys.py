@@ -1,4 +1,4 @@
-"""Keys that are made, limited and revoked while the server runs, as callers meet them."""
+"""API keys that are created, limited and revoked while the server runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ except ImportError:  # not on every system
 
 ASK = {"prompt": "Once upon a time", "max_tokens": 5, "seed": 1}
 LONG = {"max_tokens": 1900, "n": 16, "stream": True}
-GIVEN = "given-key-of-the-operator"
+OPTION_KEY = "given-key-of-the-operator"
 
 
 @pytest.fixture(scope="module")
@@ -38,21 +38,21 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> KeyStore:
 
 @pytest.fixture(scope="module")
 def keyed(serve: Any, store: KeyStore) -> Iterator[Any]:
-    """A server that takes the keys of the store, and one that was given."""
-    arguments = ("--keys-file", str(store.path), "--api-key", GIVEN, "--wrong-keys", "0", "--parallel", "4")
+    """A server with the keys of the key store, and one key from `--api-key`."""
+    arguments = ("--keys-file", str(store.path), "--api-key", OPTION_KEY, "--wrong-keys", "0", "--parallel", "4")
     with serve(*arguments, key=None) as server:
         yield server
 
 
 @pytest.fixture
 def client(keyed: Any, store: KeyStore) -> Iterator[Callable[..., httpx.Client]]:
-    """Makes clients with a fresh key that has these limits."""
+    """A function that returns a client with a new key that has the given limits."""
     clients: list[httpx.Client] = []
 
     def make(**limits: int) -> httpx.Client:
         _, text = store.create(allowance=Allowance(**limits))
         clients.append(keyed.http(text))
-        wait_until(lambda: is_let_in(keyed, text))
+        wait_until(lambda: is_valid(keyed, text))
         return clients[-1]
 
     yield make
@@ -60,8 +60,8 @@ def client(keyed: Any, store: KeyStore) -> Iterator[Callable[..., httpx.Client]]
         each.close()
 
 
-def is_let_in(server: Any, key: str) -> bool:
-    """Asked for in a way that uses up nothing of a limit but the first request's place."""
+def is_valid(server: Any, key: str) -> bool:
+    """Whether the server accepts the key. The check counts as one request against its limits."""
     with server.http(key) as http:
         return bool(http.get("/v1/models").status_code != 401)
 
@@ -70,7 +70,7 @@ def ask(http: httpx.Client, **body: Any) -> httpx.Response:
     return http.post("/v1/completions", json=ASK | body)
 
 
-# ---- who is let in
+# ---- valid and invalid keys
 
 
 def test_new_keys_open_a_running_server_and_revoked_ones_stop_at_once(keyed, store, client):
@@ -78,15 +78,15 @@ def test_new_keys_open_a_running_server_and_revoked_ones_stop_at_once(keyed, sto
     assert complete(http, **ASK)
     store.revoke(http.headers["authorization"].split("_")[1])
     wait_until(lambda: http.get("/version").status_code == 401)
-    with keyed.http(GIVEN) as given:
-        assert complete(given, **ASK), "others go on"
+    with keyed.http(OPTION_KEY) as given:
+        assert complete(given, **ASK), "other keys stay valid"
 
 
 def test_every_key_that_does_not_open_is_answered_alike(keyed, store, client):
     _, expired = store.create(expires=1)
     revoked, revoked_text = store.create()
     store.revoke(revoked.id)
-    client()  # by now the server has read them
+    client()  # after this call the server has read the changes
     unknown = "aw_00000000_" + "A" * 43
     answers = []
     for key in (expired, revoked_text, unknown, "x" * len(unknown)):
@@ -101,17 +101,17 @@ def test_every_key_that_does_not_open_is_answered_alike(keyed, store, client):
     assert len({str(answer) for answer in answers}) == 1
 
 
-def test_without_limits_there_are_no_headers_about_them(client):
+def test_without_limits_there_are_no_rate_limit_headers(client):
     response = ask(client())
     assert response.status_code == 200
     assert not [name for name in response.headers if name.startswith("x-ratelimit")]
 
 
-# ---- requests a minute
+# ---- requests per minute
 
 
-def test_after_so_many_requests_a_key_must_wait(client):
-    http = client(requests=3)  # one of them has been used to see that it opens
+def test_requests_beyond_the_rate_limit_are_refused(client):
+    http = client(requests=3)  # the fixture has used one of them
     answers = [http.get("/version") for _ in range(3)]
     assert [answer.status_code for answer in answers] == [200, 200, 429]
     assert [answer.headers["x-ratelimit-remaining-requests"] for answer in answers[:2]] == ["1", "0"]
@@ -123,19 +123,19 @@ def test_after_so_many_requests_a_key_must_wait(client):
     assert "x-should-retry" not in answers[2].headers
 
 
-def test_the_rate_is_looked_at_before_the_body(client):
+def test_the_rate_limit_is_checked_before_the_body(client):
     http = client(requests=1)
     problem(http.post("/v1/completions", content=b"no JSON", headers={"Content-Type": "text/plain"}), 429)
 
 
-# ---- tokens a minute
+# ---- tokens per minute
 
 
-def test_what_an_answer_did_not_use_can_be_used_again(client):
+def test_unused_tokens_are_given_back(client):
     http = client(tokens=1000)
     first = ask(http, max_tokens=900, stop=" ")
     used = first.json()["usage"]["total_tokens"]
-    most = used + 50  # and what was generated until the engine heard of the stop
+    most = used + 50  # and tokens generated before the engine received the stop
     assert first.headers["x-ratelimit-limit-tokens"] == "1000"
     assert int(first.headers["x-ratelimit-remaining-tokens"]) < 1000 - used
     assert int(http.get("/version").headers["x-ratelimit-remaining-tokens"]) >= 1000 - most
@@ -149,7 +149,7 @@ def test_every_sample_of_every_prompt_counts(client):
     assert "Limit 100" in error["message"]
 
 
-def test_a_request_that_never_fits_is_not_worth_a_retry(client):
+def test_a_request_larger_than_the_limit_says_not_to_retry(client):
     response = ask(client(tokens=100), max_tokens=100)
     problem(response, 429)
     assert response.headers["x-should-retry"] == "false"
@@ -164,7 +164,7 @@ def test_who_leaves_pays_for_what_was_computed(client, endless, store):
         return next(key.spent for key in store.all() if key.id == name)
 
     with http.stream("POST", "/v1/completions", json=ASK | LONG | {"logit_bias": endless}) as answer:
-        lines = answer.iter_lines()  # as long as this lives, the client is there
+        lines = answer.iter_lines()  # keeps the connection open
         next(lines)
         wait_until(lambda: spent() > 16 * 1900)
         assert problem(ask(http, max_tokens=100), 429)["code"] == "insufficient_quota"
@@ -175,26 +175,28 @@ def test_who_leaves_pays_for_what_was_computed(client, endless, store):
     assert ask(http, max_tokens=100).status_code == 200
 
 
-# ---- at the same time
+# ---- concurrent requests
 
 
-def test_so_many_requests_at_the_same_time(client, endless):
+def test_concurrent_requests_beyond_the_limit_are_refused(client, endless):
     http = client(concurrent=1)
     with http.stream("POST", "/v1/completions", json=ASK | LONG | {"logit_bias": endless}) as answer:
-        lines = answer.iter_lines()  # as long as this lives, the client is there
+        lines = answer.iter_lines()  # keeps the connection open
         next(lines)
         response = ask(http)
         assert problem(response, 429)["code"] == "rate_limit_exceeded"
         assert response.headers["retry-after"] == "1"
     wait_until(lambda: ask(http).status_code == 200)
-    assert [ask(http).status_code for _ in range(5)] == [200] * 5, "a place is given back whatever came of it"
+    assert [ask(http).status_code for _ in range(5)] == [200] * 5, (
+        "each request stops counting when it ends, also after an error"
+    )
     assert [http.post("/v1/completions", json={"n": -1}).status_code for _ in range(5)] == [400] * 5
 
 
 # ---- quota
 
 
-def test_a_quota_ends_and_no_client_tries_again(keyed, client):
+def test_an_exhausted_quota_is_not_retried_by_the_official_client(keyed, client):
     http = client(quota=30)
     assert ask(http).status_code == 200
     response = ask(http, max_tokens=30)
@@ -212,13 +214,14 @@ def test_a_quota_ends_and_no_client_tries_again(keyed, client):
     assert len(seen) == 1
 
 
-def test_a_quota_and_the_usage_survive_a_killed_server(serve, tmp_path):
+def test_quota_and_usage_survive_a_killed_server(serve, tmp_path):
     store = KeyStore(tmp_path / "keys.db", create=True)
     key, text = store.create(allowance=Allowance(quota=60))
     arguments = ("--keys-file", str(store.path), "--parallel", "1")
     with killed(serve, *arguments) as server, server.http(text) as http:
         used = complete(http, **ASK, user="alice")["usage"]
-        wait_until(lambda: store.all()[0].spent == used["total_tokens"])
+        wait_until(lambda: usage(store, "--by", "key") != [])  # written when the request has ended
+        assert store.all()[0].spent == used["total_tokens"]
     assert usage(store, "--by", "key") == [
         {
             "key": key.id,
@@ -234,7 +237,7 @@ def test_a_quota_and_the_usage_survive_a_killed_server(serve, tmp_path):
         assert problem(ask(http, max_tokens=55), 429)["code"] == "insufficient_quota"
 
 
-def test_what_a_stop_string_cuts_off_is_charged(keyed, store, client):
+def test_tokens_cut_off_by_a_stop_string_are_charged(keyed, store, client):
     http = client(quota=10_000)
     letter = http.post("/tokenize", json={"prompt": "a"}).json()["tokens"][-1]
     body = {"prompt": "b", "max_tokens": 40, "n": 2, "logit_bias": {str(letter): 100}, "stop": "a" * 30}
@@ -249,18 +252,18 @@ def test_what_a_stop_string_cuts_off_is_charged(keyed, store, client):
     def recorded() -> list[int]:
         return [row["prompt"] + row["completion"] for row in usage(store, "--by", "key") if row["key"] == name]
 
-    wait_until(lambda: recorded() == [spent()])  # before its end a request is charged what it could use at most
+    wait_until(lambda: recorded() == [spent()])  # before its end, a request is charged the most tokens that it can use
     assert charged <= spent() <= used["prompt_tokens"] + 2 * 40
 
 
 @contextmanager
 def killed(serve: Any, *arguments: str) -> Iterator[Any]:
-    """A server that is given no time to end."""
+    """A server that the test kills with SIGKILL."""
     try:
         with serve(*arguments, key=None) as server:
             yield server
             os.kill(server.pid, signal.SIGKILL)
-    except AssertionError:  # that it did not end as it should have
+    except AssertionError:  # `serve` reports the exit status of the killed server
         assert not psutil.pid_exists(server.pid)
 
 
@@ -280,7 +283,7 @@ def afterword(store: KeyStore, *words: str) -> str:
 def test_wrong_keys_of_an_address_must_wait_and_right_ones_never(serve, tmp_path):
     store = KeyStore(tmp_path / "keys.db", create=True)
     _, text = store.create()
-    with serve("--keys-file", str(store.path), "--wrong-keys", "3", "--parallel", "1", key=GIVEN) as server:
+    with serve("--keys-file", str(store.path), "--wrong-keys", "3", "--parallel", "1", key=OPTION_KEY) as server:
 
         def status(key: str) -> int:
             with server.http(key) as http:
@@ -291,11 +294,13 @@ def test_wrong_keys_of_an_address_must_wait_and_right_ones_never(serve, tmp_path
             response = http.get("/version")
         assert problem(response, 429)["code"] == "rate_limit_exceeded"
         assert 1 <= int(response.headers["retry-after"]) <= 20
-        assert (status(text), status(GIVEN)) == (200, 200), "neither was ever shown from here before"
+        assert (status(text), status(OPTION_KEY)) == (200, 200), (
+            "valid keys are accepted from an address with too many wrong ones"
+        )
         assert status("wrong-once-more") == 429
 
 
-# ---- what keys share
+# ---- the prefix cache and keys
 
 
 def test_what_was_computed_for_one_key_is_used_for_another_only_if_that_is_wanted(serve):
@@ -310,7 +315,7 @@ def test_what_was_computed_for_one_key_is_used_for_another_only_if_that_is_wante
         assert cached == [False, True, found]
 
 
-# ---- trouble
+# ---- a full disk
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits of another process can be set on Linux only")
@@ -323,7 +328,7 @@ def test_a_full_disk_stops_no_request_and_what_was_used_is_written_when_there_is
         before = complete(http, **ASK)["usage"]["total_tokens"]
         wait_until(lambda: store.all()[0].spent == before and log.read_bytes().endswith(b"\n"))
         _, most = resource.prlimit(server.pid, resource.RLIMIT_FSIZE)
-        resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (4096, most))  # room for a few complaints
+        resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (4096, most))  # room for a few log lines
         meanwhile = sum(complete(http, **ASK)["usage"]["total_tokens"] for _ in range(5))
         wait_until(lambda: "cannot be used" in stderr.read_text() and "are lost" in stderr.read_text())
         assert problem(ask(http, max_tokens=500 - before - meanwhile), 429)["code"] == "insufficient_quota"

@@ -1,4 +1,4 @@
-"""The log of requests: one line each, everything about them but what they say."""
+"""The request log: one line per request, without any text from the client."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ Line = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("logged")
 
 
 @pytest.fixture(scope="module")
-def store(place: Path) -> KeyStore:
-    return KeyStore(place / "keys.db", create=True)
+def store(folder: Path) -> KeyStore:
+    return KeyStore(folder / "keys.db", create=True)
 
 
 @pytest.fixture(scope="module")
-def logged(serve: Any, place: Path, store: KeyStore) -> Iterator[httpx.Client]:
-    """A server with a log and a store of keys."""
+def logged(serve: Any, folder: Path, store: KeyStore) -> Iterator[httpx.Client]:
+    """A client of a server with a request log and a key store."""
     _, text = store.create()
-    arguments = ("--log", str(place / "requests.jsonl"), "--keys-file", str(store.path), "--wrong-keys", "0")
-    with serve(*arguments, "--parallel", "2", key=None, stderr=place / "stderr") as server, server.http(text) as http:
+    arguments = ("--log", str(folder / "requests.jsonl"), "--keys-file", str(store.path), "--wrong-keys", "0")
+    with serve(*arguments, "--parallel", "2", key=None, stderr=folder / "stderr") as server, server.http(text) as http:
         yield http
 
 
 @pytest.fixture
-def line_of(place: Path) -> Callable[[str], Line]:
-    """The line of the request with this id."""
+def line_of(folder: Path) -> Callable[[str], Line]:
+    """A function that waits for the log line of the request with an id."""
 
     def find(name: str) -> Line:
         def found() -> list[Line]:
-            lines = (place / "requests.jsonl").read_text().splitlines()
+            lines = (folder / "requests.jsonl").read_text().splitlines()
             return [line for line in map(json.loads, lines) if line["id"] == name]
 
         wait_until(lambda: bool(found()))
@@ -58,7 +58,7 @@ def line_of(place: Path) -> Callable[[str], Line]:
     return find
 
 
-def test_a_line_says_who_asked_what_kind_and_how_it_went(logged, line_of, store):
+def test_a_log_line_has_every_field_of_a_request(logged, line_of, store):
     body = {"prompt": "Once", "n": 2, "max_tokens": 3, "seed": 1, "user": "alice"}
     response = logged.post("/v1/completions", json=body)
     answer = response.json()
@@ -75,7 +75,7 @@ def test_a_line_says_who_asked_what_kind_and_how_it_went(logged, line_of, store)
     assert 0 < line["first_ms"] <= line["total_ms"]
 
 
-def test_a_stream_has_the_line_of_the_whole_answer(logged, line_of):
+def test_a_stream_has_the_log_line_of_a_whole_response(logged, line_of):
     body = {"prompt": "Once", "max_tokens": 5, "seed": 1}
     whole = logged.post("/v1/completions", json=body)
     streamed = logged.post("/v1/completions", json=body | {"stream": True})
@@ -85,7 +85,7 @@ def test_a_stream_has_the_line_of_the_whole_answer(logged, line_of):
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "said"),
+    ("method", "path", "expected"),
     [
         ("POST", "/v1/completions", ("/v1/completions", 400, None)),
         ("GET", "/v1/models/x", ("/v1/models/{model:path}", 404, "model_not_found")),
@@ -93,9 +93,9 @@ def test_a_stream_has_the_line_of_the_whole_answer(logged, line_of):
         ("PUT", "/version", ("/version", 405, "method_not_supported")),
     ],
 )
-def test_refusals_are_logged_with_their_code_and_our_name_of_the_route(logged, line_of, method, path, said):
+def test_refusals_are_logged_with_code_and_route_pattern(logged, line_of, method, path, expected):
     line = line_of(logged.request(method, path).headers["x-request-id"])
-    assert (line["route"], line["status"], line["code"]) == said
+    assert (line["route"], line["status"], line["code"]) == expected
     assert (line["finish"], line["first_ms"]) == ([], None)
 
 
@@ -108,7 +108,7 @@ def test_refusals_are_logged_with_their_code_and_our_name_of_the_route(logged, l
     ],
     ids=str,
 )
-def test_who_has_reached_a_limit_is_logged_with_key_and_route(logged, line_of, store, limits, code):
+def test_a_request_beyond_a_limit_is_logged_with_key_and_route(logged, line_of, store, limits, code):
     key, text = store.create(allowance=Allowance(**limits))
     headers = {"Authorization": f"Bearer {text}"}
     wait_until(lambda: line_of(logged.get("/nope", headers=headers).headers["x-request-id"])["key"] == key.id)
@@ -118,18 +118,18 @@ def test_who_has_reached_a_limit_is_logged_with_key_and_route(logged, line_of, s
 
 
 @pytest.mark.parametrize(
-    ("asked", "route"),
+    ("request_line", "route"),
     [
         (("GET", "/nope"), None),
         (("GET", "/v1/models/x"), "/v1/models/{model:path}"),
         (("POST", "/ready"), "/ready"),
     ],
 )
-def test_what_is_not_there_is_logged_with_the_key(logged, line_of, store, asked, route):
-    line = line_of(logged.request(*asked).headers["x-request-id"])
+def test_unknown_paths_are_logged_with_the_key(logged, line_of, store, request_line, route):
+    line = line_of(logged.request(*request_line).headers["x-request-id"])
     assert (line["key"], line["route"]) == (store.all()[0].id, route)
-    stranger = line_of(logged.request(*asked, headers={"Authorization": "Bearer x"}).headers["x-request-id"])
-    assert stranger["key"] is None
+    anonymous = line_of(logged.request(*request_line, headers={"Authorization": "Bearer x"}).headers["x-request-id"])
+    assert anonymous["key"] is None
 
 
 def test_a_wrong_key_is_logged_without_it(logged, line_of):
@@ -138,7 +138,7 @@ def test_a_wrong_key_is_logged_without_it(logged, line_of):
     assert (line["status"], line["code"], line["key"]) == (401, "invalid_api_key", None)
 
 
-def test_who_leaves_is_logged_with_what_was_computed(logged, line_of, endless):
+def test_a_disconnect_is_logged_with_the_tokens_computed(logged, line_of, endless):
     body = {"prompt": "Once", "max_tokens": 1900, "n": 8, "logit_bias": endless, "stream": True}
     with logged.stream("POST", "/v1/completions", json=body) as answer:
         next(answer.iter_lines())
@@ -148,21 +148,21 @@ def test_who_leaves_is_logged_with_what_was_computed(logged, line_of, endless):
     assert len(line["finish"]) < 8
 
 
-def test_health_checks_are_not_logged(logged, line_of, place):
+def test_health_checks_are_not_logged(logged, line_of, folder):
     names = [logged.get(path).headers["x-request-id"] for path in ("/health", "/ready", "/version")]
     line_of(names[-1])
-    text = (place / "requests.jsonl").read_text()
+    text = (folder / "requests.jsonl").read_text()
     assert [name in text for name in names] == [False, False, True]
 
 
-def test_nobody_else_can_read_the_log(logged, place):
-    assert (place / "requests.jsonl").stat().st_mode & 0o777 == 0o600
+def test_only_the_owner_can_read_the_log(logged, folder):
+    assert (folder / "requests.jsonl").stat().st_mode & 0o777 == 0o600
 
 
-def test_no_word_of_a_caller_is_anywhere(logged, line_of, place, store):
-    """Canaries in all that a caller can write: there are none in the log, in errors, in the store, nor anywhere else.
+def test_no_word_of_a_caller_is_anywhere(logged, line_of, folder, store):
+    """Canary words in every text of a request appear in no log, no error and no database.
 
-    Names of fields are another matter: an error that names the field quotes it to its caller.
+    Names of fields are not tested: an error quotes the name of an invalid field.
     """
     words = [f"canary{secrets.token_hex(8)}" for _ in range(9)]
     prompt, suffix, stop, user, salt, value, key, model, path = words
@@ -186,16 +186,18 @@ def test_no_word_of_a_caller_is_anywhere(logged, line_of, place, store):
     answers.append(logged.post("/v1/completions", json=good, headers={"Authorization": f"Bearer {key}-{key}"}))
     answers.append(logged.get("/version", headers={"X-Forwarded-For": f"{value}, {value}", "User-Agent": value}))
     assert [answer.status_code for answer in answers[:3]] == [200] * 3
-    told = [answer for answer in answers if answer.status_code >= 400]
-    assert len(told) >= 10
-    told += [logged.get(f"/{name}") for name in ("health", "ready", "version", "metrics", "openapi.json", "v1/models")]
+    responses_with_text = [answer for answer in answers if answer.status_code >= 400]
+    assert len(responses_with_text) >= 10
+    responses_with_text += [
+        logged.get(f"/{name}") for name in ("health", "ready", "version", "metrics", "openapi.json", "v1/models")
+    ]
     quiet = logged.post("/v1/completions", json=good | {"model": model}), logged.get(f"/{path}?{path}")
     wait_until(lambda: dict(store.usage("user")).get(store.pseudonym(user)) is not None)
     line_of(quiet[-1].headers["x-request-id"])
-    files = [each.read_bytes() for each in place.iterdir()]
-    assert len(files) == 3, "the log, the standard error stream and the store"
+    files = [each.read_bytes() for each in folder.iterdir()]
+    assert len(files) == 3, "the request log, the standard error stream and the key store"
     for word in words:
-        assert not any(word in answer.text for answer in told)
+        assert not any(word in answer.text for answer in responses_with_text)
         assert not any(word.encode() in file for file in files)
     secret = logged.headers["authorization"].split("_")[-1].encode()
     assert not any(secret in file for file in files)
@@ -210,10 +212,12 @@ def test_lines_can_go_to_the_standard_error_stream(serve, tmp_path):
         complete(http, prompt="a", max_tokens=1, user="alice")
         wait_until(lambda: bool(stderr.read_text()))
     line = json.loads(stderr.read_text())
-    assert (line["route"], line["key"], line["user"]) == ("/v1/completions", None, None), "no store, no pseudonyms"
+    assert (line["route"], line["key"], line["user"]) == ("/v1/completions", None, None), (
+        "there are no pseudonyms without a key store"
+    )
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk is always full here")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full does not exist")
 def test_a_full_disk_loses_lines_and_nothing_else_and_is_told_once(serve, tmp_path):
     stderr = tmp_path / "stderr"
     with serve("--log", "/dev/full", "--parallel", "1", key=None, stderr=stderr) as server, server.http() as http:

@@ -1,4 +1,4 @@
-"""OpenAI's own client finds what it expects."""
+"""OpenAI's official Python client against a real server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from completion_requests import is_idle, tokens_of, wait_until
 STORY = "Once upon a time"
 
 
-def test_all_forms_of_a_prompt_are_taken(client: openai.OpenAI, server: Any, http: httpx.Client) -> None:
+def test_all_forms_of_a_prompt_are_accepted(client: openai.OpenAI, server: Any, http: httpx.Client) -> None:
     ids = tokens_of(http, STORY)
     for prompt, count in ((STORY, 1), ([STORY, "The dog"], 2), (ids, 1), ([ids, ids[:1]], 2), (None, 1)):
         answer = client.completions.create(model=server.model, prompt=prompt, max_tokens=4)
@@ -85,9 +85,9 @@ def test_a_wrong_key_is_an_authentication_error(client: openai.OpenAI, server: A
 def test_leaving_a_stream_frees_its_sequences(
     client: openai.OpenAI, server: Any, http: httpx.Client, endless: dict[str, int]
 ) -> None:
-    room = http.get("/tokenizer_info").json()["model_max_length"] - len(tokens_of(http, STORY))
+    max_tokens = http.get("/tokenizer_info").json()["model_max_length"] - len(tokens_of(http, STORY))
     with client.completions.create(
-        model=server.model, prompt=STORY, n=4, max_tokens=room, logit_bias=endless, stream=True
+        model=server.model, prompt=STORY, n=4, max_tokens=max_tokens, logit_bias=endless, stream=True
     ) as stream:
         for _ in stream:
             break

@@ -1,4 +1,4 @@
-"""`/openapi.json`: the document is of this server, whole, and right about its own examples."""
+"""`/openapi.json`: it has all routes and fields, its examples are valid, and responses match its schemas."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_the_document_has_every_route_and_every_method(http: httpx.Client) -> No
     assert described == {(path, method) for path, method in routes if method != "HEAD"}
 
 
-def test_answers_are_as_the_document_says(http: httpx.Client) -> None:
+def test_responses_match_the_openapi_document(http: httpx.Client) -> None:
     document = http.get("/openapi.json").json()
 
     def check(name: str, value: object) -> None:
@@ -43,11 +43,11 @@ def test_answers_are_as_the_document_says(http: httpx.Client) -> None:
     check("Tokenizer", http.get("/tokenizer_info").json())
 
 
-# ---- what /docs shows
+# ---- descriptions and examples
 
 
 def members(schema: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every member of objects within a schema, by a dotted name."""
+    """Every member of the objects within a schema, with its dotted name."""
     if isinstance(schema, list):
         for each in schema:
             yield from members(each, name)
@@ -60,7 +60,7 @@ def members(schema: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def bodies(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What is sent, by where it is sent to."""
+    """The schemas of all request bodies, with their paths."""
     for path, methods in document["paths"].items():
         for described in methods.values():
             for content in described.get("requestBody", {}).get("content", {}).values():
@@ -69,7 +69,7 @@ def bodies(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield path, document["components"]["schemas"][name] if name else schema
 
 
-def test_everything_that_can_be_sent_is_described_with_a_valid_example(http: httpx.Client) -> None:
+def test_every_request_field_has_a_description_and_a_valid_example(http: httpx.Client) -> None:
     document = http.get("/openapi.json").json()
     for path, body in bodies(document):
         for name, each in members(body, path):
@@ -81,11 +81,11 @@ def test_everything_that_can_be_sent_is_described_with_a_valid_example(http: htt
                 jsonschema_rs.validate(each, example)
         for example in body.get("examples", ()):
             jsonschema_rs.validate(body, example)
-    ways = [way for methods in document["paths"].values() for way in methods.values()]
-    assert all(each["description"] for way in ways for each in way.get("parameters", ()))
+    operations = [operation for methods in document["paths"].values() for operation in methods.values()]
+    assert all(each["description"] for operation in operations for each in operation.get("parameters", ()))
 
 
-def test_everything_that_is_answered_is_described_with_an_example_that_has_it(http: httpx.Client) -> None:
+def test_every_response_member_has_a_description_and_an_example(http: httpx.Client) -> None:
     components = http.get("/openapi.json").json()["components"]
     for name, described in components["schemas"].items():
         assert described.get("examples"), f"{name}: see specification/field_descriptions.py"
@@ -99,7 +99,7 @@ def test_everything_that_is_answered_is_described_with_an_example_that_has_it(ht
                 assert f'"{own}":' in shown, f"{member} is in no example"
 
 
-def test_examples_are_of_this_server_and_work(http: httpx.Client) -> None:
+def test_the_examples_of_the_document_work(http: httpx.Client) -> None:
     document = http.get("/openapi.json").json()
     (example,) = document["components"]["schemas"]["CompletionRequest"]["examples"]
     assert example["model"] == http.get("/v1/models").json()["data"][0]["id"]

@@ -1,4 +1,4 @@
-"""Where the API leaves room or our default goes further than OpenAI's; the API's own rules are in tests/conformance."""
+"""Behaviour that OpenAI's API leaves open or that goes beyond its limits. tests/conformance tests the API's rules."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ STORY = "Once upon a time"
 
 
 @pytest.mark.parametrize("model", [{}, {"model": None}, {"model": ""}], ids=["absent", "null", "empty"])
-def test_the_one_model_need_not_be_named(http: httpx.Client, server: Any, model: dict[str, Any]) -> None:
+def test_the_only_model_need_not_be_named(http: httpx.Client, server: Any, model: dict[str, Any]) -> None:
     assert complete(http, prompt="a", max_tokens=1, **model)["model"] == server.model
 
 
 @pytest.mark.parametrize("count", [15, 20])
-def test_up_to_20_alternatives_are_given(http: httpx.Client, endless: dict[str, int], count: int) -> None:
+def test_up_to_20_alternatives_are_returned(http: httpx.Client, endless: dict[str, int], count: int) -> None:
     columns = one(http, prompt=STORY, logprobs=count, logit_bias=endless)["logprobs"]
     assert {len(top) for top in columns["top_logprobs"]} <= {count, count + 1}
     refused(http, "logprobs", prompt="a", logprobs=21)
 
 
-def test_up_to_16_stop_strings_are_heeded(one_text_client: httpx.Client) -> None:
+def test_up_to_16_stop_strings_are_accepted(one_text_client: httpx.Client) -> None:
     misses = [f"no{number}" for number in range(15)]
     assert one(one_text_client, prompt="(", max_tokens=30, stop=[*misses, "6"])["text"] == "é😀漢) 12345"
     refused(one_text_client, "stop", prompt="(", stop=[*misses, "5", "6"])
 
 
-def test_an_absent_prompt_is_a_null_prompt_is_an_empty_one(http: httpx.Client) -> None:
+def test_absent_null_and_empty_prompts_are_equal(http: httpx.Client) -> None:
     bodies: list[dict[str, Any]] = [{}, {"prompt": None}, {"prompt": ""}]
     answers = [complete(http, temperature=0, **body)["choices"] for body in bodies]
     assert answers[0] == answers[1] == answers[2]
 
 
-# ---- the best of several
+# ---- best_of
 
 
-def test_the_best_are_those_that_n_alone_would_have_given(http: httpx.Client, endless: dict[str, int]) -> None:
+def test_best_of_returns_the_best_of_the_candidates_of_n(http: httpx.Client, endless: dict[str, int]) -> None:
     body = {"prompt": STORY, "logprobs": 0, "seed": 7, "max_tokens": 12, "logit_bias": endless}
     candidates = [mean_of(choice) for choice in complete(http, **body, n=5)["choices"]]
     best = [mean_of(choice) for choice in complete(http, **body, n=3, best_of=5)["choices"]]
@@ -53,11 +53,13 @@ def mean_of(choice: dict[str, Any]) -> float:
     return fmean(choice["logprobs"]["token_logprobs"])
 
 
-# ---- where a text ends, on a model that knows one text
+# ---- the end of a text, with the model that generates one fixed text
 
 
 @pytest.mark.parametrize(("stop", "text"), [("34", "é😀漢) 12"), (None, TEXT[1:])], ids=["stop", "end"])
-def test_no_token_lies_beyond_the_end(one_text_client: httpx.Client, stop: str | None, text: str) -> None:
+def test_there_are_no_tokens_after_the_end_of_the_text(
+    one_text_client: httpx.Client, stop: str | None, text: str
+) -> None:
     choice = one(one_text_client, prompt="(", max_tokens=100, logprobs=1, stop=stop)
     assert (choice["text"], choice["finish_reason"]) == (text, "stop")
     assert len(choice["logprobs"]["tokens"]) == len(text.encode())
@@ -88,7 +90,7 @@ def test_chunks_hold_whole_characters(one_text_client: httpx.Client) -> None:
 # ---- suffix
 
 
-def test_a_suffix_needs_a_model_that_fills_gaps_and_is_counted(
+def test_a_suffix_needs_an_infill_model_and_counts_as_prompt(
     http: httpx.Client, no_infill_client: httpx.Client
 ) -> None:
     error = refused(no_infill_client, "suffix", prompt="a", suffix="x")
@@ -97,5 +99,5 @@ def test_a_suffix_needs_a_model_that_fills_gaps_and_is_counted(
     assert answer["usage"]["prompt_tokens"] == len(tokens_of(http, "The dog ")) + len(tokens_of(http, " home."))
 
 
-def test_nothing_is_left_running(http: httpx.Client) -> None:
+def test_no_sequence_is_left_running(http: httpx.Client) -> None:
     assert is_idle(http)

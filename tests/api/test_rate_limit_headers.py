@@ -1,10 +1,10 @@
-"""Limits as callers read them."""
+"""Rate limit headers and errors."""
 
 from __future__ import annotations
 
 import pytest
 
-from afterword.api.middleware.rate_limit_headers import HEADERS, duration, headers, rate_limit_error
+from afterword.api.responses.rate_limit_headers import HEADERS, duration, headers, rate_limit_error
 from afterword.keys.rate_limiter import LimitExceeded, LimitStatus
 
 MS, SECOND = 10**6, 10**9
@@ -42,7 +42,7 @@ def test_every_limit_has_three_headers():
 
 
 @pytest.mark.parametrize(
-    ("refusal", "said"),
+    ("refusal", "expected"),
     [
         (LimitExceeded("requests", 60, 0, 1, 999), ("requests", "rate_limit_exceeded", 1)),
         (LimitExceeded("tokens", 60, 10, 20, 9_000_000_001), ("tokens", "rate_limit_exceeded", 10)),
@@ -51,8 +51,8 @@ def test_every_limit_has_three_headers():
         (LimitExceeded("quota", 60, 10, 20, None), ("insufficient_quota", "insufficient_quota", None)),
     ],
 )
-def test_a_refusal_says_which_limit_and_when_to_return(refusal, said):
+def test_a_rate_limit_error_names_the_limit_and_the_wait(refusal, expected):
     error = rate_limit_error(refusal)
-    assert (error.type, error.code, error.retry_after) == said
+    assert (error.type, error.code, error.retry_after) == expected
     assert error.status == 429
     assert str(refusal.allowed) in error.message

@@ -1,4 +1,4 @@
-"""A real server at its limits and at its end: gates in tests/chaos do the same in numbers."""
+"""A real server during shutdown and at its limit of open files. The gates in tests/chaos repeat this many times."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from completion_requests import wait_until
 ENDLESS = {"prompt": "Once", "max_tokens": 2000, "ignore_eos": True, "stream": True}
 
 
-@pytest.mark.parametrize("hurried", [False, True], ids=["too late", "hurried"])
-def test_what_does_not_end_in_time_says_so_and_the_exit_is_clean(serve: Any, hurried: bool) -> None:
-    seconds = "1000" if hurried else "0"
+@pytest.mark.parametrize("second_signal", [False, True], ids=["grace period over", "second signal"])
+def test_streams_beyond_the_grace_period_end_with_an_error(serve: Any, second_signal: bool) -> None:
+    seconds = "1000" if second_signal else "0"
     with serve("--parallel", "1", "--drain-delay", seconds, "--grace", seconds) as server, server.http() as http:
         with http.stream("POST", "/v1/completions", json=ENDLESS) as response:
             lines = (line for line in response.iter_lines() if line)
             next(lines)
             os.kill(server.pid, signal.SIGTERM)
-            if hurried:
+            if second_signal:
                 wait_until(lambda: http.get("/ready").status_code == 503)
                 os.kill(server.pid, signal.SIGTERM)
             *_, last = lines
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "server_is_overloaded"
 
 
-def test_it_says_at_once_that_it_ends_and_answers_on(serve: Any) -> None:
+def test_a_draining_server_reports_it_and_still_answers(serve: Any) -> None:
     with serve("--parallel", "1", "--drain-delay", "1000") as server, server.http() as http:
         os.kill(server.pid, signal.SIGTERM)
         wait_until(lambda: http.get("/ready").status_code == 503)
@@ -42,22 +42,22 @@ def test_it_says_at_once_that_it_ends_and_answers_on(serve: Any) -> None:
         assert (answer.status_code, answer.headers["connection"]) == (200, "close")
 
 
-def test_it_survives_that_no_more_files_can_be_opened(serve: Any) -> None:
+def test_the_server_survives_the_limit_of_open_files(serve: Any) -> None:
     with serve("--parallel", "1", key=None) as server, server.http() as http:
         assert http.get("/version").status_code == 200
         port, process = httpx.URL(server.url).port, psutil.Process(server.pid)
         _, hard = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
         resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (process.num_fds() + 3, hard))
-        with ExitStack() as visitors:
+        with ExitStack() as connections:
             for _ in range(30):
-                visitors.enter_context(socket.create_connection(("127.0.0.1", port)))
-            assert http.get("/version").status_code == 200  # those who are there are served
+                connections.enter_context(socket.create_connection(("127.0.0.1", port)))
+            assert http.get("/version").status_code == 200  # the existing connection is still served
         with server.http() as other:
-            wait_until(lambda: answers(other))
+            wait_until(lambda: is_answering(other))
         assert process.is_running()
 
 
-def answers(http: httpx.Client) -> bool:
+def is_answering(http: httpx.Client) -> bool:
     try:
         return http.get("/version").status_code == 200
     except httpx.TransportError:

@@ -1,4 +1,4 @@
-"""A model's file is replaced by another's while a server has it loaded."""
+"""A model's file is replaced by the file of another model while a server has it loaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LONG = {"prompt": "a", "max_tokens": 400, "ignore_eos": True, "stream": True}
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The first file of a split model, and that of another one."""
+    """The first files of two different split models."""
     folder = tmp_path_factory.mktemp("models")
     for name in ("old", "new"):
         (folder / name).mkdir()
@@ -32,7 +32,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def served(serve: Any, models: tuple[Path, Path], tmp_path: Path) -> Iterator[tuple[Any, Path]]:
-    """A server of a copy of the first model."""
+    """A server with a copy of the first model, and the path of the copy."""
     shutil.copytree(models[0].parent, tmp_path / "served")
     path = tmp_path / "served" / models[0].name
     with serve(str(path), "--parallel", "2", key=None) as server:
@@ -40,12 +40,12 @@ def served(serve: Any, models: tuple[Path, Path], tmp_path: Path) -> Iterator[tu
 
 
 def overwrite(path: Path, other: Path, _: Any) -> None:
-    """In place, as `cp` does."""
+    """Overwrite the file in place, as `cp` does."""
     path.write_bytes(other.read_bytes())
 
 
 def replace(path: Path, other: Path, server: Any) -> None:
-    """By another file of its name, and the engine dies."""
+    """Replace the file by another one with its name, and kill the worker."""
     shutil.copy(other, path.with_suffix(".new"))
     path.with_suffix(".new").replace(path)
     for child in psutil.Process(server.pid).children():
@@ -59,7 +59,7 @@ def fingerprint(http: httpx.Client) -> str:
 
 
 @pytest.mark.parametrize("change", [overwrite, replace])
-def test_a_stream_of_one_model_does_not_go_on_with_another(
+def test_a_stream_does_not_continue_with_a_replaced_model(
     served: tuple[Any, Path], models: tuple[Path, Path], change: Callable[[Path, Path, Any], None]
 ) -> None:
     server, path = served

@@ -1,4 +1,4 @@
-"""Same request, same bytes, over HTTP: from a crowded server, and one by one from another that shares nothing."""
+"""The same request gets the same bytes from a busy server and, alone, from another server without a shared cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Body = dict[str, Any]
 
 
 def bodies(count: int, seed: int) -> list[Body]:
-    """Greedy or seeded requests that share beginnings, with everything that could change a number."""
+    """Greedy or seeded requests with common prefixes and varying values of all fields that could change a number."""
     rng = random.Random(seed)
     return [
         {
@@ -37,14 +37,14 @@ def bodies(count: int, seed: int) -> list[Body]:
     ]
 
 
-def told(answer: httpx.Response) -> list[Any]:
+def choices_of(answer: httpx.Response) -> list[Any]:
     assert answer.status_code == 200, answer.text
     found: list[Any] = answer.json()["choices"]
     return found
 
 
-async def crowded(server: Any, wanted: list[Body]) -> list[list[Any]]:
-    """All at once, some of them twice: the second time by somebody who leaves early."""
+async def send_concurrently(server: Any, bodies_to_send: list[Body]) -> list[list[Any]]:
+    """The choices for all bodies, sent at once. For some, a second client sends the same body and disconnects early."""
     rng = random.Random(1)
     limits = httpx.Limits(max_connections=40)
     headers = {"Authorization": f"Bearer {server.key}"}
@@ -53,39 +53,39 @@ async def crowded(server: Any, wanted: list[Body]) -> list[list[Any]]:
     ) as http:
 
         async def ask(body: Body) -> list[Any]:
-            await asyncio.sleep(rng.random() * len(wanted) / 100)
-            return told(await http.post("/v1/completions", json=body))
+            await asyncio.sleep(rng.random() * len(bodies_to_send) / 100)
+            return choices_of(await http.post("/v1/completions", json=body))
 
-        async def leave(body: Body) -> None:
-            await asyncio.sleep(rng.random() * len(wanted) / 100)
+        async def disconnect(body: Body) -> None:
+            await asyncio.sleep(rng.random() * len(bodies_to_send) / 100)
             async with http.stream(
                 "POST", "/v1/completions", json=body | {"stream": True, "max_tokens": 300}
             ) as answer:
                 await anext(answer.aiter_bytes())
 
-        leaving = [asyncio.create_task(leave(body)) for body in wanted if rng.random() < 0.2]
-        results = await asyncio.gather(*(ask(body) for body in wanted))
-        await asyncio.gather(*leaving)
+        disconnecting = [asyncio.create_task(disconnect(body)) for body in bodies_to_send if rng.random() < 0.2]
+        results = await asyncio.gather(*(ask(body) for body in bodies_to_send))
+        await asyncio.gather(*disconnecting)
         return results
 
 
 def compare(serve: Any, count: int) -> None:
-    wanted = bodies(count, seed=count)
+    bodies_to_send = bodies(count, seed=count)
     with serve("--parallel", "12") as busy:
-        crowd = asyncio.run(crowded(busy, wanted))
+        concurrent = asyncio.run(send_concurrently(busy, bodies_to_send))
     with serve("--parallel", "1") as calm, calm.http() as http:
-        for index, (body, found) in enumerate(zip(wanted, crowd, strict=True)):
-            alone = told(http.post("/v1/completions", json=body | {"cache_salt": str(index)}))
+        for index, (body, found) in enumerate(zip(bodies_to_send, concurrent, strict=True)):
+            alone = choices_of(http.post("/v1/completions", json=body | {"cache_salt": str(index)}))
             assert alone == found, body
 
 
-def test_forty_requests(serve: Any) -> None:
+def test_forty_concurrent_requests_equal_sequential_ones(serve: Any) -> None:
     compare(serve, 40)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_two_thousand_requests(serve: Any) -> None:
+def test_two_thousand_concurrent_requests_equal_sequential_ones(serve: Any) -> None:
     compare(serve, 2000)
 
 
@@ -97,14 +97,14 @@ def test_two_thousand_requests(serve: Any) -> None:
         *(pytest.param(variant, marks=pytest.mark.slow) for variant in ("one list", "a generated token too")),
     ],
 )
-def test_many_scored_prompts_have_the_same_answer_cold_warm_and_repeated(http: httpx.Client, variant: str) -> None:
-    """More scores than were once kept for a reader: from the cache they all come at once."""
+def test_many_scored_prompts_have_the_same_response_with_and_without_cache(http: httpx.Client, variant: str) -> None:
+    """Scores from the cache arrive all at once: here more than the buffer for one client once held."""
     salt = {"cache_salt": variant}
     prompt = [(7 * i) % 4000 + 1 for i in range(400)]
     prompts = [prompt] * 16 if variant == "repeated in one list" else [[*prompt, index] for index in range(10, 26)]
     fields = {"prompt": prompts, "echo": True, "logprobs": 20, "max_tokens": int(variant == "a generated token too")}
     answers = [http.post("/v1/completions", json=fields | salt | {"seed": 1}) for _ in range(2)]
-    assert told(answers[0]) == told(answers[1])
+    assert choices_of(answers[0]) == choices_of(answers[1])
     if variant == "streamed":
         answer = http.post("/v1/completions", json=fields | salt | {"stream": True})
         events = [line for line in answer.text.split("\n\n") if line]

@@ -1,4 +1,4 @@
-"""What clients rely on in a stream: its framing, the order of its chunks, and that it adds up to the whole answer."""
+"""Streams: the framing of events, the order of chunks, and that the chunks add up to the whole response."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from completion_requests import COLUMNS, complete, joined, one, problem, stream
 from one_text_model import TEXT
 
 STORY = "Once upon a time"
-CROWD = {"prompt": [STORY, "The dog"], "n": 3, "seed": 5, "max_tokens": 12}
+SEVERAL = {"prompt": [STORY, "The dog"], "n": 3, "seed": 5, "max_tokens": 12}
 KINDS = {
     "greedy": {"prompt": STORY, "temperature": 0},
     "seeded": {"prompt": STORY, "seed": 3, "max_tokens": 30},
@@ -20,12 +20,12 @@ KINDS = {
     "echo": {"prompt": STORY, "seed": 4, "echo": True},
     "echo with logprobs": {"prompt": "héllo 😀 wörld", "seed": 4, "echo": True, "logprobs": 2},
     "scoring": {"prompt": [STORY, "The dog"], "max_tokens": 0, "echo": True, "logprobs": 1},
-    "several": CROWD,
-    "several with logprobs": CROWD | {"logprobs": 1, "echo": True},
-    "stops": CROWD | {"stop": [" the", ".", "e w"], "max_tokens": 40},
+    "several": SEVERAL,
+    "several with logprobs": SEVERAL | {"logprobs": 1, "echo": True},
+    "stops": SEVERAL | {"stop": [" the", ".", "e w"], "max_tokens": 40},
     "suffix": {"prompt": "The dog ", "suffix": " home.", "seed": 6},
 }
-PARROT_KINDS = {
+ONE_TEXT_KINDS = {
     "end": {"max_tokens": 40},
     "stop": {"max_tokens": 40, "stop": "34567"},
     "stop of many bytes": {"max_tokens": 40, "stop": "😀漢"},
@@ -36,7 +36,7 @@ PARROT_KINDS = {
 
 
 @pytest.mark.parametrize("body", KINDS.values(), ids=KINDS.keys())
-def test_a_stream_adds_up_to_the_whole_answer(http: httpx.Client, body: dict[str, Any]) -> None:
+def test_the_chunks_of_a_stream_add_up_to_the_whole_response(http: httpx.Client, body: dict[str, Any]) -> None:
     whole = complete(http, **body)
     *chunks, last = stream(http, **body, stream_options={"include_usage": True})
     assert joined(chunks) == whole["choices"]
@@ -45,7 +45,7 @@ def test_a_stream_adds_up_to_the_whole_answer(http: httpx.Client, body: dict[str
 
 
 @pytest.mark.parametrize("logprobs", [None, 2])
-@pytest.mark.parametrize("body", PARROT_KINDS.values(), ids=PARROT_KINDS.keys())
+@pytest.mark.parametrize("body", ONE_TEXT_KINDS.values(), ids=ONE_TEXT_KINDS.keys())
 def test_a_stream_of_split_characters_and_stops_adds_up(
     one_text_client: httpx.Client, body: dict[str, Any], logprobs: int | None
 ) -> None:
@@ -74,7 +74,7 @@ def test_every_chunk_has_the_same_shape(http: httpx.Client, server: Any, body: d
 
 
 @pytest.mark.parametrize("body", KINDS.values(), ids=KINDS.keys())
-def test_a_choice_finishes_once_and_says_nothing_after(http: httpx.Client, body: dict[str, Any]) -> None:
+def test_a_choice_finishes_once_and_has_no_chunk_after(http: httpx.Client, body: dict[str, Any]) -> None:
     finished: set[int] = set()
     for chunk in stream(http, **body):
         (choice,) = chunk["choices"]
@@ -84,39 +84,39 @@ def test_a_choice_finishes_once_and_says_nothing_after(http: httpx.Client, body:
     assert finished == set(range(len(complete(http, **body)["choices"])))
 
 
-def test_answers_have_ids_of_their_own(http: httpx.Client) -> None:
+def test_response_ids_are_unique(http: httpx.Client) -> None:
     assert len({stream(http, prompt="a", max_tokens=1)[0]["id"] for _ in range(3)}) == 3
 
 
 @pytest.mark.parametrize("options", [None, {}, {"include_usage": False}, {"include_usage": None}], ids=str)
-def test_usage_is_not_there_unless_asked_for(http: httpx.Client, options: dict[str, Any] | None) -> None:
+def test_usage_is_absent_by_default(http: httpx.Client, options: dict[str, Any] | None) -> None:
     chunks = stream(http, prompt="a", max_tokens=2, stream_options=options)
     assert all("usage" not in chunk and chunk["choices"] for chunk in chunks)
 
 
 def test_usage_is_null_until_the_last_chunk(http: httpx.Client) -> None:
-    *chunks, last = stream(http, **CROWD, stream_options={"include_usage": True})
+    *chunks, last = stream(http, **SEVERAL, stream_options={"include_usage": True})
     assert {chunk["usage"] for chunk in chunks} == {None}
     assert last["choices"] == []
     assert last["usage"]["total_tokens"] == last["usage"]["prompt_tokens"] + last["usage"]["completion_tokens"]
 
 
 @pytest.mark.parametrize("stop", ["34567", "😀漢", "é", ") 1", "."])
-def test_nothing_of_a_stop_string_is_shown(one_text_client: httpx.Client, stop: str) -> None:
+def test_no_part_of_a_stop_string_is_sent(one_text_client: httpx.Client, stop: str) -> None:
     before, _, _ = TEXT.removeprefix("(").partition(stop)
-    shown = ""
+    sent = ""
     for chunk in stream(one_text_client, prompt="(", max_tokens=40, stop=stop):
-        shown += chunk["choices"][0]["text"]
-        assert before.startswith(shown)
-    assert shown == before
+        sent += chunk["choices"][0]["text"]
+        assert before.startswith(sent)
+    assert sent == before
 
 
-def test_text_that_only_began_like_a_stop_string_is_shown(one_text_client: httpx.Client) -> None:
+def test_an_incomplete_stop_string_is_sent(one_text_client: httpx.Client) -> None:
     (choice,) = joined(stream(one_text_client, prompt="(", max_tokens=14, stop="123456"))
     assert (choice["text"], choice["finish_reason"]) == ("é😀漢) 123", "length")
 
 
-def test_a_character_that_the_length_cuts_is_replaced(one_text_client: httpx.Client) -> None:
+def test_a_character_cut_by_max_tokens_is_replaced(one_text_client: httpx.Client) -> None:
     (choice,) = joined(stream(one_text_client, prompt="(", max_tokens=4, logprobs=0))
     assert choice["text"] == one(one_text_client, prompt="(", max_tokens=4)["text"] == "é\ufffd"
     assert choice["logprobs"]["tokens"] == [r"bytes:\xc3", r"bytes:\xa9", r"bytes:\xf0", r"bytes:\x9f"]
@@ -124,7 +124,7 @@ def test_a_character_that_the_length_cuts_is_replaced(one_text_client: httpx.Cli
 
 
 def test_a_chunk_with_logprobs_has_a_token_unless_it_is_the_end(http: httpx.Client) -> None:
-    for chunk in stream(http, **CROWD, logprobs=1):
+    for chunk in stream(http, **SEVERAL, logprobs=1):
         (choice,) = chunk["choices"]
         lengths = {len(choice["logprobs"][name]) for name in COLUMNS}
         assert len(lengths) == 1
@@ -145,7 +145,7 @@ def test_an_error_before_the_first_byte_is_an_http_error(http: httpx.Client, bod
     problem(http.post("/v1/completions", json=body | {"stream": True}), status)
 
 
-def test_any_accept_header_will_do(http: httpx.Client) -> None:
+def test_any_accept_header_is_allowed(http: httpx.Client) -> None:
     for accept in ("application/json", "text/event-stream", "image/png"):
         for streamed in (False, True):
             body = {"prompt": "a", "max_tokens": 1, "stream": streamed}

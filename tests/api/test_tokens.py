@@ -1,4 +1,4 @@
-"""The model's tokenizer over HTTP: what is taken apart can be put together, and the rest is refused by name."""
+"""The routes `/tokenize`, `/detokenize` and `/tokenizer_info`: round trips, the BOS, and invalid bodies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from oracle.tiny import write_tiny
 
 @pytest.fixture(scope="module")
 def with_bos(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A model that wants BOS before a text."""
+    """A client of a server with a model that needs a BOS before a text."""
     path = write_tiny(tmp_path_factory.mktemp("models") / "bos.gguf", vocabulary="spm")
     with serve(str(path), "--parallel", "1", key=None) as server, server.http() as client:
         yield client
@@ -23,12 +23,12 @@ def with_bos(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[h
 @pytest.mark.parametrize(
     "text", ["", " ", "Once upon a time", "  two\n\n\tlines ", "héllo 😀 漢字", "a\x00b", "’" * 50]
 )
-def test_a_text_survives_the_round_trip(http: httpx.Client, text: str) -> None:
+def test_tokenizing_and_detokenizing_returns_the_text(http: httpx.Client, text: str) -> None:
     answer = http.post("/detokenize", json={"tokens": tokens_of(http, text)})
     assert answer.json() == {"prompt": text}
 
 
-def test_tokens_are_counted_as_completions_count_them(http: httpx.Client, facts: dict[str, Any], server: Any) -> None:
+def test_tokenize_counts_tokens_as_completions_do(http: httpx.Client, facts: dict[str, Any], server: Any) -> None:
     text = "The dog ran to the park."
     answer = http.post("/tokenize", json={"model": server.model, "prompt": text}).json()
     assert answer.keys() == {"tokens", "count", "max_model_len"}
@@ -77,8 +77,8 @@ def test_a_text_that_begins_with_the_bos_gets_no_second_one(with_bos: httpx.Clie
         assert choice["text"][offset:].startswith(token)
 
 
-def test_the_bos_is_among_the_tokens_of_a_text_and_usage_counts_only_the_callers_own(with_bos: httpx.Client) -> None:
-    """`/tokenize` tells what the model reads, `usage` what the caller has written and is charged for."""
+def test_tokenize_includes_the_bos_and_usage_does_not_count_it(with_bos: httpx.Client) -> None:
+    """`/tokenize` returns the tokens that the model reads; `usage` counts those that the client is charged for."""
     facts = with_bos.get("/tokenizer_info").json()
     for text, own in (("Hello", 0), ("the cat", 0), (facts["bos_token"] + "Hello", 1)):
         tokens = tokens_of(with_bos, text)
@@ -95,7 +95,7 @@ def test_no_bos_is_added_where_the_model_wants_none(http: httpx.Client, facts: d
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "blamed"),
+    ("path", "body", "param"),
     [
         ("/tokenize", {}, "prompt"),
         ("/tokenize", {"prompt": None}, "prompt"),
@@ -115,11 +115,11 @@ def test_no_bos_is_added_where_the_model_wants_none(http: httpx.Client, facts: d
     ],
     ids=str,
 )
-def test_what_cannot_be_used_is_refused_by_name(http: httpx.Client, path: str, body: Any, blamed: str) -> None:
+def test_invalid_fields_are_refused_by_name(http: httpx.Client, path: str, body: Any, param: str) -> None:
     error = problem(http.post(path, json=body), 400)
     assert error["type"] == "invalid_request_error"
-    assert error["param"] == blamed
-    assert blamed in error["message"]
+    assert error["param"] == param
+    assert param in error["message"]
 
 
 def test_an_id_beyond_the_vocabulary_is_refused(http: httpx.Client, facts: dict[str, Any]) -> None:
@@ -149,6 +149,6 @@ def test_special_tokens_in_texts_can_be_switched_off(serve: Any) -> None:
 
 
 @pytest.mark.parametrize("text", ["the cat", " the", "a", ""])
-def test_the_space_that_sentencepiece_adds_does_not_come_back(bos_client: httpx.Client, text: str) -> None:
+def test_the_space_that_sentencepiece_adds_is_removed(bos_client: httpx.Client, text: str) -> None:
     tokens = bos_client.post("/tokenize", json={"prompt": text, "add_special_tokens": False}).json()["tokens"]
     assert bos_client.post("/detokenize", json={"tokens": tokens}).json()["prompt"] == text

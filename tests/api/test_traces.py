@@ -1,4 +1,4 @@
-"""Spans of requests: what they say and what they never say."""
+"""Trace spans of requests: their attributes, their export, and that they contain no text from the client."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
 
 def spans_of(*requests: tuple[str, dict[str, Any], dict[str, str]], engine: Engine | None = None) -> list[Any]:
-    """The spans of requests (path, body, headers) on a scripted engine."""
+    """The spans after requests, each of path, body and headers, on a scripted engine."""
     pytest.importorskip("opentelemetry.sdk", reason="the extra otel is not installed")
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
@@ -38,13 +38,13 @@ def spans_of(*requests: tuple[str, dict[str, Any], dict[str, str]], engine: Engi
         in_memory_server = InMemoryServer(make_app(Service(Config(), models, KeyRegistry(()), traces=Traces(exporter))))
         for path, body, headers in requests:
             data = json.dumps(body).encode()
-            told = {
+            all_headers = {
                 "Host": "localhost",
                 "Content-Type": "application/json",
                 "Content-Length": str(len(data)),
                 **headers,
             }
-            head = f"POST {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in told.items())
+            head = f"POST {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in all_headers.items())
             await in_memory_server.connect().send(head.encode() + b"\r\n" + data)
 
     asyncio.run(ask())
@@ -52,7 +52,7 @@ def spans_of(*requests: tuple[str, dict[str, Any], dict[str, str]], engine: Engi
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_span_says_what_was_asked_of_which_model_and_how_it_ended(stream):
+def test_a_span_has_the_attributes_of_its_request(stream):
     (span,) = spans_of(("/v1/completions", {"prompt": "Hello the cat", "n": 2, "stream": stream}, {}))
     assert (span.name, span.kind.name, span.status.status_code.name) == ("text_completion scripted", "SERVER", "UNSET")
     assert dict(span.attributes) == {
@@ -66,7 +66,7 @@ def test_a_span_says_what_was_asked_of_which_model_and_how_it_ended(stream):
         "gen_ai.request.choice.count": 2,
         "gen_ai.response.finish_reasons": ("stop", "stop"),
         "gen_ai.usage.input_tokens": 3,
-        "gen_ai.usage.output_tokens": 4,  # with the end tokens
+        "gen_ai.usage.output_tokens": 4,  # including the end tokens
         "gen_ai.usage.cache_read.input_tokens": 0,
     }
     assert [event.name for event in span.events] == ["afterword.begun", "afterword.first_token"]
@@ -74,7 +74,7 @@ def test_a_span_says_what_was_asked_of_which_model_and_how_it_ended(stream):
     assert moments == sorted(moments)
 
 
-def test_it_is_part_of_the_callers_trace_if_it_says_of_which():
+def test_a_span_joins_the_trace_of_the_traceparent_header():
     body = {"prompt": "a"}
     inside, alone, odd = spans_of(
         ("/v1/completions", body, {"traceparent": f"00-{TRACE}-{SPAN}-01", "tracestate": "a=b"}),
@@ -88,11 +88,11 @@ def test_it_is_part_of_the_callers_trace_if_it_says_of_which():
     assert alone.context.trace_id != odd.context.trace_id
 
 
-def test_what_its_caller_does_not_sample_is_not_told():
+def test_unsampled_traces_have_no_span():
     assert spans_of(("/v1/completions", {"prompt": "a"}, {"traceparent": f"00-{TRACE}-{SPAN}-00"})) == []
 
 
-def test_refusals_and_failures():
+def test_spans_of_refused_and_failed_requests():
     refused, failed = (
         spans_of(("/v1/completions", {"prompt": "a", "temperature": 9}, {})),
         spans_of(("/v1/completions", {"prompt": "a"}, {}), engine=Engine(scripted_engine.says("Hello"), dies_after=0)),
@@ -106,7 +106,7 @@ def test_refusals_and_failures():
     )
 
 
-def test_no_word_of_a_caller_is_in_a_span():
+def test_a_span_contains_no_text_from_the_client():
     word = f"canary{secrets.token_hex(8)}"
     body = {"prompt": word, "stop": [word], "user": word, "cache_salt": word, "suffix": None}
     spans = spans_of(
@@ -118,13 +118,13 @@ def test_no_word_of_a_caller_is_in_a_span():
     assert not [span for span in spans if word in span.to_json()]
 
 
-def test_they_arrive_at_a_collector(serve, monkeypatch):
+def test_spans_arrive_at_a_collector(serve, monkeypatch):
     pytest.importorskip("opentelemetry.sdk", reason="the extra otel is not installed")
-    told: list[tuple[str, bytes]] = []
+    received: list[tuple[str, bytes]] = []
 
     class Collector(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            told.append((self.path, self.rfile.read(int(self.headers["content-length"]))))
+            received.append((self.path, self.rfile.read(int(self.headers["content-length"]))))
             self.send_response(200)
             self.end_headers()
 
@@ -136,12 +136,12 @@ def test_they_arrive_at_a_collector(serve, monkeypatch):
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
         with serve("--parallel", "1", "--traces", key=None) as server, server.http() as http:
             complete(http, prompt="Once", max_tokens=3)
-        collector.shutdown()  # the server has ended, and told what was left before
-    assert {path for path, _ in told} == {"/v1/traces"}
-    assert b"text_completion afterword-tiny" in b"".join(body for _, body in told)
+        collector.shutdown()  # the server has ended and exported its last spans before
+    assert {path for path, _ in received} == {"/v1/traces"}
+    assert b"text_completion afterword-tiny" in b"".join(body for _, body in received)
 
 
-def test_without_the_libraries_it_says_what_to_install(monkeypatch):
+def test_the_error_without_opentelemetry_names_the_package_to_install(monkeypatch):
     real = builtins.__import__
 
     def without(name: str, *rest: Any) -> Any:
@@ -156,7 +156,7 @@ def test_without_the_libraries_it_says_what_to_install(monkeypatch):
         assert traces is None
 
 
-def test_the_engine_is_not_told_how_to_speak_to_the_collector():
+def test_the_worker_environment_has_no_collector_headers():
     environment = {
         "OTEL_EXPORTER_OTLP_HEADERS": "a=b",
         "OTEL_EXPORTER_OTLP_TRACES_HEADERS": "a=b",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from afterword.api.requests.multipart_upload import _created
+from afterword.api.requests.multipart_upload import _create
 from afterword.batch import file_store as file_stores
 from afterword.batch.file_store import FileStore, StoredBatch, StoredFile, new_id
 from afterword.batch.journal import Journal
@@ -69,7 +69,7 @@ def test_only_the_owner_can_read_files_and_folders(store, umask, mode):
 
 
 def created(path: Path) -> Path:
-    _created(path).close()
+    _create(path).close()
     return path
 
 

@@ -1,1 +1,1 @@
-"""HTTP on one side, values on the other. The only room that knows the web framework."""
+"""The HTTP API: routes, middleware and responses. The only package that imports the web framework, Starlette."""

@@ -1,4 +1,4 @@
-"""The routes, and what stands around them."""
+"""Builds the ASGI application: the route table, the error handlers and the middleware around them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from afterword.api.middleware import authentication, rate_limit_headers
+from afterword.api import exception_handlers
 from afterword.api.middleware.authentication import ProtectedRoute
 from afterword.api.middleware.host_check import LOCAL_PAGES, HostCheck
+from afterword.api.middleware.request_middleware import RequestMiddleware
+from afterword.api.responses import rate_limit_headers
 from afterword.api.routes import batches, completions, files, metrics, models, static_pages, status, tokenizer
 from afterword.api.service import Service
 from afterword.api.specification import document
@@ -22,7 +24,7 @@ PUBLIC_ROUTES = (
     Route("/health", status.health, methods=["GET"]),
     Route("/ready", status.ready, methods=["GET"]),
 )
-"""Routes that need no key: what a load balancer asks. The playground's files (`static_pages`) need none either."""
+"""Routes for load balancers, which need no API key. The playground's files (`static_pages`) need none either."""
 
 PROTECTED_ROUTES = (
     ProtectedRoute("/v1/completions", completions.create, methods=["POST"]),
@@ -46,37 +48,37 @@ PROTECTED_ROUTES = (
 )
 
 OPTIONAL_ROUTES = (Route("/metrics", metrics.metrics, methods=["GET"]),)
-"""In front of the guarded ones with `--metrics-open`."""
+"""Routes without a key check that `--metrics-open` puts in front of the protected ones, so that they match first."""
 
 
 def make_app(service: Service) -> ASGIApp:
-    """The web application for a service."""
-    opened = OPTIONAL_ROUTES if service.config.metrics_open else ()
+    optional = OPTIONAL_ROUTES if service.config.metrics_open else ()
     app = Starlette(
-        routes=[*PUBLIC_ROUTES, *static_pages.routes(service.config.limits), *opened, *PROTECTED_ROUTES],
+        routes=[*PUBLIC_ROUTES, *static_pages.routes(service.config.limits), *optional, *PROTECTED_ROUTES],
         exception_handlers={
-            AfterwordError: authentication.on_afterword_error,
-            HTTPException: authentication.on_routing_error,
-            ClientDisconnect: authentication.on_disconnect,
-            Exception: authentication.on_unexpected_error,
+            AfterwordError: exception_handlers.on_afterword_error,
+            HTTPException: exception_handlers.on_routing_error,
+            ClientDisconnect: exception_handlers.on_disconnect,
+            Exception: exception_handlers.on_unexpected_error,
         },
     )
     app.router.redirect_slashes = False
     app.state.service = service
-    known = HostCheck(with_cors(app, service.config), service.config)
-    return authentication.RequestMiddleware(known, service.request_log, service.metrics, service.traces)
+    checked = HostCheck(with_cors(app, service.config), service.config)
+    return RequestMiddleware(checked, service.request_log, service.metrics, service.traces)
 
 
 def with_cors(app: ASGIApp, config: Config) -> ASGIApp:
-    """Web pages may ask from this machine and from where the operator says; with keys, from anywhere.
+    """Add CORS headers, which allow the scripts of web pages to send requests.
 
-    Without keys a page from anywhere could use the model of whoever looks at it.
+    Allowed are pages of this machine and of the origins in `cors_origins`; with API keys, pages of every origin.
+    Without keys, a page of any origin could use the model of a user that visits it.
     """
     return CORSMiddleware(
         app,
         allow_origins=["*"] if config.requires_key else config.cors_origins,
         allow_origin_regex=LOCAL_PAGES,
         allow_methods=["DELETE", "GET", "POST"],
-        allow_headers=["*"],  # those that the page asks for: a page that may send requests may name anything in them
+        allow_headers=["*"],  # a page that may send requests may send any header with them
         expose_headers=["x-request-id", "retry-after", "x-should-retry", *rate_limit_headers.HEADERS],
     )

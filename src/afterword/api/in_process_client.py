@@ -1,6 +1,6 @@
-"""Asks the application from within this process: the same routes and answers, without a socket.
+"""Sends requests to the ASGI application from within this process: the same routes and responses, without a socket.
 
-What is asked so needs no key: it is charged to the account that it says, or to nobody.
+Such a request needs no API key. The server charges it to the account given to `in_process_client`, or to no account.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from starlette.types import ASGIApp, Message
 from afterword.batch.output_lines import SendRequest, ServerReply
 from afterword.keys.key_registry import Account
 
-SCOPE_KEY = "afterword.inside"
-"""Where a request says that it came this way; nothing that comes from outside can put it there."""
+SCOPE_KEY = "afterword.in_process"
+"""The key of the ASGI scope that marks an in-process request. Its value is the account. A client cannot set it."""
 
 
 def in_process_client(app: ASGIApp, account: Account | None = None) -> SendRequest:
-    """A way to ask an application."""
+    """A function that sends one request to `app` and returns its response."""
 
-    async def ask(method: str, path: str, body: bytes) -> ServerReply:
+    async def send_request(method: str, path: str, body: bytes) -> ServerReply:
         parts: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-        said: list[Message] = []
+        sent: list[Message] = []
 
         async def receive() -> Message:
             if not parts:
-                await asyncio.Event().wait()  # who asks does not leave, but is cancelled with what was asked
+                await asyncio.Event().wait()  # never disconnects: the caller cancels this task instead
             return parts.pop()
 
         async def send(message: Message) -> None:
-            said.append(message)
+            sent.append(message)
 
         await app(_scope(method, path) | {SCOPE_KEY: account}, receive, send)
-        return _make_reply(said)
+        return _make_reply(sent)
 
-    return ask
+    return send_request
 
 
 def _scope(method: str, path: str) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def _scope(method: str, path: str) -> dict[str, Any]:
     }
 
 
-def _make_reply(said: list[Message]) -> ServerReply:
-    body = b"".join(message.get("body", b"") for message in said[1:])
-    headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in said[0]["headers"]}
-    return ServerReply.from_response(said[0]["status"], body, headers)
+def _make_reply(messages: list[Message]) -> ServerReply:
+    body = b"".join(message.get("body", b"") for message in messages[1:])
+    headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in messages[0]["headers"]}
+    return ServerReply.from_response(messages[0]["status"], body, headers)

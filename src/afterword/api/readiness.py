@@ -1,4 +1,4 @@
-"""Whether requests are taken: the states of a server as clients and load balancers see them."""
+"""The state of the server that `/ready` reports: starting, ready, degraded or draining."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ ServerState = Literal["starting", "ready", "degraded", "draining"]
 
 @dataclass(slots=True)
 class Readiness:
-    """Set once, when the server is told to end. Owner: the command that runs it."""
+    """Whether the server drains. The command that runs the server owns it and calls `drain` once, at the end."""
 
     draining: bool = False
 
     def drain(self) -> None:
-        """From now on load balancers are told to go elsewhere."""
+        """From now on `/ready` returns 503, so that load balancers send requests elsewhere."""
         self.draining = True
 
     def state(self, models: ModelManager) -> ServerState:
-        """What the server is at: with several models it is ready while it can answer for one, once all are there."""
+        """The state for all models together.
+
+        Without `--keep-alive`, the server is starting until every model has been loaded. Otherwise it is ready while at
+        least one model can answer requests, loaded or not.
+        """
         states = {managed_model.state for managed_model in models}
         if self.draining or "closed" in states:
             return "draining"
@@ -31,9 +35,9 @@ class Readiness:
 
 
 STATE_REASONS: dict[ServerState, str | None] = {
-    "starting": "The model is being loaded.",
+    "starting": "The server is loading the model.",
     "ready": None,
-    "degraded": "The engine is being replaced.",
+    "degraded": "The server is restarting the worker process of the model.",
     "draining": "The server is shutting down.",
 }
-"""Why requests are not answered now."""
+"""The reason in the body of `/ready` for each state."""

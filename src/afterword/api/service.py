@@ -1,11 +1,12 @@
-"""What the endpoints serve: the models, the names they are served under, and the settings."""
+"""The objects that routes use: models, keys, metrics, batches and settings; and the lookup of a request's model."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from afterword.api.readiness import Readiness
-from afterword.api.requests.request_context import RequestContext
 from afterword.batch.manager import BatchManager
 from afterword.config import Config
 from afterword.engine.parent.model_manager import ManagedModel, ModelManager
@@ -19,7 +20,7 @@ from afterword.observability.traces import Traces
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model that is loaded."""
+    """A loaded model. `id`: the name by which requests select it."""
 
     id: str
     engine: Supervisor
@@ -27,9 +28,9 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """Everything an endpoint may use. `models` are all that requests can name, loaded or not.
+    """Everything that a route may use. `models`: all models that requests can name, loaded or not.
 
-    `batches` is None where nobody can ask for any.
+    `batches` is None in a process that does not listen for connections.
     """
 
     config: Config
@@ -42,30 +43,35 @@ class Service:
     traces: Traces | None = None
 
     def managed_model(self, model: str | None) -> ManagedModel:
-        """The model of that name, whatever it is at. None or "" is the only one there is.
+        """The model with that name, loaded or not. None and "" select the only model of the server.
 
-        Raises `ModelNotFound`, and `RequestError` where a name is needed.
+        Raises `ModelNotFound`, and `RequestError` if the name is absent and the server has several models.
         """
         if not model and len(self.models) > 1:
             names = ", ".join(managed_model.id for managed_model in self.models)
-            raise RequestError(f"This server has several models; name one of them in 'model': {names}.", param="model")
+            raise RequestError(
+                f"This server has several models. 'model' must name one of them: {names}.", param="model"
+            )
         managed_model = self.models.get(model) if model else next(iter(self.models))
         if managed_model is None:
             raise ModelNotFound(model or "")
         return managed_model
 
-    async def acquire_model(self, model: str | None, request_context: RequestContext) -> ServedModel:
-        """The model of that name, loaded if need be; its engine is kept until the visit is over.
+    @asynccontextmanager
+    async def use_model(self, model: str | None) -> AsyncIterator[ServedModel]:
+        """The model with that name, loaded first if necessary. It stays loaded until the context manager exits.
 
-        Raises what `managed_model` does, `Overloaded`, `QueueTimeout` and `LoadFailed`.
+        Raises the exceptions of `managed_model`, `Overloaded`, `QueueTimeout` and `LoadFailed`.
         """
         managed_model = self.managed_model(model)
         engine = await self.models.acquire(managed_model)
-        request_context.on_close = lambda: self.models.release(managed_model)
-        return ServedModel(managed_model.id, engine)
+        try:
+            yield ServedModel(managed_model.id, engine)
+        finally:
+            self.models.release(managed_model)
 
     def check_capacity(self) -> None:
-        """To be asked before a request is read. Raises `Overloaded` if no model would take any."""
+        """Raises `Overloaded` if no model accepts requests. Routes call it before they read the body."""
         problem = None
         for managed_model in self.models:
             try:

@@ -1,1 +1,1 @@
-"""ASGI middleware: authentication, rate limit headers, host check."""
+"""Checks and records around routes: request context, host check, API keys and their limits."""

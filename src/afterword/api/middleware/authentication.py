@@ -1,45 +1,26 @@
-"""Who may come in, and with how much: keys, body size, and the headers that every answer has.
+"""Checks the API key of a request.
 
-Every route is guarded but the two that a load balancer asks; the check hangs on the matched route, never on the
-path's text.
+`ProtectedRoute` belongs to the matched route, so that the check never depends on the text of the path. All routes are
+protected except the two for load balancers, the static pages and, with `--metrics-open`, `/metrics`.
 """
 
 from __future__ import annotations
 
-import ipaddress
-import secrets
-import time
+from contextlib import AsyncExitStack, aclosing
 
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import Response
+from starlette.datastructures import Headers
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from afterword.api.in_process_client import SCOPE_KEY
-from afterword.api.middleware import rate_limit_headers
-from afterword.api.requests.request_context import RequestContext, request_context_of
-from afterword.api.responses import serialization
+from afterword.api.middleware.quota import acquire_grant
+from afterword.api.requests.request_context import CONTEXT_KEY, RequestContext
+from afterword.api.requests.request_recorder import RequestRecorder, recorder_of
+from afterword.api.responses import rate_limit_headers
 from afterword.api.service import Service
-from afterword.errors import (
-    AfterwordError,
-    EngineFailure,
-    LoadFailed,
-    NonFiniteLogits,
-    Overloaded,
-    RateLimited,
-    RequestError,
-    Unauthorized,
-)
+from afterword.errors import Unauthorized
 from afterword.keys.key_registry import Account, Grant, KeyRegistry
-from afterword.keys.rate_limiter import LimitExceeded
-from afterword.observability.metrics import Metrics
-from afterword.observability.request_log import RequestLog
-from afterword.observability.traces import PARENT_HEADERS, Traces
 
-# seconds over which those who are sent away come again, so that they do not all do so at once
-_RETRY_JITTER_SECONDS = 5
 _NO_KEY = (
     "You didn't provide an API key. You need to provide your API key in an Authorization header using Bearer auth "
     "(i.e. Authorization: Bearer YOUR_KEY)."
@@ -47,231 +28,64 @@ _NO_KEY = (
 
 
 class ProtectedRoute(Route):
-    """A route that first asks for a key, if the server has any, whatever the method; and whether it has any left."""
+    """A route that checks the API key, if the server has keys, and the limits of its account, for every HTTP method."""
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises `Unauthorized` and `RateLimited`, before anything of a body is read."""
-        service: Service = scope["app"].state.service
-        request_context = request_context_of(scope)
-        request_context.route = self.path
-        if SCOPE_KEY in scope:
-            request_context.in_process = True
-            request_context.grant = (
-                None
-                if scope[SCOPE_KEY] is None
-                else acquire_grant(service.key_registry, scope[SCOPE_KEY], request_context)
-            )
-        elif service.config.requires_key:
-            request_context.grant = authenticate(
-                service.key_registry, request_context, Headers(scope=scope).get("authorization", "")
-            )
+        """Raises `Unauthorized`, `RateLimited` and `Overloaded`, before any of the body is read."""
+        recorder = recorder_of(scope)
+        recorder.record_route(self.path)
+        async with aclosing(AsyncExitStack()) as resources:
+            grant = _acquire(scope, recorder)
+            if grant is not None:
+                resources.callback(lambda: grant.close(recorder.usage, recorder.user))
+            scope[CONTEXT_KEY] = RequestContext(grant, SCOPE_KEY in scope, recorder, resources)
 
-        async def settled(message: Message) -> None:
-            """Who has the last of an answer may ask again at once: by then nothing of it is in use any more."""
-            if message["type"] == "http.response.body" and not message.get("more_body"):
-                request_context.close()
-            await send(message)
+            async def close_then_send(message: Message) -> None:
+                """Release everything before the last part of the body: the client may send its next request at once."""
+                if message["type"] == "http.response.body" and not message.get("more_body"):
+                    await resources.aclose()
+                await send(message)
 
-        try:
-            await super().handle(scope, receive, settled)
-        finally:
-            request_context.close()
+            await super().handle(scope, receive, close_then_send)
 
 
-def authenticate(key_registry: KeyRegistry, request_context: RequestContext, authorization: str) -> Grant:
-    """What a request may use. Whatever is wrong with a key, the answer is the same; it is never quoted whole.
+def _acquire(scope: Scope, recorder: RequestRecorder) -> Grant | None:
+    """The grant of the account of an in-process request or of the API key. None where none is needed."""
+    service: Service = scope["app"].state.service
+    if SCOPE_KEY in scope:
+        account: Account | None = scope[SCOPE_KEY]
+        return None if account is None else acquire_grant(service.key_registry, account, recorder)
+    if service.config.requires_key:
+        return authenticate(service.key_registry, recorder, Headers(scope=scope).get("authorization", ""))
+    return None
 
-    The key is looked up first, which costs one hash of at most a head: so a right key never waits because of wrong
-    ones that came from the same address. Raises `Unauthorized`, `RateLimited`, and `Overloaded` where no key is known.
+
+def authenticate(key_registry: KeyRegistry, recorder: RequestRecorder, authorization: str) -> Grant:
+    """The grant for the key in an Authorization header.
+
+    The error for a wrong key is the same for unknown, expired and revoked keys, and never contains the whole key. The
+    lookup costs one hash of at most `max_head` bytes and comes first, so that a valid key never waits because of wrong
+    keys from the same address. Raises `Unauthorized`, `RateLimited`, and `Overloaded` while the keys cannot be read.
     """
     text = bearer_token(authorization)
     if not text:
         raise Unauthorized(_NO_KEY)
     account = key_registry.find(text)
     if account is None:
-        if wait := key_registry.record_wrong_key(request_context.peer):
+        if wait := key_registry.record_wrong_key(recorder.peer):
             raise rate_limit_headers.wrong_key_error(wait)
         raise Unauthorized(f"Incorrect API key provided: {mask_key(text)}.", code="invalid_api_key")
-    return acquire_grant(key_registry, account, request_context)
+    return acquire_grant(key_registry, account, recorder)
 
 
 def bearer_token(authorization: str) -> str:
-    """The text of the key in an Authorization header; empty where there is none."""
+    """The API key in an Authorization header, or "" if there is none."""
     scheme, _, text = authorization.partition(" ")
     return text.strip() if scheme.lower() == "bearer" else ""
 
 
-def acquire_grant(key_registry: KeyRegistry, account: Account, request_context: RequestContext) -> Grant:
-    """What a request of an account may use. Raises `RateLimited`."""
-    request_context.account = account.key.id  # for the log, where it is refused
-    grant = key_registry.enter(account)
-    if isinstance(grant, LimitExceeded):
-        raise rate_limit_headers.rate_limit_error(grant)
-    return grant
-
-
-def reserve(request_context: RequestContext, tokens: int) -> None:
-    """Take the most tokens that a request can use from what its key has. Raises `RateLimited`."""
-    refusal = request_context.grant.reserve(tokens) if request_context.grant else None
-    if refusal is not None:
-        raise rate_limit_headers.rate_limit_error(refusal)
-
-
 def mask_key(key: str) -> str:
-    """The first 8 and last 4 characters; nothing of a short or a very long key."""
+    """The first 8 and last 4 characters; of a key of up to 12 or more than 256 characters, only asterisks."""
     if not 12 < len(key) <= 256:
         return "*" * min(len(key), 12)
     return key[:8] + "*" * (len(key) - 12) + key[-4:]
-
-
-async def read_json(request: Request) -> bytes:
-    """A JSON body. Raises `RequestError` if it is too large or is called something else."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise RequestError(
-            "The body must be JSON and say so: set the header 'Content-Type: application/json'.", status=400
-        )
-    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
-        raise RequestError("A compressed body is not accepted: send it without Content-Encoding.", status=415)
-    limit: int = request.app.state.service.config.transport.max_body
-    too_large = RequestError(f"The body is larger than {limit} bytes.", status=413)
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > limit:
-        raise too_large
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > limit:
-            raise too_large
-    return bytes(body)
-
-
-def header_text(text: str) -> bytes:
-    """A caller's words as a header value: visible ASCII and spaces, the rest as question marks."""
-    return "".join(letter if " " <= letter <= "~" else "?" for letter in text[:1024]).encode()
-
-
-def error_response(problem: AfterwordError) -> Response:
-    """The error envelope with the headers that clients act on."""
-    headers = {}
-    if isinstance(problem, Overloaded):
-        headers["retry-after"] = str(problem.retry_after + secrets.randbelow(_RETRY_JITTER_SECONDS))
-    if isinstance(problem, Unauthorized):
-        headers["www-authenticate"] = "Bearer"
-    if isinstance(problem, EngineFailure | LoadFailed | NonFiniteLogits):
-        headers["x-should-retry"] = "false"
-    if isinstance(problem, RateLimited):
-        told = problem.retry_after
-        headers |= {"x-should-retry": "false"} if told is None else {"retry-after": str(told)}
-    return Response(
-        serialization.encode(serialization.error(problem)),
-        problem.status,
-        headers=headers,
-        media_type="application/json",
-    )
-
-
-async def on_afterword_error(request: Request, problem: Exception) -> Response:
-    """Errors that we raise on purpose."""
-    assert isinstance(problem, AfterwordError)
-    request_context_of(request.scope).record_error(problem)
-    return error_response(problem)
-
-
-async def on_routing_error(request: Request, problem: Exception) -> Response:
-    """Errors of routing: unknown paths and methods."""
-    assert isinstance(problem, HTTPException)
-    service: Service = request.app.state.service
-    if account := service.key_registry.find(bearer_token(request.headers.get("authorization", ""))):
-        # for the log alone: the answer is the same without it
-        request_context_of(request.scope).account = account.key.id
-    if problem.status_code == 404:
-        message = f"Unknown request URL: {request.method} {request.url.path[:128]}. Please check the URL for typos."
-        return await on_afterword_error(request, RequestError(message, code="unknown_url", status=404))
-    if problem.status_code == 405:
-        allowed = ", ".join(methods_of(request))
-        message = f"Not allowed to {request.method} here. Allowed: {allowed}."
-        response = await on_afterword_error(request, RequestError(message, code="method_not_supported", status=405))
-        response.headers["allow"] = allowed
-        return response
-    return await on_afterword_error(request, RequestError(problem.detail, status=problem.status_code))
-
-
-def methods_of(request: Request) -> list[str]:
-    """The methods that a path has, of all its routes."""
-    routes = [each for each in request.app.routes if isinstance(each, Route)]
-    matching = [each for each in routes if each.path_regex.match(request.scope["path"])]
-    return sorted({method for each in matching for method in each.methods or ()})
-
-
-async def on_disconnect(_: Request, __: Exception) -> Response:
-    """The caller left while the body was still to come: nobody reads this, but the log."""
-    return Response(status_code=499)
-
-
-async def on_unexpected_error(request: Request, _: Exception) -> Response:
-    """Anything else: ours. The traceback goes to the log, nothing of it to the caller."""
-    problem = AfterwordError("The server had an error while processing your request. Sorry about that!")
-    return await on_afterword_error(request, problem)
-
-
-class RequestMiddleware:
-    """Outermost: gives every answer its request id, the time it took and its limits; logs and counts what is over."""
-
-    def __init__(
-        self, app: ASGIApp, request_log: RequestLog | None, metrics: Metrics, traces: Traces | None = None
-    ) -> None:
-        self._app = app
-        self._log = request_log
-        self._metrics = metrics
-        self._traces = traces
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass everything on; add headers to the start of the response."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        request_context = RequestContext(f"req_{secrets.token_hex(16)}", client_address(scope))
-        scope["afterword.visit"] = request_context
-
-        async def labelled(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                request_context.status = message["status"]
-                MutableHeaders(scope=message).update(response_headers(request_context))
-            await send(message)
-
-        try:
-            await self._app(scope, receive, labelled)
-        except Exception:
-            request_context.record_bug()
-            raise
-        finally:
-            route = getattr(scope.get("route"), "path", None)
-            if self._log is not None and not request_context.is_routine:
-                self._log.write(request_context.log_line(route))
-            outcome = request_context.outcome(scope["method"], route)
-            self._metrics.record_request(outcome)
-            if self._traces is not None and not request_context.is_routine:
-                headers = Headers(scope=scope)
-                self._traces.record_request(
-                    outcome, {name: headers[name] for name in PARENT_HEADERS if name in headers}
-                )
-
-
-def response_headers(request_context: RequestContext) -> dict[str, str]:
-    """The headers that every answer has, and those of the limits that its key has."""
-    return {
-        "x-request-id": request_context.id,
-        "openai-processing-ms": str(int((time.monotonic() - request_context.started_at) * 1000)),
-        "openai-version": "2020-10-01",
-        "x-content-type-options": "nosniff",
-        **(rate_limit_headers.headers(request_context.grant.standing()) if request_context.grant else {}),
-    }
-
-
-def client_address(scope: Scope) -> str:
-    """The address that asks; empty where what is said of it, perhaps by a proxy, is no address."""
-    try:
-        return str(ipaddress.ip_address((scope.get("client") or ("",))[0]))
-    except ValueError:
-        return ""

@@ -1,7 +1,7 @@
-"""Which names the server answers to, and which web pages may have it do something.
+"""Refuses requests with an unknown `Host` header or, where they change something, with an `Origin` not allowed.
 
-A page can make its visitor's browser send requests here: under a name of its own that it has pointed at this machine
-(so the Host must be one that is known here), or across sites (so the Origin must be one that is allowed).
+A web page can make a browser send requests to this server in two ways: with a domain name of its own that resolves to
+this machine (DNS rebinding; the check of `Host` prevents it), or across sites (the check of `Origin` prevents it).
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import re
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from afterword.api.middleware import authentication
-from afterword.api.requests.request_context import request_context_of
+from afterword.api.requests.request_recorder import recorder_of
+from afterword.api.responses.error_response import error_response
 from afterword.config import Config
 from afterword.errors import RequestError
 
 LOCAL_PAGES = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
-"""Origins on this machine."""
+"""A regular expression for the origins of web pages that this machine serves."""
 
 _HOST = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(?::\d{1,5})?")
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
 class HostCheck:
-    """Refuses requests that came under a foreign name or from a foreign page."""
+    """ASGI middleware that refuses these requests with an error and passes on all others."""
 
     def __init__(self, app: ASGIApp, config: Config) -> None:
         self._app = app
@@ -34,11 +34,10 @@ class HostCheck:
         self._any_origin = config.requires_key or "*" in self._origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on what came under a known name, and from a page that may."""
         problem = self._find_error(scope) if scope["type"] == "http" else None
         if problem is not None:
-            request_context_of(scope).record_error(problem)
-        await (authentication.error_response(problem) if problem else self._app)(scope, receive, send)
+            recorder_of(scope).record_error(problem)
+        await (error_response(problem) if problem else self._app)(scope, receive, send)
 
     def _find_error(self, scope: Scope) -> RequestError | None:
         host = origin = None
@@ -49,21 +48,20 @@ class HostCheck:
                 origin = value.decode("latin-1")
         if host is not None and not self._is_known_host(host):
             return RequestError(
-                "This server does not answer to the name in the Host header. Whoever runs it can allow it with "
-                "--allowed-host.",
+                "This server does not allow the name in the Host header. Its operator can add it with --allowed-host.",
                 code="unknown_host",
             )
         if origin is not None and scope["method"] not in _SAFE_METHODS and not self._allows_origin(origin, host):
             return RequestError(
-                "This server does not take requests from the page in the Origin header. Whoever runs it can allow "
-                "it with --cors-origin.",
+                "The web page in the Origin header may not send this request. The server's operator can allow it with "
+                "--cors-origin.",
                 code="foreign_origin",
                 status=403,
             )
         return None
 
     def _is_known_host(self, host: str) -> bool:
-        """An address is always known: only a name can be pointed here by someone else."""
+        """An IP address is always allowed: only a name can be made to resolve to this machine by its owner."""
         parsed = _HOST.fullmatch(host)
         if parsed is None:
             return False
@@ -75,7 +73,7 @@ class HostCheck:
             self._any_origin
             or origin in self._origins
             or re.fullmatch(LOCAL_PAGES, origin) is not None
-            or (host is not None and origin in (f"http://{host}", f"https://{host}"))  # a page of this very server
+            or (host is not None and origin in (f"http://{host}", f"https://{host}"))  # a page that this server sent
         )
 
 

@@ -1,1 +1,1 @@
-"""What the API reads of a request, and what it records about it."""
+"""Reading requests: uploads, query parameters, disconnects, and the request context."""

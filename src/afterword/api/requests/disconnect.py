@@ -1,4 +1,4 @@
-"""Work for a request ends when its client leaves."""
+"""Cancels the work for a request when its client disconnects."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ T = TypeVar("T")
 
 
 async def wait_for_disconnect(receive: Receive) -> None:
-    """Return when the client has left. Nothing of the request's body may be left to read."""
+    """Return when the client has disconnected. The request's body must have been read to its end before."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled if the client leaves before. Raises `ClientDisconnect` then."""
-    doing = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(wait_for_disconnect(receive))
+    """The result of `work`. If the client disconnects first, cancel `work` and raise `ClientDisconnect`."""
+    task = asyncio.ensure_future(work)
+    disconnect = asyncio.ensure_future(wait_for_disconnect(receive))
     try:
-        await asyncio.wait((doing, gone), return_when=asyncio.FIRST_COMPLETED)
-        if doing.done():
-            return doing.result()
+        await asyncio.wait((task, disconnect), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
         raise ClientDisconnect()
     finally:
-        doing.cancel()
-        gone.cancel()
-        await asyncio.gather(doing, gone, return_exceptions=True)
+        task.cancel()
+        disconnect.cancel()
+        await asyncio.gather(task, disconnect, return_exceptions=True)

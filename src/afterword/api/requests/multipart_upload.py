@@ -1,4 +1,4 @@
-"""A `multipart/form-data` body, its file straight to the disk: what is held in memory is one piece of what comes."""
+"""Receives a `multipart/form-data` body and writes its file to the disk, holding one piece of it in memory."""
 
 from __future__ import annotations
 
@@ -21,17 +21,20 @@ from afterword.batch.file_store import FileStore, quota_error
 from afterword.batch.journal import make_private
 from afterword.errors import RequestError, StorageFailed
 
-logging.getLogger("python_multipart").setLevel(logging.ERROR)  # what is wrong with a body is its sender's matter
-_MOST_PARTS, _LONGEST_VALUE, _LONGEST_NAME = 16, 1024, 256
-_HEADS = 64 * 1024  # bytes of a body beside its file: heads of parts, and fields
-_NOT_ONE = "The body must be multipart/form-data with a boundary, and whole."
+# the client gets the errors about its body, so the parser's warnings need no log line
+logging.getLogger("python_multipart").setLevel(logging.ERROR)
+_MAX_PARTS, _MAX_VALUE_LENGTH, _MAX_NAME_LENGTH = 16, 1024, 256  # parts; characters
+_MAX_OVERHEAD = 64 * 1024  # bytes of a body beside its file: headers of parts, and fields
+_MALFORMED = "The body must be complete multipart/form-data, and the Content-Type header must name its boundary."
 
 
 @dataclass(slots=True)
 class UploadedForm:
-    """What has come. `name` is that of the file, None while there is none; `size` are its bytes.
+    """The part of a form that has been received.
 
-    `reserved_bytes`: bytes of its key's room that it has taken. `keep`: it is a file now, and stays where it is.
+    `path`: the temporary file. `name`: the file name in the form, None before the file's part. `size`: bytes of the
+    file. `reserved_bytes`: bytes taken from the storage quota of the API key. `keep`: the file store owns the file now,
+    so `receive_upload` does not delete it.
     """
 
     path: Path
@@ -46,28 +49,29 @@ class UploadedForm:
 async def receive_upload(
     request: Request, file_store: FileStore, limits: BatchLimits, key: str
 ) -> AsyncIterator[UploadedForm]:
-    """A body with one file named `file`, which lies at `path`, and is removed when this is left unless it is `keep`.
+    """Receive a form with one file named `file`. On exit, delete the file at `path` unless `keep` is set.
 
-    Raises `RequestError` if it is something else or larger than a file of this key may be, and `StorageFailed`.
+    Raises `RequestError` for a malformed form, or a file that is larger than the limits or the storage quota of `key`
+    allow. Raises `StorageFailed`.
     """
-    most = limits.max_upload
+    max_upload = limits.max_upload
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     boundary = options.get(b"boundary", b"")
     if kind != b"multipart/form-data" or not 0 < len(boundary) <= 70:
-        raise RequestError(_NOT_ONE)
+        raise RequestError(_MALFORMED)
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
-        raise RequestError("A compressed body is not accepted: send it without Content-Encoding.", status=415)
+        raise RequestError("The body must not be compressed: send it without the header Content-Encoding.", status=415)
     length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > most + _HEADS:
-        raise _too_large(most)
+    if length.isdigit() and int(length) > max_upload + _MAX_OVERHEAD:
+        raise _too_large(max_upload)
     form = UploadedForm(await asyncio.to_thread(file_store.upload))
     try:
-        with await asyncio.to_thread(_created, form.path) as file:
-            room = partial(file_store.quota.reserve, key, most=limits.max_stored)
-            await _MultipartParser(_UploadFile(form, file, room, limits), boundary).read(request)
+        with await asyncio.to_thread(_create, form.path) as file:
+            reserve = partial(file_store.quota.reserve, key, most=limits.max_stored)
+            await _MultipartParser(_UploadFile(form, file, reserve, limits), boundary).read(request)
         yield form
     except OSError as error:
-        raise StorageFailed("The server's storage for files is full or cannot be used.") from error
+        raise StorageFailed("The server's disk for files is full or cannot be used.") from error
     finally:
         if not form.keep:
             file_store.quota.release(key, form.reserved_bytes)
@@ -77,7 +81,7 @@ async def receive_upload(
 
 @dataclass(frozen=True, slots=True)
 class _UploadFile:
-    """Where a file goes, and how much of it. `reserve` takes so many bytes, if there are as many."""
+    """The temporary file of an upload. `reserve` takes bytes from the storage quota; False: too few are left."""
 
     form: UploadedForm
     file: BinaryIO
@@ -85,7 +89,7 @@ class _UploadFile:
     limits: BatchLimits
 
     def write(self, pieces: list[bytes]) -> None:
-        """In a thread: write some of the file. Raises `RequestError` where there is no room for it."""
+        """Write pieces of the file. Blocks: call it in a thread. Raises `RequestError` beyond the storage quota."""
         size = sum(map(len, pieces))
         if not self.reserve(size):
             raise quota_error(self.limits.max_stored)
@@ -94,34 +98,34 @@ class _UploadFile:
 
 
 class _MultipartParser:
-    """Takes a body piece by piece: the parser's calls are noted, and carried out after each piece."""
+    """Parses a body piece by piece. The callbacks collect the file's bytes; `read` writes them after each piece."""
 
     def __init__(self, target: _UploadFile, boundary: bytes) -> None:
         self._target = target
         self._form = target.form
-        self._most = target.limits.max_upload
+        self._max_upload = target.limits.max_upload
         self._parts = 0
-        self._beside = 0
-        self._whole = False
+        self._overhead = 0  # bytes of headers and fields
+        self._complete = False
         self._header, self._value = b"", b""
         self._headers: dict[bytes, bytes] = {}
-        self._name: str | None = None  # of the part that comes; None is the file
+        self._name: str | None = None  # name of the current part; None for the file
         self._pieces: list[bytes] = []
         self._parser = MultipartParser(
             boundary,
             {
-                "on_part_begin": self._on_part,
-                "on_header_field": self._on_field,
-                "on_header_value": self._on_value,
-                "on_header_end": self._on_header,
-                "on_headers_finished": self._on_headers,
-                "on_part_data": self._on_data,
+                "on_part_begin": self._on_part_begin,
+                "on_header_field": self._on_header_field,
+                "on_header_value": self._on_header_value,
+                "on_header_end": self._on_header_end,
+                "on_headers_finished": self._on_headers_finished,
+                "on_part_data": self._on_part_data,
                 "on_end": self._on_end,
             },
         )
 
     async def read(self, request: Request) -> None:
-        """All of it. Raises `RequestError`."""
+        """Parse the whole body and flush its file to the disk. Raises `RequestError`."""
         try:
             async for piece in request.stream():
                 self._parser.write(piece)
@@ -130,72 +134,74 @@ class _MultipartParser:
                     await asyncio.to_thread(self._target.write, pieces)
             self._parser.finalize()
         except FormParserError:
-            raise RequestError(_NOT_ONE) from None
-        if not self._whole:
-            raise RequestError(_NOT_ONE)
-        await asyncio.to_thread(_kept, self._target.file)
+            raise RequestError(_MALFORMED) from None
+        if not self._complete:
+            raise RequestError(_MALFORMED)
+        await asyncio.to_thread(_flush, self._target.file)
 
-    # ---- what the parser says
+    # ---- callbacks of `python_multipart`
 
-    def _on_part(self) -> None:
+    def _on_part_begin(self) -> None:
         self._parts += 1
         self._headers = {}
         self._header = self._value = b""
-        if self._parts > _MOST_PARTS:
-            raise RequestError(f"The form has more than {_MOST_PARTS} parts.")
+        if self._parts > _MAX_PARTS:
+            raise RequestError(f"The form has more than {_MAX_PARTS} parts.")
 
-    def _on_field(self, data: bytes, start: int, end: int) -> None:
+    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
         self._header += data[start:end]
         self._count(end - start)
 
-    def _on_value(self, data: bytes, start: int, end: int) -> None:
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
         self._value += data[start:end]
         self._count(end - start)
 
-    def _on_header(self) -> None:
+    def _on_header_end(self) -> None:
         self._headers[self._header.lower()] = self._value
         self._header = self._value = b""
 
-    def _on_headers(self) -> None:
+    def _on_headers_finished(self) -> None:
         _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
         name = _text(options.get(b"name", b""))
         self._name = None if b"filename" in options else name
         if self._name is None:
             if name != "file" or self._form.name is not None:
-                raise RequestError("The form must have one file, and its name must be 'file'.", param="file")
-            self._form.name = _text(options[b"filename"])[-_LONGEST_NAME:]
+                raise RequestError("The form must have exactly one file, in a field named 'file'.", param="file")
+            self._form.name = _text(options[b"filename"])[-_MAX_NAME_LENGTH:]
         elif name in self._form.fields:
-            raise RequestError(f"The form has '{name[:64]}' twice.", param=name[:64])
+            raise RequestError(f"The form has the field '{name[:64]}' twice; each may appear once.", param=name[:64])
         else:
             self._form.fields[name] = ""
 
-    def _on_data(self, data: bytes, start: int, end: int) -> None:
+    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
         if self._name is None:
             self._form.size += end - start
-            if self._form.size > self._most:
-                raise _too_large(self._most)
+            if self._form.size > self._max_upload:
+                raise _too_large(self._max_upload)
             self._pieces.append(data[start:end])
             return
         self._count(end - start)
         self._form.fields[self._name] += data[start:end].decode("utf-8", "replace")
-        if len(self._form.fields[self._name]) > _LONGEST_VALUE:
-            raise RequestError(f"'{self._name[:64]}' is too long.", param=self._name[:64])
+        if len(self._form.fields[self._name]) > _MAX_VALUE_LENGTH:
+            raise RequestError(
+                f"'{self._name[:64]}' must have at most {_MAX_VALUE_LENGTH} characters.", param=self._name[:64]
+            )
 
     def _on_end(self) -> None:
-        self._whole = True
+        self._complete = True
 
     def _count(self, size: int) -> None:
-        self._beside += size
-        if self._beside > _HEADS:
-            raise RequestError(_NOT_ONE)
+        self._overhead += size
+        if self._overhead > _MAX_OVERHEAD:
+            raise RequestError(_MALFORMED)
 
 
-def _created(place: Path) -> BinaryIO:
-    make_private(place)
-    return place.open("r+b")
+def _create(path: Path) -> BinaryIO:
+    make_private(path)
+    return path.open("r+b")
 
 
-def _kept(file: BinaryIO) -> None:
+def _flush(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
 
@@ -204,5 +210,5 @@ def _text(raw: bytes) -> str:
     return raw.decode("utf-8", "replace")
 
 
-def _too_large(most: int) -> RequestError:
-    return RequestError(f"The file is larger than {most} bytes.", status=413)
+def _too_large(max_bytes: int) -> RequestError:
+    return RequestError(f"The file is larger than {max_bytes} bytes.", status=413)

@@ -1,4 +1,4 @@
-"""What stands after the question mark: known names once each, or an error that names the one that is wrong."""
+"""Parses the query string of a URL. Errors name the wrong parameter: unknown, given twice, or out of range."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T", bound=str)
 
 
 class QueryParameters:
-    """The parameters of a request. Raises `RequestError`."""
+    """The parameters in the query string of a request. All methods and `__init__` raise `RequestError`."""
 
     def __init__(self, request: Request, known: Sequence[str]) -> None:
         self._values: dict[str, str] = {}
@@ -23,21 +23,21 @@ class QueryParameters:
             self._values[name] = value
 
     def text(self, name: str) -> str | None:
-        """Some text, None if it is not given."""
+        """The value of a parameter, or None if it is absent."""
         return self._values.get(name)
 
-    def number(self, name: str, least: int, most: int, default: int) -> int:
-        """A whole number in a range."""
+    def number(self, name: str, minimum: int, maximum: int, default: int) -> int:
+        """A whole number from `minimum` to `maximum`."""
         text = self._values.get(name)
         if text is None:
             return default
         number = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else -1
-        if not least <= number <= most:
-            raise RequestError(f"'{name}' must be a whole number from {least} to {most}.", param=name)
+        if not minimum <= number <= maximum:
+            raise RequestError(f"'{name}' must be a whole number from {minimum} to {maximum}.", param=name)
         return number
 
     def choice(self, name: str, known: Sequence[T], default: T) -> T:
-        """One of some words."""
+        """One of the values in `known`."""
         text = self._values.get(name, default)
         for word in known:
             if word == text:

@@ -1,1 +1,1 @@
-"""Responses as bytes."""
+"""Encoding responses as JSON and server-sent events."""

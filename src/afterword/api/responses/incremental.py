@@ -1,8 +1,7 @@
-"""Answers of any size as bytes, in pieces: encoded a slice at a time, and never in memory as a whole.
+"""Encodes large responses a slice of tokens at a time and sends them in pieces, so that other requests can run.
 
-What the choices of a prompt share, which is the echoed prompt and the report about it, is encoded once; the same bytes
-are written for each choice. Small deltas of a stream are encoded in one call, by `serialization.chunk`; the bytes are
-the same.
+The choices of a prompt share the echoed prompt and the report about it. This module encodes that part once and writes
+the same bytes for each choice. `serialization.chunk` encodes small deltas of a stream in one call, to the same bytes.
 """
 
 from __future__ import annotations
@@ -20,35 +19,35 @@ from afterword.completion.logprobs import SLICE_TOKENS, Echo, Logprobs, PromptRe
 from afterword.completion.run import Usage
 
 MIN_CHUNK_BYTES = 2**16
-"""Bytes that are sent in one step, at most twice as many."""
+"""The fewest bytes in one piece of a body, except the last piece. A piece has less than twice as many."""
 
 
 def chunked(fragments: Iterable[bytes]) -> Iterator[bytes]:
-    """The same bytes in pieces of `MIN_CHUNK_BYTES` to twice as many bytes; the last can be smaller."""
-    held = bytearray()
+    """Join the fragments into pieces of `MIN_CHUNK_BYTES` to twice as many bytes; the last piece can be smaller."""
+    pending = bytearray()
     for fragment in fragments:
         for start in range(0, len(fragment), MIN_CHUNK_BYTES):
-            held += fragment[start : start + MIN_CHUNK_BYTES]
-            if len(held) >= MIN_CHUNK_BYTES:
-                yield bytes(held)
-                held.clear()
-    if held:
-        yield bytes(held)
+            pending += fragment[start : start + MIN_CHUNK_BYTES]
+            if len(pending) >= MIN_CHUNK_BYTES:
+                yield bytes(pending)
+                pending.clear()
+    if pending:
+        yield bytes(pending)
 
 
 async def send_chunks(send: Send, fragments: Iterable[bytes]) -> None:
-    """Send the fragments of a whole body, as fast as the client reads them. Other tasks run between the pieces."""
-    held = b""
+    """Send the fragments of a body as fast as the client reads. Other tasks run between the pieces."""
+    pending = b""
     for piece in chunked(fragments):
-        if held:
-            await send({"type": "http.response.body", "body": held, "more_body": True})
+        if pending:
+            await send({"type": "http.response.body", "body": pending, "more_body": True})
             await asyncio.sleep(0)
-        held = piece
-    await send({"type": "http.response.body", "body": held})
+        pending = piece
+    await send({"type": "http.response.body", "body": pending})
 
 
 class EncodedArray:
-    """A JSON array's items, or a JSON string's parts, encoded whenever there are enough for a slice."""
+    """The items of a JSON array, or the parts of a JSON string, encoded in slices of `SLICE_TOKENS` items."""
 
     __slots__ = ("_encoded", "_encoder", "_waiting")
 
@@ -64,20 +63,20 @@ class EncodedArray:
             self.close()
 
     def close(self) -> None:
-        """Encode what waits."""
+        """Encode the items that do not fill a slice."""
         if self._waiting:
             self._encoded.append(self._encoder(self._waiting)[1:-1])  # without brackets or quotes
             self._waiting = []
 
     @property
     def encoded(self) -> list[bytes]:
-        """All slices."""
+        """All items as encoded slices, without brackets or quotes."""
         self.close()
         return self._encoded
 
 
 class EncodedPrompt:
-    """What comes before the completion and about the prompt, the same in all choices of a prompt."""
+    """The encoded part that all choices of a prompt share: the echo, the prompt's token ids and log probabilities."""
 
     def __init__(self, report: PromptReport | None = None) -> None:
         self.has_ids = report is not None and report.token_ids is not None
@@ -88,7 +87,7 @@ class EncodedPrompt:
         self.logprobs = EncodedArray()
 
     def encode(self, echo: Echo | None, report: PromptReport | None) -> Iterator[int]:
-        """Encode it. Yields after each slice how many tokens were in it."""
+        """Encode slice by slice. Yields the number of tokens in each slice."""
         if echo is not None:
             self.text.extend([echo.text])
             self.text.close()
@@ -106,29 +105,29 @@ class EncodedPrompt:
 
 
 class PromptEncoder:
-    """Finds what a delta shares with the other choices of its prompt. Kept for `n` choices, then let go."""
+    """Encodes each prompt once for its `n` choices, and drops its reference to the result after the last choice."""
 
     def __init__(self, n: int) -> None:
         self._n = n
-        # the delta keeps what the key is made of
-        self._kept: dict[tuple[int, int], tuple[EncodedPrompt, int, Delta]] = {}
+        # by the ids of a delta's echo and report; the stored delta keeps both alive, so that no id is used twice
+        self._encoded: dict[tuple[int, int], tuple[EncodedPrompt, int, Delta]] = {}
 
     def encode(self, delta: Delta) -> Iterator[int | EncodedPrompt]:
-        """Like `EncodedPrompt.encode`, then what is shared."""
+        """Yields the numbers of tokens as `EncodedPrompt.encode` does, and then the encoded prompt of `delta`."""
         key = (id(delta.echo), id(delta.prompt))
-        shared, uses, first = self._kept.get(key, (None, 0, delta))
+        shared, uses, first = self._encoded.get(key, (None, 0, delta))
         if shared is None:
             shared = EncodedPrompt(delta.prompt)
             yield from shared.encode(delta.echo, delta.prompt)
         if uses + 1 < self._n:
-            self._kept[key] = (shared, uses + 1, first)
+            self._encoded[key] = (shared, uses + 1, first)
         else:
-            self._kept.pop(key, None)
+            self._encoded.pop(key, None)
         yield shared
 
 
 class EncodedChoice:
-    """One choice, or one delta of it, encoded as its tokens come."""
+    """A choice, or one delta of it, encoded while its deltas arrive."""
 
     def __init__(self, index: int, shared: EncodedPrompt | None) -> None:
         self._index = index
@@ -140,7 +139,7 @@ class EncodedChoice:
         self._finish: str | None = None
 
     def encode(self, delta: Delta) -> Iterator[int]:
-        """Take the next delta. Yields after each slice how many tokens were in it."""
+        """Add the next delta. Yields the number of tokens in each encoded slice."""
         self._text.extend([delta.own_text])
         if delta.own_logprobs is not None:
             self._columns = self._columns or [EncodedArray() for _ in serialization.COLUMNS]
@@ -159,7 +158,7 @@ class EncodedChoice:
         yield 1
 
     def fragments(self) -> Iterator[bytes]:
-        """The object, in the key order of `serialization.chunk`."""
+        """The JSON object of the choice, with its keys in the order of `serialization.chunk`."""
         yield b'{"text":"'
         yield from self._shared.text.encoded
         yield from self._text.encoded
@@ -190,7 +189,7 @@ class EncodedChoice:
 
 
 class EncodedBody:
-    """A whole answer, encoded as its deltas come."""
+    """The body of a whole response, encoded while its deltas arrive."""
 
     def __init__(self, head: serialization.ResponseHead, n: int) -> None:
         self._head = head
@@ -198,7 +197,7 @@ class EncodedBody:
         self._choices: dict[int, EncodedChoice] = {}
 
     def encode(self, delta: Delta) -> Iterator[int]:
-        """Take a delta. Yields after each slice how many tokens were in it."""
+        """Add a delta. Yields the number of tokens in each encoded slice."""
         if delta.index not in self._choices:
             for step in self._sharing.encode(delta):
                 if isinstance(step, EncodedPrompt):
@@ -208,7 +207,7 @@ class EncodedBody:
         yield from self._choices[delta.index].encode(delta)
 
     def fragments(self, usage: Usage) -> Iterator[bytes]:
-        """The response object. Can be asked for more than once."""
+        """The JSON response object. The method can be called more than once."""
         opening, closing = serialization.envelope(self._head, usage)
         for index in sorted(self._choices):
             yield opening
@@ -218,7 +217,7 @@ class EncodedBody:
 
 
 def completion(head: serialization.ResponseHead, choices: list[Delta], usage: Usage) -> bytes:
-    """The whole answer at once."""
+    """The body of a whole response, encoded in one call."""
     body = EncodedBody(head, len(choices))
     for choice in choices:
         for _ in body.encode(choice):
@@ -229,7 +228,7 @@ def completion(head: serialization.ResponseHead, choices: list[Delta], usage: Us
 def event(
     head: serialization.ResponseHead, choice: EncodedChoice, usage: Usage | Literal["later", "never"]
 ) -> Iterator[bytes]:
-    """One event of a stream, as `serialization.chunk` makes it."""
+    """One server-sent event, with the same bytes as `serialization.chunk`."""
     opening, closing = serialization.envelope(head, usage)
     yield b"data: " + opening
     yield from choice.fragments()

@@ -1,4 +1,4 @@
-"""Answers as bytes: the response object, its chunks, and the error envelope. Key order is the API reference's."""
+"""JSON of responses, stream chunks and errors. The order of the keys is that of OpenAI's API reference."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from afterword.completion.run import Usage
 from afterword.errors import AfterwordError
 
 _ALPHABET = string.ascii_letters + string.digits
-_LOWEST = -9999.0  # JSON has no infinity
+_LOWEST = -9999.0  # replaces values that are not finite, which JSON cannot express
 encode = json_body.encode
 DONE = b"data: [DONE]\n\n"
 COLUMNS = (b"text_offset", b"token_logprobs", b"tokens", b"top_logprobs")
-"""Keys of `logprobs`, in their order."""
+"""The keys of `logprobs`, in their order."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResponseHead:
-    """What every object of one answer has in common. `created` is in Unix seconds."""
+    """The members that all objects of one response share. `created`: Unix seconds."""
 
     id: str
     created: int
@@ -33,33 +33,33 @@ class ResponseHead:
 
 
 def new_id() -> str:
-    """A fresh name for an answer."""
+    """A random id for a response."""
     return "cmpl-" + "".join(secrets.choice(_ALPHABET) for _ in range(29))
 
 
 def envelope(head: ResponseHead, usage: Usage | Literal["later", "never"]) -> tuple[bytes, bytes]:
-    """What comes before an object's choices and after them."""
-    told = b"".join(b',"%b":%b' % (name.encode(), encode(value)) for name, value in _usage_member(usage).items())
-    return encode(_object(head, [])).removesuffix(b"]}"), b"]" + told + b"}"
+    """The bytes of a response object before its choices, and those after them."""
+    members = b"".join(b',"%b":%b' % (name.encode(), encode(value)) for name, value in _usage_member(usage).items())
+    return encode(_object(head, [])).removesuffix(b"]}"), b"]" + members + b"}"
 
 
 def chunk(head: ResponseHead, delta: Delta, usage: Usage | Literal["later", "never"]) -> bytes:
-    """One event of a stream, with the usage so far, with null because the last chunk has it, or without the key."""
+    """One event of a stream. `usage`: tokens so far; "later": null, and the last chunk has them; "never": absent."""
     return event(_object(head, [_choice(delta)]) | _usage_member(usage))
 
 
 def usage_chunk(head: ResponseHead, usage: Usage) -> bytes:
-    """The event after the last choice's."""
+    """The last chunk of a stream, with the usage and no choices."""
     return event(_object(head, []) | {"usage": _usage(usage)})
 
 
 def event(value: object) -> bytes:
-    """A server-sent event."""
+    """A server-sent event with `value` as JSON."""
     return b"data: " + encode(value) + b"\n\n"
 
 
 def error(problem: AfterwordError) -> dict[str, Any]:
-    """The error envelope: always four keys."""
+    """The error object in OpenAI's format; it always has four keys."""
     return {
         "error": {
             "message": problem.message,
@@ -102,13 +102,13 @@ def _choice(delta: Delta) -> dict[str, Any]:
 
 
 def columns(part: Logprobs) -> dict[str, Any]:
-    """The four columns; `top_logprobs` is None where no alternatives are asked for."""
+    """The four columns of `logprobs`. `top_logprobs` is None if the request asks for no alternatives."""
     top = part.top_logprobs
     return {
         "text_offset": part.text_offset,
         "token_logprobs": [value if value is None else _finite(value) for value in part.token_logprobs],
         "tokens": part.tokens,
-        "top_logprobs": top and [entry and _is_all_finite(entry) for entry in top],
+        "top_logprobs": top and [entry and _finite_entry(entry) for entry in top],
     }
 
 
@@ -116,8 +116,8 @@ def _finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else _LOWEST
 
 
-def _is_all_finite(entry: dict[str, float]) -> dict[str, float]:
-    """Hardly ever is one of them not, and a sum tells."""
+def _finite_entry(entry: dict[str, float]) -> dict[str, float]:
+    """`entry` with finite values. Infinite ones are rare, and one sum finds them faster than a check of each value."""
     return entry if math.isfinite(sum(entry.values())) else {token: _finite(value) for token, value in entry.items()}
 
 

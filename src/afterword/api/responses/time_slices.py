@@ -1,7 +1,7 @@
-"""Turns of the event loop for work that takes long, such as encoding a large answer.
+"""Cooperative scheduling of long work on the event loop, such as encoding a large response.
 
-The work is done in slices. After each, other tasks run; while there are any, the work pauses for longer than its slices
-take, so that many large answers together do not slow down the small ones. Alone it does not pause.
+The work runs in slices, and other tasks run after each slice. If there are other tasks, the work then pauses for longer
+than its slice took, so that many large responses do not slow down small ones. Without other tasks it does not pause.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import time
 
-_SLICE_SECONDS = 0.0003  # seconds: an event loop that comes back sooner has no other work
-_IDLE_FACTOR = 3  # times as long as a slice, and what other tasks did after it, the work pauses
-_MAX_PAUSE_SECONDS = 0.05  # seconds of a pause
+_SLICE_SECONDS = 0.0003  # seconds; if `sleep(0)` returns sooner, the event loop has no other work
+_IDLE_FACTOR = 3  # pause, as a multiple of the time of a slice and of the other tasks after it
+_MAX_PAUSE_SECONDS = 0.05  # seconds; the longest pause
 
 
 class TimeSlices:
-    """Owner of the time of one piece of work. `size`: so much work is a slice."""
+    """The time slices of one piece of work. `size`: units of work, such as tokens, in a slice."""
 
     def __init__(self, size: int = 1) -> None:
         self._size = size
@@ -23,7 +23,7 @@ class TimeSlices:
         self._began = time.perf_counter()
 
     async def yield_after(self, work: int = 1) -> None:
-        """So much has been worked on: let other tasks run, if that makes a slice."""
+        """Count `work` units as done. If they complete a slice, let other tasks run."""
         self._done += work
         if self._done < self._size:
             return

@@ -1,4 +1,4 @@
-"""`/v1/batches`: files of requests that are answered in the background, beside those for which somebody waits."""
+"""`/v1/batches`: create, list, read and cancel batches; and the function that sends the requests of batch lines."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from afterword.api.in_process_client import in_process_client
-from afterword.api.middleware import authentication
 from afterword.api.requests.query_parameters import QueryParameters
+from afterword.api.requests.request_body import read_json
 from afterword.api.requests.request_context import request_context_of
 from afterword.api.responses import serialization
-from afterword.api.routes.files import check_exists, list_object, manager_of
+from afterword.api.routes.files import list_object, manager_of, not_found_error
 from afterword.api.routes.models import json_response
 from afterword.api.service import Service
 from afterword.batch.file_store import BatchStatus, StoredBatch, new_id
@@ -27,8 +27,9 @@ from afterword.errors import Overloaded, RequestError, Unauthorized
 FIELDS = ("input_file_id", "endpoint", "completion_window", "metadata")
 WINDOW = "24h"
 MAX_LISTED = 100
-"""Batches in one list."""
-MOST_METADATA, LONGEST_KEY, LONGEST_VALUE = 16, 64, 512
+"""The most batches in one response."""
+MAX_METADATA_MEMBERS, MAX_METADATA_NAME, MAX_METADATA_VALUE = 16, 64, 512
+"""Limits of `metadata`: pairs, characters of a key, characters of a value."""
 TIMES: tuple[tuple[str, BatchStatus], ...] = (
     ("in_progress_at", "in_progress"),
     ("finalizing_at", "finalizing"),
@@ -38,13 +39,13 @@ TIMES: tuple[tuple[str, BatchStatus], ...] = (
     ("cancelling_at", "cancelling"),
     ("cancelled_at", "cancelled"),
 )
-"""When a batch became what."""
+"""The time members of a batch object, and the status that began at each time."""
 
 
 async def create(request: Request) -> Response:
-    """Take in a batch."""
+    """Store a new batch and wake the batch manager. Raises `RequestError` and `StorageFailed`."""
     manager = manager_of(request)
-    body = await run_in_thread_if_large(parse_object, await authentication.read_json(request))
+    body = await run_in_thread_if_large(parse_object, await read_json(request))
     for name in body:
         if name not in FIELDS:
             raise RequestError(f"Unrecognized request argument supplied: {name[:64]}", param=name[:64])
@@ -60,30 +61,29 @@ async def create(request: Request) -> Response:
         metadata=_metadata(body.get("metadata")),
     )
     if not manager.file_store.exists:
-        raise check_exists("file")
+        raise not_found_error("file")
     await asyncio.to_thread(manager.file_store.add_batch, batch, manager.limits.max_batches)
     manager.notify()
     return json_response(batch_object(batch))
 
 
 async def list_batches(request: Request) -> Response:
-    """Some of a key's batches, the newest first."""
+    """One page of the batches of the API key, the newest first."""
     query = QueryParameters(request, ("after", "limit"))
-    after, most = query.text("after"), query.number("limit", 1, MAX_LISTED, 20)
+    after, limit = query.text("after"), query.number("limit", 1, MAX_LISTED, 20)
     manager = manager_of(request)
     if not manager.file_store.exists:
         return json_response(list_object([], False))
     batches, more = await asyncio.to_thread(
-        manager.file_store.batches, request_context_of(request.scope).key, after, most
+        manager.file_store.batches, request_context_of(request.scope).key, after, limit
     )
     return json_response(list_object([batch_object(manager.with_progress(batch)) for batch in batches], more))
 
 
 async def get_batch(request: Request) -> Response:
-    """How one batch stands."""
     manager = manager_of(request)
     if not manager.file_store.exists:
-        raise check_exists("batch")
+        raise not_found_error("batch")
     batch = await asyncio.to_thread(
         manager.file_store.batch, request_context_of(request.scope).key, request.path_params["id"]
     )
@@ -91,23 +91,22 @@ async def get_batch(request: Request) -> Response:
 
 
 async def cancel(request: Request) -> Response:
-    """End one batch before its time."""
     manager = manager_of(request)
     if not manager.file_store.exists:
-        raise check_exists("batch")
+        raise not_found_error("batch")
     return json_response(
         batch_object(await manager.cancel(request_context_of(request.scope).key, request.path_params["id"]))
     )
 
 
 def batch_object(batch: StoredBatch) -> dict[str, Any]:
-    """The API's batch object."""
-    wrong = [{"code": each.code, "line": each.line, "message": each.message, "param": None} for each in batch.wrong]
+    """A batch in OpenAI's format."""
+    errors = [{"code": each.code, "line": each.line, "message": each.message, "param": None} for each in batch.wrong]
     return {
         "id": batch.id,
         "object": "batch",
         "endpoint": batch.endpoint,
-        "errors": {"object": "list", "data": wrong} if wrong else None,
+        "errors": {"object": "list", "data": errors} if errors else None,
         "input_file_id": batch.input,
         "completion_window": batch.window,
         "status": batch.status,
@@ -129,16 +128,17 @@ def batch_object(batch: StoredBatch) -> dict[str, Any]:
 
 
 def ask_for_key(app: ASGIApp, service: Service) -> Callable[[str], SendRequest]:
-    """How rows are asked on behalf of a key: no more at a time than half of what is computed together.
+    """A function that maps the id of an API key to the function that sends the requests of its batch lines.
 
-    So those for whom somebody waits find room. A key that has ended has only refusals.
+    At most half as many requests run at a time as the largest number of sequences of a model, so that requests of
+    waiting clients find free slots. If the key is no longer valid, each reply is an error.
     """
     sequences = max(managed_model.definition.sequences for managed_model in service.models)
-    room = asyncio.Semaphore(max(1, sequences // 2))
+    running = asyncio.Semaphore(max(1, sequences // 2))
 
-    def ask_for(key: str) -> SendRequest:
-        async def ask(method: str, path: str, body: bytes) -> ServerReply:
-            async with room:
+    def sender_for(key: str) -> SendRequest:
+        async def send_request(method: str, path: str, body: bytes) -> ServerReply:
+            async with running:
                 try:
                     account = service.key_registry.account(key)
                 except Overloaded as problem:
@@ -148,13 +148,13 @@ def ask_for_key(app: ASGIApp, service: Service) -> Callable[[str], SendRequest]:
                         retry=float(problem.retry_after),
                     )
                 if service.config.requires_key and account is None:
-                    ended = Unauthorized("The API key of this batch has ended.", code="invalid_api_key")
-                    return ServerReply(ended.status, serialization.encode(serialization.error(ended)))
+                    invalid = Unauthorized("The API key of this batch is no longer valid.", code="invalid_api_key")
+                    return ServerReply(invalid.status, serialization.encode(serialization.error(invalid)))
                 return await in_process_client(app, account)(method, path, body)
 
-        return ask
+        return send_request
 
-    return ask_for
+    return sender_for
 
 
 def _only(body: dict[str, Any], name: str, value: str) -> str:
@@ -166,21 +166,21 @@ def _only(body: dict[str, Any], name: str, value: str) -> str:
 def _file(body: dict[str, Any]) -> str:
     file = body.get("input_file_id")
     if not isinstance(file, str):
-        raise RequestError("'input_file_id' must be the ID of a file.", param="input_file_id")
+        raise RequestError("'input_file_id' must be a string, the ID of a file.", param="input_file_id")
     return file
 
 
-def _metadata(given: object) -> dict[str, str] | None:
-    if given is None:
+def _metadata(metadata: object) -> dict[str, str] | None:
+    if metadata is None:
         return None
-    good = isinstance(given, dict) and len(given) <= MOST_METADATA
-    if not good or not all(
-        len(name) <= LONGEST_KEY and isinstance(value, str) and len(value) <= LONGEST_VALUE
-        for name, value in given.items()  # type: ignore[attr-defined]
+    is_small_dict = isinstance(metadata, dict) and len(metadata) <= MAX_METADATA_MEMBERS
+    if not is_small_dict or not all(
+        len(name) <= MAX_METADATA_NAME and isinstance(value, str) and len(value) <= MAX_METADATA_VALUE
+        for name, value in metadata.items()  # type: ignore[attr-defined]
     ):
         raise RequestError(
-            f"'metadata' must be an object of at most {MOST_METADATA} strings of at most {LONGEST_VALUE} characters, "
-            f"their names of at most {LONGEST_KEY}.",
+            f"'metadata' must be an object with at most {MAX_METADATA_MEMBERS} members. A name may have at most "
+            f"{MAX_METADATA_NAME} characters; a value must be a string of at most {MAX_METADATA_VALUE} characters.",
             param="metadata",
         )
-    return dict(given)  # type: ignore[call-overload, no-any-return]
+    return dict(metadata)  # type: ignore[call-overload, no-any-return]

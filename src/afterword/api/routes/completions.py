@@ -1,4 +1,4 @@
-"""`POST /v1/completions`: a body to a plan, a plan's deltas to one answer or to a stream of chunks."""
+"""`POST /v1/completions`: turns the body into a plan, and the plan's deltas into a whole or a streamed response."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from afterword.api.middleware import authentication
+from afterword.api.middleware.quota import reserve
 from afterword.api.requests.disconnect import cancel_on_disconnect, wait_for_disconnect
-from afterword.api.requests.request_context import RequestContext, request_context_of
+from afterword.api.requests.request_body import read_json
+from afterword.api.requests.request_context import request_context_of
+from afterword.api.requests.request_recorder import RequestRecorder
 from afterword.api.responses import incremental, serialization
+from afterword.api.responses.response_headers import header_text
 from afterword.api.responses.time_slices import TimeSlices
 from afterword.api.service import Service
 from afterword.completion.choice import Delta
@@ -32,38 +35,38 @@ from afterword.errors import AfterwordError
 
 
 async def create(http: HttpRequest) -> Response:
-    """Everything that can be the caller's fault happens here; the answer only runs the plan."""
+    """Validate the request completely and make its plan; the returned response only runs the plan."""
     service: Service = http.app.state.service
     created = int(time.time())
     service.check_capacity()
     limits = service.config.limits
-    body = await authentication.read_json(http)
+    body = await read_json(http)
     request = await run_in_thread_if_large(parse, body, limits)
     request_context = request_context_of(http.scope)
-    served = await service.acquire_model(request.model, request_context)
-    request_context.model = served.id
-    caller = ClientIdentity(
+    served = await request_context.enter(service.use_model(request.model))
+    request_context.recorder.record_model(served.id)
+    identity = ClientIdentity(
         request_context.key, service.config.shared_cache, "batch" if request_context.in_process else ""
     )
-    texts = tokenize(request, served.engine, service.config.special_text, caller.queue)
+    texts = tokenize(request, served.engine, service.config.special_text, identity.queue)
     tokens = await cancel_on_disconnect(http.receive, texts)
-    plan = await run_in_thread_if_large(_make_plan, body, request, served.engine.model_info, tokens, caller)
+    plan = await run_in_thread_if_large(_make_plan, body, request, served.engine.model_info, tokens, identity)
     check_size(plan, limits.max_answer)
-    request_context.user = service.key_registry.pseudonym(request.user)
-    authentication.reserve(request_context, plan.most_tokens)
-    request_context.set_plan(plan)
+    request_context.recorder.record_user(service.key_registry.pseudonym(request.user))
+    reserve(request_context, plan.most_tokens)
+    request_context.recorder.record_plan(plan.n, len(plan.prompts))
     head = serialization.ResponseHead(serialization.new_id(), created, served.id, plan.fingerprint)
-    return CompletionResponse(request, plan, head, served.engine, request_context)
+    return CompletionResponse(request, plan, head, served.engine, request_context.recorder)
 
 
 def _make_plan(
-    _: bytes, request: CompletionRequest, model_info: ModelInfo, tokens: Tokenized, caller: ClientIdentity
+    _: bytes, request: CompletionRequest, model_info: ModelInfo, tokens: Tokenized, identity: ClientIdentity
 ) -> Plan:
-    return make_plan(request, model_info, tokens, secrets.randbits(64), caller)
+    return make_plan(request, model_info, tokens, secrets.randbits(64), identity)
 
 
 class CompletionResponse(Response):
-    """A response that owns the run it sends: when the client leaves, the work ends."""
+    """A response that runs its plan while it is sent. If the client disconnects, the run ends."""
 
     def __init__(
         self,
@@ -71,70 +74,66 @@ class CompletionResponse(Response):
         plan: Plan,
         head: serialization.ResponseHead,
         engine: Engine,
-        request_context: RequestContext,
+        recorder: RequestRecorder,
     ) -> None:
         super().__init__()
         self._request = request
         self._plan = plan
         self._head = head
         self._engine = engine
-        self._request_context = request_context
+        self._recorder = recorder
         self._sharing = incremental.PromptEncoder(plan.n)
         self._time_slices = TimeSlices(SLICE_TOKENS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the answer; stop as soon as nobody is there to read it."""
-        work = asyncio.create_task(self._stream(send) if self._request.stream else self._whole(send))
-        gone = asyncio.create_task(wait_for_disconnect(receive))
+        """Run the plan and send the response; cancel the run when the client disconnects."""
+        work = asyncio.create_task(self._send_stream(send) if self._request.stream else self._send_whole(send))
+        disconnect = asyncio.create_task(wait_for_disconnect(receive))
         try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((work, disconnect), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            gone.cancel()
+            disconnect.cancel()
             if not work.done():
                 work.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
+            await asyncio.gather(work, disconnect, return_exceptions=True)
         if not work.cancelled() and (problem := work.exception()) is not None:
             raise problem
 
     def _start(self, kind: bytes, *more: tuple[bytes, bytes]) -> dict[str, object]:
         headers = [(b"content-type", kind), (b"cache-control", b"no-cache, must-revalidate"), *more]
-        headers.append((b"openai-model", authentication.header_text(self._head.model)))
+        headers.append((b"openai-model", header_text(self._head.model)))
         if self._request.ignored:
-            headers.append((b"x-afterword-ignored", authentication.header_text(", ".join(self._request.ignored))))
+            headers.append((b"x-afterword-ignored", header_text(", ".join(self._request.ignored))))
         return {"type": "http.response.start", "status": 200, "headers": headers}
 
-    async def _whole(self, send: Send) -> None:
+    async def _send_whole(self, send: Send) -> None:
         body = incremental.EncodedBody(self._head, self._plan.n)
         usage = Usage(0, 0)
         async with aclosing(
-            run(
-                self._plan, self._engine, self._request_context.record_usage, self._request_context.mark_compute_started
-            )
+            run(self._plan, self._engine, self._recorder.record_usage, self._recorder.record_compute_start)
         ) as items:
             async for item in items:
                 if isinstance(item, Usage):
                     usage = item
                 else:
-                    self._request_context.record_choice(item.index, item.finish)
+                    self._recorder.record_choice(item.index, item.finish)
                     for tokens in body.encode(item):
                         await self._time_slices.yield_after(tokens)
         length = sum(map(len, body.fragments(usage)))
         await send(self._start(b"application/json", (b"content-length", str(length).encode())))
         await incremental.send_chunks(send, body.fragments(usage))
 
-    async def _stream(self, send: Send) -> None:
+    async def _send_stream(self, send: Send) -> None:
         async with aclosing(
-            run(
-                self._plan, self._engine, self._request_context.record_usage, self._request_context.mark_compute_started
-            )
+            run(self._plan, self._engine, self._recorder.record_usage, self._recorder.record_compute_start)
         ) as items:
-            first = await anext(items)  # an engine that cannot even begin is an HTTP error
+            first = await anext(items)  # an error before the first item is an HTTP error
             await send(self._start(b"text/event-stream", (b"x-accel-buffering", b"no")))
             try:
                 await self._send_chunks(send, first, items)
             except AfterwordError as problem:
-                self._request_context.record_error(problem)
-                # and no [DONE]: the answer is not whole
+                self._recorder.record_error(problem)
+                # no [DONE] follows, since the response is incomplete
                 await send(_body(serialization.event(serialization.error(problem))))
         await send({"type": "http.response.body", "body": b""})
 
@@ -145,7 +144,7 @@ class CompletionResponse(Response):
         while item is not None:
             if isinstance(item, Delta):
                 written += item.completion_tokens
-                self._request_context.record_choice(item.index, item.finish)
+                self._recorder.record_choice(item.index, item.finish)
                 usage: Usage | Literal["later", "never"] = "later" if options.include_usage else "never"
                 if options.include_usage and options.continuous_usage_stats:
                     usage = Usage(self._plan.prompt_tokens, written)
@@ -156,7 +155,7 @@ class CompletionResponse(Response):
         await send(_body(serialization.DONE))
 
     async def _send_chunk(self, send: Send, delta: Delta, usage: Usage | Literal["later", "never"]) -> None:
-        """One event. One with the prompt in it can be large: it is sent in pieces, and other tasks run between them."""
+        """Send one event. An event with an echo can be large: other tasks run between its pieces."""
         if delta.echo is None:
             await send(_body(serialization.chunk(self._head, delta, usage)))
             return
@@ -171,7 +170,7 @@ class CompletionResponse(Response):
             await self._time_slices.yield_after(tokens)
         for piece in incremental.chunked(incremental.event(self._head, choice, usage)):
             await send(_body(piece))
-            await asyncio.sleep(0)  # the reader may have left meanwhile
+            await asyncio.sleep(0)  # a disconnect of the client can cancel this task here
 
 
 def _body(data: bytes) -> dict[str, object]:

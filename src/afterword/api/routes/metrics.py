@@ -1,4 +1,4 @@
-"""`GET /metrics`: all figures, for Prometheus. What they mean: docs/metrics.md."""
+"""`GET /metrics`: all metrics in Prometheus' text format. docs/metrics.md describes them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from afterword.observability.metrics import TEXT, EngineSnapshot, KeySnapshot
 
 
 async def metrics(request: Request) -> Response:
-    """Everything that is counted."""
     service: Service = request.app.state.service
     engines = [_engine_metrics(managed_model) for managed_model in service.models]
     keys = KeySnapshot(service.key_registry.seconds_since_sync, service.key_registry.skipped_rows)
@@ -35,7 +34,7 @@ def _engine_metrics(managed_model: ManagedModel) -> EngineSnapshot:
 
 
 def _resident(pid: int | None) -> int | None:
-    """Bytes of memory of a process, None if it is gone."""
+    """Resident memory of a process in bytes; None if the process has ended."""
     try:
         return int(psutil.Process(pid).memory_info().rss) if pid else None
     except psutil.Error:

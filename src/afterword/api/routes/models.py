@@ -1,4 +1,4 @@
-"""`GET /v1/models`: what is served here."""
+"""`GET /v1/models`: the models of this server."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from afterword.errors import ModelNotFound
 
 
 async def list_models(request: Request) -> Response:
-    """All models."""
     service: Service = request.app.state.service
     service.models.check_started()
     return json_response({"object": "list", "data": [model_object(managed_model) for managed_model in service.models]})
 
 
 async def get_model(request: Request) -> Response:
-    """One model; its name may contain slashes. Raises `ModelNotFound`."""
+    """One model, whose name may contain slashes. Raises `ModelNotFound`, and `Overloaded` while it is being loaded."""
     service: Service = request.app.state.service
     name: str = request.path_params["model"]
-    if not name:  # in a request's body that would mean whatever is served
+    if not name:  # `managed_model` would return the only model for it
         raise ModelNotFound(name)
     managed_model = service.managed_model(name)
     if service.models.keep_alive is None:
@@ -33,9 +32,9 @@ async def get_model(request: Request) -> Response:
 
 
 def model_object(managed_model: ManagedModel) -> dict[str, Any]:
-    """The API's model object, and what clients of other servers look for beside it.
+    """A model in OpenAI's format, with further members, some of which clients of other servers read.
 
-    What only the engine knows is null until the model has been loaded for the first time.
+    Members from the model info are null until the model has been loaded for the first time.
     """
     model_info = managed_model.model_info
     return {
@@ -52,5 +51,4 @@ def model_object(managed_model: ManagedModel) -> dict[str, Any]:
 
 
 def json_response(value: object, status: int = 200) -> Response:
-    """A value as JSON."""
     return Response(serialization.encode(value), status, media_type="application/json")

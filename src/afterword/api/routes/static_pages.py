@@ -1,7 +1,7 @@
-"""The playground: files read once at the start, and nothing else from the disk. They hold no data, so they need no key.
+"""The files of the playground and of the page `/docs`. They contain no data, so their routes need no API key.
 
-One of them is made here: which fields requests can have, from the parsers that read them. The page may load and ask
-only what is on its own origin; the browser is told so.
+`routes` reads the files once at the start; a request never reads the disk. `fields.json` is generated from the request
+parsers. The Content-Security-Policy allows the pages to load from and to send requests to their own origin only.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancesto
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A file as it is sent."""
+    """The body and the headers of one file."""
 
     body: bytes
     headers: Mapping[str, str]
 
 
 def routes(limits: RequestLimits) -> tuple[Route, ...]:
-    """The page at `/`, the API's at `/docs`, and the files that they name."""
+    """The routes of the playground (`/`), of the API page (`/docs`) and of the files that both load."""
     pages = {
         path.name: _page(path.name, path.read_bytes()) for path in PLAYGROUND.iterdir() if path.suffix in MEDIA_TYPES
     }
@@ -70,13 +70,13 @@ def routes(limits: RequestLimits) -> tuple[Route, ...]:
 
 
 def fields(limits: RequestLimits) -> dict[str, Any]:
-    """The fields of a request that this server takes, by name: their types and ranges, where they have one."""
+    """The fields of a request, by name, with their types and ranges."""
     return {name: _range(described) for name, described in schema(limits)["properties"].items()}
 
 
 def _range(described: dict[str, Any]) -> dict[str, Any]:
-    """Without "or null", and of an object its members' names."""
-    plain = [one for one in described.get("anyOf", [described]) if one.get("type") != "null"]
+    """The type and range of a field without null; for an object, also the names of its members."""
+    plain = [schema for schema in described.get("anyOf", [described]) if schema.get("type") != "null"]
     found = {key: plain[0][key] for key in SHOWN_KEYWORDS if key in plain[0]} if len(plain) == 1 else {}
     members = sorted(plain[0].get("properties", {}))
     return found | ({"members": members} if members else {})
@@ -86,7 +86,7 @@ def _page(name: str, body: bytes) -> Page:
     headers = {
         "content-type": f"{MEDIA_TYPES[Path(name).suffix]}; charset=utf-8",
         "etag": f'"{hashlib.blake2b(body, digest_size=12).hexdigest()}"',
-        "cache-control": "no-cache",  # kept, but asked for each time: a new version is seen at once
+        "cache-control": "no-cache",  # cached, but revalidated each time, so that a new version appears at once
         "content-security-policy": POLICY,
         "referrer-policy": "no-referrer",
     }

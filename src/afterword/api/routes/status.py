@@ -1,4 +1,4 @@
-"""`/health`, `/ready`, `/version`: whether the process lives, whether it can answer, and what it is."""
+"""`/health`, `/ready`, `/version`: whether the process works, whether it accepts requests, and its version."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from afterword.engine.parent.model_manager import ManagedModel
 
 
 async def health(request: Request) -> Response:
-    """200 while this process lives and does its part. 503 where only another start of all of it could help."""
+    """200 while the process works. 503 if every model is failing, so that only a restart of the process could help."""
     service: Service = request.app.state.service
-    broken = all(managed_model.state == "failing" for managed_model in service.models)
-    body = {"status": "failing" if broken else "ok"} | _by_name(
+    is_failing = all(managed_model.state == "failing" for managed_model in service.models)
+    body = {"status": "failing" if is_failing else "ok"} | _by_name(
         service, {managed_model.id: managed_model.state for managed_model in service.models}
     )
-    return json_response(body, 503 if broken else 200)
+    return json_response(body, 503 if is_failing else 200)
 
 
 async def ready(request: Request) -> Response:
-    """200 while requests are answered at once; else why they are not. And how busy the engines are."""
+    """200 while the server accepts requests, otherwise 503 with the reason. Both with the load of the engines."""
     service: Service = request.app.state.service
     state = service.readiness.state(service.models)
     models = [_load(managed_model) for managed_model in service.models]
@@ -35,7 +35,7 @@ async def ready(request: Request) -> Response:
 
 
 def _by_name(service: Service, models: object) -> dict[str, object]:
-    """What is said of each model by name: nothing where keys are asked for, since these routes ask for none."""
+    """The member `models`. Absent on a server with API keys, since these routes need no key."""
     return {} if service.config.requires_key else {"models": models}
 
 
@@ -52,5 +52,4 @@ def _load(managed_model: ManagedModel) -> dict[str, Any]:
 
 
 async def version(_: Request) -> Response:
-    """What this is."""
     return json_response({"version": __version__})

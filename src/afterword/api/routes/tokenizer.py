@@ -1,4 +1,4 @@
-"""`/tokenize`, `/detokenize`, `/tokenizer_info`: the model's tokenizer, for clients that count and slice."""
+"""`/tokenize`, `/detokenize`, `/tokenizer_info`: the model's tokenizer, for clients that count or split tokens."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from afterword.api.middleware import authentication
 from afterword.api.requests.disconnect import cancel_on_disconnect
+from afterword.api.requests.request_body import read_json
 from afterword.api.requests.request_context import request_context_of
 from afterword.api.responses import incremental
 from afterword.api.responses.time_slices import TimeSlices
@@ -23,14 +23,14 @@ from afterword.completion.plan import bos_before
 from afterword.engine.protocol import ModelInfo
 from afterword.errors import RequestError
 
-_NOT_LOADED = "The model is not loaded. On a server without keys a GET loads none; POST /tokenize does."
-_SLICE = 2**12  # token ids that are worked on in one step
+_NOT_LOADED = "The model is not loaded. Without API keys, a GET request does not load a model; POST /tokenize does."
+_SLICE = 2**12  # token ids in one time slice
 
 
 async def tokenize(request: Request) -> Response:
-    """`{"prompt": text, "add_special_tokens": true}` to token ids: those that the model reads of such a prompt.
+    """`{"prompt": text, "add_special_tokens": true}` to the token ids that the model would read for this prompt.
 
-    So the BOS is among them if the model wants one; `usage` counts the caller's own tokens, without it.
+    They include the BOS if the model needs one. `usage` of a completion does not count a BOS that the server adds.
     """
     served, body = await _read(request, ("prompt", "add_special_tokens"))
     prompt, add = body.get("prompt"), body.get("add_special_tokens")
@@ -49,7 +49,7 @@ async def tokenize(request: Request) -> Response:
 
 
 async def _numbers(bos: tuple[int, ...], ids: Sequence[int]) -> list[bytes]:
-    """Tokens as parts of a JSON array."""
+    """The token ids as fragments of a JSON array."""
     encoded, time_slices = [encode(bos)[1:-1]] if bos else [], TimeSlices()
     for start in range(0, len(ids), _SLICE):
         encoded.append(encode(list(ids[start : start + _SLICE]))[1:-1])
@@ -58,28 +58,30 @@ async def _numbers(bos: tuple[int, ...], ids: Sequence[int]) -> list[bytes]:
 
 
 async def detokenize(request: Request) -> Response:
-    """`{"tokens": ids}` to the text that they spell; bytes that are no characters become U+FFFD."""
+    """`{"tokens": ids}` to the text of these tokens. Bytes that are not valid UTF-8 become U+FFFD."""
     served, body = await _read(request, ("tokens",))
-    given = body.get("tokens")
+    tokens = body.get("tokens")
     model_info = served.engine.model_info
-    if not isinstance(given, list):
+    if not isinstance(tokens, list):
         raise _not_tokens(model_info)
-    most = request.app.state.service.config.limits.max_answer
-    text = await cancel_on_disconnect(request.receive, _text(model_info, given, most))
+    max_bytes = request.app.state.service.config.limits.max_answer
+    text = await cancel_on_disconnect(request.receive, _text(model_info, tokens, max_bytes))
     return ChunkedJsonResponse([b'{"prompt":"', *text, b'"}'])
 
 
-async def _text(model_info: ModelInfo, given: list[Any], most: int) -> list[bytes]:
-    """What some tokens spell, as parts of a JSON string. Raises `RequestError` beyond `most` bytes."""
+async def _text(model_info: ModelInfo, tokens: list[Any], max_bytes: int) -> list[bytes]:
+    """The text of tokens as fragments of a JSON string. Raises `RequestError` if it has more than `max_bytes` bytes."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     text, size, time_slices = [], 0, TimeSlices()
-    for start in range(0, len(given), _SLICE):
-        spelled = _spell(model_info, given[start : start + _SLICE])
+    for start in range(0, len(tokens), _SLICE):
+        spelled = _spell(model_info, tokens[start : start + _SLICE])
         if start == 0 and model_info.space_prefix:
-            spelled = spelled.removeprefix(b" ")  # which tokenizing had added
+            spelled = spelled.removeprefix(b" ")  # the space that tokenizing adds
         size += len(spelled)
-        if size > most:
-            raise RequestError(f"The text has more than {most} bytes.", param="tokens", code="answer_too_large")
+        if size > max_bytes:
+            raise RequestError(
+                f"The text of these tokens has more than {max_bytes} bytes.", param="tokens", code="answer_too_large"
+            )
         text.append(encode(decoder.decode(spelled))[1:-1])
         await time_slices.yield_after()
     text.append(encode(decoder.decode(b"", final=True))[1:-1])
@@ -87,12 +89,13 @@ async def _text(model_info: ModelInfo, given: list[Any], most: int) -> list[byte
 
 
 async def tokenizer_info(request: Request) -> Response:
-    """The special tokens, by name and id, and the sizes that clients need."""
+    """The special tokens, by text and id, and the sizes of vocabulary and context."""
     service: Service = request.app.state.service
     name = request.query_params.get("model")
-    if not service.config.requires_key:  # a page on another site can send a GET, but has no key
+    if not service.config.requires_key:  # otherwise a web page of another site could load models with a GET
         service.models.check_loaded(service.managed_model(name), _NOT_LOADED)
-    model_info = (await service.acquire_model(name, request_context_of(request.scope))).engine.model_info
+    served = await request_context_of(request.scope).enter(service.use_model(name))
+    model_info = served.engine.model_info
     return json_response(
         {
             "vocab_size": len(model_info.pieces),
@@ -107,7 +110,7 @@ async def tokenizer_info(request: Request) -> Response:
 
 
 class ChunkedJsonResponse(Response):
-    """A JSON answer that is sent piece by piece, as fast as the client reads it."""
+    """A JSON response that is sent in pieces, as fast as the client reads it."""
 
     def __init__(self, fragments: list[bytes]) -> None:
         self._fragments = fragments
@@ -115,15 +118,14 @@ class ChunkedJsonResponse(Response):
         super().__init__(headers={"content-length": str(length)}, media_type="application/json")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await incremental.send_chunks(send, self._fragments)
 
 
-def _spell(model_info: ModelInfo, given: list[Any]) -> bytes:
-    """The bytes of some tokens. Raises `RequestError`."""
-    plain = set(map(type, given)) <= {int}  # nearly always, and a list can have millions
-    ids = given if plain else [-1 if (token := as_integer(each)) is None else token for each in given]
+def _spell(model_info: ModelInfo, tokens: list[Any]) -> bytes:
+    """The bytes of tokens. Raises `RequestError` for anything but token ids of the model."""
+    all_int = set(map(type, tokens)) <= {int}  # the common case, checked fast: a list can have millions of items
+    ids = tokens if all_int else [-1 if (token := as_integer(each)) is None else token for each in tokens]
     if ids and not 0 <= min(ids) <= max(ids) < len(model_info.pieces):
         raise _not_tokens(model_info)
     return b"".join(map(model_info.pieces.__getitem__, ids))
@@ -136,16 +138,16 @@ def _not_tokens(model_info: ModelInfo) -> RequestError:
 
 
 async def _read(request: Request, known: tuple[str, ...]) -> tuple[ServedModel, dict[str, Any]]:
-    """The body, whose keys are known ones and perhaps `model`."""
+    """The model and the body. Raises `RequestError` for keys of the body other than `known` and `model`."""
     service: Service = request.app.state.service
-    body = await run_in_thread_if_large(parse_object, await authentication.read_json(request))
+    body = await run_in_thread_if_large(parse_object, await read_json(request))
     for key in body:
         if key not in (*known, "model"):
             raise RequestError(f"Unrecognized request argument supplied: {key[:64]}", param=key[:64])
     model = body.get("model")
     if model is not None and not isinstance(model, str):
         raise RequestError("'model' must be a string.", param="model")
-    return await service.acquire_model(model, request_context_of(request.scope)), body
+    return await request_context_of(request.scope).enter(service.use_model(model)), body
 
 
 def _name(model_info: ModelInfo, token: int | None) -> str | None:

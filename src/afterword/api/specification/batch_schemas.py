@@ -1,4 +1,4 @@
-"""What `/openapi.json` says of files and batches: their paths, bodies and answers."""
+"""The part of the OpenAPI document about files and batches: paths, request bodies, responses and descriptions."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from afterword.batch.input_lines import ENDPOINT
 from afterword.completion.request_descriptions import described_schema, description
 
 Operation = Callable[..., JsonSchema]
-"""Makes an operation of a summary, an answer's content, and a body's schema."""
+"""A function from a summary, the content of the response and a request body's schema to an OpenAPI operation."""
 
-_WHEN = {name: or_null(COUNT) for name, _ in batches.TIMES}
+_TIMES = {name: or_null(COUNT) for name, _ in batches.TIMES}
 _METADATA: JsonSchema = {
     "type": "object",
-    "maxProperties": batches.MOST_METADATA,
-    "propertyNames": {"maxLength": batches.LONGEST_KEY},
-    "additionalProperties": {"type": "string", "maxLength": batches.LONGEST_VALUE},
+    "maxProperties": batches.MAX_METADATA_MEMBERS,
+    "propertyNames": {"maxLength": batches.MAX_METADATA_NAME},
+    "additionalProperties": {"type": "string", "maxLength": batches.MAX_METADATA_VALUE},
 }
 _FILE = object_schema(
     id=TEXT,
@@ -54,7 +54,7 @@ _BATCH = object_schema(
     error_file_id=or_null(TEXT),
     created_at=COUNT,
     expires_at=COUNT,
-    **_WHEN,
+    **_TIMES,
     request_counts=object_schema(total=COUNT, completed=COUNT, failed=COUNT),
     usage=object_schema(
         input_tokens=COUNT,
@@ -68,64 +68,67 @@ _BATCH = object_schema(
 
 
 def _list(item: str) -> JsonSchema:
-    ends = or_null(TEXT)
+    id_or_null = or_null(TEXT)
     return object_schema(
-        object=constant("list"), data=array_schema(ref(item)), first_id=ends, last_id=ends, has_more=FLAG
+        object=constant("list"), data=array_schema(ref(item)), first_id=id_or_null, last_id=id_or_null, has_more=FLAG
     )
 
 
 _DESCRIPTIONS = {
-    "File.id": "Its name.",
-    "File.object": "What this is.",
-    "File.bytes": "Its size.",
-    "File.created_at": "When it came, in Unix seconds.",
-    "File.expires_at": "When it is removed, in Unix seconds; null: when it is deleted.",
-    "File.filename": "What it was called.",
-    "File.purpose": "batch: it was uploaded; batch_output: a batch wrote it.",
+    "File.id": "The ID of the file.",
+    "File.object": "The type of this object.",
+    "File.bytes": "The size in bytes.",
+    "File.created_at": "The time of the upload, in Unix seconds.",
+    "File.expires_at": "The time at which the server deletes the file, in Unix seconds; null: never.",
+    "File.filename": "The file name that the client sent.",
+    "File.purpose": "batch: a client uploaded it; batch_output: a batch wrote it.",
     "File.status": "Always processed.",
-    "DeletedFile.id": "What it was named.",
-    "DeletedFile.object": "What it was.",
+    "DeletedFile.id": "The ID of the deleted file.",
+    "DeletedFile.object": "The type of the deleted object.",
     "DeletedFile.deleted": "Always true.",
-    "Batch.id": "Its name.",
-    "Batch.object": "What this is.",
-    "Batch.endpoint": "What its requests are for.",
-    "Batch.errors": "Why it has failed.",
-    "Batch.errors.object": "What this is.",
-    "Batch.errors.data": "What is wrong, at most 100 of it.",
-    "Batch.errors.data.code": "The kind of mistake.",
-    "Batch.errors.data.line": "The line of the input whose fault it is, if it is one's.",
-    "Batch.errors.data.message": "In a sentence.",
+    "Batch.id": "The ID of the batch.",
+    "Batch.object": "The type of this object.",
+    "Batch.endpoint": "The endpoint of its requests.",
+    "Batch.errors": "The errors in the input file of a failed batch; otherwise null.",
+    "Batch.errors.object": "The type of this object.",
+    "Batch.errors.data": "The errors, at most 100.",
+    "Batch.errors.data.code": "The code of the error.",
+    "Batch.errors.data.line": "The number of the wrong line in the input file; null if the error is not in one line.",
+    "Batch.errors.data.message": "A description of the error.",
     "Batch.errors.data.param": "Always null.",
-    "Batch.input_file_id": "The file of requests.",
-    "Batch.completion_window": "After so long what is not answered is given up.",
-    "Batch.status": "What it is at.",
-    "Batch.output_file_id": "The file of answers, when it has ended and there are some.",
-    "Batch.error_file_id": "The file of errors, when it has ended and there are some.",
-    "Batch.created_at": "When it was made, in Unix seconds.",
-    "Batch.expires_at": "When it will be given up.",
-    **{f"Batch.{name}": f"When it became {status}." for name, status in batches.TIMES},
-    "Batch.request_counts": "How many of its requests are where.",
-    "Batch.request_counts.total": "All of them.",
-    "Batch.request_counts.completed": "Answered.",
-    "Batch.request_counts.failed": "With an error.",
-    "Batch.usage": "What the answers have used.",
-    "Batch.usage.input_tokens": "Tokens of the prompts.",
-    "Batch.usage.input_tokens_details": "Of them.",
-    "Batch.usage.input_tokens_details.cached_tokens": "Tokens that had been computed before.",
-    "Batch.usage.output_tokens": "Tokens of the texts.",
-    "Batch.usage.output_tokens_details": "Of them.",
+    "Batch.input_file_id": "The ID of the input file.",
+    "Batch.completion_window": "The time after which the batch expires; requests without a response then get an error.",
+    "Batch.status": "The current status.",
+    "Batch.output_file_id": "The ID of the file with the responses; null while the batch runs and if there are none.",
+    "Batch.error_file_id": "The ID of the file with the errors; null while the batch runs and if there are none.",
+    "Batch.created_at": "The time of creation, in Unix seconds.",
+    "Batch.expires_at": "The time at which the batch expires, in Unix seconds.",
+    **{
+        f"Batch.{name}": f"The time at which the status became {status}, in Unix seconds."
+        for name, status in batches.TIMES
+    },
+    "Batch.request_counts": "The numbers of requests in the batch.",
+    "Batch.request_counts.total": "All requests.",
+    "Batch.request_counts.completed": "Requests with a successful response.",
+    "Batch.request_counts.failed": "Requests with an error.",
+    "Batch.usage": "The tokens used by all responses.",
+    "Batch.usage.input_tokens": "Tokens in the prompts.",
+    "Batch.usage.input_tokens_details": "Details of input_tokens.",
+    "Batch.usage.input_tokens_details.cached_tokens": "Tokens taken from the prefix cache.",
+    "Batch.usage.output_tokens": "Tokens in the generated texts.",
+    "Batch.usage.output_tokens_details": "Details of output_tokens.",
     "Batch.usage.output_tokens_details.reasoning_tokens": "Always 0.",
-    "Batch.usage.total_tokens": "Both together.",
-    "Batch.metadata": "What it was made with.",
+    "Batch.usage.total_tokens": "The sum of input_tokens and output_tokens.",
+    "Batch.metadata": "The metadata from the request that created the batch.",
     **{
         f"{name}.{member}": text
         for name in ("Files", "Batches")
         for member, text in {
-            "object": "What this is.",
-            "data": "Some of them.",
-            "first_id": "The first of these.",
-            "last_id": "The last of these: what to ask for more after.",
-            "has_more": "Whether there are more.",
+            "object": "The type of this object.",
+            "data": "The objects on this page.",
+            "first_id": "The ID of the first object on this page.",
+            "last_id": "The ID of the last object on this page: the value of after for the next page.",
+            "has_more": "Whether more objects follow after this page.",
         }.items()
     },
 }
@@ -173,23 +176,24 @@ _EXAMPLES: dict[str, tuple[JsonSchema, dict[str, Any]]] = {
     "Batches": (_list("Batch"), files.list_object([_BATCH_EXAMPLE], False)),
 }
 _MEMBER_DESCRIPTIONS = {name: description(text) for name, text in _DESCRIPTIONS.items()}
-ANSWERS: dict[str, JsonSchema] = {
+BATCH_RESPONSE_SCHEMAS: dict[str, JsonSchema] = {
     name: described_schema(schema, name, _MEMBER_DESCRIPTIONS) | {"examples": [example]}
     for name, (schema, example) in _EXAMPLES.items()
 }
-"""Every object that is answered with, by its name, with meanings and an example."""
+"""The schemas of all response objects, by name, with descriptions and an example each."""
 
 
 def _request_bodies() -> tuple[JsonSchema, JsonSchema]:
-    """Bodies: of an upload, and of a new batch."""
+    """The schemas of two request bodies: of a file upload and of a new batch."""
     upload: JsonSchema = {
         "type": "object",
         "properties": {
-            "file": {"type": "string", "format": "binary"} | description("The file."),
-            "purpose": constant("batch") | description("What it is for.", "batch"),
-            files.ANCHOR: constant("created_at") | description("From when on the next field is counted.", "created_at"),
-            files.SECONDS: {"type": "integer", "minimum": files.SHORTEST, "maximum": files.LONGEST}
-            | description("Seconds after which the file is removed.", files.SHORTEST),
+            "file": {"type": "string", "format": "binary"} | description("The file to upload."),
+            "purpose": constant("batch") | description("The purpose of the file.", "batch"),
+            files.ANCHOR: constant("created_at")
+            | description("The time from which expires_after[seconds] counts.", "created_at"),
+            files.SECONDS: {"type": "integer", "minimum": files.MIN_LIFETIME, "maximum": files.MAX_LIFETIME}
+            | description("Seconds after which the server deletes the file.", files.MIN_LIFETIME),
         },
         "required": ["file", "purpose"],
         "additionalProperties": False,
@@ -197,10 +201,11 @@ def _request_bodies() -> tuple[JsonSchema, JsonSchema]:
     batch: JsonSchema = {
         "type": "object",
         "properties": {
-            "input_file_id": TEXT | description("The file of requests.", _FILE_EXAMPLE["id"]),
-            "endpoint": constant(ENDPOINT) | description("What the requests are for.", ENDPOINT),
-            "completion_window": constant(batches.WINDOW) | description("How long it may take.", batches.WINDOW),
-            "metadata": or_null(_METADATA) | description("Whatever you want to find there again.", {"run": "7"}),
+            "input_file_id": TEXT | description("The ID of the input file.", _FILE_EXAMPLE["id"]),
+            "endpoint": constant(ENDPOINT) | description("The endpoint of the requests.", ENDPOINT),
+            "completion_window": constant(batches.WINDOW)
+            | description("The time after which the batch expires.", batches.WINDOW),
+            "metadata": or_null(_METADATA) | description("Texts of your own, returned with the batch.", {"run": "7"}),
         },
         "required": ["input_file_id", "endpoint", "completion_window"],
         "additionalProperties": False,
@@ -210,37 +215,42 @@ def _request_bodies() -> tuple[JsonSchema, JsonSchema]:
 
 
 def paths(operation: Operation) -> JsonSchema:
-    """What can be asked, by path and method."""
+    """The operations, by path and method."""
     upload, batch = _request_bodies()
-    after = _query("after", TEXT, "Begin after this one.")
-    named: JsonSchema = {"parameters": [_parameter("id", "path", {"type": "string", "minLength": 1}, "Its ID.")]}
-    some_files: JsonSchema = {
+    after = _query("after", TEXT, "List the objects after the one with this ID.")
+    with_id: JsonSchema = {
+        "parameters": [_parameter("id", "path", {"type": "string", "minLength": 1}, "The ID of the object.")]
+    }
+    file_query: JsonSchema = {
         "parameters": [
             after,
-            _query("limit", {"type": "integer", "minimum": 1, "maximum": files.MAX_LISTED}, "Most to list."),
-            _query("order", {"enum": ["asc", "desc"]}, "By age; the newest first by default."),
-            _query("purpose", {"enum": [*files.PURPOSES]}, "Only these."),
+            _query(
+                "limit", {"type": "integer", "minimum": 1, "maximum": files.MAX_LISTED}, "The most objects to list."
+            ),
+            _query("order", {"enum": ["asc", "desc"]}, "The order by age; desc, the default, lists the newest first."),
+            _query("purpose", {"enum": [*files.PURPOSES]}, "List only files with this purpose."),
         ]
     }
-    most_batches = _query("limit", {"type": "integer", "minimum": 1, "maximum": batches.MAX_LISTED}, "Most to list.")
+    most_batches = {"type": "integer", "minimum": 1, "maximum": batches.MAX_LISTED}
+    batch_query: JsonSchema = {"parameters": [after, _query("limit", most_batches, "The most objects to list.")]}
     form: JsonSchema = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": upload}}}}
-    whole: JsonSchema = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+    content: JsonSchema = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
     return {
         "/v1/files": {
             "post": operation("upload a file", _json("File")) | form,
-            "get": operation("list files", _json("Files")) | some_files,
+            "get": operation("list files", _json("Files")) | file_query,
         },
         "/v1/files/{id}": {
-            "get": operation("one file", _json("File")) | named,
-            "delete": operation("delete a file", _json("DeletedFile")) | named,
+            "get": operation("get a file", _json("File")) | with_id,
+            "delete": operation("delete a file", _json("DeletedFile")) | with_id,
         },
-        "/v1/files/{id}/content": {"get": operation("what is in a file", whole) | named},
+        "/v1/files/{id}/content": {"get": operation("get the content of a file", content) | with_id},
         "/v1/batches": {
             "post": operation("create a batch", _json("Batch"), batch),
-            "get": operation("list batches", _json("Batches")) | {"parameters": [after, most_batches]},
+            "get": operation("list batches", _json("Batches")) | batch_query,
         },
-        "/v1/batches/{id}": {"get": operation("one batch", _json("Batch")) | named},
-        "/v1/batches/{id}/cancel": {"post": operation("cancel a batch", _json("Batch")) | named},
+        "/v1/batches/{id}": {"get": operation("get a batch", _json("Batch")) | with_id},
+        "/v1/batches/{id}/cancel": {"post": operation("cancel a batch", _json("Batch")) | with_id},
     }
 
 
@@ -248,9 +258,9 @@ def _json(name: str) -> JsonSchema:
     return {"application/json": {"schema": ref(name)}}
 
 
-def _query(name: str, schema: JsonSchema, meaning: str) -> JsonSchema:
-    return _parameter(name, "query", schema, meaning)
+def _query(name: str, schema: JsonSchema, text: str) -> JsonSchema:
+    return _parameter(name, "query", schema, text)
 
 
-def _parameter(name: str, place: str, schema: JsonSchema, meaning: str) -> JsonSchema:
-    return {"name": name, "in": place, "required": place == "path", "schema": schema} | description(meaning)
+def _parameter(name: str, location: str, schema: JsonSchema, text: str) -> JsonSchema:
+    return {"name": name, "in": location, "required": location == "path", "schema": schema} | description(text)

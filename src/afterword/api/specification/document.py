@@ -1,4 +1,4 @@
-"""`GET /openapi.json`: the API described in its own words, from the parsers that read requests."""
+"""`GET /openapi.json`: the OpenAPI document. The schemas of requests come from the parsers that read them."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from afterword.completion.request_descriptions import described_schema, descript
 from afterword.config import Config
 
 ERRORS = {
-    400: "The request is at fault; `param` names the field.",
-    401: "No key, or an unknown one.",
-    403: "A web page that may not.",
-    404: "No such model or path.",
-    405: "Not with this method.",
-    408: "Head or body did not come in time.",
-    409: "A batch still reads the file.",
+    400: "The request is invalid; `param` names the field.",
+    401: "The API key is missing or invalid.",
+    403: "The origin of the web page is not allowed.",
+    404: "The model, object or path does not exist.",
+    405: "The path does not have this method.",
+    408: "The request head or body did not arrive in time.",
+    409: "A batch still uses the file.",
     413: "The body is too large.",
     415: "The body is compressed.",
-    429: "A limit of the key is reached; try again after `Retry-After`, if there is one.",
-    431: "The head is too large.",
-    500: "The server is at fault.",
-    503: "Too much to do, or the engine is being replaced; try again after `Retry-After`.",
-    507: "The server has no room for files.",
+    429: "A limit of the API key is reached; retry after `Retry-After`, if that header is present.",
+    431: "The request head is too large.",
+    500: "The server failed.",
+    503: "The server is overloaded, or its worker process is restarting; retry after `Retry-After`.",
+    507: "The server cannot store files.",
 }
-"""Every status that an error can have."""
+"""The HTTP statuses of errors in the document, with their descriptions."""
 
 STREAMS = (
-    "With `stream` the answer is a text/event-stream: each event is `data: ` and a Chunk, or an Error if the answer "
-    "breaks off; after the last chunk comes `data: [DONE]`."
+    "With `stream` the response is a text/event-stream. Each event is `data: ` and a Chunk, or an Error that ends an "
+    "incomplete response. `data: [DONE]` follows the last chunk."
 )
-"""OpenAPI 3.1 has no words for the events of a stream, so beside this `x-event` says what one is."""
+"""OpenAPI 3.1 cannot describe the events of a stream. This text does, and the member `x-event` names their schema."""
 
 
 async def openapi(request: Request) -> Response:
-    """The document, for this server's settings and model."""
+    """The document for the settings and models of this server."""
     service: Service = request.app.state.service
     service.models.check_started()
     loaded = [
@@ -54,19 +54,21 @@ async def openapi(request: Request) -> Response:
 
 
 def document(config: Config, vocabulary: int, model: str) -> JsonSchema:
-    """OpenAPI 3.1. `vocabulary`: no model has more tokens. `model`: the name of one, for examples."""
+    """An OpenAPI 3.1 document. `vocabulary`: tokens of the largest vocabulary. `model`: a model name for examples."""
     example = {"model": model, "prompt": "Once upon a time", "max_tokens": 40, "temperature": 0.8, "stream": True}
-    asked = schema(config.limits) | {"examples": [example]}
-    locked: JsonSchema = {"security": [{"key": []}]} if config.requires_key else {}
+    request_schema = schema(config.limits) | {"examples": [example]}
+    security: JsonSchema = {"security": [{"key": []}]} if config.requires_key else {}
     return {
         "openapi": "3.1.0",
         "info": {"title": "Afterword", "version": __version__},
         "paths": _paths(config, vocabulary),
         "components": {
-            "schemas": described_schemas(RESPONSE_SCHEMAS) | batch_schemas.ANSWERS | {"CompletionRequest": asked},
+            "schemas": described_schemas(RESPONSE_SCHEMAS)
+            | batch_schemas.BATCH_RESPONSE_SCHEMAS
+            | {"CompletionRequest": request_schema},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
-        **locked,
+        **security,
     }
 
 
@@ -78,39 +80,43 @@ def _paths(config: Config, vocabulary: int) -> JsonSchema:
         "in": "path",
         "required": True,
         "schema": {"type": "string", "minLength": 1},
-    } | description("The model's name; it may have slashes in it.")
-    spelled = _body("Detokenize", ["tokens"], tokens=array_schema(token))
-    answer = _json(ref("Completion")) | {"text/event-stream": {"x-event": ref("Chunk")}}
-    completion = _operation("create a completion", answer, ref("CompletionRequest")) | {"description": STREAMS}
+    } | description("The model's name, which may contain slashes.")
+    tokens = _body("Detokenize", ["tokens"], tokens=array_schema(token))
+    content = _json(ref("Completion")) | {"text/event-stream": {"x-event": ref("Chunk")}}
+    completion = _operation("create a completion", content, ref("CompletionRequest")) | {"description": STREAMS}
     return {
         "/v1/completions": {"post": completion},
-        "/v1/models": {"get": _operation("list what is served", _json(ref("Models")))},
-        "/v1/models/{model}": {"get": _operation("one model", _json(ref("Model"))) | {"parameters": [name]}},
+        "/v1/models": {"get": _operation("list the models", _json(ref("Models")))},
+        "/v1/models/{model}": {"get": _operation("get a model", _json(ref("Model"))) | {"parameters": [name]}},
         **batch_schemas.paths(_operation),
-        "/tokenize": {"post": _operation("a text's tokens", _json(ref("Tokens")), text)},
-        "/detokenize": {"post": _operation("the text of tokens", _json(ref("Text")), spelled)},
-        "/tokenizer_info": {"get": _operation("special tokens and sizes", _json(ref("Tokenizer")))},
-        "/version": {"get": _operation("the server's version", _json(ref("Version")))},
-        "/metrics": {"get": _operation("figures for Prometheus", {"text/plain": {"schema": {"type": "string"}}})},
-        "/openapi.json": {"get": _operation("this document", _json({"type": "object"}))},
-        "/health": {"get": _status("whether the server lives")},
-        "/ready": {"get": _status("whether requests are answered, and how busy it is")},
+        "/tokenize": {"post": _operation("tokenize a text", _json(ref("Tokens")), text)},
+        "/detokenize": {"post": _operation("get the text of tokens", _json(ref("Text")), tokens)},
+        "/tokenizer_info": {"get": _operation("get special tokens and sizes", _json(ref("Tokenizer")))},
+        "/version": {"get": _operation("get the server's version", _json(ref("Version")))},
+        "/metrics": {"get": _operation("get metrics for Prometheus", {"text/plain": {"schema": {"type": "string"}}})},
+        "/openapi.json": {"get": _operation("get this document", _json({"type": "object"}))},
+        "/health": {"get": _status("check whether the server works")},
+        "/ready": {"get": _status("check whether the server accepts requests, and its load")},
     }
 
 
 def _operation(summary: str, content: JsonSchema, body: JsonSchema | None = None) -> JsonSchema:
-    answers: JsonSchema = {str(status): _answer(why, _json(ref("Error"))) for status, why in ERRORS.items()}
-    taken: JsonSchema = {"requestBody": {"required": True, "content": _json(body)}} if body else {}
-    return {"summary": summary, "responses": {"200": _answer(summary, content), **answers}, **taken}
+    responses: JsonSchema = {str(status): _response(text, _json(ref("Error"))) for status, text in ERRORS.items()}
+    request_body: JsonSchema = {"requestBody": {"required": True, "content": _json(body)}} if body else {}
+    return {"summary": summary, "responses": {"200": _response(summary, content), **responses}, **request_body}
 
 
 def _status(summary: str) -> JsonSchema:
-    said_there: JsonSchema = {"type": "object", "properties": {"status": {"type": "string"}}, "required": ["status"]}
-    state = _json(described_schema(said_there, "Status", DESCRIPTIONS))
-    return {"summary": summary, "security": [], "responses": {code: _answer(summary, state) for code in ("200", "503")}}
+    body: JsonSchema = {"type": "object", "properties": {"status": {"type": "string"}}, "required": ["status"]}
+    state = _json(described_schema(body, "Status", DESCRIPTIONS))
+    return {
+        "summary": summary,
+        "security": [],
+        "responses": {code: _response(summary, state) for code in ("200", "503")},
+    }
 
 
-def _answer(description: str, content: JsonSchema) -> JsonSchema:
+def _response(description: str, content: JsonSchema) -> JsonSchema:
     return {"description": description, "content": content}
 
 

@@ -1,4 +1,4 @@
-"""What each member of an answer means, and an example of every answer: what `/openapi.json` says and `/docs` shows."""
+"""Descriptions of the members of responses, and an example of each response, for `/openapi.json` and `/docs`."""
 
 from __future__ import annotations
 
@@ -8,84 +8,84 @@ from afterword.api.specification.response_schemas import JsonSchema
 from afterword.completion.request_descriptions import described_schema, description
 
 _MEMBER_TEXTS: dict[str, str] = {
-    "Completion.id": "A name of this answer.",
-    "Completion.object": "What this is.",
-    "Completion.created": "When it was begun, in Unix seconds.",
-    "Completion.model": "The model that wrote it.",
-    "Completion.system_fingerprint": "The same fingerprint and the same seeded request: the same answer.",
-    "Completion.choices": "The answers, n for each prompt, in the order of the prompts.",
-    "Completion.choices.text": "What was written; with echo the prompt and what was written.",
-    "Completion.choices.index": "Its number among all choices.",
-    "Completion.choices.logprobs": "Log probabilities of its tokens, if they were asked for.",
-    "Completion.choices.finish_reason": "stop: the model or a stop string ended it; length: max_tokens did.",
-    "Completion.choices.token_ids": "With return_token_ids: all that was generated, also what is not in the text.",
-    "Completion.choices.prompt_token_ids": "With return_token_ids: the prompt as the model read it.",
-    "Completion.choices.prompt_logprobs": "With prompt_logprobs: for each token that the model read, by token id.",
-    "Completion.choices.prompt_logprobs.logprob": "Its log probability.",
-    "Completion.choices.prompt_logprobs.rank": "1 for the likeliest token.",
-    "Completion.choices.prompt_logprobs.decoded_token": "Its text.",
-    "Completion.usage": "What was counted.",
-    "Chunk.choices": "One choice, with what is new of it; none in the last chunk if that has the usage.",
-    "Chunk.choices.text": "What is new.",
-    "Chunk.choices.finish_reason": "null until its last chunk.",
-    "Chunk.usage": "As stream_options says.",
-    "Logprobs.text_offset": "Where each token begins, in characters from the start of the prompt.",
-    "Logprobs.token_logprobs": "The log probability of each token; null for the first of a prompt.",
-    "Logprobs.tokens": "Each token's text, or bytes:\\x… where it is no whole character.",
-    "Logprobs.top_logprobs": "The likeliest tokens at each place, the token itself first.",
-    "Usage.prompt_tokens": "Tokens of the prompts, each once.",
-    "Usage.completion_tokens": "Tokens of all candidates' texts.",
-    "Usage.total_tokens": "Both together.",
-    "Usage.completion_tokens_details": "Of them.",
+    "Completion.id": "The ID of this response.",
+    "Completion.object": "The type of this object.",
+    "Completion.created": "The time at which the server received the request, in Unix seconds.",
+    "Completion.model": "The model that generated the text.",
+    "Completion.system_fingerprint": "The same fingerprint, request and seed give the same response.",
+    "Completion.choices": "The choices, n per prompt, in the order of the prompts.",
+    "Completion.choices.text": "The generated text; with echo, the prompt and the generated text.",
+    "Completion.choices.index": "The number of this choice, from 0.",
+    "Completion.choices.logprobs": "Log probabilities of the tokens; null if the request did not set logprobs.",
+    "Completion.choices.finish_reason": "stop: an end token or a stop string ended the text; length: max_tokens did.",
+    "Completion.choices.token_ids": "With return_token_ids: the ids of all generated tokens, even if not in the text.",
+    "Completion.choices.prompt_token_ids": "With return_token_ids: the token ids of the prompt as the model read it.",
+    "Completion.choices.prompt_logprobs": "With prompt_logprobs: for each token, log probabilities by token id.",
+    "Completion.choices.prompt_logprobs.logprob": "The log probability of the token.",
+    "Completion.choices.prompt_logprobs.rank": "The rank of the token; 1 for the most likely one.",
+    "Completion.choices.prompt_logprobs.decoded_token": "The text of the token.",
+    "Completion.usage": "The numbers of tokens used.",
+    "Chunk.choices": "One choice with its new text and tokens; empty in a last chunk that has the usage.",
+    "Chunk.choices.text": "The new text of the choice.",
+    "Chunk.choices.finish_reason": "null before the last chunk of the choice.",
+    "Chunk.usage": "The numbers of tokens used; stream_options states in which chunks.",
+    "Logprobs.text_offset": "The position of each token, in characters from the start of the prompt.",
+    "Logprobs.token_logprobs": "The log probability of each token; null for the first token of a prompt.",
+    "Logprobs.tokens": "Each token's text, or bytes:\\x… if the token is not a whole character.",
+    "Logprobs.top_logprobs": "The most likely tokens at each position; the token itself comes first.",
+    "Usage.prompt_tokens": "Tokens in the prompts; each prompt counts once.",
+    "Usage.completion_tokens": "Tokens in the texts of all candidates.",
+    "Usage.total_tokens": "The sum of prompt_tokens and completion_tokens.",
+    "Usage.completion_tokens_details": "Details of completion_tokens.",
     "Usage.completion_tokens_details.accepted_prediction_tokens": "Always 0.",
     "Usage.completion_tokens_details.audio_tokens": "Always 0.",
     "Usage.completion_tokens_details.reasoning_tokens": "Always 0.",
     "Usage.completion_tokens_details.rejected_prediction_tokens": "Always 0.",
-    "Usage.prompt_tokens_details": "Of them.",
+    "Usage.prompt_tokens_details": "Details of prompt_tokens.",
     "Usage.prompt_tokens_details.audio_tokens": "Always 0.",
-    "Usage.prompt_tokens_details.cached_tokens": "Tokens that had been computed before.",
-    "Error.error": "What is wrong.",
-    "Error.error.message": "In a sentence.",
-    "Error.error.type": "Whose fault it is.",
-    "Error.error.param": "The field that is to blame, if it is one.",
-    "Error.error.code": "The kind of mistake, if it has a name.",
-    "Model.id": "Its name in requests.",
-    "Model.object": "What this is.",
-    "Model.created": "When its file was last changed, in Unix seconds.",
+    "Usage.prompt_tokens_details.cached_tokens": "Tokens taken from the prefix cache.",
+    "Error.error": "The error.",
+    "Error.error.message": "A description of the error.",
+    "Error.error.type": "The kind of error: for example an invalid request, a rate limit or a failure of the server.",
+    "Error.error.param": "The name of the invalid field; null if the error is not in one field.",
+    "Error.error.code": "The code of the error; null if it has none.",
+    "Model.id": "The name of the model in requests.",
+    "Model.object": "The type of this object.",
+    "Model.created": "The time of the last change of the model's file, in Unix seconds.",
     "Model.owned_by": "Always afterword.",
-    "Model.status": "Whether it is loaded.",
-    "Model.max_model_len": "Tokens of a prompt and its completion together.",
-    "Model.system_fingerprint": "As in its answers; null before it was loaded.",
-    "Model.reproducible": "exact: a token has the same numbers read or generated; reproducible: the same request gives "
-    "the same answer; none: not promised.",
-    "Model.infill": "Whether it takes a suffix; null before it was loaded.",
-    "Models.object": "What this is.",
-    "Models.data": "All models that are served.",
-    "Tokens.tokens": "Token ids.",
-    "Tokens.count": "How many.",
-    "Tokens.max_model_len": "How many fit.",
-    "Text.prompt": "The text that they spell; bytes that are no characters become U+FFFD.",
-    "Tokenizer.vocab_size": "How many tokens there are.",
-    "Tokenizer.model_max_length": "Tokens of a prompt and its completion together.",
-    "Tokenizer.add_bos_token": "Whether a text gets the beginning-of-sequence token.",
+    "Model.status": "The state of the model, such as ready or unloaded.",
+    "Model.max_model_len": "The most tokens of a prompt and its completion together.",
+    "Model.system_fingerprint": "The fingerprint in its responses; null until the model has been loaded once.",
+    "Model.reproducible": "exact: a token has the same log probability whether it is in the prompt or generated; "
+    "reproducible: the same request gets the same response; none: no promise.",
+    "Model.infill": "Whether the model supports suffix; null until the model has been loaded once.",
+    "Models.object": "The type of this object.",
+    "Models.data": "All models of this server.",
+    "Tokens.tokens": "The token ids.",
+    "Tokens.count": "The number of tokens.",
+    "Tokens.max_model_len": "The most tokens of a prompt and its completion together.",
+    "Text.prompt": "The text of the tokens. Bytes that are not valid UTF-8 become U+FFFD.",
+    "Tokenizer.vocab_size": "The number of tokens in the vocabulary.",
+    "Tokenizer.model_max_length": "The most tokens of a prompt and its completion together.",
+    "Tokenizer.add_bos_token": "Whether the server puts the beginning-of-sequence token before a text.",
     "Tokenizer.bos_token": "The beginning-of-sequence token.",
-    "Tokenizer.bos_token_id": "Its id.",
+    "Tokenizer.bos_token_id": "The id of the beginning-of-sequence token.",
     "Tokenizer.eos_token": "The end-of-sequence token.",
-    "Tokenizer.eos_token_id": "Its id.",
-    "Version.version": "Of the server.",
-    "Status.status": "The state in a word.",
+    "Tokenizer.eos_token_id": "The id of the end-of-sequence token.",
+    "Version.version": "The version of the server.",
+    "Status.status": "The state of the server.",
 }
 
 REQUEST_SCHEMAS: dict[str, JsonSchema] = {
-    "Tokenize.prompt": description("The text.", "Once upon a time"),
+    "Tokenize.prompt": description("The text to tokenize.", "Once upon a time"),
     "Tokenize.add_special_tokens": description(
-        "Whether to add what the model's texts begin with; true if absent.", False
+        "Whether to add the beginning-of-sequence token if the model needs it; the default is true.", False
     ),
-    "Tokenize.model": description("Which of the served models; absent where there is only one.", "afterword-tiny"),
-    "Detokenize.tokens": description("Token ids.", [647, 604]),
-    "Detokenize.model": description("Which of the served models; absent where there is only one.", "afterword-tiny"),
+    "Tokenize.model": description("The model; required if the server has several.", "afterword-tiny"),
+    "Detokenize.tokens": description("The token ids.", [647, 604]),
+    "Detokenize.model": description("The model; required if the server has several.", "afterword-tiny"),
 }
-"""Members of bodies that are no completion's."""
+"""Descriptions and examples of the members of the bodies of `/tokenize` and `/detokenize`."""
 
 _LOGPROBS = {
     "text_offset": [0, 4, 9],
@@ -162,14 +162,16 @@ EXAMPLES: dict[str, Any] = {
     },
     "Version": {"version": "0.1.0"},
 }
-"""One of each answer, with every member."""
+"""One example of each response, with every member."""
 
-_CHUNKS = {name.replace("Completion.", "Chunk."): text for name, text in _MEMBER_TEXTS.items() if "Completion." in name}
-DESCRIPTIONS = {name: description(text) for name, text in (_CHUNKS | _MEMBER_TEXTS).items()}
-"""By the dotted name of the member."""
+_CHUNK_TEXTS = {
+    name.replace("Completion.", "Chunk."): text for name, text in _MEMBER_TEXTS.items() if "Completion." in name
+}
+DESCRIPTIONS = {name: description(text) for name, text in (_CHUNK_TEXTS | _MEMBER_TEXTS).items()}
+"""The descriptions by the dotted name of the member."""
 
 
 def described_schemas(schemas: dict[str, JsonSchema]) -> dict[str, JsonSchema]:
-    """Schemas of answers with meanings and examples."""
+    """The schemas of responses, with descriptions and examples added."""
     examples = {name: {"examples": [EXAMPLES[name]]} if name in EXAMPLES else {} for name in schemas}
     return {name: described_schema(schema, name, DESCRIPTIONS) | examples[name] for name, schema in schemas.items()}

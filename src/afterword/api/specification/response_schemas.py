@@ -1,4 +1,4 @@
-"""What every answer looks like, as JSON Schemas. They are complete: a member that is not here is not in an answer."""
+"""JSON Schemas of all responses but those of files and batches. They are complete: a response has no other members."""
 
 from __future__ import annotations
 
@@ -13,33 +13,32 @@ NUMBER: JsonSchema = {"type": "number"}
 
 
 def array_schema(items: JsonSchema) -> JsonSchema:
-    """A list of one kind of thing."""
     return {"type": "array", "items": items}
 
 
 def mapping(values: JsonSchema) -> JsonSchema:
-    """An object whose keys are data."""
+    """An object with arbitrary keys."""
     return {"type": "object", "additionalProperties": values}
 
 
 def constant(value: str) -> JsonSchema:
-    """Always the same text."""
+    """A string with only one allowed value."""
     return {"type": "string", "const": value}
 
 
 def or_null(schema: JsonSchema) -> JsonSchema:
-    """The same, or null."""
+    """`schema`, or null."""
     return {"anyOf": [schema, {"type": "null"}]}
 
 
-def object_schema(sometimes: tuple[str, ...] = (), /, **properties: JsonSchema) -> JsonSchema:
-    """An object with these members, of which some are not always there, and no others."""
-    required = [name for name in properties if name not in sometimes]
+def object_schema(optional: tuple[str, ...] = (), /, **properties: JsonSchema) -> JsonSchema:
+    """An object with exactly these members, of which those in `optional` may be absent."""
+    required = [name for name in properties if name not in optional]
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
 
 def ref(name: str) -> JsonSchema:
-    """One of `RESPONSE_SCHEMAS`."""
+    """A reference to a schema of the document by its name."""
     return {"$ref": f"#/components/schemas/{name}"}
 
 
@@ -110,4 +109,4 @@ RESPONSE_SCHEMAS: dict[str, JsonSchema] = {
     ),
     "Version": object_schema(version=TEXT),
 }
-"""Every object that is answered with, by its name."""
+"""The schemas of response objects, by name."""

@@ -1,4 +1,4 @@
-"""Limits as callers see them: the headers of every answer, and the refusals."""
+"""The `x-ratelimit-*` headers of a response, and the errors for requests beyond a limit."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ _NAMES = {
     "concurrent": "requests at the same time",
 }
 
-HEADERS = tuple(f"x-ratelimit-{what}-{limit}" for limit in ("requests", "tokens") for what in _HEADER_PARTS)
-"""All that can be told of limits."""
+HEADERS = tuple(f"x-ratelimit-{part}-{limit}" for limit in ("requests", "tokens") for part in _HEADER_PARTS)
+"""The names of all headers about limits."""
 
 
-def headers(standings: Sequence[LimitStatus]) -> dict[str, str]:
-    """`x-ratelimit-*` of the limits that a key has."""
+def headers(statuses: Sequence[LimitStatus]) -> dict[str, str]:
+    """The headers for the limits that an account has; limits that it does not have are absent."""
     return {
-        f"x-ratelimit-{what}-{each.limit}": value
-        for each in standings
-        for what, value in zip(
-            _HEADER_PARTS, (str(each.allowed), str(each.remaining), duration(each.full)), strict=True
+        f"x-ratelimit-{part}-{status.limit}": value
+        for status in statuses
+        for part, value in zip(
+            _HEADER_PARTS, (str(status.allowed), str(status.remaining), duration(status.full)), strict=True
         )
     }
 
 
 def duration(nanoseconds: int) -> str:
-    """Rounded up, and written as the API does: 0s, 20ms, 1s, 6m0s, 1h0m0s."""
+    """A duration in OpenAI's format, rounded up: 0s, 20ms, 1s, 6m0s, 1h0m0s."""
     milliseconds = -(-nanoseconds // 10**6)
     if 0 < milliseconds < 1000:
         return f"{milliseconds}ms"
@@ -41,21 +41,24 @@ def duration(nanoseconds: int) -> str:
 
 
 def rate_limit_error(refusal: LimitExceeded) -> RateLimited:
-    """The error for a key that has reached a limit."""
+    """The error for a request that would exceed a limit of its account."""
     if refusal.limit == "quota":
         return RateLimited(
-            f"You exceeded your current quota of {refusal.allowed} tokens: {refusal.remaining} are left and "
-            f"this request "
-            f"can use {refusal.wanted}. Ask whoever runs this server for more.",
+            f"You exceeded your current quota of {refusal.allowed} tokens: {refusal.remaining} are left, and this "
+            f"request can use {refusal.wanted}. Ask the server's operator for a larger quota.",
             kind="insufficient_quota",
             code="insufficient_quota",
             retry_after=None,
         )
-    told = f"Limit {refusal.allowed}, Used {refusal.allowed - refusal.remaining}, Requested {refusal.wanted}"
+    figures = f"Limit {refusal.allowed}, Used {refusal.allowed - refusal.remaining}, Requested {refusal.wanted}"
     wait = None if refusal.wait is None else retry_after_seconds(refusal.wait)
-    advice = "Please send less at once." if wait is None else f"Please try again in {wait}s."
+    advice = (
+        "The request alone is larger than the limit: please send a smaller one."
+        if wait is None
+        else f"Please try again in {wait}s."
+    )
     return RateLimited(
-        f"Rate limit reached on {_NAMES[refusal.limit]}: {told}. {advice}",
+        f"Rate limit reached on {_NAMES[refusal.limit]}: {figures}. {advice}",
         kind="tokens" if refusal.limit == "tokens" else "requests",
         code="rate_limit_exceeded",
         retry_after=wait,
@@ -63,7 +66,7 @@ def rate_limit_error(refusal: LimitExceeded) -> RateLimited:
 
 
 def wrong_key_error(wait: int) -> RateLimited:
-    """The error for an address that has tried too many wrong keys."""
+    """The error for an address that sent too many wrong keys. `wait`: nanoseconds until the next attempt."""
     return RateLimited(
         f"Too many wrong API keys came from your address. Please try again in {retry_after_seconds(wait)}s.",
         kind="requests",
@@ -73,5 +76,5 @@ def wrong_key_error(wait: int) -> RateLimited:
 
 
 def retry_after_seconds(nanoseconds: int) -> int:
-    """Whole seconds, rounded up, and at least one: what Retry-After can say."""
+    """Whole seconds for the header Retry-After: rounded up, at least 1."""
     return max(1, -(-nanoseconds // _SECOND))
