@@ -53,7 +53,7 @@ export const FIELDS = [
     group: "Beyond the API",
   }),
   field("return_token_ids", "boolean", false, "Return token ids.", { group: "Beyond the API" }),
-  field("prompt_logprobs", "integer", null, "Number of alternatives for each prompt token, in the raw response. Not streamed.", {
+  field("prompt_logprobs", "integer", null, "Alternatives for each prompt token, in the raw response. Not streamed.", {
     group: "Beyond the API",
   }),
   field("continuous_usage_stats", "boolean", false, "Report usage in every event.", {
