@@ -119,7 +119,7 @@ def test_a_server_with_keys_asks_for_one(visit: Visit, serve: Any) -> None:
     with serve("--parallel", "1") as server:
         visitor = visit(server.url)
         visitor.page.goto(f"{server.url}/docs")
-        expect(visitor.page.get_by_role("status")).to_have_text("This server asks for a key. Enter it above.")
+        expect(visitor.page.get_by_role("status")).to_have_text("This server requires an API key. Enter it above.")
         visitor.trouble.clear()  # the browser reports the 401 that was wanted
         visitor.page.get_by_label("API key").fill(server.key)
         visitor.page.get_by_label("API key").press("Enter")

@@ -113,7 +113,7 @@ def test_without_room_alternatives_are_left_out_first(visitor: PageDriver) -> No
 def test_without_any_room_it_is_said(visitor: PageDriver) -> None:
     visitor.page.evaluate(NO_ROOM, "")
     visitor.write(BEGINNING)
-    expect(visitor.find("#notice-text")).to_contain_text("no room left")
+    expect(visitor.find("#notice-text")).to_contain_text("storage is full")
 
 
 def test_a_file_that_is_no_session_is_said_to_be_none(visitor: PageDriver, tmp_path: Any) -> None:
@@ -154,7 +154,7 @@ def test_an_error_within_a_stream_keeps_what_had_come(visitor: PageDriver, whole
     visitor.area.focus()
     visitor.press("Control+Enter")
     expect(visitor.find("#notice-text")).to_have_text(
-        "The engine died." if whole else "The answer broke off before its end."
+        "The engine died." if whole else "The connection closed before the response was complete."
     )
     assert visitor.text == "Hello there"
 

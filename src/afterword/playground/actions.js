@@ -60,7 +60,7 @@ export class Actions {
     this.stop();
     const node = this.workspace.commit();
     const { start, end, gap } = node.facts;
-    if (start === undefined) return this.view.say("Nothing was written here that could be written again.");
+    if (start === undefined) return this.view.say("There is no generated text here to write again.");
     const after = gap ? slice(node.pieces, end) : [];
     const parent = this.workspace.tree.parent(node);
     return this.#write({ before: slice(node.pieces, 0, start), after, parent, gap: Boolean(gap) });
@@ -76,7 +76,7 @@ export class Actions {
     const most = fields.find(({ name }) => name === "logprobs")?.maximum ?? ALTERNATIVES;
     const alternatives = Math.min(most, Math.max(values.logprobs ?? 0, ALTERNATIVES));
     const body = scoringOf(fields, values, { model, prompt: text }, alternatives);
-    const run = this.#begin("Reading the text…", () => {});
+    const run = this.#begin("Scoring the text…", () => {});
     const clock = new Clock();
     return this.#hear(run, body, (answer) => {
       workspace.renumber(readingOf(answer, text, workspace.pieces, seedOf(model)));

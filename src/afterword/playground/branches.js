@@ -5,7 +5,7 @@ import { make } from "./dom.js";
 export function showBranches(root, tree, current, go) {
   const rows = [...tree.walk()].map(({ node, depth }) => {
     const label = tree.label(node);
-    const facts = node.facts.edited ? "edited" : (node.facts.model ? (node.facts.finish ?? "stopped") : "begun");
+    const facts = node.facts.edited ? "edited" : (node.facts.model ? (node.facts.finish ?? "stopped") : "beginning");
     const row = make("button", {
       type: "button",
       className: "branch",

@@ -55,7 +55,7 @@ function members(schema, sent, depth = 0, seen = []) {
     const nothing = each.default !== undefined && each.anyOf; // null means that the field is absent: it is not listed as a value
     const facts = [inWords(nothing ? { anyOf: each.anyOf.filter((one) => !isNull(one)) } : each)];
     const required = found.required.includes(name);
-    if (required === sent) facts.push(sent ? "required" : "not always there");
+    if (required === sent) facts.push(sent ? "required" : "not always present");
     if (each.default !== undefined && each.default !== null) facts.push(`default ${JSON.stringify(each.default)}`);
     const place = ["", "inner", "innermost"][Math.min(depth, 2)];
     const meaning = make("dd", { className: place }, ...prose(each.description ?? ""));
@@ -287,7 +287,7 @@ async function load() {
   } catch {
     return notice("The server cannot be reached.");
   }
-  if (response.status === 401) return notice("This server asks for a key. Enter it above.");
+  if (response.status === 401) return notice("This server requires an API key. Enter it above.");
   const answer = await response.json();
   if (!response.ok) return notice(answer.error.message);
   whole = answer;

@@ -4,43 +4,59 @@
 const field = (name, kind, standard, help, more = {}) => ({ name, kind, standard, help, ...more });
 
 export const FIELDS = [
-  field("max_tokens", "integer", 16, "The most tokens to write.", { initial: 100 }),
-  field("temperature", "slider", 1, "0 takes the likeliest token, higher draws more freely.", { low: 0, high: 2 }),
-  field("top_p", "slider", 1, "Draw from the smallest set of tokens with this much probability.", { low: 0, high: 1 }),
-  field("n", "integer", 1, "How many answers, side by side."),
-  field("stop", "texts", null, "The answer ends before the first of these. \\n is a line end."),
-  field("seed", "integer", null, "The same seed, the same answer."),
-  field("logprobs", "integer", null, "How many alternatives to show for each token.", { initial: 5 }),
+  field("max_tokens", "integer", 16, "The largest number of tokens to generate.", { initial: 100 }),
+  field("temperature", "slider", 1, "0 takes the most likely token; higher values vary more.", {
+    low: 0, high: 2,
+  }),
+  field("top_p", "slider", 1, "Sample from the smallest set of tokens with this total probability.", {
+    low: 0, high: 1,
+  }),
+  field("n", "integer", 1, "Number of choices, shown side by side."),
+  field("stop", "texts", null, "Generation ends before the first of these texts. \\n is a line end."),
+  field("seed", "integer", null, "The same seed gives the same text."),
+  field("logprobs", "integer", null, "Number of alternatives to show for each token.", { initial: 5 }),
 
-  field("best_of", "integer", null, "Write so many, give the n likeliest. Not streamed.", { group: "More" }),
-  field("presence_penalty", "slider", 0, "Against tokens written already.", { group: "More", low: -2, high: 2 }),
-  field("frequency_penalty", "slider", 0, "The same, for each time.", { group: "More", low: -2, high: 2 }),
-  field("logit_bias", "bias", null, "Make the tokens of a text likelier, or −100 to forbid them.", { group: "More" }),
-  field("echo", "boolean", false, "Give the probabilities of the text before, too.", { group: "More" }),
-  field("stream", "boolean", false, "Show tokens as they come.", { group: "More", initial: true }),
-  field("user", "text", null, "Whom to count this for.", { group: "More" }),
+  field("best_of", "integer", null, "Generate this many candidates, return the n most likely. Not streamed.", {
+    group: "More",
+  }),
+  field("presence_penalty", "slider", 0, "Above 0: makes tokens that were already generated less likely.", {
+    group: "More", low: -2, high: 2,
+  }),
+  field("frequency_penalty", "slider", 0, "The same, once for each occurrence.", { group: "More", low: -2, high: 2 }),
+  field("logit_bias", "bias", null, "Makes the tokens of a text more likely; −100 forbids them.", {
+    group: "More",
+  }),
+  field("echo", "boolean", false, "Also return the probabilities of the prompt's tokens.", { group: "More" }),
+  field("stream", "boolean", false, "Show tokens as they are generated.", { group: "More", initial: true }),
+  field("user", "text", null, "An identifier of the end user.", { group: "More" }),
 
-  field("top_k", "integer", 0, "Draw from so many of the likeliest tokens; 0: from all.", { group: "Beyond the API" }),
-  field("min_p", "slider", 0, "Draw from tokens with at least this share of the likeliest one's probability.", {
+  field("top_k", "integer", 0, "Sample from this many of the most likely tokens; 0: from all.", {
+    group: "Beyond the API",
+  }),
+  field("min_p", "slider", 0, "Sample from tokens with at least this fraction of the highest probability.", {
     group: "Beyond the API",
     low: 0,
     high: 1,
   }),
-  field("repetition_penalty", "slider", 1, "Above 1: against tokens of the text or the answer.", {
+  field("repetition_penalty", "slider", 1, "Above 1: makes tokens of the prompt or the generated text less likely.", {
     group: "Beyond the API",
     low: 0.01,
     high: 2,
   }),
-  field("min_tokens", "integer", 0, "Do not end before so many tokens.", { group: "Beyond the API" }),
-  field("ignore_eos", "boolean", false, "Go on where the model would end.", { group: "Beyond the API" }),
-  field("stop_token_ids", "ids", null, "Token ids that end the answer.", { group: "Beyond the API" }),
-  field("add_special_tokens", "boolean", true, "Begin as the model was taught to.", { group: "Beyond the API" }),
-  field("cache_salt", "text", null, "Share computed beginnings only with the same salt.", { group: "Beyond the API" }),
-  field("return_token_ids", "boolean", false, "Give token ids.", { group: "Beyond the API" }),
-  field("prompt_logprobs", "integer", null, "Alternatives for the prompt's tokens, in the raw answer. Not streamed.", {
+  field("min_tokens", "integer", 0, "Generate at least this many tokens.", { group: "Beyond the API" }),
+  field("ignore_eos", "boolean", false, "Continue after the model's end token.", { group: "Beyond the API" }),
+  field("stop_token_ids", "ids", null, "Token ids that end generation.", { group: "Beyond the API" }),
+  field("add_special_tokens", "boolean", true, "Begin the prompt with BOS if the model expects it.", {
     group: "Beyond the API",
   }),
-  field("continuous_usage_stats", "boolean", false, "Usage in every event.", {
+  field("cache_salt", "text", null, "Share cached prefixes only with requests of the same salt.", {
+    group: "Beyond the API",
+  }),
+  field("return_token_ids", "boolean", false, "Return token ids.", { group: "Beyond the API" }),
+  field("prompt_logprobs", "integer", null, "Alternatives for each prompt token, in the raw response. Not streamed.", {
+    group: "Beyond the API",
+  }),
+  field("continuous_usage_stats", "boolean", false, "Report usage in every event.", {
     group: "Beyond the API",
     inside: "stream_options",
   }),

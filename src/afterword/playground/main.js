@@ -280,7 +280,7 @@ const commands = {
     const around = [editor.end, editor.end - 1].map((at) => placeAt(workspace.pieces, at)?.piece);
     const found = around.find((p) => p?.token);
     if (found) popover.show(found, { stale: isStale(found) }, true);
-    else say("Nothing is known of the token here yet: score the text first.");
+    else say("The token at the cursor has no numbers yet: score the text first.");
   },
 };
 

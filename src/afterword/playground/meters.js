@@ -50,8 +50,8 @@ export function showNumbers(pieces, seed, from, to) {
   find("sums").replaceChildren(
     ...items.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))),
   );
-  const stale = `${number(sum.stale)} of the numbers are of another text or model: score again.`;
-  find("sums-note").textContent = sum.stale ? stale : sum.plain ? "Not all of it has numbers." : "";
+  const stale = `${number(sum.stale)} tokens have numbers of another text or model: score again.`;
+  find("sums-note").textContent = sum.stale ? stale : sum.plain ? "Some of the text has no numbers." : "";
 }
 
 /** The surprisal along the text as bars, and the offset of each bar. */

@@ -41,7 +41,7 @@ export class Server {
       if (value.error) throw new Problem(value.error.message, { id, param: value.error.param });
       yield value;
     }
-    throw new Problem("The answer broke off before its end.", { id });
+    throw new Problem("The connection closed before the response was complete.", { id });
   }
 
   async #send(path, options) {

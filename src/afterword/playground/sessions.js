@@ -48,7 +48,7 @@ export class SessionList {
     const session = this.read();
     if (!session.tree.pieces.length) return;
     const kept = sessions.put(this.id, this.#title(session), session);
-    if (kept === "none") this.fail("There is no room left in this browser's storage: export what you want to keep.");
+    if (kept === "none") this.fail("This browser's storage is full. Export the sessions that you want to keep.");
     preferences.set("session", this.id);
     this.#draw();
   }
