@@ -375,6 +375,14 @@ def test_a_stop_string_ends_nothing_before_the_fewest_tokens() -> None:
     assert (result.text, result.finish) == (" cat the cat sat", "stop")
 
 
+@pytest.mark.parametrize("min_tokens", range(7))
+@pytest.mark.parametrize("text", ["aENDx", "ENDEND", "aEENDD", "xENDyEND", "EEEEND"])
+def test_a_stop_string_that_is_complete_after_the_fewest_tokens_ends_the_text(text: str, min_tokens: int) -> None:
+    result = build_whole(plan(prompt=("a",), stop=("END",), min_tokens=min_tokens), text.encode())
+    complete = [end for end in range(min_tokens + 1, len(text) + 1) if text[:end].endswith("END")]
+    assert (result.text, result.finish) == ((text[: complete[0] - 3], "stop") if complete else (text, "length"))
+
+
 # ---- a character that starts in the prompt and ends in the completion
 
 EMOJI = "😀".encode()

@@ -45,6 +45,7 @@ class TextStream(Generic[T]):
         self._start = start  # offset of the first unreleased character
         self._text = ""
         self._held: deque[tuple[TokenAtOffset[T], int, bool]] = deque()  # token, end offset, ends a whole character
+        self._may_stop = True
         self.stopped = False
 
     @property
@@ -53,15 +54,20 @@ class TextStream(Generic[T]):
         return self._start + len(self._text)
 
     def push(self, token: T, piece: bytes, may_stop: bool = True) -> None:
-        """Add a token and its bytes. Ignored after a stop string. `may_stop`: search its text for stop strings."""
+        """Add a token and its bytes. Ignored after a stop string.
+
+        `may_stop`: whether a stop string that is complete with this token ends the text. It may begin in earlier tokens
+        that could not end the text themselves.
+        """
+        self._may_stop = may_stop
         if not self.stopped and self._interrupts_character(piece):
-            self._flush_decoder(may_stop)
+            self._flush_decoder()
         if self.stopped:
             return
         offset = self.end
-        self._append(self._decoder.decode(piece), may_stop)
+        self._append(self._decoder.decode(piece))
         whole = not self._decoder.getstate()[0]
-        if offset < self.end or not self.stopped:
+        if offset < self.end or not self.stopped:  # a token whose text is cut off by the stop string is not reported
             self._held.append((TokenAtOffset(token, offset), self.end, whole))
 
     def release(self) -> ReleasedText[T]:
@@ -78,7 +84,7 @@ class TextStream(Generic[T]):
     def finish(self) -> ReleasedText[T]:
         """Release all remaining tokens, at the end of the sample."""
         if not self.stopped:
-            self._flush_decoder(may_stop=True)
+            self._flush_decoder()
         return self._release(len(self._held), self.end)
 
     def _interrupts_character(self, piece: bytes) -> bool:
@@ -90,15 +96,16 @@ class TextStream(Generic[T]):
             return bool(pending)
         return False
 
-    def _flush_decoder(self, may_stop: bool) -> None:
+    def _flush_decoder(self) -> None:
         """Decode an incomplete character as U+FFFD.
 
-        If no token is held, all its bytes are from the text before `start`, which is not searched for stop strings.
+        A token that ends inside a character is always held. If no token is held, the bytes of the character come from
+        the text before `start`, which is not searched for stop strings.
         """
-        self._append(self._decoder.decode(b"", final=True), may_stop and bool(self._held))
+        self._append(self._decoder.decode(b"", final=True), searched=bool(self._held))
 
-    def _append(self, text: str, may_stop: bool = True) -> None:
-        found = self._stops.feed(text) if may_stop else None
+    def _append(self, text: str, searched: bool = True) -> None:
+        found = self._stops.feed(text, self._may_stop) if searched else None
         if found is None:
             self._text += text
             return
@@ -144,13 +151,16 @@ class StopMatcher:
         """How many of the last characters could be the start of a stop string."""
         return max(self._matched, default=0)
 
-    def feed(self, text: str) -> tuple[int, int] | None:
-        """The position in `text` after the first complete stop string, and its length; None if none is complete."""
+    def feed(self, text: str, may_stop: bool = True) -> tuple[int, int] | None:
+        """The position in `text` after the first complete stop string, and its length; None if none is complete.
+
+        Without `may_stop`, stop strings that are complete in `text` are passed over.
+        """
         if not self._matched:
             return None
         for position, character in enumerate(text, 1):
             longest = max(self._advance(index, character) for index in range(len(self._matched)))
-            if longest:
+            if longest and may_stop:
                 return position, longest
         return None
 
