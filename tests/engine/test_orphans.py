@@ -17,7 +17,7 @@ import pytest
 
 from afterword.engine import messages
 
-FAKE = str(Path(__file__).with_name("fake_child.py"))
+FAKE = str(Path(__file__).with_name("fake_worker.py"))
 SECONDS = 30  # for an engine that never ends, not for slow machines
 
 

@@ -105,7 +105,7 @@ def test_the_built_in_vocabulary_tokenizes_as_llama_cpp_does(builtin: Vocabulary
 def test_only_where_the_order_matters_llama_cpp_finds_the_special_tokens(made: Vocabulary, request: Any) -> None:
     ambiguous = request.node.callspec.params["made"] == "order that llama.cpp alone knows"
     assert made.ambiguous == ambiguous
-    assert (made.runs is not None) == ambiguous
+    assert (made.slow_runs is not None) == ambiguous
 
 
 # ---- what is given to llama.cpp

@@ -28,7 +28,7 @@ from afterword.errors import (
     SettingError,
 )
 
-FAKE = (sys.executable, str(Path(__file__).with_name("fake_child.py")))
+FAKE = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
 PLAIN = Sampling()
 
 
@@ -374,7 +374,7 @@ def test_numbers_that_may_differ_a_second_time_are_not_mixed():
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A file that is a model, see `fake_child`."""
+    """A file that is a model, see `fake_worker`."""
     path = tmp_path / "model"
     path.write_text("fp_old")
     return path
@@ -578,7 +578,7 @@ def test_an_error_while_the_jobs_of_a_dead_engine_are_sorted_does_not_end_the_su
 
 def test_an_error_in_the_watch_does_not_end_the_watching(monkeypatch, caplog):
     monkeypatch.setattr("afterword.system.tasks._FIRST_PAUSE", 0.0)
-    monkeypatch.setattr("afterword.engine.parent.supervisor.TICK", 0.001)
+    monkeypatch.setattr("afterword.engine.parent.supervisor.TICK_SECONDS", 0.001)
     expire, left, looked = Supervisor._expire, [1, 2], asyncio.Event()
 
     def failing(self: Supervisor, accepted: float) -> None:

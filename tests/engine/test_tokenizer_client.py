@@ -204,5 +204,5 @@ def test_a_text_beyond_the_limit_is_refused() -> None:
 def test_a_run_that_takes_the_tokenizer_too_long_is_refused(text: str) -> None:
     model_info = replace(CARD, slow_runs=(r"\s", 4))
     check_text("    a    b    ", 100, model_info)
-    with pytest.raises(RequestError, match="more than 4 characters of one kind in a row"):
+    with pytest.raises(RequestError, match="more than 4 consecutive characters"):
         check_text(text, 100, model_info)
