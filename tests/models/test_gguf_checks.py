@@ -17,9 +17,9 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"tokenizer.ggml.tokens": ["a", "b", "a"]}, "1 of its tokens are there twice"),
-        ({"tokenizer.ggml.tokens": ["a", "a\0b"]}, "1 of its tokens are there twice"),
-        ({"tokenizer.ggml.tokens": ["[EMPTY_1]", ""]}, "1 of its tokens are there twice"),
+        ({"tokenizer.ggml.tokens": ["a", "b", "a"]}, "1 of its tokens are duplicates"),
+        ({"tokenizer.ggml.tokens": ["a", "a\0b"]}, "1 of its tokens are duplicates"),
+        ({"tokenizer.ggml.tokens": ["[EMPTY_1]", ""]}, "1 of its tokens are duplicates"),
         ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": BYTES[:-1]}, "no token stands for the byte 255"),
         ({"llama.block_count": 513}, "it has 513 layers"),
         ({"llama.nextn_predict_layers": 3}, "3 of its 2 layers predict further tokens"),

@@ -151,19 +151,19 @@ def test_a_model_without_a_vocabulary_is_refused(tmp_path: Path, kind: str, toke
 @pytest.mark.parametrize("architecture", ["wavtokenizer-dec", "qwen3tts", "pockettts"])
 def test_what_makes_audio_is_refused_by_name(tmp_path: Path, architecture: str) -> None:
     changes = {"general.architecture": architecture, "tokenizer.ggml.model": "none"}
-    assert f"makes audio ({architecture})" in refused(tmp_path, gguf(changes))
+    assert f"generates audio ({architecture})" in refused(tmp_path, gguf(changes))
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"general.architecture": None}, "does not name its architecture"),
-        ({"general.type": "adapter"}, "of the kind 'adapter'"),
+        ({"general.type": "adapter"}, "of the type 'adapter'"),
         ({"general.alignment": 24}, "alignment 24"),
-        ({"llama.block_count": None}, "no usable 'llama.block_count'"),
-        ({"llama.embedding_length": "wide"}, "no usable 'llama.embedding_length'"),
-        ({"llama.context_length": -1}, "no usable 'llama.context_length'"),
-        ({"split.no": 2, "split.count": 3}, "name its first part, model-00001-of-00003.gguf"),
+        ({"llama.block_count": None}, "no valid value for the metadata key 'llama.block_count'"),
+        ({"llama.embedding_length": "wide"}, "no valid value for the metadata key 'llama.embedding_length'"),
+        ({"llama.context_length": -1}, "no valid value for the metadata key 'llama.context_length'"),
+        ({"split.no": 2, "split.count": 3}, "Name its first part, model-00001-of-00003.gguf"),
         ({"split.count": 2}, "model-00002-of-00002.gguf does not exist"),
     ],
 )
@@ -175,11 +175,11 @@ def test_unusable_values(tmp_path: Path, changes: dict[str, object], says: str) 
     ("architecture", "changes", "says"),
     [
         *((name, {}, "diffusion model") for name in ("dream", "llada", "llada-moe", "rnd1")),
-        *((name, {}, "model for embeddings") for name in ("bert", "nomic-bert", "modern-bert", "gemma-embedding")),
-        ("qwen3", {"qwen3.attention.causal": False}, "model for embeddings"),
-        ("llama", {"llama.attention.causal": False}, "model for embeddings"),
-        ("cogvlm", {}, "architecture is cogvlm, and the installed llama.cpp computes other numbers"),
-        ("qwen4exp", {}, "architecture is qwen4exp, and the installed llama.cpp ends its process"),
+        *((name, {}, "is an embedding model") for name in ("bert", "nomic-bert", "modern-bert", "gemma-embedding")),
+        ("qwen3", {"qwen3.attention.causal": False}, "is an embedding model"),
+        ("llama", {"llama.attention.causal": False}, "is an embedding model"),
+        ("cogvlm", {}, "architecture is cogvlm, and the installed llama.cpp computes different numbers"),
+        ("qwen4exp", {}, "architecture is qwen4exp, and the installed llama.cpp crashes"),
     ],
 )
 def test_architectures_that_are_not_served_are_refused_by_name(tmp_path, architecture, changes, says) -> None:
@@ -217,11 +217,11 @@ def test_a_download_cut_short_says_how_much_is_missing(tmp_path: Path) -> None:
         (gguf_writer.string("ab"), struct.pack("<Q", (1 << 64) - 1) + b"ab", "cut short"),
         (TOKENS + struct.pack("<IIQ", 9, 8, 5), TOKENS + struct.pack("<IIQ", 9, 8, 1 << 23), "cut short"),
         (TOKENS + struct.pack("<II", 9, 8), TOKENS + struct.pack("<II", 9, 9), "unknown type 9"),
-        (b"llama.block_count", b"llama.blocK_count", "no usable 'llama.block_count'"),
+        (b"llama.block_count", b"llama.blocK_count", "no valid value for the metadata key 'llama.block_count'"),
         (b"tokenizer.ggml.scores", b"tokenizer.ggml.tokens", "given twice"),
         (struct.pack("<QQI", 32, 5, 8), struct.pack("<QQI", 32, 5, 31), "type 31"),
         (struct.pack("<QQI", 32, 5, 8), struct.pack("<QQI", 33, 5, 8), "whole blocks of Q8_0"),
-        (struct.pack("<QQI", 32, 5, 8), struct.pack("<QQI", 32, 1 << 63, 8), "not where it should be"),
+        (struct.pack("<QQI", 32, 5, 8), struct.pack("<QQI", 32, 1 << 63, 8), "not at the expected offset"),
         (struct.pack("<QQI", 32, 32, 8), struct.pack("<QQI", 32, 1 << 63, 8), "cut short"),
         (b"output_norm.weight" + struct.pack("<I", 1), b"output_norm.weight" + struct.pack("<I", 5), "5 dim"),
     ],
@@ -241,7 +241,7 @@ def test_a_split_model_is_read_as_one(tmp_path: Path) -> None:
     facts = read_facts(first)
     assert (facts.split_count, facts.tensor_count) == (2, 3)
     assert facts.size_bytes == first.stat().st_size + second.stat().st_size
-    assert f"name its first part, {first.name}." in complaint(second)
+    assert f"Name its first part, {first.name}." in complaint(second)
     write(second, second.read_bytes()[:-1])
     assert f"{second} is damaged or cut short" in complaint(first)
 

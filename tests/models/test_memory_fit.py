@@ -135,23 +135,23 @@ def test_short_and_unknown_training_lengths() -> None:
 
 def test_what_does_not_fit_says_what_to_lower() -> None:
     assert complaint(1) == (
-        "The model needs 1.35 GiB of memory, and 1.00 GiB are available; choose a smaller or more quantised one."
+        "The model needs 1.35 GiB of memory, but 1.00 GiB are available. Choose a smaller or more quantized model."
     )
     assert complaint(1.5, 8192, 16) == (
-        "16 x 8192 tokens need 2.45 GiB of memory, and 1.50 GiB are available; lower context or parallel."
+        "16 x 8192 tokens need 2.45 GiB of memory, but 1.50 GiB are available. Lower context or parallel."
     )
-    assert complaint(1.4, 8192).endswith("available; lower context.")
+    assert complaint(1.4, 8192).endswith("available. Lower context.")
 
 
 @pytest.mark.parametrize(
     ("context", "parallel", "says"),
     [
-        (15, None, "set 16 or more"),
-        (-1, None, "set 16 or more"),
-        (0, None, "set 16 or more"),
-        (8193, None, "more than the 8192 that Medium was trained on"),
-        (None, 0, "set from 1 to 256"),
-        (None, 257, "set from 1 to 256"),
+        (15, None, "Set 16 or more"),
+        (-1, None, "Set 16 or more"),
+        (0, None, "Set 16 or more"),
+        (8193, None, "more than the 8192 tokens that Medium was trained on"),
+        (None, 0, "Set a number from 1 to 256"),
+        (None, 257, "Set a number from 1 to 256"),
     ],
 )
 def test_senseless_settings(context: int | None, parallel: int | None, says: str) -> None:
@@ -163,5 +163,5 @@ def test_spare_sequences_take_memory_and_are_not_given() -> None:
     assert (chosen.context, chosen.parallel, chosen.kv_bytes) == (4096, 15, 4352 * 16 * 8192)
     (chosen,) = choose_shapes([(FACTS, ComputeOptions())], int(1.89 * GIB), None, None, spare=1)
     assert (chosen.context, chosen.parallel, chosen.kv_bytes) == (4096, 7, 4352 * 8 * 8192)
-    with pytest.raises(SettingError, match="set from 1 to 255"):
+    with pytest.raises(SettingError, match="Set a number from 1 to 255"):
         choose_shapes([(FACTS, ComputeOptions())], 64 * GIB, None, 256, spare=1)

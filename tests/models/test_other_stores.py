@@ -184,7 +184,7 @@ def test_what_the_hubs_cache_has_lost_is_listed_with_the_reason(home: Path) -> N
     found = listed()
     assert found["hf:owner/repo:Q4_0"] is None
     assert found["hf:owner/repo:Q8_0"] is None, "an older revision has it"
-    assert "b-00002-of-00002.gguf is missing; run `afterword pull" in str(found["hf:owner/repo:b-00001-of-00002.gguf"])
+    assert "b-00002-of-00002.gguf is missing. Run `afterword pull" in str(found["hf:owner/repo:b-00001-of-00002.gguf"])
 
 
 def test_a_wrong_name_is_told_what_is_near_and_what_there_is(home: Path, ollama: Path) -> None:
@@ -193,11 +193,11 @@ def test_a_wrong_name_is_told_what_is_near_and_what_there_is(home: Path, ollama:
     cache(home, "owner/qwen-GGUF", "abc", ["m-Q8_0.gguf"])
     told = complaint("ollama:lama3.2")
     assert "did you mean ollama:llama3.2:1b?" in told
-    assert told.endswith("Of ollama's are here: ollama:llama3.2:1b.")
-    assert complaint("lmstudio:zzz").endswith("Of lmstudio's are here: lmstudio:owner/mistral-7b/m-Q8_0.")
+    assert told.endswith("Models in the store of ollama: ollama:llama3.2:1b.")
+    assert complaint("lmstudio:zzz").endswith("Models in the store of lmstudio: lmstudio:owner/mistral-7b/m-Q8_0.")
     assert complaint("llama3.2:1b").endswith("does not exist; did you mean ollama:llama3.2:1b?")
     assert complaint("mistral-7b").endswith("did you mean lmstudio:owner/mistral-7b/m-Q8_0?")
-    assert "or take what is here: hf:owner/qwen-GGUF:Q8_0" in complaint("hf:owner/qwen-GGUF:Q4_0")
+    assert "or use a model on this machine: hf:owner/qwen-GGUF:Q8_0" in complaint("hf:owner/qwen-GGUF:Q4_0")
     for nothing in ("ollama:", "lmstudio:", "ollama:../../etc/passwd"):
         assert "is not on this machine" in complaint(nothing)
 
@@ -206,5 +206,5 @@ def test_several_files_of_one_kind_are_a_question(home: Path) -> None:
     for name in ("one-Q8_0.gguf", "two-Q8_0.gguf"):
         write(home / ".lmstudio" / "models" / "owner" / "repo" / name, gguf())
     assert complaint("lmstudio:owner/repo").endswith(
-        "write one of: lmstudio:owner/repo/one-Q8_0, lmstudio:owner/repo/two-Q8_0."
+        "Write one of: lmstudio:owner/repo/one-Q8_0, lmstudio:owner/repo/two-Q8_0."
     )

@@ -171,12 +171,12 @@ def test_what_is_present_needs_no_hub(home: Path, monkeypatch: pytest.MonkeyPatc
     assert pull(parse_spec("hf:owner/repo")).id == "owner/repo:Q8_0"
     path = write(home / "local.gguf", GOOD)
     assert pull(parse_spec(str(path))).path == path
-    assert "hf:owner/repo:Q4_0 could not be fetched; check the connection" in complaint("hf:owner/repo:Q4_0")
+    assert "hf:owner/repo:Q4_0 could not be downloaded. Check the connection" in complaint("hf:owner/repo:Q4_0")
 
 
 def test_offline_mode_is_honoured(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert complaint("hf:owner/repo").endswith("HF_HUB_OFFLINE forbids fetching it.")
+    assert complaint("hf:owner/repo").endswith("HF_HUB_OFFLINE forbids downloading it.")
     assert hub.requests == []
 
 
@@ -189,7 +189,7 @@ def test_a_damaged_copy_is_replaced(hub: Hub) -> None:
 def test_a_file_of_another_size_is_refused(hub: Hub) -> None:
     hub.listed["m-Q8_0.gguf"] = len(GOOD) + 1
     message = complaint("hf:owner/repo")
-    assert message.startswith(f"m-Q8_0.gguf came with {len(GOOD)} bytes where the Hub lists {len(GOOD) + 1};")
+    assert message.startswith(f"m-Q8_0.gguf has {len(GOOD)} bytes, but the Hub lists {len(GOOD) + 1}.")
 
 
 def test_a_file_that_is_no_model_is_refused(hub: Hub) -> None:
@@ -199,31 +199,31 @@ def test_a_file_that_is_no_model_is_refused(hub: Hub) -> None:
 
 def test_no_file_that_fits(hub: Hub) -> None:
     assert complaint("hf:owner/repo:Q6_K") == (
-        "owner/repo has no file that fits 'Q6_K'; write hf:owner/repo:FILE for one of: m-Q4_0.gguf, m-Q8_0.gguf."
+        "owner/repo has no file that matches 'Q6_K'. Write hf:owner/repo:FILE with one of: m-Q4_0.gguf, m-Q8_0.gguf."
     )
 
 
 def test_what_the_hub_refuses(hub: Hub) -> None:
     assert complaint("hf:ownr/repo") == (
-        "The Hub shows no repository ownr/repo; check the spelling (did you mean owner/repo?), "
+        "The Hub has no visible repository ownr/repo. Check the spelling (did you mean owner/repo?), "
         "or set HF_TOKEN if it is private."
     )
-    assert "no repository zzz/zzz; check the spelling, or" in complaint("hf:zzz/zzz")
+    assert "no visible repository zzz/zzz. Check the spelling, or" in complaint("hf:zzz/zzz")
     gated = complaint("hf:owner/gated")
-    assert gated.startswith("owner/gated is open only to those whom its owner admits; ask at http://127.0.0.1:")
+    assert gated.startswith("owner/gated is gated. Request access at http://127.0.0.1:")
     assert gated.endswith("/owner/gated, then set HF_TOKEN.")
     assert "refused hf:owner/forbidden with status 403" in complaint("hf:owner/forbidden")
 
 
 def test_a_disk_without_room(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
-    assert "hf:owner/repo takes 0.00 GiB and" in complaint("hf:owner/repo")
+    assert "hf:owner/repo needs 0.00 GiB, but" in complaint("hf:owner/repo")
     assert not any("/resolve/" in request for request in hub.requests)
 
 
 def test_a_file_with_other_content_than_listed_is_not_kept(hub: Hub, home: Path) -> None:
     hub.hashes["m-Q8_0.gguf"] = hashlib.sha256(b"something else").hexdigest()
-    assert complaint("hf:owner/repo").startswith("m-Q8_0.gguf came with other content than the Hub lists;")
+    assert complaint("hf:owner/repo").startswith("m-Q8_0.gguf has another SHA-256 than the Hub lists.")
     assert not list((home / "hub").glob("models--*")), "nothing came into the cache"
     assert sum("GET /owner/repo/resolve" in request for request in hub.requests) == 2, "it was tried again"
     hub.hashes.clear()
@@ -241,7 +241,7 @@ def test_a_disk_that_becomes_full_on_the_way(
 
     with monkeypatch.context() as patch:
         patch.setattr(file_download, "http_get", fill)
-        assert complaint("hf:owner/repo").startswith("The disk is full; make room")
+        assert complaint("hf:owner/repo").startswith("The disk is full. Free disk space")
         assert not list((home / "hub").glob("models--*")), "nothing came into the cache"
     assert pull(parse_spec("hf:owner/repo")).path.read_bytes() == GOOD
     assert not list((home / "hub").glob(".pull--*"))
@@ -310,7 +310,7 @@ def test_a_disk_that_becomes_full(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    assert complaint("hf:owner/repo").startswith("The disk is full; make room")
+    assert complaint("hf:owner/repo").startswith("The disk is full. Free disk space")
 
 
 # ---- what was begun before, what is told on the way, and what somebody may have meant
@@ -400,10 +400,10 @@ def test_it_is_told_what_comes_and_which_file_was_taken(hub: Hub) -> None:
 def test_the_owner_says_which_is_meant(hub: Hub, home: Path) -> None:
     hub.files["maker/model"] = {"model.safetensors": b""}
     hub.files["other/Model-GGUF"] = {"m-Q8_0.gguf": GOOD}
-    assert complaint("hf:maker/model") == "maker/model holds no GGUF model. The Hub has it at other/Model-GGUF."
+    assert complaint("hf:maker/model") == "maker/model contains no GGUF model. Repositories with GGUF files of this model: other/Model-GGUF."
     assert parse_hub_spec("owner/repo:Q4_0") == parse_spec("hf:owner/repo:Q4_0")
     for text in ("model", "model:Q8_0"):
-        with pytest.raises(SettingError, match=r"lacks its owner\. The Hub has it at maker/model, other/Model-GGUF"):
+        with pytest.raises(SettingError, match=r"lacks the owner\. Repositories on the Hub: maker/model, other/Model-GGUF"):
             parse_hub_spec(text)
     for text in ("nothing-like-it", "afterword-tiny", "./model.gguf", "model.gguf"):
         with pytest.raises(SettingError, match="is not on the Hub"):

@@ -103,8 +103,8 @@ def test_a_path_that_is_not_there(tmp_path: Path) -> None:
     write(tmp_path / "my-model.Q8_0.gguf", gguf())
     assert complaint(f"{tmp_path}/my-modle.gguf").endswith("does not exist; did you mean my-model.Q8_0.gguf?")
     assert complaint(f"{tmp_path}/zzz").endswith("zzz does not exist.")
-    assert complaint(str(tmp_path)).endswith("is a folder; name a file in it: my-model.Q8_0.gguf.")
-    assert complaint(f"{tmp_path}/builtin/..").endswith("name a file in it: my-model.Q8_0.gguf.")
+    assert complaint(str(tmp_path)).endswith("is a folder. Name a file in it: my-model.Q8_0.gguf.")
+    assert complaint(f"{tmp_path}/builtin/..").endswith("Name a file in it: my-model.Q8_0.gguf.")
     assert "for a model from the Hub, write hf:owner/repo-GGUF:Q8_0." in complaint("owner/repo-GGUF:Q8_0")
     assert complaint("a\0b/c").endswith("does not exist.")
 
@@ -118,8 +118,8 @@ def test_a_model_from_the_cache(home: Path) -> None:
     assert locate(parse_spec("hf:owner/repo:q4_k_m")) == small
     assert locate(parse_spec("hf:owner/repo:m-Q4_K_M.gguf")) == small
     assert complaint("hf:owner/repo:Q5_K_M") == (
-        "hf:owner/repo:Q5_K_M is not on this machine; run `afterword pull hf:owner/repo:Q5_K_M` first, "
-        "or take what is here: hf:owner/repo:Q4_K_M or hf:owner/repo:Q8_0."
+        "hf:owner/repo:Q5_K_M is not on this machine. Run `afterword pull hf:owner/repo:Q5_K_M` first, "
+        "or use a model on this machine: hf:owner/repo:Q4_K_M or hf:owner/repo:Q8_0."
     )
     assert "`afterword pull hf:owner/other`" in complaint("hf:owner/other")
 
@@ -210,12 +210,12 @@ def test_the_choice_among_files(names: list[str], wanted: str, chosen: str) -> N
         (
             REPOSITORY,
             "Q4_K",
-            "several files that fit; write hf:owner/repo:FILE for one of: m-Q4_K_M.gguf, m-Q4_K_S.gguf.",
+            "several matching files. Write hf:owner/repo:FILE with one of: m-Q4_K_M.gguf, m-Q4_K_S.gguf.",
         ),
-        (REPOSITORY, "Q8_0", "no file that fits 'Q8_0'"),
+        (REPOSITORY, "Q8_0", "no file that matches 'Q8_0'"),
         (["a-Q8_0.gguf", "b-Q8_0.gguf", "c-Q4_0.gguf"], "", "one of: a-Q8_0.gguf, b-Q8_0.gguf."),
-        (["model.safetensors"], "", "holds no GGUF model"),
-        (["../../m-Q8_0.gguf", "/m-Q8_0.gguf"], "", "holds no GGUF model"),
+        (["model.safetensors"], "", "contains no GGUF model"),
+        (["../../m-Q8_0.gguf", "/m-Q8_0.gguf"], "", "contains no GGUF model"),
     ],
 )
 def test_no_choice(names: list[str], wanted: str, says: str) -> None:
@@ -233,7 +233,7 @@ STRANGE = os.fsdecode(b"mod\xffel")
 def test_a_path_that_is_not_utf8_is_a_sentence(text: str) -> None:
     message = complaint(text)
     assert r"mod\xffel" in message
-    assert "is not valid UTF-8; rename it" in message
+    assert "is not valid UTF-8. Rename it" in message
     assert message.encode()
 
 
@@ -253,12 +253,12 @@ def test_a_name_that_is_not_utf8_can_be_listed(home: Path) -> None:
     assert listed["owner/repo:good.gguf"] is None
     assert "is not valid UTF-8" in str(listed[r"owner/repo:mod\xffel.gguf"])
     assert locate(parse_spec("hf:owner/repo:good.gguf")).path.name == "good.gguf"
-    assert r"for one of: good.gguf, mod\xffel.gguf." in complaint("hf:owner/repo")
+    assert r"with one of: good.gguf, mod\xffel.gguf." in complaint("hf:owner/repo")
 
 
 def test_a_folder_with_such_a_name_in_it_can_be_told(home: Path) -> None:
     write(home / "models" / f"{STRANGE}.gguf", gguf())
-    assert r"name a file in it: mod\xffel.gguf." in complaint(str(home / "models"))
+    assert r"Name a file in it: mod\xffel.gguf." in complaint(str(home / "models"))
     assert r"did you mean mod\xffel.gguf?" in complaint(str(home / "models" / "model.gguf"))
 
 
@@ -270,4 +270,4 @@ def test_what_is_no_file_says_what_it_is(home: Path) -> None:
     link.symlink_to("gone.gguf")
     os.mkfifo(pipe)
     assert complaint(str(link)) == f"{link} is a link to gone.gguf, which cannot be found."
-    assert complaint(str(pipe)) == f"{pipe} is no regular file."
+    assert complaint(str(pipe)) == f"{pipe} is not a regular file."

@@ -188,7 +188,7 @@ def check_text(text: str, most: int, model_info: ModelInfo) -> None:
     """
     if len(text) > most:
         raise RequestError(
-            f"The text has {len(text)} characters, but the server's limit max_text is {most}. Shorten the text.",
+            f"The text has {len(text)} characters, but at most {most} are tokenized (the server's limit max_text).",
             param="prompt",
         )
     kind, longest = model_info.slow_runs or ("", 0)
