@@ -105,7 +105,7 @@ def test_a_path_that_is_not_there(tmp_path: Path) -> None:
     assert complaint(f"{tmp_path}/zzz").endswith("zzz does not exist.")
     assert complaint(str(tmp_path)).endswith("is a folder. Name a file in it: my-model.Q8_0.gguf.")
     assert complaint(f"{tmp_path}/builtin/..").endswith("Name a file in it: my-model.Q8_0.gguf.")
-    assert "for a model from the Hub, write hf:owner/repo-GGUF:Q8_0." in complaint("owner/repo-GGUF:Q8_0")
+    assert "For a model from the Hub, write hf:owner/repo-GGUF:Q8_0." in complaint("owner/repo-GGUF:Q8_0")
     assert complaint("a\0b/c").endswith("does not exist.")
 
 
