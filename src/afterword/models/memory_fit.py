@@ -91,8 +91,8 @@ def choose_shapes(
 ) -> list[ModelShape]:
     """Choose the shapes of models that are loaded together.
 
-    `context` and `parallel` are the operator's settings; None means the largest usual value that fits. The model whose
-    sequences take the most memory is reduced first. Raises `SettingError` if the models do not fit.
+    `context` and `parallel` are the operator's settings; None means the largest usual value that fits. The model that
+    needs the most memory for its sequences is reduced first. Raises `SettingError` if the models do not fit.
     """
     for facts, _ in models:
         _check_settings(facts, context, parallel, PARALLEL_LIMIT - spare)

@@ -147,7 +147,7 @@ def installed() -> list[Model]:
 
 
 def present() -> list[Model]:
-    """Like `installed`, but with incomplete and unusable models, whose `problem` is set."""
+    """Like `installed`, but with incomplete and unusable models, which have a `problem`."""
     found = [
         *([_builtin()] if builtin_path().is_file() else []),
         *_cached(),

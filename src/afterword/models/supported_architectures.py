@@ -22,7 +22,7 @@ ENCODERS = frozenset(
         *("gemma-embedding", "llama-embed", "t5encoder"),
     )
 )
-"""Architectures that compute embeddings. A file whose metadata says that attention is not causal counts as one too."""
+"""Architectures that compute embeddings. A file with metadata for non-causal attention counts as one too."""
 
 DIFFUSION = frozenset(("dream", "llada", "llada-moe", "rnd1", "diffusion-gemma"))
 """Architectures that refine a whole text in steps, instead of generating one token after the other."""

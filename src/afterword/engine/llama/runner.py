@@ -1,7 +1,7 @@
 """Implements the core's `Runner` with a llama.cpp model and context. The worker's main thread owns both.
 
 Each slot has its own part of the KV cache (`kv_unified=false`). The kinds of attention that are used here were measured
-to compute the same bits for a token, whichever other sequences are in the batch (docs/decisions.md).
+to compute the same bits for a token with any other sequences in the batch (docs/decisions.md).
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class _TextQueue:
     """The queue of short or of long texts.
 
     `sent`: the texts that the worker holds, in its order; the clients of some may have disconnected. `clients`: the
-    pending texts by client, the client whose turn it is first.
+    pending texts by client, the next client first.
     """
 
     max_in_progress: int
@@ -58,7 +58,7 @@ class _TextQueue:
             del self.clients[text.client]
 
     def take(self) -> _PendingText | None:
-        """Remove and return the shortest text of the client whose turn it is; None if no text waits."""
+        """Remove and return the shortest text of the next client; None if no text waits."""
         client = next(iter(self.clients), None)
         if client is None:
             return None
@@ -169,7 +169,7 @@ class TokenizerClient:
         self._send_message(text.message)
 
     def _leave(self, text: _PendingText) -> None:
-        """Remove a text that was answered or whose client has disconnected; cancel it if the worker holds it."""
+        """Remove a text that was answered or cancelled, and cancel it in the worker if the worker holds it."""
         del self._texts[text.message.call]
         queue = self._queues[text.message.long]
         if text in self._suspects:
