@@ -170,13 +170,12 @@ def compare(loop: EngineLoop, count: int, vocabulary: int = 4000) -> None:
     expected = sequential(loop, jobs)
     continuations = continued(jobs, expected, count // 4)
     later = sequential(loop, continuations)
-    for index in reversed(
-        range(len(continuations))
-    ):  # soon after the job that they continue, while its prefix is cached
+    # Insert each continuation soon after the job that it continues, while the job's prefix is cached.
+    for index in reversed(range(len(continuations))):
         jobs.insert(index + 6, continuations[index])
         expected.insert(index + 6, later[index])
-    for job, found, wanted_result in zip(jobs, concurrent(loop, jobs, seed=1), expected, strict=True):
-        assert found == wanted_result, job
+    for job, found, wanted in zip(jobs, concurrent(loop, jobs, seed=1), expected, strict=True):
+        assert found == wanted, job
 
 
 def test_200_requests_of_the_built_in_model(folder):

@@ -19,8 +19,8 @@ _TOKEN = 0  # any token id is valid here
 class PaddedBatch:
     """A padded batch.
 
-    `rows`: the entries to compute. `truncations`: to apply after the pass. `wanted`: the indices of the logits rows
-    that the original batch asks for.
+    `entries`: to compute. `truncations`: to apply after the pass. `wanted`: the indices of the logits rows that the
+    original batch requests.
     """
 
     entries: tuple[BatchEntry, ...]

@@ -61,7 +61,7 @@ class ModelDefinition:
 class ManagedModel:
     """A model and its current engine. Only the model manager changes it."""
 
-    def __init__(self, definition: ModelDefinition, *, kept: bool = True) -> None:
+    def __init__(self, definition: ModelDefinition, *, always_loaded: bool = True) -> None:
         self.definition = definition
         self.engine: Supervisor | None = None
         self.last_model_info: ModelInfo | None = None  # from the last engine that was closed
@@ -71,7 +71,7 @@ class ManagedModel:
         self.last_used = 0  # a counter that orders models by their last use
         self.loading: asyncio.Task[AfterwordError | None] | None = None
         self.unload_timer: asyncio.TimerHandle | None = None
-        self._kept = kept
+        self._always_loaded = always_loaded
 
     @property
     def id(self) -> str:
@@ -82,7 +82,7 @@ class ManagedModel:
     def state(self) -> ModelState:
         if self.engine is not None:
             return self.engine.state
-        return "starting" if self._kept or self.loading else "unloaded"
+        return "starting" if self._always_loaded or self.loading else "unloaded"
 
     @property
     def load(self) -> Load:
@@ -126,7 +126,9 @@ class ModelManager:
         free: Callable[[], int] = lambda: 2**63,
     ) -> None:
         self.keep_alive = keep_alive
-        self._models = {definition.id: ManagedModel(definition, kept=keep_alive is None) for definition in definitions}
+        self._models = {
+            definition.id: ManagedModel(definition, always_loaded=keep_alive is None) for definition in definitions
+        }
         self._policy = policy
         self._free = free
         self._budget = free()
@@ -286,7 +288,7 @@ class ModelManager:
         if managed_model.engine is not None:
             managed_model.last_model_info = managed_model.model_info
             engine, managed_model.engine = managed_model.engine, None
-            await asyncio.shield(self._begin(engine.close))
+            await asyncio.shield(self._start_task(engine.close))
 
     def _start_unload_timer(self, managed_model: ManagedModel) -> None:
         """If the model is unused, schedule its unloading after `keep_alive` seconds."""
@@ -302,11 +304,11 @@ class ModelManager:
             managed_model.unload_timer = None
 
     def _expire(self, managed_model: ManagedModel) -> None:
-        self._begin(partial(self._unload_unused, managed_model))
+        self._start_task(partial(self._unload_unused, managed_model))
 
-    def _begin(self, move: TaskFunction) -> asyncio.Task[None]:
+    def _start_task(self, work: TaskFunction) -> asyncio.Task[None]:
         """Start a task that runs to its end even if the caller is cancelled."""
-        task = run_logged(move, "model load or unload")
+        task = run_logged(work, "model load or unload")
         self._transitions.add(task)
         task.add_done_callback(self._transitions.discard)
         return task

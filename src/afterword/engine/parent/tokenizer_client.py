@@ -103,23 +103,23 @@ class TokenizerClient:
         pending = _PendingText(message, client, now, asyncio.get_running_loop().create_future())
         self._texts[message.call] = pending
         self._queues[message.long].add(pending)
-        self._feed()
+        self._send_next()
         try:
             return await pending.result
         finally:
-            self._leave(pending)
+            self._remove(pending)
 
     def handle_tokens(self, message: messages.TextTokens) -> None:
         """Handle the worker's answer for a text. The tokens are incomplete if the text was cancelled."""
         pending = self._queues[message.long].sent.pop(message.call, None)
         if pending is not None and not pending.result.done():
             pending.result.set_result(message.ids)
-        self._feed()
+        self._send_next()
 
     def resend(self) -> None:
         """Send texts to a new worker."""
         self._worker_is_alive = True
-        self._feed()
+        self._send_next()
 
     def handle_worker_death(self, crashes: int, error: Exception) -> str | None:
         """Return the text that crashed the worker, if it was the only suspect of its `crashes`-th crash; it fails.
@@ -155,7 +155,7 @@ class TokenizerClient:
         for queue in self._queues:
             queue.clients.clear()
 
-    def _feed(self) -> None:
+    def _send_next(self) -> None:
         """Send texts to the worker while its limits allow it. Suspects are sent alone, one after the other."""
         while self._worker_is_alive and self._suspects and not any(self.sizes_in_progress):
             self._send(self._suspects.pop(0))
@@ -168,7 +168,7 @@ class TokenizerClient:
         self._queues[text.message.long].sent[text.message.call] = text
         self._send_message(text.message)
 
-    def _leave(self, text: _PendingText) -> None:
+    def _remove(self, text: _PendingText) -> None:
         """Remove a text that was answered or cancelled, and cancel it in the worker if the worker holds it."""
         del self._texts[text.message.call]
         queue = self._queues[text.message.long]
@@ -178,7 +178,7 @@ class TokenizerClient:
             self._send_message(messages.CancelTokenize(text.message.call))
         else:
             queue.remove(text)
-        self._feed()
+        self._send_next()
 
 
 def check_text(text: str, most: int, model_info: ModelInfo) -> None:

@@ -4,7 +4,7 @@ The library that computes is an argument of `serve`. The threads of the process 
 
 - the main thread, which loads the model and computes;
 - a reader, so that a cancellation takes effect between two passes;
-- two tokenizer threads (`tokenizer_threads`);
+- the tokenizer threads (`tokenizer_threads`);
 - a thread that sends heartbeats.
 """
 
@@ -83,7 +83,7 @@ class PassMonitor:
 
     def run(self, batch: ForwardBatch) -> Logits:
         """See `core.forward_batch.Runner.run`."""
-        start, tokens = self._clock(), sum(len(row.tokens) for row in batch.entries)
+        start, tokens = self._clock(), sum(len(entry.tokens) for entry in batch.entries)
         self._tokens = tokens
         logits = self._runner.run(batch)
         self._slowest = max(self._slowest, self._clock() - start)
@@ -133,7 +133,7 @@ class _Worker:
         if not isinstance(settings, messages.LoadModel):
             return
         switch_threads_soon()
-        vital_thread(self._send_heartbeats, name="pulse")
+        vital_thread(self._send_heartbeats, name="heartbeat")
         vital_thread(self._read, name="reader")  # already while loading: it notices the end of the parent
         try:
             loaded = load(settings, self._report_progress)
@@ -167,9 +167,9 @@ class _Worker:
         while True:
             time.sleep(_HEARTBEAT_SECONDS)
             self._end_if_changed()
-            pulse = self._monitor.heartbeat() if self._monitor else messages.Heartbeat(0, 0, 0, 0.0, self._loaded)
+            heartbeat = self._monitor.heartbeat() if self._monitor else messages.Heartbeat(0, 0, 0, 0.0, self._loaded)
             short, long = self._tokenizer_threads.parts if self._tokenizer_threads else (0, 0)
-            self._send(msgspec.structs.replace(pulse, parts=(short, long)))
+            self._send(msgspec.structs.replace(heartbeat, parts=(short, long)))
 
     def _work(self, loop: EngineLoop) -> NoReturn:
         idle = True
