@@ -23,7 +23,7 @@ _STEP = Step(sampled=((0, Token(1)),))
 _METER = PassStats(False, 16, 0.0123, 12_000, 40_000)
 
 
-class _Unmeasured(msgspec.Struct, frozen=True, array_like=True, tag="Pass"):
+class _Unmeasured(msgspec.Struct, frozen=True, array_like=True, tag="PassDone"):
     """A pass as it would be told without figures."""
 
     steps: dict[int, Step]

@@ -284,12 +284,12 @@ def test_what_a_gpu_holds_is_fitted_to_its_memory(tmp_path, monkeypatch):
     path = write_tiny(tmp_path / "tiny.gguf", file_type="Q8_0")
     model = Model("tiny", path, "file")
     monkeypatch.setattr("afterword.cli.model_setup.available_memory", lambda: 2**31)
-    monkeypatch.setattr("afterword.cli.model_setup.card_memory", lambda: 2**20)
+    monkeypatch.setattr("afterword.cli.model_setup.gpu_memory", lambda: 2**20)
     for settings in ({}, {"gpu_layers": 1}):
         assert load_message(model, read_facts(path), EngineSettings(**settings)).sequences == 16
     with pytest.raises(SettingError, match=r"0\.00 GiB are available"):
         load_message(model, read_facts(path), EngineSettings(gpu_layers=-1))
-    monkeypatch.setattr("afterword.cli.model_setup.card_memory", lambda: None)
+    monkeypatch.setattr("afterword.cli.model_setup.gpu_memory", lambda: None)
     assert load_message(model, read_facts(path), EngineSettings(gpu_layers=-1)).sequences == 16
 
 

@@ -94,7 +94,7 @@ def test_a_stream_has_the_line_of_the_whole_answer(logged, line_of):
     ],
 )
 def test_refusals_are_logged_with_their_code_and_our_name_of_the_route(logged, line_of, method, path, said):
-    line = line_of(logged.request_body(method, path).headers["x-request-id"])
+    line = line_of(logged.request(method, path).headers["x-request-id"])
     assert (line["route"], line["status"], line["code"]) == said
     assert (line["finish"], line["first_ms"]) == ([], None)
 
@@ -126,9 +126,9 @@ def test_who_has_reached_a_limit_is_logged_with_key_and_route(logged, line_of, s
     ],
 )
 def test_what_is_not_there_is_logged_with_the_key(logged, line_of, store, asked, route):
-    line = line_of(logged.request_body(*asked).headers["x-request-id"])
+    line = line_of(logged.request(*asked).headers["x-request-id"])
     assert (line["key"], line["route"]) == (store.all()[0].id, route)
-    stranger = line_of(logged.request_body(*asked, headers={"Authorization": "Bearer x"}).headers["x-request-id"])
+    stranger = line_of(logged.request(*asked, headers={"Authorization": "Bearer x"}).headers["x-request-id"])
     assert stranger["key"] is None
 
 

@@ -258,7 +258,7 @@ def test_who_leaves_aborts_every_choice_that_has_not_ended(counted, endless):
 def test_refusals_are_counted_by_route_and_code_and_by_nothing_else(counted, request_line, body, handler, code):
     before = settled(counted)
     method, path = request_line.split()
-    assert counted.request_body(method, path, json=body).status_code >= 400
+    assert counted.request(method, path, json=body).status_code >= 400
     expected = {("http_requests_total", handler, method, "4xx"): 1, ("request_errors_total", code): 1}
     assert grown(before, settled(counted)) == expected
 
@@ -266,7 +266,7 @@ def test_refusals_are_counted_by_route_and_code_and_by_nothing_else(counted, req
 def test_a_foreign_name_and_an_odd_method_have_no_labels_of_their_own(counted):
     before = settled(counted)
     assert counted.get("/version", headers={"Host": "evil.example"}).status_code == 400
-    assert counted.request_body("PROPFIND", "/anything").status_code == 404
+    assert counted.request("PROPFIND", "/anything").status_code == 404
     more = grown(before, settled(counted))
     assert more["http_requests_total", "none", "GET", "4xx"] == more["request_errors_total", "unknown_host"] == 1
     assert more["http_requests_total", "none", "other", "4xx"] == 1

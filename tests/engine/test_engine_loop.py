@@ -34,7 +34,7 @@ jobs = st.builds(
         repetition_penalty=st.sampled_from([1.0, 1.3]),
         logit_bias=st.just(()),
     ),
-    ends=st.just((3, 7)),
+    end_tokens=st.just((3, 7)),
     key=st.binary(min_size=16, max_size=16),
     alternatives=st.sampled_from([None, 0, 2]),
     min_tokens=st.sampled_from([0, 0, 4]),

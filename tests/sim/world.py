@@ -25,7 +25,7 @@ from .virtual import VirtualLoop, run
 
 _LATE = 4.0  # seconds that a hang may take to be noticed beyond its limit: a pulse, ticks, a stall before it
 _SPINS = 600.0 + _LATE  # seconds, where no pass has been measured before
-_ENDS = ("finished", "left", "limited", "Overloaded", "EngineFailure", "WaitedTooLong", "ReaderTooSlow")
+_ENDS = ("finished", "left", "limited", "Overloaded", "EngineFailure", "QueueTimeout", "ReaderTooSlow")
 _HEALED = 20_000.0  # seconds after which everything that was accepted has ended, or never will
 
 

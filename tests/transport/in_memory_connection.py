@@ -38,7 +38,7 @@ class Engine(scripted_engine.ScriptedEngine):
     load: Load = field(default_factory=Load)
     restarts: int = 0
 
-    def check_room(self) -> None:
+    def check_capacity(self) -> None:
         """There is always room, but for those whom `start` refuses."""
 
 

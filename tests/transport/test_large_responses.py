@@ -64,7 +64,7 @@ ASKED: list[dict[str, Any]] = [
 def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """The size of slices, small ones too, so that short texts have several."""
     for module in (incremental, logprobs):
-        monkeypatch.setattr(module, "SLICE", request.param)
+        monkeypatch.setattr(module, "SLICE_TOKENS", request.param)
     return int(request.param)
 
 
