@@ -1,4 +1,4 @@
-"""The accelerator's kernels, compiled when the package was installed."""
+"""Fixtures for tests of the compiled kernels, which are built when the package is installed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from afterword.engine.llama import accelerator, library
 @pytest.fixture(scope="session")
 def accelerator_library() -> ctypes.CDLL:
     if not accelerator.LIBRARY.exists():
-        assert shutil.which("c++") is None, "there is a compiler, so the kernels should have been built"
-        pytest.skip("no C++ compiler built the kernels")
+        assert shutil.which("c++") is None, "the kernels are missing although a C++ compiler is installed"
+        pytest.skip("the kernels were not built: no C++ compiler")
     library.initialize(verbose=False)
     return ctypes.CDLL(str(accelerator.LIBRARY))
 
 
 @pytest.fixture
 def team(accelerator_library: ctypes.CDLL) -> Iterator[int | None]:
-    """Threads are our own, as with a model that leaves nothing to the library. The address of what runs them."""
+    """Activate the kernels' thread pool, as for a model whose operations the kernels compute completely.
+
+    The value is the address of the function that runs work in the pool; None without kernels.
+    """
     yield accelerator.use_thread_pool(alone=True)
     accelerator.use_thread_pool(alone=False)

@@ -1,9 +1,16 @@
-"""An engine's process without a model: the real process code over `HistoryRunner`.
+"""A worker process without a model: the real `worker_main` with `HistoryRunner`.
 
-The path in `LoadModel` says how it fares: "refuse" cannot be loaded, "vanish" dies while loading, "slow" never ends
-loading, "confuse" holds a token that nobody gave it, "unsure" promises nothing of its numbers. That of a file is a
-model whose fingerprint is what the file holds. A prompt that contains token 99 kills it, and so does one text. A text
-that begins with `SLOW` is tokenized for ever, part by part; one that is `STUCK` without an end to a part.
+The path in `LoadModel` selects the behaviour:
+
+- "refuse": loading fails with `SettingError`.
+- "vanish": the process exits while loading.
+- "slow": loading never ends.
+- "confuse": slot 0 holds one token more than was computed.
+- "unsure": the model info has the promise "none".
+- the path of a file: the read_fingerprint of the file is the model's fingerprint.
+
+A prompt that contains `DEADLY` and the text `DEADLY_TEXT` end the process. A text that begins with `SLOW` is tokenized
+for ever, part by part. A text that begins with `STUCK` never finishes a part.
 """
 
 from __future__ import annotations
@@ -22,15 +29,15 @@ from afterword.engine.protocol import ModelInfo
 from afterword.engine.worker import worker_main
 from afterword.errors import EngineError, SettingError
 
-DEADLY = 99  # beyond the vocabulary, so that it is never sampled
+DEADLY = 99  # outside the vocabulary, so that it is never sampled
 DEADLY_TEXT = "deadly"
-FAULTY_TEXT = "faulty"  # at which the tokenizer raises
+FAULTY_TEXT = "faulty"  # the tokenizer raises an exception
 SLOW, STUCK = "slow", "stuck"
 
 
 class DeadlyRunner(HistoryRunner):
     def run(self, batch: ForwardBatch) -> Logits:
-        if any(DEADLY in row.tokens for row in batch.entries):
+        if any(DEADLY in entry.tokens for entry in batch.entries):
             os._exit(1)
         return super().run(batch)
 
@@ -42,7 +49,7 @@ class ConfusedRunner(HistoryRunner):
 
 def load(settings: messages.LoadModel, _: worker_main.ReportProgress) -> worker_main.LoadedModel:
     if settings.path == "refuse":
-        raise SettingError("This model is not to be had.")
+        raise SettingError("This model cannot be loaded.")
     if settings.path == "vanish":
         os._exit(1)
     if settings.path == "slow":
@@ -59,20 +66,20 @@ def load(settings: messages.LoadModel, _: worker_main.ReportProgress) -> worker_
         space_prefix=False,
         longest_token=1,
         infill=None,
-        fingerprint=content(settings.path),
+        fingerprint=read_fingerprint(settings.path),
         promise="none" if settings.path == "unsure" else "exact",
     )
     runner = ConfusedRunner if settings.path == "confuse" else DeadlyRunner
-    check = partial(confirm, settings.path, model_info.fingerprint)
+    check = partial(check_fingerprint, settings.path, model_info.fingerprint)
     return worker_main.LoadedModel(runner(settings.sequences, settings.chunk), model_info, tokenize, check=check)
 
 
-def content(path: str) -> str:
+def read_fingerprint(path: str) -> str:
     return Path(path).read_text() if os.path.isfile(path) else "fp_history"
 
 
-def confirm(path: str, fingerprint: str) -> None:
-    if content(path) != fingerprint:
+def check_fingerprint(path: str, fingerprint: str) -> None:
+    if read_fingerprint(path) != fingerprint:
         raise EngineError("The file was changed.")
 
 

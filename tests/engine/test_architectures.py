@@ -1,5 +1,8 @@
-"""What is promised of an architecture is what these show: the same request brings the same bytes alone and in a crowd,
-with its prompt computed anew or found in the prefix cache, and a token the same numbers read or generated."""
+"""Tests of the promise for each architecture.
+
+A request must have the same result alone and concurrently with other requests, with its prompt computed or found in the
+prefix cache. A token must have the same numbers whether it is read or generated.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,15 @@ import pytest
 from afterword.config import TESTED_ARCHITECTURES
 from afterword.engine.core.engine_loop import EngineLoop
 from afterword.engine.llama import accelerator, library
-from engine.test_reproducible import CHUNK_GRID, alone, compare, open_runner, requests
+from engine.test_reproducible import CHUNK_GRID, compare, open_runner, requests, sequential
 from oracle.architectures import write_random
 
 library.initialize(verbose=False)
 
 VOCABULARY = 280
 FEW = ("qwen3", "gemma2", "phi3", "gpt2")
-UNSURE = ("deepseek2", "gemma3n", "mamba", "jamba", "lfm2")
-"""Of which some numbers depended on what was computed with them, or whose state cannot be cut."""
+UNPROMISED = ("deepseek2", "gemma3n", "mamba", "jamba", "lfm2")
+"""Architectures whose numbers depended on the other sequences of a batch, or whose state cannot be truncated."""
 
 
 def check(folder, architecture: str, file_type: str, count: int) -> None:
@@ -36,22 +39,22 @@ def test_some_architectures(tmp_path, architecture):
 @pytest.mark.slow
 @pytest.mark.parametrize("file_type", ["Q8_0", "F16"])
 @pytest.mark.parametrize("architecture", sorted(TESTED_ARCHITECTURES))
-def test_every_architecture_of_which_anything_is_promised(tmp_path, architecture, file_type):
+def test_every_promised_architecture(tmp_path, architecture, file_type):
     check(tmp_path, architecture, file_type, 60)
 
 
-@pytest.mark.parametrize("architecture", UNSURE)
-def test_nothing_is_promised_of_others_and_their_numbers_are_nearly_the_same(tmp_path, architecture):
+@pytest.mark.parametrize("architecture", UNPROMISED)
+def test_other_architectures_have_no_promise_and_similar_numbers(tmp_path, architecture):
     assert architecture not in TESTED_ARCHITECTURES
     runner = open_runner(write_random(tmp_path / "tiny.gguf", architecture, "Q8_0"), "exact", 4)
     assert (runner.promise, runner.grid) == ("none", CHUNK_GRID)
     loop = EngineLoop(runner)
     jobs = [msgspec.structs.replace(job, max_tokens=0, prompt_alternatives=0) for job in requests(12, 1, VOCABULARY)]
-    for cold, warm in zip(alone(loop, jobs), crowd_scores(loop, jobs), strict=True):
+    for cold, warm in zip(sequential(loop, jobs), concurrent_scores(loop, jobs), strict=True):
         assert [token.logprob for token in warm] == pytest.approx([token.logprob for token in cold[0]], abs=0.05)
 
 
-def crowd_scores(loop: EngineLoop, jobs):
+def concurrent_scores(loop: EngineLoop, jobs):
     scored = {run: [] for run in range(-len(jobs), 0)}
     for run, job in zip(scored, jobs, strict=True):
         loop.start(run, job)
@@ -61,11 +64,11 @@ def crowd_scores(loop: EngineLoop, jobs):
     return list(scored.values())
 
 
-# ---- what the loaded model can do decides, not what its file says
+# ---- the promise depends on the loaded model, not only on the types in its file
 
 
-def test_a_width_that_kernels_of_our_own_cannot_multiply_breaks_the_promise(tmp_path):
-    """Which the file's types do not tell: steps have 32 elements."""
+def test_a_width_that_the_kernels_do_not_support_ends_the_promise(tmp_path):
+    """The kernels compute in steps of 32 elements; the types in the file do not show the width."""
     if not accelerator.supports_quantized():
         pytest.skip("this processor has no instructions for it")
     odd = {"embedding_length": 80, "rope.dimension_count": 40}
@@ -74,14 +77,14 @@ def test_a_width_that_kernels_of_our_own_cannot_multiply_breaks_the_promise(tmp_
     assert (runner.promise, runner.grid) == ("none", CHUNK_GRID)
 
 
-def test_a_product_that_is_not_of_the_model_alone_breaks_the_promise(tmp_path, monkeypatch):
+def test_a_product_of_two_computed_operands_ends_the_promise(tmp_path, monkeypatch):
     path = write_random(tmp_path / "tiny.gguf", "llama")
     monkeypatch.setattr(accelerator, "has_unsupported_products", lambda: True)
     assert open_runner(path, "exact", 4).promise == "none"
-    assert open_runner(path, "f16", 4).promise == "reproducible", "keys and values are such, without flash attention"
+    assert open_runner(path, "f16", 4).promise == "reproducible", "attention without flash attention has such products"
 
 
-def test_with_the_librarys_attention_query_by_query_numbers_are_exact_too(tmp_path, monkeypatch):
+def test_the_librarys_query_by_query_attention_is_exact(tmp_path, monkeypatch):
     if not accelerator.supports_quantized():
         pytest.skip("this processor has no instructions for it")
     monkeypatch.setattr(accelerator, "computes_all_attention", lambda: False)

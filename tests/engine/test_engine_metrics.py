@@ -1,4 +1,4 @@
-"""What an engine's numbers count, step by step, on a clock that only the test moves."""
+"""Tests of the engine's counters and histograms, with a simulated clock."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ TOKEN = Token(1)
 
 
 @dataclass
-class Told:
-    """One job that is accepted at 100 s."""
+class TimedJob:
+    """A job that is accepted at 100 s."""
 
     samples: int = 1
     engine_metrics: EngineMetrics = field(default_factory=EngineMetrics)
@@ -23,8 +23,8 @@ class Told:
         job = Job((1, 2, 3), self.samples, 10, Sampling(), (), bytes(16))
         self.timer = JobTimer(self.engine_metrics, job, self.now, lambda: self.now)
 
-    def at(self, now: float, *samples: int, cached: int = 0) -> Told:
-        """A step brings a token of each of these samples."""
+    def at(self, now: float, *samples: int, cached: int = 0) -> TimedJob:
+        """Record a step at the time `now`, with one token for each of these samples."""
         self.now = now
         self.timer.record_step(Step(sampled=tuple((sample, TOKEN) for sample in samples), cached=cached))
         return self
@@ -38,10 +38,10 @@ def test_a_number_is_in_the_first_bucket_that_it_does_not_exceed():
     assert histogram.sum == 107.5
 
 
-def test_a_job_goes_from_the_queue_to_its_last_token():
-    told = Told().at(103).at(105, 0).at(105.5, 0).at(107, 0)
-    told.timer.record_end()
-    engine_metrics = told.engine_metrics
+def test_the_phases_of_a_job_are_measured():
+    timed = TimedJob().at(103).at(105, 0).at(105.5, 0).at(107, 0)
+    timed.timer.record_end()
+    engine_metrics = timed.engine_metrics
     assert (
         engine_metrics.queued.sum,
         engine_metrics.prefill.sum,
@@ -60,27 +60,27 @@ def test_a_job_goes_from_the_queue_to_its_last_token():
     assert (engine_metrics.prompt_tokens, engine_metrics.cached_tokens, engine_metrics.generated_tokens) == (3, 0, 3)
 
 
-def test_samples_have_gaps_of_their_own():
-    told = Told(samples=2).at(101, cached=2).at(102, 0, 1).at(103, 0).at(109, 0, 1)
-    assert told.engine_metrics.inter_token_seconds.sum == (103 - 102) + (109 - 103) + (109 - 102)
-    assert told.engine_metrics.generated_tokens == 5
-    assert told.engine_metrics.cached_tokens == 2
+def test_the_time_between_tokens_is_measured_for_each_sample():
+    timed = TimedJob(samples=2).at(101, cached=2).at(102, 0, 1).at(103, 0).at(109, 0, 1)
+    assert timed.engine_metrics.inter_token_seconds.sum == (103 - 102) + (109 - 103) + (109 - 102)
+    assert timed.engine_metrics.generated_tokens == 5
+    assert timed.engine_metrics.cached_tokens == 2
 
 
-def test_what_generates_nothing_has_no_decode_time():
-    told = Told().at(104)
-    told.now = 106
-    told.timer.record_end()
-    assert told.engine_metrics.prefill.sum == 2
-    assert sum(told.engine_metrics.decode.counts) == 0
+def test_a_job_without_generated_tokens_has_no_decode_time():
+    timed = TimedJob().at(104)
+    timed.now = 106
+    timed.timer.record_end()
+    assert timed.engine_metrics.prefill.sum == 2
+    assert sum(timed.engine_metrics.decode.counts) == 0
 
 
-def test_who_leaves_before_anything_began_was_never_there():
-    engine_metrics = Told().engine_metrics
+def test_a_job_that_never_started_is_not_counted():
+    engine_metrics = TimedJob().engine_metrics
     assert sum(engine_metrics.queued.counts) == engine_metrics.prompt_tokens == 0
 
 
-def test_passes_are_counted_by_kind_and_news_without_a_pass_is_none():
+def test_passes_are_counted_by_kind_and_empty_statistics_are_ignored():
     engine_metrics = EngineMetrics()
     for pass_stats in (
         PassStats(used_tokens=5),

@@ -1,4 +1,4 @@
-"""What the library says of GPUs, and what a server asks a process of them. No GPU is needed."""
+"""Tests of the list of GPUs and of the process that reports their free memory. They need no GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEVICES = {1: ("Large", 1, 700), 2: ("Small", 1, 30), 3: ("The processor", 0, 99
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+def fake_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     def memory(device: int, free: Any, total: Any) -> None:
         free._obj.value = total._obj.value = DEVICES[device][2]
 
@@ -29,13 +29,13 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpus, "_function", lambda name, result, *arguments: functions[name])
 
 
-@pytest.mark.usefixtures("fake")
-def test_all_gpus_count_and_nothing_else() -> None:
+@pytest.mark.usefixtures("fake_devices")
+def test_only_gpus_are_listed() -> None:
     assert gpus.gpu_names() == ["Large", "Small"]
     assert gpus.free_memory() == 730
 
 
-def test_the_library_can_be_asked() -> None:
+def test_the_functions_of_the_library_can_be_called() -> None:
     assert bool(gpus.gpu_names()) == bool(gpus.free_memory())
     kind = gpus._function("ggml_backend_dev_type", ctypes.c_int, ctypes.c_void_p)
     first = gpus._function("ggml_backend_dev_get", ctypes.c_void_p, ctypes.c_size_t)(0)
@@ -52,7 +52,7 @@ def test_the_library_can_be_asked() -> None:
         ("print(5); raise SystemExit(1)", None),
     ],
 )
-def test_a_process_tells_how_much_is_left(monkeypatch: pytest.MonkeyPatch, program: str, found: int | None) -> None:
+def test_the_process_output_is_parsed(monkeypatch: pytest.MonkeyPatch, program: str, found: int | None) -> None:
     monkeypatch.setattr(worker_process, "GPU_MEMORY_COMMAND", (sys.executable, "-c", program))
     worker_process.gpu_memory.cache_clear()
     try:
@@ -61,5 +61,5 @@ def test_a_process_tells_how_much_is_left(monkeypatch: pytest.MonkeyPatch, progr
         worker_process.gpu_memory.cache_clear()
 
 
-def test_the_process_that_is_asked_exists() -> None:
+def test_the_real_process_reports_the_free_memory() -> None:
     assert (worker_process.gpu_memory() or 0) == pytest.approx(gpus.free_memory(), rel=0.2)

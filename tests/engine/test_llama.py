@@ -1,4 +1,4 @@
-"""llama.cpp behind the core: numbers against an independent forward pass, and against itself in a crowd."""
+"""Tests of `LlamaRunner`: its numbers equal an independent forward pass, and do not depend on other requests."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def open_model(path: Path, sequences: int = 4, kv_type: KvType = "exact", chunk:
     return LoadedModel(runner, model_info, vocabulary.tokenize)
 
 
-def test_loading_tells_how_far_it_is():
-    told: list[float] = []
-    LlamaRunner(LoadModel(str(builtin_path()), 64, 1, 1, 32, "exact", 0, False), told.append)
-    assert len(told) > 1
-    assert told == sorted(told)
-    assert 0 <= told[0] < told[-1] == 1
+def test_loading_reports_progress():
+    shares: list[float] = []
+    LlamaRunner(LoadModel(str(builtin_path()), 64, 1, 1, 32, "exact", 0, False), shares.append)
+    assert len(shares) > 1
+    assert shares == sorted(shares)
+    assert 0 <= shares[0] < shares[-1] == 1
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +61,11 @@ def builtin_loop(builtin) -> EngineLoop:
 
 
 def play(loop: EngineLoop, jobs: Sequence[Job], arrivals: random.Random | None = None) -> list[list[tuple[int, Token]]]:
-    """What every job brings: its scored tokens under -1, its sampled ones under their sample, in order.
+    """The tokens of every job: scored tokens under -1, generated tokens under their sample, in order.
 
-    With `arrivals` the jobs come in at random moments, otherwise all at once.
+    With `arrivals` the jobs start at random steps, otherwise all at once.
     """
-    brought: defaultdict[int, list[tuple[int, Token]]] = defaultdict(list)
+    results: defaultdict[int, list[tuple[int, Token]]] = defaultdict(list)
     first = next(_names)
     waiting = list(enumerate(jobs))
     while True:
@@ -76,8 +76,8 @@ def play(loop: EngineLoop, jobs: Sequence[Job], arrivals: random.Random | None =
         if passed is None and not waiting:
             break
         for run, step in (passed or {}).items():
-            brought[run - first] += [(-1, token) for token in step.scored] + list(step.sampled)
-    return [sorted(brought[index], key=lambda pair: pair[0]) for index in range(len(jobs))]
+            results[run - first] += [(-1, token) for token in step.scored] + list(step.sampled)
+    return [sorted(results[index], key=lambda pair: pair[0]) for index in range(len(jobs))]
 
 
 _names = iter(range(0, 10**9, 10**4))
@@ -121,16 +121,16 @@ def test_generated_log_probabilities_agree_with_an_independent_forward_pass(tmp_
     model = open_model(path, kv_type="f32")
     oracle = Oracle(path)
     job = Job((10, 20, 30), 2, 20, WARM, (), b"k" * 16, alternatives=0)
-    brought = play(EngineLoop(model.runner), [job])[0]
+    results = play(EngineLoop(model.runner), [job])[0]
     for sample in (0, 1):
-        tokens = [token for index, token in brought if index == sample]
+        tokens = [token for index, token in results if index == sample]
         rows = oracle.log_probs((*job.prompt, *(token.id for token in tokens)))
         for position, token in enumerate(tokens, len(job.prompt) - 1):
             assert token.logprob == pytest.approx(rows[position][token.id], abs=1e-4)
 
 
-def test_the_built_in_models_numbers_are_its_weights(builtin, builtin_loop):
-    """Q8_0 products round activations to 8 bits, so agreement is looser; a wrong layout would be off by nats."""
+def test_the_built_in_models_numbers_agree_with_an_independent_forward_pass(builtin, builtin_loop):
+    """The matmul of Q8_0 rounds activations to 8 bits, hence the tolerance. A wrong layout would differ by nats."""
     prompt = builtin.tokenize("Once upon a time there was a little girl who lived in a house near the sea.", True)
     job = Job(prompt, 1, 0, GREEDY, (), b"k" * 16, prompt_alternatives=0)
     scored = [token.logprob for _, token in play(builtin_loop, [job])[0]]
@@ -139,18 +139,18 @@ def test_the_built_in_models_numbers_are_its_weights(builtin, builtin_loop):
     assert np.abs(np.array(scored) - expected).max() < 0.2
 
 
-def test_greedy_equals_one_sequence_at_a_time_alone_and_in_a_crowd(builtin, builtin_loop):
+def test_greedy_tokens_equal_those_of_a_separate_runner(builtin, builtin_loop):
     texts = ["Once upon a time", "def main():\n", "The cat", "Lily and Ben went to the park. They saw"]
     jobs = [Job(builtin.tokenize(text, True), 3, 24, GREEDY, (), b"k" * 16) for text in texts]
-    crowd = play(builtin_loop, jobs * 3)
+    concurrent = play(builtin_loop, jobs * 3)
     reference = [one_at_a_time(job) for job in jobs]
-    for index, brought in enumerate(crowd):
+    for index, results in enumerate(concurrent):
         for sample in range(3):
-            assert [token.id for i, token in brought if i == sample] == reference[index % len(jobs)]
+            assert [token.id for i, token in results if i == sample] == reference[index % len(jobs)]
 
 
 def one_at_a_time(job: Job) -> list[int]:
-    """Greedy tokens from a model of its own, without scheduler or sampler."""
+    """Greedy tokens from a separate model, without scheduler and sampler."""
     runner = open_model(builtin_path(), sequences=1).runner
     generated: list[int] = []
     position, tokens = 0, job.prompt
@@ -166,24 +166,24 @@ def one_at_a_time(job: Job) -> list[int]:
 
 @pytest.mark.parametrize("kv_type", ["exact", "f16", "f32"])
 @pytest.mark.parametrize("file_type", ["Q8_0", "Q4_0"])
-def test_every_float_is_the_same_alone_and_in_a_crowd(file_type, kv_type, tmp_path):
+def test_every_float_is_independent_of_other_requests(file_type, kv_type, tmp_path):
     model = open_model(write_tiny(tmp_path / "tiny.gguf", file_type=file_type), kv_type=kv_type)
     loop = EngineLoop(model.runner)
     jobs = random_jobs(16, len(model.model_info.pieces), seed=5)
-    alone = [play(loop, [job])[0] for job in jobs]
+    sequential = [play(loop, [job])[0] for job in jobs]
     for seed in range(3):
-        assert play(loop, jobs, random.Random(seed)) == alone
+        assert play(loop, jobs, random.Random(seed)) == sequential
 
 
 def test_every_float_of_the_built_in_model_is_the_same_alone_and_in_a_crowd(builtin, builtin_loop):
     jobs = random_jobs(12, len(builtin.model_info.pieces), seed=6)
-    alone = [play(builtin_loop, [job])[0] for job in jobs]
-    assert play(builtin_loop, jobs, random.Random(7)) == alone
+    sequential = [play(builtin_loop, [job])[0] for job in jobs]
+    assert play(builtin_loop, jobs, random.Random(7)) == sequential
 
 
 @pytest.mark.parametrize("chunk", [32, 256])
 def test_every_float_is_the_same_whether_a_token_is_read_or_generated(chunk):
-    """With exact keys and values it does not matter how many tokens a pass has."""
+    """With the KV type `exact` the numbers do not depend on the number of tokens of a pass."""
     model = open_model(builtin_path(), chunk=chunk)
     loop = EngineLoop(model.runner)
     prompt = model.tokenize("One day, a little girl named Lily", True)
@@ -196,7 +196,7 @@ def test_every_float_is_the_same_whether_a_token_is_read_or_generated(chunk):
 
 @pytest.mark.parametrize("file_type", ["F32", "F16", "BF16"])
 def test_tokens_of_unquantized_weights_are_the_same_read_and_generated(file_type, tmp_path):
-    """To the end of the context. Where there are no products of our own nothing is promised of such weights."""
+    """Up to the end of the context. Without the kernels' matmuls such weights have no promise."""
     model = open_model(write_tiny(tmp_path / "tiny.gguf", file_type=file_type), chunk=64)
     if not accelerator.supports_quantized():
         assert model.model_info.promise == "none"
@@ -209,19 +209,19 @@ def test_tokens_of_unquantized_weights_are_the_same_read_and_generated(file_type
     assert len(whole) == 512
 
 
-def test_without_products_of_our_own_less_may_be_promised(tmp_path, monkeypatch):
+def test_without_kernels_the_promise_can_be_weaker(tmp_path, monkeypatch):
     monkeypatch.setattr(accelerator, "supports_quantized", lambda: False)
     assert open_model(write_tiny(tmp_path / "tiny.gguf", file_type="F16")).model_info.promise == "none"
 
 
-def test_a_slot_can_be_cut_and_computed_again(tmp_path):
+def test_a_slot_can_be_truncated_and_computed_again(tmp_path):
     runner = open_model(write_tiny(tmp_path / "tiny.gguf", file_type="Q8_0"), chunk=8).runner
     whole = runner.run(ForwardBatch((), (BatchEntry(0, 0, (1, 2, 3, 4, 5, 6, 7, 8), 8),))).copy()
     again = runner.run(ForwardBatch((Truncate(0, 0),), (BatchEntry(0, 0, (1, 2, 3, 4, 5, 6, 7, 8), 8),)))
     assert (whole == again).all()
 
 
-def test_the_card_tells_what_the_file_says(tmp_path):
+def test_the_model_info_matches_the_file(tmp_path):
     model_info = open_model(write_tiny(tmp_path / "bytes.gguf", infill=True)).model_info
     assert (model_info.context, model_info.sequences, model_info.add_bos) == (512, 4, False)
     assert model_info.eos is not None
@@ -248,13 +248,13 @@ def test_tokens_of_a_text_spell_the_text(builtin, text):
     assert spelled == text.encode()
 
 
-def test_text_that_spells_a_special_token_is_one_only_when_asked(builtin):
+def test_text_becomes_a_special_token_only_on_request(builtin):
     name = builtin.model_info.pieces[builtin.model_info.eos].decode()
     assert builtin.tokenize(name, True) == (builtin.model_info.eos,)
     assert builtin.model_info.eos not in builtin.tokenize(name, False)
 
 
-def test_the_fingerprint_changes_with_weights_and_with_what_shapes_the_computation(tmp_path):
+def test_the_fingerprint_depends_on_weights_and_settings(tmp_path):
     one, two = write_tiny(tmp_path / "1.gguf", seed=1), write_tiny(tmp_path / "2.gguf", seed=2)
     names = {
         open_model(one).model_info.fingerprint,
@@ -263,11 +263,11 @@ def test_the_fingerprint_changes_with_weights_and_with_what_shapes_the_computati
         open_model(one, kv_type="f16").model_info.fingerprint,
     }
     assert len(names) == 4
-    assert open_model(one, sequences=2).model_info.fingerprint in names  # how many share the engine changes nothing
+    assert open_model(one, sequences=2).model_info.fingerprint in names  # the number of sequences changes no number
 
 
 def split_model(folder: Path, seed: int = 0) -> list[Path]:
-    """All parts of a model in several files."""
+    """The files of a split model."""
     first = write_tiny(folder / "tiny.gguf", seed=seed, split=8)
     return parts(first, read_facts(first))
 
@@ -277,13 +277,13 @@ def open_split(paths: list[Path]) -> ModelInfo:
     return make_model_info(LlamaRunner(settings), settings)[0]
 
 
-def test_the_fingerprint_names_all_parts_of_a_split_model(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_all_parts_of_a_split_model(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     paths, others = split_model(tmp_path / "one"), split_model(tmp_path / "two", seed=1)
     assert len(paths) > 2
     names = {open_split(paths).fingerprint}
-    for part in range(1, len(paths)):  # the first has the vocabulary, and no weights but its own
+    for part in range(1, len(paths)):  # the first part also has the vocabulary
         paths[part].write_bytes(others[part].read_bytes())
         names.add(open_split(paths).fingerprint)
     assert len(names) == len(paths)
@@ -298,16 +298,16 @@ def test_a_file_that_changes_while_it_is_loaded_is_a_setting_error(tmp_path: Pat
         make_model_info(runner, settings)
 
 
-def test_layers_for_a_gpu_need_a_build_that_has_one(monkeypatch, tmp_path):
+def test_gpu_layers_need_a_build_with_gpu_support(monkeypatch, tmp_path):
     monkeypatch.setattr(library.native, "llama_supports_gpu_offload", lambda: False)
     settings = LoadModel(str(write_tiny(tmp_path / "tiny.gguf")), 64, 1, 1, 32, "f16", -1, False)
-    with pytest.raises(SettingError, match="without GPU support"):
+    with pytest.raises(SettingError, match="GPU support"):
         LlamaRunner(settings)
 
 
 @pytest.mark.parametrize("layers", [0, -1])
-def test_no_gpu_is_lent_anything_unless_it_is_asked_for(monkeypatch, tmp_path, layers):
-    """Else a build for GPUs computes long passes there, and the promises for CPUs do not hold."""
+def test_no_gpu_computes_without_gpu_layers(monkeypatch, tmp_path, layers):
+    """Otherwise a build for GPUs computes long passes there, and the promises for CPUs do not hold."""
     lists = []
 
     def load(_, params):
@@ -321,7 +321,7 @@ def test_no_gpu_is_lent_anything_unless_it_is_asked_for(monkeypatch, tmp_path, l
 
 
 @pytest.mark.parametrize("content", [None, b"", b"GGUF", b"GGUF" + b"\xff" * 100])
-def test_a_file_that_is_no_model_is_a_setting_error(content, tmp_path):
+def test_an_invalid_model_file_is_a_setting_error(content, tmp_path):
     path = tmp_path / "bad.gguf"
     if content is not None:
         path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""What memory was reckoned for a model, beside what its engine takes when it does all it can be asked to."""
+"""Compares the estimated memory of a model with the memory that its worker uses under the largest load."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from afterword.models.registry import Model
 from oracle.tiny import Shape, Vocabulary, add_vocabulary, byte_vocabulary, random_weights, write_model
 
 FACTOR = 1.6
-"""What is reckoned, headroom apart, is at most so many times what is taken, and never less than that."""
-BASE = 40 << 20  # bytes of an engine's process without a model, which are part of the headroom
+"""The estimate without headroom is at most so many times the used memory. The whole estimate is never less than it."""
+BASE = 40 << 20  # bytes of a worker process without a model, which are part of the headroom
 
 
 def wide_vocabulary(size: int) -> Vocabulary:
-    """Of so many tokens, most of which no text becomes."""
+    """A vocabulary of `size` tokens, most of which are fillers."""
     few = byte_vocabulary(infill=False, add_bos=False)
     more = tuple(f"filler{number}" for number in range(size - len(few.tokens)))
     return dataclasses.replace(few, tokens=few.tokens + more, types=few.types + (TokenType.NORMAL,) * len(more))
 
 
 def write_wide(path: Path, size: int, **shape: int) -> Path:
-    """A small model with so many tokens."""
+    """A small model with a vocabulary of `size` tokens."""
     vocabulary, wanted = wide_vocabulary(size), Shape(**({"context": 512} | shape))
     return write_model(path, wanted, vocabulary, random_weights(wanted, vocabulary), "Q8_0")
 
@@ -78,42 +78,42 @@ def write_mamba(path: Path, inner: int, states: int) -> Path:
     return path
 
 
-async def taken(path: Path, settings: EngineSettings) -> tuple[int, int]:
-    """Bytes that are reckoned, and those that are resident after scoring a prompt that fills a pass."""
-    (placed,) = fit_models([(Model("m", path, "file"), read_facts(path))], settings)
-    engine = Supervisor(placed.load_message)
+async def estimated_and_used(path: Path, settings: EngineSettings) -> tuple[int, int]:
+    """The estimated bytes, and the worker's resident bytes after it scored a prompt that fills a pass."""
+    (model,) = fit_models([(Model("m", path, "file"), read_facts(path))], settings)
+    engine = Supervisor(model.load_message)
     try:
         await engine.open()
         prompt = tuple(
-            65 + number % 26 for number in range(min(placed.load_message.chunk + 1, placed.load_message.context - 1))
+            65 + number % 26 for number in range(min(model.load_message.chunk + 1, model.load_message.context - 1))
         )
         async for _ in engine.start(Job(prompt, 1, 1, Sampling(), (), bytes(16), prompt_alternatives=1)):
             pass
         assert engine.pid is not None
-        return placed.memory_bytes, psutil.Process(engine.pid).memory_info().rss
+        return model.memory_bytes, psutil.Process(engine.pid).memory_info().rss
     finally:
         await engine.close()
 
 
 def compare(path: Path, **settings: int) -> None:
-    planned, used = asyncio.run(taken(path, EngineSettings(**settings)))  # type: ignore[arg-type]
+    planned, used = asyncio.run(estimated_and_used(path, EngineSettings(**settings)))  # type: ignore[arg-type]
     assert used <= planned
     assert planned - HEADROOM <= FACTOR * (used - BASE)
 
 
-def test_the_logits_of_a_wide_vocabulary_are_reckoned(tmp_path: Path) -> None:
+def test_the_logits_of_a_large_vocabulary_are_included(tmp_path: Path) -> None:
     compare(write_wide(tmp_path / "wide.gguf", 100_000), parallel=2)
 
 
-def test_the_states_of_recurrent_layers_are_reckoned(tmp_path: Path) -> None:
+def test_the_states_of_recurrent_layers_are_included(tmp_path: Path) -> None:
     compare(write_mamba(tmp_path / "mamba.gguf", inner=1024, states=512), parallel=64, context=64)
 
 
-def test_the_keys_and_values_are_reckoned(tmp_path: Path) -> None:
+def test_the_keys_and_values_are_included(tmp_path: Path) -> None:
     compare(write_wide(tmp_path / "long.gguf", 1000, layers=8, width=256, kv_heads=2, context=2048), parallel=16)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "settings"), [(262_144, {"parallel": 16}), (262_144, {"batch": 1024, "parallel": 1})])
-def test_larger_ones_are_reckoned(tmp_path: Path, size: int, settings: dict[str, int]) -> None:
+def test_larger_vocabularies_and_batches_are_included(tmp_path: Path, size: int, settings: dict[str, int]) -> None:
     compare(write_wide(tmp_path / "wide.gguf", size, context=2048), **settings)

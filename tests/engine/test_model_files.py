@@ -1,4 +1,4 @@
-"""A model's files: what tells them apart, and which changes of them are noticed."""
+"""Tests of the digest of a model's files, and of the detection of changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIZE = HEAD_BYTES + 100 * SAMPLE_BYTES
 
 @pytest.fixture
 def paths(tmp_path: Path) -> list[str]:
-    """Three parts of one size; holes of a file are zeros."""
+    """Three sparse files of the same size, which read as zeros."""
     names = [tmp_path / f"m-{number:05}-of-00003.gguf" for number in (1, 2, 3)]
     for path in names:
         path.touch()
@@ -25,39 +25,39 @@ def paths(tmp_path: Path) -> list[str]:
     return [str(path) for path in names]
 
 
-def put(path: str, data: bytes, at: int = 0) -> None:
+def write_at(path: str, data: bytes, at: int = 0) -> None:
     with open(path, "r+b") as file:
         file.seek(at)
         file.write(data)
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
-@pytest.mark.parametrize("place", [0, HEAD_BYTES - 1, HEAD_BYTES, SIZE // 2 + 12345, SIZE - 1])
-def test_a_byte_of_any_part_makes_another_digest(paths: list[str], part: int, place: int) -> None:
+@pytest.mark.parametrize("offset", [0, HEAD_BYTES - 1, HEAD_BYTES, SIZE // 2 + 12345, SIZE - 1])
+def test_a_byte_of_any_part_changes_the_digest(paths: list[str], part: int, offset: int) -> None:
     before = ModelFiles(paths).digest()
     assert ModelFiles(paths).digest() == before
-    put(paths[part], b"x", place)
+    write_at(paths[part], b"x", offset)
     assert ModelFiles(paths).digest() != before
 
 
-def test_size_number_and_order_of_parts_count(paths: list[str]) -> None:
-    put(paths[0], b"x")
+def test_size_number_and_order_of_parts_change_the_digest(paths: list[str]) -> None:
+    write_at(paths[0], b"x")
     digests = {ModelFiles(some).digest() for some in (paths, paths[:2], paths[:1], paths[::-1])}
     os.truncate(paths[2], SIZE + 1)
     assert len(digests | {ModelFiles(paths).digest()}) == 5
 
 
 def overwrite(path: str) -> None:
-    put(path, b"x", HEAD_BYTES // 2)
+    write_at(path, b"x", HEAD_BYTES // 2)
 
 
 def overwrite_and_keep_the_time(path: str) -> None:
     before = os.stat(path)
-    put(path, b"x", HEAD_BYTES // 2)
+    write_at(path, b"x", HEAD_BYTES // 2)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def cut(path: str) -> None:
+def shorten(path: str) -> None:
     os.truncate(path, SIZE // 2)
 
 
@@ -66,8 +66,8 @@ def lengthen(path: str) -> None:
 
 
 @pytest.mark.parametrize("part", [0, 2])
-@pytest.mark.parametrize("change", [overwrite, overwrite_and_keep_the_time, cut, lengthen])
-def test_a_file_that_changes_in_place_is_noticed(paths: list[str], part: int, change: Callable[[str], None]) -> None:
+@pytest.mark.parametrize("change", [overwrite, overwrite_and_keep_the_time, shorten, lengthen])
+def test_a_file_that_changes_in_place_is_detected(paths: list[str], part: int, change: Callable[[str], None]) -> None:
     files = ModelFiles(paths)
     assert files.digest()
     files.check()
@@ -85,7 +85,9 @@ def replace(path: str) -> None:
 
 
 @pytest.mark.parametrize("change", [os.unlink, replace, lambda path: Path(path).rename(f"{path}.old")])
-def test_a_file_that_loses_its_name_keeps_its_bytes(paths: list[str], change: Callable[[str], None]) -> None:
+def test_an_unlinked_or_replaced_file_is_unchanged_after_loading(
+    paths: list[str], change: Callable[[str], None]
+) -> None:
     files = ModelFiles(paths)
     assert files.digest()
     change(paths[1])
@@ -95,7 +97,7 @@ def test_a_file_that_loses_its_name_keeps_its_bytes(paths: list[str], change: Ca
 
 
 @pytest.mark.parametrize("change", [lambda path: os.chmod(path, 0o600), lambda path: os.link(path, f"{path}.too")])
-def test_what_changes_no_byte_is_no_change(paths: list[str], change: Callable[[str], None]) -> None:
+def test_a_change_of_mode_or_links_is_ignored(paths: list[str], change: Callable[[str], None]) -> None:
     files = ModelFiles(paths)
     assert files.digest()
     change(paths[1])

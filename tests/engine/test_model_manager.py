@@ -1,4 +1,4 @@
-"""Models that come and go, in virtual time and without processes."""
+"""Tests of loading and unloading models, in virtual time and without processes."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ CARD = msgspec.structs.replace(SCRIPTED, promise="reproducible")
 
 
 @dataclass
-class Engine:
-    """A supervisor that only counts time. Its loading ends with the depot's fault, if there is one."""
+class FakeSupervisor:
+    """A supervisor that only waits. Loading raises the machine's fault for the model, if there is one."""
 
-    depot: Depot
+    machine: FakeMachine
     name: str
     needs: int
     state: str = "starting"
@@ -35,37 +35,37 @@ class Engine:
     model_info = CARD
 
     async def open(self) -> None:
-        assert not self.depot.alive(self.name), "two engines of one model"
-        self.depot.engines.append(self)
-        assert sum(engine.needs for engine in self.depot.engines) <= self.depot.memory
+        assert not self.machine.alive(self.name), "two engines of one model"
+        self.machine.engines.append(self)
+        assert sum(engine.needs for engine in self.machine.engines) <= self.machine.memory
         await asyncio.sleep(LOADING)
-        if fault := self.depot.faults.pop(self.name, None):
+        if fault := self.machine.faults.pop(self.name, None):
             raise fault
         self.state = "ready"
 
     async def close(self) -> None:
         self.state = "closed"
         await asyncio.sleep(ENDING)
-        self.depot.engines.remove(self)
+        self.machine.engines.remove(self)
 
     def check_capacity(self) -> None:
         if self.state == "closed":
-            raise Overloaded("It is closed.")
+            raise Overloaded("The engine is closed.")
 
 
 @dataclass
-class Depot:
-    """Where engines are. `faults`: how the next loading of a model ends; `taken`: memory that others took."""
+class FakeMachine:
+    """Holds the engines. `faults`: the exception of the next load of a model. `taken`: memory of other programs."""
 
     memory: int = 100
     taken: int = 0
-    engines: list[Engine] = field(default_factory=list)
+    engines: list[FakeSupervisor] = field(default_factory=list)
     faults: dict[str, Exception] = field(default_factory=dict)
 
-    def alive(self, name: str) -> list[Engine]:
+    def alive(self, name: str) -> list[FakeSupervisor]:
         return [engine for engine in self.engines if engine.name == name]
 
-    def roster(self, *names: str, keep_alive: float | None = 60, needs: int = 10, **policy: Any) -> ModelManager:
+    def manager(self, *names: str, keep_alive: float | None = 60, needs: int = 10, **policy: Any) -> ModelManager:
         definitions = [ModelDefinition(name, 0, self.maker(name, needs), memory_bytes=needs) for name in names]
         free = self.memory
         return ModelManager(
@@ -73,11 +73,11 @@ class Depot:
         )
 
     def maker(self, name: str, needs: int) -> Callable[[], Supervisor]:
-        return lambda: Engine(self, name, needs)  # type: ignore[return-value]
+        return lambda: FakeSupervisor(self, name, needs)  # type: ignore[return-value]
 
 
-def run(test: Callable[[Depot], Coroutine[Any, Any, None]], depot: Depot | None = None) -> None:
-    virtual.run(test(depot or Depot()))
+def run(test: Callable[[FakeMachine], Coroutine[Any, Any, None]], machine: FakeMachine | None = None) -> None:
+    virtual.run(test(machine or FakeMachine()))
 
 
 def states(models: ModelManager) -> list[str]:
@@ -85,7 +85,7 @@ def states(models: ModelManager) -> list[str]:
 
 
 async def use(models: ModelManager, name: str, seconds: float) -> None:
-    """Enter, stay, leave; the engine is there all the time."""
+    """Acquire a model, use it, release it. Its engine must stay the same and ready."""
     managed_model = named(models, name)
     engine = await models.acquire(managed_model)
     try:
@@ -104,14 +104,14 @@ def named(models: ModelManager, name: str) -> ManagedModel:
     return managed_model
 
 
-def test_without_a_time_all_are_loaded_at_the_start_one_after_the_other_and_stay():
-    async def test(depot: Depot) -> None:
-        models = depot.roster("a", "b", keep_alive=None)
+def test_without_keep_alive_all_models_are_loaded_at_the_start():
+    async def test(machine: FakeMachine) -> None:
+        models = machine.manager("a", "b", keep_alive=None)
         assert states(models) == ["starting", "starting"]
         opening = asyncio.create_task(models.open())
         await asyncio.sleep(LOADING + 1)
         assert states(models) == ["ready", "starting"]
-        await use(models, "a", 1)  # the first answers already
+        await use(models, "a", 1)  # the first model can be used already
         with pytest.raises(Overloaded) as caught:
             await models.acquire(named(models, "b"))
         assert caught.value.code == "loading"
@@ -119,92 +119,92 @@ def test_without_a_time_all_are_loaded_at_the_start_one_after_the_other_and_stay
         await asyncio.sleep(10**6)
         assert states(models) == ["ready", "ready"]
         await models.close()
-        assert depot.engines == []
+        assert machine.engines == []
 
     run(test)
 
 
-def test_a_model_that_cannot_be_loaded_at_the_start_is_the_operators_to_know():
-    async def test(depot: Depot) -> None:
-        models = depot.roster("a", "b", keep_alive=None)
-        depot.faults["b"] = SettingError("b is no model.")
+def test_a_failed_load_at_the_start_is_raised():
+    async def test(machine: FakeMachine) -> None:
+        models = machine.manager("a", "b", keep_alive=None)
+        machine.faults["b"] = SettingError("b is no model.")
         with pytest.raises(SettingError, match="b is no model"):
             await models.open()
         await models.close()
-        assert depot.engines == []
+        assert machine.engines == []
 
     run(test)
 
 
-def test_the_first_who_asks_loads_it_others_wait_and_it_ends_when_unused():
-    async def test(depot: Depot) -> None:
-        models = depot.roster("a", "b")
+def test_the_first_request_loads_a_model_and_it_is_unloaded_when_unused():
+    async def test(machine: FakeMachine) -> None:
+        models = machine.manager("a", "b")
         await models.open()
         assert states(models) == ["unloaded", "unloaded"]
         work = [asyncio.create_task(use(models, "a", 100)) for _ in range(5)]
         await asyncio.sleep(LOADING / 2)
         assert (states(models), named(models, "a").load.waiting) == (["starting", "unloaded"], 5)
         await asyncio.gather(*work)
-        assert [engine.name for engine in depot.engines] == ["a"]
+        assert [engine.name for engine in machine.engines] == ["a"]
         assert named(models, "a").model_info == CARD
-        assert named(models, "a").promise == CARD.promise, "what the engine promises, not what was planned"
+        assert named(models, "a").promise == CARD.promise, "the promise of the engine, not of the definition"
         await asyncio.sleep(59)
-        await use(models, "a", 1)  # the time begins anew
+        await use(models, "a", 1)  # restarts the timer
         await asyncio.sleep(59)
         assert states(models) == ["ready", "unloaded"]
         await asyncio.sleep(2 + ENDING)
         assert states(models) == ["unloaded", "unloaded"]
-        assert depot.engines == []
-        assert named(models, "a").model_info == CARD  # what was learnt stays
+        assert machine.engines == []
+        assert named(models, "a").model_info == CARD  # kept after unloading
 
     run(test)
 
 
-def test_who_comes_while_it_ends_gets_the_next_engine():
-    async def test(depot: Depot) -> None:
-        models = depot.roster("a", keep_alive=0)
+def test_a_request_during_unloading_gets_a_new_engine():
+    async def test(machine: FakeMachine) -> None:
+        models = machine.manager("a", keep_alive=0)
         await use(models, "a", 1)
         await asyncio.sleep(ENDING / 2)
-        (dying,) = depot.engines
+        (dying,) = machine.engines
         assert dying.state == "closed"
         await use(models, "a", 1)
-        assert depot.engines != [dying]
+        assert machine.engines != [dying]
 
     run(test)
 
 
-def test_who_comes_just_before_it_ends_keeps_it():
-    async def test(depot: Depot) -> None:
-        models = depot.roster("a", "b")
+def test_a_request_just_before_unloading_keeps_the_engine():
+    async def test(machine: FakeMachine) -> None:
+        models = machine.manager("a", "b")
         await use(models, "a", 1)
         loading = asyncio.create_task(use(models, "b", 200))
         await asyncio.sleep(59.5)
-        (engine,) = depot.alive("a")
+        (engine,) = machine.alive("a")
         await use(models, "a", 1)
-        assert depot.alive("a") == [engine]
+        assert machine.alive("a") == [engine]
         await loading
 
     run(test)
 
 
-def test_a_failure_is_told_to_all_who_wait_and_tried_again_for_the_next(caplog: pytest.LogCaptureFixture):
-    async def test(depot: Depot) -> None:
-        models = depot.roster("a")
-        depot.faults["a"] = SettingError("/secret/path is damaged.")
+def test_a_failed_load_fails_all_waiting_requests_and_is_retried_by_the_next(caplog: pytest.LogCaptureFixture):
+    async def test(machine: FakeMachine) -> None:
+        models = machine.manager("a")
+        machine.faults["a"] = SettingError("/secret/path is damaged.")
         failed = await asyncio.gather(*(use(models, "a", 1) for _ in range(3)), return_exceptions=True)
         assert [type(problem) for problem in failed] == [LoadFailed] * 3
         assert "secret" not in str(failed[0])
         assert "/secret/path is damaged" in caplog.text
         await asyncio.sleep(1000)
-        assert (depot.engines, states(models)) == ([], ["unloaded"])  # nobody tries on their own
+        assert (machine.engines, states(models)) == ([], ["unloaded"])  # not loaded again without a request
         await use(models, "a", 1)
 
     run(test)
 
 
-def test_those_who_wait_are_bounded_in_number_and_time():
-    async def test(depot: Depot) -> None:
-        models = depot.roster("a", queue=2, queue_seconds=LOADING / 2)
+def test_waiting_requests_are_bounded_in_number_and_time():
+    async def test(machine: FakeMachine) -> None:
+        models = machine.manager("a", queue=2, queue_seconds=LOADING / 2)
         waiting = [asyncio.create_task(use(models, "a", 1)) for _ in range(2)]
         models.check_capacity(named(models, "a"))
         await asyncio.sleep(0)
@@ -214,36 +214,36 @@ def test_those_who_wait_are_bounded_in_number_and_time():
             await models.acquire(named(models, "a"))
         late = await asyncio.gather(*waiting, return_exceptions=True)
         assert [type(problem) for problem in late] == [QueueTimeout] * 2
-        await use(models, "a", 1)  # it was loaded all the same
+        await use(models, "a", 1)  # the load was completed after the timeout
         assert named(models, "a").users == 0
 
     run(test)
 
 
-def test_who_leaves_while_it_loads_takes_nothing_from_the_others():
-    async def test(depot: Depot) -> None:
-        models = depot.roster("a")
+def test_a_cancelled_request_does_not_cancel_the_load():
+    async def test(machine: FakeMachine) -> None:
+        models = machine.manager("a")
         leaving, staying = (asyncio.create_task(use(models, "a", 1)) for _ in range(2))
         await asyncio.sleep(1)
         leaving.cancel()
         await staying
-        (engine,) = depot.engines
+        (engine,) = machine.engines
         await asyncio.sleep(60 + ENDING)
         alone = asyncio.create_task(use(models, "a", 1))
         await asyncio.sleep(1)
         alone.cancel()
         await asyncio.sleep(LOADING)
         assert states(models) == ["ready"]
-        assert depot.engines != [engine]
+        assert machine.engines != [engine]
         await asyncio.sleep(60 + ENDING)
-        assert depot.engines == []
+        assert machine.engines == []
 
     run(test)
 
 
-def test_what_was_unused_for_longest_makes_room():
-    async def test(depot: Depot) -> None:
-        models = depot.roster("a", "b", "c", needs=40)
+def test_the_least_recently_used_model_is_unloaded():
+    async def test(machine: FakeMachine) -> None:
+        models = machine.manager("a", "b", "c", needs=40)
         await use(models, "a", 1)
         await use(models, "b", 1)
         await use(models, "a", 1)
@@ -253,9 +253,9 @@ def test_what_was_unused_for_longest_makes_room():
     run(test)
 
 
-def test_what_is_in_use_does_not_make_room():
-    async def test(depot: Depot) -> None:
-        models = depot.roster("a", "b", needs=60)
+def test_a_model_in_use_is_not_unloaded():
+    async def test(machine: FakeMachine) -> None:
+        models = machine.manager("a", "b", needs=60)
         using = asyncio.create_task(use(models, "a", 100))
         await asyncio.sleep(LOADING + 1)
         with pytest.raises(Overloaded, match="other models") as caught:
@@ -268,41 +268,41 @@ def test_what_is_in_use_does_not_make_room():
     run(test)
 
 
-def test_memory_that_other_programs_took_counts():
-    async def test(depot: Depot) -> None:
-        models = depot.roster("a", needs=60)
-        depot.taken = 50
+def test_memory_of_other_programs_counts():
+    async def test(machine: FakeMachine) -> None:
+        models = machine.manager("a", needs=60)
+        machine.taken = 50
         with pytest.raises(Overloaded):
             await use(models, "a", 1)
-        depot.taken = 40
+        machine.taken = 40
         await use(models, "a", 1)
 
     run(test)
 
 
-def test_an_engine_that_works_for_somebody_who_did_not_enter_is_not_ended():
-    async def test(depot: Depot) -> None:
-        models = depot.roster("a")
+def test_an_engine_with_running_jobs_is_not_unloaded():
+    async def test(machine: FakeMachine) -> None:
+        models = machine.manager("a")
         await use(models, "a", 1)
-        (engine,) = depot.engines
+        (engine,) = machine.engines
         engine.load = Load(4, running=1)
         await asyncio.sleep(10**4)
         assert states(models) == ["ready"]
         engine.load = Load(4)
         await asyncio.sleep(60 + ENDING)
-        assert depot.engines == []
+        assert machine.engines == []
 
     run(test)
 
 
 @pytest.mark.parametrize("moment", [1.0, LOADING + 1, LOADING + 5 + ENDING / 2], ids=["loading", "in use", "ending"])
-def test_the_end_leaves_no_engine_and_nobody_waiting(moment: float):
-    async def test(depot: Depot) -> None:
-        models = depot.roster("a", "b", keep_alive=0)
+def test_closing_ends_all_engines_and_waiting_requests(moment: float):
+    async def test(machine: FakeMachine) -> None:
+        models = machine.manager("a", "b", keep_alive=0)
         work = [asyncio.create_task(use(models, "a", 5)), asyncio.create_task(use(models, "b", 5))]
         await asyncio.sleep(moment)
         await models.close()
-        assert depot.engines == []
+        assert machine.engines == []
         outcomes = await asyncio.gather(*work, return_exceptions=True)
         assert all(outcome is None or isinstance(outcome, Overloaded | AssertionError) for outcome in outcomes)
         with pytest.raises(Overloaded, match="shutting down"):
@@ -312,14 +312,14 @@ def test_the_end_leaves_no_engine_and_nobody_waiting(moment: float):
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_whatever_comes_in_whatever_order(seed: int):
+def test_random_requests_failures_and_cancellations(seed: int):
     chance = random.Random(seed)
 
-    async def visit(depot: Depot, models: ModelManager) -> None:
+    async def visit(machine: FakeMachine, models: ModelManager) -> None:
         await asyncio.sleep(chance.uniform(0, 300))
         name = chance.choice("abcd")
         if not chance.randrange(10):
-            depot.faults[name] = SettingError("by chance")
+            machine.faults[name] = SettingError("by chance")
         task = asyncio.create_task(use(models, name, chance.uniform(0, 30)))
         if not chance.randrange(5):
             await asyncio.sleep(chance.uniform(0, 20))
@@ -327,15 +327,15 @@ def test_whatever_comes_in_whatever_order(seed: int):
         problems = await asyncio.gather(task, return_exceptions=True)
         assert isinstance(problems[0], LoadFailed | Overloaded | asyncio.CancelledError | None), problems
 
-    async def test(depot: Depot) -> None:
-        models = depot.roster(*"abcd", needs=40, keep_alive=chance.choice([0, 1, 20, 100]))
-        await asyncio.gather(*(visit(depot, models) for _ in range(40)))
+    async def test(machine: FakeMachine) -> None:
+        models = machine.manager(*"abcd", needs=40, keep_alive=chance.choice([0, 1, 20, 100]))
+        await asyncio.gather(*(visit(machine, models) for _ in range(40)))
         assert (
             [managed_model.users for managed_model in models]
             == [managed_model.waiting for managed_model in models]
             == [0] * 4
         )
         await asyncio.sleep(1000)
-        assert (depot.engines, states(models)) == ([], ["unloaded"] * 4)
+        assert (machine.engines, states(models)) == ([], ["unloaded"] * 4)
 
     run(test)

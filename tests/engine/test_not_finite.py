@@ -1,4 +1,4 @@
-"""Numbers that are not finite end the request that they belong to, and reach no other: whatever computes attention."""
+"""Tests that NaN and infinity end the request in which they occur, and reach no other, for every kind of attention."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def job(prompt: tuple[int, ...], *, samples: int = 1, tokens: int = 4, **more: o
     return Job(prompt, samples, tokens, GREEDY, (), b"k" * 16, **more)  # type: ignore[arg-type]
 
 
-def played(loop: EngineLoop, jobs: dict[int, Job]) -> dict[int, list[Step]]:
+def run_jobs(loop: EngineLoop, jobs: dict[int, Job]) -> dict[int, list[Step]]:
     for run, each in jobs.items():
         loop.start(run, each)
     steps: dict[int, list[Step]] = {run: [] for run in jobs}
@@ -43,11 +43,11 @@ def failed(steps: list[Step]) -> bool:
     return any(step.failed for step in steps)
 
 
-# ---- rows of logits
+# ---- logits rows
 
 
 @pytest.mark.parametrize(
-    ("row", "sound"),
+    ("row", "finite"),
     [
         ([1.0, 2.0, 3.0], True),
         ([-math.inf, 2.0, 3.0], True),
@@ -57,15 +57,15 @@ def failed(steps: list[Step]) -> bool:
         ([math.nan] * 3, False),
     ],
 )
-def test_a_token_can_be_chosen_of_numbers_of_which_the_largest_is_finite(row, sound):
-    assert finite_rows(np.array([[0.0] * 3, row], np.float32)).tolist() == [True, sound]
+def test_a_row_is_finite_if_its_largest_value_is(row, finite):
+    assert finite_rows(np.array([[0.0] * 3, row], np.float32)).tolist() == [True, finite]
 
 
-# ---- jobs, with a runner that is a function of a text
+# ---- jobs, with a runner whose logits are a function of the tokens
 
 
-class Poisoned(HistoryRunner):
-    """Whose logits are not finite after token 9, as long as that is in the slot."""
+class PoisonedRunner(HistoryRunner):
+    """A runner whose logits are not finite while token 9 is in the slot."""
 
     def __init__(self, value: float, slots: int = 3) -> None:
         super().__init__(slots, chunk=4)
@@ -95,16 +95,16 @@ def test_a_job_whose_logits_are_not_finite_ends_alone(value, bad):
     bias = ((9, 100.0),) if 9 not in bad.prompt else ()
     bad = msgspec.structs.replace(bad, sampling=Sampling(0.0, logit_bias=bias))
     good = {1: job((1, 2, 5, 6, 7)), 3: job((4, 4, 4, 2), samples=2)}
-    alone = played(EngineLoop(HistoryRunner(3, 4)), good)
-    runner = Poisoned(value)
+    alone = run_jobs(EngineLoop(HistoryRunner(3, 4)), good)
+    runner = PoisonedRunner(value)
     loop = EngineLoop(runner)
-    steps = played(loop, {1: good[1], 2: bad, 3: good[3]})
+    steps = run_jobs(loop, {1: good[1], 2: bad, 3: good[3]})
     assert failed(steps[2])
     assert steps[2][-1] == Step(failed=True)
     for run in (1, 3):
         assert sampled(steps[run]) == sampled(alone[run])
-    assert sampled(played(loop, {4: good[1]})[4]) == sampled(alone[1])
-    assert not any(9 in state for state in runner.state), "what it left is cut before anything else is computed"
+    assert sampled(run_jobs(loop, {4: good[1]})[4]) == sampled(alone[1])
+    assert not any(9 in state for state in runner.state), "the failed job's slot is truncated before it is used again"
 
 
 def sampled(steps: list[Step]) -> list[object]:
@@ -114,69 +114,69 @@ def sampled(steps: list[Step]) -> list[object]:
 # ---- slots, with llama.cpp
 
 
-def opened(path: object, kv_type: KvType, own_products: bool = True) -> LlamaRunner:
-    return LlamaRunner(LoadModel(str(path), 128, 3, 1, 64, kv_type, 0, False, use_kernels=own_products))
+def open_runner(path: object, kv_type: KvType, use_kernels: bool = True) -> LlamaRunner:
+    return LlamaRunner(LoadModel(str(path), 128, 3, 1, 64, kv_type, 0, False, use_kernels=use_kernels))
 
 
 def row(slot: int, *tokens: int, position: int = 0) -> BatchEntry:
     return BatchEntry(slot, position, tokens, 1)
 
 
-def one(runner: LlamaRunner, row: BatchEntry, *moves: CopyPrefix | Truncate) -> Logits:
+def run_one(runner: LlamaRunner, row: BatchEntry, *moves: CopyPrefix | Truncate) -> Logits:
     return runner.run(ForwardBatch(moves, (row,)))[0].copy()
 
 
 ATTENTIONS = [
     *(("llama", kv_type, True, "F16") for kv_type in ("exact", "f16", "f32")),
     *(("llama", kv_type, True, "Q8_0") for kv_type in ("exact", "f16")),
-    ("llama", "exact", False, "F16"),  # the library's, for keys and values of unequal types
+    ("llama", "exact", False, "F16"),  # the library's attention for keys and values of different types
     *((name, "exact", True, "Q8_0") for name in ("gemma3", "mamba", "jamba", "lfm2")),
     ("jamba", "f16", True, "F16"),
 ]
 
 
 @pytest.mark.parametrize("case", ATTENTIONS, ids=str)
-def test_what_is_not_finite_reaches_no_later_owner_of_a_slot(tmp_path, monkeypatch, case):
-    """Whether the text was computed to its end, or was left before any logits could tell; others keep their states."""
-    architecture, kv_type, own, file_type = case
-    if not own:
+def test_non_finite_values_do_not_reach_the_next_sequence_of_a_slot(tmp_path, monkeypatch, case):
+    """Both after logits were computed and for a sequence that ended without logits. Other slots keep their states."""
+    architecture, kv_type, use_kernels, file_type = case
+    if not use_kernels:
         monkeypatch.setattr(accelerator, "computes_all_attention", lambda: False)
     path = write_random(tmp_path / "tiny.gguf", architecture, file_type, poison={POISON: math.nan})
-    runner = opened(path, kv_type)
-    other = one(runner, row(2, 8, 9, 10))
-    clean = one(runner, row(0, 5, 6, 7))
-    goes_on = one(runner, row(2, 11, position=3))
-    assert np.isfinite(clean).sum() > len(clean) - 2  # where embeddings are the matrix for logits, one is not
-    one(runner, row(2, 8, 9, 10), Truncate(2, 0))
-    bad = one(runner, row(0, 1, 2, POISON, 3, 4, 5), Truncate(0, 0))
+    runner = open_runner(path, kv_type)
+    other = run_one(runner, row(2, 8, 9, 10))
+    clean = run_one(runner, row(0, 5, 6, 7))
+    continued = run_one(runner, row(2, 11, position=3))
+    assert np.isfinite(clean).sum() > len(clean) - 2  # one is not, if the embeddings are also the output matrix
+    run_one(runner, row(2, 8, 9, 10), Truncate(2, 0))
+    bad = run_one(runner, row(0, 1, 2, POISON, 3, 4, 5), Truncate(0, 0))
     assert not finite_rows(bad[None])[0]
-    assert np.array_equal(one(runner, row(0, 5, 6, 7), Truncate(0, 0)), clean, equal_nan=True)
+    assert np.array_equal(run_one(runner, row(0, 5, 6, 7), Truncate(0, 0)), clean, equal_nan=True)
     runner.run(ForwardBatch((Truncate(0, 0),), (BatchEntry(0, 0, (1, 2, POISON, 3, 4, 5), 0),)))
-    assert np.array_equal(one(runner, row(1, 5, 6, 7), CopyPrefix(2, 0, 3), Truncate(0, 0)), clean, equal_nan=True)
-    assert np.array_equal(one(runner, row(0, 5, 6, 7)), clean, equal_nan=True)
-    assert np.array_equal(one(runner, row(2, 11, position=3)), goes_on, equal_nan=True)
-    assert np.array_equal(one(runner, row(2, 8, 9, 10), Truncate(2, 0)), other, equal_nan=True)
+    assert np.array_equal(run_one(runner, row(1, 5, 6, 7), CopyPrefix(2, 0, 3), Truncate(0, 0)), clean, equal_nan=True)
+    assert np.array_equal(run_one(runner, row(0, 5, 6, 7)), clean, equal_nan=True)
+    assert np.array_equal(run_one(runner, row(2, 11, position=3)), continued, equal_nan=True)
+    assert np.array_equal(run_one(runner, row(2, 8, 9, 10), Truncate(2, 0)), other, equal_nan=True)
 
 
 @pytest.mark.parametrize("kv_type", ["exact", "f16", "f32"])
-def test_what_a_slot_keeps_can_be_continued_after_what_is_not_finite_was_cut(tmp_path, kv_type):
+def test_a_prefix_can_be_continued_after_non_finite_values_were_truncated(tmp_path, kv_type):
     path = write_random(tmp_path / "tiny.gguf", "llama", poison={POISON: math.nan})
-    runner = opened(path, kv_type)
-    one(runner, row(0, 5, 6, 7))
-    wanted = one(runner, row(0, 8, position=3))
+    runner = open_runner(path, kv_type)
+    run_one(runner, row(0, 5, 6, 7))
+    wanted = run_one(runner, row(0, 8, position=3))
     runner.run(ForwardBatch((Truncate(0, 3),), (BatchEntry(0, 3, (POISON, 3, 4), 0),)))
-    assert np.array_equal(one(runner, row(0, 8, position=3), Truncate(0, 3)), wanted)
+    assert np.array_equal(run_one(runner, row(0, 8, position=3), Truncate(0, 3)), wanted)
 
 
 @pytest.mark.parametrize("kv_type", ["exact", "f16"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_requests_of_others_are_as_if_a_poisoned_one_had_never_been(tmp_path, kv_type, value):
+def test_a_poisoned_request_does_not_change_other_requests(tmp_path, kv_type, value):
     path = write_random(tmp_path / "tiny.gguf", "llama", poison={POISON: value})
     good = [job(tuple(range(5 + i, 45 + i)), samples=1 + i % 2, alternatives=1) for i in range(6)]
-    expected = [sampled(played(EngineLoop(opened(path, kv_type)), {0: each})[0]) for each in good]
-    loop = EngineLoop(opened(path, kv_type))
+    expected = [sampled(run_jobs(EngineLoop(open_runner(path, kv_type)), {0: each})[0]) for each in good]
+    loop = EngineLoop(open_runner(path, kv_type))
     for turn, each in enumerate(good):
         bad = job((*range(30, 90), POISON, 4, 5), samples=1 + turn % 3, client="another")
-        steps = played(loop, {2 * turn: bad, 2 * turn + 1: each})
+        steps = run_jobs(loop, {2 * turn: bad, 2 * turn + 1: each})
         assert failed(steps[2 * turn])
         assert sampled(steps[2 * turn + 1]) == expected[turn]

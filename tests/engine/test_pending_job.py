@@ -1,4 +1,4 @@
-"""Who is to blame for an engine's death: a job that comes no further than before."""
+"""Tests of the suspicion against a job: it ends when every sample has progressed since the last crash."""
 
 from __future__ import annotations
 
@@ -7,48 +7,46 @@ from afterword.engine.parent.pending_job import MAX_CRASHES, PendingJob
 from afterword.engine.protocol import Job, Sampling, Step, Token
 
 
-class Keeper:
-    """Has nobody to tell."""
+class NoOwner:
+    """A `JobOwner` that ignores all calls."""
 
-    def drop(self, pending: PendingJob, sample: int) -> None:
-        """End one sample."""
+    def drop(self, pending: PendingJob, sample: int) -> None: ...
 
-    def end(self, pending: PendingJob) -> None:
-        """Forget a job."""
+    def end(self, pending: PendingJob) -> None: ...
 
 
 def accepted(samples: int) -> PendingJob:
     job = Job((1, 2), samples, 9, Sampling(), (), bytes(16))
-    return PendingJob(Keeper(), 0, job, 0.0, JobTimer(EngineMetrics(), job, 0.0, lambda: 0.0))
+    return PendingJob(NoOwner(), 0, job, 0.0, JobTimer(EngineMetrics(), job, 0.0, lambda: 0.0))
 
 
-def brings(*samples: int) -> Step:
-    """A token for each of these samples."""
+def step_with(*samples: int) -> Step:
+    """A step with one token for each of these samples."""
     return Step(sampled=tuple((sample, Token(5)) for sample in samples))
 
 
-def died(run: PendingJob, times: int) -> PendingJob:
-    """An engine after the other died when the first sample had two tokens and the second one."""
-    run.add_step(brings(0, 1))
-    run.add_step(brings(0))
+def after_crashes(pending: PendingJob, times: int) -> PendingJob:
+    """The job after `times` crashes, each when the first sample had two tokens and the second had one."""
+    pending.add_step(step_with(0, 1))
+    pending.add_step(step_with(0))
     for _ in range(times):
-        run.restart(blamed=True)
-        run.add_step(brings(0, 1))
-        run.add_step(brings(0))
-    return run
+        pending.restart(blamed=True)
+        pending.add_step(step_with(0, 1))
+        pending.add_step(step_with(0))
+    return pending
 
 
-def test_a_sample_that_comes_further_clears_itself_alone() -> None:
-    run = died(accepted(2), MAX_CRASHES)
-    assert (run.crashes, run.on_probation) == (MAX_CRASHES, True)
-    run.add_step(brings(1))
-    assert run.on_probation, "it may still be the first sample that kills"
-    run.add_step(brings(0))
-    assert (run.crashes, run.on_probation) == (0, False)
+def test_probation_ends_when_all_samples_have_progressed() -> None:
+    pending = after_crashes(accepted(2), MAX_CRASHES)
+    assert (pending.crashes, pending.on_probation) == (MAX_CRASHES, True)
+    pending.add_step(step_with(1))
+    assert pending.on_probation, "the first sample may still be the cause of the crashes"
+    pending.add_step(step_with(0))
+    assert (pending.crashes, pending.on_probation) == (0, False)
 
 
-def test_a_sample_that_has_ended_or_had_not_begun_is_not_waited_for() -> None:
-    run = died(accepted(3), MAX_CRASHES)
-    run.add_step(Step(ended=((1, "stop"),)))
-    run.add_step(brings(0))
-    assert run.crashes == 0
+def test_ended_and_unstarted_samples_need_no_progress() -> None:
+    pending = after_crashes(accepted(3), MAX_CRASHES)
+    pending.add_step(Step(ended=((1, "stop"),)))
+    pending.add_step(step_with(0))
+    assert pending.crashes == 0

@@ -1,7 +1,7 @@
-"""The same request gives the same bytes: alone on an engine that has seen nothing, or among any others on one that has.
+"""Tests that the same request has the same result alone and concurrently with other requests.
 
-Every request here is computed twice: alone under a namespace of its own, so that nothing computed before can serve it;
-and in a crowd with shared beginnings, random arrival and requests that are abandoned. Every float must be equal.
+Every request is computed twice: alone in its own namespace, so that it cannot use the prefix cache, and concurrently
+with requests that share prefixes, arrive at random and are partly cancelled. Every float must be equal.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ SAMPLINGS = (
     Sampling(temperature=0.8, top_p=0.9),
     Sampling(top_k=40, min_p=0.02, presence_penalty=0.5, frequency_penalty=0.3),
 )
-Brought = dict[int, list[Step]]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def quantized(folder: Path, file_type: str) -> Path:
-    """The built-in model's weights in another type: what is compared is arithmetic, not quality."""
+    """The built-in model requantized to another type: these tests compare arithmetic, not quality."""
     if file_type == "Q8_0":
         return builtin_path()
     path = folder / f"{file_type}.gguf"
@@ -56,7 +55,7 @@ def quantized(folder: Path, file_type: str) -> Path:
 
 
 def open_runner(path: Path, kv_type: KvType, sequences: int = 12, *, own: bool = True, threads: int = 1) -> LlamaRunner:
-    """As hosting.py has it opened; `own`: with products of our own."""
+    """A runner with the settings that the server would choose. `own`: with the kernels' matmuls."""
     facts = read_facts(path)
     weights = WeightTypes(facts.architecture, facts.matrix_types, facts.experts)
     settings = LoadModel(
@@ -71,7 +70,7 @@ def open_runner(path: Path, kv_type: KvType, sequences: int = 12, *, own: bool =
 
 
 def requests(count: int, seed: int, vocabulary: int = 4000) -> list[Job]:
-    """Prompts that share beginnings with one another, of many lengths, asked in many ways."""
+    """Random jobs whose prompts have many lengths and share prefixes."""
     rng = random.Random(seed)
     contexts = [tuple(rng.randrange(4, vocabulary) for _ in range(rng.choice([20, 64, 150, 260]))) for _ in range(6)]
     jobs = []
@@ -97,22 +96,22 @@ def requests(count: int, seed: int, vocabulary: int = 4000) -> list[Job]:
 
 
 def continued(jobs: list[Job], results: list[list[Any]], count: int) -> list[Job]:
-    """Texts that grow: prompts that go on after what earlier requests brought."""
-    grown = []
+    """Jobs whose prompts continue the prompts and the outputs of earlier jobs."""
+    continuations = []
     for job, (_, samples, _) in itertools.islice(zip(jobs, results, strict=True), count):
         prompt = (*job.prompt, *(token.id for token in samples[0]), 7, 8, 9)
-        grown.append(msgspec.structs.replace(job, prompt=prompt, max_tokens=8))
-    return grown
+        continuations.append(msgspec.structs.replace(job, prompt=prompt, max_tokens=8))
+    return continuations
 
 
 def numbers(steps: list[Step], job: Job) -> list[Any]:
-    """Everything that a request was told, in the order of prompt and samples: no step's borders, no cached count."""
+    """The result of a request by prompt and samples, independent of its division into steps and of cached tokens."""
     scored = [token for step in steps for token in step.scored]
     samples = [[t for step in steps for index, t in step.sampled if index == sample] for sample in range(job.samples)]
     return [scored, samples, sorted(end for step in steps for end in step.ended)]
 
 
-def alone(loop: EngineLoop, jobs: list[Job]) -> list[list[Any]]:
+def sequential(loop: EngineLoop, jobs: list[Job]) -> list[list[Any]]:
     results = []
     for job in jobs:
         run = next(_names)
@@ -125,8 +124,8 @@ def alone(loop: EngineLoop, jobs: list[Job]) -> list[list[Any]]:
     return results
 
 
-def crowd(loop: EngineLoop, jobs: list[Job], seed: int) -> list[list[Any]]:
-    """All jobs, arriving at random; between them others like them that leave before they end."""
+def concurrent(loop: EngineLoop, jobs: list[Job], seed: int) -> list[list[Any]]:
+    """Run all jobs with random arrival, together with similar jobs that are closed before their end."""
     rng = random.Random(seed)
     waiting = [(next(_names), job) for job in jobs]
     names = dict(waiting)
@@ -168,14 +167,15 @@ def check(path: Path, kv_type: KvType, count: int, *, own: bool = True) -> None:
 
 def compare(loop: EngineLoop, count: int, vocabulary: int = 4000) -> None:
     jobs = requests(count * 3 // 4, count, vocabulary)
-    expected = alone(loop, jobs)
-    grown = continued(jobs, expected, count // 4)
-    later = alone(loop, grown)
-    for index in reversed(range(len(grown))):  # soon after what they go on from, while it is still there
-        jobs.insert(index + 6, grown[index])
+    expected = sequential(loop, jobs)
+    continuations = continued(jobs, expected, count // 4)
+    later = sequential(loop, continuations)
+    # Insert each continuation soon after the job that it continues, while the job's prefix is cached.
+    for index in reversed(range(len(continuations))):
+        jobs.insert(index + 6, continuations[index])
         expected.insert(index + 6, later[index])
-    for job, mine, theirs in zip(jobs, crowd(loop, jobs, seed=1), expected, strict=True):
-        assert mine == theirs, job
+    for job, found, wanted in zip(jobs, concurrent(loop, jobs, seed=1), expected, strict=True):
+        assert found == wanted, job
 
 
 def test_200_requests_of_the_built_in_model(folder):
@@ -189,18 +189,18 @@ def test_200_requests_of_the_built_in_model(folder):
         *(("F32", "exact"), ("F16", "exact"), ("F16", "f16"), ("BF16", "exact")),
     ],
 )
-def test_other_weights_and_other_keys_and_values(folder, file_type, kv_type):
-    needs_own_products(file_type)
+def test_other_types_of_weights_and_of_keys_and_values(folder, file_type, kv_type):
+    skip_without_kernels(file_type)
     check(quantized(folder, file_type), kv_type, count=20)
 
 
-def needs_own_products(file_type: str) -> None:
+def skip_without_kernels(file_type: str) -> None:
     if file_type in FLOATS and not accelerator.supports_quantized():
-        pytest.skip(f"nothing is promised of {file_type} where there are no products of our own")
+        pytest.skip(f"{file_type} has no promise without the kernels' matmuls")
 
 
-def test_passes_of_one_shape_give_the_same_bits_too(folder):
-    """As on a GPU, where kernels depend on it."""
+def test_passes_of_a_fixed_shape_are_reproducible(folder):
+    """The fixed shape that GPUs need."""
     path = quantized(folder, "F16")
     compare(
         EngineLoop(LlamaRunner(LoadModel(str(path), 320, 7, 1, 64, "f16", 0, False, grid=64, fixed_shape=True))),
@@ -209,9 +209,10 @@ def test_passes_of_one_shape_give_the_same_bits_too(folder):
 
 
 @pytest.mark.parametrize(("file_type", "kv_type"), [("Q8_0", "exact"), ("Q8_0", "f16")])
-def test_paused_samples_bring_the_same_bits(folder, monkeypatch, file_type, kv_type):
-    """One client holds all sequences while short requests of another come; with `f16` the state is computed again
-    token by token."""
+def test_preempted_samples_are_reproducible(folder, monkeypatch, file_type, kv_type):
+    """One client holds all slots while another sends short requests. With `f16` the state of a preempted sample is
+    computed again token by token.
+    """
     monkeypatch.setattr(scheduler, "REST_PASSES", (2, 6))
     loop = EngineLoop(open_runner(quantized(folder, file_type), kv_type, sequences=4))
     wanted = [
@@ -220,7 +221,7 @@ def test_paused_samples_bring_the_same_bits(folder, monkeypatch, file_type, kv_t
         )
         for each, scored in zip(requests(2, seed=5), (None, 2), strict=True)
     ]
-    expected = alone(loop, wanted)
+    expected = sequential(loop, wanted)
     names = [next(_names) for _ in wanted]
     for name, each in zip(names, wanted, strict=True):
         loop.start(name, each)
@@ -232,7 +233,7 @@ def test_paused_samples_bring_the_same_bits(folder, monkeypatch, file_type, kv_t
         begun = loop._scheduler._begun
         pauses = max(pauses, sum(sequence.paused for name in names if name in begun for sequence in begun[name].queued))
         if len(begun) == len(loop._scheduler._works) and any(name in begun for name in names):
-            run = next(_names)  # the next short request, as soon as the one before has begun
+            run = next(_names)  # the next short request starts as soon as the one before is admitted
             loop.start(run, Job((run % 4000, 5, 6), 1, 3, Sampling(), (), bytes(16), client="few"))
     loop.check()
     assert pauses
@@ -247,19 +248,19 @@ QUANTIZED = (
 EVERY_PROMISE = [(name, kv_type) for name in (*QUANTIZED, *FLOATS) for kv_type in ("exact", "f16")]
 
 
-@pytest.mark.parametrize(("file_type", "all_ours"), [("Q8_0", True), ("Q4_K_M", True), ("Q4_1", False)])
-def test_who_computes_all_products_is_known(folder, file_type, all_ours):
-    """A single token's other operations take one thread then; where a type is the library's, they take all."""
+@pytest.mark.parametrize(("file_type", "computes_all"), [("Q8_0", True), ("Q4_K_M", True), ("Q4_1", False)])
+def test_the_runner_knows_whether_the_kernels_compute_everything(folder, file_type, computes_all):
+    """If the kernels compute everything, the elementwise operations of a single token use one thread, else all."""
     if not accelerator.supports_quantized():
         pytest.skip("this processor has no instructions for it")
-    assert open_runner(quantized(folder, file_type), "exact", 1, threads=2).computes_all == all_ours
+    assert open_runner(quantized(folder, file_type), "exact", 1, threads=2).computes_all == computes_all
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("file_type", "kv_type"), EVERY_PROMISE)
 def test_many_requests_of_every_type(folder, file_type, kv_type):
-    needs_own_products(file_type)
+    skip_without_kernels(file_type)
     check(quantized(folder, file_type), kv_type, count=2000 if file_type in ("Q8_0", "Q4_0") else 300)
 
 
@@ -267,6 +268,6 @@ def test_many_requests_of_every_type(folder, file_type, kv_type):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kv_type", ["exact", "f16"])
 @pytest.mark.parametrize("file_type", QUANTIZED)
-def test_many_requests_with_the_librarys_products(folder, file_type, kv_type):
-    """As where no compiler built ours."""
+def test_many_requests_with_the_librarys_matmuls(folder, file_type, kv_type):
+    """Without the kernels' matmuls, as on a machine where no compiler built the kernels."""
     check(quantized(folder, file_type), kv_type, count=100, own=False)

@@ -1,4 +1,4 @@
-"""Our own search for special tokens and our cuts change no token of any text, and are linear where llama.cpp is not."""
+"""Tests that splitting texts before tokenizing changes no token, and that it avoids llama.cpp's quadratic time."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ MADE = {
     "pieces with runs, as Gemma": tiny.with_tokens(PIECES, *RUNS, *((f"<unused{n}>", USER) for n in range(300))),
     "bytes with all kinds": tiny.with_tokens(BYTES, *KINDS),
     "pieces with all kinds": tiny.with_tokens(PIECES, *KINDS),
-    "tokens that take spaces after them away": tiny.with_tokens(BYTES, *PHI),
-    "a token that takes spaces before it away": replace(
+    "tokens that strip spaces after them": tiny.with_tokens(BYTES, *PHI),
+    "a token that strips spaces before it": replace(
         tiny.with_tokens(BYTES, ("<mask>", CONTROL), ("<other>", CONTROL)), pre="jina-v2-code"
     ),
     "no space before texts": PIECES,
-    "order that llama.cpp alone knows": tiny.with_tokens(BYTES, ("<x>", CONTROL), (">y<", CONTROL)),
+    "ambiguous order": tiny.with_tokens(BYTES, ("<x>", CONTROL), (">y<", CONTROL)),
 }
-NAMES = {"tokens that take spaces after them away": "phi-3-tiny"}
+NAMES = {"tokens that strip spaces after them": "phi-3-tiny"}
 
 
 def load(path: Path) -> Vocabulary:
@@ -70,7 +70,7 @@ def builtin() -> Vocabulary:
 
 
 def texts(names: list[str], seed: int, count: int) -> Iterator[str]:
-    """Texts of special tokens, of parts of them, and of what lies between."""
+    """Random texts of special tokens, parts of them, and plain text."""
     random = Random(seed)
     plain = [" ", "  ", "\n", "\t", "a", "the", " the", "<", ">", "|", "▁", "é", "漢", "\0", "\ue000", "b<", "s>"]
     halves = [name[: len(name) // 2] for name in names] + [name[1:] for name in names]
@@ -90,7 +90,7 @@ def check_same(vocabulary: Vocabulary, seed: int, count: int) -> None:
 
 
 @pytest.mark.parametrize("length", [4096, 3])
-def test_made_vocabularies_tokenize_as_llama_cpp_does(
+def test_synthetic_vocabularies_tokenize_like_llama_cpp(
     made: Vocabulary, monkeypatch: pytest.MonkeyPatch, length: int
 ) -> None:
     monkeypatch.setattr(split_points, "PIECE_LENGTH", length)
@@ -98,22 +98,22 @@ def test_made_vocabularies_tokenize_as_llama_cpp_does(
     check_same(made, seed=length, count=300)
 
 
-def test_the_built_in_vocabulary_tokenizes_as_llama_cpp_does(builtin: Vocabulary) -> None:
+def test_the_built_in_vocabulary_tokenizes_like_llama_cpp(builtin: Vocabulary) -> None:
     check_same(builtin, seed=1, count=300)
 
 
-def test_only_where_the_order_matters_llama_cpp_finds_the_special_tokens(made: Vocabulary, request: Any) -> None:
-    ambiguous = request.node.callspec.params["made"] == "order that llama.cpp alone knows"
+def test_only_ambiguous_vocabularies_are_left_to_llama_cpp(made: Vocabulary, request: Any) -> None:
+    ambiguous = request.node.callspec.params["made"] == "ambiguous order"
     assert made.ambiguous == ambiguous
-    assert (made.runs is not None) == ambiguous
+    assert (made.slow_runs is not None) == ambiguous
 
 
-# ---- what is given to llama.cpp
+# ---- calls of llama.cpp
 
 
 @pytest.fixture
-def given(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sizes of the texts that llama.cpp has tokenized, in bytes."""
+def tokenized_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes in bytes of the texts that were passed to `llama_tokenize`."""
     sizes: list[int] = []
     tokenize = native.llama_tokenize
 
@@ -126,41 +126,41 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("unit", ["<|endoftext|>", "<|fim_prefix|>", "<|endoftext|><|fim_suffix|>"])
-def test_special_tokens_are_not_searched_for_by_llama_cpp(tmp_path: Path, given: list[int], unit: str) -> None:
+def test_special_tokens_are_not_passed_to_llama_cpp(tmp_path: Path, tokenized_sizes: list[int], unit: str) -> None:
     words = load(tiny.write_vocabulary(tmp_path / "bytes.gguf", BYTES))
-    given.clear()
+    tokenized_sizes.clear()
     assert len(words.tokenize(unit * 20_000, True)) == 20_000 * unit.count("|>")
-    assert not given
+    assert not tokenized_sizes
 
 
 @pytest.mark.parametrize("unit", ["<", "é", "漢", "<é", "a<", "word <", "\0"])
-def test_what_is_written_as_bytes_is_given_to_llama_cpp_in_short_pieces(
-    tmp_path: Path, given: list[int], unit: str
+def test_characters_without_tokens_are_passed_in_short_pieces(
+    tmp_path: Path, tokenized_sizes: list[int], unit: str
 ) -> None:
     pieces = load(tiny.write_vocabulary(tmp_path / "pieces.gguf", PIECES))
     text = unit * (40_000 // len(unit))
     whole = tuple(pieces._ids(text.encode(), False))
-    given.clear()
+    tokenized_sizes.clear()
     assert pieces.tokenize(text, False) == whole
-    assert max(given) <= 4 * (split_points.PIECE_LENGTH + len(unit))
+    assert max(tokenized_sizes) <= 4 * (split_points.PIECE_LENGTH + len(unit))
 
 
-def test_a_text_is_tokenized_part_by_part(tmp_path: Path, given: list[int]) -> None:
+def test_a_text_is_tokenized_part_by_part(tmp_path: Path, tokenized_sizes: list[int]) -> None:
     pieces = load(tiny.write_vocabulary(tmp_path / "pieces.gguf", PIECES))
-    given.clear()
+    tokenized_sizes.clear()
     parts = pieces.parts("<" * 100_000, False)
     next(parts)
-    assert len(given) == 1, "the rest is not begun before it is asked for"
+    assert len(tokenized_sizes) == 1, "the rest is not tokenized yet"
 
 
-def test_a_text_without_places_to_cut_stays_whole(tmp_path: Path, given: list[int]) -> None:
+def test_a_text_without_split_points_is_not_split(tmp_path: Path, tokenized_sizes: list[int]) -> None:
     pieces = load(tiny.write_vocabulary(tmp_path / "pieces.gguf", PIECES))
-    given.clear()
+    tokenized_sizes.clear()
     pieces.tokenize("the " * 3_000, False)
-    assert len(given) == 1
+    assert len(tokenized_sizes) == 1
 
 
-# ---- the rules, without a library
+# ---- the rules, without llama.cpp
 
 
 def split(text: str, *tokens: SpecialToken) -> list[int | str]:
@@ -173,19 +173,19 @@ def token(number: int, text: str, left: bool = False, right: bool = False) -> Sp
     return SpecialToken(number, text.encode(), left, right)
 
 
-def test_longer_tokens_come_first_wherever_they_are() -> None:
+def test_longer_tokens_are_found_first() -> None:
     tokens = token(1, "<a"), token(2, "a>>")
     assert split("<a>>", *tokens) == ["<", 2]
     assert split("<a>><a", *tokens) == ["<", 2, 1]
 
 
-def test_a_token_may_take_spaces_on_a_side_of_it() -> None:
+def test_a_token_can_strip_spaces() -> None:
     assert split("x \n<m> y", token(1, "<m>", left=True)) == ["x", 1, " y"]
     assert split("x <m> \ty", token(1, "<m>", right=True)) == ["x ", 1, "y"]
     assert split(" <m> <m> ", token(1, "<m>", left=True, right=True)) == [1, 1]
 
 
-def test_nothing_is_found_where_there_is_nothing() -> None:
+def test_a_text_without_special_tokens_is_not_split() -> None:
     assert split("", token(1, "<m>")) == []
     assert split("<m", token(1, "<m>")) == ["<m"]
     assert split("<m>") == ["<m>"]
@@ -204,11 +204,11 @@ def test_nothing_is_found_where_there_is_nothing() -> None:
     ],
     ids=str,
 )
-def test_order_matters_where_tokens_of_one_length_can_overlap(tokens: list[SpecialToken], ambiguous: bool) -> None:
+def test_overlapping_tokens_of_equal_length_are_ambiguous(tokens: list[SpecialToken], ambiguous: bool) -> None:
     assert SpecialTokens(tokens).ambiguous == ambiguous
 
 
-def test_many_tokens_with_a_common_beginning_are_found() -> None:
+def test_many_tokens_with_a_common_prefix_are_found() -> None:
     tokens = [token(number, f"<unused{number:04}>") for number in range(3000)]
     text = "".join(f"<unused{number:04}>x" for number in range(0, 3000, 7))
     assert split(text, *tokens) == [piece for number in range(0, 3000, 7) for piece in (number, "x")]

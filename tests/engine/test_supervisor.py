@@ -1,4 +1,4 @@
-"""The engine's process and its keeper, with a real process and no model."""
+"""Tests of the supervisor with a real worker process and without a model."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ async def engine(
         await supervisor.close()
 
 
-async def tokens(supervisor: Supervisor, wanted: Job) -> list[int]:
-    return [token.id async for step in supervisor.start(wanted) for _, token in step.sampled]
+async def tokens(supervisor: Supervisor, expected_job: Job) -> list[int]:
+    return [token.id async for step in supervisor.start(expected_job) for _, token in step.sampled]
 
 
 async def drain(current: JobHandle) -> None:
@@ -64,8 +64,8 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-def engines() -> list[psutil.Process]:
-    """The engines that this process has started (other tests' servers may be its children too)."""
+def workers() -> list[psutil.Process]:
+    """The worker processes of this module's tests. Servers of other tests may be children of this process too."""
     children = psutil.Process().children()
     return [child for child in children if child.status() != "zombie" and FAKE[1] in child.cmdline()]
 
@@ -78,7 +78,7 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(bounded())
 
 
-def test_jobs_run_and_the_load_returns_to_nothing():
+def test_jobs_run_and_the_load_returns_to_zero():
     async def test() -> None:
         async with engine() as supervisor:
             jobs = [job(first, 2, 3) for first in range(1, 9)]
@@ -97,7 +97,7 @@ def test_texts_are_tokenized_beside_running_jobs():
     run(test)
 
 
-def test_closing_a_run_frees_its_sequences():
+def test_closing_a_job_frees_its_sequences():
     async def test() -> None:
         async with engine() as supervisor:
             runs = [supervisor.start(job(samples=2, max_tokens=10**6)) for _ in range(6)]
@@ -110,7 +110,7 @@ def test_closing_a_run_frees_its_sequences():
     run(test)
 
 
-def test_dropping_every_sample_ends_the_run():
+def test_dropping_every_sample_ends_the_job():
     async def test() -> None:
         async with engine() as supervisor:
             current = supervisor.start(job(samples=2, max_tokens=10**6))
@@ -122,12 +122,12 @@ def test_dropping_every_sample_ends_the_run():
     run(test)
 
 
-def test_dropping_the_last_sample_wakes_whoever_waits_for_a_step():
+def test_dropping_the_last_sample_wakes_the_consumer():
     async def test() -> None:
         async with engine() as supervisor:
             for _ in range(3):
                 supervisor.start(job(samples=2, max_tokens=10**6))
-            current = supervisor.start(job())  # waits: the sequences are taken
+            current = supervisor.start(job())  # waits: all sequences are in use
             waiting = asyncio.create_task(drain(current))
             await asyncio.sleep(0)
             current.drop(0)
@@ -136,15 +136,15 @@ def test_dropping_the_last_sample_wakes_whoever_waits_for_a_step():
     run(test)
 
 
-def test_what_is_loaded_is_told_on_the_way():
+def test_heartbeats_report_the_loaded_share():
     async def test() -> None:
-        link = SlowLink()
+        link = ScriptedLink()
         supervisor = Supervisor(LoadModel("any", 512, 2, 1, 8, "f16", 0, False), spawn=link.spawn)
         opening = asyncio.create_task(supervisor.open())
         for share in (0.25, 0.75):
-            link.coming.put_nowait(Heartbeat(0, 0, 0, 0.0, share))
+            link.incoming.put_nowait(Heartbeat(0, 0, 0, 0.0, share))
             await until(lambda share=share: supervisor.loaded == share)
-        link.coming.put_nowait(None)
+        link.incoming.put_nowait(None)
         with pytest.raises(SettingError, match="while it was loading"):
             await opening
         await supervisor.close()
@@ -152,25 +152,23 @@ def test_what_is_loaded_is_told_on_the_way():
     run(test)
 
 
-class SlowLink:
-    """A line on which nothing comes but what the test says."""
+class ScriptedLink:
+    """A connection to a worker that receives only the messages in `incoming`."""
 
     pid = None
 
     def __init__(self) -> None:
-        self.coming: asyncio.Queue[Heartbeat | None] = asyncio.Queue()
+        self.incoming: asyncio.Queue[Heartbeat | None] = asyncio.Queue()
 
-    async def spawn(self, _: object) -> SlowLink:
+    async def spawn(self, _: object) -> ScriptedLink:
         return self
 
-    def send(self, _: object) -> None:
-        """Nobody is there."""
+    def send(self, _: object) -> None: ...
 
     async def receive(self) -> Heartbeat | None:
-        return await self.coming.get()
+        return await self.incoming.get()
 
-    def kill(self) -> None:
-        """Nobody is there."""
+    def kill(self) -> None: ...
 
     async def wait_ended(self) -> int | None:
         return 1
@@ -191,14 +189,14 @@ def test_a_job_that_kills_fails_alone_and_is_not_tried_a_third_time():
     async def test() -> None:
         async with engine() as supervisor:
             assert supervisor.state == "ready"
-            doomed = supervisor.start(job(DEADLY))
+            deadly = supervisor.start(job(DEADLY))
             others = [asyncio.create_task(tokens(supervisor, job(4, 5))) for _ in range(20)]
             with pytest.raises(EngineFailure):
-                await drain(doomed)
+                await drain(deadly)
             assert await asyncio.gather(*others) == [alone(job(4, 5), 0)] * 20, (
-                "beside it and behind it nothing is lost"
+                "jobs that ran or waited at the crash are completed"
             )
-            assert (supervisor.state, supervisor.restarts) == ("ready", 2), "a deadly job is tried twice, no more"
+            assert (supervisor.state, supervisor.restarts) == ("ready", 2), "a deadly job is tried only twice"
             with pytest.raises(EngineFailure):
                 supervisor.start(msgspec.structs.replace(job(DEADLY), key=b"x" * 16, client="someone else"))
             assert await tokens(supervisor, job(7)) == alone(job(7), 0)
@@ -224,7 +222,7 @@ def test_a_text_that_kills_the_tokenizer_fails_alone():
 
 
 @pytest.mark.parametrize("seconds", [0, pytest.param(13, marks=pytest.mark.slow)])
-def test_a_slow_text_holds_no_other_texts_and_is_no_hang(seconds: int):
+def test_a_slow_text_delays_no_other_text_and_is_no_hang(seconds: int):
     async def test() -> None:
         async with engine(hang_seconds=3) as supervisor:
             slow = [asyncio.create_task(supervisor.tokenize(SLOW + "x" * 10**4, True, "A")) for _ in range(8)]
@@ -235,16 +233,16 @@ def test_a_slow_text_holds_no_other_texts_and_is_no_hang(seconds: int):
                 task.cancel()
             text = "A" * 10**4
             assert tuple(await supervisor.tokenize(text, True, "B")) == (0,) * 10**4, (
-                "a client that leaves frees the tokenizer"
+                "a cancelled text frees the tokenizer"
             )
-            assert supervisor.restarts == 0, "parts of the slow text were done"
+            assert supervisor.restarts == 0, "the slow text made progress"
 
     run(test)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", [STUCK, STUCK + "x" * 10**4], ids=["short", "long"])
-def test_a_text_that_hangs_is_noticed(text: str):
+def test_a_hanging_text_restarts_the_worker(text: str):
     async def test() -> None:
         async with engine(hang_seconds=3) as supervisor:
             stuck = asyncio.create_task(supervisor.tokenize(text, True, "A"))
@@ -254,7 +252,7 @@ def test_a_text_that_hangs_is_noticed(text: str):
     run(test)
 
 
-def test_texts_that_the_tokenizer_cannot_take_do_not_reach_it():
+def test_texts_above_the_limit_do_not_reach_the_worker():
     async def test() -> None:
         async with engine(max_text=10**4) as supervisor:
             for text in ("A" * (10**4 + 1), DEADLY_TEXT * 10**4):
@@ -265,12 +263,12 @@ def test_texts_that_the_tokenizer_cannot_take_do_not_reach_it():
     run(test)
 
 
-def test_a_stopped_process_is_replaced_and_its_jobs_go_on():
+def test_a_stopped_worker_is_replaced_and_its_jobs_continue():
     async def test() -> None:
         async with engine(hang_seconds=3) as supervisor:
             current = asyncio.create_task(tokens(supervisor, job(max_tokens=400)))
             await until(lambda: supervisor.load.running == 1)
-            engines()[0].suspend()
+            workers()[0].suspend()
             assert await current == alone(job(max_tokens=400), 0)
             assert supervisor.restarts == 1
 
@@ -283,74 +281,74 @@ def test_what_is_never_begun_is_given_up_in_time():
             running = [supervisor.start(job(first, max_tokens=10**6)) for first in (1, 2)]
             with pytest.raises(QueueTimeout):
                 await drain(supervisor.start(job()))
-            assert supervisor.load.running == 2, "what has been begun may take its time"
+            assert supervisor.load.running == 2, "the limit does not apply to running jobs"
             running[0].close()
             assert await tokens(supervisor, job()) == alone(job(), 0)
 
     run(test)
 
 
-def test_what_waits_is_bounded_by_its_tokens_too():
+def test_the_queue_is_bounded_by_tokens():
     async def test() -> None:
         async with engine(queue_tokens=1000) as supervisor:
-            supervisor.start(job(max_tokens=10**6))  # alone it may be of any size
+            supervisor.start(job(max_tokens=10**6))  # a single job may have any size
             with pytest.raises(Overloaded):
                 supervisor.start(job())
 
     run(test)
 
 
-def test_the_process_gets_no_secrets():
+def test_the_worker_gets_no_secrets():
     names = ("AFTERWORD_API_KEY", "HF_TOKEN", "some_password", "AWS_SECRET_ACCESS_KEY", "PATH", "OMP_NUM_THREADS")
     assert list(without_secrets(dict.fromkeys(names, "x"))) == ["PATH", "OMP_NUM_THREADS"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resource limits of another process are known on Linux only")
-def test_the_process_leaves_no_core_file():
+def test_the_worker_writes_no_core_file():
     async def test() -> None:
         async with engine():
-            assert engines()[0].rlimit(psutil.RLIMIT_CORE) == (0, 0)
+            assert workers()[0].rlimit(psutil.RLIMIT_CORE) == (0, 0)
 
     run(test)
 
 
-def test_a_killed_process_is_replaced():
+def test_a_killed_worker_is_replaced():
     async def test() -> None:
         async with engine() as supervisor:
             for restarts in (1, 2):
-                engines()[0].kill()
+                workers()[0].kill()
                 await until(lambda restarts=restarts: supervisor.restarts == restarts and supervisor.state == "ready")
                 assert await tokens(supervisor, job()) == alone(job(), 0)
 
     run(test)
 
 
-def test_what_was_running_goes_on_where_it_was():
+def test_running_jobs_continue_after_a_crash():
     async def test() -> None:
         async with engine(sequences=3) as supervisor:
             scored = Job((1, 2, 3, 4), 1, 120, PLAIN, (), b"k" * 16, prompt_alternatives=1)
-            wanted = [*(job(first, 2, 3, samples=2, max_tokens=120) for first in (4, 5, 6)), scored]
-            runs = [supervisor.start(each) for each in wanted]
+            expected_job = [*(job(first, 2, 3, samples=2, max_tokens=120) for first in (4, 5, 6)), scored]
+            runs = [supervisor.start(each) for each in expected_job]
             found: dict[tuple[int, int], list[int]] = {}
-            told: list[int] = []
+            scores: list[int] = []
 
             async def read(index: int) -> None:
                 async for step in runs[index]:
-                    told.extend(token.id for token in step.scored)
+                    scores.extend(token.id for token in step.scored)
                     for sample, token in step.sampled:
                         tokens = found.setdefault((index, sample), [])
                         tokens.append(token.id)
                         if (index, sample, len(tokens)) == (0, 1, 20):
                             runs[0].drop(1)
                         if (index, sample, len(tokens)) == (0, 0, 30):
-                            engines()[0].kill()
+                            workers()[0].kill()
 
             await asyncio.gather(*(read(index) for index in range(4)))
             assert supervisor.restarts == 1
-            assert told == [2, 3, 4]
+            assert scores == [2, 3, 4]
             assert 20 <= len(found[0, 1]) < 120
             for (index, sample), tokens in found.items():
-                expected = alone(wanted[index], sample)
+                expected = alone(expected_job[index], sample)
                 assert tokens == (expected[: len(tokens)] if (index, sample) == (0, 1) else expected)
             await until(lambda: supervisor.load == Load(3, 0, 0))
 
@@ -360,32 +358,32 @@ def test_what_was_running_goes_on_where_it_was():
 def test_numbers_that_may_differ_a_second_time_are_not_mixed():
     async def read(supervisor: Supervisor) -> None:
         async for step in supervisor.start(job(max_tokens=10**6)):
-            for process in engines() if step.sampled else ():
+            for process in workers() if step.sampled else ():
                 process.kill()
 
     async def test() -> None:
         async with engine("unsure") as supervisor:
             with pytest.raises(EngineDied):
                 await read(supervisor)
-            assert supervisor.restarts == 0, "it was not tried again"
+            assert supervisor.restarts == 0, "the job was not started again"
 
     run(test)
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A file that is a model, see `fake_worker`."""
+    """The file of a model, see `fake_worker`."""
     path = tmp_path / "model"
     path.write_text("fp_old")
     return path
 
 
-async def replaced(supervisor: Supervisor, model: Path, fingerprint: str) -> None:
-    """Another file has the model's name, and the engine dies."""
+async def replace_model(supervisor: Supervisor, model: Path, fingerprint: str) -> None:
+    """Rename another file over the model's file, and kill the worker."""
     other = model.with_name("other")
     other.write_text(fingerprint)
-    for process in engines():
-        process.suspend()  # so that it does not notice by itself
+    for process in workers():
+        process.suspend()  # so that the worker does not detect the change itself
         other.replace(model)
         process.kill()
 
@@ -396,9 +394,9 @@ def test_another_model_ends_what_was_under_way(model: Path):
             streaming = supervisor.start(job(max_tokens=10**6))
             await until(lambda: supervisor.load.running == 1)
             waiting = [supervisor.start(job(first, max_tokens=10**6)) for first in range(1, 4)]
-            await replaced(supervisor, model, "fp_new")
+            await replace_model(supervisor, model, "fp_new")
             text = asyncio.create_task(supervisor.tokenize("AB", True))
-            late = supervisor.start(job(9))  # made for the old model, and never told to any engine
+            late = supervisor.start(job(9))  # planned for the old model, and never sent to a worker
             for run in (streaming, *waiting, late):
                 with pytest.raises(ModelReplaced):
                     await drain(run)
@@ -411,12 +409,12 @@ def test_another_model_ends_what_was_under_way(model: Path):
     run(test)
 
 
-def test_a_copy_of_the_same_model_goes_on_with_what_was_under_way(model: Path):
+def test_jobs_continue_with_a_copy_of_the_same_model(model: Path):
     async def test() -> None:
         async with engine(str(model)) as supervisor:
             current = asyncio.create_task(tokens(supervisor, job(max_tokens=400)))
             await until(lambda: supervisor.load.running == 1)
-            await replaced(supervisor, model, "fp_old")
+            await replace_model(supervisor, model, "fp_old")
             assert await current == alone(job(max_tokens=400), 0)
             assert supervisor.restarts == 1
 
@@ -424,7 +422,7 @@ def test_a_copy_of_the_same_model_goes_on_with_what_was_under_way(model: Path):
 
 
 @pytest.mark.parametrize("busy", [True, False])
-def test_a_file_that_changes_under_the_engine_ends_it(model: Path, busy: bool):
+def test_a_changed_file_ends_the_worker(model: Path, busy: bool):
     async def test() -> None:
         async with engine(str(model)) as supervisor:
             current = supervisor.start(job(max_tokens=10**6)) if busy else None
@@ -438,22 +436,22 @@ def test_a_file_that_changes_under_the_engine_ends_it(model: Path, busy: bool):
     run(test)
 
 
-def test_how_a_model_is_loaded_is_asked_before_each_start():
+def test_the_settings_are_read_before_each_start():
     sequences = iter([2, 3])
 
     def settings() -> LoadModel:
         if (count := next(sequences, 0)) == 0:
-            raise SettingError("It is no model any more.")
+            raise SettingError("The file is not a model.")
         return LoadModel("any", 512, count, 1, 8, "f16", 0, False)
 
     async def test() -> None:
         supervisor = Supervisor(settings, command=FAKE)
         await supervisor.open()
         assert supervisor.model_info.sequences == 2
-        engines()[0].kill()
+        workers()[0].kill()
         await until(lambda: supervisor.restarts == 1 and supervisor.state == "ready")
         assert supervisor.model_info.sequences == 3
-        engines()[0].kill()
+        workers()[0].kill()
         await until(lambda: supervisor.restarts > 2)
         assert supervisor.state == "restarting"
         await supervisor.close()
@@ -461,7 +459,7 @@ def test_how_a_model_is_loaded_is_asked_before_each_start():
     run(test)
 
 
-def test_an_engine_that_finds_its_memory_mixed_up_is_replaced():
+def test_a_worker_with_inconsistent_slots_is_replaced():
     async def test() -> None:
         async with engine("confuse") as supervisor:
             assert await tokens(supervisor, job()) == alone(job(), 0)
@@ -470,18 +468,20 @@ def test_an_engine_that_finds_its_memory_mixed_up_is_replaced():
     run(test)
 
 
-@pytest.mark.parametrize(("path", "said"), [("refuse", "not to be had"), ("vanish", "ended while it was loading")])
-def test_a_model_that_cannot_be_loaded_is_a_setting_error(path, said):
+@pytest.mark.parametrize(
+    ("path", "message"), [("refuse", "cannot be loaded"), ("vanish", "ended while it was loading")]
+)
+def test_a_model_that_cannot_be_loaded_is_a_setting_error(path, message):
     async def test() -> None:
-        with pytest.raises(SettingError, match=said):
+        with pytest.raises(SettingError, match=message):
             async with engine(path):
                 pass
-        assert not engines()
+        assert not workers()
 
     run(test)
 
 
-def test_closing_ends_the_process_and_every_run():
+def test_closing_ends_the_worker_and_all_jobs():
     async def test() -> None:
         async with engine() as supervisor:
             current = supervisor.start(job(max_tokens=10**6))
@@ -489,7 +489,7 @@ def test_closing_ends_the_process_and_every_run():
             await drain(current)
         with pytest.raises(Overloaded):
             supervisor.start(job())
-        assert not engines()
+        assert not workers()
 
     run(test)
 
@@ -497,7 +497,7 @@ def test_closing_ends_the_process_and_every_run():
 # ---- pauses
 
 
-def test_a_paused_job_is_not_computed_not_taken_for_a_hang_and_stays_paused_in_the_next_engine() -> None:
+def test_a_paused_job_is_not_computed_is_no_hang_and_stays_paused_after_a_restart() -> None:
     async def scenario() -> None:
         async with engine(hang_seconds=3) as supervisor:
             current = supervisor.start(job(max_tokens=200))
@@ -512,10 +512,10 @@ def test_a_paused_job_is_not_computed_not_taken_for_a_hang_and_stays_paused_in_t
             current.pause()
             await asyncio.sleep(0.2)
             before = len(got)
-            await asyncio.sleep(4)  # longer than a hang may take
+            await asyncio.sleep(4)  # longer than the watchdog's limit
             assert supervisor.restarts == 0
             assert len(got) == before
-            assert await tokens(supervisor, job(4)) == alone(job(4), 0)  # others go on
+            assert await tokens(supervisor, job(4)) == alone(job(4), 0)  # other jobs continue
             supervisor._link.kill()  # type: ignore[union-attr]
             await until(lambda: supervisor.restarts == 1 and supervisor.state == "ready")
             assert await tokens(supervisor, job(5)) == alone(job(5), 0)
@@ -527,19 +527,19 @@ def test_a_paused_job_is_not_computed_not_taken_for_a_hang_and_stays_paused_in_t
     asyncio.run(scenario())
 
 
-# ---- tasks that fail
+# ---- exceptions in tasks
 
 
-def test_an_error_while_an_engine_is_heard_ends_that_engine_and_not_the_supervisor(monkeypatch, caplog):
-    """The task that serves with one engine after the other: what was under way fails, what comes later is answered."""
+def test_an_exception_in_message_handling_replaces_the_worker(monkeypatch, caplog):
+    """An exception in the task that handles the worker's messages: running jobs fail, later jobs are completed."""
     monkeypatch.setattr("afterword.system.tasks._FIRST_PAUSE", 0.0)
-    take, left = Supervisor._handle_message, [1]
+    original, left = Supervisor._handle_message, [1]
 
     def failing(self: Supervisor, message: PassDone) -> None:
         if left and message.steps:
             left.pop()
-            raise RuntimeError("planted")
-        take(self, message)
+            raise RuntimeError("injected")
+        original(self, message)
 
     monkeypatch.setattr(Supervisor, "_handle_message", failing)
 
@@ -554,21 +554,21 @@ def test_an_error_while_an_engine_is_heard_ends_that_engine_and_not_the_supervis
     assert [record.exc_info is not None for record in caplog.records] == [True]
 
 
-def test_an_error_while_the_jobs_of_a_dead_engine_are_sorted_does_not_end_the_supervisor(monkeypatch, caplog):
+def test_an_exception_in_crash_handling_does_not_end_the_supervisor(monkeypatch, caplog):
     monkeypatch.setattr("afterword.system.tasks._FIRST_PAUSE", 0.0)
-    mourn, left = Supervisor._handle_worker_death, [1]
+    original, left = Supervisor._handle_worker_death, [1]
 
     def failing(self: Supervisor) -> None:
         if left:
             left.pop()
-            raise RuntimeError("planted")
-        mourn(self)
+            raise RuntimeError("injected")
+        original(self)
 
     monkeypatch.setattr(Supervisor, "_handle_worker_death", failing)
 
     async def test() -> None:
         async with engine() as supervisor:
-            engines()[0].kill()
+            workers()[0].kill()
             await until(lambda: supervisor.restarts == 1 and supervisor.state == "ready")
             assert await tokens(supervisor, job())
 
@@ -576,30 +576,30 @@ def test_an_error_while_the_jobs_of_a_dead_engine_are_sorted_does_not_end_the_su
     assert len(caplog.records) == 1
 
 
-def test_an_error_in_the_watch_does_not_end_the_watching(monkeypatch, caplog):
+def test_an_exception_in_the_watchdog_task_does_not_end_it(monkeypatch, caplog):
     monkeypatch.setattr("afterword.system.tasks._FIRST_PAUSE", 0.0)
     monkeypatch.setattr("afterword.engine.parent.supervisor.TICK_SECONDS", 0.001)
-    expire, left, looked = Supervisor._expire, [1, 2], asyncio.Event()
+    expire, left, called = Supervisor._expire, [1, 2], asyncio.Event()
 
     def failing(self: Supervisor, accepted: float) -> None:
         if left:
             left.pop()
-            raise RuntimeError("planted")
-        looked.set()
+            raise RuntimeError("injected")
+        called.set()
         expire(self, accepted)
 
     monkeypatch.setattr(Supervisor, "_expire", failing)
 
     async def test() -> None:
         async with engine():
-            await looked.wait()
+            await called.wait()
 
     run(test)
     assert len(caplog.records) == 2
 
 
-def test_a_thread_of_the_engine_that_fails_ends_the_engine():
-    """The tokenizer's thread: without it no text would ever be answered."""
+def test_an_exception_in_a_tokenizer_thread_ends_the_worker():
+    """Without its tokenizer thread a worker would never answer a text."""
 
     async def test() -> None:
         async with engine() as supervisor:

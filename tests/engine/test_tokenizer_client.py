@@ -1,4 +1,4 @@
-"""Which text is sent to the engine next, and what becomes of texts whose client leaves or whose engine dies."""
+"""Tests of the order in which texts are sent to the worker, and of cancelled texts and worker crashes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from scripted_engine import CARD
 LONG = "x" * (MAX_SHORT_TEXT + 1)
 
 
-class Queue:
-    """Texts whose engine is this test. `asked`: what it was told, in order."""
+class ScriptedWorker:
+    """A tokenizer client whose worker the test plays. `messages_sent`: the messages to the worker, in order."""
 
-    def __init__(self, living: bool = True) -> None:
-        self.asked: list[messages.TokenizeText | messages.CancelTokenize] = []
-        self.tokenizer_client = TokenizerClient(self.asked.append)
-        if living:
+    def __init__(self, alive: bool = True) -> None:
+        self.messages_sent: list[messages.TokenizeText | messages.CancelTokenize] = []
+        self.tokenizer_client = TokenizerClient(self.messages_sent.append)
+        if alive:
             self.tokenizer_client.resend()
 
     async def add(self, text: str, client: str = "") -> asyncio.Task[Sequence[int]]:
@@ -32,16 +32,16 @@ class Queue:
 
     @property
     def sent(self) -> list[str]:
-        return [each.text for each in self.asked if isinstance(each, messages.TokenizeText)]
+        return [each.text for each in self.messages_sent if isinstance(each, messages.TokenizeText)]
 
     @property
-    def forgotten(self) -> list[str]:
-        names = {each.call: each.text for each in self.asked if isinstance(each, messages.TokenizeText)}
-        return [names[each.call] for each in self.asked if isinstance(each, messages.CancelTokenize)]
+    def cancelled(self) -> list[str]:
+        names = {each.call: each.text for each in self.messages_sent if isinstance(each, messages.TokenizeText)}
+        return [names[each.call] for each in self.messages_sent if isinstance(each, messages.CancelTokenize)]
 
     async def answer(self, text: str) -> None:
-        """The engine has tokenized the text that it was told last of those with these letters."""
-        call = next(c for c in self.asked[::-1] if isinstance(c, messages.TokenizeText) and c.text == text)
+        """Answer the last message with this text."""
+        call = next(c for c in self.messages_sent[::-1] if isinstance(c, messages.TokenizeText) and c.text == text)
         self.tokenizer_client.handle_tokens(messages.TextTokens.of(call.call, (len(text),), call.long))
         await asyncio.sleep(0)
 
@@ -50,7 +50,7 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(test(), 30))
 
 
-async def leave(*tasks: asyncio.Task[Sequence[int]]) -> None:
+async def cancel(*tasks: asyncio.Task[Sequence[int]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -58,151 +58,151 @@ async def leave(*tasks: asyncio.Task[Sequence[int]]) -> None:
 
 def test_short_texts_do_not_wait_for_long_ones() -> None:
     async def test() -> None:
-        queue = Queue()
-        long = [await queue.add(LONG) for _ in range(20)]
-        short = await queue.add("short")
-        assert queue.sent == [LONG, "short"]
-        await queue.answer("short")
+        worker = ScriptedWorker()
+        long = [await worker.add(LONG) for _ in range(20)]
+        short = await worker.add("short")
+        assert worker.sent == [LONG, "short"]
+        await worker.answer("short")
         assert tuple(await short) == (5,)
-        await leave(*long)
+        await cancel(*long)
 
     run(test)
 
 
-def test_the_engine_has_one_long_text_and_few_short_ones_at_a_time() -> None:
+def test_the_worker_holds_one_long_text_and_eight_short_ones() -> None:
     async def test() -> None:
-        queue = Queue()
-        tasks = [await queue.add(f"{kind}{number}") for kind in ("", LONG) for number in range(20)]
-        assert queue.sent == [*map(str, range(8)), LONG + "0"]
-        await queue.answer("3")
-        assert queue.sent[9:] == ["8"]
-        await queue.answer(LONG + "0")
-        assert queue.sent[10:] == [LONG + "1"]
-        await leave(*tasks)
+        worker = ScriptedWorker()
+        tasks = [await worker.add(f"{kind}{number}") for kind in ("", LONG) for number in range(20)]
+        assert worker.sent == [*map(str, range(8)), LONG + "0"]
+        await worker.answer("3")
+        assert worker.sent[9:] == ["8"]
+        await worker.answer(LONG + "0")
+        assert worker.sent[10:] == [LONG + "1"]
+        await cancel(*tasks)
 
     run(test)
 
 
-def test_clients_take_turns() -> None:
+def test_clients_are_served_in_turn() -> None:
     async def test() -> None:
-        queue = Queue()
-        tasks = [await queue.add(LONG + f"A{number}", "A") for number in range(4)]
-        tasks += [await queue.add(LONG + "B0", "B"), await queue.add(LONG + "C0", "C")]
+        worker = ScriptedWorker()
+        tasks = [await worker.add(LONG + f"A{number}", "A") for number in range(4)]
+        tasks += [await worker.add(LONG + "B0", "B"), await worker.add(LONG + "C0", "C")]
         for _ in range(5):
-            await queue.answer(queue.sent[-1])
-        assert [text[len(LONG) :] for text in queue.sent] == ["A0", "A1", "B0", "C0", "A2", "A3"]
-        await leave(*tasks)
+            await worker.answer(worker.sent[-1])
+        assert [text[len(LONG) :] for text in worker.sent] == ["A0", "A1", "B0", "C0", "A2", "A3"]
+        await cancel(*tasks)
 
     run(test)
 
 
-def test_of_a_clients_texts_the_shortest_comes_first() -> None:
+def test_the_shortest_text_of_a_client_is_sent_first() -> None:
     async def test() -> None:
-        queue = Queue()
-        tasks = [await queue.add(LONG + "x" * more) for more in (0, 9, 5, 7)]
+        worker = ScriptedWorker()
+        tasks = [await worker.add(LONG + "x" * more) for more in (0, 9, 5, 7)]
         for _ in range(3):
-            await queue.answer(queue.sent[-1])
-        assert [len(text) - len(LONG) for text in queue.sent] == [0, 5, 7, 9]
-        await leave(*tasks)
+            await worker.answer(worker.sent[-1])
+        assert [len(text) - len(LONG) for text in worker.sent] == [0, 5, 7, 9]
+        await cancel(*tasks)
 
     run(test)
 
 
-def test_a_text_whose_client_has_left_is_never_begun() -> None:
+def test_a_cancelled_text_in_the_queue_is_not_sent() -> None:
     async def test() -> None:
-        queue = Queue()
-        first, *abandoned = [await queue.add(LONG + str(number), "A") for number in range(8)]
-        await leave(*abandoned)
-        other = await queue.add(LONG + "B", "B")
-        await queue.answer(LONG + "0")
-        assert queue.sent == [LONG + "0", LONG + "B"]
-        assert len(queue.tokenizer_client) == 1
-        await leave(first, other)
+        worker = ScriptedWorker()
+        first, *cancelled = [await worker.add(LONG + str(number), "A") for number in range(8)]
+        await cancel(*cancelled)
+        other = await worker.add(LONG + "B", "B")
+        await worker.answer(LONG + "0")
+        assert worker.sent == [LONG + "0", LONG + "B"]
+        assert len(worker.tokenizer_client) == 1
+        await cancel(first, other)
 
     run(test)
 
 
-def test_the_engine_is_told_when_the_client_of_a_text_at_work_leaves() -> None:
+def test_a_cancelled_text_at_the_worker_is_cancelled_there() -> None:
     async def test() -> None:
-        queue = Queue()
-        first, second = await queue.add(LONG + "0"), await queue.add(LONG + "1")
-        await leave(first)
-        assert queue.forgotten == [LONG + "0"]
-        assert queue.sent == [LONG + "0"], "the engine has not stopped yet"
-        await queue.answer(LONG + "0")
-        assert queue.sent[1:] == [LONG + "1"]
-        await queue.answer(LONG + "1")
+        worker = ScriptedWorker()
+        first, second = await worker.add(LONG + "0"), await worker.add(LONG + "1")
+        await cancel(first)
+        assert worker.cancelled == [LONG + "0"]
+        assert worker.sent == [LONG + "0"], "the worker has not answered the cancelled text yet"
+        await worker.answer(LONG + "0")
+        assert worker.sent[1:] == [LONG + "1"]
+        await worker.answer(LONG + "1")
         assert tuple(await second) == (len(LONG) + 1,)
-        assert queue.tokenizer_client.sizes_in_progress == (0, 0)
-        assert len(queue.tokenizer_client) == 0
+        assert worker.tokenizer_client.sizes_in_progress == (0, 0)
+        assert len(worker.tokenizer_client) == 0
 
     run(test)
 
 
-def test_nothing_is_sent_while_there_is_no_engine() -> None:
+def test_nothing_is_sent_while_no_worker_is_alive() -> None:
     async def test() -> None:
-        queue = Queue(living=False)
-        task = await queue.add("a")
-        assert queue.sent == []
-        queue.tokenizer_client.resend()
-        assert queue.sent == ["a"]
-        queue.tokenizer_client.handle_worker_death(2, EngineFailure())
-        other = await queue.add("b")
-        assert queue.sent == ["a"]
-        queue.tokenizer_client.resend()
-        assert queue.sent == ["a", "a"], "the suspect alone"
-        await queue.answer("a")
-        assert queue.sent == ["a", "a", "b"]
-        await leave(task, other)
+        worker = ScriptedWorker(alive=False)
+        task = await worker.add("a")
+        assert worker.sent == []
+        worker.tokenizer_client.resend()
+        assert worker.sent == ["a"]
+        worker.tokenizer_client.handle_worker_death(2, EngineFailure())
+        other = await worker.add("b")
+        assert worker.sent == ["a"]
+        worker.tokenizer_client.resend()
+        assert worker.sent == ["a", "a"], "the suspect is sent alone"
+        await worker.answer("a")
+        assert worker.sent == ["a", "a", "b"]
+        await cancel(task, other)
 
     run(test)
 
 
-def test_of_a_short_and_a_long_text_at_work_the_one_that_kills_is_found_out() -> None:
+def test_the_text_that_crashes_the_worker_is_identified() -> None:
     async def test() -> None:
-        queue = Queue()
-        short, waiting, long = await queue.add("short"), await queue.add("waiting"), await queue.add(LONG)
-        assert queue.tokenizer_client.sizes_in_progress == (5, len(LONG))
-        assert queue.tokenizer_client.handle_worker_death(2, EngineFailure()) is None
-        assert queue.tokenizer_client.has_suspects
-        queue.tokenizer_client.resend()
-        assert queue.sent[3:] == ["short"], "each of them alone"
-        await queue.answer("short")
-        assert queue.sent[4:] == [LONG]
-        assert queue.tokenizer_client.handle_worker_death(2, EngineFailure()) == LONG
+        worker = ScriptedWorker()
+        short, waiting, long = await worker.add("short"), await worker.add("waiting"), await worker.add(LONG)
+        assert worker.tokenizer_client.sizes_in_progress == (5, len(LONG))
+        assert worker.tokenizer_client.handle_worker_death(2, EngineFailure()) is None
+        assert worker.tokenizer_client.has_suspects
+        worker.tokenizer_client.resend()
+        assert worker.sent[3:] == ["short"], "each suspect is sent alone"
+        await worker.answer("short")
+        assert worker.sent[4:] == [LONG]
+        assert worker.tokenizer_client.handle_worker_death(2, EngineFailure()) == LONG
         with pytest.raises(EngineFailure):
             await long
-        queue.tokenizer_client.resend()
-        assert queue.sent[5:] == ["waiting"]
-        await queue.answer("waiting")
+        worker.tokenizer_client.resend()
+        assert worker.sent[5:] == ["waiting"]
+        await worker.answer("waiting")
         assert [*await short, *await waiting] == [5, 7]
-        assert not queue.tokenizer_client.has_suspects
+        assert not worker.tokenizer_client.has_suspects
 
     run(test)
 
 
-def test_an_abandoned_text_that_was_at_work_is_not_tried_again() -> None:
+def test_a_cancelled_suspect_is_not_sent_again() -> None:
     async def test() -> None:
-        queue = Queue()
-        await leave(await queue.add("bad"))
-        assert queue.tokenizer_client.sizes_in_progress == (3, 0)
-        assert queue.tokenizer_client.handle_worker_death(2, EngineFailure()) is None
-        queue.tokenizer_client.resend()
-        assert queue.sent == ["bad"]
-        assert not queue.tokenizer_client.has_suspects
+        worker = ScriptedWorker()
+        await cancel(await worker.add("bad"))
+        assert worker.tokenizer_client.sizes_in_progress == (3, 0)
+        assert worker.tokenizer_client.handle_worker_death(2, EngineFailure()) is None
+        worker.tokenizer_client.resend()
+        assert worker.sent == ["bad"]
+        assert not worker.tokenizer_client.has_suspects
 
     run(test)
 
 
-def test_a_text_beyond_the_limit_is_refused() -> None:
+def test_a_text_above_the_limit_is_refused() -> None:
     check_text("x" * 10, 10, CARD)
-    with pytest.raises(RequestError, match=r"11 characters, and at most 10 .* max_text"):
+    with pytest.raises(RequestError, match=r"11 characters, but at most 10 .* max_text"):
         check_text("x" * 11, 10, CARD)
 
 
 @pytest.mark.parametrize("text", ["\t" * 5, "a" + " \n" * 3 + "b", "x\u3000    x"])
-def test_a_run_that_takes_the_tokenizer_too_long_is_refused(text: str) -> None:
+def test_a_slow_run_of_characters_is_refused(text: str) -> None:
     model_info = replace(CARD, slow_runs=(r"\s", 4))
     check_text("    a    b    ", 100, model_info)
-    with pytest.raises(RequestError, match="more than 4 characters of one kind in a row"):
+    with pytest.raises(RequestError, match="more than 4 consecutive characters"):
         check_text(text, 100, model_info)

@@ -1,4 +1,4 @@
-"""The engine's two tokenizing threads: short texts pass long ones, and abandoned texts end."""
+"""Tests of the worker's tokenizer threads: short texts overtake long ones, and cancelled texts end."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from afterword.engine import messages
 from afterword.engine.worker.tokenizer_threads import TokenizerThreads, stack_bytes
 
 
-class Slow:
-    """Tokenizes a text in parts, a letter each. A part of a long text is done when the test says so."""
+class SlowTokenizer:
+    """Tokenizes a text in parts of one letter. A text in capitals is long; the test releases each of its parts."""
 
     def __init__(self) -> None:
-        self.said: queue.SimpleQueue[messages.TextTokens] = queue.SimpleQueue()
+        self.sent: queue.SimpleQueue[messages.TextTokens] = queue.SimpleQueue()
         self.begun: list[str] = []
         self.step = threading.Semaphore(0)
         self.done = threading.Semaphore(0)
-        self.work = TokenizerThreads(self.tokenize, self.said.put)
-        self.work.start()
+        self.threads = TokenizerThreads(self.tokenize, self.sent.put)
+        self.threads.start()
 
     def tokenize(self, text: str, special: bool) -> Iterator[tuple[int, ...]]:
         self.begun.append(text)
@@ -32,18 +32,18 @@ class Slow:
             self.done.release()
 
     def add(self, call: int, text: str) -> None:
-        self.work.add(messages.TokenizeText(call, text, True, text.isupper()))
+        self.threads.add(messages.TokenizeText(call, text, True, text.isupper()))
 
     def answer(self) -> messages.TextTokens:
-        return self.said.get(timeout=30)
+        return self.sent.get(timeout=30)
 
 
 @pytest.fixture
-def slow() -> Slow:
-    return Slow()
+def slow() -> SlowTokenizer:
+    return SlowTokenizer()
 
 
-def test_a_short_text_passes_a_long_one(slow: Slow) -> None:
+def test_a_short_text_overtakes_a_long_one(slow: SlowTokenizer) -> None:
     slow.add(1, "AB")
     slow.add(2, "ab")
     assert slow.answer() == messages.TextTokens.of(2, (97, 98))
@@ -51,11 +51,11 @@ def test_a_short_text_passes_a_long_one(slow: Slow) -> None:
     assert slow.answer() == messages.TextTokens.of(1, (65, 66), True)
 
 
-def test_an_abandoned_text_ends_after_the_part_at_work(slow: Slow) -> None:
+def test_a_cancelled_text_ends_after_the_current_part(slow: SlowTokenizer) -> None:
     slow.add(1, "ABCDEF")
     slow.step.release()
     assert slow.done.acquire(timeout=30)
-    slow.work.cancel(1)
+    slow.threads.cancel(1)
     slow.step.release()
     assert slow.answer() == messages.TextTokens.of(1, (), True)
     slow.add(2, "G")
@@ -63,10 +63,10 @@ def test_an_abandoned_text_ends_after_the_part_at_work(slow: Slow) -> None:
     assert slow.answer() == messages.TextTokens.of(2, (71,), True)
 
 
-def test_an_abandoned_text_that_waits_is_not_begun(slow: Slow) -> None:
+def test_a_cancelled_text_in_the_queue_is_not_started(slow: SlowTokenizer) -> None:
     for call, text in enumerate(("A", "B", "C")):
         slow.add(call, text)
-    slow.work.cancel(1)
+    slow.threads.cancel(1)
     slow.step.release(2)
     assert [slow.answer() for _ in range(3)] == [
         messages.TextTokens.of(0, (65,), True),
@@ -76,14 +76,14 @@ def test_an_abandoned_text_that_waits_is_not_begun(slow: Slow) -> None:
     assert slow.begun == ["A", "C"]
 
 
-def test_parts_of_short_and_of_long_texts_are_counted_apart(slow: Slow) -> None:
+def test_parts_of_short_and_long_texts_are_counted_separately(slow: SlowTokenizer) -> None:
     slow.add(1, "abc")
     slow.answer()
-    assert (slow.work.parts[0] > 0, slow.work.parts[1]) == (True, 0)
+    assert (slow.threads.parts[0] > 0, slow.threads.parts[1]) == (True, 0)
     slow.add(2, "AB")
     slow.step.release(2)
     slow.answer()
-    assert slow.work.parts[1] > 0
+    assert slow.threads.parts[1] > 0
 
 
 def test_a_longer_text_has_a_larger_stack() -> None:

@@ -1,4 +1,4 @@
-"""Our `Vocabulary` on real tokenizers: llama.cpp's own pairs of text and ids, and texts that must survive."""
+"""Tests of `Vocabulary` with real tokenizers: llama.cpp's own test cases, and round trips of unusual texts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 FOLDER = Path(__file__).resolve().parents[3] / "shared" / "vocabs"
 BETWEEN = "\n__ggml_vocab_test__\n"
 FILES = sorted(FOLDER.glob("*.gguf"))
-HOSTILE = {
+UNUSUAL = {
     "emoji": "😀👩‍👩‍👧‍👦🏳️‍🌈 👍🏽😶‍🌫️" * 20,
     "combining marks": "Z̷͝a̸̛l̵g̴o e\u0301e\u0301 ́́́" + "\u0300" * 500,
     "NUL and controls": "a\0b\0\0c \x01\x02\x7f\x80\x9f",
@@ -69,7 +69,7 @@ def loaded(request: pytest.FixtureRequest) -> Iterator[Loaded]:
 
 
 def on_a_large_stack(work: Callable[[], T]) -> T:
-    """The result of `work` on a thread like the one that tokenizes in the engine's process."""
+    """The result of `work` on a thread with a stack like that of the worker's tokenizer threads."""
     results: list[T] = []
     before = threading.stack_size(stack_bytes("x" * 2**18))
     try:
@@ -81,38 +81,38 @@ def on_a_large_stack(work: Callable[[], T]) -> T:
     return results[0]
 
 
-def test_llama_cpps_own_pairs(loaded: Loaded) -> None:
+def test_llama_cpps_own_test_cases(loaded: Loaded) -> None:
     texts = (FOLDER / f"{loaded.name}.inp").read_bytes().decode().removesuffix(BETWEEN).split(BETWEEN)
     lines = (FOLDER / f"{loaded.name}.out").read_text().splitlines()
     for text, line in zip(texts, lines, strict=True):
         assert loaded.vocabulary.tokenize(text, False) == tuple(map(int, line.split())), repr(text)
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_text_survives(loaded: Loaded, name: str) -> None:
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_texts_survive_a_round_trip(loaded: Loaded, name: str) -> None:
     assert loaded.vocabulary.keeps_text
-    text = HOSTILE[name]
+    text = UNUSUAL[name]
     assert on_a_large_stack(lambda: loaded.round_trip(text)) == text
 
 
-def test_a_run_of_one_character_survives(loaded: Loaded) -> None:
+def test_a_run_of_one_character_survives_a_round_trip(loaded: Loaded) -> None:
     for run in RUNS:
         text = run * 2000
         assert on_a_large_stack(lambda text=text: loaded.round_trip(text)) == text, repr(run)
 
 
-def test_sentencepiece_takes_its_sign_for_a_space_as_a_space(loaded: Loaded) -> None:
+def test_sentencepiece_reads_its_space_symbol_as_a_space(loaded: Loaded) -> None:
     sentencepiece = loaded.pieces[loaded.vocabulary.tokenize("a", False)[0]] == b" a"
     assert loaded.round_trip("a▁b") == ("a b" if sentencepiece else "a▁b")
 
 
 @pytest.mark.parametrize("run", ["a", *(pytest.param(run, marks=pytest.mark.slow) for run in RUNS[1:])], ids=ascii)
-def test_a_run_of_100_000_characters_survives(loaded: Loaded, run: str) -> None:
+def test_a_run_of_100_000_characters_survives_a_round_trip(loaded: Loaded, run: str) -> None:
     text = (run * 100_000)[:100_000]
     assert on_a_large_stack(lambda: loaded.round_trip(text)) == text
 
 
-def test_special_tokens_are_found_as_llama_cpp_finds_them(loaded: Loaded) -> None:
+def test_special_tokens_are_found_like_in_llama_cpp(loaded: Loaded) -> None:
     vocabulary, random = loaded.vocabulary, Random(loaded.name)
     names = [token.text.decode() for token in vocabulary._special_tokens(True)]
     parts = [*names, *(name[1:] for name in names), *(name[: len(name) // 2] for name in names)]
@@ -123,8 +123,8 @@ def test_special_tokens_are_found_as_llama_cpp_finds_them(loaded: Loaded) -> Non
             assert vocabulary.tokenize(text, special) == tuple(vocabulary._ids(text.encode(), special)), repr(text)
 
 
-def test_no_piece_is_longer_than_the_longest(loaded: Loaded) -> None:
-    """What refuses a text that cannot fit before it is tokenized: its bytes divided by those of the longest token."""
+def test_no_text_has_fewer_tokens_than_the_longest_token_allows(loaded: Loaded) -> None:
+    """The server refuses a text before tokenizing if its bytes divided by the longest token's exceed the context."""
     longest = max(map(len, loaded.pieces))
-    for text in HOSTILE.values():
+    for text in UNUSUAL.values():
         assert len(loaded.vocabulary.tokenize(text, False)) >= len(text.encode()) // longest

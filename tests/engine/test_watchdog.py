@@ -1,4 +1,4 @@
-"""When an engine hangs, when it is started again, and what is not tried again: pure rules, time is an argument."""
+"""Tests of the watchdog, the restart policy and the quarantine, with simulated time."""
 
 from __future__ import annotations
 
@@ -22,81 +22,81 @@ def hangs_after(
     jobs: bool = True,
     texts: tuple[int, int] = (0, 0),
 ) -> float | None:
-    """Seconds until it is said to hang while these come every second; None: not in an hour."""
-    for look in range(round(3600 / TICK_SECONDS)):
-        if look * TICK_SECONDS == int(look * TICK_SECONDS):
+    """Seconds until the watchdog reports a hang while `messages` arrive every second; None: not within an hour."""
+    for tick in range(round(3600 / TICK_SECONDS)):
+        if tick * TICK_SECONDS == int(tick * TICK_SECONDS):
             for message in messages:
-                watchdog.record_message(message(int(look * TICK_SECONDS)) if callable(message) else message)
+                watchdog.record_message(message(int(tick * TICK_SECONDS)) if callable(message) else message)
         if watchdog.is_hanging(TICK_SECONDS, jobs, texts):
-            return (look + 1) * TICK_SECONDS
+            return (tick + 1) * TICK_SECONDS
     return None
 
 
-def pulse(passes: int = 0, tokens: int = 0, largest: int = 0, slowest: float = 0.0) -> frames.Heartbeat:
+def heartbeat(passes: int = 0, tokens: int = 0, largest: int = 0, slowest: float = 0.0) -> frames.Heartbeat:
     return frames.Heartbeat(passes, tokens, largest, slowest)
 
 
-def test_silence_is_a_hang_working_or_not():
+def test_missing_messages_are_a_hang_with_and_without_jobs():
     for jobs in (True, False):
         assert hangs_after(Watchdog(15), jobs=jobs) == pytest.approx(15, abs=1)
 
 
-def test_a_pulse_is_enough_where_there_is_no_work():
-    assert hangs_after(Watchdog(15), pulse(), jobs=False) is None
+def test_heartbeats_without_jobs_are_no_hang():
+    assert hangs_after(Watchdog(15), heartbeat(), jobs=False) is None
 
 
-def test_work_that_does_not_progress_is_a_hang():
-    assert hangs_after(Watchdog(15), pulse(3)) == pytest.approx(15, abs=1)
+def test_jobs_without_a_finished_pass_are_a_hang():
+    assert hangs_after(Watchdog(15), heartbeat(3)) == pytest.approx(15, abs=1)
     assert hangs_after(Watchdog(15), PASS) is None
 
 
 def test_a_pass_may_take_five_times_as_long_as_the_longest():
-    assert hangs_after(Watchdog(15), pulse(9, tokens=256, largest=256, slowest=20)) == pytest.approx(100, abs=1)
-    assert hangs_after(Watchdog(15), pulse(9, tokens=512, largest=256, slowest=20)) == pytest.approx(200, abs=1)
-    assert hangs_after(Watchdog(15), pulse(9, tokens=1, largest=256, slowest=0.5)) == pytest.approx(15, abs=1)
+    assert hangs_after(Watchdog(15), heartbeat(9, tokens=256, largest=256, slowest=20)) == pytest.approx(100, abs=1)
+    assert hangs_after(Watchdog(15), heartbeat(9, tokens=512, largest=256, slowest=20)) == pytest.approx(200, abs=1)
+    assert hangs_after(Watchdog(15), heartbeat(9, tokens=1, largest=256, slowest=0.5)) == pytest.approx(15, abs=1)
 
 
-def test_what_is_known_of_passes_outlives_an_engine():
+def test_measured_passes_survive_a_restart():
     watchdog = Watchdog(15)
-    assert hangs_after(watchdog, pulse(tokens=256)) == pytest.approx(600, abs=1), "the first pass"
-    watchdog.record_message(pulse(1, largest=256, slowest=10))
+    assert hangs_after(watchdog, heartbeat(tokens=256)) == pytest.approx(600, abs=1), "the first pass"
+    watchdog.record_message(heartbeat(1, largest=256, slowest=10))
     watchdog.reset()
-    assert hangs_after(watchdog, pulse(tokens=256)) == pytest.approx(50, abs=1)
+    assert hangs_after(watchdog, heartbeat(tokens=256)) == pytest.approx(50, abs=1)
 
 
-def test_a_text_is_given_four_times_the_limit():
-    assert hangs_after(Watchdog(15), pulse(), jobs=False, texts=(1, 0)) == pytest.approx(60, abs=1)
-    assert hangs_after(Watchdog(15), pulse(), frames.TextTokens.of(0, ()), jobs=False, texts=(1, 0)) is None
+def test_a_short_text_may_take_four_times_the_limit():
+    assert hangs_after(Watchdog(15), heartbeat(), jobs=False, texts=(1, 0)) == pytest.approx(60, abs=1)
+    assert hangs_after(Watchdog(15), heartbeat(), frames.TextTokens.of(0, ()), jobs=False, texts=(1, 0)) is None
 
 
-def test_a_long_text_is_given_longer():
-    assert hangs_after(Watchdog(15), pulse(), jobs=False, texts=(0, 2**20)) == pytest.approx(300, abs=1)
+def test_a_long_text_may_take_longer():
+    assert hangs_after(Watchdog(15), heartbeat(), jobs=False, texts=(0, 2**20)) == pytest.approx(300, abs=1)
 
 
 def parts(short: int = 0, long: int = 0) -> frames.Heartbeat:
     return frames.Heartbeat(0, 0, 0, 0.0, parts=(short, long))
 
 
-def test_a_text_of_which_parts_are_done_does_not_hang_however_long_it_takes():
+def test_a_text_whose_parts_are_finished_does_not_hang():
     assert hangs_after(Watchdog(15), lambda second: parts(long=second // 50), jobs=False, texts=(0, 9000)) is None
     assert hangs_after(Watchdog(15), lambda second: parts(short=second // 50), jobs=False, texts=(5, 0)) is None
 
 
 @pytest.mark.parametrize("texts", [(5, 9000), (5, 0)])
-def test_texts_that_hang_are_noticed_beside_others_that_do_not(texts: tuple[int, int]):
+def test_a_hanging_text_is_detected_beside_texts_with_progress(texts: tuple[int, int]):
     assert hangs_after(Watchdog(15), lambda second: parts(long=second), jobs=False, texts=texts) == pytest.approx(
         60, abs=1
     )
-    answers = (frames.TextTokens.of(0, (), True), pulse())
+    answers = (frames.TextTokens.of(0, (), True), heartbeat())
     assert hangs_after(Watchdog(15), *answers, jobs=False, texts=texts) == pytest.approx(60, abs=1)
 
 
-def test_a_look_that_comes_late_counts_as_a_short_one():
+def test_a_late_tick_counts_as_a_short_tick():
     watchdog = Watchdog(15)
     assert not any(watchdog.is_hanging(3600, True, (1, 1)) for _ in range(10))
 
 
-def test_pauses_grow_from_none_and_end_with_a_finished_job():
+def test_pauses_grow_from_zero_and_a_finished_job_resets_them():
     restart_policy = RestartPolicy()
     assert [restart_policy.next_delay(0) for _ in range(9)] == [0, 0.5, 1, 2, 4, 8, 16, 30, 30]
     assert restart_policy.is_failing(0)
@@ -104,7 +104,7 @@ def test_pauses_grow_from_none_and_end_with_a_finished_job():
     assert (restart_policy.next_delay(1), restart_policy.is_failing(1)) == (0, False)
 
 
-def test_five_deaths_in_five_minutes_are_too_many():
+def test_five_crashes_in_five_minutes_are_failing():
     restart_policy = RestartPolicy()
     seen = []
     for minute in range(10):
@@ -114,7 +114,7 @@ def test_five_deaths_in_five_minutes_are_too_many():
     assert not restart_policy.is_failing(9 * 70 + 301)
 
 
-def test_what_is_quarantined_is_known_by_what_is_computed_and_for_an_hour():
+def test_a_job_is_quarantined_for_an_hour_whatever_its_client():
     quarantine = Quarantine()
     job = Job((1, 2), 1, 5, Sampling(), (), b"k" * 16, client="one")
     other = Job((1, 2), 1, 5, Sampling(), (), b"x" * 16, client="another", namespace="n")
@@ -125,7 +125,7 @@ def test_what_is_quarantined_is_known_by_what_is_computed_and_for_an_hour():
     assert not quarantine.contains(other, QUARANTINE_SECONDS)
 
 
-def test_a_quarantine_has_an_end():
+def test_the_quarantine_is_bounded():
     quarantine = Quarantine()
     for number in range(2000):
         quarantine.add(str(number), 0)
@@ -133,6 +133,6 @@ def test_a_quarantine_has_an_end():
     assert quarantine.contains("1999", 1)
 
 
-def test_less_than_three_seconds_are_no_silence():
+def test_a_hang_limit_below_three_seconds_is_refused():
     with pytest.raises(SettingError):
         QueuePolicy(hang_seconds=2)

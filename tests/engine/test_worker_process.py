@@ -1,4 +1,4 @@
-"""The lines to a process: what it said last is heard, however it ended."""
+"""Tests of the connection to a worker process: its last messages are received after its end."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ import pytest
 from afterword.engine import messages
 from afterword.engine.parent.worker_process import spawn_worker
 
-LAST_WORDS = messages.Heartbeat(7, 0, 0, 0.0)
-SPEAKS = f"""
+LAST_MESSAGE = messages.Heartbeat(7, 0, 0, 0.0)
+PROGRAM = f"""
 import socket, sys
-socket.socket(fileno=int(sys.argv[2])).sendall({messages.pack(LAST_WORDS)!r})
+socket.socket(fileno=int(sys.argv[2])).sendall({messages.pack(LAST_MESSAGE)!r})
 """
 
 
-def test_last_words_are_heard_though_nothing_can_be_sent_any_more():
+def test_the_last_message_is_received_after_a_failed_send():
     async def test() -> None:
-        link = await spawn_worker([sys.executable, "-c", SPEAKS])
+        link = await spawn_worker([sys.executable, "-c", PROGRAM])
         await asyncio.to_thread(link._process.wait)  # type: ignore[attr-defined]
-        for run in range(3):  # the first is what shows that nobody listens
+        for run in range(3):  # the first send fails, because the process has ended
             link.send(messages.CloseJob(run))
             await asyncio.sleep(0)
-        assert await link.receive() == LAST_WORDS
+        assert await link.receive() == LAST_MESSAGE
         assert await link.receive() is None
         await link.wait_ended()
 
@@ -37,7 +37,7 @@ def test_last_words_are_heard_though_nothing_can_be_sent_any_more():
 
 
 @pytest.mark.parametrize(
-    ("place", "name", "call"),
+    ("module", "name", "call"),
     [
         (socket, "socketpair", 1),
         (socket, "socketpair", 2),
@@ -46,21 +46,21 @@ def test_last_words_are_heard_though_nothing_can_be_sent_any_more():
         (asyncio, "open_connection", 2),
     ],
 )
-def test_a_process_that_cannot_be_started_leaves_nothing_behind(monkeypatch, place, name, call):
-    """As where no file descriptor is left: the next attempt finds as many as this one did."""
-    works, calls = getattr(place, name), []
+def test_a_failed_start_leaves_no_process_and_no_descriptor(monkeypatch, module, name, call):
+    """For example if no file descriptor is left. The next attempt must not find fewer."""
+    original, calls = getattr(module, name), []
 
     def failing(*arguments: Any, **options: Any) -> Any:
         calls.append(name)
         if len(calls) == call:
             raise OSError(errno.EMFILE, "Too many open files")
-        return works(*arguments, **options)
+        return original(*arguments, **options)
 
     async def test() -> None:
         me = psutil.Process()
-        before, others = me.num_fds(), set(me.children())  # other tests' servers may be there
+        before, others = me.num_fds(), set(me.children())  # servers of other tests may be running
         with monkeypatch.context() as patch:
-            patch.setattr(place, name, failing)
+            patch.setattr(module, name, failing)
             with pytest.raises(OSError, match="Too many open files"):
                 await spawn_worker([sys.executable, "-c", "import time; time.sleep(60)"])
         async with asyncio.timeout(30):

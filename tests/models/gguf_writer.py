@@ -1,4 +1,4 @@
-"""Writes tiny GGUF files for the tests, as the format's description says and with no code of Afterword's."""
+"""Writes tiny GGUF files for the tests, according to the specification of the format and without Afterword's code."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ TENSORS: dict[str, tuple[tuple[int, ...], int]] = {
 
 
 def string(text: str) -> bytes:
-    """A length and the bytes."""
+    """A GGUF string: the length and the bytes."""
     data = text.encode()
     return struct.pack("<Q", len(data)) + data
 
 
 def value(content: object) -> tuple[int, bytes]:
-    """The number of the type that fits the Python value, and the value's bytes."""
+    """The GGUF type code of a Python value, and the value's bytes."""
     match content:
         case bool():
             return 7, struct.pack("<?", content)
@@ -61,7 +61,7 @@ def gguf(
     values: Mapping[str, object] = VALUES,
     version: int = 3,
 ) -> bytes:
-    """A whole file: `values` with `changes` (None leaves one out), and tensors of zeros."""
+    """A complete file: `values` with `changes` (None removes a value), and tensors of zeros."""
     pairs = {key: content for key, content in {**values, **(changes or {})}.items() if content is not None}
     header = struct.pack("<4sIQQ", b"GGUF", version, len(tensors), len(pairs))
     for key, content in pairs.items():
@@ -77,14 +77,14 @@ def gguf(
 
 
 def write(path: Path, data: bytes) -> Path:
-    """Write a file and the folders it lies in."""
+    """Write a file, and create its parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
     return path
 
 
 def cache(home: Path, repository: str, revision: str, names: list[str], *, current: bool = True) -> Path:
-    """Lay files into a Hub cache under `home`, as a download does; the folder of the revision."""
+    """Create files in a Hub cache below `home`, as a download does. Returns the folder of the revision."""
     folder = home / "hub" / f"models--{repository.replace('/', '--')}"
     snapshot = folder / "snapshots" / revision
     for number, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""What would end the engine's process is a sentence. The gate G14 looks for more of it, with the real library."""
+"""Tests that headers which would abort llama.cpp are refused. Gate G14 searches for more of them with the library."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"tokenizer.ggml.tokens": ["a", "b", "a"]}, "1 of its tokens are there twice"),
-        ({"tokenizer.ggml.tokens": ["a", "a\0b"]}, "1 of its tokens are there twice"),
-        ({"tokenizer.ggml.tokens": ["[EMPTY_1]", ""]}, "1 of its tokens are there twice"),
+        ({"tokenizer.ggml.tokens": ["a", "b", "a"]}, "1 of its tokens are duplicates"),
+        ({"tokenizer.ggml.tokens": ["a", "a\0b"]}, "1 of its tokens are duplicates"),
+        ({"tokenizer.ggml.tokens": ["[EMPTY_1]", ""]}, "1 of its tokens are duplicates"),
         ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": BYTES[:-1]}, "no token stands for the byte 255"),
         ({"llama.block_count": 513}, "it has 513 layers"),
         ({"llama.nextn_predict_layers": 3}, "3 of its 2 layers predict further tokens"),
@@ -31,11 +31,11 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
         ({"llama.rope.dimension_count": 7}, "7 of the 8 elements of its heads are rotated"),
     ],
 )
-def test_what_would_end_the_engine_is_refused(tmp_path: Path, changes: dict[str, object], said: str) -> None:
+def test_headers_that_abort_llama_cpp_are_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     path = write(tmp_path / "m.gguf", gguf(changes))
     with pytest.raises(SettingError) as caught:
         read_facts(path)
-    assert caught.value.message == f"{path} is damaged: {said}."
+    assert caught.value.message == f"{path} is damaged: {message}."
 
 
 @pytest.mark.parametrize(
@@ -49,26 +49,26 @@ def test_what_would_end_the_engine_is_refused(tmp_path: Path, changes: dict[str,
         {"llama.rope.dimension_count": 16, "llama.attention.key_length": 16},
     ],
 )
-def test_what_it_can_bear_is_not(tmp_path: Path, changes: dict[str, object]) -> None:
+def test_harmless_headers_are_accepted(tmp_path: Path, changes: dict[str, object]) -> None:
     assert read_facts(write(tmp_path / "m.gguf", gguf(changes))).architecture == "llama"
 
 
 @pytest.mark.parametrize(("number", "name"), [(9, "Q8_1"), (26, "I32"), (28, "F64")])
-def test_types_that_are_never_multiplied_with_are_refused(tmp_path: Path, number: int, name: str) -> None:
+def test_weight_types_without_a_matmul_are_refused(tmp_path: Path, number: int, name: str) -> None:
     tensors = TENSORS | {"output.weight": ((32, 5), number)}
     with pytest.raises(SettingError) as caught:
         read_facts(write(tmp_path / "m.gguf", gguf(tensors=tensors)))
     assert caught.value.message.endswith(f"is damaged: it has weights of type {name}.")
 
 
-def test_tables_of_experts_are_whole_numbers(tmp_path: Path) -> None:
+def test_integer_tensors_are_accepted_for_table_routed_architectures(tmp_path: Path) -> None:
     values = {"general.architecture": "deepseek4"}
     values |= {f"deepseek4.{name}": number for name, number in (("block_count", 2), ("embedding_length", 32))}
     tensors = TENSORS | {"blk.0.ffn_gate_tid2eid.weight": ((6, 5), 26)}
     assert read_facts(write(tmp_path / "m.gguf", gguf(values, tensors))).architecture == "deepseek4"
 
 
-def test_heads_that_are_rotated_in_part_are_another_architectures_affair(tmp_path: Path) -> None:
+def test_partial_rotation_is_accepted_for_other_architectures(tmp_path: Path) -> None:
     values = {"general.architecture": "phi3", "phi3.rope.dimension_count": 4}
     values |= {f"phi3.{name}": number for name, number in (("block_count", 2), ("embedding_length", 32))}
     assert read_facts(write(tmp_path / "m.gguf", gguf(values))).architecture == "phi3"

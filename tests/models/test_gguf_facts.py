@@ -1,4 +1,4 @@
-"""Reading facts: the right numbers from good files, and one plain sentence for every bad one."""
+"""Tests of reading facts from valid files, and of the error messages for invalid ones."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from afterword.models.gguf_facts import part_names, read_facts
 TOKENS = b"tokenizer.ggml.tokens"
 
 
-def complaint(path: Path) -> str:
-    """What is said of a file that must be refused."""
+def error_message(path: Path) -> str:
+    """The error message for a file that must be refused."""
     with pytest.raises(SettingError) as caught:
         read_facts(path)
     return caught.value.message
 
 
-def refused(tmp_path: Path, data: bytes) -> str:
-    return complaint(write(tmp_path / "model.gguf", data))
+def message_for(tmp_path: Path, data: bytes) -> str:
+    return error_message(write(tmp_path / "model.gguf", data))
 
 
 def test_facts(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_facts(tmp_path: Path) -> None:
     assert facts.kv_bytes_per_token(1) == 2 * 2 * (8 + 8)
 
 
-def test_what_a_file_may_leave_out(tmp_path: Path) -> None:
+def test_optional_values_may_be_missing(tmp_path: Path) -> None:
     changes = dict.fromkeys(
         ["general.name", "general.file_type", "llama.context_length", "llama.attention.head_count_kv"]
     )
@@ -47,7 +47,7 @@ def test_what_a_file_may_leave_out(tmp_path: Path) -> None:
     assert (facts.name, facts.file_type, facts.context_length, facts.heads_kv) == ("small-Q8_0", "Q8_0", 0, 4)
 
 
-def test_a_number_for_each_layer_counts_as_the_largest(tmp_path: Path) -> None:
+def test_of_numbers_by_layer_the_largest_counts(tmp_path: Path) -> None:
     changes = {"llama.attention.head_count_kv": [0, 3, 1], "llama.attention.key_length": 16}
     facts = read_facts(write(tmp_path / "model.gguf", gguf(changes)))
     assert (facts.heads_kv, facts.key_length, facts.value_length) == (3, 16, 8)
@@ -71,7 +71,7 @@ def test_a_number_for_each_layer_counts_as_the_largest(tmp_path: Path) -> None:
          2, 3 * 3 * 4 * 8 + 4 * 64),
     ],
 )  # fmt: skip
-def test_layers_have_keys_and_values_or_a_state(
+def test_kv_heads_and_recurrent_states_are_counted(
     tmp_path: Path, architecture: str, changes: dict[str, object], kv_heads: int, state: int
 ) -> None:
     values = {
@@ -87,7 +87,7 @@ def test_layers_have_keys_and_values_or_a_state(
     assert (facts.kv_heads, facts.state_bytes) == (kv_heads, 4 * state)
 
 
-def test_long_strings_and_arrays_are_stepped_over(tmp_path: Path) -> None:
+def test_long_strings_and_arrays_are_skipped(tmp_path: Path) -> None:
     changes = {
         "tokenizer.chat_template": "x" * 100_000,
         "tokenizer.ggml.token_type": [1] * 100_000,
@@ -102,11 +102,11 @@ def test_a_large_vocabulary_is_read_quickly(tmp_path: Path) -> None:
     path = write(tmp_path / "model.gguf", gguf({"tokenizer.ggml.tokens": tokens}))
     before = time.process_time()
     assert read_facts(path).vocabulary == 150_000
-    assert time.process_time() - before < 2  # a tenth of it is usual; what is excluded is reading entry by entry
+    assert time.process_time() - before < 2  # usual: 0.2 s; reading entry by entry with method calls takes longer
 
 
 @pytest.mark.parametrize(
-    ("data", "seems"),
+    ("data", "lookalike"),
     [
         (b"", "is empty"),
         (struct.pack("<Q", 300) + b'{"__metadata__":', "safetensors"),
@@ -118,75 +118,75 @@ def test_a_large_vocabulary_is_read_quickly(tmp_path: Path) -> None:
         (b"something else", "is not a GGUF file."),
     ],
 )
-def test_other_files_are_told_apart(tmp_path: Path, data: bytes, seems: str) -> None:
-    message = refused(tmp_path, data)
+def test_other_file_formats_are_recognized(tmp_path: Path, data: bytes, lookalike: str) -> None:
+    message = message_for(tmp_path, data)
     assert "model.gguf is not a GGUF file" in message
-    assert seems in message
+    assert lookalike in message
 
 
-def test_what_is_no_file(tmp_path: Path) -> None:
-    assert complaint(tmp_path) == f"{tmp_path} is a folder, not a model file."
-    assert complaint(tmp_path / "absent.gguf") == f"{tmp_path}/absent.gguf does not exist."
+def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
+    assert error_message(tmp_path) == f"{tmp_path} is a folder, not a model file."
+    assert error_message(tmp_path / "absent.gguf") == f"{tmp_path}/absent.gguf does not exist."
 
 
 @pytest.mark.parametrize("target", ["gone.gguf", "model.gguf", "folder/gone.gguf"])
-def test_a_link_that_leads_nowhere_says_where_to(tmp_path: Path, target: str) -> None:
+def test_the_message_for_a_broken_link_names_its_target(tmp_path: Path, target: str) -> None:
     link = tmp_path / "model.gguf"
     link.symlink_to(target)
-    assert complaint(link) == f"{link} is a link to {target}, which cannot be found."
+    assert error_message(link) == f"{link} is a link to {target}, which cannot be found."
     link.unlink()
     write(link, gguf({"split.count": 2, "split.no": 0}, tensors={}))
     later = tmp_path / "model-00002-of-00002.gguf"
     later.symlink_to(target.replace("model", "gone"))
-    assert f"{later} is a link to" in complaint(link)
+    assert f"{later} is a link to" in error_message(link)
 
 
 @pytest.mark.parametrize("kind", ["none", "no_vocab"])
 @pytest.mark.parametrize("tokens", [None, ["a", "b"]])
 def test_a_model_without_a_vocabulary_is_refused(tmp_path: Path, kind: str, tokens: list[str] | None) -> None:
     changes = {"tokenizer.ggml.model": kind, "tokenizer.ggml.tokens": tokens, "llama.vocab_size": 5}
-    assert "model.gguf has no vocabulary" in refused(tmp_path, gguf(changes))
+    assert "model.gguf has no vocabulary" in message_for(tmp_path, gguf(changes))
 
 
 @pytest.mark.parametrize("architecture", ["wavtokenizer-dec", "qwen3tts", "pockettts"])
-def test_what_makes_audio_is_refused_by_name(tmp_path: Path, architecture: str) -> None:
+def test_audio_models_are_refused(tmp_path: Path, architecture: str) -> None:
     changes = {"general.architecture": architecture, "tokenizer.ggml.model": "none"}
-    assert f"makes audio ({architecture})" in refused(tmp_path, gguf(changes))
+    assert f"generates audio ({architecture})" in message_for(tmp_path, gguf(changes))
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"general.architecture": None}, "does not name its architecture"),
-        ({"general.type": "adapter"}, "of the kind 'adapter'"),
+        ({"general.type": "adapter"}, "of the type 'adapter'"),
         ({"general.alignment": 24}, "alignment 24"),
-        ({"llama.block_count": None}, "no usable 'llama.block_count'"),
-        ({"llama.embedding_length": "wide"}, "no usable 'llama.embedding_length'"),
-        ({"llama.context_length": -1}, "no usable 'llama.context_length'"),
-        ({"split.no": 2, "split.count": 3}, "name its first part, model-00001-of-00003.gguf"),
+        ({"llama.block_count": None}, "no valid value for the metadata key 'llama.block_count'"),
+        ({"llama.embedding_length": "wide"}, "no valid value for the metadata key 'llama.embedding_length'"),
+        ({"llama.context_length": -1}, "no valid value for the metadata key 'llama.context_length'"),
+        ({"split.no": 2, "split.count": 3}, "Name its first part, model-00001-of-00003.gguf"),
         ({"split.count": 2}, "model-00002-of-00002.gguf does not exist"),
     ],
 )
-def test_unusable_values(tmp_path: Path, changes: dict[str, object], says: str) -> None:
-    assert says in refused(tmp_path, gguf(changes))
+def test_invalid_values_are_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    assert message in message_for(tmp_path, gguf(changes))
 
 
 @pytest.mark.parametrize(
-    ("architecture", "changes", "says"),
+    ("architecture", "changes", "message"),
     [
         *((name, {}, "diffusion model") for name in ("dream", "llada", "llada-moe", "rnd1")),
-        *((name, {}, "model for embeddings") for name in ("bert", "nomic-bert", "modern-bert", "gemma-embedding")),
-        ("qwen3", {"qwen3.attention.causal": False}, "model for embeddings"),
-        ("llama", {"llama.attention.causal": False}, "model for embeddings"),
-        ("cogvlm", {}, "architecture is cogvlm, and the installed llama.cpp computes other numbers"),
-        ("qwen4exp", {}, "architecture is qwen4exp, and the installed llama.cpp ends its process"),
+        *((name, {}, "is an embedding model") for name in ("bert", "nomic-bert", "modern-bert", "gemma-embedding")),
+        ("qwen3", {"qwen3.attention.causal": False}, "is an embedding model"),
+        ("llama", {"llama.attention.causal": False}, "is an embedding model"),
+        ("cogvlm", {}, "architecture is cogvlm, and the installed llama.cpp computes different numbers"),
+        ("qwen4exp", {}, "architecture is qwen4exp, and the installed llama.cpp crashes"),
     ],
 )
-def test_architectures_that_are_not_served_are_refused_by_name(tmp_path, architecture, changes, says) -> None:
-    assert says in refused(tmp_path, gguf({"general.architecture": architecture, **changes}))
+def test_unsupported_architectures_are_refused(tmp_path, architecture, changes, message) -> None:
+    assert message in message_for(tmp_path, gguf({"general.architecture": architecture, **changes}))
 
 
-def test_types_are_those_of_the_matrices_whatever_the_file_says_of_itself(tmp_path: Path) -> None:
+def test_matrix_types_are_read_from_the_tensors(tmp_path: Path) -> None:
     tensors = {**TENSORS, "blk.0.attn_k.weight": ((32, 16), F32)}
     path = write(tmp_path / "model.gguf", gguf({"general.file_type": 15}, tensors))
     facts = read_facts(path)
@@ -195,21 +195,21 @@ def test_types_are_those_of_the_matrices_whatever_the_file_says_of_itself(tmp_pa
 
 
 def test_versions(tmp_path: Path) -> None:
-    assert "has GGUF version 1," in refused(tmp_path, gguf(version=1))
-    assert "is big-endian" in refused(tmp_path, gguf(version=3 << 24))
+    assert "has GGUF version 1," in message_for(tmp_path, gguf(version=1))
+    assert "is big-endian" in message_for(tmp_path, gguf(version=3 << 24))
 
 
-def test_a_vocabulary_alone_is_no_model(tmp_path: Path) -> None:
-    assert "holds a vocabulary but no weights" in refused(tmp_path, gguf(tensors={}))
+def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:
+    assert "holds a vocabulary but no weights" in message_for(tmp_path, gguf(tensors={}))
 
 
-def test_a_download_cut_short_says_how_much_is_missing(tmp_path: Path) -> None:
+def test_the_message_for_a_truncated_file_states_the_sizes(tmp_path: Path) -> None:
     data = gguf()
-    assert f"at least {len(data)} bytes expected, {len(data) - 100} found" in refused(tmp_path, data[:-100])
+    assert f"at least {len(data)} bytes expected, {len(data) - 100} found" in message_for(tmp_path, data[:-100])
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "says"),
+    ("old", "new", "message"),
     [
         (struct.pack("<QQ", 3, 12), struct.pack("<QQ", 1 << 60, 12), "claims 1152921504606846976 tensors"),
         (struct.pack("<QQ", 3, 12), struct.pack("<QQ", 3, 1 << 20), "cut short"),
@@ -217,33 +217,33 @@ def test_a_download_cut_short_says_how_much_is_missing(tmp_path: Path) -> None:
         (gguf_writer.string("ab"), struct.pack("<Q", (1 << 64) - 1) + b"ab", "cut short"),
         (TOKENS + struct.pack("<IIQ", 9, 8, 5), TOKENS + struct.pack("<IIQ", 9, 8, 1 << 23), "cut short"),
         (TOKENS + struct.pack("<II", 9, 8), TOKENS + struct.pack("<II", 9, 9), "unknown type 9"),
-        (b"llama.block_count", b"llama.blocK_count", "no usable 'llama.block_count'"),
+        (b"llama.block_count", b"llama.blocK_count", "no valid value for the metadata key 'llama.block_count'"),
         (b"tokenizer.ggml.scores", b"tokenizer.ggml.tokens", "given twice"),
         (struct.pack("<QQI", 32, 5, 8), struct.pack("<QQI", 32, 5, 31), "type 31"),
         (struct.pack("<QQI", 32, 5, 8), struct.pack("<QQI", 33, 5, 8), "whole blocks of Q8_0"),
-        (struct.pack("<QQI", 32, 5, 8), struct.pack("<QQI", 32, 1 << 63, 8), "not where it should be"),
+        (struct.pack("<QQI", 32, 5, 8), struct.pack("<QQI", 32, 1 << 63, 8), "not at the expected offset"),
         (struct.pack("<QQI", 32, 32, 8), struct.pack("<QQI", 32, 1 << 63, 8), "cut short"),
         (b"output_norm.weight" + struct.pack("<I", 1), b"output_norm.weight" + struct.pack("<I", 5), "5 dim"),
     ],
 )
-def test_lies_are_found_before_they_are_believed(tmp_path: Path, old: bytes, new: bytes, says: str) -> None:
+def test_inconsistent_headers_are_refused(tmp_path: Path, old: bytes, new: bytes, message: str) -> None:
     data = gguf()
     assert data.count(old) == 1
-    assert says in refused(tmp_path, data.replace(old, new))
+    assert message in message_for(tmp_path, data.replace(old, new))
 
 
-def test_a_split_model_is_read_as_one(tmp_path: Path) -> None:
+def test_the_parts_of_a_split_model_are_combined(tmp_path: Path) -> None:
     split = {"split.count": 2, "split.no": 0}
     first, second = (tmp_path / name for name in part_names("m-00001-of-00002.gguf"))
     write(first, gguf(split, tensors={}))
-    assert complaint(first) == f"{second} does not exist."
+    assert error_message(first) == f"{second} does not exist."
     write(second, gguf({**split, "split.no": 1}, values={}, tensors=TENSORS))
     facts = read_facts(first)
     assert (facts.split_count, facts.tensor_count) == (2, 3)
     assert facts.size_bytes == first.stat().st_size + second.stat().st_size
-    assert f"name its first part, {first.name}." in complaint(second)
+    assert f"Name its first part, {first.name}." in error_message(second)
     write(second, second.read_bytes()[:-1])
-    assert f"{second} is damaged or cut short" in complaint(first)
+    assert f"{second} is damaged or cut short" in error_message(first)
 
 
 def test_every_truncation_is_refused(tmp_path: Path) -> None:
@@ -251,14 +251,14 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
     with path.open("r+b") as file:
         for length in reversed(range(path.stat().st_size)):
             file.truncate(length)
-            complaint(path)
+            error_message(path)
 
 
-def test_no_mutation_raises_anything_else(tmp_path: Path) -> None:
+def test_mutated_files_raise_only_setting_errors(tmp_path: Path) -> None:
     chance = random.Random(20)
     data = gguf()
     path = write(tmp_path / "model.gguf", data)
-    header = data.index(b"blk.0.attn_q.weight") + 60  # beyond it, there are only zeros
+    header = data.index(b"blk.0.attn_q.weight") + 60  # only zeros follow
     refusals = 0
     with path.open("r+b", buffering=0) as file:
         for _ in range(5000):

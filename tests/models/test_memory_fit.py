@@ -1,4 +1,4 @@
-"""How much context fits: defaults shrink until they do, settings are kept or refused."""
+"""Tests of the choice of context and sequences: defaults are reduced until they fit, settings are kept or refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from afterword.models.memory_fit import ComputeOptions, ModelShape, choose_shape
 
 GIB = 1 << 30
 
-# 2 layers x 8 heads x (128 + 128) x 2 bytes = 8 KiB of cache for each token
+# 2 layers x 8 heads x (128 + 128) elements x 2 bytes = 8 KiB of KV cache for each token
 FACTS = Facts(
     architecture="llama",
     name="Medium",
@@ -38,7 +38,7 @@ FACTS = Facts(
 def choose_shape(
     facts: Facts, available: int, context: int | None, parallel: int | None, kv_bytes: int = 2
 ) -> ModelShape:
-    """Of one model alone."""
+    """The shape of a single model."""
     return choose_shapes([(facts, ComputeOptions(kv_bytes))], available, context, parallel)[0]
 
 
@@ -49,7 +49,7 @@ def shape(available: float, context: int | None = None, parallel: int | None = N
     return chosen.context, chosen.parallel
 
 
-def complaint(available: float, context: int | None = None, parallel: int | None = None) -> str:
+def error_message(available: float, context: int | None = None, parallel: int | None = None) -> str:
     with pytest.raises(SettingError) as caught:
         shape(available, context, parallel)
     return caught.value.message
@@ -58,16 +58,16 @@ def complaint(available: float, context: int | None = None, parallel: int | None
 ONE = dataclasses.replace(FACTS, size_bytes=1000, kv_heads=1, key_length=1, value_length=0)
 
 
-def test_what_a_shape_needs() -> None:
+def test_the_memory_of_a_shape() -> None:
     assert ModelShape(256, 2, ONE, ComputeOptions(kv_bytes=1)).needed_bytes == 1512 + 151 + (256 << 20)
 
 
-def test_a_sequence_has_room_for_whole_granules() -> None:
+def test_the_tokens_of_a_sequence_are_rounded_up() -> None:
     assert ModelShape(16, 2, ONE).kv_bytes == ModelShape(256, 2, ONE).kv_bytes == 2 * 256 * 2
     assert ModelShape(4096, 1, ONE, spare=1).kv_bytes == 2 * 4352 * 2
 
 
-def test_a_pass_needs_its_logits_and_what_is_between_operations() -> None:
+def test_a_pass_needs_logits_and_activations() -> None:
     wide = dataclasses.replace(ONE, vocabulary=1000, hidden=20, embedding_length=10)
     assert ModelShape(256, 2, wide, ComputeOptions(chunk=64)).pass_bytes == 64 * (2 * 1000 + 3 * 20 + 8 * 10) * 4
     assert ModelShape(256, 100, wide, ComputeOptions(chunk=64)).pass_bytes == 100 * (2 * 1000 + 3 * 20 + 8 * 10) * 4
@@ -102,14 +102,14 @@ def test_settings_are_kept_and_the_rest_adapts() -> None:
 SMALL = dataclasses.replace(FACTS, name="Small", layers=1, kv_heads=8, size_bytes=GIB // 4)
 
 
-def shapes(available: float, *models: Facts, **asked: int) -> list[tuple[int, int]]:
-    settings = {"context": None, "parallel": None} | asked
+def shapes(available: float, *models: Facts, **settings: int) -> list[tuple[int, int]]:
+    settings = {"context": None, "parallel": None} | settings
     chosen = choose_shapes([(facts, ComputeOptions()) for facts in models], int(available * GIB), **settings)
     assert sum(shape.needed_bytes for shape in chosen) <= available * GIB
     return [(shape.context, shape.parallel) for shape in chosen]
 
 
-def test_models_that_are_there_together_share_the_memory() -> None:
+def test_models_that_are_loaded_together_share_the_memory() -> None:
     assert shapes(64, FACTS, SMALL) == [(4096, 16), (4096, 16)]
     assert shapes(2.5, FACTS, SMALL) == [(4096, 8), (4096, 16)], "the largest gives way first"
     assert shapes(2.3, FACTS, SMALL) == [(4096, 4), (4096, 16)]
@@ -118,7 +118,7 @@ def test_models_that_are_there_together_share_the_memory() -> None:
     assert shapes(2.2, FACTS, SMALL, context=4096) == [(4096, 4), (4096, 8)]
 
 
-def test_models_that_do_not_fit_together_say_what_to_do() -> None:
+def test_the_message_for_several_models_says_what_to_do() -> None:
     with pytest.raises(SettingError, match=r"The 2 models need .* together, .* take turns with --keep-alive"):
         shapes(1.5, FACTS, FACTS)
     with pytest.raises(SettingError, match="trained on"):
@@ -133,35 +133,35 @@ def test_short_and_unknown_training_lengths() -> None:
     assert choose_shape(unknown, 64 * GIB, 100_000, None).context == 100_000
 
 
-def test_what_does_not_fit_says_what_to_lower() -> None:
-    assert complaint(1) == (
-        "The model needs 1.35 GiB of memory, and 1.00 GiB are available; choose a smaller or more quantised one."
+def test_the_message_says_which_setting_to_lower() -> None:
+    assert error_message(1) == (
+        "The model needs 1.35 GiB of memory, but 1.00 GiB are available. Choose a smaller or more quantized model."
     )
-    assert complaint(1.5, 8192, 16) == (
-        "16 x 8192 tokens need 2.45 GiB of memory, and 1.50 GiB are available; lower context or parallel."
+    assert error_message(1.5, 8192, 16) == (
+        "16 x 8192 tokens need 2.45 GiB of memory, but 1.50 GiB are available. Lower context or parallel."
     )
-    assert complaint(1.4, 8192).endswith("available; lower context.")
+    assert error_message(1.4, 8192).endswith("available. Lower context.")
 
 
 @pytest.mark.parametrize(
-    ("context", "parallel", "says"),
+    ("context", "parallel", "message"),
     [
-        (15, None, "set 16 or more"),
-        (-1, None, "set 16 or more"),
-        (0, None, "set 16 or more"),
-        (8193, None, "more than the 8192 that Medium was trained on"),
-        (None, 0, "set from 1 to 256"),
-        (None, 257, "set from 1 to 256"),
+        (15, None, "Set 16 or more"),
+        (-1, None, "Set 16 or more"),
+        (0, None, "Set 16 or more"),
+        (8193, None, "more than the 8192 tokens that Medium was trained on"),
+        (None, 0, "Set a number from 1 to 256"),
+        (None, 257, "Set a number from 1 to 256"),
     ],
 )
-def test_senseless_settings(context: int | None, parallel: int | None, says: str) -> None:
-    assert says in complaint(64, context, parallel)
+def test_invalid_settings_are_refused(context: int | None, parallel: int | None, message: str) -> None:
+    assert message in error_message(64, context, parallel)
 
 
-def test_spare_sequences_take_memory_and_are_not_given() -> None:
+def test_spare_sequences_need_memory_and_reduce_the_limit() -> None:
     (chosen,) = choose_shapes([(FACTS, ComputeOptions())], 64 * GIB, None, None, spare=1)
     assert (chosen.context, chosen.parallel, chosen.kv_bytes) == (4096, 15, 4352 * 16 * 8192)
     (chosen,) = choose_shapes([(FACTS, ComputeOptions())], int(1.89 * GIB), None, None, spare=1)
     assert (chosen.context, chosen.parallel, chosen.kv_bytes) == (4096, 7, 4352 * 8 * 8192)
-    with pytest.raises(SettingError, match="set from 1 to 255"):
+    with pytest.raises(SettingError, match="Set a number from 1 to 255"):
         choose_shapes([(FACTS, ComputeOptions())], 64 * GIB, None, 256, spare=1)

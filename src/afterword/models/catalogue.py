@@ -1,4 +1,4 @@
-"""The models on this machine as a list for people: where each comes from, how large it is, what its header says."""
+"""Lists the models on this machine with the facts of their headers, for `afterword models`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from afterword.models.registry import Model, present
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A model, with the facts of its file or the reason why there are none."""
+    """A model with the facts of its file, or with the reason why it cannot be used."""
 
     model: Model
     facts: Facts | None
@@ -20,7 +20,7 @@ class Entry:
 
 
 def entries() -> Iterator[Entry]:
-    """All that is here, as soon as it is known; what is no language model is left out."""
+    """Yield all language models on this machine, each as soon as its header is read. Other models are left out."""
     for model in present():
         try:
             yield Entry(model, None, model.problem) if model.problem else Entry(model, read_facts(model.path))

@@ -1,7 +1,8 @@
-"""A download comes into the cache whole and as it was listed, or not at all, whoever else downloads the same.
+"""Moves a download into the Hub's cache only when it is complete and verified, also if other processes download it.
 
-Each process downloads into a folder of its own beside the cache's, where nobody looks for models; file locks, which
-some shared disks only pretend to have, are not relied on. What a process that has died left there is taken up again.
+Each process downloads into its own staging folder in the cache folder, where no program searches for models. A later
+process continues the downloads that a dead process left there. The module does not use file locks, because some network
+file systems do not implement them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ import psutil
 
 @dataclass(frozen=True, slots=True)
 class ListedFile:
-    """What the Hub says of a file. A mirror may list no size, 0 here; only large files have a SHA-256."""
+    """The size in bytes and the SHA-256 that the Hub lists for a file.
+
+    `size` is 0 if a mirror lists none. Only large files have a SHA-256.
+    """
 
     size: int
     sha256: str | None = None
@@ -29,7 +33,7 @@ class ListedFile:
 
 @contextlib.contextmanager
 def staging_folder(cache: Path, repository: str) -> Iterator[Path]:
-    """A folder to download into. What is in it at the end is moved to the cache; after an error it stays, to go on."""
+    """A folder to download into. On success its files are moved into the cache; after an exception they stay."""
     cache.mkdir(parents=True, exist_ok=True)
     folder = _folder(cache, repository)
     yield folder
@@ -38,22 +42,22 @@ def staging_folder(cache: Path, repository: str) -> Iterator[Path]:
 
 
 def find_difference(path: Path, listed: ListedFile) -> str | None:
-    """How a file is not the one that was listed, in words; None if it is."""
+    """How a file differs from the listed one, as the predicate of a sentence; None if it does not."""
     found = path.stat().st_size
     if listed.size not in (found, 0):
-        return f"came with {found} bytes where the Hub lists {listed.size}"
+        return f"has {found} bytes, but the Hub lists {listed.size}"
     if listed.sha256 is not None:
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != listed.sha256:
-                return "came with other content than the Hub lists"
+                return "has another SHA-256 than the Hub lists"
     return None
 
 
 def partial_bytes(cache: Path, repository: str) -> int:
-    """Bytes that are here already of downloads that were broken off, and will be taken up."""
+    """Bytes of interrupted downloads of a repository, which the next download will continue."""
     total = 0
-    for left in _free(cache, repository):
-        for folder, _, names in os.walk(left):  # of what another process takes up meanwhile nothing is found
+    for unused in _unused_folders(cache, repository):
+        for folder, _, names in os.walk(unused):  # finds nothing if another process has renamed the folder
             for part in fnmatch.filter(names, "*.part"):
                 with contextlib.suppress(OSError):
                     total += Path(folder, part).stat().st_size
@@ -61,31 +65,31 @@ def partial_bytes(cache: Path, repository: str) -> int:
 
 
 def _folder(cache: Path, repository: str) -> Path:
-    """A new one, or one that nobody uses any more: renaming it decides between several who want it."""
-    mine = cache / f"{_begin(repository)}{os.getpid()}"
-    for left in _free(cache, repository):
+    """An unused staging folder, or a new one. Renaming is atomic: if processes compete, only one gets the folder."""
+    own = cache / f"{_prefix(repository)}{os.getpid()}"
+    for unused in _unused_folders(cache, repository):
         with contextlib.suppress(OSError):
-            return left.rename(mine)
-    mine.mkdir(exist_ok=True)
-    return mine
+            return unused.rename(own)
+    own.mkdir(exist_ok=True)
+    return own
 
 
-def _begin(repository: str) -> str:
-    """Of the names of this machine's folders."""
+def _prefix(repository: str) -> str:
+    """The common prefix of the names of this machine's staging folders; the process id follows."""
     return f".pull--{repository.replace('/', '--')}--{socket.gethostname()}--"
 
 
-def _free(cache: Path, repository: str) -> Iterator[Path]:
-    """Folders that no other process uses."""
-    begin = _begin(repository)
-    for left in cache.glob(f"{begin}*"):
-        process = left.name.removeprefix(begin)
+def _unused_folders(cache: Path, repository: str) -> Iterator[Path]:
+    """This machine's staging folders that no other live process owns."""
+    prefix = _prefix(repository)
+    for folder in cache.glob(f"{prefix}*"):
+        process = folder.name.removeprefix(prefix)
         if process.isdigit() and (int(process) == os.getpid() or not psutil.pid_exists(int(process))):
-            yield left
+            yield folder
 
 
 def _move_in(folder: Path, cache: Path) -> None:
-    """Contents first, then what points to them, so that there is no moment at which a model is there in part."""
+    """Move contents first, then links to them, then references, so that the cache never shows an incomplete model."""
     order = {"blobs": 0, "snapshots": 1, "refs": 2}
     files = [path for path in folder.glob("models--*/*/**/*") if path.is_symlink() or path.is_file()]
     for path in sorted(files, key=lambda path: (order.get(path.relative_to(folder).parts[1], 3), path)):
@@ -97,7 +101,7 @@ def _move_in(folder: Path, cache: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Have a file on the disk before it has its name."""
+    """Write a file's content to the disk, before the file gets its final name."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

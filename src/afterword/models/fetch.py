@@ -1,7 +1,8 @@
-"""One file from the Hub into a folder in the layout of the Hub's cache, taken up where an earlier attempt ended.
+"""Downloads one file from the Hub into a folder with the layout of the Hub's cache, and resumes interrupted downloads.
 
-The Hub's library begins anew after every interruption, so the bytes are kept here: in a file named after the content
-that is being downloaded, which gets its name in the cache when it is whole. The library does the rest.
+The Hub's library starts again after every interruption. Therefore this module writes the bytes itself, to a file named
+after the content (its ETag) with the suffix `.part`. The complete file gets its name in the cache, and the library
+creates the links to it.
 """
 
 from __future__ import annotations
@@ -16,48 +17,48 @@ from afterword.errors import SettingError
 from afterword.models.download_staging import ListedFile, find_difference
 
 _NAME = re.compile(r"[\w-][\w.-]*")
-_LARGEST = 50_000_000_000  # bytes; the Hub serves larger files only in its own protocol, which the library speaks
+_LARGEST = 50_000_000_000  # bytes; the Hub serves larger files only by its own protocol, which its library implements
 
 
 class DownloadObserver:
-    """Hears how a download goes. This one is not interested."""
+    """Is notified about the progress of a download. This base class ignores all notifications."""
 
     def chosen(self, name: str, among: Sequence[str]) -> None:
-        """Of several files that would do this one was taken."""
+        """The file `name` was chosen. `among`: the other files that match."""
 
     def started(self, name: str, size: int, have: int) -> None:
-        """A file of `size` bytes, 0 if that is not known, of which so many are already here."""
+        """A download starts. `size`: bytes of the file, 0 if unknown. `have`: bytes of it that are already here."""
 
     def received(self, count: int) -> None:
-        """So many more bytes of it; negative if some were thrown away."""
+        """`count` more bytes were received; negative if bytes were discarded."""
 
     def checking(self, name: str) -> None:
-        """It is whole, and its content is being compared."""
+        """The file is complete, and its SHA-256 is being compared."""
 
 
 NO_OBSERVER = DownloadObserver()
 
 
 def endpoint() -> str | None:
-    """Where the Hub is, if elsewhere than usual."""
-    return os.environ.get("HF_ENDPOINT") or None  # read here, as the library reads it once, at import
+    """The URL of the Hub's mirror, None for the Hub itself."""
+    return os.environ.get("HF_ENDPOINT") or None  # read at each call, because the library reads it only at its import
 
 
-def download_file(repository: str, name: str, listed: ListedFile, folder: Path, watcher: DownloadObserver) -> None:
-    """Download one file; one that is not as it was listed is downloaded once more. Raises `SettingError`."""
+def download_file(repository: str, name: str, listed: ListedFile, folder: Path, observer: DownloadObserver) -> None:
+    """Download one file. If it differs from what the Hub lists, download it once more. Raises `SettingError`."""
     wrong = None
     for _ in range(2):
-        path = _download(repository, name, listed, folder, watcher)
-        watcher.checking(name)
+        path = _download(repository, name, listed, folder, observer)
+        observer.checking(name)
         wrong = find_difference(path, listed)
         if wrong is None:
             return
         path.resolve().unlink()
         path.unlink(missing_ok=True)
-    raise SettingError(f"{name} {wrong}; pull it again later.")
+    raise SettingError(f"{name} {wrong}. Pull it again later.")
 
 
-def _download(repository: str, name: str, listed: ListedFile, folder: Path, watcher: DownloadObserver) -> Path:
+def _download(repository: str, name: str, listed: ListedFile, folder: Path, observer: DownloadObserver) -> Path:
     from huggingface_hub import file_download, hf_hub_download, hf_hub_url
 
     if listed.size < _LARGEST:
@@ -66,46 +67,46 @@ def _download(repository: str, name: str, listed: ListedFile, folder: Path, watc
         if found.etag and _NAME.fullmatch(found.etag):
             blobs = folder / f"models--{repository.replace('/', '--')}" / "blobs"
             blobs.mkdir(parents=True, exist_ok=True)
-            _complete(url, found.size, name, blobs / found.etag, watcher)
+            _complete(url, found.size, name, blobs / found.etag, observer)
     return Path(hf_hub_download(repository, name, cache_dir=folder, endpoint=endpoint()))
 
 
-def _complete(url: str, size: int | None, name: str, blob: Path, watcher: DownloadObserver) -> None:
-    """The content of a URL as a file, of which a part may be there."""
+def _complete(url: str, size: int | None, name: str, blob: Path, observer: DownloadObserver) -> None:
+    """Download the content of a URL to the file `blob`, and continue a partial download. `size`: bytes, if known."""
     from huggingface_hub import file_download
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if blob.exists():
         return
-    disable_progress_bars()  # ours knows what was there before
+    disable_progress_bars()  # the observer shows progress, including the bytes of earlier attempts
     part = blob.with_name(f"{blob.name}.part")
     with part.open("ab") as file:
         if size is not None and file.tell() > size:
             file.truncate(0)
             file.seek(0)
         have = file.tell()
-        watcher.started(name, size or 0, have)
+        observer.started(name, size or 0, have)
         headers = build_hf_headers()
-        file_download.http_get(url, _Counted(file, watcher), resume_size=have, headers=headers, expected_size=size)  # type: ignore[arg-type]
+        file_download.http_get(url, _Counted(file, observer), resume_size=have, headers=headers, expected_size=size)  # type: ignore[arg-type]
     part.rename(blob)
 
 
 class _Counted:
-    """A file whose growth is told."""
+    """A file that reports its growth to an observer."""
 
-    def __init__(self, file: BinaryIO, watcher: DownloadObserver) -> None:
-        self._file, self._watcher = file, watcher
+    def __init__(self, file: BinaryIO, observer: DownloadObserver) -> None:
+        self._file, self._observer = file, observer
 
     def write(self, data: bytes) -> int:
-        self._watcher.received(len(data))
+        self._observer.received(len(data))
         return self._file.write(data)
 
     def truncate(self, size: int | None = None) -> int:
         self._file.flush()
         before = os.fstat(self._file.fileno()).st_size
         after = self._file.truncate(size)
-        self._watcher.received(after - before)
+        self._observer.received(after - before)
         return after
 
     def __getattr__(self, name: str) -> object:

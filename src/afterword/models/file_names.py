@@ -1,6 +1,6 @@
-"""What file names tell of models: which are language models, their quantisation, and which one somebody means.
+"""Selects model files by their names: language models, quantization, the best match for a requested name.
 
-Knows names alone; opens nothing.
+This module opens no file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from afterword.errors import SettingError
 from afterword.models.gguf_facts import is_later_part
 
 PREFERRED = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "F16", "BF16")
-"""Quantisations, the best first: the one that is taken where several are there and none is asked for."""
+"""Quantizations by preference: the first available one is chosen if the user names none."""
 
 FILE = re.compile(r'[^/\\:*?"<>|\x00-\x1f]+(/[^/\\:*?"<>|\x00-\x1f]+)*')
 QUANT = re.compile(
@@ -23,7 +23,7 @@ QUANT = re.compile(
 
 
 def model_files(names: Iterable[str]) -> list[str]:
-    """The language models among a folder's files: no projectors, calibration data or later parts."""
+    """The names of language models: without projectors, calibration data and later parts of split models. Sorted."""
     return sorted(
         name
         for name in names
@@ -35,23 +35,23 @@ def model_files(names: Iterable[str]) -> list[str]:
 
 
 def printable(name: str) -> str:
-    """A file's name with each byte that is not UTF-8 as \\xNN: Python has surrogates there, which no output takes."""
+    """A file's name with each byte that is not UTF-8 as \\xNN. Python's surrogates for such bytes cannot be encoded."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def check_utf8(path: str) -> None:
     """Raise `SettingError` for a path that cannot be written in messages, logs and JSON."""
     if (shown := printable(path)) != path:
-        raise SettingError(f"{shown} is not valid UTF-8; rename it, or make a link to it that has another name.")
+        raise SettingError(f"{shown} is not valid UTF-8. Rename it, or create a link to it with a valid name.")
 
 
 def is_safe(name: str) -> bool:
-    """Whether a file name from outside stays inside the folder that it is joined to."""
+    """Whether an untrusted file name stays inside the folder that it is joined to."""
     return FILE.fullmatch(name) is not None and ".." not in name
 
 
 def matching_models(models: Sequence[str], wanted: str) -> list[str]:
-    """Those that are meant by a file's name, a quantisation, a part of the name, or nothing: then the best."""
+    """The models that match a file name, a quantization or part of a name; if `wanted` is empty, the preferred ones."""
     if wanted.lower().endswith(".gguf"):
         return [name for name in models if wanted in (name, name.rpartition("/")[2])]
     if wanted:
@@ -64,13 +64,13 @@ def matching_models(models: Sequence[str], wanted: str) -> list[str]:
 
 
 def quant_of(name: str) -> str:
-    """The quantisation in a file's name, in capitals, or nothing."""
+    """The quantization in a file's name, in capitals; empty if there is none."""
     found = QUANT.findall(name)
     return found[-1].upper().replace("FP16", "F16").replace("FP32", "F32") if found else ""
 
 
 def similar_names(name: str, known: Iterable[str], most: int = 3) -> list[str]:
-    """Which of the known names somebody may have meant: those that contain it, else those that look like it."""
+    """Suggestions for a wrong name: the known names that contain it, or else those with a similar spelling."""
     known = list(dict.fromkeys(known))
     wanted = _bare(name)
     if not wanted:
@@ -83,7 +83,7 @@ def similar_names(name: str, known: Iterable[str], most: int = 3) -> list[str]:
 
 
 def _bare(name: str) -> str:
-    """Without the word that says where it comes from."""
+    """A name in lower case without the prefix of its source and without `.gguf`."""
     return re.sub(r"^(hf|ollama|lmstudio):", "", name.lower()).removesuffix(".gguf")
 
 

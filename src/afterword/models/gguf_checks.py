@@ -1,6 +1,6 @@
-"""What llama.cpp takes for granted of a file and ends the process over: here it is a sentence.
+"""Refuses files whose headers would make llama.cpp abort the process, with an error message instead.
 
-Each rule is an abort that a file with something wrong in its header was seen to cause (`tests/chaos`, gate G14).
+Each rule stands for an abort that was observed with a corrupted header (`tests/chaos`, gate G14).
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from afterword.errors import SettingError
 from afterword.models.gguf_header import Header
 
 MAX_LAYERS = 512
-MAX_HEADS = 2**16 - 1  # and elements of one: their product is computed in 32 bits
+MAX_HEADS = 2**16 - 1  # also the most elements of a head: llama.cpp computes the product in 32 bits
 FULL_ROPE_ARCHITECTURES = frozenset(
     (
         *("llama", "mistral3", "qwen2", "qwen2moe", "qwen3", "qwen3moe"),
         *("internlm2", "olmo", "olmo2", "starcoder2", "granite", "smollm3"),
     )
 )
-"""Architectures whose attention heads are rotated whole."""
+"""Architectures that apply RoPE to all elements of an attention head."""
 NON_MATRIX_TYPES = frozenset(("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"))
-"""Types that ggml has no products for."""
+"""Types for which ggml has no matmul."""
 TABLE_ROUTED_ARCHITECTURES = frozenset(("deepseek4",))
-"""Architectures with tables of whole numbers: which experts each token has."""
+"""Architectures with integer tensors: tables of the experts of each token."""
 
 
 def check_gguf(path: Path, architecture: str, header: Header) -> None:
-    """Refuse what would end the engine. Raises `SettingError`."""
+    """Raise `SettingError` for a file that would make the worker abort."""
     fault = _layers(architecture, header) or _numbers(architecture, header)
     fault = fault or _types(architecture, header) or _tokens(header)
     if fault:
@@ -51,16 +51,16 @@ def _numbers(architecture: str, header: Header) -> str | None:
             return f"its {name} is {epsilon}"
     for name in ("head_count", "head_count_kv", "key_length", "value_length"):
         value = header.values.get(f"{architecture}.attention.{name}", 0)
-        for number in value if isinstance(value, tuple) else (value,):  # one a layer, or one for all
+        for number in value if isinstance(value, tuple) else (value,):  # one number per layer, or one for all layers
             if not isinstance(number, int) or not 0 <= number <= MAX_HEADS:
                 return f"its {name} is {number}"
     width = header.values.get(f"{architecture}.embedding_length")
     heads = header.values.get(f"{architecture}.attention.head_count")
     if architecture in FULL_ROPE_ARCHITECTURES and isinstance(width, int) and isinstance(heads, int) and heads > 0:
         length = header.values.get(f"{architecture}.attention.key_length", width // heads)
-        turned = header.values.get(f"{architecture}.rope.dimension_count", length)
-        if turned != length:
-            return f"{turned} of the {length} elements of its heads are rotated"
+        rotated = header.values.get(f"{architecture}.rope.dimension_count", length)
+        if rotated != length:
+            return f"{rotated} of the {length} elements of its heads are rotated"
     return None
 
 
@@ -72,11 +72,14 @@ def _types(architecture: str, header: Header) -> str | None:
 
 
 def _tokens(header: Header) -> str | None:
-    """Spellings are compared as C does: up to a NUL; those without any have the name that the library gives them."""
+    """Check for duplicate tokens and missing byte tokens.
+
+    Texts end at a NUL, as in C. An empty text is replaced by `[EMPTY_index]`, as llama.cpp does.
+    """
     tokens = [token.partition(b"\0")[0] for token in header.tokens]
-    spelled = {token or b"[EMPTY_%d]" % place for place, token in enumerate(tokens)}
+    spelled = {token or b"[EMPTY_%d]" % index for index, token in enumerate(tokens)}
     if len(spelled) < len(tokens):
-        return f"{len(tokens) - len(spelled)} of its tokens are there twice"
+        return f"{len(tokens) - len(spelled)} of its tokens are duplicates"
     if header.values.get("tokenizer.ggml.model") == "llama" and header.tokens:
         missing = [byte for byte in range(256) if not {b"<0x%02X>" % byte, bytes([byte])} & spelled]
         if missing:

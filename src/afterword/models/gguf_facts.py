@@ -1,7 +1,8 @@
-"""Facts about a model, from its GGUF header alone: what it is, how large, what a token costs in memory.
+"""Reads facts about a model from its GGUF header: architecture, sizes, memory per token.
 
-Knows the metadata keys and how a model is split over files. Loads no weights, so that a bad file is refused in words,
-and within a fraction of a second, before an engine sees it. What would end the engine is in `sound.py`.
+The module knows the metadata keys and the naming of split models. It loads no weights, so an unusable file is refused
+with a message within a fraction of a second, before a worker loads it. `gguf_checks` holds the checks for headers that
+would abort the worker.
 """
 
 from __future__ import annotations
@@ -25,33 +26,33 @@ FILE_TYPES = {
 }  # fmt: skip
 
 STATE_BYTES = 4
-"""Of an element of a recurrent layer's state."""
+"""Bytes of one element of a recurrent layer's state."""
 
 AUDIO = frozenset(("wavtokenizer-dec", "qwen3tts", "pockettts"))
-"""Architectures of llama.cpp whose output is sound or codes for it."""
+"""Architectures of llama.cpp that generate audio or codes for audio."""
 
 SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a model's file says. Lengths are in tokens or elements; of per-layer numbers, the largest.
+    """Facts from a model's file. Lengths are in tokens or elements; a number that differs by layer is the largest.
 
-    `kv_heads` are the heads of keys and values in all layers together. `state_bytes`: what a sequence has beside keys
-    and values, in recurrent layers (Mamba, RWKV, short convolutions), however long it is.
+    `kv_heads`: the heads of keys and values of all layers together. `state_bytes`: the constant memory of one sequence
+    in recurrent layers (Mamba, RWKV, short convolutions), in addition to keys and values.
     """
 
     architecture: str
     name: str
-    file_type: str  # the quantisation that the file names, such as "Q8_0"
+    file_type: str  # the quantization that the file names, such as "Q8_0"
     context_length: int  # tokens it was trained on; 0 if the file does not say
     layers: int
     embedding_length: int
-    experts: int  # 0 where every weight is used for every token
+    experts: int  # 0 if every weight is used for every token
     heads: int
     heads_kv: int
     kv_heads: int
-    hidden: int  # elements between the two halves of a layer; 0 if the file does not say
+    hidden: int  # elements of the feed-forward layer (`feed_forward_length`); 0 if the file does not say
     state_bytes: int
     key_length: int
     value_length: int
@@ -59,18 +60,18 @@ class Facts:
     size_bytes: int  # all parts together
     tensor_count: int
     split_count: int
-    matrix_types: frozenset[str] = frozenset()  # those that its matrices really have, whatever `file_type` says
+    matrix_types: frozenset[str] = frozenset()  # the actual types of the matrices; `file_type` may differ
 
     def kv_bytes_per_token(self, bytes_per_element: int = 2) -> int:
-        """Bytes of key-value cache that one token takes; an upper bound where lengths differ between layers.
+        """Bytes of KV cache for one token; an upper bound if the head sizes differ between layers.
 
-        Layers with a sliding window count like the others: llama.cpp keeps whole contexts for them, too.
+        Layers with a sliding window count like the others, because llama.cpp keeps whole contexts for them too.
         """
         return self.kv_heads * (self.key_length + self.value_length) * bytes_per_element
 
 
 def read_facts(path: Path | str) -> Facts:
-    """Read a model's facts from its file, or the first of its files; SettingError if it cannot be used."""
+    """Read a model's facts from its (first) file. Raises `SettingError` if the model cannot be used."""
     path = Path(path)
     first = read_header(path)
     keys = _Keys(path, first)
@@ -111,7 +112,7 @@ def read_facts(path: Path | str) -> Facts:
 
 
 def parts(path: Path, facts: Facts) -> list[Path]:
-    """All files of the model whose (first) file is `path`, as llama.cpp finds them."""
+    """All files of the model with the (first) file `path`, by the same rule as in llama.cpp."""
     return [path, *(_part(path, number, facts.split_count) for number in range(2, facts.split_count + 1))]
 
 
@@ -122,7 +123,7 @@ def split_stem(name: str) -> str:
 
 
 def part_names(name: str) -> list[str]:
-    """The names of all files of the model whose first file, as a path or a name, is `name`."""
+    """The names of all files of a model. `name`: the path or name of its first file."""
     match = SPLIT_NAME.fullmatch(name)
     if not match:
         return [name]
@@ -137,7 +138,7 @@ def is_later_part(name: str) -> bool:
 
 
 class _Keys:
-    """Typed look-ups in one header; a value that is missing or senseless is a SettingError naming the key."""
+    """Typed access to the values of one header. Raises `SettingError` for a missing or invalid value."""
 
     def __init__(self, path: Path, header: Header) -> None:
         self.path, self.header = path, header
@@ -148,32 +149,32 @@ class _Keys:
         return value if isinstance(value, str) else ""
 
     def number(self, key: str, default: int | None = None) -> int:
-        """A count under `<architecture>.key`, the largest where it is given per layer."""
+        """The count under `<architecture>.<key>`; the largest if it is given per layer."""
         return self.count(f"{self.architecture}.{key}", default)
 
     def count(self, key: str, default: int | None = None) -> int:
         value = self.header.values.get(key, default)
         largest = max(value, default=0) if isinstance(value, tuple) else value
         if not isinstance(largest, int) or largest < 0 or (default is None and largest == 0):
-            raise SettingError(f"{self.path} gives no usable {key!r}.")
+            raise SettingError(f"{self.path} has no valid value for the metadata key {key!r}.")
         return int(largest)
 
     def heads_kv(self, heads: int) -> list[int]:
-        """Heads of keys and values of each layer, 0 of those without attention."""
+        """The heads of keys and values of each layer; 0 for a layer without attention."""
         layers = self.number("block_count")
         given = self.header.values.get(f"{self.architecture}.attention.head_count_kv", heads)
         if isinstance(given, tuple) and len(given) == layers:
             return [int(count) for count in given]
         most = self.number("attention.head_count_kv", heads)
-        every = self.number("full_attention_interval", 1) or 1  # of so many layers one has attention
+        every = self.number("full_attention_interval", 1) or 1  # every n-th layer has attention
         return [most if number % every == 0 else 0 for number in range(1, layers + 1)]
 
     def recurrent_layers(self, heads: int) -> int:
-        """Those without attention; all of them where each has it: then they may have both, or only one of the two."""
+        """The number of layers that may be recurrent: those without attention, or all layers if each has attention."""
         return self.heads_kv(heads).count(0) or self.number("block_count")
 
     def state_length(self, heads: int) -> int:
-        """Elements that a recurrent layer keeps of a sequence: the last inputs of its convolution, and its state."""
+        """Elements that a recurrent layer stores for a sequence: the last inputs of its convolution, and its state."""
         width = self.number("embedding_length")
         inner, states, groups = (self.number(f"ssm.{name}", 0) for name in ("inner_size", "state_size", "group_count"))
         kept = max(0, self.number("ssm.conv_kernel", 0) - 1)
@@ -188,21 +189,23 @@ class _Keys:
     def check_kind(self) -> None:
         kind = "projector" if self.architecture == "clip" else self.text("general.type") or "model"
         if kind != "model":
-            raise NotLanguageModel(f"{self.path} is of the kind {kind!r}, not a language model.")
+            raise NotLanguageModel(f"{self.path} is no language model but of the type {kind!r}.")
 
     def check_text(self) -> None:
-        """SettingError if what the model makes is no text."""
+        """Raise `SettingError` if the model's output is not text."""
         if self.architecture in AUDIO:
-            raise SettingError(f"{self.path} makes audio ({self.architecture}), and only text can be served.")
+            raise SettingError(
+                f"{self.path} generates audio ({self.architecture}). Only models that generate text can be served."
+            )
         if self.text("tokenizer.ggml.model") in ("none", "no_vocab"):
-            raise SettingError(f"{self.path} has no vocabulary, so there is no text for its tokens.")
+            raise SettingError(f"{self.path} has no vocabulary, so its tokens cannot be converted to text.")
 
     def check_split(self) -> int:
-        """The number of files of the model; SettingError if this is not the first of them."""
+        """The number of the model's files. Raises `SettingError` if this file is not the first of them."""
         count = max(1, self.count("split.count", 1))
         if self.count("split.no", 0) > 0:
             first = _part(self.path, 1, count).name
-            raise SettingError(f"{self.path} is a later part of a split model; name its first part, {first}.")
+            raise SettingError(f"{self.path} is a later part of a split model. Name its first part, {first}.")
         if not self.architecture:
             raise SettingError(f"{self.path} does not name its architecture.")
         return count

@@ -1,7 +1,8 @@
-"""The GGUF container: magic, typed values and the table of tensors, nothing believed before it fits the file.
+"""Reads the header of a GGUF file: magic, typed values and the table of tensors.
 
-Knows the format, not what a model is. Whatever the bytes, the answer is a Header or a SettingError. It reads
-through a buffer, not a memory map: a file that is cut while we read it must be an error, not a SIGBUS.
+The module knows the file format and must not know models. For any bytes it returns a `Header` or raises `SettingError`:
+it checks every length against the size of the file. It reads through a buffer instead of a memory map, because a file
+that is truncated meanwhile must cause an error and not a SIGBUS.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from typing import BinaryIO
 
 from afterword.errors import SettingError
 
-# Number of a value type -> how it is stored; the two that are not numbers come after.
+# Code of a numeric value type -> its layout. The two other types follow.
 NUMBERS = {code: struct.Struct("<" + letter) for code, letter in enumerate("BbHhIif?  Qqd") if letter != " "}
 STRING, ARRAY = 8, 9
 U32, U64 = NUMBERS[4], NUMBERS[10]
 
-# Number of a tensor type -> its name, elements in a block, bytes of a block.
+# Code of a tensor type -> its name, elements of a block, bytes of a block.
 TENSOR_TYPES = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
     7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 40), 10: ("Q2_K", 256, 84),
@@ -37,25 +38,29 @@ TENSOR_TYPES = {
 LOOKALIKES = (
     (b"PK\x03\x04", "a zip archive, such as a PyTorch checkpoint"),
     (b"\x80", "a Python pickle, such as an old PyTorch checkpoint"),
-    (b"version https://git-lfs", "a Git LFS pointer that stands in for the real file"),
+    (b"version https://git-lfs", "a Git LFS pointer instead of the real file"),
     (b"<", "a web page, such as the error page of a failed download"),
-    (b"tjgg", "a model in the format that came before GGUF"),
-    (b"lmgg", "a model in the format that came before GGUF"),
+    (b"tjgg", "a model in the format before GGUF"),
+    (b"lmgg", "a model in the format before GGUF"),
 )
 
 MAX_ENTRIES = 1 << 24  # the largest vocabularies have about a million
-MAX_NAME = 1 << 16  # longer strings (chat templates) are stepped over, as are longer arrays of numbers
-TOKENS = "tokenizer.ggml.tokens"  # the one array of strings that is kept
+MAX_NAME = 1 << 16  # bytes; longer strings (chat templates) and longer arrays of numbers are skipped
+TOKENS = "tokenizer.ggml.tokens"  # the only array of strings that is kept
 
 HeaderValue = int | float | str | tuple[int | float, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What one GGUF file says of itself.
+    """The header of one GGUF file.
 
-    `lengths` are those of its arrays, in entries; `size` and `tensor_bytes` (per type name) are in bytes. `tokens` are
-    the vocabulary's, as they are spelled in the file. `matrix_types` are those of tensors with two dimensions or more.
+    - `size`: bytes of the file.
+    - `values`: metadata; a string above `MAX_NAME` bytes is empty, such an array and any array of strings is missing.
+    - `lengths`: the number of entries of each array.
+    - `tensors`: the number of tensors; `tensor_bytes`: bytes by the name of the tensor type.
+    - `tokens`: the texts of the vocabulary as spelled in the file.
+    - `matrix_types`: the types of tensors with two dimensions or more.
     """
 
     size: int
@@ -68,17 +73,17 @@ class Header:
 
 
 class MalformedError(Exception):
-    """What is wrong with the file, as the end of a sentence that begins with the file's name."""
+    """A problem of the file. The message is the predicate of a sentence that begins with the file's name."""
 
 
 def read_header(path: Path) -> Header:
-    """Read and check one file's header; SettingError if it is missing, no GGUF, or damaged."""
+    """Read and check one file's header. Raises `SettingError` if the file is missing, not GGUF, or damaged."""
     try:
         if path.is_dir():
             raise MalformedError("is a folder, not a model file")
         if not path.is_file():
             raise MalformedError(
-                "is no regular file" if path.exists() else describe_broken_link(path) or "does not exist"
+                "is not a regular file" if path.exists() else describe_broken_link(path) or "does not exist"
             )
         with path.open("rb", buffering=1 << 20) as file:
             return _Reader(file, path.stat().st_size).header()
@@ -89,14 +94,14 @@ def read_header(path: Path) -> Header:
 
 
 def describe_broken_link(path: Path) -> str | None:
-    """Of a link that leads to no file: what it is, as the end of a sentence that begins with its name."""
+    """For a broken link, the predicate of a sentence that begins with its name; None for other paths."""
     if os.path.islink(path) and not os.path.exists(path):
         return f"is a link to {os.readlink(path)}, which cannot be found"
     return None
 
 
 class _Reader:
-    """Steps through one open file and is the owner of its position; never past `size`."""
+    """Reads one open file sequentially and owns its position, which never exceeds `size`."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.size, self.position = file, size, 0
@@ -132,20 +137,20 @@ class _Reader:
         if version not in (2, 3):
             swapped = version.to_bytes(4, "little")[:3] == bytes(3)
             note = "is big-endian" if swapped else f"has GGUF version {version}"
-            raise MalformedError(f"{note}, and only little-endian files of versions 2 and 3 can be read")
+            raise MalformedError(f"{note}, but only little-endian files of versions 2 and 3 can be read")
 
     def check_count(self, count: int, least: int, what: str) -> None:
-        """Refuse a count whose entries, of at least `least` bytes each, cannot be in the rest of the file."""
+        """Refuse a count of entries that cannot fit into the rest of the file. `least`: the minimum bytes of one."""
         if count > MAX_ENTRIES:
             raise MalformedError(f"is damaged: it claims {count} {what}")
-        self.check_room(count * least)
+        self.check_remaining(count * least)
 
-    def check_room(self, length: int) -> None:
+    def check_remaining(self, length: int) -> None:
         if length > self.size - self.position:
             raise MalformedError(_cut_short(self.position + length, self.size))
 
     def take(self, length: int) -> bytes:
-        self.check_room(length)
+        self.check_remaining(length)
         data = self.file.read(length)
         if len(data) < length:
             raise MalformedError("changed while it was read")
@@ -153,7 +158,7 @@ class _Reader:
         return data
 
     def skip(self, length: int) -> None:
-        self.check_room(length)
+        self.check_remaining(length)
         self.position = self.file.seek(self.position + length)
 
     def number(self, shape: struct.Struct) -> int:
@@ -178,7 +183,7 @@ class _Reader:
         return content
 
     def array(self, key: str, values: dict[str, HeaderValue]) -> int:
-        """Step over an array, a short one of numbers is kept in `values`; returns its length."""
+        """Read an array and return its length. Short arrays of numbers are kept in `values`, other arrays skipped."""
         kind, count = self.number(U32), self.number(U64)
         if kind == STRING:
             self.check_count(count, 8, f"entries of {key!r}")
@@ -196,7 +201,7 @@ class _Reader:
         return count
 
     def skip_strings(self, count: int) -> None:
-        # The one hot loop (a vocabulary's merges): local names, no calls of our own.
+        # The only hot loop (a vocabulary's merges), so it uses local variables and calls no methods of this class.
         read, seek, unpack = self.file.read, self.file.seek, U64.unpack
         size, position = self.size, self.position
         for _ in range(count):
@@ -211,18 +216,18 @@ class _Reader:
         self.position = position
 
     def tensor_table(self, count: int, alignment: HeaderValue) -> Counter[str]:
-        """Check that the tensors follow one another without gap or overlap and end inside the file."""
+        """Check that the tensors are contiguous and end inside the file. Returns their bytes by type name."""
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise MalformedError(f"is damaged: its alignment {alignment!r} is no power of two")
+            raise MalformedError(f"is damaged: its alignment {alignment!r} is not a power of two")
         sizes: Counter[str] = Counter()
         names: set[str] = set()
-        end = due = 0  # offsets in the tensor data: end of the last tensor, and where the next has to begin
+        end = due = 0  # offsets in the tensor data: the end of the last tensor, the required start of the next
         for _ in range(count):
             name = self.name()
             type_name, size = self.tensor_size(name)
             offset = self.number(U64)
             if name in names or offset != due:
-                raise MalformedError(f"is damaged: tensor {name!r} is given twice or is not where it should be")
+                raise MalformedError(f"is damaged: tensor {name!r} is given twice or is not at the expected offset")
             names.add(name)
             sizes[type_name] += size
             end = offset + size
@@ -233,14 +238,14 @@ class _Reader:
         return sizes
 
     def tensor_size(self, name: str) -> tuple[str, int]:
-        """Read one tensor's shape and type: the type's name, and the tensor's size in bytes."""
+        """Read one tensor's shape and type. Returns the type's name and the tensor's size in bytes."""
         dimensions = self.number(U32)
         if dimensions > 4:
             raise MalformedError(f"is damaged: tensor {name!r} has {dimensions} dimensions")
         shape = [self.number(U64) for _ in range(dimensions)] or [1]
         code = self.number(U32)
         if code not in TENSOR_TYPES:
-            raise MalformedError(f"stores tensor {name!r} as type {code}, which is not known here")
+            raise MalformedError(f"stores tensor {name!r} as type {code}, which Afterword does not know")
         type_name, block, block_bytes = TENSOR_TYPES[code]
         if shape[0] % block:
             raise MalformedError(f"is damaged: rows of tensor {name!r} are not whole blocks of {type_name}")

@@ -1,6 +1,6 @@
-"""How many sequences of how many tokens a model gets: the most that fits, or a refusal saying what to lower.
+"""Chooses the context length and the number of sequences of models so that they fit into the available memory.
 
-The choice is arithmetic on Facts and a number of bytes; nothing here looks at the machine.
+Pure: computes from `Facts` and a number of bytes, and does not query the machine.
 """
 
 from __future__ import annotations
@@ -11,21 +11,23 @@ from dataclasses import dataclass, replace
 from afterword.errors import SettingError
 from afterword.models.gguf_facts import Facts
 
-MOST_CONTEXT, LEAST_CONTEXT, UNKNOWN_CONTEXT = 4096, 512, 2048  # tokens, where the context is ours to choose
-MAX_PARALLEL = 16  # sequences, where their number is ours to choose
-LEAST_USEFUL_CONTEXT, PARALLEL_LIMIT = 16, 256  # what may be asked for
-CONTEXT_GRANULARITY = 256  # tokens, to which llama.cpp rounds up what a sequence has room for
-HEADROOM = 256 << 20  # bytes for the process itself, its vocabulary and what it keeps, beside a tenth of the rest
-FLOAT_BYTES = 4  # bytes
-LOGIT_COPIES = 2  # of each row: llama.cpp computes them in one buffer and hands them over in another
+MOST_CONTEXT, LEAST_CONTEXT, UNKNOWN_CONTEXT = 4096, 512, 2048  # tokens, if the operator sets no context
+MAX_PARALLEL = 16  # sequences, if the operator sets no number
+LEAST_USEFUL_CONTEXT, PARALLEL_LIMIT = 16, 256  # bounds of the operator's settings: tokens, sequences
+CONTEXT_GRANULARITY = 256  # llama.cpp rounds the tokens of a sequence up to a multiple of this
+HEADROOM = 256 << 20  # bytes for the process, its vocabulary and its caches, besides a tenth of the rest
+FLOAT_BYTES = 4
+LOGIT_COPIES = 2  # llama.cpp computes logits in one buffer and returns them in another
 
 
 @dataclass(frozen=True, slots=True)
 class ComputeOptions:
-    """How a model is computed, as far as memory depends on it.
+    """The settings of the computation that change the memory that a model needs.
 
-    `kv_bytes`: of one element of a key or a value. `chunk`: the most tokens of a pass over a prompt. `plain_attention`:
-    attention writes down how much each token of a pass attends to each of the context, instead of going through them.
+    - `kv_bytes`: bytes of one element of a key or value.
+    - `chunk`: the most tokens of a prefill pass.
+    - `plain_attention`: attention stores one score for each token of the pass, token of the context and head. Flash
+      attention does not.
     """
 
     kv_bytes: int = 2
@@ -35,9 +37,9 @@ class ComputeOptions:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """`parallel` sequences of `context` tokens each of a model that is computed in some way.
+    """A model with `parallel` sequences of `context` tokens each, and its memory.
 
-    Room for `spare` more sequences, and for as many more tokens in each, is taken that nobody is given.
+    `spare`: additional sequences, and additional tokens in each sequence, that are allocated but never used by clients.
     """
 
     context: int
@@ -48,19 +50,19 @@ class ModelShape:
 
     @property
     def kv_bytes(self) -> int:
-        """Keys and values of all sequences."""
+        """Bytes of the keys and values of all sequences."""
         granules = -(-(self.context + self.spare) // CONTEXT_GRANULARITY)
         tokens = granules * CONTEXT_GRANULARITY * (self.parallel + self.spare)
         return tokens * self.facts.kv_bytes_per_token(self.run.kv_bytes)
 
     @property
     def sequences_bytes(self) -> int:
-        """What all sequences have: keys and values, and the states of recurrent layers."""
+        """Bytes of all sequences: keys, values and the states of recurrent layers."""
         return self.kv_bytes + (self.parallel + self.spare) * self.facts.state_bytes
 
     @property
     def pass_bytes(self) -> int:
-        """The largest pass: logits of all its tokens (a scored prompt), and what is between a layer's operations."""
+        """Bytes of the largest pass: logits of all its tokens (if a prompt is scored) and a layer's activations."""
         tokens = max(self.run.chunk, self.parallel + self.spare)
         logits = LOGIT_COPIES * self.facts.vocabulary
         layer = 3 * self.facts.hidden + 8 * self.facts.embedding_length
@@ -69,9 +71,9 @@ class ModelShape:
 
     @property
     def needed_bytes(self) -> int:
-        """Weights, sequences, a pass and headroom.
+        """Bytes of weights, sequences, one pass and headroom.
 
-        Weights count once: where they are copied, or laid out anew, the file's own pages can be given up at any time.
+        Weights count once. If they are copied or repacked, the system can drop the file's pages at any time.
         """
         return _with_headroom(self.facts.size_bytes + self.sequences_bytes + self.pass_bytes)
 
@@ -87,9 +89,10 @@ def choose_shapes(
     parallel: int | None,
     spare: int = 0,
 ) -> list[ModelShape]:
-    """For models that are loaded together the shapes asked for, or for what is None the largest usual ones that fit.
+    """Choose the shapes of models that are loaded together.
 
-    The one whose sequences are the largest gives way first. Raises `SettingError` if none fit.
+    `context` and `parallel` are the operator's settings; None means the largest usual value that fits. The model that
+    needs the most memory for its sequences is reduced first. Raises `SettingError` if the models do not fit.
     """
     for facts, _ in models:
         _check_settings(facts, context, parallel, PARALLEL_LIMIT - spare)
@@ -98,22 +101,22 @@ def choose_shapes(
         for facts, run in models
     ]
     while sum(shape.needed_bytes for shape in shapes) > available_bytes:
-        smaller = {place: _smaller(shape, context, parallel) for place, shape in enumerate(shapes)}
-        places = [place for place, shape in smaller.items() if shape is not None]
-        if not places:
+        smaller = {index: _smaller(shape, context, parallel) for index, shape in enumerate(shapes)}
+        reducible = [index for index, shape in smaller.items() if shape is not None]
+        if not reducible:
             raise SettingError(_do_not_fit(shapes, available_bytes))
-        place = max(places, key=lambda place: shapes[place].sequences_bytes)
-        shapes[place] = smaller[place] or shapes[place]
+        largest = max(reducible, key=lambda index: shapes[index].sequences_bytes)
+        shapes[largest] = smaller[largest] or shapes[largest]
     return shapes
 
 
 def usual_context(facts: Facts) -> int:
-    """The tokens of one sequence, where memory sets no bounds."""
+    """The tokens of one sequence if memory is no constraint."""
     return min(facts.context_length, MOST_CONTEXT) if facts.context_length else UNKNOWN_CONTEXT
 
 
 def _smaller(shape: ModelShape, context: int | None, parallel: int | None) -> ModelShape | None:
-    """The next smaller one, where that is ours to choose."""
+    """The next smaller shape; None if the operator's settings or the minimum context allow none."""
     if parallel is None and shape.parallel > 1:
         return replace(shape, parallel=shape.parallel // 2)
     if context is None and shape.context > LEAST_CONTEXT:
@@ -124,32 +127,32 @@ def _smaller(shape: ModelShape, context: int | None, parallel: int | None) -> Mo
 def _check_settings(facts: Facts, context: int | None, parallel: int | None, most: int) -> None:
     trained = facts.context_length
     if context is not None and context < LEAST_USEFUL_CONTEXT:
-        raise SettingError(f"A context of {context} tokens is too short; set {LEAST_USEFUL_CONTEXT} or more.")
+        raise SettingError(f"A context of {context} tokens is too short. Set {LEAST_USEFUL_CONTEXT} or more.")
     if context is not None and trained and context > trained:
         raise SettingError(
-            f"A context of {context} tokens is more than the {trained} that {facts.name} was trained on; "
-            f"positions beyond give nonsense, so set {trained} or less."
+            f"A context of {context} tokens is more than the {trained} tokens that {facts.name} was trained on. "
+            f"The model generates nonsense at later positions. Set {trained} or less."
         )
     if parallel is not None and not 1 <= parallel <= most:
-        raise SettingError(f"{parallel} parallel sequences cannot be had; set from 1 to {most}.")
+        raise SettingError(f"{parallel} parallel sequences are not supported. Set a number from 1 to {most}.")
 
 
 def _do_not_fit(shapes: Sequence[ModelShape], available: int) -> str:
     if len(shapes) > 1:
         return (
             f"The {len(shapes)} models need {_gib(sum(shape.needed_bytes for shape in shapes))} of memory together, "
-            f"and {_gib(available)} are available; choose fewer or smaller ones, or let them take turns with "
+            f"but {_gib(available)} are available. Choose fewer or smaller models, or let them take turns with "
             "--keep-alive 5m."
         )
     (shape,) = shapes
     least = _with_headroom(shape.facts.size_bytes)
     if least > available:
         needs = f"The model needs {_gib(least)}"
-        remedy = "choose a smaller or more quantised one"
+        remedy = "Choose a smaller or more quantized model"
     else:
         needs = f"{shape.parallel} x {shape.context} tokens need {_gib(shape.needed_bytes)}"
-        remedy = "lower context or parallel" if shape.parallel > 1 else "lower context"
-    return f"{needs} of memory, and {_gib(available)} are available; {remedy}."
+        remedy = "Lower context or parallel" if shape.parallel > 1 else "Lower context"
+    return f"{needs} of memory, but {_gib(available)} are available. {remedy}."
 
 
 def _gib(size: int) -> str:

@@ -1,10 +1,10 @@
-"""What other programs have put on the disk: Ollama's store and LM Studio's.
+"""Lists the models that Ollama and LM Studio have downloaded.
 
-Knows their layouts and reads what they wrote; believes none of it, and changes nothing.
+The module only reads their folders, validates everything it reads, and changes nothing. The layouts are:
 
-Ollama: `manifests/HOST/NAMESPACE/NAME/TAG` (or, newer, under `manifests-v2`) is JSON that names layers by their digest,
-or lists further such manifests; the layer of weights is a GGUF file, `blobs/sha256-…`.
-LM Studio: `PUBLISHER/REPOSITORY/….gguf`.
+- Ollama: `manifests/HOST/NAMESPACE/NAME/TAG` (newer: `manifests-v2/…`) is a JSON file. It names layers by their digest,
+  or lists further manifests. The layer with the weights is a GGUF file, `blobs/sha256-…`.
+- LM Studio: `PUBLISHER/REPOSITORY/….gguf`.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from afterword.models.gguf_header import describe_broken_link
 
 _WEIGHTS = "application/vnd.ollama.image.model"
 _ADAPTER = "application/vnd.ollama.image.adapter"
-_HOSTS, _NAMESPACE = ("registry.ollama.ai", "ollama.com"), "library"  # left out of names
-_SERVICE = Path("/usr/share/ollama/.ollama/models")  # where Ollama keeps them when it runs as a system's service
+_HOSTS, _NAMESPACE = ("registry.ollama.ai", "ollama.com"), "library"  # the defaults, which names omit
+_SERVICE = Path("/usr/share/ollama/.ollama/models")  # the folder of Ollama when it runs as a system service
 _DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})")
-_LARGEST = 2**20  # bytes of a manifest
+_LARGEST = 2**20  # bytes; larger manifests are ignored
 
 
 @dataclass(frozen=True, slots=True)
 class StoredModel:
-    """A model in a store, by the name that it has there; or why it cannot be used. `path` is its (first) file."""
+    """A model in a store. `name`: its name in that store. `path`: its first file. `problem`: why it is unusable."""
 
     name: str
     path: Path
@@ -40,26 +40,26 @@ class StoredModel:
 
 
 def ollama() -> list[StoredModel]:
-    """Every model of Ollama's, by its name and tag."""
+    """All models in Ollama's store, named `name:tag`."""
     found: dict[str, StoredModel] = {}
     for folder in _ollama_folders():
         for manifests in (folder / "manifests-v2", folder / "manifests"):
             for path in sorted(_files(manifests)):
-                places = path.relative_to(manifests).parts
-                if len(places) == len(("host", "namespace", "name", "tag")):
-                    name = _ollama_name(*places)
+                parts = path.relative_to(manifests).parts
+                if len(parts) == len(("host", "namespace", "name", "tag")):
+                    name = _ollama_name(*parts)
                     found.setdefault(name, _ollama_model(folder, path, name))
     return list(found.values())
 
 
 def lmstudio() -> list[StoredModel]:
-    """Every model of LM Studio's: publisher, repository and file without its ending."""
+    """All models in LM Studio's store, named `publisher/repository/file` without the suffix `.gguf`."""
     found: dict[str, StoredModel] = {}
     for folder in (Path("~/.lmstudio/models").expanduser(), Path("~/.cache/lm-studio/models").expanduser()):
         files = [path.relative_to(folder).as_posix() for path in _files(folder)]
         for name in model_files(files):
             parent, _, file = name.rpartition("/")
-            if parent.count("/") >= 1:  # else it is nobody's
+            if parent.count("/") >= 1:  # a file that is not in PUBLISHER/REPOSITORY is no model of LM Studio
                 model = StoredModel(f"{parent}/{split_stem(file)}", folder / name, _missing_part(folder, name))
                 found.setdefault(model.name, model)
     return list(found.values())
@@ -71,25 +71,25 @@ def _ollama_folders() -> list[Path]:
 
 
 def _ollama_model(folder: Path, manifest: Path, name: str) -> StoredModel:
-    """The model that a manifest describes."""
+    """The model of a manifest file."""
     choices = [layers for layers in _manifests(folder, manifest) if _digest(layers, _WEIGHTS)]
     if not choices:
         return StoredModel(name, manifest, f"{manifest} names no GGUF file.")
     blob = folder / "blobs" / str(_digest(choices[0], _WEIGHTS))
     if _digest(choices[0], _ADAPTER):
-        return StoredModel(name, blob, "It has a LoRA adapter beside its weights, and would answer without it.")
+        return StoredModel(name, blob, "It has a LoRA adapter, which Afterword would ignore.")
     return StoredModel(name, blob, None if blob.is_file() else f"{blob} is missing; run `ollama pull {name}`.")
 
 
 def _ollama_name(host: str, namespace: str, name: str, tag: str) -> str:
-    """What Ollama calls it."""
-    places = [] if host in _HOSTS else [host]
-    places += [] if namespace == _NAMESPACE and not places else [namespace]
-    return f"{'/'.join([*places, name])}:{tag}"
+    """The model's name in Ollama's commands."""
+    prefix = [] if host in _HOSTS else [host]
+    prefix += [] if namespace == _NAMESPACE and not prefix else [namespace]
+    return f"{'/'.join([*prefix, name])}:{tag}"
 
 
 def _manifests(folder: Path, path: Path) -> Iterator[list[dict[str, Any]]]:
-    """The layers in a manifest; where it lists others, one for each program that may run the model, those of each."""
+    """The layers of a manifest. If it lists further manifests (one for each runner), the layers of each of them."""
     content = _json(path)
     yield _objects(content.get("layers"))
     for child in _objects(content.get("manifests")):
@@ -99,19 +99,19 @@ def _manifests(folder: Path, path: Path) -> Iterator[list[dict[str, Any]]]:
 
 
 def _digest(layers: list[dict[str, Any]], kind: str) -> str | None:
-    """The name of the file that is the layer of some kind."""
+    """The file name of the first layer of a media type, None if there is none."""
     names = (_blob(layer.get("digest")) for layer in layers if layer.get("mediaType") == kind)
     return next((name for name in names if name), None)
 
 
 def _blob(digest: object) -> str | None:
-    """The name of the file with that digest."""
+    """The name of the file with a digest, None if the digest is malformed."""
     found = _DIGEST.fullmatch(digest.lower()) if isinstance(digest, str) else None
     return f"sha256-{found[1]}" if found else None
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """An object in a file; an empty one if there is none."""
+    """The JSON object in a file; empty if the file is missing, too large or not a JSON object."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         if path.stat().st_size <= _LARGEST:
             content = json.loads(path.read_bytes())
@@ -129,7 +129,7 @@ def _missing_part(folder: Path, name: str) -> str | None:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Everything under a folder that is no folder; nothing of what may not be read."""
-    for place, folders, names in os.walk(folder):
+    """All files below a folder, except hidden files and folders without read permission."""
+    for parent, folders, names in os.walk(folder):
         folders.sort()
-        yield from (Path(place) / name for name in names if not name.startswith("."))
+        yield from (Path(parent) / name for name in names if not name.startswith("."))

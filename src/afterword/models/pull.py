@@ -1,7 +1,7 @@
-"""Download a model from the Hub into the Hub's own cache, and check it before anyone loads it.
+"""Downloads a model from the Hub into the Hub's own cache, and checks its header before it is loaded.
 
-Only this file and `download_file` reach the network. What is already there costs no connection; every trouble ends in a
-SettingError that says what the operator can do.
+Only this module and `fetch` use the network. A model that is already on this machine needs no connection. Every problem
+raises a `SettingError` that says what the operator can do.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RESERVED_BYTES = 256 << 20  # bytes of disk that a download leaves free
 
 
 def parse_hub_spec(text: str) -> HubFile:
-    """The Hub's file that somebody wants to have; `hf:` may be left out. Raises `SettingError`."""
+    """Parse the spec of a file on the Hub, in which `hf:` may be omitted. Raises `SettingError`."""
     spec = parse_spec(text)
     if isinstance(spec, HubFile):
         return spec
@@ -43,31 +43,31 @@ def parse_hub_spec(text: str) -> HubFile:
         if bare and "/" in text:
             return parse_hub_spec(f"hf:{text}")
         if bare and not _offline() and (found := _search(text.partition(":")[0], gguf=True)):
-            raise SettingError(f"{text} lacks its owner. The Hub has it at {', '.join(found[:5])}.")
-    raise SettingError(f"{text} is not on the Hub; write hf:owner/repo.")
+            raise SettingError(f"{text} lacks the owner. Repositories on the Hub: {', '.join(found[:5])}.")
+    raise SettingError(f"{text} is not on the Hub. Write hf:owner/repo.")
 
 
-def pull(spec: Spec, watcher: DownloadObserver = NO_OBSERVER) -> Model:
-    """Make the model present and sound, downloading it if need be; SettingError if that cannot be done."""
+def pull(spec: Spec, observer: DownloadObserver = NO_OBSERVER) -> Model:
+    """Find a model on this machine, or download it, and check its header. Raises `SettingError`."""
     if not isinstance(spec, HubFile):
         return _checked(locate(spec))
-    with contextlib.suppress(SettingError):  # absent, ambiguous here, or damaged: the Hub knows better
+    with contextlib.suppress(SettingError):  # missing, ambiguous or damaged: look on the Hub
         return _checked(locate(spec))
     if _offline():
-        raise SettingError(f"{spec} is not on this machine, and HF_HUB_OFFLINE forbids fetching it.")
+        raise SettingError(f"{spec} is not on this machine, and HF_HUB_OFFLINE forbids downloading it.")
     with _translated_errors(spec):
         files = _list_files(spec.repository)
     if not model_files(files):
-        raise SettingError(f"{spec.repository} holds no GGUF model.{_others(spec.repository)}")
+        raise SettingError(f"{spec.repository} contains no GGUF model.{_others(spec.repository)}")
     names = part_names(choose_file(files, spec))
     if not spec.wanted and len(model_files(files)) > 1:
-        watcher.chosen(names[0], [name for name in model_files(files) if name != names[0]])
+        observer.chosen(names[0], [name for name in model_files(files) if name != names[0]])
     if missing := [name for name in names if name not in files]:
-        raise SettingError(f"{spec.repository} lacks {missing[0]}, a part of the model; choose another file.")
+        raise SettingError(f"{spec.repository} lacks {missing[0]}, a part of the model. Choose another file.")
     _check_disk(sum(files[name].size for name in names) - partial_bytes(cache_folder(), spec.repository), spec)
     with _translated_errors(spec), staging_folder(cache_folder(), spec.repository) as folder:
         for name in names:
-            download_file(spec.repository, name, files[name], folder, watcher)
+            download_file(spec.repository, name, files[name], folder, observer)
     return _checked(locate(HubFile(spec.repository, names[0])))
 
 
@@ -81,7 +81,7 @@ def _checked(model: Model) -> Model:
 
 
 def _list_files(repository: str) -> dict[str, ListedFile]:
-    """Every file of a repository on the Hub."""
+    """All files of a repository on the Hub, by name."""
     from huggingface_hub import HfApi
 
     files = HfApi(endpoint=endpoint()).model_info(repository, files_metadata=True).siblings or []
@@ -90,23 +90,23 @@ def _list_files(repository: str) -> dict[str, ListedFile]:
 
 def _check_disk(needed: int, spec: HubFile) -> None:
     folder = cache_folder()
-    place = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(place).free
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     if needed + RESERVED_BYTES > free:
         raise SettingError(
-            f"{spec} takes {needed / 2**30:.2f} GiB and {place} has {free / 2**30:.2f} GiB free; "
-            "make room, or set HF_HOME to a folder on a larger disk."
+            f"{spec} needs {needed / 2**30:.2f} GiB, but {existing} has {free / 2**30:.2f} GiB free. "
+            "Free disk space, or set HF_HOME to a folder on a larger disk."
         )
 
 
 @contextlib.contextmanager
 def _translated_errors(spec: HubFile) -> Iterator[None]:
-    """Turn what the Hub's library raises into a sentence."""
+    """Replace an exception of the Hub's library by a `SettingError` with advice."""
     try:
         yield
     except SettingError:
         raise
-    except Exception as error:  # the library's errors have no common base short of this
+    except Exception as error:  # the library's exceptions have no more specific common base class
         raise SettingError(_sentence(spec, error)) from error
 
 
@@ -114,38 +114,38 @@ def _sentence(spec: HubFile, error: Exception) -> str:
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
-        place = f"{endpoint() or 'https://huggingface.co'}/{spec.repository}"
-        return f"{spec.repository} is open only to those whom its owner admits; ask at {place}, then set HF_TOKEN."
+        page = f"{endpoint() or 'https://huggingface.co'}/{spec.repository}"
+        return f"{spec.repository} is gated. Request access at {page}, then set HF_TOKEN."
     if isinstance(error, errors.RepositoryNotFoundError):
-        hint = f"check the spelling{_suggestion(spec.repository)}, or set HF_TOKEN if it is private"
-        return f"The Hub shows no repository {spec.repository}; {hint}."
+        hint = f"Check the spelling{_suggestion(spec.repository)}, or set HF_TOKEN if it is private"
+        return f"The Hub has no visible repository {spec.repository}. {hint}."
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
-        return f"The Hub refused {spec} with status {status}; check HF_TOKEN, or try again later."
+        return f"The Hub refused {spec} with status {status}. Check HF_TOKEN, or try again later."
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"The disk is full; make room or set HF_HOME to a folder on a larger one, and pull {spec} again."
+        return f"The disk is full. Free disk space or set HF_HOME to a folder on a larger disk, and pull {spec} again."
     reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-    return f"{spec} could not be fetched; check the connection and try again ({reason})."
+    return f"{spec} could not be downloaded. Check the connection and try again ({reason})."
 
 
 def _suggestion(repository: str) -> str:
-    """Repositories on the Hub with a similar name, as a parenthesis, or nothing."""
+    """Repositories on the Hub with a similar name, in parentheses; empty if there are none."""
     close = difflib.get_close_matches(repository, _search(repository.partition("/")[2]), n=3)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 def _others(repository: str) -> str:
-    """Repositories with GGUF files of the same model, as the end of a sentence."""
+    """A sentence that names repositories with GGUF files of the same model; empty if there are none."""
     name = re.sub(r"-gguf$", "", repository.partition("/")[2], flags=re.IGNORECASE)
     found = [each for each in _search(name, gguf=True) if each != repository][:5]
-    return f" The Hub has it at {', '.join(found)}." if found else ""
+    return f" Repositories with GGUF files of this model: {', '.join(found)}." if found else ""
 
 
 def _search(name: str, gguf: bool = False) -> list[str]:
-    """Repositories whose names contain a word, those first that are downloaded most. Empty if the Hub does not say."""
+    """Repositories with a word in their names, the most downloaded first. Empty if the Hub cannot be reached."""
     from huggingface_hub import HfApi
 
-    with contextlib.suppress(Exception):  # a courtesy, not worth a second error
+    with contextlib.suppress(Exception):  # only for a hint in an error message, so a failure is ignored
         api = HfApi(endpoint=endpoint())
         kind = "gguf" if gguf else None
         return [each.id for each in api.list_models(search=name, filter=kind, sort="downloads", limit=50)]

@@ -1,15 +1,15 @@
-"""What a spec means, and which models are already on this machine.
+"""Parses model specs, and finds the models on this machine.
 
-Knows folders and file names, and the layout of the Hub's cache; it opens no model and no connection.
+The module knows folders, file names and the layout of the Hub's cache. It opens no model file and no connection.
 
     spec                        model
-    (none), afterword-tiny      the built-in one
-    hf:owner/repo               the best-suited file of a repository on the Hub
-    hf:owner/repo:Q4_K_M        its file of this quantisation
-    hf:owner/repo:file.gguf     this very file
-    ollama:name[:tag]           a model of Ollama's
-    lmstudio:publisher/repo     the best-suited file of a repository that LM Studio has downloaded
-    lmstudio:publisher/repo/file   this very file
+    (none), afterword-tiny      the built-in model
+    hf:owner/repo               the preferred file of a repository on the Hub
+    hf:owner/repo:Q4_K_M        the repository's file with this quantization
+    hf:owner/repo:file.gguf     the file with this name
+    ollama:name[:tag]           a model in Ollama's store
+    lmstudio:publisher/repo     the preferred file of a repository that LM Studio has downloaded
+    lmstudio:publisher/repo/file   the file with this name
     anything else               the path of a GGUF file
 """
 
@@ -49,12 +49,12 @@ _PREFIXES: dict[Source, str] = {"hub": "hf:", "ollama": "ollama:", "lmstudio": "
 
 @dataclass(frozen=True, slots=True)
 class BuiltIn:
-    """The model that comes with Afterword."""
+    """The model in Afterword's wheel."""
 
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """A file on the Hub, `wanted` by its quantisation or name; empty for the best of the repository."""
+    """A file on the Hub. `wanted`: its quantization or name, empty for the preferred file of the repository."""
 
     repository: str
     wanted: str = ""
@@ -65,7 +65,7 @@ class HubFile:
 
 @dataclass(frozen=True, slots=True)
 class StoreModel:
-    """A model in another program's store, by its name there."""
+    """A model in the store of another program. `name`: its name in that store."""
 
     store: StoreName
     name: str
@@ -76,7 +76,7 @@ class StoreModel:
 
 @dataclass(frozen=True, slots=True)
 class LocalFile:
-    """A GGUF file by its path."""
+    """A GGUF file, named by its path."""
 
     path: Path
 
@@ -86,9 +86,9 @@ Spec = BuiltIn | HubFile | StoreModel | LocalFile
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model on the disk: the name clients use for it, its (first) file, and where it came from.
+    """A model on the disk.
 
-    `problem`: why it cannot be used, as a sentence.
+    `id`: its name in requests. `path`: its (first) file. `problem`: a sentence that says why it cannot be used.
     """
 
     id: str
@@ -98,12 +98,12 @@ class Model:
 
     @property
     def spec(self) -> str:
-        """What finds it again."""
+        """The spec that names this model."""
         return str(self.path) if self.source == "file" else f"{_PREFIXES.get(self.source, '')}{self.id}"
 
 
 def parse_spec(text: str | None) -> Spec:
-    """What `text` names, whether or not it exists; SettingError if it can name nothing."""
+    """Parse a spec. Raises `SettingError` for an invalid one. The model need not exist."""
     if text is None or text == BUILTIN:
         return BuiltIn()
     check_utf8(text)
@@ -112,16 +112,16 @@ def parse_spec(text: str | None) -> Spec:
             return StoreModel(store, text.removeprefix(f"{store}:"))
     if not text.startswith("hf:"):
         if not text:
-            raise SettingError("The model's name is empty.")
+            raise SettingError("The model's name is empty. Name a file, hf:owner/repo or another spec.")
         return LocalFile(Path(os.path.expanduser(text)))
     repository, colon, wanted = text[3:].partition(":")
     if not REPOSITORY.fullmatch(repository) or ".." in repository or (colon and not is_safe(wanted)):
-        raise SettingError(f"{text!r} does not name a model; write hf:owner/repo or hf:owner/repo:Q4_K_M.")
+        raise SettingError(f"{text!r} does not name a model. Write hf:owner/repo or hf:owner/repo:Q4_K_M.")
     return HubFile(repository, wanted)
 
 
 def locate(spec: Spec) -> Model:
-    """Find a model that is already on this machine; SettingError says what to do if it is not."""
+    """Find a model on this machine. Raises `SettingError` with advice if it is not there."""
     model = _found(spec)
     check_utf8(str(model.path))
     return model
@@ -142,23 +142,23 @@ def _found(spec: Spec) -> Model:
 
 
 def installed() -> list[Model]:
-    """Every model on this machine that has a name, one entry for each."""
+    """All usable models on this machine that have a name: built-in, in the Hub's cache, in other programs' stores."""
     return [model for model in present() if model.problem is None]
 
 
 def present() -> list[Model]:
-    """The same, and what is there in part or cannot be used."""
+    """Like `installed`, but with incomplete and unusable models, which have a `problem`."""
     found = [
         *([_builtin()] if builtin_path().is_file() else []),
         *_cached(),
         *(_stored("ollama", model) for model in other_stores.ollama()),
         *(_stored("lmstudio", model) for model in other_stores.lmstudio()),
     ]
-    return [_named(model) for model in found]
+    return [_printable(model) for model in found]
 
 
-def _named(model: Model) -> Model:
-    """A model that can be listed whatever bytes its name has."""
+def _printable(model: Model) -> Model:
+    """The model with a printable id, and with a `problem` if its path is not UTF-8."""
     try:
         check_utf8(str(model.path))
     except SettingError as error:
@@ -167,12 +167,12 @@ def _named(model: Model) -> Model:
 
 
 def builtin_path() -> Path:
-    """Where the built-in model lies when it is installed."""
+    """The path of the built-in model, which exists only in an installed wheel or a built checkout."""
     return Path(str(resources.files("afterword.models"))) / "builtin" / f"{BUILTIN}.gguf"
 
 
 def cache_folder() -> Path:
-    """The Hub's cache, wherever the environment puts it."""
+    """The folder of the Hub's cache, by the environment variables that the Hub's own library reads."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or f"{home}/huggingface"
     hub = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
@@ -180,16 +180,19 @@ def cache_folder() -> Path:
 
 
 def choose_file(names: Iterable[str], spec: HubFile) -> str:
-    """The file among `names` that the spec means (of a split model, the first); SettingError if not one."""
+    """The file among `names` that the spec selects (of a split model, the first part).
+
+    Raises `SettingError` if no file or several files match.
+    """
     models = model_files(names)
     if not models:
-        raise SettingError(f"{spec.repository} holds no GGUF model; look for a repository named …-GGUF.")
+        raise SettingError(f"{spec.repository} contains no GGUF model. Look for a repository named …-GGUF.")
     found = matching_models(models, spec.wanted)
     if len(found) == 1:
         return found[0]
-    problem = "has several files that fit" if found else f"has no file that fits {spec.wanted!r}"
+    problem = "has several matching files" if found else f"has no file that matches {spec.wanted!r}"
     listing = ", ".join(map(printable, found or models))
-    raise SettingError(f"{spec.repository} {problem}; write hf:{spec.repository}:FILE for one of: {listing}.")
+    raise SettingError(f"{spec.repository} {problem}. Write hf:{spec.repository}:FILE with one of: {listing}.")
 
 
 def _hub_model(repository: str, snapshot: Path, name: str, names: Sequence[str]) -> Model:
@@ -200,12 +203,12 @@ def _hub_model(repository: str, snapshot: Path, name: str, names: Sequence[str])
 
 def _builtin() -> Model:
     if not builtin_path().is_file():
-        raise SettingError("The built-in model is missing; name another model, or reinstall Afterword.")
+        raise SettingError("The built-in model is missing. Name another model, or reinstall Afterword.")
     return Model(BUILTIN, builtin_path(), "built-in")
 
 
 def _cached() -> Iterator[Model]:
-    """The models in the Hub's cache."""
+    """The models in the Hub's cache, also incomplete ones."""
     for folder in sorted(cache_folder().glob("models--*--*")):
         repository = folder.name.removeprefix("models--").replace("--", "/", 1)
         found: dict[str, Model] = {}
@@ -219,12 +222,12 @@ def _cached() -> Iterator[Model]:
 
 
 def _incomplete(repository: str, snapshot: Path) -> Iterator[Model]:
-    """What one revision has lost parts of."""
+    """The models of one revision of which a file is missing."""
     files = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if not path.is_dir()]
     for name in model_files(files):
         missing = [part for part in part_names(name) if not (snapshot / part).is_file()]
         if missing:
-            problem = f"{missing[0]} is missing; run `afterword pull hf:{repository}:{name}`."
+            problem = f"{missing[0]} is missing. Run `afterword pull hf:{repository}:{name}`."
             yield replace(_hub_model(repository, snapshot, name, model_files(files)), problem=problem)
 
 
@@ -237,7 +240,7 @@ def _in_cache(spec: HubFile) -> Model:
         names = _complete(snapshot)
         if matching_models(names, spec.wanted):
             return _hub_model(spec.repository, snapshot, choose_file(names, spec), names)
-    raise SettingError(f"{spec} is not on this machine; run `afterword pull {spec}` first{_or(_near(str(spec)))}.")
+    raise SettingError(f"{spec} is not on this machine. Run `afterword pull {spec}` first{_or(_similar(str(spec)))}.")
 
 
 def _in_store(spec: StoreModel) -> Model:
@@ -249,23 +252,24 @@ def _in_store(spec: StoreModel) -> Model:
         within = [each for each in models if each.startswith(f"{name}/") and not models[each].problem]
         found = [name] if name in models else matching_models(within, "")
     if len(found) > 1:
-        raise SettingError(f"{spec} has several files; write one of: {', '.join(models[name].spec for name in found)}.")
+        names = ", ".join(models[name].spec for name in found)
+        raise SettingError(f"{spec} has several matching files. Write one of: {names}.")
     if not found:
-        here = ", ".join(model.spec for model in models.values()) or "none"
-        hint = _did_you_mean(_near(str(spec)))
-        raise SettingError(f"{spec} is not on this machine{hint}. Of {spec.store}'s are here: {here}.")
+        available = ", ".join(model.spec for model in models.values()) or "none"
+        hint = _did_you_mean(_similar(str(spec)))
+        raise SettingError(f"{spec} is not on this machine{hint}. Models in the store of {spec.store}: {available}.")
     model = models[found[0]]
     if model.problem:
         raise SettingError(f"{model.spec} cannot be used: {model.problem}")
     return model
 
 
-def _near(name: str) -> list[str]:
+def _similar(name: str) -> list[str]:
     return similar_names(name, [model.spec for model in installed()])
 
 
 def _or(names: Sequence[str]) -> str:
-    return f", or take what is here: {' or '.join(names)}" if names else ""
+    return f", or use a model on this machine: {' or '.join(names)}" if names else ""
 
 
 def _did_you_mean(names: Sequence[str]) -> str:
@@ -273,7 +277,7 @@ def _did_you_mean(names: Sequence[str]) -> str:
 
 
 def _snapshots(repository: str) -> Iterator[Path]:
-    """The repository's cached revisions, the current one first, then the newest."""
+    """The folders of the repository's cached revisions: first the current one, then the others, newest first."""
     folder = cache_folder() / f"models--{repository.replace('/', '--')}"
     main = folder / "refs" / "main"
     current = main.read_text().strip() if main.is_file() else ""
@@ -282,7 +286,7 @@ def _snapshots(repository: str) -> Iterator[Path]:
 
 
 def _complete(snapshot: Path) -> list[str]:
-    """The models in one revision of which every part is there."""
+    """The models of one revision that have all their parts."""
     names = (str(path.relative_to(snapshot)) for path in snapshot.rglob("*") if path.is_file())
     return [name for name in model_files(names) if all((snapshot / part).is_file() for part in part_names(name))]
 
@@ -290,18 +294,18 @@ def _complete(snapshot: Path) -> list[str]:
 def _missing(path: Path) -> str:
     if os.path.isdir(path):
         models = ", ".join(_models_in(path))
-        return f"{path} is a folder; " + (f"name a file in it: {models}." if models else "it holds no GGUF model.")
+        return f"{path} is a folder" + (f". Name a file in it: {models}." if models else " without a GGUF model.")
     if os.path.exists(path):
-        return f"{path} is no regular file."
+        return f"{path} is not a regular file."
     if problem := describe_broken_link(path):
         return f"{path} {problem}."
     if close := difflib.get_close_matches(path.name, _models_in(path.parent), n=3, cutoff=0.5):
         return f"{path} does not exist; did you mean {' or '.join(close)}?"
-    if path.suffix.lower() != ".gguf" and (close := _near(path.as_posix())):
+    if path.suffix.lower() != ".gguf" and (close := _similar(path.as_posix())):
         return f"{path} does not exist; did you mean {' or '.join(close)}?"
     repository = str(path).partition(":")[0]
     if REPOSITORY.fullmatch(repository) and not repository.lower().endswith(".gguf"):
-        return f"{path} does not exist; for a model from the Hub, write hf:{path}."
+        return f"{path} does not exist. For a model from the Hub, write hf:{path}."
     return f"{path} does not exist."
 
 

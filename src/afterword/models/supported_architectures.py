@@ -1,4 +1,4 @@
-"""Architectures that are not served, each with a sentence that says why."""
+"""Refuses model architectures that Afterword does not serve, with the reason."""
 
 from __future__ import annotations
 
@@ -22,29 +22,27 @@ ENCODERS = frozenset(
         *("gemma-embedding", "llama-embed", "t5encoder"),
     )
 )
-"""They make embeddings of texts. Also any other architecture whose file says that its attention is not causal."""
+"""Architectures that compute embeddings. A file with metadata for non-causal attention counts as one too."""
 
 DIFFUSION = frozenset(("dream", "llada", "llada-moe", "rnd1", "diffusion-gemma"))
-"""They fill in a whole text in steps, not one token after the other."""
+"""Architectures that refine a whole text in steps, instead of generating one token after the other."""
 
 BROKEN = {
-    "cogvlm": "the installed llama.cpp computes other numbers when the beginning of a prompt is already computed",
-    "qwen4exp": "the installed llama.cpp ends its process when several texts of it are computed together",
+    "cogvlm": "the installed llama.cpp computes different numbers when a prefix of the prompt is already cached",
+    "qwen4exp": "the installed llama.cpp crashes when it computes several sequences in one batch",
 }
-"""Language models that the library computes wrongly."""
+"""Architectures of language models that the installed llama.cpp computes wrongly."""
 
 
 def check_supported(path: Path, architecture: str, header: Header) -> None:
-    """Raises `NotLanguageModel` for what is no language model, `SettingError` for one that cannot be computed
-    rightly.
-    """
+    """Raise `NotLanguageModel` for other kinds of models, `SettingError` for a language model in `BROKEN`."""
     if architecture in DIFFUSION:
         raise NotLanguageModel(
-            f"{path} is a diffusion model ({architecture}), and only models that continue a text are served."
+            f"{path} is a diffusion model ({architecture}). Only models that generate token by token can be served."
         )
     if architecture in ENCODERS or header.values.get(f"{architecture}.attention.causal") is False:
         raise NotLanguageModel(
-            f"{path} is a model for embeddings ({architecture}), and only models that continue a text are served."
+            f"{path} is an embedding model ({architecture}). Only models that generate text can be served."
         )
     if reason := BROKEN.get(architecture):
-        raise SettingError(f"{path} is not served: its architecture is {architecture}, and {reason}.")
+        raise SettingError(f"{path} cannot be served. Its architecture is {architecture}, and {reason}.")

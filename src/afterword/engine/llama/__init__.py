@@ -1,1 +1,1 @@
-"""Runs GGUF models with llama.cpp. The only room that knows the library; it lives in the engine's process."""
+"""Runs GGUF models with llama.cpp, in the worker process. No other package may import llama-cpp-python."""

@@ -1,4 +1,4 @@
-"""`python -m afterword.engine.llama FD FD`: the engine's process, with llama.cpp."""
+"""`python -m afterword.engine.llama FD FD` runs the worker process with llama.cpp."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from afterword.engine.llama.vocabulary import make_model_info
 from afterword.engine.worker import worker_main
 
 
-def load(settings: messages.LoadModel, tell: worker_main.ReportProgress) -> worker_main.LoadedModel:
-    """The model that `settings` names. Raises `SettingError`."""
+def load(settings: messages.LoadModel, report_progress: worker_main.ReportProgress) -> worker_main.LoadedModel:
+    """Load the model that `settings` names. Raises `SettingError`."""
     library.initialize(settings.verbose)
-    runner = LlamaRunner(settings, tell)
+    runner = LlamaRunner(settings, report_progress)
     model_info, vocabulary = make_model_info(runner, settings)
     return worker_main.LoadedModel(runner, model_info, vocabulary.parts, runner.thread_pool, runner.files.check)
 

@@ -1,6 +1,7 @@
-"""Attention and products of our own (accelerator.cpp), offered to llama.cpp: sums that are the same in any company.
+"""Registers Afterword's kernels (`kernels/accelerator.cpp`) with llama.cpp as a ggml back end.
 
-It is registered only where all that can be checked of ggml's interface is as the source declares it.
+The kernels add in an order that does not depend on the other sequences of a batch. They are registered only if every
+checkable part of ggml's interface is as the C++ source declares it.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from afterword.engine.llama.library import native
 
 LIBRARY = library(KERNELS / "accelerator.cpp")
 
-_KNOWN_GGML = b"0.25."  # the interface is ggml's own affair and may change with any other
-_OBJECT_BYTES = 32  # what ggml adds to a tensor to keep it in a list
+_KNOWN_GGML = b"0.25."  # the back end interface is internal to ggml and may change with every version
+_OBJECT_BYTES = 32  # `ggml_tensor_overhead` includes this header (`ggml_object`)
 _ADDRESSES = (
     *("ggml_backend_cpu_buffer_type", "ggml_backend_buft_is_host", "ggml_backend_buffer_init"),
     *("ggml_graph_n_nodes", "ggml_graph_node", "ggml_op_name"),
@@ -23,11 +24,11 @@ _ADDRESSES = (
 
 @cache
 def register() -> bool:
-    """Register it with llama.cpp, for every context made from now on. False where that cannot be done."""
+    """Register the kernels for every context that is created from now on. Returns False if that is not possible."""
     kernels = _kernels()
     if kernels is None:
         return False
-    ggml = native._lib  # through it, since other paths to ggml would load a second copy
+    ggml = native._lib  # opening ggml by another path would load a second copy
     ggml.ggml_version.restype = ctypes.c_char_p
     ggml.ggml_tensor_overhead.restype = ctypes.c_size_t
     if not ggml.ggml_version().startswith(_KNOWN_GGML):
@@ -43,41 +44,41 @@ def register() -> bool:
 
 
 def start_recording() -> None:
-    """From here on is counted what llama.cpp asks about."""
+    """Clear the record of operations that llama.cpp asks for, and record them from now on."""
     kernels = _kernels()
     if kernels is not None:
         kernels.accelerator_listen()
 
 
 def computes_all_attention() -> bool:
-    """Whether all attention that was asked about can be computed, and there was some."""
+    """Whether the kernels support every recorded attention operation, and there was at least one."""
     kernels = _kernels()
     return kernels is not None and bool(kernels.accelerator_attends())
 
 
 def unsupported_types() -> frozenset[int]:
-    """The types, by ggml's numbers, of the model's matrices whose products were asked about and are the library's."""
+    """ggml's numbers of the matrix types whose recorded matmuls are left to the library."""
     kernels = _kernels()
     bits: int = kernels.accelerator_types_left() if kernels is not None else 0
     return frozenset(kind for kind in range(bits.bit_length()) if bits >> kind & 1)
 
 
 def has_unsupported_products() -> bool:
-    """Whether there were products of two computed operands, or of experts: they are the library's."""
+    """Whether matmuls of two computed operands or of experts were recorded; these are left to the library."""
     kernels = _kernels()
     return kernels is not None and bool(kernels.accelerator_others_left())
 
 
 def supports_quantized() -> bool:
-    """Whether it computes products of quantized weights: on processors that have the instructions for it."""
+    """Whether the kernels compute matmuls of quantized weights, which needs certain processor instructions."""
     kernels = _kernels()
     return kernels is not None and bool(kernels.accelerator_multiplies())
 
 
 def configure(threads: int, keep_weights: bool) -> None:
-    """How many threads compute, and whether models that are loaded from now on have their weights copied.
+    """Set the number of threads of the kernels.
 
-    Those that are multiplied with here: to memory of our own, where they lie as is best for that.
+    `keep_weights`: copy the weights of models that are loaded from now on into packed blocks for the kernels' matmuls.
     """
     kernels = _kernels()
     if kernels is not None:
@@ -85,9 +86,9 @@ def configure(threads: int, keep_weights: bool) -> None:
 
 
 def use_thread_pool(alone: bool) -> int | None:
-    """Compute with a team of threads of our own, if nothing is left to the library that takes long.
+    """Use the kernels' thread pool instead of OpenMP's threads, if `alone`: the library computes nothing expensive.
 
-    Returns the address of what runs work in them (`Run` in parallel.hpp), None where they are OpenMP's.
+    Returns the address of the function that runs work in the pool (`Run` in `kernels/parallel.hpp`), None for OpenMP.
     """
     kernels = _kernels()
     run: int | None = None if kernels is None else kernels.accelerator_lead(alone)

@@ -1,7 +1,8 @@
-"""On a GPU every pass of single tokens has the same shape, so that the same kernels compute it whoever is there.
+"""Pads decode passes on a GPU to one fixed shape, so that the same kernels compute every pass.
 
-Kernels are chosen by how many rows a pass has and by the longest sequence among them. So every slot has a row: those
-that nobody needs get a token that is forgotten again. And one slot more holds a whole context, always. Pure.
+The CUDA back end chooses its kernels by the number of rows and by the longest sequence of a pass. So every slot gets a
+row: an unused slot gets an arbitrary token, which is truncated after the pass. One additional slot always holds a whole
+context. Pure.
 """
 
 from __future__ import annotations
@@ -11,26 +12,33 @@ from dataclasses import dataclass
 
 from afterword.engine.core.forward_batch import BatchEntry, Truncate
 
-_TOKEN = 0  # any will do
+_TOKEN = 0  # any token id is valid here
 
 
 @dataclass(frozen=True, slots=True)
 class PaddedBatch:
-    """Rows to compute instead, what to forget afterwards, and which of their rows of logits were asked for."""
+    """A padded batch.
 
-    rows: tuple[BatchEntry, ...]
+    `entries`: to compute. `truncations`: to apply after the pass. `wanted`: the indices of the logits rows that the
+    original batch requests.
+    """
+
+    entries: tuple[BatchEntry, ...]
     truncations: tuple[Truncate, ...]
     wanted: tuple[int, ...]
 
 
-def pad_to_fixed_shape(rows: tuple[BatchEntry, ...], lengths: Sequence[int]) -> PaddedBatch:
-    """Rows of one token for all slots, which hold so many tokens each. A piece of a prompt stays as it is."""
-    if any(len(row.tokens) > 1 for row in rows):
-        return PaddedBatch(rows, (), tuple(range(sum(row.outputs for row in rows))))
-    asked = {row.slot: row for row in rows}
-    tokens = [asked[slot].tokens if slot in asked else (_TOKEN,) for slot in range(len(lengths))]
+def pad_to_fixed_shape(entries: tuple[BatchEntry, ...], lengths: Sequence[int]) -> PaddedBatch:
+    """Pad a decode batch to one token for every slot. A batch with a chunk of a prompt is returned unchanged.
+
+    `lengths`: how many tokens each slot holds.
+    """
+    if any(len(entry.tokens) > 1 for entry in entries):
+        return PaddedBatch(entries, (), tuple(range(sum(entry.outputs for entry in entries))))
+    by_slot = {entry.slot: entry for entry in entries}
+    tokens = [by_slot[slot].tokens if slot in by_slot else (_TOKEN,) for slot in range(len(lengths))]
     return PaddedBatch(
         tuple(BatchEntry(slot, lengths[slot], token, 1) for slot, token in enumerate(tokens)),
-        tuple(Truncate(slot, length) for slot, length in enumerate(lengths) if slot not in asked),
-        tuple(row.slot for row in rows if row.outputs),
+        tuple(Truncate(slot, length) for slot, length in enumerate(lengths) if slot not in by_slot),
+        tuple(entry.slot for entry in entries if entry.outputs),
     )

@@ -1,4 +1,4 @@
-"""The GPUs that the library can use. `python -m afterword.engine.llama.gpus` prints the bytes that they have left."""
+"""Lists the GPUs that llama.cpp can use. `python -m afterword.engine.llama.gpus` prints their free memory in bytes."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Any, cast
 
 from afterword.engine.llama import library
 
-_GPU = 1  # ggml's number for a device with memory of its own
+_GPU = 1  # GGML_BACKEND_DEVICE_TYPE_GPU: a device with its own memory
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_size_t
 
 
 def gpu_names() -> list[str]:
-    """What they are called: part of what a number computed there depends on."""
+    """The names of the GPUs; part of the fingerprint, because results depend on the GPU."""
     describe = _function("ggml_backend_dev_description", ctypes.c_char_p, _POINTER)
-    return [describe(card).decode("utf-8", "replace") for card in _gpus()]
+    return [describe(device).decode("utf-8", "replace") for device in _gpus()]
 
 
 def free_memory() -> int:
-    """Bytes that they have left, together."""
-    ask = _function("ggml_backend_dev_memory", None, _POINTER, ctypes.POINTER(_SIZE), ctypes.POINTER(_SIZE))
-    left, total, found = _SIZE(), _SIZE(), 0
-    for card in _gpus():
-        ask(card, ctypes.byref(left), ctypes.byref(total))
-        found += left.value
-    return found
+    """The free memory of all GPUs together, in bytes."""
+    memory = _function("ggml_backend_dev_memory", None, _POINTER, ctypes.POINTER(_SIZE), ctypes.POINTER(_SIZE))
+    free, total, free_bytes = _SIZE(), _SIZE(), 0
+    for device in _gpus():
+        memory(device, ctypes.byref(free), ctypes.byref(total))
+        free_bytes += free.value
+    return free_bytes
 
 
 def _gpus() -> list[int]:
@@ -38,7 +38,7 @@ def _gpus() -> list[int]:
 
 
 def _function(name: str, result: type | None, *arguments: type) -> Callable[..., Any]:
-    # Through the library that is loaded, since another path to ggml would load a second copy.
+    # Use the loaded library's handle: opening ggml by another path would load a second copy.
     function = getattr(library.native._lib, name)
     function.restype, function.argtypes = result, list(arguments)
     return cast(Callable[..., Any], function)

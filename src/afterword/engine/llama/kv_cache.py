@@ -1,10 +1,11 @@
-"""What llama.cpp's memory holds of each slot, and that nothing of it reaches a slot's next owner.
+"""Truncates and copies the slots of llama.cpp's KV cache, so that NaN or infinity never reaches a slot's next sequence.
 
-Cells that were cut stay where they are and are masked. Our attention, and the library's flash attention, never
-multiply a masked cell. The library's other attention multiplies it by 0, a recurrent state is multiplied by 0 when a
-text begins, and 0 times a value that is not finite is NaN. So before a slot of such a memory is cut, one more token is
-computed in it, unless its last logits were finite. If the logits of that token are not finite, all memory is cleared,
-and what the slots keep is put back as it was.
+Truncated cells stay in memory and are masked. Afterword's attention and the library's flash attention never multiply a
+masked cell. But the library's other attention multiplies it by 0, and so is a recurrent state when a new text begins.
+0 times NaN or infinity is NaN.
+
+Therefore, before such a slot is truncated, one more token is computed in it, unless its last logits were finite. If the
+logits of that token are not finite, the whole memory is cleared and the other contents of the slots are restored.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from afterword.engine.llama.library import native
 from afterword.errors import EngineError
 
 Decode = Callable[[tuple[BatchEntry, ...]], Logits]
-_PROBE = (0,)  # any token will do
+_PROBE = (0,)  # any token id is valid here
 
 
 class KvCache:
-    """Owner of a context's memory. `multiplies_masked`: what was cut can reach what is computed later in the slot."""
+    """Owns the KV cache of a context.
+
+    `length`: tokens of one slot. `multiplies_masked`: truncated cells can change what is computed later in the slot.
+    """
 
     def __init__(self, context: object, slots: int, length: int, decode: Decode, *, multiplies_masked: bool) -> None:
         self._context = context
@@ -31,67 +35,67 @@ class KvCache:
         self._length = length
         self._decode = decode
         self._multiplies_masked = multiplies_masked
-        self._unsure: set[int] = set()  # slots whose last tokens have brought no finite row of logits
+        self._unchecked: set[int] = set()  # slots whose last logits row was not finite, or was not computed
 
     def cached_tokens(self, slot: int) -> int:
-        """How many tokens' state a slot holds."""
+        """The number of tokens that a slot holds."""
         return int(native.llama_memory_seq_pos_max(self._memory, slot)) + 1
 
-    def check_computed(self, rows: tuple[BatchEntry, ...], logits: Logits) -> None:
-        """Rows were computed, and these are their logits: see `Logits`."""
+    def check_computed(self, entries: tuple[BatchEntry, ...], logits: Logits) -> None:
+        """Note which entries of a pass had finite logits. `logits`: (outputs of all entries, vocabulary)."""
         if not self._multiplies_masked:
             return
         end = 0
-        for row in rows:
-            end += row.outputs
-            if row.outputs and finite_rows(logits[end - 1 : end])[0]:
-                self._unsure.discard(row.slot)
+        for entry in entries:
+            end += entry.outputs
+            if entry.outputs and finite_rows(logits[end - 1 : end])[0]:
+                self._unchecked.discard(entry.slot)
             else:
-                self._unsure.add(row.slot)
+                self._unchecked.add(entry.slot)
 
-    def apply(self, move: CopyPrefix | Truncate) -> None:
-        """Copy or forget. Raises `EngineError` where the library cannot."""
-        if isinstance(move, CopyPrefix):
-            self._cut(move.target, 0)
-            # Only whole sequences can be copied between separate memories.
-            native.llama_memory_seq_cp(self._memory, move.source, move.target, -1, -1)
-            if move.source in self._unsure:
-                self._unsure.add(move.target)
-            self._cut(move.target, move.keep)
+    def apply(self, operation: CopyPrefix | Truncate) -> None:
+        """Copy or truncate a slot. May run a forward pass, which overwrites the logits. Raises `EngineError`."""
+        if isinstance(operation, CopyPrefix):
+            self._truncate(operation.target, 0)
+            # With `kv_unified=false` llama.cpp copies only whole sequences.
+            native.llama_memory_seq_cp(self._memory, operation.source, operation.target, -1, -1)
+            if operation.source in self._unchecked:
+                self._unchecked.add(operation.target)
+            self._truncate(operation.target, operation.keep)
         else:
-            self._cut(move.slot, move.keep)
+            self._truncate(operation.slot, operation.keep)
 
-    def _cut(self, slot: int, keep: int) -> None:
+    def _truncate(self, slot: int, keep: int) -> None:
         held = self.cached_tokens(slot)
         if keep >= held:
             return
-        tainted = slot in self._unsure and self._is_tainted(slot, held)
+        non_finite = slot in self._unchecked and self._has_non_finite(slot, held)
         self._remove(slot, keep)
-        self._unsure.discard(slot)
-        if tainted:
+        self._unchecked.discard(slot)
+        if non_finite:
             self._rebuild()
 
     def _remove(self, slot: int, keep: int) -> None:
         if not native.llama_memory_seq_rm(self._memory, slot, keep or -1, -1):
-            raise EngineError(f"cannot cut a sequence to {keep} tokens")
+            raise EngineError(f"llama.cpp cannot truncate a sequence to {keep} tokens.")
 
-    def _is_tainted(self, slot: int, held: int) -> bool:
-        """Whether a slot holds anything that is not finite. A full one is not asked: there is no room for the token."""
+    def _has_non_finite(self, slot: int, held: int) -> bool:
+        """Whether a slot holds NaN or infinity. A full slot cannot be probed with another token and counts as such."""
         if held >= self._length:
             return True
         return not finite_rows(self._decode((BatchEntry(slot, held, _PROBE, 1),)))[0]
 
     def _rebuild(self) -> None:
-        """Clear all memory and put back what the slots hold."""
+        """Clear the whole memory, and restore the slots' contents from their saved states."""
         states = {slot: self._state(slot) for slot in self._slots if self.cached_tokens(slot)}
         native.llama_memory_clear(self._memory, True)
         for slot, state in states.items():
             if not native.llama_state_seq_set_data(self._context, state, len(state), slot):
-                raise EngineError("cannot put back a sequence's state")
+                raise EngineError("llama.cpp cannot restore a sequence's state.")
 
     def _state(self, slot: int) -> ctypes.Array[ctypes.c_uint8]:
         size: int = native.llama_state_seq_get_size(self._context, slot)
         state: ctypes.Array[ctypes.c_uint8] = (ctypes.c_uint8 * size)()
         if native.llama_state_seq_get_data(self._context, state, size, slot) != size:
-            raise EngineError("cannot save a sequence's state")
+            raise EngineError("llama.cpp cannot save a sequence's state.")
         return state

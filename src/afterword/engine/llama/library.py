@@ -1,7 +1,7 @@
-"""The native library, loaded quietly.
+"""Loads llama.cpp with the environment that reproducible numbers need, and collects its log.
 
-llama.cpp logs to stderr unless told otherwise. Here its last words are kept, so that a failure can be explained in
-a sentence, and are shown only when asked for.
+By default llama.cpp logs to stderr. This module keeps its last error lines, so that an error message can contain the
+reason, and writes the log to stderr only in verbose mode.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import sys
 from collections import deque
 from typing import TextIO
 
-# An abort in native code would otherwise start a debugger on this process.
+# Otherwise ggml starts a debugger on this process when native code aborts.
 os.environ.setdefault("GGML_NO_BACKTRACE", "1")
-# Products of K-quants with 8 rows and more would be summed in another order than those with fewer.
+# Otherwise matmuls of K-quants add in another order from 8 rows on than below.
 os.environ.setdefault("GGML_CPU_TILED_MM", "0")
-# How often a thread asks whether the others are ready before it sleeps. By default it asks far longer, and beside other
-# work of the machine threads then wait for one that has no core, at every operation.
+# The iterations for which an OpenMP thread spins before it sleeps. The default is far larger. When other processes use
+# the cores, spinning threads then wait in every operation for a thread that has no core.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import llama_cpp.llama_cpp as native
@@ -36,7 +36,7 @@ def _log(level: int, text: bytes, _: object) -> None:
 
 
 def initialize(verbose: bool) -> None:
-    """Initialise the library once per process."""
+    """Initialize the library. Call it once per process. `verbose`: write the log to stderr."""
     if verbose:
         _shown.append(sys.stderr)
     native.llama_log_set(_log, None)
@@ -44,12 +44,12 @@ def initialize(verbose: bool) -> None:
 
 
 def last_error() -> str:
-    """The first of the errors that the library reported last: later ones are its consequences."""
+    """The oldest of the last error lines in the log, because later ones are usually its consequences."""
     return _last_errors[0] if _last_errors else "no reason was given"
 
 
 def version() -> str:
-    """Version and build flags of the library: part of what a number depends on."""
+    """Version and build flags of the library; part of the fingerprint."""
     return f"{native.llama_version().decode()} {native.llama_print_system_info().decode().strip()}"
 
 

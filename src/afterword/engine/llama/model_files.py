@@ -1,8 +1,8 @@
-"""The files that a model was loaded from: what tells them apart from others, and whether their bytes have changed.
+"""Identifies the files of a loaded model, and detects changes of their content.
 
-llama.cpp maps files to memory, so a file that is overwritten in place changes weights under a running engine. Each file
-is therefore held open from before it is loaded, and compared with what it was: after loading, after each pass and each
-second. A file that is replaced by renaming another one over it does not change: the bytes that were loaded stay.
+llama.cpp maps the files into memory, so overwriting a file in place changes the weights of a running worker. Each file
+is therefore opened before it is loaded, and its state is compared after loading, after each pass and every second. A
+file that is replaced by renaming does not count as changed: the open file keeps the bytes that were loaded.
 """
 
 from __future__ import annotations
@@ -14,38 +14,38 @@ from functools import cached_property
 
 from afterword.errors import EngineError, SettingError
 
-HEAD_BYTES = 2**20  # bytes read whole: they hold what shapes the model
-SAMPLES, SAMPLE_BYTES = 2**12, 2**12  # of the rest, evenly spaced; up to 16 MiB all of it
+HEAD_BYTES = 2**20  # the first bytes are hashed completely: they hold the metadata
+SAMPLES, SAMPLE_BYTES = 2**12, 2**12  # evenly spaced samples of the rest; a rest of up to 16 MiB is hashed completely
 
 FileState = tuple[int, int, int]
-"""Size in bytes, time of the last change of the content and of the last change of anything (both in ns)."""
+"""Size in bytes, `st_mtime_ns` and `st_ctime_ns`."""
 
 
 class ModelFiles:
-    """All parts of one model, open for reading until the process ends. `check` may be called from any thread."""
+    """Holds all parts of one model open until the process ends. `check` may be called from any thread."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self._parts = [_FilePart(path) for path in paths]
 
     def digest(self) -> bytes:
-        """Names the content of all parts by size, start and samples: tells models apart without reading gigabytes."""
+        """A SHA-256 over size, first bytes and samples of all parts. It avoids reading gigabytes."""
         return hashlib.sha256(b"".join(part.digest for part in self._parts)).digest()
 
     def confirm_loaded(self) -> None:
-        """Raise `SettingError` unless the paths have named these files, unchanged, since they were opened."""
+        """Raise `SettingError` if a file was changed or replaced since it was opened."""
         for part in self._parts:
             if part.replaced() or part.changed():
                 raise SettingError(f"{part.path} was changed while it was being loaded.")
 
     def check(self) -> None:
-        """Raise `EngineError` if a file is no longer what was loaded from it. Takes a microsecond a part."""
+        """Raise `EngineError` if the content of a file has changed. Takes a microsecond for each part."""
         for part in self._parts:
             if part.changed():
-                raise EngineError(f"{part.path} was changed while it was in use; it has to be loaded again.")
+                raise EngineError(f"{part.path} was changed while it was in use. The model must be loaded again.")
 
 
 class _FilePart:
-    """One file. Raises `SettingError` if it cannot be read."""
+    """One open file. Raises `SettingError` if it cannot be read."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -57,24 +57,27 @@ class _FilePart:
 
     @cached_property
     def digest(self) -> bytes:
-        """See `ModelFiles.digest`. After loading, since the file's pages are then in memory."""
+        """See `ModelFiles.digest`. Computed after loading, because the file's pages are in memory then."""
         return _digest(self._file, self._state[0])
 
     def changed(self) -> bool:
-        """Whether its bytes may be others. A new name, owner or mode changes no byte, and is told by the digest."""
+        """Whether the content may have changed.
+
+        A rename or a new owner or mode changes only `st_ctime_ns`; then the digest decides.
+        """
         try:
             now = self._now()
             if now == self._state:
                 return False
             if now[:2] != self._state[:2] or _digest(self._file, now[0]) != self.digest:
                 return True
-        except OSError:  # on a network's disk the file may be gone
+        except OSError:  # a file on a network file system may have disappeared
             return True
         self._state = now
         return False
 
     def replaced(self) -> bool:
-        """Whether its path names another file now, or none."""
+        """Whether the path now names another file, or none."""
         try:
             return not os.path.samestat(os.stat(self.path), os.fstat(self._file))
         except OSError:

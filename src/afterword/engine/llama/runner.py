@@ -1,7 +1,7 @@
-"""A llama.cpp model and context behind the core's `Runner`.
+"""Implements the core's `Runner` with a llama.cpp model and context. The worker's main thread owns both.
 
-Each sequence has its own part of the key-value memory (`kv_unified=false`), and attention is computed in ways that were
-measured to give a token the same bits whoever else is being computed (docs/decisions.md).
+Each slot has its own part of the KV cache (`kv_unified=false`). The kinds of attention that are used here were measured
+to compute the same bits for a token with any other sequences in the batch (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from afterword.engine.messages import LoadModel
 from afterword.engine.protocol import Promise
 from afterword.errors import EngineError, SettingError
 
-_BF16 = 30  # ggml's number, which the bindings do not name
+_BF16 = 30  # GGML_TYPE_BF16, for which the bindings have no name
 _PLAIN, _FLASH = native.LLAMA_FLASH_ATTN_TYPE_DISABLED, native.LLAMA_FLASH_ATTN_TYPE_ENABLED
-_FLASH_IF_THERE = native.LLAMA_FLASH_ATTN_TYPE_AUTO
+_FLASH_IF_SUPPORTED = native.LLAMA_FLASH_ATTN_TYPE_AUTO
 _F16, _F32 = native.GGML_TYPE_F16, native.GGML_TYPE_F32
 _ATTENTION = {"f16": (_PLAIN, _F16, _F16), "f32": (_PLAIN, _F32, _F32)}
 _KERNEL_ATTENTION = (_FLASH, _F16, _F16)
-_GPU_ATTENTION = (_FLASH_IF_THERE, _F16, _F16)
-# For keys and values of unequal types llama.cpp has one kernel for every shape, which takes query by query.
+_GPU_ATTENTION = (_FLASH_IF_SUPPORTED, _F16, _F16)
+# For keys and values of different types llama.cpp has a single kernel for all shapes, which computes query by query.
 _PER_QUERY_ATTENTION = (_FLASH, _F16, _BF16)
 _LIBRARY_TYPES = frozenset(
     (
@@ -39,38 +39,37 @@ _LIBRARY_TYPES = frozenset(
         *(native.GGML_TYPE_Q6_K, native.GGML_TYPE_Q4_1, native.GGML_TYPE_Q5_0, native.GGML_TYPE_Q5_1),
     )
 )
-"""As in config.py: matrices as they lie in the file whose products may be the library's."""
+"""ggml's numbers of `config.LIBRARY_TYPES`: the library's matmuls of these types, not repacked, are reproducible."""
 
 
 class LlamaRunner:
-    """Owner of the native model and context. Raises `SettingError` when they cannot be made."""
+    """Owns the native model and context. Raises `SettingError` if they cannot be created."""
 
     min_shared_tokens = 16
 
-    def __init__(self, settings: LoadModel, tell: Callable[[float], None] = lambda _: None) -> None:
-        """`tell` hears the share of the model that has been loaded."""
+    def __init__(self, settings: LoadModel, report_progress: Callable[[float], None] = lambda _: None) -> None:
+        """`report_progress` is called with the loaded share of the model, from 0 to 1."""
         self._settings = settings
         self.slots = settings.sequences
         self.chunk = settings.chunk
         self.accelerated = not settings.gpu_layers and accelerator.register()
         self.uses_kernels = self.accelerated and settings.use_kernels and accelerator.supports_quantized()
         accelerator.configure(settings.threads, keep_weights=self.uses_kernels)
-        self.files = ModelFiles(settings.parts or (settings.path,))  # opened first, so that a change shows
-        self.model = _load(settings, settings.repack and not self.uses_kernels, tell)
+        # Open the files before loading, so that a change during the load is detected.
+        self.files = ModelFiles(settings.parts or (settings.path,))
+        self.model = _load(settings, settings.repack and not self.uses_kernels, report_progress)
         accelerator.start_recording()
         self._context, self.uses_own_attention = _context(self.model, settings, self.accelerated)
         if not native.llama_get_memory(self._context):
-            raise SettingError(f"{settings.path} is not a text-completion model: it keeps no state of a text.")
-        self._unsupported_types, self._others_left = (
-            accelerator.unsupported_types(),
-            accelerator.has_unsupported_products(),
-        )
+            raise SettingError(f"{settings.path} is not a text-completion model: it has no KV cache.")
+        self._unsupported_types = accelerator.unsupported_types()
+        self._has_unsupported_products = accelerator.has_unsupported_products()
         self._vocabulary = native.llama_vocab_n_tokens(native.llama_model_get_vocab(self.model))
         recurrent = native.llama_model_is_recurrent(self.model) or native.llama_model_is_hybrid(self.model)
         self.can_truncate = not recurrent and native.llama_model_n_swa(self.model) <= 0
         self._recurrent = recurrent
-        ours = self.uses_kernels and self.uses_own_attention and not self._unsupported_types and not self._others_left
-        self.computes_all = ours and self.can_truncate
+        complete = not self._unsupported_types and not self._has_unsupported_products
+        self.computes_all = self.uses_kernels and self.uses_own_attention and complete and self.can_truncate
         self.thread_pool = accelerator.use_thread_pool(alone=self.computes_all)
         if self.computes_all:
             native.llama_set_n_threads(self._context, 1, 1)
@@ -89,48 +88,47 @@ class LlamaRunner:
             self._fill_last(settings)
 
     def run(self, batch: ForwardBatch) -> Logits:
-        """Execute a batch; see `core.batch.Runner.run`."""
-        for move in batch.slot_operations:
-            self._kv_cache.apply(move)
+        """Execute a batch; see `core.forward_batch.Runner.run`."""
+        for operation in batch.slot_operations:
+            self._kv_cache.apply(operation)
         if not self.fixed_shape:
             return self._compute(batch.entries)
-        filled = pad_to_fixed_shape(batch.entries, [self.cached_tokens(slot) for slot in range(self.slots + 1)])
-        logits = self._compute(filled.rows)
-        if len(filled.wanted) < len(logits):
-            logits = logits[list(filled.wanted)]  # a copy: to cut can mean to compute
-        for cut in filled.truncations:
-            self._kv_cache.apply(cut)
+        padded = pad_to_fixed_shape(batch.entries, [self.cached_tokens(slot) for slot in range(self.slots + 1)])
+        logits = self._compute(padded.entries)
+        if len(padded.wanted) < len(logits):
+            logits = logits[list(padded.wanted)]  # a copy: `KvCache.apply` may run a pass that overwrites the logits
+        for truncation in padded.truncations:
+            self._kv_cache.apply(truncation)
         return logits
 
     @property
     def promise(self) -> Promise:
-        """What is known of the numbers, given how they turned out to be computed."""
+        """The promise that holds for the loaded model, given which operations the kernels compute."""
         if self.fixed_shape != self._settings.fixed_shape or self._recurrent:
             return "none"
         if self._settings.gpu_layers or not self.uses_kernels:
             return self._settings.promise_without_kernels
-        # Without flash attention the library multiplies keys and values as it does what was computed.
-        sound = self._unsupported_types <= _LIBRARY_TYPES and (
-            not self._others_left or self._settings.kv_type != "exact"
-        )
-        return self._settings.promise if sound else "none"
+        # Without flash attention the library computes attention as products of two computed operands.
+        expects_products = self._settings.kv_type != "exact"
+        holds = self._unsupported_types <= _LIBRARY_TYPES and (not self._has_unsupported_products or expects_products)
+        return self._settings.promise if holds else "none"
 
     def _fill_last(self, settings: LoadModel) -> None:
-        """One slot beyond those that are used holds a whole context, so that no sequence is ever the longest."""
+        """Fill one additional slot with a whole context, so that it is always the longest sequence of a pass."""
         for start in range(0, settings.context, settings.chunk):
             tokens = (0,) * min(settings.chunk, settings.context - start)
             self._decode((BatchEntry(settings.sequences, start, tokens, 0),))
 
-    def _compute(self, rows: tuple[BatchEntry, ...]) -> Logits:
-        logits = self._decode(rows)
-        self._kv_cache.check_computed(rows, logits)
+    def _compute(self, entries: tuple[BatchEntry, ...]) -> Logits:
+        logits = self._decode(entries)
+        self._kv_cache.check_computed(entries, logits)
         return logits
 
-    def _decode(self, rows: tuple[BatchEntry, ...]) -> Logits:
-        status = native.llama_decode(self._context, self._arrays.fill(rows))
+    def _decode(self, entries: tuple[BatchEntry, ...]) -> Logits:
+        status = native.llama_decode(self._context, self._arrays.fill(entries))
         if status != 0:
             raise EngineError(f"llama_decode failed with status {status}: {last_error()}")
-        outputs = sum(row.outputs for row in rows)
+        outputs = sum(entry.outputs for entry in entries)
         if not outputs:
             native.llama_synchronize(self._context)
             return np.empty((0, self._vocabulary), np.float32)
@@ -139,7 +137,7 @@ class LlamaRunner:
 
 
 class _BatchArrays:
-    """The C arrays of a `llama_batch`, seen as numpy arrays and used again for every pass."""
+    """The C arrays of a `llama_batch` as numpy arrays, reused for every pass. `size`: tokens of the largest batch."""
 
     def __init__(self, size: int) -> None:
         self._token = np.zeros(size, np.int32)
@@ -161,21 +159,23 @@ class _BatchArrays:
             logits=_pointer(self._output, ctypes.c_int8),
         )
 
-    def fill(self, rows: tuple[BatchEntry, ...]) -> object:
-        """The rows as a `llama_batch`; valid until the next call."""
-        tokens = [token for row in rows for token in row.tokens]
+    def fill(self, entries: tuple[BatchEntry, ...]) -> object:
+        """The entries as a `llama_batch`, valid until the next call."""
+        tokens = [token for entry in entries for token in entry.tokens]
         end = len(tokens)
         self._token[:end] = tokens
-        self._position[:end] = [row.position + i for row in rows for i in range(len(row.tokens))]
-        self._slot[:end] = [row.slot for row in rows for _ in row.tokens]
-        self._output[:end] = [i >= len(row.tokens) - row.outputs for row in rows for i in range(len(row.tokens))]
+        self._position[:end] = [entry.position + i for entry in entries for i in range(len(entry.tokens))]
+        self._slot[:end] = [entry.slot for entry in entries for _ in entry.tokens]
+        self._output[:end] = [
+            i >= len(entry.tokens) - entry.outputs for entry in entries for i in range(len(entry.tokens))
+        ]
         self._batch.n_tokens = end
         return self._batch
 
 
 @lru_cache
 def _matrix_at(address: int, rows: int, columns: int) -> Logits:
-    """What stands there, seen as a matrix. To make such a view takes long, compared with what else is done."""
+    """The floats at an address as a matrix. Cached, because creating the view is slow compared with its use."""
     return np.ctypeslib.as_array((ctypes.c_float * (rows * columns)).from_address(address)).reshape(rows, columns)
 
 
@@ -183,22 +183,22 @@ def _pointer(array: NDArray[np.int32] | NDArray[np.int8], kind: type[ctypes.c_in
     return array.ctypes.data_as(ctypes.POINTER(kind))
 
 
-def _load(settings: LoadModel, repack: bool, tell: Callable[[float], None]) -> object:
+def _load(settings: LoadModel, repack: bool, report_progress: Callable[[float], None]) -> object:
     if settings.gpu_layers and not native.llama_supports_gpu_offload():
-        raise SettingError("--gpu-layers: this llama.cpp was built without GPU support.")
+        raise SettingError("--gpu-layers needs a llama.cpp with GPU support, but the installed one has none.")
     params = native.llama_model_default_params()
     params.n_gpu_layers = settings.gpu_layers
-    nothing = ctypes.c_void_p()
-    if not settings.gpu_layers:  # or products of long passes would be lent to a GPU that is there
-        params.devices = ctypes.addressof(nothing)  # a list that ends at once
+    null = ctypes.c_void_p()
+    if not settings.gpu_layers:  # otherwise llama.cpp computes the matmuls of long passes on an existing GPU
+        params.devices = ctypes.addressof(null)  # an empty list: it ends with a null pointer
     params.use_extra_bufts = repack
 
     @native.llama_progress_callback  # type: ignore[untyped-decorator]
-    def going_on(share: float, _: object) -> bool:
-        tell(share)
+    def on_progress(share: float, _: object) -> bool:
+        report_progress(share)
         return True
 
-    params.progress_callback = going_on
+    params.progress_callback = on_progress
     model = native.llama_model_load_from_file(os.fsencode(settings.path), params)
     if not model:
         raise SettingError(f"llama.cpp cannot load {settings.path}: {last_error()}")
@@ -208,38 +208,41 @@ def _load(settings: LoadModel, repack: bool, tell: Callable[[float], None]) -> o
 
 
 def _most_tokens(settings: LoadModel) -> int:
-    """Of one pass: a chunk of a prompt or a token of each sequence, with company."""
+    """The most tokens of one pass: a chunk of a prompt, or one token of every slot including the additional one."""
     return max(settings.chunk, settings.sequences + settings.fixed_shape)
 
 
 def _context(model: object, settings: LoadModel, accelerated: bool) -> tuple[object, bool]:
-    """A context, and whether its attention is our own: only where that can compute all that the model has."""
+    """Create a context. Returns also whether Afterword's kernels compute its attention.
+
+    They do so only if they support all attention operations of the model.
+    """
     if settings.gpu_layers and settings.kv_type == "f16":
-        return _made(model, settings, _GPU_ATTENTION), False
+        return _create_context(model, settings, _GPU_ATTENTION), False
     if settings.kv_type != "exact":
-        return _made(model, settings, _ATTENTION[settings.kv_type]), False
+        return _create_context(model, settings, _ATTENTION[settings.kv_type]), False
     if accelerated:
-        context = _made(model, settings, _KERNEL_ATTENTION)
+        context = _create_context(model, settings, _KERNEL_ATTENTION)
         if accelerator.computes_all_attention():
             return context, True
         native.llama_free(context)
         accelerator.start_recording()
-    return _made(model, settings, _PER_QUERY_ATTENTION), False
+    return _create_context(model, settings, _PER_QUERY_ATTENTION), False
 
 
-def _made(model: object, settings: LoadModel, kind: tuple[int, int, int]) -> object:
+def _create_context(model: object, settings: LoadModel, attention: tuple[int, int, int]) -> object:
+    """`attention`: whether to use flash attention, the type of keys, the type of values."""
     params = native.llama_context_default_params()
     params.n_seq_max = settings.sequences + settings.fixed_shape
     params.n_ctx = (settings.context + settings.fixed_shape) * params.n_seq_max
     params.n_batch = params.n_ubatch = _most_tokens(settings)
     params.n_threads = params.n_threads_batch = settings.threads
-    params.flash_attn_type, params.type_k, params.type_v = kind
+    params.flash_attn_type, params.type_k, params.type_v = attention
     params.kv_unified = False
     params.no_perf = True
     context = native.llama_init_from_model(model, params)
     if not context:
         raise SettingError(
-            f"llama.cpp cannot make room for {settings.sequences} sequences of {settings.context} tokens: "
-            f"{last_error()}"
+            f"llama.cpp cannot allocate {settings.sequences} sequences of {settings.context} tokens: {last_error()}"
         )
     return context

@@ -1,8 +1,9 @@
-"""Special tokens in a text, found in linear time and exactly as llama.cpp finds them.
+"""Splits texts at special tokens in linear time, with the same result as llama.cpp.
 
-llama.cpp goes through the special tokens, the longest first, and splits what is still plain text at each occurrence,
-from the left. Its own search walks a linked list from the start for every occurrence, so its time is quadratic in the
-number of special tokens in the text. Here one regular expression finds all special tokens of one length.
+llama.cpp searches for the special tokens one after the other, the longest first, and splits the remaining plain text at
+each occurrence from left to right. Its search walks a linked list from the start for every occurrence, so its time is
+quadratic in the number of special tokens in the text. Here one regular expression finds all special tokens of one
+length.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-_SPACES = b" \t\n\v\f\r"  # as `isspace` has them
-_DEPTH = 12  # levels of groups in a pattern; what lies deeper is a flat list of alternatives
-_LONG = 512  # bytes of tokens that are not compared with each other
+_SPACES = b" \t\n\v\f\r"  # the same as C's `isspace`
+_DEPTH = 12  # the most nested groups of a pattern; deeper levels are a flat list of alternatives
+_LONG = 512  # tokens with more bytes are assumed to overlap, without a comparison
 
 
 @dataclass(frozen=True, slots=True)
 class SpecialToken:
-    """A token that llama.cpp looks for before everything else. It may take the spaces on a side of it away."""
+    """A token that llama.cpp searches before it tokenizes the rest of a text.
+
+    `left`, `right`: whether the token removes the spaces on that side of it.
+    """
 
     id: int
     text: bytes
@@ -28,14 +32,14 @@ class SpecialToken:
 
 
 Piece = int | tuple[int, int]
-"""A special token's id, or where a stretch of plain text begins and ends."""
+"""The id of a special token, or the start and end (bytes) of a piece of plain text."""
 
 
 class SpecialTokens:
-    """Splits texts at special tokens. They all have different texts, as in llama.cpp.
+    """Splits texts at special tokens, all of which have different texts, as in llama.cpp.
 
-    `ambiguous`: two of the same length can overlap in a text. Then it matters which of them llama.cpp looks for first,
-    and that depends on how its C++ library sorts.
+    `ambiguous`: two tokens of the same length can overlap in a text, or tokens that strip spaces meet tokens that
+    contain spaces. Then the result depends on which token llama.cpp searches first, so on the sort of its C++ library.
     """
 
     def __init__(self, tokens: Iterable[SpecialToken]) -> None:
@@ -49,7 +53,7 @@ class SpecialTokens:
         self.ambiguous = (strips and spaced) or any(_overlap(texts) for texts in lengths.values())
 
     def split(self, data: bytes) -> list[Piece]:
-        """The pieces of a text in order; not to be relied on if `ambiguous`."""
+        """The pieces of a text in order. Can differ from llama.cpp's if `ambiguous`."""
         pieces: list[Piece] = [(0, len(data))] if data else []
         for pattern in self._patterns:
             if pattern.search(data):
@@ -79,7 +83,7 @@ class SpecialTokens:
 
 
 def _pattern(texts: list[bytes], depth: int = 0) -> bytes:
-    """A regular expression for sorted texts of one length, in which what several begin with is written once."""
+    """A regular expression for sorted texts of equal length. A common prefix of several texts is written once."""
     if len(texts) == 1 or depth == _DEPTH:
         return b"|".join(map(re.escape, texts))
     shared = 0
@@ -93,12 +97,12 @@ def _pattern(texts: list[bytes], depth: int = 0) -> bytes:
 
 
 def _overlap(texts: list[bytes]) -> bool:
-    """Whether one of some texts of the same length can begin inside another one, as far as that is soon found out."""
+    """Whether a text can begin inside another one of the same length. True without a check for texts above `_LONG`."""
     if len(texts) == 1:
         return False
     if len(texts[0]) > _LONG:
         return True
-    pairs: Counter[bytes] = Counter()  # by what they share: pairs of an end and a beginning
+    pairs: Counter[bytes] = Counter()  # by the shared bytes: the number of pairs of a suffix and a prefix
     starts = Counter(text[:size] for text in texts for size in range(1, len(text)))
     for text in texts:
         for size in range(1, len(text)):

@@ -1,10 +1,10 @@
-"""Where a SentencePiece text can be cut without changing a token of it.
+"""Finds points where a text for a SentencePiece tokenizer can be split without a change of its tokens.
 
-llama.cpp writes a character that is no token as its bytes, and for each of them copies all tokens so far: its time is
-quadratic in the number of such characters. A text is therefore cut before some of them and tokenized piece by piece.
+llama.cpp writes a character that is no token as its bytes, and copies all tokens so far for each of these characters.
+So its time is quadratic in their number. A text is therefore split before some of them and tokenized piece by piece.
 
-Merging joins neighbours only to what is a token. Where no token has the two characters beside a place in it one after
-the other, nothing is ever joined across the place, and the tokens on its two sides do not depend on each other.
+A merge joins neighbours only if the result is a token. If no token contains the two characters around a point next to
+each other, no merge crosses the point. Then the tokens on its two sides do not depend on each other.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from itertools import pairwise
 
 SPACE = "▁"
 PIECE_LENGTH = 4096
-"""Characters that a piece has before it is cut at the next place."""
+"""The least number of characters in a piece, except the last."""
 
-_WINDOW = 2**15  # characters that are searched in one call: the search keeps the interpreter's lock
+_WINDOW = 2**15  # characters that one call searches: a regular expression search does not release the GIL
 
 
 class SplitPoints:
-    """Places before characters that are no tokens. `texts` are those of all tokens, with `SPACE` for a space."""
+    """Finds split points before characters that are no tokens.
+
+    `texts`: the texts of all tokens, with `SPACE` for a space.
+    """
 
     def __init__(self, texts: Iterable[str]) -> None:
         texts = set(texts)
@@ -35,34 +38,34 @@ class SplitPoints:
         self._before = dict(before)
         spaced = {second for second, firsts in before.items() if " " in firsts}
         known = set(map(_plain, letters))
-        self._places = {False: _other_than(known), True: _other_than(known | spaced)}
+        self._patterns = {False: _other_than(known), True: _other_than(known | spaced)}
 
     def pieces(self, text: str, spaced: bool) -> Iterator[str]:
-        """The pieces of a text. `spaced`: a space will be put before each, and must stay apart from it too.
+        """The pieces of a text.
 
-        What is plain text in the whole is so in a piece; spaces are not yet written as `SPACE`, which could make
-        a special token of them.
+        `spaced`: the tokenizer will put a space before each piece, and no merge may join that space with the piece.
+        Spaces in `text` must not be replaced by `SPACE` yet, because the replacement could spell a special token.
         """
-        start, place = 0, PIECE_LENGTH
-        while place < len(text):
-            end = min(place + _WINDOW, len(text))
-            found = self._places[spaced].search(text, place, end)
+        start, position = 0, PIECE_LENGTH
+        while position < len(text):
+            end = min(position + _WINDOW, len(text))
+            found = self._patterns[spaced].search(text, position, end)
             if found is None:
-                place = end
+                position = end
             elif _plain(text[found.start() - 1]) in self._before.get(_plain(found[0]), ()):
-                place = found.end()
+                position = found.end()
             else:
                 yield text[start : found.start()]
-                start, place = found.start(), found.start() + PIECE_LENGTH
+                start, position = found.start(), found.start() + PIECE_LENGTH
         yield text[start:]
 
 
 def _plain(letter: str) -> str:
-    """`SPACE` and a space are the same to the tokenizer."""
+    """The character with `SPACE` replaced by a space: the tokenizer does not distinguish them."""
     return " " if letter == SPACE else letter
 
 
 def _other_than(letters: set[str]) -> re.Pattern[str]:
-    """Any character but these."""
+    """A pattern for any character except these."""
     both = letters | {SPACE} if " " in letters else letters
     return re.compile(f"[^{''.join(map(re.escape, sorted(both)))}]" if both else "(?s:.)")

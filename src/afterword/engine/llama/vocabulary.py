@@ -1,4 +1,4 @@
-"""A model's tokens: text to ids by llama.cpp, and the table of what each id stands for."""
+"""Tokenizes texts with llama.cpp, and reads a model's vocabulary, model info and fingerprint."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from afterword.engine.messages import LoadModel
 from afterword.engine.protocol import InfillTokens, ModelInfo
 
 _NO_TOKEN = -1
-_KNOWN = 256  # pieces of a text whose tokens are kept until its end
+_CACHED_PIECES = 256  # pieces of one text whose tokens are cached
 
 _BY_NAME = native.LLAMA_TOKEN_ATTR_CONTROL | native.LLAMA_TOKEN_ATTR_UNKNOWN
 _SPECIAL = _BY_NAME | native.LLAMA_TOKEN_ATTR_USER_DEFINED
-_PRIVATE = range(0xE000, 0xF900)  # characters that a vocabulary has seldom
+_PRIVATE = range(0xE000, 0xF900)  # the private use area of Unicode: most vocabularies have no such character
 _SLOW_RUNS = {"deepseek-llm": (r"\s", 256), "superbpe": (r"\d", 256), "jais-2": (r"\s", 2**16)}
-"""Pre-tokenizers in llama.cpp whose time is quadratic in the length of a run, and the longest that is tokenized."""
-_WHOLE = ("(?s:.)", 2**16)  # any character: where llama.cpp has to find the special tokens, in quadratic time
+"""llama.cpp's pre-tokenizers whose time is quadratic in the length of a run of characters: the run, its limit."""
+_ANY_CHARACTER = ("(?s:.)", 2**16)  # the limit where llama.cpp must find the special tokens, in quadratic time
 
 
 class Vocabulary:
-    """The vocabulary of a loaded model. Safe to use from any thread."""
+    """The vocabulary of a loaded model. All methods may be called from any thread."""
 
     def __init__(self, model: object) -> None:
         self._vocab = native.llama_model_get_vocab(model)
@@ -45,16 +45,16 @@ class Vocabulary:
         self._pre_tokenizer = _meta(model, b"tokenizer.ggml.pre")
 
     def tokenize(self, text: str, special: bool) -> tuple[int, ...]:
-        """Tokens without BOS. `special`: text that spells a special token becomes that token."""
+        """The token ids of a text, without BOS. `special`: text that spells a special token becomes that token."""
         return tuple(itertools.chain.from_iterable(self.parts(text, special)))
 
     def parts(self, text: str, special: bool) -> Iterator[Sequence[int]]:
-        """The same tokens as llama.cpp's own, part by part: a caller may stop in between."""
+        """Like `tokenize`, but part by part, so that a caller can stop in between. The tokens equal llama.cpp's."""
         data = text.encode()
         if self.ambiguous:
             yield self._ids(data, special)
             return
-        plain = lru_cache(_KNOWN)(partial(self._ids, special=False))  # runs have many equal pieces
+        plain = lru_cache(_CACHED_PIECES)(partial(self._ids, special=False))  # a repetitive text has equal pieces
         for piece in self._splits[special].split(data):
             if isinstance(piece, int):
                 yield (piece,)
@@ -63,36 +63,37 @@ class Vocabulary:
 
     @property
     def ambiguous(self) -> bool:
-        """Whether only llama.cpp knows how its special tokens are found."""
+        """Whether only llama.cpp can split texts at the special tokens; see `SpecialTokens.ambiguous`."""
         return any(tokens.ambiguous for tokens in self._splits.values())
 
     @property
-    def runs(self) -> tuple[str, int] | None:
+    def slow_runs(self) -> tuple[str, int] | None:
         """See `ModelInfo.slow_runs`."""
-        return _WHOLE if self.ambiguous else _SLOW_RUNS.get(self._pre_tokenizer)
+        return _ANY_CHARACTER if self.ambiguous else _SLOW_RUNS.get(self._pre_tokenizer)
 
     def _plain(self, data: bytes, tokenize: Callable[[bytes], Sequence[int]]) -> Iterator[Sequence[int]]:
-        """Tokens of a text that has no special tokens in it."""
+        """The tokens of a text without special tokens, part by part."""
         if self._split_points is None or len(data) <= PIECE_LENGTH:
             yield tokenize(data)
             return
-        led = 0
+        leading = 0
         for piece in self._split_points.pieces(data.decode("utf-8", "surrogateescape"), self._leading_tokens > 0):
-            yield tokenize(piece.encode("utf-8", "surrogateescape"))[led:]
-            led = self._leading_tokens  # the library puts a space before each piece, but only the first one has it
+            yield tokenize(piece.encode("utf-8", "surrogateescape"))[leading:]
+            # llama.cpp puts a space before each piece, but only the one before the whole text belongs there.
+            leading = self._leading_tokens
 
     def _ids(self, data: bytes, special: bool) -> Sequence[int]:
-        """Tokens of a text as llama.cpp makes them."""
-        room = len(data) + 8
-        ids = (ctypes.c_int32 * room)()
-        count = native.llama_tokenize(self._vocab, data, len(data), ids, room, False, special)
+        """The tokens of a text by llama.cpp."""
+        size = len(data) + 8
+        ids = (ctypes.c_int32 * size)()
+        count = native.llama_tokenize(self._vocab, data, len(data), ids, size, False, special)
         if count < 0:
             ids = (ctypes.c_int32 * -count)()
             count = native.llama_tokenize(self._vocab, data, len(data), ids, -count, False, special)
-        return array("i", memoryview(ids)[:count].tobytes())  # without an object for each token of a long text
+        return array("i", memoryview(ids)[:count].tobytes())  # avoids a Python object for each token of a long text
 
     def _special_tokens(self, special: bool) -> Iterator[SpecialToken]:
-        """The tokens that llama.cpp finds in a text before all others."""
+        """The special tokens that llama.cpp searches in a text before it tokenizes the rest."""
         left, right = native.LLAMA_TOKEN_ATTR_LSTRIP, native.LLAMA_TOKEN_ATTR_RSTRIP
         for token in range(self.size):
             kind = native.llama_vocab_get_attr(self._vocab, token)
@@ -105,30 +106,28 @@ class Vocabulary:
             yield native.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace")
 
     def _count_leading_tokens(self) -> int:
-        """How many tokens the library puts before a text."""
+        """How many tokens llama.cpp puts before a text, measured with a character that is no token."""
         known = set("".join(self._texts()))
         letter = next(chr(code) for code in _PRIVATE if chr(code) not in known)
         once, twice = (len(self._ids(text.encode(), False)) for text in (letter, letter * 2))
         return 2 * once - twice
 
     def pieces(self) -> tuple[bytes, ...]:
-        """The bytes of every id; special tokens by their name, ids without text b""."""
+        """The bytes of every token id: for special tokens the name, for ids without text b""."""
         return tuple(self._piece(token) for token in range(self.size))
 
     def ends(self) -> tuple[int, ...]:
-        """Ids that end a generation."""
+        """The token ids that end a generation."""
         return tuple(t for t in range(self.size) if native.llama_vocab_is_eog(self._vocab, t))
 
     def bos(self) -> int | None:
-        """Beginning of a text."""
         return _known(native.llama_vocab_bos(self._vocab))
 
     def eos(self) -> int | None:
-        """End of a text."""
         return _known(native.llama_vocab_eos(self._vocab))
 
     def add_bos(self) -> bool:
-        """Whether the model wants BOS before a text."""
+        """Whether the model expects BOS before a text."""
         return bool(native.llama_vocab_get_add_bos(self._vocab))
 
     def infill(self) -> InfillTokens | None:
@@ -145,27 +144,27 @@ class Vocabulary:
 
     @property
     def keeps_text(self) -> bool:
-        """Whether tokens spell the text byte for byte (others may fold or drop some of it)."""
+        """Whether the tokens spell the text byte for byte. Other tokenizers may fold or drop characters."""
         return self._kind in (native.LLAMA_VOCAB_TYPE_BPE, native.LLAMA_VOCAB_TYPE_SPM)
 
     def _piece(self, token: int) -> bytes:
-        room = 64
+        capacity = 64
         while True:
-            buffer = ctypes.create_string_buffer(room)
-            size = native.llama_token_to_piece(self._vocab, token, buffer, room, 0, True)
+            buffer = ctypes.create_string_buffer(capacity)
+            size = native.llama_token_to_piece(self._vocab, token, buffer, capacity, 0, True)
             if size >= 0:
                 return buffer.raw[:size]
-            room = -size
+            capacity = -size
 
 
 def make_model_info(runner: LlamaRunner, settings: LoadModel) -> tuple[ModelInfo, Vocabulary]:
-    """Facts about the model that a runner holds, and its vocabulary.
+    """The model info and the vocabulary of a runner's model.
 
-    Raises `SettingError` if its files changed while they were loaded: the fingerprint would name other bytes.
+    Raises `SettingError` if the model's files changed while they were loaded, because the fingerprint would be wrong.
     """
     vocabulary = Vocabulary(runner.model)
     pieces = vocabulary.pieces()
-    # SentencePiece texts gain a leading space; the joined pieces of any text show whether this model's do.
+    # Some SentencePiece tokenizers put a space before a text. The pieces of a short text show whether this one does.
     plain = vocabulary.tokenize("a", False)
     model_info = ModelInfo(
         parameters=int(native.llama_model_n_params(runner.model)),
@@ -177,12 +176,12 @@ def make_model_info(runner: LlamaRunner, settings: LoadModel) -> tuple[ModelInfo
         eos=vocabulary.eos(),
         add_bos=vocabulary.add_bos(),
         space_prefix=b"".join(pieces[t] for t in plain).startswith(b" "),
-        # In a text SentencePiece's own sign for a space has three bytes.
+        # SentencePiece's symbol for a space has three bytes.
         longest_token=max(len(piece.replace(b" ", "▁".encode())) for piece in pieces) if vocabulary.keeps_text else 0,
         infill=vocabulary.infill(),
         fingerprint="",
         promise=runner.promise,
-        slow_runs=vocabulary.runs,
+        slow_runs=vocabulary.slow_runs,
     )
     model_info = msgspec.structs.replace(model_info, fingerprint=fingerprint(settings, runner, model_info))
     runner.files.confirm_loaded()
@@ -190,19 +189,19 @@ def make_model_info(runner: LlamaRunner, settings: LoadModel) -> tuple[ModelInfo
 
 
 def fingerprint(settings: LoadModel, runner: LlamaRunner, model_info: ModelInfo) -> str:
-    """A short name for all that can change a number: libraries, weights, and the shape of the computation.
+    """A short hash of everything that can change a number: libraries, kernels, weights, shape of the computation.
 
-    Also for what else the card says of the model, such as its tokens: cards of one fingerprint are alike.
+    The model info is included except for `sequences` and `promise`, so equal fingerprints mean equal tokens too.
     """
-    named = hashlib.sha256(version().encode())
-    named.update(digest(sampler_kernel.LIBRARY, *([accelerator.LIBRARY] if runner.accelerated else [])).encode())
-    named.update(runner.files.digest())
-    named.update(msgspec.msgpack.encode(msgspec.structs.replace(model_info, sequences=0, promise="none")))
+    content = hashlib.sha256(version().encode())
+    content.update(digest(sampler_kernel.LIBRARY, *([accelerator.LIBRARY] if runner.accelerated else [])).encode())
+    content.update(runner.files.digest())
+    content.update(msgspec.msgpack.encode(msgspec.structs.replace(model_info, sequences=0, promise="none")))
     shape = (settings.context, settings.kv_type, runner.grid, settings.repack, settings.gpu_layers)
-    named.update(repr((*shape, runner.uses_kernels, runner.uses_own_attention)).encode())
+    content.update(repr((*shape, runner.uses_kernels, runner.uses_own_attention)).encode())
     if settings.gpu_layers:
-        named.update(f"{gpus.gpu_names()} {settings.sequences if settings.fixed_shape else 0}".encode())
-    return "fp_" + named.hexdigest()[:16]
+        content.update(f"{gpus.gpu_names()} {settings.sequences if settings.fixed_shape else 0}".encode())
+    return "fp_" + content.hexdigest()[:16]
 
 
 def _known(token: int) -> int | None:
@@ -210,6 +209,7 @@ def _known(token: int) -> int | None:
 
 
 def _meta(model: object, key: bytes) -> str:
-    """A value of the model file's header; empty where it has none."""
-    room = ctypes.create_string_buffer(256)
-    return room.value.decode("utf-8", "replace") if native.llama_model_meta_val_str(model, key, room, 256) >= 0 else ""
+    """A value of the model file's metadata, empty if the key is missing."""
+    value = ctypes.create_string_buffer(256)
+    found = native.llama_model_meta_val_str(model, key, value, 256) >= 0
+    return value.value.decode("utf-8", "replace") if found else ""

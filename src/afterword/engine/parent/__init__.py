@@ -1,1 +1,1 @@
-"""The part of the engine that runs in the server's process."""
+"""The part of the engine that runs in the server process: supervisor, model manager, watchdog, tokenizer client."""

@@ -1,7 +1,7 @@
-"""What one model's engines have been asked and have brought, in numbers that only grow.
+"""Counters and histograms of one model's workers, for the `/metrics` endpoint.
 
-Counted where steps arrive, whoever asked and whatever for. A token that comes a second time, because an engine died and
-its work was repeated, is not counted again. Adding a token costs less than a microsecond: it is done for each.
+The supervisor counts where steps arrive, for all clients and routes. A token that a restarted worker computes again is
+not counted again. Recording one token takes less than a microsecond, because it happens for every token.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ LATENCY_BOUNDS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0),
     *(10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0),
 )
-"""Bounds for what a request can take: the API's own clients wait 600 s."""
+"""Bucket bounds in seconds for durations of requests: OpenAI's own clients wait 600 s."""
 
 INTER_TOKEN_BOUNDS = (
     *(0.0005, 0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075),
     *(0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0),
 )
-"""Bounds, in seconds, for the time from one token to the next, and for passes."""
+"""Bucket bounds in seconds for the time between two tokens, and for forward passes."""
 
 PASS_BOUNDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0)
-"""Bounds for the tokens of a pass."""
+"""Bucket bounds for the number of tokens of a forward pass."""
 
 
 class PassHistograms:
-    """Passes of one kind: how many tokens each computed, and how long it took."""
+    """Histograms of the forward passes of one kind: tokens per pass and seconds per pass."""
 
     def __init__(self) -> None:
         self.tokens = Histogram(PASS_BOUNDS)
@@ -36,11 +36,14 @@ class PassHistograms:
 
 
 class EngineMetrics:
-    """Owner of the numbers. One event loop adds to them.
+    """Owns the counters. Only the event loop's thread changes them.
 
-    Of prompts, `queued`: seconds until computing began; `prefill`: from then to the first token, or to the end where
-    none is generated; `decode`: from the first token to the last. `inter_token_seconds`: seconds between two tokens of
-    a sample.
+    Histograms, in seconds:
+
+    - `queued`: from the acceptance of a job to the start of its computation.
+    - `prefill`: from there to the first token, or to the end of the job if it generates none.
+    - `decode`: from the first token to the last.
+    - `inter_token_seconds`: between two tokens of one sample.
     """
 
     def __init__(self) -> None:
@@ -56,11 +59,11 @@ class EngineMetrics:
         self.generation = PassHistograms()
 
     def kinds(self) -> tuple[tuple[str, PassHistograms], ...]:
-        """Passes of all kinds, by name."""
+        """The histograms of each kind of pass, with the kind's name."""
         return ("prompt", self.prompts), ("generation", self.generation)
 
     def record_pass(self, pass_stats: PassStats) -> None:
-        """A pass was made, or none (see `PassStats`)."""
+        """Record a forward pass; `PassStats` without tokens means that none was made."""
         if pass_stats.tokens:
             passes = self.prompts if pass_stats.prompt else self.generation
             passes.tokens.add(pass_stats.tokens)
@@ -68,7 +71,10 @@ class EngineMetrics:
 
 
 class JobTimer:
-    """One job's way through its engines, told to a tally. `clock` gives seconds; `since`: when it was accepted."""
+    """Measures the phases of one job and adds them to the metrics.
+
+    `clock` returns seconds; `since` is the time of that clock when the job was accepted.
+    """
 
     __slots__ = ("_begun", "_clock", "_engine_metrics", "_first", "_last", "_latest", "_prompt", "_samples", "_since")
 
@@ -81,10 +87,10 @@ class JobTimer:
         self._begun: float | None = None
         self._first: float | None = None
         self._latest = 0.0
-        self._last: list[float] = []  # of each sample, when its last token came
+        self._last: list[float] = []  # for each sample, when its last token arrived
 
     def record_step(self, step: Step) -> None:
-        """A step has come, without what was brought before."""
+        """Record a step from which repeated tokens are removed."""
         now, engine_metrics = self._clock(), self._engine_metrics
         if self._begun is None:
             self._begun = now
@@ -98,7 +104,7 @@ class JobTimer:
         if self._first is None:
             self._first = now
             engine_metrics.prefill.add(now - self._begun)
-            self._last = [now] * self._samples  # first tokens are all drawn from one row
+            self._last = [now] * self._samples  # the first tokens of all samples come from one logits row
             return
         last, gaps = self._last, engine_metrics.inter_token_seconds
         for sample, _ in step.sampled:
@@ -106,7 +112,7 @@ class JobTimer:
             last[sample] = now
 
     def record_end(self) -> None:
-        """Every sample has ended; not said of a job that was left."""
+        """Record the end of the last sample; not called for a job that its consumer closed early."""
         if self._first is not None:
             self._engine_metrics.decode.add(self._latest - self._first)
         elif self._begun is not None:

@@ -1,9 +1,11 @@
-"""The models of a server, each with an engine in a process of its own: which of them are loaded, and for how long.
+"""Loads and unloads the models of one server. Each loaded model has its own engine with its own worker process.
 
-Owner of every engine. Whoever uses a model enters it and leaves it, and in between its engine is not ended. Without a
-`keep_alive` all are loaded at the start and stay. With one, a model is loaded when somebody enters it, those who come
-meanwhile wait for it, and its engine is ended when nobody has been there for so many seconds, or earlier if another
-model needs the memory.
+The model manager owns all engines; the event loop's thread owns its state. A request acquires a model and releases it,
+and in between its engine is not closed.
+
+- Without `keep_alive` all models are loaded at the start and stay loaded.
+- With `keep_alive` the first request for a model loads it, and later requests wait until it is loaded. The engine is
+  closed after `keep_alive` seconds without use, or earlier if another model needs the memory.
 """
 
 from __future__ import annotations
@@ -25,22 +27,25 @@ from afterword.errors import AfterwordError, LoadFailed, Overloaded, QueueTimeou
 from afterword.system.tasks import TaskFunction, run_logged
 
 ModelState = EngineState | Literal["unloaded"]
-"""`starting`: its turn to be loaded will come, or it is being loaded."""
+"""`starting`: the model is being loaded, or waits for another load to end."""
 
 DEFAULT_POLICY = QueuePolicy()
 
 _LOADING = "The model is being loaded. Please try again later."
-_NO_ROOM = "The memory that this model needs is in use for other models. Please try again later."
+_NO_MEMORY = "The memory that this model needs is in use for other models. Please try again later."
 _SHUTTING_DOWN = "The server is shutting down."
 _log = logging.getLogger("afterword")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelDefinition:
-    """A model as far as it is known without loading it.
+    """The facts about a model that are known before it is loaded.
 
-    `created` is in Unix seconds, `context` in tokens, `memory_bytes` in bytes of memory. `make_engine` makes an engine
-    that is not open yet. `advice` is a sentence for whoever runs the server.
+    - `created`: Unix time in seconds.
+    - `context`: tokens of one sequence; `sequences`: how many sequences the engine has.
+    - `memory_bytes`: memory that the loaded model needs.
+    - `make_engine`: returns an engine that is not open yet.
+    - `advice`: a sentence for the operator.
     """
 
     id: str
@@ -54,63 +59,62 @@ class ModelDefinition:
 
 
 class ManagedModel:
-    """A model and the engine that it has at the moment. Its roster changes it, others read."""
+    """A model and its current engine. Only the model manager changes it."""
 
-    def __init__(self, definition: ModelDefinition, *, kept: bool = True) -> None:
+    def __init__(self, definition: ModelDefinition, *, always_loaded: bool = True) -> None:
         self.definition = definition
         self.engine: Supervisor | None = None
-        self.last_model_info: ModelInfo | None = None  # by the last engine that has ended
-        self.engine_metrics = EngineMetrics()  # of one engine after the other
-        self.users = 0
-        self.waiting = 0
-        self.last_used = 0  # of the last who entered or left it
+        self.last_model_info: ModelInfo | None = None  # from the last engine that was closed
+        self.engine_metrics = EngineMetrics()  # shared by one engine after the other
+        self.users = 0  # acquired and not released
+        self.waiting = 0  # requests that wait until the model is loaded
+        self.last_used = 0  # a counter that orders models by their last use
         self.loading: asyncio.Task[AfterwordError | None] | None = None
         self.unload_timer: asyncio.TimerHandle | None = None
-        self._kept = kept
+        self._always_loaded = always_loaded
 
     @property
     def id(self) -> str:
-        """Its name in requests."""
+        """The model's name in requests."""
         return self.definition.id
 
     @property
     def state(self) -> ModelState:
-        """What it is at."""
         if self.engine is not None:
             return self.engine.state
-        return "starting" if self._kept or self.loading else "unloaded"
+        return "starting" if self._always_loaded or self.loading else "unloaded"
 
     @property
     def load(self) -> Load:
-        """How busy it is; those who wait until it is loaded are waiting too."""
+        """The engine's load; requests that wait until the model is loaded count as waiting."""
         load = self.engine.load if self.engine else Load()
         return msgspec.structs.replace(load, waiting=load.waiting + self.waiting) if self.waiting else load
 
     @property
     def restarts(self) -> int:
-        """How often the engine that it has now was replaced."""
+        """How often the worker of the current engine was replaced."""
         return self.engine.restarts if self.engine else 0
 
     @property
     def model_info(self) -> ModelInfo | None:
-        """What its engine says of the model, or the last one said that had loaded it."""
+        """The model info of the current engine, or else of the last engine that had loaded the model."""
         return self.loaded_engine.model_info if self.loaded_engine else self.last_model_info
 
     @property
     def promise(self) -> Promise:
-        """What an engine that had loaded the model promises of its numbers; until then the most that there can be."""
+        """The promise of the last engine that loaded the model; before the first load the best possible promise."""
         return self.model_info.promise if self.model_info else self.definition.promise
 
     @property
     def loaded_engine(self) -> Supervisor | None:
-        """Its engine, if that has loaded the model."""
+        """The current engine, if it has loaded the model."""
         return self.engine if self.engine and self.engine.state != "starting" else None
 
 
 class ModelManager:
-    """All models of a server, in the order in which they were named. One event loop calls everything.
+    """All models of a server, in the order of the command line. All methods are called on the event loop's thread.
 
-    `free` says how many bytes of memory can be taken at the moment.
+    `free` returns the bytes of memory that are available at the moment.
     """
 
     def __init__(
@@ -122,12 +126,14 @@ class ModelManager:
         free: Callable[[], int] = lambda: 2**63,
     ) -> None:
         self.keep_alive = keep_alive
-        self._models = {definition.id: ManagedModel(definition, kept=keep_alive is None) for definition in definitions}
+        self._models = {
+            definition.id: ManagedModel(definition, always_loaded=keep_alive is None) for definition in definitions
+        }
         self._policy = policy
         self._free = free
         self._budget = free()
-        self._turns = itertools.count(1)
-        self._transition = asyncio.Lock()  # models come and go one after the other
+        self._use_counter = itertools.count(1)
+        self._transition = asyncio.Lock()  # one load or unload at a time
         self._transitions: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -138,20 +144,20 @@ class ModelManager:
         return len(self._models)
 
     def get(self, name: str) -> ManagedModel | None:
-        """The model of that name."""
+        """The model of that name, None if there is none."""
         return self._models.get(name)
 
-    # ---- life
+    # ---- start and shutdown
 
     async def open(self) -> None:
-        """Load what is to be there from the start. Raises `SettingError` if that fails."""
+        """Load all models, unless `keep_alive` is set. Raises `SettingError` if that fails."""
         if self.keep_alive is None:
             for managed_model in self:
                 async with self._transition:
                     await self._start(managed_model)
 
     async def close(self) -> None:
-        """End every engine and whatever it is doing."""
+        """Cancel loads and close every engine with its jobs."""
         self._closed = True
         for managed_model in self:
             self._cancel_unload_timer(managed_model)
@@ -162,12 +168,12 @@ class ModelManager:
         await asyncio.gather(*self._transitions)
         await asyncio.gather(*(managed_model.engine.close() for managed_model in self if managed_model.engine))
 
-    # ---- whoever uses a model
+    # ---- use of a model
 
     async def acquire(self, managed_model: ManagedModel) -> Supervisor:
-        """Its engine, loaded, which is not ended until `release`.
+        """Load the model if needed and return its engine, which is not closed before `release`.
 
-        Raises `Overloaded`, `QueueTimeout` and `LoadFailed`, and then it was not entered.
+        Raises `Overloaded`, `QueueTimeout` and `LoadFailed`; after an exception the caller must not call `release`.
         """
         if self._closed:
             raise Overloaded(_SHUTTING_DOWN)
@@ -180,24 +186,27 @@ class ModelManager:
             raise
 
     def release(self, managed_model: ManagedModel) -> None:
-        """Somebody who has entered it needs it no more."""
+        """End the use of a model. Call it once for each successful `acquire`."""
         managed_model.users -= 1
-        managed_model.last_used = next(self._turns)
+        managed_model.last_used = next(self._use_counter)
         self._start_unload_timer(managed_model)
 
     def check_started(self) -> None:
-        """Nothing is told of models that are still to be loaded. Raises `Overloaded`."""
+        """Raise `Overloaded` while a model that is loaded at the start is not loaded yet."""
         for managed_model in self if self.keep_alive is None else ():
             self.check_loaded(managed_model)
 
     def check_loaded(self, managed_model: ManagedModel, unloaded: str = _LOADING) -> Supervisor:
-        """Its engine, loaded. Raises `Overloaded` if it is not, which says `unloaded` if it is not being loaded."""
+        """The model's engine. Raises `Overloaded` if it is not loaded.
+
+        `unloaded`: the message of that error if the model is not being loaded either.
+        """
         if managed_model.loaded_engine is None:
             raise Overloaded(unloaded if managed_model.state == "unloaded" else _LOADING, code="loading", retry_after=5)
         return managed_model.loaded_engine
 
     def check_capacity(self, managed_model: ManagedModel) -> None:
-        """To be asked before any work is done for a request. Raises `Overloaded` if no job would be accepted."""
+        """Raise `Overloaded` if no job would be accepted now. Call it before any work is done for a request."""
         if self._closed:
             raise Overloaded(_SHUTTING_DOWN)
         if managed_model.loaded_engine or self.keep_alive is None:
@@ -206,7 +215,7 @@ class ModelManager:
             raise Overloaded(OVERLOADED)
 
     async def _loaded(self, managed_model: ManagedModel) -> Supervisor:
-        """Wait until it is loaded, as long as anything may wait here."""
+        """Load the model, or wait until a load in progress ends, for at most `queue_seconds`."""
         self.check_capacity(managed_model)
         managed_model.loading = managed_model.loading or asyncio.create_task(self._load(managed_model))
         managed_model.waiting += 1
@@ -223,10 +232,10 @@ class ModelManager:
         assert managed_model.engine is not None
         return managed_model.engine
 
-    # ---- coming and going
+    # ---- loading and unloading
 
     async def _load(self, managed_model: ManagedModel) -> AfterwordError | None:
-        """Load it, and end the engines of others if there is no other way. What went wrong, for those who wait."""
+        """Load a model, and unload others if it needs their memory. Returns the error for the waiting requests."""
         try:
             async with self._transition:
                 await self._free_memory(managed_model)
@@ -241,7 +250,7 @@ class ModelManager:
             return LoadFailed(managed_model.id)
         finally:
             managed_model.loading = None
-            self._start_unload_timer(managed_model)  # those who waited may all have left
+            self._start_unload_timer(managed_model)  # all waiting clients may have disconnected
         return None
 
     async def _start(self, managed_model: ManagedModel) -> None:
@@ -254,15 +263,21 @@ class ModelManager:
             raise
 
     async def _free_memory(self, wanted: ManagedModel) -> None:
-        """End engines that nobody uses, those unused for longest first, until it fits. Raises `Overloaded`."""
+        """Unload idle models, the least recently used first, until `wanted` fits.
+
+        Raises `Overloaded` if the remaining models are all in use.
+        """
         while wanted.definition.memory_bytes > self._available_memory():
             idle = [managed_model for managed_model in self if managed_model.engine and not _busy(managed_model)]
             if not idle:
-                raise Overloaded(_NO_ROOM, retry_after=5)
+                raise Overloaded(_NO_MEMORY, retry_after=5)
             await self._unload(min(idle, key=lambda managed_model: managed_model.last_used))
 
     def _available_memory(self) -> int:
-        """Bytes for another model: what is left of those at the start, or less where other programs have taken some."""
+        """Bytes for another model: the memory available at the start less that of loaded models, or what is free now.
+
+        The smaller of the two counts, because other programs may have taken memory since the start.
+        """
         return min(
             self._free(),
             self._budget - sum(managed_model.definition.memory_bytes for managed_model in self if managed_model.engine),
@@ -273,10 +288,10 @@ class ModelManager:
         if managed_model.engine is not None:
             managed_model.last_model_info = managed_model.model_info
             engine, managed_model.engine = managed_model.engine, None
-            await asyncio.shield(self._begin(engine.close))
+            await asyncio.shield(self._start_task(engine.close))
 
     def _start_unload_timer(self, managed_model: ManagedModel) -> None:
-        """Look at it again when it has been unused for long enough."""
+        """If the model is unused, schedule its unloading after `keep_alive` seconds."""
         self._cancel_unload_timer(managed_model)
         if self.keep_alive is not None and managed_model.engine and not managed_model.users and not self._closed:
             managed_model.unload_timer = asyncio.get_running_loop().call_later(
@@ -289,11 +304,11 @@ class ModelManager:
             managed_model.unload_timer = None
 
     def _expire(self, managed_model: ManagedModel) -> None:
-        self._begin(partial(self._unload_unused, managed_model))
+        self._start_task(partial(self._unload_unused, managed_model))
 
-    def _begin(self, move: TaskFunction) -> asyncio.Task[None]:
-        """Something that is carried through, whoever waits for it."""
-        task = run_logged(move, "model load or unload")
+    def _start_task(self, work: TaskFunction) -> asyncio.Task[None]:
+        """Start a task that runs to its end even if the caller is cancelled."""
+        task = run_logged(work, "model load or unload")
         self._transitions.add(task)
         task.add_done_callback(self._transitions.discard)
         return task

@@ -1,6 +1,7 @@
-"""One accepted job until it ends: what it has brought, and what of a repetition after a crash is new.
+"""One accepted job until it ends. After a worker crash it filters the repeated computation for new tokens.
 
-Whoever waits for it sees its steps once and in order, whatever happens to the engine's processes.
+The caller that iterates over a job receives each step once and in order, however many workers crash. All methods are
+called on the event loop's thread.
 """
 
 from __future__ import annotations
@@ -15,32 +16,33 @@ from afterword.engine.protocol import Job, Step
 from afterword.errors import NonFiniteLogits
 
 MAX_CRASHES = 2
-"""What was being computed in so many, and came no further in between, is not tried again."""
+"""A job that was running in this many crashes, without progress in between, is not tried again."""
 
 
 class JobOwner(Protocol):
-    """Who keeps jobs and can tell the engine about them."""
+    """Keeps the pending jobs and sends messages about them to the worker. The supervisor implements it."""
 
     def drop(self, pending: PendingJob, sample: int) -> None:
-        """End one sample in the engine."""
+        """End one sample in the worker."""
         ...
 
     def end(self, pending: PendingJob) -> None:
-        """Forget a job."""
+        """Remove a job and end it in the worker."""
         ...
 
     def pause(self, pending: PendingJob, paused: bool) -> None:
-        """Have the engine hold a job, or go on with it."""
+        """Pause a job in the worker, or resume it."""
         ...
 
 
 class PendingJob:
-    """A job under way; see `protocol.JobHandle`. Owned by its keeper.
+    """A running or waiting job; implements `protocol.JobHandle`.
 
-    `since`: when it was accepted. `admitted`: an engine has ever begun it. `begun`: the one that lives now has;
-    `has_progress`: and brought some of it. `crashes`: how many it may be to blame for, having come no further in
-    between.
-    `paused`: its reader is behind, and the engine computes nothing for it.
+    - `since`: when the job was accepted, in seconds of the supervisor's clock.
+    - `admitted`: some worker has started the job.
+    - `begun`: the current worker has started it; `has_progress`: and has produced tokens of it.
+    - `crashes`: the number of crashes that the job may have caused, without progress in between.
+    - `paused`: the consumer of the steps is behind, so the worker computes nothing for the job.
     """
 
     def __init__(self, owner: JobOwner, name: int, job: Job, since: float, timer: JobTimer) -> None:
@@ -55,41 +57,40 @@ class PendingJob:
         self._owner = owner
         self._timer = timer
         self._open = set(range(job.samples))
-        self._delivered: Counter[int | None] = Counter()  # tokens by sample; under None the prompt's
-        self._again: Counter[int | None] = Counter()  # as many of them will come a second time
-        self._behind: set[int] = set()  # samples that have not yet come further than before the last crash
+        self._delivered: Counter[int | None] = Counter()  # tokens delivered by sample; key None: the prompt's scores
+        self._again: Counter[int | None] = Counter()  # delivered tokens that the restarted job will produce again
+        self._behind: set[int] = set()  # samples without a new token since the last crash
         self._repeated = False
-        self._steps: asyncio.Queue[Step | Exception | None] = asyncio.Queue()  # None: nothing more will come
+        self._steps: asyncio.Queue[Step | Exception | None] = asyncio.Queue()  # None: the end
 
     @property
     def size(self) -> int:
-        """The most tokens that it is about."""
+        """Tokens of the prompt and the most tokens that all samples can generate."""
         return len(self.job.prompt) + self.job.samples * self.job.max_tokens
 
     @property
     def has_output(self) -> bool:
-        """Whether anyone may have seen a token of it."""
+        """Whether a token was delivered, so that a client may have received it."""
         return self._delivered.total() > 0
 
     @property
     def ended(self) -> bool:
-        """Whether every sample has ended."""
         return not self._open
 
     @property
     def repeating(self) -> bool:
-        """Whether all that is computed of it now was brought before."""
+        """Whether everything that the worker computes for the job now was delivered before."""
         return self._again[None] > 0 or all(self._again[sample] > 0 for sample in self._open)
 
     @property
     def on_probation(self) -> bool:
-        """Whether nothing else should begin before it is known how this goes."""
+        """Whether no other job should start until this one has made progress."""
         return self.crashes >= MAX_CRASHES or (self.crashes > 0 and not self.has_output)
 
-    # ---- what the keeper does with it
+    # ---- called by the owner
 
     def add_step(self, step: Step) -> None:
-        """Take a step from the engine."""
+        """Record a step from the worker, and deliver the part that is new."""
         self.admitted = self.begun = True
         self.has_progress = self.has_progress or bool(step.scored or step.sampled)
         if step.failed:
@@ -105,14 +106,17 @@ class PendingJob:
         self._open.difference_update(sample for sample, _ in step.ended)
         self._behind.difference_update(sample for sample, _ in step.sampled)
         if (step.scored or step.sampled) and not self._behind & self._open:
-            self.crashes = 0  # one sample that comes further says nothing of the others
+            self.crashes = 0  # only if every open sample has progressed: another sample may have caused the crash
         self._steps.put_nowait(step)
         if self.ended:
             self._timer.record_end()
             self._steps.put_nowait(None)
 
     def restart(self, blamed: bool) -> bool:
-        """The engine has died; this will begin anew. Whether it is blamed: what was only being repeated is not."""
+        """Prepare to start the job again after a worker crash, and return whether the job may have caused it.
+
+        A job that was only repeating tokens delivered before is not blamed.
+        """
         blamed = blamed and self.begun and not self.repeating
         self.crashes += blamed
         self._repeated = self._repeated or self.begun
@@ -122,11 +126,11 @@ class PendingJob:
         return blamed
 
     def fail(self, error: Exception) -> None:
-        """End with an error."""
+        """End the iteration over the steps with an error."""
         self._steps.put_nowait(error)
 
     def _new(self, step: Step) -> Step:
-        """What of a step has not been told before a crash. Samples that had ended are ended again."""
+        """The part of a step that was not delivered before a crash. Samples that had ended are dropped again."""
         for sample in {sample for sample, _ in step.sampled} - self._open:
             self._owner.drop(self, sample)
         known, self._again[None] = self._again[None], max(0, self._again[None] - len(step.scored))
@@ -135,12 +139,12 @@ class PendingJob:
         return Step(step.scored[known:], sampled, ended)
 
     def _repeats(self, sample: int) -> bool:
-        """Whether a sample's next token has been told; it counts as taken."""
+        """Whether a sample's next token was delivered before; if so, count it as repeated."""
         repeats = self._again[sample] > 0
         self._again[sample] -= repeats
         return repeats
 
-    # ---- what those who wait for it do
+    # ---- called by the job's consumer
 
     async def __aiter__(self) -> AsyncIterator[Step]:
         while (step := await self._steps.get()) is not None:
@@ -149,7 +153,7 @@ class PendingJob:
             yield step
 
     def drop(self, sample: int) -> None:
-        """End one sample now."""
+        """See `protocol.JobHandle.drop`."""
         if sample in self._open:
             self._open.discard(sample)
             self._owner.drop(self, sample)
@@ -158,11 +162,10 @@ class PendingJob:
                 self.close()
 
     def pause(self) -> None:
-        """Have nothing more computed for now; see `protocol.JobHandle`."""
+        """See `protocol.JobHandle.pause`."""
         self._pause(True)
 
     def resume(self) -> None:
-        """Go on after a pause."""
         self._pause(False)
 
     def _pause(self, paused: bool) -> None:
@@ -171,7 +174,7 @@ class PendingJob:
             self._owner.pause(self, paused)
 
     def close(self) -> None:
-        """End the whole job now."""
+        """See `protocol.JobHandle.close`."""
         self._open.clear()
         self._owner.end(self)
-        self._steps.put_nowait(None)  # whoever is waiting for a step, waits no longer
+        self._steps.put_nowait(None)  # wakes the consumer if it is waiting for a step

@@ -1,4 +1,7 @@
-"""Work that killed the engine twice, so that it is not tried a third time. Pure: time is an argument."""
+"""The list of jobs and texts that are refused because each crashed the worker twice.
+
+Pure: callers pass in the time.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,18 @@ import msgspec
 from afterword.engine.protocol import Job
 
 QUARANTINE_SECONDS = 3600.0
-"""How long it is refused."""
-_MAX_ENTRIES = 1024  # entries; the oldest leaves first
+"""How long an entry is refused."""
+_MAX_ENTRIES = 1024  # the oldest entry is removed first
 
 
 class Quarantine:
-    """What is refused, by fingerprint: never by text, so that nothing of a prompt is kept."""
+    """Stores hashes only, never texts, so that no part of a prompt is kept."""
 
     def __init__(self) -> None:
         self._until: dict[bytes, float] = {}
 
     def add(self, work: Job | str, now: float) -> None:
-        """Refuse the same from now on."""
+        """Refuse the same job or text for `QUARANTINE_SECONDS`."""
         name = fingerprint(work)
         self._until.pop(name, None)
         self._until[name] = now + QUARANTINE_SECONDS
@@ -28,14 +31,14 @@ class Quarantine:
             del self._until[next(iter(self._until))]
 
     def contains(self, work: Job | str, now: float) -> bool:
-        """Whether it is refused. Costs nothing while nothing is."""
+        """Whether a job or text is refused. Hashes nothing while the quarantine is empty."""
         while self._until and (oldest := next(iter(self._until))) and self._until[oldest] <= now:
             del self._until[oldest]
         return bool(self._until) and fingerprint(work) in self._until
 
 
 def fingerprint(work: Job | str) -> bytes:
-    """Names what is computed; not for whom, nor with which dice: another try has others."""
+    """A hash of the computation (16 bytes). The client, namespace and random key are left out: a retry changes them."""
     if isinstance(work, Job):
         work = msgspec.structs.replace(work, key=b"", namespace="", client="")
     return hashlib.blake2b(msgspec.msgpack.encode(work), digest_size=16).digest()

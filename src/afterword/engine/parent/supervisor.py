@@ -1,8 +1,10 @@
-"""Runs an engine in a process of its own, and is that engine for everyone above.
+"""Implements the `Engine` protocol with a worker process: starts the worker, sends it jobs, replaces it.
 
-Every job is kept here until it ends, so a crash of the process loses none: a new one gets them all again, and what a
-job had brought already is left out the second time. This file knows neither processes nor which library computes, nor
-what a job is for.
+The supervisor keeps every job until it ends, so a worker crash loses none. A new worker receives all open jobs again,
+and `PendingJob` removes the tokens that were delivered before. The event loop's thread owns all state here.
+
+This module must not depend on how processes are made (`worker_process`), on the library that computes, or on
+`completion/`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ from afterword.settings.limit_table import limit
 from afterword.system.tasks import supervised
 
 EngineState = Literal["starting", "ready", "restarting", "failing", "closed"]
-"""`restarting`: jobs wait for the next engine. `failing`: too many have died; nothing is accepted until one lives."""
+"""`restarting`: jobs wait for the next worker.
+
+`failing`: the worker crashed too often; jobs are refused until a worker has loaded the model.
+"""
 
 OVERLOADED = "The server is overloaded: too many requests are waiting. Please try again later."
 _FAILING = "The engine cannot be kept running at the moment."
@@ -41,24 +46,24 @@ _log = logging.getLogger("afterword")
 
 @dataclass(frozen=True, slots=True)
 class QueuePolicy:
-    """How much may wait and for how long."""
+    """The limits of the queue in front of a worker."""
 
     queue: int = limit(4096, "prompts that wait")
     queue_tokens: int = limit(2**22, "tokens of prompts that wait and of all that they may generate")
     queue_seconds: float = limit(600.0, "seconds that a prompt waits for its turn, 0: for ever")
     max_text: int = limit(2**20, "characters of a text that is tokenized")
-    hang_seconds: float = limit(15.0, "seconds without a sign of life after which the engine is replaced, at least 3")
+    hang_seconds: float = limit(15.0, "seconds without a heartbeat after which the worker is replaced, at least 3")
 
     def __post_init__(self) -> None:
         if self.hang_seconds < 3:
-            raise SettingError("The limit hang_seconds must be at least 3: the engine gives a sign of life a second.")
+            raise SettingError("The limit hang_seconds must be at least 3: the worker sends a heartbeat every second.")
 
 
 class Supervisor:
-    """An `Engine` whose work is done by a child process. One event loop calls everything.
+    """An `Engine` that runs in a child process. All methods are called on the event loop's thread.
 
-    `settings` may be a function, which is called in a thread before each start and says how the model is to be loaded
-    now: its file may be another than at the last start. It may raise `SettingError`.
+    `settings` may be a function that returns them. It is called in a thread before each start of a worker, because the
+    model's file may have changed since the last start. It may raise `SettingError`.
     """
 
     def __init__(
@@ -76,14 +81,14 @@ class Supervisor:
         self._clock = clock
         self._names = itertools.count()
         self._runs: dict[int, PendingJob] = {}
-        self._waiting: dict[int, PendingJob] = {}  # not yet told to the engine that lives now, in order
-        self._trial: PendingJob | None = None  # suspected, and told last
+        self._waiting: dict[int, PendingJob] = {}  # jobs not yet sent to the current worker, in order
+        self._trial: PendingJob | None = None  # the job on probation that was sent last
         self._tokenizer_client = TokenizerClient(self._send)
         self._waiting_tokens = 0
         self._quarantine = Quarantine()
         self._watchdog = Watchdog(policy.hang_seconds)
         self._restart_policy = RestartPolicy()
-        self._link: WorkerLink | None = None  # from its start, loaded or not
+        self._link: WorkerLink | None = None  # set as soon as the process is started, before the model is loaded
         self._model_info: ModelInfo | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._load = Load()
@@ -91,83 +96,84 @@ class Supervisor:
         self.engine_metrics = EngineMetrics()
         self.state: EngineState = "starting"
         self.restarts = 0
-        self.loaded = 0.0  # the share of the model that the last pulse told, while it is being loaded
+        self.loaded = 0.0  # the loaded share of the model, from 0 to 1, by the last heartbeat while it is loading
 
-    # ---- what the rooms above see
+    # ---- the engine protocol
 
     @property
     def model_info(self) -> ModelInfo:
-        """Facts about the model. Only after `open`."""
+        """Facts about the model. Available only after `open`."""
         assert self._model_info is not None
         return self._model_info
 
     @property
     def load(self) -> Load:
-        """What is running and waiting."""
+        """The numbers of running and of waiting samples."""
         if self.state != "ready":
-            return Load(self._load.sequences, 0, sum(run.job.samples for run in self._runs.values()))
+            return Load(self._load.sequences, 0, sum(pending.job.samples for pending in self._runs.values()))
         return msgspec.structs.replace(
-            self._load, waiting=self._load.waiting + sum(run.job.samples for run in self._waiting.values())
+            self._load, waiting=self._load.waiting + sum(pending.job.samples for pending in self._waiting.values())
         )
 
     @property
     def pass_stats(self) -> PassStats:
-        """What the slots hold."""
+        """The statistics of the last forward pass and of the slots."""
         return self._pass_stats if self.state == "ready" else PassStats()
 
     @property
     def pid(self) -> int | None:
-        """The id of the engine's process, if there is one."""
+        """The worker's process id, None if there is no worker."""
         return self._link.pid if self._link is not None else None
 
     def start(self, job: Job) -> PendingJob:
-        """Accept a job; see `protocol.Engine`. Raises `EngineFailure` for one that has killed the engine."""
-        self._check(job, waiting=len(self._runs), room=self.model_info.sequences)
+        """Accept a job; see `protocol.Engine`. Raises `Overloaded`, and `EngineFailure` for a job in quarantine."""
+        self._check(job, len(self._runs), self.model_info.sequences)
         now = self._clock()
-        run = PendingJob(self, next(self._names), job, now, JobTimer(self.engine_metrics, job, now, self._clock))
-        if self._waiting_tokens and self._waiting_tokens + run.size > self._policy.queue_tokens:
+        pending = PendingJob(self, next(self._names), job, now, JobTimer(self.engine_metrics, job, now, self._clock))
+        if self._waiting_tokens and self._waiting_tokens + pending.size > self._policy.queue_tokens:
             raise Overloaded(OVERLOADED)
-        self._waiting_tokens += run.size
-        self._runs[run.name] = self._waiting[run.name] = run
+        self._waiting_tokens += pending.size
+        self._runs[pending.name] = self._waiting[pending.name] = pending
         self._send_waiting()
-        return run
+        return pending
 
     async def tokenize(self, text: str, special: bool, client: str = "") -> Sequence[int]:
-        """Tokens of a text; see `protocol.Engine`. While the engine is being replaced, it waits."""
+        """Tokenize a text; see `protocol.Engine`. While the worker is being replaced, the text waits."""
         check_text(text, self._policy.max_text, self.model_info)
-        self._check(text, waiting=len(self._tokenizer_client), room=0)
+        self._check(text, len(self._tokenizer_client), 0)
         try:
             return await self._tokenizer_client.tokenize(text, special, self._clock(), client)
         finally:
-            self._send_waiting()  # it may have been what jobs were kept back for
+            self._send_waiting()  # jobs may have been held back because of this text
 
     def check_capacity(self) -> None:
-        """To be asked before any work is done for a request. Raises `Overloaded` if no job would be accepted."""
+        """Raise `Overloaded` if no job would be accepted now. Call it before any work is done for a request."""
         self._check_capacity(len(self._runs), self.model_info.sequences)
 
-    def _check(self, work: Job | str, waiting: int, room: int) -> None:
-        self._check_capacity(waiting, room)
+    def _check(self, work: Job | str, waiting: int, running: int) -> None:
+        self._check_capacity(waiting, running)
         if self._quarantine.contains(work, self._clock()):
             raise EngineFailure()
 
-    def _check_capacity(self, waiting: int, room: int) -> None:
+    def _check_capacity(self, waiting: int, running: int) -> None:
+        """`waiting`: jobs or texts that were accepted. `running`: how many of them may run besides the queue."""
         if self.state == "closed":
             raise Overloaded("The server is shutting down.")
         if self.state == "failing":
             raise Overloaded(_FAILING, retry_after=30)
-        if waiting >= self._policy.queue + room:
+        if waiting >= self._policy.queue + running:
             raise Overloaded(OVERLOADED)
 
-    # ---- life
+    # ---- start and end of the worker
 
     async def open(self) -> None:
-        """Start the process and load the model. Raises `SettingError` if that fails."""
-        self._tasks.append(supervised(self._check_progress, "engine watch"))
+        """Start the worker and load the model. Raises `SettingError` if that fails."""
+        self._tasks.append(supervised(self._check_progress, "worker watchdog"))
         await self._launch()
-        self._tasks.append(supervised(self._serve, "engine life", self._give_up))
+        self._tasks.append(supervised(self._serve, "worker supervision", self._reset_after_failure))
 
     async def close(self) -> None:
-        """End the process and every run."""
+        """End the worker and all jobs."""
         self.state = "closed"
         for task in self._tasks:
             task.cancel()
@@ -190,7 +196,7 @@ class Supervisor:
             raise SettingError(
                 first.message
                 if isinstance(first, messages.LoadFailure)
-                else f"The engine's process ended while it was loading {settings.path} (exit status {code})."
+                else f"The worker process ended while it was loading {settings.path} (exit status {code})."
             )
         self._watchdog.record_message(first)
         self._set_model_info(first.model_info, settings.path)
@@ -200,23 +206,25 @@ class Supervisor:
         self._send_waiting()
 
     def _set_model_info(self, model_info: ModelInfo, path: str) -> None:
-        """Another model than before cannot go on with what was under way: its tokens and numbers are others."""
+        """Fail all jobs if the new worker has loaded another model, because its tokens and numbers are different."""
         before, self._model_info = self._model_info, model_info
         if before is not None and before.fingerprint != model_info.fingerprint:
-            _log.warning("%s holds another model now: %s, before %s.", path, model_info.fingerprint, before.fingerprint)
+            _log.warning(
+                "The model in %s has changed: %s, before %s.", path, model_info.fingerprint, before.fingerprint
+            )
             self._fail_all(ModelReplaced())
-            self._quarantine = Quarantine()  # what killed the other model may be harmless to this one
+            self._quarantine = Quarantine()  # a job that crashed the other model may be harmless to this one
 
     async def _serve(self) -> None:
-        """Serve with one engine after the other."""
+        """Handle the messages of one worker after the other."""
         while True:
             await self._listen()
             self._handle_worker_death()
             while not await self._restart():
                 pass
 
-    def _give_up(self) -> None:
-        """`_serve` has failed, so what it knows of the jobs may be wrong: end them and the engine, and begin anew."""
+    def _reset_after_failure(self) -> None:
+        """Handle an exception in `_serve`: the state of the jobs may be wrong, so fail them all and kill the worker."""
         self.state = "restarting"
         if self._link is not None:
             self._link.kill()
@@ -230,10 +238,10 @@ class Supervisor:
                 self._handle_message(message)
             elif isinstance(message, messages.TextTokens):
                 self._tokenizer_client.handle_tokens(message)
-                self._send_waiting()  # jobs may have been kept back for that text, even if its client has left
+                self._send_waiting()  # jobs may have been held back because of this text, even if its client has left
 
     async def _restart(self) -> bool:
-        """Start another engine; whether it lives. While too many have died, nobody is kept waiting for the next."""
+        """Start another worker and return whether it loaded the model. In the state `failing`, fail all jobs first."""
         assert self._link is not None
         await self._link.wait_ended()
         pause = self._restart_policy.next_delay(self._clock())
@@ -246,18 +254,20 @@ class Supervisor:
         try:
             await self._launch()
         except (SettingError, OSError) as problem:
-            _log.warning("The engine could not be started again: %s", problem)
+            _log.warning("The worker could not be started again: %s", problem)
             return False
         return True
 
     async def _check_progress(self) -> None:
-        """Now and then: does the engine hang, and has a job waited for too long?"""
+        """Every `TICK_SECONDS`: kill the worker if it hangs, and fail jobs and texts that have waited too long."""
         before = self._clock()
         while True:
             await asyncio.sleep(TICK_SECONDS)
             before, passed = self._clock(), self._clock() - before
             ready = self.state == "ready"
-            works = ready and any(not run.paused for run in self._runs.values() if run.name not in self._waiting)
+            works = ready and any(
+                not pending.paused for pending in self._runs.values() if pending.name not in self._waiting
+            )
             hangs = self._watchdog.is_hanging(
                 passed, works, self._tokenizer_client.sizes_in_progress if ready else (0, 0)
             )
@@ -268,87 +278,98 @@ class Supervisor:
                 self._expire(before - self._policy.queue_seconds)
 
     def _expire(self, accepted: float) -> None:
-        """Give up what was accepted before that and has not been begun."""
-        for run in [run for run in self._runs.values() if run.since < accepted and not run.admitted]:
-            self._fail(run, QueueTimeout())
+        """Fail jobs and texts that were accepted before the time `accepted` and not started."""
+        for pending in [
+            pending for pending in self._runs.values() if pending.since < accepted and not pending.admitted
+        ]:
+            self._fail(pending, QueueTimeout())
         self._tokenizer_client.expire(accepted, QueueTimeout())
 
-    # ---- death
+    # ---- worker crashes
 
     def _handle_worker_death(self) -> None:
-        """The engine has died. Give up what killed it, and bring the others into the order in which they start again.
+        """Quarantine the job or text that crashed the worker, and order the other jobs for the restart.
 
-        Only what was alone to blame is given up. What was to blame twice is tried first, and nothing beside it until it
-        comes further. Then what had brought something goes on, and the others that may be to blame start one after the
-        other, each when the one before has brought something. A text that was at work is blamed alone, and comes before
-        them: nothing is tried as soon.
+        A job is quarantined only if it is the sole suspect of its last crash and was a suspect of `MAX_CRASHES`. The
+        restart order is:
+
+        1. Texts that were being tokenized in a crash, one at a time. If there is such a text, no job is blamed.
+        2. Jobs that were suspects `MAX_CRASHES` times, one at a time: no other job starts until they make progress.
+        3. Jobs that have delivered tokens.
+        4. The other suspects: each starts when the one before has made progress.
+        5. All other jobs.
         """
         self.state = "restarting"
-        running = [run for run in self._runs.values() if run.begun]
+        running = [pending for pending in self._runs.values() if pending.begun]
         blamed = [
-            run for run in self._runs.values() if run.restart(blamed=not any(self._tokenizer_client.sizes_in_progress))
+            pending
+            for pending in self._runs.values()
+            if pending.restart(blamed=not any(self._tokenizer_client.sizes_in_progress))
         ]
         if len(blamed) == 1 and blamed[0].crashes >= MAX_CRASHES:
             self._quarantine.add(blamed[0].job, self._clock())
             self._fail(blamed[0], EngineFailure())
-        for run in running if self.model_info.promise == "none" else ():
-            if run.has_output and run.name in self._runs:
-                self._fail(run, EngineDied())
-        self._waiting = {run.name: run for run in sorted(self._runs.values(), key=_restart_order)}
+        for pending in running if self.model_info.promise == "none" else ():
+            if pending.has_output and pending.name in self._runs:
+                self._fail(pending, EngineDied())
+        self._waiting = {pending.name: pending for pending in sorted(self._runs.values(), key=_restart_order)}
         self._trial = None
         if text := self._tokenizer_client.handle_worker_death(MAX_CRASHES, EngineFailure()):
             self._quarantine.add(text, self._clock())
 
     def _fail_all(self, error: Exception) -> None:
-        for run in list(self._runs.values()):
-            self._fail(run, error)
+        for pending in list(self._runs.values()):
+            self._fail(pending, error)
         self._tokenizer_client.fail(error)
 
-    def _fail(self, run: PendingJob, error: Exception) -> None:
-        self.end(run)
-        run.fail(error)
+    def _fail(self, pending: PendingJob, error: Exception) -> None:
+        self.end(pending)
+        pending.fail(error)
 
-    # ---- runs
+    # ---- jobs
 
     def _send_waiting(self) -> None:
-        """Tell the engine of jobs, as far as it may be told."""
+        """Send waiting jobs to the worker until one of them is on trial."""
         while self.state == "ready" and self._waiting and not self._on_trial():
-            run = self._waiting.pop(next(iter(self._waiting)))
-            self._send(messages.StartJob(run.name, run.job))
-            if run.paused:
-                self._send(messages.PauseJob(run.name))
-            self._trial = run if run.on_probation else None
+            pending = self._waiting.pop(next(iter(self._waiting)))
+            self._send(messages.StartJob(pending.name, pending.job))
+            if pending.paused:
+                self._send(messages.PauseJob(pending.name))
+            self._trial = pending if pending.on_probation else None
 
     def _on_trial(self) -> bool:
-        """Whether something that may have killed an engine is being tried, which is better done alone."""
-        run = self._trial
-        tried = (
-            run is None or run.name not in self._runs or run.paused or (run.has_progress and run.crashes < MAX_CRASHES)
+        """Whether the worker computes a suspect of an earlier crash, beside which no other job should start."""
+        pending = self._trial
+        over = (
+            pending is None
+            or pending.name not in self._runs
+            or pending.paused
+            or (pending.has_progress and pending.crashes < MAX_CRASHES)
         )
-        return self._tokenizer_client.has_suspects or not tried
+        return self._tokenizer_client.has_suspects or not over
 
     def _handle_message(self, message: messages.PassDone) -> None:
         self._load, self._pass_stats = message.load, message.pass_stats
         self.engine_metrics.record_pass(message.pass_stats)
         for name, step in message.steps.items():
-            run = self._runs.get(name)
-            if run is None:
+            pending = self._runs.get(name)
+            if pending is None:
                 continue
-            if not run.admitted:
-                self._waiting_tokens -= run.size
-            run.add_step(step)
-            if run.ended:
+            if not pending.admitted:
+                self._waiting_tokens -= pending.size
+            pending.add_step(step)
+            if pending.ended:
                 del self._runs[name]
                 self._restart_policy.record_success()
         self._send_waiting()
 
     def drop(self, pending: PendingJob, sample: int) -> None:
-        """End one sample of a run."""
+        """See `JobOwner.drop`."""
         if pending.name in self._runs:
             self._send(messages.DropSample(pending.name, sample))
 
     def end(self, pending: PendingJob) -> None:
-        """Forget a run."""
+        """See `JobOwner.end`."""
         if self._runs.pop(pending.name, None) is None:
             return
         self._waiting.pop(pending.name, None)
@@ -358,20 +379,20 @@ class Supervisor:
         self._send_waiting()
 
     def pause(self, pending: PendingJob, paused: bool) -> None:
-        """Have the engine hold a run, or go on with it."""
+        """See `JobOwner.pause`."""
         if pending.name in self._runs and pending.name not in self._waiting:
             self._send(messages.PauseJob(pending.name) if paused else messages.ResumeJob(pending.name))
-            self._send_waiting()  # a run that is paused is not on trial
+            self._send_waiting()  # a paused job is not on trial
 
     def _send(self, message: messages.WorkerMessage) -> None:
         if self._link is not None and self.state == "ready":
             self._link.send(message)
 
 
-def _restart_order(run: PendingJob) -> int:
-    """When a job is begun again after a death: the suspects of two first, alone."""
-    if run.crashes >= MAX_CRASHES:
+def _restart_order(pending: PendingJob) -> int:
+    """The sort key of a job after a worker crash; see `_handle_worker_death`."""
+    if pending.crashes >= MAX_CRASHES:
         return 0
-    if run.has_output:
+    if pending.has_output:
         return 1
-    return 2 if run.on_probation else 3
+    return 2 if pending.on_probation else 3

@@ -1,12 +1,14 @@
-"""Whether an engine makes progress, and when one that died is started again. Pure: time is what it is told.
+"""Decides whether a worker hangs, and when a dead worker is started again.
 
-A hung engine shows in one of three ways. It is silent: its process pulses every second, computing or not, unless it is
-stopped. Or it pulses, there is work, and no pass ends: then it is given as long as its passes are known to take, since
-a big model on a small machine may take minutes for one. Or nothing is done of a text, short or long, for longer than
-any part of a text of that length takes.
+Pure: callers pass in the time; this module reads no clock and starts no process. The watchdog detects three cases:
 
-Only time in which it could be heard counts: a tick counts as a short one however late it comes, so that this process,
-stopped or starved, does not take its own silence for the engine's.
+1. No message arrives. The worker sends a heartbeat every second, also while it computes, unless it is stopped.
+2. Heartbeats arrive and there are jobs, but no forward pass ends. The limit depends on the passes measured so far,
+   because one pass of a large model on a small machine may take minutes.
+3. A tokenizer thread finishes no part of its text for longer than any part of a text of that length takes.
+
+Each tick counts as at most two tick intervals, however late it comes. Otherwise a server process that was stopped or
+starved would take its own pause for the worker's silence.
 """
 
 from __future__ import annotations
@@ -18,42 +20,43 @@ from dataclasses import dataclass, field
 from afterword.engine import messages
 
 TICK_SECONDS = 0.5
-"""Seconds between two looks."""
+"""Seconds between two checks."""
 
-_MAX_SLOWDOWN = 5.0  # times as long as the longest pass so far is still no hang
-_FIRST_PASS = 600.0  # seconds, where no pass has been measured yet: the weights may still come from a slow disk
-_TEXTS = 4.0  # times the limit for silence are given to a part of a text, and as many again for each _MORE characters
-_MORE = 2**18
+_MAX_SLOWDOWN = 5.0  # a pass may take this many times as long as the longest pass so far
+_FIRST_PASS = 600.0  # limit in seconds before any pass is measured: the weights may still be read from a slow disk
+# A part of a text may take _TEXT_FACTOR times the silence limit, and the same again for each _TEXT_UNIT characters.
+_TEXT_FACTOR = 4.0
+_TEXT_UNIT = 2**18
 
-_CRASHES, _WINDOW = 5, 300.0  # so many crashes in so many seconds, and it is not the moment's fault
+_CRASHES, _WINDOW = 5, 300.0  # the worker counts as failing after this many crashes within this many seconds
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds before another attempt to start
 
 
 @dataclass(slots=True)
 class Watchdog:
-    """What one engine after the other was heard to do. `limit`: seconds of silence that are a hang.
+    """Tracks the messages of one worker after the other. A worker hangs after `limit` seconds without a message.
 
-    `largest` and `slowest` outlive an engine: the next one computes the same model on the same machine.
+    `largest` (tokens) and `slowest` (seconds) describe the passes measured so far. They survive a restart, because the
+    next worker computes the same model on the same machine.
     """
 
     limit: float
     largest: int = 0
     slowest: float = 0.0
-    _size: int = 0  # tokens of the pass under way
+    _size: int = 0  # tokens of the current pass; 0: none
     _passes: int = 0
-    _silent: float = 0.0
-    _stuck: float = 0.0
-    _parts: tuple[int, ...] = (0, 0)
-    _silent_texts: list[float] = field(default_factory=lambda: [0.0, 0.0])  # short texts, long texts
+    _silent: float = 0.0  # seconds since the last message
+    _stuck: float = 0.0  # seconds with jobs and without a finished pass
+    _parts: tuple[int, ...] = (0, 0)  # parts of short and long texts tokenized so far
+    _silent_texts: list[float] = field(default_factory=lambda: [0.0, 0.0])  # seconds without progress: short, long
 
     def reset(self) -> None:
-        """Another engine is being started."""
+        """Prepare for a new worker."""
         self._size = self._passes = 0
         self._silent = self._stuck = 0.0
         self._parts, self._silent_texts = (0, 0), [0.0, 0.0]
 
     def record_message(self, message: messages.ServerMessage) -> None:
-        """Something came from the engine."""
         self._silent = 0.0
         match message:
             case messages.Heartbeat():
@@ -61,9 +64,9 @@ class Watchdog:
                 self._size = message.tokens
                 if message.passes != self._passes:
                     self._passes, self._stuck = message.passes, 0.0
-                for lane, (before, parts) in enumerate(zip(self._parts, message.parts, strict=True)):
+                for queue, (before, parts) in enumerate(zip(self._parts, message.parts, strict=True)):
                     if parts != before:
-                        self._silent_texts[lane] = 0.0
+                        self._silent_texts[queue] = 0.0
                 self._parts = message.parts
             case messages.PassDone() | messages.ModelReady():
                 self._stuck = 0.0
@@ -71,8 +74,11 @@ class Watchdog:
                 self._silent_texts[message.long] = 0.0
 
     def is_hanging(self, seconds: float, jobs: bool, texts: Sequence[int] = (0, 0)) -> bool:
-        """Whether it hangs, `seconds` after the last look; whether there were jobs to work on, and how many characters
-        the short text and the long one have that it is working on (0: there is none)."""
+        """Advance the time by `seconds` since the last call and return whether the worker hangs.
+
+        `jobs`: whether the worker had jobs to compute. `texts`: characters of the short and of the long text that it
+        is tokenizing, 0 for none.
+        """
         seconds = min(seconds, 2 * TICK_SECONDS)
         self._silent += seconds
         self._stuck = self._stuck + seconds if jobs else 0.0
@@ -83,13 +89,13 @@ class Watchdog:
             self._silent > self.limit
             or self._stuck > max(self.limit, self._longest())
             or any(
-                spent > self.limit * _TEXTS * (1 + size / _MORE)
+                spent > self.limit * _TEXT_FACTOR * (1 + size / _TEXT_UNIT)
                 for spent, size in zip(self._silent_texts, texts, strict=True)
             )
         )
 
     def _longest(self) -> float:
-        """How long the pass under way may take: at most linearly longer than the longest, where it is larger."""
+        """Seconds that the current pass may take: proportionally more if it is larger than the largest so far."""
         if not self._size:
             return 0.0
         if not self.largest:
@@ -98,24 +104,27 @@ class Watchdog:
 
 
 class RestartPolicy:
-    """When to start an engine again. The first time at once: a pause helps only against dying in a circle."""
+    """Decides when to start a worker again.
+
+    The first restart is immediate, because a pause helps only against a crash loop. Later pauses grow exponentially.
+    """
 
     def __init__(self) -> None:
         self._crashes: deque[float] = deque(maxlen=16)
 
     def next_delay(self, now: float) -> float:
-        """An engine has died, or could not be started: seconds to wait before the next attempt."""
+        """Record a crash or a failed start, and return the seconds to wait before the next attempt."""
         self._crashes.append(now)
         self._forget(now)
         again = len(self._crashes) - 1
         return min(_FIRST_PAUSE * 2.0 ** (again - 1), _LONGEST_PAUSE) if again else 0.0
 
     def record_success(self) -> None:
-        """It has finished a job: it can do its work, whatever kills it now and then."""
+        """Forget all crashes: the worker has finished a job, so it can do its work in spite of occasional crashes."""
         self._crashes.clear()
 
     def is_failing(self, now: float) -> bool:
-        """Whether it has died too often to hope for the next time."""
+        """Whether the worker has crashed so often that clients should not wait for the next start."""
         self._forget(now)
         return len(self._crashes) >= _CRASHES
 

@@ -1,6 +1,7 @@
-"""One engine's process and the line to it, and what a process says of the GPUs. Knows frames and processes, no jobs.
+"""Starts a worker process, exchanges messages with it, and asks a process for the free memory of the GPUs.
 
-The simulator of the tests stands in here: whoever keeps the jobs sees a `WorkerLink` and never a process.
+This module knows frames and processes and must not know jobs. The supervisor sees only the protocol `WorkerLink`, so
+the tests can replace the process by a simulation.
 """
 
 from __future__ import annotations
@@ -26,74 +27,77 @@ GPU_MEMORY_COMMAND = (*LLAMA_COMMAND[:-1], f"{LLAMA_COMMAND[-1]}.gpus")
 
 _SECRET = re.compile(r"(KEY|KEYS|TOKEN|SECRET|PASSWORD|PASSPHRASE|CREDENTIALS?|OTLP_\w*HEADERS)$")
 _LARGE = 2**16  # bytes of a frame that takes milliseconds to decode
-# seconds that a killed process may take: it may have much memory to give back, or hang in a driver
+# Seconds to wait for a killed process: it may have to release much memory, or hang in a driver.
 _EXIT_SECONDS = 30.0
 
 
 class WorkerLink(Protocol):
-    """A line to an engine's process, which is alive until `receive` has returned None. `pid`: its id, if it has one."""
+    """The connection to a worker process. The worker counts as alive until `receive` has returned None."""
 
     @property
     def pid(self) -> int | None:
-        """The process's id."""
+        """The worker's process id, None if it has none (in a simulation)."""
         ...
 
     def send(self, message: messages.WorkerMessage) -> None:
-        """Send a message; into the void if the process is gone."""
+        """Send a message. Does nothing if the process has ended."""
         ...
 
     async def receive(self) -> messages.ServerMessage | None:
-        """The next message, or None when the process is gone or talks nonsense, which is no better."""
+        """The next message. None if the process has ended, or has sent an invalid frame."""
         ...
 
     def kill(self) -> None:
-        """End the process at once, whatever it is doing; `receive` then returns None. Harmless a second time."""
+        """Kill the process; `receive` then returns None. May be called again."""
         ...
 
     async def wait_ended(self) -> int | None:
-        """Kill it and wait until it is gone: its exit status, or None if it cannot be ended."""
+        """Kill the process and wait for its end. Returns the exit status, None if it is still there after 30 s."""
         ...
 
 
 SpawnWorker = Callable[[Sequence[str]], Awaitable[WorkerLink]]
-"""Starts a command as an engine's process."""
+"""Starts a command as a worker process."""
 
 
 async def spawn_worker(command: Sequence[str]) -> WorkerLink:
-    """Start a command; its last arguments are the file descriptors that it hears and speaks through.
+    """Start a command. Its last two arguments are the file descriptors of the sockets that it reads and writes.
 
-    One line for each way: where a process has died, a failed send would else close the line with its last words unread,
-    and who killed it is known from these. Raises `OSError`, as where no file descriptor is left, and leaves nothing.
+    Each direction has its own socket pair. With a single one, a failed send to a dead worker would close the connection
+    before its last messages are read, and the supervisor needs these to find the job that crashed the worker.
+
+    Raises `OSError`, for example if no file descriptor is left; then no process and no socket remains.
     """
     with ExitStack() as undo:
-        to, hears = map(undo.enter_context, socket.socketpair())
-        speaks, back = map(undo.enter_context, socket.socketpair())
-        with _signals_blocked(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # until it ignores them, as its parent's
+        to_worker, worker_reads = map(undo.enter_context, socket.socketpair())
+        worker_writes, from_worker = map(undo.enter_context, socket.socketpair())
+        # The worker leaves these signals to its parent, but can ignore them only after Python has started.
+        with _signals_blocked(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             process = subprocess.Popen(
-                [*command, str(hears.fileno()), str(speaks.fileno())],
-                pass_fds=[hears.fileno(), speaks.fileno()],
+                [*command, str(worker_reads.fileno()), str(worker_writes.fileno())],
+                pass_fds=[worker_reads.fileno(), worker_writes.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=without_secrets(os.environ),
             )
         undo.callback(_end, process)
-        hears.close()
-        speaks.close()
-        _, writer = await asyncio.open_connection(sock=to, limit=2**10)
+        worker_reads.close()
+        worker_writes.close()
+        _, writer = await asyncio.open_connection(sock=to_worker, limit=2**10)
         undo.callback(writer.transport.abort)
-        reader, ears = await asyncio.open_connection(sock=back, limit=2**20)
+        reader, unused_writer = await asyncio.open_connection(sock=from_worker, limit=2**20)
         undo.pop_all()
-    return _WorkerProcess(process, reader, (writer, ears))
+    return _WorkerProcess(process, reader, (writer, unused_writer))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process that has done nothing yet, which is at once."""
+    """End a process that has just been started; waiting blocks the event loop only for an instant."""
     process.kill()
     process.wait()
 
 
 @contextmanager
 def _signals_blocked(*signals: signal.Signals) -> Iterator[None]:
-    """What is started here has these signals wait."""
+    """Block signals in this thread. A process that is started meanwhile inherits the mask."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
@@ -103,9 +107,9 @@ def _signals_blocked(*signals: signal.Signals) -> Iterator[None]:
 
 @cache
 def gpu_memory() -> int | None:
-    """Bytes that were left on the GPUs when this was first asked; None if there are none.
+    """Bytes that were free on the GPUs at the first call; None if there is no GPU.
 
-    Asked by a process of its own: whoever asks holds some of that memory for as long as it lives.
+    A separate process asks the driver, because the asking process occupies GPU memory until it ends.
     """
     done = subprocess.run(
         GPU_MEMORY_COMMAND, stdin=subprocess.DEVNULL, capture_output=True, env=without_secrets(os.environ), check=False
@@ -114,30 +118,33 @@ def gpu_memory() -> int | None:
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment without what must not come into the hands of native code that reads strangers' texts."""
+    """The environment without keys, tokens and passwords: the worker's native code processes untrusted texts."""
     return {name: value for name, value in environment.items() if not _SECRET.search(name.upper())}
 
 
 class _WorkerProcess:
-    """Owner of a process and of our ends of the lines, of which the first is written to; see `WorkerLink`."""
+    """Owns a process and the server's ends of its two sockets; see `WorkerLink`.
+
+    `streams[0]` sends to the worker; `streams[1]` is kept only to close the socket that `reader` reads.
+    """
 
     def __init__(
         self,
         process: subprocess.Popen[bytes],
         reader: asyncio.StreamReader,
-        lines: tuple[asyncio.StreamWriter, asyncio.StreamWriter],
+        streams: tuple[asyncio.StreamWriter, asyncio.StreamWriter],
     ) -> None:
         self._process = process
         self._reader = reader
-        self._lines = lines
+        self._streams = streams
 
     @property
     def pid(self) -> int | None:
         return self._process.pid
 
     def send(self, message: messages.WorkerMessage) -> None:
-        if not self._lines[0].is_closing():
-            self._lines[0].write(messages.pack(message))
+        if not self._streams[0].is_closing():
+            self._streams[0].write(messages.pack(message))
 
     async def receive(self) -> messages.ServerMessage | None:
         try:
@@ -146,15 +153,15 @@ class _WorkerProcess:
             if size > messages.MAX_FRAME_BYTES:
                 return None
             if size > _LARGE:
-                await asyncio.sleep(0)  # several may be there: other tasks run before each
+                await asyncio.sleep(0)  # several large frames may be buffered: let other tasks run before each
             return messages.unpack_for_server(await self._reader.readexactly(size))
         except (asyncio.IncompleteReadError, ConnectionError, msgspec.MsgspecError, UnicodeDecodeError):
             return None
 
     def kill(self) -> None:
         self._process.kill()
-        for line in self._lines:
-            line.transport.abort()  # so that nobody waits for a process that even this does not end
+        for stream in self._streams:
+            stream.transport.abort()  # ends `receive` even if the process survives SIGKILL for a while
 
     async def wait_ended(self) -> int | None:
         self.kill()

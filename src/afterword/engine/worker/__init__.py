@@ -1,1 +1,1 @@
-"""The part of the engine that runs in the worker process, whatever library it uses."""
+"""The part of the engine that runs in the worker process and is independent of the library that computes."""

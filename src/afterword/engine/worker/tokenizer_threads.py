@@ -1,7 +1,7 @@
-"""The threads of the engine's process that tokenize: one for short texts, one for long texts.
+"""The worker's tokenizer threads: one for short texts and one for long texts.
 
-A short text thus never waits for a long one. A text that no client waits for any more is not begun, and one that is
-under way ends after the part of it that is being tokenized.
+A short text therefore never waits for a long one. A cancelled text is not started; if a thread is tokenizing it, the
+thread stops after the current part.
 """
 
 from __future__ import annotations
@@ -18,20 +18,27 @@ from afterword.engine import messages
 from afterword.system.tasks import vital_thread
 
 Tokenizer = Callable[[str, bool], Iterable[Sequence[int]]]
-"""A text and whether it may spell special tokens, to its tokens, part by part. Called by two threads at a time."""
+"""Yields the token ids of a text, part by part. Two threads may call it at the same time.
 
-_STACK, _STACK_PER_CHARACTER = 64 * 2**20, 512  # bytes: some pre-tokenizers call themselves for each character of a run
+Its arguments are the text, and whether text that spells a special token becomes that token.
+"""
 
-_NICENESS = 5  # of threads with long texts: where cores are scarce, forward passes have three times as much of one
+# Bytes of stack: some pre-tokenizers recurse once for each character of a run.
+_STACK, _STACK_PER_CHARACTER = 64 * 2**20, 512
+
+_NICENESS = 5  # of threads with long texts: where cores are scarce, forward passes get three times their share
 
 
 def stack_bytes(text: str) -> int:
-    """Bytes of stack of a thread that tokenizes a text, a whole number of pages."""
+    """Bytes of stack for a thread that tokenizes a text, a whole number of 4 KiB pages."""
     return _STACK + (_STACK_PER_CHARACTER * len(text) + 4095) // 4096 * 4096
 
 
 class TokenizerThreads:
-    """Tokenizes what it is told to. `parts` counts what has been done of short texts and of long ones."""
+    """Owns the tokenizer threads and their queues. The reader thread calls `add` and `cancel`.
+
+    `parts` counts the finished parts: of short texts, of long texts. Each entry is written by one thread.
+    """
 
     def __init__(self, tokenize: Tokenizer, send: Callable[[messages.TextTokens], None]) -> None:
         self.parts = [0, 0]
@@ -42,19 +49,19 @@ class TokenizerThreads:
         self._long: queue.SimpleQueue[messages.TokenizeText] = queue.SimpleQueue()
 
     def start(self) -> None:
-        """Start the threads. No other thread may be started at the same time."""
+        """Start the threads. No other thread may be started at the same time: the stack size is a global setting."""
         threading.stack_size(_STACK)
         vital_thread(self._answer_short, name="tokenizer")
         threading.stack_size(0)
         vital_thread(self._answer_long, name="tokenizer of long texts")
 
     def add(self, message: messages.TokenizeText) -> None:
-        """Tokenize a text after those of its kind that were told before."""
+        """Queue a text behind the earlier ones of its kind, short or long."""
         self._wanted.add(message.call)
         (self._long if message.long else self._short).put(message)
 
     def cancel(self, call: int) -> None:
-        """No client waits for a text any more."""
+        """Stop tokenizing a text as soon as possible. Its `TextTokens` message is sent all the same."""
         self._wanted.discard(call)
 
     def _answer_short(self) -> NoReturn:
@@ -62,14 +69,14 @@ class TokenizerThreads:
             self._answer(self._short.get())
 
     def _answer_long(self) -> NoReturn:
-        """Each long text has a thread of its own: the memory that its stack has taken is free after it."""
+        """Start one thread for each long text, so that the memory of its large stack is released afterwards."""
         while True:
             message = self._long.get()
             threading.stack_size(stack_bytes(message.text))
             vital_thread(self._answer_slowly, message, name="tokenizer of a long text").join()
 
     def _answer_slowly(self, message: messages.TokenizeText) -> None:
-        if sys.platform == "linux":  # the only system where a thread has a niceness of its own
+        if sys.platform == "linux":  # only Linux has a niceness for each thread
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         self._answer(message)
 

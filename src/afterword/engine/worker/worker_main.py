@@ -1,7 +1,11 @@
-"""The engine's process: reads frames, runs passes, writes frames. It ends when its parent does.
+"""The main program of the worker process: reads frames, runs forward passes, writes frames. It ends with its parent.
 
-Which library computes is an argument. Its threads: one reads, so that a cancel is seen between two passes; two
-tokenize (`tokenizing`); one pulses; the main one computes.
+The library that computes is an argument of `serve`. The threads of the process are:
+
+- the main thread, which loads the model and computes;
+- a reader, so that a cancellation takes effect between two passes;
+- the tokenizer threads (`tokenizer_threads`);
+- a thread that sends heartbeats.
 """
 
 from __future__ import annotations
@@ -31,20 +35,20 @@ from afterword.errors import AfterwordError, EngineError
 from afterword.system.tasks import switch_threads_soon, vital_thread
 
 ReportProgress = Callable[[float], None]
-"""Is told the share of the model that has been loaded."""
+"""Called with the loaded share of the model, from 0 to 1."""
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
-_CREDENTIALS = struct.Struct("3i")  # of who made a socket: the ids of the process, its user and its group
-_IDLE_SECONDS = 0.5  # seconds
+_CREDENTIALS = struct.Struct("3i")  # `struct ucred` of a socket's creator: process id, user id, group id
+_IDLE_SECONDS = 0.5
 _HEARTBEAT_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model, ready to compute. `thread_pool`: see `EngineLoop`.
+    """A loaded model. `thread_pool`: see `EngineLoop`.
 
-    `check` raises `EngineError` when what it was loaded from has changed: nothing may be computed with it any more. It
-    is called from any thread, each second and after each pass.
+    `check` raises `EngineError` if the model's files have changed; then no result may be used any more. It is called
+    from any thread, every second and after each pass.
     """
 
     runner: Runner
@@ -55,18 +59,18 @@ class LoadedModel:
 
 
 def serve(load: Callable[[messages.LoadModel, ReportProgress], LoadedModel]) -> None:
-    """Be the engine that hears and speaks through the sockets whose file descriptors are the arguments.
+    """Run the worker. The command line arguments are two file descriptors of sockets: one to read, one to write.
 
-    `load` may raise `SettingError`; its sentence goes to the parent.
+    `load` may raise `SettingError`; its message is sent to the parent.
     """
-    hears, speaks = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
-    _die_with_parent(hears)
+    from_server, to_server = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
+    _die_with_parent(from_server)
     _keep_memory_private()
-    _Worker(hears, speaks).main(load)
+    _Worker(from_server, to_server).main(load)
 
 
 class PassMonitor:
-    """A runner that is watched: what has been computed, and what is being computed now. One thread runs it."""
+    """A runner that counts and times its passes for the heartbeats. One thread calls `run`."""
 
     def __init__(self, runner: Runner, clock: Callable[[], float] = time.monotonic) -> None:
         self.slots, self.chunk, self.grid = runner.slots, runner.chunk, runner.grid
@@ -78,8 +82,8 @@ class PassMonitor:
         self._slowest = 0.0
 
     def run(self, batch: ForwardBatch) -> Logits:
-        """See `core.batch.Runner`."""
-        start, tokens = self._clock(), sum(len(row.tokens) for row in batch.entries)
+        """See `core.forward_batch.Runner.run`."""
+        start, tokens = self._clock(), sum(len(entry.tokens) for entry in batch.entries)
         self._tokens = tokens
         logits = self._runner.run(batch)
         self._slowest = max(self._slowest, self._clock() - start)
@@ -88,12 +92,12 @@ class PassMonitor:
         return logits
 
     def heartbeat(self) -> messages.Heartbeat:
-        """How it fares; from any thread."""
+        """The heartbeat message of this moment. May be called from any thread."""
         return messages.Heartbeat(self._passes, self._tokens, self._largest, self._slowest)
 
 
 def apply_message(loop: EngineLoop, message: messages.WorkerMessage) -> None:
-    """Tell a loop what the parent says of a job."""
+    """Apply a message about a job to the engine loop."""
     match message:
         case messages.StartJob():
             loop.start(message.run, message.job)
@@ -106,31 +110,31 @@ def apply_message(loop: EngineLoop, message: messages.WorkerMessage) -> None:
         case messages.ResumeJob():
             loop.resume(message.run)
         case _:
-            raise AssertionError(f"not a message for a running engine: {type(message).__name__}")
+            raise AssertionError(f"not a message for a running worker: {type(message).__name__}")
 
 
 class _Worker:
-    """Owner of the sockets to the parent."""
+    """Owns the sockets to the server process and the queue of messages for the main thread."""
 
-    def __init__(self, hears: socket.socket, speaks: socket.socket) -> None:
-        self._speaks = speaks
+    def __init__(self, from_server: socket.socket, to_server: socket.socket) -> None:
+        self._to_server = to_server
         self._monitor: PassMonitor | None = None
         self._check: Callable[[], None] = lambda: None  # see `LoadedModel`
         self._loaded = 0.0
-        self._stream = hears.makefile("rb")
+        self._stream = from_server.makefile("rb")
         self._sending = threading.Lock()
         self._jobs: queue.SimpleQueue[messages.WorkerMessage] = queue.SimpleQueue()
         self._tokenizer_threads: TokenizerThreads | None = None
 
     def main(self, load: Callable[[messages.LoadModel, ReportProgress], LoadedModel]) -> None:
-        """Load the model that the first frame names, then work until the parent is gone."""
+        """Load the model that the first frame names, then compute until the parent ends."""
         body = messages.read(self._stream)
         settings = messages.unpack_for_worker(body) if body else None
         if not isinstance(settings, messages.LoadModel):
             return
         switch_threads_soon()
-        vital_thread(self._send_heartbeats, name="pulse")
-        vital_thread(self._read, name="reader")  # also while loading: it sees that the parent is gone
+        vital_thread(self._send_heartbeats, name="heartbeat")
+        vital_thread(self._read, name="reader")  # already while loading: it notices the end of the parent
         try:
             loaded = load(settings, self._report_progress)
         except AfterwordError as error:
@@ -154,31 +158,31 @@ class _Worker:
                 self._tokenizer_threads.add(message)
             else:
                 self._tokenizer_threads.cancel(message.call)
-        os._exit(0)  # the parent is gone, and a pass or the loading may be running: nothing is worth waiting for
+        os._exit(0)  # the parent has ended: do not wait for a running pass or load
 
     def _report_progress(self, share: float) -> None:
-        self._loaded = share  # the next pulse says it
+        self._loaded = share  # part of the next heartbeat
 
     def _send_heartbeats(self) -> NoReturn:
         while True:
             time.sleep(_HEARTBEAT_SECONDS)
             self._end_if_changed()
-            pulse = self._monitor.heartbeat() if self._monitor else messages.Heartbeat(0, 0, 0, 0.0, self._loaded)
+            heartbeat = self._monitor.heartbeat() if self._monitor else messages.Heartbeat(0, 0, 0, 0.0, self._loaded)
             short, long = self._tokenizer_threads.parts if self._tokenizer_threads else (0, 0)
-            self._send(msgspec.structs.replace(pulse, parts=(short, long)))
+            self._send(msgspec.structs.replace(heartbeat, parts=(short, long)))
 
     def _work(self, loop: EngineLoop) -> NoReturn:
         idle = True
         while True:
             changed = self._take(loop, wait=idle)
             steps = loop.step()
-            self._end_if_changed()  # before anything of the pass is told
+            self._end_if_changed()  # before results of the pass are sent
             idle = steps is None
             if steps or changed:
                 self._send(messages.PassDone(steps or {}, loop.load(), loop.pass_stats()))
 
     def _take(self, loop: EngineLoop, wait: bool) -> bool:
-        """Apply what has come in; wait for something when idle. Returns whether anything had."""
+        """Apply all received messages, and with `wait` wait for the first. Returns whether there was any."""
         taken = False
         while True:
             try:
@@ -189,7 +193,7 @@ class _Worker:
             apply_message(loop, message)
 
     def _wait(self, loop: EngineLoop) -> messages.WorkerMessage:
-        """The next message. After a while without any, make sure that nothing was mixed up: better die than lie."""
+        """The next message. After `_IDLE_SECONDS` without one, check the invariants: a violation ends the worker."""
         try:
             return self._jobs.get(timeout=_IDLE_SECONDS)
         except queue.Empty:
@@ -197,7 +201,7 @@ class _Worker:
             return self._jobs.get()
 
     def _end_if_changed(self) -> None:
-        """End the process if the model is no longer the one that the card describes; the parent starts another."""
+        """End the process if the model's files have changed. The supervisor then starts another worker."""
         try:
             self._check()
         except EngineError as error:
@@ -208,28 +212,28 @@ class _Worker:
         data = messages.pack(message)
         with self._sending:
             try:
-                self._speaks.sendall(data)
+                self._to_server.sendall(data)
             except OSError:
-                os._exit(0)  # the parent is gone
+                os._exit(0)  # the parent has ended
 
 
-def _die_with_parent(line: socket.socket) -> None:
-    """Leave signals to the parent, and die with it (the closed socket says the same where this is missing).
+def _die_with_parent(parent_socket: socket.socket) -> None:
+    """Ignore the signals that the parent handles, and ask Linux to kill this process when the parent ends.
 
-    `line` was made by the parent. A parent that died before the kernel was asked for its death sends no signal any
-    more: then another process is the parent now.
+    On other systems only the closed socket shows the parent's end. A parent that ended before the call of `prctl` sends
+    no signal any more. So the parent's process id is compared with that of the process that created `parent_socket`.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        credentials = line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        credentials = parent_socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         if os.getppid() != _CREDENTIALS.unpack(credentials)[0]:
             os._exit(0)
 
 
 def _keep_memory_private() -> None:
-    """No core file may hold a prompt, and no process of the same user may look at one here."""
+    """Keep prompts out of core files, and forbid other processes of the same user to read this one's memory."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0)
