@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+KERNELS := src/afterword/engine/kernels
 # The library's image and audio parts are not used; without them it compiles in half the time.
 export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
 
@@ -31,11 +32,14 @@ check: $(VENV)/.dev  ## linters and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(VENV)/.serve: requirements.txt pyproject.toml hatch_build.py $(wildcard src/afterword/engine/*.hpp src/afterword/engine/*/*.[ch]pp)
+$(VENV)/.serve: requirements.txt pyproject.toml hatch_build.py $(wildcard $(KERNELS)/*.[ch]pp)
 	@echo "Setting up $(VENV). The first time llama.cpp is compiled, which takes some minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@for source in $(KERNELS)/*.cpp; do \
+	  test -e $(KERNELS)/lib$$(basename $$source .cpp).so || echo "$$source could not be compiled; slower code will be used." \
+	    "To see why: $(BIN)/python -m pip install -v --no-deps --no-build-isolation -e ."; done
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.serve requirements-dev.txt
