@@ -39,7 +39,9 @@ void run_threads(int count, const Work &work) {
     if (count == 1) work(0);
     else if (pool_run) pool_run(count, [](const void *work, int thread) { return (*(const Work *)work)(thread); }, &work);
     else {
+#ifdef _OPENMP
 #pragma omp parallel num_threads(count)
+#endif
         work(this_thread());
     }
 }
