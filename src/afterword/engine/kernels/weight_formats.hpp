@@ -104,6 +104,9 @@ void round_piece(const float *from, BytePiece &to) {
     }
     f8 zero = {};
     add(zero, zeros);
+    const float not_finite = sum(zero);  // 0, or NaN
+    if (not_finite != 0)  // no integer stands for such an element, and sums of those that come of it would overflow
+        for (Floats &part : x) part = Floats{};
     const float highest = largest(most), units = highest == 0 ? 0 : 127 / highest;
     Bytes sums[2] = {};
     for (int i = 0; i < VECTORS; i++) {
@@ -112,7 +115,7 @@ void round_piece(const float *from, BytePiece &to) {
         std::memcpy(to.elements + i * WIDE, &small, sizeof small);
         sums[i * 2 / VECTORS] += whole;
     }
-    to.scale = highest / 127 + sum(zero);  // bytes cannot say that an element was not finite
+    to.scale = highest / 127 + not_finite;
     for (int half = 0; half < 2; half++) to.halves[half] = total(sums[half]);
     to.sum = to.scale * (float)(to.halves[0] + to.halves[1]);
 }
