@@ -17,6 +17,8 @@
 #endif
 
 #include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
 #include <mutex>
 #include <thread>
 
@@ -66,7 +68,22 @@ class ThreadPool {
     const void *work = nullptr;
     std::atomic<int> wanted{1}, home{-1};  // home: the core of thread 0
     std::atomic<bool> resting{false};  // whether nothing is to be waited for
+    std::atomic<bool> running{false};  // whether `run` is being executed
     int size = 1;
+
+    // `call`, `work` and the static state of the kernels belong to one run. Two at once would compute wrong numbers without
+    // a sign of it, so the process ends: the supervisor replaces it.
+    struct OneAtATime {
+        std::atomic<bool> &flag;
+
+        explicit OneAtATime(std::atomic<bool> &flag) : flag(flag) {
+            if (!flag.exchange(true, std::memory_order_acquire)) return;
+            std::fputs("Afterword's kernels: a run of the thread pool began before the previous one had ended\n", stderr);
+            std::abort();
+        }
+        ~OneAtATime() { flag.store(false, std::memory_order_release); }
+        OneAtATime(const OneAtATime &) = delete;
+    };
 
     [[noreturn]] void serve(int me, uint64_t seen) {
         for (MemoryRange next{};;) {
@@ -104,8 +121,9 @@ class ThreadPool {
     }
 
    public:
-    // See `Run`.
+    // See `Run`. Calls must come one after the other; a call during another one aborts the process.
     void run(int count, MemoryRange (*todo)(const void *, int), const void *what) {
+        const OneAtATime only(running);
         resting = !count;
         if (resting) return;
         for (; size < count; size++) std::thread(&ThreadPool::serve, this, size, work_word / ROUND).detach();
