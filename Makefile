@@ -7,7 +7,7 @@ KERNELS := src/afterword/engine/kernels
 # The library's image and audio parts are not used; without them it compiles in half the time.
 export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
 
-.PHONY: serve test slow chaos browser clients check lock
+.PHONY: serve test slow chaos browser clients check warnings sanitize bits lock
 
 serve: $(VENV)/.serve  ## serve the built-in model: make serve, or make serve MODEL=path.gguf ARGS="--port 9000"
 	$(BIN)/afterword serve $(MODEL) $(ARGS)
@@ -27,10 +27,19 @@ browser: $(VENV)/.browser  ## the playground in a real browser; needs Chromium o
 clients: $(VENV)/.clients  ## other people's clients against the server; needs more than a gigabyte, Node too if it is there
 	PYTHONPATH=$(abspath $(VENV)/clients) NODE_PATH=$(abspath $(VENV)/node/node_modules) $(BIN)/python -m pytest tests/clients
 
-check: $(VENV)/.dev  ## linters and types
+check: $(VENV)/.dev warnings  ## linters, types, and the compilers' warnings about the kernels
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+warnings:  ## compile the kernels with -Wall -Wextra -Werror by each installed compiler
+	$(PYTHON) -m tests.kernels warnings
+
+sanitize:  ## run the kernels with the address, undefined-behaviour and thread sanitizers
+	$(PYTHON) -m tests.kernels sanitize $(if $(ROUNDS),--rounds $(ROUNDS))
+
+bits:  ## compare the kernels' results between compilers, instruction sets and Arm (under qemu)
+	$(PYTHON) -m tests.kernels bits
 
 $(VENV)/.serve: requirements.txt pyproject.toml hatch_build.py $(wildcard $(KERNELS)/*.[ch]pp)
 	@echo "Setting up $(VENV). The first time llama.cpp is compiled, which takes some minutes."
