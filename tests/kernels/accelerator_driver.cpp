@@ -35,15 +35,15 @@ void compute_or_exit(const char *name, const Tensor &node, int count) {
 
 struct WeightType {
     const char *name;
-    int id, elements, bytes;           // of a block
-    std::vector<int> scales;           // offsets of the halves that scale a block
-    uint16_t least_half;               // 0: not a type of halves
+    int id, elements, bytes;  // of a block
+    std::vector<int> scales;  // offsets of the halves that scale a block
+    uint16_t least_half;      // 0: not a type of halves
 };
 
 const WeightType WEIGHT_TYPES[] = {
-    {"Q8_0", 8, 32, 34, {0}, 0},          {"Q4_0", 2, 32, 18, {0}, 0},          {"Q5_0", 6, 32, 22, {0}, 0},
-    {"Q4_K", 12, 256, 144, {0, 2}, 0},    {"Q5_K", 13, 256, 176, {0, 2}, 0},    {"Q6_K", 14, 256, 210, {208}, 0},
-    {"F16", 1, 1, 2, {}, 0x2800},         {"BF16", 30, 1, 2, {}, 0x3800},       {"F32", 0, 1, 4, {}, 0},
+    {"Q8_0", 8, 32, 34, {0}, 0},       {"Q4_0", 2, 32, 18, {0}, 0},       {"Q5_0", 6, 32, 22, {0}, 0},
+    {"Q4_K", 12, 256, 144, {0, 2}, 0}, {"Q5_K", 13, 256, 176, {0, 2}, 0}, {"Q6_K", 14, 256, 210, {208}, 0},
+    {"F16", 1, 1, 2, {}, 0x2800},      {"BF16", 30, 1, 2, {}, 0x3800},    {"F32", 0, 1, 4, {}, 0},
 };
 
 std::vector<char> weights_of(const WeightType &type, int64_t rows, int64_t length) {
@@ -94,15 +94,16 @@ void run_matmul(const Options &options) {
         for (const int64_t columns : {1, 2, 7, 20}) {
             const std::vector<float> x = activations_of(columns, LENGTH);
             for (const Tensor *matrix : {&weights, &packed})
-                report("matmul/" + std::string(type.name) + (matrix == &packed ? "/packed/" : "/file/") + std::to_string(columns), options, [&](int count) {
-                    std::vector<float> out(ROWS * columns);
-                    Tensor operand = floats_of(x, LENGTH, columns), first = *matrix, node = floats_of(out, ROWS, columns);
-                    node.src[0] = &first, node.src[1] = &operand;
-                    compute_or_exit("MUL_MAT", node, count);
-                    Hash hash;
-                    hash.add(out);
-                    return hash.result();
-                });
+                report("matmul/" + std::string(type.name) + (matrix == &packed ? "/packed/" : "/file/") + std::to_string(columns),
+                       options, [&](int count) {
+                           std::vector<float> out(ROWS * columns);
+                           Tensor operand = floats_of(x, LENGTH, columns), first = *matrix, node = floats_of(out, ROWS, columns);
+                           node.src[0] = &first, node.src[1] = &operand;
+                           compute_or_exit("MUL_MAT", node, count);
+                           Hash hash;
+                           hash.add(out);
+                           return hash.result();
+                       });
         }
         buffer->calls.free(buffer);
         delete buffer;
@@ -119,12 +120,9 @@ struct AttentionCase {
 };
 
 const AttentionCase ATTENTION_CASES[] = {
-    {"one token", 1, 4, 2, 1, 300, 64, 64, 0, 0, true, false},
-    {"several tokens", 1, 4, 2, 9, 256, 64, 64, 0, 0, true, false},
-    {"many tokens", 1, 4, 2, 71, 300, 64, 64, 0, 0, true, true},
-    {"streams", 3, 7, 1, 2, 77, 128, 128, 0, 0, true, false},
-    {"odd heads", 1, 4, 4, 9, 77, 80, 72, 8, 5, true, true},
-    {"no mask", 1, 4, 2, 9, 77, 64, 64, 0, 0, false, false},
+    {"one token", 1, 4, 2, 1, 300, 64, 64, 0, 0, true, false},   {"several tokens", 1, 4, 2, 9, 256, 64, 64, 0, 0, true, false},
+    {"many tokens", 1, 4, 2, 71, 300, 64, 64, 0, 0, true, true}, {"streams", 3, 7, 1, 2, 77, 128, 128, 0, 0, true, false},
+    {"odd heads", 1, 4, 4, 9, 77, 80, 72, 8, 5, true, true},     {"no mask", 1, 4, 2, 9, 77, 64, 64, 0, 0, false, false},
 };
 
 void run_attention(const Options &options) {
@@ -137,12 +135,14 @@ void run_attention(const Options &options) {
         for (half &x : v) x = random.half(0x3400);
         // A token sees the cells up to its own, which is near the middle.
         const auto hidden = [&](int64_t token, int64_t cell) { return cell > c.cells / 2 + token; };
-        for (size_t i = 0; i < mask.size(); i++) mask[i] = hidden(i / c.cells % c.tokens, i % c.cells) ? 0xfc00 : i % 3 ? 0 : 0xb800;
+        for (size_t i = 0; i < mask.size(); i++)
+            mask[i] = hidden(i / c.cells % c.tokens, i % c.cells) ? 0xfc00 : i % 3 ? 0 : 0xb800;
         for (size_t i = 0; c.broken && i < v.size(); i++)
             if (hidden(c.tokens - 1, i / c.dv % c.cells)) v[i] = 0x7e00;
         report(std::string("attention/") + c.name, options, [&](int count) {
             std::vector<float> out(c.streams * c.tokens * c.heads * c.dv);
-            Tensor queries = floats_of(q, c.dk, c.tokens, c.heads, c.streams), node = floats_of(out, c.dv, c.heads, c.tokens, c.streams);
+            Tensor queries = floats_of(q, c.dk, c.tokens, c.heads, c.streams),
+                   node = floats_of(out, c.dv, c.heads, c.tokens, c.streams);
             Tensor keys = tensor_of(F16, 2, k.data(), c.dk, c.cells, c.kv_heads, c.streams);
             Tensor values = tensor_of(F16, 2, v.data(), c.dv, c.cells, c.kv_heads, c.streams);
             Tensor seen = tensor_of(F16, 2, mask.data(), c.cells, c.tokens, 1, c.streams);

@@ -62,7 +62,9 @@ class Hash {
     }
 
     template <class Number>
-    void add(const std::vector<Number> &numbers) { add(numbers.data(), numbers.size()); }
+    void add(const std::vector<Number> &numbers) {
+        add(numbers.data(), numbers.size());
+    }
 
     uint64_t result() const { return value; }
 };
@@ -84,4 +86,3 @@ void report(const std::string &name, const Options &options, const Compute &comp
             }
     std::printf("%s %016llx\n", name.c_str(), (unsigned long long)expected);
 }
-

@@ -14,8 +14,8 @@ struct Filter {
 };
 
 const Filter FILTERS[] = {
-    {"greedy", 0, 1, 0, 0, 0, 0, 1},           {"plain", 1, 1, 0, 0, 0, 0, 1},
-    {"nucleus", 0.75, 0.875, 0, 0, 0, 0, 1},   {"top_k", 1.5, 0.9375, 0.03125, 40, 0.5, 0.25, 1},
+    {"greedy", 0, 1, 0, 0, 0, 0, 1},         {"plain", 1, 1, 0, 0, 0, 0, 1},
+    {"nucleus", 0.75, 0.875, 0, 0, 0, 0, 1}, {"top_k", 1.5, 0.9375, 0.03125, 40, 0.5, 0.25, 1},
     {"min_p", 1, 1, 0.0625, 0, 0, 0, 1.5},
 };
 
@@ -44,7 +44,8 @@ uint64_t read_rows(int64_t count, int64_t length, Run run, int threads) {
         query = {};
         query.reported = i % 2 == 0, query.given = i % 3 ? 17 : -1, query.top_count = 5;
         query.seeds = {seeds.data(), (int64_t)seeds.size()};
-        query.temperature = filter.temperature, query.top_p = filter.top_p, query.min_p = filter.min_p, query.top_k = filter.top_k;
+        query.temperature = filter.temperature, query.top_p = filter.top_p, query.min_p = filter.min_p,
+        query.top_k = filter.top_k;
         query.presence = filter.presence, query.frequency = filter.frequency, query.repetition = filter.repetition;
         query.generated = {generated.data(), 3}, query.times = times.data(), query.seen = {seen.data(), 3};
         query.biased = {biased.data(), 3}, query.biases = biases.data(), query.banned = {banned.data(), 2};
