@@ -33,7 +33,7 @@ check: $(VENV)/.dev warnings  ## linters, types, and the compilers' warnings abo
 	$(BIN)/mypy
 
 warnings:  ## compile the kernels with -Wall -Wextra -Werror by each installed compiler
-	$(PYTHON) -m tests.kernels warnings
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m tests.kernels warnings
 
 sanitize:  ## run the kernels with the address, undefined-behaviour and thread sanitizers
 	$(PYTHON) -m tests.kernels sanitize $(if $(ROUNDS),--rounds $(ROUNDS))

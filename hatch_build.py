@@ -3,6 +3,8 @@
 Each `src/afterword/engine/*/x.cpp` becomes `libx.so` beside it. Where that fails the package is installed without the
 library, the build shows the compiler's messages, and slower code runs (src/afterword/engine/kernels/compiled.py).
 
+Where the headers of ggml are installed beside llama-cpp-python, the declarations in ggml.hpp are compared with them.
+
 Environment variables: CXX names another compiler. CXXFLAGS replaces -march=native, for a package that will run on
 other machines.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDER = "src/afterword/engine"
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
+HEADERS = Path(sysconfig.get_path("platlib"), "include")
 SHOWN_LINES = 20  # of the compiler's standard error
 
 
@@ -46,11 +50,12 @@ def compile_library(source: Path, target: Path) -> str | None:
     compiler = os.environ.get("CXX", "c++")
     given = os.environ.get("CXXFLAGS")
     machines = [shlex.split(given)] if given is not None else [["-march=native"], ["-mcpu=native"], []]
+    headers = ["-isystem", str(HEADERS), "-DAFTERWORD_GGML_HEADERS"] if (HEADERS / "ggml-backend.h").exists() else []
     target.unlink(missing_ok=True)
     error = ""
     for threads in (["-fopenmp"], []):
         for machine in machines:
-            command = [compiler, *FLAGS, *machine, *threads, "-o", str(target), str(source)]
+            command = [compiler, *FLAGS, *headers, *machine, *threads, "-o", str(target), str(source)]
             try:
                 done = subprocess.run(command, capture_output=True, check=False, text=True, errors="replace")
             except OSError as problem:

@@ -221,9 +221,20 @@ def test_exact_models_get_it_and_others_do_not(kernel):
     assert not opened(builtin_path(), "f16").uses_own_attention
 
 
-def test_it_is_not_offered_to_a_library_that_it_does_not_know(kernel, monkeypatch):
-    monkeypatch.setattr(accelerator, "_KNOWN_GGML", b"9999.")
+def test_with_an_unknown_ggml_the_kernels_are_off_and_one_line_states_what_is_lost(kernel, monkeypatch, capsys):
+    monkeypatch.setattr(accelerator, "_KNOWN_GGML", (b"9999.",))
     assert not accelerator.register.__wrapped__()
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert line.startswith("Afterword's kernels are not used: ggml 0.")
+    assert "(9999.x)" in line
+    assert "slower" in line
+
+
+def test_with_a_tensor_of_another_size_the_kernels_are_off(kernel, monkeypatch, capsys):
+    monkeypatch.setattr(accelerator, "_OBJECT_BYTES", 16)
+    assert not accelerator.register.__wrapped__()
+    assert "a tensor of this ggml has 352 bytes and not 336" in capsys.readouterr().err
 
 
 def test_a_model_with_heads_that_it_cannot_compute_gets_the_librarys(kernel, tmp_path):

@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ DRIVERS = sorted(Path(__file__).parent.glob("*.cpp"))
 KERNELS = Path(__file__).parent.parent.parent / "src/afterword/engine/kernels"
 FLAGS = ("-std=c++17", "-pthread", "-ffp-contract=fast")
 STRICT = ("-Wall", "-Wextra", "-Werror")
+HEADERS = Path(sysconfig.get_path("platlib"), "include")  # of ggml, beside llama-cpp-python
+CHECKED = ("-isystem", str(HEADERS), "-DAFTERWORD_GGML_HEADERS") if (HEADERS / "ggml-backend.h").exists() else ()
 SHIPPED = (*FLAGS, *STRICT, "-O3")  # as hatch_build.py compiles them
 TIMEOUT = 900  # seconds, of one command
 PROCESSORS = {  # -march: what /proc/cpuinfo must list, so that this machine can run it
@@ -92,7 +95,7 @@ def warnings() -> bool:
         print("warnings: skipped, since no C++ compiler is installed")
     correct = True
     for compiler, flags in attempts:
-        command = [compiler, *FLAGS, *STRICT, *flags, "-fsyntax-only", *sources]
+        command = [compiler, *FLAGS, *STRICT, *CHECKED, *flags, "-fsyntax-only", *sources]
         done = run(command)
         correct = correct and done.returncode == 0
         print(f"warnings: {compiler} {' '.join(flags)}: {'none' if done.returncode == 0 else failure(command, done)}")

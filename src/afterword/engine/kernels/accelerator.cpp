@@ -11,6 +11,7 @@
 #include "attention.hpp"
 #include "elementwise.hpp"
 #include "ggml.hpp"
+#include "ggml_checks.hpp"
 #include "weight_buffers.hpp"
 #include "matmul.hpp"
 #include "thread_pool.hpp"
