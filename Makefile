@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 KERNELS := src/afterword/engine/kernels
-# The library's image and audio parts are not used; without them it compiles in half the time.
+# llama.cpp's code for images and audio is not used; without it llama.cpp compiles in half the time.
 export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
 
 .PHONY: serve test slow chaos browser clients check warnings sanitize bits lock
@@ -12,19 +12,19 @@ export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
 serve: $(VENV)/.serve  ## serve the built-in model: make serve, or make serve MODEL=path.gguf ARGS="--port 9000"
 	$(BIN)/afterword serve $(MODEL) $(ARGS)
 
-test: $(VENV)/.dev  ## run all tests but the slow ones
+test: $(VENV)/.dev  ## run the tests that are not marked slow
 	$(BIN)/python -m pytest
 
 slow: $(VENV)/.dev  ## run all tests
 	$(BIN)/python -m pytest -m "slow or not slow"
 
-chaos: $(VENV)/.dev  ## run the gates, at their size for a commit, and every planted bug
+chaos: $(VENV)/.dev  ## run the gates at the size for a commit, and the bugs that each must catch
 	$(BIN)/python -m pytest tests/chaos
 
-browser: $(VENV)/.browser  ## the playground in a real browser; needs Chromium on the path
+browser: $(VENV)/.browser  ## test the playground in Chromium, which must be on the path
 	$(BIN)/python -m pytest tests/playground
 
-clients: $(VENV)/.clients  ## other people's clients against the server; needs more than a gigabyte, Node too if it is there
+clients: $(VENV)/.clients  ## test other projects' clients; downloads more than 1 GB, and uses Node where it is installed
 	PYTHONPATH=$(abspath $(VENV)/clients) NODE_PATH=$(abspath $(VENV)/node/node_modules) $(BIN)/python -m pytest tests/clients
 
 check: $(VENV)/.dev warnings  ## linters, types, and the compilers' warnings about the kernels
@@ -59,7 +59,7 @@ $(VENV)/.browser: $(VENV)/.dev requirements-browser.txt
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements-browser.txt
 	touch $@
 
-# They stand in front of the environment, not in it: some of them want an older openai.
+# The clients are installed in a folder of their own, because some of them need an older openai.
 $(VENV)/.clients: $(VENV)/.dev requirements-clients.txt tests/clients/node/package.json
 	rm -rf $(VENV)/clients $(VENV)/node
 	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --target $(VENV)/clients -r requirements-clients.txt
@@ -67,7 +67,7 @@ $(VENV)/.clients: $(VENV)/.dev requirements-clients.txt tests/clients/node/packa
 	-npm install --prefix $(VENV)/node --no-package-lock --no-audit --no-fund
 	touch $@
 
-lock:  ## renew requirements*.txt from pyproject.toml (needs uv)
+lock:  ## write requirements*.txt from pyproject.toml (needs uv)
 	uv pip compile --universal --generate-hashes --no-header --quiet pyproject.toml --group build -o requirements.txt
 	uv pip compile --universal --generate-hashes --no-header --quiet --group dev -c requirements.txt -o requirements-dev.txt
 	uv pip compile --universal --generate-hashes --no-header --quiet --group browser -c requirements.txt -o requirements-browser.txt
