@@ -3,39 +3,52 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The library's image and audio parts are not used; without them it compiles in half the time.
+KERNELS := src/afterword/engine/kernels
+# llama.cpp's code for images and audio is not used; without it llama.cpp compiles in half the time.
 export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
 
-.PHONY: serve test slow chaos browser clients check lock
+.PHONY: serve test slow chaos browser clients check warnings sanitize bits lock
 
 serve: $(VENV)/.serve  ## serve the built-in model: make serve, or make serve MODEL=path.gguf ARGS="--port 9000"
 	$(BIN)/afterword serve $(MODEL) $(ARGS)
 
-test: $(VENV)/.dev  ## run all tests but the slow ones
+test: $(VENV)/.dev  ## run the tests that are not marked slow
 	$(BIN)/python -m pytest
 
 slow: $(VENV)/.dev  ## run all tests
 	$(BIN)/python -m pytest -m "slow or not slow"
 
-chaos: $(VENV)/.dev  ## run the gates, at their size for a commit, and every planted bug
+chaos: $(VENV)/.dev  ## run the gates at the size for a commit, and the bugs that each must catch
 	$(BIN)/python -m pytest tests/chaos
 
-browser: $(VENV)/.browser  ## the playground in a real browser; needs Chromium on the path
+browser: $(VENV)/.browser  ## test the playground in Chromium, which must be on the path
 	$(BIN)/python -m pytest tests/playground
 
-clients: $(VENV)/.clients  ## other people's clients against the server; needs more than a gigabyte, Node too if it is there
+clients: $(VENV)/.clients  ## test other projects' clients; downloads more than 1 GB, and uses Node where it is installed
 	PYTHONPATH=$(abspath $(VENV)/clients) NODE_PATH=$(abspath $(VENV)/node/node_modules) $(BIN)/python -m pytest tests/clients
 
-check: $(VENV)/.dev  ## linters and types
+check: $(VENV)/.dev warnings  ## linters, types, and the compilers' warnings about the kernels
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(VENV)/.serve: requirements.txt pyproject.toml hatch_build.py $(wildcard src/afterword/engine/*.hpp src/afterword/engine/*/*.[ch]pp)
+warnings:  ## compile the kernels with -Wall -Wextra -Werror by each installed compiler
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m tests.kernels warnings
+
+sanitize:  ## run the kernels with the address, undefined-behaviour and thread sanitizers
+	$(PYTHON) -m tests.kernels sanitize $(if $(ROUNDS),--rounds $(ROUNDS))
+
+bits:  ## compare the kernels' results between compilers, instruction sets and Arm (under qemu)
+	$(PYTHON) -m tests.kernels bits
+
+$(VENV)/.serve: requirements.txt pyproject.toml hatch_build.py $(wildcard $(KERNELS)/*.[ch]pp)
 	@echo "Setting up $(VENV). The first time llama.cpp is compiled, which takes some minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@for source in $(KERNELS)/*.cpp; do \
+	  test -e $(KERNELS)/lib$$(basename $$source .cpp).so || echo "$$source could not be compiled; slower code will be used." \
+	    "To see why: $(BIN)/python -m pip install -v --no-deps --no-build-isolation -e ."; done
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.serve requirements-dev.txt
@@ -46,7 +59,7 @@ $(VENV)/.browser: $(VENV)/.dev requirements-browser.txt
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements-browser.txt
 	touch $@
 
-# They stand in front of the environment, not in it: some of them want an older openai.
+# The clients are installed in a folder of their own, because some of them need an older openai.
 $(VENV)/.clients: $(VENV)/.dev requirements-clients.txt tests/clients/node/package.json
 	rm -rf $(VENV)/clients $(VENV)/node
 	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --target $(VENV)/clients -r requirements-clients.txt
@@ -54,7 +67,7 @@ $(VENV)/.clients: $(VENV)/.dev requirements-clients.txt tests/clients/node/packa
 	-npm install --prefix $(VENV)/node --no-package-lock --no-audit --no-fund
 	touch $@
 
-lock:  ## renew requirements*.txt from pyproject.toml (needs uv)
+lock:  ## write requirements*.txt from pyproject.toml (needs uv)
 	uv pip compile --universal --generate-hashes --no-header --quiet pyproject.toml --group build -o requirements.txt
 	uv pip compile --universal --generate-hashes --no-header --quiet --group dev -c requirements.txt -o requirements-dev.txt
 	uv pip compile --universal --generate-hashes --no-header --quiet --group browser -c requirements.txt -o requirements-browser.txt

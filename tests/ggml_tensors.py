@@ -1,4 +1,4 @@
-"""Arrays as ggml's tensors, to call the accelerator's kernels by themselves."""
+"""Numpy arrays as ggml tensors, to call single kernels of the accelerator."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ F32, F16 = KINDS[np.float32], KINDS[np.float16]
 
 
 class Tensor(ctypes.Structure):
-    """ggml's tensor, as engine/llama/ggml.hpp declares it."""
+    """ggml's tensor, as engine/kernels/ggml.hpp declares it."""
 
 
 Tensor._fields_ = [
@@ -33,7 +33,7 @@ Tensor._fields_ = [
 
 
 def tensor(array: np.ndarray) -> Tensor:
-    """An array's memory, with four axes, as a tensor: ggml names axes from the last."""
+    """The memory of an array with four axes as a tensor. ggml numbers the axes from the last."""
     made = Tensor(type=KINDS[array.dtype.type], data=array.ctypes.data)
     made.ne[:] = array.shape[::-1]
     made.nb[:] = array.strides[::-1]
@@ -41,7 +41,7 @@ def tensor(array: np.ndarray) -> Tensor:
 
 
 def with_sources(node: Tensor, *sources: Tensor) -> Tensor:
-    """The node, which keeps its operands alive."""
-    for place, source in enumerate(sources):
-        node.src[place] = ctypes.pointer(source)
+    """The node with its operands. The node keeps them alive."""
+    for index, source in enumerate(sources):
+        node.src[index] = ctypes.pointer(source)
     return node

@@ -1,4 +1,4 @@
-"""The attention kernel by itself: against a plain computation, and the same bits whatever else is computed with it."""
+"""The attention kernel: compared with numpy, and the same bits for a token in any batch."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def computed(kernel: ctypes.CDLL, case: Case, threads: int = 1) -> np.ndarray:
 
 
 def plain(case: Case) -> np.ndarray:
-    """The same by the definition, in float64."""
+    """The definition of attention, in float64."""
     heads, group = case.q.shape[1], case.q.shape[1] // case.k.shape[1]
     k, v = (np.repeat(x.astype(np.float64), group, axis=1) for x in (case.k, case.v))
     scores = case.scale * np.einsum("shtd,shcd->shtc", case.q.astype(np.float64), k)
@@ -79,7 +79,7 @@ def make(
     dk: int = 64,
     dv: int = 64,
 ) -> Case:
-    """Random operands; each token looks at all cells up to its own, which is one of the last that are taken."""
+    """Random operands. Each token sees all cells up to its own, which is one of the last used ones."""
     rng = np.random.default_rng(0)
     q = rng.normal(size=(streams, heads, tokens, dk)).astype(np.float32) * 3
     k = rng.normal(size=(streams, kv_heads, cells, dk)).astype(np.float16)
@@ -104,13 +104,13 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_it_agrees_with_the_definition(kernel, shape):
+def test_attention_agrees_with_numpy(kernel, shape):
     case = make(**shape)
     np.testing.assert_allclose(computed(kernel, case), plain(case), rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.parametrize(("tokens", "cells"), [(1, 40), (1, 1500), (70, 300)])
-def test_threads_of_our_own_compute_the_same(kernel, team, tokens, cells):
+def test_the_thread_pool_computes_the_same_bits(kernel, team, tokens, cells):
     case = make(tokens=tokens, cells=cells)
     for threads in (1, 2, 5, 3):
         assert (computed(kernel, case, threads) == computed(kernel, case)).all()
@@ -122,7 +122,7 @@ def test_scores_can_be_capped(kernel):
     np.testing.assert_allclose(computed(kernel, case), plain(case), rtol=0, atol=ROUNDING)
 
 
-def test_distance_can_cost(kernel):
+def test_slopes_weigh_the_mask(kernel):
     case = make(heads=8)
     case.steepness = 8.0
     assert case.mask is not None
@@ -130,13 +130,13 @@ def test_distance_can_cost(kernel):
     np.testing.assert_allclose(computed(kernel, case), plain(case), rtol=0, atol=ROUNDING)
 
 
-def test_without_a_mask_all_is_seen(kernel):
+def test_without_a_mask_every_cell_is_seen(kernel):
     case = make()
     case.mask = None
     np.testing.assert_allclose(computed(kernel, case), plain(case), rtol=0, atol=ROUNDING)
 
 
-def test_large_scores_do_not_overflow_and_lost_ones_weigh_nothing(kernel):
+def test_large_scores_do_not_overflow_and_small_ones_get_weight_zero(kernel):
     case = make()
     case.q = case.q * 300
     result = computed(kernel, case)
@@ -146,9 +146,9 @@ def test_large_scores_do_not_overflow_and_lost_ones_weigh_nothing(kernel):
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dk", [64, 80, 128])
-def test_a_token_has_the_same_bits_in_any_company(kernel, dk, threads):
+def test_a_token_has_the_same_bits_in_any_batch(kernel, dk, threads):
     whole = make(streams=2, heads=6, kv_heads=2, tokens=90, dk=dk, dv=dk)
-    wanted = computed(kernel, whole)
+    expected = computed(kernel, whole)
     assert whole.mask is not None
     for first, end in [(0, 1), (3, 5), (89, 90), (7, 40), (64, 90)]:
         part = Case(
@@ -157,21 +157,20 @@ def test_a_token_has_the_same_bits_in_any_company(kernel, dk, threads):
             whole.v[1:],
             np.ascontiguousarray(whole.mask[1:, first:end]),
         )
-        assert (computed(kernel, part, threads) == wanted[1:, first:end]).all()
+        assert (computed(kernel, part, threads) == expected[1:, first:end]).all()
 
 
-def test_cells_that_nobody_sees_do_not_matter(kernel):
-    """Nor how large the memory is, nor what was left in it."""
+def test_masked_cells_and_the_size_of_the_cache_do_not_matter(kernel):
     case = make(tokens=5, cells=70)
     assert case.mask is not None
-    wanted = computed(kernel, case)
+    expected = computed(kernel, case)
     rng = np.random.default_rng(1)
     more = ((0, 0), (0, 0), (0, 186), (0, 0))
     case.k, case.v = (np.pad(x, more) + np.pad(np.zeros_like(x), more) for x in (case.k, case.v))
     case.k[:, :, 70:] = rng.normal(size=case.k[:, :, 70:].shape)
     case.v[:, :, 70:] = 1000
     case.mask = np.pad(case.mask, ((0, 0), (0, 0), (0, 186)), constant_values=-np.inf)
-    assert (computed(kernel, case) == wanted).all()
+    assert (computed(kernel, case) == expected).all()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -182,16 +181,16 @@ def test_cells_that_nobody_sees_do_not_matter(kernel):
     ids=str,
 )
 def test_masked_cells_that_are_not_finite_never_enter_a_sum(kernel, shape, part, value):
-    """Such as another request left there. Some queries of a tile see a cell that is masked for the others."""
+    """Another request may have left them. Some queries of a tile see a cell that is masked for the others."""
     case = make(**shape)
     assert case.mask is not None
-    wanted = computed(kernel, case)
+    expected = computed(kernel, case)
     hidden = np.isinf(case.mask).all(1)[:, None, :, None]
     case.k, case.v = (
         np.where(hidden & (part in (kind, "both")), np.float16(value), x)
         for kind, x in (("keys", case.k), ("values", case.v))
     )
-    assert (computed(kernel, case) == wanted).all()
+    assert (computed(kernel, case) == expected).all()
 
 
 @pytest.mark.parametrize("cap", [0.0, 5.0])
@@ -201,32 +200,43 @@ def test_a_cell_that_is_not_finite_reaches_the_queries_that_see_it_and_no_others
     case = make(tokens=70, cells=300, heads=8)
     case.cap, case.steepness = cap, steepness
     assert case.mask is not None
-    wanted = computed(kernel, case)
+    expected = computed(kernel, case)
     cell = int(np.flatnonzero(~np.isinf(case.mask[0, 40]))[-1])
     getattr(case, part)[:, :, cell] = np.nan
     found = computed(kernel, case, threads=3)
-    assert (found[:, :40] == wanted[:, :40]).all()
+    assert (found[:, :40] == expected[:, :40]).all()
     assert np.isnan(found[:, 40:]).all()
 
 
-# ---- whether a model gets it
+# ---- which models use the kernel
 
 
 def opened(path, kv_type="exact") -> LlamaRunner:
     return LlamaRunner(LoadModel(str(path), 256, 2, 1, 64, kv_type, 0, False, grid=1))
 
 
-def test_exact_models_get_it_and_others_do_not(kernel):
+def test_the_kernel_computes_exact_attention_only(kernel):
     assert opened(builtin_path()).uses_own_attention
     assert not opened(builtin_path(), "f16").uses_own_attention
 
 
-def test_it_is_not_offered_to_a_library_that_it_does_not_know(kernel, monkeypatch):
-    monkeypatch.setattr(accelerator, "_KNOWN_GGML", b"9999.")
+def test_with_an_unknown_ggml_the_kernels_are_off_and_one_line_states_what_is_lost(kernel, monkeypatch, capsys):
+    monkeypatch.setattr(accelerator, "_KNOWN_GGML", (b"9999.",))
     assert not accelerator.register.__wrapped__()
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert line.startswith("Afterword's kernels are not used: ggml 0.")
+    assert "(9999.x)" in line
+    assert "slower" in line
 
 
-def test_a_model_with_heads_that_it_cannot_compute_gets_the_librarys(kernel, tmp_path):
-    """Elements come in eights."""
+def test_with_a_tensor_of_another_size_the_kernels_are_off(kernel, monkeypatch, capsys):
+    monkeypatch.setattr(accelerator, "_OBJECT_BYTES", 16)
+    assert not accelerator.register.__wrapped__()
+    assert "a tensor of this ggml has 352 bytes and not 336" in capsys.readouterr().err
+
+
+def test_heads_that_the_kernel_refuses_are_computed_by_llama_cpp(kernel, tmp_path):
+    """The head size must be a multiple of eight."""
     odd = write_tiny(tmp_path / "odd.gguf", heads=16)
     assert not opened(odd).uses_own_attention

@@ -1,4 +1,4 @@
-"""What lies between products and attention: against plain computations, and the same bits in any company."""
+"""The elementwise kernels: compared with numpy, and the same bits for a row in any batch."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ def kernel(accelerator_library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def shaped(array: np.ndarray) -> np.ndarray:
-    """With four axes, as ggml's tensors have."""
+    """The array with four axes, as ggml's tensors have."""
     return array.reshape((1,) * (4 - array.ndim) + array.shape)
 
 
 Params = dict[int, float]
-"""Settings of an operation by their places. Integers and floats share these."""
+"""Parameters of an operation by their index. Integers and floats share the memory."""
 
 
 def node_of(out: np.ndarray, sources: tuple[np.ndarray | None, ...], params: Params) -> Tensor:
     node = tensor(out)
     whole = ctypes.cast(node.params, ctypes.POINTER(ctypes.c_int32))
-    for place, value in params.items():
-        places = whole if isinstance(value, int) else node.params
-        places[place] = value
-    for place, source in enumerate(sources):
+    for index, value in params.items():
+        memory = whole if isinstance(value, int) else node.params
+        memory[index] = value
+    for index, source in enumerate(sources):
         if source is not None:
-            node.src[place] = ctypes.pointer(tensor(shaped(source)))
+            node.src[index] = ctypes.pointer(tensor(shaped(source)))
     return node
 
 
@@ -70,15 +70,15 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-# ---- each of them
+# ---- each operation
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_rows_are_divided_by_the_root_of_their_mean_square(kernel, width):
     x = random(3, 5, width) * np.float32(30)
-    wanted = x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 0.5)
+    expected = x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 0.5)
     got = computed(kernel, "RMS_NORM", x.shape, x, params={0: 0.5})
-    np.testing.assert_allclose(got, wanted, rtol=ROUNDING)
+    np.testing.assert_allclose(got, expected, rtol=ROUNDING)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -95,14 +95,14 @@ def test_gates(kernel, form, width):
     x, other = random(5, width) * np.float32(20), random(5, width, seed=1)
     x[0, :4] = [-1000, -89, 89, 1000]
     with np.errstate(over="ignore"):
-        wanted = x.astype(np.float64) / (1 + np.exp(-x.astype(np.float64))) * other
+        expected = x.astype(np.float64) / (1 + np.exp(-x.astype(np.float64))) * other
     both = {
         "two tensors": (x, other),
         "halves": (np.concatenate([x, other], 1), None),
         "halves, swapped": (np.concatenate([other, x], 1), None),
     }[form]
     got = computed(kernel, "GLU", x.shape, *both, params={0: SWIGLU, 1: int("swapped" in form)})
-    np.testing.assert_allclose(got, wanted, rtol=ROUNDING, atol=1e-30)
+    np.testing.assert_allclose(got, expected, rtol=ROUNDING, atol=1e-30)
 
 
 def rotation(order: int, turned: int, *, speed: float = 1.0, size: float = 1.0) -> Params:
@@ -111,11 +111,11 @@ def rotation(order: int, turned: int, *, speed: float = 1.0, size: float = 1.0) 
 
 @pytest.mark.parametrize("order", [PAIRS_ARE_NEIGHBOURS, PAIRS_ARE_HALVES])
 @pytest.mark.parametrize(("head", "turned"), [(8, 8), (64, 64), (80, 32)])
-@pytest.mark.parametrize("slower", [False, True])
-def test_rotations(kernel, order, head, turned, slower):
+@pytest.mark.parametrize("factors_given", [False, True])
+def test_rotations(kernel, order, head, turned, factors_given):
     x, pairs = random(6, 3, head), turned // 2
     positions = np.array([0, 1, 2, 17, 2000, 31000], np.int32)
-    factors = 1 + np.arange(pairs, dtype=np.float32) / 4 if slower else None
+    factors = 1 + np.arange(pairs, dtype=np.float32) / 4 if factors_given else None
     speeds = (0.5 * (BASE ** -(np.arange(pairs) / pairs)).astype(np.float32)).astype(np.float32)
     if factors is not None:
         speeds /= factors
@@ -125,16 +125,16 @@ def test_rotations(kernel, order, head, turned, slower):
         if order == PAIRS_ARE_HALVES
         else (slice(0, turned, 2), slice(1, turned, 2))
     )
-    wanted = x.copy()
-    wanted[..., one] = 1.5 * (x[..., one] * np.cos(angles) - x[..., other] * np.sin(angles))
-    wanted[..., other] = 1.5 * (x[..., one] * np.sin(angles) + x[..., other] * np.cos(angles))
+    expected = x.copy()
+    expected[..., one] = 1.5 * (x[..., one] * np.cos(angles) - x[..., other] * np.sin(angles))
+    expected[..., other] = 1.5 * (x[..., one] * np.sin(angles) + x[..., other] * np.cos(angles))
     params = rotation(order, turned, speed=0.5, size=1.5)
     got = computed(kernel, "ROPE", x.shape, x, positions, factors, params=params)
-    np.testing.assert_allclose(got, wanted, rtol=0, atol=4 * ROUNDING)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=4 * ROUNDING)
 
 
-def test_rotations_follow_what_has_changed(kernel):
-    """Angles are kept from one to the next."""
+def test_rotations_use_changed_positions_and_parameters(kernel):
+    """The kernel keeps the angles of the last operation."""
     x = random(2, 1, 8)
     turns = [
         (np.array(positions, np.int32), factors, rotation(PAIRS_ARE_HALVES, turned, speed=speed))
@@ -145,12 +145,12 @@ def test_rotations_follow_what_has_changed(kernel):
     ]
     first = [computed(kernel, "ROPE", x.shape, x, at, factors, params=params) for at, factors, params in turns]
     assert len({result.tobytes() for result in first}) == len(turns)
-    for (at, factors, params), wanted in zip(reversed(turns), reversed(first), strict=True):
-        assert (computed(kernel, "ROPE", x.shape, x, at, factors, params=params) == wanted).all()
+    for (at, factors, params), expected in zip(reversed(turns), reversed(first), strict=True):
+        assert (computed(kernel, "ROPE", x.shape, x, at, factors, params=params) == expected).all()
 
 
-def test_rows_are_put_into_memory_as_halves(kernel):
-    """Rounded as everybody rounds them, also the least, the largest and what is no number."""
+def test_set_rows_rounds_to_halves(kernel):
+    """As numpy rounds them: to the nearest, ties to even; subnormals, infinities and NaNs too."""
     bits = np.arange(0, 1 << 32, 65537 // 8, dtype=np.uint64).astype(np.uint32)
     x = np.resize(bits, (len(bits) // 64 + 1, 64)).view(np.float32)
     memory = np.zeros((2 * len(x), 64), np.float16)
@@ -164,16 +164,16 @@ def test_rows_are_put_into_memory_as_halves(kernel):
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.int64])
-def test_rows_are_taken(kernel, kind):
+def test_get_rows(kernel, kind):
     x, which = random(9, 24), np.array([8, 0, 3, 3], kind)
     assert (computed(kernel, "GET_ROWS", (4, 24), x, which) == x[which]).all()
 
 
-# ---- in any company
+# ---- in any batch
 
 
 def alone_and_together(kernel: ctypes.CDLL, threads: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Of each operation one row by itself, and the same row among many."""
+    """For each operation: one row computed alone, and the same row computed with others."""
     x, y, weights = random(400, 4, 96), random(400, 4, 96, seed=1), random(96)
     positions = np.arange(400, dtype=np.int32)
     forms = {
@@ -194,29 +194,29 @@ def alone_and_together(kernel: ctypes.CDLL, threads: int) -> dict[str, tuple[np.
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_a_row_has_the_same_bits_in_any_company(kernel, threads):
+def test_a_row_has_the_same_bits_in_any_batch(kernel, threads):
     for name, (alone, together) in alone_and_together(kernel, threads).items():
         assert (alone == together).all(), name
 
 
-def test_threads_of_our_own_compute_the_same(kernel, team):
+def test_the_thread_pool_computes_the_same_bits(kernel, team):
     for name, (alone, together) in alone_and_together(kernel, 3).items():
         assert (alone == together).all(), name
 
 
-def test_results_may_lie_where_operands_do(kernel):
+def test_results_may_overwrite_operands(kernel):
     for order in (PAIRS_ARE_NEIGHBOURS, PAIRS_ARE_HALVES):
         x, at = random(5, 3, 64), np.arange(5, dtype=np.int32)
-        wanted = computed(kernel, "ROPE", x.shape, x, at, params=rotation(order, 64))
+        expected = computed(kernel, "ROPE", x.shape, x, at, params=rotation(order, 64))
         node = node_of(shaped(x), (x, at), rotation(order, 64))
         kernel.operation_compute(b"ROPE", ctypes.byref(node), 1)
-        assert (x == wanted).all()
+        assert (x == expected).all()
 
 
-# ---- what is left to the library
+# ---- operations that are refused
 
 
-def test_unusual_forms_are_left(kernel):
+def test_other_forms_are_refused(kernel):
     x, odd, at = random(4, 2, 64), random(4, 2, 63), np.arange(4, dtype=np.int32)
     turn = rotation(PAIRS_ARE_HALVES, 64)
     stretched, by_section = {1: 64, 2: 2, 7: 1.0}, {1: 64, 2: 8}
@@ -237,11 +237,11 @@ def test_unusual_forms_are_left(kernel):
         assert not takes(kernel, name, node_of(shaped(out), sources, params)), why
 
 
-def test_of_a_usual_model_only_the_lookup_of_tokens_is_left(kernel, monkeypatch):
+def test_of_a_dense_model_only_the_token_embedding_is_left_to_llama_cpp(kernel, monkeypatch):
     if not accelerator.supports_quantized():
-        pytest.skip("where products are the library's, so is what lies between them")
-    said = io.StringIO()
-    monkeypatch.setattr(library, "_shown", [said])
+        pytest.skip("llama.cpp computes elementwise operations where it computes the products")
+    log = io.StringIO()
+    monkeypatch.setattr(library, "_shown", [log])
     runner = LlamaRunner(LoadModel(str(builtin_path()), 256, 2, 1, 64, "exact", 0, False, use_kernels=True))
     assert runner.computes_all
-    assert re.findall(r"splits = (\d+)", said.getvalue())[-1] == "2"
+    assert re.findall(r"splits = (\d+)", log.getvalue())[-1] == "2"

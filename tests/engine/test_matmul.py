@@ -1,4 +1,4 @@
-"""The kernel of products by itself: against a plain computation, and the same bits whatever is computed with it."""
+"""The matmul kernels: compared with numpy, and the same bits for a column in any batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ggml_tensors import Tensor, tensor, with_sources
 QUANTIZED = ["Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q5_K", "Q6_K"]
 FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": None}
 TYPES = [*QUANTIZED, *FLOATS]
-SCALES = {  # where a block has its halves: they are made small numbers, as other bits could be none
+SCALES = {  # offsets of the halves in a block; random bits could be NaN or infinity, so they get small numbers
     "Q8_0": [0],
     "Q4_0": [0],
     "Q5_0": [0],
@@ -26,13 +26,13 @@ SCALES = {  # where a block has its halves: they are made small numbers, as othe
     "Q5_K": [0, 2],
     "Q6_K": [208],
 }
-ROUNDING = 3e-6  # of sums of positive and negative numbers, as a share of what they are sums of
+ROUNDING = 3e-6  # error of a sum, relative to the sum of the absolute values
 
 
 @pytest.fixture(scope="module")
 def kernel(accelerator_library: ctypes.CDLL) -> ctypes.CDLL:
     if not accelerator.supports_quantized():
-        pytest.skip("this processor has no instructions for it")
+        pytest.skip("this processor lacks the instructions for products of bytes")
     return accelerator_library
 
 
@@ -43,7 +43,7 @@ def memory(kernel: ctypes.CDLL) -> Memory:
 
 
 class Memory:
-    """Our own memory for weights, by ggml's functions."""
+    """Buffers of packed weights, through ggml's functions."""
 
     def __init__(self, kernel: ctypes.CDLL) -> None:
         kernel.accelerator_memory.restype = ctypes.c_void_p
@@ -54,28 +54,28 @@ class Memory:
         self._ggml.ggml_backend_buft_get_alloc_size.restype = ctypes.c_size_t
 
     def make(self, size: int) -> ctypes.c_void_p | None:
-        """A buffer; None if there is no room."""
+        """A buffer; None if there is not enough memory."""
         made = self._ggml.ggml_backend_buft_alloc_buffer(self._kind, ctypes.c_size_t(size))
         return ctypes.c_void_p(made) if made else None
 
     @contextmanager
     def place(self, matrix: Tensor, raw: np.ndarray) -> Iterator[None]:
-        """The matrix is here for a while."""
-        here, matrix.data = ctypes.byref(matrix), None
-        buffer = self.make(self._ggml.ggml_backend_buft_get_alloc_size(self._kind, here))
+        """Keep the matrix in such a buffer while the context is entered."""
+        pointer, matrix.data = ctypes.byref(matrix), None
+        buffer = self.make(self._ggml.ggml_backend_buft_get_alloc_size(self._kind, pointer))
         base = ctypes.c_void_p(self._ggml.ggml_backend_buffer_get_base(buffer))
-        assert self._ggml.ggml_backend_tensor_alloc(buffer, here, base) == 0
+        assert self._ggml.ggml_backend_tensor_alloc(buffer, pointer, base) == 0
         self.set(matrix, raw, 0)
         yield
         self._ggml.ggml_backend_buffer_free(buffer)
 
     def set(self, matrix: Tensor, raw: np.ndarray, offset: int) -> None:
-        """Copy from a file."""
+        """Write `raw`, in the order of the file, to the matrix from byte `offset` on."""
         at, size = ctypes.c_void_p(raw.ctypes.data), ctypes.c_size_t(raw.nbytes)
         self._ggml.ggml_backend_tensor_set(ctypes.byref(matrix), at, ctypes.c_size_t(offset), size)
 
     def get(self, matrix: Tensor, offset: int, size: int) -> np.ndarray:
-        """What would lie in a file."""
+        """`size` bytes of the matrix from byte `offset` on, in the order of the file."""
         raw = np.zeros(size, np.uint8)
         at = ctypes.c_void_p(raw.ctypes.data)
         self._ggml.ggml_backend_tensor_get(ctypes.byref(matrix), at, ctypes.c_size_t(offset), ctypes.c_size_t(size))
@@ -83,7 +83,7 @@ class Memory:
 
 
 def weights(name: str, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random blocks as they lie in a file, [row, byte], and what they mean, [row, element]."""
+    """Random blocks in the order of a file, [row, byte], and their values, [row, element]."""
     kind = GGMLQuantizationType[name]
     rng = np.random.default_rng(1)
     if name in FLOATS:
@@ -93,9 +93,9 @@ def weights(name: str, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     raw = rng.integers(0, 256, shape, np.uint8)
     per_block = quants.quant_shape_to_byte_shape((1, 256), kind)[1] // (256 // BLOCK[name])
     blocks = raw.reshape(rows, -1, per_block)
-    for place in SCALES[name]:
+    for offset in SCALES[name]:
         halves = rng.uniform(-0.02, 0.02, blocks.shape[:2]).astype(np.float16)
-        blocks[:, :, place : place + 2] = halves[..., None].view(np.uint8)
+        blocks[:, :, offset : offset + 2] = halves[..., None].view(np.uint8)
     return raw, quants.dequantize(raw, kind)
 
 
@@ -103,7 +103,7 @@ BLOCK = {name: 256 if name.endswith("K") else 32 for name in QUANTIZED}
 
 
 def rounded(x: np.ndarray) -> np.ndarray:
-    """Activations as the kernel sees them: whole numbers up to 127 of a unit for each 32 of them."""
+    """Activations rounded as the kernel rounds them: integers up to 127, with a scale for each 32."""
     pieces = x.reshape(len(x), -1, 32)
     most = np.abs(pieces).max(-1, keepdims=True)
     units = np.divide(np.float32(127), most, where=most > 0, out=np.zeros_like(most))
@@ -119,7 +119,7 @@ def activations(columns: int, length: int) -> np.ndarray:
 
 
 def in_file(name: str, raw: np.ndarray) -> Tensor:
-    """A matrix as it lies in a file."""
+    """A matrix in the order of the file."""
     kind = GGMLQuantizationType[name]
     elements, size = GGML_QUANT_SIZES[kind]
     matrix = Tensor(type=int(kind), data=raw.ctypes.data)
@@ -144,43 +144,43 @@ def multiplied(kernel: ctypes.CDLL, matrix: Tensor, x: np.ndarray, threads: int 
 
 @pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize(("rows", "columns", "length"), [(64, 1, 256), (32, 7, 1024), (77, 14, 768), (5, 3, 2304)])
-def test_it_agrees_with_the_definition(kernel, name, rows, columns, length):
-    raw, meant = weights(name, rows, length)
+def test_products_agree_with_numpy(kernel, name, rows, columns, length):
+    raw, values = weights(name, rows, length)
     x = activations(columns, length)
-    seen = x.astype(np.float64) if name in FLOATS else rounded(x)
-    exact = seen @ meant.astype(np.float64).T
-    size = np.abs(seen) @ np.abs(meant.astype(np.float64)).T
+    rounded_x = x.astype(np.float64) if name in FLOATS else rounded(x)
+    exact = rounded_x @ values.astype(np.float64).T
+    size = np.abs(rounded_x) @ np.abs(values.astype(np.float64)).T
     assert np.abs((product(kernel, name, raw, x) - exact) / size).max() < ROUNDING
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("name", TYPES)
-def test_a_column_has_the_same_bits_in_any_company(kernel, name, threads):
+def test_a_column_has_the_same_bits_in_any_batch(kernel, name, threads):
     raw, _ = weights(name, 200, 1280)
     x = activations(20, 1280)
-    wanted = product(kernel, name, raw, x)
+    expected = product(kernel, name, raw, x)
     for first, end in [(0, 1), (3, 5), (19, 20), (7, 20), (1, 14)]:
         part = np.ascontiguousarray(x[first:end])
-        assert (product(kernel, name, raw, part, threads) == wanted[first:end]).all()
+        assert (product(kernel, name, raw, part, threads) == expected[first:end]).all()
 
 
 @pytest.mark.parametrize("rows", [1, 16, 40, 96, 200])
 @pytest.mark.parametrize("name", TYPES)
-def test_in_memory_of_our_own_weights_lie_otherwise_and_products_have_the_same_bits(kernel, memory, name, rows):
+def test_packed_weights_give_the_same_bits(kernel, memory, name, rows):
     raw, _ = weights(name, rows, 768)
     raw = raw.reshape(rows, -1)
     x = activations(9, 768)
-    wanted = product(kernel, name, raw, x)
+    expected = product(kernel, name, raw, x)
     matrix = in_file(name, raw)
     with memory.place(matrix, raw):
         for first, end in [(0, 9), (2, 3)]:
             part = np.ascontiguousarray(x[first:end])
-            assert (multiplied(kernel, matrix, part, threads=2) == wanted[first:end]).all()
+            assert (multiplied(kernel, matrix, part, threads=2) == expected[first:end]).all()
         assert (memory.get(matrix, 0, raw.nbytes) == raw.ravel()).all()
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_parts_of_what_is_in_our_memory_can_be_changed_and_read(memory, name):
+def test_parts_of_packed_weights_can_be_written_and_read(memory, name):
     raw, _ = weights(name, 80, 512)
     raw = raw.reshape(80, -1).copy()
     size = raw.shape[1]
@@ -191,48 +191,48 @@ def test_parts_of_what_is_in_our_memory_can_be_changed_and_read(memory, name):
             memory.set(matrix, raw[first:end].copy(), first * size)
             assert (memory.get(matrix, 0, raw.nbytes) == raw.ravel()).all()
             assert (memory.get(matrix, first * size, (end - first) * size) == raw[first:end].ravel()).all()
-        view = in_file(name, raw[20:30])  # as ggml makes a view of what is not here
+        view = in_file(name, raw[20:30])  # a view, as ggml makes one
         view.data, view.view_src, view.view_offset = matrix.data + 20 * size, ctypes.addressof(matrix), 20 * size
         view.buffer = matrix.buffer
         assert (memory.get(view, 0, 10 * size) == raw[20:30].ravel()).all()
 
 
-def test_without_room_there_is_no_buffer(memory):
+def test_without_enough_memory_there_is_no_buffer(memory):
     assert memory.make(1 << 62) is None
 
 
 @pytest.mark.parametrize("columns", [1, 9])
-def test_threads_of_our_own_compute_the_same(kernel, team, columns):
+def test_the_thread_pool_computes_the_same_bits(kernel, team, columns):
     rest = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(team)
     x = activations(columns, 1280)
-    wanted = {name: product(kernel, name, weights(name, 333, 1280)[0], x) for name in TYPES}
-    for turn in range(12):  # weights that were read the last time are gone, and others are in their place
+    expected = {name: product(kernel, name, weights(name, 333, 1280)[0], x) for name in TYPES}
+    for turn in range(12):  # the weights of the last turn are freed, so prefetches read freed memory
         for name in TYPES:
             raw, _ = weights(name, 333, 1280)
-            assert (product(kernel, name, raw, x, threads=2 + turn % 3) == wanted[name]).all()
+            assert (product(kernel, name, raw, x, threads=2 + turn % 3) == expected[name]).all()
         if turn % 5 == 0:
-            time.sleep(0.05)  # they fall asleep
+            time.sleep(0.05)  # the threads fall asleep
         if turn % 2 == 0:
-            rest(0, None, None)  # or are told to
+            rest(0, None, None)  # the threads sleep at once
 
 
-def test_columns_may_lie_apart(kernel):
+def test_columns_may_have_a_larger_stride(kernel):
     raw, _ = weights("Q8_0", 40, 256)
     wide = activations(4, 512)
     apart = wide[:, :256]
     assert (product(kernel, "Q8_0", raw, apart) == product(kernel, "Q8_0", raw, apart.copy())).all()
 
 
-def test_what_is_no_number_does_not_spread_to_other_columns(kernel):
+def test_nan_and_infinity_do_not_reach_other_columns(kernel):
     raw, _ = weights("Q8_0", 40, 256)
     x = activations(3, 256)
-    wanted = product(kernel, "Q8_0", raw, x)
+    expected = product(kernel, "Q8_0", raw, x)
     x[1, 5] = np.nan
     x[1, 40] = np.inf
-    assert (product(kernel, "Q8_0", raw, x)[[0, 2]] == wanted[[0, 2]]).all()
+    assert (product(kernel, "Q8_0", raw, x)[[0, 2]] == expected[[0, 2]]).all()
 
 
-def test_other_products_are_left_to_the_library(kernel):
+def test_other_products_are_refused(kernel):
     raw, _ = weights("Q8_0", 32, 256)
     matrix = Tensor(type=int(GGMLQuantizationType.IQ4_NL), data=raw.ctypes.data)
     matrix.ne[:] = [256, 32, 1, 1]

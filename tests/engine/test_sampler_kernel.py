@@ -1,4 +1,4 @@
-"""Tests of the sampler kernels: the compiled one and numpy agree with each other and with the definition."""
+"""The sampler kernels: compiled and numpy, compared with each other and with the definition."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ ROWS = arrays.arrays(
 FILTERS = [Sampling(0.0), Sampling(1.0), Sampling(0.7, 0.9), Sampling(1.3, 0.5, 7), Sampling(2.0, min_p=0.1)]
 
 
-@pytest.fixture(scope="module", params=["numpy", "compiled"])
-def kernel(request) -> SamplerKernel:
-    if request.param == "numpy":
+@pytest.fixture(scope="module", params=["plain", "compiled"])
+def sampler_kernel(request) -> SamplerKernel:
+    if request.param == "plain":
         return NumpyKernel()
     if not LIBRARY.exists():
-        assert shutil.which("c++") is None, "a C++ compiler is installed, so the library should have been built"
-        pytest.skip("no C++ compiler built the library")
+        assert shutil.which("c++") is None, "there is a compiler, so the library should have been built"
+        pytest.skip("the library was not compiled: there is no C++ compiler")
     return CompiledKernel()
 
 
-def read(kernel: SamplerKernel, row: np.ndarray, query: RowQuery) -> RowResult:
-    return kernel.read(row[None], [query])[0]
+def read(kernel: SamplerKernel, row: np.ndarray, task: RowQuery) -> RowResult:
+    return kernel.read(row[None], [task])[0]
 
 
 def drawn(kernel: SamplerKernel, row: np.ndarray, sampling: Sampling, seeds: list[int]) -> list[int]:
@@ -49,100 +49,105 @@ def drawn(kernel: SamplerKernel, row: np.ndarray, sampling: Sampling, seeds: lis
 
 
 @given(ROWS, st.integers(1, 4), st.data())
-def test_log_probabilities_are_logits_minus_the_log_sum_of_exponentials(kernel, row, count, data):
+def test_log_probabilities_are_logits_minus_the_log_sum_of_exponentials(sampler_kernel, row, count, data):
     row[0] = max(row[0], -60)
     rows = np.stack([np.roll(row, turn) for turn in range(count)])
     given = data.draw(st.lists(st.integers(0, len(row) - 1), min_size=count, max_size=count))
     reported = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
-    queries = [RowQuery(wanted, given=token) for wanted, token in zip(reported, given, strict=True)]
-    for each, found, query in zip(rows, kernel.read(rows, queries), queries, strict=True):
-        exact = np.logaddexp.reduce(each.astype(np.float64)) if query.reported else 0
-        # A sum of 256 weights has eight partial sums: 31 and 3 rounded additions. exp and log add their own errors.
-        assert found.value == pytest.approx(float(each[query.given]) - exact, abs=34 * 2.0**-24 + 5e-7, rel=1e-7)
-        assert found.rank == 1 + (each > each[query.given]).sum()
+    tasks = [RowQuery(wanted, given=token) for wanted, token in zip(reported, given, strict=True)]
+    for each, found, task in zip(rows, sampler_kernel.read(rows, tasks), tasks, strict=True):
+        exact = np.logaddexp.reduce(each.astype(np.float64)) if task.reported else 0
+        # A sum of 256 is kept in eight lanes: 31 additions and 3, each rounded. The weights have errors too.
+        assert found.value == pytest.approx(float(each[task.given]) - exact, abs=34 * 2.0**-24 + 5e-7, rel=1e-7)
+        assert found.rank == 1 + (each > each[task.given]).sum()
 
 
 @given(ROWS | ROWS.map(np.round), st.integers(1, 700))
-def test_the_most_likely_ids_are_the_first_of_a_stable_sort(kernel, row, count):
+def test_the_top_tokens_are_the_head_of_a_stable_sort(sampler_kernel, row, count):
     expected = sorted(range(len(row)), key=lambda i: (-row[i], i))[:count]
-    assert read(kernel, row, RowQuery(given=0, top=count)).top == tuple((i, float(row[i])) for i in expected)
+    assert read(sampler_kernel, row, RowQuery(given=0, top=count)).top == tuple((i, float(row[i])) for i in expected)
 
 
-def test_the_most_likely_ids_when_all_are_in_one_block(kernel):
+def test_the_top_tokens_when_all_are_in_one_block(sampler_kernel):
     row = np.zeros(150_000, np.float32)
     row[1000:1010] = range(1, 11)
-    top = read(kernel, row, RowQuery(given=0, top=12)).top
+    top = read(sampler_kernel, row, RowQuery(given=0, top=12)).top
     assert [token for token, _ in top] == [*range(1009, 999, -1), 0, 1]
 
 
 @pytest.mark.parametrize("seed", [0, 2**62, 2**63, 2**64 - 2**40, 2**64 - 1])
-@pytest.mark.parametrize("ids", [(2, 4), (100, 300), (255, 256), (3, 699)])
-def test_ids_of_weight_zero_are_never_drawn(kernel, seed, ids):
+@pytest.mark.parametrize("places", [(2, 4), (100, 300), (255, 256), (3, 699)])
+def test_tokens_of_weight_zero_are_never_drawn(sampler_kernel, seed, places):
     row = np.full(700, -np.inf, np.float32)
-    row[list(ids)] = 3
+    row[list(places)] = 3
     for sampling in (Sampling(1.0), Sampling(1.0, 0.9999), Sampling(1.0, top_k=9)):
-        assert drawn(kernel, row, sampling, [seed]) == [ids[seed >= 2**63]]
+        assert drawn(sampler_kernel, row, sampling, [seed]) == [places[seed >= 2**63]]
 
 
-def test_draws_are_distributed_as_the_weights(kernel):
-    """Evenly spaced seeds draw each token in proportion to its weight, within two draws."""
+def test_draws_follow_the_weights(sampler_kernel):
+    """Evenly spaced seeds draw each token in proportion to its weight, to about one draw."""
     row = np.log(np.tile(np.array([1e-9, 0.5, 0.25, 1.0], np.float32), 200))
     draws = 50_000
     for sampling in (Sampling(1.0), Sampling(1.0, min_p=0.3)):
         seeds = [int((i + 0.5) / draws * 2**64) for i in range(draws)]
-        shares = np.bincount(drawn(kernel, row, sampling, seeds), minlength=len(row)) / draws
+        shares = np.bincount(drawn(sampler_kernel, row, sampling, seeds), minlength=len(row)) / draws
         weights = np.where(np.exp(row) >= sampling.min_p, np.exp(row), 0)
         np.testing.assert_allclose(shares, weights / weights.sum(), atol=2 / draws)
 
 
-@pytest.mark.skipif(not LIBRARY.exists(), reason="no C++ compiler built the library")
+@pytest.mark.skipif(not LIBRARY.exists(), reason="the library was not compiled: there is no C++ compiler")
 @pytest.mark.parametrize("sampling", FILTERS, ids=str)
-def test_both_kernels_draw_the_same_ids_except_where_rounding_decides(sampling):
+def test_both_kernels_draw_the_same_except_where_rounding_decides(sampling):
     row = np.random.default_rng(0).normal(0, 3, 5000).astype(np.float32)
     seeds = np.random.default_rng(1).integers(0, 2**64, 2000, np.uint64).tolist()
-    numpy, compiled = (drawn(each, row, sampling, seeds) for each in (NumpyKernel(), CompiledKernel()))
-    assert sum(a != b for a, b in zip(numpy, compiled, strict=True)) < 5
+    plain, compiled = (drawn(each, row, sampling, seeds) for each in (NumpyKernel(), CompiledKernel()))
+    assert sum(a != b for a, b in zip(plain, compiled, strict=True)) < 5
 
 
-def test_a_block_has_the_same_sum_in_any_row(kernel):
-    """So the bits of a log probability do not depend on the row's length or on neighbouring blocks."""
+def test_a_block_has_the_same_sum_in_any_row(sampler_kernel):
+    """So the bits of a token do not depend on the length of the row or on other blocks."""
     row = np.random.default_rng(0).normal(0, 3, 5 * BLOCK).astype(np.float32)
-    row[: 2 * BLOCK] = row[4 * BLOCK :] = -1000  # weight 0
+    row[: 2 * BLOCK] = row[4 * BLOCK :] = -1000  # weighs nothing
     part = row[2 * BLOCK : 4 * BLOCK].copy()
-    assert read(kernel, row, RowQuery(True, given=2 * BLOCK)) == read(kernel, part, RowQuery(True, given=0))
+    assert read(sampler_kernel, row, RowQuery(True, given=2 * BLOCK)) == read(
+        sampler_kernel, part, RowQuery(True, given=0)
+    )
 
 
-@pytest.mark.skipif(not LIBRARY.exists(), reason="no C++ compiler built the library")
-def test_threads_change_nothing(team):
+@pytest.mark.skipif(not LIBRARY.exists(), reason="the library was not compiled: there is no C++ compiler")
+def test_the_number_of_threads_changes_no_result(team):
     row = np.random.default_rng(0).normal(0, 3, 100_001).astype(np.float32)
     seeds = list(range(0, 2**64, 2**58))
-    queries = [RowQuery(True, 5, 7, SampleQuery(each, seeds, TokenCounts([3, 99, 3]))) for each in FILTERS]
-    rows = np.stack([np.roll(row, turn) for turn in range(len(queries))])
-    together = CompiledKernel(1).read(rows, queries)
-    assert CompiledKernel(3).read(rows, queries) == CompiledKernel(3, team).read(rows, queries) == together
-    alone = [CompiledKernel(3, team).read(each[None], [query])[0] for each, query in zip(rows, queries, strict=True)]
+    tasks = [RowQuery(True, 5, 7, SampleQuery(each, seeds, TokenCounts([3, 99, 3]))) for each in FILTERS]
+    rows = np.stack([np.roll(row, turn) for turn in range(len(tasks))])
+    together = CompiledKernel(1).read(rows, tasks)
+    assert CompiledKernel(3).read(rows, tasks) == CompiledKernel(3, team).read(rows, tasks) == together
+    alone = [CompiledKernel(3, team).read(each[None], [task])[0] for each, task in zip(rows, tasks, strict=True)]
     assert alone == together
 
 
 @pytest.mark.parametrize("sampling", FILTERS, ids=str)
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
-def test_a_row_that_is_not_finite_gives_valid_ids(kernel, sampling, broken):
+def test_rows_with_nan_or_infinity_give_valid_tokens(sampler_kernel, sampling, broken):
     everywhere = [np.full(length, broken, np.float32) for length in (1, 100, 300)]
     for row in (*everywhere, np.append(np.zeros(300, np.float32), np.float32(broken))):
-        found = read(kernel, row, RowQuery(True, 9, 0, SampleQuery(sampling, [2**63], TokenCounts())))
+        found = read(sampler_kernel, row, RowQuery(True, 9, 0, SampleQuery(sampling, [2**63], TokenCounts())))
         assert not math.isinf(found.value)
         assert {token for token, _ in (*found.top, *found.drawn)} <= set(range(len(row)))
         assert 1 <= found.rank <= 2
 
 
-def test_an_empty_query_has_an_empty_result(kernel):
+def test_an_empty_query_has_an_empty_result(sampler_kernel):
     row = np.zeros(300, np.float32)
-    assert kernel.read(np.stack([row, row]), [RowQuery(), RowQuery(given=3)]) == [RowResult(), RowResult((), 0.0, 1)]
+    assert sampler_kernel.read(np.stack([row, row]), [RowQuery(), RowQuery(given=3)]) == [
+        RowResult(),
+        RowResult((), 0.0, 1),
+    ]
 
 
-@pytest.mark.skipif(not LIBRARY.exists(), reason="no C++ compiler built the library")
-def test_ids_beyond_the_row_cause_no_writes():
-    """Requests with such ids are refused earlier. The kernel must stay inside the row regardless."""
+@pytest.mark.skipif(not LIBRARY.exists(), reason="the library was not compiled: there is no C++ compiler")
+def test_ids_beyond_the_row_are_not_written_to():
+    """Requests are checked before; memory safety must not depend on that check."""
     rows = np.zeros((3, 300), np.float32)
     biased = Sampling(0.0, repetition_penalty=2.0, presence_penalty=1.0, logit_bias=((300, 9.0), (-1, 9.0), (7, 1.0)))
     draw = SampleQuery(biased, [0], TokenCounts([300, 10**9]), prompt=(-5, 400), banned=(301,))
@@ -155,7 +160,7 @@ def test_ids_beyond_the_row_cause_no_writes():
 
 
 @given(st.lists(st.integers(0, 400), max_size=300))
-def test_token_counts_count(tokens):
+def test_token_counts(tokens):
     token_counts = TokenCounts(tokens)
     assert dict(zip(token_counts.ids.tolist(), token_counts.counts.tolist(), strict=True)) == {
         each: tokens.count(each) for each in tokens
@@ -164,15 +169,15 @@ def test_token_counts_count(tokens):
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 20))
-def test_random_numbers_depend_on_seed_and_index(seed, n):
+def test_random_numbers_are_in_range_and_repeatable(seed, n):
     value = random_number(seed, n)
     assert 0 <= value < 1
     assert value == random_number(seed, n)
     assert value != random_number(seed, n + 1)
 
 
-def test_the_random_numbers_of_a_seed_are_fixed():
-    """Number 0 is the seed. The next ones are those of SplitMix64, here its author's first numbers for seed 0."""
+def test_the_random_numbers_of_a_seed_do_not_change():
+    """Number 0 is the seed itself; the next ones are SplitMix64's (the reference values for the seed 0)."""
     assert random_number(2**63, 0) == 0.5
     assert [random_number(0, n) for n in (1, 2)] == [
         (x >> 11) * 2.0**-53 for x in (0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4)

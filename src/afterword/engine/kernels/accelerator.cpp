@@ -1,5 +1,8 @@
-// An accelerator beside the CPU, as ggml sees it: it can do attention, products with weights and most of what lies between
-// them; ggml gives it these and keeps the rest. All is computed so that a token's numbers do not depend on who else is.
+// A ggml device of type accelerator: it computes attention, products with weights and most elementwise operations; ggml's
+// own CPU backend computes the rest. A token's numbers do not depend on the other tokens of the pass.
+//
+// State: the settings of `accelerator_prepare` and the counts since `accelerator_listen`. ggml calls the functions of this
+// file from one thread.
 
 #include <algorithm>
 #include <cstring>
@@ -8,18 +11,20 @@
 #include "attention.hpp"
 #include "elementwise.hpp"
 #include "ggml.hpp"
+#include "ggml_checks.hpp"
 #include "weight_buffers.hpp"
 #include "matmul.hpp"
 #include "thread_pool.hpp"
 
 namespace {
 
-bool has_products = false;  // of models that are loaded from now on, whose weights are copied to memory of ours
+bool has_products = false;  // whether models that are loaded from now on get packed weights and products computed here
+// Operations that ggml offered since `accelerator_listen`. "Left" are those that `supports` refused.
 struct {
-    int attentions, attentions_left;  // left to the library
-    uint64_t types_left;              // of matrices whose products are left: a bit for each of ggml's types
-    int others_left;                  // products of what was computed, and of experts
-} asked;  // by ggml since accelerator_listen
+    int attentions, attentions_left;
+    uint64_t types_left;  // of weight matrices whose products are left: a bit for each of ggml's types
+    int others_left;      // products of two computed matrices, and of experts
+} offered;
 
 struct Operation {
     const char *name;
@@ -30,13 +35,20 @@ struct Operation {
 void multiply(const Tensor *node, int threads) { products::compute(node, threads, memory::holds(node->src[0])); }
 
 template <class Kind>
-constexpr Operation short_one{Kind::NAME, Kind::supports, Kind::compute};
+constexpr Operation elementwise_operation{Kind::NAME, Kind::supports, Kind::compute};
 
 const Operation PRODUCT{"MUL_MAT", products::supports, multiply};
 const Operation ATTENTION{"FLASH_ATTN_EXT", attention::supports, attention::compute};
 const Operation *const OPERATIONS[] = {
-    &PRODUCT, &ATTENTION, &short_one<elementwise::RmsNorm>, &short_one<elementwise::Sum>, &short_one<elementwise::Mul>,
-    &short_one<elementwise::SwiGLU>, &short_one<elementwise::Rope>, &short_one<elementwise::SetRows>, &short_one<elementwise::GetRows>,
+    &PRODUCT,
+    &ATTENTION,
+    &elementwise_operation<elementwise::RmsNorm>,
+    &elementwise_operation<elementwise::Sum>,
+    &elementwise_operation<elementwise::Mul>,
+    &elementwise_operation<elementwise::SwiGLU>,
+    &elementwise_operation<elementwise::Rope>,
+    &elementwise_operation<elementwise::SetRows>,
+    &elementwise_operation<elementwise::GetRows>,
 };
 
 const Operation *named(const char *name) {
@@ -47,7 +59,7 @@ const Operation *named(const char *name) {
 
 bool is(const Tensor *node, const char *name) { return !std::strcmp(ggml.operation_name(node->op), name); }
 
-// What a node is, null if it is nothing of ours. Names are compared once for each number.
+// The operation that computes a node; null if there is none here. Each of ggml's operation numbers is looked up by name once.
 const Operation *operation_of(const Tensor *node) {
     static std::unordered_map<int32_t, const Operation *> known;
     const auto [place, fresh] = known.try_emplace(node->op, nullptr);
@@ -55,7 +67,8 @@ const Operation *operation_of(const Tensor *node) {
     return place->second;
 }
 
-// What lies between products is left to the library with them: it would change hands more often, not less.
+// Elementwise operations are refused where products are: each change between ggml's backend and this one costs more than the
+// operation saves.
 bool can(const Operation *operation, const Tensor *node) {
     if (!operation || !operation->supports(node)) return false;
     if (operation == &PRODUCT || operation == &ATTENTION) return true;
@@ -64,7 +77,7 @@ bool can(const Operation *operation, const Tensor *node) {
 
 uint8_t guid[16] = {0x5d, 0x1f, 0x22, 0x8a, 0x6e, 0x0b, 0x4c, 0x93, 0xa7, 0x35, 0xe1, 0x58, 0x90, 0xcc, 0x17, 0x46};
 const char *name_of(Device *) { return "Afterword"; }
-const char *description_of(Device *) { return "what takes long, so that it does not depend on company"; }
+const char *description_of(Device *) { return "attention and products whose bits do not depend on the batch"; }
 void memory_of(Device *, size_t *free, size_t *total) { *free = *total = 0; }
 int type_of(Device *) { return ACCELERATOR; }
 void properties_of(Device *device, Properties *to) {
@@ -73,20 +86,20 @@ void properties_of(Device *device, Properties *to) {
 BufferType *usual_buffers(Device *) { return ggml.cpu_buffers(); }
 BufferType *buffers_for_weights(Device *device) { return has_products ? &memory::buffer_type : usual_buffers(device); }
 bool supports_buffers(Device *, BufferType *type) { return ggml.is_host(type) || type == &memory::buffer_type; }
-// Whether weights may lie in our memory that this is done with.
+// Whether the weights of this operation may be packed. llama.cpp's loader asks before it chooses a buffer type.
 bool supports_weights(Device *, const Tensor *node) { return is(node, PRODUCT.name) && products::supports(node); }
-void note_product(const Tensor *matrix) {
-    if (products::of_model(matrix)) asked.types_left |= 1ull << matrix->type;
-    else asked.others_left++;
+void count_left_product(const Tensor *matrix) {
+    if (products::of_model(matrix)) offered.types_left |= 1ull << matrix->type;
+    else offered.others_left++;
 }
 bool supports_operation(Device *, const Tensor *node) {
     if (is(node, "NONE")) return memory::holds(node);
     const Operation *operation = operation_of(node);
     const bool supports = can(operation, node);
-    asked.attentions += operation == &ATTENTION;
-    asked.attentions_left += operation == &ATTENTION && !supports;
-    if (operation == &PRODUCT && !supports) note_product(node->src[0]);
-    asked.others_left += is(node, "MUL_MAT_ID");
+    offered.attentions += operation == &ATTENTION;
+    offered.attentions_left += operation == &ATTENTION && !supports;
+    if (operation == &PRODUCT && !supports) count_left_product(node->src[0]);
+    offered.others_left += is(node, "MUL_MAT_ID");
     return supports;
 }
 
@@ -102,20 +115,22 @@ int compute_graph(Backend *, Graph *graph) {
 }
 Backend *make_backend(Device *, const char *);
 
-// As llama.cpp's loader sees it, which asks where to put weights; and as its scheduler does, which asks for whatever is
-// computed in between.
-Device the_device = {name_of, description_of, memory_of, type_of, properties_of, make_backend, buffers_for_weights,
-                     nullptr, nullptr, supports_weights, supports_buffers, {}, nullptr, nullptr};
-Device at_work = {name_of, description_of, memory_of, type_of, properties_of, make_backend, usual_buffers,
-                  nullptr, nullptr, supports_operation, supports_buffers, {}, nullptr, nullptr};
+// ggml sees two devices. `loader_device` is registered: llama.cpp's loader asks it where to put weights. `compute_device`
+// belongs to the backend: ggml's scheduler asks it which operations it supports and which buffers to use for results.
+Device loader_device = {
+    name_of, description_of,   memory_of,        type_of, properties_of, make_backend, buffers_for_weights, nullptr,
+    nullptr, supports_weights, supports_buffers, {},      nullptr,       nullptr};
+Device compute_device = {
+    name_of, description_of,     memory_of,        type_of, properties_of, make_backend, usual_buffers, nullptr,
+    nullptr, supports_operation, supports_buffers, {},      nullptr,       nullptr};
 
 Backend *make_backend(Device *, const char *) {
-    return new Backend{&guid, backend_name, end_backend, {}, compute_graph, {}, &at_work, nullptr};
+    return new Backend{&guid, backend_name, end_backend, {}, compute_graph, {}, &compute_device, nullptr};
 }
 
 const char *registry_name(Registry *) { return "Afterword"; }
 size_t one_device(Registry *) { return 1; }
-Device *first_device(Registry *, size_t) { return &the_device; }
+Device *first_device(Registry *, size_t) { return &loader_device; }
 void *address_of(Registry *, const char *) { return nullptr; }
 Registry the_registry = {API_VERSION, registry_name, one_device, first_device, address_of, nullptr};
 
@@ -123,44 +138,44 @@ Registry the_registry = {API_VERSION, registry_name, one_device, first_device, a
 
 extern "C" {
 
-// Bytes of a tensor as declared here, to be compared with the library's.
+// The size of `Tensor` in bytes, which accelerator.py compares with ggml's.
 size_t accelerator_tensor_size() { return sizeof(Tensor); }
 
-// What to register with ggml.
+// The registry to pass to ggml_backend_register. `addresses`: ggml's functions.
 void *accelerator_registry(const Ggml *addresses) {
     ggml = *addresses;
-    the_device.registry = at_work.registry = &the_registry;
-    memory::buffer_type.device = &the_device;
+    loader_device.registry = compute_device.registry = &the_registry;
+    memory::buffer_type.device = &loader_device;
     return &the_registry;
 }
 
-// From here on is counted what ggml asks about.
-void accelerator_listen() { asked = {}; }
+// Sets all counts to zero.
+void accelerator_listen() { offered = {}; }
 
-// Whether there was attention to compute, and none was left to the library.
-int accelerator_attends() { return asked.attentions && !asked.attentions_left; }
+// Whether ggml offered attention and all of it is computed here.
+int accelerator_attends() { return offered.attentions && !offered.attentions_left; }
 
-// The types of the model's matrices whose products were left to the library: a bit for each of ggml's types.
-uint64_t accelerator_types_left() { return asked.types_left; }
+// The types of weight matrices whose products are left to ggml: a bit for each of ggml's types.
+uint64_t accelerator_types_left() { return offered.types_left; }
 
-// How many products were left to it of which no operand is a matrix of the model, or which are of experts.
-int accelerator_others_left() { return asked.others_left; }
+// The number of products left to ggml that have no weight matrix as an operand, or that are of experts.
+int accelerator_others_left() { return offered.others_left; }
 
-// Whether products of quantized weights are computed here.
+// Whether the library was compiled for a processor that has the instructions for products of bytes.
 int accelerator_multiplies() { return products::AVAILABLE; }
 
-// How many threads compute, and whether models that are loaded from now on have their weights copied to memory of ours.
-void accelerator_prepare(int count, int keeps) {
+// Sets the number of threads, and whether models that are loaded from now on get packed weights.
+void accelerator_prepare(int count, int packs_weights) {
     threads = count;
-    has_products = keeps && products::AVAILABLE;
+    has_products = packs_weights && products::AVAILABLE;
 }
 
-// Threads are of our team from here on, or OpenMP's. Returns what runs work in them, null for OpenMP.
+// Chooses the thread pool (`alone`) or OpenMP for all following operations. Returns the pool's `Run`, null for OpenMP.
 void *accelerator_lead(int alone) { return (void *)(pool_run = alone ? run_in_pool : nullptr); }
 
 void *accelerator_memory() { return &memory::buffer_type; }
 
-// One operation by itself, by ggml's name: what the tests compare.
+// For tests: one operation, by ggml's name of it.
 int operation_takes(const char *name, const Tensor *node) { return named(name)->supports(node); }
 void operation_compute(const char *name, const Tensor *node, int count) { named(name)->compute(node, count); }
 }

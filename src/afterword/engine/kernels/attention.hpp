@@ -1,10 +1,9 @@
-// Attention whose sums do not depend on who else is computed.
+// Attention. The bits of a query's output do not depend on the other queries of the pass.
 //
-// llama.cpp has several kernels for attention and chooses by the shape of the pass, and they add in different orders; so
-// a token's numbers would depend on its company. Here every query goes through the same operations in the same order
-// whatever the pass looks like: keys in blocks of 64 from the start of the memory, each score a running sum over the
-// head's elements, each output a running sum over the keys. Tiles of queries only decide which of them share the work
-// of unpacking a block.
+// llama.cpp has several attention kernels, chooses one by the shape of the pass, and they add in different orders. Here the
+// operations of a query and their order are fixed: keys in blocks of 64 from the first cell of the KV cache, each score a
+// running sum over the elements of the head, each output a running sum over the cells. The tile of queries changes only which
+// queries share the unpacking of a block.
 
 #pragma once
 
@@ -22,11 +21,11 @@ namespace attention {
 namespace {
 
 constexpr int BLOCK = 64, MOST_ROWS = 64;
-constexpr int MANY = WIDE > LANES ? 6 : 4, FEW = WIDE > LANES ? 4 : 2;  // queries and vectors: as many as there are registers
+constexpr int MANY = WIDE > LANES ? 6 : 4, FEW = WIDE > LANES ? 4 : 2;  // queries and vectors whose sums fit the registers
 
-// ---- several numbers at a time
+// ---- vectors
 
-// `value` where x is a number, else x: `exponential` and `larger` hide what is not a number.
+// `value` in lanes where x is a number, else x. `exponential` and `larger` would hide NaNs.
 inline wide unless_nan(wide x, wide value) { return x == x ? value : x; }
 
 inline wide hyperbolic_tangent(wide x) {
@@ -34,7 +33,7 @@ inline wide hyperbolic_tangent(wide x) {
     return unless_nan(x, 1.0f - 2.0f / (exponential(2.0f * bounded) + 1.0f));
 }
 
-// Eight rows of eight become eight columns.
+// Transposes a matrix of eight by eight.
 inline void transpose(f8 (&r)[LANES]) {
     f8 a[LANES], b[LANES];
     for (int i = 0; i < 4; i++) {
@@ -55,18 +54,26 @@ inline void transpose(f8 (&r)[LANES]) {
 
 // ---- one operation
 
-// The operation's operands and settings. Shapes: queries [head, token, query head, stream], keys and values [head, cell,
+// The operands and parameters of one operation. Shapes: queries [head, token, query head, stream], keys and values [head, cell,
 // head, stream], mask [cell, token, 1 or query head, 1 or stream], output [head, query head, token, stream].
 struct Attention {
     const Tensor *q, *k, *v, *mask, *out;
-    int64_t tokens, cells, group;  // group: query heads for one head of keys
+    int64_t tokens, cells, group;  // group: query heads that share one head of keys
     int dk, dv;
     float scale, steepness, cap, base0, base1;
     uint32_t flat_heads;
 
     explicit Attention(const Tensor *node)
-        : q(node->src[0]), k(node->src[1]), v(node->src[2]), mask(node->src[3]), out(node),
-          tokens(q->ne[1]), cells(k->ne[1]), group(q->ne[2] / k->ne[2]), dk((int)k->ne[0]), dv((int)v->ne[0]) {
+        : q(node->src[0]),
+          k(node->src[1]),
+          v(node->src[2]),
+          mask(node->src[3]),
+          out(node),
+          tokens(q->ne[1]),
+          cells(k->ne[1]),
+          group(q->ne[2] / k->ne[2]),
+          dk((int)k->ne[0]),
+          dv((int)v->ne[0]) {
         float given[3];
         std::memcpy(given, node->params, sizeof given);
         scale = given[0], steepness = given[1], cap = given[2];
@@ -76,7 +83,7 @@ struct Attention {
         base1 = std::pow(2.0f, -steepness / 2 / flat_heads);
     }
 
-    // How much distance costs a head (ALiBi).
+    // The factor of a head for the values of the mask (ALiBi).
     float slope(int64_t head) const {
         if (steepness <= 0) return 1;
         const uint32_t h = (uint32_t)head;
@@ -90,22 +97,22 @@ struct Attention {
     }
 };
 
-// What a thread needs, kept from one operation to the next.
+// Buffers of one thread, kept from one operation to the next.
 struct Scratch {
-    std::vector<float> room;
+    std::vector<float> memory;
     float *keys, *values, *scores, *sums;  // keys [dk][BLOCK], values [BLOCK][dv], scores [row][BLOCK], sums [row][dv]
 
     void fit(int dk, int dv) {
         const size_t parts[] = {(size_t)dk * BLOCK, (size_t)BLOCK * dv, (size_t)MOST_ROWS * BLOCK, (size_t)MOST_ROWS * dv};
         const size_t all = parts[0] + parts[1] + parts[2] + parts[3];
-        if (room.size() < all) room.resize(all);
-        keys = room.data(), values = keys + parts[0], scores = values + parts[1], sums = scores + parts[2];
+        if (memory.size() < all) memory.resize(all);
+        keys = memory.data(), values = keys + parts[0], scores = values + parts[1], sums = scores + parts[2];
     }
 };
 
 // ---- a block of keys and values
 
-// Cells beyond the memory's end count as zeros; the mask hides them.
+// Cells beyond the end of the KV cache are read as zeros; `masked` hides them.
 void unpack_keys(float *to, const char *from, size_t stride, int dk, int cells) {
     static const half nothing[LANES] = {};
     for (int cell = 0; cell < BLOCK; cell += LANES) {
@@ -125,7 +132,7 @@ void unpack_values(float *to, const char *from, size_t stride, int dv, int cells
             store(to + cell * dv + d, cell < cells ? widen((const half *)(from + cell * stride) + d) : all(0));
 }
 
-// Scores of ROWS queries with the keys of a block: running sums over the head's elements, in their order.
+// Scores of ROWS queries with the keys of a block: running sums over the elements of the head, from the first.
 template <int ROWS, int COLUMNS>
 void multiply(float *scores, const float *const *queries, const float *keys, int dk) {
     for (int cell = 0; cell < BLOCK; cell += COLUMNS * WIDE) {
@@ -148,48 +155,48 @@ void multiply_all(float *scores, const float *const *queries, const float *keys,
     for (; i < count; i++) multiply<1, 4>(scores + i * BLOCK, queries + i, keys, dk);
 }
 
-// A query's probabilities in a block, what its sums so far shrink by, and where they are.
-struct TileQueue {
+// A query's weights in a block, the factor for its running sums, and the sums.
+struct BlockWeights {
     const float *weights;
-    float shrink;
+    float factor;
     float *sums;
 };
 
-// Values weighed by the probabilities of ROWS queries, added to their sums: running sums over the cells, in their order.
-// With SKIP cells of probability 0 are left out: 0 times a value that is not finite is no number, and a masked cell can
-// hold such values, left by another request. Finite values give the same sums with and without SKIP.
+// Adds the values, times the weights of ROWS queries, to their running sums, from the first cell to the last. With SKIP cells
+// of weight 0 are left out: 0 times an infinity or a NaN is NaN, and a masked cell can hold such values of another request.
+// Finite values give the same sums with and without SKIP.
 template <bool SKIP, class V, int ROWS, int COLUMNS>
-void weigh(const TileQueue *queues, const float *values, int dv, int d) {
+void weigh(const BlockWeights *blocks, const float *values, int dv, int d) {
     constexpr int WIDTH = sizeof(V) / sizeof(float);
     V total[ROWS][COLUMNS];
     for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < COLUMNS; c++) total[r][c] = load<V>(queues[r].sums + d + c * WIDTH) * queues[r].shrink;
+        for (int c = 0; c < COLUMNS; c++) total[r][c] = load<V>(blocks[r].sums + d + c * WIDTH) * blocks[r].factor;
     for (int cell = 0; cell < BLOCK; cell++) {
         for (int c = 0; c < COLUMNS; c++) {
             const V value = load<V>(values + cell * dv + d + c * WIDTH);
             for (int r = 0; r < ROWS; r++) {
-                if (SKIP && queues[r].weights[cell] == 0) continue;
-                total[r][c] = fused(all<V>(queues[r].weights[cell]), value, total[r][c]);
+                if (SKIP && blocks[r].weights[cell] == 0) continue;
+                total[r][c] = fused(all<V>(blocks[r].weights[cell]), value, total[r][c]);
             }
         }
     }
     for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < COLUMNS; c++) store(queues[r].sums + d + c * WIDTH, total[r][c]);
+        for (int c = 0; c < COLUMNS; c++) store(blocks[r].sums + d + c * WIDTH, total[r][c]);
 }
 
 template <bool SKIP, int ROWS>
-void weigh_rows(const TileQueue *queues, const float *values, int dv) {
+void weigh_rows(const BlockWeights *blocks, const float *values, int dv) {
     int d = 0;
-    for (; d + FEW * WIDE <= dv; d += FEW * WIDE) weigh<SKIP, wide, ROWS, FEW>(queues, values, dv, d);
-    for (; d < dv; d += LANES) weigh<SKIP, f8, ROWS, 1>(queues, values, dv, d);
+    for (; d + FEW * WIDE <= dv; d += FEW * WIDE) weigh<SKIP, wide, ROWS, FEW>(blocks, values, dv, d);
+    for (; d < dv; d += LANES) weigh<SKIP, f8, ROWS, 1>(blocks, values, dv, d);
 }
 
 template <bool SKIP>
-void weigh_all(const TileQueue *queues, const float *values, int dv, int count) {
+void weigh_all(const BlockWeights *blocks, const float *values, int dv, int count) {
     int i = 0;
-    for (; i + MANY <= count; i += MANY) weigh_rows<SKIP, MANY>(queues + i, values, dv);
-    for (; i + 2 <= count; i += 2) weigh_rows<SKIP, 2>(queues + i, values, dv);
-    for (; i < count; i++) weigh_rows<SKIP, 1>(queues + i, values, dv);
+    for (; i + MANY <= count; i += MANY) weigh_rows<SKIP, MANY>(blocks + i, values, dv);
+    for (; i + 2 <= count; i += 2) weigh_rows<SKIP, 2>(blocks + i, values, dv);
+    for (; i < count; i++) weigh_rows<SKIP, 1>(blocks + i, values, dv);
 }
 
 // ---- a tile of queries over all blocks
@@ -198,24 +205,25 @@ struct Query {
     const float *elements;
     const half *mask;
     float slope, highest;
-    f8 total;  // of the probabilities so far, by lane
+    f8 total;  // the running sum of the weights, in lanes
 };
 
-// Whether a query may look at anything in a block.
-bool looks(const Query &query, int64_t cell, int cells) {
+// Whether the mask shows a query any cell of a block.
+bool sees_block(const Query &query, int64_t cell, int cells) {
     if (!query.mask) return true;
     for (int i = 0; i < cells; i++)
         if (query.mask[cell + i] != 0xfc00) return true;
     return false;
 }
 
-// Scores with what the mask adds to them. Where that is minus infinity so is the result, even if the score is not finite.
+// Scores plus the mask times the slope. Where the mask is minus infinity so is the result, even if the score is not finite.
 template <class V>
 V with_mask(V mask, float slope, V scores) {
     return mask == all<V>(-INFINITY) ? mask : fused(mask, all<V>(slope), scores);
 }
 
-// Scores of cells from `cell` on, of which `here` are in the memory, with what the mask adds to them.
+// The same for the scores of the cells from `cell` on. Cells from `here` on are beyond the end of the KV cache and get minus
+// infinity.
 wide masked(const Query &query, wide scores, int64_t cell, int here) {
     if (here >= WIDE && !query.mask) return scores;
     if (here >= WIDE) return with_mask(widen_all(query.mask + cell), query.slope, scores);
@@ -226,7 +234,7 @@ wide masked(const Query &query, wide scores, int64_t cell, int here) {
     return scores;
 }
 
-// Scores to probabilities, as far as is known; returns what the sums so far shrink by.
+// Replaces the scores of a block by weights relative to the highest score so far. Returns the factor for the running sums.
 float weights_of(Query &query, float *scores, int64_t cell, int cells, const Attention &op) {
     wide part[BLOCK / WIDE], most = all<wide>(-INFINITY);
     for (int i = 0; i < BLOCK / WIDE; i++) {
@@ -236,7 +244,7 @@ float weights_of(Query &query, float *scores, int64_t cell, int cells, const Att
         most = larger(x, most);
     }
     const float highest = std::fmax(query.highest, largest(most));
-    const float shrink = exponential(all(query.highest - highest))[0];
+    const float factor = exponential(all(query.highest - highest))[0];
     query.highest = highest;
     f8 total{};
     for (int i = 0; i < BLOCK / WIDE; i++) {
@@ -244,18 +252,17 @@ float weights_of(Query &query, float *scores, int64_t cell, int cells, const Att
         store(scores + i * WIDE, weight);
         add(total, weight);
     }
-    query.total = fused(query.total, all(shrink), total);
-    return shrink;
+    query.total = fused(query.total, all(factor), total);
+    return factor;
 }
 
-// Whether all outputs are finite. See `weigh` for SKIP.
+// Computes a tile of queries over all blocks. Returns whether all outputs are finite. See `weigh` for SKIP.
 template <bool SKIP>
 bool attend(const Attention &op, Scratch &scratch, int64_t stream, int64_t kv_head, int64_t first, int count) {
     Query queries[MOST_ROWS];
     for (int r = 0; r < count; r++) {
         const int64_t token = (first + r) / op.group, head = kv_head * op.group + (first + r) % op.group;
-        const float *elements =
-            (const float *)(op.q->data + token * op.q->nb[1] + head * op.q->nb[2] + stream * op.q->nb[3]);
+        const float *elements = (const float *)(op.q->data + token * op.q->nb[1] + head * op.q->nb[2] + stream * op.q->nb[3]);
         queries[r] = {elements, op.mask_of(token, head, stream), op.slope(head), -INFINITY, all(0)};
     }
     std::memset(scratch.sums, 0, sizeof(float) * count * op.dv);
@@ -263,24 +270,24 @@ bool attend(const Attention &op, Scratch &scratch, int64_t stream, int64_t kv_he
     const char *values = op.v->data + kv_head * op.v->nb[2] + stream * op.v->nb[3];
     for (int64_t cell = 0; cell < op.cells; cell += BLOCK) {
         const int cells = (int)(op.cells - cell < BLOCK ? op.cells - cell : BLOCK);
-        int who[MOST_ROWS], looking = 0;
+        int seeing[MOST_ROWS], seeing_count = 0;
         for (int r = 0; r < count; r++)
-            if (looks(queries[r], cell, cells)) who[looking++] = r;
-        if (!looking) continue;
+            if (sees_block(queries[r], cell, cells)) seeing[seeing_count++] = r;
+        if (!seeing_count) continue;
         unpack_keys(scratch.keys, keys + cell * op.k->nb[1], op.k->nb[1], op.dk, cells);
         unpack_values(scratch.values, values + cell * op.v->nb[1], op.v->nb[1], op.dv, cells);
         const float *elements[MOST_ROWS];
-        for (int i = 0; i < looking; i++) elements[i] = queries[who[i]].elements;
-        multiply_all(scratch.scores, elements, scratch.keys, op.dk, looking);
-        TileQueue queues[MOST_ROWS];
-        for (int i = 0; i < looking; i++) {
+        for (int i = 0; i < seeing_count; i++) elements[i] = queries[seeing[i]].elements;
+        multiply_all(scratch.scores, elements, scratch.keys, op.dk, seeing_count);
+        BlockWeights blocks[MOST_ROWS];
+        for (int i = 0; i < seeing_count; i++) {
             float *scores = scratch.scores + i * BLOCK;
-            const float shrink = weights_of(queries[who[i]], scores, cell, cells, op);
-            queues[i] = {scores, shrink, scratch.sums + who[i] * op.dv};
+            const float factor = weights_of(queries[seeing[i]], scores, cell, cells, op);
+            blocks[i] = {scores, factor, scratch.sums + seeing[i] * op.dv};
         }
-        weigh_all<SKIP>(queues, scratch.values, op.dv, looking);
+        weigh_all<SKIP>(blocks, scratch.values, op.dv, seeing_count);
     }
-    f8 finite{};  // a sum of zeros, as long as it is
+    f8 finite{};  // a sum of zeros, or NaN where an output is not finite
     for (int r = 0; r < count; r++) {
         const int64_t token = (first + r) / op.group, head = kv_head * op.group + (first + r) % op.group;
         float *out = (float *)(op.out->data + head * op.out->nb[1] + token * op.out->nb[2] + stream * op.out->nb[3]);
@@ -295,7 +302,7 @@ bool attend(const Attention &op, Scratch &scratch, int64_t stream, int64_t kv_he
     return sum(finite) == 0;
 }
 
-// How many queries share the work of unpacking: as many as leave something for every thread.
+// The number of queries in a tile: as many as leave at least one tile for each thread.
 int tile(int64_t rows, int64_t heads, int threads) {
     int64_t size = MOST_ROWS;
     while (size > 1 && (rows + size - 1) / size * heads < threads) size /= 2;
@@ -310,14 +317,14 @@ void compute(const Tensor *node, int threads) {
     parallel_for(threads, work, [&](int64_t i) {
         static thread_local Scratch scratch;
         scratch.fit(op.dk, op.dv);
-        // The last tiles look at most cells: they begin first.
+        // The last tiles see the most cells, so they begin first.
         const int64_t first = (tiles - 1 - i / (heads * streams)) * size, head = i % heads, stream = i / heads % streams;
         const int count = (int)(rows - first < size ? rows - first : size);
         if (!attend<false>(op, scratch, stream, head, first, count)) attend<true>(op, scratch, stream, head, first, count);
     });
 }
 
-// Whether it is an attention that can be computed here.
+// Whether this attention can be computed here.
 bool supports(const Tensor *node) {
     const Tensor *q = node->src[0], *k = node->src[1], *v = node->src[2], *mask = node->src[3];
     return node->type == F32 && q->type == F32 && k->type == F16 && v->type == F16 && !node->src[4] &&

@@ -1,6 +1,6 @@
-"""What was compiled when the package was installed (hatch_build.py): `x.cpp` has become `libx.so` beside it.
+"""The files of the compiled kernels: hatch_build.py compiles `x.cpp` to `libx.so` beside it during the installation.
 
-Where there was no compiler there is no such file, and whoever uses it has another way.
+Without a compiler the file does not exist. The modules that load a library check for it and use other code.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ KERNELS = Path(__file__).resolve().parent
 
 
 def library(source: Path) -> Path:
-    """The file that a source becomes, whether or not it is there."""
+    """The library of a source; the file may not exist."""
     return source.with_name(f"lib{source.stem}.so")
 
 
 def digest(*libraries: Path) -> str:
-    """Names the libraries that are there as they were compiled."""
+    """A SHA-256 over the contents of the libraries, in hexadecimal. It differs if one of them is missing."""
     found = hashlib.sha256()
     for path in libraries:
         found.update(path.read_bytes() if path.exists() else b"none")

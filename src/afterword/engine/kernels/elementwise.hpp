@@ -1,7 +1,8 @@
-// What lies between products and attention: norms, rotations, gates, sums, and what is put into memory.
+// The operations between products and attention: norms, sums, products, SwiGLU, rotary embedding, SET_ROWS and GET_ROWS.
 //
-// None of it takes long, but each change of hands between us and the library does, compared with it. A row is computed by
-// one thread, in the same order whatever rows are computed with it. Other operations, and unusual forms of these, are left.
+// They are computed here because each change between ggml's CPU backend and this one takes longer than the operation. One thread
+// computes a row, and the order of its operations is fixed. Other operations, and forms that `supports` refuses, are left to
+// ggml.
 
 #pragma once
 
@@ -21,12 +22,12 @@
 namespace elementwise {
 namespace {
 
-constexpr int64_t ALONE = 1 << 15;  // elements that one thread computes before others have come to help
+constexpr int64_t ALONE = 1 << 15;  // fewer elements are computed by one thread, sooner than others could join
 constexpr int64_t PART = 1 << 13;   // elements that a thread takes at a time
-constexpr int SWIGLU = 2, IN_PAIRS = 0, IN_HALVES = 2;  // ggml's numbers
+constexpr int SWIGLU = 2, IN_PAIRS = 0, IN_HALVES = 2;  // ggml's numbers of the gate and of the orders of rotary embedding
 constexpr int I32 = 26, I64 = 27;
 
-// Which row of a tensor.
+// The indices of row `i` of a tensor in its dimensions 1 to 3.
 struct RowIndex {
     int64_t i1, i2, i3;
 
@@ -35,12 +36,12 @@ struct RowIndex {
 
 int64_t rows_of(const Tensor *x) { return x->ne[1] * x->ne[2] * x->ne[3]; }
 
-// A row; where a tensor has fewer, they are repeated.
+// The address of a row. The rows of a tensor with fewer of them are repeated.
 float *row(const Tensor *x, RowIndex at) {
     return (float *)(x->data + at.i1 % x->ne[1] * x->nb[1] + at.i2 % x->ne[2] * x->nb[2] + at.i3 % x->ne[3] * x->nb[3]);
 }
 
-// Calls `work` with the number of each row, of so many elements.
+// Calls `work` with the number of each row. `length`: elements of a row.
 template <class Work>
 void parallel_rows(int threads, int64_t rows, int64_t length, const Work &work) {
     const int64_t size = PART / length + 1, parts = rows * length < ALONE ? 1 : (rows + size - 1) / size;
@@ -51,12 +52,12 @@ void parallel_rows(int threads, int64_t rows, int64_t length, const Work &work) 
     parallel_for(threads, parts, [&](int64_t i) { some(i * size, (i + 1) * size < rows ? (i + 1) * size : rows); });
 }
 
-// Calls `what` with the first number of as many elements as a register takes, and with a register.
+// Calls `work(i, vector)` for each vector of a row: `i` is its first element, and the type of `vector` is `wide` or `f8`.
 template <class Do>
-void for_lanes(int64_t length, const Do &what) {
+void for_lanes(int64_t length, const Do &work) {
     int64_t i = 0;
-    for (; i + WIDE <= length; i += WIDE) what(i, wide{});
-    for (; i < length; i += LANES) what(i, f8{});
+    for (; i + WIDE <= length; i += WIDE) work(i, wide{});
+    for (; i < length; i += LANES) work(i, f8{});
 }
 
 bool floats(const Tensor *x) { return x->type == F32 && rows_are_dense(x, sizeof(float)) && x->ne[0] % LANES == 0; }
@@ -102,7 +103,8 @@ struct Binary {
             const RowIndex at(node, i);
             const float *x = row(a, at), *y = row(b, at);
             float *to = row(node, at);
-            for_lanes(a->ne[0], [=](int64_t k, auto v) { store(to + k, Two{}(load<decltype(v)>(x + k), load<decltype(v)>(y + k))); });
+            for_lanes(a->ne[0],
+                      [=](int64_t k, auto v) { store(to + k, Two{}(load<decltype(v)>(x + k), load<decltype(v)>(y + k))); });
         });
     }
 };
@@ -114,7 +116,7 @@ struct Mul : Binary<std::multiplies<>> {
     static constexpr const char *NAME = "MUL";
 };
 
-// ---- gates of feed-forward networks: x / (1 + exp(-x)) times the other half, which may be a tensor of its own
+// ---- SwiGLU: x / (1 + exp(-x)) times the other half of the row, or times a second tensor
 
 struct SwiGLU {
     static constexpr const char *NAME = "GLU";
@@ -137,22 +139,21 @@ struct SwiGLU {
             const float *a = row(x, at), *b = other ? row(other, at) : a + length;
             if (swapped && !other) std::swap(a, b);
             float *to = row(node, at);
-            for_lanes(length, [=](int64_t k, auto v) {
-                store(to + k, swiglu(load<decltype(v)>(a + k), load<decltype(v)>(b + k)));
-            });
+            for_lanes(length,
+                      [=](int64_t k, auto v) { store(to + k, swiglu(load<decltype(v)>(a + k), load<decltype(v)>(b + k))); });
         });
     }
 };
 
-// ---- rotations by position: pairs of elements of a head, which are neighbours or half a head apart
+// ---- rotary embedding: rotates pairs of elements of a head, which are neighbours or half a head apart
 
-// Cosines and sines of a pass, [position][cosines, sines][pair]: the same for all layers.
+// Cosines and sines of a pass, [position][cosines, sines][pair]. They are kept, because all layers use the same.
 class Angles {
     int32_t params[16] = {};
     std::vector<int32_t> positions;
-    std::vector<float> slower, table;
+    std::vector<float> factors, table;  // factors: divide the angle of each pair; empty if there are none
 
-    // Whether it was another.
+    // Copies the tensor to `kept`. Returns whether it differed.
     template <class T>
     static bool replace(std::vector<T> &kept, const Tensor *now) {
         const T *first = now ? (const T *)now->data : nullptr, *end = now ? first + now->ne[0] : nullptr;
@@ -163,14 +164,14 @@ class Angles {
 
    public:
     const float *of(const Tensor *node, int pairs) {
-        const bool moved = replace(positions, node->src[1]), otherwise = replace(slower, node->src[2]);
-        if (!moved && !otherwise && !std::memcmp(params, node->params, sizeof params)) return table.data();
+        const bool new_positions = replace(positions, node->src[1]), new_factors = replace(factors, node->src[2]);
+        if (!new_positions && !new_factors && !std::memcmp(params, node->params, sizeof params)) return table.data();
         std::memcpy(params, node->params, sizeof params);
         const float base = setting(node, 5), speed = setting(node, 6), size = setting(node, 8);
         table.resize(positions.size() * 2 * pairs);
         for (int pair = 0; pair < pairs; pair++) {
-            const float turn = speed * (float)std::pow((double)base, -(double)pair / pairs);
-            const float one = slower.empty() ? turn : turn / slower[pair];
+            const float angle = speed * (float)std::pow((double)base, -(double)pair / pairs);
+            const float one = factors.empty() ? angle : angle / factors[pair];
             for (size_t i = 0; i < positions.size(); i++) {
                 float *to = &table[i * 2 * pairs + pair];
                 to[0] = size * std::cos(positions[i] * one), to[pairs] = size * std::sin(positions[i] * one);
@@ -180,17 +181,17 @@ class Angles {
     }
 };
 
-Angles angles;  // operations are computed one after the other
+Angles angles;  // used by one operation at a time
 
 struct Rope {
     static constexpr const char *NAME = "ROPE";
     static bool supports(const Tensor *node) {
-        const Tensor *x = node->src[0], *at = node->src[1], *slower = node->src[2];
+        const Tensor *x = node->src[0], *at = node->src[1], *factors = node->src[2];
         const int elements = node->params[1], order = node->params[2];
-        const bool stretched = setting(node, 7) != 0;  // differently by frequency (YaRN)
-        return floats(node) && floats(x) && x->ne[3] == 1 && at->type == I32 && at->ne[0] == x->ne[2] &&
-               elements <= x->ne[0] && elements % 2 == 0 && (order == IN_PAIRS || order == IN_HALVES) && !stretched &&
-               (!slower || (slower->type == F32 && slower->ne[0] >= elements / 2));
+        const bool stretched = setting(node, 7) != 0;  // YaRN
+        return floats(node) && floats(x) && x->ne[3] == 1 && at->type == I32 && at->ne[0] == x->ne[2] && elements <= x->ne[0] &&
+               elements % 2 == 0 && (order == IN_PAIRS || order == IN_HALVES) && !stretched &&
+               (!factors || (factors->type == F32 && factors->ne[0] >= elements / 2));
     }
     static void compute(const Tensor *node, int threads) {
         const Tensor *x = node->src[0];
@@ -201,19 +202,21 @@ struct Rope {
             const RowIndex at(node, i);
             const float *from = row(x, at), *cosines = table + at.i2 * 2 * pairs, *sines = cosines + pairs;
             float *to = row(node, at);
-            const auto turn = [=](int pair, int one, int other) {
+            const auto angle = [=](int pair, int one, int other) {
                 const float a = from[one], b = from[other];
                 to[one] = fused(a, cosines[pair], -b * sines[pair]);
                 to[other] = fused(a, sines[pair], b * cosines[pair]);
             };
-            if (halves) for (int pair = 0; pair < pairs; pair++) turn(pair, pair, pair + pairs);
-            else for (int pair = 0; pair < pairs; pair++) turn(pair, 2 * pair, 2 * pair + 1);
+            if (halves)
+                for (int pair = 0; pair < pairs; pair++) angle(pair, pair, pair + pairs);
+            else
+                for (int pair = 0; pair < pairs; pair++) angle(pair, 2 * pair, 2 * pair + 1);
             for (int64_t k = 2 * pairs; k < x->ne[0]; k++) to[k] = from[k];
         });
     }
 };
 
-// ---- rows put into memory, and taken out
+// ---- SET_ROWS and GET_ROWS: rows are written to the KV cache, and read by their numbers
 
 int64_t number(const Tensor *numbers, int64_t i) {
     return numbers->type == I64 ? ((int64_t *)numbers->data)[i] : ((int32_t *)numbers->data)[i];
@@ -254,4 +257,4 @@ struct GetRows {
 };
 
 }  // namespace
-}  // namespace between
+}  // namespace elementwise

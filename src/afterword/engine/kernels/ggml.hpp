@@ -1,5 +1,6 @@
-// What of ggml's interface the accelerator needs (version 2 of its backends), declared here since ggml's own internal header
-// is not installed. accelerator.py checks what can be checked before anything is registered.
+// Copies of the declarations of ggml's backend interface (ggml-backend-impl.h, GGML_BACKEND_API_VERSION 2) that the
+// accelerator needs. ggml does not install that header. accelerator.py compares ggml's version and the size of a tensor
+// before it registers the device.
 
 #pragma once
 
@@ -110,7 +111,7 @@ struct Registry {
     void *context;
 };
 
-// What of ggml is called: addresses that Python knows.
+// Addresses of the ggml functions that are called. accelerator.py fills them in, in this order.
 struct Ggml {
     BufferType *(*cpu_buffers)();
     bool (*is_host)(BufferType *);
@@ -123,10 +124,10 @@ struct Ggml {
 namespace {
 
 Ggml ggml;
-int threads = 1;  // that compute
+int threads = 1;  // the number that computes an operation
 
 constexpr int API_VERSION = 2, ACCELERATOR = 3, TO_COMPUTE = 16;
-constexpr int F32 = 0, F16 = 1;  // types of elements
+constexpr int F32 = 0, F16 = 1;  // ggml_type
 
 bool rows_are_dense(const Tensor *x, size_t element) { return x->nb[0] == element; }
 

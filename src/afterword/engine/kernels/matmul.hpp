@@ -1,11 +1,12 @@
-// Products of weights with activations, the same bits for a column whatever other columns there are.
+// Products of weight matrices and activations. The bits of a column do not depend on the other columns.
 //
-// Steps of 32 elements are summed by themselves (exactly, where they are integers), and then added, from the first to the
-// last, to one running float for each row and column. So the order of additions depends on neither the number of
-// columns nor of threads nor on the processor, and there is one path for a single token and for a thousand. Some rows of weights
-// at a time, as they lie in a file or packed (packing.hpp), are unpacked (weight_formats.hpp) and multiplied with all columns.
+// Each step of 32 elements is summed by itself (exactly, where its elements are integers). The sums of the steps are added, from
+// the first to the last, to one running float for each row and column. So the order of additions depends neither on the
+// number of columns or threads nor on the processor, and the same code multiplies one column and a thousand. A tile of rows,
+// in the order of the file or packed (packing.hpp), is unpacked (weight_formats.hpp) and multiplied with all columns.
 //
-// It needs instructions that multiply bytes (AVX2 or Arm's dot products); elsewhere `supports` says no and llama.cpp computes.
+// The code needs instructions that multiply bytes: AVX2 and FMA, or Arm's dot products. Elsewhere `supports` returns false
+// and ggml computes the products.
 
 #pragma once
 
@@ -23,7 +24,8 @@
 namespace products {
 namespace {
 
-// Whether a matrix is of the model, not something computed: ggml multiplies queries and keys by the same operation.
+// Whether a matrix holds weights of the model. ggml uses the same operation for products of two computed matrices, such as
+// queries and keys.
 bool of_model(const Tensor *matrix) { return !matrix->op && !matrix->view_src; }
 
 }  // namespace
@@ -36,13 +38,13 @@ namespace products {
 namespace {
 
 constexpr bool AVAILABLE = true;
-constexpr int CHUNK = 16;  // steps, at most, that are unpacked before they are multiplied; half of it is a block at least
-constexpr int AHEAD = 8192;  // bytes that are asked for before they are needed, where one stream is all there is
-constexpr int64_t FAR_AHEAD = 1 << 19;  // bytes that a thread may read before their product begins: half of a large cache
-constexpr int MOST_COLUMNS = WIDE > LANES ? 8 : 4;  // multiplied together: as many as there are registers for their sums
+constexpr int CHUNK = 16;    // steps that are unpacked before they are multiplied, at most; half of it is at least one block
+constexpr int AHEAD = 8192;  // bytes between a packed weight and the address that is prefetched, for a single column
+constexpr int64_t FAR_AHEAD = 1 << 19;  // bytes that a thread may prefetch before their product begins: half of a large cache
+constexpr int MOST_COLUMNS = WIDE > LANES ? 8 : 4;  // multiplied together: their sums fit the registers
 
-// Memory that is needed soon: so many lines of it are asked for at every step, while there is other work. It is read once in
-// a pass, and is not to drive out of the caches what is needed again: everything between two passes, and whom we write to.
+// Prefetches `lines` cache lines at each step. A pass reads weights once, so the prefetch marks them as not to be kept: they
+// must not evict from the caches what other code uses between two passes.
 struct Prefetcher {
     const char *at;
     int lines;
@@ -52,16 +54,16 @@ struct Prefetcher {
     }
 };
 
-// A tile is as many rows as there are lanes, or twice as many: they share the reading of activations, of which one column
-// has few, and then it is better to read fewer rows at a time.
+// A tile has one or two groups of rows. Two groups share the loads of activations; for a single column, which has few of them,
+// one group is faster.
 template <int TILES>
-constexpr int ROWS = TILES * LANE_ROWS;
+constexpr int ROWS = TILES *LANE_ROWS;
 
-// The sums of a tile of rows times some columns, while they are in registers.
+// The sums of a tile for some columns, in registers.
 template <int TILES, int COLUMNS>
 using Sums = Floats[COLUMNS][TILES];
 
-// Adds a step of bytes: exact sums of integers, then what they are worth.
+// Adds a step of bytes: exact sums of integers, then their products with both scales.
 template <class Type, int TILES, int COLUMNS>
 inline void add_step(Sums<TILES, COLUMNS> &total, const ByteStep *weights, const BytePiece *const *columns, int s) {
     Bytes exact[COLUMNS][TILES];
@@ -86,18 +88,17 @@ inline void add_step(Sums<TILES, COLUMNS> &total, const ByteStep *weights, const
         for (int c = 0; c < COLUMNS; c++) {
             int32_t four;
             std::memcpy(&four, columns[c][s].elements + 4 * i, 4);
-            for (int t = 0; t < TILES; t++)
-                exact[c][t] = dot<Type::SIGNED>(exact[c][t], weights[t].weights[i], Bytes{} + four);
+            for (int t = 0; t < TILES; t++) exact[c][t] = dot<Type::SIGNED>(exact[c][t], weights[t].weights[i], Bytes{} + four);
         }
     }
     finish(Type::HALVES);
     if (Type::LEAST)
         for (int t = 0; t < TILES; t++)
-            for (int c = 0; c < COLUMNS; c++)
-                total[c][t] = fused(-weights[t].least, all<Floats>(columns[c][s].sum), total[c][t]);
+            for (int c = 0; c < COLUMNS; c++) total[c][t] = fused(-weights[t].least, all<Floats>(columns[c][s].sum), total[c][t]);
 }
 
-// Adds a step of floats: its elements one after the other, then their sum, so that long sums stay as exact as short ones.
+// Adds a step of floats: its elements are summed one after the other, and this sum is added to the running float. So the error
+// of a long sum grows more slowly.
 template <class Type, int TILES, int COLUMNS>
 inline void add_step(Sums<TILES, COLUMNS> &total, const Plain::Step *weights, const Plain::Piece *const *columns, int s) {
     Sums<TILES, COLUMNS> part = {};
@@ -109,9 +110,10 @@ inline void add_step(Sums<TILES, COLUMNS> &total, const Plain::Step *weights, co
         for (int t = 0; t < TILES; t++) total[c][t] += part[c][t];
 }
 
-// Adds some steps to sums in memory; the first of all to none.
+// Adds some steps to the sums in memory. `first`: the sums begin at 0.
 template <class Type, int TILES, int COLUMNS>
-void multiply(float *sums, const typename Type::Step *weights, const typename Type::Piece *const *columns, int steps, bool first, Prefetcher &prefetcher) {
+void multiply(float *sums, const typename Type::Step *weights, const typename Type::Piece *const *columns, int steps, bool first,
+              Prefetcher &prefetcher) {
     Sums<TILES, COLUMNS> total = {};
     for (int c = 0; c < COLUMNS && !first; c++)
         for (int t = 0; t < TILES; t++) total[c][t] = load<Floats>(sums + c * ROWS<TILES> + t * LANE_ROWS);
@@ -123,22 +125,22 @@ void multiply(float *sums, const typename Type::Step *weights, const typename Ty
         for (int t = 0; t < TILES; t++) store(sums + c * ROWS<TILES> + t * LANE_ROWS, total[c][t]);
 }
 
-// Tiles of a thread: in a row, since memory is read ahead. Whoever has none left takes the last of another's.
+// The tiles of one thread, which follow each other in memory. A thread with an empty queue takes tiles from another's back.
 class alignas(LINE) TileQueue {
-    std::atomic<uint64_t> left{0};  // the first, and in the upper half the end
+    std::atomic<uint64_t> range{0};  // the first tile in the lower half, the end in the upper half
 
     template <class Change>
     bool take(Change change) {
-        uint64_t seen = left;
+        uint64_t seen = range;
         while ((uint32_t)seen < seen >> 32)
-            if (left.compare_exchange_weak(seen, change(seen))) return true;
+            if (range.compare_exchange_weak(seen, change(seen))) return true;
         return false;
     }
 
    public:
-    void give(int64_t first, int64_t end) { left = (uint64_t)end << 32 | (uint64_t)first; }
+    void assign(int64_t first, int64_t end) { range = (uint64_t)end << 32 | (uint64_t)first; }
 
-    // Some of them: few enough to leave others something.
+    // Takes an eighth of the tiles, so that other threads can still take some.
     bool take_front(int64_t &first, int64_t &end) {
         return take([&](uint64_t seen) {
             first = (uint32_t)seen;
@@ -153,15 +155,15 @@ class alignas(LINE) TileQueue {
     }
 };
 
-// What a thread needs, kept from one product to the next.
+// Buffers of one thread, kept from one product to the next.
 template <class Type, int TILES>
 struct Scratch {
     alignas(64) typename Type::Step steps[CHUNK][TILES];
     std::vector<float> sums;  // [column][ROWS]
-    std::vector<char> rows;   // the last tile's, if the matrix ends within it
+    std::vector<char> rows;   // a padded copy of the last tile, if the matrix ends within it
 };
 
-// A matrix of rows of weights and what it is multiplied with: columns of `steps` pieces each.
+// The operands and the result of one product: `count` columns of `steps` pieces each.
 template <class Type, class Rows>
 struct Product {
     const char *weights;
@@ -173,13 +175,14 @@ struct Product {
 
     static constexpr bool PACKED = std::is_same_v<Rows, Packed>;
 
-    // A block of each row of a group.
+    // Block `block` of each row of a group.
     Rows group(const char *first, int64_t block) const {
         if constexpr (PACKED) return {first + block * Type::BYTES * LANE_ROWS};
         else return {first + block * Type::BYTES, stride};
     }
 
-    // Where some rows begin; at the end of a matrix in a file a copy that is as long. Packed ones are padded.
+    // `count` rows from `row` on. Where a matrix in file order has fewer, `copy` holds them, padded with zeros. Packed matrices are
+    // padded already.
     const char *tile(int64_t row, int64_t count, std::vector<char> &copy) const {
         const char *first = weights + row * stride;
         if (PACKED || rows - row >= count) return first;
@@ -190,24 +193,26 @@ struct Product {
 };
 
 template <class Type, class Rows, int TILES, int COLUMNS>
-int64_t multiply_some(const Product<Type, Rows> &op, Scratch<Type, TILES> &scratch, int64_t column, int64_t step, int steps, Prefetcher &prefetcher) {
+int64_t multiply_some(const Product<Type, Rows> &op, Scratch<Type, TILES> &scratch, int64_t column, int64_t step, int steps,
+                      Prefetcher &prefetcher) {
     for (; column + COLUMNS <= op.count; column += COLUMNS) {
         const typename Type::Piece *columns[COLUMNS];
         for (int c = 0; c < COLUMNS; c++) columns[c] = op.pieces + (column + c) * op.steps + step;
-        multiply<Type, TILES, COLUMNS>(scratch.sums.data() + column * ROWS<TILES>, scratch.steps[0], columns, steps, step == 0, prefetcher);
+        multiply<Type, TILES, COLUMNS>(scratch.sums.data() + column * ROWS<TILES>, scratch.steps[0], columns, steps, step == 0,
+                                       prefetcher);
     }
     return column;
 }
 
-// One tile of rows times all columns. `next`: what will be needed after it, and is fetched meanwhile.
+// Multiplies one tile with all columns. `next`: the memory that is prefetched meanwhile.
 template <class Type, class Rows, int TILES>
 void multiply_tile(const Product<Type, Rows> &op, Scratch<Type, TILES> &scratch, int64_t number, const char *next) {
-    // For few columns memory is what takes time: pieces are shorter, so that it is asked more evenly.
+    // Few columns are bounded by memory: shorter chunks spread the prefetches more evenly.
     const int most = (op.count > MOST_COLUMNS ? CHUNK : CHUNK / 2) / Type::STEPS;
     constexpr int ROWS = products::ROWS<TILES>;
     const char *rows = op.tile(number * ROWS, ROWS, scratch.rows);
     const int64_t blocks = op.steps / Type::STEPS, groups = (op.count + MOST_COLUMNS - 1) / MOST_COLUMNS;
-    const int64_t lines = (Type::BYTES * ROWS / Type::STEPS + LINE - 1) / LINE;  // of a step
+    const int64_t lines = (Type::BYTES * ROWS / Type::STEPS + LINE - 1) / LINE;  // cache lines of a step
     Prefetcher prefetcher{next, (int)((lines + groups) / (groups + 1))};
     for (int64_t first = 0; first < blocks; first += most) {
         const int here = (int)(blocks - first < most ? blocks - first : most);
@@ -227,16 +232,16 @@ void multiply_tile(const Product<Type, Rows> &op, Scratch<Type, TILES> &scratch,
     for (int64_t column = 0; column < op.count; column++) {
         char *to = op.out + column * op.out_stride + number * ROWS * sizeof(float);
         const float *sums = &scratch.sums[column * ROWS];
-        if (count == ROWS) std::memcpy(to, sums, ROWS * sizeof(float));  // a size that the compiler knows
+        if (count == ROWS) std::memcpy(to, sums, ROWS * sizeof(float));  // a constant size
         else std::memcpy(to, sums, count * sizeof(float));
     }
 }
 
-// A thread's work: its own share of the tiles, and then of what others have left.
+// Multiplies the tiles of a thread's queue, then tiles from the other queues.
 template <class Type, class Rows, int TILES>
 void multiply_tiles(const Product<Type, Rows> &op, std::vector<TileQueue> &queues, size_t thread) {
     static thread_local Scratch<Type, TILES> of_this_thread;
-    Scratch<Type, TILES> &scratch = of_this_thread;  // looked up once
+    Scratch<Type, TILES> &scratch = of_this_thread;  // one lookup of the thread-local address
     scratch.sums.resize(op.count * ROWS<TILES>);
     const size_t size = ROWS<TILES> * op.stride, ahead = op.PACKED && op.count == 1 ? AHEAD : size;
     const auto multiply = [&](int64_t tile) {
@@ -249,23 +254,23 @@ void multiply_tiles(const Product<Type, Rows> &op, std::vector<TileQueue> &queue
         while (other.take_back(tile)) multiply(tile);
 }
 
-// Where the tiles of a thread begin that is one of so many.
+// The first tile of a thread's share.
 inline int64_t first_tile_of(int64_t tiles, int64_t thread, int64_t threads) { return tiles * thread / threads; }
 
-// Which weights are read after which: as it was the last time.
+// Remembers which matrix was multiplied after which, to prefetch the next one.
 class NextWeights {
-    struct RowIndex {
+    struct Matrix {
         const char *weights;
         int64_t tiles, size;
-        const RowIndex *next;
+        const Matrix *next;
     };
-    std::unordered_map<const char *, RowIndex> places;
-    RowIndex *last = nullptr;
+    std::unordered_map<const char *, Matrix> matrices;
+    Matrix *last = nullptr;
 
    public:
-    // What each thread may read after these weights, which are read now.
+    // Records that these weights are multiplied now. Returns a function: the range that each thread prefetches afterwards.
     auto after(const char *weights, int64_t tiles, int64_t size, int threads) {
-        RowIndex &now = places[weights];
+        Matrix &now = matrices[weights];
         now = {weights, tiles, size, now.next};
         if (last) last->next = &now;
         last = &now;
@@ -278,15 +283,16 @@ class NextWeights {
     }
 };
 
-NextWeights order;  // products are computed one after the other
+NextWeights next_weights;  // used by one product at a time
 
 template <int TILES, class Type, class Rows>
 void multiply_all(const Product<Type, Rows> &op, int threads) {
     static std::vector<TileQueue> queues;
     if (queues.size() != (size_t)threads) queues = std::vector<TileQueue>(threads);
     const int64_t tiles = (op.rows + ROWS<TILES> - 1) / ROWS<TILES>;
-    for (int64_t i = 0; i < threads; i++) queues[i].give(first_tile_of(tiles, i, threads), first_tile_of(tiles, i + 1, threads));
-    const auto next = order.after(op.weights, tiles, ROWS<TILES> * op.stride, threads);
+    for (int64_t i = 0; i < threads; i++)
+        queues[i].assign(first_tile_of(tiles, i, threads), first_tile_of(tiles, i + 1, threads));
+    const auto next = next_weights.after(op.weights, tiles, ROWS<TILES> * op.stride, threads);
     run_threads(threads, [&](int thread) {
         multiply_tiles<Type, Rows, TILES>(op, queues, thread);
         return next(thread);
@@ -299,7 +305,8 @@ void compute_type(const Tensor *node, int threads) {
     static std::vector<typename Type::Piece> pieces;
     const int64_t steps = x->ne[0] / STEP, count = x->ne[1];
     pieces.resize(steps * count);
-    const Product<Type, Rows> op{weights->data, weights->nb[1], weights->ne[1], steps, count, pieces.data(), node->data, node->nb[1]};
+    const Product<Type, Rows> op{weights->data, weights->nb[1], weights->ne[1], steps,
+                                 count,         pieces.data(),  node->data,     node->nb[1]};
     parallel_for(count > 1 ? threads : 1, count, [&](int64_t column) {
         const char *from = x->data + column * x->nb[1];
         for (int64_t step = 0; step < steps; step++)
@@ -309,7 +316,7 @@ void compute_type(const Tensor *node, int threads) {
     else multiply_all<1>(op, threads);
 }
 
-// Whether it is a product that can be computed here.
+// Whether this product can be computed here.
 bool supports(const Tensor *node) {
     const Tensor *weights = node->src[0], *x = node->src[1];
     const auto flat = [](const Tensor *t) { return t->ne[2] == 1 && t->ne[3] == 1; };
@@ -319,7 +326,7 @@ bool supports(const Tensor *node) {
     return KnownTypes::find(weights->type, [](auto) {});
 }
 
-// `packed`: the weights lie as `pack` left them.
+// `packed`: the weights are in the order that `pack` writes.
 void compute(const Tensor *node, int threads, bool packed) {
     KnownTypes::find(node->src[0]->type, [=](auto type) {
         if (packed) compute_type<decltype(type), Packed>(node, threads);
@@ -327,29 +334,29 @@ void compute(const Tensor *node, int threads, bool packed) {
     });
 }
 
-// Bytes of weights that are packed: whole tiles.
+// Bytes of a packed matrix, whose rows are padded to whole tiles.
 size_t packed_size(const Tensor *weights) {
     const int64_t rows = weights->ne[1] * weights->ne[2] * weights->ne[3];
     return (rows + ROWS<2> - 1) / ROWS<2> * ROWS<2> * weights->nb[1];
 }
 
-// Calls what is given with the packing of a matrix and the bytes of a block.
+// Calls `use` with the packing of a matrix and the bytes of a block.
 template <class Do>
-void with_packing(const Tensor *weights, Do what) {
+void with_packing(const Tensor *weights, Do use) {
     KnownTypes::find(weights->type, [=](auto type) {
         using Type = decltype(type);
-        what(Packing<Type>{weights->data, (int64_t)weights->nb[1] / Type::BYTES}, Type::BYTES);
+        use(Packing<Type>{weights->data, (int64_t)weights->nb[1] / Type::BYTES}, Type::BYTES);
     });
 }
 
-// Puts whole blocks, as they lie in a file, so many bytes from its beginning on, into a matrix that is packed.
+// Packs whole blocks. `file` holds `size` bytes of the matrix from `offset` on, in the order of the file.
 void pack(const Tensor *weights, const char *file, size_t offset, size_t size, int threads) {
     with_packing(weights, [=](auto packing, size_t block) {
         packing.pack(const_cast<char *>(file), offset / block, size / block, threads);
     });
 }
 
-// And gets them back.
+// Writes such blocks to `file`.
 void unpack(const Tensor *weights, char *file, size_t offset, size_t size) {
     with_packing(weights, [=](auto packing, size_t block) { packing.unpack(file, offset / block, size / block); });
 }

@@ -1,8 +1,8 @@
-// Rows of weights side by side, a row to a lane: as they lie in a file, and as they are kept in memory of our own.
+// Groups of weight rows, one row to a lane: reads them in the order of the file or packed, and converts between the two.
 //
-// A block of a file is made of numbers of four bytes, and of a half in some types. Where it is packed, the first number of
-// all rows of a group comes before their second, so that what is multiplied next is what lies next: nothing has to be
-// turned, and memory is read from its beginning to its end.
+// A block in a file consists of 4-byte words, and in some types of a 2-byte scale. In a packed group the first words of all
+// rows precede their second words, in the order in which products read them. So a vector is loaded without shuffles, and
+// memory is read from the beginning to the end.
 
 #pragma once
 
@@ -22,33 +22,34 @@
 namespace products {
 namespace {
 
-using Bytes = wide_ints;  // of each lane's row 4 bytes
-using Floats = wide;      // of each lane's row one
+using Bytes = wide_ints;  // 4 bytes of the row of each lane
+using Floats = wide;      // one float of the row of each lane
 
-constexpr int LANE_ROWS = WIDE;  // a group
+constexpr int LANE_ROWS = WIDE;  // rows of a group
 
 #ifdef __AVX512F__
-#define WITHIN_FOURS(a, b, c, d) a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12
+#define IN_EACH_FOUR(a, b, c, d) \
+    a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12
 #else
-#define WITHIN_FOURS(a, b, c, d) a, b, c, d, a + 4, b + 4, c + 4, d + 4
+#define IN_EACH_FOUR(a, b, c, d) a, b, c, d, a + 4, b + 4, c + 4, d + 4
 #endif
 
-// A block of each row of a group, in a file. What is asked for begins `at` so many bytes of the block.
+// A block of each row of a group, in the order of the file. `at`: an offset in the block, in bytes.
 struct InFile {
-    const char *from;  // the first row's
-    size_t stride;
+    const char *from;  // the block of the first row
+    size_t stride;     // bytes from one row to the next
 
-    // Four numbers from each row: the first of every row, the second, and so on.
+    // Four words of each row: to[i] has word i of every row.
     void columns(int at, Bytes (&to)[4]) const {
         Bytes r[4], a[4];
         for (int i = 0; i < 4; i++) r[i] = every_fourth(at + i * stride);
         for (int i = 0; i < 2; i++) {
-            a[2 * i] = SHUFFLE(r[2 * i], r[2 * i + 1], WITHIN_FOURS(0, WIDE, 1, WIDE + 1));
-            a[2 * i + 1] = SHUFFLE(r[2 * i], r[2 * i + 1], WITHIN_FOURS(2, WIDE + 2, 3, WIDE + 3));
+            a[2 * i] = SHUFFLE(r[2 * i], r[2 * i + 1], IN_EACH_FOUR(0, WIDE, 1, WIDE + 1));
+            a[2 * i + 1] = SHUFFLE(r[2 * i], r[2 * i + 1], IN_EACH_FOUR(2, WIDE + 2, 3, WIDE + 3));
         }
         for (int i = 0; i < 2; i++) {
-            to[2 * i] = SHUFFLE(a[i], a[i + 2], WITHIN_FOURS(0, 1, WIDE, WIDE + 1));
-            to[2 * i + 1] = SHUFFLE(a[i], a[i + 2], WITHIN_FOURS(2, 3, WIDE + 2, WIDE + 3));
+            to[2 * i] = SHUFFLE(a[i], a[i + 2], IN_EACH_FOUR(0, 1, WIDE, WIDE + 1));
+            to[2 * i + 1] = SHUFFLE(a[i], a[i + 2], IN_EACH_FOUR(2, 3, WIDE + 2, WIDE + 3));
         }
     }
 
@@ -65,7 +66,7 @@ struct InFile {
     }
 
    private:
-    // 16 bytes of every fourth row.
+    // 16 bytes of each of the rows 0, 4, 8 and 12.
     Bytes every_fourth(size_t at) const {
         const char *first = from + at;
 #if defined(__AVX512F__)
@@ -83,7 +84,7 @@ struct InFile {
     }
 };
 
-// The same of a group that is packed.
+// The same for a packed group.
 struct Packed {
     const char *from;
 
@@ -104,30 +105,31 @@ struct Packed {
     }
 };
 
-// Where packed weights are: so many blocks a row. Blocks are counted as they lie in a file.
+// Packed weights with `blocks` blocks in a row. Blocks are numbered in the order of the file.
 template <class Type>
 struct Packing {
     char *data;
     int64_t blocks;
 
-    // Copies some blocks from a file.
+    // Packs the blocks from `first` to `first + count - 1`, which `file` holds. Whole groups are packed by several threads.
     void pack(char *file, int64_t first, int64_t count, int threads) const {
-        const int64_t group = blocks * LANE_ROWS, whole = (first + group - 1) / group * group, end = (first + count) / group * group;
-        if (whole >= end) return copy<false>(file, first, count);
+        const int64_t group = blocks * LANE_ROWS, first_group = (first + group - 1) / group * group,
+                      group_end = (first + count) / group * group;
+        if (first_group >= group_end) return copy<false>(file, first, count);
         const auto at = [=](int64_t block) { return file + (block - first) * Type::BYTES; };
-        copy<false>(file, first, whole - first);
-        parallel_for(threads, (end - whole) / group, [=](int64_t i) {
-            const int64_t block = whole + i * group;
+        copy<false>(file, first, first_group - first);
+        parallel_for(threads, (group_end - first_group) / group, [=](int64_t i) {
+            const int64_t block = first_group + i * group;
             pack_rows(at(block), data + block * Type::BYTES);
         });
-        copy<false>(at(end), end, first + count - end);
+        copy<false>(at(group_end), group_end, first + count - group_end);
     }
 
-    // And back.
+    // Writes such blocks to `file`.
     void unpack(char *file, int64_t first, int64_t count) const { copy<true>(file, first, count); }
 
    private:
-    // A whole group.
+    // Packs one group.
     void pack_rows(const char *file, char *to) const {
         for (int64_t block = 0; block < blocks; block++, to += Type::BYTES * LANE_ROWS) {
             const InFile rows{file + block * Type::BYTES, (size_t)blocks * Type::BYTES};

@@ -1,4 +1,4 @@
-// How work is shared between threads: those of a team (kernels/thread_pool.hpp), or OpenMP's.
+// Loops over several threads: those of the thread pool (thread_pool.hpp), or OpenMP's.
 
 #pragma once
 
@@ -11,19 +11,19 @@
 
 namespace {
 
-constexpr int LINE = 64;  // bytes of a cache's line
+constexpr int LINE = 64;  // bytes of a cache line
 
-// Memory to be read into a thread's cache. It may have been freed since: asking for it does nothing then.
+// Memory that a thread prefetches. It may have been freed: a prefetch of an unmapped address has no effect.
 struct MemoryRange {
     const char *at, *end;
 };
 
-// Calls `call` with `work` and 0, and with the numbers of as many other threads as come before that returns. So thread 0 does
-// whatever no other has begun. What is returned is what that thread reads until the next call. With a count of 0 nothing is
-// called, and others leave their cores until the next call.
+// Calls `call(work, 0)`, and `call(work, i)` for those of the other `count - 1` threads that join before thread 0 has returned.
+// `call` must therefore take parts of the work from shared counters until none is left. Each thread prefetches the returned
+// range until the next run. With a `count` of 0 nothing is called, and waiting threads sleep until the next run.
 using Run = void (*)(int count, MemoryRange (*call)(const void *, int), const void *work);
 
-Run pool_run = nullptr;  // or OpenMP
+Run pool_run = nullptr;  // null: OpenMP
 
 inline int this_thread() {
 #ifdef _OPENMP
@@ -33,18 +33,22 @@ inline int this_thread() {
 #endif
 }
 
-// Calls `work` in threads, as a `Run` does.
+// Calls `work(thread)` as a `Run` calls `call`.
 template <class Work>
 void run_threads(int count, const Work &work) {
     if (count == 1) work(0);
-    else if (pool_run) pool_run(count, [](const void *work, int thread) { return (*(const Work *)work)(thread); }, &work);
+    else if (pool_run)
+        pool_run(
+            count, [](const void *work, int thread) { return (*(const Work *)work)(thread); }, &work);
     else {
+#ifdef _OPENMP
 #pragma omp parallel num_threads(count)
+#endif
         work(this_thread());
     }
 }
 
-// Calls `work` with each number below `count`.
+// Calls `work(i)` for each i from 0 to `count - 1`.
 template <class Work>
 void parallel_for(int threads, int64_t count, const Work &work) {
     std::atomic<int64_t> taken{0};

@@ -1,7 +1,8 @@
-// What the sampler does with whole rows of logits, in as few walks over memory as there can be. rows.py says what and why.
+// Reads rows of logits: log probabilities, ranks, the most likely tokens, and tokens sampled after penalties and filters.
+// core/sampler_kernel.py declares the interface; core/numpy_kernel.py computes the same with numpy.
 //
-// Sums of a block are of eight running sums, one a lane, so they depend on the block alone: not on how many lanes the
-// machine takes at once, nor on which thread took the block. A row's length is any.
+// The sum of a block is kept in eight lanes on every machine. So it depends on the block alone, and not on the width of the
+// machine's registers or on the thread that computed it. A row may have any length.
 
 #include <algorithm>
 #include <cmath>
@@ -14,14 +15,14 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 256;  // as in rows.py
-constexpr int64_t PART = 64;    // blocks: fewer take less time than waking another thread
+constexpr int64_t BLOCK = 256;  // as in core/sampler_kernel.py
+constexpr int64_t PART = 64;    // blocks that a thread takes at a time; waking a thread takes longer than reading fewer
 constexpr float NOTHING = -__builtin_inff(), LOWEST = -__FLT_MAX__;
 constexpr double BELOW_ONE = 1 - 0x1p-53;
 
 int64_t blocks_of(int64_t length) { return (length + BLOCK - 1) / BLOCK; }
 
-// As many from `at` on as the machine takes; what is beyond the end reads as `rest`.
+// A vector of the elements from `at` on. Lanes beyond `end` are `rest`.
 wide some(const float *row, int64_t at, int64_t end, float rest) {
     if (at + WIDE <= end) return load<wide>(row + at);
     wide x = all<wide>(rest);
@@ -35,17 +36,17 @@ float largest_of(const float *numbers, int64_t count) {
     return largest(most);
 }
 
-// What a number weighs: e to the power of how far it is below `most`, times a factor.
+// The weight of a logit x: exp((x - most) * factor). `factor` is 1 / temperature.
 struct Scale {
     float most, factor;
 
-    // Minus infinity is at no distance from itself.
+    // A finite `most`, because the difference of two infinities is NaN.
     Scale(float most, float factor) : most(std::max(most, LOWEST)), factor(factor) {}
 
     wide operator()(wide x) const { return exponential((x - most) * factor); }
 };
 
-// Sum of what numbers weigh; `take(at, numbers, weights)` may leave some out.
+// The sum of the weights of `count` logits. `take(at, logits, weights)` returns the weights that are added.
 template <class Take>
 float weigh(const float *numbers, int64_t count, Scale scale, Take take) {
     f8 total = {};
@@ -56,7 +57,7 @@ float weigh(const float *numbers, int64_t count, Scale scale, Take take) {
     return sum(total);
 }
 
-// A row's blocks: the largest number of each and, unless the temperature is 0, what all of it weighs where that weighs 1.
+// Of each block of a row: its largest logit and, unless the temperature is 0, the sum of its weights relative to that logit.
 struct Blocks {
     float factor;
     std::vector<float> largest, weights;
@@ -64,8 +65,8 @@ struct Blocks {
     Blocks(int64_t length, double temperature)
         : factor(temperature > 0 ? 1 / (float)temperature : 0), largest(blocks_of(length)), weights(largest.size()) {}
 
-    // All largest first, so that no weight has to wait for the one that it is measured by; and what comes next is asked for
-    // meanwhile, as weights take long and no memory.
+    // All largest logits come first, so that no weight has to wait for one. The weights take long and use no memory, so the next
+    // blocks are prefetched meanwhile.
     void read(const float *row, int64_t length, int64_t first, int64_t end) {
         const auto size = [=](int64_t block) { return std::min(BLOCK, length - block * BLOCK); };
         for (int64_t i = first; i < end; i++) largest[i] = largest_of(row + i * BLOCK, size(i));
@@ -78,7 +79,7 @@ struct Blocks {
 
     float highest() const { return *std::max_element(largest.begin(), largest.end()); }
 
-    // What the largest of each weighs where the largest of all weighs 1.
+    // The weight of the largest logit of each block, relative to the largest of the row.
     std::vector<float> factors() const {
         const Scale scale(highest(), factor);
         const int64_t count = largest.size();
@@ -87,7 +88,7 @@ struct Blocks {
         return factors;
     }
 
-    // Natural log of the sum of the row's exponentials; no number where the row is not of numbers.
+    // The natural logarithm of the sum of the row's exponentials; NaN where the largest logit is not finite.
     double log_total() const {
         const float most = highest();
         const double total = std::inner_product(weights.begin(), weights.end(), factors().begin(), 0.0);
@@ -96,7 +97,7 @@ struct Blocks {
 };
 
 void find_top(const float *row, int64_t length, const std::vector<float> &maxima, int64_t count, int64_t *ids) {
-    // A heap of the best so far, with the worst of them on top. Ids rise, so an equal that comes later is no better.
+    // A heap of the largest logits so far, the smallest of them on top. Of equal logits the lower id stays.
     const auto better = [=](int64_t a, int64_t b) { return row[a] > row[b] || (row[a] == row[b] && a < b); };
     int64_t size = 0;
     for (int64_t start = 0; start < length; start += BLOCK) {
@@ -111,7 +112,7 @@ void find_top(const float *row, int64_t length, const std::vector<float> &maxima
     std::sort_heap(ids, ids + size, better);
 }
 
-// A row's first number that is as large as `highest`; 0 if there is none, as in a row that is not of numbers.
+// The id of the first logit that equals `highest`; 0 if there is none, as in a row of NaNs.
 int64_t find_first(const float *row, int64_t length, const std::vector<float> &maxima, float highest) {
     const int64_t start = BLOCK * (std::find(maxima.begin(), maxima.end(), highest) - maxima.begin());
     const int64_t end = std::min(start + BLOCK, length);
@@ -127,7 +128,7 @@ int64_t count_above(const float *row, int64_t length, const std::vector<float> &
     return count;
 }
 
-// The n-th number in [0, 1) that comes of a seed, as in plain.py.
+// The n-th random number of a seed, in [0, 1). core/numpy_kernel.py has the same.
 double number(uint64_t seed, uint64_t n) {
     if (n) {
         seed += n * 0x9e3779b97f4a7c15;
@@ -138,7 +139,8 @@ double number(uint64_t seed, uint64_t n) {
     return (double)(seed >> 11) * 0x1p-53;
 }
 
-// A place drawn in proportion to its weight. What is left of the draw, in [0, 1), is as good as a new one.
+// Draws an index with probability proportional to its weight. `draw`, in [0, 1), is replaced by its remainder, which is
+// distributed like a new draw.
 template <class Weight>
 int64_t pick(const Weight *weights, int64_t count, double &draw) {
     const double target = draw * std::accumulate(weights, weights + count, 0.0);
@@ -153,21 +155,21 @@ int64_t pick(const Weight *weights, int64_t count, double &draw) {
     return found;
 }
 
-// A row's numbers to draw from, of which those larger than `least` stay, or as large and before `place`.
+// The logits from which a token is drawn: those larger than `least`, and those equal to it with an id below `place`.
 //
-// What a number weighs is computed where it is needed, which is in few blocks: to write it down would take longer.
+// Weights are computed again where they are needed, in few blocks: storing them would take longer.
 class CandidateSet {
     const float *row;
     int64_t length;
     const Blocks *blocks;
     std::vector<float> factors;
-    std::vector<double> weights;  // what stays of each block, where the row's largest number weighs 1
+    std::vector<double> weights;  // of the candidates of each block, relative to the row's largest logit
     float least = NOTHING;
     int64_t place = 0;
 
     int64_t size(int64_t block) const { return std::min(BLOCK, length - block * BLOCK); }
 
-    // What stays of a block, where its largest number weighs 1; `take(at, weights)` hears of each number.
+    // The weight of the candidates of a block, relative to its largest logit. Calls `take(at, weights)` for each vector.
     template <class Take>
     float weigh(int64_t block, Take take) const {
         const int64_t start = block * BLOCK;
@@ -182,14 +184,17 @@ class CandidateSet {
 
    public:
     CandidateSet(const float *row, int64_t length, const Blocks &blocks)
-        : row(row), length(length), blocks(&blocks), factors(blocks.factors()),
+        : row(row),
+          length(length),
+          blocks(&blocks),
+          factors(blocks.factors()),
           weights(blocks.weights.begin(), blocks.weights.end()) {
         for (size_t i = 0; i < weights.size(); i++) weights[i] *= factors[i];
     }
 
     double total() const { return std::accumulate(weights.begin(), weights.end(), 0.0); }
 
-    // A number in proportion to its weight.
+    // Draws an id with probability proportional to its weight.
     int64_t pick(double draw) const {
         const int64_t block = ::pick(weights.data(), weights.size(), draw);
         float each[BLOCK];
@@ -197,8 +202,8 @@ class CandidateSet {
         return block * BLOCK + ::pick(each, size(block), draw);
     }
 
-    // Lets no others stay than those larger than `number`, or as large and before `before`. Ends as soon as they are known to
-    // weigh less than `enough`, and says so: what they weigh is not known then.
+    // Keeps only the logits larger than `number`, and those equal to it with an id below `before`. Stops and returns true as
+    // soon as their weight is known to be below `enough`; the weights of the blocks are not complete then.
     bool keep(float number, int64_t before, double enough) {
         least = number, place = before;
         double most = total();
@@ -211,11 +216,11 @@ class CandidateSet {
     }
 };
 
-// A token of the nucleus: see plain.py.
-int64_t sample_nucleus(CandidateSet pool, const float *row, double wanted, uint64_t seed) {
+// Draws a token of the nucleus (top_p). core/numpy_kernel.py describes the method.
+int64_t sample_nucleus(CandidateSet candidates, const float *row, double wanted, uint64_t seed) {
     for (uint64_t n = 0;; n++) {
-        const int64_t place = pool.pick(number(seed, n));
-        if (pool.keep(row[place], place, wanted)) return place;
+        const int64_t place = candidates.pick(number(seed, n));
+        if (candidates.keep(row[place], place, wanted)) return place;
     }
 }
 
@@ -228,21 +233,21 @@ struct List {
     const Number *end() const { return first + count; }
 };
 
-// What is wanted of a row, and what comes of it: as rows.py declares it.
+// The query about a row, and below it the results. core/sampler_kernel.py declares the same as `_NativeRowQuery`.
 struct RowQuery {
-    int64_t reported, given, top_count;  // whether log probabilities are wanted; a token or -1; how many of the likeliest
-    List<uint64_t> seeds;                // a draw for each
+    int64_t reported, given, top_count;  // whether to return log probabilities, not logits; a token id or -1; length of `top`
+    List<uint64_t> seeds;                // one token is drawn for each
     double temperature, top_p, min_p;
     int64_t top_k;
     double presence, frequency, repetition;
     List<int64_t> generated;  // distinct
-    const int64_t *times;     // of each
-    List<int64_t> seen;       // of the prompt; distinct, rising
+    const int64_t *times;     // how often each occurs
+    List<int64_t> seen;       // tokens of the prompt; distinct, sorted
     List<int64_t> biased;
     const double *biases;
     List<int64_t> banned;
 
-    double value;  // of the given token
+    double value;  // log probability or logit of the given token
     int64_t rank;
     int64_t *top;
     double *top_values;
@@ -250,13 +255,14 @@ struct RowQuery {
     double *chosen_values;
 };
 
-// A row while other numbers stand in it: as they are taken back, it is what it was.
+// A row with temporary changes. The destructor restores it.
 class AdjustedRow {
     float *const row;
     const int64_t length;
     std::vector<std::pair<int64_t, float>> before;
 
-    // `change` makes a number of what is there. Ids are known to be in the row; were one not, nothing would be lost.
+    // Replaces a logit by `change(logit)`. Ids outside the row are ignored: requests are checked before, but memory safety must
+    // not depend on that.
     template <class Change>
     void edit(int64_t id, Change change) {
         if (id < 0 || id >= length) return;
@@ -269,21 +275,21 @@ class AdjustedRow {
     }
 
    public:
-    // Bias, penalties and bans, in this order. The repetition penalty is for what the prompt or the sample has.
-    AdjustedRow(float *row, int64_t length, const RowQuery &task) : row(row), length(length) {
-        for (int64_t i = 0; i < task.biased.count; i++)
-            edit(task.biased.first[i], [&](float x) { return x + (float)task.biases[i]; });
-        if (task.repetition != 1) {
-            for (const int64_t id : task.seen) penalize(id, task.repetition);
-            for (const int64_t id : task.generated)
-                if (!std::binary_search(task.seen.begin(), task.seen.end(), id)) penalize(id, task.repetition);
+    // Applies biases, penalties and bans, in this order. The repetition penalty applies to tokens of the prompt and the sample.
+    AdjustedRow(float *row, int64_t length, const RowQuery &query) : row(row), length(length) {
+        for (int64_t i = 0; i < query.biased.count; i++)
+            edit(query.biased.first[i], [&](float x) { return x + (float)query.biases[i]; });
+        if (query.repetition != 1) {
+            for (const int64_t id : query.seen) penalize(id, query.repetition);
+            for (const int64_t id : query.generated)
+                if (!std::binary_search(query.seen.begin(), query.seen.end(), id)) penalize(id, query.repetition);
         }
-        if (task.presence != 0 || task.frequency != 0)
-            for (int64_t i = 0; i < task.generated.count; i++) {
-                const float penalty = task.times[i] * task.frequency + task.presence;
-                edit(task.generated.first[i], [=](float x) { return x - penalty; });
+        if (query.presence != 0 || query.frequency != 0)
+            for (int64_t i = 0; i < query.generated.count; i++) {
+                const float penalty = query.times[i] * query.frequency + query.presence;
+                edit(query.generated.first[i], [=](float x) { return x - penalty; });
             }
-        for (const int64_t id : task.banned) edit(id, [](float) { return NOTHING; });
+        for (const int64_t id : query.banned) edit(id, [](float) { return NOTHING; });
     }
 
     AdjustedRow(const AdjustedRow &) = delete;
@@ -292,75 +298,76 @@ class AdjustedRow {
         for (auto edit = before.rbegin(); edit != before.rend(); edit++) row[edit->first] = edit->second;
     }
 
-    void renew(Blocks &blocks) const {
-        std::vector<bool> renewed(blocks.largest.size());
+    // Reads the changed blocks again.
+    void read_changed(Blocks &blocks) const {
+        std::vector<bool> read_again(blocks.largest.size());
         for (const auto &[id, _] : before) {
             const int64_t block = id / BLOCK;
-            if (!renewed[block]) blocks.read(row, length, block, block + 1);
-            renewed[block] = true;
+            if (!read_again[block]) blocks.read(row, length, block, block + 1);
+            read_again[block] = true;
         }
     }
 };
 
-// Draws from the likeliest numbers, of which those that are not below `least` stay and, of these, as many as weigh `top_p`.
-void sample_top_k(const float *row, int64_t length, const Blocks &blocks, float least, const RowQuery &task) {
-    std::vector<int64_t> ids(std::min(task.top_k, length));
+// Draws from the `top_k` largest logits. Of these, those below `least` are removed (min_p), then those beyond the nucleus (top_p).
+void sample_top_k(const float *row, int64_t length, const Blocks &blocks, float least, const RowQuery &query) {
+    std::vector<int64_t> ids(std::min(query.top_k, length));
     find_top(row, length, blocks.largest, ids.size(), ids.data());
-    std::vector<double> weights;  // of each with those before it
+    std::vector<double> weights;  // cumulative
     for (const int64_t id : ids)
         if (row[id] >= least || weights.empty())
-            weights.push_back((weights.empty() ? 0 : weights.back()) + std::exp((row[id] - row[ids[0]]) / task.temperature));
-    const auto last = std::lower_bound(weights.begin(), weights.end() - 1, task.top_p * weights.back());
-    for (int64_t i = 0; i < task.seeds.count; i++) {
-        const auto found = std::upper_bound(weights.begin(), last, number(task.seeds.first[i], 0) * *last);
-        task.chosen[i] = ids[found - weights.begin()];
+            weights.push_back((weights.empty() ? 0 : weights.back()) + std::exp((row[id] - row[ids[0]]) / query.temperature));
+    const auto last = std::lower_bound(weights.begin(), weights.end() - 1, query.top_p * weights.back());
+    for (int64_t i = 0; i < query.seeds.count; i++) {
+        const auto found = std::upper_bound(weights.begin(), last, number(query.seeds.first[i], 0) * *last);
+        query.chosen[i] = ids[found - weights.begin()];
     }
 }
 
-// Draws from a row with its edits: temperature, then min_p, top_k, top_p.
-void draw(const float *row, int64_t length, const Blocks &blocks, const RowQuery &task) {
+// Draws a token for each seed from a changed row: temperature, then min_p, top_k, top_p.
+void draw(const float *row, int64_t length, const Blocks &blocks, const RowQuery &query) {
     const float highest = blocks.highest();
     const auto choose_top = [&] {
-        std::fill_n(task.chosen, task.seeds.count, find_first(row, length, blocks.largest, highest));
+        std::fill_n(query.chosen, query.seeds.count, find_first(row, length, blocks.largest, highest));
     };
-    if (!(task.temperature > 0)) return choose_top();
-    const float least = highest + task.temperature * std::log(task.min_p);
-    if (task.top_k) return sample_top_k(row, length, blocks, least, task);
-    CandidateSet pool(row, length, blocks);
-    if (task.min_p > 0) pool.keep(least, length, NOTHING);
-    const double wanted = task.top_p * pool.total();
-    if (!(wanted > 1)) return choose_top();  // it weighs 1 and is all of the nucleus; or the row is not of numbers
-    for (int64_t i = 0; i < task.seeds.count; i++) {
-        const uint64_t seed = task.seeds.first[i];
-        task.chosen[i] = task.top_p < 1 ? sample_nucleus(pool, row, wanted, seed) : pool.pick(number(seed, 0));
+    if (!(query.temperature > 0)) return choose_top();
+    const float least = highest + query.temperature * std::log(query.min_p);
+    if (query.top_k) return sample_top_k(row, length, blocks, least, query);
+    CandidateSet candidates(row, length, blocks);
+    if (query.min_p > 0) candidates.keep(least, length, NOTHING);
+    const double wanted = query.top_p * candidates.total();
+    if (!(wanted > 1)) return choose_top();  // the largest logit alone is the nucleus, or the row has a NaN
+    for (int64_t i = 0; i < query.seeds.count; i++) {
+        const uint64_t seed = query.seeds.first[i];
+        query.chosen[i] = query.top_p < 1 ? sample_nucleus(candidates, row, wanted, seed) : candidates.pick(number(seed, 0));
     }
 }
 
-void process_row(float *row, int64_t length, RowQuery &task, int threads) {
-    const double temperature = task.seeds.count && !task.top_k ? task.temperature : 0;  // of what is drawn by its weight
-    Blocks plain(length, task.reported ? 1 : temperature), warm(length, temperature);
-    const bool apart = temperature > 0 && warm.factor != plain.factor;
+void process_row(float *row, int64_t length, RowQuery &query, int threads) {
+    const double temperature = query.seeds.count && !query.top_k ? query.temperature : 0;  // 0: no weights are needed to draw
+    Blocks unmodified(length, query.reported ? 1 : temperature), tempered(length, temperature);
+    const bool apart = temperature > 0 && tempered.factor != unmodified.factor;
     const int64_t blocks = blocks_of(length);
     parallel_for(threads, (blocks + PART - 1) / PART, [&](int64_t part) {
         const int64_t first = part * PART, end = std::min(first + PART, blocks);
-        plain.read(row, length, first, end);
-        if (apart) warm.read(row, length, first, end);
+        unmodified.read(row, length, first, end);
+        if (apart) tempered.read(row, length, first, end);
     });
-    const double total = task.reported ? plain.log_total() : 0;
-    if (task.top_count) find_top(row, length, plain.largest, task.top_count, task.top);
-    for (int64_t i = 0; i < task.top_count; i++) task.top_values[i] = row[task.top[i]] - total;
-    if (task.given >= 0) {
-        task.value = row[task.given] - total;
-        task.rank = 1 + count_above(row, length, plain.largest, row[task.given]);
+    const double total = query.reported ? unmodified.log_total() : 0;
+    if (query.top_count) find_top(row, length, unmodified.largest, query.top_count, query.top);
+    for (int64_t i = 0; i < query.top_count; i++) query.top_values[i] = row[query.top[i]] - total;
+    if (query.given >= 0) {
+        query.value = row[query.given] - total;
+        query.rank = 1 + count_above(row, length, unmodified.largest, row[query.given]);
     }
-    if (!task.seeds.count) return;
+    if (!query.seeds.count) return;
     {
-        const AdjustedRow edited(row, length, task);
-        Blocks &drawn = apart ? warm : plain;
-        edited.renew(drawn);
-        draw(row, length, drawn, task);
+        const AdjustedRow edited(row, length, query);
+        Blocks &drawn = apart ? tempered : unmodified;
+        edited.read_changed(drawn);
+        draw(row, length, drawn, query);
     }
-    for (int64_t i = 0; i < task.seeds.count; i++) task.chosen_values[i] = row[task.chosen[i]] - total;
+    for (int64_t i = 0; i < query.seeds.count; i++) query.chosen_values[i] = row[query.chosen[i]] - total;
 }
 
 }  // namespace
@@ -369,14 +376,15 @@ extern "C" {
 
 int64_t rows_task_size() { return sizeof(RowQuery); }
 
-// Reads `count` rows, each for what is wanted of it. They are as they were afterwards.
-void rows_read(float *rows, int64_t count, int64_t length, RowQuery *tasks, int threads, Run team) {
-    pool_run = team;
+// Reads `count` rows of `length` logits, one query for each. Rows are changed meanwhile and restored. `run`: the thread pool's
+// `Run`; null: OpenMP.
+void rows_read(float *rows, int64_t count, int64_t length, RowQuery *queries, int threads, Run run) {
+    pool_run = run;
     if (count * length < PART * BLOCK) threads = 1;
     parallel_for(count > 1 ? threads : 1, count, [=](int64_t i) {
-        if (tasks[i].reported || tasks[i].given >= 0 || tasks[i].seeds.count)
-            process_row(rows + i * length, length, tasks[i], count > 1 ? 1 : threads);
+        if (queries[i].reported || queries[i].given >= 0 || queries[i].seeds.count)
+            process_row(rows + i * length, length, queries[i], count > 1 ? 1 : threads);
     });
-    if (team) team(0, nullptr, nullptr);  // others are not needed before the next pass, and whom we write to needs a core
+    if (run) run(0, nullptr, nullptr);  // the pool's threads sleep until the next pass, which frees cores for other processes
 }
 }

@@ -1,7 +1,7 @@
-// Floats in the compiler's own vectors: instructions of the machine where it has them.
+// Vectors of floats and integers in the compiler's vector extensions.
 //
-// Eight at a time where the number of lanes shows in a result (sums that are kept in lanes), else as many as the machine
-// takes, so that results are the same for both.
+// `f8` has eight lanes on every machine: it is used where the number of lanes changes a result, as in sums kept in lanes.
+// `wide` has as many lanes as the machine's registers: it is used where the number of lanes changes no result.
 
 #pragma once
 
@@ -51,7 +51,7 @@ inline void store(float *to, V x) {
 
 template <class V = f8>
 inline V all(float x) {
-    return x - V{};  // minus, since -0 + 0 is another zero
+    return x - V{};  // not x + V{}: -0 + 0 is +0
 }
 
 // 0, 1, 2, ...
@@ -61,7 +61,7 @@ inline wide_ints lanes() {
     return numbers;
 }
 
-// `b` where either is not a number.
+// The larger of each pair of lanes; `b` where one of them is NaN.
 template <class V>
 inline V larger(V a, V b) {
 #ifdef __AVX512F__
@@ -70,8 +70,8 @@ inline V larger(V a, V b) {
     return a > b ? a : b;
 }
 
-// a * b + c, rounded once where the machine can. Said expressly where the same sum is computed by several pieces of code,
-// since compilers are free to choose which product of a sum of two they join with the addition.
+// a * b + c, rounded once where the machine has the instruction. It is written out where several pieces of code compute the
+// same sum, because a compiler may choose which of two products it contracts with an addition.
 template <class V>
 inline V fused(V a, V b, V c) {
 #ifdef __AVX512F__
@@ -82,19 +82,20 @@ inline V fused(V a, V b, V c) {
     if constexpr (sizeof(V) == sizeof(float)) return __builtin_fmaf(a, b, c);
 #elif defined(__FP_FAST_FMAF)
     if constexpr (sizeof(V) == sizeof(float)) return __builtin_fmaf(a, b, c);
-    else for (size_t i = 0; i < sizeof a / sizeof a[0]; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    else
+        for (size_t i = 0; i < sizeof a / sizeof a[0]; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
     return c;
 #else
     return a * b + c;
 #endif
 }
 
-// Eight numbers become one: ((0, 4), (1, 5)), ((2, 6), (3, 7)).
-template <class V, class Two>
-inline auto fold(V x, Two two) {
-    x = two(x, SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3));
-    x = two(x, SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6));
-    x = two(x, SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5));
+// Combines eight lanes to one number, in this order: ((0, 4), (1, 5)), ((2, 6), (3, 7)).
+template <class V, class Combine>
+inline auto fold(V x, Combine combine) {
+    x = combine(x, SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3));
+    x = combine(x, SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6));
+    x = combine(x, SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5));
     return x[0];
 }
 
@@ -108,18 +109,18 @@ inline float sum(f8 x) {
     return fold(x, [](f8 a, f8 b) { return a + b; });
 }
 
-// Adds as many lanes as there are to eight running sums, eight by eight.
+// Adds all lanes to eight running sums, eight lanes at a time, from the first.
 inline void add(f8 &sums, wide x) {
     f8 parts[WIDE / LANES];
     std::memcpy(parts, &x, sizeof x);
     for (const f8 &part : parts) sums += part;
 }
 
-// Floats from the bits of halves.
+// Floats from the bits of halves, one in each lane.
 inline f8 from_half(i8 bits) {
     const i8 size = (bits & 0x7fff) << 13, sign = (bits & 0x8000) << 16;
-    const f8 finite = (f8)size * all(0x1p112f);  // also right below the least normal number
-    return (f8)(((bits & 0x7fff) >= 0x7c00 ? (size | 0x7f800000) : (i8)finite) | sign);  // infinities stay so
+    const f8 finite = (f8)size * all(0x1p112f);                                          // correct for subnormal halves too
+    return (f8)(((bits & 0x7fff) >= 0x7c00 ? (size | 0x7f800000) : (i8)finite) | sign);  // infinities and NaNs
 }
 
 inline f8 widen(const half *from) {
@@ -132,13 +133,13 @@ inline f8 widen(const half *from) {
 #endif
 }
 
-// Halves from floats: the nearest, of two that are as near the even one.
+// Halves from floats, rounded to the nearest, ties to even.
 inline void narrow(half *to, f8 x) {
 #ifdef __F16C__
     _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
 #else
     const i8 bits = (i8)x & 0x7fffffff, sign = ((i8)x >> 16) & 0x8000;
-    const i8 small = (i8)((f8)bits + all(0.5f)) - 0x3f000000;  // steps of the least numbers: additions round to them
+    const i8 small = (i8)((f8)bits + all(0.5f)) - 0x3f000000;  // subnormal: the addition rounds to multiples of 2^-24
     const i8 usual = (bits - (112 << 23) + 0xfff + ((bits >> 13) & 1)) >> 13;
     const i8 beyond = bits > 0x7f800000 ? i8{} + 0x7e00 : i8{} + 0x7c00;
     const i8 size = bits < 0x38800000 ? small : bits >= 0x47800000 ? beyond : usual;
@@ -154,13 +155,13 @@ inline wide widen_all(const half *from) {
 #endif
 }
 
-// e to the power of x to about a unit in the last place; 0 below -87, as for minus infinity; x is at most 88.
+// e to the power of x, with an error of about one unit in the last place. 0 for x below -87. x must be at most 88.
 template <class V>
 inline V exponential(V x) {
     using Bits = decltype(x > x);
     const V least = all<V>(-87.0f), zero = all<V>(12582912.0f);
     const V y = larger(x, least);
-    const V shifted = y * 1.44269504f + zero;  // the nearest whole number, in the last bits
+    const V shifted = y * 1.44269504f + zero;  // the nearest integer to x / log(2), in the last bits
     const V n = shifted - zero;
     const V r = (y - n * 0.693359375f) - n * -2.12194440e-4f;
     V p = r * 1.3814600e-3f + 8.3687168e-3f;

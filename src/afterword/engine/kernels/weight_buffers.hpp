@@ -1,7 +1,7 @@
-// Memory for weights, as ggml sees it: large pages, in which rows lie as products read them (packing.hpp).
+// A ggml buffer type for weights: large pages that hold packed weights (packing.hpp).
 //
-// llama.cpp puts a matrix here if the accelerator can multiply with it, and copies it from the file. Whatever else needs it
-// is given a copy as it lies in the file, by ggml itself.
+// llama.cpp puts a matrix into such a buffer if the device supports its product, and `set_tensor` packs it. For operations of
+// other backends ggml copies the matrix with `get_tensor`, which restores the order of the file.
 
 #pragma once
 
@@ -17,27 +17,27 @@
 namespace memory {
 namespace {
 
-constexpr size_t PAGE = 2 << 20;  // a large one
+constexpr size_t PAGE = 2 << 20;  // bytes of a large page
 constexpr size_t ALIGNMENT = 64;
 
-// Addresses from the system, of which some whole large pages are used.
-struct Area {
+// A range of mapped addresses. The buffer begins at the first whole large page in it.
+struct Mapping {
     void *all;
     size_t size;
 
     char *base() const { return (char *)(((uintptr_t)all + PAGE - 1) / PAGE * PAGE); }
 };
 
-Area &area_of(Buffer *buffer) { return *(Area *)buffer->context; }
+Mapping &mapping_of(Buffer *buffer) { return *(Mapping *)buffer->context; }
 
 void free_buffer(Buffer *buffer) {
-    munmap(area_of(buffer).all, area_of(buffer).size);
-    delete &area_of(buffer);
+    munmap(mapping_of(buffer).all, mapping_of(buffer).size);
+    delete &mapping_of(buffer);
 }
-void *base_of(Buffer *buffer) { return area_of(buffer).base(); }
+void *base_of(Buffer *buffer) { return mapping_of(buffer).base(); }
 void clear(Buffer *buffer, uint8_t value) { std::memset(base_of(buffer), value, buffer->size); }
 
-// A view begins within what it is a view of.
+// The tensor that owns the memory of a view. Adds the view's offset in bytes to `offset`.
 const Tensor *whole(const Tensor *tensor, size_t &offset) {
     if (!tensor->view_src) return tensor;
     offset += tensor->data - tensor->view_src->data;
@@ -57,22 +57,22 @@ const char *type_name(BufferType *) { return "Afterword"; }
 size_t alignment_of(BufferType *) { return ALIGNMENT; }
 size_t size_of(BufferType *, const Tensor *tensor) { return products::packed_size(tensor); }
 
-// Null where the system has no more; ggml says so.
+// Null where there is no memory; ggml reports that.
 Buffer *make_buffer(BufferType *type, size_t size) {
-    const size_t whole = size + PAGE;
-    void *all = mmap(nullptr, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
+    const size_t mapped = size + PAGE;
+    void *all = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
     if (all == MAP_FAILED) return nullptr;
-    Area *area = new Area{all, whole};
+    Mapping *mapping = new Mapping{all, mapped};
 #ifdef MADV_HUGEPAGE
-    madvise(area->base(), size, MADV_HUGEPAGE);
+    madvise(mapping->base(), size, MADV_HUGEPAGE);
 #endif
     const BufferCalls calls = {free_buffer, base_of, nullptr, nullptr, set_tensor, get_tensor, {}, nullptr, clear, nullptr};
-    return ggml.make_buffer(type, calls, area, size);
+    return ggml.make_buffer(type, calls, mapping, size);
 }
 
 BufferType buffer_type = {{type_name, make_buffer, alignment_of, nullptr, size_of, nullptr}, nullptr, nullptr};
 
-// Whether there is a tensor, and lies here.
+// Whether `tensor` is not null and its memory is a buffer of this type.
 bool holds(const Tensor *tensor) { return tensor && tensor->buffer && tensor->buffer->type == &buffer_type; }
 
 }  // namespace

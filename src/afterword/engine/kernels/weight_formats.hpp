@@ -1,7 +1,7 @@
-// Weights unpacked into numbers, a row to a lane, and activations as they are multiplied with them.
+// One struct for each ggml weight type: how its blocks are unpacked, one row to a lane. And the activations for each.
 //
-// Quantized weights become bytes, which are multiplied with activations that are rounded to 8 bits, 32 at a time, as
-// llama.cpp does; others become floats, and activations stay what they are.
+// Quantized weights are unpacked to bytes. Activations are rounded to 8 bits for them, 32 at a time with a common scale, as in
+// llama.cpp. Other weights are unpacked to floats, and activations are not rounded.
 
 #pragma once
 
@@ -16,25 +16,25 @@ namespace {
 
 constexpr int STEP = 32;  // elements
 
-// A step of a row for each lane, as bytes: weights, what a unit of them is worth in each half, what is taken off.
+// A step of 32 weights of one row in each lane, as bytes.
 struct ByteStep {
     Bytes weights[STEP / 4];
-    Floats scales[2];
-    Floats least;
+    Floats scales[2];  // of each half of the step
+    Floats least;      // the minimum of K-quants, which is subtracted
 };
 
-// A step of one column, as bytes: rounded activations, what a unit is worth, sums of each half.
+// A step of 32 activations of one column, rounded to bytes.
 struct BytePiece {
     int8_t elements[STEP];
     float scale;
-    int32_t halves[2];
-    float sum;  // in true units
+    int32_t halves[2];  // the sum of the elements of each half
+    float sum;          // of all elements, times the scale
 };
 
-// ---- what the processor multiplies
+// ---- products of bytes
 
-// Products of four bytes, added. Weights are from 0 to 63, or where MIXED any byte without sign; or, with SIGNED, from -128
-// to 127. Activations are from -127 to 127.
+// Adds the products of four bytes to each lane. Weights: 0 to 63, or 0 to 255 with MIXED, or -128 to 127 with SIGNED.
+// Activations: -127 to 127.
 #if defined(__AVX512VNNI__)
 constexpr bool MIXED = true;
 template <bool SIGNED>
@@ -82,7 +82,7 @@ inline Bytes dot(Bytes sum, Bytes weights, Bytes x) {
 // ---- activations
 
 inline Bytes round_numbers(Floats x) {
-    const Floats zero = all<Floats>(12582912.0f);  // from here on floats are whole numbers
+    const Floats zero = all<Floats>(12582912.0f);  // floats of this size are integers
     return (Bytes)(x + zero) - (Bytes)zero;
 }
 
@@ -96,7 +96,7 @@ inline int32_t total(Bytes x) {
 void round_piece(const float *from, BytePiece &to) {
     using Eight = int8_t __attribute__((vector_size(WIDE)));
     constexpr int VECTORS = STEP / WIDE;
-    Floats x[VECTORS], most = {}, zeros = {};  // zeros: not a number where an element is not finite
+    Floats x[VECTORS], most = {}, zeros = {};  // zeros: NaN where an element is not finite
     for (int i = 0; i < VECTORS; i++) {
         x[i] = load<Floats>(from + i * WIDE);
         most = larger(larger(x[i], -x[i]), most);
@@ -104,6 +104,9 @@ void round_piece(const float *from, BytePiece &to) {
     }
     f8 zero = {};
     add(zero, zeros);
+    const float not_finite = sum(zero);  // 0, or NaN
+    if (not_finite != 0)                 // NaN and infinity would be rounded to arbitrary integers, whose sums overflow
+        for (Floats &part : x) part = Floats{};
     const float highest = largest(most), units = highest == 0 ? 0 : 127 / highest;
     Bytes sums[2] = {};
     for (int i = 0; i < VECTORS; i++) {
@@ -112,7 +115,7 @@ void round_piece(const float *from, BytePiece &to) {
         std::memcpy(to.elements + i * WIDE, &small, sizeof small);
         sums[i * 2 / VECTORS] += whole;
     }
-    to.scale = highest / 127 + sum(zero);  // bytes cannot say that an element was not finite
+    to.scale = highest / 127 + not_finite;
     for (int half = 0; half < 2; half++) to.halves[half] = total(sums[half]);
     to.sum = to.scale * (float)(to.halves[0] + to.halves[1]);
 }
@@ -121,15 +124,16 @@ void round_piece(const float *from, BytePiece &to) {
 
 inline Floats to_floats(Bytes x) { return __builtin_convertvector(x, Floats); }
 
-// Some bits of every byte; the shift must not bring in bits of the next byte that the mask lets through.
+// Some bits of every byte. The mask must remove the bits that the shift moves in from the next byte.
 inline Bytes bits(Bytes x, int shift, int mask) { return (x >> shift) & mask * 0x01010101; }
 inline Bytes nibbles(Bytes x, int which) { return bits(x, 4 * which, 0x0f); }
 inline Floats unsigned_byte(Bytes x, int which) { return to_floats((x >> 8 * which) & 0xff); }
 inline Floats signed_byte(Bytes x, int which) { return to_floats((x << (24 - 8 * which)) >> 24); }
 
-// Each type: what ggml calls it, bytes and steps of a block; and how a block of each row is unpacked into steps that are
-// `apart` from each other. Of bytes also by how much they are too large, whether each half of a step has a scale of its own, and
-// whether something is taken off (`least`).
+// Each type has: ggml's number `ID`, the `BYTES` and `STEPS` of a block, the offset `HALF_AT` of its 2-byte scale (-1: none), and
+// `unpack`, which writes step i of a block of each row to to[i * apart]. Types of bytes also have: `EXCESS`, the constant that is
+// contained in each unpacked byte; `SIGNED`; `HALVES`, whether each half of a step has a scale; `LEAST`, whether a minimum is
+// subtracted.
 
 struct Quantized {
     using Step = ByteStep;
@@ -175,7 +179,7 @@ struct Q5_0 : Quantized {
         const Bytes fifth = rows.column(2);
         rows.columns(6, columns);
         for (int i = 0; i < 8; i++) {
-            // Four bits to four bytes: copies of them, each moved seven bits further than the one before.
+            // Moves four bits to four bytes: the product adds copies, each shifted by seven bits more than the previous one.
             const Bytes spread = bits(((fifth >> 4 * i) & 15) * 0x00204081, 0, 1);
             to->weights[i] = nibbles(columns[i % 4], i / 4) | spread << 4;
         }
@@ -183,7 +187,7 @@ struct Q5_0 : Quantized {
     }
 };
 
-// Scales and least values of Q4_K and Q5_K: 6 bits each, eight of either, packed into 12 bytes behind two halves.
+// Scales and minimums of Q4_K and Q5_K: eight of each, with 6 bits, in 12 bytes after two halves.
 template <class Rows>
 inline void unpack_header(Rows rows, ByteStep *to, int apart) {
     Bytes header[4];
@@ -264,12 +268,11 @@ struct Q6_K : Quantized {
         rows.columns(192, scales);
         const Floats scale = rows.halves(208);
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; i++)
-            to[i / 2 * apart].scales[i % 2] = scale * signed_byte(scales[i / 4], i % 4);
+        for (int i = 0; i < 16; i++) to[i / 2 * apart].scales[i % 2] = scale * signed_byte(scales[i / 4], i % 4);
     }
 };
 
-// Numbers that are floats already, or become floats exactly.
+// Types whose weights are floats, or are converted to floats exactly.
 struct Plain {
     struct Step {
         Floats weights[STEP];
@@ -295,14 +298,16 @@ struct Float32 : Plain {
     }
 };
 
-// Two numbers of 16 bits of each row, in its lane's lower and upper half.
+// Each word holds two weights of 16 bits, in its lower and its upper half.
 struct Float16 : Plain {
     static constexpr int ID = 1, BYTES = 2 * STEP;
 
     static Floats lower(Bytes x) { return lower_halves(x); }
     static Floats upper(Bytes x) { return upper_halves(x); }
     template <class Rows>
-    static void unpack(Rows rows, Step *to, int) { unpack_two<Float16>(rows, to); }
+    static void unpack(Rows rows, Step *to, int) {
+        unpack_two<Float16>(rows, to);
+    }
 
     template <class Type, class Rows>
     static void unpack_two(Rows rows, Step *to) {
@@ -324,15 +329,17 @@ struct BFloat16 : Plain {
     static Floats lower(Bytes x) { return (Floats)(x << 16); }
     static Floats upper(Bytes x) { return (Floats)(x & (int32_t)0xffff0000); }
     template <class Rows>
-    static void unpack(Rows rows, Step *to, int) { Float16::unpack_two<BFloat16>(rows, to); }
+    static void unpack(Rows rows, Step *to, int) {
+        Float16::unpack_two<BFloat16>(rows, to);
+    }
 };
 
 template <class... Types>
 struct List {
-    // Calls what is given with the type that ggml calls `id`; false if there is none.
+    // Calls `use` with the struct of ggml's type `id`. Returns false if there is none.
     template <class Do>
-    static bool find(int32_t id, Do what) {
-        return ((id == Types::ID && (what(Types{}), true)) || ...);
+    static bool find(int32_t id, Do use) {
+        return ((id == Types::ID && (use(Types{}), true)) || ...);
     }
 };
 using KnownTypes = List<Q8_0, Q4_0, Q5_0, Q4_K, Q5_K, Q6_K, Float16, BFloat16, Float32>;

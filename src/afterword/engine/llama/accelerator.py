@@ -1,12 +1,16 @@
-"""Registers Afterword's kernels (`kernels/accelerator.cpp`) with llama.cpp as a ggml back end.
+"""Registers the kernels of accelerator.cpp with ggml: attention, products and elementwise operations.
 
-The kernels add in an order that does not depend on the other sequences of a batch. They are registered only if every
-checkable part of ggml's interface is as the C++ source declares it.
+Their results for a token do not depend on the other tokens of the pass. They are registered only with a version of ggml
+whose interface is known, and only if the size of a tensor is the one that ggml.hpp declares. Else llama.cpp computes
+everything, and one line on standard error states what is lost.
+
+State: the loaded library's, which belongs to the worker's main thread. `register` runs once per process.
 """
 
 from __future__ import annotations
 
 import ctypes
+import sys
 from functools import cache
 
 from afterword.engine.kernels.compiled import KERNELS, library
@@ -14,8 +18,8 @@ from afterword.engine.llama.library import native
 
 LIBRARY = library(KERNELS / "accelerator.cpp")
 
-_KNOWN_GGML = b"0.25."  # the back end interface is internal to ggml and may change with every version
-_OBJECT_BYTES = 32  # `ggml_tensor_overhead` includes this header (`ggml_object`)
+_KNOWN_GGML: tuple[bytes, ...] = (b"0.25.",)  # versions, by their beginnings, that have the interface of ggml.hpp
+_OBJECT_BYTES = 32  # sizeof(struct ggml_object), which ggml_tensor_overhead adds to the size of a tensor
 _ADDRESSES = (
     *("ggml_backend_cpu_buffer_type", "ggml_backend_buft_is_host", "ggml_backend_buffer_init"),
     *("ggml_graph_n_nodes", "ggml_graph_node", "ggml_op_name"),
@@ -24,17 +28,20 @@ _ADDRESSES = (
 
 @cache
 def register() -> bool:
-    """Register the kernels for every context that is created from now on. Returns False if that is not possible."""
+    """Register the kernels for every context that is created from now on. Returns whether that was possible."""
     kernels = _kernels()
     if kernels is None:
         return False
-    ggml = native._lib  # opening ggml by another path would load a second copy
+    ggml = native._lib  # loading ggml by its path would load a second copy
     ggml.ggml_version.restype = ctypes.c_char_p
     ggml.ggml_tensor_overhead.restype = ctypes.c_size_t
-    if not ggml.ggml_version().startswith(_KNOWN_GGML):
-        return False
-    if ggml.ggml_tensor_overhead() != kernels.accelerator_tensor_size() + _OBJECT_BYTES:
-        return False
+    version = ggml.ggml_version()
+    if not version.startswith(_KNOWN_GGML):
+        known = ", ".join(f"{each.decode()}x" for each in _KNOWN_GGML)
+        return _refuse(f"ggml {version.decode('utf-8', 'replace')} is not a version that they know ({known})")
+    tensor, declared = ggml.ggml_tensor_overhead() - _OBJECT_BYTES, kernels.accelerator_tensor_size()
+    if tensor != declared:
+        return _refuse(f"a tensor of this ggml has {tensor} bytes and not {declared}")
     addresses = (ctypes.c_void_p * len(_ADDRESSES))(
         *(ctypes.cast(getattr(ggml, name), ctypes.c_void_p).value for name in _ADDRESSES)
     )
@@ -43,42 +50,52 @@ def register() -> bool:
     return True
 
 
+def _refuse(reason: str) -> bool:
+    print(
+        f"Afterword's kernels are not used: {reason}. llama.cpp computes all operations, which is slower, and fewer "
+        "models have reproducible numbers. Install the version of llama-cpp-python that requirements.txt names.",
+        file=sys.stderr,
+        flush=True,
+    )
+    return False
+
+
 def start_recording() -> None:
-    """Clear the record of operations that llama.cpp asks for, and record them from now on."""
+    """Set the counts of the operations that llama.cpp offers to zero."""
     kernels = _kernels()
     if kernels is not None:
         kernels.accelerator_listen()
 
 
 def computes_all_attention() -> bool:
-    """Whether the kernels support every recorded attention operation, and there was at least one."""
+    """Whether llama.cpp offered attention, and the kernels compute all of it."""
     kernels = _kernels()
     return kernels is not None and bool(kernels.accelerator_attends())
 
 
 def unsupported_types() -> frozenset[int]:
-    """ggml's numbers of the matrix types whose recorded matmuls are left to the library."""
+    """The types, by ggml's numbers, of the weight matrices that llama.cpp multiplies."""
     kernels = _kernels()
     bits: int = kernels.accelerator_types_left() if kernels is not None else 0
     return frozenset(kind for kind in range(bits.bit_length()) if bits >> kind & 1)
 
 
 def has_unsupported_products() -> bool:
-    """Whether matmuls of two computed operands or of experts were recorded; these are left to the library."""
+    """Whether llama.cpp computes products of two computed matrices, or of experts."""
     kernels = _kernels()
     return kernels is not None and bool(kernels.accelerator_others_left())
 
 
 def supports_quantized() -> bool:
-    """Whether the kernels compute matmuls of quantized weights, which needs certain processor instructions."""
+    """Whether the kernels compute products of quantized weights. They need AVX2 and FMA, or Arm's dot products."""
     kernels = _kernels()
     return kernels is not None and bool(kernels.accelerator_multiplies())
 
 
 def configure(threads: int, keep_weights: bool) -> None:
-    """Set the number of threads of the kernels.
+    """Set the number of threads, and whether weights of models that are loaded from now on are packed.
 
-    `keep_weights`: copy the weights of models that are loaded from now on into packed blocks for the kernels' matmuls.
+    Packed weights are copies in large pages, in the order in which the kernels read them.
     """
     kernels = _kernels()
     if kernels is not None:
@@ -86,9 +103,10 @@ def configure(threads: int, keep_weights: bool) -> None:
 
 
 def use_thread_pool(alone: bool) -> int | None:
-    """Use the kernels' thread pool instead of OpenMP's threads, if `alone`: the library computes nothing expensive.
+    """Compute with the kernels' thread pool if `alone`, else with OpenMP's threads.
 
-    Returns the address of the function that runs work in the pool (`Run` in `kernels/parallel.hpp`), None for OpenMP.
+    `alone` must be false where llama.cpp computes operations with several threads: two groups of spinning threads slow
+    each other down. Returns the address of the pool's `Run` (parallel.hpp), None for OpenMP.
     """
     kernels = _kernels()
     run: int | None = None if kernels is None else kernels.accelerator_lead(alone)

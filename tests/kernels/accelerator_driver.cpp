@@ -1,0 +1,249 @@
+// Runs the operations of accelerator.cpp on fixed inputs and prints a hash of each result. See `driver.hpp`.
+//
+// Usage: driver THREADS ROUNDS [nested]. Exit status 1: the number of threads changed a result. With `nested` a run of the
+// thread pool calls another one, which must abort the process.
+
+#include "../../src/afterword/engine/kernels/accelerator.cpp"
+
+#include "driver.hpp"
+
+void run_sampler(const Options &options, void *run);
+
+namespace {
+
+Tensor tensor_of(int type, size_t element, const void *data, int64_t ne0, int64_t ne1 = 1, int64_t ne2 = 1, int64_t ne3 = 1) {
+    Tensor made = {};
+    const int64_t ne[4] = {ne0, ne1, ne2, ne3};
+    made.type = type, made.data = (char *)data;
+    for (int i = 0; i < 4; i++) {
+        made.ne[i] = ne[i];
+        made.nb[i] = i ? made.nb[i - 1] * (size_t)ne[i - 1] : element;
+    }
+    return made;
+}
+
+Tensor floats_of(const std::vector<float> &data, int64_t ne0, int64_t ne1 = 1, int64_t ne2 = 1, int64_t ne3 = 1) {
+    return tensor_of(F32, sizeof(float), data.data(), ne0, ne1, ne2, ne3);
+}
+
+void compute_or_exit(const char *name, const Tensor &node, int count) {
+    if (!operation_takes(name, &node)) std::printf("%s refuses its operands\n", name), std::exit(2);
+    operation_compute(name, &node, count);
+}
+
+// ---- matmul
+
+struct WeightType {
+    const char *name;
+    int id, elements, bytes;  // of a block
+    std::vector<int> scales;  // offsets of the halves that scale a block
+    uint16_t least_half;      // 0: not a type of halves
+};
+
+const WeightType WEIGHT_TYPES[] = {
+    {"Q8_0", 8, 32, 34, {0}, 0},       {"Q4_0", 2, 32, 18, {0}, 0},       {"Q5_0", 6, 32, 22, {0}, 0},
+    {"Q4_K", 12, 256, 144, {0, 2}, 0}, {"Q5_K", 13, 256, 176, {0, 2}, 0}, {"Q6_K", 14, 256, 210, {208}, 0},
+    {"F16", 1, 1, 2, {}, 0x2800},      {"BF16", 30, 1, 2, {}, 0x3800},    {"F32", 0, 1, 4, {}, 0},
+};
+
+std::vector<char> weights_of(const WeightType &type, int64_t rows, int64_t length) {
+    Random random(type.id + 1);
+    std::vector<char> made(rows * length / type.elements * type.bytes);
+    for (char &x : made) x = (char)random.bits();
+    for (size_t block = 0; block < made.size(); block += type.bytes) {
+        const float plain = random.number();
+        uint16_t half = random.half(type.least_half);
+        if (type.bytes == 4) std::memcpy(&made[block], &plain, 4);
+        else if (type.least_half) std::memcpy(&made[block], &half, 2);
+        for (const int at : type.scales) half = random.half(0x1800), std::memcpy(&made[block + at], &half, 2);
+    }
+    return made;
+}
+
+// Activations [column][element]. The first column has a piece of zeros; the third has a NaN and an infinity.
+std::vector<float> activations_of(int64_t columns, int64_t length) {
+    Random random(99);
+    std::vector<float> made(columns * length);
+    for (size_t i = 0; i < made.size(); i++) made[i] = i / 32 == 1 ? 0 : random.number();
+    if (columns > 2) made[2 * length + 5] = __builtin_nanf(""), made[2 * length + 40] = -__builtin_inff();
+    return made;
+}
+
+Buffer *fake_make_buffer(BufferType *type, BufferCalls calls, void *context, size_t size) {
+    return new Buffer{calls, type, context, size, 0};
+}
+
+void run_matmul(const Options &options) {
+    constexpr int64_t ROWS = 77, LENGTH = 768;
+    if (!accelerator_multiplies()) return;
+    for (const WeightType &type : WEIGHT_TYPES) {
+        const std::vector<char> file = weights_of(type, ROWS, LENGTH);
+        Tensor weights = tensor_of(type.id, type.bytes, file.data(), LENGTH, ROWS);
+        weights.nb[1] = LENGTH / type.elements * type.bytes;
+        Tensor packed = weights;
+        Buffer *const buffer = memory::buffer_type.calls.make_buffer(&memory::buffer_type, products::packed_size(&weights));
+        packed.buffer = buffer, packed.data = (char *)buffer->calls.get_base(buffer);
+        buffer->calls.clear(buffer, 0);
+        // In two parts that end within a group of rows.
+        const size_t row = weights.nb[1], part = 21 * row;
+        buffer->calls.set_tensor(buffer, &packed, file.data(), 0, part);
+        buffer->calls.set_tensor(buffer, &packed, file.data() + part, part, file.size() - part);
+        std::vector<char> back(file.size());
+        buffer->calls.get_tensor(buffer, &packed, back.data(), 0, back.size());
+        if (back != file) std::printf("%s: packed weights changed\n", type.name), std::exit(1);
+        for (const int64_t columns : {1, 2, 7, 20}) {
+            const std::vector<float> x = activations_of(columns, LENGTH);
+            for (const Tensor *matrix : {&weights, &packed})
+                report("matmul/" + std::string(type.name) + (matrix == &packed ? "/packed/" : "/file/") + std::to_string(columns),
+                       options, [&](int count) {
+                           std::vector<float> out(ROWS * columns);
+                           Tensor operand = floats_of(x, LENGTH, columns), first = *matrix, node = floats_of(out, ROWS, columns);
+                           node.src[0] = &first, node.src[1] = &operand;
+                           compute_or_exit("MUL_MAT", node, count);
+                           Hash hash;
+                           hash.add(out);
+                           return hash.result();
+                       });
+        }
+        buffer->calls.free(buffer);
+        delete buffer;
+    }
+}
+
+// ---- attention
+
+struct AttentionCase {
+    const char *name;
+    int64_t streams, heads, kv_heads, tokens, cells, dk, dv;
+    float steepness, cap;
+    bool masked, broken;  // broken: masked cells hold NaN
+};
+
+const AttentionCase ATTENTION_CASES[] = {
+    {"one token", 1, 4, 2, 1, 300, 64, 64, 0, 0, true, false},   {"several tokens", 1, 4, 2, 9, 256, 64, 64, 0, 0, true, false},
+    {"many tokens", 1, 4, 2, 71, 300, 64, 64, 0, 0, true, true}, {"streams", 3, 7, 1, 2, 77, 128, 128, 0, 0, true, false},
+    {"odd heads", 1, 4, 4, 9, 77, 80, 72, 8, 5, true, true},     {"no mask", 1, 4, 2, 9, 77, 64, 64, 0, 0, false, false},
+};
+
+void run_attention(const Options &options) {
+    for (const AttentionCase &c : ATTENTION_CASES) {
+        Random random(7);
+        const std::vector<float> q = random.numbers(c.streams * c.heads * c.tokens * c.dk, 2);
+        std::vector<half> k(c.streams * c.kv_heads * c.cells * c.dk), v(c.streams * c.kv_heads * c.cells * c.dv);
+        std::vector<half> mask(c.streams * c.tokens * c.cells);
+        for (half &x : k) x = random.half(0x3000);
+        for (half &x : v) x = random.half(0x3400);
+        // A token sees the cells up to its own, which is near the middle.
+        const auto hidden = [&](int64_t token, int64_t cell) { return cell > c.cells / 2 + token; };
+        for (size_t i = 0; i < mask.size(); i++)
+            mask[i] = hidden(i / c.cells % c.tokens, i % c.cells) ? 0xfc00 : i % 3 ? 0 : 0xb800;
+        for (size_t i = 0; c.broken && i < v.size(); i++)
+            if (hidden(c.tokens - 1, i / c.dv % c.cells)) v[i] = 0x7e00;
+        report(std::string("attention/") + c.name, options, [&](int count) {
+            std::vector<float> out(c.streams * c.tokens * c.heads * c.dv);
+            Tensor queries = floats_of(q, c.dk, c.tokens, c.heads, c.streams),
+                   node = floats_of(out, c.dv, c.heads, c.tokens, c.streams);
+            Tensor keys = tensor_of(F16, 2, k.data(), c.dk, c.cells, c.kv_heads, c.streams);
+            Tensor values = tensor_of(F16, 2, v.data(), c.dv, c.cells, c.kv_heads, c.streams);
+            Tensor seen = tensor_of(F16, 2, mask.data(), c.cells, c.tokens, 1, c.streams);
+            node.src[0] = &queries, node.src[1] = &keys, node.src[2] = &values, node.src[3] = c.masked ? &seen : nullptr;
+            const float params[3] = {0.125f, c.steepness, c.cap};
+            std::memcpy(node.params, params, sizeof params);
+            compute_or_exit("FLASH_ATTN_EXT", node, count);
+            Hash hash;
+            hash.add(out);
+            return hash.result();
+        });
+    }
+}
+
+// ---- elementwise
+
+void set_float(Tensor &node, int i, float x) { std::memcpy(&node.params[i], &x, sizeof x); }
+
+struct ElementwiseCase {
+    const char *name, *operation;
+    const Tensor *sources[3];
+    int integers[3];
+    float floats[9];
+};
+
+void run_elementwise(const Options &options) {
+    constexpr int64_t WIDTH = 96, HEADS = 4, TOKENS = 200, COUNT = WIDTH * HEADS * TOKENS;
+    Random random(3);
+    const std::vector<float> x = random.numbers(COUNT, 32), y = random.numbers(COUNT), few = random.numbers(WIDTH);
+    std::vector<float> slower(WIDTH / 2);
+    for (size_t i = 0; i < slower.size(); i++) slower[i] = 1 + (float)i / 4;
+    std::vector<int32_t> positions(TOKENS);
+    for (int64_t i = 0; i < TOKENS; i++) positions[i] = (int32_t)(i * 157);
+    const Tensor a = floats_of(x, WIDTH, HEADS, TOKENS), b = floats_of(y, WIDTH, HEADS, TOKENS), row = floats_of(few, WIDTH);
+    const Tensor at = tensor_of(elementwise::I32, 4, positions.data(), TOKENS), factors = floats_of(slower, WIDTH / 2);
+    const ElementwiseCase cases[] = {
+        {"norm", "RMS_NORM", {&a}, {}, {1e-6f}},
+        {"sum", "ADD", {&a, &b}, {}, {}},
+        {"product", "MUL", {&a, &row}, {}, {}},
+        {"gate", "GLU", {&a, &b}, {elementwise::SWIGLU}, {}},
+        {"rotary in halves", "ROPE", {&a, &at}, {0, WIDTH, elementwise::IN_HALVES}, {0, 0, 0, 0, 0, 10000, 1, 0, 1}},
+        {"rotary in pairs", "ROPE", {&a, &at, &factors}, {0, 64, elementwise::IN_PAIRS}, {0, 0, 0, 0, 0, 10000, 0.5f, 0, 1.5f}},
+    };
+    for (const ElementwiseCase &c : cases)
+        report(std::string("elementwise/") + c.name, options, [&](int count) {
+            std::vector<float> out(COUNT);
+            Tensor node = floats_of(out, WIDTH, HEADS, TOKENS);
+            for (int i = 0; i < 9; i++)
+                if (c.floats[i] != 0) set_float(node, i, c.floats[i]);
+            for (int i = 0; i < 3; i++) {
+                node.src[i] = const_cast<Tensor *>(c.sources[i]);
+                if (c.integers[i]) node.params[i] = c.integers[i];
+            }
+            compute_or_exit(c.operation, node, count);
+            Hash hash;
+            hash.add(out);
+            return hash.result();
+        });
+    report("elementwise/floats to halves", options, [&](int count) {  // floats of every kind: subnormal, infinite, NaN
+        std::vector<float> all_kinds(64 * 2048);
+        for (size_t i = 0; i < all_kinds.size(); i++) {
+            const uint32_t bits = (uint32_t)(i * 32771);
+            std::memcpy(&all_kinds[i], &bits, 4);
+        }
+        std::vector<int64_t> rows(2048);
+        for (size_t i = 0; i < rows.size(); i++) rows[i] = (int64_t)(2047 - i);
+        std::vector<half> out(all_kinds.size());
+        Tensor from = floats_of(all_kinds, 64, 2048), where = tensor_of(elementwise::I64, 8, rows.data(), 2048);
+        Tensor node = tensor_of(F16, 2, out.data(), 64, 2048);
+        node.src[0] = &from, node.src[1] = &where;
+        compute_or_exit("SET_ROWS", node, count);
+        for (half &one : out)
+            if ((one & 0x7fff) > 0x7c00) one = 0x7e00;
+        Hash hash;
+        hash.add(out);
+        return hash.result();
+    });
+    report("elementwise/rows", options, [&](int count) {
+        const std::vector<int32_t> rows = {8, 0, 3, 3};
+        std::vector<float> out(4 * WIDTH);
+        Tensor from = floats_of(x, WIDTH, HEADS * TOKENS), which = tensor_of(elementwise::I32, 4, rows.data(), 4);
+        Tensor node = floats_of(out, WIDTH, 4);
+        node.src[0] = &from, node.src[1] = &which;
+        compute_or_exit("GET_ROWS", node, count);
+        Hash hash;
+        hash.add(out);
+        return hash.result();
+    });
+}
+
+}  // namespace
+
+int main(int count, char **arguments) {
+    if (count < 3) return 2;
+    const Options options{std::atoi(arguments[1]), std::atoi(arguments[2])};
+    ggml.make_buffer = fake_make_buffer;
+    accelerator_prepare(options.threads, 1);
+    void *const run = accelerator_lead(1);
+    if (count > 3) run_threads(2, [](int) { return run_threads(2, [](int) { return MemoryRange{}; }), MemoryRange{}; });
+    run_matmul(options);
+    run_attention(options);
+    run_elementwise(options);
+    run_sampler(options, run);
+}
