@@ -175,7 +175,7 @@ def test_every_float_is_independent_of_other_requests(file_type, kv_type, tmp_pa
         assert play(loop, jobs, random.Random(seed)) == sequential
 
 
-def test_every_float_of_the_built_in_model_is_the_same_alone_and_in_a_crowd(builtin, builtin_loop):
+def test_every_float_of_the_built_in_model_is_independent_of_other_requests(builtin, builtin_loop):
     jobs = random_jobs(12, len(builtin.model_info.pieces), seed=6)
     sequential = [play(builtin_loop, [job])[0] for job in jobs]
     assert play(builtin_loop, jobs, random.Random(7)) == sequential

@@ -185,7 +185,7 @@ def test_a_full_queue_refuses():
     run(test)
 
 
-def test_a_job_that_kills_fails_alone_and_is_not_tried_a_third_time():
+def test_a_job_that_crashes_the_worker_twice_fails_alone():
     async def test() -> None:
         async with engine() as supervisor:
             assert supervisor.state == "ready"
@@ -204,7 +204,7 @@ def test_a_job_that_kills_fails_alone_and_is_not_tried_a_third_time():
     run(test)
 
 
-def test_a_text_that_kills_the_tokenizer_fails_alone():
+def test_a_text_that_crashes_the_tokenizer_fails_alone():
     async def test() -> None:
         async with engine() as supervisor:
             running = asyncio.create_task(tokens(supervisor, job(max_tokens=100)))
@@ -275,7 +275,7 @@ def test_a_stopped_worker_is_replaced_and_its_jobs_continue():
     run(test)
 
 
-def test_what_is_never_begun_is_given_up_in_time():
+def test_a_job_that_waits_too_long_fails():
     async def test() -> None:
         async with engine(queue_seconds=1) as supervisor:
             running = [supervisor.start(job(first, max_tokens=10**6)) for first in (1, 2)]
@@ -355,7 +355,7 @@ def test_running_jobs_continue_after_a_crash():
     run(test)
 
 
-def test_numbers_that_may_differ_a_second_time_are_not_mixed():
+def test_without_a_promise_a_job_with_output_is_not_repeated():
     async def read(supervisor: Supervisor) -> None:
         async for step in supervisor.start(job(max_tokens=10**6)):
             for process in workers() if step.sampled else ():
@@ -388,7 +388,7 @@ async def replace_model(supervisor: Supervisor, model: Path, fingerprint: str) -
         process.kill()
 
 
-def test_another_model_ends_what_was_under_way(model: Path):
+def test_another_model_fails_all_jobs(model: Path):
     async def test() -> None:
         async with engine(str(model)) as supervisor:
             streaming = supervisor.start(job(max_tokens=10**6))
