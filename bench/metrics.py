@@ -1,6 +1,7 @@
-"""What counting costs: CPU time for each token, pass and request, and for a page of /metrics. In process, no server.
+"""Measures the cost of metrics: CPU time per token, forward pass, request and page of /metrics. Needs no server.
 
-`python -m bench.metrics`. A streamed token costs the server's process some 90 µs, the engine's more (docs/log.md).
+`python -m bench.metrics`. For comparison: a streamed token costs the server's process about 90 µs and the worker more
+(docs/log.md).
 """
 
 from __future__ import annotations
@@ -24,29 +25,29 @@ _METER = PassStats(False, 16, 0.0123, 12_000, 40_000)
 
 
 class _Unmeasured(msgspec.Struct, frozen=True, array_like=True, tag="PassDone"):
-    """A pass as it would be told without figures."""
+    """A `PassDone` message without figures."""
 
     steps: dict[int, Step]
     load: Load
 
 
 def main() -> None:
-    """Print a line a figure."""
+    """Print a line for each figure."""
     engine_metrics, metrics = EngineMetrics(), Metrics(["model"])
     timer = JobTimer(engine_metrics, _JOB, time.monotonic(), time.monotonic)
     timer.record_step(_STEP)
     scheduler = Scheduler(16, 256, 1, 16, True)
-    told, bare = PassDone({}, Load(), _METER), _Unmeasured({}, Load())
+    message, bare = PassDone({}, Load(), _METER), _Unmeasured({}, Load())
     encode = msgspec.msgpack.Encoder().encode
-    wire, bare_wire = pack(told)[HEADER.size :], encode(bare)
+    wire, bare_wire = pack(message)[HEADER.size :], encode(bare)
     reading = _cost(lambda: unpack_for_server(wire)) - _cost(lambda: unpack_for_server(bare_wire))
     costs = {
         "token, server": _cost(lambda: timer.record_step(_STEP)),
         "pass, server": _cost(lambda: engine_metrics.record_pass(_METER)) + reading,
         "pass, engine": _cost(lambda: PassStats(False, 16, 0.0123, *scheduler.slot_usage()))
-        + _cost(lambda: encode(told))
+        + _cost(lambda: encode(message))
         - _cost(lambda: encode(bare)),
-        "request, server": _cost(lambda: _request(engine_metrics, metrics)) - _cost(_visit),
+        "request, server": _cost(lambda: _request(engine_metrics, metrics)) - _cost(_request_context),
         "page of /metrics": _cost(lambda: _page(engine_metrics, metrics), 100),
     }
     for name, seconds in costs.items():
@@ -54,7 +55,7 @@ def main() -> None:
 
 
 def _cost(work: Callable[[], object], times: int = 50_000) -> float:
-    """CPU seconds of one call: the least of ten rounds."""
+    """CPU seconds of one call: the minimum of ten rounds."""
     least = float("inf")
     for _ in range(10):
         start = time.process_time()
@@ -64,7 +65,7 @@ def _cost(work: Callable[[], object], times: int = 50_000) -> float:
     return least
 
 
-def _visit() -> RequestContext:
+def _request_context() -> RequestContext:
     request_context = RequestContext("req", "127.0.0.1", route="/v1/completions", model="model", status=200)
     request_context.record_usage(Usage(64, 128))
     request_context.finish[0] = "length"
@@ -72,8 +73,8 @@ def _visit() -> RequestContext:
 
 
 def _request(engine_metrics: EngineMetrics, metrics: Metrics) -> None:
-    """All that is counted of a request of one token."""
-    request_context = _visit()
+    """Record everything that is counted for a request of one token."""
+    request_context = _request_context()
     timer = JobTimer(engine_metrics, _JOB, request_context.started_at, time.monotonic)
     timer.record_step(Step())
     request_context.n, request_context.choices = 1, 1
