@@ -130,7 +130,7 @@ def _files(process: psutil.Process) -> int:
 
 
 def _own_memory(pid: int) -> int:
-    """Private memory of a process, swapped out or not. Mapped files are not counted, because their pages come and go."""
+    """Private memory of a process, swapped out or not. Excludes mapped files, whose pages come and go."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "VmSwap"))
