@@ -132,7 +132,7 @@ async def _alternate(
             await asyncio.sleep(options.pause)
             # All targets of a round get the same prompts; no prompt occurs in two rounds.
             random = Random(f"{seed} {scenario.name} {number}")
-            outcome, share = await _beside_bandwidth(scenario, target, size, random, options)
+            outcome, share = await _run_with_bandwidth(scenario, target, size, random, options)
             rounds[target.name].append(outcome)
             summary = outcome if isinstance(outcome, str) else _summary(_measures(scenario, options), outcome)
             busy = f"  (the client used {share:.0%} of a core)" if share > 0.1 and not isinstance(outcome, str) else ""
@@ -140,7 +140,7 @@ async def _alternate(
     return rounds
 
 
-async def _beside_bandwidth(
+async def _run_with_bandwidth(
     scenario: Scenario, target: Target, size: Size, random: Random, options: argparse.Namespace
 ) -> tuple[report.Outcome, float]:
     """Like `_once`, plus the share of read bandwidth for a scenario that reads the whole model for each token."""

@@ -1,7 +1,7 @@
 """`python scripts/module_index.py [--write]`: generate the list of all source files with their first sentences.
 
 It prints the page, or writes docs/modules.md with `--write`. The sentence of a Python file comes from its docstring,
-that of a C++ or JavaScript file from the comment at its top. `tests/test_module_index.py` fails if the page is outdated.
+that of a C++ or JavaScript file from the comment at its top. `tests/test_module_index.py` fails if the page is old.
 """
 
 from __future__ import annotations
