@@ -1,1 +1,1 @@
-"""Measures servers of `POST /v1/completions` against each other, and against what the machine allows."""
+"""Measures servers of `POST /v1/completions` and compares them with each other and with the machine's limits."""

@@ -1,4 +1,4 @@
-"""`python -m bench`: scenarios on running servers; or `engine`, `limits`, `model`, `serve`. Each has --help."""
+"""`python -m bench`: measure running servers; or a subcommand `engine`, `limits`, `model`, `serve`. Each has --help."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from bench.target import Target, common_tokens, find_target
 
 Rounds = dict[str, list[report.Outcome]]
 SHARE = Measure("of read bandwidth", "%", more_is_better=True)
-"""Bandwidth is read right before and after each answer, as a machine may be another one in the next minute."""
+"""Read bandwidth is measured right before and after each run, because it changes from minute to minute."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status."""
+    """Returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     others = {"engine": _engine, "limits": _limits, "model": _model, "serve": _serve}
     if words and words[0] in others:
@@ -40,24 +40,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     names = [scenario.name for scenario in SCENARIOS]
-    parser.add_argument("--target", action="append", required=True, metavar="NAME=URL", help="a running server; repeat")
-    parser.add_argument("--base", metavar="NAME", help="the target that ratios are to; the first if not given")
-    parser.add_argument("--scenario", action="append", choices=names, help="repeat; without it all but front-end")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each target does each scenario (3)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="write the ratios as bars (SVG)")
     parser.add_argument(
-        "--note", action="append", default=[], help="goes into the JSON: how a server was started; repeat"
+        "--target", action="append", required=True, metavar="NAME=URL", help="a running server; repeat for several"
     )
-    parser.add_argument("--gguf", type=Path, metavar="FILE", help="the served file, to say what bandwidth allows")
+    parser.add_argument("--base", metavar="NAME", help="the target that ratios compare with (the first target)")
+    parser.add_argument("--scenario", action="append", choices=names, help="repeat for several (all but front-end)")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each scenario on each target (3)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results as JSON")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="write a bar chart of the ratios (SVG)")
+    parser.add_argument(
+        "--note", action="append", default=[], help="a text for the JSON, such as a server's options; repeat"
+    )
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="the served model, to report the share of bandwidth")
     parser.add_argument("--key", help="API key for all targets")
-    parser.add_argument("--timeout", type=float, default=900, help="most seconds of one scenario in one round (900)")
-    parser.add_argument("--pause", type=float, default=1, help="seconds of rest before each measurement (1)")
     parser.add_argument(
-        "--seed", type=int, help="of the prompts; a fresh one if not given, so that no cache knows them"
+        "--timeout", type=float, default=900, help="time limit in seconds of one scenario in one round (900)"
     )
-    parser.add_argument("--quick", action="store_true", help="minute sizes: whether it works, not how fast")
-    parser.add_argument("--questions", type=int, help="of scoring, for servers that take minutes for all (24)")
+    parser.add_argument("--pause", type=float, default=1, help="seconds of idle time before each measurement (1)")
+    parser.add_argument("--seed", type=int, help="seed of the prompts (a random one, so that no prompt is cached)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that everything works")
+    parser.add_argument("--questions", type=int, help="questions in scoring; fewer for slow servers (24)")
     return parser
 
 
@@ -73,10 +75,10 @@ async def _measure(options: argparse.Namespace) -> int:
     names = [target.name for target in targets]
     base = options.base or names[0]
     if base not in names:
-        raise ValueError(f"--base {base} is none of the targets.")
+        raise ValueError(f"--base {base} is not the name of a target.")
     if (load := limits.load()) > 0.3:
-        _say(f"other work keeps {load:.1f} cores of this machine busy: figures will be low and ratios uncertain")
-    _say("measuring what the machine allows")
+        _say(f"other programs use {load:.1f} cores of this machine: figures will be low and ratios uncertain")
+    _say("measuring the machine's limits")
     bounds = await limits.measure(options.quick)
     about = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -96,7 +98,7 @@ async def _measure(options: argparse.Namespace) -> int:
         if scenario.name in wanted:
             rounds = await _alternate(scenario, targets, size, seed, options)
             found += report.rows(scenario.name, _measures(scenario, options), rounds)
-            # After each scenario: a long run that is broken off has been worth it.
+            # After each scenario, so that an interrupted run keeps its results.
             _write(options, found, names, base, about)
     print(report.table(found, names, base), limits.described(bounds, options.gguf), sep="\n\n")
     for target in targets:
@@ -108,7 +110,7 @@ async def _find(given: Sequence[str], key: str | None) -> list[Target]:
     targets: list[Target] = []
     for name, _, url in (target.rpartition("=") for target in given):
         if not name or name in {target.name for target in targets}:
-            raise ValueError("--target is NAME=URL, and each name may be given once.")
+            raise ValueError("--target must be NAME=URL with a different NAME for each target.")
         try:
             target = await find_target(name, url, key)
         except (OSError, NotPossible) as problem:
@@ -121,27 +123,27 @@ async def _find(given: Sequence[str], key: str | None) -> list[Target]:
 async def _alternate(
     scenario: Scenario, targets: Sequence[Target], size: Size, seed: int, options: argparse.Namespace
 ) -> Rounds:
-    """Every round all targets, the order turned round each time; what a target cannot do it need not try again."""
+    """Run a scenario on all targets in each round, in alternating order. Skips a target after a failed run."""
     rounds: Rounds = {target.name: [] for target in targets}
     for number in range(options.rounds):
         for target in targets[:: -1 if number % 2 else 1]:
             if any(isinstance(outcome, str) for outcome in rounds[target.name]):
                 continue
             await asyncio.sleep(options.pause)
-            # The same prompts for all, and no prompt twice.
+            # All targets of a round get the same prompts; no prompt occurs in two rounds.
             random = Random(f"{seed} {scenario.name} {number}")
-            outcome, share = await _beside_bandwidth(scenario, target, size, random, options)
+            outcome, share = await _run_with_bandwidth(scenario, target, size, random, options)
             rounds[target.name].append(outcome)
-            told = outcome if isinstance(outcome, str) else _told(_measures(scenario, options), outcome)
-            busy = f"  (the client took {share:.0%} of a core)" if share > 0.1 and not isinstance(outcome, str) else ""
-            _say(f"{scenario.name} {number + 1}/{options.rounds} {target.name}: {told}{busy}")
+            summary = outcome if isinstance(outcome, str) else _summary(_measures(scenario, options), outcome)
+            busy = f"  (the client used {share:.0%} of a core)" if share > 0.1 and not isinstance(outcome, str) else ""
+            _say(f"{scenario.name} {number + 1}/{options.rounds} {target.name}: {summary}{busy}")
     return rounds
 
 
-async def _beside_bandwidth(
+async def _run_with_bandwidth(
     scenario: Scenario, target: Target, size: Size, random: Random, options: argparse.Namespace
 ) -> tuple[report.Outcome, float]:
-    """As `_once`; where it reads a whole model again and again, with the share of what could be read."""
+    """Like `_once`, plus the share of read bandwidth for a scenario that reads the whole model for each token."""
     if not (scenario.reads and options.gguf):
         return await _once(scenario, target, size, random, options.timeout)
     before = limits.bandwidth_now()
@@ -156,7 +158,7 @@ async def _beside_bandwidth(
 async def _once(
     scenario: Scenario, target: Target, size: Size, random: Random, timeout: float
 ) -> tuple[report.Outcome, float]:
-    """What one run brought, and how much of a core our own process took meanwhile."""
+    """The outcome of one run, and the share of a core that this process used."""
     wall, busy = perf_counter(), process_time()
     outcome: report.Outcome
     try:
@@ -174,7 +176,7 @@ def _measures(scenario: Scenario, options: argparse.Namespace) -> tuple[Measure,
     return (*scenario.measures, SHARE) if scenario.reads and options.gguf else scenario.measures
 
 
-def _told(measures: Sequence[Measure], numbers: report.Outcome) -> str:
+def _summary(measures: Sequence[Measure], numbers: report.Outcome) -> str:
     assert not isinstance(numbers, str)
     return ", ".join(f"{m.name} {numbers[m.name]:.3g} {m.unit}" for m in measures)
 
@@ -199,9 +201,9 @@ def _engine(arguments: Sequence[str]) -> int:
 def _limits(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench limits", description=limits.__doc__)
     parser.add_argument(
-        "--gguf", type=Path, metavar="FILE", help="a model file, to say what bandwidth makes of its size"
+        "--gguf", type=Path, metavar="FILE", help="a model file, to compute its highest tokens per second"
     )
-    parser.add_argument("--quick", action="store_true", help="minute sizes: whether it works")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that it works")
     options = parser.parse_args(arguments)
     print(limits.described(asyncio.run(limits.measure(options.quick)), options.gguf))
     return 0
@@ -214,7 +216,9 @@ def _model(arguments: Sequence[str]) -> int:
     parser.add_argument("path", type=Path, help="the file to write; a folder for type HF")
     parser.add_argument("--shape", choices=model.FORMS, default="qwen2.5-0.5b")
     kinds = (*sorted(model.TYPES), "HF")
-    parser.add_argument("--type", choices=kinds, type=str.upper, default="Q8_0", help="of the weights, or HF for vLLM")
+    parser.add_argument(
+        "--type", choices=kinds, type=str.upper, default="Q8_0", help="type of the weights, or HF for vLLM"
+    )
     options = parser.parse_args(arguments)
     if options.type == "HF":
         model.write_folder(options.path, model.FORMS[options.shape])

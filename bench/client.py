@@ -1,6 +1,6 @@
-"""HTTP as cheap as it can be had in Python, so that a server is measured and not its client.
+"""An HTTP client with as little overhead as Python allows, so that it does not limit the measured server.
 
-While an answer arrives, its bytes are stamped with the time and kept; what they say is read once it is over.
+It stores the arrival time of all bytes of a response and parses them when the response is complete.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ Json = dict[str, Any]
 
 
 class NotPossible(Exception):
-    """A server cannot do what a scenario asks, in words for the table."""
+    """A server does not support a scenario. The message is the reason that the table shows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back, as JSON objects with the time at which each was complete; one object if not streamed."""
+    """A response: JSON objects, each with the time at which it was complete. A whole response is one object."""
 
     started: float
     events: tuple[tuple[float, Json], ...]
 
     @property
     def ended(self) -> float:
-        """When the last object came."""
+        """The time at which the last object was complete."""
         return self.events[-1][0]
 
     @property
     def times(self) -> list[float]:
-        """When tokens came: the times of the objects that have something of a choice."""
+        """The times of the objects that contain a choice, and so tokens."""
         return [time for time, event in self.events if event.get("choices")]
 
     @property
@@ -45,17 +45,17 @@ class Answer:
 
     @property
     def usage(self) -> Json | None:
-        """The token counts, if the server gave any."""
+        """The token counts; None if the server reported none."""
         return next((event["usage"] for _, event in reversed(self.events) if event.get("usage")), None)
 
 
 class Exchange(asyncio.Protocol):
-    """One connection, with one request and its answer at a time. It owns the bytes received."""
+    """One connection with one request at a time. It owns the received bytes."""
 
     def __init__(self) -> None:
         self.received = bytearray()
         self.arrivals: list[tuple[int, float]] = []
-        """How many bytes there were at which time."""
+        """Pairs of a number of received bytes and the time at which they had arrived."""
         self.started = 0.0
         self._head: tuple[int, Mapping[bytes, bytes]] | None = None
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -67,7 +67,7 @@ class Exchange(asyncio.Protocol):
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        """Called by the event loop: stamp what came."""
+        """Called by the event loop: store the bytes and their time."""
         self.received += data
         self.arrivals.append((len(self.received), perf_counter()))
         if not self._over.done() and self._is_complete():
@@ -79,7 +79,7 @@ class Exchange(asyncio.Protocol):
         if self._over.done():
             return
         if self._head and not self._head[1].keys() & {b"content-length", b"transfer-encoding"}:
-            self._over.set_result(None)  # such a body ends where the connection does
+            self._over.set_result(None)  # the end of the connection ends such a body
         else:
             self._over.set_exception(exc or ConnectionResetError("The server closed the connection."))
 
@@ -93,18 +93,18 @@ class Exchange(asyncio.Protocol):
         self._transport.write(request)
 
     async def over(self) -> None:
-        """Wait until the whole answer is there."""
+        """Wait until the response is complete."""
         await asyncio.shield(self._over)
 
     def close(self) -> None:
-        """Leave, also in the middle of an answer."""
+        """Abort the connection, also during a response."""
         self._over.cancel()
         if self._transport:
             self._transport.abort()
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether the response is complete or has failed."""
         return self._over.done()
 
     @property
@@ -121,11 +121,11 @@ class Exchange(asyncio.Protocol):
         start, headers = self._head
         if b"content-length" in headers:
             return len(self.received) >= start + int(headers[b"content-length"])
-        # JSON has no bare line ends, so nothing but the last chunk looks like the last chunk.
+        # JSON contains no bare line ends, so only the last chunk ends with these bytes.
         return b"transfer-encoding" in headers and self.received.endswith(b"\r\n0\r\n\r\n")
 
     def read(self) -> Answer:
-        """The sense of what has come so far. An error that the server told is raised."""
+        """Parse the received bytes. Raises `NotPossible` with the server's error message."""
         if self._head is None:
             raise ConnectionResetError("The server sent no whole header.")
         start, headers = self._head
@@ -143,7 +143,7 @@ class Exchange(asyncio.Protocol):
             if "error" in event:
                 raise NotPossible(f"error: {_message(json.dumps(event).encode())}")
         if not events:
-            raise NotPossible("the answer is empty")
+            raise NotPossible("the response is empty")
         return Answer(self.started, events)
 
     def _time(self, end: int) -> float:
@@ -151,19 +151,19 @@ class Exchange(asyncio.Protocol):
 
 
 class Client:
-    """Connections to one server, kept open and used again."""
+    """Connections to one server, kept open for further requests."""
 
     def __init__(self, url: str, key: str | None = None) -> None:
         parts = urlsplit(url if "://" in url else f"http://{url}")
         if parts.scheme != "http" or not parts.hostname:
-            raise ValueError(f"{url!r} is no URL of plain HTTP.")
+            raise ValueError(f"{url!r} is not an http:// URL.")
         self.host, self.port = parts.hostname, parts.port or 80
         self.path = parts.path.rstrip("/").removesuffix("/v1")
         self.key = key
         self._idle: list[Exchange] = []
 
     async def ask(self, path: str, body: Json | None = None) -> Answer:
-        """The whole answer to a request: a POST if there is a body, else a GET."""
+        """Send a request (POST with a body, else GET) and return its whole response."""
         exchange = await self.begin(path, body)
         try:
             try:
@@ -171,7 +171,7 @@ class Client:
             except ConnectionError:
                 if exchange.arrivals:
                     raise
-                # Servers close kept connections when they like, so one that says nothing at all is tried anew.
+                # A server may close an idle connection at any time, so a request without any response is repeated.
                 exchange.close()
                 exchange = await self.begin(path, body, fresh=True)
                 await exchange.over()
@@ -186,7 +186,7 @@ class Client:
         return answer
 
     async def begin(self, path: str, body: Json | None = None, fresh: bool = False) -> Exchange:
-        """Send a request and come back at once; whoever calls this closes the exchange."""
+        """Send a request and return without waiting for the response. The caller closes the exchange."""
         request = self._request(path, body)
         while self._idle and not fresh:
             exchange = self._idle.pop()
@@ -198,7 +198,7 @@ class Client:
         return exchange
 
     async def close(self) -> None:
-        """Close what is idle."""
+        """Close idle connections."""
         while self._idle:
             self._idle.pop().close()
         await asyncio.sleep(0)  # the event loop closes sockets in its next turn
@@ -222,7 +222,7 @@ def _headers(head: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _chunks(raw: bytearray, start: int) -> Iterator[tuple[int, bytes]]:
-    """The data of each whole chunk, and where it ends in the raw bytes."""
+    """The data of each complete chunk, and the position of its end in the raw bytes."""
     while (line_end := raw.find(b"\r\n", start)) >= 0:
         size = int(raw[start:line_end].partition(b";")[0], 16)
         end = line_end + 2 + size
@@ -233,7 +233,7 @@ def _chunks(raw: bytearray, start: int) -> Iterator[tuple[int, bytes]]:
 
 
 def _data_lines(pieces: list[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
-    """What the `data:` lines of a stream of events say, and the raw position at which each was complete."""
+    """The contents of the `data:` lines of an event stream, each with the raw position of its end."""
     rest = b""
     for end, data in pieces:
         *lines, rest = (rest + data).split(b"\n")
@@ -243,10 +243,10 @@ def _data_lines(pieces: list[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
 
 
 def _message(body: bytes) -> str:
-    """The sentence in the error envelope of OpenAI or in what stands in for it."""
+    """The message of an error body, in OpenAI's envelope or a similar one."""
     try:
-        told = json.loads(body)
-        inner = told.get("error", told) if isinstance(told, dict) else told
+        value = json.loads(body)
+        inner = value.get("error", value) if isinstance(value, dict) else value
         text = inner.get("message") or inner.get("detail") or inner if isinstance(inner, dict) else inner
     except ValueError:
         text = body.decode(errors="replace")

@@ -1,8 +1,8 @@
-"""The engine without HTTP and without a process: what each pass costs, and what of it is not the library's.
+"""Measures the engine in this process, without HTTP: speed, and the share of time spent outside llama.cpp.
 
-For each file and kind of keys and values: prompt tok/s, decode tok/s of one and of 16 sequences, and the share of
-a step of 16 that goes to scheduling, sampling and bookkeeping. CPU time of one thread, which hardly depends
-on who else uses the machine; wall time with --threads or --gpu-layers.
+For each file and type of KV cache: prefill tok/s, decode tok/s of one and of 16 sequences, and the share of a decode
+step of 16 that scheduling, sampling and bookkeeping take. Figures are in CPU time of one thread, which other programs
+hardly affect; with --threads or --gpu-layers they are in wall time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Tokens per second; `own` is the share of a step of 16 sequences that is not spent in the library."""
+    """Tokens per second; `own` is the share of a step of 16 sequences that is spent outside llama.cpp."""
 
     prompt: float
     one: float
@@ -39,7 +39,7 @@ class Speed:
 
 
 class Timed:
-    """A runner that adds up the time it takes."""
+    """A runner that adds up the time of its forward passes."""
 
     def __init__(self, runner: LlamaRunner, clock: Clock) -> None:
         self._runner, self._clock, self.seconds = runner, clock, 0.0
@@ -92,13 +92,13 @@ def _spend(loop: EngineLoop, clock: Clock, jobs: Sequence[Job]) -> float:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit status."""
+    """Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench engine", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument(
-        "--kv-type", action="append", choices=("exact", "f16", "f32"), help="repeat; without it exact, f16"
+        "--kv-type", action="append", choices=("exact", "f16", "f32"), help="repeat for several (exact and f16)"
     )
-    parser.add_argument("--threads", type=int, default=1, help="with more than one, wall time is measured (1)")
+    parser.add_argument("--threads", type=int, default=1, help="number of threads; above 1, wall time is measured (1)")
     parser.add_argument("--gpu-layers", type=int, default=0, help="as in `afterword serve`; wall time is measured (0)")
     parser.add_argument("--reproducible", action="store_true", help="as in `afterword serve`")
     parser.add_argument("--read", type=int, default=512, help="tokens of the prompt (512)")
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str]) -> int:
         gpu_layers=options.gpu_layers,
         reproducible=options.reproducible,
     )
-    print("| file | keys and values | prompt tok/s | one stream tok/s | 16 streams tok/s | not llama.cpp |")
+    print("| file | KV cache | prompt tok/s | one stream tok/s | 16 streams tok/s | outside llama.cpp |")
     print("|---|---|---|---|---|---|")
     for path in options.files:
         for kv_type in options.kv_type or ("exact", "f16"):

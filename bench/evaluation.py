@@ -1,8 +1,8 @@
-"""`python -m bench.evaluation`: how long lm-evaluation-harness takes for a task with examples, server by server.
+"""`python -m bench.evaluation`: the time that lm-evaluation-harness takes for a few-shot task on each server.
 
-The task is made up: questions of four choices behind the same five examples, as in the harness' own few-shot tasks.
-The harness is that of `make clients` (PYTHONPATH=.venv/clients); for a tokenizer's folder it also wants `transformers`.
-Servers are asked in turns, each round with new questions, so that no cache knows them.
+The task consists of random questions with four choices after the same five examples, like the harness' few-shot tasks.
+`make clients` installs the harness (PYTHONPATH=.venv/clients); for a tokenizer's folder it also needs `transformers`.
+Each round has new questions, so that no prompt is cached, and the order of the servers alternates.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TASK = {
 
 
 def write_task(folder: Path, rng: Random, questions: int, words: int) -> None:
-    """A task of so many questions of `words` words each, and of five such examples."""
+    """Write a task of `questions` questions of `words` words each, and five such examples."""
 
     def row() -> dict[str, object]:
         def text(count: int) -> str:
@@ -47,14 +47,14 @@ def write_task(folder: Path, rng: Random, questions: int, words: int) -> None:
         path.write_text("".join(json.dumps(row()) + "\n" for _ in range(count)), encoding="utf-8")
         files[split] = str(path)
     task = TASK | {"dataset_kwargs": {"data_files": files}}
-    (folder / "made_up.yaml").write_text(json.dumps(task), encoding="utf-8")  # YAML takes JSON
+    (folder / "made_up.yaml").write_text(json.dumps(task), encoding="utf-8")  # JSON is valid YAML
 
 
 COMMON = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "was", "on", "are", "as", "with", "his", "they")
 
 
 def seconds(url: str, model: str, tokenizer: Path, folder: Path, at_once: int) -> float:
-    """What the harness takes to ask one server."""
+    """The time in seconds that the harness takes for the task on one server."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -73,12 +73,14 @@ def seconds(url: str, model: str, tokenizer: Path, folder: Path, at_once: int) -
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints a line for each round and the ratio to the first server."""
+    """Print a line for each round and the ratio to the first server."""
     parser = argparse.ArgumentParser(prog="python -m bench.evaluation", description=__doc__)
-    parser.add_argument("--target", action="append", required=True, metavar="MODEL=URL", help="a server; repeat")
+    parser.add_argument(
+        "--target", action="append", required=True, metavar="MODEL=URL", help="a server; repeat for several"
+    )
     parser.add_argument("--tokenizer", type=Path, required=True, help="a folder of `python -m bench model --type hf`")
     parser.add_argument("--questions", type=int, default=24)
-    parser.add_argument("--words", type=int, default=30, help="of a question (30)")
+    parser.add_argument("--words", type=int, default=30, help="words of a question (30)")
     parser.add_argument("--at-once", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=1)
     options = parser.parse_args(arguments)

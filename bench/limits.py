@@ -1,7 +1,7 @@
-"""What the machine allows: the bounds that no server can pass, measured beside the servers.
+"""Measures the machine's limits, which bound the speed of all servers.
 
-Generating one token reads all weights once, so read bandwidth bounds one stream; reading prompts multiplies matrices,
-so their peak bounds prefill; and nothing can be measured above what the client of `bench` manages itself.
+Generating one token reads all weights once, so read bandwidth bounds one stream. Prefill multiplies matrices, so the
+peak of matrix products bounds it. The speed of the client of `bench` bounds all measurements over HTTP.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from bench.client import Client
 
 FLAGS = ("avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_int8",
          "amx_bf16", "asimddp", "i8mm", "bf16", "sve")  # fmt: skip
-"""What llama.cpp's kernels on x86 and ARM depend on."""
+"""The CPU features that select llama.cpp's kernels on x86 and ARM."""
 PIECE = 4 * 2**20  # bytes
 Json = dict[str, Any]
 
 
 def machine() -> Json:
-    """The size of this machine, without its name."""
+    """A description of this machine, without its name."""
     facts = _cpu_facts()
     flags = set(facts.get("flags", facts.get("Features", "")).split())
     return {
@@ -45,26 +45,26 @@ def machine() -> Json:
 
 
 def load() -> float:
-    """How many cores other work keeps busy right now. All servers are idle when this is asked."""
+    """The number of cores that other programs use now. All servers must be idle during this call."""
     return float(psutil.cpu_percent(interval=0.5)) / 100 * (os.cpu_count() or 1)
 
 
 def bandwidth(workers: int, mebibytes: int, repeats: int = 5) -> float:
-    """Bytes per second that so many threads read from an array that no cache holds.
+    """Bytes per second that `workers` threads read from an array that is larger than the caches.
 
-    The faster of two ways: each thread reads a part of its own, or they take neighbouring pieces.
+    The faster of two orders: each thread reads one contiguous part, or the threads read neighbouring pieces.
     """
     numbers = np.ones(mebibytes * 2**20 // 4, np.float32)
     pieces = numbers.reshape(-1, PIECE // 4)
     apart = [list(part) for part in np.array_split(pieces, workers)]
     beside = [list(pieces[worker::workers]) for worker in range(workers)]
-    with ThreadPoolExecutor(workers) as pool:  # numpy works outside of Python's lock
+    with ThreadPoolExecutor(workers) as pool:  # numpy releases the GIL
         times = [_shortest(partial(_read, pool, shares), repeats) for shares in (apart, beside)]
     return numbers.nbytes / min(times)
 
 
 def bandwidth_now() -> float:
-    """Bytes per second that all cores read in this second. It takes a part of one."""
+    """Bytes per second that all cores read now. Takes less than a second."""
     return bandwidth(os.cpu_count() or 1, mebibytes=256, repeats=3)
 
 
@@ -73,13 +73,13 @@ def _read(pool: ThreadPoolExecutor, shares: list[list[np.ndarray]]) -> None:
 
 
 def matrix_peak(size: int, repeats: int = 5) -> float:
-    """Operations per second of a product of float32 matrices, on all cores that numpy takes."""
+    """Floating-point operations per second of a product of float32 matrices, on all cores that numpy uses."""
     left = np.random.default_rng(0).standard_normal((size, size), dtype=np.float32)
     return 2 * size**3 / _shortest(lambda: left @ left, repeats)
 
 
 async def client_peak(requests: int, events: int) -> tuple[float, float]:
-    """Requests and streamed events per second that our client takes from a server that has its answers ready."""
+    """Requests and streamed events per second of the client, with a server that sends prepared responses."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     server = context.Process(target=_serve_canned, args=(theirs, events), daemon=True)
@@ -102,7 +102,7 @@ async def client_peak(requests: int, events: int) -> tuple[float, float]:
 
 
 async def measure(quick: bool = False) -> Json:
-    """All bounds."""
+    """Measure all limits."""
     cores = os.cpu_count() or 1
     mebibytes, size, requests, events = (16, 256, 64, 50) if quick else (1024, 2048, 3200, 2000)
     asked, streamed = await client_peak(requests, events)
@@ -117,7 +117,7 @@ async def measure(quick: bool = False) -> Json:
 
 
 def described(bounds: Json, model: Path | None = None) -> str:
-    """The bounds in words; with a model file, what its size makes of them."""
+    """The limits as text; with a model file also its highest tokens per second."""
     reads = {int(workers): rate for workers, rate in bounds["read_bytes_per_s"].items()}
     lines = [
         f"read bandwidth, {workers} thread{'s' * (workers > 1)}: {rate / 1e9:.1f} GB/s"
@@ -135,7 +135,7 @@ def described(bounds: Json, model: Path | None = None) -> str:
 
 
 class _Canned(asyncio.Protocol):
-    """Answers each request at once: with a stream whose events are written one by one, or with a short body."""
+    """Responds to each request at once: with a stream whose events are written one by one, or with a short body."""
 
     def __init__(self, events: int) -> None:
         self.events = events
@@ -177,7 +177,7 @@ def _shortest(work: Callable[[], object], repeats: int) -> float:
         started = perf_counter()
         work()
         times.append(perf_counter() - started)
-    return min(times)  # a bound is what the machine can do when nobody disturbs
+    return min(times)  # the shortest time is the least disturbed by other programs
 
 
 def _cpu_facts() -> dict[str, str]:

@@ -1,6 +1,7 @@
-"""What counting costs: CPU time for each token, pass and request, and for a page of /metrics. In process, no server.
+"""Measures the cost of metrics: CPU time per token, forward pass, request and page of /metrics. Needs no server.
 
-`python -m bench.metrics`. A streamed token costs the server's process some 90 µs, the engine's more (docs/log.md).
+`python -m bench.metrics`. For comparison: a streamed token costs the server's process about 90 µs and the worker more
+(docs/log.md).
 """
 
 from __future__ import annotations
@@ -24,27 +25,27 @@ _METER = PassStats(False, 16, 0.0123, 12_000, 40_000)
 
 
 class _Unmeasured(msgspec.Struct, frozen=True, array_like=True, tag="PassDone"):
-    """A pass as it would be told without figures."""
+    """A `PassDone` message without figures."""
 
     steps: dict[int, Step]
     load: Load
 
 
 def main() -> None:
-    """Print a line a figure."""
+    """Print a line for each figure."""
     engine_metrics, metrics = EngineMetrics(), Metrics(["model"])
     timer = JobTimer(engine_metrics, _JOB, time.monotonic(), time.monotonic)
     timer.record_step(_STEP)
     scheduler = Scheduler(16, 256, 1, 16, True)
-    told, bare = PassDone({}, Load(), _METER), _Unmeasured({}, Load())
+    message, bare = PassDone({}, Load(), _METER), _Unmeasured({}, Load())
     encode = msgspec.msgpack.Encoder().encode
-    wire, bare_wire = pack(told)[HEADER.size :], encode(bare)
+    wire, bare_wire = pack(message)[HEADER.size :], encode(bare)
     reading = _cost(lambda: unpack_for_server(wire)) - _cost(lambda: unpack_for_server(bare_wire))
     costs = {
         "token, server": _cost(lambda: timer.record_step(_STEP)),
         "pass, server": _cost(lambda: engine_metrics.record_pass(_METER)) + reading,
         "pass, engine": _cost(lambda: PassStats(False, 16, 0.0123, *scheduler.slot_usage()))
-        + _cost(lambda: encode(told))
+        + _cost(lambda: encode(message))
         - _cost(lambda: encode(bare)),
         "request, server": _cost(lambda: _request(engine_metrics, metrics)) - _cost(_recorder),
         "page of /metrics": _cost(lambda: _page(engine_metrics, metrics), 100),
@@ -54,7 +55,7 @@ def main() -> None:
 
 
 def _cost(work: Callable[[], object], times: int = 50_000) -> float:
-    """CPU seconds of one call: the least of ten rounds."""
+    """CPU seconds of one call: the minimum of ten rounds."""
     least = float("inf")
     for _ in range(10):
         start = time.process_time()
@@ -74,7 +75,7 @@ def _recorder() -> RequestRecorder:
 
 
 def _request(engine_metrics: EngineMetrics, metrics: Metrics) -> None:
-    """All that is counted of a request of one token."""
+    """Record everything that is counted for a request of one token."""
     recorder = _recorder()
     timer = JobTimer(engine_metrics, _JOB, recorder.started_at, time.monotonic)
     timer.record_step(Step())

@@ -1,4 +1,4 @@
-"""Model files with random weights at a real model's shape: for speed only shape and type of the weights matter."""
+"""Writes model files with a real model's shape and random weights. Speed depends only on shape and type."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-# The tests have a writer of small models; one of another shape is only larger.
+# The tests' writer of small models also writes larger shapes.
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
 import llama_cpp.llama_cpp as native
@@ -36,7 +36,7 @@ FORMS = {
 
 
 def write_gguf(path: Path, form: Form, kind: str, seed: int = 0) -> None:
-    """A GGUF file as llama.cpp's own quantizer makes it: it mixes types within a file as in files that people have."""
+    """Write a GGUF file with llama.cpp's own quantizer, so that it mixes types within a file like published files."""
     vocabulary = _vocabulary(form)
     whole = path if kind == "F16" else path.with_suffix(".f16.tmp")
     weights = tiny.random_weights(form.shape, vocabulary, seed, tied=True)
@@ -48,11 +48,11 @@ def write_gguf(path: Path, form: Form, kind: str, seed: int = 0) -> None:
     failed = native.llama_model_quantize(str(whole).encode(), str(path).encode(), ctypes.byref(settings))
     whole.unlink()
     if failed:
-        raise RuntimeError(f"llama.cpp could not make {kind} of it.")
+        raise RuntimeError(f"llama.cpp could not quantize the model to {kind}.")
 
 
 def write_folder(path: Path, form: Form) -> None:
-    """The same model for servers that read Hugging Face's format, without weights: vLLM makes up its own."""
+    """Write the same model in Hugging Face's format without weights: vLLM generates random weights itself."""
     shape, vocabulary = form.shape, _vocabulary(form)
     end = vocabulary.tokens.index(vocabulary.special["eos"])
     config = {
@@ -97,7 +97,7 @@ def write_folder(path: Path, form: Form) -> None:
 
 
 def _vocabulary(form: Form) -> tiny.Vocabulary:
-    """The tests' byte-level vocabulary, filled up with words."""
+    """The tests' byte-level vocabulary, extended with words to the form's size."""
     words = tiny.byte_vocabulary(infill=True, add_bos=False)
     more = tuple(f"word{number}" for number in range(form.vocabulary - len(words.tokens)))
     return replace(words, tokens=words.tokens + more, types=words.types + (TokenType.NORMAL,) * len(more))

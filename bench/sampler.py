@@ -1,7 +1,7 @@
-"""`python -m bench.sampler`: what choosing and reporting a token costs, in milliseconds of one core per row.
+"""`python -m bench.sampler`: the cost of sampling and reporting a token, in milliseconds of one core per row.
 
-Time is CPU time of the thread, so that other processes disturb it less: the least and the median of the repetitions.
-"before" is the way that needs no thought: float64 weights, and a nucleus that is built by partition.
+It measures CPU time of the thread, which other processes affect less: minimum and median of the repetitions.
+"before" is a straightforward implementation: float64 weights, and a nucleus that is built by partition.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
     generator = np.random.default_rng(0)
     flat = generator.normal(0, 2, (options.rows, options.vocabulary)).astype(np.float32)
     peaked = flat - 6
-    for row in peaked:  # a few hundred tokens that fit, one of them well
+    for row in peaked:  # a few hundred likely tokens, one of them very likely
         likely = generator.choice(len(row), 200, replace=False)
         row[likely] += generator.exponential(4, 200).astype(np.float32)
         row[likely[0]] += 12
@@ -78,7 +78,7 @@ def _options() -> argparse.ArgumentParser:
 
 
 def _measure(work: Callable[[], object], rows: int, repeat: int = 5) -> tuple[float, float]:
-    """Milliseconds a row: least and median."""
+    """Milliseconds per row: minimum and median."""
     work()
     times = []
     for _ in range(repeat):

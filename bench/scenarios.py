@@ -1,8 +1,7 @@
-"""What is measured: each scenario is one function from a server to its numbers.
+"""The scenarios: each is a function that sends requests to a server and returns figures.
 
-Prompts are random tokens, new in every round, so that a cache helps only where the scenario shares something. A number
-counts only if the server did the work: the lengths of prompts and answers are checked, and a scenario that a server
-cannot do raises `NotPossible` instead of being compared.
+Prompts are random tokens, new in each round, so a cache helps only if the scenario shares a prefix. The scenarios check
+the lengths of prompts and responses, and raise `NotPossible` if a server does not support them.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from bench.target import Ids, Target
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How much is asked: pairs are tokens of the prompt and of the answer."""
+    """The sizes of all scenarios. Pairs are tokens of the prompt and of the response."""
 
     one: tuple[int, int] = (64, 128)
     prefill: int = 1024
@@ -37,28 +36,28 @@ class Size:
     questions: int = 24
     choices: int = 4
     scored: tuple[int, int, int] = (640, 16, 8)
-    """Tokens that all share, that the choices of a question share, and of the choice."""
+    """Tokens that all prompts share, tokens that the choices of a question share, and tokens of a choice."""
     long: int = 1500
     longs: int = 8
     short: tuple[int, int] = (32, 16)
     watched: tuple[int, int] = (64, 1000)
-    knock: tuple[int, int] = (8, 1)
-    knocks: int = 640
-    knocks_at_once: int = 32
-    flood: tuple[int, int] = (16, 128)
+    tiny: tuple[int, int] = (8, 1)
+    tiny_requests: int = 640
+    tiny_at_once: int = 32
+    tiny_stream: tuple[int, int] = (16, 128)
 
 
 FULL = Size()
 QUICK = Size(
     one=(8, 64), prefill=48, crowd=(8, 4), at_once=4, common=32, common_own=(4, 2), common_requests=4,
     fan_out=2, fan_out_tokens=(16, 2), users=2, turns=2, turn=(6, 3), questions=2, choices=2, scored=(16, 4, 2),
-    long=64, longs=2, short=(4, 2), watched=(8, 400), knocks=8, knocks_at_once=4, flood=(4, 4),
+    long=64, longs=2, short=(4, 2), watched=(8, 400), tiny_requests=8, tiny_at_once=4, tiny_stream=(4, 4),
 )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """A number that a scenario gives."""
+    """A figure that a scenario returns."""
 
     name: str
     unit: str
@@ -71,25 +70,25 @@ Run = Callable[[Target, Size, Random], Awaitable[Numbers]]
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """Something that people do with a server."""
+    """A typical use of a server."""
 
     name: str
     measures: tuple[Measure, ...]
     run: Run
     tiny: bool = False
-    """Measures all but the model, so it needs the smallest one, and runs only when it is asked for."""
+    """Measures everything except the model, so it needs a very small model and runs only on request."""
     reads: str | None = None
-    """The measure that counts how often a second the whole model is read."""
+    """The measure that states how many times per second the whole model is read."""
 
 
 async def one_stream(target: Target, size: Size, random: Random) -> Numbers:
-    """One person waits for one answer."""
+    """One client waits for one streamed response."""
     read, written = size.one
     answer = await target.complete(target.prompt(target.ids(random, read)), written, stream=True)
     target.check_prompt(answer, read)
     times = answer.times
     if times[0] == times[-1]:
-        raise NotPossible("the whole stream came at once")
+        raise NotPossible("all events of the stream arrived at once")
     return {"decode": (written - 1) / (times[-1] - times[0]), "first token": times[0] - answer.started}
 
 
@@ -101,7 +100,7 @@ async def prefill(target: Target, size: Size, random: Random) -> Numbers:
 
 
 async def crowd(target: Target, size: Size, random: Random) -> Numbers:
-    """Many people, each with a text of their own."""
+    """Many concurrent requests with different prompts."""
     read, written = size.crowd
     prompts = [[target.ids(random, read)] for _ in range(size.at_once)]
     wall, _ = await _together(target, prompts, written, size.at_once)
@@ -109,7 +108,7 @@ async def crowd(target: Target, size: Size, random: Random) -> Numbers:
 
 
 async def common_prefix(target: Target, size: Size, random: Random) -> Numbers:
-    """Many requests with the same long beginning, such as instructions and examples."""
+    """Many requests with a long common prefix, such as instructions and examples."""
     own, written = size.common_own
     prefix = target.ids(random, size.common)
     prompts = [[prefix, target.ids(random, own)] for _ in range(size.common_requests)]
@@ -118,9 +117,9 @@ async def common_prefix(target: Target, size: Size, random: Random) -> Numbers:
 
 
 async def fan_out(target: Target, size: Size, random: Random) -> Numbers:
-    """Several answers to one long prompt."""
+    """Several choices for one long prompt."""
     read, written = size.fan_out_tokens
-    # Eight greedy answers would be the same one, and vLLM refuses to give them.
+    # Eight greedy choices would be equal, and vLLM refuses them.
     prompt = target.prompt(target.ids(random, read))
     answer = await target.complete(prompt, written, n=size.fan_out, temperature=1)
     target.check_prompt(answer, read)
@@ -128,7 +127,7 @@ async def fan_out(target: Target, size: Size, random: Random) -> Numbers:
 
 
 async def chats(target: Target, size: Size, random: Random) -> Numbers:
-    """People who go on from the answer: each prompt is all that was said, and something new."""
+    """Growing chats: each prompt is the whole chat so far and new tokens."""
     randoms = [Random(random.random()) for _ in range(size.users)]
     started = perf_counter()
     await asyncio.gather(*(_chat(target, size, random) for random in randoms))
@@ -149,11 +148,11 @@ async def scoring(target: Target, size: Size, random: Random) -> Numbers:
 
 
 async def short_under_long(target: Target, size: Size, random: Random) -> Numbers:
-    """Somebody asks something short, and somebody is being answered, while long prompts are read."""
+    """A short request and a running stream while the server prefills long prompts."""
     read, written = size.watched
     watched = await target.begin(target.prompt(target.ids(random, read)), written)
     try:
-        await _until_it_speaks(watched)
+        await _until_first_tokens(watched)
         began = perf_counter()
         longs = [target.prompt(target.ids(random, size.long)) for _ in range(size.longs)]
         tasks = [asyncio.create_task(target.complete(prompt, 1)) for prompt in longs]
@@ -168,23 +167,23 @@ async def short_under_long(target: Target, size: Size, random: Random) -> Number
 
 
 async def front_end(target: Target, size: Size, random: Random) -> Numbers:
-    """What a request and a streamed token cost beside the model."""
-    prompts = [[target.ids(random, size.knock[0])] for _ in range(size.knocks)]
-    knocking, _ = await _together(target, prompts, size.knock[1], size.knocks_at_once)
-    read, written = size.flood
+    """The cost of a request and of a streamed token without the model's."""
+    prompts = [[target.ids(random, size.tiny[0])] for _ in range(size.tiny_requests)]
+    request_seconds, _ = await _together(target, prompts, size.tiny[1], size.tiny_at_once)
+    read, written = size.tiny_stream
     prompts = [[target.ids(random, read)] for _ in range(size.at_once)]
-    flooding, _ = await _together(target, prompts, written, size.at_once, stream=True)
-    return {"requests": size.knocks / knocking, "streamed": size.at_once * written / flooding}
+    stream_seconds, _ = await _together(target, prompts, written, size.at_once, stream=True)
+    return {"requests": size.tiny_requests / request_seconds, "streamed": size.at_once * written / stream_seconds}
 
 
 async def _together(
     target: Target, prompts: Sequence[Sequence[Ids]], max_tokens: int, at_once: int, **fields: object
 ) -> tuple[float, list[Answer]]:
-    """The time that these prompts take, so many at once, and their answers."""
-    places = asyncio.Semaphore(at_once)
+    """Send the prompts, `at_once` at a time. Returns the wall time in seconds and the responses."""
+    semaphore = asyncio.Semaphore(at_once)
 
     async def ask(parts: Sequence[Ids]) -> Answer:
-        async with places:
+        async with semaphore:
             answer = await target.complete(target.prompt(*parts), max_tokens, **fields)
         target.check_prompt(answer, sum(len(part) for part in parts))
         return answer
@@ -206,7 +205,7 @@ async def _chat(target: Target, size: Size, random: Random) -> None:
 
 
 async def _scores(target: Target, random: Random) -> int:
-    """The fewest tokens that must be generated to have a prompt scored, or `NotPossible`."""
+    """The smallest `max_tokens` with which the server scores a prompt. Raises `NotPossible` if it does not."""
 
     async def scored(max_tokens: int) -> None:
         answer = await target.complete(target.prompt(target.ids(random, 16)), max_tokens, echo=True, logprobs=1)
@@ -214,7 +213,7 @@ async def _scores(target: Target, random: Random) -> int:
 
     await scored(1)
     if not target.dialect.token_prompts:
-        return 1  # to llama-cpp-python 0 means without end, and it goes on when nobody listens
+        return 1  # llama-cpp-python takes 0 as unlimited and continues after a disconnect
     try:
         await scored(0)
     except NotPossible:
@@ -225,22 +224,22 @@ async def _scores(target: Target, random: Random) -> int:
 def _check_scores(answer: Answer, generated: int) -> None:
     found = (answer.choices[0].get("logprobs") or {}).get("token_logprobs") or []
     read = answer.usage["prompt_tokens"] if answer.usage else 0
-    # The first token has nothing before it, so it has no log probability; some leave the generated one out.
+    # The first token has no context and so no log probability. Some servers leave the generated one out.
     if not found or len(found) not in (read, read + generated) or any(number is None for number in found[1:]):
         raise NotPossible(f"gives {len(found)} log probabilities for {read} prompt tokens")
 
 
-async def _until_it_speaks(stream: Exchange) -> None:
+async def _until_first_tokens(stream: Exchange) -> None:
     """Wait for the first tokens of a stream."""
     while stream.received.count(b"data:") < 4:
         if stream.ended:
             stream.read()
-            raise NotPossible("a stream ended before it was to be watched")
+            raise NotPossible("a stream ended before its measurement began")
         await asyncio.sleep(0.01)
 
 
 def _longest_gap(stream: Exchange, began: float, ended: float) -> float:
-    """The longest time without a token in a stream that goes on, while something else began and ended."""
+    """The longest time without a token in a stream, between `began` and `ended`, in seconds."""
     times = [time for time in stream.read().times if began <= time <= ended]
     edges = [began, *times] if stream.ended else [began, *times, ended]
     return max((later - earlier for earlier, later in pairwise(edges)), default=0.0)

@@ -1,4 +1,4 @@
-"""The server inside xllamacpp, with arguments of llama-server. It runs in an environment that has nothing else."""
+"""Starts xllamacpp's server with arguments of llama-server. Its environment contains no other package."""
 
 import argparse
 from threading import Event
@@ -7,7 +7,7 @@ import xllamacpp  # type: ignore[import-not-found]
 
 
 def main() -> None:
-    """Serve until interrupted."""
+    """Serve until the process is interrupted."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)

@@ -1,7 +1,7 @@
-"""`python scripts/module_index.py [--write]`: the list of all source files, made from the first sentence of each file.
+"""`python scripts/module_index.py [--write]`: generate the list of all source files with their first sentences.
 
-It prints docs/modules.md, or writes it. A Python file is described by its docstring, a C++ or JavaScript file by the
-comment at its top. `tests/test_module_index.py` fails when the page is not up to date.
+It prints the page, or writes docs/modules.md with `--write`. The sentence of a Python file comes from its docstring,
+that of a C++ or JavaScript file from the comment at its top. `tests/test_module_index.py` fails if the page is old.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def index() -> str:
 
 
 def first_sentence(path: Path) -> str:
-    """What a file says first about itself, on one line. Empty if it says nothing."""
+    """The first sentence of a file's docstring or top comment, on one line. Empty without one."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         prose = ast.get_docstring(ast.parse(text)) or ""

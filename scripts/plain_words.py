@@ -1,8 +1,8 @@
-"""`python scripts/plain_words.py [--list]`: how often riddle-like words stand in the documents and in comments.
+"""`python scripts/plain_words.py [--list]`: count riddle-like words in documents and comments.
 
 It prints the words per 1,000 words of (a) the documents, (b) the comments and docstrings of Python files in `src/` and
-`tests/`, and (c) the comments of C++ and JavaScript files. `--list` prints the places too. Only files that git tracks
-are counted. Code is not counted: in a document, blocks between fences; anywhere, words between backquotes.
+`tests/`, and (c) the comments of C++ and JavaScript files. `--list` also prints each occurrence. It reads
+only files that git tracks. It skips code: fenced blocks in documents, and words between backquotes.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ CODE = re.compile(r"`[^`\n]*`")
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'|`(?:\\.|[^`\\])*`", re.DOTALL)
 
 Passage = tuple[int, str]
-"""The first line of a piece of prose, and the prose."""
+"""The line number at which a piece of prose begins, and the prose."""
 
 
 def of_document(text: str) -> Iterator[Passage]:
-    """The whole document as one passage, its fenced blocks left blank."""
+    """Return the whole document as one passage, with empty lines in place of fenced blocks."""
     yield 1, re.sub(r"(?ms)^ *```.*?^ *```", lambda block: "\n" * block.group().count("\n"), text)
 
 
 def of_python(text: str) -> Iterator[Passage]:
-    """Comments that follow one another are one passage; so is each docstring."""
+    """Return each docstring and each block of consecutive comments as one passage."""
     for node in ast.walk(ast.parse(text)):
-        match node:  # also the strings that explain a constant
+        match node:  # includes strings that document a constant
             case ast.Expr(value=ast.Constant(value=str(docstring))):
                 yield node.lineno, docstring
     first, last, lines = 0, 0, list[str]()
@@ -53,7 +53,7 @@ def of_python(text: str) -> Iterator[Passage]:
 
 
 def of_c(text: str) -> Iterator[Passage]:
-    """Comments of C++ and JavaScript that follow one another are one passage."""
+    """Return each block of consecutive C++ or JavaScript comments as one passage."""
     first, end, parts = 1, 0, list[str]()
     for found in COMMENT.finditer(text):
         if found.group()[:2] not in ("//", "/*"):
@@ -74,16 +74,16 @@ GROUPS: tuple[tuple[str, tuple[str, ...], Callable[[str], Iterator[Passage]]], .
 
 
 def tracked(patterns: tuple[str, ...]) -> list[str]:
-    """The files that git tracks, as paths from the root of the repository."""
+    """The files that git tracks, as paths relative to the root of the repository."""
     command = ["git", "ls-files", "-z", "--", *patterns]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
     return [name for name in listed.split("\0") if name and (ROOT / name).is_file()]
 
 
 def main() -> None:
-    """Print three figures, and with `--list` where the words are."""
+    """Print three figures, and with `--list` each occurrence."""
     parser = argparse.ArgumentParser(description="Words such as who, told and nobody per 1,000 words.")
-    parser.add_argument("--list", action="store_true", help="print each place as path:line: text")
+    parser.add_argument("--list", action="store_true", help="print each occurrence as path:line: text")
     options = parser.parse_args()
     for group, patterns, passages in GROUPS:
         words = hits = 0

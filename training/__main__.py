@@ -1,6 +1,6 @@
 """`python -m training STEP`: the steps of the recipe, in the order of the README.
 
-Knows every other file of this folder, and only here do they meet.
+Each step imports the modules that it needs. Only this module imports all others.
 """
 
 import argparse
@@ -35,8 +35,8 @@ def prepare(options: argparse.Namespace) -> None:
     kept = [document for document in documents if not document.held_out]
     held = [document for document in documents if document.held_out]
     (options.work / "held_out.json").write_text(json.dumps([[d.source, d.text] for d in held]))
-    dice = random.Random(options.seed)
-    texts = [d.text for d in kept if d.source != "books" or dice.random() < 0.25]
+    rng = random.Random(options.seed)
+    texts = [d.text for d in kept if d.source != "books" or rng.random() < 0.25]
     made = tokenizer.train(texts)
     made.save(str(options.work / "tokenizer.json"))
     size = options.megabytes * 10**6
@@ -52,7 +52,7 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
-    """Train the model, or go on where a checkpoint stands."""
+    """Train the model, or continue from a checkpoint."""
     from training.model import Shape
     from training.train import train as run
 
@@ -60,7 +60,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def remix(options: argparse.Namespace) -> None:
-    """Write the token stream of the second run over that of the first."""
+    """Replace the token stream of the first run by that of the second."""
     from tokenizers import Tokenizer
 
     from training import data, rows
@@ -82,7 +82,7 @@ def remix(options: argparse.Namespace) -> None:
 
 
 def blend(options: argparse.Namespace) -> None:
-    """Write the token stream of the third run over that of the second; hold made text out too."""
+    """Replace the token stream of the second run by that of the third, and hold out generated text too."""
     from tokenizers import Tokenizer
 
     from training import data, rows
@@ -103,7 +103,7 @@ def blend(options: argparse.Namespace) -> None:
 
 
 def again(options: argparse.Namespace) -> None:
-    """Put a run of the same model in the place of the finished one, which is kept beside it."""
+    """Replace the finished run's checkpoint by a new run of the same model. The old checkpoint is kept."""
     from training.grow import again as anew
     from training.train import Run
 
@@ -114,7 +114,7 @@ def again(options: argparse.Namespace) -> None:
 
 
 def grow(options: argparse.Namespace) -> None:
-    """Put a deeper model with a run before it in the place of the finished one, which is kept beside it."""
+    """Replace the finished run's checkpoint by a new run of a deeper model. The old checkpoint is kept."""
     from training.grow import TOLERANCE, difference
     from training.grow import grow as deepen
     from training.train import Run
@@ -141,7 +141,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    """Write the GGUF files; the quantized one goes where the server finds it."""
+    """Write the GGUF files: F32 into the work folder, Q8_0 into the package."""
     from training import export as writer
 
     model, made = _trained(options)
@@ -154,7 +154,7 @@ def export(options: argparse.Namespace) -> None:
 
 
 def verify(options: argparse.Namespace) -> None:
-    """Compare llama.cpp with the training: tokens and logits."""
+    """Compare the tokens and logits of llama.cpp with those of the training code."""
     from training import verify as check
 
     model, made = _trained(options)
@@ -213,7 +213,7 @@ STEPS = {
 
 
 def main() -> None:
-    """Parse the command line and take one step."""
+    """Parse the command line and run one step."""
     parser = argparse.ArgumentParser(prog="training", description="Train Afterword's built-in model.")
     parser.add_argument("step", choices=STEPS)
     parser.add_argument("--corpus", type=Path, default=ROOT.parent / "shared" / "corpus")
@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--peak", type=float, default=0.45, help="factor of the learning rates after growing")
     parser.add_argument("--inner", type=int, default=768)
-    parser.add_argument("--model", type=Path, default=SHIPPED, help="the file that draws samples and fills gaps")
+    parser.add_argument("--model", type=Path, default=SHIPPED, help="model file for samples and gaps")
     options = parser.parse_args()
     STEPS[options.step](options)
 

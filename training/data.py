@@ -1,6 +1,6 @@
-"""The training text: which documents there are, how much each source weighs, which are held out.
+"""The training text: documents, shares of the sources, and held-out documents.
 
-Knows files, text and the makers of text; knows nothing of tokens.
+Reads the corpus files and calls the generators of text. Does not use the tokenizer.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ FILES = {
 }
 FUNCTION = re.compile(r"^( *)def .*\n(?:(?:\1 +\S.*| *)\n)+", re.MULTILINE)
 SHORT_FUNCTION = (100, 1000)  # characters
-LONGEST = 6000  # characters of one training document; books and modules are cut to it
+LONGEST = 6000  # characters of one training document; books and modules are split at this length
 HELD_OUT = dict.fromkeys(["stories", "truecased", "fables", "books", "made stories"], 0.01)
 HELD_OUT |= dict.fromkeys(["python", "made python"], 0.02)
 
@@ -68,7 +68,7 @@ class Document:
 
 
 def documents(corpus: Path) -> Iterator[Document]:
-    """All documents of all sources, long ones already cut."""
+    """All documents of all sources, split at `LONGEST` characters."""
     for source, file in FILES.items():
         with lzma.open(corpus / file, "rt", encoding="utf-8") as stream:
             texts = stream.read().split(SPECIALS[0])
@@ -77,7 +77,7 @@ def documents(corpus: Path) -> Iterator[Document]:
 
 
 def _documents(source: str, texts: list[str]) -> Iterator[Document]:
-    """Hold out by the hash of the whole text, except books: there are too few, so by that of each piece."""
+    """The held-out documents follow from the hash of the whole text; for books, from that of each piece."""
     named = re.compile("|".join(map(re.escape, SPECIALS)))
     for text in (named.sub("", text) for text in texts):
         whole = held_out(text, source)
@@ -86,7 +86,7 @@ def _documents(source: str, texts: list[str]) -> Iterator[Document]:
 
 
 def made(seed: int) -> Iterator[Document]:
-    """The made documents; a hero in a plot, or a function, that is held out is in no document that is kept."""
+    """The generated documents. No training document contains a held-out pair of plot and hero or function."""
     for about, text in islice(made_stories.stories(seed), MADE_STORIES):
         yield Document("made stories", text, held_out(about, "made stories"))
     for parts, text in islice(made_python.programs(seed), MADE_PROGRAMS):
@@ -94,7 +94,7 @@ def made(seed: int) -> Iterator[Document]:
 
 
 def held_out(text: str, source: str) -> bool:
-    """Whether the hash of a text says so."""
+    """Whether the hash of a text puts it among the held-out documents of its source."""
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:4], "big") < HELD_OUT[source] * 2**32
 
@@ -112,7 +112,7 @@ def modules() -> list[Path]:
 
 
 def pieces(text: str, limit: int) -> list[str]:
-    """Cut a text into pieces of at most `limit` characters: at blank lines if it can, else at lines."""
+    """Split a text into pieces of at most `limit` characters: at blank lines if possible, else at lines."""
     found = []
     while len(text) > limit:
         cut = text.rfind("\n\n", limit // 2, limit) + 2
@@ -126,7 +126,7 @@ def pieces(text: str, limit: int) -> list[str]:
 
 
 def functions(text: str) -> Iterator[str]:
-    """The functions and methods of a module that compile by themselves and are neither tiny nor long."""
+    """The functions and methods of a module that compile on their own and have a length within `SHORT_FUNCTION`."""
     least, most = SHORT_FUNCTION
     for match in FUNCTION.finditer(text + "\n"):
         code = textwrap.dedent(match.group()).strip() + "\n"
@@ -144,7 +144,7 @@ def compiles(code: str) -> bool:
 
 
 def hashes(corpus: Path) -> dict[str, str]:
-    """SHA-256 of every input: each corpus file, and the chosen modules taken together."""
+    """SHA-256 of each corpus file, and of all selected standard library modules together."""
     found = {file: hashlib.sha256((corpus / file).read_bytes()).hexdigest() for file in FILES.values()}
     library = hashlib.sha256()
     for path in modules():

@@ -1,6 +1,6 @@
-"""The model as a GGUF file that llama.cpp reads: in F32, and quantized to Q8_0.
+"""Writes the model as a GGUF file for llama.cpp: in F32, or quantized to Q8_0.
 
-Knows the GGUF format, the model and the tokenizer.
+Depends on the GGUF format, the model and the tokenizer.
 """
 
 import json
@@ -33,7 +33,7 @@ NAMES = {
 
 
 def export(model: Llama, tokenizer: Tokenizer, path: Path, quantized: bool) -> None:
-    """Write one file: all of it in F32, or its matrices in Q8_0."""
+    """Write one file: all tensors in F32, or the matrices in Q8_0."""
     writer = gguf.GGUFWriter(path, "llama")
     kind = gguf.LlamaFileType.MOSTLY_Q8_0 if quantized else gguf.LlamaFileType.ALL_F32
     _describe(writer, model, kind)

@@ -1,7 +1,7 @@
-"""A further run after a finished one: of a deeper model, which at first computes the very same, or of the same model.
+"""Starts a further run after a finished one: of a deeper model with the same outputs at first, or of the same model.
 
-Knows the model and the run. A new block is a copy of the block before it whose output projections are zero: it adds
-nothing to its input, yet has trained queries, keys, values and features to start from.
+A new block is a copy of the block before it whose output projections are zero. It adds nothing to its input, but starts
+with trained queries, keys, values and features.
 """
 
 from dataclasses import replace
@@ -15,12 +15,12 @@ TOLERANCE = 1e-4
 
 
 def again(old: Run, peak: float) -> Run:
-    """A further run of the same model, which minds the middles."""
+    """A further run of the same model, with a higher loss weight of middles."""
     return _after(old, old.model.shape, old.model.state_dict(), peak, long_each=8, middle_weight=5.0)
 
 
 def grow(old: Run, layers: int, peak: float) -> Run:
-    """A run of its own for the deeper model: new optimizers, its clock at zero, the log and tokens so far."""
+    """A new run of the deeper model: new optimizers and clock, with the log and token count of the old run."""
     shape = replace(old.model.shape, layers=layers)
     return _after(old, shape, _deeper(old.model, layers), peak, long_each=4, middle_weight=1.0)
 
@@ -50,5 +50,5 @@ def _deeper(model: Llama, layers: int) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def difference(old: Llama, new: Llama, ids: list[int]) -> float:
-    """The greatest difference of any logit."""
+    """The greatest absolute difference between the logits of the models."""
     return (old(torch.tensor([ids])) - new(torch.tensor([ids]))).abs().max().item()

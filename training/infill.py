@@ -1,6 +1,6 @@
-"""Twenty gaps in held-out text, filled greedily by a GGUF file and scored; as a Markdown table.
+"""Fills twenty gaps in held-out text greedily with a GGUF file, and prints a Markdown table of the results.
 
-The gaps are chosen by a seed, before any model has seen them. Knows `afterword complete` and the held-out documents.
+A seed selects the gaps. The module runs `afterword complete` on the held-out documents.
 """
 
 import ast
@@ -24,7 +24,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Case:
-    """A text and the borders of the part that is to be found."""
+    """A text and the positions of the gap that the model must fill."""
 
     source: str
     kind: str
@@ -38,53 +38,53 @@ class Case:
 
 
 def cases(documents: list[tuple[str, str]], seed: int) -> list[Case]:
-    """Ten gaps in stories, five in functions of Python's library and five in made ones, no text twice."""
-    dice = random.Random(seed)
+    """Ten gaps in stories, five in functions of Python's library, five in generated ones; all texts differ."""
+    rng = random.Random(seed)
     stories = [piece for source, text in documents if source == "stories" for piece in pieces(text, INFILL_LONGEST)]
     library = [code for source, text in documents if source == "python" for code in functions(text)]
     made = {code + "\n": 0 for source, text in documents if source == "made python" for code in _unseen(text)}
     in_code = {"expression": _expressions, "rest": _rests, "line": _lines}
     return [
-        *_choose("stories", stories, {"last words": _last_words, "clause": _clauses}, dice),
-        *_choose("python", library, in_code, dice),
-        *_choose("made python", list(made), {"docstring on": _docstrings, **in_code}, dice),
+        *_choose("stories", stories, {"last words": _last_words, "clause": _clauses}, rng),
+        *_choose("python", library, in_code, rng),
+        *_choose("made python", list(made), {"docstring on": _docstrings, **in_code}, rng),
     ]
 
 
 def _unseen(program: str) -> list[str]:
-    """The functions of a made program that no other made program has."""
+    """The held-out functions of a generated program."""
     parts = program.strip().split("\n\n\n")
     return [part for part in parts if part.startswith("def ") and held_out(part, "made python")]
 
 
 def _choose(
-    source: str, texts: list[str], kinds: dict[str, Callable[[str], Iterator[Span]]], dice: random.Random
+    source: str, texts: list[str], kinds: dict[str, Callable[[str], Iterator[Span]]], rng: random.Random
 ) -> Iterator[Case]:
-    """In two gaps of four the space before is part of the gap, if it is one within a line."""
-    left = dice.sample(texts, len(texts))
+    """In two of four gaps the gap includes the space before it, if that space is within a line."""
+    left = rng.sample(texts, len(texts))
     for number in range(CASES[source]):
         kind, spans_of = list(kinds.items())[number % len(kinds)]
         while not (spans := list(spans_of(text := left.pop()))):
             pass
-        start, end = dice.choice(spans)
+        start, end = rng.choice(spans)
         inside = text[start - 1] == " " and not text[start - 2].isspace()
         yield Case(source, kind, text, start - (inside and number % 4 > 1), end)
 
 
 def _last_words(text: str) -> Iterator[Span]:
-    """The last word or the last two of a sentence, up to its sign."""
+    """The last one or two words of a sentence, up to its punctuation."""
     for match in re.finditer(r"(?<= )(?=(\w+(?: \w+)?)[.!?](?:\s|$))", text):
         yield match.span(1)
 
 
 def _clauses(text: str) -> Iterator[Span]:
-    """What follows a comma or a connecting word, up to the sign."""
+    """The text between a comma or a conjunction and the punctuation."""
     for match in re.finditer(r"(?:,|\b(?:and|but|because|so|that)) (\w[^.,!?\"\n]{7,38})(?=[.!?](?:\s|$))", text):
         yield match.span(1)
 
 
 def _expressions(code: str) -> Iterator[Span]:
-    """Expressions within one line: what is assigned or returned, arguments, conditions."""
+    """Expressions within one line: assigned or returned values, arguments, conditions."""
     starts = [0, *(at + 1 for at, sign in enumerate(code) if sign == "\n")]
     for node in ast.walk(ast.parse(code)):
         found: list[ast.expr | None] = []
@@ -101,7 +101,7 @@ def _expressions(code: str) -> Iterator[Span]:
 
 
 def _rests(code: str) -> Iterator[Span]:
-    """From behind a space within a line to its end."""
+    """From after a space within a line to the end of the line."""
     for match in _body(code):
         for space in re.finditer(r"(?<=\S) (?=\S)", match.group(1)):
             yield match.start(1) + space.end(), match.end(1)
@@ -113,7 +113,7 @@ def _lines(code: str) -> Iterator[Span]:
 
 
 def _docstrings(code: str) -> Iterator[Span]:
-    """From behind a word of the docstring to the end of the function."""
+    """From after a word of the docstring to the end of the function."""
     if match := re.search(r'"""(.+)"""', code):
         for space in re.finditer(" ", match.group(1)):
             yield match.start(1) + space.end(), len(code) - 1
@@ -131,7 +131,7 @@ def _body(code: str) -> Iterator[re.Match[str]]:
 
 
 def table(path: Path, chosen: list[Case]) -> str:
-    """Fill every gap once, greedily; a row for each, and the sums."""
+    """Fill each gap once, greedily. Returns a table with a row for each gap, and the totals."""
     lines = ["| | kind | before | expected | found | after | exact | compiles |", "|---|---|---|---|---|---|---|---|"]
     exact, valid = dict.fromkeys(CASES, 0), dict.fromkeys(CASES, 0)
     for number, case in enumerate(chosen, 1):
@@ -150,13 +150,13 @@ def table(path: Path, chosen: list[Case]) -> str:
 
 
 def example(path: Path) -> str:
-    """The first example of a gap that people try, filled."""
+    """The example of the model card, filled."""
     before, after = EXAMPLE
     return "\n".join(["```python", (before + fill(path, before, after) + after).rstrip("\n"), "```"])
 
 
 def fill(path: Path, before: str, after: str) -> str:
-    """The most likely token each time, until the model ends the middle."""
+    """Generate the middle greedily until the model ends it."""
     return complete(path, before, suffix=after, temperature=0, max_tokens=LENGTH)
 
 
@@ -165,7 +165,7 @@ def _yes(value: bool) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text as code within a table: newlines and bars made visible or harmless."""
+    """A text as code in a table cell, with visible newlines and escaped bars."""
     if not text:
         return ""
     shown = text.replace("\n", "⏎").replace("|", "\\|")

@@ -1,7 +1,7 @@
-"""Short stories made of stories.txt: every sentence is about the same hero and the same things.
+"""Generates short stories from stories.txt. All sentences of a story are about the same hero and things.
 
-Knows that file and dice; a seed gives the same stories. Every story is a plot, whose steps have several wordings, with
-slots that are filled once and stay: names, pronouns, things, places.
+A seed always gives the same stories. A story is a plot whose steps have several wordings. Its slots are filled once:
+names, pronouns, things, places.
 """
 
 import random
@@ -40,25 +40,25 @@ SECONDS = (
 SECOND_SHARE = 0.3
 
 
-def story(dice: random.Random) -> tuple[str, str]:
-    """One story, and what it is about: its plot and its hero."""
+def story(rng: random.Random) -> tuple[str, str]:
+    """The plot and hero of a story, and the story."""
     lists, plots = sections(SOURCE)
-    title, steps = dice.choice(plots)
-    slots = _cast(title.split()[1], Slots(lists, dice), dice)
+    title, steps = rng.choice(plots)
+    slots = _cast(title.split()[1], Slots(lists, rng), rng)
     paragraphs: list[list[str]] = [[]]
     for step in steps:
         if not step:
             paragraphs.append([])
-        elif way := dice.choice(ways(step)):
-            paragraphs[-1].append(polished(slots.fill(way.replace("{open}", _opening(dice)))))
+        elif way := rng.choice(ways(step)):
+            paragraphs[-1].append(polished(slots.fill(way.replace("{open}", _opening(rng)))))
     return slots.fill(f"{title.split()[0]} {{kind}} {{N}}"), "\n".join(map(" ".join, paragraphs))
 
 
-def _cast(heroes: str, slots: Slots, dice: random.Random) -> Slots:
+def _cast(heroes: str, slots: Slots, rng: random.Random) -> Slots:
     """The hero and the friend: both children, or both animals."""
-    animal = heroes == "animal" or (heroes == "any" and dice.random() < 0.5)
+    animal = heroes == "animal" or (heroes == "any" and rng.random() < 0.5)
     for prefix, name in (("", "N"), ("f", "F")):
-        girl = dice.random() < 0.5
+        girl = rng.random() < 0.5
         if animal:
             slots.draw("animals", prefix + "kind")
         else:
@@ -69,12 +69,12 @@ def _cast(heroes: str, slots: Slots, dice: random.Random) -> Slots:
     return slots
 
 
-def _opening(dice: random.Random) -> str:
-    """The hero's introduction, which says nothing twice."""
-    opening = USUAL if dice.random() < USUAL_SHARE else dice.choice(OPENINGS)
-    second = dice.choice(SECONDS)
+def _opening(rng: random.Random) -> str:
+    """The hero's introduction, without repetitions."""
+    opening = USUAL if rng.random() < USUAL_SHARE else rng.choice(OPENINGS)
+    second = rng.choice(SECONDS)
     new = not {"{trait}", "{home}"} & set(re.findall(r"\{\w+\}", opening)) & set(re.findall(r"\{\w+\}", second))
-    return f"{opening} {second}" if new and dice.random() < SECOND_SHARE else opening
+    return f"{opening} {second}" if new and rng.random() < SECOND_SHARE else opening
 
 
 def polished(text: str) -> str:
@@ -84,11 +84,11 @@ def polished(text: str) -> str:
 
 
 def stories(seed: int) -> Iterator[tuple[str, str]]:
-    """What a story is about, and the story; without end, none twice."""
-    dice = random.Random(seed)
+    """Endless different stories, each after its plot and hero."""
+    rng = random.Random(seed)
     seen: set[str] = set()
     while True:
-        about, text = story(dice)
+        about, text = story(rng)
         if text not in seen:
             seen.add(text)
             yield about, text

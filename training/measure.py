@@ -1,6 +1,6 @@
-"""Held-out bits per byte of a checkpoint, source by source, and what a suffix tells it.
+"""Measures a checkpoint's bits per byte on held-out text of each source, and the benefit of a suffix for infill.
 
-Knows the model, the tokenizer and the held-out documents.
+Depends on the model, the tokenizer and the held-out documents.
 """
 
 import math
@@ -18,7 +18,7 @@ from training.rows import END, INFILL_LONGEST, MIDDLE, PREFIX, SUFFIX, borders
 
 @torch.no_grad()
 def bits_per_byte(model: Llama, tokenizer: Tokenizer, documents: list[tuple[str, str]]) -> dict[str, float]:
-    """Every document follows END and ends with it; what exceeds the context starts a window of its own."""
+    """Bits per byte by source. Each document begins and ends with END. Text beyond the context starts a new window."""
     bits: dict[str, float] = defaultdict(float)
     size: dict[str, int] = defaultdict(int)
     for source, text in documents:
@@ -33,14 +33,14 @@ def bits_per_byte(model: Llama, tokenizer: Tokenizer, documents: list[tuple[str,
 
 @torch.no_grad()
 def infill(model: Llama, tokenizer: Tokenizer, documents: list[tuple[str, str]]) -> dict[str, dict[str, float]]:
-    """Bits per byte of middles with the suffix known and from the prefix alone; bits of the end after one."""
-    dice = random.Random(1)
+    """Bits per byte of middles with the suffix and with the prefix alone, and bits of the end token after a middle."""
+    rng = random.Random(1)
     bits: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     size: dict[str, int] = defaultdict(int)
     count: dict[str, int] = defaultdict(int)
     for source, text in documents:
         for piece in pieces(text, INFILL_LONGEST):
-            start, end = borders(piece, dice)
+            start, end = borders(piece, rng)
             parts = (piece[:start], piece[end:], piece[start:end])
             before, after, middle = (tokenizer.encode(part, add_special_tokens=False).ids for part in parts)
             known = _bits(model, [PREFIX, *before, SUFFIX, *after, MIDDLE], [*middle, END])
@@ -56,7 +56,7 @@ def infill(model: Llama, tokenizer: Tokenizer, documents: list[tuple[str, str]])
 
 
 def _bits(model: Llama, prompt: list[int], answer: list[int]) -> list[float]:
-    """The bits of every token of the answer."""
+    """The bits of each token of `answer` after `prompt`."""
     ids = torch.tensor([*prompt, *answer])
     logits = model(ids[None, :-1])[0, len(prompt) - 1 :]
     return (functional.cross_entropy(logits, ids[len(prompt) :], reduction="none") / math.log(2)).tolist()

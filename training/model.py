@@ -1,6 +1,6 @@
-"""The model: a Llama, as llama.cpp's architecture "llama" computes it.
+"""The model: a Llama with the computation of llama.cpp's architecture "llama".
 
-Knows torch; knows neither data nor files. RoPE turns adjacent pairs, so no weight is permuted on export.
+Depends on torch only. RoPE rotates adjacent pairs, so the export does not permute weights.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Shape:
-    """All that decides the size of the model; the defaults are the built-in model's."""
+    """The hyperparameters of the model. The defaults are those of the first run."""
 
     vocabulary: int = 4096
     width: int = 256
@@ -43,7 +43,7 @@ class Attention(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE: turn each pair (x[2i], x[2i+1]) by its angle."""
+    """RoPE: rotate each pair (x[2i], x[2i+1]) by its angle."""
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
 
@@ -77,7 +77,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Token ids to logits; input and output embedding are one matrix."""
+    """Maps token ids to logits. Input and output embedding share one matrix."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -103,6 +103,6 @@ class Llama(nn.Module):
         return functional.linear(self.norm(x), self.embedding.weight)
 
     def loss(self, ids: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean negative log-likelihood in nats a token: with the weights, and without them."""
+        """Mean negative log-likelihood in nats per token: weighted and unweighted."""
         nats = functional.cross_entropy(self(ids).flatten(0, 1), targets.flatten(), reduction="none")
         return (nats * weights.flatten()).mean(), nats.detach().mean()

@@ -1,6 +1,6 @@
-"""Muon: momentum whose every step is made orthogonal, for the matrices inside the layers.
+"""Muon: an optimizer with momentum and orthogonalized steps, for the matrices inside the layers.
 
-After Keller Jordan's description; in float32, since CPUs without bfloat16 arithmetic are slow at it.
+It follows Keller Jordan's description, but in float32, because CPUs without bfloat16 arithmetic are slow in bfloat16.
 """
 
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with Nesterov momentum; equal shapes are orthogonalized in one batch."""
+    """SGD with Nesterov momentum. Matrices of equal shape are orthogonalized in one batch."""
 
     def __init__(self, weights: Iterable[Tensor], lr: float = 0.02, momentum: float = 0.95, decay: float = 0.0) -> None:
         super().__init__(weights, {"lr": lr, "momentum": momentum, "decay": decay})

@@ -1,6 +1,6 @@
-"""Unedited samples of a GGUF file, as Markdown; drawn by `afterword complete`, as its users draw them.
+"""Generates unedited samples of a GGUF file with `afterword complete`, as Markdown.
 
-Knows the command line of the installed Afterword; the model card shows what this prints.
+It runs the command line of the installed Afterword. The model card shows its output.
 """
 
 import subprocess
@@ -19,7 +19,7 @@ OPENINGS = [
 
 
 def samples(path: Path, seed: int) -> str:
-    """Every opening gone on with, each with a seed of its own."""
+    """A continuation of each opening, each with a different seed."""
     lines = []
     for number, opening in enumerate(OPENINGS, seed):
         text = opening + complete(path, opening, temperature=0.7, max_tokens=120, seed=number)
@@ -30,7 +30,7 @@ def samples(path: Path, seed: int) -> str:
 
 
 def complete(path: Path, prompt: str, **options: object) -> str:
-    """What `afterword complete` answers."""
+    """The output of `afterword complete`."""
     named = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     command = [sys.executable, "-m", "afterword", "complete", f"--model={path}", *named, "--", prompt]
     answer = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout

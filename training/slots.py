@@ -1,7 +1,7 @@
-"""Lists of words in a text file, and slots that are filled from them.
+"""Reads lists of words from a text file, and fills slots with them.
 
-Knows the notation of stories.txt and functions.txt. A slot `{name}` or `{name.1}` keeps its value; `{name2}` has
-another.
+This module parses the notation of stories.txt and functions.txt. A slot `{name}` or `{name.1}` keeps its value in a
+text; `{name2}` is another slot of the same list.
 """
 
 import random
@@ -18,7 +18,7 @@ Section = tuple[str, tuple[str, ...]]
 
 @cache
 def sections(path: Path) -> tuple[Lists, tuple[Section, ...]]:
-    """The lists at the head of the file, and what follows: titles with their lines."""
+    """The lists at the top of the file, and the sections after them: titles with their lines."""
     head, *parts = path.read_text("utf-8").split("\n== ")
     lists = {}
     for line in head.splitlines():
@@ -30,24 +30,24 @@ def sections(path: Path) -> tuple[Lists, tuple[Section, ...]]:
 
 
 def ways(line: str) -> list[str]:
-    """The wordings of one line."""
+    """The alternative wordings of one line."""
     return [way.strip() for way in line.split("||")]
 
 
 class Slots:
-    """The values of one text's slots, drawn when they are first asked for."""
+    """The values of one text's slots, chosen at random on first use."""
 
-    def __init__(self, lists: Lists, dice: random.Random) -> None:
+    def __init__(self, lists: Lists, rng: random.Random) -> None:
         self._lists = lists
-        self._dice = dice
+        self._dice = rng
         self._values: dict[str, Fields] = {}
 
     def put(self, slot: str, *fields: str) -> None:
-        """Say what a slot is."""
+        """Set the value of a slot."""
         self._values[slot] = fields
 
     def draw(self, name: str, slot: str) -> Fields:
-        """Fill a slot with an entry of the list that no other slot has; the entry's own slots are filled anew."""
+        """Fill a slot with a random entry that no other slot has. Slots within the entry get new values."""
         taken = {value[-1] for value in self._values.values()}
         while (fields := self._dice.choice(self._lists[name]))[-1] in taken:
             pass

@@ -1,6 +1,6 @@
-"""The tokenizer: byte-level BPE whose splits are those of llama.cpp's pre-tokenizer "qwen2".
+"""The tokenizer: byte-level BPE with the splits of llama.cpp's pre-tokenizer "qwen2".
 
-Knows the `tokenizers` library; is given text and knows no files but its own.
+It uses the `tokenizers` library and reads no files.
 """
 
 from collections.abc import Iterable

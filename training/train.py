@@ -1,7 +1,7 @@
-"""The training run: one budget of minutes, after which the learning rate is zero and the model done.
+"""The training run: it has a budget in minutes, at whose end the learning rate is zero and the model is complete.
 
-Knows the rows, the model and the optimizers; writes checkpoints, a log and its curve into the work folder.
-A later run has a clock of its own; tokens and log go on from those of the run before.
+It writes checkpoints, a log and the loss curve into the work folder. A later run has a new clock, and continues the
+token count and the log of the run before.
 """
 
 import json
@@ -20,9 +20,9 @@ from training.model import Llama, Shape
 from training.muon import Muon
 from training.rows import END, MIDDLE, PREFIX, ROW, SUFFIX
 
-BATCH = 8192  # tokens a step
-MICRO = 2048  # tokens a forward pass
-LONG = 2048  # length of long rows: all at the end of a first run, every so many passes throughout a later one
+BATCH = 8192  # tokens per step
+MICRO = 2048  # tokens per forward pass
+LONG = 2048  # tokens of a long row: all rows at the end of a first run, one in `long_each` passes in a later run
 LONG_FROM = 0.87  # share of the budget after which all rows of a first run are long
 WARMUP = 0.02  # share of the budget
 MUON_RATE, ADAM_RATE = 0.02, 0.004
@@ -35,7 +35,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Run:
-    """A model under training and how far it has come; what a checkpoint holds."""
+    """The state of a training run, which a checkpoint stores."""
 
     def __init__(self, shape: Shape) -> None:
         torch.manual_seed(SEED)
@@ -53,13 +53,13 @@ class Run:
         self.position = 0  # in the token stream
         self.tokens = 0
         self.peak = 1.0  # factor of the learning rates
-        self.long_each = 0  # every so many passes have a long row; 0: those of the end alone
-        self.middle_weight = 1.0  # of a token of a middle in the loss, its end included
+        self.long_each = 0  # one in this many passes has a long row; 0: only the passes at the end
+        self.middle_weight = 1.0  # loss weight of a token of a middle, including its end
         self.log: list[dict[str, float]] = []
         self.stopped = False
 
     def save(self, path: Path) -> None:
-        """Write the checkpoint; a crash while writing leaves the former one."""
+        """Write the checkpoint; a crash during the write keeps the former one."""
         state = {name: getattr(self, name) for name in KEPT}
         state["shape"] = asdict(self.model.shape)
         state["model"] = self.model.state_dict()
@@ -85,7 +85,7 @@ def rate(progress: float) -> float:
 
 
 def train(work: Path, minutes: float, shape: Shape) -> None:
-    """Train, or go on from the checkpoint in the work folder, until the minutes are spent."""
+    """Train, or continue from the checkpoint in the work folder, until the budget is used."""
     torch.set_num_threads(2)
     stream = torch.from_numpy(np.load(work / "stream.npy").astype(np.int64))
     checkpoint = work / "checkpoint.pt"
@@ -122,16 +122,16 @@ def train(work: Path, minutes: float, shape: Shape) -> None:
 
 
 def weigh(stream: Tensor, middle: float) -> Tensor:
-    """The weight of every token in the loss: `middle` in a middle, and nothing where a caller sets the token.
+    """The loss weight of each token: `middle` in a middle, and 0 for infill tokens, which clients set.
 
-    Nobody asks the model where a gap begins. A first run's and a second run's loss has all tokens alike.
+    In the first two runs all tokens have the weight 1.
     """
     weights = torch.where(middles(stream), middle, 1.0)
     return weights.masked_fill(torch.isin(stream, SET_BY_CALLER), 0.0) if middle != 1 else weights
 
 
 def middles(stream: Tensor) -> Tensor:
-    """Which tokens belong to the middle of an infill document, the END behind it included."""
+    """A mask of the tokens that belong to the middle of an infill document, including the END after it."""
     at = torch.arange(len(stream))
     begun = torch.where(stream == MIDDLE, at, -1).cummax(0).values
     ended = torch.where(stream == END, at, -1).cummax(0).values
@@ -168,7 +168,7 @@ def _step(run: Run, loss_of: Loss, stream: Tensor, weights: Tensor, progress: fl
 
 
 def draw(log: list[dict[str, float]], path: Path) -> None:
-    """The loss over tokens, as a picture; a line where a run begins after another."""
+    """Draw the loss over tokens, with a vertical line at the beginning of each run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -183,13 +183,13 @@ def draw(log: list[dict[str, float]], path: Path) -> None:
         axes.axvline(tokens[0], color="#888888", linewidth=0.6)
         axes.plot(tokens, losses, color="#cccccc", linewidth=0.6)
         axes.plot(tokens[width - 1 :], smooth, color="#204a87")
-    axes.set(xlabel="million tokens", ylabel="loss (nats a token)", ylim=(0, 5))
+    axes.set(xlabel="million tokens", ylabel="loss (nats per token)", ylim=(0, 5))
     figure.tight_layout()
     figure.savefig(path, dpi=80)
 
 
 def runs(log: list[dict[str, float]]) -> list[list[dict[str, float]]]:
-    """Cut the log where the clock starts anew."""
+    """Split the log at each restart of the clock."""
     found: list[list[dict[str, float]]] = []
     for entry in log:
         if not found or entry["seconds"] < found[-1][-1]["seconds"]:

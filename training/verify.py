@@ -1,6 +1,6 @@
-"""That llama.cpp sees the same tokens and computes the same logits as the training did.
+"""Checks that llama.cpp computes the same tokens and logits as the training code.
 
-Knows llama-cpp-python, the model and the tokenizer.
+Depends on llama-cpp-python, the model and the tokenizer.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ SILENT = llama_cpp.llama_log_callback(lambda level, text, data: None)
 
 
 class Native:
-    """One GGUF file in llama.cpp, by its low-level interface."""
+    """One GGUF file in llama.cpp, used through the low-level interface."""
 
     def __init__(self, path: Path) -> None:
         llama_cpp.llama_log_set(SILENT, None)
@@ -40,7 +40,7 @@ class Native:
         return list(ids[:count])
 
     def logits(self, ids: list[int]) -> np.ndarray:
-        """The logits after every id."""
+        """The logits after each id: (n, vocabulary)."""
         settings = llama_cpp.llama_context_default_params()
         settings.type_k = settings.type_v = llama_cpp.GGML_TYPE_F32
         settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it sums in half precision
@@ -68,5 +68,5 @@ def same_tokens(native: Native, tokenizer: Tokenizer, texts: list[str]) -> int:
 
 @torch.no_grad()
 def logit_difference(native: Native, model: Llama, ids: list[int]) -> float:
-    """The greatest difference of any logit."""
+    """The greatest absolute difference between the logits."""
     return float(np.abs(native.logits(ids) - model(torch.tensor([ids]))[0].numpy()).max())

@@ -1,8 +1,8 @@
-"""Requests as real clients send them, each to three servers: accepted ones, and refused ones with the reason.
+"""Sends the requests of real clients to three servers, and checks each status and the named field of each error.
 
-A line of requests.jsonl is a request: `captured` on the wire and shortened, or `described`, put together from the
-fields that the client sends. Its `status` is what each server answers: the status, and of a refusal the field to
-blame. The model "tiny" stands for the one that is served; other names are the client's own.
+A line of requests.jsonl is a request. It was `captured` on the network and shortened, or `described`: built from the
+fields that the client sends. Its `status` has for each server the expected status, and for an error the field that the
+message names. The test replaces the model "tiny" by the served model; other names are the client's own.
 """
 
 from __future__ import annotations
@@ -34,47 +34,45 @@ def served(serve: Any, mode: str) -> Iterator[tuple[httpx.Client, str]]:
 
 
 @pytest.mark.parametrize("seen", REQUESTS, ids=[f"{at}-{seen['clients'][0]}" for at, seen in enumerate(REQUESTS)])
-def test_a_clients_request_gets_the_answer_that_it_should(
-    served: tuple[httpx.Client, str], mode: str, seen: Json
-) -> None:
+def test_a_clients_request_has_the_expected_response(served: tuple[httpx.Client, str], mode: str, seen: Json) -> None:
     http, model = served
     body = seen["body"]
     if body and body.get("model") == "tiny":
         body = body | {"model": model}
     content = None if body is None else json.dumps(body)
     answer = http.request(seen["method"], seen["path"], headers=seen["headers"], content=content)
-    status, _, blamed = seen["status"][mode].partition(" ")
+    status, _, field = seen["status"][mode].partition(" ")
     assert answer.status_code == int(status), answer.text
     if status != "200":
-        is_refusal(answer.json()["error"], blamed)
+        check_error(answer.json()["error"], field)
     elif body is None:
         assert [entry["id"] for entry in answer.json()["data"]] == [model]
     elif body.get("stream"):
-        is_stream(answer, body)
+        check_stream(answer, body)
     else:
-        is_answer(answer.json(), body)
+        check_response(answer.json(), body)
 
 
-def is_refusal(error: Json, blamed: str) -> None:
-    """What clients read of an error; the field is named in the sentence that people get to see."""
+def check_error(error: Json, field: str) -> None:
+    """Check the parts of an error that clients read. The message names the field."""
     assert error["type"] == "invalid_request_error"
-    assert blamed in error["message"]
-    assert error["param"] in (None, blamed or None)
+    assert field in error["message"]
+    assert error["param"] in (None, field or None)
 
 
-def is_answer(answer: Json, body: Json) -> None:
-    """What clients read of a whole answer: choices by place, arrays of one length, usage that adds up."""
+def check_response(answer: Json, body: Json) -> None:
+    """Check a whole response: choices in order, columns of equal length, the usage's sum."""
     assert answer["object"] == "text_completion"
     assert [choice["index"] for choice in answer["choices"]] == list(range(choices_of(body)))
     for choice in answer["choices"]:
-        is_choice(choice, body)
+        check_choice(choice, body)
         assert choice["finish_reason"] in ("stop", "length")
     usage = answer["usage"]
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
 
-def is_stream(answer: httpx.Response, body: Json) -> None:
-    """What clients read of a stream: bare data lines, a choice a chunk, one end for each, usage if asked for."""
+def check_stream(answer: httpx.Response, body: Json) -> None:
+    """Check a stream: only data lines, one choice per chunk, one end per choice, and usage if requested."""
     *events, done, rest = answer.text.split("\n\n")
     assert (done, rest) == ("data: [DONE]", "")
     assert all(event.startswith("data: {") for event in events)
@@ -86,12 +84,12 @@ def is_stream(answer: httpx.Response, body: Json) -> None:
     finished = []
     for chunk in chunks:
         (choice,) = chunk["choices"]
-        is_choice(choice, body)
+        check_choice(choice, body)
         finished += [choice["index"]] if choice["finish_reason"] else []
     assert sorted(finished) == list(range(choices_of(body)))
 
 
-def is_choice(choice: Json, body: Json) -> None:
+def check_choice(choice: Json, body: Json) -> None:
     assert isinstance(choice["text"], str)
     columns = choice["logprobs"]
     assert (columns is None) == (body.get("logprobs") is None)

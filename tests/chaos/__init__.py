@@ -1,4 +1,7 @@
-"""Gates: what the server must survive, measured on real processes. README.md says how to run them and add one."""
+"""Gates: tests of the failures that the server must survive, on real processes.
+
+README.md describes how to run and add a gate.
+"""
 
 import sys
 from pathlib import Path
@@ -6,5 +9,5 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent.parent
 ROOT = TESTS.parent
 
-if str(TESTS) not in sys.path:  # where pytest finds the tests' own helpers; `python -m tests.chaos` needs them too
+if str(TESTS) not in sys.path:  # `python -m tests.chaos` needs the helper modules of the tests, as pytest does
     sys.path.insert(0, str(TESTS))

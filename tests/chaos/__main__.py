@@ -1,4 +1,4 @@
-"""`python -m tests.chaos`: run the gates and say how they went. `--nightly` for the large sizes."""
+"""`python -m tests.chaos`: run the gates and print their results. `--nightly` uses the large sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .table import Row, markdown, merge_into
 
 
 def main() -> int:
-    """The exit status: 1 if a gate does not hold, or holds with its bug planted."""
+    """Returns the exit status: 1 if a gate fails, or if it passes with its bug planted."""
     options = _options().parse_args()
     gates = [gate for gate in find_gates() if not options.only or gate.name in options.only]
     rows = []
@@ -34,19 +34,19 @@ def _rows(gates: list[Gate], options: argparse.Namespace) -> Iterator[Row]:
 
 
 def run_one(gate: Gate, trial: Trial) -> Row:
-    """A gate's row. What a gate does not foresee is a failure, planted bug or not."""
+    """Run a gate and return its row. An exception counts as a failure, with or without a planted bug."""
     start = time.monotonic()
     try:
         result = attempt(gate, trial)
     except Exception as problem:
-        result = Result(bool(trial.planted), {"unforeseen": f"{type(problem).__name__}: {problem}"[:200]})
+        result = Result(bool(trial.planted), {"exception": f"{type(problem).__name__}: {problem}"[:200]})
     row = Row.of(gate, trial, result, time.monotonic() - start)
     _say(f"{row.line}\n")
     return row
 
 
 def _say(text: str) -> None:
-    """What ends a line stays; the rest is progress, for eyes alone."""
+    """Print whole lines. Text without a line end is progress; only a terminal shows it."""
     if sys.stderr.isatty():
         sys.stderr.write(f"\r\x1b[K{text}")
     elif text.endswith("\n"):
@@ -57,12 +57,18 @@ def _say(text: str) -> None:
 def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--nightly", action="store_true", help="the large sizes")
-    parser.add_argument("--only", action="append", metavar="G5", help="this gate; repeat")
-    parser.add_argument("--faults", action="store_true", help="also plant each gate's bug, which it must catch")
-    parser.add_argument("--size", type=int, help="instead of the gates' own sizes")
-    parser.add_argument("--seed", type=int, default=1, help="of everything random (1)")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="renew the gates' rows of the table in this file")
-    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="where gates write what they drew (SVG)")
+    parser.add_argument("--only", action="append", metavar="G5", help="run only this gate; repeat for several")
+    parser.add_argument(
+        "--faults", action="store_true", help="also run each gate with its planted bug, which it must catch"
+    )
+    parser.add_argument("--size", type=int, help="a size that replaces the gates' own sizes")
+    parser.add_argument("--seed", type=int, default=1, help="seed of all random choices (1)")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="update the gates' rows of the table in this file"
+    )
+    parser.add_argument(
+        "--pictures", type=Path, metavar="FOLDER", help="the folder in which gates write pictures (SVG)"
+    )
     return parser
 
 

@@ -1,4 +1,4 @@
-"""A client that costs little, so that many requests are possible: kept connections, an answer's bytes and no more."""
+"""An HTTP client with little overhead: it keeps connections open and returns the bytes of responses unparsed."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 
 from .server import Server
 
-PATIENCE = 30.0
-"""Seconds after which an answer that has not come is a hang."""
+TIMEOUT = 30.0
+"""Seconds after which a missing response counts as a hang."""
 _LINE = 2**20  # bytes of a header block
-_PAUSE = 0.1  # seconds that a client that disconnects waits for more
+_PAUSE = 0.1  # seconds that a client waits for more bytes before it disconnects
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer. `body` is without framing; of a stream, all events. Status 0: none, and `body` says why.
+    """A response. `body` has no chunk framing. Status 0: there is no whole response, and `body` holds the reason.
 
-    `first`: seconds to its head, with which a stream's first token comes.
+    `first`: seconds until the head arrived. The first token of a stream arrives with it.
     """
 
     status: int
@@ -33,13 +33,13 @@ class Reply:
         return json.loads(self.body)
 
     def events(self) -> list[Any]:
-        """What a whole stream brought, "[DONE]" included."""
+        """All events of a whole stream, "[DONE]" included."""
         lines = (line[6:] for line in self.body.split(b"\n\n") if line)
         return [line.decode() if line == b"[DONE]" else json.loads(line) for line in lines]
 
 
-class Caller:
-    """One connection, opened when it is needed and kept. It owns its socket."""
+class ClientConnection:
+    """One connection, opened on the first request and kept open. It owns its socket."""
 
     def __init__(self, server: Server) -> None:
         self._host, self._port = "127.0.0.1", server.port
@@ -47,10 +47,10 @@ class Caller:
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def ask(self, body: object, path: str = "/v1/completions") -> Reply:
-        """POST a value as JSON, or bytes as they are. An answer that does not come, or not whole, has the status 0."""
+        """POST a value as JSON, or bytes unchanged. A missing or incomplete response has the status 0."""
         start = time.monotonic()
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(TIMEOUT):
                 reader, _ = await self._send(body, path)
                 status, headers = await _head(reader)
                 first = time.monotonic() - start
@@ -65,12 +65,12 @@ class Caller:
             self.leave()
         return Reply(status, whole, first)
 
-    async def ask_and_leave(self, body: object, after: int, path: str = "/v1/completions") -> None:
-        """The same, but gone for good after so many reads of the answer; 0: before there is any."""
+    async def ask_and_disconnect(self, body: object, after: int, path: str = "/v1/completions") -> None:
+        """POST and disconnect after `after` reads of the response; 0: before the response begins."""
         with suppress(TimeoutError, OSError):
             reader, _ = await self._send(body, path)
             for _ in range(after):
-                async with asyncio.timeout(_PAUSE):  # an answer may be over by now, or have not begun
+                async with asyncio.timeout(_PAUSE):  # the response may have ended, or not have begun
                     await reader.read(2**16)
         self.leave()
 
@@ -94,30 +94,30 @@ class Caller:
         return self._streams
 
 
-async def crowd(
-    server: Server, items: Iterable[Any], visit: Callable[[Caller, Any], Awaitable[None]], size: int
+async def run_concurrently(
+    server: Server, items: Iterable[Any], send_item: Callable[[ClientConnection, Any], Awaitable[None]], size: int
 ) -> None:
-    """Visit the server with each item, `size` at a time, each visitor on a connection of its own.
+    """Call `send_item` for each item, on `size` concurrent connections.
 
-    An item is taken when a visitor is free, so they can be made on the way. The first exception ends it.
+    `items` is consumed lazily, so it may be a generator. The first exception ends all of it.
     """
     waiting = iter(items)
 
-    async def visitor() -> None:
-        caller = Caller(server)
+    async def process_items() -> None:
+        connection = ClientConnection(server)
         try:
             for item in waiting:
-                await visit(caller, item)
+                await send_item(connection, item)
         finally:
-            caller.leave()
+            connection.leave()
 
     async with asyncio.TaskGroup() as group:
         for _ in range(size):
-            group.create_task(visitor())
+            group.create_task(process_items())
 
 
-def late(times: list[float | None]) -> float:
-    """How long all but one in a hundred took at most, of those that came at all."""
+def p99(times: list[float | None]) -> float:
+    """The 99th percentile of the times, in seconds. `None` (a failed request) is left out."""
     known = sorted(each for each in times if each is not None)
     return known[int(len(known) * 0.99)] if known else 0.0
 

@@ -1,5 +1,5 @@
-/* A disk that can be watched and made to fail, for one process: loaded before the C library (LD_PRELOAD), it stands
-   before the calls that change files in one folder. Each is counted and logged with its data, and fails if the settings say so. */
+/* Logs the calls of one process that change files in one folder, and makes them fail on request. It is loaded before the
+   C library (LD_PRELOAD) and replaces these calls. Each call is counted and logged with its data. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -23,7 +23,7 @@ static long calls, fail_at = -1;
 static int fail_with, fail_on;
 static int record = -1;
 
-/* ---- what the test calls */
+/* ---- functions that the gate calls */
 
 void disk_watch(const char *path, int log) {
     free(folder);
@@ -33,7 +33,7 @@ void disk_watch(const char *path, int log) {
     fail_at = -1;
 }
 
-/* Call number `at` (from 0) fails; with `on`, all later ones that need room too. */
+/* Call number `at` (from 0) fails; with `on`, all later calls that need disk space fail too. */
 void disk_fail(long at, int with, int on) {
     calls = 0;
     fail_at = at;
@@ -60,7 +60,7 @@ static void put(const void *data, size_t size) {
     if (syscall(SYS_write, record, data, size) != (long)size) abort();
 }
 
-/* what, lengths of path and data, offset; then path and data */
+/* a record: kind, lengths of path and data, offset; then path and data */
 static void note(char what, const char *path, int64_t offset, const void *data, int64_t size) {
     if (record < 0) return;
     int64_t head[4] = {what, (int64_t)strlen(path), size, offset};
@@ -110,7 +110,7 @@ int close(int file) {
     return result;
 }
 
-/* A write that fails has written half of it, as on a disk that is full. */
+/* A failing write has written half of its data, as on a full disk. */
 static ssize_t writing(int file, const void *data, size_t size, int64_t offset, int placed) {
     const char *path = path_of(file);
     if (!path) return placed ? syscall(SYS_pwrite64, file, data, size, offset) : syscall(SYS_write, file, data, size);
@@ -136,7 +136,7 @@ static int syncing(int file, long number) {
     const char *path = path_of(file);
     if (!path) return (int)syscall(number, file);
     pthread_mutex_lock(&lock);
-    int result = fails('f') ? -1 : 0; /* the folder lies in memory: nothing is to be done */
+    int result = fails('f') ? -1 : 0; /* the folder is in memory, so there is nothing to flush */
     if (!result) note('f', path, 0, "", 0);
     pthread_mutex_unlock(&lock);
     return result;

@@ -1,7 +1,7 @@
-"""What could be on a disk after each of a job's writes, from the log that `disk.c` keeps of them.
+"""The states in which a disk can be after each write of a batch, computed from the log that `disk.c` writes.
 
-A file's contents are safe after its `fsync`, its name after its folder's: what is not can be lost when the power fails,
-or in part be there.
+A file's contents are durable after its `fsync`, its name after the `fsync` of its folder. All other data can be lost,
+or be present in part, after a power failure.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _HEAD = struct.Struct("<4q")
 
 
 def build(folder: Path) -> Path:
-    """The library, compiled."""
+    """Compile `disk.c` and return the path of the library."""
     library = folder / "disk.so"
     source = Path(__file__).with_name("disk.c")
     compiler = os.environ.get("CC", "cc")
@@ -28,7 +28,7 @@ def build(folder: Path) -> Path:
 
 
 class Call(NamedTuple):
-    """A call that has changed something: `o`pen (new), `w`rite, `s`ize, `f`sync, `r`ename, `u`nlink."""
+    """A call that changed a file: `o`pen (new), `w`rite, `s`ize, `f`sync, `r`ename, `u`nlink."""
 
     what: str
     path: str
@@ -37,17 +37,19 @@ class Call(NamedTuple):
 
 
 def read_calls(log: bytes) -> Iterator[Call]:
-    place = 0
-    while place < len(log):
-        what, path, size, offset = _HEAD.unpack_from(log, place)
-        place += _HEAD.size
-        yield Call(chr(what), log[place : place + path].decode(), offset, log[place + path : place + path + size])
-        place += path + size
+    position = 0
+    while position < len(log):
+        what, path, size, offset = _HEAD.unpack_from(log, position)
+        position += _HEAD.size
+        yield Call(
+            chr(what), log[position : position + path].decode(), offset, log[position + path : position + path + size]
+        )
+        position += path + size
 
 
 @dataclass
 class _File:
-    """Contents as programs see them, as they are safe, and what lies between."""
+    """The contents that programs read, the durable contents, and the writes that are not durable yet."""
 
     now: bytearray = field(default_factory=bytearray)
     safe: bytes = b""
@@ -55,11 +57,11 @@ class _File:
 
 
 Contents = dict[str, bytes]
-"""A folder: contents by path."""
+"""The files of a folder: contents by path."""
 
 
 class Disk:
-    """One folder's files, call by call."""
+    """The files of one folder. `do` applies one logged call."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
@@ -89,15 +91,15 @@ class Disk:
         return {path: bytes(file.now) for path, file in self._names.items()}
 
     def powerless(self) -> Contents:
-        """The files after a power failure at this point, if only safe contents and names survive."""
+        """The files after a power failure at this point, if only durable contents and names survive."""
         return {path: file.safe for path, file in self._safe_names.items()}
 
     def renamed(self) -> Contents:
-        """The same, but for names, which disks may keep sooner than contents."""
+        """The same with all current names, because a disk can store names before contents."""
         return {path: file.safe for path, file in self._names.items()}
 
     def torn(self, random: Random) -> Contents:
-        """The possible files after a power failure at this point: old or new names, and any part of unsafe contents."""
+        """Possible files after a power failure: old or new names, and a random part of the unsafe contents."""
         contents = {}
         for path, file in random.choice((self._safe_names, self._names)).items():
             made = bytearray(file.safe)

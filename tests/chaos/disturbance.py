@@ -1,4 +1,7 @@
-"""A process that disturbs a server while good clients are measured: what starts it, and what runs in it."""
+"""A process that disturbs a server while a gate measures well-behaved clients.
+
+`disturbance` starts the process; `disturb` runs in it.
+"""
 
 from __future__ import annotations
 
@@ -13,27 +16,27 @@ from . import ROOT
 from .server import Server
 
 Disturb = Callable[[Callable[[], None]], Coroutine[Any, Any, None]]
-"""Goes on until it is cancelled, and calls its argument for each request that it has sent."""
+"""A task that runs until it is cancelled and calls its argument once for each request that it has sent."""
 
 
 @contextmanager
 def disturbance(module: str, server: Server, *arguments: str) -> Iterator[list[int]]:
-    """A module from here that calls `disturb`, until the end; then how many requests it sent.
+    """Run a module of this package that calls `disturb`. At the end the yielded list holds the number of requests sent.
 
-    Its process has the lowest priority: it stands for other machines, and their work takes no time from the server's.
+    The process has the lowest priority: it represents other machines, which take no CPU time from the server.
     """
     command = ["nice", "-n", "19", sys.executable, "-m", f"tests.chaos.{module}", str(server.port), *arguments]
     sent = [0]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        process.stdout.readline()  # it has begun
+        process.stdout.readline()  # the first request was sent
         yield sent
         output, _ = process.communicate("stop\n")
         sent[0] = int(output)
 
 
 def disturb(*tasks: Disturb) -> None:
-    """Run tasks until a line comes in. Prints a line when the first request is sent, and how many there were."""
+    """Run tasks until a line arrives on stdin. Prints a line after the first request, then the number of requests."""
     asyncio.run(_disturb(tasks))
 
 

@@ -22,16 +22,18 @@ from schemathesis.checks import CHECKS
 
 from afterword.completion import fields, request
 
-from .client import PATIENCE, Caller, Reply, crowd
+from .client import TIMEOUT, ClientConnection, Reply, run_concurrently
 from .gate import Fault, Gate, Result, Trial
 from .nasty import TEXTS
 from .server import Server
 
-AT_ONCE, LARGEST = 16, 2048  # visitors, bytes of an error's body
-BY_SCHEMATHESIS = 0.25  # of all requests; the others are its bodies, mixed up: forty times as fast to make
+AT_ONCE, LARGEST = 16, 2048  # connections, bytes of an error's body
+BY_SCHEMATHESIS = (
+    0.25  # of all requests; the others are mutations of its bodies, which are generated forty times as fast
+)
 NAMES = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance")
 FORM = "multipart/form-data"
-WRONG = "negative_data_rejection"  # what the document calls wrong is refused
+WRONG = "negative_data_rejection"  # values that the document forbids are refused
 BROKEN = (
     None,
     True,
@@ -69,7 +71,7 @@ def run(trial: Trial) -> Result:
 
 
 class _Notes:
-    """What was seen: problems in words, answers by status, the slowest."""
+    """The results: problems, responses by status, the longest time in seconds."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
@@ -81,7 +83,7 @@ class _Notes:
         return {**{kind: kinds[kind] for kind in ("2xx", "4xx", "5xx")}, "slowest s": self.slowest}
 
     def take(self, status: int, body: bytes, seconds: float) -> None:
-        """Note an answer."""
+        """Record a response."""
         self.statuses[status] += 1
         self.slowest = max(self.slowest, seconds)
         if status >= 500 or status == 0:
@@ -91,7 +93,7 @@ class _Notes:
 
 
 def _by_schemathesis(server: Server, document: Any, count: int, trial: Trial, notes: _Notes) -> list[bytes]:
-    """Ask what Schemathesis makes of the document and have it judge the answers. Returns the completions' bodies."""
+    """Send the requests that Schemathesis generates and let it check the responses. Returns the completions' bodies."""
     schema = schemathesis.openapi.from_dict(document)
     operations = [found.ok() for found in schema.get_all_operations()]
     posts = [operation for operation in operations if "requestBody" in operation.definition.raw]
@@ -111,7 +113,7 @@ def _by_schemathesis(server: Server, document: Any, count: int, trial: Trial, no
 
 @dataclass(frozen=True, slots=True)
 class _Asking:
-    """How Schemathesis's cases are asked and judged."""
+    """Sends the cases of Schemathesis and checks the responses."""
 
     url: str
     session: requests.Session
@@ -121,20 +123,20 @@ class _Asking:
 
     def ask(self, case: Any) -> None:
         start = time.monotonic()
-        response = case.call(base_url=self.url, session=self.session, timeout=PATIENCE)
+        response = case.call(base_url=self.url, session=self.session, timeout=TIMEOUT)
         self.notes.take(response.status_code, response.content, time.monotonic() - start)
         checks = [check for check in self.checks if check.__name__ != WRONG or _is_sent_whole(case)]
         try:
             case.validate_response(response, checks=checks)
         except (AssertionError, BaseExceptionGroup) as failure:
-            told = failure.exceptions[0] if isinstance(failure, BaseExceptionGroup) else failure
-            self.notes.problems.append(f"{case.method} {case.path}: {told}")
+            error = failure.exceptions[0] if isinstance(failure, BaseExceptionGroup) else failure
+            self.notes.problems.append(f"{case.method} {case.path}: {error}")
         if case.operation.path == "/v1/completions" and isinstance(case.body, dict):
             self.bodies.append(json.dumps(case.body).encode())
 
 
 def _is_sent_whole(case: Any) -> bool:
-    """Whether all that makes a case wrong reaches the server: a form's field without values is not sent at all."""
+    """Whether every invalid value of a case is sent: a form field without values is left out of the request."""
     return not isinstance(case.body, dict) or case.media_type != FORM or [] not in case.body.values()
 
 
@@ -153,13 +155,13 @@ def _generate(strategy: Any, asking: _Asking, count: int, number: int) -> None:
 async def _mixed_up(server: Server, document: Any, bodies: Iterator[bytes], notes: _Notes) -> None:
     validators = _validators(document)
 
-    async def visit(caller: Caller, body: bytes) -> None:
+    async def send_item(connection: ClientConnection, body: bytes) -> None:
         start = time.monotonic()
-        reply = await caller.ask(body)
+        reply = await connection.ask(body)
         notes.take(reply.status, reply.body, time.monotonic() - start)
         notes.problems += _invalid(reply, validators) if reply.status else []
 
-    await crowd(server, bodies, visit, AT_ONCE)
+    await run_concurrently(server, bodies, send_item, AT_ONCE)
 
 
 def _validators(document: Any) -> dict[str, Any]:
@@ -169,7 +171,7 @@ def _validators(document: Any) -> dict[str, Any]:
 
 
 def _invalid(reply: Reply, validators: dict[str, Any]) -> list[str]:
-    """What of an answer is not as the document says."""
+    """The deviations of a response from the OpenAPI document."""
     if reply.body.startswith(b"data: "):
         events = reply.events()
         whole = events[-1] == "[DONE]"
@@ -183,7 +185,7 @@ def _errors(pairs: list[tuple[Any, str]], validators: dict[str, Any]) -> list[st
 
 
 def _mixtures(bodies: list[bytes], trial: Trial) -> Iterator[bytes]:
-    """Bodies with other fields' values, with values that break, with nasty texts, with bytes that are off."""
+    """Bodies with values of other fields, with invalid values, with malicious texts, and with changed bytes."""
     random = Random(trial.seed)
     ways = (_answerable, _answerable, _other_value, _broken_value, _nasty_text, _flipped, _cut, _repeated)
     for number, body in enumerate(cycle(sorted(bodies))):
@@ -193,7 +195,7 @@ def _mixtures(bodies: list[bytes], trial: Trial) -> Iterator[bytes]:
 
 
 def _answerable(body: bytes, _: bytes, random: Random) -> bytes:
-    """What most often makes a right body too much for a small model is put right."""
+    """Reposition the fields that most often make a valid body too large for a small model."""
     short = [text for text in TEXTS if len(text) < 60]
     changes = {"prompt": random.choice(short), "max_tokens": random.randint(1, 40), "min_tokens": 0, "logit_bias": None}
     return json.dumps(json.loads(body) | changes | {"model": None, "stop_token_ids": None}).encode()
@@ -228,8 +230,8 @@ def _cut(body: bytes, _: bytes, random: Random) -> bytes:
 
 
 def _repeated(body: bytes, other: bytes, random: Random) -> bytes:
-    place = random.randrange(len(body))
-    return body[:place] + other[: random.randrange(200)] * random.choice((1, 2, 50)) + body[place:]
+    position = random.randrange(len(body))
+    return body[:position] + other[: random.randrange(200)] * random.choice((1, 2, 50)) + body[position:]
 
 
 def forget_to_check_types(patch: pytest.MonkeyPatch) -> None:
@@ -244,6 +246,6 @@ GATE = Gate(
     commit=10_000,
     nightly=500_000,
     run=run,
-    fault=Fault("a field whose type nobody checks", "server", forget_to_check_types),
+    fault=Fault("the type of a field is not checked", "server", forget_to_check_types),
     planted=400,
 )

@@ -13,14 +13,14 @@ import pytest
 
 from afterword.completion.text_stream import TextStream
 
-from .client import Caller, Reply, crowd
+from .client import ClientConnection, Reply, run_concurrently
 from .gate import Fault, Gate, Result, Trial
 from .nasty import SURROGATES, TEXTS
 from .server import Server
 
-AT_ONCE, LARGEST = 16, 2048  # visitors, bytes of an error's body
+AT_ONCE, LARGEST = 16, 2048  # connections, bytes of an error's body
 FIELDS = ("prompt", "suffix", "stop", "user", "model", "cache_salt", "prompts", "echo")
-"""Where a text goes; "prompts": in a list of them, "echo": a prompt that is given back."""
+"""The fields that hold a text; "prompts": a list of prompts, "echo": a prompt that is echoed."""
 
 Body = dict[str, Any]
 
@@ -34,18 +34,18 @@ async def _ask_all(server: Server, trial: Trial) -> Result:
     statuses: Counter[int] = Counter()
     problems: list[str] = []
 
-    async def visit(caller: Caller, body: Body | bytes) -> None:
-        whole = await caller.ask(body)
+    async def send_item(connection: ClientConnection, body: Body | bytes) -> None:
+        whole = await connection.ask(body)
         statuses[whole.status] += 1
         found = _wrong(whole)
         if isinstance(body, dict) and whole.status == 200 and not found:
-            streamed = await caller.ask(body | {"stream": True})
+            streamed = await connection.ask(body | {"stream": True})
             if _wrong(streamed) or _text(streamed) != _text(whole):
-                found = "the stream says something else"
+                found = "the stream has another text"
         if found:
             problems.append(f"{found}: {str(body)[:120]!r}")
 
-    await crowd(server, islice(_bodies(trial), trial.size), visit, AT_ONCE)
+    await run_concurrently(server, islice(_bodies(trial), trial.size), send_item, AT_ONCE)
     alive = server.load()["status"] == "ready" and server.load()["restarts"] == 0
     first = {"first": problems[0]} if problems else {}
     return Result(
@@ -57,7 +57,7 @@ async def _ask_all(server: Server, trial: Trial) -> Result:
 
 
 def _bodies(trial: Trial) -> Iterator[Body | bytes]:
-    """All texts in all fields, in an order that the seed decides; then JSON that is no text."""
+    """First invalid surrogates as JSON, then all texts in all fields, in an order that depends on the seed."""
     pairs = [*product(TEXTS, FIELDS)]
     Random(trial.seed).shuffle(pairs)
     broken = [b'{"%s": %s}' % (name.encode(), text) for name in FIELDS[:6] for text in SURROGATES]
@@ -84,12 +84,12 @@ def _wrong(reply: Reply) -> str | None:
     if reply.status >= 500 or reply.status == 0:
         return f"status {reply.status}"
     if reply.status >= 400 and (len(reply.body) > LARGEST or reply.json().keys() != {"error"}):
-        return "an error of another kind"
+        return "an error without the error envelope"
     return None
 
 
 def _text(reply: Reply) -> list[tuple[str, str | None]]:
-    """The texts of the choices and how each ended."""
+    """The text and the finish reason of each choice."""
     objects = (
         [event for event in reply.events() if event != "[DONE]"] if reply.body[:6] == b"data: " else [reply.json()]
     )
@@ -101,7 +101,7 @@ def _text(reply: Reply) -> list[tuple[str, str | None]]:
 
 
 def cut_characters_where_tokens_end(patch: pytest.MonkeyPatch) -> None:
-    """Each token is decoded alone: half characters become U+FFFD, in streams and wholes alike, so texts go wrong."""
+    """Each token is decoded alone, so a part of a character raises UnicodeDecodeError."""
     push = TextStream.push
     patch.setattr(
         TextStream, "push", lambda self, token, piece, *rest: push(self, token, piece.decode().encode(), *rest)
@@ -115,6 +115,6 @@ GATE = Gate(
     commit=600,
     nightly=len(SURROGATES) * 6 + len(TEXTS) * len(FIELDS),
     run=run,
-    fault=Fault("half a character in a token is an exception", "server", cut_characters_where_tokens_end),
+    fault=Fault("a token with a part of a character raises an exception", "server", cut_characters_where_tokens_end),
     planted=200,
 )

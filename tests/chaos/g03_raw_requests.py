@@ -14,32 +14,32 @@ from afterword.transport import connection
 from malformed_requests import CLOSED, KEY, PROMPT, REFUSED, Case, cases
 
 from .gate import Fault, Gate, Result, Trial
+from .raw_socket import send_bytes
 from .server import Server
-from .wild import shout
 
 AT_ONCE = 64
 LARGEST = 2500  # bytes of a refusal, head and body
 ANY = REFUSED | {200, 429}
-"""What a request that was well formed once may be answered."""
+"""The statuses that are allowed for a mutated request."""
 SHORT = [f"--limit={name}=1" for name in ("head_seconds", "body_seconds", "body_grace", "rest_seconds")]
 
 
 def run(trial: Trial) -> Result:
     with trial.serve("--parallel", "4", "--wrong-keys", "0", *SHORT, scripted=True, key=KEY) as server:
-        return asyncio.run(_shout_all(server, trial))
+        return asyncio.run(_send_all(server, trial))
 
 
-async def _shout_all(server: Server, trial: Trial) -> Result:
+async def _send_all(server: Server, trial: Trial) -> Result:
     statuses: Counter[int] = Counter()
     problems: list[str] = []
     waiting = iter(islice(_streams(trial), trial.size))
 
-    async def visitor() -> None:
+    async def process_items() -> None:
         for case in waiting:
-            outcome = await shout(server.port, case.data)
+            outcome = await send_bytes(server.port, case.data)
             first = (*outcome.statuses, CLOSED)[0]
             statuses[first] += 1
-            following = await shout(server.port, _version())
+            following = await send_bytes(server.port, _version())
             if outcome.hung:
                 problems.append(f"{case.name}: no answer")
             elif first not in case.right or (
@@ -51,7 +51,7 @@ async def _shout_all(server: Server, trial: Trial) -> Result:
 
     async with asyncio.TaskGroup() as group:
         for _ in range(AT_ONCE):
-            group.create_task(visitor())
+            group.create_task(process_items())
     fives = sum(count for status, count in statuses.items() if status >= 500 and status != 505)
     first = {"first": problems[0][:100]} if problems else {}
     refused = statuses.total() - statuses[200] - statuses[CLOSED]
@@ -64,7 +64,7 @@ def _version() -> bytes:
 
 
 def _streams(trial: Trial) -> Iterator[Case]:
-    """The corpus, then what chance makes of it and of good requests."""
+    """The corpus, then random mutations of it and of valid requests."""
     random = Random(trial.seed)
     corpus = cases()
     yield from corpus
@@ -103,7 +103,7 @@ def _mutated(data: bytes, random: Random) -> bytes:
     return bytes(changed)
 
 
-def trust_every_head(patch: pytest.MonkeyPatch) -> None:
+def accept_ambiguous_heads(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(connection, "check_head", lambda *_: None)
 
 
@@ -114,6 +114,6 @@ GATE = Gate(
     commit=1_000,
     nightly=200_000,
     run=run,
-    fault=Fault("the door takes heads that can be read in two ways", "server", trust_every_head),
+    fault=Fault("ambiguous request heads are accepted", "server", accept_ambiguous_heads),
     planted=400,
 )

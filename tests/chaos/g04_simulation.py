@@ -1,4 +1,4 @@
-"""G4: the eleven invariants in simulated worlds. `python -m tests.sim` runs the same and names the seeds."""
+"""G4: the eleven invariants in simulated worlds. `python -m tests.sim` runs the same and prints the seeds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sim.__main__ import outcomes
 
 from .gate import Fault, Gate, Result, Trial
 
-EVENTS, ALONE = 200, 100  # events a seed; fewer seeds are not worth another process
+EVENTS, ALONE = 200, 100  # events per seed; up to this many seeds one process is faster than several
 
 
 def run(trial: Trial) -> Result:

@@ -1,4 +1,4 @@
-"""G6: the engine is killed, stopped and aborted under load. Every response is whole, and `/ready` reports the state."""
+"""G6: the worker is killed, stopped and aborted under load. Every response is whole, and `/ready` reports the state."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ import pytest
 
 from afterword.engine.parent.pending_job import PendingJob
 
-from .client import PATIENCE, Caller, Reply
+from .client import TIMEOUT, ClientConnection, Reply
 from .gate import Fault, Gate, Result, Trial
 from .server import Server
 
 STREAMS, QUEUED = 16, 8
-HANG = 5.0  # seconds of silence; 15 by default, which would only take longer
+HANG = 5.0  # seconds without a heartbeat; the default of 15 would make the gate slower
 DEATHS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGABRT)
-NOTICED, NOTICED_HANG, REPLACED, ENDED = 0.1, HANG + 2.0, 2.0, 5.0  # seconds, at most
-LOOK = 0.01  # seconds between two looks at /ready
+NOTICED, NOTICED_HANG, REPLACED, ENDED = 0.1, HANG + 2.0, 2.0, 5.0  # upper bounds in seconds
+LOOK = 0.01  # seconds between two requests for /ready
 
 
-class Look(NamedTuple):
-    """A look at /ready."""
+class Snapshot(NamedTuple):
+    """One request for /ready: times in seconds, status and number of running sequences."""
 
     began: float
     ended: float
@@ -38,7 +38,7 @@ class Look(NamedTuple):
 
 @dataclass
 class Seen:
-    """What came out of all deaths: the worst of each."""
+    """The worst figures over all deaths of the worker."""
 
     hung: int = 0
     failed: int = 0
@@ -49,7 +49,7 @@ class Seen:
     replaced: float = 0.0
     ended: float = 0.0
     refused: int = 0
-    looks: list[Look] = field(default_factory=list)
+    snapshots: list[Snapshot] = field(default_factory=list)
 
 
 def run(trial: Trial) -> Result:
@@ -62,14 +62,14 @@ def run(trial: Trial) -> Result:
         good and noticed and seen.replaced <= REPLACED and seen.ended <= ENDED,
         {
             "hung": seen.hung,
-            "not whole": seen.failed,
-            "other answers": seen.wrong,
+            "incomplete": seen.failed,
+            "changed texts": seen.wrong,
             "refused afterwards": seen.refused,
-            "ms that /ready is wrong": 1000 * seen.noticed,
-            "slowest look": 1000 * seen.look,
-            "s if stopped": seen.noticed_hang,
-            "s until the next is started": seen.replaced,
-            "s until the last answer then": seen.ended,
+            "ms until /ready reports it": 1000 * seen.noticed,
+            "slowest /ready, ms": 1000 * seen.look,
+            "s until a hang is reported": seen.noticed_hang,
+            "s until the next worker starts": seen.replaced,
+            "s until the last response": seen.ended,
         },
     )
 
@@ -77,18 +77,18 @@ def run(trial: Trial) -> Result:
 async def _deaths(server: Server, trial: Trial) -> Seen:
     random, seen = Random(trial.seed), Seen()
     bodies = [_body(random) for _ in range(STREAMS + QUEUED)]
-    callers = [Caller(server) for _ in bodies]
-    alone = [_text(await callers[0].ask(body)) for body in bodies]
+    connections = [ClientConnection(server) for _ in bodies]
+    alone = [_text(await connections[0].ask(body)) for body in bodies]
     watching = asyncio.create_task(_watch(server, seen))
-    await _until(lambda: bool(seen.looks))
+    await _until(lambda: bool(seen.snapshots))
     for number in range(trial.size):
         trial.say(f"G6 {number}")
         how = DEATHS[number % len(DEATHS)]
-        asking = [asyncio.create_task(_ask(*pair, seen)) for pair in zip(callers, bodies, strict=True)]
-        await _until(lambda: seen.looks[-1].running == STREAMS)
+        asking = [asyncio.create_task(_ask(*pair, seen)) for pair in zip(connections, bodies, strict=True)]
+        await _until(lambda: seen.snapshots[-1].running == STREAMS)
         await asyncio.sleep(random.uniform(0, 0.1))
         engine = server.engine()
-        gone = asyncio.create_task(_gone(engine.pid))
+        gone = asyncio.create_task(_wait_for_exit(engine.pid))
         await asyncio.sleep(0)
         start = time.monotonic()
         engine.send_signal(how)
@@ -97,32 +97,34 @@ async def _deaths(server: Server, trial: Trial) -> Seen:
         texts = await asyncio.gather(*asking)
         over = time.monotonic()
         _judge(seen, start, over, _began(server.engine().pid), how)
-        seen.wrong += sum(told is not None and told != text for told, text in zip(texts, alone, strict=True))
-        seen.refused += (await callers[0].ask({"prompt": "a", "max_tokens": 1})).status != 200
+        seen.wrong += sum(answer is not None and answer != text for answer, text in zip(texts, alone, strict=True))
+        seen.refused += (await connections[0].ask({"prompt": "a", "max_tokens": 1})).status != 200
     watching.cancel()
-    for caller in callers:
-        caller.leave()
+    for connection in connections:
+        connection.leave()
     return seen
 
 
 def _judge(seen: Seen, start: float, over: float, began: float, how: signal.Signals) -> None:
-    """What `/ready` said between a death, at `start`, and the last answer. `began`: the next engine's process."""
-    after = [look for look in seen.looks if look.ended >= start]
-    down = next((look.ended for look in after if look.status != 200), over + PATIENCE)
+    """Evaluate `/ready` between a death at `start` and the last response. `began`: start time of the next worker."""
+    after = [look for look in seen.snapshots if look.ended >= start]
+    down = next((look.ended for look in after if look.status != 200), over + TIMEOUT)
     up = next((look.ended for look in after if look.ended > down and look.status == 200), over)
-    # The time ends when the last wrong check begins: the machine decides how long a check takes.
+    # The interval ends when the last outdated check begins: the duration of a check depends on the machine.
     wrong = max((look.began - start for look in after if look.ended < down), default=0.0)
     if how == signal.SIGSTOP:
         seen.noticed_hang = max(seen.noticed_hang, wrong)
     elif wrong > seen.noticed:
         seen.noticed = wrong
-        seen.look = max(look.ended - look.began for look in after if look.ended <= down)  # as slow is the server
-    seen.replaced = max(seen.replaced, began - down)  # how long it loads is up to the machine
+        seen.look = max(
+            look.ended - look.began for look in after if look.ended <= down
+        )  # the response time of the server
+    seen.replaced = max(seen.replaced, began - down)  # without the loading time, which depends on the machine
     seen.ended = max(seen.ended, over - up)
 
 
-async def _gone(pid: int) -> float:
-    """When a process has ended. Where there is other work, that is some time after the signal."""
+async def _wait_for_exit(pid: int) -> float:
+    """Wait for the end of a process and return its time. On a busy machine it is some time after the signal."""
     file, ended = os.pidfd_open(pid), asyncio.Event()
     asyncio.get_running_loop().add_reader(file, ended.set)
     await ended.wait()
@@ -133,25 +135,25 @@ async def _gone(pid: int) -> float:
 
 
 def _began(pid: int) -> float:
-    """When a process was started, on this one's clock."""
+    """The start time of a process, on the clock of `time.monotonic`."""
     ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     return ticks / os.sysconf("SC_CLK_TCK") - time.clock_gettime(time.CLOCK_BOOTTIME) + time.monotonic()
 
 
 async def _watch(server: Server, seen: Seen) -> None:
-    """Ask `/ready` all the time."""
-    async with server.visitors() as client:
+    """Request `/ready` repeatedly."""
+    async with server.async_http() as client:
         while True:
             began = time.monotonic()
             answer = await client.get("/ready")
-            seen.looks.append(Look(began, time.monotonic(), answer.status_code, answer.json()["running"]))
+            seen.snapshots.append(Snapshot(began, time.monotonic(), answer.status_code, answer.json()["running"]))
             await asyncio.sleep(LOOK)
 
 
-async def _ask(caller: Caller, body: dict[str, Any], seen: Seen) -> str | None:
-    """The text of an answer; None if there is no whole one."""
+async def _ask(connection: ClientConnection, body: dict[str, Any], seen: Seen) -> str | None:
+    """The text of a response; None if it is missing or incomplete."""
     try:
-        reply = await caller.ask(body)
+        reply = await connection.ask(body)
     except TimeoutError:
         seen.hung += 1
         return None
@@ -172,7 +174,7 @@ def _body(random: Random) -> dict[str, Any]:
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -183,7 +185,7 @@ def repeat_after_a_crash(patch: pytest.MonkeyPatch) -> None:
 
 GATE = Gate(
     name="G6",
-    goal=f"the engine is killed, stopped, aborted under {STREAMS} streams: all end whole, none hangs, /ready says so",
+    goal=f"the worker is killed, stopped, aborted under {STREAMS} streams: all end whole, none hangs, /ready says so",
     unit="deaths",
     commit=9,
     nightly=300,

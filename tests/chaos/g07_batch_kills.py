@@ -1,7 +1,7 @@
 """G7: a batch is killed at random moments and resumed; its output has the bytes of an undisturbed run.
 
-Every other time it asks a server instead of running the model, which must make no difference. With twenty kills or more
-there are 2,000 rows, else 300.
+Every second run sends its lines to a server instead of running the model; the output must be the same. The batch has
+2,000 lines with twenty kills or more, else 300.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from . import ROOT
 from .gate import Fault, Gate, Result, Trial
 from .server import Server
 
-_PATIENCE = 600  # seconds for one command
+_TIMEOUT = 600  # seconds for one command
 _SHAPE = ("--parallel", "8", "--context", "128")
-_DONE_EARLY = 4  # times as many starts as kills, at most
+_DONE_EARLY = 4  # upper bound of starts per kill
 _CREATED = "1700000000"
 
 
 def run(trial: Trial) -> Result:
     rows = 2000 if trial.size >= 20 else 300
     random = Random(trial.seed)
-    with tempfile.TemporaryDirectory() as place, trial.serve(*_SHAPE) as server:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as temporary, trial.serve(*_SHAPE) as server:
+        folder = Path(temporary)
         source = folder / "in.jsonl"
         source.write_text("".join(f"{_row(random, row)}\n" for row in range(rows)))
         start = time.monotonic()
@@ -54,26 +54,28 @@ def run(trial: Trial) -> Result:
         {
             "rows": rows,
             "jobs": jobs,
-            "killed before, among, after the rows": "{}, {}, {}".format(*(seen[at] for at in ("start", "rows", "end"))),
+            "killed before, during, after the lines": "{}, {}, {}".format(
+                *(seen[at] for at in ("start", "rows", "end"))
+            ),
             "lost": lost,
             "repeated": repeated,
-            "other bytes": other,
-            "s untouched": whole,
+            "different outputs": other,
+            "s undisturbed": whole,
         },
     )
 
 
 def _killed(trial: Trial, source: Path, folder: Path, server: Server, whole: float) -> tuple[Counter[str], int]:
-    """Kill as often as is wanted. A job that ends before is followed by another. When it was, and how many jobs."""
+    """Kill a batch `trial.size` times. Returns the phases of the kills, and the number of batches that ran."""
     random, seen, job = Random(trial.seed), Counter[str](), 0
-    share = max(0.5, 2 * whole / max(trial.size, 1))  # so long does it live at most, beyond its start
+    share = max(0.5, 2 * whole / max(trial.size, 1))  # upper bound of its life in seconds, after it began
     for number in range(_DONE_EARLY * trial.size):
         trial.say(f"G7 {number}")
         output = folder / f"{job}.jsonl"
         journal = output.with_name(output.name + ".journal")
         before = _changed(journal)
         process = _start(trial, source, output, server if number % 2 else None)
-        if number % 3:  # else perhaps before it has come to the rows
+        if number % 3:  # every third time it may be killed before the first line
             _until(lambda process=process, journal=journal, before=before: _busy(process, journal, before))
         try:
             process.wait(random.uniform(0, share))
@@ -92,7 +94,7 @@ def _killed(trial: Trial, source: Path, folder: Path, server: Server, whole: flo
 
 
 def _changed(journal: Path) -> int:
-    """When answers were last kept."""
+    """The time of the last change of the journal, in nanoseconds; 0 without a journal."""
     return journal.stat().st_mtime_ns if journal.exists() else 0
 
 
@@ -101,7 +103,7 @@ def _busy(process: subprocess.Popen[str], journal: Path, before: int) -> bool:
 
 
 def _until(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + _PATIENCE
+    end = time.monotonic() + _TIMEOUT
     while not holds():
         assert time.monotonic() < end, "a batch hangs"
         time.sleep(0.01)
@@ -120,14 +122,14 @@ def _start(trial: Trial, source: Path, output: Path, server: Server | None) -> s
 
 def _finished(process: subprocess.Popen[str]) -> None:
     try:
-        _, said = process.communicate(timeout=_PATIENCE)
+        _, stderr_bytes = process.communicate(timeout=_TIMEOUT)
     finally:
         process.kill()
-    assert process.returncode == 0, said
+    assert process.returncode == 0, stderr_bytes
 
 
 def _row(random: Random, row: int) -> str:
-    """Mostly right, with and without a seed, bare and wrapped; some of them wrong in several ways."""
+    """A line of input: with or without a seed, with or without the batch envelope, some invalid in several ways."""
     beginning = random.choice(("Once upon a time there was", "def read(path):", "The sea was"))
     body = {"prompt": f"{beginning} {random.getrandbits(16)}", "max_tokens": random.randint(2, 8), "n": 1}
     if row % 3 == 0:
@@ -145,7 +147,7 @@ def _row(random: Random, row: int) -> str:
     return json.dumps({"custom_id": name, "method": "POST", "url": "/v1/completions", "body": body})
 
 
-def draw_anew(patch: pytest.MonkeyPatch) -> None:
+def draw_random_seeds(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BatchRequest, "seed", property(lambda _: int.from_bytes(os.urandom(3))))
 
 
@@ -156,6 +158,6 @@ GATE = Gate(
     commit=5,
     nightly=200,
     run=run,
-    fault=Fault("a row without a seed is drawn from chance", "server", draw_anew),
+    fault=Fault("a line without a seed gets a random one", "server", draw_random_seeds),
     planted=1,
 )

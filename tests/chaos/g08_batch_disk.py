@@ -1,8 +1,8 @@
 """G8: a batch has the same output after a crash at, or a failure of, any call that changes a file.
 
-The command runs in a process with a logged disk (`disk.c`). One run is logged; from the log comes what could be on
-the disk after each call (`disk.py`), and from each of those the same command goes on. Then every call is made to fail
-in turn: with a full disk, which stays full, and with an error that does not last.
+The command runs in a process whose file calls are logged (`disk.c`). From the log of one run `disk.py` computes the
+possible states of the disk after each call, and the same command resumes from each of these states. Then each call
+fails in turn: with a disk that is full and stays full, and with an error that occurs once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from . import ROOT
 from .disk import Contents, Disk, build, read_calls
 from .gate import Fault, Gate, Result, Trial
 
-_LIMIT = 3000  # seconds for all of it
+_LIMIT = 3000  # seconds for the whole gate
 _CREATED = 1_700_000_000
 _FAULTY = (b"{no", b"", b'{"prompt": "a", "stream": true}')
 OPTIONS = {"url": None, "plan": False, "restart": False, "as_json": True, "concurrency": 3, "alias": None}
@@ -57,12 +57,12 @@ def run(trial: Trial) -> Result:
     return Result(not seen["wrong"], seen)
 
 
-# ---- in the process with the watched disk
+# ---- in the process whose file calls are logged
 
 
 @dataclass
 class Bench:
-    """The same batch again and again, in a folder that is in memory if there is one."""
+    """Runs the same batch repeatedly, in a folder in memory if the system has one."""
 
     source: Path
     folder: Path
@@ -75,21 +75,21 @@ class Bench:
         return self.folder / "out.jsonl"
 
     def clear(self, contents: Contents) -> None:
-        """These files and no others."""
+        """Replace all files of the folder by `contents`."""
         for path in self.folder.iterdir():
             path.unlink()
         for name, content in contents.items():
             Path(name).write_bytes(content)
 
     def go(self) -> int | str:
-        """The command's exit status, or what it did not foresee."""
+        """The command's exit status, or the exception that it raised."""
         try:
             return batch_run.batch(self.source, None, OPTIONS | {"output": self.output})
         except Exception as problem:
             return f"{type(problem).__name__}: {problem}"
 
     def finish(self, where: str) -> None:
-        """The command completes the batch from these files, and the output is complete and correct."""
+        """Run the command from the current files, and record an error unless its output is complete and correct."""
         status = self.go()
         left = sorted(path.name for path in self.folder.iterdir())
         if status != 0 or left != ["out.jsonl"] or self.output.read_bytes() != self.want:
@@ -106,29 +106,29 @@ def main() -> None:
     if planted:
         GATE.fault.plant(patch)
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory() as place, tempfile.TemporaryDirectory(dir=memory) as folder:
-        source = Path(place, "in.jsonl")
+    with tempfile.TemporaryDirectory() as temporary, tempfile.TemporaryDirectory(dir=memory) as folder:
+        source = Path(temporary, "in.jsonl")
         source.write_bytes(b"\n".join(lines(rows, Random(seed))))
         bench = Bench(source, Path(folder), ctypes.CDLL(None))
-        states = crashes(bench, Path(place, "log"), Random(seed))
+        states = crashes(bench, Path(temporary, "log"), Random(seed))
         failures = Counter(
             full=failing(bench, errno.ENOSPC, on=True),
             io=failing(bench, errno.EIO, on=False),
         )
     first = {"first": bench.wrong[0][:300]} if bench.wrong else {}
-    told = {"states of the disk": states, "full disks": failures["full"], "failing calls": failures["io"]}
-    print(json.dumps({**told, "wrong": len(bench.wrong), **first}))
+    figures = {"states of the disk": states, "full disks": failures["full"], "failing calls": failures["io"]}
+    print(json.dumps({**figures, "wrong": len(bench.wrong), **first}))
 
 
 def lines(rows: int, random: Random) -> list[bytes]:
-    """Rows, some of them faulty."""
+    """Input lines, some of them invalid."""
     wanted = (json.dumps({"prompt": f"{random.getrandbits(40)}", "n": row % 4}).encode() for row in range(rows))
     return [_FAULTY[row // 7 % 3] if row % 7 == 6 else line for row, line in enumerate(wanted)]
 
 
 @asynccontextmanager
 async def echoing(_: object) -> AsyncIterator[SendRequest]:
-    """A server that answers at once, refuses some, and shows the seed that it is given."""
+    """A server that responds at once, refuses some requests, and echoes the request body with its seed."""
 
     async def ask(method: str, path: str, body: bytes) -> ServerReply:
         await asyncio.sleep(0)
@@ -143,7 +143,7 @@ async def echoing(_: object) -> AsyncIterator[SendRequest]:
 
 
 def crashes(bench: Bench, log: Path, random: Random) -> int:
-    """Go on from each state that the disk could have been left in. How many there were."""
+    """Resume from each possible state of the disk. Returns the number of states."""
     with log.open("wb") as file:
         bench.disk.disk_watch(str(bench.folder).encode(), file.fileno())
         assert bench.go() == 0
@@ -168,7 +168,7 @@ def crashes(bench: Bench, log: Path, random: Random) -> int:
 
 
 def failing(bench: Bench, error: int, on: bool) -> int:
-    """Each call fails in turn; then the disk is well again and the command goes on. How many calls there were."""
+    """Let each call fail in turn, and then resume without failures. Returns the number of calls."""
     number = 0
     while True:
         bench.clear({})
@@ -186,7 +186,7 @@ def failing(bench: Bench, error: int, on: bool) -> int:
         number += 1
 
 
-def forget_the_disk(patch: pytest.MonkeyPatch) -> None:
+def flush_without_fsync(patch: pytest.MonkeyPatch) -> None:
     flushed: Callable[[Any], None] = lambda file: file.flush()  # noqa: E731
     patch.setattr(journal, "_fsync", flushed)
 
@@ -198,7 +198,7 @@ GATE = Gate(
     commit=20,
     nightly=200,
     run=run,
-    fault=Fault("the output is renamed before it is on the disk", "gate", forget_the_disk),
+    fault=Fault("the output is renamed before its contents are durable", "gate", flush_without_fsync),
     planted=6,
 )
 

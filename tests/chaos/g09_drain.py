@@ -15,18 +15,18 @@ import pytest
 from afterword.transport.server import TransportServer
 
 from . import scripted_model
-from .client import Caller
+from .client import ClientConnection
 from .gate import Fault, Gate, Result, Trial
 from .server import Server
 
 STREAMS, TOKENS = 100, 250
-PATIENCE = 60.0  # seconds
+TIMEOUT = 60.0  # seconds
 _BODY: dict[str, Any] = {"prompt": "a", "max_tokens": TOKENS, "ignore_eos": True, "stream": True}
 
 
 def run(trial: Trial) -> Result:
-    """One server is ended after the other, each with all streams open."""
-    seen = {"whole": 0, "cut": 0, "not told": 0, "let in later": 0, "bad exits": 0}
+    """Send SIGTERM to `trial.size` servers one after the other, each with all streams open."""
+    seen = {"whole": 0, "cut": 0, "not reported": 0, "accepted later": 0, "bad exits": 0}
     options = ("--parallel", str(STREAMS), "--context", "512", "--drain-delay", "0.5")
     for number in range(trial.size):
         trial.say(f"G9 {number}")
@@ -35,29 +35,29 @@ def run(trial: Trial) -> Result:
             trial.serve(*options, scripted=True, variables={scripted_model.HOLD: hold.name}) as server,
         ):
             asyncio.run(_end(server, Path(hold.name), seen))
-    bad = seen["cut"] + seen["not told"] + seen["let in later"] + seen["bad exits"]
+    bad = seen["cut"] + seen["not reported"] + seen["accepted later"] + seen["bad exits"]
     return Result(not bad, {"streams": STREAMS, **seen})
 
 
 async def _end(server: Server, hold: Path, seen: dict[str, int]) -> None:
-    """Streams are open when the signal is sent: while the file `hold` exists the model waits, after all have begun."""
+    """Send the signal while all streams are open: the scripted model waits as long as the file `hold` exists."""
     begun = [asyncio.Event() for _ in range(STREAMS)]
-    async with server.visitors() as client:
+    async with server.async_http() as client:
         streams = [asyncio.create_task(_read(client, event)) for event in begun]
         await asyncio.gather(*(event.wait() for event in begun))
         server.process.send_signal(signal.SIGTERM)
-        seen["not told"] += not await _is_told(server)
+        seen["not reported"] += not await _reports_draining(server)
         hold.unlink()
         for whole in await asyncio.gather(*streams):
             seen["whole" if whole else "cut"] += 1
     with suppress(Exception):
-        await asyncio.wait_for(asyncio.to_thread(server.process.wait), PATIENCE)
+        await asyncio.wait_for(asyncio.to_thread(server.process.wait), TIMEOUT)
     seen["bad exits"] += server.process.poll() != 0
-    seen["let in later"] += (await Caller(server).ask({"prompt": "a", "max_tokens": 1})).status == 200
+    seen["accepted later"] += (await ClientConnection(server).ask({"prompt": "a", "max_tokens": 1})).status == 200
 
 
 async def _read(client: httpx.AsyncClient, begun: asyncio.Event) -> bool:
-    """Whether a stream has all its tokens and its end."""
+    """Whether a stream has its usage and its end."""
     tokens, last = 0, ""
     try:
         async with client.stream(
@@ -73,9 +73,9 @@ async def _read(client: httpx.AsyncClient, begun: asyncio.Event) -> bool:
     return last == "data: [DONE]" and tokens > 0
 
 
-async def _is_told(server: Server) -> bool:
-    """Whether a load balancer sees soon that it must go elsewhere, while requests are still answered."""
-    async with server.visitors() as client:
+async def _reports_draining(server: Server) -> bool:
+    """Whether `/ready` soon reports "draining" with status 503, so that a load balancer uses other servers."""
+    async with server.async_http() as client:
         for _ in range(100):
             with suppress(httpx.HTTPError):
                 ready = await client.get("/ready")
@@ -85,12 +85,12 @@ async def _is_told(server: Server) -> bool:
     return False
 
 
-async def leave_at_once(*_: object) -> None:
+async def return_immediately(*_: object) -> None:
     return
 
 
 def do_not_drain(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(TransportServer, "drain", leave_at_once)
+    patch.setattr(TransportServer, "drain", return_immediately)
 
 
 GATE = Gate(
@@ -100,6 +100,6 @@ GATE = Gate(
     commit=3,
     nightly=50,
     run=run,
-    fault=Fault("the server ends without waiting for anyone", "server", do_not_drain),
+    fault=Fault("the server exits without waiting for running responses", "server", do_not_drain),
     planted=1,
 )

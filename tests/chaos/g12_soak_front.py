@@ -22,7 +22,7 @@ def run(trial: Trial) -> Result:
 
 
 def _body(random: Random) -> dict[str, Any]:
-    """All kinds of requests, some of them wrong, no two alike."""
+    """A random request of one of several kinds, some of them invalid. No two requests are equal."""
     text = f"{random.getrandbits(128):032x} " * random.randint(1, 3)
     return random.choice(
         (
@@ -54,6 +54,6 @@ GATE = Gate(
     commit=10_000,
     nightly=100_000,
     run=run,
-    fault=Fault("1 kB kept of every answer", "server", keep_every_plan),
+    fault=Fault("the server keeps 1 kB for every response", "server", keep_every_plan),
     planted=2_500,
 )

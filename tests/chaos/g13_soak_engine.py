@@ -20,7 +20,7 @@ def run(trial: Trial) -> Result:
 
 
 def _body(random: Random) -> dict[str, Any]:
-    """No two prompts alike, with log probabilities, whole and streamed."""
+    """A random request with a unique prompt and log probabilities, whole or streamed."""
     text = f"{random.getrandbits(64):016x} Once upon a time " * random.randint(1, 3)
     return {"prompt": text, "max_tokens": random.randint(1, 16), "logprobs": 5, "stream": random.random() < 0.5}
 
@@ -43,6 +43,6 @@ GATE = Gate(
     commit=500,
     nightly=10_000,
     run=run,
-    fault=Fault("200 kB kept of every job", "engine", keep_of_every_job),
+    fault=Fault("the worker keeps 200 kB for every job", "engine", keep_of_every_job),
     planted=300,
 )

@@ -15,13 +15,13 @@ from afterword.models import gguf_checks, gguf_facts
 
 from .gate import Fault, Gate, Result, Trial
 from .mutations import DIED, HUNG, LIVED, REFUSED, bases, mutated
-from .server import beside
+from .server import helper_process
 
 
 def run(trial: Trial) -> Result:
-    random, fates = Random(trial.seed), Counter[str]()
+    random, results = Random(trial.seed), Counter[str]()
     surprises = 0
-    with tempfile.TemporaryDirectory() as name, beside("mutations") as loader:
+    with tempfile.TemporaryDirectory() as name, helper_process("mutations") as loader:
         folder = Path(name)
         sound = bases(folder)
         path = folder / "mutated.gguf"
@@ -30,23 +30,27 @@ def run(trial: Trial) -> Result:
             try:
                 gguf_facts.read_facts(path)
             except SettingError:
-                fates["checked"] += 1
-            except Exception:  # this process is where it would have been the server's
+                results["checked"] += 1
+            except Exception:  # in the server this exception would occur in the server's process
                 surprises += 1
             else:
-                fate = _fate(loader, path)
-                fates[fate.split()[0]] += 1
-                if trial.folder and fate.startswith((DIED, HUNG)):
+                load_result = _load_result(loader, path)
+                results[load_result.split()[0]] += 1
+                if trial.folder and load_result.startswith((DIED, HUNG)):
                     trial.folder.mkdir(parents=True, exist_ok=True)
-                    (trial.folder / f"{fate.split()[0]}-{trial.seed}-{number}.gguf").write_bytes(path.read_bytes())
+                    (trial.folder / f"{load_result.split()[0]}-{trial.seed}-{number}.gguf").write_bytes(
+                        path.read_bytes()
+                    )
             if number % 50 == 0:
-                trial.say(f"G14 {number}, {dict(fates)}")
-    figures = {"refused by us": fates["checked"], "by llama.cpp": fates[REFUSED], "loaded": fates[LIVED]}
-    ended = fates[DIED] + fates[HUNG]
-    return Result(not ended and not surprises, {**figures, "ended the engine": ended, "surprised us": surprises})
+                trial.say(f"G14 {number}, {dict(results)}")
+    figures = {"refused by the checks": results["checked"], "by llama.cpp": results[REFUSED], "loaded": results[LIVED]}
+    ended = results[DIED] + results[HUNG]
+    return Result(
+        not ended and not surprises, {**figures, "crashed the worker": ended, "crashed the checks": surprises}
+    )
 
 
-def _fate(loader: subprocess.Popen[str], path: Path) -> str:
+def _load_result(loader: subprocess.Popen[str], path: Path) -> str:
     assert loader.stdin is not None
     assert loader.stdout is not None
     loader.stdin.write(f"{path}\n")
@@ -54,8 +58,8 @@ def _fate(loader: subprocess.Popen[str], path: Path) -> str:
     return loader.stdout.readline().strip() or DIED
 
 
-def believe_the_header(patch: pytest.MonkeyPatch) -> None:
-    """All but the number of layers, which bounds the checker's own lists."""
+def disable_header_checks(patch: pytest.MonkeyPatch) -> None:
+    """Skip all checks except the number of layers, which bounds the checker's own lists."""
     for check in ("_numbers", "_types", "_tokens"):
         patch.setattr(gguf_checks, check, lambda *_: None)
 
@@ -67,6 +71,6 @@ GATE = Gate(
     commit=600,
     nightly=100_000,
     run=run,
-    fault=Fault("what llama.cpp takes for granted is not checked", "gate", believe_the_header),
+    fault=Fault("the assumptions of llama.cpp are not checked", "gate", disable_header_checks),
     planted=300,
 )

@@ -1,7 +1,7 @@
 """G15: long runs of one text, which crash or stall recursive and quadratic tokenizers, are tokenized fast and exactly.
 
-Each is first tokenized in a process of its own. Then servers are sent the longest of them, by clients that wait and by
-clients that leave, while another client's short texts and completions of one token have to be answered soon.
+Each text is first tokenized in a separate process. Then clients that wait and clients that disconnect send the longest
+texts to servers. Another client's short texts and completions of one token must be answered soon in the meantime.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from afterword.models.registry import locate, parse_spec
 from oracle import tiny
 
 from . import ROOT
-from .client import Caller
+from .client import ClientConnection
 from .gate import Fault, Gate, Result, Trial
-from .server import Server, beside
+from .server import Server, helper_process
 
-PATIENCE, SLOWEST = 60, 2.0  # seconds: before a process is given up; of the processor, for one text
-CONTEXT = 4096  # tokens, of which none spells more than the vocabulary's longest: no longer text is tokenized
-LONGEST = QueuePolicy().max_text  # characters, of any text
+TIMEOUT, SLOWEST = 60, 2.0  # seconds until a process counts as hung; CPU seconds for one text
+CONTEXT = 4096  # tokens; a text longer than this many of the longest piece cannot fit and is not tokenized
+LONGEST = QueuePolicy().max_text  # characters of a text
 LARGE = 32768  # tokens of context
 UNITS = (
     "<|endoftext|>",
@@ -66,15 +66,15 @@ UNITS = (
 )
 SIZES = (1_000, 10_000, None)
 COMMIT = len(UNITS) * len(SIZES)
-"""Bytes; None: as many as could fit the context."""
+"""`SIZES` are in bytes; None: the most that can fit the context."""
 SHARED = sorted((ROOT.parent / "shared" / "vocabs").glob("*.gguf"))
 HOSTILE = ("<|endoftext|>", "<unused7>", "<", "</s>", " ", "\n", "é", "a", "!", "<|endoftext|> a")
-ABANDONED = 2  # requests for each text, before two that are waited for
+ABANDONED = 2  # requests for each text whose clients disconnect, before two whose clients wait
 
 
 @dataclass
-class Beside:
-    """What the servers did. `slowest`: seconds that the other client waited at most."""
+class ServerFigures:
+    """Counts of responses. `slowest`: the longest wait of the other client, in seconds."""
 
     slowest: float = 0.0
     asked: int = 0
@@ -83,18 +83,18 @@ class Beside:
 
 
 def run(trial: Trial) -> Result:
-    """The built-in vocabulary first, then one like Gemma's; those beside the repository while the size reaches."""
+    """Test the built-in vocabulary, then one like Gemma's, then those of `SHARED` as far as the size suffices."""
     with tempfile.TemporaryDirectory() as folder:
         gemma = write_gemma(Path(folder, "gemma.gguf"))
-        figures = _tokenize_beside(trial, [locate(parse_spec(None)).path, gemma, *SHARED])
-        seen = Beside()
+        figures = _tokenize_in_processes(trial, [locate(parse_spec(None)).path, gemma, *SHARED])
+        seen = ServerFigures()
         length = LONGEST if trial.size > COMMIT else LONGEST // 2
         hostile = [(unit * (length // len(unit) + 1))[:length] for unit in HOSTILE[: max(1, trial.size // 6)]]
         with trial.serve("--parallel", "2") as server:
-            asyncio.run(_press(server, hostile, seen))
+            asyncio.run(_measure(server, hostile, seen))
         with trial.serve(str(gemma), "--parallel", "2", "--context", str(LARGE)) as server:
-            asyncio.run(_press(server, hostile, seen))
-    figures |= {"slowest beside s": round(seen.slowest, 2), "wrong": seen.wrong, "restarts": seen.restarts}
+            asyncio.run(_measure(server, hostile, seen))
+    figures |= {"slowest other request s": round(seen.slowest, 2), "wrong": seen.wrong, "restarts": seen.restarts}
     passed = (
         figures["texts"] == trial.size
         and not figures["died or hung"]
@@ -109,7 +109,7 @@ def run(trial: Trial) -> Result:
 
 
 def write_gemma(path: Path) -> Path:
-    """A SentencePiece model with what Gemma's vocabulary has: many tokens that are found by name, and runs."""
+    """A SentencePiece model with features of Gemma's vocabulary: user-defined tokens, and repeated characters."""
     runs = [(character * size, TokenType.USER_DEFINED) for character in "\n\t▁" for size in range(2, 32)]
     unused = [(f"<unused{number}>", TokenType.USER_DEFINED) for number in range(1000)]
     words = tiny.with_tokens(tiny.piece_vocabulary(infill=True, add_bos=True), *runs, *unused)
@@ -117,34 +117,39 @@ def write_gemma(path: Path) -> Path:
     return tiny.write_model(path, shape, words, tiny.random_weights(shape, words))
 
 
-async def _press(server: Server, hostile: list[str], seen: Beside) -> None:
+async def _measure(server: Server, hostile: list[str], seen: ServerFigures) -> None:
     other = asyncio.create_task(_ask_all_the_time(server, seen))
     for text in hostile:
-        leaving = [Caller(server).ask_and_leave({"prompt": text}, 1, "/tokenize") for _ in range(ABANDONED)]
-        asked = (Caller(server) for _ in range(2))
+        abandoned = [
+            ClientConnection(server).ask_and_disconnect({"prompt": text}, 1, "/tokenize") for _ in range(ABANDONED)
+        ]
+        asked = (ClientConnection(server) for _ in range(2))
         bodies = ({"prompt": text}, "/tokenize"), ({"prompt": text, "max_tokens": LARGE}, "/v1/completions")
         *_, first, second = await asyncio.gather(
-            *leaving, *(caller.ask(*body) for caller, body in zip(asked, bodies, strict=True))
+            *abandoned, *(connection.ask(*body) for connection, body in zip(asked, bodies, strict=True))
         )
-        seen.wrong += (first.status, second.status) != (200, 400)  # which is found out when the text is tokenized
+        seen.wrong += (first.status, second.status) != (
+            200,
+            400,
+        )  # 400: the prompt is too long, which the server knows after it has tokenized it
     other.cancel()
     await asyncio.gather(other, return_exceptions=True)
     seen.restarts += server.load()["restarts"]
     seen.wrong += not seen.asked
 
 
-async def _ask_all_the_time(server: Server, seen: Beside) -> None:
-    caller = Caller(server)
+async def _ask_all_the_time(server: Server, seen: ServerFigures) -> None:
+    connection = ClientConnection(server)
     while True:
         for body, path in (({"prompt": "the cat"}, "/tokenize"), ({"prompt": "a", "max_tokens": 1}, "/v1/completions")):
             start = time.monotonic()
-            reply = await caller.ask(body, path)
+            reply = await connection.ask(body, path)
             seen.slowest = max(seen.slowest, time.monotonic() - start)
             seen.asked += 1
             seen.wrong += reply.status != 200
 
 
-def _tokenize_beside(trial: Trial, vocabularies: list[Path]) -> dict[str, float]:
+def _tokenize_in_processes(trial: Trial, vocabularies: list[Path]) -> dict[str, float]:
     figures = {"vocabularies": 0, "texts": 0, "died or hung": 0, "changed": 0, "slowest s": 0.0}
     tried = 0
     for path in vocabularies:
@@ -163,7 +168,7 @@ def _try_all(path: Path, cases: list[tuple[str, int | None]], planted: bool, fig
     waiting = iter(cases)
     left = True
     while left:
-        with beside("g15_tokenizer", str(path), *(["planted"] if planted else [])) as process:
+        with helper_process("g15_tokenizer", str(path), *(["planted"] if planted else [])) as process:
             left = False
             for unit, size in waiting:
                 answer = _ask(process, unit, size)
@@ -179,8 +184,8 @@ def _try_all(path: Path, cases: list[tuple[str, int | None]], planted: bool, fig
 def _ask(process: subprocess.Popen[str], unit: str, size: int | None) -> tuple[bool, float] | None:
     assert process.stdin is not None
     assert process.stdout is not None
-    impatience = threading.Timer(PATIENCE, process.kill)
-    impatience.start()
+    kill_timer = threading.Timer(TIMEOUT, process.kill)
+    kill_timer.start()
     try:
         process.stdin.write(json.dumps([unit, size]) + "\n")
         process.stdin.flush()
@@ -188,16 +193,16 @@ def _ask(process: subprocess.Popen[str], unit: str, size: int | None) -> tuple[b
     except BrokenPipeError:
         line = ""
     finally:
-        impatience.cancel()
+        kill_timer.cancel()
     return tuple(json.loads(line)) if line else None
 
 
 def main() -> None:
-    """The process that may die: a unit and a size a line in; whether the text came back whole, and seconds, out."""
+    """May crash. Reads a unit and a size per line; writes whether the round trip is exact, and seconds."""
     path, *planted = sys.argv[1:]
     if planted:
         GATE.fault.plant(pytest.MonkeyPatch())
-    threading.stack_size(stack_bytes("a" * LONGEST))  # as the engine's process does
+    threading.stack_size(stack_bytes("a" * LONGEST))  # as the worker does
     thread = threading.Thread(target=_tokenize_all, args=(path,))
     thread.start()
     thread.join()
@@ -213,14 +218,14 @@ def _tokenize_all(path: str) -> None:
     for line in sys.stdin:
         unit, size = json.loads(line)
         text = unit * min(LONGEST // len(unit), max(1, (size or CONTEXT * longest) // len(unit.encode())))
-        start = time.thread_time()  # others use the machine too
+        start = time.thread_time()  # CPU time, because other programs use the machine
         tokens = vocabulary.tokenize(text, True)
         seconds = time.thread_time() - start
         spelled = b"".join(pieces[token] for token in tokens)
         print(json.dumps([text.encode() in (spelled, spelled[1:]), seconds]), flush=True)
 
 
-def keep_one_line(patch: pytest.MonkeyPatch) -> None:
+def tokenize_in_one_queue(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Vocabulary, "parts", lambda self, text, special: iter([self._ids(text.encode(), special)]))
     patch.setattr(
         TokenizerThreads, "add", lambda self, message: (self._wanted.add(message.call), self._short.put(message))
@@ -234,7 +239,9 @@ GATE = Gate(
     commit=COMMIT,
     nightly=COMMIT * (2 + len(SHARED)),
     run=run,
-    fault=Fault("texts wait in one line, and llama.cpp finds their special tokens", "engine", keep_one_line),
+    fault=Fault(
+        "all texts wait in one queue, and llama.cpp finds their special tokens", "engine", tokenize_in_one_queue
+    ),
     planted=6,
 )
 

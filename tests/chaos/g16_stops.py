@@ -13,7 +13,7 @@ from completion.test_text_stream import before_stop, read
 from .gate import Fault, Gate, Result, Trial
 
 LETTERS = ("a", "a", "b", " ", "é", "漢", "😀", "\ufffd", "e\u0301", "\u0301", "\u200d", "\x00")
-"""Few, so that stops are found."""
+"""Few characters, so that stop strings occur often."""
 BROKEN = (b"\x80", b"\xc3", b"\xe2\x82", b"\xf0\x9f\x98", b"\xff", b"\xed\xa0\x80", b"\xc0\x80", b"\xf5")
 
 

@@ -11,47 +11,47 @@ import pytest
 
 from afterword.engine.core import prefix_cache
 
-from .client import Caller, crowd
+from .client import ClientConnection, run_concurrently
 from .gate import Fault, Gate, Result, Trial
 from .server import Server
 
 CLIENTS, KNOWN = 64, 24
 BEGINNING = "Once upon a time there was a little girl who had a secret word, and the word was "
-"""Long enough for the prefix cache to share it; what follows is each one's own."""
+"""Long enough for the prefix cache to share it. A unique word follows it in each prompt."""
 
 Body = dict[str, Any]
 
 
 def run(trial: Trial) -> Result:
     with trial.serve("--parallel", "16", "--context", "256") as server:
-        return asyncio.run(_listen(server, trial))
+        return asyncio.run(_check_all(server, trial))
 
 
-async def _listen(server: Server, trial: Trial) -> Result:
-    """Half of the prompts have been asked alone before, so the whole answer is known; the others come once."""
+async def _check_all(server: Server, trial: Trial) -> Result:
+    """Half of the prompts were sent alone before, so their responses are known. The other prompts are sent once."""
     known = [_body(f"{Random(number).getrandbits(64):016x}") for number in range(KNOWN)]
-    alone = Caller(server)
-    answers = [_told(await alone.ask(body)) for body in known]
+    alone = ClientConnection(server)
+    answers = [_content(await alone.ask(body)) for body in known]
     alone.leave()
-    seen = {"foreign words": 0, "other answers": 0, "left": 0}
+    seen = {"foreign text": 0, "changed responses": 0, "disconnected": 0}
 
-    async def visit(caller: Caller, item: tuple[int | None, Body, bool]) -> None:
+    async def send_item(connection: ClientConnection, item: tuple[int | None, Body, bool]) -> None:
         number, body, leaves = item
         if leaves:
-            seen["left"] += 1
-            await caller.ask_and_leave(body | {"stream": True}, 1)
+            seen["disconnected"] += 1
+            await connection.ask_and_disconnect(body | {"stream": True}, 1)
             return
-        told = _told(await caller.ask(body))
-        if not told.startswith(body["prompt"]):
-            seen["foreign words"] += 1
-        elif number is not None and told != answers[number]:
-            seen["other answers"] += 1
+        content = _content(await connection.ask(body))
+        if not content.startswith(body["prompt"]):
+            seen["foreign text"] += 1
+        elif number is not None and content != answers[number]:
+            seen["changed responses"] += 1
 
-    await crowd(server, _visits(known, trial), visit, CLIENTS)
-    return Result(not seen["foreign words"] and not seen["other answers"], {"at once": CLIENTS, **seen})
+    await run_concurrently(server, _items(known, trial), send_item, CLIENTS)
+    return Result(not seen["foreign text"] and not seen["changed responses"], {"at once": CLIENTS, **seen})
 
 
-def _visits(known: list[Body], trial: Trial) -> Iterator[tuple[int | None, Body, bool]]:
+def _items(known: list[Body], trial: Trial) -> Iterator[tuple[int | None, Body, bool]]:
     random = Random(trial.seed)
     for done in range(trial.size):
         number = random.randrange(KNOWN) if random.random() < 0.5 else None
@@ -64,7 +64,7 @@ def _body(word: str) -> Body:
     return {"prompt": f"{BEGINNING}{word}.", "max_tokens": 8, "temperature": 0, "echo": True, "logprobs": 1}
 
 
-def _told(reply: Any) -> str:
+def _content(reply: Any) -> str:
     assert reply.status == 200, reply.body
     (choice,) = reply.json()["choices"]
     return f"{choice['text']}{choice['logprobs']['token_logprobs']}"

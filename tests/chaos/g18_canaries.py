@@ -17,7 +17,7 @@ import pytest
 from afterword.api.routes import completions
 from afterword.completion import request
 
-from .client import Caller, Reply, crowd
+from .client import ClientConnection, Reply, run_concurrently
 from .gate import Fault, Gate, Result, Trial
 from .server import Server
 
@@ -39,27 +39,27 @@ def run(trial: Trial) -> Result:
         variables = {"HF_TOKEN": SECRET, "OPENAI_API_KEY": SECRET, "TMPDIR": name}
         arguments = ("--parallel", "8", "--context", "256", "--api-key-file", str(keys), "--log", str(log))
         with trial.serve(*arguments, scripted=True, variables=variables, key=None) as server:
-            told = asyncio.run(_provoke(server.with_key(key), trial))
-            seen = _processes(server) | {"stderr": server.said}
+            errors = asyncio.run(_provoke(server.with_key(key), trial))
+            seen = _processes(server) | {"stderr": server.stderr_bytes}
         seen |= {"log": log.read_bytes(), "files": _files(folder, keys)}
         lines = len(seen["log"].splitlines())
-    hits = [place for place, content in (seen | {"errors": told}).items() if b"canary" in content]
+    hits = [source for source, content in (seen | {"errors": errors}).items() if b"canary" in content]
     return Result(
-        not hits and lines >= trial.size, {"places": len(seen) + 1, "log lines": lines, "hits": ", ".join(hits) or 0}
+        not hits and lines >= trial.size, {"sources": len(seen) + 1, "log lines": lines, "hits": ", ".join(hits) or 0}
     )
 
 
 def _processes(server: Server) -> dict[str, bytes]:
     """The facts that the system shows about the server's processes, without the server's own environment."""
     children = psutil.Process(server.pid).children(recursive=True)
-    places = {f"arguments of {process.pid}": Path(f"/proc/{process.pid}/cmdline") for process in children}
-    places |= {f"environment of {process.pid}": Path(f"/proc/{process.pid}/environ") for process in children}
-    places["arguments"] = Path(f"/proc/{server.pid}/cmdline")
-    return {place: _read(path) for place, path in places.items()}
+    files = {f"arguments of {process.pid}": Path(f"/proc/{process.pid}/cmdline") for process in children}
+    files |= {f"environment of {process.pid}": Path(f"/proc/{process.pid}/environ") for process in children}
+    files["arguments"] = Path(f"/proc/{server.pid}/cmdline")
+    return {source: _read(path) for source, path in files.items()}
 
 
 def _read(path: Path) -> bytes:
-    """What anyone with our rights can read there."""
+    """The bytes of the file; empty if this user may not read it."""
     try:
         return path.read_bytes()
     except PermissionError:
@@ -67,47 +67,49 @@ def _read(path: Path) -> bytes:
 
 
 def _files(folder: Path, keys: Path) -> bytes:
-    """What the server may have left in its folder for temporary files, names included."""
+    """The names and contents of files that the server left in its folder for temporary files."""
     found = [path for path in folder.rglob("*") if path.is_file() and path != keys]
     return b"\n".join(str(path).encode() + path.read_bytes() for path in found)
 
 
 async def _provoke(server: Server, trial: Trial) -> bytes:
-    """Good and bad requests with canaries in every text; then a dead engine under them. Returns all errors' bodies."""
-    told: list[bytes] = []
+    """Send valid and invalid requests with canaries in every text, then kill the worker. Returns all errors' bodies."""
+    errors: list[bytes] = []
 
-    async def visit(caller: Caller, body: Body | bytes) -> None:
-        reply = await caller.ask(body)
-        told.append(_told(reply))
+    async def send_item(connection: ClientConnection, body: Body | bytes) -> None:
+        reply = await connection.ask(body)
+        errors.append(_content(reply))
 
-    await crowd(server, _bodies(trial), visit, AT_ONCE)
-    await _wrong_keys(server, told)
+    await run_concurrently(server, _bodies(trial), send_item, AT_ONCE)
+    await _wrong_keys(server, errors)
     _no_http(server)
-    asking = [asyncio.create_task(Caller(server).ask(_good(f"canary-{number}", stream=True))) for number in range(4)]
+    asking = [
+        asyncio.create_task(ClientConnection(server).ask(_good(f"canary-{number}", stream=True))) for number in range(4)
+    ]
     await asyncio.sleep(0.05)
     server.engine().kill()
-    told += [_told(await each) for each in asking]
+    errors += [_content(await each) for each in asking]
     async with asyncio.timeout(30):
         while (await asyncio.to_thread(server.load))["status"] != "ready":
             await asyncio.sleep(0.1)
-    return b"\n".join(told)
+    return b"\n".join(errors)
 
 
-def _told(reply: Reply) -> bytes:
-    """An error's body; of an answer, nothing: it may have what was asked."""
+def _content(reply: Reply) -> bytes:
+    """The body of an error; empty for a completion, which may contain its own prompt."""
     return b"" if reply.status == 200 else reply.body
 
 
-async def _wrong_keys(server: Server, told: list[bytes]) -> None:
+async def _wrong_keys(server: Server, errors: list[bytes]) -> None:
     for key in ("sk-canary-canary-canary", "canary", "canary " * 100, "sk-canary-\xe9"):
-        caller = Caller(server.with_key(key))
-        reply = await caller.ask({"prompt": "x"})
-        told.append(reply.body.replace(b"sk-canar", b""))  # the first 8 characters are shown, as the API does
-        caller.leave()
+        connection = ClientConnection(server.with_key(key))
+        reply = await connection.ask({"prompt": "x"})
+        errors.append(reply.body.replace(b"sk-canar", b""))  # the first 8 characters are shown, as the API does
+        connection.leave()
 
 
 def _no_http(server: Server) -> None:
-    """Bytes that are not even a request."""
+    """Send bytes that are not a request."""
     for data in (
         b"canary canary\r\n\r\n",
         b"GET /canary HTTP/9.9\r\ncanary: canary\r\n\r\n",
@@ -153,7 +155,7 @@ def _bodies(trial: Trial) -> Iterator[Body | bytes]:
 
 
 def log_what_is_refused(patch: pytest.MonkeyPatch) -> None:
-    """A tempting thing to write when one looks for a bug."""
+    """A realistic mistake of a developer who looks for a bug."""
 
     def parse(body: bytes, limits: Any) -> request.CompletionRequest:
         try:

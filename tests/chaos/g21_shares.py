@@ -1,4 +1,4 @@
-"""G21: one key holds all sequences, in every possible way: another key's short requests begin within few passes."""
+"""G21: one key holds all sequences, in each possible way. Another key's short requests begin within few passes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import pytest
 
 from afterword.engine.core.scheduler import Scheduler
 
-from .client import Caller
+from .client import ClientConnection
 from .gate import Fault, Gate, Result, Trial
 from .server import Server
 
 SEQUENCES, LONG = 16, 2000
 PASSES = 100
-"""The most that may be computed while a short request is under way: a sample is protected for 16 after a pause, and
-some are computed while the request and its answer are on their way."""
+"""Upper bound of forward passes during a short request. A sample is protected for 16 passes after a preemption, and the
+worker computes some passes while the request and its response are transferred."""
 _GREEDY, _POLITE = "sk-greedy-000000", "sk-polite-000000"
 _LONG = {"max_tokens": LONG, "ignore_eos": True, "temperature": 1, "seed": 7}
 _HELD_SECONDS = 20.0
@@ -39,10 +39,10 @@ def run(trial: Trial) -> Result:
         keys.chmod(0o600)
         sizes = ("--parallel", str(SEQUENCES), "--context", "2048", "--limit=queue_seconds=5")
         with trial.serve(*sizes, "--api-key-file", str(keys)) as server:
-            return asyncio.run(_press(server.with_key(_GREEDY), trial))
+            return asyncio.run(_measure(server.with_key(_GREEDY), trial))
 
 
-async def _press(greedy: Server, trial: Trial) -> Result:
+async def _measure(greedy: Server, trial: Trial) -> Result:
     polite = greedy.with_key(_POLITE)
     passes: list[int] = []
     failed = 0
@@ -54,7 +54,7 @@ async def _press(greedy: Server, trial: Trial) -> Result:
             failed += took is None
             passes += [took] if took is not None else []
             if took is None:
-                break  # with the bug, each would wait for as long
+                break  # with the planted bug each further request would wait as long
         await holding()
         await _until(greedy, running=0)
         if failed:
@@ -62,14 +62,14 @@ async def _press(greedy: Server, trial: Trial) -> Result:
     others, counted = await _compare(greedy, polite) if not failed else (0, 0)
     figures = {
         "failed": failed,
-        "passes while one is under way": f"median {median(passes or [0]):.0f}, at most {max(passes or [0])}",
-        "beside a request that is compared": counted,
-        "other answers": others,
+        "passes during one": f"median {median(passes or [0]):.0f}, at most {max(passes or [0])}",
+        "during the compared request": counted,
+        "changed choices": others,
     }
     return Result(not failed and not others and max(passes, default=0) <= PASSES, figures)
 
 
-# ---- ways to hold all sequences; each returns how to end it
+# ---- ways to hold all sequences; each returns a function that ends it
 
 
 async def _many_samples(server: Server) -> Callable[[], Any]:
@@ -85,7 +85,7 @@ async def _many_requests(server: Server) -> Callable[[], Any]:
 
 
 async def _requests(server: Server, bodies: list[Body]) -> Callable[[], Any]:
-    tasks = [asyncio.create_task(Caller(server).ask(_LONG | body)) for body in bodies]
+    tasks = [asyncio.create_task(ClientConnection(server).ask(_LONG | body)) for body in bodies]
     await _until(server, running=SEQUENCES)
 
     async def end() -> None:
@@ -99,7 +99,7 @@ async def _requests(server: Server, bodies: list[Body]) -> Callable[[], Any]:
 async def _batch_row(server: Server) -> Callable[[], Any]:
     row = {"custom_id": "1", "method": "POST", "url": "/v1/completions"}
     body = _LONG | {"model": server.model, "prompt": "Once upon a time", "n": SEQUENCES}
-    async with server.visitors() as http:
+    async with server.async_http() as http:
         files = {"file": ("rows.jsonl", json.dumps(row | {"body": body}).encode())}
         file = (await http.post("/v1/files", files=files, data={"purpose": "batch"})).json()["id"]
         made = {"input_file_id": file, "endpoint": "/v1/completions", "completion_window": "24h"}
@@ -107,7 +107,7 @@ async def _batch_row(server: Server) -> Callable[[], Any]:
     await _until(server, running=SEQUENCES)
 
     async def end() -> None:
-        async with server.visitors() as http:
+        async with server.async_http() as http:
             (await http.post(f"/v1/batches/{batch}/cancel")).raise_for_status()
 
     return end
@@ -116,16 +116,16 @@ async def _batch_row(server: Server) -> Callable[[], Any]:
 _WAYS = {"n": _many_samples, "best_of": _candidates, "requests": _many_requests, "batch": _batch_row}
 
 
-# ---- what others see
+# ---- measurements of other clients
 
 
 async def _short(server: Server, text: str) -> int | None:
-    """Ask for one token; the passes that were computed meanwhile, or None if there was no answer."""
-    async with server.visitors() as http:
+    """Request one token. Returns the number of forward passes until its response, or None without a response."""
+    async with server.async_http() as http:
         before = await _passes(http)
-        caller = Caller(server)
-        reply = await caller.ask({"prompt": f"A short request: {text}", "max_tokens": 1})
-        caller.leave()
+        connection = ClientConnection(server)
+        reply = await connection.ask({"prompt": f"A short request: {text}", "max_tokens": 1})
+        connection.leave()
         return await _passes(http) - before if reply.status == 200 else None
 
 
@@ -135,22 +135,24 @@ async def _passes(http: httpx.AsyncClient) -> int:
 
 
 async def _until(server: Server, running: int) -> None:
-    """Wait until so many sequences are in use. Raises `TimeoutError` where that never is."""
-    async with server.visitors() as http, asyncio.timeout(_HELD_SECONDS):
+    """Wait until this many sequences are in use. Raises `TimeoutError` after `_HELD_SECONDS`."""
+    async with server.async_http() as http, asyncio.timeout(_HELD_SECONDS):
         while (await http.get("/ready")).json()["running"] != running:
             await asyncio.sleep(0.02)
 
 
 async def _whole(server: Server) -> list[Body]:
-    async with server.visitors(timeout=120) as http:
+    async with server.async_http(timeout=120) as http:
         answer = await http.post("/v1/completions", json=_SAME | {"logprobs": 2})
     choices: list[Body] = answer.json()["choices"]
     return choices
 
 
 async def _compare(server: Server, other: Server) -> tuple[int, int]:
-    """The same request alone, and while short ones of another key come one after the other: what differs, and of how
-    many short ones it was disturbed."""
+    """Send a request alone, and again while another key sends short requests one after the other.
+
+    Returns the number of choices that differ, and the number of short requests.
+    """
     undisturbed = await _whole(server)
     whole, count = asyncio.create_task(_whole(server)), 0
     await _until(server, running=SEQUENCES)
@@ -159,7 +161,7 @@ async def _compare(server: Server, other: Server) -> tuple[int, int]:
     return sum(a != b for a, b in zip(undisturbed, await whole, strict=True)), count
 
 
-def pause_nothing(patch: pytest.MonkeyPatch) -> None:
+def disable_preemption(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Scheduler, "_victims", lambda *_: [])
 
 
@@ -170,6 +172,6 @@ GATE = Gate(
     commit=24,
     nightly=2_000,
     run=run,
-    fault=Fault("nothing is paused for a client that waits", "engine", pause_nothing),
+    fault=Fault("no sequence is preempted for a waiting client", "engine", disable_preemption),
     planted=8,
 )

@@ -14,7 +14,7 @@ from afterword.engine import messages
 from afterword.engine.core.engine_loop import EngineLoop
 from afterword.engine.core.step_buffer import StepBuffer
 
-from .client import Caller, crowd
+from .client import ClientConnection, run_concurrently
 from .gate import Fault, Gate, Result, Trial
 from .server import Server
 
@@ -26,7 +26,7 @@ _LONG: dict[str, Any] = {"prompt": "Once upon a time", "n": SEQUENCES, "max_toke
 
 @dataclass
 class Tally:
-    """What came back: whole answers, others by their status, and bodies that differ from the first of their prompt."""
+    """Counts: whole responses, errors by status, and responses that differ from the first one of their prompt."""
 
     whole: int = 0
     others: dict[int, int] = field(default_factory=dict)
@@ -34,14 +34,14 @@ class Tally:
     first: dict[int, str] = field(default_factory=dict)
 
     def add(self, status: int, body: bytes, index: int) -> None:
-        """Count an answer. All choices of all answers to one prompt have the same numbers."""
+        """Count a response. All choices of all responses to one prompt must have the same numbers."""
         if status != 200:
             self.others[status] = self.others.get(status, 0) + 1
             return
         self.whole += 1
         for choice in json.loads(body)["choices"]:
-            told = json.dumps(choice["logprobs"])
-            self.differ += self.first.setdefault(index, told) != told
+            scores = json.dumps(choice["logprobs"])
+            self.differ += self.first.setdefault(index, scores) != scores
 
 
 def run(trial: Trial) -> Result:
@@ -52,20 +52,20 @@ def run(trial: Trial) -> Result:
 async def _score(server: Server, trial: Trial) -> Result:
     engine, tally = server.engine().pid, Tally()
     for index, prompt in enumerate(_PROMPTS):  # cold
-        reply = await Caller(server).ask(_SCORED | {"prompt": prompt})
+        reply = await ClientConnection(server).ask(_SCORED | {"prompt": prompt})
         tally.add(reply.status, reply.body, index)
-    busy = asyncio.create_task(Caller(server).ask(_LONG))
-    await asyncio.sleep(0.3)  # all sequences are taken now
+    busy = asyncio.create_task(ClientConnection(server).ask(_LONG))
+    await asyncio.sleep(0.3)  # all sequences are in use now
     start = time.monotonic()
 
-    async def visit(caller: Caller, number: int) -> None:
+    async def send_item(connection: ClientConnection, number: int) -> None:
         index = number % len(_PROMPTS)
-        reply = await caller.ask(_SCORED | {"prompt": _PROMPTS[index], "stream": number % 8 == 7})
+        reply = await connection.ask(_SCORED | {"prompt": _PROMPTS[index], "stream": number % 8 == 7})
         tally.add(*((reply.status, reply.body) if number % 8 != 7 else _streamed(reply.status, reply.body)), index)
         trial.say(f"G24 {tally.whole}")
 
-    await crowd(server, range(trial.size), visit, trial.size)
-    several = await Caller(server).ask(_SCORED | {"prompt": [_PROMPTS[0]] * LIST, "logprobs": 5})
+    await run_concurrently(server, range(trial.size), send_item, trial.size)
+    several = await ClientConnection(server).ask(_SCORED | {"prompt": [_PROMPTS[0]] * LIST, "logprobs": 5})
     taken = time.monotonic() - start
     long = await busy
     replaced = server.engine().pid != engine
@@ -81,14 +81,14 @@ async def _score(server: Server, trial: Trial) -> Result:
 
 
 def _streamed(status: int, body: bytes) -> tuple[int, bytes]:
-    """A stream of one choice as a whole answer: its first event has the prompt."""
+    """The first event of a stream, which has the prompt's scores, as if it were a whole response."""
     if status != 200 or not body.endswith(b"data: [DONE]\n\n"):
         return 0 if status == 200 else status, body
     return status, body.split(b"\n\n")[0].removeprefix(b"data: ")
 
 
-def report_at_once(patch: pytest.MonkeyPatch) -> None:
-    """All that is known is sent in one frame. The bound of a frame is as much smaller as this gate is."""
+def send_scores_at_once(patch: pytest.MonkeyPatch) -> None:
+    """All cached scores are sent in one frame. The limit of a frame is reduced in proportion to this gate's size."""
     pack = messages.pack
 
     def bounded(message: messages.ServerMessage) -> bytes:
@@ -111,6 +111,6 @@ GATE = Gate(
     commit=32,
     nightly=700,
     run=run,
-    fault=Fault("all that is known is sent at once", "engine", report_at_once),
+    fault=Fault("all cached scores are sent in one frame", "engine", send_scores_at_once),
     planted=32,
 )

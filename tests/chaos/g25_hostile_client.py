@@ -1,4 +1,4 @@
-"""G25: one hostile client sends large texts, scores, answers and samples in turns; 20 good ones stream and score."""
+"""G25: one hostile client sends large texts, scores, responses and samples in turn; 20 others stream and score."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ import pytest
 from afterword.api.responses.time_slices import TimeSlices
 from oracle.tiny import write_tiny
 
-from .client import Caller, Reply, late
+from .client import ClientConnection, Reply, p99
 from .disturbance import Disturb, disturb, disturbance
 from .gate import Fault, Gate, Result, Trial
 from .server import Server
 
 GOOD, KEYS, HOSTILE = 20, ("good-0123456789", "well-0123456789"), "hostile-0123456789"
 ROUNDS = 3
-"""Quiet and hostile periods take turns, so that both meet what else the machine does; of each the median counts."""
+"""Quiet and hostile periods alternate, so that other load on the machine affects both. The median of each counts."""
 MOST = 4
-"""Times as long as in a quiet period the first tokens may take. Over 60 seconds they take at most twice as long; the
-periods here are of seconds, and the burst at the beginning counts."""
-SETTLING = 2.0  # seconds in which what the hostile client has left behind ends, before a quiet period is measured
-CONTEXT = 512  # the second model has no more
+"""Allowed ratio of the times to first token in hostile and quiet periods. Over 60 seconds the ratio is at most 2; the
+periods here last some seconds, so the burst at the beginning has more weight."""
+SETTLING = 2.0  # seconds before a quiet period, in which the hostile client's last requests end
+CONTEXT = 512  # the second model's longest
 _STREAM: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 16, "stream": True, "ignore_eos": True}
 _SCORE: dict[str, Any] = {"prompt": "Once upon a time there was a fox", "echo": True, "logprobs": 5, "max_tokens": 0}
 _IDS = [(7 * i) % 200 + 1 for i in range(CONTEXT - 24)]
 
 
 def hostile_requests() -> Iterator[tuple[str, Any]]:
-    """Paths and bodies: of each of the four kinds in turn, one after the other."""
+    """Paths and bodies, of each of the four kinds in turn."""
     texts = ["<|endoftext|>" * 190_000, "<" * 700_000, " " * 1_300_000, "ab" * 500_000]
     for number in count():
         text = texts[number % len(texts)]
@@ -55,28 +55,28 @@ def hostile_requests() -> Iterator[tuple[str, Any]]:
 def run(trial: Trial) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         second = write_tiny(Path(folder) / "second.gguf", vocabulary="spm")
-        results = {name: _beside(trial, model) for name, model in (("built-in", []), ("second", [str(second)]))}
+        results = {name: _run_with_model(trial, model) for name, model in (("built-in", []), ("second", [str(second)]))}
     figures: dict[str, int | float | str] = {}
     for name, result in results.items():
         figures |= {f"{name}: {each}": value for each, value in result.figures.items()}
     return Result(all(result.passed for result in results.values()), figures)
 
 
-def _beside(trial: Trial, model: list[str]) -> Result:
+def _run_with_model(trial: Trial, model: list[str]) -> Result:
     keys = [word for key in (*KEYS, HOSTILE) for word in ("--api-key", key)]
     size = trial.size / 2 / ROUNDS  # seconds of each period, for each of two models
     with trial.serve(*model, "--parallel", "8", "--context", str(CONTEXT), *keys) as server:
         engine, quiet, hostile, requests = server.engine().pid, [], [], 0
         for number in range(ROUNDS):
             trial.say(f"G25 {number}")
-            asyncio.run(_ask_well(server, SETTLING))
-            quiet.append(asyncio.run(_ask_well(server, size)))
+            asyncio.run(_measure_good_clients(server, SETTLING))
+            quiet.append(asyncio.run(_measure_good_clients(server, size)))
             with disturbance("g25_hostile_client", server) as sent:
-                hostile.append(asyncio.run(_ask_well(server, size)))
+                hostile.append(asyncio.run(_measure_good_clients(server, size)))
             requests += sent[0]
         replaced = server.engine().pid != engine
     failed = sum(times.count(None) for times in quiet + hostile)
-    before, during = (median(late(times) for times in periods) for periods in (quiet, hostile))
+    before, during = (median(p99(times) for times in periods) for periods in (quiet, hostile))
     figures = {
         "answers": sum(len(times) for times in quiet + hostile),
         "failed": failed,
@@ -88,19 +88,19 @@ def _beside(trial: Trial, model: list[str]) -> Result:
     return Result(not failed and not replaced and requests > 0 and soon, figures)
 
 
-async def _ask_well(server: Server, seconds: float) -> list[float | None]:
-    """Seconds to the first token of every answer of the good clients, streamed and scored by turns; None: it failed."""
+async def _measure_good_clients(server: Server, seconds: float) -> list[float | None]:
+    """Seconds to the first token of each response to good clients, streamed and scored in turn; None: it failed."""
     times: list[float | None] = []
     end = time.monotonic() + seconds
 
     async def ask(number: int) -> None:
-        caller = Caller(server.with_key(KEYS[number % len(KEYS)]))
+        connection = ClientConnection(server.with_key(KEYS[number % len(KEYS)]))
         for body in cycle((_STREAM, _SCORE)):
             if time.monotonic() >= end:
                 break
-            reply = await caller.ask(body)
+            reply = await connection.ask(body)
             times.append(reply.first if _whole(reply, body) else None)
-        caller.leave()
+        connection.leave()
 
     await asyncio.gather(*(ask(number) for number in range(GOOD)))
     return times
@@ -110,13 +110,13 @@ def _whole(reply: Reply, body: dict[str, Any]) -> bool:
     return reply.status == 200 and ("stream" not in body or reply.events()[-1] == "[DONE]")
 
 
-def be_hostile(port: int) -> None:
-    """Until a line comes in. Three requests are under way at a time; two of three are abandoned after a second."""
+def send_hostile_requests(port: int) -> None:
+    """Send requests until a line arrives on stdin: three at a time, of which two are abandoned after a second."""
     encoded = (
         (path, body if isinstance(body, bytes) else json.dumps(body).encode()) for path, body in hostile_requests()
     )
 
-    def asker(patience: float) -> Disturb:
+    def asker(timeout: float) -> Disturb:
         async def ask(count: Callable[[], None]) -> None:
             for path, body in encoded:
                 head = (
@@ -127,7 +127,7 @@ def be_hostile(port: int) -> None:
                 writer.write(head.encode() + body)
                 count()
                 with suppress(TimeoutError, OSError):
-                    async with asyncio.timeout(patience):
+                    async with asyncio.timeout(timeout):
                         while await reader.read(2**16):
                             pass
                 writer.transport.abort()
@@ -137,8 +137,8 @@ def be_hostile(port: int) -> None:
     disturb(asker(1.0), asker(1.0), asker(10.0))
 
 
-def make_answers_in_one_go(patch: pytest.MonkeyPatch) -> None:
-    """A large answer is made without letting other tasks run, and a little more slowly."""
+def serialize_without_yielding(patch: pytest.MonkeyPatch) -> None:
+    """A large response is serialized without running other tasks in between, and a little more slowly."""
 
     async def after(self: TimeSlices, work: int = 1) -> None:
         self._done += work
@@ -156,9 +156,9 @@ GATE = Gate(
     commit=18,
     nightly=120,
     run=run,
-    fault=Fault("a large answer is made in one go", "server", make_answers_in_one_go),
+    fault=Fault("a large response is serialized without yielding", "server", serialize_without_yielding),
     planted=18,
 )
 
 if __name__ == "__main__":
-    be_hostile(int(sys.argv[1]))
+    send_hostile_requests(int(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""What a gate is: a goal, how much of it is tried, and the bug that it must catch."""
+"""The parts of a gate: a goal, a size, a function that tests the goal, and a planted bug that the gate must catch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Figure = int | float | str
 class Fault:
     """A deliberate bug: a description, and the patch that adds it to the process that `where` names.
 
-    "gate": the gate's own process, for gates that need no server; undone afterwards.
+    "gate": the gate's own process, for gates without a server; the patch is undone afterwards.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came out. `figures` go into the table, in order."""
+    """The outcome of a gate. The table shows `figures` in this order."""
 
     passed: bool
     figures: Mapping[str, Figure]
@@ -40,13 +40,13 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One run of a gate: how much, from which seed, and on what servers. `planted` is for `serve`, not for gates."""
+    """One run of a gate: its size, its seed and its servers. Only `serve` reads `planted`; gates must not."""
 
     size: int
     seed: int = 1
     planted: str | None = None
-    folder: Path | None = None  # for what a gate draws or keeps; None: nowhere
-    say: Callable[[str], None] = field(default=lambda _: None)  # progress, in a few words
+    folder: Path | None = None  # for pictures and files that a gate keeps; None: keep nothing
+    say: Callable[[str], None] = field(default=lambda _: None)  # shows progress
 
     @contextmanager
     def serve(
@@ -56,9 +56,9 @@ class Trial:
         key: str | None = None,
         variables: Mapping[str, str] | None = None,
     ) -> Iterator[Server]:
-        """`afterword serve` with these arguments in a process of its own, with the planted bug if there is one.
+        """Run `afterword serve` with these arguments in a separate process, with the planted bug if there is one.
 
-        `scripted`: the engine's process computes no model (see `scripted_model.py`).
+        `scripted`: the worker runs `scripted_model.py` instead of a model.
         """
         with serving(*arguments, scripted=scripted, planted=self.planted, key=key, variables=variables) as server:
             yield server
@@ -66,7 +66,7 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """A promise as something to run. Sizes count `unit`; `planted` is how many are enough to catch the fault."""
+    """A reliability goal and its test. Sizes are counts of `unit`; a size of `planted` suffices to catch the fault."""
 
     name: str
     goal: str
@@ -79,12 +79,12 @@ class Gate:
 
 
 def find_gates() -> list[Gate]:
-    """The `GATE` of every file here that is called like one, in order."""
+    """The `GATE` of every module named `g` and a number, in order."""
     return [_gate_in(module) for module in _modules()]
 
 
 def find_gate(name: str) -> Gate:
-    """One of them; the other files are not imported."""
+    """The gate with this name. The modules of other gates are not imported."""
     return _gate_in(next(module for module in _modules() if int(module[1:3]) == int(name[1:])))
 
 
@@ -99,7 +99,7 @@ def _gate_in(module: str) -> Gate:
 
 
 def attempt(gate: Gate, trial: Trial) -> Result:
-    """Run a gate. A fault of the gate's own process is planted here; the others, where servers are started."""
+    """Run a gate. This function plants faults of the gate's own process; `serve` plants the others."""
     with pytest.MonkeyPatch.context() as patch:
         if trial.planted and gate.fault.where == "gate":
             gate.fault.plant(patch)

@@ -1,4 +1,4 @@
-"""Model files with something wrong in their header, and a process that finds out what the engine does with them."""
+"""Model files with errors in their headers, and a process that loads them as the worker does."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from afterword.engine.messages import LoadModel
 from afterword.errors import AfterwordError
 from oracle.tiny import write_tiny
 
-PATIENCE = 20  # seconds that a file may take to load
+TIMEOUT = 20  # seconds within which a file must load
 LIVED, REFUSED, DIED, HUNG = "lived", "refused", "died", "hung"
 EDGES = (0, 1, 2, 5, 7, 8, 9, 31, 32, 33, 127, 255, 256, 2**16, 2**31 - 1, 2**31, 2**31 + 1, 2**31 + 2, 2**32 - 1)
 WIDE = (0, 1, 2**31, 2**32, 2**40, 2**61, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
 
 
 def bases(folder: Path) -> list[bytes]:
-    """Whole and sound files of several kinds of vocabulary and architecture."""
+    """Valid files with several kinds of vocabulary and architecture."""
     plain = write_tiny(folder / "bytes.gguf")
     pieces = write_tiny(folder / "spm.gguf", vocabulary="spm")
     other = write_tiny(folder / "qwen2.gguf", arch="qwen2", file_type="Q8_0")
@@ -31,7 +31,7 @@ def bases(folder: Path) -> list[bytes]:
 
 
 def mutated(data: bytes, random: Random) -> bytes:
-    """The same file with one to three things wrong, nearly always in its header."""
+    """The same file with one to three errors, nearly always in its header."""
     end = len(data) if random.random() < 0.05 else max(64, data.find(b"token_embd.weight") + 4096)
     changed = bytearray(data)
     for _ in range(random.choice((1, 1, 1, 2, 3))):
@@ -40,19 +40,19 @@ def mutated(data: bytes, random: Random) -> bytes:
 
 
 def _change(data: bytearray, end: int, random: Random) -> None:
-    place = random.randrange(8, max(9, end - 8))
+    position = random.randrange(8, max(9, end - 8))
     match random.randrange(7):
         case 0:
-            data[place] ^= 1 << random.randrange(8)
+            data[position] ^= 1 << random.randrange(8)
         case 1:
-            data[place] = random.randrange(256)
+            data[position] = random.randrange(256)
         case 2:
-            data[place : place + 4] = struct.pack("<I", random.choice(EDGES))
+            data[position : position + 4] = struct.pack("<I", random.choice(EDGES))
         case 3:
-            data[place : place + 8] = struct.pack("<Q", random.choice(WIDE))
+            data[position : position + 8] = struct.pack("<Q", random.choice(WIDE))
         case 4:
             other = random.randrange(8, max(9, end - 64))
-            data[place : place + 16] = data[other : other + 16]
+            data[position : position + 16] = data[other : other + 16]
         case 5:
             _change_value(data, end, random)
         case _:
@@ -60,9 +60,9 @@ def _change(data: bytearray, end: int, random: Random) -> None:
 
 
 def _change_value(data: bytearray, end: int, random: Random) -> None:
-    """A number or a flag after one of the keys: what the file says of the model, not how it is written."""
+    """Change a number or a flag after one of the metadata keys."""
     names = (b"llama.", b"qwen2.", b"tokenizer.ggml.", b"general.", b"split.")
-    keys = [place for name in names for place in _places(data, name, end)]
+    keys = [position for name in names for position in _positions(data, name, end)]
     if keys:
         start = random.choice(keys)
         length = struct.unpack_from("<Q", data, start - 8)[0]
@@ -71,19 +71,19 @@ def _change_value(data: bytearray, end: int, random: Random) -> None:
             data[value : value + 4] = struct.pack("<I", random.choice(EDGES))
 
 
-def _places(data: bytearray, name: bytes, end: int) -> Iterator[int]:
-    place = data.find(name, 8, end)
-    while place >= 0:
-        yield place
-        place = data.find(name, place + 1, end)
+def _positions(data: bytearray, name: bytes, end: int) -> Iterator[int]:
+    position = data.find(name, 8, end)
+    while position >= 0:
+        yield position
+        position = data.find(name, position + 1, end)
 
 
-def fate(path: Path) -> str:
-    """What a process does that is given a file: in words, with the signal that ended it."""
+def load_result(path: Path) -> str:
+    """The result of loading a file in a child process, with the signal that ended it."""
     child = os.fork()
     if child == 0:
         _load_and_leave(path)
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
@@ -99,7 +99,7 @@ def fate(path: Path) -> str:
 
 
 def _load_and_leave(path: Path) -> None:
-    """In a process of its own: what the engine's process does with a file, and one pass."""
+    """In the child process: load a file as the worker does, and run one forward pass."""
     code = 1
     try:
         from afterword.engine.llama import library
@@ -127,12 +127,12 @@ def _load_and_leave(path: Path) -> None:
 
 
 def main() -> None:
-    """`python -m tests.chaos.mutations`: a path a line in, a fate a line out."""
-    from afterword.engine.llama import library  # once, so that each child has it already
+    """`python -m tests.chaos.mutations`: reads a path per line and writes a result per line."""
+    from afterword.engine.llama import library  # imported once, so that no child has to
 
     assert library
     for line in sys.stdin:
-        print(fate(Path(line.rstrip("\n"))), flush=True)
+        print(load_result(Path(line.rstrip("\n"))), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Texts that break things, written for this server: what parsers, tokenizers, terminals, logs and shells trip over."""
+"""Texts that parsers, tokenizers, terminals, logs and shells often handle wrongly. Written for this server."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 _LINES = Path(__file__).with_name("nasty.txt").read_text(encoding="utf-8").splitlines()
 SHORT: tuple[str, ...] = tuple(json.loads(line) for line in _LINES if not line.startswith("#"))
-"""Chosen one by one."""
+"""Texts that were chosen individually."""
 
 SURROGATES = (rb'"\ud800"', rb'"\udfff"', rb'"\udc00\ud800"', rb'"a\ud83d"', rb'"\ud83d\ud83d\ude00"')
-"""JSON strings that are no texts."""
+"""JSON strings that are not valid Unicode text."""
 
 _CONTROL = (*range(32), *range(127, 160))
 _SPACES = (0xA0, 0x1680, 0x180E, *range(0x2000, 0x2010), 0x202F, 0x205F, 0x2060, 0x3000, 0xFEFF)

@@ -1,6 +1,6 @@
-"""A model that computes nothing: the next row of logits depends on the last token alone, by a table.
+"""A model without computation: a table maps the last token to the next row of logits.
 
-It speaks `tests/scripted_engine.py`'s vocabulary: every byte, some words and special tokens, so any text can be asked.
+It has the vocabulary of `tests/scripted_engine.py`: all bytes, some words and special tokens. So any text is a prompt.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _IDS = {piece: token for token, piece in enumerate(scripted_engine.PIECES)}
 _PLAIN_PIECES = sorted((*(bytes([byte]) for byte in range(256)), *scripted_engine.WORDS), key=len, reverse=True)
 _PLAIN = re.compile(b"|".join(map(re.escape, _PLAIN_PIECES)), re.DOTALL)
 _ANY = re.compile(b"|".join(name.encode() for name in scripted_engine.SPECIAL) + b"|" + _PLAIN.pattern, re.DOTALL)
-HOLD = "SCRIPTED_HOLD"  # names a file: while it is there and every slot holds so many tokens, nothing more is computed
+HOLD = "SCRIPTED_HOLD"  # names a file: while it exists and each slot holds `_HELD_AT` tokens, `run` waits
 _HELD_AT = 50
-_END = 2.0  # above the others' scatter: a text ends after some tens of tokens
+_END = 2.0  # above the standard deviation of other logits: a text ends after some tens of tokens
 
 
 def load(settings: messages.LoadModel, _: worker_main.ReportProgress) -> worker_main.LoadedModel:
-    """A card like a model's, of the context and sequences that are asked for."""
+    """Model info like a real model's, with the context and sequences of `settings`."""
     model_info = ModelInfo(
         parameters=1,
         context=settings.context,
@@ -50,12 +50,12 @@ def load(settings: messages.LoadModel, _: worker_main.ReportProgress) -> worker_
 
 
 def tokenize(text: str, special: bool) -> Iterator[tuple[int, ...]]:
-    """The longest pieces. `special`: names of special tokens are those tokens, else they are spelled."""
+    """Split a text into the longest pieces. `special`: names of special tokens become those tokens, not plain text."""
     yield tuple(_IDS[piece] for piece in (_ANY if special else _PLAIN).findall(text.encode()))
 
 
 class TableRunner:
-    """State of a slot: the tokens in it."""
+    """A runner whose slots hold only their number of tokens."""
 
     grid, min_shared_tokens, can_truncate = 1, 16, True
 

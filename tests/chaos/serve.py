@@ -1,7 +1,7 @@
-"""`python -m tests.chaos.serve [--scripted] [--planted G5] serve …`: the `afterword` command, modified by options.
+"""`python -m tests.chaos.serve [--scripted] [--planted G5] serve …`: the `afterword` command with test options.
 
-`--scripted`: the engine's process is the real one over a model that computes nothing. `--planted`: with the named
-gate's bug, here or in the engine's process. The same file is that process: the last word is then `engine`.
+`--scripted`: the worker is the real one with a scripted model. `--planted`: apply the named gate's bug, in this process
+or in the worker. The worker runs this file too, with `engine` as the last argument.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The servers that gates run against: the command line's own, in a process of its own."""
+"""Starts the servers that gates test: the real command in a separate process."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _START, _STOP = 60, 60  # seconds
 
 
 @contextmanager
-def beside(module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """A module from here in a process of its own, to be talked to by lines: for work that may end its process."""
+def helper_process(module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Run a module of this package in a separate process with pipes for lines, for work that may crash its process."""
     command = [sys.executable, "-m", f"tests.chaos.{module}", *arguments]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
@@ -37,7 +37,7 @@ def beside(module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A running server. `stderr` is the file that it writes to."""
+    """A running server. `stderr` is the file with its standard error."""
 
     url: str
     key: str | None
@@ -55,15 +55,15 @@ class Server:
 
     @property
     def headers(self) -> dict[str, str]:
-        """What opens the server."""
+        """The header with the API key."""
         return {"Authorization": f"Bearer {self.key}"} if self.key else {}
 
     def http(self, timeout: float = 60) -> httpx.Client:
         """A client with the server's key."""
         return httpx.Client(base_url=self.url, headers=self.headers, timeout=timeout, trust_env=False)
 
-    def visitors(self, timeout: float = 60) -> httpx.AsyncClient:
-        """The same for many at once."""
+    def async_http(self, timeout: float = 60) -> httpx.AsyncClient:
+        """An asynchronous client with the server's key and no connection limit."""
         return httpx.AsyncClient(
             base_url=self.url,
             headers=self.headers,
@@ -77,27 +77,27 @@ class Server:
         return replace(self, key=key)
 
     @property
-    def said(self) -> bytes:
-        """What it wrote to its standard error; also after its end."""
+    def stderr_bytes(self) -> bytes:
+        """The server's standard error, also after its end."""
         return self.stderr.read_bytes()
 
     @property
     def memory(self) -> float:
-        """MiB of its own process, without the engine's."""
+        """Memory of the server's own process in MiB, without the worker."""
         return float(psutil.Process(self.pid).memory_info().rss) / 2**20
 
     def alive(self) -> bool:
         return self.process.poll() is None
 
     def engine(self) -> psutil.Process:
-        """The engine's process; LookupError while there is none."""
+        """The worker process. Raises `LookupError` while there is none."""
         for child in psutil.Process(self.pid).children():
             if child.status() != psutil.STATUS_ZOMBIE:
                 return child
         raise LookupError("no engine")
 
     def load(self) -> dict[str, Any]:
-        """What `/ready` says."""
+        """The JSON body of `/ready`."""
         with self.http() as client:
             answer: dict[str, Any] = client.get("/ready").json()
             return answer
@@ -111,13 +111,13 @@ def serving(
     key: str | None = None,
     variables: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
-    """A server on a free port, ended afterwards if it has not ended by then. `variables`: added to its environment."""
+    """Start a server on a free port and stop it afterwards. `variables` are added to its environment."""
     flags = [*(["--scripted"] if scripted else []), *(["--planted", planted] if planted else [])]
     keys = ["--api-key", key] if key else []
     command = [sys.executable, "-m", "tests.chaos.serve", *flags, "serve", "--port", "0", *keys, *arguments]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("AFTERWORD_")}
     with tempfile.TemporaryDirectory() as folder:
-        environment |= {"XDG_DATA_HOME": folder} | (variables or {})  # its batches are its own
+        environment |= {"XDG_DATA_HOME": folder} | (variables or {})  # an empty folder for its batches
         stderr = Path(folder, "stderr")
         with (
             stderr.open("w") as log,
@@ -126,22 +126,22 @@ def serving(
             ) as process,
         ):
             try:
-                yield _greeted(process, stderr, key)
+                yield _wait_until_ready(process, stderr, key)
                 process.send_signal(signal.SIGTERM)
                 process.wait(_STOP)
             finally:
                 process.kill()
 
 
-def _greeted(process: subprocess.Popen[str], stderr: Path, key: str | None) -> Server:
+def _wait_until_ready(process: subprocess.Popen[str], stderr: Path, key: str | None) -> Server:
     assert process.stdout is not None
-    impatience = threading.Timer(_START, process.kill)
-    impatience.start()
-    greeting = ""
+    kill_timer = threading.Timer(_START, process.kill)
+    kill_timer.start()
+    output = ""
     for line in process.stdout:
-        greeting += line
-        if found := re.search(r"serves (\S+) .*\s(http://\S+)\n", greeting, re.DOTALL):
-            impatience.cancel()
+        output += line
+        if found := re.search(r"serves (\S+) .*\s(http://\S+)\n", output, re.DOTALL):
+            kill_timer.cancel()
             return Server(found[2], key, found[1], process, stderr)
-    impatience.cancel()
-    raise RuntimeError(f"The server did not start: {greeting}{stderr.read_text(errors='replace')}")
+    kill_timer.cancel()
+    raise RuntimeError(f"The server did not start: {output}{stderr.read_text(errors='replace')}")

@@ -1,4 +1,4 @@
-"""Results as a table, in the terminal and in a document, where a new row takes the old one's place."""
+"""Formats results as a table for the terminal, and updates the table in a document."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _START, _END = "<!-- gates -->", "<!-- /gates -->"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One gate, run once. `good`: it held, or did not with its bug planted."""
+    """One run of a gate. `good`: the gate passed, or failed with its bug planted."""
 
     gate: str
     goal: str
@@ -45,18 +45,18 @@ class Row:
 
 
 def markdown(rows: Iterable[Row]) -> str:
-    """The whole table, with the machine's size under it."""
+    """The whole table, with the size of the machine below it."""
     return "\n".join((HEAD, *(row.line for row in rows), "", machine()))
 
 
 def machine() -> str:
-    """How large this machine is: figures are no use without it."""
+    """The size of this machine, without which the figures have no meaning."""
     memory = psutil.virtual_memory().total / 2**30
     return f"On {os.cpu_count()} cores and {memory:.0f} GB of memory."
 
 
 def merge_into(document: Path, rows: Iterable[Row]) -> None:
-    """Put rows in the place of those of the same gates, between the marks in a document."""
+    """Replace the rows of the same gates in the table between the marks of a document."""
     text = document.read_text(encoding="utf-8")
     before, rest = text.split(_START)
     old, after = rest.split(_END)

@@ -1,4 +1,4 @@
-"""Every gate at its size for a commit, and every gate with its bug planted, which it must catch (G19)."""
+"""Runs each gate at its commit size, and each gate with its planted bug, which the gate must catch (G19)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .table import Row
 GATES = find_gates()
 pytestmark = [
     pytest.mark.timeout(300),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # gates cut their own connections, on purpose
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # gates abort their own connections on purpose
 ]
 each_gate = pytest.mark.parametrize("gate", GATES, ids=[gate.name for gate in GATES])
 

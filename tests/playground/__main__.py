@@ -1,4 +1,4 @@
-"""`python -m tests.playground`: pictures of the playground by width and theme, for the docs and for looking at."""
+"""`python -m tests.playground`: takes pictures of the playground by width and theme, for the documents."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COLOURS = 96  # of a picture's palette
 
 
 def main() -> None:
-    """Six pictures: three widths, light and dark."""
+    """Take six pictures: three widths, light and dark."""
     parser = argparse.ArgumentParser(prog="python -m tests.playground", description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=TESTS.parent / "docs" / "pictures")
     folder: Path = parser.parse_args().folder
@@ -42,46 +42,46 @@ def main() -> None:
 
 
 def take(browser: Browser, url: str, width: int, height: int, dark: bool) -> bytes:
-    """One picture, of a story that was written and scored."""
+    """Take a picture of a story that was generated and scored."""
     context = browser.new_context(
         viewport={"width": width, "height": height},
         color_scheme="dark" if dark else "light",
         reduced_motion="reduce",
     )
-    visitor = PageDriver(context.new_page(), url).open()
-    visitor.write(STORY)
-    visitor.set(max_tokens=220, temperature=0.7, seed=11)
-    visitor.page.evaluate(TIDY)
-    visitor.press("Escape")
-    visitor.continues()
-    visitor.scores()
+    driver = PageDriver(context.new_page(), url).open()
+    driver.write(STORY)
+    driver.set(max_tokens=220, temperature=0.7, seed=11)
+    driver.page.evaluate(TIDY)
+    driver.press("Escape")
+    driver.continues()
+    driver.scores()
     if dark:
-        visitor.find('#colour [value="surprise"]').check(force=True)
-    expect(visitor.find("#numbers")).to_be_visible()
-    expect(visitor.find("#context-text")).to_contain_text(f"{visitor.tokens.count()} /")
-    visitor.find("#page").evaluate("(page) => { page.scrollTop = 0; }")
+        driver.find('#colour [value="surprise"]').check(force=True)
+    expect(driver.find("#numbers")).to_be_visible()
+    expect(driver.find("#context-text")).to_contain_text(f"{driver.tokens.count()} /")
+    driver.find("#page").evaluate("(page) => { page.scrollTop = 0; }")
     if width == SIZES["-phone"][0] and dark:
-        visitor.shows("settings")
+        driver.shows("settings")
     elif width == SIZES["-tablet"][0] and dark:
-        several(visitor)
+        several(driver)
     else:
-        visitor.hover(visitor.find("#mirror .model.p9").nth(2))
-    picture = visitor.page.screenshot()
+        driver.hover(driver.find("#mirror .model.p9").nth(2))
+    picture = driver.page.screenshot()
     context.close()
     return picture
 
 
-def several(visitor: PageDriver) -> None:
-    """Three answers side by side."""
-    visitor.set(n=3, max_tokens=40, min_tokens=30, seed=5)
-    visitor.press("Escape")
-    visitor.area.focus()
-    visitor.press("Control+Enter")
-    visitor.ended()
+def several(driver: PageDriver) -> None:
+    """Generate three choices side by side."""
+    driver.set(n=3, max_tokens=40, min_tokens=30, seed=5)
+    driver.press("Escape")
+    driver.area.focus()
+    driver.press("Control+Enter")
+    driver.ended()
 
 
 def save(picture: bytes, file: Path) -> int:
-    """As a PNG with few colours; its size in bytes."""
+    """Write a PNG with few colours. Returns its size in bytes."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with Image.open(io.BytesIO(picture)) as image:
         image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(file, optimize=True)

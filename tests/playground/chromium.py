@@ -1,4 +1,4 @@
-"""Chromium as the distribution has it, without a window and without a word to anyone but the page's server."""
+"""Starts the distribution's Chromium without a window, with background network requests disabled."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _QUIET = (
 
 
 def path() -> str | None:
-    """Where it is; None if it is not there."""
+    """The path of Chromium; None if it is not installed."""
     return next((found for name in _NAMES if (found := shutil.which(name))), None)
 
 

@@ -1,4 +1,4 @@
-"""One server and one browser for all; a fresh, empty page for each test, and nothing wrong with it at the end."""
+"""One server and one browser for all tests, and a new page for each test, which must end without problems."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Visit = Callable[..., PageDriver]
 expect.set_options(timeout=20_000)  # milliseconds; the machine may be busy
 
 
-@pytest.fixture(scope="package")  # : its event loop would disturb other tests'
+@pytest.fixture(scope="package")  # its event loop would disturb that of other tests
 def browser() -> Iterator[Browser]:
     if path() is None:
         pytest.skip("Chromium is not on the path")
@@ -36,7 +36,7 @@ def open_server(serve: Any) -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def plain_server(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A model that cannot fill in the middle, under a strict server."""
+    """A strict server with a model that does not support infill."""
     model = write_tiny(tmp_path_factory.mktemp("models") / "plain.gguf", infill=False)
     with serve(str(model), "--strict", "--parallel", "2", key=None) as server:
         yield server
@@ -44,8 +44,8 @@ def plain_server(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture
 def visit(browser: Browser, tmp_path: Path) -> Iterator[Visit]:
-    """`visit(url, width=..., height=..., dark=...)`: a page of its own. What goes wrong on it fails the test."""
-    visitors: list[PageDriver] = []
+    """`visit(url, width=..., height=..., dark=...)`: a new page. Its problems fail the test."""
+    drivers: list[PageDriver] = []
 
     def visit(url: str, width: int = 1440, height: int = 900, dark: bool = False, touch: bool = False) -> PageDriver:
         context = browser.new_context(
@@ -56,17 +56,17 @@ def visit(browser: Browser, tmp_path: Path) -> Iterator[Visit]:
             accept_downloads=True,
         )
         context.set_default_timeout(30_000)
-        visitors.append(PageDriver(context.new_page(), url))
-        return visitors[-1]
+        drivers.append(PageDriver(context.new_page(), url))
+        return drivers[-1]
 
     yield visit
-    trouble = [line for visitor in visitors for line in visitor.trouble]
-    for visitor in visitors:
-        visitor.page.context.close()
-    assert not trouble
+    problems = [line for driver in drivers for line in driver.problems]
+    for driver in drivers:
+        driver.page.context.close()
+    assert not problems
 
 
 @pytest.fixture
-def visitor(visit: Visit, open_server: Any) -> PageDriver:
+def driver(visit: Visit, open_server: Any) -> PageDriver:
     """A page on the built-in model."""
     return visit(open_server.url).open()

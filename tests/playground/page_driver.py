@@ -13,23 +13,23 @@ ENDLESS = {"max_tokens": 1500, "ignore_eos": True}
 
 
 class PageDriver:
-    """One page. `trouble`: what no visit should bring, console errors and requests that leave the origin."""
+    """One page. `problems`: console errors, exceptions and requests to other origins."""
 
     def __init__(self, page: Page, url: str) -> None:
         self.page = page
         self.url = url
-        self.trouble: list[str] = []
+        self.problems: list[str] = []
         self.asked: list[dict[str, Any]] = []
         self.weight = 0
-        page.on("console", lambda message: message.type == "error" and self.trouble.append(message.text))
-        page.on("pageerror", lambda error: self.trouble.append(f"{error.message}\n{error.stack}"))
+        page.on("console", lambda message: message.type == "error" and self.problems.append(message.text))
+        page.on("pageerror", lambda error: self.problems.append(f"{error.message}\n{error.stack}"))
         page.on("request", self._requested)
         page.on("response", self._weigh)
 
     def _requested(self, request: Request) -> None:
         here = urlsplit(self.url).netloc
         if urlsplit(request.url).scheme not in ("blob", "data") and urlsplit(request.url).netloc != here:
-            self.trouble.append(f"left the origin: {request.url}")
+            self.problems.append(f"left the origin: {request.url}")
         if request.url.endswith("/v1/completions"):
             self.asked.append(json.loads(request.post_data or "{}"))
 
@@ -57,7 +57,7 @@ class PageDriver:
 
     @property
     def mirrored(self) -> str:
-        """The text as it is drawn."""
+        """The text of the coloured mirror behind the text field."""
         lines = "(root) => [...root.children].map((line) => line.textContent).join('\\n')"
         drawn: str = self.find("#mirror").evaluate(lines)
         return drawn
@@ -73,7 +73,7 @@ class PageDriver:
         self.page.keyboard.press(keys)
 
     def write(self, text: str) -> None:
-        """The document anew, as if typed."""
+        """Replace the document, as if typed."""
         self.area.fill(text)
 
     def caret(self, at: int, end: int | None = None) -> None:
@@ -99,7 +99,7 @@ class PageDriver:
         self.says("ended by")
 
     def continues(self, **fields: Any) -> str:
-        """Have the model go on; what it wrote at the end of the text."""
+        """Continue the text. Returns the generated text."""
         if fields:
             self.set(**fields)
         before = self.text
@@ -110,7 +110,7 @@ class PageDriver:
         return self.text[len(before) :]
 
     def begins_endless(self, text: str = BEGINNING) -> None:
-        """A generation that lasts until it is stopped, some of it already there."""
+        """Start a generation that runs until it is stopped, and wait for its first tokens."""
         self.write(text)
         self.set(**ENDLESS)
         self.area.focus()
@@ -122,7 +122,7 @@ class PageDriver:
         self.says("Scored")
 
     def hover(self, token: Locator) -> Locator:
-        """The popover of a token, under the pointer."""
+        """Move the pointer to a token and return its popover."""
         x, y = token.evaluate(
             "(node) => { const box = node.getClientRects()[0]; return [box.x + box.width / 2, box.y + 4] }"
         )

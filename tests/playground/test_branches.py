@@ -1,4 +1,4 @@
-"""Branches: every answer stays, beside the others, under the text that it continued."""
+"""Branches: the tree keeps every generated text under the text that it continues."""
 
 from __future__ import annotations
 
@@ -10,152 +10,152 @@ from playwright.sync_api import expect
 from .page_driver import BEGINNING, PageDriver
 
 
-def test_several_answers_stand_side_by_side_until_one_is_picked(visitor: PageDriver) -> None:
-    visitor.write(BEGINNING)
-    visitor.set(n=3, max_tokens=10, seed=4)
-    visitor.area.focus()
-    visitor.press("Control+Enter")
-    visitor.ended()
-    cards = visitor.find("#card-list article")
+def test_several_choices_are_shown_until_one_is_picked(driver: PageDriver) -> None:
+    driver.write(BEGINNING)
+    driver.set(n=3, max_tokens=10, seed=4)
+    driver.area.focus()
+    driver.press("Control+Enter")
+    driver.ended()
+    cards = driver.find("#card-list article")
     assert cards.count() == 3
-    assert visitor.text == BEGINNING, "nothing is chosen yet"
+    assert driver.text == BEGINNING, "nothing is chosen yet"
     texts = [card.locator(".mirror").text_content() or "" for card in cards.all()]
     assert len(set(texts)) == 3
     assert "10 tokens" in cards.nth(1).inner_text()
-    assert visitor.find("#cards .token").count() > visitor.find("#cards .stale").count() == 0
+    assert driver.find("#cards .token").count() > driver.find("#cards .stale").count() == 0
     cards.nth(1).get_by_role("button", name="Use answer 2").click()
-    assert visitor.text.replace("\n", "") == BEGINNING + texts[1].replace("\n", "")
-    expect(visitor.find("#cards")).to_be_hidden()
-    expect(visitor.find("#position")).to_have_text("2 / 3")
+    assert driver.text.replace("\n", "") == BEGINNING + texts[1].replace("\n", "")
+    expect(driver.find("#cards")).to_be_hidden()
+    expect(driver.find("#position")).to_have_text("2 / 3")
     for keys, index in (("Alt+ArrowDown", 2), ("Alt+ArrowUp", 1), ("Alt+ArrowUp", 0)):
-        visitor.press(keys)
-        assert visitor.text.replace("\n", "") == BEGINNING + texts[index].replace("\n", ""), keys
+        driver.press(keys)
+        assert driver.text.replace("\n", "") == BEGINNING + texts[index].replace("\n", ""), keys
 
 
-def test_an_answer_that_ended_at_once_is_shown_and_is_no_branch(visitor: PageDriver) -> None:
+def test_an_empty_choice_is_shown_and_adds_no_branch(driver: PageDriver) -> None:
     def choice(index: int, text: str) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": None, "finish_reason": "stop"}
 
     events = [{"choices": [choice(0, "")]}, {"choices": [choice(1, " there")]}]
     body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
-    visitor.page.route("**/v1/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
-    visitor.write("Hello")
-    visitor.set(n=2)
-    visitor.area.focus()
-    visitor.press("Control+Enter")
-    visitor.ended()
-    cards = visitor.find("#card-list article")
+    driver.page.route("**/v1/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    driver.write("Hello")
+    driver.set(n=2)
+    driver.area.focus()
+    driver.press("Control+Enter")
+    driver.ended()
+    cards = driver.find("#card-list article")
     expect(cards).to_have_count(2)
     expect(cards.nth(0)).to_contain_text("0 tokens")
     expect(cards.nth(0).locator("button")).to_be_disabled()
     cards.nth(1).locator("button").click()
-    assert visitor.text == "Hello there"
-    expect(visitor.find("#position")).to_have_text("1 / 1")
+    assert driver.text == "Hello there"
+    expect(driver.find("#position")).to_have_text("1 / 1")
 
 
-def test_answers_can_be_put_away_and_found_again(visitor: PageDriver) -> None:
-    visitor.write(BEGINNING)
-    visitor.set(n=2, max_tokens=4)
-    visitor.area.focus()
-    visitor.press("Control+Enter")
-    visitor.ended()
-    visitor.find("#cards [data-close]").click()
-    expect(visitor.find("#cards")).to_be_hidden()
-    assert visitor.text == BEGINNING
-    visitor.press("Alt+ArrowRight")
-    assert len(visitor.text) > len(BEGINNING)
+def test_closed_choices_stay_in_the_branches(driver: PageDriver) -> None:
+    driver.write(BEGINNING)
+    driver.set(n=2, max_tokens=4)
+    driver.area.focus()
+    driver.press("Control+Enter")
+    driver.ended()
+    driver.find("#cards [data-close]").click()
+    expect(driver.find("#cards")).to_be_hidden()
+    assert driver.text == BEGINNING
+    driver.press("Alt+ArrowRight")
+    assert len(driver.text) > len(BEGINNING)
 
 
-def test_alternatives_of_a_card_go_on_from_there(visitor: PageDriver) -> None:
-    visitor.write(BEGINNING)
-    visitor.set(n=2, max_tokens=6)
-    visitor.area.focus()
-    visitor.press("Control+Enter")
-    visitor.ended()
-    visitor.set(n=1)
-    card = visitor.find("#card-list article").nth(1).locator(".token")
+def test_an_alternative_in_a_choice_continues_from_its_token(driver: PageDriver) -> None:
+    driver.write(BEGINNING)
+    driver.set(n=2, max_tokens=6)
+    driver.area.focus()
+    driver.press("Control+Enter")
+    driver.ended()
+    driver.set(n=1)
+    card = driver.find("#card-list article").nth(1).locator(".token")
     first = card.nth(0).inner_text()
-    visitor.hover(card.nth(1)).locator("button:not([aria-current]):not(:disabled)").first.click()
-    visitor.ended()
-    assert visitor.asked[-1]["prompt"].startswith(BEGINNING + first)
+    driver.hover(card.nth(1)).locator("button:not([aria-current]):not(:disabled)").first.click()
+    driver.ended()
+    assert driver.asked[-1]["prompt"].startswith(BEGINNING + first)
 
 
-def test_the_arrows_walk_the_tree(visitor: PageDriver) -> None:
-    visitor.write(BEGINNING)
-    first = BEGINNING + visitor.continues(max_tokens=5, seed=1)
-    second = first + visitor.continues()
-    visitor.press("Alt+ArrowLeft")
-    assert visitor.text == first
-    visitor.press("Alt+ArrowLeft")
-    assert visitor.text == BEGINNING
-    visitor.press("Alt+ArrowLeft")
-    assert visitor.text == BEGINNING, "there is nothing before the beginning"
-    visitor.press("Alt+ArrowRight")
-    visitor.press("Alt+ArrowRight")
-    assert visitor.text == second
+def test_arrow_keys_move_through_the_tree(driver: PageDriver) -> None:
+    driver.write(BEGINNING)
+    first = BEGINNING + driver.continues(max_tokens=5, seed=1)
+    second = first + driver.continues()
+    driver.press("Alt+ArrowLeft")
+    assert driver.text == first
+    driver.press("Alt+ArrowLeft")
+    assert driver.text == BEGINNING
+    driver.press("Alt+ArrowLeft")
+    assert driver.text == BEGINNING, "there is nothing before the beginning"
+    driver.press("Alt+ArrowRight")
+    driver.press("Alt+ArrowRight")
+    assert driver.text == second
 
 
-def test_write_again_makes_a_sibling(visitor: PageDriver) -> None:
-    visitor.write(BEGINNING)
-    first = visitor.continues(max_tokens=12)
-    visitor.press("Alt+KeyR")
-    visitor.ended()
-    again = visitor.text[len(BEGINNING) :]
-    assert visitor.asked[0] == visitor.asked[1]
+def test_write_again_makes_a_sibling(driver: PageDriver) -> None:
+    driver.write(BEGINNING)
+    first = driver.continues(max_tokens=12)
+    driver.press("Alt+KeyR")
+    driver.ended()
+    again = driver.text[len(BEGINNING) :]
+    assert driver.asked[0] == driver.asked[1]
     assert again != first, "which was drawn at random: one of 10^10"
-    expect(visitor.find("#position")).to_have_text("2 / 2")
-    visitor.press("Alt+ArrowUp")
-    assert visitor.text == BEGINNING + first
+    expect(driver.find("#position")).to_have_text("2 / 2")
+    driver.press("Alt+ArrowUp")
+    assert driver.text == BEGINNING + first
 
 
-def test_undo_and_redo_go_through_edits_and_answers(visitor: PageDriver) -> None:
-    visitor.area.focus()
-    visitor.page.keyboard.type("One day")
-    answered = "One day" + visitor.continues(max_tokens=5, seed=1)
-    visitor.caret(len(answered))
-    visitor.page.keyboard.type("!")
+def test_undo_and_redo_go_through_edits_and_answers(driver: PageDriver) -> None:
+    driver.area.focus()
+    driver.page.keyboard.type("One day")
+    answered = "One day" + driver.continues(max_tokens=5, seed=1)
+    driver.caret(len(answered))
+    driver.page.keyboard.type("!")
     steps = ["", "One day", answered, f"{answered}!"]
     for text in reversed(steps[:-1]):
-        visitor.press("Control+z")
-        assert visitor.text == text
+        driver.press("Control+z")
+        assert driver.text == text
     for text in steps[1:]:
-        visitor.press("Control+Shift+z")
-        assert visitor.text == text
-    assert visitor.find("#mirror .token").count() > 0, "numbers come back too"
+        driver.press("Control+Shift+z")
+        assert driver.text == text
+    assert driver.find("#mirror .token").count() > 0, "numbers come back too"
 
 
-def test_undo_during_an_answer_stops_and_takes_it_back(visitor: PageDriver) -> None:
-    visitor.begins_endless()
-    visitor.press("Control+z")
-    assert visitor.text == BEGINNING
-    expect(visitor.find("#go")).to_have_text("Continue")
-    visitor.press("Control+Shift+z")
-    assert len(visitor.text) > len(BEGINNING) + 20
+def test_undo_during_an_answer_stops_and_takes_it_back(driver: PageDriver) -> None:
+    driver.begins_endless()
+    driver.press("Control+z")
+    assert driver.text == BEGINNING
+    expect(driver.find("#go")).to_have_text("Continue")
+    driver.press("Control+Shift+z")
+    assert len(driver.text) > len(BEGINNING) + 20
 
 
-def test_what_a_model_wrote_is_not_lost_when_it_is_deleted(visitor: PageDriver) -> None:
-    visitor.write(BEGINNING)
-    answer = visitor.continues(max_tokens=6, seed=1)
-    visitor.write("Something else.")
-    visitor.continues(seed=2)
-    visitor.shows("branches")
-    expect(visitor.find("#branches .branch")).to_have_count(4)
-    labels = visitor.find("#branches .branch span").all_inner_texts()
+def test_deleted_generated_text_stays_in_the_tree(driver: PageDriver) -> None:
+    driver.write(BEGINNING)
+    answer = driver.continues(max_tokens=6, seed=1)
+    driver.write("Something else.")
+    driver.continues(seed=2)
+    driver.shows("branches")
+    expect(driver.find("#branches .branch")).to_have_count(4)
+    labels = driver.find("#branches .branch span").all_inner_texts()
     assert any(answer.strip()[:10] in label for label in labels)
 
 
-def test_the_list_of_branches_goes_to_each(visitor: PageDriver) -> None:
-    visitor.write(BEGINNING)
-    first = BEGINNING + visitor.continues(max_tokens=5, seed=1)
-    visitor.press("Alt+ArrowLeft")
-    second = BEGINNING + visitor.continues(seed=2)
-    visitor.shows("branches")
-    rows = visitor.find("#branches .branch")
+def test_a_click_in_the_branch_list_opens_the_branch(driver: PageDriver) -> None:
+    driver.write(BEGINNING)
+    first = BEGINNING + driver.continues(max_tokens=5, seed=1)
+    driver.press("Alt+ArrowLeft")
+    second = BEGINNING + driver.continues(seed=2)
+    driver.shows("branches")
+    rows = driver.find("#branches .branch")
     expect(rows).to_have_count(3)
     expect(rows.nth(2)).to_have_attribute("aria-current", "true")
     rows.nth(1).click()
-    assert visitor.text == first
+    assert driver.text == first
     rows.nth(0).click()
-    assert visitor.text == BEGINNING
+    assert driver.text == BEGINNING
     rows.nth(2).click()
-    assert visitor.text == second
+    assert driver.text == second

@@ -1,4 +1,4 @@
-"""The API's page in a real browser: everything of the document is on it, and what it sends is answered there."""
+"""The page of the API in a real browser: it shows the whole OpenAPI document, sends requests and shows responses."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_every_operation_and_every_field_is_there(page: Page, open_server: Any) 
     expect(section.locator("dt", has_text="max_tokens")).to_contain_text("integer, at least 0 · default 16")
 
 
-def test_a_stream_is_shown_as_it_comes_and_can_be_stopped(page: Page) -> None:
+def test_a_stream_is_shown_while_it_arrives_and_can_be_stopped(page: Page) -> None:
     completions = form(page, "POST /v1/completions")
     body = {"prompt": "Once", "max_tokens": 2000, "ignore_eos": True, "stream": True}
     completions.get_by_label("Body").fill(json.dumps(body))
@@ -60,7 +60,7 @@ def test_a_stream_is_shown_as_it_comes_and_can_be_stopped(page: Page) -> None:
     expect(completions.get_by_role("button", name="Stop")).to_be_disabled()
 
 
-def test_an_answer_comes_with_status_headers_and_body(page: Page) -> None:
+def test_a_response_is_shown_with_status_headers_and_body(page: Page) -> None:
     completions = form(page, "POST /v1/completions")
     completions.get_by_label("Body").fill('{"prompt": "Once", "max_tokens": 2}')
     completions.get_by_role("button", name="Send").click()
@@ -71,9 +71,9 @@ def test_an_answer_comes_with_status_headers_and_body(page: Page) -> None:
     expect(completions.locator("pre", has_text="x-request-id: req_")).to_be_visible()
 
 
-def test_a_refusal_is_shown_as_the_server_words_it(visit: Visit, open_server: Any) -> None:
-    visitor = visit(open_server.url)
-    completions = form(opened(visitor.page, open_server.url), "POST /v1/completions")
+def test_an_error_is_shown_with_the_servers_message(visit: Visit, open_server: Any) -> None:
+    driver = visit(open_server.url)
+    completions = form(opened(driver.page, open_server.url), "POST /v1/completions")
     completions.get_by_label("Body").fill('{"n": 0')
     expect(completions.get_by_label("Body")).to_have_attribute("aria-invalid", "true")
     completions.get_by_label("Body").fill('{"n": 0}')
@@ -81,10 +81,10 @@ def test_a_refusal_is_shown_as_the_server_words_it(visit: Visit, open_server: An
     completions.get_by_role("button", name="Send").click()
     expect(completions.get_by_role("status")).to_contain_text("400 Bad Request")
     expect(completions.get_by_label("Answer")).to_contain_text("integer below minimum value")
-    visitor.trouble.clear()  # the browser reports the 400 that was wanted
+    driver.problems.clear()  # the browser reports the 400 that the test expects
 
 
-def test_what_stands_in_the_path_and_the_query_is_asked_for(page: Page, open_server: Any) -> None:
+def test_path_and_query_parameters_have_inputs(page: Page, open_server: Any) -> None:
     one = form(page, "GET /v1/models/{model}")
     one.get_by_label("model").fill("afterword-tiny")
     one.get_by_role("button", name="Send").click()
@@ -95,7 +95,7 @@ def test_what_stands_in_the_path_and_the_query_is_asked_for(page: Page, open_ser
     expect(many.locator("pre").first).to_contain_text(f"curl '{open_server.url}/v1/batches?limit=3'")
 
 
-def test_a_file_is_sent_as_one(page: Page) -> None:
+def test_a_file_is_sent_as_multipart_form(page: Page) -> None:
     upload = form(page, "POST /v1/files")
     row = b'{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "a"}}\n'
     upload.get_by_label("file").set_input_files({"name": "in.jsonl", "mimeType": "application/jsonl", "buffer": row})
@@ -103,7 +103,7 @@ def test_a_file_is_sent_as_one(page: Page) -> None:
     expect(upload.get_by_label("Answer")).to_contain_text('"filename": "in.jsonl"')
 
 
-def test_curl_says_the_same(page: Page, open_server: Any) -> None:
+def test_curl_sends_the_same_request(page: Page, open_server: Any) -> None:
     completions = form(page, "POST /v1/completions")
     completions.get_by_label("Body").fill('{"prompt": "it\'s", "stream": true}')
     command = completions.locator("pre").first.inner_text()
@@ -115,21 +115,21 @@ def test_curl_says_the_same(page: Page, open_server: Any) -> None:
     assert "sk-secret" not in page.locator("body").inner_text()
 
 
-def test_a_server_with_keys_asks_for_one(visit: Visit, serve: Any) -> None:
+def test_a_server_with_api_keys_requires_one(visit: Visit, serve: Any) -> None:
     with serve("--parallel", "1") as server:
-        visitor = visit(server.url)
-        visitor.page.goto(f"{server.url}/docs")
-        expect(visitor.page.get_by_role("status")).to_have_text("This server requires an API key. Enter it above.")
-        visitor.trouble.clear()  # the browser reports the 401 that was wanted
-        visitor.page.get_by_label("API key").fill(server.key)
-        visitor.page.get_by_label("API key").press("Enter")
-        version = form(visitor.page, "GET /version")
+        driver = visit(server.url)
+        driver.page.goto(f"{server.url}/docs")
+        expect(driver.page.get_by_role("status")).to_have_text("This server requires an API key. Enter it above.")
+        driver.problems.clear()  # the browser reports the 401 that the test expects
+        driver.page.get_by_label("API key").fill(server.key)
+        driver.page.get_by_label("API key").press("Enter")
+        version = form(driver.page, "GET /version")
         version.get_by_role("button", name="Send").click()
         expect(version.get_by_label("Answer")).to_contain_text('"version"')
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1440, False), (820, True), (360, False)])
-def test_it_fits_every_width_in_light_and_dark(visit: Visit, open_server: Any, width: int, dark: bool) -> None:
+def test_the_page_fits_every_width_in_light_and_dark(visit: Visit, open_server: Any, width: int, dark: bool) -> None:
     page = opened(visit(open_server.url, width=width, dark=dark).page, open_server.url)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -138,7 +138,7 @@ def test_it_fits_every_width_in_light_and_dark(visit: Visit, open_server: Any, w
     assert page.evaluate("document.documentElement.dataset.theme") == "light"
 
 
-def test_it_can_be_used_without_a_mouse_and_every_field_has_a_name(page: Page) -> None:
+def test_the_page_works_without_a_mouse_and_all_fields_have_names(page: Page) -> None:
     page.keyboard.press("Tab")
     expect(page.get_by_role("link", name="Skip to the operations")).to_be_focused()
     page.keyboard.press("Enter")
@@ -148,7 +148,7 @@ def test_it_can_be_used_without_a_mouse_and_every_field_has_a_name(page: Page) -
     assert page.evaluate(unnamed) == 0
 
 
-def test_a_link_to_an_operation_leads_there(visit: Visit, open_server: Any) -> None:
+def test_a_link_scrolls_to_its_operation(visit: Visit, open_server: Any) -> None:
     page = visit(open_server.url).page
     page.goto(f"{open_server.url}/docs#get-ready")
     expect(page.locator("#get-ready")).to_be_in_viewport()

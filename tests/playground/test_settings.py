@@ -1,4 +1,4 @@
-"""The panel: every field of the API, only what was set is sent, and the request as others would write it."""
+"""The settings panel: all API fields, requests with only changed fields, and the request as curl and Python."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ def schema(server: Any) -> dict[str, Any]:
         return properties
 
 
-def test_every_field_that_the_server_knows_can_be_set(visitor: PageDriver, open_server: Any) -> None:
-    names = set(visitor.find("#fields .field label").all_text_contents())
+def test_every_field_of_the_server_can_be_set(driver: PageDriver, open_server: Any) -> None:
+    names = set(driver.find("#fields .field label").all_text_contents())
     assert names == set(schema(open_server)) - ELSEWHERE | {"continuous_usage_stats"}
 
 
-def test_a_strict_server_is_offered_only_its_own_fields(visit: Any, plain_server: Any) -> None:
-    visitor = visit(plain_server.url).open()
-    names = set(visitor.find("#fields .field label").all_text_contents())
+def test_a_strict_server_shows_only_its_own_fields(visit: Any, plain_server: Any) -> None:
+    driver = visit(plain_server.url).open()
+    names = set(driver.find("#fields .field label").all_text_contents())
     assert names == set(schema(plain_server)) - ELSEWHERE
-    visitor.write("a b")
-    visitor.scores()
-    assert "prompt_logprobs" not in visitor.asked[-1]
-    visitor.caret(1)
-    expect(visitor.find("#insert"), "this model cannot fill gaps").to_be_disabled()
+    driver.write("a b")
+    driver.scores()
+    assert "prompt_logprobs" not in driver.asked[-1]
+    driver.caret(1)
+    expect(driver.find("#insert"), "this model cannot fill gaps").to_be_disabled()
 
 
-def test_only_what_differs_from_the_api_is_sent(visitor: PageDriver, open_server: Any) -> None:
-    visitor.write(BEGINNING)
-    visitor.continues()
+def test_only_changed_fields_are_sent(driver: PageDriver, open_server: Any) -> None:
+    driver.write(BEGINNING)
+    driver.continues()
     streamed = {"stream": True, "stream_options": {"include_usage": True}}
     first = {"model": open_server.model, "prompt": BEGINNING, "max_tokens": 100, "logprobs": 5}
-    assert visitor.asked[-1] == first | streamed
-    visitor.write(BEGINNING)
-    visitor.continues(max_tokens=16, logprobs=None, temperature=1, top_p=1, stream=False)
-    assert visitor.asked[-1] == {"model": open_server.model, "prompt": BEGINNING}
+    assert driver.asked[-1] == first | streamed
+    driver.write(BEGINNING)
+    driver.continues(max_tokens=16, logprobs=None, temperature=1, top_p=1, stream=False)
+    assert driver.asked[-1] == {"model": open_server.model, "prompt": BEGINNING}
 
 
 @pytest.mark.parametrize(
@@ -62,85 +62,85 @@ def test_only_what_differs_from_the_api_is_sent(visitor: PageDriver, open_server
     ],
     ids="+".join,
 )
-def test_fields_reach_the_server_and_it_takes_them(visitor: PageDriver, fields: Any, sent: dict[str, Any]) -> None:
-    visitor.write(BEGINNING)
-    visitor.continues(max_tokens=5, **fields)
-    body = visitor.asked[-1]
+def test_the_server_accepts_all_fields(driver: PageDriver, fields: Any, sent: dict[str, Any]) -> None:
+    driver.write(BEGINNING)
+    driver.continues(max_tokens=5, **fields)
+    body = driver.asked[-1]
     assert {name: body.get(name) for name in sent} == sent
 
 
-def test_usage_in_every_event_is_an_option_of_the_stream(visitor: PageDriver) -> None:
-    visitor.write(BEGINNING)
-    visitor.continues(max_tokens=3, continuous_usage_stats=True)
-    assert visitor.asked[-1]["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
+def test_usage_in_every_event_is_an_option_of_the_stream(driver: PageDriver) -> None:
+    driver.write(BEGINNING)
+    driver.continues(max_tokens=3, continuous_usage_stats=True)
+    assert driver.asked[-1]["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
 
 
-def test_stop_strings_are_a_list_with_line_ends(visitor: PageDriver) -> None:
-    visitor.shows("settings")
+def test_stop_strings_are_a_list_with_line_ends(driver: PageDriver) -> None:
+    driver.shows("settings")
     for text in (".", "\\n\\n"):
-        visitor.find("#field-stop").fill(text)
-        visitor.press("Enter")
-    assert visitor.find(".chips li span").all_inner_texts() == [".", "↵↵"]
-    visitor.write("Once upon a time")
-    answer = visitor.continues(max_tokens=60, seed=2)
-    assert visitor.asked[-1]["stop"] == [".", "\n\n"]
+        driver.find("#field-stop").fill(text)
+        driver.press("Enter")
+    assert driver.find(".chips li span").all_inner_texts() == [".", "↵↵"]
+    driver.write("Once upon a time")
+    answer = driver.continues(max_tokens=60, seed=2)
+    assert driver.asked[-1]["stop"] == [".", "\n\n"]
     assert "." not in answer
-    visitor.find(".chips button").first.click()
-    visitor.continues()
-    assert visitor.asked[-1]["stop"] == ["\n\n"]
+    driver.find(".chips button").first.click()
+    driver.continues()
+    assert driver.asked[-1]["stop"] == ["\n\n"]
 
 
-def test_bias_is_given_by_text(visitor: PageDriver, open_server: Any) -> None:
-    visitor.shows("settings")
-    visitor.find("#fields details summary").first.click()
-    visitor.find("#field-logit_bias").fill(" Lily")
-    visitor.press("Enter")
-    visitor.find(".biases input").fill("100")
-    visitor.write("A girl named")
-    answer = visitor.continues(max_tokens=4)
+def test_a_bias_is_set_by_text(driver: PageDriver, open_server: Any) -> None:
+    driver.shows("settings")
+    driver.find("#fields details summary").first.click()
+    driver.find("#field-logit_bias").fill(" Lily")
+    driver.press("Enter")
+    driver.find(".biases input").fill("100")
+    driver.write("A girl named")
+    answer = driver.continues(max_tokens=4)
     with open_server.http() as client:
         ids = client.post("/tokenize", json={"prompt": " Lily", "add_special_tokens": False}).json()["tokens"]
-    assert visitor.asked[-1]["logit_bias"] == {str(token): 100 for token in ids}
+    assert driver.asked[-1]["logit_bias"] == {str(token): 100 for token in ids}
     assert answer == " Lily" * 4
 
 
-def test_reset_goes_back_to_where_the_page_began(visitor: PageDriver) -> None:
-    visitor.set(temperature=0.3, n=2)
-    visitor.find("#reset").click()
-    expect(visitor.find("#field-temperature")).to_have_value("1")
-    expect(visitor.find("#field-n")).to_have_value("1")
+def test_reset_restores_the_initial_settings(driver: PageDriver) -> None:
+    driver.set(temperature=0.3, n=2)
+    driver.find("#reset").click()
+    expect(driver.find("#field-temperature")).to_have_value("1")
+    expect(driver.find("#field-n")).to_have_value("1")
 
 
-def test_the_request_as_python_runs(visitor: PageDriver, tmp_path: Any) -> None:
+def test_the_request_as_python_runs(driver: PageDriver, tmp_path: Any) -> None:
     prompt = 'It\'s "quoted" \\ here,\nand £ 日本. Once upon a time'
-    visitor.write(prompt)
-    answer = visitor.continues(max_tokens=12, seed=3, top_k=4)
-    visitor.press("Alt+ArrowLeft")
-    visitor.shows("request")
-    expect(visitor.find("#python")).to_contain_text("extra_body")
+    driver.write(prompt)
+    answer = driver.continues(max_tokens=12, seed=3, top_k=4)
+    driver.press("Alt+ArrowLeft")
+    driver.shows("request")
+    expect(driver.find("#python")).to_contain_text("extra_body")
     script = tmp_path / "request.py"
-    script.write_text(visitor.find("#python").inner_text(), encoding="utf-8")
+    script.write_text(driver.find("#python").inner_text(), encoding="utf-8")
     run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, timeout=60)
     assert run.stdout == answer
 
 
-def test_the_request_as_curl_is_what_a_shell_understands(visitor: PageDriver) -> None:
-    visitor.write("It's here: Once upon a time")
-    answer = visitor.continues(max_tokens=12, seed=3, stream=False)
-    visitor.press("Alt+ArrowLeft")
-    visitor.shows("request")
-    expect(visitor.find("#curl")).to_contain_text("It'\\''s here")
-    shell = ["bash", "-c", f"{visitor.find('#curl').inner_text()} --silent --noproxy '*'"]
+def test_the_request_as_curl_runs_in_a_shell(driver: PageDriver) -> None:
+    driver.write("It's here: Once upon a time")
+    answer = driver.continues(max_tokens=12, seed=3, stream=False)
+    driver.press("Alt+ArrowLeft")
+    driver.shows("request")
+    expect(driver.find("#curl")).to_contain_text("It'\\''s here")
+    shell = ["bash", "-c", f"{driver.find('#curl').inner_text()} --silent --noproxy '*'"]
     run = subprocess.run(shell, capture_output=True, check=True, timeout=60)
     import json
 
     assert json.loads(run.stdout)["choices"][0]["text"] == answer
-    visitor.find('[data-copy="curl"]').click()
-    expect(visitor.find('[data-copy="curl"]')).to_have_text("Copied")
+    driver.find('[data-copy="curl"]').click()
+    expect(driver.find('[data-copy="curl"]')).to_have_text("Copied")
 
 
-def test_the_last_answer_can_be_read_raw(visitor: PageDriver) -> None:
-    visitor.write(BEGINNING)
-    visitor.continues(max_tokens=3)
-    visitor.shows("request")
-    expect(visitor.find("#answer")).to_contain_text('"object":"text_completion"')
+def test_the_last_response_is_shown_unchanged(driver: PageDriver) -> None:
+    driver.write(BEGINNING)
+    driver.continues(max_tokens=3)
+    driver.shows("request")
+    expect(driver.find("#answer")).to_contain_text('"object":"text_completion"')

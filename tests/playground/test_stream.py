@@ -1,4 +1,4 @@
-"""Writing: one document that the person and the model share."""
+"""Writing: generation into the document, stopping, and infill."""
 
 from __future__ import annotations
 
@@ -10,86 +10,86 @@ from playwright.sync_api import expect
 from .page_driver import BEGINNING, ENDLESS, PageDriver
 
 
-def test_the_answer_grows_at_the_end_and_is_told_from_what_was_typed(visitor: PageDriver) -> None:
-    visitor.write(BEGINNING)
-    answer = visitor.continues(max_tokens=12, seed=1)
+def test_generated_text_is_appended_and_has_another_colour(driver: PageDriver) -> None:
+    driver.write(BEGINNING)
+    answer = driver.continues(max_tokens=12, seed=1)
     assert answer
-    assert visitor.find("#mirror .you, #mirror .line > :not(.model)").count() == 0, "typed text has no marks"
-    assert "".join(visitor.find("#mirror .model").all_inner_texts()).strip() in visitor.text
+    assert driver.find("#mirror .you, #mirror .line > :not(.model)").count() == 0, "typed text has no marks"
+    assert "".join(driver.find("#mirror .model").all_inner_texts()).strip() in driver.text
     typed, written = (
-        visitor.find(f"#mirror {part}").first.evaluate("(n) => getComputedStyle(n).color")
+        driver.find(f"#mirror {part}").first.evaluate("(n) => getComputedStyle(n).color")
         for part in (".line", ".model")
     )
     assert typed != written
 
 
-def test_it_is_the_servers_answer(visitor: PageDriver, open_server: Any) -> None:
-    visitor.write(BEGINNING)
-    answer = visitor.continues(max_tokens=30, seed=7)
+def test_the_text_is_the_servers_response(driver: PageDriver, open_server: Any) -> None:
+    driver.write(BEGINNING)
+    answer = driver.continues(max_tokens=30, seed=7)
     with open_server.http() as client:
         body = {"prompt": BEGINNING, "max_tokens": 30, "seed": 7}
         assert client.post("/v1/completions", json=body).json()["choices"][0]["text"] == answer
 
 
-def test_the_text_grows_while_it_comes(visitor: PageDriver) -> None:
-    visitor.begins_endless()
-    expect(visitor.find("#go")).to_have_text("Stop")
-    grown = len(visitor.text)
-    expect(visitor.tokens.nth(visitor.tokens.count() + 20)).to_be_attached()
-    assert len(visitor.text) > grown
-    visitor.press("Escape")
+def test_the_text_grows_while_the_stream_runs(driver: PageDriver) -> None:
+    driver.begins_endless()
+    expect(driver.find("#go")).to_have_text("Stop")
+    grown = len(driver.text)
+    expect(driver.tokens.nth(driver.tokens.count() + 20)).to_be_attached()
+    assert len(driver.text) > grown
+    driver.press("Escape")
 
 
-def test_stop_keeps_what_has_come(visitor: PageDriver) -> None:
-    visitor.begins_endless()
-    visitor.press("Escape")
-    visitor.says("Stopped")
-    kept = visitor.text
+def test_stop_keeps_the_received_text(driver: PageDriver) -> None:
+    driver.begins_endless()
+    driver.press("Escape")
+    driver.says("Stopped")
+    kept = driver.text
     assert len(kept) > len(BEGINNING) + 30
     assert kept.startswith(BEGINNING)
-    expect(visitor.find("#go")).to_have_text("Continue")
-    assert visitor.continues(max_tokens=3), "and can be continued"
-    assert visitor.text.startswith(kept)
+    expect(driver.find("#go")).to_have_text("Continue")
+    assert driver.continues(max_tokens=3), "and can be continued"
+    assert driver.text.startswith(kept)
 
 
-def test_the_button_stops_too(visitor: PageDriver) -> None:
-    visitor.begins_endless()
-    visitor.find("#go").click()
-    visitor.says("Stopped")
-    assert visitor.text.startswith(BEGINNING)
+def test_the_button_stops_too(driver: PageDriver) -> None:
+    driver.begins_endless()
+    driver.find("#go").click()
+    driver.says("Stopped")
+    assert driver.text.startswith(BEGINNING)
 
 
-def test_who_types_while_it_comes_has_the_last_word(visitor: PageDriver) -> None:
-    visitor.begins_endless()
-    visitor.caret(4)
-    visitor.page.keyboard.type("X")
-    visitor.says("the text was changed")
-    visitor.page.keyboard.type("YZ")
-    assert visitor.text.startswith("OnceXYZ upon a time")
-    assert len(visitor.text) > len(BEGINNING) + 30
-    expect(visitor.find("#go")).to_have_text("Continue")
+def test_typing_stops_the_generation(driver: PageDriver) -> None:
+    driver.begins_endless()
+    driver.caret(4)
+    driver.page.keyboard.type("X")
+    driver.says("the text was changed")
+    driver.page.keyboard.type("YZ")
+    assert driver.text.startswith("OnceXYZ upon a time")
+    assert len(driver.text) > len(BEGINNING) + 30
+    expect(driver.find("#go")).to_have_text("Continue")
 
 
-def test_typing_after_a_gap_that_is_being_filled_stays_where_it_is_typed(visitor: PageDriver) -> None:
+def test_text_typed_after_a_gap_during_infill_keeps_its_position(driver: PageDriver) -> None:
     before, after = "Once upon a time", " They went home."
-    visitor.write(before + after)
-    visitor.set(**ENDLESS)
-    visitor.caret(len(before))
-    visitor.press("Control+Shift+Enter")
-    expect(visitor.tokens.nth(30)).to_be_attached()
-    end = visitor.text.index("home.") + 5
-    visitor.area.evaluate("(area) => area.setSelectionRange(area.value.length, area.value.length)")
-    expect(visitor.tokens.nth(visitor.tokens.count() + 15)).to_be_attached()
-    visitor.page.keyboard.type("!?")
-    visitor.says("the text was changed")
+    driver.write(before + after)
+    driver.set(**ENDLESS)
+    driver.caret(len(before))
+    driver.press("Control+Shift+Enter")
+    expect(driver.tokens.nth(30)).to_be_attached()
+    end = driver.text.index("home.") + 5
+    driver.area.evaluate("(area) => area.setSelectionRange(area.value.length, area.value.length)")
+    expect(driver.tokens.nth(driver.tokens.count() + 15)).to_be_attached()
+    driver.page.keyboard.type("!?")
+    driver.says("the text was changed")
     assert end > len(before + after)
-    assert visitor.text.endswith(f"{after}!?")
-    assert visitor.mirrored == visitor.text
+    assert driver.text.endswith(f"{after}!?")
+    assert driver.mirrored == driver.text
 
 
-def test_pasted_text_is_plain(visitor: PageDriver) -> None:
-    visitor.area.focus()
-    visitor.page.evaluate(
+def test_pasted_text_is_plain(driver: PageDriver) -> None:
+    driver.area.focus()
+    driver.page.evaluate(
         """() => {
             const data = new DataTransfer();
             data.setData("text/html", "<b>bold</b> <img src=x onerror=alert(1)>");
@@ -99,93 +99,95 @@ def test_pasted_text_is_plain(visitor: PageDriver) -> None:
                 document.execCommand("insertText", false, data.getData("text/plain"));
         }"""
     )
-    assert visitor.text == "bold <b>&amp;</b>\nline"
-    assert visitor.mirrored == visitor.text
-    assert visitor.find("#mirror b, #mirror img").count() == 0
+    assert driver.text == "bold <b>&amp;</b>\nline"
+    assert driver.mirrored == driver.text
+    assert driver.find("#mirror b, #mirror img").count() == 0
 
 
-def test_an_edited_token_loses_its_numbers_and_no_text_is_lost(visitor: PageDriver) -> None:
-    visitor.write(BEGINNING)
-    visitor.continues(max_tokens=12, seed=1)
-    before, tokens = visitor.text, visitor.tokens.count()
-    start = len(BEGINNING) + len(visitor.tokens.nth(0).inner_text()) + 2
-    visitor.caret(start)
-    visitor.page.keyboard.type("Q")
-    assert visitor.text == before[:start] + "Q" + before[start:]
-    assert visitor.tokens.count() == tokens - 1
-    assert visitor.mirrored == visitor.text
-    assert visitor.find("#mirror .stale").count() == visitor.tokens.count() - 1, "what follows was read in another text"
-    visitor.press("Control+z")
-    assert visitor.text == before
-    assert visitor.tokens.count() == tokens
-    assert visitor.find("#mirror .stale").count() == 0
+def test_an_edited_token_loses_its_numbers_and_no_text_is_lost(driver: PageDriver) -> None:
+    driver.write(BEGINNING)
+    driver.continues(max_tokens=12, seed=1)
+    before, tokens = driver.text, driver.tokens.count()
+    start = len(BEGINNING) + len(driver.tokens.nth(0).inner_text()) + 2
+    driver.caret(start)
+    driver.page.keyboard.type("Q")
+    assert driver.text == before[:start] + "Q" + before[start:]
+    assert driver.tokens.count() == tokens - 1
+    assert driver.mirrored == driver.text
+    assert driver.find("#mirror .stale").count() == driver.tokens.count() - 1, (
+        "the numbers of the following tokens are stale"
+    )
+    driver.press("Control+z")
+    assert driver.text == before
+    assert driver.tokens.count() == tokens
+    assert driver.find("#mirror .stale").count() == 0
 
 
-def test_insert_fills_the_gap_at_the_cursor(visitor: PageDriver) -> None:
+def test_insert_fills_the_gap_at_the_cursor(driver: PageDriver) -> None:
     before, after = "def add(a, b):\n    ", "\n\nprint(add(1, 2))\n"
-    visitor.write(before + after)
-    expect(visitor.find("#insert")).to_be_disabled()
-    visitor.set(max_tokens=12, temperature=0)
-    visitor.caret(len(before))
-    visitor.press("Control+Shift+Enter")
-    visitor.ended()
-    assert (visitor.asked[-1]["prompt"], visitor.asked[-1]["suffix"]) == (before, after)
-    assert visitor.text.startswith(before)
-    assert visitor.text.endswith(after)
-    assert len(visitor.text) > len(before + after)
-    assert visitor.find("#mirror .model").count() > 0
+    driver.write(before + after)
+    expect(driver.find("#insert")).to_be_disabled()
+    driver.set(max_tokens=12, temperature=0)
+    driver.caret(len(before))
+    driver.press("Control+Shift+Enter")
+    driver.ended()
+    assert (driver.asked[-1]["prompt"], driver.asked[-1]["suffix"]) == (before, after)
+    assert driver.text.startswith(before)
+    assert driver.text.endswith(after)
+    assert len(driver.text) > len(before + after)
+    assert driver.find("#mirror .model").count() > 0
 
 
-def test_an_alternative_within_a_gap_keeps_what_follows(visitor: PageDriver) -> None:
+def test_an_alternative_within_a_gap_keeps_the_suffix(driver: PageDriver) -> None:
     before, after = "Once upon a time", " They went home."
-    visitor.write(before + after)
-    visitor.set(max_tokens=8, temperature=0)
-    visitor.caret(len(before))
-    visitor.find("#insert").click()
-    visitor.ended()
-    expect(visitor.area, "the keyboard is in the text again").to_be_focused()
-    popover = visitor.hover(visitor.tokens.nth(2))
-    kept = "".join(visitor.tokens.all_inner_texts()[:2])
+    driver.write(before + after)
+    driver.set(max_tokens=8, temperature=0)
+    driver.caret(len(before))
+    driver.find("#insert").click()
+    driver.ended()
+    expect(driver.area, "the keyboard is in the text again").to_be_focused()
+    popover = driver.hover(driver.tokens.nth(2))
+    kept = "".join(driver.tokens.all_inner_texts()[:2])
     popover.locator("button:not([aria-current]):not(:disabled)").first.click()
-    visitor.ended()
-    assert visitor.asked[-1]["prompt"].startswith(before + kept)
-    assert visitor.asked[-1]["suffix"] == after
-    assert visitor.text.endswith(after)
+    driver.ended()
+    assert driver.asked[-1]["prompt"].startswith(before + kept)
+    assert driver.asked[-1]["suffix"] == after
+    assert driver.text.endswith(after)
 
 
-def test_an_empty_document_begins_a_new_text(visitor: PageDriver) -> None:
-    assert visitor.continues(max_tokens=6, seed=3)
+def test_an_empty_document_begins_a_new_text(driver: PageDriver) -> None:
+    assert driver.continues(max_tokens=6, seed=3)
 
 
-def test_echo_brings_the_numbers_of_the_text_before(visitor: PageDriver) -> None:
-    visitor.write("One day")
-    visitor.continues(max_tokens=4, echo=True, seed=1)
-    assert visitor.asked[-1]["echo"] is True
-    assert visitor.find("#mirror .you.token").count() >= 2
-    assert visitor.text.startswith("One day")
-    assert visitor.text.count("One day") == 1
+def test_echo_adds_the_numbers_of_the_prompt(driver: PageDriver) -> None:
+    driver.write("One day")
+    driver.continues(max_tokens=4, echo=True, seed=1)
+    assert driver.asked[-1]["echo"] is True
+    assert driver.find("#mirror .you.token").count() >= 2
+    assert driver.text.startswith("One day")
+    assert driver.text.count("One day") == 1
 
 
-def test_what_is_not_streamed_comes_whole(visitor: PageDriver) -> None:
-    visitor.write(BEGINNING)
-    answer = visitor.continues(max_tokens=8, best_of=3, seed=1)
-    assert "stream" not in visitor.asked[-1]
+def test_a_response_without_streaming_arrives_whole(driver: PageDriver) -> None:
+    driver.write(BEGINNING)
+    answer = driver.continues(max_tokens=8, best_of=3, seed=1)
+    assert "stream" not in driver.asked[-1]
     assert answer
 
 
-def test_speed_and_usage_are_told(visitor: PageDriver) -> None:
-    visitor.write(f"{BEGINNING} {BEGINNING}")
-    visitor.continues(max_tokens=20, seed=1)
-    expect(visitor.find("#usage-completion-tokens")).to_have_text("20 written")
-    expect(visitor.find("#usage-rate")).to_contain_text("tokens/s")
-    expect(visitor.find("#usage-wait")).to_contain_text("ms")
-    visitor.press("Alt+KeyR")
-    visitor.ended()
-    expect(visitor.find("#usage-prompt-tokens")).to_contain_text("cached")
+def test_speed_and_usage_are_shown(driver: PageDriver) -> None:
+    driver.write(f"{BEGINNING} {BEGINNING}")
+    driver.continues(max_tokens=20, seed=1)
+    expect(driver.find("#usage-completion-tokens")).to_have_text("20 written")
+    expect(driver.find("#usage-rate")).to_contain_text("tokens/s")
+    expect(driver.find("#usage-wait")).to_contain_text("ms")
+    driver.press("Alt+KeyR")
+    driver.ended()
+    expect(driver.find("#usage-prompt-tokens")).to_contain_text("cached")
 
 
-def test_the_context_bar_counts_as_the_server_does(visitor: PageDriver, open_server: Any) -> None:
-    visitor.write(BEGINNING)
+def test_the_context_bar_counts_as_the_server_does(driver: PageDriver, open_server: Any) -> None:
+    driver.write(BEGINNING)
     with httpx.Client(base_url=open_server.url, trust_env=False) as client:
         count = client.post("/tokenize", json={"prompt": BEGINNING}).json()
-    expect(visitor.find("#context-text")).to_have_text(f"{count['count']} / {count['max_model_len']:,}")
+    expect(driver.find("#context-text")).to_have_text(f"{count['count']} / {count['max_model_len']:,}")

@@ -31,7 +31,7 @@ export class Editor {
   }
 
   /** Show pieces; tokens of other models than the seed's have no colour. The caret stays where it is unless it is given.
-   * `growing`: more will come at once. */
+   * `growing`: the next call follows soon. */
   show(pieces, text, seed, caret = null, growing = false) {
     this.late = text;
     if (!growing || text.length < LONG) this.#catchUp();

@@ -72,8 +72,8 @@ export function extend(text, hash = START) {
 /** The initial hash for a model: log probabilities of different models have different contexts. */
 export const seedOf = (model) => extend(`${model}\n`);
 
-/** Each piece with its offset, and whether its numbers are still those of what stands before it now. `hash` is of what
- * stands before all of them: a model's seed, perhaps a text. */
+/** Each piece with its offset, and whether its numbers still belong to the text before it. `hash`: of the model's seed and
+ * of any text before the first piece. */
 export function* places(pieces, hash = START) {
   let at = 0;
   for (const p of pieces) {

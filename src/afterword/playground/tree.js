@@ -74,7 +74,7 @@ export class Tree {
     }
   }
 
-  /** The tree as plain data; a piece that several nodes share stands once. `draft`: a text without a node, or null. */
+  /** The tree as plain data; a piece that several nodes share is stored once. `draft`: a text without a node, or null. */
   serialize(draft) {
     const seen = new Map();
     const number = (p) => seen.get(p) ?? (seen.set(p, seen.size), seen.size - 1);

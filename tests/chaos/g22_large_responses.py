@@ -17,17 +17,17 @@ from afterword.api.responses import incremental
 from afterword.api.responses.time_slices import TimeSlices
 
 from .gate import Fault, Gate, Result, Trial
-from .server import Server, beside
+from .server import Server, helper_process
 
 WORST = 0.1
-"""Seconds that `/health` may take."""
+"""Upper bound of the time of `/health`, in seconds."""
 MOST_MEMORY = 768
-"""MiB that the server's own process may have at most."""
-_PAUSE = 0.01  # seconds between two looks
+"""Upper bound of the memory of the server's own process, in MiB."""
+_PAUSE = 0.01  # seconds between two requests
 _CONTEXT = 2048
 _LIMIT = 300  # seconds for a request
 _BODY = 8 * 2**20 - 2**10
-_WORDS = 256  # ids below are bytes
+_WORDS = 256  # token ids below this are bytes
 
 
 def run(trial: Trial) -> Result:
@@ -36,15 +36,15 @@ def run(trial: Trial) -> Result:
     wrong, memory = 0, 0.0
     with (
         trial.serve("--parallel", "8", "--context", str(_CONTEXT), scripted=True) as server,
-        beside("taker") as taker,
+        helper_process("discarding_client") as client_process,
     ):
         for name, (path, body, status) in list(cases().items()) * trial.size:
             trial.say(f"G22 {name}")
-            told, seconds = _ask(server, taker, path, body)
-            wrong += told[0] != status
+            result, seconds = _ask(server, client_process, path, body)
+            wrong += result[0] != status
             slowest[name] = max(slowest.get(name, 0.0), seconds)
-            memory = max(memory, _peak(server))
-            sizes[name] = told[1]
+            memory = max(memory, _peak_memory(server))
+            sizes[name] = result[1]
     worst = max(slowest.values())
     figures = {f"{name}: MB, ms": f"{sizes[name] / 1e6:.0f}, {slowest[name] * 1000:.0f}" for name in sizes}
     passed = wrong == 0 and worst <= WORST and memory <= MOST_MEMORY
@@ -56,8 +56,8 @@ def completion(**fields: Any) -> tuple[str, str, int]:
 
 
 def cases() -> dict[str, tuple[str, str, int]]:
-    """Requests by the part that is large: path, body, and the expected status."""
-    prompt = [7 * place % _WORDS for place in range(2000)]
+    """Requests named after their large part: path, body and expected status."""
+    prompt = [7 * position % _WORDS for position in range(2000)]
     stops = [chr(ord("a") + number) * 1023 for number in range(16)]
     items = _BODY // 4
     return {
@@ -74,32 +74,32 @@ def cases() -> dict[str, tuple[str, str, int]]:
     }
 
 
-def _ask(server: Server, taker: subprocess.Popen[str], path: str, body: str) -> tuple[list[int], float]:
-    """Status and bytes of an answer, and how long `/health` took at most meanwhile."""
-    assert taker.stdin is not None
-    assert taker.stdout is not None
-    taker.stdin.write(json.dumps({"port": server.port, "path": path, "body": body}) + "\n")
-    taker.stdin.flush()
-    looks = _looks(server)
-    worst = next(looks)
+def _ask(server: Server, client_process: subprocess.Popen[str], path: str, body: str) -> tuple[list[int], float]:
+    """Send a request. Returns status and bytes of its response, and the longest time of `/health` in seconds."""
+    assert client_process.stdin is not None
+    assert client_process.stdout is not None
+    client_process.stdin.write(json.dumps({"port": server.port, "path": path, "body": body}) + "\n")
+    client_process.stdin.flush()
+    snapshots = _health_times(server)
+    worst = next(snapshots)
     deadline = time.monotonic() + _LIMIT
-    with _Lines(taker) as lines:
+    with _LineReader(client_process) as lines:
         while lines.line is None and time.monotonic() < deadline:
-            worst = max(worst, next(looks))
+            worst = max(worst, next(snapshots))
             time.sleep(_PAUSE)
-        told: list[int] = json.loads(lines.line or "[0, 0]")
-    return told, worst
+        result: list[int] = json.loads(lines.line or "[0, 0]")
+    return result, worst
 
 
-class _Lines:
-    """Waits for the taker's next line in a thread."""
+class _LineReader:
+    """Waits in a thread for the client process's next line."""
 
-    def __init__(self, taker: subprocess.Popen[str]) -> None:
+    def __init__(self, client_process: subprocess.Popen[str]) -> None:
         self.line: str | None = None
-        self._taker = taker
+        self._taker = client_process
         self._thread = threading.Thread(target=self._read, daemon=True)
 
-    def __enter__(self) -> _Lines:
+    def __enter__(self) -> _LineReader:
         self._thread.start()
         return self
 
@@ -113,8 +113,8 @@ class _Lines:
         self.line = self._taker.stdout.readline()
 
 
-def _peak(server: Server) -> float:
-    """MiB that the server's own process has had at most; where the system does not say, what it has now."""
+def _peak_memory(server: Server) -> float:
+    """Peak memory of the server's own process in MiB; without `/proc` its current memory."""
     try:
         status = Path(f"/proc/{server.pid}/status").read_text(encoding="utf-8")
     except OSError:
@@ -122,8 +122,8 @@ def _peak(server: Server) -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
 
 
-def _looks(server: Server) -> Iterator[float]:
-    """Seconds that `/health` takes, again and again, on one connection."""
+def _health_times(server: Server) -> Iterator[float]:
+    """Request `/health` repeatedly on one connection and yield the seconds of each request."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     while True:
         start = time.monotonic()
@@ -132,11 +132,11 @@ def _looks(server: Server) -> Iterator[float]:
         yield time.monotonic() - start
 
 
-def make_in_one_piece(patch: pytest.MonkeyPatch) -> None:
-    async def no_turn(*_: Any) -> None:
+def send_in_one_piece(patch: pytest.MonkeyPatch) -> None:
+    async def return_immediately(*_: Any) -> None:
         pass
 
-    patch.setattr(TimeSlices, "yield_after", no_turn)
+    patch.setattr(TimeSlices, "yield_after", return_immediately)
     patch.setattr(incremental, "chunked", lambda fragments: iter([b"".join(fragments)]))
 
 
@@ -147,6 +147,6 @@ GATE = Gate(
     commit=1,
     nightly=5,
     run=run,
-    fault=Fault("answers are made and sent in one piece", "server", make_in_one_piece),
+    fault=Fault("responses are serialized and sent in one piece", "server", send_in_one_piece),
     planted=1,
 )

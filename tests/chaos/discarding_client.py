@@ -1,6 +1,7 @@
-"""A client in a process of its own: sends one request, throws the answer away as it comes, says what it was.
+"""A client in a separate process that sends requests, discards the responses and reports their status and size.
 
-A line of JSON in: port, path, body. A line of JSON out: status and bytes; status 0 if the answer was not whole.
+It reads a line of JSON per request (port, path, body) and writes a line of JSON: status and bytes. The status is 0
+if the response was incomplete.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ _READ = 2**20
 
 
 def take(port: int, path: str, body: bytes) -> tuple[int, int]:
-    """Status and bytes of an answer."""
+    """Send a request. Returns status and bytes of its response."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_LIMIT)
     size = 0
     try:
