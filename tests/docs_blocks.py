@@ -26,10 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILTIN = ROOT / "src" / "afterword" / "models" / "builtin" / "afterword-tiny.gguf"
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^`\n]*)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 SECONDS = 240
-"""What no block of a document takes, even on a busy machine."""
+"""The time limit for one block of a document; a busy machine needs less."""
 
 SUBSTITUTIONS = {
-    # what stands in the documents: what is run in its place
+    # text in the documents: text that is run instead
     r"(127\.0\.0\.1|localhost):8000": "{address}",
     r"(/?[\w.]+/)*model\.gguf": "{model}",
     r"\.venv/bin/": "",
@@ -61,14 +61,14 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a block: nothing (it is as it should be), or what is wrong."""
+    """The result of a block: empty if it is correct, else the error."""
 
     block: Block
     problem: str
 
 
 def pages(root: Path = ROOT) -> list[str]:
-    """The documents whose blocks are checked."""
+    """The documents with checked blocks."""
     named = ["README.md", "CONTRIBUTING.md", "bench/README.md", "training/README.md"]
     return named + [str(path.relative_to(root)) for path in sorted((root / "docs").rglob("*.md"))]
 
@@ -88,11 +88,11 @@ def read(page: str) -> list[Block]:
 
 
 class Workplace:
-    """A folder that looks like the repository's, a home, and commands of which some stand in for the real ones.
+    """A copy of the repository's files, a home folder, and commands, some of which are substitutes.
 
-    `afterword serve` is started in earnest, on a free port, and ended when it has said that it serves; words that have
-    been tried before (in the folder `started`) are not tried again, unless what they name is in a home. `make` only
-    says what it would do, since what it does takes minutes; `curl` fails when it is told an error.
+    `afterword serve` is started for real, on a free port, and ended when it prints that it serves. Arguments that were
+    tried before (recorded in the folder `started`) are not tried again, unless they name files in a home. `make` prints
+    its commands without running them, since they take minutes. `curl` fails on an HTTP error.
     """
 
     def __init__(self, folder: Path, address: str, hub: str, started: Path) -> None:

@@ -24,7 +24,7 @@ def key_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def afterword(key_file: Path) -> Command:
-    """Runs a command whose default key file is a temporary one."""
+    """Runs a command with a temporary default key file."""
     home = {"XDG_DATA_HOME": str(key_file.parent.parent)}
     return lambda *words, **env: CliRunner().invoke(main, words, env=home | env, prog_name="afterword")
 

@@ -162,7 +162,7 @@ class Config:
     - `special_text`: text that spells a special token becomes that token.
     - `allowed_hosts`: `Host` names that the server accepts beside addresses and its own name. `*` accepts every name,
       as does an empty tuple where keys are required.
-    - `proxies`: addresses whose `X-Forwarded-For` header the server trusts.
+    - `proxies`: addresses with a trusted `X-Forwarded-For` header.
     - `drain_delay`, `grace`: at shutdown the server keeps serving for `drain_delay`, then lets responses finish for
       `grace`.
     - `batch_dir`: the folder of uploaded files and batches.

@@ -28,14 +28,14 @@ def bare(**body: Any) -> bytes:
 
 
 def completion(request: Json, **more: Any) -> ServerReply:
-    """A server's reply whose id, time and cached tokens differ from call to call."""
+    """A server's reply with an id, a time and cached tokens that differ from call to call."""
     usage = {"prompt_tokens": 3, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": id(request) % 3}}
     body = {"id": f"cmpl-{id(request)}", "created": id(request), "choices": [{"text": request}], "usage": usage}
     return ServerReply(200, json.dumps(body | more).encode())
 
 
 def answering(choose: Callable[[Json], ServerReply] = completion) -> SendRequest:
-    """A client of a server whose replies `choose` makes."""
+    """A client of a server with the replies that `choose` makes."""
 
     async def send(_: str, __: str, body: bytes) -> ServerReply:
         await asyncio.sleep(0)

@@ -55,7 +55,7 @@ def tokenize(text: str, special: bool) -> Iterator[tuple[int, ...]]:
 
 
 class TableRunner:
-    """A runner whose slots hold only their number of tokens."""
+    """A runner with slots that hold only their number of tokens."""
 
     grid, min_shared_tokens, can_truncate = 1, 16, True
 

@@ -21,7 +21,7 @@ BLOCKS = [
 
 @pytest.fixture(scope="module")
 def place(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
-    """A workplace with the tasks of our own tests, beside a server."""
+    """A workplace with the tests' own tasks, beside a server."""
     with serve("--parallel", "8", key=None) as server, serving() as hub:
         folder, started = (tmp_path_factory.mktemp(name) for name in ("docs", "started"))
         made = Workplace(folder, server.url.removeprefix("http://"), hub, started)

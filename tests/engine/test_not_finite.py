@@ -65,7 +65,7 @@ def test_a_row_is_finite_if_its_largest_value_is(row, finite):
 
 
 class PoisonedRunner(HistoryRunner):
-    """A runner whose logits are not finite while token 9 is in the slot."""
+    """A runner with logits that are not finite while token 9 is in the slot."""
 
     def __init__(self, value: float, slots: int = 3) -> None:
         super().__init__(slots, chunk=4)

@@ -70,7 +70,7 @@ def open_runner(path: Path, kv_type: KvType, sequences: int = 12, *, own: bool =
 
 
 def requests(count: int, seed: int, vocabulary: int = 4000) -> list[Job]:
-    """Random jobs whose prompts have many lengths and share prefixes."""
+    """Random jobs with prompts of many lengths that share prefixes."""
     rng = random.Random(seed)
     contexts = [tuple(rng.randrange(4, vocabulary) for _ in range(rng.choice([20, 64, 150, 260]))) for _ in range(6)]
     jobs = []
@@ -96,7 +96,7 @@ def requests(count: int, seed: int, vocabulary: int = 4000) -> list[Job]:
 
 
 def continued(jobs: list[Job], results: list[list[Any]], count: int) -> list[Job]:
-    """Jobs whose prompts continue the prompts and the outputs of earlier jobs."""
+    """Jobs with prompts that continue the prompts and the outputs of earlier jobs."""
     continuations = []
     for job, (_, samples, _) in itertools.islice(zip(jobs, results, strict=True), count):
         prompt = (*job.prompt, *(token.id for token in samples[0]), 7, 8, 9)

@@ -4,7 +4,7 @@
 - `sanitize` runs the drivers with the address, undefined-behaviour and thread sanitizers.
 - `bits` runs the drivers compiled by each compiler for each processor and compares the hashes of all results.
 
-What is not installed is skipped, with a line that names it. The exit status is 1 where a check fails.
+Missing programs are skipped, with a line that names them. The exit status is 1 where a check fails.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ABORTED = "a run of the thread pool began before the previous one had ended"
 
 @dataclass(frozen=True)
 class Build:
-    """A way to compile and run the drivers. `missing` names what is not there, and is empty where it can run."""
+    """A way to compile and run the drivers. `missing` names missing programs, and is empty where it can run."""
 
     name: str
     compiler: str

@@ -120,7 +120,7 @@ def test_those_who_are_sent_away_are_told_different_times() -> None:
 
 
 class HeldResponse:
-    """An application whose responses last until `release` is set."""
+    """An application with responses that last until `release` is set."""
 
     def __init__(self) -> None:
         self.begun = asyncio.Semaphore(0)

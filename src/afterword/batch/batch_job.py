@@ -1,6 +1,6 @@
 """Runs a batch: sends its requests, several at a time, and writes each answer to the journal.
 
-Requests whose prompts have a common prefix are sent one after the other, so that the prefix cache is used. A job can be
+Requests with a common prefix are sent one after the other, so that the prefix cache is used. A job can be
 cancelled at any time. The next run sends the requests again whose answers were not written. Everything here belongs to
 one event loop; threads read the input file and write the journal.
 """

@@ -23,7 +23,7 @@ from afterword.batch.input_lines import ENDPOINT, BatchRequest, read_lines, read
 from afterword.batch.journal import open_input
 from afterword.batch.output_lines import SendRequest
 
-SAMPLE = 256  # requests whose prompts are tokenized
+SAMPLE = 256  # requests with tokenized prompts
 _TIMED = 4  # requests that are timed, for each one sent at the same time: enough to keep the server fully loaded
 _DEFAULT = 16  # max_tokens of a request without that field
 

@@ -383,7 +383,7 @@ def _decode_rows(rows: Iterable[tuple[Any]], kind: type[_Item]) -> list[_Item]:
 
 
 def quota_error(limit: int) -> RequestError:
-    """Make the error for a key whose files would exceed its storage limit of `limit` bytes."""
+    """Make the error for a key with files above its storage limit of `limit` bytes."""
     message = f"Your files would exceed the storage limit of {limit} bytes. Delete files that you do not need."
     return RequestError(message, code="storage_limit_reached")
 

@@ -94,12 +94,12 @@ def failure_line(row: BatchRequest | InvalidLine, code: str, message: str) -> Ou
 
 
 def too_large_line(row: BatchRequest, max_bytes: int) -> OutputLine:
-    """Make the line of a request whose answer is larger than the journal can store."""
+    """Make the line of a request with an answer larger than the journal can store."""
     return failure_line(row, "answer_too_large", f"The answer is larger than the limit of {max_bytes} bytes.")
 
 
 def no_space_line(row: BatchRequest) -> OutputLine:
-    """Make the line of a request whose answer would exceed the key's storage limit."""
+    """Make the line of a request with an answer that would exceed the key's storage limit."""
     message = "The storage limit of your files is reached. Delete files, and send this request again."
     return failure_line(row, "storage_limit_reached", message)
 

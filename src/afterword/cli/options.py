@@ -34,7 +34,7 @@ class GroupedOption(click.Option):
 
 
 class GroupedCommand(click.Command):
-    """A command whose help has its options in groups, in the order in which the groups are first used."""
+    """A command with the options in its help in groups, in the order in which the groups are first used."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options under the headings of their groups. Options without a group come last."""

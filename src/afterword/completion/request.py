@@ -138,7 +138,7 @@ def _unknown(name: str, values: dict[str, Any]) -> RequestError:
 
 
 def _check_length_aliases(values: dict[str, Any]) -> list[str]:
-    """The given names of `LENGTH_ALIASES` whose value differs from `max_tokens`.
+    """The given names of `LENGTH_ALIASES` with another value than `max_tokens`.
 
     If the server ignored such a field, the completion would have another length than the client requested.
     """

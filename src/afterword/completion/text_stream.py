@@ -71,7 +71,7 @@ class TextStream(Generic[T]):
             self._held.append((TokenAtOffset(token, offset), self.end, whole))
 
     def release(self) -> ReleasedText[T]:
-        """Release the tokens whose text is decided."""
+        """Release the tokens with decided text."""
         safe = self.end if self.stopped else self.end - self._stops.held
         count, end = 0, self._start
         for index, (_, token_end, whole) in enumerate(self._held, 1):

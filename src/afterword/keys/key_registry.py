@@ -78,7 +78,7 @@ class KeyRegistry:
         """The account of a key's text; None if the key is not valid.
 
         Raises `Overloaded` if the key is in the store and the store has been unreadable for `keys_seconds`. The lookup
-        is by SHA-256 digest: its timing tells an attacker nothing about a text that is nearly right.
+        is by SHA-256 digest: its timing gives an attacker no information about a text that is nearly right.
         """
         return self._if_valid(self._by_digest.get(digest(text)))
 

@@ -1,4 +1,4 @@
-"""Refuses files whose headers would make llama.cpp abort the process, with an error message instead.
+"""Refuses files with headers that would make llama.cpp abort the process, with an error message instead.
 
 Each rule stands for an abort that was observed with a corrupted header (`tests/chaos`, gate G14).
 """

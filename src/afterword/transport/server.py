@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 class TransportServer:
     """Serves an ASGI application on a listening socket. Owner of the listener and of all connections.
 
-    `proxies`: addresses whose `X-Forwarded-For` header is trusted. `clock` returns seconds.
+    `proxies`: addresses with a trusted `X-Forwarded-For` header. `clock` returns seconds.
     """
 
     def __init__(

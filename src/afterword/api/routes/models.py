@@ -20,7 +20,7 @@ async def list_models(request: Request) -> Response:
 
 
 async def get_model(request: Request) -> Response:
-    """One model, whose name may contain slashes. Raises `ModelNotFound`, and `Overloaded` while it is being loaded."""
+    """One model; its name may contain slashes. Raises `ModelNotFound`, and `Overloaded` while it is being loaded."""
     service: Service = request.app.state.service
     name: str = request.path_params["model"]
     if not name:  # `managed_model` would return the only model for it

@@ -22,7 +22,7 @@ bool has_products = false;  // whether models that are loaded from now on get pa
 // Operations that ggml offered since `accelerator_listen`. "Left" are those that `supports` refused.
 struct {
     int attentions, attentions_left;
-    uint64_t types_left;  // of weight matrices whose products are left: a bit for each of ggml's types
+    uint64_t types_left;  // of weight matrices that ggml multiplies: a bit for each of ggml's types
     int others_left;      // products of two computed matrices, and of experts
 } offered;
 
@@ -155,7 +155,7 @@ void accelerator_listen() { offered = {}; }
 // Whether ggml offered attention and all of it is computed here.
 int accelerator_attends() { return offered.attentions && !offered.attentions_left; }
 
-// The types of weight matrices whose products are left to ggml: a bit for each of ggml's types.
+// The types of weight matrices that ggml multiplies: a bit for each of ggml's types.
 uint64_t accelerator_types_left() { return offered.types_left; }
 
 // The number of products left to ggml that have no weight matrix as an operand, or that are of experts.

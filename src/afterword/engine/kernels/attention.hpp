@@ -21,7 +21,7 @@ namespace attention {
 namespace {
 
 constexpr int BLOCK = 64, MOST_ROWS = 64;
-constexpr int MANY = WIDE > LANES ? 6 : 4, FEW = WIDE > LANES ? 4 : 2;  // queries and vectors whose sums fit the registers
+constexpr int MANY = WIDE > LANES ? 6 : 4, FEW = WIDE > LANES ? 4 : 2;  // queries and vectors with sums that fit the registers
 
 // ---- vectors
 

@@ -272,7 +272,7 @@ struct Q6_K : Quantized {
     }
 };
 
-// Types whose weights are floats, or are converted to floats exactly.
+// Types with float weights, or weights that are converted to floats exactly.
 struct Plain {
     struct Step {
         Floats weights[STEP];

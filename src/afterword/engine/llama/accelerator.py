@@ -2,7 +2,7 @@
 
 Their results for a token do not depend on the other tokens of the pass. They are registered only with a version of ggml
 whose interface is known, and only if the size of a tensor is the one that ggml.hpp declares. Else llama.cpp computes
-everything, and one line on standard error states what is lost.
+everything, and one line on standard error states the losses.
 
 State: the loaded library's, which belongs to the worker's main thread. `register` runs once per process.
 """

@@ -22,7 +22,7 @@ from afterword.engine.messages import LoadModel
 from afterword.engine.protocol import InfillTokens, ModelInfo
 
 _NO_TOKEN = -1
-_CACHED_PIECES = 256  # pieces of one text whose tokens are cached
+_CACHED_PIECES = 256  # pieces of one text with cached tokens
 
 _BY_NAME = native.LLAMA_TOKEN_ATTR_CONTROL | native.LLAMA_TOKEN_ATTR_UNKNOWN
 _SPECIAL = _BY_NAME | native.LLAMA_TOKEN_ATTR_USER_DEFINED

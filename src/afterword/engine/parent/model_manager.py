@@ -274,7 +274,7 @@ class ModelManager:
             await self._unload(min(idle, key=lambda managed_model: managed_model.last_used))
 
     def _available_memory(self) -> int:
-        """Bytes for another model: the memory available at the start less that of loaded models, or what is free now.
+        """Bytes for another model: the memory at the start less that of loaded models, or the free memory now.
 
         The smaller of the two counts, because other programs may have taken memory since the start.
         """

@@ -25,7 +25,7 @@ _MAX_IN_PROGRESS = (8, 1)  # texts that the worker may hold at a time: short, lo
 
 @dataclass(slots=True, eq=False)
 class _PendingText:
-    """A text whose tokens a client waits for.
+    """A text that a client waits for.
 
     `crashes`: how many workers died while they tokenized it. `since`: its arrival in seconds of the caller's clock.
     """
