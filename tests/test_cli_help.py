@@ -119,7 +119,9 @@ def test_limits_as_json_match_the_table():
     table = CliRunner().invoke(main, ["serve", "--print-limits", "--limit", "max_n=7"]).stdout
     listed = json.loads(shown)
     assert listed["max_n"] == {"value": 7, "meaning": "choices for each prompt"}
-    assert list(listed) == [line.split()[0] for line in table.splitlines()]
+    rows = [line.split()[:2] for line in table.splitlines()]
+    values = {name: row["value"] for name, row in listed.items()}
+    assert rows == [[name, "-" if value is None else str(value).removesuffix(".0")] for name, value in values.items()]
 
 
 def test_complete_json_prints_the_response_of_the_api():

@@ -11,8 +11,10 @@ import jsonschema_rs
 from completion_requests import complete, problem, stream
 
 from afterword.api.app import PROTECTED_ROUTES, PUBLIC_ROUTES
+from afterword.api.specification.document import ERRORS
 from afterword.completion.request import parse, schema
 from afterword.completion.request_limits import RequestLimits
+from afterword.errors import AfterwordError
 
 
 def test_the_document_has_every_route_and_every_method(http: httpx.Client) -> None:
@@ -115,3 +117,11 @@ def test_defaults_are_those_of_the_parser() -> None:
     for name, each in described.items():
         known = each["default"]
         assert known == getattr(absent, name) or (known is None and getattr(absent, name) in ((), None, ("a",)))
+
+
+def _error_statuses(kind: type[AfterwordError]) -> set[int]:
+    return {kind.status}.union(*map(_error_statuses, kind.__subclasses__()))
+
+
+def test_every_status_of_an_error_is_described() -> None:
+    assert _error_statuses(AfterwordError) <= ERRORS.keys()

@@ -42,8 +42,14 @@ def limit_entries(*tables: DataclassInstance) -> Iterator[LimitEntry]:
 
 def limits_as_text(*tables: DataclassInstance) -> str:
     """The limits as lines for people: name, value, description. `-` means no limit."""
-    lines = [(row.name, "-" if row.value is None else f"{row.value:g}", row.meaning) for row in limit_entries(*tables)]
-    return "\n".join(f"{name:<22} {value:>9}  {meaning}" for name, value, meaning in lines)
+    lines = [(row.name, _as_text(row.value), row.meaning) for row in limit_entries(*tables)]
+    return "\n".join(f"{name:<22} {value:>10}  {meaning}" for name, value, meaning in lines)
+
+
+def _as_text(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def limits_as_json(*tables: DataclassInstance) -> str:

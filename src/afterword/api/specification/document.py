@@ -29,6 +29,8 @@ ERRORS = {
     431: "The request head is too large.",
     500: "The server failed.",
     503: "The server is overloaded, or its worker process is restarting; retry after `Retry-After`.",
+    504: "The request waited too long in the queue and was not started.",
+    505: "The request is not HTTP/1.0 or HTTP/1.1.",
     507: "The server cannot store files.",
 }
 """The HTTP statuses of errors in the document, with their descriptions."""
