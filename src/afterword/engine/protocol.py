@@ -28,7 +28,10 @@ class Value(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Sampling(Value, frozen=True):
-    """How the next token is sampled from a row of logits. The defaults (`top_k` 0 included) change nothing."""
+    """How the next token is sampled from a row of logits. The defaults (`top_k` 0 included) change nothing.
+
+    It is sent as an array and is constructed by position in tests: append new fields last.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0

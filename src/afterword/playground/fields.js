@@ -31,33 +31,33 @@ export const FIELDS = [
   field("user", "text", null, "An identifier of the end user.", { group: "More" }),
 
   field("top_k", "integer", 0, "Sample from this many of the most likely tokens; 0: from all.", {
-    group: "Beyond the API",
+    group: "Extensions",
   }),
   field("min_p", "slider", 0, "Sample from tokens with at least this fraction of the highest probability.", {
-    group: "Beyond the API",
+    group: "Extensions",
     low: 0,
     high: 1,
   }),
   field("repetition_penalty", "slider", 1, "Above 1: makes tokens of the prompt or the generated text less likely.", {
-    group: "Beyond the API",
+    group: "Extensions",
     low: 0.01,
     high: 2,
   }),
-  field("min_tokens", "integer", 0, "Generate at least this many tokens.", { group: "Beyond the API" }),
-  field("ignore_eos", "boolean", false, "Continue after the model's end token.", { group: "Beyond the API" }),
-  field("stop_token_ids", "ids", null, "Token ids that end generation.", { group: "Beyond the API" }),
+  field("min_tokens", "integer", 0, "Generate at least this many tokens.", { group: "Extensions" }),
+  field("ignore_eos", "boolean", false, "Continue after the model's end token.", { group: "Extensions" }),
+  field("stop_token_ids", "ids", null, "Token ids that end generation.", { group: "Extensions" }),
   field("add_special_tokens", "boolean", true, "Begin the prompt with BOS if the model expects it.", {
-    group: "Beyond the API",
+    group: "Extensions",
   }),
   field("cache_salt", "text", null, "Share cached prefixes only with requests of the same salt.", {
-    group: "Beyond the API",
+    group: "Extensions",
   }),
-  field("return_token_ids", "boolean", false, "Return token ids.", { group: "Beyond the API" }),
+  field("return_token_ids", "boolean", false, "Return token ids.", { group: "Extensions" }),
   field("prompt_logprobs", "integer", null, "Alternatives for each prompt token, in the raw response. Not streamed.", {
-    group: "Beyond the API",
+    group: "Extensions",
   }),
   field("continuous_usage_stats", "boolean", false, "Report usage in every event.", {
-    group: "Beyond the API",
+    group: "Extensions",
     inside: "stream_options",
   }),
 ];
@@ -72,7 +72,7 @@ export function fieldsOf(taken) {
   const others = Object.keys(taken).filter((name) => !named.has(name) && !ELSEWHERE.has(name));
   const generic = others.flatMap((name) => {
     const kind = { integer: "integer", number: "number", boolean: "boolean", string: "text" }[taken[name].type];
-    return kind ? [field(name, kind, null, "", { group: "Beyond the API" })] : [];
+    return kind ? [field(name, kind, null, "", { group: "Extensions" })] : [];
   });
   return [...known, ...generic].map((one) => ({ ...one, ...taken[one.name] }));
 }
