@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import hatch_build
+from tests.kernels import __main__ as kernel_checks
 
 
 @pytest.fixture
@@ -74,3 +75,8 @@ def test_the_hook_shows_the_messages_and_goes_on(tmp_path, monkeypatch):
     assert len(shown) == 1
     assert shown[0].startswith("kernel.cpp could not be compiled; slower code will be used.\n")
     assert "error: it is broken" in shown[0]
+
+
+def test_the_kernels_checks_compile_with_the_flags_of_the_build():
+    checked = set(kernel_checks.SHIPPED) - set(kernel_checks.STRICT)
+    assert checked == set(hatch_build.FLAGS) - {"-fPIC", "-shared"}, "the checks' drivers are programs, not libraries"

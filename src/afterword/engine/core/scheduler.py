@@ -1,9 +1,8 @@
 """Decides what the next forward pass computes. Pure: it uses no model, no clock and no randomness.
 
 Prefill passes end on a grid counted from the prompt's first token, so that the numbers do not depend on other requests.
-Prefill passes and decodes alternate, so that neither waits for the other to finish. A shared prefix is computed once:
-a job waits for a prefix that another job is computing, and reuses one that a slot holds. The samples of a prompt copy
-its state from a slot that holds it.
+Prefill passes and decodes alternate. A shared prefix is computed once: a job waits for a prefix that another job is
+computing, and reuses one that a slot holds. The samples of a prompt copy its state from a slot that holds it.
 
 A sequence keeps its slot until it ends, or until another client waits that holds less than its share
 (`core.fair_share`). Then the scheduler preempts the youngest sequence of the client that holds most: its slot goes to
