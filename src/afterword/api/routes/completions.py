@@ -6,15 +6,16 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Literal
 
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from afterword.api.middleware.quota import reserve
-from afterword.api.requests.disconnect import cancel_on_disconnect, wait_for_disconnect
+from afterword.api.requests.disconnect import cancel_on_disconnect
 from afterword.api.requests.request_body import read_json
 from afterword.api.requests.request_context import request_context_of
 from afterword.api.requests.request_recorder import RequestRecorder
@@ -87,17 +88,9 @@ class CompletionResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the plan and send the response; cancel the run when the client disconnects."""
-        work = asyncio.create_task(self._send_stream(send) if self._request.stream else self._send_whole(send))
-        disconnect = asyncio.create_task(wait_for_disconnect(receive))
-        try:
-            await asyncio.wait((work, disconnect), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            disconnect.cancel()
-            if not work.done():
-                work.cancel()
-            await asyncio.gather(work, disconnect, return_exceptions=True)
-        if not work.cancelled() and (problem := work.exception()) is not None:
-            raise problem
+        work = self._send_stream(send) if self._request.stream else self._send_whole(send)
+        with suppress(ClientDisconnect):
+            await cancel_on_disconnect(receive, work)
 
     def _start(self, kind: bytes, *more: tuple[bytes, bytes]) -> dict[str, object]:
         headers = [(b"content-type", kind), (b"cache-control", b"no-cache, must-revalidate"), *more]
