@@ -36,20 +36,20 @@ def test_every_limit_is_listed_once_under_its_name() -> None:
 
 @pytest.mark.parametrize("row", list(limit_table.limit_entries(*TABLES)), ids=lambda row: row.name)
 def test_every_limit_can_be_set(row: limit_table.LimitEntry) -> None:
-    assert f"{row.name:<22} {'77':>9}" in printed("--limit", f"{row.name}=77")
+    assert f"{row.name:<22} {'77':>10}" in printed("--limit", f"{row.name}=77")
 
 
 @pytest.mark.parametrize("words", [["--max-logprobs", "7"], ["--limit", "max_logprobs=7"]])
 def test_an_explicit_limit_overrides_strict(words: list[str]) -> None:
     found = printed("--strict", *words)
-    assert f"{'max_logprobs':<22} {'7':>9}" in found
-    assert f"{'max_stop':<22} {'4':>9}" in found
-    assert f"{'max_logprobs':<22} {'7':>9}" in printed("--max-logprobs", "9", "--limit", "max_logprobs=7")
+    assert f"{'max_logprobs':<22} {'7':>10}" in found
+    assert f"{'max_stop':<22} {'4':>10}" in found
+    assert f"{'max_logprobs':<22} {'7':>10}" in printed("--max-logprobs", "9", "--limit", "max_logprobs=7")
 
 
 def test_addresses_are_limited_where_other_machines_can_connect() -> None:
-    assert f"{'max_per_peer':<22} {'-':>9}" in printed()
-    assert f"{'max_per_peer':<22} {'64':>9}" in printed("--host", "0.0.0.0", "--api-key", "some-key")
+    assert f"{'max_per_peer':<22} {'-':>10}" in printed()
+    assert f"{'max_per_peer':<22} {'64':>10}" in printed("--host", "0.0.0.0", "--api-key", "some-key")
 
 
 @pytest.mark.parametrize(
