@@ -17,7 +17,7 @@ import pytest
 
 from afterword.engine import messages
 
-FAKE = str(Path(__file__).with_name("fake_worker.py"))
+FAKE = str(Path(__file__).parents[1] / "fake_worker.py")
 SECONDS = 30  # timeout for a worker that never ends; generous for slow machines
 
 

@@ -28,7 +28,7 @@ from afterword.errors import (
     SettingError,
 )
 
-FAKE = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
+FAKE = (sys.executable, str(Path(__file__).parents[1] / "fake_worker.py"))
 PLAIN = Sampling()
 
 

@@ -19,7 +19,7 @@ from afterword.engine.worker.tokenizer_threads import stack_bytes
 
 T = TypeVar("T")
 
-FOLDER = Path(__file__).resolve().parents[3] / "shared" / "vocabs"
+FOLDER = Path(__file__).resolve().parents[4] / "shared" / "vocabs"
 BETWEEN = "\n__ggml_vocab_test__\n"
 FILES = sorted(FOLDER.glob("*.gguf"))
 UNUSUAL = {
