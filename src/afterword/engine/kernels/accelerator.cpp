@@ -12,6 +12,7 @@
 #include "elementwise.hpp"
 #include "ggml.hpp"
 #include "ggml_checks.hpp"
+#include "kv_buffers.hpp"
 #include "weight_buffers.hpp"
 #include "matmul.hpp"
 #include "thread_pool.hpp"
@@ -172,6 +173,23 @@ void accelerator_prepare(int count, int packs_weights) {
 
 // Chooses the thread pool (`alone`) or OpenMP for all following operations. Returns the pool's `Run`, null for OpenMP.
 void *accelerator_lead(int alone) { return (void *)(pool_run = alone ? run_in_pool : nullptr); }
+
+// Creates contexts, until `accelerator_kv_close`, with KV caches that take memory as tokens are written (kv_buffers.hpp).
+void accelerator_kv_open() { kv_buffers::open(); }
+
+// The KV memory of the context that was created since `accelerator_kv_open`; null if there is none.
+void *accelerator_kv_close() { return kv_buffers::close(); }
+
+// Before a copy to `slot`: the copies until `accelerator_kv_copied` need only the first `cells` cells.
+void accelerator_kv_limit_copy(void *memory, size_t slot, size_t cells) {
+    kv_buffers::limit_copy(*(kv_buffers::KvMemory *)memory, slot, cells);
+}
+void accelerator_kv_copied(void *memory) { kv_buffers::forget_copies(*(kv_buffers::KvMemory *)memory); }
+
+// Gives back the memory of a slot's cells from `first` on.
+void accelerator_kv_release(void *memory, size_t slot, size_t first) {
+    kv_buffers::release_cells(*(kv_buffers::KvMemory *)memory, slot, first);
+}
 
 void *accelerator_memory() { return &memory::buffer_type; }
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
 from functools import cache
 
 from afterword.engine.kernels.compiled import KERNELS, library
@@ -113,6 +114,46 @@ def use_thread_pool(alone: bool) -> int | None:
     return run
 
 
+class KvMemory:
+    """The memory of one context's KV cache: pages are taken as tokens are written and given back by `release`.
+
+    Cells are numbered by the positions of their tokens.
+    """
+
+    def __init__(self, kernels: ctypes.CDLL, address: int) -> None:
+        self._kernels = kernels
+        self._address = address
+        self._has_copies = False  # whether copies were limited since the last pass
+
+    def limit_copy(self, slot: int, cells: int) -> None:
+        """Copy only the first `cells` cells to `slot`. llama.cpp copies whole slots when the next pass begins."""
+        self._has_copies = True
+        self._kernels.accelerator_kv_limit_copy(self._address, slot, cells)
+
+    def copied(self) -> None:
+        """Note that a pass was computed, so that all copies are made."""
+        if self._has_copies:
+            self._has_copies = False
+            self._kernels.accelerator_kv_copied(self._address)
+
+    def release(self, slot: int, first: int) -> None:
+        """Give back the memory of the cells from `first` on. No copies may be left to be made."""
+        self._kernels.accelerator_kv_release(self._address, slot, first)
+
+
+def with_kv_memory(create: Callable[[], object]) -> tuple[object, KvMemory | None]:
+    """Create a context whose KV cache takes memory as tokens are written. Its attention must be flash attention."""
+    kernels = _kernels()
+    if kernels is None:
+        return create(), None
+    kernels.accelerator_kv_open()
+    try:
+        context = create()
+    finally:
+        address: int | None = kernels.accelerator_kv_close()
+    return context, KvMemory(kernels, address) if address else None
+
+
 @cache
 def _kernels() -> ctypes.CDLL | None:
     if not LIBRARY.exists():
@@ -122,4 +163,8 @@ def _kernels() -> ctypes.CDLL | None:
     kernels.accelerator_registry.restype = ctypes.c_void_p
     kernels.accelerator_lead.restype = ctypes.c_void_p
     kernels.accelerator_types_left.restype = ctypes.c_uint64
+    kernels.accelerator_kv_close.restype = ctypes.c_void_p
+    kernels.accelerator_kv_limit_copy.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+    kernels.accelerator_kv_copied.argtypes = [ctypes.c_void_p]
+    kernels.accelerator_kv_release.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
     return kernels

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from afterword.engine.core.forward_batch import BatchEntry, CopyPrefix, Logits, Truncate
 from afterword.engine.core.sampler import finite_rows
+from afterword.engine.llama.accelerator import KvMemory
 from afterword.engine.llama.library import native
 from afterword.errors import EngineError
 
@@ -26,20 +27,40 @@ class KvCache:
     """Owns the KV cache of a context.
 
     `length`: tokens of one slot. `multiplies_masked`: truncated cells can change what is computed later in the slot.
+    `memory`: gives truncated cells back to the system; None where the library keeps them.
     """
 
-    def __init__(self, context: object, slots: int, length: int, decode: Decode, *, multiplies_masked: bool) -> None:
+    def __init__(
+        self,
+        context: object,
+        slots: int,
+        length: int,
+        decode: Decode,
+        *,
+        multiplies_masked: bool,
+        memory: KvMemory | None = None,
+    ) -> None:
         self._context = context
+        self._pages = memory
         self._memory = native.llama_get_memory(context)
         self._slots = range(slots)
         self._length = length
         self._decode = decode
         self._multiplies_masked = multiplies_masked
+        self._truncated: set[int] = set()  # slots that were truncated since the last pass
         self._unchecked: set[int] = set()  # slots whose last logits row was not finite, or was not computed
 
     def cached_tokens(self, slot: int) -> int:
         """The number of tokens that a slot holds."""
         return int(native.llama_memory_seq_pos_max(self._memory, slot)) + 1
+
+    def release_truncated(self) -> None:
+        """Give the memory of truncated cells back. Call it after a pass: llama.cpp copies slots when a pass begins."""
+        if self._pages:
+            self._pages.copied()
+            for slot in self._truncated:
+                self._pages.release(slot, self.cached_tokens(slot))
+        self._truncated.clear()
 
     def check_computed(self, entries: tuple[BatchEntry, ...], logits: Logits) -> None:
         """Note which entries of a pass had finite logits. `logits`: (outputs of all entries, vocabulary)."""
@@ -59,6 +80,8 @@ class KvCache:
             self._truncate(operation.target, 0)
             # With `kv_unified=false` llama.cpp copies only whole sequences.
             native.llama_memory_seq_cp(self._memory, operation.source, operation.target, -1, -1)
+            if self._pages:
+                self._pages.limit_copy(operation.target, operation.keep)
             if operation.source in self._unchecked:
                 self._unchecked.add(operation.target)
             self._truncate(operation.target, operation.keep)
@@ -78,6 +101,7 @@ class KvCache:
     def _remove(self, slot: int, keep: int) -> None:
         if not native.llama_memory_seq_rm(self._memory, slot, keep or -1, -1):
             raise EngineError(f"llama.cpp cannot truncate a sequence to {keep} tokens.")
+        self._truncated.add(slot)
 
     def _has_non_finite(self, slot: int, held: int) -> bool:
         """Whether a slot holds NaN or infinity. A full slot cannot be probed with another token and counts as such."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,7 +60,8 @@ class LlamaRunner:
         self.files = ModelFiles(settings.parts or (settings.path,))
         self.model = _load(settings, settings.repack and not self.uses_kernels, report_progress)
         accelerator.start_recording()
-        self._context, self.uses_own_attention = _context(self.model, settings, self.accelerated)
+        created = _context(self.model, settings, self.accelerated)
+        self._context, self.uses_own_attention = created.address, created.own_attention
         if not native.llama_get_memory(self._context):
             raise SettingError(f"{settings.path} is not a text-completion model: it has no KV cache.")
         self._unsupported_types = accelerator.unsupported_types()
@@ -82,6 +84,7 @@ class LlamaRunner:
             settings.context,
             self._decode,
             multiplies_masked=recurrent or settings.kv_type != "exact" or settings.gpu_layers != 0,
+            memory=created.memory,
         )
         self.cached_tokens = self._kv_cache.cached_tokens
         if self.fixed_shape:
@@ -126,6 +129,7 @@ class LlamaRunner:
 
     def _decode(self, entries: tuple[BatchEntry, ...]) -> Logits:
         status = native.llama_decode(self._context, self._arrays.fill(entries))
+        self._kv_cache.release_truncated()
         if status != 0:
             raise EngineError(f"llama_decode failed with status {status}: {last_error()}")
         outputs = sum(entry.outputs for entry in entries)
@@ -212,22 +216,30 @@ def _most_tokens(settings: LoadModel) -> int:
     return max(settings.chunk, settings.sequences + settings.fixed_shape)
 
 
-def _context(model: object, settings: LoadModel, accelerated: bool) -> tuple[object, bool]:
-    """Create a context. Returns also whether Afterword's kernels compute its attention.
+@dataclass(frozen=True, slots=True)
+class _Context:
+    """A native context. `own_attention`: whether Afterword's kernels compute its attention."""
 
-    They do so only if they support all attention operations of the model.
-    """
+    address: object
+    own_attention: bool = False
+    memory: accelerator.KvMemory | None = None
+
+
+def _context(model: object, settings: LoadModel, accelerated: bool) -> _Context:
+    """Create a context. Afterword's kernels compute its attention only if they support all attention operations."""
     if settings.gpu_layers and settings.kv_type == "f16":
-        return _create_context(model, settings, _GPU_ATTENTION), False
+        return _Context(_create_context(model, settings, _GPU_ATTENTION))
     if settings.kv_type != "exact":
-        return _create_context(model, settings, _ATTENTION[settings.kv_type]), False
-    if accelerated:
-        context = _create_context(model, settings, _KERNEL_ATTENTION)
-        if accelerator.computes_all_attention():
-            return context, True
+        return _Context(_create_context(model, settings, _ATTENTION[settings.kv_type]))
+    if not accelerated:
+        return _Context(_create_context(model, settings, _PER_QUERY_ATTENTION))
+    for attention in (_KERNEL_ATTENTION, _PER_QUERY_ATTENTION):
+        context, memory = accelerator.with_kv_memory(partial(_create_context, model, settings, attention))
+        if attention == _PER_QUERY_ATTENTION or accelerator.computes_all_attention():
+            break
         native.llama_free(context)
         accelerator.start_recording()
-    return _create_context(model, settings, _PER_QUERY_ATTENTION), False
+    return _Context(context, attention == _KERNEL_ATTENTION, memory)
 
 
 def _create_context(model: object, settings: LoadModel, attention: tuple[int, int, int]) -> object:

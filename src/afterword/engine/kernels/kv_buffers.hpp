@@ -1,0 +1,158 @@
+// The memory of the KV cache: pages are taken when tokens are written, and given back when a slot is truncated.
+//
+// llama.cpp allocates the cache for the whole context of every slot, fills it with zeros, and copies whole slots. Here its
+// buffers are those of ggml's CPU buffer type with three functions replaced: `clear` drops the pages, which are zeros when they
+// are read again; `set_tensor` copies the cells that a copy of a slot needs; `init_tensor` finds the tensors of the cache.
+//
+// This requires that a cell of keys or values is one row of its tensor, as with flash attention. Else llama.cpp transposes values.
+
+#pragma once
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <unordered_map>
+#include <vector>
+
+#include "ggml.hpp"
+
+namespace kv_buffers {
+namespace {
+
+// The keys or the values of a layer. Shape of the tensor: [elements of a cell, cell, slot].
+struct Cells {
+    char *data;
+    size_t cell_bytes, slot_bytes;
+    int64_t slots;
+
+    explicit Cells(const Tensor *tensor)
+        : data(tensor->data), cell_bytes(tensor->nb[1]), slot_bytes(tensor->nb[2]), slots(tensor->ne[2]) {}
+
+    bool contains(const char *address) const { return address >= data && address < data + slot_bytes * slots; }
+    size_t slot_of(const char *address) const { return (address - data) / slot_bytes; }
+};
+
+// The KV cache of one context. It is deleted with the last of its buffers.
+struct KvMemory {
+    std::vector<Cells> layers;
+    std::unordered_map<size_t, size_t> copied_cells;  // of slots whose next copies need only their first cells
+    int buffers = 0;
+};
+
+KvMemory *opened = nullptr;  // the cache whose context is being created
+std::unordered_map<const Buffer *, KvMemory *> owners;
+BufferCalls usual;  // the functions of ggml's CPU buffers
+Buffer *(*make_usual)(BufferType *, size_t) = nullptr;
+
+// Drops the whole pages of a range: they take no memory, and are zeros when they are read again. Returns whether that is
+// possible; the bytes before the first and after the last whole page are left as they are.
+bool drop_pages(char *begin, char *end) {
+#ifdef __linux__
+    static const uintptr_t page = sysconf(_SC_PAGESIZE);
+    char *first = begin + (page - (uintptr_t)begin % page) % page, *last = end - (uintptr_t)end % page;
+    return first >= last || !madvise(first, last - first, MADV_DONTNEED);
+#else
+    (void)begin, (void)end;
+    return false;
+#endif
+}
+
+void clear(Buffer *buffer, uint8_t value) {
+    char *base = (char *)buffer->calls.get_base(buffer), *end = base + buffer->size;
+#ifdef __linux__
+    static const uintptr_t page = sysconf(_SC_PAGESIZE);
+    if (value == 0 && buffer->size >= 2 * page && drop_pages(base, end)) {
+        std::memset(base, 0, page);  // the parts of pages at both ends
+        std::memset(end - page, 0, page);
+        return;
+    }
+#endif
+    usual.clear(buffer, value);
+}
+
+// Records the tensors of keys and values. A buffer of other tensors needs no further calls.
+int init_tensor(Buffer *buffer, Tensor *tensor) {
+    const bool of_cache = !std::strncmp(tensor->name, "cache_", 6) || tensor->view_src;
+    if (!of_cache) buffer->calls.init_tensor = usual.init_tensor;
+    const bool keys_or_values = std::strstr(tensor->name, "k_l") || std::strstr(tensor->name, "v_l");
+    const auto owner = owners.find(buffer);
+    if (of_cache && keys_or_values && !tensor->view_src && owner != owners.end()) owner->second->layers.emplace_back(tensor);
+    return 0;
+}
+
+// Copies data into a tensor. A copy of a whole slot ends after the cells that are needed.
+void set_tensor(Buffer *buffer, Tensor *tensor, const void *data, size_t offset, size_t size) {
+    const auto owner = owners.find(buffer);
+    if (owner != owners.end() && tensor->view_src) {
+        for (const Cells &cells : owner->second->layers) {
+            if (!cells.contains(tensor->data) || !cells.contains((const char *)data) || size != cells.slot_bytes) continue;
+            const auto needed = owner->second->copied_cells.find(cells.slot_of(tensor->data));
+            if (needed != owner->second->copied_cells.end()) size = std::min(size, needed->second * cells.cell_bytes);
+        }
+    }
+    usual.set_tensor(buffer, tensor, data, offset, size);
+}
+
+void free_buffer(Buffer *buffer) {
+    const auto owner = owners.find(buffer);
+    if (owner != owners.end()) {
+        if (!--owner->second->buffers) delete owner->second;
+        owners.erase(owner);
+    }
+    usual.free(buffer);
+}
+
+Buffer *make_buffer(BufferType *type, size_t size) {
+    Buffer *buffer = make_usual(type, size);
+    if (!buffer || !opened) return buffer;
+    usual = buffer->calls;
+    buffer->calls.free = free_buffer;
+    buffer->calls.init_tensor = init_tensor;
+    buffer->calls.set_tensor = set_tensor;
+    buffer->calls.clear = clear;
+    owners[buffer] = opened;
+    opened->buffers++;
+    return buffer;
+}
+
+// Between `open` and `close` all new CPU buffers are of this kind. `close` returns the cache, null if it has no keys.
+void open() {
+    BufferType *type = ggml.cpu_buffers();
+    make_usual = type->calls.make_buffer;
+    type->calls.make_buffer = make_buffer;
+    opened = new KvMemory;
+}
+
+KvMemory *close() {
+    ggml.cpu_buffers()->calls.make_buffer = make_usual;
+    KvMemory *memory = opened;
+    opened = nullptr;
+    if (!memory->buffers) {
+        delete memory;
+        return nullptr;
+    }
+    return memory->layers.empty() ? nullptr : memory;
+}
+
+// Copies into `slot` copy its first `cells` cells, until `forget_copies`.
+void limit_copy(KvMemory &memory, size_t slot, size_t cells) {
+    size_t &limit = memory.copied_cells[slot];
+    limit = std::max(limit, cells);
+}
+
+void forget_copies(KvMemory &memory) { memory.copied_cells.clear(); }
+
+// Gives back the memory of a slot's cells from `first` on.
+void release_cells(KvMemory &memory, size_t slot, size_t first) {
+    for (const Cells &cells : memory.layers) {
+        char *begin = cells.data + slot * cells.slot_bytes;
+        drop_pages(begin + first * cells.cell_bytes, begin + cells.slot_bytes);
+    }
+}
+
+}  // namespace
+}  // namespace kv_buffers
