@@ -22,13 +22,20 @@ class HistoryRunner:
     """`state[slot]`: the tokens computed in a slot. `computed`: the number of tokens computed so far."""
 
     def __init__(
-        self, slots: int, chunk: int, can_truncate: bool = True, grid: int = 1, min_shared_tokens: int = 2
+        self,
+        slots: int,
+        chunk: int,
+        can_truncate: bool = True,
+        grid: int = 1,
+        min_shared_tokens: int = 2,
+        capacity: int | None = None,
     ) -> None:
         self.slots = slots
         self.chunk = chunk
         self.grid = grid
         self.min_shared_tokens = min_shared_tokens
         self.can_truncate = can_truncate
+        self.capacity = capacity
         self.state: list[list[int]] = [[] for _ in range(slots)]
         self.computed = 0
         self.batches: list[ForwardBatch] = []
@@ -48,6 +55,8 @@ class HistoryRunner:
         if len(batch.entries) > 1:
             assert all(len(entry.tokens) == 1 for entry in batch.entries)
         rows = [logits for entry in batch.entries for logits in self._compute(entry)]
+        held = sum(map(len, self.state))
+        assert self.capacity is None or held <= self.capacity, f"the slots hold {held} tokens"
         return np.array(rows, np.float32).reshape(batch.outputs, VOCABULARY)
 
     def cached_tokens(self, slot: int) -> int:

@@ -54,7 +54,12 @@ class EngineLoop:
     ) -> None:
         self._runner = runner
         self._scheduler = Scheduler(
-            runner.slots, runner.chunk, runner.grid, runner.min_shared_tokens, runner.can_truncate
+            runner.slots,
+            runner.chunk,
+            runner.grid,
+            runner.min_shared_tokens,
+            runner.can_truncate,
+            runner.capacity,
         )
         self._sampler = Sampler(make_kernel(threads, team))
         self._clock = clock

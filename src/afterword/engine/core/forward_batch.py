@@ -61,6 +61,8 @@ class Runner(Protocol):
 
     slots: int
     """The number of slots."""
+    capacity: int | None
+    """The most tokens in all slots together, at least those of one full slot. None: every slot can be full."""
     chunk: int
     """The most tokens of a prompt in one pass."""
     grid: int

@@ -25,8 +25,13 @@ def preemption_victims(active: Collection[Sequence], fair_share: FairShare, clie
     """The sequences that may be preempted for a client. The last one is preempted first."""
     overdue = fair_share.overdue(client, passes)
     found = [sequence for sequence in active if _can_be_preempted(sequence, fair_share, client, overdue)]
+    return preemption_order(found, fair_share)
+
+
+def preemption_order(sequences: Collection[Sequence], fair_share: FairShare) -> list[Sequence]:
+    """Sequences, of which the last one is preempted first: the youngest of the client that holds most."""
     return sorted(
-        found,
+        sequences,
         key=lambda each: (
             each.work.reader_is_behind,
             *fair_share.load(each.work.job.client),

@@ -119,14 +119,17 @@ class PrefixHit:
 class PrefixCache:
     """Owner of all slots and of the slot operations that the next pass begins with. One thread calls everything.
 
-    `count`: number of slots. `grid`, `min_shared_tokens`, `can_truncate`: see `Runner`.
+    `count`: number of slots. `grid`, `min_shared_tokens`, `can_truncate`, `capacity`: see `Runner`.
     """
 
-    def __init__(self, count: int, grid: int, min_shared_tokens: int, can_truncate: bool) -> None:
+    def __init__(
+        self, count: int, grid: int, min_shared_tokens: int, can_truncate: bool, capacity: int | None = None
+    ) -> None:
         self._slots = [Slot(index, min_shared_tokens) for index in range(count)]
         self._grid = grid
         self._min_shared_tokens = min_shared_tokens
         self._can_truncate = can_truncate
+        self._capacity = capacity
         self._clock = 0  # counts uses of slots
         self._operations: list[CopyPrefix | Truncate] = []
 
@@ -175,6 +178,8 @@ class PrefixCache:
         self._clock += 1
         slot, keep, scores = self._target_slot(hit), hit.keep if hit else 0, hit.scores if hit else []
         if hit and hit.slot is not slot:
+            self.truncate(slot, 0)
+            self.make_room(keep, hit.slot)
             self._copy_prefix(hit.slot, slot, keep)
             hit.slot.last_used = self._clock
         else:
@@ -185,6 +190,18 @@ class PrefixCache:
         if not slot.scores:
             slot.alternatives = query.alternatives or 0
         return slot
+
+    def make_room(self, tokens: int, source: Slot | None = None) -> None:
+        """Empty free slots, least recently used first, until `tokens` more tokens fit. Keeps the slot `source`."""
+        if self._capacity is None:
+            return
+        excess = sum(slot.length for slot in self._slots) + tokens - self._capacity
+        for slot in sorted((slot for slot in self._slots if not slot.in_use), key=_eviction_order):
+            if excess <= 0:
+                break
+            if slot is not source:
+                excess -= slot.length
+                self.truncate(slot, 0)
 
     def mark_used(self, slot: Slot) -> None:
         """Record a use of a slot's content."""
@@ -232,6 +249,8 @@ class PrefixCache:
         left = [index for index in used if index < gaps[0]]
         outer, gap = (used[-1], gaps[0]) if 2 * len(left) >= len(used) else (used[0], gaps[-1])
         moved, free = self._slots[outer], self._slots[gap]
+        if self._capacity is not None and sum(slot.length for slot in self._slots) + moved.length > self._capacity:
+            return
         others = [slot for slot in self._slots if not slot.in_use and slot is not free]
         if free.last_used and free.length:
             if not others:
@@ -289,9 +308,15 @@ class PrefixCache:
 
     def _target_slot(self, hit: PrefixHit | None) -> Slot:
         oldest = self._least_recently_used()
-        if hit and not hit.slot.in_use and (hit.slot is oldest or hit.slot.length - hit.keep < self._min_shared_tokens):
-            return hit.slot
-        return oldest
+        if not hit or hit.slot.in_use:
+            return oldest
+        in_place = hit.slot is oldest or hit.slot.length - hit.keep < self._min_shared_tokens
+        return hit.slot if in_place or not self._copy_fits(hit) else oldest
+
+    def _copy_fits(self, hit: PrefixHit) -> bool:
+        """Whether a copy of the prefix fits beside its source and the slots that are in use."""
+        used = sum(slot.length for slot in self._slots if slot.in_use)
+        return self._capacity is None or used + hit.slot.length + hit.keep <= self._capacity
 
     def _least_recently_used(self) -> Slot:
         return min((slot for slot in self._slots if not slot.in_use), key=_eviction_order)

@@ -27,6 +27,7 @@ from afterword.engine.core.preemption import can_preempt, preemption_victims
 from afterword.engine.core.prefill_queue import MIN_CHUNK, PrefillQueue
 from afterword.engine.core.prefix_cache import PrefixCache, PrefixHit, PrefixQuery, Slot
 from afterword.engine.core.sequence import Admission, JobState, Sequence
+from afterword.engine.core.token_budget import TokenBudget
 from afterword.engine.protocol import Job, Load, Token, score_count
 
 ADMISSION_WINDOW = 32  # jobs of a client that are considered for admission at a time
@@ -37,11 +38,20 @@ REST_PASSES = (32, 256)  # minimum and maximum of passes for which a preempted s
 class Scheduler:
     """Owner of all jobs, sequences and slots. One thread calls everything. Parameters: see `Runner`."""
 
-    def __init__(self, slots: int, chunk: int, grid: int, min_shared_tokens: int, can_truncate: bool) -> None:
+    def __init__(
+        self,
+        slots: int,
+        chunk: int,
+        grid: int,
+        min_shared_tokens: int,
+        can_truncate: bool,
+        capacity: int | None = None,
+    ) -> None:
         self._grid = grid
         self._min_shared_tokens = min_shared_tokens
         self._can_truncate = can_truncate
-        self._slots = PrefixCache(slots, grid, min_shared_tokens, can_truncate)
+        self._slots = PrefixCache(slots, grid, min_shared_tokens, can_truncate, capacity)
+        self._token_budget = TokenBudget(capacity, max(chunk, slots))
         self._works: dict[int, JobState] = {}
         self._waiting: dict[str, dict[int, JobState]] = {}  # not admitted yet: by client, in order of arrival
         self._begun: dict[int, JobState] = {}  # admitted, in the order of admission
@@ -105,8 +115,11 @@ class Scheduler:
         """
         admissions = []
         while free_bytes > 0 and (found := self._next_admission()):
-            if not self._slots.has_free_slot:
-                self._preempt(self._victims(found[0].work.job.client)[-1])
+            victims = self._victims_for(found[0])
+            if victims is None:
+                break
+            for victim in victims:
+                self._preempt(victim)
             if admission := self._admit_sequence(*found):
                 admissions.append(admission)
                 free_bytes -= len(admission.scores) * admission.scores[0].size if admission.scores else 0
@@ -117,7 +130,10 @@ class Scheduler:
 
         `budget`: prompt tokens that may be computed between two decodes while others wait; None: a whole pass of them.
         """
+        for sequence in self._token_budget.excess(self._active.values(), self._fair_share):
+            self._preempt(sequence)
         entries = self._next_entries(budget)
+        self._slots.make_room(sum(len(entry.tokens) for entry in entries))
         self._passes += bool(entries)
         return ForwardBatch(self._slots.take_operations(), entries) if entries else None
 
@@ -336,6 +352,12 @@ class Scheduler:
 
     def _victims(self, client: str) -> list[Sequence]:
         return preemption_victims(self._active.values(), self._fair_share, client, self._passes)
+
+    def _victims_for(self, sequence: Sequence) -> list[Sequence] | None:
+        """The sequences to preempt so that another one gets a slot and memory; None if that is not possible."""
+        needs_slot = not self._slots.has_free_slot
+        candidates = self._victims(sequence.work.job.client) if needs_slot or self._token_budget.capacity else []
+        return self._token_budget.victims(self._active.values(), candidates, sequence, needs_slot=needs_slot)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a sequence's slot. The slot's content stays until another sequence needs the slot."""

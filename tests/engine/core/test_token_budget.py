@@ -1,0 +1,103 @@
+"""Tests with fewer tokens of memory than all slots could hold. `HistoryRunner` fails if its slots hold more."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+from history_runner import HistoryRunner, alone, scores
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_engine_loop import finish, job, sampled, shapes
+from test_fair_share import contending_jobs, frequent_preemption
+
+from afterword.engine.core import token_budget
+from afterword.engine.core.engine_loop import EngineLoop
+from afterword.engine.protocol import Load, Step
+
+__all__ = ["frequent_preemption"]
+
+
+@pytest.fixture
+def little_growth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Admit sequences that fit with one more token, so that memory ends while they generate."""
+    monkeypatch.setattr(token_budget, "GROWTH", 1)
+
+
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(contending_jobs, min_size=2, max_size=8), st.integers(1, 5), shapes, st.integers(0, 30), st.data())
+def test_every_sample_ends_with_its_tokens_in_little_memory(
+    frequent_preemption, little_growth, wanted, slots, shape, spare, data
+):
+    """The memory holds the longest sample and a few tokens. Jobs are paused and resumed at any time."""
+    capacity = max(len(each.prompt) + each.max_tokens for each in wanted) + spare
+    loop = EngineLoop(HistoryRunner(slots, chunk=5, grid=shape[0], can_truncate=shape[1], capacity=capacity))
+    for run, each in enumerate(wanted):
+        loop.start(run, each)
+    paused: set[int] = set()
+    steps: defaultdict[int, list[Step]] = defaultdict(list)
+    while (passed := loop.step()) is not None or paused:
+        for run, step in (passed or {}).items():
+            steps[run].append(step)
+        loop._scheduler.check()
+        if passed is None:
+            loop.resume(paused.pop())
+        elif data.draw(st.integers(0, 3)) == 0:
+            run = data.draw(st.integers(0, len(wanted) - 1))
+            loop.pause(run)
+            paused.add(run)
+    for run, each in enumerate(wanted):
+        for sample in range(each.samples):
+            assert sampled(steps[run], sample) == alone(each, sample)
+        assert [token for step in steps[run] for token in step.scored] == scores(each)
+    assert loop.load() == Load(slots, 0, 0)
+    loop.check()
+
+
+def test_jobs_that_do_not_fit_wait_and_then_run():
+    runner = HistoryRunner(slots=4, chunk=8, capacity=40)
+    loop = EngineLoop(runner)
+    for run in range(3):
+        loop.start(run, job(tuple(range(run, run + 12)), max_tokens=8))
+    loop.step()
+    loop.step()
+    assert loop.load().running == 2, "the third job needs 20 tokens more than 40"
+    steps = finish(loop)
+    assert [len(sampled(steps[run], 0)) for run in range(3)] == [8, 8, 8]
+
+
+def test_cached_prefixes_are_evicted_for_new_tokens_oldest_first():
+    runner = HistoryRunner(slots=4, chunk=16, capacity=40)
+    loop = EngineLoop(runner)
+    texts = [tuple(range(start, start + 12)) for start in (0, 4, 8)]
+    for run, text in enumerate(texts):
+        loop.start(run, job(text, max_tokens=1))
+        finish(loop)
+    assert sorted(map(len, runner.state)) == [0, 12, 12, 12]
+    loop.start(3, job((20, 21, 22, 23, 20, 21), max_tokens=1))
+    finish(loop)
+    assert [text for text in texts if list(text) in runner.state] == texts[1:]
+
+
+def test_a_prefix_whose_copy_does_not_fit_is_continued_in_its_slot():
+    runner = HistoryRunner(slots=3, chunk=32, capacity=30)
+    loop = EngineLoop(runner)
+    shared = tuple(range(14))
+    loop.start(0, job((*shared, 20, 21, 22, 23, 20, 21), max_tokens=1))
+    finish(loop)
+    computed = runner.computed
+    loop.start(1, job((*shared, 15), max_tokens=1))
+    finish(loop)
+    assert runner.computed - computed == 1, "the prefix was found"
+
+
+def test_the_oldest_sample_is_never_preempted_for_memory(little_growth):
+    runner = HistoryRunner(slots=4, chunk=8, capacity=48)
+    loop = EngineLoop(runner)
+    for run in range(4):
+        loop.start(run, job((run, 1, 2, 3), max_tokens=30))
+    order = []
+    while (passed := loop.step()) is not None:
+        order += [run for run, step in passed.items() if step.ended]
+    assert order == sorted(order)
+    assert runner.computed > 4 * 33, "younger samples were computed again"
