@@ -108,7 +108,7 @@ async def send_request(
     checker.record("arrives", request.name, request.key, json.dumps(request.behavior.body))
     found = key_registry.find(request.key)
     assert found is not None
-    grant = key_registry.enter(found)
+    grant = key_registry.admit(found)
     if isinstance(grant, LimitExceeded):
         record_end(request, "limited", checker)
         return

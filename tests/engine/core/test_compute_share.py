@@ -23,7 +23,7 @@ class TimedRunner(HistoryRunner):
     def __init__(self, slots: int) -> None:
         super().__init__(slots, chunk=64)
         self.now = 0.0
-        self._runs = itertools.count()
+        self._job_ids = itertools.count()
         self.spent: Counter[str] = Counter()
         self.loop = EngineLoop(self, clock=lambda: self.now)
 
@@ -36,7 +36,7 @@ class TimedRunner(HistoryRunner):
 
     def start(self, *jobs: Job) -> None:
         for each in jobs:
-            self.loop.start(next(self._runs), each)
+            self.loop.start(next(self._job_ids), each)
 
     def run_for(self, seconds: float) -> Counter[str]:
         """Run for this many seconds and return the seconds that each client got."""

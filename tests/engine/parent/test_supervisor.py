@@ -397,9 +397,9 @@ def test_another_model_fails_all_jobs(model: Path):
             await replace_model(supervisor, model, "fp_new")
             text = asyncio.create_task(supervisor.tokenize("AB", True))
             late = supervisor.start(job(9))  # planned for the old model, and never sent to a worker
-            for run in (streaming, *waiting, late):
+            for each in (streaming, *waiting, late):
                 with pytest.raises(ModelReplaced):
-                    await drain(run)
+                    await drain(each)
             with pytest.raises(ModelReplaced):
                 await text
             assert (supervisor.model_info.fingerprint, supervisor.state) == ("fp_new", "ready")

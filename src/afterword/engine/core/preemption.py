@@ -30,7 +30,7 @@ def preemption_victims(active: Collection[Sequence], fair_share: FairShare, clie
         key=lambda each: (
             each.work.reader_is_behind,
             *fair_share.load(each.work.job.client),
-            each.work.run,
+            each.work.job_id,
             each.sample,
         ),
     )

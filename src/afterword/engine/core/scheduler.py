@@ -52,13 +52,13 @@ class Scheduler:
 
     # ---- jobs
 
-    def add(self, run: int, job: Job) -> None:
-        self._works[run] = work = JobState(run, job, self._slots.prefix_query(job))
-        self._waiting.setdefault(job.client, {})[run] = work
+    def add(self, job_id: int, job: Job) -> None:
+        self._works[job_id] = work = JobState(job_id, job, self._slots.prefix_query(job))
+        self._waiting.setdefault(job.client, {})[job_id] = work
 
-    def close(self, run: int) -> None:
+    def close(self, job_id: int) -> None:
         """Remove a job and free its slots. Unknown ids are ignored: the job may have ended just before."""
-        work = self._works.get(run)
+        work = self._works.get(job_id)
         if work is None:
             return
         work.queued.clear()
@@ -66,18 +66,18 @@ class Scheduler:
             self.end(sequence)
         self._remove_work(work)
 
-    def discard_failed(self, run: int) -> None:
+    def discard_failed(self, job_id: int) -> None:
         """Remove a job and clear its slots, because no other sequence may continue from their content."""
-        work = self._works.get(run)
+        work = self._works.get(job_id)
         slots = [sequence.slot for sequence in work.live] if work else []
-        self.close(run)
+        self.close(job_id)
         for slot in slots:
             assert slot is not None
             self._slots.truncate(slot, 0)
 
-    def drop(self, run: int, sample: int) -> None:
+    def drop(self, job_id: int, sample: int) -> None:
         """End one sample of a started job. Unknown ids are ignored."""
-        work = self._works.get(run)
+        work = self._works.get(job_id)
         if work is None or not work.started:
             return
         for sequence in (*work.live, *work.queued):
@@ -85,12 +85,12 @@ class Scheduler:
                 self.end(sequence)
                 return
 
-    def suspend(self, run: int, suspended: bool, reader_is_behind: bool = False) -> bool:
+    def suspend(self, job_id: int, suspended: bool, reader_is_behind: bool = False) -> bool:
         """Compute nothing for a job while it is suspended. Returns whether a job with that id exists.
 
         `reader_is_behind`: the suspension may last long, so the job's sequences are preempted for any waiting job.
         """
-        work = self._works.get(run)
+        work = self._works.get(job_id)
         if work is None:
             return False
         work.suspended, work.reader_is_behind = suspended, reader_is_behind
@@ -219,11 +219,11 @@ class Scheduler:
         self._fair_share.set_waiting(self._waiting_clients(), self._passes)
         if not self._slots.has_free_slot and not can_preempt(self._active.values(), self._fair_share, self._passes):
             return None
-        stuck = set()  # standings without victims: many clients may wait, but few differ in what they hold
+        stuck = set()  # comparison keys without victims: many clients may wait, but few differ in what they hold
         for client in filterfalse(self._prefill_queue.must_wait, self._fair_share.order(self._slots.has_free_slot)):
-            standing = self._fair_share.standing(client)
-            if not self._slots.has_free_slot and (standing in stuck or not self._victims(client)):
-                stuck.add(standing)
+            comparison_key = self._fair_share.comparison_key(client)
+            if not self._slots.has_free_slot and (comparison_key in stuck or not self._victims(client)):
+                stuck.add(comparison_key)
             elif found := self._first(client):
                 return found
         return None
@@ -305,7 +305,7 @@ class Scheduler:
         """Give a free slot to a sequence. Returns the admission if the job's prompt is still to be completed."""
         work = sequence.work
         self._fair_share.served(work.job.client)
-        if work.run in self._begun:
+        if work.job_id in self._begun:
             work.queued.popleft()
             if work.started:
                 self._assign_slot(sequence, self._slots.take(self._resume_query(sequence), hit))
@@ -318,7 +318,7 @@ class Scheduler:
         keep, scores = (hit.keep, hit.scores) if hit else (0, [])
         admission = Admission(
             work,
-            cached=0 if work.run in self._begun else keep,
+            cached=0 if work.job_id in self._begun else keep,
             scores=tuple(work.unsent_scores(0, scores)),
             complete=query.max_tokens == len(job.prompt) and keep == score_count(len(job.prompt)),
         )
@@ -328,7 +328,7 @@ class Scheduler:
             self._remove_work(work)
             return admission
         self._remove_waiting(work)
-        self._begun[work.run] = work
+        self._begun[work.job_id] = work
         self._assign_slot(sequence, self._slots.take(query, hit))
         return admission
 
@@ -374,13 +374,13 @@ class Scheduler:
         sequence.slot = None
 
     def _remove_work(self, work: JobState) -> None:
-        self._works.pop(work.run, None)
-        self._begun.pop(work.run, None)
+        self._works.pop(work.job_id, None)
+        self._begun.pop(work.job_id, None)
         self._remove_waiting(work)
 
     def _remove_waiting(self, work: JobState) -> None:
         works = self._waiting.get(work.job.client, {})
-        works.pop(work.run, None)
+        works.pop(work.job_id, None)
         if not works:
             self._waiting.pop(work.job.client, None)
 

@@ -19,15 +19,15 @@ from afterword.engine.protocol import Job, Token
 class JobState:
     """An accepted job. Owned by the scheduler.
 
-    `run`: the job's id. `query`: the request to the prefix cache for its prompt. `started`: its first tokens are
-    sampled, all from the same logits row. `times_passed_over`: how often the scheduler preferred a later job.
-    `suspended`: the scheduler computes nothing for the job. `reader_is_behind`: the client reads too slowly, so the
-    job's sequences are preempted before all others. `scores_sent`: how many scores of prompt tokens were returned.
-    `live`: sequences that have a slot. `queued`: sequences that have none, because they were preempted or because
-    there was no free slot after their first token.
+    `query`: the request to the prefix cache for its prompt. `started`: its first tokens are sampled, all from the same
+    logits row. `times_passed_over`: how often the scheduler preferred a later job. `suspended`: the scheduler computes
+    nothing for the job. `reader_is_behind`: the client reads too slowly, so the job's sequences are preempted before
+    all others. `scores_sent`: how many scores of prompt tokens were returned. `live`: sequences that have a slot.
+    `queued`: sequences that have none, because they were preempted or because there was no free slot after their first
+    token.
     """
 
-    run: int
+    job_id: int
     job: Job
     query: PrefixQuery
     started: bool = False
