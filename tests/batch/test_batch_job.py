@@ -62,7 +62,7 @@ def test_every_line_has_one_answer_in_the_order_of_the_input(source, journal):
         "duplicate_custom_id",
         None,
     ]
-    assert (progress.done.succeeded, progress.done.failed, progress.rows) == (3, 2, 5)
+    assert (progress.done.succeeded, progress.done.failed, progress.lines) == (3, 2, 5)
     assert progress.done == journal.counts()
 
 

@@ -187,25 +187,25 @@ class Journal:
         with self._translated_errors():
             return BatchCounts(*(value or 0 for value in self._db.execute(f"SELECT {columns} FROM answers").fetchone()))
 
-    def lines(self, good: bool | None = None) -> Iterator[tuple[int, bytes]]:
+    def lines(self, succeeded: bool | None = None) -> Iterator[tuple[int, bytes]]:
         """Yield the number of each input line and its output line, in order.
 
-        `good`: True for lines without error, False for lines with an error, None for all.
+        `succeeded`: True for lines without error, False for lines with an error, None for all.
         """
-        only = "" if good is None else f"WHERE good = {int(good)}"
+        only = "" if succeeded is None else f"WHERE good = {int(succeeded)}"
         yield from self._db.execute(f"SELECT line, text FROM answers {only} ORDER BY line")
 
-    def write(self, output: Path, good: bool | None = None, *, private: bool = False) -> int:
+    def write(self, output: Path, succeeded: bool | None = None, *, private: bool = False) -> int:
         """Write the output and return its size in bytes. A crash leaves no partial file under the name `output`.
 
-        `good`: as for `lines`. `private`: the file gets mode 0600; otherwise the umask decides.
+        `succeeded`: as for `lines`. `private`: the file gets mode 0600; otherwise the umask decides.
         """
         part = partial_path(output)
         with self._translated_errors():
             if private:
                 make_private(part)
         with self._translated_errors(), part.open("wb") as file:
-            for _, text in self.lines(good):
+            for _, text in self.lines(succeeded):
                 file.write(text)
                 file.write(b"\n")
             _fsync(file)

@@ -243,30 +243,30 @@ def _delete_previous(journal_path: Path, output: Path) -> None:
 
 def _check_existing_output(invocation: _Invocation) -> int:
     """Check an output without a journal. Raises `SettingError` if it is not the complete output of this input."""
-    good = _read_output(invocation.source, invocation.output)
-    if good is None:
+    succeeded = _read_output(invocation.source, invocation.output)
+    if succeeded is None:
         raise SettingError(
             f"{invocation.output} exists and is not the output of {invocation.source}. Give another -o, or --restart."
         )
     click.echo(f"{invocation.output} is complete already. --restart answers all lines again.", err=True)
-    sums = BatchCounts(sum(good), len(good) - sum(good))
+    sums = BatchCounts(sum(succeeded), len(succeeded) - sum(succeeded))
     invocation.print_result(*_outcome(invocation.output, sums, sums.total, 0.0))
     return 0
 
 
 def _read_output(source: Path, output: Path) -> bytearray | None:
     """Return for each input line 1 if its answer has no error, else 0; None if the output is not of this input."""
-    good = bytearray()
+    succeeded = bytearray()
     with open_input(source) as lines, open_input(output) as answers:
         for line in read_lines(lines, MAX_LINE):
             try:
                 answer = json.loads(answers.readline())
                 if answer["id"] != batch_id(line.digest):
                     return None
-                good.append(answer["response"] is not None and answer["response"]["status_code"] < 300)
+                succeeded.append(answer["response"] is not None and answer["response"]["status_code"] < 300)
             except (ValueError, LookupError, TypeError):
                 return None
-        return None if answers.read(1) else good
+        return None if answers.read(1) else succeeded
 
 
 def _outcome(output: Path, done: BatchCounts, before: int, seconds: float) -> tuple[str, dict[str, Any]]:
