@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 
 from afterword.engine.protocol import FinishReason, InfillTokens, Job, ModelInfo, Step, Token
-from afterword.errors import EngineDied, Overloaded
+from afterword.errors import Overloaded, WorkerDied
 
 WORDS = (b" the", b" cat", b" sat", b"Hello", b" world", b"\xf0\x9f", b"\x98\x80", b" \xe2\x80", b"\xe2\x80")
 SPECIAL = ("<s>", "</s>", "<pre>", "<suf>", "<mid>")
@@ -43,7 +43,7 @@ def report(token: int, alternatives: int | None = 0) -> Token:
 
 @dataclass
 class ScriptedEngine:
-    """Accepts at most `max_jobs` jobs. A job fails with `EngineDied` after `dies_after` passes.
+    """Accepts at most `max_jobs` jobs. A job fails with `WorkerDied` after `dies_after` passes.
 
     `yields`: yield to the event loop after each pass; if not, the caller cannot react to a step in time.
     """
@@ -86,7 +86,7 @@ class ScriptedJob:
         while self.live:
             await self.going.wait()
             if length == self.engine.dies_after:
-                raise EngineDied
+                raise WorkerDied
             length += 1
             yield self.step(length, scored[1:] if length == 1 else ())
             await asyncio.sleep(0) if self.engine.yields else None

@@ -311,9 +311,10 @@ def test_without_a_seed_the_key_depends_on_entropy() -> None:
 
 def test_most_tokens_counts_every_sample_of_every_prompt() -> None:
     assert (
-        plan(prompt=("a", "the cat"), n=2, best_of=3, max_tokens=5).most_tokens == 1 + len(ids("the cat")) + 2 * 3 * 5
+        plan(prompt=("a", "the cat"), n=2, best_of=3, max_tokens=5).max_total_tokens
+        == 1 + len(ids("the cat")) + 2 * 3 * 5
     )
-    assert plan(prompt=("a",), max_tokens=0, echo=True, logprobs=0).most_tokens == 1
+    assert plan(prompt=("a",), max_tokens=0, echo=True, logprobs=0).max_total_tokens == 1
 
 
 def test_clients_share_a_namespace_only_with_shares_cache_and_equal_salt() -> None:

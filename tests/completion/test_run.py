@@ -14,7 +14,7 @@ from afterword.completion.plan import Plan, make_plan
 from afterword.completion.request import CompletionRequest
 from afterword.completion.run import Usage, run, tokenize
 from afterword.engine.protocol import FinishReason, Job
-from afterword.errors import AfterwordError, EngineDied, ModelReplaced, Overloaded, ReaderTooSlow
+from afterword.errors import AfterwordError, ModelReplaced, Overloaded, ReaderTooSlow, WorkerDied
 from scripted_engine import BOS, EOS, INFILL, MODEL_INFO, PIECES, Script, ScriptedEngine, ids, report, text_script
 
 Items = list[Delta | Usage]
@@ -291,7 +291,7 @@ def test_a_complete_run_leaves_no_job_to_close() -> None:
 
 def test_deltas_before_an_error_are_yielded_and_no_usage_after_it() -> None:
     engine = ScriptedEngine(text_script("Hello world the cat"), dies_after=2)
-    assert complete_until_error(engine, EngineDied, prompt=("a",)).items == [
+    assert complete_until_error(engine, WorkerDied, prompt=("a",)).items == [
         Delta(0, "Hello", None, None, 1),
         Delta(0, " world", None, None, 1),
     ]
@@ -299,14 +299,14 @@ def test_deltas_before_an_error_are_yielded_and_no_usage_after_it() -> None:
 
 def test_an_error_of_one_job_ends_the_others() -> None:
     engine = ScriptedEngine(by_prompt({"a": "", "b": "Hello world the cat"}), dies_after=3)
-    complete_until_error(engine, EngineDied, prompt=("a", "b"))
+    complete_until_error(engine, WorkerDied, prompt=("a", "b"))
     assert [bool(job.live) for job in engine.jobs] == [False, False]
     assert engine.jobs[1].closed
 
 
 def test_candidates_are_not_yielded_after_an_error() -> None:
     engine = ScriptedEngine(text_script("Hello", "Hello world the cat"), dies_after=3)
-    assert complete_until_error(engine, EngineDied, prompt=("a",), best_of=2).items == []
+    assert complete_until_error(engine, WorkerDied, prompt=("a",), best_of=2).items == []
 
 
 def test_an_overloaded_engine_raises_before_the_first_delta() -> None:

@@ -63,8 +63,8 @@ def open_runner(path: Path, kv_type: KvType, sequences: int = 12, *, own: bool =
         grid=CHUNK_GRID,
         repack=weights.repacked,
         use_kernels=own and weights.uses_kernels,
-        promise=weights.promise(kv_type, own_products=True),
-        promise_without_kernels=weights.promise(kv_type, own_products=False),
+        promise=weights.promise(kv_type, with_kernels=True),
+        promise_without_kernels=weights.promise(kv_type, with_kernels=False),
     )
     return LlamaRunner(settings)
 

@@ -327,7 +327,7 @@ class RecordingObserver(DownloadObserver):
         self.choices: list[tuple[str, list[str]]] = []
         self.checked: list[str] = []
 
-    def chosen(self, name: str, among: Sequence[str]) -> None:
+    def selected(self, name: str, among: Sequence[str]) -> None:
         self.choices.append((name, list(among)))
 
     def started(self, name: str, size: int, have: int) -> None:

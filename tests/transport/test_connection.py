@@ -352,7 +352,7 @@ async def read_body(_: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-def test_places_are_counted_in_all_and_by_address() -> None:
+def test_connections_are_counted_in_total_and_by_address() -> None:
     async def scenario() -> None:
         server = InMemoryServer(max_connections=5, max_per_client=3)
         first = [server.connect("10.0.0.1") for _ in range(4)]

@@ -97,7 +97,7 @@ def test_health_and_ready_name_no_models_where_keys_are_required(path: str, coun
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/tokenize", "/detokenize"])
-def test_nothing_is_asked_of_a_model_that_is_not_there_yet(path: str) -> None:
+def test_requests_to_a_model_that_is_loading_give_503(path: str) -> None:
     status, body, head = get_json(path, Engine(scripted_engine.text_script("Hello"), state="starting"), b"{}")
     assert (status, body["error"]["code"]) == (503, "loading")
     assert b"retry-after: " in head
@@ -108,7 +108,7 @@ def test_pages_about_a_model_that_is_loading_give_503(path: str) -> None:
     assert get_json(path, Engine(scripted_engine.text_script("Hello"), state="starting"))[0] == 503
 
 
-def test_those_who_are_sent_away_are_told_different_times() -> None:
+def test_refused_clients_get_different_retry_after_values() -> None:
     engine = Engine(scripted_engine.text_script("Hello"), max_jobs=0)
     times = {
         get_json("/v1/completions", engine, b'{"prompt":"a"}')[2].split(b"retry-after: ")[1][:2] for _ in range(60)

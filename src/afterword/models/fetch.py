@@ -23,8 +23,8 @@ _LARGEST = 50_000_000_000  # bytes; the Hub serves larger files only by its own 
 class DownloadObserver:
     """Is notified about the progress of a download. This base class ignores all notifications."""
 
-    def chosen(self, name: str, among: Sequence[str]) -> None:
-        """The file `name` was chosen. `among`: the other files that match."""
+    def selected(self, name: str, among: Sequence[str]) -> None:
+        """The file `name` was selected. `among`: the other files that match."""
 
     def started(self, name: str, size: int, have: int) -> None:
         """A download starts. `size`: bytes of the file, 0 if unknown. `have`: bytes of it that are already here."""

@@ -387,7 +387,7 @@ def test_batch_lines_have_another_client_name_than_requests():
     model_info = ModelInfo(0, 64, 2, (b"a",) * 9, (0,), None, 0, False, False, 1, None, "fp")
     for name in ("", "key"):
         row = make_plan(
-            request, model_info, Tokenized(((1, 2),), ()), 0, ClientIdentity(name, line=BATCH_CLIENT.strip())
+            request, model_info, Tokenized(((1, 2),), ()), 0, ClientIdentity(name, queue=BATCH_CLIENT.strip())
         )
         assert row.prompts[0].job.client == name + BATCH_CLIENT
         assert (

@@ -24,11 +24,12 @@ from afterword.engine import messages
 from afterword.engine.parent.engine_metrics import EngineMetrics, JobTimer
 from afterword.engine.parent.pending_job import MAX_CRASHES, PendingJob
 from afterword.engine.parent.quarantine import Quarantine
+from afterword.engine.parent.restart_policy import RestartPolicy
 from afterword.engine.parent.tokenizer_client import TokenizerClient, check_text
-from afterword.engine.parent.watchdog import TICK_SECONDS, RestartPolicy, Watchdog
+from afterword.engine.parent.watchdog import TICK_SECONDS, Watchdog
 from afterword.engine.parent.worker_process import LLAMA_COMMAND, SpawnWorker, WorkerLink, spawn_worker
 from afterword.engine.protocol import Job, Load, ModelInfo, PassStats
-from afterword.errors import EngineDied, EngineFailure, ModelReplaced, Overloaded, QueueTimeout, SettingError
+from afterword.errors import EngineFailure, ModelReplaced, Overloaded, QueueTimeout, SettingError, WorkerDied
 from afterword.settings.limit_table import limit
 from afterword.system.tasks import supervised
 
@@ -39,7 +40,7 @@ EngineState = Literal["starting", "ready", "restarting", "failing", "closed"]
 """
 
 OVERLOADED = "The server is overloaded: too many requests are waiting. Please try again later."
-_FAILING = "The engine cannot be kept running at the moment."
+_FAILING = "The worker process cannot be kept running at the moment."
 
 _log = logging.getLogger("afterword")
 
@@ -228,7 +229,7 @@ class Supervisor:
         self.state = "restarting"
         if self._link is not None:
             self._link.kill()
-        self._fail_all(EngineDied())
+        self._fail_all(WorkerDied())
 
     async def _listen(self) -> None:
         assert self._link is not None
@@ -311,7 +312,7 @@ class Supervisor:
             self._fail(blamed[0], EngineFailure())
         for pending in running if self.model_info.promise == "none" else ():
             if pending.has_output and pending.job_id in self._jobs:
-                self._fail(pending, EngineDied())
+                self._fail(pending, WorkerDied())
         self._waiting = {pending.job_id: pending for pending in sorted(self._jobs.values(), key=_restart_order)}
         self._trial = None
         if text := self._tokenizer_client.handle_worker_death(MAX_CRASHES, EngineFailure()):
