@@ -213,7 +213,7 @@ def test_preempted_samples_are_reproducible(folder, monkeypatch, file_type, kv_t
     """One client holds all slots while another sends short requests. With `f16` the state of a preempted sample is
     computed again token by token.
     """
-    monkeypatch.setattr(scheduler, "REST_PASSES", (2, 6))
+    monkeypatch.setattr(scheduler, "RESUME_PASSES", (2, 6))
     loop = EngineLoop(open_runner(quantized(folder, file_type), kv_type, sequences=4))
     wanted = [
         msgspec.structs.replace(
@@ -230,9 +230,9 @@ def test_preempted_samples_are_reproducible(folder, monkeypatch, file_type, kv_t
     while (passed := loop.step()) is not None:
         for name in passed.keys() & steps.keys():
             steps[name].append(passed[name])
-        begun = loop._scheduler._begun
+        begun = loop._scheduler._admitted
         pauses = max(pauses, sum(sequence.paused for name in names if name in begun for sequence in begun[name].queued))
-        if len(begun) == len(loop._scheduler._works) and any(name in begun for name in names):
+        if len(begun) == len(loop._scheduler._jobs) and any(name in begun for name in names):
             job_id = next(_names)  # the next short request starts as soon as the one before is admitted
             loop.start(job_id, Job((job_id % 4000, 5, 6), 1, 3, Sampling(), (), bytes(16), client="few"))
     loop.check()

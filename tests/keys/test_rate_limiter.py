@@ -81,7 +81,7 @@ def test_the_wait_is_exact(limit, amount, now):
 def test_full_is_exact(limit, taken, now):
     bucket = TokenBucket(limit, 0)
     bucket.take(min(taken, limit), 0)
-    full = bucket.full(now)
+    full = bucket.time_until_full(now)
     assert not full or bucket.wait(limit, now + full - 1)
     assert bucket.wait(limit, now + full) == 0
 

@@ -147,7 +147,7 @@ class BatchJob:
 
     def _make_line(self, row: BatchRequest, reply: ServerReply) -> OutputLine | None:
         """Make the output line from a reply; None if there is no space for it."""
-        max_bytes = self.journal.longest
+        max_bytes = self.journal.max_answer_bytes
         is_larger = len(reply.body) > max_bytes
         answer = too_large_line(row, max_bytes) if is_larger else success_line(row, reply, self.created)
         if len(answer.text) > max_bytes:

@@ -73,23 +73,23 @@ class Estimate:
         )
 
 
-async def estimate(source: Path, longest: int, send: SendRequest, at_once: int) -> Estimate:
+async def estimate(source: Path, max_line_bytes: int, send: SendRequest, concurrency: int) -> Estimate:
     """Read the input once, tokenize a sample of prompts on the server, and time a few requests.
 
-    `longest`: bytes of a line. `at_once`: requests sent at the same time.
+    `max_line_bytes`: bytes of a line. `concurrency`: requests sent at the same time.
     """
-    counts = await asyncio.to_thread(_count, source, longest)
+    counts = await asyncio.to_thread(_count, source, max_line_bytes)
     texts = [text for row in counts.sample for text in _texts(row)]
     counted = await _map_concurrently(
-        [_tokens(send, row, text) for row in counts.sample for text in _texts(row)], at_once
+        [_tokens(send, row, text) for row in counts.sample for text in _texts(row)], concurrency
     )
     tokens = sum(len(text) // 4 if count < 0 else count for count, text in zip(counted, texts, strict=True))
     characters = sum(map(len, texts))
     estimated = bool(counts.characters) and (len(counts.sample) < counts.requests or -1 in counted)
     tokens_per_character = tokens / characters if characters else 0.0
-    timed = counts.sample[: _TIMED * at_once]
+    timed = counts.sample[: _TIMED * concurrency]
     start = time.monotonic()
-    succeeded = sum(await _map_concurrently([_is_answered(send, row) for row in timed], at_once))
+    succeeded = sum(await _map_concurrently([_is_answered(send, row) for row in timed], concurrency))
     seconds = (time.monotonic() - start) / len(timed) * counts.requests if succeeded else 0.0
     return Estimate(
         {
@@ -106,10 +106,10 @@ async def estimate(source: Path, longest: int, send: SendRequest, at_once: int) 
     )
 
 
-def _count(source: Path, longest: int) -> _Counts:
+def _count(source: Path, max_line_bytes: int) -> _Counts:
     counts, random = _Counts(), Random(0)
     with open_input(source) as file:
-        for line in read_lines(file, longest):
+        for line in read_lines(file, max_line_bytes):
             row = read_row(line)
             if not isinstance(row, BatchRequest):
                 counts.faulty += 1
@@ -183,9 +183,9 @@ async def _is_answered(send: SendRequest, row: BatchRequest) -> bool:
     return (await send("POST", ENDPOINT, row.request_body)).is_success
 
 
-async def _map_concurrently(work: list[Any], at_once: int) -> list[int]:
-    """Await all of `work`, at most `at_once` at the same time. Returns the results in the order of `work`."""
-    semaphore = asyncio.Semaphore(at_once)
+async def _map_concurrently(work: list[Any], concurrency: int) -> list[int]:
+    """Await all of `work`, at most `concurrency` at the same time. Returns the results in the order of `work`."""
+    semaphore = asyncio.Semaphore(concurrency)
 
     async def one(each: Any) -> int:
         async with semaphore:

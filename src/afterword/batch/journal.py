@@ -118,27 +118,27 @@ class Journal:
     def scan(
         self,
         source: Path,
-        longest: int,
+        max_line_bytes: int,
         facts: Mapping[str, object],
         *,
-        most_rows: float = math.inf,
-        most_faults: float = math.inf,
+        max_lines: float = math.inf,
+        max_faults: float = math.inf,
     ) -> None:
         """Read the input once, in one transaction: count its lines, write an error for each faulty line and the facts.
 
-        `longest`: bytes of a line. Reading stops after more than `most_rows` lines or after `most_faults` faulty ones.
-        Memory does not grow with the input: names of lines are in a temporary table. Adds the fact `rows`.
+        `max_line_bytes`: bytes of a line. Reading stops after more than `max_lines` lines or after `max_faults` faulty
+        ones. Memory does not grow with the input: names of lines are in a temporary table. Adds the fact `rows`.
         """
         rows = faults = 0
         with self._transaction(), open_input(source) as file:
             self._db.execute(_NAMES)
-            for line in read_lines(file, longest):
+            for line in read_lines(file, max_line_bytes):
                 row = self._unique(read_row(line))
                 rows += 1
                 if isinstance(row, InvalidLine):
                     self._insert([invalid_line(row)])
                     faults += 1
-                if faults >= most_faults or rows > most_rows:
+                if faults >= max_faults or rows > max_lines:
                     break
             self._db.execute("DROP TABLE names")
             self._put_facts({"rows": rows, **facts})
@@ -164,7 +164,7 @@ class Journal:
         )
 
     @property
-    def longest(self) -> int:
+    def max_answer_bytes(self) -> int:
         """Size in bytes of the largest answer that SQLite can store."""
         return self._db.getlimit(sqlite3.SQLITE_LIMIT_LENGTH) - _ROW_OVERHEAD
 

@@ -227,7 +227,7 @@ class BatchManager:
         """Read the input into the journal. Returns the errors for which the whole batch fails."""
         source, limit = self.file_store.contents(batch.input_file), self.limits.max_rows
         if not journal.facts:
-            journal.scan(source, self.limits.max_line, {}, most_faults=_MAX_ERRORS, most_rows=limit)
+            journal.scan(source, self.limits.max_line, {}, max_faults=_MAX_ERRORS, max_lines=limit)
         lines = int(journal.facts["rows"])
         if not lines:
             return (BatchError("empty_file", "The input file has no requests."),)

@@ -129,17 +129,17 @@ def _scan_or_check(source: Path, journal: Journal) -> dict[str, str]:
 
 
 async def _run_job(invocation: _Invocation, journal: Journal, facts: dict[str, str]) -> None:
-    async with _asking(invocation) as send:
+    async with _open_client(invocation) as send:
         sequences = await _wait_until_ready(send, journal)
-        at_once = invocation.options["concurrency"] or 2 * sequences
-        job = BatchJob(invocation.source, journal, int(facts["created"]), MAX_LINE, at_once)
+        concurrency = invocation.options["concurrency"] or 2 * sequences
+        job = BatchJob(invocation.source, journal, int(facts["created"]), MAX_LINE, concurrency)
         progress = Progress(int(facts["rows"]), journal.counts())
         async with show_progress(progress):
             await job.run(send, progress)
 
 
 @asynccontextmanager
-async def _asking(invocation: _Invocation) -> AsyncIterator[SendRequest]:
+async def _open_client(invocation: _Invocation) -> AsyncIterator[SendRequest]:
     """Open a client of the server at --url, or of the application in this process."""
     options = invocation.options
     if options["url"]:
@@ -286,7 +286,7 @@ def _outcome(output: Path, done: BatchCounts, before: int, seconds: float) -> tu
 
 
 async def _plan(invocation: _Invocation) -> None:
-    async with _asking(invocation) as send:
+    async with _open_client(invocation) as send:
         sequences = await _wait_until_ready(send, None)
         found = await estimate(invocation.source, MAX_LINE, send, invocation.options["concurrency"] or 2 * sequences)
     invocation.print_result(found.text, found.facts)

@@ -114,8 +114,8 @@ class ProgressBars(_TextObserver):
         self._progress = progress
         self._task: Any = None
 
-    def started(self, name: str, size: int, have: int) -> None:
-        self._task = self._progress.add_task(name.rpartition("/")[2], total=size or None, completed=have)
+    def started(self, name: str, size: int, downloaded: int) -> None:
+        self._task = self._progress.add_task(name.rpartition("/")[2], total=size or None, completed=downloaded)
 
     def received(self, count: int) -> None:
         self._progress.advance(self._task, count)
@@ -137,11 +137,11 @@ class ProgressLines(_TextObserver):
         self._size = self._received = self._resumed_at = 0
         self._started = self._last_line = 0.0
 
-    def started(self, name: str, size: int, have: int) -> None:
-        self._name, self._size, self._received, self._resumed_at = name, size, have, have
+    def started(self, name: str, size: int, downloaded: int) -> None:
+        self._name, self._size, self._received, self._resumed_at = name, size, downloaded, downloaded
         self._started = self._last_line = time.monotonic()
         self.print_line(
-            f"{name}: {_format_size(size)}" + (f", {_format_size(have)} already downloaded" if have else "")
+            f"{name}: {_format_size(size)}" + (f", {_format_size(downloaded)} already downloaded" if downloaded else "")
         )
 
     def received(self, count: int) -> None:

@@ -234,7 +234,7 @@ class _StepQueue:
         self._items.put_nowait((index, step))
         self._size += step.size
         if self._size > MAX_UNREAD_BYTES and self._reader_timer is None:
-            self._reader_timer = asyncio.get_running_loop().call_later(READER_SECONDS, self._give_up)
+            self._reader_timer = asyncio.get_running_loop().call_later(READER_SECONDS, self._fail_slow_reader)
             for handle in self._handles:
                 handle.pause()
 
@@ -261,7 +261,7 @@ class _StepQueue:
             self._reader_timer.cancel()
             self._reader_timer = None
 
-    def _give_up(self) -> None:
+    def _fail_slow_reader(self) -> None:
         for handle in self._handles:
             handle.close()
         self.end(ReaderTooSlow())

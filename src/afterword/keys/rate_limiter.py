@@ -29,12 +29,12 @@ class LimitExceeded:
 
 @dataclass(frozen=True, slots=True)
 class LimitStatus:
-    """The state of a per-minute limit. `full`: nanoseconds until all of it is available again."""
+    """The state of a per-minute limit. `time_until_full`: nanoseconds until all of it is available again."""
 
     limit: Limit
     allowed: int
     remaining: int
-    full: int
+    time_until_full: int
 
 
 class TokenBucket:
@@ -65,7 +65,7 @@ class TokenBucket:
         """Whole units that are available."""
         return self._refill(now) // MINUTE_NS
 
-    def full(self, now: int) -> int:
+    def time_until_full(self, now: int) -> int:
         """Nanoseconds until the bucket is full."""
         return -(-(self.limit * MINUTE_NS - self._refill(now)) // self.limit)
 
@@ -127,7 +127,7 @@ class RateLimiter:
         """The state of the per-minute limits."""
         buckets: tuple[tuple[Limit, TokenBucket | None], ...] = (("requests", self._requests), ("tokens", self._tokens))
         return tuple(
-            LimitStatus(name, bucket.limit, bucket.remaining(now), bucket.full(now))
+            LimitStatus(name, bucket.limit, bucket.remaining(now), bucket.time_until_full(now))
             for name, bucket in buckets
             if bucket
         )

@@ -46,7 +46,7 @@ contending_jobs = st.builds(
 def frequent_preemption(monkeypatch: pytest.MonkeyPatch) -> None:
     """Allow preemption again after few tokens, so that even short samples are preempted several times."""
     monkeypatch.setattr(preemption, "MIN_TOKENS_PER_TURN", 2)
-    monkeypatch.setattr(scheduler, "REST_PASSES", (1, 3))
+    monkeypatch.setattr(scheduler, "RESUME_PASSES", (1, 3))
     monkeypatch.setattr(preemption, "TURN_PASSES", 4)
     monkeypatch.setattr(fair_share, "TURN_PASSES", 4)
 
@@ -82,7 +82,7 @@ class RecordedLoop:
 
     def held(self) -> Counter[str]:
         """The number of slots that each client holds."""
-        return Counter(sequence.work.job.client for sequence in self.loop._scheduler._active.values())
+        return Counter(sequence.job_state.job.client for sequence in self.loop._scheduler._active.values())
 
     def check(self, wanted: dict[int, Job]) -> None:
         """Check that all tokens and scores are those that each job would get alone."""
@@ -281,7 +281,7 @@ def test_no_sample_is_preempted_for_a_request_of_the_same_client():
     for job_id, each in wanted.items():
         recorded.loop.start(job_id, each)
     while recorded.step():
-        assert not any(work.queued and work.queued[0].paused for work in recorded.loop._scheduler._begun.values())
+        assert not any(state.queued and state.queued[0].paused for state in recorded.loop._scheduler._admitted.values())
     assert recorded.runner.computed == 3 + 4 * 199 + 2 * 2
     recorded.check(wanted)
 
@@ -350,7 +350,7 @@ def test_a_preempted_sample_can_be_dropped():
     recorded.passes(20)
     recorded.loop.start(1, long_job("b"))
     recorded.passes(5)
-    (paused,) = recorded.loop._scheduler._begun[0].queued
+    (paused,) = recorded.loop._scheduler._admitted[0].queued
     recorded.loop.drop(0, paused.sample)
     assert recorded.loop.load() == Load(2, 2, 0)
     recorded.loop.close(0)

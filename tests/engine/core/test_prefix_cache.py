@@ -7,7 +7,7 @@ from history_runner import HistoryRunner, alone, scores
 from test_engine_loop import finish, job, sampled
 
 from afterword.engine.core.engine_loop import EngineLoop
-from afterword.engine.core.scheduler import MAX_OVERTAKEN
+from afterword.engine.core.scheduler import MAX_TIMES_PASSED_OVER
 from afterword.engine.protocol import Job, Step
 
 COMMON = tuple(range(20))
@@ -181,8 +181,8 @@ def test_cached_prompts_are_preferred_but_not_for_ever():
     warm, cold = job(prompt=COMMON, max_tokens=1), job(prompt=COMMON[::-1], max_tokens=1)
     loop = EngineLoop(HistoryRunner(slots=1, chunk=32))
     run_jobs(loop, warm)
-    order = order_of_ends(loop, [cold, *[warm] * (MAX_OVERTAKEN + 4)])
-    assert order.index(0) == MAX_OVERTAKEN
+    order = order_of_ends(loop, [cold, *[warm] * (MAX_TIMES_PASSED_OVER + 4)])
+    assert order.index(0) == MAX_TIMES_PASSED_OVER
 
 
 def test_a_client_with_many_jobs_does_not_block_a_client_with_one():

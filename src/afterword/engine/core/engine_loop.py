@@ -124,7 +124,7 @@ class EngineLoop:
 
     def _admit(self) -> None:
         for admission in self._scheduler.admit(self._step_buffer.free_bytes):
-            self._add(admission.work.job_id, _first_step(admission))
+            self._add(admission.job_state.job_id, _first_step(admission))
 
     def _schedule(self) -> ForwardBatch | None:
         return self._scheduler.schedule(
@@ -161,10 +161,10 @@ class EngineLoop:
         tokens = iter(self._sampler.read(logits, queries))
         for entry in batch.entries:
             sequence, found = self._scheduler.sequence_in(entry.slot), list(islice(tokens, entry.outputs))
-            if sequence.work.job_id in failed:
+            if sequence.job_state.job_id in failed:
                 self._scheduler.computed(entry, sequence, [])
             else:
-                self._postprocess(entry, sequence, found, builders[sequence.work.job_id])
+                self._postprocess(entry, sequence, found, builders[sequence.job_state.job_id])
         for job_id in failed:
             self._scheduler.discard_failed(job_id)
             self._add(job_id, Step(failed=True))
@@ -178,7 +178,7 @@ class EngineLoop:
             return set()
         outputs = [entry for entry in batch.entries for _ in range(entry.outputs)]
         return {
-            self._scheduler.sequence_in(entry.slot).work.job_id
+            self._scheduler.sequence_in(entry.slot).job_state.job_id
             for entry, is_finite in zip(outputs, finite, strict=True)
             if not is_finite
         }
@@ -190,7 +190,7 @@ class EngineLoop:
         scores can still be reused for queries with that many alternatives.
         """
         sequence = self._scheduler.sequence_in(entry.slot)
-        job, end = sequence.work.job, entry.position + len(entry.tokens)
+        job, end = sequence.job_state.job, entry.position + len(entry.tokens)
         queries: list[TokenQuery] = []
         if sequence.is_scored:
             assert sequence.slot is not None
@@ -219,7 +219,7 @@ class EngineLoop:
     def _postprocess(
         self, entry: BatchEntry, sequence: Sequence, found: list[list[Token]], builder: _StepBuilder
     ) -> None:
-        job = sequence.work.job
+        job = sequence.job_state.job
         scores: list[Token] = []
         if sequence.is_scored:
             following = len(job.prompt[scored_positions(entry.position, entry.position + len(entry.tokens))])
@@ -236,17 +236,17 @@ class EngineLoop:
 
     def _first_tokens(self, first: Sequence, tokens: list[Token], builder: _StepBuilder) -> None:
         """Start the samples of a complete prompt. The first tokens of all samples come from the same logits row."""
-        work = first.work
-        if work.job.max_tokens == 0:
-            builder.ended.extend((sample, "length") for sample in range(work.job.samples))
+        state = first.job_state
+        if state.job.max_tokens == 0:
+            builder.ended.extend((sample, "length") for sample in range(state.job.samples))
             self._scheduler.begin(first, [])
             return
-        samples = [Sequence(work, index) for index in range(work.job.samples)]
+        samples = [Sequence(state, index) for index in range(state.job.samples)]
         self._scheduler.begin(first, self._append(samples, tokens, builder))
 
     def _append(self, samples: list[Sequence], tokens: list[Token], builder: _StepBuilder) -> list[Sequence]:
         """Append the next token to each sample of a job. Returns the samples that continue."""
-        job = samples[0].work.job
+        job = samples[0].job_state.job
         for sequence, token in zip(samples, tokens, strict=True):
             builder.sampled.append((sequence.sample, token))
             sequence.append(token.id)
@@ -260,7 +260,7 @@ class EngineLoop:
 
 def _first_step(admission: Admission) -> Step:
     """The first step of a job: the cached scores of its prompt, before anything is computed for it."""
-    job = admission.work.job
+    job = admission.job_state.job
     scored = _limit_alternatives(admission.scores, job.prompt_alternatives or 0)
     ended: list[tuple[int, FinishReason]] = (
         [(sample, "length") for sample in range(job.samples)] if admission.complete else []

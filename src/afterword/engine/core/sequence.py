@@ -49,7 +49,7 @@ class JobState:
 class Admission:
     """A job that leaves the queue, with the cached part of its prompt. `complete`: there is nothing more to compute."""
 
-    work: JobState
+    job_state: JobState
     cached: int
     scores: tuple[Token, ...]
     complete: bool
@@ -64,7 +64,7 @@ class Sequence:
     was preempted at least once. It then leaves free slots to others until the pass number `resume_pass`.
     """
 
-    work: JobState
+    job_state: JobState
     sample: int
     generated: list[int] = field(default_factory=list)
     slot: Slot | None = None
@@ -77,7 +77,7 @@ class Sequence:
     @property
     def length(self) -> int:
         """Number of tokens, prompt and generated."""
-        return len(self.work.job.prompt) + len(self.generated)
+        return len(self.job_state.job.prompt) + len(self.generated)
 
     @property
     def computed(self) -> int:
@@ -102,7 +102,7 @@ class Sequence:
         True while no token is generated. If a preempted sequence computes its prompt again after that, the job has all
         scores already. `engine.protocol.scored_positions` says which logits row scores which token.
         """
-        return self.work.job.prompt_alternatives is not None and not self.generated
+        return self.job_state.job.prompt_alternatives is not None and not self.generated
 
     @property
     def needs_prefill(self) -> bool:
@@ -118,7 +118,7 @@ class Sequence:
         """Set the slot. `chunk_generated`: if several tokens are missing, generated ones may be computed in chunks."""
         self.slot, self.generated_before_slot = slot, len(self.generated)
         in_chunks = chunk_generated and self.length > slot.length + 1
-        self.prefill_length = self.length if in_chunks else len(self.work.job.prompt)
+        self.prefill_length = self.length if in_chunks else len(self.job_state.job.prompt)
 
     def append(self, token: int) -> None:
         """Append a sampled token."""
@@ -127,7 +127,7 @@ class Sequence:
 
     def slice(self, start: int, stop: int) -> tuple[int, ...]:
         """The tokens from index `start` up to `stop`."""
-        prompt = self.work.job.prompt
+        prompt = self.job_state.job.prompt
         size = len(prompt)
         if start >= size:
             return tuple(self.generated[start - size : stop - size])
