@@ -416,7 +416,7 @@ def test_promises_hold_only_for_tested_models(architecture, types, experts, kv_t
 def test_promises_on_a_gpu_need_forward_passes_of_one_shape(architecture, types, kv_type, layers, expected):
     weights = WeightTypes(architecture, frozenset(types.split()))
     assert weights.promise_on_gpu(kv_type, layers, fixed_shape=True) == expected
-    assert weights.promise_on_gpu(kv_type, layers, full=False) == "none"
+    assert weights.promise_on_gpu(kv_type, layers, fixed_shape=False) == "none"
     assert dataclasses.replace(weights, experts=8).promise_on_gpu(kv_type, layers, fixed_shape=True) == "none"
 
 
