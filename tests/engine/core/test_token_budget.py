@@ -32,46 +32,46 @@ def test_every_sample_ends_with_its_tokens_in_little_memory(
     """The memory holds the longest sample and a few tokens. Jobs are paused and resumed at any time."""
     capacity = max(len(each.prompt) + each.max_tokens for each in wanted) + spare
     loop = EngineLoop(HistoryRunner(slots, chunk=5, grid=shape[0], can_truncate=shape[1], capacity=capacity))
-    for run, each in enumerate(wanted):
-        loop.start(run, each)
+    for job_id, each in enumerate(wanted):
+        loop.start(job_id, each)
     paused: set[int] = set()
     steps: defaultdict[int, list[Step]] = defaultdict(list)
     while (passed := loop.step()) is not None or paused:
-        for run, step in (passed or {}).items():
-            steps[run].append(step)
+        for job_id, step in (passed or {}).items():
+            steps[job_id].append(step)
         loop._scheduler.check()
         if passed is None:
             loop.resume(paused.pop())
         elif data.draw(st.integers(0, 3)) == 0:
-            run = data.draw(st.integers(0, len(wanted) - 1))
-            loop.pause(run)
-            paused.add(run)
-    for run, each in enumerate(wanted):
+            job_id = data.draw(st.integers(0, len(wanted) - 1))
+            loop.pause(job_id)
+            paused.add(job_id)
+    for job_id, each in enumerate(wanted):
         for sample in range(each.samples):
-            assert sampled(steps[run], sample) == alone(each, sample)
-        assert [token for step in steps[run] for token in step.scored] == scores(each)
+            assert sampled(steps[job_id], sample) == alone(each, sample)
+        assert [token for step in steps[job_id] for token in step.scored] == scores(each)
     assert loop.load() == Load(slots, 0, 0)
     loop.check()
 
 
 def test_jobs_that_do_not_fit_wait_and_then_run():
-    runner = HistoryRunner(slots=4, chunk=8, capacity=40)
+    runner = HistoryRunner(slots=4, chunk=8, capacity=48)
     loop = EngineLoop(runner)
-    for run in range(3):
-        loop.start(run, job(tuple(range(run, run + 12)), max_tokens=8))
+    for job_id in range(3):
+        loop.start(job_id, job(tuple(range(job_id, job_id + 12)), max_tokens=8))
     loop.step()
     loop.step()
-    assert loop.load().running == 2, "the third job needs 20 tokens more than 40"
+    assert loop.load().running == 2, "three jobs of 20 tokens and a pass of 8 need more than 48"
     steps = finish(loop)
-    assert [len(sampled(steps[run], 0)) for run in range(3)] == [8, 8, 8]
+    assert [len(sampled(steps[job_id], 0)) for job_id in range(3)] == [8, 8, 8]
 
 
 def test_cached_prefixes_are_evicted_for_new_tokens_oldest_first():
     runner = HistoryRunner(slots=4, chunk=16, capacity=40)
     loop = EngineLoop(runner)
     texts = [tuple(range(start, start + 12)) for start in (0, 4, 8)]
-    for run, text in enumerate(texts):
-        loop.start(run, job(text, max_tokens=1))
+    for job_id, text in enumerate(texts):
+        loop.start(job_id, job(text, max_tokens=1))
         finish(loop)
     assert sorted(map(len, runner.state)) == [0, 12, 12, 12]
     loop.start(3, job((20, 21, 22, 23, 20, 21), max_tokens=1))
@@ -91,13 +91,12 @@ def test_a_prefix_whose_copy_does_not_fit_is_continued_in_its_slot():
     assert runner.computed - computed == 1, "the prefix was found"
 
 
-def test_the_oldest_sample_is_never_preempted_for_memory(little_growth):
+def test_samples_that_outgrow_the_memory_are_preempted_and_end(little_growth):
     runner = HistoryRunner(slots=4, chunk=8, capacity=48)
     loop = EngineLoop(runner)
-    for run in range(4):
-        loop.start(run, job((run, 1, 2, 3), max_tokens=30))
-    order = []
-    while (passed := loop.step()) is not None:
-        order += [run for run, step in passed.items() if step.ended]
-    assert order == sorted(order)
-    assert runner.computed > 4 * 33, "younger samples were computed again"
+    wanted = [job((number, 1, 2, 3), max_tokens=30) for number in range(4)]
+    for number, each in enumerate(wanted):
+        loop.start(number, each)
+    steps = finish(loop)
+    assert [sampled(steps[number], 0) for number in range(4)] == [alone(each, 0) for each in wanted]
+    assert runner.computed > 4 * 33, "some tokens were computed again"

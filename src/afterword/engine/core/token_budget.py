@@ -1,8 +1,9 @@
 """The tokens that all slots may hold together, where the memory of a machine is smaller than that of all full slots.
 
 A sequence is admitted if the tokens that it has, and some that it will generate, fit beside those of the sequences that
-have slots. Generated tokens can fill the rest. Then the youngest sequences are preempted until the next pass fits.
-A sequence that is alone always fits. So the oldest sequence ends, whatever the others need. Pure: the scheduler calls it.
+have slots. Generated tokens can fill the rest. Then sequences are preempted until the next pass fits. Between two such
+preemptions at least `GROWTH` tokens are generated, and a sequence that is alone always fits. So all sequences end.
+Pure: the scheduler calls it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class TokenBudget:
         be taken: they compute nothing, for an unknown time.
         """
         if self.capacity is not None:
-            candidates = candidates + [each for each in active if each.work.suspended and each not in candidates]
+            candidates = candidates + [each for each in active if each.job_state.suspended and each not in candidates]
         for count in range(int(needs_slot), len(candidates) + 1):
             chosen = candidates[len(candidates) - count :]
             if self._fits([each for each in active if each not in chosen], sequence):
@@ -49,7 +50,7 @@ class TokenBudget:
             return []
         held = sum(each.computed for each in active)
         chosen = []
-        order = sorted(preemption_order(active, fair_share), key=lambda each: each.work.suspended)
+        order = sorted(preemption_order(active, fair_share), key=lambda each: each.job_state.suspended)
         for sequence in reversed(order[1:]):
             if held + self.chunk <= self.capacity:
                 break
@@ -61,10 +62,11 @@ class TokenBudget:
         """Whether a sequence may get a slot beside the active ones."""
         if self.capacity is None or not active:
             return True
-        return sum(map(_expected_tokens, active)) + _expected_tokens(sequence) <= self.capacity
+        # With the tokens of one pass left, the next pass cannot preempt what was just admitted.
+        return sum(map(_expected_tokens, [*active, sequence])) + self.chunk <= self.capacity
 
 
 def _expected_tokens(sequence: Sequence) -> int:
     """The tokens that a sequence holds soon: those that it has, and the next ones that it generates."""
-    job = sequence.work.job
+    job = sequence.job_state.job
     return min(sequence.length + GROWTH, len(job.prompt) + job.max_tokens)
