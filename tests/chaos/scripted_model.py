@@ -57,7 +57,7 @@ def tokenize(text: str, special: bool) -> Iterator[tuple[int, ...]]:
 class TableRunner:
     """A runner with slots that hold only their number of tokens."""
 
-    grid, min_shared_tokens, can_truncate = 1, 16, True
+    grid, min_shared_tokens, can_truncate, capacity = 1, 16, True, None
 
     def __init__(self, slots: int, chunk: int) -> None:
         self.slots, self.chunk = slots, chunk

@@ -13,6 +13,7 @@ from functools import partial
 
 from afterword.config import CHUNK_GRID, ONE_SEQUENCE, SMALL_MODEL, EngineSettings, WeightTypes, advice
 from afterword.engine import messages
+from afterword.engine.kernels.compiled import memory_on_demand
 from afterword.engine.messages import KvType
 from afterword.engine.parent.model_manager import ModelDefinition, ModelManager
 from afterword.engine.parent.supervisor import QueuePolicy, Supervisor
@@ -65,6 +66,7 @@ def make_model_manager(
             make_engine=partial(Supervisor, partial(refreshed_load_message, fitted, settings), policy),
             context=fitted.load_message.context,
             sequences=fitted.load_message.sequences,
+            capacity=fitted.load_message.capacity,
             promise=fitted.load_message.promise,
             memory_bytes=fitted.memory_bytes,
             advice=advice("" if settings.gpu_layers else fitted.facts.file_type, fitted.facts.architecture),
@@ -112,7 +114,8 @@ def refreshed_load_message(fitted: FittedModel, settings: EngineSettings) -> mes
 def _compute_options(facts: Facts, settings: EngineSettings) -> ComputeOptions:
     kv_type = _kv_type(settings)
     plain = kv_type == "f32" or (kv_type == "f16" and not settings.gpu_layers)  # otherwise flash attention
-    return ComputeOptions(_KV_BYTES[kv_type], settings.batch, plain)
+    on_demand = kv_type == "exact" and not settings.gpu_layers and memory_on_demand()
+    return ComputeOptions(_KV_BYTES[kv_type], settings.batch, plain, on_demand)
 
 
 def _shapes(
@@ -131,7 +134,10 @@ def _shapes(
         if not unload_unused:
             raise
     else:
-        whole = all(shape.context >= usual_context(facts) for shape, (facts, _) in zip(shapes, wanted, strict=True))
+        whole = all(
+            shape.context >= usual_context(*each) and shape.capacity is None
+            for shape, each in zip(shapes, wanted, strict=True)
+        )
         if whole or settings.context or not unload_unused:
             return shapes
     return [choose([each])[0] for each in wanted]
@@ -170,6 +176,7 @@ def _load_message(
         promise=promise,
         promise_without_kernels=promise_without_kernels,
         parts=tuple(map(str, parts(model.path, facts))),
+        capacity=shape.capacity,
     )
 
 

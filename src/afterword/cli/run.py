@@ -250,10 +250,9 @@ def _describe(managed_model: ManagedModel, named: bool) -> str:
         if managed_model.loaded_engine
         else "up"
     )
-    text = (
-        f"{size} to {managed_model.definition.sequences} sequences of {managed_model.definition.context} tokens "
-        f"at the same time."
-    )
+    definition = managed_model.definition
+    together = "" if definition.capacity is None else f", {definition.capacity} tokens together"
+    text = f"{size} to {definition.sequences} sequences of {definition.context} tokens at the same time{together}."
     tip = f" {managed_model.definition.advice}" if managed_model.definition.advice else ""
     return f"{f'{managed_model.id}: ' if named else ''}{text} {_PROMISES[managed_model.promise]}{tip}"
 

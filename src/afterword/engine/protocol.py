@@ -159,7 +159,8 @@ class ModelInfo(Value, frozen=True):
     `longest_token`: upper bound of the text bytes that one token can cover; 0 if the tokenizer can drop or fold text.
     `fingerprint`: a hash of everything that can change a number that the engine returns. `promise`: what the engine
     guarantees about its numbers. `slow_runs`: a regular expression for a class of characters, and the most of them that
-    a text may have in a row. The tokenizer's time is quadratic in the length of such a run.
+    a text may have in a row. The tokenizer's time is quadratic in the length of such a run. `capacity`: the most tokens
+    of all sequences together; None if every sequence can be full.
     """
 
     parameters: int
@@ -176,6 +177,7 @@ class ModelInfo(Value, frozen=True):
     fingerprint: str
     promise: Promise = "none"
     slow_runs: tuple[str, int] | None = None
+    capacity: int | None = None
 
 
 class JobHandle(Protocol):

@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 from afterword.errors import SettingError
 from afterword.models.gguf_facts import Facts
 
-MOST_CONTEXT, LEAST_CONTEXT, UNKNOWN_CONTEXT = 4096, 512, 2048  # tokens, if the operator sets no context
+LEAST_CONTEXT, UNKNOWN_CONTEXT = 512, 2048  # tokens, if the operator sets no context
+MOST_CONTEXT = 4096  # the same, where all sequences take their memory at the start
 MAX_PARALLEL = 16  # sequences, if the operator sets no number
 LEAST_USEFUL_CONTEXT, PARALLEL_LIMIT = 16, 256  # bounds of the operator's settings: tokens, sequences
 CONTEXT_GRANULARITY = 256  # llama.cpp rounds the tokens of a sequence up to a multiple of this
 HEADROOM = 256 << 20  # bytes for the process, its vocabulary and its caches, besides a tenth of the rest
 FLOAT_BYTES = 4
+CELL_BYTES = 56  # llama.cpp's records of a cell of the KV cache
 LOGIT_COPIES = 2  # llama.cpp computes logits in one buffer and returns them in another
 
 
@@ -28,11 +30,13 @@ class ComputeOptions:
     - `chunk`: the most tokens of a prefill pass.
     - `plain_attention`: attention stores one score for each token of the pass, token of the context and head. Flash
       attention does not.
+    - `on_demand`: the KV cache takes memory as tokens are written, so sequences share what the machine has.
     """
 
     kv_bytes: int = 2
     chunk: int = 256
     plain_attention: bool = False
+    on_demand: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,7 @@ class ModelShape:
     """A model with `parallel` sequences of `context` tokens each, and its memory.
 
     `spare`: additional sequences, and additional tokens in each sequence, that are allocated but never used by clients.
+    `capacity`: the most tokens of all sequences together; None if every sequence can be full.
     """
 
     context: int
@@ -58,7 +63,8 @@ class ModelShape:
     @property
     def sequences_bytes(self) -> int:
         """Bytes of all sequences: keys, values and the states of recurrent layers."""
-        return self.kv_bytes + (self.parallel + self.spare) * self.facts.state_bytes
+        records = self.cells * CELL_BYTES if self.run.on_demand else 0
+        return self.kv_bytes + records + (self.parallel + self.spare) * self.facts.state_bytes
 
     @property
     def pass_bytes(self) -> int:
@@ -110,13 +116,27 @@ def choose_shapes(
     return shapes
 
 
-def usual_context(facts: Facts) -> int:
-    """The tokens of one sequence if memory is no constraint."""
-    return min(facts.context_length, MOST_CONTEXT) if facts.context_length else UNKNOWN_CONTEXT
+def usual_context(facts: Facts, run: ComputeOptions) -> int:
+    """The tokens of one sequence if memory is no constraint: the context that the model was trained on.
+
+    It is less where every sequence takes its whole memory at the start, whether it needs it or not.
+    """
+    if not facts.context_length:
+        return UNKNOWN_CONTEXT
+    return facts.context_length if run.on_demand else min(facts.context_length, MOST_CONTEXT)
 
 
 def _smaller(shape: ModelShape, context: int | None, parallel: int | None) -> ModelShape | None:
-    """The next smaller shape; None if the operator's settings or the minimum context allow none."""
+    """The next smaller shape; None if the operator's settings or the minimum context allow none.
+
+    Where sequences share memory, they get less of it together, but at least one can be full.
+    """
+    capacity = shape.cells if shape.capacity is None else shape.capacity
+    if shape.run.on_demand and capacity > shape.context and shape.kv_bytes:
+        return replace(shape, capacity=max(capacity * 7 // 8, shape.context))
+    if shape.run.on_demand and context is None and shape.context > LEAST_CONTEXT:
+        shorter = max(shape.context * 7 // 8 // CONTEXT_GRANULARITY * CONTEXT_GRANULARITY, LEAST_CONTEXT)
+        return replace(shape, context=shorter, capacity=shorter)
     if parallel is None and shape.parallel > 1:
         return replace(shape, parallel=shape.parallel // 2)
     if context is None and shape.context > LEAST_CONTEXT:

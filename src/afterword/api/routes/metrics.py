@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from afterword.api.service import Service
 from afterword.engine.parent.model_manager import ManagedModel
-from afterword.engine.protocol import PassStats
+from afterword.engine.protocol import ModelInfo, PassStats
 from afterword.observability.metrics import TEXT, EngineSnapshot, KeySnapshot
 
 
@@ -28,9 +28,14 @@ def _engine_metrics(managed_model: ManagedModel) -> EngineSnapshot:
         load=managed_model.load,
         pass_stats=engine.pass_stats if engine else PassStats(),
         metrics=managed_model.engine_metrics,
-        token_capacity=engine.model_info.sequences * engine.model_info.context if engine else 0,
+        token_capacity=_capacity(engine.model_info) if engine else 0,
         memory=_resident(managed_model.engine.pid) if managed_model.engine else None,
     )
+
+
+def _capacity(model_info: ModelInfo) -> int:
+    """The most tokens in all sequences."""
+    return model_info.sequences * model_info.context if model_info.capacity is None else model_info.capacity
 
 
 def _resident(pid: int | None) -> int | None:

@@ -6,6 +6,7 @@ Without a compiler the file does not exist. The modules that load a library chec
 from __future__ import annotations
 
 import hashlib
+import sys
 from pathlib import Path
 
 KERNELS = Path(__file__).resolve().parent
@@ -15,6 +16,11 @@ KERNELS = Path(__file__).resolve().parent
 def library(source: Path) -> Path:
     """The library of a source; the file may not exist."""
     return source.with_name(f"lib{source.stem}.so")
+
+
+def memory_on_demand() -> bool:
+    """Whether the KV cache of a CPU can take memory as tokens are written (kv_buffers.hpp)."""
+    return sys.platform == "linux" and library(KERNELS / "accelerator.cpp").exists()
 
 
 def digest(*libraries: Path) -> str:

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import numpy as np
+from msgspec import structs
 from numpy.typing import NDArray
 
 from afterword.engine.core.forward_batch import BatchEntry, ForwardBatch, Logits
+from afterword.engine.kernels.compiled import memory_on_demand
 from afterword.engine.llama import accelerator
 from afterword.engine.llama.fixed_shape import pad_to_fixed_shape
 from afterword.engine.llama.kv_cache import KvCache
@@ -50,10 +52,11 @@ class LlamaRunner:
 
     def __init__(self, settings: LoadModel, report_progress: Callable[[float], None] = lambda _: None) -> None:
         """`report_progress` is called with the loaded share of the model, from 0 to 1."""
-        self._settings = settings
-        self.slots = settings.sequences
-        self.chunk = settings.chunk
         self.accelerated = not settings.gpu_layers and accelerator.register()
+        self._settings = settings = _within_memory(settings, self.accelerated)
+        self.slots = settings.sequences
+        self.capacity = settings.capacity
+        self.chunk = settings.chunk
         self.uses_kernels = self.accelerated and settings.use_kernels and accelerator.supports_quantized()
         accelerator.configure(settings.threads, keep_weights=self.uses_kernels)
         # Open the files before loading, so that a change during the load is detected.
@@ -185,6 +188,14 @@ def _matrix_at(address: int, rows: int, columns: int) -> Logits:
 
 def _pointer(array: NDArray[np.int32] | NDArray[np.int8], kind: type[ctypes.c_int32 | ctypes.c_int8]) -> object:
     return array.ctypes.data_as(ctypes.POINTER(kind))
+
+
+def _within_memory(settings: LoadModel, accelerated: bool) -> LoadModel:
+    """The settings, with fewer sequences if their memory would be taken at once although it is less than all need."""
+    if settings.capacity is None or (accelerated and memory_on_demand()):
+        return settings
+    sequences = min(settings.sequences, max(1, settings.capacity // settings.context))
+    return structs.replace(settings, sequences=sequences, capacity=None)
 
 
 def _load(settings: LoadModel, repack: bool, report_progress: Callable[[float], None]) -> object:

@@ -169,7 +169,8 @@ def make_model_info(runner: LlamaRunner, settings: LoadModel) -> tuple[ModelInfo
     model_info = ModelInfo(
         parameters=int(native.llama_model_n_params(runner.model)),
         context=settings.context,
-        sequences=settings.sequences,
+        sequences=runner.slots,
+        capacity=runner.capacity,
         pieces=pieces,
         end_tokens=vocabulary.ends(),
         bos=vocabulary.bos(),

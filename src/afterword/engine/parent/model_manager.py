@@ -42,7 +42,8 @@ class ModelDefinition:
     """The facts about a model that are known before it is loaded.
 
     - `created`: Unix time in seconds.
-    - `context`: tokens of one sequence; `sequences`: how many sequences the engine has.
+    - `context`: tokens of one sequence; `sequences`: how many sequences the engine has; `capacity`: the most tokens of
+      all of them together, None if every one can be full.
     - `memory_bytes`: memory that the loaded model needs.
     - `make_engine`: returns an engine that is not open yet.
     - `advice`: a sentence for the operator.
@@ -53,6 +54,7 @@ class ModelDefinition:
     make_engine: Callable[[], Supervisor]
     context: int = 0
     sequences: int = 0
+    capacity: int | None = None
     promise: Promise = "none"
     memory_bytes: int = 0
     advice: str | None = None
