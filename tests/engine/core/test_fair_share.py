@@ -115,7 +115,7 @@ def run_all(loop: EngineLoop, wanted: list[Job], pauses: Iterator[int]) -> dict[
 @settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(contending_jobs, min_size=2, max_size=8), st.integers(1, 5), shapes, st.data())
 def test_preempted_samples_get_the_tokens_they_would_get_alone(frequent_preemption, wanted, slots, shape, data):
-    runner = HistoryRunner(slots, chunk=5, grid=shape[0], can_truncate=shape[1])
+    runner = HistoryRunner(slots, chunk=5, **shape)
     loop = EngineLoop(runner)
     steps = run_all(loop, wanted, iter(lambda: data.draw(st.integers(0, 12)), None))
     for run, each in enumerate(wanted):
@@ -131,7 +131,7 @@ def test_preempted_samples_get_the_tokens_they_would_get_alone(frequent_preempti
 @settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(contending_jobs, min_size=2, max_size=8), st.integers(1, 4), shapes, st.data())
 def test_preempted_samples_can_be_dropped_and_closed(frequent_preemption, wanted, slots, shape, data):
-    runner = HistoryRunner(slots, 4, grid=shape[0], can_truncate=shape[1])
+    runner = HistoryRunner(slots, 4, **shape)
     loop = EngineLoop(runner)
     for run, each in enumerate(wanted):
         loop.start(run, each)

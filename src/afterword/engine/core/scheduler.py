@@ -37,15 +37,13 @@ REST_PASSES = (32, 256)  # minimum and maximum of passes for which a preempted s
 class Scheduler:
     """Owner of all jobs, sequences and slots. One thread calls everything. Parameters: see `Runner`."""
 
-    def __init__(self, slots: int, chunk: int, grid: int, min_shared_tokens: int, can_truncate: bool) -> None:
+    def __init__(self, slots: PrefixCache, chunk: int, grid: int) -> None:
         self._grid = grid
-        self._min_shared_tokens = min_shared_tokens
-        self._can_truncate = can_truncate
-        self._slots = PrefixCache(slots, grid, min_shared_tokens, can_truncate)
+        self._slots = slots
         self._works: dict[int, JobState] = {}
         self._waiting: dict[str, dict[int, JobState]] = {}  # not admitted yet: by client, in order of arrival
         self._begun: dict[int, JobState] = {}  # admitted, in the order of admission
-        self._fair_share = FairShare(slots)
+        self._fair_share = FairShare(len(slots))
         self._active: dict[Slot, Sequence] = {}
         self._prefill_queue = PrefillQueue(chunk, grid)
         self._passes = 0
@@ -148,10 +146,12 @@ class Scheduler:
         work = first.work
         work.started = True
         work.queued.extend(samples)
-        if work.queued:
-            self._hand_over_slot(first)
-        else:
+        if not work.queued:
             self.end(first)
+            return
+        if len(self._active) + len(work.queued) > len(self._slots) + 1 and first.slot:
+            self._slots.save(first.slot)  # some samples get their slot later, when no slot ends with the prompt
+        self._hand_over_slot(first)
 
     def end(self, sequence: Sequence) -> None:
         """End a sample. Its slot goes to a queued sample of the same prompt, or becomes free and keeps its content."""
@@ -162,7 +162,7 @@ class Scheduler:
             self._hand_over_slot(sequence)
         else:
             self._release(sequence)
-            self._slots.release(slot, redundant=self._prompt_source(work) is not None)
+            self._slots.release(slot, redundant=work.holds_prompt)
         if not work.live and not work.queued:
             self._remove_work(work)
 
@@ -177,7 +177,7 @@ class Scheduler:
         """Give a sequence's slot, with the prompt in it, to the first queued sample of the same job."""
         work, slot = sequence.work, sequence.slot
         assert slot is not None
-        self._slots.truncate(slot, len(work.job.prompt) if self._holds_prompt(sequence) else 0)
+        self._slots.truncate(slot, self._slots.restorable(slot, len(work.job.prompt)))
         self._release(sequence)
         self._assign_slot(work.queued.popleft(), slot)
 
@@ -296,8 +296,7 @@ class Scheduler:
         scored = work.query.alternatives is not None
         coming = [each for each in self._prefill_queue if not each.work.suspended and (each.is_scored or not scored)]
         return any(
-            self._slots.expected_prefix(work.query, other.work.query)
-            >= max(found + self._min_shared_tokens, other.computed + 1)
+            other.slot is not None and self._slots.awaits(work.query, found, other.work.query, other.slot)
             for other in coming
         )
 
@@ -329,7 +328,8 @@ class Scheduler:
             return admission
         self._remove_waiting(work)
         self._begun[work.run] = work
-        self._assign_slot(sequence, self._slots.take(query, hit))
+        waiting = islice(self._waiting.get(job.client, {}).values(), ADMISSION_WINDOW)
+        self._assign_slot(sequence, self._slots.take(query, hit, (each.query for each in waiting)))
         return admission
 
     # ---- preemption
@@ -344,7 +344,7 @@ class Scheduler:
         cost = -(-sequence.computed // MIN_CHUNK) + (len(sequence.generated) if self._grid > 1 else 0)  # passes
         sequence.paused, sequence.resume_pass = True, self._passes + min(max(cost, REST_PASSES[0]), REST_PASSES[1])
         self._release(sequence)
-        self._slots.release(slot, redundant=self._prompt_source(work) is not None)
+        self._slots.release(slot, redundant=work.holds_prompt)
         work.queued.appendleft(sequence)
 
     # ---- slots
@@ -353,10 +353,9 @@ class Scheduler:
         return next(filter(self._holds_prompt, work.live), None)
 
     def _holds_prompt(self, sequence: Sequence) -> bool:
-        """Whether its slot can provide the prompt's state: exactly the prompt if slots cannot be truncated."""
+        """Whether its slot can provide the prompt's state."""
         prompt = len(sequence.work.job.prompt)
-        return sequence.computed == prompt or (self._can_truncate and sequence.computed > prompt)
-
+        return sequence.slot is not None and self._slots.restorable(sequence.slot, prompt) == prompt
     def _assign_slot(self, sequence: Sequence, slot: Slot) -> None:
         sequence.assign_slot(slot, chunk_generated=self._grid == 1)
         sequence.work.live.append(sequence)

@@ -38,6 +38,11 @@ class JobState:
     live: list[Sequence] = field(default_factory=list)
     queued: deque[Sequence] = field(default_factory=deque)
 
+    @property
+    def holds_prompt(self) -> bool:
+        """Whether the slot of a running sample holds all tokens of the prompt."""
+        return any(sequence.computed >= len(self.job.prompt) for sequence in self.live)
+
     def unsent_scores(self, start: int, scores: TokenSequence[Token]) -> list[Token]:
         """The scores, of which the first has index `start`, that were not returned before. Marks them as sent."""
         unsent = list(scores[max(self.scores_sent - start, 0) :])

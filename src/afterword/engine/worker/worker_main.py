@@ -75,7 +75,7 @@ class PassMonitor:
     def __init__(self, runner: Runner, clock: Callable[[], float] = time.monotonic) -> None:
         self.slots, self.chunk, self.grid = runner.slots, runner.chunk, runner.grid
         self.min_shared_tokens, self.can_truncate = runner.min_shared_tokens, runner.can_truncate
-        self.cached_tokens = runner.cached_tokens
+        self.max_snapshots, self.cached_tokens = runner.max_snapshots, runner.cached_tokens
         self._runner = runner
         self._clock = clock
         self._passes = self._tokens = self._largest = 0
