@@ -37,6 +37,7 @@ class HistoryRunner:
         self,
         slots: int,
         chunk: int,
+        *,
         can_truncate: bool = True,
         grid: int = 1,
         min_shared_tokens: int = 2,

@@ -24,6 +24,7 @@ from afterword.engine.llama.runner import LlamaRunner
 from afterword.engine.messages import KvType, LoadModel
 from afterword.engine.protocol import Job, Sampling, Step
 from afterword.models.gguf_facts import read_facts
+from afterword.models.memory_fit import ModelShape
 from afterword.models.registry import builtin_path
 
 library.initialize(verbose=False)
@@ -65,6 +66,7 @@ def open_runner(path: Path, kv_type: KvType, sequences: int = 12, *, own: bool =
         use_kernels=own and weights.uses_kernels,
         promise=weights.promise(kv_type, own_products=True),
         promise_without_kernels=weights.promise(kv_type, own_products=False),
+        snapshot_bytes=ModelShape(512, sequences, facts).snapshot_bytes,
     )
     return LlamaRunner(settings)
 

@@ -17,6 +17,8 @@ LEAST_USEFUL_CONTEXT, PARALLEL_LIMIT = 16, 256  # bounds of the operator's setti
 CONTEXT_GRANULARITY = 256  # llama.cpp rounds the tokens of a sequence up to a multiple of this
 HEADROOM = 256 << 20  # bytes for the process, its vocabulary and its caches, besides a tenth of the rest
 FLOAT_BYTES = 4
+MAX_SNAPSHOT_BYTES = 512 << 20  # of copies of recurrent states; more if that is less than one for each sequence
+SNAPSHOTS_PER_SEQUENCE = 8
 LOGIT_COPIES = 2  # llama.cpp computes logits in one buffer and returns them in another
 
 
@@ -57,8 +59,14 @@ class ModelShape:
 
     @property
     def sequences_bytes(self) -> int:
-        """Bytes of all sequences: keys, values and the states of recurrent layers."""
-        return self.kv_bytes + (self.parallel + self.spare) * self.facts.state_bytes
+        """Bytes of all sequences: keys, values, the states of recurrent layers and snapshots of them."""
+        return self.kv_bytes + (self.parallel + self.spare) * self.facts.state_bytes + self.snapshot_bytes
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """The most bytes of snapshots of recurrent layers, with which prefixes are shared."""
+        each = self.parallel * self.facts.state_bytes
+        return max(each, min(SNAPSHOTS_PER_SEQUENCE * each, MAX_SNAPSHOT_BYTES))
 
     @property
     def pass_bytes(self) -> int:

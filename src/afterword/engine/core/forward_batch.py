@@ -87,7 +87,7 @@ class Runner(Protocol):
     min_shared_tokens: int
     """A shared prefix of fewer tokens is computed again, because copying a slot costs about as much."""
     can_truncate: bool
-    """Whether a slot can be truncated to any length. A recurrent model's can only be to 0 and to lengths with snapshots."""
+    """Whether a slot can be truncated to any length. A recurrent model's slot only can to 0 or with a snapshot."""
     max_snapshots: int
     """The most snapshots that it can hold, with numbers from 0. 0 if it needs none or cannot take any."""
 

@@ -4,9 +4,9 @@ A slot holds the state of a text's tokens and, if a job requested them, the toke
 the slot with the longest matching prefix. It continues in place if the slot is free and little else would be lost.
 Otherwise the prefix is copied to the least recently used free slot. Namespaces share nothing.
 
-A recurrent state cannot be truncated. The prefixes of recurrent and hybrid models are reusable only at borders for which
-a snapshot was taken (`core.snapshots`): at the last border of each prompt, where a prompt parts from a known text, and
-about every `snapshots.REGULAR_DISTANCE` tokens. Prefill passes end at these borders.
+A recurrent state cannot be truncated. The prefixes of recurrent and hybrid models are reusable only at borders where a
+snapshot was taken (`core.snapshots`): the last border of each prompt, the last one before a prompt parts from a known
+text, and about every `snapshots.REGULAR_DISTANCE` tokens. Prefill passes end at these borders.
 
 The cache is a table, not a tree. There are at most a few hundred slots, and comparing a prompt with a slot takes
 microseconds. Every slot has its own memory, so a tree's inner nodes would own nothing.
@@ -325,8 +325,7 @@ class PrefixCache:
             return 0
         if query.alternatives is not None and (other.alternatives is None or other.alternatives < query.alternatives):
             return 0
-        shared = common_prefix(query.prompt, other.prompt)
-        usable = shared if query.alternatives is None else score_count(shared)
+        usable = _usable(common_prefix(query.prompt, other.prompt), query)
         return self._reusable_length(usable, query) if self._can_truncate else self._border(usable, query)
 
     def _reusable_length(self, usable: int, query: PrefixQuery) -> int:
@@ -337,15 +336,14 @@ class PrefixCache:
     def _reusable_prefix(self, slot: Slot, query: PrefixQuery) -> int:
         if slot.namespace != query.namespace:
             return 0
-        shared = common_prefix(slot.tokens[: slot.reusable], query.prompt)
+        usable = _usable(common_prefix(slot.tokens, query.prompt), query)
         if query.alternatives is not None:
-            # The row of a reused token is not computed again, so the score of the next token must be known.
-            shared = min(score_count(shared), len(slot.scores)) if slot.alternatives >= query.alternatives else 0
-        keep = self._reusable_length(shared, query)
+            usable = min(usable, len(slot.scores)) if slot.alternatives >= query.alternatives else 0
+        keep = self._reusable_length(min(usable, slot.reusable), query)
         return keep if self._can_truncate or keep == slot.length else slot.longest_snapshot(keep)
 
     def _border(self, usable: int, query: PrefixQuery) -> int:
-        """The last border within the first `usable` tokens of a prompt, where a snapshot can be taken; 0 if none can."""
+        """The last border within the first `usable` tokens of a prompt; 0 if no snapshots can be taken."""
         return self._snapshots.border(min(usable, query.max_tokens)) if self._snapshots.count else 0
 
     def _borders(self, query: PrefixQuery, keep: int, waiting: Iterable[PrefixQuery]) -> set[int]:
@@ -358,7 +356,7 @@ class PrefixCache:
         texts = [each.tokens for each in self._slots if (each.head, each.namespace) == (query.head, query.namespace)]
         texts += [each.prompt for each in waiting if (each.head, each.namespace) == (query.head, query.namespace)]
         shared = {len(query.prompt), *(common_prefix(query.prompt, text) for text in texts)}
-        return {border for usable in shared if (border := self._border(usable, query)) > keep}
+        return {border for each in shared if (border := self._border(_usable(each, query), query)) > keep}
 
     def _target_slot(self, hit: PrefixHit | None) -> Slot:
         oldest = self._least_recently_used()
@@ -382,6 +380,14 @@ def common_prefix(first: TokenArray, second: TokenArray) -> int:
     differs = first[:length] != second[:length]
     at = int(differs.argmax())
     return at if differs[at] else length
+
+
+def _usable(shared: int, query: PrefixQuery) -> int:
+    """How many of the first `shared` tokens of a prompt are usable.
+
+    The row of a reused token is not computed again, so for scores the next token must be shared too.
+    """
+    return shared if query.alternatives is None else score_count(shared)
 
 
 def head(tokens: TokenArray, min_prefix: int) -> bytes:

@@ -356,6 +356,7 @@ class Scheduler:
         """Whether its slot can provide the prompt's state."""
         prompt = len(sequence.work.job.prompt)
         return sequence.slot is not None and self._slots.restorable(sequence.slot, prompt) == prompt
+
     def _assign_slot(self, sequence: Sequence, slot: Slot) -> None:
         sequence.assign_slot(slot, chunk_generated=self._grid == 1)
         sequence.work.live.append(sequence)

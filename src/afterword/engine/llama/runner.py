@@ -84,6 +84,7 @@ class LlamaRunner:
             multiplies_masked=recurrent or settings.kv_type != "exact" or settings.gpu_layers != 0,
         )
         self.cached_tokens = self._kv_cache.cached_tokens
+        self.max_snapshots = self._most_snapshots(settings.snapshot_bytes) if recurrent else 0
         if self.fixed_shape:
             self._fill_last(settings)
 
@@ -112,6 +113,12 @@ class LlamaRunner:
         expects_products = self._settings.kv_type != "exact"
         holds = self._unsupported_types <= _LIBRARY_TYPES and (not self._has_unsupported_products or expects_products)
         return self._settings.promise if holds else "none"
+
+    def _most_snapshots(self, size: int) -> int:
+        """How many snapshots fit into `size` bytes. The state of windowed attention layers is not made for it."""
+        if not size or native.llama_model_n_swa(self.model) > 0:
+            return 0
+        return size // self._kv_cache.snapshot_size()
 
     def _fill_last(self, settings: LoadModel) -> None:
         """Fill one additional slot with a whole context, so that it is always the longest sequence of a pass."""
