@@ -48,7 +48,10 @@ _DELTA = {
     **{**_STATE, "ssm.state_size": 32, "ssm.group_count": 2},
     **{"full_attention_interval": 2, "rope.dimension_sections": (4, 4, 8, 0)},
 }
-_WKV = {"wkv.head_size": 32, "attention.decay_lora_rank": 8, "attention.iclr_lora_rank": 8}
+_WKV = {
+    **{"wkv.head_size": 32, "attention.decay_lora_rank": 32, "attention.iclr_lora_rank": 32},
+    **{"attention.value_residual_mix_lora_rank": 32, "attention.gate_lora_rank": 32},
+}
 _ARCHITECTURE_KEYS: Mapping[str, Mapping[str, Value]] = {
     "cohere2": {"attention.sliding_window": WINDOW},
     "gemma2": {"attention.sliding_window": WINDOW},
@@ -68,9 +71,12 @@ _ARCHITECTURE_KEYS: Mapping[str, Mapping[str, Value]] = {
         **{**_STATE, "ssm.state_size": 64, "ssm.group_count": 0, "attention.head_count_kv": (0, 1)},
         **{"attention.key_length": 32, "attention.value_length": 32},
     },
-    "mamba": _STATE,
+    "mamba": {**_STATE, "ssm.time_step_rank": 32},
     "mamba2": {**_STATE, "ssm.group_count": 1},
-    "jamba": {**_STATE, "attention.head_count_kv": (0, 1), "expert_count": 0, "expert_used_count": 0},
+    "jamba": {
+        **{**_STATE, "ssm.time_step_rank": 32},
+        **{"attention.head_count_kv": (0, 1), "expert_count": 0, "expert_used_count": 0},
+    },
     "falcon-h1": {**_STATE, "ssm.group_count": 1},
     "granitehybrid": {**_STATE, "ssm.group_count": 1, "attention.head_count_kv": (0, 1)},
     "nemotron_h": {
@@ -82,7 +88,7 @@ _ARCHITECTURE_KEYS: Mapping[str, Mapping[str, Value]] = {
         **{**_DELTA, "expert_count": 4, "expert_used_count": 2},
         **{"expert_feed_forward_length": 32, "expert_shared_feed_forward_length": 32},
     },
-    "rwkv7": {**_WKV, "attention.value_residual_mix_lora_rank": 8, "attention.gate_lora_rank": 8},
+    "rwkv7": _WKV,
     "lfm2": {"shortconv.l_cache": 3, "attention.head_count_kv": (0, 1)},
 }
 _DELTA_TENSORS: Mapping[str, Shape] = {
@@ -193,7 +199,11 @@ def _write(
     add_vocabulary(writer, words)
     for name, weight in weights.items():
         # The library expects small matrices of recurrent layers unquantized. Non-finite values cannot be quantized.
-        plain = weight.ndim == 1 or weight.shape[-1] % 32 or re.search(r"norm|ssm|shortconv|lerp|first|decay_w|mix_[avwg]\d", name)
+        plain = (
+            weight.ndim == 1
+            or weight.shape[-1] % 32
+            or re.search(r"norm|ssm|shortconv|lerp|first|decay_w|mix_[avwg]\d", name)
+        )
         kind = GGMLQuantizationType["F32" if plain or not np.isfinite(weight).all() else file_type]
         writer.add_tensor(name, quantize(weight, kind), raw_dtype=kind)
     writer.write_header_to_file()

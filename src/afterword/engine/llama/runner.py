@@ -105,12 +105,14 @@ class LlamaRunner:
     @property
     def promise(self) -> Promise:
         """The promise that holds for the loaded model, given which operations the kernels compute."""
-        if self.fixed_shape != self._settings.fixed_shape or self._recurrent:
+        if self.fixed_shape != self._settings.fixed_shape:
             return "none"
         if self._settings.gpu_layers or not self.uses_kernels:
-            return self._settings.promise_without_kernels
+            return "none" if self._recurrent else self._settings.promise_without_kernels
         # Without flash attention the library computes attention as products of two computed operands.
         expects_products = self._settings.kv_type != "exact"
+        if self._recurrent and (self._unsupported_types or expects_products):
+            return "none"  # the library multiplies the tokens of one sequence and of several by different kernels
         holds = self._unsupported_types <= _LIBRARY_TYPES and (not self._has_unsupported_products or expects_products)
         return self._settings.promise if holds else "none"
 
