@@ -164,13 +164,15 @@ class PrefixCache:
         """
         prompt = np.array(job.prompt, np.int32)
         scores_only = job.max_tokens == 0 and job.prompt_alternatives is not None
-        most = len(prompt) if scores_only else len(prompt) - 1
-        return PrefixQuery(head(prompt, self._min_shared_tokens), job.namespace, prompt, most, job.prompt_alternatives)
+        max_kept = len(prompt) if scores_only else len(prompt) - 1
+        return PrefixQuery(
+            head(prompt, self._min_shared_tokens), job.namespace, prompt, max_kept, job.prompt_alternatives
+        )
 
-    def resume_query(self, job: Job, tokens: tuple[int, ...], most: int) -> PrefixQuery:
+    def resume_query(self, job: Job, tokens: tuple[int, ...], max_kept: int) -> PrefixQuery:
         """The query for tokens that were already computed for a job. Their scores were already returned."""
         array = np.array(tokens, np.int32)
-        return PrefixQuery(head(array, self._min_shared_tokens), job.namespace, array, most, None)
+        return PrefixQuery(head(array, self._min_shared_tokens), job.namespace, array, max_kept, None)
 
     def find(self, query: PrefixQuery) -> PrefixHit | None:
         """The longest reusable prefix of a prompt that any slot holds."""
@@ -227,8 +229,7 @@ class PrefixCache:
         if scores and len(slot.scores) == slot.length and self._reserve_score_bytes(slot, len(scores)):
             slot.scores.extend(scores)
         slot.append(tokens, self._grid)
-        longest = slot.longest_snapshot(slot.length)
-        is_regular = len(tokens) > 1 and self._snapshots.is_regular(slot.length, longest)
+        is_regular = len(tokens) > 1 and self._snapshots.is_regular(slot.length, slot.longest_snapshot(slot.length))
         if slot.length == slot.reusable and (is_regular or slot.length in slot.borders):
             self.save(slot)
 
@@ -307,10 +308,9 @@ class PrefixCache:
         self._snapshots.check((slot.snapshots, slot.tokens) for slot in self._slots)
 
     def awaits(self, query: PrefixQuery, found: int, other: PrefixQuery, slot: Slot) -> bool:
-        """Whether a prompt should wait for the prefill of another one in `slot`, although `found` tokens are cached.
+        """Whether a prompt, of which `found` tokens are cached, should wait for the prefill of another one in `slot`.
 
-        It should if the other prefill will make more tokens reusable. If their state is reusable only with a snapshot,
-        that prefill takes one.
+        If the state of the shared prefix is reusable only with a snapshot, that prefill takes one.
         """
         expected = self._expected_prefix(query, other)
         if expected <= slot.length or expected < found + self._min_shared_tokens:
