@@ -63,9 +63,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("config", "keys", "observability", "observability.metrics", "observability.traces", ""),
     },
     "cli": {
-        *("api", "batch", "completion", "config", "engine.messages", "engine.parent.model_manager"),
-        *("engine.parent.supervisor", "engine.parent.worker_process", "engine.protocol", "keys", "models"),
-        *("observability", "observability.metrics", "observability.traces", "settings", "system", "transport", ""),
+        *("api", "batch", "completion", "config", "engine.kernels.compiled", "engine.messages"),
+        *("engine.parent.model_manager", "engine.parent.supervisor", "engine.parent.worker_process"),
+        *("engine.protocol", "keys", "models", "observability", "observability.metrics", "observability.traces"),
+        *("settings", "system", "transport", ""),
     },
     "__main__": {"cli"},
 }

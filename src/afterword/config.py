@@ -23,6 +23,11 @@ _DEFAULT_PORT = re.compile(r"http://.*:80|https://.*:443")
 SMALL_MODEL = 64 * 2**20
 """A model with fewer bytes of weights is computed by one thread: more threads would wait longer than they compute."""
 
+RECURRENT_ARCHITECTURES = frozenset(
+    ("falcon-h1", "granitehybrid", "jamba", "lfm2", "mamba", "mamba2", "nemotron_h", "qwen35", "rwkv7")
+)
+"""Those of `TESTED_ARCHITECTURES` with recurrent layers: they need all products of Afterword's kernels."""
+
 TESTED_ARCHITECTURES = frozenset(
     (
         *("arcee", "baichuan", "bitnet", "bloom", "chatglm", "codeshell", "cohere2", "command-r", "deci"),
@@ -31,9 +36,10 @@ TESTED_ARCHITECTURES = frozenset(
         *("mistral3", "mpt", "nemotron", "olmo", "olmo2", "openelm", "orion", "pangu-embedded", "phi2", "phi3"),
         *("plamo", "plamo3", "qwen", "qwen2", "qwen2vl", "qwen3", "qwen3vl", "refact", "seed_oss", "smollm3"),
         *("stablelm", "starcoder", "starcoder2", "xverse"),
+        *RECURRENT_ARCHITECTURES,
     )
 )
-"""Dense architectures that give a sequence the same bits, with any other sequences in its forward passes.
+"""Architectures without experts that give a sequence the same bits, with any other sequences in its forward passes.
 
 Measured by tests/engine/test_architectures.py.
 """

@@ -15,7 +15,7 @@ import numpy as np
 
 import scripted_engine
 from afterword.engine import messages
-from afterword.engine.core.forward_batch import CopyPrefix, ForwardBatch, Logits
+from afterword.engine.core.forward_batch import CopyPrefix, ForwardBatch, Logits, Truncate
 from afterword.engine.protocol import ModelInfo
 from afterword.engine.worker import worker_main
 
@@ -57,7 +57,7 @@ def tokenize(text: str, special: bool) -> Iterator[tuple[int, ...]]:
 class TableRunner:
     """A runner with slots that hold only their number of tokens."""
 
-    grid, min_shared_tokens, can_truncate, capacity = 1, 16, True, None
+    grid, min_shared_tokens, can_truncate, max_snapshots, capacity = 1, 16, True, 0, None
 
     def __init__(self, slots: int, chunk: int) -> None:
         self.slots, self.chunk = slots, chunk
@@ -72,7 +72,7 @@ class TableRunner:
         for move in batch.slot_operations:
             if isinstance(move, CopyPrefix):
                 self._held[move.target] = move.keep
-            else:
+            elif isinstance(move, Truncate):
                 self._held[move.slot] = move.keep
         for row in batch.entries:
             self._held[row.slot] = row.position + len(row.tokens)

@@ -10,7 +10,15 @@ import hashlib
 
 import numpy as np
 
-from afterword.engine.core.forward_batch import BatchEntry, CopyPrefix, ForwardBatch, Logits
+from afterword.engine.core.forward_batch import (
+    BatchEntry,
+    CopyPrefix,
+    ForwardBatch,
+    Logits,
+    SaveState,
+    SlotOperation,
+    Truncate,
+)
 from afterword.engine.core.sampler import Sampler, SampleTokens, ScoreQuery
 from afterword.engine.core.token_counts import TokenCounts
 from afterword.engine.protocol import Job, Token
@@ -19,15 +27,21 @@ VOCABULARY = 24
 
 
 class HistoryRunner:
-    """`state[slot]`: the tokens computed in a slot. `computed`: the number of tokens computed so far."""
+    """`state[slot]`: the tokens computed in a slot. `computed`: the number of tokens computed so far.
+
+    Unless `can_truncate`, a slot is truncated only to lengths for which a snapshot was saved: `snapshots[number]` has
+    the tokens of a slot at that time.
+    """
 
     def __init__(
         self,
         slots: int,
         chunk: int,
+        *,
         can_truncate: bool = True,
         grid: int = 1,
         min_shared_tokens: int = 2,
+        max_snapshots: int = 0,
         capacity: int | None = None,
     ) -> None:
         self.slots = slots
@@ -35,6 +49,8 @@ class HistoryRunner:
         self.grid = grid
         self.min_shared_tokens = min_shared_tokens
         self.can_truncate = can_truncate
+        self.max_snapshots = max_snapshots
+        self.snapshots: dict[int, list[int]] = {}
         self.capacity = capacity
         self.state: list[list[int]] = [[] for _ in range(slots)]
         self.computed = 0
@@ -43,13 +59,7 @@ class HistoryRunner:
     def run(self, batch: ForwardBatch) -> Logits:
         self.batches.append(batch)
         for operation in batch.slot_operations:
-            if isinstance(operation, CopyPrefix):
-                assert len(self.state[operation.source]) >= operation.keep
-                assert self.can_truncate or len(self.state[operation.source]) == operation.keep
-                self.state[operation.target] = self.state[operation.source][: operation.keep]
-            else:
-                assert self.can_truncate or operation.keep == 0
-                del self.state[operation.slot][operation.keep :]
+            self._apply(operation)
         assert batch.entries
         assert len({entry.slot for entry in batch.entries}) == len(batch.entries), "a slot is in one entry only"
         if len(batch.entries) > 1:
@@ -58,6 +68,24 @@ class HistoryRunner:
         held = sum(map(len, self.state))
         assert self.capacity is None or held <= self.capacity, f"the slots hold {held} tokens"
         return np.array(rows, np.float32).reshape(batch.outputs, VOCABULARY)
+
+    def _apply(self, operation: SlotOperation) -> None:
+        match operation:
+            case SaveState(slot, number):
+                assert 0 <= number < self.max_snapshots, "the number of snapshots is bounded"
+                self.snapshots[number] = list(self.state[slot])
+            case CopyPrefix(source, target, keep, number):
+                self.state[target] = self._prefix(source, keep, number)
+            case Truncate(slot, keep, number):
+                self.state[slot] = self._prefix(slot, keep, number)
+
+    def _prefix(self, slot: int, keep: int, snapshot: int | None) -> list[int]:
+        held = self.state[slot]
+        assert keep <= len(held)
+        if not self.can_truncate and 0 < keep < len(held):
+            assert snapshot is not None, "a recurrent state cannot be truncated"
+            assert self.snapshots[snapshot] == held[:keep], "a snapshot belongs to the slot's text"
+        return held[:keep]
 
     def cached_tokens(self, slot: int) -> int:
         return len(self.state[slot])

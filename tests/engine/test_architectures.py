@@ -18,9 +18,9 @@ from oracle.architectures import write_random
 library.initialize(verbose=False)
 
 VOCABULARY = 280
-FEW = ("qwen3", "gemma2", "phi3", "gpt2")
-UNPROMISED = ("deepseek2", "gemma3n", "mamba", "jamba", "lfm2")
-"""Architectures whose numbers depended on the other sequences of a batch, or whose state cannot be truncated."""
+FEW = ("qwen3", "gemma2", "phi3", "gpt2", "lfm2", "mamba", "qwen35")
+UNPROMISED = ("deepseek2", "gemma3n", "qwen3next")
+"""Architectures whose numbers depended on the other sequences of a batch, or that have experts."""
 
 
 def check(folder, architecture: str, file_type: str, count: int) -> None:
@@ -75,6 +75,17 @@ def test_a_width_that_the_kernels_do_not_support_ends_the_promise(tmp_path):
     runner = open_runner(write_random(tmp_path / "odd.gguf", "llama", "F16", also=odd), "exact", 4)
     assert runner.uses_kernels
     assert (runner.promise, runner.grid) == ("none", CHUNK_GRID)
+
+
+def test_a_recurrent_model_needs_all_products_of_the_kernels(tmp_path, monkeypatch):
+    """The library multiplies the tokens of one sequence and of several by different kernels."""
+    if not accelerator.supports_quantized():
+        pytest.skip("this processor has no instructions for it")
+    narrow = write_random(tmp_path / "narrow.gguf", "mamba", also={"ssm.time_step_rank": 4})
+    assert open_runner(narrow, "exact", 4).promise == "none"
+    path = write_random(tmp_path / "tiny.gguf", "lfm2")
+    assert [open_runner(path, kv_type, 4).promise for kv_type in ("exact", "f16")] == ["exact", "none"]
+    assert open_runner(path, "exact", 4, own=False).promise == "none"
 
 
 def test_a_product_of_two_computed_operands_ends_the_promise(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from afterword.config import CHUNK_GRID, WeightTypes
-from afterword.engine.core import scheduler
+from afterword.engine.core import preemption
 from afterword.engine.core.engine_loop import EngineLoop
 from afterword.engine.llama import accelerator, library
 from afterword.engine.llama.library import native
@@ -24,6 +24,7 @@ from afterword.engine.llama.runner import LlamaRunner
 from afterword.engine.messages import KvType, LoadModel
 from afterword.engine.protocol import Job, Sampling, Step
 from afterword.models.gguf_facts import read_facts
+from afterword.models.memory_fit import ModelShape
 from afterword.models.registry import builtin_path
 
 library.initialize(verbose=False)
@@ -65,6 +66,7 @@ def open_runner(path: Path, kv_type: KvType, sequences: int = 12, *, own: bool =
         use_kernels=own and weights.uses_kernels,
         promise=weights.promise(kv_type, with_kernels=True),
         promise_without_kernels=weights.promise(kv_type, with_kernels=False),
+        snapshot_bytes=ModelShape(512, sequences, facts).snapshot_bytes,
     )
     return LlamaRunner(settings)
 
@@ -213,7 +215,7 @@ def test_preempted_samples_are_reproducible(folder, monkeypatch, file_type, kv_t
     """One client holds all slots while another sends short requests. With `f16` the state of a preempted sample is
     computed again token by token.
     """
-    monkeypatch.setattr(scheduler, "RESUME_PASSES", (2, 6))
+    monkeypatch.setattr(preemption, "RESUME_PASSES", (2, 6))
     loop = EngineLoop(open_runner(quantized(folder, file_type), kv_type, sequences=4))
     wanted = [
         msgspec.structs.replace(

@@ -8,7 +8,7 @@ import pytest
 
 from afterword.errors import SettingError
 from afterword.models.gguf_facts import Facts
-from afterword.models.memory_fit import ComputeOptions, ModelShape, choose_shapes
+from afterword.models.memory_fit import MAX_SNAPSHOT_BYTES, ComputeOptions, ModelShape, choose_shapes
 
 GIB = 1 << 30
 
@@ -77,10 +77,19 @@ def test_a_pass_needs_logits_and_activations() -> None:
 
 def test_each_sequence_needs_the_states_of_recurrent_layers() -> None:
     recurrent = dataclasses.replace(ONE, kv_heads=0, state_bytes=1000)
-    assert ModelShape(4096, 3, recurrent).sequences_bytes == 3000
-    assert ModelShape(4096, 3, recurrent, spare=1).sequences_bytes == 4000
+    snapshots = ModelShape(4096, 3, recurrent).snapshot_bytes
+    assert ModelShape(4096, 3, recurrent).sequences_bytes == 3000 + snapshots
+    assert ModelShape(4096, 3, recurrent, spare=1).sequences_bytes == 4000 + snapshots
     large = dataclasses.replace(recurrent, state_bytes=GIB)
-    assert choose_shape(large, 5 * GIB, None, None).parallel == 4
+    assert choose_shape(large, 10 * GIB, None, None).parallel == 4
+
+
+@pytest.mark.parametrize(
+    ("state_bytes", "snapshot_bytes"),
+    [(0, 0), (1000, 8 * 4 * 1000), (GIB // 16, MAX_SNAPSHOT_BYTES), (GIB, 4 * GIB)],
+)
+def test_the_memory_for_snapshots_is_bounded_but_holds_one_for_each_sequence(state_bytes, snapshot_bytes) -> None:
+    assert ModelShape(4096, 4, dataclasses.replace(ONE, state_bytes=state_bytes)).snapshot_bytes == snapshot_bytes
 
 
 def test_defaults_halve_until_they_fit() -> None:

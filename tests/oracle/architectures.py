@@ -44,6 +44,14 @@ _COMMON_KEYS: Mapping[str, Value] = {
     "logit_scale": 1.0,
 }
 _STATE = {"ssm.conv_kernel": 4, "ssm.inner_size": 2 * WIDTH, "ssm.state_size": 16, "ssm.time_step_rank": 4}
+_DELTA = {
+    **{**_STATE, "ssm.state_size": 32, "ssm.group_count": 2},
+    **{"full_attention_interval": 2, "rope.dimension_sections": (4, 4, 8, 0)},
+}
+_WKV = {
+    **{"wkv.head_size": 32, "attention.decay_lora_rank": 32, "attention.iclr_lora_rank": 32},
+    **{"attention.value_residual_mix_lora_rank": 32, "attention.gate_lora_rank": 32},
+}
 _ARCHITECTURE_KEYS: Mapping[str, Mapping[str, Value]] = {
     "cohere2": {"attention.sliding_window": WINDOW},
     "gemma2": {"attention.sliding_window": WINDOW},
@@ -63,13 +71,38 @@ _ARCHITECTURE_KEYS: Mapping[str, Mapping[str, Value]] = {
         **{**_STATE, "ssm.state_size": 64, "ssm.group_count": 0, "attention.head_count_kv": (0, 1)},
         **{"attention.key_length": 32, "attention.value_length": 32},
     },
-    "mamba": _STATE,
+    "mamba": {**_STATE, "ssm.time_step_rank": 32},
     "mamba2": {**_STATE, "ssm.group_count": 1},
-    "jamba": {**_STATE, "attention.head_count_kv": (0, 1), "expert_count": 0, "expert_used_count": 0},
+    "jamba": {
+        **{**_STATE, "ssm.time_step_rank": 32},
+        **{"attention.head_count_kv": (0, 1), "expert_count": 0, "expert_used_count": 0},
+    },
+    "falcon-h1": {**_STATE, "ssm.group_count": 1},
+    "granitehybrid": {**_STATE, "ssm.group_count": 1, "attention.head_count_kv": (0, 1)},
+    "nemotron_h": {
+        **{**_STATE, "ssm.group_count": 1, "block_count": 3},
+        **{"attention.head_count_kv": (0, 1, 0), "feed_forward_length": (0, 0, 2 * WIDTH)},
+    },
+    "qwen35": _DELTA,
+    "qwen3next": {
+        **{**_DELTA, "expert_count": 4, "expert_used_count": 2},
+        **{"expert_feed_forward_length": 32, "expert_shared_feed_forward_length": 32},
+    },
+    "rwkv7": _WKV,
     "lfm2": {"shortconv.l_cache": 3, "attention.head_count_kv": (0, 1)},
 }
+_DELTA_TENSORS: Mapping[str, Shape] = {
+    "blk.0.attn_qkv.weight": (4 * WIDTH, WIDTH),
+    "blk.0.attn_gate.weight": (2 * WIDTH, WIDTH),
+}
+_CONVOLUTION_BIAS: Mapping[str, Shape] = {"blk.0.ssm_conv1d.bias": (2 * WIDTH + 2 * 16,)}
 _OPTIONAL_TENSORS: Mapping[str, Mapping[str, Shape]] = {
-    # tensors that a file may omit; the library then uses defaults
+    # tensors that a file may omit; the library then uses defaults, or the process ends
+    "falcon-h1": {**_CONVOLUTION_BIAS, "blk.1.ssm_conv1d.bias": (2 * WIDTH + 2 * 16,)},
+    "granitehybrid": _CONVOLUTION_BIAS,
+    "nemotron_h": _CONVOLUTION_BIAS,
+    "qwen35": _DELTA_TENSORS,
+    "qwen3next": _DELTA_TENSORS,
     "phi3": {
         **{f"blk.{layer}.attn_qkv.weight": (2 * WIDTH, WIDTH) for layer in range(2)},
         **{f"rope_factors_{which}.weight": (WIDTH // 4,) for which in ("long", "short")},
@@ -166,7 +199,11 @@ def _write(
     add_vocabulary(writer, words)
     for name, weight in weights.items():
         # The library expects small matrices of recurrent layers unquantized. Non-finite values cannot be quantized.
-        plain = weight.ndim == 1 or weight.shape[-1] % 32 or re.search("norm|ssm|shortconv", name)
+        plain = (
+            weight.ndim == 1
+            or weight.shape[-1] % 32
+            or re.search(r"norm|ssm|shortconv|lerp|first|decay_w|mix_[avwg]\d", name)
+        )
         kind = GGMLQuantizationType["F32" if plain or not np.isfinite(weight).all() else file_type]
         writer.add_tensor(name, quantize(weight, kind), raw_dtype=kind)
     writer.write_header_to_file()

@@ -19,7 +19,8 @@ from history_runner import scores
 
 from afterword.engine.core.fair_share import TURN_PASSES
 from afterword.engine.core.forward_batch import ForwardBatch
-from afterword.engine.core.scheduler import RESUME_PASSES, Scheduler
+from afterword.engine.core.preemption import RESUME_PASSES
+from afterword.engine.core.scheduler import Scheduler
 from afterword.engine.parent.supervisor import QueuePolicy
 from afterword.engine.protocol import BATCH_CLIENT, Engine, Job, JobHandle, ModelInfo, Step
 from afterword.errors import AfterwordError

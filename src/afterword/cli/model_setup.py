@@ -159,10 +159,11 @@ def _load_message(
     kv_type = _kv_type(settings)
     weights = WeightTypes(facts.architecture, facts.matrix_types, facts.experts)
     promise, promise_without_kernels = _promises(weights, kv_type, settings)
+    one_sequence = facts.architecture in ONE_SEQUENCE
     return messages.LoadModel(
         path=str(model.path),
         context=shape.context,
-        sequences=1 if facts.architecture in ONE_SEQUENCE else shape.parallel,
+        sequences=1 if one_sequence else shape.parallel,
         threads=settings.threads or (1 if facts.size_bytes < SMALL_MODEL else threads),
         chunk=settings.batch,
         kv_type=kv_type,
@@ -173,6 +174,7 @@ def _load_message(
         repack=promise_without_kernels == "none" or weights.repacked,
         use_kernels=weights.uses_kernels,
         fixed_shape=settings.reproducible,
+        snapshot_bytes=0 if one_sequence else shape.snapshot_bytes,
         promise=promise,
         promise_without_kernels=promise_without_kernels,
         parts=tuple(map(str, parts(model.path, facts))),

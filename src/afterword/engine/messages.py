@@ -33,6 +33,7 @@ class LoadModel(Value, frozen=True, tag=True):
     number of rows.
     `use_kernels`: Afterword's own kernels, if available, compute the matmuls that they support, and llama.cpp repacks
     no weights.
+    `snapshot_bytes`: the most memory for snapshots of recurrent layers.
     `fixed_shape`: all decode passes have the same shape, see `llama.fixed_shape`.
     `promise`: the strongest promise that these settings allow; `promise_without_kernels`: the same if Afterword's
     kernels are not available. `ModelInfo.promise` states the promise that the loaded model keeps.
@@ -50,6 +51,7 @@ class LoadModel(Value, frozen=True, tag=True):
     repack: bool = True
     use_kernels: bool = False
     fixed_shape: bool = False
+    snapshot_bytes: int = 0
     promise: Promise = "none"
     promise_without_kernels: Promise = "none"
     parts: tuple[str, ...] = ()

@@ -19,6 +19,8 @@ CONTEXT_GRANULARITY = 256  # llama.cpp rounds the tokens of a sequence up to a m
 HEADROOM = 256 << 20  # bytes for the process, its vocabulary and its caches, besides a tenth of the rest
 FLOAT_BYTES = 4
 CELL_BYTES = 56  # llama.cpp's records of a cell of the KV cache
+MAX_SNAPSHOT_BYTES = 512 << 20  # of copies of recurrent states; more if that is less than one for each sequence
+SNAPSHOTS_PER_SEQUENCE = 8
 LOGIT_COPIES = 2  # llama.cpp computes logits in one buffer and returns them in another
 
 
@@ -52,19 +54,31 @@ class ModelShape:
     facts: Facts
     options: ComputeOptions = ComputeOptions()
     spare: int = 0
+    capacity: int | None = None
+
+    @property
+    def cells(self) -> int:
+        """The number of cells of the KV cache. Each can hold a token."""
+        granules = -(-(self.context + self.spare) // CONTEXT_GRANULARITY)
+        return granules * CONTEXT_GRANULARITY * (self.parallel + self.spare)
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of the keys and values of all sequences."""
-        granules = -(-(self.context + self.spare) // CONTEXT_GRANULARITY)
-        tokens = granules * CONTEXT_GRANULARITY * (self.parallel + self.spare)
+        tokens = self.cells if self.capacity is None else self.capacity
         return tokens * self.facts.kv_bytes_per_token(self.options.kv_bytes)
 
     @property
     def sequences_bytes(self) -> int:
-        """Bytes of all sequences: keys, values and the states of recurrent layers."""
-        records = self.cells * CELL_BYTES if self.run.on_demand else 0
-        return self.kv_bytes + records + (self.parallel + self.spare) * self.facts.state_bytes
+        """Bytes of all sequences: keys, values, the states of recurrent layers and snapshots of them."""
+        records = self.cells * CELL_BYTES if self.options.on_demand else 0
+        return self.kv_bytes + records + (self.parallel + self.spare) * self.facts.state_bytes + self.snapshot_bytes
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """The most bytes of snapshots of recurrent layers, with which prefixes are shared."""
+        each = self.parallel * self.facts.state_bytes
+        return max(each, min(SNAPSHOTS_PER_SEQUENCE * each, MAX_SNAPSHOT_BYTES))
 
     @property
     def pass_bytes(self) -> int:
@@ -103,7 +117,7 @@ def choose_shapes(
     for facts, _ in models:
         _check_settings(facts, context, parallel, PARALLEL_LIMIT - spare)
     shapes = [
-        ModelShape(context or usual_context(facts), parallel or MAX_PARALLEL - spare, facts, options, spare)
+        ModelShape(context or usual_context(facts, options), parallel or MAX_PARALLEL - spare, facts, options, spare)
         for facts, options in models
     ]
     while sum(shape.needed_bytes for shape in shapes) > available_bytes:
@@ -116,14 +130,14 @@ def choose_shapes(
     return shapes
 
 
-def usual_context(facts: Facts, run: ComputeOptions) -> int:
+def usual_context(facts: Facts, options: ComputeOptions) -> int:
     """The tokens of one sequence if memory is no constraint: the context that the model was trained on.
 
     It is less where every sequence takes its whole memory at the start, whether it needs it or not.
     """
     if not facts.context_length:
         return UNKNOWN_CONTEXT
-    return facts.context_length if run.on_demand else min(facts.context_length, MOST_CONTEXT)
+    return facts.context_length if options.on_demand else min(facts.context_length, MOST_CONTEXT)
 
 
 def _smaller(shape: ModelShape, context: int | None, parallel: int | None) -> ModelShape | None:
@@ -132,9 +146,9 @@ def _smaller(shape: ModelShape, context: int | None, parallel: int | None) -> Mo
     Where sequences share memory, they get less of it together, but at least one can be full.
     """
     capacity = shape.cells if shape.capacity is None else shape.capacity
-    if shape.run.on_demand and capacity > shape.context and shape.kv_bytes:
+    if shape.options.on_demand and capacity > shape.context and shape.kv_bytes:
         return replace(shape, capacity=max(capacity * 7 // 8, shape.context))
-    if shape.run.on_demand and context is None and shape.context > LEAST_CONTEXT:
+    if shape.options.on_demand and context is None and shape.context > LEAST_CONTEXT:
         shorter = max(shape.context * 7 // 8 // CONTEXT_GRANULARITY * CONTEXT_GRANULARITY, LEAST_CONTEXT)
         return replace(shape, context=shorter, capacity=shorter)
     if parallel is None and shape.parallel > 1:

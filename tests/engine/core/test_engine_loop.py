@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from typing import Any
 
 from history_runner import HistoryRunner, alone, logits_after, scores
 from hypothesis import given, settings
@@ -42,7 +43,17 @@ jobs = st.builds(
     namespace=st.sampled_from(["", "", "salt"]),
     client=st.sampled_from(["", "someone"]),
 )
-shapes = st.sampled_from([(1, True), (1, False), (3, True)])  # grid, and whether slots can be truncated
+shapes: st.SearchStrategy[dict[str, Any]] = st.sampled_from(
+    [
+        {},
+        {"grid": 3},
+        {"can_truncate": False},
+        {"can_truncate": False, "max_snapshots": 2},
+        {"can_truncate": False, "max_snapshots": 40},
+        {"can_truncate": False, "max_snapshots": 40, "grid": 3},
+    ]
+)
+"""How slots can be truncated, as arguments of `HistoryRunner`."""
 
 
 def job(prompt: tuple[int, ...] = (1, 2), samples: int = 1, max_tokens: int = 4, **fields: object) -> Job:
@@ -68,7 +79,7 @@ step_sizes = st.sampled_from([1, 500, MAX_STEP_BYTES])  # bytes of one portion o
 @settings(deadline=None, max_examples=150)
 @given(st.lists(jobs, min_size=1, max_size=6), st.integers(1, 5), st.integers(3, 8), shapes, step_sizes)
 def test_every_sample_gets_the_tokens_it_would_get_alone(wanted, slots, chunk, shape, max_step_bytes):
-    runner = HistoryRunner(slots, chunk, grid=shape[0], can_truncate=shape[1])
+    runner = HistoryRunner(slots, chunk, **shape)
     loop = EngineLoop(runner, max_step_bytes=max_step_bytes)
     for job_id, each in enumerate(wanted):
         loop.start(job_id, each)
@@ -88,7 +99,7 @@ def test_every_sample_gets_the_tokens_it_would_get_alone(wanted, slots, chunk, s
 @settings(deadline=None, max_examples=150)
 @given(st.lists(jobs, min_size=2, max_size=6), st.integers(1, 4), shapes, step_sizes, st.data())
 def test_closing_dropping_and_pausing_a_job_does_not_affect_other_jobs(wanted, slots, shape, max_step_bytes, data):
-    runner = HistoryRunner(slots, 4, grid=shape[0], can_truncate=shape[1])
+    runner = HistoryRunner(slots, 4, **shape)
     loop = EngineLoop(runner, max_step_bytes=max_step_bytes)
     for job_id, each in enumerate(wanted):
         loop.start(job_id, each)

@@ -21,7 +21,7 @@ from test_engine_loop import finish, job, jobs, sampled, shapes
 from afterword.completion.plan import ClientIdentity, Tokenized, make_plan
 from afterword.completion.request import parse
 from afterword.completion.request_limits import RequestLimits
-from afterword.engine.core import fair_share, preemption, scheduler
+from afterword.engine.core import fair_share, preemption
 from afterword.engine.core.engine_loop import EngineLoop
 from afterword.engine.core.fair_share import TURN_PASSES, FairShare
 from afterword.engine.core.preemption import MIN_TOKENS_PER_TURN
@@ -46,7 +46,7 @@ contending_jobs = st.builds(
 def frequent_preemption(monkeypatch: pytest.MonkeyPatch) -> None:
     """Allow preemption again after few tokens, so that even short samples are preempted several times."""
     monkeypatch.setattr(preemption, "MIN_TOKENS_PER_TURN", 2)
-    monkeypatch.setattr(scheduler, "RESUME_PASSES", (1, 3))
+    monkeypatch.setattr(preemption, "RESUME_PASSES", (1, 3))
     monkeypatch.setattr(preemption, "TURN_PASSES", 4)
     monkeypatch.setattr(fair_share, "TURN_PASSES", 4)
 
@@ -115,7 +115,7 @@ def run_all(loop: EngineLoop, wanted: list[Job], pauses: Iterator[int]) -> dict[
 @settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(contending_jobs, min_size=2, max_size=8), st.integers(1, 5), shapes, st.data())
 def test_preempted_samples_get_the_tokens_they_would_get_alone(frequent_preemption, wanted, slots, shape, data):
-    runner = HistoryRunner(slots, chunk=5, grid=shape[0], can_truncate=shape[1])
+    runner = HistoryRunner(slots, chunk=5, **shape)
     loop = EngineLoop(runner)
     steps = run_all(loop, wanted, iter(lambda: data.draw(st.integers(0, 12)), None))
     for job_id, each in enumerate(wanted):
@@ -131,7 +131,7 @@ def test_preempted_samples_get_the_tokens_they_would_get_alone(frequent_preempti
 @settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(contending_jobs, min_size=2, max_size=8), st.integers(1, 4), shapes, st.data())
 def test_preempted_samples_can_be_dropped_and_closed(frequent_preemption, wanted, slots, shape, data):
-    runner = HistoryRunner(slots, 4, grid=shape[0], can_truncate=shape[1])
+    runner = HistoryRunner(slots, 4, **shape)
     loop = EngineLoop(runner)
     for job_id, each in enumerate(wanted):
         loop.start(job_id, each)

@@ -223,6 +223,28 @@ def test_columns_may_have_a_larger_stride(kernel):
     assert (product(kernel, "Q8_0", raw, apart) == product(kernel, "Q8_0", raw, apart.copy())).all()
 
 
+@pytest.mark.parametrize(("sequences", "length"), [(5, 1), (3, 4), (1, 7)])
+def test_columns_arranged_by_sequence_have_the_same_bits(kernel, sequences, length):
+    """Recurrent layers multiply activations of the shape (elements, tokens, sequences)."""
+    raw, _ = weights("Q8_0", 40, 256)
+    x = activations(sequences * length, 256)
+    out = np.full((1, sequences, length, 40), np.nan, np.float32)
+    node = with_sources(tensor(out), in_file("Q8_0", raw), tensor(x.reshape(1, sequences, length, 256)))
+    assert kernel.operation_supports(b"MUL_MAT", ctypes.byref(node))
+    kernel.operation_compute(b"MUL_MAT", ctypes.byref(node), 2)
+    assert (out.reshape(-1, 40) == product(kernel, "Q8_0", raw, x)).all()
+
+
+def test_columns_at_irregular_distances_are_refused(kernel):
+    raw, _ = weights("Q8_0", 40, 256)
+    x = activations(12, 256).reshape(1, 3, 4, 256)[:, :, :2]
+    out = np.zeros((1, 3, 2, 40), np.float32)
+    node = with_sources(tensor(out), in_file("Q8_0", raw), tensor(x))
+    assert not kernel.operation_supports(b"MUL_MAT", ctypes.byref(node))
+    node = with_sources(tensor(out.reshape(3, 1, 2, 40)), in_file("Q8_0", raw), tensor(x.reshape(3, 1, 2, 256).copy()))
+    assert not kernel.operation_supports(b"MUL_MAT", ctypes.byref(node)), "a fourth axis"
+
+
 def test_nan_and_infinity_do_not_reach_other_columns(kernel):
     raw, _ = weights("Q8_0", 40, 256)
     x = activations(3, 256)

@@ -14,6 +14,7 @@ from itertools import islice
 
 from afterword.engine.core.forward_batch import BatchEntry, ForwardBatch, Logits, Runner
 from afterword.engine.core.prefill_queue import MIN_CHUNK
+from afterword.engine.core.prefix_cache import PrefixCache
 from afterword.engine.core.sampler import Sampler, SampleTokens, ScoreQuery, TokenQuery, finite_rows, make_kernel
 from afterword.engine.core.scheduler import Scheduler
 from afterword.engine.core.sequence import Admission, Sequence
@@ -53,14 +54,15 @@ class EngineLoop:
         max_step_bytes: int = MAX_STEP_BYTES,
     ) -> None:
         self._runner = runner
-        self._scheduler = Scheduler(
+        slots = PrefixCache(
             runner.slots,
-            runner.chunk,
             runner.grid,
             runner.min_shared_tokens,
             runner.can_truncate,
+            runner.max_snapshots,
             runner.capacity,
         )
+        self._scheduler = Scheduler(slots, runner.chunk, runner.grid)
         self._sampler = Sampler(make_kernel(threads, thread_pool))
         self._clock = clock
         self._prefill_speed: float | None = None  # prompt tokens per second, as measured

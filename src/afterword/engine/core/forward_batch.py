@@ -16,18 +16,36 @@ Logits = NDArray[np.float32]
 
 
 class CopyPrefix(msgspec.Struct, frozen=True):
-    """Copy the state of the first `keep` tokens from slot `source` to slot `target`. The target's state is lost."""
+    """Copy the state of the first `keep` tokens from slot `source` to slot `target`. The target's state is lost.
+
+    `snapshot`: see `Truncate`.
+    """
 
     source: int
     target: int
     keep: int
+    snapshot: int | None = None
 
 
 class Truncate(msgspec.Struct, frozen=True):
-    """Delete the state of everything in a slot after its first `keep` tokens."""
+    """Delete the state of everything in a slot after its first `keep` tokens.
+
+    `snapshot`: the number of a snapshot at the length `keep`, if the runner cannot truncate without one.
+    """
 
     slot: int
     keep: int
+    snapshot: int | None = None
+
+
+class SaveState(msgspec.Struct, frozen=True):
+    """Keep a snapshot of a slot's recurrent state at its present length. It replaces the one with the same number."""
+
+    slot: int
+    snapshot: int
+
+
+SlotOperation = CopyPrefix | Truncate | SaveState
 
 
 class BatchEntry(msgspec.Struct, frozen=True):
@@ -47,7 +65,7 @@ class ForwardBatch(msgspec.Struct, frozen=True):
     depend on the lengths of the other entries.
     """
 
-    slot_operations: tuple[CopyPrefix | Truncate, ...]
+    slot_operations: tuple[SlotOperation, ...]
     entries: tuple[BatchEntry, ...]
 
     @property
@@ -71,7 +89,9 @@ class Runner(Protocol):
     min_shared_tokens: int
     """A shared prefix of fewer tokens is computed again, because copying a slot costs about as much."""
     can_truncate: bool
-    """Whether a slot can be truncated to a length other than 0 (a recurrent model's cannot)."""
+    """Whether a slot can be truncated to any length. A recurrent model's slot only can to 0 or with a snapshot."""
+    max_snapshots: int
+    """The most snapshots that it can hold, with numbers from 0. 0 if it needs none or cannot take any."""
 
     def run(self, batch: ForwardBatch) -> Logits:
         """Execute a batch. Returns logits of shape (batch.outputs, vocabulary), in order, valid until the next call.

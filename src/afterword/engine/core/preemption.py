@@ -1,14 +1,21 @@
-"""Which sequences may be preempted, so that their slots go to another client. Pure functions without state."""
+"""Which sequences may be preempted, so that their slots go to another client. Pure functions without state.
+
+Recomputation is bounded: a preempted sequence waits for about as many passes as its recomputation costs before it takes
+a free slot. Then it generates some tokens before it can be preempted again. The oldest sequences of a client are
+preempted last, so they always finish.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
 from afterword.engine.core.fair_share import TURN_PASSES, FairShare
+from afterword.engine.core.prefill_queue import MIN_CHUNK
 from afterword.engine.core.sequence import Sequence
 
 # tokens that a preempted sample generates after its state was computed again, before it can be preempted again
 MIN_TOKENS_PER_TURN = 16
+RESUME_PASSES = (32, 256)  # minimum and maximum of passes for which a preempted sample leaves free slots to others
 
 
 def can_preempt(active: Collection[Sequence], fair_share: FairShare, passes: int) -> bool:
@@ -46,3 +53,9 @@ def _can_be_preempted(sequence: Sequence, fair_share: FairShare, client: str, ov
         return True
     protected = sequence.paused and 0 < sequence.generated_in_slot < MIN_TOKENS_PER_TURN
     return not protected and fair_share.exceeds(sequence.job_state.job.client, client)
+
+
+def passes_to_wait(sequence: Sequence, grid: int) -> int:
+    """For how many passes a preempted sequence leaves free slots to others: about what its recomputation costs."""
+    cost = -(-sequence.computed // MIN_CHUNK) + (len(sequence.generated) if grid > 1 else 0)
+    return min(max(cost, RESUME_PASSES[0]), RESUME_PASSES[1])

@@ -108,6 +108,8 @@ class PrefillQueue:
     def _batch_entry(self, sequence: Sequence, budget: int) -> BatchEntry:
         start = sequence.computed
         stop = self._stop(start, sequence.prefill_length, min(max(budget, MIN_CHUNK), self._chunk))
+        assert sequence.slot is not None
+        stop = min((border for border in sequence.slot.borders if start < border < stop), default=stop)
         outputs = stop - start if sequence.is_scored else int(stop == sequence.length)
         return BatchEntry(sequence.index, start, sequence.slice(start, stop), outputs)
 

@@ -4,6 +4,10 @@ A slot holds the state of a text's tokens and, if a job requested them, the toke
 the slot with the longest matching prefix. It continues in place if the slot is free and little else would be lost.
 Otherwise the prefix is copied to the least recently used free slot. Namespaces share nothing.
 
+A recurrent state cannot be truncated. The prefixes of recurrent and hybrid models are reusable only at borders where a
+snapshot was taken (`core.snapshots`): the last border of each prompt, the last one before a prompt parts from a known
+text, and about every `snapshots.REGULAR_DISTANCE` tokens. Prefill passes end at these borders.
+
 The cache is a table, not a tree. There are at most a few hundred slots, and comparing a prompt with a slot takes
 microseconds. Every slot has its own memory, so a tree's inner nodes would own nothing.
 
@@ -12,126 +16,42 @@ Pure: it decides and records; the runner executes the slot operations. The sched
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
-from afterword.engine.core.forward_batch import CopyPrefix, Truncate
+from afterword.engine.core.forward_batch import CopyPrefix, SaveState, SlotOperation, Truncate
+from afterword.engine.core.slot import PrefixHit, PrefixQuery, Slot, common_prefix, head
+from afterword.engine.core.snapshots import Snapshots
 from afterword.engine.protocol import ALTERNATIVE_BYTES, TOKEN_BYTES, Job, Token, score_count, scored_positions
-
-TokenArray = NDArray[np.int32]
 
 MAX_SCORE_BYTES = 256 * 2**20
 """The most bytes of memory for the scores of all slots. Above it, the least recently used scores are deleted."""
 
 
-@dataclass(slots=True, eq=False)
-class Slot:
-    """The content of one slot.
-
-    `head`: its first `min_prefix` tokens as bytes; empty if it has fewer. Texts with other heads share too little.
-    `reusable`: the number of first tokens that were computed in passes on the grid, as for any other prompt.
-    `scores[i]`: the score of token i + 1, with `alternatives` alternatives. `last_used`: orders slots by their last
-    use; 0 if the content is not worth keeping.
-    """
-
-    index: int
-    min_prefix: int
-    head: bytes = b""
-    namespace: str = ""
-    length: int = 0
-    reusable: int = 0
-    scores: list[Token] = field(default_factory=list)
-    alternatives: int = 0
-    last_used: int = 0
-    in_use: bool = False
-    _buffer: TokenArray = field(default_factory=lambda: np.empty(64, np.int32))
-
-    @property
-    def tokens(self) -> TokenArray:
-        """The tokens in the slot. Shape: (length,)."""
-        return self._buffer[: self.length]
-
-    @property
-    def scores_size(self) -> int:
-        """Approximate bytes of memory of the scores."""
-        return len(self.scores) * (TOKEN_BYTES + ALTERNATIVE_BYTES * self.alternatives)
-
-    def append(self, tokens: tuple[int, ...], grid: int) -> None:
-        """Append tokens that were computed in one pass."""
-        start, self.length = self.length, self.length + len(tokens)
-        if self.length > len(self._buffer):
-            self._buffer = np.resize(self._buffer, 2 * self.length)
-        self._buffer[start : self.length] = tokens
-        if start < self.min_prefix:
-            self._update_head()
-        if self.reusable == start and self.length % grid == 0:
-            self.reusable = self.length
-
-    def truncate(self, keep: int) -> None:
-        """Delete everything after the first `keep` tokens."""
-        self.length, self.reusable = keep, min(self.reusable, keep)
-        del self.scores[score_count(keep) :]
-        self._update_head()
-
-    def copy(self, other: Slot, keep: int) -> None:
-        """Replace the content with the first `keep` tokens of another slot."""
-        self.namespace, self.alternatives, self.last_used = other.namespace, other.alternatives, other.last_used
-        self.length, self.reusable = keep, min(other.reusable, keep)
-        self._buffer = np.resize(other.tokens, max(64, keep))
-        self.scores = other.scores[: score_count(keep)]
-        self._update_head()
-
-    def _update_head(self) -> None:
-        self.head = head(self.tokens, self.min_prefix)
-
-
-@dataclass(frozen=True, slots=True)
-class PrefixQuery:
-    """A prompt to be computed, of which at most the first `max_tokens` tokens may come from a slot.
-
-    `alternatives`: how many alternatives the scores must have; None if no scores are needed. `head`: see `Slot`.
-    """
-
-    head: bytes
-    namespace: str
-    prompt: TokenArray
-    max_tokens: int
-    alternatives: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class PrefixHit:
-    """The first `keep` tokens of a prompt are in `slot`. `scored`: with the scores of the tokens after the first."""
-
-    slot: Slot
-    keep: int
-    scored: bool
-
-    @property
-    def scores(self) -> list[Token]:
-        """The scores of the `keep` tokens after the first, while the slot is unchanged; empty unless `scored`."""
-        return self.slot.scores[: self.keep] if self.scored else []
-
-
 class PrefixCache:
     """Owner of all slots and of the slot operations that the next pass begins with. One thread calls everything.
 
-    `count`: number of slots. `grid`, `min_shared_tokens`, `can_truncate`, `capacity`: see `Runner`.
+    `count`: number of slots. `grid`, `min_shared_tokens`, `can_truncate`, `max_snapshots`, `capacity`: see `Runner`.
     """
 
     def __init__(
-        self, count: int, grid: int, min_shared_tokens: int, can_truncate: bool, capacity: int | None = None
+        self,
+        count: int,
+        grid: int,
+        min_shared_tokens: int,
+        can_truncate: bool,
+        max_snapshots: int = 0,
+        capacity: int | None = None,
     ) -> None:
         self._slots = [Slot(index, min_shared_tokens) for index in range(count)]
         self._grid = grid
         self._min_shared_tokens = min_shared_tokens
         self._can_truncate = can_truncate
-        self._capacity = capacity
+        self.capacity = capacity
+        self._snapshots = Snapshots(max_snapshots, distance=-(-min_shared_tokens // grid) * grid)
         self._clock = 0  # counts uses of slots
-        self._operations: list[CopyPrefix | Truncate] = []
+        self._operations: list[SlotOperation] = []
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -175,10 +95,16 @@ class PrefixCache:
             return None
         return PrefixHit(slot, keep, query.alternatives is not None)
 
-    def take(self, query: PrefixQuery, hit: PrefixHit | None) -> Slot:
-        """Take a slot for a prompt and fill it with the prefix that was found. A slot must be free."""
+    def take(self, query: PrefixQuery, hit: PrefixHit | None, waiting: Iterable[PrefixQuery] = ()) -> Slot:
+        """Take a slot for a prompt and fill it with the prefix that was found. A slot must be free.
+
+        `waiting`: prompts that will be computed later, and may share a prefix with this one.
+        """
         self._clock += 1
         slot, keep, scores = self._target_slot(hit), hit.keep if hit else 0, hit.scores if hit else []
+        slot.borders = self._borders(query, keep, waiting)
+        if hit and keep in hit.slot.snapshots:
+            self._snapshots.mark_used(hit.slot.snapshots[keep], self._clock)
         if hit and hit.slot is not slot:
             self.truncate(slot, 0)
             self.make_room(keep, hit.slot)
@@ -195,9 +121,9 @@ class PrefixCache:
 
     def make_room(self, tokens: int, source: Slot | None = None) -> None:
         """Empty free slots, least recently used first, until `tokens` more tokens fit. Keeps the slot `source`."""
-        if self._capacity is None:
+        if self.capacity is None:
             return
-        excess = sum(slot.length for slot in self._slots) + tokens - self._capacity
+        excess = sum(slot.length for slot in self._slots) + tokens - self.capacity
         for slot in sorted((slot for slot in self._slots if not slot.in_use), key=_eviction_order):
             if excess <= 0:
                 break
@@ -213,7 +139,7 @@ class PrefixCache:
     def truncate(self, slot: Slot, keep: int) -> None:
         """Delete everything in a slot after its first `keep` tokens."""
         if keep < slot.length:
-            self._operations.append(Truncate(slot.index, keep))
+            self._operations.append(Truncate(slot.index, keep, slot.snapshots.get(keep)))
             slot.truncate(keep)
 
     def release(self, slot: Slot, redundant: bool) -> None:
@@ -226,6 +152,26 @@ class PrefixCache:
         if scores and len(slot.scores) == slot.length and self._reserve_score_bytes(slot, len(scores)):
             slot.scores.extend(scores)
         slot.append(tokens, self._grid)
+        is_regular = len(tokens) > 1 and self._snapshots.is_regular(slot.length, slot.longest_snapshot(slot.length))
+        if slot.length == slot.reusable and (is_regular or slot.length in slot.borders):
+            self.save(slot)
+
+    def save(self, slot: Slot) -> None:
+        """Take a snapshot of a slot's present state, if slots cannot be truncated without one."""
+        if not self._snapshots.count or slot.length in slot.snapshots:
+            return
+        number = self._snapshots.choose((each.snapshots for each in self._slots), self._clock)
+        for each in self._slots:
+            each.snapshots = {length: other for length, other in each.snapshots.items() if other != number}
+        slot.snapshots[slot.length] = number
+        self._snapshots.mark_used(number, self._clock)
+        self._operations.append(SaveState(slot.index, number))
+
+    def restorable(self, slot: Slot, most: int) -> int:
+        """The largest length up to `most` to which a slot can be truncated."""
+        if self._can_truncate or slot.length <= most:
+            return min(slot.length, most)
+        return slot.longest_snapshot(most)
 
     def _reserve_score_bytes(self, slot: Slot, scores: int) -> bool:
         """Delete scores of free slots until `scores` more fit into `MAX_SCORE_BYTES`. Returns whether they fit."""
@@ -251,7 +197,7 @@ class PrefixCache:
         left = [index for index in used if index < gaps[0]]
         outer, gap = (used[-1], gaps[0]) if 2 * len(left) >= len(used) else (used[0], gaps[-1])
         moved, free = self._slots[outer], self._slots[gap]
-        if self._capacity is not None and sum(slot.length for slot in self._slots) + moved.length > self._capacity:
+        if self.capacity is not None and sum(slot.length for slot in self._slots) + moved.length > self.capacity:
             return
         others = [slot for slot in self._slots if not slot.in_use and slot is not free]
         if free.last_used and free.length:
@@ -267,9 +213,10 @@ class PrefixCache:
     @property
     def slots_being_changed(self) -> set[int]:
         """The indexes of slots that pending operations will change."""
-        return {each.target if isinstance(each, CopyPrefix) else each.slot for each in self._operations}
+        changes = [each for each in self._operations if not isinstance(each, SaveState)]
+        return {each.target if isinstance(each, CopyPrefix) else each.slot for each in changes}
 
-    def take_operations(self) -> tuple[CopyPrefix | Truncate, ...]:
+    def take_operations(self) -> tuple[SlotOperation, ...]:
         """Remove and return the pending operations, which the next pass begins with."""
         operations, self._operations = tuple(self._operations), []
         return operations
@@ -283,15 +230,28 @@ class PrefixCache:
             assert len({len(score.top) for score in slot.scores}) <= 1, "scores have equally many alternatives"
             expected = [int(token) for token in slot.tokens[scored_positions(0, len(slot.scores))]]
             assert [score.id for score in slot.scores][: len(expected)] == expected, "scores belong to their tokens"
+        self._snapshots.check((slot.snapshots, slot.tokens) for slot in self._slots)
 
-    def expected_prefix(self, query: PrefixQuery, other: PrefixQuery) -> int:
+    def awaits(self, query: PrefixQuery, found: int, other: PrefixQuery, slot: Slot) -> bool:
+        """Whether a prompt, of which `found` tokens are cached, should wait for the prefill of another one in `slot`.
+
+        If the state of the shared prefix is reusable only with a snapshot, that prefill takes one.
+        """
+        expected = self._expected_prefix(query, other)
+        if expected <= slot.length or expected < found + self._min_shared_tokens:
+            return False
+        if not self._can_truncate:
+            slot.borders.add(expected)
+        return True
+
+    def _expected_prefix(self, query: PrefixQuery, other: PrefixQuery) -> int:
         """How many of a prompt's tokens will be reusable once another prompt is completely computed."""
-        if not query.head or other.head != query.head or other.namespace != query.namespace or not self._can_truncate:
+        if not query.head or other.head != query.head or other.namespace != query.namespace:
             return 0
         if query.alternatives is not None and (other.alternatives is None or other.alternatives < query.alternatives):
             return 0
-        shared = common_prefix(query.prompt, other.prompt)
-        return self._reusable_length(shared if query.alternatives is None else score_count(shared), query)
+        usable = _usable(common_prefix(query.prompt, other.prompt), query)
+        return self._reusable_length(usable, query) if self._can_truncate else self._border(usable, query)
 
     def _reusable_length(self, usable: int, query: PrefixQuery) -> int:
         """How many of the first `usable` tokens are reusable: a multiple of the grid, 0 if too few to be worth it."""
@@ -301,12 +261,27 @@ class PrefixCache:
     def _reusable_prefix(self, slot: Slot, query: PrefixQuery) -> int:
         if slot.namespace != query.namespace:
             return 0
-        shared = common_prefix(slot.tokens[: slot.reusable], query.prompt)
+        usable = _usable(common_prefix(slot.tokens, query.prompt), query)
         if query.alternatives is not None:
-            # The row of a reused token is not computed again, so the score of the next token must be known.
-            shared = min(score_count(shared), len(slot.scores)) if slot.alternatives >= query.alternatives else 0
-        keep = self._reusable_length(shared, query)
-        return keep if self._can_truncate or keep == slot.length else 0
+            usable = min(usable, len(slot.scores)) if slot.alternatives >= query.alternatives else 0
+        keep = self._reusable_length(min(usable, slot.reusable), query)
+        return keep if self._can_truncate or keep == slot.length else slot.longest_snapshot(keep)
+
+    def _border(self, usable: int, query: PrefixQuery) -> int:
+        """The last border within the first `usable` tokens of a prompt; 0 if no snapshots can be taken."""
+        return self._snapshots.border(min(usable, query.max_tokens)) if self._snapshots.count else 0
+
+    def _borders(self, query: PrefixQuery, keep: int, waiting: Iterable[PrefixQuery]) -> set[int]:
+        """The borders after the first `keep` tokens at which the prefill of a prompt takes snapshots.
+
+        They are the last border of the prompt, and those where it parts from a waiting prompt or from a slot's text.
+        """
+        if not self._snapshots.count or not query.head:
+            return set()
+        texts = [each.tokens for each in self._slots if (each.head, each.namespace) == (query.head, query.namespace)]
+        texts += [each.prompt for each in waiting if (each.head, each.namespace) == (query.head, query.namespace)]
+        shared = {len(query.prompt), *(common_prefix(query.prompt, text) for text in texts)}
+        return {border for each in shared if (border := self._border(_usable(each, query), query)) > keep}
 
     def _target_slot(self, hit: PrefixHit | None) -> Slot:
         oldest = self._least_recently_used()
@@ -318,29 +293,22 @@ class PrefixCache:
     def _copy_fits(self, hit: PrefixHit) -> bool:
         """Whether a copy of the prefix fits beside its source and the slots that are in use."""
         used = sum(slot.length for slot in self._slots if slot.in_use)
-        return self._capacity is None or used + hit.slot.length + hit.keep <= self._capacity
+        return self.capacity is None or used + hit.slot.length + hit.keep <= self.capacity
 
     def _least_recently_used(self) -> Slot:
         return min((slot for slot in self._slots if not slot.in_use), key=_eviction_order)
 
     def _copy_prefix(self, source: Slot, target: Slot, keep: int) -> None:
-        self._operations.append(CopyPrefix(source.index, target.index, keep))
+        self._operations.append(CopyPrefix(source.index, target.index, keep, source.snapshots.get(keep)))
         target.copy(source, keep)
 
 
-def common_prefix(first: TokenArray, second: TokenArray) -> int:
-    """The number of equal tokens at the beginning of two texts."""
-    length = min(len(first), len(second))
-    if not length or first[0] != second[0]:
-        return 0
-    differs = first[:length] != second[:length]
-    at = int(differs.argmax())
-    return at if differs[at] else length
+def _usable(shared: int, query: PrefixQuery) -> int:
+    """How many of the first `shared` tokens of a prompt are usable.
 
-
-def head(tokens: TokenArray, min_prefix: int) -> bytes:
-    """The first `min_prefix` tokens as bytes; empty if there are fewer."""
-    return tokens[:min_prefix].tobytes() if len(tokens) >= min_prefix else b""
+    The row of a reused token is not computed again, so for scores the next token must be shared too.
+    """
+    return shared if query.alternatives is None else score_count(shared)
 
 
 def _eviction_order(slot: Slot) -> tuple[int, int, int]:

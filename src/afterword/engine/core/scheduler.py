@@ -9,11 +9,7 @@ A sequence keeps its slot until it ends, or until another client waits that hold
 the other client, and the slot's content is lost. A preempted sequence keeps its tokens. It gets a slot again before
 anything else of its client, and its state is computed again. The prompt is computed on the same grid as before. The
 generated tokens are computed one by one as before, or in chunks if the grouping of tokens does not matter
-(`Runner.grid` is 1). So the sequence's numbers stay the same.
-
-Recomputation is bounded: a preempted sequence waits for about as many passes as its recomputation costs before it takes
-a free slot. Then it generates some tokens (`core.preemption`) before it can be preempted again. The oldest sequences of
-a client are preempted last, so they always finish.
+(`Runner.grid` is 1). So the sequence's numbers stay the same. How often it is preempted is bounded (`core.preemption`).
 """
 
 from __future__ import annotations
@@ -23,39 +19,30 @@ from itertools import filterfalse, islice
 
 from afterword.engine.core.fair_share import FairShare
 from afterword.engine.core.forward_batch import BatchEntry, ForwardBatch
-from afterword.engine.core.preemption import can_preempt, preemption_victims
-from afterword.engine.core.prefill_queue import MIN_CHUNK, PrefillQueue
-from afterword.engine.core.prefix_cache import PrefixCache, PrefixHit, PrefixQuery, Slot
+from afterword.engine.core.preemption import can_preempt, passes_to_wait, preemption_victims
+from afterword.engine.core.prefill_queue import PrefillQueue
+from afterword.engine.core.prefix_cache import PrefixCache
 from afterword.engine.core.sequence import Admission, JobState, Sequence
+from afterword.engine.core.sequence_checks import check_sequences
+from afterword.engine.core.slot import PrefixHit, PrefixQuery, Slot
 from afterword.engine.core.token_budget import TokenBudget
 from afterword.engine.protocol import Job, Load, Token, score_count
 
 ADMISSION_WINDOW = 32  # jobs of a client that are considered for admission at a time
 MAX_TIMES_PASSED_OVER = 8  # how often a job may be passed over for one with a longer cached prefix
-RESUME_PASSES = (32, 256)  # minimum and maximum of passes for which a preempted sample leaves free slots to others
 
 
 class Scheduler:
     """Owner of all jobs, sequences and slots. One thread calls everything. Parameters: see `Runner`."""
 
-    def __init__(
-        self,
-        slots: int,
-        chunk: int,
-        grid: int,
-        min_shared_tokens: int,
-        can_truncate: bool,
-        capacity: int | None = None,
-    ) -> None:
+    def __init__(self, slots: PrefixCache, chunk: int, grid: int) -> None:
         self._grid = grid
-        self._min_shared_tokens = min_shared_tokens
-        self._can_truncate = can_truncate
-        self._slots = PrefixCache(slots, grid, min_shared_tokens, can_truncate, capacity)
-        self._token_budget = TokenBudget(capacity, max(chunk, slots))
+        self._slots = slots
+        self._token_budget = TokenBudget(slots.capacity, max(chunk, len(slots)))
         self._jobs: dict[int, JobState] = {}
         self._waiting: dict[str, dict[int, JobState]] = {}  # not admitted yet: by client, in order of arrival
         self._admitted: dict[int, JobState] = {}  # in the order of admission
-        self._fair_share = FairShare(slots)
+        self._fair_share = FairShare(len(slots))
         self._active: dict[Slot, Sequence] = {}
         self._prefill_queue = PrefillQueue(chunk, grid)
         self._passes = 0
@@ -164,10 +151,12 @@ class Scheduler:
         state = first.job_state
         state.started = True
         state.queued.extend(samples)
-        if state.queued:
-            self._hand_over_slot(first)
-        else:
+        if not state.queued:
             self.end(first)
+            return
+        if len(self._active) + len(state.queued) > len(self._slots) + 1 and first.slot:
+            self._slots.save(first.slot)  # some samples get their slot later, when no slot ends with the prompt
+        self._hand_over_slot(first)
 
     def end(self, sequence: Sequence) -> None:
         """End a sample. Its slot goes to a queued sample of the same prompt, or becomes free and keeps its content."""
@@ -178,7 +167,7 @@ class Scheduler:
             self._hand_over_slot(sequence)
         else:
             self._release(sequence)
-            self._slots.release(slot, redundant=self._prompt_source(state) is not None)
+            self._slots.release(slot, redundant=state.holds_prompt)
         if not state.live and not state.queued:
             self._remove_job(state)
 
@@ -193,7 +182,7 @@ class Scheduler:
         """Give a sequence's slot, with the prompt in it, to the first queued sample of the same job."""
         state, slot = sequence.job_state, sequence.slot
         assert slot is not None
-        self._slots.truncate(slot, len(state.job.prompt) if self._holds_prompt(sequence) else 0)
+        self._slots.truncate(slot, self._slots.restorable(slot, len(state.job.prompt)))
         self._release(sequence)
         self._assign_slot(state.queued.popleft(), slot)
 
@@ -214,14 +203,7 @@ class Scheduler:
         Raises `AssertionError` if sequences and slots are inconsistent.
         """
         self._slots.check()
-        assert {slot for slot in self._slots if slot.in_use} == set(self._active), "a slot is used by one sequence"
-        clients = [sequence.job_state.job.client for sequence in self._active.values()]
-        assert all(self._fair_share.load(each)[1] == clients.count(each) for each in clients), "shares are counted"
-        for slot, sequence in self._active.items():
-            assert sequence.slot is slot
-            assert sequence in sequence.job_state.live
-            assert tuple(slot.tokens.tolist()) == sequence.slice(0, slot.length), "a slot holds its sequence's tokens"
-        assert set(self._prefill_queue) == {sequence for sequence in self._active.values() if sequence.needs_prefill}
+        check_sequences(self._slots, self._active, self._fair_share, self._prefill_queue)
         return {slot.index: slot.length for slot in self._slots if slot.index not in self._slots.slots_being_changed}
 
     # ---- admission
@@ -312,8 +294,7 @@ class Scheduler:
         queue = (each for each in self._prefill_queue if each.is_scored or state.query.alternatives is None)
         coming = [each for each in queue if not each.job_state.suspended]
         return any(
-            self._slots.expected_prefix(state.query, other.job_state.query)
-            >= max(found + self._min_shared_tokens, other.computed + 1)
+            other.slot is not None and self._slots.awaits(state.query, found, other.job_state.query, other.slot)
             for other in coming
         )
 
@@ -345,7 +326,8 @@ class Scheduler:
             return admission
         self._remove_waiting(state)
         self._admitted[state.job_id] = state
-        self._assign_slot(sequence, self._slots.take(query, hit))
+        waiting = islice(self._waiting.get(job.client, {}).values(), ADMISSION_WINDOW)
+        self._assign_slot(sequence, self._slots.take(query, hit, (each.query for each in waiting)))
         return admission
 
     # ---- preemption
@@ -363,11 +345,9 @@ class Scheduler:
         """Take a sequence's slot. The slot's content stays until another sequence needs the slot."""
         state, slot = sequence.job_state, sequence.slot
         assert slot is not None
-        cost = -(-sequence.computed // MIN_CHUNK) + (len(sequence.generated) if self._grid > 1 else 0)  # passes
-        sequence.paused = True
-        sequence.resume_pass = self._passes + min(max(cost, RESUME_PASSES[0]), RESUME_PASSES[1])
+        sequence.paused, sequence.resume_pass = True, self._passes + passes_to_wait(sequence, self._grid)
         self._release(sequence)
-        self._slots.release(slot, redundant=self._prompt_source(state) is not None)
+        self._slots.release(slot, redundant=state.holds_prompt)
         state.queued.appendleft(sequence)
 
     # ---- slots
@@ -376,9 +356,9 @@ class Scheduler:
         return next(filter(self._holds_prompt, state.live), None)
 
     def _holds_prompt(self, sequence: Sequence) -> bool:
-        """Whether its slot can provide the prompt's state: exactly the prompt if slots cannot be truncated."""
+        """Whether its slot can provide the prompt's state."""
         prompt = len(sequence.job_state.job.prompt)
-        return sequence.computed == prompt or (self._can_truncate and sequence.computed > prompt)
+        return sequence.slot is not None and self._slots.restorable(sequence.slot, prompt) == prompt
 
     def _assign_slot(self, sequence: Sequence, slot: Slot) -> None:
         sequence.assign_slot(slot, chunk_generated=self._grid == 1)
@@ -416,7 +396,5 @@ class Scheduler:
             return (chunk,)
         if len(running) > 1:
             self._slots.compact()
-        entries = [
-            BatchEntry(s.index, s.computed, s.slice(s.computed, s.computed + 1), int(s.is_last)) for s in running
-        ]
+        entries = (each.decode_entry() for each in running)
         return tuple(sorted(entries, key=lambda entry: entry.slot))

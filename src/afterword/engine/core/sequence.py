@@ -10,7 +10,8 @@ from collections import deque
 from collections.abc import Sequence as TokenSequence
 from dataclasses import dataclass, field
 
-from afterword.engine.core.prefix_cache import PrefixQuery, Slot
+from afterword.engine.core.forward_batch import BatchEntry
+from afterword.engine.core.slot import PrefixQuery, Slot
 from afterword.engine.core.token_counts import TokenCounts
 from afterword.engine.protocol import Job, Token
 
@@ -37,6 +38,11 @@ class JobState:
     scores_sent: int = 0
     live: list[Sequence] = field(default_factory=list)
     queued: deque[Sequence] = field(default_factory=deque)
+
+    @property
+    def holds_prompt(self) -> bool:
+        """Whether the slot of a running sample holds all tokens of the prompt."""
+        return any(sequence.computed >= len(self.job.prompt) for sequence in self.live)
 
     def unsent_scores(self, start: int, scores: TokenSequence[Token]) -> list[Token]:
         """The scores, of which the first has index `start`, that were not returned before. Marks them as sent."""
@@ -119,6 +125,10 @@ class Sequence:
         self.slot, self.generated_before_slot = slot, len(self.generated)
         in_chunks = chunk_generated and self.length > slot.length + 1
         self.prefill_length = self.length if in_chunks else len(self.job_state.job.prompt)
+
+    def decode_entry(self) -> BatchEntry:
+        """The entry of a pass that computes the next token."""
+        return BatchEntry(self.index, self.computed, self.slice(self.computed, self.computed + 1), int(self.is_last))
 
     def append(self, token: int) -> None:
         """Append a sampled token."""

@@ -299,18 +299,32 @@ void multiply_all(const Product<Type, Rows> &op, int threads) {
     });
 }
 
+// The columns of activations or results, which recurrent layers arrange by sequence: (elements, tokens, sequences).
+// `step`: bytes from one to the next, 0 if the columns have no constant distance.
+struct Columns {
+    int64_t count;
+    size_t step;
+};
+
+Columns columns_of(const Tensor *t) {
+    if (t->ne[2] == 1) return {t->ne[1], t->nb[1]};
+    if (t->ne[1] == 1) return {t->ne[2], t->nb[2]};
+    return {t->ne[1] * t->ne[2], t->nb[2] == t->ne[1] * t->nb[1] ? t->nb[1] : 0};
+}
+
 template <class Type, class Rows>
 void compute_type(const Tensor *node, int threads) {
     const Tensor *weights = node->src[0], *x = node->src[1];
     static std::vector<typename Type::Piece> pieces;
-    const int64_t steps = x->ne[0] / STEP, count = x->ne[1];
+    const Columns from = columns_of(x);
+    const int64_t steps = x->ne[0] / STEP, count = from.count;
     pieces.resize(steps * count);
     const Product<Type, Rows> op{weights->data, weights->nb[1], weights->ne[1], steps,
-                                 count,         pieces.data(),  node->data,     node->nb[1]};
+                                 count,         pieces.data(),  node->data,     columns_of(node).step};
     parallel_for(count > 1 ? threads : 1, count, [&](int64_t column) {
-        const char *from = x->data + column * x->nb[1];
+        const char *values = x->data + column * from.step;
         for (int64_t step = 0; step < steps; step++)
-            Type::prepare((const float *)from + step * STEP, pieces[column * steps + step]);
+            Type::prepare((const float *)values + step * STEP, pieces[column * steps + step]);
     });
     if (count > 1) multiply_all<2>(op, threads);
     else multiply_all<1>(op, threads);
@@ -319,9 +333,9 @@ void compute_type(const Tensor *node, int threads) {
 // Whether this product can be computed here.
 bool supports(const Tensor *node) {
     const Tensor *weights = node->src[0], *x = node->src[1];
-    const auto flat = [](const Tensor *t) { return t->ne[2] == 1 && t->ne[3] == 1; };
     if (node->type != F32 || x->type != F32 || !rows_are_dense(x, 4) || !rows_are_dense(node, 4)) return false;
-    if (!flat(weights) || !flat(x) || !flat(node)) return false;
+    if (weights->ne[2] != 1 || weights->ne[3] != 1 || x->ne[3] != 1) return false;
+    if (!columns_of(x).step || !columns_of(node).step) return false;
     if (!of_model(weights) || x->ne[0] % STEP) return false;
     return KnownTypes::find(weights->type, [](auto) {});
 }

@@ -6,6 +6,9 @@ masked cell. But the library's other attention multiplies it by 0, and so is a r
 
 Therefore, before such a slot is truncated, one more token is computed in it, unless its last logits were finite. If the
 logits of that token are not finite, the whole memory is cleared and the other contents of the slots are restored.
+
+The state of recurrent layers belongs to the last token of a slot. `SaveState` copies it; truncation restores the copy
+and deletes the keys and values of attention layers after it.
 """
 
 from __future__ import annotations
@@ -13,14 +16,16 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 
-from afterword.engine.core.forward_batch import BatchEntry, CopyPrefix, Logits, Truncate
+from afterword.engine.core.forward_batch import BatchEntry, CopyPrefix, Logits, SaveState, SlotOperation, Truncate
 from afterword.engine.core.sampler import finite_rows
 from afterword.engine.llama.accelerator import KvMemory
 from afterword.engine.llama.library import native
 from afterword.errors import EngineError
 
 Decode = Callable[[tuple[BatchEntry, ...]], Logits]
+State = ctypes.Array[ctypes.c_uint8]
 _PROBE = (0,)  # any token id is valid here
+_WHOLE, _RECURRENT = 0, native.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY  # parts of a slot's state
 
 
 class KvCache:
@@ -49,6 +54,7 @@ class KvCache:
         self._multiplies_masked = multiplies_masked
         self._truncated: set[int] = set()  # slots that were truncated since the last pass
         self._unchecked: set[int] = set()  # slots whose last logits row was not finite, or was not computed
+        self._snapshots: dict[int, State] = {}  # by number
 
     def cached_tokens(self, slot: int) -> int:
         """The number of tokens that a slot holds."""
@@ -74,27 +80,40 @@ class KvCache:
             else:
                 self._unchecked.add(entry.slot)
 
-    def apply(self, operation: CopyPrefix | Truncate) -> None:
-        """Copy or truncate a slot. May run a forward pass, which overwrites the logits. Raises `EngineError`."""
-        if isinstance(operation, CopyPrefix):
-            self._truncate(operation.target, 0)
-            # With `kv_unified=false` llama.cpp copies only whole sequences.
-            native.llama_memory_seq_cp(self._memory, operation.source, operation.target, -1, -1)
-            if self._pages:
-                self._pages.limit_copy(operation.target, operation.keep)
-            if operation.source in self._unchecked:
-                self._unchecked.add(operation.target)
-            self._truncate(operation.target, operation.keep)
-        else:
-            self._truncate(operation.slot, operation.keep)
+    def snapshot_size(self) -> int:
+        """Bytes of a snapshot of recurrent layers. Runs a forward pass and clears all slots."""
+        self._decode((BatchEntry(0, 0, _PROBE, 0),))
+        size = int(native.llama_state_seq_get_size_ext(self._context, 0, _RECURRENT))
+        native.llama_memory_clear(self._memory, True)
+        return size
 
-    def _truncate(self, slot: int, keep: int) -> None:
+    def apply(self, operation: SlotOperation) -> None:
+        """Copy, truncate or save a slot. May run a forward pass, which overwrites the logits. Raises `EngineError`."""
+        match operation:
+            case SaveState(slot, number):
+                self._snapshots[number] = self._state(slot, _RECURRENT, self._snapshots.get(number))
+            case CopyPrefix(source, target, keep, snapshot):
+                self._truncate(target, 0, None)
+                # With `kv_unified=false` llama.cpp copies only whole sequences.
+                native.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+                if self._pages:
+                    self._pages.limit_copy(target, keep)
+                if source in self._unchecked:
+                    self._unchecked.add(target)
+                self._truncate(target, keep, snapshot)
+            case Truncate(slot, keep, snapshot):
+                self._truncate(slot, keep, snapshot)
+
+    def _truncate(self, slot: int, keep: int, snapshot: int | None) -> None:
         held = self.cached_tokens(slot)
         if keep >= held:
             return
         non_finite = slot in self._unchecked and self._has_non_finite(slot, held)
-        self._remove(slot, keep)
         self._unchecked.discard(slot)
+        if snapshot is not None:
+            self._restore(slot, self._snapshots[snapshot], _RECURRENT)
+            self._unchecked.add(slot)  # the snapshot may have been taken before any logits were computed
+        self._remove(slot, keep)
         if non_finite:
             self._rebuild()
 
@@ -111,15 +130,19 @@ class KvCache:
 
     def _rebuild(self) -> None:
         """Clear the whole memory, and restore the slots' contents from their saved states."""
-        states = {slot: self._state(slot) for slot in self._slots if self.cached_tokens(slot)}
+        states = {slot: self._state(slot, _WHOLE) for slot in self._slots if self.cached_tokens(slot)}
         native.llama_memory_clear(self._memory, True)
         for slot, state in states.items():
-            if not native.llama_state_seq_set_data(self._context, state, len(state), slot):
-                raise EngineError("llama.cpp cannot restore a sequence's state.")
+            self._restore(slot, state, _WHOLE)
 
-    def _state(self, slot: int) -> ctypes.Array[ctypes.c_uint8]:
-        size: int = native.llama_state_seq_get_size(self._context, slot)
-        state: ctypes.Array[ctypes.c_uint8] = (ctypes.c_uint8 * size)()
-        if native.llama_state_seq_get_data(self._context, state, size, slot) != size:
+    def _state(self, slot: int, part: int, buffer: State | None = None) -> State:
+        """A copy of a slot's state, in `buffer` if that has the right size."""
+        size = int(native.llama_state_seq_get_size_ext(self._context, slot, part))
+        state = buffer if buffer is not None and len(buffer) == size else (ctypes.c_uint8 * size)()
+        if native.llama_state_seq_get_data_ext(self._context, state, size, slot, part) != size:
             raise EngineError("llama.cpp cannot save a sequence's state.")
         return state
+
+    def _restore(self, slot: int, state: State, part: int) -> None:
+        if not native.llama_state_seq_set_data_ext(self._context, state, len(state), slot, part):
+            raise EngineError("llama.cpp cannot restore a sequence's state.")

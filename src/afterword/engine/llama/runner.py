@@ -90,6 +90,7 @@ class LlamaRunner:
             memory=created.memory,
         )
         self.cached_tokens = self._kv_cache.cached_tokens
+        self.max_snapshots = self._most_snapshots(settings.snapshot_bytes) if recurrent else 0
         if self.fixed_shape:
             self._fill_last(settings)
 
@@ -110,14 +111,22 @@ class LlamaRunner:
     @property
     def promise(self) -> Promise:
         """The promise that holds for the loaded model, given which operations the kernels compute."""
-        if self.fixed_shape != self._settings.fixed_shape or self._recurrent:
+        if self.fixed_shape != self._settings.fixed_shape:
             return "none"
         if self._settings.gpu_layers or not self.uses_kernels:
-            return self._settings.promise_without_kernels
+            return "none" if self._recurrent else self._settings.promise_without_kernels
         # Without flash attention the library computes attention as products of two computed operands.
         expects_products = self._settings.kv_type != "exact"
+        if self._recurrent and (self._unsupported_types or expects_products):
+            return "none"  # the library multiplies the tokens of one sequence and of several by different kernels
         holds = self._unsupported_types <= _LIBRARY_TYPES and (not self._has_unsupported_products or expects_products)
         return self._settings.promise if holds else "none"
+
+    def _most_snapshots(self, size: int) -> int:
+        """How many snapshots fit into `size` bytes. The state of windowed attention layers is not made for it."""
+        if not size or native.llama_model_n_swa(self.model) > 0:
+            return 0
+        return size // self._kv_cache.snapshot_size()
 
     def _fill_last(self, settings: LoadModel) -> None:
         """Fill one additional slot with a whole context, so that it is always the longest sequence of a pass."""
