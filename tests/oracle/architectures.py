@@ -68,6 +68,44 @@ _ARCHITECTURE_KEYS: Mapping[str, Mapping[str, Value]] = {
     "jamba": {**_STATE, "attention.head_count_kv": (0, 1), "expert_count": 0, "expert_used_count": 0},
     "lfm2": {"shortconv.l_cache": 3, "attention.head_count_kv": (0, 1)},
 }
+_WINDOW = {"attention.sliding_window": WINDOW, "rope.freq_base_swa": 10000.0}
+_TWO_OF_THREE = {**_WINDOW, "block_count": 3, "attention.sliding_window_pattern": (True, True, False)}
+_EXPERTS = {
+    **{"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": WIDTH},
+    **{"expert_gating_func": 2, "expert_shared_count": 1, "leading_dense_block_count": 1},
+}
+WINDOWED: Mapping[str, Mapping[str, Value]] = {
+    "cohere2": {"block_count": 5},
+    "exaone4": {"block_count": 64},  # the library gives a window only to the model with 64 layers
+    "gemma2": {"block_count": 4},
+    "gemma3": {"block_count": 7},
+    "gemma4": {
+        **{**_TWO_OF_THREE, "embedding_length_per_layer_input": 0, "feed_forward_length": (128, 128, 128)},
+        **{"attention.key_length": 32, "attention.value_length": 32, "rope.dimension_count_swa": 32},
+        **{"attention.key_length_swa": 32, "attention.value_length_swa": 32, "final_logit_softcapping": 30.0},
+    },
+    "granite_swa": _TWO_OF_THREE,
+    "muse-glimmer": {**_WINDOW, "block_count": 5, "final_logit_softcapping": 30.0},
+    "olmo2": {**_WINDOW, "block_count": 5},
+    "plamo3": {**_WINDOW, "block_count": 9},
+    "spark2_5": _TWO_OF_THREE,
+}
+"""Additional keys with which dense models have layers with a sliding window and layers without."""
+
+WINDOWED_EXPERTS: Mapping[str, Mapping[str, Value]] = {
+    "afmoe": {**_WINDOW, **_EXPERTS, "block_count": 5},
+    "cohere2moe": {**_WINDOW, **_EXPERTS, "block_count": 5},
+    "exaone-moe": {**_WINDOW, **_EXPERTS, "block_count": 5},
+    "gpt-oss": {**_WINDOW, **_EXPERTS, "block_count": 3},
+    "llama4": {**_EXPERTS, "block_count": 5, "interleave_moe_layer_step": 1},  # chunks of 8,192 tokens
+    "maple": {**_TWO_OF_THREE, **_EXPERTS, "swiglu_clamp_exp": (7.0, 7.0, 7.0)},
+    "mellum": {**_WINDOW, **_EXPERTS, "block_count": 5},
+    "mimo2": {**_TWO_OF_THREE, **_EXPERTS},
+    "smallthinker": {**_WINDOW, **_EXPERTS, "block_count": 5},
+    "step35": {**_TWO_OF_THREE, **_EXPERTS},
+}
+"""The same for mixtures of experts."""
+
 _OPTIONAL_TENSORS: Mapping[str, Mapping[str, Shape]] = {
     # tensors that a file may omit; the library then uses defaults
     "phi3": {
@@ -165,8 +203,8 @@ def _write(
     writer.add_file_type(FILE_TYPES[file_type])
     add_vocabulary(writer, words)
     for name, weight in weights.items():
-        # The library expects small matrices of recurrent layers unquantized. Non-finite values cannot be quantized.
-        plain = weight.ndim == 1 or weight.shape[-1] % 32 or re.search("norm|ssm|shortconv", name)
+        # The library expects biases and small matrices of recurrent layers unquantized. Non-finite values cannot be quantized.
+        plain = weight.ndim == 1 or weight.shape[-1] % 32 or re.search("norm|ssm|shortconv|bias", name)
         kind = GGMLQuantizationType["F32" if plain or not np.isfinite(weight).all() else file_type]
         writer.add_tensor(name, quantize(weight, kind), raw_dtype=kind)
     writer.write_header_to_file()
