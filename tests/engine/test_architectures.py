@@ -6,6 +6,8 @@ prefix cache. A token must have the same numbers whether it is read or generated
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 import pytest
 
@@ -13,7 +15,7 @@ from afterword.config import TESTED_ARCHITECTURES
 from afterword.engine.core.engine_loop import EngineLoop
 from afterword.engine.llama import accelerator, library
 from engine.test_reproducible import CHUNK_GRID, compare, open_runner, requests, sequential
-from oracle.architectures import write_random
+from oracle.architectures import WINDOWED, Value, write_random
 
 library.initialize(verbose=False)
 
@@ -23,10 +25,11 @@ UNPROMISED = ("deepseek2", "gemma3n", "mamba", "jamba", "lfm2")
 """Architectures whose numbers depended on the other sequences of a batch, or whose state cannot be truncated."""
 
 
-def check(folder, architecture: str, file_type: str, count: int) -> None:
+def check(folder, architecture: str, file_type: str, count: int, also: Mapping[str, Value] | None = None) -> None:
     if not accelerator.supports_quantized():
         pytest.skip("this processor has no instructions for it")
-    runner = open_runner(write_random(folder / "tiny.gguf", architecture, file_type), "exact", 8)
+    runner = open_runner(write_random(folder / "tiny.gguf", architecture, file_type, also=also), "exact", 8)
+    assert runner.uses_own_attention
     assert (runner.promise, runner.grid) == ("exact", 1)
     compare(EngineLoop(runner), count, VOCABULARY)
 
@@ -41,6 +44,19 @@ def test_some_architectures(tmp_path, architecture):
 @pytest.mark.parametrize("architecture", sorted(TESTED_ARCHITECTURES))
 def test_every_promised_architecture(tmp_path, architecture, file_type):
     check(tmp_path, architecture, file_type, 60)
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "granite_swa"])
+def test_some_architectures_with_a_window(tmp_path, architecture):
+    check(tmp_path, architecture, "Q8_0", 12, WINDOWED[architecture])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file_type", ["Q8_0", "F16"])
+@pytest.mark.parametrize("architecture", sorted(WINDOWED))
+def test_every_promised_architecture_with_a_window(tmp_path, architecture, file_type):
+    assert architecture in TESTED_ARCHITECTURES
+    check(tmp_path, architecture, file_type, 60, WINDOWED[architecture])
 
 
 @pytest.mark.parametrize("architecture", UNPROMISED)

@@ -37,6 +37,7 @@ _runs = itertools.count()
 def windowed_runner(folder, architecture: str, also: Mapping[str, Value], sequences: int = 4) -> LlamaRunner:
     runner = open_runner(write_random(folder / "windowed.gguf", architecture, "Q8_0", also=also), "exact", sequences)
     assert native.llama_model_n_swa(runner.model) > 0
+    assert runner.uses_own_attention
     return runner
 
 
