@@ -1,14 +1,13 @@
 """Tests that models with sliding windows reuse prefixes like models that attend to everything.
 
-The prompts are several windows long, and slots are filled to their last cell. llama.cpp can reuse cells whose tokens have
-left the window; no cell of a prefix may be lost that way.
+The prompts are several windows long, and slots are filled to their last cell. llama.cpp can reuse cells whose tokens
+have left the window; no cell of a prefix may be lost that way.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Mapping
 
 import msgspec
 import pytest
@@ -23,19 +22,18 @@ from afterword.engine.messages import LoadModel
 from afterword.engine.protocol import Job, Sampling, Step
 from afterword.errors import EngineError
 from engine.test_reproducible import numbers, open_runner, sequential
-from oracle.architectures import WINDOW, WINDOWED, WINDOWED_EXPERTS, Value, write_random
+from oracle.architectures import WINDOW, WINDOWED, WINDOWED_EXPERTS, write_random, write_windowed
 
 library.initialize(verbose=False)
 
 CONTEXT = 512  # of `open_runner`
 VOCABULARY = 256
 FEW = ("gemma2", "gemma3", "gemma4", "gpt-oss", "olmo2")
-ALL = {**WINDOWED, **WINDOWED_EXPERTS}
 _runs = itertools.count()
 
 
-def windowed_runner(folder, architecture: str, also: Mapping[str, Value], sequences: int = 4) -> LlamaRunner:
-    runner = open_runner(write_random(folder / "windowed.gguf", architecture, "Q8_0", also=also), "exact", sequences)
+def windowed_runner(folder, name: str, sequences: int = 4) -> LlamaRunner:
+    runner = open_runner(write_windowed(folder / "windowed.gguf", name), "exact", sequences)
     assert native.llama_model_n_swa(runner.model) > 0
     assert runner.uses_own_attention
     return runner
@@ -91,10 +89,10 @@ def chat(loop: EngineLoop, turns: int = 4) -> list[int]:
     return [*found, cached(run(loop, job((*second[:-10], 7, 8, 9))))]
 
 
-def check(folder, architecture: str) -> None:
+def check(folder, name: str) -> None:
     if not accelerator.supports_quantized():
         pytest.skip("this processor has no instructions for it")
-    runner = windowed_runner(folder, architecture, ALL[architecture])
+    runner = windowed_runner(folder, name)
     kv_type = "exact" if runner.grid == 1 else "f16"
     dense = open_runner(write_random(folder / "dense.gguf", "llama", "Q8_0"), kv_type, 4)
     assert runner.grid == dense.grid
@@ -113,15 +111,15 @@ def check(folder, architecture: str) -> None:
         assert all(count >= 64 for count in chat(loop)[1:])
 
 
-@pytest.mark.parametrize("architecture", FEW)
-def test_prefixes_are_reused_like_those_of_dense_models(tmp_path, architecture):
-    check(tmp_path, architecture)
+@pytest.mark.parametrize("name", FEW)
+def test_prefixes_are_reused_like_those_of_dense_models(tmp_path, name):
+    check(tmp_path, name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", sorted(ALL.keys() - FEW))
-def test_prefixes_are_reused_by_every_architecture_with_a_window(tmp_path, architecture):
-    check(tmp_path, architecture)
+@pytest.mark.parametrize("name", sorted((WINDOWED.keys() | WINDOWED_EXPERTS.keys()) - set(FEW)))
+def test_prefixes_are_reused_by_every_architecture_with_a_window(tmp_path, name):
+    check(tmp_path, name)
 
 
 # ---- the beginning of a slot is complete, or it is not reused
@@ -134,8 +132,8 @@ def row(slot: int, position: int, *tokens: int) -> BatchEntry:
 @pytest.mark.parametrize("operation", [Truncate(1, 50), CopyPrefix(1, 0, 50)], ids=["truncate", "copy"])
 def test_a_slot_that_lost_its_beginning_is_not_truncated_to_a_prefix(tmp_path, operation):
     """The library's saved state of a sequence has only the cells in the window."""
-    runner = windowed_runner(tmp_path, "gemma2", WINDOWED["gemma2"])
-    runner.run(ForwardBatch((), (row(1, 0, *range(10, 110)),)))
+    runner = windowed_runner(tmp_path, "gemma2")
+    runner.run(ForwardBatch((), (row(1, 0, *range(10, 110)),)))  # three windows
     state = runner._kv_cache._state(1)
     assert native.llama_state_seq_set_data(runner._context, state, len(state), 1)
     runner.run(ForwardBatch((CopyPrefix(1, 2, 100),), (row(1, 100, 7), row(2, 100, 7))))
@@ -144,7 +142,7 @@ def test_a_slot_that_lost_its_beginning_is_not_truncated_to_a_prefix(tmp_path, o
 
 
 def test_a_full_slot_can_be_truncated_and_filled_again(tmp_path):
-    runner = windowed_runner(tmp_path, "gemma3", WINDOWED["gemma3"], sequences=2)
+    runner = windowed_runner(tmp_path, "gemma3", sequences=2)
     tokens = tuple(i % 200 for i in range(CONTEXT))
     fill(runner, 0, 0, tokens)
     for keep in (1, WINDOW - 1, WINDOW, 3 * WINDOW + 1, CONTEXT - 1):
@@ -165,7 +163,9 @@ def fill(runner: LlamaRunner, slot: int, start: int, tokens: tuple[int, ...], *o
 
 def test_chunked_attention_reuses_prefixes(tmp_path):
     """Llama 4's window begins at the last multiple of 8,192 tokens."""
-    path = write_random(tmp_path / "chunked.gguf", "llama4", also={**WINDOWED_EXPERTS["llama4"], "context_length": 8448})
+    path = write_random(
+        tmp_path / "chunked.gguf", "llama4", also={**WINDOWED_EXPERTS["llama4"], "context_length": 8448}
+    )
     settings = LoadModel(str(path), 8448, 2, 1, 256, "exact", 0, False, grid=CHUNK_GRID)
     runner = LlamaRunner(settings)
     tokens = tuple(i * i % 251 for i in range(8320))

@@ -74,15 +74,21 @@ _EXPERTS = {
     **{"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": WIDTH},
     **{"expert_gating_func": 2, "expert_shared_count": 1, "leading_dense_block_count": 1},
 }
+_GEMMA4 = {
+    **{**_TWO_OF_THREE, "embedding_length_per_layer_input": 0, "feed_forward_length": (128,) * 3},
+    **{"attention.key_length": 32, "attention.value_length": 32, "rope.dimension_count_swa": 32},
+    **{"attention.key_length_swa": 32, "attention.value_length_swa": 32, "final_logit_softcapping": 30.0},
+}
 WINDOWED: Mapping[str, Mapping[str, Value]] = {
     "cohere2": {"block_count": 5},
     "exaone4": {"block_count": 64},  # the library gives a window only to the model with 64 layers
     "gemma2": {"block_count": 4},
     "gemma3": {"block_count": 7},
-    "gemma4": {
-        **{**_TWO_OF_THREE, "embedding_length_per_layer_input": 0, "feed_forward_length": (128, 128, 128)},
-        **{"attention.key_length": 32, "attention.value_length": 32, "rope.dimension_count_swa": 32},
-        **{"attention.key_length_swa": 32, "attention.value_length_swa": 32, "final_logit_softcapping": 30.0},
+    "gemma4": _GEMMA4,
+    "gemma4/effective": {  # the small ones: embeddings for each layer, and layers that use the keys of earlier ones
+        **{**_GEMMA4, "block_count": 6, "attention.sliding_window_pattern": (True, True, False) * 2},
+        **{"feed_forward_length": (128,) * 6, "embedding_length_per_layer_input": 32, "attention.shared_kv_layers": 3},
+        **{"attention.key_length": 64, "attention.value_length": 64, "rope.dimension_count": 64},
     },
     "granite_swa": _TWO_OF_THREE,
     "muse-glimmer": {**_WINDOW, "block_count": 5, "final_logit_softcapping": 30.0},
@@ -90,7 +96,10 @@ WINDOWED: Mapping[str, Mapping[str, Value]] = {
     "plamo3": {**_WINDOW, "block_count": 9},
     "spark2_5": _TWO_OF_THREE,
 }
-"""Additional keys with which dense models have layers with a sliding window and layers without."""
+"""Additional keys with which dense models have layers with a sliding window and layers without.
+
+By architecture and form, which `write_windowed` separates.
+"""
 
 WINDOWED_EXPERTS: Mapping[str, Mapping[str, Value]] = {
     "afmoe": {**_WINDOW, **_EXPERTS, "block_count": 5},
@@ -133,6 +142,11 @@ def write_random(
     for token, value in (poison or {}).items():
         weights["token_embd.weight"][token] = value
     return _write(path, architecture, keys, weights, file_type)
+
+
+def write_windowed(path: str | Path, name: str, file_type: FileType = "Q8_0") -> Path:
+    """Write a random model with a sliding window. `name`: a key of `WINDOWED` or `WINDOWED_EXPERTS`."""
+    return write_random(path, name.partition("/")[0], file_type, also={**WINDOWED, **WINDOWED_EXPERTS}[name])
 
 
 @cache
@@ -203,7 +217,8 @@ def _write(
     writer.add_file_type(FILE_TYPES[file_type])
     add_vocabulary(writer, words)
     for name, weight in weights.items():
-        # The library expects biases and small matrices of recurrent layers unquantized. Non-finite values cannot be quantized.
+        # The library expects biases and small matrices of recurrent layers unquantized. Non-finite values cannot be
+        # quantized.
         plain = weight.ndim == 1 or weight.shape[-1] % 32 or re.search("norm|ssm|shortconv|bias", name)
         kind = GGMLQuantizationType["F32" if plain or not np.isfinite(weight).all() else file_type]
         writer.add_tensor(name, quantize(weight, kind), raw_dtype=kind)

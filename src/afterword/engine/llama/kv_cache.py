@@ -7,10 +7,10 @@ masked cell. But the library's other attention multiplies it by 0, and so is a r
 Therefore, before such a slot is truncated, one more token is computed in it, unless its last logits were finite. If the
 logits of that token are not finite, the whole memory is cleared and the other contents of the slots are restored.
 
-Layers with a sliding window have cells for the whole context (`swa_full`). Cell i of a slot holds its token i: llama.cpp
-fills the cells in order and goes back to the first ones, whose tokens have left the window, only behind the last cell.
-So every prefix of a slot is complete. `_remove` checks that, because a token that reads cells of a lost prefix would be
-wrong without a sign. A saved state contains only the window, so such a model's slots are not restored from states.
+Layers with a sliding window have cells for the whole context (`swa_full`). Cell i of a slot holds its token i, because
+llama.cpp fills the cells in order. It would overwrite cells whose tokens have left the window only after the last cell.
+So every prefix of a slot is complete, and `_remove` checks it: otherwise later tokens would have wrong numbers. A saved
+state contains only the cells in the window, so the slots of such a model are not restored from states.
 """
 
 from __future__ import annotations
@@ -31,19 +31,16 @@ class KvCache:
     """Owns the KV cache of a context.
 
     `length`: tokens of one slot. `multiplies_masked`: truncated cells can change what is computed later in the slot.
-    `windowed`: some layers have a sliding window.
     """
 
-    def __init__(
-        self, context: object, slots: int, length: int, decode: Decode, *, multiplies_masked: bool, windowed: bool
-    ) -> None:
+    def __init__(self, context: object, slots: int, length: int, decode: Decode, *, multiplies_masked: bool) -> None:
         self._context = context
         self._memory = native.llama_get_memory(context)
         self._slots = range(slots)
         self._length = length
         self._decode = decode
         self._multiplies_masked = multiplies_masked
-        self._windowed = windowed
+        self._windowed = native.llama_model_n_swa(native.llama_get_model(context)) > 0
         self._unchecked: set[int] = set()  # slots whose last logits row was not finite, or was not computed
 
     def cached_tokens(self, slot: int) -> int:

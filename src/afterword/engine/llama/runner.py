@@ -82,7 +82,6 @@ class LlamaRunner:
             settings.context,
             self._decode,
             multiplies_masked=recurrent or settings.kv_type != "exact" or settings.gpu_layers != 0,
-            windowed=native.llama_model_n_swa(self.model) > 0,
         )
         self.cached_tokens = self._kv_cache.cached_tokens
         if self.fixed_shape:
