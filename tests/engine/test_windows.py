@@ -22,7 +22,7 @@ from afterword.engine.messages import LoadModel
 from afterword.engine.protocol import Job, Sampling, Step
 from afterword.errors import EngineError
 from engine.test_reproducible import numbers, open_runner, sequential
-from oracle.architectures import WINDOW, WINDOWED, WINDOWED_EXPERTS, write_random, write_windowed
+from oracle.architectures import OTHER_WINDOWED, WINDOW, WINDOWED, write_random, write_windowed
 
 library.initialize(verbose=False)
 
@@ -117,7 +117,7 @@ def test_prefixes_are_reused_like_those_of_dense_models(tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted((WINDOWED.keys() | WINDOWED_EXPERTS.keys()) - set(FEW)))
+@pytest.mark.parametrize("name", sorted((WINDOWED.keys() | OTHER_WINDOWED.keys()) - set(FEW)))
 def test_prefixes_are_reused_by_every_architecture_with_a_window(tmp_path, name):
     check(tmp_path, name)
 
@@ -163,9 +163,7 @@ def fill(runner: LlamaRunner, slot: int, start: int, tokens: tuple[int, ...], *o
 
 def test_chunked_attention_reuses_prefixes(tmp_path):
     """Llama 4's window begins at the last multiple of 8,192 tokens."""
-    path = write_random(
-        tmp_path / "chunked.gguf", "llama4", also={**WINDOWED_EXPERTS["llama4"], "context_length": 8448}
-    )
+    path = write_random(tmp_path / "chunked.gguf", "llama4", also={**OTHER_WINDOWED["llama4"], "context_length": 8448})
     settings = LoadModel(str(path), 8448, 2, 1, 256, "exact", 0, False, grid=CHUNK_GRID)
     runner = LlamaRunner(settings)
     tokens = tuple(i * i % 251 for i in range(8320))
