@@ -186,9 +186,9 @@ def test_sinks_of_another_type_or_number_are_refused(kernel, sinks):
     case = make()
     node = tensor(np.zeros((1, 9, 4, 64), np.float32))
     with_sources(node, *map(tensor, (case.q, case.k, case.v, case.mask[:, None], np.zeros((1, 1, 1, 4), np.float32))))
-    assert kernel.operation_takes(b"FLASH_ATTN_EXT", ctypes.byref(node))
+    assert kernel.operation_supports(b"FLASH_ATTN_EXT", ctypes.byref(node))
     node.src[4] = ctypes.pointer(tensor(sinks))
-    assert not kernel.operation_takes(b"FLASH_ATTN_EXT", ctypes.byref(node))
+    assert not kernel.operation_supports(b"FLASH_ATTN_EXT", ctypes.byref(node))
 
 
 def test_without_a_mask_every_cell_is_seen(kernel):
