@@ -10,6 +10,7 @@ import itertools
 import random
 
 import msgspec
+import numpy as np
 import pytest
 
 from afterword.config import CHUNK_GRID
@@ -120,6 +121,19 @@ def test_prefixes_are_reused_like_those_of_dense_models(tmp_path, name):
 @pytest.mark.parametrize("name", sorted((WINDOWED.keys() | OTHER_WINDOWED.keys()) - set(FEW)))
 def test_prefixes_are_reused_by_every_architecture_with_a_window(tmp_path, name):
     check(tmp_path, name)
+
+
+@pytest.mark.parametrize("name", ["gemma4", "gpt-oss", "granite_swa"])
+def test_windows_and_sinks_agree_with_the_librarys_attention(tmp_path, name):
+    """gpt-oss and Granite have sinks. The weights are random, so their sinks are of the size of their scores."""
+    path = write_windowed(tmp_path / "tiny.gguf", name, "F32")
+    own, library_runner = open_runner(path, "exact", 1), open_runner(path, "f32", 1)
+    assert own.uses_own_attention
+    assert not library_runner.uses_own_attention
+    tokens = tuple(i * i % 251 for i in range(CONTEXT))
+    found, wanted = fill(own, 0, 0, tokens), fill(library_runner, 0, 0, tokens)
+    assert found == pytest.approx(wanted, abs=0.02)
+    assert np.ptp(wanted) > 5
 
 
 # ---- the beginning of a slot is complete, or it is not reused
