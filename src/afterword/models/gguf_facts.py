@@ -170,7 +170,7 @@ class _Keys:
         return [most if number % every == 0 else 0 for number in range(1, layers + 1)]
 
     def layers_with_own_keys(self) -> int:
-        """The number of layers that store keys and values. The last layers of Gemma 3n and 4 use those of earlier ones."""
+        """The number of layers that store keys and values; the last of Gemma 3n and 4 use those of earlier ones."""
         return max(0, self.number("block_count") - self.number("attention.shared_kv_layers", 0))
 
     def recurrent_layers(self, heads: int) -> int:
