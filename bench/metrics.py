@@ -13,6 +13,7 @@ import msgspec
 
 from afterword.api.requests.request_recorder import RequestRecorder
 from afterword.completion.run import Usage
+from afterword.engine.core.forward_batch import SlotRules
 from afterword.engine.core.prefix_cache import PrefixCache
 from afterword.engine.core.scheduler import Scheduler
 from afterword.engine.messages import HEADER, PassDone, pack, unpack_for_server
@@ -37,7 +38,7 @@ def main() -> None:
     engine_metrics, metrics = EngineMetrics(), Metrics(["model"])
     timer = JobTimer(engine_metrics, _JOB, time.monotonic(), time.monotonic)
     timer.record_step(_STEP)
-    scheduler = Scheduler(PrefixCache(16, 1, 16, True), 256, 1)
+    scheduler = Scheduler(PrefixCache(SlotRules(slots=16, grid=1, min_shared_tokens=16, can_truncate=True)), 256, 1)
     message, bare = PassDone({}, Load(), _METER), _Unmeasured({}, Load())
     encode = msgspec.msgpack.Encoder().encode
     wire, bare_wire = pack(message)[HEADER.size :], encode(bare)

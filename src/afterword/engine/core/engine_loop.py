@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 
-from afterword.engine.core.forward_batch import BatchEntry, ForwardBatch, Logits, Runner
+from afterword.engine.core.forward_batch import BatchEntry, ForwardBatch, Logits, Runner, slot_rules
 from afterword.engine.core.prefill_queue import MIN_CHUNK
 from afterword.engine.core.prefix_cache import PrefixCache
 from afterword.engine.core.sampler import Sampler, SampleTokens, ScoreQuery, TokenQuery, finite_rows, make_kernel
@@ -54,15 +54,7 @@ class EngineLoop:
         max_step_bytes: int = MAX_STEP_BYTES,
     ) -> None:
         self._runner = runner
-        slots = PrefixCache(
-            runner.slots,
-            runner.grid,
-            runner.min_shared_tokens,
-            runner.can_truncate,
-            runner.max_snapshots,
-            runner.capacity,
-        )
-        self._scheduler = Scheduler(slots, runner.chunk, runner.grid)
+        self._scheduler = Scheduler(PrefixCache(slot_rules(runner)), runner.chunk, runner.grid)
         self._sampler = Sampler(make_kernel(threads, thread_pool))
         self._clock = clock
         self._prefill_speed: float | None = None  # prompt tokens per second, as measured

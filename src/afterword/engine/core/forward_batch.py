@@ -6,6 +6,7 @@ module does not depend on how a runner stores that state.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import msgspec
@@ -72,6 +73,23 @@ class ForwardBatch(msgspec.Struct, frozen=True):
     def outputs(self) -> int:
         """The number of logits rows that the pass produces."""
         return sum(entry.outputs for entry in self.entries)
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRules:
+    """How a runner's slots can be used. The fields are attributes of `Runner` and described there."""
+
+    slots: int
+    grid: int
+    min_shared_tokens: int
+    can_truncate: bool
+    max_snapshots: int = 0
+    capacity: int | None = None
+
+
+def slot_rules(runner: Runner) -> SlotRules:
+    """The rules of a runner."""
+    return SlotRules(*(getattr(runner, each.name) for each in fields(SlotRules)))
 
 
 class Runner(Protocol):

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from afterword.engine.core.forward_batch import CopyPrefix, SaveState, SlotOperation, Truncate
+from afterword.engine.core.forward_batch import CopyPrefix, SaveState, SlotOperation, SlotRules, Truncate
 from afterword.engine.core.slot import PrefixHit, PrefixQuery, Slot, common_prefix, head
 from afterword.engine.core.snapshots import Snapshots
 from afterword.engine.protocol import ALTERNATIVE_BYTES, TOKEN_BYTES, Job, Token, score_count, scored_positions
@@ -30,26 +30,15 @@ MAX_SCORE_BYTES = 256 * 2**20
 
 
 class PrefixCache:
-    """Owner of all slots and of the slot operations that the next pass begins with. One thread calls everything.
+    """Owner of all slots and of the slot operations that the next pass begins with. One thread calls everything."""
 
-    `count`: number of slots. `grid`, `min_shared_tokens`, `can_truncate`, `max_snapshots`, `capacity`: see `Runner`.
-    """
-
-    def __init__(
-        self,
-        count: int,
-        grid: int,
-        min_shared_tokens: int,
-        can_truncate: bool,
-        max_snapshots: int = 0,
-        capacity: int | None = None,
-    ) -> None:
-        self._slots = [Slot(index, min_shared_tokens) for index in range(count)]
-        self._grid = grid
-        self._min_shared_tokens = min_shared_tokens
-        self._can_truncate = can_truncate
-        self.capacity = capacity
-        self._snapshots = Snapshots(max_snapshots, distance=-(-min_shared_tokens // grid) * grid)
+    def __init__(self, rules: SlotRules) -> None:
+        self._slots = [Slot(index, rules.min_shared_tokens) for index in range(rules.slots)]
+        self._grid = rules.grid
+        self._min_shared_tokens = rules.min_shared_tokens
+        self._can_truncate = rules.can_truncate
+        self._snapshots = Snapshots(rules.max_snapshots, -(-rules.min_shared_tokens // rules.grid) * rules.grid)
+        self.capacity = rules.capacity
         self._clock = 0  # counts uses of slots
         self._operations: list[SlotOperation] = []
 

@@ -9,12 +9,18 @@ logits of that token are not finite, the whole memory is cleared and the other c
 
 The state of recurrent layers belongs to the last token of a slot. `SaveState` copies it; truncation restores the copy
 and deletes the keys and values of attention layers after it.
+
+Layers with a sliding window have cells for the whole context (`swa_full`). Cell i of a slot holds its token i, because
+llama.cpp fills the cells in order. It would overwrite cells whose tokens have left the window only after the last cell.
+So every prefix of a slot is complete, and `_remove` checks it: otherwise later tokens would have wrong numbers. A saved
+state contains only the cells in the window, so the slots of such a model are not restored from states.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from afterword.engine.core.forward_batch import BatchEntry, CopyPrefix, Logits, SaveState, SlotOperation, Truncate
 from afterword.engine.core.sampler import finite_rows
@@ -28,31 +34,36 @@ _PROBE = (0,)  # any token id is valid here
 _WHOLE, _RECURRENT = 0, native.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY  # parts of a slot's state
 
 
+@dataclass(frozen=True, slots=True)
+class NativeContext:
+    """A context of llama.cpp. `own_attention`: whether Afterword's kernels compute its attention.
+
+    `pages`: the memory of its KV cache, if that is given back when slots are truncated; else None.
+    """
+
+    address: object
+    own_attention: bool = False
+    pages: KvMemory | None = None
+
+
 class KvCache:
     """Owns the KV cache of a context.
 
     `length`: tokens of one slot. `multiplies_masked`: truncated cells can change what is computed later in the slot.
-    `memory`: gives truncated cells back to the system; None where the library keeps them.
     """
 
     def __init__(
-        self,
-        context: object,
-        slots: int,
-        length: int,
-        decode: Decode,
-        *,
-        multiplies_masked: bool,
-        memory: KvMemory | None = None,
+        self, context: NativeContext, slots: int, length: int, decode: Decode, *, multiplies_masked: bool
     ) -> None:
-        self._context = context
-        self._pages = memory
-        self._memory = native.llama_get_memory(context)
+        self._context = context.address
+        self._pages = context.pages
+        self._memory = native.llama_get_memory(self._context)
         self._slots = range(slots)
         self._length = length
         self._decode = decode
         self._multiplies_masked = multiplies_masked
         self._truncated: set[int] = set()  # slots that were truncated since the last pass
+        self._windowed = native.llama_model_n_swa(native.llama_get_model(self._context)) > 0
         self._unchecked: set[int] = set()  # slots whose last logits row was not finite, or was not computed
         self._snapshots: dict[int, State] = {}  # by number
 
@@ -114,16 +125,38 @@ class KvCache:
             self._restore(slot, self._snapshots[snapshot], _RECURRENT)
             self._unchecked.add(slot)  # the snapshot may have been taken before any logits were computed
         self._remove(slot, keep)
-        if non_finite:
+        if non_finite and self._windowed:
+            self._overwrite(slot, keep)
+        elif non_finite:
             self._rebuild()
 
     def _remove(self, slot: int, keep: int) -> None:
         if not native.llama_memory_seq_rm(self._memory, slot, keep or -1, -1):
             raise EngineError(f"llama.cpp cannot truncate a sequence to {keep} tokens.")
         self._truncated.add(slot)
+        if keep and self._windowed and native.llama_memory_seq_pos_min(self._memory, slot):
+            raise EngineError(f"llama.cpp has lost the beginning of a sequence that is truncated to {keep} tokens.")
+
+    def _overwrite(self, slot: int, keep: int) -> None:
+        """Overwrite the memory of a slot that is now empty with that of a slot that holds finite values only.
+
+        Raises `EngineError` if the slot is not empty or there is no such slot: a new worker has a clean memory.
+        """
+        source = next((each for each in self._slots if each != slot and each not in self._unchecked), None)
+        if keep or source is None:
+            raise EngineError("Numbers that are not finite cannot be removed from a slot of a model with a window.")
+        # llama.cpp copies all cells, also those that hold no token.
+        native.llama_memory_seq_cp(self._memory, source, slot, -1, -1)
+        self._remove(slot, 0)
 
     def _has_non_finite(self, slot: int, held: int) -> bool:
-        """Whether a slot holds NaN or infinity. A full slot cannot be probed with another token and counts as such."""
+        """Whether a slot holds NaN or infinity, apart from its last token if it is full.
+
+        A full slot cannot be probed with another token: the last one is replaced, or the slot counts as not finite.
+        """
+        if held >= self._length and self._windowed:
+            held -= 1
+            self._remove(slot, held)
         if held >= self._length:
             return True
         return not finite_rows(self._decode((BatchEntry(slot, held, _PROBE, 1),)))[0]

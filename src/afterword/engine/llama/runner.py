@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import numpy as np
@@ -20,7 +19,7 @@ from afterword.engine.core.forward_batch import BatchEntry, ForwardBatch, Logits
 from afterword.engine.kernels.compiled import memory_on_demand
 from afterword.engine.llama import accelerator
 from afterword.engine.llama.fixed_shape import pad_to_fixed_shape
-from afterword.engine.llama.kv_cache import KvCache
+from afterword.engine.llama.kv_cache import KvCache, NativeContext
 from afterword.engine.llama.library import last_error, native
 from afterword.engine.llama.model_files import ModelFiles
 from afterword.engine.messages import LoadModel
@@ -71,7 +70,7 @@ class LlamaRunner:
         self._has_unsupported_products = accelerator.has_unsupported_products()
         self._vocabulary = native.llama_vocab_n_tokens(native.llama_model_get_vocab(self.model))
         recurrent = native.llama_model_is_recurrent(self.model) or native.llama_model_is_hybrid(self.model)
-        self.can_truncate = not recurrent and native.llama_model_n_swa(self.model) <= 0
+        self.can_truncate = not recurrent
         self._recurrent = recurrent
         complete = not self._unsupported_types and not self._has_unsupported_products
         self.computes_all = self.uses_kernels and self.uses_own_attention and complete and self.can_truncate
@@ -82,12 +81,11 @@ class LlamaRunner:
         self.grid = 1 if self.promise == "exact" else settings.grid
         self._arrays = _BatchArrays(_most_tokens(settings))
         self._kv_cache = KvCache(
-            self._context,
+            created,
             self.slots + self.fixed_shape,
             settings.context,
             self._decode,
             multiplies_masked=recurrent or settings.kv_type != "exact" or settings.gpu_layers != 0,
-            memory=created.memory,
         )
         self.cached_tokens = self._kv_cache.cached_tokens
         self.max_snapshots = self._most_snapshots(settings.snapshot_bytes) if recurrent else 0
@@ -236,30 +234,21 @@ def _most_tokens(settings: LoadModel) -> int:
     return max(settings.chunk, settings.sequences + settings.fixed_shape)
 
 
-@dataclass(frozen=True, slots=True)
-class _Context:
-    """A native context. `own_attention`: whether Afterword's kernels compute its attention."""
-
-    address: object
-    own_attention: bool = False
-    memory: accelerator.KvMemory | None = None
-
-
-def _context(model: object, settings: LoadModel, accelerated: bool) -> _Context:
+def _context(model: object, settings: LoadModel, accelerated: bool) -> NativeContext:
     """Create a context. Afterword's kernels compute its attention only if they support all attention operations."""
     if settings.gpu_layers and settings.kv_type == "f16":
-        return _Context(_create_context(model, settings, _GPU_ATTENTION))
+        return NativeContext(_create_context(model, settings, _GPU_ATTENTION))
     if settings.kv_type != "exact":
-        return _Context(_create_context(model, settings, _ATTENTION[settings.kv_type]))
+        return NativeContext(_create_context(model, settings, _ATTENTION[settings.kv_type]))
     if not accelerated:
-        return _Context(_create_context(model, settings, _PER_QUERY_ATTENTION))
+        return NativeContext(_create_context(model, settings, _PER_QUERY_ATTENTION))
     for attention in (_KERNEL_ATTENTION, _PER_QUERY_ATTENTION):
         context, memory = accelerator.with_kv_memory(partial(_create_context, model, settings, attention))
         if attention == _PER_QUERY_ATTENTION or accelerator.computes_all_attention():
             break
         native.llama_free(context)
         accelerator.start_recording()
-    return _Context(context, attention == _KERNEL_ATTENTION, memory)
+    return NativeContext(context, attention == _KERNEL_ATTENTION, memory)
 
 
 def _create_context(model: object, settings: LoadModel, attention: tuple[int, int, int]) -> object:
@@ -271,6 +260,7 @@ def _create_context(model: object, settings: LoadModel, attention: tuple[int, in
     params.n_threads = params.n_threads_batch = settings.threads
     params.flash_attn_type, params.type_k, params.type_v = attention
     params.kv_unified = False
+    params.swa_full = True  # otherwise layers with a sliding window lose the keys and values that a truncation needs
     params.no_perf = True
     context = native.llama_init_from_model(model, params)
     if not context:
