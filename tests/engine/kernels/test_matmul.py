@@ -15,13 +15,14 @@ from afterword.engine.llama import accelerator
 from afterword.engine.llama.library import native
 from ggml_tensors import Tensor, tensor, with_sources
 
-QUANTIZED = ["Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q5_K", "Q6_K"]
+QUANTIZED = ["Q8_0", "Q4_0", "Q5_0", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K"]
 FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": None}
 TYPES = [*QUANTIZED, *FLOATS]
 SCALES = {  # offsets of the halves in a block; random bits could be NaN or infinity, so they get small numbers
     "Q8_0": [0],
     "Q4_0": [0],
     "Q5_0": [0],
+    "IQ4_NL": [0],
     "Q4_K": [0, 2],
     "Q5_K": [0, 2],
     "Q6_K": [208],
@@ -91,15 +92,11 @@ def weights(name: str, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         return raw, quants.dequantize(raw if name == "BF16" else raw.view(FLOATS[name]), kind)
     shape = quants.quant_shape_to_byte_shape((rows, length), kind)
     raw = rng.integers(0, 256, shape, np.uint8)
-    per_block = quants.quant_shape_to_byte_shape((1, 256), kind)[1] // (256 // BLOCK[name])
-    blocks = raw.reshape(rows, -1, per_block)
+    blocks = raw.reshape(rows, -1, GGML_QUANT_SIZES[kind][1])
     for offset in SCALES[name]:
         halves = rng.uniform(-0.02, 0.02, blocks.shape[:2]).astype(np.float16)
         blocks[:, :, offset : offset + 2] = halves[..., None].view(np.uint8)
     return raw, quants.dequantize(raw, kind)
-
-
-BLOCK = {name: 256 if name.endswith("K") else 32 for name in QUANTIZED}
 
 
 def rounded(x: np.ndarray) -> np.ndarray:
@@ -234,7 +231,7 @@ def test_nan_and_infinity_do_not_reach_other_columns(kernel):
 
 def test_other_products_are_refused(kernel):
     raw, _ = weights("Q8_0", 32, 256)
-    matrix = Tensor(type=int(GGMLQuantizationType.IQ4_NL), data=raw.ctypes.data)
+    matrix = Tensor(type=int(GGMLQuantizationType.IQ3_S), data=raw.ctypes.data)
     matrix.ne[:] = [256, 32, 1, 1]
     x, out = activations(1, 256), np.zeros((1, 32), np.float32)
     node = with_sources(tensor(out[None, None]), matrix, tensor(x[None, None]))

@@ -130,6 +130,24 @@ inline Bytes nibbles(Bytes x, int which) { return bits(x, 4 * which, 0x0f); }
 inline Floats unsigned_byte(Bytes x, int which) { return to_floats((x >> 8 * which) & 0xff); }
 inline Floats signed_byte(Bytes x, int which) { return to_floats((x << (24 - 8 * which)) >> 24); }
 
+// The entries of a table that the bytes of `x` number. Each byte must be less than 16.
+inline Bytes look_up(const int8_t (&table)[16], Bytes x) {
+#if defined(__AVX512BW__)
+    const __m512i entries = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table));
+    return (Bytes)_mm512_shuffle_epi8(entries, (__m512i)x);
+#elif defined(__AVX2__)
+    const __m256i entries = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
+    return (Bytes)_mm256_shuffle_epi8(entries, (__m256i)x);
+#else
+    const int8x16_t entries = vld1q_s8(table);
+    uint8x16_t parts[2];
+    std::memcpy(parts, &x, sizeof x);
+    for (uint8x16_t &part : parts) part = vreinterpretq_u8_s8(vqtbl1q_s8(entries, part));
+    std::memcpy(&x, parts, sizeof x);
+    return x;
+#endif
+}
+
 // Each type has: ggml's number `ID`, the `BYTES` and `STEPS` of a block, the offset `HALF_AT` of its 2-byte scale (-1: none), and
 // `unpack`, which writes step i of a block of each row to to[i * apart]. Types of bytes also have: `EXCESS`, the constant that is
 // contained in each unpacked byte; `SIGNED`; `HALVES`, whether each half of a step has a scale; `LEAST`, whether a minimum is
@@ -183,6 +201,33 @@ struct Q5_0 : Quantized {
             const Bytes spread = bits(((fifth >> 4 * i) & 15) * 0x00204081, 0, 1);
             to->weights[i] = nibbles(columns[i % 4], i / 4) | spread << 4;
         }
+        to->scales[0] = rows.halves(0);
+    }
+};
+
+// Weights of IQ4_NL and IQ4_XS: each number of 4 bits stands for one of 16 bytes with sign.
+struct Nonlinear : Quantized {
+    static constexpr int EXCESS = MIXED ? 128 : 0;
+    static constexpr bool SIGNED = !MIXED;
+    static constexpr int8_t VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+    // The 32 weights of a step, from 16 bytes of each row.
+    static void unpack_step(const Bytes (&columns)[4], ByteStep &to) {
+        for (int i = 0; i < 8; i++) {
+            const Bytes values = look_up(VALUES, nibbles(columns[i % 4], i / 4));
+            to.weights[i] = MIXED ? values ^ (int32_t)0x80808080 : values;
+        }
+    }
+};
+
+struct IQ4_NL : Nonlinear {
+    static constexpr int ID = 20, BYTES = 18, STEPS = 1, HALF_AT = 0;
+
+    template <class Rows>
+    static void unpack(Rows rows, ByteStep *to, int) {
+        Bytes columns[4];
+        rows.columns(2, columns);
+        unpack_step(columns, *to);
         to->scales[0] = rows.halves(0);
     }
 };
@@ -342,7 +387,7 @@ struct List {
         return ((id == Types::ID && (use(Types{}), true)) || ...);
     }
 };
-using KnownTypes = List<Q8_0, Q4_0, Q5_0, Q4_K, Q5_K, Q6_K, Float16, BFloat16, Float32>;
+using KnownTypes = List<Q8_0, Q4_0, Q5_0, IQ4_NL, Q4_K, Q5_K, Q6_K, Float16, BFloat16, Float32>;
 
 }  // namespace
 }  // namespace products
