@@ -186,7 +186,7 @@ def test_200_requests_of_the_built_in_model(folder):
     ("file_type", "kv_type"),
     [
         *(("Q8_0", "f16"), ("Q4_0", "exact"), ("Q4_0", "f16"), ("Q4_K_M", "exact"), ("Q6_K", "exact")),
-        ("IQ4_NL", "exact"),
+        *(("Q4_1", "exact"), ("IQ4_NL", "exact")),
         *(("F32", "exact"), ("F16", "exact"), ("F16", "f16"), ("BF16", "exact")),
     ],
 )
@@ -249,7 +249,9 @@ QUANTIZED = (
 EVERY_PROMISE = [(name, kv_type) for name in (*QUANTIZED, *FLOATS) for kv_type in ("exact", "f16")]
 
 
-@pytest.mark.parametrize(("file_type", "computes_all"), [("Q8_0", True), ("Q4_K_M", True), ("Q4_1", False)])
+@pytest.mark.parametrize(
+    ("file_type", "computes_all"), [("Q8_0", True), ("Q4_1", True), ("Q4_K_M", True), ("Q3_K_M", False)]
+)
 def test_the_runner_knows_whether_the_kernels_compute_everything(folder, file_type, computes_all):
     """If the kernels compute everything, the elementwise operations of a single token use one thread, else all."""
     if not accelerator.supports_quantized():

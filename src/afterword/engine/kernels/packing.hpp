@@ -165,6 +165,9 @@ struct Packing {
 inline Floats lower_halves(Bytes x) {
 #ifdef __AVX512F__
     return (Floats)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)x));
+#elif defined(__AVX2__) && defined(__F16C__)
+    const __m256i lower = (__m256i)(x & 0xffff), packed = _mm256_packus_epi32(lower, lower);  // of each 128 bits
+    return (Floats)_mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 8)));
 #else
     return from_half(x & 0xffff);
 #endif

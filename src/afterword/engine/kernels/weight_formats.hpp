@@ -20,7 +20,7 @@ constexpr int STEP = 32;  // elements
 struct ByteStep {
     Bytes weights[STEP / 4];
     Floats scales[2];  // of each half of the step
-    Floats least;      // the minimum of K-quants, which is subtracted
+    Floats least;      // the minimum of the step, which is subtracted
 };
 
 // A step of 32 activations of one column, rounded to bytes.
@@ -185,6 +185,25 @@ struct Q4_0 : Quantized {
         rows.columns(2, columns);
         for (int i = 0; i < 8; i++) to->weights[i] = nibbles(columns[i % 4], i / 4);
         to->scales[0] = rows.halves(0);
+    }
+};
+
+// The half that scales a block and the half that is added to its products, which are the halves of one word.
+inline void unpack_halves(Bytes word, ByteStep &to) {
+    to.scales[0] = lower_halves(word);
+    to.least = -upper_halves(word);
+}
+
+struct Q4_1 : Quantized {
+    static constexpr int ID = 3, BYTES = 20, STEPS = 1, EXCESS = 0;
+    static constexpr bool LEAST = true;
+
+    template <class Rows>
+    static void unpack(Rows rows, ByteStep *to, int) {
+        Bytes columns[4];
+        rows.columns(4, columns);
+        for (int i = 0; i < 8; i++) to->weights[i] = nibbles(columns[i % 4], i / 4);
+        unpack_halves(rows.column(0), *to);
     }
 };
 
@@ -387,7 +406,7 @@ struct List {
         return ((id == Types::ID && (use(Types{}), true)) || ...);
     }
 };
-using KnownTypes = List<Q8_0, Q4_0, Q5_0, IQ4_NL, Q4_K, Q5_K, Q6_K, Float16, BFloat16, Float32>;
+using KnownTypes = List<Q8_0, Q4_0, Q4_1, Q5_0, IQ4_NL, Q4_K, Q5_K, Q6_K, Float16, BFloat16, Float32>;
 
 }  // namespace
 }  // namespace products
