@@ -15,7 +15,7 @@ from afterword.engine.llama import accelerator
 from afterword.engine.llama.library import native
 from ggml_tensors import Tensor, tensor, with_sources
 
-QUANTIZED = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K"]
+QUANTIZED = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K"]
 FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": None}
 TYPES = [*QUANTIZED, *FLOATS]
 SCALES = {  # offsets of the halves in a block; random bits could be NaN or infinity, so they get small numbers
@@ -23,6 +23,7 @@ SCALES = {  # offsets of the halves in a block; random bits could be NaN or infi
     "Q4_0": [0],
     "Q4_1": [0, 2],
     "Q5_0": [0],
+    "Q5_1": [0, 2],
     "IQ4_NL": [0],
     "Q4_K": [0, 2],
     "Q5_K": [0, 2],
@@ -221,13 +222,16 @@ def test_columns_may_have_a_larger_stride(kernel):
     assert (product(kernel, "Q8_0", raw, apart) == product(kernel, "Q8_0", raw, apart.copy())).all()
 
 
-def test_nan_and_infinity_do_not_reach_other_columns(kernel):
-    raw, _ = weights("Q8_0", 40, 256)
+@pytest.mark.parametrize("name", TYPES)
+def test_nan_and_infinity_stay_visible_and_do_not_reach_other_columns(kernel, name):
+    raw, _ = weights(name, 40, 256)
     x = activations(3, 256)
-    expected = product(kernel, "Q8_0", raw, x)
+    expected = product(kernel, name, raw, x)
     x[1, 5] = np.nan
     x[1, 40] = np.inf
-    assert (product(kernel, "Q8_0", raw, x)[[0, 2]] == expected[[0, 2]]).all()
+    found = product(kernel, name, raw, x)
+    assert (found[[0, 2]] == expected[[0, 2]]).all()
+    assert np.isnan(found[1]).all()
 
 
 def test_other_products_are_refused(kernel):

@@ -207,20 +207,37 @@ struct Q4_1 : Quantized {
     }
 };
 
+// The 32 weights of a step of Q5_0 and Q5_1: their fifth bits lie in the word at `at`, the others in the 16 bytes after it.
+template <class Rows>
+inline void unpack_five_bits(Rows rows, int at, ByteStep &to) {
+    Bytes columns[4];
+    const Bytes fifth = rows.column(at);
+    rows.columns(at + 4, columns);
+    for (int i = 0; i < 8; i++) {
+        // Moves four bits to four bytes: the product adds copies, each shifted by seven bits more than the previous one.
+        const Bytes spread = bits(((fifth >> 4 * i) & 15) * 0x00204081, 0, 1);
+        to.weights[i] = nibbles(columns[i % 4], i / 4) | spread << 4;
+    }
+}
+
 struct Q5_0 : Quantized {
     static constexpr int ID = 6, BYTES = 22, STEPS = 1, HALF_AT = 0, EXCESS = 16;
 
     template <class Rows>
     static void unpack(Rows rows, ByteStep *to, int) {
-        Bytes columns[4];
-        const Bytes fifth = rows.column(2);
-        rows.columns(6, columns);
-        for (int i = 0; i < 8; i++) {
-            // Moves four bits to four bytes: the product adds copies, each shifted by seven bits more than the previous one.
-            const Bytes spread = bits(((fifth >> 4 * i) & 15) * 0x00204081, 0, 1);
-            to->weights[i] = nibbles(columns[i % 4], i / 4) | spread << 4;
-        }
+        unpack_five_bits(rows, 2, *to);
         to->scales[0] = rows.halves(0);
+    }
+};
+
+struct Q5_1 : Quantized {
+    static constexpr int ID = 7, BYTES = 24, STEPS = 1, EXCESS = 0;
+    static constexpr bool LEAST = true;
+
+    template <class Rows>
+    static void unpack(Rows rows, ByteStep *to, int) {
+        unpack_five_bits(rows, 4, *to);
+        unpack_halves(rows.column(0), *to);
     }
 };
 
@@ -406,7 +423,7 @@ struct List {
         return ((id == Types::ID && (use(Types{}), true)) || ...);
     }
 };
-using KnownTypes = List<Q8_0, Q4_0, Q4_1, Q5_0, IQ4_NL, Q4_K, Q5_K, Q6_K, Float16, BFloat16, Float32>;
+using KnownTypes = List<Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, Q4_K, Q5_K, Q6_K, Float16, BFloat16, Float32>;
 
 }  // namespace
 }  // namespace products
