@@ -186,7 +186,7 @@ def test_200_requests_of_the_built_in_model(folder):
     ("file_type", "kv_type"),
     [
         *(("Q8_0", "f16"), ("Q4_0", "exact"), ("Q4_0", "f16"), ("Q4_K_M", "exact"), ("Q6_K", "exact")),
-        *((name, "exact") for name in ("Q4_1", "IQ4_NL", "Q5_1")),
+        *((name, "exact") for name in ("Q4_1", "IQ4_NL", "Q5_1", "IQ4_XS")),
         *(("F32", "exact"), ("F16", "exact"), ("F16", "f16"), ("BF16", "exact")),
     ],
 )

@@ -268,6 +268,25 @@ struct IQ4_NL : Nonlinear {
     }
 };
 
+struct IQ4_XS : Nonlinear {
+    static constexpr int ID = 23, BYTES = 136, STEPS = 8;
+
+    template <class Rows>
+    static void unpack(Rows rows, ByteStep *to, int apart) {
+        Bytes header[4];  // two words: a half and the 2 upper bits of the eight scales, then their 4 lower bits
+        rows.columns(0, header);
+        const Floats scale = lower_halves(header[0]);
+#pragma GCC unroll 8
+        for (int step = 0; step < 8; step++) {
+            Bytes columns[4];
+            rows.columns(8 + 16 * step, columns);
+            unpack_step(columns, to[step * apart]);
+            const Bytes units = ((header[1] >> 4 * step) & 0x0f) | ((header[0] >> (16 + 2 * step)) & 3) << 4;
+            to[step * apart].scales[0] = scale * to_floats(units - 32);
+        }
+    }
+};
+
 // Scales and minimums of Q4_K and Q5_K: eight of each, with 6 bits, in 12 bytes after two halves.
 template <class Rows>
 inline void unpack_header(Rows rows, ByteStep *to, int apart) {
@@ -423,7 +442,7 @@ struct List {
         return ((id == Types::ID && (use(Types{}), true)) || ...);
     }
 };
-using KnownTypes = List<Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, Q4_K, Q5_K, Q6_K, Float16, BFloat16, Float32>;
+using KnownTypes = List<Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, IQ4_XS, Q4_K, Q5_K, Q6_K, Float16, BFloat16, Float32>;
 
 }  // namespace
 }  // namespace products
