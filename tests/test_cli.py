@@ -380,6 +380,7 @@ def test_the_environment_sets_options():
         ("llama", "Q8_0 F32", 0, "exact", ("exact", "none")),
         ("llama", "IQ4_NL Q6_K", 0, "exact", ("exact", "exact")),
         ("llama", "Q4_K Q6_K IQ4_NL", 0, "exact", ("exact", "none")),
+        ("llama", "MXFP4 F16", 0, "exact", ("exact", "none")),
         ("llama", "IQ4_XS Q5_K Q6_K", 0, "exact", ("exact", "none")),
         # types that are not in the name of the file
         ("llama", "Q4_K Q6_K IQ3_S", 0, "exact", ("none", "none")),

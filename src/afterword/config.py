@@ -40,7 +40,7 @@ Measured by tests/engine/test_architectures.py.
 
 KERNEL_TYPES = frozenset(
     (
-        *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS"),
+        *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS", "MXFP4"),
         *("Q4_K", "Q5_K", "Q6_K"),
     )
 )

@@ -15,7 +15,7 @@ from afterword.engine.llama import accelerator
 from afterword.engine.llama.library import native
 from ggml_tensors import Tensor, tensor, with_sources
 
-QUANTIZED = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K"]
+QUANTIZED = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS", "MXFP4", "Q4_K", "Q5_K", "Q6_K"]
 FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": None}
 TYPES = [*QUANTIZED, *FLOATS]
 SCALES = {  # offsets of the halves in a block; random bits could be NaN or infinity, so they get small numbers
@@ -26,6 +26,7 @@ SCALES = {  # offsets of the halves in a block; random bits could be NaN or infi
     "Q5_1": [0, 2],
     "IQ4_NL": [0],
     "IQ4_XS": [0],
+    "MXFP4": [],
     "Q4_K": [0, 2],
     "Q5_K": [0, 2],
     "Q6_K": [208],
@@ -96,6 +97,8 @@ def weights(name: str, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     shape = quants.quant_shape_to_byte_shape((rows, length), kind)
     raw = rng.integers(0, 256, shape, np.uint8)
     blocks = raw.reshape(rows, -1, GGML_QUANT_SIZES[kind][1])
+    if name == "MXFP4":  # the scale is an exponent
+        blocks[:, :, 0] = rng.integers(116, 124, blocks.shape[:2])
     for offset in SCALES[name]:
         halves = rng.uniform(-0.02, 0.02, blocks.shape[:2]).astype(np.float16)
         blocks[:, :, offset : offset + 2] = halves[..., None].view(np.uint8)
@@ -214,6 +217,19 @@ def test_the_thread_pool_computes_the_same_bits(kernel, team, columns):
             time.sleep(0.05)  # the threads fall asleep
         if turn % 2 == 0:
             rest(0, None, None)  # the threads sleep at once
+
+
+@pytest.mark.parametrize("exponent", [0, 1, 2, 127, 200])
+def test_exponents_of_mxfp4(kernel, memory, exponent):
+    raw, _ = weights("MXFP4", 40, 32)
+    raw[:, 0] = exponent
+    values = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]) * 2.0 ** (exponent - 128)
+    x = np.full((1, 32), 127 * (2.0**-20 if exponent > 127 else 1), np.float32)  # rounded without an error
+    exact = x[0, 0] * (values[raw[:, 1:] & 15] + values[raw[:, 1:] >> 4]).sum(1)
+    matrix = in_file("MXFP4", raw)
+    assert (product(kernel, "MXFP4", raw, x) == exact).all()
+    with memory.place(matrix, raw):
+        assert (multiplied(kernel, matrix, x) == exact).all()
 
 
 def test_columns_may_have_a_larger_stride(kernel):

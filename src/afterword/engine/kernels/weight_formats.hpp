@@ -148,7 +148,8 @@ inline Bytes look_up(const int8_t (&table)[16], Bytes x) {
 #endif
 }
 
-// Each type has: ggml's number `ID`, the `BYTES` and `STEPS` of a block, the offset `HALF_AT` of its 2-byte scale (-1: none), and
+// Each type has: ggml's number `ID`, the `BYTES` and `STEPS` of a block, the offset `HALF_AT` of its 2-byte scale or
+// `BYTE_AT` of its 1-byte scale (-1: none), and
 // `unpack`, which writes step i of a block of each row to to[i * apart]. Types of bytes also have: `EXCESS`, the constant that is
 // contained in each unpacked byte; `SIGNED`; `HALVES`, whether each half of a step has a scale; `LEAST`, whether a minimum is
 // subtracted.
@@ -157,7 +158,7 @@ struct Quantized {
     using Step = ByteStep;
     using Piece = BytePiece;
     static constexpr bool SIGNED = false, HALVES = false, LEAST = false;
-    static constexpr int HALF_AT = -1;
+    static constexpr int HALF_AT = -1, BYTE_AT = -1;
     static void prepare(const float *from, Piece &to) { round_piece(from, to); }
 };
 
@@ -265,6 +266,22 @@ struct IQ4_NL : Nonlinear {
         rows.columns(2, columns);
         unpack_step(columns, *to);
         to->scales[0] = rows.halves(0);
+    }
+};
+
+// Each number of 4 bits stands for one of 16 bytes, from -12 to 12; a block has a power of two as its scale.
+struct MXFP4 : Quantized {
+    static constexpr int ID = 39, BYTES = 17, STEPS = 1, BYTE_AT = 0, EXCESS = 12;
+    static constexpr int8_t VALUES[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};  // plus EXCESS
+
+    template <class Rows>
+    static void unpack(Rows rows, ByteStep *to, int) {
+        Bytes columns[4];
+        rows.columns(1, columns);
+        for (int i = 0; i < 8; i++) to->weights[i] = look_up(VALUES, nibbles(columns[i % 4], i / 4));
+        // 2 to the power of `exponent - 128`, which is subnormal for the exponents 0 and 1.
+        const Bytes exponent = rows.bytes(0);
+        to->scales[0] = (Floats)(exponent < 2 ? (exponent + 1) << 21 : (exponent - 1) << 23);
     }
 };
 
@@ -380,7 +397,7 @@ struct Plain {
     struct Piece {
         float elements[STEP];
     };
-    static constexpr int STEPS = 1, HALF_AT = -1;
+    static constexpr int STEPS = 1, HALF_AT = -1, BYTE_AT = -1;
     static void prepare(const float *from, Piece &to) { std::memcpy(to.elements, from, sizeof to.elements); }
 };
 
@@ -442,7 +459,7 @@ struct List {
         return ((id == Types::ID && (use(Types{}), true)) || ...);
     }
 };
-using KnownTypes = List<Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, IQ4_XS, Q4_K, Q5_K, Q6_K, Float16, BFloat16, Float32>;
+using KnownTypes = List<Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, IQ4_XS, MXFP4, Q4_K, Q5_K, Q6_K, Float16, BFloat16, Float32>;
 
 }  // namespace
 }  // namespace products
