@@ -55,12 +55,12 @@ def test_other_architectures_have_no_promise_and_similar_numbers(tmp_path, archi
 
 
 def concurrent_scores(loop: EngineLoop, jobs):
-    scored = {run: [] for run in range(-len(jobs), 0)}
-    for run, job in zip(scored, jobs, strict=True):
-        loop.start(run, job)
+    scored = {job_id: [] for job_id in range(-len(jobs), 0)}
+    for job_id, job in zip(scored, jobs, strict=True):
+        loop.start(job_id, job)
     while (passed := loop.step()) is not None:
-        for run, step in passed.items():
-            scored[run] += step.scored
+        for job_id, step in passed.items():
+            scored[job_id] += step.scored
     return list(scored.values())
 
 

@@ -27,7 +27,7 @@ Tensor floats_of(const std::vector<float> &data, int64_t ne0, int64_t ne1 = 1, i
 }
 
 void compute_or_exit(const char *name, const Tensor &node, int count) {
-    if (!operation_takes(name, &node)) std::printf("%s refuses its operands\n", name), std::exit(2);
+    if (!operation_supports(name, &node)) std::printf("%s refuses its operands\n", name), std::exit(2);
     operation_compute(name, &node, count);
 }
 
@@ -78,7 +78,7 @@ Buffer *fake_make_buffer(BufferType *type, BufferCalls calls, void *context, siz
 
 void run_matmul(const Options &options) {
     constexpr int64_t ROWS = 77, LENGTH = 768;
-    if (!accelerator_multiplies()) return;
+    if (!accelerator_supports_quantized()) return;
     for (const WeightType &type : WEIGHT_TYPES) {
         const std::vector<char> file = weights_of(type, ROWS, LENGTH);
         Tensor weights = tensor_of(type.id, type.bytes, file.data(), LENGTH, ROWS);
@@ -242,8 +242,8 @@ int main(int count, char **arguments) {
     if (count < 3) return 2;
     const Options options{std::atoi(arguments[1]), std::atoi(arguments[2])};
     ggml.make_buffer = fake_make_buffer;
-    accelerator_prepare(options.threads, 1);
-    void *const run = accelerator_lead(1);
+    accelerator_configure(options.threads, 1);
+    void *const run = accelerator_use_thread_pool(1);
     if (count > 3) run_threads(2, [](int) { return run_threads(2, [](int) { return MemoryRange{}; }), MemoryRange{}; });
     run_matmul(options);
     run_attention(options);
