@@ -87,15 +87,18 @@ class Memory:
         return raw
 
 
-def weights(name: str, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random blocks in the order of a file, [row, byte], and their values, [row, element]."""
+def weights(name: str, rows: int, length: int, filled: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Random blocks in the order of a file, [row, byte], and their values, [row, element].
+
+    `filled`: the value of all bytes but the scales of blocks.
+    """
     kind = GGMLQuantizationType[name]
     rng = np.random.default_rng(1)
     if name in FLOATS:
         raw = quants.quantize(rng.normal(size=(rows, length)).astype(np.float32), kind).view(np.uint8)
         return raw, quants.dequantize(raw if name == "BF16" else raw.view(FLOATS[name]), kind)
     shape = quants.quant_shape_to_byte_shape((rows, length), kind)
-    raw = rng.integers(0, 256, shape, np.uint8)
+    raw = rng.integers(0, 256, shape, np.uint8) if filled is None else np.full(shape, filled, np.uint8)
     blocks = raw.reshape(rows, -1, GGML_QUANT_SIZES[kind][1])
     if name == "MXFP4":  # the scale is an exponent
         blocks[:, :, 0] = rng.integers(116, 124, blocks.shape[:2])
@@ -154,6 +157,16 @@ def test_products_agree_with_numpy(kernel, name, rows, columns, length):
     exact = rounded_x @ values.astype(np.float64).T
     size = np.abs(rounded_x) @ np.abs(values.astype(np.float64)).T
     assert np.abs((product(kernel, name, raw, x) - exact) / size).max() < ROUNDING
+
+
+@pytest.mark.parametrize("filled", [0x00, 0x77, 0xFF])
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_the_largest_bytes_overflow_no_sum(kernel, name, filled):
+    raw, values = weights(name, 16, 512, filled)
+    values = values.astype(np.float64)
+    x = np.repeat(np.array([[1], [-1]], np.float32), 512, axis=1)
+    size = np.abs(values).sum(1) + 1e-30
+    assert (np.abs(product(kernel, name, raw, x) - x.astype(np.float64) @ values.T) / size).max() < ROUNDING
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

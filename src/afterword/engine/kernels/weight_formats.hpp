@@ -79,6 +79,19 @@ inline Bytes dot(Bytes sum, Bytes weights, Bytes x) {
 }
 #endif
 
+// Sums of two products of unsigned bytes in 16 bits each. Used only where that saves instructions.
+#if defined(__AVX2__) && !defined(__AVX512BW__) && !defined(__AVXVNNI__)
+constexpr bool PAIRS = true;
+inline Bytes add_pairs(Bytes sums, Bytes weights, Bytes x) {
+    return (Bytes)_mm256_add_epi16((__m256i)sums, _mm256_maddubs_epi16((__m256i)weights, (__m256i)x));
+}
+inline Bytes join_pairs(Bytes sums) { return (Bytes)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1)); }
+#else
+constexpr bool PAIRS = false;
+inline Bytes add_pairs(Bytes sums, Bytes, Bytes) { return sums; }
+inline Bytes join_pairs(Bytes sums) { return sums; }
+#endif
+
 // ---- activations
 
 inline Bytes round_numbers(Floats x) {
@@ -152,13 +165,13 @@ inline Bytes look_up(const int8_t (&table)[16], Bytes x) {
 // `BYTE_AT` of its 1-byte scale (-1: none), and
 // `unpack`, which writes step i of a block of each row to to[i * apart]. Types of bytes also have: `EXCESS`, the constant that is
 // contained in each unpacked byte; `SIGNED`; `HALVES`, whether each half of a step has a scale; `LEAST`, whether a minimum is
-// subtracted.
+// subtracted; `MOST`, the largest unpacked byte.
 
 struct Quantized {
     using Step = ByteStep;
     using Piece = BytePiece;
     static constexpr bool SIGNED = false, HALVES = false, LEAST = false;
-    static constexpr int HALF_AT = -1, BYTE_AT = -1;
+    static constexpr int HALF_AT = -1, BYTE_AT = -1, MOST = 255;
     static void prepare(const float *from, Piece &to) { round_piece(from, to); }
 };
 
@@ -178,7 +191,7 @@ struct Q8_0 : Quantized {
 };
 
 struct Q4_0 : Quantized {
-    static constexpr int ID = 2, BYTES = 18, STEPS = 1, HALF_AT = 0, EXCESS = 8;
+    static constexpr int ID = 2, BYTES = 18, STEPS = 1, HALF_AT = 0, EXCESS = 8, MOST = 15;
 
     template <class Rows>
     static void unpack(Rows rows, ByteStep *to, int) {
@@ -196,7 +209,7 @@ inline void unpack_halves(Bytes word, ByteStep &to) {
 }
 
 struct Q4_1 : Quantized {
-    static constexpr int ID = 3, BYTES = 20, STEPS = 1, EXCESS = 0;
+    static constexpr int ID = 3, BYTES = 20, STEPS = 1, EXCESS = 0, MOST = 15;
     static constexpr bool LEAST = true;
 
     template <class Rows>
@@ -222,7 +235,7 @@ inline void unpack_five_bits(Rows rows, int at, ByteStep &to) {
 }
 
 struct Q5_0 : Quantized {
-    static constexpr int ID = 6, BYTES = 22, STEPS = 1, HALF_AT = 0, EXCESS = 16;
+    static constexpr int ID = 6, BYTES = 22, STEPS = 1, HALF_AT = 0, EXCESS = 16, MOST = 31;
 
     template <class Rows>
     static void unpack(Rows rows, ByteStep *to, int) {
@@ -232,7 +245,7 @@ struct Q5_0 : Quantized {
 };
 
 struct Q5_1 : Quantized {
-    static constexpr int ID = 7, BYTES = 24, STEPS = 1, EXCESS = 0;
+    static constexpr int ID = 7, BYTES = 24, STEPS = 1, EXCESS = 0, MOST = 31;
     static constexpr bool LEAST = true;
 
     template <class Rows>
@@ -271,7 +284,7 @@ struct IQ4_NL : Nonlinear {
 
 // Each number of 4 bits stands for one of 16 bytes, from -12 to 12; a block has a power of two as its scale.
 struct MXFP4 : Quantized {
-    static constexpr int ID = 39, BYTES = 17, STEPS = 1, BYTE_AT = 0, EXCESS = 12;
+    static constexpr int ID = 39, BYTES = 17, STEPS = 1, BYTE_AT = 0, EXCESS = 12, MOST = 24;
     static constexpr int8_t VALUES[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};  // plus EXCESS
 
     template <class Rows>
@@ -320,7 +333,7 @@ inline void unpack_header(Rows rows, ByteStep *to, int apart) {
 }
 
 struct Q4_K : Quantized {
-    static constexpr int ID = 12, BYTES = 144, STEPS = 8, EXCESS = 0;
+    static constexpr int ID = 12, BYTES = 144, STEPS = 8, EXCESS = 0, MOST = 15;
     static constexpr bool LEAST = true;
 
     template <class Rows>
@@ -339,7 +352,7 @@ struct Q4_K : Quantized {
 };
 
 struct Q5_K : Quantized {
-    static constexpr int ID = 13, BYTES = 176, STEPS = 8, EXCESS = 0;
+    static constexpr int ID = 13, BYTES = 176, STEPS = 8, EXCESS = 0, MOST = 31;
     static constexpr bool LEAST = true;
 
     template <class Rows>
