@@ -378,10 +378,12 @@ def test_the_environment_sets_options():
         ("llama", "Q4_K Q6_K Q4_1", 0, "exact", ("exact", "exact")),
         ("llama", "F16", 0, "exact", ("exact", "none")),
         ("llama", "Q8_0 F32", 0, "exact", ("exact", "none")),
-        ("llama", "IQ4_XS Q6_K", 0, "exact", ("none", "exact")),
+        ("llama", "IQ4_NL Q6_K", 0, "exact", ("exact", "exact")),
+        ("llama", "Q4_K Q6_K IQ4_NL", 0, "exact", ("exact", "none")),
+        ("llama", "MXFP4 F16", 0, "exact", ("exact", "none")),
+        ("llama", "IQ4_XS Q5_K Q6_K", 0, "exact", ("exact", "none")),
         # types that are not in the name of the file
         ("llama", "Q4_K Q6_K IQ3_S", 0, "exact", ("none", "none")),
-        ("llama", "Q4_K Q6_K IQ4_NL", 0, "exact", ("none", "none")),
         ("llama", "", 0, "exact", ("none", "none")),
         # no test shows that they are reproducible
         ("llama", "Q8_0", 8, "exact", ("none", "none")),

@@ -49,7 +49,9 @@ def quantized(folder: Path, file_type: str) -> Path:
     path = folder / f"{file_type}.gguf"
     if not path.exists():
         params = native.llama_model_quantize_default_params()
-        params.ftype = getattr(native, f"LLAMA_FTYPE_{'ALL' if file_type == 'F32' else 'MOSTLY'}_{file_type}")
+        name = {"F32": "ALL_F32", "MXFP4": "MOSTLY_MXFP4_MOE"}.get(file_type, f"MOSTLY_{file_type}")
+        params.ftype = getattr(native, f"LLAMA_FTYPE_{name}")
+        params.pure = file_type == "MXFP4"  # otherwise only experts get this type
         params.allow_requantize, params.nthread = True, 1
         assert native.llama_model_quantize(bytes(builtin_path()), bytes(path), ctypes.byref(params)) == 0
     return path
@@ -188,6 +190,7 @@ def test_200_requests_of_the_built_in_model(folder):
     ("file_type", "kv_type"),
     [
         *(("Q8_0", "f16"), ("Q4_0", "exact"), ("Q4_0", "f16"), ("Q4_K_M", "exact"), ("Q6_K", "exact")),
+        *((name, "exact") for name in ("Q4_1", "IQ4_NL", "Q5_1", "IQ4_XS", "MXFP4")),
         *(("F32", "exact"), ("F16", "exact"), ("F16", "f16"), ("BF16", "exact")),
     ],
 )
@@ -197,7 +200,7 @@ def test_other_types_of_weights_and_of_keys_and_values(folder, file_type, kv_typ
 
 
 def skip_without_kernels(file_type: str) -> None:
-    if file_type in FLOATS and not accelerator.supports_quantized():
+    if file_type in WITH_KERNELS_ONLY and not accelerator.supports_quantized():
         pytest.skip(f"{file_type} has no promise without the kernels' matmuls")
 
 
@@ -244,13 +247,16 @@ def test_preempted_samples_are_reproducible(folder, monkeypatch, file_type, kv_t
 
 FLOATS = ("BF16", "F16", "F32")
 QUANTIZED = (
-    *("Q8_0", "Q4_0", "IQ4_NL", "IQ4_XS", "Q4_1", "Q5_0", "Q5_1"),
+    *("Q8_0", "Q4_0", "IQ4_NL", "IQ4_XS", "Q4_1", "Q5_0", "Q5_1", "MXFP4"),
     *("Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K"),
 )
+WITH_KERNELS_ONLY = (*FLOATS, "MXFP4")
 EVERY_PROMISE = [(name, kv_type) for name in (*QUANTIZED, *FLOATS) for kv_type in ("exact", "f16")]
 
 
-@pytest.mark.parametrize(("file_type", "computes_all"), [("Q8_0", True), ("Q4_K_M", True), ("Q4_1", False)])
+@pytest.mark.parametrize(
+    ("file_type", "computes_all"), [("Q8_0", True), ("Q4_1", True), ("Q4_K_M", True), ("Q3_K_M", False)]
+)
 def test_the_runner_knows_whether_the_kernels_compute_everything(folder, file_type, computes_all):
     """If the kernels compute everything, the elementwise operations of a single token use one thread, else all."""
     if not accelerator.supports_quantized():
@@ -269,7 +275,7 @@ def test_many_requests_of_every_type(folder, file_type, kv_type):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kv_type", ["exact", "f16"])
-@pytest.mark.parametrize("file_type", QUANTIZED)
+@pytest.mark.parametrize("file_type", [name for name in QUANTIZED if name not in WITH_KERNELS_ONLY])
 def test_many_requests_with_the_librarys_matmuls(folder, file_type, kv_type):
     """Without the kernels' matmuls, as on a machine where no compiler built the kernels."""
     check(quantized(folder, file_type), kv_type, count=100, own=False)

@@ -41,9 +41,11 @@ struct WeightType {
 };
 
 const WeightType WEIGHT_TYPES[] = {
-    {"Q8_0", 8, 32, 34, {0}, 0},       {"Q4_0", 2, 32, 18, {0}, 0},       {"Q5_0", 6, 32, 22, {0}, 0},
-    {"Q4_K", 12, 256, 144, {0, 2}, 0}, {"Q5_K", 13, 256, 176, {0, 2}, 0}, {"Q6_K", 14, 256, 210, {208}, 0},
-    {"F16", 1, 1, 2, {}, 0x2800},      {"BF16", 30, 1, 2, {}, 0x3800},    {"F32", 0, 1, 4, {}, 0},
+    {"Q8_0", 8, 32, 34, {0}, 0},       {"Q4_0", 2, 32, 18, {0}, 0},      {"Q4_1", 3, 32, 20, {0, 2}, 0},
+    {"Q5_0", 6, 32, 22, {0}, 0},       {"Q5_1", 7, 32, 24, {0, 2}, 0},   {"IQ4_NL", 20, 32, 18, {0}, 0},
+    {"IQ4_XS", 23, 256, 136, {0}, 0},  {"MXFP4", 39, 32, 17, {}, 0},     {"Q4_K", 12, 256, 144, {0, 2}, 0},
+    {"Q5_K", 13, 256, 176, {0, 2}, 0}, {"Q6_K", 14, 256, 210, {208}, 0}, {"F16", 1, 1, 2, {}, 0x2800},
+    {"BF16", 30, 1, 2, {}, 0x3800},    {"F32", 0, 1, 4, {}, 0},
 };
 
 std::vector<char> weights_of(const WeightType &type, int64_t rows, int64_t length) {
@@ -55,6 +57,7 @@ std::vector<char> weights_of(const WeightType &type, int64_t rows, int64_t lengt
         uint16_t half = random.half(type.least_half);
         if (type.bytes == 4) std::memcpy(&made[block], &plain, 4);
         else if (type.least_half) std::memcpy(&made[block], &half, 2);
+        if (type.id == products::MXFP4::ID) made[block] = (char)(120 | (made[block] & 7));
         for (const int at : type.scales) half = random.half(0x1800), std::memcpy(&made[block + at], &half, 2);
     }
     return made;

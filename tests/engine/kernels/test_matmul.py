@@ -15,13 +15,18 @@ from afterword.engine.llama import accelerator
 from afterword.engine.llama.library import native
 from ggml_tensors import Tensor, tensor, with_sources
 
-QUANTIZED = ["Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q5_K", "Q6_K"]
+QUANTIZED = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS", "MXFP4", "Q4_K", "Q5_K", "Q6_K"]
 FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": None}
 TYPES = [*QUANTIZED, *FLOATS]
 SCALES = {  # offsets of the halves in a block; random bits could be NaN or infinity, so they get small numbers
     "Q8_0": [0],
     "Q4_0": [0],
+    "Q4_1": [0, 2],
     "Q5_0": [0],
+    "Q5_1": [0, 2],
+    "IQ4_NL": [0],
+    "IQ4_XS": [0],
+    "MXFP4": [],
     "Q4_K": [0, 2],
     "Q5_K": [0, 2],
     "Q6_K": [208],
@@ -82,24 +87,25 @@ class Memory:
         return raw
 
 
-def weights(name: str, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random blocks in the order of a file, [row, byte], and their values, [row, element]."""
+def weights(name: str, rows: int, length: int, filled: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Random blocks in the order of a file, [row, byte], and their values, [row, element].
+
+    `filled`: the value of all bytes but the scales of blocks.
+    """
     kind = GGMLQuantizationType[name]
     rng = np.random.default_rng(1)
     if name in FLOATS:
         raw = quants.quantize(rng.normal(size=(rows, length)).astype(np.float32), kind).view(np.uint8)
         return raw, quants.dequantize(raw if name == "BF16" else raw.view(FLOATS[name]), kind)
     shape = quants.quant_shape_to_byte_shape((rows, length), kind)
-    raw = rng.integers(0, 256, shape, np.uint8)
-    per_block = quants.quant_shape_to_byte_shape((1, 256), kind)[1] // (256 // BLOCK[name])
-    blocks = raw.reshape(rows, -1, per_block)
+    raw = rng.integers(0, 256, shape, np.uint8) if filled is None else np.full(shape, filled, np.uint8)
+    blocks = raw.reshape(rows, -1, GGML_QUANT_SIZES[kind][1])
+    if name == "MXFP4":  # the scale is an exponent
+        blocks[:, :, 0] = rng.integers(116, 124, blocks.shape[:2])
     for offset in SCALES[name]:
         halves = rng.uniform(-0.02, 0.02, blocks.shape[:2]).astype(np.float16)
         blocks[:, :, offset : offset + 2] = halves[..., None].view(np.uint8)
     return raw, quants.dequantize(raw, kind)
-
-
-BLOCK = {name: 256 if name.endswith("K") else 32 for name in QUANTIZED}
 
 
 def rounded(x: np.ndarray) -> np.ndarray:
@@ -151,6 +157,16 @@ def test_products_agree_with_numpy(kernel, name, rows, columns, length):
     exact = rounded_x @ values.astype(np.float64).T
     size = np.abs(rounded_x) @ np.abs(values.astype(np.float64)).T
     assert np.abs((product(kernel, name, raw, x) - exact) / size).max() < ROUNDING
+
+
+@pytest.mark.parametrize("filled", [0x00, 0x77, 0xFF])
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_the_largest_bytes_overflow_no_sum(kernel, name, filled):
+    raw, values = weights(name, 16, 512, filled)
+    values = values.astype(np.float64)
+    x = np.repeat(np.array([[1], [-1]], np.float32), 512, axis=1)
+    size = np.abs(values).sum(1) + 1e-30
+    assert (np.abs(product(kernel, name, raw, x) - x.astype(np.float64) @ values.T) / size).max() < ROUNDING
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -216,6 +232,19 @@ def test_the_thread_pool_computes_the_same_bits(kernel, thread_pool, columns):
             rest(0, None, None)  # the threads sleep at once
 
 
+@pytest.mark.parametrize("exponent", [0, 1, 2, 127, 200])
+def test_exponents_of_mxfp4(kernel, memory, exponent):
+    raw, _ = weights("MXFP4", 40, 32)
+    raw[:, 0] = exponent
+    values = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]) * 2.0 ** (exponent - 128)
+    x = np.full((1, 32), 127 * (2.0**-20 if exponent > 127 else 1), np.float32)  # rounded without an error
+    exact = x[0, 0] * (values[raw[:, 1:] & 15] + values[raw[:, 1:] >> 4]).sum(1)
+    matrix = in_file("MXFP4", raw)
+    assert (product(kernel, "MXFP4", raw, x) == exact).all()
+    with memory.place(matrix, raw):
+        assert (multiplied(kernel, matrix, x) == exact).all()
+
+
 def test_columns_may_have_a_larger_stride(kernel):
     raw, _ = weights("Q8_0", 40, 256)
     wide = activations(4, 512)
@@ -245,18 +274,21 @@ def test_columns_at_irregular_distances_are_refused(kernel):
     assert not kernel.operation_supports(b"MUL_MAT", ctypes.byref(node)), "a fourth axis"
 
 
-def test_nan_and_infinity_do_not_reach_other_columns(kernel):
-    raw, _ = weights("Q8_0", 40, 256)
+@pytest.mark.parametrize("name", TYPES)
+def test_nan_and_infinity_stay_visible_and_do_not_reach_other_columns(kernel, name):
+    raw, _ = weights(name, 40, 256)
     x = activations(3, 256)
-    expected = product(kernel, "Q8_0", raw, x)
+    expected = product(kernel, name, raw, x)
     x[1, 5] = np.nan
     x[1, 40] = np.inf
-    assert (product(kernel, "Q8_0", raw, x)[[0, 2]] == expected[[0, 2]]).all()
+    found = product(kernel, name, raw, x)
+    assert (found[[0, 2]] == expected[[0, 2]]).all()
+    assert np.isnan(found[1]).all()
 
 
 def test_other_products_are_refused(kernel):
     raw, _ = weights("Q8_0", 32, 256)
-    matrix = Tensor(type=int(GGMLQuantizationType.IQ4_NL), data=raw.ctypes.data)
+    matrix = Tensor(type=int(GGMLQuantizationType.IQ3_S), data=raw.ctypes.data)
     matrix.ne[:] = [256, 32, 1, 1]
     x, out = activations(1, 256), np.zeros((1, 32), np.float32)
     node = with_sources(tensor(out[None, None]), matrix, tensor(x[None, None]))

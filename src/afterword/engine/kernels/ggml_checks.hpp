@@ -59,7 +59,12 @@ SAME_NUMBER(elementwise::IN_HALVES, GGML_ROPE_TYPE_NEOX);
 #if (defined(__AVX2__) && defined(__FMA__)) || defined(__ARM_FEATURE_DOTPROD)  // as in matmul.hpp
 SAME_NUMBER(products::Q8_0::ID, GGML_TYPE_Q8_0);
 SAME_NUMBER(products::Q4_0::ID, GGML_TYPE_Q4_0);
+SAME_NUMBER(products::Q4_1::ID, GGML_TYPE_Q4_1);
 SAME_NUMBER(products::Q5_0::ID, GGML_TYPE_Q5_0);
+SAME_NUMBER(products::Q5_1::ID, GGML_TYPE_Q5_1);
+SAME_NUMBER(products::IQ4_NL::ID, GGML_TYPE_IQ4_NL);
+SAME_NUMBER(products::IQ4_XS::ID, GGML_TYPE_IQ4_XS);
+SAME_NUMBER(products::MXFP4::ID, GGML_TYPE_MXFP4);
 SAME_NUMBER(products::Q4_K::ID, GGML_TYPE_Q4_K);
 SAME_NUMBER(products::Q5_K::ID, GGML_TYPE_Q5_K);
 SAME_NUMBER(products::Q6_K::ID, GGML_TYPE_Q6_K);

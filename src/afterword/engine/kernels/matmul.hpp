@@ -66,7 +66,9 @@ using Sums = Floats[COLUMNS][TILES];
 // Adds a step of bytes: exact sums of integers, then their products with both scales.
 template <class Type, int TILES, int COLUMNS>
 inline void add_step(Sums<TILES, COLUMNS> &total, const ByteStep *weights, const BytePiece *const *columns, int s) {
-    Bytes exact[COLUMNS][TILES];
+    constexpr int FIT = PAIRS ? INT16_MAX / (2 * 127 * Type::MOST) : 0;  // vectors whose sums of two products fit 16 bits
+    constexpr bool IN_PAIRS = !Type::HALVES && FIT >= STEP / 8, TWICE = FIT < STEP / 4;
+    Bytes exact[COLUMNS][TILES], pairs[COLUMNS][TILES] = {};
     const auto start = [&](int half) {
         for (int c = 0; c < COLUMNS; c++) {
             const int32_t *halves = columns[c][s].halves;
@@ -81,16 +83,25 @@ inline void add_step(Sums<TILES, COLUMNS> &total, const ByteStep *weights, const
                 total[c][t] = fused(part, all<Floats>(columns[c][s].scale), total[c][t]);
             }
     };
-    start(0);
+    const auto join = [&] {
+        for (int c = 0; c < COLUMNS; c++)
+            for (int t = 0; t < TILES; t++) exact[c][t] += join_pairs(pairs[c][t]), pairs[c][t] = Bytes{};
+    };
+    if (!IN_PAIRS) start(0);
 #pragma GCC unroll 8
     for (int i = 0; i < STEP / 4; i++) {
+        if (IN_PAIRS && TWICE && i == STEP / 8) start(0), join();
         if (Type::HALVES && i == STEP / 8) finish(0), start(1);
         for (int c = 0; c < COLUMNS; c++) {
             int32_t four;
             std::memcpy(&four, columns[c][s].elements + 4 * i, 4);
-            for (int t = 0; t < TILES; t++) exact[c][t] = dot<Type::SIGNED>(exact[c][t], weights[t].weights[i], Bytes{} + four);
+            for (int t = 0; t < TILES; t++)
+                if (IN_PAIRS) pairs[c][t] = add_pairs(pairs[c][t], weights[t].weights[i], Bytes{} + four);
+                else exact[c][t] = dot<Type::SIGNED>(exact[c][t], weights[t].weights[i], Bytes{} + four);
         }
     }
+    if (IN_PAIRS && !TWICE) start(0);
+    if (IN_PAIRS) join();
     finish(Type::HALVES);
     if (Type::LEAST)
         for (int t = 0; t < TILES; t++)

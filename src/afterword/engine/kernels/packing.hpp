@@ -1,6 +1,6 @@
 // Groups of weight rows, one row to a lane: reads them in the order of the file or packed, and converts between the two.
 //
-// A block in a file consists of 4-byte words, and in some types of a 2-byte scale. In a packed group the first words of all
+// A block in a file consists of 4-byte words, and in some types of a scale of 2 bytes or 1 byte. In a packed group the first words of all
 // rows precede their second words, in the order in which products read them. So a vector is loaded without shuffles, and
 // memory is read from the beginning to the end.
 
@@ -59,6 +59,13 @@ struct InFile {
         return x;
     }
 
+    // One byte of each row, as an integer.
+    Bytes bytes(int at) const {
+        Bytes x;
+        for (int i = 0; i < LANE_ROWS; i++) x[i] = (uint8_t)from[i * stride + at];
+        return x;
+    }
+
     Floats halves(int at) const {
         alignas(32) half bits[LANE_ROWS];
         for (int i = 0; i < LANE_ROWS; i++) std::memcpy(&bits[i], from + i * stride + at, 2);
@@ -98,6 +105,12 @@ struct Packed {
         return x;
     }
 
+    Bytes bytes(int at) const {
+        uint8_t __attribute__((vector_size(LANE_ROWS))) small;
+        std::memcpy(&small, from + at * LANE_ROWS, sizeof small);
+        return __builtin_convertvector(small, Bytes);
+    }
+
     Floats halves(int at) const {
         alignas(32) half bits[LANE_ROWS];
         std::memcpy(bits, from + at * LANE_ROWS, sizeof bits);
@@ -129,13 +142,16 @@ struct Packing {
     void unpack(char *file, int64_t first, int64_t count) const { copy<true>(file, first, count); }
 
    private:
+    // The bytes of one row that lie together in a packed group.
+    static constexpr int size_at(int at) { return at == Type::HALF_AT ? 2 : at == Type::BYTE_AT ? 1 : 4; }
+
     // Packs one group.
     void pack_rows(const char *file, char *to) const {
         for (int64_t block = 0; block < blocks; block++, to += Type::BYTES * LANE_ROWS) {
             const InFile rows{file + block * Type::BYTES, (size_t)blocks * Type::BYTES};
             for (int at = 0, size; at < Type::BYTES; at += size) {
                 const int left = (at < Type::HALF_AT ? Type::HALF_AT : Type::BYTES) - at;
-                size = at == Type::HALF_AT ? 2 : left >= 16 ? 16 : 4;
+                size = size_at(at) == 4 && left >= 16 ? 16 : size_at(at);
                 if (size == 16) {
                     Bytes columns[4];
                     rows.columns(at, columns);
@@ -154,7 +170,7 @@ struct Packing {
             const int64_t row = i / blocks, lane = row % LANE_ROWS;
             char *const block = data + ((row - lane) * blocks + i % blocks * LANE_ROWS) * Type::BYTES;
             for (int at = 0, size; at < Type::BYTES; at += size) {
-                size = at == Type::HALF_AT ? 2 : 4;
+                size = size_at(at);
                 char *const part = block + at * LANE_ROWS + lane * size;
                 std::memcpy(BACK ? file + at : part, BACK ? part : file + at, size);
             }
@@ -165,6 +181,9 @@ struct Packing {
 inline Floats lower_halves(Bytes x) {
 #ifdef __AVX512F__
     return (Floats)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)x));
+#elif defined(__AVX2__) && defined(__F16C__)
+    const __m256i lower = (__m256i)(x & 0xffff), packed = _mm256_packus_epi32(lower, lower);  // of each 128 bits
+    return (Floats)_mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 8)));
 #else
     return from_half(x & 0xffff);
 #endif

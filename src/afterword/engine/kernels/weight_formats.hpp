@@ -20,7 +20,7 @@ constexpr int STEP = 32;  // elements
 struct ByteStep {
     Bytes weights[STEP / 4];
     Floats scales[2];  // of each half of the step
-    Floats least;      // the minimum of K-quants, which is subtracted
+    Floats least;      // the minimum of the step, which is subtracted
 };
 
 // A step of 32 activations of one column, rounded to bytes.
@@ -79,6 +79,19 @@ inline Bytes dot(Bytes sum, Bytes weights, Bytes x) {
 }
 #endif
 
+// Sums of two products of unsigned bytes in 16 bits each. Used only where that saves instructions.
+#if defined(__AVX2__) && !defined(__AVX512BW__) && !defined(__AVXVNNI__)
+constexpr bool PAIRS = true;
+inline Bytes add_pairs(Bytes sums, Bytes weights, Bytes x) {
+    return (Bytes)_mm256_add_epi16((__m256i)sums, _mm256_maddubs_epi16((__m256i)weights, (__m256i)x));
+}
+inline Bytes join_pairs(Bytes sums) { return (Bytes)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1)); }
+#else
+constexpr bool PAIRS = false;
+inline Bytes add_pairs(Bytes sums, Bytes, Bytes) { return sums; }
+inline Bytes join_pairs(Bytes sums) { return sums; }
+#endif
+
 // ---- activations
 
 inline Bytes round_numbers(Floats x) {
@@ -130,16 +143,35 @@ inline Bytes nibbles(Bytes x, int which) { return bits(x, 4 * which, 0x0f); }
 inline Floats unsigned_byte(Bytes x, int which) { return to_floats((x >> 8 * which) & 0xff); }
 inline Floats signed_byte(Bytes x, int which) { return to_floats((x << (24 - 8 * which)) >> 24); }
 
-// Each type has: ggml's number `ID`, the `BYTES` and `STEPS` of a block, the offset `HALF_AT` of its 2-byte scale (-1: none), and
+// The entries of a table that the bytes of `x` number. Each byte must be less than 16.
+inline Bytes look_up(const int8_t (&table)[16], Bytes x) {
+#if defined(__AVX512BW__)
+    const __m512i entries = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table));
+    return (Bytes)_mm512_shuffle_epi8(entries, (__m512i)x);
+#elif defined(__AVX2__)
+    const __m256i entries = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
+    return (Bytes)_mm256_shuffle_epi8(entries, (__m256i)x);
+#else
+    const int8x16_t entries = vld1q_s8(table);
+    uint8x16_t parts[2];
+    std::memcpy(parts, &x, sizeof x);
+    for (uint8x16_t &part : parts) part = vreinterpretq_u8_s8(vqtbl1q_s8(entries, part));
+    std::memcpy(&x, parts, sizeof x);
+    return x;
+#endif
+}
+
+// Each type has: ggml's number `ID`, the `BYTES` and `STEPS` of a block, the offset `HALF_AT` of its 2-byte scale or
+// `BYTE_AT` of its 1-byte scale (-1: none), and
 // `unpack`, which writes step i of a block of each row to to[i * apart]. Types of bytes also have: `EXCESS`, the constant that is
 // contained in each unpacked byte; `SIGNED`; `HALVES`, whether each half of a step has a scale; `LEAST`, whether a minimum is
-// subtracted.
+// subtracted; `MOST`, the largest unpacked byte.
 
 struct Quantized {
     using Step = ByteStep;
     using Piece = BytePiece;
     static constexpr bool SIGNED = false, HALVES = false, LEAST = false;
-    static constexpr int HALF_AT = -1;
+    static constexpr int HALF_AT = -1, BYTE_AT = -1, MOST = 255;
     static void prepare(const float *from, Piece &to) { round_piece(from, to); }
 };
 
@@ -159,7 +191,7 @@ struct Q8_0 : Quantized {
 };
 
 struct Q4_0 : Quantized {
-    static constexpr int ID = 2, BYTES = 18, STEPS = 1, HALF_AT = 0, EXCESS = 8;
+    static constexpr int ID = 2, BYTES = 18, STEPS = 1, HALF_AT = 0, EXCESS = 8, MOST = 15;
 
     template <class Rows>
     static void unpack(Rows rows, ByteStep *to, int) {
@@ -170,20 +202,118 @@ struct Q4_0 : Quantized {
     }
 };
 
-struct Q5_0 : Quantized {
-    static constexpr int ID = 6, BYTES = 22, STEPS = 1, HALF_AT = 0, EXCESS = 16;
+// The half that scales a block and the half that is added to its products, which are the halves of one word.
+inline void unpack_halves(Bytes word, ByteStep &to) {
+    to.scales[0] = lower_halves(word);
+    to.least = -upper_halves(word);
+}
+
+struct Q4_1 : Quantized {
+    static constexpr int ID = 3, BYTES = 20, STEPS = 1, EXCESS = 0, MOST = 15;
+    static constexpr bool LEAST = true;
 
     template <class Rows>
     static void unpack(Rows rows, ByteStep *to, int) {
         Bytes columns[4];
-        const Bytes fifth = rows.column(2);
-        rows.columns(6, columns);
-        for (int i = 0; i < 8; i++) {
-            // Moves four bits to four bytes: the product adds copies, each shifted by seven bits more than the previous one.
-            const Bytes spread = bits(((fifth >> 4 * i) & 15) * 0x00204081, 0, 1);
-            to->weights[i] = nibbles(columns[i % 4], i / 4) | spread << 4;
-        }
+        rows.columns(4, columns);
+        for (int i = 0; i < 8; i++) to->weights[i] = nibbles(columns[i % 4], i / 4);
+        unpack_halves(rows.column(0), *to);
+    }
+};
+
+// The 32 weights of a step of Q5_0 and Q5_1: their fifth bits lie in the word at `at`, the others in the 16 bytes after it.
+template <class Rows>
+inline void unpack_five_bits(Rows rows, int at, ByteStep &to) {
+    Bytes columns[4];
+    const Bytes fifth = rows.column(at);
+    rows.columns(at + 4, columns);
+    for (int i = 0; i < 8; i++) {
+        // Moves four bits to four bytes: the product adds copies, each shifted by seven bits more than the previous one.
+        const Bytes spread = bits(((fifth >> 4 * i) & 15) * 0x00204081, 0, 1);
+        to.weights[i] = nibbles(columns[i % 4], i / 4) | spread << 4;
+    }
+}
+
+struct Q5_0 : Quantized {
+    static constexpr int ID = 6, BYTES = 22, STEPS = 1, HALF_AT = 0, EXCESS = 16, MOST = 31;
+
+    template <class Rows>
+    static void unpack(Rows rows, ByteStep *to, int) {
+        unpack_five_bits(rows, 2, *to);
         to->scales[0] = rows.halves(0);
+    }
+};
+
+struct Q5_1 : Quantized {
+    static constexpr int ID = 7, BYTES = 24, STEPS = 1, EXCESS = 0, MOST = 31;
+    static constexpr bool LEAST = true;
+
+    template <class Rows>
+    static void unpack(Rows rows, ByteStep *to, int) {
+        unpack_five_bits(rows, 4, *to);
+        unpack_halves(rows.column(0), *to);
+    }
+};
+
+// Weights of IQ4_NL and IQ4_XS: each number of 4 bits stands for one of 16 bytes with sign.
+struct Nonlinear : Quantized {
+    static constexpr int EXCESS = MIXED ? 128 : 0;
+    static constexpr bool SIGNED = !MIXED;
+    static constexpr int8_t VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+    // The 32 weights of a step, from 16 bytes of each row.
+    static void unpack_step(const Bytes (&columns)[4], ByteStep &to) {
+        for (int i = 0; i < 8; i++) {
+            const Bytes values = look_up(VALUES, nibbles(columns[i % 4], i / 4));
+            to.weights[i] = MIXED ? values ^ (int32_t)0x80808080 : values;
+        }
+    }
+};
+
+struct IQ4_NL : Nonlinear {
+    static constexpr int ID = 20, BYTES = 18, STEPS = 1, HALF_AT = 0;
+
+    template <class Rows>
+    static void unpack(Rows rows, ByteStep *to, int) {
+        Bytes columns[4];
+        rows.columns(2, columns);
+        unpack_step(columns, *to);
+        to->scales[0] = rows.halves(0);
+    }
+};
+
+// Each number of 4 bits stands for one of 16 bytes, from -12 to 12; a block has a power of two as its scale.
+struct MXFP4 : Quantized {
+    static constexpr int ID = 39, BYTES = 17, STEPS = 1, BYTE_AT = 0, EXCESS = 12, MOST = 24;
+    static constexpr int8_t VALUES[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};  // plus EXCESS
+
+    template <class Rows>
+    static void unpack(Rows rows, ByteStep *to, int) {
+        Bytes columns[4];
+        rows.columns(1, columns);
+        for (int i = 0; i < 8; i++) to->weights[i] = look_up(VALUES, nibbles(columns[i % 4], i / 4));
+        // 2 to the power of `exponent - 128`, which is subnormal for the exponents 0 and 1.
+        const Bytes exponent = rows.bytes(0);
+        to->scales[0] = (Floats)(exponent < 2 ? (exponent + 1) << 21 : (exponent - 1) << 23);
+    }
+};
+
+struct IQ4_XS : Nonlinear {
+    static constexpr int ID = 23, BYTES = 136, STEPS = 8;
+
+    template <class Rows>
+    static void unpack(Rows rows, ByteStep *to, int apart) {
+        Bytes header[4];  // two words: a half and the 2 upper bits of the eight scales, then their 4 lower bits
+        rows.columns(0, header);
+        const Floats scale = lower_halves(header[0]);
+#pragma GCC unroll 8
+        for (int step = 0; step < 8; step++) {
+            Bytes columns[4];
+            rows.columns(8 + 16 * step, columns);
+            unpack_step(columns, to[step * apart]);
+            const Bytes units = ((header[1] >> 4 * step) & 0x0f) | ((header[0] >> (16 + 2 * step)) & 3) << 4;
+            to[step * apart].scales[0] = scale * to_floats(units - 32);
+        }
     }
 };
 
@@ -203,7 +333,7 @@ inline void unpack_header(Rows rows, ByteStep *to, int apart) {
 }
 
 struct Q4_K : Quantized {
-    static constexpr int ID = 12, BYTES = 144, STEPS = 8, EXCESS = 0;
+    static constexpr int ID = 12, BYTES = 144, STEPS = 8, EXCESS = 0, MOST = 15;
     static constexpr bool LEAST = true;
 
     template <class Rows>
@@ -222,7 +352,7 @@ struct Q4_K : Quantized {
 };
 
 struct Q5_K : Quantized {
-    static constexpr int ID = 13, BYTES = 176, STEPS = 8, EXCESS = 0;
+    static constexpr int ID = 13, BYTES = 176, STEPS = 8, EXCESS = 0, MOST = 31;
     static constexpr bool LEAST = true;
 
     template <class Rows>
@@ -280,7 +410,7 @@ struct Plain {
     struct Piece {
         float elements[STEP];
     };
-    static constexpr int STEPS = 1, HALF_AT = -1;
+    static constexpr int STEPS = 1, HALF_AT = -1, BYTE_AT = -1;
     static void prepare(const float *from, Piece &to) { std::memcpy(to.elements, from, sizeof to.elements); }
 };
 
@@ -342,7 +472,7 @@ struct List {
         return ((id == Types::ID && (use(Types{}), true)) || ...);
     }
 };
-using KnownTypes = List<Q8_0, Q4_0, Q5_0, Q4_K, Q5_K, Q6_K, Float16, BFloat16, Float32>;
+using KnownTypes = List<Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, IQ4_XS, MXFP4, Q4_K, Q5_K, Q6_K, Float16, BFloat16, Float32>;
 
 }  // namespace
 }  // namespace products
