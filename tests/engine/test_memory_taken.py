@@ -80,7 +80,10 @@ def write_mamba(path: Path, inner: int, states: int) -> Path:
 
 
 async def estimated_and_used(path: Path, settings: EngineSettings) -> tuple[int, int]:
-    """The estimated bytes, and the worker's resident bytes after it scored a prompt that fills a pass."""
+    """The estimated bytes, and the worker's resident bytes after it scored a prompt that fills a pass.
+
+    Without the memory for snapshots, which are taken when prompts come.
+    """
     (model,) = fit_models([(Model("m", path, "file"), read_facts(path))], settings)
     engine = Supervisor(model.load_message)
     try:
@@ -91,7 +94,7 @@ async def estimated_and_used(path: Path, settings: EngineSettings) -> tuple[int,
         async for _ in engine.start(Job(prompt, 1, 1, Sampling(), (), bytes(16), prompt_alternatives=1)):
             pass
         assert engine.pid is not None
-        return model.memory_bytes, psutil.Process(engine.pid).memory_info().rss
+        return model.memory_bytes - model.load_message.snapshot_bytes, psutil.Process(engine.pid).memory_info().rss
     finally:
         await engine.close()
 

@@ -69,7 +69,13 @@ class TimedRunner(HistoryRunner):
 
     def __init__(self, machine: Machine, process: FakeProcess) -> None:
         settings = machine.settings
-        super().__init__(settings.sequences, settings.chunk, grid=settings.grid)
+        super().__init__(
+            settings.sequences,
+            settings.chunk,
+            grid=settings.grid,
+            can_truncate=not settings.snapshot_bytes,
+            max_snapshots=settings.snapshot_bytes,
+        )
         self.clock_offset = 0.0  # seconds by which this worker's clock is ahead of the event loop's
         self.monitor: PassMonitor | None = None
         self.last_heartbeat = messages.Heartbeat(0, 0, 0, 0.0)

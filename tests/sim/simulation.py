@@ -67,7 +67,7 @@ class Simulation:
     """Owner of the simulated server, clients, workers and checks of one seed.
 
     The seed also selects the kind of load: in one of 8 seeds many equal requests contend for slots, in another one of 8
-    some clients send heavy requests.
+    some clients send heavy requests. In one of 4 seeds slots are truncated with snapshots of one byte each.
     """
 
     def __init__(self, seed: int) -> None:
@@ -78,7 +78,12 @@ class Simulation:
         self._with_faults = random.random() < 0.7 and not self._contended
         self._policy = _policy(random, self._contended)
         settings = LoadModel("sim", 64, random.randint(1, 5), 1, random.choice((4, 8, 32)), "f16", 0, False)
-        settings = msgspec.structs.replace(settings, grid=random.choice((1, 4)), promise="exact")
+        settings = msgspec.structs.replace(
+            settings,
+            grid=random.choice((1, 4)),
+            promise="exact",
+            snapshot_bytes=6 if seed % 4 == 3 else 0,
+        )
         self._machine = Machine(
             Random(random.getrandbits(32)), settings, token_seconds=random.choice((0.002, 0.02, 1.0))
         )
