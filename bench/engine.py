@@ -46,6 +46,7 @@ class Timed:
         self.slots, self.chunk, self.grid, self.capacity = runner.slots, runner.chunk, runner.grid, runner.capacity
         self.min_shared_tokens, self.cached_tokens = runner.min_shared_tokens, runner.cached_tokens
         self.can_truncate, self.max_snapshots = runner.can_truncate, runner.max_snapshots
+        self.free_tokens = runner.free_tokens
 
     def run(self, batch: ForwardBatch) -> Logits:
         """Execute a batch, as the runner does."""

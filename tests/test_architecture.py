@@ -57,13 +57,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine.parent": set(),
     "engine.worker.tokenizer_threads": {"engine.messages", "system"},
     "engine.worker": {"engine.core", *_TOKENIZE, "engine.worker.tokenizer_threads", "system"},
-    "engine.llama": {"engine.kernels", "engine.core", "engine.worker", *_TOKENIZE},
+    "engine.llama": {"engine.kernels", "engine.core", "engine.worker", *_TOKENIZE, "system"},
     "api": {
         *("batch", "completion", "engine.protocol", "engine.parent.model_manager", "engine.parent.supervisor"),
         *("config", "keys", "observability", "observability.metrics", "observability.traces", ""),
     },
     "cli": {
-        *("api", "batch", "completion", "config", "engine.kernels.compiled", "engine.messages"),
+        *("api", "batch", "completion", "config", "engine.kernels", "engine.messages"),
         *("engine.parent.model_manager", "engine.parent.supervisor", "engine.parent.worker_process"),
         *("engine.protocol", "keys", "models", "observability", "observability.metrics", "observability.traces"),
         *("settings", "system", "transport", ""),

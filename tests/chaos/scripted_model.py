@@ -66,6 +66,9 @@ class TableRunner:
         self._table[:, scripted_engine.EOS] += _END
         self._hold = Path(os.environ[HOLD]) if HOLD in os.environ else None
 
+    def free_tokens(self) -> None:
+        return None
+
     def run(self, batch: ForwardBatch) -> Logits:
         while self._hold and min(self._held) >= _HELD_AT and self._hold.exists():
             time.sleep(0.01)

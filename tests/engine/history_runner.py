@@ -52,6 +52,7 @@ class HistoryRunner:
         self.max_snapshots = max_snapshots
         self.snapshots: dict[int, list[int]] = {}
         self.capacity = capacity
+        self.memory: int | None = None  # tokens that the machine has memory for
         self.state: list[list[int]] = [[] for _ in range(slots)]
         self.computed = 0
         self.batches: list[ForwardBatch] = []
@@ -86,6 +87,9 @@ class HistoryRunner:
             assert snapshot is not None, "a recurrent state cannot be truncated"
             assert self.snapshots[snapshot] == held[:keep], "a snapshot belongs to the slot's text"
         return held[:keep]
+
+    def free_tokens(self) -> int | None:
+        return None if self.memory is None else self.memory - sum(map(len, self.state))
 
     def cached_tokens(self, slot: int) -> int:
         return len(self.state[slot])

@@ -174,3 +174,33 @@ def test_spare_sequences_need_memory_and_reduce_the_limit() -> None:
     assert (chosen.context, chosen.parallel, chosen.kv_bytes) == (4096, 7, 4352 * 8 * 8192)
     with pytest.raises(SettingError, match="Set a number from 1 to 255"):
         choose_shapes([(FACTS, ComputeOptions())], 64 * GIB, None, 256, spare=1)
+
+
+ON_DEMAND = ComputeOptions(on_demand=True)
+
+
+@pytest.mark.parametrize(
+    ("available", "context", "full"),
+    [(64, 8192, True), (1.9, 8192, False), (1.48, 8192, False), (1.40, 4096, False), (1.36, 1024, False)],
+)
+def test_sequences_that_take_memory_on_demand_have_the_trained_context(
+    available: float, context: int, full: bool
+) -> None:
+    (chosen,) = choose_shapes([(FACTS, ON_DEMAND)], int(available * GIB), None, None)
+    assert (chosen.context, chosen.parallel, chosen.capacity is None) == (context, 16, full)
+    assert chosen.needed_bytes <= available * GIB
+    if not full:
+        assert chosen.context <= (chosen.capacity or 0) < 16 * chosen.context
+        assert chosen.kv_bytes == (chosen.capacity or 0) * 8192
+
+
+def test_an_operators_context_needs_memory_for_one_full_sequence() -> None:
+    (chosen,) = choose_shapes([(FACTS, ON_DEMAND)], int(1.6 * GIB), 8192, 64)
+    assert (chosen.context, chosen.parallel) == (8192, 64)
+    with pytest.raises(SettingError, match="64 x 8192 tokens need"):
+        choose_shapes([(FACTS, ON_DEMAND)], int(1.36 * GIB), 8192, 64)
+
+
+def test_the_records_of_cells_count() -> None:
+    shape = ModelShape(4096, 2, ONE, ON_DEMAND, capacity=100)
+    assert shape.sequences_bytes == 100 * 2 + 2 * 4096 * CELL_BYTES

@@ -25,6 +25,7 @@ class LoadModel(Value, frozen=True, tag=True):
     """Load a model with `sequences` slots of `context` tokens each.
 
     `capacity`: the most tokens of all sequences together, at least `context`; None if every sequence can be full.
+    `token_bytes`: bytes of memory that each token takes when it is computed; 0 if they are taken at the start.
     `path`: the model file, or the first of its `parts`. `parts` is empty if the model is one file.
     `kv_type`: the type of the KV cache. With "exact", a token has the same numbers whether it was part of the prompt
     or generated, if the matmuls of the model's weight types allow it.
@@ -56,6 +57,7 @@ class LoadModel(Value, frozen=True, tag=True):
     promise_without_kernels: Promise = "none"
     parts: tuple[str, ...] = ()
     capacity: int | None = None
+    token_bytes: int = 0
 
 
 class StartJob(Value, frozen=True, tag=True):

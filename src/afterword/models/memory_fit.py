@@ -149,7 +149,7 @@ def _smaller(shape: ModelShape, context: int | None, parallel: int | None) -> Mo
     if shape.options.on_demand and capacity > shape.context and shape.kv_bytes:
         return replace(shape, capacity=max(capacity * 7 // 8, shape.context))
     if shape.options.on_demand and context is None and shape.context > LEAST_CONTEXT:
-        shorter = max(shape.context * 7 // 8 // CONTEXT_GRANULARITY * CONTEXT_GRANULARITY, LEAST_CONTEXT)
+        shorter = max(shape.context // 2, LEAST_CONTEXT)  # in large steps: it is part of the fingerprint
         return replace(shape, context=shorter, capacity=shorter)
     if parallel is None and shape.parallel > 1:
         return replace(shape, parallel=shape.parallel // 2)

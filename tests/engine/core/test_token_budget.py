@@ -99,3 +99,20 @@ def test_samples_that_outgrow_the_memory_are_preempted_and_end(little_growth):
     steps = finish(loop)
     assert [sampled(steps[number], 0) for number in range(4)] == [alone(each, 0) for each in wanted]
     assert runner.computed > 4 * 33, "some tokens were computed again"
+
+
+def test_memory_that_others_take_is_given_back_and_running_jobs_end():
+    """The machine has memory for 60 tokens, then for 14, then for 60 again."""
+    runner, clock = HistoryRunner(slots=4, chunk=8), [0.0]
+    loop = EngineLoop(runner, clock=lambda: clock[0])
+    wanted = [job((number, 1, 2, 3), max_tokens=20) for number in range(3)]
+    for number, each in enumerate(wanted):
+        loop.start(number, each)
+    steps: defaultdict[int, list[Step]] = defaultdict(list)
+    for clock[0], runner.memory, passes in ((0.0, 60, 10), (2.0, 14, 4), (4.0, 60, 1000)):
+        for _ in range(passes):
+            for number, step in (loop.step() or {}).items():
+                steps[number].append(step)
+        filled = sum(bool(tokens) for tokens in runner.state)
+        assert filled == {0.0: 3, 2.0: 1, 4.0: filled}[clock[0]], "one sequence always continues"
+    assert [sampled(steps[number], 0) for number in range(3)] == [alone(each, 0) for each in wanted]

@@ -24,6 +24,9 @@ from afterword.engine.protocol import FinishReason, Job, Load, PassStats, Step, 
 PASS_SECONDS = 0.25
 """Seconds of prefill between two decodes while sequences run; up to twice as long while few sequences run."""
 
+MEMORY_CHECK_SECONDS = 1.0
+"""Seconds between two looks at the memory that the machine has left."""
+
 
 @dataclass(slots=True)
 class _StepBuilder:
@@ -54,12 +57,14 @@ class EngineLoop:
         max_step_bytes: int = MAX_STEP_BYTES,
     ) -> None:
         self._runner = runner
-        self._scheduler = Scheduler(PrefixCache(slot_rules(runner)), runner.chunk, runner.grid)
+        self._slots = PrefixCache(slot_rules(runner))
+        self._scheduler = Scheduler(self._slots, runner.chunk, runner.grid)
         self._sampler = Sampler(make_kernel(threads, thread_pool))
         self._clock = clock
         self._prefill_speed: float | None = None  # prompt tokens per second, as measured
         self._last_pass: tuple[bool, int, float] = (False, 0, 0.0)  # prompt, tokens, seconds: see `PassStats`
         self._step_buffer = StepBuffer(max_step_bytes)
+        self._next_memory_check = 0.0
         self._pass_next = False  # compute a pass before more jobs are admitted
 
     def start(self, job_id: int, job: Job) -> None:
@@ -126,6 +131,9 @@ class EngineLoop:
             self._add(admission.job_state.job_id, _first_step(admission))
 
     def _schedule(self) -> ForwardBatch | None:
+        if self._clock() >= self._next_memory_check:
+            self._next_memory_check = self._clock() + MEMORY_CHECK_SECONDS
+            self._slots.limit(self._runner.free_tokens())
         return self._scheduler.schedule(
             None if self._prefill_speed is None else int(self._prefill_speed * PASS_SECONDS)
         )

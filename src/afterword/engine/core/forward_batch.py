@@ -118,6 +118,10 @@ class Runner(Protocol):
         """
         ...
 
+    def free_tokens(self) -> int | None:
+        """How many more tokens the machine has memory for. None if the memory of all slots was taken at the start."""
+        ...
+
     def cached_tokens(self, slot: int) -> int:
         """The number of tokens in a slot."""
         ...

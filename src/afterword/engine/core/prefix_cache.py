@@ -38,7 +38,8 @@ class PrefixCache:
         self._min_shared_tokens = rules.min_shared_tokens
         self._can_truncate = rules.can_truncate
         self._snapshots = Snapshots(rules.max_snapshots, -(-rules.min_shared_tokens // rules.grid) * rules.grid)
-        self.capacity = rules.capacity
+        self._most_tokens = rules.capacity
+        self.capacity = rules.capacity  # the most tokens in all slots at present; None if every slot can be full
         self._clock = 0  # counts uses of slots
         self._operations: list[SlotOperation] = []
 
@@ -107,6 +108,12 @@ class PrefixCache:
         if not slot.scores:
             slot.alternatives = query.alternatives or 0
         return slot
+
+    def limit(self, free_tokens: int | None) -> None:
+        """Allow at most `free_tokens` more tokens than the slots hold now, within the runner's capacity."""
+        if free_tokens is not None:
+            most = max(0, sum(slot.length for slot in self._slots) + free_tokens)
+            self.capacity = most if self._most_tokens is None else min(self._most_tokens, most)
 
     def make_room(self, tokens: int, source: Slot | None = None) -> None:
         """Empty free slots, least recently used first, until `tokens` more tokens fit. Keeps the slot `source`."""

@@ -38,7 +38,7 @@ class Scheduler:
     def __init__(self, slots: PrefixCache, chunk: int, grid: int) -> None:
         self._grid = grid
         self._slots = slots
-        self._token_budget = TokenBudget(slots.capacity, max(chunk, len(slots)))
+        self._token_budget = TokenBudget(slots, max(chunk, len(slots)))
         self._jobs: dict[int, JobState] = {}
         self._waiting: dict[str, dict[int, JobState]] = {}  # not admitted yet: by client, in order of arrival
         self._admitted: dict[int, JobState] = {}  # in the order of admission

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from afterword.engine.core.fair_share import FairShare
 from afterword.engine.core.preemption import preemption_order
+from afterword.engine.core.prefix_cache import PrefixCache
 from afterword.engine.core.sequence import Sequence
 
 GROWTH = 64  # tokens that an admitted sequence can generate before it may be preempted for memory
@@ -20,13 +21,15 @@ GROWTH = 64  # tokens that an admitted sequence can generate before it may be pr
 
 @dataclass(frozen=True, slots=True)
 class TokenBudget:
-    """`capacity`: the most tokens in all slots, at least one context; None where every slot can be full.
+    """`slots`: state the most tokens that they may hold. `chunk`: the most tokens of one pass."""
 
-    `chunk`: the most tokens of one pass.
-    """
-
-    capacity: int | None
+    slots: PrefixCache
     chunk: int
+
+    @property
+    def capacity(self) -> int | None:
+        """See `PrefixCache.capacity`."""
+        return self.slots.capacity
 
     def victims(
         self, active: Collection[Sequence], candidates: list[Sequence], sequence: Sequence, *, needs_slot: bool

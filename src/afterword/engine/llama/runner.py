@@ -25,6 +25,7 @@ from afterword.engine.llama.model_files import ModelFiles
 from afterword.engine.messages import LoadModel
 from afterword.engine.protocol import Promise
 from afterword.errors import EngineError, SettingError
+from afterword.system.resources import available_memory
 
 _BF16 = 30  # GGML_TYPE_BF16, for which the bindings have no name
 _PLAIN, _FLASH = native.LLAMA_FLASH_ATTN_TYPE_DISABLED, native.LLAMA_FLASH_ATTN_TYPE_ENABLED
@@ -42,6 +43,10 @@ _LIBRARY_TYPES = frozenset(
     )
 )
 """ggml's numbers of `config.LIBRARY_TYPES`: the library's matmuls of these types, not repacked, are reproducible."""
+
+
+RESERVED_BYTES = 128 << 20
+"""Memory of the machine that is left to others: more than the KV cache takes between two looks at what is left."""
 
 
 class LlamaRunner:
@@ -119,6 +124,11 @@ class LlamaRunner:
             return "none"  # the library multiplies the tokens of one sequence and of several by different kernels
         holds = self._unsupported_types <= _LIBRARY_TYPES and (not self._has_unsupported_products or expects_products)
         return self._settings.promise if holds else "none"
+
+    def free_tokens(self) -> int | None:
+        """See `core.forward_batch.Runner.free_tokens`."""
+        size = self._settings.token_bytes
+        return (available_memory() - RESERVED_BYTES) // size if size else None
 
     def _most_snapshots(self, size: int) -> int:
         """How many snapshots fit into `size` bytes. The state of windowed attention layers is not made for it."""
@@ -199,10 +209,12 @@ def _pointer(array: NDArray[np.int32] | NDArray[np.int8], kind: type[ctypes.c_in
 
 def _within_memory(settings: LoadModel, accelerated: bool) -> LoadModel:
     """The settings, with fewer sequences if their memory would be taken at once although it is less than all need."""
-    if settings.capacity is None or (accelerated and memory_on_demand()):
+    if accelerated and memory_on_demand():
         return settings
+    if settings.capacity is None:
+        return structs.replace(settings, token_bytes=0)
     sequences = min(settings.sequences, max(1, settings.capacity // settings.context))
-    return structs.replace(settings, sequences=sequences, capacity=None)
+    return structs.replace(settings, sequences=sequences, capacity=None, token_bytes=0)
 
 
 def _load(settings: LoadModel, repack: bool, report_progress: Callable[[float], None]) -> object:

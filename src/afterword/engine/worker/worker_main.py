@@ -76,7 +76,7 @@ class PassMonitor:
         self.slots, self.chunk, self.grid = runner.slots, runner.chunk, runner.grid
         self.capacity, self.can_truncate = runner.capacity, runner.can_truncate
         self.min_shared_tokens, self.max_snapshots = runner.min_shared_tokens, runner.max_snapshots
-        self.cached_tokens = runner.cached_tokens
+        self.cached_tokens, self.free_tokens = runner.cached_tokens, runner.free_tokens
         self._runner = runner
         self._clock = clock
         self._passes = self._tokens = self._largest = 0
