@@ -14,8 +14,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
+from afterword.models.gguf_facts import read_facts  # noqa: E402
 from bench import report  # noqa: E402
 from bench.client import Client, NotPossible  # noqa: E402
+from bench.model import FORMS, ArchitectureForm, write_folder, write_gguf  # noqa: E402
 from bench.scenarios import SCENARIOS, Measure  # noqa: E402
 from bench.target import check_length, find_target  # noqa: E402
 
@@ -181,3 +183,16 @@ def test_requests_use_only_fields_that_the_server_supports(server):
     target = asyncio.run(find())
     assert target.model == server.model
     assert target.dialect.ids == {"return_token_ids": True}
+
+
+def test_a_form_of_any_architecture_is_written_in_a_given_type(tmp_path):
+    form = FORMS["gemma3-0.5b"]
+    assert isinstance(form, ArchitectureForm)
+    small = {**form.keys, "block_count": 6, "embedding_length": 64, "feed_forward_length": 64}
+    write_gguf(tmp_path / "small.gguf", ArchitectureForm("gemma3", small, 1000), "Q8_0")
+    facts = read_facts(tmp_path / "small.gguf")
+    assert (facts.architecture, facts.layers, facts.vocabulary, facts.heads_kv) == ("gemma3", 6, 1000, 1)
+    assert facts.matrix_types == {"Q8_0"}
+    assert [path.name for path in tmp_path.iterdir()] == ["small.gguf"]
+    with pytest.raises(SystemExit, match="gemma3"):
+        write_folder(tmp_path / "folder", form)
