@@ -96,6 +96,8 @@ class WeightTypes:
         `with_kernels`: whether Afterword's kernels multiply the matrices.
         """
         constant = self.uses_kernels if with_kernels else self.repacked or self.types <= LIBRARY_TYPES
+        if self.architecture in RECURRENT_ARCHITECTURES:
+            constant = with_kernels and self.types <= KERNEL_TYPES and kv_type == "exact"
         if self.experts or self.architecture not in TESTED_ARCHITECTURES or not self.types or not constant:
             return "none"
         return "exact" if kv_type == "exact" else "reproducible"

@@ -31,7 +31,7 @@ def check(path: Path, count: int) -> None:
     if not accelerator.supports_quantized():
         pytest.skip("this processor has no instructions for it")
     runner = open_runner(path, "exact", 8)
-    assert runner.uses_own_attention
+    assert runner.uses_own_attention or not runner.can_truncate  # Mamba and RWKV have no attention
     assert (runner.promise, runner.grid) == ("exact", 1)
     compare(EngineLoop(runner), count, VOCABULARY)
 

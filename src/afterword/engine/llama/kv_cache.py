@@ -163,12 +163,12 @@ class KvCache:
 
     def _rebuild(self) -> None:
         """Clear the whole memory, and restore the slots' contents from their saved states."""
-        states = {slot: self._state(slot, _WHOLE) for slot in self._slots if self.cached_tokens(slot)}
+        states = {slot: self._state(slot) for slot in self._slots if self.cached_tokens(slot)}
         native.llama_memory_clear(self._memory, True)
         for slot, state in states.items():
             self._restore(slot, state, _WHOLE)
 
-    def _state(self, slot: int, part: int, buffer: State | None = None) -> State:
+    def _state(self, slot: int, part: int = _WHOLE, buffer: State | None = None) -> State:
         """A copy of a slot's state, in `buffer` if that has the right size."""
         size = int(native.llama_state_seq_get_size_ext(self._context, slot, part))
         state = buffer if buffer is not None and len(buffer) == size else (ctypes.c_uint8 * size)()
