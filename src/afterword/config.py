@@ -72,7 +72,7 @@ class WeightTypes:
     @property
     def uses_kernels(self) -> bool:
         """Whether Afterword's kernels multiply some of its matrices and llama.cpp those of `LIBRARY_TYPES`."""
-        return not self.experts and bool(self.types & KERNEL_TYPES) and self.types <= KERNEL_TYPES | LIBRARY_TYPES
+        return bool(self.types & KERNEL_TYPES) and self.types <= KERNEL_TYPES | LIBRARY_TYPES
 
     @property
     def repacked(self) -> bool:
@@ -84,8 +84,11 @@ class WeightTypes:
 
         `own_products`: whether Afterword's kernels multiply the matrices.
         """
-        constant = self.uses_kernels if own_products else self.repacked or self.types <= LIBRARY_TYPES
-        if self.experts or self.architecture not in TESTED_ARCHITECTURES or not self.types or not constant:
+        if own_products:
+            constant = self.uses_kernels
+        else:  # llama.cpp's products of experts' matrices depend on which rows select the same expert
+            constant = not self.experts and (self.repacked or self.types <= LIBRARY_TYPES)
+        if self.architecture not in TESTED_ARCHITECTURES or not self.types or not constant:
             return "none"
         return "exact" if kv_type == "exact" else "reproducible"
 

@@ -10,10 +10,12 @@
 
 #include "attention.hpp"
 #include "elementwise.hpp"
+#include "expert_matmul.hpp"
 #include "ggml.hpp"
 #include "ggml_checks.hpp"
 #include "weight_buffers.hpp"
 #include "matmul.hpp"
+#include "routing.hpp"
 #include "thread_pool.hpp"
 
 namespace {
@@ -23,7 +25,8 @@ bool has_products = false;  // whether models that are loaded from now on get pa
 struct {
     int attentions, attentions_left;
     uint64_t types_left;  // of weight matrices that ggml multiplies: a bit for each of ggml's types
-    int others_left;      // products of two computed matrices, and of experts
+    int others_left;      // products of two computed matrices
+    int experts_left;     // products of the matrices of selected experts
 } offered;
 
 struct Operation {
@@ -34,21 +37,35 @@ struct Operation {
 
 void multiply(const Tensor *node, int threads) { products::compute(node, threads, memory::holds(node->src[0])); }
 
+void multiply_experts(const Tensor *node, int threads) {
+    products::compute_experts(node, threads, memory::holds(node->src[0]));
+}
+
 template <class Kind>
 constexpr Operation elementwise_operation{Kind::NAME, Kind::supports, Kind::compute};
 
 const Operation PRODUCT{"MUL_MAT", products::supports, multiply};
+const Operation EXPERT_PRODUCT{"MUL_MAT_ID", products::supports_experts, multiply_experts};
 const Operation ATTENTION{"FLASH_ATTN_EXT", attention::supports, attention::compute};
 const Operation *const OPERATIONS[] = {
     &PRODUCT,
+    &EXPERT_PRODUCT,
     &ATTENTION,
     &elementwise_operation<elementwise::RmsNorm>,
     &elementwise_operation<elementwise::Sum>,
     &elementwise_operation<elementwise::Mul>,
+    &elementwise_operation<elementwise::Div>,
     &elementwise_operation<elementwise::SwiGLU>,
     &elementwise_operation<elementwise::Rope>,
     &elementwise_operation<elementwise::SetRows>,
     &elementwise_operation<elementwise::GetRows>,
+    &elementwise_operation<routing::SoftMax>,
+    &elementwise_operation<routing::Sigmoid>,
+    &elementwise_operation<routing::Argsort>,
+    &elementwise_operation<routing::SumRows>,
+    &elementwise_operation<routing::Clamp>,
+    &elementwise_operation<routing::Scale>,
+    &elementwise_operation<routing::AddExpertRows>,
 };
 
 const Operation *named(const char *name) {
@@ -72,6 +89,7 @@ const Operation *operation_of(const Tensor *node) {
 bool can(const Operation *operation, const Tensor *node) {
     if (!operation || !operation->supports(node)) return false;
     if (operation == &PRODUCT || operation == &ATTENTION) return true;
+    if (operation == &EXPERT_PRODUCT) return has_products;
     return has_products && std::none_of(node->src, node->src + 3, memory::holds);
 }
 
@@ -87,7 +105,10 @@ BufferType *usual_buffers(Device *) { return ggml.cpu_buffers(); }
 BufferType *buffers_for_weights(Device *device) { return has_products ? &memory::buffer_type : usual_buffers(device); }
 bool supports_buffers(Device *, BufferType *type) { return ggml.is_host(type) || type == &memory::buffer_type; }
 // Whether the weights of this operation may be packed. llama.cpp's loader asks before it chooses a buffer type.
-bool supports_weights(Device *, const Tensor *node) { return is(node, PRODUCT.name) && products::supports(node); }
+bool supports_weights(Device *, const Tensor *node) {
+    if (is(node, EXPERT_PRODUCT.name)) return products::supports_experts(node) && products::experts_can_be_packed(node->src[0]);
+    return is(node, PRODUCT.name) && products::supports(node);
+}
 void count_left_product(const Tensor *matrix) {
     if (products::of_model(matrix)) offered.types_left |= 1ull << matrix->type;
     else offered.others_left++;
@@ -99,7 +120,7 @@ bool supports_operation(Device *, const Tensor *node) {
     offered.attentions += operation == &ATTENTION;
     offered.attentions_left += operation == &ATTENTION && !supports;
     if (operation == &PRODUCT && !supports) count_left_product(node->src[0]);
-    offered.others_left += is(node, "MUL_MAT_ID");
+    offered.experts_left += operation == &EXPERT_PRODUCT && !supports;
     return supports;
 }
 
@@ -158,8 +179,11 @@ int accelerator_attends() { return offered.attentions && !offered.attentions_lef
 // The types of weight matrices that ggml multiplies: a bit for each of ggml's types.
 uint64_t accelerator_types_left() { return offered.types_left; }
 
-// The number of products left to ggml that have no weight matrix as an operand, or that are of experts.
+// The number of products left to ggml that have no weight matrix as an operand.
 int accelerator_others_left() { return offered.others_left; }
+
+// The number of products of experts' matrices that are left to ggml.
+int accelerator_experts_left() { return offered.experts_left; }
 
 // Whether the library was compiled for a processor that has the instructions for products of bytes.
 int accelerator_multiplies() { return products::AVAILABLE; }
