@@ -15,6 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 import llama_cpp.llama_cpp as native
 from gguf import LlamaFileType, TokenType
 
+from bench.mixture import MixtureShape, write_mixture
 from oracle import tiny
 
 TYPES = {kind.name.removeprefix("MOSTLY_").removeprefix("ALL_"): kind for kind in LlamaFileType}
@@ -24,13 +25,17 @@ TYPES = {kind.name.removeprefix("MOSTLY_").removeprefix("ALL_"): kind for kind i
 class Form:
     """A real model's shape and the size of its vocabulary."""
 
-    shape: tiny.Shape
+    shape: tiny.Shape | MixtureShape
     vocabulary: int
 
 
 FORMS = {
     "qwen2.5-0.5b": Form(tiny.Shape("qwen2", 896, 24, 14, 2, 4864, 32768, 1e6, 1e-6), 151_936),
     "qwen2.5-1.5b": Form(tiny.Shape("qwen2", 1536, 28, 12, 2, 8960, 32768, 1e6, 1e-6), 151_936),
+    # Half a billion weights used for each token: at Q8_0 2.9 GB and 3.9 GB.
+    "mixture-32": Form(MixtureShape(1024, 24, 16, 4, experts=32, used=4, hidden=1024, context=32768), 151_936),
+    "mixture-128": Form(MixtureShape(1024, 22, 16, 4, experts=128, used=8, hidden=384, context=32768), 151_936),
+    "small-mixture": Form(MixtureShape(64, 2, 2, 1, experts=8, used=2, hidden=64, context=2048), 4_096),
     "small": Form(tiny.Shape("qwen2", 64, 2, 2, 1, 128, 2048, 1e6, 1e-6), 4_096),
 }
 
@@ -39,8 +44,11 @@ def write_gguf(path: Path, form: Form, kind: str, seed: int = 0) -> None:
     """Write a GGUF file with llama.cpp's own quantizer, so that it mixes types within a file like published files."""
     vocabulary = _vocabulary(form)
     whole = path if kind == "F16" else path.with_suffix(".f16.tmp")
-    weights = tiny.random_weights(form.shape, vocabulary, seed, tied=True)
-    tiny.write_model(whole, form.shape, vocabulary, weights, "F16")
+    if isinstance(form.shape, MixtureShape):
+        write_mixture(whole, form.shape, vocabulary, seed)
+    else:
+        weights = tiny.random_weights(form.shape, vocabulary, seed, tied=True)
+        tiny.write_model(whole, form.shape, vocabulary, weights, "F16")
     if whole == path:
         return
     settings = native.llama_model_quantize_default_params()
@@ -54,6 +62,8 @@ def write_gguf(path: Path, form: Form, kind: str, seed: int = 0) -> None:
 def write_folder(path: Path, form: Form) -> None:
     """Write the same model in Hugging Face's format without weights: vLLM generates random weights itself."""
     shape, vocabulary = form.shape, _vocabulary(form)
+    if isinstance(shape, MixtureShape):
+        raise ValueError("Mixtures of experts are written as GGUF files only.")
     end = vocabulary.tokens.index(vocabulary.special["eos"])
     config = {
         "architectures": ["Qwen2ForCausalLM"],

@@ -38,6 +38,18 @@ TESTED_ARCHITECTURES = frozenset(
 Measured by tests/engine/test_architectures.py.
 """
 
+TESTED_MIXTURES = frozenset(
+    (
+        *("afmoe", "arctic", "bailingmoe", "bailingmoe2", "cohere2moe", "dbrx", "deepseek", "dots1", "ernie4_5-moe"),
+        *("exaone-moe", "glm4moe", "granite", "granitemoe", "grovemoe", "hunyuan-moe", "hy_v3", "llama", "llama4"),
+        *("mellum", "minicpm", "minimax-m2", "olmoe", "phimoe", "qwen2moe", "qwen3moe", "qwen3vlmoe", "smallthinker"),
+    )
+)
+"""Architectures of mixtures of experts for which the same holds, if Afterword's kernels compute all products.
+
+Some architectures have dense models too, so a name may be in both sets. Measured by the same tests.
+"""
+
 KERNEL_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q5_K", "Q6_K"})
 """Weight types that Afterword's kernels (engine/kernels/matmul.hpp) multiply if the processor has the instructions."""
 
@@ -86,9 +98,10 @@ class WeightTypes:
         """
         if own_products:
             constant = self.uses_kernels
-        else:  # llama.cpp's products of experts' matrices depend on which rows select the same expert
+        else:  # llama.cpp's products of experts were not tested
             constant = not self.experts and (self.repacked or self.types <= LIBRARY_TYPES)
-        if self.architecture not in TESTED_ARCHITECTURES or not self.types or not constant:
+        tested = TESTED_MIXTURES if self.experts else TESTED_ARCHITECTURES
+        if self.architecture not in tested or not self.types or not constant:
             return "none"
         return "exact" if kv_type == "exact" else "reproducible"
 

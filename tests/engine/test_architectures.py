@@ -6,14 +6,16 @@ prefix cache. A token must have the same numbers whether it is read or generated
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 import pytest
 
-from afterword.config import TESTED_ARCHITECTURES
+from afterword.config import TESTED_ARCHITECTURES, TESTED_MIXTURES
 from afterword.engine.core.engine_loop import EngineLoop
 from afterword.engine.llama import accelerator, library
 from engine.test_reproducible import CHUNK_GRID, compare, open_runner, requests, sequential
-from oracle.architectures import write_random
+from oracle.architectures import EXPERTS, Value, write_random
 
 library.initialize(verbose=False)
 
@@ -23,10 +25,13 @@ UNPROMISED = ("deepseek2", "gemma3n", "mamba", "jamba", "lfm2")
 """Architectures whose numbers depended on the other sequences of a batch, or whose state cannot be truncated."""
 
 
-def check(folder, architecture: str, file_type: str, count: int) -> None:
+FEW_MIXTURES = ("qwen3moe", "qwen2moe", "granitemoe")
+
+
+def check(folder, architecture: str, file_type: str, count: int, also: Mapping[str, Value] | None = None) -> None:
     if not accelerator.supports_quantized():
         pytest.skip("this processor has no instructions for it")
-    runner = open_runner(write_random(folder / "tiny.gguf", architecture, file_type), "exact", 8)
+    runner = open_runner(write_random(folder / "tiny.gguf", architecture, file_type, also=also), "exact", 8)
     assert (runner.promise, runner.grid) == ("exact", 1)
     compare(EngineLoop(runner), count, VOCABULARY)
 
@@ -41,6 +46,18 @@ def test_some_architectures(tmp_path, architecture):
 @pytest.mark.parametrize("architecture", sorted(TESTED_ARCHITECTURES))
 def test_every_promised_architecture(tmp_path, architecture, file_type):
     check(tmp_path, architecture, file_type, 60)
+
+
+@pytest.mark.parametrize("architecture", FEW_MIXTURES)
+def test_some_mixtures_of_experts(tmp_path, architecture):
+    check(tmp_path, architecture, "Q8_0", 12, EXPERTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file_type", ["Q8_0", "F16"])
+@pytest.mark.parametrize("architecture", sorted(TESTED_MIXTURES))
+def test_every_promised_mixture_of_experts(tmp_path, architecture, file_type):
+    check(tmp_path, architecture, file_type, 60, EXPERTS)
 
 
 @pytest.mark.parametrize("architecture", UNPROMISED)

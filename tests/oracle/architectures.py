@@ -66,8 +66,32 @@ _ARCHITECTURE_KEYS: Mapping[str, Mapping[str, Value]] = {
     "mamba": _STATE,
     "mamba2": {**_STATE, "ssm.group_count": 1},
     "jamba": {**_STATE, "attention.head_count_kv": (0, 1), "expert_count": 0, "expert_used_count": 0},
+    "olmoe": {"attention.head_count_kv": 2},
+    "dots1": {"attention.head_count_kv": 2},
+    "llama4": {"block_count": 4},  # every fourth layer has no window
+    "qwen3vlmoe": {"rope.dimension_sections": (4, 4, 8, 0)},
+    "grovemoe": {"expert_chunk_feed_forward_length": 32, "expert_group_scale": 0.05, "experts_per_group": 2},
+    **dict.fromkeys(
+        ("afmoe", "cohere2moe", "exaone-moe", "mellum", "smallthinker"),
+        {"block_count": 4, "attention.sliding_window": WINDOW},
+    ),
+    "gpt-oss": {"attention.sliding_window": WINDOW},
     "lfm2": {"shortconv.l_cache": 3, "attention.head_count_kv": (0, 1)},
 }
+EXPERTS: Mapping[str, Value] = {
+    "expert_count": 8,
+    "expert_used_count": 3,
+    "expert_feed_forward_length": WIDTH,
+    "expert_shared_count": 1,
+    "expert_shared_feed_forward_length": WIDTH // 2,
+    "expert_gating_func": 2,
+    "expert_weights_norm": True,
+    "expert_weights_scale": 1.5,
+    "leading_dense_block_count": 1,
+    "interleave_moe_layer_step": 1,
+}
+"""Keys that make a mixture of experts of an architecture: 3 of 8 experts in the last layer, or in both."""
+
 _OPTIONAL_TENSORS: Mapping[str, Mapping[str, Shape]] = {
     # tensors that a file may omit; the library then uses defaults
     "phi3": {
@@ -165,8 +189,9 @@ def _write(
     writer.add_file_type(FILE_TYPES[file_type])
     add_vocabulary(writer, words)
     for name, weight in weights.items():
-        # The library expects small matrices of recurrent layers unquantized. Non-finite values cannot be quantized.
-        plain = weight.ndim == 1 or weight.shape[-1] % 32 or re.search("norm|ssm|shortconv", name)
+        # The library expects small matrices of recurrent layers and biases of experts unquantized, and does not quantize
+        # the matrices that choose experts. Non-finite values cannot be quantized.
+        plain = weight.ndim == 1 or weight.shape[-1] % 32 or re.search(r"norm|ssm|shortconv|gate_inp|\.bias", name)
         kind = GGMLQuantizationType["F32" if plain or not np.isfinite(weight).all() else file_type]
         writer.add_tensor(name, quantize(weight, kind), raw_dtype=kind)
     writer.write_header_to_file()
