@@ -63,7 +63,7 @@ def measure(path: Path, settings: EngineSettings, read: int, written: int, clock
     opened = load_message(Model(path.stem, path, "file"), read_facts(path), settings)
     llama = LlamaRunner(opened)
     runner = Timed(llama, clock)
-    loop = EngineLoop(runner, threads=settings.threads or 1, team=llama.thread_pool)
+    loop = EngineLoop(runner, threads=settings.threads or 1, thread_pool=llama.thread_pool)
     if settings.gpu_layers:  # a kernel is loaded when it is first needed
         _spend(loop, clock, [_job(read, 2), *(_job(4, 2) for _ in range(SEQUENCES))])
         _spend(loop, clock, [_job(16, 2)])
@@ -84,8 +84,8 @@ def _job(read: int, written: int) -> Job:
 
 def _spend(loop: EngineLoop, clock: Clock, jobs: Sequence[Job]) -> float:
     start = clock()
-    for run, job in enumerate(jobs):
-        loop.start(run, job)
+    for job_id, job in enumerate(jobs):
+        loop.start(job_id, job)
     while loop.step() is not None:
         pass
     return clock() - start

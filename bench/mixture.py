@@ -1,4 +1,4 @@
-"""Writes mixtures of experts with random weights, in the form of Qwen 3's, with half a billion weights used for each token.
+"""Writes mixtures of experts in the form of Qwen 3's with random weights, half a billion of them used for each token.
 
 Random routers select every expert about equally often. All layers hold the same experts' weights: speed does not depend
 on them, and so only one layer's are in memory.

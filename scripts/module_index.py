@@ -1,7 +1,8 @@
 """`python scripts/module_index.py [--write]`: generate the list of all source files with their first sentences.
 
 It prints the page, or writes docs/modules.md with `--write`. The sentence of a Python file comes from its docstring,
-that of a C++ or JavaScript file from the comment at its top. `tests/test_module_index.py` fails if the page is old.
+that of a C++ or JavaScript file from the comment at its top. The sentence of a folder comes from its `__init__.py`, or
+from the comment at the top of its `index.html`. `tests/test_module_index.py` fails if the page is old.
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ def first_sentence(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         prose = ast.get_docstring(ast.parse(text)) or ""
+    elif path.suffix == ".html":
+        found = re.match(r"<!doctype html>\n<!-- (.+?) -->\n", text, re.DOTALL)
+        prose = found[1] if found else ""
     else:
         comment = re.match(r"(?://[^\n]*\n)+", text)
         prose = re.sub(r"(?m)^// ?", "", comment[0]) if comment else ""
@@ -61,7 +65,8 @@ def _order(path: Path) -> tuple[str, bool, str]:
 def _section(folder: Path, files: Iterator[Path]) -> str:
     name = folder.relative_to(SOURCE.parent).as_posix()
     rows = []
-    about = ""
+    page = folder / "index.html"
+    about = first_sentence(page) if page.exists() else ""
     for path in files:
         if path.name == "__init__.py":
             about = first_sentence(path)

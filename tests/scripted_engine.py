@@ -11,14 +11,14 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 
 from afterword.engine.protocol import FinishReason, InfillTokens, Job, ModelInfo, Step, Token
-from afterword.errors import EngineDied, Overloaded
+from afterword.errors import Overloaded, WorkerDied
 
 WORDS = (b" the", b" cat", b" sat", b"Hello", b" world", b"\xf0\x9f", b"\x98\x80", b" \xe2\x80", b"\xe2\x80")
 SPECIAL = ("<s>", "</s>", "<pre>", "<suf>", "<mid>")
 PIECES = (*(bytes([byte]) for byte in range(256)), *WORDS, *(name.encode() for name in SPECIAL), b"")
 BOS, EOS, PRE, SUF, MID, BLANK = range(256 + len(WORDS), len(PIECES))
 INFILL = InfillTokens(PRE, SUF, MID)
-CARD = ModelInfo(0, 64, 4, PIECES, (EOS,), None, EOS, False, False, 6, None, "fp_0")
+MODEL_INFO = ModelInfo(0, 64, 4, PIECES, (EOS,), None, EOS, False, False, 6, None, "fp_0")
 
 Script = Callable[[Job, int], Iterable[int]]
 _LONGEST_FIRST = re.compile(b"|".join(re.escape(piece) for piece in sorted(PIECES[:-1], key=len)[::-1]), re.DOTALL)
@@ -30,7 +30,7 @@ def ids(text: str | bytes) -> tuple[int, ...]:
     return tuple(PIECES.index(piece) for piece in _LONGEST_FIRST.findall(data))
 
 
-def says(*texts: str | bytes) -> Script:
+def text_script(*texts: str | bytes) -> Script:
     """A script in which each sample generates its text, then the end token. Without a text it is only the end token."""
     return lambda _, sample: (*ids(texts[sample] if sample < len(texts) else ""), EOS)
 
@@ -43,31 +43,31 @@ def report(token: int, alternatives: int | None = 0) -> Token:
 
 @dataclass
 class ScriptedEngine:
-    """Accepts at most `room` jobs. A job fails with `EngineDied` after `dies_after` passes.
+    """Accepts at most `max_jobs` jobs. A job fails with `WorkerDied` after `dies_after` passes.
 
-    `hasty`: do not yield to the event loop between passes, so that the caller cannot react to a step in time.
+    `yields`: yield to the event loop after each pass; if not, the caller cannot react to a step in time.
     """
 
     script: Script
-    model_info: ModelInfo = CARD
-    room: int = 100
+    model_info: ModelInfo = MODEL_INFO
+    max_jobs: int = 100
     dies_after: int | None = None
-    hasty: bool = False
-    runs: list["ScriptedRun"] = field(default_factory=list)
+    yields: bool = True
+    jobs: list["ScriptedJob"] = field(default_factory=list)
 
     async def tokenize(self, text: str, special: bool, client: str = "") -> tuple[int, ...]:
         parts = re.split(f"({'|'.join(SPECIAL)})", text) if special else [text]
         space = " " if self.model_info.space_prefix else ""
         return tuple(token for part in parts if part for token in ids(part if part in SPECIAL else space + part))
 
-    def start(self, job: Job) -> "ScriptedRun":
-        if len(self.runs) == self.room:
+    def start(self, job: Job) -> "ScriptedJob":
+        if len(self.jobs) == self.max_jobs:
             raise Overloaded("The scripted engine accepts no more jobs.")
-        self.runs.append(ScriptedRun(self, job))
-        return self.runs[-1]
+        self.jobs.append(ScriptedJob(self, job))
+        return self.jobs[-1]
 
 
-class ScriptedRun:
+class ScriptedJob:
     """A job. `live`: running samples with their remaining tokens. `dropped`: samples that the caller has ended."""
 
     def __init__(self, engine: ScriptedEngine, job: Job) -> None:
@@ -86,10 +86,10 @@ class ScriptedRun:
         while self.live:
             await self.going.wait()
             if length == self.engine.dies_after:
-                raise EngineDied
+                raise WorkerDied
             length += 1
             yield self.step(length, scored[1:] if length == 1 else ())
-            await asyncio.sleep(0) if not self.engine.hasty else None
+            await asyncio.sleep(0) if self.engine.yields else None
 
     def step(self, length: int, scored: tuple[Token, ...]) -> Step:
         tokens = {sample: next(rest) for sample, rest in self.live.items() if self.job.max_tokens}

@@ -39,10 +39,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine.parent.quarantine": {"engine.protocol"},
     "engine.parent.engine_metrics": {"engine.protocol", "observability"},
     "engine.parent.tokenizer_client": _TOKENIZE,
+    "engine.parent.restart_policy": set(),
     "engine.parent.watchdog": {"engine.messages"},
     "engine.parent.supervisor": {
         *("engine.messages", "engine.protocol", "engine.parent.engine_metrics", "engine.parent.pending_job"),
-        *("engine.parent.quarantine", "engine.parent.tokenizer_client", "engine.parent.watchdog"),
+        *(
+            "engine.parent.quarantine",
+            "engine.parent.restart_policy",
+            "engine.parent.tokenizer_client",
+            "engine.parent.watchdog",
+        ),
         *("engine.parent.worker_process", "settings", "system"),
     },
     "engine.parent.model_manager": {

@@ -1,4 +1,4 @@
-"""The benchmark's own arithmetic, and all its scenarios in a minute size. How fast anything is, no test says."""
+"""Tests the arithmetic of the benchmark, and runs all its scenarios with small sizes. No speed is asserted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bench.target import check_length, find_target  # noqa: E402
 WALL, RATE = Measure("wall", "s"), Measure("rate", "1/s", more_is_better=True)
 
 
-def test_a_ratio_says_how_many_times_better_whatever_the_unit():
+def test_a_ratio_is_above_1_where_a_target_is_better_for_every_unit():
     times = report.Row("x", WALL, {"a": (2.0, 4.0, 6.0), "b": (1.0, 1.0, 6.0)})
     rates = report.Row("x", RATE, {"a": (2.0, 4.0, 6.0), "b": (1.0, 1.0, 6.0)})
     assert times.ratios("b", "a") == (2.0, 4.0, 1.0)
@@ -30,13 +30,13 @@ def test_a_ratio_says_how_many_times_better_whatever_the_unit():
     assert times.middle("a") == 4.0
 
 
-def test_what_fails_once_is_not_compared():
+def test_a_scenario_that_fails_once_is_not_compared():
     (row,) = report.rows("x", [WALL], {"a": [{"wall": 1.0}, {"wall": 2.0}], "b": [{"wall": 1.0}, "403: no & never"]})
     assert row.results == {"a": (1.0, 2.0), "b": "403: no & never"}
     assert row.ratios("b", "a") == row.ratios("a", "b") == ()
-    told = report.table([row], ["a", "b"], "a")
-    assert "| x        | wall, s | 1.500 | not possible | -     |" in told
-    assert told.endswith("x, b: not possible: 403: no & never")
+    table = report.table([row], ["a", "b"], "a")
+    assert "| x        | wall, s | 1.500 | not possible | -     |" in table
+    assert table.endswith("x, b: not possible: 403: no & never")
     (result,) = report.document([row], "a", {"date": "today"})["results"]
     assert result["times_better"] == {"b": None}
     assert result["not_possible"] == {"b": "403: no & never"}
@@ -54,7 +54,7 @@ def test_the_table_has_medians_and_ratios_with_their_range():
     ]
 
 
-def test_bars_go_to_the_right_where_a_target_is_better():
+def test_bars_point_right_where_a_target_is_better():
     found = [report.Row("x", WALL, {"a": (1.0,), "b": (0.25,)}), report.Row("y", RATE, {"a": (1.0,), "b": (0.25,)})]
     drawn = ElementTree.fromstring(report.picture(found, ["a", "b"], "a", "<title>"))
     _, better, worse = drawn.iter("{http://www.w3.org/2000/svg}rect")
@@ -75,18 +75,18 @@ def test_every_scenario_runs_on_our_server(serve, tmp_path):
             [sys.executable, "-m", "bench", *where, *how, *every], cwd=ROOT, capture_output=True, text=True, check=False
         )
     assert done.returncode == 0, done.stderr
-    told = json.loads(numbers.read_text())
-    assert {result["scenario"] for result in told["results"]} == {scenario.name for scenario in SCENARIOS}
-    for result in told["results"]:
+    results = json.loads(numbers.read_text())
+    assert {result["scenario"] for result in results["results"]} == {scenario.name for scenario in SCENARIOS}
+    for result in results["results"]:
         assert not result["not_possible"], result
         assert {name: len(values) for name, values in result["rounds"].items()} == {"ours": 1, "same": 1}
         assert all(value >= 0 for values in result["rounds"].values() for value in values)
-    assert told["base"] == "same"
-    assert told["targets"]["ours"]["version"].startswith("fp_")
-    assert told["machine"]["cores"] >= 1
+    assert results["base"] == "same"
+    assert results["targets"]["ours"]["version"].startswith("fp_")
+    assert results["machine"]["cores"] >= 1
     assert "ours / same" in done.stdout
     assert "read bandwidth" in done.stdout
-    measured = {(result["scenario"], result["measure"]) for result in told["results"]}
+    measured = {(result["scenario"], result["measure"]) for result in results["results"]}
     assert [scenario for scenario, measure in measured if measure == "of read bandwidth"] == ["one-stream"]
     ElementTree.parse(picture)
 
@@ -134,7 +134,7 @@ def chunk(data: bytes) -> bytes:
 STREAM = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Type: text/event-stream\r\n\r\n"
 
 
-def test_an_event_has_the_time_of_its_end_however_it_is_cut():
+def test_an_event_has_the_time_of_its_last_byte():
     first, second = (
         b'data: {"choices": [{"index": 0, "text": "a"}]}\n\n',
         b'data: {"choices": [], "usage": {"x": 1}}\n\n',
@@ -148,7 +148,7 @@ def test_an_event_has_the_time_of_its_end_however_it_is_cut():
     assert answer.usage == two["usage"] == {"x": 1}
 
 
-def test_an_error_in_a_stream_or_a_status_is_told():
+def test_an_error_in_a_stream_or_a_status_is_raised():
     refusal = b'{"error": {"message": "No such\\nmodel."}}'
     head = b"HTTP/1.1 404 Not Found\r\nContent-Length: %d\r\n\r\n" % len(refusal)
     with pytest.raises(NotPossible, match=r"^404: No such model\.$"):
@@ -162,7 +162,7 @@ def test_a_connection_that_breaks_is_an_error():
         canned(STREAM + chunk(b"data: {"))
 
 
-def test_answers_of_other_lengths_are_not_compared():
+def test_responses_of_other_lengths_are_not_compared():
     body = b'{"choices": [{"index": 0, "text": "a", "finish_reason": "stop"}], "usage": {"completion_tokens": 3}}'
     answer = canned(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
     check_length(answer, 3)
@@ -172,7 +172,7 @@ def test_answers_of_other_lengths_are_not_compared():
         check_length(answer, 3, choices=2)
 
 
-def test_a_server_is_asked_in_the_words_that_it_knows(server):
+def test_requests_use_only_fields_that_the_server_supports(server):
     async def find():
         target = await find_target("ours", server.url, server.key)
         await target.client.close()

@@ -145,7 +145,7 @@ def test_download_progress_without_a_terminal_is_printed_as_lines(monkeypatch, c
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     lines = ProgressLines()
-    lines.chosen("m-Q8_0.gguf", ["m-Q4_0.gguf"])
+    lines.selected("m-Q8_0.gguf", ["m-Q4_0.gguf"])
     lines.started("m-Q8_0.gguf", 100 * 2**20, 10 * 2**20)
     for now in range(1, 31):  # noqa: B007 - the clock
         lines.received(2**20)
@@ -169,7 +169,7 @@ def test_download_progress_on_a_terminal_is_a_bar():
         bars.received(40)
         (task,) = progress.tasks
         assert (task.description, task.completed, task.total) == ("m.gguf", 50, 100)
-        bars.chosen("a", ["b [c]"])
+        bars.selected("a", ["b [c]"])
         bars.checking("folder/m.gguf")
         assert task.description == "m.gguf, checking"
     assert "the others are b [c]." in screen.file.getvalue()
@@ -308,17 +308,17 @@ def test_a_file_that_is_not_a_model_is_a_one_line_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("count", "take_turns", "threads"),
+    ("count", "unload_unused", "threads"),
     [(1, False, 8), (1, True, 8), (2, False, 4), (3, False, 2), (9, False, 1), (9, True, 4)],
 )
-def test_models_share_the_cores(tmp_path, monkeypatch, count, take_turns, threads):
+def test_models_share_the_cores(tmp_path, monkeypatch, count, unload_unused, threads):
     monkeypatch.setattr("afterword.cli.model_setup.cores", lambda: 8)
     path = write_tiny(tmp_path / "tiny.gguf")
     large = dataclasses.replace(read_facts(path), size_bytes=2**27)
-    placed = fit_models([(Model("tiny", path, "file"), large)] * count, EngineSettings(parallel=1), take_turns)
-    assert [each.load_message.threads for each in placed] == [threads] * count
+    fitted = fit_models([(Model("tiny", path, "file"), large)] * count, EngineSettings(parallel=1), unload_unused)
+    assert [each.load_message.threads for each in fitted] == [threads] * count
     explicit = fit_models(
-        [(Model("tiny", path, "file"), large)] * count, EngineSettings(parallel=1, threads=3), take_turns
+        [(Model("tiny", path, "file"), large)] * count, EngineSettings(parallel=1, threads=3), unload_unused
     )
     assert {each.load_message.threads for each in explicit} == {3}
 
@@ -329,18 +329,18 @@ def test_a_replaced_file_gets_a_new_load_message(tmp_path):
     def write(**changes: Any) -> Facts:
         return read_facts(write_tiny(path, **{"file_type": "Q8_0"} | changes))
 
-    (placed,) = fit_models([(Model("tiny", path, "file"), write())], settings)
+    (fitted,) = fit_models([(Model("tiny", path, "file"), write())], settings)
     write(seed=1)
-    assert refreshed_load_message(placed, settings) == placed.load_message, "only the weights differ"
+    assert refreshed_load_message(fitted, settings) == fitted.load_message, "only the weights differ"
     write(context=1024, vocabulary="spm")
-    other = refreshed_load_message(placed, settings)
+    other = refreshed_load_message(fitted, settings)
     assert (other.context, other.sequences, other.threads) == (512, 16, 2), "clients know the context"
     write(context=256)
     with pytest.raises(SettingError, match="more than the 256"):
-        refreshed_load_message(placed, settings)
+        refreshed_load_message(fitted, settings)
     path.write_bytes(b"<html>")
     with pytest.raises(SettingError, match="web page"):
-        refreshed_load_message(placed, settings)
+        refreshed_load_message(fitted, settings)
 
 
 def test_models_that_do_not_fit_together_may_take_turns(tmp_path, monkeypatch):
@@ -351,7 +351,7 @@ def test_models_that_do_not_fit_together_may_take_turns(tmp_path, monkeypatch):
     small = EngineSettings(context=64, parallel=1)
     with pytest.raises(SettingError, match="take turns with --keep-alive"):
         fit_models(found, small)
-    assert [placed.memory_bytes for placed in fit_models(found, small, take_turns=True)] == [need, need]
+    assert [fitted.memory_bytes for fitted in fit_models(found, small, unload_unused=True)] == [need, need]
 
 
 def test_too_little_memory_is_an_error_with_sizes(monkeypatch):
@@ -383,8 +383,14 @@ def test_the_environment_sets_options():
         ("llama", "Q4_K Q6_K IQ3_S", 0, "exact", ("none", "none")),
         ("llama", "Q4_K Q6_K IQ4_NL", 0, "exact", ("none", "none")),
         ("llama", "", 0, "exact", ("none", "none")),
+        # mixtures of experts, with the kernels' products only
+        ("llama", "Q8_0", 8, "exact", ("exact", "none")),
+        ("qwen3moe", "F32 Q4_K Q6_K", 128, "exact", ("exact", "none")),
+        ("qwen3moe", "F32 Q8_0", 128, "f16", ("reproducible", "none")),
+        ("qwen3moe", "F32 IQ4_XS", 128, "exact", ("none", "none")),
         # no test shows that they are reproducible
-        ("llama", "Q8_0", 8, "exact", ("none", "none")),
+        ("gpt-oss", "F32 Q8_0", 32, "exact", ("none", "none")),
+        ("qwen3", "Q8_0", 8, "exact", ("none", "none")),
         ("deepseek2", "Q8_0", 0, "exact", ("none", "none")),
         ("gemma3n", "Q8_0", 0, "exact", ("none", "none")),
         ("mamba", "Q8_0", 0, "exact", ("none", "none")),
@@ -398,7 +404,7 @@ def test_the_environment_sets_options():
 def test_promises_hold_only_for_tested_models(architecture, types, experts, kv_type, expected):
     """`expected`: the promises with Afterword's kernels, and without them."""
     weights = WeightTypes(architecture, frozenset(types.split()), experts)
-    assert tuple(weights.promise(kv_type, own_products=own) for own in (True, False)) == expected
+    assert tuple(weights.promise(kv_type, with_kernels=own) for own in (True, False)) == expected
 
 
 @pytest.mark.parametrize(
@@ -415,9 +421,9 @@ def test_promises_hold_only_for_tested_models(architecture, types, experts, kv_t
 )
 def test_promises_on_a_gpu_need_forward_passes_of_one_shape(architecture, types, kv_type, layers, expected):
     weights = WeightTypes(architecture, frozenset(types.split()))
-    assert weights.promise_on_gpu(kv_type, layers, full=True) == expected
-    assert weights.promise_on_gpu(kv_type, layers, full=False) == "none"
-    assert dataclasses.replace(weights, experts=8).promise_on_gpu(kv_type, layers, full=True) == "none"
+    assert weights.promise_on_gpu(kv_type, layers, fixed_shape=True) == expected
+    assert weights.promise_on_gpu(kv_type, layers, fixed_shape=False) == "none"
+    assert dataclasses.replace(weights, experts=8).promise_on_gpu(kv_type, layers, fixed_shape=True) == "none"
 
 
 def test_the_promise_depends_on_the_weight_types_in_the_file(tmp_path):

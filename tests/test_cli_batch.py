@@ -75,7 +75,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
             yield send
 
-        monkeypatch.setattr(batch_run, "_asking", asking)
+        monkeypatch.setattr(batch_run, "_open_client", asking)
 
     serve()
     return serve

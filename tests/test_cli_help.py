@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from afterword.cli import main
 from afterword.cli.options import GroupedCommand, GroupedOption, leaves
 from afterword.cli.settings import variables
-from afterword.errors import EngineDied
+from afterword.errors import WorkerDied
 from cli_page import COMMAND, PAGE, rendered
 
 AFTERWORD = [sys.executable, "-m", "afterword"]
@@ -140,12 +140,12 @@ def test_complete_json_prints_the_response_of_the_api():
 
 def test_exit_status_separates_failures_at_run_time_from_invalid_settings(monkeypatch):
     def dies(*_: object) -> None:
-        raise EngineDied
+        raise WorkerDied
 
     monkeypatch.setattr("afterword.cli.run.complete", dies)
     failed = CliRunner().invoke(main, ["complete", "a"])
     assert (failed.exit_code, failed.stdout) == (1, "")
-    assert failed.stderr.startswith("afterword: The engine stopped")
+    assert failed.stderr.startswith("afterword: The worker process stopped")
     assert CliRunner().invoke(main, ["complete"]).exit_code == 2
     assert CliRunner().invoke(main, ["nothing"]).exit_code == 2
 

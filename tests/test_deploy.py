@@ -160,7 +160,7 @@ def test_the_containers_find_each_other():
     assert source["datasources"][0]["jsonData"]["timeInterval"] == config["global"]["scrape_interval"]
 
 
-def test_the_server_is_told_what_it_knows():
+def test_the_compose_file_sets_only_options_that_exist():
     options = {f"AFTERWORD_SERVE_{each.name.upper()}" for each in main.commands["serve"].params if each.name}
     for name in COMPOSE["services"]["afterword"]["environment"]:
         assert name in options | {"AFTERWORD_API_KEY"}

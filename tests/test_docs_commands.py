@@ -40,14 +40,14 @@ def runs_here(block: Block) -> bool:
     return block.name not in ELSEWHERE or ELSEWHERE[block.name].possible
 
 
-def told(outcomes: list[Outcome]) -> str:
+def problems_of(outcomes: list[Outcome]) -> str:
     return "\n\n".join(f"{each.block.place}\n{each.problem}" for each in outcomes if each.problem)
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", [page for page in pages() if read(page)])
 def test_every_block_of_a_page_does_what_it_says(page: str, outcomes: dict[str, Future[list[Outcome]]]) -> None:
-    if problems := told(outcomes[page].result()):
+    if problems := problems_of(outcomes[page].result()):
         pytest.fail(problems, pytrace=False)
 
 
@@ -92,4 +92,4 @@ def test_a_block_may_be_a_file_for_the_next(place: Place) -> None:
     here = place()
     page = '1. List\n\n   ```json a.json\n   {"a": 1}\n   ```\n\n   ```sh\n   grep -q 1 a.json\n   ```\n'
     assert [block.line for block in blocks("page", page)] == [3, 7]
-    assert not told([check(block, here) for block in blocks("page", page)])
+    assert not problems_of([check(block, here) for block in blocks("page", page)])

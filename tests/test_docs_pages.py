@@ -39,10 +39,10 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_the_index_names_every_page_in_a_sentence() -> None:
     index = (DOCS / "README.md").read_text(encoding="utf-8")
-    told = dict(re.findall(r"(?m)^- \[[^\]]+\]\(([^)]+)\): (.+)$", index))
+    sentences = dict(re.findall(r"(?m)^- \[[^\]]+\]\(([^)]+)\): (.+)$", index))
     pages = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")} - {"README.md"}
-    assert not pages - set(told)
-    assert min(len(told[page].split()) for page in pages) > 2
+    assert not pages - set(sentences)
+    assert min(len(sentences[page].split()) for page in pages) > 2
 
 
 def test_the_index_of_decisions_has_every_record_with_its_date() -> None:
@@ -57,12 +57,12 @@ def test_the_index_of_decisions_has_every_record_with_its_date() -> None:
     assert sorted(listed) == sorted(records)
 
 
-def test_every_limit_has_its_row_and_the_value_that_is_told() -> None:
-    told = (DOCS / "limits.md").read_text(encoding="utf-8")
+def test_every_limit_has_a_row_in_limits_md_with_its_value() -> None:
+    page = (DOCS / "limits.md").read_text(encoding="utf-8")
     listed = CliRunner().invoke(main, ["serve", "--print-limits"]).output
     names = re.findall(r"(?m)^(\w+) +\S", listed)
     assert len(names) > 20
-    assert not [name for name in names if f"`{name}`" not in told]
+    assert not [name for name in names if f"`{name}`" not in page]
 
 
 def test_the_readme_has_two_commands_to_set_up() -> None:

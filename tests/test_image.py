@@ -82,7 +82,7 @@ def test_without_a_key_it_says_what_is_missing_and_ends(settings: dict[str, str]
     assert "--allow-open" in done.stderr
 
 
-def test_with_a_key_it_is_healthy_and_closed_and_ends_when_told(settings: dict[str, str]) -> None:
+def test_with_a_key_the_container_is_healthy_requires_the_key_and_ends_at_sigterm(settings: dict[str, str]) -> None:
     given = settings | {"AFTERWORD_API_KEY": "choose-a-long-one"}
     with subprocess.Popen([*entrypoint(), "--port", "0"], env=given, stdout=subprocess.PIPE, text=True) as process:
         try:

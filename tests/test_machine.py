@@ -48,23 +48,23 @@ def test_without_cgroups_the_machine_is_the_limit() -> None:
 
 
 def test_a_memory_limit_of_cgroup_version_2_applies(tmp_path: Path) -> None:
-    assert resources.memory_room(tmp_path) is None
+    assert resources.cgroup_free_memory(tmp_path) is None
     write(tmp_path, memory__max="max", memory__current=700, memory__stat="anon 500\ninactive_file 200")
-    assert resources.memory_room(tmp_path) is None
+    assert resources.cgroup_free_memory(tmp_path) is None
     write(tmp_path, memory__max=1000)
-    assert resources.memory_room(tmp_path) == 500
+    assert resources.cgroup_free_memory(tmp_path) == 500
     write(tmp_path, memory__max=100)
-    assert resources.memory_room(tmp_path) == 0
+    assert resources.cgroup_free_memory(tmp_path) == 0
 
 
 def test_a_memory_limit_of_cgroup_version_1_applies(tmp_path: Path) -> None:
     stat = "inactive_file 1\ntotal_inactive_file 200"
     write(tmp_path, memory__limit_in_bytes=UNLIMITED, memory__usage_in_bytes=700, memory__stat=stat)
-    assert (resources.memory_room(tmp_path) or 0) > 2**60
+    assert (resources.cgroup_free_memory(tmp_path) or 0) > 2**60
     write(tmp_path, memory__limit_in_bytes=1000)
-    assert resources.memory_room(tmp_path) == 500
+    assert resources.cgroup_free_memory(tmp_path) == 500
     write(tmp_path, memory__limit_in_bytes=100)
-    assert resources.memory_room(tmp_path) == 0
+    assert resources.cgroup_free_memory(tmp_path) == 0
 
 
 @pytest.mark.parametrize("limited", ["", "outer", "outer/inner"])

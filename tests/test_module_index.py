@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -28,3 +29,9 @@ def test_each_file_is_listed_and_says_what_it_does(path: Path) -> None:
     assert module_index.first_sentence(path)
     if path.name != "__init__.py":
         assert f"(../{path.relative_to(ROOT).as_posix()})" in PAGE
+
+
+def test_each_folder_says_what_it_has() -> None:
+    sections = PAGE.split("\n## ")[1:]
+    assert len(sections) > 15
+    assert not [section for section in sections if re.match(r"\S+\n\n\| file", section)]

@@ -233,7 +233,7 @@ def new_transport_server() -> TransportServer:
 
 
 def test_a_model_that_fails_in_an_unexpected_way_can_be_loaded_later(caplog):
-    engine = scripted_engine.ScriptedEngine(scripted_engine.says("Hello"))
+    engine = scripted_engine.ScriptedEngine(scripted_engine.text_script("Hello"))
     model_manager = ModelManager(
         [ModelDefinition("model", 0, Failing(lambda: as_supervisor(engine), 1))], keep_alive=60
     )
@@ -259,7 +259,7 @@ def as_supervisor(engine: Any) -> Any:
 
 
 def test_a_model_that_cannot_be_unloaded_is_logged(caplog):
-    engine = scripted_engine.ScriptedEngine(scripted_engine.says("Hello"))
+    engine = scripted_engine.ScriptedEngine(scripted_engine.text_script("Hello"))
 
     async def main() -> None:
         model_manager = ModelManager([ModelDefinition("model", 0, lambda: as_supervisor(engine))], keep_alive=0)

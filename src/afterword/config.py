@@ -91,12 +91,12 @@ class WeightTypes:
         """Whether llama.cpp's matmuls of repacked weights give the same bits in every forward batch."""
         return bool(self.types & REPACKED_TYPES) and self.types <= REPACKED_TYPES | REPACKED_WITH
 
-    def promise(self, kv_type: KvType, *, own_products: bool) -> Promise:
+    def promise(self, kv_type: KvType, *, with_kernels: bool) -> Promise:
         """The strongest promise for a CPU. The loaded engine may lower it: it knows which kernels compute what.
 
-        `own_products`: whether Afterword's kernels multiply the matrices.
+        `with_kernels`: whether Afterword's kernels multiply the matrices.
         """
-        if own_products:
+        if with_kernels:
             constant = self.uses_kernels
         else:  # llama.cpp's products of experts were not tested
             constant = not self.experts and (self.repacked or self.types <= LIBRARY_TYPES)
@@ -105,11 +105,11 @@ class WeightTypes:
             return "none"
         return "exact" if kv_type == "exact" else "reproducible"
 
-    def promise_on_gpu(self, kv_type: KvType, layers: int, full: bool) -> Promise:
-        """The promise for a GPU, as measured. `full`: all decode passes have the same shape."""
+    def promise_on_gpu(self, kv_type: KvType, layers: int, fixed_shape: bool) -> Promise:
+        """The promise for a GPU, as measured. `fixed_shape`: all decode passes have the same shape."""
         tested = self.architecture in GPU_ARCHITECTURES and bool(self.types) and self.types <= GPU_TYPES
         measured = tested and layers == -1 and kv_type == "f16" and not self.experts
-        return "reproducible" if full and measured else "none"
+        return "reproducible" if fixed_shape and measured else "none"
 
 
 def advice(file_type: str, architecture: str = "") -> str | None:

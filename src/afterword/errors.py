@@ -14,7 +14,7 @@
     ├── StorageFailed         server: 507; the disk of the file store
     │   └── ForeignFolder         the file store's folder has other files in it
     └── EngineError           server: 500
-        ├── EngineDied            the worker ended during the request
+        ├── WorkerDied            the worker ended during the request
         ├── ModelReplaced         the model's files were replaced by another model during the request
         ├── EngineFailure         the worker ended twice during the request, so it is not repeated
         ├── NonFiniteLogits       the model computed NaN or infinity
@@ -123,11 +123,11 @@ class EngineError(AfterwordError):
     """The engine could not process the request."""
 
 
-class EngineDied(EngineError):
+class WorkerDied(EngineError):
     """The worker ended while it processed the request."""
 
     def __init__(self) -> None:
-        super().__init__("The engine stopped while it was processing this request. Please try again.")
+        super().__init__("The worker process stopped while it was processing this request. Please try again.")
 
 
 class ModelReplaced(EngineError):
@@ -146,7 +146,7 @@ class EngineFailure(EngineError):
 
     def __init__(self) -> None:
         super().__init__(
-            "The engine stopped twice while it was processing this request. The server refuses it for an hour."
+            "The worker process stopped twice while it was processing this request. The server refuses it for an hour."
         )
 
 

@@ -218,7 +218,7 @@ def test_lines_can_go_to_the_standard_error_stream(serve, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full does not exist")
-def test_a_full_disk_loses_lines_and_nothing_else_and_is_told_once(serve, tmp_path):
+def test_a_full_disk_loses_log_lines_only_and_is_logged_once(serve, tmp_path):
     stderr = tmp_path / "stderr"
     with serve("--log", "/dev/full", "--parallel", "1", key=None, stderr=stderr) as server, server.http() as http:
         for _ in range(3):

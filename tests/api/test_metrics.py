@@ -434,7 +434,7 @@ async def metrics_after(engine: Engine, *requests: bytes) -> Samples:
 
 @pytest.mark.parametrize("streams", [b"true", b"false"])
 def test_a_failed_engine_counts_as_an_error_streamed_or_not(streams):
-    engine = Engine(scripted_engine.says(b"Hello" * 4, b"Hello" * 4), dies_after=2)
+    engine = Engine(scripted_engine.text_script(b"Hello" * 4, b"Hello" * 4), dies_after=2)
     samples = asyncio.run(metrics_after(engine, b'{"prompt": "a", "n": 2, "stream": %s}' % streams))
     assert samples["request_success_total", "error"] == 2
     assert samples["request_success_total", "abort"] == samples["request_success_total", "stop"] == 0
@@ -457,7 +457,9 @@ def test_a_bug_within_a_stream_counts_as_an_error_not_as_an_abort():
 
 def test_an_overloaded_server_counts_errors_and_no_completions(serve):
     samples = asyncio.run(
-        metrics_after(Engine(scripted_engine.says("a"), room=0), b'{"prompt": "a"}', b'{"prompt": "a", "stream": true}')
+        metrics_after(
+            Engine(scripted_engine.text_script("a"), max_jobs=0), b'{"prompt": "a"}', b'{"prompt": "a", "stream": true}'
+        )
     )
     assert samples["request_errors_total", "server_is_overloaded"] == 2
     assert {value for (name, *_), value in samples.items() if name.startswith("request_success")} == {0}
@@ -467,7 +469,12 @@ def test_a_batch_line_counts_as_a_completion_but_not_as_an_http_request():
     async def ask() -> Samples:
         metrics = Metrics()
         app = make_app(
-            Service(Config(), model_manager_of(Engine(scripted_engine.says("Hello"))), KeyRegistry(()), metrics=metrics)
+            Service(
+                Config(),
+                model_manager_of(Engine(scripted_engine.text_script("Hello"))),
+                KeyRegistry(()),
+                metrics=metrics,
+            )
         )
         reply = await in_process_client(app)("POST", "/v1/completions", b'{"prompt": "a"}')
         assert reply.status == 200

@@ -34,7 +34,7 @@ def spans_of(*requests: tuple[str, dict[str, Any], dict[str, str]], engine: Engi
     exporter = InMemorySpanExporter()
 
     async def ask() -> None:
-        models = model_manager_of(engine or Engine(scripted_engine.says("Hello", "Hello"), room=100))
+        models = model_manager_of(engine or Engine(scripted_engine.text_script("Hello", "Hello"), max_jobs=100))
         in_memory_server = InMemoryServer(make_app(Service(Config(), models, KeyRegistry(()), traces=Traces(exporter))))
         for path, body, headers in requests:
             data = json.dumps(body).encode()
@@ -95,7 +95,9 @@ def test_unsampled_traces_have_no_span():
 def test_spans_of_refused_and_failed_requests():
     refused, failed = (
         spans_of(("/v1/completions", {"prompt": "a", "temperature": 9}, {})),
-        spans_of(("/v1/completions", {"prompt": "a"}, {}), engine=Engine(scripted_engine.says("Hello"), dies_after=0)),
+        spans_of(
+            ("/v1/completions", {"prompt": "a"}, {}), engine=Engine(scripted_engine.text_script("Hello"), dies_after=0)
+        ),
     )
     assert (refused[0].name, refused[0].status.status_code.name) == ("POST /v1/completions", "UNSET")
     assert refused[0].attributes["error.type"] == "decimal_above_max_value"

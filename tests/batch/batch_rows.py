@@ -57,10 +57,10 @@ def open_journal(source: Path, path: Path) -> Journal:
     return journal
 
 
-def run(source: Path, journal: Journal, send: SendRequest, at_once: int = 3, **options: Any) -> Progress:
+def run(source: Path, journal: Journal, send: SendRequest, concurrency: int = 3, **options: Any) -> Progress:
     """Run a job to its end."""
     progress = Progress(int(journal.facts["rows"]), journal.counts())
-    asyncio.run(BatchJob(source, journal, CREATED, LONGEST, at_once).run(send, progress, **options))
+    asyncio.run(BatchJob(source, journal, CREATED, LONGEST, concurrency).run(send, progress, **options))
     return progress
 
 

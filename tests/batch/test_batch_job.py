@@ -62,7 +62,7 @@ def test_every_line_has_one_answer_in_the_order_of_the_input(source, journal):
         "duplicate_custom_id",
         None,
     ]
-    assert (progress.done.succeeded, progress.done.failed, progress.rows) == (3, 2, 5)
+    assert (progress.done.succeeded, progress.done.failed, progress.lines) == (3, 2, 5)
     assert progress.done == journal.counts()
 
 
@@ -75,7 +75,7 @@ def test_requests_are_sent_in_the_order_of_their_prompts(tmp_path):
         sent.append(request["prompt"])
         return completion(request)
 
-    run(source, open_journal(source, tmp_path / "journal"), answering(note), at_once=1)
+    run(source, open_journal(source, tmp_path / "journal"), answering(note), concurrency=1)
     assert sent == sorted(prompts)
 
 
@@ -93,7 +93,7 @@ def test_concurrency_limits_the_requests_sent_at_the_same_time(source, tmp_path)
         now -= 1
         return completion({})
 
-    run(source, open_journal(source, tmp_path / "journal"), send, at_once=5)
+    run(source, open_journal(source, tmp_path / "journal"), send, concurrency=5)
     assert most == 5
 
 
@@ -114,7 +114,7 @@ def test_output_does_not_depend_on_what_an_earlier_run_answered(source, tmp_path
         sent[request["prompt"]] += 1
         return completion(request)
 
-    run(source, journal, answering(note), at_once=2)
+    run(source, journal, answering(note), concurrency=2)
     journal.write(tmp_path / "out")
     journal.remove()
     assert (tmp_path / "out").read_bytes() == expected
@@ -159,7 +159,7 @@ def test_answers_before_a_stop_are_in_the_journal(tmp_path):
         return completion(request)
 
     with pytest.raises(BatchStopped):
-        run(source, journal, answering(choose), at_once=1)
+        run(source, journal, answering(choose), concurrency=1)
     assert journal.counts().succeeded == 5
 
 
@@ -236,10 +236,10 @@ def test_answers_are_written_in_one_transaction(journal, source):
 def test_a_scan_stops_at_its_limits(tmp_path):
     source = write(tmp_path / "in", *[b"{no"] * 50)
     journal = Journal(tmp_path / "a")
-    journal.scan(source, LONGEST, {}, most_faults=7)
+    journal.scan(source, LONGEST, {}, max_faults=7)
     assert journal.counts().failed == 7
     journal = Journal(tmp_path / "b")
-    journal.scan(source, LONGEST, {}, most_rows=9)
+    journal.scan(source, LONGEST, {}, max_lines=9)
     assert journal.facts["rows"] == "10"
 
 
@@ -252,7 +252,7 @@ def test_requests_are_sorted_within_windows(tmp_path, monkeypatch):
         sent.append(request["prompt"])
         return completion(request)
 
-    run(source, open_journal(source, tmp_path / "journal"), answering(note), at_once=1)
+    run(source, open_journal(source, tmp_path / "journal"), answering(note), concurrency=1)
     assert sent == ["6", "7", "8", "9", "2", "3", "4", "5", "0", "1"]
 
 
@@ -272,13 +272,13 @@ def test_an_answer_too_large_for_sqlite_becomes_an_error_of_its_line(source, tmp
     assert codes["row-1"] is codes["row-6"] is None
     errors = [line["error"] for line in output(journal) if line["custom_id"] == "x"]
     assert errors[0]["code"] == "answer_too_large"
-    assert str(journal.longest) in errors[0]["message"]
+    assert str(journal.max_answer_bytes) in errors[0]["message"]
 
 
 def test_an_answer_of_the_maximum_size_can_be_stored(source, journal):
     journal._db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 50_000)
-    journal.add([OutputLine(99, True, b"x" * journal.longest)])
-    assert journal.size() >= journal.longest
+    journal.add([OutputLine(99, True, b"x" * journal.max_answer_bytes)])
+    assert journal.size() >= journal.max_answer_bytes
 
 
 def test_the_journal_has_mode_0600_and_the_output_follows_the_umask(source, tmp_path):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import sqlite3
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from afterword.api.requests.multipart_upload import _create
 from afterword.batch import file_store as file_stores
-from afterword.batch.file_store import FileStore, StoredBatch, StoredFile, new_id
+from afterword.batch.file_store import FileStore
 from afterword.batch.journal import Journal
+from afterword.batch.stored_items import BatchError, StoredBatch, StoredFile, new_id
 from afterword.errors import RequestError, SettingError, StorageFailed
 
 MOST = 1000
@@ -60,7 +63,7 @@ def test_only_the_owner_can_read_files_and_folders(store, umask, mode):
     assert modes == {
         "files": 0o700,
         "journals": 0o700,
-        "shelf.db": 0o600,
+        "files.db": 0o600,
         "files/f1": 0o600,
         "files/f2": 0o600,
         "journals/b1": 0o600,
@@ -192,24 +195,32 @@ def files_of_the_same_name(folder: Path) -> None:
 
 def another_database(folder: Path) -> None:
     folder.mkdir(parents=True)
-    with sqlite3.connect(folder / "shelf.db") as db:
+    with sqlite3.connect(folder / "files.db") as db:
         db.execute("CREATE TABLE books (name TEXT)")
     db.close()
 
 
 def another_database_with_a_version(folder: Path) -> None:
     another_database(folder)
-    with sqlite3.connect(folder / "shelf.db") as db:
+    with sqlite3.connect(folder / "files.db") as db:
         db.execute("PRAGMA user_version = 2")
     db.close()
 
 
 def no_database(folder: Path) -> None:
     folder.mkdir(parents=True)
-    (folder / "shelf.db").write_bytes(b"no database" * 1000)
+    (folder / "files.db").write_bytes(b"no database" * 1000)
 
 
-FOREIGN = [other_files, files_of_the_same_name, another_database, another_database_with_a_version, no_database]
+def another_database_of_the_old_name(folder: Path) -> None:
+    another_database(folder)
+    (folder / "files.db").rename(folder / "shelf.db")
+
+
+FOREIGN = [
+    *(other_files, files_of_the_same_name, another_database, another_database_with_a_version, no_database),
+    another_database_of_the_old_name,
+]
 
 
 @pytest.mark.parametrize("fill", FOREIGN, ids=lambda each: each.__name__)
@@ -242,10 +253,41 @@ def test_an_empty_folder_is_accepted(store, names):
     store.check()
 
 
+def test_a_database_of_the_old_name_stays_in_use(store):
+    put(store, "f1")
+    store.add_batch(batch("b1"), 9)
+    store.close()
+    (store.folder / "files.db").rename(store.folder / "shelf.db")
+    again = FileStore(store.folder)
+    again.check()
+    assert again.exists
+    put(again, "f2")
+    assert [file.id for file in again.files("k", None, 9, "asc", None)[0]] == ["f1", "f2"]
+    assert [each.id for each in again.unfinished_batches()] == ["b1"]
+    assert not (store.folder / "files.db").exists()
+
+
+def test_the_names_in_the_database_stay_the_same(store):
+    put(store, "f1")
+    store.add_batch(batch("b1"), 9)
+    store.close()
+    facts = b"""{"id":"b1","key":"k","endpoint":"/v1/completions","window":"24h","input":"f1","created":1,"expires":2,
+        "metadata":null,"status":"completed","times":{"completed":3},"wrong":[{"code":"c","message":"m","line":4}],
+        "output":"f2","errors":"f3","rows":9,"good":7,"bad":2,"prompt":5,"completion":6,"cached":1}"""
+    with sqlite3.connect(store.folder / "files.db") as db:
+        db.execute("UPDATE batches SET facts = ?", (facts,))
+    db.close()
+    found = FileStore(store.folder).batch("k", "b1")
+    assert (found.input_file, found.output_file, found.error_file) == ("f1", "f2", "f3")
+    assert (found.lines, found.succeeded, found.failed) == (9, 7, 2)
+    assert found.errors == (BatchError("c", "m", 4),)
+    assert json.loads(msgspec.json.encode(found)) == json.loads(facts)
+
+
 def test_a_folder_of_version_1_is_migrated(store):
     put(store, "f1")
     store.close()
-    with sqlite3.connect(store.folder / "shelf.db") as db:
+    with sqlite3.connect(store.folder / "files.db") as db:
         db.executescript("DROP TABLE unfinished; ALTER TABLE files DROP COLUMN expires; PRAGMA user_version = 1;")
     db.close()
     again = FileStore(store.folder)
@@ -261,7 +303,7 @@ def test_a_row_that_cannot_be_decoded_is_ignored(store, caplog, table, facts):
     for number in (1, 2):
         store.add_batch(batch(f"b{number}", file="f2"), 9)
     store.close()
-    with sqlite3.connect(store.folder / "shelf.db") as db:
+    with sqlite3.connect(store.folder / "files.db") as db:
         db.execute(f"UPDATE {table} SET facts = ? WHERE number = 1", (facts,))
     db.close()
     again = FileStore(store.folder)

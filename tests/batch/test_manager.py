@@ -14,9 +14,10 @@ from batch_rows import CREATED, answering, bare, completion, wrapped
 from afterword.batch import batch_job as jobs
 from afterword.batch import manager as managers
 from afterword.batch.batch_limits import BatchLimits
-from afterword.batch.file_store import FINAL_STATUSES, FileStore, StoredBatch, StoredFile
+from afterword.batch.file_store import FileStore
 from afterword.batch.manager import BatchManager
 from afterword.batch.output_lines import SendRequest, ServerReply
+from afterword.batch.stored_items import FINAL_STATUSES, StoredBatch, StoredFile
 from afterword.errors import RequestError
 
 ROWS = (wrapped("a", prompt="one"), wrapped("b", prompt="bad"), wrapped("c", prompt="two"))
@@ -75,18 +76,18 @@ def test_answers_and_errors_are_in_separate_files(folder):
     async def scenario(manager: BatchManager) -> None:
         add_batch(manager, *ROWS)
         batch = await wait_for_end(manager)
-        assert (batch.status, batch.rows, batch.good, batch.bad) == ("completed", 3, 2, 1)
+        assert (batch.status, batch.lines, batch.succeeded, batch.failed) == ("completed", 3, 2, 1)
         assert list(batch.times) == ["in_progress", "finalizing", "completed"]
-        assert [line["custom_id"] for line in lines(manager, batch.output)] == ["a", "c"]
-        assert [line["custom_id"] for line in lines(manager, batch.errors)] == ["b"]
-        assert manager.file_store.file("k", batch.output or "").purpose == "batch_output"
+        assert [line["custom_id"] for line in lines(manager, batch.output_file)] == ["a", "c"]
+        assert [line["custom_id"] for line in lines(manager, batch.error_file)] == ["b"]
+        assert manager.file_store.file("k", batch.output_file or "").purpose == "batch_output"
 
     with_manager(folder, answering(choose), scenario)
     assert not list((folder / "journals").iterdir())
 
 
 @pytest.mark.parametrize(
-    ("rows", "wrong"),
+    ("rows", "errors"),
     [
         ((wrapped("a", prompt="b"), b"{no", wrapped("a")), [("invalid_json_line", 2), ("duplicate_custom_id", 3)]),
         ((b"", b" "), [("empty_file", None)]),
@@ -94,13 +95,13 @@ def test_answers_and_errors_are_in_separate_files(folder):
         ([bare(prompt="a", stream=True)], [("stream_not_supported", 1)]),
     ],
 )
-def test_a_file_with_faulty_lines_fails_and_names_the_lines(folder, rows, wrong):
+def test_a_file_with_faulty_lines_fails_and_names_the_lines(folder, rows, errors):
     async def scenario(manager: BatchManager) -> None:
         add_batch(manager, *rows)
         batch = await wait_for_end(manager)
         assert batch.status == "failed"
-        assert [(each.code, each.line) for each in batch.wrong] == wrong
-        assert (batch.output, batch.errors) == (None, None)
+        assert [(each.code, each.line) for each in batch.errors] == errors
+        assert (batch.output_file, batch.error_file) == (None, None)
 
     def never(_: object) -> ServerReply:
         raise AssertionError
@@ -119,12 +120,12 @@ def test_a_cancelled_batch_keeps_what_was_answered(folder):
 
     async def scenario(manager: BatchManager) -> None:
         add_batch(manager, *(bare(prompt=str(number)) for number in range(40)))
-        while not (batch := manager.with_progress(manager.file_store.batch("k", "b1"))).good:
+        while not (batch := manager.with_progress(manager.file_store.batch("k", "b1"))).succeeded:
             await asyncio.sleep(0.001)
         assert (await manager.cancel("k", "b1")).status == "cancelling"
         batch = await wait_for_end(manager)
-        assert (batch.status, batch.good, batch.bad, batch.rows) == ("cancelled", 1, 0, 40)
-        assert len(lines(manager, batch.output)) == 1
+        assert (batch.status, batch.succeeded, batch.failed, batch.lines) == ("cancelled", 1, 0, 40)
+        assert len(lines(manager, batch.output_file)) == 1
         assert (await manager.cancel("k", "b1")).status == "cancelled"  # a second call changes nothing
 
     with_manager(folder, send, scenario)
@@ -150,8 +151,8 @@ def test_unanswered_requests_expire(folder):
     async def scenario(manager: BatchManager) -> None:
         add_batch(manager, *ROWS, expires=CREATED + 1)
         batch = await wait_for_end(manager)
-        assert (batch.status, batch.good, batch.bad) == ("expired", 1, 2)
-        assert [line["error"]["code"] for line in lines(manager, batch.errors)] == ["batch_expired"] * 2
+        assert (batch.status, batch.succeeded, batch.failed) == ("expired", 1, 2)
+        assert [line["error"]["code"] for line in lines(manager, batch.error_file)] == ["batch_expired"] * 2
 
     with_manager(folder, send, scenario, clock=lambda: now[0])
 
@@ -170,13 +171,13 @@ def test_a_restarted_server_continues_its_batches(folder):
 
     async def interrupted(manager: BatchManager) -> None:
         add_batch(manager, *(bare(prompt=str(number)) for number in range(60)))
-        while manager.with_progress(manager.file_store.batch("k", "b1")).good < 20:
+        while manager.with_progress(manager.file_store.batch("k", "b1")).succeeded < 20:
             await asyncio.sleep(0.001)
 
     async def scenario(manager: BatchManager) -> None:
         batch = await wait_for_end(manager)
-        assert (batch.status, batch.good) == ("completed", 60)
-        assert [line["custom_id"] for line in lines(manager, batch.output)] == [f"row-{n}" for n in range(1, 61)]
+        assert (batch.status, batch.succeeded) == ("completed", 60)
+        assert [line["custom_id"] for line in lines(manager, batch.output_file)] == [f"row-{n}" for n in range(1, 61)]
 
     with_manager(folder, hold(20), interrupted)
     with_manager(folder, hold(1000), scenario)
@@ -204,7 +205,7 @@ def test_a_server_killed_while_it_ends_a_batch_writes_the_output_again(folder, s
     async def scenario(manager: BatchManager) -> None:
         batch = await wait_for_end(manager)
         assert batch.status == ("cancelled" if status == "cancelling" else "completed")
-        assert [line["custom_id"] for line in lines(manager, batch.output)] == ["a", "c"]
+        assert [line["custom_id"] for line in lines(manager, batch.output_file)] == ["a", "c"]
 
     with_manager(folder, answering(choose), killed)
     with_manager(folder, answering(choose), scenario)
@@ -254,7 +255,7 @@ def test_a_batch_waits_while_the_disk_fails(folder, monkeypatch):
     async def scenario(manager: BatchManager) -> None:
         add_batch(manager, *ROWS)
         batch = await wait_for_end(manager)
-        assert (batch.status, batch.good, batch.bad) == ("completed", 2, 1)
+        assert (batch.status, batch.succeeded, batch.failed) == ("completed", 2, 1)
 
     with_manager(folder, answering(choose), scenario)
     assert left[0] < 0
@@ -265,7 +266,7 @@ def test_a_deleted_input_file_fails_its_batch(folder):
         add_batch(manager, *ROWS)
         manager.file_store.contents("f-b1").unlink()
         batch = await wait_for_end(manager)
-        assert (batch.status, [each.code for each in batch.wrong]) == ("failed", ["input_file_unreadable"])
+        assert (batch.status, [each.code for each in batch.errors]) == ("failed", ["input_file_unreadable"])
 
     with_manager(folder, answering(choose), scenario)
 
@@ -283,7 +284,7 @@ def test_a_batch_that_expires_after_its_input_file_was_deleted_fails(folder):
         add_batch(manager, *ROWS, expires=CREATED + 1)
         input_file.append(manager.file_store.contents("f-b1"))
         batch = await wait_for_end(manager)
-        assert (batch.status, [each.code for each in batch.wrong]) == ("failed", ["input_file_unreadable"])
+        assert (batch.status, [each.code for each in batch.errors]) == ("failed", ["input_file_unreadable"])
 
     with_manager(folder, send, scenario, clock=lambda: now[0])
 
@@ -329,12 +330,12 @@ def test_answers_over_the_storage_limit_become_errors_of_their_lines(folder):
     async def scenario(manager: BatchManager) -> None:
         add_batch(manager, *(bare(prompt=str(number)) for number in range(200)))
         batch = await wait_for_end(manager)
-        assert (batch.status, batch.rows, batch.good + batch.bad) == ("completed", 200, 200)
-        good, bad = lines(manager, batch.output), lines(manager, batch.errors)
-        assert 5 <= len(good) <= 20
-        assert {line["error"]["code"] for line in bad} == {"storage_limit_reached"}
+        assert (batch.status, batch.lines, batch.succeeded + batch.failed) == ("completed", 200, 200)
+        succeeded, failed = lines(manager, batch.output_file), lines(manager, batch.error_file)
+        assert 5 <= len(succeeded) <= 20
+        assert {line["error"]["code"] for line in failed} == {"storage_limit_reached"}
         assert len(sent) < 100
-        output = manager.file_store.file("k", batch.output or "")
+        output = manager.file_store.file("k", batch.output_file or "")
         assert output.size + manager.file_store.file("k", "f-b1").size <= 25_000
         sizes = sum(file.size for file in manager.file_store.files("k", None, 9, "asc", None)[0])
         while manager.file_store.quota.used("k") != sizes:
@@ -372,7 +373,7 @@ def test_answers_of_a_continued_batch_count_against_the_limit(folder):
 
     async def interrupted(manager: BatchManager) -> None:
         add_batch(manager, *(bare(prompt=str(number)) for number in range(3)))
-        while not manager.with_progress(manager.file_store.batch("k", "b1")).good:
+        while not manager.with_progress(manager.file_store.batch("k", "b1")).succeeded:
             await asyncio.sleep(0.001)
 
     async def scenario(manager: BatchManager) -> None:

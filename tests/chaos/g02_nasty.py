@@ -51,7 +51,7 @@ async def _ask_all(server: Server, trial: Trial) -> Result:
     return Result(
         not problems and alive,
         {"texts": len(TEXTS), "2xx": statuses[200], "4xx": statuses.total() - statuses[200], "wrong": len(problems)}
-        | {"engine": "lived" if alive else "died"}
+        | {"worker": "lived" if alive else "died"}
         | first,
     )
 

@@ -99,7 +99,7 @@ class Bench:
 def main() -> None:
     rows, seed, planted = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     patch = pytest.MonkeyPatch()
-    patch.setattr(batch_run, "_asking", echoing)
+    patch.setattr(batch_run, "_open_client", echoing)
     patch.setattr(batch_run.click, "echo", lambda *_, **__: None)
     patch.setattr(batch_run.click, "secho", lambda *_, **__: None)
     patch.setattr(batch_job, "_PAUSE", 0)

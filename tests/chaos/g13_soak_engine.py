@@ -43,6 +43,6 @@ GATE = Gate(
     commit=500,
     nightly=10_000,
     run=run,
-    fault=Fault("the worker keeps 200 kB for every job", "engine", keep_of_every_job),
+    fault=Fault("the worker keeps 200 kB for every job", "worker", keep_of_every_job),
     planted=300,
 )

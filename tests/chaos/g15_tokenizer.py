@@ -240,7 +240,7 @@ GATE = Gate(
     nightly=COMMIT * (2 + len(SHARED)),
     run=run,
     fault=Fault(
-        "all texts wait in one queue, and llama.cpp finds their special tokens", "engine", tokenize_in_one_queue
+        "all texts wait in one queue, and llama.cpp finds their special tokens", "worker", tokenize_in_one_queue
     ),
     planted=6,
 )

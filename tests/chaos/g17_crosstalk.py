@@ -81,6 +81,6 @@ GATE = Gate(
     commit=1_000,
     nightly=100_000,
     run=run,
-    fault=Fault("the prefix cache compares lengths instead of tokens", "engine", compare_lengths_only),
+    fault=Fault("the prefix cache compares lengths instead of tokens", "worker", compare_lengths_only),
     planted=100,
 )

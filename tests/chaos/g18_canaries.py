@@ -87,7 +87,7 @@ async def _provoke(server: Server, trial: Trial) -> bytes:
         asyncio.create_task(ClientConnection(server).ask(_good(f"canary-{number}", stream=True))) for number in range(4)
     ]
     await asyncio.sleep(0.05)
-    server.engine().kill()
+    server.worker().kill()
     errors += [_content(await each) for each in asking]
     async with asyncio.timeout(30):
         while (await asyncio.to_thread(server.load))["status"] != "ready":

@@ -172,6 +172,6 @@ GATE = Gate(
     commit=24,
     nightly=2_000,
     run=run,
-    fault=Fault("no sequence is preempted for a waiting client", "engine", disable_preemption),
+    fault=Fault("no sequence is preempted for a waiting client", "worker", disable_preemption),
     planted=8,
 )

@@ -50,7 +50,7 @@ def run(trial: Trial) -> Result:
 
 
 async def _score(server: Server, trial: Trial) -> Result:
-    engine, tally = server.engine().pid, Tally()
+    worker, tally = server.worker().pid, Tally()
     for index, prompt in enumerate(_PROMPTS):  # cold
         reply = await ClientConnection(server).ask(_SCORED | {"prompt": prompt})
         tally.add(reply.status, reply.body, index)
@@ -68,7 +68,7 @@ async def _score(server: Server, trial: Trial) -> Result:
     several = await ClientConnection(server).ask(_SCORED | {"prompt": [_PROMPTS[0]] * LIST, "logprobs": 5})
     taken = time.monotonic() - start
     long = await busy
-    replaced = server.engine().pid != engine
+    replaced = server.worker().pid != worker
     good = not tally.others and not tally.differ and several.status == long.status == 200 and not replaced
     figures = {
         "scored": tally.whole,
@@ -111,6 +111,6 @@ GATE = Gate(
     commit=32,
     nightly=700,
     run=run,
-    fault=Fault("all cached scores are sent in one frame", "engine", send_scores_at_once),
+    fault=Fault("all cached scores are sent in one frame", "worker", send_scores_at_once),
     planted=32,
 )

@@ -66,7 +66,7 @@ def _run_with_model(trial: Trial, model: list[str]) -> Result:
     keys = [word for key in (*KEYS, HOSTILE) for word in ("--api-key", key)]
     size = trial.size / 2 / ROUNDS  # seconds of each period, for each of two models
     with trial.serve(*model, "--parallel", "8", "--context", str(CONTEXT), *keys) as server:
-        engine, quiet, hostile, requests = server.engine().pid, [], [], 0
+        worker, quiet, hostile, requests = server.worker().pid, [], [], 0
         for number in range(ROUNDS):
             trial.say(f"G25 {number}")
             asyncio.run(_measure_good_clients(server, SETTLING))
@@ -74,7 +74,7 @@ def _run_with_model(trial: Trial, model: list[str]) -> Result:
             with disturbance("g25_hostile_client", server) as sent:
                 hostile.append(asyncio.run(_measure_good_clients(server, size)))
             requests += sent[0]
-        replaced = server.engine().pid != engine
+        replaced = server.worker().pid != worker
     failed = sum(times.count(None) for times in quiet + hostile)
     before, during = (median(p99(times) for times in periods) for periods in (quiet, hostile))
     figures = {

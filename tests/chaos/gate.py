@@ -26,7 +26,7 @@ class Fault:
     """
 
     name: str
-    where: Literal["server", "engine", "gate"]
+    where: Literal["server", "worker", "gate"]
     plant: Plant
 
 

@@ -1,7 +1,7 @@
 """`python -m tests.chaos.serve [--scripted] [--planted G5] serve …`: the `afterword` command with test options.
 
 `--scripted`: the worker is the real one with a scripted model. `--planted`: apply the named gate's bug, in this process
-or in the worker. The worker runs this file too, with `engine` as the last argument.
+or in the worker. The worker runs this file too, with `worker` as the last argument.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ def main() -> None:
     fault = find_gate(options.planted).fault if options.planted else None
     name, *arguments = options.words
     sys.argv = [name, *arguments]
-    if name == "engine":
-        _engine(options.scripted, fault)
+    if name == "worker":
+        _worker(options.scripted, fault)
         return
     flags = sys.orig_argv[sys.orig_argv.index("tests.chaos.serve") + 1 : -len(options.words)]
-    if options.scripted or (fault and fault.where == "engine"):
-        command = (sys.executable, "-m", "tests.chaos.serve", *flags, "engine")
+    if options.scripted or (fault and fault.where == "worker"):
+        command = (sys.executable, "-m", "tests.chaos.serve", *flags, "worker")
         model_setup.Supervisor = functools.partial(Supervisor, command=command)  # type: ignore[misc, assignment]
     if fault and fault.where == "server":
         fault.plant(pytest.MonkeyPatch())
     cli.main(options.words, prog_name="afterword")
 
 
-def _engine(scripted: bool, fault: Fault | None) -> None:
-    if fault and fault.where == "engine":
+def _worker(scripted: bool, fault: Fault | None) -> None:
+    if fault and fault.where == "worker":
         fault.plant(pytest.MonkeyPatch())
     if scripted:
         worker_main.serve(scripted_model.load)

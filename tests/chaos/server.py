@@ -89,12 +89,12 @@ class Server:
     def alive(self) -> bool:
         return self.process.poll() is None
 
-    def engine(self) -> psutil.Process:
+    def worker(self) -> psutil.Process:
         """The worker process. Raises `LookupError` while there is none."""
         for child in psutil.Process(self.pid).children():
             if child.status() != psutil.STATUS_ZOMBIE:
                 return child
-        raise LookupError("no engine")
+        raise LookupError("no worker")
 
     def load(self) -> dict[str, Any]:
         """The JSON body of `/ready`."""

@@ -15,12 +15,12 @@ from afterword.completion.plan import Plan, make_plan
 from afterword.completion.request import CompletionRequest
 from afterword.completion.run import tokenize
 from afterword.engine.protocol import FinishReason, ModelInfo, Token
-from scripted_engine import BLANK, BOS, CARD, EOS, ScriptedEngine, ids, report, says
+from scripted_engine import BLANK, BOS, EOS, MODEL_INFO, ScriptedEngine, ids, report, text_script
 
 
-def plan(model_info: ModelInfo = CARD, **fields: Any) -> Plan:
+def plan(model_info: ModelInfo = MODEL_INFO, **fields: Any) -> Plan:
     request = CompletionRequest(**fields)
-    return make_plan(request, model_info, asyncio.run(tokenize(request, ScriptedEngine(says(), model_info))), 0)
+    return make_plan(request, model_info, asyncio.run(tokenize(request, ScriptedEngine(text_script(), model_info))), 0)
 
 
 def build(plan: Plan, tokens: Sequence[int], end: FinishReason = "length") -> tuple[ChoiceBuilder, list[Delta]]:
@@ -257,7 +257,7 @@ def test_a_prompt_of_one_token_is_scored_too() -> None:
 
 @pytest.mark.parametrize("given", ["Hello cat", ids("Hello cat")])
 def test_a_bos_that_the_server_adds_is_not_echoed(given: str | tuple[int, ...]) -> None:
-    with_bos = replace(CARD, bos=BOS, add_bos=True)
+    with_bos = replace(MODEL_INFO, bos=BOS, add_bos=True)
     result = build_whole(plan(with_bos, prompt=(given,), echo=True, logprobs=0), ids(" the"))
     assert result.text == "Hello cat the"
     assert result.logprobs == Logprobs(("Hello", " cat", " the"), (None, -0.5, -0.25), None, (0, 5, 9))
@@ -292,7 +292,7 @@ def test_an_echo_of_broken_bytes_keeps_later_offsets_right() -> None:
     "text", ["Hello cat", " Hello", "  cat", " ", "\n cat", "</s>Hello cat", "Hello</s>cat", " </s>"]
 )
 def test_spaces_that_the_tokenizer_adds_are_not_echoed(text: str) -> None:
-    spaced = replace(CARD, space_prefix=True)
+    spaced = replace(MODEL_INFO, space_prefix=True)
     result = build_whole(plan(spaced, prompt=(text,), echo=True, logprobs=0), ids(" the"))
     assert result.text == text + " the"
     assert "".join(columns(result).tokens) == result.text
@@ -302,7 +302,9 @@ def test_spaces_that_the_tokenizer_adds_are_not_echoed(text: str) -> None:
 
 def test_token_ids_keep_their_spaces() -> None:
     given = (0xFF, *ids(" cat sat"))
-    result = build_whole(plan(replace(CARD, space_prefix=True), prompt=(given,), echo=True, logprobs=0), ids(" the"))
+    result = build_whole(
+        plan(replace(MODEL_INFO, space_prefix=True), prompt=(given,), echo=True, logprobs=0), ids(" the")
+    )
     assert (result.text, columns(result).text_offset) == ("\ufffd cat sat the", (0, 1, 5, 9))
 
 
@@ -434,7 +436,7 @@ def test_without_echo_a_completion_starts_with_its_own_bytes() -> None:
 
 def echoed(text: str, given: bytes, strip_space: bool = False, generated: bytes = b"x") -> Delta:
     """The echo of a text of which the tokenizer has kept these bytes, each as one token."""
-    the_plan = plan(replace(CARD, context=8192), prompt=(text,), echo=True, logprobs=0)
+    the_plan = plan(replace(MODEL_INFO, context=8192), prompt=(text,), echo=True, logprobs=0)
     prompt = the_plan.prompts[0]
     prompt = dataclasses.replace(prompt, job=replace(prompt.job, prompt=tuple(given)))
     the_plan = dataclasses.replace(the_plan, strip_space=strip_space)

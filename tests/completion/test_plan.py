@@ -11,24 +11,26 @@ from afterword.completion.request import CompletionRequest
 from afterword.completion.run import tokenize
 from afterword.engine.protocol import ModelInfo, Sampling
 from afterword.errors import RequestError
-from scripted_engine import BOS, CARD, EOS, INFILL, MID, PIECES, PRE, SUF, ScriptedEngine, ids, says
+from scripted_engine import BOS, EOS, INFILL, MID, MODEL_INFO, PIECES, PRE, SUF, ScriptedEngine, ids, text_script
 
-WITH_BOS = replace(CARD, bos=BOS, add_bos=True)
-WITH_INFILL = replace(CARD, infill=INFILL)
+WITH_BOS = replace(MODEL_INFO, bos=BOS, add_bos=True)
+WITH_INFILL = replace(MODEL_INFO, infill=INFILL)
 LAST = len(PIECES) - 1
 
 
-def plan(model_info: ModelInfo = CARD, entropy: int = 0, **fields: Any) -> Plan:
+def plan(model_info: ModelInfo = MODEL_INFO, entropy: int = 0, **fields: Any) -> Plan:
     request = CompletionRequest(**fields)
-    return make_plan(request, model_info, asyncio.run(tokenize(request, ScriptedEngine(says(), model_info))), entropy)
+    return make_plan(
+        request, model_info, asyncio.run(tokenize(request, ScriptedEngine(text_script(), model_info))), entropy
+    )
 
 
-def plan_one_prompt(model_info: ModelInfo = CARD, **fields: Any) -> PromptPlan:
+def plan_one_prompt(model_info: ModelInfo = MODEL_INFO, **fields: Any) -> PromptPlan:
     (prompt,) = plan(model_info, **fields).prompts
     return prompt
 
 
-def refused(model_info: ModelInfo = CARD, **fields: Any) -> tuple[str, str | None, str | None]:
+def refused(model_info: ModelInfo = MODEL_INFO, **fields: Any) -> tuple[str, str | None, str | None]:
     with pytest.raises(RequestError) as caught:
         plan(model_info, **fields)
     assert caught.value.status == 400
@@ -93,7 +95,7 @@ def test_bos_is_added_only_to_prompts_without_it() -> None:
 
 
 def test_without_add_bos_a_text_is_unchanged() -> None:
-    model_info = replace(CARD, bos=BOS)
+    model_info = replace(MODEL_INFO, bos=BOS)
     assert plan_one_prompt(model_info, prompt=("<s><s>",)).job.prompt == (BOS, BOS)
     assert plan_one_prompt(model_info, prompt=("a",)).job.prompt == ids("a")
 
@@ -106,7 +108,7 @@ def test_a_bos_is_never_added_to_token_ids() -> None:
 @pytest.mark.parametrize("given", [None, ""])
 @pytest.mark.parametrize(
     ("model_info", "start"),
-    [(CARD, EOS), (WITH_BOS, BOS), (replace(CARD, bos=BOS), BOS), (replace(WITH_BOS, eos=None), BOS)],
+    [(MODEL_INFO, EOS), (WITH_BOS, BOS), (replace(MODEL_INFO, bos=BOS), BOS), (replace(WITH_BOS, eos=None), BOS)],
 )
 def test_an_empty_prompt_starts_a_document_and_bills_no_token(
     given: str | None, model_info: ModelInfo, start: int
@@ -116,7 +118,7 @@ def test_an_empty_prompt_starts_a_document_and_bills_no_token(
 
 
 def test_without_bos_and_eos_an_empty_prompt_is_refused() -> None:
-    message, param, _ = refused(replace(CARD, eos=None), prompt=("",))
+    message, param, _ = refused(replace(MODEL_INFO, eos=None), prompt=("",))
     assert (message.startswith("The prompt cannot be empty: "), param) == (True, "prompt")
 
 
@@ -188,12 +190,14 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized() -> None:
 
     for fields in ({"prompt": ("x" * 10_000,)}, {"prompt": ("a",), "suffix": "x" * 10_000}):
         with pytest.raises(RequestError, match="maximum context length is 64 tokens"):
-            asyncio.run(tokenize(CompletionRequest(**fields), NoTokenizer(says())))
+            asyncio.run(tokenize(CompletionRequest(**fields), NoTokenizer(text_script())))
 
 
 def test_without_longest_token_a_long_text_is_tokenized() -> None:
     request = CompletionRequest(prompt=("x" * 10_000,))
-    tokens = asyncio.run(tokenize(request, ScriptedEngine(says(), replace(CARD, longest_token=0, context=10_000))))
+    tokens = asyncio.run(
+        tokenize(request, ScriptedEngine(text_script(), replace(MODEL_INFO, longest_token=0, context=10_000)))
+    )
     assert len(tokens.prompts[0]) == 10_000
 
 
@@ -240,12 +244,12 @@ def test_extensions_change_the_job() -> None:
 
 def test_stop_token_ids_must_be_in_the_vocabulary() -> None:
     with pytest.raises(RequestError, match="stop_token_ids") as refusal:
-        plan_one_prompt(prompt=("a",), stop_token_ids=(len(CARD.pieces),))
+        plan_one_prompt(prompt=("a",), stop_token_ids=(len(MODEL_INFO.pieces),))
     assert refusal.value.param == "stop_token_ids"
 
 
 def test_add_special_tokens_false_adds_no_bos() -> None:
-    with_bos = replace(CARD, bos=BOS, add_bos=True)
+    with_bos = replace(MODEL_INFO, bos=BOS, add_bos=True)
     assert plan_one_prompt(with_bos, prompt=("a",)).job.prompt == (BOS, *ids("a"))
     assert plan_one_prompt(with_bos, prompt=("a",), add_special_tokens=False).job.prompt == ids("a")
 
@@ -307,16 +311,17 @@ def test_without_a_seed_the_key_depends_on_entropy() -> None:
 
 def test_most_tokens_counts_every_sample_of_every_prompt() -> None:
     assert (
-        plan(prompt=("a", "the cat"), n=2, best_of=3, max_tokens=5).most_tokens == 1 + len(ids("the cat")) + 2 * 3 * 5
+        plan(prompt=("a", "the cat"), n=2, best_of=3, max_tokens=5).max_total_tokens
+        == 1 + len(ids("the cat")) + 2 * 3 * 5
     )
-    assert plan(prompt=("a",), max_tokens=0, echo=True, logprobs=0).most_tokens == 1
+    assert plan(prompt=("a",), max_tokens=0, echo=True, logprobs=0).max_total_tokens == 1
 
 
 def test_clients_share_a_namespace_only_with_shares_cache_and_equal_salt() -> None:
     def namespace(name: str, shares: bool, salt: str | None = None) -> str:
         request = CompletionRequest(prompt=("a",), cache_salt=salt)
-        tokens = asyncio.run(tokenize(request, ScriptedEngine(says())))
-        (prompt,) = make_plan(request, CARD, tokens, 0, ClientIdentity(name, shares)).prompts
+        tokens = asyncio.run(tokenize(request, ScriptedEngine(text_script())))
+        (prompt,) = make_plan(request, MODEL_INFO, tokens, 0, ClientIdentity(name, shares)).prompts
         assert prompt.job.client == name, "shares are per client in any case"
         return prompt.job.namespace
 

@@ -14,8 +14,8 @@ from afterword.completion.plan import Plan, make_plan
 from afterword.completion.request import CompletionRequest
 from afterword.completion.run import Usage, run, tokenize
 from afterword.engine.protocol import FinishReason, Job
-from afterword.errors import AfterwordError, EngineDied, ModelReplaced, Overloaded, ReaderTooSlow
-from scripted_engine import BOS, CARD, EOS, INFILL, Script, ScriptedEngine, ids, report, says
+from afterword.errors import AfterwordError, ModelReplaced, Overloaded, ReaderTooSlow, WorkerDied
+from scripted_engine import BOS, EOS, INFILL, MODEL_INFO, PIECES, Script, ScriptedEngine, ids, report, text_script
 
 Items = list[Delta | Usage]
 
@@ -75,7 +75,7 @@ def complete_until_error(engine: ScriptedEngine, error: type[AfterwordError], **
 
 
 def test_a_run_yields_deltas_and_then_one_usage() -> None:
-    assert complete(says("Hello world"), prompt=("a cat",)).items == [
+    assert complete(text_script("Hello world"), prompt=("a cat",)).items == [
         Delta(0, "Hello", None, None, 1),
         Delta(0, " world", None, None, 1),
         Delta(0, "", None, "stop"),
@@ -84,19 +84,19 @@ def test_a_run_yields_deltas_and_then_one_usage() -> None:
 
 
 def test_a_choice_ends_at_max_tokens() -> None:
-    result = complete(says("Hello world the cat sat"), prompt=("a",), max_tokens=3)
+    result = complete(text_script("Hello world the cat sat"), prompt=("a",), max_tokens=3)
     assert (result.summary, result.usage) == ([(0, "Hello world the", "length")], (1, 3))
 
 
 def test_choices_are_numbered_and_generated_together() -> None:
-    result = complete(says("Hello cat", " the world"), prompt=("a",), n=2)
+    result = complete(text_script("Hello cat", " the world"), prompt=("a",), n=2)
     assert result.summary == [(0, "Hello cat", "stop"), (1, " the world", "stop")]
     assert [delta.index for delta in result.deltas] == [0, 1, 0, 1, 0, 1]
 
 
 def by_prompt(texts: dict[str, str]) -> Callable[[Job, int], Any]:
     """A script in which each sample gives the text for its prompt and then its own number."""
-    return lambda job, sample: (*ids(f"{texts[b''.join(CARD.pieces[t] for t in job.prompt).decode()]}{sample}"), EOS)
+    return lambda job, sample: (*ids(f"{texts[b''.join(PIECES[t] for t in job.prompt).decode()]}{sample}"), EOS)
 
 
 def test_choices_of_several_prompts_are_numbered_prompt_by_prompt() -> None:
@@ -117,11 +117,11 @@ def test_the_last_delta_of_a_choice_is_the_one_that_finishes_it() -> None:
 
 
 def test_a_prompt_counts_once_and_every_choice_counts() -> None:
-    assert complete(says("Hello", "Hello world"), prompt=("a cat", "b"), n=2).usage == (3, 6)
+    assert complete(text_script("Hello", "Hello world"), prompt=("a cat", "b"), n=2).usage == (3, 6)
 
 
 def test_candidates_that_are_not_returned_count_too() -> None:
-    assert complete(says("Hello", "Hello world", ""), prompt=("a",), best_of=3).usage == (1, 3)
+    assert complete(text_script("Hello", "Hello world", ""), prompt=("a",), best_of=3).usage == (1, 3)
 
 
 @pytest.mark.parametrize(
@@ -134,13 +134,13 @@ def test_candidates_that_are_not_returned_count_too() -> None:
     ],
 )
 def test_only_tokens_of_the_text_are_completion_tokens(text: str, fields: dict[str, Any], count: int) -> None:
-    assert complete(says(text), prompt=("a cat",), **fields).usage == (2, count)
+    assert complete(text_script(text), prompt=("a cat",), **fields).usage == (2, count)
 
 
 def test_tokens_that_the_server_adds_are_not_billed() -> None:
-    model_info = replace(CARD, bos=BOS, add_bos=True, infill=INFILL)
-    assert complete(ScriptedEngine(says(), model_info), prompt=("a", ""), suffix=" cat sat").usage == (5, 0)
-    assert complete(ScriptedEngine(says(), model_info), prompt=(None, "a")).usage == (1, 0)
+    model_info = replace(MODEL_INFO, bos=BOS, add_bos=True, infill=INFILL)
+    assert complete(ScriptedEngine(text_script(), model_info), prompt=("a", ""), suffix=" cat sat").usage == (5, 0)
+    assert complete(ScriptedEngine(text_script(), model_info), prompt=(None, "a")).usage == (1, 0)
 
 
 # ---- best_of
@@ -149,19 +149,19 @@ LIKELY, LIKELIER, LIKELIEST = " sat", " cat", " the"
 
 
 def test_the_likeliest_candidates_are_returned_best_first() -> None:
-    script = says(LIKELY, LIKELIEST, "x", LIKELIER)
+    script = text_script(LIKELY, LIKELIEST, "x", LIKELIER)
     assert complete(script, prompt=("a",), n=2, best_of=4).summary == [(0, LIKELIEST, "stop"), (1, LIKELIER, "stop")]
 
 
 def test_candidates_are_ranked_by_their_mean_not_by_their_length() -> None:
-    script = says(LIKELIER * 2, LIKELIEST * 9)
+    script = text_script(LIKELIER * 2, LIKELIEST * 9)
     assert complete(script, prompt=("a",), best_of=2, max_tokens=9).summary == [(0, LIKELIEST * 9, "length")]
 
 
 def test_the_end_token_is_part_of_a_candidates_mean() -> None:
     end = report(EOS).logprob or 0
     assert -0.75 > (-0.25 + end) / 2 > -1.75 > end
-    script = says(LIKELIEST, LIKELY * 3, "")  # the means are (-0.25 + end) / 2, -0.75, and end
+    script = text_script(LIKELIEST, LIKELY * 3, "")  # the means are (-0.25 + end) / 2, -0.75, and end
     assert complete(script, prompt=("a",), best_of=3, n=2, max_tokens=3).summary == [
         (0, LIKELY * 3, "length"),
         (1, LIKELIEST, "stop"),
@@ -169,7 +169,7 @@ def test_the_end_token_is_part_of_a_candidates_mean() -> None:
 
 
 def test_of_equal_candidates_the_earlier_comes_first() -> None:
-    script = says("\n", LIKELIEST + LIKELY, LIKELY + LIKELIEST)
+    script = text_script("\n", LIKELIEST + LIKELY, LIKELY + LIKELIEST)
     assert [choice.text for choice in complete(script, prompt=("a",), n=2, best_of=3, max_tokens=2).choices] == [
         LIKELIEST + LIKELY,
         LIKELY + LIKELIEST,
@@ -183,18 +183,18 @@ def test_choices_of_candidates_are_numbered_by_n() -> None:
 
 
 def test_each_candidate_is_one_delta_with_echo_and_columns() -> None:
-    result = complete(says(LIKELY, LIKELIEST), prompt=("Hello",), best_of=2, echo=True, logprobs=0, max_tokens=1)
+    result = complete(text_script(LIKELY, LIKELIEST), prompt=("Hello",), best_of=2, echo=True, logprobs=0, max_tokens=1)
     assert [(delta.index, delta.text, delta.finish) for delta in result.deltas] == [(0, "Hello the", "length")]
     assert result.choices[0].logprobs is not None
     assert result.choices[0].logprobs.token_logprobs == (None, -0.25)
 
 
 def test_ranking_alone_shows_no_columns() -> None:
-    assert complete(says(LIKELY, LIKELIEST), prompt=("a",), best_of=2).choices[0].logprobs is None
+    assert complete(text_script(LIKELY, LIKELIEST), prompt=("a",), best_of=2).choices[0].logprobs is None
 
 
 def test_candidates_without_tokens_are_equal() -> None:
-    result = complete(says(), prompt=("a cat",), best_of=3, n=2, max_tokens=0, echo=True, logprobs=0)
+    result = complete(text_script(), prompt=("a cat",), best_of=3, n=2, max_tokens=0, echo=True, logprobs=0)
     assert result.summary == [(0, "a cat", "length"), (1, "a cat", "length")]
 
 
@@ -203,7 +203,7 @@ def test_candidates_without_tokens_are_equal() -> None:
 
 def test_a_prompt_scored_in_parts_is_whole() -> None:
     prompt = "Hello cat sat the world"
-    (choice,) = complete(says("x"), prompt=(prompt,), echo=True, logprobs=0, max_tokens=0).deltas
+    (choice,) = complete(text_script("x"), prompt=(prompt,), echo=True, logprobs=0, max_tokens=0).deltas
     assert (choice.text, choice.finish) == (prompt, "length")
     assert choice.logprobs is not None
     assert choice.logprobs.token_logprobs == (None, *(report(token).logprob for token in ids(prompt)[1:]))
@@ -212,7 +212,9 @@ def test_a_prompt_scored_in_parts_is_whole() -> None:
 def test_a_scoring_client_gets_an_entry_for_each_token_and_one_more() -> None:
     given = ids("Hello cat sat")
     for text in ("x", ""):  # one more token, or the end token
-        result = complete(says(text), prompt=(given,), echo=True, logprobs=1, max_tokens=1, temperature=0.0, seed=1234)
+        result = complete(
+            text_script(text), prompt=(given,), echo=True, logprobs=1, max_tokens=1, temperature=0.0, seed=1234
+        )
         columns = result.choices[0].logprobs
         assert columns is not None
         assert {len(column) for column in (columns.tokens, columns.token_logprobs, columns.text_offset)} == {4}
@@ -222,34 +224,34 @@ def test_a_scoring_client_gets_an_entry_for_each_token_and_one_more() -> None:
 
 
 def test_a_sample_is_dropped_when_a_stop_string_ends_it() -> None:
-    engine = ScriptedEngine(says("Hello. cat sat the world", " cat cat cat"))
+    engine = ScriptedEngine(text_script("Hello. cat sat the world", " cat cat cat"))
     result = complete(engine, prompt=("a",), n=2, stop=(".",))
     assert result.summary == [(0, "Hello", "stop"), (1, " cat cat cat", "stop")]
-    assert [(job.dropped, job.closed) for job in engine.runs] == [([0], False)]
+    assert [(job.dropped, job.closed) for job in engine.jobs] == [([0], False)]
 
 
 def test_a_run_ends_when_its_last_sample_is_dropped() -> None:
     engine = ScriptedEngine(lambda _, sample: ids("Hello.") * 100)
     assert complete(engine, prompt=("a", "b"), stop=(".",)).summary == [(0, "Hello", "stop"), (1, "Hello", "stop")]
-    assert [job.dropped for job in engine.runs] == [[0], [0]]
+    assert [job.dropped for job in engine.jobs] == [[0], [0]]
 
 
 def test_candidates_are_dropped_too() -> None:
-    engine = ScriptedEngine(says(LIKELY + ". the end", LIKELIEST + ". the end"))
+    engine = ScriptedEngine(text_script(LIKELY + ". the end", LIKELIEST + ". the end"))
     result = complete(engine, prompt=("a",), best_of=2, stop=(".",))
     assert result.summary == [(0, LIKELIEST, "stop")]
-    assert engine.runs[0].dropped == [0, 1]
+    assert engine.jobs[0].dropped == [0, 1]
 
 
 @pytest.mark.parametrize("fields", [{}, {"best_of": 3, "n": 2}])
 def test_steps_after_the_end_of_a_sample_are_ignored(fields: dict[str, Any]) -> None:
     fields = {"prompt": ("a",), "n": 2, "stop": (".",), "max_tokens": 9, "echo": True, "logprobs": 1} | fields
-    script = says("Hello. cat sat", "Hello world. sat", " cat. cat")
-    patient, hasty = ScriptedEngine(script), ScriptedEngine(script, hasty=True)
-    results = complete(patient, **fields), complete(hasty, **fields)
+    script = text_script("Hello. cat sat", "Hello world. sat", " cat. cat")
+    yielding, not_yielding = ScriptedEngine(script), ScriptedEngine(script, yields=False)
+    results = complete(yielding, **fields), complete(not_yielding, **fields)
     assert results[0].items == results[1].items
-    assert patient.runs[0].dropped
-    assert not hasty.runs[0].dropped
+    assert yielding.jobs[0].dropped
+    assert not not_yielding.jobs[0].dropped
 
 
 def test_closing_the_iterator_closes_the_jobs() -> None:
@@ -257,9 +259,9 @@ def test_closing_the_iterator_closes_the_jobs() -> None:
         async with aclosing(run(await planned(engine, {"prompt": ("a", "b"), "n": 2}), engine)) as items:
             await anext(items)
 
-    engine = ScriptedEngine(says("Hello cat sat the world"))
+    engine = ScriptedEngine(text_script("Hello cat sat the world"))
     asyncio.run(leave(engine))
-    assert [job.closed for job in engine.runs] == [True, True]
+    assert [job.closed for job in engine.jobs] == [True, True]
 
 
 def test_cancelling_the_task_closes_the_jobs() -> None:
@@ -273,23 +275,23 @@ def test_cancelling_the_task_closes_the_jobs() -> None:
             await task
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
-    engine = ScriptedEngine(says("Hello" * 60))
+    engine = ScriptedEngine(text_script("Hello" * 60))
     asyncio.run(cancel(engine))
-    assert engine.runs[0].closed
+    assert engine.jobs[0].closed
 
 
 def test_a_complete_run_leaves_no_job_to_close() -> None:
-    engine = ScriptedEngine(says("Hello"))
+    engine = ScriptedEngine(text_script("Hello"))
     complete(engine, prompt=("a", "b"), n=2)
-    assert [(job.dropped, job.closed) for job in engine.runs] == [([], False)] * 2
+    assert [(job.dropped, job.closed) for job in engine.jobs] == [([], False)] * 2
 
 
 # ---- errors
 
 
 def test_deltas_before_an_error_are_yielded_and_no_usage_after_it() -> None:
-    engine = ScriptedEngine(says("Hello world the cat"), dies_after=2)
-    assert complete_until_error(engine, EngineDied, prompt=("a",)).items == [
+    engine = ScriptedEngine(text_script("Hello world the cat"), dies_after=2)
+    assert complete_until_error(engine, WorkerDied, prompt=("a",)).items == [
         Delta(0, "Hello", None, None, 1),
         Delta(0, " world", None, None, 1),
     ]
@@ -297,20 +299,20 @@ def test_deltas_before_an_error_are_yielded_and_no_usage_after_it() -> None:
 
 def test_an_error_of_one_job_ends_the_others() -> None:
     engine = ScriptedEngine(by_prompt({"a": "", "b": "Hello world the cat"}), dies_after=3)
-    complete_until_error(engine, EngineDied, prompt=("a", "b"))
-    assert [bool(job.live) for job in engine.runs] == [False, False]
-    assert engine.runs[1].closed
+    complete_until_error(engine, WorkerDied, prompt=("a", "b"))
+    assert [bool(job.live) for job in engine.jobs] == [False, False]
+    assert engine.jobs[1].closed
 
 
 def test_candidates_are_not_yielded_after_an_error() -> None:
-    engine = ScriptedEngine(says("Hello", "Hello world the cat"), dies_after=3)
-    assert complete_until_error(engine, EngineDied, prompt=("a",), best_of=2).items == []
+    engine = ScriptedEngine(text_script("Hello", "Hello world the cat"), dies_after=3)
+    assert complete_until_error(engine, WorkerDied, prompt=("a",), best_of=2).items == []
 
 
 def test_an_overloaded_engine_raises_before_the_first_delta() -> None:
-    engine = ScriptedEngine(says("Hello"), room=1)
+    engine = ScriptedEngine(text_script("Hello"), max_jobs=1)
     assert complete_until_error(engine, Overloaded, prompt=("a", "b")).items == []
-    assert [job.closed for job in engine.runs] == [True]
+    assert [job.closed for job in engine.jobs] == [True]
 
 
 # ---- charges
@@ -340,8 +342,8 @@ async def aenumerate(items: AsyncIterator[Any]) -> AsyncIterator[tuple[int, Any]
 
 def test_recorded_usage_of_a_run_to_max_tokens_equals_its_usage() -> None:
     fields: dict[str, Any] = {"prompt": ("a", "bc"), "n": 2, "max_tokens": 2}
-    result = complete(says("Hello world cat", "Hello world"), **fields)
-    assert recorded_usage(ScriptedEngine(says("Hello world cat", "Hello world")), **fields) == [result.items[-1]]
+    result = complete(text_script("Hello world cat", "Hello world"), **fields)
+    assert recorded_usage(ScriptedEngine(text_script("Hello world cat", "Hello world")), **fields) == [result.items[-1]]
 
 
 @pytest.mark.parametrize(
@@ -361,32 +363,32 @@ def test_recorded_usage_of_a_run_to_max_tokens_equals_its_usage() -> None:
 def test_all_that_was_generated_is_charged_and_the_usage_is_of_the_text(
     fields: dict[str, Any], used: int, generated: int
 ) -> None:
-    script = says(*["Hello world the cat sat"] * 3)
+    script = text_script(*["Hello world the cat sat"] * 3)
     assert complete(script, **fields).usage[1] == used
     (account,) = recorded_usage(ScriptedEngine(script), **fields)
     assert account.completion_tokens == generated
 
 
 def test_tokens_generated_before_a_late_drop_are_charged() -> None:
-    engine = ScriptedEngine(says("Hello world the cat sat"), hasty=True)  # it drops samples late
+    engine = ScriptedEngine(text_script("Hello world the cat sat"), yields=False)  # it drops samples late
     (account,) = recorded_usage(engine, prompt=("a",), stop=("Hello",))
     assert account.completion_tokens > 1
-    assert complete(says("Hello world the cat sat"), prompt=("a",), stop=("Hello",)).usage == (1, 0)
+    assert complete(text_script("Hello world the cat sat"), prompt=("a",), stop=("Hello",)).usage == (1, 0)
 
 
 @pytest.mark.parametrize("fields", [{"n": 2}, {"n": 1, "best_of": 2}], ids=str)
 def test_computed_tokens_are_charged_when_the_engine_dies(fields: dict[str, Any]) -> None:
-    engine = ScriptedEngine(says("Hello world the cat", "Hello world the cat"), dies_after=2)
+    engine = ScriptedEngine(text_script("Hello world the cat", "Hello world the cat"), dies_after=2)
     assert recorded_usage(engine, prompt=("a",), **fields) == [Usage(1, 4)]
 
 
 def test_a_prompt_without_a_step_is_not_charged() -> None:
-    engine = ScriptedEngine(says("Hello world"), room=1)
+    engine = ScriptedEngine(text_script("Hello world"), max_jobs=1)
     assert recorded_usage(engine, prompt=("a", "b")) == [Usage(0, 0)]
 
 
 def test_a_client_that_disconnects_early_is_charged_for_less() -> None:
-    (usage,) = recorded_usage(ScriptedEngine(says("Hello world the cat sat")), 2, prompt=("a",))
+    (usage,) = recorded_usage(ScriptedEngine(text_script("Hello world the cat sat")), 2, prompt=("a",))
     assert usage.prompt_tokens == 1
     assert 2 <= usage.completion_tokens < 5, "the engine may be ahead"
 
@@ -395,11 +397,11 @@ def test_computed_tokens_that_were_never_read_are_charged() -> None:
     async def read_nothing() -> None:
         async with aclosing(run(await planned(engine, {"prompt": ("a",)}), engine, recorded.append)) as items:
             await anext(items)
-            while engine.runs[0].live:
+            while engine.jobs[0].live:
                 await asyncio.sleep(0)
 
     recorded: list[Usage] = []
-    engine = ScriptedEngine(says("Hello world the cat"))
+    engine = ScriptedEngine(text_script("Hello world the cat"))
     asyncio.run(read_nothing())
     assert recorded == [Usage(1, 5)]
 
@@ -415,7 +417,7 @@ def test_a_candidate_in_one_delta_equals_the_fold_of_streamed_deltas(
 ) -> None:
     fields = {"prompt": ("Hello 😀",), "echo": echo, "logprobs": logprobs, "stop": stop, "max_tokens": 9}
     text = "Hello world the 😀 ".encode() + b"\xf0\x9f"
-    script = says(text, text)
+    script = text_script(text, text)
     (streamed,) = complete(script, **fields).choices
     (at_once,) = complete(script, **fields, best_of=2).deltas
     assert at_once == streamed
@@ -427,11 +429,11 @@ def test_a_candidate_in_one_delta_equals_the_fold_of_streamed_deltas(
 def test_scores_that_arrive_faster_than_they_are_read_pause_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine resumes when the reader has caught up, so no response fails because of its size."""
     monkeypatch.setattr("afterword.completion.run.MAX_UNREAD_BYTES", 3000)
-    engine = ScriptedEngine(says("Hello"), hasty=True)
+    engine = ScriptedEngine(text_script("Hello"), yields=False)
     prompts = ("Hello world", "the cat sat", "a" * 30) * 4
     result = complete(engine, prompt=prompts, echo=True, logprobs=3, max_tokens=5)
     assert [choice.finish for choice in result.choices] == ["stop"] * 12
-    assert all(each.pauses for each in engine.runs)
+    assert all(each.pauses for each in engine.jobs)
 
 
 async def read_slowly(engine: ScriptedEngine, seconds: float, items: Items) -> None:
@@ -446,7 +448,7 @@ def test_a_reader_that_pauses_gets_all_deltas(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("afterword.completion.run.MAX_UNREAD_BYTES", 4000)
     engine, items = ScriptedEngine(lambda *_: ids("x" * 99)), []
     asyncio.run(read_slowly(engine, 0.05, items))
-    assert engine.runs[0].pauses > 0
+    assert engine.jobs[0].pauses > 0
     assert sum(item.completion_tokens for item in items if isinstance(item, Delta)) == 80
 
 
@@ -459,23 +461,23 @@ def test_a_reader_that_pauses_too_long_gets_the_queued_deltas_and_an_error(
     with pytest.raises(ReaderTooSlow) as caught:
         asyncio.run(read_slowly(engine, 0.1, items))
     assert caught.value.status == 408
-    assert engine.runs[0].closed
+    assert engine.jobs[0].closed
     assert 2 < len(items) < 60
 
 
-OTHER = replace(CARD, fingerprint="fp_1")
+OTHER = replace(MODEL_INFO, fingerprint="fp_1")
 
 
 @pytest.mark.parametrize("fields", [{"prompt": ("Hello",)}, {"prompt": ((65, 66),)}, {"prompt": ("Hello", " cat")}])
 def test_a_plan_for_another_model_is_not_run(fields: dict[str, Any]) -> None:
     async def test() -> None:
-        engine = ScriptedEngine(says("x"))
+        engine = ScriptedEngine(text_script("x"))
         plan = await planned(engine, fields)
         engine.model_info = OTHER
         with pytest.raises(ModelReplaced):
             async for _ in run(plan, engine):
                 pass
-        assert not engine.runs
+        assert not engine.jobs
 
     asyncio.run(test())
 
@@ -487,4 +489,4 @@ def test_all_texts_of_a_request_are_tokenized_by_one_model() -> None:
             return await super().tokenize(text, special, client)
 
     with pytest.raises(ModelReplaced):
-        asyncio.run(tokenize(CompletionRequest(prompt=("Hello", " cat")), Changing(says("x"))))
+        asyncio.run(tokenize(CompletionRequest(prompt=("Hello", " cat")), Changing(text_script("x"))))

@@ -21,7 +21,7 @@ def accelerator_library() -> ctypes.CDLL:
 
 
 @pytest.fixture
-def team(accelerator_library: ctypes.CDLL) -> Iterator[int | None]:
+def thread_pool(accelerator_library: ctypes.CDLL) -> Iterator[int | None]:
     """Activate the kernels' thread pool, as for a model whose operations the kernels compute completely.
 
     The value is the address of the function that runs work in the pool; None without kernels.

@@ -60,6 +60,34 @@ def test_every_promised_mixture_of_experts(tmp_path, architecture, file_type):
     check(tmp_path, architecture, file_type, 60, EXPERTS)
 
 
+def test_a_mixture_of_experts_is_reproducible_with_halves_of_keys_and_values(tmp_path):
+    if not accelerator.supports_quantized():
+        pytest.skip("this processor has no instructions for it")
+    runner = open_runner(write_random(tmp_path / "tiny.gguf", "qwen3moe", also=EXPERTS), "f16", 8)
+    assert (runner.promise, runner.grid) == ("reproducible", CHUNK_GRID)
+    compare(EngineLoop(runner), 12, VOCABULARY)
+
+
+@pytest.mark.parametrize("kv_type", ["exact", "f16"])
+def test_experts_that_the_kernels_do_not_support_end_the_promise(tmp_path, kv_type):
+    """The matrices after the experts' hidden layer have 80 columns; the kernels compute in steps of 32."""
+    if not accelerator.supports_quantized():
+        pytest.skip("this processor has no instructions for it")
+    odd = {**EXPERTS, "expert_feed_forward_length": 80}
+    runner = open_runner(write_random(tmp_path / "odd.gguf", "qwen3moe", "F16", also=odd), kv_type, 4)
+    assert runner.uses_kernels
+    assert (runner.promise, runner.grid, runner.computes_all) == ("none", CHUNK_GRID, False)
+
+
+def test_experts_with_biases_have_similar_numbers(tmp_path):
+    """gpt-oss adds a row of biases to the output of each selected expert."""
+    path = write_random(tmp_path / "tiny.gguf", "gpt-oss", "F32", also=EXPERTS)
+    jobs = [msgspec.structs.replace(job, max_tokens=0, prompt_alternatives=0) for job in requests(6, 1, VOCABULARY)]
+    ours, theirs = (sequential(EngineLoop(open_runner(path, "exact", 4, own=own)), jobs) for own in (True, False))
+    for own, other in zip(ours, theirs, strict=True):
+        assert [token.logprob for token in own[0]] == pytest.approx([token.logprob for token in other[0]], abs=0.01)
+
+
 @pytest.mark.parametrize("architecture", UNPROMISED)
 def test_other_architectures_have_no_promise_and_similar_numbers(tmp_path, architecture):
     assert architecture not in TESTED_ARCHITECTURES
@@ -72,12 +100,12 @@ def test_other_architectures_have_no_promise_and_similar_numbers(tmp_path, archi
 
 
 def concurrent_scores(loop: EngineLoop, jobs):
-    scored = {run: [] for run in range(-len(jobs), 0)}
-    for run, job in zip(scored, jobs, strict=True):
-        loop.start(run, job)
+    scored = {job_id: [] for job_id in range(-len(jobs), 0)}
+    for job_id, job in zip(scored, jobs, strict=True):
+        loop.start(job_id, job)
     while (passed := loop.step()) is not None:
-        for run, step in passed.items():
-            scored[run] += step.scored
+        for job_id, step in passed.items():
+            scored[job_id] += step.scored
     return list(scored.values())
 
 

@@ -29,12 +29,12 @@ def job(prompt: tuple[int, ...], *, samples: int = 1, tokens: int = 4, **more: o
 
 
 def run_jobs(loop: EngineLoop, jobs: dict[int, Job]) -> dict[int, list[Step]]:
-    for run, each in jobs.items():
-        loop.start(run, each)
-    steps: dict[int, list[Step]] = {run: [] for run in jobs}
+    for job_id, each in jobs.items():
+        loop.start(job_id, each)
+    steps: dict[int, list[Step]] = {job_id: [] for job_id in jobs}
     while (passed := loop.step()) is not None:
-        for run, step in passed.items():
-            steps[run].append(step)
+        for job_id, step in passed.items():
+            steps[job_id].append(step)
     loop.check()
     return steps
 
@@ -101,8 +101,8 @@ def test_a_job_whose_logits_are_not_finite_ends_alone(value, bad):
     steps = run_jobs(loop, {1: good[1], 2: bad, 3: good[3]})
     assert failed(steps[2])
     assert steps[2][-1] == Step(failed=True)
-    for run in (1, 3):
-        assert sampled(steps[run]) == sampled(alone[run])
+    for job_id in (1, 3):
+        assert sampled(steps[job_id]) == sampled(alone[job_id])
     assert sampled(run_jobs(loop, {4: good[1]})[4]) == sampled(alone[1])
     assert not any(9 in state for state in runner.state), "the failed job's slot is truncated before it is used again"
 

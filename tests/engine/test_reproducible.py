@@ -63,8 +63,8 @@ def open_runner(path: Path, kv_type: KvType, sequences: int = 12, *, own: bool =
         grid=CHUNK_GRID,
         repack=weights.repacked,
         use_kernels=own and weights.uses_kernels,
-        promise=weights.promise(kv_type, own_products=True),
-        promise_without_kernels=weights.promise(kv_type, own_products=False),
+        promise=weights.promise(kv_type, with_kernels=True),
+        promise_without_kernels=weights.promise(kv_type, with_kernels=False),
     )
     return LlamaRunner(settings)
 
@@ -114,8 +114,8 @@ def numbers(steps: list[Step], job: Job) -> list[Any]:
 def sequential(loop: EngineLoop, jobs: list[Job]) -> list[list[Any]]:
     results = []
     for job in jobs:
-        run = next(_names)
-        loop.start(run, msgspec.structs.replace(job, namespace=f"alone {run}"))
+        job_id = next(_names)
+        loop.start(job_id, msgspec.structs.replace(job, namespace=f"alone {job_id}"))
         steps: list[Step] = []
         while (passed := loop.step()) is not None:
             steps += passed.values()
@@ -129,7 +129,7 @@ def concurrent(loop: EngineLoop, jobs: list[Job], seed: int) -> list[list[Any]]:
     rng = random.Random(seed)
     waiting = [(next(_names), job) for job in jobs]
     names = dict(waiting)
-    steps: dict[int, list[Step]] = {run: [] for run in names}
+    steps: dict[int, list[Step]] = {job_id: [] for job_id in names}
     abandoned: list[int] = []
     while True:
         while waiting and rng.random() < 0.5:
@@ -144,15 +144,15 @@ def concurrent(loop: EngineLoop, jobs: list[Job], seed: int) -> list[list[Any]]:
         passed = loop.step()
         if passed is None and not waiting:
             break
-        for run, step in (passed or {}).items():
-            if run in steps:
-                steps[run].append(step)
-        if not waiting and all(sum(len(s.ended) for s in steps[run]) == names[run].samples for run in names):
-            for run in abandoned:
-                loop.close(run)
+        for job_id, step in (passed or {}).items():
+            if job_id in steps:
+                steps[job_id].append(step)
+        if not waiting and all(sum(len(s.ended) for s in steps[job_id]) == names[job_id].samples for job_id in names):
+            for job_id in abandoned:
+                loop.close(job_id)
             abandoned.clear()
     loop.check()
-    return [numbers(steps[run], job) for run, job in names.items()]
+    return [numbers(steps[job_id], job) for job_id, job in names.items()]
 
 
 _names = itertools.count()
@@ -213,7 +213,7 @@ def test_preempted_samples_are_reproducible(folder, monkeypatch, file_type, kv_t
     """One client holds all slots while another sends short requests. With `f16` the state of a preempted sample is
     computed again token by token.
     """
-    monkeypatch.setattr(scheduler, "REST_PASSES", (2, 6))
+    monkeypatch.setattr(scheduler, "RESUME_PASSES", (2, 6))
     loop = EngineLoop(open_runner(quantized(folder, file_type), kv_type, sequences=4))
     wanted = [
         msgspec.structs.replace(
@@ -230,11 +230,11 @@ def test_preempted_samples_are_reproducible(folder, monkeypatch, file_type, kv_t
     while (passed := loop.step()) is not None:
         for name in passed.keys() & steps.keys():
             steps[name].append(passed[name])
-        begun = loop._scheduler._begun
+        begun = loop._scheduler._admitted
         pauses = max(pauses, sum(sequence.paused for name in names if name in begun for sequence in begun[name].queued))
-        if len(begun) == len(loop._scheduler._works) and any(name in begun for name in names):
-            run = next(_names)  # the next short request starts as soon as the one before is admitted
-            loop.start(run, Job((run % 4000, 5, 6), 1, 3, Sampling(), (), bytes(16), client="few"))
+        if len(begun) == len(loop._scheduler._jobs) and any(name in begun for name in names):
+            job_id = next(_names)  # the next short request starts as soon as the one before is admitted
+            loop.start(job_id, Job((job_id % 4000, 5, 6), 1, 3, Sampling(), (), bytes(16), client="few"))
     loop.check()
     assert pauses
     assert [numbers(steps[name], each) for name, each in zip(names, wanted, strict=True)] == expected

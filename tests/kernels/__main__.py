@@ -1,6 +1,7 @@
 """Checks of the C++ kernels that need compilers: `python -m tests.kernels warnings | sanitize | bits`.
 
-- `warnings` compiles the sources with -Wall -Wextra -Werror for each installed compiler and several processors.
+- `warnings` compiles the sources with -Wall -Wextra -Werror for each installed compiler and several processors, and
+  runs clang-tidy with the checks of `.clang-tidy`.
 - `sanitize` runs the drivers with the address, undefined-behaviour and thread sanitizers.
 - `bits` runs the drivers compiled by each compiler for each processor and compares the hashes of all results.
 
@@ -99,7 +100,17 @@ def warnings() -> bool:
         done = run(command)
         correct = correct and done.returncode == 0
         print(f"warnings: {compiler} {' '.join(flags)}: {'none' if done.returncode == 0 else failure(command, done)}")
-    return correct
+    return clang_tidy(sources, machines[0]) and correct
+
+
+def clang_tidy(sources: list[str], machine: tuple[str, ...]) -> bool:
+    if not shutil.which("clang-tidy"):
+        print("warnings: clang-tidy: skipped, since it is not installed")
+        return True
+    command = ["clang-tidy", "--quiet", *sources, "--", *FLAGS, *machine]
+    done = run(command)
+    print(f"warnings: clang-tidy: {'none' if done.returncode == 0 else failure(command, done)}")
+    return done.returncode == 0
 
 
 # ---- sanitizers

@@ -20,8 +20,8 @@ const Filter FILTERS[] = {
 };
 
 struct Answer {
-    std::vector<int64_t> top, chosen;
-    std::vector<double> top_values, chosen_values;
+    std::vector<int64_t> top, sampled;
+    std::vector<double> top_values, sampled_values;
 };
 
 uint64_t read_rows(int64_t count, int64_t length, Run run, int threads) {
@@ -34,13 +34,13 @@ uint64_t read_rows(int64_t count, int64_t length, Run run, int threads) {
     const std::vector<int64_t> generated = {3, 99, 5}, times = {2, 1, 1}, seen = {5, 7, 200}, banned = {11, length + 1};
     const std::vector<int64_t> biased = {1, length - 1, -1};
     const std::vector<double> biases = {2, 20, 1};
-    std::vector<RowQuery> queries(count);
+    std::vector<NativeRowQuery> queries(count);
     std::vector<Answer> answers(count);
     for (int64_t i = 0; i < count; i++) {
         const Filter &filter = FILTERS[i % 5];
         Answer &to = answers[i];
-        to.top.resize(5), to.top_values.resize(5), to.chosen.resize(seeds.size()), to.chosen_values.resize(seeds.size());
-        RowQuery &query = queries[i];
+        to.top.resize(5), to.top_values.resize(5), to.sampled.resize(seeds.size()), to.sampled_values.resize(seeds.size());
+        NativeRowQuery &query = queries[i];
         query = {};
         query.reported = i % 2 == 0, query.given = i % 3 ? 17 : -1, query.top_count = 5;
         query.seeds = {seeds.data(), (int64_t)seeds.size()};
@@ -50,7 +50,7 @@ uint64_t read_rows(int64_t count, int64_t length, Run run, int threads) {
         query.generated = {generated.data(), 3}, query.times = times.data(), query.seen = {seen.data(), 3};
         query.biased = {biased.data(), 3}, query.biases = biases.data(), query.banned = {banned.data(), 2};
         query.top = to.top.data(), query.top_values = to.top_values.data();
-        query.chosen = to.chosen.data(), query.chosen_values = to.chosen_values.data();
+        query.sampled = to.sampled.data(), query.sampled_values = to.sampled_values.data();
     }
     rows_read(rows.data(), count, length, queries.data(), threads, run);
     if (std::memcmp(rows.data(), before.data(), rows.size() * sizeof(float))) std::printf("the rows changed\n"), std::exit(1);
@@ -58,7 +58,7 @@ uint64_t read_rows(int64_t count, int64_t length, Run run, int threads) {
     for (int64_t i = 0; i < count; i++) {
         hash.add(&queries[i].value, 1), hash.add(&queries[i].rank, 1);
         hash.add(answers[i].top), hash.add(answers[i].top_values);
-        hash.add(answers[i].chosen), hash.add(answers[i].chosen_values);
+        hash.add(answers[i].sampled), hash.add(answers[i].sampled_values);
     }
     return hash.result();
 }

@@ -53,10 +53,10 @@ def new_registry(clock: Clock) -> Callable[..., KeyRegistry]:
     )
 
 
-def enter(registry: KeyRegistry, text: str) -> Grant:
+def admit(registry: KeyRegistry, text: str) -> Grant:
     account = registry.find(text)
     assert account is not None
-    grant = registry.enter(account)
+    grant = registry.admit(account)
     assert isinstance(grant, Grant)
     return grant
 
@@ -76,7 +76,7 @@ def spent(store: KeyStore) -> int:
 def test_keys_of_the_command_line_and_of_the_store_are_valid(new_registry, store):
     key, text = store.create()
     registry = new_registry(static_keys(("a", "b"), None), store)
-    assert [enter(registry, each).key for each in ("a", "b", text)] == ["given-1", "given-2", key.id]
+    assert [admit(registry, each).key for each in ("a", "b", text)] == ["given-1", "given-2", key.id]
     for wrong in ("", "c", text[:-1], text + "x", text.upper(), key.id):
         assert registry.find(wrong) is None
 
@@ -92,7 +92,7 @@ def test_new_and_revoked_keys_are_seen(new_registry, store):
     assert registry.find(new_text) is None
     store.revoke(old.id)
     sync(registry)
-    assert (registry.find(old_text), enter(registry, new_text).key != old.id) == (None, True)
+    assert (registry.find(old_text), admit(registry, new_text).key != old.id) == (None, True)
 
 
 def test_a_key_expires_without_a_synchronization(new_registry, store, clock):
@@ -107,17 +107,17 @@ def test_a_key_expires_without_a_synchronization(new_registry, store, clock):
 def test_a_synchronization_does_not_reset_limits(new_registry, store):
     _, text = store.create(allowance=Allowance(requests=1, concurrent=5))
     registry = new_registry((), store)
-    enter(registry, text)
+    admit(registry, text)
     store.create()
     sync(registry)
     account = registry.find(text)
-    assert isinstance(registry.enter(account), LimitExceeded)
+    assert isinstance(registry.admit(account), LimitExceeded)
 
 
 def test_a_running_request_outlives_its_key_and_is_charged(new_registry, store):
     key, text = store.create()
     registry = new_registry((), store)
-    grant = enter(registry, text)
+    grant = admit(registry, text)
     assert grant.reserve(100) is None
     store.revoke(key.id)
     sync(registry)
@@ -132,11 +132,11 @@ def test_a_running_request_outlives_its_key_and_is_charged(new_registry, store):
 def test_a_request_is_charged_for_what_it_used(new_registry, store):
     _, text = store.create(allowance=Allowance(tokens=100))
     registry = new_registry((), store)
-    grant = enter(registry, text)
+    grant = admit(registry, text)
     assert grant.reserve(80) is None
-    assert grant.standing()[0].remaining == 20
+    assert grant.limit_status()[0].remaining == 20
     grant.close(TokenUsage(10, 5, 3), registry.pseudonym("alice"))
-    assert grant.standing()[0].remaining == 85
+    assert grant.limit_status()[0].remaining == 85
     sync(registry)
     assert spent(store) == 15
     assert store.usage("user") == ((store.pseudonym("alice"), UsageCounts(1, 10, 5, 3)),)
@@ -146,10 +146,10 @@ def test_a_request_is_charged_for_what_it_used(new_registry, store):
 def test_a_request_that_never_began_is_charged_nothing(new_registry, store):
     _, text = store.create(allowance=Allowance(tokens=100, concurrent=1))
     registry = new_registry((), store)
-    grant = enter(registry, text)
+    grant = admit(registry, text)
     grant.reserve(80)
     grant.close(None, None)
-    assert enter(registry, text).standing()[0].remaining == 100
+    assert admit(registry, text).limit_status()[0].remaining == 100
     sync(registry)
     assert (spent(store), store.usage("key")) == (0, ())
 
@@ -157,7 +157,7 @@ def test_a_request_that_never_began_is_charged_nothing(new_registry, store):
 def test_running_requests_count_against_the_quota(new_registry, store):
     _, text = store.create(allowance=Allowance(quota=100))
     registry = new_registry((), store)
-    first, second = enter(registry, text), enter(registry, text)
+    first, second = admit(registry, text), admit(registry, text)
     assert first.reserve(60) is None
     assert second.reserve(60) == LimitExceeded("quota", 100, 40, 60, None)
     first.close(TokenUsage(10, 10), None)
@@ -167,29 +167,29 @@ def test_running_requests_count_against_the_quota(new_registry, store):
 def test_a_quota_survives_a_restart_and_a_crash_does_not_forget_what_was_reserved(new_registry, store):
     _, text = store.create(allowance=Allowance(quota=100))
     registry = new_registry((), store)
-    enter(registry, text).reserve(60)
+    admit(registry, text).reserve(60)
     sync(registry)  # the server is killed here
-    assert enter(new_registry((), store), text).reserve(60) == LimitExceeded("quota", 100, 40, 60, None)
+    assert admit(new_registry((), store), text).reserve(60) == LimitExceeded("quota", 100, 40, 60, None)
 
 
 def test_servers_that_share_a_store_share_the_quota(new_registry, store):
     _, text = store.create(allowance=Allowance(quota=100))
     one, other = new_registry((), store), new_registry((), store)
-    enter(one, text).reserve(60)
+    admit(one, text).reserve(60)
     sync(one)
     sync(other)
-    assert enter(other, text).reserve(60) == LimitExceeded("quota", 100, 40, 60, None)
+    assert admit(other, text).reserve(60) == LimitExceeded("quota", 100, 40, 60, None)
 
 
 def test_rates_do_not_survive_a_restart(new_registry, store):
     _, text = store.create(allowance=Allowance(requests=1))
-    enter(new_registry((), store), text)
-    enter(new_registry((), store), text)
+    admit(new_registry((), store), text)
+    admit(new_registry((), store), text)
 
 
 def test_usage_of_given_keys_is_kept_too(new_registry, store):
     registry = new_registry(static_keys(("a",), None), store)
-    enter(registry, "a").close(TokenUsage(1, 2), None)
+    admit(registry, "a").close(TokenUsage(1, 2), None)
     sync(registry)
     assert store.usage("key") == (("given-1", UsageCounts(1, 1, 2, 0)),)
 
@@ -215,7 +215,7 @@ async def simulate(requests: list[tuple[str, int, int, bool, int]]) -> None:
     used = dict.fromkeys("ABC", 0)
     for name, reserved, used_tokens, finishes, pause in requests:
         clock.now += pause
-        grant = registry.enter(registry.find(name))
+        grant = registry.admit(registry.find(name))
         if isinstance(grant, Grant):
             if grant.reserve(reserved) is None:
                 running.append((grant, min(reserved, used_tokens)))
@@ -273,11 +273,11 @@ def test_requests_go_on_and_usage_is_kept_while_the_store_is_unusable(new_regist
         store.path.chmod(0o644)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            grant = enter(registry, text)
+            grant = admit(registry, text)
             assert grant.reserve(30) is None
             grant.close(TokenUsage(10, 20), "u")
             sync(registry)
-    assert isinstance(enter(registry, text).reserve(30), LimitExceeded), "the quota applies nevertheless"
+    assert isinstance(admit(registry, text).reserve(30), LimitExceeded), "the quota applies nevertheless"
     assert len(caplog.records) == 1, "logged once"
     if damage == "missing":
         aside.rename(store.path)
@@ -294,7 +294,7 @@ def test_usage_in_memory_is_bounded_while_the_store_is_unusable(new_registry, st
     registry = new_registry(static_keys(("a",), None), store)
     store.path.chmod(0o644)
     for number in range(50):
-        enter(registry, "a").close(TokenUsage(1, 1), f"user{number}")
+        admit(registry, "a").close(TokenUsage(1, 1), f"user{number}")
         sync(registry)
     store.path.chmod(0o600)
     sync(registry)
@@ -305,7 +305,7 @@ def test_usage_in_memory_is_bounded_while_the_store_is_unusable(new_registry, st
 def test_usage_is_written_at_the_end(new_registry, store):
     async def open_and_close() -> None:
         async with registry.syncing():
-            enter(registry, "a").close(TokenUsage(1, 1), None)
+            admit(registry, "a").close(TokenUsage(1, 1), None)
 
     registry = new_registry(static_keys(("a",), None), store)
     asyncio.run(open_and_close())
@@ -441,7 +441,7 @@ def test_an_unexpected_error_does_not_stop_synchronization(new_registry, store, 
     key, text = store.create()
     registry = new_registry((), store)
     monkeypatch.setattr(store, "version", lambda: 1 / 0)
-    grant = enter(registry, text)
+    grant = admit(registry, text)
     grant.reserve(2)
     grant.close(TokenUsage(1, 1), None)
     for _ in range(3):
@@ -462,7 +462,7 @@ def test_revocations_are_seen_while_the_disk_is_full(new_registry, store, monkey
         raise SettingError("The key store cannot be used: database or disk is full.")
 
     monkeypatch.setattr(store, "sync", fail)
-    grant = enter(registry, text)
+    grant = admit(registry, text)
     grant.reserve(2)
     grant.close(TokenUsage(1, 1), None)
     store.revoke(key.id)

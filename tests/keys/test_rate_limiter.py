@@ -81,7 +81,7 @@ def test_the_wait_is_exact(limit, amount, now):
 def test_full_is_exact(limit, taken, now):
     bucket = TokenBucket(limit, 0)
     bucket.take(min(taken, limit), 0)
-    full = bucket.full(now)
+    full = bucket.time_until_full(now)
     assert not full or bucket.wait(limit, now + full - 1)
     assert bucket.wait(limit, now + full) == 0
 
@@ -98,28 +98,28 @@ def test_a_clock_that_goes_back_adds_nothing():
 
 def test_concurrent_requests_are_counted_until_their_end():
     limiter = RateLimiter(Allowance(concurrent=2), 0)
-    assert limiter.enter(0) is None
-    assert limiter.enter(0) is None
-    assert limiter.enter(0) == LimitExceeded("concurrent", 2, 0, 1, SECOND)
-    limiter.exit()
-    assert limiter.enter(0) is None
+    assert limiter.acquire(0) is None
+    assert limiter.acquire(0) is None
+    assert limiter.acquire(0) == LimitExceeded("concurrent", 2, 0, 1, SECOND)
+    limiter.release()
+    assert limiter.acquire(0) is None
 
 
 def test_a_request_above_the_rate_does_not_count_as_concurrent():
     limiter = RateLimiter(Allowance(requests=1, concurrent=1), 0)
-    assert limiter.enter(0) is None
-    limiter.exit()
+    assert limiter.acquire(0) is None
+    limiter.release()
     for _ in range(3):
-        assert limiter.enter(0) == LimitExceeded("requests", 1, 0, 1, MINUTE_NS)
-    assert limiter.enter(MINUTE_NS) is None
+        assert limiter.acquire(0) == LimitExceeded("requests", 1, 0, 1, MINUTE_NS)
+    assert limiter.acquire(MINUTE_NS) is None
 
 
 def test_a_request_above_the_concurrency_limit_takes_nothing_from_the_rate():
     limiter = RateLimiter(Allowance(requests=2, concurrent=1), 0)
-    assert limiter.enter(0) is None
-    assert limiter.enter(0) == LimitExceeded("concurrent", 1, 0, 1, SECOND)
-    limiter.exit()
-    assert limiter.enter(0) is None
+    assert limiter.acquire(0) is None
+    assert limiter.acquire(0) == LimitExceeded("concurrent", 1, 0, 1, SECOND)
+    limiter.release()
+    assert limiter.acquire(0) is None
 
 
 def test_more_tokens_than_the_limit_are_never_accepted():
@@ -133,7 +133,7 @@ def test_more_tokens_than_the_limit_are_never_accepted():
 def test_a_request_above_the_quota_takes_nothing_from_the_rate(spent, accepted):
     limiter = RateLimiter(Allowance(tokens=10, quota=100), 0)
     assert (limiter.reserve(10, spent, 0) is None) == accepted
-    assert limiter.standing(0)[0].remaining == (0 if accepted else 10)
+    assert limiter.limit_status(0)[0].remaining == (0 if accepted else 10)
 
 
 def test_refunded_tokens_can_be_used_again():
@@ -145,8 +145,8 @@ def test_refunded_tokens_can_be_used_again():
 
 
 def test_only_per_minute_limits_have_a_status():
-    assert RateLimiter(Allowance(concurrent=1, quota=1), 0).standing(0) == ()
-    assert [each.limit for each in RateLimiter(Allowance(requests=1, tokens=1), 0).standing(0)] == [
+    assert RateLimiter(Allowance(concurrent=1, quota=1), 0).limit_status(0) == ()
+    assert [each.limit for each in RateLimiter(Allowance(requests=1, tokens=1), 0).limit_status(0)] == [
         "requests",
         "tokens",
     ]

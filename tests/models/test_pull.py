@@ -327,12 +327,12 @@ class RecordingObserver(DownloadObserver):
         self.choices: list[tuple[str, list[str]]] = []
         self.checked: list[str] = []
 
-    def chosen(self, name: str, among: Sequence[str]) -> None:
+    def selected(self, name: str, among: Sequence[str]) -> None:
         self.choices.append((name, list(among)))
 
-    def started(self, name: str, size: int, have: int) -> None:
-        self.files.append((name, size, have))
-        self.bytes = have
+    def started(self, name: str, size: int, downloaded: int) -> None:
+        self.files.append((name, size, downloaded))
+        self.bytes = downloaded
 
     def received(self, count: int) -> None:
         self.bytes += count

@@ -44,6 +44,7 @@ _COMMON_KEYS: Mapping[str, Value] = {
     "logit_scale": 1.0,
 }
 _STATE = {"ssm.conv_kernel": 4, "ssm.inner_size": 2 * WIDTH, "ssm.state_size": 16, "ssm.time_step_rank": 4}
+_WINDOWED_MIXTURE = {"block_count": 4, "attention.sliding_window": WINDOW}  # every fourth layer has no window
 _ARCHITECTURE_KEYS: Mapping[str, Mapping[str, Value]] = {
     "cohere2": {"attention.sliding_window": WINDOW},
     "gemma2": {"attention.sliding_window": WINDOW},
@@ -71,10 +72,11 @@ _ARCHITECTURE_KEYS: Mapping[str, Mapping[str, Value]] = {
     "llama4": {"block_count": 4},  # every fourth layer has no window
     "qwen3vlmoe": {"rope.dimension_sections": (4, 4, 8, 0)},
     "grovemoe": {"expert_chunk_feed_forward_length": 32, "expert_group_scale": 0.05, "experts_per_group": 2},
-    **dict.fromkeys(
-        ("afmoe", "cohere2moe", "exaone-moe", "mellum", "smallthinker"),
-        {"block_count": 4, "attention.sliding_window": WINDOW},
-    ),
+    "afmoe": _WINDOWED_MIXTURE,
+    "cohere2moe": _WINDOWED_MIXTURE,
+    "exaone-moe": _WINDOWED_MIXTURE,
+    "mellum": _WINDOWED_MIXTURE,
+    "smallthinker": _WINDOWED_MIXTURE,
     "gpt-oss": {"attention.sliding_window": WINDOW},
     "lfm2": {"shortconv.l_cache": 3, "attention.head_count_kv": (0, 1)},
 }
@@ -189,8 +191,8 @@ def _write(
     writer.add_file_type(FILE_TYPES[file_type])
     add_vocabulary(writer, words)
     for name, weight in weights.items():
-        # The library expects small matrices of recurrent layers and biases of experts unquantized, and does not quantize
-        # the matrices that choose experts. Non-finite values cannot be quantized.
+        # The library expects small matrices of recurrent layers and biases of experts unquantized, and does not
+        # quantize the matrices that choose experts. Non-finite values cannot be quantized.
         plain = weight.ndim == 1 or weight.shape[-1] % 32 or re.search(r"norm|ssm|shortconv|gate_inp|\.bias", name)
         kind = GGMLQuantizationType["F32" if plain or not np.isfinite(weight).all() else file_type]
         writer.add_tensor(name, quantize(weight, kind), raw_dtype=kind)

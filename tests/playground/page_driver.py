@@ -66,7 +66,7 @@ class PageDriver:
     def tokens(self) -> Locator:
         return self.find("#mirror .token")
 
-    def says(self, text: str) -> None:
+    def expect_status(self, text: str) -> None:
         expect(self.find("#status")).to_contain_text(text)
 
     def press(self, keys: str) -> None:
@@ -96,7 +96,7 @@ class PageDriver:
             control.set_checked(value) if isinstance(value, bool) else control.fill("" if value is None else str(value))
 
     def ended(self) -> None:
-        self.says("ended by")
+        self.expect_status("ended by")
 
     def continues(self, **fields: Any) -> str:
         """Continue the text. Returns the generated text."""
@@ -119,7 +119,7 @@ class PageDriver:
 
     def scores(self) -> None:
         self.find("#score").click()
-        self.says("Scored")
+        self.expect_status("Scored")
 
     def hover(self, token: Locator) -> Locator:
         """Move the pointer to a token and return its popover."""

@@ -43,7 +43,7 @@ def test_the_text_grows_while_the_stream_runs(driver: PageDriver) -> None:
 def test_stop_keeps_the_received_text(driver: PageDriver) -> None:
     driver.begins_endless()
     driver.press("Escape")
-    driver.says("Stopped")
+    driver.expect_status("Stopped")
     kept = driver.text
     assert len(kept) > len(BEGINNING) + 30
     assert kept.startswith(BEGINNING)
@@ -55,7 +55,7 @@ def test_stop_keeps_the_received_text(driver: PageDriver) -> None:
 def test_the_button_stops_too(driver: PageDriver) -> None:
     driver.begins_endless()
     driver.find("#go").click()
-    driver.says("Stopped")
+    driver.expect_status("Stopped")
     assert driver.text.startswith(BEGINNING)
 
 
@@ -63,7 +63,7 @@ def test_typing_stops_the_generation(driver: PageDriver) -> None:
     driver.begins_endless()
     driver.caret(4)
     driver.page.keyboard.type("X")
-    driver.says("the text was changed")
+    driver.expect_status("the text was changed")
     driver.page.keyboard.type("YZ")
     assert driver.text.startswith("OnceXYZ upon a time")
     assert len(driver.text) > len(BEGINNING) + 30
@@ -81,7 +81,7 @@ def test_text_typed_after_a_gap_during_infill_keeps_its_position(driver: PageDri
     driver.area.evaluate("(area) => area.setSelectionRange(area.value.length, area.value.length)")
     expect(driver.tokens.nth(driver.tokens.count() + 15)).to_be_attached()
     driver.page.keyboard.type("!?")
-    driver.says("the text was changed")
+    driver.expect_status("the text was changed")
     assert end > len(before + after)
     assert driver.text.endswith(f"{after}!?")
     assert driver.mirrored == driver.text

@@ -190,7 +190,7 @@ def test_generated_characters_can_consist_of_byte_tokens(driver: PageDriver) -> 
 def test_boundaries_are_shown_for_all_of_the_text(driver: PageDriver, open_server: Any) -> None:
     driver.write(BEGINNING)
     driver.find("#boundaries").click()
-    driver.says("Scored")
+    driver.expect_status("Scored")
     assert driver.tokens.all_inner_texts() == scored(open_server, BEGINNING)["tokens"]
     shadow = driver.tokens.nth(1).evaluate("(node) => getComputedStyle(node).boxShadow")
     assert "inset" in shadow

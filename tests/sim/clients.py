@@ -35,14 +35,14 @@ class Behavior:
     """What a client requests and how it behaves.
 
     `body`: the JSON body. `crashes`: the prompt crashes the worker. `leaves_after`: number of items after which the
-    client disconnects. `read_seconds`: seconds that it takes to read an item. `line`: the batch line's name, if any.
+    client disconnects. `read_seconds`: seconds that it takes to read an item. `queue`: as in `ClientIdentity`.
     """
 
     body: dict[str, Any]
     crashes: bool
     leaves_after: int | None = None
     read_seconds: float = 0.0
-    line: str = ""
+    queue: str = ""
 
 
 def random_behavior(random: Random, contended: bool, crash_share: float) -> Behavior:
@@ -74,10 +74,10 @@ def heavy_behavior(random: Random) -> Behavior:
     body["echo"] = random.random() < 0.2
     if body["echo"]:
         body["logprobs"] = 1
-    line = "batch" if random.random() < 0.3 else ""
+    queue = "batch" if random.random() < 0.3 else ""
     if random.random() < 0.08:
-        return Behavior(body | {"max_tokens": 110, "n": random.randint(1, 5)}, crashes=False, line=line)
-    return Behavior(body | {"max_tokens": random.randint(1, 6)}, crashes=False, line=line)
+        return Behavior(body | {"max_tokens": 110, "n": random.randint(1, 5)}, crashes=False, queue=queue)
+    return Behavior(body | {"max_tokens": random.randint(1, 6)}, crashes=False, queue=queue)
 
 
 def _word(random: Random, least: int, most: int) -> str:
@@ -108,7 +108,7 @@ async def send_request(
     checker.record("arrives", request.name, request.key, json.dumps(request.behavior.body))
     found = key_registry.find(request.key)
     assert found is not None
-    grant = key_registry.enter(found)
+    grant = key_registry.admit(found)
     if isinstance(grant, LimitExceeded):
         record_end(request, "limited", checker)
         return
@@ -136,11 +136,11 @@ async def _complete(
     request: SimulatedRequest, engine: Engine, grant: Grant, account: AccountModel, checker: InvariantChecker
 ) -> tuple[str, Usage | None]:
     parsed = parse(json.dumps(request.behavior.body).encode(), RequestLimits())
-    identity = ClientIdentity(request.key, line=request.behavior.line)
+    identity = ClientIdentity(request.key, queue=request.behavior.queue)
     plan = make_plan(parsed, engine.model_info, await tokenize(parsed, engine), 0, identity)
-    if grant.reserve(plan.most_tokens) is not None:
+    if grant.reserve(plan.max_total_tokens) is not None:
         return "limited", None
-    account.tokens.take(plan.most_tokens, checker.now)
+    account.tokens.take(plan.max_total_tokens, checker.now)
     choices: dict[int, list[Delta]] = {}
     used: list[Usage] = []
     count = 0

@@ -58,11 +58,11 @@ def _first_come_first_served(patch: pytest.MonkeyPatch) -> None:
     def oldest(self: Scheduler) -> Any:
         if not self._slots.has_free_slot:
             return None
-        queued = (self._resumable(work.queued[0]) for work in self._begun.values() if work.queued)
+        queued = (self._resumable(state.queued[0]) for state in self._admitted.values() if state.queued)
         if found := next(filter(None, queued), None):
             return found
-        waiting = [work for works in self._waiting.values() for work in works.values()]
-        return (Sequence(min(waiting, key=lambda work: work.run), sample=0), None) if waiting else None
+        waiting = [state for states in self._waiting.values() for state in states.values()]
+        return (Sequence(min(waiting, key=lambda state: state.job_id), sample=0), None) if waiting else None
 
     patch.setattr(Scheduler, "_next_admission", oldest)
 

@@ -19,7 +19,7 @@ from history_runner import scores
 
 from afterword.engine.core.fair_share import TURN_PASSES
 from afterword.engine.core.forward_batch import ForwardBatch
-from afterword.engine.core.scheduler import REST_PASSES, Scheduler
+from afterword.engine.core.scheduler import RESUME_PASSES, Scheduler
 from afterword.engine.parent.supervisor import QueuePolicy
 from afterword.engine.protocol import BATCH_CLIENT, Engine, Job, JobHandle, ModelInfo, Step
 from afterword.errors import AfterwordError
@@ -175,7 +175,7 @@ class InvariantChecker:
             for each in (self._shares, self._below_share, self._without_slots):
                 each.clear()
         scheduler = process.engine_loop._scheduler
-        held = Counter(sequence.work.job.client for sequence in scheduler._active.values())
+        held = Counter(sequence.job_state.job.client for sequence in scheduler._active.values())
         for client in list(self._without_slots):
             if _group_slots(client, held):
                 del self._without_slots[client]
@@ -186,7 +186,7 @@ class InvariantChecker:
         shares: Counter[str] = Counter()
         for entry in batch.entries:
             # Count entries, not tokens: with a cached prefix, few tokens are computed.
-            shares[scheduler.sequence_in(entry.slot).work.job.client] += 1
+            shares[scheduler.sequence_in(entry.slot).job_state.job.client] += 1
         self._shares.append((frozenset(scheduler._waiting), shares))
         self._passes += 1
         if len(self._shares) < WINDOW or self._passes % 8:
@@ -199,7 +199,7 @@ class InvariantChecker:
 
     def _check_shares(self, scheduler: Scheduler, held: Counter[str]) -> None:
         """Check that no waiting client held less than its share, or nothing at all, for too many passes."""
-        queued = {work.job.client for work in scheduler._works.values() if work.queued}
+        queued = {state.job.client for state in scheduler._jobs.values() if state.queued}
         waiting = {*scheduler._waiting, *queued}
         for counts in (self._below_share, self._without_slots):
             for client in set(counts) - waiting:
@@ -208,7 +208,7 @@ class InvariantChecker:
             below = _is_below_share(client, held, self._sequences)
             self._below_share[client] = self._below_share[client] + 1 if below else 0
             self._without_slots[client] += not _group_slots(client, held)
-            most = SHARE_PASSES + (REST_PASSES[1] if client in queued else 0)
+            most = SHARE_PASSES + (RESUME_PASSES[1] if client in queued else 0)
             require(
                 11, self._below_share[client] <= most, f"{client} holds {held[client]} while others hold {dict(held)}"
             )

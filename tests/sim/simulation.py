@@ -252,7 +252,7 @@ class Simulation:
         if process.alive and process.stopped_at is not None:
             require(6, self.checker.now <= process.stopped_at + late, "a stopped worker was not noticed")
         if process.alive and process.hangs_at is not None:
-            if len(self._supervisor._runs) == len(self._supervisor._waiting):
+            if len(self._supervisor._jobs) == len(self._supervisor._waiting):
                 process.hangs_at = self.checker.now  # no job waits for it, so the time limit starts later
             require(6, self.checker.now <= process.hangs_at + _HANG_SECONDS, "a hung worker was not noticed")
 

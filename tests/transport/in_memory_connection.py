@@ -48,7 +48,7 @@ def application(
     """The application for a model manager or an engine; by default for an engine that generates "Hello"."""
     api_keys = static_keys((KEY,), None) if keys else ()
     settled = config.Config(keys=api_keys, **settings)
-    engine = engine or Engine(scripted_engine.says("Hello"), room=10**9)
+    engine = engine or Engine(scripted_engine.text_script("Hello"), max_jobs=10**9)
     models = engine if isinstance(engine, ModelManager) else model_manager_of(engine)
     return make_app(Service(settled, models, KeyRegistry(api_keys)))
 

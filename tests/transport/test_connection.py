@@ -352,7 +352,7 @@ async def read_body(_: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-def test_places_are_counted_in_all_and_by_address() -> None:
+def test_connections_are_counted_in_total_and_by_address() -> None:
     async def scenario() -> None:
         server = InMemoryServer(max_connections=5, max_per_client=3)
         first = [server.connect("10.0.0.1") for _ in range(4)]
@@ -414,14 +414,14 @@ def generate_forever(job: Job, sample: int) -> Any:
 
 
 def test_a_client_that_reads_nothing_is_disconnected_and_its_job_cancelled() -> None:
-    engine = Engine(generate_forever, room=10)
+    engine = Engine(generate_forever, max_jobs=10)
     body = json.dumps({"prompt": "a", "max_tokens": 60, "n": 64, "stream": True, "logprobs": 9}).encode()
 
     async def scenario() -> InMemoryClient:
         client = InMemoryServer(application(engine)).connect()
         client.transport.reads = False
         await client.send(post(body))
-        assert engine.runs
+        assert engine.jobs
         await client.wait(29)
         assert not client.closed
         await client.wait(3)
@@ -430,7 +430,7 @@ def test_a_client_that_reads_nothing_is_disconnected_and_its_job_cancelled() -> 
     client = run(scenario())
     assert client.transport.aborted
     assert client.transport.unsent < 2**16 + 2**14  # the bytes that the connection buffers
-    assert all(each.closed or not each.live for each in engine.runs)
+    assert all(each.closed or not each.live for each in engine.jobs)
     assert not client.server.state.tasks
 
 
@@ -443,7 +443,7 @@ def read_late(engine: Engine, patience: float) -> bytes:
         client.transport.reads = False
         await client.send(post(body))
         await asyncio.sleep(2 * patience)
-        assert engine.runs[0].pauses == 1  # long before the stall limit
+        assert engine.jobs[0].pauses == 1  # long before the stall limit
         client.transport.reads, client.transport.unsent = True, 0
         client.protocol.resume_writing()
         for _ in range(400):
@@ -455,7 +455,7 @@ def read_late(engine: Engine, patience: float) -> bytes:
 
 def test_the_engine_waits_for_a_reader_that_is_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("afterword.completion.run.MAX_UNREAD_BYTES", 2**20)
-    received = read_late(Engine(generate_forever, room=10), 0.0)
+    received = read_late(Engine(generate_forever, max_jobs=10), 0.0)
     assert received.count(b"data: ") == 64 * 60 + 1
     assert b"data: [DONE]" in received
 
@@ -463,7 +463,7 @@ def test_the_engine_waits_for_a_reader_that_is_behind(monkeypatch: pytest.Monkey
 def test_a_reader_that_is_behind_for_too_long_gets_what_there_is_and_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("afterword.completion.run.MAX_UNREAD_BYTES", 2**20)
     monkeypatch.setattr("afterword.completion.run.READER_SECONDS", 0.01)
-    received = read_late(Engine(generate_forever, room=10), 0.01)
+    received = read_late(Engine(generate_forever, max_jobs=10), 0.01)
     assert received.count(b"data: ") > 128
     assert b'"code":"reader_too_slow"' in received
     assert b"[DONE]" not in received
@@ -476,7 +476,7 @@ def test_large_events_are_not_encoded_after_a_disconnect(monkeypatch: pytest.Mon
     fields = {"prompt": "a" * 50, "echo": True, "logprobs": 15, "n": 64, "max_tokens": 1, "stream": True}
 
     async def scenario() -> int:
-        client = InMemoryServer(application(Engine(generate_forever, room=10))).connect()
+        client = InMemoryServer(application(Engine(generate_forever, max_jobs=10))).connect()
         client.transport.reads = False
         await client.send(post(json.dumps(fields).encode()))
         before = len(made)

@@ -50,7 +50,7 @@ def get_json(
     ],
 )
 def test_health_and_ready_tell_the_truth(state: str, expected: str, health: int, ready: int) -> None:
-    engine = Engine(scripted_engine.says("Hello"), state=state)
+    engine = Engine(scripted_engine.text_script("Hello"), state=state)
     assert get_json("/health", engine)[0] == health
     status, body, _ = get_json("/ready", engine)
     assert (status, body["status"]) == (ready, expected)
@@ -59,7 +59,7 @@ def test_health_and_ready_tell_the_truth(state: str, expected: str, health: int,
 
 
 def test_readiness_is_draining_at_once() -> None:
-    readiness, models = Readiness(), model_manager_of(Engine(scripted_engine.says("Hello")))
+    readiness, models = Readiness(), model_manager_of(Engine(scripted_engine.text_script("Hello")))
     assert readiness.state(models) == "ready"
     readiness.drain()
     assert readiness.state(models) == "draining"
@@ -78,7 +78,7 @@ def test_readiness_is_draining_at_once() -> None:
     ],
 )
 def test_a_server_of_several_models_is_ready_while_one_is(states: tuple[str, str], expected: str, health: int) -> None:
-    models = model_manager_of(*(Engine(scripted_engine.says("Hello"), state=state) for state in states))
+    models = model_manager_of(*(Engine(scripted_engine.text_script("Hello"), state=state) for state in states))
     assert Readiness().state(models) == expected
     assert get_json("/health", models)[0] == health
     status, body, _ = get_json("/ready", models, keys=False)
@@ -89,7 +89,7 @@ def test_a_server_of_several_models_is_ready_while_one_is(states: tuple[str, str
 @pytest.mark.parametrize("path", ["/health", "/ready"])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_health_and_ready_name_no_models_where_keys_are_required(path: str, count: int) -> None:
-    models = model_manager_of(*(Engine(scripted_engine.says("Hello")) for _ in range(count)))
+    models = model_manager_of(*(Engine(scripted_engine.text_script("Hello")) for _ in range(count)))
     status, body, _ = get_json(path, models)
     assert (status, "scripted" in str(body)) == (200, False)
     assert body["status"] in ("ok", "ready")
@@ -97,19 +97,19 @@ def test_health_and_ready_name_no_models_where_keys_are_required(path: str, coun
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/tokenize", "/detokenize"])
-def test_nothing_is_asked_of_a_model_that_is_not_there_yet(path: str) -> None:
-    status, body, head = get_json(path, Engine(scripted_engine.says("Hello"), state="starting"), b"{}")
+def test_requests_to_a_model_that_is_loading_give_503(path: str) -> None:
+    status, body, head = get_json(path, Engine(scripted_engine.text_script("Hello"), state="starting"), b"{}")
     assert (status, body["error"]["code"]) == (503, "loading")
     assert b"retry-after: " in head
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/tokenizer_info", "/openapi.json"])
 def test_pages_about_a_model_that_is_loading_give_503(path: str) -> None:
-    assert get_json(path, Engine(scripted_engine.says("Hello"), state="starting"))[0] == 503
+    assert get_json(path, Engine(scripted_engine.text_script("Hello"), state="starting"))[0] == 503
 
 
-def test_those_who_are_sent_away_are_told_different_times() -> None:
-    engine = Engine(scripted_engine.says("Hello"), room=0)
+def test_refused_clients_get_different_retry_after_values() -> None:
+    engine = Engine(scripted_engine.text_script("Hello"), max_jobs=0)
     times = {
         get_json("/v1/completions", engine, b'{"prompt":"a"}')[2].split(b"retry-after: ")[1][:2] for _ in range(60)
     }

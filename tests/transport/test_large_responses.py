@@ -17,10 +17,10 @@ from afterword.completion.plan import Plan, make_plan
 from afterword.completion.request import CompletionRequest
 from afterword.completion.request_limits import RequestLimits
 from afterword.completion.run import Usage, run, tokenize
-from scripted_engine import EOS, ids, says
+from scripted_engine import EOS, ids, text_script
 
 HEAD = serialization.ResponseHead("cmpl-1", 1, "scripted", "fp_0")
-SCRIPT = says("Hello 😀 world \u2028 the", " cat", "")
+SCRIPT = text_script("Hello 😀 world \u2028 the", " cat", "")
 
 
 def new_plan(engine: Engine, **fields: Any) -> Plan:
@@ -142,7 +142,7 @@ def ask(
     path: str = "/v1/completions", limits: RequestLimits | None = None, **fields: Any
 ) -> tuple[list[Any], Counter[str]]:
     ticks: Counter[str] = Counter()
-    engine = Engine(lambda *_: iter(lambda: 97, None), room=10**6)
+    engine = Engine(lambda *_: iter(lambda: 97, None), max_jobs=10**6)
     app = application(engine, keys=False, limits=limits or RequestLimits())
     return asyncio.run(post(app, path, fields, ticks)), ticks
 
@@ -240,14 +240,14 @@ def test_a_small_response_is_one_message() -> None:
     ],
 )
 def test_an_answer_above_the_limit_is_refused_before_any_work(fields: dict[str, Any], param: str) -> None:
-    engine = Engine(says("Hello"), room=10**6)
+    engine = Engine(text_script("Hello"), max_jobs=10**6)
     app = application(engine, keys=False, limits=RequestLimits(max_answer=50_000))
     request = {"prompt": "a" * 40, "max_tokens": 16} | fields
     head, body = asyncio.run(post(app, "/v1/completions", request, Counter()))
     error = json.loads(body["body"])["error"]
     assert (head["status"], error["param"], error["code"]) == (400, param, "answer_too_large")
     assert f"'{param}'" in error["message"]
-    assert not engine.runs
+    assert not engine.jobs
 
 
 def test_line_ends_of_unicode_are_escaped_in_answers_and_events() -> None:

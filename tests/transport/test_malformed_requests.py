@@ -27,7 +27,7 @@ def test_the_corpus_has_at_least_200_cases() -> None:
 
 @pytest.mark.parametrize("size", [None, 100], ids=["whole", "in pieces"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_each_is_refused_or_closed_and_the_next_visitor_served(
+def test_each_case_is_refused_and_the_next_client_is_served(
     case: Case, size: int | None, server: InMemoryServer
 ) -> None:
     async def scenario() -> tuple[InMemoryClient, InMemoryClient]:

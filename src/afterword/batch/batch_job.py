@@ -40,11 +40,11 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds before another attempt
 class Progress:
     """The progress of a job.
 
-    `rows`: lines of the input. `done_before`: the counts at the start of this run. `waiting_for`: why the server
+    `lines`: lines of the input. `done_before`: the counts at the start of this run. `waiting_for`: why the server
     answers no requests at the moment; empty if it does.
     """
 
-    rows: int
+    lines: int
     done: BatchCounts
     began: float = field(default_factory=time.monotonic)
     waiting_for: str = ""
@@ -71,7 +71,7 @@ class Progress:
     @property
     def remaining_seconds(self) -> float | None:
         """Estimated seconds until the end, None before the first answer."""
-        return (self.rows - self.done.total) / self.rate if self.rate else None
+        return (self.lines - self.done.total) / self.rate if self.rate else None
 
     def add(self, answer: OutputLine) -> None:
         """Count one more answer."""
@@ -147,7 +147,7 @@ class BatchJob:
 
     def _make_line(self, row: BatchRequest, reply: ServerReply) -> OutputLine | None:
         """Make the output line from a reply; None if there is no space for it."""
-        max_bytes = self.journal.longest
+        max_bytes = self.journal.max_answer_bytes
         is_larger = len(reply.body) > max_bytes
         answer = too_large_line(row, max_bytes) if is_larger else success_line(row, reply, self.created)
         if len(answer.text) > max_bytes:

@@ -32,19 +32,19 @@ _DEFAULT = 16  # max_tokens of a request without that field
 class _Counts:
     """Counts over the input file.
 
-    `good`, `bad`: requests, faulty lines. `most`: the most completion tokens. `ids`: token ids in prompts. `texts`:
-    characters of prompts. `shared`, `shared_ids`: those of them in a prefix that a neighbouring prompt has too. `rows`:
-    a sample of at most `SAMPLE` requests.
+    `requests`, `faulty`: lines. `max_completion_tokens`: of all requests. `ids`: token ids in prompts. `characters`: of
+    the texts of prompts. `shared`, `shared_ids`: those of them in a prefix that a neighbouring prompt has too.
+    `sample`: at most `SAMPLE` requests.
     """
 
-    good: int = 0
-    bad: int = 0
-    most: int = 0
+    requests: int = 0
+    faulty: int = 0
+    max_completion_tokens: int = 0
     ids: int = 0
-    texts: int = 0
+    characters: int = 0
     shared: int = 0
     shared_ids: int = 0
-    rows: list[BatchRequest] = field(default_factory=list)
+    sample: list[BatchRequest] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,63 +73,63 @@ class Estimate:
         )
 
 
-async def estimate(source: Path, longest: int, send: SendRequest, at_once: int) -> Estimate:
+async def estimate(source: Path, max_line_bytes: int, send: SendRequest, concurrency: int) -> Estimate:
     """Read the input once, tokenize a sample of prompts on the server, and time a few requests.
 
-    `longest`: bytes of a line. `at_once`: requests sent at the same time.
+    `max_line_bytes`: bytes of a line. `concurrency`: requests sent at the same time.
     """
-    counts = await asyncio.to_thread(_count, source, longest)
-    texts = [text for row in counts.rows for text in _texts(row)]
+    counts = await asyncio.to_thread(_count, source, max_line_bytes)
+    texts = [text for row in counts.sample for text in _texts(row)]
     counted = await _map_concurrently(
-        [_tokens(send, row, text) for row in counts.rows for text in _texts(row)], at_once
+        [_tokens(send, row, text) for row in counts.sample for text in _texts(row)], concurrency
     )
     tokens = sum(len(text) // 4 if count < 0 else count for count, text in zip(counted, texts, strict=True))
     characters = sum(map(len, texts))
-    estimated = bool(counts.texts) and (len(counts.rows) < counts.good or -1 in counted)
+    estimated = bool(counts.characters) and (len(counts.sample) < counts.requests or -1 in counted)
     tokens_per_character = tokens / characters if characters else 0.0
-    timed = counts.rows[: _TIMED * at_once]
+    timed = counts.sample[: _TIMED * concurrency]
     start = time.monotonic()
-    good = sum(await _map_concurrently([_is_answered(send, row) for row in timed], at_once))
-    seconds = (time.monotonic() - start) / len(timed) * counts.good if good else 0.0
+    succeeded = sum(await _map_concurrently([_is_answered(send, row) for row in timed], concurrency))
+    seconds = (time.monotonic() - start) / len(timed) * counts.requests if succeeded else 0.0
     return Estimate(
         {
-            "rows": counts.good + counts.bad,
-            "faulty": counts.bad,
-            "prompt_tokens": counts.ids + round(counts.texts * tokens_per_character),
-            "sampled": len(counts.rows) + counts.bad,
+            "rows": counts.requests + counts.faulty,
+            "faulty": counts.faulty,
+            "prompt_tokens": counts.ids + round(counts.characters * tokens_per_character),
+            "sampled": len(counts.sample) + counts.faulty,
             "shared_tokens": counts.shared_ids + round(counts.shared * tokens_per_character),
-            "most_completion_tokens": counts.most,
+            "most_completion_tokens": counts.max_completion_tokens,
             "seconds": round(seconds, 1),
-            "timed": len(timed) if good else 0,
+            "timed": len(timed) if succeeded else 0,
             "estimates": ["shared_tokens", "seconds"] + (["prompt_tokens"] if estimated else []),
         }
     )
 
 
-def _count(source: Path, longest: int) -> _Counts:
+def _count(source: Path, max_line_bytes: int) -> _Counts:
     counts, random = _Counts(), Random(0)
     with open_input(source) as file:
-        for line in read_lines(file, longest):
+        for line in read_lines(file, max_line_bytes):
             row = read_row(line)
             if not isinstance(row, BatchRequest):
-                counts.bad += 1
+                counts.faulty += 1
                 continue
-            counts.good += 1
-            counts.most += _max_tokens(row.body)
-            counts.texts += sum(map(len, _texts(row)))
+            counts.requests += 1
+            counts.max_completion_tokens += _max_tokens(row.body)
+            counts.characters += sum(map(len, _texts(row)))
             counts.ids += sum(map(len, _ids(row)))
-            if len(counts.rows) < SAMPLE:
-                counts.rows.append(row)
-            elif (index := random.randrange(counts.good)) < SAMPLE:  # reservoir sampling
-                counts.rows[index] = row
+            if len(counts.sample) < SAMPLE:
+                counts.sample.append(row)
+            elif (index := random.randrange(counts.requests)) < SAMPLE:  # reservoir sampling
+                counts.sample[index] = row
     _count_shared(counts)
     return counts
 
 
 def _count_shared(counts: _Counts) -> None:
     """Sum the common prefixes of neighbours in the order of sending, scaled from the sample to all requests."""
-    ordered = sorted(counts.rows, key=lambda row: row.sort_key)
-    scale = counts.good / len(ordered) if ordered else 0
+    ordered = sorted(counts.sample, key=lambda row: row.sort_key)
+    scale = counts.requests / len(ordered) if ordered else 0
     for one, other in pairwise(ordered):
         for kind, name in ((_texts, "shared"), (_ids, "shared_ids")):
             length = sum(
@@ -183,9 +183,9 @@ async def _is_answered(send: SendRequest, row: BatchRequest) -> bool:
     return (await send("POST", ENDPOINT, row.request_body)).is_success
 
 
-async def _map_concurrently(work: list[Any], at_once: int) -> list[int]:
-    """Await all of `work`, at most `at_once` at the same time. Returns the results in the order of `work`."""
-    semaphore = asyncio.Semaphore(at_once)
+async def _map_concurrently(work: list[Any], concurrency: int) -> list[int]:
+    """Await all of `work`, at most `concurrency` at the same time. Returns the results in the order of `work`."""
+    semaphore = asyncio.Semaphore(concurrency)
 
     async def one(each: Any) -> int:
         async with semaphore:

@@ -1,6 +1,6 @@
 """The file store: uploaded files and batches, in one folder that is created with the first upload.
 
-- `shelf.db` is the database: tables `files`, `batches` and `unfinished`.
+- `files.db` is the database, `shelf.db` in folders made before 2026-11-29: tables `files`, `batches` and `unfinished`.
 - `files/` has the contents of files, named by id. The row in `files` is written after the contents.
 - `journals/` has the journals of unfinished batches.
 
@@ -12,7 +12,6 @@ folder with other files is refused. All methods may block. They may be called fr
 from __future__ import annotations
 
 import logging
-import secrets
 import sqlite3
 import threading
 import time
@@ -26,79 +25,15 @@ import msgspec
 
 from afterword.batch.journal import partial_path, sync_folder
 from afterword.batch.storage_quota import StorageQuota
-from afterword.batch.store_folder import entries, open_database
+from afterword.batch.store_folder import database_path, entries, open_database
+from afterword.batch.stored_items import FINAL_STATUSES, StoredBatch, StoredFile, new_id
 from afterword.errors import ForeignFolder, RequestError, SettingError, StorageFailed
 
-BatchStatus = Literal[
-    "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
-]
-FINAL_STATUSES = frozenset({"failed", "completed", "expired", "cancelled"})
 SortOrder = Literal["asc", "desc"]
-_Item = TypeVar("_Item", "StoredFile", "StoredBatch")
+_Item = TypeVar("_Item", StoredFile, StoredBatch)
 
 _log = logging.getLogger(__name__)
 _to_json = msgspec.json.encode
-
-
-class StoredFile(msgspec.Struct, frozen=True):
-    """The description of a file. `key`: the id of the API key that owns it. `size` in bytes, times in Unix seconds.
-
-    From `expires` on the file is no longer available; None: it does not expire.
-    """
-
-    id: str
-    key: str
-    name: str
-    purpose: str
-    size: int
-    created: int
-    expires: int | None = None
-
-
-class BatchError(msgspec.Struct, frozen=True):
-    """A reason why a batch failed. `line` is the number of the faulty input line, or None."""
-
-    code: str
-    message: str
-    line: int | None = None
-
-
-class StoredBatch(msgspec.Struct, frozen=True):
-    """The state of a batch. `input`, `output` and `errors` are ids of files.
-
-    `times` has the time of each status by its name, in Unix seconds. `wrong`: why it failed. `rows`, `good` and `bad`
-    count lines; `prompt`, `completion` and `cached` count tokens.
-    """
-
-    id: str
-    key: str
-    endpoint: str
-    window: str
-    input: str
-    created: int
-    expires: int
-    metadata: dict[str, str] | None = None
-    status: BatchStatus = "validating"
-    times: dict[str, int] = {}
-    wrong: tuple[BatchError, ...] = ()
-    output: str | None = None
-    errors: str | None = None
-    rows: int = 0
-    good: int = 0
-    bad: int = 0
-    prompt: int = 0
-    completion: int = 0
-    cached: int = 0
-
-    def with_status(self, status: BatchStatus, now: float, **facts: Any) -> StoredBatch:
-        """Return the batch with another status, reached at `now`, and other changed fields."""
-        times = {**self.times, status: int(now)}
-        return msgspec.structs.replace(self, status=status, times=times, **facts)
-
-
-def new_id(kind: str) -> str:
-    """Return a random id with the prefix `kind`."""
-    return kind + secrets.token_hex(16)
 
 
 class FileStore:
@@ -117,7 +52,7 @@ class FileStore:
     @property
     def exists(self) -> bool:
         """Whether the database exists."""
-        return (self.folder / "shelf.db").exists()
+        return database_path(self.folder).exists()
 
     def check(self) -> None:
         """Check the folder at the start of a server. Raises `SettingError` if it has files that are not Afterword's."""
@@ -188,13 +123,13 @@ class FileStore:
             return self._get_item(db, key, name, StoredFile)
 
     def files(
-        self, key: str, after: str | None, most: int, order: SortOrder, purpose: str | None
+        self, key: str, after: str | None, limit: int, order: SortOrder, purpose: str | None
     ) -> tuple[list[StoredFile], bool]:
-        """Return at most `most` of a key's files that come after the file `after`, and whether there are more."""
+        """Return at most `limit` of a key's files that come after the file `after`, and whether there are more."""
         with self._use() as db:
             found = self._list_items(db, key, after, order, StoredFile)
             wanted = [file for file in found if purpose in (None, file.purpose)]
-        return wanted[:most], len(wanted) > most
+        return wanted[:limit], len(wanted) > limit
 
     def remove(self, key: str, name: str) -> None:
         """Delete a file. Raises `RequestError` if it does not exist, or an unfinished batch reads it."""
@@ -239,7 +174,7 @@ class FileStore:
         unfinished batches.
         """
         with self._use() as db:
-            file = self._get_item(db, batch.key, batch.input, StoredFile)
+            file = self._get_item(db, batch.key, batch.input_file, StoredFile)
             if file.purpose != "batch":
                 raise RequestError("The file of 'input_file_id' must have the purpose 'batch'.", param="input_file_id")
             if sum(each.key == batch.key for each in self._unfinished(db)) >= limit:
@@ -252,11 +187,11 @@ class FileStore:
         with self._use() as db:
             return self._get_item(db, key, name, StoredBatch)
 
-    def batches(self, key: str, after: str | None, most: int) -> tuple[list[StoredBatch], bool]:
-        """Return at most `most` of a key's batches older than `after`, newest first, and whether there are more."""
+    def batches(self, key: str, after: str | None, limit: int) -> tuple[list[StoredBatch], bool]:
+        """Return at most `limit` of a key's batches older than `after`, newest first, and whether there are more."""
         with self._use() as db:
             found = self._list_items(db, key, after, "desc", StoredBatch)
-        return found[:most], len(found) > most
+        return found[:limit], len(found) > limit
 
     def unfinished_batches(self) -> list[StoredBatch]:
         """Return the unfinished batches of all keys, oldest first."""
@@ -292,7 +227,7 @@ class FileStore:
 
     def _inputs_in_use(self, db: sqlite3.Connection) -> set[str]:
         """Return the ids of the files that unfinished batches read."""
-        return {batch.input for batch in self._unfinished(db)}
+        return {batch.input_file for batch in self._unfinished(db)}
 
     # ---- files and batches alike
 

@@ -20,8 +20,8 @@ _CONNECTION_ERRORS = (httpx2.TransportError, httpx2.StreamError)
 
 
 @asynccontextmanager
-async def http_client(url: str, key: str | None, at_once: int) -> AsyncIterator[SendRequest]:
-    """Open a client for the server at `url`, with or without `/v1` at its end, and at most `at_once` connections.
+async def http_client(url: str, key: str | None, concurrency: int) -> AsyncIterator[SendRequest]:
+    """Open a client for the server at `url`, with or without `/v1` at its end, and at most `concurrency` connections.
 
     Raises `SettingError` if `url` is not an HTTP URL.
     """
@@ -29,7 +29,7 @@ async def http_client(url: str, key: str | None, at_once: int) -> AsyncIterator[
     if not _is_server(base):
         raise SettingError(f"--url {url} is not an HTTP URL. Write http://HOST:PORT or https://HOST.")
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    limits = httpx2.Limits(max_connections=at_once, max_keepalive_connections=at_once, keepalive_expiry=20)
+    limits = httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency, keepalive_expiry=20)
 
     async def send_request(method: str, path: str, body: bytes) -> ServerReply:
         content = {"content": body, "headers": {"content-type": "application/json"}} if body else {}

@@ -74,8 +74,8 @@ class InvalidLine:
     param: str | None = None
 
 
-def read_lines(file: BinaryIO, longest: int) -> Iterator[InputLine]:
-    """Yield the lines of a file that are not blank. A line over `longest` bytes is hashed, but its text is dropped."""
+def read_lines(file: BinaryIO, max_line_bytes: int) -> Iterator[InputLine]:
+    """Yield the lines of a file that are not blank. A line over `max_line_bytes` is hashed, but its text is dropped."""
     number = 0
     while first := file.readline(_PIECE):
         number += 1
@@ -85,7 +85,7 @@ def read_lines(file: BinaryIO, longest: int) -> Iterator[InputLine]:
         while True:
             if text is not None:
                 text += piece
-                if len(text) > longest + 2:  # CR LF
+                if len(text) > max_line_bytes + 2:  # CR LF
                     digest.update(text)
                     text = None
             else:
@@ -96,7 +96,9 @@ def read_lines(file: BinaryIO, longest: int) -> Iterator[InputLine]:
             text = text.strip()
             digest.update(text)
         if text is None or text:
-            yield InputLine(number, None if text is None or len(text) > longest else bytes(text), digest.digest())
+            yield InputLine(
+                number, None if text is None or len(text) > max_line_bytes else bytes(text), digest.digest()
+            )
 
 
 def read_row(line: InputLine) -> BatchRequest | InvalidLine:

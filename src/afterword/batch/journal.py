@@ -118,27 +118,27 @@ class Journal:
     def scan(
         self,
         source: Path,
-        longest: int,
+        max_line_bytes: int,
         facts: Mapping[str, object],
         *,
-        most_rows: float = math.inf,
-        most_faults: float = math.inf,
+        max_lines: float = math.inf,
+        max_faults: float = math.inf,
     ) -> None:
         """Read the input once, in one transaction: count its lines, write an error for each faulty line and the facts.
 
-        `longest`: bytes of a line. Reading stops after more than `most_rows` lines or after `most_faults` faulty ones.
-        Memory does not grow with the input: names of lines are in a temporary table. Adds the fact `rows`.
+        `max_line_bytes`: bytes of a line. Reading stops after more than `max_lines` lines or after `max_faults` faulty
+        ones. Memory does not grow with the input: names of lines are in a temporary table. Adds the fact `rows`.
         """
         rows = faults = 0
         with self._transaction(), open_input(source) as file:
             self._db.execute(_NAMES)
-            for line in read_lines(file, longest):
+            for line in read_lines(file, max_line_bytes):
                 row = self._unique(read_row(line))
                 rows += 1
                 if isinstance(row, InvalidLine):
                     self._insert([invalid_line(row)])
                     faults += 1
-                if faults >= most_faults or rows > most_rows:
+                if faults >= max_faults or rows > max_lines:
                     break
             self._db.execute("DROP TABLE names")
             self._put_facts({"rows": rows, **facts})
@@ -164,7 +164,7 @@ class Journal:
         )
 
     @property
-    def longest(self) -> int:
+    def max_answer_bytes(self) -> int:
         """Size in bytes of the largest answer that SQLite can store."""
         return self._db.getlimit(sqlite3.SQLITE_LIMIT_LENGTH) - _ROW_OVERHEAD
 
@@ -187,25 +187,25 @@ class Journal:
         with self._translated_errors():
             return BatchCounts(*(value or 0 for value in self._db.execute(f"SELECT {columns} FROM answers").fetchone()))
 
-    def lines(self, good: bool | None = None) -> Iterator[tuple[int, bytes]]:
+    def lines(self, succeeded: bool | None = None) -> Iterator[tuple[int, bytes]]:
         """Yield the number of each input line and its output line, in order.
 
-        `good`: True for lines without error, False for lines with an error, None for all.
+        `succeeded`: True for lines without error, False for lines with an error, None for all.
         """
-        only = "" if good is None else f"WHERE good = {int(good)}"
+        only = "" if succeeded is None else f"WHERE good = {int(succeeded)}"
         yield from self._db.execute(f"SELECT line, text FROM answers {only} ORDER BY line")
 
-    def write(self, output: Path, good: bool | None = None, *, private: bool = False) -> int:
+    def write(self, output: Path, succeeded: bool | None = None, *, private: bool = False) -> int:
         """Write the output and return its size in bytes. A crash leaves no partial file under the name `output`.
 
-        `good`: as for `lines`. `private`: the file gets mode 0600; otherwise the umask decides.
+        `succeeded`: as for `lines`. `private`: the file gets mode 0600; otherwise the umask decides.
         """
         part = partial_path(output)
         with self._translated_errors():
             if private:
                 make_private(part)
         with self._translated_errors(), part.open("wb") as file:
-            for _, text in self.lines(good):
+            for _, text in self.lines(succeeded):
                 file.write(text)
                 file.write(b"\n")
             _fsync(file)

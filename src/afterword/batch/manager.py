@@ -23,10 +23,11 @@ import msgspec
 
 from afterword.batch.batch_job import BatchJob, Progress, in_thread
 from afterword.batch.batch_limits import BatchLimits
-from afterword.batch.file_store import FINAL_STATUSES, BatchError, FileStore, StoredBatch, StoredFile
+from afterword.batch.file_store import FileStore
 from afterword.batch.input_lines import BatchRequest, read_lines, read_row
 from afterword.batch.journal import BatchCounts, Journal, open_input
 from afterword.batch.output_lines import SendRequest, failure_line
+from afterword.batch.stored_items import FINAL_STATUSES, BatchError, StoredBatch, StoredFile
 from afterword.errors import AfterwordError, SettingError, StorageFailed
 from afterword.system.tasks import supervised
 
@@ -138,21 +139,21 @@ class BatchManager:
         try:
             await self._execute(batch)
         except SettingError:  # another program deleted the contents
-            wrong = BatchError("input_file_unreadable", "The file of 'input_file_id' can no longer be read.")
-            await self._save(batch.with_status("failed", self.clock(), wrong=(wrong,)))
+            error = BatchError("input_file_unreadable", "The file of 'input_file_id' can no longer be read.")
+            await self._save(batch.with_status("failed", self.clock(), errors=(error,)))
 
     async def _execute(self, batch: StoredBatch) -> None:
         journal = await in_thread(self._open_journal, batch)
         with closing(journal):
             if batch.status == "validating":
-                wrong = await in_thread(self._scan, batch, journal)
-                if wrong:
+                errors = await in_thread(self._scan, batch, journal)
+                if errors:
                     await in_thread(
-                        self._finish, batch.with_status("failed", self.clock(), wrong=wrong), journal, False
+                        self._finish, batch.with_status("failed", self.clock(), errors=errors), journal, False
                     )
                     return
-                rows = int(journal.facts["rows"])
-                batch = await self._save(batch.with_status("in_progress", self.clock(), rows=rows))
+                lines = int(journal.facts["rows"])
+                batch = await self._save(batch.with_status("in_progress", self.clock(), lines=lines))
             if batch.status == "in_progress":
                 batch = await self._run_job(batch, journal)
             await in_thread(self._finish, batch, journal, True)
@@ -165,10 +166,15 @@ class BatchManager:
         assert self._client_for is not None
         reserve = partial(self._reserve, batch)
         job = BatchJob(
-            self.file_store.contents(batch.input), journal, batch.created, self.limits.max_line, _CONCURRENCY, reserve
+            self.file_store.contents(batch.input_file),
+            journal,
+            batch.created,
+            self.limits.max_line,
+            _CONCURRENCY,
+            reserve,
         )
         self._reserve_existing(batch, await in_thread(journal.size))
-        self._progress[batch.id] = progress = Progress(batch.rows, await in_thread(journal.counts))
+        self._progress[batch.id] = progress = Progress(batch.lines, await in_thread(journal.counts))
         self._tasks[batch.id] = task = asyncio.create_task(job.run(self._client_for(batch.key), progress))
         try:
             known = await in_thread(self.file_store.batch, batch.key, batch.id)
@@ -219,19 +225,19 @@ class BatchManager:
 
     def _scan(self, batch: StoredBatch, journal: Journal) -> tuple[BatchError, ...]:
         """Read the input into the journal. Returns the errors for which the whole batch fails."""
-        source, most = self.file_store.contents(batch.input), self.limits.max_rows
+        source, limit = self.file_store.contents(batch.input_file), self.limits.max_rows
         if not journal.facts:
-            journal.scan(source, self.limits.max_line, {}, most_faults=_MAX_ERRORS, most_rows=most)
-        rows = int(journal.facts["rows"])
-        if not rows:
+            journal.scan(source, self.limits.max_line, {}, max_faults=_MAX_ERRORS, max_lines=limit)
+        lines = int(journal.facts["rows"])
+        if not lines:
             return (BatchError("empty_file", "The input file has no requests."),)
-        if rows > most:
-            return (BatchError("too_many_rows", f"The input file has more than {most} requests."),)
-        return tuple(_batch_error(text, line) for line, text in journal.lines(good=False))
+        if lines > limit:
+            return (BatchError("too_many_rows", f"The input file has more than {limit} requests."),)
+        return tuple(_batch_error(text, line) for line, text in journal.lines(succeeded=False))
 
     def _expire(self, batch: StoredBatch, journal: Journal) -> None:
         """Write an error for each request without an answer."""
-        with open_input(self.file_store.contents(batch.input)) as file:
+        with open_input(self.file_store.contents(batch.input_file)) as file:
             rows = (
                 row
                 for line in read_lines(file, self.limits.max_line)
@@ -248,28 +254,36 @@ class BatchManager:
         files = []
         if outputs:
             batch = _with_counts(batch, journal.counts())
-            for name, good, many in (("output", True, batch.good), ("errors", False, batch.bad)):
-                if many:
-                    files.append(self._write_output(batch, journal, name, good))
-                    facts[name] = files[-1].id
+            for field, succeeded, count in (
+                ("output_file", True, batch.succeeded),
+                ("error_file", False, batch.failed),
+            ):
+                if count:
+                    files.append(self._write_output(batch, journal, succeeded))
+                    facts[field] = files[-1].id
             expired = "expired" in journal.facts
             last = "cancelled" if batch.status == "cancelling" else "expired" if expired else "completed"
             batch = batch.with_status(last, self.clock(), **facts)  # type: ignore[arg-type]
         self.file_store.save_batch(batch, files)
         journal.remove()
 
-    def _write_output(self, batch: StoredBatch, journal: Journal, name: str, good: bool) -> StoredFile:
+    def _write_output(self, batch: StoredBatch, journal: Journal, succeeded: bool) -> StoredFile:
         """Write an output file. Its id is derived from the batch, so a repeated call replaces the file."""
-        label = "output" if good else "error"
+        label, name = ("output", "output") if succeeded else ("error", "errors")
         digest = hashlib.blake2b(f"{batch.id} {name}".encode(), digest_size=16).hexdigest()
         file = f"file-{digest}"
-        size = journal.write(self.file_store.upload(file), good, private=True)
+        size = journal.write(self.file_store.upload(file), succeeded, private=True)
         return StoredFile(file, batch.key, f"{batch.id}_{label}.jsonl", "batch_output", size, int(self.clock()))
 
 
 def _with_counts(batch: StoredBatch, sums: BatchCounts) -> StoredBatch:
     return msgspec.structs.replace(
-        batch, good=sums.succeeded, bad=sums.failed, prompt=sums.prompt, completion=sums.completion, cached=sums.cached
+        batch,
+        succeeded=sums.succeeded,
+        failed=sums.failed,
+        prompt=sums.prompt,
+        completion=sums.completion,
+        cached=sums.cached,
     )
 
 

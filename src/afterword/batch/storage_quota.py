@@ -19,10 +19,10 @@ class StorageQuota:
         with self._lock:
             self._used = Counter(stored)
 
-    def reserve(self, key: str, size: int, most: float = float("inf")) -> bool:
-        """Add `size` bytes to a key's count and return True; return False if the count would exceed `most`."""
+    def reserve(self, key: str, size: int, limit: float = float("inf")) -> bool:
+        """Add `size` bytes to a key's count and return True; return False if the count would exceed `limit`."""
         with self._lock:
-            if self._used[key] + size > most:
+            if self._used[key] + size > limit:
                 return False
             self._used[key] += size
             return True

@@ -27,13 +27,23 @@ _MIGRATION_2 = """
 ALTER TABLE files ADD COLUMN expires INTEGER;
 CREATE TABLE unfinished (name TEXT PRIMARY KEY) WITHOUT ROWID;
 """
-_OWN_FILES = frozenset({"shelf.db", "shelf.db-journal", "files", "journals"})
+_DATABASE = "files.db"
+_OLD_DATABASE = "shelf.db"  # in folders made before 2026-11-29, which stay in use
+_OWN_FILES = frozenset(
+    {_DATABASE, f"{_DATABASE}-journal", _OLD_DATABASE, f"{_OLD_DATABASE}-journal", "files", "journals"}
+)
 _OF_SYSTEM = frozenset({"lost+found"})  # exists if the folder is the root of a file system
 
 
 def entries(folder: Path) -> set[str]:
     """Return the names in the folder, except those that the file system made."""
     return set(os.listdir(folder)) - _OF_SYSTEM
+
+
+def database_path(folder: Path) -> Path:
+    """Return the path of a folder's database, whether it exists or not."""
+    old = folder / _OLD_DATABASE
+    return old if old.exists() else folder / _DATABASE
 
 
 def open_database(folder: Path, clean_up: Callable[[sqlite3.Connection], None]) -> sqlite3.Connection:
@@ -43,7 +53,7 @@ def open_database(folder: Path, clean_up: Callable[[sqlite3.Connection], None]) 
     `sqlite3.Error`.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = folder / "shelf.db"
+    path = database_path(folder)
     if not path.exists():
         if not _is_empty(folder):
             raise ForeignFolder
@@ -85,7 +95,7 @@ def _prepare(folder: Path, db: sqlite3.Connection) -> None:
     for statement in (statement for script in scripts for statement in script.split(";")):
         db.execute(statement)
     db.execute(f"PRAGMA user_version = {_VERSION}")
-    make_private(folder / "shelf.db")
+    make_private(database_path(folder))
     for each in (folder / "files", folder / "journals"):
         each.mkdir(exist_ok=True, mode=0o700)
     for each in (folder, folder / "files", folder / "journals"):

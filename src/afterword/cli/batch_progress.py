@@ -54,7 +54,7 @@ class _LineDisplay:
     def _refresh(self) -> None:
         if self._job.seconds - self._last_line >= _LINE_SECONDS:
             self._last_line = self._job.seconds
-            click.echo(f"{self._job.done.total:,} of {self._job.rows:,} lines, {facts(self._job)}", err=True)
+            click.echo(f"{self._job.done.total:,} of {self._job.lines:,} lines, {facts(self._job)}", err=True)
 
 
 class _BarDisplay:
@@ -64,7 +64,7 @@ class _BarDisplay:
         self._job = job
         columns = (BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f} lines  {task.description}"))
         self._progress = Progress(*columns, console=Console(stderr=True), auto_refresh=False)
-        self._task = self._progress.add_task("", total=job.rows, completed=job.done.total)
+        self._task = self._progress.add_task("", total=job.lines, completed=job.done.total)
 
     def __enter__(self) -> Callable[[], None]:
         self._progress.start()
@@ -80,7 +80,7 @@ class _BarDisplay:
 def facts(job: JobProgress) -> str:
     """Describe rates, remaining time, errors, and why the job waits if it does."""
     parts = [f"{job.rate:.3g} lines/s", f"{job.token_rate:,.0f} tokens/s"]
-    if job.remaining_seconds is not None and job.done.total < job.rows:
+    if job.remaining_seconds is not None and job.done.total < job.lines:
         parts.append(f"{timedelta(seconds=round(job.remaining_seconds))} left")
     if job.done.failed:
         parts.append(f"{job.done.failed:,} errors")

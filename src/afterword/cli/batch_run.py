@@ -129,17 +129,17 @@ def _scan_or_check(source: Path, journal: Journal) -> dict[str, str]:
 
 
 async def _run_job(invocation: _Invocation, journal: Journal, facts: dict[str, str]) -> None:
-    async with _asking(invocation) as send:
+    async with _open_client(invocation) as send:
         sequences = await _wait_until_ready(send, journal)
-        at_once = invocation.options["concurrency"] or 2 * sequences
-        job = BatchJob(invocation.source, journal, int(facts["created"]), MAX_LINE, at_once)
+        concurrency = invocation.options["concurrency"] or 2 * sequences
+        job = BatchJob(invocation.source, journal, int(facts["created"]), MAX_LINE, concurrency)
         progress = Progress(int(facts["rows"]), journal.counts())
         async with show_progress(progress):
             await job.run(send, progress)
 
 
 @asynccontextmanager
-async def _asking(invocation: _Invocation) -> AsyncIterator[SendRequest]:
+async def _open_client(invocation: _Invocation) -> AsyncIterator[SendRequest]:
     """Open a client of the server at --url, or of the application in this process."""
     options = invocation.options
     if options["url"]:
@@ -243,30 +243,30 @@ def _delete_previous(journal_path: Path, output: Path) -> None:
 
 def _check_existing_output(invocation: _Invocation) -> int:
     """Check an output without a journal. Raises `SettingError` if it is not the complete output of this input."""
-    good = _read_output(invocation.source, invocation.output)
-    if good is None:
+    succeeded = _read_output(invocation.source, invocation.output)
+    if succeeded is None:
         raise SettingError(
             f"{invocation.output} exists and is not the output of {invocation.source}. Give another -o, or --restart."
         )
     click.echo(f"{invocation.output} is complete already. --restart answers all lines again.", err=True)
-    sums = BatchCounts(sum(good), len(good) - sum(good))
+    sums = BatchCounts(sum(succeeded), len(succeeded) - sum(succeeded))
     invocation.print_result(*_outcome(invocation.output, sums, sums.total, 0.0))
     return 0
 
 
 def _read_output(source: Path, output: Path) -> bytearray | None:
     """Return for each input line 1 if its answer has no error, else 0; None if the output is not of this input."""
-    good = bytearray()
+    succeeded = bytearray()
     with open_input(source) as lines, open_input(output) as answers:
         for line in read_lines(lines, MAX_LINE):
             try:
                 answer = json.loads(answers.readline())
                 if answer["id"] != batch_id(line.digest):
                     return None
-                good.append(answer["response"] is not None and answer["response"]["status_code"] < 300)
+                succeeded.append(answer["response"] is not None and answer["response"]["status_code"] < 300)
             except (ValueError, LookupError, TypeError):
                 return None
-        return None if answers.read(1) else good
+        return None if answers.read(1) else succeeded
 
 
 def _outcome(output: Path, done: BatchCounts, before: int, seconds: float) -> tuple[str, dict[str, Any]]:
@@ -286,7 +286,7 @@ def _outcome(output: Path, done: BatchCounts, before: int, seconds: float) -> tu
 
 
 async def _plan(invocation: _Invocation) -> None:
-    async with _asking(invocation) as send:
+    async with _open_client(invocation) as send:
         sequences = await _wait_until_ready(send, None)
         found = await estimate(invocation.source, MAX_LINE, send, invocation.options["concurrency"] or 2 * sequences)
     invocation.print_result(found.text, found.facts)

@@ -30,7 +30,7 @@ _BUSY_MODELS = 2  # with --keep-alive: models that are assumed to compute at the
 
 
 @dataclass(frozen=True, slots=True)
-class PlacedModel:
+class FittedModel:
     """A model, the message that loads it, and the memory that it needs then, in bytes."""
 
     model: Model
@@ -61,15 +61,15 @@ def make_model_manager(
     definitions = [
         ModelDefinition(
             id=name,
-            created=int(placed.model.path.stat().st_mtime),
-            make_engine=partial(Supervisor, partial(refreshed_load_message, placed, settings), policy),
-            context=placed.load_message.context,
-            sequences=placed.load_message.sequences,
-            promise=placed.load_message.promise,
-            memory_bytes=placed.memory_bytes,
-            advice=advice("" if settings.gpu_layers else placed.facts.file_type, placed.facts.architecture),
+            created=int(fitted.model.path.stat().st_mtime),
+            make_engine=partial(Supervisor, partial(refreshed_load_message, fitted, settings), policy),
+            context=fitted.load_message.context,
+            sequences=fitted.load_message.sequences,
+            promise=fitted.load_message.promise,
+            memory_bytes=fitted.memory_bytes,
+            advice=advice("" if settings.gpu_layers else fitted.facts.file_type, fitted.facts.architecture),
         )
-        for name, placed in zip(names, fit_models(models, settings, take_turns=keep_alive is not None), strict=True)
+        for name, fitted in zip(names, fit_models(models, settings, unload_unused=keep_alive is not None), strict=True)
     ]
     return ModelManager(definitions, keep_alive=keep_alive, policy=policy, free=partial(_available_memory, settings))
 
@@ -80,32 +80,33 @@ def load_message(model: Model, facts: Facts, settings: EngineSettings) -> messag
 
 
 def fit_models(
-    models: Sequence[tuple[Model, Facts]], settings: EngineSettings, take_turns: bool = False
-) -> list[PlacedModel]:
+    models: Sequence[tuple[Model, Facts]], settings: EngineSettings, unload_unused: bool = False
+) -> list[FittedModel]:
     """Decide how models that share a machine are loaded. Raises `SettingError` if they do not fit into memory.
 
-    `take_turns`: the models need not be loaded at the same time. If all of them fit together with their whole context,
-    they share the memory; otherwise each is fitted to the memory that it would have alone.
+    `unload_unused`: unused models are unloaded, so not all have to be loaded at the same time. If all of them fit
+    together with their whole context, they share the memory; otherwise each is fitted to the memory that it would have
+    alone.
     """
     wanted = [(facts, _compute_options(facts, settings)) for _, facts in models]
-    threads = _threads(min(len(models), _BUSY_MODELS if take_turns else len(models)))
+    threads = _threads(min(len(models), _BUSY_MODELS if unload_unused else len(models)))
     return [
-        PlacedModel(model, facts, _load_message(model, facts, settings, shape, threads), shape.needed_bytes)
-        for (model, facts), shape in zip(models, _shapes(wanted, settings, take_turns), strict=True)
+        FittedModel(model, facts, _load_message(model, facts, settings, shape, threads), shape.needed_bytes)
+        for (model, facts), shape in zip(models, _shapes(wanted, settings, unload_unused), strict=True)
     ]
 
 
-def refreshed_load_message(placed: PlacedModel, settings: EngineSettings) -> messages.LoadModel:
+def refreshed_load_message(fitted: FittedModel, settings: EngineSettings) -> messages.LoadModel:
     """Return the message that loads the model now. It is made anew if the file was replaced. Raises `SettingError`.
 
     Clients know the context, so a replaced file gets the same number and length of sequences, or is refused.
     """
-    facts = read_facts(placed.model.path)
-    if facts == placed.facts:
-        return placed.load_message
-    planned = placed.load_message
+    facts = read_facts(fitted.model.path)
+    if facts == fitted.facts:
+        return fitted.load_message
+    planned = fitted.load_message
     kept = replace(settings, context=planned.context, parallel=planned.sequences, threads=planned.threads)
-    return load_message(placed.model, facts, kept)
+    return load_message(fitted.model, facts, kept)
 
 
 def _compute_options(facts: Facts, settings: EngineSettings) -> ComputeOptions:
@@ -115,7 +116,7 @@ def _compute_options(facts: Facts, settings: EngineSettings) -> ComputeOptions:
 
 
 def _shapes(
-    wanted: Sequence[tuple[Facts, ComputeOptions]], settings: EngineSettings, take_turns: bool
+    wanted: Sequence[tuple[Facts, ComputeOptions]], settings: EngineSettings, unload_unused: bool
 ) -> list[ModelShape]:
     choose = partial(
         choose_shapes,
@@ -127,11 +128,11 @@ def _shapes(
     try:
         shapes = choose(wanted)
     except SettingError:
-        if not take_turns:
+        if not unload_unused:
             raise
     else:
         whole = all(shape.context >= usual_context(facts) for shape, (facts, _) in zip(shapes, wanted, strict=True))
-        if whole or settings.context or not take_turns:
+        if whole or settings.context or not unload_unused:
             return shapes
     return [choose([each])[0] for each in wanted]
 
@@ -177,8 +178,8 @@ def _promises(weights: WeightTypes, kv_type: KvType, settings: EngineSettings) -
     if settings.gpu_layers:
         promise = weights.promise_on_gpu(kv_type, settings.gpu_layers, settings.reproducible)
         return promise, promise
-    without = weights.promise(kv_type, own_products=False)
-    return weights.promise(kv_type, own_products=True) if weights.uses_kernels else without, without
+    without = weights.promise(kv_type, with_kernels=False)
+    return weights.promise(kv_type, with_kernels=True) if weights.uses_kernels else without, without
 
 
 def _locate(spec: str | None) -> tuple[Model, Facts]:

@@ -99,10 +99,10 @@ def _open_observer(quiet: bool) -> Iterator[DownloadObserver]:
 class _TextObserver(DownloadObserver):
     """Base of both displays. It prints which file was selected."""
 
-    def chosen(self, name: str, among: Sequence[str]) -> None:
-        self.say(f"Selected {name}, the best of {len(among) + 1} files; the others are {', '.join(among)}.")
+    def selected(self, name: str, among: Sequence[str]) -> None:
+        self.print_line(f"Selected {name}, the best of {len(among) + 1} files; the others are {', '.join(among)}.")
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print a line."""
         click.echo(text, err=True)
 
@@ -114,8 +114,8 @@ class ProgressBars(_TextObserver):
         self._progress = progress
         self._task: Any = None
 
-    def started(self, name: str, size: int, have: int) -> None:
-        self._task = self._progress.add_task(name.rpartition("/")[2], total=size or None, completed=have)
+    def started(self, name: str, size: int, downloaded: int) -> None:
+        self._task = self._progress.add_task(name.rpartition("/")[2], total=size or None, completed=downloaded)
 
     def received(self, count: int) -> None:
         self._progress.advance(self._task, count)
@@ -124,7 +124,7 @@ class ProgressBars(_TextObserver):
         if self._task is not None:
             self._progress.update(self._task, description=f"{name.rpartition('/')[2]}, checking")
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print a line above the bars."""
         self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
@@ -134,22 +134,24 @@ class ProgressLines(_TextObserver):
 
     def __init__(self) -> None:
         self._name = ""
-        self._format_size = self._have = self._have_before = 0
+        self._size = self._received = self._resumed_at = 0
         self._started = self._last_line = 0.0
 
-    def started(self, name: str, size: int, have: int) -> None:
-        self._name, self._format_size, self._have, self._have_before = name, size, have, have
+    def started(self, name: str, size: int, downloaded: int) -> None:
+        self._name, self._size, self._received, self._resumed_at = name, size, downloaded, downloaded
         self._started = self._last_line = time.monotonic()
-        self.say(f"{name}: {_format_size(size)}" + (f", {_format_size(have)} already downloaded" if have else ""))
+        self.print_line(
+            f"{name}: {_format_size(size)}" + (f", {_format_size(downloaded)} already downloaded" if downloaded else "")
+        )
 
     def received(self, count: int) -> None:
-        self._have += count
+        self._received += count
         now = time.monotonic()
         if now - self._last_line >= _PAUSE:
             self._last_line = now
-            rate = max(1.0, (self._have - self._have_before) / (now - self._started))
-            left = f", {(self._format_size - self._have) / rate:.0f} s left" if self._format_size else ""
-            self.say(f"{self._name}: {_format_size(self._have)}, {_format_size(rate)}/s{left}")
+            rate = max(1.0, (self._received - self._resumed_at) / (now - self._started))
+            left = f", {(self._size - self._received) / rate:.0f} s left" if self._size else ""
+            self.print_line(f"{self._name}: {_format_size(self._received)}, {_format_size(rate)}/s{left}")
 
     def checking(self, name: str) -> None:
-        self.say(f"{name}: checking")
+        self.print_line(f"{name}: checking")

@@ -122,7 +122,7 @@ def engine_settings(options: dict[str, Any]) -> EngineSettings:
 async def _serve(models: ModelManager, config: Config) -> None:
     from afterword.api.app import make_app  # imported late: complete does not need the web framework
     from afterword.api.readiness import Readiness
-    from afterword.api.routes.batches import ask_for_key
+    from afterword.api.routes.batches import make_batch_client
     from afterword.api.service import Service
     from afterword.batch.file_store import FileStore
     from afterword.batch.manager import BatchManager, default_folder
@@ -157,7 +157,7 @@ async def _serve(models: ModelManager, config: Config) -> None:
             if not opened:
                 return
             gc.freeze()  # later garbage collections, which pause the process, skip the objects made so far
-            async with batches.running(ask_for_key(app, service)):
+            async with batches.running(make_batch_client(app, service)):
                 click.echo(startup_message(models, config, port))
                 await shutdown_signals.first.wait()
             await transport_server.drain(

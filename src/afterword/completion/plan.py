@@ -53,7 +53,7 @@ class Plan:
         return sum(prompt.billed_tokens for prompt in self.prompts)
 
     @property
-    def most_tokens(self) -> int:
+    def max_total_tokens(self) -> int:
         """The largest number of tokens that the request can read and generate, so the most that it can be charged."""
         return self.prompt_tokens + sum(prompt.job.samples * prompt.job.max_tokens for prompt in self.prompts)
 
@@ -70,18 +70,18 @@ class Tokenized:
 class ClientIdentity:
     """The client of a request, for fair shares and for the prefix cache.
 
-    Two clients use the same prefix cache only if both have `shares_cache`. `line`: the name of a separate queue of the
+    Two clients use the same prefix cache only if both have `shares_cache`. `queue`: the name of a separate queue of the
     client, `"batch"` for batch lines; empty for its direct requests. The engine gives each queue its own share.
     """
 
     name: str = ""
     shares_cache: bool = False
-    line: str = ""
+    queue: str = ""
 
     @property
-    def queue(self) -> str:
-        """The client name for the engine: `Job.client`."""
-        return f"{self.name} {self.line}".rstrip()
+    def job_client(self) -> str:
+        """The name of the queue's client in jobs: `Job.client`."""
+        return f"{self.name} {self.queue}".rstrip()
 
 
 def check_lengths(request: CompletionRequest, model_info: ModelInfo) -> None:
@@ -125,7 +125,7 @@ def make_plan(
             alternatives=_alternatives(request),
             prompt_alternatives=_prompt_alternatives(request),
             namespace=_namespace("" if caller.shares_cache else caller.name, request.cache_salt),
-            client=caller.queue,
+            client=caller.job_client,
         )
         text = given if isinstance(given, str) else _decode(model_info, ids)
         prompts.append(PromptPlan(job, text, hidden, len(ids) + len(tokens.suffix)))

@@ -20,14 +20,14 @@ def estimate_bytes(plan: Plan) -> int:
     return plan.n * sum(_shared(plan, prompt) + _own(plan, prompt) for prompt in plan.prompts)
 
 
-def check_size(plan: Plan, most: int) -> None:
-    """Raises `RequestError` if the response is estimated to have more than `most` bytes."""
+def check_size(plan: Plan, max_bytes: int) -> None:
+    """Raises `RequestError` if the response is estimated to have more than `max_bytes` bytes."""
     size = estimate_bytes(plan)
-    if size > most:
+    if size > max_bytes:
         fields = ", ".join(f"'{name}'" for name in _fields(plan))
         raise RequestError(
-            f"The response is estimated to have {size} bytes, but it can have at most {most}. (HINT: lower or leave "
-            f"out {fields}, or send fewer prompts at a time.)",
+            f"The response is estimated to have {size} bytes, but it can have at most {max_bytes}. (HINT: lower or "
+            f"leave out {fields}, or send fewer prompts at a time.)",
             param=_fields(plan)[0],
             code="answer_too_large",
         )

@@ -83,21 +83,21 @@ async def run(
     Raises `Overloaded` or `ModelReplaced` before the first delta, `EngineError` or `ReaderTooSlow` at any time.
     """
     progress = [_PromptProgress(plan, index, prompt, on_prompt_started) for index, prompt in enumerate(plan.prompts)]
-    runs: list[JobHandle] = []
+    handles: list[JobHandle] = []
     try:
         for count, prompt in enumerate(plan.prompts):
             if count and count % _STARTS_PER_TURN == 0:
                 await asyncio.sleep(0)
             _check_model(plan.fingerprint, engine)  # the model can be replaced while other tasks run
-            runs.append(engine.start(prompt.job))
-        async with aclosing(_merge_steps(runs, progress)) as steps:
+            handles.append(engine.start(prompt.job))
+        async with aclosing(_merge_steps(handles, progress)) as steps:
             async for index, step in steps:
-                for delta in progress[index].take(step, runs[index]):
+                for delta in progress[index].take(step, handles[index]):
                     yield delta
                 if plan.best_of > plan.n:
                     await asyncio.sleep(0)  # no delta is yielded before all candidates are complete
     finally:
-        for each in runs:
+        for each in handles:
             each.close()
         read = sum(prompt.prompt_tokens for prompt in progress)
         cached = sum(prompt.cached_tokens for prompt in progress)
@@ -151,8 +151,8 @@ class _PromptProgress:
             self._on_started()
         self.generated += len(step.sampled)
 
-    def take(self, step: Step, run: JobHandle) -> Iterator[Delta]:
-        """Yield the deltas of a step, each made on demand. Samples whose text is complete are dropped from the run."""
+    def take(self, step: Step, handle: JobHandle) -> Iterator[Delta]:
+        """Yield the deltas of a step, each made on demand. Samples whose text is complete are dropped from the job."""
         self._scored.extend(step.scored)
         self._cached += step.cached
         if not self._choices and (step.sampled or step.ended):
@@ -169,7 +169,7 @@ class _PromptProgress:
             self._choices[sample].end(reason)
         for sample in unfinished:
             if self._choices[sample].finish:
-                run.drop(sample)
+                handle.drop(sample)
         ranked = self._plan.best_of > self._plan.n
         for sample in sorted(unfinished):
             deltas = self._choices[sample].deltas(self._first + sample)
@@ -188,27 +188,27 @@ class _PromptProgress:
 
 
 async def _merge_steps(
-    runs: Sequence[JobHandle], progress: Sequence[_PromptProgress]
+    handles: Sequence[JobHandle], progress: Sequence[_PromptProgress]
 ) -> AsyncGenerator[tuple[int, Step]]:
-    """Yield the steps of all runs in order of arrival, each with the index of its run. Raises the first error."""
-    unread = _StepQueue(runs)
+    """Yield the steps of all jobs in order of arrival, each with the index of its job. Raises the first error."""
+    unread = _StepQueue(handles)
 
-    async def follow(index: int, run: JobHandle) -> None:
+    async def follow(index: int, handle: JobHandle) -> None:
         try:
-            async for step in run:
+            async for step in handle:
                 progress[index].count(step)
                 unread.put(index, step)
             unread.end(None)
         except Exception as error:
             unread.end(error)
 
-    tasks = [asyncio.create_task(follow(index, run)) for index, run in enumerate(runs)]
+    tasks = [asyncio.create_task(follow(index, handle)) for index, handle in enumerate(handles)]
     try:
-        open_runs = len(tasks)
-        while open_runs:
+        running = len(tasks)
+        while running:
             item = await unread.get()
             if item is None:
-                open_runs -= 1
+                running -= 1
             else:
                 yield item
     finally:
@@ -224,8 +224,8 @@ class _StepQueue:
     A reader that keeps the engine paused for `READER_SECONDS` gets the steps in the queue and then `ReaderTooSlow`.
     """
 
-    def __init__(self, runs: Sequence[JobHandle]) -> None:
-        self._runs = runs
+    def __init__(self, handles: Sequence[JobHandle]) -> None:
+        self._handles = handles
         self._items: asyncio.Queue[tuple[int, Step] | Exception | None] = asyncio.Queue()
         self._size = 0
         self._reader_timer: asyncio.TimerHandle | None = None  # set while the engine is paused
@@ -234,16 +234,16 @@ class _StepQueue:
         self._items.put_nowait((index, step))
         self._size += step.size
         if self._size > MAX_UNREAD_BYTES and self._reader_timer is None:
-            self._reader_timer = asyncio.get_running_loop().call_later(READER_SECONDS, self._give_up)
-            for run in self._runs:
-                run.pause()
+            self._reader_timer = asyncio.get_running_loop().call_later(READER_SECONDS, self._fail_slow_reader)
+            for handle in self._handles:
+                handle.pause()
 
     def end(self, error: Exception | None) -> None:
-        """Note that a run has ended; `error` is None if it was successful."""
+        """Note that a job has ended; `error` is None if it was successful."""
         self._items.put_nowait(error)
 
     async def get(self) -> tuple[int, Step] | None:
-        """The next step with the index of its run; None at the end of a run. Raises the error of a failed run."""
+        """The next step with the index of its job; None at the end of a job. Raises the error of a failed job."""
         item = await self._items.get()
         if isinstance(item, Exception):
             raise item
@@ -251,8 +251,8 @@ class _StepQueue:
             self._size -= item[1].size
             if self._reader_timer is not None and self._size <= MAX_UNREAD_BYTES // 2:
                 self.close()
-                for run in self._runs:
-                    run.resume()
+                for handle in self._handles:
+                    handle.resume()
         return item
 
     def close(self) -> None:
@@ -261,7 +261,7 @@ class _StepQueue:
             self._reader_timer.cancel()
             self._reader_timer = None
 
-    def _give_up(self) -> None:
-        for run in self._runs:
-            run.close()
+    def _fail_slow_reader(self) -> None:
+        for handle in self._handles:
+            handle.close()
         self.end(ReaderTooSlow())

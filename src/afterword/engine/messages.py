@@ -55,35 +55,35 @@ class LoadModel(Value, frozen=True, tag=True):
 
 
 class StartJob(Value, frozen=True, tag=True):
-    """Start a job with the id `run`."""
+    """Start a job. All other messages name it by `job_id`."""
 
-    run: int
+    job_id: int
     job: Job
 
 
 class DropSample(Value, frozen=True, tag=True):
     """End one sample of a job."""
 
-    run: int
+    job_id: int
     sample: int
 
 
 class CloseJob(Value, frozen=True, tag=True):
     """End a job."""
 
-    run: int
+    job_id: int
 
 
 class PauseJob(Value, frozen=True, tag=True):
     """Compute and send no steps of a job until `ResumeJob`, because its client reads too slowly."""
 
-    run: int
+    job_id: int
 
 
 class ResumeJob(Value, frozen=True, tag=True):
     """Continue a paused job."""
 
-    run: int
+    job_id: int
 
 
 class TokenizeText(Value, frozen=True, tag=True):

@@ -97,9 +97,9 @@ class KeyRegistry:
         """Count a wrong key from an address. Nanoseconds until the address may try another one; 0: at once."""
         return self._throttle.wait(peer, self.clock())
 
-    def enter(self, account: Account) -> Grant | LimitExceeded:
+    def admit(self, account: Account) -> Grant | LimitExceeded:
         """Accept a request of an account, or return the limit that refuses it."""
-        return account.limiter.enter(self.clock()) or Grant(self, account)
+        return account.limiter.acquire(self.clock()) or Grant(self, account)
 
     def pseudonym(self, user: str | None) -> str | None:
         """The name of a user in logs and usage; None without a store, which has the secret for it."""
@@ -245,14 +245,14 @@ class Grant:
         unused = max(0, self._reserved - (used.total if used else 0))
         self._reserved -= unused
         self._account.limiter.refund(unused, self._key_registry.clock())
-        self._account.limiter.exit()
+        self._account.limiter.release()
         self._key_registry.spend(self._account.key, -unused)
         if used is not None:
             self._key_registry.record(self._account.key, user, used)
 
-    def standing(self) -> tuple[LimitStatus, ...]:
+    def limit_status(self) -> tuple[LimitStatus, ...]:
         """The state of the key's per-minute limits."""
-        return self._account.limiter.standing(self._key_registry.clock())
+        return self._account.limiter.limit_status(self._key_registry.clock())
 
 
 class _SyncResult(NamedTuple):

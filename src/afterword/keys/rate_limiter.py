@@ -29,12 +29,12 @@ class LimitExceeded:
 
 @dataclass(frozen=True, slots=True)
 class LimitStatus:
-    """The state of a per-minute limit. `full`: nanoseconds until all of it is available again."""
+    """The state of a per-minute limit. `time_until_full`: nanoseconds until all of it is available again."""
 
     limit: Limit
     allowed: int
     remaining: int
-    full: int
+    time_until_full: int
 
 
 class TokenBucket:
@@ -65,7 +65,7 @@ class TokenBucket:
         """Whole units that are available."""
         return self._refill(now) // MINUTE_NS
 
-    def full(self, now: int) -> int:
+    def time_until_full(self, now: int) -> int:
         """Nanoseconds until the bucket is full."""
         return -(-(self.limit * MINUTE_NS - self._refill(now)) // self.limit)
 
@@ -79,7 +79,7 @@ class TokenBucket:
 class RateLimiter:
     """The limits of one key and their current use.
 
-    A request calls `enter`, `reserve` for its tokens, `refund` for unused tokens, and `exit`.
+    A request calls `acquire`, `reserve` for its tokens, `refund` for unused tokens, and `release`.
     """
 
     def __init__(self, allowance: Allowance, now: int) -> None:
@@ -88,7 +88,7 @@ class RateLimiter:
         self._tokens = None if allowance.tokens is None else TokenBucket(allowance.tokens, now)
         self._concurrent = 0
 
-    def enter(self, now: int) -> LimitExceeded | None:
+    def acquire(self, now: int) -> LimitExceeded | None:
         """Accept a request, or return the limit that refuses it."""
         maximum = self.allowance.concurrent
         if maximum is not None and self._concurrent >= maximum:
@@ -100,7 +100,7 @@ class RateLimiter:
         self._concurrent += 1
         return None
 
-    def exit(self) -> None:
+    def release(self) -> None:
         """End a request that was accepted."""
         self._concurrent -= 1
 
@@ -123,11 +123,11 @@ class RateLimiter:
         if self._tokens is not None:
             self._tokens.refund(tokens, now)
 
-    def standing(self, now: int) -> tuple[LimitStatus, ...]:
+    def limit_status(self, now: int) -> tuple[LimitStatus, ...]:
         """The state of the per-minute limits."""
         buckets: tuple[tuple[Limit, TokenBucket | None], ...] = (("requests", self._requests), ("tokens", self._tokens))
         return tuple(
-            LimitStatus(name, bucket.limit, bucket.remaining(now), bucket.full(now))
+            LimitStatus(name, bucket.limit, bucket.remaining(now), bucket.time_until_full(now))
             for name, bucket in buckets
             if bucket
         )

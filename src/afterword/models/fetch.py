@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from afterword.errors import SettingError
 from afterword.models.download_staging import ListedFile, find_difference
@@ -23,11 +23,11 @@ _LARGEST = 50_000_000_000  # bytes; the Hub serves larger files only by its own 
 class DownloadObserver:
     """Is notified about the progress of a download. This base class ignores all notifications."""
 
-    def chosen(self, name: str, among: Sequence[str]) -> None:
-        """The file `name` was chosen. `among`: the other files that match."""
+    def selected(self, name: str, among: Sequence[str]) -> None:
+        """The file `name` was selected. `among`: the other files that match."""
 
-    def started(self, name: str, size: int, have: int) -> None:
-        """A download starts. `size`: bytes of the file, 0 if unknown. `have`: bytes of it that are already here."""
+    def started(self, name: str, size: int, downloaded: int) -> None:
+        """A download starts. `size`: bytes of the file, 0 if unknown. `downloaded`: bytes of it that are here."""
 
     def received(self, count: int) -> None:
         """`count` more bytes were received; negative if bytes were discarded."""
@@ -85,14 +85,15 @@ def _complete(url: str, size: int | None, name: str, blob: Path, observer: Downl
         if size is not None and file.tell() > size:
             file.truncate(0)
             file.seek(0)
-        have = file.tell()
-        observer.started(name, size or 0, have)
+        downloaded = file.tell()
+        observer.started(name, size or 0, downloaded)
+        counting: Any = _CountingFile(file, observer)
         headers = build_hf_headers()
-        file_download.http_get(url, _Counted(file, observer), resume_size=have, headers=headers, expected_size=size)  # type: ignore[arg-type]
+        file_download.http_get(url, counting, resume_size=downloaded, headers=headers, expected_size=size)
     part.rename(blob)
 
 
-class _Counted:
+class _CountingFile:
     """A file that reports its growth to an observer."""
 
     def __init__(self, file: BinaryIO, observer: DownloadObserver) -> None:

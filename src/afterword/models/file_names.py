@@ -69,16 +69,16 @@ def quant_of(name: str) -> str:
     return found[-1].upper().replace("FP16", "F16").replace("FP32", "F32") if found else ""
 
 
-def similar_names(name: str, known: Iterable[str], most: int = 3) -> list[str]:
+def similar_names(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
     """Suggestions for a wrong name: the known names that contain it, or else those with a similar spelling."""
     known = list(dict.fromkeys(known))
     wanted = _bare(name)
     if not wanted:
         return []
     if within := [each for each in known if wanted in _bare(each)]:
-        return within[:most]
+        return within[:limit]
     spelled = {part: each for each in reversed(known) for part in _parts(each)}
-    close = difflib.get_close_matches(wanted, spelled, n=most, cutoff=0.7)
+    close = difflib.get_close_matches(wanted, spelled, n=limit, cutoff=0.7)
     return list(dict.fromkeys(spelled[part] for part in close))
 
 

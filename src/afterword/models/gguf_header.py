@@ -35,7 +35,7 @@ TENSOR_TYPES = {
     42: ("Q2_0", 64, 18),
 }  # fmt: skip
 
-LOOKALIKES = (
+OTHER_FORMATS = (
     (b"PK\x03\x04", "a zip archive, such as a PyTorch checkpoint"),
     (b"\x80", "a Python pickle, such as an old PyTorch checkpoint"),
     (b"version https://git-lfs", "a Git LFS pointer instead of the real file"),
@@ -130,7 +130,7 @@ class _Reader:
     def check_format(self) -> None:
         start = self.file.read(64)
         if start[:4] != b"GGUF":
-            raise MalformedError(f"is not a GGUF file{_lookalike(start)}")
+            raise MalformedError(f"is not a GGUF file{_other_format(start)}")
         self.file.seek(4)
         self.position = 4
         version = self.number(U32)
@@ -147,7 +147,7 @@ class _Reader:
 
     def check_remaining(self, length: int) -> None:
         if length > self.size - self.position:
-            raise MalformedError(_cut_short(self.position + length, self.size))
+            raise MalformedError(_too_short(self.position + length, self.size))
 
     def take(self, length: int) -> bytes:
         self.check_remaining(length)
@@ -207,11 +207,11 @@ class _Reader:
         for _ in range(count):
             prefix = read(8)
             if len(prefix) < 8:
-                raise MalformedError(_cut_short(position + 8, size))
+                raise MalformedError(_too_short(position + 8, size))
             (length,) = unpack(prefix)
             position += 8 + length
             if position > size:
-                raise MalformedError(_cut_short(position, size))
+                raise MalformedError(_too_short(position, size))
             seek(length, 1)
         self.position = position
 
@@ -234,7 +234,7 @@ class _Reader:
             due = _padded(end, alignment)
         expected = _padded(self.position, alignment) + end
         if count and expected > self.size:
-            raise MalformedError(_cut_short(expected, self.size))
+            raise MalformedError(_too_short(expected, self.size))
         return sizes
 
     def tensor_size(self, name: str) -> tuple[str, int]:
@@ -267,16 +267,16 @@ def _padded(offset: int, alignment: int) -> int:
     return -(-offset // alignment) * alignment
 
 
-def _cut_short(expected: int, found: int) -> str:
+def _too_short(expected: int, found: int) -> str:
     return f"is damaged or cut short: at least {expected} bytes expected, {found} found"
 
 
-def _lookalike(start: bytes) -> str:
+def _other_format(start: bytes) -> str:
     if not start:
         return ": it is empty"
     if start[8:9] == b"{":
         return "; it seems to be a safetensors file"
-    for magic, what in LOOKALIKES:
+    for magic, what in OTHER_FORMATS:
         if start.lstrip().startswith(magic):
             return f"; it seems to be {what}"
     return ""

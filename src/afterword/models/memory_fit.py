@@ -45,7 +45,7 @@ class ModelShape:
     context: int
     parallel: int
     facts: Facts
-    run: ComputeOptions = ComputeOptions()
+    options: ComputeOptions = ComputeOptions()
     spare: int = 0
 
     @property
@@ -53,7 +53,7 @@ class ModelShape:
         """Bytes of the keys and values of all sequences."""
         granules = -(-(self.context + self.spare) // CONTEXT_GRANULARITY)
         tokens = granules * CONTEXT_GRANULARITY * (self.parallel + self.spare)
-        return tokens * self.facts.kv_bytes_per_token(self.run.kv_bytes)
+        return tokens * self.facts.kv_bytes_per_token(self.options.kv_bytes)
 
     @property
     def sequences_bytes(self) -> int:
@@ -63,10 +63,10 @@ class ModelShape:
     @property
     def pass_bytes(self) -> int:
         """Bytes of the largest pass: logits of all its tokens (if a prompt is scored) and a layer's activations."""
-        tokens = max(self.run.chunk, self.parallel + self.spare)
+        tokens = max(self.options.chunk, self.parallel + self.spare)
         logits = LOGIT_COPIES * self.facts.vocabulary
         layer = 3 * self.facts.hidden + 8 * self.facts.embedding_length
-        attention = self.facts.heads * (self.context + self.spare) if self.run.plain_attention else 0
+        attention = self.facts.heads * (self.context + self.spare) if self.options.plain_attention else 0
         return tokens * (logits + layer + attention) * FLOAT_BYTES
 
     @property
@@ -97,8 +97,8 @@ def choose_shapes(
     for facts, _ in models:
         _check_settings(facts, context, parallel, PARALLEL_LIMIT - spare)
     shapes = [
-        ModelShape(context or usual_context(facts), parallel or MAX_PARALLEL - spare, facts, run, spare)
-        for facts, run in models
+        ModelShape(context or usual_context(facts), parallel or MAX_PARALLEL - spare, facts, options, spare)
+        for facts, options in models
     ]
     while sum(shape.needed_bytes for shape in shapes) > available_bytes:
         smaller = {index: _smaller(shape, context, parallel) for index, shape in enumerate(shapes)}

@@ -61,7 +61,7 @@ def pull(spec: Spec, observer: DownloadObserver = NO_OBSERVER) -> Model:
         raise SettingError(f"{spec.repository} contains no GGUF model.{_others(spec.repository)}")
     names = part_names(choose_file(files, spec))
     if not spec.wanted and len(model_files(files)) > 1:
-        observer.chosen(names[0], [name for name in model_files(files) if name != names[0]])
+        observer.selected(names[0], [name for name in model_files(files) if name != names[0]])
     if missing := [name for name in names if name not in files]:
         raise SettingError(f"{spec.repository} lacks {missing[0]}, a part of the model. Choose another file.")
     _check_disk(sum(files[name].size for name in names) - partial_bytes(cache_folder(), spec.repository), spec)

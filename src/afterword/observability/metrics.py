@@ -96,7 +96,8 @@ class RequestOutcome(msgspec.Struct, frozen=True):
 class EngineSnapshot:
     """The state of one model at this moment.
 
-    `room`: tokens that its slots can hold. `memory`: bytes of the worker's resident memory; None without a worker.
+    `token_capacity`: tokens that its slots can hold. `memory`: bytes of the worker's resident memory; None without a
+    worker.
     """
 
     model: str
@@ -104,7 +105,7 @@ class EngineSnapshot:
     load: Load
     pass_stats: PassStats
     metrics: EngineMetrics
-    room: int
+    token_capacity: int
     memory: int | None
 
 
@@ -112,11 +113,11 @@ class EngineSnapshot:
 class KeySnapshot:
     """The state of the key store.
 
-    `unread`: seconds since the server last knew the keys to be those of the file. `skipped`: rows that are not valid
-    keys. Both are None without a key store.
+    `seconds_since_sync`: seconds since the server last knew the keys to be those of the file. `skipped`: rows that are
+    not valid keys. Both are None without a key store.
     """
 
-    unread: float | None = None
+    seconds_since_sync: float | None = None
     skipped: int | None = None
 
 
@@ -222,7 +223,11 @@ class _StaticCollector:
 
 def _key_families(prefix: str, keys: KeySnapshot) -> Iterator[Metric]:
     for name, description, value in (
-        ("keys_unread_seconds", "Seconds since the keys were last known to be those of the key file.", keys.unread),
+        (
+            "keys_unread_seconds",
+            "Seconds since the keys were last known to be those of the key file.",
+            keys.seconds_since_sync,
+        ),
         ("keys_skipped", "Rows of the key file that are not valid keys.", keys.skipped),
     ):
         family = GaugeMetricFamily(f"{prefix}:{name}", description)
@@ -284,7 +289,7 @@ def _histogram(
 
 
 def _fraction(engine: EngineSnapshot, tokens: int) -> float:
-    return tokens / engine.room if engine.room else 0.0
+    return tokens / engine.token_capacity if engine.token_capacity else 0.0
 
 
 _REQUEST_HISTOGRAMS: dict[str, tuple[str, Callable[[_ModelCounters], Histogram]]] = {

@@ -1,7 +1,7 @@
 // The actions that call the model: continue, fill a gap, take an alternative, rewrite, score. One action runs at a time.
 // Text that has arrived stays when an action ends, also after an error or a cancel.
 
-import { MODEL, lengthOf, piece, places, seedOf, slice, textOf } from "./pieces.js";
+import { MODEL, lengthOf, piece, piecesWithOffsets, seedOf, slice, textOf } from "./pieces.js";
 import { bodyOf, scoringOf } from "./requests.js";
 import { Answer, Clock, readingOf } from "./stream.js";
 
@@ -40,7 +40,7 @@ export class Actions {
   /** Cut the text at a token, replace the token if another is given, and continue. Within a filled gap, up to its end. */
   pick(chosen, part, raw, logprob) {
     this.stop();
-    const all = [...places(this.workspace.pieces)];
+    const all = [...piecesWithOffsets(this.workspace.pieces)];
     const at = all.findIndex(({ piece: p }) => p === chosen);
     if (at < 0) return undefined;
     const { gap, context } = chosen.token;

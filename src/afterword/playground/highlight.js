@@ -1,7 +1,7 @@
 // Draws a list of pieces: one block element per line, one span per token. Only this module creates these nodes, and only
 // for lines that changed: appending a token costs one span, however long the document is.
 
-import { MODEL, places } from "./pieces.js";
+import { MODEL, piecesWithOffsets } from "./pieces.js";
 import { steps } from "./tokens.js";
 
 export class HighlightLayer {
@@ -101,7 +101,7 @@ function classOf({ by, token }, stale, breaks, first) {
 function linesOf(pieces, hash) {
   let row = [];
   const rows = [row];
-  for (const { piece, stale } of places(pieces, hash)) {
+  for (const { piece, stale } of piecesWithOffsets(pieces, hash)) {
     const texts = piece.text.split("\n");
     texts.forEach((text, i) => {
       if (i > 0) rows.push((row = []));

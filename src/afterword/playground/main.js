@@ -11,7 +11,7 @@ import { listen } from "./keyboard.js";
 import { showContext, showCourse, showNumbers, showUsage } from "./meters.js";
 import { HighlightLayer } from "./highlight.js";
 import { Settings } from "./panel.js";
-import { YOU, difference, piece, placeAt, seedOf } from "./pieces.js";
+import { YOU, difference, piece, pieceAt, seedOf } from "./pieces.js";
 import { Popover } from "./popover.js";
 import { asCurl, asPython, bodyOf } from "./requests.js";
 import { Problem, Server } from "./server.js";
@@ -277,7 +277,7 @@ const commands = {
   child: () => travel(workspace.tree.child(workspace.commit())),
   stop: () => (popover.open ? popover.hide() : actions.busy ? actions.stop() : looks.closeSheet()),
   alternatives() {
-    const around = [editor.end, editor.end - 1].map((at) => placeAt(workspace.pieces, at)?.piece);
+    const around = [editor.end, editor.end - 1].map((at) => pieceAt(workspace.pieces, at)?.piece);
     const found = around.find((p) => p?.token);
     if (found) popover.show(found, { stale: isStale(found) }, true);
     else say("The token at the cursor has no numbers yet: score the text first.");
@@ -314,7 +314,7 @@ find("reset").addEventListener("click", () => {
 find("course").addEventListener("click", (event) => {
   const { left, width } = find("course").getBoundingClientRect();
   const at = Math.floor(((event.clientX - left) / width) * workspace.text.length);
-  const box = editor.mirror.boxOf(placeAt(workspace.pieces, at)?.piece);
+  const box = editor.mirror.boxOf(pieceAt(workspace.pieces, at)?.piece);
   area.focus({ preventScroll: true });
   area.setSelectionRange(at, at);
   if (box) find("page").scrollBy({ top: box.top - innerHeight / 2 });

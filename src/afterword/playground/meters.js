@@ -1,7 +1,7 @@
 // The figures below the text: context used, tokens per second, and statistics of a text's log probabilities.
 
 import { find, make, number } from "./dom.js";
-import { measure, places } from "./pieces.js";
+import { measure, piecesWithOffsets } from "./pieces.js";
 
 const BARS = 120;
 
@@ -59,7 +59,7 @@ export function showCourse(pieces) {
   const svg = find("course");
   const length = pieces.reduce((sum, p) => sum + p.text.length, 0);
   const bars = Array.from({ length: BARS }, () => ({ sum: 0, count: 0 }));
-  for (const { piece, start } of places(pieces)) {
+  for (const { piece, start } of piecesWithOffsets(pieces)) {
     if (!piece.token || piece.token.logprob === null) continue;
     const bar = bars[Math.min(BARS - 1, Math.floor((start / length) * BARS))];
     bar.sum -= piece.token.logprob;

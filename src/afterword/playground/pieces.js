@@ -74,7 +74,7 @@ export const seedOf = (model) => extend(`${model}\n`);
 
 /** Each piece with its offset, and whether its numbers still belong to the text before it. `hash`: of the model's seed and
  * of any text before the first piece. */
-export function* places(pieces, hash = START) {
+export function* piecesWithOffsets(pieces, hash = START) {
   let at = 0;
   for (const p of pieces) {
     yield { piece: p, start: at, end: at + p.text.length, stale: p.token !== null && p.token.context !== hash };
@@ -84,11 +84,11 @@ export function* places(pieces, hash = START) {
 }
 
 /** The index of the piece with the character at an offset; at the end, the last piece. */
-export function placeAt(pieces, offset) {
+export function pieceAt(pieces, offset) {
   let last = null;
-  for (const place of places(pieces)) {
-    last = place;
-    if (offset < place.end) return place;
+  for (const located of piecesWithOffsets(pieces)) {
+    last = located;
+    if (offset < located.end) return located;
   }
   return last;
 }
@@ -96,7 +96,7 @@ export function placeAt(pieces, offset) {
 /** Statistics of the tokens that lie completely between two offsets. Log probabilities in nats. */
 export function measure(pieces, seed, from = 0, to = Infinity) {
   const sum = { tokens: 0, scored: 0, logprob: 0, bytes: 0, plain: 0, stale: 0 };
-  for (const { piece: p, start, end, stale } of places(pieces, seed)) {
+  for (const { piece: p, start, end, stale } of piecesWithOffsets(pieces, seed)) {
     if (start < from || end > to) continue;
     if (!p.token) {
       sum.plain += p.text.length;

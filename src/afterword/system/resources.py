@@ -23,7 +23,7 @@ CPUS = Path("/sys/devices/system/cpu")
 
 def available_memory() -> int:
     """Bytes of memory that can still be allocated: what the machine has left, or less where a cgroup sets a limit."""
-    free = (memory_room(folder) for folder in cgroups("memory"))
+    free = (cgroup_free_memory(folder) for folder in cgroups("memory"))
     return min([int(psutil.virtual_memory().available), *(size for size in free if size is not None)])
 
 
@@ -60,7 +60,7 @@ def cgroups(controller: str) -> Iterator[Path]:
             yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(mount) and folder.is_dir())
 
 
-def memory_room(folder: Path) -> int | None:
+def cgroup_free_memory(folder: Path) -> int | None:
     """Bytes left under a cgroup's memory limit, with its inactive file cache counted as free; None without a limit."""
     if (folder / "memory.max").exists():
         return _free_memory(folder, "memory.max", "memory.current", "inactive_file")
@@ -76,7 +76,7 @@ def cpu_quota(folder: Path) -> float | None:
 
 
 def _free_memory(folder: Path, limit: str, used: str, cache: str) -> int | None:
-    """As `memory_room`. `limit` and `used` are names of files, `cache` is a row of `memory.stat`."""
+    """As `cgroup_free_memory`. `limit` and `used` are names of files, `cache` is a row of `memory.stat`."""
     maximum = _read(lambda: int((folder / limit).read_text()))
     usage = _read(lambda: int((folder / used).read_text()))
     if maximum is None or usage is None:

@@ -23,7 +23,7 @@ class TimedRunner(HistoryRunner):
     def __init__(self, slots: int) -> None:
         super().__init__(slots, chunk=64)
         self.now = 0.0
-        self._runs = itertools.count()
+        self._job_ids = itertools.count()
         self.spent: Counter[str] = Counter()
         self.loop = EngineLoop(self, clock=lambda: self.now)
 
@@ -31,12 +31,12 @@ class TimedRunner(HistoryRunner):
         seconds = PASS + TOKEN * sum(len(row.tokens) for row in batch.entries)
         self.now += seconds
         for row in batch.entries:
-            self.spent[self.loop._scheduler.sequence_in(row.slot).work.job.client] += seconds / len(batch.entries)
+            self.spent[self.loop._scheduler.sequence_in(row.slot).job_state.job.client] += seconds / len(batch.entries)
         return super().run(batch)
 
     def start(self, *jobs: Job) -> None:
         for each in jobs:
-            self.loop.start(next(self._runs), each)
+            self.loop.start(next(self._job_ids), each)
 
     def run_for(self, seconds: float) -> Counter[str]:
         """Run for this many seconds and return the seconds that each client got."""
@@ -88,7 +88,7 @@ def test_many_short_prompts_of_one_client_leave_time_to_other_clients():
     runner.run_for(0.3)
     spent = runner.run_for(0.4)
     assert spent["a"] / spent.total() <= 0.4
-    assert len([each for each in runner.loop._scheduler._active.values() if each.work.job.client == "a"]) <= 1
+    assert len([each for each in runner.loop._scheduler._active.values() if each.job_state.job.client == "a"]) <= 1
 
 
 def test_a_single_client_does_not_wait():
@@ -141,24 +141,24 @@ def test_a_paused_prompt_does_not_block_other_requests_of_its_client():
 def test_equal_times_leave_no_excess():
     shares = ComputeShare()
     for _ in range(100):
-        shares.spent(["a"], 1.0, ["a", "b"])
-        shares.spent(["b"], 1.0, ["a", "b"])
+        shares.charge(["a"], 1.0, ["a", "b"])
+        shares.charge(["b"], 1.0, ["a", "b"])
     assert shares.excess("a") <= 1.0
     assert shares.excess("b") <= 1.0
-    shares.spent(["a", "b"], 10.0, ["a", "b"])
+    shares.charge(["a", "b"], 10.0, ["a", "b"])
     assert max(shares.excess("a"), shares.excess("b")) <= 1.0
 
 
 def test_a_client_owes_nothing_when_no_other_client_is_left():
     shares = ComputeShare()
-    shares.spent(["a"], ALLOWED_EXCESS, ["a", "b"])
+    shares.charge(["a"], ALLOWED_EXCESS, ["a", "b"])
     assert shares.excess("a") == ALLOWED_EXCESS
-    shares.spent(["a"], ALLOWED_EXCESS, ["a"])
+    shares.charge(["a"], ALLOWED_EXCESS, ["a"])
     assert shares.excess("a") == 0
 
 
 def test_all_batches_have_a_common_excess():
     shares = ComputeShare()
-    shares.spent(["a" + BATCH_CLIENT], 1.0, ["a" + BATCH_CLIENT, "b" + BATCH_CLIENT, "c"])
+    shares.charge(["a" + BATCH_CLIENT], 1.0, ["a" + BATCH_CLIENT, "b" + BATCH_CLIENT, "c"])
     assert shares.excess("a" + BATCH_CLIENT) == shares.excess("b" + BATCH_CLIENT) == 1.0
     assert shares.excess("a") == 0

@@ -53,8 +53,8 @@ def finish(loop: EngineLoop) -> dict[int, list[Step]]:
     """Run until idle and return all steps of each job."""
     steps: defaultdict[int, list[Step]] = defaultdict(list)
     while (passed := loop.step()) is not None:
-        for run, step in passed.items():
-            steps[run].append(step)
+        for job_id, step in passed.items():
+            steps[job_id].append(step)
     return steps
 
 
@@ -70,17 +70,17 @@ step_sizes = st.sampled_from([1, 500, MAX_STEP_BYTES])  # bytes of one portion o
 def test_every_sample_gets_the_tokens_it_would_get_alone(wanted, slots, chunk, shape, max_step_bytes):
     runner = HistoryRunner(slots, chunk, grid=shape[0], can_truncate=shape[1])
     loop = EngineLoop(runner, max_step_bytes=max_step_bytes)
-    for run, each in enumerate(wanted):
-        loop.start(run, each)
+    for job_id, each in enumerate(wanted):
+        loop.start(job_id, each)
     steps = finish(loop)
-    for run, each in enumerate(wanted):
-        ended = dict(end for step in steps[run] for end in step.ended)
+    for job_id, each in enumerate(wanted):
+        ended = dict(end for step in steps[job_id] for end in step.ended)
         assert sorted(ended) == list(range(each.samples))
         for sample in range(each.samples):
             expected = alone(each, sample)
-            assert sampled(steps[run], sample) == expected
+            assert sampled(steps[job_id], sample) == expected
             assert ended[sample] == ("stop" if expected and expected[-1] in each.end_tokens else "length")
-        assert [token for step in steps[run] for token in step.scored] == scores(each)
+        assert [token for step in steps[job_id] for token in step.scored] == scores(each)
     assert loop.load() == Load(slots, 0, 0)
     loop.check()
 
@@ -90,37 +90,37 @@ def test_every_sample_gets_the_tokens_it_would_get_alone(wanted, slots, chunk, s
 def test_closing_dropping_and_pausing_a_job_does_not_affect_other_jobs(wanted, slots, shape, max_step_bytes, data):
     runner = HistoryRunner(slots, 4, grid=shape[0], can_truncate=shape[1])
     loop = EngineLoop(runner, max_step_bytes=max_step_bytes)
-    for run, each in enumerate(wanted):
-        loop.start(run, each)
+    for job_id, each in enumerate(wanted):
+        loop.start(job_id, each)
     disturbed: set[int] = set()
     paused: set[int] = set()
     steps: defaultdict[int, list[Step]] = defaultdict(list)
     while (passed := loop.step()) is not None or paused:
-        for run, step in (passed or {}).items():
-            assert run not in paused
-            steps[run].append(step)
+        for job_id, step in (passed or {}).items():
+            assert job_id not in paused
+            steps[job_id].append(step)
         if passed is None:
             loop.resume(paused.pop())
         action = data.draw(st.sampled_from(["none", "none", "close", "drop", "pause", "resume"]))
-        run = data.draw(st.integers(0, len(wanted) - 1))
+        job_id = data.draw(st.integers(0, len(wanted) - 1))
         if action == "pause":
-            loop.pause(run)
-            paused.add(run)
+            loop.pause(job_id)
+            paused.add(job_id)
         elif action == "resume":
-            loop.resume(run)
-            paused.discard(run)
+            loop.resume(job_id)
+            paused.discard(job_id)
         elif action == "close":
-            loop.close(run)
-            disturbed.add(run)
+            loop.close(job_id)
+            disturbed.add(job_id)
         elif action == "drop":
-            loop.drop(run, data.draw(st.integers(0, 4)))
-            disturbed.add(run)
-    for run, each in enumerate(wanted):
+            loop.drop(job_id, data.draw(st.integers(0, 4)))
+            disturbed.add(job_id)
+    for job_id, each in enumerate(wanted):
         for sample in range(each.samples):
-            got, expected = sampled(steps[run], sample), alone(each, sample)
+            got, expected = sampled(steps[job_id], sample), alone(each, sample)
             assert got == expected[: len(got)]
-            assert run in disturbed or got == expected
-        assert run in disturbed or [token for step in steps[run] for token in step.scored] == scores(each)
+            assert job_id in disturbed or got == expected
+        assert job_id in disturbed or [token for step in steps[job_id] for token in step.scored] == scores(each)
     assert loop.load() == Load(slots, 0, 0)
     loop.check()
 
@@ -178,8 +178,8 @@ def test_many_prompts_are_computed_before_few_sequences_run():
     tenths = itertools.count()
     runner = HistoryRunner(slots=16, chunk=32)
     loop = EngineLoop(runner, clock=lambda: next(tenths) / 10)
-    for run in range(12):
-        loop.start(run, job(prompt=(run, *range(1, 20), *range(12)), max_tokens=40))
+    for job_id in range(12):
+        loop.start(job_id, job(prompt=(job_id, *range(1, 20), *range(12)), max_tokens=40))
     finish(loop)
     kinds = ["prompt" if len(batch.entries[0].tokens) > 1 else "step" for batch in runner.batches]
     lengths = [len(list(group)) for kind, group in itertools.groupby(kinds) if kind == "prompt"]
@@ -200,12 +200,12 @@ def test_a_short_prompt_does_not_wait_for_a_long_one():
 
 def test_closing_frees_the_sequences_before_the_next_pass():
     loop = EngineLoop(HistoryRunner(slots=2, chunk=4))
-    for run in range(4):
-        loop.start(run, job(samples=2, max_tokens=50))
+    for job_id in range(4):
+        loop.start(job_id, job(samples=2, max_tokens=50))
     for _ in range(6):
         loop.step()
-    for run in range(4):
-        loop.close(run)
+    for job_id in range(4):
+        loop.close(job_id)
     assert loop.load() == Load(2, 0, 0)
     assert loop.step() is None
 
@@ -213,32 +213,32 @@ def test_closing_frees_the_sequences_before_the_next_pass():
 def test_gaps_between_used_slots_are_closed():
     runner = HistoryRunner(slots=6, chunk=4)
     loop = EngineLoop(runner)
-    jobs = [job(prompt=(run + 1,), max_tokens=40) for run in range(6)]
-    for run, each in enumerate(jobs):
-        loop.start(run, each)
+    jobs = [job(prompt=(job_id + 1,), max_tokens=40) for job_id in range(6)]
+    for job_id, each in enumerate(jobs):
+        loop.start(job_id, each)
     early = defaultdict(list)
     for _ in range(20):
-        for run, step in (loop.step() or {}).items():
-            early[run].append(step)
-    for run in (0, 2, 3):
-        loop.close(run)
+        for job_id, step in (loop.step() or {}).items():
+            early[job_id].append(step)
+    for job_id in (0, 2, 3):
+        loop.close(job_id)
     passes = len(runner.batches)
     steps = finish(loop)
     slots = [row.slot for row in runner.batches[passes + 3].entries]
     assert slots == list(range(slots[0], slots[0] + 3))
-    for run in (1, 4, 5):
-        assert sampled(early[run] + steps[run], 0) == alone(jobs[run], 0)
+    for job_id in (1, 4, 5):
+        assert sampled(early[job_id] + steps[job_id], 0) == alone(jobs[job_id], 0)
 
 
 def test_one_copy_moves_the_outermost_slot_next_to_the_others():
     runner = HistoryRunner(slots=8, chunk=4)
     loop = EngineLoop(runner)
-    for run in range(8):
-        loop.start(run, job(prompt=(run + 1,), max_tokens=40))
+    for job_id in range(8):
+        loop.start(job_id, job(prompt=(job_id + 1,), max_tokens=40))
     for _ in range(24):
         loop.step()
-    for run in (1, 2, 3, 4):
-        loop.close(run)
+    for job_id in (1, 2, 3, 4):
+        loop.close(job_id)
     finish(loop)
     moves = [move for batch in runner.batches for move in batch.slot_operations if isinstance(move, CopyPrefix)]
     assert [(move.source, move.target) for move in moves][-1] == (0, 4)
@@ -274,8 +274,8 @@ def test_a_large_step_is_split_into_parts_in_order():
 
 def test_jobs_with_large_steps_take_turns_and_a_paused_job_blocks_no_other():
     step_buffer = StepBuffer(max_bytes=4000)
-    for run in range(3):
-        step_buffer.add(run, Step(scored(30)))
+    for job_id in range(3):
+        step_buffer.add(job_id, Step(scored(30)))
     assert step_buffer.free_bytes < 0
     step_buffer.paused.add(1)
     order = []
@@ -294,19 +294,19 @@ def test_cached_scores_are_returned_in_portions_between_forward_passes():
     scoring = job(prompt=tuple(range(16)), max_tokens=0, prompt_alternatives=2)
     loop.start(0, scoring)
     finish(loop)
-    for run in range(1, 40):
-        loop.start(run, scoring)
+    for job_id in range(1, 40):
+        loop.start(job_id, scoring)
     loop.start(100, job(prompt=(5, 6, 7), max_tokens=6, client="another"))
     computed = runner.computed
     got: defaultdict[int, list[Token]] = defaultdict(list)
     generated_after = []
     while (steps := loop.step()) is not None:
         assert sum(step.size for step in steps.values()) <= 3000
-        for run, step in steps.items():
-            got[run] += step.scored
-            if run == 100 and step.sampled:
+        for job_id, step in steps.items():
+            got[job_id] += step.scored
+            if job_id == 100 and step.sampled:
                 generated_after.append(sum(len(tokens) == 15 for tokens in got.values()))
-    assert all(got[run] == scores(scoring) for run in range(1, 40))
+    assert all(got[job_id] == scores(scoring) for job_id in range(1, 40))
     assert runner.computed == computed + 3 + 5  # no token of the scored prompts was computed again
     assert generated_after[-1] < 20, "a job that generates does not wait for all cached scores"
 
@@ -344,15 +344,15 @@ def test_cached_scores_are_bounded_and_evicted_least_recently_used_first(monkeyp
     runner = HistoryRunner(slots=6, chunk=32, grid=1)
     loop = EngineLoop(runner)
     prompts = [(index, *range(16)) for index in range(5)]
-    for run, prompt in enumerate(prompts):
-        loop.start(run, job(prompt=prompt, max_tokens=0, prompt_alternatives=2))
+    for job_id, prompt in enumerate(prompts):
+        loop.start(job_id, job(prompt=prompt, max_tokens=0, prompt_alternatives=2))
         finish(loop)
     kept = [slot for slot in loop._scheduler._slots if slot.scores]
     assert {slot.tokens[0] for slot in kept} == {2, 3, 4}
-    for run, prompt in enumerate(prompts, 10):
+    for job_id, prompt in enumerate(prompts, 10):
         wanted = job(prompt=prompt, max_tokens=0, prompt_alternatives=2)
-        loop.start(run, wanted)
-        assert [token for step in finish(loop)[run] for token in step.scored] == scores(wanted)
+        loop.start(job_id, wanted)
+        assert [token for step in finish(loop)[job_id] for token in step.scored] == scores(wanted)
     loop.check()
 
 
@@ -365,11 +365,11 @@ def test_a_job_with_a_slow_reader_loses_its_slots_to_waiting_jobs_and_resumes_la
         before = [[token.id for step in steps for at, token in step[0].sampled if at == sample] for sample in range(2)]
         assert all(before)
         loop.pause(0)
-        for run in (1, 2):
-            loop.start(run, job(prompt=(run, 5), max_tokens=6))
+        for job_id in (1, 2):
+            loop.start(job_id, job(prompt=(job_id, 5), max_tokens=6))
         others = finish(loop)
-        assert [sampled(others[run], 0) for run in (1, 2)] == [
-            alone(job(prompt=(run, 5), max_tokens=6), 0) for run in (1, 2)
+        assert [sampled(others[job_id], 0) for job_id in (1, 2)] == [
+            alone(job(prompt=(job_id, 5), max_tokens=6), 0) for job_id in (1, 2)
         ]
         loop.resume(0)
         after = finish(loop)[0]

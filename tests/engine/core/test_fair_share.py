@@ -46,7 +46,7 @@ contending_jobs = st.builds(
 def frequent_preemption(monkeypatch: pytest.MonkeyPatch) -> None:
     """Allow preemption again after few tokens, so that even short samples are preempted several times."""
     monkeypatch.setattr(preemption, "MIN_TOKENS_PER_TURN", 2)
-    monkeypatch.setattr(scheduler, "REST_PASSES", (1, 3))
+    monkeypatch.setattr(scheduler, "RESUME_PASSES", (1, 3))
     monkeypatch.setattr(preemption, "TURN_PASSES", 4)
     monkeypatch.setattr(fair_share, "TURN_PASSES", 4)
 
@@ -63,9 +63,9 @@ class RecordedLoop:
     def step(self) -> bool:
         """Make one step of the loop. Returns False if there was nothing to do."""
         passed = self.loop.step()
-        for run, step in (passed or {}).items():
-            self.steps[run].append(step)
-            self.began.setdefault(run, len(self.runner.batches))
+        for job_id, step in (passed or {}).items():
+            self.steps[job_id].append(step)
+            self.began.setdefault(job_id, len(self.runner.batches))
         return passed is not None
 
     def passes(self, count: int) -> None:
@@ -73,23 +73,23 @@ class RecordedLoop:
         while len(self.runner.batches) < end:
             assert self.step(), "idle"
 
-    def wait_for(self, run: int) -> int:
+    def wait_for(self, job_id: int) -> int:
         """Step until a job begins. Returns the number of passes that took."""
         start = len(self.runner.batches)
-        while run not in self.began:
+        while job_id not in self.began:
             assert self.step(), "idle"
-        return self.began[run] - start
+        return self.began[job_id] - start
 
     def held(self) -> Counter[str]:
         """The number of slots that each client holds."""
-        return Counter(sequence.work.job.client for sequence in self.loop._scheduler._active.values())
+        return Counter(sequence.job_state.job.client for sequence in self.loop._scheduler._active.values())
 
     def check(self, wanted: dict[int, Job]) -> None:
         """Check that all tokens and scores are those that each job would get alone."""
-        for run, each in wanted.items():
+        for job_id, each in wanted.items():
             for sample in range(each.samples):
-                assert sampled(self.steps[run], sample) == alone(each, sample)
-            assert [token for step in self.steps[run] for token in step.scored] == scores(each)
+                assert sampled(self.steps[job_id], sample) == alone(each, sample)
+            assert [token for step in self.steps[job_id] for token in step.scored] == scores(each)
 
 
 def recorded_loop(slots: int = SLOTS, chunk: int = 16, grid: int = 1, can_truncate: bool = True) -> RecordedLoop:
@@ -101,8 +101,8 @@ def recorded_loop(slots: int = SLOTS, chunk: int = 16, grid: int = 1, can_trunca
 def run_all(loop: EngineLoop, wanted: list[Job], pauses: Iterator[int]) -> dict[int, list[Step]]:
     """Start the jobs one after the other, `pauses` steps apart, and run them all to their end."""
     steps: defaultdict[int, list[Step]] = defaultdict(list)
-    for run, each in enumerate(wanted):
-        loop.start(run, each)
+    for job_id, each in enumerate(wanted):
+        loop.start(job_id, each)
         for _ in range(next(pauses)):
             for name, step in (loop.step() or {}).items():
                 steps[name].append(step)
@@ -118,12 +118,12 @@ def test_preempted_samples_get_the_tokens_they_would_get_alone(frequent_preempti
     runner = HistoryRunner(slots, chunk=5, grid=shape[0], can_truncate=shape[1])
     loop = EngineLoop(runner)
     steps = run_all(loop, wanted, iter(lambda: data.draw(st.integers(0, 12)), None))
-    for run, each in enumerate(wanted):
-        ended = dict(end for step in steps[run] for end in step.ended)
+    for job_id, each in enumerate(wanted):
+        ended = dict(end for step in steps[job_id] for end in step.ended)
         assert sorted(ended) == list(range(each.samples))
         for sample in range(each.samples):
-            assert sampled(steps[run], sample) == alone(each, sample)
-        assert [token for step in steps[run] for token in step.scored] == scores(each)
+            assert sampled(steps[job_id], sample) == alone(each, sample)
+        assert [token for step in steps[job_id] for token in step.scored] == scores(each)
     assert loop.load() == Load(slots, 0, 0)
     loop.check()
 
@@ -133,27 +133,27 @@ def test_preempted_samples_get_the_tokens_they_would_get_alone(frequent_preempti
 def test_preempted_samples_can_be_dropped_and_closed(frequent_preemption, wanted, slots, shape, data):
     runner = HistoryRunner(slots, 4, grid=shape[0], can_truncate=shape[1])
     loop = EngineLoop(runner)
-    for run, each in enumerate(wanted):
-        loop.start(run, each)
+    for job_id, each in enumerate(wanted):
+        loop.start(job_id, each)
     disturbed: set[int] = set()
     steps: defaultdict[int, list[Step]] = defaultdict(list)
     while (passed := loop.step()) is not None:
-        for run, step in passed.items():
-            steps[run].append(step)
+        for job_id, step in passed.items():
+            steps[job_id].append(step)
         action = data.draw(st.sampled_from(["none"] * 6 + ["close", "drop"]))
-        run = data.draw(st.integers(0, len(wanted) - 1))
+        job_id = data.draw(st.integers(0, len(wanted) - 1))
         if action == "close":
-            loop.close(run)
-            disturbed.add(run)
+            loop.close(job_id)
+            disturbed.add(job_id)
         elif action == "drop":
-            loop.drop(run, data.draw(st.integers(0, 5)))
-            disturbed.add(run)
+            loop.drop(job_id, data.draw(st.integers(0, 5)))
+            disturbed.add(job_id)
         loop._scheduler.check()
-    for run, each in enumerate(wanted):
+    for job_id, each in enumerate(wanted):
         for sample in range(each.samples):
-            got, expected = sampled(steps[run], sample), alone(each, sample)
+            got, expected = sampled(steps[job_id], sample), alone(each, sample)
             assert got == expected[: len(got)]
-            assert run in disturbed or got == expected
+            assert job_id in disturbed or got == expected
     assert loop.load() == Load(slots, 0, 0)
     loop.check()
 
@@ -182,8 +182,8 @@ SLOT_HOLDERS = {
 @pytest.mark.parametrize("holders", SLOT_HOLDERS.values(), ids=list(SLOT_HOLDERS))
 def test_a_short_request_begins_at_once_while_another_client_holds_all_slots(holders, grid):
     recorded = recorded_loop(grid=grid)
-    for run, each in enumerate(holders):
-        recorded.loop.start(run, each)
+    for job_id, each in enumerate(holders):
+        recorded.loop.start(job_id, each)
     recorded.passes(60)
     recorded.loop.start(99, short_job())
     assert recorded.wait_for(99) <= SOON
@@ -193,10 +193,11 @@ def test_a_short_request_begins_at_once_while_another_client_holds_all_slots(hol
 def test_a_client_that_arrives_during_prefill_begins_at_once(scored):
     recorded = recorded_loop(slots=4)
     wanted = {
-        run: job(prompt=(run, *[7] * 200), max_tokens=2, client="a", prompt_alternatives=scored) for run in range(4)
+        job_id: job(prompt=(job_id, *[7] * 200), max_tokens=2, client="a", prompt_alternatives=scored)
+        for job_id in range(4)
     }
-    for run, each in wanted.items():
-        recorded.loop.start(run, each)
+    for job_id, each in wanted.items():
+        recorded.loop.start(job_id, each)
     recorded.passes(12)
     wanted[99] = short_job()
     recorded.loop.start(99, wanted[99])
@@ -211,18 +212,18 @@ def test_short_requests_begin_soon_while_a_long_one_still_finishes():
     wanted = {0: long_job(samples=4)}
     recorded.loop.start(0, wanted[0])
     recorded.passes(20)
-    run, longest = 1, 0
+    job_id, longest = 1, 0
     while len([end for step in recorded.steps[0] for end in step.ended]) < 4:
-        wanted[run] = short_job()
-        recorded.loop.start(run, wanted[run])
-        longest = max(longest, recorded.wait_for(run))
-        while not any(step.ended for step in recorded.steps[run]):
+        wanted[job_id] = short_job()
+        recorded.loop.start(job_id, wanted[job_id])
+        longest = max(longest, recorded.wait_for(job_id))
+        while not any(step.ended for step in recorded.steps[job_id]):
             recorded.step()
-        run += 1
+        job_id += 1
     assert longest <= MIN_TOKENS_PER_TURN + SOON
-    assert run > 50
+    assert job_id > 50
     computed = sum(len(row.tokens) for batch in recorded.runner.batches for row in batch.entries)
-    assert computed < 2 * (4 * 203 + 2 * run)
+    assert computed < 2 * (4 * 203 + 2 * job_id)
     recorded.check(wanted)
 
 
@@ -252,8 +253,8 @@ def test_a_client_gets_the_slots_that_others_do_not_need():
 
 def test_all_batches_together_hold_half_while_a_request_waits():
     recorded = recorded_loop(slots=5)
-    for run, client in enumerate(("a" + BATCH_CLIENT, "b" + BATCH_CLIENT, "c" + BATCH_CLIENT)):
-        recorded.loop.start(run, long_job(client, samples=5))
+    for job_id, client in enumerate(("a" + BATCH_CLIENT, "b" + BATCH_CLIENT, "c" + BATCH_CLIENT)):
+        recorded.loop.start(job_id, long_job(client, samples=5))
     recorded.passes(20)
     assert sum(recorded.held().values()) == 5
     recorded.loop.start(9, long_job("a", samples=5))
@@ -277,10 +278,10 @@ def test_batches_share_their_half_while_requests_wait():
 def test_no_sample_is_preempted_for_a_request_of_the_same_client():
     recorded = recorded_loop(slots=4)
     wanted = {0: long_job(samples=4), 1: short_job("a"), 2: short_job("a")}
-    for run, each in wanted.items():
-        recorded.loop.start(run, each)
+    for job_id, each in wanted.items():
+        recorded.loop.start(job_id, each)
     while recorded.step():
-        assert not any(work.queued and work.queued[0].paused for work in recorded.loop._scheduler._begun.values())
+        assert not any(state.queued and state.queued[0].paused for state in recorded.loop._scheduler._admitted.values())
     assert recorded.runner.computed == 3 + 4 * 199 + 2 * 2
     recorded.check(wanted)
 
@@ -288,9 +289,9 @@ def test_no_sample_is_preempted_for_a_request_of_the_same_client():
 @pytest.mark.parametrize("grid", [1, 4])
 def test_more_clients_than_slots_take_turns(grid):
     recorded = recorded_loop(slots=2, grid=grid)
-    wanted = {run: long_job(client) for run, client in enumerate("abc")}
-    for run, each in wanted.items():
-        recorded.loop.start(run, each)
+    wanted = {job_id: long_job(client) for job_id, client in enumerate("abc")}
+    for job_id, each in wanted.items():
+        recorded.loop.start(job_id, each)
     recorded.passes(20)
     assert 2 not in recorded.began
     assert recorded.wait_for(2) <= TURN_PASSES
@@ -302,12 +303,12 @@ def test_more_clients_than_slots_take_turns(grid):
 def test_a_batch_line_finishes_beside_an_endless_series_of_requests():
     recorded = recorded_loop(slots=1)
     recorded.loop.start(0, job(max_tokens=40, client="a" + BATCH_CLIENT))
-    run = 1
+    job_id = 1
     while not any(step.ended for step in recorded.steps[0]):
-        recorded.loop.start(run, job(prompt=(run % 20,), max_tokens=8, client="b"))
+        recorded.loop.start(job_id, job(prompt=(job_id % 20,), max_tokens=8, client="b"))
         recorded.passes(4)
-        run += 1
-        assert run < 200
+        job_id += 1
+        assert job_id < 200
 
 
 def test_penalties_and_alternatives_survive_a_preemption():
@@ -349,7 +350,7 @@ def test_a_preempted_sample_can_be_dropped():
     recorded.passes(20)
     recorded.loop.start(1, long_job("b"))
     recorded.passes(5)
-    (paused,) = recorded.loop._scheduler._begun[0].queued
+    (paused,) = recorded.loop._scheduler._admitted[0].queued
     recorded.loop.drop(0, paused.sample)
     assert recorded.loop.load() == Load(2, 2, 0)
     recorded.loop.close(0)
@@ -386,7 +387,7 @@ def test_batch_lines_have_another_client_name_than_requests():
     model_info = ModelInfo(0, 64, 2, (b"a",) * 9, (0,), None, 0, False, False, 1, None, "fp")
     for name in ("", "key"):
         row = make_plan(
-            request, model_info, Tokenized(((1, 2),), ()), 0, ClientIdentity(name, line=BATCH_CLIENT.strip())
+            request, model_info, Tokenized(((1, 2),), ()), 0, ClientIdentity(name, queue=BATCH_CLIENT.strip())
         )
         assert row.prompts[0].job.client == name + BATCH_CLIENT
         assert (

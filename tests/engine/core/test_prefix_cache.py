@@ -7,7 +7,7 @@ from history_runner import HistoryRunner, alone, scores
 from test_engine_loop import finish, job, sampled
 
 from afterword.engine.core.engine_loop import EngineLoop
-from afterword.engine.core.scheduler import MAX_OVERTAKEN
+from afterword.engine.core.scheduler import MAX_TIMES_PASSED_OVER
 from afterword.engine.protocol import Job, Step
 
 COMMON = tuple(range(20))
@@ -15,11 +15,11 @@ COMMON = tuple(range(20))
 
 def run_jobs(loop: EngineLoop, *jobs: Job) -> list[list[Step]]:
     """Run jobs concurrently and return the steps of each."""
-    for run, each in enumerate(jobs):
-        loop.start(run, each)
+    for job_id, each in enumerate(jobs):
+        loop.start(job_id, each)
     steps = finish(loop)
     loop.check()
-    return [steps[run] for run in range(len(jobs))]
+    return [steps[job_id] for job_id in range(len(jobs))]
 
 
 def cached(steps: list[Step]) -> int:
@@ -169,11 +169,11 @@ def test_a_job_that_waits_for_a_shared_prefix_continues_when_the_other_job_is_cl
 
 def order_of_ends(loop: EngineLoop, jobs: list[Job]) -> list[int]:
     """The ids of the jobs in the order in which they end."""
-    for run, each in enumerate(jobs):
-        loop.start(run, each)
+    for job_id, each in enumerate(jobs):
+        loop.start(job_id, each)
     order = []
     while (passed := loop.step()) is not None:
-        order += [run for run, step in passed.items() if step.ended]
+        order += [job_id for job_id, step in passed.items() if step.ended]
     return order
 
 
@@ -181,13 +181,13 @@ def test_cached_prompts_are_preferred_but_not_for_ever():
     warm, cold = job(prompt=COMMON, max_tokens=1), job(prompt=COMMON[::-1], max_tokens=1)
     loop = EngineLoop(HistoryRunner(slots=1, chunk=32))
     run_jobs(loop, warm)
-    order = order_of_ends(loop, [cold, *[warm] * (MAX_OVERTAKEN + 4)])
-    assert order.index(0) == MAX_OVERTAKEN
+    order = order_of_ends(loop, [cold, *[warm] * (MAX_TIMES_PASSED_OVER + 4)])
+    assert order.index(0) == MAX_TIMES_PASSED_OVER
 
 
 def test_a_client_with_many_jobs_does_not_block_a_client_with_one():
     loop = EngineLoop(HistoryRunner(slots=2, chunk=32))
-    many = [job(prompt=(run, 1), max_tokens=4, client="many") for run in range(20)]
+    many = [job(prompt=(job_id, 1), max_tokens=4, client="many") for job_id in range(20)]
     order = order_of_ends(loop, [*many, job(prompt=(3, 3), max_tokens=4, client="one")])
     assert order.index(20) <= 3
 
@@ -195,11 +195,11 @@ def test_a_client_with_many_jobs_does_not_block_a_client_with_one():
 def test_a_job_of_many_samples_does_not_block_another_client():
     loop = EngineLoop(HistoryRunner(slots=2, chunk=32))
     many = [job(prompt=(1, 2, 3), samples=20, max_tokens=4, client="many")]
-    for run, each in enumerate([*many, job(prompt=(3, 3), max_tokens=4, client="one")]):
-        loop.start(run, each)
+    for job_id, each in enumerate([*many, job(prompt=(3, 3), max_tokens=4, client="one")]):
+        loop.start(job_id, each)
     ended: list[tuple[int, int]] = []
     while (passed := loop.step()) is not None:
-        ended += [(run, sample) for run, step in passed.items() for sample, _ in step.ended]
+        ended += [(job_id, sample) for job_id, step in passed.items() for sample, _ in step.ended]
     assert ended.index((1, 0)) <= 4
     assert len(ended) == 21
 

@@ -256,9 +256,9 @@ def test_adjustments_are_applied_in_order(row, bias, tokens, strengths):
     wanted = Sampling(0.0, 1.0, 0, 0.0, presence, frequency, repetition, tuple(bias.items()))
     found = adjusted(row, wanted, prompt, generated, banned)
     assert found.tolist() == pytest.approx(expected, abs=1e-3)
-    draw = SampleQuery(wanted, [0], TokenCounts(generated), tuple(prompt), tuple(banned))
+    query = SampleQuery(wanted, [0], TokenCounts(generated), tuple(prompt), tuple(banned))
     rows = np.array([row], np.float32)
-    ((token, value),) = sampler.make_kernel().read(rows, [RowQuery(draw=draw)])[0].drawn
+    ((token, value),) = sampler.make_kernel().read(rows, [RowQuery(sample_query=query)])[0].sampled
     assert token == int(found.argmax())
     assert value == np.float32(row[token])
     assert (rows == np.array([row], np.float32)).all()

@@ -40,12 +40,15 @@ def sampler_kernel(request) -> SamplerKernel:
     return CompiledKernel()
 
 
-def read(kernel: SamplerKernel, row: np.ndarray, task: RowQuery) -> RowResult:
-    return kernel.read(row[None], [task])[0]
+def read(kernel: SamplerKernel, row: np.ndarray, query: RowQuery) -> RowResult:
+    return kernel.read(row[None], [query])[0]
 
 
 def drawn(kernel: SamplerKernel, row: np.ndarray, sampling: Sampling, seeds: list[int]) -> list[int]:
-    return [token for token, _ in read(kernel, row, RowQuery(draw=SampleQuery(sampling, seeds, TokenCounts()))).drawn]
+    return [
+        token
+        for token, _ in read(kernel, row, RowQuery(sample_query=SampleQuery(sampling, seeds, TokenCounts()))).sampled
+    ]
 
 
 @given(ROWS, st.integers(1, 4), st.data())
@@ -54,12 +57,12 @@ def test_log_probabilities_are_logits_minus_the_log_sum_of_exponentials(sampler_
     rows = np.stack([np.roll(row, turn) for turn in range(count)])
     given = data.draw(st.lists(st.integers(0, len(row) - 1), min_size=count, max_size=count))
     reported = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
-    tasks = [RowQuery(wanted, given=token) for wanted, token in zip(reported, given, strict=True)]
-    for each, found, task in zip(rows, sampler_kernel.read(rows, tasks), tasks, strict=True):
-        exact = np.logaddexp.reduce(each.astype(np.float64)) if task.reported else 0
+    queries = [RowQuery(wanted, given=token) for wanted, token in zip(reported, given, strict=True)]
+    for each, found, query in zip(rows, sampler_kernel.read(rows, queries), queries, strict=True):
+        exact = np.logaddexp.reduce(each.astype(np.float64)) if query.reported else 0
         # A sum of 256 is kept in eight lanes: 31 additions and 3, each rounded. The weights have errors too.
-        assert found.value == pytest.approx(float(each[task.given]) - exact, abs=34 * 2.0**-24 + 5e-7, rel=1e-7)
-        assert found.rank == 1 + (each > each[task.given]).sum()
+        assert found.value == pytest.approx(float(each[query.given]) - exact, abs=34 * 2.0**-24 + 5e-7, rel=1e-7)
+        assert found.rank == 1 + (each > each[query.given]).sum()
 
 
 @given(ROWS | ROWS.map(np.round), st.integers(1, 700))
@@ -115,14 +118,16 @@ def test_a_block_has_the_same_sum_in_any_row(sampler_kernel):
 
 
 @pytest.mark.skipif(not LIBRARY.exists(), reason="the library was not compiled: there is no C++ compiler")
-def test_the_number_of_threads_changes_no_result(team):
+def test_the_number_of_threads_changes_no_result(thread_pool):
     row = np.random.default_rng(0).normal(0, 3, 100_001).astype(np.float32)
     seeds = list(range(0, 2**64, 2**58))
-    tasks = [RowQuery(True, 5, 7, SampleQuery(each, seeds, TokenCounts([3, 99, 3]))) for each in FILTERS]
-    rows = np.stack([np.roll(row, turn) for turn in range(len(tasks))])
-    together = CompiledKernel(1).read(rows, tasks)
-    assert CompiledKernel(3).read(rows, tasks) == CompiledKernel(3, team).read(rows, tasks) == together
-    alone = [CompiledKernel(3, team).read(each[None], [task])[0] for each, task in zip(rows, tasks, strict=True)]
+    queries = [RowQuery(True, 5, 7, SampleQuery(each, seeds, TokenCounts([3, 99, 3]))) for each in FILTERS]
+    rows = np.stack([np.roll(row, turn) for turn in range(len(queries))])
+    together = CompiledKernel(1).read(rows, queries)
+    assert CompiledKernel(3).read(rows, queries) == CompiledKernel(3, thread_pool).read(rows, queries) == together
+    alone = [
+        CompiledKernel(3, thread_pool).read(each[None], [query])[0] for each, query in zip(rows, queries, strict=True)
+    ]
     assert alone == together
 
 
@@ -133,7 +138,7 @@ def test_rows_with_nan_or_infinity_give_valid_tokens(sampler_kernel, sampling, b
     for row in (*everywhere, np.append(np.zeros(300, np.float32), np.float32(broken))):
         found = read(sampler_kernel, row, RowQuery(True, 9, 0, SampleQuery(sampling, [2**63], TokenCounts())))
         assert not math.isinf(found.value)
-        assert {token for token, _ in (*found.top, *found.drawn)} <= set(range(len(row)))
+        assert {token for token, _ in (*found.top, *found.sampled)} <= set(range(len(row)))
         assert 1 <= found.rank <= 2
 
 
@@ -151,7 +156,9 @@ def test_ids_beyond_the_row_are_not_written_to():
     rows = np.zeros((3, 300), np.float32)
     biased = Sampling(0.0, repetition_penalty=2.0, presence_penalty=1.0, logit_bias=((300, 9.0), (-1, 9.0), (7, 1.0)))
     draw = SampleQuery(biased, [0], TokenCounts([300, 10**9]), prompt=(-5, 400), banned=(301,))
-    assert [each.drawn for each in CompiledKernel().read(rows, [RowQuery(), RowQuery(draw=draw), RowQuery()])] == [
+    assert [
+        each.sampled for each in CompiledKernel().read(rows, [RowQuery(), RowQuery(sample_query=draw), RowQuery()])
+    ] == [
         (),
         ((7, 0.0),),
         (),

@@ -110,7 +110,7 @@ def test_attention_agrees_with_numpy(kernel, shape):
 
 
 @pytest.mark.parametrize(("tokens", "cells"), [(1, 40), (1, 1500), (70, 300)])
-def test_the_thread_pool_computes_the_same_bits(kernel, team, tokens, cells):
+def test_the_thread_pool_computes_the_same_bits(kernel, thread_pool, tokens, cells):
     case = make(tokens=tokens, cells=cells)
     for threads in (1, 2, 5, 3):
         assert (computed(kernel, case, threads) == computed(kernel, case)).all()

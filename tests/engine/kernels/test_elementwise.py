@@ -48,7 +48,7 @@ def node_of(out: np.ndarray, sources: tuple[np.ndarray | None, ...], params: Par
 
 
 def takes(kernel: ctypes.CDLL, name: str, node: Tensor) -> bool:
-    return bool(kernel.operation_takes(name.encode(), ctypes.byref(node)))
+    return bool(kernel.operation_supports(name.encode(), ctypes.byref(node)))
 
 
 def computed(
@@ -199,7 +199,7 @@ def test_a_row_has_the_same_bits_in_any_batch(kernel, threads):
         assert (alone == together).all(), name
 
 
-def test_the_thread_pool_computes_the_same_bits(kernel, team):
+def test_the_thread_pool_computes_the_same_bits(kernel, thread_pool):
     for name, (alone, together) in alone_and_together(kernel, 3).items():
         assert (alone == together).all(), name
 

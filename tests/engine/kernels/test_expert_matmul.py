@@ -1,4 +1,4 @@
-"""The kernel of experts' products: compared with numpy, and the same bits for a row whichever rows share its experts."""
+"""The kernel of experts' products: compared with numpy, and the same bits for a row with any other rows."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def node_of(matrices: Tensor, x: np.ndarray, ids: np.ndarray) -> tuple[Tensor, n
 
 def selected(kernel: ctypes.CDLL, matrices: Tensor, x: np.ndarray, ids: np.ndarray, threads: int = 1) -> np.ndarray:
     node, out = node_of(matrices, x, ids)
-    assert kernel.operation_takes(NAME, ctypes.byref(node))
+    assert kernel.operation_supports(NAME, ctypes.byref(node))
     kernel.operation_compute(NAME, ctypes.byref(node), threads)
     return out
 
@@ -71,8 +71,9 @@ def uneven(tokens: int, used: int, experts: int) -> np.ndarray:
 
 @pytest.mark.parametrize("activations_of", [shared_by_all, of_each])
 @pytest.mark.parametrize("name", TYPES)
-@pytest.mark.parametrize(("rows", "tokens", "used", "length"), [(64, 1, 2, 256), (48, 20, 3, 512), (77, 9, 4, 768)])
-def test_products_agree_with_numpy(kernel, name, rows, tokens, used, length, activations_of):
+@pytest.mark.parametrize("sizes", [(64, 1, 2, 256), (48, 20, 3, 512), (77, 9, 4, 768)])
+def test_products_agree_with_numpy(kernel, name, sizes, activations_of):
+    rows, tokens, used, length = sizes
     matrices, _raw, values = experts_of(name, 7, rows, length)
     ids = uneven(tokens, used, 7)
     x = activations_of(tokens, length, used)
@@ -165,8 +166,8 @@ def test_a_number_of_no_expert_gives_nan_and_changes_no_other_row(kernel):
     assert (got[~wrong] == expected[~wrong]).all()
 
 
-def test_the_thread_pool_computes_the_same_bits(kernel, team):
-    assert team
+def test_the_thread_pool_computes_the_same_bits(kernel, thread_pool):
+    assert thread_pool
     ids, x = uneven(9, 3, 6), shared_by_all(9, 1280, 3)
     for name in TYPES:
         matrices, _raw, _values = experts_of(name, 6, 80, 1280)
@@ -181,7 +182,7 @@ def test_other_products_are_refused(kernel):
 
     def takes(operand: np.ndarray, numbers: np.ndarray) -> bool:
         node, _out = node_of(matrices, operand, numbers)
-        return bool(kernel.operation_takes(NAME, ctypes.byref(node)))
+        return bool(kernel.operation_supports(NAME, ctypes.byref(node)))
 
     assert takes(x, ids)
     assert not takes(x, ids.astype(np.int64)), "numbers of another type"

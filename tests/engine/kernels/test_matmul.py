@@ -46,8 +46,8 @@ class Memory:
     """Buffers of packed weights, through ggml's functions."""
 
     def __init__(self, kernel: ctypes.CDLL) -> None:
-        kernel.accelerator_memory.restype = ctypes.c_void_p
-        self._kind = ctypes.c_void_p(kernel.accelerator_memory())
+        kernel.accelerator_buffer_type.restype = ctypes.c_void_p
+        self._kind = ctypes.c_void_p(kernel.accelerator_buffer_type())
         self._ggml = native._lib
         for name in ("ggml_backend_buft_alloc_buffer", "ggml_backend_buffer_get_base"):
             getattr(self._ggml, name).restype = ctypes.c_void_p
@@ -137,7 +137,7 @@ def multiplied(kernel: ctypes.CDLL, matrix: Tensor, x: np.ndarray, threads: int 
     """[column, row]."""
     out = np.full((len(x), matrix.ne[1]), np.nan, np.float32)
     node = with_sources(tensor(out[None, None]), matrix, tensor(x[None, None]))
-    assert kernel.operation_takes(b"MUL_MAT", ctypes.byref(node))
+    assert kernel.operation_supports(b"MUL_MAT", ctypes.byref(node))
     kernel.operation_compute(b"MUL_MAT", ctypes.byref(node), threads)
     return out
 
@@ -202,8 +202,8 @@ def test_without_enough_memory_there_is_no_buffer(memory):
 
 
 @pytest.mark.parametrize("columns", [1, 9])
-def test_the_thread_pool_computes_the_same_bits(kernel, team, columns):
-    rest = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(team)
+def test_the_thread_pool_computes_the_same_bits(kernel, thread_pool, columns):
+    rest = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(thread_pool)
     x = activations(columns, 1280)
     expected = {name: product(kernel, name, weights(name, 333, 1280)[0], x) for name in TYPES}
     for turn in range(12):  # the weights of the last turn are freed, so prefetches read freed memory
@@ -238,6 +238,6 @@ def test_other_products_are_refused(kernel):
     matrix.ne[:] = [256, 32, 1, 1]
     x, out = activations(1, 256), np.zeros((1, 32), np.float32)
     node = with_sources(tensor(out[None, None]), matrix, tensor(x[None, None]))
-    assert not kernel.operation_takes(b"MUL_MAT", ctypes.byref(node))
+    assert not kernel.operation_supports(b"MUL_MAT", ctypes.byref(node))
     matrix.type, matrix.ne[2] = int(GGMLQuantizationType.Q8_0), 2  # several matrices
-    assert not kernel.operation_takes(b"MUL_MAT", ctypes.byref(with_sources(node, matrix, tensor(x[None, None]))))
+    assert not kernel.operation_supports(b"MUL_MAT", ctypes.byref(with_sources(node, matrix, tensor(x[None, None]))))

@@ -10,9 +10,9 @@ from afterword.engine.llama import accelerator
 NESTED = """
 import ctypes, sys
 kernels = ctypes.CDLL(sys.argv[1])
-kernels.accelerator_lead.restype = ctypes.c_void_p
+kernels.accelerator_use_thread_pool.restype = ctypes.c_void_p
 Call = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_int)
-run = ctypes.CFUNCTYPE(None, ctypes.c_int, Call, ctypes.c_void_p)(kernels.accelerator_lead(1))
+run = ctypes.CFUNCTYPE(None, ctypes.c_int, Call, ctypes.c_void_p)(kernels.accelerator_use_thread_pool(1))
 inner = Call(lambda work, thread: 0)
 outer = Call(lambda work, thread: run(1, inner, None) or 0)
 run(1, inner, None)

@@ -75,8 +75,8 @@ def play(loop: EngineLoop, jobs: Sequence[Job], arrivals: random.Random | None =
         passed = loop.step()
         if passed is None and not waiting:
             break
-        for run, step in (passed or {}).items():
-            results[run - first] += [(-1, token) for token in step.scored] + list(step.sampled)
+        for job_id, step in (passed or {}).items():
+            results[job_id - first] += [(-1, token) for token in step.scored] + list(step.sampled)
     return [sorted(results[index], key=lambda pair: pair[0]) for index in range(len(jobs))]
 
 

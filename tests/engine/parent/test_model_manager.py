@@ -15,11 +15,11 @@ from afterword.engine.parent.model_manager import ManagedModel, ModelDefinition,
 from afterword.engine.parent.supervisor import QueuePolicy, Supervisor
 from afterword.engine.protocol import Load
 from afterword.errors import LoadFailed, Overloaded, QueueTimeout, SettingError
-from scripted_engine import CARD as SCRIPTED
+from scripted_engine import MODEL_INFO as SCRIPTED
 from sim import virtual
 
 LOADING, ENDING = 10.0, 2.0  # seconds
-CARD = msgspec.structs.replace(SCRIPTED, promise="reproducible")
+MODEL_INFO = msgspec.structs.replace(SCRIPTED, promise="reproducible")
 
 
 @dataclass
@@ -32,7 +32,7 @@ class FakeSupervisor:
     state: str = "starting"
     load: Load = field(default_factory=Load)
     restarts: int = 0
-    model_info = CARD
+    model_info = MODEL_INFO
 
     async def open(self) -> None:
         assert not self.machine.alive(self.name), "two engines of one model"
@@ -146,8 +146,8 @@ def test_the_first_request_loads_a_model_and_it_is_unloaded_when_unused():
         assert (states(models), named(models, "a").load.waiting) == (["starting", "unloaded"], 5)
         await asyncio.gather(*work)
         assert [engine.name for engine in machine.engines] == ["a"]
-        assert named(models, "a").model_info == CARD
-        assert named(models, "a").promise == CARD.promise, "the promise of the engine, not of the definition"
+        assert named(models, "a").model_info == MODEL_INFO
+        assert named(models, "a").promise == MODEL_INFO.promise, "the promise of the engine, not of the definition"
         await asyncio.sleep(59)
         await use(models, "a", 1)  # restarts the timer
         await asyncio.sleep(59)
@@ -155,7 +155,7 @@ def test_the_first_request_loads_a_model_and_it_is_unloaded_when_unused():
         await asyncio.sleep(2 + ENDING)
         assert states(models) == ["unloaded", "unloaded"]
         assert machine.engines == []
-        assert named(models, "a").model_info == CARD  # kept after unloading
+        assert named(models, "a").model_info == MODEL_INFO  # kept after unloading
 
     run(test)
 

@@ -19,13 +19,13 @@ from afterword.engine.parent.supervisor import QueuePolicy, Supervisor
 from afterword.engine.parent.worker_process import without_secrets
 from afterword.engine.protocol import Job, JobHandle, Load, Sampling
 from afterword.errors import (
-    EngineDied,
     EngineFailure,
     ModelReplaced,
     Overloaded,
     QueueTimeout,
     RequestError,
     SettingError,
+    WorkerDied,
 )
 
 FAKE = (sys.executable, str(Path(__file__).parents[1] / "fake_worker.py"))
@@ -363,7 +363,7 @@ def test_without_a_promise_a_job_with_output_is_not_repeated():
 
     async def test() -> None:
         async with engine("unsure") as supervisor:
-            with pytest.raises(EngineDied):
+            with pytest.raises(WorkerDied):
                 await read(supervisor)
             assert supervisor.restarts == 0, "the job was not started again"
 
@@ -397,9 +397,9 @@ def test_another_model_fails_all_jobs(model: Path):
             await replace_model(supervisor, model, "fp_new")
             text = asyncio.create_task(supervisor.tokenize("AB", True))
             late = supervisor.start(job(9))  # planned for the old model, and never sent to a worker
-            for run in (streaming, *waiting, late):
+            for each in (streaming, *waiting, late):
                 with pytest.raises(ModelReplaced):
-                    await drain(run)
+                    await drain(each)
             with pytest.raises(ModelReplaced):
                 await text
             assert (supervisor.model_info.fingerprint, supervisor.state) == ("fp_new", "ready")
@@ -545,7 +545,7 @@ def test_an_exception_in_message_handling_replaces_the_worker(monkeypatch, caplo
 
     async def test() -> None:
         async with engine() as supervisor:
-            with pytest.raises(EngineDied):
+            with pytest.raises(WorkerDied):
                 await tokens(supervisor, job())
             assert await tokens(supervisor, job()) == alone(job(), 0)
             assert supervisor.restarts == 1

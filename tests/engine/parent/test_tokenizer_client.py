@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from afterword.engine import messages
 from afterword.engine.parent.tokenizer_client import MAX_SHORT_TEXT, TokenizerClient, check_text
 from afterword.errors import EngineFailure, RequestError
-from scripted_engine import CARD
+from scripted_engine import MODEL_INFO
 
 LONG = "x" * (MAX_SHORT_TEXT + 1)
 
@@ -195,14 +195,14 @@ def test_a_cancelled_suspect_is_not_sent_again() -> None:
 
 
 def test_a_text_above_the_limit_is_refused() -> None:
-    check_text("x" * 10, 10, CARD)
+    check_text("x" * 10, 10, MODEL_INFO)
     with pytest.raises(RequestError, match=r"11 characters, but at most 10 .* max_text"):
-        check_text("x" * 11, 10, CARD)
+        check_text("x" * 11, 10, MODEL_INFO)
 
 
 @pytest.mark.parametrize("text", ["\t" * 5, "a" + " \n" * 3 + "b", "x\u3000    x"])
 def test_a_slow_run_of_characters_is_refused(text: str) -> None:
-    model_info = replace(CARD, slow_runs=(r"\s", 4))
+    model_info = replace(MODEL_INFO, slow_runs=(r"\s", 4))
     check_text("    a    b    ", 100, model_info)
     with pytest.raises(RequestError, match="more than 4 consecutive characters"):
         check_text(text, 100, model_info)

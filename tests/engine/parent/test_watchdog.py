@@ -1,4 +1,4 @@
-"""Tests of the watchdog, the restart policy and the quarantine, with simulated time."""
+"""Tests of the watchdog, with simulated time."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections.abc import Callable
 import pytest
 
 from afterword.engine import messages as frames
-from afterword.engine.parent.quarantine import QUARANTINE_SECONDS, Quarantine
 from afterword.engine.parent.supervisor import QueuePolicy
-from afterword.engine.parent.watchdog import TICK_SECONDS, RestartPolicy, Watchdog
-from afterword.engine.protocol import Job, Load, Sampling
+from afterword.engine.parent.watchdog import TICK_SECONDS, Watchdog
+from afterword.engine.protocol import Load
 from afterword.errors import SettingError
 
 PASS = frames.PassDone({}, Load())
@@ -94,43 +93,6 @@ def test_a_hanging_text_is_detected_beside_texts_with_progress(texts: tuple[int,
 def test_a_late_tick_counts_as_a_short_tick():
     watchdog = Watchdog(15)
     assert not any(watchdog.is_hanging(3600, True, (1, 1)) for _ in range(10))
-
-
-def test_pauses_grow_from_zero_and_a_finished_job_resets_them():
-    restart_policy = RestartPolicy()
-    assert [restart_policy.next_delay(0) for _ in range(9)] == [0, 0.5, 1, 2, 4, 8, 16, 30, 30]
-    assert restart_policy.is_failing(0)
-    restart_policy.record_success()
-    assert (restart_policy.next_delay(1), restart_policy.is_failing(1)) == (0, False)
-
-
-def test_five_crashes_in_five_minutes_are_failing():
-    restart_policy = RestartPolicy()
-    seen = []
-    for minute in range(10):
-        restart_policy.next_delay(minute * 70.0)
-        seen.append(restart_policy.is_failing(minute * 70.0))
-    assert seen == [False, False, False, False, True, True, True, True, True, True]
-    assert not restart_policy.is_failing(9 * 70 + 301)
-
-
-def test_a_job_is_quarantined_for_an_hour_whatever_its_client():
-    quarantine = Quarantine()
-    job = Job((1, 2), 1, 5, Sampling(), (), b"k" * 16, client="one")
-    other = Job((1, 2), 1, 5, Sampling(), (), b"x" * 16, client="another", namespace="n")
-    assert not quarantine.contains(job, 0)
-    quarantine.add(job, 0)
-    assert quarantine.contains(other, QUARANTINE_SECONDS - 1)
-    assert not quarantine.contains(Job((1, 3), 1, 5, Sampling(), (), b"k" * 16), 1)
-    assert not quarantine.contains(other, QUARANTINE_SECONDS)
-
-
-def test_the_quarantine_is_bounded():
-    quarantine = Quarantine()
-    for number in range(2000):
-        quarantine.add(str(number), 0)
-    assert not quarantine.contains("0", 1)
-    assert quarantine.contains("1999", 1)
 
 
 def test_a_hang_limit_below_three_seconds_is_refused():

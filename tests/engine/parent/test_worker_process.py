@@ -26,8 +26,8 @@ def test_the_last_message_is_received_after_a_failed_send():
     async def test() -> None:
         link = await spawn_worker([sys.executable, "-c", PROGRAM])
         await asyncio.to_thread(link._process.wait)  # type: ignore[attr-defined]
-        for run in range(3):  # the first send fails, because the process has ended
-            link.send(messages.CloseJob(run))
+        for job_id in range(3):  # the first send fails, because the process has ended
+            link.send(messages.CloseJob(job_id))
             await asyncio.sleep(0)
         assert await link.receive() == LAST_MESSAGE
         assert await link.receive() is None

@@ -12,7 +12,7 @@ from afterword.keys.rate_limiter import LimitExceeded
 def acquire_grant(key_registry: KeyRegistry, account: Account, recorder: RequestRecorder) -> Grant:
     """Count a request against the limits of its account. Raises `RateLimited`."""
     recorder.record_account(account.key.id)  # first, so that the log line of a refusal has it too
-    grant = key_registry.enter(account)
+    grant = key_registry.admit(account)
     if isinstance(grant, LimitExceeded):
         raise rate_limit_headers.rate_limit_error(grant)
     return grant

@@ -67,7 +67,7 @@ async def receive_upload(
     form = UploadedForm(await asyncio.to_thread(file_store.upload))
     try:
         with await asyncio.to_thread(_create, form.path) as file:
-            reserve = partial(file_store.quota.reserve, key, most=limits.max_stored)
+            reserve = partial(file_store.quota.reserve, key, limit=limits.max_stored)
             await _MultipartParser(_UploadFile(form, file, reserve, limits), boundary).read(request)
         yield form
     except OSError as error:

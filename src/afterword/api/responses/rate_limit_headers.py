@@ -25,7 +25,7 @@ def headers(statuses: Sequence[LimitStatus]) -> dict[str, str]:
         f"x-ratelimit-{part}-{status.limit}": value
         for status in statuses
         for part, value in zip(
-            _HEADER_PARTS, (str(status.allowed), str(status.remaining), duration(status.full)), strict=True
+            _HEADER_PARTS, (str(status.allowed), str(status.remaining), duration(status.time_until_full)), strict=True
         )
     }
 

@@ -16,7 +16,7 @@ def response_headers(recorder: RequestRecorder, grant: Grant | None) -> dict[str
         "openai-processing-ms": str(int((time.monotonic() - recorder.started_at) * 1000)),
         "openai-version": "2020-10-01",
         "x-content-type-options": "nosniff",
-        **(rate_limit_headers.headers(grant.standing()) if grant else {}),
+        **(rate_limit_headers.headers(grant.limit_status()) if grant else {}),
     }
 
 

@@ -18,9 +18,9 @@ from afterword.api.responses import serialization
 from afterword.api.routes.files import list_object, manager_of, not_found_error
 from afterword.api.routes.models import json_response
 from afterword.api.service import Service
-from afterword.batch.file_store import BatchStatus, StoredBatch, new_id
 from afterword.batch.input_lines import ENDPOINT
 from afterword.batch.output_lines import SendRequest, ServerReply
+from afterword.batch.stored_items import BatchStatus, StoredBatch, new_id
 from afterword.completion.json_body import parse_object, run_in_thread_if_large
 from afterword.errors import Overloaded, RequestError, Unauthorized
 
@@ -55,7 +55,7 @@ async def create(request: Request) -> Response:
         key=request_context_of(request.scope).key,
         endpoint=_only(body, "endpoint", ENDPOINT),
         window=_only(body, "completion_window", WINDOW),
-        input=_file(body),
+        input_file=_file(body),
         created=now,
         expires=now + int(manager.limits.batch_seconds),
         metadata=_metadata(body.get("metadata")),
@@ -101,21 +101,21 @@ async def cancel(request: Request) -> Response:
 
 def batch_object(batch: StoredBatch) -> dict[str, Any]:
     """A batch in OpenAI's format."""
-    errors = [{"code": each.code, "line": each.line, "message": each.message, "param": None} for each in batch.wrong]
+    errors = [{"code": each.code, "line": each.line, "message": each.message, "param": None} for each in batch.errors]
     return {
         "id": batch.id,
         "object": "batch",
         "endpoint": batch.endpoint,
         "errors": {"object": "list", "data": errors} if errors else None,
-        "input_file_id": batch.input,
+        "input_file_id": batch.input_file,
         "completion_window": batch.window,
         "status": batch.status,
-        "output_file_id": batch.output,
-        "error_file_id": batch.errors,
+        "output_file_id": batch.output_file,
+        "error_file_id": batch.error_file,
         "created_at": batch.created,
         "expires_at": batch.expires,
         **{name: batch.times.get(status) for name, status in TIMES},
-        "request_counts": {"total": batch.rows, "completed": batch.good, "failed": batch.bad},
+        "request_counts": {"total": batch.lines, "completed": batch.succeeded, "failed": batch.failed},
         "usage": {
             "input_tokens": batch.prompt,
             "input_tokens_details": {"cached_tokens": batch.cached},
@@ -127,7 +127,7 @@ def batch_object(batch: StoredBatch) -> dict[str, Any]:
     }
 
 
-def ask_for_key(app: ASGIApp, service: Service) -> Callable[[str], SendRequest]:
+def make_batch_client(app: ASGIApp, service: Service) -> Callable[[str], SendRequest]:
     """A function that maps the id of an API key to the function that sends the requests of its batch lines.
 
     At most half as many requests run at a time as the largest number of sequences of a model, so that requests of
@@ -136,7 +136,7 @@ def ask_for_key(app: ASGIApp, service: Service) -> Callable[[str], SendRequest]:
     sequences = max(managed_model.definition.sequences for managed_model in service.models)
     running = asyncio.Semaphore(max(1, sequences // 2))
 
-    def sender_for(key: str) -> SendRequest:
+    def client_for(key: str) -> SendRequest:
         async def send_request(method: str, path: str, body: bytes) -> ServerReply:
             async with running:
                 try:
@@ -154,7 +154,7 @@ def ask_for_key(app: ASGIApp, service: Service) -> Callable[[str], SendRequest]:
 
         return send_request
 
-    return sender_for
+    return client_for
 
 
 def _only(body: dict[str, Any], name: str, value: str) -> str:

@@ -49,12 +49,12 @@ async def create(http: HttpRequest) -> Response:
     identity = ClientIdentity(
         request_context.key, service.config.shared_cache, "batch" if request_context.in_process else ""
     )
-    texts = tokenize(request, served.engine, service.config.special_text, identity.queue)
+    texts = tokenize(request, served.engine, service.config.special_text, identity.job_client)
     tokens = await cancel_on_disconnect(http.receive, texts)
     plan = await run_in_thread_if_large(_make_plan, body, request, served.engine.model_info, tokens, identity)
     check_size(plan, limits.max_answer)
     request_context.recorder.record_user(service.key_registry.pseudonym(request.user))
-    reserve(request_context, plan.most_tokens)
+    reserve(request_context, plan.max_total_tokens)
     request_context.recorder.record_plan(plan.n, len(plan.prompts))
     head = serialization.ResponseHead(serialization.new_id(), created, served.id, plan.fingerprint)
     return CompletionResponse(request, plan, head, served.engine, request_context.recorder)

@@ -14,8 +14,9 @@ from afterword.api.requests.request_context import request_context_of
 from afterword.api.routes.models import json_response
 from afterword.api.service import Service
 from afterword.batch.batch_job import in_thread
-from afterword.batch.file_store import SortOrder, StoredFile
+from afterword.batch.file_store import SortOrder
 from afterword.batch.manager import BatchManager
+from afterword.batch.stored_items import StoredFile
 from afterword.errors import RequestError
 
 MAX_LISTED = 10_000

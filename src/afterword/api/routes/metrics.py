@@ -28,7 +28,7 @@ def _engine_metrics(managed_model: ManagedModel) -> EngineSnapshot:
         load=managed_model.load,
         pass_stats=engine.pass_stats if engine else PassStats(),
         metrics=managed_model.engine_metrics,
-        room=engine.model_info.sequences * engine.model_info.context if engine else 0,
+        token_capacity=engine.model_info.sequences * engine.model_info.context if engine else 0,
         memory=_resident(managed_model.engine.pid) if managed_model.engine else None,
     )
 

@@ -17,8 +17,8 @@ from afterword.api.specification.response_schemas import (
     or_null,
     ref,
 )
-from afterword.batch.file_store import BatchStatus
 from afterword.batch.input_lines import ENDPOINT
+from afterword.batch.stored_items import BatchStatus
 from afterword.completion.request_descriptions import described_schema, description
 
 Operation = Callable[..., JsonSchema]

@@ -33,7 +33,7 @@ class ComputeShare:
         """Seconds that a client has received beyond its share."""
         return self._excess.get(share_group(client), 0.0)
 
-    def spent(self, entries: Sequence[str], seconds: float, active: Collection[str]) -> None:
+    def charge(self, entries: Sequence[str], seconds: float, active: Collection[str]) -> None:
         """Charge a pass of `seconds`. `entries`: the client of each batch entry; `active`: clients that hold slots."""
         others = min(len({share_group(client) for client in active}) - 1, MAX_CREDITORS)
         counts = Counter(share_group(client) for client in entries)

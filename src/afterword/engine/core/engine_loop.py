@@ -39,8 +39,8 @@ class _StepBuilder:
 class EngineLoop:
     """Owner of the scheduler and the runner. One thread calls everything.
 
-    `clock`: returns seconds. `threads`: the most threads that the sampler uses. `team`: address of the thread pool that
-    runs them, see `sampler_kernel.CompiledKernel`. `max_step_bytes`: bytes of steps returned at a time, see
+    `clock`: returns seconds. `threads`: the most threads that the sampler uses. `thread_pool`: address of the function
+    that runs them, see `sampler_kernel.CompiledKernel`. `max_step_bytes`: bytes of steps returned at a time, see
     `StepBuffer`.
     """
 
@@ -49,43 +49,43 @@ class EngineLoop:
         runner: Runner,
         clock: Callable[[], float] = time.perf_counter,
         threads: int = 1,
-        team: int | None = None,
+        thread_pool: int | None = None,
         max_step_bytes: int = MAX_STEP_BYTES,
     ) -> None:
         self._runner = runner
         self._scheduler = Scheduler(
             runner.slots, runner.chunk, runner.grid, runner.min_shared_tokens, runner.can_truncate
         )
-        self._sampler = Sampler(make_kernel(threads, team))
+        self._sampler = Sampler(make_kernel(threads, thread_pool))
         self._clock = clock
         self._prefill_speed: float | None = None  # prompt tokens per second, as measured
         self._last_pass: tuple[bool, int, float] = (False, 0, 0.0)  # prompt, tokens, seconds: see `PassStats`
         self._step_buffer = StepBuffer(max_step_bytes)
         self._pass_next = False  # compute a pass before more jobs are admitted
 
-    def start(self, run: int, job: Job) -> None:
-        """Add a job. `step` returns its steps under the id `run`."""
-        self._scheduler.add(run, job)
+    def start(self, job_id: int, job: Job) -> None:
+        """Add a job. `step` returns its steps under `job_id`."""
+        self._scheduler.add(job_id, job)
 
-    def drop(self, run: int, sample: int) -> None:
+    def drop(self, job_id: int, sample: int) -> None:
         """End one sample."""
-        self._scheduler.drop(run, sample)
-        self._update_suspension(run)
+        self._scheduler.drop(job_id, sample)
+        self._update_suspension(job_id)
 
-    def close(self, run: int) -> None:
+    def close(self, job_id: int) -> None:
         """End a job."""
-        self._scheduler.close(run)
-        self._step_buffer.discard(run)
+        self._scheduler.close(job_id)
+        self._step_buffer.discard(job_id)
 
-    def pause(self, run: int) -> None:
+    def pause(self, job_id: int) -> None:
         """Compute and return nothing for a job until `resume`. Unknown ids are ignored."""
-        self._step_buffer.paused.add(run)
-        self._update_suspension(run)
+        self._step_buffer.paused.add(job_id)
+        self._update_suspension(job_id)
 
-    def resume(self, run: int) -> None:
+    def resume(self, job_id: int) -> None:
         """Continue a paused job."""
-        self._step_buffer.paused.discard(run)
-        self._update_suspension(run)
+        self._step_buffer.paused.discard(job_id)
+        self._update_suspension(job_id)
 
     def load(self) -> Load:
         """The number of slots, running sequences and waiting samples."""
@@ -124,28 +124,28 @@ class EngineLoop:
 
     def _admit(self) -> None:
         for admission in self._scheduler.admit(self._step_buffer.free_bytes):
-            self._add(admission.work.run, _first_step(admission))
+            self._add(admission.job_state.job_id, _first_step(admission))
 
     def _schedule(self) -> ForwardBatch | None:
         return self._scheduler.schedule(
             None if self._prefill_speed is None else int(self._prefill_speed * PASS_SECONDS)
         )
 
-    def _add(self, run: int, step: Step) -> None:
-        self._step_buffer.add(run, step)
-        self._update_suspension(run)
+    def _add(self, job_id: int, step: Step) -> None:
+        self._step_buffer.add(job_id, step)
+        self._update_suspension(job_id)
 
     def _take(self) -> dict[int, Step]:
         steps = self._step_buffer.take()
-        for run in steps:
-            self._update_suspension(run)
+        for job_id in steps:
+            self._update_suspension(job_id)
         return steps
 
-    def _update_suspension(self, run: int) -> None:
+    def _update_suspension(self, job_id: int) -> None:
         """Suspend a job that is paused or has buffered steps. Delete the pause of a job that has ended."""
-        waits, paused = run in self._step_buffer, run in self._step_buffer.paused
-        if not self._scheduler.suspend(run, waits or paused, paused) and paused and not waits:
-            self._step_buffer.paused.discard(run)
+        waits, paused = job_id in self._step_buffer, job_id in self._step_buffer.paused
+        if not self._scheduler.suspend(job_id, waits or paused, paused) and paused and not waits:
+            self._step_buffer.paused.discard(job_id)
 
     def _compute(self, batch: ForwardBatch) -> None:
         builders: defaultdict[int, _StepBuilder] = defaultdict(_StepBuilder)
@@ -161,15 +161,15 @@ class EngineLoop:
         tokens = iter(self._sampler.read(logits, queries))
         for entry in batch.entries:
             sequence, found = self._scheduler.sequence_in(entry.slot), list(islice(tokens, entry.outputs))
-            if sequence.work.run in failed:
+            if sequence.job_state.job_id in failed:
                 self._scheduler.computed(entry, sequence, [])
             else:
-                self._postprocess(entry, sequence, found, builders[sequence.work.run])
-        for run in failed:
-            self._scheduler.discard_failed(run)
-            self._add(run, Step(failed=True))
-        for run, builder in builders.items():
-            self._add(run, builder.step())
+                self._postprocess(entry, sequence, found, builders[sequence.job_state.job_id])
+        for job_id in failed:
+            self._scheduler.discard_failed(job_id)
+            self._add(job_id, Step(failed=True))
+        for job_id, builder in builders.items():
+            self._add(job_id, builder.step())
 
     def _failed_jobs(self, batch: ForwardBatch, logits: Logits) -> set[int]:
         """The ids of jobs with a logits row that is not finite."""
@@ -178,7 +178,7 @@ class EngineLoop:
             return set()
         outputs = [entry for entry in batch.entries for _ in range(entry.outputs)]
         return {
-            self._scheduler.sequence_in(entry.slot).work.run
+            self._scheduler.sequence_in(entry.slot).job_state.job_id
             for entry, is_finite in zip(outputs, finite, strict=True)
             if not is_finite
         }
@@ -190,7 +190,7 @@ class EngineLoop:
         scores can still be reused for queries with that many alternatives.
         """
         sequence = self._scheduler.sequence_in(entry.slot)
-        job, end = sequence.work.job, entry.position + len(entry.tokens)
+        job, end = sequence.job_state.job, entry.position + len(entry.tokens)
         queries: list[TokenQuery] = []
         if sequence.is_scored:
             assert sequence.slot is not None
@@ -219,7 +219,7 @@ class EngineLoop:
     def _postprocess(
         self, entry: BatchEntry, sequence: Sequence, found: list[list[Token]], builder: _StepBuilder
     ) -> None:
-        job = sequence.work.job
+        job = sequence.job_state.job
         scores: list[Token] = []
         if sequence.is_scored:
             following = len(job.prompt[scored_positions(entry.position, entry.position + len(entry.tokens))])
@@ -236,17 +236,17 @@ class EngineLoop:
 
     def _first_tokens(self, first: Sequence, tokens: list[Token], builder: _StepBuilder) -> None:
         """Start the samples of a complete prompt. The first tokens of all samples come from the same logits row."""
-        work = first.work
-        if work.job.max_tokens == 0:
-            builder.ended.extend((sample, "length") for sample in range(work.job.samples))
+        state = first.job_state
+        if state.job.max_tokens == 0:
+            builder.ended.extend((sample, "length") for sample in range(state.job.samples))
             self._scheduler.begin(first, [])
             return
-        samples = [Sequence(work, index) for index in range(work.job.samples)]
+        samples = [Sequence(state, index) for index in range(state.job.samples)]
         self._scheduler.begin(first, self._append(samples, tokens, builder))
 
     def _append(self, samples: list[Sequence], tokens: list[Token], builder: _StepBuilder) -> list[Sequence]:
         """Append the next token to each sample of a job. Returns the samples that continue."""
-        job = samples[0].work.job
+        job = samples[0].job_state.job
         for sequence, token in zip(samples, tokens, strict=True):
             builder.sampled.append((sequence.sample, token))
             sequence.append(token.id)
@@ -260,7 +260,7 @@ class EngineLoop:
 
 def _first_step(admission: Admission) -> Step:
     """The first step of a job: the cached scores of its prompt, before anything is computed for it."""
-    job = admission.work.job
+    job = admission.job_state.job
     scored = _limit_alternatives(admission.scores, job.prompt_alternatives or 0)
     ended: list[tuple[int, FinishReason]] = (
         [(sample, "length") for sample in range(job.samples)] if admission.complete else []

@@ -92,10 +92,10 @@ class FairShare:
         """Whether any client has waited for at least `TURN_PASSES` passes."""
         return bool(self._waiting_since) and now - next(iter(self._waiting_since.values())) >= TURN_PASSES
 
-    def standing(self, client: str) -> tuple[int, int, bool]:
-        """A key for comparing clients. The same holders exceed their share compared with all clients of equal standing.
+    def comparison_key(self, client: str) -> tuple[int, int, bool]:
+        """A key for comparing clients. The same holders exceed their share compared with all clients of equal keys.
 
-        Of clients with equal standing, the one that has waited longest is overdue first.
+        Of clients with equal keys, the one that has waited longest is overdue first.
         """
         return *self.load(client), client.endswith(BATCH_CLIENT)
 

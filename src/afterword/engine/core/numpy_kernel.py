@@ -1,7 +1,7 @@
 """The numpy implementation of `SamplerKernel`, for machines without a compiler. sampler_kernel.cpp computes the same.
 
 The vocabulary is never sorted. The largest logits are searched in the blocks with the largest maxima. The nucleus of
-top_p is never built: a token is drawn, and then tested for membership (`_sample_nucleus`).
+top_p is never built: a token is sampled, and then tested for membership (`_sample_nucleus`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LogitsRow = NDArray[np.float32]
 WeightArray = LogitsRow
 """Exponentials of a logits row, scaled so that the largest is 1. Shape: (vocabulary,).
 
-float32 is exact to 1 in 10^6. Tokens with a weight below 10^-37 are never drawn."""
+float32 is exact to 1 in 10^6. Tokens with a weight below 10^-37 are never sampled."""
 SumArray = NDArray[np.float64]
 """The sum of the weights of each block. Sums inside a block are float32, which is as exact as the weights are."""
 
@@ -37,18 +37,18 @@ class NumpyKernel:
         return [_read(row, query) for row, query in zip(rows, queries, strict=True)]
 
 
-def adjusted_row(row: LogitsRow, draw: SampleQuery) -> LogitsRow:
+def adjusted_row(row: LogitsRow, query: SampleQuery) -> LogitsRow:
     """A copy of the row with bias, repetition, frequency and presence penalties and bans applied, in this order."""
-    row, sampling = row.copy(), draw.sampling
+    row, sampling = row.copy(), query.sampling
     for token, bias in sampling.logit_bias:
         row[token] += np.float32(bias)
     if sampling.repetition_penalty != 1.0:
-        ids = distinct((*draw.prompt, *draw.generated.ids.tolist()))
+        ids = distinct((*query.prompt, *query.generated.ids.tolist()))
         factor = np.float32(sampling.repetition_penalty)
         row[ids] = np.where(row[ids] > 0, row[ids] / factor, row[ids] * factor)
-    penalties = draw.generated.counts * sampling.frequency_penalty + sampling.presence_penalty
-    row[draw.generated.ids] -= penalties.astype(np.float32)
-    row[list(draw.banned)] = -np.inf
+    penalties = query.generated.counts * sampling.frequency_penalty + sampling.presence_penalty
+    row[query.generated.ids] -= penalties.astype(np.float32)
+    row[list(query.banned)] = -np.inf
     return row
 
 
@@ -81,17 +81,17 @@ def random_number(seed: int, n: int) -> float:
 
 def _read(row: LogitsRow, query: RowQuery) -> RowResult:
     total = _log_total(row) if query.reported else 0.0
-    drawn = _draw_ids(adjusted_row(row, query.draw), query.draw) if query.draw else []
+    sampled = _sample_ids(adjusted_row(row, query.sample_query), query.sample_query) if query.sample_query else []
     top = top_ids(row, query.top).tolist() if query.top else []
-    pairs = [tuple((token, float(row[token]) - total) for token in tokens) for tokens in (top, drawn)]
+    pairs = [tuple((token, float(row[token]) - total) for token in tokens) for tokens in (top, sampled)]
     if query.given is None:
-        return RowResult(top=pairs[0], drawn=pairs[1])
+        return RowResult(top=pairs[0], sampled=pairs[1])
     rank = 1 + int(np.count_nonzero(row > row[query.given]))
     return RowResult(pairs[0], float(row[query.given]) - total, rank, pairs[1])
 
 
-def _draw_ids(row: LogitsRow, draw: SampleQuery) -> list[int]:
-    sampling, seeds = draw.sampling, draw.seeds
+def _sample_ids(row: LogitsRow, query: SampleQuery) -> list[int]:
+    sampling, seeds = query.sampling, query.seeds
     weights = _weights(row, sampling.temperature)
     weights[weights < np.float32(sampling.min_p)] = 0
     nucleus_weight = sampling.top_p * float(_block_sums(weights).sum())
@@ -127,9 +127,9 @@ def _sample_nucleus(weights: WeightArray, nucleus_weight: float, seed: int) -> i
 
 def _order_before(weights: WeightArray, index: int) -> NDArray[np.bool_]:
     """A mask of the tokens that come before `index`: those of larger weight, or of equal weight and lower id."""
-    chosen: NDArray[np.bool_] = weights > weights[index]
-    chosen[:index] |= weights[:index] == weights[index]
-    return chosen
+    before: NDArray[np.bool_] = weights > weights[index]
+    before[:index] |= weights[:index] == weights[index]
+    return before
 
 
 def _weights(row: LogitsRow, temperature: float) -> WeightArray:
@@ -151,17 +151,17 @@ def _block_sums(weights: WeightArray) -> SumArray:
     return (np.append(sums, rest.sum()) if len(rest) else sums).astype(np.float64)
 
 
-def _pick(weights: NDArray[np.floating], draw: float) -> tuple[int, float]:
-    """Draw an index in proportion to the weights. Also returns the unused rest of `draw`, again uniform in [0, 1)."""
+def _pick(weights: NDArray[np.floating], uniform: float) -> tuple[int, float]:
+    """Draw an index in proportion to the weights. Also returns the rest of `uniform`, again uniform in [0, 1)."""
     cumulated = np.cumsum(weights, dtype=np.float64)
-    target = draw * float(cumulated[-1])
+    target = uniform * float(cumulated[-1])
     index = int(np.searchsorted(cumulated, min(target, np.nextafter(cumulated[-1], 0)), side="right"))
     before = float(cumulated[index - 1]) if index else 0.0
     return index, min((target - before) / float(weights[index]), _BELOW_ONE)
 
 
-def _pick_by_blocks(weights: WeightArray, sums: SumArray, draw: float) -> int:
+def _pick_by_blocks(weights: WeightArray, sums: SumArray, uniform: float) -> int:
     """Draw an id in proportion to the weights: first its block, then the id in the block."""
-    block, rest = _pick(sums, draw)
+    block, rest = _pick(sums, uniform)
     start = block * BLOCK
     return start + _pick(weights[start : start + BLOCK], rest)[0]

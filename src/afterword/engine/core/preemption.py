@@ -16,7 +16,7 @@ def can_preempt(active: Collection[Sequence], fair_share: FairShare, passes: int
 
     `active`: the sequences that have slots. `passes`: the number of forward passes so far.
     """
-    if fair_share.is_uneven or any(sequence.work.reader_is_behind for sequence in active):
+    if fair_share.is_uneven or any(sequence.job_state.reader_is_behind for sequence in active):
         return True
     return fair_share.has_overdue(passes) and any(sequence.generated_in_slot >= TURN_PASSES for sequence in active)
 
@@ -28,16 +28,16 @@ def preemption_victims(active: Collection[Sequence], fair_share: FairShare, clie
     return sorted(
         found,
         key=lambda each: (
-            each.work.reader_is_behind,
-            *fair_share.load(each.work.job.client),
-            each.work.run,
+            each.job_state.reader_is_behind,
+            *fair_share.load(each.job_state.job.client),
+            each.job_state.job_id,
             each.sample,
         ),
     )
 
 
 def _can_be_preempted(sequence: Sequence, fair_share: FairShare, client: str, overdue: bool) -> bool:
-    if sequence.work.reader_is_behind or (overdue and sequence.generated_in_slot >= TURN_PASSES):
+    if sequence.job_state.reader_is_behind or (overdue and sequence.generated_in_slot >= TURN_PASSES):
         return True
     protected = sequence.paused and 0 < sequence.generated_in_slot < MIN_TOKENS_PER_TURN
-    return not protected and fair_share.exceeds(sequence.work.job.client, client)
+    return not protected and fair_share.exceeds(sequence.job_state.job.client, client)

@@ -50,13 +50,13 @@ class PrefillQueue:
         """
         if not running:
             self._spent = 0
-        ready = [sequence for sequence in self._queue if not sequence.work.suspended]
+        ready = [sequence for sequence in self._queue if not sequence.job_state.suspended]
         left = self._prefill_tokens(budget, len(running), len(ready)) - self._spent
         if not ready or (self._spent and left < MIN_CHUNK) or self._owes_running(ready, running):
             self._spent = 0
             return None
         sequence = self._next_turn(ready)
-        if budget is not None and any(each.work.job.client != sequence.work.job.client for each in running):
+        if budget is not None and any(each.job_state.job.client != sequence.job_state.job.client for each in running):
             left = min(left, int(budget * COMPETING_SHARE))
         entry = self._batch_entry(sequence, left)
         self._spent += len(entry.tokens)
@@ -77,9 +77,9 @@ class PrefillQueue:
         Of the client's sequences, the one with the fewest tokens left and the one that came first take turns.
         """
         client = self._next_client(ready)
-        ready = [sequence for sequence in ready if sequence.work.job.client == client]
+        ready = [sequence for sequence in ready if sequence.job_state.job.client == client]
         self._count += 1
-        clients = {sequence.work.job.client for sequence in self._queue}
+        clients = {sequence.job_state.job.client for sequence in self._queue}
         self._served = {name: at for name, at in self._served.items() if name in clients} | {client: self._count}
         self._oldest_first = not self._oldest_first
         chosen = ready[0]
@@ -92,17 +92,17 @@ class PrefillQueue:
 
     def must_wait(self, client: str) -> bool:
         """Whether a client owes time and already has a prompt in the queue, so that a second prompt would wait too."""
-        waits = any(each.work.job.client == client and not each.work.suspended for each in self._queue)
+        waits = any(each.job_state.job.client == client and not each.job_state.suspended for each in self._queue)
         return waits and self.compute_share.excess(client) > 0
 
     def _next_client(self, ready: list[Sequence]) -> str:
-        clients = (sequence.work.job.client for sequence in ready)
+        clients = (sequence.job_state.job.client for sequence in ready)
         return min(clients, key=lambda name: (self.compute_share.excess(name), self._served.get(name, -1)))
 
     def _owes_running(self, ready: list[Sequence], running: list[Sequence]) -> bool:
         """Whether the next client owes too much time while sequences of other clients run."""
         client = self._next_client(ready)
-        others = any(share_group(each.work.job.client) != share_group(client) for each in running)
+        others = any(share_group(each.job_state.job.client) != share_group(client) for each in running)
         return others and self.compute_share.excess(client) > ALLOWED_EXCESS
 
     def _batch_entry(self, sequence: Sequence, budget: int) -> BatchEntry:

@@ -150,13 +150,15 @@ class PrefixCache:
         """
         prompt = np.array(job.prompt, np.int32)
         scores_only = job.max_tokens == 0 and job.prompt_alternatives is not None
-        most = len(prompt) if scores_only else len(prompt) - 1
-        return PrefixQuery(head(prompt, self._min_shared_tokens), job.namespace, prompt, most, job.prompt_alternatives)
+        max_kept = len(prompt) if scores_only else len(prompt) - 1
+        return PrefixQuery(
+            head(prompt, self._min_shared_tokens), job.namespace, prompt, max_kept, job.prompt_alternatives
+        )
 
-    def resume_query(self, job: Job, tokens: tuple[int, ...], most: int) -> PrefixQuery:
+    def resume_query(self, job: Job, tokens: tuple[int, ...], max_kept: int) -> PrefixQuery:
         """The query for tokens that were already computed for a job. Their scores were already returned."""
         array = np.array(tokens, np.int32)
-        return PrefixQuery(head(array, self._min_shared_tokens), job.namespace, array, most, None)
+        return PrefixQuery(head(array, self._min_shared_tokens), job.namespace, array, max_kept, None)
 
     def find(self, query: PrefixQuery) -> PrefixHit | None:
         """The longest reusable prefix of a prompt that any slot holds."""

@@ -28,9 +28,9 @@ from afterword.engine.core.token_counts import TokenCounts
 from afterword.engine.protocol import Job, Token
 
 
-def make_kernel(threads: int = 1, team: int | None = None) -> SamplerKernel:
-    """The fastest available kernel. `team`: see `CompiledKernel`."""
-    return CompiledKernel(threads, team) if LIBRARY.exists() else NumpyKernel()
+def make_kernel(threads: int = 1, thread_pool: int | None = None) -> SamplerKernel:
+    """The fastest available kernel. `thread_pool`: see `CompiledKernel`."""
+    return CompiledKernel(threads, thread_pool) if LIBRARY.exists() else NumpyKernel()
 
 
 def finite_rows(logits: Logits) -> NDArray[np.bool_]:
@@ -89,8 +89,8 @@ def _row_query(query: TokenQuery) -> RowQuery:
         case SampleTokens(job, samples, position, generated):
             seeds = [seed_of(job.key, sample, position) for sample in samples]
             banned = job.end_tokens if position < job.min_tokens else ()
-            draw = SampleQuery(job.sampling, seeds, generated, job.prompt, banned)
-            return RowQuery(reported=job.alternatives is not None, top=job.alternatives or 0, draw=draw)
+            sample_query = SampleQuery(job.sampling, seeds, generated, job.prompt, banned)
+            return RowQuery(reported=job.alternatives is not None, top=job.alternatives or 0, sample_query=sample_query)
         case None:
             return RowQuery()
 
@@ -100,6 +100,6 @@ def _tokens(query: TokenQuery, found: RowResult) -> list[Token]:
         case ScoreQuery(token):
             return [Token(token, found.value, found.top, found.rank)]
         case SampleTokens(job) if job.alternatives is None:
-            return [Token(token) for token, _ in found.drawn]
+            return [Token(token) for token, _ in found.sampled]
         case _:
-            return [Token(token, value, found.top) for token, value in found.drawn]
+            return [Token(token, value, found.top) for token, value in found.sampled]

@@ -33,9 +33,9 @@ _MAX_CACHED = 256  # arrays; as many as there can be sequences, because each tok
 
 
 class SampleQuery(msgspec.Struct, frozen=True):
-    """Draw one id for each seed: bias, penalties, bans, temperature, then the filters min_p, top_k, top_p.
+    """Sample one id for each seed: bias, penalties, bans, temperature, then the filters min_p, top_k, top_p.
 
-    `generated`: the sample's tokens so far. `banned`: ids that are never drawn. `prompt`: for the repetition penalty.
+    `generated`: the sample's tokens so far. `banned`: ids that are never sampled. `prompt`: for the repetition penalty.
     """
 
     sampling: Sampling
@@ -49,26 +49,26 @@ class RowQuery(msgspec.Struct, frozen=True):
     """The request for one logits row.
 
     `reported`: return log probabilities. `top`: number of most likely ids to return. `given`: the id to be scored.
-    `draw`: the ids to be drawn.
+    `sample_query`: the ids to be sampled.
     """
 
     reported: bool = False
     top: int = 0
     given: int | None = None
-    draw: SampleQuery | None = None
+    sample_query: SampleQuery | None = None
 
 
 class RowResult(msgspec.Struct, frozen=True):
     """The result for one logits row. Values are those of the unmodified row; without meaning if it is not finite.
 
-    `top`, `drawn`: pairs of id and log probability. `value`, `rank`: log probability and rank of the given id; rank 1
+    `top`, `sampled`: pairs of id and log probability. `value`, `rank`: log probability and rank of the given id; rank 1
     is the most likely id. Without `reported`, all values are logits instead of log probabilities.
     """
 
     top: tuple[tuple[int, float], ...] = ()
     value: float = 0.0
     rank: int = 0
-    drawn: tuple[tuple[int, float], ...] = ()
+    sampled: tuple[tuple[int, float], ...] = ()
 
 
 class SamplerKernel(Protocol):
@@ -91,7 +91,7 @@ def distinct(ids: tuple[int, ...]) -> Ids:
 _AT, _COUNT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 
-class _NativeRowQuery(ctypes.Structure):
+class NativeRowQuery(ctypes.Structure):
     """The same struct as in sampler_kernel.cpp."""
 
     _fields_ = [
@@ -105,42 +105,45 @@ class _NativeRowQuery(ctypes.Structure):
         *(("biased", _AT), ("biased_count", _COUNT), ("biases", _AT)),
         *(("banned", _AT), ("banned_count", _COUNT)),
         *(("value", _DOUBLE), ("rank", _COUNT)),
-        *((name, _AT) for name in ("top", "top_values", "chosen", "chosen_values")),
+        *((name, _AT) for name in ("top", "top_values", "sampled", "sampled_values")),
     ]
 
 
 class CompiledKernel:
     """The kernel of sampler_kernel.cpp. Up to `threads` threads share the rows, or the blocks of a single row.
 
-    `team`: the address of the thread pool's function that runs them (`Run` in parallel.hpp); None: OpenMP runs them.
+    `thread_pool`: the address of the thread pool's function that runs them (`Run` in parallel.hpp); None: OpenMP runs
+    them.
     """
 
-    def __init__(self, threads: int = 1, team: int | None = None) -> None:
+    def __init__(self, threads: int = 1, thread_pool: int | None = None) -> None:
         native = ctypes.CDLL(str(LIBRARY))
-        native.rows_task_size.restype = _COUNT
-        assert native.rows_task_size() == ctypes.sizeof(_NativeRowQuery)
+        native.row_query_size.restype = _COUNT
+        assert native.row_query_size() == ctypes.sizeof(NativeRowQuery)
         self._read = native.rows_read
         self._read.argtypes = (_AT, _COUNT, _COUNT, _AT, ctypes.c_int, _AT)
-        self._threads = threads, team
+        self._threads = threads, thread_pool
 
     def read(self, rows: Logits, queries: Sequence[RowQuery]) -> list[RowResult]:
         """See `SamplerKernel`."""
         count, length = rows.shape
         tops = [min(query.top, length) for query in queries]
-        seeds = np.array([seed for query in queries if query.draw for seed in query.draw.seeds], np.uint64)
-        top, drawn = _ResultMemory(sum(tops)), _ResultMemory(len(seeds))
+        seeds = np.array(
+            [seed for query in queries if query.sample_query for seed in query.sample_query.seeds], np.uint64
+        )
+        top, sampled = _ResultMemory(sum(tops)), _ResultMemory(len(seeds))
         at, held = _address(seeds), []
-        native = (_NativeRowQuery * count)()
+        native = (NativeRowQuery * count)()
         for each, query, size in zip(native, queries, tops, strict=True):
             each.reported, each.given = query.reported, -1 if query.given is None else query.given
             each.top_count, (each.top, each.top_values) = size, top.next(size)
-            if query.draw:
-                draws = len(query.draw.seeds)
-                each.seeds, each.seeds_count, at = at, draws, at + 8 * draws
-                each.chosen, each.chosen_values = drawn.next(draws)
-                held.append(_fill_query(each, query.draw))
+            if query.sample_query:
+                sample_count = len(query.sample_query.seeds)
+                each.seeds, each.seeds_count, at = at, sample_count, at + 8 * sample_count
+                each.sampled, each.sampled_values = sampled.next(sample_count)
+                held.append(_fill_query(each, query.sample_query))
         self._read(_address(rows), count, length, native, *self._threads)
-        first, second = top.pairs(), drawn.pairs()
+        first, second = top.pairs(), sampled.pairs()
         return [
             RowResult(tuple(islice(first, size)), each.value, each.rank, tuple(islice(second, each.seeds_count)))
             for each, size in zip(native, tops, strict=True)
@@ -166,16 +169,16 @@ class _ResultMemory:
         return zip(self._ids.tolist(), self._numbers.tolist(), strict=True)
 
 
-def _fill_query(each: _NativeRowQuery, draw: SampleQuery) -> tuple[object, ...]:
-    """Fill in the fields for drawing. Returns the owners of the arrays, to be kept alive during the native call."""
-    sampling, generated = draw.sampling, draw.generated
+def _fill_query(each: NativeRowQuery, query: SampleQuery) -> tuple[object, ...]:
+    """Fill in the fields for sampling. Returns the owners of the arrays, to be kept alive during the native call."""
+    sampling, generated = query.sampling, query.generated
     each.temperature = 0.0 if sampling.temperature < GREEDY_BELOW else sampling.temperature
     each.top_p, each.min_p, each.top_k = sampling.top_p, sampling.min_p, sampling.top_k
     each.presence, each.frequency = sampling.presence_penalty, sampling.frequency_penalty
     each.repetition = sampling.repetition_penalty
     each.generated, each.times, each.generated_count = *generated.addresses, len(generated)
-    seen = _array(draw.prompt if sampling.repetition_penalty != 1.0 else ())
-    banned = _array(draw.banned)
+    seen = _array(query.prompt if sampling.repetition_penalty != 1.0 else ())
+    banned = _array(query.banned)
     biased, biases = _arrays(sampling.logit_bias)
     each.seen, each.seen_count = _address(seen), len(seen)
     each.banned, each.banned_count = _address(banned), len(banned)

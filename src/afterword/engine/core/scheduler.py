@@ -30,8 +30,8 @@ from afterword.engine.core.sequence import Admission, JobState, Sequence
 from afterword.engine.protocol import Job, Load, Token, score_count
 
 ADMISSION_WINDOW = 32  # jobs of a client that are considered for admission at a time
-MAX_OVERTAKEN = 8  # how often a job may be passed over for one with a longer cached prefix
-REST_PASSES = (32, 256)  # minimum and maximum of passes for which a preempted sample leaves free slots to others
+MAX_TIMES_PASSED_OVER = 8  # how often a job may be passed over for one with a longer cached prefix
+RESUME_PASSES = (32, 256)  # minimum and maximum of passes for which a preempted sample leaves free slots to others
 
 
 class Scheduler:
@@ -42,9 +42,9 @@ class Scheduler:
         self._min_shared_tokens = min_shared_tokens
         self._can_truncate = can_truncate
         self._slots = PrefixCache(slots, grid, min_shared_tokens, can_truncate)
-        self._works: dict[int, JobState] = {}
+        self._jobs: dict[int, JobState] = {}
         self._waiting: dict[str, dict[int, JobState]] = {}  # not admitted yet: by client, in order of arrival
-        self._begun: dict[int, JobState] = {}  # admitted, in the order of admission
+        self._admitted: dict[int, JobState] = {}  # in the order of admission
         self._fair_share = FairShare(slots)
         self._active: dict[Slot, Sequence] = {}
         self._prefill_queue = PrefillQueue(chunk, grid)
@@ -52,48 +52,48 @@ class Scheduler:
 
     # ---- jobs
 
-    def add(self, run: int, job: Job) -> None:
-        self._works[run] = work = JobState(run, job, self._slots.prefix_query(job))
-        self._waiting.setdefault(job.client, {})[run] = work
+    def add(self, job_id: int, job: Job) -> None:
+        self._jobs[job_id] = state = JobState(job_id, job, self._slots.prefix_query(job))
+        self._waiting.setdefault(job.client, {})[job_id] = state
 
-    def close(self, run: int) -> None:
+    def close(self, job_id: int) -> None:
         """Remove a job and free its slots. Unknown ids are ignored: the job may have ended just before."""
-        work = self._works.get(run)
-        if work is None:
+        state = self._jobs.get(job_id)
+        if state is None:
             return
-        work.queued.clear()
-        for sequence in list(work.live):
+        state.queued.clear()
+        for sequence in list(state.live):
             self.end(sequence)
-        self._remove_work(work)
+        self._remove_job(state)
 
-    def discard_failed(self, run: int) -> None:
+    def discard_failed(self, job_id: int) -> None:
         """Remove a job and clear its slots, because no other sequence may continue from their content."""
-        work = self._works.get(run)
-        slots = [sequence.slot for sequence in work.live] if work else []
-        self.close(run)
+        state = self._jobs.get(job_id)
+        slots = [sequence.slot for sequence in state.live] if state else []
+        self.close(job_id)
         for slot in slots:
             assert slot is not None
             self._slots.truncate(slot, 0)
 
-    def drop(self, run: int, sample: int) -> None:
+    def drop(self, job_id: int, sample: int) -> None:
         """End one sample of a started job. Unknown ids are ignored."""
-        work = self._works.get(run)
-        if work is None or not work.started:
+        state = self._jobs.get(job_id)
+        if state is None or not state.started:
             return
-        for sequence in (*work.live, *work.queued):
+        for sequence in (*state.live, *state.queued):
             if sequence.sample == sample:
                 self.end(sequence)
                 return
 
-    def suspend(self, run: int, suspended: bool, reader_is_behind: bool = False) -> bool:
+    def suspend(self, job_id: int, suspended: bool, reader_is_behind: bool = False) -> bool:
         """Compute nothing for a job while it is suspended. Returns whether a job with that id exists.
 
         `reader_is_behind`: the suspension may last long, so the job's sequences are preempted for any waiting job.
         """
-        work = self._works.get(run)
-        if work is None:
+        state = self._jobs.get(job_id)
+        if state is None:
             return False
-        work.suspended, work.reader_is_behind = suspended, reader_is_behind
+        state.suspended, state.reader_is_behind = suspended, reader_is_behind
         return True
 
     # ---- passes and their results
@@ -106,7 +106,7 @@ class Scheduler:
         admissions = []
         while free_bytes > 0 and (found := self._next_admission()):
             if not self._slots.has_free_slot:
-                self._preempt(self._victims(found[0].work.job.client)[-1])
+                self._preempt(self._victims(found[0].job_state.job.client)[-1])
             if admission := self._admit_sequence(*found):
                 admissions.append(admission)
                 free_bytes -= len(admission.scores) * admission.scores[0].size if admission.scores else 0
@@ -126,8 +126,8 @@ class Scheduler:
 
     def charge(self, batch: ForwardBatch, seconds: float) -> None:
         """Charge the duration of a pass to its clients. Call it before `computed`."""
-        clients = [self.sequence_in(entry.slot).work.job.client for entry in batch.entries]
-        self._prefill_queue.compute_share.spent(clients, seconds, self._fair_share.holding)
+        clients = [self.sequence_in(entry.slot).job_state.job.client for entry in batch.entries]
+        self._prefill_queue.compute_share.charge(clients, seconds, self._fair_share.holding)
 
     def computed(self, entry: BatchEntry, sequence: Sequence, scores: list[Token]) -> list[Token]:
         """Record that an entry's tokens are computed, with the scores of the prompt tokens that follow them.
@@ -138,53 +138,53 @@ class Scheduler:
         self._slots.computed(sequence.slot, entry.tokens, scores)
         if not sequence.needs_prefill:
             self._prefill_queue.discard(sequence)
-        return sequence.work.unsent_scores(entry.position, scores)
+        return sequence.job_state.unsent_scores(entry.position, scores)
 
     def begin(self, first: Sequence, samples: Iterable[Sequence]) -> None:
         """Start a job's samples: the prompt in `first` is computed and every sample has its first token.
 
         `samples`: those that continue. One of them gets the slot of `first`; if there are none, the slot is released.
         """
-        work = first.work
-        work.started = True
-        work.queued.extend(samples)
-        if work.queued:
+        state = first.job_state
+        state.started = True
+        state.queued.extend(samples)
+        if state.queued:
             self._hand_over_slot(first)
         else:
             self.end(first)
 
     def end(self, sequence: Sequence) -> None:
         """End a sample. Its slot goes to a queued sample of the same prompt, or becomes free and keeps its content."""
-        work, slot = sequence.work, sequence.slot
+        state, slot = sequence.job_state, sequence.slot
         if slot is None:
-            work.queued.remove(sequence)
-        elif self._has_successor(work):
+            state.queued.remove(sequence)
+        elif self._has_successor(state):
             self._hand_over_slot(sequence)
         else:
             self._release(sequence)
-            self._slots.release(slot, redundant=self._prompt_source(work) is not None)
-        if not work.live and not work.queued:
-            self._remove_work(work)
+            self._slots.release(slot, redundant=self._prompt_source(state) is not None)
+        if not state.live and not state.queued:
+            self._remove_job(state)
 
-    def _has_successor(self, work: JobState) -> bool:
+    def _has_successor(self, state: JobState) -> bool:
         """Whether a slot that holds a job's prompt should go to a sample of the job that was never preempted."""
-        client = work.job.client
+        client = state.job.client
         first = self._first_queued(client)
-        is_new = first is not None and first.work is work and not first.paused
+        is_new = first is not None and first.job_state is state and not first.paused
         return is_new and not self._fair_share.should_yield_slot(client)
 
     def _hand_over_slot(self, sequence: Sequence) -> None:
         """Give a sequence's slot, with the prompt in it, to the first queued sample of the same job."""
-        work, slot = sequence.work, sequence.slot
+        state, slot = sequence.job_state, sequence.slot
         assert slot is not None
-        self._slots.truncate(slot, len(work.job.prompt) if self._holds_prompt(sequence) else 0)
+        self._slots.truncate(slot, len(state.job.prompt) if self._holds_prompt(sequence) else 0)
         self._release(sequence)
-        self._assign_slot(work.queued.popleft(), slot)
+        self._assign_slot(state.queued.popleft(), slot)
 
     def load(self) -> Load:
         """The number of slots, of slots in use, and of samples that wait for one."""
-        waiting = sum(work.job.samples for works in self._waiting.values() for work in works.values())
-        queued = sum(len(work.queued) for work in self._begun.values())
+        waiting = sum(state.job.samples for states in self._waiting.values() for state in states.values())
+        queued = sum(len(state.queued) for state in self._admitted.values())
         return Load(len(self._slots), len(self._active), waiting + queued)
 
     def slot_usage(self) -> tuple[int, int]:
@@ -199,11 +199,11 @@ class Scheduler:
         """
         self._slots.check()
         assert {slot for slot in self._slots if slot.in_use} == set(self._active), "a slot is used by one sequence"
-        clients = [sequence.work.job.client for sequence in self._active.values()]
+        clients = [sequence.job_state.job.client for sequence in self._active.values()]
         assert all(self._fair_share.load(each)[1] == clients.count(each) for each in clients), "shares are counted"
         for slot, sequence in self._active.items():
             assert sequence.slot is slot
-            assert sequence in sequence.work.live
+            assert sequence in sequence.job_state.live
             assert tuple(slot.tokens.tolist()) == sequence.slice(0, slot.length), "a slot holds its sequence's tokens"
         assert set(self._prefill_queue) == {sequence for sequence in self._active.values() if sequence.needs_prefill}
         return {slot.index: slot.length for slot in self._slots if slot.index not in self._slots.slots_being_changed}
@@ -219,41 +219,41 @@ class Scheduler:
         self._fair_share.set_waiting(self._waiting_clients(), self._passes)
         if not self._slots.has_free_slot and not can_preempt(self._active.values(), self._fair_share, self._passes):
             return None
-        stuck = set()  # standings without victims: many clients may wait, but few differ in what they hold
+        stuck = set()  # comparison keys without victims: many clients may wait, but few differ in what they hold
         for client in filterfalse(self._prefill_queue.must_wait, self._fair_share.order(self._slots.has_free_slot)):
-            standing = self._fair_share.standing(client)
-            if not self._slots.has_free_slot and (standing in stuck or not self._victims(client)):
-                stuck.add(standing)
+            comparison_key = self._fair_share.comparison_key(client)
+            if not self._slots.has_free_slot and (comparison_key in stuck or not self._victims(client)):
+                stuck.add(comparison_key)
             elif found := self._first(client):
                 return found
         return None
 
     def _waiting_clients(self) -> Iterator[str]:
         """The clients that have a job or a sample without a slot."""
-        yield from (work.job.client for work in self._begun.values() if work.queued and not work.suspended)
-        for client, works in self._waiting.items():
-            if any(not work.suspended for work in works.values()):
+        yield from (state.job.client for state in self._admitted.values() if state.queued and not state.suspended)
+        for client, states in self._waiting.items():
+            if any(not state.suspended for state in states.values()):
                 yield client
 
     def _first(self, client: str) -> tuple[Sequence, PrefixHit | None] | None:
         if queued := self._first_queued(client):
             return self._resumable(queued)
-        work, hit = self._first_waiting(client)
-        return (Sequence(work, sample=0), hit) if work else None
+        state, hit = self._first_waiting(client)
+        return (Sequence(state, sample=0), hit) if state else None
 
     def _first_queued(self, client: str) -> Sequence | None:
-        works = (
-            each for each in self._begun.values() if each.queued and each.job.client == client and not each.suspended
+        states = (
+            each for each in self._admitted.values() if each.queued and each.job.client == client and not each.suspended
         )
-        work = next(works, None)
-        return work.queued[0] if work else None
+        state = next(states, None)
+        return state.queued[0] if state else None
 
     def _first_waiting(self, client: str) -> tuple[JobState | None, PrefixHit | None]:
-        ready = [(work, hit) for work, hit in self._with_hits(client) if not self._is_being_computed(work, hit)]
+        ready = [(state, hit) for state, hit in self._with_hits(client) if not self._is_being_computed(state, hit)]
         if not ready:
             return None, None
         first = ready[0][0]
-        if first.times_passed_over >= MAX_OVERTAKEN:
+        if first.times_passed_over >= MAX_TIMES_PASSED_OVER:
             return ready[0]
         chosen = max(ready, key=lambda pair: pair[1].keep if pair[1] else 0)
         first.times_passed_over += chosen[0] is not first
@@ -265,70 +265,70 @@ class Scheduler:
         It waits after a preemption, so that it is not preempted again at once, and for a sample of the same job that
         is computing the prompt.
         """
-        work = sequence.work
-        has_runnable = any(not each.work.suspended for each in self._active.values())
-        if self._passes < sequence.resume_pass and self._fair_share.load(work.job.client)[0] and has_runnable:
+        state = sequence.job_state
+        has_runnable = any(not each.job_state.suspended for each in self._active.values())
+        if self._passes < sequence.resume_pass and self._fair_share.load(state.job.client)[0] and has_runnable:
             return None
-        source = self._prompt_source(work)
-        if source is None and any(other.needs_prefill for other in work.live):
+        source = self._prompt_source(state)
+        if source is None and any(other.needs_prefill for other in state.live):
             return None
         hit = self._slots.find(self._resume_query(sequence))
-        if source and source.slot and (hit is None or hit.keep < len(work.job.prompt)):
-            hit = PrefixHit(source.slot, len(work.job.prompt), scored=False)
+        if source and source.slot and (hit is None or hit.keep < len(state.job.prompt)):
+            hit = PrefixHit(source.slot, len(state.job.prompt), scored=False)
         return sequence, hit
 
     def _resume_query(self, sequence: Sequence) -> PrefixQuery:
         """The query for a queued sample: all tokens but the last, or only the prompt if the grid is not 1."""
-        work = sequence.work
-        if not work.started:
-            return work.query
+        state = sequence.job_state
+        if not state.started:
+            return state.query
         if self._grid > 1:
-            return self._slots.resume_query(work.job, work.job.prompt, len(work.job.prompt))
-        return self._slots.resume_query(work.job, sequence.slice(0, sequence.length), sequence.length - 1)
+            return self._slots.resume_query(state.job, state.job.prompt, len(state.job.prompt))
+        return self._slots.resume_query(state.job, sequence.slice(0, sequence.length), sequence.length - 1)
 
     def _with_hits(self, client: str) -> Iterator[tuple[JobState, PrefixHit | None]]:
-        for work in islice((work for work in self._waiting[client].values() if not work.suspended), ADMISSION_WINDOW):
-            yield work, self._slots.find(work.query)
+        waiting = (state for state in self._waiting[client].values() if not state.suspended)
+        yield from ((state, self._slots.find(state.query)) for state in islice(waiting, ADMISSION_WINDOW))
 
-    def _is_being_computed(self, work: JobState, hit: PrefixHit | None) -> bool:
+    def _is_being_computed(self, state: JobState, hit: PrefixHit | None) -> bool:
         """Whether another job is computing more of the prompt than the cached prefix."""
         found = hit.keep if hit else 0
-        scored = work.query.alternatives is not None
-        coming = [each for each in self._prefill_queue if not each.work.suspended and (each.is_scored or not scored)]
+        queue = (each for each in self._prefill_queue if each.is_scored or state.query.alternatives is None)
+        coming = [each for each in queue if not each.job_state.suspended]
         return any(
-            self._slots.expected_prefix(work.query, other.work.query)
+            self._slots.expected_prefix(state.query, other.job_state.query)
             >= max(found + self._min_shared_tokens, other.computed + 1)
             for other in coming
         )
 
     def _admit_sequence(self, sequence: Sequence, hit: PrefixHit | None) -> Admission | None:
         """Give a free slot to a sequence. Returns the admission if the job's prompt is still to be completed."""
-        work = sequence.work
-        self._fair_share.served(work.job.client)
-        if work.run in self._begun:
-            work.queued.popleft()
-            if work.started:
+        state = sequence.job_state
+        self._fair_share.served(state.job.client)
+        if state.job_id in self._admitted:
+            state.queued.popleft()
+            if state.started:
                 self._assign_slot(sequence, self._slots.take(self._resume_query(sequence), hit))
                 return None
         return self._admit_job(sequence, hit)
 
     def _admit_job(self, sequence: Sequence, hit: PrefixHit | None) -> Admission:
-        work = sequence.work
-        job, query = work.job, work.query
+        state = sequence.job_state
+        job, query = state.job, state.query
         keep, scores = (hit.keep, hit.scores) if hit else (0, [])
         admission = Admission(
-            work,
-            cached=0 if work.run in self._begun else keep,
-            scores=tuple(work.unsent_scores(0, scores)),
+            state,
+            cached=0 if state.job_id in self._admitted else keep,
+            scores=tuple(state.unsent_scores(0, scores)),
             complete=query.max_tokens == len(job.prompt) and keep == score_count(len(job.prompt)),
         )
         if admission.complete:
             if hit:
                 self._slots.mark_used(hit.slot)  # frequently requested texts should not be evicted first
-            self._remove_work(work)
+            self._remove_job(state)
             return admission
-        self._remove_waiting(work)
-        self._begun[work.run] = work
+        self._remove_waiting(state)
+        self._admitted[state.job_id] = state
         self._assign_slot(sequence, self._slots.take(query, hit))
         return admission
 
@@ -339,55 +339,56 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a sequence's slot. The slot's content stays until another sequence needs the slot."""
-        work, slot = sequence.work, sequence.slot
+        state, slot = sequence.job_state, sequence.slot
         assert slot is not None
         cost = -(-sequence.computed // MIN_CHUNK) + (len(sequence.generated) if self._grid > 1 else 0)  # passes
-        sequence.paused, sequence.resume_pass = True, self._passes + min(max(cost, REST_PASSES[0]), REST_PASSES[1])
+        sequence.paused = True
+        sequence.resume_pass = self._passes + min(max(cost, RESUME_PASSES[0]), RESUME_PASSES[1])
         self._release(sequence)
-        self._slots.release(slot, redundant=self._prompt_source(work) is not None)
-        work.queued.appendleft(sequence)
+        self._slots.release(slot, redundant=self._prompt_source(state) is not None)
+        state.queued.appendleft(sequence)
 
     # ---- slots
 
-    def _prompt_source(self, work: JobState) -> Sequence | None:
-        return next(filter(self._holds_prompt, work.live), None)
+    def _prompt_source(self, state: JobState) -> Sequence | None:
+        return next(filter(self._holds_prompt, state.live), None)
 
     def _holds_prompt(self, sequence: Sequence) -> bool:
         """Whether its slot can provide the prompt's state: exactly the prompt if slots cannot be truncated."""
-        prompt = len(sequence.work.job.prompt)
+        prompt = len(sequence.job_state.job.prompt)
         return sequence.computed == prompt or (self._can_truncate and sequence.computed > prompt)
 
     def _assign_slot(self, sequence: Sequence, slot: Slot) -> None:
         sequence.assign_slot(slot, chunk_generated=self._grid == 1)
-        sequence.work.live.append(sequence)
+        sequence.job_state.live.append(sequence)
         self._active[slot] = sequence
-        self._fair_share.acquire(sequence.work.job.client)
+        self._fair_share.acquire(sequence.job_state.job.client)
         if sequence.needs_prefill:
             self._prefill_queue.add(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         assert sequence.slot is not None
         del self._active[sequence.slot]
-        sequence.work.live.remove(sequence)
-        self._fair_share.release(sequence.work.job.client)
+        sequence.job_state.live.remove(sequence)
+        self._fair_share.release(sequence.job_state.job.client)
         self._prefill_queue.discard(sequence)
         sequence.slot = None
 
-    def _remove_work(self, work: JobState) -> None:
-        self._works.pop(work.run, None)
-        self._begun.pop(work.run, None)
-        self._remove_waiting(work)
+    def _remove_job(self, state: JobState) -> None:
+        self._jobs.pop(state.job_id, None)
+        self._admitted.pop(state.job_id, None)
+        self._remove_waiting(state)
 
-    def _remove_waiting(self, work: JobState) -> None:
-        works = self._waiting.get(work.job.client, {})
-        works.pop(work.run, None)
-        if not works:
-            self._waiting.pop(work.job.client, None)
+    def _remove_waiting(self, state: JobState) -> None:
+        states = self._waiting.get(state.job.client, {})
+        states.pop(state.job_id, None)
+        if not states:
+            self._waiting.pop(state.job.client, None)
 
     # ---- the next pass
 
     def _next_entries(self, budget: int | None) -> tuple[BatchEntry, ...]:
-        running = [each for each in self._active.values() if not each.needs_prefill and not each.work.suspended]
+        running = [each for each in self._active.values() if not each.needs_prefill and not each.job_state.suspended]
         alone = len(self._active) == 1 and not self._waiting
         if chunk := self._prefill_queue.next_chunk(running, None if alone else budget):
             return (chunk,)

@@ -19,15 +19,15 @@ from afterword.engine.protocol import Job, Token
 class JobState:
     """An accepted job. Owned by the scheduler.
 
-    `run`: the job's id. `query`: the request to the prefix cache for its prompt. `started`: its first tokens are
-    sampled, all from the same logits row. `times_passed_over`: how often the scheduler preferred a later job.
-    `suspended`: the scheduler computes nothing for the job. `reader_is_behind`: the client reads too slowly, so the
-    job's sequences are preempted before all others. `scores_sent`: how many scores of prompt tokens were returned.
-    `live`: sequences that have a slot. `queued`: sequences that have none, because they were preempted or because
-    there was no free slot after their first token.
+    `query`: the request to the prefix cache for its prompt. `started`: its first tokens are sampled, all from the same
+    logits row. `times_passed_over`: how often the scheduler preferred a later job. `suspended`: the scheduler computes
+    nothing for the job. `reader_is_behind`: the client reads too slowly, so the job's sequences are preempted before
+    all others. `scores_sent`: how many scores of prompt tokens were returned. `live`: sequences that have a slot.
+    `queued`: sequences that have none, because they were preempted or because there was no free slot after their first
+    token.
     """
 
-    run: int
+    job_id: int
     job: Job
     query: PrefixQuery
     started: bool = False
@@ -49,7 +49,7 @@ class JobState:
 class Admission:
     """A job that leaves the queue, with the cached part of its prompt. `complete`: there is nothing more to compute."""
 
-    work: JobState
+    job_state: JobState
     cached: int
     scores: tuple[Token, ...]
     complete: bool
@@ -64,7 +64,7 @@ class Sequence:
     was preempted at least once. It then leaves free slots to others until the pass number `resume_pass`.
     """
 
-    work: JobState
+    job_state: JobState
     sample: int
     generated: list[int] = field(default_factory=list)
     slot: Slot | None = None
@@ -77,7 +77,7 @@ class Sequence:
     @property
     def length(self) -> int:
         """Number of tokens, prompt and generated."""
-        return len(self.work.job.prompt) + len(self.generated)
+        return len(self.job_state.job.prompt) + len(self.generated)
 
     @property
     def computed(self) -> int:
@@ -102,7 +102,7 @@ class Sequence:
         True while no token is generated. If a preempted sequence computes its prompt again after that, the job has all
         scores already. `engine.protocol.scored_positions` says which logits row scores which token.
         """
-        return self.work.job.prompt_alternatives is not None and not self.generated
+        return self.job_state.job.prompt_alternatives is not None and not self.generated
 
     @property
     def needs_prefill(self) -> bool:
@@ -118,7 +118,7 @@ class Sequence:
         """Set the slot. `chunk_generated`: if several tokens are missing, generated ones may be computed in chunks."""
         self.slot, self.generated_before_slot = slot, len(self.generated)
         in_chunks = chunk_generated and self.length > slot.length + 1
-        self.prefill_length = self.length if in_chunks else len(self.work.job.prompt)
+        self.prefill_length = self.length if in_chunks else len(self.job_state.job.prompt)
 
     def append(self, token: int) -> None:
         """Append a sampled token."""
@@ -127,7 +127,7 @@ class Sequence:
 
     def slice(self, start: int, stop: int) -> tuple[int, ...]:
         """The tokens from index `start` up to `stop`."""
-        prompt = self.work.job.prompt
+        prompt = self.job_state.job.prompt
         size = len(prompt)
         if start >= size:
             return tuple(self.generated[start - size : stop - size])

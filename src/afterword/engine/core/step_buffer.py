@@ -25,8 +25,8 @@ class StepBuffer:
         self._waiting: dict[int, deque[Step]] = {}
         self.paused: set[int] = set()  # ids of jobs that get no steps for now
 
-    def __contains__(self, run: int) -> bool:
-        return run in self._waiting
+    def __contains__(self, job_id: int) -> bool:
+        return job_id in self._waiting
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._waiting)
@@ -34,12 +34,14 @@ class StepBuffer:
     @property
     def free_bytes(self) -> int:
         """Bytes that new jobs may still add. Steps of paused jobs do not count. Can be negative."""
-        waiting = sum(step.size for run, steps in self._waiting.items() if run not in self.paused for step in steps)
+        waiting = sum(
+            step.size for job_id, steps in self._waiting.items() if job_id not in self.paused for step in steps
+        )
         return self._max_bytes - waiting
 
-    def add(self, run: int, step: Step) -> None:
+    def add(self, job_id: int, step: Step) -> None:
         """Add a step of a job, split if it exceeds the size of a portion."""
-        self._waiting.setdefault(run, deque()).extend(
+        self._waiting.setdefault(job_id, deque()).extend(
             split_step(step, self._max_bytes) if step.size > self._max_bytes else (step,)
         )
 
@@ -50,24 +52,24 @@ class StepBuffer:
         """
         taken: dict[int, Step] = {}
         free = self._max_bytes
-        for run in [run for run in self._waiting if run not in self.paused]:
-            steps = self._waiting[run]
+        for job_id in [job_id for job_id in self._waiting if job_id not in self.paused]:
+            steps = self._waiting[job_id]
             if steps[0].size > free:
                 if not taken:
-                    taken[run] = steps.popleft()
+                    taken[job_id] = steps.popleft()
                 break
-            taken[run] = steps.popleft()
-            free -= taken[run].size
-        for run in taken:
-            steps = self._waiting.pop(run)
+            taken[job_id] = steps.popleft()
+            free -= taken[job_id].size
+        for job_id in taken:
+            steps = self._waiting.pop(job_id)
             if steps:
-                self._waiting[run] = steps  # to the end: the other jobs come first in the next portion
+                self._waiting[job_id] = steps  # to the end: the other jobs come first in the next portion
         return taken
 
-    def discard(self, run: int) -> None:
+    def discard(self, job_id: int) -> None:
         """Delete all steps of a closed job."""
-        self._waiting.pop(run, None)
-        self.paused.discard(run)
+        self._waiting.pop(job_id, None)
+        self.paused.discard(job_id)
 
 
 def split_step(step: Step, size: int) -> Iterator[Step]:

@@ -1,7 +1,7 @@
 // A ggml device of type accelerator: it computes attention, products with weights and most elementwise operations; ggml's
 // own CPU backend computes the rest. A token's numbers do not depend on the other tokens of the pass.
 //
-// State: the settings of `accelerator_prepare` and the counts since `accelerator_listen`. ggml calls the functions of this
+// State: the settings of `accelerator_configure` and the counts since `accelerator_start_recording`. ggml calls the functions of this
 // file from one thread.
 
 #include <algorithm>
@@ -21,12 +21,12 @@
 namespace {
 
 bool has_products = false;  // whether models that are loaded from now on get packed weights and products computed here
-// Operations that ggml offered since `accelerator_listen`. "Left" are those that `supports` refused.
+// Operations that ggml offered since `accelerator_start_recording`. "Unsupported": `supports` refused them.
 struct {
-    int attentions, attentions_left;
-    uint64_t types_left;  // of weight matrices that ggml multiplies: a bit for each of ggml's types
-    int others_left;      // products of two computed matrices
-    int experts_left;     // products of the matrices of selected experts
+    int attentions, unsupported_attentions;
+    uint64_t unsupported_types;  // of weight matrices that ggml multiplies: a bit for each of ggml's types
+    int unsupported_products;    // products of two computed matrices
+    int unsupported_experts;     // products of the matrices of selected experts
 } offered;
 
 struct Operation {
@@ -109,18 +109,18 @@ bool supports_weights(Device *, const Tensor *node) {
     if (is(node, EXPERT_PRODUCT.name)) return products::supports_experts(node) && products::experts_can_be_packed(node->src[0]);
     return is(node, PRODUCT.name) && products::supports(node);
 }
-void count_left_product(const Tensor *matrix) {
-    if (products::of_model(matrix)) offered.types_left |= 1ull << matrix->type;
-    else offered.others_left++;
+void count_unsupported_product(const Tensor *matrix) {
+    if (products::of_model(matrix)) offered.unsupported_types |= 1ull << matrix->type;
+    else offered.unsupported_products++;
 }
 bool supports_operation(Device *, const Tensor *node) {
     if (is(node, "NONE")) return memory::holds(node);
     const Operation *operation = operation_of(node);
     const bool supports = can(operation, node);
     offered.attentions += operation == &ATTENTION;
-    offered.attentions_left += operation == &ATTENTION && !supports;
-    if (operation == &PRODUCT && !supports) count_left_product(node->src[0]);
-    offered.experts_left += operation == &EXPERT_PRODUCT && !supports;
+    offered.unsupported_attentions += operation == &ATTENTION && !supports;
+    if (operation == &PRODUCT && !supports) count_unsupported_product(node->src[0]);
+    offered.unsupported_experts += operation == &EXPERT_PRODUCT && !supports;
     return supports;
 }
 
@@ -171,35 +171,35 @@ void *accelerator_registry(const Ggml *addresses) {
 }
 
 // Sets all counts to zero.
-void accelerator_listen() { offered = {}; }
+void accelerator_start_recording() { offered = {}; }
 
 // Whether ggml offered attention and all of it is computed here.
-int accelerator_attends() { return offered.attentions && !offered.attentions_left; }
+int accelerator_computes_all_attention() { return offered.attentions && !offered.unsupported_attentions; }
 
 // The types of weight matrices that ggml multiplies: a bit for each of ggml's types.
-uint64_t accelerator_types_left() { return offered.types_left; }
+uint64_t accelerator_unsupported_types() { return offered.unsupported_types; }
 
 // The number of products left to ggml that have no weight matrix as an operand.
-int accelerator_others_left() { return offered.others_left; }
+int accelerator_unsupported_products() { return offered.unsupported_products; }
 
 // The number of products of experts' matrices that are left to ggml.
-int accelerator_experts_left() { return offered.experts_left; }
+int accelerator_unsupported_experts() { return offered.unsupported_experts; }
 
 // Whether the library was compiled for a processor that has the instructions for products of bytes.
-int accelerator_multiplies() { return products::AVAILABLE; }
+int accelerator_supports_quantized() { return products::AVAILABLE; }
 
 // Sets the number of threads, and whether models that are loaded from now on get packed weights.
-void accelerator_prepare(int count, int packs_weights) {
+void accelerator_configure(int count, int packs_weights) {
     threads = count;
     has_products = packs_weights && products::AVAILABLE;
 }
 
 // Chooses the thread pool (`alone`) or OpenMP for all following operations. Returns the pool's `Run`, null for OpenMP.
-void *accelerator_lead(int alone) { return (void *)(pool_run = alone ? run_in_pool : nullptr); }
+void *accelerator_use_thread_pool(int alone) { return (void *)(pool_run = alone ? run_in_pool : nullptr); }
 
-void *accelerator_memory() { return &memory::buffer_type; }
+void *accelerator_buffer_type() { return &memory::buffer_type; }
 
 // For tests: one operation, by ggml's name of it.
-int operation_takes(const char *name, const Tensor *node) { return named(name)->supports(node); }
+int operation_supports(const char *name, const Tensor *node) { return named(name)->supports(node); }
 void operation_compute(const char *name, const Tensor *node, int count) { named(name)->compute(node, count); }
 }

@@ -44,6 +44,7 @@ float *row(const Tensor *x, RowIndex at) {
 // Calls `work` with the number of each row. `length`: elements of a row.
 template <class Work>
 void parallel_rows(int threads, int64_t rows, int64_t length, const Work &work) {
+    if (!length) return;  // llama.cpp clears the states of no sequence with empty tensors
     const int64_t size = PART / length + 1, parts = rows * length < ALONE ? 1 : (rows + size - 1) / size;
     const auto some = [&](int64_t first, int64_t end) {
         for (; first < end; first++) work(first);

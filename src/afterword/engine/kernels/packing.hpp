@@ -29,9 +29,9 @@ constexpr int LANE_ROWS = WIDE;  // rows of a group
 
 #ifdef __AVX512F__
 #define IN_EACH_FOUR(a, b, c, d) \
-    a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12
+    a, b, c, d, (a) + 4, (b) + 4, (c) + 4, (d) + 4, (a) + 8, (b) + 8, (c) + 8, (d) + 8, (a) + 12, (b) + 12, (c) + 12, (d) + 12
 #else
-#define IN_EACH_FOUR(a, b, c, d) a, b, c, d, a + 4, b + 4, c + 4, d + 4
+#define IN_EACH_FOUR(a, b, c, d) a, b, c, d, (a) + 4, (b) + 4, (c) + 4, (d) + 4
 #endif
 
 // A block of each row of a group, in the order of the file. `at`: an offset in the block, in bytes.

@@ -17,13 +17,13 @@ namespace {
 
 constexpr int64_t BLOCK = 256;  // as in core/sampler_kernel.py
 constexpr int64_t PART = 64;    // blocks that a thread takes at a time; waking a thread takes longer than reading fewer
-constexpr float NOTHING = -__builtin_inff(), LOWEST = -__FLT_MAX__;
+constexpr float MINUS_INFINITY = -__builtin_inff(), LOWEST = -__FLT_MAX__;
 constexpr double BELOW_ONE = 1 - 0x1p-53;
 
 int64_t blocks_of(int64_t length) { return (length + BLOCK - 1) / BLOCK; }
 
 // A vector of the elements from `at` on. Lanes beyond `end` are `rest`.
-wide some(const float *row, int64_t at, int64_t end, float rest) {
+wide load_partial(const float *row, int64_t at, int64_t end, float rest) {
     if (at + WIDE <= end) return load<wide>(row + at);
     wide x = all<wide>(rest);
     for (int64_t i = at; i < end; i++) x[i - at] = row[i];
@@ -31,8 +31,8 @@ wide some(const float *row, int64_t at, int64_t end, float rest) {
 }
 
 float largest_of(const float *numbers, int64_t count) {
-    wide most = all<wide>(NOTHING);
-    for (int64_t at = 0; at < count; at += WIDE) most = larger(some(numbers, at, count, NOTHING), most);
+    wide most = all<wide>(MINUS_INFINITY);
+    for (int64_t at = 0; at < count; at += WIDE) most = larger(load_partial(numbers, at, count, MINUS_INFINITY), most);
     return largest(most);
 }
 
@@ -48,10 +48,10 @@ struct Scale {
 
 // The sum of the weights of `count` logits. `take(at, logits, weights)` returns the weights that are added.
 template <class Take>
-float weigh(const float *numbers, int64_t count, Scale scale, Take take) {
+float sum_weights(const float *numbers, int64_t count, Scale scale, Take take) {
     f8 total = {};
     for (int64_t at = 0; at < count; at += WIDE) {
-        const wide x = some(numbers, at, count, NOTHING);
+        const wide x = load_partial(numbers, at, count, MINUS_INFINITY);
         add(total, take(at, x, scale(x)));
     }
     return sum(total);
@@ -73,7 +73,7 @@ struct Blocks {
         if (!(factor > 0)) return;
         for (int64_t i = first; i < end; i++) {
             for (int64_t at = 0; at < BLOCK; at += LINE / 4) __builtin_prefetch(row + (i + end - first) * BLOCK + at);
-            weights[i] = weigh(row + i * BLOCK, size(i), {largest[i], factor}, [](int64_t, wide, wide all) { return all; });
+            weights[i] = sum_weights(row + i * BLOCK, size(i), {largest[i], factor}, [](int64_t, wide, wide all) { return all; });
         }
     }
 
@@ -84,7 +84,8 @@ struct Blocks {
         const Scale scale(highest(), factor);
         const int64_t count = largest.size();
         std::vector<float> factors(blocks_of(count) * BLOCK);
-        for (int64_t at = 0; at < count; at += WIDE) store(&factors[at], scale(some(largest.data(), at, count, NOTHING)));
+        for (int64_t at = 0; at < count; at += WIDE)
+            store(&factors[at], scale(load_partial(largest.data(), at, count, MINUS_INFINITY)));
         return factors;
     }
 
@@ -129,7 +130,7 @@ int64_t count_above(const float *row, int64_t length, const std::vector<float> &
 }
 
 // The n-th random number of a seed, in [0, 1). core/numpy_kernel.py has the same.
-double number(uint64_t seed, uint64_t n) {
+double random_number(uint64_t seed, uint64_t n) {
     if (n) {
         seed += n * 0x9e3779b97f4a7c15;
         seed = (seed ^ seed >> 30) * 0xbf58476d1ce4e5b9;
@@ -139,11 +140,11 @@ double number(uint64_t seed, uint64_t n) {
     return (double)(seed >> 11) * 0x1p-53;
 }
 
-// Draws an index with probability proportional to its weight. `draw`, in [0, 1), is replaced by its remainder, which is
-// distributed like a new draw.
+// Draws an index with probability proportional to its weight. `uniform`, in [0, 1), is replaced by its remainder,
+// which is distributed like a new random number.
 template <class Weight>
-int64_t pick(const Weight *weights, int64_t count, double &draw) {
-    const double target = draw * std::accumulate(weights, weights + count, 0.0);
+int64_t pick(const Weight *weights, int64_t count, double &uniform) {
+    const double target = uniform * std::accumulate(weights, weights + count, 0.0);
     double before = 0, here = 0;
     int64_t found = 0;
     for (int64_t i = 0; i < count; i++) {
@@ -151,11 +152,11 @@ int64_t pick(const Weight *weights, int64_t count, double &draw) {
         before += here, here = weights[i], found = i;
         if (before + here > target) break;
     }
-    draw = std::min((target - before) / here, BELOW_ONE);
+    uniform = std::min((target - before) / here, BELOW_ONE);
     return found;
 }
 
-// The logits from which a token is drawn: those larger than `least`, and those equal to it with an id below `place`.
+// The logits from which a token is drawn: those larger than `least`, and those equal to it with an id below `id_limit`.
 //
 // Weights are computed again where they are needed, in few blocks: storing them would take longer.
 class CandidateSet {
@@ -164,18 +165,18 @@ class CandidateSet {
     const Blocks *blocks;
     std::vector<float> factors;
     std::vector<double> weights;  // of the candidates of each block, relative to the row's largest logit
-    float least = NOTHING;
-    int64_t place = 0;
+    float least = MINUS_INFINITY;
+    int64_t id_limit = 0;
 
     int64_t size(int64_t block) const { return std::min(BLOCK, length - block * BLOCK); }
 
     // The weight of the candidates of a block, relative to its largest logit. Calls `take(at, weights)` for each vector.
     template <class Take>
-    float weigh(int64_t block, Take take) const {
+    float sum_weights(int64_t block, Take take) const {
         const int64_t start = block * BLOCK;
         const Scale scale(blocks->largest[block], blocks->factor);
-        return ::weigh(row + start, size(block), scale, [=](int64_t at, wide x, wide weights) {
-            const int32_t before = std::clamp<int64_t>(place - start - at, 0, WIDE);
+        return ::sum_weights(row + start, size(block), scale, [=](int64_t at, wide x, wide weights) {
+            const int32_t before = std::clamp<int64_t>(id_limit - start - at, 0, WIDE);
             weights = (x > least) | ((x == least) & (lanes() < before)) ? weights : wide{};
             take(at, weights);
             return weights;
@@ -195,20 +196,20 @@ class CandidateSet {
     double total() const { return std::accumulate(weights.begin(), weights.end(), 0.0); }
 
     // Draws an id with probability proportional to its weight.
-    int64_t pick(double draw) const {
-        const int64_t block = ::pick(weights.data(), weights.size(), draw);
+    int64_t pick(double uniform) const {
+        const int64_t block = ::pick(weights.data(), weights.size(), uniform);
         float each[BLOCK];
-        weigh(block, [&each](int64_t at, wide weights) { store(each + at, weights); });
-        return block * BLOCK + ::pick(each, size(block), draw);
+        sum_weights(block, [&each](int64_t at, wide weights) { store(each + at, weights); });
+        return block * BLOCK + ::pick(each, size(block), uniform);
     }
 
     // Keeps only the logits larger than `number`, and those equal to it with an id below `before`. Stops and returns true as
     // soon as their weight is known to be below `enough`; the weights of the blocks are not complete then.
     bool keep(float number, int64_t before, double enough) {
-        least = number, place = before;
+        least = number, id_limit = before;
         double most = total();
         for (size_t block = 0; block < weights.size() && !(most < enough); block++) {
-            const float stays = blocks->largest[block] < least ? 0 : weigh(block, [](int64_t, wide) {});
+            const float stays = blocks->largest[block] < least ? 0 : sum_weights(block, [](int64_t, wide) {});
             most -= weights[block];
             most += weights[block] = (double)stays * factors[block];
         }
@@ -219,8 +220,8 @@ class CandidateSet {
 // Draws a token of the nucleus (top_p). core/numpy_kernel.py describes the method.
 int64_t sample_nucleus(CandidateSet candidates, const float *row, double wanted, uint64_t seed) {
     for (uint64_t n = 0;; n++) {
-        const int64_t place = candidates.pick(number(seed, n));
-        if (candidates.keep(row[place], place, wanted)) return place;
+        const int64_t id = candidates.pick(random_number(seed, n));
+        if (candidates.keep(row[id], id, wanted)) return id;
     }
 }
 
@@ -233,8 +234,8 @@ struct List {
     const Number *end() const { return first + count; }
 };
 
-// The query about a row, and below it the results. core/sampler_kernel.py declares the same as `_NativeRowQuery`.
-struct RowQuery {
+// The query about a row, and below it the results. core/sampler_kernel.py declares the same under this name.
+struct NativeRowQuery {
     int64_t reported, given, top_count;  // whether to return log probabilities, not logits; a token id or -1; length of `top`
     List<uint64_t> seeds;                // one token is drawn for each
     double temperature, top_p, min_p;
@@ -251,8 +252,8 @@ struct RowQuery {
     int64_t rank;
     int64_t *top;
     double *top_values;
-    int64_t *chosen;
-    double *chosen_values;
+    int64_t *sampled;
+    double *sampled_values;
 };
 
 // A row with temporary changes. The destructor restores it.
@@ -276,7 +277,7 @@ class AdjustedRow {
 
    public:
     // Applies biases, penalties and bans, in this order. The repetition penalty applies to tokens of the prompt and the sample.
-    AdjustedRow(float *row, int64_t length, const RowQuery &query) : row(row), length(length) {
+    AdjustedRow(float *row, int64_t length, const NativeRowQuery &query) : row(row), length(length) {
         for (int64_t i = 0; i < query.biased.count; i++)
             edit(query.biased.first[i], [&](float x) { return x + (float)query.biases[i]; });
         if (query.repetition != 1) {
@@ -289,7 +290,7 @@ class AdjustedRow {
                 const float penalty = query.times[i] * query.frequency + query.presence;
                 edit(query.generated.first[i], [=](float x) { return x - penalty; });
             }
-        for (const int64_t id : query.banned) edit(id, [](float) { return NOTHING; });
+        for (const int64_t id : query.banned) edit(id, [](float) { return MINUS_INFINITY; });
     }
 
     AdjustedRow(const AdjustedRow &) = delete;
@@ -310,7 +311,7 @@ class AdjustedRow {
 };
 
 // Draws from the `top_k` largest logits. Of these, those below `least` are removed (min_p), then those beyond the nucleus (top_p).
-void sample_top_k(const float *row, int64_t length, const Blocks &blocks, float least, const RowQuery &query) {
+void sample_top_k(const float *row, int64_t length, const Blocks &blocks, float least, const NativeRowQuery &query) {
     std::vector<int64_t> ids(std::min(query.top_k, length));
     find_top(row, length, blocks.largest, ids.size(), ids.data());
     std::vector<double> weights;  // cumulative
@@ -319,31 +320,32 @@ void sample_top_k(const float *row, int64_t length, const Blocks &blocks, float 
             weights.push_back((weights.empty() ? 0 : weights.back()) + std::exp((row[id] - row[ids[0]]) / query.temperature));
     const auto last = std::lower_bound(weights.begin(), weights.end() - 1, query.top_p * weights.back());
     for (int64_t i = 0; i < query.seeds.count; i++) {
-        const auto found = std::upper_bound(weights.begin(), last, number(query.seeds.first[i], 0) * *last);
-        query.chosen[i] = ids[found - weights.begin()];
+        const auto found = std::upper_bound(weights.begin(), last, random_number(query.seeds.first[i], 0) * *last);
+        query.sampled[i] = ids[found - weights.begin()];
     }
 }
 
 // Draws a token for each seed from a changed row: temperature, then min_p, top_k, top_p.
-void draw(const float *row, int64_t length, const Blocks &blocks, const RowQuery &query) {
+void sample_tokens(const float *row, int64_t length, const Blocks &blocks, const NativeRowQuery &query) {
     const float highest = blocks.highest();
     const auto choose_top = [&] {
-        std::fill_n(query.chosen, query.seeds.count, find_first(row, length, blocks.largest, highest));
+        std::fill_n(query.sampled, query.seeds.count, find_first(row, length, blocks.largest, highest));
     };
     if (!(query.temperature > 0)) return choose_top();
     const float least = highest + query.temperature * std::log(query.min_p);
     if (query.top_k) return sample_top_k(row, length, blocks, least, query);
     CandidateSet candidates(row, length, blocks);
-    if (query.min_p > 0) candidates.keep(least, length, NOTHING);
+    if (query.min_p > 0) candidates.keep(least, length, MINUS_INFINITY);
     const double wanted = query.top_p * candidates.total();
     if (!(wanted > 1)) return choose_top();  // the largest logit alone is the nucleus, or the row has a NaN
     for (int64_t i = 0; i < query.seeds.count; i++) {
         const uint64_t seed = query.seeds.first[i];
-        query.chosen[i] = query.top_p < 1 ? sample_nucleus(candidates, row, wanted, seed) : candidates.pick(number(seed, 0));
+        query.sampled[i] =
+            query.top_p < 1 ? sample_nucleus(candidates, row, wanted, seed) : candidates.pick(random_number(seed, 0));
     }
 }
 
-void process_row(float *row, int64_t length, RowQuery &query, int threads) {
+void process_row(float *row, int64_t length, NativeRowQuery &query, int threads) {
     const double temperature = query.seeds.count && !query.top_k ? query.temperature : 0;  // 0: no weights are needed to draw
     Blocks unmodified(length, query.reported ? 1 : temperature), tempered(length, temperature);
     const bool apart = temperature > 0 && tempered.factor != unmodified.factor;
@@ -363,22 +365,22 @@ void process_row(float *row, int64_t length, RowQuery &query, int threads) {
     if (!query.seeds.count) return;
     {
         const AdjustedRow edited(row, length, query);
-        Blocks &drawn = apart ? tempered : unmodified;
-        edited.read_changed(drawn);
-        draw(row, length, drawn, query);
+        Blocks &sampled_from = apart ? tempered : unmodified;
+        edited.read_changed(sampled_from);
+        sample_tokens(row, length, sampled_from, query);
     }
-    for (int64_t i = 0; i < query.seeds.count; i++) query.chosen_values[i] = row[query.chosen[i]] - total;
+    for (int64_t i = 0; i < query.seeds.count; i++) query.sampled_values[i] = row[query.sampled[i]] - total;
 }
 
 }  // namespace
 
 extern "C" {
 
-int64_t rows_task_size() { return sizeof(RowQuery); }
+int64_t row_query_size() { return sizeof(NativeRowQuery); }
 
 // Reads `count` rows of `length` logits, one query for each. Rows are changed meanwhile and restored. `run`: the thread pool's
 // `Run`; null: OpenMP.
-void rows_read(float *rows, int64_t count, int64_t length, RowQuery *queries, int threads, Run run) {
+void rows_read(float *rows, int64_t count, int64_t length, NativeRowQuery *queries, int threads, Run run) {
     pool_run = run;
     if (count * length < PART * BLOCK) threads = 1;
     parallel_for(count > 1 ? threads : 1, count, [=](int64_t i) {

@@ -5,7 +5,7 @@
 // Where other programs use the cores, the operating system may not schedule a thread of the pool; the others do its part.
 //
 // Where ggml computes operations that take several threads, it uses OpenMP's. Two groups of spinning threads would slow each
-// other down, so the kernels use OpenMP then too (`accelerator_lead`).
+// other down, so the kernels use OpenMP then too (`accelerator_use_thread_pool`).
 
 #pragma once
 

@@ -25,7 +25,7 @@ struct Mapping {
     void *all;
     size_t size;
 
-    char *base() const { return (char *)(((uintptr_t)all + PAGE - 1) / PAGE * PAGE); }
+    char *base() const { return (char *)all + (PAGE - (uintptr_t)all % PAGE) % PAGE; }
 };
 
 Mapping &mapping_of(Buffer *buffer) { return *(Mapping *)buffer->context; }

@@ -64,38 +64,38 @@ def start_recording() -> None:
     """Set the counts of the operations that llama.cpp offers to zero."""
     kernels = _kernels()
     if kernels is not None:
-        kernels.accelerator_listen()
+        kernels.accelerator_start_recording()
 
 
 def computes_all_attention() -> bool:
     """Whether llama.cpp offered attention, and the kernels compute all of it."""
     kernels = _kernels()
-    return kernels is not None and bool(kernels.accelerator_attends())
+    return kernels is not None and bool(kernels.accelerator_computes_all_attention())
 
 
 def unsupported_types() -> frozenset[int]:
     """The types, by ggml's numbers, of the weight matrices that llama.cpp multiplies."""
     kernels = _kernels()
-    bits: int = kernels.accelerator_types_left() if kernels is not None else 0
+    bits: int = kernels.accelerator_unsupported_types() if kernels is not None else 0
     return frozenset(kind for kind in range(bits.bit_length()) if bits >> kind & 1)
 
 
 def has_unsupported_products() -> bool:
     """Whether llama.cpp computes products of two computed matrices."""
     kernels = _kernels()
-    return kernels is not None and bool(kernels.accelerator_others_left())
+    return kernels is not None and bool(kernels.accelerator_unsupported_products())
 
 
 def has_unsupported_experts() -> bool:
     """Whether llama.cpp computes products of the matrices of selected experts."""
     kernels = _kernels()
-    return kernels is not None and bool(kernels.accelerator_experts_left())
+    return kernels is not None and bool(kernels.accelerator_unsupported_experts())
 
 
 def supports_quantized() -> bool:
     """Whether the kernels compute products of quantized weights. They need AVX2 and FMA, or Arm's dot products."""
     kernels = _kernels()
-    return kernels is not None and bool(kernels.accelerator_multiplies())
+    return kernels is not None and bool(kernels.accelerator_supports_quantized())
 
 
 def configure(threads: int, keep_weights: bool) -> None:
@@ -105,7 +105,7 @@ def configure(threads: int, keep_weights: bool) -> None:
     """
     kernels = _kernels()
     if kernels is not None:
-        kernels.accelerator_prepare(threads, keep_weights)
+        kernels.accelerator_configure(threads, keep_weights)
 
 
 def use_thread_pool(alone: bool) -> int | None:
@@ -115,7 +115,7 @@ def use_thread_pool(alone: bool) -> int | None:
     each other down. Returns the address of the pool's `Run` (parallel.hpp), None for OpenMP.
     """
     kernels = _kernels()
-    run: int | None = None if kernels is None else kernels.accelerator_lead(alone)
+    run: int | None = None if kernels is None else kernels.accelerator_use_thread_pool(alone)
     return run
 
 
@@ -126,6 +126,6 @@ def _kernels() -> ctypes.CDLL | None:
     kernels = ctypes.CDLL(str(LIBRARY))
     kernels.accelerator_tensor_size.restype = ctypes.c_size_t
     kernels.accelerator_registry.restype = ctypes.c_void_p
-    kernels.accelerator_lead.restype = ctypes.c_void_p
-    kernels.accelerator_types_left.restype = ctypes.c_uint64
+    kernels.accelerator_use_thread_pool.restype = ctypes.c_void_p
+    kernels.accelerator_unsupported_types.restype = ctypes.c_uint64
     return kernels

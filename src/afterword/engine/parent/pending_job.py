@@ -45,8 +45,8 @@ class PendingJob:
     - `paused`: the consumer of the steps is behind, so the worker computes nothing for the job.
     """
 
-    def __init__(self, owner: JobOwner, name: int, job: Job, since: float, timer: JobTimer) -> None:
-        self.name = name
+    def __init__(self, owner: JobOwner, job_id: int, job: Job, since: float, timer: JobTimer) -> None:
+        self.job_id = job_id
         self.job = job
         self.since = since
         self.admitted = False

@@ -24,9 +24,9 @@ class Quarantine:
 
     def add(self, work: Job | str, now: float) -> None:
         """Refuse the same job or text for `QUARANTINE_SECONDS`."""
-        name = fingerprint(work)
-        self._until.pop(name, None)
-        self._until[name] = now + QUARANTINE_SECONDS
+        key = work_hash(work)
+        self._until.pop(key, None)
+        self._until[key] = now + QUARANTINE_SECONDS
         if len(self._until) > _MAX_ENTRIES:
             del self._until[next(iter(self._until))]
 
@@ -34,10 +34,10 @@ class Quarantine:
         """Whether a job or text is refused. Hashes nothing while the quarantine is empty."""
         while self._until and (oldest := next(iter(self._until))) and self._until[oldest] <= now:
             del self._until[oldest]
-        return bool(self._until) and fingerprint(work) in self._until
+        return bool(self._until) and work_hash(work) in self._until
 
 
-def fingerprint(work: Job | str) -> bytes:
+def work_hash(work: Job | str) -> bytes:
     """A hash of the computation (16 bytes). The client, namespace and random key are left out: a retry changes them."""
     if isinstance(work, Job):
         work = msgspec.structs.replace(work, key=b"", namespace="", client="")

@@ -24,11 +24,12 @@ from afterword.engine import messages
 from afterword.engine.parent.engine_metrics import EngineMetrics, JobTimer
 from afterword.engine.parent.pending_job import MAX_CRASHES, PendingJob
 from afterword.engine.parent.quarantine import Quarantine
+from afterword.engine.parent.restart_policy import RestartPolicy
 from afterword.engine.parent.tokenizer_client import TokenizerClient, check_text
-from afterword.engine.parent.watchdog import TICK_SECONDS, RestartPolicy, Watchdog
+from afterword.engine.parent.watchdog import TICK_SECONDS, Watchdog
 from afterword.engine.parent.worker_process import LLAMA_COMMAND, SpawnWorker, WorkerLink, spawn_worker
 from afterword.engine.protocol import Job, Load, ModelInfo, PassStats
-from afterword.errors import EngineDied, EngineFailure, ModelReplaced, Overloaded, QueueTimeout, SettingError
+from afterword.errors import EngineFailure, ModelReplaced, Overloaded, QueueTimeout, SettingError, WorkerDied
 from afterword.settings.limit_table import limit
 from afterword.system.tasks import supervised
 
@@ -39,7 +40,7 @@ EngineState = Literal["starting", "ready", "restarting", "failing", "closed"]
 """
 
 OVERLOADED = "The server is overloaded: too many requests are waiting. Please try again later."
-_FAILING = "The engine cannot be kept running at the moment."
+_FAILING = "The worker process cannot be kept running at the moment."
 
 _log = logging.getLogger("afterword")
 
@@ -79,8 +80,8 @@ class Supervisor:
         self._policy = policy
         self._spawn = partial(spawn, command)
         self._clock = clock
-        self._names = itertools.count()
-        self._runs: dict[int, PendingJob] = {}
+        self._job_ids = itertools.count()
+        self._jobs: dict[int, PendingJob] = {}
         self._waiting: dict[int, PendingJob] = {}  # jobs not yet sent to the current worker, in order
         self._trial: PendingJob | None = None  # the job on probation that was sent last
         self._tokenizer_client = TokenizerClient(self._send)
@@ -110,7 +111,7 @@ class Supervisor:
     def load(self) -> Load:
         """The numbers of running and of waiting samples."""
         if self.state != "ready":
-            return Load(self._load.sequences, 0, sum(pending.job.samples for pending in self._runs.values()))
+            return Load(self._load.sequences, 0, sum(pending.job.samples for pending in self._jobs.values()))
         return msgspec.structs.replace(
             self._load, waiting=self._load.waiting + sum(pending.job.samples for pending in self._waiting.values())
         )
@@ -127,13 +128,13 @@ class Supervisor:
 
     def start(self, job: Job) -> PendingJob:
         """Accept a job; see `protocol.Engine`. Raises `Overloaded`, and `EngineFailure` for a job in quarantine."""
-        self._check(job, len(self._runs), self.model_info.sequences)
+        self._check(job, len(self._jobs), self.model_info.sequences)
         now = self._clock()
-        pending = PendingJob(self, next(self._names), job, now, JobTimer(self.engine_metrics, job, now, self._clock))
+        pending = PendingJob(self, next(self._job_ids), job, now, JobTimer(self.engine_metrics, job, now, self._clock))
         if self._waiting_tokens and self._waiting_tokens + pending.size > self._policy.queue_tokens:
             raise Overloaded(OVERLOADED)
         self._waiting_tokens += pending.size
-        self._runs[pending.name] = self._waiting[pending.name] = pending
+        self._jobs[pending.job_id] = self._waiting[pending.job_id] = pending
         self._send_waiting()
         return pending
 
@@ -148,7 +149,7 @@ class Supervisor:
 
     def check_capacity(self) -> None:
         """Raise `Overloaded` if no job would be accepted now. Call it before any work is done for a request."""
-        self._check_capacity(len(self._runs), self.model_info.sequences)
+        self._check_capacity(len(self._jobs), self.model_info.sequences)
 
     def _check(self, work: Job | str, waiting: int, running: int) -> None:
         self._check_capacity(waiting, running)
@@ -228,7 +229,7 @@ class Supervisor:
         self.state = "restarting"
         if self._link is not None:
             self._link.kill()
-        self._fail_all(EngineDied())
+        self._fail_all(WorkerDied())
 
     async def _listen(self) -> None:
         assert self._link is not None
@@ -266,7 +267,7 @@ class Supervisor:
             before, passed = self._clock(), self._clock() - before
             ready = self.state == "ready"
             works = ready and any(
-                not pending.paused for pending in self._runs.values() if pending.name not in self._waiting
+                not pending.paused for pending in self._jobs.values() if pending.job_id not in self._waiting
             )
             hangs = self._watchdog.is_hanging(
                 passed, works, self._tokenizer_client.sizes_in_progress if ready else (0, 0)
@@ -280,7 +281,7 @@ class Supervisor:
     def _expire(self, accepted: float) -> None:
         """Fail jobs and texts that were accepted before the time `accepted` and not started."""
         for pending in [
-            pending for pending in self._runs.values() if pending.since < accepted and not pending.admitted
+            pending for pending in self._jobs.values() if pending.since < accepted and not pending.admitted
         ]:
             self._fail(pending, QueueTimeout())
         self._tokenizer_client.expire(accepted, QueueTimeout())
@@ -300,25 +301,25 @@ class Supervisor:
         5. All other jobs.
         """
         self.state = "restarting"
-        running = [pending for pending in self._runs.values() if pending.begun]
+        running = [pending for pending in self._jobs.values() if pending.begun]
         blamed = [
             pending
-            for pending in self._runs.values()
+            for pending in self._jobs.values()
             if pending.restart(blamed=not any(self._tokenizer_client.sizes_in_progress))
         ]
         if len(blamed) == 1 and blamed[0].crashes >= MAX_CRASHES:
             self._quarantine.add(blamed[0].job, self._clock())
             self._fail(blamed[0], EngineFailure())
         for pending in running if self.model_info.promise == "none" else ():
-            if pending.has_output and pending.name in self._runs:
-                self._fail(pending, EngineDied())
-        self._waiting = {pending.name: pending for pending in sorted(self._runs.values(), key=_restart_order)}
+            if pending.has_output and pending.job_id in self._jobs:
+                self._fail(pending, WorkerDied())
+        self._waiting = {pending.job_id: pending for pending in sorted(self._jobs.values(), key=_restart_order)}
         self._trial = None
         if text := self._tokenizer_client.handle_worker_death(MAX_CRASHES, EngineFailure()):
             self._quarantine.add(text, self._clock())
 
     def _fail_all(self, error: Exception) -> None:
-        for pending in list(self._runs.values()):
+        for pending in list(self._jobs.values()):
             self._fail(pending, error)
         self._tokenizer_client.fail(error)
 
@@ -332,9 +333,9 @@ class Supervisor:
         """Send waiting jobs to the worker until one of them is on trial."""
         while self.state == "ready" and self._waiting and not self._on_trial():
             pending = self._waiting.pop(next(iter(self._waiting)))
-            self._send(messages.StartJob(pending.name, pending.job))
+            self._send(messages.StartJob(pending.job_id, pending.job))
             if pending.paused:
-                self._send(messages.PauseJob(pending.name))
+                self._send(messages.PauseJob(pending.job_id))
             self._trial = pending if pending.on_probation else None
 
     def _on_trial(self) -> bool:
@@ -342,7 +343,7 @@ class Supervisor:
         pending = self._trial
         over = (
             pending is None
-            or pending.name not in self._runs
+            or pending.job_id not in self._jobs
             or pending.paused
             or (pending.has_progress and pending.crashes < MAX_CRASHES)
         )
@@ -351,37 +352,37 @@ class Supervisor:
     def _handle_message(self, message: messages.PassDone) -> None:
         self._load, self._pass_stats = message.load, message.pass_stats
         self.engine_metrics.record_pass(message.pass_stats)
-        for name, step in message.steps.items():
-            pending = self._runs.get(name)
+        for job_id, step in message.steps.items():
+            pending = self._jobs.get(job_id)
             if pending is None:
                 continue
             if not pending.admitted:
                 self._waiting_tokens -= pending.size
             pending.add_step(step)
             if pending.ended:
-                del self._runs[name]
+                del self._jobs[job_id]
                 self._restart_policy.record_success()
         self._send_waiting()
 
     def drop(self, pending: PendingJob, sample: int) -> None:
         """See `JobOwner.drop`."""
-        if pending.name in self._runs:
-            self._send(messages.DropSample(pending.name, sample))
+        if pending.job_id in self._jobs:
+            self._send(messages.DropSample(pending.job_id, sample))
 
     def end(self, pending: PendingJob) -> None:
         """See `JobOwner.end`."""
-        if self._runs.pop(pending.name, None) is None:
+        if self._jobs.pop(pending.job_id, None) is None:
             return
-        self._waiting.pop(pending.name, None)
+        self._waiting.pop(pending.job_id, None)
         if not pending.admitted:
             self._waiting_tokens -= pending.size
-        self._send(messages.CloseJob(pending.name))
+        self._send(messages.CloseJob(pending.job_id))
         self._send_waiting()
 
     def pause(self, pending: PendingJob, paused: bool) -> None:
         """See `JobOwner.pause`."""
-        if pending.name in self._runs and pending.name not in self._waiting:
-            self._send(messages.PauseJob(pending.name) if paused else messages.ResumeJob(pending.name))
+        if pending.job_id in self._jobs and pending.job_id not in self._waiting:
+            self._send(messages.PauseJob(pending.job_id) if paused else messages.ResumeJob(pending.job_id))
             self._send_waiting()  # a paused job is not on trial
 
     def _send(self, message: messages.WorkerMessage) -> None:

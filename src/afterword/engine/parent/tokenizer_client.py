@@ -80,7 +80,7 @@ class TokenizerClient:
         self._send_message = send_message
         self._names = itertools.count()
         self._texts: dict[int, _PendingText] = {}
-        self._queues = tuple(_TextQueue(most) for most in _MAX_IN_PROGRESS)
+        self._queues = tuple(_TextQueue(max_characters) for max_characters in _MAX_IN_PROGRESS)
         self._suspects: list[_PendingText] = []  # one of them crashed the worker: each is sent alone
         self._worker_is_alive = False
 
@@ -181,14 +181,15 @@ class TokenizerClient:
         self._send_next()
 
 
-def check_text(text: str, most: int, model_info: ModelInfo) -> None:
+def check_text(text: str, max_characters: int, model_info: ModelInfo) -> None:
     """Raise `RequestError` for a text that would take the tokenizer too much time or memory.
 
-    `most`: the limit `max_text` in characters.
+    `max_characters`: the limit `max_text` in characters.
     """
-    if len(text) > most:
+    if len(text) > max_characters:
         raise RequestError(
-            f"The text has {len(text)} characters, but at most {most} are tokenized (the server's limit max_text).",
+            f"The text has {len(text)} characters, but at most {max_characters} are tokenized "
+            "(the server's limit max_text).",
             param="prompt",
         )
     kind, longest = model_info.slow_runs or ("", 0)

@@ -100,15 +100,15 @@ def apply_message(loop: EngineLoop, message: messages.WorkerMessage) -> None:
     """Apply a message about a job to the engine loop."""
     match message:
         case messages.StartJob():
-            loop.start(message.run, message.job)
+            loop.start(message.job_id, message.job)
         case messages.DropSample():
-            loop.drop(message.run, message.sample)
+            loop.drop(message.job_id, message.sample)
         case messages.CloseJob():
-            loop.close(message.run)
+            loop.close(message.job_id)
         case messages.PauseJob():
-            loop.pause(message.run)
+            loop.pause(message.job_id)
         case messages.ResumeJob():
-            loop.resume(message.run)
+            loop.resume(message.job_id)
         case _:
             raise AssertionError(f"not a message for a running worker: {type(message).__name__}")
 
@@ -145,7 +145,7 @@ class _Worker:
         self._tokenizer_threads.start()
         self._send(messages.ModelReady(loaded.model_info))
         self._monitor = PassMonitor(loaded.runner)
-        self._work(EngineLoop(self._monitor, threads=settings.threads, team=loaded.thread_pool))
+        self._work(EngineLoop(self._monitor, threads=settings.threads, thread_pool=loaded.thread_pool))
 
     def _read(self) -> NoReturn:
         while body := messages.read(self._stream):

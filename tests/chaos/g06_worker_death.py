@@ -87,16 +87,16 @@ async def _deaths(server: Server, trial: Trial) -> Seen:
         asking = [asyncio.create_task(_ask(*pair, seen)) for pair in zip(connections, bodies, strict=True)]
         await _until(lambda: seen.snapshots[-1].running == STREAMS)
         await asyncio.sleep(random.uniform(0, 0.1))
-        engine = server.engine()
-        gone = asyncio.create_task(_wait_for_exit(engine.pid))
+        worker = server.worker()
+        gone = asyncio.create_task(_wait_for_exit(worker.pid))
         await asyncio.sleep(0)
         start = time.monotonic()
-        engine.send_signal(how)
+        worker.send_signal(how)
         if how != signal.SIGSTOP:
             start = await gone
         texts = await asyncio.gather(*asking)
         over = time.monotonic()
-        _judge(seen, start, over, _began(server.engine().pid), how)
+        _judge(seen, start, over, _began(server.worker().pid), how)
         seen.wrong += sum(answer is not None and answer != text for answer, text in zip(texts, alone, strict=True))
         seen.refused += (await connections[0].ask({"prompt": "a", "max_tokens": 1})).status != 200
     watching.cancel()
