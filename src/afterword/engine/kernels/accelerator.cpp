@@ -37,9 +37,7 @@ struct Operation {
 
 void multiply(const Tensor *node, int threads) { products::compute(node, threads, memory::holds(node->src[0])); }
 
-void multiply_experts(const Tensor *node, int threads) {
-    products::compute_experts(node, threads, memory::holds(node->src[0]));
-}
+void multiply_experts(const Tensor *node, int threads) { products::compute_experts(node, threads, memory::holds(node->src[0])); }
 
 template <class Kind>
 constexpr Operation elementwise_operation{Kind::NAME, Kind::supports, Kind::compute};

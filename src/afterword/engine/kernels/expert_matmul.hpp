@@ -64,9 +64,7 @@ struct Selection {
     const Tensor *ids;
     int64_t used;
 
-    int64_t operator()(int64_t i) const {
-        return ((const int32_t *)(ids->data + i / used * ids->nb[1]))[i % used];
-    }
+    int64_t operator()(int64_t i) const { return ((const int32_t *)(ids->data + i / used * ids->nb[1]))[i % used]; }
 };
 
 // The address of the results of column `i`.
@@ -120,9 +118,12 @@ void compute_experts_of_type(const Tensor *node, int threads) {
     run_threads(threads, [&](int thread) {
         take_tiles(queues, thread, [&](int64_t item) {
             const ExpertGroup &group = groups[item / tiles];
-            const Product<Type, Rows> op{
-                weights->data + group.expert * weights->nb[2], weights->nb[1], weights->ne[1], steps, group.count,
-                columns + group.first};
+            const Product<Type, Rows> op{weights->data + group.expert * weights->nb[2],
+                                         weights->nb[1],
+                                         weights->ne[1],
+                                         steps,
+                                         group.count,
+                                         columns + group.first};
             multiply_expert_tile(op, item % tiles, tile_at(item + 1 < items ? item + 1 : item));
         });
         return next(thread);

@@ -308,9 +308,8 @@ void multiply_all(const Product<Type, Rows> &op, int threads) {
     const auto next = next_weights.after(op.weights, tiles, size, threads);
     run_threads(threads, [&](int thread) {
         Scratch<Type, TILES> &scratch = scratch_for<Type, TILES>(op.count);
-        take_tiles(queues, thread, [&](int64_t tile) {
-            multiply_tile<Type, Rows, TILES>(op, scratch, tile, op.weights + tile * size + ahead);
-        });
+        take_tiles(queues, thread,
+                   [&](int64_t tile) { multiply_tile<Type, Rows, TILES>(op, scratch, tile, op.weights + tile * size + ahead); });
         return next(thread);
     });
 }

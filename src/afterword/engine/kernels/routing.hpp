@@ -55,7 +55,8 @@ struct SoftMax {
     static constexpr const char *NAME = "SOFT_MAX";
     static bool supports(const Tensor *node) {
         const Tensor *x = node->src[0];
-        return dense_floats(node) && dense_floats(x) && same_shape(node, x) && !node->src[1] && !node->src[2] && setting(node, 1) == 0;
+        return dense_floats(node) && dense_floats(x) && same_shape(node, x) && !node->src[1] && !node->src[2] &&
+               setting(node, 1) == 0;
     }
     static void compute(const Tensor *node, int threads) {
         const int64_t length = node->ne[0];
@@ -164,9 +165,9 @@ struct AddExpertRows {
     static constexpr const char *NAME = "ADD_ID";
     static bool supports(const Tensor *node) {
         const Tensor *x = node->src[0], *biases = node->src[1], *ids = node->src[2];
-        return dense_floats(node) && dense_floats(x) && dense_floats(biases) && same_shape(node, x) && biases->ne[0] == x->ne[0] &&
-               biases->ne[2] == 1 && ids->type == I32 && rows_are_dense(ids, 4) && ids->ne[0] == x->ne[1] &&
-               ids->ne[1] == x->ne[2] && x->ne[3] == 1;
+        return dense_floats(node) && dense_floats(x) && dense_floats(biases) && same_shape(node, x) &&
+               biases->ne[0] == x->ne[0] && biases->ne[2] == 1 && ids->type == I32 && rows_are_dense(ids, 4) &&
+               ids->ne[0] == x->ne[1] && ids->ne[1] == x->ne[2] && x->ne[3] == 1;
     }
     static void compute(const Tensor *node, int threads) {
         const Tensor *x = node->src[0], *biases = node->src[1], *ids = node->src[2];
