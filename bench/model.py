@@ -32,7 +32,7 @@ class Form:
 FORMS = {
     "qwen2.5-0.5b": Form(tiny.Shape("qwen2", 896, 24, 14, 2, 4864, 32768, 1e6, 1e-6), 151_936),
     "qwen2.5-1.5b": Form(tiny.Shape("qwen2", 1536, 28, 12, 2, 8960, 32768, 1e6, 1e-6), 151_936),
-    # Half a billion weights used for each token: at Q8_0 2.9 GB and 3.9 GB.
+    # Half a billion weights used for each token. At Q8_0 the files have about 2.8 and 3.8 GB.
     "mixture-32": Form(MixtureShape(1024, 24, 16, 4, experts=32, used=4, hidden=1024, context=32768), 151_936),
     "mixture-128": Form(MixtureShape(1024, 22, 16, 4, experts=128, used=8, hidden=384, context=32768), 151_936),
     "small-mixture": Form(MixtureShape(64, 2, 2, 1, experts=8, used=2, hidden=64, context=2048), 4_096),

@@ -11,10 +11,13 @@ from xml.etree import ElementTree
 
 import pytest
 
+from afterword.config import WeightTypes
+from afterword.models.gguf_facts import read_facts
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-from bench import report  # noqa: E402
+from bench import model, report  # noqa: E402
 from bench.client import Client, NotPossible  # noqa: E402
 from bench.scenarios import SCENARIOS, Measure  # noqa: E402
 from bench.target import check_length, find_target  # noqa: E402
@@ -181,3 +184,13 @@ def test_requests_use_only_fields_that_the_server_supports(server):
     target = asyncio.run(find())
     assert target.model == server.model
     assert target.dialect.ids == {"return_token_ids": True}
+
+
+def test_a_mixture_of_experts_is_written(tmp_path):
+    path = tmp_path / "mixture.gguf"
+    model.write_gguf(path, model.FORMS["small-mixture"], "Q8_0")
+    facts = read_facts(path)
+    assert (facts.architecture, facts.experts, facts.layers) == ("qwen3moe", 8, 2)
+    assert facts.matrix_types == {"F32", "Q8_0"}
+    weights = WeightTypes(facts.architecture, facts.matrix_types, facts.experts)
+    assert weights.promise("exact", with_kernels=True) == "exact"

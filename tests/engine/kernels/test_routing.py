@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import io
+import re
 
 import numpy as np
 import pytest
 
+from afterword.engine.llama import accelerator, library
 from engine.kernels.test_elementwise import ROUNDING, computed, node_of, random, shaped, takes
+from engine.test_reproducible import open_runner
 from ggml_tensors import Tensor
+from oracle.architectures import EXPERTS as MIXTURE
+from oracle.architectures import write_random
 
 EXPERTS = [2, 8, 60, 128]
 SIGMOID, DESCENDING = 7, 1
@@ -145,3 +151,14 @@ def test_other_forms_are_refused(kernel):
     assert not takes(kernel, "ARGSORT", node(x.astype(np.int32), x, params={0: 0})), "another order"
     assert not takes(kernel, "SCALE", node(x, x, params={0: 1.0, 1: 2.0})), "a term"
     assert not takes(kernel, "CLAMP", node(x.astype(np.float16), x.astype(np.float16), params={})), "halves"
+
+
+@pytest.mark.parametrize("architecture", ["qwen3moe", "olmoe", "phimoe"])
+def test_of_a_mixture_only_the_token_embedding_is_left_to_llama_cpp(tmp_path, monkeypatch, architecture):
+    if not accelerator.supports_quantized():
+        pytest.skip("llama.cpp computes elementwise operations where it computes the products")
+    log = io.StringIO()
+    monkeypatch.setattr(library, "_shown", [log])
+    runner = open_runner(write_random(tmp_path / "tiny.gguf", architecture, also=MIXTURE), "exact", 2)
+    assert runner.computes_all
+    assert re.findall(r"splits = (\d+)", log.getvalue())[-1] == "2"
