@@ -5,18 +5,19 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-# The tests' writer of small models also writes larger shapes.
+# The tests' writers of small models also write larger shapes.
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
 import llama_cpp.llama_cpp as native
 from gguf import LlamaFileType, TokenType
 
 from bench.mixture import MixtureShape, write_mixture
-from oracle import tiny
+from oracle import architectures, tiny
 
 TYPES = {kind.name.removeprefix("MOSTLY_").removeprefix("ALL_"): kind for kind in LlamaFileType}
 
@@ -28,8 +29,40 @@ class Form:
     shape: tiny.Shape | MixtureShape
     vocabulary: int
 
+    def write(self, path: Path, vocabulary: tiny.Vocabulary, seed: int) -> None:
+        """Write the model with F16 weights."""
+        if isinstance(self.shape, MixtureShape):
+            write_mixture(path, self.shape, vocabulary, seed)
+        else:
+            weights = tiny.random_weights(self.shape, vocabulary, seed, tied=True)
+            tiny.write_model(path, self.shape, vocabulary, weights, "F16")
 
-FORMS = {
+
+@dataclass(frozen=True, slots=True)
+class ArchitectureForm:
+    """A shape of any architecture, by the keys of its GGUF file."""
+
+    architecture: str
+    keys: Mapping[str, architectures.Value]
+    vocabulary: int
+
+    def write(self, path: Path, vocabulary: tiny.Vocabulary, seed: int) -> None:
+        """Write the model with F16 weights."""
+        architectures.write_tied(path, self.architecture, self.keys, vocabulary, seed)
+
+
+FORMS: Mapping[str, Form | ArchitectureForm] = {
+    # Gemma 3 between its two smallest sizes: five layers with a window of 512 tokens for each without a window.
+    "gemma3-0.5b": ArchitectureForm(
+        "gemma3",
+        {
+            **{"context_length": 32768, "embedding_length": 896, "block_count": 18, "feed_forward_length": 4864},
+            **{"attention.head_count": 4, "attention.head_count_kv": 1, "attention.sliding_window": 512},
+            **{"attention.key_length": 256, "attention.value_length": 256, "rope.dimension_count": 256},
+            **{"rope.freq_base": 1e6, "rope.freq_base_swa": 1e4, "attention.layer_norm_rms_epsilon": 1e-6},
+        },
+        262_144,
+    ),
     "qwen2.5-0.5b": Form(tiny.Shape("qwen2", 896, 24, 14, 2, 4864, 32768, 1e6, 1e-6), 151_936),
     "qwen2.5-1.5b": Form(tiny.Shape("qwen2", 1536, 28, 12, 2, 8960, 32768, 1e6, 1e-6), 151_936),
     # Half a billion weights used for each token. At Q8_0 the files have about 2.8 and 3.8 GB.
@@ -40,15 +73,10 @@ FORMS = {
 }
 
 
-def write_gguf(path: Path, form: Form, kind: str, seed: int = 0) -> None:
+def write_gguf(path: Path, form: Form | ArchitectureForm, kind: str, seed: int = 0) -> None:
     """Write a GGUF file with llama.cpp's own quantizer, so that it mixes types within a file like published files."""
-    vocabulary = _vocabulary(form)
     whole = path if kind == "F16" else path.with_suffix(".f16.tmp")
-    if isinstance(form.shape, MixtureShape):
-        write_mixture(whole, form.shape, vocabulary, seed)
-    else:
-        weights = tiny.random_weights(form.shape, vocabulary, seed, tied=True)
-        tiny.write_model(whole, form.shape, vocabulary, weights, "F16")
+    form.write(whole, _vocabulary(form), seed)
     if whole == path:
         return
     settings = native.llama_model_quantize_default_params()
@@ -59,11 +87,13 @@ def write_gguf(path: Path, form: Form, kind: str, seed: int = 0) -> None:
         raise RuntimeError(f"llama.cpp could not quantize the model to {kind}.")
 
 
-def write_folder(path: Path, form: Form) -> None:
+def write_folder(path: Path, form: Form | ArchitectureForm) -> None:
     """Write the same model in Hugging Face's format without weights: vLLM generates random weights itself."""
+    if isinstance(form, ArchitectureForm):
+        raise SystemExit(f"Type HF is not supported for {form.architecture}.")
     shape, vocabulary = form.shape, _vocabulary(form)
     if isinstance(shape, MixtureShape):
-        raise ValueError("Mixtures of experts are written as GGUF files only.")
+        raise SystemExit("Type HF is not supported for mixtures of experts.")
     end = vocabulary.tokens.index(vocabulary.special["eos"])
     config = {
         "architectures": ["Qwen2ForCausalLM"],
@@ -106,7 +136,7 @@ def write_folder(path: Path, form: Form) -> None:
     _write(path / "tokenizer_config.json", about)
 
 
-def _vocabulary(form: Form) -> tiny.Vocabulary:
+def _vocabulary(form: Form | ArchitectureForm) -> tiny.Vocabulary:
     """The tests' byte-level vocabulary, extended with words to the form's size."""
     words = tiny.byte_vocabulary(infill=True, add_bos=False)
     more = tuple(f"word{number}" for number in range(form.vocabulary - len(words.tokens)))

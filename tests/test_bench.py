@@ -12,13 +12,14 @@ from xml.etree import ElementTree
 import pytest
 
 from afterword.config import WeightTypes
-from afterword.models.gguf_facts import read_facts
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-from bench import model, report  # noqa: E402
+from afterword.models.gguf_facts import read_facts  # noqa: E402
+from bench import report  # noqa: E402
 from bench.client import Client, NotPossible  # noqa: E402
+from bench.model import FORMS, ArchitectureForm, write_folder, write_gguf  # noqa: E402
 from bench.scenarios import SCENARIOS, Measure  # noqa: E402
 from bench.target import check_length, find_target  # noqa: E402
 
@@ -188,9 +189,22 @@ def test_requests_use_only_fields_that_the_server_supports(server):
 
 def test_a_mixture_of_experts_is_written(tmp_path):
     path = tmp_path / "mixture.gguf"
-    model.write_gguf(path, model.FORMS["small-mixture"], "Q8_0")
+    write_gguf(path, FORMS["small-mixture"], "Q8_0")
     facts = read_facts(path)
     assert (facts.architecture, facts.experts, facts.layers) == ("qwen3moe", 8, 2)
     assert facts.matrix_types == {"F32", "Q8_0"}
     weights = WeightTypes(facts.architecture, facts.matrix_types, facts.experts)
     assert weights.promise("exact", with_kernels=True) == "exact"
+
+
+def test_a_form_of_any_architecture_is_written_in_a_given_type(tmp_path):
+    form = FORMS["gemma3-0.5b"]
+    assert isinstance(form, ArchitectureForm)
+    small = {**form.keys, "block_count": 6, "embedding_length": 64, "feed_forward_length": 64}
+    write_gguf(tmp_path / "small.gguf", ArchitectureForm("gemma3", small, 1000), "Q8_0")
+    facts = read_facts(tmp_path / "small.gguf")
+    assert (facts.architecture, facts.layers, facts.vocabulary, facts.heads_kv) == ("gemma3", 6, 1000, 1)
+    assert facts.matrix_types == {"Q8_0"}
+    assert [path.name for path in tmp_path.iterdir()] == ["small.gguf"]
+    with pytest.raises(SystemExit, match="gemma3"):
+        write_folder(tmp_path / "folder", form)

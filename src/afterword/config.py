@@ -26,11 +26,11 @@ SMALL_MODEL = 64 * 2**20
 TESTED_ARCHITECTURES = frozenset(
     (
         *("arcee", "baichuan", "bitnet", "bloom", "chatglm", "codeshell", "cohere2", "command-r", "deci"),
-        *("ernie4_5", "exaone", "exaone4", "falcon", "gemma", "gemma2", "gemma3", "glm4", "gpt2", "gptneox"),
-        *("granite", "hunyuan-dense", "internlm2", "jais", "jais2", "llama", "maincoder", "minicpm"),
-        *("mistral3", "mpt", "nemotron", "olmo", "olmo2", "openelm", "orion", "pangu-embedded", "phi2", "phi3"),
-        *("plamo", "plamo3", "qwen", "qwen2", "qwen2vl", "qwen3", "qwen3vl", "refact", "seed_oss", "smollm3"),
-        *("stablelm", "starcoder", "starcoder2", "xverse"),
+        *("ernie4_5", "exaone", "exaone4", "falcon", "gemma", "gemma2", "gemma3", "gemma4", "glm4", "gpt2", "gptneox"),
+        *("granite", "granite_swa", "hunyuan-dense", "internlm2", "jais", "jais2", "llama", "maincoder", "minicpm"),
+        *("mistral3", "mpt", "muse-glimmer", "nemotron", "olmo", "olmo2", "openelm", "orion", "pangu-embedded"),
+        *("phi2", "phi3", "plamo", "plamo3", "qwen", "qwen2", "qwen2vl", "qwen3", "qwen3vl", "refact", "seed_oss"),
+        *("smollm3", "spark2_5", "stablelm", "starcoder", "starcoder2", "xverse"),
     )
 )
 """Dense architectures that give a sequence the same bits, with any other sequences in its forward passes.

@@ -6,7 +6,7 @@ prefix cache. A token must have the same numbers whether it is read or generated
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -15,12 +15,14 @@ from afterword.config import TESTED_ARCHITECTURES, TESTED_MIXTURES
 from afterword.engine.core.engine_loop import EngineLoop
 from afterword.engine.llama import accelerator, library
 from engine.test_reproducible import CHUNK_GRID, compare, open_runner, requests, sequential
-from oracle.architectures import EXPERTS, Value, write_random
+from oracle.architectures import EXPERTS, WINDOWED, write_random, write_windowed
 
 library.initialize(verbose=False)
 
 VOCABULARY = 280
-FEW = ("qwen3", "gemma2", "phi3", "gpt2")
+FEW = ("qwen3", "gemma2", "phi3", "gpt2", "mpt")
+"""Among them capped scores (Gemma 2) and ALiBi (MPT)."""
+ALWAYS_WINDOWED = {"gemma4", "granite_swa", "muse-glimmer", "spark2_5"}
 UNPROMISED = ("deepseek2", "gemma3n", "mamba", "jamba", "lfm2")
 """Architectures whose numbers depended on the other sequences of a batch, or whose state cannot be truncated."""
 
@@ -28,36 +30,49 @@ UNPROMISED = ("deepseek2", "gemma3n", "mamba", "jamba", "lfm2")
 FEW_MIXTURES = ("qwen3moe", "qwen2moe", "granitemoe")
 
 
-def check(folder, architecture: str, file_type: str, count: int, also: Mapping[str, Value] | None = None) -> None:
+def check(path: Path, count: int) -> None:
     if not accelerator.supports_quantized():
         pytest.skip("this processor has no instructions for it")
-    runner = open_runner(write_random(folder / "tiny.gguf", architecture, file_type, also=also), "exact", 8)
+    runner = open_runner(path, "exact", 8)
+    assert runner.uses_own_attention
     assert (runner.promise, runner.grid) == ("exact", 1)
     compare(EngineLoop(runner), count, VOCABULARY)
 
 
 @pytest.mark.parametrize("architecture", FEW)
 def test_some_architectures(tmp_path, architecture):
-    check(tmp_path, architecture, "Q8_0", 12)
+    check(write_random(tmp_path / "tiny.gguf", architecture), 12)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file_type", ["Q8_0", "F16"])
-@pytest.mark.parametrize("architecture", sorted(TESTED_ARCHITECTURES))
+@pytest.mark.parametrize("architecture", sorted(TESTED_ARCHITECTURES - ALWAYS_WINDOWED))
 def test_every_promised_architecture(tmp_path, architecture, file_type):
-    check(tmp_path, architecture, file_type, 60)
+    check(write_random(tmp_path / "tiny.gguf", architecture, file_type), 60)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "granite_swa"])
+def test_some_architectures_with_a_window(tmp_path, name):
+    check(write_windowed(tmp_path / "tiny.gguf", name), 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file_type", ["Q8_0", "F16"])
+@pytest.mark.parametrize("name", sorted(WINDOWED))
+def test_every_promised_architecture_with_a_window(tmp_path, name, file_type):
+    check(write_windowed(tmp_path / "tiny.gguf", name, file_type), 60)
 
 
 @pytest.mark.parametrize("architecture", FEW_MIXTURES)
 def test_some_mixtures_of_experts(tmp_path, architecture):
-    check(tmp_path, architecture, "Q8_0", 12, EXPERTS)
+    check(write_random(tmp_path / "tiny.gguf", architecture, also=EXPERTS), 12)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file_type", ["Q8_0", "F16"])
 @pytest.mark.parametrize("architecture", sorted(TESTED_MIXTURES))
 def test_every_promised_mixture_of_experts(tmp_path, architecture, file_type):
-    check(tmp_path, architecture, file_type, 60, EXPERTS)
+    check(write_random(tmp_path / "tiny.gguf", architecture, file_type, also=EXPERTS), 60)
 
 
 def test_a_mixture_of_experts_is_reproducible_with_halves_of_keys_and_values(tmp_path):

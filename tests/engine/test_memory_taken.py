@@ -18,6 +18,7 @@ from afterword.engine.protocol import Job, Sampling
 from afterword.models.gguf_facts import read_facts
 from afterword.models.memory_fit import HEADROOM
 from afterword.models.registry import Model
+from oracle.architectures import WINDOWED, write_random
 from oracle.tiny import Shape, Vocabulary, add_vocabulary, byte_vocabulary, random_weights, write_model
 
 FACTOR = 1.6
@@ -111,6 +112,22 @@ def test_the_states_of_recurrent_layers_are_included(tmp_path: Path) -> None:
 
 def test_the_keys_and_values_are_included(tmp_path: Path) -> None:
     compare(write_wide(tmp_path / "long.gguf", 1000, layers=8, width=256, kv_heads=2, context=2048), parallel=16)
+
+
+def test_the_keys_and_values_of_layers_with_a_window_are_included(tmp_path: Path) -> None:
+    """A layer with a window has a cell for every token of the context."""
+    large = {"context_length": 2048, "embedding_length": 128, "attention.head_count_kv": 2, "block_count": 12}
+    heads = {"attention.key_length": 64, "attention.value_length": 64, "rope.dimension_count": 64}
+    compare(write_random(tmp_path / "windowed.gguf", "gemma3", also=large | heads), parallel=16)
+
+
+def test_layers_that_share_keys_and_values_are_not_included(tmp_path: Path) -> None:
+    few = {"block_count": 12, "attention.shared_kv_layers": 9, "feed_forward_length": (128,) * 12}
+    large = {"context_length": 4096, "embedding_length": 128, "attention.head_count_kv": 2}
+    sizes = (f"attention.{kind}_length{layers}" for kind in ("key", "value") for layers in ("", "_swa"))
+    windows = {"attention.sliding_window_pattern": (True, True, False) * 4}
+    also = {**WINDOWED["gemma4"], **few, **large, **dict.fromkeys(sizes, 128), **windows}
+    compare(write_random(tmp_path / "shared.gguf", "gemma4", also=also), parallel=16)
 
 
 @pytest.mark.slow

@@ -132,6 +132,7 @@ ATTENTIONS = [
     ("llama", "exact", False, "F16"),  # the library's attention for keys and values of different types
     *((name, "exact", True, "Q8_0") for name in ("gemma3", "mamba", "jamba", "lfm2")),
     ("jamba", "f16", True, "F16"),
+    ("gemma3", "f16", True, "Q8_0"),
 ]
 
 
@@ -156,6 +157,16 @@ def test_non_finite_values_do_not_reach_the_next_sequence_of_a_slot(tmp_path, mo
     assert np.array_equal(run_one(runner, row(0, 5, 6, 7)), clean, equal_nan=True)
     assert np.array_equal(run_one(runner, row(2, 11, position=3)), continued, equal_nan=True)
     assert np.array_equal(run_one(runner, row(2, 8, 9, 10), Truncate(2, 0)), other, equal_nan=True)
+
+
+def test_a_full_slot_without_logits_is_truncated(tmp_path):
+    """A full slot has no cell for the additional token, so its last token is replaced."""
+    runner = open_runner(write_random(tmp_path / "tiny.gguf", "gemma3", "Q8_0"), "f16")
+    wanted = run_one(runner, row(0, *range(5, 45)))
+    for start in (40, 104):
+        tokens = tuple(range(start, min(start + 64, 128)))
+        runner.run(ForwardBatch((), (BatchEntry(0, start, tokens, 0),)))
+    assert np.array_equal(run_one(runner, row(0, 44, position=39), Truncate(0, 39)), wanted)
 
 
 @pytest.mark.parametrize("kv_type", ["exact", "f16", "f32"])

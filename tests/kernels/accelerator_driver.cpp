@@ -156,12 +156,18 @@ struct AttentionCase {
     int64_t streams, heads, kv_heads, tokens, cells, dk, dv;
     float steepness, cap;
     bool masked, broken;  // broken: masked cells hold NaN
+    int64_t window = 0;   // 0: none
+    std::vector<float> sinks = {};
 };
 
 const AttentionCase ATTENTION_CASES[] = {
-    {"one token", 1, 4, 2, 1, 300, 64, 64, 0, 0, true, false},   {"several tokens", 1, 4, 2, 9, 256, 64, 64, 0, 0, true, false},
-    {"many tokens", 1, 4, 2, 71, 300, 64, 64, 0, 0, true, true}, {"streams", 3, 7, 1, 2, 77, 128, 128, 0, 0, true, false},
-    {"odd heads", 1, 4, 4, 9, 77, 80, 72, 8, 5, true, true},     {"no mask", 1, 4, 2, 9, 77, 64, 64, 0, 0, false, false},
+    {"one token", 1, 4, 2, 1, 300, 64, 64, 0, 0, true, false},
+    {"several tokens", 1, 4, 2, 9, 256, 64, 64, 0, 0, true, false},
+    {"many tokens", 1, 4, 2, 71, 300, 64, 64, 0, 0, true, true},
+    {"streams", 3, 7, 1, 2, 77, 128, 128, 0, 0, true, false},
+    {"odd heads", 1, 4, 4, 9, 77, 80, 72, 8, 5, true, true},
+    {"no mask", 1, 4, 2, 9, 77, 64, 64, 0, 0, false, false},
+    {"sinks and a window", 1, 4, 2, 71, 700, 64, 64, 0, 0, true, true, 90, {0.5f, -2, 40, -INFINITY}},
 };
 
 void run_attention(const Options &options) {
@@ -172,8 +178,10 @@ void run_attention(const Options &options) {
         std::vector<half> mask(c.streams * c.tokens * c.cells);
         for (half &x : k) x = random.half(0x3000);
         for (half &x : v) x = random.half(0x3400);
-        // A token sees the cells up to its own, which is near the middle.
-        const auto hidden = [&](int64_t token, int64_t cell) { return cell > c.cells / 2 + token; };
+        // A token sees the cells up to its own, which is near the middle, or the last of them.
+        const auto hidden = [&](int64_t token, int64_t cell) {
+            return cell > c.cells / 2 + token || (c.window && cell <= c.cells / 2 + token - c.window);
+        };
         for (size_t i = 0; i < mask.size(); i++)
             mask[i] = hidden(i / c.cells % c.tokens, i % c.cells) ? 0xfc00 : i % 3 ? 0 : 0xb800;
         for (size_t i = 0; c.broken && i < v.size(); i++)
@@ -186,6 +194,8 @@ void run_attention(const Options &options) {
             Tensor values = tensor_of(F16, 2, v.data(), c.dv, c.cells, c.kv_heads, c.streams);
             Tensor seen = tensor_of(F16, 2, mask.data(), c.cells, c.tokens, 1, c.streams);
             node.src[0] = &queries, node.src[1] = &keys, node.src[2] = &values, node.src[3] = c.masked ? &seen : nullptr;
+            Tensor sinks = floats_of(c.sinks, c.heads);
+            node.src[4] = c.sinks.empty() ? nullptr : &sinks;
             const float params[3] = {0.125f, c.steepness, c.cap};
             std::memcpy(node.params, params, sizeof params);
             compute_or_exit("FLASH_ATTN_EXT", node, count);

@@ -57,6 +57,8 @@ def test_of_numbers_by_layer_the_largest_counts(tmp_path: Path) -> None:
     ("architecture", "changes", "kv_heads", "state"),
     [
         ("llama", {}, 4, 0),
+        ("gemma4", {"attention.shared_kv_layers": 1}, 2, 0),
+        ("gemma4", {"attention.shared_kv_layers": 3}, 0, 0),
         ("jamba", {"attention.head_count_kv": [0, 3], "ssm.conv_kernel": 4, "ssm.inner_size": 64, "ssm.state_size": 8},
          3, 3 * 64 + 8 * 64),
         ("mamba", {"attention.head_count": 0, "attention.head_count_kv": None, "ssm.conv_kernel": 4,

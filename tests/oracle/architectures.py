@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from afterword.engine.llama import library
 from afterword.engine.llama.library import native
-from oracle.tiny import FILE_TYPES, FileType, add_vocabulary, byte_vocabulary
+from oracle.tiny import FILE_TYPES, FileType, Vocabulary, add_vocabulary, byte_vocabulary
 
 library.initialize(verbose=False)  # otherwise the library's error messages are not recorded
 
@@ -27,6 +27,7 @@ Value = bool | int | float | tuple[int, ...]
 Shape = tuple[int, ...]
 
 WIDTH, WINDOW = 64, 32
+_WORDS = byte_vocabulary(infill=False, add_bos=False)
 _COMMON_KEYS: Mapping[str, Value] = {
     "context_length": 512,
     "embedding_length": WIDTH,
@@ -93,6 +94,53 @@ EXPERTS: Mapping[str, Value] = {
     "interleave_moe_layer_step": 1,
 }
 """Keys that make a mixture of experts of an architecture: 3 of 8 experts in the last layer, or in both."""
+_WINDOW = {"attention.sliding_window": WINDOW, "rope.freq_base_swa": 10000.0}
+_TWO_OF_THREE = {**_WINDOW, "block_count": 3, "attention.sliding_window_pattern": (True, True, False)}
+_EXPERTS = {
+    **{"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": WIDTH},
+    **{"expert_gating_func": 2, "expert_shared_count": 1, "leading_dense_block_count": 1},
+}
+_GEMMA4 = {
+    **{**_TWO_OF_THREE, "embedding_length_per_layer_input": 0, "feed_forward_length": (128,) * 3},
+    **{"attention.key_length": 32, "attention.value_length": 32, "rope.dimension_count_swa": 32},
+    **{"attention.key_length_swa": 32, "attention.value_length_swa": 32, "final_logit_softcapping": 30.0},
+}
+WINDOWED: Mapping[str, Mapping[str, Value]] = {
+    "cohere2": {"block_count": 5},
+    "exaone4": {"block_count": 64},  # the library gives a window only to the model with 64 layers
+    "gemma2": {"block_count": 4},
+    "gemma3": {"block_count": 7},
+    "gemma4": _GEMMA4,
+    "gemma4/effective": {  # the small ones: embeddings for each layer, and layers that use the keys of earlier ones
+        **{**_GEMMA4, "block_count": 6, "attention.sliding_window_pattern": (True, True, False) * 2},
+        **{"feed_forward_length": (128,) * 6, "embedding_length_per_layer_input": 32, "attention.shared_kv_layers": 3},
+        **{"attention.key_length": 64, "attention.value_length": 64, "rope.dimension_count": 64},
+    },
+    "granite_swa": _TWO_OF_THREE,
+    "muse-glimmer": {**_WINDOW, "block_count": 5, "final_logit_softcapping": 30.0},
+    "olmo2": {**_WINDOW, "block_count": 5},
+    "plamo3": {**_WINDOW, "block_count": 9},
+    "spark2_5": _TWO_OF_THREE,
+}
+"""Additional keys with which dense models have layers with a sliding window and layers without.
+
+By architecture and form, which `write_windowed` separates.
+"""
+
+OTHER_WINDOWED: Mapping[str, Mapping[str, Value]] = {
+    "afmoe": {**_WINDOW, **_EXPERTS, "block_count": 5},
+    "cohere2moe": {**_WINDOW, **_EXPERTS, "block_count": 5},
+    "exaone-moe": {**_WINDOW, **_EXPERTS, "block_count": 5},
+    "gemma3n": {},
+    "gpt-oss": {**_WINDOW, **_EXPERTS, "block_count": 3},
+    "llama4": {**_EXPERTS, "block_count": 5, "interleave_moe_layer_step": 1},  # chunks of 8,192 tokens
+    "maple": {**_TWO_OF_THREE, **_EXPERTS, "swiglu_clamp_exp": (7.0, 7.0, 7.0)},
+    "mellum": {**_WINDOW, **_EXPERTS, "block_count": 5},
+    "mimo2": {**_TWO_OF_THREE, **_EXPERTS},
+    "smallthinker": {**_WINDOW, **_EXPERTS, "block_count": 5},
+    "step35": {**_TWO_OF_THREE, **_EXPERTS},
+}
+"""The same for mixtures of experts and Gemma 3n."""
 
 _OPTIONAL_TENSORS: Mapping[str, Mapping[str, Shape]] = {
     # tensors that a file may omit; the library then uses defaults
@@ -115,12 +163,37 @@ def write_random(
 
     `poison`: token ids and the number that replaces all elements of their embedding. `also`: additional keys.
     """
-    keys = {**_COMMON_KEYS, **_ARCHITECTURE_KEYS.get(architecture, {}), **(also or {})}
-    shapes = dict(_tensors(architecture, tuple(sorted(keys.items()))))
-    weights = {name: _random(name, shape, np.random.default_rng(i)) for i, (name, shape) in enumerate(shapes.items())}
+    keys = _keys(architecture, also or {})
+    weights = _weights(_tensors(architecture, tuple(sorted(keys.items()))))
     for token, value in (poison or {}).items():
         weights["token_embd.weight"][token] = value
     return _write(path, architecture, keys, weights, file_type)
+
+
+def write_windowed(path: str | Path, name: str, file_type: FileType = "Q8_0") -> Path:
+    """Write a random model with a sliding window. `name`: a key of `WINDOWED` or `OTHER_WINDOWED`."""
+    return write_random(path, name.partition("/")[0], file_type, also={**WINDOWED, **OTHER_WINDOWED}[name])
+
+
+def write_tied(
+    path: str | Path, architecture: str, also: Mapping[str, Value], words: Vocabulary, seed: int = 0
+) -> Path:
+    """Write a random model of any size with F16 weights, whose embeddings are also its output matrix."""
+    keys = _keys(architecture, also)
+    shapes = dict(_tensors(architecture, tuple(sorted(keys.items()))))
+    shapes.pop("output.weight", None)
+    for name in shapes.keys() & {"token_embd.weight", "per_layer_token_embd.weight"}:
+        shapes[name] = (len(words.tokens), *shapes[name][1:])
+    return _write(path, architecture, keys, _weights(tuple(shapes.items()), seed), "F16", words=words)
+
+
+def _keys(architecture: str, also: Mapping[str, Value]) -> Mapping[str, Value]:
+    return {**_COMMON_KEYS, **_ARCHITECTURE_KEYS.get(architecture, {}), **also}
+
+
+def _weights(shapes: tuple[tuple[str, Shape], ...], seed: int = 0) -> dict[str, NDArray[np.float32]]:
+    first = seed * len(shapes)
+    return {name: _random(name, shape, np.random.default_rng(i)) for i, (name, shape) in enumerate(shapes, first)}
 
 
 @cache
@@ -128,9 +201,8 @@ def _tensors(architecture: str, keys: tuple[tuple[str, Value], ...]) -> tuple[tu
     """The names and shapes of the tensors that a file needs, with an untied output matrix if the library accepts it."""
     shapes: dict[str, Shape] = dict(_OPTIONAL_TENSORS.get(architecture, {}))
     while True:
-        weights = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
         with tempfile.TemporaryDirectory() as folder:
-            error = _load_error(_write(Path(folder, "tiny.gguf"), architecture, dict(keys), weights, "F32"))
+            error = _load_error(_write_zeros(Path(folder, "zeros.gguf"), architecture, dict(keys), shapes))
         if missing := re.search(r"(?:missing tensor '([^']+)'|tensor '([^']+)' not found)", error):
             name = missing[1] or missing[2]
             alike = [shape for known, shape in shapes.items() if _kind(known) == _kind(name)]
@@ -170,7 +242,7 @@ def _random(name: str, shape: Shape, random: np.random.Generator) -> NDArray[np.
     if name.endswith("ssm_a"):
         return -np.abs(numbers)  # states decay
     if name == "output_norm.weight":
-        return numbers * 3 / WIDTH**0.5
+        return numbers * 3 / shape[0] ** 0.5
     if len(shape) == 1:
         return 1 + 0.1 * numbers if name.endswith("weight") else 0.25 * numbers
     return numbers if name.startswith(("token_embd", "output.")) else numbers / shape[-1] ** 0.5
@@ -182,18 +254,14 @@ def _write(
     keys: Mapping[str, Value],
     weights: Mapping[str, NDArray[np.float32]],
     file_type: FileType,
+    *,
+    words: Vocabulary = _WORDS,
 ) -> Path:
-    writer = GGUFWriter(path, architecture)
-    writer.add_name("tiny")  # if the name contained an architecture, the library would choose another vocabulary
-    words = byte_vocabulary(infill=False, add_bos=False)
-    for key, value in {**keys, "vocab_size": len(words.tokens)}.items():
-        _add(writer, f"{architecture}.{key}", value)
-    writer.add_file_type(FILE_TYPES[file_type])
-    add_vocabulary(writer, words)
+    writer = _begin(path, architecture, keys, file_type, words)
     for name, weight in weights.items():
         # The library expects small matrices of recurrent layers and biases of experts unquantized, and does not
         # quantize the matrices that choose experts. Non-finite values cannot be quantized.
-        plain = weight.ndim == 1 or weight.shape[-1] % 32 or re.search(r"norm|ssm|shortconv|gate_inp|\.bias", name)
+        plain = weight.ndim == 1 or weight.shape[-1] % 32 or re.search("norm|ssm|shortconv|gate_inp|bias", name)
         kind = GGMLQuantizationType["F32" if plain or not np.isfinite(weight).all() else file_type]
         writer.add_tensor(name, quantize(weight, kind), raw_dtype=kind)
     writer.write_header_to_file()
@@ -201,6 +269,34 @@ def _write(
     writer.write_tensors_to_file()
     writer.close()
     return Path(path)
+
+
+def _write_zeros(path: Path, architecture: str, keys: Mapping[str, Value], shapes: Mapping[str, Shape]) -> Path:
+    """Write a file whose weights are zeros that take no space on the disk."""
+    writer = _begin(path, architecture, keys, "F32", _WORDS)
+    size = 0
+    for name, shape in shapes.items():
+        count = 4 * int(np.prod(shape))
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), count)
+        size += -(-count // writer.data_alignment) * writer.data_alignment
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    os.truncate(path, path.stat().st_size + writer.data_alignment + size)
+    return path
+
+
+def _begin(
+    path: str | Path, architecture: str, keys: Mapping[str, Value], file_type: FileType, words: Vocabulary
+) -> GGUFWriter:
+    writer = GGUFWriter(path, architecture)
+    writer.add_name("tiny")  # if the name contained an architecture, the library would choose another vocabulary
+    for key, value in {**keys, "vocab_size": len(words.tokens)}.items():
+        _add(writer, f"{architecture}.{key}", value)
+    writer.add_file_type(FILE_TYPES[file_type])
+    add_vocabulary(writer, words)
+    return writer
 
 
 def _add(writer: GGUFWriter, name: str, value: Value) -> None:

@@ -98,7 +98,7 @@ def read_facts(path: Path | str) -> Facts:
         experts=keys.number("expert_count", 0),
         heads=heads,
         heads_kv=keys.number("attention.head_count_kv", heads),
-        kv_heads=sum(keys.heads_kv(heads)),
+        kv_heads=sum(keys.heads_kv(heads)[: keys.layers_with_own_keys()]),
         hidden=keys.number("feed_forward_length", 0),
         state_bytes=STATE_BYTES * keys.recurrent_layers(heads) * keys.state_length(heads),
         key_length=keys.number("attention.key_length", head_length),
@@ -168,6 +168,10 @@ class _Keys:
         most = self.number("attention.head_count_kv", heads)
         every = self.number("full_attention_interval", 1) or 1  # every n-th layer has attention
         return [most if number % every == 0 else 0 for number in range(1, layers + 1)]
+
+    def layers_with_own_keys(self) -> int:
+        """The number of layers that store keys and values; the last of Gemma 3n and 4 use those of earlier ones."""
+        return max(0, self.number("block_count") - self.number("attention.shared_kv_layers", 0))
 
     def recurrent_layers(self, heads: int) -> int:
         """The number of layers that may be recurrent: those without attention, or all layers if each has attention."""

@@ -29,7 +29,7 @@ def kernel(accelerator_library: ctypes.CDLL) -> ctypes.CDLL:
 class Case:
     """Queries [stream, head, token, element], keys and values [stream, head, cell, element].
 
-    The mask is [stream, token, cell].
+    The mask is [stream, token, cell], the sinks are [head].
     """
 
     q: np.ndarray
@@ -39,6 +39,7 @@ class Case:
     scale: float = 0.125
     steepness: float = 0.0
     cap: float = 0.0
+    sinks: np.ndarray | None = None
 
 
 def computed(kernel: ctypes.CDLL, case: Case, threads: int = 1) -> np.ndarray:
@@ -49,6 +50,8 @@ def computed(kernel: ctypes.CDLL, case: Case, threads: int = 1) -> np.ndarray:
     if case.mask is not None:
         operands.append(case.mask[:, None])
     with_sources(node, *map(tensor, operands))
+    if case.sinks is not None:
+        node.src[4] = ctypes.pointer(tensor(case.sinks[None, None, None]))
     node.params[:3] = [case.scale, case.steepness, case.cap]
     kernel.operation_compute(b"FLASH_ATTN_EXT", ctypes.byref(node), threads)
     return out
@@ -64,8 +67,11 @@ def plain(case: Case) -> np.ndarray:
     if case.mask is not None:
         slopes = 2.0 ** (-case.steepness / heads * np.arange(1, heads + 1)) if case.steepness else np.ones(heads)
         scores = scores + slopes[:, None, None] * case.mask.astype(np.float64)[:, None]
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
+    # A sink is one more score of a head, without a value.
+    sinks = np.full(heads, -np.inf) if case.sinks is None else case.sinks.astype(np.float64)
+    highest = np.maximum(scores.max(-1, keepdims=True), sinks[:, None, None])
+    weights = np.exp(scores - highest)
+    weights /= weights.sum(-1, keepdims=True) + np.exp(sinks[:, None, None] - highest)
     return np.einsum("shtc,shcd->sthd", weights, v).astype(np.float32)
 
 
@@ -78,15 +84,17 @@ def make(
     cells: int = 256,
     dk: int = 64,
     dv: int = 64,
+    window: int = 10**6,
 ) -> Case:
-    """Random operands. Each token sees all cells up to its own, which is one of the last used ones."""
+    """Random operands. Each token sees the last `window` cells up to its own, which is one of the last used ones."""
     rng = np.random.default_rng(0)
     q = rng.normal(size=(streams, heads, tokens, dk)).astype(np.float32) * 3
     k = rng.normal(size=(streams, kv_heads, cells, dk)).astype(np.float16)
     v = rng.normal(size=(streams, kv_heads, cells, dv)).astype(np.float16)
     taken = cells - rng.integers(0, cells - tokens, streams)
     last = taken[:, None] - tokens + np.arange(tokens)
-    mask = np.where(np.arange(cells) <= last[:, :, None], 0, -np.inf).astype(np.float16)
+    distance = last[:, :, None] - np.arange(cells)
+    mask = np.where((distance >= 0) & (distance < window), 0, -np.inf).astype(np.float16)
     return Case(q, k, v, mask)
 
 
@@ -100,6 +108,9 @@ SHAPES = {
     "long heads": {"dk": 128, "dv": 128},
     "odd heads": {"dk": 80, "dv": 72},
     "cells that fill no block": {"cells": 77},
+    "a window in one block": {"cells": 700, "window": 20},
+    "a window of several blocks": {"cells": 700, "window": 200, "tokens": 131},
+    "a window and several streams": {"cells": 733, "window": 100, "tokens": 2, "streams": 3},
 }
 
 
@@ -130,6 +141,56 @@ def test_slopes_weigh_the_mask(kernel):
     np.testing.assert_allclose(computed(kernel, case), plain(case), rtol=0, atol=ROUNDING)
 
 
+SINKS = {
+    "of usual size": [0.5, -3.0, 6.0, 0.0],
+    "above all scores": [200.0, 60.0, 30.0, 1000.0],
+    "below all scores": [-200.0, -60.0, -1000.0, -90.0],
+}
+
+
+@pytest.mark.parametrize("sinks", SINKS.values(), ids=SINKS)
+@pytest.mark.parametrize("shape", [{}, {"tokens": 1}, {"tokens": 131}, {"cells": 700, "window": 70}], ids=str)
+def test_a_sink_takes_weight_and_adds_nothing(kernel, shape, sinks):
+    case = make(**shape)
+    case.sinks = np.array(sinks, np.float32)
+    np.testing.assert_allclose(computed(kernel, case), plain(case), rtol=0, atol=ROUNDING)
+
+
+def test_a_sink_of_minus_infinity_changes_nothing(kernel):
+    case = make()
+    expected = computed(kernel, case)
+    case.sinks = np.full(4, -np.inf, np.float32)
+    assert (computed(kernel, case) == expected).all()
+
+
+def test_a_sink_is_neither_scaled_nor_capped_nor_weighed(kernel):
+    case = make(heads=8)
+    case.sinks = np.linspace(-9, 9, 8).astype(np.float32)
+    case.cap, case.steepness = 5.0, 8.0
+    np.testing.assert_allclose(computed(kernel, case), plain(case), rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_sink_that_is_not_finite_reaches_its_head_and_no_other(kernel, value):
+    case = make()
+    case.sinks = np.zeros(4, np.float32)
+    expected = computed(kernel, case)
+    case.sinks[1] = value
+    found = computed(kernel, case)
+    assert np.isnan(found[:, :, 1]).all()
+    assert (found[:, :, [0, 2, 3]] == expected[:, :, [0, 2, 3]]).all()
+
+
+@pytest.mark.parametrize("sinks", [np.zeros((1, 1, 1, 2), np.float32), np.zeros((1, 1, 1, 4), np.float16)], ids=str)
+def test_sinks_of_another_type_or_number_are_refused(kernel, sinks):
+    case = make()
+    node = tensor(np.zeros((1, 9, 4, 64), np.float32))
+    with_sources(node, *map(tensor, (case.q, case.k, case.v, case.mask[:, None], np.zeros((1, 1, 1, 4), np.float32))))
+    assert kernel.operation_supports(b"FLASH_ATTN_EXT", ctypes.byref(node))
+    node.src[4] = ctypes.pointer(tensor(sinks))
+    assert not kernel.operation_supports(b"FLASH_ATTN_EXT", ctypes.byref(node))
+
+
 def test_without_a_mask_every_cell_is_seen(kernel):
     case = make()
     case.mask = None
@@ -145,9 +206,10 @@ def test_large_scores_do_not_overflow_and_small_ones_get_weight_zero(kernel):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("dk", [64, 80, 128])
-def test_a_token_has_the_same_bits_in_any_batch(kernel, dk, threads):
-    whole = make(streams=2, heads=6, kv_heads=2, tokens=90, dk=dk, dv=dk)
+@pytest.mark.parametrize(("dk", "window", "sink"), [(64, None, 0), (80, None, 0), (128, None, 0), (64, 70, 2.5)])
+def test_a_token_has_the_same_bits_in_any_batch(kernel, dk, window, sink, threads):
+    whole = make(streams=2, heads=6, kv_heads=2, tokens=90, dk=dk, dv=dk, window=window or 10**6)
+    whole.sinks = np.arange(6, dtype=np.float32) - sink if sink else None
     expected = computed(kernel, whole)
     assert whole.mask is not None
     for first, end in [(0, 1), (3, 5), (89, 90), (7, 40), (64, 90)]:
@@ -156,6 +218,7 @@ def test_a_token_has_the_same_bits_in_any_batch(kernel, dk, threads):
             whole.k[1:],
             whole.v[1:],
             np.ascontiguousarray(whole.mask[1:, first:end]),
+            sinks=whole.sinks,
         )
         assert (computed(kernel, part, threads) == expected[1:, first:end]).all()
 

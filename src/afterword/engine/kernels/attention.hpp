@@ -55,9 +55,9 @@ inline void transpose(f8 (&r)[LANES]) {
 // ---- one operation
 
 // The operands and parameters of one operation. Shapes: queries [head, token, query head, stream], keys and values [head, cell,
-// head, stream], mask [cell, token, 1 or query head, 1 or stream], output [head, query head, token, stream].
+// head, stream], mask [cell, token, 1 or query head, 1 or stream], sinks [query head], output [head, query head, token, stream].
 struct Attention {
-    const Tensor *q, *k, *v, *mask, *out;
+    const Tensor *q, *k, *v, *mask, *sinks, *out;
     int64_t tokens, cells, group;  // group: query heads that share one head of keys
     int dk, dv;
     float scale, steepness, cap, base0, base1;
@@ -68,6 +68,7 @@ struct Attention {
           k(node->src[1]),
           v(node->src[2]),
           mask(node->src[3]),
+          sinks(node->src[4]),
           out(node),
           tokens(q->ne[1]),
           cells(k->ne[1]),
@@ -89,6 +90,8 @@ struct Attention {
         const uint32_t h = (uint32_t)head;
         return h < flat_heads ? std::pow(base0, h + 1) : std::pow(base1, 2 * (h - flat_heads) + 1);
     }
+
+    float sink(int64_t head) const { return ((const float *)sinks->data)[head]; }
 
     const half *mask_of(int64_t token, int64_t head, int64_t stream) const {
         if (!mask) return nullptr;
@@ -208,12 +211,37 @@ struct Query {
     f8 total;  // the running sum of the weights, in lanes
 };
 
-// Whether the mask shows a query any cell of a block.
+// A query before the first block. A sink is a score of its head that has no value: it enters the maximum and the total only.
+Query begin(const Attention &op, const float *elements, int64_t token, int64_t head, int64_t stream) {
+    Query query = {elements, op.mask_of(token, head, stream), op.slope(head), -INFINITY, all(0)};
+    if (!op.sinks) return query;
+    query.highest = op.sink(head);
+    query.total[0] = query.highest < INFINITY ? 1 : NAN;  // `fmax` and `exponential` would hide a sink that is NaN
+    return query;
+}
+
+// Whether the mask shows a query any cell of a block. A window leaves most blocks hidden, so whole blocks are compared at once.
 bool sees_block(const Query &query, int64_t cell, int cells) {
     if (!query.mask) return true;
-    for (int i = 0; i < cells; i++)
-        if (query.mask[cell + i] != 0xfc00) return true;
-    return false;
+    const half *mask = query.mask + cell;
+    if (mask[0] != 0xfc00) return true;
+    half different = 0;
+    if (cells == BLOCK)
+        for (int i = 0; i < BLOCK; i++) different |= mask[i] ^ 0xfc00;
+    else
+        for (int i = 0; i < cells; i++) different |= mask[i] ^ 0xfc00;
+    return different != 0;
+}
+
+// The rows of a tile that see any cell of a block. Query heads that share a mask are adjacent.
+int rows_seeing(int *seeing, const Query *queries, int count, int64_t cell, int cells) {
+    int found = 0;
+    bool sees = false;
+    for (int r = 0; r < count; r++) {
+        if (!r || queries[r].mask != queries[r - 1].mask) sees = sees_block(queries[r], cell, cells);
+        if (sees) seeing[found++] = r;
+    }
+    return found;
 }
 
 // Scores plus the mask times the slope. Where the mask is minus infinity so is the result, even if the score is not finite.
@@ -263,16 +291,15 @@ bool attend(const Attention &op, Scratch &scratch, int64_t stream, int64_t kv_he
     for (int r = 0; r < count; r++) {
         const int64_t token = (first + r) / op.group, head = kv_head * op.group + (first + r) % op.group;
         const float *elements = (const float *)(op.q->data + token * op.q->nb[1] + head * op.q->nb[2] + stream * op.q->nb[3]);
-        queries[r] = {elements, op.mask_of(token, head, stream), op.slope(head), -INFINITY, all(0)};
+        queries[r] = begin(op, elements, token, head, stream);
     }
     std::memset(scratch.sums, 0, sizeof(float) * count * op.dv);
     const char *keys = op.k->data + kv_head * op.k->nb[2] + stream * op.k->nb[3];
     const char *values = op.v->data + kv_head * op.v->nb[2] + stream * op.v->nb[3];
     for (int64_t cell = 0; cell < op.cells; cell += BLOCK) {
         const int cells = (int)(op.cells - cell < BLOCK ? op.cells - cell : BLOCK);
-        int seeing[MOST_ROWS], seeing_count = 0;
-        for (int r = 0; r < count; r++)
-            if (sees_block(queries[r], cell, cells)) seeing[seeing_count++] = r;
+        int seeing[MOST_ROWS];
+        const int seeing_count = rows_seeing(seeing, queries, count, cell, cells);
         if (!seeing_count) continue;
         unpack_keys(scratch.keys, keys + cell * op.k->nb[1], op.k->nb[1], op.dk, cells);
         unpack_values(scratch.values, values + cell * op.v->nb[1], op.v->nb[1], op.dv, cells);
@@ -326,8 +353,9 @@ void compute(const Tensor *node, int threads) {
 
 // Whether this attention can be computed here.
 bool supports(const Tensor *node) {
-    const Tensor *q = node->src[0], *k = node->src[1], *v = node->src[2], *mask = node->src[3];
-    return node->type == F32 && q->type == F32 && k->type == F16 && v->type == F16 && !node->src[4] &&
+    const Tensor *q = node->src[0], *k = node->src[1], *v = node->src[2], *mask = node->src[3], *sinks = node->src[4];
+    return node->type == F32 && q->type == F32 && k->type == F16 && v->type == F16 &&
+           (!sinks || (sinks->type == F32 && rows_are_dense(sinks, 4) && sinks->ne[0] == q->ne[2])) &&
            (!mask || (mask->type == F16 && rows_are_dense(mask, 2))) && rows_are_dense(q, 4) && rows_are_dense(k, 2) &&
            rows_are_dense(v, 2) && k->ne[0] % LANES == 0 && v->ne[0] % LANES == 0 && q->ne[0] == k->ne[0] &&
            k->ne[1] == v->ne[1] && k->ne[2] == v->ne[2] && k->ne[3] == v->ne[3] && q->ne[3] == k->ne[3] &&

@@ -6,6 +6,11 @@ masked cell. But the library's other attention multiplies it by 0, and so is a r
 
 Therefore, before such a slot is truncated, one more token is computed in it, unless its last logits were finite. If the
 logits of that token are not finite, the whole memory is cleared and the other contents of the slots are restored.
+
+Layers with a sliding window have cells for the whole context (`swa_full`). Cell i of a slot holds its token i, because
+llama.cpp fills the cells in order. It would overwrite cells whose tokens have left the window only after the last cell.
+So every prefix of a slot is complete, and `_remove` checks it: otherwise later tokens would have wrong numbers. A saved
+state contains only the cells in the window, so the slots of such a model are not restored from states.
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ class KvCache:
         self._length = length
         self._decode = decode
         self._multiplies_masked = multiplies_masked
+        self._windowed = native.llama_model_n_swa(native.llama_get_model(context)) > 0
         self._unchecked: set[int] = set()  # slots whose last logits row was not finite, or was not computed
 
     def cached_tokens(self, slot: int) -> int:
@@ -72,15 +78,37 @@ class KvCache:
         non_finite = slot in self._unchecked and self._has_non_finite(slot, held)
         self._remove(slot, keep)
         self._unchecked.discard(slot)
-        if non_finite:
+        if non_finite and self._windowed:
+            self._overwrite(slot, keep)
+        elif non_finite:
             self._rebuild()
 
     def _remove(self, slot: int, keep: int) -> None:
         if not native.llama_memory_seq_rm(self._memory, slot, keep or -1, -1):
             raise EngineError(f"llama.cpp cannot truncate a sequence to {keep} tokens.")
+        if keep and self._windowed and native.llama_memory_seq_pos_min(self._memory, slot):
+            raise EngineError(f"llama.cpp has lost the beginning of a sequence that is truncated to {keep} tokens.")
+
+    def _overwrite(self, slot: int, keep: int) -> None:
+        """Overwrite the memory of a slot that is now empty with that of a slot that holds finite values only.
+
+        Raises `EngineError` if the slot is not empty or there is no such slot: a new worker has a clean memory.
+        """
+        source = next((each for each in self._slots if each != slot and each not in self._unchecked), None)
+        if keep or source is None:
+            raise EngineError("Numbers that are not finite cannot be removed from a slot of a model with a window.")
+        # llama.cpp copies all cells, also those that hold no token.
+        native.llama_memory_seq_cp(self._memory, source, slot, -1, -1)
+        self._remove(slot, 0)
 
     def _has_non_finite(self, slot: int, held: int) -> bool:
-        """Whether a slot holds NaN or infinity. A full slot cannot be probed with another token and counts as such."""
+        """Whether a slot holds NaN or infinity, apart from its last token if it is full.
+
+        A full slot cannot be probed with another token: the last one is replaced, or the slot counts as not finite.
+        """
+        if held >= self._length and self._windowed:
+            held -= 1
+            self._remove(slot, held)
         if held >= self._length:
             return True
         return not finite_rows(self._decode((BatchEntry(slot, held, _PROBE, 1),)))[0]

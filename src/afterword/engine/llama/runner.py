@@ -67,7 +67,7 @@ class LlamaRunner:
         self._has_unsupported_experts = accelerator.has_unsupported_experts()
         self._vocabulary = native.llama_vocab_n_tokens(native.llama_model_get_vocab(self.model))
         recurrent = native.llama_model_is_recurrent(self.model) or native.llama_model_is_hybrid(self.model)
-        self.can_truncate = not recurrent and native.llama_model_n_swa(self.model) <= 0
+        self.can_truncate = not recurrent
         self._recurrent = recurrent
         complete = not (self._unsupported_types or self._has_unsupported_products or self._has_unsupported_experts)
         self.computes_all = self.uses_kernels and self.uses_own_attention and complete and self.can_truncate
@@ -244,6 +244,7 @@ def _create_context(model: object, settings: LoadModel, attention: tuple[int, in
     params.n_threads = params.n_threads_batch = settings.threads
     params.flash_attn_type, params.type_k, params.type_v = attention
     params.kv_unified = False
+    params.swa_full = True  # otherwise layers with a sliding window lose the keys and values that a truncation needs
     params.no_perf = True
     context = native.llama_init_from_model(model, params)
     if not context:
