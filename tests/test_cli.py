@@ -389,7 +389,7 @@ def test_the_environment_sets_options():
         ("qwen3moe", "F32 Q8_0", 128, "f16", ("reproducible", "none")),
         ("qwen3moe", "F32 IQ4_XS", 128, "exact", ("none", "none")),
         # no test shows that they are reproducible
-        ("gpt-oss", "F32 Q8_0", 32, "exact", ("none", "none")),
+        ("maple", "F32 Q8_0", 32, "exact", ("none", "none")),
         ("qwen3", "Q8_0", 8, "exact", ("none", "none")),
         ("deepseek2", "Q8_0", 0, "exact", ("none", "none")),
         ("gemma3n", "Q8_0", 0, "exact", ("none", "none")),

@@ -41,7 +41,18 @@ Measured by tests/engine/test_architectures.py.
 TESTED_MIXTURES = frozenset(
     (
         *("afmoe", "arctic", "bailingmoe", "bailingmoe2", "cohere2moe", "dbrx", "deepseek", "dots1", "ernie4_5-moe"),
-        *("exaone-moe", "glm4moe", "granite", "granitemoe", "grovemoe", "hunyuan-moe", "hy_v3", "llama", "llama4"),
+        *(
+            "exaone-moe",
+            "glm4moe",
+            "gpt-oss",
+            "granite",
+            "granitemoe",
+            "grovemoe",
+            "hunyuan-moe",
+            "hy_v3",
+            "llama",
+            "llama4",
+        ),
         *("mellum", "minicpm", "minimax-m2", "olmoe", "phimoe", "qwen2moe", "qwen3moe", "qwen3vlmoe", "smallthinker"),
     )
 )
