@@ -16,6 +16,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 import llama_cpp.llama_cpp as native
 from gguf import LlamaFileType, TokenType
 
+from bench.mixture import MixtureShape, write_mixture
 from oracle import architectures, tiny
 
 TYPES = {kind.name.removeprefix("MOSTLY_").removeprefix("ALL_"): kind for kind in LlamaFileType}
@@ -25,14 +26,16 @@ TYPES = {kind.name.removeprefix("MOSTLY_").removeprefix("ALL_"): kind for kind i
 class Form:
     """A real model's shape and the size of its vocabulary."""
 
-    shape: tiny.Shape
+    shape: tiny.Shape | MixtureShape
     vocabulary: int
 
     def write(self, path: Path, vocabulary: tiny.Vocabulary, seed: int) -> None:
         """Write the model with F16 weights."""
-        tiny.write_model(
-            path, self.shape, vocabulary, tiny.random_weights(self.shape, vocabulary, seed, tied=True), "F16"
-        )
+        if isinstance(self.shape, MixtureShape):
+            write_mixture(path, self.shape, vocabulary, seed)
+        else:
+            weights = tiny.random_weights(self.shape, vocabulary, seed, tied=True)
+            tiny.write_model(path, self.shape, vocabulary, weights, "F16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,10 @@ FORMS: Mapping[str, Form | ArchitectureForm] = {
     ),
     "qwen2.5-0.5b": Form(tiny.Shape("qwen2", 896, 24, 14, 2, 4864, 32768, 1e6, 1e-6), 151_936),
     "qwen2.5-1.5b": Form(tiny.Shape("qwen2", 1536, 28, 12, 2, 8960, 32768, 1e6, 1e-6), 151_936),
+    # Half a billion weights used for each token. At Q8_0 the files have about 2.8 and 3.8 GB.
+    "mixture-32": Form(MixtureShape(1024, 24, 16, 4, experts=32, used=4, hidden=1024, context=32768), 151_936),
+    "mixture-128": Form(MixtureShape(1024, 22, 16, 4, experts=128, used=8, hidden=384, context=32768), 151_936),
+    "small-mixture": Form(MixtureShape(64, 2, 2, 1, experts=8, used=2, hidden=64, context=2048), 4_096),
     "small": Form(tiny.Shape("qwen2", 64, 2, 2, 1, 128, 2048, 1e6, 1e-6), 4_096),
 }
 
@@ -85,6 +92,8 @@ def write_folder(path: Path, form: Form | ArchitectureForm) -> None:
     if isinstance(form, ArchitectureForm):
         raise SystemExit(f"Type HF is not supported for {form.architecture}.")
     shape, vocabulary = form.shape, _vocabulary(form)
+    if isinstance(shape, MixtureShape):
+        raise SystemExit("Type HF is not supported for mixtures of experts.")
     end = vocabulary.tokens.index(vocabulary.special["eos"])
     config = {
         "architectures": ["Qwen2ForCausalLM"],

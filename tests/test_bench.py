@@ -11,6 +11,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from afterword.config import WeightTypes
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
@@ -183,6 +185,16 @@ def test_requests_use_only_fields_that_the_server_supports(server):
     target = asyncio.run(find())
     assert target.model == server.model
     assert target.dialect.ids == {"return_token_ids": True}
+
+
+def test_a_mixture_of_experts_is_written(tmp_path):
+    path = tmp_path / "mixture.gguf"
+    write_gguf(path, FORMS["small-mixture"], "Q8_0")
+    facts = read_facts(path)
+    assert (facts.architecture, facts.experts, facts.layers) == ("qwen3moe", 8, 2)
+    assert facts.matrix_types == {"F32", "Q8_0"}
+    weights = WeightTypes(facts.architecture, facts.matrix_types, facts.experts)
+    assert weights.promise("exact", with_kernels=True) == "exact"
 
 
 def test_a_form_of_any_architecture_is_written_in_a_given_type(tmp_path):

@@ -385,8 +385,14 @@ def test_the_environment_sets_options():
         # types that are not in the name of the file
         ("llama", "Q4_K Q6_K IQ3_S", 0, "exact", ("none", "none")),
         ("llama", "", 0, "exact", ("none", "none")),
+        # mixtures of experts, with the kernels' products only
+        ("llama", "Q8_0", 8, "exact", ("exact", "none")),
+        ("qwen3moe", "F32 Q4_K Q6_K", 128, "exact", ("exact", "none")),
+        ("qwen3moe", "F32 Q8_0", 128, "f16", ("reproducible", "none")),
+        ("qwen3moe", "F32 IQ4_XS", 128, "exact", ("none", "none")),
         # no test shows that they are reproducible
-        ("llama", "Q8_0", 8, "exact", ("none", "none")),
+        ("maple", "F32 Q8_0", 32, "exact", ("none", "none")),
+        ("qwen3", "Q8_0", 8, "exact", ("none", "none")),
         ("deepseek2", "Q8_0", 0, "exact", ("none", "none")),
         ("gemma3n", "Q8_0", 0, "exact", ("none", "none")),
         ("mamba", "Q8_0", 0, "exact", ("exact", "none")),

@@ -44,6 +44,29 @@ TESTED_ARCHITECTURES = frozenset(
 Measured by tests/engine/test_architectures.py.
 """
 
+TESTED_MIXTURES = frozenset(
+    (
+        *("afmoe", "arctic", "bailingmoe", "bailingmoe2", "cohere2moe", "dbrx", "deepseek", "dots1", "ernie4_5-moe"),
+        *(
+            "exaone-moe",
+            "glm4moe",
+            "gpt-oss",
+            "granite",
+            "granitemoe",
+            "grovemoe",
+            "hunyuan-moe",
+            "hy_v3",
+            "llama",
+            "llama4",
+        ),
+        *("mellum", "minicpm", "minimax-m2", "olmoe", "phimoe", "qwen2moe", "qwen3moe", "qwen3vlmoe", "smallthinker"),
+    )
+)
+"""Architectures of mixtures of experts for which the same holds, if Afterword's kernels compute all products.
+
+Some architectures have dense models too, so a name may be in both sets. Measured by the same tests.
+"""
+
 KERNEL_TYPES = frozenset(
     (
         *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS", "MXFP4"),
@@ -83,7 +106,7 @@ class WeightTypes:
     @property
     def uses_kernels(self) -> bool:
         """Whether Afterword's kernels multiply some of its matrices and llama.cpp those of `LIBRARY_TYPES`."""
-        return not self.experts and bool(self.types & KERNEL_TYPES) and self.types <= KERNEL_TYPES | LIBRARY_TYPES
+        return bool(self.types & KERNEL_TYPES) and self.types <= KERNEL_TYPES | LIBRARY_TYPES
 
     @property
     def repacked(self) -> bool:
@@ -95,10 +118,14 @@ class WeightTypes:
 
         `with_kernels`: whether Afterword's kernels multiply the matrices.
         """
-        constant = self.uses_kernels if with_kernels else self.repacked or self.types <= LIBRARY_TYPES
         if self.architecture in RECURRENT_ARCHITECTURES:
             constant = with_kernels and self.types <= KERNEL_TYPES and kv_type == "exact"
-        if self.experts or self.architecture not in TESTED_ARCHITECTURES or not self.types or not constant:
+        elif with_kernels:
+            constant = self.uses_kernels
+        else:  # llama.cpp's products of experts were not tested
+            constant = not self.experts and (self.repacked or self.types <= LIBRARY_TYPES)
+        tested = TESTED_MIXTURES if self.experts else TESTED_ARCHITECTURES
+        if self.architecture not in tested or not self.types or not constant:
             return "none"
         return "exact" if kv_type == "exact" else "reproducible"
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from afterword.config import TESTED_ARCHITECTURES
+from afterword.config import TESTED_ARCHITECTURES, TESTED_MIXTURES
 from afterword.engine.core.engine_loop import EngineLoop
 from afterword.engine.llama import accelerator, library
 from engine.test_reproducible import CHUNK_GRID, compare, open_runner, requests, sequential
-from oracle.architectures import WINDOWED, write_random, write_windowed
+from oracle.architectures import EXPERTS, WINDOWED, write_random, write_windowed
 
 library.initialize(verbose=False)
 
@@ -25,6 +25,9 @@ FEW = ("qwen3", "gemma2", "phi3", "gpt2", "mpt", "lfm2", "mamba", "qwen35")
 ALWAYS_WINDOWED = {"gemma4", "granite_swa", "muse-glimmer", "spark2_5"}
 UNPROMISED = ("deepseek2", "gemma3n", "qwen3next")
 """Architectures whose numbers depended on the other sequences of a batch, or that have experts."""
+
+
+FEW_MIXTURES = ("qwen3moe", "qwen2moe", "granitemoe")
 
 
 def check(path: Path, count: int) -> None:
@@ -58,6 +61,46 @@ def test_some_architectures_with_a_window(tmp_path, name):
 @pytest.mark.parametrize("name", sorted(WINDOWED))
 def test_every_promised_architecture_with_a_window(tmp_path, name, file_type):
     check(write_windowed(tmp_path / "tiny.gguf", name, file_type), 60)
+
+
+@pytest.mark.parametrize("architecture", FEW_MIXTURES)
+def test_some_mixtures_of_experts(tmp_path, architecture):
+    check(write_random(tmp_path / "tiny.gguf", architecture, also=EXPERTS), 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file_type", ["Q8_0", "F16"])
+@pytest.mark.parametrize("architecture", sorted(TESTED_MIXTURES))
+def test_every_promised_mixture_of_experts(tmp_path, architecture, file_type):
+    check(write_random(tmp_path / "tiny.gguf", architecture, file_type, also=EXPERTS), 60)
+
+
+def test_a_mixture_of_experts_is_reproducible_with_halves_of_keys_and_values(tmp_path):
+    if not accelerator.supports_quantized():
+        pytest.skip("this processor has no instructions for it")
+    runner = open_runner(write_random(tmp_path / "tiny.gguf", "qwen3moe", also=EXPERTS), "f16", 8)
+    assert (runner.promise, runner.grid) == ("reproducible", CHUNK_GRID)
+    compare(EngineLoop(runner), 12, VOCABULARY)
+
+
+@pytest.mark.parametrize("kv_type", ["exact", "f16"])
+def test_experts_that_the_kernels_do_not_support_end_the_promise(tmp_path, kv_type):
+    """The matrices after the experts' hidden layer have 80 columns; the kernels compute in steps of 32."""
+    if not accelerator.supports_quantized():
+        pytest.skip("this processor has no instructions for it")
+    odd = {**EXPERTS, "expert_feed_forward_length": 80}
+    runner = open_runner(write_random(tmp_path / "odd.gguf", "qwen3moe", "F16", also=odd), kv_type, 4)
+    assert runner.uses_kernels
+    assert (runner.promise, runner.grid, runner.computes_all) == ("none", CHUNK_GRID, False)
+
+
+def test_experts_with_biases_have_similar_numbers(tmp_path):
+    """gpt-oss adds a row of biases to the output of each selected expert."""
+    path = write_random(tmp_path / "tiny.gguf", "gpt-oss", "F32", also=EXPERTS)
+    jobs = [msgspec.structs.replace(job, max_tokens=0, prompt_alternatives=0) for job in requests(6, 1, VOCABULARY)]
+    ours, theirs = (sequential(EngineLoop(open_runner(path, "exact", 4, own=own)), jobs) for own in (True, False))
+    for own, other in zip(ours, theirs, strict=True):
+        assert [token.logprob for token in own[0]] == pytest.approx([token.logprob for token in other[0]], abs=0.01)
 
 
 @pytest.mark.parametrize("architecture", UNPROMISED)

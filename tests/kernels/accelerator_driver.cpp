@@ -113,6 +113,45 @@ void run_matmul(const Options &options) {
     }
 }
 
+// ---- matmul of selected experts: some experts are selected often, expert 1 once and the last one never
+
+void run_expert_matmul(const Options &options) {
+    constexpr int64_t EXPERTS = 6, ROWS = 48, LENGTH = 512, USED = 3;
+    if (!accelerator_supports_quantized()) return;
+    for (const WeightType &type : WEIGHT_TYPES) {
+        const std::vector<char> file = weights_of(type, EXPERTS * ROWS, LENGTH);
+        Tensor weights = tensor_of(type.id, type.bytes, file.data(), LENGTH, ROWS, EXPERTS);
+        weights.nb[1] = LENGTH / type.elements * type.bytes, weights.nb[2] = ROWS * weights.nb[1], weights.nb[3] = file.size();
+        Tensor packed = weights;
+        Buffer *const buffer = memory::buffer_type.calls.make_buffer(&memory::buffer_type, products::packed_size(&weights));
+        packed.buffer = buffer, packed.data = (char *)buffer->calls.get_base(buffer);
+        buffer->calls.clear(buffer, 0);
+        buffer->calls.set_tensor(buffer, &packed, file.data(), 0, file.size());
+        for (const int64_t tokens : {1, 9})
+            for (const int64_t operands : {(int64_t)1, USED}) {
+                const std::vector<float> x = activations_of(tokens * operands, LENGTH);
+                std::vector<int32_t> ids(tokens * USED);
+                for (size_t i = 0; i < ids.size(); i++) ids[i] = i == 1 ? 1 : i % USED ? 2 + (int32_t)(i % 3) : 0;
+                for (const Tensor *matrices : {&weights, &packed})
+                    report("experts/" + std::string(type.name) + (matrices == &packed ? "/packed/" : "/file/") +
+                               std::to_string(tokens) + "/" + std::to_string(operands),
+                           options, [&](int count) {
+                               std::vector<float> out(ROWS * USED * tokens);
+                               Tensor operand = floats_of(x, LENGTH, operands, tokens), first = *matrices;
+                               Tensor selected = tensor_of(I32, 4, ids.data(), USED, tokens);
+                               Tensor node = floats_of(out, ROWS, USED, tokens);
+                               node.src[0] = &first, node.src[1] = &operand, node.src[2] = &selected;
+                               compute_or_exit("MUL_MAT_ID", node, count);
+                               Hash hash;
+                               hash.add(out);
+                               return hash.result();
+                           });
+            }
+        buffer->calls.free(buffer);
+        delete buffer;
+    }
+}
+
 // ---- attention
 
 struct AttentionCase {
@@ -190,11 +229,16 @@ void run_elementwise(const Options &options) {
     std::vector<int32_t> positions(TOKENS);
     for (int64_t i = 0; i < TOKENS; i++) positions[i] = (int32_t)(i * 157);
     const Tensor a = floats_of(x, WIDTH, HEADS, TOKENS), b = floats_of(y, WIDTH, HEADS, TOKENS), row = floats_of(few, WIDTH);
-    const Tensor at = tensor_of(elementwise::I32, 4, positions.data(), TOKENS), factors = floats_of(slower, WIDTH / 2);
+    const Tensor at = tensor_of(I32, 4, positions.data(), TOKENS), factors = floats_of(slower, WIDTH / 2);
     const ElementwiseCase cases[] = {
         {"norm", "RMS_NORM", {&a}, {}, {1e-6f}},
         {"sum", "ADD", {&a, &b}, {}, {}},
         {"product", "MUL", {&a, &row}, {}, {}},
+        {"quotient", "DIV", {&a, &row}, {}, {}},
+        {"softmax", "SOFT_MAX", {&a}, {}, {0.75f}},
+        {"sigmoid", "UNARY", {&a}, {routing::SIGMOID}, {}},
+        {"limits", "CLAMP", {&a}, {}, {-0.5f, 0.5f}},
+        {"factor", "SCALE", {&a}, {}, {0.7f}},
         {"gate", "GLU", {&a, &b}, {elementwise::SWIGLU}, {}},
         {"rotary in halves", "ROPE", {&a, &at}, {0, WIDTH, elementwise::IN_HALVES}, {0, 0, 0, 0, 0, 10000, 1, 0, 1}},
         {"rotary in pairs", "ROPE", {&a, &at, &factors}, {0, 64, elementwise::IN_PAIRS}, {0, 0, 0, 0, 0, 10000, 0.5f, 0, 1.5f}},
@@ -214,6 +258,24 @@ void run_elementwise(const Options &options) {
             hash.add(out);
             return hash.result();
         });
+    report("routing/sorted", options, [&](int count) {
+        std::vector<int32_t> out(COUNT);
+        Tensor from = a, node = tensor_of(I32, 4, out.data(), WIDTH, HEADS, TOKENS);
+        node.src[0] = &from, node.params[0] = routing::DESCENDING;
+        compute_or_exit("ARGSORT", node, count);
+        Hash hash;
+        hash.add(out);
+        return hash.result();
+    });
+    report("routing/sums", options, [&](int count) {
+        std::vector<float> out(HEADS * TOKENS);
+        Tensor from = a, node = floats_of(out, 1, HEADS, TOKENS);
+        node.src[0] = &from;
+        compute_or_exit("SUM_ROWS", node, count);
+        Hash hash;
+        hash.add(out);
+        return hash.result();
+    });
     report("elementwise/floats to halves", options, [&](int count) {  // floats of every kind: subnormal, infinite, NaN
         std::vector<float> all_kinds(64 * 2048);
         for (size_t i = 0; i < all_kinds.size(); i++) {
@@ -223,7 +285,7 @@ void run_elementwise(const Options &options) {
         std::vector<int64_t> rows(2048);
         for (size_t i = 0; i < rows.size(); i++) rows[i] = (int64_t)(2047 - i);
         std::vector<half> out(all_kinds.size());
-        Tensor from = floats_of(all_kinds, 64, 2048), where = tensor_of(elementwise::I64, 8, rows.data(), 2048);
+        Tensor from = floats_of(all_kinds, 64, 2048), where = tensor_of(I64, 8, rows.data(), 2048);
         Tensor node = tensor_of(F16, 2, out.data(), 64, 2048);
         node.src[0] = &from, node.src[1] = &where;
         compute_or_exit("SET_ROWS", node, count);
@@ -236,7 +298,7 @@ void run_elementwise(const Options &options) {
     report("elementwise/rows", options, [&](int count) {
         const std::vector<int32_t> rows = {8, 0, 3, 3};
         std::vector<float> out(4 * WIDTH);
-        Tensor from = floats_of(x, WIDTH, HEADS * TOKENS), which = tensor_of(elementwise::I32, 4, rows.data(), 4);
+        Tensor from = floats_of(x, WIDTH, HEADS * TOKENS), which = tensor_of(I32, 4, rows.data(), 4);
         Tensor node = floats_of(out, WIDTH, 4);
         node.src[0] = &from, node.src[1] = &which;
         compute_or_exit("GET_ROWS", node, count);
@@ -256,6 +318,7 @@ int main(int count, char **arguments) {
     void *const run = accelerator_use_thread_pool(1);
     if (count > 3) run_threads(2, [](int) { return run_threads(2, [](int) { return MemoryRange{}; }), MemoryRange{}; });
     run_matmul(options);
+    run_expert_matmul(options);
     run_attention(options);
     run_elementwise(options);
     run_sampler(options, run);

@@ -8,7 +8,7 @@ import pytest
 
 from afterword.errors import SettingError
 from afterword.models.gguf_facts import Facts
-from afterword.models.memory_fit import MAX_SNAPSHOT_BYTES, ComputeOptions, ModelShape, choose_shapes
+from afterword.models.memory_fit import CELL_BYTES, MAX_SNAPSHOT_BYTES, ComputeOptions, ModelShape, choose_shapes
 
 GIB = 1 << 30
 

@@ -53,6 +53,7 @@ _WKV = {
     **{"wkv.head_size": 32, "attention.decay_lora_rank": 32, "attention.iclr_lora_rank": 32},
     **{"attention.value_residual_mix_lora_rank": 32, "attention.gate_lora_rank": 32},
 }
+_WINDOWED_MIXTURE = {"block_count": 4, "attention.sliding_window": WINDOW}  # every fourth layer has no window
 _ARCHITECTURE_KEYS: Mapping[str, Mapping[str, Value]] = {
     "cohere2": {"attention.sliding_window": WINDOW},
     "gemma2": {"attention.sliding_window": WINDOW},
@@ -90,6 +91,17 @@ _ARCHITECTURE_KEYS: Mapping[str, Mapping[str, Value]] = {
         **{"expert_feed_forward_length": 32, "expert_shared_feed_forward_length": 32},
     },
     "rwkv7": _WKV,
+    "olmoe": {"attention.head_count_kv": 2},
+    "dots1": {"attention.head_count_kv": 2},
+    "llama4": {"block_count": 4},  # every fourth layer has no window
+    "qwen3vlmoe": {"rope.dimension_sections": (4, 4, 8, 0)},
+    "grovemoe": {"expert_chunk_feed_forward_length": 32, "expert_group_scale": 0.05, "experts_per_group": 2},
+    "afmoe": _WINDOWED_MIXTURE,
+    "cohere2moe": _WINDOWED_MIXTURE,
+    "exaone-moe": _WINDOWED_MIXTURE,
+    "mellum": _WINDOWED_MIXTURE,
+    "smallthinker": _WINDOWED_MIXTURE,
+    "gpt-oss": {"attention.sliding_window": WINDOW},
     "lfm2": {"shortconv.l_cache": 3, "attention.head_count_kv": (0, 1)},
 }
 _DELTA_TENSORS: Mapping[str, Shape] = {
@@ -97,6 +109,19 @@ _DELTA_TENSORS: Mapping[str, Shape] = {
     "blk.0.attn_gate.weight": (2 * WIDTH, WIDTH),
 }
 _CONVOLUTION_BIAS: Mapping[str, Shape] = {"blk.0.ssm_conv1d.bias": (2 * WIDTH + 2 * 16,)}
+EXPERTS: Mapping[str, Value] = {
+    "expert_count": 8,
+    "expert_used_count": 3,
+    "expert_feed_forward_length": WIDTH,
+    "expert_shared_count": 1,
+    "expert_shared_feed_forward_length": WIDTH // 2,
+    "expert_gating_func": 2,
+    "expert_weights_norm": True,
+    "expert_weights_scale": 1.5,
+    "leading_dense_block_count": 1,
+    "interleave_moe_layer_step": 1,
+}
+"""Keys that make a mixture of experts of an architecture: 3 of 8 experts in the last layer, or in both."""
 _WINDOW = {"attention.sliding_window": WINDOW, "rope.freq_base_swa": 10000.0}
 _TWO_OF_THREE = {**_WINDOW, "block_count": 3, "attention.sliding_window_pattern": (True, True, False)}
 _EXPERTS = {
@@ -267,12 +292,12 @@ def _write(
 ) -> Path:
     writer = _begin(path, architecture, keys, file_type, words)
     for name, weight in weights.items():
-        # The library expects biases and small matrices of recurrent layers unquantized. Non-finite values cannot be
-        # quantized.
+        # The library expects biases and small matrices of recurrent layers unquantized, and does not quantize the
+        # matrices that choose experts. Non-finite values cannot be quantized.
         plain = (
             weight.ndim == 1
             or weight.shape[-1] % 32
-            or re.search(r"norm|ssm|shortconv|bias|lerp|first|decay_w|mix_[avwg]\d", name)
+            or re.search(r"norm|ssm|shortconv|gate_inp|bias|lerp|first|decay_w|mix_[avwg]\d", name)
         )
         kind = GGMLQuantizationType["F32" if plain or not np.isfinite(weight).all() else file_type]
         writer.add_tensor(name, quantize(weight, kind), raw_dtype=kind)

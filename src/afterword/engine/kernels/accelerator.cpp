@@ -10,11 +10,13 @@
 
 #include "attention.hpp"
 #include "elementwise.hpp"
+#include "expert_matmul.hpp"
 #include "ggml.hpp"
 #include "ggml_checks.hpp"
 #include "kv_buffers.hpp"
 #include "weight_buffers.hpp"
 #include "matmul.hpp"
+#include "routing.hpp"
 #include "thread_pool.hpp"
 
 namespace {
@@ -24,7 +26,8 @@ bool has_products = false;  // whether models that are loaded from now on get pa
 struct {
     int attentions, unsupported_attentions;
     uint64_t unsupported_types;  // of weight matrices that ggml multiplies: a bit for each of ggml's types
-    int unsupported_products;    // products of two computed matrices, and of experts
+    int unsupported_products;    // products of two computed matrices
+    int unsupported_experts;     // products of the matrices of selected experts
 } offered;
 
 struct Operation {
@@ -35,21 +38,33 @@ struct Operation {
 
 void multiply(const Tensor *node, int threads) { products::compute(node, threads, memory::holds(node->src[0])); }
 
+void multiply_experts(const Tensor *node, int threads) { products::compute_experts(node, threads, memory::holds(node->src[0])); }
+
 template <class Kind>
 constexpr Operation elementwise_operation{Kind::NAME, Kind::supports, Kind::compute};
 
 const Operation PRODUCT{"MUL_MAT", products::supports, multiply};
+const Operation EXPERT_PRODUCT{"MUL_MAT_ID", products::supports_experts, multiply_experts};
 const Operation ATTENTION{"FLASH_ATTN_EXT", attention::supports, attention::compute};
 const Operation *const OPERATIONS[] = {
     &PRODUCT,
+    &EXPERT_PRODUCT,
     &ATTENTION,
     &elementwise_operation<elementwise::RmsNorm>,
     &elementwise_operation<elementwise::Sum>,
     &elementwise_operation<elementwise::Mul>,
+    &elementwise_operation<elementwise::Div>,
     &elementwise_operation<elementwise::SwiGLU>,
     &elementwise_operation<elementwise::Rope>,
     &elementwise_operation<elementwise::SetRows>,
     &elementwise_operation<elementwise::GetRows>,
+    &elementwise_operation<routing::SoftMax>,
+    &elementwise_operation<routing::Sigmoid>,
+    &elementwise_operation<routing::Argsort>,
+    &elementwise_operation<routing::SumRows>,
+    &elementwise_operation<routing::Clamp>,
+    &elementwise_operation<routing::Scale>,
+    &elementwise_operation<routing::AddExpertRows>,
 };
 
 const Operation *named(const char *name) {
@@ -73,6 +88,7 @@ const Operation *operation_of(const Tensor *node) {
 bool can(const Operation *operation, const Tensor *node) {
     if (!operation || !operation->supports(node)) return false;
     if (operation == &PRODUCT || operation == &ATTENTION) return true;
+    if (operation == &EXPERT_PRODUCT) return has_products;
     return has_products && std::none_of(node->src, node->src + 3, memory::holds);
 }
 
@@ -88,8 +104,11 @@ BufferType *usual_buffers(Device *) { return ggml.cpu_buffers(); }
 BufferType *buffers_for_weights(Device *device) { return has_products ? &memory::buffer_type : usual_buffers(device); }
 bool supports_buffers(Device *, BufferType *type) { return ggml.is_host(type) || type == &memory::buffer_type; }
 // Whether the weights of this operation may be packed. llama.cpp's loader asks before it chooses a buffer type.
-bool supports_weights(Device *, const Tensor *node) { return is(node, PRODUCT.name) && products::supports(node); }
-void count_left_product(const Tensor *matrix) {
+bool supports_weights(Device *, const Tensor *node) {
+    if (is(node, EXPERT_PRODUCT.name)) return products::supports_experts(node) && products::experts_can_be_packed(node->src[0]);
+    return is(node, PRODUCT.name) && products::supports(node);
+}
+void count_unsupported_product(const Tensor *matrix) {
     if (products::of_model(matrix)) offered.unsupported_types |= 1ull << matrix->type;
     else offered.unsupported_products++;
 }
@@ -99,8 +118,8 @@ bool supports_operation(Device *, const Tensor *node) {
     const bool supports = can(operation, node);
     offered.attentions += operation == &ATTENTION;
     offered.unsupported_attentions += operation == &ATTENTION && !supports;
-    if (operation == &PRODUCT && !supports) count_left_product(node->src[0]);
-    offered.unsupported_products += is(node, "MUL_MAT_ID");
+    if (operation == &PRODUCT && !supports) count_unsupported_product(node->src[0]);
+    offered.unsupported_experts += operation == &EXPERT_PRODUCT && !supports;
     return supports;
 }
 
@@ -159,8 +178,11 @@ int accelerator_computes_all_attention() { return offered.attentions && !offered
 // The types of weight matrices that ggml multiplies: a bit for each of ggml's types.
 uint64_t accelerator_unsupported_types() { return offered.unsupported_types; }
 
-// The number of products left to ggml that have no weight matrix as an operand, or that are of experts.
+// The number of products left to ggml that have no weight matrix as an operand.
 int accelerator_unsupported_products() { return offered.unsupported_products; }
+
+// The number of products of experts' matrices that are left to ggml.
+int accelerator_unsupported_experts() { return offered.unsupported_experts; }
 
 // Whether the library was compiled for a processor that has the instructions for products of bytes.
 int accelerator_supports_quantized() { return products::AVAILABLE; }

@@ -1,4 +1,5 @@
-// The operations between products and attention: norms, sums, products, SwiGLU, rotary embedding, SET_ROWS and GET_ROWS.
+// The operations between products and attention: norms, sums, products, quotients, SwiGLU, rotary embedding, SET_ROWS and
+// GET_ROWS.
 //
 // They are computed here because each change between ggml's CPU backend and this one takes longer than the operation. One thread
 // computes a row, and the order of its operations is fixed. Other operations, and forms that `supports` refuses, are left to
@@ -25,7 +26,6 @@ namespace {
 constexpr int64_t ALONE = 1 << 15;  // fewer elements are computed by one thread, sooner than others could join
 constexpr int64_t PART = 1 << 13;   // elements that a thread takes at a time
 constexpr int SWIGLU = 2, IN_PAIRS = 0, IN_HALVES = 2;  // ggml's numbers of the gate and of the orders of rotary embedding
-constexpr int I32 = 26, I64 = 27;
 
 // The indices of row `i` of a tensor in its dimensions 1 to 3.
 struct RowIndex {
@@ -44,6 +44,7 @@ float *row(const Tensor *x, RowIndex at) {
 // Calls `work` with the number of each row. `length`: elements of a row.
 template <class Work>
 void parallel_rows(int threads, int64_t rows, int64_t length, const Work &work) {
+    if (!length) return;  // llama.cpp clears the states of no sequence with empty tensors
     const int64_t size = PART / length + 1, parts = rows * length < ALONE ? 1 : (rows + size - 1) / size;
     const auto some = [&](int64_t first, int64_t end) {
         for (; first < end; first++) work(first);
@@ -60,7 +61,16 @@ void for_lanes(int64_t length, const Do &work) {
     for (; i < length; i += LANES) work(i, f8{});
 }
 
-bool floats(const Tensor *x) { return x->type == F32 && rows_are_dense(x, sizeof(float)) && x->ne[0] % LANES == 0; }
+// The same for rows of any length: the type of `vector` is `float` for elements that fill no vector.
+template <class Do>
+void for_elements(int64_t length, const Do &work) {
+    int64_t i = length / LANES * LANES;
+    for_lanes(i, work);
+    for (; i < length; i++) work(i, float{});
+}
+
+bool dense_floats(const Tensor *x) { return x->type == F32 && rows_are_dense(x, sizeof(float)); }
+bool floats(const Tensor *x) { return dense_floats(x) && x->ne[0] % LANES == 0; }
 bool same_rows(const Tensor *a, const Tensor *b) { return a->ne[1] == b->ne[1] && a->ne[2] == b->ne[2] && a->ne[3] == b->ne[3]; }
 
 float setting(const Tensor *node, int i) {
@@ -89,22 +99,27 @@ struct RmsNorm {
     }
 };
 
-// ---- sums and products, element by element; rows of the second operand are repeated
+// ---- sums, products and quotients, element by element; rows of the second operand, or their only element, are repeated
 
 template <class Two>
 struct Binary {
     static bool supports(const Tensor *node) {
         const Tensor *a = node->src[0], *b = node->src[1];
-        return floats(node) && floats(a) && floats(b) && a->ne[0] == b->ne[0] && same_rows(node, a);
+        return dense_floats(node) && dense_floats(a) && dense_floats(b) && node->ne[0] == a->ne[0] && same_rows(node, a) &&
+               (a->ne[0] == b->ne[0] || b->ne[0] == 1);
     }
     static void compute(const Tensor *node, int threads) {
         const Tensor *a = node->src[0], *b = node->src[1];
+        const bool one = b->ne[0] == 1;
         parallel_rows(threads, rows_of(node), a->ne[0], [=](int64_t i) {
             const RowIndex at(node, i);
             const float *x = row(a, at), *y = row(b, at);
             float *to = row(node, at);
-            for_lanes(a->ne[0],
-                      [=](int64_t k, auto v) { store(to + k, Two{}(load<decltype(v)>(x + k), load<decltype(v)>(y + k))); });
+            const auto each = [=](auto second) {
+                for_elements(a->ne[0], [=](int64_t k, auto v) { store(to + k, Two{}(load<decltype(v)>(x + k), second(k, v))); });
+            };
+            if (one) each([number = *y](int64_t, auto v) { return all<decltype(v)>(number); });
+            else each([=](int64_t k, auto v) { return load<decltype(v)>(y + k); });
         });
     }
 };
@@ -114,6 +129,9 @@ struct Sum : Binary<std::plus<>> {
 };
 struct Mul : Binary<std::multiplies<>> {
     static constexpr const char *NAME = "MUL";
+};
+struct Div : Binary<std::divides<>> {
+    static constexpr const char *NAME = "DIV";
 };
 
 // ---- SwiGLU: x / (1 + exp(-x)) times the other half of the row, or times a second tensor
@@ -244,15 +262,22 @@ struct SetRows {
     }
 };
 
+// Each matrix of the first operand has its own list.
 struct GetRows {
     static constexpr const char *NAME = "GET_ROWS";
     static bool supports(const Tensor *node) {
-        return floats(node) && floats(node->src[0]) && one_matrix(node->src[0]) && one_list(node->src[1]);
+        const Tensor *x = node->src[0], *which = node->src[1];
+        return dense_floats(node) && dense_floats(x) && (which->type == I32 || which->type == I64) && x->ne[2] == which->ne[1] &&
+               x->ne[3] == 1 && which->ne[2] == 1 && which->ne[3] == 1;
     }
     static void compute(const Tensor *node, int) {
-        const Tensor *x = node->src[0];
-        for (int64_t i = 0; i < node->ne[1]; i++)
-            std::memcpy(node->data + i * node->nb[1], x->data + number(node->src[1], i) * x->nb[1], x->ne[0] * sizeof(float));
+        const Tensor *x = node->src[0], *which = node->src[1];
+        for (int64_t i = 0; i < rows_of(node); i++) {
+            const RowIndex at(node, i);
+            const char *const at_number = which->data + at.i1 * which->nb[0] + at.i2 * which->nb[1];
+            const int64_t from = which->type == I64 ? *(const int64_t *)at_number : *(const int32_t *)at_number;
+            std::memcpy(row(node, at), x->data + from * x->nb[1] + at.i2 * x->nb[2], x->ne[0] * sizeof(float));
+        }
     }
 };
 

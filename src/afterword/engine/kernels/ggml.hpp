@@ -127,7 +127,7 @@ Ggml ggml;
 int threads = 1;  // the number that computes an operation
 
 constexpr int API_VERSION = 2, ACCELERATOR = 3, TO_COMPUTE = 16;
-constexpr int F32 = 0, F16 = 1;  // ggml_type
+constexpr int F32 = 0, F16 = 1, I32 = 26, I64 = 27;  // ggml_type
 
 bool rows_are_dense(const Tensor *x, size_t element) { return x->nb[0] == element; }
 

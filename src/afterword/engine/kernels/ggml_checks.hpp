@@ -16,6 +16,7 @@
 #include "elementwise.hpp"
 #include "ggml.hpp"
 #include "matmul.hpp"
+#include "routing.hpp"
 
 #define SAME_FIELD(ours, our_field, theirs, their_field)                                                                      \
     static_assert(                                                                                                            \
@@ -50,9 +51,11 @@ SAME_NUMBER(ACCELERATOR, GGML_BACKEND_DEVICE_TYPE_ACCEL);
 SAME_NUMBER(TO_COMPUTE, GGML_TENSOR_FLAG_COMPUTE);
 SAME_NUMBER(F32, GGML_TYPE_F32);
 SAME_NUMBER(F16, GGML_TYPE_F16);
-SAME_NUMBER(elementwise::I32, GGML_TYPE_I32);
-SAME_NUMBER(elementwise::I64, GGML_TYPE_I64);
+SAME_NUMBER(I32, GGML_TYPE_I32);
+SAME_NUMBER(I64, GGML_TYPE_I64);
 SAME_NUMBER(elementwise::SWIGLU, GGML_GLU_OP_SWIGLU);
+SAME_NUMBER(routing::SIGMOID, GGML_UNARY_OP_SIGMOID);
+SAME_NUMBER(routing::DESCENDING, GGML_SORT_ORDER_DESC);
 SAME_NUMBER(elementwise::IN_PAIRS, GGML_ROPE_TYPE_NORMAL);
 SAME_NUMBER(elementwise::IN_HALVES, GGML_ROPE_TYPE_NEOX);
 

@@ -174,15 +174,20 @@ struct Scratch {
     std::vector<char> rows;   // a padded copy of the last tile, if the matrix ends within it
 };
 
+// One column of a product: its activations, and where its results are written.
+template <class Type>
+struct Column {
+    const typename Type::Piece *pieces;
+    char *out;
+};
+
 // The operands and the result of one product: `count` columns of `steps` pieces each.
 template <class Type, class Rows>
 struct Product {
     const char *weights;
     size_t stride;
     int64_t rows, steps, count;
-    const typename Type::Piece *pieces;
-    char *out;
-    size_t out_stride;
+    const Column<Type> *columns;
 
     static constexpr bool PACKED = std::is_same_v<Rows, Packed>;
 
@@ -208,7 +213,7 @@ int64_t multiply_some(const Product<Type, Rows> &op, Scratch<Type, TILES> &scrat
                       Prefetcher &prefetcher) {
     for (; column + COLUMNS <= op.count; column += COLUMNS) {
         const typename Type::Piece *columns[COLUMNS];
-        for (int c = 0; c < COLUMNS; c++) columns[c] = op.pieces + (column + c) * op.steps + step;
+        for (int c = 0; c < COLUMNS; c++) columns[c] = op.columns[column + c].pieces + step;
         multiply<Type, TILES, COLUMNS>(scratch.sums.data() + column * ROWS<TILES>, scratch.steps[0], columns, steps, step == 0,
                                        prefetcher);
     }
@@ -241,32 +246,42 @@ void multiply_tile(const Product<Type, Rows> &op, Scratch<Type, TILES> &scratch,
     }
     const int64_t left = op.rows - number * ROWS, count = left < ROWS ? left : ROWS;
     for (int64_t column = 0; column < op.count; column++) {
-        char *to = op.out + column * op.out_stride + number * ROWS * sizeof(float);
+        char *to = op.columns[column].out + number * ROWS * sizeof(float);
         const float *sums = &scratch.sums[column * ROWS];
         if (count == ROWS) std::memcpy(to, sums, ROWS * sizeof(float));  // a constant size
         else std::memcpy(to, sums, count * sizeof(float));
     }
 }
 
-// Multiplies the tiles of a thread's queue, then tiles from the other queues.
-template <class Type, class Rows, int TILES>
-void multiply_tiles(const Product<Type, Rows> &op, std::vector<TileQueue> &queues, size_t thread) {
-    static thread_local Scratch<Type, TILES> of_this_thread;
-    Scratch<Type, TILES> &scratch = of_this_thread;  // one lookup of the thread-local address
-    scratch.sums.resize(op.count * ROWS<TILES>);
-    const size_t size = ROWS<TILES> * op.stride, ahead = op.PACKED && op.count == 1 ? AHEAD : size;
-    const auto multiply = [&](int64_t tile) {
-        multiply_tile<Type, Rows, TILES>(op, scratch, tile, op.weights + tile * size + ahead);
-    };
+// This thread's buffers, with sums for `count` columns.
+template <class Type, int TILES>
+Scratch<Type, TILES> &scratch_for(int64_t count) {
+    static thread_local Scratch<Type, TILES> scratch;
+    if ((int64_t)scratch.sums.size() < count * ROWS<TILES>) scratch.sums.resize(count * ROWS<TILES>);
+    return scratch;
+}
+
+// The first tile of a thread's share.
+inline int64_t first_tile_of(int64_t tiles, int64_t thread, int64_t threads) { return tiles * thread / threads; }
+
+// Divides the tiles among the queues of `threads` threads, which are used by one product at a time.
+std::vector<TileQueue> &queues_of(int64_t tiles, int threads) {
+    static std::vector<TileQueue> queues;
+    if (queues.size() != (size_t)threads) queues = std::vector<TileQueue>(threads);
+    for (int64_t i = 0; i < threads; i++)
+        queues[i].assign(first_tile_of(tiles, i, threads), first_tile_of(tiles, i + 1, threads));
+    return queues;
+}
+
+// Calls `multiply` with the tiles of a thread's queue, then with tiles from the other queues.
+template <class Do>
+void take_tiles(std::vector<TileQueue> &queues, size_t thread, const Do &multiply) {
     int64_t tile, end;
     while (queues[thread].take_front(tile, end))
         for (; tile < end; tile++) multiply(tile);
     for (TileQueue &other : queues)
         while (other.take_back(tile)) multiply(tile);
 }
-
-// The first tile of a thread's share.
-inline int64_t first_tile_of(int64_t tiles, int64_t thread, int64_t threads) { return tiles * thread / threads; }
 
 // Remembers which matrix was multiplied after which, to prefetch the next one.
 class NextWeights {
@@ -298,14 +313,14 @@ NextWeights next_weights;  // used by one product at a time
 
 template <int TILES, class Type, class Rows>
 void multiply_all(const Product<Type, Rows> &op, int threads) {
-    static std::vector<TileQueue> queues;
-    if (queues.size() != (size_t)threads) queues = std::vector<TileQueue>(threads);
     const int64_t tiles = (op.rows + ROWS<TILES> - 1) / ROWS<TILES>;
-    for (int64_t i = 0; i < threads; i++)
-        queues[i].assign(first_tile_of(tiles, i, threads), first_tile_of(tiles, i + 1, threads));
-    const auto next = next_weights.after(op.weights, tiles, ROWS<TILES> * op.stride, threads);
+    const size_t size = ROWS<TILES> * op.stride, ahead = op.PACKED && op.count == 1 ? AHEAD : size;
+    std::vector<TileQueue> &queues = queues_of(tiles, threads);
+    const auto next = next_weights.after(op.weights, tiles, size, threads);
     run_threads(threads, [&](int thread) {
-        multiply_tiles<Type, Rows, TILES>(op, queues, thread);
+        Scratch<Type, TILES> &scratch = scratch_for<Type, TILES>(op.count);
+        take_tiles(queues, thread,
+                   [&](int64_t tile) { multiply_tile<Type, Rows, TILES>(op, scratch, tile, op.weights + tile * size + ahead); });
         return next(thread);
     });
 }
@@ -323,20 +338,35 @@ Columns columns_of(const Tensor *t) {
     return {t->ne[1] * t->ne[2], t->nb[2] == t->ne[1] * t->nb[1] ? t->nb[1] : 0};
 }
 
+// Converts `count` columns of activations to pieces, `steps` for each. `at(i)`: the address of column i.
+template <class Type, class At>
+const typename Type::Piece *prepare_columns(int64_t count, int64_t steps, int threads, const At &at) {
+    static std::vector<typename Type::Piece> pieces;  // used by one product at a time
+    pieces.resize(steps * count);
+    parallel_for(count > 1 ? threads : 1, count, [&](int64_t i) {
+        const float *from = (const float *)at(i);
+        for (int64_t step = 0; step < steps; step++) Type::prepare(from + step * STEP, pieces[i * steps + step]);
+    });
+    return pieces.data();
+}
+
+// `count` columns of this type, used by one product at a time.
+template <class Type>
+Column<Type> *columns_for(int64_t count) {
+    static std::vector<Column<Type>> columns;
+    columns.resize(count);
+    return columns.data();
+}
+
 template <class Type, class Rows>
 void compute_type(const Tensor *node, int threads) {
     const Tensor *weights = node->src[0], *x = node->src[1];
-    static std::vector<typename Type::Piece> pieces;
-    const Columns from = columns_of(x);
+    const Columns from = columns_of(x), to = columns_of(node);
     const int64_t steps = x->ne[0] / STEP, count = from.count;
-    pieces.resize(steps * count);
-    const Product<Type, Rows> op{weights->data, weights->nb[1], weights->ne[1], steps,
-                                 count,         pieces.data(),  node->data,     columns_of(node).step};
-    parallel_for(count > 1 ? threads : 1, count, [&](int64_t column) {
-        const char *values = x->data + column * from.step;
-        for (int64_t step = 0; step < steps; step++)
-            Type::prepare((const float *)values + step * STEP, pieces[column * steps + step]);
-    });
+    const auto *pieces = prepare_columns<Type>(count, steps, threads, [=](int64_t i) { return x->data + i * from.step; });
+    Column<Type> *const columns = columns_for<Type>(count);
+    for (int64_t i = 0; i < count; i++) columns[i] = {pieces + i * steps, node->data + i * to.step};
+    const Product<Type, Rows> op{weights->data, weights->nb[1], weights->ne[1], steps, count, columns};
     if (count > 1) multiply_all<2>(op, threads);
     else multiply_all<1>(op, threads);
 }

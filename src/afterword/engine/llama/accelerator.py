@@ -82,9 +82,15 @@ def unsupported_types() -> frozenset[int]:
 
 
 def has_unsupported_products() -> bool:
-    """Whether llama.cpp computes products of two computed matrices, or of experts."""
+    """Whether llama.cpp computes products of two computed matrices."""
     kernels = _kernels()
     return kernels is not None and bool(kernels.accelerator_unsupported_products())
+
+
+def has_unsupported_experts() -> bool:
+    """Whether llama.cpp computes products of the matrices of selected experts."""
+    kernels = _kernels()
+    return kernels is not None and bool(kernels.accelerator_unsupported_experts())
 
 
 def supports_quantized() -> bool:

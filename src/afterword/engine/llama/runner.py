@@ -73,11 +73,12 @@ class LlamaRunner:
             raise SettingError(f"{settings.path} is not a text-completion model: it has no KV cache.")
         self._unsupported_types = accelerator.unsupported_types()
         self._has_unsupported_products = accelerator.has_unsupported_products()
+        self._has_unsupported_experts = accelerator.has_unsupported_experts()
         self._vocabulary = native.llama_vocab_n_tokens(native.llama_model_get_vocab(self.model))
         recurrent = native.llama_model_is_recurrent(self.model) or native.llama_model_is_hybrid(self.model)
         self.can_truncate = not recurrent
         self._recurrent = recurrent
-        complete = not self._unsupported_types and not self._has_unsupported_products
+        complete = not (self._unsupported_types or self._has_unsupported_products or self._has_unsupported_experts)
         self.computes_all = self.uses_kernels and self.uses_own_attention and complete and self.can_truncate
         self.thread_pool = accelerator.use_thread_pool(alone=self.computes_all)
         if self.computes_all:
@@ -122,7 +123,11 @@ class LlamaRunner:
         expects_products = self._settings.kv_type != "exact"
         if self._recurrent and (self._unsupported_types or expects_products):
             return "none"  # the library multiplies the tokens of one sequence and of several by different kernels
-        holds = self._unsupported_types <= _LIBRARY_TYPES and (not self._has_unsupported_products or expects_products)
+        holds = (
+            self._unsupported_types <= _LIBRARY_TYPES
+            and (not self._has_unsupported_products or expects_products)
+            and not self._has_unsupported_experts
+        )
         return self._settings.promise if holds else "none"
 
     def free_tokens(self) -> int | None:
