@@ -6,9 +6,10 @@ import ctypes
 
 import numpy as np
 import pytest
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from afterword.engine.llama import accelerator
-from engine.kernels.test_matmul import BLOCK, FLOATS, ROUNDING, TYPES, Memory, activations, in_file, rounded, weights
+from engine.kernels.test_matmul import FLOATS, ROUNDING, TYPES, Memory, activations, in_file, rounded, weights
 from ggml_tensors import Tensor, tensor, with_sources
 
 NAME = b"MUL_MAT_ID"
@@ -127,7 +128,7 @@ def test_packed_weights_give_the_same_bits(kernel, memory, name, rows):
 
 @pytest.mark.parametrize("name", TYPES)
 def test_experts_can_be_written_one_by_one(memory, name):
-    matrices, raw, _values = experts_of(name, 3, 32, 2 * BLOCK.get(name, 32))
+    matrices, raw, _values = experts_of(name, 3, 32, 2 * max(32, GGML_QUANT_SIZES[GGMLQuantizationType[name]][0]))
     raw = raw.copy()
     size = raw.nbytes // 3
     with memory.place(matrices, raw):
