@@ -80,21 +80,24 @@ def write_mamba(path: Path, inner: int, states: int) -> Path:
 
 
 async def estimated_and_used(path: Path, settings: EngineSettings) -> tuple[int, int]:
-    """The estimated bytes, and the worker's resident bytes after it scored a prompt that fills a pass.
+    """The estimated bytes, and the worker's resident bytes after prompts filled all sequences.
 
-    Without the memory for snapshots, which are taken when prompts come.
+    All tokens of the prompts are scored. Without the memory for snapshots, which are taken when prompts come.
     """
     (model,) = fit_models([(Model("m", path, "file"), read_facts(path))], settings)
-    engine = Supervisor(model.load_message)
-    try:
-        await engine.open()
-        prompt = tuple(
-            65 + number % 26 for number in range(min(model.load_message.chunk + 1, model.load_message.context - 1))
-        )
+    message = model.load_message
+    engine = Supervisor(message)
+
+    async def fill(number: int) -> None:
+        prompt = (65 + number, *(65 + at % 26 for at in range(message.context - 2)))
         async for _ in engine.start(Job(prompt, 1, 1, Sampling(), (), bytes(16), prompt_alternatives=1)):
             pass
+
+    try:
+        await engine.open()
+        await asyncio.gather(*(fill(number) for number in range(message.sequences)))
         assert engine.pid is not None
-        return model.memory_bytes - model.load_message.snapshot_bytes, psutil.Process(engine.pid).memory_info().rss
+        return model.memory_bytes - message.snapshot_bytes, psutil.Process(engine.pid).memory_info().rss
     finally:
         await engine.close()
 
@@ -110,7 +113,7 @@ def test_the_logits_of_a_large_vocabulary_are_included(tmp_path: Path) -> None:
 
 
 def test_the_states_of_recurrent_layers_are_included(tmp_path: Path) -> None:
-    compare(write_mamba(tmp_path / "mamba.gguf", inner=1024, states=512), parallel=64, context=64)
+    compare(write_mamba(tmp_path / "mamba.gguf", inner=1024, states=512), parallel=32, context=64)
 
 
 def test_the_keys_and_values_are_included(tmp_path: Path) -> None:
@@ -126,7 +129,7 @@ def test_the_keys_and_values_of_layers_with_a_window_are_included(tmp_path: Path
 
 def test_layers_that_share_keys_and_values_are_not_included(tmp_path: Path) -> None:
     few = {"block_count": 12, "attention.shared_kv_layers": 9, "feed_forward_length": (128,) * 12}
-    large = {"context_length": 4096, "embedding_length": 128, "attention.head_count_kv": 2}
+    large = {"context_length": 2048, "embedding_length": 128, "attention.head_count_kv": 2}
     sizes = (f"attention.{kind}_length{layers}" for kind in ("key", "value") for layers in ("", "_swa"))
     windows = {"attention.sliding_window_pattern": (True, True, False) * 4}
     also = {**WINDOWED["gemma4"], **few, **large, **dict.fromkeys(sizes, 128), **windows}

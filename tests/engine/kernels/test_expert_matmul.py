@@ -189,5 +189,5 @@ def test_other_products_are_refused(kernel):
     assert not takes(x, ids.astype(np.int64)), "numbers of another type"
     assert not takes(x[:2], ids), "another number of tokens"
     assert not takes(x, np.zeros((3, 3), np.int32)), "another number of experts"
-    matrices.type = 20  # IQ4_NL
+    matrices.type = 16  # IQ2_XXS
     assert not takes(x, ids), "another type of weights"
