@@ -204,3 +204,17 @@ def test_an_operators_context_needs_memory_for_one_full_sequence() -> None:
 def test_the_records_of_cells_count() -> None:
     shape = ModelShape(4096, 2, ONE, ON_DEMAND, capacity=100)
     assert shape.sequences_bytes == 100 * 2 + 2 * 4096 * CELL_BYTES
+
+
+def test_keys_and_values_get_half_of_the_memory_by_default() -> None:
+    wide = dataclasses.replace(FACTS, kv_heads=160)  # 80 KiB for each token
+    (chosen,) = choose_shapes([(wide, ON_DEMAND)], 8 * GIB, None, None)
+    assert (chosen.context, chosen.parallel) == (8192, 16)
+    assert 3.5 * GIB < chosen.kv_bytes <= 4 * GIB
+    (asked,) = choose_shapes([(wide, ON_DEMAND)], 16 * GIB, 8192, 16)
+    assert asked.capacity is None, "an operator's settings are kept"
+    both = choose_shapes([(wide, ON_DEMAND), (FACTS, ON_DEMAND)], 8 * GIB, None, None)
+    assert sum(each.kv_bytes for each in both) <= 4 * GIB
+    assert all((each.capacity or each.cells) >= each.context == 8192 for each in both)
+    (long,) = choose_shapes([(dataclasses.replace(wide, context_length=65536), ON_DEMAND)], 8 * GIB, None, None)
+    assert (long.context, long.capacity) == (65536, 65536), "one full sequence, which takes 5 GiB"

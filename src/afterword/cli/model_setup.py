@@ -134,10 +134,7 @@ def _shapes(
         if not unload_unused:
             raise
     else:
-        whole = all(
-            shape.context >= usual_context(*each) and shape.capacity is None
-            for shape, each in zip(shapes, wanted, strict=True)
-        )
+        whole = all(shape.context >= usual_context(*each) for shape, each in zip(shapes, wanted, strict=True))
         if whole or settings.context or not unload_unused:
             return shapes
     return [choose([each])[0] for each in wanted]

@@ -112,7 +112,8 @@ def choose_shapes(
     """Choose the shapes of models that are loaded together.
 
     `context` and `parallel` are the operator's settings; None means the largest usual value that fits. The model that
-    needs the most memory for its sequences is reduced first. Raises `SettingError` if the models do not fit.
+    needs the most memory for its sequences is reduced first. Unless both are set, all keys and values get at most half
+    of the memory: they may stay there as cached prefixes. Raises `SettingError` if the models do not fit.
     """
     for facts, _ in models:
         _check_settings(facts, context, parallel, PARALLEL_LIMIT - spare)
@@ -127,7 +128,19 @@ def choose_shapes(
             raise SettingError(_do_not_fit(shapes, available_bytes))
         largest = max(reducible, key=lambda index: shapes[index].sequences_bytes)
         shapes[largest] = smaller[largest] or shapes[largest]
+    if context is None or parallel is None:
+        _leave_half(shapes, available_bytes)
     return shapes
+
+
+def _leave_half(shapes: list[ModelShape], available_bytes: int) -> None:
+    """Lower what sequences that share memory can hold together, but not below one full sequence."""
+    while sum(shape.kv_bytes for shape in shapes) > available_bytes // 2:
+        smaller = {index: _with_less_capacity(shape) for index, shape in enumerate(shapes)}
+        largest = max(smaller, key=lambda index: shapes[index].kv_bytes * (smaller[index] is not None))
+        if (shape := smaller[largest]) is None:
+            return
+        shapes[largest] = shape
 
 
 def usual_context(facts: Facts, options: ComputeOptions) -> int:
@@ -145,9 +158,8 @@ def _smaller(shape: ModelShape, context: int | None, parallel: int | None) -> Mo
 
     Where sequences share memory, they get less of it together, but at least one can be full.
     """
-    capacity = shape.cells if shape.capacity is None else shape.capacity
-    if shape.options.on_demand and capacity > shape.context and shape.kv_bytes:
-        return replace(shape, capacity=max(capacity * 7 // 8, shape.context))
+    if less := _with_less_capacity(shape):
+        return less
     if shape.options.on_demand and context is None and shape.context > LEAST_CONTEXT:
         shorter = max(shape.context // 2, LEAST_CONTEXT)  # in large steps: it is part of the fingerprint
         return replace(shape, context=shorter, capacity=shorter)
@@ -156,6 +168,14 @@ def _smaller(shape: ModelShape, context: int | None, parallel: int | None) -> Mo
     if context is None and shape.context > LEAST_CONTEXT:
         return replace(shape, context=max(shape.context // 2, LEAST_CONTEXT))
     return None
+
+
+def _with_less_capacity(shape: ModelShape) -> ModelShape | None:
+    """The shape with less memory for all sequences together; None if that is one full sequence or cannot be less."""
+    capacity = shape.cells if shape.capacity is None else shape.capacity
+    if not shape.options.on_demand or capacity <= shape.context or not shape.kv_bytes:
+        return None
+    return replace(shape, capacity=max(capacity * 7 // 8, shape.context))
 
 
 def _check_settings(facts: Facts, context: int | None, parallel: int | None, most: int) -> None:
