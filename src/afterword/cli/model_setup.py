@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from msgspec import structs
+
 from afterword.config import CHUNK_GRID, ONE_SEQUENCE, SMALL_MODEL, EngineSettings, WeightTypes, advice
 from afterword.engine import messages
 from afterword.engine.kernels.compiled import memory_on_demand
@@ -108,7 +110,10 @@ def refreshed_load_message(fitted: FittedModel, settings: EngineSettings) -> mes
         return fitted.load_message
     planned = fitted.load_message
     kept = replace(settings, context=planned.context, parallel=planned.sequences, threads=planned.threads)
-    return load_message(fitted.model, facts, kept)
+    changed = load_message(fitted.model, facts, kept)
+    if planned.capacity is None or (changed.capacity is not None and changed.capacity < planned.capacity):
+        return changed
+    return structs.replace(changed, capacity=planned.capacity)
 
 
 def _compute_options(facts: Facts, settings: EngineSettings) -> ComputeOptions:

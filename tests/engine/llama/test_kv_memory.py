@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from afterword.engine.core.forward_batch import BatchEntry, CopyPrefix, ForwardBatch, Logits, Truncate
+from afterword.engine.kernels import compiled
 from afterword.engine.llama import accelerator, library
 from afterword.engine.llama.runner import LlamaRunner
 from afterword.engine.messages import LoadModel
@@ -75,3 +79,54 @@ def test_a_slot_that_is_filled_again_has_the_numbers_of_an_empty_one(runner):
     fill(runner, 4, tuple(reversed(tokens)) * 3)
     assert fill(runner, 4, tokens[50:], 50, (CopyPrefix(3, 4, 50),)).tobytes() == fresh.tobytes()
     assert fill(runner, 4, tokens, 0, (Truncate(4, 0),)).tobytes() == fresh.tobytes()
+
+
+LARGE_CELLS = {
+    **{"block_count": 16, "attention.head_count": 8, "attention.head_count_kv": 8},
+    **{"attention.key_length": 512, "attention.value_length": 512, "rope.dimension_count": 512},
+}
+LARGE_CELL_BYTES = 16 * 2 * 8 * 512 * 2
+
+
+def test_sequences_may_have_more_memory_together_than_the_machine(tmp_path):
+    if not compiled.memory_on_demand() or not accelerator.register():
+        pytest.skip("memory is not taken on demand")
+    path = write_random(tmp_path / "large.gguf", "llama", "F16", also=LARGE_CELLS)
+    everything = psutil.virtual_memory().total + psutil.swap_memory().total
+    context = 2 * everything // (SLOTS * LARGE_CELL_BYTES)
+    runner = LlamaRunner(LoadModel(str(path), context, SLOTS, 1, CHUNK, "exact", 0, False, use_kernels=True))
+    assert np.isfinite(fill(runner, 3, (1, 2, 3))).all()
+
+
+def test_a_context_without_addresses_for_its_memory_is_refused(tmp_path):
+    """A limit of the address space; on most machines only a context of many TiB would reach it."""
+    path = write_random(tmp_path / "large.gguf", "llama", "F16", also=LARGE_CELLS)
+    script = f"""
+import resource
+from afterword.engine.llama import library
+from afterword.engine.llama.runner import LlamaRunner
+from afterword.engine.messages import LoadModel
+from afterword.errors import SettingError
+library.initialize(verbose=False)
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+for context in (65536, 512):
+    try:
+        LlamaRunner(LoadModel({str(path)!r}, context, 16, 1, 64, "exact", 0, False, use_kernels=True))
+        print("loaded")
+    except SettingError as error:
+        print(error.message)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=100)
+    refused, loaded = done.stdout.splitlines()
+    assert refused.startswith("llama.cpp cannot allocate 16 sequences of 65536 tokens"), done.stderr
+    assert loaded == "loaded"
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize(("mode", "on_demand"), [("0", True), ("1", True), ("2", False)])
+def test_memory_is_not_on_demand_where_the_system_reserves_it(tmp_path, monkeypatch, mode, on_demand):
+    (tmp_path / "overcommit_memory").write_text(f"{mode}\n", encoding="ascii")
+    monkeypatch.setattr(compiled, "OVERCOMMIT", tmp_path / "overcommit_memory")
+    if not compiled.library(compiled.KERNELS / "accelerator.cpp").exists():
+        pytest.skip("the kernels were not built")
+    assert compiled.memory_on_demand() == on_demand

@@ -172,7 +172,8 @@ void *accelerator_registry(const Ggml *addresses) {
 // Sets all counts to zero.
 void accelerator_start_recording() { offered = {}; }
 
-// Whether ggml offered attention and all of it is computed here.
+// Whether ggml offered (flash) attention, and whether all of it is computed here.
+int accelerator_offers_attention() { return offered.attentions > 0; }
 int accelerator_computes_all_attention() { return offered.attentions && !offered.unsupported_attentions; }
 
 // The types of weight matrices that ggml multiplies: a bit for each of ggml's types.

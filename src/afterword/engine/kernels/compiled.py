@@ -13,14 +13,27 @@ KERNELS = Path(__file__).resolve().parent
 """The folder of the C++ sources and of their libraries."""
 
 
+OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
+
+
 def library(source: Path) -> Path:
     """The library of a source; the file may not exist."""
     return source.with_name(f"lib{source.stem}.so")
 
 
 def memory_on_demand() -> bool:
-    """Whether the KV cache of a CPU can take memory as tokens are written (kv_buffers.hpp)."""
-    return sys.platform == "linux" and library(KERNELS / "accelerator.cpp").exists()
+    """Whether the KV cache of a CPU can take memory as tokens are written (kv_buffers.hpp).
+
+    It cannot where the system reserves memory for all addresses.
+    """
+    return sys.platform == "linux" and library(KERNELS / "accelerator.cpp").exists() and not _reserves_memory()
+
+
+def _reserves_memory() -> bool:
+    try:
+        return OVERCOMMIT.read_text(encoding="ascii").strip() == "2"
+    except OSError:
+        return False
 
 
 def digest(*libraries: Path) -> str:

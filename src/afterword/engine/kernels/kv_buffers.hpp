@@ -1,8 +1,9 @@
 // The memory of the KV cache: pages are taken when tokens are written, and given back when a slot is truncated.
 //
 // llama.cpp allocates the cache for the whole context of every slot, fills it with zeros, and copies whole slots. Here its
-// buffers are those of ggml's CPU buffer type with three functions replaced: `clear` drops the pages, which are zeros when they
-// are read again; `set_tensor` copies the cells that a copy of a slot needs; `init_tensor` finds the tensors of the cache.
+// buffers are those of ggml's CPU buffer type in addresses for which no memory is reserved: they may be more than the machine's
+// memory. Three functions are replaced: `clear` drops the pages, which are zeros when they are read again; `set_tensor` copies
+// the cells that a copy of a slot needs; `init_tensor` finds the tensors of the cache.
 //
 // This requires that a cell of keys or values is one row of its tensor, as with flash attention. Else llama.cpp transposes values.
 
@@ -36,16 +37,16 @@ struct Cells {
     size_t slot_of(const char *address) const { return (address - data) / slot_bytes; }
 };
 
-// The KV cache of one context. It is deleted with the last of its buffers.
+// The KV cache of one context. It is deleted with the last of its buffers. `users`: its buffers, and `opened`.
 struct KvMemory {
     std::vector<Cells> layers;
     std::unordered_map<size_t, size_t> copied_cells;  // of slots whose next copies need only their first cells
-    int buffers = 0;
+    int users = 1;
 };
 
 KvMemory *opened = nullptr;  // the cache whose context is being created
 std::unordered_map<const Buffer *, KvMemory *> owners;
-BufferCalls usual;  // the functions of ggml's CPU buffers
+BufferCalls usual;  // the functions of ggml's CPU buffers, whose `context` is the address of their memory
 Buffer *(*make_usual)(BufferType *, size_t) = nullptr;
 
 // Drops the whole pages of a range: they take no memory, and are zeros when they are read again. Returns whether that is
@@ -97,25 +98,34 @@ void set_tensor(Buffer *buffer, Tensor *tensor, const void *data, size_t offset,
     usual.set_tensor(buffer, tensor, data, offset, size);
 }
 
-void free_buffer(Buffer *buffer) {
-    const auto owner = owners.find(buffer);
-    if (owner != owners.end()) {
-        if (!--owner->second->buffers) delete owner->second;
-        owners.erase(owner);
-    }
-    usual.free(buffer);
+void leave(KvMemory *memory) {
+    if (!--memory->users) delete memory;
 }
 
+void free_buffer(Buffer *buffer) {
+    munmap(buffer->context, buffer->size);
+    const auto owner = owners.find(buffer);
+    if (owner == owners.end()) return;
+    leave(owner->second);
+    owners.erase(owner);
+}
+
+// Null where there are no addresses; ggml reports that.
 Buffer *make_buffer(BufferType *type, size_t size) {
-    Buffer *buffer = make_usual(type, size);
-    if (!buffer || !opened) return buffer;
-    usual = buffer->calls;
-    buffer->calls.free = free_buffer;
-    buffer->calls.init_tensor = init_tensor;
-    buffer->calls.set_tensor = set_tensor;
-    buffer->calls.clear = clear;
+    if (!opened || !size) return make_usual(type, size);
+    void *memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) return nullptr;
+#ifdef MADV_NOHUGEPAGE
+    madvise(memory, size, MADV_NOHUGEPAGE);  // a large page would hold many tokens of one layer
+#endif
+    BufferCalls calls = usual;
+    calls.free = free_buffer;
+    calls.init_tensor = init_tensor;
+    calls.set_tensor = set_tensor;
+    calls.clear = clear;
+    Buffer *buffer = ggml.make_buffer(type, calls, memory, size);
     owners[buffer] = opened;
-    opened->buffers++;
+    opened->users++;
     return buffer;
 }
 
@@ -123,6 +133,8 @@ Buffer *make_buffer(BufferType *type, size_t size) {
 void open() {
     BufferType *type = ggml.cpu_buffers();
     make_usual = type->calls.make_buffer;
+    static const Buffer *example = make_usual(type, 64);
+    usual = example->calls;
     type->calls.make_buffer = make_buffer;
     opened = new KvMemory;
 }
@@ -131,11 +143,9 @@ KvMemory *close() {
     ggml.cpu_buffers()->calls.make_buffer = make_usual;
     KvMemory *memory = opened;
     opened = nullptr;
-    if (!memory->buffers) {
-        delete memory;
-        return nullptr;
-    }
-    return memory->layers.empty() ? nullptr : memory;
+    const bool is_used = memory->users > 1 && !memory->layers.empty();
+    leave(memory);
+    return is_used ? memory : nullptr;
 }
 
 // Copies into `slot` copy its first `cells` cells, until `forget_copies`.

@@ -148,7 +148,11 @@ class KvMemory:
 
 
 def with_kv_memory(create: Callable[[], object]) -> tuple[object, KvMemory | None]:
-    """Create a context whose KV cache takes memory as tokens are written. Its attention must be flash attention."""
+    """Create a context whose KV cache takes memory as tokens are written.
+
+    The memory is given back only if llama.cpp offered flash attention since `start_recording`. Some models never use
+    it; their values are stored transposed, so that a cell is not one range of bytes.
+    """
     kernels = _kernels()
     if kernels is None:
         return create(), None
@@ -157,7 +161,8 @@ def with_kv_memory(create: Callable[[], object]) -> tuple[object, KvMemory | Non
         context = create()
     finally:
         address: int | None = kernels.accelerator_kv_close()
-    return context, KvMemory(kernels, address) if address else None
+    is_flash = bool(kernels.accelerator_offers_attention())
+    return context, KvMemory(kernels, address) if address and is_flash else None
 
 
 @cache
