@@ -46,11 +46,11 @@ class ClientConnection:
         self._headers = "".join(f"{name}: {value}\r\n" for name, value in server.headers.items())
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
-    async def ask(self, body: object, path: str = "/v1/completions") -> Reply:
-        """POST a value as JSON, or bytes unchanged. A missing or incomplete response has the status 0."""
+    async def ask(self, body: object, path: str = "/v1/completions", timeout: float = TIMEOUT) -> Reply:
+        """POST a value as JSON, or bytes unchanged. A response that is not whole after `timeout` has the status 0."""
         start = time.monotonic()
         try:
-            async with asyncio.timeout(TIMEOUT):
+            async with asyncio.timeout(timeout):
                 reader, _ = await self._send(body, path)
                 status, headers = await _head(reader)
                 first = time.monotonic() - start

@@ -20,6 +20,7 @@ from .server import Server
 
 SEQUENCES, TOKENS, LIST = 4, 1200, 16
 _PROMPTS = [[(7 * position + index) % 4000 + 1 for position in range(TOKENS)] for index in range(2)]
+_SECONDS = 240.0  # for a response: at the large size all of them together have more than 1 GB
 _SCORED: dict[str, Any] = {"echo": True, "logprobs": 20, "max_tokens": 0}
 _LONG: dict[str, Any] = {"prompt": "Once upon a time", "n": SEQUENCES, "max_tokens": 400, "ignore_eos": True}
 
@@ -60,7 +61,8 @@ async def _score(server: Server, trial: Trial) -> Result:
 
     async def send_item(connection: ClientConnection, number: int) -> None:
         index = number % len(_PROMPTS)
-        reply = await connection.ask(_SCORED | {"prompt": _PROMPTS[index], "stream": number % 8 == 7})
+        body = _SCORED | {"prompt": _PROMPTS[index], "stream": number % 8 == 7}
+        reply = await connection.ask(body, timeout=_SECONDS)
         tally.add(*((reply.status, reply.body) if number % 8 != 7 else _streamed(reply.status, reply.body)), index)
         trial.say(f"G24 {tally.whole}")
 
