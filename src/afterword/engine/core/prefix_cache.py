@@ -56,6 +56,11 @@ class PrefixCache:
     def has_free_slot(self) -> bool:
         return not all(slot.in_use for slot in self._slots)
 
+    @property
+    def held(self) -> int:
+        """The number of tokens in all slots."""
+        return sum(slot.length for slot in self._slots)
+
     def prefix_query(self, job: Job) -> PrefixQuery:
         """The query for a job's prompt.
 
@@ -112,14 +117,14 @@ class PrefixCache:
     def limit(self, free_tokens: int | None) -> None:
         """Allow at most `free_tokens` more tokens than the slots hold now, within the runner's capacity."""
         if free_tokens is not None:
-            most = max(0, sum(slot.length for slot in self._slots) + free_tokens)
+            most = max(0, self.held + free_tokens)
             self.capacity = most if self._most_tokens is None else min(self._most_tokens, most)
 
     def make_room(self, tokens: int, source: Slot | None = None) -> None:
         """Empty free slots, least recently used first, until `tokens` more tokens fit. Keeps the slot `source`."""
         if self.capacity is None:
             return
-        excess = sum(slot.length for slot in self._slots) + tokens - self.capacity
+        excess = self.held + tokens - self.capacity
         for slot in sorted((slot for slot in self._slots if not slot.in_use), key=_eviction_order):
             if excess <= 0:
                 break
@@ -193,7 +198,7 @@ class PrefixCache:
         left = [index for index in used if index < gaps[0]]
         outer, gap = (used[-1], gaps[0]) if 2 * len(left) >= len(used) else (used[0], gaps[-1])
         moved, free = self._slots[outer], self._slots[gap]
-        if self.capacity is not None and sum(slot.length for slot in self._slots) + moved.length > self.capacity:
+        if self.capacity is not None and self.held + moved.length > self.capacity:
             return
         others = [slot for slot in self._slots if not slot.in_use and slot is not free]
         if free.last_used and free.length:

@@ -44,9 +44,8 @@ _LIBRARY_TYPES = frozenset(
 )
 """ggml's numbers of `config.LIBRARY_TYPES`: the library's matmuls of these types, not repacked, are reproducible."""
 
-
 RESERVED_BYTES = 128 << 20
-"""Memory of the machine that is left to others: more than the KV cache takes between two looks at what is left."""
+"""Memory of the machine that is left to others."""
 
 
 class LlamaRunner:
