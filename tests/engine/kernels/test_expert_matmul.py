@@ -16,13 +16,6 @@ NAME = b"MUL_MAT_ID"
 
 
 @pytest.fixture(scope="module")
-def kernel(accelerator_library: ctypes.CDLL) -> ctypes.CDLL:
-    if not accelerator.supports_quantized():
-        pytest.skip("this processor lacks the instructions for products of bytes")
-    return accelerator_library
-
-
-@pytest.fixture(scope="module")
 def memory(kernel: ctypes.CDLL) -> Memory:
     assert accelerator.register()
     return Memory(kernel)

@@ -35,13 +35,6 @@ ROUNDING = 3e-6  # error of a sum, relative to the sum of the absolute values
 
 
 @pytest.fixture(scope="module")
-def kernel(accelerator_library: ctypes.CDLL) -> ctypes.CDLL:
-    if not accelerator.supports_quantized():
-        pytest.skip("this processor lacks the instructions for products of bytes")
-    return accelerator_library
-
-
-@pytest.fixture(scope="module")
 def memory(kernel: ctypes.CDLL) -> Memory:
     assert accelerator.register()
     return Memory(kernel)

@@ -1,8 +1,8 @@
 """Truncates and copies the slots of llama.cpp's KV cache, so that NaN or infinity never reaches a slot's next sequence.
 
-Truncated cells are masked. Where `KvMemory` exists, their memory is given back after the next pass. Afterword's attention and the library's flash attention never multiply a
-masked cell. But the library's other attention multiplies it by 0, and so is a recurrent state when a new text begins.
-0 times NaN or infinity is NaN.
+Truncated cells are masked. Where `KvMemory` exists, their memory is given back after the next pass. Afterword's
+attention and the library's flash attention never multiply a masked cell. But the library's other attention multiplies
+it by 0, and so is a recurrent state when a new text begins. 0 times NaN or infinity is NaN.
 
 Therefore, before such a slot is truncated, one more token is computed in it, unless its last logits were finite. If the
 logits of that token are not finite, the whole memory is cleared and the other contents of the slots are restored.
