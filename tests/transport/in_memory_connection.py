@@ -172,11 +172,11 @@ class InMemoryClient:
             self.protocol.check(self.server.now)
             await self.settle()
 
-    def disconnect(self) -> None:
+    def disconnect(self, problem: Exception | None = None) -> None:
         if not self._closed:
             self._closed = True
             self.transport.closing = True
-            self.protocol.connection_lost(None)
+            self.protocol.connection_lost(problem)
 
     @property
     def closed(self) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import weakref
 from typing import Any
 
 import pytest
@@ -541,3 +543,20 @@ def test_a_disconnect_during_the_body_is_not_logged(caplog: pytest.LogCaptureFix
 
     assert not run(scenario()).server.state.tasks
     assert not caplog.records
+
+
+@pytest.mark.parametrize("problem", [None, ConnectionResetError()], ids=["closed", "reset"])
+def test_nothing_keeps_a_connection_that_is_lost(problem: Exception | None) -> None:
+    """Timers such as the one for an idle connection would keep it, with its last request, for minutes."""
+
+    async def scenario() -> None:
+        client = InMemoryServer().connect()
+        await client.send(REQUEST)
+        connection = weakref.ref(client.protocol)
+        client.disconnect(problem)
+        del client
+        await asyncio.sleep(0)
+        gc.collect()
+        assert connection() is None
+
+    run(scenario())

@@ -91,6 +91,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # uvicorn leaves this timer, which refers to the connection, after a reset
         if self._peer is not None:
             self._context.connection_limiter.release(self._peer)
 
