@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -109,10 +109,15 @@ def run(trial: Trial) -> Result:
 
 
 def write_gemma(path: Path) -> Path:
-    """A SentencePiece model with features of Gemma's vocabulary: user-defined tokens, and repeated characters."""
-    runs = [(character * size, TokenType.USER_DEFINED) for character in "\n\t▁" for size in range(2, 32)]
+    """A SentencePiece model with features of Gemma's vocabulary.
+
+    It has user-defined tokens, among them repeated characters, and no space before a text. Converters write the spaces
+    of such tokens as spaces and not as "▁".
+    """
+    runs = [(character * size, TokenType.USER_DEFINED) for character in "\n\t " for size in range(2, 32)]
     unused = [(f"<unused{number}>", TokenType.USER_DEFINED) for number in range(1000)]
-    words = tiny.with_tokens(tiny.piece_vocabulary(infill=True, add_bos=True), *runs, *unused)
+    pieces = replace(tiny.piece_vocabulary(infill=True, add_bos=True), space_prefix=False)
+    words = tiny.with_tokens(pieces, *runs, *unused)
     shape = tiny.Shape(context=LARGE)
     return tiny.write_model(path, shape, words, tiny.random_weights(shape, words))
 

@@ -37,7 +37,10 @@ PEAK = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """A tokenizer as in the keys of a GGUF file. `special` maps a key such as "eos" to its token."""
+    """A tokenizer as in the keys of a GGUF file.
+
+    `special` maps a key such as "eos" to its token. `space_prefix`: SentencePiece puts a space before a text.
+    """
 
     model: str
     tokens: tuple[str, ...]
@@ -47,6 +50,7 @@ class Vocabulary:
     merges: tuple[str, ...] = ()
     scores: tuple[float, ...] = ()
     pre: str = "qwen2"
+    space_prefix: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +240,7 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
         writer.add_token_merges(vocabulary.merges)
     else:
         writer.add_token_scores(vocabulary.scores)
-        writer.add_add_space_prefix(True)
+        writer.add_add_space_prefix(vocabulary.space_prefix)
     for key, token in vocabulary.special.items():
         name = "unknown" if key == "unk" else key
         writer.add_uint32(f"tokenizer.ggml.{name}_token_id", vocabulary.tokens.index(token))

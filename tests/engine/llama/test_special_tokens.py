@@ -24,6 +24,7 @@ BYTES = tiny.byte_vocabulary(infill=True, add_bos=False)
 PIECES = tiny.piece_vocabulary(infill=True, add_bos=True)
 OVERLAPPING = [("<a>b", CONTROL), ("b<a><b", USER), ("<a", CONTROL), ("a><a><b", USER), ("aaa", CONTROL)]
 RUNS = [(character * size, USER) for character in ("\n", "\t", "▁") for size in (2, 3, 5, 8, 31)]
+SPACES = [(" " * size, USER) for size in (2, 3, 5, 8, 31)]
 KINDS = [("<ctl>", CONTROL), ("<usr>", USER), ("<unk2>", UNKNOWN), ("漢", USER), ("<<", USER), ("\x01", CONTROL)]
 PHI = [("</s>", NORMAL), ("<s>", CONTROL), ("<unk>", UNKNOWN), ("<|end|>", CONTROL), ("<|user|>", USER)]
 MADE = {
@@ -39,7 +40,8 @@ MADE = {
     "a token that strips spaces before it": replace(
         tiny.with_tokens(BYTES, ("<mask>", CONTROL), ("<other>", CONTROL)), pre="jina-v2-code"
     ),
-    "no space before texts": PIECES,
+    "pieces with spaces, as Gemma": replace(tiny.with_tokens(PIECES, *RUNS[:10], *SPACES), space_prefix=False),
+    "no space before texts": replace(PIECES, space_prefix=False),
     "ambiguous order": tiny.with_tokens(BYTES, ("<x>", CONTROL), (">y<", CONTROL)),
 }
 NAMES = {"tokens that strip spaces after them": "phi-3-tiny"}
@@ -57,10 +59,7 @@ def load(path: Path) -> Vocabulary:
 @pytest.fixture(scope="module", params=MADE)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
     path = tmp_path_factory.mktemp("vocabulary") / "made.gguf"
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "no space before texts":
-            patch.setattr(tiny.GGUFWriter, "add_add_space_prefix", lambda *_: None)
-        tiny.write_vocabulary(path, MADE[request.param], NAMES.get(request.param, "tiny"))
+    tiny.write_vocabulary(path, MADE[request.param], NAMES.get(request.param, "tiny"))
     return load(path)
 
 
@@ -212,3 +211,17 @@ def test_many_tokens_with_a_common_prefix_are_found() -> None:
     tokens = [token(number, f"<unused{number:04}>") for number in range(3000)]
     text = "".join(f"<unused{number:04}>x" for number in range(0, 3000, 7))
     assert split(text, *tokens) == [piece for number in range(0, 3000, 7) for piece in (number, "x")]
+
+
+@pytest.mark.parametrize("symbol", [" ", "▁"])
+def test_runs_of_characters_survive_a_round_trip(tmp_path: Path, symbol: str) -> None:
+    """A file may spell the spaces of a user-defined token as spaces or, as SentencePiece does, with its symbol."""
+    runs = [(character * size, USER) for character in ("\n", "\t", symbol) for size in (2, 3, 5, 8, 31)]
+    words = replace(tiny.with_tokens(PIECES, *runs), space_prefix=False)
+    vocabulary = load(tiny.write_vocabulary(tmp_path / "runs.gguf", words))
+    pieces = vocabulary.pieces()
+    for size in (1, 2, 3, 4, 7, 100, 10_000):
+        for character in " \n\t":
+            text = character * size
+            spelled = b"".join(pieces[token] for token in vocabulary.tokenize(text, False)).decode()
+            assert spelled == text, (size, character)

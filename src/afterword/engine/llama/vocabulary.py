@@ -148,6 +148,14 @@ class Vocabulary:
         return self._kind in (native.LLAMA_VOCAB_TYPE_BPE, native.LLAMA_VOCAB_TYPE_SPM)
 
     def _piece(self, token: int) -> bytes:
+        piece = self._llama_piece(token)
+        kind = native.llama_vocab_get_attr(self._vocab, token)
+        if self._kind == native.LLAMA_VOCAB_TYPE_SPM and kind & native.LLAMA_TOKEN_ATTR_USER_DEFINED:
+            # llama.cpp tokenizes spaces to a user-defined token "▁▁", but does not turn its text back into spaces.
+            return piece.replace("▁".encode(), b" ")
+        return piece
+
+    def _llama_piece(self, token: int) -> bytes:
         capacity = 64
         while True:
             buffer = ctypes.create_string_buffer(capacity)
