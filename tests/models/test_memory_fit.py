@@ -59,7 +59,9 @@ ONE = dataclasses.replace(FACTS, size_bytes=1000, kv_heads=1, key_length=1, valu
 
 
 def test_the_memory_of_a_shape() -> None:
-    assert ModelShape(256, 2, ONE, ComputeOptions(kv_bytes=1)).needed_bytes == 1512 + 151 + (256 << 20)
+    attention_mask = 256 * 256 * 4
+    needed = 1512 + attention_mask
+    assert ModelShape(256, 2, ONE, ComputeOptions(kv_bytes=1)).needed_bytes == needed + needed // 10 + (256 << 20)
 
 
 def test_the_tokens_of_a_sequence_are_rounded_up() -> None:
@@ -68,11 +70,11 @@ def test_the_tokens_of_a_sequence_are_rounded_up() -> None:
 
 
 def test_a_pass_needs_logits_and_activations() -> None:
-    wide = dataclasses.replace(ONE, vocabulary=1000, hidden=20, embedding_length=10)
+    wide = dataclasses.replace(ONE, kv_heads=0, vocabulary=1000, hidden=20, embedding_length=10)
     assert ModelShape(256, 2, wide, ComputeOptions(chunk=64)).pass_bytes == 64 * (2 * 1000 + 3 * 20 + 8 * 10) * 4
     assert ModelShape(256, 100, wide, ComputeOptions(chunk=64)).pass_bytes == 100 * (2 * 1000 + 3 * 20 + 8 * 10) * 4
-    assert ModelShape(256, 2, ONE, ComputeOptions(chunk=64)).pass_bytes == 0
-    assert ModelShape(256, 2, ONE, ComputeOptions(chunk=64, plain_attention=True)).pass_bytes == 64 * 8 * 256 * 4
+    assert ModelShape(256, 2, ONE, ComputeOptions(chunk=64)).pass_bytes == 64 * 256 * 4
+    assert ModelShape(256, 2, ONE, ComputeOptions(chunk=64, plain_attention=True)).pass_bytes == 64 * (8 + 1) * 256 * 4
 
 
 def test_each_sequence_needs_the_states_of_recurrent_layers() -> None:
@@ -147,7 +149,7 @@ def test_the_message_says_which_setting_to_lower() -> None:
         "The model needs 1.35 GiB of memory, but 1.00 GiB are available. Choose a smaller or more quantized model."
     )
     assert error_message(1.5, 8192, 16) == (
-        "16 x 8192 tokens need 2.45 GiB of memory, but 1.50 GiB are available. Lower context or parallel."
+        "16 x 8192 tokens need 2.46 GiB of memory, but 1.50 GiB are available. Lower context or parallel."
     )
     assert error_message(1.4, 8192).endswith("available. Lower context.")
 
@@ -181,7 +183,7 @@ ON_DEMAND = ComputeOptions(on_demand=True)
 
 @pytest.mark.parametrize(
     ("available", "context", "full"),
-    [(64, 8192, True), (1.9, 8192, False), (1.48, 8192, False), (1.40, 4096, False), (1.36, 1024, False)],
+    [(64, 8192, True), (1.9, 8192, False), (1.48, 8192, False), (1.40, 4096, False), (1.36, 512, False)],
 )
 def test_sequences_that_take_memory_on_demand_have_the_trained_context(
     available: float, context: int, full: bool

@@ -31,7 +31,7 @@ class ComputeOptions:
     - `kv_bytes`: bytes of one element of a key or value.
     - `chunk`: the most tokens of a prefill pass.
     - `plain_attention`: attention stores one score for each token of the pass, token of the context and head. Flash
-      attention does not.
+      attention stores only a mask.
     - `on_demand`: the KV cache takes memory as tokens are written, so sequences share what the machine has.
     """
 
@@ -82,11 +82,16 @@ class ModelShape:
 
     @property
     def pass_bytes(self) -> int:
-        """Bytes of the largest pass: logits of all its tokens (if a prompt is scored) and a layer's activations."""
+        """Bytes of the largest pass: logits of all its tokens (if a prompt is scored) and a layer's activations.
+
+        A mask has 4 bytes for each token of the pass and of the context: a float, or two half floats of models with
+        sliding windows.
+        """
         tokens = max(self.options.chunk, self.parallel + self.spare)
         logits = LOGIT_COPIES * self.facts.vocabulary
         layer = 3 * self.facts.hidden + 8 * self.facts.embedding_length
-        attention = self.facts.heads * (self.context + self.spare) if self.options.plain_attention else 0
+        scores = self.facts.heads if self.options.plain_attention else 0
+        attention = (scores + 1) * (self.context + self.spare) if self.facts.kv_heads else 0
         return tokens * (logits + layer + attention) * FLOAT_BYTES
 
     @property
