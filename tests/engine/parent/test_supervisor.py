@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
@@ -118,6 +119,25 @@ def test_dropping_every_sample_ends_the_job():
                 current.drop(0)
                 current.drop(1)
             await until(lambda: supervisor.load == Load(2, 0, 0))
+
+    run(test)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_a_finished_job_shows_that_the_worker_can_work(dropped: bool):
+    """Otherwise a server whose responses end with stop strings would refuse requests after a few crashes."""
+
+    async def test() -> None:
+        async with engine() as supervisor:
+            for _ in range(5):
+                supervisor._restart_policy.next_delay(time.monotonic())
+            assert supervisor._restart_policy.is_failing(time.monotonic())
+            current = supervisor.start(job(samples=2, max_tokens=10**6 if dropped else 1))
+            async for _ in current:
+                if dropped:
+                    current.drop(0)
+                    current.drop(1)
+            assert not supervisor._restart_policy.is_failing(time.monotonic())
 
     run(test)
 

@@ -368,6 +368,8 @@ class Supervisor:
         """See `JobOwner.drop`."""
         if pending.job_id in self._jobs:
             self._send(messages.DropSample(pending.job_id, sample))
+            if pending.ended:  # by stop strings: the worker has done what was asked
+                self._restart_policy.record_success()
 
     def end(self, pending: PendingJob) -> None:
         """See `JobOwner.end`."""
