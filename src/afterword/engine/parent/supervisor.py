@@ -280,9 +280,7 @@ class Supervisor:
 
     def _expire(self, accepted: float) -> None:
         """Fail jobs and texts that were accepted before the time `accepted` and not started."""
-        for pending in [
-            pending for pending in self._jobs.values() if pending.since < accepted and not pending.admitted
-        ]:
+        for pending in [each for each in self._jobs.values() if each.since < accepted and not each.admitted]:
             self._fail(pending, QueueTimeout())
         self._tokenizer_client.expire(accepted, QueueTimeout())
 
