@@ -10,14 +10,14 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 
-from afterword.engine.protocol import FinishReason, InfillTokens, Job, ModelInfo, Step, Token
+from afterword.engine.protocol import FinishReason, InfillLayout, Job, ModelInfo, Step, Token
 from afterword.errors import Overloaded, WorkerDied
 
 WORDS = (b" the", b" cat", b" sat", b"Hello", b" world", b"\xf0\x9f", b"\x98\x80", b" \xe2\x80", b"\xe2\x80")
 SPECIAL = ("<s>", "</s>", "<pre>", "<suf>", "<mid>")
 PIECES = (*(bytes([byte]) for byte in range(256)), *WORDS, *(name.encode() for name in SPECIAL), b"")
 BOS, EOS, PRE, SUF, MID, BLANK = range(256 + len(WORDS), len(PIECES))
-INFILL = InfillTokens(PRE, SUF, MID)
+INFILL = InfillLayout("other", (PRE, "prefix", SUF, "suffix", MID))
 MODEL_INFO = ModelInfo(0, 64, 4, PIECES, (EOS,), None, EOS, False, False, 6, None, "fp_0")
 
 Script = Callable[[Job, int], Iterable[int]]

@@ -159,6 +159,7 @@ class EngineSettings:
 
     `context`: tokens of one sequence. `parallel`: sequences. `batch`: prompt tokens in one forward pass. `gpu_layers`:
     -1 for all. `reproducible`: make results reproducible on a GPU too, at a cost in speed.
+    `infill_template`: the layout of infill prompts, empty for the model's own.
     """
 
     context: int | None = None
@@ -169,6 +170,7 @@ class EngineSettings:
     gpu_layers: int = 0
     reproducible: bool = False
     verbose: bool = False
+    infill_template: str = ""
 
     def __post_init__(self) -> None:
         if self.batch < CHUNK_GRID or self.batch > 4096:

@@ -99,5 +99,13 @@ def test_a_suffix_needs_an_infill_model_and_counts_as_prompt(
     assert answer["usage"]["prompt_tokens"] == len(tokens_of(http, "The dog ")) + len(tokens_of(http, " home."))
 
 
+def test_a_model_names_its_layout_of_infill(http: httpx.Client, no_infill_client: httpx.Client) -> None:
+    members = ("infill", "infill_family")
+    (model,) = http.get("/v1/models").json()["data"]
+    assert [model[name] for name in members] == [True, "qwen"]
+    (model,) = no_infill_client.get("/v1/models").json()["data"]
+    assert [model[name] for name in members] == [False, None]
+
+
 def test_no_sequence_is_left_running(http: httpx.Client) -> None:
     assert is_idle(http)

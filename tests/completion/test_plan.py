@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from afterword.completion.plan import ClientIdentity, Plan, PromptPlan, make_plan
 from afterword.completion.request import CompletionRequest
 from afterword.completion.run import tokenize
-from afterword.engine.protocol import ModelInfo, Sampling
+from afterword.engine.protocol import InfillLayout, ModelInfo, Sampling
 from afterword.errors import RequestError
 from scripted_engine import BOS, EOS, INFILL, MID, MODEL_INFO, PIECES, PRE, SUF, ScriptedEngine, ids, text_script
 
@@ -134,6 +134,13 @@ def test_a_suffix_is_laid_out_with_infill_tokens() -> None:
     prompt = plan_one_prompt(WITH_INFILL, prompt=("Hello",), suffix=" sat the")
     assert prompt.job.prompt == (PRE, *ids("Hello"), SUF, *ids(" sat the"), MID)
     assert (prompt.text, prompt.billed_tokens) == ("Hello", 3)
+
+
+def test_a_suffix_can_come_first_and_without_a_token_for_the_middle() -> None:
+    layout = InfillLayout("codestral", (SUF, "suffix", PRE, "prefix"))
+    prompt = plan_one_prompt(replace(WITH_BOS, infill=layout), prompt=("Hello",), suffix=" sat the")
+    assert prompt.job.prompt == (BOS, SUF, *ids(" sat the"), PRE, *ids("Hello"))
+    assert (prompt.text, prompt.hidden_tokens, prompt.billed_tokens) == ("Hello", 5, 3)
 
 
 def test_a_suffix_works_with_bos_with_token_ids_and_with_several_prompts() -> None:

@@ -15,7 +15,21 @@ from afterword.completion.request import CompletionRequest
 from afterword.completion.run import Usage, run, tokenize
 from afterword.engine.protocol import FinishReason, Job
 from afterword.errors import AfterwordError, ModelReplaced, Overloaded, ReaderTooSlow, WorkerDied
-from scripted_engine import BOS, EOS, INFILL, MODEL_INFO, PIECES, Script, ScriptedEngine, ids, report, text_script
+from scripted_engine import (
+    BOS,
+    EOS,
+    INFILL,
+    MID,
+    MODEL_INFO,
+    PIECES,
+    PRE,
+    SUF,
+    Script,
+    ScriptedEngine,
+    ids,
+    report,
+    text_script,
+)
 
 Items = list[Delta | Usage]
 
@@ -141,6 +155,12 @@ def test_tokens_that_the_server_adds_are_not_billed() -> None:
     model_info = replace(MODEL_INFO, bos=BOS, add_bos=True, infill=INFILL)
     assert complete(ScriptedEngine(text_script(), model_info), prompt=("a", ""), suffix=" cat sat").usage == (5, 0)
     assert complete(ScriptedEngine(text_script(), model_info), prompt=(None, "a")).usage == (1, 0)
+
+
+def test_the_suffix_has_no_space_that_the_tokenizer_puts_before_a_text() -> None:
+    engine = ScriptedEngine(text_script("!"), replace(MODEL_INFO, space_prefix=True, infill=INFILL))
+    complete(engine, prompt=("cat",), suffix="the cat")
+    assert engine.jobs[-1].job.prompt == (PRE, *ids(" cat"), SUF, *ids("the cat"), MID)
 
 
 # ---- best_of

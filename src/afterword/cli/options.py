@@ -104,6 +104,12 @@ def engine_options(command: F) -> F:
             is_flag=True,
             help="With --gpu-layers -1: the same request gives the same bytes; slower with few clients.",
         ),
+        option(
+            "Engine",
+            "--infill-template",
+            default="",
+            help="Layout of prompts with suffix, with {prefix} and {suffix}.  [default: the model family's]",
+        ),
         option("Engine", "--verbose", is_flag=True, help="Show the log of llama.cpp."),
     ]
     for each in reversed(options):

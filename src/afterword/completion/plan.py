@@ -13,7 +13,7 @@ from afterword.completion.fields import Prompt
 from afterword.completion.infill import infill_prompt
 from afterword.completion.request import CompletionRequest
 from afterword.completion.text_stream import StopStrings
-from afterword.engine.protocol import InfillTokens, Job, ModelInfo, Sampling
+from afterword.engine.protocol import InfillLayout, Job, ModelInfo, Sampling
 from afterword.errors import RequestError
 
 
@@ -153,7 +153,8 @@ def _model_tokens(
         bos = ()  # the server adds no BOS to token ids
     if request.suffix:
         own = ids[:1] if isinstance(given, str) and model_info.add_bos and ids[:1] == (model_info.bos,) else ()
-        return bos + own + infill_prompt(_infill(model_info), ids[len(own) :], suffix), len(bos) + 1
+        laid_out, before = infill_prompt(_infill(model_info), ids[len(own) :], suffix)
+        return bos + own + laid_out, len(bos) + before
     start = bos if ids else _document_start(model_info)
     return start + ids, len(start)
 
@@ -176,7 +177,7 @@ def _document_start(model_info: ModelInfo) -> tuple[int, ...]:
     return (token,)
 
 
-def _infill(model_info: ModelInfo) -> InfillTokens:
+def _infill(model_info: ModelInfo) -> InfillLayout:
     if model_info.infill is None:
         raise RequestError(
             "Unrecognized request argument supplied: suffix (this model has no fill-in-the-middle tokens, so suffix "

@@ -12,6 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from afterword.completion.choice import ChoiceBuilder, Delta, DeltaFolder
+from afterword.completion.infill import before_suffix, suffix_tokens
 from afterword.completion.logprobs import make_echo, make_report
 from afterword.completion.plan import Plan, PromptPlan, Tokenized, check_lengths, too_long
 from afterword.completion.request import CompletionRequest
@@ -49,7 +50,8 @@ async def tokenize(request: CompletionRequest, engine: Engine, special: bool = T
     fingerprint = engine.model_info.fingerprint
     check_lengths(request, engine.model_info)
     texts = [prompt for prompt in request.prompt if isinstance(prompt, str)]
-    wanted = [text for text in (*texts, request.suffix or "") if text]
+    suffix = before_suffix(engine.model_info) + request.suffix if request.suffix else ""
+    wanted = [text for text in (*texts, suffix) if text]
     work = [asyncio.ensure_future(engine.tokenize(text, special, client)) for text in wanted]
     try:
         ready = iter([_checked(ids, request, engine.model_info) for ids in await asyncio.gather(*work)])
@@ -58,7 +60,7 @@ async def tokenize(request: CompletionRequest, engine: Engine, special: bool = T
             each.cancel()  # if one has failed, or the client has disconnected
     _check_model(fingerprint, engine)
     prompts = [prompt if isinstance(prompt, tuple) else next(ready) if prompt else () for prompt in request.prompt]
-    return Tokenized(tuple(prompts), next(ready) if request.suffix else ())
+    return Tokenized(tuple(prompts), suffix_tokens(next(ready), engine.model_info) if request.suffix else ())
 
 
 def _checked(ids: Sequence[int], request: CompletionRequest, model_info: ModelInfo) -> tuple[int, ...]:

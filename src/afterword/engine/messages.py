@@ -35,6 +35,7 @@ class LoadModel(Value, frozen=True, tag=True):
     `use_kernels`: Afterword's own kernels, if available, compute the matmuls that they support, and llama.cpp repacks
     no weights.
     `snapshot_bytes`: the most memory for snapshots of recurrent layers.
+    `infill_template`: the operator's layout of infill prompts, see `llama.infill_families`; empty for the model's own.
     `fixed_shape`: all decode passes have the same shape, see `llama.fixed_shape`.
     `promise`: the strongest promise that these settings allow; `promise_without_kernels`: the same if Afterword's
     kernels are not available. `ModelInfo.promise` states the promise that the loaded model keeps.
@@ -58,6 +59,7 @@ class LoadModel(Value, frozen=True, tag=True):
     parts: tuple[str, ...] = ()
     capacity: int | None = None
     token_bytes: int = 0
+    infill_template: str = ""
 
 
 class StartJob(Value, frozen=True, tag=True):

@@ -144,12 +144,15 @@ class PassStats(Value, frozen=True):
     cached_tokens: int = 0
 
 
-class InfillTokens(Value, frozen=True):
-    """The ids of a model's special tokens for fill-in-the-middle."""
+class InfillLayout(Value, frozen=True):
+    """How a model was trained to fill a gap.
 
-    prefix: int
-    suffix: int
-    middle: int
+    `parts`: the prompt, in order: ids of tokens, "prefix" and "suffix". `family`: see `llama.infill_families`; "custom"
+    for the operator's template, "other" for tokens of no known family.
+    """
+
+    family: str
+    parts: tuple[int | str, ...]
 
 
 class ModelInfo(Value, frozen=True):
@@ -173,7 +176,7 @@ class ModelInfo(Value, frozen=True):
     add_bos: bool
     space_prefix: bool
     longest_token: int
-    infill: InfillTokens | None
+    infill: InfillLayout | None
     fingerprint: str
     promise: Promise = "none"
     slow_runs: tuple[str, int] | None = None

@@ -18,7 +18,7 @@ from afterword.engine.llama import accelerator, library
 from afterword.engine.llama.runner import LlamaRunner
 from afterword.engine.llama.vocabulary import make_model_info
 from afterword.engine.messages import KvType, LoadModel
-from afterword.engine.protocol import InfillTokens, Job, ModelInfo, Sampling, Token
+from afterword.engine.protocol import Job, ModelInfo, Sampling, Token
 from afterword.engine.worker.worker_main import LoadedModel
 from afterword.errors import SettingError
 from afterword.models.gguf_facts import parts, read_facts
@@ -227,14 +227,8 @@ def test_the_model_info_matches_the_file(tmp_path):
     assert model_info.eos is not None
     assert model_info.pieces[model_info.eos] == b"<|endoftext|>"
     assert model_info.end_tokens == (model_info.eos,)
-    assert isinstance(model_info.infill, InfillTokens)
-    assert [
-        model_info.pieces[i] for i in (model_info.infill.prefix, model_info.infill.suffix, model_info.infill.middle)
-    ] == [
-        b"<|fim_prefix|>",
-        b"<|fim_suffix|>",
-        b"<|fim_middle|>",
-    ]
+    assert model_info.infill is not None
+    assert model_info.infill.family == "qwen"
     assert open_model(write_tiny(tmp_path / "plain.gguf", infill=False)).model_info.infill is None
     spm = open_model(write_tiny(tmp_path / "spm.gguf", vocabulary="spm")).model_info
     assert (spm.add_bos, spm.space_prefix) == (True, True)

@@ -59,6 +59,7 @@ _MEMBER_TEXTS: dict[str, str] = {
     "Model.reproducible": "exact: a token has the same log probability whether it is in the prompt or generated; "
     "reproducible: the same request gets the same response; none: no promise.",
     "Model.infill": "Whether the model supports suffix; null until the model has been loaded once.",
+    "Model.infill_family": "The layout of prompts with suffix: a model family, other or custom; null if there is none.",
     "Models.object": "The type of this object.",
     "Models.data": "All models of this server.",
     "Tokens.tokens": "The token ids.",
@@ -133,6 +134,7 @@ _MODEL = {
     "system_fingerprint": "fp_d0859fc2c34c246d",
     "reproducible": "exact",
     "infill": True,
+    "infill_family": "qwen",
 }
 EXAMPLES: dict[str, Any] = {
     "Completion": _COMPLETION,

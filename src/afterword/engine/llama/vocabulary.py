@@ -14,12 +14,13 @@ import msgspec
 from afterword.engine.core import sampler_kernel
 from afterword.engine.kernels.compiled import digest
 from afterword.engine.llama import accelerator, gpus
+from afterword.engine.llama.infill_families import find_layout, parse_template
 from afterword.engine.llama.library import native, version
 from afterword.engine.llama.runner import LlamaRunner
 from afterword.engine.llama.special_tokens import SpecialToken, SpecialTokens
 from afterword.engine.llama.split_points import PIECE_LENGTH, SplitPoints
 from afterword.engine.messages import LoadModel
-from afterword.engine.protocol import InfillTokens, ModelInfo
+from afterword.engine.protocol import InfillLayout, ModelInfo
 
 _NO_TOKEN = -1
 _CACHED_PIECES = 256  # pieces of one text with cached tokens
@@ -130,17 +131,19 @@ class Vocabulary:
         """Whether the model expects BOS before a text."""
         return bool(native.llama_vocab_get_add_bos(self._vocab))
 
-    def infill(self) -> InfillTokens | None:
-        """The model's fill-in-the-middle tokens, if it has all three."""
-        ids = [
-            _known(native.llama_vocab_fim_pre(self._vocab)),
-            _known(native.llama_vocab_fim_suf(self._vocab)),
-            _known(native.llama_vocab_fim_mid(self._vocab)),
-        ]
-        prefix, suffix, middle = ids
-        if prefix is None or suffix is None or middle is None:
-            return None
-        return InfillTokens(prefix, suffix, middle)
+    def infill(self, model_name: str, template: str = "") -> InfillLayout | None:
+        """How the model fills gaps: by the operator's template, or by the tokens that the vocabulary has.
+
+        Raises `SettingError` if the template is invalid.
+        """
+        special = {token.text.decode("utf-8", "replace"): token.id for token in self._special_tokens(True)}
+        if template:
+            return parse_template(template, lambda text: self.tokenize(text, True), set(special.values()).__contains__)
+        prefix = _known(native.llama_vocab_fim_pre(self._vocab))
+        suffix = _known(native.llama_vocab_fim_suf(self._vocab))
+        middle = _known(native.llama_vocab_fim_mid(self._vocab))
+        known = None if prefix is None or suffix is None or middle is None else (prefix, suffix, middle)
+        return find_layout(special, model_name, known)
 
     @property
     def keeps_text(self) -> bool:
@@ -187,7 +190,7 @@ def make_model_info(runner: LlamaRunner, settings: LoadModel) -> tuple[ModelInfo
         space_prefix=b"".join(pieces[t] for t in plain).startswith(b" "),
         # SentencePiece's symbol for a space has three bytes.
         longest_token=max(len(piece.replace(b" ", "▁".encode())) for piece in pieces) if vocabulary.keeps_text else 0,
-        infill=vocabulary.infill(),
+        infill=vocabulary.infill(_meta(runner.model, b"general.name"), settings.infill_template),
         fingerprint="",
         promise=runner.promise,
         slow_runs=vocabulary.slow_runs,

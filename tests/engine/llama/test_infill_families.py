@@ -1,0 +1,126 @@
+"""Tests of the layout of infill prompts for each model family, and of the operator's template."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from gguf import TokenType
+
+from afterword.engine.llama import library
+from afterword.engine.llama.infill_families import FAMILIES, find_layout
+from afterword.engine.llama.library import native
+from afterword.engine.llama.vocabulary import Vocabulary
+from afterword.engine.protocol import InfillLayout
+from afterword.errors import SettingError
+from oracle import tiny
+
+SHARED = Path(__file__).resolve().parents[4] / "shared" / "vocabs"
+BYTES = tiny.byte_vocabulary(infill=False, add_bos=False)
+PIECES = tiny.piece_vocabulary(infill=False, add_bos=True)
+# The token names of each family in an arbitrary order, and the layout that the family's documents state.
+EXPECTED = {
+    "starcoder": (BYTES, ("<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>"), (0, "prefix", 2, "suffix", 1)),
+    "santacoder": (BYTES, ("<fim-prefix>", "<fim-middle>", "<fim-suffix>", "<fim-pad>"), (0, "prefix", 2, "suffix", 1)),
+    "qwen": (BYTES, ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"), (0, "prefix", 2, "suffix", 1)),
+    "seed-coder": (BYTES, ("<[fim-suffix]>", "<[fim-prefix]>", "<[fim-middle]>"), (0, "suffix", 1, "prefix", 2)),
+    "codestral": (PIECES, ("[INST]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]"), (3, "suffix", 1, "prefix")),
+    "deepseek": (BYTES, ("<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>"), (1, "prefix", 0, "suffix", 2)),
+    "codellama": (PIECES, ("▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>"), (0, "prefix", 2, "suffix", 1)),
+    "glm": (BYTES, ("<|code_prefix|>", "<|code_middle|>", "<|code_suffix|>"), (0, "prefix", 2, "suffix", 1)),
+    "falcon": (BYTES, ("<|prefix|>", "<|suffix|>", "<|middle|>"), (0, "prefix", 1, "suffix", 2)),
+}
+
+
+def load(path: Path) -> Vocabulary:
+    library.initialize(verbose=False)
+    params = native.llama_model_default_params()
+    params.vocab_only = True
+    model = native.llama_model_load_from_file(os.fsencode(path), params)
+    assert model, library.last_error()
+    return Vocabulary(model)
+
+
+def with_names(folder: Path, vocabulary: tiny.Vocabulary, *names: str) -> tuple[Vocabulary, int]:
+    """A loaded vocabulary with further special tokens, and the id of the first of them."""
+    more = tiny.with_tokens(vocabulary, *((name, TokenType.CONTROL) for name in names))
+    return load(tiny.write_vocabulary(folder / "vocabulary.gguf", more)), len(vocabulary.tokens)
+
+
+@pytest.mark.parametrize("family", EXPECTED)
+def test_each_family_is_found_by_its_tokens(tmp_path: Path, family: str) -> None:
+    words, names, expected = EXPECTED[family]
+    vocabulary, first = with_names(tmp_path, words, *names)
+    parts = tuple(part if isinstance(part, str) else first + part for part in expected)
+    assert vocabulary.infill("Any") == InfillLayout(family, parts)
+
+
+def test_every_family_is_tested() -> None:
+    assert {family.name for family in FAMILIES} == {*EXPECTED, "mellum"}
+
+
+def test_a_family_with_the_tokens_of_another_is_found_by_the_models_name(tmp_path: Path) -> None:
+    """Mellum was trained with the suffix first, with StarCoder's tokens."""
+    vocabulary, first = with_names(tmp_path, BYTES, "<fim_prefix>", "<fim_middle>", "<fim_suffix>")
+    suffix_first = (first + 2, "suffix", first, "prefix", first + 1)
+    assert vocabulary.infill("Mellum 4b Base") == InfillLayout("mellum", suffix_first)
+
+
+def test_tokens_that_the_file_states_are_used_for_unknown_families(tmp_path: Path) -> None:
+    own = replace(BYTES, special=BYTES.special | {"fim_pre": "<p>", "fim_suf": "<s>", "fim_mid": "<m>"})
+    vocabulary, first = with_names(tmp_path, own, "<p>", "<s>", "<m>")
+    assert vocabulary.infill("") == InfillLayout("other", (first, "prefix", first + 1, "suffix", first + 2))
+
+
+@pytest.mark.parametrize("names", [("<other>",), ("<fim_prefix>", "<fim_suffix>"), ("[PREFIX]",)])
+def test_a_model_without_all_tokens_cannot_fill_gaps(tmp_path: Path, names: tuple[str, ...]) -> None:
+    vocabulary, _ = with_names(tmp_path, BYTES, *names)
+    assert vocabulary.infill("") is None
+
+
+def test_a_template_replaces_the_familys_layout(tmp_path: Path) -> None:
+    vocabulary, first = with_names(tmp_path, BYTES, "<fim_prefix>", "<fim_middle>", "<fim_suffix>")
+    layout = vocabulary.infill("", "<fim_suffix>{suffix}<fim_prefix>\n{prefix}<fim_middle>")
+    newline = BYTES.tokens.index("Ċ")
+    assert layout == InfillLayout("custom", (first + 2, "suffix", first, newline, "prefix", first + 1))
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("<fim_prefix>{prefix}", "must contain {prefix} and {suffix} once each"),
+        ("<fim_prefix>{prefix}{prefix}<fim_suffix>{suffix}", "once each"),
+        ("<fim_prefix>{prefix}<fim_sufix>{suffix}", "'<fim_sufix>' is not a special token"),
+    ],
+)
+def test_a_wrong_template_is_an_error(tmp_path: Path, template: str, message: str) -> None:
+    vocabulary, _ = with_names(tmp_path, BYTES, "<fim_prefix>", "<fim_middle>", "<fim_suffix>")
+    with pytest.raises(SettingError) as caught:
+        vocabulary.infill("", template)
+    assert message in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("deepseek-coder", InfillLayout("deepseek", (32016, "prefix", 32015, "suffix", 32017))),
+        ("starcoder", InfillLayout("starcoder", (1, "prefix", 3, "suffix", 2))),
+        ("refact", InfillLayout("starcoder", (1, "prefix", 3, "suffix", 2))),
+        ("qwen2", None),
+        ("llama-spm", None),
+    ],
+)
+def test_real_vocabularies(name: str, expected: InfillLayout | None) -> None:
+    path = SHARED / f"ggml-vocab-{name}.gguf"
+    if not path.exists():
+        pytest.skip("no vocabularies in ../shared/vocabs")
+    assert load(path).infill(name) == expected
+
+
+def test_the_first_family_with_all_tokens_is_chosen() -> None:
+    tokens = {"<fim_prefix>": 1, "<fim_suffix>": 2, "<fim_middle>": 3, "<|fim_prefix|>": 4}
+    layout = find_layout(tokens, "", None)
+    assert layout is not None
+    assert layout.family == "starcoder"
