@@ -17,12 +17,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from afterword.engine.core.engine_loop import EngineLoop
 from afterword.engine.core import prefix_store
+from afterword.engine.core.engine_loop import EngineLoop
 from afterword.engine.llama import library
 from afterword.engine.protocol import Job, Token
+from afterword.engine.store import disk_store, part_files
 from afterword.engine.store.disk_store import DiskStore
-from afterword.engine.store import part_files
 from afterword.engine.store.part_files import KEY_FILE, DamagedPart, PartFolder
 from afterword.engine.store.part_index import PartIndex
 from afterword.errors import SettingError
@@ -43,7 +43,6 @@ class Process:
 
     runs: Runs
     store: DiskStore
-    log: list[str]
 
     def run(self, *jobs: Job) -> tuple[list[list[list[Token]]], list[int]]:
         """The results of jobs, and how many tokens of each were cached. Returns when everything is on the disk."""
@@ -73,11 +72,11 @@ class Machine:
         index = PartIndex(PartFolder.open(self.folder), most_bytes)
         index.scan()
         distance = -(-runner.min_shared_tokens // runner.grid) * runner.grid
-        store = DiskStore(
-            index, fingerprint, states, distance=distance, free_memory=lambda: LARGE, log=self.logs.append
-        )
+        store = DiskStore(index, fingerprint, states, distance=distance, log=self.logs.append)
         store.start()
-        return Process(Runs(EngineLoop(runner, store=store), distance), store, self.logs)
+        loop = EngineLoop(runner)
+        loop.use_store(store)
+        return Process(Runs(loop, distance), store)
 
     @property
     def parts(self) -> list[Path]:
@@ -365,7 +364,7 @@ def test_a_read_that_takes_too_long_is_not_waited_for(machine, monkeypatch):
 def test_without_memory_for_the_state_a_prefix_is_computed(machine, monkeypatch):
     machine.start().run(LONG)
     process = machine.start()
-    monkeypatch.setattr(process.store, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(disk_store, "available_memory", lambda: 1000)
     assert process.run(LONG)[1] == [0]
     assert len(machine.logs) == 1
     assert "memory" in machine.logs[0]

@@ -46,7 +46,7 @@ class EngineLoop:
 
     `clock`: returns seconds. `threads`: the most threads that the sampler uses. `thread_pool`: address of the function
     that runs them, see `sampler_kernel.CompiledKernel`. `max_step_bytes`: bytes of steps returned at a time, see
-    `StepBuffer`. `store`: where prefixes are kept beside the slots, if anywhere.
+    `StepBuffer`.
     """
 
     def __init__(
@@ -56,19 +56,22 @@ class EngineLoop:
         threads: int = 1,
         thread_pool: int | None = None,
         max_step_bytes: int = MAX_STEP_BYTES,
-        store: PrefixStore | None = None,
     ) -> None:
         self._runner = runner
         self._slots = PrefixCache(slot_rules(runner))
         self._scheduler = Scheduler(self._slots, runner.chunk, runner.grid)
         self._sampler = Sampler(make_kernel(threads, thread_pool))
         self._clock = clock
-        self._keeper = PrefixKeeper(self._slots, store, clock)
+        self._keeper = PrefixKeeper(self._slots, None, clock)
         self._prefill_speed: float | None = None  # prompt tokens per second, as measured
         self._last_pass: tuple[bool, int, float] = (False, 0, 0.0)  # prompt, tokens, seconds: see `PassStats`
         self._step_buffer = StepBuffer(max_step_bytes)
         self._next_memory_check = 0.0
         self._pass_next = False  # compute a pass before more jobs are admitted
+
+    def use_store(self, store: PrefixStore | None) -> None:
+        """Keep prefixes in a store too. Call it before any job is added."""
+        self._keeper.store = store
 
     def start(self, job_id: int, job: Job) -> None:
         """Add a job. `step` returns its steps under `job_id`."""
@@ -120,10 +123,10 @@ class EngineLoop:
     def step(self) -> dict[int, Step] | None:
         """Return buffered steps, or else compute one forward pass. Returns steps by job id (possibly none).
 
-        Returns None if there is nothing to do, also for the store of prefixes. A job's first step is returned before anything is computed for it, so
-        that the supervisor knows which jobs may have caused a crash of this process. Passes and returns of buffered
-        steps alternate. So jobs that are answered from the prefix cache and jobs that need passes do not block each
-        other.
+        Returns None if there is nothing to do, also for the store. A job's first step is returned before anything is
+        computed for it, so that the supervisor knows which jobs may have caused a crash of this process. Passes and
+        returns of buffered steps alternate. So jobs that are answered from the prefix cache and jobs that need passes
+        do not block each other.
         """
         for job_id in self._keeper.collect():
             self._update_suspension(job_id)

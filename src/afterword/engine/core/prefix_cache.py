@@ -248,12 +248,10 @@ class PrefixCache:
 
     @property
     def settled_slots(self) -> list[Slot]:
-        """The slots that the runner holds as they are here: neither they nor their snapshots have pending operations."""
+        """The slots whose content the runner holds: neither they nor their snapshots have pending operations."""
         changed = self.slots_being_changed
         saved = {each.snapshot for each in self._operations if isinstance(each, SaveState)}
-        return [
-            slot for slot in self._slots if slot.index not in changed and saved.isdisjoint(slot.snapshots.values())
-        ]
+        return [slot for slot in self._slots if slot.index not in changed and saved.isdisjoint(slot.snapshots.values())]
 
     def take_operations(self) -> tuple[SlotOperation, ...]:
         """Remove and return the pending operations, which the next pass begins with."""

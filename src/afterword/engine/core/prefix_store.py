@@ -25,7 +25,7 @@ PART_TOKENS = 256
 """
 
 MIN_STORED_TOKENS = 2 * PART_TOKENS
-"""Shorter prefixes are not stored: they are computed again in two passes, and prompts that occur once are often short."""
+"""Shorter prefixes are not stored: two passes compute them again, and prompts that occur once are often short."""
 
 READ_SECONDS = 20.0
 """The longest time that a prompt waits for a read. Then it is computed."""
@@ -43,7 +43,7 @@ class StoredState:
 
 
 class PrefixStore(Protocol):
-    """Keeps the states of prefixes by namespace and tokens. Its methods are called by the engine's thread, do no I/O."""
+    """Keeps the states of prefixes by namespace and tokens. The engine's thread calls the methods, which do no I/O."""
 
     token_bytes: int
     """Bytes of the state of one token."""

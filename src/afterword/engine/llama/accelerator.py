@@ -123,7 +123,7 @@ def use_thread_pool(alone: bool) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class KvPlace:
-    """Where the keys or the values of one layer are; sizes in bytes. `type`: ggml's number. `cache`: see kv_buffers.hpp."""
+    """Where the keys or the values of one layer are. `type`: ggml's number. `cache`: see kv_buffers.hpp."""
 
     address: int
     cell_bytes: int

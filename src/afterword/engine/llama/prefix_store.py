@@ -12,7 +12,6 @@ from afterword.engine.store.disk_store import DiskStore
 from afterword.engine.store.part_files import PartFolder
 from afterword.engine.store.part_index import PartIndex
 from afterword.errors import SettingError
-from afterword.system.resources import available_memory
 
 
 def open_store(settings: LoadModel, runner: LlamaRunner, fingerprint: str) -> DiskStore | None:
@@ -32,7 +31,7 @@ def open_store(settings: LoadModel, runner: LlamaRunner, fingerprint: str) -> Di
     except OSError as error:
         raise SettingError(f"--cache-dir {settings.cache_dir} cannot be read: {error.strerror}.") from None
     distance = -(-runner.min_shared_tokens // runner.grid) * runner.grid
-    store = DiskStore(index, fingerprint, states, distance=distance, free_memory=available_memory, log=log)
+    store = DiskStore(index, fingerprint, states, distance=distance, log=log)
     store.start()
     return store
 

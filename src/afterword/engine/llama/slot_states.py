@@ -41,9 +41,10 @@ class CellRecords:
 
     def of(self, tokens: TokenArray) -> bytes:
         """The beginning of a cache's state: the numbers of slots and of cells, then the record of each cell."""
-        positions, ones = np.arange(len(tokens)), np.ones(len(tokens))
+        positions = np.arange(len(tokens), dtype=np.int32)
+        one, sequence = np.ones_like(positions), np.zeros_like(positions)
         further = [positions, positions, tokens] if self.extended else []
-        cells = np.stack([positions, ones, *further, 0 * ones], axis=1).astype(np.int32)
+        cells = np.stack([positions, one, *further, sequence], axis=1)
         return np.array([self.streams, len(tokens)], np.uint32).tobytes() + cells.tobytes()
 
 
@@ -81,12 +82,13 @@ class SlotStates:
 
     def assemble(self, tokens: TokenArray, parts: Sequence[Bytes], recurrent: Bytes = b"") -> State:
         """The state of a slot that holds these tokens. `parts`: those of all tokens, in order."""
-        buffer = np.empty(self._state_size(len(tokens), len(recurrent)), np.uint8)
+        state = (ctypes.c_uint8 * self._state_size(len(tokens), len(recurrent)))()
+        buffer = np.ctypeslib.as_array(state)
         position = _put(buffer, 0, _HEADER)
         for cache in self._records.caches:
             position = self._put_cache(buffer, position, cache, tokens, parts)
         assert _put(buffer, position, recurrent) == len(buffer)
-        return (ctypes.c_uint8 * len(buffer)).from_buffer(buffer)
+        return state
 
     def _state_size(self, tokens: int, recurrent: int) -> int:
         size = len(_HEADER) + recurrent + tokens * self.token_bytes + len(self._places) * (4 + 8)

@@ -28,6 +28,7 @@ from afterword.engine.protocol import StoreStats
 from afterword.engine.store.part_files import DamagedPart, Pieces
 from afterword.engine.store.part_index import PartIndex
 from afterword.engine.store.part_names import PartNames
+from afterword.system.resources import available_memory
 from afterword.system.tasks import vital_thread
 
 MAX_QUEUED_BYTES = 64 * 2**20
@@ -81,8 +82,7 @@ class _Use:
 class DiskStore:
     """The store of one model. The engine's thread calls the methods of `PrefixStore`; `stats` may be called by any.
 
-    `distance`: tokens between two lengths at which snapshots are taken. `free_memory`: returns bytes. `log`: called
-    with one line for each failure.
+    `distance`: tokens between two lengths at which snapshots are taken. `log`: called with one line for each failure.
     """
 
     def __init__(
@@ -92,7 +92,6 @@ class DiskStore:
         states: StateAccess,
         *,
         distance: int,
-        free_memory: Callable[[], int],
         log: Callable[[str], None],
     ) -> None:
         self.token_bytes = max(1, states.token_bytes)
@@ -101,7 +100,6 @@ class DiskStore:
         self._states = states
         self._has_whole = states.token_bytes > 0
         self._distance = distance
-        self._free_memory = free_memory
         self._log = log
         self._reads: queue.SimpleQueue[tuple[int, str, TokenArray]] = queue.SimpleQueue()
         self._writes: queue.SimpleQueue[_Write | _Use] = queue.SimpleQueue()
@@ -195,7 +193,9 @@ class DiskStore:
                 (name,) = self._names.at(slot.namespace, slot.tokens, range(length, length + 1), b"E")
                 start = length - length % PART_TOKENS if self._has_whole else length
                 copied = self._keep_part(
-                    name, self._used(slot, length // PART_TOKENS), partial(self._copy_end, slot.index, start, length, number)
+                    name,
+                    self._used(slot, length // PART_TOKENS),
+                    partial(self._copy_end, slot.index, start, length, number),
                 )
                 if copied is None:
                     return False
@@ -212,9 +212,7 @@ class DiskStore:
         lengths = range((first + 1) * PART_TOKENS, length + 1, PART_TOKENS)
         for place, name in enumerate(self._names.at(slot.namespace, slot.tokens, lengths, b"W"), first):
             start = place * PART_TOKENS
-            copied = self._keep_part(
-                name, self._used(slot, place), partial(self._copy_whole, slot.index, start)
-            )
+            copied = self._keep_part(name, self._used(slot, place), partial(self._copy_whole, slot.index, start))
             if copied is None:
                 return False
             slot.stored = start + PART_TOKENS
@@ -256,7 +254,8 @@ class DiskStore:
             try:
                 stored = self._read(namespace, tokens)
             except MemoryError:
-                stored = self._fail("There is not enough memory to read a stored prefix; it is computed.")
+                self._fail("There is not enough memory to read a stored prefix; it is computed.")
+                stored = None
             if stored is not None:
                 self._hits += 1
                 self._hit_tokens += stored.length
@@ -266,7 +265,7 @@ class DiskStore:
 
     def _read(self, namespace: str, tokens: TokenArray) -> StoredState | None:
         """Read the state of these tokens, or without recurrent layers of fewer if a part is missing."""
-        if self._free_memory() < 2 * len(tokens) * self._states.token_bytes:
+        if available_memory() < 2 * len(tokens) * self._states.token_bytes:
             raise MemoryError
         parts: list[Buffer] = []
         for place, name in enumerate(
@@ -304,10 +303,12 @@ class DiskStore:
             return None
         except DamagedPart:
             self._index.forget(name)
-            return self._fail(f"The stored prefix {name}.part is damaged; it is computed again.")
+            self._fail(f"The stored prefix {name}.part is damaged; it is computed again.")
+            return None
         except OSError as error:
             self._index.forget(name)
-            return self._fail(f"The stored prefix {name}.part cannot be read ({error.strerror}); it is computed again.")
+            self._fail(f"The stored prefix {name}.part cannot be read ({error.strerror}); it is computed again.")
+            return None
         if self._index.note_use(name, _use_time(time.time_ns(), place)):
             self._writes.put(_Use(name))
         return content

@@ -46,7 +46,7 @@ class Found(NamedTuple):
     used: int
 
 
-class DamagedPart(Exception):  # noqa: N818 - the store turns it into a line of the log
+class DamagedPart(Exception):
     """A part's file is torn, damaged or not the one that its name says."""
 
 

@@ -18,7 +18,7 @@ _NAME_BYTES = 20
 
 @dataclass(frozen=True, slots=True)
 class PartNames:
-    """The names of one model's parts. `key`: the folder's secret. `fingerprint`: of the model and how it is computed."""
+    """The names of one model's parts. `key`: the folder's secret. `fingerprint`: see `ModelInfo`."""
 
     key: bytes
     fingerprint: str

@@ -150,9 +150,8 @@ class _Worker:
         self._tokenizer_threads.start()
         self._send(messages.ModelReady(loaded.model_info))
         self._monitor = PassMonitor(loaded.runner)
-        loop = EngineLoop(
-            self._monitor, threads=settings.threads, thread_pool=loaded.thread_pool, store=loaded.store
-        )
+        loop = EngineLoop(self._monitor, threads=settings.threads, thread_pool=loaded.thread_pool)
+        loop.use_store(loaded.store)
         self._work(loop)
 
     def _read(self) -> NoReturn:
