@@ -30,7 +30,7 @@ _SHAPE = ("--parallel", "4", "--context", "2048")
 _CLIENTS = 3
 _MOST_RESPONSES, _LONGEST_REST = 8, 0.3  # a life: responses, then seconds
 _SIZE = "0.012"  # GB: less than all prompts need
-_DAMAGED = 1 / 3  # of the files, in each life
+_DAMAGED = 1 / 2  # of the files, in each life
 
 
 def _ids(seed: int, length: int) -> list[int]:
@@ -123,7 +123,7 @@ def _damage(folder: Path, random: Random) -> int:
         if random.random() < 0.3:
             del data[position:]
         else:
-            data[position : position + 500] = bytes(byte ^ 1 for byte in data[position : position + 500])
+            data[position:] = bytes(byte ^ 1 for byte in data[position:])
         path.write_bytes(data)
     return len(chosen)
 
@@ -135,11 +135,11 @@ def trust_files(patch: pytest.MonkeyPatch) -> None:
 
 GATE = Gate(
     name="G26",
-    goal="a server with --cache-dir is killed at random moments, and files are damaged: no wrong number, no other salt's",
+    goal="a server with --cache-dir is killed at random moments, files are damaged: no wrong number, no other salt's",
     unit="kills",
     commit=4,
     nightly=1000,
     run=run,
     fault=Fault("checksums are not compared", "worker", trust_files),
-    planted=4,
+    planted=10,
 )

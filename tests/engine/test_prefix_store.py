@@ -367,7 +367,7 @@ def test_without_memory_for_the_state_a_prefix_is_computed(machine, monkeypatch)
     monkeypatch.setattr(disk_store, "available_memory", lambda: 1000)
     assert process.run(LONG)[1] == [0]
     assert len(machine.logs) == 1
-    assert "memory" in machine.logs[0]
+    assert "MemoryError" in machine.logs[0]
 
 
 # ---- the folder

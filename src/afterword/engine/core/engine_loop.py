@@ -130,6 +130,8 @@ class EngineLoop:
         """
         for job_id in self._keeper.collect():
             self._update_suspension(job_id)
+        # Here and not right after a pass: the caller discards passes that were computed with changed weights.
+        self._keeper.keep(most=1)
         if self._pass_next and (batch := self._schedule()) is not None:
             self._pass_next = False
             self._compute(batch)
@@ -196,7 +198,6 @@ class EngineLoop:
             self._add(job_id, Step(failed=True))
         for job_id, builder in builders.items():
             self._add(job_id, builder.step())
-        self._keeper.keep(most=1)
 
     def _failed_jobs(self, batch: ForwardBatch, logits: Logits) -> set[int]:
         """The ids of jobs with a logits row that is not finite."""

@@ -253,8 +253,8 @@ class DiskStore:
             ticket, namespace, tokens = self._reads.get()
             try:
                 stored = self._read(namespace, tokens)
-            except MemoryError:
-                self._fail("There is not enough memory to read a stored prefix; it is computed.")
+            except Exception as problem:  # a prefix that cannot be read must not end the worker
+                self._fail(f"A stored prefix cannot be read ({problem!r}); it is computed.")
                 stored = None
             if stored is not None:
                 self._hits += 1
@@ -266,7 +266,7 @@ class DiskStore:
     def _read(self, namespace: str, tokens: TokenArray) -> StoredState | None:
         """Read the state of these tokens, or without recurrent layers of fewer if a part is missing."""
         if available_memory() < 2 * len(tokens) * self._states.token_bytes:
-            raise MemoryError
+            raise MemoryError(f"for the state of {len(tokens)} tokens")
         parts: list[Buffer] = []
         for place, name in enumerate(
             self._names.at(namespace, tokens, _whole_lengths(len(tokens)), b"W") if self._has_whole else ()
@@ -337,10 +337,11 @@ class DiskStore:
         """Do some work with the disk. If the disk refuses it, log a line and write nothing for a while."""
         try:
             work()
-        except OSError as error:
+        except Exception as problem:  # a disk that cannot be written must not end the worker
             self._paused_until = time.monotonic() + PAUSE_SECONDS
+            reason = problem.strerror if isinstance(problem, OSError) else repr(problem)
             self._fail(
-                f"--cache-dir {self._index.folder.path} cannot be written ({error.strerror}). "
+                f"--cache-dir {self._index.folder.path} cannot be written ({reason}). "
                 f"No prefixes are stored for {PAUSE_SECONDS:.0f} s."
             )
             return False
