@@ -57,7 +57,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine.parent": set(),
     "engine.worker.tokenizer_threads": {"engine.messages", "system"},
     "engine.worker": {"engine.core", *_TOKENIZE, "engine.worker.tokenizer_threads", "system"},
-    "engine.llama": {"engine.kernels", "engine.core", "engine.worker", *_TOKENIZE, "system"},
+    "engine.store": {"engine.core", "engine.protocol", "system"},
+    "engine.llama": {"engine.kernels", "engine.core", "engine.store", "engine.worker", *_TOKENIZE, "system"},
     "api": {
         *("batch", "completion", "engine.protocol", "engine.parent.model_manager", "engine.parent.supervisor"),
         *("config", "keys", "observability", "observability.metrics", "observability.traces", ""),

@@ -158,7 +158,8 @@ class EngineSettings:
     """How a model is run. None means that the value is chosen from the model and the machine.
 
     `context`: tokens of one sequence. `parallel`: sequences. `batch`: prompt tokens in one forward pass. `gpu_layers`:
-    -1 for all. `reproducible`: make results reproducible on a GPU too, at a cost in speed.
+    -1 for all. `reproducible`: make results reproducible on a GPU too, at a cost in speed. `cache_dir`: the folder in
+    which prefixes are kept, at most `cache_bytes` bytes; None: they are kept in memory only.
     `infill_template`: the layout of infill prompts, empty for the model's own.
     """
 
@@ -171,6 +172,8 @@ class EngineSettings:
     reproducible: bool = False
     verbose: bool = False
     infill_template: str = ""
+    cache_dir: Path | None = None
+    cache_bytes: int = 10 * 10**9
 
     def __post_init__(self) -> None:
         if self.batch < CHUNK_GRID or self.batch > 4096:

@@ -336,3 +336,15 @@ def test_clients_share_a_namespace_only_with_shares_cache_and_equal_salt() -> No
     assert namespace("alice", True) == namespace("bob", True) == namespace("", False)
     assert namespace("alice", True, "salt") != namespace("alice", True)
     assert namespace("alice", False, "salt") != namespace("bob", False, "salt")
+
+
+def test_two_keys_with_one_name_have_different_namespaces() -> None:
+    """Prefixes can survive a restart, and after it another key can have the same number."""
+
+    def namespace(cache_name: str, shares: bool = False) -> str:
+        tokens = asyncio.run(tokenize(CompletionRequest(prompt=("a",)), ScriptedEngine(text_script())))
+        identity = ClientIdentity("given-1", shares, cache_name=cache_name)
+        return make_plan(CompletionRequest(prompt=("a",)), MODEL_INFO, tokens, 0, identity).prompts[0].job.namespace
+
+    assert namespace("one") == namespace("one") != namespace("two")
+    assert namespace("one", shares=True) == namespace("two", shares=True)

@@ -15,6 +15,7 @@ from afterword.engine.core.forward_batch import (
     CopyPrefix,
     ForwardBatch,
     Logits,
+    RestorePrefix,
     SaveState,
     SlotOperation,
     Truncate,
@@ -79,6 +80,10 @@ class HistoryRunner:
                 self.state[target] = self._prefix(source, keep, number)
             case Truncate(slot, keep, number):
                 self.state[slot] = self._prefix(slot, keep, number)
+            case RestorePrefix(slot, keep, stored):
+                assert isinstance(stored, tuple)
+                assert keep == len(stored) or (self.can_truncate and keep < len(stored))
+                self.state[slot] = list(stored[:keep])
 
     def _prefix(self, slot: int, keep: int, snapshot: int | None) -> list[int]:
         held = self.state[slot]

@@ -57,18 +57,20 @@ def quantized(folder: Path, file_type: str) -> Path:
     return path
 
 
-def open_runner(path: Path, kv_type: KvType, sequences: int = 12, *, own: bool = True, threads: int = 1) -> LlamaRunner:
+def open_runner(
+    path: Path, kv_type: KvType, sequences: int = 12, *, own: bool = True, threads: int = 1, context: int = 512
+) -> LlamaRunner:
     """A runner with the settings that the server would choose. `own`: with the kernels' matmuls."""
     facts = read_facts(path)
     weights = WeightTypes(facts.architecture, facts.matrix_types, facts.experts)
     settings = LoadModel(
-        *(str(path), 512, sequences, threads, 128, kv_type, 0, False),
+        *(str(path), context, sequences, threads, 128, kv_type, 0, False),
         grid=CHUNK_GRID,
         repack=weights.repacked,
         use_kernels=own and weights.uses_kernels,
         promise=weights.promise(kv_type, with_kernels=True),
         promise_without_kernels=weights.promise(kv_type, with_kernels=False),
-        snapshot_bytes=ModelShape(512, sequences, facts).snapshot_bytes,
+        snapshot_bytes=ModelShape(context, sequences, facts).snapshot_bytes,
     )
     return LlamaRunner(settings)
 

@@ -141,6 +141,19 @@ def main() -> None:
 )
 @engine_options
 @option(
+    "Engine",
+    "--cache-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Keep prefixes in this folder, so that they survive a restart.  [default: in memory only]",
+)
+@option(
+    "Engine",
+    "--cache-size",
+    type=click.FloatRange(min=0.001, max=1_000_000),
+    default=10.0,
+    help="Most gigabytes in --cache-dir.",
+)
+@option(
     "Process",
     "--batch-dir",
     type=click.Path(path_type=Path, file_okay=False),

@@ -171,6 +171,8 @@ def _load_message(
         kv_type=kv_type,
         gpu_layers=settings.gpu_layers,
         verbose=settings.verbose,
+        cache_dir=str(settings.cache_dir.absolute()) if settings.cache_dir else "",
+        cache_bytes=settings.cache_bytes,
         # On a GPU the length of a forward pass selects the kernels, so with --reproducible all lengths are equal.
         grid=settings.batch if settings.reproducible else CHUNK_GRID,
         repack=promise_without_kernels == "none" or weights.repacked,

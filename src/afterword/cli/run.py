@@ -91,9 +91,10 @@ def serve(specs: Sequence[str], options: dict[str, Any]) -> None:
         batch=batch,
         key_limits=keys,
     )
-    models = model_setup.make_model_manager(
-        specs, options["alias"], engine_settings(options), options["keep_alive"], policy
+    settings = replace(
+        engine_settings(options), cache_dir=options["cache_dir"], cache_bytes=int(options["cache_size"] * 10**9)
     )
+    models = model_setup.make_model_manager(specs, options["alias"], settings, options["keep_alive"], policy)
     run_async(_serve(models, config))
 
 

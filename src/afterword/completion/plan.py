@@ -72,11 +72,13 @@ class ClientIdentity:
 
     Two clients use the same prefix cache only if both have `shares_cache`. `queue`: the name of a separate queue of the
     client, `"batch"` for batch lines; empty for its direct requests. The engine gives each queue its own share.
+    `cache_name`: a name that no other client has, not even after a restart of the server.
     """
 
     name: str = ""
     shares_cache: bool = False
     queue: str = ""
+    cache_name: str = ""
 
     @property
     def job_client(self) -> str:
@@ -124,7 +126,7 @@ def make_plan(
             min_tokens=request.min_tokens,
             alternatives=_alternatives(request),
             prompt_alternatives=_prompt_alternatives(request),
-            namespace=_namespace("" if caller.shares_cache else caller.name, request.cache_salt),
+            namespace=_namespace(caller, request.cache_salt),
             client=caller.job_client,
         )
         text = given if isinstance(given, str) else _decode(model_info, ids)
@@ -219,8 +221,9 @@ def _sampling_key(seed: int, prompt: int) -> bytes:
     return hashlib.blake2b(f"{seed} {prompt}".encode(), digest_size=16).digest()
 
 
-def _namespace(client: str, salt: str | None) -> str:
+def _namespace(caller: ClientIdentity, salt: str | None) -> str:
     """`Job.namespace`: only requests with the same one share prefixes. A hash, so that its length is bounded."""
+    client = "" if caller.shares_cache else f"{caller.name} {caller.cache_name}".strip()
     if not client and salt is None:
         return ""
     return hashlib.blake2b(f"{client}\n{salt or ''}".encode(), digest_size=16).hexdigest()

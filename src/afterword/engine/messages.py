@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from afterword.engine.protocol import Job, Load, ModelInfo, PassStats, Promise, Step, Value
+from afterword.engine.protocol import Job, Load, ModelInfo, PassStats, Promise, Step, StoreStats, Value
 
 HEADER = struct.Struct(">I")
 KvType = Literal["exact", "f16", "f32"]
@@ -37,6 +37,7 @@ class LoadModel(Value, frozen=True, tag=True):
     `snapshot_bytes`: the most memory for snapshots of recurrent layers.
     `infill_template`: the operator's layout of infill prompts, see `llama.infill_families`; empty for the model's own.
     `fixed_shape`: all decode passes have the same shape, see `llama.fixed_shape`.
+    `cache_dir`: the folder in which prefixes are kept, at most `cache_bytes` bytes; empty: none are kept.
     `promise`: the strongest promise that these settings allow; `promise_without_kernels`: the same if Afterword's
     kernels are not available. `ModelInfo.promise` states the promise that the loaded model keeps.
     """
@@ -60,6 +61,8 @@ class LoadModel(Value, frozen=True, tag=True):
     capacity: int | None = None
     token_bytes: int = 0
     infill_template: str = ""
+    cache_dir: str = ""
+    cache_bytes: int = 0
 
 
 class StartJob(Value, frozen=True, tag=True):
@@ -153,7 +156,7 @@ class Heartbeat(Value, frozen=True, tag=True):
 
     `passes`: number of finished forward passes. `tokens`: tokens of the pass that is running, 0 if none is. `largest`:
     most tokens of a pass so far. `slowest`: seconds of the longest pass so far. `loaded`: the loaded fraction of the
-    model, 0 to 1. `parts`: how many parts of short and of long texts were tokenized.
+    model, 0 to 1. `parts`: how many parts of short and of long texts were tokenized. `store`: of the store of prefixes.
     """
 
     passes: int
@@ -162,6 +165,7 @@ class Heartbeat(Value, frozen=True, tag=True):
     slowest: float
     loaded: float = 1.0
     parts: tuple[int, int] = (0, 0)
+    store: StoreStats = StoreStats()
 
 
 WorkerMessage = LoadModel | StartJob | DropSample | CloseJob | PauseJob | ResumeJob | TokenizeText | CancelTokenize

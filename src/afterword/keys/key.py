@@ -43,6 +43,14 @@ class Key:
     allowance: Allowance = Allowance()
     spent: int = 0
 
+    @property
+    def cache_name(self) -> str:
+        """A name for the prefixes of its requests, which no other key ever has. The text cannot be computed from it.
+
+        Ids do not suffice: keys of the command line are numbered, so another key can have the same id after a restart.
+        """
+        return hashlib.sha256(b"prefixes\n" + self.id.encode() + b"\n" + self.digest).hexdigest()
+
     def state(self, now: float) -> KeyState:
         """Whether the key is valid at the time `now`, in Unix seconds."""
         if self.revoked is not None:

@@ -230,6 +230,11 @@ class Grant:
     def key(self) -> str:
         return self._account.key.id
 
+    @property
+    def cache_name(self) -> str:
+        """See `Key.cache_name`."""
+        return self._account.key.cache_name
+
     def reserve(self, tokens: int) -> LimitExceeded | None:
         """Take the most tokens that the request can use, or return the limit that refuses it."""
         exceeded = self._account.limiter.reserve(

@@ -313,6 +313,7 @@ _GAUGES: dict[str, tuple[str, Callable[[EngineSnapshot], float | None]]] = {
         "Share of the KV cache that holds reusable prefixes.",
         lambda each: _fraction(each, each.pass_stats.cached_tokens),
     ),
+    "prefix_store_bytes": ("Bytes in the folder of --cache-dir.", lambda each: each.metrics.store.bytes),
     "engine_resident_memory_bytes": ("Resident memory of the worker process.", lambda each: each.memory),
 }
 _COUNTERS: dict[str, tuple[str, Callable[[EngineMetrics], float]]] = {
@@ -323,6 +324,20 @@ _COUNTERS: dict[str, tuple[str, Callable[[EngineMetrics], float]]] = {
         lambda engine_metrics: engine_metrics.prompt_tokens,
     ),
     "prefix_cache_hits": ("Prompt tokens found in the cache.", lambda engine_metrics: engine_metrics.cached_tokens),
+    "prefix_store_hits": ("Prefixes read from --cache-dir.", lambda engine_metrics: engine_metrics.store.hits),
+    "prefix_store_hit_tokens": ("Tokens of these prefixes.", lambda engine_metrics: engine_metrics.store.hit_tokens),
+    "prefix_store_written_bytes": (
+        "Bytes written to --cache-dir.",
+        lambda engine_metrics: engine_metrics.store.written_bytes,
+    ),
+    "prefix_store_evictions": (
+        "Files deleted so that --cache-size holds.",
+        lambda engine_metrics: engine_metrics.store.evictions,
+    ),
+    "prefix_store_failures": (
+        "Damaged files in --cache-dir, and reads and writes that the disk refused.",
+        lambda engine_metrics: engine_metrics.store.failures,
+    ),
     "engine_restarts": (
         "Workers that were started to replace one that died or hung.",
         lambda engine_metrics: engine_metrics.restarts,

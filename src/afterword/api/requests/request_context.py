@@ -39,6 +39,11 @@ class RequestContext:
         """The id of the API key, from which the key cannot be derived; "" on a server without keys."""
         return self.grant.key if self.grant else ""
 
+    @property
+    def cache_name(self) -> str:
+        """The name of the API key for its prefixes; "" on a server without keys."""
+        return self.grant.cache_name if self.grant else ""
+
     async def enter(self, resource: AbstractAsyncContextManager[T]) -> T:
         """Enter a context manager and exit it when the response ends."""
         return await self.resources.enter_async_context(resource)

@@ -47,7 +47,10 @@ async def create(http: HttpRequest) -> Response:
     served = await request_context.enter(service.use_model(request.model))
     request_context.recorder.record_model(served.id)
     identity = ClientIdentity(
-        request_context.key, service.config.shared_cache, "batch" if request_context.in_process else ""
+        request_context.key,
+        service.config.shared_cache,
+        "batch" if request_context.in_process else "",
+        request_context.cache_name,
     )
     texts = tokenize(request, served.engine, service.config.special_text, identity.job_client)
     tokens = await cancel_on_disconnect(http.receive, texts)

@@ -15,6 +15,7 @@ from itertools import islice
 from afterword.engine.core.forward_batch import BatchEntry, ForwardBatch, Logits, Runner, slot_rules
 from afterword.engine.core.prefill_queue import MIN_CHUNK
 from afterword.engine.core.prefix_cache import PrefixCache
+from afterword.engine.core.prefix_store import PrefixKeeper, PrefixStore
 from afterword.engine.core.sampler import Sampler, SampleTokens, ScoreQuery, TokenQuery, finite_rows, make_kernel
 from afterword.engine.core.scheduler import Scheduler
 from afterword.engine.core.sequence import Admission, Sequence
@@ -61,15 +62,23 @@ class EngineLoop:
         self._scheduler = Scheduler(self._slots, runner.chunk, runner.grid)
         self._sampler = Sampler(make_kernel(threads, thread_pool))
         self._clock = clock
+        self._keeper = PrefixKeeper(self._slots, None, clock)
         self._prefill_speed: float | None = None  # prompt tokens per second, as measured
         self._last_pass: tuple[bool, int, float] = (False, 0, 0.0)  # prompt, tokens, seconds: see `PassStats`
         self._step_buffer = StepBuffer(max_step_bytes)
         self._next_memory_check = 0.0
         self._pass_next = False  # compute a pass before more jobs are admitted
 
+    def use_store(self, store: PrefixStore | None) -> None:
+        """Keep prefixes in a store too. Call it before any job is added."""
+        self._keeper.store = store
+
     def start(self, job_id: int, job: Job) -> None:
         """Add a job. `step` returns its steps under `job_id`."""
         self._scheduler.add(job_id, job)
+        self._keeper.request(job_id, job)
+        if self._keeper.is_reading(job_id):
+            self._update_suspension(job_id)
 
     def drop(self, job_id: int, sample: int) -> None:
         """End one sample."""
@@ -80,6 +89,7 @@ class EngineLoop:
         """End a job."""
         self._scheduler.close(job_id)
         self._step_buffer.discard(job_id)
+        self._keeper.forget((job_id,))
 
     def pause(self, job_id: int) -> None:
         """Compute and return nothing for a job until `resume`. Unknown ids are ignored."""
@@ -95,6 +105,11 @@ class EngineLoop:
         """The number of slots, running sequences and waiting samples."""
         return self._scheduler.load()
 
+    @property
+    def waits_for_store(self) -> bool:
+        """Whether a job waits for the store of prefixes."""
+        return self._keeper.waits
+
     def pass_stats(self) -> PassStats:
         """The pass since the last call of this method, if there was one, and how full the slots are."""
         last_pass, self._last_pass = self._last_pass, (False, 0, 0.0)
@@ -108,11 +123,15 @@ class EngineLoop:
     def step(self) -> dict[int, Step] | None:
         """Return buffered steps, or else compute one forward pass. Returns steps by job id (possibly none).
 
-        Returns None if there is nothing to do. A job's first step is returned before anything is computed for it, so
-        that the supervisor knows which jobs may have caused a crash of this process. Passes and returns of buffered
-        steps alternate. So jobs that are answered from the prefix cache and jobs that need passes do not block each
-        other.
+        Returns None if there is nothing to do, also for the store. A job's first step is returned before anything is
+        computed for it, so that the supervisor knows which jobs may have caused a crash of this process. Passes and
+        returns of buffered steps alternate. So jobs that are answered from the prefix cache and jobs that need passes
+        do not block each other.
         """
+        for job_id in self._keeper.collect():
+            self._update_suspension(job_id)
+        # Here and not right after a pass: the caller discards passes that were computed with changed weights.
+        self._keeper.keep(most=1)
         if self._pass_next and (batch := self._schedule()) is not None:
             self._pass_next = False
             self._compute(batch)
@@ -122,13 +141,14 @@ class EngineLoop:
             self._pass_next = True
             return steps
         if (batch := self._schedule()) is None:
-            return None
+            return {} if self._keeper.work_while_idle() else None
         self._compute(batch)
         return self._take()
 
     def _admit(self) -> None:
         for admission in self._scheduler.admit(self._step_buffer.free_bytes):
             self._add(admission.job_state.job_id, _first_step(admission))
+            self._keeper.forget((admission.job_state.job_id,))
 
     def _schedule(self) -> ForwardBatch | None:
         if self._clock() >= self._next_memory_check:
@@ -151,7 +171,8 @@ class EngineLoop:
     def _update_suspension(self, job_id: int) -> None:
         """Suspend a job that is paused or has buffered steps. Delete the pause of a job that has ended."""
         waits, paused = job_id in self._step_buffer, job_id in self._step_buffer.paused
-        if not self._scheduler.suspend(job_id, waits or paused, paused) and paused and not waits:
+        reads = self._keeper.is_reading(job_id)
+        if not self._scheduler.suspend(job_id, waits or paused or reads, paused) and paused and not waits:
             self._step_buffer.paused.discard(job_id)
 
     def _compute(self, batch: ForwardBatch) -> None:

@@ -46,7 +46,19 @@ class SaveState(msgspec.Struct, frozen=True):
     snapshot: int
 
 
-SlotOperation = CopyPrefix | Truncate | SaveState
+class RestorePrefix(msgspec.Struct, frozen=True):
+    """Replace the state of a slot by a stored one, and delete everything after its first `keep` tokens.
+
+    `state`: a state of at least `keep` tokens, as a `PrefixStore` returns it. If slots cannot be truncated, it has
+    exactly `keep`.
+    """
+
+    slot: int
+    keep: int
+    state: object
+
+
+SlotOperation = CopyPrefix | Truncate | SaveState | RestorePrefix
 
 
 class BatchEntry(msgspec.Struct, frozen=True):

@@ -11,18 +11,29 @@ text, and about every `snapshots.REGULAR_DISTANCE` tokens. Prefill passes end at
 The cache is a table, not a tree. There are at most a few hundred slots, and comparing a prompt with a slot takes
 microseconds. Every slot has its own memory, so a tree's inner nodes would own nothing.
 
+A prefix that was read from a store (`core.prefix_store`) is offered like the content of a slot. It is put into a slot
+when a prompt starts from it.
+
 Pure: it decides and records; the runner executes the slot operations. The scheduler owns it, in the engine's thread.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from afterword.engine.core.forward_batch import CopyPrefix, SaveState, SlotOperation, SlotRules, Truncate
+from afterword.engine.core.forward_batch import (
+    CopyPrefix,
+    RestorePrefix,
+    SaveState,
+    SlotOperation,
+    SlotRules,
+    Truncate,
+)
 from afterword.engine.core.slot import PrefixHit, PrefixQuery, Slot, common_prefix, head
-from afterword.engine.core.snapshots import Snapshots
+from afterword.engine.core.snapshots import Snapshots, TokenArray
 from afterword.engine.protocol import ALTERNATIVE_BYTES, TOKEN_BYTES, Job, Token, score_count, scored_positions
 
 MAX_SCORE_BYTES = 256 * 2**20
@@ -42,6 +53,7 @@ class PrefixCache:
         self.capacity = rules.capacity  # the most tokens in all slots at present; None if every slot can be full
         self._clock = 0  # counts uses of slots
         self._operations: list[SlotOperation] = []
+        self._offers: dict[int, Slot] = {}  # prefixes that were read from a store, by ticket
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -80,7 +92,7 @@ class PrefixCache:
 
     def find(self, query: PrefixQuery) -> PrefixHit | None:
         """The longest reusable prefix of a prompt that any slot holds."""
-        same_head = [slot for slot in self._slots if slot.head == query.head and query.head]
+        same_head = [slot for slot in (*self._slots, *self._offers.values()) if slot.head == query.head and query.head]
         keep, slot = max(
             ((self._reusable_prefix(slot, query), slot) for slot in same_head),
             key=lambda pair: pair[0],
@@ -108,11 +120,28 @@ class PrefixCache:
         else:
             self.truncate(slot, keep)
         slot.in_use, slot.last_used, slot.namespace = True, self._clock, query.namespace
+        slot.forget_stored()
         # Without a hit a scored prompt has no scores yet, and the last score can belong to another text's token.
         slot.scores = scores or slot.scores[: score_count(keep)]
         if not slot.scores:
             slot.alternatives = query.alternatives or 0
         return slot
+
+    def offer(self, ticket: int, namespace: str, tokens: TokenArray, state: object) -> None:
+        """Let prompts start from a prefix that was read from a store, until `withdraw`."""
+        offer = Slot(-1, self._min_shared_tokens, namespace=namespace, state=state)
+        offer.append(tuple(tokens.tolist()), self._grid)
+        self._offers[ticket] = offer
+
+    def withdraw(self, ticket: int) -> None:
+        """Delete an offer, if it exists."""
+        self._offers.pop(ticket, None)
+
+    @property
+    def shared_snapshots(self) -> frozenset[int]:
+        """The numbers of the snapshots that several slots hold: texts part there."""
+        held = Counter(number for slot in self._slots for number in slot.snapshots.values())
+        return frozenset(number for number, slots in held.items() if slots > 1)
 
     def limit(self, free_tokens: int | None) -> None:
         """Allow at most `free_tokens` more tokens than the slots hold now, within the runner's capacity."""
@@ -217,6 +246,13 @@ class PrefixCache:
         changes = [each for each in self._operations if not isinstance(each, SaveState)]
         return {each.target if isinstance(each, CopyPrefix) else each.slot for each in changes}
 
+    @property
+    def settled_slots(self) -> list[Slot]:
+        """The slots whose content the runner holds: neither they nor their snapshots have pending operations."""
+        changed = self.slots_being_changed
+        saved = {each.snapshot for each in self._operations if isinstance(each, SaveState)}
+        return [slot for slot in self._slots if slot.index not in changed and saved.isdisjoint(slot.snapshots.values())]
+
     def take_operations(self) -> tuple[SlotOperation, ...]:
         """Remove and return the pending operations, which the next pass begins with."""
         operations, self._operations = tuple(self._operations), []
@@ -286,7 +322,7 @@ class PrefixCache:
 
     def _target_slot(self, hit: PrefixHit | None) -> Slot:
         oldest = self._least_recently_used()
-        if not hit or hit.slot.in_use:
+        if not hit or hit.slot.in_use or hit.slot.state is not None:
             return oldest
         in_place = hit.slot is oldest or hit.slot.length - hit.keep < self._min_shared_tokens
         return hit.slot if in_place or not self._copy_fits(hit) else oldest
@@ -300,8 +336,13 @@ class PrefixCache:
         return min((slot for slot in self._slots if not slot.in_use), key=_eviction_order)
 
     def _copy_prefix(self, source: Slot, target: Slot, keep: int) -> None:
-        self._operations.append(CopyPrefix(source.index, target.index, keep, source.snapshots.get(keep)))
-        target.copy(source, keep)
+        if source.state is None:
+            self._operations.append(CopyPrefix(source.index, target.index, keep, source.snapshots.get(keep)))
+            target.copy(source, keep)
+        else:
+            self._operations.append(RestorePrefix(target.index, keep, source.state))
+            target.copy(source, keep)
+            self.save(target)
 
 
 def _usable(shared: int, query: PrefixQuery) -> int:

@@ -18,7 +18,9 @@ class Slot:
     `reusable`: the number of first tokens that were computed in passes on the grid, as for any other prompt.
     `scores[i]`: the score of token i + 1, with `alternatives` alternatives. `last_used`: orders slots by their last
     use; 0 if the content is not worth keeping. `snapshots`: the numbers of its snapshots by length. `borders`: lengths
-    at which a prefill pass ends and a snapshot is taken.
+    at which a prefill pass ends and a snapshot is taken. `stored`: the number of first tokens that a `PrefixStore` has
+    seen since a sequence took the slot, and `stored_snapshots` the lengths of snapshots. `state`: the state of a prefix
+    that was read from a store and is in no slot of the runner yet, else None.
     """
 
     index: int
@@ -33,12 +35,24 @@ class Slot:
     in_use: bool = False
     snapshots: dict[int, int] = field(default_factory=dict)
     borders: set[int] = field(default_factory=set)
+    stored: int = 0
+    stored_snapshots: set[int] = field(default_factory=set)
+    state: object = None
     _buffer: TokenArray = field(default_factory=lambda: np.empty(64, np.int32))
 
     @property
     def tokens(self) -> TokenArray:
         """The tokens in the slot. Shape: (length,)."""
         return self._buffer[: self.length]
+
+    @property
+    def has_unstored(self) -> bool:
+        """Whether it may have tokens or snapshots that a `PrefixStore` has not seen."""
+        return self.reusable > self.stored or not self.stored_snapshots.issuperset(self.snapshots)
+
+    def forget_stored(self) -> None:
+        """Let a `PrefixStore` see everything again, so that it notes the use of what it holds."""
+        self.stored, self.stored_snapshots = 0, set()
 
     @property
     def scores_size(self) -> int:
@@ -59,6 +73,8 @@ class Slot:
     def truncate(self, keep: int) -> None:
         """Delete everything after the first `keep` tokens."""
         self.length, self.reusable = keep, min(self.reusable, keep)
+        self.stored = min(self.stored, keep)
+        self.stored_snapshots = {length for length in self.stored_snapshots if length <= keep}
         del self.scores[score_count(keep) :]
         self.snapshots = {length: number for length, number in self.snapshots.items() if length <= keep}
         self._update_head()
@@ -70,6 +86,7 @@ class Slot:
         self._buffer = np.resize(other.tokens, max(64, keep))
         self.scores = other.scores[: score_count(keep)]
         self.snapshots = {length: number for length, number in other.snapshots.items() if length <= keep}
+        self.forget_stored()
         self._update_head()
 
     def longest_snapshot(self, most: int) -> int:

@@ -214,6 +214,11 @@ void accelerator_kv_release(void *memory, size_t slot, size_t first) {
     kv_buffers::release_cells(*(kv_buffers::KvMemory *)memory, slot, first);
 }
 
+// Where the keys and values are: see `kv_buffers::cells_places`.
+size_t accelerator_kv_places(const void *memory, kv_buffers::CellsPlace *places, size_t most) {
+    return kv_buffers::cells_places(*(const kv_buffers::KvMemory *)memory, places, most);
+}
+
 void *accelerator_buffer_type() { return &memory::buffer_type; }
 
 // For tests: one operation, by ggml's name of it.

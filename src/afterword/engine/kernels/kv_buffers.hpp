@@ -25,13 +25,23 @@ namespace kv_buffers {
 namespace {
 
 // The keys or the values of a layer. Shape of the tensor: [elements of a cell, cell, slot].
+// `buffer`: the memory that holds it. A model with windows has two caches, each with its own buffer.
 struct Cells {
     char *data;
+    const Buffer *buffer;
     size_t cell_bytes, slot_bytes;
     int64_t slots;
+    int32_t type;
+    bool are_values;
 
     explicit Cells(const Tensor *tensor)
-        : data(tensor->data), cell_bytes(tensor->nb[1]), slot_bytes(tensor->nb[2]), slots(tensor->ne[2]) {}
+        : data(tensor->data),
+          buffer(tensor->buffer),
+          cell_bytes(tensor->nb[1]),
+          slot_bytes(tensor->nb[2]),
+          slots(tensor->ne[2]),
+          type(tensor->type),
+          are_values(std::strstr(tensor->name, "v_l")) {}
 
     bool contains(const char *address) const { return address >= data && address < data + slot_bytes * slots; }
     size_t slot_of(const char *address) const { return (address - data) / slot_bytes; }
@@ -155,6 +165,26 @@ void limit_copy(KvMemory &memory, size_t slot, size_t cells) {
 }
 
 void forget_copies(KvMemory &memory) { memory.copied_cells.clear(); }
+
+// Where the keys or the values of one layer are. `cache`: counts the caches from 0, in the order of their allocation.
+struct CellsPlace {
+    char *data;
+    size_t cell_bytes, slot_bytes;
+    int32_t type, cache, are_values;
+};
+
+// Writes the places of all keys and values, at most `most`, in llama.cpp's order. Returns how many there are.
+size_t cells_places(const KvMemory &memory, CellsPlace *places, size_t most) {
+    int32_t cache = -1;
+    const Buffer *last = nullptr;
+    for (size_t i = 0; i < memory.layers.size() && i < most; i++) {
+        const Cells &cells = memory.layers[i];
+        cache += cells.buffer != last;
+        last = cells.buffer;
+        places[i] = {cells.data, cells.cell_bytes, cells.slot_bytes, cells.type, cache, cells.are_values};
+    }
+    return memory.layers.size();
+}
 
 // Gives back the memory of a slot's cells from `first` on.
 void release_cells(KvMemory &memory, size_t slot, size_t first) {

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from afterword.engine import messages
 from afterword.engine.llama import library
+from afterword.engine.llama.prefix_store import open_store
 from afterword.engine.llama.runner import LlamaRunner
 from afterword.engine.llama.vocabulary import make_model_info
+from afterword.engine.protocol import StoreStats
 from afterword.engine.worker import worker_main
 
 
@@ -14,7 +16,12 @@ def load(settings: messages.LoadModel, report_progress: worker_main.ReportProgre
     library.initialize(settings.verbose)
     runner = LlamaRunner(settings, report_progress)
     model_info, vocabulary = make_model_info(runner, settings)
-    return worker_main.LoadedModel(runner, model_info, vocabulary.parts, runner.thread_pool, runner.files.check)
+    store = open_store(settings, runner, model_info.fingerprint)
+    return worker_main.LoadedModel(
+        *(runner, model_info, vocabulary.parts, runner.thread_pool, runner.files.check),
+        store=store,
+        store_stats=store.stats if store else StoreStats,
+    )
 
 
 worker_main.serve(load)

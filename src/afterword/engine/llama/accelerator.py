@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 from afterword.engine.kernels.compiled import KERNELS, library
@@ -120,6 +121,31 @@ def use_thread_pool(alone: bool) -> int | None:
     return run
 
 
+@dataclass(frozen=True, slots=True)
+class KvPlace:
+    """Where the keys or the values of one layer are. `type`: ggml's number. `cache`: see kv_buffers.hpp."""
+
+    address: int
+    cell_bytes: int
+    slot_bytes: int
+    type: int
+    cache: int
+    are_values: bool
+
+
+class _NativeKvPlace(ctypes.Structure):
+    """`CellsPlace` of kv_buffers.hpp."""
+
+    _fields_ = (
+        ("address", ctypes.c_void_p),
+        ("cell_bytes", ctypes.c_size_t),
+        ("slot_bytes", ctypes.c_size_t),
+        ("type", ctypes.c_int32),
+        ("cache", ctypes.c_int32),
+        ("are_values", ctypes.c_int32),
+    )
+
+
 class KvMemory:
     """The memory of one context's KV cache: pages are taken as tokens are written and given back by `release`.
 
@@ -145,6 +171,16 @@ class KvMemory:
     def release(self, slot: int, first: int) -> None:
         """Give back the memory of the cells from `first` on. No copies may be left to be made."""
         self._kernels.accelerator_kv_release(self._address, slot, first)
+
+    def places(self) -> list[KvPlace]:
+        """Where all keys and values are, in llama.cpp's order."""
+        count = self._kernels.accelerator_kv_places(self._address, None, 0)
+        found = (_NativeKvPlace * count)()
+        self._kernels.accelerator_kv_places(self._address, found, count)
+        return [
+            KvPlace(each.address, each.cell_bytes, each.slot_bytes, each.type, each.cache, bool(each.are_values))
+            for each in found
+        ]
 
 
 def with_kv_memory(create: Callable[[], object]) -> tuple[object, KvMemory | None]:
@@ -178,4 +214,6 @@ def _kernels() -> ctypes.CDLL | None:
     kernels.accelerator_kv_limit_copy.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
     kernels.accelerator_kv_copied.argtypes = [ctypes.c_void_p]
     kernels.accelerator_kv_release.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+    kernels.accelerator_kv_places.restype = ctypes.c_size_t
+    kernels.accelerator_kv_places.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
     return kernels

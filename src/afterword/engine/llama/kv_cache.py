@@ -7,6 +7,9 @@ it by 0, and so is a recurrent state when a new text begins. 0 times NaN or infi
 Therefore, before such a slot is truncated, one more token is computed in it, unless its last logits were finite. If the
 logits of that token are not finite, the whole memory is cleared and the other contents of the slots are restored.
 
+A stored state (`RestorePrefix`) is written at once, but llama.cpp copies slots when the next pass begins. Therefore a
+pass is computed before, if there are such copies: they would overwrite the state, or copy it to another slot.
+
 The state of recurrent layers belongs to the last token of a slot. `SaveState` copies it; truncation restores the copy
 and deletes the keys and values of attention layers after it.
 
@@ -19,17 +22,28 @@ state contains only the cells in the window, so the slots of such a model are no
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from afterword.engine.core.forward_batch import BatchEntry, CopyPrefix, Logits, SaveState, SlotOperation, Truncate
+import numpy as np
+
+from afterword.engine.core.forward_batch import (
+    BatchEntry,
+    CopyPrefix,
+    Logits,
+    RestorePrefix,
+    SaveState,
+    SlotOperation,
+    Truncate,
+)
 from afterword.engine.core.sampler import finite_rows
 from afterword.engine.llama.accelerator import KvMemory
 from afterword.engine.llama.library import native
+from afterword.engine.llama.slot_states import CellRecords, SlotStates, State
 from afterword.errors import EngineError
 
 Decode = Callable[[tuple[BatchEntry, ...]], Logits]
-State = ctypes.Array[ctypes.c_uint8]
 _PROBE = (0,)  # any token id is valid here
 _WHOLE, _RECURRENT = 0, native.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY  # parts of a slot's state
 
@@ -62,6 +76,7 @@ class KvCache:
         self._length = length
         self._decode = decode
         self._multiplies_masked = multiplies_masked
+        self._has_copies = False  # whether slots were copied since the last pass
         self._truncated: set[int] = set()  # slots that were truncated since the last pass
         self._windowed = native.llama_model_n_swa(native.llama_get_model(self._context)) > 0
         self._unchecked: set[int] = set()  # slots whose last logits row was not finite, or was not computed
@@ -73,6 +88,7 @@ class KvCache:
 
     def release_truncated(self) -> None:
         """Give the memory of truncated cells back. Call it after a pass: llama.cpp copies slots when a pass begins."""
+        self._has_copies = False
         if self._pages:
             self._pages.copied()
             for slot in self._truncated:
@@ -98,6 +114,47 @@ class KvCache:
         native.llama_memory_clear(self._memory, True)
         return size
 
+    def slot_states(self) -> SlotStates | None:
+        """Access to the states of slots for a store of prefixes; None if the model's states cannot be stored.
+
+        That needs keys and values in memory of Afterword's, and the form of states that `SlotStates` knows. Runs a
+        forward pass and clears all slots.
+        """
+        model = native.llama_get_model(self._context)
+        recurrent = native.llama_model_is_recurrent(model) or native.llama_model_is_hybrid(model)
+        if not self._pages and not native.llama_model_is_recurrent(model):
+            return None
+        places = self._pages.places() if self._pages else []
+        numbers = tuple(dict.fromkeys(place.cache for place in places))
+        orders = [numbers, (-1, *numbers), (*numbers, -1)] if self._windowed and len(numbers) == 1 else [numbers]
+        for caches, extended in itertools.product(orders, (False, True)):
+            records = CellRecords(len(self._slots), caches, extended)
+            states = SlotStates(places, records, self._snapshots.__getitem__ if recurrent else None)
+            if self._agrees(states):
+                return states
+        return None
+
+    def _agrees(self, states: SlotStates) -> bool:
+        """Whether an assembled state of a few tokens equals llama.cpp's, and can be restored."""
+        tokens = (2, 0, 1)
+        native.llama_memory_clear(self._memory, True)
+        self._decode((BatchEntry(0, 0, tokens, 0),))
+        recurrent = b""
+        if states.is_recurrent:
+            self._snapshots[0] = self._state(0, _RECURRENT)
+            recurrent = states.snapshot(0)
+        parts = [states.part(0, 0, 1), states.part(0, 1, len(tokens))]
+        made = states.assemble(np.array(tokens, np.int32), parts, recurrent)
+        found = bytes(self._state(0))
+        native.llama_memory_clear(self._memory, True)
+        self._snapshots.clear()
+        if bytes(made) != found:
+            return False
+        self._restore(0, made, _WHOLE)
+        restored = bytes(self._state(0))
+        native.llama_memory_clear(self._memory, True)
+        return restored == found
+
     def apply(self, operation: SlotOperation) -> None:
         """Copy, truncate or save a slot. May run a forward pass, which overwrites the logits. Raises `EngineError`."""
         match operation:
@@ -105,6 +162,7 @@ class KvCache:
                 self._snapshots[number] = self._state(slot, _RECURRENT, self._snapshots.get(number))
             case CopyPrefix(source, target, keep, snapshot):
                 self._truncate(target, 0, None)
+                self._has_copies = True
                 # With `kv_unified=false` llama.cpp copies only whole sequences.
                 native.llama_memory_seq_cp(self._memory, source, target, -1, -1)
                 if self._pages:
@@ -114,6 +172,19 @@ class KvCache:
                 self._truncate(target, keep, snapshot)
             case Truncate(slot, keep, snapshot):
                 self._truncate(slot, keep, snapshot)
+            case RestorePrefix(slot, keep, state):
+                self._truncate(slot, 0, None)
+                self._complete_copies(slot)
+                self._restore(slot, state, _WHOLE)
+                if self._multiplies_masked:
+                    self._unchecked.add(slot)
+                self._truncate(slot, keep, None)
+
+    def _complete_copies(self, slot: int) -> None:
+        """Let llama.cpp make the copies of slots that it has put off. `slot` must be empty, and is empty afterwards."""
+        if self._has_copies:
+            self._decode((BatchEntry(slot, 0, _PROBE, 0),))
+            self._remove(slot, 0)
 
     def _truncate(self, slot: int, keep: int, snapshot: int | None) -> None:
         held = self.cached_tokens(slot)
@@ -176,6 +247,7 @@ class KvCache:
             raise EngineError("llama.cpp cannot save a sequence's state.")
         return state
 
-    def _restore(self, slot: int, state: State, part: int) -> None:
+    def _restore(self, slot: int, state: object, part: int) -> None:
+        assert isinstance(state, ctypes.Array)
         if not native.llama_state_seq_set_data_ext(self._context, state, len(state), slot, part):
             raise EngineError("llama.cpp cannot restore a sequence's state.")

@@ -22,6 +22,7 @@ from afterword.engine.llama.fixed_shape import pad_to_fixed_shape
 from afterword.engine.llama.kv_cache import KvCache, NativeContext
 from afterword.engine.llama.library import last_error, native
 from afterword.engine.llama.model_files import ModelFiles
+from afterword.engine.llama.slot_states import SlotStates
 from afterword.engine.messages import LoadModel
 from afterword.engine.protocol import Promise
 from afterword.errors import EngineError, SettingError
@@ -128,6 +129,11 @@ class LlamaRunner:
             and not self._has_unsupported_experts
         )
         return self._settings.promise if holds else "none"
+
+    def slot_states(self) -> SlotStates | None:
+        """Access to the states of slots; None if prefixes of the model cannot be stored. Clears all slots."""
+        reusable = self.can_truncate or self.max_snapshots > 0
+        return self._kv_cache.slot_states() if reusable and not self.fixed_shape else None
 
     def free_tokens(self) -> int | None:
         """See `core.forward_batch.Runner.free_tokens`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from afterword.engine.protocol import Job, PassStats, Step
+from afterword.engine.protocol import Job, PassStats, Step, StoreStats
 from afterword.observability.histogram import Histogram
 
 LATENCY_BOUNDS = (
@@ -51,6 +51,8 @@ class EngineMetrics:
         self.cached_tokens = 0
         self.generated_tokens = 0
         self.restarts = 0
+        self.store = StoreStats()  # of all workers so far
+        self._store_before = StoreStats()  # of the workers before the present one
         self.queued = Histogram(LATENCY_BOUNDS)
         self.prefill = Histogram(LATENCY_BOUNDS)
         self.decode = Histogram(LATENCY_BOUNDS)
@@ -61,6 +63,22 @@ class EngineMetrics:
     def kinds(self) -> tuple[tuple[str, PassHistograms], ...]:
         """The histograms of each kind of pass, with the kind's name."""
         return ("prompt", self.prompts), ("generation", self.generation)
+
+    def record_store(self, stats: StoreStats) -> None:
+        """Record what the present worker's store of prefixes has done since the worker was started."""
+        before = self._store_before
+        self.store = StoreStats(
+            hits=before.hits + stats.hits,
+            hit_tokens=before.hit_tokens + stats.hit_tokens,
+            written_bytes=before.written_bytes + stats.written_bytes,
+            evictions=before.evictions + stats.evictions,
+            failures=before.failures + stats.failures,
+            bytes=stats.bytes,
+        )
+
+    def record_worker_start(self) -> None:
+        """Note that a worker was started, whose counts begin at 0."""
+        self._store_before = self.store
 
     def record_pass(self, pass_stats: PassStats) -> None:
         """Record a forward pass; `PassStats` without tokens means that none was made."""

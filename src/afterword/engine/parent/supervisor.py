@@ -186,6 +186,7 @@ class Supervisor:
     async def _launch(self) -> None:
         settings = await asyncio.to_thread(self._settings) if callable(self._settings) else self._settings
         self._watchdog.reset()
+        self.engine_metrics.record_worker_start()
         self._link = link = await self._spawn()
         link.send(settings)
         self.loaded = 0.0
@@ -237,6 +238,8 @@ class Supervisor:
             self._watchdog.record_message(message)
             if isinstance(message, messages.PassDone):
                 self._handle_message(message)
+            elif isinstance(message, messages.Heartbeat):
+                self.engine_metrics.record_store(message.store)
             elif isinstance(message, messages.TextTokens):
                 self._tokenizer_client.handle_tokens(message)
                 self._send_waiting()  # jobs may have been held back because of this text, even if its client has left

@@ -29,7 +29,8 @@ import msgspec
 from afterword.engine import messages
 from afterword.engine.core.engine_loop import EngineLoop
 from afterword.engine.core.forward_batch import ForwardBatch, Logits, Runner
-from afterword.engine.protocol import ModelInfo
+from afterword.engine.core.prefix_store import PrefixStore
+from afterword.engine.protocol import ModelInfo, StoreStats
 from afterword.engine.worker.tokenizer_threads import Tokenizer, TokenizerThreads
 from afterword.errors import AfterwordError, EngineError
 from afterword.system.tasks import switch_threads_soon, vital_thread
@@ -45,7 +46,7 @@ _HEARTBEAT_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A loaded model. `thread_pool`: see `EngineLoop`.
+    """A loaded model. `thread_pool` and `store`: see `EngineLoop`. `store_stats` is called from any thread.
 
     `check` raises `EngineError` if the model's files have changed; then no result may be used any more. It is called
     from any thread, every second and after each pass.
@@ -56,6 +57,8 @@ class LoadedModel:
     tokenize: Tokenizer
     thread_pool: int | None = None
     check: Callable[[], None] = lambda: None
+    store: PrefixStore | None = None
+    store_stats: Callable[[], StoreStats] = StoreStats
 
 
 def serve(load: Callable[[messages.LoadModel, ReportProgress], LoadedModel]) -> None:
@@ -121,6 +124,7 @@ class _Worker:
         self._to_server = to_server
         self._monitor: PassMonitor | None = None
         self._check: Callable[[], None] = lambda: None  # see `LoadedModel`
+        self._store_stats: Callable[[], StoreStats] = StoreStats
         self._loaded = 0.0
         self._stream = from_server.makefile("rb")
         self._sending = threading.Lock()
@@ -141,12 +145,14 @@ class _Worker:
         except AfterwordError as error:
             self._send(messages.LoadFailure(error.message))
             return
-        self._check = loaded.check
+        self._check, self._store_stats = loaded.check, loaded.store_stats
         self._tokenizer_threads = TokenizerThreads(loaded.tokenize, self._send)
         self._tokenizer_threads.start()
         self._send(messages.ModelReady(loaded.model_info))
         self._monitor = PassMonitor(loaded.runner)
-        self._work(EngineLoop(self._monitor, threads=settings.threads, thread_pool=loaded.thread_pool))
+        loop = EngineLoop(self._monitor, threads=settings.threads, thread_pool=loaded.thread_pool)
+        loop.use_store(loaded.store)
+        self._work(loop)
 
     def _read(self) -> NoReturn:
         while body := messages.read(self._stream):
@@ -170,7 +176,7 @@ class _Worker:
             self._end_if_changed()
             heartbeat = self._monitor.heartbeat() if self._monitor else messages.Heartbeat(0, 0, 0, 0.0, self._loaded)
             short, long = self._tokenizer_threads.parts if self._tokenizer_threads else (0, 0)
-            self._send(msgspec.structs.replace(heartbeat, parts=(short, long)))
+            self._send(msgspec.structs.replace(heartbeat, parts=(short, long), store=self._store_stats()))
 
     def _work(self, loop: EngineLoop) -> NoReturn:
         idle = True
@@ -179,7 +185,7 @@ class _Worker:
             steps = loop.step()
             self._end_if_changed()  # before results of the pass are sent
             idle = steps is None
-            if steps or changed:
+            if steps or changed or loop.waits_for_store:  # a message shows that the worker does not hang
                 self._send(messages.PassDone(steps or {}, loop.load(), loop.pass_stats()))
 
     def _take(self, loop: EngineLoop, wait: bool) -> bool:
