@@ -70,7 +70,6 @@ _ARCHITECTURE_KEYS: Mapping[str, Mapping[str, Value]] = {
     "deepseek2": {**_LATENT, **_ABSORBED, **_DENSE_LAYERS},
     "mistral4": {**_LATENT, **_ABSORBED, **_DENSE_LAYERS},
     "minicpm3": {**_LATENT, "attention.head_count_kv": 2},
-    "plm": {**_LATENT, "attention.head_count_kv": 2},
     "phi3": {"attention.sliding_window": WINDOW, "rope.scaling.original_context_length": 64},
     "exaone4": {"attention.sliding_window": WINDOW},
     "plamo2": {
@@ -182,8 +181,6 @@ UNEQUAL_HEADS: Mapping[str, Mapping[str, Value]] = {
         **{"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0, "rope.scaling.original_context_length": 64},
         "rope.scaling.yarn_log_multiplier": 0.0707,
     },
-    "llama/long keys": {"attention.key_length": 64, "attention.value_length": 32},
-    "llama/long values": {"attention.key_length": 32, "attention.value_length": 72},
 }
 """Additional keys with which keys and values have different sizes, by architecture and form."""
 
