@@ -58,6 +58,11 @@ _LATENT = {
     **{"attention.q_lora_rank": 32, "attention.kv_lora_rank": 32, "rope.dimension_count": 16},
     **{"attention.key_length": 48, "attention.value_length": 32},
 }
+_NEMOTRON = {
+    **{**_STATE, "ssm.group_count": 1, "block_count": 3},
+    **{"attention.head_count_kv": (0, 1, 0), "feed_forward_length": (0, 0, 2 * WIDTH)},
+}
+_SHORT_CONVOLUTIONS = {"shortconv.l_cache": 3, "attention.head_count_kv": (0, 1)}
 _ABSORBED = {"attention.key_length_mla": 48, "attention.value_length_mla": 32}
 _DENSE_LAYERS = {"leading_dense_block_count": 2, "expert_feed_forward_length": 32, "expert_shared_count": 0}
 _ARCHITECTURE_KEYS: Mapping[str, Mapping[str, Value]] = {
@@ -84,11 +89,14 @@ _ARCHITECTURE_KEYS: Mapping[str, Mapping[str, Value]] = {
     },
     "falcon-h1": {**_STATE, "ssm.group_count": 1},
     "granitehybrid": {**_STATE, "ssm.group_count": 1, "attention.head_count_kv": (0, 1)},
-    "nemotron_h": {
-        **{**_STATE, "ssm.group_count": 1, "block_count": 3},
-        **{"attention.head_count_kv": (0, 1, 0), "feed_forward_length": (0, 0, 2 * WIDTH)},
-    },
+    "nemotron_h": _NEMOTRON,
+    "nemotron_h_moe": _NEMOTRON,
     "qwen35": _DELTA,
+    "qwen35moe": _DELTA,
+    "kimi-linear": {
+        **{**_LATENT, **_ABSORBED, "ssm.conv_kernel": 4, "kda.head_dim": 32, "attention.head_count_kv": (0, 1)},
+        **{"expert_shared_count": 1, "expert_gating_func": 2},
+    },
     "qwen3next": {
         **{**_DELTA, "expert_count": 4, "expert_used_count": 2},
         **{"expert_feed_forward_length": 32, "expert_shared_feed_forward_length": 32},
@@ -105,7 +113,8 @@ _ARCHITECTURE_KEYS: Mapping[str, Mapping[str, Value]] = {
     "mellum": _WINDOWED_MIXTURE,
     "smallthinker": _WINDOWED_MIXTURE,
     "gpt-oss": {"attention.sliding_window": WINDOW},
-    "lfm2": {"shortconv.l_cache": 3, "attention.head_count_kv": (0, 1)},
+    "lfm2": _SHORT_CONVOLUTIONS,
+    "lfm2moe": _SHORT_CONVOLUTIONS,
 }
 _DELTA_TENSORS: Mapping[str, Shape] = {
     "blk.0.attn_qkv.weight": (4 * WIDTH, WIDTH),
@@ -189,7 +198,9 @@ _OPTIONAL_TENSORS: Mapping[str, Mapping[str, Shape]] = {
     "falcon-h1": {**_CONVOLUTION_BIAS, "blk.1.ssm_conv1d.bias": (2 * WIDTH + 2 * 16,)},
     "granitehybrid": _CONVOLUTION_BIAS,
     "nemotron_h": _CONVOLUTION_BIAS,
+    "nemotron_h_moe": _CONVOLUTION_BIAS,
     "qwen35": _DELTA_TENSORS,
+    "qwen35moe": _DELTA_TENSORS,
     "qwen3next": _DELTA_TENSORS,
     "phi3": {
         **{f"blk.{layer}.attn_qkv.weight": (2 * WIDTH, WIDTH) for layer in range(2)},
