@@ -391,10 +391,14 @@ def test_the_environment_sets_options():
         ("qwen3moe", "F32 Q8_0", 128, "f16", ("reproducible", "none")),
         ("qwen3moe", "F32 IQ3_S", 128, "exact", ("none", "none")),
         # no test shows that they are reproducible
-        ("maple", "F32 Q8_0", 32, "exact", ("none", "none")),
+        ("qwen35", "F32 Q8_0", 32, "exact", ("none", "none")),
         ("qwen3", "Q8_0", 8, "exact", ("none", "none")),
-        ("deepseek2", "Q8_0", 0, "exact", ("none", "none")),
-        ("gemma3n", "Q8_0", 0, "exact", ("none", "none")),
+        ("deepseek2", "Q8_0", 0, "f16", ("none", "none")),
+        ("deepseek2", "Q8_0 Q3_K", 64, "exact", ("none", "none")),
+        # only the kernels' products were tested
+        ("deepseek2", "Q8_0", 64, "exact", ("exact", "none")),
+        ("gemma3n", "Q8_0", 0, "exact", ("exact", "none")),
+        ("qwen35moe", "Q8_0 F32", 64, "exact", ("exact", "none")),
         ("mamba", "Q8_0", 0, "exact", ("exact", "none")),
         ("jamba", "Q8_0 Q2_K", 0, "exact", ("none", "none")),
         ("lfm2", "Q8_0", 0, "f16", ("none", "none")),

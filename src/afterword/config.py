@@ -26,14 +26,19 @@ SMALL_MODEL = 64 * 2**20
 RECURRENT_ARCHITECTURES = frozenset(
     ("falcon-h1", "granitehybrid", "jamba", "lfm2", "mamba", "mamba2", "nemotron_h", "qwen35", "rwkv7")
 )
-"""Those of `TESTED_ARCHITECTURES` with recurrent layers: they need all products of Afterword's kernels."""
+"""Those of `TESTED_ARCHITECTURES` with recurrent layers."""
+
+RECURRENT_MIXTURES = frozenset(
+    ("granitehybrid", "jamba", "kimi-linear", "lfm2moe", "nemotron_h_moe", "qwen35moe", "qwen3next")
+)
+"""The same for `TESTED_MIXTURES`."""
 
 TESTED_ARCHITECTURES = frozenset(
     (
         *("arcee", "baichuan", "bitnet", "bloom", "chatglm", "codeshell", "cohere2", "command-r", "deci"),
-        *("ernie4_5", "exaone", "exaone4", "falcon", "gemma", "gemma2", "gemma3", "gemma4", "glm4", "gpt2", "gptneox"),
-        *("granite", "granite_swa", "hunyuan-dense", "internlm2", "jais", "jais2", "llama", "maincoder", "minicpm"),
-        *("mistral3", "mpt", "muse-glimmer", "nemotron", "olmo", "olmo2", "openelm", "orion", "pangu-embedded"),
+        *("deepseek2", "ernie4_5", "exaone", "exaone4", "falcon", "gemma", "gemma2", "gemma3", "gemma3n", "gemma4"),
+        *("glm4", "gpt2", "gptneox", "granite", "granite_swa", "hunyuan-dense", "internlm2", "jais", "jais2", "llama"),
+        *("maincoder", "minicpm", "minicpm3", "mistral3", "mpt", "muse-glimmer", "nemotron", "olmo", "olmo2", "openelm", "orion", "pangu-embedded"),
         *("phi2", "phi3", "plamo", "plamo3", "qwen", "qwen2", "qwen2vl", "qwen3", "qwen3vl", "refact", "seed_oss"),
         *("smollm3", "spark2_5", "stablelm", "starcoder", "starcoder2", "xverse"),
         *RECURRENT_ARCHITECTURES,
@@ -46,7 +51,8 @@ Measured by tests/engine/test_architectures.py.
 
 TESTED_MIXTURES = frozenset(
     (
-        *("afmoe", "arctic", "bailingmoe", "bailingmoe2", "cohere2moe", "dbrx", "deepseek", "dots1", "ernie4_5-moe"),
+        *("afmoe", "arctic", "bailingmoe", "bailingmoe2", "cohere2moe", "dbrx", "deepseek", "deepseek2", "dots1"),
+        *("ernie4_5-moe", "maple", "mimo2", "mistral4", "step35"),
         *(
             "exaone-moe",
             "glm4moe",
@@ -60,12 +66,18 @@ TESTED_MIXTURES = frozenset(
             "llama4",
         ),
         *("mellum", "minicpm", "minimax-m2", "olmoe", "phimoe", "qwen2moe", "qwen3moe", "qwen3vlmoe", "smallthinker"),
+        *RECURRENT_MIXTURES,
     )
 )
 """Architectures of mixtures of experts for which the same holds, if Afterword's kernels compute all products.
 
 Some architectures have dense models too, so a name may be in both sets. Measured by the same tests.
 """
+
+KERNELS_ONLY = RECURRENT_ARCHITECTURES | RECURRENT_MIXTURES | {
+    *("deepseek2", "gemma3n", "maple", "mimo2", "minicpm3", "mistral4", "step35"),
+}
+"""Architectures of both sets that were tested only with all products of Afterword's kernels and `--kv-type exact`."""
 
 KERNEL_TYPES = frozenset(
     (
@@ -118,7 +130,7 @@ class WeightTypes:
 
         `with_kernels`: whether Afterword's kernels multiply the matrices.
         """
-        if self.architecture in RECURRENT_ARCHITECTURES:
+        if self.architecture in KERNELS_ONLY:
             constant = with_kernels and self.types <= KERNEL_TYPES and kv_type == "exact"
         elif with_kernels:
             constant = self.uses_kernels

@@ -15,19 +15,19 @@ from afterword.config import TESTED_ARCHITECTURES, TESTED_MIXTURES
 from afterword.engine.core.engine_loop import EngineLoop
 from afterword.engine.llama import accelerator, library
 from engine.test_reproducible import CHUNK_GRID, compare, open_runner, requests, sequential
-from oracle.architectures import EXPERTS, WINDOWED, write_random, write_windowed
+from oracle.architectures import EXPERTS, UNEQUAL_HEADS, WINDOWED, write_random, write_unequal, write_windowed
 
 library.initialize(verbose=False)
 
 VOCABULARY = 280
-FEW = ("qwen3", "gemma2", "phi3", "gpt2", "mpt", "lfm2", "mamba", "qwen35")
-"""Among them capped scores (Gemma 2), ALiBi (MPT) and recurrent states."""
+FEW = ("qwen3", "gemma2", "gemma3n", "phi3", "gpt2", "minicpm3", "mpt", "lfm2", "mamba", "qwen35")
+"""Among them capped scores (Gemma 2), ALiBi (MPT), heads of different sizes (MiniCPM 3) and recurrent states."""
 ALWAYS_WINDOWED = {"gemma4", "granite_swa", "muse-glimmer", "spark2_5"}
-UNPROMISED = ("deepseek2", "gemma3n", "qwen3next")
-"""Architectures whose numbers depended on the other sequences of a batch, or that have experts."""
+UNPROMISED = ("hunyuan_vl", "nanbeige")
+"""Architectures that were not tested."""
 
-
-FEW_MIXTURES = ("qwen3moe", "qwen2moe", "granitemoe")
+FEW_MIXTURES = ("qwen3moe", "qwen2moe", "granitemoe", "deepseek2", "qwen3next")
+WINDOWED_MIXTURES = {"maple", "mimo2", "step35"}
 
 
 def check(path: Path, count: int) -> None:
@@ -63,6 +63,18 @@ def test_every_promised_architecture_with_a_window(tmp_path, name, file_type):
     check(write_windowed(tmp_path / "tiny.gguf", name, file_type), 60)
 
 
+@pytest.mark.parametrize("name", ["deepseek2/stretched"])
+def test_some_architectures_with_heads_of_different_sizes(tmp_path, name):
+    check(write_unequal(tmp_path / "tiny.gguf", name), 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file_type", ["Q8_0", "F16"])
+@pytest.mark.parametrize("name", sorted(UNEQUAL_HEADS))
+def test_every_promised_architecture_with_heads_of_different_sizes(tmp_path, name, file_type):
+    check(write_unequal(tmp_path / "tiny.gguf", name, file_type), 60)
+
+
 @pytest.mark.parametrize("architecture", FEW_MIXTURES)
 def test_some_mixtures_of_experts(tmp_path, architecture):
     check(write_random(tmp_path / "tiny.gguf", architecture, also=EXPERTS), 12)
@@ -70,9 +82,24 @@ def test_some_mixtures_of_experts(tmp_path, architecture):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file_type", ["Q8_0", "F16"])
-@pytest.mark.parametrize("architecture", sorted(TESTED_MIXTURES))
+@pytest.mark.parametrize("architecture", sorted(TESTED_MIXTURES - WINDOWED_MIXTURES))
 def test_every_promised_mixture_of_experts(tmp_path, architecture, file_type):
     check(write_random(tmp_path / "tiny.gguf", architecture, file_type, also=EXPERTS), 60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file_type", ["Q8_0", "F16"])
+@pytest.mark.parametrize("architecture", sorted(WINDOWED_MIXTURES))
+def test_every_promised_mixture_with_a_window(tmp_path, architecture, file_type):
+    check(write_windowed(tmp_path / "tiny.gguf", architecture, file_type), 60)
+
+
+def test_attention_that_the_kernels_do_not_support_ends_the_promise_of_latent_values(tmp_path, monkeypatch):
+    """llama.cpp refuses keys and values of different types, with which it would compute query by query."""
+    monkeypatch.setattr(accelerator, "computes_all_attention", lambda: False)
+    runner = open_runner(write_random(tmp_path / "tiny.gguf", "deepseek2"), "exact", 4)
+    assert (runner.uses_own_attention, runner.promise, runner.grid) == (False, "none", CHUNK_GRID)
+    assert sequential(EngineLoop(runner), requests(2, 1, VOCABULARY))
 
 
 def test_a_mixture_of_experts_is_reproducible_with_halves_of_keys_and_values(tmp_path):
@@ -141,7 +168,7 @@ def test_a_recurrent_model_needs_all_products_of_the_kernels(tmp_path, monkeypat
     """The library multiplies the tokens of one sequence and of several by different kernels."""
     if not accelerator.supports_quantized():
         pytest.skip("this processor has no instructions for it")
-    narrow = write_random(tmp_path / "narrow.gguf", "mamba", also={"ssm.time_step_rank": 4})
+    narrow = write_random(tmp_path / "narrow.gguf", "mamba", also={"ssm.time_step_rank": 48})
     assert open_runner(narrow, "exact", 4).promise == "none"
     path = write_random(tmp_path / "tiny.gguf", "lfm2")
     assert [open_runner(path, kv_type, 4).promise for kv_type in ("exact", "f16")] == ["exact", "none"]

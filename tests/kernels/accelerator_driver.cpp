@@ -152,6 +152,62 @@ void run_expert_matmul(const Options &options) {
     }
 }
 
+// ---- one matrix for each head
+
+void run_head_matmul(const Options &options) {
+    constexpr int64_t HEADS = 3, ROWS = 48, LENGTH = 512;
+    if (!accelerator_supports_quantized()) return;
+    for (const WeightType &type : WEIGHT_TYPES) {
+        const std::vector<char> file = weights_of(type, HEADS * ROWS, LENGTH);
+        Tensor weights = tensor_of(type.id, type.bytes, file.data(), LENGTH, ROWS, HEADS);
+        weights.nb[1] = LENGTH / type.elements * type.bytes, weights.nb[2] = ROWS * weights.nb[1], weights.nb[3] = file.size();
+        Tensor packed = weights;
+        Buffer *const buffer = memory::buffer_type.calls.make_buffer(&memory::buffer_type, products::packed_size(&weights));
+        packed.buffer = buffer, packed.data = (char *)buffer->calls.get_base(buffer);
+        buffer->calls.clear(buffer, 0);
+        buffer->calls.set_tensor(buffer, &packed, file.data(), 0, file.size());
+        for (const int64_t tokens : {1, 5})
+            for (const int64_t streams : {1, 2}) {
+                const std::vector<float> x = activations_of(HEADS * tokens * streams, LENGTH);
+                for (const Tensor *matrices : {&weights, &packed})
+                    report("heads/" + std::string(type.name) + (matrices == &packed ? "/packed/" : "/file/") +
+                               std::to_string(tokens) + "/" + std::to_string(streams),
+                           options, [&](int count) {
+                               std::vector<float> out(ROWS * HEADS * tokens * streams);
+                               Tensor operand = floats_of(x, LENGTH, HEADS, tokens, streams), first = *matrices;
+                               std::swap(operand.ne[1], operand.ne[2]), std::swap(operand.nb[1], operand.nb[2]);
+                               Tensor node = floats_of(out, ROWS, tokens, HEADS, streams);
+                               node.src[0] = &first, node.src[1] = &operand;
+                               compute_or_exit("MUL_MAT", node, count);
+                               Hash hash;
+                               hash.add(out);
+                               return hash.result();
+                           });
+            }
+        buffer->calls.free(buffer);
+        delete buffer;
+    }
+}
+
+// ---- products with short columns
+
+void run_short_matmul(const Options &options) {
+    constexpr int64_t LENGTH = 4, ROWS = 70, COLUMNS = 5, TOKENS = 200;
+    Random random(8);
+    const std::vector<float> matrices = random.numbers(LENGTH * ROWS * TOKENS), x = random.numbers(LENGTH * COLUMNS * TOKENS);
+    for (const int64_t count_of_matrices : {(int64_t)1, TOKENS})
+        report("short/" + std::to_string(count_of_matrices), options, [&](int count) {
+            std::vector<float> out(ROWS * COLUMNS * TOKENS);
+            Tensor first = floats_of(matrices, LENGTH, ROWS, count_of_matrices), operand = floats_of(x, LENGTH, COLUMNS, TOKENS);
+            Tensor node = floats_of(out, ROWS, COLUMNS, TOKENS);
+            first.op = 1, node.src[0] = &first, node.src[1] = &operand;
+            compute_or_exit("MUL_MAT", node, count);
+            Hash hash;
+            hash.add(out);
+            return hash.result();
+        });
+}
+
 // ---- attention
 
 struct AttentionCase {
@@ -170,6 +226,7 @@ const AttentionCase ATTENTION_CASES[] = {
     {"streams", 3, 7, 1, 2, 77, 128, 128, 0, 0, true, false},
     {"odd heads", 1, 4, 4, 9, 77, 80, 72, 8, 5, true, true},
     {"no mask", 1, 4, 2, 9, 77, 64, 64, 0, 0, false, false},
+    {"latent", 2, 5, 1, 9, 300, 576, 512, 0, 0, true, true},
     {"sinks and a window", 1, 4, 2, 71, 700, 64, 64, 0, 0, true, true, 90, {0.5f, -2, 40, -INFINITY}},
 };
 
@@ -216,8 +273,8 @@ void set_float(Tensor &node, int i, float x) { std::memcpy(&node.params[i], &x, 
 struct ElementwiseCase {
     const char *name, *operation;
     const Tensor *sources[3];
-    int integers[3];
-    float floats[9];
+    int integers[6];  // the last one is parameter 15
+    float floats[11];
 };
 
 void run_elementwise(const Options &options) {
@@ -232,27 +289,45 @@ void run_elementwise(const Options &options) {
     const Tensor at = tensor_of(I32, 4, positions.data(), TOKENS), factors = floats_of(slower, WIDTH / 2);
     const ElementwiseCase cases[] = {
         {"norm", "RMS_NORM", {&a}, {}, {1e-6f}},
+        {"centred norm", "NORM", {&a}, {}, {1e-6f}},
         {"sum", "ADD", {&a, &b}, {}, {}},
+        {"difference", "SUB", {&a, &b}, {}, {}},
         {"product", "MUL", {&a, &row}, {}, {}},
         {"quotient", "DIV", {&a, &row}, {}, {}},
         {"softmax", "SOFT_MAX", {&a}, {}, {0.75f}},
-        {"sigmoid", "UNARY", {&a}, {routing::SIGMOID}, {}},
+        {"sigmoid", "UNARY", {&a}, {activations::Sigmoid::UNARY}, {}},
         {"limits", "CLAMP", {&a}, {}, {-0.5f, 0.5f}},
         {"factor", "SCALE", {&a}, {}, {0.7f}},
-        {"gate", "GLU", {&a, &b}, {elementwise::SWIGLU}, {}},
+        {"factor and term", "SCALE", {&a}, {}, {0.7f, 0.3f}},
+        {"gate", "GLU", {&a, &b}, {activations::SiLU::GLU}, {}},
+        {"gate of ReLU", "GLU", {&a, &b}, {activations::ReLU::GLU}, {}},
+        {"gate of GELU", "GLU", {&a, &b}, {activations::GELU::GLU}, {}},
+        {"gate of the error function", "GLU", {&a, &b}, {activations::ErrorGELU::GLU}, {}},
+        {"quick gate", "GLU", {&a, &b}, {activations::QuickGELU::GLU}, {}},
+        {"limited gate", "GLU", {&a, &b}, {activations::LimitedSwiGLU::GLU}, {0, 0, 0, 7}},
+        {"limited gate plus one", "GLU", {&a, &b}, {activations::LimitedSwiGLUPlusOne::GLU}, {0, 0, 1.702f, 7}},
+        {"tanh", "UNARY", {&a}, {activations::Tanh::UNARY}, {}},
+        {"ReLU", "UNARY", {&a}, {activations::ReLU::UNARY}, {}},
+        {"GELU", "UNARY", {&a}, {activations::GELU::UNARY}, {}},
+        {"quick GELU", "UNARY", {&a}, {activations::QuickGELU::UNARY}, {}},
+        {"SiLU", "UNARY", {&a}, {activations::SiLU::UNARY}, {}},
+        {"GELU by the error function", "UNARY", {&a}, {activations::ErrorGELU::UNARY}, {}},
+        {"square", "SQR", {&a}, {}, {}},
+        {"root", "SQRT", {&a}, {}, {}},
         {"rotary in halves", "ROPE", {&a, &at}, {0, WIDTH, elementwise::IN_HALVES}, {0, 0, 0, 0, 0, 10000, 1, 0, 1}},
         {"rotary in pairs", "ROPE", {&a, &at, &factors}, {0, 64, elementwise::IN_PAIRS}, {0, 0, 0, 0, 0, 10000, 0.5f, 0, 1.5f}},
+        {"rotary of the last elements", "ROPE", {&a, &at}, {0, 32, 0, 0, 4096, 64}, {0, 0, 0, 0, 0, 10000, 0.25f, 1, 1, 32, 1}},
     };
     for (const ElementwiseCase &c : cases)
         report(std::string("elementwise/") + c.name, options, [&](int count) {
             std::vector<float> out(COUNT);
             Tensor node = floats_of(out, WIDTH, HEADS, TOKENS);
-            for (int i = 0; i < 9; i++)
+            for (int i = 0; i < 11; i++)
                 if (c.floats[i] != 0) set_float(node, i, c.floats[i]);
-            for (int i = 0; i < 3; i++) {
-                node.src[i] = const_cast<Tensor *>(c.sources[i]);
+            for (int i = 0; i < 3; i++) node.src[i] = const_cast<Tensor *>(c.sources[i]);
+            for (int i = 0; i < 5; i++)
                 if (c.integers[i]) node.params[i] = c.integers[i];
-            }
+            node.params[elementwise::Rope::FIRST_TURNED] = c.integers[5];
             compute_or_exit(c.operation, node, count);
             Hash hash;
             hash.add(out);
@@ -267,15 +342,39 @@ void run_elementwise(const Options &options) {
         hash.add(out);
         return hash.result();
     });
-    report("routing/sums", options, [&](int count) {
-        std::vector<float> out(HEADS * TOKENS);
-        Tensor from = a, node = floats_of(out, 1, HEADS, TOKENS);
+    report("routing/first of the sorted", options, [&](int count) {
+        std::vector<int32_t> out(5 * HEADS * TOKENS);
+        Tensor from = a, node = tensor_of(I32, 4, out.data(), 5, HEADS, TOKENS);
         node.src[0] = &from;
-        compute_or_exit("SUM_ROWS", node, count);
+        compute_or_exit("TOP_K", node, count);
         Hash hash;
         hash.add(out);
         return hash.result();
     });
+    for (const char *operation : {"SUM_ROWS", "MEAN"})
+        report(std::string("routing/") + operation, options, [&](int count) {
+            std::vector<float> out(HEADS * TOKENS);
+            Tensor from = a, node = floats_of(out, 1, HEADS, TOKENS);
+            node.src[0] = &from;
+            compute_or_exit(operation, node, count);
+            Hash hash;
+            hash.add(out);
+            return hash.result();
+        });
+    for (const char *operation : {"CONT", "CONCAT", "REPEAT", "FILL"})
+        report(std::string("copies/") + operation, options, [&](int count) {
+            std::vector<float> out(2 * COUNT);
+            Tensor from = a, other = b, node = floats_of(out, 2 * WIDTH, HEADS, TOKENS);
+            node.src[0] = &from, node.src[1] = &other;
+            if (!std::strcmp(operation, "CONT")) {  // heads and tokens change places
+                std::swap(from.ne[1], from.ne[2]), std::swap(from.nb[1], from.nb[2]);
+                node = floats_of(out, WIDTH, TOKENS, HEADS), node.src[0] = &from;
+            }
+            compute_or_exit(operation, node, count);
+            Hash hash;
+            hash.add(out);
+            return hash.result();
+        });
     report("elementwise/floats to halves", options, [&](int count) {  // floats of every kind: subnormal, infinite, NaN
         std::vector<float> all_kinds(64 * 2048);
         for (size_t i = 0; i < all_kinds.size(); i++) {
@@ -319,6 +418,8 @@ int main(int count, char **arguments) {
     if (count > 3) run_threads(2, [](int) { return run_threads(2, [](int) { return MemoryRange{}; }), MemoryRange{}; });
     run_matmul(options);
     run_expert_matmul(options);
+    run_head_matmul(options);
+    run_short_matmul(options);
     run_attention(options);
     run_elementwise(options);
     run_sampler(options, run);

@@ -23,7 +23,7 @@ from oracle.tiny import FILE_TYPES, FileType, Vocabulary, add_vocabulary, byte_v
 
 library.initialize(verbose=False)  # otherwise the library's error messages are not recorded
 
-Value = bool | int | float | tuple[int, ...]
+Value = bool | int | float | str | tuple[int, ...]
 Shape = tuple[int, ...]
 
 WIDTH, WINDOW = 64, 32
@@ -54,6 +54,17 @@ _WKV = {
     **{"attention.value_residual_mix_lora_rank": 32, "attention.gate_lora_rank": 32},
 }
 _WINDOWED_MIXTURE = {"block_count": 4, "attention.sliding_window": WINDOW}  # every fourth layer has no window
+_LATENT = {
+    **{"attention.q_lora_rank": 32, "attention.kv_lora_rank": 32, "rope.dimension_count": 16},
+    **{"attention.key_length": 48, "attention.value_length": 32},
+}
+_NEMOTRON = {
+    **{**_STATE, "ssm.group_count": 1, "block_count": 3},
+    **{"attention.head_count_kv": (0, 1, 0), "feed_forward_length": (0, 0, 2 * WIDTH)},
+}
+_SHORT_CONVOLUTIONS = {"shortconv.l_cache": 3, "attention.head_count_kv": (0, 1)}
+_ABSORBED = {"attention.key_length_mla": 48, "attention.value_length_mla": 32}
+_DENSE_LAYERS = {"leading_dense_block_count": 2, "expert_feed_forward_length": 32, "expert_shared_count": 0}
 _ARCHITECTURE_KEYS: Mapping[str, Mapping[str, Value]] = {
     "cohere2": {"attention.sliding_window": WINDOW},
     "gemma2": {"attention.sliding_window": WINDOW},
@@ -61,12 +72,9 @@ _ARCHITECTURE_KEYS: Mapping[str, Mapping[str, Value]] = {
     "gemma3n": {"attention.sliding_window": WINDOW},
     "qwen2vl": {"rope.dimension_sections": (4, 4, 8, 0)},
     "qwen3vl": {"rope.dimension_sections": (4, 4, 8, 0)},
-    "deepseek2": {
-        **{"attention.q_lora_rank": 32, "attention.kv_lora_rank": 32, "rope.dimension_count": 16},
-        **{"attention.key_length": 48, "attention.value_length": 32},
-        **{"attention.key_length_mla": 48, "attention.value_length_mla": 32},
-        **{"leading_dense_block_count": 2, "expert_feed_forward_length": 32, "expert_shared_count": 0},
-    },
+    "deepseek2": {**_LATENT, **_ABSORBED, **_DENSE_LAYERS},
+    "mistral4": {**_LATENT, **_ABSORBED, **_DENSE_LAYERS},
+    "minicpm3": {**_LATENT, "attention.head_count_kv": 2},
     "phi3": {"attention.sliding_window": WINDOW, "rope.scaling.original_context_length": 64},
     "exaone4": {"attention.sliding_window": WINDOW},
     "plamo2": {
@@ -81,11 +89,14 @@ _ARCHITECTURE_KEYS: Mapping[str, Mapping[str, Value]] = {
     },
     "falcon-h1": {**_STATE, "ssm.group_count": 1},
     "granitehybrid": {**_STATE, "ssm.group_count": 1, "attention.head_count_kv": (0, 1)},
-    "nemotron_h": {
-        **{**_STATE, "ssm.group_count": 1, "block_count": 3},
-        **{"attention.head_count_kv": (0, 1, 0), "feed_forward_length": (0, 0, 2 * WIDTH)},
-    },
+    "nemotron_h": _NEMOTRON,
+    "nemotron_h_moe": _NEMOTRON,
     "qwen35": _DELTA,
+    "qwen35moe": _DELTA,
+    "kimi-linear": {
+        **{**_LATENT, **_ABSORBED, "ssm.conv_kernel": 4, "kda.head_dim": 32, "attention.head_count_kv": (0, 1)},
+        **{"expert_shared_count": 1, "expert_gating_func": 2},
+    },
     "qwen3next": {
         **{**_DELTA, "expert_count": 4, "expert_used_count": 2},
         **{"expert_feed_forward_length": 32, "expert_shared_feed_forward_length": 32},
@@ -102,7 +113,8 @@ _ARCHITECTURE_KEYS: Mapping[str, Mapping[str, Value]] = {
     "mellum": _WINDOWED_MIXTURE,
     "smallthinker": _WINDOWED_MIXTURE,
     "gpt-oss": {"attention.sliding_window": WINDOW},
-    "lfm2": {"shortconv.l_cache": 3, "attention.head_count_kv": (0, 1)},
+    "lfm2": _SHORT_CONVOLUTIONS,
+    "lfm2moe": _SHORT_CONVOLUTIONS,
 }
 _DELTA_TENSORS: Mapping[str, Shape] = {
     "blk.0.attn_qkv.weight": (4 * WIDTH, WIDTH),
@@ -170,12 +182,25 @@ OTHER_WINDOWED: Mapping[str, Mapping[str, Value]] = {
 }
 """The same for mixtures of experts and Gemma 3n."""
 
+UNEQUAL_HEADS: Mapping[str, Mapping[str, Value]] = {
+    "deepseek2/not absorbed": {  # as files that were written before 2025-04
+        **{"attention.key_length_mla": 0, "attention.value_length_mla": 0, "attention.head_count_kv": 2},
+    },
+    "deepseek2/stretched": {  # as most of the real models
+        **{"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0, "rope.scaling.original_context_length": 64},
+        "rope.scaling.yarn_log_multiplier": 0.0707,
+    },
+}
+"""Additional keys with which keys and values have different sizes, by architecture and form."""
+
 _OPTIONAL_TENSORS: Mapping[str, Mapping[str, Shape]] = {
     # tensors that a file may omit; the library then uses defaults, or the process ends
     "falcon-h1": {**_CONVOLUTION_BIAS, "blk.1.ssm_conv1d.bias": (2 * WIDTH + 2 * 16,)},
     "granitehybrid": _CONVOLUTION_BIAS,
     "nemotron_h": _CONVOLUTION_BIAS,
+    "nemotron_h_moe": _CONVOLUTION_BIAS,
     "qwen35": _DELTA_TENSORS,
+    "qwen35moe": _DELTA_TENSORS,
     "qwen3next": _DELTA_TENSORS,
     "phi3": {
         **{f"blk.{layer}.attn_qkv.weight": (2 * WIDTH, WIDTH) for layer in range(2)},
@@ -206,6 +231,11 @@ def write_random(
 def write_windowed(path: str | Path, name: str, file_type: FileType = "Q8_0") -> Path:
     """Write a random model with a sliding window. `name`: a key of `WINDOWED` or `OTHER_WINDOWED`."""
     return write_random(path, name.partition("/")[0], file_type, also={**WINDOWED, **OTHER_WINDOWED}[name])
+
+
+def write_unequal(path: str | Path, name: str, file_type: FileType = "Q8_0") -> Path:
+    """Write a random model with keys and values of different sizes. `name`: a key of `UNEQUAL_HEADS`."""
+    return write_random(path, name.partition("/")[0], file_type, also=UNEQUAL_HEADS[name])
 
 
 def write_tied(
@@ -344,5 +374,7 @@ def _add(writer: GGUFWriter, name: str, value: Value) -> None:
             writer.add_uint32(name, value)
         case float():
             writer.add_float32(name, value)
+        case str():
+            writer.add_string(name, value)
         case _:
             writer.add_array(name, value)

@@ -55,7 +55,7 @@ class Facts:
     hidden: int  # elements of the feed-forward layer (`feed_forward_length`); 0 if the file does not say
     state_bytes: int
     key_length: int
-    value_length: int
+    value_length: int  # with MLA the values are a part of the keys: then that of an index of the keys, 0 without one
     vocabulary: int  # tokens; 0 if the file does not say
     size_bytes: int  # all parts together
     tensor_count: int
@@ -102,7 +102,7 @@ def read_facts(path: Path | str) -> Facts:
         hidden=keys.number("feed_forward_length", 0),
         state_bytes=STATE_BYTES * keys.recurrent_layers(heads) * keys.state_length(heads),
         key_length=keys.number("attention.key_length", head_length),
-        value_length=keys.number("attention.value_length", head_length),
+        value_length=keys.value_length(head_length),
         vocabulary=_vocabulary(keys),
         size_bytes=sum(header.size for header in headers),
         tensor_count=tensor_count,
@@ -172,6 +172,12 @@ class _Keys:
     def layers_with_own_keys(self) -> int:
         """The number of layers that store keys and values; the last of Gemma 3n and 4 use those of earlier ones."""
         return max(0, self.number("block_count") - self.number("attention.shared_kv_layers", 0))
+
+    def value_length(self, head_length: int) -> int:
+        """Elements that a head stores for a token beside its key. llama.cpp's `is_mla` decides in the same way."""
+        if self.number("attention.key_length_mla", 0) and self.number("attention.value_length_mla", 0):
+            return self.number("attention.indexer.key_length", 0)
+        return self.number("attention.value_length", head_length)
 
     def recurrent_layers(self, heads: int) -> int:
         """The number of layers that may be recurrent: those without attention, or all layers if each has attention."""

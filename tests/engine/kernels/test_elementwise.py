@@ -17,7 +17,6 @@ from ggml_tensors import Tensor, tensor
 
 ROUNDING = 3e-6  # of numbers of about 1, in float32
 BASE, PAIRS_ARE_NEIGHBOURS, PAIRS_ARE_HALVES = 10000.0, 0, 2
-SWIGLU = 2
 WIDTHS = [8, 24, 64, 896]
 
 
@@ -83,36 +82,43 @@ def test_rows_are_divided_by_the_root_of_their_mean_square(kernel, width):
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("rows", [(1, 1), (1, 5), (3, 5)])
-@pytest.mark.parametrize(("name", "plain"), [("ADD", np.add), ("MUL", np.multiply)])
+@pytest.mark.parametrize(("name", "plain"), [("ADD", np.add), ("SUB", np.subtract), ("MUL", np.multiply)])
 def test_rows_of_the_second_operand_are_repeated(kernel, name, plain, rows, width):
     x, y = random(3, 5, width), random(*rows, width, seed=1)
     assert (computed(kernel, name, x.shape, x, y) == plain(x, y)).all()
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("form", ["two tensors", "halves", "halves, swapped"])
-def test_gates(kernel, form, width):
-    x, other = random(5, width) * np.float32(20), random(5, width, seed=1)
-    x[0, :4] = [-1000, -89, 89, 1000]
-    with np.errstate(over="ignore"):
-        expected = x.astype(np.float64) / (1 + np.exp(-x.astype(np.float64))) * other
-    both = {
-        "two tensors": (x, other),
-        "halves": (np.concatenate([x, other], 1), None),
-        "halves, swapped": (np.concatenate([other, x], 1), None),
-    }[form]
-    got = computed(kernel, "GLU", x.shape, *both, params={0: SWIGLU, 1: int("swapped" in form)})
-    np.testing.assert_allclose(got, expected, rtol=ROUNDING, atol=1e-30)
+def test_rows_are_centred_and_divided_by_their_deviation(kernel, width):
+    x = random(3, 5, width) * np.float32(30) + np.float32(7)
+    centred = x.astype(np.float64) - x.astype(np.float64).mean(-1, keepdims=True)
+    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 0.5)
+    got = computed(kernel, "NORM", x.shape, x, params={0: 0.5})
+    np.testing.assert_allclose(got, expected, rtol=ROUNDING, atol=ROUNDING)
 
 
-def rotation(order: int, turned: int, *, speed: float = 1.0, size: float = 1.0) -> Params:
-    return {1: turned, 2: order, 5: BASE, 6: speed, 7: 0.0, 8: size}
+def rotation(order: int, turned: int, *, first: int = 0, speed: float = 1.0, size: float = 1.0) -> Params:
+    return {1: turned, 2: order, 5: BASE, 6: speed, 7: 0.0, 8: size, 15: first}
+
+
+def turned_by(x: np.ndarray, angles: np.ndarray, order: int, first: int) -> np.ndarray:
+    """The rows with their elements from `first` on rotated. `angles`: [..., pair]."""
+    turned = 2 * angles.shape[-1]
+    one, other = (
+        (slice(first, first + turned // 2), slice(first + turned // 2, first + turned))
+        if order == PAIRS_ARE_HALVES
+        else (slice(first, first + turned, 2), slice(first + 1, first + turned, 2))
+    )
+    expected = x.astype(np.float64)
+    expected[..., one] = x[..., one] * np.cos(angles) - x[..., other] * np.sin(angles)
+    expected[..., other] = x[..., one] * np.sin(angles) + x[..., other] * np.cos(angles)
+    return expected
 
 
 @pytest.mark.parametrize("order", [PAIRS_ARE_NEIGHBOURS, PAIRS_ARE_HALVES])
-@pytest.mark.parametrize(("head", "turned"), [(8, 8), (64, 64), (80, 32)])
+@pytest.mark.parametrize(("head", "first", "turned"), [(8, 0, 8), (64, 0, 64), (80, 0, 32), (80, 48, 32), (48, 8, 16)])
 @pytest.mark.parametrize("factors_given", [False, True])
-def test_rotations(kernel, order, head, turned, factors_given):
+def test_rotations(kernel, order, head, first, turned, factors_given):
     x, pairs = random(6, 3, head), turned // 2
     positions = np.array([0, 1, 2, 17, 2000, 31000], np.int32)
     factors = 1 + np.arange(pairs, dtype=np.float32) / 4 if factors_given else None
@@ -120,17 +126,32 @@ def test_rotations(kernel, order, head, turned, factors_given):
     if factors is not None:
         speeds /= factors
     angles = (positions[:, None].astype(np.float32) * speeds)[:, None].astype(np.float64)
-    one, other = (
-        (slice(0, pairs), slice(pairs, turned))
-        if order == PAIRS_ARE_HALVES
-        else (slice(0, turned, 2), slice(1, turned, 2))
-    )
-    expected = x.copy()
-    expected[..., one] = 1.5 * (x[..., one] * np.cos(angles) - x[..., other] * np.sin(angles))
-    expected[..., other] = 1.5 * (x[..., one] * np.sin(angles) + x[..., other] * np.cos(angles))
-    params = rotation(order, turned, speed=0.5, size=1.5)
+    expected = turned_by(x, angles, order, first)
+    expected[..., first : first + turned] *= 1.5
+    params = rotation(order, turned, first=first, speed=0.5, size=1.5)
     got = computed(kernel, "ROPE", x.shape, x, positions, factors, params=params)
     np.testing.assert_allclose(got, expected, rtol=0, atol=4 * ROUNDING)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize("factors_given", [False, True])
+def test_rotations_of_longer_contexts(kernel, share, factors_given):
+    """YaRN: fast pairs keep their angles, slow ones are slowed down, those between are slowed down in part."""
+    x, pairs, speed, trained, fast, slow = random(6, 3, 64), 32, 0.25, 4096, 32.0, 1.0
+    positions = np.array([0, 1, 2, 17, 2000, 16000], np.int32)
+    factors = 1 + np.arange(pairs, dtype=np.float32) / 4 if factors_given else None
+    number = np.arange(pairs)
+    angle = BASE ** -(number / pairs) / (1 if factors is None else factors)
+    begin, end = (pairs * np.log(trained / (turns * 2 * np.pi)) / np.log(BASE) for turns in (fast, slow))
+    ramp = np.clip((number - np.floor(begin)) / (np.ceil(end) - np.floor(begin)), 0, 1)
+    assert {0.0, 1.0} < set(ramp)
+    kept = (1 - ramp) * share
+    angles = positions[:, None] * (angle * speed * (1 - kept) + angle * kept)
+    expected = turned_by(x, angles[:, None], PAIRS_ARE_HALVES, 0) * (1 + 0.1 * np.log(1 / speed))
+    params = {**rotation(PAIRS_ARE_HALVES, 64, speed=speed), 4: trained, 7: share, 9: fast, 10: slow}
+    got = computed(kernel, "ROPE", x.shape, x, positions, factors, params=params)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=5e-3)  # the angle of position 16,000 is rounded to 24 bits
+    np.testing.assert_allclose(got[:4], expected[:4], rtol=0, atol=2e-5)
 
 
 def test_rotations_use_changed_positions_and_parameters(kernel):
@@ -167,6 +188,23 @@ def test_set_rows_rounds_to_halves(kernel):
 def test_get_rows(kernel, kind):
     x, which = random(9, 24), np.array([8, 0, 3, 3], kind)
     assert (computed(kernel, "GET_ROWS", (4, 24), x, which) == x[which]).all()
+    of_each, lists = random(3, 2, 9, 5), np.array([[[8, 0], [1, 1]], [[2, 3], [4, 5]], [[6, 7], [0, 8]]], kind)
+    got = computed(kernel, "GET_ROWS", (3, 2, 2, 5), of_each, lists)
+    assert (got == np.take_along_axis(of_each, lists[..., None], axis=2)).all()
+
+
+@pytest.mark.parametrize("lists", [1, 4])
+def test_set_rows_of_floats_by_matrix(kernel, lists):
+    """DeepSeek 3 copies the probabilities of the chosen groups of experts: each token has its own list."""
+    memory, x = np.full((4, 6, 10), -np.inf, np.float32), random(4, 2, 10)
+    where = np.array([[5, 0], [1, 2], [3, 4], [0, 1]], np.int32)[:lists]
+    expected = memory.copy()
+    for token in range(4):
+        expected[token, where[token % lists]] = x[token]
+    node = node_of(shaped(memory), (x, where), {})
+    assert takes(kernel, "SET_ROWS", node)
+    kernel.operation_compute(b"SET_ROWS", ctypes.byref(node), 2)
+    assert (memory == expected).all()
 
 
 # ---- in any batch
@@ -180,7 +218,7 @@ def alone_and_together(kernel: ctypes.CDLL, threads: int) -> dict[str, tuple[np.
         "RMS_NORM": ((x,), {0: 1e-6}),
         "ADD": ((x, y), {}),
         "MUL": ((x, weights), {}),
-        "GLU": ((x, y), {0: SWIGLU}),
+        "NORM": ((x,), {0: 1e-6}),
         "ROPE": ((x, positions), rotation(PAIRS_ARE_HALVES, 96)),
     }
     results = {}
@@ -219,19 +257,18 @@ def test_results_may_overwrite_operands(kernel):
 def test_other_forms_are_refused(kernel):
     x, odd, at = random(4, 2, 64), random(4, 2, 63), np.arange(4, dtype=np.int32)
     turn = rotation(PAIRS_ARE_HALVES, 64)
-    stretched, by_section = {1: 64, 2: 2, 7: 1.0}, {1: 64, 2: 8}
-    memory, two = np.zeros((8, 64), np.float32), np.zeros((4, 2), np.int64)
+    by_section, beyond = {1: 64, 2: 8}, rotation(PAIRS_ARE_HALVES, 64, first=8)
+    memory, two = np.zeros((8, 64), np.int32), np.zeros((2, 4), np.int64)
     left = {
         "rows of another number of elements": ("RMS_NORM", odd, (odd,), {}),
         "elements that lie apart": ("RMS_NORM", x[..., :32], (random(4, 2, 64)[..., ::2],), {}),
         "a column that is repeated": ("MUL", x, (x, random(4, 2, 8)), {}),
         "halves": ("ADD", x.astype(np.float16), (x.astype(np.float16), x.astype(np.float16)), {}),
-        "another gate": ("GLU", x, (x, x), {0: 1}),
-        "a stretched rotation": ("ROPE", x, (x, at), stretched),
+        "a rotation beyond the row": ("ROPE", x, (x, at), beyond),
         "a rotation by sections": ("ROPE", x, (x, at), by_section),
         "a rotation of halves": ("ROPE", x.astype(np.float16), (x.astype(np.float16), at), turn),
         "a memory of another type": ("SET_ROWS", memory, (x[:, 0].copy(), at), {}),
-        "several lists": ("SET_ROWS", memory.astype(np.float16), (x[:, 0].copy(), two), {}),
+        "more lists than matrices": ("SET_ROWS", memory.astype(np.float16), (x[:, 0].copy(), two), {}),
     }
     for why, (name, out, sources, params) in left.items():
         assert not takes(kernel, name, node_of(shaped(out), sources, params)), why

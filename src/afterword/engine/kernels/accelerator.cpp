@@ -8,11 +8,14 @@
 #include <cstring>
 #include <unordered_map>
 
+#include "activations.hpp"
 #include "attention.hpp"
+#include "copies.hpp"
 #include "elementwise.hpp"
 #include "expert_matmul.hpp"
 #include "ggml.hpp"
 #include "ggml_checks.hpp"
+#include "head_matmul.hpp"
 #include "kv_buffers.hpp"
 #include "weight_buffers.hpp"
 #include "matmul.hpp"
@@ -36,14 +39,23 @@ struct Operation {
     void (*compute)(const Tensor *, int threads);
 };
 
-void multiply(const Tensor *node, int threads) { products::compute(node, threads, memory::holds(node->src[0])); }
+bool supports_product(const Tensor *node) {
+    return products::supports(node) || products::supports_heads(node) || products::supports_short(node);
+}
+
+void multiply(const Tensor *node, int threads) {
+    const Tensor *matrix = node->src[0];
+    if (products::is_short(node)) products::compute_short(node, threads);
+    else if (matrix->ne[2] > 1) products::compute_heads(node, threads, memory::holds(matrix));
+    else products::compute(node, threads, memory::holds(matrix));
+}
 
 void multiply_experts(const Tensor *node, int threads) { products::compute_experts(node, threads, memory::holds(node->src[0])); }
 
 template <class Kind>
 constexpr Operation elementwise_operation{Kind::NAME, Kind::supports, Kind::compute};
 
-const Operation PRODUCT{"MUL_MAT", products::supports, multiply};
+const Operation PRODUCT{"MUL_MAT", supports_product, multiply};
 const Operation EXPERT_PRODUCT{"MUL_MAT_ID", products::supports_experts, multiply_experts};
 const Operation ATTENTION{"FLASH_ATTN_EXT", attention::supports, attention::compute};
 const Operation *const OPERATIONS[] = {
@@ -51,17 +63,27 @@ const Operation *const OPERATIONS[] = {
     &EXPERT_PRODUCT,
     &ATTENTION,
     &elementwise_operation<elementwise::RmsNorm>,
+    &elementwise_operation<elementwise::Norm>,
     &elementwise_operation<elementwise::Sum>,
+    &elementwise_operation<elementwise::Difference>,
     &elementwise_operation<elementwise::Mul>,
     &elementwise_operation<elementwise::Div>,
-    &elementwise_operation<elementwise::SwiGLU>,
     &elementwise_operation<elementwise::Rope>,
     &elementwise_operation<elementwise::SetRows>,
     &elementwise_operation<elementwise::GetRows>,
+    &elementwise_operation<activations::Unary>,
+    &elementwise_operation<activations::Gate>,
+    &elementwise_operation<activations::SquareOperation>,
+    &elementwise_operation<activations::RootOperation>,
+    &elementwise_operation<copies::Cont>,
+    &elementwise_operation<copies::Concat>,
+    &elementwise_operation<copies::Repeat>,
+    &elementwise_operation<copies::Fill>,
     &elementwise_operation<routing::SoftMax>,
-    &elementwise_operation<routing::Sigmoid>,
     &elementwise_operation<routing::Argsort>,
+    &elementwise_operation<routing::TopK>,
     &elementwise_operation<routing::SumRows>,
+    &elementwise_operation<routing::Mean>,
     &elementwise_operation<routing::Clamp>,
     &elementwise_operation<routing::Scale>,
     &elementwise_operation<routing::AddExpertRows>,
@@ -106,7 +128,8 @@ bool supports_buffers(Device *, BufferType *type) { return ggml.is_host(type) ||
 // Whether the weights of this operation may be packed. llama.cpp's loader asks before it chooses a buffer type.
 bool supports_weights(Device *, const Tensor *node) {
     if (is(node, EXPERT_PRODUCT.name)) return products::supports_experts(node) && products::experts_can_be_packed(node->src[0]);
-    return is(node, PRODUCT.name) && products::supports(node);
+    if (!is(node, PRODUCT.name)) return false;
+    return products::supports(node) || (products::supports_heads(node) && products::experts_can_be_packed(node->src[0]));
 }
 void count_unsupported_product(const Tensor *matrix) {
     if (products::of_model(matrix)) offered.unsupported_types |= 1ull << matrix->type;

@@ -1,5 +1,5 @@
-// The operations between products and attention: norms, sums, products, quotients, SwiGLU, rotary embedding, SET_ROWS and
-// GET_ROWS.
+// The operations between products and attention: norms, sums, differences, products, quotients, rotary embedding, SET_ROWS and
+// GET_ROWS. Functions of single elements are in activations.hpp, copies in copies.hpp.
 //
 // They are computed here because each change between ggml's CPU backend and this one takes longer than the operation. One thread
 // computes a row, and the order of its operations is fixed. Other operations, and forms that `supports` refuses, are left to
@@ -13,7 +13,6 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
-#include <utility>
 #include <vector>
 
 #include "simd.hpp"
@@ -25,7 +24,7 @@ namespace {
 
 constexpr int64_t ALONE = 1 << 15;  // fewer elements are computed by one thread, sooner than others could join
 constexpr int64_t PART = 1 << 13;   // elements that a thread takes at a time
-constexpr int SWIGLU = 2, IN_PAIRS = 0, IN_HALVES = 2;  // ggml's numbers of the gate and of the orders of rotary embedding
+constexpr int IN_PAIRS = 0, IN_HALVES = 2;  // ggml's numbers of the orders of rotary embedding
 
 // The indices of row `i` of a tensor in its dimensions 1 to 3.
 struct RowIndex {
@@ -72,6 +71,7 @@ void for_elements(int64_t length, const Do &work) {
 bool dense_floats(const Tensor *x) { return x->type == F32 && rows_are_dense(x, sizeof(float)); }
 bool floats(const Tensor *x) { return dense_floats(x) && x->ne[0] % LANES == 0; }
 bool same_rows(const Tensor *a, const Tensor *b) { return a->ne[1] == b->ne[1] && a->ne[2] == b->ne[2] && a->ne[3] == b->ne[3]; }
+bool same_shape(const Tensor *a, const Tensor *b) { return a->ne[0] == b->ne[0] && same_rows(a, b); }
 
 float setting(const Tensor *node, int i) {
     float x;
@@ -79,7 +79,7 @@ float setting(const Tensor *node, int i) {
     return x;
 }
 
-// ---- norms: each row divided by the root of its mean square
+// ---- norms: each row divided by the root of its mean square, or minus its mean and divided by its standard deviation
 
 struct RmsNorm {
     static constexpr const char *NAME = "RMS_NORM";
@@ -99,7 +99,30 @@ struct RmsNorm {
     }
 };
 
-// ---- sums, products and quotients, element by element; rows of the second operand, or their only element, are repeated
+struct Norm {
+    static constexpr const char *NAME = "NORM";
+    static bool supports(const Tensor *node) { return floats(node) && floats(node->src[0]); }
+    static void compute(const Tensor *node, int threads) {
+        const Tensor *x = node->src[0];
+        const int64_t length = x->ne[0];
+        const float least = setting(node, 0);
+        parallel_rows(threads, rows_of(node), length, [=](int64_t i) {
+            const float *from = row(x, {x, i});
+            float *to = row(node, {node, i});
+            f8 total{}, squares{};
+            for (int64_t k = 0; k < length; k += LANES) total += load(from + k);
+            const float mean = sum(total) / (float)length;
+            for (int64_t k = 0; k < length; k += LANES) {
+                const f8 distance = load(from + k) - mean;
+                squares = fused(distance, distance, squares);
+            }
+            const float scale = 1 / std::sqrt(sum(squares) / (float)length + least);
+            for_lanes(length, [=](int64_t k, auto v) { store(to + k, (load<decltype(v)>(from + k) - mean) * scale); });
+        });
+    }
+};
+
+// ---- sums, differences, products and quotients, element by element; rows of the second operand, or their only element, are repeated
 
 template <class Two>
 struct Binary {
@@ -127,6 +150,9 @@ struct Binary {
 struct Sum : Binary<std::plus<>> {
     static constexpr const char *NAME = "ADD";
 };
+struct Difference : Binary<std::minus<>> {
+    static constexpr const char *NAME = "SUB";
+};
 struct Mul : Binary<std::multiplies<>> {
     static constexpr const char *NAME = "MUL";
 };
@@ -134,36 +160,35 @@ struct Div : Binary<std::divides<>> {
     static constexpr const char *NAME = "DIV";
 };
 
-// ---- SwiGLU: x / (1 + exp(-x)) times the other half of the row, or times a second tensor
-
-struct SwiGLU {
-    static constexpr const char *NAME = "GLU";
-    static bool supports(const Tensor *node) {
-        const Tensor *x = node->src[0], *other = node->src[1];
-        return node->params[0] == SWIGLU && floats(node) && floats(x) && same_rows(node, x) &&
-               (!other || (floats(other) && same_rows(node, other)));
-    }
-    template <class V>
-    static V swiglu(V x, V other) {
-        const V most = all<V>(88.0f);
-        return x / (1.0f + exponential(-x < most ? -x : most)) * other;
-    }
-    static void compute(const Tensor *node, int threads) {
-        const Tensor *x = node->src[0], *other = node->src[1];
-        const int64_t length = node->ne[0];
-        const bool swapped = node->params[1];
-        parallel_rows(threads, rows_of(node), length, [=](int64_t i) {
-            const RowIndex at(node, i);
-            const float *a = row(x, at), *b = other ? row(other, at) : a + length;
-            if (swapped && !other) std::swap(a, b);
-            float *to = row(node, at);
-            for_lanes(length,
-                      [=](int64_t k, auto v) { store(to + k, swiglu(load<decltype(v)>(a + k), load<decltype(v)>(b + k))); });
-        });
-    }
-};
-
 // ---- rotary embedding: rotates pairs of elements of a head, which are neighbours or half a head apart
+
+// How the angles of a model are changed for longer contexts than it was trained on: all by one factor, or those of slow pairs more
+// than those of fast ones (YaRN).
+class Stretching {
+    const float speed, mix;  // mix: 0 without YaRN
+    float first = 0, range = 1;
+
+   public:
+    Stretching(const Tensor *node, int pairs) : speed(setting(node, 6)), mix(setting(node, 7)) {
+        if (mix == 0) return;
+        const double base = setting(node, 5), length = node->params[4];
+        // The pair that turns `turns` times in the original context.
+        const auto pair_of = [=](double turns) { return pairs * std::log(length / (turns * 2 * M_PI)) / std::log(base); };
+        first = (float)std::max(0.0, std::floor(pair_of(setting(node, 9))));
+        const auto end = (float)std::min(2.0 * pairs - 1, std::ceil(pair_of(setting(node, 10))));
+        range = std::max(0.001f, end - first);
+    }
+
+    // The angle for one position.
+    float of(int pair, float angle) const {
+        if (mix == 0) return speed * angle;
+        const float kept = (1 - std::min(1.0f, std::max(0.0f, ((float)pair - first) / range))) * mix;
+        return fused(speed * angle, 1 - kept, angle * kept);
+    }
+
+    // The factor of cosines and sines.
+    float size() const { return mix == 0 ? 1 : 1 + 0.1f * std::log(1 / speed); }
+};
 
 // Cosines and sines of a pass, [position][cosines, sines][pair]. They are kept, because all layers use the same.
 class Angles {
@@ -185,11 +210,13 @@ class Angles {
         const bool new_positions = replace(positions, node->src[1]), new_factors = replace(factors, node->src[2]);
         if (!new_positions && !new_factors && !std::memcmp(params, node->params, sizeof params)) return table.data();
         std::memcpy(params, node->params, sizeof params);
-        const float base = setting(node, 5), speed = setting(node, 6), size = setting(node, 8);
+        const float base = setting(node, 5);
+        const Stretching stretching(node, pairs);
+        const float size = setting(node, 8) * stretching.size();
         table.resize(positions.size() * 2 * pairs);
         for (int pair = 0; pair < pairs; pair++) {
-            const float angle = speed * (float)std::pow((double)base, -(double)pair / pairs);
-            const float one = factors.empty() ? angle : angle / factors[pair];
+            const float angle = (float)std::pow((double)base, -(double)pair / pairs);
+            const float one = stretching.of(pair, factors.empty() ? angle : angle / factors[pair]);
             for (size_t i = 0; i < positions.size(); i++) {
                 float *to = &table[i * 2 * pairs + pair];
                 to[0] = size * std::cos(positions[i] * one), to[pairs] = size * std::sin(positions[i] * one);
@@ -203,17 +230,18 @@ Angles angles;  // used by one operation at a time
 
 struct Rope {
     static constexpr const char *NAME = "ROPE";
+    static constexpr int FIRST_TURNED = 15;  // the parameter with the first element that is rotated
     static bool supports(const Tensor *node) {
         const Tensor *x = node->src[0], *at = node->src[1], *factors = node->src[2];
-        const int elements = node->params[1], order = node->params[2];
-        const bool stretched = setting(node, 7) != 0;  // YaRN
-        return floats(node) && floats(x) && x->ne[3] == 1 && at->type == I32 && at->ne[0] == x->ne[2] && elements <= x->ne[0] &&
-               elements % 2 == 0 && (order == IN_PAIRS || order == IN_HALVES) && !stretched &&
+        const int elements = node->params[1], order = node->params[2], first = node->params[FIRST_TURNED];
+        return floats(node) && floats(x) && x->ne[3] == 1 && at->type == I32 && at->ne[0] == x->ne[2] && elements % 2 == 0 &&
+               first >= 0 && first + elements <= x->ne[0] && (order == IN_PAIRS || order == IN_HALVES) &&
                (!factors || (factors->type == F32 && factors->ne[0] >= elements / 2));
     }
     static void compute(const Tensor *node, int threads) {
         const Tensor *x = node->src[0];
         const int pairs = node->params[1] / 2;
+        const int first = node->params[FIRST_TURNED], end = first + 2 * pairs;
         const bool halves = node->params[2] == IN_HALVES;
         const float *table = angles.of(node, pairs);
         parallel_rows(threads, rows_of(node), x->ne[0], [=](int64_t i) {
@@ -221,43 +249,49 @@ struct Rope {
             const float *from = row(x, at), *cosines = table + at.i2 * 2 * pairs, *sines = cosines + pairs;
             float *to = row(node, at);
             const auto angle = [=](int pair, int one, int other) {
-                const float a = from[one], b = from[other];
-                to[one] = fused(a, cosines[pair], -b * sines[pair]);
-                to[other] = fused(a, sines[pair], b * cosines[pair]);
+                const float a = from[first + one], b = from[first + other];
+                to[first + one] = fused(a, cosines[pair], -b * sines[pair]);
+                to[first + other] = fused(a, sines[pair], b * cosines[pair]);
             };
             if (halves)
                 for (int pair = 0; pair < pairs; pair++) angle(pair, pair, pair + pairs);
             else
                 for (int pair = 0; pair < pairs; pair++) angle(pair, 2 * pair, 2 * pair + 1);
-            for (int64_t k = 2 * pairs; k < x->ne[0]; k++) to[k] = from[k];
+            for (int64_t k = 0; k < x->ne[0]; k++)
+                if (k < first || k >= end) to[k] = from[k];
         });
     }
 };
 
-// ---- SET_ROWS and GET_ROWS: rows are written to the KV cache, and read by their numbers
+// ---- SET_ROWS and GET_ROWS: rows are written to the KV cache, and rows are written and read by their numbers
 
-int64_t number(const Tensor *numbers, int64_t i) {
-    return numbers->type == I64 ? ((int64_t *)numbers->data)[i] : ((int32_t *)numbers->data)[i];
+bool are_numbers(const Tensor *x) { return x->type == I64 || x->type == I32; }
+
+int64_t number(const Tensor *numbers, int64_t i, int64_t list = 0, int64_t lists = 0) {
+    const char *at = numbers->data + i * numbers->nb[0] + list % numbers->ne[1] * numbers->nb[1] +
+                     lists % numbers->ne[2] * numbers->nb[2];
+    return numbers->type == I64 ? *(const int64_t *)at : *(const int32_t *)at;
 }
 
-bool one_list(const Tensor *numbers) {
-    return (numbers->type == I64 || numbers->type == I32) && numbers->ne[1] == 1 && numbers->ne[2] == 1 && numbers->ne[3] == 1;
-}
-bool one_matrix(const Tensor *x) { return x->ne[2] == 1 && x->ne[3] == 1; }
-
+// Each matrix of the first operand has its own list, or several share one.
 struct SetRows {
     static constexpr const char *NAME = "SET_ROWS";
     static bool supports(const Tensor *node) {
         const Tensor *x = node->src[0], *where = node->src[1];
-        return node->type == F16 && rows_are_dense(node, sizeof(half)) && floats(x) && one_matrix(node) && one_matrix(x) &&
-               one_list(where) && where->ne[0] == x->ne[1];
+        const bool is_halves = node->type == F16 && rows_are_dense(node, sizeof(half)) && floats(x);
+        return (is_halves || (dense_floats(node) && dense_floats(x))) && x->ne[0] == node->ne[0] && are_numbers(where) &&
+               where->ne[0] == x->ne[1] && where->ne[1] && where->ne[2] && where->ne[3] == 1 && x->ne[2] == node->ne[2] &&
+               x->ne[3] == node->ne[3] && x->ne[2] % where->ne[1] == 0 && x->ne[3] % where->ne[2] == 0;
     }
     static void compute(const Tensor *node, int threads) {
         const Tensor *x = node->src[0], *where = node->src[1];
-        parallel_rows(threads, x->ne[1], x->ne[0], [=](int64_t i) {
-            const float *from = row(x, {x, i});
-            half *to = (half *)(node->data + number(where, i) * node->nb[1]);
-            for (int64_t k = 0; k < x->ne[0]; k += LANES) narrow(to + k, load(from + k));
+        parallel_rows(threads, rows_of(x), x->ne[0], [=](int64_t i) {
+            const RowIndex at(x, i);
+            const float *from = row(x, at);
+            char *to = node->data + number(where, at.i1, at.i2, at.i3) * node->nb[1] + at.i2 * node->nb[2] + at.i3 * node->nb[3];
+            if (node->type == F32) std::memcpy(to, from, x->ne[0] * sizeof(float));
+            else
+                for (int64_t k = 0; k < x->ne[0]; k += LANES) narrow((half *)to + k, load(from + k));
         });
     }
 };
@@ -267,16 +301,15 @@ struct GetRows {
     static constexpr const char *NAME = "GET_ROWS";
     static bool supports(const Tensor *node) {
         const Tensor *x = node->src[0], *which = node->src[1];
-        return dense_floats(node) && dense_floats(x) && (which->type == I32 || which->type == I64) && x->ne[2] == which->ne[1] &&
-               x->ne[3] == 1 && which->ne[2] == 1 && which->ne[3] == 1;
+        return dense_floats(node) && dense_floats(x) && are_numbers(which) && x->ne[2] == which->ne[1] &&
+               x->ne[3] == which->ne[2] && which->ne[3] == 1;
     }
     static void compute(const Tensor *node, int) {
         const Tensor *x = node->src[0], *which = node->src[1];
         for (int64_t i = 0; i < rows_of(node); i++) {
             const RowIndex at(node, i);
-            const char *const at_number = which->data + at.i1 * which->nb[0] + at.i2 * which->nb[1];
-            const int64_t from = which->type == I64 ? *(const int64_t *)at_number : *(const int32_t *)at_number;
-            std::memcpy(row(node, at), x->data + from * x->nb[1] + at.i2 * x->nb[2], x->ne[0] * sizeof(float));
+            const char *from = x->data + number(which, at.i1, at.i2, at.i3) * x->nb[1] + at.i2 * x->nb[2] + at.i3 * x->nb[3];
+            std::memcpy(row(node, at), from, x->ne[0] * sizeof(float));
         }
     }
 };

@@ -72,9 +72,9 @@ inline char *results_of(const Tensor *node, int64_t i) {
     return node->data + i / node->ne[1] * node->nb[2] + i % node->ne[1] * node->nb[1];
 }
 
-// Multiplies tile `number` (of two groups of rows) with the columns of one expert. `next`: the memory that is prefetched meanwhile.
+// Multiplies tile `number` (of two groups of rows) of one matrix with its columns. `next`: the memory that is prefetched meanwhile.
 template <class Type, class Rows>
-void multiply_expert_tile(const Product<Type, Rows> &op, int64_t number, const char *next) {
+void multiply_matrix_tile(const Product<Type, Rows> &op, int64_t number, const char *next) {
     if (op.count > 1) return multiply_tile<Type, Rows, 2>(op, scratch_for<Type, 2>(op.count), number, next);
     // A single column: one group of rows at a time is faster, see matmul.hpp.
     Scratch<Type, 1> &scratch = scratch_for<Type, 1>(1);
@@ -124,7 +124,7 @@ void compute_experts_of_type(const Tensor *node, int threads) {
                                          steps,
                                          group.count,
                                          columns + group.first};
-            multiply_expert_tile(op, item % tiles, tile_at(item + 1 < items ? item + 1 : item));
+            multiply_matrix_tile(op, item % tiles, tile_at(item + 1 < items ? item + 1 : item));
         });
         return next(thread);
     });

@@ -1,4 +1,4 @@
-// The operations that choose a token's experts and weigh their outputs: softmax, sigmoid, sorting, sums of rows, limits, factors,
+// The operations that choose a token's experts and weigh their outputs: softmax, sorting, sums and means of rows, limits, factors,
 // and biases of selected experts.
 //
 // One thread computes a row, and the order of its operations is fixed, so that a token is routed in the same way in any pass.
@@ -12,6 +12,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
+#include <vector>
 
 #include "elementwise.hpp"
 #include "ggml.hpp"
@@ -21,11 +23,9 @@ namespace routing {
 namespace {
 
 using elementwise::dense_floats, elementwise::for_elements, elementwise::parallel_rows, elementwise::row;
-using elementwise::rows_of, elementwise::same_rows, elementwise::setting, elementwise::RowIndex;
+using elementwise::RowIndex, elementwise::rows_of, elementwise::same_rows, elementwise::same_shape, elementwise::setting;
 
-constexpr int SIGMOID = 7, DESCENDING = 1;  // ggml's numbers
-
-bool same_shape(const Tensor *a, const Tensor *b) { return a->ne[0] == b->ne[0] && same_rows(a, b); }
+constexpr int DESCENDING = 1;  // ggml's number
 
 // Calls `work(from, to)` with each row of the operand and of the result.
 template <class Work>
@@ -83,23 +83,19 @@ struct SoftMax {
     }
 };
 
-// A number that is not finite becomes NaN.
-struct Sigmoid {
-    static constexpr const char *NAME = "UNARY";
-    static bool supports(const Tensor *node) {
-        return node->params[0] == SIGMOID && dense_floats(node) && dense_floats(node->src[0]) && same_shape(node, node->src[0]);
-    }
-    static void compute(const Tensor *node, int threads) {
-        each_row(node, threads, [length = node->ne[0]](const float *from, float *to) {
-            eight_at_a_time(from, to, length, 0, [](f8 x) {
-                const f8 most = all(88.0f);
-                return 1.0f / (1.0f + exponential(-x < most ? -x : most)) + (x - x);
-            });
-        });
+// Whether element `a` of a row comes before `b`: larger ones first, equal ones in their order, NaN last.
+struct FromLargest {
+    const float *row;
+
+    bool operator()(int32_t a, int32_t b) const {
+        const float x = row[a], y = row[b];
+        if (x > y || x < y) return x > y;
+        const bool x_is_number = x == x, y_is_number = y == y;
+        return x_is_number != y_is_number ? x_is_number : a < b;
     }
 };
 
-// The numbers of a row's elements, from the largest element to the least. Equal ones stay in their order; NaN comes last.
+// The numbers of a row's elements, from the largest element to the least.
 struct Argsort {
     static constexpr const char *NAME = "ARGSORT";
     static bool supports(const Tensor *node) {
@@ -109,27 +105,56 @@ struct Argsort {
     static void compute(const Tensor *node, int threads) {
         each_row(node, threads, [length = node->ne[0]](const float *from, float *to) {
             const auto numbers = (int32_t *)to;
-            for (int64_t k = 0; k < length; k++) numbers[k] = (int32_t)k;
-            std::sort(numbers, numbers + length, [=](int32_t a, int32_t b) {
-                const float x = from[a], y = from[b];
-                if (x > y || x < y) return x > y;
-                const bool x_is_number = x == x, y_is_number = y == y;
-                return x_is_number != y_is_number ? x_is_number : a < b;
-            });
+            std::iota(numbers, numbers + length, 0);
+            std::sort(numbers, numbers + length, FromLargest{from});
         });
     }
 };
 
-struct SumRows {
-    static constexpr const char *NAME = "SUM_ROWS";
+// The first of them. ggml leaves their order open.
+struct TopK {
+    static constexpr const char *NAME = "TOP_K";
     static bool supports(const Tensor *node) {
-        return dense_floats(node) && dense_floats(node->src[0]) && node->ne[0] == 1 && same_rows(node, node->src[0]);
+        const Tensor *x = node->src[0];
+        return node->type == I32 && rows_are_dense(node, 4) && dense_floats(x) && same_rows(node, x) && node->ne[0] <= x->ne[0];
     }
     static void compute(const Tensor *node, int threads) {
+        const int64_t length = node->src[0]->ne[0], count = node->ne[0];
+        each_row(node, threads, [=](const float *from, float *to) {
+            static thread_local std::vector<int32_t> numbers;
+            numbers.resize(length);
+            std::iota(numbers.begin(), numbers.end(), 0);
+            std::partial_sort(numbers.begin(), numbers.begin() + count, numbers.end(), FromLargest{from});
+            std::memcpy(to, numbers.data(), count * sizeof(int32_t));
+        });
+    }
+};
+
+float sum_of(const float *row, int64_t length) {
+    float total = 0;
+    for (int64_t k = 0; k < length; k++) total += row[k];
+    return total;
+}
+
+bool has_one_element_for_each_row(const Tensor *node) {
+    return dense_floats(node) && dense_floats(node->src[0]) && node->ne[0] == 1 && same_rows(node, node->src[0]);
+}
+
+struct SumRows {
+    static constexpr const char *NAME = "SUM_ROWS";
+    static bool supports(const Tensor *node) { return has_one_element_for_each_row(node); }
+    static void compute(const Tensor *node, int threads) {
+        each_row(node, threads,
+                 [length = node->src[0]->ne[0]](const float *from, float *to) { *to = sum_of(from, length); });
+    }
+};
+
+struct Mean {
+    static constexpr const char *NAME = "MEAN";
+    static bool supports(const Tensor *node) { return has_one_element_for_each_row(node); }
+    static void compute(const Tensor *node, int threads) {
         each_row(node, threads, [length = node->src[0]->ne[0]](const float *from, float *to) {
-            float total = 0;
-            for (int64_t k = 0; k < length; k++) total += from[k];
-            *to = total;
+            *to = sum_of(from, length) / (float)length;
         });
     }
 };
@@ -147,15 +172,22 @@ struct Clamp {
     }
 };
 
+// Times a factor, plus a term.
 struct Scale {
     static constexpr const char *NAME = "SCALE";
     static bool supports(const Tensor *node) {
-        return dense_floats(node) && dense_floats(node->src[0]) && same_shape(node, node->src[0]) && setting(node, 1) == 0;
+        return dense_floats(node) && dense_floats(node->src[0]) && same_shape(node, node->src[0]);
     }
     static void compute(const Tensor *node, int threads) {
-        const float factor = setting(node, 0);
+        const float factor = setting(node, 0), term = setting(node, 1);
         each_row(node, threads, [=, length = node->ne[0]](const float *from, float *to) {
-            for_elements(length, [=](int64_t k, auto v) { store(to + k, load<decltype(v)>(from + k) * factor); });
+            if (term == 0) {  // -0 plus 0 would be 0
+                return for_elements(length, [=](int64_t k, auto v) { store(to + k, load<decltype(v)>(from + k) * factor); });
+            }
+            for_elements(length, [=](int64_t k, auto v) {
+                using V = decltype(v);
+                store(to + k, fused(load<V>(from + k), all<V>(factor), all<V>(term)));
+            });
         });
     }
 };

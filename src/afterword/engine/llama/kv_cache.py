@@ -50,14 +50,18 @@ _WHOLE, _RECURRENT = 0, native.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY  # parts of a 
 
 @dataclass(frozen=True, slots=True)
 class NativeContext:
-    """A context of llama.cpp. `own_attention`: whether Afterword's kernels compute its attention.
+    """A context of llama.cpp.
 
-    `pages`: the memory of its KV cache, if that is given back when slots are truncated; else None.
+    - `pages`: the memory of its KV cache, if that is given back when slots are truncated; else None.
+    - `own_attention`: whether Afterword's kernels compute its attention.
+    - `depends_on_batch`: whether the library computes it with kernels that it chooses by the shape of the pass, although
+      the settings ask for others.
     """
 
     address: object
-    own_attention: bool = False
     pages: KvMemory | None = None
+    own_attention: bool = False
+    depends_on_batch: bool = False
 
 
 class KvCache:

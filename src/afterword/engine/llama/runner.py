@@ -35,7 +35,8 @@ _F16, _F32 = native.GGML_TYPE_F16, native.GGML_TYPE_F32
 _ATTENTION = {"f16": (_PLAIN, _F16, _F16), "f32": (_PLAIN, _F32, _F32)}
 _KERNEL_ATTENTION = (_FLASH, _F16, _F16)
 _GPU_ATTENTION = (_FLASH_IF_SUPPORTED, _F16, _F16)
-# For keys and values of different types llama.cpp has a single kernel for all shapes, which computes query by query.
+# For keys and values of different types llama.cpp has a single kernel for all shapes, which computes query by query. It
+# refuses two types for models whose values are a part of the keys (MLA).
 _PER_QUERY_ATTENTION = (_FLASH, _F16, _BF16)
 _LIBRARY_TYPES = frozenset(
     (
@@ -69,6 +70,7 @@ class LlamaRunner:
         accelerator.start_recording()
         created = _context(self.model, settings, self.accelerated)
         self._context, self.uses_own_attention = created.address, created.own_attention
+        self._depends_on_batch = created.depends_on_batch
         if not native.llama_get_memory(self._context):
             raise SettingError(f"{settings.path} is not a text-completion model: it has no KV cache.")
         self._unsupported_types = accelerator.unsupported_types()
@@ -115,7 +117,7 @@ class LlamaRunner:
     @property
     def promise(self) -> Promise:
         """The promise that holds for the loaded model, given which operations the kernels compute."""
-        if self.fixed_shape != self._settings.fixed_shape:
+        if self.fixed_shape != self._settings.fixed_shape or self._depends_on_batch:
             return "none"
         if self._settings.gpu_layers or not self.uses_kernels:
             return "none" if self._recurrent else self._settings.promise_without_kernels
@@ -262,15 +264,22 @@ def _context(model: object, settings: LoadModel, accelerated: bool) -> NativeCon
         return NativeContext(_create_context(model, settings, _GPU_ATTENTION))
     if settings.kv_type != "exact":
         return NativeContext(_create_context(model, settings, _ATTENTION[settings.kv_type]))
-    if not accelerated:
-        return NativeContext(_create_context(model, settings, _PER_QUERY_ATTENTION))
-    for attention in (_KERNEL_ATTENTION, _PER_QUERY_ATTENTION):
-        context, memory = accelerator.with_kv_memory(partial(_create_context, model, settings, attention))
-        if attention == _PER_QUERY_ATTENTION or accelerator.computes_all_attention():
-            break
+    with_memory = accelerator.with_kv_memory if accelerated else _without_kv_memory
+    create = partial(_create_context, model, settings)
+    if accelerated:
+        context, memory = with_memory(partial(create, _KERNEL_ATTENTION))
+        if accelerator.computes_all_attention():
+            return NativeContext(context, memory, own_attention=True)
         native.llama_free(context)
         accelerator.start_recording()
-    return NativeContext(context, attention == _KERNEL_ATTENTION, memory)
+    try:
+        return NativeContext(*with_memory(partial(create, _PER_QUERY_ATTENTION)))
+    except SettingError:
+        return NativeContext(*with_memory(partial(create, _KERNEL_ATTENTION)), depends_on_batch=True)
+
+
+def _without_kv_memory(create: Callable[[], object]) -> tuple[object, None]:
+    return create(), None
 
 
 def _create_context(model: object, settings: LoadModel, attention: tuple[int, int, int]) -> object:

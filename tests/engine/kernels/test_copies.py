@@ -1,0 +1,65 @@
+"""The kernels that copy elements: compared with numpy, for operands of any strides."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import pytest
+
+from engine.kernels.test_elementwise import computed, node_of, random, shaped, takes
+
+AXES = [(0, 1, 2, 3), (0, 2, 1, 3), (3, 0, 1, 2), (0, 1, 3, 2), (2, 3, 1, 0)]
+
+
+@pytest.fixture(scope="module")
+def kernel(accelerator_library: ctypes.CDLL) -> ctypes.CDLL:
+    return accelerator_library
+
+
+@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_elements_are_copied_in_their_order(kernel, axes, threads):
+    x = random(5, 6, 70, 33)[1:, :, 3:, 1:].transpose(axes)
+    assert (computed(kernel, "CONT", x.shape, x, threads=threads) == x).all()
+    flat = (1, 1, x.shape[0] * x.shape[1], x.shape[2] * x.shape[3])
+    assert (computed(kernel, "CONT", flat, x, threads=threads) == x.reshape(flat)).all()
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2, 3), (0, 1, 3, 2)])
+@pytest.mark.parametrize("dimension", range(4))
+def test_the_second_operand_follows_the_first(kernel, dimension, axes):
+    shapes = [list((5, 4, 3, 6)), list((5, 4, 3, 6))]
+    shapes[1][3 - dimension] = 9
+    a, b = (random(*(shape[axis] for axis in axes), seed=seed).transpose(axes) for seed, shape in enumerate(shapes))
+    expected = np.concatenate([a, b], axis=3 - dimension)
+    assert (computed(kernel, "CONCAT", expected.shape, a, b, params={0: dimension}, threads=2) == expected).all()
+
+
+@pytest.mark.parametrize("times", [(1, 1, 4, 1), (2, 3, 1, 1), (1, 1, 1, 5), (2, 3, 4, 5)])
+def test_repeated_elements(kernel, times):
+    x = random(2, 3, 2, 7)
+    expected = np.tile(x, times)
+    assert (computed(kernel, "REPEAT", expected.shape, x) == expected).all()
+
+
+def test_one_number_in_all_elements(kernel):
+    assert (computed(kernel, "FILL", (3, 50, 9), random(3, 50, 9), params={0: -np.inf}) == -np.inf).all()
+
+
+def test_integers_are_copied(kernel):
+    x = np.arange(24, dtype=np.int32).reshape(1, 1, 4, 6)
+    copied = np.zeros((1, 1, 4, 3), np.int32)
+    node = node_of(copied, (x[..., :3],), {})
+    assert takes(kernel, "CONT", node)
+    kernel.operation_compute(b"CONT", ctypes.byref(node), 1)
+    assert (copied == x[..., :3]).all()
+
+
+def test_other_forms_are_refused(kernel):
+    x, halves = random(4, 8), random(4, 8).astype(np.float16)
+    assert not takes(kernel, "CONT", node_of(shaped(x), (halves,), {})), "a conversion"
+    assert not takes(kernel, "CONT", node_of(shaped(halves), (halves,), {})), "halves"
+    assert not takes(kernel, "CONT", node_of(shaped(random(4, 16)[:, :8]), (x,), {})), "a result with gaps"
+    assert not takes(kernel, "CONCAT", node_of(shaped(x), (x, halves), {0: 1})), "two types"
+    assert not takes(kernel, "REPEAT", node_of(shaped(random(4, 9)), (x,), {})), "a part of a row"
