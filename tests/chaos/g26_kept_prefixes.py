@@ -28,7 +28,7 @@ from .server import Server
 
 _SHAPE = ("--parallel", "4", "--context", "2048")
 _CLIENTS = 3
-_MOST_RESPONSES, _LONGEST_REST = 8, 0.3  # a life: responses, then seconds
+_RESPONSES, _LONGEST_REST = (0, 3, 8), 0.3  # a life: responses, then seconds
 _SIZE = "0.012"  # GB: less than all prompts need
 _DAMAGED = 1 / 2  # of the files, in each life
 
@@ -91,7 +91,7 @@ async def _live(server: Server, tally: Tally, random: Random, life: int) -> None
         cached = fresh.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
         tally.counts["cached for a new salt"] += cached > 0
     clients = [asyncio.create_task(_ask(server, tally, Random(random.random()))) for _ in range(_CLIENTS)]
-    end = tally.counts["responses"] + random.randrange(_MOST_RESPONSES)
+    end = tally.counts["responses"] + random.choice(_RESPONSES)
     while tally.counts["responses"] < end and not any(client.done() for client in clients):
         await asyncio.sleep(0.002)
     await asyncio.sleep(random.uniform(0, _LONGEST_REST))
@@ -123,7 +123,8 @@ def _damage(folder: Path, random: Random) -> int:
         if random.random() < 0.3:
             del data[position:]
         else:
-            data[position:] = bytes(byte ^ 1 for byte in data[position:])
+            bits = random.choice((1, 2, 3))
+            data[position:] = bytes(byte ^ bits for byte in data[position:])
         path.write_bytes(data)
     return len(chosen)
 
