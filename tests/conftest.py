@@ -18,6 +18,8 @@ import httpx
 import openai
 import pytest
 
+from real_model import FILE as REAL_MODEL
+
 KEY = "sk-test-0123456789abcdef"
 
 
@@ -91,6 +93,14 @@ def _read(log: IO[str]) -> str:
 def serve() -> Serve:
     """For tests that start their own server: `with serve(*arguments, key=...) as server`."""
     return running
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """The file of SmolLM2-135M-Instruct. Tests are skipped without it."""
+    if not REAL_MODEL.exists():
+        pytest.skip("the real model is not downloaded: make model")
+    return REAL_MODEL
 
 
 @pytest.fixture(scope="session")

@@ -82,7 +82,7 @@ KERNELS_ONLY = RECURRENT_ARCHITECTURES | RECURRENT_MIXTURES | {
 KERNEL_TYPES = frozenset(
     (
         *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS", "MXFP4"),
-        *("Q4_K", "Q5_K", "Q6_K"),
+        *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
     )
 )
 """Weight types that Afterword's kernels (engine/kernels/matmul.hpp) multiply if the processor has the instructions."""

@@ -69,11 +69,11 @@ async def send_concurrently(server: Any, bodies_to_send: list[Body]) -> list[lis
         return results
 
 
-def compare(serve: Any, count: int) -> None:
+def compare(serve: Any, count: int, *model: str) -> None:
     bodies_to_send = bodies(count, seed=count)
-    with serve("--parallel", "12") as busy:
+    with serve(*model, "--parallel", "12") as busy:
         concurrent = asyncio.run(send_concurrently(busy, bodies_to_send))
-    with serve("--parallel", "1") as calm, calm.http() as http:
+    with serve(*model, "--parallel", "1") as calm, calm.http() as http:
         for index, (body, found) in enumerate(zip(bodies_to_send, concurrent, strict=True)):
             alone = choices_of(http.post("/v1/completions", json=body | {"cache_salt": str(index)}))
             assert alone == found, body

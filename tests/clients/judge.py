@@ -5,13 +5,13 @@ It shares the model's file with the server and nothing else; texts are cut into 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType, TokenType
-from gguf.quants import dequantize
+from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
@@ -20,26 +20,11 @@ from oracle.oracle import Oracle
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+PIECES = {"qwen2": (QWEN2,), "smollm": (r"\p{N}", GPT2)}
+"""How each pre-tokenizer of the files cuts a text, one expression after the other."""
 END = 0
 """The token `<|endoftext|>` of the built-in model: before the first token, and after the last."""
-
-
-def expand(source: Path, target: Path) -> Path:
-    """The same model with F32 weights, so that nothing is rounded and differences are mistakes."""
-    reader = GGUFReader(source)
-    writer = GGUFWriter(target, reader.fields["general.architecture"].contents())
-    for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key not in ("general.architecture", "general.file_type"):
-            kind, *inner = field.types
-            writer.add_key_value(key, field.contents(), kind, inner[-1] if inner else None)
-    writer.add_file_type(LlamaFileType.ALL_F32)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, dequantize(tensor.data, GGMLQuantizationType(tensor.tensor_type)))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return target
 
 
 class Judge:
@@ -47,7 +32,7 @@ class Judge:
 
     def __init__(self, path: Path) -> None:
         self.oracle = Oracle(path)
-        self.tokenizer = tokenizer(path)
+        self.tokenizer = tokenizer(self.oracle.fields)
         self.loglikelihood = cache(self.loglikelihood)  # the same questions come in every arrangement
         self.rolling = cache(self.rolling)
         self.greedy = cache(self.greedy)
@@ -88,15 +73,15 @@ class Judge:
         return float(rows[range(len(wanted)), wanted].sum()), bool((rows.argmax(axis=1) == wanted).all())
 
 
-def tokenizer(path: Path) -> Tokenizer:
-    """The file's vocabulary in the hands of another library."""
-    fields = GGUFReader(path).fields
-    tokens, types, merges = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type", "merges"))
+def tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
+    """The file's vocabulary in the hands of another library. `fields`: the keys of the file."""
+    tokens, types, merges = (fields[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type", "merges"))
+    pieces = PIECES[fields["tokenizer.ggml.pre"]]
     pairs: Iterable[tuple[str, str]] = [tuple(merge.split(" ")) for merge in merges]
     made = Tokenizer(BPE({token: number for number, token in enumerate(tokens)}, list(pairs)))
     made.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(QWEN2), "isolated"),
+            *(pre_tokenizers.Split(Regex(piece), "isolated") for piece in pieces),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

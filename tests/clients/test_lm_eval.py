@@ -5,7 +5,7 @@ Accuracies are not read, since they hide mistakes: a missing last entry moves lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,19 +16,17 @@ if find_spec("lm_eval") is None:
     pytest.skip("lm-eval is not installed: make clients", allow_module_level=True)
 
 if TYPE_CHECKING:
+    from harness import Evaluate
     from judge import Judge
 
 
-HERE = Path(__file__).parent
-BUILTIN = HERE.parents[1] / "src" / "afterword" / "models" / "builtin" / "afterword-tiny.gguf"
+BUILTIN = Path(__file__).parents[2] / "src" / "afterword" / "models" / "builtin" / "afterword-tiny.gguf"
 NATS = 1e-3
-
-Evaluate = Callable[..., dict[str, list[dict[str, Any]]]]
 
 
 @pytest.fixture(scope="module")
 def expanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from judge import expand
+    from oracle.expand import expand
 
     return expand(BUILTIN, tmp_path_factory.mktemp("expanded") / "afterword-tiny-f32.gguf")
 
@@ -45,33 +43,13 @@ def judge(expanded: Path) -> Iterator[Judge]:
 @pytest.fixture(scope="module")
 def evaluate(expanded: Path, serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evaluate]:
     """The harness' samples by task."""
+    from harness import evaluating
+
+    hub = tmp_path_factory.mktemp("hub")
     with (
-        pytest.MonkeyPatch.context() as patch,
         serve(expanded, "--kv-type", "f32", "--parallel", "8", key=None) as server,
+        evaluating(server, hub) as run,
     ):
-        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
-        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "HF_EVALUATE_OFFLINE"):
-            patch.setenv(name, "1")
-        patch.delenv("OPENAI_API_KEY", raising=False)
-        patch.chdir(HERE / "tasks")  # the tasks name their files from here
-        from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
-
-        manager = TaskManager(include_path=str(HERE / "tasks"), include_defaults=False)
-
-        def run(*tasks: str, batch_size: int = 1, **arguments: Any) -> dict[str, list[dict[str, Any]]]:
-            where = {"model": server.model, "base_url": f"{server.url}/v1/completions", "max_retries": 1}
-            found = simple_evaluate(
-                "local-completions",
-                where | arguments,
-                list(tasks),
-                batch_size=batch_size,
-                task_manager=manager,
-                bootstrap_iters=0,
-                log_samples=True,
-            )
-            return found["samples"]
-
         yield run
 
 

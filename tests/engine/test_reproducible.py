@@ -192,7 +192,7 @@ def test_200_requests_of_the_built_in_model(folder):
     ("file_type", "kv_type"),
     [
         *(("Q8_0", "f16"), ("Q4_0", "exact"), ("Q4_0", "f16"), ("Q4_K_M", "exact"), ("Q6_K", "exact")),
-        *((name, "exact") for name in ("Q4_1", "IQ4_NL", "Q5_1", "IQ4_XS", "MXFP4")),
+        *((name, "exact") for name in ("Q4_1", "IQ4_NL", "Q5_1", "IQ4_XS", "MXFP4", "Q2_K", "Q3_K_M")),
         *(("F32", "exact"), ("F16", "exact"), ("F16", "f16"), ("BF16", "exact")),
     ],
 )
@@ -257,7 +257,8 @@ EVERY_PROMISE = [(name, kv_type) for name in (*QUANTIZED, *FLOATS) for kv_type i
 
 
 @pytest.mark.parametrize(
-    ("file_type", "computes_all"), [("Q8_0", True), ("Q4_1", True), ("Q4_K_M", True), ("Q3_K_M", False)]
+    ("file_type", "computes_all"),
+    [("Q8_0", True), ("Q4_1", True), ("Q3_K_M", True), ("Q4_K_M", True), ("IQ3_S", False)],
 )
 def test_the_runner_knows_whether_the_kernels_compute_everything(folder, file_type, computes_all):
     """If the kernels compute everything, the elementwise operations of a single token use one thread, else all."""

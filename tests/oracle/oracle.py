@@ -1,15 +1,15 @@
 """An independent reference implementation: the forward pass of a GGUF model in plain numpy.
 
-It depends on numpy and the `gguf` package, and on no engine. It dequantizes weights to float32 and computes in
+It depends on numpy and the `gguf` package, and on no engine. It dequantizes weights as ggml does and computes in
 float64. Every call computes all positions with full causal attention and keeps no state. Supported architectures:
 `llama` (RoPE rotates adjacent pairs) and `qwen2` (biases on q, k, v; RoPE pairs the halves of a head). It refuses
 all others.
 
 An engine rounds more. It keeps K and V in F16 by default, and converts the activations of a matmul to F16 for F16
-weights, to BF16 for BF16 weights, and to Q8_0 blocks for Q8_0 and Q4_0 weights. The table shows the largest (mean)
-difference of log probabilities between this module and llama.cpp (llama-cpp-python 0.3.36, CPU with AVX2). The models
-are those of `tiny.py`, whose logits spread widely: both architectures, both vocabularies, 200 random tokens, all rows
-and columns.
+weights, to BF16 for BF16 weights, and to Q8_0 blocks for Q8_0, Q4_0 and Q4_1 weights. The table shows the largest
+(mean) difference of log probabilities between this module and llama.cpp (llama-cpp-python 0.3.36, CPU with AVX2). The
+models are those of `tiny.py`, whose logits spread widely: both architectures, both vocabularies, 200 random tokens, all
+rows and columns.
 
     weights    F32 KV             F16 KV             F16 KV, flash attention
     F32        1.6e-5 (1e-6)      7.6e-3 (7e-4)      4.5e-3 (4e-4)
@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.floating[Any]]
 
-KINDS = {Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0}
+KINDS = {Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1}
 ROPE_BY_HALVES = {"llama": False, "qwen2": True}
 
 
@@ -43,20 +43,21 @@ class Oracle:
 
     def __init__(self, path: str | Path) -> None:
         reader = GGUFReader(path)
-        self._fields = {key: field.contents() for key, field in reader.fields.items()}
+        self.fields = {key: field.contents() for key, field in reader.fields.items()}
         self._check_supported({tensor.tensor_type for tensor in reader.tensors})
-        # Copies, so that the mapped file may be deleted while the oracle is in use.
-        self._weights = {t.name: np.array(dequantize(t.data, t.tensor_type)) for t in reader.tensors}
+        # Copies, so that the mapped file may be deleted while the oracle is in use. Converting float32 weights in every
+        # product would take most of the time of a short text.
+        self._weights = {t.name: np.array(dequantize(t.data, t.tensor_type), np.float64) for t in reader.tensors}
         self._layers = int(self._hyperparameter("block_count"))
         self._heads = int(self._hyperparameter("attention.head_count"))
         self._kv_heads = int(self._hyperparameter("attention.head_count_kv", self._heads))
         self._head_size = len(self._weights["blk.0.attn_k.weight"]) // self._kv_heads
-        self._halves = ROPE_BY_HALVES[self._fields["general.architecture"]]
+        self._halves = ROPE_BY_HALVES[self.fields["general.architecture"]]
         self._output = "output" if "output.weight" in self._weights else "token_embd"
 
     def logits(self, tokens: Sequence[int]) -> Array:
         """Logits of shape (len(tokens), vocabulary). Row i predicts the token after tokens[: i + 1]."""
-        x = self._weights["token_embd.weight"][np.asarray(tokens, np.intp)].astype(np.float64)
+        x = self._weights["token_embd.weight"][np.asarray(tokens, np.intp)]
         for layer in range(self._layers):
             x = x + self._attention(f"blk.{layer}.", x)
             x = x + self._feed_forward(f"blk.{layer}.", x)
@@ -107,14 +108,14 @@ class Oracle:
         return x.reshape(len(x), heads, self._head_size)
 
     def _hyperparameter(self, name: str, default: Any = None) -> Any:
-        value = self._fields.get(f"{self._fields['general.architecture']}.{name}", default)
+        value = self.fields.get(f"{self.fields['general.architecture']}.{name}", default)
         if value is None:
             raise ValueError(f"the file does not state {name}")
         return value
 
     def _check_supported(self, kinds: set[Kind]) -> None:
         """Raise `ValueError` for a model with features that this forward pass does not implement."""
-        architecture = self._fields["general.architecture"]
+        architecture = self.fields["general.architecture"]
         if architecture not in ROPE_BY_HALVES:
             raise ValueError(f"the oracle does not support the architecture {architecture}")
         if unknown := sorted(kind.name for kind in kinds - KINDS):

@@ -17,7 +17,7 @@ from gguf.quants import quantize
 from numpy.typing import NDArray
 
 Arch = Literal["llama", "qwen2"]
-FileType = Literal["F32", "F16", "BF16", "Q8_0", "Q4_0"]
+FileType = Literal["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"]
 Weights = dict[str, NDArray[np.float32]]
 
 # Words after a space come first, so that their merges win over those of the endings.
@@ -30,6 +30,7 @@ FILE_TYPES = {
     "BF16": LlamaFileType.MOSTLY_BF16,
     "Q8_0": LlamaFileType.MOSTLY_Q8_0,
     "Q4_0": LlamaFileType.MOSTLY_Q4_0,
+    "Q4_1": LlamaFileType.MOSTLY_Q4_1,
 }
 PEAK = 3.0
 """Standard deviation of the logits. The most likely token has a probability of about 1/3."""

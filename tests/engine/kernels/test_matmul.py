@@ -15,7 +15,21 @@ from afterword.engine.llama import accelerator
 from afterword.engine.llama.library import native
 from ggml_tensors import Tensor, tensor, with_sources
 
-QUANTIZED = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS", "MXFP4", "Q4_K", "Q5_K", "Q6_K"]
+QUANTIZED = [
+    "Q8_0",
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "IQ4_NL",
+    "IQ4_XS",
+    "MXFP4",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+]
 FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": None}
 TYPES = [*QUANTIZED, *FLOATS]
 SCALES = {  # offsets of the halves in a block; random bits could be NaN or infinity, so they get small numbers
@@ -27,6 +41,8 @@ SCALES = {  # offsets of the halves in a block; random bits could be NaN or infi
     "IQ4_NL": [0],
     "IQ4_XS": [0],
     "MXFP4": [],
+    "Q2_K": [80, 82],
+    "Q3_K": [108],
     "Q4_K": [0, 2],
     "Q5_K": [0, 2],
     "Q6_K": [208],

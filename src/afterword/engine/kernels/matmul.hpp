@@ -108,6 +108,34 @@ inline void add_step(Sums<TILES, COLUMNS> &total, const ByteStep *weights, const
             for (int c = 0; c < COLUMNS; c++) total[c][t] = fused(-weights[t].least, all<Floats>(columns[c][s].sum), total[c][t]);
 }
 
+// Adds a step whose halves have integers as scales: the sum of both halves is exact.
+template <class Type, int TILES, int COLUMNS>
+inline void add_step(Sums<TILES, COLUMNS> &total, const UnitStep *weights, const BytePiece *const *columns, int s) {
+    static_assert(!PAIRS || (STEP / 2 * Type::MOST + 16 * Type::EXCESS) * 127 <= INT16_MAX, "the sums of a half fit 16 bits");
+    Bytes exact[COLUMNS][TILES] = {}, part[COLUMNS][TILES];
+#pragma GCC unroll 8
+    for (int i = 0; i < STEP / 4; i++) {
+        const int half = i / (STEP / 8);
+        for (int c = 0; c < COLUMNS; c++) {
+            if (i % (STEP / 8) == 0)
+                for (int t = 0; t < TILES; t++) part[c][t] = begin_half(-Type::EXCESS * columns[c][s].halves[half]);
+            int32_t four;
+            std::memcpy(&four, columns[c][s].elements + 4 * i, 4);
+            for (int t = 0; t < TILES; t++) part[c][t] = add_to_half(part[c][t], weights[t].weights[i], Bytes{} + four);
+        }
+        if (i % (STEP / 8) == STEP / 8 - 1)
+            for (int c = 0; c < COLUMNS; c++)
+                for (int t = 0; t < TILES; t++) exact[c][t] += end_half(part[c][t], weights[t].units[half]);
+    }
+    for (int t = 0; t < TILES; t++)
+        for (int c = 0; c < COLUMNS; c++) {
+            Floats sum = to_floats(exact[c][t]) * weights[t].scale;
+            if (Type::LEAST)
+                sum = fused(-weights[t].least, to_floats(multiply_halves(weights[t].leasts, columns[c][s].halves)), sum);
+            total[c][t] = fused(sum, all<Floats>(columns[c][s].scale), total[c][t]);
+        }
+}
+
 // Adds a step of floats: its elements are summed one after the other, and this sum is added to the running float. So the error
 // of a long sum grows more slowly.
 template <class Type, int TILES, int COLUMNS>

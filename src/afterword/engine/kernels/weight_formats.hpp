@@ -23,6 +23,14 @@ struct ByteStep {
     Floats least;      // the minimum of the step, which is subtracted
 };
 
+// The same for types whose halves have small integers as scales and minimums.
+struct UnitStep {
+    Bytes weights[STEP / 4];
+    Bytes units[2];       // the integer scale of each half, as `end_half` reads it
+    Bytes leasts;         // the integer minimums of both halves, 16 bits each
+    Floats scale, least;  // of the block: factors of the integers
+};
+
 // A step of 32 activations of one column, rounded to bytes.
 struct BytePiece {
     int8_t elements[STEP];
@@ -91,6 +99,39 @@ constexpr bool PAIRS = false;
 inline Bytes add_pairs(Bytes sums, Bytes, Bytes) { return sums; }
 inline Bytes join_pairs(Bytes sums) { return sums; }
 #endif
+
+// The sum of half a step, multiplied by an integer: two sums of 16 bits or one of 32 bits in each lane. An instruction that
+// multiplies and adds numbers of 16 bits joins two sums and multiplies them at once.
+#if defined(__AVX2__) && !defined(__AVX512BW__) && !defined(__AVXVNNI__)
+inline Bytes begin_half(int32_t start) { return Bytes{} + (start & 0xffff); }
+inline Bytes add_to_half(Bytes sums, Bytes weights, Bytes x) { return add_pairs(sums, weights, x); }
+inline Bytes end_half(Bytes sums, Bytes unit) { return (Bytes)_mm256_madd_epi16((__m256i)sums, (__m256i)unit); }
+// Byte `which` of each word less `less`, as `end_half` reads it: twice, with 16 bits.
+inline Bytes unit(Bytes x, int which, int less) {
+    const i8 words = {0, 4, 8, 12, 0, 4, 8, 12};
+    const __m256i order = (__m256i)((words + which) * 0x00010001 | (int32_t)0x80008000);
+    return (Bytes)_mm256_sub_epi16(_mm256_shuffle_epi8((__m256i)x, order), _mm256_set1_epi16((short)less));
+}
+#else
+inline Bytes begin_half(int32_t start) { return Bytes{} + start; }
+inline Bytes add_to_half(Bytes sums, Bytes weights, Bytes x) { return dot<false>(sums, weights, x); }
+inline Bytes end_half(Bytes sums, Bytes unit) { return sums * unit; }
+inline Bytes unit(Bytes x, int which, int less) { return ((x >> 8 * which) & 0xff) - less; }
+#endif
+
+// The products of two integers of 16 bits in each lane and the sums of activations, added.
+inline Bytes multiply_halves(Bytes x, const int32_t (&halves)[2]) {
+#if defined(__AVX2__)
+    const Bytes both = Bytes{} + (int32_t)((uint32_t)halves[1] << 16 | (halves[0] & 0xffff));
+#ifdef __AVX512BW__
+    return (Bytes)_mm512_madd_epi16((__m512i)x, (__m512i)both);
+#else
+    return (Bytes)_mm256_madd_epi16((__m256i)x, (__m256i)both);
+#endif
+#else
+    return ((x << 16) >> 16) * halves[0] + (x >> 16) * halves[1];
+#endif
+}
 
 // ---- activations
 
@@ -317,6 +358,73 @@ struct IQ4_XS : Nonlinear {
     }
 };
 
+// Q2_K and Q3_K: each half of a step has an integer as its scale.
+struct Units : Quantized {
+    using Step = UnitStep;
+};
+
+struct Q2_K : Units {
+    static constexpr int ID = 10, BYTES = 84, STEPS = 8, EXCESS = 0, MOST = 3;
+    static constexpr bool LEAST = true;
+
+    template <class Rows>
+    static void unpack(Rows rows, UnitStep *to, int apart) {
+#pragma GCC unroll 4
+        for (int quarter = 0; quarter < 4; quarter++) {  // 16 bytes: half of four steps
+            Bytes columns[4];
+            rows.columns(16 + 16 * quarter, columns);
+            const int first = quarter / 2 * 4, part = quarter % 2;
+#pragma GCC unroll 4
+            for (int s = 0; s < 4; s++)
+                for (int i = 0; i < 4; i++) to[(first + s) * apart].weights[4 * part + i] = bits(columns[i], 2 * s, 3);
+        }
+        Bytes header[4];  // a byte for each half of a step: its scale in the lower 4 bits, its minimum in the upper ones
+        rows.columns(0, header);
+        const Bytes halves = rows.column(80);
+        const Floats scale = lower_halves(halves), least = upper_halves(halves);
+#pragma GCC unroll 8
+        for (int step = 0; step < 8; step++) {
+            UnitStep &now = to[step * apart];
+            const Bytes units = nibbles(header[step / 2], 0), leasts = nibbles(header[step / 2], 1) >> step % 2 * 16;
+            for (int half = 0; half < 2; half++) now.units[half] = unit(units, step % 2 * 2 + half, 0);
+            now.leasts = (leasts & 0xff) | (leasts & 0xff00) << 8;
+            now.scale = scale, now.least = least;
+        }
+    }
+};
+
+struct Q3_K : Units {
+    static constexpr int ID = 11, BYTES = 110, STEPS = 8, HALF_AT = 108, EXCESS = 4, MOST = 7;
+
+    template <class Rows>
+    static void unpack(Rows rows, UnitStep *to, int apart) {
+        Bytes third[2][4];
+        for (int half = 0; half < 2; half++) rows.columns(16 * half, third[half]);
+#pragma GCC unroll 4
+        for (int quarter = 0; quarter < 4; quarter++) {  // 16 bytes: half of four steps
+            Bytes columns[4];
+            rows.columns(32 + 16 * quarter, columns);
+            const int first = quarter / 2 * 4, part = quarter % 2;
+#pragma GCC unroll 4
+            for (int s = 0; s < 4; s++)
+                for (int i = 0; i < 4; i++) {
+                    const int bit = first + s;  // moved to bit 2
+                    const Bytes high = (bit < 2 ? third[part][i] << (2 - bit) : third[part][i] >> (bit - 2)) & 0x04040404;
+                    to[bit * apart].weights[4 * part + i] = bits(columns[i], 2 * s, 3) | high;
+                }
+        }
+        Bytes header[4];  // the last word of the weights, then the 16 scales: two words with 4 bits of each, one with 2 bits
+        rows.columns(92, header);
+        const Floats scale = rows.halves(108);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) {
+            const Bytes units = nibbles(header[1 + i / 4 % 2], i / 8) | bits(header[3], i / 4 * 2, 3) << 4;
+            to[i / 2 * apart].units[i % 2] = unit(units, i % 4, 32);
+            to[i / 2 * apart].scale = scale;
+        }
+    }
+};
+
 // Scales and minimums of Q4_K and Q5_K: eight of each, with 6 bits, in 12 bytes after two halves.
 template <class Rows>
 inline void unpack_header(Rows rows, ByteStep *to, int apart) {
@@ -472,7 +580,8 @@ struct List {
         return ((id == Types::ID && (use(Types{}), true)) || ...);
     }
 };
-using KnownTypes = List<Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, IQ4_XS, MXFP4, Q4_K, Q5_K, Q6_K, Float16, BFloat16, Float32>;
+using KnownTypes =
+    List<Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, IQ4_XS, MXFP4, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, Float16, BFloat16, Float32>;
 
 }  // namespace
 }  // namespace products

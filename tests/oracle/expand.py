@@ -1,0 +1,24 @@
+"""The same model with F32 weights, so that nothing is rounded and differences are mistakes."""
+
+from pathlib import Path
+
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
+from gguf.quants import dequantize
+
+
+def expand(source: Path, target: Path) -> Path:
+    """Write the model in `source` with F32 weights to `target`, and return `target`."""
+    reader = GGUFReader(source)
+    writer = GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key not in ("general.architecture", "general.file_type"):
+            kind, *inner = field.types
+            writer.add_key_value(key, field.contents(), kind, inner[-1] if inner else None)
+    writer.add_file_type(LlamaFileType.ALL_F32)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, dequantize(tensor.data, GGMLQuantizationType(tensor.tensor_type)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
