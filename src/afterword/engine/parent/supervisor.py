@@ -269,9 +269,7 @@ class Supervisor:
             await asyncio.sleep(TICK_SECONDS)
             before, passed = self._clock(), self._clock() - before
             ready = self.state == "ready"
-            works = ready and any(
-                not pending.paused for pending in self._jobs.values() if pending.job_id not in self._waiting
-            )
+            works = ready and any(not each.paused for each in self._jobs.values() if each.job_id not in self._waiting)
             hangs = self._watchdog.is_hanging(
                 passed, works, self._tokenizer_client.sizes_in_progress if ready else (0, 0)
             )
