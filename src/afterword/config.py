@@ -38,7 +38,8 @@ TESTED_ARCHITECTURES = frozenset(
         *("arcee", "baichuan", "bitnet", "bloom", "chatglm", "codeshell", "cohere2", "command-r", "deci"),
         *("deepseek2", "ernie4_5", "exaone", "exaone4", "falcon", "gemma", "gemma2", "gemma3", "gemma3n", "gemma4"),
         *("glm4", "gpt2", "gptneox", "granite", "granite_swa", "hunyuan-dense", "internlm2", "jais", "jais2", "llama"),
-        *("maincoder", "minicpm", "minicpm3", "mistral3", "mpt", "muse-glimmer", "nemotron", "olmo", "olmo2", "openelm", "orion", "pangu-embedded"),
+        *("maincoder", "minicpm", "minicpm3"),
+        *("mistral3", "mpt", "muse-glimmer", "nemotron", "olmo", "olmo2", "openelm", "orion", "pangu-embedded"),
         *("phi2", "phi3", "plamo", "plamo3", "qwen", "qwen2", "qwen2vl", "qwen3", "qwen3vl", "refact", "seed_oss"),
         *("smollm3", "spark2_5", "stablelm", "starcoder", "starcoder2", "xverse"),
         *RECURRENT_ARCHITECTURES,
@@ -74,9 +75,13 @@ TESTED_MIXTURES = frozenset(
 Some architectures have dense models too, so a name may be in both sets. Measured by the same tests.
 """
 
-KERNELS_ONLY = RECURRENT_ARCHITECTURES | RECURRENT_MIXTURES | {
-    *("deepseek2", "gemma3n", "maple", "mimo2", "minicpm3", "mistral4", "step35"),
-}
+KERNELS_ONLY = (
+    RECURRENT_ARCHITECTURES
+    | RECURRENT_MIXTURES
+    | {
+        *("deepseek2", "gemma3n", "maple", "mimo2", "minicpm3", "mistral4", "step35"),
+    }
+)
 """Architectures of both sets that were tested only with all products of Afterword's kernels and `--kv-type exact`."""
 
 KERNEL_TYPES = frozenset(

@@ -53,6 +53,14 @@ def test_of_numbers_by_layer_the_largest_counts(tmp_path: Path) -> None:
     assert (facts.heads_kv, facts.key_length, facts.value_length) == (3, 16, 8)
 
 
+def test_latent_values_take_no_memory(tmp_path: Path) -> None:
+    changes = {f"llama.attention.{name}_length_mla": 4 for name in ("key", "value")}
+    facts = read_facts(write(tmp_path / "model.gguf", gguf(changes)))
+    assert (facts.key_length, facts.value_length) == (8, 0)
+    indexed = read_facts(write(tmp_path / "indexed.gguf", gguf({**changes, "llama.attention.indexer.key_length": 2})))
+    assert indexed.value_length == 2
+
+
 @pytest.mark.parametrize(
     ("architecture", "changes", "kv_heads", "state"),
     [

@@ -29,7 +29,7 @@ def test_elements_are_copied_in_their_order(kernel, axes, threads):
 @pytest.mark.parametrize("axes", [(0, 1, 2, 3), (0, 1, 3, 2)])
 @pytest.mark.parametrize("dimension", range(4))
 def test_the_second_operand_follows_the_first(kernel, dimension, axes):
-    shapes = [list((5, 4, 3, 6)), list((5, 4, 3, 6))]
+    shapes = [[5, 4, 3, 6], [5, 4, 3, 6]]
     shapes[1][3 - dimension] = 9
     a, b = (random(*(shape[axis] for axis in axes), seed=seed).transpose(axes) for seed, shape in enumerate(shapes))
     expected = np.concatenate([a, b], axis=3 - dimension)

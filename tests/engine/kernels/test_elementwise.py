@@ -116,9 +116,10 @@ def turned_by(x: np.ndarray, angles: np.ndarray, order: int, first: int) -> np.n
 
 
 @pytest.mark.parametrize("order", [PAIRS_ARE_NEIGHBOURS, PAIRS_ARE_HALVES])
-@pytest.mark.parametrize(("head", "first", "turned"), [(8, 0, 8), (64, 0, 64), (80, 0, 32), (80, 48, 32), (48, 8, 16)])
+@pytest.mark.parametrize("sizes", [(8, 0, 8), (64, 0, 64), (80, 0, 32), (80, 48, 32), (48, 8, 16)])
 @pytest.mark.parametrize("factors_given", [False, True])
-def test_rotations(kernel, order, head, first, turned, factors_given):
+def test_rotations(kernel, order, sizes, factors_given):
+    head, first, turned = sizes
     x, pairs = random(6, 3, head), turned // 2
     positions = np.array([0, 1, 2, 17, 2000, 31000], np.int32)
     factors = 1 + np.arange(pairs, dtype=np.float32) / 4 if factors_given else None

@@ -163,7 +163,7 @@ def test_other_forms_are_refused(kernel):
     assert not takes(kernel, "CLAMP", node(x.astype(np.float16), x.astype(np.float16), params={})), "halves"
 
 
-@pytest.mark.parametrize("architecture", ["qwen3moe", "olmoe", "phimoe"])
+@pytest.mark.parametrize("architecture", ["qwen3moe", "olmoe", "phimoe", "gpt-oss", "glm4moe", "deepseek2"])
 def test_of_a_mixture_only_the_token_embedding_is_left_to_llama_cpp(tmp_path, monkeypatch, architecture):
     if not accelerator.supports_quantized():
         pytest.skip("llama.cpp computes elementwise operations where it computes the products")

@@ -167,20 +167,29 @@ struct RootOperation : FunctionOperation<Root> {
 template <class Use>
 bool with_unary(int number, const Use &use) {
     switch (number) {
-        case Tanh::UNARY: return use(Tanh{}), true;
-        case ReLU::UNARY: return use(ReLU{}), true;
-        case Sigmoid::UNARY: return use(Sigmoid{}), true;
-        case GELU::UNARY: return use(GELU{}), true;
-        case QuickGELU::UNARY: return use(QuickGELU{}), true;
-        case SiLU::UNARY: return use(SiLU{}), true;
-        case ErrorGELU::UNARY: return use(ErrorGELU{}), true;
+        case Tanh::UNARY:
+            return use(Tanh{}), true;
+        case ReLU::UNARY:
+            return use(ReLU{}), true;
+        case Sigmoid::UNARY:
+            return use(Sigmoid{}), true;
+        case GELU::UNARY:
+            return use(GELU{}), true;
+        case QuickGELU::UNARY:
+            return use(QuickGELU{}), true;
+        case SiLU::UNARY:
+            return use(SiLU{}), true;
+        case ErrorGELU::UNARY:
+            return use(ErrorGELU{}), true;
     }
     return false;
 }
 
 struct Unary {
     static constexpr const char *NAME = "UNARY";
-    static bool supports(const Tensor *node) { return with_unary(node->params[0], [](auto) {}) && supports_function(node); }
+    static bool supports(const Tensor *node) {
+        return with_unary(node->params[0], [](auto) {}) && supports_function(node);
+    }
     static void compute(const Tensor *node, int threads) {
         with_unary(node->params[0], [=](auto function) { compute_function<decltype(function)>(node, threads); });
     }
@@ -233,13 +242,20 @@ struct LimitedSwiGLU {
 template <class Use>
 bool with_gate(const Tensor *node, const Use &use) {
     switch (node->params[0]) {
-        case ReLU::GLU: return use(Product<ReLU>(node)), true;
-        case GELU::GLU: return use(Product<GELU>(node)), true;
-        case SiLU::GLU: return use(Product<SiLU>(node)), true;
-        case ErrorGELU::GLU: return use(Product<ErrorGELU>(node)), true;
-        case QuickGELU::GLU: return use(Product<QuickGELU>(node)), true;
-        case LimitedSwiGLUPlusOne::GLU: return use(LimitedSwiGLUPlusOne(node)), true;
-        case LimitedSwiGLU::GLU: return use(LimitedSwiGLU(node)), true;
+        case ReLU::GLU:
+            return use(Product<ReLU>(node)), true;
+        case GELU::GLU:
+            return use(Product<GELU>(node)), true;
+        case SiLU::GLU:
+            return use(Product<SiLU>(node)), true;
+        case ErrorGELU::GLU:
+            return use(Product<ErrorGELU>(node)), true;
+        case QuickGELU::GLU:
+            return use(Product<QuickGELU>(node)), true;
+        case LimitedSwiGLUPlusOne::GLU:
+            return use(LimitedSwiGLUPlusOne(node)), true;
+        case LimitedSwiGLU::GLU:
+            return use(LimitedSwiGLU(node)), true;
     }
     return false;
 }

@@ -22,8 +22,8 @@
 namespace elementwise {
 namespace {
 
-constexpr int64_t ALONE = 1 << 15;  // fewer elements are computed by one thread, sooner than others could join
-constexpr int64_t PART = 1 << 13;   // elements that a thread takes at a time
+constexpr int64_t ALONE = 1 << 15;          // fewer elements are computed by one thread, sooner than others could join
+constexpr int64_t PART = 1 << 13;           // elements that a thread takes at a time
 constexpr int IN_PAIRS = 0, IN_HALVES = 2;  // ggml's numbers of the orders of rotary embedding
 
 // The indices of row `i` of a tensor in its dimensions 1 to 3.
@@ -268,8 +268,8 @@ struct Rope {
 bool are_numbers(const Tensor *x) { return x->type == I64 || x->type == I32; }
 
 int64_t number(const Tensor *numbers, int64_t i, int64_t list = 0, int64_t lists = 0) {
-    const char *at = numbers->data + i * numbers->nb[0] + list % numbers->ne[1] * numbers->nb[1] +
-                     lists % numbers->ne[2] * numbers->nb[2];
+    const char *at =
+        numbers->data + i * numbers->nb[0] + list % numbers->ne[1] * numbers->nb[1] + lists % numbers->ne[2] * numbers->nb[2];
     return numbers->type == I64 ? *(const int64_t *)at : *(const int32_t *)at;
 }
 

@@ -62,8 +62,9 @@ void compute_heads_of_type(const Tensor *node, int threads) {
     run_threads(threads, [&](int thread) {
         take_tiles(queues, thread, [&](int64_t item) {
             const int64_t head = item / tiles;
-            const Product<Type, Rows> op{weights->data + head * weights->nb[2], weights->nb[1], weights->ne[1], steps,
-                                         from.of_head,                          columns + head * from.of_head};
+            const Product<Type, Rows> op{
+                weights->data + head * weights->nb[2], weights->nb[1], weights->ne[1], steps, from.of_head,
+                columns + head * from.of_head};
             multiply_matrix_tile(op, item % tiles, tile_at(item + 1 < items ? item + 1 : item));
         });
         return next(thread);

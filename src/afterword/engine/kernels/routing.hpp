@@ -144,8 +144,7 @@ struct SumRows {
     static constexpr const char *NAME = "SUM_ROWS";
     static bool supports(const Tensor *node) { return has_one_element_for_each_row(node); }
     static void compute(const Tensor *node, int threads) {
-        each_row(node, threads,
-                 [length = node->src[0]->ne[0]](const float *from, float *to) { *to = sum_of(from, length); });
+        each_row(node, threads, [length = node->src[0]->ne[0]](const float *from, float *to) { *to = sum_of(from, length); });
     }
 };
 
@@ -153,9 +152,8 @@ struct Mean {
     static constexpr const char *NAME = "MEAN";
     static bool supports(const Tensor *node) { return has_one_element_for_each_row(node); }
     static void compute(const Tensor *node, int threads) {
-        each_row(node, threads, [length = node->src[0]->ne[0]](const float *from, float *to) {
-            *to = sum_of(from, length) / (float)length;
-        });
+        each_row(node, threads,
+                 [length = node->src[0]->ne[0]](const float *from, float *to) { *to = sum_of(from, length) / (float)length; });
     }
 };
 

@@ -54,8 +54,8 @@ class NativeContext:
 
     - `pages`: the memory of its KV cache, if that is given back when slots are truncated; else None.
     - `own_attention`: whether Afterword's kernels compute its attention.
-    - `depends_on_batch`: whether the library computes it with kernels that it chooses by the shape of the pass, although
-      the settings ask for others.
+    - `depends_on_batch`: whether the library computes it with kernels that it chooses by the shape of the pass,
+      although the settings ask for others.
     """
 
     address: object
