@@ -28,9 +28,7 @@ RECURRENT_ARCHITECTURES = frozenset(
 )
 """Those of `TESTED_ARCHITECTURES` with recurrent layers."""
 
-RECURRENT_MIXTURES = frozenset(
-    ("granitehybrid", "jamba", "kimi-linear", "lfm2moe", "nemotron_h_moe", "qwen35moe", "qwen3next")
-)
+RECURRENT_MIXTURES = frozenset(("granitehybrid", "kimi-linear", "lfm2moe", "nemotron_h_moe", "qwen35moe", "qwen3next"))
 """The same for `TESTED_MIXTURES`."""
 
 TESTED_ARCHITECTURES = frozenset(
