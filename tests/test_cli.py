@@ -394,7 +394,7 @@ def test_the_environment_sets_options():
         ("qwen35", "F32 Q8_0", 32, "exact", ("none", "none")),
         ("qwen3", "Q8_0", 8, "exact", ("none", "none")),
         ("deepseek2", "Q8_0", 0, "f16", ("none", "none")),
-        ("deepseek2", "Q8_0 Q3_K", 64, "exact", ("none", "none")),
+        ("deepseek2", "Q8_0 IQ3_S", 64, "exact", ("none", "none")),
         # only the kernels' products were tested
         ("deepseek2", "Q8_0", 64, "exact", ("exact", "none")),
         ("gemma3n", "Q8_0", 0, "exact", ("exact", "none")),
