@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "system": set(),
     "settings": set(),
-    "models": set(),
+    "models": {"system"},
     "observability": set(),
     "observability.metrics": {"engine.protocol", "engine.parent.engine_metrics", "observability", ""},
     "observability.traces": {"observability.metrics", ""},

@@ -358,7 +358,7 @@ def test_a_full_disk_leaves_no_partial_file(store, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(file_stores, "sync_folder", full)
+    monkeypatch.setattr(file_stores, "sync_path", full)
     with pytest.raises(StorageFailed) as caught:
         put(store, "f2")
     assert caught.value.status == 507

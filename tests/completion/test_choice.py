@@ -501,8 +501,8 @@ def test_a_delta_folder_gives_the_same_as_one_fold(size: int) -> None:
 
 def test_stop_strings_are_prepared_once_for_all_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     prepared: list[str] = []
-    borders = text_stream._borders
-    monkeypatch.setattr(text_stream, "_borders", lambda stop: prepared.append(stop) or borders(stop))
+    function = text_stream._failure_function
+    monkeypatch.setattr(text_stream, "_failure_function", lambda stop: prepared.append(stop) or function(stop))
     stops = tuple(letter * 1023 for letter in "abcdefghijklmnop")
     the_plan = plan(prompt=("x",) * 50, n=1, stop=stops)
     choices = [ChoiceBuilder(the_plan, prompt, None, None) for prompt in the_plan.prompts for _ in range(20)]

@@ -114,27 +114,42 @@ void run_matmul(const Options &options) {
     }
 }
 
+// ---- several matrices in one tensor, in the order of the file and packed
+
+struct Matrices {
+    const std::vector<char> file;
+    Tensor weights, packed;
+    Matrices(const WeightType &type, int64_t count, int64_t rows, int64_t length)
+        : file(weights_of(type, count * rows, length)),
+          weights(tensor_of(type.id, type.bytes, file.data(), length, rows, count)) {
+        weights.nb[1] = length / type.elements * type.bytes, weights.nb[2] = rows * weights.nb[1], weights.nb[3] = file.size();
+        packed = weights;
+        Buffer *const buffer = memory::buffer_type.calls.make_buffer(&memory::buffer_type, products::packed_size(&weights));
+        packed.buffer = buffer, packed.data = (char *)buffer->calls.get_base(buffer);
+        buffer->calls.clear(buffer, 0);
+        buffer->calls.set_tensor(buffer, &packed, file.data(), 0, file.size());
+    }
+    Matrices(const Matrices &) = delete;
+    ~Matrices() {
+        packed.buffer->calls.free(packed.buffer);
+        delete packed.buffer;
+    }
+};
+
 // ---- matmul of selected experts: some experts are selected often, expert 1 once and the last one never
 
 void run_expert_matmul(const Options &options) {
     constexpr int64_t EXPERTS = 6, ROWS = 48, LENGTH = 512, USED = 3;
     if (!accelerator_supports_quantized()) return;
     for (const WeightType &type : WEIGHT_TYPES) {
-        const std::vector<char> file = weights_of(type, EXPERTS * ROWS, LENGTH);
-        Tensor weights = tensor_of(type.id, type.bytes, file.data(), LENGTH, ROWS, EXPERTS);
-        weights.nb[1] = LENGTH / type.elements * type.bytes, weights.nb[2] = ROWS * weights.nb[1], weights.nb[3] = file.size();
-        Tensor packed = weights;
-        Buffer *const buffer = memory::buffer_type.calls.make_buffer(&memory::buffer_type, products::packed_size(&weights));
-        packed.buffer = buffer, packed.data = (char *)buffer->calls.get_base(buffer);
-        buffer->calls.clear(buffer, 0);
-        buffer->calls.set_tensor(buffer, &packed, file.data(), 0, file.size());
+        const Matrices made(type, EXPERTS, ROWS, LENGTH);
         for (const int64_t tokens : {1, 9})
             for (const int64_t operands : {(int64_t)1, USED}) {
                 const std::vector<float> x = activations_of(tokens * operands, LENGTH);
                 std::vector<int32_t> ids(tokens * USED);
                 for (size_t i = 0; i < ids.size(); i++) ids[i] = i == 1 ? 1 : i % USED ? 2 + (int32_t)(i % 3) : 0;
-                for (const Tensor *matrices : {&weights, &packed})
-                    report("experts/" + std::string(type.name) + (matrices == &packed ? "/packed/" : "/file/") +
+                for (const Tensor *matrices : {&made.weights, &made.packed})
+                    report("experts/" + std::string(type.name) + (matrices == &made.packed ? "/packed/" : "/file/") +
                                std::to_string(tokens) + "/" + std::to_string(operands),
                            options, [&](int count) {
                                std::vector<float> out(ROWS * USED * tokens);
@@ -148,8 +163,6 @@ void run_expert_matmul(const Options &options) {
                                return hash.result();
                            });
             }
-        buffer->calls.free(buffer);
-        delete buffer;
     }
 }
 
@@ -159,19 +172,12 @@ void run_head_matmul(const Options &options) {
     constexpr int64_t HEADS = 3, ROWS = 48, LENGTH = 512;
     if (!accelerator_supports_quantized()) return;
     for (const WeightType &type : WEIGHT_TYPES) {
-        const std::vector<char> file = weights_of(type, HEADS * ROWS, LENGTH);
-        Tensor weights = tensor_of(type.id, type.bytes, file.data(), LENGTH, ROWS, HEADS);
-        weights.nb[1] = LENGTH / type.elements * type.bytes, weights.nb[2] = ROWS * weights.nb[1], weights.nb[3] = file.size();
-        Tensor packed = weights;
-        Buffer *const buffer = memory::buffer_type.calls.make_buffer(&memory::buffer_type, products::packed_size(&weights));
-        packed.buffer = buffer, packed.data = (char *)buffer->calls.get_base(buffer);
-        buffer->calls.clear(buffer, 0);
-        buffer->calls.set_tensor(buffer, &packed, file.data(), 0, file.size());
+        const Matrices made(type, HEADS, ROWS, LENGTH);
         for (const int64_t tokens : {1, 5})
             for (const int64_t streams : {1, 2}) {
                 const std::vector<float> x = activations_of(HEADS * tokens * streams, LENGTH);
-                for (const Tensor *matrices : {&weights, &packed})
-                    report("heads/" + std::string(type.name) + (matrices == &packed ? "/packed/" : "/file/") +
+                for (const Tensor *matrices : {&made.weights, &made.packed})
+                    report("heads/" + std::string(type.name) + (matrices == &made.packed ? "/packed/" : "/file/") +
                                std::to_string(tokens) + "/" + std::to_string(streams),
                            options, [&](int count) {
                                std::vector<float> out(ROWS * HEADS * tokens * streams);
@@ -185,8 +191,6 @@ void run_head_matmul(const Options &options) {
                                return hash.result();
                            });
             }
-        buffer->calls.free(buffer);
-        delete buffer;
     }
 }
 

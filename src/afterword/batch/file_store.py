@@ -23,11 +23,12 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from afterword.batch.journal import partial_path, sync_folder
+from afterword.batch.journal import partial_path
 from afterword.batch.storage_quota import StorageQuota
 from afterword.batch.store_folder import database_path, entries, open_database
 from afterword.batch.stored_items import FINAL_STATUSES, StoredBatch, StoredFile, new_id
 from afterword.errors import ForeignFolder, RequestError, SettingError, StorageFailed
+from afterword.system.files import sync_path
 
 SortOrder = Literal["asc", "desc"]
 _Item = TypeVar("_Item", StoredFile, StoredBatch)
@@ -103,7 +104,7 @@ class FileStore:
             raise quota_error(limit)
         try:
             with self._use() as db:
-                sync_folder(self.folder / "files")
+                sync_path(self.folder / "files")
                 _insert(db, file)
                 db.execute("DELETE FROM unfinished WHERE name = ?", (file.id,))
         except BaseException:

@@ -22,6 +22,7 @@ from typing import BinaryIO
 from afterword.batch.input_lines import BatchRequest, InvalidLine, duplicate_id_error, read_lines, read_row
 from afterword.batch.output_lines import OutputLine, invalid_line
 from afterword.errors import BatchStopped, SettingError
+from afterword.system.files import sync_path
 
 _VERSION = 1
 _SCHEMA = """
@@ -212,7 +213,7 @@ class Journal:
             size = file.tell()
         with self._translated_errors():
             os.replace(part, output)
-            sync_folder(output.parent)
+            sync_path(output.parent)
         return size
 
     # ----
@@ -283,12 +284,3 @@ def _fsync(file: BinaryIO) -> None:
     """Flush the file to the disk, so that its content survives a power failure."""
     file.flush()
     os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder to the disk, so that renamed files survive a power failure."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

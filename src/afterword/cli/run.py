@@ -46,7 +46,15 @@ from afterword.transport.transport_limits import TransportLimits
 
 E = TypeVar("E", ModelManager, Supervisor)
 _ENGINE = (
-    *("context", "parallel", "threads", "batch", "kv_type", "gpu_layers", "reproducible", "infill_template", "verbose"),
+    "context",
+    "parallel",
+    "threads",
+    "batch",
+    "kv_type",
+    "gpu_layers",
+    "reproducible",
+    "infill_template",
+    "verbose",
 )
 _LIMITS = {"max_logprobs": "max_logprobs", "max_stop": "max_stop", "queue": "max_queue"}
 """Options that set a limit, by the limit's name. Both `--limit` and these options take precedence over `--strict`."""

@@ -1,4 +1,4 @@
-"""Runs a plan: starts its jobs on an engine, and yields deltas and then the usage.
+"""Runs a plan: starts its jobs on an engine, drops samples that end early, and yields deltas and then the usage.
 
 `run` owns the job handles and closes them, however it ends. Everything runs on the event loop's thread. Nothing here
 waits for anything but the engine and the reader of the deltas.

@@ -1,7 +1,7 @@
-"""Decodes the bytes of tokens to text that may be sent: whole characters, without stop strings.
+"""Decodes the bytes of tokens to text that may be sent, and matches stop strings (`StopMatcher`).
 
-Offsets count code points. A token is held back while its bytes end inside a character, or while its text could still
-become part of a stop string. Text is released in whole tokens. Each `TextStream` owns the held text of one sample.
+Text is sent in whole characters and without stop strings. Offsets count code points. A token is held back while its
+bytes end inside a character, or while its text could still become part of a stop string. Text is released in whole tokens. Each `TextStream` owns the held text of one sample.
 """
 
 from __future__ import annotations
@@ -124,15 +124,15 @@ class TextStream(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class StopStrings:
-    """Stop strings, prepared once for all samples of a request. `borders[i]` is `_borders(texts[i])`."""
+    """Stop strings, prepared once for all samples of a request. `failures[i]` is `_failure_function(texts[i])`."""
 
     texts: tuple[str, ...] = ()
-    borders: tuple[tuple[int, ...], ...] = ()
+    failures: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def prepare(cls, texts: Iterable[str]) -> StopStrings:
         distinct = tuple(dict.fromkeys(texts))
-        return cls(distinct, tuple(map(_borders, distinct)))
+        return cls(distinct, tuple(map(_failure_function, distinct)))
 
 
 class StopMatcher:
@@ -166,25 +166,25 @@ class StopMatcher:
 
     def _advance(self, index: int, character: str) -> int:
         """Match one character with one stop string (Knuth, Morris, Pratt). Returns its length if complete, else 0."""
-        stop, borders = self._stops.texts[index], self._stops.borders[index]
+        stop, failures = self._stops.texts[index], self._stops.failures[index]
         matched = self._matched[index]
         while matched and stop[matched] != character:
-            matched = borders[matched - 1]
+            matched = failures[matched - 1]
         if stop[matched] == character:
             matched += 1
         complete = matched == len(stop)
-        self._matched[index] = borders[matched - 1] if complete else matched
+        self._matched[index] = failures[matched - 1] if complete else matched
         return len(stop) if complete else 0
 
 
-def _borders(stop: str) -> tuple[int, ...]:
-    """For each prefix, the length of its longest proper prefix that is also its suffix."""
-    borders = [0] * len(stop)
+def _failure_function(stop: str) -> tuple[int, ...]:
+    """For each prefix, the length of its longest proper prefix that is also its suffix (Knuth, Morris, Pratt)."""
+    failures = [0] * len(stop)
     length = 0
     for index in range(1, len(stop)):
         while length and stop[length] != stop[index]:
-            length = borders[length - 1]
+            length = failures[length - 1]
         if stop[length] == stop[index]:
             length += 1
-        borders[index] = length
-    return tuple(borders)
+        failures[index] = length
+    return tuple(failures)

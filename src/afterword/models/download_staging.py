@@ -19,6 +19,8 @@ from pathlib import Path
 
 import psutil
 
+from afterword.system.files import sync_path
+
 
 @dataclass(frozen=True, slots=True)
 class ListedFile:
@@ -94,16 +96,7 @@ def _move_in(folder: Path, cache: Path) -> None:
     files = [path for path in folder.glob("models--*/*/**/*") if path.is_symlink() or path.is_file()]
     for path in sorted(files, key=lambda path: (order.get(path.relative_to(folder).parts[1], 3), path)):
         if not path.is_symlink():
-            _flush(path)
+            sync_path(path)  # its content, before it gets its final name
         target = cache / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         path.replace(target)
-
-
-def _flush(path: Path) -> None:
-    """Write a file's content to the disk, before the file gets its final name."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from gguf import TokenType
 
-from afterword.engine.llama import library
 from afterword.engine.llama.infill_families import FAMILIES, find_layout
-from afterword.engine.llama.library import native
 from afterword.engine.llama.vocabulary import Vocabulary
 from afterword.engine.protocol import InfillLayout
 from afterword.errors import SettingError
+from engine.llama.vocabularies import load
 from oracle import tiny
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "vocabs"
@@ -32,15 +30,6 @@ EXPECTED = {
     "glm": (BYTES, ("<|code_prefix|>", "<|code_middle|>", "<|code_suffix|>"), (0, "prefix", 2, "suffix", 1)),
     "falcon": (BYTES, ("<|prefix|>", "<|suffix|>", "<|middle|>"), (0, "prefix", 1, "suffix", 2)),
 }
-
-
-def load(path: Path) -> Vocabulary:
-    library.initialize(verbose=False)
-    params = native.llama_model_default_params()
-    params.vocab_only = True
-    model = native.llama_model_load_from_file(os.fsencode(path), params)
-    assert model, library.last_error()
-    return Vocabulary(model)
 
 
 def with_names(folder: Path, vocabulary: tiny.Vocabulary, *names: str) -> tuple[Vocabulary, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +11,12 @@ from typing import Any
 import pytest
 from gguf import TokenType
 
-from afterword.engine.llama import library, split_points, vocabulary
+from afterword.engine.llama import split_points, vocabulary
 from afterword.engine.llama.library import native
 from afterword.engine.llama.special_tokens import SpecialToken, SpecialTokens
 from afterword.engine.llama.vocabulary import Vocabulary
 from afterword.models.registry import locate, parse_spec
+from engine.llama.vocabularies import load
 from oracle import tiny
 
 CONTROL, USER, UNKNOWN, NORMAL = TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN, TokenType.NORMAL
@@ -45,15 +45,6 @@ MADE = {
     "ambiguous order": tiny.with_tokens(BYTES, ("<x>", CONTROL), (">y<", CONTROL)),
 }
 NAMES = {"tokens that strip spaces after them": "phi-3-tiny"}
-
-
-def load(path: Path) -> Vocabulary:
-    library.initialize(verbose=False)
-    params = native.llama_model_default_params()
-    params.vocab_only = True
-    model = native.llama_model_load_from_file(os.fsencode(path), params)
-    assert model, library.last_error()
-    return Vocabulary(model)
 
 
 @pytest.fixture(scope="module", params=MADE)

@@ -278,7 +278,7 @@ class EngineLoop:
         for sequence, token in zip(samples, tokens, strict=True):
             builder.sampled.append((sequence.sample, token))
             sequence.append(token.id)
-            if token.id in job.end_tokens:
+            if token.id in job.end_tokens:  # stop strings are matched in the server process
                 builder.ended.append((sequence.sample, "stop"))
             elif len(sequence.generated) == job.max_tokens:
                 builder.ended.append((sequence.sample, "length"))

@@ -52,6 +52,10 @@ class SpecialTokens:
         spaced = any(byte in text for text in self._tokens for byte in _SPACES)
         self.ambiguous = (strips and spaced) or any(_overlap(texts) for texts in lengths.values())
 
+    def ids(self) -> dict[str, int]:
+        """The ids of the tokens by their texts."""
+        return {text.decode("utf-8", "replace"): token.id for text, token in self._tokens.items()}
+
     def split(self, data: bytes) -> list[Piece]:
         """The pieces of a text in order. Can differ from llama.cpp's if `ambiguous`."""
         pieces: list[Piece] = [(0, len(data))] if data else []

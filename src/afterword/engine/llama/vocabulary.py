@@ -23,6 +23,7 @@ from afterword.engine.messages import LoadModel
 from afterword.engine.protocol import InfillLayout, ModelInfo
 
 _NO_TOKEN = -1
+_SPACE = "▁".encode()  # SentencePiece's symbol for a space
 _CACHED_PIECES = 256  # pieces of one text with cached tokens
 
 _BY_NAME = native.LLAMA_TOKEN_ATTR_CONTROL | native.LLAMA_TOKEN_ATTR_UNKNOWN
@@ -136,7 +137,7 @@ class Vocabulary:
 
         Raises `SettingError` if the template is invalid.
         """
-        special = {token.text.decode("utf-8", "replace"): token.id for token in self._special_tokens(True)}
+        special = self._splits[True].ids()
         if template:
             return parse_template(template, lambda text: self.tokenize(text, True), set(special.values()).__contains__)
         prefix = _known(native.llama_vocab_fim_pre(self._vocab))
@@ -152,11 +153,11 @@ class Vocabulary:
 
     def _piece(self, token: int) -> bytes:
         piece = self._llama_piece(token)
-        kind = native.llama_vocab_get_attr(self._vocab, token)
-        if self._kind == native.LLAMA_VOCAB_TYPE_SPM and kind & native.LLAMA_TOKEN_ATTR_USER_DEFINED:
-            # llama.cpp tokenizes spaces to a user-defined token "▁▁", but does not turn its text back into spaces.
-            return piece.replace("▁".encode(), b" ")
-        return piece
+        if self._kind != native.LLAMA_VOCAB_TYPE_SPM or _SPACE not in piece:
+            return piece
+        # llama.cpp tokenizes spaces to a user-defined token "▁▁", but does not turn its text back into spaces.
+        user_defined = native.llama_vocab_get_attr(self._vocab, token) & native.LLAMA_TOKEN_ATTR_USER_DEFINED
+        return piece.replace(_SPACE, b" ") if user_defined else piece
 
     def _llama_piece(self, token: int) -> bytes:
         capacity = 64
@@ -188,8 +189,8 @@ def make_model_info(runner: LlamaRunner, settings: LoadModel) -> tuple[ModelInfo
         eos=vocabulary.eos(),
         add_bos=vocabulary.add_bos(),
         space_prefix=b"".join(pieces[t] for t in plain).startswith(b" "),
-        # SentencePiece's symbol for a space has three bytes.
-        longest_token=max(len(piece.replace(b" ", "▁".encode())) for piece in pieces) if vocabulary.keeps_text else 0,
+        # A space has three bytes in SentencePiece's vocabularies.
+        longest_token=max(len(piece.replace(b" ", _SPACE)) for piece in pieces) if vocabulary.keeps_text else 0,
         infill=vocabulary.infill(_meta(runner.model, b"general.name"), settings.infill_template),
         fingerprint="",
         promise=runner.promise,

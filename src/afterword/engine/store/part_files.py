@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from afterword.errors import SettingError
+from afterword.system.files import sync_path
 
 KEY_FILE = "afterword-prefixes"
 _KEY_MAGIC = b"Afterword prefixes 1\n"
@@ -109,11 +110,7 @@ class PartFolder:
 
     def synchronize(self) -> None:
         """Make the names of written files durable."""
-        handle = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync_path(self.path)
 
     def mark_used(self, name: str, used: int) -> None:
         """Record when a part was used, in nanoseconds of Unix time."""
