@@ -1,7 +1,8 @@
 """Decodes the bytes of tokens to text that may be sent, and matches stop strings (`StopMatcher`).
 
 Text is sent in whole characters and without stop strings. Offsets count code points. A token is held back while its
-bytes end inside a character, or while its text could still become part of a stop string. Text is released in whole tokens. Each `TextStream` owns the held text of one sample.
+bytes end inside a character, or while its text could still become part of a stop string. Text is released in whole
+tokens. Each `TextStream` owns the held text of one sample.
 """
 
 from __future__ import annotations
