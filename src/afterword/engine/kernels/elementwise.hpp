@@ -207,8 +207,9 @@ struct Rope {
         const Tensor *x = node->src[0], *at = node->src[1], *factors = node->src[2];
         const int elements = node->params[1], order = node->params[2];
         const bool stretched = setting(node, 7) != 0;  // YaRN
+        const bool shifted = node->params[15] != 0;    // the rotated elements are not the first ones (MiniCPM 3)
         return floats(node) && floats(x) && x->ne[3] == 1 && at->type == I32 && at->ne[0] == x->ne[2] && elements <= x->ne[0] &&
-               elements % 2 == 0 && (order == IN_PAIRS || order == IN_HALVES) && !stretched &&
+               elements % 2 == 0 && (order == IN_PAIRS || order == IN_HALVES) && !stretched && !shifted &&
                (!factors || (factors->type == F32 && factors->ne[0] >= elements / 2));
     }
     static void compute(const Tensor *node, int threads) {

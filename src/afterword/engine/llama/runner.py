@@ -264,6 +264,10 @@ def _context(model: object, settings: LoadModel, accelerated: bool) -> NativeCon
             break
         native.llama_free(context)
         accelerator.start_recording()
+    if not accelerator.offers_attention():  # the library computes some architectures without flash attention (Grok)
+        native.llama_free(context)
+        accelerator.start_recording()
+        return NativeContext(_create_context(model, settings, _ATTENTION["f16"]))
     return NativeContext(context, attention == _KERNEL_ATTENTION, memory)
 
 
