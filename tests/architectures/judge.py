@@ -88,7 +88,7 @@ class Verdict(msgspec.Struct, frozen=True):
 class Expected:
     """What the library alone computes for the texts of a form with weights of one type, in `path`.
 
-    `scores`: the log probabilities of the tokens of the texts but the first. `best`: of the most likely ones after each.
+    `scores`: the log probabilities of the tokens of the texts but the first. `best`: of the most likely ones.
     `spread`, `usual_spread`: the largest difference of the library's own ways to it, and the largest median.
     """
 
