@@ -17,7 +17,7 @@ import llama_cpp.llama_cpp as native
 from gguf import LlamaFileType, TokenType
 
 from bench.mixture import MixtureShape, write_mixture
-from oracle import architectures, tiny
+from oracle import architectures, forms, tiny
 
 TYPES = {kind.name.removeprefix("MOSTLY_").removeprefix("ALL_"): kind for kind in LlamaFileType}
 
@@ -43,7 +43,7 @@ class ArchitectureForm:
     """A shape of any architecture, by the keys of its GGUF file."""
 
     architecture: str
-    keys: Mapping[str, architectures.Value]
+    keys: Mapping[str, forms.Value]
     vocabulary: int
 
     def write(self, path: Path, vocabulary: tiny.Vocabulary, seed: int) -> None:
