@@ -54,11 +54,20 @@ def write_keys(path: str | Path, architecture: str) -> Path:
 
 
 def write_tied(
-    path: str | Path, architecture: str, also: Mapping[str, Value], words: Vocabulary, seed: int = 0
+    path: str | Path,
+    architecture: str,
+    also: Mapping[str, Value],
+    words: Vocabulary,
+    *,
+    optional: Mapping[str, Shape],
+    seed: int = 0,
 ) -> Path:
-    """Write a random model of any size with F16 weights, whose embeddings are also its output matrix."""
+    """Write a random model of any size with F16 weights, whose embeddings are also its output matrix.
+
+    `optional`: tensors beside those that the library demands.
+    """
     keys = _keys(architecture, also)
-    shapes = dict(_tensors(architecture, tuple(sorted(keys.items()))))
+    shapes = dict(_tensors(architecture, tuple(sorted(keys.items())), tuple(optional.items())))
     shapes.pop("output.weight", None)
     for name in shapes.keys() & {"token_embd.weight", "per_layer_token_embd.weight"}:
         shapes[name] = (len(words.tokens), *shapes[name][1:])
@@ -80,10 +89,13 @@ def _weights(shapes: tuple[tuple[str, Shape], ...], seed: int = 0) -> dict[str, 
 
 
 @cache
-def _tensors(form: str, keys: tuple[tuple[str, Value], ...]) -> tuple[tuple[str, Shape], ...]:
+def _tensors(
+    form: str, keys: tuple[tuple[str, Value], ...], optional: tuple[tuple[str, Shape], ...] = ()
+) -> tuple[tuple[str, Shape], ...]:
     """The names and shapes of the tensors that a file needs, with an untied output matrix if the library accepts it."""
     architecture = architecture_of(form)
-    shapes: dict[str, Shape] = {**OPTIONAL_TENSORS.get(architecture, {}), **OPTIONAL_TENSORS.get(form, {})}
+    known = {**OPTIONAL_TENSORS.get(architecture, {}), **OPTIONAL_TENSORS.get(form, {})}
+    shapes: dict[str, Shape] = {**known, **dict(optional)}
     while True:
         with tempfile.TemporaryDirectory() as folder:
             zeros = _write_zeros(Path(folder, "zeros.gguf"), architecture, dict(keys), shapes, _words(form))
