@@ -39,7 +39,7 @@ class Random {
         return made;
     }
 
-    // The bits of a finite half whose exponent lies in a small range, with either sign.
+    // The bits of a finite half with an exponent in a small range, with either sign.
     uint16_t half(uint16_t least) {
         const uint64_t x = bits();
         return (uint16_t)((x & 0x8000) | (least + (x >> 16 & 0x0fff)));

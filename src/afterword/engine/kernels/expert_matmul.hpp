@@ -2,7 +2,7 @@
 // depend on the other rows.
 //
 // A mixture of experts has many matrices in one tensor, and each token selects some of them. The rows of activations are
-// grouped by expert, so that a pass reads the weights of an expert once, whichever tokens selected it. A row is computed by
+// grouped by expert, so that a pass reads the weights of an expert once for all tokens that selected it. A row is computed by
 // the code of matmul.hpp with the same order of additions, alone or in a group. Threads divide the tiles of all groups.
 
 #pragma once

@@ -1,7 +1,7 @@
 // Compares the declarations of ggml.hpp, and the numbers that the kernels use, with the headers of the installed ggml.
 //
 // hatch_build.py defines AFTERWORD_GGML_HEADERS where the headers lie beside llama-cpp-python. A difference ends the compilation,
-// so the package is installed without the accelerator. ggml-backend-impl.h is never installed: what is copied from it is
+// so the package is installed without the accelerator. ggml-backend-impl.h is never installed: the declarations copied from it are
 // protected by the version that accelerator.py knows.
 
 #pragma once

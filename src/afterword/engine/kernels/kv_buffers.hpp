@@ -50,13 +50,13 @@ struct Cells {
 // The KV cache of one context. It is deleted with the last of its buffers. `users`: its buffers, and `opened`.
 struct KvMemory {
     std::vector<Cells> layers;
-    std::unordered_map<size_t, size_t> copied_cells;  // of slots whose next copies need only their first cells
+    std::unordered_map<size_t, size_t> copied_cells;  // by slot: the next copies of the slot need only so many first cells
     int users = 1;
 };
 
-KvMemory *opened = nullptr;  // the cache whose context is being created
+KvMemory *opened = nullptr;  // the cache of the context that is being created
 std::unordered_map<const Buffer *, KvMemory *> owners;
-BufferCalls usual;  // the functions of ggml's CPU buffers, whose `context` is the address of their memory
+BufferCalls usual;  // the functions of ggml's CPU buffers; the `context` of such a buffer is the address of its memory
 Buffer *(*make_usual)(BufferType *, size_t) = nullptr;
 
 // Drops the whole pages of a range: they take no memory, and are zeros when they are read again. Returns whether that is

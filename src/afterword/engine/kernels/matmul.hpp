@@ -108,7 +108,7 @@ inline void add_step(Sums<TILES, COLUMNS> &total, const ByteStep *weights, const
             for (int c = 0; c < COLUMNS; c++) total[c][t] = fused(-weights[t].least, all<Floats>(columns[c][s].sum), total[c][t]);
 }
 
-// Adds a step whose halves have integers as scales: the sum of both halves is exact.
+// Adds a step with integers as scales of its halves: the sum of both halves is exact.
 template <class Type, int TILES, int COLUMNS>
 inline void add_step(Sums<TILES, COLUMNS> &total, const UnitStep *weights, const BytePiece *const *columns, int s) {
     static_assert(!PAIRS || (STEP / 2 * Type::MOST + 16 * Type::EXCESS) * 127 <= INT16_MAX, "the sums of a half fit 16 bits");
@@ -417,7 +417,7 @@ void compute(const Tensor *node, int threads, bool packed) {
     });
 }
 
-// Bytes of a packed matrix, whose rows are padded to whole tiles.
+// Bytes of a packed matrix. Its rows are padded to whole tiles.
 size_t packed_size(const Tensor *weights) {
     const int64_t rows = weights->ne[1] * weights->ne[2] * weights->ne[3];
     return (rows + ROWS<2> - 1) / ROWS<2> * ROWS<2> * weights->nb[1];

@@ -23,7 +23,7 @@ struct ByteStep {
     Floats least;      // the minimum of the step, which is subtracted
 };
 
-// The same for types whose halves have small integers as scales and minimums.
+// The same for types with small integers as scales and minimums of the halves.
 struct UnitStep {
     Bytes weights[STEP / 4];
     Bytes units[2];       // the integer scale of each half, as `end_half` reads it
