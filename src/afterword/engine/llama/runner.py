@@ -104,6 +104,9 @@ class LlamaRunner:
         """Execute a batch; see `core.forward_batch.Runner.run`."""
         for operation in batch.slot_operations:
             self._kv_cache.apply(operation)
+        if not batch.entries:
+            self._kv_cache.release_between_passes()
+            return np.empty((0, self._vocabulary), np.float32)
         if not self.fixed_shape:
             return self._compute(batch.entries)
         padded = pad_to_fixed_shape(batch.entries, [self.cached_tokens(slot) for slot in range(self.slots + 1)])
