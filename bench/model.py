@@ -6,7 +6,7 @@ import ctypes
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import llama_cpp.llama_cpp as native
 from gguf import LlamaFileType, TokenType
 
 from bench.mixture import MixtureShape, write_mixture
-from oracle import architectures, tiny
+from oracle import architectures, forms, tiny
 
 TYPES = {kind.name.removeprefix("MOSTLY_").removeprefix("ALL_"): kind for kind in LlamaFileType}
 
@@ -40,15 +40,16 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class ArchitectureForm:
-    """A shape of any architecture, by the keys of its GGUF file."""
+    """A shape of any architecture, by the keys of its GGUF file. `optional`: tensors that a file may omit."""
 
     architecture: str
-    keys: Mapping[str, architectures.Value]
+    keys: Mapping[str, forms.Value]
     vocabulary: int
+    optional: Mapping[str, forms.Shape] = field(default_factory=dict)
 
     def write(self, path: Path, vocabulary: tiny.Vocabulary, seed: int) -> None:
         """Write the model with F16 weights."""
-        architectures.write_tied(path, self.architecture, self.keys, vocabulary, seed)
+        architectures.write_tied(path, self.architecture, self.keys, vocabulary, optional=self.optional, seed=seed)
 
 
 FORMS: Mapping[str, Form | ArchitectureForm] = {
@@ -62,6 +63,25 @@ FORMS: Mapping[str, Form | ArchitectureForm] = {
             **{"rope.freq_base": 1e6, "rope.freq_base_swa": 1e4, "attention.layer_norm_rms_epsilon": 1e-6},
         },
         262_144,
+    ),
+    # Qwen 3.5's smallest size: three layers with a delta net for each with attention.
+    "qwen3.5-0.8b": ArchitectureForm(
+        "qwen35",
+        {
+            **{"context_length": 32768, "embedding_length": 1024, "block_count": 24, "feed_forward_length": 3584},
+            **{"attention.head_count": 8, "attention.head_count_kv": 2, "rope.dimension_count": 64},
+            **{"attention.key_length": 256, "attention.value_length": 256, "rope.dimension_sections": (11, 11, 10, 0)},
+            **{"rope.freq_base": 1e7, "attention.layer_norm_rms_epsilon": 1e-6, "full_attention_interval": 4},
+            **{"ssm.conv_kernel": 4, "ssm.state_size": 128, "ssm.group_count": 16, "ssm.time_step_rank": 16},
+            "ssm.inner_size": 2048,
+        },
+        248_320,
+        {
+            f"blk.{layer}.{name}.weight": (rows, 1024)
+            for layer in range(24)
+            if (layer + 1) % 4
+            for name, rows in (("attn_qkv", 6144), ("attn_gate", 2048))
+        },
     ),
     "qwen2.5-0.5b": Form(tiny.Shape("qwen2", 896, 24, 14, 2, 4864, 32768, 1e6, 1e-6), 151_936),
     "qwen2.5-1.5b": Form(tiny.Shape("qwen2", 1536, 28, 12, 2, 8960, 32768, 1e6, 1e-6), 151_936),

@@ -45,7 +45,7 @@ TESTED_ARCHITECTURES = frozenset(
 )
 """Architectures without experts that give a sequence the same bits, with any other sequences in its forward passes.
 
-Measured by tests/engine/test_architectures.py.
+Measured by tests/architectures, like those below.
 """
 
 TESTED_MIXTURES = frozenset(
@@ -70,7 +70,7 @@ TESTED_MIXTURES = frozenset(
 )
 """Architectures of mixtures of experts for which the same holds, if Afterword's kernels compute all products.
 
-Some architectures have dense models too, so a name may be in both sets. Measured by the same tests.
+Some architectures have dense models too, so a name may be in both sets.
 """
 
 KERNELS_ONLY = (

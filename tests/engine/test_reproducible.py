@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,12 @@ def check(path: Path, kv_type: KvType, count: int, *, own: bool = True) -> None:
 
 
 def compare(loop: EngineLoop, count: int, vocabulary: int = 4000) -> None:
+    for job, found, wanted in in_company(loop, count, vocabulary):
+        assert found == wanted, job
+
+
+def in_company(loop: EngineLoop, count: int, vocabulary: int = 4000) -> Iterator[tuple[Job, list[Any], list[Any]]]:
+    """Jobs, with their results concurrently with the others and with their results alone."""
     jobs = requests(count * 3 // 4, count, vocabulary)
     expected = sequential(loop, jobs)
     continuations = continued(jobs, expected, count // 4)
@@ -180,8 +187,7 @@ def compare(loop: EngineLoop, count: int, vocabulary: int = 4000) -> None:
     for index in reversed(range(len(continuations))):
         jobs.insert(index + 6, continuations[index])
         expected.insert(index + 6, later[index])
-    for job, found, wanted in zip(jobs, concurrent(loop, jobs, seed=1), expected, strict=True):
-        assert found == wanted, job
+    yield from zip(jobs, concurrent(loop, jobs, seed=1), expected, strict=True)
 
 
 def test_200_requests_of_the_built_in_model(folder):

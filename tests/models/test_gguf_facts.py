@@ -190,6 +190,10 @@ def test_invalid_values_are_refused(tmp_path: Path, changes: dict[str, object], 
         ("llama", {"llama.attention.causal": False}, "is an embedding model"),
         ("cogvlm", {}, "architecture is cogvlm, and the installed llama.cpp computes different numbers"),
         ("qwen4exp", {}, "architecture is qwen4exp, and the installed llama.cpp crashes"),
+        ("chameleon", {}, "architecture is chameleon, and the installed llama.cpp excludes"),
+        ("plm", {}, "architecture is plm, and the installed llama.cpp ends its process"),
+        ("t5", {}, "has an encoder and a decoder"),
+        *((name, {}, "is a draft model") for name in ("eagle3", "dflash", "gemma4-assistant")),
     ],
 )
 def test_unsupported_architectures_are_refused(tmp_path, architecture, changes, message) -> None:

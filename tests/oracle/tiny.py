@@ -92,7 +92,7 @@ def write_tiny(
 
 def with_tokens(vocabulary: Vocabulary, *tokens: tuple[str, TokenType]) -> Vocabulary:
     """A copy of the vocabulary with more tokens at its end."""
-    texts, types = zip(*tokens, strict=True)
+    texts, types = zip(*tokens, strict=True) if tokens else ((), ())
     scores = vocabulary.scores and vocabulary.scores + (-1000.0,) * len(tokens)
     return replace(vocabulary, tokens=vocabulary.tokens + texts, types=vocabulary.types + types, scores=scores)
 

@@ -116,3 +116,18 @@ def test_memory_that_others_take_is_given_back_and_running_jobs_end():
         filled = sum(bool(tokens) for tokens in runner.state)
         assert filled == {0.0: 3, 2.0: 1, 4.0: filled}[clock[0]], "one sequence always continues"
     assert [sampled(steps[number], 0) for number in range(3)] == [alone(each, 0) for each in wanted]
+
+
+def test_an_idle_engine_gives_back_the_prefixes_used_least_recently():
+    runner = HistoryRunner(slots=4, chunk=16)
+    loop = EngineLoop(runner)
+    texts = [tuple(range(start, start + 12)) for start in (0, 4, 8)]
+    for job_id, text in enumerate(texts):
+        loop.start(job_id, job(text, max_tokens=1))
+        finish(loop)
+    runner.memory = 30
+    loop.give_back_memory()
+    loop.give_back_memory()
+    assert sorted(map(len, runner.state)) == [0, 0, 12, 12]
+    loop.check()
+    assert [text for text in texts if list(text) in runner.state] == texts[1:]

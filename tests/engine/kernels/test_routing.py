@@ -13,7 +13,6 @@ from afterword.engine.llama import accelerator, library
 from engine.kernels.test_elementwise import ROUNDING, computed, node_of, random, shaped, takes
 from engine.test_reproducible import open_runner
 from ggml_tensors import Tensor
-from oracle.architectures import EXPERTS as MIXTURE
 from oracle.architectures import write_random
 
 EXPERTS = [2, 8, 60, 128]
@@ -169,6 +168,6 @@ def test_of_a_mixture_only_the_token_embedding_is_left_to_llama_cpp(tmp_path, mo
         pytest.skip("llama.cpp computes elementwise operations where it computes the products")
     log = io.StringIO()
     monkeypatch.setattr(library, "_shown", [log])
-    runner = open_runner(write_random(tmp_path / "tiny.gguf", architecture, also=MIXTURE), "exact", 2)
+    runner = open_runner(write_random(tmp_path / "tiny.gguf", architecture), "exact", 2)
     assert runner.computes_all
     assert re.findall(r"splits = (\d+)", log.getvalue())[-1] == "2"

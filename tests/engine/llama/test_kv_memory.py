@@ -63,6 +63,23 @@ def test_memory_is_taken_for_tokens_and_given_back(runner):
     assert resident_bytes() - empty < 0.3 * len(tokens) * CELL_BYTES
 
 
+def test_memory_is_given_back_without_a_pass(runner):
+    tokens = (1,) * 2048
+    fill(runner, 0, tokens)
+    filled = resident_bytes()
+    assert len(runner.run(ForwardBatch((Truncate(0, 0),), ()))) == 0
+    assert filled - resident_bytes() > 0.9 * len(tokens) * CELL_BYTES
+
+
+def test_copies_are_complete_if_their_source_is_truncated_before_any_pass(runner):
+    tokens = tuple(3 + i * i % 190 for i in range(600))
+    fill(runner, 0, tokens)
+    alone = fill(runner, 0, (7,), 600)
+    runner.run(ForwardBatch((Truncate(0, 600), CopyPrefix(0, 1, 600)), ()))
+    runner.run(ForwardBatch((Truncate(0, 0),), ()))
+    assert fill(runner, 1, (7,), 600).tobytes() == alone.tobytes()
+
+
 def test_copies_made_before_their_source_is_truncated_have_all_their_tokens(runner):
     """llama.cpp copies when the next pass begins. Then the source may hold less, and the copy may be copied again."""
     tokens = tuple(3 + i * i % 190 for i in range(600))

@@ -120,6 +120,13 @@ class EngineLoop:
         for slot, tokens in self._scheduler.check().items():
             assert self._runner.cached_tokens(slot) == tokens, f"slot {slot} should hold {tokens} tokens"
 
+    def give_back_memory(self) -> None:
+        """Empty slots whose memory other programs need. Call it now and then while there is nothing to compute."""
+        self._limit_slots()
+        self._slots.make_room(0)
+        if operations := self._slots.take_operations():
+            self._runner.run(ForwardBatch(operations, ()))
+
     def step(self) -> dict[int, Step] | None:
         """Return buffered steps, or else compute one forward pass. Returns steps by job id (possibly none).
 
@@ -152,11 +159,14 @@ class EngineLoop:
 
     def _schedule(self) -> ForwardBatch | None:
         if self._clock() >= self._next_memory_check:
-            self._next_memory_check = self._clock() + MEMORY_CHECK_SECONDS
-            self._slots.limit(self._runner.free_tokens())
+            self._limit_slots()
         return self._scheduler.schedule(
             None if self._prefill_speed is None else int(self._prefill_speed * PASS_SECONDS)
         )
+
+    def _limit_slots(self) -> None:
+        self._next_memory_check = self._clock() + MEMORY_CHECK_SECONDS
+        self._slots.limit(self._runner.free_tokens())
 
     def _add(self, job_id: int, step: Step) -> None:
         self._step_buffer.add(job_id, step)

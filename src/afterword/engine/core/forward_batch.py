@@ -75,7 +75,7 @@ class ForwardBatch(msgspec.Struct, frozen=True):
 
     The entries are either many of one token each (decode) or one of many tokens (prefill). A pass never mixes the two,
     because a token's numbers must not depend on other sequences: a library may split a mixed batch at points that
-    depend on the lengths of the other entries.
+    depend on the lengths of the other entries. Without entries only the slot operations are done.
     """
 
     slot_operations: tuple[SlotOperation, ...]

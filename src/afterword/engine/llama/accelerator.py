@@ -75,6 +75,12 @@ def computes_all_attention() -> bool:
     return kernels is not None and bool(kernels.accelerator_computes_all_attention())
 
 
+def offers_attention() -> bool:
+    """Whether llama.cpp offered flash attention."""
+    kernels = _kernels()
+    return kernels is not None and bool(kernels.accelerator_offers_attention())
+
+
 def unsupported_types() -> frozenset[int]:
     """The types, by ggml's numbers, of the weight matrices that llama.cpp multiplies."""
     kernels = _kernels()
@@ -197,8 +203,7 @@ def with_kv_memory(create: Callable[[], object]) -> tuple[object, KvMemory | Non
         context = create()
     finally:
         address: int | None = kernels.accelerator_kv_close()
-    is_flash = bool(kernels.accelerator_offers_attention())
-    return context, KvMemory(kernels, address) if address and is_flash else None
+    return context, KvMemory(kernels, address) if address and offers_attention() else None
 
 
 @cache

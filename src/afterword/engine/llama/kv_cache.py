@@ -99,6 +99,11 @@ class KvCache:
                 self._pages.release(slot, self.cached_tokens(slot))
         self._truncated.clear()
 
+    def release_between_passes(self) -> None:
+        """Do the same without a pass, unless llama.cpp has put copies off: these still read truncated cells."""
+        if not self._has_copies:
+            self.release_truncated()
+
     def check_computed(self, entries: tuple[BatchEntry, ...], logits: Logits) -> None:
         """Note which entries of a pass had finite logits. `logits`: (outputs of all entries, vocabulary)."""
         if not self._multiplies_masked:

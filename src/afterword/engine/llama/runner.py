@@ -104,6 +104,9 @@ class LlamaRunner:
         """Execute a batch; see `core.forward_batch.Runner.run`."""
         for operation in batch.slot_operations:
             self._kv_cache.apply(operation)
+        if not batch.entries:
+            self._kv_cache.release_between_passes()
+            return np.empty((0, self._vocabulary), np.float32)
         if not self.fixed_shape:
             return self._compute(batch.entries)
         padded = pad_to_fixed_shape(batch.entries, [self.cached_tokens(slot) for slot in range(self.slots + 1)])
@@ -273,9 +276,15 @@ def _context(model: object, settings: LoadModel, accelerated: bool) -> NativeCon
         native.llama_free(context)
         accelerator.start_recording()
     try:
-        return NativeContext(*with_memory(partial(create, _PER_QUERY_ATTENTION)))
+        created = NativeContext(*with_memory(partial(create, _PER_QUERY_ATTENTION)))
     except SettingError:
-        return NativeContext(*with_memory(partial(create, _KERNEL_ATTENTION)), depends_on_batch=True)
+        created = NativeContext(*with_memory(partial(create, _KERNEL_ATTENTION)), depends_on_batch=True)
+    if accelerated and not accelerator.offers_attention():
+        # the library computes some architectures without flash attention (Grok)
+        native.llama_free(created.address)
+        accelerator.start_recording()
+        return NativeContext(_create_context(model, settings, _ATTENTION["f16"]))
+    return created
 
 
 def _without_kv_memory(create: Callable[[], object]) -> tuple[object, None]:

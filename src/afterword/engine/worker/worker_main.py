@@ -27,7 +27,7 @@ from typing import NoReturn
 import msgspec
 
 from afterword.engine import messages
-from afterword.engine.core.engine_loop import EngineLoop
+from afterword.engine.core.engine_loop import MEMORY_CHECK_SECONDS, EngineLoop
 from afterword.engine.core.forward_batch import ForwardBatch, Logits, Runner
 from afterword.engine.core.prefix_store import PrefixStore
 from afterword.engine.protocol import ModelInfo, StoreStats
@@ -205,7 +205,12 @@ class _Worker:
             return self._jobs.get(timeout=_IDLE_SECONDS)
         except queue.Empty:
             loop.check()
-            return self._jobs.get()
+        while True:
+            loop.give_back_memory()
+            try:
+                return self._jobs.get(timeout=MEMORY_CHECK_SECONDS)
+            except queue.Empty:
+                continue
 
     def _end_if_changed(self) -> None:
         """End the process if the model's files have changed. The supervisor then starts another worker."""

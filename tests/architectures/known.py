@@ -1,0 +1,46 @@
+"""Finds the architectures that the installed llama.cpp knows, by asking it.
+
+The library has no function that lists them. Their names are among the texts in its file; for each such text a file
+that names it as its architecture is loaded, and the library says whether it knows the architecture.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from gguf import GGUFWriter
+
+from afterword.engine.llama import library
+from afterword.engine.llama.library import native
+
+library.initialize(verbose=False)
+
+_NAME = re.compile(rb"[a-z][a-z0-9_.-]{1,20}")
+_NOT_ALONE = frozenset(("clip",))  # a projector, which is part of another model
+
+
+@cache
+def architectures() -> frozenset[str]:
+    """The names of all architectures that the library knows, other than projectors."""
+    texts = Path(native._lib._name).read_bytes().split(b"\0")
+    # The linker stores a text that is the end of another one only once.
+    found = {text[start:].decode() for text in texts if _NAME.fullmatch(text) for start in range(len(text) - 1)}
+    found = {name for name in found if name[0].isalpha()} - _NOT_ALONE
+    with tempfile.TemporaryDirectory() as folder:
+        return frozenset(name for name in found if _is_known(Path(folder, "empty.gguf"), name))
+
+
+def _is_known(path: Path, name: str) -> bool:
+    writer = GGUFWriter(path, name)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    params = native.llama_model_default_params()
+    params.vocab_only = True
+    library._last_errors.clear()
+    native.llama_model_load_from_file(os.fsencode(path), params)
+    return "unknown model architecture" not in " ".join(library._last_errors)

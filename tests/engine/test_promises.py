@@ -1,0 +1,92 @@
+"""Tests that the promise depends on the loaded model, not only on its architecture and the types in its file.
+
+`tests/architectures` tests the promise of every architecture.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from afterword.engine.core.engine_loop import EngineLoop
+from afterword.engine.llama import accelerator, library
+from engine.test_reproducible import CHUNK_GRID, compare, open_runner, requests, sequential
+from oracle.architectures import write_random
+from oracle.forms import EXPERTS
+
+library.initialize(verbose=False)
+
+VOCABULARY = 280
+
+
+def test_attention_that_the_kernels_do_not_support_ends_the_promise_of_latent_values(tmp_path, monkeypatch):
+    """llama.cpp refuses keys and values of different types, with which it would compute query by query."""
+    monkeypatch.setattr(accelerator, "computes_all_attention", lambda: False)
+    runner = open_runner(write_random(tmp_path / "tiny.gguf", "deepseek2"), "exact", 4)
+    assert (runner.uses_own_attention, runner.promise, runner.grid) == (False, "none", CHUNK_GRID)
+    assert sequential(EngineLoop(runner), requests(2, 1, VOCABULARY))
+
+
+def test_a_mixture_of_experts_is_reproducible_with_halves_of_keys_and_values(tmp_path):
+    if not accelerator.supports_quantized():
+        pytest.skip("this processor has no instructions for it")
+    runner = open_runner(write_random(tmp_path / "tiny.gguf", "qwen3moe"), "f16", 8)
+    assert (runner.promise, runner.grid) == ("reproducible", CHUNK_GRID)
+    compare(EngineLoop(runner), 12, VOCABULARY)
+
+
+@pytest.mark.parametrize("kv_type", ["exact", "f16"])
+def test_experts_that_the_kernels_do_not_support_end_the_promise(tmp_path, kv_type):
+    """The matrices after the experts' hidden layer have 80 columns; the kernels compute in steps of 32."""
+    if not accelerator.supports_quantized():
+        pytest.skip("this processor has no instructions for it")
+    odd = {**EXPERTS, "expert_feed_forward_length": 80}
+    runner = open_runner(write_random(tmp_path / "odd.gguf", "qwen3moe", "F16", also=odd), kv_type, 4)
+    assert runner.uses_kernels
+    assert (runner.promise, runner.grid, runner.computes_all) == ("none", CHUNK_GRID, False)
+
+
+def test_experts_with_biases_have_similar_numbers(tmp_path):
+    """gpt-oss adds a row of biases to the output of each selected expert."""
+    path = write_random(tmp_path / "tiny.gguf", "gpt-oss", "F32")
+    jobs = [msgspec.structs.replace(job, max_tokens=0, prompt_alternatives=0) for job in requests(6, 1, VOCABULARY)]
+    ours, theirs = (sequential(EngineLoop(open_runner(path, "exact", 4, own=own)), jobs) for own in (True, False))
+    for own, other in zip(ours, theirs, strict=True):
+        assert [token.logprob for token in own[0]] == pytest.approx([token.logprob for token in other[0]], abs=0.01)
+
+
+def test_a_width_that_the_kernels_do_not_support_ends_the_promise(tmp_path):
+    """The kernels compute in steps of 32 elements; the types in the file do not show the width."""
+    if not accelerator.supports_quantized():
+        pytest.skip("this processor has no instructions for it")
+    odd = {"embedding_length": 80, "rope.dimension_count": 40}
+    runner = open_runner(write_random(tmp_path / "odd.gguf", "llama", "F16", also=odd), "exact", 4)
+    assert runner.uses_kernels
+    assert (runner.promise, runner.grid) == ("none", CHUNK_GRID)
+
+
+def test_a_recurrent_model_needs_all_products_of_the_kernels(tmp_path, monkeypatch):
+    """The library multiplies the tokens of one sequence and of several by different kernels."""
+    if not accelerator.supports_quantized():
+        pytest.skip("this processor has no instructions for it")
+    narrow = write_random(tmp_path / "narrow.gguf", "mamba", also={"ssm.time_step_rank": 48})
+    assert open_runner(narrow, "exact", 4).promise == "none"
+    path = write_random(tmp_path / "tiny.gguf", "lfm2")
+    assert [open_runner(path, kv_type, 4).promise for kv_type in ("exact", "f16")] == ["exact", "none"]
+    assert open_runner(path, "exact", 4, own=False).promise == "none"
+
+
+def test_a_product_of_two_computed_operands_ends_the_promise(tmp_path, monkeypatch):
+    path = write_random(tmp_path / "tiny.gguf", "llama")
+    monkeypatch.setattr(accelerator, "has_unsupported_products", lambda: True)
+    assert open_runner(path, "exact", 4).promise == "none"
+    assert open_runner(path, "f16", 4).promise == "reproducible", "attention without flash attention has such products"
+
+
+def test_the_librarys_query_by_query_attention_is_exact(tmp_path, monkeypatch):
+    if not accelerator.supports_quantized():
+        pytest.skip("this processor has no instructions for it")
+    monkeypatch.setattr(accelerator, "computes_all_attention", lambda: False)
+    runner = open_runner(write_random(tmp_path / "tiny.gguf", "llama"), "exact", 8)
+    assert (runner.uses_own_attention, runner.promise) == (False, "exact")
+    compare(EngineLoop(runner), 40, VOCABULARY)
