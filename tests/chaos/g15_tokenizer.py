@@ -35,7 +35,10 @@ from .client import ClientConnection
 from .gate import Fault, Gate, Result, Trial
 from .server import Server, helper_process
 
-TIMEOUT, SLOWEST = 60, 2.0  # seconds until a process counts as hung; CPU seconds for one text
+TIMEOUT, SLOWEST = 60, 2.0  # seconds until a process counts as hung; the longest wait of another request
+RATIO = 6  # CPU time of a text over that of random words of the same length; quadratic time exceeds it by far
+MEASURABLE = 0.05  # CPU seconds of random words; the time of shorter texts is compared with this
+WORDS = "".join(Random(1).choices("etaoinshrdlu ", k=4096))  # no dictionary has them, so they need merges
 CONTEXT = 4096  # tokens; a text longer than this many of the longest piece cannot fit and is not tokenized
 LONGEST = QueuePolicy().max_text  # characters of a text
 LARGE = 32768  # tokens of context
@@ -99,7 +102,7 @@ def run(trial: Trial) -> Result:
         figures["texts"] == trial.size
         and not figures["died or hung"]
         and not figures["changed"]
-        and figures["slowest s"] <= SLOWEST
+        and figures["times random words"] <= RATIO
         and not seen.wrong
         and not seen.restarts
         and seen.slowest <= SLOWEST
@@ -156,6 +159,7 @@ async def _ask_all_the_time(server: Server, seen: ServerFigures) -> None:
 
 def _tokenize_in_processes(trial: Trial, vocabularies: list[Path]) -> dict[str, float]:
     figures = {"vocabularies": 0, "texts": 0, "died or hung": 0, "changed": 0, "slowest s": 0.0}
+    figures["times random words"] = 0.0
     tried = 0
     for path in vocabularies:
         cases = [*product(UNITS, SIZES)]
@@ -166,6 +170,7 @@ def _tokenize_in_processes(trial: Trial, vocabularies: list[Path]) -> dict[str, 
             figures["vocabularies"] += 1
             trial.say(f"G15 {path.name}")
             _try_all(path, cases, trial.planted is not None, figures)
+    figures = {name: round(figure, 2) for name, figure in figures.items()}
     return figures | {"texts": tried}
 
 
@@ -181,12 +186,14 @@ def _try_all(path: Path, cases: list[tuple[str, int | None]], planted: bool, fig
                     figures["died or hung"] += 1
                     left = True
                     break
-                same, seconds = answer
+                same, seconds, random_words = answer
                 figures["changed"] += not same
                 figures["slowest s"] = max(figures["slowest s"], seconds)
+                ratio = seconds / max(random_words, MEASURABLE)
+                figures["times random words"] = max(figures["times random words"], ratio)
 
 
-def _ask(process: subprocess.Popen[str], unit: str, size: int | None) -> tuple[bool, float] | None:
+def _ask(process: subprocess.Popen[str], unit: str, size: int | None) -> tuple[bool, float, float] | None:
     assert process.stdin is not None
     assert process.stdout is not None
     kill_timer = threading.Timer(TIMEOUT, process.kill)
@@ -203,7 +210,10 @@ def _ask(process: subprocess.Popen[str], unit: str, size: int | None) -> tuple[b
 
 
 def main() -> None:
-    """May crash. Reads a unit and a size per line; writes whether the round trip is exact, and seconds."""
+    """May crash. Reads a unit and a size per line.
+
+    Writes whether the round trip is exact, the CPU seconds, and those of random words of the same length.
+    """
     path, *planted = sys.argv[1:]
     if planted:
         GATE.fault.plant(pytest.MonkeyPatch())
@@ -220,14 +230,22 @@ def _tokenize_all(path: str) -> None:
     vocabulary = Vocabulary(native.llama_model_load_from_file(os.fsencode(path), params))
     pieces = vocabulary.pieces()
     longest = max(map(len, pieces))
+    sample = WORDS * (LONGEST // 4 // len(WORDS))
+    seconds_for_a_byte = _timed(vocabulary, sample)[1] / len(sample)
     for line in sys.stdin:
         unit, size = json.loads(line)
         text = unit * min(LONGEST // len(unit), max(1, (size or CONTEXT * longest) // len(unit.encode())))
-        start = time.thread_time()  # CPU time, because other programs use the machine
-        tokens = vocabulary.tokenize(text, True)
-        seconds = time.thread_time() - start
+        tokens, seconds = _timed(vocabulary, text)
+        random_words = seconds_for_a_byte * len(text.encode())
         spelled = b"".join(pieces[token] for token in tokens)
-        print(json.dumps([text.encode() in (spelled, spelled[1:]), seconds]), flush=True)
+        print(json.dumps([text.encode() in (spelled, spelled[1:]), seconds, random_words]), flush=True)
+
+
+def _timed(vocabulary: Vocabulary, text: str) -> tuple[list[int], float]:
+    """The tokens of a text, and the CPU seconds it took, in which other programs do not count."""
+    start = time.thread_time()
+    tokens = vocabulary.tokenize(text, True)
+    return tokens, time.thread_time() - start
 
 
 def tokenize_in_one_queue(patch: pytest.MonkeyPatch) -> None:

@@ -135,6 +135,16 @@ def test_characters_without_tokens_are_passed_in_short_pieces(
     assert max(tokenized_sizes) <= 4 * (split_points.PIECE_LENGTH + len(unit))
 
 
+def test_names_that_no_merge_produces_do_not_prevent_a_split(tmp_path: Path, tokenized_sizes: list[int]) -> None:
+    """`<unused100>` contains "00" in a vocabulary without a token for "0"."""
+    names = [(f"<unused{number}>", TokenType.USER_DEFINED) for number in range(99, 102)]
+    pieces = load(tiny.write_vocabulary(tmp_path / "pieces.gguf", tiny.with_tokens(PIECES, *names)))
+    whole = tuple(pieces._ids(b"0" * 20_000, False))
+    tokenized_sizes.clear()
+    assert pieces.tokenize("0" * 20_000, False) == whole
+    assert max(tokenized_sizes) <= 2 * split_points.PIECE_LENGTH
+
+
 def test_a_text_is_tokenized_part_by_part(tmp_path: Path, tokenized_sizes: list[int]) -> None:
     pieces = load(tiny.write_vocabulary(tmp_path / "pieces.gguf", PIECES))
     tokenized_sizes.clear()
