@@ -19,6 +19,28 @@ library.initialize(verbose=False)
 VOCABULARY = 280
 
 
+FAMILIES = {
+    "a sliding window in five of six layers": ("gemma3", {}),
+    "32 experts": ("qwen3moe", {"expert_count": 32, "expert_used_count": 4}),
+    "128 experts": ("qwen3moe", {"expert_count": 128, "expert_used_count": 8}),
+    "recurrent layers": ("qwen35", {}),
+    "windows, sinks and experts": ("gpt-oss", {}),
+    "latent attention and experts": ("deepseek2", {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_many_requests_of_the_families_of_today(tmp_path, name):
+    if not accelerator.supports_quantized():
+        pytest.skip("this processor has no instructions for it")
+    form, also = FAMILIES[name]
+    runner = open_runner(write_random(tmp_path / "tiny.gguf", form, "Q8_0", also=also), "exact")
+    assert (runner.promise, runner.grid) == ("exact", 1)
+    compare(EngineLoop(runner), 2000, VOCABULARY)
+
+
 def test_attention_that_the_kernels_do_not_support_ends_the_promise_of_latent_values(tmp_path, monkeypatch):
     """llama.cpp refuses keys and values of different types, with which it would compute query by query."""
     monkeypatch.setattr(accelerator, "computes_all_attention", lambda: False)
