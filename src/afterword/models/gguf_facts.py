@@ -31,6 +31,9 @@ STATE_BYTES = 4
 AUDIO = frozenset(("wavtokenizer-dec", "qwen3tts", "pockettts"))
 """Architectures of llama.cpp that generate audio or codes for audio."""
 
+ATTENTION_INTERVALS = {"minimax-01": 8, **dict.fromkeys(("qwen3next", "qwen35", "qwen35moe", "qwen4exp"), 4)}
+"""Every n-th layer has attention, in llama.cpp, if the file does not say which."""
+LIGHTNING = "minimax-01"  # its recurrent layers keep one square matrix for each head
 SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 
 
@@ -166,7 +169,10 @@ class _Keys:
         if isinstance(given, tuple) and len(given) == layers:
             return [int(count) for count in given]
         most = self.number("attention.head_count_kv", heads)
-        every = self.number("full_attention_interval", 1) or 1  # every n-th layer has attention
+        recurrent = self.header.values.get(f"{self.architecture}.attention.recurrent_layers")
+        if isinstance(recurrent, tuple) and len(recurrent) == layers:
+            return [0 if each else most for each in recurrent]
+        every = self.number("full_attention_interval", ATTENTION_INTERVALS.get(self.architecture, 1)) or 1
         return [most if number % every == 0 else 0 for number in range(1, layers + 1)]
 
     def layers_with_own_keys(self) -> int:
@@ -189,6 +195,8 @@ class _Keys:
         inner, states, groups = (self.number(f"ssm.{name}", 0) for name in ("inner_size", "state_size", "group_count"))
         kept = max(0, self.number("ssm.conv_kernel", 0) - 1)
         delta, cells = self.number("kda.head_dim", 0), self.number("wkv.head_size", 0)
+        if self.architecture == LIGHTNING:
+            return heads * self.number("attention.key_length", width // max(1, heads)) ** 2
         return (
             kept * (inner + 2 * groups * states + 3 * heads * delta)
             + (states * inner + heads * delta * delta)
