@@ -9,18 +9,12 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import os
-import re
-import signal
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from random import Random
-from urllib.parse import urlsplit
+
+from bench.server import started_server
 
 _SETTLED = 1.5  # seconds without a new file, after which everything is written
 
@@ -37,31 +31,17 @@ def main() -> None:
         prompt = Random(round_number).choices(range(300, 3000), k=options.tokens)
         with tempfile.TemporaryDirectory() as folder:
             words = [options.model, "--cache-dir", folder, "--context", str(options.tokens + 64), *further]
-            with _server(words) as (port, first_start):
-                cold, _ = _first_token(port, prompt)
+            with started_server(words) as first:
+                cold, _ = _first_token(first.port, prompt)
                 size = _settled_size(Path(folder))
-            with _server(words) as (port, start):
-                warm, cached = _first_token(port, prompt)
-                again, _ = _first_token(port, prompt)
+            with started_server(words) as second:
+                warm, cached = _first_token(second.port, prompt)
+                again, _ = _first_token(second.port, prompt)
             print(
                 f"{cold:10.2f}{warm:10.3f}{warm / cold:8.4f}{cached:8}"
-                f"{start:10.2f}{again:10.3f}{size / 1e6:8.0f}   first start {first_start:.2f} s",
+                f"{second.seconds:10.2f}{again:10.3f}{size / 1e6:8.0f}   first start {first.seconds:.2f} s",
                 flush=True,
             )
-
-
-@contextmanager
-def _server(words: list[str]) -> Iterator[tuple[int, float]]:
-    """Start a server. Yields its port and the seconds until it was ready; afterwards SIGKILL ends it and its worker."""
-    begun = time.monotonic()
-    command = [sys.executable, "-m", "afterword", "serve", "--port", "0", *words]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            url = next(found[0] for line in process.stdout if (found := re.search(r"http://\S+", line)))
-            yield urlsplit(url).port or 80, time.monotonic() - begun
-        finally:
-            os.kill(process.pid, signal.SIGKILL)
 
 
 def _first_token(port: int, prompt: list[int]) -> tuple[float, int]:
