@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from afterword.completion import fields
-from afterword.completion.fields import Field, JsonSchema, Prompt, StreamOptions
+from afterword.completion.fields import ContextFile, Field, JsonSchema, Prompt, StreamOptions
 from afterword.completion.json_body import parse_object
 from afterword.completion.request_descriptions import DESCRIPTIONS, described_schema
 from afterword.completion.request_limits import RequestLimits
@@ -23,7 +23,9 @@ _INT32, _INT64 = 2**31, 2**63
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest:
-    """A parsed request body: the API's fields, then extensions with vLLM's names and meanings.
+    """A parsed request body: the API's fields, then extensions.
+
+    Extensions have vLLM's names and meanings, `input_extra` those of llama-server.
 
     `ignored`: the names of unknown fields, if the operator allows them (`RequestLimits.ignore_unknown`).
     """
@@ -50,6 +52,7 @@ class CompletionRequest:
     add_special_tokens: bool = True
     cache_salt: str | None = None
     ignore_eos: bool = False
+    input_extra: tuple[ContextFile, ...] = ()
     min_p: float = 0.0
     min_tokens: int = 0
     prompt_logprobs: int | None = None
@@ -63,6 +66,11 @@ class CompletionRequest:
     def candidates(self) -> int:
         """The number of outputs to generate for each prompt: `best_of`, or else `n`."""
         return self.n if self.best_of is None else self.best_of
+
+    @property
+    def is_infill(self) -> bool:
+        """Whether the prompt is laid out with the model's infill tokens."""
+        return bool(self.suffix or self.input_extra)
 
 
 FIELDS: dict[str, Field] = {
@@ -101,6 +109,7 @@ EXTENSIONS: dict[str, Field] = {
     "add_special_tokens": fields.boolean,
     "cache_salt": fields.salt,
     "ignore_eos": fields.boolean,
+    "input_extra": fields.input_extra,
     "min_p": fields.decimal(0, 1),
     "min_tokens": fields.integer(0, _INT32 - 1),
     "prompt_logprobs": fields.integer(0, lambda limits: limits.max_logprobs),
@@ -196,11 +205,12 @@ def _check_combinations(request: CompletionRequest, limits: RequestLimits) -> No
             f"'min_tokens' ({request.min_tokens}) must be at most 'max_tokens' ({request.max_tokens}).",
             param="min_tokens",
         )
-    if request.suffix and request.echo and request.logprobs is not None:
+    if request.is_infill and request.echo and request.logprobs is not None:
+        name, read = ("suffix", "the suffix") if request.suffix else ("input_extra", "these files")
         raise RequestError(
-            "'suffix' cannot be combined with both 'echo' and 'logprobs': the model reads the suffix too, so the "
+            f"'{name}' cannot be combined with both 'echo' and 'logprobs': the model reads {read} too, so the "
             "prompt's log probabilities would not be those of the prompt alone. Leave out one of the three.",
-            param="suffix",
+            param=name,
         )
     if len(request.prompt) * request.candidates > limits.max_completions:
         raise RequestError(

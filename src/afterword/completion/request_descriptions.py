@@ -91,6 +91,13 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
     "add_special_tokens": description("False: add no beginning-of-sequence token before a text.", False),
     "cache_salt": description("Only requests with the same salt share cached prefixes.", "course-1"),
     "ignore_eos": description("Continue after the model's end tokens.", True),
+    "input_extra": description(
+        "Other files that the model reads first, for models with infill tokens and file separators.",
+        [{"filename": "names.py", "text": "NAMES = ['Ann', 'Ben']\n"}],
+    ),
+    "input_extra.filename": description("The name of the file; absent or null: tmp.", "names.py"),
+    "input_extra.text": description("The text of the file.", "NAMES = ['Ann', 'Ben']\n"),
+    "input_extra.time": description("Accepted without effect.", 1795406641),
     "min_p": description(
         "Sample from tokens with at least this fraction of the most likely token's probability.", 0.05
     ),
@@ -106,4 +113,4 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
     "stop_token_ids": description("Token ids that end the choice. Its text does not contain them.", [0]),
     "top_k": description("Sample from this many of the most likely tokens. 0 and −1: from all.", 40),
 }
-"""Every field of `request.FIELDS` and `request.EXTENSIONS`, and the members of `stream_options`."""
+"""Every field of `request.FIELDS` and `request.EXTENSIONS`, and the members of `input_extra` and `stream_options`."""

@@ -43,7 +43,9 @@ def test_each_family_is_found_by_its_tokens(tmp_path: Path, family: str) -> None
     words, names, expected = EXPECTED[family]
     vocabulary, first = with_names(tmp_path, words, *names)
     parts = tuple(part if isinstance(part, str) else first + part for part in expected)
-    assert vocabulary.infill("Any") == InfillLayout(family, parts)
+    found = vocabulary.infill("Any")
+    assert found is not None
+    assert (found.family, found.parts, found.file) == (family, parts, ())
 
 
 def test_every_family_is_tested() -> None:
@@ -54,13 +56,15 @@ def test_a_family_with_the_tokens_of_another_is_found_by_the_models_name(tmp_pat
     """Mellum was trained with the suffix first, with StarCoder's tokens."""
     vocabulary, first = with_names(tmp_path, BYTES, "<fim_prefix>", "<fim_middle>", "<fim_suffix>")
     suffix_first = (first + 2, "suffix", first, "prefix", first + 1)
-    assert vocabulary.infill("Mellum 4b Base") == InfillLayout("mellum", suffix_first)
+    ends = (first + 2, first, first + 1)
+    assert vocabulary.infill("Mellum 4b Base") == InfillLayout("mellum", suffix_first, ends=ends)
 
 
 def test_tokens_that_the_file_states_are_used_for_unknown_families(tmp_path: Path) -> None:
     own = replace(BYTES, special=BYTES.special | {"fim_pre": "<p>", "fim_suf": "<s>", "fim_mid": "<m>"})
     vocabulary, first = with_names(tmp_path, own, "<p>", "<s>", "<m>")
-    assert vocabulary.infill("") == InfillLayout("other", (first, "prefix", first + 1, "suffix", first + 2))
+    parts = (first, "prefix", first + 1, "suffix", first + 2)
+    assert vocabulary.infill("") == InfillLayout("other", parts, ends=(first, first + 1, first + 2))
 
 
 @pytest.mark.parametrize("names", [("<other>",), ("<fim_prefix>", "<fim_suffix>"), ("[PREFIX]",)])
@@ -73,7 +77,8 @@ def test_a_template_replaces_the_familys_layout(tmp_path: Path) -> None:
     vocabulary, first = with_names(tmp_path, BYTES, "<fim_prefix>", "<fim_middle>", "<fim_suffix>")
     layout = vocabulary.infill("", "<fim_suffix>{suffix}<fim_prefix>\n{prefix}<fim_middle>")
     newline = BYTES.tokens.index("Ċ")
-    assert layout == InfillLayout("custom", (first + 2, "suffix", first, newline, "prefix", first + 1))
+    parts = (first + 2, "suffix", first, newline, "prefix", first + 1)
+    assert layout == InfillLayout("custom", parts, ends=(first + 2, first, first + 1))
 
 
 @pytest.mark.parametrize(
@@ -102,14 +107,65 @@ def test_a_wrong_template_is_an_error(tmp_path: Path, template: str, message: st
     ],
 )
 def test_real_vocabularies(name: str, expected: InfillLayout | None) -> None:
+    found = shared_vocabulary(name).infill(name)
+    assert (found and (found.family, found.parts)) == (expected and (expected.family, expected.parts))
+
+
+def shared_vocabulary(name: str) -> Vocabulary:
     path = SHARED / f"ggml-vocab-{name}.gguf"
     if not path.exists():
         pytest.skip("no vocabularies in ../shared/vocabs")
-    assert load(path).infill(name) == expected
+    return load(path)
+
+
+# The token names of a family, and its layouts of files and of a prompt after files. A text stands for its tokens.
+FILES = {
+    "qwen": (
+        ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|repo_name|>", "<|file_sep|>"),
+        (4, "file"),
+        (3, "myproject\n", "files", 4, "filename\n", 0, "prefix", 1, "suffix", 2),
+    ),
+    "starcoder": (
+        ("<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<repo_name>", "<file_sep>"),
+        (4, "file"),
+        (3, "myproject", "files", 4, 0, "filename\n", "prefix", 1, "suffix", 2),
+    ),
+    "mellum": (
+        ("<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<filename>"),
+        (3, "file"),
+        ("files", 3, "filename\n", 1, "suffix", 0, "prefix", 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FILES)
+def test_families_with_file_separators_have_a_layout_for_files(tmp_path: Path, family: str) -> None:
+    names, file, with_files = FILES[family]
+    vocabulary, first = with_names(tmp_path, BYTES, *names)
+    found = vocabulary.infill(f"a {family}")
+    expected: list[int | str] = []
+    for part in with_files:
+        if isinstance(part, int):
+            expected.append(first + part)
+        elif part in ("files", "prefix", "suffix"):
+            expected.append(part)
+        else:
+            expected += vocabulary.tokenize(part, False)
+    assert found is not None
+    assert found.file == tuple(first + part if isinstance(part, int) else part for part in file)
+    assert found.with_files == tuple(expected)
+
+
+def test_a_middle_ends_before_the_tokens_of_its_layout_and_those_between_files(tmp_path: Path) -> None:
+    vocabulary, first = with_names(tmp_path, BYTES, "<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<file_sep>", "<x>")
+    found = vocabulary.infill("")
+    assert found is not None
+    assert found.ends == (first, first + 1, first + 2, first + 3)
+    assert found.file == ()
 
 
 def test_the_first_family_with_all_tokens_is_chosen() -> None:
     tokens = {"<fim_prefix>": 1, "<fim_suffix>": 2, "<fim_middle>": 3, "<|fim_prefix|>": 4}
-    layout = find_layout(tokens, "", None)
+    layout = find_layout(tokens, "", None, list)
     assert layout is not None
     assert layout.family == "starcoder"
