@@ -107,6 +107,13 @@ def string(name: str, value: Any, _: RequestLimits) -> str:
     return value
 
 
+@field_parser({"type": "array", "items": {"type": "string"}})
+def strings(name: str, value: Any, _: RequestLimits) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise _wrong_type(name, value, "an array of strings")
+    return tuple(value)
+
+
 @field_parser(lambda limits: {"type": "string", "maxLength": limits.max_name})
 def name_string(name: str, value: Any, limits: RequestLimits) -> str:
     """A string of at most `limits.max_name` characters, for `model` and `user`."""

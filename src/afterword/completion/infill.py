@@ -51,7 +51,7 @@ def layout_of(request: CompletionRequest, model_info: ModelInfo, rules: InfillRu
     """The model's layout. Raises `RequestError` if the model has none, or none for the request's files."""
     layout = model_info.infill
     if layout is None:
-        if not request.is_infill:
+        if rules.always:
             raise RequestError("Infill is not supported by this model: it has no fill-in-the-middle tokens.")
         name = "suffix" if request.suffix else "input_extra"
         raise _unsupported(name, "this model has no fill-in-the-middle tokens")

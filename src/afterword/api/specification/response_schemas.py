@@ -62,6 +62,46 @@ _COMPLETION = {
     "choices": array_schema(_CHOICE),
 }
 
+_INFILL = {
+    "index": COUNT,
+    "content": TEXT,
+    "tokens": array_schema(COUNT),
+    "id_slot": {"type": "integer"},
+    "stop": FLAG,
+    "model": TEXT,
+    "tokens_predicted": COUNT,
+    "tokens_evaluated": COUNT,
+    "generation_settings": object_schema(
+        n_ctx=COUNT,
+        n_predict={"type": "integer", "minimum": -1},
+        n_indent=COUNT,
+        temperature=NUMBER,
+        top_k=COUNT,
+        top_p=NUMBER,
+        min_p=NUMBER,
+        repeat_penalty=NUMBER,
+        presence_penalty=NUMBER,
+        frequency_penalty=NUMBER,
+        seed={"type": "integer", "minimum": -1},
+        stop=array_schema(TEXT),
+    ),
+    "has_new_line": FLAG,
+    "truncated": FLAG,
+    "stop_type": {"enum": ["eos", "word", "limit"]},
+    "stopping_word": TEXT,
+    "tokens_cached": COUNT,
+    "timings": object_schema(
+        cache_n=COUNT,
+        prompt_n=COUNT,
+        prompt_ms=NUMBER,
+        prompt_per_token_ms=NUMBER,
+        prompt_per_second=NUMBER,
+        predicted_n=COUNT,
+        predicted_ms=NUMBER,
+        predicted_per_token_ms=NUMBER,
+        predicted_per_second=NUMBER,
+    ),
+}
 RESPONSE_SCHEMAS: dict[str, JsonSchema] = {
     "Completion": object_schema(**_COMPLETION, usage=ref("Usage")),
     "Chunk": object_schema(("usage",), **_COMPLETION, usage=or_null(ref("Usage"))),
@@ -83,6 +123,8 @@ RESPONSE_SCHEMAS: dict[str, JsonSchema] = {
         ),
         prompt_tokens_details=object_schema(audio_tokens=COUNT, cached_tokens=COUNT),
     ),
+    # response_fields leaves members out, and adds paths as names
+    "Infill": object_schema(tuple(_INFILL), **_INFILL) | {"additionalProperties": True},
     "Error": object_schema(error=object_schema(message=TEXT, type=TEXT, param=or_null(TEXT), code=or_null(TEXT))),
     "Model": object_schema(
         id=TEXT,
