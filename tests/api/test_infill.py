@@ -159,3 +159,13 @@ def test_a_disconnect_frees_the_sequence(files_client: httpx.Client) -> None:
     with files_client.stream("POST", "/infill", json=body) as response:
         next(response.iter_lines())
     wait_until(lambda: is_idle(files_client))
+
+
+def test_long_prompts_are_shortened_only_with_the_option(serve: Any, http: httpx.Client) -> None:
+    long = {"input_prefix": "Once upon a time.\n" * 2000, "input_suffix": "They went home.\n" * 2000}
+    assert "maximum context length" in problem(http.post("/infill", json=long | {"n_predict": 8}), 400)["message"]
+    with serve("--infill-trim", "--parallel", "2", "--context", "256", key=None) as server, server.http() as client:
+        assert 128 < infill(client, **long, n_predict=8)["tokens_evaluated"] <= 248
+        body = {"prompt": long["input_prefix"], "suffix": long["input_suffix"], "max_tokens": 8}
+        assert 128 < client.post("/v1/completions", json=body).json()["usage"]["prompt_tokens"] <= 245
+        problem(client.post("/v1/completions", json={"prompt": long["input_prefix"]}), 400)

@@ -34,7 +34,7 @@ def trim(texts: InfillTexts, room: int, separators: int, pieces: Sequence[bytes]
     prefix, suffix = texts.prefix, texts.suffix
     if len(prefix) + len(suffix) > room:
         suffix = _first_lines(suffix, max(room // _SUFFIX_SHARE, room - len(prefix)), pieces)
-        prefix = _last_lines(prefix, room - len(suffix), max(1, room // _STEPS), pieces)
+        return InfillTexts(_last_lines(prefix, room - len(suffix), max(1, room // _STEPS), pieces), suffix)
     left = room - len(prefix) - len(suffix)
     files: list[tuple[int, ...]] = []
     for file in reversed(texts.files):

@@ -26,7 +26,7 @@ from afterword.api.responses.time_slices import TimeSlices
 from afterword.api.service import Service
 from afterword.completion.choice import Delta
 from afterword.completion.fields import StreamOptions
-from afterword.completion.infill import NO_RULES, InfillRules
+from afterword.completion.infill import InfillRules
 from afterword.completion.json_body import run_in_thread_if_large
 from afterword.completion.logprobs import SLICE_TOKENS
 from afterword.completion.plan import ClientIdentity, Plan, Tokenized, make_plan
@@ -54,7 +54,8 @@ async def create(http: HttpRequest) -> Response:
     service.check_capacity()
     body = await read_json(http)
     request = await run_in_thread_if_large(parse, body, service.config.limits)
-    prepared = await prepare(http, body, request, service.config.special_text, NO_RULES)
+    rules = InfillRules(trim=service.config.infill_trim)
+    prepared = await prepare(http, body, request, service.config.special_text, rules)
     return CompletionResponse(prepared)
 
 

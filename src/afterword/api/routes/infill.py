@@ -32,7 +32,7 @@ from afterword.engine.protocol import FinishReason
 from afterword.errors import AfterwordError
 
 _FINISH: dict[StopType, FinishReason | None] = {"none": None, "eos": "stop", "word": "stop", "limit": "length"}
-RULES = InfillRules(always=True, snippets=True, fill_context=True)
+_RULES = InfillRules(always=True, snippets=True, fill_context=True)
 
 
 async def create(http: HttpRequest) -> Response:
@@ -44,7 +44,8 @@ async def create(http: HttpRequest) -> Response:
     request = infill.completion
     if not infill.shares_cache:
         request = replace(request, cache_salt=secrets.token_hex(16))
-    prepared = await prepare(http, body, request, False, RULES)
+    rules = replace(_RULES, trim=service.config.infill_trim)
+    prepared = await prepare(http, body, request, False, rules)
     return InfillResponse(infill, prepared)
 
 
