@@ -8,6 +8,7 @@ from typing import Any
 from afterword.completion import fields
 from afterword.completion.fields import Field, JsonSchema, field_parser
 from afterword.completion.json_body import parse_object
+from afterword.completion.model_defaults import DefaultsOf, no_defaults
 from afterword.completion.request import CompletionRequest
 from afterword.completion.request_descriptions import INFILL_DESCRIPTIONS, described_schema
 from afterword.completion.request_limits import RequestLimits
@@ -28,6 +29,7 @@ UNLIMITED = 2**31 - 1
 
 _REQUIRED = ("input_prefix", "input_suffix")
 _INT32, _INT64 = 2**31, 2**63
+_NAMES = {"max_tokens": "n_predict", "n": "n_cmpl", "repetition_penalty": "repeat_penalty"}  # of /v1/completions
 _DEFAULTS = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}  # those of llama-server
 _SAMPLER_OF = {
     "temperature": "temperature",
@@ -97,8 +99,11 @@ INFILL_FIELDS: dict[str, Field] = {
 }
 
 
-def parse_infill(body: bytes, limits: RequestLimits) -> InfillRequest:
-    """Parse a body of `/infill`. Raises `RequestError`, whose message quotes only names and numbers of the body."""
+def parse_infill(body: bytes, limits: RequestLimits, defaults: DefaultsOf = no_defaults) -> InfillRequest:
+    """Parse a body of `/infill`. `defaults`: the operator's values by the names of `/v1/completions`.
+
+    Raises `RequestError`, whose message quotes only names and numbers of the body.
+    """
     limits = replace(limits, strict=False)  # OpenAI's API has no such route, and editors send an empty `stop`
     values = parse_object(body)
     unknown = tuple(name[:64] for name in values if name not in INFILL_FIELDS)
@@ -110,7 +115,9 @@ def parse_infill(body: bytes, limits: RequestLimits) -> InfillRequest:
     for name in _REQUIRED:
         if name not in known:
             raise RequestError(f'"{name}" is required', param=name)
-    given = {name: INFILL_FIELDS[name](name, value, limits) for name, value in known.items()}
+    renamed = {_NAMES.get(name, name): value for name, value in defaults(values.get("model")).items()}
+    whole = {name: value for name, value in renamed.items() if name in INFILL_FIELDS} | known
+    given = {name: INFILL_FIELDS[name](name, value, limits) for name, value in whole.items()}
     return InfillRequest(
         completion=_completion(given, unknown),
         indent=given.get("n_indent", 0),

@@ -13,6 +13,7 @@ from typing import Any
 from afterword.completion import fields
 from afterword.completion.fields import ContextFile, Field, JsonSchema, Prompt, StreamOptions
 from afterword.completion.json_body import parse_object
+from afterword.completion.model_defaults import DefaultsOf, no_defaults
 from afterword.completion.request_descriptions import DESCRIPTIONS, described_schema
 from afterword.completion.request_limits import RequestLimits
 from afterword.errors import RequestError
@@ -121,8 +122,11 @@ EXTENSIONS: dict[str, Field] = {
 """Fields that OpenAI's API does not have. With `RequestLimits.strict` they are unknown fields."""
 
 
-def parse(body: bytes, limits: RequestLimits) -> CompletionRequest:
-    """Parse a request body. Raises `RequestError`, whose message quotes only field names and numbers of the body."""
+def parse(body: bytes, limits: RequestLimits, defaults: DefaultsOf = no_defaults) -> CompletionRequest:
+    """Parse a request body. `defaults`: the operator's values of fields that the body does not have.
+
+    Raises `RequestError`, whose message quotes only field names and numbers of the body.
+    """
     values = parse_object(body)
     known = known_fields(limits)
     if limits.strict and not values.get("model"):
@@ -133,8 +137,10 @@ def parse(body: bytes, limits: RequestLimits) -> CompletionRequest:
     for name in _check_length_aliases(values):
         raise _unknown(name, values)
     given = {name: value for name, value in values.items() if name in known and value is not None}
+    whole = {**defaults(values.get("model")), **given}
+    every = FIELDS | EXTENSIONS  # the operator may give extensions a default also where requests cannot have them
     request = CompletionRequest(
-        **{name: known[name](name, value, limits) for name, value in given.items()}, ignored=unknown
+        **{name: every[name](name, value, limits) for name, value in whole.items()}, ignored=unknown
     )
     _check_combinations(request, limits)
     return request

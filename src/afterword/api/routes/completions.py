@@ -53,7 +53,7 @@ async def create(http: HttpRequest) -> Response:
     service: Service = http.app.state.service
     service.check_capacity()
     body = await read_json(http)
-    request = await run_in_thread_if_large(parse, body, service.config.limits)
+    request = await run_in_thread_if_large(parse, body, service.config.limits, service.default_values)
     rules = InfillRules(trim=service.config.infill_trim)
     prepared = await prepare(http, body, request, service.config.special_text, rules)
     return CompletionResponse(prepared)

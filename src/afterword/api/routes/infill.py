@@ -40,7 +40,7 @@ async def create(http: HttpRequest) -> Response:
     service: Service = http.app.state.service
     service.check_capacity()
     body = await read_json(http)
-    infill = await run_in_thread_if_large(parse_infill, body, service.config.limits)
+    infill = await run_in_thread_if_large(parse_infill, body, service.config.limits, service.default_values)
     request = infill.completion
     if not infill.shares_cache:
         request = replace(request, cache_salt=secrets.token_hex(16))
