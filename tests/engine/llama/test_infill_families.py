@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from gguf import TokenType
 
+from afterword.completion.infill import infill_prompt
+from afterword.completion.infill_trim import InfillTexts
 from afterword.engine.llama.infill_families import FAMILIES, find_layout
 from afterword.engine.llama.vocabulary import Vocabulary
 from afterword.engine.protocol import InfillLayout
@@ -116,6 +118,56 @@ def shared_vocabulary(name: str) -> Vocabulary:
     if not path.exists():
         pytest.skip("no vocabularies in ../shared/vocabs")
     return load(path)
+
+
+PREFIX, SUFFIX = "def add(a, b):\n    return ", "\n\nprint(add(1, 2))\n"
+OTHERS = ("a.py\nA = 1\n", "b.py\nB = 2\n")
+# For each real tokenizer: a prompt as the documents of the family write it, and its tokens.
+WRITTEN = {
+    "deepseek-coder": (
+        f"<｜fim▁begin｜>{PREFIX}<｜fim▁hole｜>{SUFFIX}<｜fim▁end｜>",
+        (
+            *(32016, 1551, 957, 7, 64, 11, 270, 1772, 185, 315, 967, 207, 32015),
+            *(185, 185, 4128, 7, 1761, 7, 16, 11, 207, 17, 1435, 185, 32017),
+        ),
+    ),
+    "starcoder": (
+        f"<fim_prefix>{PREFIX}<fim_suffix>{SUFFIX}<fim_middle>",
+        (
+            *(1, 610, 1035, 45, 102, 49, 342, 731, 303, 461, 244),
+            *(3, 222, 222, 1243, 45, 688, 45, 54, 49, 244, 55, 509, 222, 2),
+        ),
+    ),
+    "refact": (
+        f"<fim_prefix>{PREFIX}<fim_suffix>{SUFFIX}<fim_middle>",
+        (
+            *(1, 589, 1015, 26, 83, 30, 323, 711, 284, 442, 225),
+            *(3, 203, 203, 1216, 26, 669, 26, 35, 30, 225, 36, 490, 203, 2),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_real_tokenizers_give_the_tokens_of_the_written_prompt(name: str) -> None:
+    vocabulary = shared_vocabulary(name)
+    layout = vocabulary.infill(name)
+    assert layout is not None
+    texts = InfillTexts(vocabulary.tokenize(PREFIX, False), vocabulary.tokenize(SUFFIX, False))
+    written, expected = WRITTEN[name]
+    assert infill_prompt(layout, texts).ids == expected == vocabulary.tokenize(written, True)
+
+
+def test_the_real_tokenizer_of_starcoder_2_gives_the_tokens_of_the_written_prompt_with_files() -> None:
+    vocabulary = shared_vocabulary("starcoder")  # that of StarCoder 2
+    layout = vocabulary.infill("starcoder2")
+    assert layout is not None
+    prefix, suffix, *files = (vocabulary.tokenize(text, False) for text in (PREFIX, SUFFIX, *OTHERS))
+    ids = infill_prompt(layout, InfillTexts(prefix, suffix, tuple(files))).ids
+    before = "<repo_name>myproject" + "".join(f"<file_sep>{text}" for text in OTHERS)
+    written = f"{before}<file_sep><fim_prefix>filename\n{PREFIX}<fim_suffix>{SUFFIX}<fim_middle>"
+    assert ids == vocabulary.tokenize(written, True)
+    assert ids[:10] == (5, 1791, 2268, 6, 102, 51, 997, 222, 70, 299)
 
 
 # The token names of a family, and its layouts of files and of a prompt after files. A text stands for its tokens.
