@@ -31,6 +31,11 @@ EXPECTED = {
     "codellama": (PIECES, ("▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>"), (0, "prefix", 2, "suffix", 1)),
     "glm": (BYTES, ("<|code_prefix|>", "<|code_middle|>", "<|code_suffix|>"), (0, "prefix", 2, "suffix", 1)),
     "falcon": (BYTES, ("<|prefix|>", "<|suffix|>", "<|middle|>"), (0, "prefix", 1, "suffix", 2)),
+    "aixcoder": (
+        PIECES,
+        ("▁<AIX-SPAN-PRE>", "▁<AIX-SPAN-POST>", "▁<AIX-SPAN-MIDDLE>"),
+        (0, 1, "suffix", 2, "prefix"),
+    ),
 }
 
 
@@ -51,7 +56,7 @@ def test_each_family_is_found_by_its_tokens(tmp_path: Path, family: str) -> None
 
 
 def test_every_family_is_tested() -> None:
-    assert {family.name for family in FAMILIES} == {*EXPECTED, "mellum"}
+    assert {family.name for family in FAMILIES} == {*EXPECTED, *FILES}
 
 
 def test_a_family_with_the_tokens_of_another_is_found_by_the_models_name(tmp_path: Path) -> None:
@@ -182,6 +187,11 @@ FILES = {
         (4, "file"),
         (3, "myproject", "files", 4, 0, "filename\n", "prefix", 1, "suffix", 2),
     ),
+    "codegemma": (
+        ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|file_separator|>"),
+        ("file", 3),
+        ("files", "filename\n", 0, "prefix", 1, "suffix", 2),
+    ),
     "mellum": (
         ("<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<filename>"),
         (3, "file"),
@@ -204,6 +214,7 @@ def test_families_with_file_separators_have_a_layout_for_files(tmp_path: Path, f
         else:
             expected += vocabulary.tokenize(part, False)
     assert found is not None
+    assert found.family == family
     assert found.file == tuple(first + part if isinstance(part, int) else part for part in file)
     assert found.with_files == tuple(expected)
 

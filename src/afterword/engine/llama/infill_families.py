@@ -13,6 +13,7 @@ from afterword.engine.protocol import InfillLayout
 from afterword.errors import SettingError
 
 _GAP = re.compile(r"\{(prefix|suffix|files|file)\}")
+_NAME = re.compile(r"▁?<[^<>]*>|\[[A-Z]+\]")  # of a special token in a template
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,16 +21,18 @@ class InfillFamily:
     """Models with the same layout. `source`: the document that states it.
 
     `model_name`: a part of the name in the model file. Only models with such a name have this layout, because others
-    with the same tokens have another one. `with_files`: the layout after other files of the same repository, `{files}`,
-    and `file`: the layout of each of them. `{file}` is its name, a line end and its text. Empty if the source states no
-    such layout. The names of repository and current file, which requests do not have, are those that llama-server
-    writes.
+    with the same tokens have another one. `also`: a further token that tells the family from others.
+
+    `with_files`: the layout after other files of the same repository, `{files}`, and `file`: the layout of each of
+    them. `{file}` is its name, a line end and its text. Empty if the source states no such layout. The names of
+    repository and current file, which requests do not have, are those that llama-server writes.
     """
 
     name: str
     template: str
     source: str
     model_name: str = ""
+    also: str = ""
     with_files: str = ""
     file: str = ""
 
@@ -68,6 +71,14 @@ FAMILIES = (
         "https://huggingface.co/bigcode/santacoder",
     ),
     InfillFamily(
+        "codegemma",
+        "<|fim_prefix|>{prefix}<|fim_suffix|>{suffix}<|fim_middle|>",
+        "figure 2 of arXiv 2406.11409",
+        also="<|file_separator|>",
+        with_files="{files}filename\n<|fim_prefix|>{prefix}<|fim_suffix|>{suffix}<|fim_middle|>",
+        file="{file}<|file_separator|>",
+    ),
+    InfillFamily(
         "qwen",
         "<|fim_prefix|>{prefix}<|fim_suffix|>{suffix}<|fim_middle|>",
         "https://github.com/QwenLM/Qwen2.5-Coder",
@@ -102,6 +113,11 @@ FAMILIES = (
         "<|prefix|>{prefix}<|suffix|>{suffix}<|middle|>",
         "https://huggingface.co/tiiuae/Falcon-H1-Tiny-Coder-90M",
     ),
+    InfillFamily(
+        "aixcoder",
+        "▁<AIX-SPAN-PRE>▁<AIX-SPAN-POST>{suffix}▁<AIX-SPAN-MIDDLE>{prefix}",
+        "https://github.com/aixcoder-plugin/aiXcoder-7B",
+    ),
 )
 """The first family whose tokens a vocabulary has is used."""
 
@@ -127,13 +143,14 @@ def find_layout(
     for family in FAMILIES:
         if family.model_name not in model_name.lower():
             continue
-        parts = _parse(family.template, lambda name: [tokens[name]] if name in tokens else [])
-        if parts is None:
+        if not _has_names(tokens, family.template + family.also):
             continue
-        if not family.file or not all(name in tokens for name in _names(family)):
-            return InfillLayout(family.name, parts, ends=_ends(parts, tokens))
-        with_files, file = _parse(family.with_files, mixed), _parse(family.file, mixed)
-        return InfillLayout(family.name, parts, with_files or (), file or (), _ends(parts, tokens))
+        parts = _parse(family.template, mixed)
+        with_files: tuple[int | str, ...] = ()
+        file: tuple[int | str, ...] = ()
+        if family.file and _has_names(tokens, family.with_files + family.file):
+            with_files, file = _parse(family.with_files, mixed), _parse(family.file, mixed)
+        return InfillLayout(family.name, parts, with_files, file, _ends(parts, tokens))
     if known is None:
         return None
     prefix, suffix, middle = known
@@ -158,13 +175,13 @@ def parse_template(
     for text in _GAP.split(template)[::2]:
         if text and not any(map(special, tokenize(text))):
             raise SettingError(f"--infill-template: {text!r} is not a special token of the model.")
-    parts = _parse(template, tokenize) or ()
+    parts = _parse(template, tokenize)
     return InfillLayout("custom", parts, ends=tuple(part for part in parts if isinstance(part, int) and special(part)))
 
 
-def _names(family: InfillFamily) -> list[str]:
-    """The names of special tokens in the templates of files."""
-    return re.findall(r"<[^>]*>", family.with_files + family.file)
+def _has_names(tokens: Mapping[str, int], template: str) -> bool:
+    """Whether all special tokens that a template names are in the vocabulary."""
+    return all(name in tokens for name in _NAME.findall(template))
 
 
 def _ends(parts: tuple[int | str, ...], tokens: Mapping[str, int]) -> tuple[int, ...]:
@@ -173,15 +190,12 @@ def _ends(parts: tuple[int | str, ...], tokens: Mapping[str, int]) -> tuple[int,
     return tuple(dict.fromkeys((*(part for part in parts if isinstance(part, int)), *known)))
 
 
-def _parse(template: str, tokenize: Callable[[str], Sequence[int]]) -> tuple[int | str, ...] | None:
-    """The parts of a template; None if a text in it has no tokens."""
+def _parse(template: str, tokenize: Callable[[str], Sequence[int]]) -> tuple[int | str, ...]:
+    """The parts of a template: the tokens of its texts, and the names of its gaps."""
     parts: list[int | str] = []
     for number, text in enumerate(_GAP.split(template)):
         if number % 2:
             parts.append(text)
         elif text:
-            ids = tokenize(text)
-            if not ids:
-                return None
-            parts.extend(ids)
+            parts.extend(tokenize(text))
     return tuple(parts)
