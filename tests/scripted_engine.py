@@ -56,7 +56,7 @@ class ScriptedEngine:
     jobs: list["ScriptedJob"] = field(default_factory=list)
 
     async def tokenize(self, text: str, special: bool, client: str = "") -> tuple[int, ...]:
-        parts = re.split(f"({'|'.join(SPECIAL)})", text) if special else [text]
+        parts = re.split(f"({'|'.join(SPECIAL)})", text) if special else re.split("(<)", text)  # `<` begins each name
         space = " " if self.model_info.space_prefix else ""
         return tuple(token for part in parts if part for token in ids(part if part in SPECIAL else space + part))
 

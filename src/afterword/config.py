@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from afterword.batch.batch_limits import BatchLimits
+from afterword.completion.model_defaults import ModelDefaults
 from afterword.completion.request_limits import RequestLimits
 from afterword.engine.messages import KvType
 from afterword.engine.protocol import Promise
@@ -220,6 +221,8 @@ class Config:
     - `allow_open`: start without keys on an address that other machines can reach.
     - `cors_origins`: web origins that may use the server beside those of this machine; with keys every origin may.
     - `special_text`: text that spells a special token becomes that token.
+    - `defaults`: further names of models, and default values of request fields for names.
+    - `infill_trim`: leave out parts of infill prompts that are too long for the context.
     - `allowed_hosts`: `Host` names that the server accepts beside addresses and its own name. `*` accepts every name,
       as does an empty tuple where keys are required.
     - `proxies`: addresses with a trusted `X-Forwarded-For` header.
@@ -240,6 +243,8 @@ class Config:
     allow_open: bool = False
     cors_origins: tuple[str, ...] = ()
     special_text: bool = True
+    infill_trim: bool = False
+    defaults: tuple[ModelDefaults, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     proxies: tuple[str, ...] = ()
     drain_delay: float = 0.0

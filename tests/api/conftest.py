@@ -7,8 +7,10 @@ from typing import Any
 
 import httpx
 import pytest
+from gguf import TokenType
 from one_text_model import write_one_text_model
 
+from oracle import tiny
 from oracle.tiny import write_tiny
 
 
@@ -45,5 +47,19 @@ def no_infill_client(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> It
 def bos_client(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """A client of a server without API keys, with a model that needs a BOS before a text."""
     path = write_tiny(tmp_path_factory.mktemp("models") / "spm.gguf", vocabulary="spm")
+    with serve(str(path), "--parallel", "2", key=None) as server, server.http() as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def files_client(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A client of a server without API keys, with a model that has infill tokens and file separators."""
+    names = ("<|repo_name|>", "<|file_sep|>")
+    words = tiny.with_tokens(
+        tiny.byte_vocabulary(infill=True, add_bos=False), *((name, TokenType.CONTROL) for name in names)
+    )
+    shape = tiny.Shape(context=512)
+    path = tmp_path_factory.mktemp("models") / "files.gguf"
+    tiny.write_model(path, shape, words, tiny.random_weights(shape, words, 0, False), "F32")
     with serve(str(path), "--parallel", "2", key=None) as server, server.http() as client:
         yield client

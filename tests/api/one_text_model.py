@@ -5,27 +5,17 @@ The generated tokens are known in advance, so tests know where a character is sp
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
-
-from oracle.tiny import Shape, byte_vocabulary, random_weights, write_model
+from oracle.chain import write_chain_model
+from oracle.tiny import byte_vocabulary
 
 TEXT = "(é😀漢) 1234567890."
 """No byte occurs twice, and each byte is one token, so that every token determines the next one."""
 
 
 def write_one_text_model(path: Path) -> Path:
-    """Write a model with layers that add zero and output weights that map each token to its successor."""
-    shape, vocabulary = Shape(), byte_vocabulary(infill=False, add_bos=False)
-    weights = random_weights(shape, vocabulary)
-    for name, weight in weights.items():
-        if name.endswith(("attn_output.weight", "ffn_down.weight")):
-            weight[:] = 0
-    weights["output_norm.weight"] = np.ones(shape.width, np.float32)
-    weights["output.weight"][:] = 0
-    tokens = (*TEXT.encode(), vocabulary.tokens.index(vocabulary.special["eos"]))
-    for token, following in pairwise(tokens):
-        weights["output.weight"][following] = weights["token_embd.weight"][token]
-    return write_model(path, shape, vocabulary, weights)
+    """Write the model."""
+    vocabulary = byte_vocabulary(infill=False, add_bos=False)
+    chain = (*TEXT.encode(), vocabulary.tokens.index(vocabulary.special["eos"]))
+    return write_chain_model(path, vocabulary, chain)

@@ -160,3 +160,28 @@ def test_unknown_fields_can_be_ignored_and_are_listed(serve: Any) -> None:
 
 def test_the_model_object_states_its_promise(http: httpx.Client) -> None:
     assert http.get("/v1/models/afterword-tiny").json()["reproducible"] == "exact"
+
+
+def test_input_extra_puts_files_before_the_prompt(files_client: httpx.Client, http: httpx.Client) -> None:
+    files = [{"filename": "a.py", "text": "A = 1\n"}, {"text": "<|fim_middle|>"}]
+    answer = choice(files_client, prompt="a = ", suffix="\n", input_extra=files, return_token_ids=True)
+    read = files_client.post("/detokenize", json={"tokens": answer["prompt_token_ids"]}).json()["prompt"]
+    assert read == (
+        "<|repo_name|>myproject\n<|file_sep|>a.py\nA = 1\n<|file_sep|>tmp\n<|fim_middle|><|file_sep|>filename\n"
+        "<|fim_prefix|>a = <|fim_suffix|>\n<|fim_middle|>"
+    )
+    assert files_client.get("/v1/models").json()["data"][0]["infill_files"]
+    refused = ask(http, suffix="x", input_extra=files)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input_extra")
+
+
+def test_files_are_counted_and_cached(files_client: httpx.Client) -> None:
+    files = [{"filename": "long.py", "text": "B = 2\n" * 20}]
+    usage = ask(files_client, prompt="b", suffix="c", input_extra=files).json()["usage"]
+    sent = sum(
+        files_client.post("/tokenize", json={"prompt": text}).json()["count"]
+        for text in ("long.py\n" + files[0]["text"], "b", "c")
+    )
+    assert usage["prompt_tokens"] == sent
+    again = ask(files_client, prompt="another", suffix="d", input_extra=files).json()["usage"]
+    assert again["prompt_tokens_details"]["cached_tokens"] == sent - 2

@@ -100,11 +100,11 @@ def test_a_suffix_needs_an_infill_model_and_counts_as_prompt(
 
 
 def test_a_model_names_its_layout_of_infill(http: httpx.Client, no_infill_client: httpx.Client) -> None:
-    members = ("infill", "infill_family")
+    members = ("infill", "infill_family", "infill_files")
     (model,) = http.get("/v1/models").json()["data"]
-    assert [model[name] for name in members] == [True, "qwen"]
+    assert [model[name] for name in members] == [True, "qwen", False]
     (model,) = no_infill_client.get("/v1/models").json()["data"]
-    assert [model[name] for name in members] == [False, None]
+    assert [model[name] for name in members] == [False, None, False]
 
 
 def test_no_sequence_is_left_running(http: httpx.Client) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from afterword.completion.fields import ContextFile
 from afterword.completion.plan import ClientIdentity, Plan, PromptPlan, make_plan
 from afterword.completion.request import CompletionRequest
 from afterword.completion.run import tokenize
@@ -348,3 +349,56 @@ def test_two_keys_with_one_name_have_different_namespaces() -> None:
 
     assert namespace("one") == namespace("one") != namespace("two")
     assert namespace("one", shares=True) == namespace("two", shares=True)
+
+
+# ---- other files
+
+
+FILES = InfillLayout(
+    "qwen", INFILL.parts, with_files=(1, "files", 2, 3, *INFILL.parts), file=(2, "file"), ends=(PRE, SUF, MID, 2)
+)
+WITH_FILES = replace(MODEL_INFO, infill=FILES)
+CAT, MAT = ContextFile(" cat sat", "a.py"), ContextFile(" world")
+
+
+def test_files_come_before_the_prompt_with_their_names() -> None:
+    prompt = plan_one_prompt(WITH_FILES, prompt=("Hello",), suffix="!", input_extra=(CAT, MAT))
+    files = (2, *ids("a.py\n cat sat"), 2, *ids("tmp\n world"))
+    assert prompt.job.prompt == (1, *files, 2, 3, PRE, *ids("Hello"), SUF, *ids("!"), MID)
+    sent = [token for start, stop in prompt.given for token in prompt.job.prompt[start:stop]]
+    assert sent == [*ids("a.py\n cat sat"), *ids("tmp\n world"), *ids("Hello"), *ids("!")]
+    assert prompt.billed_tokens == len(sent)
+    assert prompt.billed_within(3) == 1
+    assert (prompt.text, prompt.job.prompt[prompt.hidden_tokens]) == ("Hello", ids("Hello")[0])
+
+
+def test_files_without_a_suffix_are_laid_out_with_an_empty_one() -> None:
+    prompt = plan_one_prompt(WITH_FILES, prompt=("Hello",), input_extra=(MAT,))
+    assert prompt.job.prompt[-4:] == (PRE, *ids("Hello"), SUF, MID)
+
+
+def test_a_special_token_in_a_file_is_plain_text() -> None:
+    prompt = plan_one_prompt(WITH_FILES, prompt=("",), suffix="!", input_extra=(ContextFile("<mid>"),))
+    assert prompt.job.prompt.count(MID) == 1
+
+
+def test_a_middle_ends_before_the_tokens_of_the_layout() -> None:
+    assert plan_one_prompt(WITH_FILES, prompt=("a",), suffix="!").job.end_tokens == (EOS, PRE, SUF, MID, 2)
+    assert plan_one_prompt(WITH_FILES, prompt=("a",), suffix="!", ignore_eos=True).job.end_tokens == ()
+    assert plan_one_prompt(WITH_FILES, prompt=("a",)).job.end_tokens == (EOS,)
+
+
+def test_files_are_refused_by_name_for_models_without_separators() -> None:
+    for model_info in (WITH_INFILL, MODEL_INFO):
+        message, param, _ = refused(model_info, prompt=("Hello",), input_extra=(CAT,))
+        assert (message.startswith("Unrecognized request argument supplied: input_extra"), param) == (
+            True,
+            "input_extra",
+        )
+
+
+def test_files_that_do_not_fit_into_the_context_are_refused() -> None:
+    many = tuple(ContextFile("") for _ in range(100))
+    for files in ((ContextFile("x" * 70),), many, (ContextFile("x" * 10_000),)):
+        message, _, _ = refused(WITH_FILES, prompt=("a",), suffix="!", input_extra=files)
+        assert "maximum context length is 64 tokens" in message

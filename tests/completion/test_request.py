@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afterword.completion.fields import StreamOptions
+from afterword.completion.fields import ContextFile, StreamOptions
 from afterword.completion.request import EXTENSIONS, FIELDS, LENGTH_ALIASES, CompletionRequest, parse, schema
 from afterword.completion.request_limits import STRICT, RequestLimits
 from afterword.errors import RequestError
@@ -59,6 +59,7 @@ def test_an_empty_body_gives_the_defaults_of_the_api() -> None:
         "add_special_tokens": True,
         "cache_salt": None,
         "ignore_eos": False,
+        "input_extra": (),
         "min_p": 0.0,
         "min_tokens": 0,
         "prompt_logprobs": None,
@@ -610,3 +611,37 @@ def test_ignored_unknown_fields_are_listed() -> None:
     request = parse(b'{"prompt": "a", "foo": {"n": 5}, "top_k": 3, "bar": null}', lenient)
     assert (request.ignored, request.top_k) == (("foo", "bar"), 3)
     assert parse(b'{"model": "m", "top_k": 3}', replace(STRICT, ignore_unknown=True)).ignored == ("top_k",)
+
+
+def test_files_are_objects_with_text_and_name() -> None:
+    time = {"text": "a", "filename": None, "time": [1, 2]}  # llama.vim adds the time of its clock
+    given = parsed(input_extra=[{"text": "a", "filename": "b.py"}, time])
+    assert given.input_extra == (ContextFile("a", "b.py"), ContextFile("a", "tmp"))
+    assert given.is_infill
+    assert not parsed(input_extra=[]).is_infill
+
+
+@pytest.mark.parametrize(
+    ("value", "message", "param"),
+    [
+        ("a", "Invalid type for 'input_extra': expected an array of objects, but got a string instead.", "input_extra"),
+        (
+            ["a"],
+            "Invalid type for 'input_extra[0]': expected an object, but got a string instead.",
+            "input_extra[0]",
+        ),
+        (
+            [{"text": "a"}, {}],
+            "Invalid type for 'input_extra[1].text': expected a string, but got null instead.",
+            "input_extra[1].text",
+        ),
+        ([{"text": "a", "name": "b"}], "Unknown parameter: 'input_extra[0].name'.", "input_extra[0].name"),
+    ],
+)
+def test_malformed_files_are_refused_by_name(value: Any, message: str, param: str) -> None:
+    assert error_fields(refused({"input_extra": value}))[:2] == (message, param)
+
+
+def test_files_with_the_scores_of_an_echo_are_refused() -> None:
+    error = refused({"input_extra": [{"text": "a"}], "echo": True, "logprobs": 1})
+    assert (error.param, "these files" in error.message) == ("input_extra", True)

@@ -14,7 +14,7 @@ from afterword.api.middleware.authentication import ProtectedRoute
 from afterword.api.middleware.host_check import LOCAL_PAGES, HostCheck
 from afterword.api.middleware.request_middleware import RequestMiddleware
 from afterword.api.responses import rate_limit_headers
-from afterword.api.routes import batches, completions, files, metrics, models, static_pages, status, tokenizer
+from afterword.api.routes import batches, completions, files, infill, metrics, models, static_pages, status, tokenizer
 from afterword.api.service import Service
 from afterword.api.specification import document
 from afterword.config import Config
@@ -28,6 +28,7 @@ PUBLIC_ROUTES = (
 
 PROTECTED_ROUTES = (
     ProtectedRoute("/v1/completions", completions.create, methods=["POST"]),
+    ProtectedRoute("/infill", infill.create, methods=["POST"]),
     ProtectedRoute("/v1/models", models.list_models, methods=["GET"]),
     ProtectedRoute("/v1/models/{model:path}", models.get_model, methods=["GET"]),
     ProtectedRoute("/v1/files", files.create, methods=["POST"]),

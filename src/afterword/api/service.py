@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from afterword.api.readiness import Readiness
 from afterword.batch.manager import BatchManager
+from afterword.completion.model_defaults import ModelDefaults
 from afterword.config import Config
 from afterword.engine.parent.model_manager import ManagedModel, ModelManager
 from afterword.engine.parent.supervisor import Supervisor
@@ -24,6 +26,15 @@ class ServedModel:
 
     id: str
     engine: Supervisor
+
+
+@dataclass(frozen=True, slots=True)
+class NamedModel:
+    """A name that requests can use, its model, and the default values of request fields for this name."""
+
+    name: str
+    managed_model: ManagedModel
+    defaults: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +59,37 @@ class Service:
         Raises `ModelNotFound`, and `RequestError` if the name is absent and the server has several models.
         """
         if not model and len(self.models) > 1:
-            names = ", ".join(managed_model.id for managed_model in self.models)
+            names = ", ".join(named_model.name for named_model in self.named_models())
             raise RequestError(
                 f"This server has several models. 'model' must name one of them: {names}.", param="model"
             )
-        managed_model = self.models.get(model) if model else next(iter(self.models))
+        if not model:
+            return next(iter(self.models))
+        defaults = self._defaults(model)
+        managed_model = self.models.get(defaults.model if defaults else model)
         if managed_model is None:
-            raise ModelNotFound(model or "")
+            raise ModelNotFound(model)
         return managed_model
+
+    def named_model(self, name: str) -> NamedModel:
+        """The model with that name. Raises `ModelNotFound`."""
+        return NamedModel(name, self.managed_model(name), self.default_values(name))
+
+    def named_models(self) -> list[NamedModel]:
+        """All names that requests can use: those of the models, then further ones."""
+        names = [managed_model.id for managed_model in self.models]
+        names += [each.name for each in self.config.defaults if each.name not in names]
+        return [self.named_model(name) for name in names]
+
+    def default_values(self, model: Any) -> Mapping[str, Any]:
+        """The default values for the value of a request's `model`; those of the only model if it is absent."""
+        if not model and len(self.models) == 1:
+            model = next(iter(self.models)).id
+        defaults = self._defaults(model)
+        return defaults.values if defaults else {}
+
+    def _defaults(self, name: Any) -> ModelDefaults | None:
+        return next((each for each in self.config.defaults if each.name == name), None)
 
     @asynccontextmanager
     async def use_model(self, model: str | None) -> AsyncIterator[ServedModel]:
@@ -66,7 +100,7 @@ class Service:
         managed_model = self.managed_model(model)
         engine = await self.models.acquire(managed_model)
         try:
-            yield ServedModel(managed_model.id, engine)
+            yield ServedModel(model or managed_model.id, engine)
         finally:
             self.models.release(managed_model)
 

@@ -86,6 +86,13 @@ def main() -> None:
     help="Load a model on request, unload it when unused for this time (300, 5m, 1h).  [default: forever]",
 )
 @option("Model", "--plain-text", is_flag=True, help="Treat special tokens in prompts as plain text.")
+@option(
+    "Model",
+    "--defaults",
+    type=click.Path(path_type=Path),
+    help="TOML file with default field values for models, and further names of them.",
+)
+@option("Model", "--infill-trim", is_flag=True, help="Shorten infill prompts that are too long for the context.")
 @option("Network", "--host", default="127.0.0.1", help="Address to listen on.")
 @option("Network", "--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0 for any free one.")
 @option("Network", "--allowed-host", multiple=True, help="A name allowed in the Host header; * for any; repeatable.")

@@ -24,6 +24,7 @@ from afterword.api.responses import incremental, serialization
 from afterword.batch.batch_limits import BatchLimits
 from afterword.cli import model_setup
 from afterword.cli.load_progress import show_loading
+from afterword.cli.model_defaults import read_model_defaults
 from afterword.completion.choice import Delta, fold
 from afterword.completion.plan import make_plan
 from afterword.completion.request import parse
@@ -94,6 +95,7 @@ def serve(specs: Sequence[str], options: dict[str, Any]) -> None:
         grace=options["grace"],
         batch_dir=options["batch_dir"],
         special_text=not options["plain_text"],
+        infill_trim=options["infill_trim"],
         limits=replace(requests, ignore_unknown=options["ignore_unknown"]),
         transport=transport,
         batch=batch,
@@ -103,6 +105,9 @@ def serve(specs: Sequence[str], options: dict[str, Any]) -> None:
         engine_settings(options), cache_dir=options["cache_dir"], cache_bytes=int(options["cache_size"] * 10**9)
     )
     models = model_setup.make_model_manager(specs, options["alias"], settings, options["keep_alive"], policy)
+    if options["defaults"]:
+        served = [managed_model.id for managed_model in models]
+        config = replace(config, defaults=read_model_defaults(options["defaults"], served, config.limits))
     run_async(_serve(models, config))
 
 
@@ -152,7 +157,9 @@ async def _serve(models: ModelManager, config: Config) -> None:
         ShutdownSignals(readiness.drain) as shutdown_signals,
     ):
         port = listener.getsockname()[1]
-        metrics = Metrics((managed_model.id for managed_model in models), config.metrics_prefix)
+        further = (each.name for each in config.defaults)
+        names = dict.fromkeys((*(managed_model.id for managed_model in models), *further))
+        metrics = Metrics(names, config.metrics_prefix)
         file_store = FileStore(config.batch_dir or default_folder())
         file_store.check()
         batches = BatchManager(file_store, config.batch)
@@ -246,7 +253,7 @@ Afterword {__version__} serves {names} at
 
   {url}
 
-{described}{_keep_alive_text(models.keep_alive)} Try it:
+{described}{_further_names(config)}{_keep_alive_text(models.keep_alive)} Try it:
 
   curl {url}/v1/completions {key}\\
     -H 'Content-Type: application/json' -d {shlex.quote(body)}
@@ -266,6 +273,11 @@ def _describe(managed_model: ManagedModel, named: bool) -> str:
     text = f"{size} to {definition.sequences} sequences of {definition.context} tokens at the same time{together}."
     tip = f" {managed_model.definition.advice}" if managed_model.definition.advice else ""
     return f"{f'{managed_model.id}: ' if named else ''}{text} {_PROMISES[managed_model.promise]}{tip}"
+
+
+def _further_names(config: Config) -> str:
+    further = [each for each in config.defaults if each.name != each.model]
+    return "".join(f"\n{each.name}: another name of {each.model}, with its own defaults." for each in further)
 
 
 def _keep_alive_text(keep_alive: float | None) -> str:

@@ -34,6 +34,14 @@ class StreamOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class ContextFile:
+    """Another file that the model reads before the prompt: an item of `input_extra`."""
+
+    text: str
+    filename: str = "tmp"  # llama-server's name for a file without one
+
+
+@dataclass(frozen=True, slots=True)
 class Field:
     """A parser, and the JSON Schema of the values that it accepts. Null is not among them: it means an absent field."""
 
@@ -97,6 +105,13 @@ def string(name: str, value: Any, _: RequestLimits) -> str:
     if not isinstance(value, str):
         raise _wrong_type(name, value, "a string")
     return value
+
+
+@field_parser({"type": "array", "items": {"type": "string"}})
+def strings(name: str, value: Any, _: RequestLimits) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise _wrong_type(name, value, "an array of strings")
+    return tuple(value)
 
 
 @field_parser(lambda limits: {"type": "string", "maxLength": limits.max_name})
@@ -241,6 +256,37 @@ def stream_options(name: str, value: Any, limits: RequestLimits) -> StreamOption
             raise RequestError(f"Unknown parameter: '{path}'.", param=path, code="unknown_parameter")
     given = {key: item for key, item in value.items() if item is not None}
     return StreamOptions(**{key: boolean(f"{name}.{key}", item, limits) for key, item in given.items()})
+
+
+@field_parser(
+    {
+        "type": "array",
+        "items": {
+            "type": "object",
+            "properties": {"text": {"type": "string"}, "filename": {"type": ["string", "null"]}, "time": {}},
+            "required": ["text"],
+            "additionalProperties": False,
+        },
+    }
+)
+def input_extra(name: str, value: Any, limits: RequestLimits) -> tuple[ContextFile, ...]:
+    """Files as llama-server reads them: objects with `text` and `filename`. Editors add `time`, which has no effect."""
+    if not isinstance(value, list):
+        raise _wrong_type(name, value, "an array of objects")
+    return tuple(_context_file(f"{name}[{index}]", item, limits) for index, item in enumerate(value))
+
+
+def _context_file(path: str, item: Any, limits: RequestLimits) -> ContextFile:
+    if not isinstance(item, dict):
+        raise _wrong_type(path, item, "an object")
+    for key in item:
+        if key not in ("text", "filename", "time"):
+            raise RequestError(
+                f"Unknown parameter: '{path}.{key[:64]}'.", param=f"{path}.{key[:64]}", code="unknown_parameter"
+            )
+    text = string(f"{path}.text", item.get("text"), limits)
+    filename = item.get("filename")
+    return ContextFile(text) if filename is None else ContextFile(text, string(f"{path}.filename", filename, limits))
 
 
 def _most_logprobs(limits: RequestLimits) -> int:

@@ -10,10 +10,11 @@ import hashlib
 from dataclasses import dataclass
 
 from afterword.completion.fields import Prompt
-from afterword.completion.infill import infill_prompt
+from afterword.completion.infill import NO_RULES, InfillPrompt, InfillRules, infill_prompt, layout_of
+from afterword.completion.infill_trim import InfillTexts
 from afterword.completion.request import CompletionRequest
 from afterword.completion.text_stream import StopStrings
-from afterword.engine.protocol import InfillLayout, Job, ModelInfo, Sampling
+from afterword.engine.protocol import Job, ModelInfo, Sampling
 from afterword.errors import RequestError
 
 
@@ -21,14 +22,24 @@ from afterword.errors import RequestError
 class PromptPlan:
     """One prompt of a request.
 
-    `text`: the prompt as it is echoed. `hidden_tokens`: how many leading tokens of `job.prompt` the server added.
-    `billed_tokens`: the number of tokens that the client sent, including the suffix.
+    `text`: the prompt as it is echoed. `hidden_tokens`: how many leading tokens of `job.prompt` are not echoed.
+    `given`: the ranges of `job.prompt` that the client sent, including suffix and files: pairs of the first position
+    and the one after the last. The server added the other tokens.
     """
 
     job: Job
     text: str
     hidden_tokens: int
-    billed_tokens: int
+    given: tuple[tuple[int, int], ...]
+
+    @property
+    def billed_tokens(self) -> int:
+        """The number of tokens that the client sent, as far as the model reads them."""
+        return self.billed_within(len(self.job.prompt))
+
+    def billed_within(self, count: int) -> int:
+        """How many of the first `count` tokens of `job.prompt` the client sent."""
+        return sum(max(0, min(stop, count) - start) for start, stop in self.given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +71,15 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """The token ids of a request: one tuple for each prompt (the client's ids where it sent ids), and the suffix's."""
+    """The token ids of a request: for each prompt (the client's ids where it sent ids), the suffix and each file.
+
+    `rules`: those by which the plan lays out infill prompts.
+    """
 
     prompts: tuple[tuple[int, ...], ...]
     suffix: tuple[int, ...]
+    files: tuple[tuple[int, ...], ...] = ()
+    rules: InfillRules = NO_RULES
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +111,10 @@ def check_lengths(request: CompletionRequest, model_info: ModelInfo) -> None:
     if not model_info.longest_token:
         return
     for prompt in request.prompt:
-        text = (prompt if isinstance(prompt, str) else "") + (request.suffix or "")
-        fewest = len(text.encode()) // model_info.longest_token
+        texts = [prompt if isinstance(prompt, str) else "", request.suffix or ""]
+        texts += [file.text for file in request.input_extra]
+        # the layout has at least one token for each file
+        fewest = sum(len(text.encode()) for text in texts) // model_info.longest_token + len(request.input_extra)
         if fewest > model_info.context:
             raise too_long(model_info, fewest, request.max_tokens)
 
@@ -110,18 +128,19 @@ def make_plan(
 ) -> Plan:
     """Make the plan of a request. `entropy` (64 bits) seeds a request without a seed. Raises `RequestError`."""
     caller = caller or ClientIdentity()
+    rules = tokens.rules
     _check_ids(request, model_info)
     prompts = []
     for index, (given, ids) in enumerate(zip(request.prompt, tokens.prompts, strict=True)):
-        prompt, hidden = _model_tokens(request, model_info, given, ids, tokens.suffix)
-        if len(prompt) + request.max_tokens > model_info.context:
-            raise too_long(model_info, len(prompt), request.max_tokens)
+        laid_out = _laid_out(request, model_info, given, InfillTexts(ids, tokens.suffix, tokens.files), rules)
+        prompt = laid_out.ids
+        max_tokens = _max_tokens(request, model_info, len(prompt), rules)
         job = Job(
             prompt=prompt,
             samples=request.candidates,
-            max_tokens=request.max_tokens,
+            max_tokens=max_tokens,
             sampling=_sampling(request),
-            end_tokens=(() if request.ignore_eos else model_info.end_tokens) + request.stop_token_ids,
+            end_tokens=_end_tokens(request, model_info, rules),
             key=_sampling_key(entropy if request.seed is None else request.seed, index),
             min_tokens=request.min_tokens,
             alternatives=_alternatives(request),
@@ -130,7 +149,7 @@ def make_plan(
             client=caller.job_client,
         )
         text = given if isinstance(given, str) else _decode(model_info, ids)
-        prompts.append(PromptPlan(job, text, hidden, len(ids) + len(tokens.suffix)))
+        prompts.append(PromptPlan(job, text, laid_out.before, laid_out.given))
     return Plan(
         fingerprint=model_info.fingerprint,
         prompts=tuple(prompts),
@@ -146,19 +165,49 @@ def make_plan(
     )
 
 
-def _model_tokens(
-    request: CompletionRequest, model_info: ModelInfo, given: Prompt, ids: tuple[int, ...], suffix: tuple[int, ...]
-) -> tuple[tuple[int, ...], int]:
-    """The tokens that the model reads, and how many leading ones the server added."""
+def _laid_out(
+    request: CompletionRequest, model_info: ModelInfo, given: Prompt, texts: InfillTexts, rules: InfillRules
+) -> InfillPrompt:
+    """The tokens that the model reads, with the layout of infill prompts if the request asks for it."""
+    ids = texts.prefix
     bos = bos_before(model_info, ids, request.add_special_tokens)
     if isinstance(given, tuple):
         bos = ()  # the server adds no BOS to token ids
-    if request.suffix:
-        own = ids[:1] if isinstance(given, str) and model_info.add_bos and ids[:1] == (model_info.bos,) else ()
-        laid_out, before = infill_prompt(_infill(model_info), ids[len(own) :], suffix)
-        return bos + own + laid_out, len(bos) + before
-    start = bos if ids else _document_start(model_info)
-    return start + ids, len(start)
+    if not rules.apply_to(request):
+        start = bos if ids else _document_start(model_info)
+        return InfillPrompt(start + ids, len(start), ((len(start), len(start) + len(ids)),))
+    own = ids[:1] if isinstance(given, str) and model_info.add_bos and ids[:1] == (model_info.bos,) else ()
+    first = bos + own
+    room = _room(request, model_info, rules) - len(first) if rules.trim else None
+    rest = InfillTexts(ids[len(own) :], texts.suffix, texts.files)
+    inner = infill_prompt(layout_of(request, model_info, rules), rest, room, model_info.pieces)
+    sent = [(len(bos), len(first))] if own else []
+    sent += [(start + len(first), stop + len(first)) for start, stop in inner.given]
+    return InfillPrompt(first + inner.ids, len(bos) + inner.before, tuple(sent))
+
+
+def _room(request: CompletionRequest, model_info: ModelInfo, rules: InfillRules) -> int:
+    """The most tokens that an infill prompt may have where what is too long is left out."""
+    wanted = min(request.max_tokens, model_info.context // 2) if rules.fill_context else request.max_tokens
+    return model_info.context - wanted
+
+
+def _max_tokens(request: CompletionRequest, model_info: ModelInfo, prompt: int, rules: InfillRules) -> int:
+    """`Job.max_tokens`. Raises `RequestError` if a prompt of `prompt` tokens leaves no space for it."""
+    room = model_info.context - prompt
+    if rules.fill_context and room >= min(1, request.max_tokens):
+        return min(request.max_tokens, room)
+    if request.max_tokens > room:
+        raise too_long(model_info, prompt, 1 if rules.fill_context else request.max_tokens)
+    return request.max_tokens
+
+
+def _end_tokens(request: CompletionRequest, model_info: ModelInfo, rules: InfillRules) -> tuple[int, ...]:
+    """`Job.end_tokens`. A middle also ends before the tokens of the layout."""
+    own = () if request.ignore_eos else model_info.end_tokens
+    if rules.apply_to(request) and not request.ignore_eos:
+        own += tuple(token for token in layout_of(request, model_info, rules).ends if token not in own)
+    return own + request.stop_token_ids
 
 
 def bos_before(model_info: ModelInfo, ids: tuple[int, ...], add: bool) -> tuple[int, ...]:
@@ -177,16 +226,6 @@ def _document_start(model_info: ModelInfo) -> tuple[int, ...]:
             param="prompt",
         )
     return (token,)
-
-
-def _infill(model_info: ModelInfo) -> InfillLayout:
-    if model_info.infill is None:
-        raise RequestError(
-            "Unrecognized request argument supplied: suffix (this model has no fill-in-the-middle tokens, so suffix "
-            "is not supported)",
-            param="suffix",
-        )
-    return model_info.infill
 
 
 def _sampling(request: CompletionRequest) -> Sampling:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from afterword.completion import fields
-from afterword.completion.fields import Field, JsonSchema, Prompt, StreamOptions
+from afterword.completion.fields import ContextFile, Field, JsonSchema, Prompt, StreamOptions
 from afterword.completion.json_body import parse_object
+from afterword.completion.model_defaults import DefaultsOf, no_defaults
 from afterword.completion.request_descriptions import DESCRIPTIONS, described_schema
 from afterword.completion.request_limits import RequestLimits
 from afterword.errors import RequestError
@@ -23,7 +24,9 @@ _INT32, _INT64 = 2**31, 2**63
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest:
-    """A parsed request body: the API's fields, then extensions with vLLM's names and meanings.
+    """A parsed request body: the API's fields, then extensions.
+
+    Extensions have vLLM's names and meanings, `input_extra` those of llama-server.
 
     `ignored`: the names of unknown fields, if the operator allows them (`RequestLimits.ignore_unknown`).
     """
@@ -50,6 +53,7 @@ class CompletionRequest:
     add_special_tokens: bool = True
     cache_salt: str | None = None
     ignore_eos: bool = False
+    input_extra: tuple[ContextFile, ...] = ()
     min_p: float = 0.0
     min_tokens: int = 0
     prompt_logprobs: int | None = None
@@ -63,6 +67,11 @@ class CompletionRequest:
     def candidates(self) -> int:
         """The number of outputs to generate for each prompt: `best_of`, or else `n`."""
         return self.n if self.best_of is None else self.best_of
+
+    @property
+    def is_infill(self) -> bool:
+        """Whether the prompt is laid out with the model's infill tokens."""
+        return bool(self.suffix or self.input_extra)
 
 
 FIELDS: dict[str, Field] = {
@@ -101,6 +110,7 @@ EXTENSIONS: dict[str, Field] = {
     "add_special_tokens": fields.boolean,
     "cache_salt": fields.salt,
     "ignore_eos": fields.boolean,
+    "input_extra": fields.input_extra,
     "min_p": fields.decimal(0, 1),
     "min_tokens": fields.integer(0, _INT32 - 1),
     "prompt_logprobs": fields.integer(0, lambda limits: limits.max_logprobs),
@@ -112,8 +122,11 @@ EXTENSIONS: dict[str, Field] = {
 """Fields that OpenAI's API does not have. With `RequestLimits.strict` they are unknown fields."""
 
 
-def parse(body: bytes, limits: RequestLimits) -> CompletionRequest:
-    """Parse a request body. Raises `RequestError`, whose message quotes only field names and numbers of the body."""
+def parse(body: bytes, limits: RequestLimits, defaults: DefaultsOf = no_defaults) -> CompletionRequest:
+    """Parse a request body. `defaults`: the operator's values of fields that the body does not have.
+
+    Raises `RequestError`, whose message quotes only field names and numbers of the body.
+    """
     values = parse_object(body)
     known = known_fields(limits)
     if limits.strict and not values.get("model"):
@@ -124,8 +137,10 @@ def parse(body: bytes, limits: RequestLimits) -> CompletionRequest:
     for name in _check_length_aliases(values):
         raise _unknown(name, values)
     given = {name: value for name, value in values.items() if name in known and value is not None}
+    whole = {**defaults(values.get("model")), **given}
+    every = FIELDS | EXTENSIONS  # the operator may give extensions a default also where requests cannot have them
     request = CompletionRequest(
-        **{name: known[name](name, value, limits) for name, value in given.items()}, ignored=unknown
+        **{name: every[name](name, value, limits) for name, value in whole.items()}, ignored=unknown
     )
     _check_combinations(request, limits)
     return request
@@ -196,11 +211,12 @@ def _check_combinations(request: CompletionRequest, limits: RequestLimits) -> No
             f"'min_tokens' ({request.min_tokens}) must be at most 'max_tokens' ({request.max_tokens}).",
             param="min_tokens",
         )
-    if request.suffix and request.echo and request.logprobs is not None:
+    if request.is_infill and request.echo and request.logprobs is not None:
+        name, read = ("suffix", "the suffix") if request.suffix else ("input_extra", "these files")
         raise RequestError(
-            "'suffix' cannot be combined with both 'echo' and 'logprobs': the model reads the suffix too, so the "
+            f"'{name}' cannot be combined with both 'echo' and 'logprobs': the model reads {read} too, so the "
             "prompt's log probabilities would not be those of the prompt alone. Leave out one of the three.",
-            param="suffix",
+            param=name,
         )
     if len(request.prompt) * request.candidates > limits.max_completions:
         raise RequestError(

@@ -91,6 +91,13 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
     "add_special_tokens": description("False: add no beginning-of-sequence token before a text.", False),
     "cache_salt": description("Only requests with the same salt share cached prefixes.", "course-1"),
     "ignore_eos": description("Continue after the model's end tokens.", True),
+    "input_extra": description(
+        "Other files that the model reads first, for models with infill tokens and file separators.",
+        [{"filename": "names.py", "text": "NAMES = ['Ann', 'Ben']\n"}],
+    ),
+    "input_extra.filename": description("The name of the file; absent or null: tmp.", "names.py"),
+    "input_extra.text": description("The text of the file.", "NAMES = ['Ann', 'Ben']\n"),
+    "input_extra.time": description("Accepted without effect.", 1795406641),
     "min_p": description(
         "Sample from tokens with at least this fraction of the most likely token's probability.", 0.05
     ),
@@ -106,4 +113,34 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
     "stop_token_ids": description("Token ids that end the choice. Its text does not contain them.", [0]),
     "top_k": description("Sample from this many of the most likely tokens. 0 and −1: from all.", 40),
 }
-"""Every field of `request.FIELDS` and `request.EXTENSIONS`, and the members of `stream_options`."""
+"""Every field of `request.FIELDS` and `request.EXTENSIONS`, and the members of `input_extra` and `stream_options`."""
+
+_PLAIN = ("model", "top_k", "top_p", "min_p", "temperature", "presence_penalty", "frequency_penalty", "logit_bias")
+_FILES = ("input_extra", "input_extra.filename", "input_extra.text", "input_extra.time")
+
+INFILL_DESCRIPTIONS: dict[str, JsonSchema] = {
+    **{name: DESCRIPTIONS[name] for name in (*_PLAIN, *_FILES, "stop", "ignore_eos", "stream")},
+    "input_prefix": description("The text before the line of the cursor.", "def add(a, b):\n"),
+    "input_suffix": description("The text after the cursor.", "\n"),
+    "prompt": description("The line of the cursor, up to the cursor. It follows the prefix.", "    return "),
+    "n_predict": description(
+        "The maximum number of tokens to generate. -1: as many as the context holds. 0 only fills the prefix cache.", 32
+    ),
+    "n_cmpl": description("The number of middles. With more than one the response is an array.", 1),
+    "n_indent": description("A line with fewer spaces and tabs at its beginning ends the middle.", 4),
+    "t_max_prompt_ms": description("Accepted without effect, as in llama-server.", 500),
+    "t_max_predict_ms": description(
+        "After this many milliseconds of generation the next line end ends the middle. 0 and -1: no limit.", 1000
+    ),
+    "samplers": description("The samplers whose parameters apply. Their order is always the same.", ["top_k", "top_p"]),
+    "repeat_penalty": description("The field repetition_penalty of a completion.", 1.0),
+    "seed": description("The same request with the same seed gives the same middle. -1: a random seed.", 7),
+    "cache_prompt": description("False: share no prefix with other requests.", True),
+    "id_slot": description("Accepted without effect: the server finds the slot with the longest prefix.", 0),
+    "return_tokens": description("Return the ids of the generated tokens.", True),
+    "response_fields": description(
+        "The members that the response has. A path with slashes is the name of an inner member.",
+        ["content", "timings/predicted_n"],
+    ),
+}
+"""Every field of `infill_request.INFILL_FIELDS`."""

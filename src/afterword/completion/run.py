@@ -12,7 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from afterword.completion.choice import ChoiceBuilder, Delta, DeltaFolder
-from afterword.completion.infill import before_suffix, suffix_tokens
+from afterword.completion.infill import NO_RULES, InfillRules, before_suffix, file_text, layout_of, suffix_tokens
 from afterword.completion.logprobs import make_echo, make_report
 from afterword.completion.plan import Plan, PromptPlan, Tokenized, check_lengths, too_long
 from afterword.completion.request import CompletionRequest
@@ -42,30 +42,47 @@ class Usage:
     cached_tokens: int = 0
 
 
-async def tokenize(request: CompletionRequest, engine: Engine, special: bool = True, client: str = "") -> Tokenized:
+async def tokenize(
+    request: CompletionRequest, engine: Engine, special: bool = True, client: str = "", rules: InfillRules = NO_RULES
+) -> Tokenized:
     """Tokenize all texts of a request. `special`: text that spells a special token becomes that token.
 
-    Raises `RequestError` if a text is too long, `ModelReplaced` if the engine's model changed meanwhile.
+    In files such text stays text, because a file may be about tokenizers.
+
+    Raises `RequestError` if a text is too long or the model cannot fill gaps, `ModelReplaced` if the engine's model
+    changed meanwhile.
     """
-    fingerprint = engine.model_info.fingerprint
-    check_lengths(request, engine.model_info)
+    model_info = engine.model_info
+    trims = rules.trim and rules.apply_to(request)
+    if not trims:
+        check_lengths(request, model_info)
     texts = [prompt for prompt in request.prompt if isinstance(prompt, str)]
-    suffix = before_suffix(engine.model_info) + request.suffix if request.suffix else ""
-    wanted = [text for text in (*texts, suffix) if text]
-    work = [asyncio.ensure_future(engine.tokenize(text, special, client)) for text in wanted]
+    suffix, files = _infill_texts(request, model_info, rules)
+    wanted = [*((text, special) for text in (*texts, suffix)), *((file, False) for file in files)]
+    work = [asyncio.ensure_future(engine.tokenize(text, read, client)) for text, read in wanted if text]
     try:
-        ready = iter([_checked(ids, request, engine.model_info) for ids in await asyncio.gather(*work)])
+        ready = iter([_checked(ids, request, model_info, trims) for ids in await asyncio.gather(*work)])
     finally:
         for each in work:
             each.cancel()  # if one has failed, or the client has disconnected
-    _check_model(fingerprint, engine)
+    _check_model(model_info.fingerprint, engine)
     prompts = [prompt if isinstance(prompt, tuple) else next(ready) if prompt else () for prompt in request.prompt]
-    return Tokenized(tuple(prompts), suffix_tokens(next(ready), engine.model_info) if request.suffix else ())
+    others = [suffix_tokens(next(ready), model_info) if text else () for text in (suffix, *files)]
+    return Tokenized(tuple(prompts), others[0], tuple(others[1:]), rules)
 
 
-def _checked(ids: Sequence[int], request: CompletionRequest, model_info: ModelInfo) -> tuple[int, ...]:
-    """The tokens of a text. Raises `RequestError` if this text alone is longer than the context."""
-    if len(ids) > model_info.context:
+def _infill_texts(request: CompletionRequest, model_info: ModelInfo, rules: InfillRules) -> tuple[str, list[str]]:
+    """The suffix and the files of an infill prompt, as they are tokenized. Empty for other prompts."""
+    if not rules.apply_to(request):
+        return "", []
+    layout, mark = layout_of(request, model_info, rules), before_suffix(model_info)
+    suffix = mark + request.suffix if request.suffix else ""
+    return suffix, [mark + file_text(file, layout) for file in request.input_extra]
+
+
+def _checked(ids: Sequence[int], request: CompletionRequest, model_info: ModelInfo, trims: bool) -> tuple[int, ...]:
+    """The tokens of a text. Raises `RequestError` if this text alone is longer than the context, unless it `trims`."""
+    if len(ids) > model_info.context and not trims:
         raise too_long(model_info, len(ids), request.max_tokens)
     return tuple(ids)
 
@@ -139,7 +156,7 @@ class _PromptProgress:
     @property
     def cached_tokens(self) -> int:
         """How many of the tokens that the client sent came from the prefix cache."""
-        return max(0, min(self._cached - self._prompt.hidden_tokens, self._prompt.billed_tokens))
+        return self._prompt.billed_within(self._cached)
 
     @property
     def completion_tokens(self) -> int:

@@ -164,11 +164,16 @@ class InfillLayout(Value, frozen=True):
     """How a model was trained to fill a gap.
 
     `parts`: the prompt, in order: ids of tokens, "prefix" and "suffix". `family`: see `llama.infill_families`; "custom"
-    for the operator's template, "other" for tokens of no known family.
+    for the operator's template, "other" for tokens of no known family. `with_files`: the prompt where other files come
+    first, with "files" for them; empty if the model was trained without other files. `file`: each of these files: ids
+    of tokens and "file". `ends`: tokens that end the middle beside the model's end tokens.
     """
 
     family: str
     parts: tuple[int | str, ...]
+    with_files: tuple[int | str, ...] = ()
+    file: tuple[int | str, ...] = ()
+    ends: tuple[int, ...] = ()
 
 
 class ModelInfo(Value, frozen=True):

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from gguf import TokenType
 
+from afterword.completion.infill import infill_prompt
+from afterword.completion.infill_trim import InfillTexts
 from afterword.engine.llama.infill_families import FAMILIES, find_layout
 from afterword.engine.llama.vocabulary import Vocabulary
 from afterword.engine.protocol import InfillLayout
@@ -29,6 +31,11 @@ EXPECTED = {
     "codellama": (PIECES, ("▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>"), (0, "prefix", 2, "suffix", 1)),
     "glm": (BYTES, ("<|code_prefix|>", "<|code_middle|>", "<|code_suffix|>"), (0, "prefix", 2, "suffix", 1)),
     "falcon": (BYTES, ("<|prefix|>", "<|suffix|>", "<|middle|>"), (0, "prefix", 1, "suffix", 2)),
+    "aixcoder": (
+        PIECES,
+        ("▁<AIX-SPAN-PRE>", "▁<AIX-SPAN-POST>", "▁<AIX-SPAN-MIDDLE>"),
+        (0, 1, "suffix", 2, "prefix"),
+    ),
 }
 
 
@@ -43,24 +50,28 @@ def test_each_family_is_found_by_its_tokens(tmp_path: Path, family: str) -> None
     words, names, expected = EXPECTED[family]
     vocabulary, first = with_names(tmp_path, words, *names)
     parts = tuple(part if isinstance(part, str) else first + part for part in expected)
-    assert vocabulary.infill("Any") == InfillLayout(family, parts)
+    found = vocabulary.infill("Any")
+    assert found is not None
+    assert (found.family, found.parts, found.file) == (family, parts, ())
 
 
 def test_every_family_is_tested() -> None:
-    assert {family.name for family in FAMILIES} == {*EXPECTED, "mellum"}
+    assert {family.name for family in FAMILIES} == {*EXPECTED, *FILES}
 
 
 def test_a_family_with_the_tokens_of_another_is_found_by_the_models_name(tmp_path: Path) -> None:
     """Mellum was trained with the suffix first, with StarCoder's tokens."""
     vocabulary, first = with_names(tmp_path, BYTES, "<fim_prefix>", "<fim_middle>", "<fim_suffix>")
     suffix_first = (first + 2, "suffix", first, "prefix", first + 1)
-    assert vocabulary.infill("Mellum 4b Base") == InfillLayout("mellum", suffix_first)
+    ends = (first + 2, first, first + 1)
+    assert vocabulary.infill("Mellum 4b Base") == InfillLayout("mellum", suffix_first, ends=ends)
 
 
 def test_tokens_that_the_file_states_are_used_for_unknown_families(tmp_path: Path) -> None:
     own = replace(BYTES, special=BYTES.special | {"fim_pre": "<p>", "fim_suf": "<s>", "fim_mid": "<m>"})
     vocabulary, first = with_names(tmp_path, own, "<p>", "<s>", "<m>")
-    assert vocabulary.infill("") == InfillLayout("other", (first, "prefix", first + 1, "suffix", first + 2))
+    parts = (first, "prefix", first + 1, "suffix", first + 2)
+    assert vocabulary.infill("") == InfillLayout("other", parts, ends=(first, first + 1, first + 2))
 
 
 @pytest.mark.parametrize("names", [("<other>",), ("<fim_prefix>", "<fim_suffix>"), ("[PREFIX]",)])
@@ -73,7 +84,8 @@ def test_a_template_replaces_the_familys_layout(tmp_path: Path) -> None:
     vocabulary, first = with_names(tmp_path, BYTES, "<fim_prefix>", "<fim_middle>", "<fim_suffix>")
     layout = vocabulary.infill("", "<fim_suffix>{suffix}<fim_prefix>\n{prefix}<fim_middle>")
     newline = BYTES.tokens.index("Ċ")
-    assert layout == InfillLayout("custom", (first + 2, "suffix", first, newline, "prefix", first + 1))
+    parts = (first + 2, "suffix", first, newline, "prefix", first + 1)
+    assert layout == InfillLayout("custom", parts, ends=(first + 2, first, first + 1))
 
 
 @pytest.mark.parametrize(
@@ -102,14 +114,121 @@ def test_a_wrong_template_is_an_error(tmp_path: Path, template: str, message: st
     ],
 )
 def test_real_vocabularies(name: str, expected: InfillLayout | None) -> None:
+    found = shared_vocabulary(name).infill(name)
+    assert (found and (found.family, found.parts)) == (expected and (expected.family, expected.parts))
+
+
+def shared_vocabulary(name: str) -> Vocabulary:
     path = SHARED / f"ggml-vocab-{name}.gguf"
     if not path.exists():
         pytest.skip("no vocabularies in ../shared/vocabs")
-    assert load(path).infill(name) == expected
+    return load(path)
+
+
+PREFIX, SUFFIX = "def add(a, b):\n    return ", "\n\nprint(add(1, 2))\n"
+OTHERS = ("a.py\nA = 1\n", "b.py\nB = 2\n")
+# For each real tokenizer: a prompt as the documents of the family write it, and its tokens.
+WRITTEN = {
+    "deepseek-coder": (
+        f"<｜fim▁begin｜>{PREFIX}<｜fim▁hole｜>{SUFFIX}<｜fim▁end｜>",
+        (
+            *(32016, 1551, 957, 7, 64, 11, 270, 1772, 185, 315, 967, 207, 32015),
+            *(185, 185, 4128, 7, 1761, 7, 16, 11, 207, 17, 1435, 185, 32017),
+        ),
+    ),
+    "starcoder": (
+        f"<fim_prefix>{PREFIX}<fim_suffix>{SUFFIX}<fim_middle>",
+        (
+            *(1, 610, 1035, 45, 102, 49, 342, 731, 303, 461, 244),
+            *(3, 222, 222, 1243, 45, 688, 45, 54, 49, 244, 55, 509, 222, 2),
+        ),
+    ),
+    "refact": (
+        f"<fim_prefix>{PREFIX}<fim_suffix>{SUFFIX}<fim_middle>",
+        (
+            *(1, 589, 1015, 26, 83, 30, 323, 711, 284, 442, 225),
+            *(3, 203, 203, 1216, 26, 669, 26, 35, 30, 225, 36, 490, 203, 2),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_real_tokenizers_give_the_tokens_of_the_written_prompt(name: str) -> None:
+    vocabulary = shared_vocabulary(name)
+    layout = vocabulary.infill(name)
+    assert layout is not None
+    texts = InfillTexts(vocabulary.tokenize(PREFIX, False), vocabulary.tokenize(SUFFIX, False))
+    written, expected = WRITTEN[name]
+    assert infill_prompt(layout, texts).ids == expected == vocabulary.tokenize(written, True)
+
+
+def test_the_real_tokenizer_of_starcoder_2_gives_the_tokens_of_the_written_prompt_with_files() -> None:
+    vocabulary = shared_vocabulary("starcoder")  # that of StarCoder 2
+    layout = vocabulary.infill("starcoder2")
+    assert layout is not None
+    prefix, suffix, *files = (vocabulary.tokenize(text, False) for text in (PREFIX, SUFFIX, *OTHERS))
+    ids = infill_prompt(layout, InfillTexts(prefix, suffix, tuple(files))).ids
+    before = "<repo_name>myproject" + "".join(f"<file_sep>{text}" for text in OTHERS)
+    written = f"{before}<file_sep><fim_prefix>filename\n{PREFIX}<fim_suffix>{SUFFIX}<fim_middle>"
+    assert ids == vocabulary.tokenize(written, True)
+    assert ids[:10] == (5, 1791, 2268, 6, 102, 51, 997, 222, 70, 299)
+
+
+# The token names of a family, and its layouts of files and of a prompt after files. A text stands for its tokens.
+FILES = {
+    "qwen": (
+        ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|repo_name|>", "<|file_sep|>"),
+        (4, "file"),
+        (3, "myproject\n", "files", 4, "filename\n", 0, "prefix", 1, "suffix", 2),
+    ),
+    "starcoder": (
+        ("<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<repo_name>", "<file_sep>"),
+        (4, "file"),
+        (3, "myproject", "files", 4, 0, "filename\n", "prefix", 1, "suffix", 2),
+    ),
+    "codegemma": (
+        ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|file_separator|>"),
+        ("file", 3),
+        ("files", "filename\n", 0, "prefix", 1, "suffix", 2),
+    ),
+    "mellum": (
+        ("<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<filename>"),
+        (3, "file"),
+        ("files", 3, "filename\n", 1, "suffix", 0, "prefix", 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FILES)
+def test_families_with_file_separators_have_a_layout_for_files(tmp_path: Path, family: str) -> None:
+    names, file, with_files = FILES[family]
+    vocabulary, first = with_names(tmp_path, BYTES, *names)
+    found = vocabulary.infill(f"a {family}")
+    expected: list[int | str] = []
+    for part in with_files:
+        if isinstance(part, int):
+            expected.append(first + part)
+        elif part in ("files", "prefix", "suffix"):
+            expected.append(part)
+        else:
+            expected += vocabulary.tokenize(part, False)
+    assert found is not None
+    assert found.family == family
+    assert found.file == tuple(first + part if isinstance(part, int) else part for part in file)
+    assert found.with_files == tuple(expected)
+
+
+def test_a_middle_ends_before_the_tokens_of_its_layout_and_those_between_files(tmp_path: Path) -> None:
+    vocabulary, first = with_names(tmp_path, BYTES, "<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<file_sep>", "<x>")
+    found = vocabulary.infill("")
+    assert found is not None
+    assert found.ends == (first, first + 1, first + 2, first + 3)
+    assert found.file == ()
 
 
 def test_the_first_family_with_all_tokens_is_chosen() -> None:
     tokens = {"<fim_prefix>": 1, "<fim_suffix>": 2, "<fim_middle>": 3, "<|fim_prefix|>": 4}
-    layout = find_layout(tokens, "", None)
+    layout = find_layout(tokens, "", None, list)
     assert layout is not None
     assert layout.family == "starcoder"

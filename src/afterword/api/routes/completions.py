@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from typing import Literal
 
 from starlette.requests import ClientDisconnect
@@ -25,6 +26,7 @@ from afterword.api.responses.time_slices import TimeSlices
 from afterword.api.service import Service
 from afterword.completion.choice import Delta
 from afterword.completion.fields import StreamOptions
+from afterword.completion.infill import InfillRules
 from afterword.completion.json_body import run_in_thread_if_large
 from afterword.completion.logprobs import SLICE_TOKENS
 from afterword.completion.plan import ClientIdentity, Plan, Tokenized, make_plan
@@ -35,14 +37,38 @@ from afterword.engine.protocol import Engine, ModelInfo
 from afterword.errors import AfterwordError
 
 
+@dataclass(frozen=True, slots=True)
+class PreparedRun:
+    """A validated request with its plan, and what is needed to run it."""
+
+    request: CompletionRequest
+    plan: Plan
+    head: serialization.ResponseHead
+    engine: Engine
+    recorder: RequestRecorder
+
+
 async def create(http: HttpRequest) -> Response:
     """Validate the request completely and make its plan; the returned response only runs the plan."""
     service: Service = http.app.state.service
-    created = int(time.time())
     service.check_capacity()
-    limits = service.config.limits
     body = await read_json(http)
-    request = await run_in_thread_if_large(parse, body, limits)
+    request = await run_in_thread_if_large(parse, body, service.config.limits, service.default_values)
+    rules = InfillRules(trim=service.config.infill_trim)
+    prepared = await prepare(http, body, request, service.config.special_text, rules)
+    return CompletionResponse(prepared)
+
+
+async def prepare(
+    http: HttpRequest, body: bytes, request: CompletionRequest, special: bool, rules: InfillRules
+) -> PreparedRun:
+    """Load the model if necessary, tokenize the texts, make the plan and charge it to the key.
+
+    `special`: text that spells a special token becomes that token. The model stays loaded until the response has ended.
+    """
+    service: Service = http.app.state.service
+    created = int(time.time())
+    limits = service.config.limits
     request_context = request_context_of(http.scope)
     served = await request_context.enter(service.use_model(request.model))
     request_context.recorder.record_model(served.id)
@@ -52,7 +78,7 @@ async def create(http: HttpRequest) -> Response:
         "batch" if request_context.in_process else "",
         request_context.cache_name,
     )
-    texts = tokenize(request, served.engine, service.config.special_text, identity.job_client)
+    texts = tokenize(request, served.engine, special, identity.job_client, rules)
     tokens = await cancel_on_disconnect(http.receive, texts)
     plan = await run_in_thread_if_large(_make_plan, body, request, served.engine.model_info, tokens, identity)
     check_size(plan, limits.max_answer)
@@ -60,7 +86,7 @@ async def create(http: HttpRequest) -> Response:
     reserve(request_context, plan.max_total_tokens)
     request_context.recorder.record_plan(plan.n, len(plan.prompts))
     head = serialization.ResponseHead(serialization.new_id(), created, served.id, plan.fingerprint)
-    return CompletionResponse(request, plan, head, served.engine, request_context.recorder)
+    return PreparedRun(request, plan, head, served.engine, request_context.recorder)
 
 
 def _make_plan(
@@ -72,21 +98,14 @@ def _make_plan(
 class CompletionResponse(Response):
     """A response that runs its plan while it is sent. If the client disconnects, the run ends."""
 
-    def __init__(
-        self,
-        request: CompletionRequest,
-        plan: Plan,
-        head: serialization.ResponseHead,
-        engine: Engine,
-        recorder: RequestRecorder,
-    ) -> None:
+    def __init__(self, prepared: PreparedRun) -> None:
         super().__init__()
-        self._request = request
-        self._plan = plan
-        self._head = head
-        self._engine = engine
-        self._recorder = recorder
-        self._sharing = incremental.PromptEncoder(plan.n)
+        self._request = prepared.request
+        self._plan = prepared.plan
+        self._head = prepared.head
+        self._engine = prepared.engine
+        self._recorder = prepared.recorder
+        self._sharing = incremental.PromptEncoder(prepared.plan.n)
         self._time_slices = TimeSlices(SLICE_TOKENS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -94,13 +113,6 @@ class CompletionResponse(Response):
         work = self._send_stream(send) if self._request.stream else self._send_whole(send)
         with suppress(ClientDisconnect):
             await cancel_on_disconnect(receive, work)
-
-    def _start(self, kind: bytes, *more: tuple[bytes, bytes]) -> dict[str, object]:
-        headers = [(b"content-type", kind), (b"cache-control", b"no-cache, must-revalidate"), *more]
-        headers.append((b"openai-model", header_text(self._head.model)))
-        if self._request.ignored:
-            headers.append((b"x-afterword-ignored", header_text(", ".join(self._request.ignored))))
-        return {"type": "http.response.start", "status": 200, "headers": headers}
 
     async def _send_whole(self, send: Send) -> None:
         body = incremental.EncodedBody(self._head, self._plan.n)
@@ -116,7 +128,7 @@ class CompletionResponse(Response):
                     for tokens in body.encode(item):
                         await self._time_slices.yield_after(tokens)
         length = sum(map(len, body.fragments(usage)))
-        await send(self._start(b"application/json", (b"content-length", str(length).encode())))
+        await send(start(self._request, self._head, b"application/json", (b"content-length", str(length).encode())))
         await incremental.send_chunks(send, body.fragments(usage))
 
     async def _send_stream(self, send: Send) -> None:
@@ -124,13 +136,13 @@ class CompletionResponse(Response):
             run(self._plan, self._engine, self._recorder.record_usage, self._recorder.record_compute_start)
         ) as items:
             first = await anext(items)  # an error before the first item is an HTTP error
-            await send(self._start(b"text/event-stream", (b"x-accel-buffering", b"no")))
+            await send(start(self._request, self._head, *STREAM))
             try:
                 await self._send_chunks(send, first, items)
             except AfterwordError as problem:
                 self._recorder.record_error(problem)
                 # no [DONE] follows, since the response is incomplete
-                await send(_body(serialization.event(serialization.error(problem))))
+                await send(body_part(serialization.event(serialization.error(problem))))
         await send({"type": "http.response.body", "body": b""})
 
     async def _send_chunks(self, send: Send, first: Delta | Usage, rest: AsyncIterator[Delta | Usage]) -> None:
@@ -146,14 +158,14 @@ class CompletionResponse(Response):
                     usage = Usage(self._plan.prompt_tokens, written)
                 await self._send_chunk(send, item, usage)
             elif options.include_usage:
-                await send(_body(serialization.usage_chunk(self._head, item)))
+                await send(body_part(serialization.usage_chunk(self._head, item)))
             item = await anext(rest, None)
-        await send(_body(serialization.DONE))
+        await send(body_part(serialization.DONE))
 
     async def _send_chunk(self, send: Send, delta: Delta, usage: Usage | Literal["later", "never"]) -> None:
         """Send one event. An event with an echo can be large: other tasks run between its pieces."""
         if delta.echo is None:
-            await send(_body(serialization.chunk(self._head, delta, usage)))
+            await send(body_part(serialization.chunk(self._head, delta, usage)))
             return
         choice = None
         for step in self._sharing.encode(delta):
@@ -165,9 +177,25 @@ class CompletionResponse(Response):
         for tokens in choice.encode(delta):
             await self._time_slices.yield_after(tokens)
         for piece in incremental.chunked(incremental.event(self._head, choice, usage)):
-            await send(_body(piece))
+            await send(body_part(piece))
             await asyncio.sleep(0)  # a disconnect of the client can cancel this task here
 
 
-def _body(data: bytes) -> dict[str, object]:
+STREAM = (b"text/event-stream", (b"x-accel-buffering", b"no"))
+"""The content type and the further header of a stream."""
+
+
+def start(
+    request: CompletionRequest, head: serialization.ResponseHead, kind: bytes, *more: tuple[bytes, bytes]
+) -> dict[str, object]:
+    """The message that starts a response with the content type `kind` and further headers."""
+    headers = [(b"content-type", kind), (b"cache-control", b"no-cache, must-revalidate"), *more]
+    headers.append((b"openai-model", header_text(head.model)))
+    if request.ignored:
+        headers.append((b"x-afterword-ignored", header_text(", ".join(request.ignored))))
+    return {"type": "http.response.start", "status": 200, "headers": headers}
+
+
+def body_part(data: bytes) -> dict[str, object]:
+    """The message with a part of the body, after which more follows."""
     return {"type": "http.response.body", "body": data, "more_body": True}

@@ -11,6 +11,7 @@ from afterword.api.service import Service
 from afterword.api.specification import batch_schemas
 from afterword.api.specification.field_descriptions import DESCRIPTIONS, REQUEST_SCHEMAS, described_schemas
 from afterword.api.specification.response_schemas import RESPONSE_SCHEMAS, JsonSchema, array_schema, or_null, ref
+from afterword.completion.infill_request import infill_schema
 from afterword.completion.request import schema
 from afterword.completion.request_descriptions import described_schema, description
 from afterword.config import Config
@@ -42,6 +43,14 @@ STREAMS = (
 """OpenAPI 3.1 cannot describe the events of a stream. This text does, and the member `x-event` names their schema."""
 
 
+INFILL_STREAMS = (
+    "With `stream` the response is a text/event-stream whose events are `data: ` and an Infill. `stop` is true in the "
+    "last event of each middle. With `response_fields` a response has only these members; with `n_cmpl` above 1 it is "
+    "an array."
+)
+"""The description of `/infill`."""
+
+
 async def openapi(request: Request) -> Response:
     """The document for the settings and models of this server."""
     service: Service = request.app.state.service
@@ -67,7 +76,7 @@ def document(config: Config, vocabulary: int, model: str) -> JsonSchema:
         "components": {
             "schemas": described_schemas(RESPONSE_SCHEMAS)
             | batch_schemas.BATCH_RESPONSE_SCHEMAS
-            | {"CompletionRequest": request_schema},
+            | {"CompletionRequest": request_schema, "InfillRequest": infill_schema(config.limits)},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         **security,
@@ -86,8 +95,12 @@ def _paths(config: Config, vocabulary: int) -> JsonSchema:
     tokens = _body("Detokenize", ["tokens"], tokens=array_schema(token))
     content = _json(ref("Completion")) | {"text/event-stream": {"x-event": ref("Chunk")}}
     completion = _operation("create a completion", content, ref("CompletionRequest")) | {"description": STREAMS}
+    middle: JsonSchema = {"anyOf": [ref("Infill"), array_schema(ref("Infill"))]}
+    filled = _json(middle) | {"text/event-stream": {"x-event": ref("Infill")}}
+    infill = _operation("fill a gap, with llama-server's fields", filled, ref("InfillRequest"))
     return {
         "/v1/completions": {"post": completion},
+        "/infill": {"post": infill | {"description": INFILL_STREAMS}},
         "/v1/models": {"get": _operation("list the models", _json(ref("Models")))},
         "/v1/models/{model}": {"get": _operation("get a model", _json(ref("Model"))) | {"parameters": [name]}},
         **batch_schemas.paths(_operation),

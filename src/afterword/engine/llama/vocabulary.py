@@ -144,7 +144,7 @@ class Vocabulary:
         suffix = _known(native.llama_vocab_fim_suf(self._vocab))
         middle = _known(native.llama_vocab_fim_mid(self._vocab))
         known = None if prefix is None or suffix is None or middle is None else (prefix, suffix, middle)
-        return find_layout(special, model_name, known)
+        return find_layout(special, model_name, known, lambda text: self.tokenize(text, False))
 
     @property
     def keeps_text(self) -> bool:

@@ -1,0 +1,174 @@
+"""Parses the body of `POST /infill`, which has llama-server's fields, to a `CompletionRequest` and further options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from afterword.completion import fields
+from afterword.completion.fields import Field, JsonSchema, field_parser
+from afterword.completion.json_body import parse_object
+from afterword.completion.model_defaults import DefaultsOf, no_defaults
+from afterword.completion.request import CompletionRequest
+from afterword.completion.request_descriptions import INFILL_DESCRIPTIONS, described_schema
+from afterword.completion.request_limits import RequestLimits
+from afterword.errors import RequestError
+
+SAMPLERS = (
+    *("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"),
+    "infill",
+)
+"""llama-server's names. Those without parameters here (`dry`, `top_n_sigma`, `typ_p`, `xtc`) have no effect there
+either until their parameters are set, and these are refused by name."""
+
+INFILL_MIN_P = 0.2
+"""llama.cpp's sampler `infill` keeps tokens with at least this probability; here it is a fraction of the highest."""
+
+UNLIMITED = 2**31 - 1
+"""`CompletionRequest.max_tokens` for an `n_predict` of -1. `InfillRules.fill_context` reduces it to the context."""
+
+_REQUIRED = ("input_prefix", "input_suffix")
+_INT32, _INT64 = 2**31, 2**63
+_NAMES = {"max_tokens": "n_predict", "n": "n_cmpl", "repetition_penalty": "repeat_penalty"}  # of /v1/completions
+_DEFAULTS = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}  # those of llama-server
+_SAMPLER_OF = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "penalties",
+    "presence_penalty": "penalties",
+    "frequency_penalty": "penalties",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class InfillRequest:
+    """A parsed body of `/infill`.
+
+    `completion`: the prompt, its length and how it is sampled. `indent`: the fewest spaces and tabs at the beginning of
+    a line; a line with fewer ends the middle. `predict_ms`: milliseconds of generation after which the next line end
+    ends the middle; 0 for no limit. `shares_cache`: whether the prefix cache is used. `response_fields`: the paths of
+    the members that the response has; None for all members.
+    """
+
+    completion: CompletionRequest
+    indent: int = 0
+    predict_ms: int = 0
+    shares_cache: bool = True
+    return_tokens: bool = False
+    response_fields: tuple[str, ...] | None = None
+
+
+@field_parser({"type": "array", "items": {"enum": list(SAMPLERS)}})
+def _samplers(name: str, value: Any, limits: RequestLimits) -> tuple[str, ...]:
+    names: tuple[str, ...] = fields.strings(name, value, limits)
+    if not set(names) <= set(SAMPLERS):
+        raise RequestError(f"Invalid value in '{name}'. Supported values are {', '.join(SAMPLERS)}.", param=name)
+    return names
+
+
+INFILL_FIELDS: dict[str, Field] = {
+    "model": fields.name_string,
+    "input_prefix": fields.string,
+    "input_suffix": fields.string,
+    "input_extra": fields.input_extra,
+    "prompt": fields.string,
+    "n_predict": fields.integer(-1, _INT32 - 1),
+    "n_cmpl": fields.integer(1, lambda limits: limits.max_n),
+    "n_indent": fields.integer(0, _INT32 - 1),
+    "t_max_prompt_ms": fields.integer(-1, _INT64 - 1),
+    "t_max_predict_ms": fields.integer(-1, _INT64 - 1),
+    "samplers": _samplers,
+    "temperature": fields.decimal(0, 2),
+    "top_k": fields.top_k,
+    "top_p": fields.decimal(0, 1),
+    "min_p": fields.decimal(0, 1),
+    "repeat_penalty": fields.decimal(0.01, 2),
+    "presence_penalty": fields.decimal(-2, 2),
+    "frequency_penalty": fields.decimal(-2, 2),
+    "logit_bias": fields.logit_bias,
+    "seed": fields.integer(-1, _INT64 - 1),
+    "stop": fields.stop,
+    "ignore_eos": fields.boolean,
+    "stream": fields.boolean,
+    "cache_prompt": fields.boolean,
+    "id_slot": fields.integer(-1, _INT32 - 1),
+    "return_tokens": fields.boolean,
+    "response_fields": fields.strings,
+}
+
+
+def parse_infill(body: bytes, limits: RequestLimits, defaults: DefaultsOf = no_defaults) -> InfillRequest:
+    """Parse a body of `/infill`. `defaults`: the operator's values by the names of `/v1/completions`.
+
+    Raises `RequestError`, whose message quotes only names and numbers of the body.
+    """
+    limits = replace(limits, strict=False)  # OpenAI's API has no such route, and editors send an empty `stop`
+    values = parse_object(body)
+    unknown = tuple(name[:64] for name in values if name not in INFILL_FIELDS)
+    if unknown and not limits.ignore_unknown:
+        raise RequestError(
+            f"Unrecognized request argument supplied: {unknown[0]}", param=unknown[0], code="unknown_parameter"
+        )
+    known = {name: value for name, value in values.items() if name in INFILL_FIELDS and value is not None}
+    for name in _REQUIRED:
+        if name not in known:
+            raise RequestError(f'"{name}" is required', param=name)
+    renamed = {_NAMES.get(name, name): value for name, value in defaults(values.get("model")).items()}
+    whole = {name: value for name, value in renamed.items() if name in INFILL_FIELDS} | known
+    given = {name: INFILL_FIELDS[name](name, value, limits) for name, value in whole.items()}
+    return InfillRequest(
+        completion=_completion(given, unknown),
+        indent=given.get("n_indent", 0),
+        predict_ms=max(0, given.get("t_max_predict_ms", 0)),
+        shares_cache=given.get("cache_prompt", True),
+        return_tokens=given.get("return_tokens", False),
+        response_fields=given.get("response_fields") or None,
+    )
+
+
+def _completion(given: dict[str, Any], unknown: tuple[str, ...]) -> CompletionRequest:
+    seed, length = given.get("seed", -1), given.get("n_predict", -1)
+    same = ("model", "input_extra", "logit_bias", "stop", "ignore_eos", "stream")
+    return CompletionRequest(
+        prompt=(given["input_prefix"] + given.get("prompt", ""),),
+        suffix=given["input_suffix"],
+        max_tokens=UNLIMITED if length < 0 else length,
+        n=given.get("n_cmpl", 1),
+        seed=None if seed < 0 else seed,
+        ignored=unknown,
+        return_token_ids=True,  # the reason for the end of a choice is read from its last token
+        **{name: given[name] for name in same if name in given},
+        **_sampling(given),
+    )
+
+
+def _sampling(given: dict[str, Any]) -> dict[str, Any]:
+    """The sampling fields of a request: those whose sampler is in `samplers`."""
+    values = _DEFAULTS | given | {"repetition_penalty": given.get("repeat_penalty", 1.0)}
+    samplers = given.get("samplers", SAMPLERS[:-1])
+    chosen = {name: values[name] for name, sampler in _SAMPLER_OF.items() if sampler in samplers and name in values}
+    if "infill" in samplers:
+        chosen["min_p"] = max(chosen.get("min_p", 0.0), INFILL_MIN_P)
+    return chosen
+
+
+def infill_schema(limits: RequestLimits) -> JsonSchema:
+    """The JSON Schema of the bodies that `parse_infill` accepts."""
+    limits = replace(limits, strict=False)
+    described = {
+        "type": "object",
+        "properties": {
+            name: field.schema(limits) if name in _REQUIRED else _or_null(field, limits)
+            for name, field in INFILL_FIELDS.items()
+        },
+        "required": list(_REQUIRED),
+        "additionalProperties": limits.ignore_unknown,
+        "examples": [{"input_prefix": "def add(a, b):\n    return ", "input_suffix": "\n", "n_predict": 16}],
+    }
+    return described_schema(described, "", INFILL_DESCRIPTIONS)
+
+
+def _or_null(field: Field, limits: RequestLimits) -> JsonSchema:
+    return {"anyOf": [field.schema(limits), {"type": "null"}]}
