@@ -129,7 +129,7 @@ def test_scores_from_the_cache_are_equal(http: httpx.Client) -> None:
     assert longer["token_logprobs"][: len(first["logprobs"]["tokens"])] == first["logprobs"]["token_logprobs"]
 
 
-@pytest.mark.parametrize("name", ["prediction", "guided_json"])
+@pytest.mark.parametrize("name", ["logit_processors", "guided_json"])
 def test_unsupported_fields_are_refused_by_name(http: httpx.Client, name: str) -> None:
     assert ask(http, **{name: {}}).json()["error"]["param"] == name
 

@@ -60,10 +60,11 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """The token ids of a request: one tuple for each prompt (the client's ids where it sent ids), and the suffix's."""
+    """The token ids of a request's texts. `prompts`: one tuple for each; the client's ids where it sent ids."""
 
     prompts: tuple[tuple[int, ...], ...]
     suffix: tuple[int, ...]
+    prediction: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +129,7 @@ def make_plan(
             prompt_alternatives=_prompt_alternatives(request),
             namespace=_namespace(caller, request.cache_salt),
             client=caller.job_client,
+            prediction=tokens.prediction,
         )
         text = given if isinstance(given, str) else _decode(model_info, ids)
         prompts.append(PromptPlan(job, text, hidden, len(ids) + len(tokens.suffix)))

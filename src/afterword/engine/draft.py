@@ -15,20 +15,21 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Protocol
 
-LENGTHS = (3, 7, 15, 31, 63)
-"""Tokens of drafts. With the token before it, a draft fills 4 to 64 columns of a matrix product."""
+LENGTHS = (8, 16, 32, 64)
+"""Tokens of drafts. A verification also generates the token after the draft, which is the first of the next draft. So
+drafts that are verified one after the other fill 16, 32, 64, 64, … columns of a matrix product."""
 
-VERIFIED = 7
-"""Drafts of at least this many tokens may be verified in one pass. Shorter ones only show whether a text continues."""
-
-FIRST = 15
-"""Tokens of the first draft of a prediction: the client expects that it agrees."""
+PROBE = 3
+"""Tokens of the first draft, and of the first after a rejected token. It is never verified: the tokens that are
+computed one by one show whether the sample follows the text. So a text that is not followed costs nothing."""
 
 INDEXED = 2**14
 """The last tokens of a prompt in which n-grams are looked up."""
 
 _NEAR = 16  # places before and after the expected one that are compared, where a pair of tokens occurs often
 _COMPARED = 16  # tokens before a place that are compared
+_PRIOR = 6.0, 8.0  # accepted and drafted tokens from which the acceptance of a sample's drafts begins
+_MEMORY = 0.8  # the weight of all earlier drafts, against that of the last one
 
 
 class KnownText(Protocol):
@@ -46,31 +47,39 @@ class KnownText(Protocol):
         """Up to `count` tokens from a place on."""
         ...
 
-    def settle(self, place: int, drafted: int, accepted: int) -> None:
-        """Record that the first `accepted` of `drafted` tokens from a place on were generated."""
+    def settle(self, place: int, accepted: int, drafted: int) -> None:
+        """Record that the first `accepted` tokens from a place on were generated, of `drafted` that were no probe."""
         ...
 
 
 class Draft:
     """The present draft of one sample, and the length of the next.
 
-    `most`: tokens that the sample can still generate. `length`: see `LENGTHS`. `place`: where the first draft begins;
-    None if it is found after the first tokens.
+    `most`: tokens that the sample can still generate. `place`: where the first draft begins; None if it is found after
+    the first tokens.
     """
 
-    def __init__(self, text: KnownText, most: int, length: int = LENGTHS[0], place: int | None = None) -> None:
+    def __init__(self, text: KnownText, most: int, place: int | None = None) -> None:
         self._text = text
         self._most = most
-        self._length = length
+        self._length = LENGTHS[0]
         self._place = place
         self._tokens: tuple[int, ...] = ()
         self._agreed = 0  # tokens of the draft that were generated
+        self._probes = True  # whether the draft is a probe
+        self._shares = _PRIOR  # tokens that were accepted and drafted, later ones with more weight
         self._propose()
 
     @property
     def rest(self) -> tuple[int, ...]:
-        """The tokens of the draft that are not generated yet; none if it is too short to be verified."""
-        return self._tokens[self._agreed :] if len(self._tokens) >= VERIFIED else ()
+        """The tokens of the draft that are not generated yet; none if it is a probe."""
+        return () if self._probes else self._tokens[self._agreed :]
+
+    @property
+    def acceptance(self) -> float:
+        """The share of drafted tokens, except those of probes, that the sample has accepted lately."""
+        accepted, drafted = self._shares
+        return accepted / drafted
 
     def append(self, token: int) -> None:
         """Record a generated token, verified or computed alone."""
@@ -84,7 +93,7 @@ class Draft:
     def settle(self) -> None:
         """Record the agreement of a draft that is not finished. Call it at the end of the sample."""
         if self._place is not None:
-            self._text.settle(self._place, self._agreed, self._agreed)
+            self._text.settle(self._place, self._agreed, 0)
 
     def _compare(self, token: int) -> None:
         assert self._place is not None
@@ -92,22 +101,32 @@ class Draft:
         self._agreed += agrees
         if agrees and self._agreed < len(self._tokens):
             return
-        self._text.settle(self._place, len(self._tokens), self._agreed)
-        if agrees:
-            self._place += self._agreed
-            self._length = min(2 * self._length + 1, LENGTHS[-1])
+        drafted = len(self._tokens)
+        self._text.settle(self._place, self._agreed, 0 if self._probes else drafted)
+        self._place = self._place + drafted if agrees else None
+        if self._probes:
+            self._length = self._length if agrees else max(self._length // 2, LENGTHS[0])
         else:
-            self._place = None
-            self._length = max(length for length in LENGTHS if length <= max(self._agreed, LENGTHS[0]))
+            self._shares = self._shares[0] * _MEMORY + self._agreed, self._shares[1] * _MEMORY + drafted
+            self._length = next_length(self._length, self._agreed, drafted)
+        self._probes = not agrees
         self._tokens, self._agreed = (), 0
 
     def _propose(self) -> None:
         if self._place is None:
+            self._probes = True
             self._place = self._text.find()
         if self._place is not None:
-            self._tokens = self._text.read(self._place, min(self._length, self._most))
+            self._tokens = self._text.read(self._place, min(PROBE if self._probes else self._length, self._most))
         if not self._tokens:
             self._place = None
+
+
+def next_length(length: int, agreed: int, drafted: int) -> int:
+    """The length of the next draft: longer after a draft that agreed, else about as many tokens as agreed."""
+    if agreed == drafted:
+        return min(2 * length, LENGTHS[-1])
+    return max(each for each in LENGTHS if each <= max(agreed, LENGTHS[0]))
 
 
 class PredictedText:
@@ -161,7 +180,7 @@ class Prediction:
 
     @property
     def rejected(self) -> int:
-        """The number of the prediction's tokens that were in drafts of at least `VERIFIED` tokens and not generated."""
+        """The number of the prediction's tokens that were drafted, except in probes, and not generated."""
         return len(self._drafted - self._accepted)
 
     def append(self, token: int) -> None:
@@ -176,18 +195,17 @@ class Prediction:
         """See `KnownText`."""
         return self._text.tokens[place : place + count]
 
-    def settle(self, place: int, drafted: int, accepted: int) -> None:
+    def settle(self, place: int, accepted: int, drafted: int) -> None:
         """See `KnownText`."""
         self._accepted.update(range(place, place + accepted))
-        if drafted >= VERIFIED:
-            self._drafted.update(range(place, place + drafted))
-        if accepted >= LENGTHS[0]:
+        self._drafted.update(range(place, place + drafted))
+        if accepted >= PROBE:
             self._expected = place + accepted
 
 
 def prediction_draft(prediction: Prediction, max_tokens: int) -> Draft:
     """The draft that begins with a prediction's first token, for a sample of up to `max_tokens` tokens."""
-    return Draft(prediction, max_tokens, FIRST, place=0)
+    return Draft(prediction, max_tokens, place=0)
 
 
 class OwnText:
@@ -221,7 +239,7 @@ class OwnText:
         tokens = self._slice(place, min(place + count, end))
         return (tokens * (-(-count // len(tokens))))[:count] if tokens else ()
 
-    def settle(self, place: int, drafted: int, accepted: int) -> None:
+    def settle(self, place: int, accepted: int, drafted: int) -> None:
         """See `KnownText`. Nothing is counted."""
 
     def _slice(self, start: int, stop: int) -> tuple[int, ...]:

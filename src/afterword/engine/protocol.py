@@ -189,7 +189,8 @@ class ModelInfo(Value, frozen=True):
     `fingerprint`: a hash of everything that can change a number that the engine returns. `promise`: what the engine
     guarantees about its numbers. `slow_runs`: a regular expression for a class of characters, and the most of them that
     a text may have in a row. The tokenizer's time is quadratic in the length of such a run. `capacity`: the most tokens
-    of all sequences together; None if every sequence can be full.
+    of all sequences together; None if every sequence can be full. `verifies_drafts`: whether several tokens that were
+    drafted can be verified in one pass.
     """
 
     parameters: int
@@ -207,6 +208,7 @@ class ModelInfo(Value, frozen=True):
     promise: Promise = "none"
     slow_runs: tuple[str, int] | None = None
     capacity: int | None = None
+    verifies_drafts: bool = False
 
 
 class JobHandle(Protocol):

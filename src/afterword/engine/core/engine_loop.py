@@ -55,7 +55,7 @@ class EngineLoop:
 
     `clock`: returns seconds. `threads`: the most threads that the sampler uses. `thread_pool`: address of the function
     that runs them, see `sampler_kernel.CompiledKernel`. `max_step_bytes`: bytes of steps returned at a time, see
-    `StepBuffer`. `ngrams`: draft from each sample's own text, where the runner permits drafts.
+    `StepBuffer`.
     """
 
     def __init__(
@@ -65,7 +65,6 @@ class EngineLoop:
         threads: int = 1,
         thread_pool: int | None = None,
         max_step_bytes: int = MAX_STEP_BYTES,
-        ngrams: bool = False,
     ) -> None:
         self._runner = runner
         self._slots = PrefixCache(slot_rules(runner))
@@ -75,7 +74,7 @@ class EngineLoop:
         self._keeper = PrefixKeeper(self._slots, None, clock)
         self._prefill_speed: float | None = None  # prompt tokens per second, as measured
         self._last_pass = PassStats()
-        self._ngrams = ngrams
+        self._ngrams = False
         self._step_buffer = StepBuffer(max_step_bytes)
         self._next_memory_check = 0.0
         self._pass_next = False  # compute a pass before more jobs are admitted
@@ -83,6 +82,10 @@ class EngineLoop:
     def use_store(self, store: PrefixStore | None) -> None:
         """Keep prefixes in a store too. Call it before any job is added."""
         self._keeper.store = store
+
+    def draft_ngrams(self) -> None:
+        """Draft from each sample's own text too, where the runner permits drafts. Call it before any job is added."""
+        self._ngrams = True
 
     def start(self, job_id: int, job: Job) -> None:
         """Add a job. `step` returns its steps under `job_id`."""
@@ -204,6 +207,7 @@ class EngineLoop:
         seconds = self._clock() - start
         self._update_prefill_speed(batch, seconds)
         self._scheduler.charge(batch, seconds)
+        self._scheduler.verification_turns.record_pass(batch, seconds)
         prompt = self._scheduler.sequence_in(batch.entries[0].slot).needs_prefill
         self._last_pass = PassStats(prompt, sum(len(entry.tokens) for entry in batch.entries), seconds)
         queries = [query for entry in batch.entries for query in self._entry_queries(entry)]
@@ -296,9 +300,7 @@ class EngineLoop:
         else:
             self._first_tokens(sequence, found[-1], builder)
 
-    def _verified(
-        self, entry: BatchEntry, sequence: Sequence, found: list[list[Token]], builder: _StepBuilder
-    ) -> None:
+    def _verified(self, entry: BatchEntry, sequence: Sequence, found: list[list[Token]], builder: _StepBuilder) -> None:
         """Append the confirmed tokens of a verification, and remove the others from the slot."""
         self._last_pass = msgspec.structs.replace(
             self._last_pass, drafted_tokens=entry.outputs - 1, accepted_tokens=len(found) - 1

@@ -46,7 +46,7 @@ class Scheduler:
         self._fair_share = FairShare(len(slots))
         self._active: dict[Slot, Sequence] = {}
         self._prefill_queue = PrefillQueue(chunk, grid)
-        self._verification_turns = VerificationTurns(chunk)
+        self.verification_turns = VerificationTurns(chunk)
         self._passes = 0
 
     # ---- jobs
@@ -392,7 +392,7 @@ class Scheduler:
         running = [each for each in self._active.values() if not each.needs_prefill and not each.job_state.suspended]
         alone = len(self._active) == 1 and not self._waiting
         chunk = self._prefill_queue.next_chunk(running, None if alone else budget)
-        if entry := chunk or self._verification_turns.next_entry(running):
+        if entry := chunk or self.verification_turns.next_entry(running):
             return (entry,)
         if len(running) > 1:
             self._slots.compact()

@@ -130,14 +130,14 @@ class Sequence:
         in_chunks = chunk_generated and self.length > slot.length + 1
         self.prefill_length = self.length if in_chunks else len(self.job_state.job.prompt)
 
+    @property
+    def tokens_left(self) -> int:
+        """The most tokens that it can still generate."""
+        return self.job_state.job.max_tokens - len(self.generated)
+
     def decode_entry(self) -> BatchEntry:
         """The entry of a pass that computes the next token."""
         return BatchEntry(self.index, self.computed, self.slice(self.computed, self.computed + 1), int(self.is_last))
-
-    def draft_tokens(self, most: int) -> tuple[int, ...]:
-        """At most `most` tokens that may follow. The token after all of them must be within the job's `max_tokens`."""
-        rest = next((draft.rest for draft in self.drafts if draft.rest), ())
-        return rest[: min(most, self.job_state.job.max_tokens - len(self.generated) - 1)]
 
     def verification_entry(self, draft: tuple[int, ...]) -> BatchEntry:
         """The entry of a pass that computes the last token and a draft of those after it."""

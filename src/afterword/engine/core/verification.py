@@ -9,21 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from afterword.engine.core.forward_batch import BatchEntry, Runner
+from afterword.engine.core.forward_batch import BatchEntry, ForwardBatch, Runner
+from afterword.engine.core.pass_costs import PassCosts
 from afterword.engine.core.sampler import SampleTokens
 from afterword.engine.core.sequence import Sequence
 from afterword.engine.draft import Draft, OwnText, PredictedText, Prediction, ngram_places, prediction_draft
 from afterword.engine.protocol import Job, Token
 
-MIN_COLUMNS = 4
-"""The fewest tokens that are verified in one pass."""
+MIN_TOKENS = 4
+"""The fewest tokens of a pass that verifies a draft."""
 
-COLUMNS_PER_SEQUENCE = 2
-"""A verification computes at least this many tokens for each sequence that runs. A pass costs the less per token the
-more tokens it has. So a verification costs no more per token than a decode, even if half of its tokens are rejected."""
+MOST_TOKENS = 64
+"""The most tokens of such a pass. The cost of a token hardly falls beyond, and more of them would be rejected."""
 
 TOKENS_PER_DECODE = 4
 """After a verification of this many tokens, sequences without drafts decode once before the next one."""
+
+_MARGIN = 1.1  # how much faster than a decode a verification must be, because its acceptance is uncertain
 
 
 def can_verify(runner: Runner) -> bool:
@@ -51,29 +53,52 @@ class DraftMaker:
 class VerificationTurns:
     """Which sequence's draft is verified next, and when running sequences decode instead.
 
-    While every running sequence has a long draft, they take turns. Else sequences decode between two verifications, so
-    that those without drafts are not slowed down much. `most`: the most tokens of a pass.
+    A draft is verified where that takes less time for each token than a decode of all running sequences, as measured:
+    a pass of many tokens takes less time for each of them, but only a share of a draft is accepted. While every running
+    sequence has such a draft, they take turns. Else sequences decode between two verifications, so that those without
+    drafts are not slowed down much. `most`: the most tokens of a pass.
     """
 
     def __init__(self, most: int) -> None:
-        self._most = most
+        self._most = min(most, MOST_TOKENS)
+        self._costs = PassCosts()
         self._turn = 0  # counts verifications
         self._decodes = 0  # that are left before the next verification
 
+    def record_pass(self, batch: ForwardBatch, seconds: float) -> None:
+        """Record the duration of a pass."""
+        tokens = sum(len(entry.tokens) for entry in batch.entries)
+        if batch.outputs == tokens:
+            self._costs.record(tokens, seconds)
+
     def next_entry(self, running: list[Sequence]) -> BatchEntry | None:
         """The next verification, or None if the running sequences decode."""
-        least = max(MIN_COLUMNS, COLUMNS_PER_SEQUENCE * len(running))
-        drafts = [(each, each.draft_tokens(self._most - 1)) for each in running if each.drafts and each.is_last]
-        ready = [(sequence, tokens) for sequence, tokens in drafts if len(tokens) + 1 >= least]
+        ready = [pair for each in running if (pair := self._ready(each, len(running)))]
         if not ready or (len(ready) < len(running) and self._decodes > 0):
             self._decodes -= 1
             return None
         sequence, tokens = min(ready, key=lambda pair: pair[0].verified_turn)
         self._turn += 1
         sequence.verified_turn = self._turn
-        entry = sequence.verification_entry(tokens)
-        self._decodes = len(entry.tokens) // TOKENS_PER_DECODE
-        return entry
+        self._decodes = (1 + len(tokens)) // TOKENS_PER_DECODE
+        return sequence.verification_entry(tokens)
+
+    def _ready(self, sequence: Sequence, running: int) -> tuple[Sequence, tuple[int, ...]] | None:
+        """A sequence with its draft, if that is worth a pass beside `running` sequences."""
+        draft = next((each for each in sequence.drafts if each.rest), None)
+        if draft is None or not sequence.is_last:
+            return None
+        tokens = draft.rest[: min(self._most, sequence.tokens_left) - 1]
+        if 1 + len(tokens) < MIN_TOKENS:
+            return None
+        decode, verification = self._costs.of(running), self._costs.of(1 + len(tokens))
+        if decode is None:
+            return None  # the next decode measures it
+        gained = (1 + draft.acceptance * len(tokens)) * decode
+        if verification is not None and gained < _MARGIN * (1 + len(tokens)) * verification:
+            self._costs.fade(1 + len(tokens))
+            return None
+        return sequence, tokens
 
 
 def is_verification(sequence: Sequence, entry: BatchEntry) -> bool:
