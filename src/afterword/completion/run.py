@@ -217,22 +217,20 @@ class _PromptProgress:
             yield replace(self._candidates[sample].result, index=self._first + rank)
 
 
-def split_by_sample(step: Step) -> Iterator[Step]:
-    """Split a step into steps with at most one token of each sample."""
+def split_by_sample(step: Step) -> list[Step]:
+    """Split a step into steps with at most one token of each sample. A sample ends in that of its last token."""
     found: Counter[int] = Counter()
-    parts: list[list[tuple[int, Token]]] = []
+    parts: list[list[tuple[int, Token]]] = [[]]
     for sample, token in step.sampled:
         if found[sample] == len(parts):
             parts.append([])
         parts[found[sample]].append((sample, token))
         found[sample] += 1
-    if len(parts) < 2:
-        yield step
-        return
-    yield Step(step.scored, tuple(parts[0]), cached=step.cached)
-    for part in parts[1:-1]:
-        yield Step(sampled=tuple(part))
-    yield Step(sampled=tuple(parts[-1]), ended=step.ended)
+    if len(parts) == 1:
+        return [step]
+    ended = [tuple(end for end in step.ended if max(found[end[0]], 1) == count + 1) for count in range(len(parts))]
+    first = Step(step.scored, tuple(parts[0]), ended[0], step.cached)
+    return [first, *(Step((), tuple(part), ends) for part, ends in zip(parts[1:], ended[1:], strict=True))]
 
 
 async def _merge_steps(

@@ -48,6 +48,7 @@ def model_object(managed_model: ManagedModel) -> dict[str, Any]:
         "reproducible": managed_model.promise,
         "infill": model_info.infill is not None if model_info else None,
         "infill_family": model_info.infill.family if model_info and model_info.infill else None,
+        "prediction": model_info.verifies_drafts if model_info else None,
     }
 
 

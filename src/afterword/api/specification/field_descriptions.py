@@ -61,6 +61,7 @@ _MEMBER_TEXTS: dict[str, str] = {
     "reproducible: the same request gets the same response; none: no promise.",
     "Model.infill": "Whether the model supports suffix; null until the model has been loaded once.",
     "Model.infill_family": "The layout of prompts with suffix: a model family, other or custom; null if there is none.",
+    "Model.prediction": "Whether prediction can make responses faster; null until the model has been loaded once.",
     "Models.object": "The type of this object.",
     "Models.data": "All models of this server.",
     "Tokens.tokens": "The token ids.",
@@ -136,6 +137,7 @@ _MODEL = {
     "reproducible": "exact",
     "infill": True,
     "infill_family": "qwen",
+    "prediction": True,
 }
 EXAMPLES: dict[str, Any] = {
     "Completion": _COMPLETION,

@@ -95,6 +95,7 @@ RESPONSE_SCHEMAS: dict[str, JsonSchema] = {
         reproducible={"enum": ["exact", "reproducible", "none"]},
         infill=or_null(FLAG),
         infill_family=or_null(TEXT),
+        prediction=or_null(FLAG),
     ),
     "Models": object_schema(object=constant("list"), data=array_schema(ref("Model"))),
     "Tokens": object_schema(tokens=array_schema(COUNT), count=COUNT, max_model_len=COUNT),
