@@ -103,7 +103,10 @@ class Draft:
             return
         drafted = len(self._tokens)
         self._text.settle(self._place, self._agreed, 0 if self._probes else drafted)
-        self._place = self._place + drafted if agrees else None
+        if agrees or not self._probes:
+            self._place += self._agreed + (not agrees)  # one token is often replaced by one other
+        else:
+            self._place = None
         if self._probes:
             self._length = self._length if agrees else max(self._length // 2, LENGTHS[0])
         else:
