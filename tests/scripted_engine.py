@@ -45,7 +45,8 @@ def report(token: int, alternatives: int | None = 0) -> Token:
 class ScriptedEngine:
     """Accepts at most `max_jobs` jobs. A job fails with `WorkerDied` after `dies_after` passes.
 
-    `yields`: yield to the event loop after each pass; if not, the caller cannot react to a step in time.
+    `tokens_per_step`: tokens of each sample in a step, as if drafts were verified. `yields`: yield to the event loop
+    after each pass; if not, the caller cannot react to a step in time.
     """
 
     script: Script
@@ -53,6 +54,7 @@ class ScriptedEngine:
     max_jobs: int = 100
     dies_after: int | None = None
     yields: bool = True
+    tokens_per_step: int = 1
     jobs: list["ScriptedJob"] = field(default_factory=list)
 
     async def tokenize(self, text: str, special: bool, client: str = "") -> tuple[int, ...]:
@@ -87,8 +89,13 @@ class ScriptedJob:
             await self.going.wait()
             if length == self.engine.dies_after:
                 raise WorkerDied
-            length += 1
-            yield self.step(length, scored[1:] if length == 1 else ())
+            step = None
+            for _ in range(self.engine.tokens_per_step):
+                length += 1
+                part = self.step(length, scored[1:] if length == 1 else ())
+                step = Step(step.scored, step.sampled + part.sampled, step.ended + part.ended) if step else part
+            assert step is not None
+            yield step
             await asyncio.sleep(0) if self.engine.yields else None
 
     def step(self, length: int, scored: tuple[Token, ...]) -> Step:

@@ -10,7 +10,7 @@ from pathlib import Path
 from afterword.batch.batch_limits import BatchLimits
 from afterword.completion.model_defaults import ModelDefaults
 from afterword.completion.request_limits import RequestLimits
-from afterword.engine.messages import KvType
+from afterword.engine.messages import KvType, Speculation
 from afterword.engine.protocol import Promise
 from afterword.errors import SettingError
 from afterword.keys.key import Key
@@ -176,7 +176,7 @@ class EngineSettings:
     `context`: tokens of one sequence. `parallel`: sequences. `batch`: prompt tokens in one forward pass. `gpu_layers`:
     -1 for all. `reproducible`: make results reproducible on a GPU too, at a cost in speed. `cache_dir`: the folder in
     which prefixes are kept, at most `cache_bytes` bytes; None: they are kept in memory only.
-    `infill_template`: the layout of infill prompts, empty for the model's own.
+    `infill_template`: the layout of infill prompts, empty for the model's own. `speculate`: see `LoadModel`.
     """
 
     context: int | None = None
@@ -190,6 +190,7 @@ class EngineSettings:
     infill_template: str = ""
     cache_dir: Path | None = None
     cache_bytes: int = 10 * 10**9
+    speculate: Speculation = "off"
 
     def __post_init__(self) -> None:
         if self.batch < CHUNK_GRID or self.batch > 4096:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -129,7 +130,47 @@ def test_scores_from_the_cache_are_equal(http: httpx.Client) -> None:
     assert longer["token_logprobs"][: len(first["logprobs"]["tokens"])] == first["logprobs"]["token_logprobs"]
 
 
-@pytest.mark.parametrize("name", ["prediction", "guided_json"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 0},
+        {"temperature": 0, "stop": "."},
+        {"n": 2, "logprobs": 2},
+        {"best_of": 3, "presence_penalty": 0.5, "top_p": 0.9},
+        {"min_tokens": 60, "echo": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_prediction_changes_nothing_but_usage(http: httpx.Client, fields: dict[str, Any], changed: bool) -> None:
+    plain = ask(http, **{"max_tokens": 80, **fields}).json()
+    text = plain["choices"][0]["text"].removeprefix("Once upon a time")
+    if changed:
+        text = text.replace(" the ", " a ").replace("e", "i", 1)
+    prediction = {"type": "content", "content": [{"type": "text", "text": text}]}
+    predicted = ask(http, **{"max_tokens": 80, **fields}, prediction=prediction).json()
+    assert predicted["choices"] == plain["choices"]
+    assert predicted["usage"]["completion_tokens"] == plain["usage"]["completion_tokens"]
+    details = predicted["usage"]["completion_tokens_details"]
+    accepted, rejected = (details[f"{kind}_prediction_tokens"] for kind in ("accepted", "rejected"))
+    predicted_tokens = len(http.post("/tokenize", json={"prompt": text}).json()["tokens"])
+    assert accepted + rejected <= predicted_tokens * max(fields.get("n", 1), fields.get("best_of", 1))
+    assert accepted > (0 if changed or "stop" in fields else 10)
+    assert details.keys() == plain["usage"]["completion_tokens_details"].keys()
+    again = ask(http, **{"max_tokens": 80, **fields}, prediction=prediction).json()
+    assert again["usage"]["completion_tokens_details"] == details
+
+
+def test_a_streamed_prediction_has_the_same_events(http: httpx.Client) -> None:
+    def texts(**more: Any) -> list[str]:
+        events = ask(http, stream=True, max_tokens=60, temperature=0, **more).text.split("\n\n")
+        return [json.loads(event[6:])["choices"][0]["text"] for event in events if event.startswith("data: {")]
+
+    plain = texts()
+    assert texts(prediction={"type": "content", "content": "".join(plain)}) == plain
+
+
+@pytest.mark.parametrize("name", ["logit_processors", "guided_json"])
 def test_unsupported_fields_are_refused_by_name(http: httpx.Client, name: str) -> None:
     assert ask(http, **{name: {}}).json()["error"]["param"] == name
 

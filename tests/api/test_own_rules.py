@@ -107,5 +107,10 @@ def test_a_model_names_its_layout_of_infill(http: httpx.Client, no_infill_client
     assert [model[name] for name in members] == [False, None, False]
 
 
+def test_a_model_says_whether_predictions_have_an_effect(http: httpx.Client) -> None:
+    (model,) = http.get("/v1/models").json()["data"]
+    assert (model["reproducible"], model["prediction"]) == ("exact", True)
+
+
 def test_no_sequence_is_left_running(http: httpx.Client) -> None:
     assert is_idle(http)

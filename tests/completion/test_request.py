@@ -62,6 +62,7 @@ def test_an_empty_body_gives_the_defaults_of_the_api() -> None:
         "input_extra": (),
         "min_p": 0.0,
         "min_tokens": 0,
+        "prediction": "",
         "prompt_logprobs": None,
         "repetition_penalty": 1.0,
         "return_token_ids": False,
@@ -314,7 +315,38 @@ def test_unknown_or_mistyped_stream_options_are_refused() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["foo", "prediction", "messages", "max_completion_tokens", "Prompt", ""])
+def test_a_prediction_is_a_text_or_text_parts() -> None:
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    assert parsed(prediction={"type": "content", "content": "one two"}).prediction == "one two"
+    assert parsed(prediction={"type": "content", "content": parts}).prediction == "one two"
+    assert parsed(prediction=None).prediction == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "param", "code"),
+    [
+        ("text", "prediction", "invalid_type"),
+        ({}, "prediction.type", "missing_required_parameter"),
+        ({"type": "content"}, "prediction.content", "missing_required_parameter"),
+        ({"type": "text", "content": ""}, "prediction.type", "invalid_value"),
+        ({"type": "content", "content": 1}, "prediction.content", "invalid_type"),
+        ({"type": "content", "content": []}, "prediction.content", "empty_array"),
+        ({"type": "content", "content": ["a"]}, "prediction.content[0]", "invalid_type"),
+        ({"type": "content", "content": [{"type": "text", "text": 1}]}, "prediction.content[0].text", "invalid_type"),
+        (
+            {"type": "content", "content": [{"type": "image", "text": "a"}]},
+            "prediction.content[0].type",
+            "invalid_value",
+        ),
+        ({"type": "content", "content": "", "more": 1}, "prediction.more", "unknown_parameter"),
+    ],
+)
+def test_other_predictions_are_refused(value: object, param: str, code: str) -> None:
+    error = refused({"prediction": value})
+    assert (error.param, error.code) == (param, code)
+
+
+@pytest.mark.parametrize("name", ["foo", "predictions", "messages", "max_completion_tokens", "Prompt", ""])
 def test_an_unknown_field_is_refused_by_name_before_anything_else(name: str) -> None:
     error = refused({"n": "many", name: None})
     assert (error.message, error.param) == (f"Unrecognized request argument supplied: {name}", name)

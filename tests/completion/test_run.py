@@ -389,6 +389,43 @@ def test_all_that_was_generated_is_charged_and_the_usage_is_of_the_text(
     assert account.completion_tokens == generated
 
 
+@pytest.mark.parametrize("tokens", [2, 5, 40])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"stop": ("cat",)}, {"n": 3}, {"n": 2, "best_of": 3}, {"logprobs": 1, "echo": True}, {"max_tokens": 3}],
+    ids=str,
+)
+def test_several_tokens_in_a_step_are_taken_one_by_one(fields: dict[str, Any], tokens: int) -> None:
+    script = text_script("Hello world the cat sat", "the cat", " world Hello Hello Hello world")
+    alone = complete(script, prompt=("a",), **fields)
+    together = complete(ScriptedEngine(script, tokens_per_step=tokens), prompt=("a",), **fields)
+    assert sorted(map(repr, together.items)) == sorted(map(repr, alone.items))
+
+
+def test_tokens_after_a_stop_string_in_a_step_are_not_charged() -> None:
+    engine = ScriptedEngine(text_script("Hello world the cat sat"), tokens_per_step=5)
+    (account,) = recorded_usage(engine, prompt=("a",), stop=("world",))
+    assert account.completion_tokens == 2
+
+
+def test_usage_counts_the_tokens_of_a_prediction() -> None:
+    info = replace(MODEL_INFO, verifies_drafts=True)
+    text = "Hello world the cat sat the cat sat Hello world"
+    for prediction, accepted, rejected in [
+        (text, 11, 0),
+        ("the the the the", 0, 0),
+        (text.replace("sat Hello", "sat world"), 8, 2),
+    ]:
+        engine = ScriptedEngine(text_script(text), model_info=info, tokens_per_step=3)
+        (account,) = recorded_usage(engine, prompt=("a",), prediction=prediction)
+        assert (account.predicted.accepted, account.predicted.rejected) == (accepted, rejected), prediction
+        assert account.completion_tokens == 12
+    engine = ScriptedEngine(text_script(text))
+    (account,) = recorded_usage(engine, prompt=("a",), prediction=text)
+    assert account.predicted.accepted == 0
+    assert engine.jobs[0].job.prediction == ()
+
+
 def test_tokens_generated_before_a_late_drop_are_charged() -> None:
     engine = ScriptedEngine(text_script("Hello world the cat sat"), yields=False)  # it drops samples late
     (account,) = recorded_usage(engine, prompt=("a",), stop=("Hello",))

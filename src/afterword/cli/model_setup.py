@@ -184,6 +184,7 @@ def _load_message(
         parts=tuple(map(str, parts(model.path, facts))),
         capacity=shape.capacity,
         infill_template=settings.infill_template,
+        speculate=settings.speculate,
         token_bytes=facts.kv_bytes_per_token(shape.options.kv_bytes) if shape.options.on_demand else 0,
     )
 

@@ -110,6 +110,13 @@ def engine_options(command: F) -> F:
             default="",
             help="Layout of prompts with suffix, with {prefix} and {suffix}.  [default: the model family's]",
         ),
+        option(
+            "Engine",
+            "--speculate",
+            type=click.Choice(["off", "ngram"]),
+            default="off",
+            help="ngram: draft tokens from each text itself and verify them together; changes no token.",
+        ),
         option("Engine", "--verbose", is_flag=True, help="Show the log of llama.cpp."),
     ]
     for each in reversed(options):

@@ -55,6 +55,7 @@ _ENGINE = (
     "gpu_layers",
     "reproducible",
     "infill_template",
+    "speculate",
     "verbose",
 )
 _LIMITS = {"max_logprobs": "max_logprobs", "max_stop": "max_stop", "queue": "max_queue"}
@@ -263,16 +264,14 @@ Ctrl+C stops."""
 
 
 def _describe(managed_model: ManagedModel, named: bool) -> str:
-    size = (
-        f"{managed_model.loaded_engine.model_info.parameters / 1e6:,.1f} M parameters, up"
-        if managed_model.loaded_engine
-        else "up"
-    )
+    model_info = managed_model.loaded_engine.model_info if managed_model.loaded_engine else None
+    size = f"{model_info.parameters / 1e6:,.1f} M parameters, up" if model_info else "up"
     definition = managed_model.definition
     together = "" if definition.capacity is None else f", {definition.capacity} tokens together"
     text = f"{size} to {definition.sequences} sequences of {definition.context} tokens at the same time{together}."
     tip = f" {managed_model.definition.advice}" if managed_model.definition.advice else ""
-    return f"{f'{managed_model.id}: ' if named else ''}{text} {_PROMISES[managed_model.promise]}{tip}"
+    drafts = "" if model_info is None or model_info.verifies_drafts else " Predictions and --speculate have no effect."
+    return f"{f'{managed_model.id}: ' if named else ''}{text} {_PROMISES[managed_model.promise]}{drafts}{tip}"
 
 
 def _further_names(config: Config) -> str:

@@ -11,7 +11,9 @@ from itertools import chain
 
 from afterword.completion.logprobs import SLICE_TOKENS, Echo, Logprobs, PromptReport, generated_columns, join_columns
 from afterword.completion.plan import Plan, PromptPlan
+from afterword.completion.predicted import PredictedTokens, PredictionCounter
 from afterword.completion.text_stream import ReleasedText, TextStream, TokenAtOffset
+from afterword.engine.draft import PredictedText
 from afterword.engine.protocol import FinishReason, Token
 
 
@@ -50,8 +52,16 @@ class Delta:
 class ChoiceBuilder:
     """Builds one choice while its sample is generated. It owns the text and the token counts of the sample."""
 
-    def __init__(self, plan: Plan, prompt: PromptPlan, echo: Echo | None, report: PromptReport | None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        prompt: PromptPlan,
+        echo: Echo | None,
+        report: PromptReport | None,
+        predicted: PredictedText | None = None,
+    ) -> None:
         self._plan = plan
+        self._counter = PredictionCounter(prompt.job, predicted) if predicted else None
         self._echo = echo
         self._stream: TextStream[Token] = TextStream(plan.stop, *_text_start(prompt, echo))
         self._end_tokens = prompt.job.end_tokens
@@ -68,6 +78,11 @@ class ChoiceBuilder:
     def mean_logprob(self) -> float:
         """The mean log probability of the generated tokens, including an end token. 0 without tokens."""
         return self._logprob / self._tokens if self._tokens else 0.0
+
+    @property
+    def predicted(self) -> PredictedTokens:
+        """The tokens of the prediction that are in the text so far, and the rejected ones."""
+        return self._counter.predicted if self._counter else PredictedTokens()
 
     def add(self, token: Token) -> None:
         """Add the next token of the sample."""
@@ -111,6 +126,9 @@ class ChoiceBuilder:
 
     def _delta(self, index: int, released: ReleasedText[Token]) -> Delta:
         self.completion_tokens += len(released.tokens)
+        if self._counter:
+            for each in released.tokens:
+                self._counter.add(each.token.id)
         columns = None if self._plan.logprobs is None else generated_columns(released.tokens, self._plan)
         delta = Delta(index, released.text, columns, None, len(released.tokens))
         if self._echo is None or not (released.tokens or self.finish):

@@ -22,6 +22,12 @@ _LONGEST_STOP = 1024  # characters
 _SLICE = 2**16  # items of an array that are checked in one step
 _STOP: JsonSchema = {"type": "string", "minLength": 1, "maxLength": _LONGEST_STOP}
 _IDS: JsonSchema = {"type": "array", "items": {"type": "integer"}}
+_TEXT_PART: JsonSchema = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +201,56 @@ def token_ids(name: str, value: Any, limits: RequestLimits) -> tuple[int, ...]:
     if len(ids) > limits.max_bias:
         raise _too_long(name, "array", limits.max_bias, len(ids))
     return ids
+
+
+@field_parser(
+    {
+        "type": "object",
+        "properties": {
+            "type": {"const": "content"},
+            "content": {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": _TEXT_PART}]},
+        },
+        "required": ["type", "content"],
+        "additionalProperties": False,
+    }
+)
+def prediction(name: str, value: Any, _: RequestLimits) -> str:
+    """The text of `{"type": "content", "content": …}`, where the content is a string or an array of text parts."""
+    content = _only_members(name, value, {"type": "content"}, "content")
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise _wrong_type(f"{name}.content", content, "one of a string or an array of objects")
+    if not content:
+        raise _empty_array(f"{name}.content")
+    return "".join(_text_part(f"{name}.content[{index}]", part) for index, part in enumerate(content))
+
+
+def _text_part(path: str, part: object) -> str:
+    text = _only_members(path, part, {"type": "text"}, "text")
+    if not isinstance(text, str):
+        raise _wrong_type(f"{path}.text", text, "a string")
+    return text
+
+
+def _only_members(path: str, value: object, fixed: dict[str, str], wanted: str) -> object:
+    """The member `wanted` of an object whose other members are `fixed`."""
+    if not isinstance(value, dict):
+        raise _wrong_type(path, value, "an object")
+    for key in value:
+        if key not in (*fixed, wanted):
+            name = f"{path}.{str(key)[:64]}"
+            raise RequestError(f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
+    for key in (*fixed, wanted):
+        if value.get(key) is None:
+            name = f"{path}.{key}"
+            message = f"Missing required parameter: '{name}'."
+            raise RequestError(message, param=name, code="missing_required_parameter")
+    for key, only in fixed.items():
+        if value[key] != only:
+            message = f"Invalid value for '{path}.{key}'. Supported values are: '{only}'."
+            raise RequestError(message, param=f"{path}.{key}", code="invalid_value")
+    return value[wanted]
 
 
 @field_parser(

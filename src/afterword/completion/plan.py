@@ -71,14 +71,16 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """The token ids of a request: for each prompt (the client's ids where it sent ids), the suffix and each file.
+    """The token ids of a request's texts.
 
+    `prompts`, `files`: one tuple for each; the client's ids where it sent ids.
     `rules`: those by which the plan lays out infill prompts.
     """
 
     prompts: tuple[tuple[int, ...], ...]
     suffix: tuple[int, ...]
     files: tuple[tuple[int, ...], ...] = ()
+    prediction: tuple[int, ...] = ()
     rules: InfillRules = NO_RULES
 
 
@@ -147,6 +149,7 @@ def make_plan(
             prompt_alternatives=_prompt_alternatives(request),
             namespace=_namespace(caller, request.cache_salt),
             client=caller.job_client,
+            prediction=tokens.prediction,
         )
         text = given if isinstance(given, str) else _decode(model_info, ids)
         prompts.append(PromptPlan(job, text, laid_out.before, laid_out.given))

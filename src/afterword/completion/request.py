@@ -56,6 +56,7 @@ class CompletionRequest:
     input_extra: tuple[ContextFile, ...] = ()
     min_p: float = 0.0
     min_tokens: int = 0
+    prediction: str = ""
     prompt_logprobs: int | None = None
     repetition_penalty: float = 1.0
     return_token_ids: bool = False
@@ -113,6 +114,7 @@ EXTENSIONS: dict[str, Field] = {
     "input_extra": fields.input_extra,
     "min_p": fields.decimal(0, 1),
     "min_tokens": fields.integer(0, _INT32 - 1),
+    "prediction": fields.prediction,
     "prompt_logprobs": fields.integer(0, lambda limits: limits.max_logprobs),
     "repetition_penalty": fields.decimal(0.01, 2),
     "return_token_ids": fields.boolean,
@@ -173,7 +175,7 @@ def schema(limits: RequestLimits) -> JsonSchema:
     properties: JsonSchema = {
         name: {
             "anyOf": [field.schema(limits), {"type": "null"}],
-            "default": None if isinstance(standard[name], tuple) else standard[name],
+            "default": None if isinstance(standard[name], tuple) or name == "prediction" else standard[name],
         }
         for name, field in known.items()
     }

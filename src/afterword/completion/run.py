@@ -7,15 +7,18 @@ waits for anything but the engine and the reader of the deltas.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from afterword.completion.choice import ChoiceBuilder, Delta, DeltaFolder
 from afterword.completion.infill import NO_RULES, InfillRules, before_suffix, file_text, layout_of, suffix_tokens
 from afterword.completion.logprobs import make_echo, make_report
 from afterword.completion.plan import Plan, PromptPlan, Tokenized, check_lengths, too_long
+from afterword.completion.predicted import PredictedTokens, predicted_text, predicted_tokens
 from afterword.completion.request import CompletionRequest
+from afterword.engine.draft import PredictedText
 from afterword.engine.protocol import Engine, JobHandle, ModelInfo, Step, Token
 from afterword.errors import ModelReplaced, ReaderTooSlow
 
@@ -34,12 +37,14 @@ class Usage:
     """The tokens of a whole request. Each prompt counts once, each generated candidate counts.
 
     `completion_tokens`: in a response, the tokens of the texts; for an account, all generated tokens.
-    `cached_tokens`: the tokens of the prompts that came from the prefix cache.
+    `cached_tokens`: the tokens of the prompts that came from the prefix cache. `predicted`: the tokens of the
+    prediction that are in the texts, and those that were verified and are not.
     """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    predicted: PredictedTokens = field(default_factory=PredictedTokens)
 
 
 async def tokenize(
@@ -58,17 +63,20 @@ async def tokenize(
         check_lengths(request, model_info)
     texts = [prompt for prompt in request.prompt if isinstance(prompt, str)]
     suffix, files = _infill_texts(request, model_info, rules)
-    wanted = [*((text, special) for text in (*texts, suffix)), *((file, False) for file in files)]
+    prediction = predicted_text(request, model_info)
+    wanted = [*((text, special) for text in (*texts, suffix)), *((file, False) for file in files), (prediction, special)]
     work = [asyncio.ensure_future(engine.tokenize(text, read, client)) for text, read in wanted if text]
     try:
-        ready = iter([_checked(ids, request, model_info, trims) for ids in await asyncio.gather(*work)])
+        found = await asyncio.gather(*work)
     finally:
         for each in work:
             each.cancel()  # if one has failed, or the client has disconnected
     _check_model(model_info.fingerprint, engine)
+    predicted = predicted_tokens(found.pop(), model_info) if prediction else ()
+    ready = iter([_checked(ids, request, model_info, trims) for ids in found])
     prompts = [prompt if isinstance(prompt, tuple) else next(ready) if prompt else () for prompt in request.prompt]
     others = [suffix_tokens(next(ready), model_info) if text else () for text in (suffix, *files)]
-    return Tokenized(tuple(prompts), others[0], tuple(others[1:]), rules)
+    return Tokenized(tuple(prompts), others[0], tuple(others[1:]), predicted, rules)
 
 
 def _infill_texts(request: CompletionRequest, model_info: ModelInfo, rules: InfillRules) -> tuple[str, list[str]]:
@@ -120,8 +128,9 @@ async def run(
             each.close()
         read = sum(prompt.prompt_tokens for prompt in progress)
         cached = sum(prompt.cached_tokens for prompt in progress)
-        record_usage(Usage(read, sum(prompt.generated for prompt in progress), cached))
-    yield Usage(read, sum(prompt.completion_tokens for prompt in progress), cached)
+        predicted = sum((prompt.predicted for prompt in progress), PredictedTokens())
+        record_usage(Usage(read, sum(prompt.generated for prompt in progress), cached, predicted))
+    yield Usage(read, sum(prompt.completion_tokens for prompt in progress), cached, predicted)
 
 
 def _check_model(fingerprint: str, engine: Engine) -> None:
@@ -163,6 +172,11 @@ class _PromptProgress:
         """The generated tokens that the texts of all candidates were made from."""
         return sum(choice.completion_tokens for choice in self._choices)
 
+    @property
+    def predicted(self) -> PredictedTokens:
+        """The tokens of the prediction in the texts of all candidates, and the rejected ones."""
+        return sum((choice.predicted for choice in self._choices), PredictedTokens())
+
     def count(self, step: Step) -> None:
         """Count a computed step for the account, also if `take` is never called with it."""
         if not self._started:
@@ -171,13 +185,26 @@ class _PromptProgress:
         self.generated += len(step.sampled)
 
     def take(self, step: Step, handle: JobHandle) -> Iterator[Delta]:
-        """Yield the deltas of a step, each made on demand. Samples whose text is complete are dropped from the job."""
+        """Yield the deltas of a step, each made on demand. Samples whose text is complete are dropped from the job.
+
+        A verified draft is several tokens of one sample in one step. They are taken one by one, as if computed so, and
+        those after the end of the text count for nothing.
+        """
+        for index, part in enumerate(split_by_sample(step)):
+            if index:
+                self.generated -= sum(self._choices[sample].finish is not None for sample, _ in part.sampled)
+            yield from self._take(part, handle)
+
+    def _take(self, step: Step, handle: JobHandle) -> Iterator[Delta]:
         self._scored.extend(step.scored)
         self._cached += step.cached
         if not self._choices and (step.sampled or step.ended):
             echo = make_echo(self._plan, self._prompt, self._scored)
             report = make_report(self._plan, self._prompt, self._scored)
-            self._choices = [ChoiceBuilder(self._plan, self._prompt, echo, report) for _ in range(self._plan.best_of)]
+            predicted = PredictedText(self._prompt.job.prediction) if self._prompt.job.prediction else None
+            self._choices = [
+                ChoiceBuilder(self._plan, self._prompt, echo, report, predicted) for _ in range(self._plan.best_of)
+            ]
             self._candidates = [DeltaFolder() for _ in self._choices]
             self._scored.clear()
         unfinished = {sample for sample, choice in enumerate(self._choices) if choice.finish is None}
@@ -204,6 +231,22 @@ class _PromptProgress:
         ranked = sorted(range(len(self._choices)), key=lambda sample: -self._choices[sample].mean_logprob)
         for rank, sample in enumerate(ranked[: self._plan.n]):
             yield replace(self._candidates[sample].result, index=self._first + rank)
+
+
+def split_by_sample(step: Step) -> list[Step]:
+    """Split a step into steps with at most one token of each sample. A sample ends in that of its last token."""
+    found: Counter[int] = Counter()
+    parts: list[list[tuple[int, Token]]] = [[]]
+    for sample, token in step.sampled:
+        if found[sample] == len(parts):
+            parts.append([])
+        parts[found[sample]].append((sample, token))
+        found[sample] += 1
+    if len(parts) == 1:
+        return [step]
+    ended = [tuple(end for end in step.ended if max(found[end[0]], 1) == count + 1) for count in range(len(parts))]
+    first = Step(step.scored, tuple(parts[0]), ended[0], step.cached)
+    return [first, *(Step((), tuple(part), ends) for part, ends in zip(parts[1:], ended[1:], strict=True))]
 
 
 async def _merge_steps(

@@ -17,6 +17,7 @@ from afterword.engine.protocol import Job, Load, ModelInfo, PassStats, Promise, 
 
 HEADER = struct.Struct(">I")
 KvType = Literal["exact", "f16", "f32"]
+Speculation = Literal["off", "ngram"]
 MAX_FRAME_BYTES = 256 * 2**20
 """The largest accepted frame in bytes. The model info of a model with a large vocabulary has about 3 million bytes."""
 
@@ -38,6 +39,7 @@ class LoadModel(Value, frozen=True, tag=True):
     `infill_template`: the operator's layout of infill prompts, see `llama.infill_families`; empty for the model's own.
     `fixed_shape`: all decode passes have the same shape, see `llama.fixed_shape`.
     `cache_dir`: the folder in which prefixes are kept, at most `cache_bytes` bytes; empty: none are kept.
+    `speculate`: "ngram": draft tokens from each sample's own text; "off": from predictions only.
     `promise`: the strongest promise that these settings allow; `promise_without_kernels`: the same if Afterword's
     kernels are not available. `ModelInfo.promise` states the promise that the loaded model keeps.
     """
@@ -63,6 +65,7 @@ class LoadModel(Value, frozen=True, tag=True):
     infill_template: str = ""
     cache_dir: str = ""
     cache_bytes: int = 0
+    speculate: Speculation = "off"
 
 
 class StartJob(Value, frozen=True, tag=True):

@@ -42,6 +42,11 @@ class Sampling(Value, frozen=True):
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the next token depends on how often each token was generated."""
+        return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
+
 
 class Job(Value, frozen=True):
     """One prompt to be continued `samples` times.
@@ -51,7 +56,8 @@ class Job(Value, frozen=True):
     probabilities. `prompt_alternatives`: the same for the prompt's tokens, from the second on. `key` (16 bytes): the
     source of all randomness, see `core.sampler.seed_of`. `namespace`: jobs of different namespaces do not share the
     prefix cache. `client`: the client's name; the scheduler gives equal shares to waiting clients. If the name ends
-    with `BATCH_CLIENT`, the job is a line of one of the client's batches.
+    with `BATCH_CLIENT`, the job is a line of one of the client's batches. `prediction`: tokens that the client expects;
+    they change how fast samples are generated, and nothing else.
     """
 
     prompt: tuple[int, ...]
@@ -65,6 +71,7 @@ class Job(Value, frozen=True):
     prompt_alternatives: int | None = None
     namespace: str = ""
     client: str = ""
+    prediction: tuple[int, ...] = ()
 
 
 class Token(Value, frozen=True, gc=False):
@@ -134,7 +141,8 @@ class PassStats(Value, frozen=True):
 
     `tokens`: number of tokens computed; 0: there was no pass. `prompt`: True for a prefill, False for a decode.
     `seconds`: duration of the pass. `used_tokens`: tokens in the slots of running sequences. `cached_tokens`: tokens in
-    all other slots, left by ended sequences.
+    all other slots, left by ended sequences. `drafted_tokens`: tokens of a draft that the pass verified;
+    `accepted_tokens`: those that were generated.
     """
 
     prompt: bool = False
@@ -142,6 +150,8 @@ class PassStats(Value, frozen=True):
     seconds: float = 0.0
     used_tokens: int = 0
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class StoreStats(Value, frozen=True):
@@ -184,7 +194,8 @@ class ModelInfo(Value, frozen=True):
     `fingerprint`: a hash of everything that can change a number that the engine returns. `promise`: what the engine
     guarantees about its numbers. `slow_runs`: a regular expression for a class of characters, and the most of them that
     a text may have in a row. The tokenizer's time is quadratic in the length of such a run. `capacity`: the most tokens
-    of all sequences together; None if every sequence can be full.
+    of all sequences together; None if every sequence can be full. `verifies_drafts`: whether several tokens that were
+    drafted can be verified in one pass.
     """
 
     parameters: int
@@ -202,6 +213,7 @@ class ModelInfo(Value, frozen=True):
     promise: Promise = "none"
     slow_runs: tuple[str, int] | None = None
     capacity: int | None = None
+    verifies_drafts: bool = False
 
 
 class JobHandle(Protocol):

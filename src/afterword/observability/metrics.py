@@ -319,6 +319,14 @@ _GAUGES: dict[str, tuple[str, Callable[[EngineSnapshot], float | None]]] = {
 _COUNTERS: dict[str, tuple[str, Callable[[EngineMetrics], float]]] = {
     "prompt_tokens": ("Prompt tokens, cached or computed.", lambda engine_metrics: engine_metrics.prompt_tokens),
     "generation_tokens": ("Generated tokens.", lambda engine_metrics: engine_metrics.generated_tokens),
+    "spec_decode_num_draft_tokens": (
+        "Drafted tokens that were verified.",
+        lambda engine_metrics: engine_metrics.drafted_tokens,
+    ),
+    "spec_decode_num_accepted_tokens": (
+        "Drafted tokens that were generated.",
+        lambda engine_metrics: engine_metrics.accepted_tokens,
+    ),
     "prefix_cache_queries": (
         "Prompt tokens looked up in the prefix cache.",
         lambda engine_metrics: engine_metrics.prompt_tokens,

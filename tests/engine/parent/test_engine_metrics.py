@@ -86,9 +86,10 @@ def test_passes_are_counted_by_kind_and_empty_statistics_are_ignored():
         PassStats(used_tokens=5),
         PassStats(True, 64, 0.25),
         PassStats(False, 3, 0.5),
-        PassStats(False, 4, 0.5),
+        PassStats(False, 4, 0.5, drafted_tokens=3, accepted_tokens=2),
     ):
         engine_metrics.record_pass(pass_stats)
     assert (engine_metrics.prompts.tokens.sum, engine_metrics.prompts.seconds.sum) == (64, 0.25)
     assert (engine_metrics.generation.tokens.sum, engine_metrics.generation.seconds.sum) == (7, 1.0)
     assert sum(engine_metrics.generation.tokens.counts) == 2
+    assert (engine_metrics.drafted_tokens, engine_metrics.accepted_tokens) == (3, 2)

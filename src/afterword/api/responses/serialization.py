@@ -127,10 +127,10 @@ def _usage(usage: Usage) -> dict[str, Any]:
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "completion_tokens_details": {
-            "accepted_prediction_tokens": 0,
+            "accepted_prediction_tokens": usage.predicted.accepted,
             "audio_tokens": 0,
             "reasoning_tokens": 0,
-            "rejected_prediction_tokens": 0,
+            "rejected_prediction_tokens": usage.predicted.rejected,
         },
         "prompt_tokens_details": {"audio_tokens": 0, "cached_tokens": usage.cached_tokens},
     }

@@ -51,6 +51,7 @@ def model_object(named_model: NamedModel) -> dict[str, Any]:
         "infill": model_info.infill is not None if model_info else None,
         "infill_family": model_info.infill.family if model_info and model_info.infill else None,
         "infill_files": bool(model_info.infill and model_info.infill.file) if model_info else None,
+        "prediction": model_info.verifies_drafts if model_info else None,
     }
 
 

@@ -37,10 +37,11 @@ _MEMBER_TEXTS: dict[str, str] = {
     "Usage.completion_tokens": "Tokens in the texts of all candidates.",
     "Usage.total_tokens": "The sum of prompt_tokens and completion_tokens.",
     "Usage.completion_tokens_details": "Details of completion_tokens.",
-    "Usage.completion_tokens_details.accepted_prediction_tokens": "Always 0.",
+    "Usage.completion_tokens_details.accepted_prediction_tokens": "Tokens of the prediction in the texts.",
     "Usage.completion_tokens_details.audio_tokens": "Always 0.",
     "Usage.completion_tokens_details.reasoning_tokens": "Always 0.",
-    "Usage.completion_tokens_details.rejected_prediction_tokens": "Always 0.",
+    "Usage.completion_tokens_details.rejected_prediction_tokens": "Tokens of the prediction that were verified and are "
+    "not in the texts. They are not part of completion_tokens.",
     "Usage.prompt_tokens_details": "Details of prompt_tokens.",
     "Usage.prompt_tokens_details.audio_tokens": "Always 0.",
     "Usage.prompt_tokens_details.cached_tokens": "Tokens taken from the prefix cache.",
@@ -100,6 +101,7 @@ _MEMBER_TEXTS: dict[str, str] = {
     "Model.infill": "Whether the model supports suffix; null until the model has been loaded once.",
     "Model.infill_family": "The layout of prompts with suffix: a model family, other or custom; null if there is none.",
     "Model.infill_files": "Whether the model supports input_extra; null until the model has been loaded once.",
+    "Model.prediction": "Whether prediction can make responses faster; null until the model has been loaded once.",
     "Models.object": "The type of this object.",
     "Models.data": "All models of this server.",
     "Tokens.tokens": "The token ids.",
@@ -178,6 +180,7 @@ _MODEL = {
     "infill": True,
     "infill_family": "qwen",
     "infill_files": False,
+    "prediction": True,
 }
 EXAMPLES: dict[str, Any] = {
     "Completion": _COMPLETION,

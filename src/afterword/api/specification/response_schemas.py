@@ -140,6 +140,7 @@ RESPONSE_SCHEMAS: dict[str, JsonSchema] = {
         infill=or_null(FLAG),
         infill_family=or_null(TEXT),
         infill_files=or_null(FLAG),
+        prediction=or_null(FLAG),
     ),
     "Models": object_schema(object=constant("list"), data=array_schema(ref("Model"))),
     "Tokens": object_schema(tokens=array_schema(COUNT), count=COUNT, max_model_len=COUNT),

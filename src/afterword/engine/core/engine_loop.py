@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 
+import msgspec
+
 from afterword.engine.core.forward_batch import BatchEntry, ForwardBatch, Logits, Runner, slot_rules
 from afterword.engine.core.prefill_queue import MIN_CHUNK
 from afterword.engine.core.prefix_cache import PrefixCache
@@ -20,6 +22,13 @@ from afterword.engine.core.sampler import Sampler, SampleTokens, ScoreQuery, Tok
 from afterword.engine.core.scheduler import Scheduler
 from afterword.engine.core.sequence import Admission, Sequence
 from afterword.engine.core.step_buffer import MAX_STEP_BYTES, StepBuffer
+from afterword.engine.core.verification import (
+    DraftMaker,
+    can_verify,
+    confirmed_tokens,
+    is_verification,
+    verification_queries,
+)
 from afterword.engine.protocol import FinishReason, Job, Load, PassStats, Step, Token, scored_positions
 
 PASS_SECONDS = 0.25
@@ -64,7 +73,8 @@ class EngineLoop:
         self._clock = clock
         self._keeper = PrefixKeeper(self._slots, None, clock)
         self._prefill_speed: float | None = None  # prompt tokens per second, as measured
-        self._last_pass: tuple[bool, int, float] = (False, 0, 0.0)  # prompt, tokens, seconds: see `PassStats`
+        self._last_pass = PassStats()
+        self._ngrams = False
         self._step_buffer = StepBuffer(max_step_bytes)
         self._next_memory_check = 0.0
         self._pass_next = False  # compute a pass before more jobs are admitted
@@ -72,6 +82,10 @@ class EngineLoop:
     def use_store(self, store: PrefixStore | None) -> None:
         """Keep prefixes in a store too. Call it before any job is added."""
         self._keeper.store = store
+
+    def draft_ngrams(self) -> None:
+        """Draft from each sample's own text too, where the runner permits drafts. Call it before any job is added."""
+        self._ngrams = True
 
     def start(self, job_id: int, job: Job) -> None:
         """Add a job. `step` returns its steps under `job_id`."""
@@ -112,8 +126,9 @@ class EngineLoop:
 
     def pass_stats(self) -> PassStats:
         """The pass since the last call of this method, if there was one, and how full the slots are."""
-        last_pass, self._last_pass = self._last_pass, (False, 0, 0.0)
-        return PassStats(*last_pass, *self._scheduler.slot_usage())
+        last_pass, self._last_pass = self._last_pass, PassStats()
+        used, cached = self._scheduler.slot_usage()
+        return msgspec.structs.replace(last_pass, used_tokens=used, cached_tokens=cached)
 
     def check(self) -> None:
         """Raise `AssertionError` if scheduler, slots and runner disagree about any token. Call it only when idle."""
@@ -192,15 +207,19 @@ class EngineLoop:
         seconds = self._clock() - start
         self._update_prefill_speed(batch, seconds)
         self._scheduler.charge(batch, seconds)
+        self._scheduler.verification_turns.record_pass(batch, seconds)
         prompt = self._scheduler.sequence_in(batch.entries[0].slot).needs_prefill
-        self._last_pass = (prompt, sum(len(entry.tokens) for entry in batch.entries), seconds)
-        failed = self._failed_jobs(batch, logits)
+        self._last_pass = PassStats(prompt, sum(len(entry.tokens) for entry in batch.entries), seconds)
         queries = [query for entry in batch.entries for query in self._entry_queries(entry)]
         tokens = iter(self._sampler.read(logits, queries))
-        for entry in batch.entries:
-            sequence, found = self._scheduler.sequence_in(entry.slot), list(islice(tokens, entry.outputs))
+        read = [(entry, self._used_rows(entry, list(islice(tokens, entry.outputs)))) for entry in batch.entries]
+        failed = self._failed_jobs(read, logits)
+        for entry, found in read:
+            sequence = self._scheduler.sequence_in(entry.slot)
             if sequence.job_state.job_id in failed:
                 self._scheduler.computed(entry, sequence, [])
+            elif is_verification(sequence, entry):
+                self._verified(entry, sequence, found, builders[sequence.job_state.job_id])
             else:
                 self._postprocess(entry, sequence, found, builders[sequence.job_state.job_id])
         for job_id in failed:
@@ -209,17 +228,24 @@ class EngineLoop:
         for job_id, builder in builders.items():
             self._add(job_id, builder.step())
 
-    def _failed_jobs(self, batch: ForwardBatch, logits: Logits) -> set[int]:
-        """The ids of jobs with a logits row that is not finite."""
+    def _used_rows(self, entry: BatchEntry, found: list[list[Token]]) -> list[list[Token]]:
+        """The tokens of an entry's rows that are used: not those of rows after a rejected token."""
+        sequence = self._scheduler.sequence_in(entry.slot)
+        if not is_verification(sequence, entry):
+            return found
+        return found[: len(confirmed_tokens(sequence.job_state.job, entry, found))]
+
+    def _failed_jobs(self, read: list[tuple[BatchEntry, list[list[Token]]]], logits: Logits) -> set[int]:
+        """The ids of jobs with a used logits row that is not finite."""
         finite = finite_rows(logits)
         if finite.all():
             return set()
-        outputs = [entry for entry in batch.entries for _ in range(entry.outputs)]
-        return {
-            self._scheduler.sequence_in(entry.slot).job_state.job_id
-            for entry, is_finite in zip(outputs, finite, strict=True)
-            if not is_finite
-        }
+        failed, row = set(), 0
+        for entry, used in read:
+            if not finite[row : row + len(used)].all():
+                failed.add(self._scheduler.sequence_in(entry.slot).job_state.job_id)
+            row += entry.outputs
+        return failed
 
     def _entry_queries(self, entry: BatchEntry) -> list[TokenQuery]:
         """The queries for an entry's logits rows, one a row. Each row predicts the token after its position.
@@ -230,6 +256,8 @@ class EngineLoop:
         sequence = self._scheduler.sequence_in(entry.slot)
         job, end = sequence.job_state.job, entry.position + len(entry.tokens)
         queries: list[TokenQuery] = []
+        if is_verification(sequence, entry):
+            return [*verification_queries(sequence, entry)]
         if sequence.is_scored:
             assert sequence.slot is not None
             scored = job.prompt[scored_positions(entry.position, end)]
@@ -272,6 +300,18 @@ class EngineLoop:
         else:
             self._first_tokens(sequence, found[-1], builder)
 
+    def _verified(self, entry: BatchEntry, sequence: Sequence, found: list[list[Token]], builder: _StepBuilder) -> None:
+        """Append the confirmed tokens of a verification, and remove the others from the slot."""
+        self._last_pass = msgspec.structs.replace(
+            self._last_pass, drafted_tokens=entry.outputs - 1, accepted_tokens=len(found) - 1
+        )
+        self._scheduler.computed(entry, sequence, [])
+        continues = [self._append([sequence], tokens, builder) for tokens in found][-1]
+        assert sequence.slot is not None
+        self._slots.truncate(sequence.slot, sequence.length - 1)
+        if not continues:
+            self._scheduler.end(sequence)
+
     def _first_tokens(self, first: Sequence, tokens: list[Token], builder: _StepBuilder) -> None:
         """Start the samples of a complete prompt. The first tokens of all samples come from the same logits row."""
         state = first.job_state
@@ -279,7 +319,9 @@ class EngineLoop:
             builder.ended.extend((sample, "length") for sample in range(state.job.samples))
             self._scheduler.begin(first, [])
             return
-        samples = [Sequence(state, index) for index in range(state.job.samples)]
+        maker = DraftMaker(state.job, self._ngrams) if can_verify(self._runner) else None
+        drafts = [maker.drafts() if maker else () for _ in range(state.job.samples)]
+        samples = [Sequence(state, index, drafts=each) for index, each in enumerate(drafts)]
         self._scheduler.begin(first, self._append(samples, tokens, builder))
 
     def _append(self, samples: list[Sequence], tokens: list[Token], builder: _StepBuilder) -> list[Sequence]:

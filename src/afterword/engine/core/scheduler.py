@@ -26,6 +26,7 @@ from afterword.engine.core.sequence import Admission, JobState, Sequence
 from afterword.engine.core.sequence_checks import check_sequences
 from afterword.engine.core.slot import PrefixHit, PrefixQuery, Slot
 from afterword.engine.core.token_budget import TokenBudget
+from afterword.engine.core.verification import VerificationTurns
 from afterword.engine.protocol import Job, Load, Token, score_count
 
 ADMISSION_WINDOW = 32  # jobs of a client that are considered for admission at a time
@@ -45,6 +46,7 @@ class Scheduler:
         self._fair_share = FairShare(len(slots))
         self._active: dict[Slot, Sequence] = {}
         self._prefill_queue = PrefillQueue(chunk, grid)
+        self.verification_turns = VerificationTurns(chunk)
         self._passes = 0
 
     # ---- jobs
@@ -353,12 +355,9 @@ class Scheduler:
     # ---- slots
 
     def _prompt_source(self, state: JobState) -> Sequence | None:
-        return next(filter(self._holds_prompt, state.live), None)
-
-    def _holds_prompt(self, sequence: Sequence) -> bool:
-        """Whether its slot can provide the prompt's state."""
-        prompt = len(sequence.job_state.job.prompt)
-        return sequence.slot is not None and self._slots.restorable(sequence.slot, prompt) == prompt
+        """A sequence whose slot can provide the prompt's state."""
+        end = len(state.job.prompt)
+        return next((each for each in state.live if each.slot and self._slots.restorable(each.slot, end) == end), None)
 
     def _assign_slot(self, sequence: Sequence, slot: Slot) -> None:
         sequence.assign_slot(slot, chunk_generated=self._grid == 1)
@@ -392,8 +391,9 @@ class Scheduler:
     def _next_entries(self, budget: int | None) -> tuple[BatchEntry, ...]:
         running = [each for each in self._active.values() if not each.needs_prefill and not each.job_state.suspended]
         alone = len(self._active) == 1 and not self._waiting
-        if chunk := self._prefill_queue.next_chunk(running, None if alone else budget):
-            return (chunk,)
+        chunk = self._prefill_queue.next_chunk(running, None if alone else budget)
+        if entry := chunk or self.verification_turns.next_entry(running):
+            return (entry,)
         if len(running) > 1:
             self._slots.compact()
         entries = (each.decode_entry() for each in running)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from afterword.engine.core.forward_batch import BatchEntry
 from afterword.engine.core.slot import PrefixQuery, Slot
 from afterword.engine.core.token_counts import TokenCounts
+from afterword.engine.draft import Draft
 from afterword.engine.protocol import Job, Token
 
 
@@ -67,7 +68,8 @@ class Sequence:
 
     `prefill_length`: the first tokens, up to this many, are computed in chunks; later tokens are computed one by one.
     `generated_before_slot`: number of tokens generated before the sequence got its present slot. `paused`: the sequence
-    was preempted at least once. It then leaves free slots to others until the pass number `resume_pass`.
+    was preempted at least once. It then leaves free slots to others until the pass number `resume_pass`. `drafts`: the
+    preferred one first. `verified_turn`: see `core.verification`.
     """
 
     job_state: JobState
@@ -79,6 +81,8 @@ class Sequence:
     paused: bool = False
     resume_pass: int = 0
     token_counts: TokenCounts = field(default_factory=TokenCounts)
+    drafts: tuple[Draft, ...] = ()
+    verified_turn: int = 0
 
     @property
     def length(self) -> int:
@@ -126,14 +130,26 @@ class Sequence:
         in_chunks = chunk_generated and self.length > slot.length + 1
         self.prefill_length = self.length if in_chunks else len(self.job_state.job.prompt)
 
+    @property
+    def tokens_left(self) -> int:
+        """The most tokens that it can still generate."""
+        return self.job_state.job.max_tokens - len(self.generated)
+
     def decode_entry(self) -> BatchEntry:
         """The entry of a pass that computes the next token."""
         return BatchEntry(self.index, self.computed, self.slice(self.computed, self.computed + 1), int(self.is_last))
+
+    def verification_entry(self, draft: tuple[int, ...]) -> BatchEntry:
+        """The entry of a pass that computes the last token and a draft of those after it."""
+        tokens = self.slice(self.computed, self.length) + draft
+        return BatchEntry(self.index, self.computed, tokens, len(tokens))
 
     def append(self, token: int) -> None:
         """Append a sampled token."""
         self.generated.append(token)
         self.token_counts.add(token)
+        for draft in self.drafts:
+            draft.append(token)
 
     def slice(self, start: int, stop: int) -> tuple[int, ...]:
         """The tokens from index `start` up to `stop`."""

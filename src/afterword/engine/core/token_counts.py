@@ -25,6 +25,14 @@ class TokenCounts:
         for token in tokens:
             self.add(token)
 
+    def copy(self) -> TokenCounts:
+        """An independent copy."""
+        other = TokenCounts()
+        other._indexes = dict(self._indexes)
+        other._ids, other._counts = self._ids.copy(), self._counts.copy()
+        other._update_addresses()
+        return other
+
     def __len__(self) -> int:
         return len(self._indexes)
 

@@ -8,10 +8,12 @@ import itertools
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
+from typing import Any
 
 import msgspec
 
 from afterword.engine.core import sampler_kernel
+from afterword.engine.core.verification import can_verify
 from afterword.engine.kernels.compiled import digest
 from afterword.engine.llama import accelerator, gpus
 from afterword.engine.llama.infill_families import find_layout, parse_template
@@ -169,6 +171,9 @@ class Vocabulary:
             capacity = -size
 
 
+_NOT_NUMBERS: dict[str, Any] = {"sequences": 0, "promise": "none", "verifies_drafts": False}
+
+
 def make_model_info(runner: LlamaRunner, settings: LoadModel) -> tuple[ModelInfo, Vocabulary]:
     """The model info and the vocabulary of a runner's model.
 
@@ -195,6 +200,7 @@ def make_model_info(runner: LlamaRunner, settings: LoadModel) -> tuple[ModelInfo
         fingerprint="",
         promise=runner.promise,
         slow_runs=vocabulary.slow_runs,
+        verifies_drafts=can_verify(runner),
     )
     model_info = msgspec.structs.replace(model_info, fingerprint=fingerprint(settings, runner, model_info))
     runner.files.confirm_loaded()
@@ -204,12 +210,12 @@ def make_model_info(runner: LlamaRunner, settings: LoadModel) -> tuple[ModelInfo
 def fingerprint(settings: LoadModel, runner: LlamaRunner, model_info: ModelInfo) -> str:
     """A short hash of everything that can change a number: libraries, kernels, weights, shape of the computation.
 
-    The model info is included except for `sequences` and `promise`, so equal fingerprints mean equal tokens too.
+    The model info is included except for `_NOT_NUMBERS`, so equal fingerprints mean equal tokens too.
     """
     content = hashlib.sha256(version().encode())
     content.update(digest(sampler_kernel.LIBRARY, *([accelerator.LIBRARY] if runner.accelerated else [])).encode())
     content.update(runner.files.digest())
-    content.update(msgspec.msgpack.encode(msgspec.structs.replace(model_info, sequences=0, promise="none")))
+    content.update(msgspec.msgpack.encode(msgspec.structs.replace(model_info, **_NOT_NUMBERS)))
     shape = (settings.context, settings.kv_type, runner.grid, settings.repack, settings.gpu_layers)
     content.update(repr((*shape, runner.uses_kernels, runner.uses_own_attention)).encode())
     if settings.gpu_layers:

@@ -50,6 +50,8 @@ class EngineMetrics:
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.generated_tokens = 0
+        self.drafted_tokens = 0
+        self.accepted_tokens = 0
         self.restarts = 0
         self.store = StoreStats()  # of all workers so far
         self._store_before = StoreStats()  # of the workers before the present one
@@ -86,6 +88,8 @@ class EngineMetrics:
             passes = self.prompts if pass_stats.prompt else self.generation
             passes.tokens.add(pass_stats.tokens)
             passes.seconds.add(pass_stats.seconds)
+            self.drafted_tokens += pass_stats.drafted_tokens
+            self.accepted_tokens += pass_stats.accepted_tokens
 
 
 class JobTimer:

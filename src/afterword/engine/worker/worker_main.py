@@ -152,6 +152,8 @@ class _Worker:
         self._monitor = PassMonitor(loaded.runner)
         loop = EngineLoop(self._monitor, threads=settings.threads, thread_pool=loaded.thread_pool)
         loop.use_store(loaded.store)
+        if settings.speculate == "ngram":
+            loop.draft_ngrams()
         self._work(loop)
 
     def _read(self) -> NoReturn:
