@@ -19,6 +19,7 @@
 #include "kv_buffers.hpp"
 #include "weight_buffers.hpp"
 #include "matmul.hpp"
+#include "openmp.hpp"
 #include "routing.hpp"
 #include "thread_pool.hpp"
 
@@ -217,8 +218,14 @@ void accelerator_configure(int count, int packs_weights) {
     has_products = packs_weights && products::AVAILABLE;
 }
 
-// Chooses the thread pool (`alone`) or OpenMP for all following operations. Returns the pool's `Run`, null for OpenMP.
-void *accelerator_use_thread_pool(int alone) { return (void *)(pool_run = alone ? run_in_pool : nullptr); }
+// Sets the functions of the OpenMP library that llama.cpp uses.
+void accelerator_set_openmp(const OpenMp *functions) { openmp = *functions; }
+
+// Chooses the thread pool (`alone`) or OpenMP for all following operations, and returns its `Run`. Without OpenMP's functions it
+// is the pool in any case.
+void *accelerator_use_thread_pool(int alone) {
+    return (void *)(chosen_run = alone || !openmp.parallel ? run_in_pool : run_in_openmp);
+}
 
 // Creates contexts, until `accelerator_kv_close`, with KV caches that take memory as tokens are written (kv_buffers.hpp).
 void accelerator_kv_open() { kv_buffers::open(); }
