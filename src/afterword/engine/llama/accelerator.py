@@ -20,7 +20,7 @@ from afterword.engine.llama.library import native
 
 LIBRARY = library(KERNELS / "accelerator.cpp")
 
-_KNOWN_GGML: tuple[bytes, ...] = (b"0.25.",)  # versions, by their beginnings, that have the interface of ggml.hpp
+_KNOWN_GGML = {b"0.25.": 2, b"0.26.": 3}  # beginnings of versions, and the version of their interface (ggml.hpp)
 _OBJECT_BYTES = 32  # sizeof(struct ggml_object), which ggml_tensor_overhead adds to the size of a tensor
 _ADDRESSES = (
     *("ggml_backend_cpu_buffer_type", "ggml_backend_buft_is_host", "ggml_backend_buffer_init"),
@@ -40,16 +40,21 @@ def register() -> bool:
             "Install Afterword from a wheel, or with a C++ compiler.",
         )
     version = native.ggml_version()
-    if not version.startswith(_KNOWN_GGML):
+    interface = next((_KNOWN_GGML[each] for each in _KNOWN_GGML if version.startswith(each)), None)
+    if interface is None:
         known = ", ".join(f"{each.decode()}x" for each in _KNOWN_GGML)
         return _refuse(
             f"ggml {version.decode('utf-8', 'replace')} is not a version that they know ({known})", _OTHER_LLAMA
         )
+    registry = native.ggml_backend_reg_get(0)
+    found = kernels.accelerator_interface(registry, native.ggml_backend_reg_dev_get(registry, 0))
+    if found != interface:
+        return _refuse(f"this ggml has another interface ({found}) than its version ({interface})", _OTHER_LLAMA)
     tensor, declared = native.ggml_tensor_overhead() - _OBJECT_BYTES, kernels.accelerator_tensor_size()
     if tensor != declared:
         return _refuse(f"a tensor of this ggml has {tensor} bytes and not {declared}", _OTHER_LLAMA)
     addresses = (ctypes.c_void_p * len(_ADDRESSES))(*map(_address, _ADDRESSES))
-    native.ggml_backend_register(kernels.accelerator_registry(addresses))
+    native.ggml_backend_register(kernels.accelerator_registry(addresses, interface))
     return True
 
 
@@ -220,6 +225,7 @@ def _kernels() -> ctypes.CDLL | None:
     kernels = ctypes.CDLL(str(LIBRARY))
     kernels.accelerator_tensor_size.restype = ctypes.c_size_t
     kernels.accelerator_registry.restype = ctypes.c_void_p
+    kernels.accelerator_interface.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     kernels.accelerator_use_thread_pool.restype = ctypes.c_void_p
     kernels.accelerator_unsupported_types.restype = ctypes.c_uint64
     kernels.accelerator_kv_close.restype = ctypes.c_void_p

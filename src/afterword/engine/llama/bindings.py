@@ -21,9 +21,6 @@ from typing import Any
 
 from afterword.errors import SettingError
 
-LLAMA_VERSIONS = ("0.5.",)
-"""The versions of llama.cpp, by their beginnings, that have the interface declared here."""
-
 _ADDRESS, _TEXT, _NUMBER = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32
 _UNSIGNED, _FLOAT, _SIZE, _BOOL = ctypes.c_uint32, ctypes.c_float, ctypes.c_size_t, ctypes.c_bool
 _NUMBERS, _BYTES = ctypes.POINTER(ctypes.c_int32), ctypes.POINTER(ctypes.c_uint8)
@@ -62,27 +59,45 @@ class ModelParameters(ctypes.Structure):
     )
 
 
-class ContextParameters(ctypes.Structure):
-    """`llama_context_params`."""
+_CONTEXT_FIELDS = (
+    *((name, _UNSIGNED) for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_rs_seq")),
+    *((name, _UNSIGNED) for name in ("n_outputs_max", "n_outputs_max_per_seq")),
+    *((name, _NUMBER) for name in ("n_threads", "n_threads_batch")),
+    *((name, _NUMBER) for name in ("ctx_type", "rope_scaling_type", "pooling_type", "attention_type")),
+    ("flash_attn_type", _NUMBER),
+    *((name, _FLOAT) for name in ("rope_freq_base", "rope_freq_scale")),
+    *((name, _FLOAT) for name in ("yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow")),
+    ("yarn_orig_ctx", _UNSIGNED),
+    ("defrag_thold", _FLOAT),
+    *((name, _ADDRESS) for name in ("cb_eval", "cb_eval_user_data")),
+    *((name, _NUMBER) for name in ("type_k", "type_v")),
+)
+_FURTHER_CONTEXT_FIELDS = (
+    *((name, _ADDRESS) for name in ("abort_callback", "abort_callback_data")),
+    *((name, _BOOL) for name in ("embeddings", "offload_kqv", "no_perf", "op_offload", "swa_full", "kv_unified")),
+    ("samplers", _ADDRESS),
+    ("n_samplers", _SIZE),
+    ("ctx_other", _ADDRESS),
+)
 
-    _fields_ = (
-        *((name, _UNSIGNED) for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_rs_seq")),
-        *((name, _UNSIGNED) for name in ("n_outputs_max", "n_outputs_max_per_seq")),
-        *((name, _NUMBER) for name in ("n_threads", "n_threads_batch")),
-        *((name, _NUMBER) for name in ("ctx_type", "rope_scaling_type", "pooling_type", "attention_type")),
-        ("flash_attn_type", _NUMBER),
-        *((name, _FLOAT) for name in ("rope_freq_base", "rope_freq_scale")),
-        *((name, _FLOAT) for name in ("yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow")),
-        ("yarn_orig_ctx", _UNSIGNED),
-        ("defrag_thold", _FLOAT),
-        *((name, _ADDRESS) for name in ("cb_eval", "cb_eval_user_data")),
-        *((name, _NUMBER) for name in ("type_k", "type_v")),
-        *((name, _ADDRESS) for name in ("abort_callback", "abort_callback_data")),
-        *((name, _BOOL) for name in ("embeddings", "offload_kqv", "no_perf", "op_offload", "swa_full", "kv_unified")),
-        ("samplers", _ADDRESS),
-        ("n_samplers", _SIZE),
-        ("ctx_other", _ADDRESS),
-    )
+
+class ContextParameters(ctypes.Structure):
+    """`llama_context_params` of llama.cpp 0.5."""
+
+    _fields_ = (*_CONTEXT_FIELDS, *_FURTHER_CONTEXT_FIELDS)
+
+
+class ContextParameters06(ctypes.Structure):
+    """`llama_context_params` of llama.cpp 0.6."""
+
+    _fields_ = (*_CONTEXT_FIELDS, ("moe_cache_size", _SIZE), *_FURTHER_CONTEXT_FIELDS)
+
+
+LLAMA_VERSIONS: Mapping[str, type[ctypes.Structure]] = MappingProxyType(
+    {"0.5.": ContextParameters, "0.6.": ContextParameters06}
+)
+"""The beginnings of the versions of llama.cpp that have the interface declared here, and their `llama_context_params`.
+"""
 
 
 class QuantizeParameters(ctypes.Structure):
@@ -181,6 +196,8 @@ FUNCTIONS: Mapping[str, tuple[Any, tuple[Any, ...]]] = MappingProxyType(
         "ggml_backend_dev_get": (_DEVICE, (_SIZE,)),
         "ggml_backend_dev_memory": (None, (_DEVICE, ctypes.POINTER(_SIZE), ctypes.POINTER(_SIZE))),
         "ggml_backend_dev_type": (ctypes.c_int, (_DEVICE,)),
+        "ggml_backend_reg_dev_get": (_DEVICE, (_ADDRESS, _SIZE)),
+        "ggml_backend_reg_get": (_ADDRESS, (_SIZE,)),
         "ggml_backend_register": (None, (_ADDRESS,)),
         "ggml_tensor_overhead": (_SIZE, ()),
         "ggml_version": (_TEXT, ()),
@@ -225,15 +242,14 @@ def open_library(path: Path) -> ctypes.CDLL:
     missing = [name for name in FUNCTIONS if not hasattr(library, name)]
     if missing:
         raise SettingError(f"{path} is no llama.cpp that Afterword knows: it lacks {_some(missing)}.")
-    for name, (result, arguments) in [*FUNCTIONS.items(), *OPTIONAL_FUNCTIONS.items()]:
-        if hasattr(library, name):
-            function = getattr(library, name)
-            function.restype, function.argtypes = result, arguments
+    library.llama_version.restype = _TEXT
     version = library.llama_version().decode("utf-8", "replace")
-    known = _some(f"{each}x" for each in LLAMA_VERSIONS)
-    if not version.startswith(LLAMA_VERSIONS):
+    context = next((LLAMA_VERSIONS[each] for each in LLAMA_VERSIONS if version.startswith(each)), None)
+    if context is None:
+        known = _some(f"{each}x" for each in LLAMA_VERSIONS)
         raise SettingError(f"{path} is llama.cpp {version}. Afterword knows {known}.")
-    different = [name for name, defaults in _DEFAULTS.items() for name in _differences(library, name, defaults)]
+    _declare(library, context)
+    different = [field for name, defaults in _DEFAULTS.items() for field in _differences(library, name, defaults)]
     if different:
         raise SettingError(
             f"{path} is llama.cpp {version} with another interface than Afterword knows: {_some(different)} have other"
@@ -242,12 +258,21 @@ def open_library(path: Path) -> ctypes.CDLL:
     return library
 
 
+def _declare(library: ctypes.CDLL, context: type[ctypes.Structure]) -> None:
+    """Set the types of results and arguments. `context`: the version's `llama_context_params`."""
+    for name, (result, arguments) in [*FUNCTIONS.items(), *OPTIONAL_FUNCTIONS.items()]:
+        if hasattr(library, name):
+            function = getattr(library, name)
+            types = [context if each is ContextParameters else each for each in (result, *arguments)]
+            function.restype, function.argtypes = types[0], types[1:]
+
+
 def _differences(library: ctypes.CDLL, name: str, expected: Mapping[str, float]) -> list[str]:
     """The fields of a structure whose default values are not the expected ones. `name`: the function that returns it.
 
     A library whose structure is larger than the declared one writes behind it, so more memory is declared.
     """
-    structure = FUNCTIONS[name][0]
+    structure = getattr(library, name).restype
     larger = type("Larger", (ctypes.Structure,), {"_fields_": [("declared", structure), ("more", _ADDRESS * 64)]})
     found = ctypes.CFUNCTYPE(larger)((name, library))().declared
     # A null pointer is None, or a function that is false.
