@@ -59,7 +59,7 @@ class ModelParameters(ctypes.Structure):
     )
 
 
-_CONTEXT_FIELDS = (
+_CONTEXT_FIELDS: tuple[Any, ...] = (
     *((name, _UNSIGNED) for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_rs_seq")),
     *((name, _UNSIGNED) for name in ("n_outputs_max", "n_outputs_max_per_seq")),
     *((name, _NUMBER) for name in ("n_threads", "n_threads_batch")),
@@ -72,7 +72,7 @@ _CONTEXT_FIELDS = (
     *((name, _ADDRESS) for name in ("cb_eval", "cb_eval_user_data")),
     *((name, _NUMBER) for name in ("type_k", "type_v")),
 )
-_FURTHER_CONTEXT_FIELDS = (
+_FURTHER_CONTEXT_FIELDS: tuple[Any, ...] = (
     *((name, _ADDRESS) for name in ("abort_callback", "abort_callback_data")),
     *((name, _BOOL) for name in ("embeddings", "offload_kqv", "no_perf", "op_offload", "swa_full", "kv_unified")),
     ("samplers", _ADDRESS),
