@@ -13,9 +13,9 @@ from typing import Any
 # The tests' writers of small models also write larger shapes.
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
-import llama_cpp.llama_cpp as native
 from gguf import LlamaFileType, TokenType
 
+from afterword.engine.llama.library import native
 from bench.mixture import MixtureShape, write_mixture
 from oracle import architectures, forms, tiny
 

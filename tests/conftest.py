@@ -28,8 +28,13 @@ def pytest_configure(config: pytest.Config) -> None:
     home = tempfile.TemporaryDirectory()
     config.add_cleanup(home.cleanup)
     os.environ["XDG_CONFIG_HOME"] = os.environ["XDG_DATA_HOME"] = home.name
-    for name in [name for name in os.environ if name.startswith("AFTERWORD_")]:
+    for name in [name for name in os.environ if is_setting(name)]:
         del os.environ[name]
+
+
+def is_setting(name: str) -> bool:
+    """Whether an environment variable is a setting. AFTERWORD_LLAMA names the library with which the tests run."""
+    return name.startswith("AFTERWORD_") and name != "AFTERWORD_LLAMA"
 
 
 Serve = Callable[..., AbstractContextManager["Server"]]
@@ -61,7 +66,7 @@ def running(
     """
     keys = ("--api-key", key) if key else ()
     command = [sys.executable, "-m", "afterword", "serve", "--port", "0", *keys, *args]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("AFTERWORD_")}
+    environment = {name: value for name, value in os.environ.items() if not is_setting(name)}
     with stderr.open("w+") if stderr else tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen([*before, *command], env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
         with process:

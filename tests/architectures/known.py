@@ -26,7 +26,7 @@ _NOT_ALONE = frozenset(("clip",))  # a projector, which is part of another model
 @cache
 def architectures() -> frozenset[str]:
     """The names of all architectures that the library knows, other than projectors."""
-    texts = Path(native._lib._name).read_bytes().split(b"\0")
+    texts = library.path().read_bytes().split(b"\0")
     # The linker stores a text that is the end of another one only once.
     found = {text[start:].decode() for text in texts if _NAME.fullmatch(text) for start in range(len(text) - 1)}
     found = {name for name in found if name[0].isalpha()} - _NOT_ALONE

@@ -17,6 +17,7 @@ def accelerator_library() -> ctypes.CDLL:
         assert shutil.which("c++") is None, "the kernels are missing although a C++ compiler is installed"
         pytest.skip("the kernels were not built: no C++ compiler")
     library.initialize(verbose=False)
+    accelerator.use_thread_pool(alone=False)
     return ctypes.CDLL(str(accelerator.LIBRARY))
 
 

@@ -6,7 +6,6 @@ with requests that share prefixes, arrive at random and are partly cancelled. Ev
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import random
 from collections.abc import Iterator
@@ -15,18 +14,19 @@ from typing import Any
 
 import msgspec
 import pytest
+from gguf import LlamaFileType
 
 from afterword.config import CHUNK_GRID, WeightTypes
 from afterword.engine.core import preemption
 from afterword.engine.core.engine_loop import EngineLoop
 from afterword.engine.llama import accelerator, library
-from afterword.engine.llama.library import native
 from afterword.engine.llama.runner import LlamaRunner
 from afterword.engine.messages import KvType, LoadModel
 from afterword.engine.protocol import Job, Sampling, Step
 from afterword.models.gguf_facts import read_facts
 from afterword.models.memory_fit import ModelShape
 from afterword.models.registry import builtin_path
+from oracle import quantizer
 
 library.initialize(verbose=False)
 
@@ -49,12 +49,9 @@ def quantized(folder: Path, file_type: str) -> Path:
         return builtin_path()
     path = folder / f"{file_type}.gguf"
     if not path.exists():
-        params = native.llama_model_quantize_default_params()
         name = {"F32": "ALL_F32", "MXFP4": "MOSTLY_MXFP4_MOE"}.get(file_type, f"MOSTLY_{file_type}")
-        params.ftype = getattr(native, f"LLAMA_FTYPE_{name}")
-        params.pure = file_type == "MXFP4"  # otherwise only experts get this type
-        params.allow_requantize, params.nthread = True, 1
-        assert native.llama_model_quantize(bytes(builtin_path()), bytes(path), ctypes.byref(params)) == 0
+        pure = file_type == "MXFP4"  # otherwise only experts get this type
+        quantizer.quantize(builtin_path(), path, LlamaFileType[name], pure=pure)
     return path
 
 

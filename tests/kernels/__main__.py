@@ -30,9 +30,13 @@ HEADERS = Path(sysconfig.get_path("platlib"), "include")  # of ggml, beside llam
 CHECKED = ("-isystem", str(HEADERS), "-DAFTERWORD_GGML_HEADERS") if (HEADERS / "ggml-backend.h").exists() else ()
 SHIPPED = (*FLAGS, *STRICT, "-O3")  # as hatch_build.py compiles them
 TIMEOUT = 900  # seconds, of one command
-PROCESSORS = {  # -march: what /proc/cpuinfo must list, so that this machine can run it
-    "haswell": {"avx2", "fma", "f16c"},
-    "x86-64-v4": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"},
+_V3 = {"avx2", "fma", "f16c"}
+_V4 = {*_V3, "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"}
+LEVELS = {  # as in hatch_build.py: the options, and what /proc/cpuinfo must list, so that this machine can run it
+    "x86-64-v3": (("-march=x86-64-v3",), _V3),
+    "x86-64-v3-avxvnni": (("-march=x86-64-v3", "-mavxvnni"), _V3 | {"avx_vnni"}),
+    "x86-64-v4": (("-march=x86-64-v4",), _V4),
+    "x86-64-v4-avx512vnni": (("-march=x86-64-v4", "-mavx512vnni"), _V4 | {"avx512_vnni"}),
 }
 ARM_COMPILER, ARM_FLAGS = "aarch64-linux-gnu-g++", ("-march=armv8.2-a+dotprod", "-static")
 ARM_EMULATORS = ("qemu-aarch64-static", "qemu-aarch64")
@@ -86,10 +90,8 @@ def failure(command: list[str], done: subprocess.CompletedProcess[str]) -> str:
 
 def warnings() -> bool:
     sources = [str(path) for path in sorted(KERNELS.glob("*.cpp"))]
-    machines = [(f"-march={name}",) for name in PROCESSORS] if on_x86() else [()]
+    machines = [flags for flags, _ in LEVELS.values()] if on_x86() else [()]
     attempts = [(name, flags) for name in compilers() for flags in machines]
-    if "g++" in compilers():
-        attempts.append(("g++", (*machines[0], "-fopenmp")))
     if shutil.which(ARM_COMPILER):
         attempts.append((ARM_COMPILER, ARM_FLAGS[:1]))
     if not attempts:
@@ -163,10 +165,10 @@ def builds() -> list[Build]:
     for compiler in installed if os.environ.get("CXX") else ("g++", "clang++"):
         absent = "" if compiler in installed else f"{compiler} is not installed"
         if on_x86():
-            for processor, needed in PROCESSORS.items():
+            for level, (flags, needed) in LEVELS.items():
                 lacks = ", ".join(sorted(needed - here))
                 missing = absent or (f"this processor lacks {lacks}" if lacks else "")
-                made.append(Build(f"{compiler} {processor}", compiler, (f"-march={processor}",), missing=missing))
+                made.append(Build(f"{compiler} {level}", compiler, flags, missing=missing))
         else:
             made.append(Build(f"{compiler} native", compiler, ("-mcpu=native",), missing=absent))
     if on_x86():

@@ -85,7 +85,7 @@ void run_matmul(const Options &options) {
         Tensor weights = tensor_of(type.id, type.bytes, file.data(), LENGTH, ROWS);
         weights.nb[1] = LENGTH / type.elements * type.bytes;
         Tensor packed = weights;
-        Buffer *const buffer = memory::buffer_type.calls.make_buffer(&memory::buffer_type, products::packed_size(&weights));
+        Buffer *const buffer = memory::buffer_type->calls.make_buffer(memory::buffer_type, products::packed_size(&weights));
         packed.buffer = buffer, packed.data = (char *)buffer->calls.get_base(buffer);
         buffer->calls.clear(buffer, 0);
         // In two parts that end within a group of rows.
@@ -124,7 +124,7 @@ struct Matrices {
           weights(tensor_of(type.id, type.bytes, file.data(), length, rows, count)) {
         weights.nb[1] = length / type.elements * type.bytes, weights.nb[2] = rows * weights.nb[1], weights.nb[3] = file.size();
         packed = weights;
-        Buffer *const buffer = memory::buffer_type.calls.make_buffer(&memory::buffer_type, products::packed_size(&weights));
+        Buffer *const buffer = memory::buffer_type->calls.make_buffer(memory::buffer_type, products::packed_size(&weights));
         packed.buffer = buffer, packed.data = (char *)buffer->calls.get_base(buffer);
         buffer->calls.clear(buffer, 0);
         buffer->calls.set_tensor(buffer, &packed, file.data(), 0, file.size());

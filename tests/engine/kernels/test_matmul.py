@@ -62,7 +62,7 @@ class Memory:
     def __init__(self, kernel: ctypes.CDLL) -> None:
         kernel.accelerator_buffer_type.restype = ctypes.c_void_p
         self._kind = ctypes.c_void_p(kernel.accelerator_buffer_type())
-        self._ggml = native._lib
+        self._ggml = native.handle
         for name in ("ggml_backend_buft_alloc_buffer", "ggml_backend_buffer_get_base"):
             getattr(self._ggml, name).restype = ctypes.c_void_p
         self._ggml.ggml_backend_buft_get_alloc_size.restype = ctypes.c_size_t

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from typing import Any
 
 import pytest
 
 from afterword.engine.llama import gpus
+from afterword.engine.llama.library import native
 from afterword.engine.parent import worker_process
 
 DEVICES = {1: ("Large", 1, 700), 2: ("Small", 1, 30), 3: ("The processor", 0, 999)}
@@ -26,7 +26,8 @@ def fake_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         "ggml_backend_dev_description": lambda device: DEVICES[device][0].encode(),
         "ggml_backend_dev_memory": memory,
     }
-    monkeypatch.setattr(gpus, "_function", lambda name, result, *arguments: functions[name])
+    for name, function in functions.items():
+        monkeypatch.setattr(native, name, function)
 
 
 @pytest.mark.usefixtures("fake_devices")
@@ -37,9 +38,7 @@ def test_only_gpus_are_listed() -> None:
 
 def test_the_functions_of_the_library_can_be_called() -> None:
     assert bool(gpus.gpu_names()) == bool(gpus.free_memory())
-    kind = gpus._function("ggml_backend_dev_type", ctypes.c_int, ctypes.c_void_p)
-    first = gpus._function("ggml_backend_dev_get", ctypes.c_void_p, ctypes.c_size_t)(0)
-    assert kind(first) in range(5)
+    assert native.ggml_backend_dev_type(native.ggml_backend_dev_get(0)) in range(5)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@
 #include "kv_buffers.hpp"
 #include "weight_buffers.hpp"
 #include "matmul.hpp"
+#include "openmp.hpp"
 #include "routing.hpp"
 #include "thread_pool.hpp"
 
@@ -123,8 +124,8 @@ void properties_of(Device *device, Properties *to) {
     *to = {name_of(device), description_of(device), 0, 0, ACCELERATOR, nullptr, false, false, false, false, true};
 }
 BufferType *usual_buffers(Device *) { return ggml.cpu_buffers(); }
-BufferType *buffers_for_weights(Device *device) { return has_products ? &memory::buffer_type : usual_buffers(device); }
-bool supports_buffers(Device *, BufferType *type) { return ggml.is_host(type) || type == &memory::buffer_type; }
+BufferType *buffers_for_weights(Device *device) { return has_products ? memory::buffer_type : usual_buffers(device); }
+bool supports_buffers(Device *, BufferType *type) { return ggml.is_host(type) || type == memory::buffer_type; }
 // Whether the weights of this operation may be packed. llama.cpp's loader asks before it chooses a buffer type.
 bool supports_weights(Device *, const Tensor *node) {
     if (is(node, EXPERT_PRODUCT.name)) return products::supports_experts(node) && products::experts_can_be_packed(node->src[0]);
@@ -175,7 +176,7 @@ const char *registry_name(Registry *) { return "Afterword"; }
 size_t one_device(Registry *) { return 1; }
 Device *first_device(Registry *, size_t) { return &loader_device; }
 void *address_of(Registry *, const char *) { return nullptr; }
-Registry the_registry = {API_VERSION, registry_name, one_device, first_device, address_of, nullptr};
+Registry the_registry = {0, registry_name, one_device, first_device, address_of, nullptr};
 
 }  // namespace
 
@@ -184,11 +185,19 @@ extern "C" {
 // The size of `Tensor` in bytes, which accelerator.py compares with ggml's.
 size_t accelerator_tensor_size() { return sizeof(Tensor); }
 
-// The registry to pass to ggml_backend_register. `addresses`: ggml's functions.
-void *accelerator_registry(const Ggml *addresses) {
+// The version of ggml's backend interface; 0 if the device is not where it is declared. `registry`, `device`: a registry of ggml's
+// and its device.
+int accelerator_interface(const Registry *registry, const Device *device) {
+    return device->registry == registry ? registry->version : 0;
+}
+
+// The registry to pass to ggml_backend_register. `addresses`: ggml's functions. `version`: of the interface, 2 or 3.
+void *accelerator_registry(const Ggml *addresses, int version) {
     ggml = *addresses;
+    the_registry.version = version;
     loader_device.registry = compute_device.registry = &the_registry;
-    memory::buffer_type.device = &loader_device;
+    memory::buffer_type_2.device = memory::buffer_type_3.device = &loader_device;
+    if (version >= 3) memory::buffer_type = (BufferType *)&memory::buffer_type_3;
     return &the_registry;
 }
 
@@ -217,8 +226,14 @@ void accelerator_configure(int count, int packs_weights) {
     has_products = packs_weights && products::AVAILABLE;
 }
 
-// Chooses the thread pool (`alone`) or OpenMP for all following operations. Returns the pool's `Run`, null for OpenMP.
-void *accelerator_use_thread_pool(int alone) { return (void *)(pool_run = alone ? run_in_pool : nullptr); }
+// Sets the functions of the OpenMP library that llama.cpp uses.
+void accelerator_set_openmp(const OpenMp *functions) { openmp = *functions; }
+
+// Chooses the thread pool (`alone`) or OpenMP for all following operations, and returns its `Run`. Without OpenMP's functions it
+// is the pool in any case.
+void *accelerator_use_thread_pool(int alone) {
+    return (void *)(chosen_run = alone || !openmp.parallel ? run_in_pool : run_in_openmp);
+}
 
 // Creates contexts, until `accelerator_kv_close`, with KV caches that take memory as tokens are written (kv_buffers.hpp).
 void accelerator_kv_open() { kv_buffers::open(); }
@@ -242,7 +257,7 @@ size_t accelerator_kv_places(const void *memory, kv_buffers::CellsPlace *places,
     return kv_buffers::cells_places(*(const kv_buffers::KvMemory *)memory, places, most);
 }
 
-void *accelerator_buffer_type() { return &memory::buffer_type; }
+void *accelerator_buffer_type() { return memory::buffer_type; }
 
 // For tests: one operation, by ggml's name of it.
 int operation_supports(const char *name, const Tensor *node) { return named(name)->supports(node); }

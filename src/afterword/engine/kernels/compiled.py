@@ -1,24 +1,57 @@
-"""The files of the compiled kernels: hatch_build.py compiles `x.cpp` to `libx.so` beside it during the installation.
+"""The files of the compiled kernels, which hatch_build.py compiles during the installation.
 
-Without a compiler the file does not exist. The modules that load a library check for it and use other code.
+An installation from the source has one file for each library, `libx.so`, compiled for the machine. A wheel has one for
+each level of instructions, such as `libx.x86-64-v3.so`; the best one that this processor can execute is loaded. All
+levels compute the same bits. Where there is no file, the modules that load a library use other code.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import platform
 import sys
+from functools import cache
 from pathlib import Path
 
 KERNELS = Path(__file__).resolve().parent
 """The folder of the C++ sources and of their libraries."""
 
+LEVELS = {
+    "x86_64": ("x86-64-v3", "x86-64-v3-avxvnni", "x86-64-v4", "x86-64-v4-avx512vnni"),
+    "aarch64": ("armv8.2-a-dotprod",),
+}
+"""Levels of instructions by `platform.machine`, the best last. processor.cpp numbers them in this order."""
 
 OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 
 
 def library(source: Path) -> Path:
-    """The library of a source; the file may not exist."""
-    return source.with_name(f"lib{source.stem}.so")
+    """The library of a source that this processor can execute; the file may not exist."""
+    native = source.with_name(f"lib{source.stem}.so")
+    if native.exists():
+        return native
+    files = (source.with_name(f"lib{source.stem}.{level}.so") for level in reversed(processor_levels()))
+    return next(filter(Path.exists, files), native)
+
+
+@cache
+def processor_levels() -> tuple[str, ...]:
+    """The levels of this processor, the best last. Empty too if the installation has no kernels for levels."""
+    path = KERNELS / "libprocessor.so"
+    if not path.exists():
+        return ()
+    found = ctypes.CDLL(str(path)).processor_levels()
+    return tuple(level for i, level in enumerate(LEVELS.get(platform.machine(), ())) if found >> i & 1)
+
+
+def processor_name() -> str:
+    """The kind of this processor, for messages."""
+    return next(reversed(processor_levels()), f"{platform.machine()} processors without the instructions of {_first()}")
+
+
+def _first() -> str:
+    return next(iter(LEVELS.get(platform.machine(), ("any level",))))
 
 
 def memory_on_demand() -> bool:

@@ -1,6 +1,6 @@
-// Copies of the declarations of ggml's backend interface (ggml-backend-impl.h, GGML_BACKEND_API_VERSION 2) that the
-// accelerator needs. ggml does not install that header. accelerator.py compares ggml's version and the size of a tensor
-// before it registers the device.
+// Copies of the declarations of ggml's backend interface (ggml-backend-impl.h, GGML_BACKEND_API_VERSION 2 and 3) that the
+// accelerator needs. ggml does not install that header. accelerator.py compares ggml's version, the version of the interface
+// and the size of a tensor before it registers the device.
 
 #pragma once
 
@@ -37,6 +37,22 @@ struct BufferType {
         size_t (*get_alignment)(BufferType *);
         size_t (*get_largest)(BufferType *);
         size_t (*get_size)(BufferType *, const Tensor *);
+        bool (*is_host)(BufferType *);
+    } calls;
+    Device *device;
+    void *context;
+};
+
+// `BufferType` in version 3 of the interface.
+struct BufferType3 {
+    struct {
+        const char *(*get_name)(BufferType *);
+        Buffer *(*make_buffer)(BufferType *, size_t);
+        void *make_buffers;
+        size_t (*get_alignment)(BufferType *);
+        size_t (*get_largest)(BufferType *);
+        size_t (*get_size)(BufferType *, const Tensor *);
+        void *get_sizes;
         bool (*is_host)(BufferType *);
     } calls;
     Device *device;
@@ -126,7 +142,7 @@ namespace {
 Ggml ggml;
 int threads = 1;  // the number that computes an operation
 
-constexpr int API_VERSION = 2, ACCELERATOR = 3, TO_COMPUTE = 16;
+constexpr int ACCELERATOR = 3, TO_COMPUTE = 16;
 constexpr int F32 = 0, F16 = 1, I32 = 26, I64 = 27;  // ggml_type
 
 bool rows_are_dense(const Tensor *x, size_t element) { return x->nb[0] == element; }

@@ -1,10 +1,6 @@
-// Loops over several threads: those of the thread pool (thread_pool.hpp), or OpenMP's.
+// Loops over several threads: those of the thread pool (thread_pool.hpp), or OpenMP's (openmp.hpp).
 
 #pragma once
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include <atomic>
 #include <cstdint>
@@ -23,29 +19,13 @@ struct MemoryRange {
 // range until the next run. With a `count` of 0 nothing is called, and waiting threads sleep until the next run.
 using Run = void (*)(int count, MemoryRange (*call)(const void *, int), const void *work);
 
-Run pool_run = nullptr;  // null: OpenMP
-
-inline int this_thread() {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
+Run chosen_run = nullptr;  // null: everything runs on the calling thread
 
 // Calls `work(thread)` as a `Run` calls `call`.
 template <class Work>
 void run_threads(int count, const Work &work) {
-    if (count == 1) work(0);
-    else if (pool_run)
-        pool_run(
-            count, [](const void *work, int thread) { return (*(const Work *)work)(thread); }, &work);
-    else {
-#ifdef _OPENMP
-#pragma omp parallel num_threads(count)
-#endif
-        work(this_thread());
-    }
+    if (count == 1 || !chosen_run) work(0);
+    else chosen_run(count, [](const void *work, int thread) { return (*(const Work *)work)(thread); }, &work);
 }
 
 // Calls `work(i)` for each i from 0 to `count - 1`.

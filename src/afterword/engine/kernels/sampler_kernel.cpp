@@ -378,15 +378,15 @@ extern "C" {
 
 int64_t row_query_size() { return sizeof(NativeRowQuery); }
 
-// Reads `count` rows of `length` logits, one query for each. Rows are changed meanwhile and restored. `run`: the thread pool's
-// `Run`; null: OpenMP.
+// Reads `count` rows of `length` logits, one query for each. Rows are changed meanwhile and restored. `run`: null for a
+// single thread.
 void rows_read(float *rows, int64_t count, int64_t length, NativeRowQuery *queries, int threads, Run run) {
-    pool_run = run;
+    chosen_run = run;
     if (count * length < PART * BLOCK) threads = 1;
     parallel_for(count > 1 ? threads : 1, count, [=](int64_t i) {
         if (queries[i].reported || queries[i].given >= 0 || queries[i].seeds.count)
             process_row(rows + i * length, length, queries[i], count > 1 ? 1 : threads);
     });
-    if (run) run(0, nullptr, nullptr);  // the pool's threads sleep until the next pass, which frees cores for other processes
+    if (run) run(0, nullptr, nullptr);  // the threads sleep until the next pass, which frees cores for other processes
 }
 }

@@ -70,10 +70,13 @@ Buffer *make_buffer(BufferType *type, size_t size) {
     return ggml.make_buffer(type, calls, mapping, size);
 }
 
-BufferType buffer_type = {{type_name, make_buffer, alignment_of, nullptr, size_of, nullptr}, nullptr, nullptr};
+BufferType buffer_type_2 = {{type_name, make_buffer, alignment_of, nullptr, size_of, nullptr}, nullptr, nullptr};
+BufferType3 buffer_type_3 = {
+    {type_name, make_buffer, nullptr, alignment_of, nullptr, size_of, nullptr, nullptr}, nullptr, nullptr};
+BufferType *buffer_type = &buffer_type_2;  // in the form of ggml's version of the interface
 
 // Whether `tensor` is not null and its memory is a buffer of this type.
-bool holds(const Tensor *tensor) { return tensor && tensor->buffer && tensor->buffer->type == &buffer_type; }
+bool holds(const Tensor *tensor) { return tensor && tensor->buffer && tensor->buffer->type == buffer_type; }
 
 }  // namespace
 }  // namespace memory

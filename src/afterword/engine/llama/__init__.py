@@ -1,1 +1,1 @@
-"""Runs GGUF models with llama.cpp, in the worker process. No other package may import llama-cpp-python."""
+"""Runs GGUF models with llama.cpp, in the worker process. No other package may load the library."""

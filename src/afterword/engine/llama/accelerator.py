@@ -15,17 +15,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from afterword.engine.kernels.compiled import KERNELS, library
+from afterword.engine.kernels.compiled import KERNELS, library, processor_name
 from afterword.engine.llama.library import native
 
 LIBRARY = library(KERNELS / "accelerator.cpp")
 
-_KNOWN_GGML: tuple[bytes, ...] = (b"0.25.",)  # versions, by their beginnings, that have the interface of ggml.hpp
+_KNOWN_GGML = {b"0.25.": 2, b"0.26.": 3}  # beginnings of versions, and the version of their interface (ggml.hpp)
 _OBJECT_BYTES = 32  # sizeof(struct ggml_object), which ggml_tensor_overhead adds to the size of a tensor
 _ADDRESSES = (
     *("ggml_backend_cpu_buffer_type", "ggml_backend_buft_is_host", "ggml_backend_buffer_init"),
     *("ggml_graph_n_nodes", "ggml_graph_node", "ggml_op_name"),
 )
+_OTHER_LLAMA = "Use the llama.cpp that requirements.txt names."
+_OPENMP = ("GOMP_parallel", "omp_get_thread_num")  # in the order of `OpenMp` in openmp.hpp
 
 
 @cache
@@ -33,29 +35,39 @@ def register() -> bool:
     """Register the kernels for every context that is created from now on. Returns whether that was possible."""
     kernels = _kernels()
     if kernels is None:
-        return False
-    ggml = native._lib  # loading ggml by its path would load a second copy
-    ggml.ggml_version.restype = ctypes.c_char_p
-    ggml.ggml_tensor_overhead.restype = ctypes.c_size_t
-    version = ggml.ggml_version()
-    if not version.startswith(_KNOWN_GGML):
+        return _refuse(
+            f"the installation has none for {processor_name()}",
+            "Install Afterword from a wheel, or with a C++ compiler.",
+        )
+    version = native.ggml_version()
+    interface = next((_KNOWN_GGML[each] for each in _KNOWN_GGML if version.startswith(each)), None)
+    if interface is None:
         known = ", ".join(f"{each.decode()}x" for each in _KNOWN_GGML)
-        return _refuse(f"ggml {version.decode('utf-8', 'replace')} is not a version that they know ({known})")
-    tensor, declared = ggml.ggml_tensor_overhead() - _OBJECT_BYTES, kernels.accelerator_tensor_size()
+        return _refuse(
+            f"ggml {version.decode('utf-8', 'replace')} is not a version that they know ({known})", _OTHER_LLAMA
+        )
+    registry = native.ggml_backend_reg_get(0)
+    found = kernels.accelerator_interface(registry, native.ggml_backend_reg_dev_get(registry, 0))
+    if found != interface:
+        return _refuse(f"this ggml has another interface ({found}) than its version ({interface})", _OTHER_LLAMA)
+    tensor, declared = native.ggml_tensor_overhead() - _OBJECT_BYTES, kernels.accelerator_tensor_size()
     if tensor != declared:
-        return _refuse(f"a tensor of this ggml has {tensor} bytes and not {declared}")
-    addresses = (ctypes.c_void_p * len(_ADDRESSES))(
-        *(ctypes.cast(getattr(ggml, name), ctypes.c_void_p).value for name in _ADDRESSES)
-    )
-    ggml.ggml_backend_register.argtypes = [ctypes.c_void_p]
-    ggml.ggml_backend_register(kernels.accelerator_registry(addresses))
+        return _refuse(f"a tensor of this ggml has {tensor} bytes and not {declared}", _OTHER_LLAMA)
+    addresses = (ctypes.c_void_p * len(_ADDRESSES))(*map(_address, _ADDRESSES))
+    native.ggml_backend_register(kernels.accelerator_registry(addresses, interface))
     return True
 
 
-def _refuse(reason: str) -> bool:
+def _address(name: str) -> int | None:
+    """The address of a function of ggml, or of a library that ggml uses; None if there is none."""
+    function = getattr(native.handle, name, None)
+    return ctypes.cast(function, ctypes.c_void_p).value if function else None
+
+
+def _refuse(reason: str, advice: str) -> bool:
     print(
         f"Afterword's kernels are not used: {reason}. llama.cpp computes all operations, which is slower, and fewer "
-        "models have reproducible numbers. Install the version of llama-cpp-python that requirements.txt names.",
+        f"models have reproducible numbers. {advice}",
         file=sys.stderr,
         flush=True,
     )
@@ -117,10 +129,10 @@ def configure(threads: int, keep_weights: bool) -> None:
 
 
 def use_thread_pool(alone: bool) -> int | None:
-    """Compute with the kernels' thread pool if `alone`, else with OpenMP's threads.
+    """Compute with the kernels' thread pool if `alone`, else with the threads of llama.cpp's OpenMP, if it has one.
 
     `alone` must be false where llama.cpp computes operations with several threads: two groups of spinning threads slow
-    each other down. Returns the address of the pool's `Run` (parallel.hpp), None for OpenMP.
+    each other down. Returns the address of the chosen `Run` (parallel.hpp), None without kernels.
     """
     kernels = _kernels()
     run: int | None = None if kernels is None else kernels.accelerator_use_thread_pool(alone)
@@ -213,6 +225,7 @@ def _kernels() -> ctypes.CDLL | None:
     kernels = ctypes.CDLL(str(LIBRARY))
     kernels.accelerator_tensor_size.restype = ctypes.c_size_t
     kernels.accelerator_registry.restype = ctypes.c_void_p
+    kernels.accelerator_interface.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     kernels.accelerator_use_thread_pool.restype = ctypes.c_void_p
     kernels.accelerator_unsupported_types.restype = ctypes.c_uint64
     kernels.accelerator_kv_close.restype = ctypes.c_void_p
@@ -221,4 +234,8 @@ def _kernels() -> ctypes.CDLL | None:
     kernels.accelerator_kv_release.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
     kernels.accelerator_kv_places.restype = ctypes.c_size_t
     kernels.accelerator_kv_places.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    openmp = [_address(name) for name in _OPENMP]
+    if None not in openmp:
+        kernels.accelerator_set_openmp((ctypes.c_void_p * len(openmp))(*openmp))
+    kernels.accelerator_use_thread_pool(False)
     return kernels

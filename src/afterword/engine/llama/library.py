@@ -1,4 +1,9 @@
-"""Loads llama.cpp with the environment that reproducible numbers need, and collects its log.
+"""Finds llama.cpp, loads it with the environment that reproducible numbers need, and collects its log.
+
+The library is loaded when `native` is first asked for a function. It is, in this order:
+
+1. what the environment variable `AFTERWORD_LLAMA` names: a library, or a folder that contains libllama;
+2. the library in the installed package llama-cpp-python.
 
 By default llama.cpp logs to stderr. This module keeps its last error lines, so that an error message can contain the
 reason, and writes the log to stderr only in verbose mode.
@@ -6,10 +11,17 @@ reason, and writes the log to stderr only in verbose mode.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections import deque
-from typing import TextIO
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TextIO
+
+from afterword.engine.llama.bindings import CONSTANTS, STRUCTURES, LogCallback, open_library
+from afterword.errors import SettingError
 
 # Otherwise ggml starts a debugger on this process when native code aborts.
 os.environ.setdefault("GGML_NO_BACKTRACE", "1")
@@ -19,24 +31,76 @@ os.environ.setdefault("GGML_CPU_TILED_MM", "0")
 # the cores, spinning threads then wait in every operation for a thread that has no core.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-import llama_cpp.llama_cpp as native
-
-_ERROR = 4
+VARIABLE = "AFTERWORD_LLAMA"
+_NAMES = ("libllama.so", "libllama.dylib", "llama.dll")
 _last_errors: deque[str] = deque(maxlen=8)
 _shown: list[TextIO] = []
 
 
-@native.llama_log_callback  # type: ignore[untyped-decorator]
+class NativeLibrary:
+    """llama.cpp's functions, structures and constants by their C names. Raises `SettingError` if it cannot be loaded.
+
+    Functions that bindings.py does not declare have no types; the tests call some.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.lower().startswith(("llama_", "ggml_")):
+            raise AttributeError(name)
+        found = STRUCTURES.get(name) or CONSTANTS.get(name)
+        if found is None:
+            found = getattr(self.handle, name)
+        setattr(self, name, found)  # so that this method is not called again
+        return found
+
+    @property
+    def handle(self) -> ctypes.CDLL:
+        """The loaded library. Its symbols include those of ggml."""
+        return _load()
+
+
+native = NativeLibrary()
+
+
+@cache
+def _load() -> ctypes.CDLL:
+    return open_library(path())
+
+
+def path() -> Path:
+    """The library's file. Raises `SettingError` if there is none."""
+    named = os.environ.get(VARIABLE)
+    if named:
+        return _named(Path(named).expanduser())
+    spec = find_spec("llama_cpp")  # the package itself need not be imported
+    for folder in spec.submodule_search_locations or () if spec else ():
+        found = _in_folder(Path(folder, "lib"))
+        if found:
+            return found
+    raise SettingError(f"llama.cpp is not installed. Install llama-cpp-python, or name a library with {VARIABLE}.")
+
+
+def _named(place: Path) -> Path:
+    found = _in_folder(place) if place.is_dir() else place if place.is_file() else None
+    if found is None:
+        raise SettingError(f"{VARIABLE} is {place}, but that is neither a library nor a folder with {_NAMES[0]}.")
+    return found.absolute()
+
+
+def _in_folder(folder: Path) -> Path | None:
+    return next((folder / name for name in _NAMES if (folder / name).is_file()), None)
+
+
+@LogCallback  # type: ignore[untyped-decorator]
 def _log(level: int, text: bytes, _: object) -> None:
     line = text.decode("utf-8", "replace")
-    if level == _ERROR:
+    if level == CONSTANTS["GGML_LOG_LEVEL_ERROR"]:
         _last_errors.append(line.strip())
     for stream in _shown:
         stream.write(line)
 
 
 def initialize(verbose: bool) -> None:
-    """Initialize the library. Call it once per process. `verbose`: write the log to stderr."""
+    """Initialize the library. Call it once per process. `verbose`: write the log to stderr. Raises `SettingError`."""
     if verbose:
         _shown.append(sys.stderr)
     native.llama_log_set(_log, None)
@@ -51,6 +115,3 @@ def last_error() -> str:
 def version() -> str:
     """Version and build flags of the library; part of the fingerprint."""
     return f"{native.llama_version().decode()} {native.llama_print_system_info().decode().strip()}"
-
-
-__all__ = ["initialize", "last_error", "native", "version"]

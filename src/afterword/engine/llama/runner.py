@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from afterword.engine.core.forward_batch import BatchEntry, ForwardBatch, Logits
 from afterword.engine.kernels.compiled import memory_on_demand
 from afterword.engine.llama import accelerator
+from afterword.engine.llama.bindings import LlamaBatch, ProgressCallback
 from afterword.engine.llama.fixed_shape import pad_to_fixed_shape
 from afterword.engine.llama.kv_cache import KvCache, NativeContext
 from afterword.engine.llama.library import last_error, native
@@ -28,10 +29,9 @@ from afterword.engine.protocol import Promise
 from afterword.errors import EngineError, SettingError
 from afterword.system.resources import available_memory
 
-_BF16 = 30  # GGML_TYPE_BF16, for which the bindings have no name
 _PLAIN, _FLASH = native.LLAMA_FLASH_ATTN_TYPE_DISABLED, native.LLAMA_FLASH_ATTN_TYPE_ENABLED
 _FLASH_IF_SUPPORTED = native.LLAMA_FLASH_ATTN_TYPE_AUTO
-_F16, _F32 = native.GGML_TYPE_F16, native.GGML_TYPE_F32
+_F16, _F32, _BF16 = native.GGML_TYPE_F16, native.GGML_TYPE_F32, native.GGML_TYPE_BF16
 _ATTENTION = {"f16": (_PLAIN, _F16, _F16), "f32": (_PLAIN, _F32, _F32)}
 _KERNEL_ATTENTION = (_FLASH, _F16, _F16)
 _GPU_ATTENTION = (_FLASH_IF_SUPPORTED, _F16, _F16)
@@ -188,7 +188,7 @@ class _BatchArrays:
         self._slots = (ctypes.POINTER(ctypes.c_int32) * size)(
             *(ctypes.cast(first + 4 * i, ctypes.POINTER(ctypes.c_int32)) for i in range(size))
         )
-        self._batch = native.llama_batch(
+        self._batch = LlamaBatch(
             n_tokens=0,
             token=_pointer(self._token, ctypes.c_int32),
             embd=None,
@@ -242,7 +242,7 @@ def _load(settings: LoadModel, repack: bool, report_progress: Callable[[float], 
         params.devices = ctypes.addressof(null)  # an empty list: it ends with a null pointer
     params.use_extra_bufts = repack
 
-    @native.llama_progress_callback  # type: ignore[untyped-decorator]
+    @ProgressCallback  # type: ignore[untyped-decorator]
     def on_progress(share: float, _: object) -> bool:
         report_progress(share)
         return True
