@@ -220,6 +220,7 @@ class Config:
     - `allow_open`: start without keys on an address that other machines can reach.
     - `cors_origins`: web origins that may use the server beside those of this machine; with keys every origin may.
     - `special_text`: text that spells a special token becomes that token.
+    - `bos_before_ids`: prompts of token ids get a BOS as texts do, unless the request says otherwise.
     - `allowed_hosts`: `Host` names that the server accepts beside addresses and its own name. `*` accepts every name,
       as does an empty tuple where keys are required.
     - `proxies`: addresses with a trusted `X-Forwarded-For` header.
@@ -240,6 +241,7 @@ class Config:
     allow_open: bool = False
     cors_origins: tuple[str, ...] = ()
     special_text: bool = True
+    bos_before_ids: bool = False
     allowed_hosts: tuple[str, ...] = ()
     proxies: tuple[str, ...] = ()
     drain_delay: float = 0.0

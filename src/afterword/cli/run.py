@@ -94,6 +94,7 @@ def serve(specs: Sequence[str], options: dict[str, Any]) -> None:
         grace=options["grace"],
         batch_dir=options["batch_dir"],
         special_text=not options["plain_text"],
+        bos_before_ids=options["bos_before_ids"],
         limits=replace(requests, ignore_unknown=options["ignore_unknown"]),
         transport=transport,
         batch=batch,

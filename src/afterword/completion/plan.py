@@ -150,9 +150,10 @@ def _model_tokens(
     request: CompletionRequest, model_info: ModelInfo, given: Prompt, ids: tuple[int, ...], suffix: tuple[int, ...]
 ) -> tuple[tuple[int, ...], int]:
     """The tokens that the model reads, and how many leading ones the server added."""
-    bos = bos_before(model_info, ids, request.add_special_tokens)
-    if isinstance(given, tuple):
-        bos = ()  # the server adds no BOS to token ids
+    add = request.add_special_tokens
+    if add is None:  # token ids are read as they are: they are how a client says exactly what the model reads
+        add = not isinstance(given, tuple)
+    bos = bos_before(model_info, ids, add)
     if request.suffix:
         own = ids[:1] if isinstance(given, str) and model_info.add_bos and ids[:1] == (model_info.bos,) else ()
         laid_out, before = infill_prompt(_infill(model_info), ids[len(own) :], suffix)
@@ -162,7 +163,7 @@ def _model_tokens(
 
 
 def bos_before(model_info: ModelInfo, ids: tuple[int, ...], add: bool) -> tuple[int, ...]:
-    """The BOS to put before the tokens of a text, as a tuple. Empty without `add`, or if `ids` begins with BOS."""
+    """The BOS to put before the tokens of a prompt, as a tuple. Empty without `add`, or if `ids` begins with BOS."""
     if not (add and model_info.add_bos) or model_info.bos is None or ids[:1] == (model_info.bos,):
         return ()
     return (model_info.bos,)

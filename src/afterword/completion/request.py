@@ -47,7 +47,7 @@ class CompletionRequest:
     top_p: float = 1.0
     user: str | None = None
     # extensions
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = None
     cache_salt: str | None = None
     ignore_eos: bool = False
     min_p: float = 0.0

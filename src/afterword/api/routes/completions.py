@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
+from dataclasses import replace
 from typing import Literal
 
 from starlette.requests import ClientDisconnect
@@ -43,6 +44,8 @@ async def create(http: HttpRequest) -> Response:
     limits = service.config.limits
     body = await read_json(http)
     request = await run_in_thread_if_large(parse, body, limits)
+    if service.config.bos_before_ids and request.add_special_tokens is None:
+        request = replace(request, add_special_tokens=True)
     request_context = request_context_of(http.scope)
     served = await request_context.enter(service.use_model(request.model))
     request_context.recorder.record_model(served.id)
