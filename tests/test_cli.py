@@ -6,8 +6,11 @@ import asyncio
 import dataclasses
 import io
 import json
+import re
 import shlex
 import socket
+from itertools import cycle
+from string import ascii_letters
 from typing import Any
 from unittest.mock import Mock
 
@@ -21,12 +24,13 @@ from afterword.cli import main
 from afterword.cli.load_progress import show_loading
 from afterword.cli.model_setup import fit_models, load_message, refreshed_load_message
 from afterword.cli.models import ProgressBars, ProgressLines
-from afterword.cli.run import startup_message
+from afterword.cli.startup_message import startup_message
 from afterword.completion.request import parse
 from afterword.completion.request_limits import RequestLimits
 from afterword.config import ONE_SEQUENCE, Config, EngineSettings, WeightTypes, advice
 from afterword.engine.parent.model_manager import ModelDefinition, ModelManager
 from afterword.errors import SettingError
+from afterword.keys.key import static_keys
 from afterword.models.gguf_facts import Facts, read_facts
 from afterword.models.registry import Model
 from afterword.settings.durations import format_duration, parse_duration
@@ -464,6 +468,39 @@ def test_advice_names_a_faster_file_type(file_type, suggestion):
 def test_the_curl_command_of_the_startup_message_is_a_valid_request():
     name = 'it\'s "mine"'
     models = ModelManager([ModelDefinition(name, 0, Mock())])
-    words = shlex.split(startup_message(models, Config(host="::1"), 8000).split("Try it:")[1].replace("\\\n", " "))
+    message = startup_message(models, Config(host="::1"), 8000)
+    words = shlex.split(message[message.index("  curl") :].split("\n\n")[0].replace("\\\n", " "))
     assert words[:2] == ["curl", "http://[::1]:8000/v1/completions"]
-    assert parse(words[words.index("-d") + 1].encode(), RequestLimits()).model == name
+    request = parse(words[words.index("-d") + 1].encode(), RequestLimits())
+    assert (request.model, request.temperature) == (name, 0.7)
+
+
+@pytest.mark.parametrize("keep_alive", [None, 300.0])
+@pytest.mark.parametrize("keys", [(), static_keys(("secret",), None)])
+@pytest.mark.parametrize(
+    "names", [("tiny",), ("a", "b"), ("SmolLM2-135M-Instruct.Q4_K_M", "Qwen2.5-Coder-1.5B.Q8_0"), tuple(ascii_letters)]
+)
+def test_the_startup_message_fits_80_columns_and_begins_with_the_address(names, keys, keep_alive):
+    models = ModelManager(
+        [
+            ModelDefinition(name, 0, Mock(), 4096, 16, 65536, 131072, promise, advice=advice(file_type))
+            for name, promise, file_type in zip(names, cycle(("exact", "none")), cycle(("Q4_K_M", "F16")), strict=False)
+        ],
+        keep_alive=keep_alive,
+    )
+    message = startup_message(models, Config(host="255.255.255.255", keys=keys, allow_open=True), 65535)
+    lines = message.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert re.match(rf"Afterword \S+ serves {re.escape(names[0])} .*at$", lines[0])
+    assert lines[2].strip() == "http://255.255.255.255:65535"
+    assert message.index("browser") < message.index("curl") < message.index("sequences")
+    assert ("Bearer YOUR_KEY" in message) == bool(keys)
+    assert (f"unloaded {format_duration(300)} after" in " ".join(message.split())) == (keep_alive is not None)
+
+
+@pytest.mark.parametrize(("trained", "named"), [(131072, True), (4097, True), (4096, False), (512, False), (0, False)])
+def test_the_startup_message_names_the_context_only_if_the_model_was_trained_on_more(trained, named):
+    models = ModelManager([ModelDefinition("tiny", 0, Mock(), context=4096, sequences=16, trained_context=trained)])
+    words = startup_message(models, Config(), 8000).split()
+    assert ("--context" in words) == named
+    assert not named or words[words.index("--context") + 1] == str(trained)

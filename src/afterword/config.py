@@ -224,6 +224,7 @@ class Config:
     - `special_text`: text that spells a special token becomes that token.
     - `defaults`: further names of models, and default values of request fields for names.
     - `infill_trim`: leave out parts of infill prompts that are too long for the context.
+    - `bos_before_ids`: prompts of token ids get a BOS as texts do, unless the request says otherwise.
     - `allowed_hosts`: `Host` names that the server accepts beside addresses and its own name. `*` accepts every name,
       as does an empty tuple where keys are required.
     - `proxies`: addresses with a trusted `X-Forwarded-For` header.
@@ -246,6 +247,7 @@ class Config:
     special_text: bool = True
     infill_trim: bool = False
     defaults: tuple[ModelDefaults, ...] = ()
+    bos_before_ids: bool = False
     allowed_hosts: tuple[str, ...] = ()
     proxies: tuple[str, ...] = ()
     drain_delay: float = 0.0

@@ -28,10 +28,14 @@ END = 0
 
 
 class Judge:
-    """The right answers to the three kinds of request that an evaluator makes."""
+    """The right answers to the three kinds of request that an evaluator makes.
 
-    def __init__(self, path: Path) -> None:
+    `bos`: the token that the model reads before every text. Without it, texts are read as they are.
+    """
+
+    def __init__(self, path: Path, bos: int | None = None) -> None:
         self.oracle = Oracle(path)
+        self._bos = () if bos is None else (bos,)
         self.tokenizer = tokenizer(self.oracle.fields)
         self.loglikelihood = cache(self.loglikelihood)  # the same questions come in every arrangement
         self.rolling = cache(self.rolling)
@@ -47,7 +51,7 @@ class Judge:
 
     def rolling(self, text: str, window: int) -> float:
         """A text's log-likelihood in disjoint windows, each with as much before it as fits."""
-        tokens = [END, *self.encode(text)]
+        tokens = [*(self._bos or (END,)), *self.encode(text)]
         total = 0.0
         for start in range(1, len(tokens), window):
             end = min(start + window, len(tokens))
@@ -57,7 +61,7 @@ class Judge:
 
     def greedy(self, prompt: str, limit: int, stops: tuple[str, ...]) -> str:
         """The likeliest tokens one by one, to the first stop string that is complete."""
-        tokens, made, text = self.encode(prompt), list[int](), ""
+        tokens, made, text = [*self._bos, *self.encode(prompt)], list[int](), ""
         while len(made) < limit and (token := int(self.oracle.logits(tokens + made)[-1].argmax())) != END:
             made.append(token)
             text = self.tokenizer.decode(made, skip_special_tokens=False)
@@ -69,6 +73,8 @@ class Judge:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def _score(self, tokens: Sequence[int], known: int) -> tuple[float, bool]:
+        added = self._bos if tuple(tokens[:1]) != self._bos else ()
+        tokens, known = (*added, *tokens), known + len(added)
         rows, wanted = self.oracle.log_probs(tokens[:-1])[known - 1 :], np.array(tokens[known:])
         return float(rows[range(len(wanted)), wanted].sum()), bool((rows.argmax(axis=1) == wanted).all())
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from judge import Judge
 
 
+BOS = 1
+"""A token of the built-in model that a copy of it declares as its BOS. Its EOS is another one."""
 BUILTIN = Path(__file__).parents[2] / "src" / "afterword" / "models" / "builtin" / "afterword-tiny.gguf"
 NATS = 1e-3
 
@@ -106,3 +108,81 @@ def test_a_missing_last_entry_would_be_seen(evaluate: Evaluate, judge: Judge, mo
     monkeypatch.setattr(LocalCompletionsAPI, "parse_logprobs", staticmethod(lossy))
     with pytest.raises(AssertionError, match="Tom had a red ball"):
         check(evaluate("choices"), judge)
+
+
+# ---- a model that needs a BOS
+
+TOKENS = [pytest.param({}, id="tokens"), pytest.param({"num_concurrent": 4, "batch_size": 2}, id="tokens-2-by-4")]
+WRITTEN: list[dict[str, Any]] = [{"tokenized_requests": False}, {"tokenized_requests": False, "batch_size": 8}]
+TEXTS = [pytest.param(arguments, id=name) for arguments, name in zip(WRITTEN, ("texts", "texts-by-8"), strict=True)]
+
+
+@pytest.fixture(scope="module")
+def model_with_bos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from oracle.expand import expand
+
+    changes = {"tokenizer.ggml.bos_token_id": BOS, "tokenizer.ggml.add_bos_token": True}
+    return expand(BUILTIN, tmp_path_factory.mktemp("bos") / "with-bos.gguf", changes)
+
+
+@pytest.fixture(scope="module")
+def judge_with_bos(model_with_bos: Path) -> Iterator[Judge]:
+    from judge import Judge
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1):
+        yield Judge(model_with_bos, BOS)
+
+
+@pytest.fixture(scope="module")
+def before_ids(model_with_bos: Path, serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evaluate]:
+    """The harness' samples by task, from a server with `--bos-before-ids`."""
+    yield from _evaluate(model_with_bos, serve, tmp_path_factory, "--bos-before-ids")
+
+
+@pytest.fixture(scope="module")
+def by_default(model_with_bos: Path, serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evaluate]:
+    yield from _evaluate(model_with_bos, serve, tmp_path_factory)
+
+
+def _evaluate(model: Path, serve: Any, tmp_path_factory: pytest.TempPathFactory, *options: str) -> Iterator[Evaluate]:
+    from harness import evaluating
+
+    hub = tmp_path_factory.mktemp("hub")
+    with (
+        serve(model, "--kv-type", "f32", "--parallel", "8", *options, key=None) as server,
+        evaluating(server, hub) as run,
+    ):
+        yield run
+
+
+@pytest.mark.parametrize("arrangement", [*TOKENS, *TEXTS])
+def test_with_the_option_tokens_and_texts_begin_with_the_bos(
+    before_ids: Evaluate, judge_with_bos: Judge, arrangement: dict[str, Any]
+) -> None:
+    check(before_ids("choices", "perplexity", "stories", **arrangement), judge_with_bos)
+
+
+@pytest.mark.parametrize("arrangement", TEXTS)
+def test_texts_begin_with_the_bos_by_default(
+    by_default: Evaluate, judge_with_bos: Judge, arrangement: dict[str, Any]
+) -> None:
+    check(by_default("choices", "perplexity", "stories", **arrangement), judge_with_bos)
+
+
+def test_tokens_are_read_as_they_are_by_default(
+    by_default: Evaluate, judge_with_bos: Judge, model_with_bos: Path
+) -> None:
+    from judge import Judge
+
+    samples = by_default("choices", "stories")
+    check(samples, Judge(model_with_bos))
+    with pytest.raises(AssertionError):
+        check(samples, judge_with_bos)
+
+
+@pytest.mark.parametrize("arrangement", TOKENS)
+def test_windows_of_long_texts_begin_with_the_bos(
+    before_ids: Evaluate, judge_with_bos: Judge, arrangement: dict[str, Any]
+) -> None:
+    check(before_ids("perplexity", max_length=34, **arrangement), judge_with_bos, window=32)

@@ -21,9 +21,8 @@ LAST = len(PIECES) - 1
 
 def plan(model_info: ModelInfo = MODEL_INFO, entropy: int = 0, **fields: Any) -> Plan:
     request = CompletionRequest(**fields)
-    return make_plan(
-        request, model_info, asyncio.run(tokenize(request, ScriptedEngine(text_script(), model_info))), entropy
-    )
+    tokens = asyncio.run(tokenize(request, ScriptedEngine(text_script(), model_info)))
+    return make_plan(request, model_info, tokens, entropy)
 
 
 def plan_one_prompt(model_info: ModelInfo = MODEL_INFO, **fields: Any) -> PromptPlan:
@@ -101,9 +100,50 @@ def test_without_add_bos_a_text_is_unchanged() -> None:
     assert plan_one_prompt(model_info, prompt=("a",)).job.prompt == ids("a")
 
 
-def test_a_bos_is_never_added_to_token_ids() -> None:
-    prompt = plan_one_prompt(WITH_BOS, prompt=(ids("Hello"),))
-    assert (prompt.job.prompt, prompt.hidden_tokens) == (ids("Hello"), 0)
+@pytest.mark.parametrize(
+    ("add_special_tokens", "text_gets_it", "ids_get_it"),
+    [(None, True, False), (True, True, True), (False, False, False)],
+)
+def test_a_bos_is_added_to_token_ids_only_on_request(
+    add_special_tokens: bool | None, text_gets_it: bool, ids_get_it: bool
+) -> None:
+    hello = ids("Hello")
+    prompts = plan(
+        WITH_BOS,
+        prompt=("Hello", hello, (BOS, *hello), "<s>Hello", (BOS, BOS, *hello)),
+        add_special_tokens=add_special_tokens,
+    ).prompts
+    assert [prompt.job.prompt for prompt in prompts] == [
+        (BOS, *hello) if text_gets_it else hello,
+        (BOS, *hello) if ids_get_it else hello,
+        (BOS, *hello),
+        (BOS, *hello),
+        (BOS, BOS, *hello),
+    ]
+    assert [prompt.hidden_tokens for prompt in prompts] == [int(text_gets_it), int(ids_get_it), 0, 0, 0]
+    assert [prompt.billed_tokens for prompt in prompts] == [1, 1, 2, 2, 3]
+    assert [prompt.text for prompt in prompts] == ["Hello", "Hello", "<s>Hello", "<s>Hello", "<s><s>Hello"]
+
+
+def test_a_model_that_wants_no_bos_gets_none_before_token_ids() -> None:
+    for model_info in (MODEL_INFO, replace(MODEL_INFO, bos=BOS)):
+        prompt = plan_one_prompt(model_info, prompt=(ids("Hello"),), add_special_tokens=True)
+        assert (prompt.job.prompt, prompt.hidden_tokens) == (ids("Hello"), 0)
+
+
+def test_a_bos_before_token_ids_counts_towards_the_context() -> None:
+    model_info = replace(WITH_BOS, context=4)
+    full = (ids("Hello") * 3,)
+    assert plan_one_prompt(model_info, prompt=full, max_tokens=1).job.prompt == full[0]
+    message, _, _ = refused(model_info, add_special_tokens=True, prompt=full, max_tokens=1)
+    assert "you requested 5 tokens (4 in your prompt; 1 for the completion)" in message
+
+
+def test_a_bos_before_token_ids_precedes_the_layout_of_an_infill_prompt() -> None:
+    model_info = replace(WITH_BOS, infill=INFILL)
+    prompt = plan_one_prompt(model_info, prompt=(ids("Hello"),), suffix="!", add_special_tokens=True)
+    assert prompt.job.prompt == (BOS, PRE, *ids("Hello"), SUF, *ids("!"), MID)
+    assert (prompt.hidden_tokens, prompt.billed_tokens) == (2, 2)
 
 
 @pytest.mark.parametrize("given", [None, ""])

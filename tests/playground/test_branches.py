@@ -109,6 +109,7 @@ def test_write_again_makes_a_sibling(driver: PageDriver) -> None:
 
 
 def test_undo_and_redo_go_through_edits_and_answers(driver: PageDriver) -> None:
+    driver.write("")
     driver.area.focus()
     driver.page.keyboard.type("One day")
     answered = "One day" + driver.continues(max_tokens=5, seed=1)

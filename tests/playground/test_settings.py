@@ -42,7 +42,7 @@ def test_only_changed_fields_are_sent(driver: PageDriver, open_server: Any) -> N
     driver.write(BEGINNING)
     driver.continues()
     streamed = {"stream": True, "stream_options": {"include_usage": True}}
-    first = {"model": open_server.model, "prompt": BEGINNING, "max_tokens": 100, "logprobs": 5}
+    first = {"model": open_server.model, "prompt": BEGINNING, "max_tokens": 100, "temperature": 0.7, "logprobs": 5}
     assert driver.asked[-1] == first | streamed
     driver.write(BEGINNING)
     driver.continues(max_tokens=16, logprobs=None, temperature=1, top_p=1, stream=False)
@@ -108,7 +108,7 @@ def test_a_bias_is_set_by_text(driver: PageDriver, open_server: Any) -> None:
 def test_reset_restores_the_initial_settings(driver: PageDriver) -> None:
     driver.set(temperature=0.3, n=2)
     driver.find("#reset").click()
-    expect(driver.find("#field-temperature")).to_have_value("1")
+    expect(driver.find("#field-temperature")).to_have_value("0.7")
     expect(driver.find("#field-n")).to_have_value("1")
 
 

@@ -52,6 +52,27 @@ def test_an_edit_without_a_branch_survives_a_reload(driver: PageDriver) -> None:
     expect(driver.find("#branches .branch")).to_have_count(3)
 
 
+def test_a_first_visit_begins_with_a_text_that_reads_well_when_continued(driver: PageDriver) -> None:
+    first = driver.text
+    assert first.startswith("Once upon a time")
+    answer = driver.continues(max_tokens=20, seed=1)
+    assert (driver.asked[-1]["prompt"], driver.asked[-1]["temperature"]) == (first, 0.7)
+    driver.page.reload()
+    driver.ready()
+    assert driver.text == first + answer
+    driver.shows("sessions")
+    driver.find("#session-new").click()
+    assert driver.text == "", "only the first visit begins with a text"
+
+
+def test_the_first_text_leaves_nothing_behind_when_it_is_replaced(driver: PageDriver) -> None:
+    driver.write("Mine")
+    driver.shows("branches")
+    expect(driver.find("#branches .branch")).to_have_count(1)
+    driver.shows("sessions")
+    assert driver.find("#sessions .branch span").all_inner_texts() == ["Mine"]
+
+
 def test_sessions_are_created_named_selected_and_deleted(driver: PageDriver) -> None:
     driver.write("The first text")
     driver.shows("sessions")

@@ -93,6 +93,12 @@ def main() -> None:
     help="TOML file with default field values for models, and further names of them.",
 )
 @option("Model", "--infill-trim", is_flag=True, help="Shorten infill prompts that are too long for the context.")
+@option(
+    "Model",
+    "--bos-before-ids",
+    is_flag=True,
+    help="Begin prompts of token ids with BOS where the model needs it and they lack it, as for lm-eval.",
+)
 @option("Network", "--host", default="127.0.0.1", help="Address to listen on.")
 @option("Network", "--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0 for any free one.")
 @option("Network", "--allowed-host", multiple=True, help="A name allowed in the Host header; * for any; repeatable.")

@@ -69,6 +69,7 @@ def make_model_manager(
             context=fitted.load_message.context,
             sequences=fitted.load_message.sequences,
             capacity=fitted.load_message.capacity,
+            trained_context=fitted.facts.context_length,
             promise=fitted.load_message.promise,
             memory_bytes=fitted.memory_bytes,
             advice=advice("" if settings.gpu_layers else fitted.facts.file_type, fitted.facts.architecture),

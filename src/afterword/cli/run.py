@@ -7,7 +7,6 @@ import gc
 import json
 import logging
 import secrets
-import shlex
 import socket
 import sys
 import time
@@ -19,12 +18,12 @@ from typing import Any, TypeVar
 
 import click
 
-from afterword import __version__
 from afterword.api.responses import incremental, serialization
 from afterword.batch.batch_limits import BatchLimits
 from afterword.cli import model_setup
 from afterword.cli.load_progress import show_loading
 from afterword.cli.model_defaults import read_model_defaults
+from afterword.cli.startup_message import startup_message
 from afterword.completion.choice import Delta, fold
 from afterword.completion.plan import make_plan
 from afterword.completion.request import parse
@@ -33,7 +32,6 @@ from afterword.completion.run import Usage, run, tokenize
 from afterword.config import Config, EngineSettings, is_loopback
 from afterword.engine.parent.model_manager import ManagedModel, ModelManager
 from afterword.engine.parent.supervisor import QueuePolicy, Supervisor
-from afterword.engine.protocol import Promise
 from afterword.errors import SettingError
 from afterword.keys.key import static_keys
 from afterword.keys.key_limits import KeyLimits
@@ -41,7 +39,6 @@ from afterword.keys.key_registry import KeyRegistry
 from afterword.keys.key_store import KeyStore, default_path
 from afterword.observability.request_log import open_request_log
 from afterword.settings import limit_table
-from afterword.settings.durations import format_duration
 from afterword.system.tasks import switch_threads_soon
 from afterword.transport.transport_limits import TransportLimits
 
@@ -97,6 +94,7 @@ def serve(specs: Sequence[str], options: dict[str, Any]) -> None:
         batch_dir=options["batch_dir"],
         special_text=not options["plain_text"],
         infill_trim=options["infill_trim"],
+        bos_before_ids=options["bos_before_ids"],
         limits=replace(requests, ignore_unknown=options["ignore_unknown"]),
         transport=transport,
         batch=batch,
@@ -229,60 +227,6 @@ def _open_listener(config: Config) -> socket.socket:
         return socket.create_server((config.host, config.port), family=family, backlog=1024)
     except OSError as error:
         raise SettingError(f"Cannot listen on {config.host} port {config.port}: {error.strerror}.") from None
-
-
-_PROMISES: dict[Promise, str] = {
-    "exact": "The same request gives the same bytes. A token has the same log probability read or generated.",
-    "reproducible": "The same request gives the same bytes.",
-    "none": "Numbers can differ in their last digits with other requests (docs/reproducibility.md).",
-}
-
-
-def startup_message(models: ModelManager, config: Config, port: int) -> str:
-    """Return the message for a server that is ready, with a curl command that works."""
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    url = f"http://{host}:{port}"
-    key = "-H 'Authorization: Bearer YOUR_KEY' " if config.requires_key else ""
-    managed_models = list(models)
-    body = json.dumps({"model": managed_models[0].id, "prompt": "Once upon a time", "max_tokens": 40})
-    names = " and ".join(
-        filter(None, (", ".join(managed_model.id for managed_model in managed_models[:-1]), managed_models[-1].id))
-    )
-    described = "\n".join(_describe(managed_model, len(managed_models) > 1) for managed_model in managed_models)
-    return f"""\
-Afterword {__version__} serves {names} at
-
-  {url}
-
-{described}{_further_names(config)}{_keep_alive_text(models.keep_alive)} Try it:
-
-  curl {url}/v1/completions {key}\\
-    -H 'Content-Type: application/json' -d {shlex.quote(body)}
-
-The URL in a browser opens a playground. {url}/docs explains every field, afterword serve --help every setting.
-Ctrl+C stops."""
-
-
-def _describe(managed_model: ManagedModel, named: bool) -> str:
-    model_info = managed_model.loaded_engine.model_info if managed_model.loaded_engine else None
-    size = f"{model_info.parameters / 1e6:,.1f} M parameters, up" if model_info else "up"
-    definition = managed_model.definition
-    together = "" if definition.capacity is None else f", {definition.capacity} tokens together"
-    text = f"{size} to {definition.sequences} sequences of {definition.context} tokens at the same time{together}."
-    tip = f" {managed_model.definition.advice}" if managed_model.definition.advice else ""
-    drafts = "" if model_info is None or model_info.verifies_drafts else " Predictions and --speculate have no effect."
-    return f"{f'{managed_model.id}: ' if named else ''}{text} {_PROMISES[managed_model.promise]}{drafts}{tip}"
-
-
-def _further_names(config: Config) -> str:
-    further = [each for each in config.defaults if each.name != each.model]
-    return "".join(f"\n{each.name}: another name of {each.model}, with its own defaults." for each in further)
-
-
-def _keep_alive_text(keep_alive: float | None) -> str:
-    if keep_alive is None:
-        return ""
-    return f"\nA model is loaded for its first request, and unloaded {format_duration(keep_alive)} after its last one."
 
 
 def run_async(work: Coroutine[Any, Any, None]) -> None:

@@ -173,9 +173,10 @@ def _laid_out(
 ) -> InfillPrompt:
     """The tokens that the model reads, with the layout of infill prompts if the request asks for it."""
     ids = texts.prefix
-    bos = bos_before(model_info, ids, request.add_special_tokens)
-    if isinstance(given, tuple):
-        bos = ()  # the server adds no BOS to token ids
+    add = request.add_special_tokens
+    if add is None:  # token ids are read as they are: they are how a client says exactly what the model reads
+        add = not isinstance(given, tuple)
+    bos = bos_before(model_info, ids, add)
     if not rules.apply_to(request):
         start = bos if ids else _document_start(model_info)
         return InfillPrompt(start + ids, len(start), ((len(start), len(start) + len(ids)),))
@@ -214,7 +215,7 @@ def _end_tokens(request: CompletionRequest, model_info: ModelInfo, rules: Infill
 
 
 def bos_before(model_info: ModelInfo, ids: tuple[int, ...], add: bool) -> tuple[int, ...]:
-    """The BOS to put before the tokens of a text, as a tuple. Empty without `add`, or if `ids` begins with BOS."""
+    """The BOS to put before the tokens of a prompt, as a tuple. Empty without `add`, or if `ids` begins with BOS."""
     if not (add and model_info.add_bos) or model_info.bos is None or ids[:1] == (model_info.bos,):
         return ()
     return (model_info.bos,)

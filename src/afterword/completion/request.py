@@ -50,7 +50,7 @@ class CompletionRequest:
     top_p: float = 1.0
     user: str | None = None
     # extensions
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = None
     cache_salt: str | None = None
     ignore_eos: bool = False
     input_extra: tuple[ContextFile, ...] = ()

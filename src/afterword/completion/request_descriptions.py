@@ -88,7 +88,12 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
     "user": description(
         "The end user to count the request for in the API key's usage. The server stores a pseudonym.", "ann"
     ),
-    "add_special_tokens": description("False: add no beginning-of-sequence token before a text.", False),
+    "add_special_tokens": description(
+        "Put the beginning-of-sequence token (BOS) before each prompt that does not begin with it, if the model needs "
+        "one. True: before texts and token ids. False: never. Default: before texts, and before token ids if the "
+        "server runs with --bos-before-ids.",
+        False,
+    ),
     "cache_salt": description("Only requests with the same salt share cached prefixes.", "course-1"),
     "ignore_eos": description("Continue after the model's end tokens.", True),
     "input_extra": description(

@@ -64,7 +64,11 @@ async def tokenize(
     texts = [prompt for prompt in request.prompt if isinstance(prompt, str)]
     suffix, files = _infill_texts(request, model_info, rules)
     prediction = predicted_text(request, model_info)
-    wanted = [*((text, special) for text in (*texts, suffix)), *((file, False) for file in files), (prediction, special)]
+    wanted = [
+        *((text, special) for text in (*texts, suffix)),
+        *((file, False) for file in files),
+        (prediction, special),
+    ]
     work = [asyncio.ensure_future(engine.tokenize(text, read, client)) for text, read in wanted if text]
     try:
         found = await asyncio.gather(*work)

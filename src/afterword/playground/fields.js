@@ -6,7 +6,7 @@ const field = (name, kind, standard, help, more = {}) => ({ name, kind, standard
 export const FIELDS = [
   field("max_tokens", "integer", 16, "The largest number of tokens to generate.", { initial: 100 }),
   field("temperature", "slider", 1, "0 takes the most likely token; higher values vary more.", {
-    low: 0, high: 2,
+    low: 0, high: 2, initial: 0.7, // small models, such as the built-in one, write poor texts at the API's default
   }),
   field("top_p", "slider", 1, "Sample from the smallest set of tokens with this total probability.", {
     low: 0, high: 1,

@@ -19,6 +19,7 @@ import { SessionList } from "./sessions.js";
 import { key, preferences } from "./storage.js";
 import { dress } from "./view.js";
 
+const FIRST_TEXT = "Once upon a time, there was a little";
 const RAW = 60_000; // characters of the last response that are kept for the raw view
 
 const workspace = new WorkingDocument();
@@ -362,14 +363,14 @@ async function load() {
   soon(0);
 }
 
-/** Open the last session, or the text from the link. */
+/** Open the last session, or the text from the link, or in a browser without sessions a first text to continue. */
 function resume() {
   sessionList.resume();
-  const prompt = new URLSearchParams(location.hash.slice(1)).get("prompt");
+  const given = new URLSearchParams(location.hash.slice(1)).get("prompt");
+  const prompt = given ?? (sessionList.none ? FIRST_TEXT : null);
   if (prompt === null) return;
-  const tree = emptyTree();
-  tree.get(tree.roots[0]).pieces = prompt ? [piece(prompt, YOU)] : [];
-  sessionList.begin({ tree: tree.serialize(null) });
+  // A draft, not yet a node of the tree: a user who replaces it leaves no branch behind.
+  sessionList.begin({ tree: emptyTree().serialize(prompt ? [piece(prompt, YOU)] : null) });
   history.replaceState(null, "", location.pathname);
 }
 

@@ -32,6 +32,11 @@ export class SessionList {
     else this.begin();
   }
 
+  /** Whether this browser has no stored session. */
+  get none() {
+    return !sessions.list().length;
+  }
+
   begin(session = null, name = "") {
     if (this.id) this.save();
     this.#open(crypto.getRandomValues(new Uint32Array(2)).join("-"), name, session);

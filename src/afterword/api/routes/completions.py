@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from starlette.requests import ClientDisconnect
@@ -54,6 +54,8 @@ async def create(http: HttpRequest) -> Response:
     service.check_capacity()
     body = await read_json(http)
     request = await run_in_thread_if_large(parse, body, service.config.limits, service.default_values)
+    if service.config.bos_before_ids and request.add_special_tokens is None:
+        request = replace(request, add_special_tokens=True)
     rules = InfillRules(trim=service.config.infill_trim)
     prepared = await prepare(http, body, request, service.config.special_text, rules)
     return CompletionResponse(prepared)

@@ -44,6 +44,7 @@ class ModelDefinition:
     - `created`: Unix time in seconds.
     - `context`: tokens of one sequence; `sequences`: how many sequences the engine has; `capacity`: the most tokens of
       all of them together, None if every one can be full.
+    - `trained_context`: tokens that the model was trained on; 0 if unknown.
     - `memory_bytes`: memory that the loaded model needs.
     - `make_engine`: returns an engine that is not open yet.
     - `advice`: a sentence for the operator.
@@ -55,6 +56,7 @@ class ModelDefinition:
     context: int = 0
     sequences: int = 0
     capacity: int | None = None
+    trained_context: int = 0
     promise: Promise = "none"
     memory_bytes: int = 0
     advice: str | None = None
