@@ -11,7 +11,7 @@ import pytest
 
 from afterword.api.app import PROTECTED_ROUTES, PUBLIC_ROUTES
 from afterword.api.responses import rate_limit_headers
-from afterword.completion.fields import StreamOptions
+from afterword.completion.object_fields import StreamOptions
 from afterword.completion.request import EXTENSIONS, FIELDS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,8 +8,8 @@ from typing import Any
 import jsonschema_rs
 import pytest
 
-from afterword.completion.fields import ContextFile
 from afterword.completion.infill_request import INFILL_FIELDS, UNLIMITED, InfillRequest, infill_schema, parse_infill
+from afterword.completion.object_fields import ContextFile
 from afterword.completion.request_descriptions import INFILL_DESCRIPTIONS
 from afterword.completion.request_limits import STRICT, RequestLimits
 from afterword.errors import RequestError

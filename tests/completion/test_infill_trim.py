@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from afterword.completion.fields import ContextFile
 from afterword.completion.infill import InfillRules
 from afterword.completion.infill_trim import InfillTexts, trim
+from afterword.completion.object_fields import ContextFile
 from afterword.completion.plan import PromptPlan, make_plan
 from afterword.completion.request import CompletionRequest
 from afterword.completion.run import tokenize

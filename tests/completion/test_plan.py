@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from afterword.completion.fields import ContextFile
+from afterword.completion.object_fields import ContextFile
 from afterword.completion.plan import ClientIdentity, Plan, PromptPlan, make_plan
 from afterword.completion.request import CompletionRequest
 from afterword.completion.run import tokenize

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afterword.completion.fields import ContextFile, StreamOptions
+from afterword.completion.object_fields import ContextFile, StreamOptions
 from afterword.completion.request import EXTENSIONS, FIELDS, LENGTH_ALIASES, CompletionRequest, parse, schema
 from afterword.completion.request_limits import STRICT, RequestLimits
 from afterword.errors import RequestError

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from afterword.completion.fields import ContextFile
 from afterword.completion.infill_trim import InfillTexts, trim
+from afterword.completion.object_fields import ContextFile
 from afterword.completion.request import CompletionRequest
 from afterword.engine.protocol import InfillLayout, ModelInfo
 from afterword.errors import RequestError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from afterword.completion import fields
+from afterword.completion import fields, object_fields
 from afterword.completion.fields import Field, JsonSchema, field_parser
 from afterword.completion.json_body import parse_object
 from afterword.completion.model_defaults import DefaultsOf, no_defaults
@@ -72,7 +72,7 @@ INFILL_FIELDS: dict[str, Field] = {
     "model": fields.name_string,
     "input_prefix": fields.string,
     "input_suffix": fields.string,
-    "input_extra": fields.input_extra,
+    "input_extra": object_fields.input_extra,
     "prompt": fields.string,
     "n_predict": fields.integer(-1, _INT32 - 1),
     "n_cmpl": fields.integer(1, lambda limits: limits.max_n),

@@ -10,10 +10,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from afterword.completion import fields
-from afterword.completion.fields import ContextFile, Field, JsonSchema, Prompt, StreamOptions
+from afterword.completion import fields, object_fields
+from afterword.completion.fields import Field, JsonSchema, Prompt
 from afterword.completion.json_body import parse_object
 from afterword.completion.model_defaults import DefaultsOf, no_defaults
+from afterword.completion.object_fields import ContextFile, StreamOptions
 from afterword.completion.request_descriptions import DESCRIPTIONS, described_schema
 from afterword.completion.request_limits import RequestLimits
 from afterword.errors import RequestError
@@ -89,7 +90,7 @@ FIELDS: dict[str, Field] = {
     "seed": fields.integer(-_INT64, _INT64 - 1),
     "stop": fields.stop,
     "stream": fields.boolean,
-    "stream_options": fields.stream_options,
+    "stream_options": object_fields.stream_options,
     "suffix": fields.string,
     "temperature": fields.decimal(0, 2),
     "top_p": fields.decimal(0, 1),
@@ -111,10 +112,10 @@ EXTENSIONS: dict[str, Field] = {
     "add_special_tokens": fields.boolean,
     "cache_salt": fields.salt,
     "ignore_eos": fields.boolean,
-    "input_extra": fields.input_extra,
+    "input_extra": object_fields.input_extra,
     "min_p": fields.decimal(0, 1),
     "min_tokens": fields.integer(0, _INT32 - 1),
-    "prediction": fields.prediction,
+    "prediction": object_fields.prediction,
     "prompt_logprobs": fields.integer(0, lambda limits: limits.max_logprobs),
     "repetition_penalty": fields.decimal(0.01, 2),
     "return_token_ids": fields.boolean,

@@ -25,10 +25,10 @@ from afterword.api.responses.response_headers import header_text
 from afterword.api.responses.time_slices import TimeSlices
 from afterword.api.service import Service
 from afterword.completion.choice import Delta
-from afterword.completion.fields import StreamOptions
 from afterword.completion.infill import InfillRules
 from afterword.completion.json_body import run_in_thread_if_large
 from afterword.completion.logprobs import SLICE_TOKENS
+from afterword.completion.object_fields import StreamOptions
 from afterword.completion.plan import ClientIdentity, Plan, Tokenized, make_plan
 from afterword.completion.request import CompletionRequest, parse
 from afterword.completion.response_size import check_size
