@@ -222,6 +222,7 @@ class Config:
     - `cors_origins`: web origins that may use the server beside those of this machine; with keys every origin may.
     - `special_text`: text that spells a special token becomes that token.
     - `defaults`: further names of models, and default values of request fields for names.
+    - `infill_rerank`: fill gaps with models without infill tokens too.
     - `infill_trim`: leave out parts of infill prompts that are too long for the context.
     - `allowed_hosts`: `Host` names that the server accepts beside addresses and its own name. `*` accepts every name,
       as does an empty tuple where keys are required.
@@ -244,6 +245,7 @@ class Config:
     cors_origins: tuple[str, ...] = ()
     special_text: bool = True
     infill_trim: bool = False
+    infill_rerank: bool = False
     defaults: tuple[ModelDefaults, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     proxies: tuple[str, ...] = ()

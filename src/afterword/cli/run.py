@@ -96,6 +96,7 @@ def serve(specs: Sequence[str], options: dict[str, Any]) -> None:
         batch_dir=options["batch_dir"],
         special_text=not options["plain_text"],
         infill_trim=options["infill_trim"],
+        infill_rerank=options["infill_fallback"] == "rerank",
         limits=replace(requests, ignore_unknown=options["ignore_unknown"]),
         transport=transport,
         batch=batch,
