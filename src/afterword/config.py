@@ -223,6 +223,7 @@ class Config:
     - `cors_origins`: web origins that may use the server beside those of this machine; with keys every origin may.
     - `special_text`: text that spells a special token becomes that token.
     - `defaults`: further names of models, and default values of request fields for names.
+    - `infill_rerank`: fill gaps with models without infill tokens too.
     - `infill_trim`: leave out parts of infill prompts that are too long for the context.
     - `bos_before_ids`: prompts of token ids get a BOS as texts do, unless the request says otherwise.
     - `allowed_hosts`: `Host` names that the server accepts beside addresses and its own name. `*` accepts every name,
@@ -246,6 +247,7 @@ class Config:
     cors_origins: tuple[str, ...] = ()
     special_text: bool = True
     infill_trim: bool = False
+    infill_rerank: bool = False
     defaults: tuple[ModelDefaults, ...] = ()
     bos_before_ids: bool = False
     allowed_hosts: tuple[str, ...] = ()

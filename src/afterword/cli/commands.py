@@ -92,6 +92,12 @@ def main() -> None:
     type=click.Path(path_type=Path),
     help="TOML file with default field values for models, and further names of them.",
 )
+@option(
+    "Model",
+    "--infill-fallback",
+    type=click.Choice(["rerank"]),
+    help="How models without infill tokens fill gaps.  [default: not at all]",
+)
 @option("Model", "--infill-trim", is_flag=True, help="Shorten infill prompts that are too long for the context.")
 @option(
     "Model",

@@ -95,6 +95,7 @@ def serve(specs: Sequence[str], options: dict[str, Any]) -> None:
         special_text=not options["plain_text"],
         infill_trim=options["infill_trim"],
         bos_before_ids=options["bos_before_ids"],
+        infill_rerank=options["infill_fallback"] == "rerank",
         limits=replace(requests, ignore_unknown=options["ignore_unknown"]),
         transport=transport,
         batch=batch,

@@ -22,13 +22,15 @@ class InfillRules:
 
     `always`: lay out prompts without suffix and files too. `snippets`: put files before the prompt as text if the model
     has no file separators. `fill_context`: reduce `max_tokens` to the rest of the context. `trim`: leave out what does
-    not fit into the context (`infill_trim`).
+    not fit into the context (`infill_trim`). `rerank`: for models without infill tokens, sample several middles after
+    the prefix and return the one under which the suffix is most likely (`rerank`).
     """
 
     always: bool = False
     snippets: bool = False
     fill_context: bool = False
     trim: bool = False
+    rerank: bool = False
 
     def apply_to(self, request: CompletionRequest) -> bool:
         """Whether the request's prompts are laid out with infill tokens."""
@@ -37,19 +39,34 @@ class InfillRules:
 
 NO_RULES = InfillRules()
 
+RERANK = InfillLayout("rerank", ("prefix",))
+"""The layout for models without infill tokens: the suffix is not in the prompt."""
+
 
 @dataclass(frozen=True, slots=True)
 class InfillPrompt:
-    """The tokens that the model reads. `before`: how many come before the prefix. `given`: see `PromptPlan.given`."""
+    """The tokens that the model reads. `before`: how many come before the prefix. `given`: see `PromptPlan.given`.
+
+    `suffix`: the suffix, if it is not among these tokens.
+    """
 
     ids: tuple[int, ...]
     before: int
     given: tuple[tuple[int, int], ...]
+    suffix: tuple[int, ...] = ()
 
 
 def layout_of(request: CompletionRequest, model_info: ModelInfo, rules: InfillRules) -> InfillLayout:
     """The model's layout. Raises `RequestError` if the model has none, or none for the request's files."""
     layout = model_info.infill
+    if layout is None and rules.rerank:
+        if request.suffix and request.temperature == 0:
+            raise RequestError(
+                "This model has no fill-in-the-middle tokens. The server samples several middles and returns the best "
+                "one, so 'temperature' must be above 0.",
+                param="temperature",
+            )
+        layout = RERANK
     if layout is None:
         if rules.always:
             raise RequestError("Infill is not supported by this model: it has no fill-in-the-middle tokens.")
@@ -92,7 +109,8 @@ def infill_prompt(
         if kind in _GIVEN and ids:
             given.append((len(prompt), len(prompt) + len(ids)))
         prompt.extend(ids)
-    return InfillPrompt(tuple(prompt), before, tuple(given))
+    suffix = () if "suffix" in layout.parts else texts.suffix
+    return InfillPrompt(tuple(prompt), before, tuple(given), suffix)
 
 
 def _segments(layout: InfillLayout, texts: InfillTexts) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -17,6 +17,8 @@ from afterword.completion.text_stream import StopStrings
 from afterword.engine.protocol import Job, ModelInfo, Sampling
 from afterword.errors import RequestError
 
+_MORE = 3  # candidates for a suffix beyond `n`
+
 
 @dataclass(frozen=True, slots=True)
 class PromptPlan:
@@ -24,13 +26,20 @@ class PromptPlan:
 
     `text`: the prompt as it is echoed. `hidden_tokens`: how many leading tokens of `job.prompt` are not echoed.
     `given`: the ranges of `job.prompt` that the client sent, including suffix and files: pairs of the first position
-    and the one after the last. The server added the other tokens.
+    and the one after the last. The server added the other tokens. `suffix`: the tokens by which the candidates are
+    ranked, for models without infill tokens (`rerank`).
     """
 
     job: Job
     text: str
     hidden_tokens: int
     given: tuple[tuple[int, int], ...]
+    suffix: tuple[int, ...] = ()
+
+    @property
+    def scored_tokens(self) -> int:
+        """The tokens of the suffix, counted once for each candidate that they rank."""
+        return len(self.suffix) * self.job.samples
 
     @property
     def billed_tokens(self) -> int:
@@ -60,8 +69,13 @@ class Plan:
 
     @property
     def prompt_tokens(self) -> int:
-        """The number of tokens that the client sent in all prompts; each prompt counts once."""
-        return sum(prompt.billed_tokens for prompt in self.prompts)
+        """The number of tokens that the client sent in all prompts; each prompt counts once, see `scored_tokens`."""
+        return sum(prompt.billed_tokens + prompt.scored_tokens for prompt in self.prompts)
+
+    @property
+    def reranks(self) -> bool:
+        """Whether the candidates are ranked by a suffix."""
+        return any(prompt.suffix for prompt in self.prompts)
 
     @property
     def max_total_tokens(self) -> int:
@@ -136,28 +150,31 @@ def make_plan(
     for index, (given, ids) in enumerate(zip(request.prompt, tokens.prompts, strict=True)):
         laid_out = _laid_out(request, model_info, given, InfillTexts(ids, tokens.suffix, tokens.files), rules)
         prompt = laid_out.ids
-        max_tokens = _max_tokens(request, model_info, len(prompt), rules)
+        suffix = laid_out.suffix if request.max_tokens else ()
+        max_tokens = _max_tokens(request, model_info, len(prompt) + len(suffix), rules)
+        candidates = max(request.candidates, request.n + _MORE) if suffix else request.candidates
         job = Job(
             prompt=prompt,
-            samples=request.candidates,
+            samples=candidates,
             max_tokens=max_tokens,
             sampling=_sampling(request),
             end_tokens=_end_tokens(request, model_info, rules),
             key=_sampling_key(entropy if request.seed is None else request.seed, index),
             min_tokens=request.min_tokens,
-            alternatives=_alternatives(request),
-            prompt_alternatives=_prompt_alternatives(request),
+            alternatives=_alternatives(request, candidates),
+            # with scores of the prompt, those of the same prompt with a suffix need not compute it again
+            prompt_alternatives=(_prompt_alternatives(request) or 0) if suffix else _prompt_alternatives(request),
             namespace=_namespace(caller, request.cache_salt),
             client=caller.job_client,
             prediction=tokens.prediction,
         )
         text = given if isinstance(given, str) else _decode(model_info, ids)
-        prompts.append(PromptPlan(job, text, laid_out.before, laid_out.given))
+        prompts.append(PromptPlan(job, text, laid_out.before, laid_out.given, suffix))
     return Plan(
         fingerprint=model_info.fingerprint,
         prompts=tuple(prompts),
         n=request.n,
-        best_of=request.candidates,
+        best_of=max(prompt.job.samples for prompt in prompts),
         echo=request.echo,
         logprobs=request.logprobs,
         prompt_logprobs=request.prompt_logprobs,
@@ -187,7 +204,7 @@ def _laid_out(
     inner = infill_prompt(layout_of(request, model_info, rules), rest, room, model_info.pieces)
     sent = [(len(bos), len(first))] if own else []
     sent += [(start + len(first), stop + len(first)) for start, stop in inner.given]
-    return InfillPrompt(first + inner.ids, len(bos) + inner.before, tuple(sent))
+    return InfillPrompt(first + inner.ids, len(bos) + inner.before, tuple(sent), inner.suffix)
 
 
 def _room(request: CompletionRequest, model_info: ModelInfo, rules: InfillRules) -> int:
@@ -245,11 +262,11 @@ def _sampling(request: CompletionRequest) -> Sampling:
     )
 
 
-def _alternatives(request: CompletionRequest) -> int | None:
+def _alternatives(request: CompletionRequest, candidates: int) -> int | None:
     """`Job.alternatives`. Candidates are ranked by their log probabilities, so `best_of` above `n` requires them."""
     if request.logprobs is not None:
         return request.logprobs
-    return 0 if request.candidates > request.n else None
+    return 0 if candidates > request.n else None
 
 
 def _prompt_alternatives(request: CompletionRequest) -> int | None:

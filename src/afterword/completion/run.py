@@ -75,7 +75,7 @@ async def tokenize(
     finally:
         for each in work:
             each.cancel()  # if one has failed, or the client has disconnected
-    _check_model(model_info.fingerprint, engine)
+    check_model(model_info.fingerprint, engine)
     predicted = predicted_tokens(found.pop(), model_info) if prediction else ()
     ready = iter([_checked(ids, request, model_info, trims) for ids in found])
     prompts = [prompt if isinstance(prompt, tuple) else next(ready) if prompt else () for prompt in request.prompt]
@@ -119,7 +119,7 @@ async def run(
         for count, prompt in enumerate(plan.prompts):
             if count and count % _STARTS_PER_TURN == 0:
                 await asyncio.sleep(0)
-            _check_model(plan.fingerprint, engine)  # the model can be replaced while other tasks run
+            check_model(plan.fingerprint, engine)  # the model can be replaced while other tasks run
             handles.append(engine.start(prompt.job))
         async with aclosing(_merge_steps(handles, progress)) as steps:
             async for index, step in steps:
@@ -137,7 +137,7 @@ async def run(
     yield Usage(read, sum(prompt.completion_tokens for prompt in progress), cached, predicted)
 
 
-def _check_model(fingerprint: str, engine: Engine) -> None:
+def check_model(fingerprint: str, engine: Engine) -> None:
     """Raise `ModelReplaced` if the engine has another model than the one with this fingerprint."""
     if engine.model_info.fingerprint != fingerprint:
         raise ModelReplaced()

@@ -31,8 +31,9 @@ from afterword.completion.logprobs import SLICE_TOKENS
 from afterword.completion.object_fields import StreamOptions
 from afterword.completion.plan import ClientIdentity, Plan, Tokenized, make_plan
 from afterword.completion.request import CompletionRequest, parse
+from afterword.completion.rerank import run_plan
 from afterword.completion.response_size import check_size
-from afterword.completion.run import Usage, run, tokenize
+from afterword.completion.run import Usage, tokenize
 from afterword.engine.protocol import Engine, ModelInfo
 from afterword.errors import AfterwordError
 
@@ -56,7 +57,7 @@ async def create(http: HttpRequest) -> Response:
     request = await run_in_thread_if_large(parse, body, service.config.limits, service.default_values)
     if service.config.bos_before_ids and request.add_special_tokens is None:
         request = replace(request, add_special_tokens=True)
-    rules = InfillRules(trim=service.config.infill_trim)
+    rules = InfillRules(trim=service.config.infill_trim, rerank=service.config.infill_rerank)
     prepared = await prepare(http, body, request, service.config.special_text, rules)
     return CompletionResponse(prepared)
 
@@ -120,7 +121,7 @@ class CompletionResponse(Response):
         body = incremental.EncodedBody(self._head, self._plan.n)
         usage = Usage(0, 0)
         async with aclosing(
-            run(self._plan, self._engine, self._recorder.record_usage, self._recorder.record_compute_start)
+            run_plan(self._plan, self._engine, self._recorder.record_usage, self._recorder.record_compute_start)
         ) as items:
             async for item in items:
                 if isinstance(item, Usage):
@@ -135,7 +136,7 @@ class CompletionResponse(Response):
 
     async def _send_stream(self, send: Send) -> None:
         async with aclosing(
-            run(self._plan, self._engine, self._recorder.record_usage, self._recorder.record_compute_start)
+            run_plan(self._plan, self._engine, self._recorder.record_usage, self._recorder.record_compute_start)
         ) as items:
             first = await anext(items)  # an error before the first item is an HTTP error
             await send(start(self._request, self._head, *STREAM))

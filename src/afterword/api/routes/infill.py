@@ -27,7 +27,8 @@ from afterword.completion.infill import InfillRules
 from afterword.completion.infill_request import InfillRequest, parse_infill
 from afterword.completion.json_body import run_in_thread_if_large
 from afterword.completion.middle import Middle, MiddlePart, StopType
-from afterword.completion.run import Usage, run
+from afterword.completion.rerank import run_plan
+from afterword.completion.run import Usage
 from afterword.engine.protocol import FinishReason
 from afterword.errors import AfterwordError
 
@@ -44,7 +45,7 @@ async def create(http: HttpRequest) -> Response:
     request = infill.completion
     if not infill.shares_cache:
         request = replace(request, cache_salt=secrets.token_hex(16))
-    rules = replace(_RULES, trim=service.config.infill_trim)
+    rules = replace(_RULES, trim=service.config.infill_trim, rerank=service.config.infill_rerank)
     prepared = await prepare(http, body, request, False, rules)
     return InfillResponse(infill, prepared)
 
@@ -104,7 +105,7 @@ class InfillResponse(Response):
         """The parts of all middles as they are generated. The run ends when all middles have ended."""
         recorder = self._prepared.recorder
         async with aclosing(
-            run(self._prepared.plan, self._prepared.engine, self._record_usage, recorder.record_compute_start)
+            run_plan(self._prepared.plan, self._prepared.engine, self._record_usage, recorder.record_compute_start)
         ) as items:
             async for item in items:
                 if isinstance(item, Usage):

@@ -9,13 +9,17 @@ from starlette.responses import Response
 
 from afterword.api.responses import serialization
 from afterword.api.service import NamedModel, Service
+from afterword.completion.infill import RERANK
+from afterword.config import Config
 from afterword.errors import ModelNotFound
 
 
 async def list_models(request: Request) -> Response:
     service: Service = request.app.state.service
     service.models.check_started()
-    return json_response({"object": "list", "data": [model_object(each) for each in service.named_models()]})
+    return json_response(
+        {"object": "list", "data": [model_object(each, service.config) for each in service.named_models()]}
+    )
 
 
 async def get_model(request: Request) -> Response:
@@ -27,16 +31,17 @@ async def get_model(request: Request) -> Response:
     named_model = service.named_model(name)
     if service.models.keep_alive is None:
         service.models.check_loaded(named_model.managed_model)
-    return json_response(model_object(named_model))
+    return json_response(model_object(named_model, service.config))
 
 
-def model_object(named_model: NamedModel) -> dict[str, Any]:
+def model_object(named_model: NamedModel, config: Config) -> dict[str, Any]:
     """A model in OpenAI's format, with further members, some of which clients of other servers read.
 
     Members from the model info are null until the model has been loaded for the first time.
     """
     managed_model = named_model.managed_model
     model_info = managed_model.model_info
+    layout = model_info and (model_info.infill or (RERANK if config.infill_rerank else None))
     return {
         "id": named_model.name,
         "object": "model",
@@ -48,9 +53,9 @@ def model_object(named_model: NamedModel) -> dict[str, Any]:
         "max_model_len": managed_model.definition.context,
         "system_fingerprint": model_info.fingerprint if model_info else None,
         "reproducible": managed_model.promise,
-        "infill": model_info.infill is not None if model_info else None,
-        "infill_family": model_info.infill.family if model_info and model_info.infill else None,
-        "infill_files": bool(model_info.infill and model_info.infill.file) if model_info else None,
+        "infill": layout is not None if model_info else None,
+        "infill_family": layout.family if layout else None,
+        "infill_files": bool(layout and layout.file) if model_info else None,
         "prediction": model_info.verifies_drafts if model_info else None,
     }
 

@@ -99,7 +99,7 @@ _MEMBER_TEXTS: dict[str, str] = {
     "Model.reproducible": "exact: a token has the same log probability whether it is in the prompt or generated; "
     "reproducible: the same request gets the same response; none: no promise.",
     "Model.infill": "Whether the model supports suffix; null until the model has been loaded once.",
-    "Model.infill_family": "The layout of prompts with suffix: a model family, other or custom; null if there is none.",
+    "Model.infill_family": "The layout of prompts with suffix: a model family, other, custom or rerank; null for none.",
     "Model.infill_files": "Whether the model supports input_extra; null until the model has been loaded once.",
     "Model.prediction": "Whether prediction can make responses faster; null until the model has been loaded once.",
     "Models.object": "The type of this object.",
