@@ -84,7 +84,7 @@ OUTSIDE = {
     "huggingface_hub": {"models"},
     "numpy": {"engine.core", "engine.llama"},
     "opentelemetry": {"observability.traces"},
-    "prometheus_client": {"observability.metrics"},
+    "prometheus_client": {"observability.key_counters", "observability.metrics"},
 }
 
 

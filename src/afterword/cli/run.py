@@ -81,6 +81,8 @@ def serve(specs: Sequence[str], options: dict[str, Any]) -> None:
         shared_cache=options["shared_cache"],
         log=options["log"],
         metrics_prefix=options["metrics_prefix"],
+        metrics_underscores=options["metrics_underscores"],
+        metrics_keys=options["metrics_keys"],
         metrics_open=options["metrics_open"],
         traces=options["traces"],
         allow_open=options["allow_open"],
@@ -150,7 +152,9 @@ async def _serve(models: ModelManager, config: Config) -> None:
         ShutdownSignals(readiness.drain) as shutdown_signals,
     ):
         port = listener.getsockname()[1]
-        metrics = Metrics((managed_model.id for managed_model in models), config.metrics_prefix)
+        metrics = Metrics(
+            (managed_model.id for managed_model in models), config.metrics_names_begin, config.metrics_keys
+        )
         file_store = FileStore(config.batch_dir or default_folder())
         file_store.check()
         batches = BatchManager(file_store, config.batch)
