@@ -50,7 +50,7 @@ class _Commands(click.Group):
             ctx.exit(141)
 
 
-@click.group(cls=_Commands, context_settings={"show_default": True})
+@click.group(cls=_Commands, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="afterword")
 def main() -> None:
     """Serve OpenAI's text Completions API with models on your own machine.

@@ -38,6 +38,7 @@ from afterword.keys.key_registry import KeyRegistry
 from afterword.keys.key_store import KeyStore, default_path
 from afterword.observability.request_log import open_request_log
 from afterword.settings import limit_table
+from afterword.settings.durations import format_duration
 from afterword.system.tasks import switch_threads_soon
 from afterword.transport.transport_limits import TransportLimits
 
@@ -173,9 +174,19 @@ async def _serve(models: ModelManager, config: Config) -> None:
             async with batches.running(make_batch_client(app, service)):
                 click.echo(startup_message(models, config, port))
                 await shutdown_signals.first.wait()
+                if shutdown_signals.interactive:
+                    click.echo(waiting_message(sum(each.users for each in models), config.grace), err=True, nl=False)
             await transport_server.drain(
                 0 if shutdown_signals.interactive else config.drain_delay, config.grace, shutdown_signals.second
             )
+
+
+def waiting_message(requests: int, grace: float) -> str:
+    """The line that says what Ctrl+C waits for; empty if no request runs."""
+    if not requests:
+        return ""
+    running = "1 running request" if requests == 1 else f"{requests} running requests"
+    return f"\nWaiting up to {format_duration(grace)} for {running}. Ctrl+C again ends the server at once.\n"
 
 
 async def _complete(spec: str | None, body: bytes, settings: EngineSettings, as_json: bool) -> None:
