@@ -173,6 +173,13 @@ def test_ctrl_c_ends_it_with_130_and_no_traceback():
         assert process.wait() == 130
 
 
+def test_ctrl_c_during_the_imports_ends_it_silently(tmp_path):
+    (tmp_path / "click.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    ended = subprocess.run(AFTERWORD, env=os.environ | {"PYTHONPATH": path}, capture_output=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, b"", b"")
+
+
 def test_ctrl_c_says_which_requests_a_server_waits_for_and_a_second_one_ends_it():
     words = [*AFTERWORD, "serve", "--port", "0", "--parallel", "1", "--grace", "300"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as process:
