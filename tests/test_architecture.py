@@ -22,7 +22,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "settings": set(),
     "models": {"system"},
     "observability": set(),
-    "observability.metrics": {"engine.protocol", "engine.parent.engine_metrics", "observability", ""},
+    "observability.key_counters": set(),
+    "observability.metrics": {
+        *("engine.protocol", "engine.parent.engine_metrics", "observability", "observability.key_counters", ""),
+    },
     "observability.traces": {"observability.metrics", ""},
     "keys": {"settings", "system"},
     "transport": {"settings", "system"},
@@ -85,7 +88,7 @@ OUTSIDE = {
     "huggingface_hub": {"models"},
     "numpy": {"engine.core", "engine.llama"},
     "opentelemetry": {"observability.traces"},
-    "prometheus_client": {"observability.metrics"},
+    "prometheus_client": {"observability.key_counters", "observability.metrics"},
 }
 
 

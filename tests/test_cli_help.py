@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import click
+import httpx
 import pytest
 from click.testing import CliRunner
 
@@ -170,6 +171,37 @@ def test_ctrl_c_ends_it_with_130_and_no_traceback():
         os.killpg(process.pid, signal.SIGINT)  # to the worker too, as a terminal does
         assert b"Traceback" not in process.stderr.read()
         assert process.wait() == 130
+
+
+def test_ctrl_c_during_the_imports_ends_it_silently(tmp_path):
+    (tmp_path / "click.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    ended = subprocess.run(AFTERWORD, env=os.environ | {"PYTHONPATH": path}, capture_output=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, b"", b"")
+
+
+def test_ctrl_c_says_which_requests_a_server_waits_for_and_a_second_one_ends_it():
+    words = [*AFTERWORD, "serve", "--port", "0", "--parallel", "1", "--grace", "300"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        url = next(line.strip() for line in process.stdout if b"http://" in line).decode()
+        body = {"prompt": "Once", "max_tokens": 2000, "ignore_eos": True, "stream": True, "logprobs": 20}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            os.killpg(process.pid, signal.SIGINT)
+            said = iter(process.stderr.readline, b"")
+            assert b"Waiting up to 5 minutes for 1 running request. Ctrl+C again" in next(filter(bytes.strip, said))
+            os.killpg(process.pid, signal.SIGINT)
+            assert b"Traceback" not in process.stderr.read()
+            process.wait(30)
+
+
+@pytest.mark.parametrize("words", [("-h",), ("serve", "-h"), ("keys", "list", "-h")])
+def test_the_short_form_of_help(words):
+    short, long = (CliRunner().invoke(main, [*words[:-1], form]) for form in ("-h", "--help"))
+    assert (short.exit_code, short.output) == (0, long.output)
 
 
 def _wait_for_child(pid: int) -> None:

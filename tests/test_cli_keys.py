@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from click.testing import CliRunner, Result
 
 from afterword.cli import main
 from afterword.config import Config
+from afterword.keys.key import Allowance
 from afterword.keys.key_store import KeyStore, UsageCounts, UsageKey, UsageUpdate
 
 Command = Callable[..., Result]
@@ -61,6 +65,23 @@ def test_the_list_shows_all_keys_and_never_their_text(afterword):
     assert head.split()[:2] == ["ID", "state"]
     assert sorted(row.split()[1] for row in rows) == ["active", "revoked"]
     assert not any(key[12:] in row for key in keys for row in rows)
+
+
+def test_the_list_of_keys_fits_a_narrow_terminal(key_file):
+    store = KeyStore(key_file, create=True)
+    for name in ("alice", ""):
+        store.create(name, 2_000_000_000, Allowance(60, 1_000_000, 2, 5_000_000_000))
+    words = [sys.executable, "-m", "afterword", "keys", "list", "--keys-file", str(key_file)]
+    reader, writer = os.openpty()
+    subprocess.run(words, stdout=writer, env=os.environ | {"COLUMNS": "80"}, check=True)
+    os.close(writer)
+    shown = os.read(reader, 65536).decode()
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= 80
+    for key in store.all():
+        assert f"{key.id}  active  {key.name}".rstrip() in lines
+    assert "tokens spent 0 of 5,000,000,000" in " ".join(shown.split())
+    assert "ID" in subprocess.run(words, stdout=subprocess.PIPE, check=True).stdout.decode().split()
 
 
 @pytest.mark.parametrize("words", [("keys", "list"), ("keys", "revoke", "x"), ("usage",), ("serve", "--keys")])

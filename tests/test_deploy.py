@@ -45,7 +45,9 @@ needs_promtool = pytest.mark.skipif(
 def served(prefix: str) -> set[str]:
     """Every name that a query can ask a server for."""
     figures = EngineSnapshot("m", "ready", Load(), PassStats(), EngineMetrics(), 1, 1)
-    kinds = re.findall(r"^# TYPE (\S+) (\w+)", Metrics(["m"], prefix).text("ready", [figures]).decode(), re.MULTILINE)
+    kinds = re.findall(
+        r"^# TYPE (\S+) (\w+)", Metrics(["m"], f"{prefix}:").text("ready", [figures]).decode(), re.MULTILINE
+    )
     parts = {"histogram": ("_bucket", "_sum", "_count")}
     return {name + part for name, kind in kinds for part in parts.get(kind, ("",))}
 

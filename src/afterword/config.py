@@ -217,7 +217,8 @@ class Config:
     - `keys`: API keys given on the command line; `keys_file`: the key store with further keys.
     - `shared_cache`: use the prefix cache of one key's requests for other keys too.
     - `log`: the file to which the server appends one line per request.
-    - `metrics_prefix`: the beginning of the names in /metrics; `metrics_open`: /metrics needs no key.
+    - `metrics_prefix`: the beginning of the names in /metrics; `metrics_underscores`: `_` follows it, not `:`;
+      `metrics_keys`: how many API keys are counted apart, 0 for none; `metrics_open`: /metrics needs no key.
     - `traces`: send one OpenTelemetry span per request.
     - `allow_open`: start without keys on an address that other machines can reach.
     - `cors_origins`: web origins that may use the server beside those of this machine; with keys every origin may.
@@ -241,6 +242,8 @@ class Config:
     shared_cache: bool = False
     log: Path | None = None
     metrics_prefix: str = "afterword"
+    metrics_underscores: bool = False
+    metrics_keys: int = 0
     metrics_open: bool = False
     traces: bool = False
     allow_open: bool = False
@@ -276,6 +279,11 @@ class Config:
                 f"--host {self.host} can be reached from other machines and there are no API keys. Give --keys or "
                 "--api-key; or --allow-open if everyone who can reach the server may use it."
             )
+
+    @property
+    def metrics_names_begin(self) -> str:
+        """The prefix of the names in /metrics with the character that follows it."""
+        return self.metrics_prefix + ("_" if self.metrics_underscores else ":")
 
     @property
     def requires_key(self) -> bool:

@@ -121,6 +121,20 @@ def test_requests_beyond_the_rate_limit_are_refused(client):
     assert (error["type"], error["code"]) == ("requests", "rate_limit_exceeded")
     assert 1 <= int(answers[2].headers["retry-after"]) <= 20
     assert "x-should-retry" not in answers[2].headers
+    assert answers[2].headers["x-ratelimit-limit-requests"] == "3"
+    assert answers[2].headers["x-ratelimit-remaining-requests"] == "0"
+    assert re.fullmatch(r"(\d+m)?\d+s", answers[2].headers["x-ratelimit-reset-requests"])
+
+
+def test_every_refusal_by_a_limit_has_the_headers_of_all_limits(client):
+    for limits in ({"requests": 2, "tokens": 4}, {"requests": 1, "tokens": 1000}):
+        http = client(**limits)
+        refused = ask(http)
+        assert refused.status_code == 429
+        for name in ("requests", "tokens"):
+            assert refused.headers[f"x-ratelimit-limit-{name}"] == str(limits[name])
+            assert int(refused.headers[f"x-ratelimit-remaining-{name}"]) <= limits[name]
+            assert f"x-ratelimit-reset-{name}" in refused.headers
 
 
 def test_the_rate_limit_is_checked_before_the_body(client):

@@ -90,6 +90,8 @@ def test_a_stream_has_the_log_line_of_a_whole_response(logged, line_of):
         ("POST", "/v1/completions", ("/v1/completions", 400, None)),
         ("GET", "/v1/models/x", ("/v1/models/{model:path}", 404, "model_not_found")),
         ("GET", "/nope", (None, 404, "unknown_url")),
+        ("POST", "/v1/chat/completions", ("/v1/chat/completions", 404, "unknown_url")),
+        ("POST", "/v1/v1/completions", ("/v1/v1/completions", 404, "unknown_url")),
         ("PUT", "/version", ("/version", 405, "method_not_supported")),
     ],
 )

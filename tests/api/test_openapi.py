@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,18 @@ def test_the_document_has_every_route_and_every_method(http: httpx.Client) -> No
     }
     described = {(path, method.upper()) for path, methods in document["paths"].items() for method in methods}
     assert described == {(path, method) for path, method in routes if method != "HEAD"}
+
+
+def test_every_operation_has_a_name_and_a_group_and_the_document_the_address(http: httpx.Client, server: Any) -> None:
+    document = http.get("/openapi.json").json()
+    operations = [each for methods in document["paths"].values() for each in methods.values()]
+    names = [each["operationId"] for each in operations]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch("[a-z][A-Za-z]+", name) for name in names)
+    groups = {tag["name"] for tag in document["tags"]}
+    assert {tag for each in operations for tag in each["tags"]} == groups
+    assert all(len(each["tags"]) == 1 for each in operations)
+    assert document["servers"] == [{"url": server.url}]
 
 
 def test_responses_match_the_openapi_document(http: httpx.Client) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any, NoReturn
+from unittest.mock import Mock
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import huggingface_hub
@@ -397,7 +398,7 @@ def test_the_observer_is_notified(hub: Hub) -> None:
     assert observer_of_named_file.choices == []
 
 
-def test_repositories_with_a_similar_name_are_suggested(hub: Hub, home: Path) -> None:
+def test_repositories_with_a_similar_name_are_suggested(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.files["maker/model"] = {"model.safetensors": b""}
     hub.files["other/Model-GGUF"] = {"m-Q8_0.gguf": GOOD}
     assert (
@@ -408,6 +409,14 @@ def test_repositories_with_a_similar_name_are_suggested(hub: Hub, home: Path) ->
     for text in ("model", "model:Q8_0"):
         with pytest.raises(SettingError, match=r"lacks the owner\. Repositories on the Hub: maker/model, other"):
             parse_hub_spec(text)
+    with monkeypatch.context() as offline:
+        offline.setenv("HF_HUB_OFFLINE", "1")
+        with pytest.raises(SettingError, match=r"model lacks the owner, and HF_HUB_OFFLINE forbids searching"):
+            parse_hub_spec("model")
+    with monkeypatch.context() as unreachable:
+        unreachable.setattr("huggingface_hub.HfApi.list_models", Mock(side_effect=OSError("no route to host")))
+        with pytest.raises(SettingError, match=r"the Hub could not be searched for it \(no route to host\)"):
+            parse_hub_spec("model")
     for text in ("nothing-like-it", "afterword-tiny", "./model.gguf", "model.gguf"):
         with pytest.raises(SettingError, match="is not on the Hub"):
             parse_hub_spec(text)

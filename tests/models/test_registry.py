@@ -103,6 +103,10 @@ def test_a_missing_path(tmp_path: Path) -> None:
     write(tmp_path / "my-model.Q8_0.gguf", gguf())
     assert error_message(f"{tmp_path}/my-modle.gguf").endswith("does not exist; did you mean my-model.Q8_0.gguf?")
     assert error_message(f"{tmp_path}/zzz").endswith("zzz does not exist.")
+    assert error_message("zzz.gguf").endswith("zzz.gguf does not exist.")
+    hint = error_message("llama-nothing")
+    assert "afterword models" in hint
+    assert "afterword pull llama-nothing" in hint
     assert error_message(str(tmp_path)).endswith("is a folder. Name a file in it: my-model.Q8_0.gguf.")
     assert error_message(f"{tmp_path}/builtin/..").endswith("Name a file in it: my-model.Q8_0.gguf.")
     assert "For a model from the Hub, write hf:owner/repo-GGUF:Q8_0." in error_message("owner/repo-GGUF:Q8_0")

@@ -13,6 +13,18 @@ from afterword.api.responses.error_response import error_response
 from afterword.api.service import Service
 from afterword.errors import AfterwordError, RequestError
 
+OTHER_PATHS = frozenset(
+    (
+        *("/v1/chat/completions", "/v1/responses", "/v1/embeddings", "/v1/fim/completions", "/v1/messages", "/v1"),
+        *("/completions", "/chat/completions", "/models", "/v1/v1/completions", "/v1/v1/models", "/v1/completions/"),
+        *("/v1/models/", "/v1/tokenize", "/v1/detokenize", "/v1/engines", "/v1/rerank", "/v1/score"),
+        *("/api/generate", "/api/chat", "/api/tags", "/api/show", "/api/version", "/completion", "/props", "/slots"),
+        *("/generate", "/ping", "/server_info", "/get_model_info"),
+    )
+)
+"""Paths of other servers and frequent mistakes, which the log names. It contains no other path, because a path is text
+from the client and may contain a secret."""
+
 
 async def on_afterword_error(request: Request, problem: Exception) -> Response:
     assert isinstance(problem, AfterwordError)
@@ -28,6 +40,8 @@ async def on_routing_error(request: Request, problem: Exception) -> Response:
         # for the log only: the response does not depend on it
         recorder_of(request.scope).record_account(account.key.id)
     if problem.status_code == 404:
+        if request.url.path in OTHER_PATHS:
+            recorder_of(request.scope).record_other_path(request.url.path)
         message = f"Unknown request URL: {request.method} {request.url.path[:128]}. Please check the URL for typos."
         return await on_afterword_error(request, RequestError(message, code="unknown_url", status=404))
     if problem.status_code == 405:

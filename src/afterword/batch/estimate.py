@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import pairwise
@@ -25,6 +25,7 @@ from afterword.batch.output_lines import SendRequest
 
 SAMPLE = 256  # requests with tokenized prompts
 _TIMED = 4  # requests that are timed, for each one sent at the same time: enough to keep the server fully loaded
+_TIMED_SHARE = 10  # at most one of so many requests is timed, so that a plan costs a fraction of the batch
 _DEFAULT = 16  # max_tokens of a request without that field
 
 
@@ -73,12 +74,20 @@ class Estimate:
         )
 
 
-async def estimate(source: Path, max_line_bytes: int, send: SendRequest, concurrency: int) -> Estimate:
+async def estimate(
+    source: Path,
+    max_line_bytes: int,
+    send: SendRequest,
+    concurrency: int,
+    report: Callable[[str], None] = lambda _: None,
+) -> Estimate:
     """Read the input once, tokenize a sample of prompts on the server, and time a few requests.
 
-    `max_line_bytes`: bytes of a line. `concurrency`: requests sent at the same time.
+    `max_line_bytes`: bytes of a line. `concurrency`: requests sent at the same time. `report` gets a line of text at
+    the start of each part.
     """
     counts = await asyncio.to_thread(_count, source, max_line_bytes)
+    report(f"Counting the tokens of {len(counts.sample):,} of {counts.requests:,} requests.")
     texts = [text for row in counts.sample for text in _texts(row)]
     counted = await _map_concurrently(
         [_tokens(send, row, text) for row in counts.sample for text in _texts(row)], concurrency
@@ -87,7 +96,8 @@ async def estimate(source: Path, max_line_bytes: int, send: SendRequest, concurr
     characters = sum(map(len, texts))
     estimated = bool(counts.characters) and (len(counts.sample) < counts.requests or -1 in counted)
     tokens_per_character = tokens / characters if characters else 0.0
-    timed = counts.sample[: _TIMED * concurrency]
+    timed = counts.sample[: min(_TIMED * concurrency, max(1, counts.requests // _TIMED_SHARE))]
+    report(f"Sending {len(timed):,} of {counts.requests:,} requests to time them.")
     start = time.monotonic()
     succeeded = sum(await _map_concurrently([_is_answered(send, row) for row in timed], concurrency))
     seconds = (time.monotonic() - start) / len(timed) * counts.requests if succeeded else 0.0

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -288,5 +289,7 @@ def _outcome(output: Path, done: BatchCounts, before: int, seconds: float) -> tu
 async def _plan(invocation: _Invocation) -> None:
     async with _open_client(invocation) as send:
         sequences = await _wait_until_ready(send, None)
-        found = await estimate(invocation.source, MAX_LINE, send, invocation.options["concurrency"] or 2 * sequences)
+        concurrency = invocation.options["concurrency"] or 2 * sequences
+        click.echo(f"Reading {invocation.source}.", err=True)
+        found = await estimate(invocation.source, MAX_LINE, send, concurrency, partial(click.echo, err=True))
     invocation.print_result(found.text, found.facts)

@@ -50,7 +50,7 @@ class _Commands(click.Group):
             ctx.exit(141)
 
 
-@click.group(cls=_Commands, context_settings={"show_default": True})
+@click.group(cls=_Commands, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="afterword")
 def main() -> None:
     """Serve OpenAI's text Completions API with models on your own machine.
@@ -182,6 +182,17 @@ def main() -> None:
     "Process", "--log", type=click.Path(path_type=Path), help="Append one JSON line per request to a file; - is stderr."
 )
 @option("Process", "--metrics-prefix", default="afterword", help="Prefix of the names in /metrics, such as vllm.")
+@option(
+    "Process", "--metrics-underscores", is_flag=True, help="Write names in /metrics with _ in place of :, for promtool."
+)
+@option(
+    "Process",
+    "--metrics-keys",
+    type=click.IntRange(0, 10000),
+    default=0,
+    metavar="N",
+    help="Count the requests and tokens of up to N API keys apart in /metrics.",
+)
 @option("Process", "--metrics-open", is_flag=True, help="Serve /metrics without an API key.")
 @option("Process", "--traces", is_flag=True, help="Send traces to an OpenTelemetry collector (see OTEL_* variables).")
 @option(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -96,7 +99,12 @@ def list_(as_json: bool, keys_file: Path | None) -> None:
         click.echo(json.dumps([_as_json_fields(key) for key in known], indent=2))
         return
     head = ("ID", "state", "created", "expires", "requests/min", "tokens/min", "concurrent", "tokens spent", "name")
-    _print_table(head, [_table_row(key) for key in known])
+    lines = _table(head, [_table_row(key) for key in known])
+    if not sys.stdout.isatty() or max(map(len, lines)) <= shutil.get_terminal_size().columns:
+        click.echo("\n".join(lines))
+        return
+    for key in known:
+        click.echo(_paragraph(key, head, shutil.get_terminal_size().columns))
 
 
 @keys.command()
@@ -142,7 +150,7 @@ def usage(by: UsageGrouping, user: str | None, as_json: bool, keys_file: Path | 
     rows = [
         (name or "-", each.requests, each.prompt, each.cached, each.completion, names.get(name)) for name, each in sums
     ]
-    _print_table(head, [row[: len(head)] for row in rows])
+    click.echo("\n".join(_table(head, [row[: len(head)] for row in rows])))
 
 
 def _open_store(keys_file: Path | None, *, create: bool = False) -> KeyStore:
@@ -163,16 +171,23 @@ def _table_row(key: Key) -> tuple[object, ...]:
     return (key.id, key.state(time.time()), _format_day(key.created), _format_day(key.expires), *rates, spent, key.name)
 
 
+def _paragraph(key: Key, head: Sequence[str], columns: int) -> str:
+    """A key as some lines, for a terminal that is too narrow for the table. Missing values are left out."""
+    named = dict(zip(head, map(_format_value, _table_row(key)), strict=True))
+    first = f"{named.pop('ID')}  {named.pop('state')}  {named.pop('name').removeprefix('-')}".rstrip()
+    facts = ", ".join(f"{name} {value}" for name, value in named.items() if value != "-")
+    return f"{first}\n" + textwrap.fill(facts, columns, initial_indent="  ", subsequent_indent="  ")
+
+
 def _format_day(seconds: int | None) -> str | None:
     return None if seconds is None else time.strftime("%Y-%m-%d", time.gmtime(seconds))
 
 
-def _print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table. Columns are as wide as their longest entry; an empty entry is `-`."""
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """The lines of a table. Columns are as wide as their longest entry; an empty entry is `-`."""
     shown = [head, *([_format_value(value) for value in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    for row in shown:
-        click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in shown]
 
 
 def _format_value(value: object) -> str:

@@ -39,6 +39,7 @@ from afterword.keys.key_registry import KeyRegistry
 from afterword.keys.key_store import KeyStore, default_path
 from afterword.observability.request_log import open_request_log
 from afterword.settings import limit_table
+from afterword.settings.durations import format_duration
 from afterword.system.tasks import switch_threads_soon
 from afterword.transport.transport_limits import TransportLimits
 
@@ -83,6 +84,8 @@ def serve(specs: Sequence[str], options: dict[str, Any]) -> None:
         shared_cache=options["shared_cache"],
         log=options["log"],
         metrics_prefix=options["metrics_prefix"],
+        metrics_underscores=options["metrics_underscores"],
+        metrics_keys=options["metrics_keys"],
         metrics_open=options["metrics_open"],
         traces=options["traces"],
         allow_open=options["allow_open"],
@@ -159,7 +162,7 @@ async def _serve(models: ModelManager, config: Config) -> None:
         port = listener.getsockname()[1]
         further = (each.name for each in config.defaults)
         names = dict.fromkeys((*(managed_model.id for managed_model in models), *further))
-        metrics = Metrics(names, config.metrics_prefix)
+        metrics = Metrics(names, config.metrics_names_begin, config.metrics_keys)
         file_store = FileStore(config.batch_dir or default_folder())
         file_store.check()
         batches = BatchManager(file_store, config.batch)
@@ -178,9 +181,19 @@ async def _serve(models: ModelManager, config: Config) -> None:
             async with batches.running(make_batch_client(app, service)):
                 click.echo(startup_message(models, config, port))
                 await shutdown_signals.first.wait()
+                if shutdown_signals.interactive:
+                    click.echo(waiting_message(sum(each.users for each in models), config.grace), err=True, nl=False)
             await transport_server.drain(
                 0 if shutdown_signals.interactive else config.drain_delay, config.grace, shutdown_signals.second
             )
+
+
+def waiting_message(requests: int, grace: float) -> str:
+    """The line that says what Ctrl+C waits for; empty if no request runs."""
+    if not requests:
+        return ""
+    running = "1 running request" if requests == 1 else f"{requests} running requests"
+    return f"\nWaiting up to {format_duration(grace)} for {running}. Ctrl+C again ends the server at once.\n"
 
 
 async def _complete(spec: str | None, body: bytes, settings: EngineSettings, as_json: bool) -> None:

@@ -101,6 +101,10 @@ class KeyRegistry:
         """Accept a request of an account, or return the limit that refuses it."""
         return account.limiter.acquire(self.clock()) or Grant(self, account)
 
+    def limit_status(self, account: Account) -> tuple[LimitStatus, ...]:
+        """The state of an account's per-minute limits."""
+        return account.limiter.limit_status(self.clock())
+
     def pseudonym(self, user: str | None) -> str | None:
         """The name of a user in logs and usage; None without a store, which has the secret for it."""
         return self._store.pseudonym(user) if self._store is not None and user is not None else None

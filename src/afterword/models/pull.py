@@ -42,8 +42,15 @@ def parse_hub_spec(text: str) -> HubFile:
         bare = text.removesuffix(".gguf") == text and not text.startswith((".", "/", "~"))
         if bare and "/" in text:
             return parse_hub_spec(f"hf:{text}")
-        if bare and not _offline() and (found := _search(text.partition(":")[0], gguf=True)):
-            raise SettingError(f"{text} lacks the owner. Repositories on the Hub: {', '.join(found[:5])}.")
+        if bare and _offline():
+            raise SettingError(
+                f"{text} lacks the owner, and HF_HUB_OFFLINE forbids searching the Hub for it. Write hf:owner/repo."
+            )
+        if bare:
+            with _translated_errors(text):
+                found = _found_repositories(text.partition(":")[0], gguf=True)
+            if found:
+                raise SettingError(f"{text} lacks the owner. Repositories on the Hub: {', '.join(found[:5])}.")
     raise SettingError(f"{text} is not on the Hub. Write hf:owner/repo.")
 
 
@@ -100,7 +107,7 @@ def _check_disk(needed: int, spec: HubFile) -> None:
 
 
 @contextlib.contextmanager
-def _translated_errors(spec: HubFile) -> Iterator[None]:
+def _translated_errors(spec: HubFile | str) -> Iterator[None]:
     """Replace an exception of the Hub's library by a `SettingError` with advice."""
     try:
         yield
@@ -110,9 +117,16 @@ def _translated_errors(spec: HubFile) -> Iterator[None]:
         raise SettingError(_sentence(spec, error)) from error
 
 
-def _sentence(spec: HubFile, error: Exception) -> str:
+def _sentence(spec: HubFile | str, error: Exception) -> str:
+    """`spec`: a file on the Hub, or a name that was searched there."""
     from huggingface_hub import errors
 
+    if isinstance(spec, str):
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        return (
+            f"{spec} lacks the owner, and the Hub could not be searched for it ({reason}). Check the connection, or "
+            "write hf:owner/repo."
+        )
     if isinstance(error, errors.GatedRepoError):
         page = f"{endpoint() or 'https://huggingface.co'}/{spec.repository}"
         return f"{spec.repository} is gated. Request access at {page}, then set HF_TOKEN."
@@ -142,11 +156,16 @@ def _others(repository: str) -> str:
 
 
 def _search(name: str, gguf: bool = False) -> list[str]:
-    """Repositories with a word in their names, the most downloaded first. Empty if the Hub cannot be reached."""
+    """Like `_found_repositories`; empty if the Hub cannot be reached."""
+    with contextlib.suppress(Exception):  # only for a hint in an error message, so a failure is ignored
+        return _found_repositories(name, gguf)
+    return []
+
+
+def _found_repositories(name: str, gguf: bool = False) -> list[str]:
+    """Repositories with a word in their names, the most downloaded first. Raises what the Hub's library raises."""
     from huggingface_hub import HfApi
 
-    with contextlib.suppress(Exception):  # only for a hint in an error message, so a failure is ignored
-        api = HfApi(endpoint=endpoint())
-        kind = "gguf" if gguf else None
-        return [each.id for each in api.list_models(search=name, filter=kind, sort="downloads", limit=50)]
-    return []
+    api = HfApi(endpoint=endpoint())
+    kind = "gguf" if gguf else None
+    return [each.id for each in api.list_models(search=name, filter=kind, sort="downloads", limit=50)]

@@ -306,6 +306,11 @@ def _missing(path: Path) -> str:
     repository = str(path).partition(":")[0]
     if REPOSITORY.fullmatch(repository) and not repository.lower().endswith(".gguf"):
         return f"{path} does not exist. For a model from the Hub, write hf:{path}."
+    if path.parent == Path() and path.suffix.lower() != ".gguf":
+        return (
+            f"{path} does not exist. afterword models lists the models on this machine; afterword pull {path} looks "
+            "for one on the Hub."
+        )
     return f"{path} does not exist."
 
 

@@ -3,8 +3,8 @@
 `Metrics` counts requests and how they ended, each when it is over. An engine's `EngineMetrics` counts computed tokens
 and forward passes as they happen. The event loop owns both.
 
-Label values come from closed sets only: names of served models, names of routes, error codes. They never contain text
-that a client sent. docs/metrics.md describes every metric.
+Label values come from closed sets only: names of served models, names of routes, error codes, ids of a bounded number
+of API keys. They never contain text that a client sent. docs/metrics.md describes every metric.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from afterword import __version__
 from afterword.engine.parent.engine_metrics import LATENCY_BOUNDS, EngineMetrics, PassHistograms
 from afterword.engine.protocol import Load, PassStats
 from afterword.observability.histogram import Histogram
+from afterword.observability.key_counters import KeyCounters
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 """The only format. OpenMetrics allows no colons in names: its library would write `vllm_…` where dashboards query
@@ -61,7 +62,7 @@ class RequestOutcome(msgspec.Struct, frozen=True):
     """A finished request. `error`: its error code, or the error type where the code is null.
 
     `failed`: the server or load caused the error, not the client. `in_process`: a line of a batch, not an HTTP request.
-    `seconds`: the time from the request's head to the end of the response.
+    `seconds`: the time from the request's head to the end of the response. `key`: the id of a valid API key.
     """
 
     method: str
@@ -72,6 +73,7 @@ class RequestOutcome(msgspec.Struct, frozen=True):
     in_process: bool
     seconds: float
     completion: CompletionOutcome | None
+    key: str | None = None
 
     @property
     def is_complete(self) -> bool:
@@ -137,12 +139,14 @@ class Metrics:
     """Counts finished requests and writes the metrics page. It is used from one event loop.
 
     `rejected` counts connections that received an error before there was a request, by error code or status. The
-    transport counts them.
+    transport counts them. `prefix`: the beginning of all names, up to and including `:` or `_`. `max_keys`: how many
+    API keys are counted apart; 0: keys are not counted.
     """
 
-    def __init__(self, models: Iterable[str] = (), prefix: str = "afterword") -> None:
+    def __init__(self, models: Iterable[str] = (), prefix: str = "afterword:", max_keys: int = 0) -> None:
         self.rejected: Counter[str] = Counter()
         self._prefix = prefix
+        self._keys = KeyCounters(max_keys)
         self._http: Counter[tuple[str, str, str]] = Counter()
         self._errors: Counter[str] = Counter()
         self._requests = {model: _ModelCounters() for model in models}
@@ -157,6 +161,9 @@ class Metrics:
             self._errors[outcome.error] += 1
         if outcome.completion is not None:
             self._record_completion(outcome, outcome.completion)
+        if outcome.key is not None:
+            used = outcome.completion
+            self._keys.add(outcome.key, outcome.status, *((used.prompt_tokens, used.generated_tokens) if used else ()))
 
     def _record_completion(self, outcome: RequestOutcome, completion: CompletionOutcome) -> None:
         requests = self._requests.get(completion.model)
@@ -178,7 +185,12 @@ class Metrics:
     def text(self, server: str, engines: Sequence[EngineSnapshot], keys: KeySnapshot = KeySnapshot()) -> bytes:
         """The metrics page. `server`: the state of the server, one of `SERVER_STATES`."""
         registry = CollectorRegistry(auto_describe=False)
-        families = (self._server_families(server), _key_families(self._prefix, keys), self._request_families())
+        families = (
+            self._server_families(server),
+            _key_families(self._prefix, keys),
+            self._keys.families(self._prefix),
+            self._request_families(),
+        )
         registry.register(_StaticCollector([*chain(*families), *_engine_families(self._prefix, engines)]))
         return generate_latest(registry) + generate_latest(self._process)
 
@@ -188,19 +200,19 @@ class Metrics:
         for labels, count in sorted(self._http.items()):
             http.add_metric(labels, count)
         yield http
-        build = GaugeMetricFamily(f"{prefix}:build_info", "1 for the running version.", labels=("version",))
+        build = GaugeMetricFamily(f"{prefix}build_info", "1 for the running version.", labels=("version",))
         build.add_metric((__version__,), 1)
         yield build
-        state = GaugeMetricFamily(f"{prefix}:server_state", "1 for the state of the server.", labels=("state",))
+        state = GaugeMetricFamily(f"{prefix}server_state", "1 for the state of the server.", labels=("state",))
         for each in SERVER_STATES:
             state.add_metric((each,), each == server)
         yield state
-        yield _counted(f"{prefix}:request_errors", "Errors sent to clients.", self._errors)
-        yield _counted(f"{prefix}:connections_refused", "Connections that received an error.", self.rejected)
+        yield _counted(f"{prefix}request_errors", "Errors sent to clients.", self._errors)
+        yield _counted(f"{prefix}connections_refused", "Connections that received an error.", self.rejected)
 
     def _request_families(self) -> Iterator[Metric]:
         ended = CounterMetricFamily(
-            f"{self._prefix}:request_success", "Choices that have ended.", labels=("model_name", "finished_reason")
+            f"{self._prefix}request_success", "Choices that have ended.", labels=("model_name", "finished_reason")
         )
         for model, requests in self._requests.items():
             for reason in FINISH_REASONS:
@@ -208,7 +220,7 @@ class Metrics:
         yield ended
         for name, (description, histogram) in _REQUEST_HISTOGRAMS.items():
             values = {(model,): histogram(requests) for model, requests in self._requests.items()}
-            yield _histogram(f"{self._prefix}:{name}", description, values)
+            yield _histogram(f"{self._prefix}{name}", description, values)
 
 
 class _StaticCollector:
@@ -230,7 +242,7 @@ def _key_families(prefix: str, keys: KeySnapshot) -> Iterator[Metric]:
         ),
         ("keys_skipped", "Rows of the key file that are not valid keys.", keys.skipped),
     ):
-        family = GaugeMetricFamily(f"{prefix}:{name}", description)
+        family = GaugeMetricFamily(f"{prefix}{name}", description)
         if value is not None:
             family.add_metric((), value)
         yield family
@@ -238,30 +250,30 @@ def _key_families(prefix: str, keys: KeySnapshot) -> Iterator[Metric]:
 
 def _engine_families(prefix: str, engines: Sequence[EngineSnapshot]) -> Iterator[Metric]:
     state = GaugeMetricFamily(
-        f"{prefix}:engine_state", "1 for the state of the model's engine.", labels=("model_name", "state")
+        f"{prefix}engine_state", "1 for the state of the model's engine.", labels=("model_name", "state")
     )
     for engine in engines:
         for each in ENGINE_STATES:
             state.add_metric((engine.model, each), each == engine.state)
     yield state
     for name, (description, gauge) in _GAUGES.items():
-        family = GaugeMetricFamily(f"{prefix}:{name}", description, labels=("model_name",))
+        family = GaugeMetricFamily(f"{prefix}{name}", description, labels=("model_name",))
         for engine in engines:
             if (value := gauge(engine)) is not None:
                 family.add_metric((engine.model,), value)
         yield family
     for name, (description, count) in _COUNTERS.items():
-        counter = CounterMetricFamily(f"{prefix}:{name}", description, labels=("model_name",))
+        counter = CounterMetricFamily(f"{prefix}{name}", description, labels=("model_name",))
         for engine in engines:
             counter.add_metric((engine.model,), count(engine.metrics))
         yield counter
     for name, (description, histogram) in _HISTOGRAMS.items():
         yield _histogram(
-            f"{prefix}:{name}", description, {(engine.model,): histogram(engine.metrics) for engine in engines}
+            f"{prefix}{name}", description, {(engine.model,): histogram(engine.metrics) for engine in engines}
         )
     for name, (description, passes) in _PASS_HISTOGRAMS.items():
         kinds = {(engine.model, kind): passes(each) for engine in engines for kind, each in engine.metrics.kinds()}
-        yield _histogram(f"{prefix}:{name}", description, kinds, ("model_name", "kind"))
+        yield _histogram(f"{prefix}{name}", description, kinds, ("model_name", "kind"))
 
 
 def _counted(name: str, description: str, counts: Counter[str]) -> CounterMetricFamily:

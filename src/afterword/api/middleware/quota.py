@@ -14,6 +14,7 @@ def acquire_grant(key_registry: KeyRegistry, account: Account, recorder: Request
     recorder.record_account(account.key.id)  # first, so that the log line of a refusal has it too
     grant = key_registry.admit(account)
     if isinstance(grant, LimitExceeded):
+        recorder.record_refusal(key_registry.limit_status(account))
         raise rate_limit_headers.rate_limit_error(grant)
     return grant
 

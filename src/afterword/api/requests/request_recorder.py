@@ -16,6 +16,7 @@ from starlette.types import Scope
 from afterword.completion.run import Usage
 from afterword.errors import AfterwordError
 from afterword.keys.key import TokenUsage
+from afterword.keys.rate_limiter import LimitStatus
 from afterword.observability.metrics import NO_ROUTE, CompletionOutcome, RequestOutcome
 
 _encode = msgspec.json.Encoder().encode  # escapes control characters
@@ -36,6 +37,7 @@ class RequestRecorder:
         self.peer = peer
         self._in_process = in_process
         self._route: str | None = None
+        self._other_path: str | None = None
         self._account: str | None = None
         self._user: str | None = None
         self._model: str | None = None
@@ -48,6 +50,7 @@ class RequestRecorder:
         self._code: str | None = None
         self._error: str | None = None
         self._failed = False
+        self.limits: tuple[LimitStatus, ...] = ()  # of the account whose limits refused the request
 
     @property
     def usage(self) -> TokenUsage | None:
@@ -64,9 +67,17 @@ class RequestRecorder:
     def record_route(self, route: str) -> None:
         self._route = route
 
+    def record_other_path(self, path: str) -> None:
+        """Record a path that no route has. The caller takes it from a fixed list, never from the client."""
+        self._other_path = path
+
     def record_account(self, key: str) -> None:
         """Record the id of a valid API key, also if a limit refuses the request afterwards."""
         self._account = key
+
+    def record_refusal(self, limits: tuple[LimitStatus, ...]) -> None:
+        """Record the state of the limits of an account that refused the request, for the response's headers."""
+        self.limits = limits
 
     def record_model(self, model: str) -> None:
         self._model = model
@@ -122,6 +133,7 @@ class RequestRecorder:
             in_process=self._in_process,
             seconds=time.monotonic() - self.started_at,
             completion=self._completion_outcome() if self._choices else None,
+            key=self._account,
         )
 
     def _completion_outcome(self) -> CompletionOutcome:
@@ -147,7 +159,7 @@ class RequestRecorder:
             "peer": self.peer,
             "key": self._account,
             "user": self._user,
-            "route": self._route or route,
+            "route": self._route or route or self._other_path,
             "model": self._model,
             "status": self._status,
             "code": self._code,

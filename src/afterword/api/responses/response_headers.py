@@ -10,13 +10,14 @@ from afterword.keys.key_registry import Grant
 
 
 def response_headers(recorder: RequestRecorder, grant: Grant | None) -> dict[str, str]:
-    """The headers that every response has, and those of the limits of its account."""
+    """The headers that every response has, and those of the limits of its account, also if a limit refused it."""
+    limits = grant.limit_status() if grant else recorder.limits
     return {
         "x-request-id": recorder.id,
         "openai-processing-ms": str(int((time.monotonic() - recorder.started_at) * 1000)),
         "openai-version": "2020-10-01",
         "x-content-type-options": "nosniff",
-        **(rate_limit_headers.headers(grant.limit_status()) if grant else {}),
+        **rate_limit_headers.headers(limits),
     }
 
 

@@ -36,6 +36,40 @@ ERRORS = {
 }
 """The HTTP statuses of errors in the document, with their descriptions."""
 
+TAGS = {
+    "completions": "Texts that continue prompts.",
+    "models": "The served models.",
+    "files": "Uploaded files for batches, and their results.",
+    "batches": "Files of requests that are answered in the background.",
+    "tokenizer": "The tokenizer of a model.",
+    "server": "The state of the server.",
+}
+"""Groups of operations, with their descriptions."""
+
+OPERATIONS = {
+    ("post", "/v1/completions"): ("createCompletion", "completions"),
+    ("get", "/v1/models"): ("listModels", "models"),
+    ("get", "/v1/models/{model}"): ("retrieveModel", "models"),
+    ("post", "/v1/files"): ("createFile", "files"),
+    ("get", "/v1/files"): ("listFiles", "files"),
+    ("get", "/v1/files/{id}"): ("retrieveFile", "files"),
+    ("delete", "/v1/files/{id}"): ("deleteFile", "files"),
+    ("get", "/v1/files/{id}/content"): ("downloadFile", "files"),
+    ("post", "/v1/batches"): ("createBatch", "batches"),
+    ("get", "/v1/batches"): ("listBatches", "batches"),
+    ("get", "/v1/batches/{id}"): ("retrieveBatch", "batches"),
+    ("post", "/v1/batches/{id}/cancel"): ("cancelBatch", "batches"),
+    ("post", "/tokenize"): ("tokenize", "tokenizer"),
+    ("post", "/detokenize"): ("detokenize", "tokenizer"),
+    ("get", "/tokenizer_info"): ("getTokenizerInfo", "tokenizer"),
+    ("get", "/version"): ("getVersion", "server"),
+    ("get", "/metrics"): ("getMetrics", "server"),
+    ("get", "/openapi.json"): ("getOpenapi", "server"),
+    ("get", "/health"): ("getHealth", "server"),
+    ("get", "/ready"): ("getReady", "server"),
+}
+"""`operationId` and tag by method and path. The names of OpenAI's own operations are those of its document."""
+
 STREAMS = (
     "With `stream` the response is a text/event-stream. Each event is `data: ` and a Chunk, or an Error that ends an "
     "incomplete response. `data: [DONE]` follows the last chunk."
@@ -61,18 +95,24 @@ async def openapi(request: Request) -> Response:
         if managed_model.loaded_engine
     ]
     model = next(managed_model.id for managed_model in service.models)
-    return json_response(document(service.config, max(loaded, default=2**31), model))
+    url = str(request.base_url).rstrip("/")
+    return json_response(document(service.config, max(loaded, default=2**31), model, url))
 
 
-def document(config: Config, vocabulary: int, model: str) -> JsonSchema:
-    """An OpenAPI 3.1 document. `vocabulary`: tokens of the largest vocabulary. `model`: a model name for examples."""
+def document(config: Config, vocabulary: int, model: str, url: str) -> JsonSchema:
+    """An OpenAPI 3.1 document. `vocabulary`: tokens of the largest vocabulary. `model`: a model name for examples.
+
+    `url`: the address at which the client reached the server.
+    """
     example = {"model": model, "prompt": "Once upon a time", "max_tokens": 40, "temperature": 0.8, "stream": True}
     request_schema = schema(config.limits) | {"examples": [example]}
     security: JsonSchema = {"security": [{"key": []}]} if config.requires_key else {}
     return {
         "openapi": "3.1.0",
         "info": {"title": "Afterword", "version": __version__},
-        "paths": _paths(config, vocabulary),
+        "servers": [{"url": url}],
+        "tags": [description(text) | {"name": name} for name, text in TAGS.items()],
+        "paths": _named(_paths(config, vocabulary)),
         "components": {
             "schemas": described_schemas(RESPONSE_SCHEMAS)
             | batch_schemas.BATCH_RESPONSE_SCHEMAS
@@ -112,6 +152,17 @@ def _paths(config: Config, vocabulary: int) -> JsonSchema:
         "/openapi.json": {"get": _operation("get this document", _json({"type": "object"}))},
         "/health": {"get": _status("check whether the server works")},
         "/ready": {"get": _status("check whether the server accepts requests, and its load")},
+    }
+
+
+def _named(paths: JsonSchema) -> JsonSchema:
+    """The paths with the `operationId` and the tag of each operation. Generated clients name functions by them."""
+    return {
+        path: {
+            method: {"operationId": OPERATIONS[method, path][0], "tags": [OPERATIONS[method, path][1]], **operation}
+            for method, operation in operations.items()
+        }
+        for path, operations in paths.items()
     }
 
 
