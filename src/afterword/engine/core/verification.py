@@ -50,6 +50,9 @@ class DraftMaker:
         return tuple(found)
 
 
+_Drafted = tuple[Sequence, Draft, tuple[int, ...]]
+
+
 class VerificationTurns:
     """Which sequence's draft is verified next, and when running sequences decode instead.
 
@@ -73,32 +76,34 @@ class VerificationTurns:
 
     def next_entry(self, running: list[Sequence]) -> BatchEntry | None:
         """The next verification, or None if the running sequences decode."""
-        ready = [pair for each in running if (pair := self._ready(each, len(running)))]
+        drafted = [found for each in running if (found := self._drafted(each))]
+        ready = [found for found in drafted if self._pays(*found, len(running))]
         if not ready or (len(ready) < len(running) and self._decodes > 0):
             self._decodes -= 1
+            for size in {1 + len(tokens) for _, _, tokens in drafted} if not ready else ():
+                self._costs.fade(size)
             return None
-        sequence, tokens = min(ready, key=lambda pair: pair[0].verified_turn)
+        sequence, _, tokens = min(ready, key=lambda found: found[0].verified_turn)
         self._turn += 1
         sequence.verified_turn = self._turn
         self._decodes = (1 + len(tokens)) // TOKENS_PER_DECODE
         return sequence.verification_entry(tokens)
 
-    def _ready(self, sequence: Sequence, running: int) -> tuple[Sequence, tuple[int, ...]] | None:
-        """A sequence with its draft, if that is worth a pass beside `running` sequences."""
+    def _drafted(self, sequence: Sequence) -> _Drafted | None:
+        """A sequence with its draft and the tokens of it that can be verified."""
         draft = next((each for each in sequence.drafts if each.rest), None)
         if draft is None or not sequence.is_last:
             return None
         tokens = draft.rest[: min(self._most, sequence.tokens_left) - 1]
-        if 1 + len(tokens) < MIN_TOKENS:
-            return None
+        return (sequence, draft, tokens) if 1 + len(tokens) >= MIN_TOKENS else None
+
+    def _pays(self, _: Sequence, draft: Draft, tokens: tuple[int, ...], running: int) -> bool:
+        """Whether a verification probably takes less time for each token than a decode of `running` sequences."""
         decode, verification = self._costs.of(running), self._costs.of(1 + len(tokens))
         if decode is None:
-            return None  # the next decode measures it
+            return False  # the next decode measures it
         gained = (1 + draft.acceptance * len(tokens)) * decode
-        if verification is not None and gained < _MARGIN * (1 + len(tokens)) * verification:
-            self._costs.fade(1 + len(tokens))
-            return None
-        return sequence, tokens
+        return verification is None or gained >= _MARGIN * (1 + len(tokens)) * verification
 
 
 def is_verification(sequence: Sequence, entry: BatchEntry) -> bool:
