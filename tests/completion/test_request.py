@@ -62,7 +62,7 @@ def test_an_empty_body_gives_the_defaults_of_the_api() -> None:
         "input_extra": (),
         "min_p": 0.0,
         "min_tokens": 0,
-        "prediction": "",
+        "prediction": None,
         "prompt_logprobs": None,
         "repetition_penalty": 1.0,
         "return_token_ids": False,
@@ -319,7 +319,7 @@ def test_a_prediction_is_a_text_or_text_parts() -> None:
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
     assert parsed(prediction={"type": "content", "content": "one two"}).prediction == "one two"
     assert parsed(prediction={"type": "content", "content": parts}).prediction == "one two"
-    assert parsed(prediction=None).prediction == ""
+    assert parsed(prediction=None).prediction is None
 
 
 @pytest.mark.parametrize(

@@ -306,6 +306,41 @@ def pull(spec: str, as_json: bool) -> None:
     download(spec, as_json)
 
 
+@main.command()
+@click.argument("spec", shell_complete=shell_completion.complete_model)
+def rm(spec: str) -> None:
+    """Remove a model that pull downloaded from this machine.
+
+    SPEC is hf:owner/repo:Q4_K_M or hf:owner/repo:file.gguf, as afterword models lists it. This cannot be undone.
+
+    \b
+    Examples:
+      afterword rm hf:owner/repo:Q4_K_M
+    """
+    from afterword.cli.models import rm as remove
+
+    remove(spec)
+
+
+@main.command()
+@click.option("--url", default="http://127.0.0.1:8000", help="Address of the server.")
+@click.option("--api-key", envvar="OPENAI_API_KEY", help="API key for this server.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def ps(url: str, api_key: str | None, as_json: bool) -> None:
+    """List the models of a running server, with their state and load.
+
+    The load of each model is shown only by servers without API keys.
+
+    \b
+    Examples:
+      afterword ps
+      afterword ps --url http://127.0.0.1:9000 --json
+    """
+    from afterword.cli.server_status import print_status
+
+    print_status(url, api_key, as_json)
+
+
 main.add_command(batch.batch)
 main.add_command(keys.keys)
 main.add_command(keys.usage)

@@ -17,7 +17,8 @@ from afterword.models.catalogue import Entry, entries
 from afterword.models.fetch import DownloadObserver
 from afterword.models.file_names import printable
 from afterword.models.gguf_facts import read_facts
-from afterword.models.registry import Source, present
+from afterword.models.registry import Source, parse_spec, present
+from afterword.models.remove import remove
 
 _SOURCES: dict[Source, str] = {"built-in": "built-in", "hub": "Hub", "ollama": "Ollama", "lmstudio": "LM Studio"}
 _PAUSE = 10.0  # seconds between two progress lines without a terminal
@@ -58,6 +59,12 @@ def pull(text: str, as_json: bool) -> None:
         click.echo(json.dumps(fields | {"size_bytes": read_facts(model.path).size_bytes}))
     else:
         click.echo(f"{model.id} is at {model.path}. Serve it with: afterword serve {model.spec}")
+
+
+def rm(text: str) -> None:
+    """Remove a model from the Hub's cache."""
+    removed, freed = remove(parse_spec(text))
+    click.echo(f"Removed {', '.join(sorted({path.name for path in removed}))}: {_format_size(freed)} are free.")
 
 
 def _as_json_fields(entry: Entry) -> dict[str, Any]:

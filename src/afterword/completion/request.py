@@ -57,7 +57,7 @@ class CompletionRequest:
     input_extra: tuple[ContextFile, ...] = ()
     min_p: float = 0.0
     min_tokens: int = 0
-    prediction: str = ""
+    prediction: str | None = None
     prompt_logprobs: int | None = None
     repetition_penalty: float = 1.0
     return_token_ids: bool = False
@@ -176,7 +176,7 @@ def schema(limits: RequestLimits) -> JsonSchema:
     properties: JsonSchema = {
         name: {
             "anyOf": [field.schema(limits), {"type": "null"}],
-            "default": None if isinstance(standard[name], tuple) or name == "prediction" else standard[name],
+            "default": None if isinstance(standard[name], tuple) else standard[name],
         }
         for name, field in known.items()
     }
