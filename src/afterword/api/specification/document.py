@@ -48,6 +48,7 @@ TAGS = {
 
 OPERATIONS = {
     ("post", "/v1/completions"): ("createCompletion", "completions"),
+    ("post", "/infill"): ("createInfill", "completions"),
     ("get", "/v1/models"): ("listModels", "models"),
     ("get", "/v1/models/{model}"): ("retrieveModel", "models"),
     ("post", "/v1/files"): ("createFile", "files"),
