@@ -14,7 +14,7 @@ Environment variables:
 - CXX: another compiler, with its first options.
 - CXXFLAGS: one library for each source, compiled with these options instead of those for the processor or the levels.
 - AFTERWORD_PLATFORM: the platform in the wheel's name, such as manylinux_2_28_x86_64. The libraries must run
-  there; scripts/make_wheel.py checks that.
+  there, which `auditwheel show` tells.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Job = tuple[Path, Path, Choices]
 FOLDER = "src/afterword/engine"
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
 # A machine without a compiler may have no C++ library, or an older one.
-STATIC = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-Wl,-s")
+STATIC = ("-static-libstdc++", "-static-libgcc", "-Wl,-s")
 LEVEL_FLAGS = {  # by machine: the names of levels in compiled.py, and the compiler's options
     "x86_64": {
         "x86-64-v3": ("-march=x86-64-v3",),

@@ -54,6 +54,25 @@ def test_no_file_is_chosen_for_a_processor_without_any_level(folder: Path, monke
     assert not compiled.library(folder / "kernel.cpp").exists()
 
 
+@pytest.mark.parametrize(
+    ("files", "levels", "expected"),
+    [
+        ((), (), "the installation has none"),
+        (("libprocessor.so",), ("x86-64-v3",), "the installation has none"),
+        (("libprocessor.so",), (), "the installation has none for processors below x86-64-v3"),
+    ],
+)
+def test_the_reason_tells_a_missing_file_from_an_old_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: tuple[str, ...], levels: tuple[str, ...], expected: str
+) -> None:
+    for name in files:
+        (tmp_path / name).write_bytes(b"")
+    monkeypatch.setattr(compiled, "KERNELS", tmp_path)
+    monkeypatch.setattr(compiled, "processor_levels", lambda: levels)
+    monkeypatch.setattr(compiled.platform, "machine", lambda: "x86_64")
+    assert compiled.why_missing() == expected
+
+
 def test_a_file_that_was_compiled_for_this_machine_comes_first(folder: Path) -> None:
     (folder / "libkernel.so").write_bytes(b"")
     assert compiled.library(folder / "kernel.cpp") == folder / "libkernel.so"

@@ -8,6 +8,7 @@ import subprocess
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -188,6 +189,25 @@ def test_without_any_library_the_message_says_what_to_install(monkeypatch: pytes
     monkeypatch.setattr(library, "find_spec", lambda _: None)
     with pytest.raises(SettingError, match=r"llama\.cpp is not installed"):
         library.path()
+
+
+@pytest.mark.parametrize(
+    ("packages", "expected"),
+    [
+        (("xllamacpp",), "xllamacpp/xllamacpp.abi3.so"),
+        (("llama_cpp", "xllamacpp"), "llama_cpp/lib/libllama.so"),
+    ],
+)
+def test_a_compiled_library_is_preferred_to_a_prebuilt_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packages: tuple[str, ...], expected: str
+) -> None:
+    monkeypatch.delenv(library.VARIABLE, raising=False)
+    for name in ("llama_cpp/lib/libllama.so", "xllamacpp/xllamacpp.abi3.so"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"")
+    places = {name: SimpleNamespace(submodule_search_locations=[str(tmp_path / name)]) for name in packages}
+    monkeypatch.setattr(library, "find_spec", places.get)
+    assert library.path() == tmp_path / expected
 
 
 def test_other_names_are_no_functions() -> None:

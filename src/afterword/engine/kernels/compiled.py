@@ -45,13 +45,11 @@ def processor_levels() -> tuple[str, ...]:
     return tuple(level for i, level in enumerate(LEVELS.get(platform.machine(), ())) if found >> i & 1)
 
 
-def processor_name() -> str:
-    """The kind of this processor, for messages."""
-    return next(reversed(processor_levels()), f"{platform.machine()} processors without the instructions of {_first()}")
-
-
-def _first() -> str:
-    return next(iter(LEVELS.get(platform.machine(), ("any level",))))
+def why_missing() -> str:
+    """Why there is no library for this processor, for messages."""
+    if processor_levels() or not (KERNELS / "libprocessor.so").exists():
+        return "the installation has none"
+    return f"the installation has none for processors below {LEVELS.get(platform.machine(), ('any level',))[0]}"
 
 
 def memory_on_demand() -> bool:

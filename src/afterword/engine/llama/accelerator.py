@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from afterword.engine.kernels.compiled import KERNELS, library, processor_name
+from afterword.engine.kernels.compiled import KERNELS, library, why_missing
 from afterword.engine.llama.library import native
 
 LIBRARY = library(KERNELS / "accelerator.cpp")
@@ -36,7 +36,7 @@ def register() -> bool:
     kernels = _kernels()
     if kernels is None:
         return _refuse(
-            f"the installation has none for {processor_name()}",
+            why_missing(),
             "Install Afterword from a wheel, or with a C++ compiler.",
         )
     version = native.ggml_version()

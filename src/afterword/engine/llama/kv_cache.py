@@ -136,8 +136,8 @@ class KvCache:
         places = self._pages.places() if self._pages else []
         numbers = tuple(dict.fromkeys(place.cache for place in places))
         orders = [numbers, (-1, *numbers), (*numbers, -1)] if self._windowed and len(numbers) == 1 else [numbers]
-        for caches, extended in itertools.product(orders, (False, True)):
-            records = CellRecords(len(self._slots), caches, extended)
+        for caches, extended, before_layers in itertools.product(orders, (False, True), (0, 8)):
+            records = CellRecords(len(self._slots), caches, extended, before_layers)
             states = SlotStates(places, records, self._snapshots.__getitem__ if recurrent else None)
             if self._agrees(states):
                 return states

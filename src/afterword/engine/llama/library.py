@@ -3,7 +3,8 @@
 The library is loaded when `native` is first asked for a function. It is, in this order:
 
 1. what the environment variable `AFTERWORD_LLAMA` names: a library, or a folder that contains libllama;
-2. the library in the installed package llama-cpp-python.
+2. the library in the installed package llama-cpp-python, which is compiled for the machine;
+3. the library in the installed package xllamacpp, which is prebuilt.
 
 By default llama.cpp logs to stderr. This module keeps its last error lines, so that an error message can contain the
 reason, and writes the log to stderr only in verbose mode.
@@ -12,6 +13,7 @@ reason, and writes the log to stderr only in verbose mode.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import sys
 from collections import deque
@@ -71,12 +73,19 @@ def path() -> Path:
     named = os.environ.get(VARIABLE)
     if named:
         return _named(Path(named).expanduser())
-    spec = find_spec("llama_cpp")  # the package itself need not be imported
-    for folder in spec.submodule_search_locations or () if spec else ():
-        found = _in_folder(Path(folder, "lib"))
-        if found:
-            return found
-    raise SettingError(f"llama.cpp is not installed. Install llama-cpp-python, or name a library with {VARIABLE}.")
+    compiled = (_in_folder(folder / "lib") for folder in _package("llama_cpp"))
+    prebuilt = (file for folder in _package("xllamacpp") for file in folder.glob("xllamacpp*.so"))
+    found = next((file for file in itertools.chain(compiled, prebuilt) if file), None)
+    if found is None:
+        packages = "llama-cpp-python or xllamacpp"
+        raise SettingError(f"llama.cpp is not installed. Install {packages}, or name a library with {VARIABLE}.")
+    return found
+
+
+def _package(name: str) -> list[Path]:
+    """The folders of an installed package. They are found without importing it."""
+    spec = find_spec(name)
+    return list(map(Path, (spec and spec.submodule_search_locations) or ()))
 
 
 def _named(place: Path) -> Path:

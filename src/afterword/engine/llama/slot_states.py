@@ -32,12 +32,14 @@ class CellRecords:
     """How llama.cpp records cells. `streams`: slots of the KV cache. `caches`: their numbers, in llama.cpp's order.
 
     A model with windows has two caches, and one of them may have no layers. `extended`: records have two more positions
-    and the token. llama-kv-cache.cpp: state_write_meta, has_cell_ext.
+    and the token. llama-kv-cache.cpp: state_write_meta, has_cell_ext. `before_layers`: zero bytes between the number of
+    layers and the first layer; llama.cpp 0.6 has 8 of them.
     """
 
     streams: int
     caches: tuple[int, ...]
     extended: bool
+    before_layers: int = 0
 
     def of(self, tokens: TokenArray) -> bytes:
         """The beginning of a cache's state: the numbers of slots and of cells, then the record of each cell."""
@@ -93,7 +95,8 @@ class SlotStates:
     def _state_size(self, tokens: int, recurrent: int) -> int:
         size = len(_HEADER) + recurrent + tokens * self.token_bytes + len(self._places) * (4 + 8)
         record = 4 * (3 + 3 * self._records.extended)
-        return size + len(self._records.caches) * (4 * (1 + self._records.streams) + tokens * record + 4 + 4)
+        head = 4 * (1 + self._records.streams) + tokens * record + 4 + 4 + self._records.before_layers
+        return size + len(self._records.caches) * head
 
     def _put_cache(
         self, buffer: NDArray[np.uint8], position: int, cache: int, tokens: TokenArray, parts: Sequence[Bytes]
@@ -104,6 +107,7 @@ class SlotStates:
         keys = [item for item in own if not item[1].are_values]
         values = [item for item in own if item[1].are_values]
         position = _put(buffer, position, np.array([_UNTRANSPOSED, len(keys)], np.uint32).tobytes())
+        position = _put(buffer, position, bytes(self._records.before_layers))
         for index, place in (*keys, *values):
             head = np.int32(place.type).tobytes() + np.uint64(place.cell_bytes).tobytes()
             position = _put(buffer, position, head)
