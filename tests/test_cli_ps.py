@@ -9,7 +9,6 @@ from typing import Any
 from click.testing import CliRunner, Result
 
 from afterword.cli import main
-from conftest import KEY
 
 
 def ps(*words: str) -> Result:
@@ -30,7 +29,7 @@ def test_a_server_with_keys_needs_one_and_shows_no_load(server: Any) -> None:
     refused = ps("--url", server.url)
     assert (refused.exit_code, refused.stdout) == (1, "")
     assert "API key" in refused.stderr
-    _, row = ps("--url", server.url, "--api-key", KEY).stdout.splitlines()
+    _, row = ps("--url", server.url, "--api-key", server.key).stdout.splitlines()
     assert row.split() == [server.model, "ready", "2,048", "-", "-", "-"]
 
 

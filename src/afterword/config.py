@@ -29,11 +29,14 @@ RECURRENT_ARCHITECTURES = frozenset(
 )
 """Those of `TESTED_ARCHITECTURES` with recurrent layers."""
 
-RECURRENT_MIXTURES = frozenset(("granitehybrid", "kimi-linear", "lfm2moe", "nemotron_h_moe", "qwen35moe", "qwen3next"))
+RECURRENT_MIXTURES = frozenset(
+    ("granitehybrid", "jamba", "kimi-linear", "lfm2moe", "nemotron_h_moe", "qwen35moe", "qwen3next")
+)
 """The same for `TESTED_MIXTURES`."""
 
 TESTED_ARCHITECTURES = frozenset(
     (
+        *("apertus", "hrm_text", "hunyuan_vl", "nanbeige", "paddleocr", "talkie"),
         *("arcee", "baichuan", "bitnet", "bloom", "chatglm", "codeshell", "cohere2", "command-r", "deci"),
         *("deepseek2", "ernie4_5", "exaone", "exaone4", "falcon", "gemma", "gemma2", "gemma3", "gemma3n", "gemma4"),
         *("glm4", "gpt2", "gptneox", "granite", "granite_swa", "hunyuan-dense", "internlm2", "jais", "jais2", "llama"),
@@ -52,7 +55,8 @@ Measured by tests/architectures, like those below.
 TESTED_MIXTURES = frozenset(
     (
         *("afmoe", "arctic", "bailingmoe", "bailingmoe2", "cohere2moe", "dbrx", "deepseek", "deepseek2", "dots1"),
-        *("ernie4_5-moe", "maple", "mimo2", "mistral4", "step35"),
+        *("deepseek2-ocr", "ernie4_5-moe", "gemma4", "granite_swa", "hy_v4", "laguna", "maple", "mimo2", "mistral3"),
+        *("mistral4", "step35"),
         *(
             "exaone-moe",
             "glm4moe",
@@ -78,7 +82,8 @@ KERNELS_ONLY = (
     RECURRENT_ARCHITECTURES
     | RECURRENT_MIXTURES
     | {
-        *("deepseek2", "gemma3n", "maple", "mimo2", "minicpm3", "mistral4", "step35"),
+        *("apertus", "deepseek2", "deepseek2-ocr", "gemma3n", "hrm_text", "hunyuan_vl", "hy_v4", "laguna", "maple"),
+        *("mimo2", "minicpm3", "mistral4", "nanbeige", "paddleocr", "step35", "talkie"),
     }
 )
 """Architectures of both sets that were tested only with all products of Afterword's kernels and `--kv-type exact`."""

@@ -49,10 +49,11 @@ def test_attention_that_the_kernels_do_not_support_ends_the_promise_of_latent_va
     assert sequential(EngineLoop(runner), requests(2, 1, VOCABULARY))
 
 
-def test_a_mixture_of_experts_is_reproducible_with_halves_of_keys_and_values(tmp_path):
+@pytest.mark.parametrize("form", ["qwen3moe", "gemma4/experts", "granite_swa/experts", "mistral3/experts"])
+def test_a_mixture_of_experts_is_reproducible_with_halves_of_keys_and_values(tmp_path, form):
     if not accelerator.supports_quantized():
         pytest.skip("this processor has no instructions for it")
-    runner = open_runner(write_random(tmp_path / "tiny.gguf", "qwen3moe"), "f16", 8)
+    runner = open_runner(write_random(tmp_path / "tiny.gguf", form), "f16", 8)
     assert (runner.promise, runner.grid) == ("reproducible", CHUNK_GRID)
     compare(EngineLoop(runner), 12, VOCABULARY)
 

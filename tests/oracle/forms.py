@@ -91,7 +91,7 @@ _DENSE: Mapping[str, Keys] = {
     **dict.fromkeys(("deci", "ernie4_5", "exaone", "falcon", "gemma", "glm4", "gpt2", "gptneox", "granite"), _PLAIN),
     **dict.fromkeys(("hunyuan-dense", "hunyuan_vl", "internlm2", "jais", "jais2", "llama", "maincoder"), _PLAIN),
     **dict.fromkeys(("minicpm", "mistral3", "mpt", "nanbeige", "nemotron", "olmo", "openelm", "orion"), _PLAIN),
-    **dict.fromkeys(("paddleocr", "pangu-embedded", "phi2", "plamo", "qwen", "qwen2", "qwen3", "refact"), _PLAIN),
+    **dict.fromkeys(("pangu-embedded", "phi2", "plamo", "qwen", "qwen2", "qwen3", "refact"), _PLAIN),
     **dict.fromkeys(("seed_oss", "smollm3", "stablelm", "starcoder", "starcoder2", "talkie", "xverse"), _PLAIN),
     "apertus": {f"xielu.{name}": (0.8, 0.8) for name in ("alpha_n", "alpha_p", "beta", "eps")},
     "graniteswitch": {
@@ -100,6 +100,7 @@ _DENSE: Mapping[str, Keys] = {
     },
     "hrm_text": {"block_count": 6, "hrm.layers_per_stack": 1, "hrm.h_cycles": 2, "hrm.l_cycles": 2},
     "phi3": {"attention.sliding_window": WINDOW, "rope.scaling.original_context_length": 64},
+    "paddleocr": _SECTIONS,
     "qwen2vl": _SECTIONS,
     "qwen3vl": _SECTIONS,
     # Latent attention.

@@ -126,11 +126,17 @@ void properties_of(Device *device, Properties *to) {
 BufferType *usual_buffers(Device *) { return ggml.cpu_buffers(); }
 BufferType *buffers_for_weights(Device *device) { return has_products ? memory::buffer_type : usual_buffers(device); }
 bool supports_buffers(Device *, BufferType *type) { return ggml.is_host(type) || type == memory::buffer_type; }
+// The weights of single heads that graphs multiply as they are stored (MLA). RWKV 6 has weights of the same form
+// (`time_mix_w2`) and reshapes them first, which packed weights do not permit.
+bool is_for_heads(const Tensor *weights) {
+    return std::strstr(weights->name, ".attn_k_b.") || std::strstr(weights->name, ".attn_v_b.");
+}
 // Whether the weights of this operation may be packed. llama.cpp's loader asks before it chooses a buffer type.
 bool supports_weights(Device *, const Tensor *node) {
     if (is(node, EXPERT_PRODUCT.name)) return products::supports_experts(node) && products::experts_can_be_packed(node->src[0]);
     if (!is(node, PRODUCT.name)) return false;
-    return products::supports(node) || (products::supports_heads(node) && products::experts_can_be_packed(node->src[0]));
+    if (products::supports(node)) return true;
+    return is_for_heads(node->src[0]) && products::supports_heads(node) && products::experts_can_be_packed(node->src[0]);
 }
 void count_unsupported_product(const Tensor *matrix) {
     if (products::of_model(matrix)) offered.unsupported_types |= 1ull << matrix->type;
