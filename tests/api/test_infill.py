@@ -86,12 +86,12 @@ def test_names_of_special_tokens_are_text(http: httpx.Client) -> None:
 
 
 def test_a_request_without_tokens_fills_the_prefix_cache(files_client: httpx.Client) -> None:
-    extra = [{"filename": "long.py", "text": "C = 3\n" * 20}]
+    extra = [{"filename": "warm.py", "text": "C = 3\n" * 20}]  # no other test has a file with this first letter
     warm = {"input_prefix": "", "input_suffix": "", "prompt": "", "input_extra": extra, "n_predict": 0, "samplers": []}
     answer = infill(files_client, **warm)
     assert (answer["content"], answer["tokens_predicted"], answer["timings"]["cache_n"]) == ("", 0, 0)
     cached = infill(files_client, input_extra=extra)["timings"]["cache_n"]
-    assert cached == len(tokens_of(files_client, "long.py\n" + extra[0]["text"]))
+    assert cached == len(tokens_of(files_client, "warm.py\n" + extra[0]["text"]))
     assert infill(files_client, input_extra=extra, cache_prompt=False)["timings"]["cache_n"] == 0
 
 
