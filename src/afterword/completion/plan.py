@@ -126,11 +126,12 @@ def check_lengths(request: CompletionRequest, model_info: ModelInfo) -> None:
     """
     if not model_info.longest_token:
         return
+    # not once for each prompt: thousands of prompts with as many files would stop the event loop for seconds
+    shared = sum(len(text.encode()) for text in (request.suffix or "", *(file.text for file in request.input_extra)))
     for prompt in request.prompt:
-        texts = [prompt if isinstance(prompt, str) else "", request.suffix or ""]
-        texts += [file.text for file in request.input_extra]
+        size = shared + (len(prompt.encode()) if isinstance(prompt, str) else 0)
         # the layout has at least one token for each file
-        fewest = sum(len(text.encode()) for text in texts) // model_info.longest_token + len(request.input_extra)
+        fewest = size // model_info.longest_token + len(request.input_extra)
         if fewest > model_info.context:
             raise too_long(model_info, fewest, request.max_tokens)
 
