@@ -109,4 +109,4 @@ def _scoring(job: Job, more: tuple[int, ...]) -> Job:
 async def _score(handle: JobHandle, count: int) -> float:
     """The sum of the log probabilities of the last `count` tokens of a job's prompt."""
     scores = [token.logprob or 0.0 async for step in handle for token in step.scored]
-    return sum(scores[-count:])
+    return sum(scores[len(scores) - count :])
