@@ -40,6 +40,8 @@ def test_a_table_belongs_to_a_model_or_is_a_further_name(tmp_path: Path) -> None
         ("[coder]\ntemperature = 3", "[coder] temperature: Invalid 'temperature': decimal above maximum value."),
         ("[coder]\ntemprature = 1", "[coder] temprature: this field has no default; did you mean temperature?"),
         ('[coder]\nprompt = "a"', "[coder] prompt: this field has no default"),
+        ('[""]\nmodel = "coder"', "[]: a name must have 1 to 256 characters"),
+        (f'["{"x" * 257}"]\nmodel = "coder"', "a name must have 1 to 256 characters"),
         ("[coder", "is not valid TOML"),
     ],
 )

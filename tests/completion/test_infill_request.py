@@ -96,6 +96,9 @@ def test_openais_limits_do_not_apply() -> None:
         (REQUIRED | {"n_predict": -2}, "n_predict"),
         (REQUIRED | {"input_extra": [{}]}, "input_extra[0].text"),
         (REQUIRED | {"response_fields": "content"}, "response_fields"),
+        (REQUIRED | {"response_fields": ["content"] * 65}, "response_fields"),
+        (REQUIRED | {"response_fields": ["/" * 257]}, "response_fields"),
+        (REQUIRED | {"input_extra": [{"text": ""}] * 1025}, "input_extra"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(body: dict[str, Any], param: str) -> None:

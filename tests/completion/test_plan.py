@@ -7,7 +7,7 @@ import pytest
 from msgspec.structs import replace
 
 from afterword.completion.object_fields import ContextFile
-from afterword.completion.plan import ClientIdentity, Plan, PromptPlan, make_plan
+from afterword.completion.plan import ClientIdentity, Plan, PromptPlan, check_lengths, make_plan
 from afterword.completion.request import CompletionRequest
 from afterword.completion.run import tokenize
 from afterword.engine.protocol import InfillLayout, ModelInfo, Sampling
@@ -239,6 +239,19 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized() -> None:
     for fields in ({"prompt": ("x" * 10_000,)}, {"prompt": ("a",), "suffix": "x" * 10_000}):
         with pytest.raises(RequestError, match="maximum context length is 64 tokens"):
             asyncio.run(tokenize(CompletionRequest(**fields), NoTokenizer(text_script())))
+
+
+def test_texts_that_all_prompts_share_are_measured_once() -> None:
+    class Text(str):
+        measured = 0
+
+        def encode(self, *_: str) -> bytes:
+            Text.measured += 1
+            return b"x"
+
+    request = CompletionRequest(prompt=("a",) * 9, suffix="b", input_extra=(ContextFile(Text("x")),) * 2)
+    check_lengths(request, MODEL_INFO)
+    assert Text.measured == 2
 
 
 def test_without_longest_token_a_long_text_is_tokenized() -> None:

@@ -61,6 +61,14 @@ def test_data_that_another_file_uses_stay(home: Path) -> None:
     assert (freed, blob.exists()) == (0, True)
 
 
+def test_a_link_of_another_revision_may_be_broken(home: Path) -> None:
+    other = cache(home, "owner/repo", "old", ["a-Q4_0.gguf"], current=False)
+    cache(home, "owner/repo", "new", ["a-Q4_0.gguf"], current=True)
+    (other / "a-Q4_0.gguf").resolve().unlink()
+    _, freed = remove(parse_spec("hf:owner/repo:Q4_0"))
+    assert (freed, hub_models()) == (len(gguf()), [])
+
+
 def test_a_target_outside_the_cache_and_unfinished_downloads_stay(home: Path) -> None:
     snapshot = cache(home, "owner/repo", "one", ["a-Q4_0.gguf"])
     unfinished = write(snapshot.parent.parent / "blobs" / "abc.incomplete", b"part")

@@ -36,6 +36,8 @@ def read_model_defaults(path: Path, served: Iterable[str], limits: RequestLimits
 
 def _defaults(where: str, name: str, table: Any, served: tuple[str, ...], limits: RequestLimits) -> ModelDefaults:
     check_utf8(name)
+    if not 0 < len(name) <= limits.max_name:  # the empty name is that of the only model
+        raise SettingError(f"{where}: a name must have 1 to {limits.max_name} characters.")
     if not isinstance(table, dict):
         raise SettingError(f"{where}: expected a table with default values, such as temperature = 0.")
     model = table.get("model", name)

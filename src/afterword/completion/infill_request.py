@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from afterword.completion import fields, object_fields
+from afterword.completion.field_errors import too_long
 from afterword.completion.fields import Field, JsonSchema, field_parser
 from afterword.completion.json_body import parse_object
 from afterword.completion.model_defaults import DefaultsOf, no_defaults
@@ -29,6 +30,7 @@ UNLIMITED = 2**31 - 1
 
 _REQUIRED = ("input_prefix", "input_suffix")
 _INT32, _INT64 = 2**31, 2**63
+_MOST_PATHS, _LONGEST_PATH = 64, 256  # paths are read on the event loop, once for each middle
 _NAMES = {"max_tokens": "n_predict", "n": "n_cmpl", "repetition_penalty": "repeat_penalty"}  # of /v1/completions
 _DEFAULTS = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}  # those of llama-server
 _SAMPLER_OF = {
@@ -68,6 +70,17 @@ def _samplers(name: str, value: Any, limits: RequestLimits) -> tuple[str, ...]:
     return names
 
 
+@field_parser({"type": "array", "maxItems": _MOST_PATHS, "items": {"type": "string", "maxLength": _LONGEST_PATH}})
+def _paths(name: str, value: Any, limits: RequestLimits) -> tuple[str, ...]:
+    paths: tuple[str, ...] = fields.strings(name, value, limits)
+    if len(paths) > _MOST_PATHS:
+        raise too_long(name, "array", _MOST_PATHS, len(paths))
+    longest = max(map(len, paths), default=0)
+    if longest > _LONGEST_PATH:
+        raise too_long(name, "string", _LONGEST_PATH, longest)
+    return paths
+
+
 INFILL_FIELDS: dict[str, Field] = {
     "model": fields.name_string,
     "input_prefix": fields.string,
@@ -95,7 +108,7 @@ INFILL_FIELDS: dict[str, Field] = {
     "cache_prompt": fields.boolean,
     "id_slot": fields.integer(-1, _INT32 - 1),
     "return_tokens": fields.boolean,
-    "response_fields": fields.strings,
+    "response_fields": _paths,
 }
 
 

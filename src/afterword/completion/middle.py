@@ -50,6 +50,11 @@ class Middle:
         """The ids of all generated tokens, also those that the text leaves out."""
         return tuple(self._tokens)
 
+    @property
+    def length(self) -> int:
+        """The number of `tokens`."""
+        return len(self._tokens)
+
     def add(self, delta: Delta) -> MiddlePart | None:
         """Add a delta. None if there is nothing new to show, which includes every delta after the end."""
         if self.stop != "none":

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from afterword.completion.field_errors import empty_array, unknown, wrong_type
+from afterword.completion.field_errors import empty_array, too_long, unknown, wrong_type
 from afterword.completion.fields import JsonSchema, boolean, field_parser, string
 from afterword.completion.request_limits import RequestLimits
 from afterword.errors import RequestError
 
+_MOST_FILES = 1024  # each file is a text in the queue of the tokenizer, which all clients share
 _TEXT_PART: JsonSchema = {
     "type": "object",
     "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
@@ -55,6 +56,7 @@ def stream_options(name: str, value: Any, limits: RequestLimits) -> StreamOption
 @field_parser(
     {
         "type": "array",
+        "maxItems": _MOST_FILES,
         "items": {
             "type": "object",
             "properties": {"text": {"type": "string"}, "filename": {"type": ["string", "null"]}, "time": {}},
@@ -67,6 +69,8 @@ def input_extra(name: str, value: Any, limits: RequestLimits) -> tuple[ContextFi
     """Files as llama-server reads them: objects with `text` and `filename`. Editors add `time`, which has no effect."""
     if not isinstance(value, list):
         raise wrong_type(name, value, "an array of objects")
+    if len(value) > _MOST_FILES:
+        raise too_long(name, "array", _MOST_FILES, len(value))
     return tuple(_context_file(f"{name}[{index}]", item, limits) for index, item in enumerate(value))
 
 

@@ -126,11 +126,12 @@ def check_lengths(request: CompletionRequest, model_info: ModelInfo) -> None:
     """
     if not model_info.longest_token:
         return
+    # not once for each prompt: thousands of prompts with as many files would stop the event loop for seconds
+    shared = sum(len(text.encode()) for text in (request.suffix or "", *(file.text for file in request.input_extra)))
     for prompt in request.prompt:
-        texts = [prompt if isinstance(prompt, str) else "", request.suffix or ""]
-        texts += [file.text for file in request.input_extra]
+        size = shared + (len(prompt.encode()) if isinstance(prompt, str) else 0)
         # the layout has at least one token for each file
-        fewest = sum(len(text.encode()) for text in texts) // model_info.longest_token + len(request.input_extra)
+        fewest = size // model_info.longest_token + len(request.input_extra)
         if fewest > model_info.context:
             raise too_long(model_info, fewest, request.max_tokens)
 
@@ -146,13 +147,15 @@ def make_plan(
     caller = caller or ClientIdentity()
     rules = tokens.rules
     _check_ids(request, model_info)
+    # Of all prompts equally: `infill_trim` may leave the suffix to some of them only.
+    reranks = bool(tokens.suffix and request.max_tokens) and model_info.infill is None
+    candidates = max(request.candidates, request.n + _MORE) if reranks else request.candidates
     prompts = []
     for index, (given, ids) in enumerate(zip(request.prompt, tokens.prompts, strict=True)):
         laid_out = _laid_out(request, model_info, given, InfillTexts(ids, tokens.suffix, tokens.files), rules)
         prompt = laid_out.ids
         suffix = laid_out.suffix if request.max_tokens else ()
         max_tokens = _max_tokens(request, model_info, len(prompt) + len(suffix), rules)
-        candidates = max(request.candidates, request.n + _MORE) if suffix else request.candidates
         job = Job(
             prompt=prompt,
             samples=candidates,
@@ -163,7 +166,7 @@ def make_plan(
             min_tokens=request.min_tokens,
             alternatives=_alternatives(request, candidates),
             # with scores of the prompt, those of the same prompt with a suffix need not compute it again
-            prompt_alternatives=(_prompt_alternatives(request) or 0) if suffix else _prompt_alternatives(request),
+            prompt_alternatives=(_prompt_alternatives(request) or 0) if reranks else _prompt_alternatives(request),
             namespace=_namespace(caller, request.cache_salt),
             client=caller.job_client,
             prediction=tokens.prediction,

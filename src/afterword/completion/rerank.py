@@ -17,6 +17,9 @@ from afterword.completion.plan import Plan, PromptPlan
 from afterword.completion.run import Usage, check_model, run
 from afterword.engine.protocol import Engine, Job, JobHandle
 
+_AT_ONCE = 8
+"""Candidates that are scored at the same time: the steps for each have the scores of the whole prompt."""
+
 
 async def run_plan(
     plan: Plan,
@@ -51,8 +54,7 @@ async def run_plan(
             first = index * plan.best_of
             middles = [folder.result for folder in candidates[first : first + plan.best_of]]
             scored += prompt.scored_tokens
-            check_model(plan.fingerprint, engine)
-            order = await _ranking(prompt, middles, engine)
+            order = await _ranking(plan, prompt, middles, engine)
             for rank, best in enumerate(order[: plan.n]):
                 yield replace(_requested(middles[best], plan), index=index * plan.n + rank)
     finally:
@@ -68,28 +70,43 @@ def _requested(middle: Delta, plan: Plan) -> Delta:
     return replace(middle, token_ids=None, prompt=report)
 
 
-async def _ranking(prompt: PromptPlan, middles: list[Delta], engine: Engine) -> list[int]:
+async def _ranking(plan: Plan, prompt: PromptPlan, middles: list[Delta], engine: Engine) -> list[int]:
     """The indexes of the middles, the one first under which the suffix is most likely. Of equal ones the first."""
+    scores: list[float] = []
+    for start in range(0, len(middles), _AT_ONCE):
+        check_model(plan.fingerprint, engine)
+        scores += await _scores(prompt, middles[start : start + _AT_ONCE], engine)
+    return sorted(range(len(middles)), key=lambda index: -scores[index])
+
+
+async def _scores(prompt: PromptPlan, middles: list[Delta], engine: Engine) -> list[float]:
+    """The log probability of the suffix after each middle."""
     handles: list[JobHandle] = []
     try:
         for middle in middles:
             text = (middle.token_ids or ())[: middle.completion_tokens]  # without an end token or a stop string
             handles.append(engine.start(_scoring(prompt.job, text + prompt.suffix)))
-        scores = [await _score(handle, len(prompt.suffix)) for handle in handles]
+        return [await _score(handle, len(prompt.suffix)) for handle in handles]
     finally:
         for handle in handles:
             handle.close()
-    return sorted(range(len(middles)), key=lambda index: -scores[index])
 
 
 def _scoring(job: Job, more: tuple[int, ...]) -> Job:
     """The job that scores the prompt of `job` with these further tokens, and generates nothing."""
     return structs.replace(
-        job, prompt=job.prompt + more, samples=1, max_tokens=0, min_tokens=0, alternatives=None, prompt_alternatives=0
+        job,
+        prompt=job.prompt + more,
+        samples=1,
+        max_tokens=0,
+        min_tokens=0,
+        alternatives=None,
+        prompt_alternatives=0,
+        prediction=(),
     )
 
 
 async def _score(handle: JobHandle, count: int) -> float:
     """The sum of the log probabilities of the last `count` tokens of a job's prompt."""
     scores = [token.logprob or 0.0 async for step in handle for token in step.scored]
-    return sum(scores[-count:])
+    return sum(scores[len(scores) - count :])

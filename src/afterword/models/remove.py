@@ -36,7 +36,7 @@ def remove(spec: Spec) -> tuple[list[Path], int]:
     used = {link.resolve() for link in snapshots.rglob("*") if link.is_symlink()}
     for blob in targets - used:
         # A link to a place outside the repository was not made by a download: what it refers to stays.
-        if blob.parent == (repository / "blobs").resolve():
+        if blob.parent == (repository / "blobs").resolve() and blob.is_file():  # a link of a revision may be broken
             freed += blob.stat().st_size
             blob.unlink()
     return links, freed

@@ -20,6 +20,12 @@ def accepted(samples: int) -> PendingJob:
     return PendingJob(NoOwner(), 0, job, 0.0, JobTimer(EngineMetrics(), job, 0.0, lambda: 0.0))
 
 
+def test_the_tokens_of_a_prediction_count_in_the_queue() -> None:
+    job = Job((1, 2), 3, 9, Sampling(), (), bytes(16), prediction=(4, 5, 6, 7))
+    pending = PendingJob(NoOwner(), 0, job, 0.0, JobTimer(EngineMetrics(), job, 0.0, lambda: 0.0))
+    assert pending.size == 2 + 4 + 3 * 9
+
+
 def step_with(*samples: int) -> Step:
     """A step with one token for each of these samples."""
     return Step(sampled=tuple((sample, Token(5)) for sample in samples))

@@ -98,7 +98,7 @@ class InfillResponse(Response):
         await send({"type": "http.response.body", "body": b""})
 
     async def _send_part(self, send: Send, part: MiddlePart) -> None:
-        predicted = len(self._middles[part.index].tokens)
+        predicted = self._middles[part.index].length
         await send(body_part(serialization.event(infill_serialization.part_object(self._head, part, predicted))))
 
     async def _parts(self) -> AsyncGenerator[MiddlePart]:

@@ -65,8 +65,8 @@ class PendingJob:
 
     @property
     def size(self) -> int:
-        """Tokens of the prompt and the most tokens that all samples can generate."""
-        return len(self.job.prompt) + self.job.samples * self.job.max_tokens
+        """Tokens of the prompt and of the prediction, and the most tokens that all samples can generate."""
+        return len(self.job.prompt) + len(self.job.prediction) + self.job.samples * self.job.max_tokens
 
     @property
     def has_output(self) -> bool:
