@@ -100,8 +100,15 @@ def test_the_most_tokens_to_generate_are_kept_free() -> None:
         planned(prompt=("x",), suffix="z", max_tokens=62)
     fill = InfillRules(always=True, fill_context=True, trim=True)
     prompt = planned(fill, prompt=("x" * 100,), suffix="", max_tokens=1000)
-    assert len(prompt.job.prompt) <= 32
+    assert 32 < len(prompt.job.prompt) <= 48, "a quarter of the context stays free"
     assert len(prompt.job.prompt) + prompt.job.max_tokens == 64
+    warm = planned(fill, prompt=("x" * 100,), suffix="", max_tokens=0)
+    assert warm.job.prompt == prompt.job.prompt
+
+
+def test_the_middles_of_a_request_have_a_most_number_of_tokens_together() -> None:
+    fill = InfillRules(always=True, fill_context=True, most_tokens=60)
+    assert planned(fill, prompt=("x",), suffix="", max_tokens=1000, n=3, temperature=1.0).job.max_tokens == 20
 
 
 def test_prompts_that_are_not_infill_are_never_shortened() -> None:

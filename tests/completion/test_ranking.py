@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
+import pytest
 from msgspec.structs import replace
 
 from afterword.completion.choice import Delta
 from afterword.completion.infill import InfillRules
-from afterword.completion.plan import make_plan
+from afterword.completion.plan import check_candidates, make_plan
 from afterword.completion.request import CompletionRequest
+from afterword.completion.request_limits import RequestLimits
 from afterword.completion.rerank import run_plan
 from afterword.completion.run import tokenize
 from afterword.engine.protocol import Job
+from afterword.errors import RequestError
 from scripted_engine import MODEL_INFO, ScriptedEngine, ScriptedJob, text_script
 
 
@@ -44,6 +47,20 @@ def test_few_middles_are_scored_at_the_same_time_and_without_the_prediction() ->
     assert (len(scoring), engine.most) == (20, 8)
     assert sampling.job.prediction
     assert not any(each.job.prediction for each in scoring)
+
+
+@pytest.mark.parametrize(
+    ("limits", "param"), [(RequestLimits(max_completions=3), "n"), (RequestLimits(max_request_tokens=39), "max_tokens")]
+)
+def test_the_candidates_of_middles_count_against_the_limits(limits: RequestLimits, param: str) -> None:
+    engine = ScriptedEngine(text_script())
+    request = CompletionRequest(prompt=("a",), suffix="z", max_tokens=10)
+    tokens = asyncio.run(tokenize(request, engine, rules=InfillRules(rerank=True)))
+    plan = make_plan(request, engine.model_info, tokens, 0)
+    check_candidates(plan, RequestLimits(max_completions=4, max_request_tokens=40))
+    with pytest.raises(RequestError) as caught:
+        check_candidates(plan, limits)
+    assert caught.value.param == param
 
 
 def test_a_suffix_that_is_left_out_of_one_prompt_ranks_the_middles_of_the_other() -> None:

@@ -13,11 +13,13 @@ from afterword.completion.fields import Prompt
 from afterword.completion.infill import NO_RULES, InfillPrompt, InfillRules, infill_prompt, layout_of
 from afterword.completion.infill_trim import InfillTexts
 from afterword.completion.request import CompletionRequest
+from afterword.completion.request_limits import RequestLimits
 from afterword.completion.text_stream import StopStrings
 from afterword.engine.protocol import Job, ModelInfo, Sampling
 from afterword.errors import RequestError
 
 _MORE = 3  # candidates for a suffix beyond `n`
+_RESERVED = 256  # tokens that stay free for a middle whose length is not limited
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,12 @@ class Plan:
     @property
     def max_total_tokens(self) -> int:
         """The largest number of tokens that the request can read and generate, so the most that it can be charged."""
-        return self.prompt_tokens + sum(prompt.job.samples * prompt.job.max_tokens for prompt in self.prompts)
+        return self.prompt_tokens + self.max_generated_tokens
+
+    @property
+    def max_generated_tokens(self) -> int:
+        """The largest number of tokens that all candidates can have together."""
+        return sum(prompt.job.samples * prompt.job.max_tokens for prompt in self.prompts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +141,26 @@ def check_lengths(request: CompletionRequest, model_info: ModelInfo) -> None:
         fewest = size // model_info.longest_token + len(request.input_extra)
         if fewest > model_info.context:
             raise too_long(model_info, fewest, request.max_tokens)
+
+
+def check_candidates(plan: Plan, limits: RequestLimits) -> None:
+    """Refuse a plan with more candidates or generated tokens than a request can have. Raises `RequestError`.
+
+    `request.parse` checks the numbers in the request. Middles without infill tokens have more candidates than these.
+    """
+    candidates = sum(prompt.job.samples for prompt in plan.prompts)
+    if candidates > limits.max_completions:
+        raise RequestError(
+            f"The server would generate {candidates} completions, from which it chooses, but a request can have at "
+            f"most {limits.max_completions} in total.",
+            param="n",
+        )
+    if plan.max_generated_tokens > limits.max_request_tokens:
+        raise RequestError(
+            f"The server would generate up to {plan.max_generated_tokens} tokens, those of completions included from "
+            f"which it chooses, but a request can have at most {limits.max_request_tokens} in total.",
+            param="max_tokens",
+        )
 
 
 def make_plan(
@@ -212,7 +239,8 @@ def _laid_out(
 
 def _room(request: CompletionRequest, model_info: ModelInfo, rules: InfillRules) -> int:
     """The most tokens that an infill prompt may have where what is too long is left out."""
-    wanted = min(request.max_tokens, model_info.context // 2) if rules.fill_context else request.max_tokens
+    # With `fill_context` not `max_tokens`: a request that only fills the prefix cache is cut like the next one.
+    wanted = min(_RESERVED, model_info.context // 4) if rules.fill_context else request.max_tokens
     return model_info.context - wanted
 
 
@@ -220,7 +248,7 @@ def _max_tokens(request: CompletionRequest, model_info: ModelInfo, prompt: int, 
     """`Job.max_tokens`. Raises `RequestError` if a prompt of `prompt` tokens leaves no space for it."""
     room = model_info.context - prompt
     if rules.fill_context and room >= min(1, request.max_tokens):
-        return min(request.max_tokens, room)
+        return min(request.max_tokens, room, rules.most_tokens // request.candidates)
     if request.max_tokens > room:
         raise too_long(model_info, prompt, 1 if rules.fill_context else request.max_tokens)
     return request.max_tokens

@@ -29,12 +29,12 @@ class PredictedTokens:
 
 
 def predicted_text(request: CompletionRequest, model_info: ModelInfo) -> str:
-    """The prediction as it is tokenized; empty if there is none, or if the engine verifies no drafts.
+    """The prediction as it is tokenized; empty if there is none, or if nothing is generated or verified.
 
     It follows the prompt, so the tokenizer must put no space before it: `predicted_tokens` removes what this function
     puts there. What is certainly longer than the context is cut off.
     """
-    if not request.prediction or not model_info.verifies_drafts:
+    if not request.prediction or not request.max_tokens or not model_info.verifies_drafts:
         return ""
     longest = model_info.context * (model_info.longest_token or _LONGEST)
     return before_suffix(model_info) + request.prediction[:longest]

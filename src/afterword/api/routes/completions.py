@@ -29,7 +29,7 @@ from afterword.completion.infill import InfillRules
 from afterword.completion.json_body import run_in_thread_if_large
 from afterword.completion.logprobs import SLICE_TOKENS
 from afterword.completion.object_fields import StreamOptions
-from afterword.completion.plan import ClientIdentity, Plan, Tokenized, make_plan
+from afterword.completion.plan import ClientIdentity, Plan, Tokenized, check_candidates, make_plan
 from afterword.completion.request import CompletionRequest, parse
 from afterword.completion.rerank import run_plan
 from afterword.completion.response_size import check_size
@@ -84,6 +84,7 @@ async def prepare(
     texts = tokenize(request, served.engine, special, identity.job_client, rules)
     tokens = await cancel_on_disconnect(http.receive, texts)
     plan = await run_in_thread_if_large(_make_plan, body, request, served.engine.model_info, tokens, identity)
+    check_candidates(plan, limits)
     check_size(plan, limits.max_answer)
     request_context.recorder.record_user(service.key_registry.pseudonym(request.user))
     reserve(request_context, plan.max_total_tokens)

@@ -45,7 +45,12 @@ async def create(http: HttpRequest) -> Response:
     request = infill.completion
     if not infill.shares_cache:
         request = replace(request, cache_salt=secrets.token_hex(16))
-    rules = replace(_RULES, trim=service.config.infill_trim, rerank=service.config.infill_rerank)
+    rules = replace(
+        _RULES,
+        most_tokens=service.config.limits.max_request_tokens,
+        trim=service.config.infill_trim,
+        rerank=service.config.infill_rerank,
+    )
     prepared = await prepare(http, body, request, False, rules)
     return InfillResponse(infill, prepared)
 

@@ -207,11 +207,12 @@ class EngineLoop:
         seconds = self._clock() - start
         self._update_prefill_speed(batch, seconds)
         self._scheduler.charge(batch, seconds)
-        self._scheduler.verification_turns.record_pass(batch, seconds)
         prompt = self._scheduler.sequence_in(batch.entries[0].slot).needs_prefill
         self._last_pass = PassStats(prompt, sum(len(entry.tokens) for entry in batch.entries), seconds)
         queries = [query for entry in batch.entries for query in self._entry_queries(entry)]
         tokens = iter(self._sampler.read(logits, queries))
+        # with the time of the sampler, which reads the rows of rejected tokens too
+        self._scheduler.verification_turns.record_pass(batch, self._clock() - start)
         read = [(entry, self._used_rows(entry, list(islice(tokens, entry.outputs)))) for entry in batch.entries]
         failed = self._failed_jobs(read, logits)
         for entry, found in read:
