@@ -97,9 +97,11 @@ def for_wheel(source: Path, folder: Path) -> list[Job]:
     given = os.environ.get("CXXFLAGS")
     levels = LEVEL_FLAGS.get(machine(), {}) if sys.platform == "linux" and given is None else {}
     if not levels or source.name == PROCESSOR:
-        static = STATIC if levels else ()
-        return [(source, folder / f"lib{source.stem}.so", [[*shlex.split(given or ""), *static]])]
-    return [(source, folder / f"lib{source.stem}.{level}.so", [[*flags, *STATIC]]) for level, flags in levels.items()]
+        flags = shlex.split(given or "")
+        return [(source, folder / f"lib{source.stem}.so", [[*flags, *STATIC], flags] if levels else [flags])]
+    return [  # some systems have no static C++ library
+        (source, folder / f"lib{source.stem}.{level}.so", [[*flags, *STATIC], flags]) for level, flags in levels.items()
+    ]
 
 
 def machine() -> str:

@@ -33,6 +33,9 @@ ELSEWHERE = {
     ("bench/README.md", ".venv/bin/afterword serve model.gguf --port 8000 --context 2048 --parallel 16"): Elsewhere(
         "compiles llama-server and measures for a quarter of an hour; tests/test_bench.py runs the bench"
     ),
+    ("docs/architectures.md", "python -m tests.architectures --markdown"): Elsewhere(
+        "judges all architectures for half an hour; tests/architectures/test_architectures.py runs a part of it"
+    ),
     ("training/README.md", "python3 -m venv training-venv"): Elsewhere("trains for hours, with PyTorch"),
     ("docs/comparison.md", "python tests/conformance --url http://127.0.0.1:8000/v1 || test $? = 1"): Elsewhere(
         "takes seconds, and tests/conformance/test_conformance.py runs the same cases"

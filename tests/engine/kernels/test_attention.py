@@ -299,6 +299,15 @@ def test_with_a_tensor_of_another_size_the_kernels_are_off(kernel, monkeypatch, 
     assert "a tensor of this ggml has 352 bytes and not 336" in capsys.readouterr().err
 
 
+def test_without_a_back_end_for_the_processor_or_a_function_the_kernels_are_off(kernel, monkeypatch, capsys):
+    monkeypatch.setattr(accelerator, "_ADDRESSES", (*accelerator._ADDRESSES, "ggml_no_such_function"))
+    assert not accelerator.register.__wrapped__()
+    assert "lacks functions" in capsys.readouterr().err
+    monkeypatch.setattr(accelerator.native, "ggml_backend_reg_by_name", lambda name: None)
+    assert not accelerator.register.__wrapped__()
+    assert "no back end for the processor" in capsys.readouterr().err
+
+
 def test_heads_that_the_kernel_refuses_are_computed_by_llama_cpp(kernel, tmp_path):
     """The head size must be a multiple of eight."""
     odd = write_tiny(tmp_path / "odd.gguf", heads=16)

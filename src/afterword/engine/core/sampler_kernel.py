@@ -112,8 +112,8 @@ class NativeRowQuery(ctypes.Structure):
 class CompiledKernel:
     """The kernel of sampler_kernel.cpp. Up to `threads` threads share the rows, or the blocks of a single row.
 
-    `thread_pool`: the address of the thread pool's function that runs them (`Run` in parallel.hpp); None: OpenMP runs
-    them.
+    `thread_pool`: the address of the function that runs them on threads (`Run` in parallel.hpp); None: the calling
+    thread does all of it.
     """
 
     def __init__(self, threads: int = 1, thread_pool: int | None = None) -> None:

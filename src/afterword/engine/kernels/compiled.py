@@ -2,7 +2,7 @@
 
 An installation from the source has one file for each library, `libx.so`, compiled for the machine. A wheel has one for
 each level of instructions, such as `libx.x86-64-v3.so`; the best one that this processor can execute is loaded. All
-levels compute the same bits. Where there is no file, the modules that load a library use other code.
+levels shall compute the same bits (`make bits`). Where there is no file, the modules that load it use other code.
 """
 
 from __future__ import annotations

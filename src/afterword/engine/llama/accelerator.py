@@ -46,14 +46,19 @@ def register() -> bool:
         return _refuse(
             f"ggml {version.decode('utf-8', 'replace')} is not a version that they know ({known})", _OTHER_LLAMA
         )
-    registry = native.ggml_backend_reg_get(0)
+    registry = native.ggml_backend_reg_by_name(b"CPU")  # the registry of a GPU may have no device
+    if not registry:
+        return _refuse("this llama.cpp has no back end for the processor", _OTHER_LLAMA)
     found = kernels.accelerator_interface(registry, native.ggml_backend_reg_dev_get(registry, 0))
     if found != interface:
         return _refuse(f"this ggml has another interface ({found}) than its version ({interface})", _OTHER_LLAMA)
     tensor, declared = native.ggml_tensor_overhead() - _OBJECT_BYTES, kernels.accelerator_tensor_size()
     if tensor != declared:
         return _refuse(f"a tensor of this ggml has {tensor} bytes and not {declared}", _OTHER_LLAMA)
-    addresses = (ctypes.c_void_p * len(_ADDRESSES))(*map(_address, _ADDRESSES))
+    found_addresses = list(map(_address, _ADDRESSES))
+    if None in found_addresses:
+        return _refuse("this ggml lacks functions that they call", _OTHER_LLAMA)
+    addresses = (ctypes.c_void_p * len(_ADDRESSES))(*found_addresses)
     native.ggml_backend_register(kernels.accelerator_registry(addresses, interface))
     return True
 

@@ -197,7 +197,7 @@ FUNCTIONS: Mapping[str, tuple[Any, tuple[Any, ...]]] = MappingProxyType(
         "ggml_backend_dev_memory": (None, (_DEVICE, ctypes.POINTER(_SIZE), ctypes.POINTER(_SIZE))),
         "ggml_backend_dev_type": (ctypes.c_int, (_DEVICE,)),
         "ggml_backend_reg_dev_get": (_DEVICE, (_ADDRESS, _SIZE)),
-        "ggml_backend_reg_get": (_ADDRESS, (_SIZE,)),
+        "ggml_backend_reg_by_name": (_ADDRESS, (_TEXT,)),
         "ggml_backend_register": (None, (_ADDRESS,)),
         "ggml_tensor_overhead": (_SIZE, ()),
         "ggml_version": (_TEXT, ()),
@@ -229,6 +229,8 @@ _DEFAULTS: Mapping[str, Mapping[str, float]] = MappingProxyType(
 )
 """The values of fields that are not 0 by default, by the function that returns the structure."""
 
+_ADVICE = "Install the llama-cpp-python that requirements.txt names, or name another library with AFTERWORD_LLAMA."
+
 
 def open_library(path: Path) -> ctypes.CDLL:
     """Load llama.cpp with the declared types of its functions.
@@ -241,19 +243,19 @@ def open_library(path: Path) -> ctypes.CDLL:
         raise SettingError(f"{path} cannot be loaded as a library: {error}") from None
     missing = [name for name in FUNCTIONS if not hasattr(library, name)]
     if missing:
-        raise SettingError(f"{path} is no llama.cpp that Afterword knows: it lacks {_some(missing)}.")
+        raise SettingError(f"{path} is no llama.cpp that Afterword knows: it lacks {_some(missing)}. {_ADVICE}")
     library.llama_version.restype = _TEXT
     version = library.llama_version().decode("utf-8", "replace")
     context = next((LLAMA_VERSIONS[each] for each in LLAMA_VERSIONS if version.startswith(each)), None)
     if context is None:
         known = _some(f"{each}x" for each in LLAMA_VERSIONS)
-        raise SettingError(f"{path} is llama.cpp {version}. Afterword knows {known}.")
+        raise SettingError(f"{path} is llama.cpp {version}. Afterword knows {known}. {_ADVICE}")
     _declare(library, context)
     different = [field for name, defaults in _DEFAULTS.items() for field in _differences(library, name, defaults)]
     if different:
         raise SettingError(
             f"{path} is llama.cpp {version} with another interface than Afterword knows: {_some(different)} have other"
-            " values by default."
+            f" values by default. {_ADVICE}"
         )
     return library
 
