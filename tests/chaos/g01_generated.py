@@ -247,5 +247,5 @@ GATE = Gate(
     nightly=500_000,
     run=run,
     fault=Fault("the type of a field is not checked", "server", forget_to_check_types),
-    planted=400,
+    planted=1_000,
 )

@@ -12,7 +12,7 @@ from playwright.sync_api import expect
 from .page_driver import BEGINNING, PageDriver
 
 ELSEWHERE = {"model", "prompt", "suffix", "stream_options"}  # the document, the list of models, the page itself
-NOT_OFFERED = {"input_extra"}  # the page has one document
+NOT_OFFERED = {"input_extra", "prediction"}  # the page has one document, and does not know what comes next
 
 
 def schema(server: Any) -> dict[str, Any]:
