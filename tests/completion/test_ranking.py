@@ -63,6 +63,14 @@ def test_the_candidates_of_middles_count_against_the_limits(limits: RequestLimit
     assert caught.value.param == param
 
 
+def test_middles_that_fill_the_context_stay_within_the_limit() -> None:
+    engine = ScriptedEngine(text_script())
+    rules = InfillRules(always=True, fill_context=True, most_tokens=40, rerank=True)
+    request = CompletionRequest(prompt=("a",), suffix="z", max_tokens=1000)
+    plan = make_plan(request, engine.model_info, asyncio.run(tokenize(request, engine, rules=rules)), 0)
+    assert (plan.best_of, plan.max_generated_tokens) == (4, 40)
+
+
 def test_a_suffix_that_is_left_out_of_one_prompt_ranks_the_middles_of_the_other() -> None:
     engine = ScriptedEngine(text_script(*(" cat",) * 9))
     request = CompletionRequest(prompt=("a", "b" * 50), suffix="z", max_tokens=62)

@@ -21,10 +21,10 @@ class InfillRules:
     """What differs between routes and servers in the layout of infill prompts.
 
     `always`: lay out prompts without suffix and files too. `snippets`: put files before the prompt as text if the model
-    has no file separators. `fill_context`: reduce `max_tokens` to the rest of the context, and so that all middles have
-    at most `most_tokens` tokens together. `trim`: leave out what does
-    not fit into the context (`infill_trim`). `rerank`: for models without infill tokens, sample several middles after
-    the prefix and return the one under which the suffix is most likely (`rerank`).
+    has no file separators. `fill_context`: reduce `max_tokens` to the rest of the context, and so that all candidates
+    have at most `most_tokens` tokens together. `trim`: leave out what does not fit into the context (`infill_trim`).
+    `rerank`: for models without infill tokens, sample several middles after the prefix and return the one under which
+    the suffix is most likely (`rerank`).
     """
 
     always: bool = False

@@ -182,7 +182,7 @@ def make_plan(
         laid_out = _laid_out(request, model_info, given, InfillTexts(ids, tokens.suffix, tokens.files), rules)
         prompt = laid_out.ids
         suffix = laid_out.suffix if request.max_tokens else ()
-        max_tokens = _max_tokens(request, model_info, len(prompt) + len(suffix), rules)
+        max_tokens = _max_tokens(request, model_info, len(prompt) + len(suffix), rules, candidates)
         job = Job(
             prompt=prompt,
             samples=candidates,
@@ -244,11 +244,13 @@ def _room(request: CompletionRequest, model_info: ModelInfo, rules: InfillRules)
     return model_info.context - wanted
 
 
-def _max_tokens(request: CompletionRequest, model_info: ModelInfo, prompt: int, rules: InfillRules) -> int:
+def _max_tokens(
+    request: CompletionRequest, model_info: ModelInfo, prompt: int, rules: InfillRules, candidates: int
+) -> int:
     """`Job.max_tokens`. Raises `RequestError` if a prompt of `prompt` tokens leaves no space for it."""
     room = model_info.context - prompt
     if rules.fill_context and room >= min(1, request.max_tokens):
-        return min(request.max_tokens, room, rules.most_tokens // request.candidates)
+        return min(request.max_tokens, room, rules.most_tokens // candidates)
     if request.max_tokens > room:
         raise too_long(model_info, prompt, 1 if rules.fill_context else request.max_tokens)
     return request.max_tokens

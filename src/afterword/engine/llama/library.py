@@ -34,7 +34,7 @@ os.environ.setdefault("GGML_CPU_TILED_MM", "0")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 VARIABLE = "AFTERWORD_LLAMA"
-_NAMES = ("libllama.so", "libllama.dylib", "llama.dll")
+_NAMES = ("libllama.so", "libllama.dylib")
 _last_errors: deque[str] = deque(maxlen=8)
 _shown: list[TextIO] = []
 
