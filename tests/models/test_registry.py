@@ -9,7 +9,7 @@ import pytest
 from gguf_writer import cache, gguf, write
 
 from afterword.errors import SettingError
-from afterword.models import other_stores, registry
+from afterword.models import registry
 from afterword.models.registry import (
     BuiltIn,
     HubFile,
@@ -27,16 +27,11 @@ real_builtin = registry.builtin_path()  # read before the fixture replaces the f
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty Hub cache, a built-in model, and no other models."""
-    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(other_stores, "ollama", list)
-    monkeypatch.setattr(other_stores, "lmstudio", list)
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    builtin = write(tmp_path / "builtin" / "afterword-tiny.gguf", gguf())
+    builtin = write(empty_cache / "builtin" / "afterword-tiny.gguf", gguf())
     monkeypatch.setattr(registry, "builtin_path", lambda: builtin)
-    return tmp_path
+    return empty_cache
 
 
 def error_message(text: str) -> str:

@@ -10,20 +10,13 @@ from gguf_writer import cache, gguf, write
 
 from afterword.cli import main
 from afterword.errors import SettingError
-from afterword.models import other_stores
 from afterword.models.registry import installed, parse_spec
 from afterword.models.remove import remove
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty Hub cache, and no models of other programs."""
-    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(other_stores, "ollama", list)
-    monkeypatch.setattr(other_stores, "lmstudio", list)
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    return tmp_path
+def home(empty_cache: Path) -> Path:
+    return empty_cache
 
 
 def hub_models() -> list[str]:
