@@ -54,6 +54,13 @@ def _say(text: str) -> None:
     sys.stderr.flush()
 
 
+def _existing(name: str) -> Path:
+    """A file that is there. Checked before the gates run, which may take hours."""
+    if not Path(name).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {name}")
+    return Path(name)
+
+
 def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--nightly", action="store_true", help="the large sizes")
@@ -64,7 +71,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, help="a size that replaces the gates' own sizes")
     parser.add_argument("--seed", type=int, default=1, help="seed of all random choices (1)")
     parser.add_argument(
-        "--markdown", type=Path, metavar="FILE", help="update the gates' rows of the table in this file"
+        "--markdown", type=_existing, metavar="FILE", help="update the gates' rows of the table in this file"
     )
     parser.add_argument(
         "--pictures", type=Path, metavar="FOLDER", help="the folder in which gates write pictures (SVG)"
