@@ -181,6 +181,7 @@ class EngineSettings:
     `context`: tokens of one sequence. `parallel`: sequences. `batch`: prompt tokens in one forward pass. `gpu_layers`:
     -1 for all. `reproducible`: make results reproducible on a GPU too, at a cost in speed. `cache_dir`: the folder in
     which prefixes are kept, at most `cache_bytes` bytes; None: they are kept in memory only.
+    `share_weights`: several models use the weights of one file, so no process packs copies of them.
     `infill_template`: the layout of infill prompts, empty for the model's own. `speculate`: see `LoadModel`.
     """
 
@@ -196,6 +197,7 @@ class EngineSettings:
     cache_dir: Path | None = None
     cache_bytes: int = 10 * 10**9
     speculate: Speculation = "off"
+    share_weights: bool = False
 
     def __post_init__(self) -> None:
         if self.batch < CHUNK_GRID or self.batch > 4096:

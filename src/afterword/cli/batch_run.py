@@ -160,7 +160,7 @@ async def _in_process_server(model: str | None, options: dict[str, Any]) -> Asyn
 
     names = [options["alias"]] if options["alias"] else []
     models = model_setup.make_model_manager(
-        [model] if model else [], names, engine_settings(options), None, QueuePolicy()
+        model_setup.WantedModels([model] if model else [], names), engine_settings(options), None, QueuePolicy()
     )
     try:
         await models.open()

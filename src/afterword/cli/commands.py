@@ -77,6 +77,13 @@ def main() -> None:
     envvar="AFTERWORD_SERVE_MODELS",
     shell_complete=shell_completion.complete_model,
 )
+@option(
+    "Model",
+    "--lora",
+    multiple=True,
+    metavar="NAME=FILE[@SCALE]",
+    help="Serve the model with a LoRA adapter (GGUF) under another name; repeatable.",
+)
 @option("Model", "--alias", multiple=True, help="Name of a model in requests; repeatable, in the order of MODEL.")
 @option(
     "Model",

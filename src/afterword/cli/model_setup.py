@@ -13,6 +13,7 @@ from functools import partial
 
 from msgspec import structs
 
+from afterword.cli.adapters import with_adapters
 from afterword.config import CHUNK_GRID, ONE_SEQUENCE, SMALL_MODEL, EngineSettings, WeightTypes, advice
 from afterword.engine import messages
 from afterword.engine.kernels.compiled import memory_on_demand
@@ -42,6 +43,18 @@ class FittedModel:
     memory_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class WantedModels:
+    """What the command line says about models. Without `specs` it is the built-in model.
+
+    `adapters`: values of `--lora`, see `cli.adapters`.
+    """
+
+    specs: Sequence[str] = ()
+    aliases: Sequence[str] = ()
+    adapters: Sequence[str] = ()
+
+
 def single_model(spec: str | None, settings: EngineSettings, policy: QueuePolicy) -> tuple[Model, Supervisor]:
     """Return a model and its supervisor, which is not opened. Raises `SettingError`."""
     model, facts = _locate(spec)
@@ -49,22 +62,25 @@ def single_model(spec: str | None, settings: EngineSettings, policy: QueuePolicy
 
 
 def make_model_manager(
-    specs: Sequence[str],
-    aliases: Sequence[str],
+    wanted: WantedModels,
     settings: EngineSettings,
     keep_alive: float | None,
     policy: QueuePolicy,
 ) -> ModelManager:
-    """Return the manager of a server's models; none is loaded. Without specs it has the built-in model.
+    """Return the manager of a server's models; none is loaded.
 
     `keep_alive`: seconds until an unused model is unloaded, None for never. Raises `SettingError`.
     """
-    models = [_locate(spec) for spec in specs or (None,)]
-    names = _names([model.id for model, _ in models], aliases)
+    located = [_locate(spec) for spec in wanted.specs or (None,)]
+    names = _names([model.id for model, _ in located], wanted.aliases)
+    facts = {model.path: facts for model, facts in located}
+    settings = replace(settings, share_weights=bool(wanted.adapters))
+    served = with_adapters([model for model, _ in located], names, wanted.adapters)
     definitions = [
         ModelDefinition(
-            id=name,
-            created=int(fitted.model.path.stat().st_mtime),
+            id=fitted.model.id,
+            parent=fitted.model.adapter.base if fitted.model.adapter else None,
+            created=int((fitted.model.adapter or fitted.model).path.stat().st_mtime),
             make_engine=partial(Supervisor, partial(refreshed_load_message, fitted, settings), policy),
             context=fitted.load_message.context,
             sequences=fitted.load_message.sequences,
@@ -74,7 +90,9 @@ def make_model_manager(
             memory_bytes=fitted.memory_bytes,
             advice=advice("" if settings.gpu_layers else fitted.facts.file_type, fitted.facts.architecture),
         )
-        for name, fitted in zip(names, fit_models(models, settings, unload_unused=keep_alive is not None), strict=True)
+        for fitted in fit_models(
+            [(model, facts[model.path]) for model in served], settings, unload_unused=keep_alive is not None
+        )
     ]
     return ModelManager(definitions, keep_alive=keep_alive, policy=policy, free=partial(_available_memory, settings))
 
@@ -93,12 +111,17 @@ def fit_models(
     together with their whole context, they share the memory; otherwise each is fitted to the memory that it would have
     alone.
     """
-    wanted = [(facts, _compute_options(facts, settings)) for _, facts in models]
+    wanted = [(_own_memory(model, facts), _compute_options(facts, settings)) for model, facts in models]
     threads = _threads(min(len(models), _BUSY_MODELS if unload_unused else len(models)))
     return [
         FittedModel(model, facts, _load_message(model, facts, settings, shape, threads), shape.needed_bytes)
         for (model, facts), shape in zip(models, _shapes(wanted, settings, unload_unused), strict=True)
     ]
+
+
+def _own_memory(model: Model, facts: Facts) -> Facts:
+    """The facts with the bytes that the model takes itself: those of its base are in memory once."""
+    return replace(facts, size_bytes=model.adapter.path.stat().st_size) if model.adapter else facts
 
 
 def refreshed_load_message(fitted: FittedModel, settings: EngineSettings) -> messages.LoadModel:
@@ -186,6 +209,9 @@ def _load_message(
         capacity=shape.capacity,
         infill_template=settings.infill_template,
         speculate=settings.speculate,
+        adapter=str(model.adapter.path) if model.adapter else "",
+        adapter_scale=model.adapter.scale if model.adapter else 1.0,
+        pack_weights=not settings.share_weights,
         token_bytes=facts.kv_bytes_per_token(shape.options.kv_bytes) if shape.options.on_demand else 0,
     )
 

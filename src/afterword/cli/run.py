@@ -107,7 +107,9 @@ def serve(specs: Sequence[str], options: dict[str, Any]) -> None:
     settings = replace(
         engine_settings(options), cache_dir=options["cache_dir"], cache_bytes=int(options["cache_size"] * 10**9)
     )
-    models = model_setup.make_model_manager(specs, options["alias"], settings, options["keep_alive"], policy)
+    models = model_setup.make_model_manager(
+        model_setup.WantedModels(specs, options["alias"], options["lora"]), settings, options["keep_alive"], policy
+    )
     if options["defaults"]:
         served = [managed_model.id for managed_model in models]
         config = replace(config, defaults=read_model_defaults(options["defaults"], served, config.limits))

@@ -40,6 +40,9 @@ class LoadModel(Value, frozen=True, tag=True):
     `fixed_shape`: all decode passes have the same shape, see `llama.fixed_shape`.
     `cache_dir`: the folder in which prefixes are kept, at most `cache_bytes` bytes; empty: none are kept.
     `speculate`: "ngram": draft tokens from each sample's own text; "off": from predictions only.
+    `adapter`: the file of a LoRA adapter, whose part is multiplied with `adapter_scale`; empty: none.
+    `pack_weights`: the kernels copy the weights in their own order. If false, all processes that use the file share its
+    pages in memory.
     `promise`: the strongest promise that these settings allow; `promise_without_kernels`: the same if Afterword's
     kernels are not available. `ModelInfo.promise` states the promise that the loaded model keeps.
     """
@@ -66,6 +69,9 @@ class LoadModel(Value, frozen=True, tag=True):
     cache_dir: str = ""
     cache_bytes: int = 0
     speculate: Speculation = "off"
+    adapter: str = ""
+    adapter_scale: float = 1.0
+    pack_weights: bool = True
 
 
 class StartJob(Value, frozen=True, tag=True):

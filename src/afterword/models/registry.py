@@ -85,16 +85,27 @@ Spec = BuiltIn | HubFile | StoreModel | LocalFile
 
 
 @dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA adapter of a model: a GGUF file, and the factor of what it adds. `base`: the model's name in requests."""
+
+    path: Path
+    scale: float
+    base: str
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """A model on the disk.
 
     `id`: its name in requests. `path`: its (first) file. `problem`: a sentence that says why it cannot be used.
+    `adapter`: is applied to the weights in the file.
     """
 
     id: str
     path: Path
     source: Source
     problem: str | None = None
+    adapter: Adapter | None = None
 
     @property
     def spec(self) -> str:

@@ -48,6 +48,7 @@ def model_object(named_model: NamedModel, config: Config) -> dict[str, Any]:
         "created": managed_model.definition.created,
         "owned_by": "afterword",
         "root": managed_model.id,
+        "parent": managed_model.definition.parent,
         "defaults": named_model.defaults,
         "status": managed_model.state,
         "max_model_len": managed_model.definition.context,

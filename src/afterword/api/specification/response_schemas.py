@@ -132,6 +132,7 @@ RESPONSE_SCHEMAS: dict[str, JsonSchema] = {
         created=COUNT,
         owned_by=TEXT,
         root=TEXT,
+        parent=or_null(TEXT),
         defaults=mapping({}),
         status={"enum": ["unloaded", "starting", "ready", "restarting", "failing", "closed"]},
         max_model_len=COUNT,

@@ -138,7 +138,7 @@ CONSTANTS: Mapping[str, int] = MappingProxyType(
 )
 """The constants that are used, by their C names."""
 
-_MODEL = _CONTEXT = _VOCABULARY = _MEMORY = _DEVICE = _ADDRESS
+_MODEL = _ADAPTER = _CONTEXT = _VOCABULARY = _MEMORY = _DEVICE = _ADDRESS
 FUNCTIONS: Mapping[str, tuple[Any, tuple[Any, ...]]] = MappingProxyType(
     {
         # the library
@@ -159,6 +159,9 @@ FUNCTIONS: Mapping[str, tuple[Any, tuple[Any, ...]]] = MappingProxyType(
         "llama_model_meta_val_str": (_NUMBER, (_MODEL, _TEXT, _TEXT, _SIZE)),
         "llama_model_n_params": (ctypes.c_uint64, (_MODEL,)),
         "llama_model_n_swa": (_NUMBER, (_MODEL,)),
+        # adapters
+        "llama_adapter_get_alora_n_invocation_tokens": (ctypes.c_uint64, (_ADAPTER,)),
+        "llama_adapter_lora_init": (_ADAPTER, (_MODEL, _TEXT)),
         # contexts
         "llama_batch_free": (None, (LlamaBatch,)),
         "llama_batch_init": (LlamaBatch, (_NUMBER, _NUMBER, _NUMBER)),
@@ -169,6 +172,7 @@ FUNCTIONS: Mapping[str, tuple[Any, tuple[Any, ...]]] = MappingProxyType(
         "llama_get_memory": (_MEMORY, (_CONTEXT,)),
         "llama_get_model": (_MODEL, (_CONTEXT,)),
         "llama_init_from_model": (_CONTEXT, (_MODEL, ContextParameters)),
+        "llama_set_adapters_lora": (_NUMBER, (_CONTEXT, ctypes.POINTER(_ADDRESS), _SIZE, ctypes.POINTER(_FLOAT))),
         "llama_set_n_threads": (None, (_CONTEXT, _NUMBER, _NUMBER)),
         "llama_synchronize": (None, (_CONTEXT,)),
         # the memory of sequences

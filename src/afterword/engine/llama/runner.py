@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from afterword.engine.core.forward_batch import BatchEntry, ForwardBatch, Logits
 from afterword.engine.kernels.compiled import memory_on_demand
 from afterword.engine.llama import accelerator
+from afterword.engine.llama.adapter import apply_adapter
 from afterword.engine.llama.bindings import LlamaBatch, ProgressCallback
 from afterword.engine.llama.fixed_shape import pad_to_fixed_shape
 from afterword.engine.llama.kv_cache import KvCache, NativeContext
@@ -63,9 +64,10 @@ class LlamaRunner:
         self.capacity = settings.capacity
         self.chunk = settings.chunk
         self.uses_kernels = self.accelerated and settings.use_kernels and accelerator.supports_quantized()
-        accelerator.configure(settings.threads, keep_weights=self.uses_kernels)
+        accelerator.configure(settings.threads, keep_weights=self.uses_kernels and settings.pack_weights)
         # Open the files before loading, so that a change during the load is detected.
-        self.files = ModelFiles(settings.parts or (settings.path,))
+        parts = settings.parts or (settings.path,)
+        self.files = ModelFiles((*parts, settings.adapter) if settings.adapter else parts)
         self.model = _load(settings, settings.repack and not self.uses_kernels, report_progress)
         accelerator.start_recording()
         created = _context(self.model, settings, self.accelerated)
@@ -73,6 +75,8 @@ class LlamaRunner:
         self._depends_on_batch = created.depends_on_batch
         if not native.llama_get_memory(self._context):
             raise SettingError(f"{settings.path} is not a text-completion model: it has no KV cache.")
+        if settings.adapter:
+            apply_adapter(self.model, self._context, settings)
         self._unsupported_types = accelerator.unsupported_types()
         self._has_unsupported_products = accelerator.has_unsupported_products()
         self._has_unsupported_experts = accelerator.has_unsupported_experts()

@@ -217,7 +217,8 @@ def fingerprint(settings: LoadModel, runner: LlamaRunner, model_info: ModelInfo)
     content.update(runner.files.digest())
     content.update(msgspec.msgpack.encode(msgspec.structs.replace(model_info, **_NOT_NUMBERS)))
     shape = (settings.context, settings.kv_type, runner.grid, settings.repack, settings.gpu_layers)
-    content.update(repr((*shape, runner.uses_kernels, runner.uses_own_attention)).encode())
+    adapter = settings.adapter_scale if settings.adapter else None  # its content is among the files
+    content.update(repr((*shape, runner.uses_kernels, runner.uses_own_attention, adapter)).encode())
     if settings.gpu_layers:
         content.update(f"{gpus.gpu_names()} {settings.sequences if settings.fixed_shape else 0}".encode())
     return "fp_" + content.hexdigest()[:16]

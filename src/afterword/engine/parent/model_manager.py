@@ -48,6 +48,7 @@ class ModelDefinition:
     - `memory_bytes`: memory that the loaded model needs.
     - `make_engine`: returns an engine that is not open yet.
     - `advice`: a sentence for the operator.
+    - `parent`: the model to which this one adds an adapter.
     """
 
     id: str
@@ -60,6 +61,7 @@ class ModelDefinition:
     promise: Promise = "none"
     memory_bytes: int = 0
     advice: str | None = None
+    parent: str | None = None
 
 
 class ManagedModel:
