@@ -16,8 +16,10 @@ from afterword.config import WeightTypes
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
+from afterword.engine.draft import PredictedText, Prediction, prediction_draft  # noqa: E402
 from afterword.models.gguf_facts import read_facts  # noqa: E402
-from bench import report  # noqa: E402
+from afterword.models.registry import builtin_path  # noqa: E402
+from bench import infill, prediction, report  # noqa: E402
 from bench.client import Client, NotPossible  # noqa: E402
 from bench.model import FORMS, ArchitectureForm, write_folder, write_gguf  # noqa: E402
 from bench.scenarios import SCENARIOS, Measure  # noqa: E402
@@ -208,3 +210,58 @@ def test_a_form_of_any_architecture_is_written_in_a_given_type(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["small.gguf"]
     with pytest.raises(SystemExit, match="gemma3"):
         write_folder(tmp_path / "folder", form)
+
+
+def rows_of(printed: str) -> list[list[str]]:
+    """The cells of all rows of Markdown tables, without the rulers."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if line[:1] == "|"]
+    return [row for row in rows if set(row[0]) != {"-"}]
+
+
+def test_predictions_are_measured_on_a_written_model(tmp_path, capsys):
+    write_gguf(tmp_path / "small.gguf", FORMS["small"], "Q8_0")
+    prediction.main([str(tmp_path / "small.gguf"), "--rounds", "1", "--lines", "6", "--length", "48"])
+    rows = rows_of(capsys.readouterr().out)
+    assert [row[0] for row in rows[: len(prediction.SIZES) + 1]] == ["tokens", *map(str, prediction.SIZES)]
+    expected = prediction.cases(6, 48)
+    assert [row[:2] for row in rows[len(prediction.SIZES) + 2 :]] == [
+        [case.name, str(sum(map(len, case.texts)))] for case in expected
+    ]
+
+
+def test_a_prediction_has_five_changed_lines():
+    changed, other, *rest = prediction.cases(200, 100)
+    draft = prediction_draft(Prediction(PredictedText(changed.prediction)), len(changed.texts[0]))
+    for token in changed.texts[0]:
+        draft.append(token)
+    assert changed.texts[0] != changed.prediction
+    assert draft.acceptance > 0.5
+    assert not set(zip(other.texts[0], other.texts[0][1:], other.texts[0][2:], strict=False)) & set(
+        zip(other.prediction, other.prediction[1:], other.prediction[2:], strict=False)
+    )
+    assert all(case.ngrams and not case.prediction for case in rest)
+
+
+def test_typing_is_measured_on_our_server(capsys):
+    sizes = ["--tokens", "200", "--keys", "3", "--rounds", "2", "--wait", "0", "--length", "4"]
+    infill.main([str(builtin_path()), "--alone", *sizes])
+    (head, *rows) = rows_of(capsys.readouterr().out)
+    assert head == ["scenario", "measure", "afterword"]
+    assert [row[1] for row in rows] == ["first token, s", "whole middle, s", "computed prompt tokens, tokens"]
+    figures = [float(row[2]) for row in rows]
+    assert 0 < figures[0] <= figures[1]
+    assert 0 < figures[2] < 200, "the text before the cursor comes from the cache"
+
+
+def test_the_line_before_the_cursor_is_sent_apart():
+    body = infill.body_of("a = 1\nb =", "\nc\n", 4)
+    assert (body["input_prefix"], body["prompt"], body["input_suffix"]) == ("a = 1\n", "b =", "\nc\n")
+    assert infill.body_of("a", "", 4)["input_prefix"] == ""
+
+
+def test_a_template_says_whether_the_suffix_is_first(server):
+    def found(template):
+        return asyncio.run(infill.is_suffix_first(server.url, template))
+
+    assert found("<s>{suffix}<p>{prefix}")
+    assert not found("<p>{prefix}<s>{suffix}")

@@ -263,6 +263,27 @@ def test_candidates_are_dropped_too() -> None:
     assert engine.jobs[0].dropped == [0, 1]
 
 
+def test_a_choice_of_which_the_reader_needs_no_more_is_dropped() -> None:
+    async def read(engine: ScriptedEngine) -> Items:
+        plan = await planned(engine, {"prompt": ("a", "b"), "n": 2})
+        read: Items = []
+
+        def is_over(index: int) -> bool:
+            return index == 3 and any(isinstance(item, Delta) and item.index == 3 for item in read)
+
+        async with asyncio.timeout(5), aclosing(run(plan, engine, is_over=is_over)) as items:
+            async for item in items:
+                read.append(item)
+        return read
+
+    engine = ScriptedEngine(text_script(*["Hello cat sat the world"] * 2))
+    result = Result(asyncio.run(read(engine)))
+    assert [job.dropped for job in engine.jobs] == [[], [1]]
+    assert result.summary[:3] == [(index, "Hello cat sat the world", "stop") for index in range(3)]
+    assert result.choices[3].finish is None
+    assert result.usage[1] < 4 * 5
+
+
 @pytest.mark.parametrize("fields", [{}, {"best_of": 3, "n": 2}])
 def test_steps_after_the_end_of_a_sample_are_ignored(fields: dict[str, Any]) -> None:
     fields = {"prompt": ("a",), "n": 2, "stop": (".",), "max_tokens": 9, "echo": True, "logprobs": 1} | fields

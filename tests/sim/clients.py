@@ -13,11 +13,11 @@ from random import Random
 from typing import Any
 
 from afterword.completion.choice import Delta
-from afterword.completion.plan import ClientIdentity, Plan, make_plan
+from afterword.completion.plan import ClientIdentity, Plan, Tokenized, make_plan
 from afterword.completion.request import parse
 from afterword.completion.request_limits import RequestLimits
 from afterword.completion.run import Usage, run, tokenize
-from afterword.engine.protocol import Engine
+from afterword.engine.protocol import Engine, ModelInfo
 from afterword.errors import AfterwordError
 from afterword.keys.key import TokenUsage, digest
 from afterword.keys.key_registry import Grant, KeyRegistry
@@ -36,6 +36,7 @@ class Behavior:
 
     `body`: the JSON body. `crashes`: the prompt crashes the worker. `leaves_after`: number of items after which the
     client disconnects. `read_seconds`: seconds that it takes to read an item. `queue`: as in `ClientIdentity`.
+    `predicts`: the body gets a prediction, which agrees in part with the text that the model generates.
     """
 
     body: dict[str, Any]
@@ -43,6 +44,7 @@ class Behavior:
     leaves_after: int | None = None
     read_seconds: float = 0.0
     queue: str = ""
+    predicts: bool = False
 
 
 def random_behavior(random: Random, contended: bool, crash_share: float) -> Behavior:
@@ -65,7 +67,10 @@ def random_behavior(random: Random, contended: bool, crash_share: float) -> Beha
         body["cache_salt"] = "salt"
     body["temperature"] = random.choice((0, 0.7, 1))
     leaves_after = random.randint(0, 8) if random.random() < 0.15 else None
-    return Behavior(body, crashes, leaves_after, random.uniform(0.1, 3) if random.random() < 0.1 else 0.0)
+    read_seconds = random.uniform(0.1, 3) if random.random() < 0.1 else 0.0
+    if predicts := Random(body["seed"]).random() < 0.4:
+        body["max_tokens"] *= 3  # drafts are verified only behind the first tokens
+    return Behavior(body, crashes, leaves_after, read_seconds, predicts=predicts)
 
 
 def heavy_behavior(random: Random) -> Behavior:
@@ -76,7 +81,8 @@ def heavy_behavior(random: Random) -> Behavior:
         body["logprobs"] = 1
     queue = "batch" if random.random() < 0.3 else ""
     if random.random() < 0.08:
-        return Behavior(body | {"max_tokens": 110, "n": random.randint(1, 5)}, crashes=False, queue=queue)
+        body |= {"max_tokens": 110, "n": random.randint(1, 5)}
+        return Behavior(body, crashes=False, queue=queue, predicts=Random(body["seed"]).random() < 0.5)
     return Behavior(body | {"max_tokens": random.randint(1, 6)}, crashes=False, queue=queue)
 
 
@@ -135,8 +141,11 @@ def record_end(request: SimulatedRequest, outcome: str, checker: InvariantChecke
 async def _complete(
     request: SimulatedRequest, engine: Engine, grant: Grant, account: AccountModel, checker: InvariantChecker
 ) -> tuple[str, Usage | None]:
-    parsed = parse(json.dumps(request.behavior.body).encode(), RequestLimits())
     identity = ClientIdentity(request.key, queue=request.behavior.queue)
+    body = request.behavior.body
+    if request.behavior.predicts:
+        body = body | {"prediction": _prediction(body, engine.model_info, identity)}
+    parsed = parse(json.dumps(body).encode(), RequestLimits())
     plan = make_plan(parsed, engine.model_info, await tokenize(parsed, engine), 0, identity)
     if grant.reserve(plan.max_total_tokens) is not None:
         return "limited", None
@@ -159,6 +168,20 @@ async def _complete(
     require(5, all(_finished(deltas) for deltas in choices.values()), "a choice has no finish reason")
     require(5, len(choices) == len(plan.prompts) * plan.n, "a choice is missing")
     return "finished", used[0]
+
+
+def _prediction(body: dict[str, Any], model_info: ModelInfo, identity: ClientIdentity) -> dict[str, str]:
+    """A prediction made of the first choice's text, of which some tokens are replaced, left out or repeated."""
+    random = Random(f"prediction {body['seed']}")
+    parsed = parse(json.dumps(body).encode(), RequestLimits())
+    tokenized = Tokenized(tuple(tuple(map(LETTERS.index, text)) for text in parsed.prompt), ())
+    job = make_plan(parsed, model_info, tokenized, 0, identity).prompts[0].job
+    share = random.choice((0, 0, 0.1, 1))
+    parts = [
+        random.choice(("", letter * 2, random.choice(_PLAIN))) if random.random() < share else letter
+        for letter in (LETTERS[token] for token in expected_tokens(job, 0))
+    ]
+    return {"type": "content", "content": "".join(parts)}
 
 
 def _settle(grant: Grant, usage: Usage | None, account: AccountModel) -> None:

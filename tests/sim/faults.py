@@ -13,7 +13,7 @@ from afterword.engine.core.scheduler import Scheduler
 from afterword.engine.core.sequence import Sequence
 from afterword.engine.parent.pending_job import PendingJob
 from afterword.engine.parent.supervisor import Supervisor
-from afterword.engine.protocol import Step
+from afterword.engine.protocol import Step, Token
 from afterword.keys.rate_limiter import TokenBucket
 
 
@@ -94,6 +94,13 @@ def _ignore_hangs(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("afterword.engine.parent.watchdog.Watchdog.is_hanging", lambda *_, **__: False)
 
 
+def _keep_rejected_tokens(patch: pytest.MonkeyPatch) -> None:
+    def all_of_draft(_: object, __: object, found: list[list[Token]]) -> list[Token]:
+        return [token for (token,) in found]
+
+    patch.setattr("afterword.engine.core.engine_loop.confirmed_tokens", all_of_draft)
+
+
 FAULTS = (
     Fault("a slot is not released", (2,), _leak_slots),
     Fault("a sample continues after its end", (4,), _continue_after_the_end),
@@ -106,4 +113,5 @@ FAULTS = (
     Fault("queue deadlines are ignored", (6,), _ignore_deadlines),
     Fault("a job is lost in a crash", (0, 1), _lose_a_job_in_a_crash),
     Fault("a hung worker is not noticed", (6,), _ignore_hangs),
+    Fault("tokens after a rejected one are kept", (5,), _keep_rejected_tokens),
 )

@@ -17,6 +17,7 @@ from history_runner import VOCABULARY, HistoryRunner
 from afterword.engine import messages
 from afterword.engine.core.engine_loop import EngineLoop
 from afterword.engine.core.forward_batch import ForwardBatch, Logits
+from afterword.engine.core.verification import can_verify
 from afterword.engine.protocol import ModelInfo
 from afterword.engine.worker.worker_main import PassMonitor, apply_message
 
@@ -33,7 +34,10 @@ class CrashError(Exception):
 
 @dataclass
 class Machine:
-    """Starts workers; owns their settings and speeds. `failing`: how many of the next ones fail to load the model."""
+    """Starts workers; owns their settings and speeds.
+
+    `failing`: how many of the next ones fail to load the model. `accepted`: accepted tokens of drafts.
+    """
 
     random: Random
     settings: messages.LoadModel
@@ -42,6 +46,7 @@ class Machine:
     pass_seconds: float = 0.01
     token_seconds: float = 0.002
     failing: int = 0
+    accepted: int = 0
     processes: list[FakeProcess] = field(default_factory=list)
     on_pass: Callable[[FakeProcess, ForwardBatch], None] = lambda *_: None
     record: Callable[..., None] = lambda *_: None
@@ -52,12 +57,13 @@ class Machine:
         self.failing = max(0, self.failing - 1)
         return self.processes[-1]
 
-    def model_info(self) -> ModelInfo:
+    def model_info(self, runner: HistoryRunner) -> ModelInfo:
         pieces = tuple(letter.encode() for letter in LETTERS)
         settings = self.settings
         return ModelInfo(
             *(0, settings.context, settings.sequences, pieces, (0,), None, 0, False, False, 1, None, "fp_sim"),
             promise=self.promise,  # type: ignore[arg-type]
+            verifies_drafts=can_verify(runner),
         )
 
 
@@ -199,9 +205,11 @@ class FakeProcess:
         if self._fails:
             self._send_to_server(messages.LoadFailure("The simulated model cannot be loaded."))
             return
-        self._send_to_server(messages.ModelReady(self._machine.model_info()))
+        self._send_to_server(messages.ModelReady(self._machine.model_info(self._runner)))
         monitor = self._runner.monitor = PassMonitor(self._runner, self._runner.clock)
         self.engine_loop = EngineLoop(monitor, self._runner.clock)
+        if self._machine.settings.speculate == "ngram":
+            self.engine_loop.draft_ngrams()
         try:
             while True:
                 await self._iterate(self.engine_loop)
@@ -213,6 +221,7 @@ class FakeProcess:
         self._runner.clock_offset = 0.0
         computed = len(self._runner.batches)
         steps = loop.step()
+        self._machine.accepted += loop.pass_stats().accepted_tokens
         if len(self._runner.batches) > computed:
             await self._sleep(self._runner.clock_offset, hangs=self._hangs_next)
         self._runner.clock_offset = 0.0

@@ -35,7 +35,10 @@ _END_TIMEOUT = 20_000.0  # seconds by which every accepted request must have end
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a simulation. `broken`: the broken invariant, None if all held; `rule`: its number."""
+    """The result of a simulation. `broken`: the broken invariant, None if all held; `rule`: its number.
+
+    `accepted`: accepted tokens of drafts.
+    """
 
     seed: int
     trace: str
@@ -44,6 +47,7 @@ class Outcome:
     events: int
     deaths: int
     outcomes: dict[str, int]
+    accepted: int
 
 
 def simulate(seed: int, events: int = 200) -> Outcome:
@@ -59,15 +63,16 @@ def simulate(seed: int, events: int = 200) -> Outcome:
         broken, rule = f"{type(error).__name__}: {error}", 0
     finally:
         completion_run.MAX_UNREAD_BYTES = most_unread
-    checker = simulation.checker
-    return Outcome(seed, checker.trace, broken, rule, events, checker.deaths, dict(checker.outcomes))
+    checker, accepted = simulation.checker, simulation.machine.accepted
+    return Outcome(seed, checker.trace, broken, rule, events, checker.deaths, dict(checker.outcomes), accepted)
 
 
 class Simulation:
     """Owner of the simulated server, clients, workers and checks of one seed.
 
     The seed also selects the kind of load: in one of 8 seeds many equal requests contend for slots, in another one of 8
-    some clients send heavy requests. In one of 4 seeds slots are truncated with snapshots of one byte each.
+    some clients send heavy requests. In one of 4 seeds slots are truncated with snapshots of one byte each. In one of 3
+    seeds samples are drafted from their own text too.
     """
 
     def __init__(self, seed: int) -> None:
@@ -83,18 +88,19 @@ class Simulation:
             grid=random.choice((1, 4)),
             promise="exact",
             snapshot_bytes=6 if seed % 4 == 3 else 0,
+            speculate="ngram" if seed % 3 == 1 else "off",
         )
-        self._machine = Machine(
+        self.machine = Machine(
             Random(random.getrandbits(32)), settings, token_seconds=random.choice((0.002, 0.02, 1.0))
         )
         if self._heavy:
-            settings = self._machine.settings = msgspec.structs.replace(settings, context=256)
+            settings = self.machine.settings = msgspec.structs.replace(settings, context=256)
         if self._contended or self._heavy:
-            self._machine.token_seconds = 0.002
+            self.machine.token_seconds = 0.002
         self.unread = random.choice((1000, 16 * 2**20))  # bytes that are buffered for a slow reader
-        self._machine.load_seconds = random.choice((0.1, 1.0, 20.0))
+        self.machine.load_seconds = random.choice((0.1, 1.0, 20.0))
         self.checker = InvariantChecker(self._policy, settings.sequences, fair=self._contended)
-        self._machine.record, self._machine.on_pass = self.checker.record, self.checker.add_pass
+        self.machine.record, self.machine.on_pass = self.checker.record, self.checker.add_pass
         self._requests: list[SimulatedRequest] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._allowances = [_allowance(random, self._contended or self._heavy) for _ in range(3)]
@@ -107,7 +113,7 @@ class Simulation:
         """Start the server, make this many random events, then end everything and check the outcomes."""
         loop = asyncio.get_running_loop()
         supervisor = self._supervisor = Supervisor(
-            self._machine.settings, self._policy, spawn=self._machine.spawn, clock=loop.time
+            self.machine.settings, self._policy, spawn=self.machine.spawn, clock=loop.time
         )
         keys = [Key(key_text(i), key_digest(i), allowance=each) for i, each in enumerate(self._allowances)]
         self._key_registry = KeyRegistry(keys, clock=lambda: int(loop.time() * 10**9), wall=lambda: 0.0)
@@ -199,7 +205,7 @@ class Simulation:
             self._tasks[index].cancel()
 
     def _process(self) -> FakeProcess:
-        return self._machine.processes[-1]
+        return self.machine.processes[-1]
 
     def _crash(self) -> None:
         self._process().die("crash")
@@ -218,7 +224,7 @@ class Simulation:
         self._process().stall(self._random.uniform(0, self._policy.hang_seconds - 3))
 
     def _fail_loading(self) -> None:
-        self._machine.failing = self._random.randint(1, 6)
+        self.machine.failing = self._random.randint(1, 6)
 
     def _jump_clock(self) -> None:
         seconds = self._random.choice((5.0, 60.0, 4000.0))
@@ -227,7 +233,7 @@ class Simulation:
         assert isinstance(loop, VirtualLoop)
         loop.jump(seconds)
         self.checker.timers_late_until = loop.time() + 4 * TICK_SECONDS
-        for process in self._machine.processes:
+        for process in self.machine.processes:
             if process.stopped_at is not None:
                 process.stopped_at += seconds
             if process.hangs_at is not None:
@@ -265,14 +271,14 @@ class Simulation:
         process = self._process()
         if process.hangs_at is not None:
             return  # no job waits for it; the supervisor replaces it only when a job does
-        idle = Load(self._machine.settings.sequences, 0, 0)
+        idle = Load(self.machine.settings.sequences, 0, 0)
         require(2, self._supervisor.load == idle, f"{self._supervisor.load} when idle")
         if process.alive and process.engine_loop is not None:
             require(2, process.engine_loop.load().running == 0, "slots are in use without requests")
 
     def _check_tasks(self) -> None:
         """Raise the exception of any failed task. The simulation's own checks fail this way too."""
-        processes = [task for process in self._machine.processes for task in process.tasks]
+        processes = [task for process in self.machine.processes for task in process.tasks]
         if self._failures:
             raise self._failures[0]
         for task in (*self._tasks, *processes):

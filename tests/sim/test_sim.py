@@ -40,6 +40,12 @@ def test_a_seed_gives_the_same_events_every_time() -> None:
     assert [line.split()[1] for line in result.stdout.splitlines()[:3]] == here
 
 
+def test_drafts_are_verified() -> None:
+    accepted = [simulate(seed).accepted for seed in range(16)]
+    assert sum(map(bool, accepted)) >= 3
+    assert not any(accepted[3::4]), "a slot that is truncated with snapshots"
+
+
 def test_virtual_time_advances_only_when_no_task_can_run() -> None:
     loop = VirtualLoop()
     events: list[tuple[str, float]] = []

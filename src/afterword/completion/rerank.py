@@ -26,10 +26,11 @@ async def run_plan(
     engine: Engine,
     record_usage: Callable[[Usage], None] = lambda _: None,
     on_prompt_started: Callable[[], None] = lambda: None,
+    is_over: Callable[[int], bool] = lambda _: False,
 ) -> AsyncGenerator[Delta | Usage]:
     """Run a plan of any kind, like `run`. With a suffix to rank by, each choice is one delta at the end."""
     if not plan.reranks:
-        async with aclosing(run(plan, engine, record_usage, on_prompt_started)) as items:
+        async with aclosing(run(plan, engine, record_usage, on_prompt_started, is_over)) as items:
             async for item in items:
                 yield item
         return

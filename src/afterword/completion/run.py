@@ -104,12 +104,14 @@ async def run(
     engine: Engine,
     record_usage: Callable[[Usage], None] = lambda _: None,
     on_prompt_started: Callable[[], None] = lambda: None,
+    is_over: Callable[[int], bool] = lambda _: False,
 ) -> AsyncGenerator[Delta | Usage]:
     """Run a plan. Yields deltas when they are ready, then one `Usage`. Closing the iterator closes the jobs.
 
     `record_usage` is called once at the end, also after an error or a close. Its `Usage` counts every generated token,
     also those that a stop string or an end token keeps out of the text. `on_prompt_started` is called once for each
-    prompt, at its first step.
+    prompt, at its first step. `is_over` is called with the index of each choice that had a delta: whether the reader
+    needs no more of it. The engine then stops computing it; a few more deltas may follow, and none that ends it.
 
     Raises `Overloaded` or `ModelReplaced` before the first delta, `EngineError` or `ReaderTooSlow` at any time.
     """
@@ -129,6 +131,8 @@ async def run(
             async for index, step in steps:
                 for delta in progress[index].take(step, handles[index]):
                     yield delta
+                    if is_over(delta.index):
+                        handles[index].drop(delta.index - index * plan.n)
                 if plan.best_of > plan.n:
                     await asyncio.sleep(0)  # no delta is yielded before all candidates are complete
     finally:

@@ -108,9 +108,10 @@ class InfillResponse(Response):
 
     async def _parts(self) -> AsyncGenerator[MiddlePart]:
         """The parts of all middles as they are generated. The run ends when all middles have ended."""
-        recorder = self._prepared.recorder
+        prepared, recorder = self._prepared, self._prepared.recorder
+        started = recorder.record_compute_start
         async with aclosing(
-            run_plan(self._prepared.plan, self._prepared.engine, self._record_usage, recorder.record_compute_start)
+            run_plan(prepared.plan, prepared.engine, self._record_usage, started, self._has_ended)
         ) as items:
             async for item in items:
                 if isinstance(item, Usage):
@@ -123,6 +124,9 @@ class InfillResponse(Response):
                     yield part
                 if all(middle.stop != "none" for middle in self._middles):
                     return
+
+    def _has_ended(self, index: int) -> bool:
+        return self._middles[index].stop != "none"
 
     def _finals(self, streamed: bool) -> list[dict[str, Any]]:
         """The whole middles, or the last events of streamed ones. Called after the run has ended."""
