@@ -10,16 +10,17 @@ RUN apt-get update \
 WORKDIR /build
 # Any x86-64 processor with AVX2, not only the one that builds; on ARM the baseline of its own.
 ARG CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF"
-COPY requirements.txt ./
-RUN CMAKE_ARGS="${CMAKE_ARGS}" python3 -m pip wheel --no-cache-dir --require-hashes --wheel-dir wheels -r requirements.txt
+COPY requirements.txt requirements-native.txt ./
+RUN CMAKE_ARGS="${CMAKE_ARGS}" python3 -m pip wheel --no-cache-dir --require-hashes --wheel-dir wheels -r requirements.txt -r requirements-native.txt
 COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY src src
-# The same for our own kernel; empty means the compiler's baseline.
-ARG CXXFLAGS_X86_64="-march=x86-64-v3"
-RUN case "$(uname -m)" in x86_64) export CXXFLAGS="${CXXFLAGS_X86_64}" ;; *) export CXXFLAGS="" ;; esac \
+# Empty: kernels for each level of instructions. Else options for one processor, such as -march=native.
+ARG CXXFLAGS=""
+RUN if [ -z "${CXXFLAGS}" ]; then unset CXXFLAGS; fi \
  && python3 -m pip wheel --no-cache-dir --no-index --find-links wheels --no-deps --wheel-dir wheels . \
  && python3 -m venv /opt/afterword \
- && /opt/afterword/bin/python -m pip install --no-cache-dir --no-index --find-links wheels afterword
+ && /opt/afterword/bin/python -m pip install --no-cache-dir --no-index --find-links wheels "afterword[native]" \
+ && /opt/afterword/bin/python -m pip uninstall --yes xllamacpp
 
 FROM ${BASE}
 RUN apt-get update \

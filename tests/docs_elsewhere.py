@@ -40,6 +40,7 @@ ELSEWHERE = {
     ("docs/comparison.md", "python tests/conformance --url http://127.0.0.1:8000/v1 || test $? = 1"): Elsewhere(
         "takes seconds, and tests/conformance/test_conformance.py runs the same cases"
     ),
+    ("docs/guides/deploy.md", "pip install afterword-0.1.0-*.whl"): REGISTRY,
     ("docs/guides/deploy.md", "sudo useradd --system --create-home --home-dir /var/lib/afterword afterword"): SYSTEM,
     ("docs/guides/deploy.md", "sudo systemctl enable --now afterword"): SYSTEM,
     ("docs/guides/deploy.md", "docker build -t afterword ."): DOCKER,
@@ -50,8 +51,7 @@ ELSEWHERE = {
     ): DOCKER,
     (
         "docs/guides/deploy.md",
-        'docker build -t afterword --build-arg CMAKE_ARGS="-DLLAVA_BUILD=OFF" '
-        '--build-arg CXXFLAGS_X86_64="-march=native" .',
+        'docker build -t afterword --build-arg CMAKE_ARGS="-DLLAVA_BUILD=OFF" --build-arg CXXFLAGS="-march=native" .',
     ): DOCKER,
     ("docs/guides/deploy.md", "docker build -t afterword:cuda -f Dockerfile.cuda ."): DOCKER,
     ("docs/guides/evaluate.md", 'pip install "lm-eval[api]"'): REGISTRY,

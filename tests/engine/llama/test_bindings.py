@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -149,6 +150,18 @@ def test_a_file_that_is_no_library_is_refused(tmp_path: Path) -> None:
         bindings.open_library(path)
 
 
+@pytest.mark.parametrize(("lacked", "package"), [("libgomp.so.1", "libgomp1"), ("libstdc++.so.6", "libstdc++6")])
+def test_a_library_that_the_system_lacks_is_named_with_its_package(
+    monkeypatch: pytest.MonkeyPatch, lacked: str, package: str
+) -> None:
+    def load(_: str) -> None:
+        raise OSError(f"{lacked}: cannot open shared object file: No such file or directory")
+
+    monkeypatch.setattr(bindings.ctypes, "CDLL", load)
+    with pytest.raises(SettingError, match=re.escape(f"lacks {lacked}. On Debian: apt-get install {package}")):
+        bindings.open_library(Path("xllamacpp.abi3.so"))
+
+
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 def test_a_library_without_a_function_is_refused(tmp_path: Path) -> None:
     source, path = tmp_path / "other.cpp", tmp_path / "libllama.so"
@@ -208,6 +221,19 @@ def test_a_compiled_library_is_preferred_to_a_prebuilt_one(
     places = {name: SimpleNamespace(submodule_search_locations=[str(tmp_path / name)]) for name in packages}
     monkeypatch.setattr(library, "find_spec", places.get)
     assert library.path() == tmp_path / expected
+
+
+def test_the_prebuilt_library_is_refused_on_a_processor_below_all_levels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "xllamacpp" / "xllamacpp.abi3.so"
+    place.parent.mkdir()
+    place.write_bytes(b"")
+    monkeypatch.setenv(library.VARIABLE, str(place))
+    monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(library.compiled, "below_all_levels", lambda: True)
+    with pytest.raises(SettingError, match=r"needs a processor with AVX2"):
+        library._load.__wrapped__()  # the result of another test may be kept
 
 
 def test_other_names_are_no_functions() -> None:

@@ -45,9 +45,14 @@ def processor_levels() -> tuple[str, ...]:
     return tuple(level for i, level in enumerate(LEVELS.get(platform.machine(), ())) if found >> i & 1)
 
 
+def below_all_levels() -> bool:
+    """Whether this processor is known to have none of the levels."""
+    return (KERNELS / "libprocessor.so").exists() and not processor_levels()
+
+
 def why_missing() -> str:
     """Why there is no library for this processor, for messages."""
-    if processor_levels() or not (KERNELS / "libprocessor.so").exists():
+    if not below_all_levels():
         return "the installation has none"
     return f"the installation has none for processors below {LEVELS.get(platform.machine(), ('any level',))[0]}"
 

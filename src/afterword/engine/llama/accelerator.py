@@ -26,7 +26,7 @@ _ADDRESSES = (
     *("ggml_backend_cpu_buffer_type", "ggml_backend_buft_is_host", "ggml_backend_buffer_init"),
     *("ggml_graph_n_nodes", "ggml_graph_node", "ggml_op_name"),
 )
-_OTHER_LLAMA = "Use the llama.cpp that requirements.txt names."
+_OTHER_LLAMA = "Use the llama.cpp that Afterword depends on."
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num")  # in the order of `OpenMp` in openmp.hpp
 
 

@@ -233,7 +233,9 @@ _DEFAULTS: Mapping[str, Mapping[str, float]] = MappingProxyType(
 )
 """The values of fields that are not 0 by default, by the function that returns the structure."""
 
-_ADVICE = "Install the llama-cpp-python that requirements.txt names, or name another library with AFTERWORD_LLAMA."
+_ADVICE = "Install the llama.cpp that Afterword depends on, or name another library with AFTERWORD_LLAMA."
+_SYSTEM_LIBRARIES: Mapping[str, str] = MappingProxyType({"libgomp.so.1": "libgomp1", "libstdc++.so.6": "libstdc++6"})
+"""Libraries of the system that a prebuilt llama.cpp needs, and Debian's packages with them."""
 
 
 def open_library(path: Path) -> ctypes.CDLL:
@@ -244,7 +246,11 @@ def open_library(path: Path) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise SettingError(f"{path} cannot be loaded as a library: {error}") from None
+        needed = next((each for each in _SYSTEM_LIBRARIES if each in str(error)), None)
+        advice = (
+            f". The system lacks {needed}. On Debian: apt-get install {_SYSTEM_LIBRARIES[needed]}" if needed else ""
+        )
+        raise SettingError(f"{path} cannot be loaded as a library: {error}{advice}") from None
     missing = [name for name in FUNCTIONS if not hasattr(library, name)]
     if missing:
         raise SettingError(f"{path} is no llama.cpp that Afterword knows: it lacks {_some(missing)}. {_ADVICE}")

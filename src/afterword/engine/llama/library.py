@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
+import platform
 import sys
 from collections import deque
 from functools import cache
@@ -22,6 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
+from afterword.engine.kernels import compiled
 from afterword.engine.llama.bindings import CONSTANTS, STRUCTURES, LogCallback, open_library
 from afterword.errors import SettingError
 
@@ -34,6 +36,7 @@ os.environ.setdefault("GGML_CPU_TILED_MM", "0")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 VARIABLE = "AFTERWORD_LLAMA"
+_PREBUILT = "xllamacpp"  # the package
 _NAMES = ("libllama.so", "libllama.dylib")
 _last_errors: deque[str] = deque(maxlen=8)
 _shown: list[TextIO] = []
@@ -65,7 +68,13 @@ native = NativeLibrary()
 
 @cache
 def _load() -> ctypes.CDLL:
-    return open_library(path())
+    found = path()
+    if found.parent.name == _PREBUILT and platform.machine() == "x86_64" and compiled.below_all_levels():
+        raise SettingError(
+            "The prebuilt llama.cpp needs a processor with AVX2, which this one has not. Install llama-cpp-python, "
+            "which is compiled for the machine."
+        )
+    return open_library(found)
 
 
 def path() -> Path:
@@ -73,9 +82,9 @@ def path() -> Path:
     named = os.environ.get(VARIABLE)
     if named:
         return _named(Path(named).expanduser())
-    compiled = (_in_folder(folder / "lib") for folder in _package("llama_cpp"))
-    prebuilt = (file for folder in _package("xllamacpp") for file in folder.glob("xllamacpp*.so"))
-    found = next((file for file in itertools.chain(compiled, prebuilt) if file), None)
+    native_files = (_in_folder(folder / "lib") for folder in _package("llama_cpp"))
+    prebuilt_files = (file for folder in _package(_PREBUILT) for file in folder.glob("xllamacpp*.so"))
+    found = next((file for file in itertools.chain(native_files, prebuilt_files) if file), None)
     if found is None:
         packages = "llama-cpp-python or xllamacpp"
         raise SettingError(f"llama.cpp is not installed. Install {packages}, or name a library with {VARIABLE}.")
