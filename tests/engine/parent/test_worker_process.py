@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from afterword.engine import messages
-from afterword.engine.parent.worker_process import spawn_worker
+from afterword.engine.parent.worker_process import WorkerProgram, spawn_worker
 
 LAST_MESSAGE = messages.Heartbeat(7, 0, 0, 0.0)
 PROGRAM = f"""
@@ -24,7 +24,7 @@ socket.socket(fileno=int(sys.argv[2])).sendall({messages.pack(LAST_MESSAGE)!r})
 
 def test_the_last_message_is_received_after_a_failed_send():
     async def test() -> None:
-        link = await spawn_worker([sys.executable, "-c", PROGRAM])
+        link = await spawn_worker(WorkerProgram((sys.executable, "-c", PROGRAM)))
         await asyncio.to_thread(link._process.wait)  # type: ignore[attr-defined]
         for job_id in range(3):  # the first send fails, because the process has ended
             link.send(messages.CloseJob(job_id))
@@ -62,7 +62,7 @@ def test_a_failed_start_leaves_no_process_and_no_descriptor(monkeypatch, module,
         with monkeypatch.context() as patch:
             patch.setattr(module, name, failing)
             with pytest.raises(OSError, match="Too many open files"):
-                await spawn_worker([sys.executable, "-c", "import time; time.sleep(60)"])
+                await spawn_worker(WorkerProgram((sys.executable, "-c", "import time; time.sleep(60)")))
         async with asyncio.timeout(30):
             while me.num_fds() > before or [
                 each for each in me.children() if each not in others and each.status() != "zombie"
