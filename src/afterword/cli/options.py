@@ -1,6 +1,7 @@
 """Option groups and their display in `--help`, and the options of all commands that run a model.
 
-This module imports only click and the standard library, so that `--help` starts fast. The examples of a command are a block of its docstring.
+This module imports only click and the standard library, so that `--help` starts fast. The examples of a command are a
+block of its docstring. The block begins with a backspace, so that click keeps its line breaks:
 
     \\b
     Examples:

@@ -85,7 +85,7 @@ def vllm_flags(settings: EngineSettings, text: str) -> tuple[str, ...]:
 def find_python(given: str | None) -> str:
     """Return the interpreter of the environment with vLLM. Raises `SettingError`."""
     if given is None:
-        if find_spec("vllm"):
+        if (spec := find_spec("vllm")) and spec.origin:
             return sys.executable
         raise SettingError(
             "vLLM is not installed in Afterword's environment. Name the interpreter of an environment that has it: "

@@ -97,9 +97,9 @@ class Step(Value, frozen=True):
     """What one forward pass produced for one job.
 
     `scored`: the next tokens of the prompt, in order. `sampled`: pairs of a sample's index and its new token.
-    `ended`: the samples that this pass finished, with the reason. `cached`, in one step of a job that is not after its
-    first token: how many prompt tokens came from the prefix cache. `failed`: the job's logits were not finite, and the job has
-    ended. `refused`: the library that computes has refused the job, and the job has ended.
+    `ended`: the samples that this pass finished, with the reason. `cached`, in one of the steps up to a job's first
+    token: how many prompt tokens came from the prefix cache. `failed`: the job's logits were not finite, and the job
+    has ended. `refused`: the library that computes has refused the job, and the job has ended.
     """
 
     scored: tuple[Token, ...] = ()

@@ -1,4 +1,4 @@
-"""`PYTHON tests/engine/vllm/random_model.py FOLDER [--sentencepiece]`: write a random model for the tests of vLLM.
+"""`PYTHON tests/with_vllm/random_model.py FOLDER [--sentencepiece]`: write a random model for the tests of vLLM.
 
 Run it with the interpreter of vLLM's environment: it needs `tokenizers`, `safetensors` and numpy. The model is a Llama
 with two layers and a tokenizer that is trained on the project's own documents.
@@ -11,8 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[3]
-ENTRIES, VOCABULARY, HIDDEN, HEADS, KV_HEADS, INNER, LAYERS, CONTEXT = 1000, 1024, 128, 4, 2, 256, 2, 2048
+ROOT = Path(__file__).resolve().parents[2]
+ENTRIES, VOCABULARY = 990, 1000  # the model has more tokens than the tokenizer, as most models do
+HIDDEN, HEADS, KV_HEADS, INNER, LAYERS, CONTEXT = 128, 4, 2, 256, 2, 2048
 SPECIAL = ("<|endoftext|>", "<|begin|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>")
 END, BEGIN = 0, 1
 
