@@ -77,7 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # in the environment of vLLM, which has msgspec and numpy, but not the libraries of the server
     "engine.vllm": {
         *("engine.worker.tokenizer_threads", "engine.worker.parent_process", "engine.core.fair_share", "system"),
-        *("engine.llama.infill_families", "engine.llama.model_files"),
+        *("engine.llama.infill_families", "engine.llama.model_files", "engine.vllm.model_folder"),
         *_TOKENIZE,
     },
     "engine.vllm.program": {"engine.parent.worker_process"},
@@ -107,6 +107,9 @@ OUTSIDE = {
     "sqlite3": {"batch", "keys"},
     "huggingface_hub": {"models"},
     "numpy": {"engine.core", "engine.llama"},
+    "tokenizers": {"engine.vllm"},
+    "torch": {"engine.vllm"},
+    "vllm": {"engine.vllm"},
     "opentelemetry": {"observability.traces"},
     "prometheus_client": {"observability.key_counters", "observability.metrics"},
 }

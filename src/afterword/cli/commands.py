@@ -224,7 +224,7 @@ def serve(models: tuple[str, ...], **options: Any) -> None:
       afterword serve a.gguf b.gguf              # two models
       afterword serve --host 0.0.0.0 --keys      # public, with API keys
       afterword serve --print-limits             # the limits of requests
-      afterword serve DIR --engine vllm --vllm-python vllm/bin/python -- --dtype bfloat16
+      afterword serve DIR --engine vllm          # by vLLM, see docs/vllm.md
     """
     from afterword.cli import run
 

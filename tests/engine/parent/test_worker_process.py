@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -68,5 +70,30 @@ def test_a_failed_start_leaves_no_process_and_no_descriptor(monkeypatch, module,
                 each for each in me.children() if each not in others and each.status() != "zombie"
             ]:
                 await asyncio.sleep(0.01)
+
+    asyncio.run(test())
+
+
+STARTS_ANOTHER = """
+import os, socket, subprocess, sys
+other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+socket.socket(fileno=int(sys.argv[2])).sendall(bytes([*other.pid.to_bytes(4, "big")]))
+other.wait()
+"""
+
+
+@pytest.mark.parametrize("leader_is_killed_first", [False, True])
+def test_the_processes_that_a_worker_has_started_end_with_it(leader_is_killed_first):
+    async def test() -> None:
+        link = await spawn_worker(WorkerProgram((sys.executable, "-c", STARTS_ANOTHER), starts_others=True))
+        reader = link._reader  # type: ignore[attr-defined]
+        other = psutil.Process(int.from_bytes(await reader.readexactly(4), "big"))
+        assert link.pid is not None
+        assert os.getpgid(link.pid) == os.getpgid(other.pid) == link.pid
+        if leader_is_killed_first:
+            os.kill(link.pid, signal.SIGKILL)
+            await reader.read()
+        assert await link.wait_ended() == -signal.SIGKILL
+        assert not other.is_running() or other.status() == psutil.STATUS_ZOMBIE
 
     asyncio.run(test())

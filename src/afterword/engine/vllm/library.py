@@ -91,6 +91,7 @@ def open_model(settings: messages.LoadVllm) -> LoadedVllm:
         import tokenizers
         import vllm
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.exceptions import EngineDeadError
     except ImportError as problem:
@@ -101,7 +102,7 @@ def open_model(settings: messages.LoadVllm) -> LoadedVllm:
     files = ModelFiles(folder.files)
     arguments = _arguments(settings, AsyncEngineArgs)
     try:
-        config = arguments.create_engine_config()
+        config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)  # with the defaults of a server
         llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
     except Exception as problem:  # vLLM raises exceptions of many classes
         raise SettingError(f"vLLM could not load {settings.path}: {_shown(problem)}") from problem
