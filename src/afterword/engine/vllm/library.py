@@ -27,9 +27,6 @@ from afterword.engine.vllm.tokenizer import FolderTokenizer
 from afterword.errors import SettingError
 
 OLDEST = (0, 32)
-_FLAGS = ("--model", "--tokenizer", "--tokenizer-mode", "--skip-tokenizer-init", "--logprobs-mode")
-"""Flags that would change what Afterword relies on. It sets them itself, or the values are those of the model."""
-
 _FLAGS = ("--max-logprobs=-1", "--disable-log-stats", "--generation-config=vllm")
 _ENVIRONMENT = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # each process imports `bootstrap`, which ends it with its parent
