@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
-from vllm_server import ENVIRONMENT, PYTHON, WRITE_MODEL, arguments
+from vllm_server import ENVIRONMENT, PYTHON, WRITE_MODEL, arguments, living
 
 pytest.register_assert_rewrite("cases", "probe")
 
@@ -46,7 +47,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(serve: Any, folder: Path) -> Iterator[Any]:
     """A server with all extension fields, whose answers can have the log probabilities of the whole vocabulary."""
     with serve(*arguments(folder, "--parallel", "8", "--max-logprobs", "1000")) as server:
+        processes = psutil.Process(server.pid).children(recursive=True)
         yield server
+    assert processes
+    assert not living(processes), "the server has ended and left processes of vLLM"
 
 
 @pytest.fixture

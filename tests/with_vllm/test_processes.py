@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from vllm_server import arguments
+from vllm_server import arguments, living
 
 SECONDS = 240  # for a worker that must load the model again on a slow machine
 
@@ -45,9 +45,6 @@ class VllmServer:
 
     def complete(self, **body: object) -> httpx.Response:
         return self.http.post("/v1/completions", json={"prompt": "Once", "max_tokens": 4, **body})
-
-    def wait_ready(self) -> None:
-        wait_until(lambda: self.http.get("/ready").status_code == 200)
 
 
 def wait_until(condition: object, seconds: float = SECONDS) -> None:
@@ -77,48 +74,22 @@ def started(folder: Path) -> Iterator[VllmServer]:
             process.wait()
 
 
-def living(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that have not ended. A zombie has."""
-    found = []
-    for each in processes:
-        try:
-            if each.status() != psutil.STATUS_ZOMBIE:
-                found.append(each)
-        except psutil.NoSuchProcess:
-            continue
-    return found
-
-
-def test_the_server_is_killed(folder: Path) -> None:
-    with started(folder) as server:
-        assert server.complete().status_code == 200
-        processes = server.descendants()
-        assert len(processes) >= 2
-        server.process.send_signal(signal.SIGKILL)
-        wait_until(lambda: not living(processes), 30)
-
-
-def test_the_server_is_closed(folder: Path) -> None:
-    with started(folder) as server:
-        processes = server.descendants()
-        server.process.send_signal(signal.SIGTERM)
-        server.process.wait(60)
-        wait_until(lambda: not living(processes), 30)
-
-
-def test_the_worker_and_vllm_are_killed(folder: Path) -> None:
+def test_no_process_is_left_whichever_is_killed(folder: Path) -> None:
     """After each death another worker serves, no process of the one before is left, and the fingerprint is the same."""
     with started(folder) as server:
         fingerprint = server.complete().json()["system_fingerprint"]
-        for victim in ("worker", "engine_core"):
+        for victim in ("engine_core", "worker"):
             processes = server.descendants()
+            assert len(processes) >= 2
             answers = streams_while_killed(server, getattr(server, victim))
             assert answers["stream"].count("error") == 1, "a stream that has begun ends with an error event"
             assert "[DONE]" not in answers["stream"]
             assert answers["waiting"] == "200", "a request that has brought nothing is answered by the next worker"
-            server.wait_ready()
             assert not living(processes)
             assert server.complete().json()["system_fingerprint"] == fingerprint
+        processes = server.descendants()
+        server.process.send_signal(signal.SIGKILL)
+        wait_until(lambda: not living(processes), 30)
 
 
 def streams_while_killed(server: VllmServer, victim: psutil.Process) -> dict[str, str]:

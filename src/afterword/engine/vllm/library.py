@@ -53,9 +53,10 @@ class LoadedVllm:
     async def generate(self, request: SampleRequest) -> AsyncGenerator[SampleOutput]:
         """Run a request; see `jobs.Generate`."""
         from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind
 
         prompt = tokens_input(list(request.prompt), cache_salt=request.cache_salt or None)
-        parameters = _parameters()(**request.fields)
+        parameters = _parameters()(**request.fields, output_kind=RequestOutputKind.DELTA)
         ended = False
         try:
             async for output in self.llm.generate(prompt, parameters, request.name):
@@ -74,7 +75,7 @@ def prepare_environment(verbose: bool) -> None:
     """Set the environment of vLLM's processes. Call it before vLLM is imported."""
     os.environ.update(_ENVIRONMENT)
     if not verbose:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
 def open_model(settings: messages.LoadVllm) -> LoadedVllm:
