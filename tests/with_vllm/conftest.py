@@ -55,5 +55,6 @@ def server(serve: Any, folder: Path) -> Iterator[Any]:
 
 @pytest.fixture
 def http(server: Any) -> Iterator[httpx.Client]:
-    with server.http() as client:
+    headers = {"Authorization": f"Bearer {server.key}"}
+    with httpx.Client(base_url=server.url, headers=headers, timeout=300, trust_env=False) as client:
         yield client

@@ -161,7 +161,7 @@ def test_bias_and_penalties_choose_the_tokens_that_afterwords_sampler_chooses(ht
         counts = TokenCounts()
         for token, row in zip(tokens, rows, strict=True):
             array = np.array([row[each] for each in range(VOCABULARY)], np.float32)
-            query = SampleQuery(sampling, (0,), (), counts, ())
+            query = SampleQuery(sampling, seeds=(0,), generated=counts)
             different += token != int(np.argmax(adjusted_row(array, query)))
             compared += 1
             counts.add(token)
