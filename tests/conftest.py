@@ -33,8 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def is_setting(name: str) -> bool:
-    """Whether an environment variable is a setting. AFTERWORD_LLAMA names the library with which the tests run."""
-    return name.startswith("AFTERWORD_") and name != "AFTERWORD_LLAMA"
+    """Whether an environment variable is a setting. Others name the libraries with which the tests run."""
+    return name.startswith("AFTERWORD_") and name not in ("AFTERWORD_LLAMA", "AFTERWORD_VLLM_PYTHON")
 
 
 Serve = Callable[..., AbstractContextManager["Server"]]

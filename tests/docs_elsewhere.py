@@ -36,6 +36,12 @@ ELSEWHERE = {
     ("docs/architectures.md", "python -m tests.architectures --markdown"): Elsewhere(
         "judges all architectures for half an hour; tests/architectures/test_architectures.py runs a part of it"
     ),
+    ("docs/vllm.md", "python3 -m venv vllm-env"): Elsewhere("installs vLLM from a package registry"),
+    (
+        "docs/vllm.md",
+        "afterword serve models/Llama-3.2-1B --engine vllm --vllm-python vllm-env/bin/python -- --dtype bfloat16 "
+        "--gpu-memory-utilization 0.8",
+    ): Elsewhere("needs vLLM and a model; tests/with_vllm starts such servers"),
     ("training/README.md", "python3 -m venv training-venv"): Elsewhere("trains for hours, with PyTorch"),
     ("docs/comparison.md", "python tests/conformance --url http://127.0.0.1:8000/v1 || test $? = 1"): Elsewhere(
         "takes seconds, and tests/conformance/test_conformance.py runs the same cases"

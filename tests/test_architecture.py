@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine.protocol": set(),
     "engine.messages": {"engine.protocol"},
     "engine.kernels": set(),
-    "engine.core": {"engine.draft", "engine.kernels", "engine.protocol"},
+    "engine.core": {"engine.draft", "engine.kernels", "engine.protocol", "engine.core.fair_share"},
     "engine.parent.pending_job": {"engine.protocol", "engine.parent.engine_metrics"},
     "engine.parent.worker_process": {"engine.messages"},
     "engine.parent.quarantine": {"engine.protocol"},
@@ -60,9 +60,28 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "engine.parent": set(),
     "engine.worker.tokenizer_threads": {"engine.messages", "system"},
-    "engine.worker": {"engine.core", *_TOKENIZE, "engine.worker.tokenizer_threads", "system"},
+    "engine.worker.parent_process": set(),
+    "engine.worker": {
+        *("engine.core", "engine.worker.tokenizer_threads", "engine.worker.parent_process", "system"),
+        *_TOKENIZE,
+    },
     "engine.store": {"engine.core", "engine.protocol", "system"},
-    "engine.llama": {"engine.kernels", "engine.core", "engine.store", "engine.worker", *_TOKENIZE, "system"},
+    "engine.llama": {
+        *("engine.kernels", "engine.core", "engine.store", "engine.worker", "system"),
+        *("engine.llama.infill_families", "engine.llama.model_files"),
+        *_TOKENIZE,
+    },
+    "engine.llama.infill_families": {"engine.protocol"},
+    "engine.llama.model_files": set(),
+    "engine.core.fair_share": {"engine.protocol"},
+    # in the environment of vLLM, which has msgspec and numpy, but not the libraries of the server
+    "engine.vllm": {
+        *("engine.worker.tokenizer_threads", "engine.worker.parent_process", "engine.core.fair_share", "system"),
+        *("engine.llama.infill_families", "engine.llama.model_files", "engine.vllm.model_folder"),
+        *_TOKENIZE,
+    },
+    "engine.vllm.program": {"engine.parent.worker_process"},
+    "engine.vllm.model_folder": set(),
     "api": {
         *("batch", "completion", "engine.protocol", "engine.parent.model_manager", "engine.parent.supervisor"),
         *("config", "keys", "observability", "observability.metrics", "observability.traces", ""),
@@ -70,6 +89,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {
         *("api", "batch", "completion", "config", "engine.kernels", "engine.messages"),
         *("engine.parent.model_manager", "engine.parent.supervisor", "engine.parent.worker_process"),
+        *("engine.vllm.program", "engine.vllm.model_folder"),
         *("engine.protocol", "keys", "models", "observability", "observability.metrics", "observability.traces"),
         *("settings", "system", "transport", ""),
     },
@@ -87,6 +107,9 @@ OUTSIDE = {
     "sqlite3": {"batch", "keys"},
     "huggingface_hub": {"models"},
     "numpy": {"engine.core", "engine.llama"},
+    "tokenizers": {"engine.vllm"},
+    "torch": {"engine.vllm"},
+    "vllm": {"engine.vllm"},
     "opentelemetry": {"observability.traces"},
     "prometheus_client": {"observability.key_counters", "observability.metrics"},
 }

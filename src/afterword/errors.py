@@ -18,6 +18,7 @@
         ├── ModelReplaced         the model's files were replaced by another model during the request
         ├── EngineFailure         the worker ended twice during the request, so it is not repeated
         ├── NonFiniteLogits       the model computed NaN or infinity
+        ├── JobRefused            the library that computes has refused the request
         └── LoadFailed            no worker could load the model
 
 This module imports no HTTP library. `status`, `type`, `param` and `code` are the plain values of OpenAI's error object.
@@ -159,6 +160,18 @@ class NonFiniteLogits(EngineError):
         super().__init__(
             "The model computed numbers that are not finite (NaN or infinity) for this request, so it has no answer. "
             "The same request will fail again."
+        )
+
+
+class JobRefused(EngineError):
+    """The library that computes has refused the job or ended it early. The worker's messages say why."""
+
+    code = "job_refused"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The library that runs the model has refused this request. The reason is in the server's messages on "
+            "standard error."
         )
 
 

@@ -16,6 +16,7 @@ import pytest
 from afterword import cli
 from afterword.cli import model_setup
 from afterword.engine.parent.supervisor import Supervisor
+from afterword.engine.parent.worker_process import WorkerProgram
 from afterword.engine.worker import worker_main
 
 from . import scripted_model
@@ -36,8 +37,8 @@ def main() -> None:
         return
     flags = sys.orig_argv[sys.orig_argv.index("tests.chaos.serve") + 1 : -len(options.words)]
     if options.scripted or (fault and fault.where == "worker"):
-        command = (sys.executable, "-m", "tests.chaos.serve", *flags, "worker")
-        model_setup.Supervisor = functools.partial(Supervisor, command=command)  # type: ignore[misc, assignment]
+        program = WorkerProgram((sys.executable, "-m", "tests.chaos.serve", *flags, "worker"))
+        model_setup.Supervisor = functools.partial(Supervisor, program=program)  # type: ignore[misc, assignment]
     if fault and fault.where == "server":
         fault.plant(pytest.MonkeyPatch())
     cli.main(options.words, prog_name="afterword")

@@ -14,7 +14,7 @@ import click
 
 from afterword import __version__
 from afterword.cli import batch, config, keys, settings, shell_completion
-from afterword.cli.options import GroupedCommand, engine_options, leaves, option, short_values, typed
+from afterword.cli.options import GroupedCommand, ServeCommand, engine_options, leaves, option, short_values, typed
 from afterword.errors import AfterwordError, RequestError, SettingError
 from afterword.settings.durations import parse_duration
 
@@ -69,7 +69,7 @@ def main() -> None:
     """
 
 
-@main.command()
+@main.command(cls=ServeCommand)
 @click.argument(
     "models",
     metavar="[MODEL]...",
@@ -165,6 +165,11 @@ def main() -> None:
     is_flag=True,
     help="Accept unknown fields; header x-afterword-ignored lists them. Other names of max_tokens are still refused.",
 )
+@option(
+    "Engine", "--engine", type=click.Choice(["llama", "vllm"]), default="llama", help="The library that runs models."
+)
+@option("Engine", "--vllm-python", metavar="FILE", help="Python of an environment with vLLM; see docs/vllm.md.")
+@option("Engine", "--vllm-flags", default="", help="vLLM's own flags; on the command line also after --.")
 @engine_options
 @option(
     "Engine",
@@ -226,6 +231,7 @@ def serve(models: tuple[str, ...], **options: Any) -> None:
       afterword serve a.gguf b.gguf              # two models
       afterword serve --host 0.0.0.0 --keys      # public, with API keys
       afterword serve --print-limits             # the limits of requests
+      afterword serve DIR --engine vllm          # by vLLM, see docs/vllm.md
     """
     from afterword.cli import run
 

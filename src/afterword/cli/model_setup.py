@@ -72,7 +72,7 @@ def make_model_manager(
     `keep_alive`: seconds until an unused model is unloaded, None for never. Raises `SettingError`.
     """
     located = [_locate(spec) for spec in wanted.specs or (None,)]
-    names = _names([model.id for model, _ in located], wanted.aliases)
+    names = names_in_requests([model.id for model, _ in located], wanted.aliases)
     facts = {model.path: facts for model, facts in located}
     settings = replace(settings, share_weights=bool(wanted.adapters))
     served = with_adapters([model for model, _ in located], names, wanted.adapters)
@@ -239,7 +239,7 @@ def _kv_type(settings: EngineSettings) -> KvType:
     return settings.kv_type or ("f16" if settings.gpu_layers else "exact")
 
 
-def _names(ids: Sequence[str], aliases: Sequence[str]) -> list[str]:
+def names_in_requests(ids: Sequence[str], aliases: Sequence[str]) -> list[str]:
     """Return the models' names in requests: the aliases in their order, then the ids of the remaining models."""
     if len(aliases) > len(ids):
         raise SettingError(

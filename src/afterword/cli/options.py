@@ -1,7 +1,7 @@
 """Option groups and their display in `--help`, and the options of all commands that run a model.
 
-This module imports only click, so that `--help` starts fast. The examples of a command are a block of its docstring.
-The block begins with a backspace, so that click keeps its line breaks:
+This module imports only click and the standard library, so that `--help` starts fast. The examples of a command are a
+block of its docstring. The block begins with a backspace, so that click keeps its line breaks:
 
     \\b
     Examples:
@@ -10,6 +10,7 @@ The block begins with a backspace, so that click keeps its line breaks:
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -47,6 +48,18 @@ class GroupedCommand(click.Command):
         for heading, records in [*groups.items(), ("Other options", rest)]:
             with formatter.section(heading if groups else "Options"):
                 formatter.write_dl(records)
+
+
+class ServeCommand(GroupedCommand):
+    """`afterword serve`: words after `--` that begin with a dash are flags for vLLM."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the words after the command's name."""
+        at = args.index("--") if "--" in args else len(args)
+        flags = args[at + 1 :]
+        if flags and flags[0].startswith("-"):
+            args = [*args[:at], "--vllm-flags", shlex.join(flags)]
+        return super().parse_args(ctx, args)
 
 
 def short_values(command: click.Command) -> None:

@@ -20,7 +20,7 @@ import click
 
 from afterword.api.responses import incremental, serialization
 from afterword.batch.batch_limits import BatchLimits
-from afterword.cli import model_setup
+from afterword.cli import model_setup, vllm_setup
 from afterword.cli.load_progress import show_loading
 from afterword.cli.model_defaults import read_model_defaults
 from afterword.cli.startup_message import startup_message
@@ -107,13 +107,23 @@ def serve(specs: Sequence[str], options: dict[str, Any]) -> None:
     settings = replace(
         engine_settings(options), cache_dir=options["cache_dir"], cache_bytes=int(options["cache_size"] * 10**9)
     )
-    models = model_setup.make_model_manager(
-        model_setup.WantedModels(specs, options["alias"], options["lora"]), settings, options["keep_alive"], policy
-    )
+    models = _models(specs, options, settings, policy)
     if options["defaults"]:
         served = [managed_model.id for managed_model in models]
         config = replace(config, defaults=read_model_defaults(options["defaults"], served, config.limits))
     run_async(_serve(models, config))
+
+
+def _models(
+    specs: Sequence[str], options: dict[str, Any], settings: EngineSettings, policy: QueuePolicy
+) -> ModelManager:
+    wanted = model_setup.WantedModels(specs, options["alias"], options["lora"])
+    if options["engine"] == "vllm":
+        return vllm_setup.make_vllm_manager(wanted, settings, options, policy)
+    for name in ("vllm_python", "vllm_flags"):
+        if options[name]:
+            raise SettingError(f"--{name.replace('_', '-')}: give --engine vllm too.")
+    return model_setup.make_model_manager(wanted, settings, options["keep_alive"], policy)
 
 
 def complete(prompt: str, spec: str | None, options: dict[str, Any], server: tuple[str, str | None] | None) -> None:

@@ -71,12 +71,11 @@ def _describe(managed_model: ManagedModel, named: bool) -> str:
     parts = [f"{managed_model.id}:"] if named else []
     if model_info:
         parts.append(f"{model_info.parameters / 1e6:,.1f} M parameters,")
-    together = "" if definition.capacity is None else f", {definition.capacity:,} tokens together"
+    shape = managed_model.shape
+    together = "" if shape.capacity is None else f", {shape.capacity:,} tokens together"
     up = "up" if model_info else "Up"
-    parts.append(
-        f"{up} to {definition.sequences} sequences of {definition.context:,} tokens at the same time{together}."
-    )
-    if definition.trained_context > definition.context:
+    parts.append(f"{up} to {shape.sequences} sequences of {shape.context:,} tokens at the same time{together}.")
+    if definition.trained_context > shape.context and definition.context:
         trained = definition.trained_context
         parts.append(f"It was trained on {trained:,}: --context {trained} serves them if memory suffices.")
     parts.append(_PROMISES[managed_model.promise])

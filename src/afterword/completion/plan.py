@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+from afterword.completion.engine_limits import check_job
 from afterword.completion.fields import Prompt
 from afterword.completion.infill import NO_RULES, InfillPrompt, InfillRules, infill_prompt, layout_of
 from afterword.completion.infill_trim import InfillTexts
@@ -198,6 +199,7 @@ def make_plan(
             client=caller.job_client,
             prediction=tokens.prediction,
         )
+        check_job(job, model_info)
         text = given if isinstance(given, str) else _decode(model_info, ids)
         prompts.append(PromptPlan(job, text, laid_out.before, laid_out.given, suffix))
     return Plan(

@@ -74,6 +74,18 @@ class LoadModel(Value, frozen=True, tag=True):
     pack_weights: bool = True
 
 
+class LoadVllm(Value, frozen=True, tag=True):
+    """Load the model in the folder `path` with vLLM. `flags`: options of vLLM's command line, without the model.
+
+    `infill_template`: see `LoadModel`. `verbose`: show vLLM's own log.
+    """
+
+    path: str
+    flags: tuple[str, ...] = ()
+    infill_template: str = ""
+    verbose: bool = False
+
+
 class StartJob(Value, frozen=True, tag=True):
     """Start a job. All other messages name it by `job_id`."""
 
@@ -177,7 +189,11 @@ class Heartbeat(Value, frozen=True, tag=True):
     store: StoreStats = StoreStats()
 
 
-WorkerMessage = LoadModel | StartJob | DropSample | CloseJob | PauseJob | ResumeJob | TokenizeText | CancelTokenize
+LoadMessage = LoadModel | LoadVllm
+"""The first message to a worker: one type for each engine."""
+
+JobMessage = StartJob | DropSample | CloseJob | PauseJob | ResumeJob
+WorkerMessage = LoadMessage | JobMessage | TokenizeText | CancelTokenize
 ServerMessage = ModelReady | LoadFailure | PassDone | TextTokens | Heartbeat
 
 _encoder = msgspec.msgpack.Encoder()

@@ -97,8 +97,9 @@ class Step(Value, frozen=True):
     """What one forward pass produced for one job.
 
     `scored`: the next tokens of the prompt, in order. `sampled`: pairs of a sample's index and its new token.
-    `ended`: the samples that this pass finished, with the reason. `cached`, set in a job's first step: how many prompt
-    tokens came from the prefix cache. `failed`: the job's logits were not finite, and the job has ended.
+    `ended`: the samples that this pass finished, with the reason. `cached`, in one of the steps up to a job's first
+    token: how many prompt tokens came from the prefix cache. `failed`: the job's logits were not finite, and the job
+    has ended. `refused`: the library that computes has refused the job, and the job has ended.
     """
 
     scored: tuple[Token, ...] = ()
@@ -106,6 +107,7 @@ class Step(Value, frozen=True):
     ended: tuple[tuple[int, FinishReason], ...] = ()
     cached: int = 0
     failed: bool = False
+    refused: bool = False
 
     @property
     def size(self) -> int:
@@ -186,6 +188,18 @@ class InfillLayout(Value, frozen=True):
     ends: tuple[int, ...] = ()
 
 
+class JobLimits(Value, frozen=True):
+    """What an engine computes exactly, if that is not everything. Other jobs must not be started.
+
+    `fields`: the names of fields of `Job` and `Sampling` that may have another value than their default.
+    `min_temperature`, `max_temperature`: of `Sampling.temperature`, which may be 0 too.
+    """
+
+    fields: tuple[str, ...]
+    min_temperature: float
+    max_temperature: float
+
+
 class ModelInfo(Value, frozen=True):
     """Facts about a loaded model.
 
@@ -195,7 +209,7 @@ class ModelInfo(Value, frozen=True):
     guarantees about its numbers. `slow_runs`: a regular expression for a class of characters, and the most of them that
     a text may have in a row. The tokenizer's time is quadratic in the length of such a run. `capacity`: the most tokens
     of all sequences together; None if every sequence can be full. `verifies_drafts`: whether several tokens that were
-    drafted can be verified in one pass.
+    drafted can be verified in one pass. `job_limits`: None if the engine computes every job.
     """
 
     parameters: int
@@ -214,6 +228,7 @@ class ModelInfo(Value, frozen=True):
     slow_runs: tuple[str, int] | None = None
     capacity: int | None = None
     verifies_drafts: bool = False
+    job_limits: JobLimits | None = None
 
 
 class JobHandle(Protocol):

@@ -17,7 +17,7 @@ from history_runner import alone
 
 from afterword.engine.messages import Heartbeat, LoadModel, PassDone
 from afterword.engine.parent.supervisor import QueuePolicy, Supervisor
-from afterword.engine.parent.worker_process import without_secrets
+from afterword.engine.parent.worker_process import WorkerProgram, without_secrets
 from afterword.engine.protocol import Job, JobHandle, Load, Sampling
 from afterword.errors import (
     EngineFailure,
@@ -29,7 +29,7 @@ from afterword.errors import (
     WorkerDied,
 )
 
-FAKE = (sys.executable, str(Path(__file__).parents[1] / "fake_worker.py"))
+FAKE = WorkerProgram((sys.executable, str(Path(__file__).parents[1] / "fake_worker.py")))
 PLAIN = Sampling()
 
 
@@ -42,7 +42,7 @@ async def engine(
     path: str = "any", max_queue: int = 100, sequences: int = 2, queue_tokens: int = 10**9, **limits: float
 ) -> AsyncIterator[Supervisor]:
     policy = QueuePolicy(queue=max_queue, queue_tokens=queue_tokens, **limits)
-    supervisor = Supervisor(LoadModel(path, 512, sequences, 1, 8, "f16", 0, False), policy, command=FAKE)
+    supervisor = Supervisor(LoadModel(path, 512, sequences, 1, 8, "f16", 0, False), policy, program=FAKE)
     try:
         await supervisor.open()
         yield supervisor
@@ -68,7 +68,7 @@ async def until(condition: Callable[[], bool]) -> None:
 def workers() -> list[psutil.Process]:
     """The worker processes of this module's tests. Servers of other tests may be children of this process too."""
     children = psutil.Process().children()
-    return [child for child in children if child.status() != "zombie" and FAKE[1] in child.cmdline()]
+    return [child for child in children if child.status() != "zombie" and FAKE.command[1] in child.cmdline()]
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
@@ -465,7 +465,7 @@ def test_the_settings_are_read_before_each_start():
         return LoadModel("any", 512, count, 1, 8, "f16", 0, False)
 
     async def test() -> None:
-        supervisor = Supervisor(settings, command=FAKE)
+        supervisor = Supervisor(settings, program=FAKE)
         await supervisor.open()
         assert supervisor.model_info.sequences == 2
         workers()[0].kill()

@@ -133,7 +133,7 @@ def make_batch_client(app: ASGIApp, service: Service) -> Callable[[str], SendReq
     At most half as many requests run at a time as the largest number of sequences of a model, so that requests of
     waiting clients find free slots. If the key is no longer valid, each reply is an error.
     """
-    sequences = max(managed_model.definition.sequences for managed_model in service.models)
+    sequences = max(managed_model.shape.sequences for managed_model in service.models)
     running = asyncio.Semaphore(max(1, sequences // 2))
 
     def client_for(key: str) -> SendRequest:

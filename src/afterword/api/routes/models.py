@@ -51,7 +51,7 @@ def model_object(named_model: NamedModel, config: Config) -> dict[str, Any]:
         "parent": managed_model.definition.parent,
         "defaults": named_model.defaults,
         "status": managed_model.state,
-        "max_model_len": managed_model.definition.context,
+        "max_model_len": managed_model.shape.context,
         "system_fingerprint": model_info.fingerprint if model_info else None,
         "reproducible": managed_model.promise,
         "infill": layout is not None if model_info else None,

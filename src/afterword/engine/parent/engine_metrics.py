@@ -118,7 +118,7 @@ class JobTimer:
             self._begun = now
             engine_metrics.queued.add(now - self._since)
             engine_metrics.prompt_tokens += self._prompt
-            engine_metrics.cached_tokens += step.cached
+        engine_metrics.cached_tokens += step.cached
         if not step.sampled:
             return
         self._latest = now

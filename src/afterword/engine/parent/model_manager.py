@@ -43,7 +43,7 @@ class ModelDefinition:
 
     - `created`: Unix time in seconds.
     - `context`: tokens of one sequence; `sequences`: how many sequences the engine has; `capacity`: the most tokens of
-      all of them together, None if every one can be full.
+      all of them together, None if every one can be full. 0 for context and sequences if only the engine knows them.
     - `trained_context`: tokens that the model was trained on; 0 if unknown.
     - `memory_bytes`: memory that the loaded model needs.
     - `make_engine`: returns an engine that is not open yet.
@@ -105,6 +105,11 @@ class ManagedModel:
     def model_info(self) -> ModelInfo | None:
         """The model info of the current engine, or else of the last engine that had loaded the model."""
         return self.loaded_engine.model_info if self.loaded_engine else self.last_model_info
+
+    @property
+    def shape(self) -> ModelInfo | ModelDefinition:
+        """Context, sequences and capacity: those of the engine, or else the planned ones."""
+        return self.model_info or self.definition
 
     @property
     def promise(self) -> Promise:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from afterword.engine.parent.engine_metrics import JobTimer
 from afterword.engine.protocol import Job, Step
-from afterword.errors import NonFiniteLogits
+from afterword.errors import JobRefused, NonFiniteLogits
 
 MAX_CRASHES = 2
 """A job that was running in this many crashes, without progress in between, is not tried again."""
@@ -93,10 +93,10 @@ class PendingJob:
         """Record a step from the worker, and deliver the part that is new."""
         self.admitted = self.begun = True
         self.has_progress = self.has_progress or bool(step.scored or step.sampled)
-        if step.failed:
+        if step.failed or step.refused:
             self._open.clear()
             self._timer.record_end()
-            self.fail(NonFiniteLogits())
+            self.fail(NonFiniteLogits() if step.failed else JobRefused())
             return
         if self._repeated:
             step = self._new(step)

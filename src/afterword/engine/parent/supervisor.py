@@ -27,7 +27,7 @@ from afterword.engine.parent.quarantine import Quarantine
 from afterword.engine.parent.restart_policy import RestartPolicy
 from afterword.engine.parent.tokenizer_client import TokenizerClient, check_text
 from afterword.engine.parent.watchdog import TICK_SECONDS, Watchdog
-from afterword.engine.parent.worker_process import LLAMA_COMMAND, SpawnWorker, WorkerLink, spawn_worker
+from afterword.engine.parent.worker_process import LLAMA, SpawnWorker, WorkerLink, WorkerProgram, spawn_worker
 from afterword.engine.protocol import Job, Load, ModelInfo, PassStats
 from afterword.errors import EngineFailure, ModelReplaced, Overloaded, QueueTimeout, SettingError, WorkerDied
 from afterword.settings.limit_table import limit
@@ -69,16 +69,16 @@ class Supervisor:
 
     def __init__(
         self,
-        settings: messages.LoadModel | Callable[[], messages.LoadModel],
+        settings: messages.LoadMessage | Callable[[], messages.LoadMessage],
         policy: QueuePolicy = QueuePolicy(),
         *,
-        command: Sequence[str] = LLAMA_COMMAND,
+        program: WorkerProgram = LLAMA,
         spawn: SpawnWorker = spawn_worker,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
         self._policy = policy
-        self._spawn = partial(spawn, command)
+        self._spawn = partial(spawn, program)
         self._clock = clock
         self._job_ids = itertools.count()
         self._jobs: dict[int, PendingJob] = {}

@@ -13,8 +13,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
@@ -22,13 +23,28 @@ import msgspec
 
 from afterword.engine import messages
 
-LLAMA_COMMAND = (sys.executable, "-m", "afterword.engine.llama")
-GPU_MEMORY_COMMAND = (*LLAMA_COMMAND[:-1], f"{LLAMA_COMMAND[-1]}.gpus")
+
+@dataclass(frozen=True, slots=True)
+class WorkerProgram:
+    """The program that runs as worker.
+
+    `command`: its last two arguments, which `spawn_worker` adds, are the file descriptors of the sockets that it reads
+    and writes. `starts_others`: the worker starts processes of its own. It is then the leader of a process group, and
+    the whole group is killed with it.
+    """
+
+    command: tuple[str, ...]
+    starts_others: bool = False
+
+
+LLAMA = WorkerProgram((sys.executable, "-m", "afterword.engine.llama"))
+GPU_MEMORY_COMMAND = (*LLAMA.command[:-1], f"{LLAMA.command[-1]}.gpus")
 
 _SECRET = re.compile(r"(KEY|KEYS|TOKEN|SECRET|PASSWORD|PASSPHRASE|CREDENTIALS?|OTLP_\w*HEADERS)$")
 _LARGE = 2**16  # bytes of a frame that takes milliseconds to decode
 # Seconds to wait for a killed process: it may have to release much memory, or hang in a driver.
 _EXIT_SECONDS = 30.0
+_GROUP_SECONDS, _GROUP_CHECK_SECONDS = 5.0, 0.02  # for the processes that a killed worker has started
 
 
 class WorkerLink(Protocol):
@@ -56,12 +72,12 @@ class WorkerLink(Protocol):
         ...
 
 
-SpawnWorker = Callable[[Sequence[str]], Awaitable[WorkerLink]]
-"""Starts a command as a worker process."""
+SpawnWorker = Callable[[WorkerProgram], Awaitable[WorkerLink]]
+"""Starts a program as a worker process."""
 
 
-async def spawn_worker(command: Sequence[str]) -> WorkerLink:
-    """Start a command. Its last two arguments are the file descriptors of the sockets that it reads and writes.
+async def spawn_worker(program: WorkerProgram) -> WorkerLink:
+    """Start a program as a worker process.
 
     Each direction has its own socket pair. With a single one, a failed send to a dead worker would close the connection
     before its last messages are read, and the supervisor needs these to find the job that crashed the worker.
@@ -74,10 +90,11 @@ async def spawn_worker(command: Sequence[str]) -> WorkerLink:
         # The worker leaves these signals to its parent, but can ignore them only after Python has started.
         with _signals_blocked(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             process = subprocess.Popen(
-                [*command, str(worker_reads.fileno()), str(worker_writes.fileno())],
+                [*program.command, str(worker_reads.fileno()), str(worker_writes.fileno())],
                 pass_fds=[worker_reads.fileno(), worker_writes.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=without_secrets(os.environ),
+                process_group=0 if program.starts_others else None,
             )
         undo.callback(_end, process)
         worker_reads.close()
@@ -86,7 +103,7 @@ async def spawn_worker(command: Sequence[str]) -> WorkerLink:
         undo.callback(writer.transport.abort)
         reader, unused_writer = await asyncio.open_connection(sock=from_worker, limit=2**20)
         undo.pop_all()
-    return _WorkerProcess(process, reader, (writer, unused_writer))
+    return _WorkerProcess(process, reader, (writer, unused_writer), program.starts_others)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -133,8 +150,10 @@ class _WorkerProcess:
         process: subprocess.Popen[bytes],
         reader: asyncio.StreamReader,
         streams: tuple[asyncio.StreamWriter, asyncio.StreamWriter],
+        leads_group: bool,
     ) -> None:
         self._process = process
+        self._leads_group = leads_group
         self._reader = reader
         self._streams = streams
 
@@ -159,6 +178,8 @@ class _WorkerProcess:
             return None
 
     def kill(self) -> None:
+        if self._leads_group and self._process.returncode is None:  # its id is free for others once it was waited for
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
         for stream in self._streams:
             stream.transport.abort()  # ends `receive` even if the process survives SIGKILL for a while
@@ -166,6 +187,22 @@ class _WorkerProcess:
     async def wait_ended(self) -> int | None:
         self.kill()
         try:
-            return await asyncio.to_thread(self._process.wait, _EXIT_SECONDS)
+            code = await asyncio.to_thread(self._process.wait, _EXIT_SECONDS)
         except subprocess.TimeoutExpired:
             return None
+        if self._leads_group:
+            await _wait_for_group(self._process.pid)
+        return code
+
+
+async def _wait_for_group(group: int) -> None:
+    """Wait until no process of a killed group is left: the next worker needs the memory that they release.
+
+    Zombies count as processes of the group, and some containers never remove them. So the time is limited.
+    """
+    for _ in range(int(_GROUP_SECONDS / _GROUP_CHECK_SECONDS)):
+        try:
+            os.killpg(group, 0)
+        except OSError:  # no such group; or its id belongs to another user's processes by now
+            return
+        await asyncio.sleep(_GROUP_CHECK_SECONDS)

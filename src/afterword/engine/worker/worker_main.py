@@ -10,13 +10,9 @@ The library that computes is an argument of `serve`. The threads of the process 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import queue
-import resource
-import signal
 import socket
-import struct
 import sys
 import threading
 import time
@@ -31,6 +27,7 @@ from afterword.engine.core.engine_loop import MEMORY_CHECK_SECONDS, EngineLoop
 from afterword.engine.core.forward_batch import ForwardBatch, Logits, Runner
 from afterword.engine.core.prefix_store import PrefixStore
 from afterword.engine.protocol import ModelInfo, StoreStats
+from afterword.engine.worker import parent_process
 from afterword.engine.worker.tokenizer_threads import Tokenizer, TokenizerThreads
 from afterword.errors import AfterwordError, EngineError
 from afterword.system.tasks import switch_threads_soon, vital_thread
@@ -38,8 +35,6 @@ from afterword.system.tasks import switch_threads_soon, vital_thread
 ReportProgress = Callable[[float], None]
 """Called with the loaded share of the model, from 0 to 1."""
 
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
-_CREDENTIALS = struct.Struct("3i")  # `struct ucred` of a socket's creator: process id, user id, group id
 _IDLE_SECONDS = 0.5
 _HEARTBEAT_SECONDS = 1.0
 
@@ -66,9 +61,9 @@ def serve(load: Callable[[messages.LoadModel, ReportProgress], LoadedModel]) -> 
 
     `load` may raise `SettingError`; its message is sent to the parent.
     """
-    from_server, to_server = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
-    _die_with_parent(from_server)
-    _keep_memory_private()
+    from_server, to_server = parent_process.sockets(sys.argv)
+    parent_process.die_with_parent(from_server)
+    parent_process.keep_memory_private()
     _Worker(from_server, to_server).main(load)
 
 
@@ -229,25 +224,3 @@ class _Worker:
                 self._to_server.sendall(data)
             except OSError:
                 os._exit(0)  # the parent has ended
-
-
-def _die_with_parent(parent_socket: socket.socket) -> None:
-    """Ignore the signals that the parent handles, and ask Linux to kill this process when the parent ends.
-
-    On other systems only the closed socket shows the parent's end. A parent that ended before the call of `prctl` sends
-    no signal any more. So the parent's process id is compared with that of the process that created `parent_socket`.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        credentials = parent_socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        if os.getppid() != _CREDENTIALS.unpack(credentials)[0]:
-            os._exit(0)
-
-
-def _keep_memory_private() -> None:
-    """Keep prompts out of core files, and forbid other processes of the same user to read this one's memory."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0)
