@@ -44,7 +44,7 @@ export class ContextMeter {
     return this.leavesOut ? Math.min(this.window.start, this.text().length) : 0;
   }
 
-  /** What is sent for a text, so that `most` tokens and a suffix fit too. Throws `Problem`. */
+  /** The prompt for a text, in which `most` tokens and a suffix fit too. Throws `Problem`. */
   async compose(text, { suffix = "", most = MOST }) {
     const notes = this.notes();
     if (!this.leavesOut) return compose(text, 0, notes);

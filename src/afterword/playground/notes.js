@@ -1,4 +1,4 @@
-// The session's memory and author's note: their fields in the panel. prompt.js puts them into what is sent.
+// The session's memory and author's note: their fields in the panel. prompt.js puts them into the prompt.
 
 import { find } from "./dom.js";
 
