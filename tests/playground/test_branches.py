@@ -8,6 +8,7 @@ from typing import Any
 from playwright.sync_api import expect
 
 from .page_driver import BEGINNING, PageDriver
+from .test_interruptions import respond
 
 
 def test_several_choices_are_shown_until_one_is_picked(driver: PageDriver) -> None:
@@ -160,3 +161,115 @@ def test_a_click_in_the_branch_list_opens_the_branch(driver: PageDriver) -> None
     assert driver.text == BEGINNING
     rows.nth(2).click()
     assert driver.text == second
+
+
+def answers(driver: PageDriver, *texts: str) -> None:
+    """Generate these texts below the document, one after the other."""
+    driver.write("Once")
+    for text in texts:
+        respond(driver, {"text": text, "finish_reason": "stop"})
+        driver.area.focus()
+        driver.press("Control+Enter")
+        driver.ended()
+        driver.page.unroute("**/v1/completions")
+        driver.press("Alt+ArrowLeft")
+    driver.shows("branches")
+
+
+def rows(driver: PageDriver) -> list[str]:
+    return driver.find("#branches .branch > :first-child").all_inner_texts()
+
+
+def test_branches_show_where_they_part(driver: PageDriver) -> None:
+    answers(driver, " there was a cat who sat down.", " there was a cat who saw a dog.", " a king")
+    assert rows(driver) == ["Once", "there was a cat who sat down.", "there was a cat who saw a dog.", "a king"]
+    shared = driver.find("#branches .branch i")
+    assert shared.all_text_contents() == ["there was a cat who "] * 2
+
+
+def test_what_long_branches_share_is_shortened(driver: PageDriver) -> None:
+    answers(driver, " word" * 30 + " one", " word" * 30 + " two")
+    assert [text[0] + text[-4:] for text in rows(driver)[1:]] == ["… one", "… two"]
+    assert all(len(text) < 40 for text in rows(driver)[1:])
+
+
+def test_branches_can_be_collapsed(driver: PageDriver) -> None:
+    answers(driver, " one", " two")
+    driver.find("#branches .branch").nth(1).click()
+    answer = driver.continues(max_tokens=3, seed=1)
+    driver.shows("branches")
+    expect(driver.find("#branches .branch")).to_have_count(4)
+    fold = driver.find("#branches li").nth(1).locator("button.fold")
+    fold.focus()
+    driver.press("Enter")
+    expect(driver.find("#branches .branch")).to_have_count(3)
+    expect(driver.find("#branches [aria-current]")).to_have_attribute("aria-current", "location")
+    expect(driver.find("#branches li").nth(1)).to_contain_text("+1")
+    expect(fold, "the keyboard stays at the button").to_be_focused()
+    expect(fold).to_have_attribute("aria-expanded", "false")
+    driver.shows("sessions")
+    driver.page.reload()
+    driver.ready()
+    assert driver.text.endswith(answer)
+    driver.shows("branches")
+    expect(driver.find("#branches .branch"), "it is kept").to_have_count(3)
+    fold.click()
+    expect(driver.find("#branches .branch")).to_have_count(4)
+    driver.find("#branches .branch").nth(3).click()
+    driver.find("#branch-fold").click()
+    expect(driver.find("#branches .branch")).to_have_count(3)
+
+
+def test_a_branch_has_a_name(driver: PageDriver) -> None:
+    answers(driver, " one", " two")
+    driver.find("#branches .branch").nth(1).click()
+    driver.find("#branch-name").fill("The first way")
+    expect(driver.find("#branches strong")).to_have_text("The first way")
+    driver.find("#branches .branch").nth(2).click()
+    expect(driver.find("#branch-name")).to_have_value("")
+    driver.shows("sessions")
+    driver.page.reload()
+    driver.ready()
+    driver.shows("branches")
+    expect(driver.find("#branches strong")).to_have_text("The first way")
+    driver.find("#branches .branch").nth(1).click()
+    driver.find("#branch-name").fill("")
+    expect(driver.find("#branches strong")).to_have_count(0)
+
+
+def test_a_branch_is_deleted_and_taken_back(driver: PageDriver) -> None:
+    answers(driver, " one", " two")
+    driver.find("#branches .branch").nth(1).click()
+    driver.continues(max_tokens=3, seed=1)
+    text = driver.text
+    driver.press("Alt+ArrowLeft")
+    assert driver.text == "Once one"
+    driver.shows("branches")
+    driver.find("#branch-delete").click()
+    assert driver.text == "Once"
+    assert rows(driver) == ["Once", "two"]
+    expect(driver.find("#offer")).to_contain_text("Deleted 2 branches.")
+    driver.find("#offer").get_by_role("button", name="Take it back").click()
+    assert driver.text == "Once one"
+    expect(driver.find("#branches .branch")).to_have_count(4)
+    driver.press("Alt+ArrowRight")
+    assert driver.text == text
+    driver.find("#branch-delete").click()
+    driver.shows("sessions")
+    driver.page.reload()
+    driver.ready()
+    driver.shows("branches")
+    expect(driver.find("#branches .branch"), "and the deletion is kept").to_have_count(3)
+
+
+def test_the_last_branch_can_be_deleted(driver: PageDriver) -> None:
+    driver.write("Once")
+    driver.shows("branches")
+    driver.find("#branch-delete").click()
+    assert driver.text == ""
+    expect(driver.find("#branches .branch")).to_have_count(1)
+    driver.find("#offer").get_by_role("button", name="Take it back").click()
+    assert driver.text == "Once"
+    expect(driver.find("#branches .branch")).to_have_count(1)
+    driver.continues(max_tokens=2)
+    assert driver.asked[-1]["prompt"] == "Once"

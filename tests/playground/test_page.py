@@ -12,7 +12,7 @@ from playwright.sync_api import expect
 
 from .page_driver import BEGINNING, PageDriver
 
-MOST = 150_000  # bytes
+MOST = 180_000  # bytes
 
 COLOURS = """() => {
   const context = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });

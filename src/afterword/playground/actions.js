@@ -1,14 +1,16 @@
 // The actions that call the model: continue, fill a gap, take an alternative, rewrite, score. One action runs at a time.
 // Text that has arrived stays when an action ends, also after an error or a cancel.
 
+import { renumbered } from "./prompt.js";
 import { MODEL, lengthOf, piece, piecesWithOffsets, seedOf, slice, textOf } from "./pieces.js";
 import { bodyOf, scoringOf } from "./requests.js";
 import { Answer, Clock, readingOf } from "./stream.js";
 
 const ALTERNATIVES = 5; // of each token of scored text, at least
+const FEWEST = 16; // tokens that the model writes where it would have ended the text at once
 
 export class Actions {
-  /** `ask()` gives {fields, values, model}; `view` draws; see main.js. */
+  /** `ask()` gives {fields, values, models, around}; `view` draws; see main.js. */
   constructor({ workspace, server, ask, view }) {
     Object.assign(this, { workspace, server, ask, view, run: null });
   }
@@ -72,14 +74,17 @@ export class Actions {
     const { workspace, view } = this;
     const text = workspace.text;
     if (!text) return view.say("There is no text to score yet.");
-    const { fields, values, model } = this.ask();
+    const { fields, values, around, models: [model] } = this.ask();
+    const seed = seedOf(model, around);
     const most = fields.find(({ name }) => name === "logprobs")?.maximum ?? ALTERNATIVES;
     const alternatives = Math.min(most, Math.max(values.logprobs ?? 0, ALTERNATIVES));
-    const body = scoringOf(fields, values, { model, prompt: text }, alternatives);
     const run = this.#begin("Scoring the text…", () => {});
+    const prompt = await this.#fitted(run, text, { most: 0 });
+    if (run.over) return undefined;
+    const body = scoringOf(fields, values, { model, prompt: prompt.sent }, alternatives);
     const clock = new Clock();
-    return this.#hear(run, body, (answer) => {
-      workspace.renumber(readingOf(answer, text, workspace.pieces, seedOf(model)));
+    return this.#hear(run, [body], (answer) => {
+      workspace.renumber(renumbered(workspace.pieces, readingOf(answer, prompt.sent, seed), prompt.parts, seed));
       view.usage({ rate: null, wait: null, usage: answer.usage });
       view.draw();
       clock.tick();
@@ -95,23 +100,29 @@ export class Actions {
     return this.workspace.tree.parent(from);
   }
 
-  async #write({ before, after, parent, gap = false, put = null }) {
+  /** `more`: further fields of this one request. Several models answer side by side, but not after a chosen token. */
+  async #write({ more = null, ...place }) {
+    const { before, after, parent, gap = false, put = null } = place;
     const { workspace, view } = this;
-    const { fields, values, model } = this.ask();
+    const { fields, values, models, around } = this.ask();
     const prompt = textOf(before);
-    const body = bodyOf(fields, values, { model, prompt, suffix: gap ? textOf(after) : "" });
+    const suffix = gap ? textOf(after) : "";
+    const bodies = models.slice(0, put ? 1 : models.length).map((model) => {
+      return { ...bodyOf(fields, values, { model, prompt, suffix }), ...more };
+    });
     const state = workspace.state;
     const name = gap ? `${Date.now()}` : 0;
-    const answers = Array.from({ length: body.n ?? 1 }, () => {
+    const answers = bodies.flatMap(({ model, n = 1 }) => Array.from({ length: n }, () => {
       const facts = { model, start: prompt.length, gap: name };
       const node = workspace.tree.add(parent?.id ?? null, [...before, ...after], facts);
-      return new Answer(node, before, after, { prompt, gap: name, seed: seedOf(model) });
-    });
+      return new Answer(node, before, after, { gap: name, seed: seedOf(model, around) });
+    }));
     const alone = answers.length === 1;
     if (alone) workspace.history.keep(state);
-    const clock = new Clock();
-    let usage = null;
-    const reportUsage = () => view.usage({ rate: clock.rate(sum(answers)), wait: clock.wait, usage });
+    let clock = new Clock();
+    const usages = new Map();
+    const usage = () => total([...usages.values()]);
+    const reportUsage = () => view.usage({ rate: clock.rate(sum(answers)), wait: clock.wait, usage: usage() });
 
     const draw = () => {
       for (const answer of answers) answer.node.pieces = answer.pieces;
@@ -119,24 +130,53 @@ export class Actions {
       else view.cards.render();
       reportUsage();
     };
-    const run = this.#begin("Writing…", () => {
+    const run = this.#begin(view.loading() ? "Loading the model…" : "Writing…", (problem) => {
       const empty = answers.filter(({ grown }) => !grown.length && !put);
-      for (const answer of answers) keep(answer, body);
+      for (const answer of answers) keep(answer, bodies.find(({ model }) => model === answer.node.facts.model), problem);
       draw();
       for (const { node } of empty) workspace.tree.remove(node);
       if (empty.length === answers.length) this.#nothing(state, alone);
       if (!alone) view.cards.render(true);
+      return answers.some(({ node }) => node.facts.unfinished);
     });
-    if (!alone) view.cards.open(answers);
+    if (!alone) view.cards.open(answers, bodies.length > 1);
     draw();
     view.draw(alone ? prompt.length : null);
 
-    return this.#hear(run, body, (chunk) => {
-      usage = chunk.usage ?? usage;
-      for (const choice of chunk.choices) answers[choice.index].take(choice, body.echo === true);
+    const fitted = await this.#fitted(run, prompt, { suffix, most: bodies[0].max_tokens });
+    if (run.over) return;
+    for (const body of bodies) body.prompt = fitted.sent;
+    for (const answer of answers) answer.prompt = fitted;
+    clock = new Clock();
+    await this.#hear(run, bodies, (chunk, body) => {
+      if (chunk.usage) usages.set(body, chunk.usage);
+      const first = bodies.indexOf(body) * (body.n ?? 1);
+      for (const choice of chunk.choices) answers[first + choice.index].take(choice, body.echo === true);
       if (chunk.choices.length) clock.tick();
+      if (clock.first !== null) run.began();
       run.frame(draw);
-    }, () => `${usage ? `${usage.completion_tokens} tokens` : "Done"}, ended by ${reasons(answers)}.`);
+    }, () => `${usage() ? `${usage().completion_tokens} tokens` : "Done"}, ended by ${reasons(answers)}.`);
+    const ended = answers.every(({ finish, grown }) => finish === "stop" && !grown.length);
+    if (!more && ended) this.#offer(fields, place, bodies[0]);
+  }
+
+  /** The prompt, without the oldest text if it is too long and the user wants that. An error ends the run. */
+  async #fitted(run, text, room) {
+    try {
+      return await this.view.compose(text, room);
+    } catch (problem) {
+      run.settle("", problem);
+      return null;
+    }
+  }
+
+  /** The model ended the text at once: offer to go on, with the field by which it cannot end there. */
+  #offer(fields, place, body) {
+    const known = new Set(fields.map(({ name }) => name));
+    const fewest = { min_tokens: Math.min(FEWEST, body.max_tokens ?? FEWEST) };
+    const more = known.has("min_tokens") ? fewest : known.has("ignore_eos") ? { ignore_eos: true } : null;
+    const choices = more ? [["Go on", () => this.#write({ ...place, more })]] : [];
+    this.view.offer("end", `The model ends the text here.${more ? "" : " Write a few words, then continue."}`, choices);
   }
 
   /** Show a streaming choice as the document's text. */
@@ -165,38 +205,53 @@ export class Actions {
         if (!run.over) draw();
       });
     };
-    run.settle = (why) => {
+    run.began = () => {
+      run.began = () => {};
+      view.progress.end();
+      view.say("Writing…");
+    };
+    run.settle = (why, problem = null) => {
       if (run.over) return;
       run.over = true;
       cancelAnimationFrame(run.waiting);
-      settled();
+      const unfinished = settled(problem);
       this.run = null;
       view.busy(false);
-      view.say(why);
+      view.progress.end();
+      view.say(unfinished ? "Unfinished. The text that arrived is kept." : why);
       view.settled();
+      if (problem) view.fail(problem);
     };
     this.run = run;
     view.clear();
     view.busy(true);
+    view.progress.begin();
     view.say(said);
     return run;
   }
 
-  async #hear(run, body, take, end = () => "") {
+  /** Send requests and take their chunks: `take(chunk, body)`. A problem of one does not end the others. */
+  async #hear(run, bodies, take, end = () => "") {
     this.view.asked();
-    try {
+    const ends = await Promise.allSettled(bodies.map(async (body) => {
       for await (const value of this.server.complete(body, run.controller.signal)) {
         if (run.over) return;
         this.view.heard(value);
-        take(value);
+        take(value, body);
       }
-      run.settle(end());
-    } catch (problem) {
-      if (run.over) return;
-      run.settle("");
-      this.view.fail(problem);
-    }
+    }));
+    if (run.over) return;
+    const failed = ends.find(({ status }) => status === "rejected");
+    if (failed) run.settle("", failed.reason);
+    else run.settle(end());
   }
+}
+
+/** The usage of several requests together; null if there is none. */
+function total(usages) {
+  if (usages.length < 2) return usages[0] ?? null;
+  const added = (name) => usages.reduce((all, usage) => all + (usage[name] ?? 0), 0);
+  return { prompt_tokens: added("prompt_tokens"), completion_tokens: added("completion_tokens") };
 }
 
 const sum = (answers) => answers.reduce((total, { tokens }) => total + tokens, 0);
@@ -204,7 +259,8 @@ const sum = (answers) => answers.reduce((total, { tokens }) => total + tokens, 0
 const reasons = (answers) => [...new Set(answers.map(({ finish }) => finish ?? "nothing"))].join(", ");
 
 /** The facts about a generation that its node keeps. */
-function keep({ node, before, grown, finish }, { prompt, suffix, ...request }) {
+function keep({ node, before, grown, finish }, { prompt, suffix, ...request }, problem) {
   const end = lengthOf(before) + lengthOf(grown);
+  if (problem && !finish && grown.length) node.facts.unfinished = true;
   Object.assign(node.facts, { finish, end, request });
 }

@@ -13,10 +13,11 @@ export class ChoiceCards {
     });
   }
 
-  open(answers) {
+  /** `named`: say which model wrote an answer. */
+  open(answers, named = false) {
     const list = find("card-list");
     this.cards = answers.map((answer, i) => {
-      const text = make("div", { className: "mirror" });
+      const text = make("div", { className: "mirror", dir: "auto" });
       const facts = make("small", {});
       const name = `Answer ${i + 1} of ${answers.length}`;
       const pick = { "aria-label": `Use answer ${i + 1}`, onclick: () => this.pick(answer) };
@@ -24,7 +25,7 @@ export class ChoiceCards {
       const mirror = new HighlightLayer(text);
       text.addEventListener("pointermove", (event) => this.point(mirror.pieceAt(event.clientX, event.clientY), mirror));
       text.addEventListener("pointerleave", () => this.point(null, mirror));
-      const head = make("h3", {}, `${i + 1}`);
+      const head = make("h3", {}, named ? answer.node.facts.model : `${i + 1}`);
       const element = make("article", { "aria-label": name }, head, text, make("footer", {}, facts, button));
       return { answer, element, facts, mirror, button };
     });
@@ -50,10 +51,10 @@ export class ChoiceCards {
   }
 }
 
-function factsOf({ grown, tokens, finish }) {
+function factsOf({ grown, tokens, finish, node }) {
   const known = grown.filter((p) => p.token && p.token.logprob !== null);
   const sum = known.reduce((total, p) => total + p.token.logprob, 0);
   const count = known.reduce((total, p) => total + p.token.parts.length, 0);
   const mean = count ? `mean ${number(sum / count, 2)}` : null;
-  return [`${number(tokens)} tokens`, mean, finish].filter(Boolean).join(" · ");
+  return [`${number(tokens)} tokens`, mean, node.facts.unfinished ? "unfinished" : finish].filter(Boolean).join(" · ");
 }

@@ -91,10 +91,37 @@ export class WorkingDocument {
     this.commit();
     const above = this.tree.parent(node);
     if (above) above.last = node.id;
+    this.#show(node);
+    return true;
+  }
+
+  /** The offset at which a generation broke off; null if none did, or if the user edited the text there. */
+  get brokenAt() {
+    const { facts, pieces } = this.node;
+    if (!facts.unfinished) return null;
+    const { start, end, text } = difference(textOf(pieces), this.text);
+    if (start === end && !text) return facts.end;
+    return touches(facts, start, end) ? null : facts.end + (end < facts.end ? text.length - (end - start) : 0);
+  }
+
+  /** Delete the current node and all texts that continue it. Returns a function that takes that back. */
+  remove() {
+    const { tree, node, pieces, caret } = this;
+    const other = tree.parent(node) ?? tree.sibling(node, 1) ?? tree.sibling(node, -1);
+    const restore = tree.prune(node);
+    const added = other ? null : tree.add(null, []);
+    this.#show(other ?? added);
+    return () => {
+      restore();
+      if (added) tree.remove(added);
+      Object.assign(this, { node, pieces, caret });
+    };
+  }
+
+  #show(node) {
     this.node = node;
     this.pieces = node.pieces;
     this.caret = this.text.length;
-    return true;
   }
 
   /** The place in the tree for a generation that begins at an offset of the text and continues at `resume`. */
@@ -104,9 +131,12 @@ export class WorkingDocument {
   }
 }
 
+const touches = (facts, start, end) => start <= facts.end && end >= facts.end;
+
 /** Move the start and end of a generation after an edit; the start is forgotten if the edit crosses it. */
 function move(facts, start, end, length) {
   const more = length - (end - start);
+  if (touches(facts, start, end)) delete facts.unfinished;
   if (facts.start === undefined || start >= facts.end) return;
   if (end > facts.start && start < facts.start) facts.start = undefined;
   else if (end <= facts.start && start < facts.start) facts.start += more;

@@ -77,5 +77,10 @@ export function fieldsOf(taken) {
   return [...known, ...generic].map((one) => ({ ...one, ...taken[one.name] }));
 }
 
+/** The values that differ from the API's defaults. */
+export const changedOf = (fields, values) => Object.fromEntries(
+  fields.map(({ name, standard }) => [name, values[name] ?? null, standard]).filter(([, value, standard]) => value !== standard),
+);
+
 /** The page's initial values. */
 export const initial = (fields) => Object.fromEntries(fields.map((f) => [f.name, f.initial ?? f.standard]));

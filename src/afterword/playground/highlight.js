@@ -8,6 +8,7 @@ export class HighlightLayer {
   constructor(root) {
     this.root = root;
     this.lines = [];
+    this.marked = null;
     this.pieces = new WeakMap(); // span -> piece
     this.nodes = new WeakMap(); // piece -> its first span
   }
@@ -30,6 +31,22 @@ export class HighlightLayer {
     this.lines = [...old.slice(0, head), ...lines, ...old.slice(old.length - tail)];
   }
 
+  /** Mark the end of a piece, until the next call. null: no mark. */
+  mark(piece) {
+    this.marked?.classList.remove("unfinished");
+    this.marked = piece && this.#endOf(piece);
+    this.marked?.classList.add("unfinished");
+  }
+
+  /** The last span of a piece. */
+  #endOf(piece) {
+    for (const { row, nodes } of this.lines.toReversed()) {
+      const at = row.findLastIndex((part) => part.piece === piece);
+      if (at >= 0) return nodes[at].classList ? nodes[at] : null;
+    }
+    return null;
+  }
+
   /** The piece at a point of the window, also under other elements. */
   pieceAt(x, y) {
     for (const element of document.elementsFromPoint(x, y)) {
@@ -37,6 +54,19 @@ export class HighlightLayer {
       if (found) return found;
     }
     return null;
+  }
+
+  /** The node and the offset in it at which a character of the text is drawn. */
+  pointAt(offset) {
+    for (const { element, row, nodes } of this.lines) {
+      for (const [i, { text }] of row.entries()) {
+        if (offset < text.length) return [nodes[i].firstChild ?? nodes[i], offset];
+        offset -= text.length;
+      }
+      if (offset < 1) return [element, element.childNodes.length];
+      offset -= 1; // the line end
+    }
+    return [this.root, this.root.childNodes.length];
   }
 
   /** The bounding box of a piece. */

@@ -1,22 +1,34 @@
 // The page as a whole: connects the modules' events. Decisions that a single module can make are made there.
 
 import { Actions } from "./actions.js";
-import { showBranches } from "./branches.js";
+import { BranchList } from "./branches.js";
 import { ChoiceCards } from "./choices.js";
 import { WorkingDocument } from "./document.js";
-import { find, make } from "./dom.js";
+import { find } from "./dom.js";
 import { Editor } from "./editor.js";
-import { fieldsOf, initial } from "./fields.js";
+import { FILES } from "./exports.js";
+import { changedOf, fieldsOf, initial } from "./fields.js";
 import { listen } from "./keyboard.js";
-import { showContext, showCourse, showNumbers, showUsage } from "./meters.js";
+import { KeyDialog } from "./keys.js";
+import { ContextMeter } from "./context_meter.js";
+import { showCourse, showNumbers, showUsage } from "./meters.js";
 import { HighlightLayer } from "./highlight.js";
+import { ModelList } from "./models.js";
+import { hideNotice, showNotice } from "./notice.js";
+import { Notes } from "./notes.js";
+import { Offer } from "./offer.js";
 import { Settings } from "./panel.js";
 import { YOU, difference, piece, pieceAt, seedOf } from "./pieces.js";
+import { OtherTabs } from "./other_tabs.js";
+import { Presets } from "./presets.js";
 import { Popover } from "./popover.js";
+import { Progress } from "./progress.js";
+import { compose } from "./prompt.js";
 import { asCurl, asPython, bodyOf } from "./requests.js";
 import { Problem, Server } from "./server.js";
 import { SessionList } from "./sessions.js";
 import { key, preferences } from "./storage.js";
+import { Unsent } from "./unsent.js";
 import { dress } from "./view.js";
 
 const FIRST_TEXT = "Once upon a time, there was a little";
@@ -24,9 +36,21 @@ const RAW = 60_000; // characters of the last response that are kept for the raw
 
 const workspace = new WorkingDocument();
 const server = new Server(key.get);
-const page = { fields: [], values: {}, models: [], counted: { text: null, count: 0 }, from: null, raw: [] };
+const page = { fields: [], values: {}, from: null, raw: [] };
 const area = find("area");
 const looks = dress();
+const progress = new Progress();
+const offer = new Offer({ closed: () => area.focus({ preventScroll: true }) });
+const keys = new KeyDialog({ changed: () => load() });
+const models = new ModelList({ server, progress, say, busy: () => actions.busy });
+
+const notes = new Notes({
+  changed() {
+    context.forget();
+    draw();
+    soon();
+  },
+});
 
 const editor = new Editor(area, new HighlightLayer(find("mirror")), {
   edit(start, end, text, caret) {
@@ -36,6 +60,7 @@ const editor = new Editor(area, new HighlightLayer(find("mirror")), {
     const last = difference(shown, workspace.text); // text that had arrived and was not drawn yet
     const shift = start > last.start ? last.text.length : 0;
     popover.hide();
+    offer.hide();
     workspace.edit(start + shift, end + shift, text, caret + shift);
     draw(busy ? workspace.caret : null);
     soon();
@@ -72,26 +97,34 @@ const cards = new ChoiceCards(find("cards"), {
 });
 
 const settings = new Settings(find("fields"), {
-  changed: () => soon(),
+  changed: () => (presets.show(), soon()),
   async tokenize(prompt) {
     try {
-      const answer = await server.post("tokenize", { prompt, add_special_tokens: false, model: find("model").value });
-      return (await answer.json()).tokens;
+      return (await server.post("tokenize", { prompt, add_special_tokens: false, model: models.name })).tokens;
     } catch (problem) {
       return fail(problem);
     }
   },
 });
 
+const presets = new Presets({
+  read: () => page.values,
+  apply: (values) => setAll({ ...initial(page.fields), ...structuredClone(values) }),
+});
+
 const actions = new Actions({
   workspace,
   server,
-  ask: () => ({ fields: page.fields, values: page.values, model: find("model").value }),
+  ask: () => ({ fields: page.fields, values: page.values, models: models.names, around: notes.around }),
   view: {
     cards,
     fail,
     say,
     clear,
+    progress,
+    offer: (...given) => offer.show(...given),
+    loading: () => models.loading,
+    compose: (text, room) => context.compose(text, room),
     usage: showUsage,
     busy(busy) {
       document.body.classList.toggle("busy", busy);
@@ -107,6 +140,7 @@ const actions = new Actions({
     settled() {
       const left = editor.start !== page.from || editor.end !== page.from;
       if (cards.root.hidden) draw(left ? null : workspace.caret);
+      if (models.loading) models.refresh();
       soon();
     },
     asked() {
@@ -120,17 +154,41 @@ const actions = new Actions({
 
 const sessionList = new SessionList({
   fail: (text) => fail(new Problem(text)),
-  read: () => ({ ...workspace.serialize(), settings: page.values }),
+  files: FILES,
+  facts: () => ({
+    text: workspace.text,
+    pieces: workspace.pieces,
+    seed: seed(),
+    model: models.name,
+    settings: changedOf(page.fields, page.values),
+  }),
+  read: () => ({ ...workspace.serialize(), settings: page.values, notes: notes.values }),
   lay(session) {
     actions.stop();
     cards.close();
+    offer.hide("tabs");
     workspace.open(session?.tree ?? emptyTree(), session?.current);
-    page.values = { ...initial(page.fields), ...session?.settings };
-    settings.show(page.fields, page.values);
+    notes.show(session?.notes);
+    setAll({ ...initial(page.fields), ...session?.settings });
     draw(workspace.text.length);
     soon();
   },
 });
+
+const unsent = new Unsent(editor.mirror);
+
+const context = new ContextMeter({
+  server,
+  models,
+  unsent,
+  text: () => workspace.text,
+  notes: () => notes.values,
+  most: () => page.values.max_tokens,
+  busy: () => actions.busy,
+  changed: () => (draw(), soon()),
+});
+
+new OtherTabs({ list: sessionList, offer, busy: () => actions.busy });
 
 // ---- drawing
 
@@ -139,6 +197,9 @@ function draw(caret = null, follow = false) {
   const scroller = find("page");
   const atEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 160;
   editor.show(workspace.pieces, workspace.text, seed(), caret, follow);
+  const broken = workspace.brokenAt;
+  editor.mirror.mark(broken === null ? null : pieceAt(workspace.pieces, broken - 1)?.piece);
+  unsent.show(context.start);
   if (follow && atEnd) scroller.scrollTop = scroller.scrollHeight;
 }
 
@@ -153,7 +214,7 @@ function soon(pause = 60) {
 function around() {
   showNumbers(workspace.pieces, seed(), editor.start, editor.end);
   showCourse(workspace.pieces);
-  count();
+  context.update();
   const { tree, node } = workspace;
   const [place, all] = tree.position(node);
   find("position").textContent = `${place} / ${all}`;
@@ -163,84 +224,74 @@ function around() {
   find("redo").disabled = !workspace.history.future.length;
   find("again").disabled = node.facts.start === undefined;
   find("insert").disabled = !canInsert();
-  if (!find("pane-branches").hidden) showBranches(find("branches"), tree, node, (to) => travel(to));
+  if (!find("pane-branches").hidden) branches.show(tree, node);
   if (!find("pane-request").hidden) showRequest();
   if (!actions.busy) sessionList.later();
 }
 
 function canInsert() {
-  const model = page.models.find(({ id }) => id === find("model").value);
-  return model?.infill !== false && editor.end < workspace.text.length;
+  return models.current?.infill !== false && editor.end < workspace.text.length;
 }
 
 function showRequest() {
   const here = new URL(".", document.baseURI).href;
-  const where = { model: find("model").value, prompt: workspace.text };
+  const where = { model: models.name, prompt: compose(workspace.text, context.start, notes.values).sent };
   const body = bodyOf(page.fields, page.values, where);
   find("curl").textContent = asCurl(here, body, Boolean(key.get()));
   find("python").textContent = asPython(here, body, Boolean(key.get()));
   find("answer").textContent = page.raw.map((value) => JSON.stringify(value)).join("\n").slice(0, RAW);
 }
 
-/** The context bar: the number of tokens by the server's tokenizer, updated when typing pauses. */
-function count() {
-  const model = page.models.find(({ id }) => id === find("model").value);
-  const { text } = workspace;
-  if (!text) page.counted = { text, count: 0 };
-  const known = page.counted;
-  showContext(known.count, model?.max_model_len ?? 0);
-  if (known.text === text || known.asking || !model) return;
-  known.asking = setTimeout(async () => {
-    const asked = workspace.text;
-    try {
-      const answer = await server.post("tokenize", { prompt: asked, model: model.id });
-      page.counted = { text: asked, count: (await answer.json()).count };
-    } catch {
-      page.counted = { text: asked, count: known.count }; // the next request will report the error
-    }
-    soon();
-  }, actions.busy ? 600 : 250);
-}
-
 const isStale = (p) => editor.mirror.nodes.get(p)?.classList.contains("stale") ?? false;
 
-/** Facts about the selected model. */
-const seed = () => seedOf(find("model").value);
+const seed = () => seedOf(models.name, notes.around);
 
 function say(text) {
   find("status").textContent = text;
 }
 
 function clear() {
-  find("notice").hidden = true;
+  hideNotice();
+  offer.hide();
 }
 
-/** Show an error with the server's message. */
 function fail(problem) {
   if (!(problem instanceof Problem)) throw problem;
-  const { message, status, id } = problem;
-  say("");
-  if (status === 401) return askForKey(message);
-  find("notice-title").textContent = [status || null, id].filter(Boolean).join(" · ");
-  find("notice-text").textContent = message;
-  find("notice").hidden = false;
-  find("notice").scrollIntoView({ block: "nearest" });
-  return null;
+  if (problem.status === 401) return keys.ask(problem.message);
+  showNotice(problem);
+  if (/maximum context length/.test(problem.message) && !context.leavesOut) {
+    const choices = [["Leave out the oldest text", () => context.leaveOut(true)]];
+    offer.show("context", "The text is too long for the context.", choices);
+  }
+  return undefined;
 }
 
-function askForKey(message) {
-  find("key-message").textContent = message;
-  find("key-given").value = "";
-  find("key-given-keep").checked = key.kept;
-  if (!find("key-dialog").open) find("key-dialog").showModal();
-  return null;
+function setAll(values) {
+  page.values = values;
+  settings.show(page.fields, values);
+  presets.show();
+  soon(0);
 }
 
 // ---- moving in the tree
 
+const branches = new BranchList({
+  go: (node) => travel(node),
+  changed: () => sessionList.later(),
+  remove() {
+    actions.stop();
+    const count = [...workspace.tree.walk([workspace.node.id])].length;
+    let restore;
+    rewind(() => (restore = workspace.remove()));
+    const text = count > 1 ? `Deleted ${count} branches.` : "Deleted the branch.";
+    offer.show("deleted", text, [["Take it back", () => rewind(() => (restore(), true))]]);
+  },
+});
+
 function travel(node) {
   actions.stop();
   popover.hide();
+  offer.hide();
   if (!workspace.go(node)) return;
   cards.close();
   draw(workspace.caret);
@@ -256,6 +307,7 @@ function use(answer) {
 function rewind(step) {
   actions.stop();
   popover.hide();
+  offer.hide();
   if (!step()) return;
   cards.close();
   draw(workspace.caret);
@@ -297,8 +349,8 @@ for (const name of ["go", "insert", "score", "again", "undo", "redo", "previous"
 listen(commands, area);
 find("notice-close").addEventListener("click", clear);
 find("model").addEventListener("change", () => {
-  preferences.set("model", find("model").value);
-  page.counted = { text: null, count: 0 };
+  preferences.set("model", models.name);
+  context.forget();
   draw();
   soon(0);
 });
@@ -307,11 +359,7 @@ find("boundaries").addEventListener("click", () => {
   const unknown = workspace.pieces.some(({ token }) => !token);
   if (document.body.classList.contains("boundaries") && unknown) actions.score();
 });
-find("reset").addEventListener("click", () => {
-  page.values = initial(page.fields);
-  settings.show(page.fields, page.values);
-  soon(0);
-});
+find("reset").addEventListener("click", () => setAll(initial(page.fields)));
 find("course").addEventListener("click", (event) => {
   const { left, width } = find("course").getBoundingClientRect();
   const at = Math.floor(((event.clientX - left) / width) * workspace.text.length);
@@ -322,43 +370,22 @@ find("course").addEventListener("click", (event) => {
 });
 find("page").addEventListener("scroll", () => popover.hide());
 looks.onTab = () => soon(0);
-find("key").value = key.get();
-find("key-keep").checked = key.kept;
-for (const id of ["key", "key-keep"]) {
-  find(id).addEventListener("change", () => {
-    key.set(find("key").value, find("key-keep").checked);
-    load();
-  });
-}
-find("key-save").addEventListener("click", () => {
-  key.set(find("key-given").value, find("key-given-keep").checked);
-  find("key").value = key.get();
-  find("key-keep").checked = key.kept;
-  find("key-dialog").close();
-  load();
-});
-find("key-given").addEventListener("keydown", (event) => event.key === "Enter" && find("key-save").click());
-find("key-cancel").addEventListener("click", () => find("key-dialog").close());
 
-/** Load the model list and the API description. While the server loads its model, retry. */
+/** Load the model list and the API description. While there is no server, retry. */
 async function load() {
   try {
     page.fields = fieldsOf(await server.get("playground/fields.json"));
-    page.models = (await server.get("v1/models")).data;
+    await models.load();
   } catch (problem) {
     fail(problem);
     if (problem.status === 503 || problem.status === 0) setTimeout(load, 2000);
     if (!sessionList.id) resume(); // texts are stored in the browser, so the session opens without a server too
     return;
   }
-  clear();
-  const wanted = preferences.get("model", "");
-  find("model").replaceChildren(...page.models.map(({ id }) => make("option", { value: id }, id)));
-  if (page.models.some(({ id }) => id === wanted)) find("model").value = wanted;
-  page.values = { ...initial(page.fields), ...page.values };
+  hideNotice();
+  setAll({ ...initial(page.fields), ...page.values });
   if (sessionList.id) draw();
   else resume();
-  settings.show(page.fields, page.values);
   document.body.classList.add("ready");
   soon(0);
 }

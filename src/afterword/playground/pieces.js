@@ -69,8 +69,8 @@ export function extend(text, hash = START) {
   return hash;
 }
 
-/** The initial hash for a model: log probabilities of different models have different contexts. */
-export const seedOf = (model) => extend(`${model}\n`);
+/** The initial hash for a model and for what it reads besides the document: their log probabilities differ. */
+export const seedOf = (model, around = "") => extend(around, extend(`${model}\n`));
 
 /** Each piece with its offset, and whether its numbers still belong to the text before it. `hash`: of the model's seed and
  * of any text before the first piece. */

@@ -56,7 +56,7 @@ export class Popover {
     const { parts, logprob, gap } = piece.token;
     const numbers = logprob === null ? "the first token has no log probability" : `${number(logprob, 3)} nats`;
     const head = make("header", {},
-      make("strong", { className: "spelled" }, shown(piece.text)),
+      make("strong", { className: "spelled", dir: "auto" }, shown(piece.text)),
       make("span", {}, logprob === null ? "" : percent(Math.exp(logprob))),
       make("small", {}, numbers),
     );
@@ -95,7 +95,7 @@ export class Popover {
       title: chosen ? "Cut the text after this token and continue." : why,
       "aria-current": chosen ? "true" : null,
       onclick: () => this.choose(piece, part, raw, logprob),
-    }, make("span", { className: "spelled" }, shown(raw)), bar(Math.exp(logprob)));
+    }, make("span", { className: "spelled", dir: "auto" }, shown(raw)), bar(Math.exp(logprob)));
     if (chosen) button.prepend(icon("dot"));
     if (chosen && partial) button.disabled = true;
     return make("li", {}, button);

@@ -1,10 +1,12 @@
 // All communication with the server. No other module calls fetch; only the page's own origin is contacted.
 
+const BROKEN = "The connection closed before the response was complete.";
+
 /** An error with the server's message. `status` is 0 if there was no response. */
 export class Problem extends Error {
-  constructor(message, { status = 0, id = "", param = null } = {}) {
+  constructor(message, { status = 0, id = "", param = null, code = null } = {}) {
     super(message);
-    Object.assign(this, { status, id, param });
+    Object.assign(this, { status, id, param, code });
   }
 }
 
@@ -19,29 +21,37 @@ export class Server {
   }
 
   async get(path) {
-    return (await this.#send(path, {})).json();
+    return whole(await this.#send(path, {}));
   }
 
-  async post(path, body, signal) {
-    const headers = { "Content-Type": "application/json" };
-    return this.#send(path, { method: "POST", headers, body: JSON.stringify(body), signal });
+  async post(path, body) {
+    return whole(await this.#post(path, body));
   }
 
   /** The chunks of a streamed completion, or one object for a whole one. Throws `Problem`. */
   async *complete(body, signal) {
-    const response = await this.post("v1/completions", body, signal);
+    const response = await this.#post("v1/completions", body, signal);
     if (!body.stream) {
-      yield await response.json();
+      yield await whole(response);
       return;
     }
-    const id = response.headers.get("x-request-id") ?? "";
-    for await (const data of events(response.body)) {
-      if (data === "[DONE]") return;
-      const value = JSON.parse(data);
-      if (value.error) throw new Problem(value.error.message, { id, param: value.error.param });
-      yield value;
+    const id = idOf(response);
+    try {
+      for await (const data of events(response.body)) {
+        if (data === "[DONE]") return;
+        const value = JSON.parse(data);
+        if (value.error) throw new Problem(value.error.message, { id, param: value.error.param });
+        yield value;
+      }
+    } catch (error) {
+      throw broken(error, id);
     }
-    throw new Problem("The connection closed before the response was complete.", { id });
+    throw new Problem(BROKEN, { id });
+  }
+
+  #post(path, body, signal) {
+    const headers = { "Content-Type": "application/json" };
+    return this.#send(path, { method: "POST", headers, body: JSON.stringify(body), signal });
   }
 
   async #send(path, options) {
@@ -59,12 +69,26 @@ export class Server {
   }
 }
 
-async function problemOf(response) {
-  const text = await response.text();
-  const facts = { status: response.status, id: response.headers.get("x-request-id") ?? "" };
+const idOf = (response) => response.headers.get("x-request-id") ?? "";
+
+/** The object of a response that is not streamed. */
+async function whole(response) {
   try {
-    const { message, param } = JSON.parse(text).error;
-    return new Problem(message, { ...facts, param });
+    return await response.json();
+  } catch (error) {
+    throw broken(error, idOf(response));
+  }
+}
+
+/** What reading a body threw, as a `Problem`: browsers throw a TypeError when the server dies within a body. */
+const broken = (error, id) => (error instanceof Problem || error.name === "AbortError" ? error : new Problem(BROKEN, { id }));
+
+async function problemOf(response) {
+  const text = await response.text().catch(() => "");
+  const facts = { status: response.status, id: idOf(response) };
+  try {
+    const { message, param, code } = JSON.parse(text).error;
+    return new Problem(message, { ...facts, param, code });
   } catch {
     return new Problem(text || response.statusText, facts);
   }

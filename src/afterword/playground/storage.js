@@ -39,10 +39,29 @@ export const key = {
   },
 };
 
+/** The session that this tab shows. A new tab begins with the one that was shown last. */
+export const shownSession = {
+  get: () => sessionStorage.getItem(`${PREFIX}session`) ?? preferences.get("session", ""),
+  set(id) {
+    sessionStorage.setItem(`${PREFIX}session`, id);
+    preferences.set("session", id);
+  },
+};
+
+/** Call `list()` when another tab changes the list of sessions, `session(id)` when it changes or deletes one. */
+export function onOtherTab({ list, session }) {
+  addEventListener("storage", ({ key }) => {
+    if (key === `${PREFIX}sessions`) list();
+    else if (key?.startsWith(`${PREFIX}session.`)) session(key.slice(`${PREFIX}session.`.length));
+  });
+}
+
 export const sessions = {
   /** {id, name, time} of each session, the newest first. */
   list: () => read("sessions", []),
   get: (id) => read(`session.${id}`, null),
+  /** A session as it is stored, to compare; null if it is not stored. */
+  raw: (id) => localStorage.getItem(`${PREFIX}session.${id}`),
   /** Returns "whole", "bare" if only the version without alternatives fitted, or "none". */
   put(id, name, session) {
     const others = this.list().filter((one) => one.id !== id);

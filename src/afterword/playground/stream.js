@@ -2,17 +2,19 @@
 // new text, at most once per animation frame.
 
 import { MODEL, YOU, extend, textOf } from "./pieces.js";
+import { renumbered } from "./prompt.js";
 import { piecesOf } from "./tokens.js";
 
 const SHORTEST = 20; // milliseconds: below it a rate in tokens per second means nothing
 
 /** One of the n choices while it streams. */
 export class Answer {
-  constructor(node, before, after, { prompt, gap, seed }) {
-    Object.assign(this, { node, before, after, prompt, gap, seed });
+  /** `before` and `after`: the document's pieces around the generated text. */
+  constructor(node, before, after, { gap, seed }) {
+    Object.assign(this, { node, before, after, gap, seed });
     this.grown = [];
     this.begun = this.hash = extend(textOf(before), seed);
-    this.letters = [...prompt].length;
+    this.prompt = null;
     this.echoed = null;
     this.finish = null;
     this.tokens = 0;
@@ -23,9 +25,12 @@ export class Answer {
     let columns = logprobs && { ...logprobs };
     if (columns && ids?.length === columns.tokens.length) columns.more = ids.map((id) => ({ id }));
     if (echo && this.echoed === null) {
-      this.echoed = columns ? piecesOf(this.prompt, part(columns, 0, this.letters), YOU, this.seed) : [];
-      text = text.slice(this.prompt.length);
-      columns = columns && part(columns, this.letters, Infinity);
+      const { sent, parts } = this.prompt;
+      const letters = [...sent].length;
+      const read = columns ? piecesOf(sent, part(columns, 0, letters), YOU, this.seed) : [];
+      this.echoed = read.length ? renumbered(this.before, read, parts, this.seed) : this.before;
+      text = text.slice(sent.length);
+      columns = columns && part(columns, letters, Infinity);
     }
     this.tokens += columns ? columns.tokens.length : text ? 1 : 0;
     const found = piecesOf(text, columns, MODEL, this.hash, this.gap);
@@ -35,8 +40,7 @@ export class Answer {
   }
 
   get pieces() {
-    const before = this.echoed?.length ? credited(this.echoed, this.before) : this.before;
-    return [...before, ...this.grown, ...this.after];
+    return [...(this.echoed ?? this.before), ...this.grown, ...this.after];
   }
 }
 
@@ -54,21 +58,8 @@ function part(columns, from, to) {
   };
 }
 
-/** The scored pieces with the authors of the pieces that they replace. */
-export function credited(read, old) {
-  let at = 0;
-  let i = 0;
-  let end = old[0]?.text.length ?? 0;
-  return read.map((p) => {
-    while (at >= end && i < old.length - 1) end += old[++i].text.length;
-    at += p.text.length;
-    const by = old[i]?.by ?? YOU;
-    return p.by === by ? p : Object.freeze({ ...p, by });
-  });
-}
-
-/** The pieces of a response to a scoring request. */
-export function readingOf(answer, prompt, old, seed) {
+/** The pieces of the sent text in a response to a scoring request. */
+export function readingOf(answer, sent, seed) {
   const [choice] = answer.choices;
   const columns = { ...choice.logprobs };
   const scores = choice.prompt_logprobs?.slice(-columns.tokens.length); // without added tokens
@@ -76,7 +67,7 @@ export function readingOf(answer, prompt, old, seed) {
     const [first] = Object.entries(entry ?? {});
     return first && { id: Number(first[0]), rank: first[1].rank };
   });
-  return credited(piecesOf(prompt, columns, YOU, seed), old);
+  return piecesOf(sent, columns, YOU, seed);
 }
 
 export class Clock {

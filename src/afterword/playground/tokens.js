@@ -58,8 +58,12 @@ function tokenOf(columns, from, to, context, gap) {
   return Object.freeze({ parts, logprob, context, gap });
 }
 
-/** The two colour scales in tenths: improbability (linear) and surprisal (nats, up to 10). */
+const BELOW = [0.5, 0.3, 0.1, 0.03, 0.01]; // probabilities below which another colour begins
+
+/** The two colour scales with steps from 0 to 10. Improbability: five linear steps down to 50 %, then five down to 1 %.
+ * Surprisal: nats up to 10. */
 export function steps(logprob) {
-  const rounded = (share) => Math.min(10, Math.max(0, Math.round(share * 10)));
-  return { improbable: rounded(1 - Math.exp(logprob)), surprising: rounded(-logprob / 10) };
+  const p = Math.exp(logprob);
+  const improbable = p >= BELOW[0] ? Math.round((1 - p) * 10) : 5 + BELOW.filter((limit) => p < limit).length;
+  return { improbable, surprising: Math.min(10, Math.max(0, Math.round(-logprob))) };
 }

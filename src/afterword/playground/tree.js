@@ -25,6 +25,19 @@ export class Tree {
     this.nodes.delete(node.id);
   }
 
+  /** Remove a node and all nodes below it. Returns a function that puts them back. */
+  prune(node) {
+    const row = this.#row(node);
+    const at = row.indexOf(node.id);
+    const nodes = [...this.walk([node.id])].map((found) => found.node);
+    row.splice(at, 1);
+    for (const { id } of nodes) this.nodes.delete(id);
+    return () => {
+      row.splice(at, 0, node.id);
+      for (const one of nodes) this.nodes.set(one.id, one);
+    };
+  }
+
   get(id) {
     return this.nodes.get(id);
   }
@@ -56,21 +69,47 @@ export class Tree {
     return null;
   }
 
-  /** The beginning of the text that a node adds to its parent's. */
-  label(node) {
-    const text = textOf(node.pieces);
-    const above = this.parent(node) ? textOf(this.parent(node).pieces) : "";
-    let same = 0;
-    while (same < above.length && above[same] === text[same]) same++;
-    return text.slice(same, same + 80).trim().replace(/\s+/g, " ") || "(empty)";
+  /** The nodes from a root to a node. */
+  path(node) {
+    const found = [];
+    for (let at = node; at; at = this.parent(at)) found.unshift(at);
+    return found;
   }
 
-  /** Every node with its depth, parents first. */
-  *walk(ids = this.roots, depth = 0) {
+  /** The beginning of the text that a node adds to its parent's. */
+  label(node) {
+    return line(this.#added(node)) || "(empty)";
+  }
+
+  /** The label of a node in two parts: whole words that a sibling has too, and what only this node has. */
+  parting(node) {
+    const own = this.#added(node);
+    const others = this.#row(node).filter((id) => id !== node.id).map((id) => this.#added(this.nodes.get(id)));
+    const most = Math.max(0, ...others.map((other) => common(own, other)));
+    const word = own.slice(0, most).search(/\S*$/);
+    const same = own.slice(word).trim() ? word : 0;
+    return { shared: line(own.slice(Math.max(0, same - 80), same)), own: line(own.slice(same)) || "(empty)" };
+  }
+
+  /** The text that a node adds to its parent's. */
+  #added({ pieces, parent }) {
+    const above = this.nodes.get(parent)?.pieces ?? null;
+    const known = this.#additions.get(pieces);
+    if (known && known.above === above) return known.text;
+    const text = textOf(pieces);
+    const added = text.slice(above ? common(textOf(above), text) : 0);
+    this.#additions.set(pieces, { above, text: added });
+    return added;
+  }
+
+  #additions = new WeakMap(); // by a node's pieces, which are another list after a change
+
+  /** Every node with its depth, parents first. `into(node)`: whether to go below a node. */
+  *walk(ids = this.roots, depth = 0, into = () => true) {
     for (const id of ids) {
       const node = this.nodes.get(id);
       yield { node, depth };
-      yield* this.walk(node.children, depth + 1);
+      if (into(node)) yield* this.walk(node.children, depth + 1, into);
     }
   }
 
@@ -104,6 +143,16 @@ export class Tree {
     return this.nodes.get(node.parent)?.children ?? this.roots;
   }
 }
+
+/** The number of characters with which both texts begin. */
+function common(one, other) {
+  let same = 0;
+  while (same < one.length && one[same] === other[same]) same++;
+  return same;
+}
+
+/** The beginning of a text as one line. */
+const line = (text) => text.slice(0, 80).replace(/\s+/g, " ").trimStart();
 
 function ranges(numbers) {
   const found = [];

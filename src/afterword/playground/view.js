@@ -3,7 +3,7 @@
 import { find } from "./dom.js";
 import { preferences } from "./storage.js";
 
-const LEGENDS = { probability: ["100 %", "0 %"], surprise: ["0", "10 nats"], off: ["", ""] };
+const LEGENDS = { probability: ["100 %", "50 %", "< 1 %"], surprise: ["0", "", "10 nats"], off: ["", "", ""] };
 const THEMES = ["auto", "light", "dark"];
 const WIDE = matchMedia("(min-width: 1100px)");
 
@@ -13,8 +13,7 @@ export function dress() {
   looks.colour = (mode) => {
     document.body.dataset.colour = mode;
     document.querySelector(`[name="colour"][value="${mode}"]`).checked = true;
-    const [low, high] = find("legend").querySelectorAll("span");
-    [low.textContent, high.textContent] = LEGENDS[mode];
+    find("legend").querySelectorAll("span").forEach((span, i) => (span.textContent = LEGENDS[mode][i]));
     preferences.set("colour", mode);
   };
 
@@ -48,12 +47,19 @@ export function dress() {
     preferences.set("face", name);
   }
 
+  function spelling(on) {
+    find("area").spellcheck = on;
+    find("spelling").checked = on;
+    preferences.set("spelling", on);
+  }
+
   find("colour").addEventListener("change", (event) => looks.colour(event.target.value));
   find("theme").addEventListener("click", () => {
     const now = THEMES.indexOf(document.documentElement.dataset.theme);
     theme(THEMES[(now + 1) % THEMES.length]);
   });
   find("face").addEventListener("change", (event) => face(event.target.value));
+  find("spelling").addEventListener("change", (event) => spelling(event.target.checked));
   find("panel-button").addEventListener("click", () => looks.panel(find("panel").hidden));
   find("panel-close").addEventListener("click", () => {
     looks.panel(false);
@@ -68,6 +74,7 @@ export function dress() {
   looks.colour(preferences.get("colour", "probability"));
   theme(preferences.get("theme", "auto"));
   face(preferences.get("face", "serif"));
+  spelling(preferences.get("spelling", false));
   looks.panel(WIDE.matches && preferences.get("panel", true));
   return looks;
 }
