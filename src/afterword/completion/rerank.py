@@ -103,6 +103,7 @@ def _scoring(job: Job, more: tuple[int, ...]) -> Job:
         alternatives=None,
         prompt_alternatives=0,
         prediction=(),
+        reported=(),
     )
 
 
