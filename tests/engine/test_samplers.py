@@ -1,4 +1,4 @@
-"""Tests that requests with all samplers and vocabulary fields have the same result alone, in a crowd and with drafts."""
+"""Tests that requests with all samplers and chosen ids have the same result alone, in a crowd and with drafts."""
 
 from __future__ import annotations
 

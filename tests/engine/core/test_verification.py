@@ -32,7 +32,7 @@ SAMPLINGS = (
     Sampling(chain=SamplerChain(("temperature",), mirostat=1, mirostat_tau=2.0)),
     Sampling(
         repetition_penalty=1.1,
-        chain=SamplerChain(("penalties", "dry", "temperature"), dry=Dry(0.8, 1.75, 2, -1), mirostat=2, mirostat_tau=3.0),
+        chain=SamplerChain(("penalties", "dry"), dry=Dry(0.8, 1.75, 2, -1), mirostat=2, mirostat_tau=3.0),
     ),
     Sampling(chain=SamplerChain(("typ_p", "xtc"), typical_p=0.95, xtc_probability=0.5, xtc_threshold=0.1)),
 )
