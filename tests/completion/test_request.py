@@ -662,6 +662,7 @@ def test_extensions_have_their_values(name: str, value: Any, result: Any) -> Non
         ("dry_sequence_breakers", "\n"),
         ("dry_sequence_breakers", ["a" * 41]),
         ("dry_sequence_breakers", ["a"] * 33),
+        ("dry_sequence_breakers", ["a" * 40] * 7),
         ("dry_penalty_last_n", -2),
         ("mirostat", 3),
         ("typical_p", 1.5),

@@ -14,6 +14,7 @@ from afterword.completion.request import CompletionRequest
 from afterword.completion.run import tokenize
 from afterword.completion.sampler_fields import LLAMA_ORDER, OWN_ORDER, sampling_of
 from afterword.engine.protocol import Dry, SamplerChain, Sampling
+from afterword.errors import RequestError
 from scripted_engine import EOS, MODEL_INFO, PIECES, ScriptedEngine, ids, text_script
 
 
@@ -134,6 +135,13 @@ def test_breakers_within_and_across_the_pieces_of_a_vocabulary() -> None:
     assert found.begun == (("b", (2,)),)
     assert found.sequences({"b": (3, 3, 3)}, most=2) == (((2,), (3, 3)),)
     assert find_breakers(pieces, ("b", "zz")).begun == ()
+
+
+def test_breakers_that_begin_in_many_tokens_need_few_prompts() -> None:
+    found = find_breakers((b"a",) * 3000, ("ab",))
+    found.check(300)
+    with pytest.raises(RequestError, match="dry_sequence_breakers"):
+        found.check(400)
 
 
 def test_bits_have_the_lowest_first() -> None:

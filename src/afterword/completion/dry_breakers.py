@@ -10,8 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+from afterword.errors import RequestError
+
 Ids = tuple[int, ...]
 
+_MOST_HEADS = 2**20  # token ids in the jobs of a request
 _SEPARATOR = b"\xff"  # no byte of UTF-8, so no breaker has it
 
 
@@ -23,6 +26,15 @@ class Breakers:
 
     inside: bytes = b""
     begun: tuple[tuple[str, Ids], ...] = ()
+
+    def check(self, prompts: int) -> None:
+        """Refuse breakers whose tokens take too much memory for this many prompts. Raises `RequestError`."""
+        if prompts * sum(len(heads) for _, heads in self.begun) > _MOST_HEADS:
+            raise RequestError(
+                "The texts of 'dry_sequence_breakers' can begin in too many tokens of the vocabulary for so many prompts. "
+                "(HINT: send shorter texts or fewer prompts.)",
+                param="dry_sequence_breakers",
+            )
 
     @property
     def rests(self) -> tuple[str, ...]:

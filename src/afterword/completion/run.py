@@ -66,7 +66,7 @@ async def tokenize(
     texts = [prompt for prompt in request.prompt if isinstance(prompt, str)]
     suffix, files = _infill_texts(request, model_info, rules)
     prediction = predicted_text(request, model_info)
-    breakers = find_breakers(model_info.pieces, request.dry_sequence_breakers) if uses_dry(request) else Breakers()
+    breakers = await _breakers(request, model_info)
     mark = before_suffix(model_info)
     wanted = [
         *((text, special) for text in (*texts, suffix)),
@@ -90,6 +90,15 @@ async def tokenize(
     return Tokenized(
         tuple(prompts), others[0], tuple(others[1:]), predicted, rules, inside=breakers.inside, sequences=sequences
     )
+
+
+async def _breakers(request: CompletionRequest, model_info: ModelInfo) -> Breakers:
+    """The breakers of DRY. Raises `RequestError`."""
+    if not uses_dry(request):
+        return Breakers()
+    found = await asyncio.to_thread(find_breakers, model_info.pieces, request.dry_sequence_breakers)
+    found.check(len(request.prompt))
+    return found
 
 
 def _infill_texts(request: CompletionRequest, model_info: ModelInfo, rules: InfillRules) -> tuple[str, list[str]]:

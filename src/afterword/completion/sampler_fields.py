@@ -29,7 +29,8 @@ DEFAULT_BREAKERS = ("\n", ":", '"', "*")
 
 _FURTHER = frozenset({"dry", "top_n_sigma", "typ_p", "xtc"})
 _BEFORE_MIROSTAT = ("penalties", "dry")
-_MOST_BREAKERS, _LONGEST_BREAKER = 32, 40  # each part of a breaker is a text in the queue of the tokenizer
+_MOST_BREAKERS, _LONGEST_BREAKER = 32, 40
+_MOST_CHARACTERS = 256  # of all breakers: each can be the beginning of a text in the queue of the tokenizer
 _MOST_STEPS = 32
 _INT32 = 2**31
 
@@ -58,6 +59,8 @@ def breakers(name: str, value: Any, limits: RequestLimits) -> tuple[str, ...]:
     longest = max(map(len, texts), default=0)
     if longest > _LONGEST_BREAKER:
         raise too_long(name, "string", _LONGEST_BREAKER, longest)
+    if sum(map(len, texts)) > _MOST_CHARACTERS:
+        raise RequestError(f"Invalid '{name}': more than {_MOST_CHARACTERS} characters in total.", param=name)
     return texts
 
 
