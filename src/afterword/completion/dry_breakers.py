@@ -31,8 +31,8 @@ class Breakers:
         """Refuse breakers whose tokens take too much memory for this many prompts. Raises `RequestError`."""
         if prompts * sum(len(heads) for _, heads in self.begun) > _MOST_HEADS:
             raise RequestError(
-                "The texts of 'dry_sequence_breakers' can begin in too many tokens of the vocabulary for so many prompts. "
-                "(HINT: send shorter texts or fewer prompts.)",
+                "The texts of 'dry_sequence_breakers' can begin in too many tokens of the vocabulary for so many "
+                "prompts. (HINT: send shorter texts or fewer prompts.)",
                 param="dry_sequence_breakers",
             )
 

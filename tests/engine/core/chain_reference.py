@@ -28,7 +28,7 @@ def distribution(
     for token, bias in sampling.logit_bias:
         logits[token] += bias
     if chain.allowed:
-        logits = {t: x for t, x in logits.items() if chain.allowed[t // 8] & 1 << t % 8}
+        logits = {t: x for t, x in logits.items() if t < 8 * len(chain.allowed) and chain.allowed[t // 8] & 1 << t % 8}
     steps: dict[str, Callable[[Logits], Logits]] = {
         "penalties": lambda x: penalized(x, sampling, prompt, generated),
         "dry": lambda x: dried(x, chain.dry, [*prompt, *generated]) if chain.dry else x,
@@ -36,8 +36,8 @@ def distribution(
         "top_k": lambda x: dict(ordered(x)[: sampling.top_k or None]),
         "typ_p": lambda x: typical(x, chain.typical_p) if chain.typical_p < 1 else x,
         "top_p": lambda x: nucleus(x, sampling.top_p) if sampling.top_p < 1 else x,
-        "min_p": lambda x: {t: y for t, y in x.items() if math.exp(y - max(x.values())) >= sampling.min_p},
-        "infill": lambda x: {t: y for t, y in x.items() if math.exp(y - max(x.values())) >= 0.2},
+        "min_p": lambda x: likely(x, sampling.min_p),
+        "infill": lambda x: likely(x, 0.2),
         "xtc": lambda x: without_top(x, chain.xtc_threshold) if excludes_top else x,
         "temperature": lambda x: tempered(x, sampling.temperature, chain),
     }
@@ -107,10 +107,16 @@ def dried(logits: Logits, dry: Dry, text: Sequence[int]) -> Logits:
     }
 
 
+def likely(logits: Logits, fraction: float) -> Logits:
+    highest = max(logits.values())
+    return {token: logit for token, logit in logits.items() if math.exp(logit - highest) >= fraction}
+
+
 def within_sigma(logits: Logits, sigmas: float) -> Logits:
     mean = math.fsum(logits.values()) / len(logits)
     deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in logits.values()) / len(logits))
-    return {t: x for t, x in logits.items() if x >= max(logits.values()) - sigmas * deviation}
+    least = max(logits.values()) - sigmas * deviation
+    return {t: x for t, x in logits.items() if x >= least}
 
 
 def nucleus(logits: Logits, wanted: float) -> Logits:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,7 +24,7 @@ from afterword.engine.protocol import Dry, Job, SamplerChain, Sampling
 KEY = b"k" * 16
 LLAMA = ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature")
 EIGHT = np.array([2.0, 1.5, 1.0, 0.0, -1.0, -1.0, 0.5, 1.9], np.float32)
-WIDE = np.random.default_rng(5).normal(0, 3, 1000).astype(np.float32)
+WIDE = np.random.default_rng(5).normal(0, 3, 300).astype(np.float32)
 DRAWS = 20_000
 PROMPT = (1, 2, 3, 0, 1, 2, 4, 5, 1, 2)
 
@@ -55,7 +56,7 @@ def drawn(
 
 def chi_square(chosen: list[int], expected: dict[int, float]) -> float:
     """How many standard deviations chi-square lies above its mean. All rare tokens count as one."""
-    counts = {token: chosen.count(token) for token in set(chosen)}
+    counts = Counter(chosen)
     assert counts.keys() <= expected.keys(), "a token that the samplers exclude"
     common = [token for token, p in expected.items() if p * len(chosen) >= 5]
     pairs = [(counts.get(token, 0), expected[token] * len(chosen)) for token in common]
@@ -163,12 +164,12 @@ def test_the_reference_keeps_the_same_tokens(row: np.ndarray, step: str, number:
 def test_the_reference_has_the_same_probabilities(
     row: np.ndarray, temperature: float, spread: float, exponent: float
 ) -> None:
-    assume(temperature == 0 or temperature > 0.01)
+    assume(len(set(row.tolist())) == len(row))  # of equal logits the lowest temperatures keep one
     wanted = sampling(["temperature"], temperature=temperature, dynatemp_range=spread, dynatemp_exponent=exponent)
     kept = sampler_chain.temperature(Candidates(np.arange(len(row)), row.astype(np.float64)), query(wanted))
-    found = reference.probabilities(reference.distribution(row.tolist(), wanted))
-    assert kept.ids.tolist() == list(found)
-    np.testing.assert_allclose(kept.probabilities, list(found.values()), rtol=1e-9, atol=1e-15)
+    found = dict(zip(kept.ids.tolist(), kept.probabilities.tolist(), strict=True))
+    for token, p in reference.probabilities(reference.distribution(row.tolist(), wanted)).items():
+        assert found.get(token, 0.0) == pytest.approx(p, rel=1e-9, abs=1e-15)
 
 
 @settings(max_examples=60)
@@ -233,13 +234,14 @@ def test_bits_are_counted_from_the_lowest() -> None:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize("tau", [0.5, 2.0, 4.0])
+@pytest.mark.parametrize("tau", [2.0, 2.5, 3.0])
 def test_mirostat_draws_from_the_reference(version: int, tau: float) -> None:
     wanted = sampling(["temperature"], temperature=1.3, mirostat=version, mirostat_tau=tau)
-    before = reference.distribution(WIDE.tolist(), wanted)
-    kept = reference.mirostat_1(before, 2 * tau, len(WIDE)) if version == 1 else reference.mirostat_2(before, 2 * tau)
-    assert 1 < len(kept) < len(WIDE)
-    assert chi_square(drawn(WIDE, wanted, DRAWS), reference.probabilities(kept)) < 4
+    row = WIDE / np.float32(2)
+    before = reference.distribution(row.tolist(), wanted)
+    kept = reference.mirostat_1(before, 2 * tau, len(row)) if version == 1 else reference.mirostat_2(before, 2 * tau)
+    assert 3 < len(kept) < len(row)
+    assert chi_square(drawn(row, wanted, DRAWS), reference.probabilities(kept)) < 4
 
 
 @settings(max_examples=100)

@@ -91,8 +91,10 @@ def sample_chain(row: LogitsRow, query: ChainQuery) -> list[int]:
         candidates = _STEPS[step](candidates, query)
     if query.chain.mirostat or steps[shared:]:
         return [_draw(candidates, steps[shared:], query, index, len(row)) for index in range(len(seeds))]
-    weights = candidates.weights
-    return [int(candidates.ids[pick(weights, random_number(seed, 0))[0]]) for seed in seeds]
+    cumulated = np.cumsum(candidates.weights)
+    targets = np.minimum(np.array([random_number(seed, 0) for seed in seeds]) * cumulated[-1], _below(cumulated[-1]))
+    chosen: list[int] = candidates.ids[np.searchsorted(cumulated, targets, side="right")].tolist()
+    return chosen
 
 
 def _first_candidates(row: LogitsRow, query: ChainQuery) -> Candidates:
@@ -282,6 +284,11 @@ def mirostat_2(candidates: Candidates, limit: float) -> Candidates:
 
 
 # ---- sorting
+
+
+def _below(number: float) -> float:
+    """The next smaller number, so that a draw never reaches the sum of all weights."""
+    return float(np.nextafter(number, 0))
 
 
 def _entropy(p: Numbers) -> float:
