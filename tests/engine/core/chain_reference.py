@@ -157,7 +157,7 @@ def tempered(logits: Logits, temperature: float, chain: SamplerChain) -> Logits:
         low = max(0.0, temperature - chain.dynatemp_range)
         high = temperature + chain.dynatemp_range
         temperature = low + (high - low) * entropy**chain.dynatemp_exponent
-    if temperature == 0:
+    if temperature < 1e-6:
         return dict(ordered(logits)[:1])
     return {token: logit / temperature for token, logit in logits.items()}
 

@@ -76,7 +76,8 @@ class Candidates(msgspec.Struct, frozen=True):
     @property
     def probabilities(self) -> Numbers:
         weights = self.weights
-        return weights / weights.sum()
+        probabilities: Numbers = weights / weights.sum()
+        return probabilities
 
 
 @np.errstate(all="ignore")
