@@ -65,11 +65,14 @@ def test_samples_have_their_own_state(http: httpx.Client) -> None:
 
 
 def test_dry_breaks_a_loop_and_breakers_permit_it(http: httpx.Client) -> None:
-    loop = {"prompt": "red blue red blue red blue red blue red", "temperature": 0, "max_tokens": 6}
-    banned = choice(http, **loop, dry_multiplier=50, dry_allowed_length=1, dry_sequence_breakers=[])["text"]
-    assert banned != choice(http, **loop)["text"]
-    permitted = choice(http, **loop, dry_multiplier=50, dry_sequence_breakers=[" blue", " red", "red", "blue"])["text"]
-    assert permitted == choice(http, **loop)["text"]
+    red, blue = (tokens_of(http, f" {word}")[-1] for word in ("cat", "dog"))
+    loop = {"prompt": [red, blue] * 6 + [red], "temperature": 0, "max_tokens": 1, "return_token_ids": True}
+    loop |= {"allowed_token_ids": [red, blue], "logit_bias": {str(blue): 20}}
+    dry = {"dry_multiplier": 50, "dry_allowed_length": 1}
+    assert choice(http, **loop)["token_ids"] == [blue]
+    assert choice(http, **loop, **dry)["token_ids"] == [red]
+    assert choice(http, **loop, **dry, dry_sequence_breakers=["zebra"])["token_ids"] == [red]
+    assert choice(http, **loop, **dry, dry_sequence_breakers=["cat"])["token_ids"] == [blue]
 
 
 def test_the_order_of_samplers_counts(http: httpx.Client) -> None:
