@@ -211,7 +211,7 @@ def schema(limits: RequestLimits) -> JsonSchema:
     properties: JsonSchema = {
         name: {
             "anyOf": [field.schema(limits), {"type": "null"}],
-            "default": None if isinstance(standard[name], tuple) else standard[name],
+            "default": _shown_default(standard[name]),
         }
         for name, field in known.items()
     }
@@ -224,6 +224,13 @@ def schema(limits: RequestLimits) -> JsonSchema:
         "additionalProperties": limits.ignore_unknown,
     }
     return described_schema(described, "", DESCRIPTIONS)
+
+
+def _shown_default(value: Any) -> Any:
+    """The default of a field as JSON; null for an empty array, which means the same."""
+    if isinstance(value, tuple):
+        return [*value] if any(value) else None
+    return value
 
 
 # ---- rules that concern several fields
