@@ -73,7 +73,7 @@ def test_further_samplers_are_applied_in_the_order_of_llama_server() -> None:
     request = parsed(samplers=["xtc", "infill", "top_k"], xtc_probability=0.5, dry_multiplier=0.8).completion
     chain = sampling_of(request, 10).chain
     assert chain is not None
-    assert (chain.steps, chain.dry) == (("xtc", "infill", "top_k"), None)
+    assert (chain.order, chain.dry) == (("xtc", "infill", "top_k"), None)
 
 
 def test_further_samplers_without_effect_change_nothing() -> None:

@@ -60,26 +60,26 @@ def test_samplers_that_are_not_listed_have_no_effect() -> None:
 
 
 def test_a_further_sampler_has_the_order_of_llama_server() -> None:
-    assert chain(**CLASSIC, dry_multiplier=0.8).steps == ("penalties", "dry", "top_k", "top_p", "min_p", "temperature")
+    assert chain(**CLASSIC, dry_multiplier=0.8).order == ("penalties", "dry", "top_k", "top_p", "min_p", "temperature")
     every = {"top_n_sigma": 1.0, "typical_p": 0.9, "xtc_probability": 0.5, "dry_multiplier": 0.8}
-    assert chain(**CLASSIC, **every).steps == LLAMA_ORDER
-    assert chain(dynatemp_range=0.5).steps == ("temperature",)
+    assert chain(**CLASSIC, **every).order == LLAMA_ORDER
+    assert chain(dynatemp_range=0.5).order == ("temperature",)
 
 
 def test_another_order_is_kept() -> None:
-    assert chain(**CLASSIC, samplers=("top_p", "temperature", "top_k")).steps == ("top_p", "temperature", "top_k")
-    assert chain(**CLASSIC, samplers=("top_k", "top_k")).steps == ("top_k", "top_k")
+    assert chain(**CLASSIC, samplers=("top_p", "temperature", "top_k")).order == ("top_p", "temperature", "top_k")
+    assert chain(**CLASSIC, samplers=("top_k", "top_k")).order == ("top_k", "top_k")
 
 
 def test_allowed_tokens_do_not_change_the_order() -> None:
     allowed = chain(**CLASSIC, allowed_token_ids=(0, 9))
-    assert (allowed.steps, allowed.allowed) == (OWN_ORDER, bytes([1, 2]))
+    assert (allowed.order, allowed.allowed) == (OWN_ORDER, bytes([1, 2]))
 
 
 def test_mirostat_has_penalties_dry_and_temperature_before_it() -> None:
     found = chain(**CLASSIC, mirostat=2, dry_multiplier=0.8, typical_p=0.5)
-    assert (found.steps, found.mirostat) == (("penalties", "dry", "temperature"), 2)
-    assert chain(mirostat=1, samplers=("top_k",), dry_multiplier=1.0).steps == ("temperature",)
+    assert (found.order, found.mirostat) == (("penalties", "dry", "temperature"), 2)
+    assert chain(mirostat=1, samplers=("top_k",), dry_multiplier=1.0).order == ("temperature",)
 
 
 def test_every_number_reaches_the_chain() -> None:

@@ -31,20 +31,20 @@ _FURTHER = frozenset({"dry", "top_n_sigma", "typ_p", "xtc"})
 _BEFORE_MIROSTAT = ("penalties", "dry")
 _MOST_BREAKERS, _LONGEST_BREAKER = 32, 40
 _MOST_CHARACTERS = 256  # of all breakers: each can be the beginning of a text in the queue of the tokenizer
-_MOST_STEPS = 32
+_MOST_SAMPLERS = 32
 _INT32 = 2**31
 
 
 def samplers(names: tuple[str, ...]) -> Field:
     """A field for an array of these names of samplers."""
 
-    @field_parser({"type": "array", "maxItems": _MOST_STEPS, "items": {"enum": list(names)}})
+    @field_parser({"type": "array", "maxItems": _MOST_SAMPLERS, "items": {"enum": list(names)}})
     def parse(name: str, value: Any, limits: RequestLimits) -> tuple[str, ...]:
         given: tuple[str, ...] = fields.strings(name, value, limits)
         if not set(given) <= set(names):
             raise RequestError(f"Invalid value in '{name}'. Supported values are {', '.join(names)}.", param=name)
-        if len(given) > _MOST_STEPS:
-            raise too_long(name, "array", _MOST_STEPS, len(given))
+        if len(given) > _MOST_SAMPLERS:
+            raise too_long(name, "array", _MOST_SAMPLERS, len(given))
         return given
 
     return parse
@@ -91,7 +91,7 @@ def uses_dry(request: CompletionRequest) -> bool:
 
 def has_further_samplers(request: CompletionRequest) -> bool:
     """Whether a sampler has an effect that only `SamplerChain` has."""
-    return bool(request.mirostat) or _has_further(_steps(request), request)
+    return bool(request.mirostat) or _has_further(_order(request), request)
 
 
 def sampling_of(
@@ -101,20 +101,20 @@ def sampling_of(
 
     `vocabulary`: the number of token ids. `inside`, `sequences`: the breakers of `Dry`.
     """
-    steps = _steps(request)
+    order = _order(request)
     allowed = b"" if request.allowed_token_ids is None else bit_set(request.allowed_token_ids, vocabulary)
-    needs_chain = allowed or has_further_samplers(request) or not _is_own_order(steps)
-    has_penalties = "penalties" in steps
+    needs_chain = allowed or has_further_samplers(request) or not _is_own_order(order)
+    has_penalties = "penalties" in order
     return Sampling(
-        temperature=request.temperature if "temperature" in steps else 1.0,
-        top_p=request.top_p if "top_p" in steps else 1.0,
-        top_k=request.top_k if "top_k" in steps else 0,
-        min_p=request.min_p if "min_p" in steps else 0.0,
+        temperature=request.temperature if "temperature" in order else 1.0,
+        top_p=request.top_p if "top_p" in order else 1.0,
+        top_k=request.top_k if "top_k" in order else 0,
+        min_p=request.min_p if "min_p" in order else 0.0,
         presence_penalty=request.presence_penalty if has_penalties else 0.0,
         frequency_penalty=request.frequency_penalty if has_penalties else 0.0,
         repetition_penalty=request.repetition_penalty if has_penalties else 1.0,
         logit_bias=request.logit_bias,
-        chain=_chain(request, steps, _dry(request, inside, sequences), allowed) if needs_chain else None,
+        chain=_chain(request, order, _dry(request, inside, sequences), allowed) if needs_chain else None,
     )
 
 
@@ -125,9 +125,9 @@ def _dry(request: CompletionRequest, inside: bytes, sequences: tuple[Any, ...]) 
     return Dry(*numbers, inside, sequences)
 
 
-def _chain(request: CompletionRequest, steps: tuple[str, ...], dry: Dry | None, allowed: bytes) -> SamplerChain:
+def _chain(request: CompletionRequest, order: tuple[str, ...], dry: Dry | None, allowed: bytes) -> SamplerChain:
     return SamplerChain(
-        steps=steps,
+        order=order,
         typical_p=request.typical_p,
         top_n_sigma=max(0.0, request.top_n_sigma),
         xtc_probability=request.xtc_probability,
@@ -142,7 +142,7 @@ def _chain(request: CompletionRequest, steps: tuple[str, ...], dry: Dry | None, 
     )
 
 
-def _steps(request: CompletionRequest) -> tuple[str, ...]:
+def _order(request: CompletionRequest) -> tuple[str, ...]:
     """The samplers with an effect, in order. With Mirostat only penalties, DRY and temperature have one."""
     effects = {
         "penalties": bool(request.presence_penalty or request.frequency_penalty) or request.repetition_penalty != 1,
@@ -156,19 +156,19 @@ def _steps(request: CompletionRequest) -> tuple[str, ...]:
         "temperature": request.temperature != 1 or request.dynatemp_range > 0,
         "infill": True,
     }
-    order = LLAMA_ORDER if request.samplers is None else request.samplers
-    steps = tuple(step for step in order if effects[step])
+    listed = LLAMA_ORDER if request.samplers is None else request.samplers
+    order = tuple(sampler for sampler in listed if effects[sampler])
     if request.mirostat:
-        return (*(step for step in steps if step in _BEFORE_MIROSTAT), "temperature")
-    if request.samplers is None and not _has_further(steps, request):
-        return tuple(step for step in OWN_ORDER if step in steps)
-    return steps
+        return (*(sampler for sampler in order if sampler in _BEFORE_MIROSTAT), "temperature")
+    if request.samplers is None and not _has_further(order, request):
+        return tuple(sampler for sampler in OWN_ORDER if sampler in order)
+    return order
 
 
-def _has_further(steps: tuple[str, ...], request: CompletionRequest) -> bool:
-    return bool(_FURTHER.intersection(steps)) or ("temperature" in steps and request.dynatemp_range > 0)
+def _has_further(order: tuple[str, ...], request: CompletionRequest) -> bool:
+    return bool(_FURTHER.intersection(order)) or ("temperature" in order and request.dynatemp_range > 0)
 
 
-def _is_own_order(steps: tuple[str, ...]) -> bool:
-    """Whether the steps are some of `OWN_ORDER` in this order, each once."""
-    return steps == tuple(step for step in OWN_ORDER if step in steps)
+def _is_own_order(order: tuple[str, ...]) -> bool:
+    """Whether the samplers are some of `OWN_ORDER` in this order, each once."""
+    return order == tuple(sampler for sampler in OWN_ORDER if sampler in order)

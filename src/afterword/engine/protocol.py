@@ -48,14 +48,14 @@ class Dry(Value, frozen=True):
 
 
 class SamplerChain(Value, frozen=True):
-    """Samplers in the order in which they are applied; those that are not in `steps` are not applied.
+    """Samplers in the order in which they are applied; those that are not in `order` are not applied.
 
-    The names of `steps` are llama-server's. `top_n_sigma` 0 and `typical_p` 1 change nothing. With `mirostat` 1 or 2
-    the token is drawn as that version of Mirostat does, after all steps. `allowed`: one bit for each token id, the
+    The names in `order` are llama-server's. `top_n_sigma` 0 and `typical_p` 1 change nothing. With `mirostat` 1 or 2
+    the token is drawn as that version of Mirostat does, after all others. `allowed`: one bit for each token id, the
     lowest first: the tokens that may be sampled; empty: all.
     """
 
-    steps: tuple[str, ...]
+    order: tuple[str, ...]
     typical_p: float = 1.0
     top_n_sigma: float = 0.0
     xtc_probability: float = 0.0

@@ -41,7 +41,7 @@ def distribution(
         "xtc": lambda x: without_top(x, chain.xtc_threshold) if excludes_top else x,
         "temperature": lambda x: tempered(x, sampling.temperature, chain),
     }
-    for step in chain.steps:
+    for step in chain.order:
         logits = steps[step](logits)
     return logits
 

@@ -153,7 +153,7 @@ def test_the_reference_keeps_the_same_tokens(row: np.ndarray, step: str, number:
     same = dict.fromkeys(["typical_p", "top_p", "min_p"], number)
     wanted = sampling([step], top_n_sigma=3 * number, top_k=int(9 * number), **same)
     before = Candidates(np.arange(len(row)), row.astype(np.float64))
-    kept = sampler_chain._STEPS[step](before, query(wanted))
+    kept = sampler_chain._SAMPLERS[step](before, query(wanted))
     assert set(kept.ids.tolist()) == reference.distribution(row.tolist(), wanted).keys()
     assert kept.logits.tolist() == row[kept.ids].tolist()
     assert kept.ids.tolist() == sorted(kept.ids.tolist())

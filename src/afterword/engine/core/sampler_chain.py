@@ -1,6 +1,6 @@
 """Samples tokens with samplers or an order of samplers that the sampler's kernel does not have.
 
-The samplers are llama-server's, in numpy and float64, one function for each. `SamplerChain.steps` has their order. A
+The samplers are llama-server's, in numpy and float64, one function for each. `SamplerChain.order` has their order. A
 request that needs none of them is sampled by the kernel. Pure, apart from the limits of Mirostat (`ChainQuery.limits`).
 """
 
@@ -21,7 +21,7 @@ from afterword.engine.core.sampler_kernel import GREEDY_BELOW, Ids, Numbers, Sam
 from afterword.engine.protocol import Dry, SamplerChain
 
 INFILL_MIN_P = 0.2
-"""The step `infill` keeps tokens with at least this fraction of the highest probability."""
+"""The sampler `infill` keeps tokens with at least this fraction of the highest probability."""
 
 _MIROSTAT_TOKENS = 100  # most likely tokens from which Mirostat 1 estimates the distribution, as in llama.cpp
 _LARGEST_EXPONENT = 88.7228391  # logarithm of the largest float32: llama.cpp limits DRY's powers by it
@@ -86,12 +86,12 @@ def sample_chain(row: LogitsRow, query: ChainQuery) -> list[int]:
     seeds = query.sample.seeds
     if not np.isfinite(row.max()):
         return [int(np.argmax(row))] * len(seeds)
-    candidates, steps = _first_candidates(row, query), query.chain.steps
-    shared = steps.index("xtc") if "xtc" in steps else len(steps)  # from here on seeds differ
-    for step in steps[:shared]:
-        candidates = _STEPS[step](candidates, query)
-    if query.chain.mirostat or steps[shared:]:
-        return [_draw(candidates, steps[shared:], query, index, len(row)) for index in range(len(seeds))]
+    candidates, order = _first_candidates(row, query), query.chain.order
+    shared = order.index("xtc") if "xtc" in order else len(order)  # from here on seeds differ
+    for name in order[:shared]:
+        candidates = _SAMPLERS[name](candidates, query)
+    if query.chain.mirostat or order[shared:]:
+        return [_draw(candidates, order[shared:], query, index, len(row)) for index in range(len(seeds))]
     cumulated = np.cumsum(candidates.weights)
     targets = np.minimum(np.array([random_number(seed, 0) for seed in seeds]) * cumulated[-1], _below(cumulated[-1]))
     chosen: list[int] = candidates.ids[np.searchsorted(cumulated, targets, side="right")].tolist()
@@ -112,15 +112,15 @@ def _first_candidates(row: LogitsRow, query: ChainQuery) -> Candidates:
     return Candidates(ids, logits[ids])
 
 
-def _draw(candidates: Candidates, steps: Sequence[str], query: ChainQuery, index: int, vocabulary: int) -> int:
-    """Draw a token for the seed with this index, after further steps."""
+def _draw(candidates: Candidates, order: Sequence[str], query: ChainQuery, index: int, vocabulary: int) -> int:
+    """Draw a token for the seed with this index, after further samplers."""
     seed = query.sample.seeds[index]
     numbers = itertools.count(1)  # number 0 draws the token
-    for step in steps:
-        if step == "xtc":
+    for name in order:
+        if name == "xtc":
             candidates = exclude_top_choices(candidates, query.chain, random_number(seed, next(numbers)))
         else:
-            candidates = _STEPS[step](candidates, query)
+            candidates = _SAMPLERS[name](candidates, query)
     if query.chain.mirostat:
         return _draw_mirostat(candidates, query, index, vocabulary)
     return int(candidates.ids[pick(candidates.weights, random_number(seed, 0))[0]])
@@ -231,7 +231,7 @@ def temperature(candidates: Candidates, query: ChainQuery) -> Candidates:
     return Candidates(candidates.ids, (candidates.logits - candidates.logits.max()) / value)
 
 
-_STEPS: dict[str, Callable[[Candidates, ChainQuery], Candidates]] = {
+_SAMPLERS: dict[str, Callable[[Candidates, ChainQuery], Candidates]] = {
     "penalties": penalties,
     "dry": dry,
     "top_n_sigma": top_n_sigma,
@@ -266,8 +266,8 @@ def mirostat_1(candidates: Candidates, limit: float, vocabulary: int) -> Candida
         return candidates
     logits = candidates.logits[order]
     places = np.arange(1, len(order), dtype=np.float64)
-    steps = np.log((places + 1) / places)
-    exponent = float((steps * (logits[:-1] - logits[1:])).sum() / (steps * steps).sum())
+    gaps = np.log((places + 1) / places)
+    exponent = float((gaps * (logits[:-1] - logits[1:])).sum() / (gaps * gaps).sum())
     excess = exponent - 1
     # for an exponent of 1 the quotient is that of its limit
     zeta = excess / -math.expm1(-excess * math.log(vocabulary)) if excess else 1 / math.log(vocabulary)
