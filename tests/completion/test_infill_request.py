@@ -12,6 +12,7 @@ from afterword.completion.infill_request import INFILL_FIELDS, UNLIMITED, Infill
 from afterword.completion.object_fields import ContextFile
 from afterword.completion.request_descriptions import INFILL_DESCRIPTIONS
 from afterword.completion.request_limits import STRICT, RequestLimits
+from afterword.completion.sampler_fields import LLAMA_ORDER, sampling_of
 from afterword.errors import RequestError
 
 REQUIRED = {"input_prefix": "a\n", "input_suffix": "\nb"}
@@ -66,6 +67,24 @@ def test_the_sampler_infill_excludes_unlikely_tokens() -> None:
     assert parsed(samplers=["min_p", "infill"], min_p=0.5).completion.min_p == 0.5
 
 
+def test_further_samplers_are_applied_in_the_order_of_llama_server() -> None:
+    request = parsed(dry_multiplier=0.8, top_k=5).completion
+    assert (request.dry_multiplier, request.top_k, request.samplers) == (0.8, 5, LLAMA_ORDER)
+    request = parsed(samplers=["xtc", "infill", "top_k"], xtc_probability=0.5, dry_multiplier=0.8).completion
+    chain = sampling_of(request, 10).chain
+    assert chain is not None
+    assert (chain.order, chain.dry) == (("xtc", "infill", "top_k"), None)
+
+
+def test_further_samplers_without_effect_change_nothing() -> None:
+    assert (
+        parsed(samplers=["top_k"], dry_multiplier=0.8, xtc_threshold=0.3).completion
+        == parsed(samplers=["top_k"]).completion
+    )
+    assert parsed(mirostat=0, typical_p=1.0, xtc_probability=0, dynatemp_range=0).completion == parsed().completion
+    assert sampling_of(parsed().completion, 10).chain is None
+
+
 def test_minus_one_stands_for_no_limit_and_for_a_random_seed() -> None:
     infill = parsed(n_predict=-1, seed=-1, t_max_predict_ms=-1)
     assert (infill.completion.max_tokens, infill.completion.seed, infill.predict_ms) == (UNLIMITED, None, 0)
@@ -92,7 +111,8 @@ def test_openais_limits_do_not_apply() -> None:
         (REQUIRED | {"samplers": ["mirostat"]}, "samplers"),
         (REQUIRED | {"samplers": "kp"}, "samplers"),
         (REQUIRED | {"lora": [{"id": 0, "scale": 0.5}]}, "lora"),
-        (REQUIRED | {"dry_multiplier": 0.5}, "dry_multiplier"),
+        (REQUIRED | {"grammar": "root ::= x"}, "grammar"),
+        (REQUIRED | {"dry_multiplier": -0.5}, "dry_multiplier"),
         (REQUIRED | {"n_predict": -2}, "n_predict"),
         (REQUIRED | {"input_extra": [{}]}, "input_extra[0].text"),
         (REQUIRED | {"response_fields": "content"}, "response_fields"),

@@ -57,17 +57,40 @@ def test_an_empty_body_gives_the_defaults_of_the_api() -> None:
         "top_p": 1.0,
         "user": None,
         "add_special_tokens": None,
+        "allowed_token_ids": None,
         "cache_salt": None,
         "ignore_eos": False,
+        "include_stop_str_in_output": False,
         "input_extra": (),
+        "logprob_token_ids": (),
         "min_p": 0.0,
         "min_tokens": 0,
         "prediction": None,
         "prompt_logprobs": None,
         "repetition_penalty": 1.0,
         "return_token_ids": False,
+        "return_tokens_as_token_ids": False,
+        "samplers": None,
+        "skip_special_tokens": None,
+        "spaces_between_special_tokens": True,
         "stop_token_ids": (),
         "top_k": 0,
+        "truncate_prompt_tokens": None,
+        "truncation_side": "left",
+        "dry_allowed_length": 2,
+        "dry_base": 1.75,
+        "dry_multiplier": 0.0,
+        "dry_penalty_last_n": 64,
+        "dry_sequence_breakers": ("\n", ":", '"', "*"),
+        "dynatemp_exponent": 1.0,
+        "dynatemp_range": 0.0,
+        "mirostat": 0,
+        "mirostat_eta": 0.1,
+        "mirostat_tau": 5.0,
+        "top_n_sigma": -1.0,
+        "typical_p": 1.0,
+        "xtc_probability": 0.0,
+        "xtc_threshold": 0.1,
         "ignored": (),
     }
 
@@ -585,6 +608,22 @@ def test_a_long_name_is_cut_short(body: dict[str, Any]) -> None:
         ("stop_token_ids", [1, 2.0], (1, 2)),
         ("stop_token_ids", [], ()),
         ("cache_salt", "mine", "mine"),
+        ("allowed_token_ids", [3, 1.0], (3, 1)),
+        ("include_stop_str_in_output", True, True),
+        ("return_tokens_as_token_ids", True, True),
+        ("samplers", ["top_k", "xtc"], ("top_k", "xtc")),
+        ("samplers", [], ()),
+        ("skip_special_tokens", False, False),
+        ("spaces_between_special_tokens", False, False),
+        ("truncate_prompt_tokens", -1, -1),
+        ("truncate_prompt_tokens", 7, 7),
+        ("truncation_side", "right", "right"),
+        ("dry_sequence_breakers", ["\n", ""], ("\n", "")),
+        ("dry_penalty_last_n", -1, -1),
+        ("mirostat", 2, 2),
+        ("top_n_sigma", -1, -1.0),
+        ("typical_p", 1, 1.0),
+        ("xtc_threshold", 0.5, 0.5),
     ],
 )
 def test_extensions_have_their_values(name: str, value: Any, result: Any) -> None:
@@ -609,10 +648,37 @@ def test_extensions_have_their_values(name: str, value: Any, result: Any) -> Non
         ("cache_salt", 1),
         ("stop_token_ids", [True]),
         ("stop_token_ids", list(range(2000))),
+        ("allowed_token_ids", []),
+        ("allowed_token_ids", ["1"]),
+        ("logprob_token_ids", []),
+        ("logprob_token_ids", [1]),  # without logprobs
+        ("logprob_token_ids", list(range(2000))),
+        ("samplers", ["top_k", "infill"]),
+        ("samplers", "kp"),
+        ("samplers", ["top_k"] * 33),
+        ("truncate_prompt_tokens", 0),
+        ("truncate_prompt_tokens", -2),
+        ("truncation_side", "middle"),
+        ("dry_sequence_breakers", "\n"),
+        ("dry_sequence_breakers", ["a" * 41]),
+        ("dry_sequence_breakers", ["a"] * 33),
+        ("dry_sequence_breakers", ["a" * 40] * 7),
+        ("dry_penalty_last_n", -2),
+        ("mirostat", 3),
+        ("typical_p", 1.5),
     ],
 )
 def test_extensions_are_refused_by_name(name: str, value: Any) -> None:
     assert refused({name: value}).param == name
+
+
+def test_each_reported_id_is_kept_once() -> None:
+    assert parsed(logprobs=0, logprob_token_ids=[5, 1, 5]).logprob_token_ids == (5, 1)
+    assert parsed(prompt_logprobs=1, logprob_token_ids=[5]).logprob_token_ids == (5,)
+
+
+def test_a_prompt_with_a_suffix_is_not_truncated() -> None:
+    assert refused({"truncate_prompt_tokens": 5, "suffix": "a"}).param == "truncate_prompt_tokens"
 
 
 def test_log_probabilities_of_the_prompt_cannot_be_streamed() -> None:

@@ -20,9 +20,10 @@ from afterword.engine.core.forward_batch import (
     SlotOperation,
     Truncate,
 )
+from afterword.engine.core.repetitions import Repetitions
 from afterword.engine.core.sampler import Sampler, SampleTokens, ScoreQuery
 from afterword.engine.core.token_counts import TokenCounts
-from afterword.engine.protocol import Job, Token
+from afterword.engine.protocol import Job, SamplerChain, Token
 
 VOCABULARY = 24
 
@@ -120,8 +121,11 @@ def logits_after(history: list[int]) -> Logits:
 def alone(job: Job, sample: int) -> list[int]:
     """The tokens of a sample, computed without a scheduler."""
     history, generated = list(job.prompt), []
+    chain = job.sampling.chain or SamplerChain(())
+    limits = [2 * chain.mirostat_tau]
     while len(generated) < job.max_tokens:
-        query = SampleTokens(job, (sample,), len(generated), TokenCounts(generated))
+        repetitions = Repetitions(chain.dry, history) if chain.dry else None
+        query = SampleTokens(job, (sample,), len(generated), TokenCounts(generated), repetitions, [limits])
         ((token,),) = Sampler().read(logits_after(history)[None], [query])
         history.append(token.id)
         generated.append(token.id)
@@ -137,5 +141,5 @@ def scores(job: Job) -> list[Token]:
     rows = [logits_after(list(job.prompt[:end])) for end in range(1, len(job.prompt))]
     if not rows:
         return []
-    queries = [ScoreQuery(token, job.prompt_alternatives) for token in job.prompt[1:]]
+    queries = [ScoreQuery(token, job.prompt_alternatives, job.reported) for token in job.prompt[1:]]
     return [token for (token,) in Sampler().read(np.stack(rows), queries)]

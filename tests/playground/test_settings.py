@@ -60,6 +60,23 @@ def test_only_changed_fields_are_sent(driver: PageDriver, open_server: Any) -> N
         ({"cache_salt": "s", "stop_token_ids": "13, 198"}, {"cache_salt": "s", "stop_token_ids": [13, 198]}),
         ({"return_token_ids": True, "prompt_logprobs": 2}, {"return_token_ids": True, "prompt_logprobs": 2}),
         ({"best_of": 2}, {"best_of": 2}),
+        (
+            {"allowed_token_ids": "13, 198", "logprob_token_ids": "7"},
+            {"allowed_token_ids": [13, 198], "logprob_token_ids": [7]},
+        ),
+        (
+            {"truncate_prompt_tokens": 2, "truncation_side": "right"},
+            {"truncate_prompt_tokens": 2, "truncation_side": "right"},
+        ),
+        (
+            {"dry_multiplier": 0.8, "dry_base": 2, "xtc_probability": 0.5, "typical_p": 0.9},
+            {"dry_multiplier": 0.8, "dry_base": 2, "xtc_probability": 0.5, "typical_p": 0.9},
+        ),
+        ({"mirostat": 2, "mirostat_tau": 4.5}, {"mirostat": 2, "mirostat_tau": 4.5}),
+        (
+            {"skip_special_tokens": True, "spaces_between_special_tokens": False},
+            {"skip_special_tokens": True, "spaces_between_special_tokens": False},
+        ),
     ],
     ids="+".join,
 )

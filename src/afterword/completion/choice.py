@@ -89,10 +89,11 @@ class ChoiceBuilder:
         self._tokens += 1
         self._logprob += token.logprob or 0.0
         self._ids.append(token.id)
-        if token.id in self._end_tokens:
+        if token.id in self._end_tokens and token.id not in self._plan.shown_ends:
             self._end_token = token
             return
-        self._stream.push(token, self._plan.pieces[token.id], self._tokens > self._min_tokens)
+        piece = b"" if token.id in self._plan.silent else self._plan.pieces[token.id]
+        self._stream.push(token, piece, self._tokens > self._min_tokens)
         if self._stream.stopped:
             self.finish = "stop"
 

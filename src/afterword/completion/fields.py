@@ -181,6 +181,48 @@ def token_ids(name: str, value: Any, limits: RequestLimits) -> tuple[int, ...]:
     return ids
 
 
+@field_parser(_IDS | {"minItems": 1})
+def some_token_ids(name: str, value: Any, _: RequestLimits) -> tuple[int, ...]:
+    """An array of at least one token id."""
+    ids = _integers(value) if isinstance(value, list) else None
+    if ids is None:
+        raise wrong_type(name, value, "an array of integers")
+    if not ids:
+        raise empty_array(name)
+    return ids
+
+
+@field_parser(lambda limits: _IDS | {"minItems": 1, "maxItems": limits.max_bias})
+def reported_token_ids(name: str, value: Any, limits: RequestLimits) -> tuple[int, ...]:
+    """An array of 1 to `limits.max_bias` token ids. Each is kept once."""
+    ids: tuple[int, ...] = token_ids(name, value, limits)
+    if not ids:
+        raise empty_array(name)
+    return tuple(dict.fromkeys(ids))
+
+
+@field_parser({"anyOf": [{"const": -1}, {"type": "integer", "minimum": 1, "maximum": 2**63 - 1}]})
+def truncation(name: str, value: Any, limits: RequestLimits) -> int:
+    """The number of tokens to keep; -1 for as many as fit."""
+    kept: int = integer(-1, 2**63 - 1)(name, value, limits)
+    if kept == 0:
+        raise RequestError(f"Invalid '{name}': expected -1 or a value >= 1, but got 0 instead.", param=name)
+    return kept
+
+
+def one_of(*values: str) -> Field:
+    """A field for one of these strings."""
+
+    @field_parser({"enum": list(values)})
+    def parse(name: str, value: Any, limits: RequestLimits) -> str:
+        text: str = string(name, value, limits)
+        if text not in values:
+            raise RequestError(f"Invalid '{name}'. Supported values are {', '.join(values)}.", param=name)
+        return text
+
+    return parse
+
+
 @field_parser(
     lambda limits: {
         "anyOf": [

@@ -13,14 +13,11 @@ from afterword.completion.model_defaults import DefaultsOf, no_defaults
 from afterword.completion.request import CompletionRequest
 from afterword.completion.request_descriptions import INFILL_DESCRIPTIONS, described_schema
 from afterword.completion.request_limits import RequestLimits
+from afterword.completion.sampler_fields import LLAMA_ORDER, SAMPLER_FIELDS, has_further_samplers, samplers
 from afterword.errors import RequestError
 
-SAMPLERS = (
-    *("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"),
-    "infill",
-)
-"""llama-server's names. Those without parameters here (`dry`, `top_n_sigma`, `typ_p`, `xtc`) have no effect there
-either until their parameters are set, and these are refused by name."""
+SAMPLERS = (*LLAMA_ORDER, "infill")
+"""llama-server's names."""
 
 INFILL_MIN_P = 0.2
 """llama.cpp's sampler `infill` keeps tokens with at least this probability; here it is a fraction of the highest."""
@@ -62,14 +59,6 @@ class InfillRequest:
     response_fields: tuple[str, ...] | None = None
 
 
-@field_parser({"type": "array", "items": {"enum": list(SAMPLERS)}})
-def _samplers(name: str, value: Any, limits: RequestLimits) -> tuple[str, ...]:
-    names: tuple[str, ...] = fields.strings(name, value, limits)
-    if not set(names) <= set(SAMPLERS):
-        raise RequestError(f"Invalid value in '{name}'. Supported values are {', '.join(SAMPLERS)}.", param=name)
-    return names
-
-
 @field_parser({"type": "array", "maxItems": _MOST_PATHS, "items": {"type": "string", "maxLength": _LONGEST_PATH}})
 def _paths(name: str, value: Any, limits: RequestLimits) -> tuple[str, ...]:
     paths: tuple[str, ...] = fields.strings(name, value, limits)
@@ -92,7 +81,7 @@ INFILL_FIELDS: dict[str, Field] = {
     "n_indent": fields.integer(0, _INT32 - 1),
     "t_max_prompt_ms": fields.integer(-1, _INT64 - 1),
     "t_max_predict_ms": fields.integer(-1, _INT64 - 1),
-    "samplers": _samplers,
+    "samplers": samplers(SAMPLERS),
     "temperature": fields.decimal(0, 2),
     "top_k": fields.top_k,
     "top_p": fields.decimal(0, 1),
@@ -109,6 +98,7 @@ INFILL_FIELDS: dict[str, Field] = {
     "id_slot": fields.integer(-1, _INT32 - 1),
     "return_tokens": fields.boolean,
     "response_fields": _paths,
+    **SAMPLER_FIELDS,
 }
 
 
@@ -144,7 +134,7 @@ def parse_infill(body: bytes, limits: RequestLimits, defaults: DefaultsOf = no_d
 def _completion(given: dict[str, Any], unknown: tuple[str, ...]) -> CompletionRequest:
     seed, length = given.get("seed", -1), given.get("n_predict", -1)
     same = ("model", "input_extra", "logit_bias", "stop", "ignore_eos", "stream")
-    return CompletionRequest(
+    request = CompletionRequest(
         prompt=(given["input_prefix"] + given.get("prompt", ""),),
         suffix=given["input_suffix"],
         max_tokens=UNLIMITED if length < 0 else length,
@@ -153,18 +143,25 @@ def _completion(given: dict[str, Any], unknown: tuple[str, ...]) -> CompletionRe
         ignored=unknown,
         return_token_ids=True,  # the reason for the end of a choice is read from its last token
         **{name: given[name] for name in same if name in given},
-        **_sampling(given),
     )
+    return _with_sampling(request, given)
 
 
-def _sampling(given: dict[str, Any]) -> dict[str, Any]:
-    """The sampling fields of a request: those whose sampler is in `samplers`."""
+def _with_sampling(request: CompletionRequest, given: dict[str, Any]) -> CompletionRequest:
+    """The request with the samplers of a body: those whose names are in `samplers`.
+
+    Without a sampler that only `SamplerChain` has, they are applied in the order of the kernel, which is faster.
+    """
     values = _DEFAULTS | given | {"repetition_penalty": given.get("repeat_penalty", 1.0)}
-    samplers = given.get("samplers", SAMPLERS[:-1])
-    chosen = {name: values[name] for name, sampler in _SAMPLER_OF.items() if sampler in samplers and name in values}
-    if "infill" in samplers:
+    order = given.get("samplers", LLAMA_ORDER)
+    numbers = {name: values[name] for name in (*_SAMPLER_OF, *SAMPLER_FIELDS) if name in values}
+    whole = replace(request, samplers=order, **numbers)
+    if has_further_samplers(whole):
+        return whole
+    chosen = {name: values[name] for name, sampler in _SAMPLER_OF.items() if sampler in order and name in values}
+    if "infill" in order:
         chosen["min_p"] = max(chosen.get("min_p", 0.0), INFILL_MIN_P)
-    return chosen
+    return replace(request, **chosen)
 
 
 def infill_schema(limits: RequestLimits) -> JsonSchema:

@@ -75,7 +75,7 @@ class Echo:
 
     `text`: whole characters. `pending_bytes`: the bytes after them, the start of a character that the completion may
     complete. `tokens`: the bytes and the score of each of the prompt's tokens; None without `logprobs`. `must_search`:
-    the tokens do not spell the text exactly, so their offsets are found by search.
+    the tokens do not spell the text exactly, so their offsets are found by search. `ids`: those of the tokens.
     """
 
     text: str
@@ -83,17 +83,20 @@ class Echo:
     tokens: tuple[tuple[bytes, Token | None], ...] | None
     must_search: bool
     plan: Plan = field(compare=False, repr=False)
+    ids: tuple[int, ...] = ()
 
     def columns(self) -> Iterator[Logprobs]:
         """Yield the columns in slices. Each slice is made on demand, because those of a long prompt are large."""
         if self.tokens is None:
             return
         offsets = _searched_offsets(self) if self.must_search else _decoded_offsets(self)
+        ids = iter(self.ids)
         for part in slices(self.tokens):
             placed = list(islice(offsets, len(part)))
+            names = map(_id_text, islice(ids, len(part))) if self.plan.tokens_as_ids else None
             top = tuple(None if t is None else top_map(t, self.plan) for _, t in part) if self.plan.logprobs else None
             yield Logprobs(
-                tuple(token_text(shown) for shown, _ in placed),
+                tuple(names or (token_text(shown) for shown, _ in placed)),
                 tuple(None if t is None else t.logprob for _, t in part),
                 top,
                 tuple(offset for _, offset in placed),
@@ -102,10 +105,10 @@ class Echo:
 
 @dataclass(frozen=True, slots=True)
 class RankedToken:
-    """A token of the prompt in vLLM's format. `rank` is 1 for the most likely token."""
+    """A token of the prompt in vLLM's format. `rank`: 1 for the most likely token; None if the request chose the id."""
 
     logprob: float
-    rank: int
+    rank: int | None
     decoded_token: str
 
 
@@ -138,7 +141,7 @@ def generated_columns(tokens: Iterable[TokenAtOffset[Token]], plan: Plan) -> Log
     """The columns of generated tokens."""
     tokens = tuple(tokens)
     return Logprobs(
-        tuple(token_text(plan.pieces[placed.token.id]) for placed in tokens),
+        tuple(_name(placed.token.id, plan) for placed in tokens),
         tuple(placed.token.logprob for placed in tokens),
         tuple(top_map(placed.token, plan) for placed in tokens) if plan.logprobs else None,
         tuple(placed.offset for placed in tokens),
@@ -162,7 +165,7 @@ def make_echo(plan: Plan, prompt: PromptPlan, scored: Sequence[Token]) -> Echo |
         return Echo(text, pending, None, must_search, plan)
     # The first echoed token has no log probability, even if a token that the server added precedes it.
     known: list[Token | None] = [None, *scored[score_count(prompt.hidden_tokens + 1) :]] if ids else []
-    return Echo(text, pending, tuple(zip(pieces, known, strict=True)), must_search, plan)
+    return Echo(text, pending, tuple(zip(pieces, known, strict=True)), must_search, plan, ids)
 
 
 def _decoded_offsets(echo: Echo) -> Iterator[tuple[bytes, int]]:
@@ -228,20 +231,31 @@ def make_report(plan: Plan, prompt: PromptPlan, scored: Sequence[Token]) -> Prom
 
 
 def ranked(token: Token, plan: Plan) -> dict[str, RankedToken]:
-    """A token of the prompt and the most likely ones, by token id as a string, as vLLM reports them."""
+    """A token of the prompt and the alternatives, by token id as a string, as vLLM reports them."""
     assert token.logprob is not None
     entries = {str(token.id): RankedToken(token.logprob, token.rank, token_text(plan.pieces[token.id]))}
     for rank, (other, logprob) in enumerate(token.top[: plan.prompt_logprobs], 1):
-        entries.setdefault(str(other), RankedToken(logprob, rank, token_text(plan.pieces[other])))
+        shown = None if plan.reports_ids else rank
+        entries.setdefault(str(other), RankedToken(logprob, shown, token_text(plan.pieces[other])))
     return entries
 
 
 def top_map(token: Token, plan: Plan) -> dict[str, float]:
-    """The token and the most likely others, best first. Of tokens with the same text the first stays."""
-    entries = {} if token.logprob is None else {token_text(plan.pieces[token.id]): token.logprob}
+    """The token and the alternatives, best first. Of tokens with the same text the first stays."""
+    entries = {} if token.logprob is None else {_name(token.id, plan): token.logprob}
     for other, logprob in token.top[: plan.logprobs]:
-        entries.setdefault(token_text(plan.pieces[other]), logprob)
+        entries.setdefault(_name(other, plan), logprob)
     return entries
+
+
+def _name(token: int, plan: Plan) -> str:
+    """A token as `tokens` and `top_logprobs` show it."""
+    return _id_text(token) if plan.tokens_as_ids else token_text(plan.pieces[token])
+
+
+def _id_text(token: int) -> str:
+    """vLLM's text for a token with `return_tokens_as_token_ids`."""
+    return f"token_id:{token}"
 
 
 @lru_cache(2**15)

@@ -15,8 +15,10 @@ from afterword.completion.infill import NO_RULES, InfillPrompt, InfillRules, inf
 from afterword.completion.infill_trim import InfillTexts
 from afterword.completion.request import CompletionRequest
 from afterword.completion.request_limits import RequestLimits
+from afterword.completion.sampler_fields import sampling_of
 from afterword.completion.text_stream import StopStrings
-from afterword.engine.protocol import Job, ModelInfo, Sampling
+from afterword.completion.vocabulary_fields import check_allowed, check_ids, shown_ends, truncated
+from afterword.engine.protocol import Job, ModelInfo
 from afterword.errors import RequestError
 
 _MORE = 3  # candidates for a suffix beyond `n`
@@ -56,7 +58,11 @@ class PromptPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A whole request to the model with this `fingerprint`. Choices are numbered prompt by prompt, `n` for each."""
+    """A whole request to the model with this `fingerprint`. Choices are numbered prompt by prompt, `n` for each.
+
+    `logprobs`, `prompt_logprobs`: numbers of alternatives. `reports_ids`: the request chose their ids. `tokens_as_ids`:
+    tokens are named by their ids. `silent`: tokens that have no text in a choice. `shown_ends`: end tokens that have.
+    """
 
     fingerprint: str
     prompts: tuple[PromptPlan, ...]
@@ -69,6 +75,10 @@ class Plan:
     stop: StopStrings
     pieces: tuple[bytes, ...]
     strip_space: bool
+    reports_ids: bool = False
+    tokens_as_ids: bool = False
+    silent: frozenset[int] = frozenset()
+    shown_ends: frozenset[int] = frozenset()
 
     @property
     def prompt_tokens(self) -> int:
@@ -96,7 +106,8 @@ class Tokenized:
     """The token ids of a request's texts.
 
     `prompts`, `files`: one tuple for each; the client's ids where it sent ids.
-    `rules`: those by which the plan lays out infill prompts.
+    `rules`: those by which the plan lays out infill prompts. `inside`, `sequences`: the breakers of DRY, see
+    `engine.protocol.Dry`.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -104,6 +115,8 @@ class Tokenized:
     files: tuple[tuple[int, ...], ...] = ()
     prediction: tuple[int, ...] = ()
     rules: InfillRules = NO_RULES
+    inside: bytes = b""
+    sequences: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +145,7 @@ def check_lengths(request: CompletionRequest, model_info: ModelInfo) -> None:
     No token spells more than `model_info.longest_token` bytes. So a text has at least its size in bytes divided by that
     number of tokens.
     """
-    if not model_info.longest_token:
+    if not model_info.longest_token or request.truncate_prompt_tokens is not None:
         return
     # not once for each prompt: thousands of prompts with as many files would stop the event loop for seconds
     shared = sum(len(text.encode()) for text in (request.suffix or "", *(file.text for file in request.input_extra)))
@@ -174,12 +187,16 @@ def make_plan(
     """Make the plan of a request. `entropy` (64 bits) seeds a request without a seed. Raises `RequestError`."""
     caller = caller or ClientIdentity()
     rules = tokens.rules
-    _check_ids(request, model_info)
+    check_ids(request, model_info)
     # Of all prompts equally: `infill_trim` may leave the suffix to some of them only.
     reranks = bool(tokens.suffix and request.max_tokens) and model_info.infill is None
     candidates = max(request.candidates, request.n + _MORE) if reranks else request.candidates
     prompts = []
-    for index, (given, ids) in enumerate(zip(request.prompt, tokens.prompts, strict=True)):
+    end_tokens = _end_tokens(request, model_info, rules)
+    check_allowed(request, end_tokens)
+    sampling = sampling_of(request, len(model_info.pieces), tokens.inside, tokens.sequences)
+    for index, (given, whole) in enumerate(zip(request.prompt, tokens.prompts, strict=True)):
+        ids = truncated(request, model_info, given, whole)
         laid_out = _laid_out(request, model_info, given, InfillTexts(ids, tokens.suffix, tokens.files), rules)
         prompt = laid_out.ids
         suffix = laid_out.suffix if request.max_tokens else ()
@@ -188,8 +205,8 @@ def make_plan(
             prompt=prompt,
             samples=candidates,
             max_tokens=max_tokens,
-            sampling=_sampling(request),
-            end_tokens=_end_tokens(request, model_info, rules),
+            sampling=sampling,
+            end_tokens=end_tokens,
             key=_sampling_key(entropy if request.seed is None else request.seed, index),
             min_tokens=request.min_tokens,
             alternatives=_alternatives(request, candidates),
@@ -198,9 +215,10 @@ def make_plan(
             namespace=_namespace(caller, request.cache_salt),
             client=caller.job_client,
             prediction=tokens.prediction,
+            reported=request.logprob_token_ids,
         )
         check_job(job, model_info)
-        text = given if isinstance(given, str) else _decode(model_info, ids)
+        text = given if isinstance(given, str) and ids == whole else _decode(model_info, ids)
         prompts.append(PromptPlan(job, text, laid_out.before, laid_out.given, suffix))
     return Plan(
         fingerprint=model_info.fingerprint,
@@ -208,12 +226,16 @@ def make_plan(
         n=request.n,
         best_of=max(prompt.job.samples for prompt in prompts),
         echo=request.echo,
-        logprobs=request.logprobs,
-        prompt_logprobs=request.prompt_logprobs,
+        logprobs=_count(request, request.logprobs),
+        prompt_logprobs=_count(request, request.prompt_logprobs),
         return_token_ids=request.return_token_ids,
-        stop=StopStrings.prepare(request.stop),
+        stop=StopStrings.prepare(request.stop, request.include_stop_str_in_output),
         pieces=model_info.pieces,
         strip_space=model_info.space_prefix,
+        reports_ids=bool(request.logprob_token_ids),
+        tokens_as_ids=request.return_tokens_as_token_ids,
+        silent=frozenset(model_info.special if request.skip_special_tokens else ()),
+        shown_ends=shown_ends(request, model_info, end_tokens),
     )
 
 
@@ -284,23 +306,10 @@ def _document_start(model_info: ModelInfo) -> tuple[int, ...]:
     return (token,)
 
 
-def _sampling(request: CompletionRequest) -> Sampling:
-    return Sampling(
-        temperature=request.temperature,
-        top_p=request.top_p,
-        top_k=request.top_k,
-        min_p=request.min_p,
-        presence_penalty=request.presence_penalty,
-        frequency_penalty=request.frequency_penalty,
-        repetition_penalty=request.repetition_penalty,
-        logit_bias=request.logit_bias,
-    )
-
-
 def _alternatives(request: CompletionRequest, candidates: int) -> int | None:
     """`Job.alternatives`. Candidates are ranked by their log probabilities, so `best_of` above `n` requires them."""
     if request.logprobs is not None:
-        return request.logprobs
+        return _count(request, request.logprobs)
     return 0 if candidates > request.n else None
 
 
@@ -308,7 +317,12 @@ def _prompt_alternatives(request: CompletionRequest) -> int | None:
     """`Job.prompt_alternatives`: the larger of what `echo` with `logprobs` and `prompt_logprobs` request."""
     echoed = request.logprobs if request.echo else None
     wanted = [count for count in (echoed, request.prompt_logprobs) if count is not None]
-    return max(wanted, default=None)
+    return _count(request, max(wanted, default=None))
+
+
+def _count(request: CompletionRequest, alternatives: int | None) -> int | None:
+    """The number of alternatives: those that the request chose, if it chose any."""
+    return len(request.logprob_token_ids) or alternatives if alternatives is not None else None
 
 
 def _sampling_key(seed: int, prompt: int) -> bytes:
@@ -322,27 +336,6 @@ def _namespace(caller: ClientIdentity, salt: str | None) -> str:
     if not client and salt is None:
         return ""
     return hashlib.blake2b(f"{client}\n{salt or ''}".encode(), digest_size=16).hexdigest()
-
-
-def _check_ids(request: CompletionRequest, model_info: ModelInfo) -> None:
-    last = len(model_info.pieces) - 1
-    for prompt in request.prompt:
-        for token in prompt if isinstance(prompt, tuple) else ():
-            if not 0 <= token <= last:
-                raise RequestError(
-                    f"Invalid token in prompt: {str(token)[:32]}. Minimum value is 0, maximum value is {last} "
-                    "(inclusive)."
-                )
-    for token in request.stop_token_ids:
-        if not 0 <= token <= last:
-            raise RequestError(
-                f"Invalid token in 'stop_token_ids': {str(token)[:32]}. Minimum value is 0, maximum value is {last} "
-                "(inclusive).",
-                param="stop_token_ids",
-            )
-    for token, _ in request.logit_bias:
-        if token > last:
-            raise RequestError(f"Invalid key in 'logit_bias': {token}. Maximum value is {last}.", param="logit_bias")
 
 
 def _decode(model_info: ModelInfo, ids: tuple[int, ...]) -> str:

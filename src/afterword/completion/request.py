@@ -17,6 +17,7 @@ from afterword.completion.model_defaults import DefaultsOf, no_defaults
 from afterword.completion.object_fields import ContextFile, StreamOptions
 from afterword.completion.request_descriptions import DESCRIPTIONS, described_schema
 from afterword.completion.request_limits import RequestLimits
+from afterword.completion.sampler_fields import DEFAULT_BREAKERS, LLAMA_ORDER, SAMPLER_FIELDS, samplers
 from afterword.errors import RequestError
 
 _LENGTH_HINT = "(HINT: set the maximum number of generated tokens in 'max_tokens'.)"
@@ -27,7 +28,7 @@ _INT32, _INT64 = 2**31, 2**63
 class CompletionRequest:
     """A parsed request body: the API's fields, then extensions.
 
-    Extensions have vLLM's names and meanings, `input_extra` those of llama-server.
+    Extensions have vLLM's names and meanings, `input_extra` and the samplers those of llama-server.
 
     `ignored`: the names of unknown fields, if the operator allows them (`RequestLimits.ignore_unknown`).
     """
@@ -52,17 +53,41 @@ class CompletionRequest:
     user: str | None = None
     # extensions
     add_special_tokens: bool | None = None
+    allowed_token_ids: tuple[int, ...] | None = None
     cache_salt: str | None = None
     ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
     input_extra: tuple[ContextFile, ...] = ()
+    logprob_token_ids: tuple[int, ...] = ()
     min_p: float = 0.0
     min_tokens: int = 0
     prediction: str | None = None
     prompt_logprobs: int | None = None
     repetition_penalty: float = 1.0
     return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+    samplers: tuple[str, ...] | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool = True
     stop_token_ids: tuple[int, ...] = ()
     top_k: int = 0
+    truncate_prompt_tokens: int | None = None
+    truncation_side: str = "left"
+    # samplers
+    dry_allowed_length: int = 2
+    dry_base: float = 1.75
+    dry_multiplier: float = 0.0
+    dry_penalty_last_n: int = 64
+    dry_sequence_breakers: tuple[str, ...] = DEFAULT_BREAKERS
+    dynatemp_exponent: float = 1.0
+    dynatemp_range: float = 0.0
+    mirostat: int = 0
+    mirostat_eta: float = 0.1
+    mirostat_tau: float = 5.0
+    top_n_sigma: float = -1.0
+    typical_p: float = 1.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
     ignored: tuple[str, ...] = ()
 
     @property
@@ -110,17 +135,27 @@ LENGTH_ALIASES = (
 
 EXTENSIONS: dict[str, Field] = {
     "add_special_tokens": fields.boolean,
+    "allowed_token_ids": fields.some_token_ids,
     "cache_salt": fields.salt,
     "ignore_eos": fields.boolean,
+    "include_stop_str_in_output": fields.boolean,
     "input_extra": object_fields.input_extra,
+    "logprob_token_ids": fields.reported_token_ids,
     "min_p": fields.decimal(0, 1),
     "min_tokens": fields.integer(0, _INT32 - 1),
     "prediction": object_fields.prediction,
     "prompt_logprobs": fields.integer(0, lambda limits: limits.max_logprobs),
     "repetition_penalty": fields.decimal(0.01, 2),
     "return_token_ids": fields.boolean,
+    "return_tokens_as_token_ids": fields.boolean,
+    "samplers": samplers(LLAMA_ORDER),
+    "skip_special_tokens": fields.boolean,
+    "spaces_between_special_tokens": fields.boolean,
     "stop_token_ids": fields.token_ids,
     "top_k": fields.top_k,
+    "truncate_prompt_tokens": fields.truncation,
+    "truncation_side": fields.one_of("left", "right"),
+    **SAMPLER_FIELDS,
 }
 """Fields that OpenAI's API does not have. With `RequestLimits.strict` they are unknown fields."""
 
@@ -176,7 +211,7 @@ def schema(limits: RequestLimits) -> JsonSchema:
     properties: JsonSchema = {
         name: {
             "anyOf": [field.schema(limits), {"type": "null"}],
-            "default": None if isinstance(standard[name], tuple) else standard[name],
+            "default": _shown_default(standard[name]),
         }
         for name, field in known.items()
     }
@@ -189,6 +224,13 @@ def schema(limits: RequestLimits) -> JsonSchema:
         "additionalProperties": limits.ignore_unknown,
     }
     return described_schema(described, "", DESCRIPTIONS)
+
+
+def _shown_default(value: Any) -> Any:
+    """The default of a field as JSON; null for an empty array, which means the same."""
+    if isinstance(value, tuple):
+        return [*value] if any(value) else None
+    return value
 
 
 # ---- rules that concern several fields
@@ -220,6 +262,16 @@ def _check_combinations(request: CompletionRequest, limits: RequestLimits) -> No
             f"'{name}' cannot be combined with both 'echo' and 'logprobs': the model reads {read} too, so the "
             "prompt's log probabilities would not be those of the prompt alone. Leave out one of the three.",
             param=name,
+        )
+    if request.is_infill and request.truncate_prompt_tokens is not None:
+        raise RequestError(
+            "'truncate_prompt_tokens' cannot be combined with 'suffix' or 'input_extra'. (HINT: the server shortens "
+            "such prompts if it runs with --infill-trim.)",
+            param="truncate_prompt_tokens",
+        )
+    if request.logprob_token_ids and request.logprobs is None and request.prompt_logprobs is None:
+        raise RequestError(
+            "'logprob_token_ids' requires 'logprobs' or 'prompt_logprobs' to be set.", param="logprob_token_ids"
         )
     if len(request.prompt) * request.candidates > limits.max_completions:
         raise RequestError(

@@ -94,8 +94,14 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
         "server runs with --bos-before-ids.",
         False,
     ),
+    "allowed_token_ids": description(
+        "Only these tokens are generated, and end tokens only if they are among them.", [1, 2]
+    ),
     "cache_salt": description("Only requests with the same salt share cached prefixes.", "course-1"),
     "ignore_eos": description("Continue after the model's end tokens.", True),
+    "include_stop_str_in_output": description(
+        "The text includes the stop string, or the text of the token of stop_token_ids, that ends it.", True
+    ),
     "input_extra": description(
         "Other files that the model reads first, for models with infill tokens and file separators.",
         [{"filename": "names.py", "text": "NAMES = ['Ann', 'Ben']\n"}],
@@ -103,6 +109,11 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
     "input_extra.filename": description("The name of the file; absent or null: tmp.", "names.py"),
     "input_extra.text": description("The text of the file.", "NAMES = ['Ann', 'Ben']\n"),
     "input_extra.time": description("Accepted without effect.", 1795406641),
+    "logprob_token_ids": description(
+        "Report the log probabilities of these tokens instead of the most likely ones, at each position of the choice "
+        "and, with echo or prompt_logprobs, of the prompt. Needs logprobs or prompt_logprobs.",
+        [1, 2],
+    ),
     "min_p": description(
         "Sample from tokens with at least this fraction of the most likely token's probability.", 0.05
     ),
@@ -124,18 +135,62 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
         "Above 1: make tokens of the prompt and of the choice less likely. Below 1: more likely.", 1.1
     ),
     "return_token_ids": description("Return the token ids of the prompt and of the choice.", True),
+    "return_tokens_as_token_ids": description("In logprobs, tokens are named token_id: and their id.", True),
+    "samplers": description(
+        "The samplers that apply, in this order. Default: penalties, temperature, min_p, top_k, top_p; if another "
+        "sampler has an effect, llama-server's order of all.",
+        ["penalties", "dry", "top_k", "top_p", "xtc", "temperature"],
+    ),
+    "skip_special_tokens": description(
+        "True: control tokens have no text in the choice. False: they have their names, also end tokens with "
+        "include_stop_str_in_output. Default: as false, without end tokens.",
+        True,
+    ),
+    "spaces_between_special_tokens": description("Accepted without effect: no spaces are added to tokens.", True),
     "stop_token_ids": description("Token ids that end the choice. Its text does not contain them.", [0]),
     "top_k": description("Sample from this many of the most likely tokens. 0 and −1: from all.", 40),
+    "truncate_prompt_tokens": description(
+        "Read only this many tokens of each prompt. -1: as many as fit into the context with max_tokens.", 512
+    ),
+    "truncation_side": description(
+        "Which tokens are left out: left keeps the last ones, right the first ones.", "left"
+    ),
+    "dry_allowed_length": description("Repetitions of this many tokens can be continued without a penalty of DRY.", 2),
+    "dry_base": description("DRY's penalty is multiplied by this for each further repeated token. Below 1: off.", 1.75),
+    "dry_multiplier": description("DRY's penalty for a token that continues a repetition. 0: off.", 0.8),
+    "dry_penalty_last_n": description(
+        "DRY looks for repetitions in this many last tokens of prompt and choice. 0: off. -1: in all.", 64
+    ),
+    "dry_sequence_breakers": description("Texts over which no repetition extends.", ["\n", ":", '"', "*"]),
+    "dynatemp_exponent": description("How the temperature follows the entropy with dynatemp_range.", 1.0),
+    "dynatemp_range": description(
+        "The temperature is lower by up to this for certain tokens, and higher for uncertain ones. 0: off.", 0.5
+    ),
+    "mirostat": description("Mirostat 1 or 2 draws the tokens, after penalties, DRY and temperature. 0: off.", 2),
+    "mirostat_eta": description("How fast Mirostat adapts its limit.", 0.1),
+    "mirostat_tau": description("The mean surprise of a token that Mirostat aims at, in bits.", 5.0),
+    "top_n_sigma": description(
+        "Sample from the logits within this many standard deviations of the largest. 0 or below: off.", 1.5
+    ),
+    "typical_p": description(
+        "Sample from the tokens nearest to the entropy that have this total probability. 1: off.", 0.9
+    ),
+    "xtc_probability": description("How often XTC removes the most likely tokens. 0: off.", 0.5),
+    "xtc_threshold": description(
+        "XTC removes the tokens with at least this probability, except the least likely of them. Above 0.5: off.", 0.1
+    ),
 }
 """Every field of `request.FIELDS` and `request.EXTENSIONS`, and the members of `input_extra`, `prediction` and
 `stream_options`.
 """
 
 _PLAIN = ("model", "top_k", "top_p", "min_p", "temperature", "presence_penalty", "frequency_penalty", "logit_bias")
+_SAMPLERS = tuple(name for name in DESCRIPTIONS if name.startswith(("dry_", "dynatemp_", "mirostat", "xtc_")))
 _FILES = ("input_extra", "input_extra.filename", "input_extra.text", "input_extra.time")
 
 INFILL_DESCRIPTIONS: dict[str, JsonSchema] = {
-    **{name: DESCRIPTIONS[name] for name in (*_PLAIN, *_FILES, "stop", "ignore_eos", "stream")},
+    **{name: DESCRIPTIONS[name] for name in (*_PLAIN, *_FILES, *_SAMPLERS, "stop", "ignore_eos", "stream")},
+    **{name: DESCRIPTIONS[name] for name in ("top_n_sigma", "typical_p")},
     "input_prefix": description("The text before the line of the cursor.", "def add(a, b):\n"),
     "input_suffix": description("The text after the cursor.", "\n"),
     "prompt": description("The line of the cursor, up to the cursor. It follows the prefix.", "    return "),
@@ -148,7 +203,11 @@ INFILL_DESCRIPTIONS: dict[str, JsonSchema] = {
     "t_max_predict_ms": description(
         "After this many milliseconds of generation the next line end ends the middle. 0 and -1: no limit.", 1000
     ),
-    "samplers": description("The samplers whose parameters apply. Their order is always the same.", ["top_k", "top_p"]),
+    "samplers": description(
+        "The samplers whose parameters apply. Their order counts if dry, top_n_sigma, typ_p, xtc or a dynamic "
+        "temperature has an effect.",
+        ["top_k", "top_p"],
+    ),
     "repeat_penalty": description("The field repetition_penalty of a completion.", 1.0),
     "seed": description("The same request with the same seed gives the same middle. -1: a random seed.", 7),
     "cache_prompt": description("False: share no prefix with other requests.", True),

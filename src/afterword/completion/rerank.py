@@ -104,6 +104,7 @@ def _scoring(job: Job, more: tuple[int, ...]) -> Job:
         alternatives=None,
         prompt_alternatives=0,
         prediction=(),
+        reported=(),
     )
 
 

@@ -13,13 +13,15 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from afterword.completion.choice import ChoiceBuilder, Delta, DeltaFolder
+from afterword.completion.dry_breakers import Breakers, find_breakers
 from afterword.completion.infill import NO_RULES, InfillRules, before_suffix, file_text, layout_of, suffix_tokens
 from afterword.completion.logprobs import make_echo, make_report
 from afterword.completion.plan import Plan, PromptPlan, Tokenized, check_lengths, too_long
 from afterword.completion.predicted import PredictedTokens, predicted_text, predicted_tokens
 from afterword.completion.request import CompletionRequest
+from afterword.completion.sampler_fields import uses_dry
 from afterword.engine.draft import PredictedText
-from afterword.engine.protocol import Engine, JobHandle, ModelInfo, Step, Token
+from afterword.engine.protocol import MAX_TAIL, Engine, JobHandle, ModelInfo, Step, Token
 from afterword.errors import ModelReplaced, ReaderTooSlow
 
 MAX_UNREAD_BYTES = 16 * 2**20
@@ -58,15 +60,18 @@ async def tokenize(
     changed meanwhile.
     """
     model_info = engine.model_info
-    trims = rules.trim and rules.apply_to(request)
+    trims = (rules.trim and rules.apply_to(request)) or request.truncate_prompt_tokens is not None
     if not trims:
         check_lengths(request, model_info)
     texts = [prompt for prompt in request.prompt if isinstance(prompt, str)]
     suffix, files = _infill_texts(request, model_info, rules)
     prediction = predicted_text(request, model_info)
+    breakers = await _breakers(request, model_info)
+    mark = before_suffix(model_info)
     wanted = [
         *((text, special) for text in (*texts, suffix)),
         *((file, False) for file in files),
+        *((mark + rest, False) for rest in breakers.rests),
         (prediction, special),
     ]
     work = [asyncio.ensure_future(engine.tokenize(text, read, client)) for text, read in wanted if text]
@@ -80,7 +85,20 @@ async def tokenize(
     ready = iter([_checked(ids, request, model_info, trims) for ids in found])
     prompts = [prompt if isinstance(prompt, tuple) else next(ready) if prompt else () for prompt in request.prompt]
     others = [suffix_tokens(next(ready), model_info) if text else () for text in (suffix, *files)]
-    return Tokenized(tuple(prompts), others[0], tuple(others[1:]), predicted, rules)
+    rests = {rest: suffix_tokens(next(ready), model_info) for rest in breakers.rests}
+    sequences = breakers.sequences(rests, MAX_TAIL)
+    return Tokenized(
+        tuple(prompts), others[0], tuple(others[1:]), predicted, rules, inside=breakers.inside, sequences=sequences
+    )
+
+
+async def _breakers(request: CompletionRequest, model_info: ModelInfo) -> Breakers:
+    """The breakers of DRY. Raises `RequestError`."""
+    if not uses_dry(request):
+        return Breakers()
+    found = await asyncio.to_thread(find_breakers, model_info.pieces, request.dry_sequence_breakers)
+    found.check(len(request.prompt))
+    return found
 
 
 def _infill_texts(request: CompletionRequest, model_info: ModelInfo, rules: InfillRules) -> tuple[str, list[str]]:

@@ -43,6 +43,7 @@ class TextStream(Generic[T]):
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._decoder.setstate((pending, 0))
         self._stops = StopMatcher(stops)
+        self._includes_stop = stops.included
         self._start = start  # offset of the first unreleased character
         self._text = ""
         self._held: deque[tuple[TokenAtOffset[T], int, bool]] = deque()  # token, end offset, ends a whole character
@@ -112,7 +113,9 @@ class TextStream(Generic[T]):
             return
         self.stopped = True
         after, length = found
-        self._text = (self._text + text[:after])[:-length]
+        self._text += text[:after]
+        if not self._includes_stop:
+            self._text = self._text[:-length]
         while self._held and self._held[-1][0].offset >= self.end:
             self._held.pop()
 
@@ -125,15 +128,19 @@ class TextStream(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class StopStrings:
-    """Stop strings, prepared once for all samples of a request. `failures[i]` is `_failure_function(texts[i])`."""
+    """Stop strings, prepared once for all samples of a request. `failures[i]` is `_failure_function(texts[i])`.
+
+    `included`: the text includes the stop string that ends it.
+    """
 
     texts: tuple[str, ...] = ()
     failures: tuple[tuple[int, ...], ...] = ()
+    included: bool = False
 
     @classmethod
-    def prepare(cls, texts: Iterable[str]) -> StopStrings:
+    def prepare(cls, texts: Iterable[str], included: bool = False) -> StopStrings:
         distinct = tuple(dict.fromkeys(texts))
-        return cls(distinct, tuple(map(_failure_function, distinct)))
+        return cls(distinct, tuple(map(_failure_function, distinct)), included)
 
 
 class StopMatcher:

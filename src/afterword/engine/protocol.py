@@ -19,6 +19,9 @@ Promise = Literal["exact", "reproducible", "none"]
 """What an engine guarantees about its numbers. "reproducible": they depend on the request alone, not on other requests.
 "exact": in addition, a token has the same numbers whether it was part of the prompt or generated."""
 
+MAX_TAIL = 20
+"""The most tokens after the first one of a breaker of DRY, as in llama.cpp."""
+
 BATCH_CLIENT = " batch"
 """Suffix of `Job.client` for jobs that are lines of a batch."""
 
@@ -27,8 +30,49 @@ class Value(msgspec.Struct, frozen=True, array_like=True):
     """Base class of all values that pass between server and worker: immutable, compared by content, sent as arrays."""
 
 
+class Dry(Value, frozen=True):
+    """The sampler DRY: penalties for tokens that would continue a repetition of `allowed_length` tokens or more.
+
+    The penalty is `multiplier` times `base` to the power of the tokens beyond `allowed_length`. Repetitions are
+    searched in the last `last_n` tokens of prompt and sample; -1: in all. They end at breakers. `breakers`: one bit for
+    each token id, the lowest first: the tokens that contain a breaker. `sequences`: breakers of several tokens: the ids
+    that the first token may have, and the 1 to `MAX_TAIL` tokens after it.
+    """
+
+    multiplier: float
+    base: float
+    allowed_length: int
+    last_n: int
+    breakers: bytes = b""
+    sequences: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
+
+
+class SamplerChain(Value, frozen=True):
+    """Samplers in the order in which they are applied; those that are not in `order` are not applied.
+
+    The names in `order` are llama-server's. `top_n_sigma` 0 and `typical_p` 1 change nothing. With `mirostat` 1 or 2
+    the token is drawn as that version of Mirostat does, after all others. `allowed`: one bit for each token id, the
+    lowest first: the tokens that may be sampled; empty: all.
+    """
+
+    order: tuple[str, ...]
+    typical_p: float = 1.0
+    top_n_sigma: float = 0.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    dynatemp_range: float = 0.0
+    dynatemp_exponent: float = 1.0
+    dry: Dry | None = None
+    mirostat: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    allowed: bytes = b""
+
+
 class Sampling(Value, frozen=True):
     """How the next token is sampled from a row of logits. The defaults (`top_k` 0 included) change nothing.
+
+    `chain`: further samplers, and the order of all of them; None: the samplers of this value in the kernel's order.
 
     It is sent as an array and is constructed by position in tests: append new fields last.
     """
@@ -41,6 +85,7 @@ class Sampling(Value, frozen=True):
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    chain: SamplerChain | None = None
 
     @property
     def has_penalties(self) -> bool:
@@ -53,7 +98,8 @@ class Job(Value, frozen=True):
 
     `end_tokens`: token ids that end a sample. The sampler does not choose them for the first `min_tokens` tokens.
     `alternatives`: how many of the most likely tokens to report with each generated token; None: report no log
-    probabilities. `prompt_alternatives`: the same for the prompt's tokens, from the second on. `key` (16 bytes): the
+    probabilities. `prompt_alternatives`: the same for the prompt's tokens, from the second on. `reported`: ids that are
+    reported instead of the most likely ones; the alternatives are then as many as these. `key` (16 bytes): the
     source of all randomness, see `core.sampler.seed_of`. `namespace`: jobs of different namespaces do not share the
     prefix cache. `client`: the client's name; the scheduler gives equal shares to waiting clients. If the name ends
     with `BATCH_CLIENT`, the job is a line of one of the client's batches. `prediction`: tokens that the client expects;
@@ -72,10 +118,12 @@ class Job(Value, frozen=True):
     namespace: str = ""
     client: str = ""
     prediction: tuple[int, ...] = ()
+    reported: tuple[int, ...] = ()
 
 
 class Token(Value, frozen=True, gc=False):
-    """A token with its log probability under the unmodified model, and the alternatives, most likely first.
+    """A token with its log probability under the unmodified model, and the alternatives, most likely first, or those of
+    `Job.reported` in their order.
 
     `logprob` is None if the job requested no log probabilities. `rank` is 1 for the most likely token; it is set for
     prompt tokens and 0 for generated ones. `gc=False` excludes tokens from garbage collection: a token cannot be part
@@ -209,7 +257,8 @@ class ModelInfo(Value, frozen=True):
     guarantees about its numbers. `slow_runs`: a regular expression for a class of characters, and the most of them that
     a text may have in a row. The tokenizer's time is quadratic in the length of such a run. `capacity`: the most tokens
     of all sequences together; None if every sequence can be full. `verifies_drafts`: whether several tokens that were
-    drafted can be verified in one pass. `job_limits`: None if the engine computes every job.
+    drafted can be verified in one pass. `job_limits`: None if the engine computes every job. `special`: ids of control
+    tokens and of the unknown token.
     """
 
     parameters: int
@@ -229,6 +278,7 @@ class ModelInfo(Value, frozen=True):
     capacity: int | None = None
     verifies_drafts: bool = False
     job_limits: JobLimits | None = None
+    special: tuple[int, ...] = ()
 
 
 class JobHandle(Protocol):

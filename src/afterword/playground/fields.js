@@ -60,6 +60,45 @@ export const FIELDS = [
     group: "Extensions",
     inside: "stream_options",
   }),
+
+  field("allowed_token_ids", "ids", null, "Generate only these token ids.", { group: "Extensions" }),
+  field("logprob_token_ids", "ids", null, "Token ids to report instead of the most likely ones.", { group: "Extensions" }),
+  field("return_tokens_as_token_ids", "boolean", false, "Name tokens by their ids, in the raw response.", {
+    group: "Extensions",
+  }),
+  field("truncate_prompt_tokens", "integer", null, "Read only this many tokens of the text; −1: as many as fit.", {
+    group: "Extensions",
+  }),
+  field("truncation_side", "text", "left", "Which tokens are then left out: left or right.", { group: "Extensions" }),
+  field("include_stop_str_in_output", "boolean", false, "Keep the stop text that ends generation.", {
+    group: "Extensions",
+  }),
+  field("skip_special_tokens", "boolean", false, "Leave the names of control tokens out of the text.", {
+    group: "Extensions",
+  }),
+  field("spaces_between_special_tokens", "boolean", true, "No effect; for clients of vLLM.", { group: "Extensions" }),
+
+  field("dry_multiplier", "number", 0, "Penalty of a token that continues a repetition; 0: off.", { group: "Samplers" }),
+  field("dry_base", "number", 1.75, "Factor of the penalty for each further repeated token.", { group: "Samplers" }),
+  field("dry_allowed_length", "integer", 2, "Repetitions of this many tokens may be continued.", { group: "Samplers" }),
+  field("dry_penalty_last_n", "integer", 64, "Tokens that are searched for repetitions; −1: all.", { group: "Samplers" }),
+  field("dry_sequence_breakers", "texts", null, "Texts over which no repetition extends.", { group: "Samplers" }),
+  field("xtc_probability", "slider", 0, "How often the most likely tokens are removed.", {
+    group: "Samplers", low: 0, high: 1,
+  }),
+  field("xtc_threshold", "slider", 0.1, "Tokens with at least this probability are removed, but for one.", {
+    group: "Samplers", low: 0, high: 1,
+  }),
+  field("top_n_sigma", "number", -1, "Sample from logits within this many standard deviations; below 0: off.", {
+    group: "Samplers",
+  }),
+  field("typical_p", "slider", 1, "Sample from the tokens nearest to the entropy.", { group: "Samplers", low: 0, high: 1 }),
+  field("dynatemp_range", "number", 0, "The temperature varies by this with the entropy.", { group: "Samplers" }),
+  field("dynatemp_exponent", "number", 1, "How it follows the entropy.", { group: "Samplers" }),
+  field("mirostat", "integer", 0, "Mirostat 1 or 2 draws the tokens; 0: off.", { group: "Samplers" }),
+  field("mirostat_tau", "number", 5, "The mean surprise in bits that Mirostat aims at.", { group: "Samplers" }),
+  field("mirostat_eta", "number", 0.1, "How fast Mirostat adapts.", { group: "Samplers" }),
+  field("samplers", "texts", null, "The samplers that apply, in this order.", { group: "Samplers" }),
 ];
 
 /** Fields that the document, the model selection or the page sets. */

@@ -107,6 +107,16 @@ def test_both_kernels_draw_the_same_except_where_rounding_decides(sampling):
     assert sum(a != b for a, b in zip(plain, compiled, strict=True)) < 5
 
 
+@pytest.mark.parametrize("reported", [True, False])
+def test_asked_ids_have_the_values_of_the_top_tokens(sampler_kernel, reported):
+    rows = np.random.default_rng(0).normal(0, 3, (3, 2000)).astype(np.float32)
+    ids = tuple(np.random.default_rng(1).permutation(2000).tolist())
+    queries = [RowQuery(reported, top=2000, given=0, asked=ids[:count]) for count in (2000, 0, 7)]
+    for found, query in zip(sampler_kernel.read(rows, queries), queries, strict=True):
+        values = dict(found.top)
+        assert found.asked == tuple(values[token] for token in query.asked)
+
+
 def test_a_block_has_the_same_sum_in_any_row(sampler_kernel):
     """So the bits of a token do not depend on the length of the row or on other blocks."""
     row = np.random.default_rng(0).normal(0, 3, 5 * BLOCK).astype(np.float32)

@@ -20,7 +20,7 @@ from afterword.engine.core.sequence import JobState, Sequence
 from afterword.engine.core.slot import PrefixQuery, Slot
 from afterword.engine.core.verification import VerificationTurns
 from afterword.engine.draft import PredictedText, Prediction, prediction_draft
-from afterword.engine.protocol import Job, Sampling, Token
+from afterword.engine.protocol import Dry, Job, SamplerChain, Sampling, Token
 
 SAMPLINGS = (
     Sampling(temperature=0.0),
@@ -28,6 +28,13 @@ SAMPLINGS = (
     Sampling(temperature=0.7, top_p=0.9, presence_penalty=0.5, frequency_penalty=0.3),
     Sampling(top_k=5, repetition_penalty=1.2),
     Sampling(temperature=0.0, logit_bias=((3, 2.0), (4, -100.0))),
+    Sampling(0.8, chain=SamplerChain(("dry", "temperature"), dry=Dry(1.5, 1.5, 1, 40, bytes([2]), (((5,), (6,)),)))),
+    Sampling(chain=SamplerChain(("temperature",), mirostat=1, mirostat_tau=2.0)),
+    Sampling(
+        repetition_penalty=1.1,
+        chain=SamplerChain(("penalties", "dry"), dry=Dry(0.8, 1.75, 2, -1), mirostat=2, mirostat_tau=3.0),
+    ),
+    Sampling(chain=SamplerChain(("typ_p", "xtc"), typical_p=0.95, xtc_probability=0.5, xtc_threshold=0.1)),
 )
 Samples = dict[tuple[int, int], list[Token]]
 

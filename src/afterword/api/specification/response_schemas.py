@@ -42,7 +42,7 @@ def ref(name: str) -> JsonSchema:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-_RANKED = object_schema(logprob=or_null(NUMBER), rank=COUNT, decoded_token=TEXT)
+_RANKED = object_schema(logprob=or_null(NUMBER), rank=or_null(COUNT), decoded_token=TEXT)
 _CHOICE = object_schema(
     ("token_ids", "prompt_token_ids", "prompt_logprobs"),
     text=TEXT,

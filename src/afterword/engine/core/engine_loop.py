@@ -18,7 +18,7 @@ from afterword.engine.core.forward_batch import BatchEntry, ForwardBatch, Logits
 from afterword.engine.core.prefill_queue import MIN_CHUNK
 from afterword.engine.core.prefix_cache import PrefixCache
 from afterword.engine.core.prefix_store import PrefixKeeper, PrefixStore
-from afterword.engine.core.sampler import Sampler, SampleTokens, ScoreQuery, TokenQuery, finite_rows, make_kernel
+from afterword.engine.core.sampler import Sampler, ScoreQuery, TokenQuery, finite_rows, make_kernel
 from afterword.engine.core.scheduler import Scheduler
 from afterword.engine.core.sequence import Admission, Sequence
 from afterword.engine.core.step_buffer import MAX_STEP_BYTES, StepBuffer
@@ -262,13 +262,11 @@ class EngineLoop:
         if sequence.is_scored:
             assert sequence.slot is not None
             scored = job.prompt[scored_positions(entry.position, end)]
-            queries += [ScoreQuery(token, sequence.slot.alternatives) for token in scored]
+            queries += [ScoreQuery(token, sequence.slot.alternatives, sequence.slot.reported) for token in scored]
         if len(queries) < entry.outputs:
             samples = [sequence.sample] if sequence.generated else range(job.samples if job.max_tokens else 0)
             complete = end == sequence.length
-            queries.append(
-                SampleTokens(job, samples, len(sequence.generated), sequence.token_counts) if complete else None
-            )
+            queries.append(sequence.next_token(samples) if complete else None)
         return queries
 
     def _update_prefill_speed(self, batch: ForwardBatch, seconds: float) -> None:
@@ -322,7 +320,11 @@ class EngineLoop:
             return
         maker = DraftMaker(state.job, self._ngrams) if can_verify(self._runner) else None
         drafts = [maker.drafts() if maker else () for _ in range(state.job.samples)]
-        samples = [Sequence(state, index, drafts=each) for index, each in enumerate(drafts)]
+        known = first.known_repetitions()
+        samples = [
+            Sequence(state, index, drafts=each, repetitions=known.copy() if known else None)
+            for index, each in enumerate(drafts)
+        ]
         self._scheduler.begin(first, self._append(samples, tokens, builder))
 
     def _append(self, samples: list[Sequence], tokens: list[Token], builder: _StepBuilder) -> list[Sequence]:

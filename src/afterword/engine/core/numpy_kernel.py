@@ -84,10 +84,11 @@ def _read(row: LogitsRow, query: RowQuery) -> RowResult:
     sampled = _sample_ids(adjusted_row(row, query.sample_query), query.sample_query) if query.sample_query else []
     top = top_ids(row, query.top).tolist() if query.top else []
     pairs = [tuple((token, float(row[token]) - total) for token in tokens) for tokens in (top, sampled)]
+    asked = tuple(float(row[token]) - total for token in query.asked)
     if query.given is None:
-        return RowResult(top=pairs[0], sampled=pairs[1])
+        return RowResult(top=pairs[0], sampled=pairs[1], asked=asked)
     rank = 1 + int(np.count_nonzero(row > row[query.given]))
-    return RowResult(pairs[0], float(row[query.given]) - total, rank, pairs[1])
+    return RowResult(pairs[0], float(row[query.given]) - total, rank, pairs[1], asked)
 
 
 def _sample_ids(row: LogitsRow, query: SampleQuery) -> list[int]:
@@ -102,7 +103,7 @@ def _sample_ids(row: LogitsRow, query: SampleQuery) -> list[int]:
         ids = top_ids(weights, sampling.top_k)
         cumulated = np.cumsum(weights[ids], dtype=np.float64)
         size = int(np.searchsorted(cumulated, sampling.top_p * float(cumulated[-1]))) + 1
-        return [int(ids[_pick(weights[ids[:size]], random_number(seed, 0))[0]]) for seed in seeds]
+        return [int(ids[pick(weights[ids[:size]], random_number(seed, 0))[0]]) for seed in seeds]
     if sampling.top_p >= 1:
         sums = _block_sums(weights)
         return [_pick_by_blocks(weights, sums, random_number(seed, 0)) for seed in seeds]
@@ -151,7 +152,7 @@ def _block_sums(weights: WeightArray) -> SumArray:
     return (np.append(sums, rest.sum()) if len(rest) else sums).astype(np.float64)
 
 
-def _pick(weights: NDArray[np.floating], uniform: float) -> tuple[int, float]:
+def pick(weights: NDArray[np.floating], uniform: float) -> tuple[int, float]:
     """Draw an index in proportion to the weights. Also returns the rest of `uniform`, again uniform in [0, 1)."""
     cumulated = np.cumsum(weights, dtype=np.float64)
     target = uniform * float(cumulated[-1])
@@ -162,6 +163,6 @@ def _pick(weights: NDArray[np.floating], uniform: float) -> tuple[int, float]:
 
 def _pick_by_blocks(weights: WeightArray, sums: SumArray, uniform: float) -> int:
     """Draw an id in proportion to the weights: first its block, then the id in the block."""
-    block, rest = _pick(sums, uniform)
+    block, rest = pick(sums, uniform)
     start = block * BLOCK
-    return start + _pick(weights[start : start + BLOCK], rest)[0]
+    return start + pick(weights[start : start + BLOCK], rest)[0]

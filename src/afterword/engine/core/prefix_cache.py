@@ -81,9 +81,9 @@ class PrefixCache:
         prompt = np.array(job.prompt, np.int32)
         scores_only = job.max_tokens == 0 and job.prompt_alternatives is not None
         max_kept = len(prompt) if scores_only else len(prompt) - 1
-        return PrefixQuery(
-            head(prompt, self._min_shared_tokens), job.namespace, prompt, max_kept, job.prompt_alternatives
-        )
+        reported = () if job.prompt_alternatives is None else job.reported
+        start = head(prompt, self._min_shared_tokens)
+        return PrefixQuery(start, job.namespace, prompt, max_kept, job.prompt_alternatives, reported)
 
     def resume_query(self, job: Job, tokens: tuple[int, ...], max_kept: int) -> PrefixQuery:
         """The query for tokens that were already computed for a job. Their scores were already returned."""
@@ -124,7 +124,7 @@ class PrefixCache:
         # Without a hit a scored prompt has no scores yet, and the last score can belong to another text's token.
         slot.scores = scores or slot.scores[: score_count(keep)]
         if not slot.scores:
-            slot.alternatives = query.alternatives or 0
+            slot.alternatives, slot.reported = query.alternatives or 0, query.reported
         return slot
 
     def offer(self, ticket: int, namespace: str, tokens: TokenArray, state: object) -> None:
@@ -285,7 +285,9 @@ class PrefixCache:
         """How many of a prompt's tokens will be reusable once another prompt is completely computed."""
         if not query.head or other.head != query.head or other.namespace != query.namespace:
             return 0
-        if query.alternatives is not None and (other.alternatives is None or other.alternatives < query.alternatives):
+        if query.alternatives is not None and (
+            other.alternatives is None or other.alternatives < query.alternatives or other.reported != query.reported
+        ):
             return 0
         usable = _usable(common_prefix(query.prompt, other.prompt), query)
         return self._reusable_length(usable, query) if self._can_truncate else self._border(usable, query)
@@ -300,7 +302,8 @@ class PrefixCache:
             return 0
         usable = _usable(common_prefix(slot.tokens, query.prompt), query)
         if query.alternatives is not None:
-            usable = min(usable, len(slot.scores)) if slot.alternatives >= query.alternatives else 0
+            fits = slot.alternatives >= query.alternatives and slot.reported == query.reported
+            usable = min(usable, len(slot.scores)) if fits else 0
         keep = self._reusable_length(min(usable, slot.reusable), query)
         return keep if self._can_truncate or keep == slot.length else slot.longest_snapshot(keep)
 

@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afterword.engine.core.forward_batch import Logits
-from afterword.engine.core.numpy_kernel import NumpyKernel
+from afterword.engine.core.numpy_kernel import LogitsRow, NumpyKernel
+from afterword.engine.core.repetitions import Repetitions
+from afterword.engine.core.sampler_chain import ChainQuery, sample_chain
 from afterword.engine.core.sampler_kernel import (
     LIBRARY,
     CompiledKernel,
@@ -49,22 +51,38 @@ def seed_of(key: bytes, sample: int, position: int) -> int:
 
 
 class ScoreQuery(msgspec.Struct, frozen=True):
-    """Request the log probability and rank of a given token, and the `alternatives` most likely tokens."""
+    """Request the log probability and rank of a given token, and the `alternatives` most likely tokens.
+
+    `reported`: ids to report instead of the most likely ones.
+    """
 
     token: int
     alternatives: int
+    reported: tuple[int, ...] = ()
 
 
 class SampleTokens(msgspec.Struct, frozen=True):
     """Request the next token of each of a job's `samples`, which share a logits row and their `generated` tokens.
 
-    `position`: the number of generated tokens. Samples share a row only for their first token.
+    `position`: the number of generated tokens. Samples share a row only for their first token. `repetitions`, `limits`:
+    see `ChainQuery`; one list of limits for each sample.
     """
 
     job: Job
     samples: Sequence[int]
     position: int
     generated: TokenCounts
+    repetitions: Repetitions | None = None
+    limits: Sequence[list[float]] = ()
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each sample's next token."""
+        return [seed_of(self.job.key, sample, self.position) for sample in self.samples]
+
+    @property
+    def banned(self) -> tuple[int, ...]:
+        return self.job.end_tokens if self.position < self.job.min_tokens else ()
 
 
 TokenQuery = ScoreQuery | SampleTokens | None
@@ -78,28 +96,48 @@ class Sampler:
 
     def read(self, logits: Logits, queries: Sequence[TokenQuery]) -> list[list[Token]]:
         """Answer one query for each row of `logits: (n, vocabulary)`. Returns the tokens of each query."""
-        found = self._kernel.read(logits, [_row_query(query) for query in queries])
-        return [_tokens(query, each) for query, each in zip(queries, found, strict=True)]
+        chosen = [_chosen_by_chain(row, query) for row, query in zip(logits, queries, strict=True)]
+        found = self._kernel.read(logits, list(map(_row_query, queries, chosen)))
+        return [_tokens(*each) for each in zip(queries, chosen, found, strict=True)]
 
 
-def _row_query(query: TokenQuery) -> RowQuery:
+def _chosen_by_chain(row: LogitsRow, query: TokenQuery) -> list[int] | None:
+    """The tokens of samples with a chain of samplers, which the kernel does not have; None for all others."""
+    if not isinstance(query, SampleTokens) or query.job.sampling.chain is None:
+        return None
+    job = query.job
+    sample = SampleQuery(job.sampling, query.seeds, query.generated, job.prompt, query.banned)
+    return sample_chain(row, ChainQuery(sample, query.position, query.repetitions, query.limits))
+
+
+def _row_query(query: TokenQuery, chosen: list[int] | None) -> RowQuery:
     match query:
-        case ScoreQuery(token, alternatives):
-            return RowQuery(reported=True, top=alternatives, given=token)
-        case SampleTokens(job, samples, position, generated):
-            seeds = [seed_of(job.key, sample, position) for sample in samples]
-            banned = job.end_tokens if position < job.min_tokens else ()
-            sample_query = SampleQuery(job.sampling, seeds, generated, job.prompt, banned)
-            return RowQuery(reported=job.alternatives is not None, top=job.alternatives or 0, sample_query=sample_query)
+        case ScoreQuery(token, alternatives, reported):
+            return RowQuery(reported=True, top=0 if reported else alternatives, given=token, asked=reported)
+        case SampleTokens(job, _, _, generated):
+            is_reported = job.alternatives is not None
+            asked = (*(chosen or ()), *job.reported) if is_reported else ()
+            top = 0 if job.reported else job.alternatives or 0
+            if chosen is not None:
+                return RowQuery(reported=is_reported, top=top, asked=asked)
+            sample_query = SampleQuery(job.sampling, query.seeds, generated, job.prompt, query.banned)
+            return RowQuery(reported=is_reported, top=top, sample_query=sample_query, asked=asked)
         case None:
             return RowQuery()
 
 
-def _tokens(query: TokenQuery, found: RowResult) -> list[Token]:
+def _tokens(query: TokenQuery, chosen: list[int] | None, found: RowResult) -> list[Token]:
     match query:
-        case ScoreQuery(token):
-            return [Token(token, found.value, found.top, found.rank)]
+        case ScoreQuery(token, _, reported):
+            return [Token(token, found.value, _top(found, reported), found.rank)]
         case SampleTokens(job) if job.alternatives is None:
-            return [Token(token) for token, _ in found.sampled]
+            return [Token(token) for token in chosen or ()] or [Token(token) for token, _ in found.sampled]
         case _:
-            return [Token(token, value, found.top) for token, value in found.sampled]
+            sampled = found.sampled if chosen is None else zip(chosen, found.asked, strict=False)
+            top = _top(found, query.job.reported) if query else ()
+            return [Token(token, value, top) for token, value in sampled]
+
+
+def _top(found: RowResult, reported: tuple[int, ...]) -> tuple[tuple[int, float], ...]:
+    """The alternatives: the reported ids, which are the last that were asked for, or else the most likely ids."""
+    return tuple(zip(reported, found.asked[-len(reported) :], strict=True)) if reported else found.top

@@ -49,26 +49,29 @@ class RowQuery(msgspec.Struct, frozen=True):
     """The request for one logits row.
 
     `reported`: return log probabilities. `top`: number of most likely ids to return. `given`: the id to be scored.
-    `sample_query`: the ids to be sampled.
+    `sample_query`: the ids to be sampled. `asked`: ids of the vocabulary whose values are returned.
     """
 
     reported: bool = False
     top: int = 0
     given: int | None = None
     sample_query: SampleQuery | None = None
+    asked: tuple[int, ...] = ()
 
 
 class RowResult(msgspec.Struct, frozen=True):
     """The result for one logits row. Values are those of the unmodified row; without meaning if it is not finite.
 
     `top`, `sampled`: pairs of id and log probability. `value`, `rank`: log probability and rank of the given id; rank 1
-    is the most likely id. Without `reported`, all values are logits instead of log probabilities.
+    is the most likely id. `asked`: the values of the asked ids. Without `reported`, all values are logits instead of
+    log probabilities.
     """
 
     top: tuple[tuple[int, float], ...] = ()
     value: float = 0.0
     rank: int = 0
     sampled: tuple[tuple[int, float], ...] = ()
+    asked: tuple[float, ...] = ()
 
 
 class SamplerKernel(Protocol):
@@ -104,8 +107,9 @@ class NativeRowQuery(ctypes.Structure):
         *(("seen", _AT), ("seen_count", _COUNT)),
         *(("biased", _AT), ("biased_count", _COUNT), ("biases", _AT)),
         *(("banned", _AT), ("banned_count", _COUNT)),
+        *(("asked", _AT), ("asked_count", _COUNT)),
         *(("value", _DOUBLE), ("rank", _COUNT)),
-        *((name, _AT) for name in ("top", "top_values", "sampled", "sampled_values")),
+        *((name, _AT) for name in ("top", "top_values", "sampled", "sampled_values", "asked_values")),
     ]
 
 
@@ -132,20 +136,31 @@ class CompiledKernel:
             [seed for query in queries if query.sample_query for seed in query.sample_query.seeds], np.uint64
         )
         top, sampled = _ResultMemory(sum(tops)), _ResultMemory(len(seeds))
-        at, held = _address(seeds), []
+        asked_ids = np.array([token for query in queries for token in query.asked], np.int64)
+        asked = _ResultMemory(len(asked_ids))
+        at, asked_at, held = _address(seeds), _address(asked_ids), []
         native = (NativeRowQuery * count)()
         for each, query, size in zip(native, queries, tops, strict=True):
             each.reported, each.given = query.reported, -1 if query.given is None else query.given
             each.top_count, (each.top, each.top_values) = size, top.next(size)
+            if query.asked:
+                each.asked, each.asked_count, asked_at = asked_at, len(query.asked), asked_at + 8 * len(query.asked)
+                _, each.asked_values = asked.next(len(query.asked))
             if query.sample_query:
                 sample_count = len(query.sample_query.seeds)
                 each.seeds, each.seeds_count, at = at, sample_count, at + 8 * sample_count
                 each.sampled, each.sampled_values = sampled.next(sample_count)
                 held.append(_fill_query(each, query.sample_query))
         self._read(_address(rows), count, length, native, *self._threads)
-        first, second = top.pairs(), sampled.pairs()
+        first, second, third = top.pairs(), sampled.pairs(), iter(asked.numbers())
         return [
-            RowResult(tuple(islice(first, size)), each.value, each.rank, tuple(islice(second, each.seeds_count)))
+            RowResult(
+                tuple(islice(first, size)),
+                each.value,
+                each.rank,
+                tuple(islice(second, each.seeds_count)),
+                tuple(islice(third, each.asked_count)),
+            )
             for each, size in zip(native, tops, strict=True)
         ]
 
@@ -164,6 +179,11 @@ class _ResultMemory:
         self._allocated += count
         return self._at[0] + start, self._at[1] + start
 
+    def numbers(self) -> list[float]:
+        """All values."""
+        numbers: list[float] = self._numbers.tolist()
+        return numbers
+
     def pairs(self) -> Iterator[tuple[int, float]]:
         """All ids with their values."""
         return zip(self._ids.tolist(), self._numbers.tolist(), strict=True)
@@ -177,8 +197,8 @@ def _fill_query(each: NativeRowQuery, query: SampleQuery) -> tuple[object, ...]:
     each.presence, each.frequency = sampling.presence_penalty, sampling.frequency_penalty
     each.repetition = sampling.repetition_penalty
     each.generated, each.times, each.generated_count = *generated.addresses, len(generated)
-    seen = _array(query.prompt if sampling.repetition_penalty != 1.0 else ())
-    banned = _array(query.banned)
+    seen = cached_distinct(query.prompt if sampling.repetition_penalty != 1.0 else ())
+    banned = cached_distinct(query.banned)
     biased, biases = _arrays(sampling.logit_bias)
     each.seen, each.seen_count = _address(seen), len(seen)
     each.banned, each.banned_count = _address(banned), len(banned)
@@ -187,7 +207,8 @@ def _fill_query(each: NativeRowQuery, query: SampleQuery) -> tuple[object, ...]:
 
 
 @lru_cache(_MAX_CACHED)
-def _array(ids: tuple[int, ...]) -> Ids:
+def cached_distinct(ids: tuple[int, ...]) -> Ids:
+    """As `distinct`. The result must not be changed."""
     return distinct(ids)
 
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence as TokenSequence
 from dataclasses import dataclass, field
 
 from afterword.engine.core.forward_batch import BatchEntry
+from afterword.engine.core.repetitions import Repetitions
+from afterword.engine.core.sampler import SampleTokens
 from afterword.engine.core.slot import PrefixQuery, Slot
 from afterword.engine.core.token_counts import TokenCounts
 from afterword.engine.draft import Draft
@@ -26,7 +28,7 @@ class JobState:
     nothing for the job. `reader_is_behind`: the client reads too slowly, so the job's sequences are preempted before
     all others. `scores_sent`: how many scores of prompt tokens were returned. `live`: sequences that have a slot.
     `queued`: sequences that have none, because they were preempted or because there was no free slot after their first
-    token.
+    token. `limits`: by sample, see `core.sampler_chain.ChainQuery`.
     """
 
     job_id: int
@@ -39,6 +41,14 @@ class JobState:
     scores_sent: int = 0
     live: list[Sequence] = field(default_factory=list)
     queued: deque[Sequence] = field(default_factory=deque)
+    limits: dict[int, list[float]] = field(default_factory=dict)
+
+    def limits_of(self, samples: TokenSequence[int]) -> list[list[float]]:
+        """Mirostat's limits of each sample; nothing if the job does not use it."""
+        chain = self.job.sampling.chain
+        if chain is None or not chain.mirostat:
+            return []
+        return [self.limits.setdefault(sample, [2 * chain.mirostat_tau]) for sample in samples]
 
     @property
     def holds_prompt(self) -> bool:
@@ -69,7 +79,8 @@ class Sequence:
     `prefill_length`: the first tokens, up to this many, are computed in chunks; later tokens are computed one by one.
     `generated_before_slot`: number of tokens generated before the sequence got its present slot. `paused`: the sequence
     was preempted at least once. It then leaves free slots to others until the pass number `resume_pass`. `drafts`: the
-    preferred one first. `verified_turn`: see `core.verification`.
+    preferred one first. `verified_turn`: see `core.verification`. `repetitions`: those of its text, once DRY needed
+    them.
     """
 
     job_state: JobState
@@ -83,6 +94,7 @@ class Sequence:
     token_counts: TokenCounts = field(default_factory=TokenCounts)
     drafts: tuple[Draft, ...] = ()
     verified_turn: int = 0
+    repetitions: Repetitions | None = None
 
     @property
     def length(self) -> int:
@@ -144,10 +156,25 @@ class Sequence:
         tokens = self.slice(self.computed, self.length) + draft
         return BatchEntry(self.index, self.computed, tokens, len(tokens))
 
+    def known_repetitions(self) -> Repetitions | None:
+        """The repetitions of its text for DRY; None if the job does not use it."""
+        chain = self.job_state.job.sampling.chain
+        if self.repetitions is None and chain and chain.dry:
+            self.repetitions = Repetitions(chain.dry, self.slice(0, self.length))
+        return self.repetitions
+
+    def next_token(self, samples: TokenSequence[int]) -> SampleTokens:
+        """The query for the next token of samples that share its text."""
+        state = self.job_state
+        more = (self.known_repetitions(), state.limits_of(samples)) if state.job.sampling.chain else ()
+        return SampleTokens(state.job, samples, len(self.generated), self.token_counts, *more)
+
     def append(self, token: int) -> None:
         """Append a sampled token."""
         self.generated.append(token)
         self.token_counts.add(token)
+        if self.repetitions is not None:
+            self.repetitions.add(token)
         for draft in self.drafts:
             draft.append(token)
 

@@ -16,11 +16,12 @@ class Slot:
 
     `head`: its first `min_prefix` tokens as bytes; empty if it has fewer. Texts with other heads share too little.
     `reusable`: the number of first tokens that were computed in passes on the grid, as for any other prompt.
-    `scores[i]`: the score of token i + 1, with `alternatives` alternatives. `last_used`: orders slots by their last
-    use; 0 if the content is not worth keeping. `snapshots`: the numbers of its snapshots by length. `borders`: lengths
-    at which a prefill pass ends and a snapshot is taken. `stored`: the number of first tokens that a `PrefixStore` has
-    seen since a sequence took the slot, and `stored_snapshots` the lengths of snapshots. `state`: the state of a prefix
-    that was read from a store and is in no slot of the runner yet, else None.
+    `scores[i]`: the score of token i + 1, with `alternatives` alternatives: the ids `reported`, or else the most likely
+    ones. `last_used`: orders slots by their last use; 0 if the content is not worth keeping. `snapshots`: the numbers
+    of its snapshots by length. `borders`: lengths at which a prefill pass ends and a snapshot is taken. `stored`: the
+    number of first tokens that a `PrefixStore` has seen since a sequence took the slot, and `stored_snapshots` the
+    lengths of snapshots. `state`: the state of a prefix that was read from a store and is in no slot of the runner yet,
+    else None.
     """
 
     index: int
@@ -31,6 +32,7 @@ class Slot:
     reusable: int = 0
     scores: list[Token] = field(default_factory=list)
     alternatives: int = 0
+    reported: tuple[int, ...] = ()
     last_used: int = 0
     in_use: bool = False
     snapshots: dict[int, int] = field(default_factory=dict)
@@ -81,7 +83,8 @@ class Slot:
 
     def copy(self, other: Slot, keep: int) -> None:
         """Replace the content with the first `keep` tokens of another slot."""
-        self.namespace, self.alternatives, self.last_used = other.namespace, other.alternatives, other.last_used
+        self.namespace, self.last_used = other.namespace, other.last_used
+        self.alternatives, self.reported = other.alternatives, other.reported
         self.length, self.reusable = keep, min(other.reusable, keep)
         self._buffer = np.resize(other.tokens, max(64, keep))
         self.scores = other.scores[: score_count(keep)]
@@ -101,7 +104,8 @@ class Slot:
 class PrefixQuery:
     """A prompt to be computed, of which at most the first `max_tokens` tokens may come from a slot.
 
-    `alternatives`: how many alternatives the scores must have; None if no scores are needed. `head`: see `Slot`.
+    `alternatives`: how many alternatives the scores must have; None if no scores are needed. `reported`: the ids that
+    the alternatives must be; empty: the most likely ones. `head`: see `Slot`.
     """
 
     head: bytes
@@ -109,6 +113,7 @@ class PrefixQuery:
     prompt: TokenArray
     max_tokens: int
     alternatives: int | None
+    reported: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import msgspec
+
 from afterword.engine.core.forward_batch import BatchEntry, ForwardBatch, Runner
 from afterword.engine.core.pass_costs import PassCosts
 from afterword.engine.core.sampler import SampleTokens
@@ -113,12 +115,17 @@ def is_verification(sequence: Sequence, entry: BatchEntry) -> bool:
 
 def verification_queries(sequence: Sequence, entry: BatchEntry) -> Iterator[SampleTokens]:
     """The query for each row of a verification, as if the tokens before it had been generated one by one."""
-    job, counts = sequence.job_state.job, sequence.token_counts
+    query = sequence.next_token([sequence.sample])
+    counts, repetitions = query.generated, query.repetitions
     for index, token in enumerate(entry.tokens):
-        if index and job.sampling.has_penalties:
+        if index and query.job.sampling.has_penalties:
             counts = counts.copy()
             counts.add(token)
-        yield SampleTokens(job, [sequence.sample], len(sequence.generated) + index, counts)
+        if index and repetitions is not None:
+            repetitions = repetitions.copy()
+            repetitions.add(token)
+        position = query.position + index
+        yield msgspec.structs.replace(query, position=position, generated=counts, repetitions=repetitions)
 
 
 def confirmed_tokens(job: Job, entry: BatchEntry, found: list[list[Token]]) -> list[Token]:

@@ -247,6 +247,7 @@ struct NativeRowQuery {
     List<int64_t> biased;
     const double *biases;
     List<int64_t> banned;
+    List<int64_t> asked;  // ids whose log probabilities are returned, in any order
 
     double value;  // log probability or logit of the given token
     int64_t rank;
@@ -254,6 +255,7 @@ struct NativeRowQuery {
     double *top_values;
     int64_t *sampled;
     double *sampled_values;
+    double *asked_values;
 };
 
 // A row with temporary changes. The destructor restores it.
@@ -362,6 +364,7 @@ void process_row(float *row, int64_t length, NativeRowQuery &query, int threads)
         query.value = row[query.given] - total;
         query.rank = 1 + count_above(row, length, unmodified.largest, row[query.given]);
     }
+    for (int64_t i = 0; i < query.asked.count; i++) query.asked_values[i] = row[query.asked.first[i]] - total;
     if (!query.seeds.count) return;
     {
         const AdjustedRow edited(row, length, query);

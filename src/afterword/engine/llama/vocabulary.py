@@ -120,6 +120,10 @@ class Vocabulary:
         """The bytes of every token id: for special tokens the name, for ids without text b""."""
         return tuple(self._piece(token) for token in range(self.size))
 
+    def special(self) -> tuple[int, ...]:
+        """The ids of control tokens and of the unknown token."""
+        return tuple(t for t in range(self.size) if native.llama_vocab_get_attr(self._vocab, t) & _BY_NAME)
+
     def ends(self) -> tuple[int, ...]:
         """The token ids that end a generation."""
         return tuple(t for t in range(self.size) if native.llama_vocab_is_eog(self._vocab, t))
@@ -201,6 +205,7 @@ def make_model_info(runner: LlamaRunner, settings: LoadModel) -> tuple[ModelInfo
         promise=runner.promise,
         slow_runs=vocabulary.slow_runs,
         verifies_drafts=can_verify(runner),
+        special=vocabulary.special(),
     )
     model_info = msgspec.structs.replace(model_info, fingerprint=fingerprint(settings, runner, model_info))
     runner.files.confirm_loaded()

@@ -1,0 +1,70 @@
+"""The fields of a request that name tokens by their ids or count them, checked and applied with the model's facts."""
+
+from __future__ import annotations
+
+from afterword.completion.fields import Prompt
+from afterword.completion.request import CompletionRequest
+from afterword.engine.protocol import ModelInfo
+from afterword.errors import RequestError
+
+
+def check_ids(request: CompletionRequest, model_info: ModelInfo) -> None:
+    """Refuse ids that the vocabulary does not have. Raises `RequestError`."""
+    last = len(model_info.pieces) - 1
+    for prompt in request.prompt:
+        for token in prompt if isinstance(prompt, tuple) else ():
+            if not 0 <= token <= last:
+                raise RequestError(
+                    f"Invalid token in prompt: {str(token)[:32]}. Minimum value is 0, maximum value is {last} "
+                    "(inclusive)."
+                )
+    for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
+        for token in getattr(request, name) or ():
+            if not 0 <= token <= last:
+                raise RequestError(
+                    f"Invalid token in '{name}': {str(token)[:32]}. Minimum value is 0, maximum value is {last} "
+                    "(inclusive).",
+                    param=name,
+                )
+    for token, _ in request.logit_bias:
+        if token > last:
+            raise RequestError(f"Invalid key in 'logit_bias': {token}. Maximum value is {last}.", param="logit_bias")
+
+
+def shown_ends(request: CompletionRequest, model_info: ModelInfo, end_tokens: tuple[int, ...]) -> frozenset[int]:
+    """The end tokens whose text is in the choice; special tokens only if the request says that it wants them."""
+    if not request.include_stop_str_in_output:
+        return frozenset()
+    return frozenset(end_tokens).difference(() if request.skip_special_tokens is False else model_info.special)
+
+
+def check_allowed(request: CompletionRequest, end_tokens: tuple[int, ...]) -> None:
+    """Refuse a request that may only sample tokens that it must not sample yet. Raises `RequestError`."""
+    if request.min_tokens and request.allowed_token_ids and set(request.allowed_token_ids) <= set(end_tokens):
+        raise RequestError(
+            "All tokens of 'allowed_token_ids' end the text, but 'min_tokens' requires tokens before the end.",
+            param="allowed_token_ids",
+        )
+
+
+def truncated(
+    request: CompletionRequest, model_info: ModelInfo, given: Prompt, ids: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The tokens of a prompt that `truncate_prompt_tokens` keeps, without a BOS that the server adds.
+
+    Raises `RequestError`.
+    """
+    kept = request.truncate_prompt_tokens
+    if kept is None:
+        return ids
+    most = model_info.context - request.max_tokens
+    if kept > most:
+        raise RequestError(
+            f"'truncate_prompt_tokens' ({kept}) cannot be greater than the context length minus 'max_tokens' ({most}). "
+            "Please request a smaller truncation size.",
+            param="truncate_prompt_tokens",
+        )
+    if kept < 0:
+        adds = isinstance(given, str) if request.add_special_tokens is None else request.add_special_tokens
+        kept = max(most - (adds and model_info.add_bos), 0)
+    return ids[max(0, len(ids) - kept) :] if request.truncation_side == "left" else ids[:kept]

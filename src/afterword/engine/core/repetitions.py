@@ -1,0 +1,102 @@
+"""The repetitions at the end of a sample's text, for the sampler DRY.
+
+They are updated token by token, so that a long text costs one pass over an array for each token. Pure.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from afterword.engine.core.sampler_kernel import Ids
+from afterword.engine.protocol import MAX_TAIL, Dry
+
+_LONGEST = 1 + MAX_TAIL
+_Breaker = tuple[frozenset[int], tuple[int, ...]]  # the ids of the first token, and the tokens after it
+
+
+class Repetitions:
+    """For each of the last tokens of a text: how many tokens up to it are equal to the last tokens of the text.
+
+    Both texts lie within the last `Dry.last_n` tokens. Prompt and generated tokens are one text.
+    """
+
+    def __init__(self, dry: Dry, text: Sequence[int]) -> None:
+        self._dry = dry
+        self._window = len(text) if dry.last_n < 0 else dry.last_n
+        self._breakers: defaultdict[int, list[_Breaker]] = defaultdict(list)  # by the id of the last token
+        for heads, tail in dry.sequences:
+            self._breakers[tail[-1]].append((frozenset(heads), tail))
+        last = list(text[max(0, len(text) - self._window) :])
+        self._tokens = np.array(last, np.int64)
+        self._lengths = np.array(_suffix_lengths(last), np.int64)
+        ends = (count for count in range(len(last)) if self._breaks(_end(last, len(last) - count)))
+        self._unbroken = next(ends, len(last))  # tokens after the last breaker
+
+    def copy(self) -> Repetitions:
+        """An independent copy."""
+        other = object.__new__(Repetitions)
+        other._dry, other._window, other._breakers = self._dry, self._window, self._breakers
+        other._tokens, other._lengths, other._unbroken = self._tokens, self._lengths, self._unbroken  # never changed
+        return other
+
+    def add(self, token: int) -> None:
+        """Append a token to the text."""
+        tokens = np.append(self._tokens, token)
+        lengths = np.where(tokens == token, np.append(0, self._lengths) + 1, 0)
+        if self._dry.last_n >= 0 and len(tokens) > self._window:
+            tokens, lengths = tokens[1:], np.minimum(lengths[1:], np.arange(1, len(tokens)))
+        self._tokens, self._lengths = tokens, lengths
+        self._unbroken = 0 if self._breaks(tokens[-_LONGEST:].tolist()) else self._unbroken + 1
+
+    def continuations(self) -> tuple[Ids, Ids]:
+        """The ids that would continue a repetition, and the length of the longest repetition that each continues.
+
+        Only repetitions of at least `Dry.allowed_length` tokens count. Breakers of a single token continue none.
+        """
+        least = self._dry.allowed_length
+        if len(self._tokens) <= least or self._unbroken < least:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        lengths = np.minimum(self._lengths[:-1], self._unbroken)
+        ends = np.flatnonzero(lengths >= least)
+        ids, places = np.unique(self._tokens[ends + 1], return_inverse=True)
+        longest = np.zeros(len(ids), np.int64)
+        np.maximum.at(longest, places, lengths[ends])
+        kept = np.array([not has_bit(self._dry.breakers, token) for token in ids.tolist()], bool)
+        return ids[kept], longest[kept]
+
+    def _breaks(self, text: list[int]) -> bool:
+        """Whether a text ends with a breaker."""
+        if has_bit(self._dry.breakers, text[-1]):
+            return True
+        return any(
+            len(text) > len(tail) and tuple(text[-len(tail) :]) == tail and text[-len(tail) - 1] in heads
+            for heads, tail in self._breakers.get(text[-1], ())
+        )
+
+
+def _end(text: list[int], stop: int) -> list[int]:
+    """The last tokens before `stop` that can be a breaker."""
+    return text[max(0, stop - _LONGEST) : stop]
+
+
+def has_bit(bits: bytes, index: int) -> bool:
+    """Whether a bit is set, of which the lowest bit of the first byte is number 0."""
+    return index >> 3 < len(bits) and bool(bits[index >> 3] >> (index & 7) & 1)
+
+
+def _suffix_lengths(text: list[int]) -> list[int]:
+    """For each token, how many tokens up to it are equal to the last tokens of the text: the Z-function backwards."""
+    text = text[::-1]
+    lengths = [0] * len(text)
+    start = stop = 0  # of the match that reaches farthest
+    for index in range(1, len(text)):
+        length = min(lengths[index - start], stop - index) if index < stop else 0
+        while index + length < len(text) and text[length] == text[index + length]:
+            length += 1
+        lengths[index] = length
+        if index + length > stop:
+            start, stop = index, index + length
+    return [*lengths[:0:-1], len(text)] if text else []

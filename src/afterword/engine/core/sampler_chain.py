@@ -1,0 +1,317 @@
+"""Samples tokens with samplers or an order of samplers that the sampler's kernel does not have.
+
+The samplers are llama-server's, in numpy and float64, one function for each. `SamplerChain.order` has their order. A
+request that needs none of them is sampled by the kernel. Pure, apart from the limits of Mirostat (`ChainQuery.limits`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from afterword.engine.core.numpy_kernel import LogitsRow, pick, random_number
+from afterword.engine.core.repetitions import Repetitions
+from afterword.engine.core.sampler_kernel import GREEDY_BELOW, Ids, Numbers, SampleQuery, cached_distinct
+from afterword.engine.protocol import Dry, SamplerChain
+
+INFILL_MIN_P = 0.2
+"""The sampler `infill` keeps tokens with at least this fraction of the highest probability."""
+
+_MIROSTAT_TOKENS = 100  # most likely tokens from which Mirostat 1 estimates the distribution, as in llama.cpp
+_LARGEST_EXPONENT = 88.7228391  # logarithm of the largest float32: llama.cpp limits DRY's powers by it
+_FIRST_SORTED = 256  # candidates that are sorted first; more only if these do not suffice
+
+
+class ChainQuery(msgspec.Struct, frozen=True):
+    """Sample one id for each seed of `sample`.
+
+    `repetitions`: those of the text before the token, for DRY. `limits`: for each seed, Mirostat's limits (`mu`) before
+    each token of the sample, by position, of which those up to `position` are known. The limit after the drawn token is
+    written behind them. So a token of a draft that was rejected leaves nothing behind: its limit is written again.
+    """
+
+    sample: SampleQuery
+    position: int = 0
+    repetitions: Repetitions | None = None
+    limits: Sequence[list[float]] = ()
+
+    @property
+    def chain(self) -> SamplerChain:
+        chain = self.sample.sampling.chain
+        assert chain is not None, "without a chain the kernel samples"
+        return chain
+
+
+class Candidates(msgspec.Struct, frozen=True):
+    """The tokens that may be drawn, in ascending order of their ids, with their logits. There is at least one."""
+
+    ids: Ids
+    logits: Numbers
+
+    def keep(self, kept: NDArray[np.bool_] | Ids) -> Candidates:
+        """The candidates of a mask or at indexes. At least one must be kept."""
+        indexes = np.flatnonzero(kept) if kept.dtype == bool else np.sort(kept)
+        return Candidates(self.ids[indexes], self.logits[indexes])
+
+    def changed(self, ids: Ids, change: Callable[[Numbers, NDArray[np.bool_]], Numbers]) -> Candidates:
+        """Change the logits of the candidates among `ids`. `change` gets these logits and a mask of those of `ids`."""
+        places = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
+        found = self.ids[places] == ids
+        logits = self.logits.copy()
+        logits[places[found]] = change(logits[places[found]], found)
+        return Candidates(self.ids, logits)
+
+    @property
+    def weights(self) -> Numbers:
+        """Exponentials of the logits. The largest is 1."""
+        weights: Numbers = np.exp(self.logits - self.logits.max())
+        return weights
+
+    @property
+    def probabilities(self) -> Numbers:
+        weights = self.weights
+        probabilities: Numbers = weights / weights.sum()
+        return probabilities
+
+
+@np.errstate(all="ignore")
+def sample_chain(row: LogitsRow, query: ChainQuery) -> list[int]:
+    """Sample an id for each seed from a row of logits. A row that is not finite also results in ids."""
+    seeds = query.sample.seeds
+    if not np.isfinite(row.max()):
+        return [int(np.argmax(row))] * len(seeds)
+    candidates, order = _first_candidates(row, query), query.chain.order
+    shared = order.index("xtc") if "xtc" in order else len(order)  # from here on seeds differ
+    for name in order[:shared]:
+        candidates = _SAMPLERS[name](candidates, query)
+    if query.chain.mirostat or order[shared:]:
+        return [_draw(candidates, order[shared:], query, index, len(row)) for index in range(len(seeds))]
+    cumulated = np.cumsum(candidates.weights)
+    targets = np.minimum(np.array([random_number(seed, 0) for seed in seeds]) * cumulated[-1], _below(cumulated[-1]))
+    chosen: list[int] = candidates.ids[np.searchsorted(cumulated, targets, side="right")].tolist()
+    return chosen
+
+
+def _first_candidates(row: LogitsRow, query: ChainQuery) -> Candidates:
+    """All tokens that may be sampled, after bias. Without any, the most likely token is."""
+    logits = row.astype(np.float64)
+    for token, bias in query.sample.sampling.logit_bias:
+        logits[token] += bias
+    mask = logits > -math.inf
+    if query.chain.allowed:
+        bits = np.unpackbits(np.frombuffer(query.chain.allowed, np.uint8), count=len(row), bitorder="little")
+        mask &= bits.astype(bool)
+    mask[list(query.sample.banned)] = False
+    ids = np.flatnonzero(mask) if mask.any() else np.array([np.argmax(row)])
+    return Candidates(ids, logits[ids])
+
+
+def _draw(candidates: Candidates, order: Sequence[str], query: ChainQuery, index: int, vocabulary: int) -> int:
+    """Draw a token for the seed with this index, after further samplers."""
+    seed = query.sample.seeds[index]
+    numbers = itertools.count(1)  # number 0 draws the token
+    for name in order:
+        if name == "xtc":
+            candidates = exclude_top_choices(candidates, query.chain, random_number(seed, next(numbers)))
+        else:
+            candidates = _SAMPLERS[name](candidates, query)
+    if query.chain.mirostat:
+        return _draw_mirostat(candidates, query, index, vocabulary)
+    return int(candidates.ids[pick(candidates.weights, random_number(seed, 0))[0]])
+
+
+# ---- the samplers
+
+
+def penalties(candidates: Candidates, query: ChainQuery) -> Candidates:
+    """Repetition, frequency and presence penalties, as in the kernel."""
+    sampling, generated = query.sample.sampling, query.sample.generated
+    if (factor := sampling.repetition_penalty) != 1.0:
+        seen = np.union1d(cached_distinct(query.sample.prompt), generated.ids)
+        candidates = candidates.changed(seen, lambda x, _: np.where(x > 0, x / factor, x * factor))
+    lowered = generated.counts * sampling.frequency_penalty + sampling.presence_penalty
+    return candidates.changed(generated.ids, lambda x, found: x - lowered[found])
+
+
+def dry(candidates: Candidates, query: ChainQuery) -> Candidates:
+    """DRY: see `engine.protocol.Dry`."""
+    settings = query.chain.dry
+    if settings is None or query.repetitions is None:
+        return candidates
+    ids, lengths = query.repetitions.continuations()
+    penalty = settings.multiplier * settings.base ** _dry_exponents(settings, lengths)
+    return candidates.changed(ids, lambda x, found: x - penalty[found])
+
+
+def _dry_exponents(settings: Dry, lengths: Ids) -> Numbers:
+    exponents = (lengths - settings.allowed_length).astype(np.float64)
+    most = int(_LARGEST_EXPONENT / math.log(settings.base)) if settings.base > 1.000001 else 0
+    return np.minimum(exponents, most) if most else exponents
+
+
+def top_n_sigma(candidates: Candidates, query: ChainQuery) -> Candidates:
+    """Keep the logits within `top_n_sigma` standard deviations of the largest."""
+    if query.chain.top_n_sigma <= 0:
+        return candidates
+    logits = candidates.logits
+    return candidates.keep(logits >= logits.max() - query.chain.top_n_sigma * logits.std())
+
+
+def top_k(candidates: Candidates, query: ChainQuery) -> Candidates:
+    """Keep the `top_k` largest logits. Ties go to the lower id."""
+    count = query.sample.sampling.top_k
+    return candidates.keep(_lowest(-candidates.logits, count)[:count]) if count else candidates
+
+
+def top_p(candidates: Candidates, query: ChainQuery) -> Candidates:
+    """Keep the fewest most likely tokens with a probability of at least `top_p`. Ties go to the lower id."""
+    wanted = query.sample.sampling.top_p
+    if wanted >= 1:
+        return candidates
+    return candidates.keep(_fewest(-candidates.logits, candidates.probabilities, wanted, "left"))
+
+
+def typical(candidates: Candidates, query: ChainQuery) -> Candidates:
+    """Keep the fewest tokens with a probability of more than `typical_p`, those nearest to the entropy first.
+
+    The distance of a token is that of its negative log probability. Ties go to the lower id.
+    """
+    if query.chain.typical_p >= 1:
+        return candidates
+    candidates = candidates.keep(candidates.probabilities > 0)
+    p = candidates.probabilities
+    distance = np.abs(-np.log(p) - _entropy(p))
+    return candidates.keep(_fewest(distance, p, query.chain.typical_p, "right"))
+
+
+def min_p(candidates: Candidates, query: ChainQuery) -> Candidates:
+    """Keep tokens with at least this fraction of the highest probability."""
+    return candidates.keep(candidates.weights >= query.sample.sampling.min_p)
+
+
+def infill(candidates: Candidates, _: ChainQuery) -> Candidates:
+    """`min_p` with `INFILL_MIN_P`, in place of llama.cpp's sampler `infill`."""
+    return candidates.keep(candidates.weights >= INFILL_MIN_P)
+
+
+def exclude_top_choices(candidates: Candidates, chain: SamplerChain, uniform: float) -> Candidates:
+    """XTC: with the probability `xtc_probability`, remove all tokens of at least `xtc_threshold` but the least likely.
+
+    `uniform`: a random number in [0, 1).
+    """
+    if uniform >= chain.xtc_probability or chain.xtc_threshold > 0.5:
+        return candidates
+    p = candidates.probabilities
+    likely = np.flatnonzero(p >= chain.xtc_threshold)
+    if len(likely) < 2:
+        return candidates
+    kept = np.ones(len(p), bool)
+    kept[likely] = False
+    kept[likely[len(likely) - 1 - int(np.argmin(p[likely][::-1]))]] = True  # of equal ones the last is the least likely
+    return candidates.keep(kept)
+
+
+def temperature(candidates: Candidates, query: ChainQuery) -> Candidates:
+    """Divide by the temperature. With `dynatemp_range` it depends on the entropy of the candidates."""
+    chain, value = query.chain, query.sample.sampling.temperature
+    if chain.dynatemp_range > 0 and not chain.mirostat:
+        if len(candidates.ids) == 1:
+            return candidates
+        low, high = max(0.0, value - chain.dynatemp_range), value + chain.dynatemp_range
+        share = _entropy(candidates.probabilities) / math.log(len(candidates.ids))
+        value = low + (high - low) * share**chain.dynatemp_exponent
+    if value < GREEDY_BELOW:
+        return candidates.keep(np.array([np.argmax(candidates.logits)]))
+    return Candidates(candidates.ids, (candidates.logits - candidates.logits.max()) / value)
+
+
+_SAMPLERS: dict[str, Callable[[Candidates, ChainQuery], Candidates]] = {
+    "penalties": penalties,
+    "dry": dry,
+    "top_n_sigma": top_n_sigma,
+    "top_k": top_k,
+    "typ_p": typical,
+    "top_p": top_p,
+    "min_p": min_p,
+    "temperature": temperature,
+    "infill": infill,
+}
+
+
+# ---- Mirostat
+
+
+def _draw_mirostat(candidates: Candidates, query: ChainQuery, index: int, vocabulary: int) -> int:
+    """Draw a token, and write the limit for the next one."""
+    chain, limits = query.chain, query.limits[index]
+    limit = limits[query.position]
+    kept = mirostat_1(candidates, limit, vocabulary) if chain.mirostat == 1 else mirostat_2(candidates, limit)
+    p = kept.probabilities
+    place = pick(p, random_number(query.sample.seeds[index], 0))[0]
+    surprise = -math.log2(p[place])
+    limits[query.position + 1 :] = [limit - chain.mirostat_eta * (surprise - chain.mirostat_tau)]
+    return int(kept.ids[place])
+
+
+def mirostat_1(candidates: Candidates, limit: float, vocabulary: int) -> Candidates:
+    """Keep as many most likely tokens as the limit of surprise allows, under Zipf's law with an estimated exponent."""
+    order = _lowest(-candidates.logits, _MIROSTAT_TOKENS)[:_MIROSTAT_TOKENS]
+    if len(order) < 2:
+        return candidates
+    logits = candidates.logits[order]
+    places = np.arange(1, len(order), dtype=np.float64)
+    gaps = np.log((places + 1) / places)
+    exponent = float((gaps * (logits[:-1] - logits[1:])).sum() / (gaps * gaps).sum())
+    excess = exponent - 1
+    # for an exponent of 1 the quotient is that of its limit
+    zeta = excess / -math.expm1(-excess * math.log(vocabulary)) if excess else 1 / math.log(vocabulary)
+    count = np.float64(zeta * np.exp2(limit)) ** (1 / np.float64(exponent))
+    most = len(candidates.ids)
+    kept = max(int(min(count, most)), 1) if math.isfinite(count) else most
+    return candidates.keep(_lowest(-candidates.logits, kept)[:kept])
+
+
+def mirostat_2(candidates: Candidates, limit: float) -> Candidates:
+    """Keep the tokens whose surprise, in bits, is at most the limit; at least the most likely one."""
+    p = candidates.probabilities
+    kept = -np.log2(p) <= limit
+    return candidates.keep(kept if kept.any() else np.array([np.argmax(p)]))
+
+
+# ---- sorting
+
+
+def _below(number: float) -> float:
+    """The next smaller number, so that a draw never reaches the sum of all weights."""
+    return float(np.nextafter(number, 0))
+
+
+def _entropy(p: Numbers) -> float:
+    """The entropy of probabilities, in nats."""
+    positive = p[p > 0]
+    return -float((positive * np.log(positive)).sum())
+
+
+def _lowest(keys: Numbers, count: int) -> Ids:
+    """The indexes of the lowest keys in ascending order: at least `count`, if there are as many. Ties: lower index."""
+    if count >= len(keys):
+        return np.argsort(keys, kind="stable")
+    found = np.flatnonzero(keys <= np.partition(keys, count - 1)[count - 1])
+    return found[np.argsort(keys[found], kind="stable")]
+
+
+def _fewest(keys: Numbers, p: Numbers, wanted: float, side: Literal["left", "right"]) -> Ids:
+    """The indexes of the lowest keys, as few as have a probability of at least (left) or more than (right) `wanted`."""
+    count = _FIRST_SORTED
+    while True:
+        order = _lowest(keys, count)
+        reached = np.cumsum(p[order])
+        if reached[-1] > wanted or len(order) == len(keys):
+            return order[: int(np.searchsorted(reached, wanted, side)) + 1]
+        count *= 8
