@@ -60,7 +60,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "engine.parent": set(),
     "engine.worker.tokenizer_threads": {"engine.messages", "system"},
-    "engine.worker": {"engine.core", *_TOKENIZE, "engine.worker.tokenizer_threads", "system"},
+    "engine.grammar": {"engine.core", "engine.protocol"},
+    "engine.worker": {"engine.core", "engine.grammar", *_TOKENIZE, "engine.worker.tokenizer_threads", "system"},
     "engine.store": {"engine.core", "engine.protocol", "system"},
     "engine.llama": {"engine.kernels", "engine.core", "engine.store", "engine.worker", *_TOKENIZE, "system"},
     "api": {
@@ -86,7 +87,8 @@ OUTSIDE = {
     "httpx2": {"batch", "cli"},
     "sqlite3": {"batch", "keys"},
     "huggingface_hub": {"models"},
-    "numpy": {"engine.core", "engine.llama"},
+    "numpy": {"engine.core", "engine.grammar", "engine.llama"},
+    "llguidance": {"engine.grammar"},
     "opentelemetry": {"observability.traces"},
     "prometheus_client": {"observability.key_counters", "observability.metrics"},
 }

@@ -197,6 +197,7 @@ def make_plan(
             namespace=_namespace(caller, request.cache_salt),
             client=caller.job_client,
             prediction=tokens.prediction,
+            grammar=next(iter(request.constraints), None) if max_tokens else None,
         )
         text = given if isinstance(given, str) else _decode(model_info, ids)
         prompts.append(PromptPlan(job, text, laid_out.before, laid_out.given, suffix))

@@ -49,6 +49,8 @@ def adjusted_row(row: LogitsRow, query: SampleQuery) -> LogitsRow:
     penalties = query.generated.counts * sampling.frequency_penalty + sampling.presence_penalty
     row[query.generated.ids] -= penalties.astype(np.float32)
     row[list(query.banned)] = -np.inf
+    if query.mask is not None:
+        row[np.unpackbits(query.mask.view(np.uint8), count=len(row), bitorder="little") == 0] = -np.inf
     return row
 
 

@@ -58,13 +58,15 @@ class ScoreQuery(msgspec.Struct, frozen=True):
 class SampleTokens(msgspec.Struct, frozen=True):
     """Request the next token of each of a job's `samples`, which share a logits row and their `generated` tokens.
 
-    `position`: the number of generated tokens. Samples share a row only for their first token.
+    `position`: the number of generated tokens. Samples share a row only for their first token. `mask`: one bit for each
+    token that may be sampled; it already leaves out end tokens that come too early. None: every token may be sampled.
     """
 
     job: Job
     samples: Sequence[int]
     position: int
     generated: TokenCounts
+    mask: NDArray[np.uint32] | None = None
 
 
 TokenQuery = ScoreQuery | SampleTokens | None
@@ -86,10 +88,10 @@ def _row_query(query: TokenQuery) -> RowQuery:
     match query:
         case ScoreQuery(token, alternatives):
             return RowQuery(reported=True, top=alternatives, given=token)
-        case SampleTokens(job, samples, position, generated):
+        case SampleTokens(job, samples, position, generated, mask):
             seeds = [seed_of(job.key, sample, position) for sample in samples]
-            banned = job.end_tokens if position < job.min_tokens else ()
-            sample_query = SampleQuery(job.sampling, seeds, generated, job.prompt, banned)
+            banned = job.end_tokens if position < job.min_tokens and mask is None else ()
+            sample_query = SampleQuery(job.sampling, seeds, generated, job.prompt, banned, mask)
             return RowQuery(reported=job.alternatives is not None, top=job.alternatives or 0, sample_query=sample_query)
         case None:
             return RowQuery()

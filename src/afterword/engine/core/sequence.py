@@ -11,6 +11,7 @@ from collections.abc import Sequence as TokenSequence
 from dataclasses import dataclass, field
 
 from afterword.engine.core.forward_batch import BatchEntry
+from afterword.engine.core.matcher import Matcher
 from afterword.engine.core.slot import PrefixQuery, Slot
 from afterword.engine.core.token_counts import TokenCounts
 from afterword.engine.draft import Draft
@@ -69,7 +70,7 @@ class Sequence:
     `prefill_length`: the first tokens, up to this many, are computed in chunks; later tokens are computed one by one.
     `generated_before_slot`: number of tokens generated before the sequence got its present slot. `paused`: the sequence
     was preempted at least once. It then leaves free slots to others until the pass number `resume_pass`. `drafts`: the
-    preferred one first. `verified_turn`: see `core.verification`.
+    preferred one first. `verified_turn`: see `core.verification`. `matcher`: the sample's place in the job's grammar.
     """
 
     job_state: JobState
@@ -83,6 +84,7 @@ class Sequence:
     token_counts: TokenCounts = field(default_factory=TokenCounts)
     drafts: tuple[Draft, ...] = ()
     verified_turn: int = 0
+    matcher: Matcher | None = None
 
     @property
     def length(self) -> int:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from afterword.engine.parent.engine_metrics import JobTimer
 from afterword.engine.protocol import Job, Step
-from afterword.errors import NonFiniteLogits
+from afterword.errors import NonFiniteLogits, RequestError
 
 MAX_CRASHES = 2
 """A job that was running in this many crashes, without progress in between, is not tried again."""
@@ -91,12 +91,15 @@ class PendingJob:
 
     def add_step(self, step: Step) -> None:
         """Record a step from the worker, and deliver the part that is new."""
+        if step.compiling is not None:  # a grammar may crash the worker too
+            self.begun = step.compiling
+            return
         self.admitted = self.begun = True
         self.has_progress = self.has_progress or bool(step.scored or step.sampled)
         if step.failed:
             self._open.clear()
             self._timer.record_end()
-            self.fail(NonFiniteLogits())
+            self.fail(self._grammar_error(step.error) if step.error else NonFiniteLogits())
             return
         if self._repeated:
             step = self._new(step)
@@ -128,6 +131,9 @@ class PendingJob:
     def fail(self, error: Exception) -> None:
         """End the iteration over the steps with an error."""
         self._steps.put_nowait(error)
+
+    def _grammar_error(self, message: str) -> RequestError:
+        return RequestError(message, param=self.job.grammar and self.job.grammar.field, code="invalid_grammar")
 
     def _new(self, step: Step) -> Step:
         """The part of a step that was not delivered before a crash. Samples that had ended are dropped again."""
