@@ -17,26 +17,18 @@ from afterword.engine.grammar import grammar_threads
 from afterword.engine.grammar.grammar_threads import GrammarThreads
 from afterword.engine.protocol import Grammar, Job, Sampling, Step, Token
 
-TEXTS = (
-    b"",
-    b"\xff<end>",
-    *(text.encode() for text in ('a b c d { } " : , [ ] 0 1 2 - ab 12 true null [[ ]] x'.split())),
-)
+TEXTS = [b"", b"\xff<end>", *b'a b c d { } " : , [ ] 0 1 2 - ab 12 true null [[ ]] x'.split()]
 assert len(TEXTS) == VOCABULARY
 END = 1
 LIST = Grammar("json", '{"type":"array","items":{"enum":[0,12,true]},"maxItems":4}', "json_schema")
-GRAMMARS = [
-    None,
-    None,
-    LIST,
-    Grammar("regex", "(ab|a|12){2,9}", "grammar"),
-    Grammar("choice", '["abx","true"]', "grammar"),
-]
+PARTS = Grammar("regex", "(ab|a|12){2,9}", "grammar")
+CHOICE = Grammar("choice", '["abx","true"]', "grammar")
+GRAMMARS = [None, None, LIST, PARTS, CHOICE]
 PATTERNS = {
     LIST.text: r"\[((0|12|true)(,(0|12|true)){0,3})?\]",
-    GRAMMARS[3].text: "(ab|a|12){2,9}",
-    GRAMMARS[4].text: "abx|true",
-}  # type: ignore[union-attr]
+    PARTS.text: PARTS.text,
+    CHOICE.text: "abx|true",
+}
 
 
 def job(grammar: Grammar | None, **fields: object) -> Job:
@@ -121,7 +113,7 @@ def test_100_jobs_get_the_same_tokens_alone_and_in_a_crowd(rules: dict[str, int]
 
 
 def test_a_text_that_can_only_end_ends_with_its_last_token() -> None:
-    found = samples(play(new_loop(), [job(GRAMMARS[4], samples=8)])[0])
+    found = samples(play(new_loop(), [job(CHOICE, samples=8)])[0])
     assert {text(tokens) for tokens, _ in found.values()} == {"abx", "true"}
     assert {reason for _, reason in found.values()} == {"stop"}
     assert all(token.id != END for tokens, _ in found.values() for token in tokens)
@@ -129,22 +121,22 @@ def test_a_text_that_can_only_end_ends_with_its_last_token() -> None:
 
 def test_the_end_token_is_sampled_only_where_the_text_is_complete() -> None:
     forced = Sampling(logit_bias=((END, 100.0),))
-    found = samples(play(new_loop(), [job(GRAMMARS[3], samples=8, sampling=forced)])[0])
+    found = samples(play(new_loop(), [job(PARTS, samples=8, sampling=forced)])[0])
     assert all(re.fullmatch("(ab|a|12){2}", text(tokens)) and tokens[-1].id == END for tokens, _ in found.values())
 
 
 def test_min_tokens_holds_while_the_grammar_allows_more_text() -> None:
     forced = Sampling(logit_bias=((END, 100.0),))
-    found = samples(play(new_loop(), [job(GRAMMARS[3], samples=8, sampling=forced, min_tokens=6)])[0])
+    found = samples(play(new_loop(), [job(PARTS, samples=8, sampling=forced, min_tokens=6)])[0])
     # "1" is not complete, and then "2" comes before the end token
     assert {len(tokens) for tokens, _ in found.values()} <= {7, 8}
     assert all(tokens[-1].id == END for tokens, _ in found.values())
-    short = samples(play(new_loop(), [job(GRAMMARS[4], min_tokens=20)])[0])
+    short = samples(play(new_loop(), [job(CHOICE, min_tokens=20)])[0])
     assert short[0][1] == "stop"
 
 
 def test_without_end_tokens_a_text_goes_on_until_nothing_can_follow() -> None:
-    found = samples(play(new_loop(), [job(GRAMMARS[3], samples=8, end_tokens=())])[0])
+    found = samples(play(new_loop(), [job(PARTS, samples=8, end_tokens=())])[0])
     assert all(re.fullmatch("(ab|a|12){9}", text(tokens)) and reason == "stop" for tokens, reason in found.values())
 
 
@@ -159,7 +151,7 @@ def test_log_probabilities_are_those_of_the_unmodified_model() -> None:
     """The first token has the log probability that it has without a grammar."""
     free = samples(play(new_loop(), [job(None, samples=64, alternatives=VOCABULARY)])[0])
     row = dict(free[0][0][0].top)
-    found = samples(play(new_loop(), [job(GRAMMARS[3], samples=8, alternatives=3)])[0])
+    found = samples(play(new_loop(), [job(PARTS, samples=8, alternatives=3)])[0])
     for tokens, _ in found.values():
         assert tokens[0].logprob == row[tokens[0].id]
         assert tokens[0].top == free[0][0][0].top[:3]
@@ -242,7 +234,7 @@ def test_a_closed_job_is_forgotten_while_its_grammar_is_compiled() -> None:
 def test_a_slow_matcher_makes_only_its_own_job_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """From its second token on. Its tokens are the same."""
     monkeypatch.setattr(grammar_threads, "SLOW_SECONDS", 0.0)
-    jobs = [job(LIST, samples=3), job(None), job(GRAMMARS[3])]
+    jobs = [job(LIST, samples=3), job(None), job(PARTS)]
     slow = play(new_loop(), jobs)
     monkeypatch.undo()
     assert [samples(steps) for steps in slow] == [samples(steps) for steps in play(new_loop(), jobs)]

@@ -146,9 +146,21 @@ def test_a_wrong_token_is_an_error_from_then_on() -> None:
 @pytest.mark.parametrize(
     ("kind", "text", "message"),
     [
-        ("json", '{"properties":{"a":{"items":{"type":"strng"}}}}', "Invalid type: strng (at /properties/a/items of the schema)"),
-        ("json", '{"$defs":{"x/y":{"type":"string","pattern":"("}},"$ref":"#/$defs/x~1y"}', "(at /$defs/x~1y of the schema)"),
-        ("json", '{"anyOf":[{"type":"string"},{"not":{"type":"integer"}}]}', 'Unimplemented keys: ["not"] (at /anyOf/1 of the'),
+        (
+            "json",
+            '{"properties":{"a":{"items":{"type":"strng"}}}}',
+            "Invalid type: strng (at /properties/a/items of the schema)",
+        ),
+        (
+            "json",
+            '{"$defs":{"x/y":{"type":"string","pattern":"("}},"$ref":"#/$defs/x~1y"}',
+            "(at /$defs/x~1y of the schema)",
+        ),
+        (
+            "json",
+            '{"anyOf":[{"type":"string"},{"not":{"type":"integer"}}]}',
+            'Unimplemented keys: ["not"] (at /anyOf/1 of the',
+        ),
         ("json", '{"allOf":[{"type":"string"},{"type":"integer"}]}', "Unsatisfiable schema"),
         ("json", "false", "Unsatisfiable schema"),
         ("json", '{"$ref":"#/$defs/none"}', "Pointer '/$defs/none' does not exist"),
@@ -159,7 +171,7 @@ def test_a_wrong_token_is_an_error_from_then_on() -> None:
         ("gbnf", 'root ::= "a" b', "Rule 'b' not found"),
         ("gbnf", 'root ::= "a', "Unexpected end of input at line 1"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_in_a_grammar_is_said(kind: GrammarKind, text: str, message: str) -> None:
     with pytest.raises(InvalidGrammar) as problem:
         place(kind, text)
@@ -175,12 +187,15 @@ def nested(depth: int) -> str:
     ("kind", "text"),
     [
         ("json", nested(400)),
-        ("json", json.dumps({"allOf": [{"anyOf": [{"required": [f"a{i}"]}, {"required": [f"b{i}"]}]} for i in range(24)]})),
+        (
+            "json",
+            json.dumps({"allOf": [{"anyOf": [{"required": [f"a{i}"]}, {"required": [f"b{i}"]}]} for i in range(24)]}),
+        ),
         ("regex", "(" * 5000 + "a" + ")" * 5000),
         ("lark", "start: " + "(" * 5000 + '"a"' + ")" * 5000),
     ],
     ids=["deep schema", "product of alternatives", "deep regex", "deep grammar"],
-)  # fmt: skip
+)
 def test_what_is_too_large_is_refused(kind: GrammarKind, text: str) -> None:
     with pytest.raises(InvalidGrammar):
         place(kind, text)
@@ -199,7 +214,7 @@ def test_what_is_too_large_is_refused(kind: GrammarKind, text: str) -> None:
         ("json", '{"$defs":{"n":{"properties":{"c":{"$ref":"#/$defs/n"}},"required":["c"]}},"$ref":"#/$defs/n"}'),
         ("json", '{"type":"array","minItems":100000}'),
     ],
-)  # fmt: skip
+)
 def test_evil_grammars_give_masks_or_errors(kind: GrammarKind, text: str) -> None:
     """They neither end the process nor take a time that grows with their size."""
     try:

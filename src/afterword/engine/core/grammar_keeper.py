@@ -37,7 +37,7 @@ class GrammarKeeper:
         """Compile the grammar of a job, if it has one and is not kept."""
         if job.grammar is None or not job.max_tokens:
             return
-        if matcher := self.compiler and self.compiler.get(job.grammar):
+        if self.compiler and (matcher := self.compiler.get(job.grammar)):
             self._ready[job_id] = matcher
         else:
             self._waiting[job_id] = job.grammar
@@ -121,7 +121,7 @@ class GrammarKeeper:
                 self.compiler.start(grammar)
                 self._begun = True
             return
-        found = self.compiler and self.compiler.result()
+        found = self.compiler.result() if self.compiler else None
         if found is None:
             return
         self._current, self._begun = None, False

@@ -133,7 +133,8 @@ class PendingJob:
         self._steps.put_nowait(error)
 
     def _grammar_error(self, message: str) -> RequestError:
-        return RequestError(message, param=self.job.grammar and self.job.grammar.field, code="invalid_grammar")
+        field = self.job.grammar.field if self.job.grammar else None
+        return RequestError(message, param=field, code="invalid_grammar")
 
     def _new(self, step: Step) -> Step:
         """The part of a step that was not delivered before a crash. Samples that had ended are dropped again."""
