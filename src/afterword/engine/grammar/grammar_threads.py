@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import cached_property
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from afterword.engine.grammar.task_thread import Task, TaskThread
 from afterword.engine.protocol import Grammar
 
 COMPILE_SECONDS = 5.0
-"""How long a grammar may take to be compiled."""
+"""How long a grammar may take to be compiled, after the tokens of the vocabulary are prepared."""
 MASK_SECONDS = 2.0
 """How long a mask may take."""
 SLOW_SECONDS = 0.01
@@ -48,12 +47,9 @@ class GrammarThreads:
         self.masks = TaskThread("token masks", self._something_done.set)
         self.slow_masks = TaskThread("slow token masks", self._something_done.set)
         self._kept: OrderedDict[tuple[str, str], GrammarMatcher] = OrderedDict()
+        self._preparing: Task[GrammarTokens] | None = None
         self._task: Task[Compiled] | None = None
         self._grammar: Grammar | None = None
-
-    @cached_property
-    def _tokens(self) -> GrammarTokens:
-        return GrammarTokens(self._token_texts())
 
     def get(self, grammar: Grammar) -> GrammarMatcher | None:
         """See `GrammarCompiler`."""
@@ -65,6 +61,8 @@ class GrammarThreads:
     def start(self, grammar: Grammar) -> None:
         """See `GrammarCompiler`."""
         self._grammar = grammar
+        if self._preparing is None or self._preparing.failure:
+            self._preparing = self._compiling.submit(lambda: GrammarTokens(self._token_texts()))
         self._task = self._compiling.submit(lambda: self._compile(grammar)) if self._stuck < MAX_STUCK else None
 
     def result(self) -> GrammarMatcher | str | None:
@@ -72,7 +70,9 @@ class GrammarThreads:
         assert self._grammar is not None
         if self._task is None:
             return f"The server cannot compile '{self._grammar.field}' now: other grammars take too long. Try later."
-        self._compiling.give_up(COMPILE_SECONDS)
+        assert self._preparing is not None
+        if self._preparing.done.is_set():
+            self._compiling.give_up(COMPILE_SECONDS)
         if not self._task.done.is_set():
             return None
         problem, found = self._task.failure, self._task.result
@@ -96,7 +96,10 @@ class GrammarThreads:
         return self._compiling.stuck + self.masks.stuck + self.slow_masks.stuck
 
     def _compile(self, grammar: Grammar) -> Compiled:
-        place = compile_grammar(grammar, self._tokens)
+        assert self._preparing is not None
+        if self._preparing.result is None:
+            raise self._preparing.failure or RuntimeError
+        place = compile_grammar(grammar, self._preparing.result)
         allowed = place.copy().allowed()
         if allowed.error:
             raise InvalidGrammar(allowed.error)
