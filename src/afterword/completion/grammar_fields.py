@@ -23,33 +23,66 @@ _DEEPEST = 60  # brackets inside each other; llguidance refuses deeper schemas t
 _GBNF = re.compile(r"^\s*[A-Za-z0-9_-]+\s*::=", re.MULTILINE)
 
 _SCHEMA: JsonSchema = {"type": ["object", "boolean"]}
-_TEXT: JsonSchema = {"type": "string"}
+_NAMED_SCHEMA: JsonSchema = {
+    "type": "object",
+    "properties": {
+        "schema": _SCHEMA,
+        "name": {"type": ["string", "null"]},
+        "description": {"type": ["string", "null"]},
+        "strict": {"type": ["boolean", "null"]},
+    },
+    "required": ["schema"],
+    "additionalProperties": False,
+}
+_NO_SCHEMA: JsonSchema = {"type": "null"}
+
+
+def _form(kind: str, json_schema: JsonSchema, schema: JsonSchema, *required: str) -> JsonSchema:
+    """The JSON Schema of `response_format` with a type."""
+    return {
+        "type": "object",
+        "properties": {"type": {"const": kind}, "json_schema": json_schema, "schema": schema},
+        "required": ["type", *required],
+        "additionalProperties": False,
+    }
 
 
 def _text_schema(limits: RequestLimits, least: int = 1) -> JsonSchema:
     return {"type": "string", "minLength": least, "maxLength": limits.max_grammar}
 
 
+def _outputs_schema(limits: RequestLimits) -> JsonSchema:
+    """An object with one of the members; the others are null, and `json_object` may be false."""
+    members: dict[str, JsonSchema] = {
+        "json": {"anyOf": [_SCHEMA, _text_schema(limits)]},
+        "json_object": {"const": True},
+        "regex": _text_schema(limits, 0),
+        "choice": {"type": "array", "minItems": 1, "items": {"type": "string"}},
+        "grammar": _text_schema(limits),
+    }
+    absent: dict[str, JsonSchema] = {
+        key: {"enum": [None, False] if key == "json_object" else [None]} for key in members
+    }
+    return {
+        "anyOf": [
+            {
+                "type": "object",
+                "properties": absent | {key: schema},
+                "required": [key],
+                "additionalProperties": False,
+            }
+            for key, schema in members.items()
+        ]
+    }
+
+
 @field_parser(
     {
-        "type": "object",
-        "properties": {
-            "type": {"enum": [*_TYPES]},
-            "json_schema": {
-                "type": ["object", "null"],
-                "properties": {
-                    "schema": _SCHEMA,
-                    "name": {"type": ["string", "null"]},
-                    "description": {"type": ["string", "null"]},
-                    "strict": {"type": ["boolean", "null"]},
-                },
-                "required": ["schema"],
-                "additionalProperties": False,
-            },
-            "schema": {"type": ["object", "boolean", "null"]},
-        },
-        "required": ["type"],
-        "additionalProperties": False,
+        "anyOf": [
+            _form("text", _NO_SCHEMA, _NO_SCHEMA),
+            _form("json_object", _NO_SCHEMA, {"type": ["object", "boolean", "null"]}),
+            _form("json_schema", _NAMED_SCHEMA, _NO_SCHEMA, "json_schema"),
+        ]
     }
 )
 def response_format(name: str, value: Any, limits: RequestLimits) -> Grammar | None:
@@ -88,22 +121,12 @@ def _named_schema(path: str, value: object) -> object:
     return given["schema"]
 
 
-@field_parser(
-    lambda limits: {
-        "type": "object",
-        "properties": {
-            "json": {"anyOf": [{"type": ["object", "boolean", "null"]}, _text_schema(limits)]},
-            "json_object": {"type": ["boolean", "null"]},
-            "regex": {"anyOf": [_text_schema(limits, 0), {"type": "null"}]},
-            "choice": {"anyOf": [{"type": "array", "minItems": 1, "items": _TEXT}, {"type": "null"}]},
-            "grammar": {"anyOf": [_text_schema(limits), {"type": "null"}]},
-        },
-        "additionalProperties": False,
-    }
-)
+@field_parser(_outputs_schema)
 def structured_outputs(name: str, value: Any, limits: RequestLimits) -> Grammar | None:
     """vLLM's field: an object of which one member says what the text must be."""
-    given = {key: item for key, item in _members(name, value, _OUTPUTS).items() if item is not False or key == "json"}
+    given = _members(name, value, _OUTPUTS)
+    if given.get("json_object") is False:
+        del given["json_object"]
     if len(given) != 1:
         allowed = ", ".join(f"'{each}'" for each in _OUTPUTS)
         raise RequestError(f"'{name}' must have exactly one of the members {allowed}.", param=name)
