@@ -34,14 +34,14 @@ _NAMED_SCHEMA: JsonSchema = {
     "required": ["schema"],
     "additionalProperties": False,
 }
-_NO_SCHEMA: JsonSchema = {"type": "null"}
+_NO_SCHEMA: JsonSchema = {"type": "null", "examples": [None]}
 
 
 def _form(kind: str, json_schema: JsonSchema, schema: JsonSchema, *required: str) -> JsonSchema:
     """The JSON Schema of `response_format` with a type."""
     return {
         "type": "object",
-        "properties": {"type": {"const": kind}, "json_schema": json_schema, "schema": schema},
+        "properties": {"type": {"const": kind, "examples": [kind]}, "json_schema": json_schema, "schema": schema},
         "required": ["type", *required],
         "additionalProperties": False,
     }
@@ -60,9 +60,8 @@ def _outputs_schema(limits: RequestLimits) -> JsonSchema:
         "choice": {"type": "array", "minItems": 1, "items": {"type": "string"}},
         "grammar": _text_schema(limits),
     }
-    absent: dict[str, JsonSchema] = {
-        key: {"enum": [None, False] if key == "json_object" else [None]} for key in members
-    }
+    absent: dict[str, JsonSchema] = {key: {"enum": [None], "examples": [None]} for key in members}
+    absent["json_object"] = {"enum": [None, False], "examples": [False]}
     return {
         "anyOf": [
             {

@@ -137,7 +137,9 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
         {"type": "json_schema", "json_schema": {"schema": {"type": "array", "items": {"type": "integer"}}}},
     ),
     "response_format.type": description("text, json_object or json_schema.", "json_object"),
-    "response_format.json_schema": description("The schema, for the type json_schema."),
+    "response_format.json_schema": description(
+        "The schema, for the type json_schema.", {"name": "count", "schema": {"type": "integer"}}
+    ),
     "response_format.json_schema.schema": description("A JSON Schema.", {"type": "integer"}),
     "response_format.json_schema.name": description("Accepted without effect.", "person"),
     "response_format.json_schema.description": description("Accepted without effect.", "A person."),
