@@ -78,7 +78,7 @@ def load(settings: messages.LoadModel, _: worker_main.ReportProgress) -> worker_
     return worker_main.LoadedModel(
         *(runner(settings.sequences, settings.chunk), model_info, tokenize),
         check=check,
-        token_texts=lambda: [bytes([97 + token]) for token in range(VOCABULARY)],
+        token_texts=[bytes([97 + token]) for token in range(VOCABULARY)],
     )
 
 

@@ -38,7 +38,7 @@ def job(grammar: Grammar | None, **fields: object) -> Job:
 
 def new_loop(slots: int = 4, **rules: int) -> EngineLoop:
     loop = EngineLoop(HistoryRunner(slots, 8, **rules))  # type: ignore[arg-type]
-    loop.use_grammars(GrammarThreads(lambda: TEXTS))
+    loop.use_grammars(GrammarThreads(TEXTS))
     return loop
 
 

@@ -24,7 +24,7 @@ def compiled(threads: GrammarThreads, grammar: Grammar) -> Matcher | str:
 
 
 def test_a_compiled_grammar_is_kept_whatever_field_it_came_from() -> None:
-    threads = GrammarThreads(lambda: TEXTS)
+    threads = GrammarThreads(TEXTS)
     first = compiled(threads, Grammar("regex", "a", "grammar"))
     assert threads.get(Grammar("regex", "a", "structured_outputs.regex")) is first
     assert threads.get(Grammar("lark", "a", "grammar")) is None
@@ -32,7 +32,7 @@ def test_a_compiled_grammar_is_kept_whatever_field_it_came_from() -> None:
 
 def test_the_grammars_used_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar_threads, "MAX_KEPT", 2)
-    threads = GrammarThreads(lambda: TEXTS)
+    threads = GrammarThreads(TEXTS)
     first, second, third = (Grammar("regex", text, "grammar") for text in "abc")
     for grammar in (first, second):
         compiled(threads, grammar)
@@ -43,7 +43,7 @@ def test_the_grammars_used_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_text_of_kept_grammars_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar_threads, "MAX_KEPT_TEXT", 5)
-    threads = GrammarThreads(lambda: TEXTS)
+    threads = GrammarThreads(TEXTS)
     first, second = Grammar("regex", "aaa", "grammar"), Grammar("regex", "bbb", "grammar")
     compiled(threads, first)
     compiled(threads, second)
@@ -51,23 +51,13 @@ def test_the_text_of_kept_grammars_is_bounded(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_an_error_names_the_field() -> None:
-    found = compiled(GrammarThreads(lambda: TEXTS), Grammar("regex", "(", "structured_outputs.regex"))
+    found = compiled(GrammarThreads(TEXTS), Grammar("regex", "(", "structured_outputs.regex"))
     assert isinstance(found, str)
     assert found.startswith("Invalid 'structured_outputs.regex': ")
 
 
-def test_a_failure_of_the_vocabulary_is_an_error_of_the_grammar() -> None:
-    def fail() -> tuple[bytes, ...]:
-        raise OSError
-
-    assert compiled(GrammarThreads(fail), Grammar("regex", "a", "grammar")) == (
-        "Invalid 'grammar': it cannot be compiled (OSError)."
-    )
-
-
 def test_a_grammar_that_takes_too_long_fails_and_the_next_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    threads = GrammarThreads(lambda: TEXTS)
-    compiled(threads, Grammar("regex", "x", "grammar"))
+    threads = GrammarThreads(TEXTS)
     release = threading.Event()
     compile_grammar = grammar_threads.compile_grammar
 
@@ -91,7 +81,7 @@ def test_a_grammar_that_takes_too_long_fails_and_the_next_is_compiled(monkeypatc
 
 def test_a_mask_that_takes_too_long_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar_threads, "MASK_SECONDS", 0.05)
-    threads = GrammarThreads(lambda: TEXTS)
+    threads = GrammarThreads(TEXTS)
     kept = compiled(threads, Grammar("regex", "abc", "grammar"))
     assert not isinstance(kept, str)
     hanging, other = kept.copy(), kept.copy()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from afterword.engine.grammar.task_thread import Task, TaskThread
 from afterword.engine.protocol import Grammar
 
 COMPILE_SECONDS = 5.0
-"""How long a grammar may take to be compiled, after the tokens of the vocabulary are prepared."""
+"""How long a grammar may take to be compiled."""
 MASK_SECONDS = 2.0
 """How long a mask may take."""
 SLOW_SECONDS = 0.01
@@ -36,18 +36,17 @@ _FAILED = AllowedTokens(np.zeros(0, np.uint32), False)
 class GrammarThreads:
     """Implements `core.matcher.GrammarCompiler`. The engine's thread calls all methods.
 
-    `token_texts`: returns the bytes of each token, b"" for those that are no text. It is called once, when the first
-    grammar is compiled.
+    `token_texts`: the bytes of each token, b"" for those that are no text. Create the object before requests come:
+    for a large vocabulary that takes more than half a second, in which no other thread of the interpreter runs.
     """
 
-    def __init__(self, token_texts: Callable[[], Sequence[bytes]]) -> None:
-        self._token_texts = token_texts
+    def __init__(self, token_texts: Sequence[bytes]) -> None:
+        self._tokens = GrammarTokens(token_texts)
         self._something_done = threading.Event()
         self._compiling = TaskThread("grammars", self._something_done.set)
         self.masks = TaskThread("token masks", self._something_done.set)
         self.slow_masks = TaskThread("slow token masks", self._something_done.set)
         self._kept: OrderedDict[tuple[str, str], GrammarMatcher] = OrderedDict()
-        self._preparing: Task[GrammarTokens] | None = None
         self._task: Task[Compiled] | None = None
         self._grammar: Grammar | None = None
 
@@ -61,8 +60,6 @@ class GrammarThreads:
     def start(self, grammar: Grammar) -> None:
         """See `GrammarCompiler`."""
         self._grammar = grammar
-        if self._preparing is None or self._preparing.failure:
-            self._preparing = self._compiling.submit(lambda: GrammarTokens(self._token_texts()))
         self._task = self._compiling.submit(lambda: self._compile(grammar)) if self._stuck < MAX_STUCK else None
 
     def result(self) -> GrammarMatcher | str | None:
@@ -70,9 +67,7 @@ class GrammarThreads:
         assert self._grammar is not None
         if self._task is None:
             return f"The server cannot compile '{self._grammar.field}' now: other grammars take too long. Try later."
-        assert self._preparing is not None
-        if self._preparing.done.is_set():
-            self._compiling.give_up(COMPILE_SECONDS)
+        self._compiling.give_up(COMPILE_SECONDS)
         if not self._task.done.is_set():
             return None
         problem, found = self._task.failure, self._task.result
@@ -96,10 +91,7 @@ class GrammarThreads:
         return self._compiling.stuck + self.masks.stuck + self.slow_masks.stuck
 
     def _compile(self, grammar: Grammar) -> Compiled:
-        assert self._preparing is not None
-        if self._preparing.result is None:
-            raise self._preparing.failure or RuntimeError
-        place = compile_grammar(grammar, self._preparing.result)
+        place = compile_grammar(grammar, self._tokens)
         allowed = place.copy().allowed()
         if allowed.error:
             raise InvalidGrammar(allowed.error)

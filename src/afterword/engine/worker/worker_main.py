@@ -62,7 +62,7 @@ class LoadedModel:
     check: Callable[[], None] = lambda: None
     store: PrefixStore | None = None
     store_stats: Callable[[], StoreStats] = StoreStats
-    token_texts: Callable[[], Sequence[bytes]] | None = None
+    token_texts: Sequence[bytes] | None = None
 
 
 def serve(load: Callable[[messages.LoadModel, ReportProgress], LoadedModel]) -> None:
@@ -152,12 +152,13 @@ class _Worker:
         self._check, self._store_stats = loaded.check, loaded.store_stats
         self._tokenizer_threads = TokenizerThreads(loaded.tokenize, self._send)
         self._tokenizer_threads.start()
+        grammars = None if loaded.token_texts is None else GrammarThreads(loaded.token_texts)
         self._send(messages.ModelReady(loaded.model_info))
         self._monitor = PassMonitor(loaded.runner)
         loop = EngineLoop(self._monitor, threads=settings.threads, thread_pool=loaded.thread_pool)
         loop.use_store(loaded.store)
-        if loaded.token_texts is not None:
-            loop.use_grammars(GrammarThreads(loaded.token_texts))
+        if grammars is not None:
+            loop.use_grammars(grammars)
         if settings.speculate == "ngram":
             loop.draft_ngrams()
         self._work(loop)
