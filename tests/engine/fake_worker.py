@@ -9,6 +9,7 @@ The path in `LoadModel` selects the behaviour:
 - "unsure": the model info has the promise "none".
 - the path of a file: the read_fingerprint of the file is the model's fingerprint.
 
+A grammar that is `DEADLY_TEXT` ends the process when it is compiled, and the constrained tokens are lower case letters.
 A prompt that contains `DEADLY` and the text `DEADLY_TEXT` end the process. A text that begins with `SLOW` is tokenized
 for ever, part by part. A text that begins with `STUCK` never finishes a part.
 """
@@ -25,7 +26,9 @@ from history_runner import VOCABULARY, HistoryRunner
 
 from afterword.engine import messages
 from afterword.engine.core.forward_batch import ForwardBatch, Logits
-from afterword.engine.protocol import ModelInfo
+from afterword.engine.grammar import grammar_threads
+from afterword.engine.grammar.compiled_grammar import GrammarTokens, Place, compile_grammar
+from afterword.engine.protocol import Grammar, ModelInfo
 from afterword.engine.worker import worker_main
 from afterword.errors import EngineError, SettingError
 
@@ -69,9 +72,20 @@ def load(settings: messages.LoadModel, _: worker_main.ReportProgress) -> worker_
         fingerprint=read_fingerprint(settings.path),
         promise="none" if settings.path == "unsure" else "exact",
     )
+    grammar_threads.compile_grammar = compile_or_die
     runner = ConfusedRunner if settings.path == "confuse" else DeadlyRunner
     check = partial(check_fingerprint, settings.path, model_info.fingerprint)
-    return worker_main.LoadedModel(runner(settings.sequences, settings.chunk), model_info, tokenize, check=check)
+    return worker_main.LoadedModel(
+        *(runner(settings.sequences, settings.chunk), model_info, tokenize),
+        check=check,
+        token_texts=[bytes([97 + token]) for token in range(VOCABULARY)],
+    )
+
+
+def compile_or_die(grammar: Grammar, tokens: GrammarTokens) -> Place:
+    if grammar.text == DEADLY_TEXT:
+        os._exit(1)
+    return compile_grammar(grammar, tokens)
 
 
 def read_fingerprint(path: str) -> str:

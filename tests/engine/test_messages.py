@@ -11,12 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from afterword.engine import messages
-from afterword.engine.protocol import Job, Load, Sampling, Step, Token
+from afterword.engine.protocol import Grammar, Job, Load, Sampling, Step, Token
 
 JOB = Job((1, 2), 3, 4, Sampling(0.5, 0.9, 40, 0.1, 0.2, -0.2, 1.1, ((7, -100.0),)), (0,), b"k" * 16, 1, 2, 3)
+GRAMMAR_JOB = msgspec.structs.replace(JOB, grammar=Grammar("json", "{}", "json_schema"))
 TO_WORKER = [
     messages.LoadModel("model.gguf", 512, 4, 1, 64, "f16", 0, False),
     messages.StartJob(1, JOB),
+    messages.StartJob(2, GRAMMAR_JOB),
     messages.DropSample(1, 2),
     messages.CloseJob(1),
     messages.TokenizeText(5, "héllo", True),
@@ -25,6 +27,7 @@ STEP = Step((Token(1, -0.5, ((2, -0.25),)),), ((0, Token(3)),), ((0, "stop"),))
 TO_SERVER = [
     messages.LoadFailure("no"),
     messages.PassDone({7: STEP}, Load(4, 1, 0)),
+    messages.PassDone({7: Step(failed=True, error="no"), 8: Step(compiling=False)}, Load(4, 1, 0)),
     messages.TextTokens.of(5, (1, 2, 3)),
 ]
 

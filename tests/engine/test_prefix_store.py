@@ -204,7 +204,7 @@ def test_a_job_that_is_closed_while_its_prefix_is_read_leaves_nothing(machine):
     process.runs.loop.start(77, LONG)
     process.runs.loop.close(77)
     assert process.run(greedy(OTHER[:40]))[1] == [0]
-    assert not process.runs.loop.waits_for_store
+    assert not process.runs.loop.waits
     assert process.run(LONG)[1] == [768]
 
 

@@ -12,7 +12,14 @@ from playwright.sync_api import expect
 from .page_driver import BEGINNING, PageDriver
 
 ELSEWHERE = {"model", "prompt", "suffix", "stream_options"}  # the document, the list of models, the page itself
-NOT_OFFERED = {"input_extra", "prediction"}  # the page has one document, and does not know what comes next
+NOT_OFFERED = {
+    *("input_extra", "prediction"),  # the page has one document, and does not know what comes next
+    *(
+        "json_schema",
+        "response_format",
+        "structured_outputs",
+    ),  # the page has no control for objects; it offers `grammar`
+}
 
 
 def schema(server: Any) -> dict[str, Any]:

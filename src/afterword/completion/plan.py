@@ -216,6 +216,7 @@ def make_plan(
             client=caller.job_client,
             prediction=tokens.prediction,
             reported=request.logprob_token_ids,
+            grammar=next(iter(request.constraints), None) if max_tokens else None,
         )
         check_job(job, model_info)
         text = given if isinstance(given, str) and ids == whole else _decode(model_info, ids)

@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from afterword.completion import fields, object_fields
+from afterword.completion import fields, grammar_fields, object_fields
 from afterword.completion.fields import Field, JsonSchema, Prompt
 from afterword.completion.json_body import parse_object
 from afterword.completion.model_defaults import DefaultsOf, no_defaults
@@ -18,6 +18,7 @@ from afterword.completion.object_fields import ContextFile, StreamOptions
 from afterword.completion.request_descriptions import DESCRIPTIONS, described_schema
 from afterword.completion.request_limits import RequestLimits
 from afterword.completion.sampler_fields import DEFAULT_BREAKERS, LLAMA_ORDER, SAMPLER_FIELDS, samplers
+from afterword.engine.protocol import Grammar
 from afterword.errors import RequestError
 
 _LENGTH_HINT = "(HINT: set the maximum number of generated tokens in 'max_tokens'.)"
@@ -28,7 +29,8 @@ _INT32, _INT64 = 2**31, 2**63
 class CompletionRequest:
     """A parsed request body: the API's fields, then extensions.
 
-    Extensions have vLLM's names and meanings, `input_extra` and the samplers those of llama-server.
+    Extensions have vLLM's names and meanings; `input_extra`, `json_schema`, `grammar` and the samplers those of
+    llama-server. `response_format` is a field of OpenAI's chat API.
 
     `ignored`: the names of unknown fields, if the operator allows them (`RequestLimits.ignore_unknown`).
     """
@@ -55,21 +57,25 @@ class CompletionRequest:
     add_special_tokens: bool | None = None
     allowed_token_ids: tuple[int, ...] | None = None
     cache_salt: str | None = None
+    grammar: Grammar | None = None
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     input_extra: tuple[ContextFile, ...] = ()
+    json_schema: Grammar | None = None
     logprob_token_ids: tuple[int, ...] = ()
     min_p: float = 0.0
     min_tokens: int = 0
     prediction: str | None = None
     prompt_logprobs: int | None = None
     repetition_penalty: float = 1.0
+    response_format: Grammar | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
     samplers: tuple[str, ...] | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool = True
     stop_token_ids: tuple[int, ...] = ()
+    structured_outputs: Grammar | None = None
     top_k: int = 0
     truncate_prompt_tokens: int | None = None
     truncation_side: str = "left"
@@ -94,6 +100,12 @@ class CompletionRequest:
     def candidates(self) -> int:
         """The number of outputs to generate for each prompt: `best_of`, or else `n`."""
         return self.n if self.best_of is None else self.best_of
+
+    @property
+    def constraints(self) -> list[Grammar]:
+        """What the text must be: at most one in a valid request."""
+        given = (self.response_format, self.structured_outputs, self.json_schema, self.grammar)
+        return [each for each in given if each is not None]
 
     @property
     def is_infill(self) -> bool:
@@ -137,21 +149,25 @@ EXTENSIONS: dict[str, Field] = {
     "add_special_tokens": fields.boolean,
     "allowed_token_ids": fields.some_token_ids,
     "cache_salt": fields.salt,
+    "grammar": grammar_fields.grammar,
     "ignore_eos": fields.boolean,
     "include_stop_str_in_output": fields.boolean,
     "input_extra": object_fields.input_extra,
+    "json_schema": grammar_fields.json_schema,
     "logprob_token_ids": fields.reported_token_ids,
     "min_p": fields.decimal(0, 1),
     "min_tokens": fields.integer(0, _INT32 - 1),
     "prediction": object_fields.prediction,
     "prompt_logprobs": fields.integer(0, lambda limits: limits.max_logprobs),
     "repetition_penalty": fields.decimal(0.01, 2),
+    "response_format": grammar_fields.response_format,
     "return_token_ids": fields.boolean,
     "return_tokens_as_token_ids": fields.boolean,
     "samplers": samplers(LLAMA_ORDER),
     "skip_special_tokens": fields.boolean,
     "spaces_between_special_tokens": fields.boolean,
     "stop_token_ids": fields.token_ids,
+    "structured_outputs": grammar_fields.structured_outputs,
     "top_k": fields.top_k,
     "truncate_prompt_tokens": fields.truncation,
     "truncation_side": fields.one_of("left", "right"),
@@ -280,6 +296,11 @@ def _check_combinations(request: CompletionRequest, limits: RequestLimits) -> No
             param="prompt",
         )
     _check_tokens(request, limits)
+    if len(request.constraints) > 1:
+        first, second = (each.field.partition(".")[0] for each in request.constraints[:2])
+        raise RequestError(
+            f"'{first}' and '{second}' both say what the text must be. Leave out one of them.", param=second
+        )
 
 
 def _check_tokens(request: CompletionRequest, limits: RequestLimits) -> None:

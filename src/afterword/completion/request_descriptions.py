@@ -98,6 +98,11 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
         "Only these tokens are generated, and end tokens only if they are among them.", [1, 2]
     ),
     "cache_salt": description("Only requests with the same salt share cached prefixes.", "course-1"),
+    "grammar": description(
+        "A grammar that the text must match, in llama.cpp's notation (GBNF) or in Lark's as llguidance reads it. An "
+        "empty one allows any text.",
+        'root ::= "yes" | "no"',
+    ),
     "ignore_eos": description("Continue after the model's end tokens.", True),
     "include_stop_str_in_output": description(
         "The text includes the stop string, or the text of the token of stop_token_ids, that ends it.", True
@@ -109,6 +114,10 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
     "input_extra.filename": description("The name of the file; absent or null: tmp.", "names.py"),
     "input_extra.text": description("The text of the file.", "NAMES = ['Ann', 'Ben']\n"),
     "input_extra.time": description("Accepted without effect.", 1795406641),
+    "json_schema": description(
+        "A JSON Schema that the text must match.",
+        {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]},
+    ),
     "logprob_token_ids": description(
         "Report the log probabilities of these tokens instead of the most likely ones, at each position of the choice "
         "and, with echo or prompt_logprobs, of the prompt. Needs logprobs or prompt_logprobs.",
@@ -134,6 +143,19 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
     "repetition_penalty": description(
         "Above 1: make tokens of the prompt and of the choice less likely. Below 1: more likely.", 1.1
     ),
+    "response_format": description(
+        "What the text must be, as in OpenAI's chat API: any text, a JSON object, or JSON that matches a schema.",
+        {"type": "json_schema", "json_schema": {"schema": {"type": "array", "items": {"type": "integer"}}}},
+    ),
+    "response_format.type": description("text, json_object or json_schema.", "json_object"),
+    "response_format.json_schema": description(
+        "The schema, for the type json_schema.", {"name": "count", "schema": {"type": "integer"}}
+    ),
+    "response_format.json_schema.schema": description("A JSON Schema.", {"type": "integer"}),
+    "response_format.json_schema.name": description("Accepted without effect.", "person"),
+    "response_format.json_schema.description": description("Accepted without effect.", "A person."),
+    "response_format.json_schema.strict": description("Accepted without effect: the schema always holds.", True),
+    "response_format.schema": description("A JSON Schema, for the type json_object as llama-server takes it.", {}),
     "return_token_ids": description("Return the token ids of the prompt and of the choice.", True),
     "return_tokens_as_token_ids": description("In logprobs, tokens are named token_id: and their id.", True),
     "samplers": description(
@@ -148,6 +170,14 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
     ),
     "spaces_between_special_tokens": description("Accepted without effect: no spaces are added to tokens.", True),
     "stop_token_ids": description("Token ids that end the choice. Its text does not contain them.", [0]),
+    "structured_outputs": description(
+        "What the text must be, as in vLLM: one of the members below.", {"choice": ["yes", "no"]}
+    ),
+    "structured_outputs.json": description("A JSON Schema, as an object or as a string.", {"type": "integer"}),
+    "structured_outputs.json_object": description("Any JSON object.", True),
+    "structured_outputs.regex": description("A regular expression that the whole text matches.", "[0-9]{4}"),
+    "structured_outputs.choice": description("One of these texts.", ["yes", "no"]),
+    "structured_outputs.grammar": description("A grammar, as in the field grammar.", 'root ::= "a"+'),
     "top_k": description("Sample from this many of the most likely tokens. 0 and −1: from all.", 40),
     "truncate_prompt_tokens": description(
         "Read only this many tokens of each prompt. -1: as many as fit into the context with max_tokens.", 512
@@ -180,9 +210,7 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
         "XTC removes the tokens with at least this probability, except the least likely of them. Above 0.5: off.", 0.1
     ),
 }
-"""Every field of `request.FIELDS` and `request.EXTENSIONS`, and the members of `input_extra`, `prediction` and
-`stream_options`.
-"""
+"""Every field of `request.FIELDS` and `request.EXTENSIONS`, and the members of those that are objects."""
 
 _PLAIN = ("model", "top_k", "top_p", "min_p", "temperature", "presence_penalty", "frequency_penalty", "logit_bias")
 _SAMPLERS = tuple(name for name in DESCRIPTIONS if name.startswith(("dry_", "dynatemp_", "mirostat", "xtc_")))

@@ -25,6 +25,7 @@ class RequestLimits:
     max_bias: int = limit(1024, "entries of logit_bias, of stop_token_ids and of logprob_token_ids")
     max_name: int = limit(256, "characters of model and of user")
     max_salt: int = limit(1024, "characters of cache_salt")
+    max_grammar: int = limit(2**17, "characters of a JSON schema, a regular expression or a grammar")
     strict: bool = False
     ignore_unknown: bool = False
 

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import msgspec
 
 FinishReason = Literal["stop", "length"]
+GrammarKind = Literal["json", "regex", "choice", "lark", "gbnf"]
 
 TOKEN_BYTES, ALTERNATIVE_BYTES = 160, 120
 """Approximate bytes of memory that CPython uses for one reported token, and for each alternative reported with it."""
@@ -93,6 +94,18 @@ class Sampling(Value, frozen=True):
         return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
 
 
+class Grammar(Value, frozen=True):
+    """What the generated text must be.
+
+    `text`: a JSON Schema, a regular expression, a JSON array of texts, or a grammar in Lark's or llama.cpp's notation.
+    `field`: the request field that it came from, for error messages.
+    """
+
+    kind: GrammarKind
+    text: str
+    field: str
+
+
 class Job(Value, frozen=True):
     """One prompt to be continued `samples` times.
 
@@ -103,7 +116,7 @@ class Job(Value, frozen=True):
     source of all randomness, see `core.sampler.seed_of`. `namespace`: jobs of different namespaces do not share the
     prefix cache. `client`: the client's name; the scheduler gives equal shares to waiting clients. If the name ends
     with `BATCH_CLIENT`, the job is a line of one of the client's batches. `prediction`: tokens that the client expects;
-    they change how fast samples are generated, and nothing else.
+    they change how fast samples are generated, and nothing else. `grammar`: what the text of every sample must be.
     """
 
     prompt: tuple[int, ...]
@@ -119,6 +132,7 @@ class Job(Value, frozen=True):
     client: str = ""
     prediction: tuple[int, ...] = ()
     reported: tuple[int, ...] = ()
+    grammar: Grammar | None = None
 
 
 class Token(Value, frozen=True, gc=False):
@@ -146,8 +160,10 @@ class Step(Value, frozen=True):
 
     `scored`: the next tokens of the prompt, in order. `sampled`: pairs of a sample's index and its new token.
     `ended`: the samples that this pass finished, with the reason. `cached`, in one of the steps up to a job's first
-    token: how many prompt tokens came from the prefix cache. `failed`: the job's logits were not finite, and the job
-    has ended. `refused`: the library that computes has refused the job, and the job has ended.
+    token: how many prompt tokens came from the prefix cache. `failed`: the job has ended, because of its grammar if
+    there is an `error` (a sentence for the client), else because its logits were not finite. `refused`: the library
+    that computes has refused the job, and the job has ended. `compiling`: the worker now begins (True) or has ended
+    (False) to compile the job's grammar; the step has nothing else.
     """
 
     scored: tuple[Token, ...] = ()
@@ -156,6 +172,8 @@ class Step(Value, frozen=True):
     cached: int = 0
     failed: bool = False
     refused: bool = False
+    error: str = ""
+    compiling: bool | None = None
 
     @property
     def size(self) -> int:

@@ -52,6 +52,9 @@ export const FIELDS = [
   field("cache_salt", "text", null, "Share cached prefixes only with requests of the same salt.", {
     group: "Extensions",
   }),
+  field("grammar", "text", null, "A grammar that the text must match, in llama.cpp's or Lark's notation.", {
+    group: "Extensions",
+  }),
   field("return_token_ids", "boolean", false, "Return token ids.", { group: "Extensions" }),
   field("prompt_logprobs", "integer", null, "Alternatives for each prompt token, in the raw response. Not streamed.", {
     group: "Extensions",

@@ -130,7 +130,7 @@ def test_any_jobs_get_the_same_tokens_with_a_store(lives, slots, can_truncate, c
                 for sample, token in step.sampled:
                     found.setdefault((name, sample), []).append(token.id)
         loop.check()
-        assert not loop.waits_for_store
+        assert not loop.waits
         for (name, sample), tokens in found.items():
             assert tokens == alone(life[name], sample)
         assert len(found) == sum(each.samples for each in life)
@@ -154,8 +154,8 @@ def test_a_closed_job_leaves_no_offer():
     runner = runner_of(2, can_truncate=True)
     loop, _ = loop_with(runner, {("", tuple(index % 20 for index in range(20)))}, None)
     loop.start(0, job(30, 1, "", 1))
-    assert loop.waits_for_store
+    assert loop.waits
     loop.close(0)
-    assert not loop.waits_for_store
+    assert not loop.waits
     assert loop.step() is None
     assert runner.computed == 0

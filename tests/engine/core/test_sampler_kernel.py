@@ -141,6 +141,38 @@ def test_the_number_of_threads_changes_no_result(thread_pool):
     assert alone == together
 
 
+MASKED_FILTERS = [
+    *FILTERS,
+    Sampling(0.8, 0.9, presence_penalty=0.5, repetition_penalty=1.3, logit_bias=((5, 3.0), (700, -2.0))),
+]
+
+
+@pytest.mark.parametrize("sampling", MASKED_FILTERS, ids=str)
+@pytest.mark.parametrize("share", [0.002, 0.3, 1.0])
+def test_a_mask_has_the_effect_of_bans_of_all_other_tokens(sampler_kernel, sampling, share):
+    generator = np.random.default_rng(7)
+    row = generator.normal(0, 3, (1, 1000)).astype(np.float32)
+    allowed = generator.random(1000) < share
+    allowed[generator.integers(0, 1000)] = True
+    mask = np.packbits(np.pad(allowed, (0, 24)), bitorder="little").view(np.uint32)
+    counts, seeds, before = TokenCounts([3, 99, 3]), list(range(64)), row.copy()
+    banned = tuple(np.flatnonzero(~allowed).tolist())
+    (masked,) = sampler_kernel.read(row, [RowQuery(True, 5, 7, SampleQuery(sampling, seeds, counts, (4, 5), (), mask))])
+    assert np.array_equal(row, before)
+    (expected,) = sampler_kernel.read(row, [RowQuery(True, 5, 7, SampleQuery(sampling, seeds, counts, (4, 5), banned))])
+    assert masked == expected
+    assert all(allowed[token] for token, _ in masked.sampled)
+    (alone,) = sampler_kernel.read(row, [RowQuery(sample_query=SampleQuery(sampling, seeds, counts, (4, 5), (), mask))])
+    assert [token for token, _ in alone.sampled] == [token for token, _ in masked.sampled]
+
+
+def test_a_mask_beyond_the_row_is_ignored(sampler_kernel):
+    row = np.zeros((1, 40), np.float32)
+    query = SampleQuery(Sampling(), list(range(50)), TokenCounts([]), (), (), np.full(9, 2**32 - 1, np.uint32))
+    (found,) = sampler_kernel.read(row, [RowQuery(sample_query=query)])
+    assert {token for token, _ in found.sampled} <= set(range(40))
+
+
 @pytest.mark.parametrize("sampling", FILTERS, ids=str)
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
 def test_rows_with_nan_or_infinity_give_valid_tokens(sampler_kernel, sampling, broken):

@@ -39,7 +39,7 @@ def open_model(path: Path, sequences: int = 4, kv_type: KvType = "exact", chunk:
     )
     runner = LlamaRunner(settings)
     model_info, vocabulary = make_model_info(runner, settings)
-    return LoadedModel(runner, model_info, vocabulary.tokenize)
+    return LoadedModel(runner, model_info, vocabulary.tokenize, token_texts=vocabulary.texts())
 
 
 def test_loading_reports_progress():
@@ -127,6 +127,14 @@ def test_generated_log_probabilities_agree_with_an_independent_forward_pass(tmp_
         rows = oracle.log_probs((*job.prompt, *(token.id for token in tokens)))
         for position, token in enumerate(tokens, len(job.prompt) - 1):
             assert token.logprob == pytest.approx(rows[position][token.id], abs=1e-4)
+
+
+def test_special_tokens_are_no_text(builtin):
+    texts, pieces = builtin.token_texts, builtin.model_info.pieces
+    special = {*builtin.model_info.end_tokens, builtin.model_info.bos}
+    assert all(texts[token] == b"" for token in special if token is not None)
+    assert [text or pieces[token] for token, text in enumerate(texts)] == list(pieces)
+    assert sum(bool(text) for text in texts) > len(texts) // 2
 
 
 def test_the_built_in_models_numbers_agree_with_an_independent_forward_pass(builtin, builtin_loop):

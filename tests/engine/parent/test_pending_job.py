@@ -42,6 +42,16 @@ def after_crashes(pending: PendingJob, times: int) -> PendingJob:
     return pending
 
 
+def test_a_job_is_a_suspect_while_its_grammar_is_compiled_and_not_after() -> None:
+    pending = accepted(1)
+    pending.add_step(Step(compiling=True))
+    assert pending.restart(blamed=True)
+    pending.add_step(Step(compiling=True))
+    pending.add_step(Step(compiling=False))
+    assert not pending.restart(blamed=True)
+    assert not pending.admitted
+
+
 def test_probation_ends_when_all_samples_have_progressed() -> None:
     pending = after_crashes(accepted(2), MAX_CRASHES)
     assert (pending.crashes, pending.on_probation) == (MAX_CRASHES, True)

@@ -18,7 +18,7 @@ from history_runner import alone
 from afterword.engine.messages import Heartbeat, LoadModel, PassDone
 from afterword.engine.parent.supervisor import QueuePolicy, Supervisor
 from afterword.engine.parent.worker_process import WorkerProgram, without_secrets
-from afterword.engine.protocol import Job, JobHandle, Load, Sampling
+from afterword.engine.protocol import Grammar, Job, JobHandle, Load, Sampling
 from afterword.errors import (
     EngineFailure,
     ModelReplaced,
@@ -219,6 +219,41 @@ def test_a_job_that_crashes_the_worker_twice_fails_alone():
             assert (supervisor.state, supervisor.restarts) == ("ready", 2), "a deadly job is tried only twice"
             with pytest.raises(EngineFailure):
                 supervisor.start(msgspec.structs.replace(job(DEADLY), key=b"x" * 16, client="someone else"))
+            assert await tokens(supervisor, job(7)) == alone(job(7), 0)
+
+    run(test)
+
+
+def test_a_grammar_that_crashes_the_worker_twice_fails_alone():
+    def with_grammar(text: str, *prompt: int) -> Job:
+        return msgspec.structs.replace(job(*prompt), grammar=Grammar("regex", text, "grammar"))
+
+    async def test() -> None:
+        async with engine() as supervisor:
+            running = [asyncio.create_task(tokens(supervisor, job(4, 5, max_tokens=400))) for _ in range(2)]
+            deadly = supervisor.start(with_grammar(DEADLY_TEXT, 1))
+            others = [asyncio.create_task(tokens(supervisor, with_grammar("[a-e]{3}", 4, 5))) for _ in range(5)]
+            with pytest.raises(EngineFailure):
+                await drain(deadly)
+            assert await asyncio.gather(*running) == [alone(job(4, 5, max_tokens=400), 0)] * 2
+            found = await asyncio.gather(*others)
+            assert len(found[0]) == 3
+            assert found == [found[0]] * 5
+            with pytest.raises(EngineFailure):
+                supervisor.start(with_grammar(DEADLY_TEXT, 1))
+            assert await tokens(supervisor, job(1)) == alone(job(1), 0), "only the job with the grammar is refused"
+
+    run(test)
+
+
+def test_a_wrong_grammar_is_an_error_of_the_request_that_names_the_field():
+    async def test() -> None:
+        async with engine() as supervisor:
+            wrong = msgspec.structs.replace(job(1), grammar=Grammar("regex", "(", "structured_outputs.regex"))
+            with pytest.raises(RequestError, match="unclosed group") as problem:
+                await tokens(supervisor, wrong)
+            assert (problem.value.status, problem.value.param) == (400, "structured_outputs.regex")
+            assert supervisor.load.waiting == 0
             assert await tokens(supervisor, job(7)) == alone(job(7), 0)
 
     run(test)

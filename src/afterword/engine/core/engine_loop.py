@@ -15,7 +15,8 @@ from itertools import islice
 import msgspec
 
 from afterword.engine.core.forward_batch import BatchEntry, ForwardBatch, Logits, Runner, slot_rules
-from afterword.engine.core.prefill_queue import MIN_CHUNK
+from afterword.engine.core.grammar_keeper import GrammarKeeper
+from afterword.engine.core.matcher import GrammarCompiler
 from afterword.engine.core.prefix_cache import PrefixCache
 from afterword.engine.core.prefix_store import PrefixKeeper, PrefixStore
 from afterword.engine.core.sampler import Sampler, ScoreQuery, TokenQuery, finite_rows, make_kernel
@@ -72,6 +73,7 @@ class EngineLoop:
         self._sampler = Sampler(make_kernel(threads, thread_pool))
         self._clock = clock
         self._keeper = PrefixKeeper(self._slots, None, clock)
+        self._grammars = GrammarKeeper()
         self._prefill_speed: float | None = None  # prompt tokens per second, as measured
         self._last_pass = PassStats()
         self._ngrams = False
@@ -83,6 +85,10 @@ class EngineLoop:
         """Keep prefixes in a store too. Call it before any job is added."""
         self._keeper.store = store
 
+    def use_grammars(self, compiler: GrammarCompiler) -> None:
+        """Accept jobs with a grammar. Call it before any job is added."""
+        self._grammars.compiler = compiler
+
     def draft_ngrams(self) -> None:
         """Draft from each sample's own text too, where the runner permits drafts. Call it before any job is added."""
         self._ngrams = True
@@ -91,7 +97,8 @@ class EngineLoop:
         """Add a job. `step` returns its steps under `job_id`."""
         self._scheduler.add(job_id, job)
         self._keeper.request(job_id, job)
-        if self._keeper.is_reading(job_id):
+        self._grammars.request(job_id, job)
+        if self._keeper.is_reading(job_id) or self._grammars.holds_back(job_id):
             self._update_suspension(job_id)
 
     def drop(self, job_id: int, sample: int) -> None:
@@ -104,6 +111,7 @@ class EngineLoop:
         self._scheduler.close(job_id)
         self._step_buffer.discard(job_id)
         self._keeper.forget((job_id,))
+        self._grammars.forget(job_id)
 
     def pause(self, job_id: int) -> None:
         """Compute and return nothing for a job until `resume`. Unknown ids are ignored."""
@@ -120,9 +128,9 @@ class EngineLoop:
         return self._scheduler.load()
 
     @property
-    def waits_for_store(self) -> bool:
-        """Whether a job waits for the store of prefixes."""
-        return self._keeper.waits
+    def waits(self) -> bool:
+        """Whether a job waits for the store of prefixes or for its grammar."""
+        return self._keeper.waits or self._grammars.waits
 
     def pass_stats(self) -> PassStats:
         """The pass since the last call of this method, if there was one, and how full the slots are."""
@@ -145,13 +153,15 @@ class EngineLoop:
     def step(self) -> dict[int, Step] | None:
         """Return buffered steps, or else compute one forward pass. Returns steps by job id (possibly none).
 
-        Returns None if there is nothing to do, also for the store. A job's first step is returned before anything is
+        Returns None if there is nothing to do or to wait for. A job's first step is returned before anything is
         computed for it, so that the supervisor knows which jobs may have caused a crash of this process. Passes and
         returns of buffered steps alternate. So jobs that are answered from the prefix cache and jobs that need passes
         do not block each other.
         """
         for job_id in self._keeper.collect():
             self._update_suspension(job_id)
+        for job_id, event in self._grammars.collect(self._step_buffer):
+            self._grammar_event(job_id, event)
         # Here and not right after a pass: the caller discards passes that were computed with changed weights.
         self._keeper.keep(most=1)
         if self._pass_next and (batch := self._schedule()) is not None:
@@ -163,9 +173,17 @@ class EngineLoop:
             self._pass_next = True
             return steps
         if (batch := self._schedule()) is None:
-            return {} if self._keeper.work_while_idle() else None
+            return {} if self._keeper.work_while_idle() or self._grammars.wait(0.02) else None
         self._compute(batch)
         return self._take()
+
+    def _grammar_event(self, job_id: int, step: Step | None) -> None:
+        if step is None:
+            self._update_suspension(job_id)
+            return
+        if step.failed:
+            self.close(job_id)
+        self._add(job_id, step)
 
     def _admit(self) -> None:
         for admission in self._scheduler.admit(self._step_buffer.free_bytes):
@@ -196,7 +214,7 @@ class EngineLoop:
     def _update_suspension(self, job_id: int) -> None:
         """Suspend a job that is paused or has buffered steps. Delete the pause of a job that has ended."""
         waits, paused = job_id in self._step_buffer, job_id in self._step_buffer.paused
-        reads = self._keeper.is_reading(job_id)
+        reads = self._keeper.is_reading(job_id) or self._grammars.holds_back(job_id)
         if not self._scheduler.suspend(job_id, waits or paused or reads, paused) and paused and not waits:
             self._step_buffer.paused.discard(job_id)
 
@@ -214,7 +232,7 @@ class EngineLoop:
         # with the time of the sampler, which reads the rows of rejected tokens too
         self._scheduler.verification_turns.record_pass(batch, self._clock() - start)
         read = [(entry, self._used_rows(entry, list(islice(tokens, entry.outputs)))) for entry in batch.entries]
-        failed = self._failed_jobs(read, logits)
+        failed = dict.fromkeys(self._failed_jobs(read, logits), "") | self._grammars.errors
         for entry, found in read:
             sequence = self._scheduler.sequence_in(entry.slot)
             if sequence.job_state.job_id in failed:
@@ -223,9 +241,10 @@ class EngineLoop:
                 self._verified(entry, sequence, found, builders[sequence.job_state.job_id])
             else:
                 self._postprocess(entry, sequence, found, builders[sequence.job_state.job_id])
-        for job_id in failed:
+        for job_id, error in failed.items():
             self._scheduler.discard_failed(job_id)
-            self._add(job_id, Step(failed=True))
+            self._grammars.forget(job_id)
+            self._add(job_id, Step(failed=True, error=error))
         for job_id, builder in builders.items():
             self._add(job_id, builder.step())
 
@@ -265,39 +284,8 @@ class EngineLoop:
             queries += [ScoreQuery(token, sequence.slot.alternatives, sequence.slot.reported) for token in scored]
         if len(queries) < entry.outputs:
             samples = [sequence.sample] if sequence.generated else range(job.samples if job.max_tokens else 0)
-            complete = end == sequence.length
-            queries.append(sequence.next_token(samples) if complete else None)
+            queries.append(self._grammars.query(sequence, samples) if end == sequence.length else None)
         return queries
-
-    def _update_prefill_speed(self, batch: ForwardBatch, seconds: float) -> None:
-        """Adapt the measured prefill speed: down at once, because running sequences wait for prefill; up slowly.
-
-        Passes of fewer than `MIN_CHUNK` tokens are ignored once a speed is known: fixed costs dominate their time.
-        """
-        tokens = len(batch.entries[0].tokens)
-        if seconds > 0 and (tokens >= MIN_CHUNK or (tokens > 1 and self._prefill_speed is None)):
-            speed = tokens / seconds
-            self._prefill_speed = (
-                speed if self._prefill_speed is None else min(speed, 0.75 * self._prefill_speed + 0.25 * speed)
-            )
-
-    def _postprocess(
-        self, entry: BatchEntry, sequence: Sequence, found: list[list[Token]], builder: _StepBuilder
-    ) -> None:
-        job = sequence.job_state.job
-        scores: list[Token] = []
-        if sequence.is_scored:
-            following = len(job.prompt[scored_positions(entry.position, entry.position + len(entry.tokens))])
-            scores = [token for tokens in found[:following] for token in tokens]
-        unsent = self._scheduler.computed(entry, sequence, scores)
-        builder.scored.extend(_limit_alternatives(unsent, job.prompt_alternatives or 0))
-        if sequence.computed < sequence.length or not found:
-            return
-        if sequence.generated:
-            if not self._append([sequence], found[-1], builder):
-                self._scheduler.end(sequence)
-        else:
-            self._first_tokens(sequence, found[-1], builder)
 
     def _verified(self, entry: BatchEntry, sequence: Sequence, found: list[list[Token]], builder: _StepBuilder) -> None:
         """Append the confirmed tokens of a verification, and remove the others from the slot."""
@@ -318,13 +306,15 @@ class EngineLoop:
             builder.ended.extend((sample, "length") for sample in range(state.job.samples))
             self._scheduler.begin(first, [])
             return
-        maker = DraftMaker(state.job, self._ngrams) if can_verify(self._runner) else None
+        # A drafted token that the grammar does not allow must not be accepted, so the drafts of such jobs are left out.
+        maker = DraftMaker(state.job, self._ngrams) if can_verify(self._runner) and not state.job.grammar else None
         drafts = [maker.drafts() if maker else () for _ in range(state.job.samples)]
         known = first.known_repetitions()
         samples = [
             Sequence(state, index, drafts=each, repetitions=known.copy() if known else None)
             for index, each in enumerate(drafts)
         ]
+        self._grammars.start_samples(state.job_id, samples)
         self._scheduler.begin(first, self._append(samples, tokens, builder))
 
     def _append(self, samples: list[Sequence], tokens: list[Token], builder: _StepBuilder) -> list[Sequence]:
@@ -333,7 +323,8 @@ class EngineLoop:
         for sequence, token in zip(samples, tokens, strict=True):
             builder.sampled.append((sequence.sample, token))
             sequence.append(token.id)
-            if token.id in job.end_tokens:  # stop strings are matched in the server process
+            # stop strings are matched in the server process
+            if token.id in job.end_tokens or self._grammars.append(sequence, token.id):
                 builder.ended.append((sequence.sample, "stop"))
             elif len(sequence.generated) == job.max_tokens:
                 builder.ended.append((sequence.sample, "length"))

@@ -49,7 +49,14 @@ def adjusted_row(row: LogitsRow, query: SampleQuery) -> LogitsRow:
     penalties = query.generated.counts * sampling.frequency_penalty + sampling.presence_penalty
     row[query.generated.ids] -= penalties.astype(np.float32)
     row[list(query.banned)] = -np.inf
+    if query.mask is not None:
+        row[~unpacked(query.mask, len(row))] = -np.inf
     return row
+
+
+def unpacked(mask: NDArray[np.uint32] | NDArray[np.uint8], count: int) -> NDArray[np.bool_]:
+    """The first `count` bits of a mask, the lowest bit of each byte first."""
+    return np.unpackbits(mask.view(np.uint8), count=count, bitorder="little").astype(bool)
 
 
 def top_ids(row: LogitsRow, count: int) -> Ids:

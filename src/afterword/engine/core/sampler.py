@@ -65,7 +65,8 @@ class SampleTokens(msgspec.Struct, frozen=True):
     """Request the next token of each of a job's `samples`, which share a logits row and their `generated` tokens.
 
     `position`: the number of generated tokens. Samples share a row only for their first token. `repetitions`, `limits`:
-    see `ChainQuery`; one list of limits for each sample.
+    see `ChainQuery`; one list of limits for each sample. `mask`: one bit for each token that may be sampled; it already
+    leaves out end tokens that come too early. None: every token may be sampled.
     """
 
     job: Job
@@ -74,6 +75,7 @@ class SampleTokens(msgspec.Struct, frozen=True):
     generated: TokenCounts
     repetitions: Repetitions | None = None
     limits: Sequence[list[float]] = ()
+    mask: NDArray[np.uint32] | None = None
 
     @property
     def seeds(self) -> list[int]:
@@ -82,7 +84,12 @@ class SampleTokens(msgspec.Struct, frozen=True):
 
     @property
     def banned(self) -> tuple[int, ...]:
-        return self.job.end_tokens if self.position < self.job.min_tokens else ()
+        return self.job.end_tokens if self.position < self.job.min_tokens and self.mask is None else ()
+
+    @property
+    def sample_query(self) -> SampleQuery:
+        """The same for the kernel, or for the samplers of a chain."""
+        return SampleQuery(self.job.sampling, self.seeds, self.generated, self.job.prompt, self.banned, self.mask)
 
 
 TokenQuery = ScoreQuery | SampleTokens | None
@@ -105,22 +112,18 @@ def _chosen_by_chain(row: LogitsRow, query: TokenQuery) -> list[int] | None:
     """The tokens of samples with a chain of samplers, which the kernel does not have; None for all others."""
     if not isinstance(query, SampleTokens) or query.job.sampling.chain is None:
         return None
-    job = query.job
-    sample = SampleQuery(job.sampling, query.seeds, query.generated, job.prompt, query.banned)
-    return sample_chain(row, ChainQuery(sample, query.position, query.repetitions, query.limits))
+    return sample_chain(row, ChainQuery(query.sample_query, query.position, query.repetitions, query.limits))
 
 
 def _row_query(query: TokenQuery, chosen: list[int] | None) -> RowQuery:
     match query:
         case ScoreQuery(token, alternatives, reported):
             return RowQuery(reported=True, top=0 if reported else alternatives, given=token, asked=reported)
-        case SampleTokens(job, _, _, generated):
+        case SampleTokens(job):
             is_reported = job.alternatives is not None
             asked = (*(chosen or ()), *job.reported) if is_reported else ()
             top = 0 if job.reported else job.alternatives or 0
-            if chosen is not None:
-                return RowQuery(reported=is_reported, top=top, asked=asked)
-            sample_query = SampleQuery(job.sampling, query.seeds, generated, job.prompt, query.banned)
+            sample_query = None if chosen is not None else query.sample_query
             return RowQuery(reported=is_reported, top=top, sample_query=sample_query, asked=asked)
         case None:
             return RowQuery()

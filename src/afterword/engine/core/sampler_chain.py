@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from afterword.engine.core.numpy_kernel import LogitsRow, pick, random_number
+from afterword.engine.core.numpy_kernel import LogitsRow, pick, random_number, unpacked
 from afterword.engine.core.repetitions import Repetitions
 from afterword.engine.core.sampler_kernel import GREEDY_BELOW, Ids, Numbers, SampleQuery, cached_distinct
 from afterword.engine.protocol import Dry, SamplerChain
@@ -99,15 +99,17 @@ def sample_chain(row: LogitsRow, query: ChainQuery) -> list[int]:
 
 
 def _first_candidates(row: LogitsRow, query: ChainQuery) -> Candidates:
-    """All tokens that may be sampled, after bias. Without any, the most likely token is."""
+    """All tokens that may be sampled, after bias. Without any, those that a grammar allows, or the most likely one."""
     logits = row.astype(np.float64)
     for token, bias in query.sample.sampling.logit_bias:
         logits[token] += bias
     mask = logits > -math.inf
     if query.chain.allowed:
-        bits = np.unpackbits(np.frombuffer(query.chain.allowed, np.uint8), count=len(row), bitorder="little")
-        mask &= bits.astype(bool)
+        mask &= unpacked(np.frombuffer(query.chain.allowed, np.uint8), len(row))
     mask[list(query.sample.banned)] = False
+    if query.sample.mask is not None:
+        fitting = unpacked(query.sample.mask, len(row))
+        mask = mask & fitting if (mask & fitting).any() else fitting
     ids = np.flatnonzero(mask) if mask.any() else np.array([np.argmax(row)])
     return Candidates(ids, logits[ids])
 

@@ -36,6 +36,7 @@ class SampleQuery(msgspec.Struct, frozen=True):
     """Sample one id for each seed: bias, penalties, bans, temperature, then the filters min_p, top_k, top_p.
 
     `generated`: the sample's tokens so far. `banned`: ids that are never sampled. `prompt`: for the repetition penalty.
+    `mask`: one bit for each id that may be sampled, the lowest bit of the first word first, at least one of them set.
     """
 
     sampling: Sampling
@@ -43,6 +44,7 @@ class SampleQuery(msgspec.Struct, frozen=True):
     generated: TokenCounts
     prompt: tuple[int, ...] = ()
     banned: tuple[int, ...] = ()
+    mask: NDArray[np.uint32] | None = None
 
 
 class RowQuery(msgspec.Struct, frozen=True):
@@ -106,7 +108,7 @@ class NativeRowQuery(ctypes.Structure):
         *(("generated", _AT), ("generated_count", _COUNT), ("times", _AT)),
         *(("seen", _AT), ("seen_count", _COUNT)),
         *(("biased", _AT), ("biased_count", _COUNT), ("biases", _AT)),
-        *(("banned", _AT), ("banned_count", _COUNT)),
+        *(("banned", _AT), ("banned_count", _COUNT), ("mask", _AT), ("mask_count", _COUNT)),
         *(("asked", _AT), ("asked_count", _COUNT)),
         *(("value", _DOUBLE), ("rank", _COUNT)),
         *((name, _AT) for name in ("top", "top_values", "sampled", "sampled_values", "asked_values")),
@@ -203,7 +205,9 @@ def _fill_query(each: NativeRowQuery, query: SampleQuery) -> tuple[object, ...]:
     each.seen, each.seen_count = _address(seen), len(seen)
     each.banned, each.banned_count = _address(banned), len(banned)
     each.biased, each.biased_count, each.biases = _address(biased), len(biased), _address(biases)
-    return generated, seen, banned, biased, biases
+    if query.mask is not None:
+        each.mask, each.mask_count = _address(query.mask), len(query.mask)
+    return generated, seen, banned, biased, biases, query.mask
 
 
 @lru_cache(_MAX_CACHED)
@@ -217,6 +221,6 @@ def _arrays(biases: tuple[tuple[int, float], ...]) -> tuple[Ids, Numbers]:
     return np.array([token for token, _ in biases], np.int64), np.array([bias for _, bias in biases], np.float64)
 
 
-def _address(array: NDArray[np.float32 | np.float64 | np.int64 | np.uint64]) -> int:
+def _address(array: NDArray[np.float32 | np.float64 | np.int64 | np.uint32 | np.uint64]) -> int:
     """The address of an array's data. Takes half the time of `array.ctypes.data`."""
     return ctypes.addressof(ctypes.c_char.from_buffer(array.data)) if array.size else 0

@@ -11,6 +11,7 @@ from collections.abc import Sequence as TokenSequence
 from dataclasses import dataclass, field
 
 from afterword.engine.core.forward_batch import BatchEntry
+from afterword.engine.core.matcher import Matcher
 from afterword.engine.core.repetitions import Repetitions
 from afterword.engine.core.sampler import SampleTokens
 from afterword.engine.core.slot import PrefixQuery, Slot
@@ -80,7 +81,7 @@ class Sequence:
     `generated_before_slot`: number of tokens generated before the sequence got its present slot. `paused`: the sequence
     was preempted at least once. It then leaves free slots to others until the pass number `resume_pass`. `drafts`: the
     preferred one first. `verified_turn`: see `core.verification`. `repetitions`: those of its text, once DRY needed
-    them.
+    them. `matcher`: the sample's place in the job's grammar.
     """
 
     job_state: JobState
@@ -95,6 +96,7 @@ class Sequence:
     drafts: tuple[Draft, ...] = ()
     verified_turn: int = 0
     repetitions: Repetitions | None = None
+    matcher: Matcher | None = None
 
     @property
     def length(self) -> int:

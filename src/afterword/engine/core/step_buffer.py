@@ -25,7 +25,7 @@ class StepBuffer:
         self._waiting: dict[int, deque[Step]] = {}
         self.paused: set[int] = set()  # ids of jobs that get no steps for now
 
-    def __contains__(self, job_id: int) -> bool:
+    def __contains__(self, job_id: object) -> bool:
         return job_id in self._waiting
 
     def __iter__(self) -> Iterator[int]:

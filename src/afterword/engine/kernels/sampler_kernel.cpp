@@ -247,6 +247,7 @@ struct NativeRowQuery {
     List<int64_t> biased;
     const double *biases;
     List<int64_t> banned;
+    List<uint32_t> mask;  // empty, or one bit for each id that may be drawn, the lowest bit first
     List<int64_t> asked;  // ids whose log probabilities are returned, in any order
 
     double value;  // log probability or logit of the given token
@@ -347,11 +348,34 @@ void sample_tokens(const float *row, int64_t length, const Blocks &blocks, const
     }
 }
 
+// Draws from the logits of the ids in the query's mask. All others become minus infinity in a copy of the row.
+void sample_masked(const float *row, int64_t length, const NativeRowQuery &query, double temperature) {
+    thread_local std::vector<float> copy;
+    copy.assign(length, MINUS_INFINITY);
+    for (int64_t word = 0; word < std::min(query.mask.count, (length + 31) / 32); word++)
+        for (uint32_t bits = query.mask.first[word]; bits; bits &= bits - 1) {
+            const int64_t id = word * 32 + __builtin_ctz(bits);
+            if (id < length) copy[id] = row[id];
+        }
+    const AdjustedRow edited(copy.data(), length, query);
+    Blocks blocks(length, temperature);
+    for (int64_t block = 0; block < blocks_of(length); block++) {
+        const uint32_t *first = query.mask.first + block * (BLOCK / 32);
+        const uint32_t *end = std::min(first + BLOCK / 32, query.mask.end());
+        if (std::any_of(first, std::max(first, end), [](uint32_t bits) { return bits != 0; }))
+            blocks.read(copy.data(), length, block, block + 1);
+        else
+            blocks.largest[block] = MINUS_INFINITY, blocks.weights[block] = 0;
+    }
+    sample_tokens(copy.data(), length, blocks, query);
+}
+
 void process_row(float *row, int64_t length, NativeRowQuery &query, int threads) {
     const double temperature = query.seeds.count && !query.top_k ? query.temperature : 0;  // 0: no weights are needed to draw
+    const bool masked = query.mask.count > 0, whole = query.reported || query.top_count || query.given >= 0;
     Blocks unmodified(length, query.reported ? 1 : temperature), tempered(length, temperature);
-    const bool apart = temperature > 0 && tempered.factor != unmodified.factor;
-    const int64_t blocks = blocks_of(length);
+    const bool apart = !masked && temperature > 0 && tempered.factor != unmodified.factor;
+    const int64_t blocks = masked && !whole ? 0 : blocks_of(length);
     parallel_for(threads, (blocks + PART - 1) / PART, [&](int64_t part) {
         const int64_t first = part * PART, end = std::min(first + PART, blocks);
         unmodified.read(row, length, first, end);
@@ -366,7 +390,9 @@ void process_row(float *row, int64_t length, NativeRowQuery &query, int threads)
     }
     for (int64_t i = 0; i < query.asked.count; i++) query.asked_values[i] = row[query.asked.first[i]] - total;
     if (!query.seeds.count) return;
-    {
+    if (masked) {
+        sample_masked(row, length, query, temperature);
+    } else {
         const AdjustedRow edited(row, length, query);
         Blocks &sampled_from = apart ? tempered : unmodified;
         edited.read_changed(sampled_from);

@@ -21,6 +21,7 @@ def load(settings: messages.LoadModel, report_progress: worker_main.ReportProgre
         *(runner, model_info, vocabulary.parts, runner.thread_pool, runner.files.check),
         store=store,
         store_stats=store.stats if store else StoreStats,
+        token_texts=vocabulary.texts(),
     )
 
 

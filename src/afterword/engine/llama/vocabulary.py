@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.metadata
 import itertools
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -124,6 +125,19 @@ class Vocabulary:
         """The ids of control tokens and of the unknown token."""
         return tuple(t for t in range(self.size) if native.llama_vocab_get_attr(self._vocab, t) & _BY_NAME)
 
+    def texts(self) -> tuple[bytes, ...]:
+        """The bytes of every token id that can be part of a text; b"" for the others.
+
+        Special tokens are no text, also those that a vocabulary calls user-defined and that are spelled like a tag.
+        """
+        return tuple(b"" if self._is_special(token) else self._piece(token) for token in range(self.size))
+
+    def _is_special(self, token: int) -> bool:
+        kind = native.llama_vocab_get_attr(self._vocab, token)
+        name = native.llama_vocab_get_text(self._vocab, token)
+        tag = kind & native.LLAMA_TOKEN_ATTR_USER_DEFINED and name[:1] + name[-1:] in (b"<>", b"[]") and len(name) > 2
+        return bool(kind & _BY_NAME or tag or native.llama_vocab_is_eog(self._vocab, token))
+
     def ends(self) -> tuple[int, ...]:
         """The token ids that end a generation."""
         return tuple(t for t in range(self.size) if native.llama_vocab_is_eog(self._vocab, t))
@@ -219,6 +233,7 @@ def fingerprint(settings: LoadModel, runner: LlamaRunner, model_info: ModelInfo)
     """
     content = hashlib.sha256(version().encode())
     content.update(digest(sampler_kernel.LIBRARY, *([accelerator.LIBRARY] if runner.accelerated else [])).encode())
+    content.update(importlib.metadata.version("llguidance").encode())
     content.update(runner.files.digest())
     content.update(msgspec.msgpack.encode(msgspec.structs.replace(model_info, **_NOT_NUMBERS)))
     shape = (settings.context, settings.kv_type, runner.grid, settings.repack, settings.gpu_layers)

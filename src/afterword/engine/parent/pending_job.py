@@ -13,7 +13,7 @@ from typing import Protocol
 
 from afterword.engine.parent.engine_metrics import JobTimer
 from afterword.engine.protocol import Job, Step
-from afterword.errors import JobRefused, NonFiniteLogits
+from afterword.errors import AfterwordError, JobRefused, NonFiniteLogits, RequestError
 
 MAX_CRASHES = 2
 """A job that was running in this many crashes, without progress in between, is not tried again."""
@@ -91,12 +91,15 @@ class PendingJob:
 
     def add_step(self, step: Step) -> None:
         """Record a step from the worker, and deliver the part that is new."""
+        if step.compiling is not None:  # a grammar may crash the worker too
+            self.begun = step.compiling
+            return
         self.admitted = self.begun = True
         self.has_progress = self.has_progress or bool(step.scored or step.sampled)
         if step.failed or step.refused:
             self._open.clear()
             self._timer.record_end()
-            self.fail(NonFiniteLogits() if step.failed else JobRefused())
+            self.fail(self._error(step))
             return
         if self._repeated:
             step = self._new(step)
@@ -128,6 +131,15 @@ class PendingJob:
     def fail(self, error: Exception) -> None:
         """End the iteration over the steps with an error."""
         self._steps.put_nowait(error)
+
+    def _error(self, step: Step) -> AfterwordError:
+        """The error of a step that has ended the job."""
+        if step.refused:
+            return JobRefused()
+        if not step.error:
+            return NonFiniteLogits()
+        field = self.job.grammar.field if self.job.grammar else None
+        return RequestError(step.error, param=field, code="invalid_grammar")
 
     def _new(self, step: Step) -> Step:
         """The part of a step that was not delivered before a crash. Samples that had ended are dropped again."""

@@ -355,7 +355,7 @@ class Supervisor:
             pending = self._jobs.get(job_id)
             if pending is None:
                 continue
-            if not pending.admitted:
+            if not pending.admitted and step.compiling is None:
                 self._waiting_tokens -= pending.size
             pending.add_step(step)
             if pending.ended:

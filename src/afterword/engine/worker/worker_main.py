@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -26,6 +26,7 @@ from afterword.engine import messages
 from afterword.engine.core.engine_loop import MEMORY_CHECK_SECONDS, EngineLoop
 from afterword.engine.core.forward_batch import ForwardBatch, Logits, Runner
 from afterword.engine.core.prefix_store import PrefixStore
+from afterword.engine.grammar.grammar_threads import GrammarThreads
 from afterword.engine.protocol import ModelInfo, StoreStats
 from afterword.engine.worker import parent_process
 from afterword.engine.worker.tokenizer_threads import Tokenizer, TokenizerThreads
@@ -43,6 +44,8 @@ _HEARTBEAT_SECONDS = 1.0
 class LoadedModel:
     """A loaded model. `thread_pool` and `store`: see `EngineLoop`. `store_stats` is called from any thread.
 
+    `token_texts`: see `GrammarThreads`; without it, jobs with a grammar fail.
+
     `check` raises `EngineError` if the model's files have changed; then no result may be used any more. It is called
     from any thread, every second and after each pass.
     """
@@ -54,6 +57,7 @@ class LoadedModel:
     check: Callable[[], None] = lambda: None
     store: PrefixStore | None = None
     store_stats: Callable[[], StoreStats] = StoreStats
+    token_texts: Sequence[bytes] | None = None
 
 
 def serve(load: Callable[[messages.LoadModel, ReportProgress], LoadedModel]) -> None:
@@ -143,10 +147,13 @@ class _Worker:
         self._check, self._store_stats = loaded.check, loaded.store_stats
         self._tokenizer_threads = TokenizerThreads(loaded.tokenize, self._send)
         self._tokenizer_threads.start()
+        grammars = None if loaded.token_texts is None else GrammarThreads(loaded.token_texts)
         self._send(messages.ModelReady(loaded.model_info))
         self._monitor = PassMonitor(loaded.runner)
         loop = EngineLoop(self._monitor, threads=settings.threads, thread_pool=loaded.thread_pool)
         loop.use_store(loaded.store)
+        if grammars is not None:
+            loop.use_grammars(grammars)
         if settings.speculate == "ngram":
             loop.draft_ngrams()
         self._work(loop)
@@ -182,7 +189,7 @@ class _Worker:
             steps = loop.step()
             self._end_if_changed()  # before results of the pass are sent
             idle = steps is None
-            if steps or changed or loop.waits_for_store:  # a message shows that the worker does not hang
+            if steps or changed or loop.waits:  # a message shows that the worker does not hang
                 self._send(messages.PassDone(steps or {}, loop.load(), loop.pass_stats()))
 
     def _take(self, loop: EngineLoop, wait: bool) -> bool:

@@ -1,0 +1,155 @@
+"""`python -m bench.grammar`: what a grammar costs, in one process and one run, without HTTP.
+
+16 sequences write at a time, first without and then with a grammar, in turns. For each grammar: the time of a step
+without and with it, their difference in percent, the microseconds of a mask (median and 99th percentile) in its own
+thread, and the time until the first use of the grammar is compiled. `--vocabulary` adds made-up tokens to the masks of
+a small model, so that they cost what they would cost with a large vocabulary; nothing of them is sampled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from afterword.cli.model_setup import load_message
+from afterword.config import EngineSettings
+from afterword.engine.core.engine_loop import EngineLoop
+from afterword.engine.core.matcher import AllowedTokens
+from afterword.engine.grammar import compiled_grammar
+from afterword.engine.grammar.grammar_threads import GrammarThreads
+from afterword.engine.llama import library
+from afterword.engine.llama.runner import LlamaRunner
+from afterword.engine.llama.vocabulary import Vocabulary
+from afterword.engine.protocol import Grammar, GrammarKind, Job, Sampling
+from afterword.models.gguf_facts import read_facts
+from afterword.models.registry import Model, builtin_path
+
+SEQUENCES = 16
+_ANY = {"type": "array", "items": {}, "minItems": 200}
+_RECORDS = {
+    "type": "array",
+    "minItems": 200,
+    "items": {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "minLength": 10, "maxLength": 40},
+            "age": {"type": "integer", "minimum": 0, "maximum": 150},
+            "tags": {"type": "array", "items": {"enum": ["a", "b", "c"]}, "minItems": 1},
+        },
+        "required": ["name", "age", "tags"],
+        "additionalProperties": False,
+    },
+}
+GRAMMARS: tuple[tuple[str, GrammarKind, str], ...] = (
+    ("records", "json", json.dumps(_RECORDS)),
+    ("long strings", "json", json.dumps({"type": "string", "minLength": 2000})),
+    ("any JSON", "json", json.dumps(_ANY)),
+    ("regex of words", "regex", r"([a-z]{1,12} ){2000}"),
+    ("recursive grammar", "gbnf", 'root ::= pair+\npair ::= "(" [a-z]{1,8} pair* ")" | "[" [0-9]{1,4} pair* "]"'),
+)
+"""None of them can be complete within the measured tokens."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    options = _options().parse_args(arguments)
+    library.initialize(False)
+    model = Model(options.model.stem, options.model, "file")
+    settings = EngineSettings(threads=options.threads, parallel=SEQUENCES, context=2048)
+    runner = LlamaRunner(load_message(model, read_facts(options.model), settings))
+    texts = list(Vocabulary(runner.model).texts())
+    rng = random.Random(0)
+    texts += [_made_up(rng) for _ in range(options.vocabulary - len(texts))]
+    print(f"{options.model.name}: {SEQUENCES} sequences, {options.tokens} tokens each, {len(texts)} tokens in masks")
+    print(f"{'':20}{'ms a step':>10}{'with':>10}{'more':>9}{'us a mask':>11}{'99 %':>9}{'ms to compile':>15}")
+    loop = EngineLoop(runner, threads=options.threads or 1, thread_pool=runner.thread_pool)
+    began = time.perf_counter()
+    threads = GrammarThreads(texts)
+    vocabulary = time.perf_counter() - began
+    loop.use_grammars(threads)
+    for name, kind, text in GRAMMARS:
+        print(f"{name:20}" + _measured(loop, threads, Grammar(kind, text, "bench"), options), flush=True)
+    print(f"The tokens are prepared once, when a model is loaded: here in {vocabulary:.2f} s.")
+
+
+def _compile(threads: GrammarThreads, grammar: Grammar) -> float:
+    """The seconds in which a grammar is compiled."""
+    began = time.perf_counter()
+    threads.start(grammar)
+    while (found := threads.result()) is None:
+        threads.wait(1)
+    assert not isinstance(found, str), found
+    return time.perf_counter() - began
+
+
+def _measured(loop: EngineLoop, threads: GrammarThreads, grammar: Grammar, options: argparse.Namespace) -> str:
+    compiling = _compile(threads, grammar)
+    masks: list[float] = []
+    allowed = compiled_grammar.Place.allowed
+    compiled_grammar.Place.allowed = _timed(allowed, masks)  # type: ignore[method-assign]
+    free, bound = [], []
+    try:
+        for _ in range(options.repeat):
+            free.append(_seconds(loop, None, options.tokens))
+            bound.append(_seconds(loop, grammar, options.tokens))
+    finally:
+        compiled_grammar.Place.allowed = allowed  # type: ignore[method-assign]
+    plain, constrained = (1e3 * median(each) / options.tokens for each in (free, bound))
+    micro = 1e6 * np.percentile(masks, [50, 99])
+    more = 100 * (constrained / plain - 1)
+    return f"{plain:10.2f}{constrained:10.2f}{more:8.1f}%{micro[0]:11.0f}{micro[1]:9.0f}{1e3 * compiling:15.1f}"
+
+
+def _seconds(loop: EngineLoop, grammar: Grammar | None, tokens: int) -> float:
+    """The time in which 16 sequences write so many tokens each."""
+    rng = random.Random(1)
+    for number in range(SEQUENCES):
+        prompt = tuple(rng.randrange(5, 1000) for _ in range(8))
+        key = rng.randbytes(16)
+        loop.start(number, Job(prompt, 1, tokens, Sampling(0.8, 0.95), (), key, grammar=grammar))
+    written, began = 0, time.perf_counter()
+    while (steps := loop.step()) is not None:
+        written += sum(len(step.sampled) for step in steps.values())
+        assert not any(step.failed for step in steps.values())
+    assert written == SEQUENCES * tokens, "no text was complete"
+    return time.perf_counter() - began
+
+
+def _timed(
+    allowed: Callable[[compiled_grammar.Place], AllowedTokens], seconds: list[float]
+) -> Callable[[compiled_grammar.Place], AllowedTokens]:
+    def measured(place: compiled_grammar.Place) -> AllowedTokens:
+        began = time.perf_counter()
+        found = allowed(place)
+        seconds.append(time.perf_counter() - began)
+        return found
+
+    return measured
+
+
+def _made_up(rng: random.Random) -> bytes:
+    letters = 'etaoinshrdlu0123456789"{}[]:,.-_ ABC'
+    return "".join(rng.choices(letters, k=rng.randrange(2, 10))).encode()
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.grammar", description=__doc__)
+    parser.add_argument(
+        "model", nargs="?", type=Path, default=builtin_path(), help="a GGUF file; default: the built-in model"
+    )
+    parser.add_argument("--tokens", type=int, default=200, help="tokens of each sequence")
+    parser.add_argument("--repeat", type=int, default=5, help="turns, of which the median counts")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--vocabulary", type=int, default=0, help="tokens in the masks, at least those of the model")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""What the engine needs to know of a grammar: which tokens may follow the text of a sample.
+
+The library that knows grammars is behind `Matcher` and `GrammarCompiler`; `engine.grammar` implements them.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from afterword.engine.core.sampler import SampleTokens
+from afterword.engine.protocol import Grammar, Job
+
+TokenMask = NDArray[np.uint32]
+"""One bit for each token id, the lowest bit of the first word first. Shape: (ceil(vocabulary / 32),)."""
+
+
+class AllowedTokens(msgspec.Struct, frozen=True):
+    """What may follow a text. `mask`: the tokens of text, without end tokens. `complete`: the text may end.
+
+    `error`: why that is not known, as a sentence for the client; then the other fields have no meaning.
+    """
+
+    mask: TokenMask
+    complete: bool
+    error: str = ""
+
+
+class Matcher(Protocol):
+    """The place of one sample in a grammar. The engine's thread calls everything; masks are computed in another."""
+
+    is_slow: bool
+    """Whether a mask of it once took so long that a pass had to wait."""
+
+    def copy(self) -> Matcher:
+        """A matcher at the same place. The engine appends to copies only, so that a compiled grammar stays as it is."""
+        ...
+
+    def append(self, token: int) -> bool:
+        """Go on by one token, and return whether nothing can follow. If something can, its mask is computed."""
+        ...
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `allowed` would return at once."""
+        ...
+
+    def allowed(self) -> AllowedTokens:
+        """The tokens that may follow. Waits until they are computed."""
+        ...
+
+
+class GrammarCompiler(Protocol):
+    """Compiles grammars in a thread of its own, one at a time, and keeps the last ones."""
+
+    def get(self, grammar: Grammar) -> Matcher | None:
+        """The matcher of a kept grammar, at its beginning."""
+        ...
+
+    def start(self, grammar: Grammar) -> None:
+        """Begin to compile a grammar. Call it only when no other one is being compiled."""
+        ...
+
+    def result(self) -> Matcher | str | None:
+        """The result of `start`: a matcher, or what is wrong as a sentence for the client. None: not ready yet."""
+        ...
+
+    def wait(self, seconds: float) -> None:
+        """Wait until a grammar or a mask is ready, at most so long."""
+        ...
+
+
+def next_tokens(allowed: AllowedTokens, job: Job, position: int) -> TokenMask | None:
+    """The tokens that may be sampled after `position` generated tokens; None if the text is complete and ends here.
+
+    End tokens are allowed where the text is complete, but not among the first `min_tokens` tokens. A grammar that
+    allows nothing else wins over `min_tokens`.
+    """
+    early = position < job.min_tokens
+    mask = _with(allowed.mask, job.end_tokens, False) if early else allowed.mask
+    if not mask.any():
+        return None if allowed.complete else allowed.mask
+    return _with(mask, job.end_tokens, True) if allowed.complete and not early else mask
+
+
+def constrained(query: SampleTokens, allowed: AllowedTokens) -> SampleTokens | None:
+    """The query for one of the allowed tokens; None if the text of its samples ends here."""
+    mask = next_tokens(allowed, query.job, query.position)
+    return None if mask is None else msgspec.structs.replace(query, mask=mask)
+
+
+def _with(mask: TokenMask, tokens: tuple[int, ...], value: bool) -> TokenMask:
+    """A copy of a mask in which the bits of these tokens are `value`. Ids outside the vocabulary are ignored."""
+    copy = mask.copy()
+    for token in tokens:
+        if token < 32 * len(copy):
+            bit = np.uint32(1 << token % 32)
+            copy[token // 32] = copy[token // 32] | bit if value else copy[token // 32] & ~bit
+    return copy

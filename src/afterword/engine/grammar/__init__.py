@@ -1,0 +1,1 @@
+"""Constrained output: compiles grammars and computes token masks with llguidance, in threads of the worker process."""

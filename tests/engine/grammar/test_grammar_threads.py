@@ -1,0 +1,112 @@
+"""The threads of grammars: results, errors, what is kept, and tasks that take too long."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from afterword.engine.core.matcher import Matcher
+from afterword.engine.grammar import grammar_threads
+from afterword.engine.grammar.grammar_threads import GrammarThreads
+from afterword.engine.grammar.task_thread import Task, TaskThread
+from afterword.engine.protocol import Grammar
+
+TEXTS = tuple(bytes([byte]) for byte in range(128))
+
+
+def compiled(threads: GrammarThreads, grammar: Grammar) -> Matcher | str:
+    threads.start(grammar)
+    while (found := threads.result()) is None:
+        threads.wait(1)
+    return found
+
+
+def test_a_compiled_grammar_is_kept_whatever_field_it_came_from() -> None:
+    threads = GrammarThreads(TEXTS)
+    first = compiled(threads, Grammar("regex", "a", "grammar"))
+    assert threads.get(Grammar("regex", "a", "structured_outputs.regex")) is first
+    assert threads.get(Grammar("lark", "a", "grammar")) is None
+
+
+def test_the_grammars_used_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_threads, "MAX_KEPT", 2)
+    threads = GrammarThreads(TEXTS)
+    first, second, third = (Grammar("regex", text, "grammar") for text in "abc")
+    for grammar in (first, second):
+        compiled(threads, grammar)
+    assert threads.get(first)
+    compiled(threads, third)
+    assert [threads.get(each) is not None for each in (first, second, third)] == [True, False, True]
+
+
+def test_the_text_of_kept_grammars_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_threads, "MAX_KEPT_TEXT", 5)
+    threads = GrammarThreads(TEXTS)
+    first, second = Grammar("regex", "aaa", "grammar"), Grammar("regex", "bbb", "grammar")
+    compiled(threads, first)
+    compiled(threads, second)
+    assert [threads.get(each) is not None for each in (first, second)] == [False, True]
+
+
+def test_an_error_names_the_field() -> None:
+    found = compiled(GrammarThreads(TEXTS), Grammar("regex", "(", "structured_outputs.regex"))
+    assert isinstance(found, str)
+    assert found.startswith("Invalid 'structured_outputs.regex': ")
+
+
+def test_a_grammar_that_takes_too_long_fails_and_the_next_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = GrammarThreads(TEXTS)
+    release = threading.Event()
+    compile_grammar = grammar_threads.compile_grammar
+
+    def slowly(grammar: Grammar, tokens: object) -> object:
+        if grammar.text == "slow":
+            release.wait(60)
+        return compile_grammar(grammar, tokens)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(grammar_threads, "compile_grammar", slowly)
+    monkeypatch.setattr(grammar_threads, "COMPILE_SECONDS", 0.05)
+    found = compiled(threads, Grammar("regex", "slow", "grammar"))
+    assert isinstance(found, str)
+    assert "takes longer than 0.05 s" in found
+    assert not isinstance(compiled(threads, Grammar("regex", "b", "grammar")), str)
+    monkeypatch.setattr(grammar_threads, "MAX_STUCK", 1)
+    found = compiled(threads, Grammar("regex", "c", "grammar"))
+    assert isinstance(found, str)
+    assert "Try later" in found
+    release.set()
+
+
+def test_a_mask_that_takes_too_long_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_threads, "MASK_SECONDS", 0.05)
+    threads = GrammarThreads(TEXTS)
+    kept = compiled(threads, Grammar("regex", "abc", "grammar"))
+    assert not isinstance(kept, str)
+    hanging, other = kept.copy(), kept.copy()
+    release = threading.Event()
+    monkeypatch.setattr(hanging._place, "allowed", lambda: release.wait(60))  # type: ignore[attr-defined]
+    hanging.append(ord("a"))
+    other.append(ord("a"))
+    assert "takes too long" in hanging.allowed().error
+    found = other.allowed()
+    assert not found.error
+    assert found.mask[ord("b") // 32] == 1 << ord("b") % 32
+    release.set()
+
+
+def test_a_task_that_was_given_up_changes_nothing_later() -> None:
+    thread, release = TaskThread("test"), threading.Event()
+    stuck: Task[bool] = thread.submit(lambda: release.wait(60))
+    after: Task[int] = thread.submit(lambda: 7)
+    while not stuck.done.is_set():
+        thread.give_up(0)
+        time.sleep(0.001)
+    assert isinstance(stuck.failure, TimeoutError)
+    assert after.done.wait(60)
+    assert after.result == 7
+    assert thread.stuck == 1
+    release.set()
+    while thread.stuck:
+        time.sleep(0.001)
