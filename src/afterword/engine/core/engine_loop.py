@@ -17,6 +17,7 @@ import msgspec
 from afterword.engine.core.forward_batch import BatchEntry, ForwardBatch, Logits, Runner, slot_rules
 from afterword.engine.core.grammar_keeper import GrammarKeeper
 from afterword.engine.core.matcher import GrammarCompiler
+from afterword.engine.core.prefill_queue import MIN_CHUNK
 from afterword.engine.core.prefix_cache import PrefixCache
 from afterword.engine.core.prefix_store import PrefixKeeper, PrefixStore
 from afterword.engine.core.sampler import Sampler, ScoreQuery, TokenQuery, finite_rows, make_kernel
@@ -286,6 +287,48 @@ class EngineLoop:
             samples = [sequence.sample] if sequence.generated else range(job.samples if job.max_tokens else 0)
             queries.append(self._grammars.query(sequence, samples) if end == sequence.length else None)
         return queries
+
+    def _update_prefill_speed(self, batch: ForwardBatch, seconds: float) -> None:
+        """Adapt the measured prefill speed: down at once, because running sequences wait for prefill; up slowly.
+
+        Passes of fewer than `MIN_CHUNK` tokens are ignored once a speed is known: fixed costs dominate their time.
+        """
+        tokens = len(batch.entries[0].tokens)
+        if seconds > 0 and (tokens >= MIN_CHUNK or (tokens > 1 and self._prefill_speed is None)):
+            speed = tokens / seconds
+            self._prefill_speed = (
+                speed if self._prefill_speed is None else min(speed, 0.75 * self._prefill_speed + 0.25 * speed)
+            )
+
+    def _postprocess(
+        self, entry: BatchEntry, sequence: Sequence, found: list[list[Token]], builder: _StepBuilder
+    ) -> None:
+        job = sequence.job_state.job
+        scores: list[Token] = []
+        if sequence.is_scored:
+            following = len(job.prompt[scored_positions(entry.position, entry.position + len(entry.tokens))])
+            scores = [token for tokens in found[:following] for token in tokens]
+        unsent = self._scheduler.computed(entry, sequence, scores)
+        builder.scored.extend(_limit_alternatives(unsent, job.prompt_alternatives or 0))
+        if sequence.computed < sequence.length or not found:
+            return
+        if not found[-1] and job.max_tokens:
+            self._end_complete(sequence, builder)
+        elif sequence.generated:
+            if not self._append([sequence], found[-1], builder):
+                self._scheduler.end(sequence)
+        else:
+            self._first_tokens(sequence, found[-1], builder)
+
+    def _end_complete(self, sequence: Sequence, builder: _StepBuilder) -> None:
+        """End a sample whose text is complete by its grammar; before the first token, all samples of the job."""
+        if sequence.generated:
+            builder.ended.append((sequence.sample, "stop"))
+            self._scheduler.end(sequence)
+            return
+        builder.ended.extend((sample, "stop") for sample in range(sequence.job_state.job.samples))
+        self._grammars.forget(sequence.job_state.job_id)
+        self._scheduler.begin(sequence, [])
 
     def _verified(self, entry: BatchEntry, sequence: Sequence, found: list[list[Token]], builder: _StepBuilder) -> None:
         """Append the confirmed tokens of a verification, and remove the others from the slot."""
