@@ -65,13 +65,16 @@ def started(folder: Path) -> Iterator[VllmServer]:
             for line in process.stdout:
                 output += line
                 if found := re.search(r"\s(http://\S+)\n", output):
-                    yield VllmServer(process, found[1])
+                    server = VllmServer(process, found[1])
+                    with server.http:
+                        yield server
                     return
             log.seek(0)
             pytest.fail(f"The server did not start: {log.read()[-2000:]}")
         finally:
             process.kill()
-            process.wait()
+            with process:  # closes its output and waits for its end
+                pass
 
 
 def test_no_process_is_left_whichever_is_killed(folder: Path) -> None:

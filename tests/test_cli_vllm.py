@@ -1,0 +1,129 @@
+"""Tests of the command line of `--engine vllm`: flags, settings that have no meaning for it, and the model's folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from afterword.cli import main, vllm_setup
+from afterword.config import EngineSettings
+from afterword.engine.vllm.model_folder import read_folder
+from afterword.errors import SettingError
+
+
+def serve_options(*words: str) -> dict[str, Any]:
+    """The values that `afterword serve` gets from these words."""
+    return main.commands["serve"].make_context("serve", list(words)).params
+
+
+def test_words_after_two_dashes_are_flags_for_vllm():
+    options = serve_options("folder", "--engine", "vllm", "--", "--dtype", "float32", "--x", "a b")
+    assert options["models"] == ("folder",)
+    assert vllm_setup.vllm_flags(EngineSettings(), options["vllm_flags"]) == ("--dtype", "float32", "--x", "a b")
+
+
+def test_a_model_after_two_dashes_is_still_a_model():
+    assert serve_options("--", "model.gguf")["models"] == ("model.gguf",)
+
+
+def test_context_and_parallel_are_flags_for_vllm():
+    flags = vllm_setup.vllm_flags(EngineSettings(context=1000, parallel=4), "--dtype float32")
+    assert flags == ("--dtype", "float32", "--max-model-len=1001", "--max-num-seqs=4")
+
+
+@pytest.mark.parametrize("flag", ["--model", "--skip-tokenizer-init", "--max_logprobs=5", "--logits-processors"])
+def test_flags_that_would_change_what_is_promised_are_refused(flag):
+    with pytest.raises(SettingError, match="cannot be given to vLLM"):
+        vllm_setup.vllm_flags(EngineSettings(), f"--dtype float32 {flag}")
+
+
+def test_flags_with_an_open_quote_are_refused():
+    with pytest.raises(SettingError, match="--vllm-flags"):
+        vllm_setup.vllm_flags(EngineSettings(), "--dtype 'float32")
+
+
+@pytest.mark.parametrize(
+    ("settings", "option"),
+    [
+        ({"kv_type": "f16"}, "--kv-type"),
+        ({"threads": 1}, "--threads"),
+        ({"speculate": "ngram"}, "--speculate"),
+        ({"gpu_layers": -1}, "--gpu-layers"),
+        ({"cache_dir": Path("cache")}, "--cache-dir"),
+    ],
+)
+def test_settings_of_the_built_in_engine_are_refused(settings, option):
+    with pytest.raises(SettingError, match=f"{option} cannot be used with --engine vllm"):
+        vllm_setup.check_settings(EngineSettings(**settings))
+
+
+def test_settings_for_both_engines_are_accepted():
+    vllm_setup.check_settings(EngineSettings(context=512, parallel=2, verbose=True, infill_template="{prefix}{suffix}"))
+
+
+def test_the_interpreter_must_exist():
+    assert vllm_setup.find_python(sys.executable) == sys.executable
+    with pytest.raises(SettingError, match="no such program"):
+        vllm_setup.find_python("/nowhere/python")
+    with pytest.raises(SettingError, match="--vllm-python PATH"):
+        vllm_setup.find_python(None)
+
+
+# ---- the folder
+
+
+def folder_with(path: Path, **files: Any) -> Path:
+    for name, content in {"config": {}, "tokenizer": {}, **files}.items():
+        (path / f"{name}.json").write_text(json.dumps(content))
+    return path
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(SettingError, match=r"no config\.json"):
+        read_folder(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SettingError, match=r"no tokenizer\.json"):
+        read_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(SettingError, match="no JSON object"):
+        read_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "ends"),
+    [
+        ({"config": {"eos_token_id": 2}}, (2,)),
+        ({"config": {"eos_token_id": 2}, "generation_config": {"eos_token_id": [5, 6]}}, (5, 6)),
+        ({}, ()),
+    ],
+)
+def test_the_generation_settings_name_the_end_tokens(tmp_path, files, ends):
+    assert read_folder(folder_with(tmp_path, **files)).end_tokens == ends
+
+
+def write_safetensors(path: Path, shapes: dict[str, list[int]]) -> None:
+    """Write the header of a file with tensors of these shapes."""
+    header = json.dumps({"__metadata__": {}, **{name: {"shape": shape} for name, shape in shapes.items()}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def test_parameters_are_counted_in_the_headers(tmp_path):
+    folder = folder_with(tmp_path, config={"max_position_embeddings": 77})
+    write_safetensors(folder / "a.safetensors", {"x": [3, 4], "y": [5]})
+    write_safetensors(folder / "b.safetensors", {"z": [2]})
+    found = read_folder(folder)
+    assert (found.count_parameters(), found.trained_context) == (19, 77)
+    assert [Path(name).name for name in found.files] == [
+        "config.json",
+        "tokenizer.json",
+        "a.safetensors",
+        "b.safetensors",
+    ]
+    (folder / "b.safetensors").write_bytes(b"no")
+    with pytest.raises(SettingError, match="no valid safetensors"):
+        read_folder(folder).count_parameters()
