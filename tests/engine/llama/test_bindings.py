@@ -236,6 +236,15 @@ def test_the_prebuilt_library_is_refused_on_a_processor_below_all_levels(
         library._load.__wrapped__()  # the result of another test may be kept
 
 
+def test_the_files_of_a_library_are_its_own_and_those_of_ggml_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("libllama.so", "libggml.so", "libggml-cpu.so", "libother.so"):
+        (tmp_path / name).touch()
+    monkeypatch.setenv(library.VARIABLE, str(tmp_path))
+    assert [path.name for path in library.files()] == ["libllama.so", "libggml-cpu.so", "libggml.so"]
+
+
 def test_other_names_are_no_functions() -> None:
     with pytest.raises(AttributeError):
         _ = library.native.printf

@@ -268,6 +268,17 @@ def test_the_fingerprint_depends_on_weights_and_settings(tmp_path):
     assert open_model(one, sequences=2).model_info.fingerprint in names  # the number of sequences changes no number
 
 
+def test_the_fingerprint_depends_on_the_library(tmp_path, monkeypatch):
+    model = write_tiny(tmp_path / "tiny.gguf")
+    place = tmp_path / "libggml.so"
+    monkeypatch.setattr(library, "files", lambda: [place])
+    names = set()
+    for content in (b"one", b"two", b"one"):
+        place.write_bytes(content)
+        names.add(open_model(model).model_info.fingerprint)
+    assert len(names) == 2
+
+
 def split_model(folder: Path, seed: int = 0) -> list[Path]:
     """The files of a split model."""
     first = write_tiny(folder / "tiny.gguf", seed=seed, split=8)

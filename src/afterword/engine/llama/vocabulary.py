@@ -16,9 +16,9 @@ import msgspec
 from afterword.engine.core import sampler_kernel
 from afterword.engine.core.verification import can_verify
 from afterword.engine.kernels.compiled import digest
-from afterword.engine.llama import accelerator, gpus
+from afterword.engine.llama import accelerator, gpus, library
 from afterword.engine.llama.infill_families import find_layout, parse_template
-from afterword.engine.llama.library import native, version
+from afterword.engine.llama.library import native
 from afterword.engine.llama.runner import LlamaRunner
 from afterword.engine.llama.special_tokens import SpecialToken, SpecialTokens
 from afterword.engine.llama.split_points import PIECE_LENGTH, SplitPoints
@@ -231,7 +231,8 @@ def fingerprint(settings: LoadModel, runner: LlamaRunner, model_info: ModelInfo)
 
     The model info is included except for `_NOT_NUMBERS`, so equal fingerprints mean equal tokens too.
     """
-    content = hashlib.sha256(version().encode())
+    content = hashlib.sha256(library.version().encode())
+    content.update(digest(*library.files()).encode())
     content.update(digest(sampler_kernel.LIBRARY, *([accelerator.LIBRARY] if runner.accelerated else [])).encode())
     content.update(importlib.metadata.version("llguidance").encode())
     content.update(runner.files.digest())
