@@ -97,12 +97,6 @@ def files() -> list[Path]:
     return [library, *sorted(each for each in library.parent.iterdir() if "ggml" in each.name and each != library)]
 
 
-def files() -> list[Path]:
-    """The library's file and those of ggml beside it. Their content is part of the fingerprint."""
-    library = path()
-    return [library, *sorted(each for each in library.parent.iterdir() if "ggml" in each.name and each != library)]
-
-
 def _package(name: str) -> list[Path]:
     """The folders of an installed package. They are found without importing it."""
     spec = find_spec(name)
