@@ -205,6 +205,8 @@ def test_100_mixed_requests_are_the_same_alone_and_in_a_crowd(http: httpx.Client
         {"logprobs": 2, "top_p": 0.8},
         {"stop": ["e"], "top_k": 20},
         {"min_tokens": 5, "frequency_penalty": 0.4},
+        {"mirostat": 2, "logprob_token_ids": [5, 6], "logprobs": 1},
+        {"dry_multiplier": 0.8, "xtc_probability": 0.5, "typical_p": 0.9},
     ]
     bodies = [
         {

@@ -301,6 +301,22 @@ def test_banned_tokens_are_not_drawn() -> None:
     assert {token.id for token in tokens} == {2}
 
 
+@pytest.mark.parametrize(
+    ("fields", "mask", "expected"),
+    [
+        ({}, 0b10010110, {1, 2, 4, 7}),
+        ({"allowed": bytes([0b00000111])}, 0b10010110, {1, 2}),
+        ({"allowed": bytes([0b00000001])}, 0b10010110, {1, 2, 4, 7}),  # nothing in common: the grammar decides
+    ],
+)
+def test_tokens_that_a_grammar_excludes_are_not_drawn(fields: dict[str, Any], mask: int, expected: set[int]) -> None:
+    wanted = sampling(("temperature",), temperature=5.0, **fields)
+    job = Job((1,), 1, 9, wanted, (0,), KEY)
+    asked = SampleTokens(job, range(400), 0, TokenCounts(), mask=np.array([mask], np.uint32))
+    (tokens,) = Sampler().read(EIGHT[None].copy(), [asked])
+    assert {token.id for token in tokens} == expected
+
+
 def test_reported_ids_have_the_log_probabilities_of_the_unmodified_row() -> None:
     total = math.log(math.fsum(math.exp(x) for x in EIGHT.tolist()))
     for wanted in (Sampling(), CASES["xtc"]):
