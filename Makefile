@@ -53,16 +53,21 @@ wheel:  ## build dist/*.whl for other Linux machines, and try it out without a c
 	$(PYTHON) scripts/make_wheel.py $(ARGS)
 
 $(VENV)/.serve: requirements.txt requirements-native.txt pyproject.toml hatch_build.py $(wildcard $(KERNELS)/*.[ch]pp)
-	@echo "Setting up $(VENV). The first time llama.cpp is compiled, which takes some minutes."
+	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("Afterword needs Python 3.11 or later: make serve PYTHON=python3.12")'
+	@echo "Setting up $(VENV)."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.txt
-	set -- $${CXX:-c++}; if command -v $$1 >/dev/null; then \
-	  $(BIN)/python -m pip install --quiet --require-hashes -r requirements-native.txt; \
-	  else echo "There is no C++ compiler: the prebuilt llama.cpp is used, without Afterword's own kernels."; fi
+	@set -- $${CXX:-c++}; if ! command -v $$1 >/dev/null; then \
+	  echo "There is no C++ compiler: the prebuilt llama.cpp is used, without Afterword's own kernels."; \
+	  echo "After installing one: rm $(VENV)/.serve, and make serve again."; \
+	else \
+	  echo "Compiling llama.cpp, which takes some minutes."; \
+	  $(BIN)/python -m pip install --quiet --require-hashes -r requirements-native.txt || \
+	    echo "llama.cpp could not be compiled: the prebuilt one is used. The reason is above."; fi
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
-	@for source in $(KERNELS)/*.cpp; do \
-	  test -e $(KERNELS)/lib$$(basename $$source .cpp).so || echo "$$source could not be compiled; slower code will be used." \
-	    "To see why: $(BIN)/python -m pip install -v --no-deps --no-build-isolation -e ."; done
+	@set -- $${CXX:-c++}; ! command -v $$1 >/dev/null || test -e $(KERNELS)/libaccelerator.so || \
+	  echo "The kernels could not be compiled; slower code is used. To see why:" \
+	    "$(BIN)/python -m pip install -v --no-deps --no-build-isolation -e ."
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.serve requirements-dev.txt

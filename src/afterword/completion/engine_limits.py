@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from afterword.engine.protocol import Job, JobLimits, ModelInfo
+from afterword.engine.protocol import Job, JobLimits, ModelInfo, SamplerChain
 from afterword.errors import RequestError
 
 
@@ -19,11 +19,34 @@ def check_job(job: Job, model_info: ModelInfo) -> None:
     for value in (job, job.sampling):
         for field in msgspec.structs.fields(type(value)):
             if field.name not in limits.fields and not field.required and getattr(value, field.name) != field.default:
+                name = _request_field(job, field.name)
                 raise RequestError(
-                    f"'{field.name}' is not supported by the engine that runs this model. Leave it out.",
-                    param=field.name,
+                    f"'{name}' is not supported by the engine that runs this model. Leave it out.", param=name
                 )
     _check_temperature(job.sampling.temperature, limits)
+
+
+def _request_field(job: Job, name: str) -> str:
+    """The field of the request that has led to a field of the job or of its sampling."""
+    if name == "grammar" and job.grammar:
+        return job.grammar.field.partition(".")[0]
+    if name == "chain" and job.sampling.chain:
+        return _chain_field(job.sampling.chain)
+    return "logprob_token_ids" if name == "reported" else name
+
+
+def _chain_field(chain: SamplerChain) -> str:
+    """The first field that needs the chain; `samplers` if only its order does."""
+    needed = {
+        "allowed_token_ids": chain.allowed,
+        "dry_multiplier": chain.dry,
+        "mirostat": chain.mirostat,
+        "typical_p": chain.typical_p != 1,
+        "top_n_sigma": chain.top_n_sigma,
+        "xtc_probability": chain.xtc_probability,
+        "dynatemp_range": chain.dynatemp_range,
+    }
+    return next((name for name, value in needed.items() if value), "samplers")
 
 
 def _check_temperature(temperature: float, limits: JobLimits) -> None:

@@ -241,6 +241,8 @@ def test_the_files_of_a_library_are_its_own_and_those_of_ggml_beside_it(
 ) -> None:
     for name in ("libllama.so", "libggml.so", "libggml-cpu.so", "libother.so"):
         (tmp_path / name).touch()
+    (tmp_path / "ggml").mkdir()  # back ends that are loaded when they are needed
+    (tmp_path / "libggml.so.0").symlink_to("libggml.so")
     monkeypatch.setenv(library.VARIABLE, str(tmp_path))
     assert [path.name for path in library.files()] == ["libllama.so", "libggml-cpu.so", "libggml.so"]
 

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from afterword.completion.engine_limits import check_job
-from afterword.engine.protocol import Job, ModelInfo, Sampling, Token
+from afterword.engine.protocol import Grammar, Job, ModelInfo, SamplerChain, Sampling, Token
 from afterword.engine.vllm.requests import (
     LIMITS,
     PromptScore,
@@ -126,6 +126,26 @@ def test_a_field_that_the_engine_does_not_know_is_refused_by_name():
     with pytest.raises(RequestError, match="'min_p' is not supported") as caught:
         check_job(msgspec.structs.replace(JOB, sampling=Sampling(min_p=0.5)), info)
     assert caught.value.param == "min_p"
+
+
+ORDER = ("temperature", "top_k")
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"grammar": Grammar("json", "{}", "response_format.json_schema.schema")}, "response_format"),
+        ({"reported": (1, 2)}, "logprob_token_ids"),
+        ({"sampling": Sampling(chain=SamplerChain(ORDER))}, "samplers"),
+        ({"sampling": Sampling(chain=SamplerChain(ORDER, allowed=b"1"))}, "allowed_token_ids"),
+        ({"sampling": Sampling(chain=SamplerChain(ORDER, mirostat=2))}, "mirostat"),
+        ({"sampling": Sampling(chain=SamplerChain(ORDER, xtc_probability=0.5))}, "xtc_probability"),
+    ],
+)
+def test_a_refusal_names_the_field_of_the_request(fields, expected):
+    with pytest.raises(RequestError, match=f"'{expected}' is not supported") as caught:
+        check_job(msgspec.structs.replace(JOB, **fields), INFO)
+    assert caught.value.param == expected
 
 
 def test_an_engine_without_limits_computes_everything():

@@ -76,5 +76,9 @@ def digest(*libraries: Path) -> str:
     """A SHA-256 over the contents of the libraries, in hexadecimal. It differs if one of them is missing."""
     found = hashlib.sha256()
     for path in libraries:
-        found.update(path.read_bytes() if path.exists() else b"none")
+        if not path.exists():
+            found.update(b"none")
+            continue
+        with path.open("rb") as file:  # in parts: a prebuilt llama.cpp has 100 MB
+            found.update(hashlib.file_digest(file, "sha256").digest())
     return found.hexdigest()

@@ -92,9 +92,10 @@ def path() -> Path:
 
 
 def files() -> list[Path]:
-    """The library's file and those of ggml beside it. Their content is part of the fingerprint."""
-    library = path()
-    return [library, *sorted(each for each in library.parent.iterdir() if "ggml" in each.name and each != library)]
+    """The library's file and the libraries of ggml beside it. Their content is part of the fingerprint."""
+    library = path().resolve()
+    others = {each.resolve() for each in path().parent.glob("*ggml*") if each.is_file()}
+    return [library, *sorted(others - {library})]
 
 
 def _package(name: str) -> list[Path]:
