@@ -46,7 +46,7 @@ ELSEWHERE = {
     ("docs/comparison.md", "python tests/conformance --url http://127.0.0.1:8000/v1 || test $? = 1"): Elsewhere(
         "takes seconds, and tests/conformance/test_conformance.py runs the same cases"
     ),
-    ("docs/guides/deploy.md", "pip install afterword-0.1.0-*.whl"): REGISTRY,
+    ("docs/guides/deploy.md", "python3 -m venv venv && venv/bin/pip install afterword-0.1.0-*.whl"): REGISTRY,
     ("docs/guides/deploy.md", "sudo useradd --system --create-home --home-dir /var/lib/afterword afterword"): SYSTEM,
     ("docs/guides/deploy.md", "sudo systemctl enable --now afterword"): SYSTEM,
     ("docs/guides/deploy.md", "docker build -t afterword ."): DOCKER,
