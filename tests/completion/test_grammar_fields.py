@@ -119,6 +119,8 @@ def nested(depth: int) -> Any:
         ("structured_outputs", {"structural_tag": "a"}, "structured_outputs.structural_tag", "unknown_parameter"),
         ("structured_outputs", {"json": "{"}, "structured_outputs.json", None),
         ("structured_outputs", {"json": 1}, "structured_outputs.json", "invalid_type"),
+        ("structured_outputs", {"json": r'{"const":"\ud800"}'}, "structured_outputs.json", None),
+        ("structured_outputs", {"json": r'{"properties":{"\udfff":{}}}'}, "structured_outputs.json", None),
         ("structured_outputs", {"json_object": "yes"}, "structured_outputs.json_object", "invalid_type"),
         ("structured_outputs", {"regex": 1}, "structured_outputs.regex", "invalid_type"),
         ("structured_outputs", {"regex": "a" * 2001}, "structured_outputs.regex", "string_above_max_length"),
@@ -146,3 +148,15 @@ def test_only_one_of_the_fields_can_be_given() -> None:
         parsed(response_format={"type": "json_object"}, grammar='root ::= "a"')
     assert problem.value.param == "grammar"
     assert parsed(response_format={"type": "text"}, grammar='root ::= "a"').constraints
+
+
+def test_brackets_in_the_texts_of_a_schema_are_not_counted() -> None:
+    request = parsed(json_schema={"enum": [f":( {number}" for number in range(90)]})
+    assert request.json_schema is not None
+
+
+def test_the_notation_of_a_long_text_without_rules_is_found_at_once() -> None:
+    """A search that looked across lines would take minutes."""
+    request = parsed(RequestLimits(), grammar="\n" * 130_000 + "x")
+    assert request.grammar is not None
+    assert request.grammar.kind == "lark"

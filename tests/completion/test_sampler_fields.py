@@ -68,7 +68,6 @@ def test_a_further_sampler_has_the_order_of_llama_server() -> None:
 
 def test_another_order_is_kept() -> None:
     assert chain(**CLASSIC, samplers=("top_p", "temperature", "top_k")).order == ("top_p", "temperature", "top_k")
-    assert chain(**CLASSIC, samplers=("top_k", "top_k")).order == ("top_k", "top_k")
 
 
 def test_allowed_tokens_do_not_change_the_order() -> None:

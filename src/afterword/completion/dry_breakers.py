@@ -46,7 +46,7 @@ class Breakers:
         return tuple((heads, tokens[rest][:most]) for rest, heads in self.begun if tokens[rest])
 
 
-@lru_cache(64)
+@lru_cache(8)  # megabytes each with a large vocabulary
 def find_breakers(pieces: tuple[bytes, ...], breakers: tuple[str, ...]) -> Breakers:
     """The tokens of a vocabulary in which breakers are written. `pieces`: the bytes of each token.
 

@@ -20,7 +20,7 @@ _TYPES = ("text", "json_object", "json_schema")
 _LABELS = {"name": str, "description": str, "strict": bool}  # members of `json_schema` without effect
 _OUTPUTS = ("json", "json_object", "regex", "choice", "grammar")
 _DEEPEST = 60  # brackets inside each other; llguidance refuses deeper schemas too, with a message that says less
-_GBNF = re.compile(r"^\s*[A-Za-z0-9_-]+\s*::=", re.MULTILINE)
+_GBNF = re.compile(r"^[ \t]*[A-Za-z0-9_-]+[ \t]*::=", re.MULTILINE)  # never across lines: linear
 
 _SCHEMA: JsonSchema = {"type": ["object", "boolean"]}
 _NAMED_SCHEMA: JsonSchema = {
@@ -180,6 +180,8 @@ def _schema_grammar(path: str, value: object, limits: RequestLimits, text_allowe
         raise RequestError(f"Invalid '{path}': it is not JSON ({str(problem)[:64]}).", param=path) from None
     if len(text) > limits.max_grammar:
         raise too_long(path, "string", limits.max_grammar, len(text))
+    if _is_deep(value, _DEEPEST):
+        raise RequestError(f"Invalid '{path}': more than {_DEEPEST} objects and arrays inside each other.", param=path)
     return _grammar("json", text, path)
 
 
@@ -191,7 +193,7 @@ def _choice_grammar(path: str, value: object, limits: RequestLimits) -> Grammar:
     size = sum(map(len, value))
     if size > limits.max_grammar or len(value) > limits.max_grammar:
         raise too_long(path, "array", limits.max_grammar, max(size, len(value)))
-    return Grammar("choice", json.dumps(list(dict.fromkeys(value)), ensure_ascii=False), path)
+    return _grammar("choice", json.dumps(list(dict.fromkeys(value)), ensure_ascii=False), path)
 
 
 def _text(path: str, value: object, limits: RequestLimits) -> str:
@@ -203,9 +205,26 @@ def _text(path: str, value: object, limits: RequestLimits) -> str:
 
 
 def _grammar(kind: GrammarKind, text: str, path: str) -> Grammar:
-    if _depth(text) > _DEEPEST:
+    if kind not in ("json", "choice") and _depth(text) > _DEEPEST:
         raise _too_deep(path)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # of a schema that is JSON in a string
+        raise RequestError(
+            f"Invalid '{path}': it has a lone surrogate, which is not a character.", param=path
+        ) from None
     return Grammar(kind, text, path)
+
+
+def _is_deep(value: object, most: int) -> bool:
+    """Whether a JSON value has more than `most` objects and arrays inside each other."""
+    level = [value]
+    for _ in range(most + 1):
+        members = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
+        level = [member for each in members for member in each]
+        if not level:
+            return False
+    return any(isinstance(each, dict | list) for each in level)
 
 
 def _depth(text: str) -> int:

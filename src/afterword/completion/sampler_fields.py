@@ -31,20 +31,19 @@ _FURTHER = frozenset({"dry", "top_n_sigma", "typ_p", "xtc"})
 _BEFORE_MIROSTAT = ("penalties", "dry")
 _MOST_BREAKERS, _LONGEST_BREAKER = 32, 40
 _MOST_CHARACTERS = 256  # of all breakers: each can be the beginning of a text in the queue of the tokenizer
-_MOST_SAMPLERS = 32
 _INT32 = 2**31
 
 
 def samplers(names: tuple[str, ...]) -> Field:
     """A field for an array of these names of samplers."""
 
-    @field_parser({"type": "array", "maxItems": _MOST_SAMPLERS, "items": {"enum": list(names)}})
+    @field_parser({"type": "array", "uniqueItems": True, "items": {"enum": list(names)}})
     def parse(name: str, value: Any, limits: RequestLimits) -> tuple[str, ...]:
         given: tuple[str, ...] = fields.strings(name, value, limits)
         if not set(given) <= set(names):
             raise RequestError(f"Invalid value in '{name}'. Supported values are {', '.join(names)}.", param=name)
-        if len(given) > _MOST_SAMPLERS:
-            raise too_long(name, "array", _MOST_SAMPLERS, len(given))
+        if len(set(given)) < len(given):
+            raise RequestError(f"Invalid '{name}': a sampler is in the list more than once.", param=name)
         return given
 
     return parse

@@ -162,7 +162,8 @@ class Step(Value, frozen=True):
     `ended`: the samples that this pass finished, with the reason. `cached`, in one of the steps up to a job's first
     token: how many prompt tokens came from the prefix cache. `failed`: the job has ended, because of its grammar if
     there is an `error` (a sentence for the client), else because its logits were not finite. `refused`: the library
-    that computes has refused the job, and the job has ended. `compiling`: the worker now begins (True) or has ended
+    that computes has refused the job, and the job has ended. `busy`: with `failed`, its grammar cannot be compiled now.
+    `compiling`: the worker now begins (True) or has ended
     (False) to compile the job's grammar; the step has nothing else.
     """
 
@@ -174,6 +175,7 @@ class Step(Value, frozen=True):
     refused: bool = False
     error: str = ""
     compiling: bool | None = None
+    busy: bool = False
 
     @property
     def size(self) -> int:

@@ -12,10 +12,10 @@ from history_runner import VOCABULARY, HistoryRunner, alone
 
 from afterword.engine.core.engine_loop import EngineLoop
 from afterword.engine.core.grammar_keeper import GrammarKeeper
-from afterword.engine.core.matcher import AllowedTokens, Matcher
+from afterword.engine.core.matcher import AllowedTokens, Busy, Matcher
 from afterword.engine.grammar import grammar_threads
 from afterword.engine.grammar.grammar_threads import GrammarThreads
-from afterword.engine.protocol import Grammar, Job, Sampling, Step, Token
+from afterword.engine.protocol import BATCH_CLIENT, Grammar, Job, SamplerChain, Sampling, Step, Token
 
 TEXTS = [b"", b"\xff<end>", *b'a b c d { } " : , [ ] 0 1 2 - ab 12 true null [[ ]] x'.split()]
 assert len(TEXTS) == VOCABULARY
@@ -257,3 +257,50 @@ def test_a_matcher_that_fails_ends_its_job(monkeypatch: pytest.MonkeyPatch) -> N
     assert (found[0][-1].failed, found[0][-1].error) == (True, "too much")
     assert sum(len(step.sampled) for step in found[0]) == 3
     assert samples(found[1])[0][0]
+
+
+class RecordingCompiler:
+    """Notes the order in which grammars are compiled, and has no result before the next one is asked for."""
+
+    def __init__(self) -> None:
+        self.started: list[str] = []
+
+    def get(self, grammar: Grammar) -> Matcher | None:
+        return None
+
+    def start(self, grammar: Grammar) -> None:
+        self.started.append(grammar.text)
+
+    def result(self) -> Matcher | str | Busy | None:
+        return Busy()
+
+    def wait(self, seconds: float) -> None:
+        pass
+
+
+def test_clients_take_turns_and_short_grammars_are_first() -> None:
+    compiler = RecordingCompiler()
+    keeper = GrammarKeeper(compiler)
+    wanted = [("a", "aaaa1"), ("a", "aaaa2"), ("a", "a3"), ("b", "bbbbbb"), (f"c{BATCH_CLIENT}", "c")]
+    for number, (client, words) in enumerate(wanted):
+        keeper.request(number, job(Grammar("regex", words, "grammar"), client=client))
+    ended: dict[int, Step] = {}
+    while keeper.waits:
+        ended |= {number: step for number, step in keeper.collect(()) if step and step.failed}
+    assert compiler.started == ["a3", "bbbbbb", "aaaa1", "aaaa2", "c"]
+    assert all(step.busy for step in ended.values())
+    assert len(ended) == len(wanted)
+
+
+def test_allowed_token_ids_hold_with_a_grammar() -> None:
+    def allowing(*words: bytes) -> Sampling:
+        bits = sum(1 << TEXTS.index(word) for word in words).to_bytes(8, "little")
+        return Sampling(chain=SamplerChain(("temperature",), allowed=bits))
+
+    grammar = Grammar("regex", "(ab|a|12)+", "grammar")
+    (steps,) = play(new_loop(), [job(grammar, sampling=allowing(b"a"), max_tokens=5)])
+    assert text(samples(steps)[0][0]) == "aaaaa"
+    (steps,) = play(new_loop(), [job(CHOICE, sampling=allowing(b"ab"))])
+    assert "allowed_token_ids" in steps[-1].error
+    (steps,) = play(new_loop(), [job(Grammar("regex", "a(x)?", "grammar"), sampling=allowing(b"a"))])
+    assert samples(steps)[0][1] == "stop"

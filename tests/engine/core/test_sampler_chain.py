@@ -21,6 +21,7 @@ from afterword.engine.core.sampler_kernel import SampleQuery
 from afterword.engine.core.token_counts import TokenCounts
 from afterword.engine.protocol import Dry, Job, SamplerChain, Sampling
 
+CASES_OF_MIROSTAT = Sampling(chain=SamplerChain(("temperature",), mirostat=2))
 KEY = b"k" * 16
 LLAMA = ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature")
 EIGHT = np.array([2.0, 1.5, 1.0, 0.0, -1.0, -1.0, 0.5, 1.9], np.float32)
@@ -97,7 +98,7 @@ CASES = {
     "allowed": sampling(("temperature",), temperature=0.7, allowed=bytes([0b10101101])),
     "order": sampling(("temperature", "top_p", "top_k"), temperature=2.0, top_p=0.7, top_k=4),
     "other order": sampling(("top_p", "temperature"), temperature=2.0, top_p=0.7),
-    "twice": sampling(("xtc", "temperature", "xtc"), temperature=1.5, xtc_probability=1.0, xtc_threshold=0.2),
+    "xtc first": sampling(("xtc", "temperature", "top_p"), temperature=1.5, top_p=0.9, xtc_probability=0.6, xtc_threshold=0.2),
     "infill": sampling(("top_k", "infill"), top_k=5),
     "all": sampling(
         dry=DRY,
@@ -175,11 +176,10 @@ def test_the_reference_has_the_same_probabilities(
 @settings(max_examples=60)
 @given(logits, st.floats(0.01, 0.5))
 def test_the_least_likely_of_the_top_choices_stays(row: np.ndarray, threshold: float) -> None:
-    chain = SamplerChain(("xtc",), xtc_probability=0.5, xtc_threshold=threshold)
+    chain = SamplerChain(("xtc",), xtc_probability=1.0, xtc_threshold=threshold)
     before = Candidates(np.arange(len(row)), row.astype(np.float64))
-    kept = sampler_chain.exclude_top_choices(before, chain, 0.49)
+    kept = sampler_chain.exclude_top_choices(before, chain)
     assert set(kept.ids.tolist()) == reference.without_top(dict(enumerate(row.tolist())), threshold).keys()
-    assert sampler_chain.exclude_top_choices(before, chain, 0.5) == before
 
 
 # ---- DRY
@@ -294,6 +294,13 @@ def test_a_row_that_is_not_finite_gives_some_token(value: float, wanted: Samplin
     assert all(0 <= token < 8 for token in drawn(np.full(8, value, np.float32), wanted, 5))
 
 
+def test_mirostat_has_a_limit_after_a_row_that_is_not_finite() -> None:
+    limits = [6.0]
+    chain = ChainQuery(SampleQuery(CASES_OF_MIROSTAT, (3,), TokenCounts()), 0, None, [limits])
+    sampler_chain.sample_chain(np.full(8, math.nan, np.float32), chain)
+    assert limits == [6.0, 6.0]
+
+
 def test_banned_tokens_are_not_drawn() -> None:
     wanted = sampling(("temperature",), temperature=2.0, allowed=bytes([0b111]))
     job = Job((1,), 1, 9, wanted, (0, 1), KEY, min_tokens=2)
@@ -306,7 +313,7 @@ def test_banned_tokens_are_not_drawn() -> None:
     [
         ({}, 0b10010110, {1, 2, 4, 7}),
         ({"allowed": bytes([0b00000111])}, 0b10010110, {1, 2}),
-        ({"allowed": bytes([0b00000001])}, 0b10010110, {1, 2, 4, 7}),  # nothing in common: the grammar decides
+        ({"allowed": bytes([0b00000001])}, 0b10010110, {1, 2, 4, 7}),  # nothing in common, which the engine never asks
     ],
 )
 def test_tokens_that_a_grammar_excludes_are_not_drawn(fields: dict[str, Any], mask: int, expected: set[int]) -> None:

@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from afterword.engine.grammar import compiled_grammar
 from afterword.engine.grammar.compiled_grammar import GrammarTokens, InvalidGrammar, Place, compile_grammar
 from afterword.engine.protocol import Grammar, GrammarKind
 
@@ -227,3 +228,22 @@ def test_evil_grammars_give_masks_or_errors(kind: GrammarKind, text: str) -> Non
         if found.error or not found.mask.any():
             return
         here.append(rng.choice(sorted(allowed(here))))
+
+
+def test_many_choices_are_compiled_and_followed() -> None:
+    here = place("choice", json.dumps([f"{number}" for number in range(3000)]))
+    for byte in b"2999":
+        assert not here.allowed().error
+        here.append(TEXTS.index(bytes([byte])))
+    assert here.allowed().complete
+
+
+def test_an_expression_with_many_backslashes_is_read_at_once() -> None:
+    """A search for the anchor that tried each backslash would take minutes."""
+    assert compiled_grammar._without_anchors("\\" * 130_000 + "$") == "\\" * 130_000
+    assert compiled_grammar._without_anchors("\\" * 3 + "$") == "\\" * 3 + "$"
+
+
+def test_an_expression_that_ends_in_an_escape_is_refused() -> None:
+    with pytest.raises(InvalidGrammar, match="single backslash"):
+        place("regex", "a\\")

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from afterword.engine.core.matcher import Matcher
+from afterword.engine.core.matcher import Busy, Matcher
 from afterword.engine.grammar import grammar_threads
 from afterword.engine.grammar.grammar_threads import GrammarThreads
 from afterword.engine.grammar.task_thread import Task, TaskThread
@@ -16,7 +16,7 @@ from afterword.engine.protocol import Grammar
 TEXTS = tuple(bytes([byte]) for byte in range(128))
 
 
-def compiled(threads: GrammarThreads, grammar: Grammar) -> Matcher | str:
+def compiled(threads: GrammarThreads, grammar: Grammar) -> Matcher | str | Busy:
     threads.start(grammar)
     while (found := threads.result()) is None:
         threads.wait(1)
@@ -110,3 +110,25 @@ def test_a_task_that_was_given_up_changes_nothing_later() -> None:
     release.set()
     while thread.stuck:
         time.sleep(0.001)
+
+
+def test_a_grammar_whose_tokens_take_too_much_work_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = GrammarThreads(TEXTS)
+    matcher = compiled(threads, Grammar("regex", "ab*", "grammar"))
+    assert isinstance(matcher, Matcher | grammar_threads.GrammarMatcher)
+    sample = matcher.copy()
+    monkeypatch.setattr(grammar_threads, "APPEND_SECONDS", -1.0)
+    sample.append(ord("a"))
+    assert "too much work" in sample.allowed().error
+    assert "too much work" in matcher.copy().allowed().error
+
+
+def test_a_long_chain_of_rules_does_not_end_the_process() -> None:
+    chain = "start: a0\n" + "".join(f"a{number}: a{number + 1}\n" for number in range(6000)) + 'a6000: "x"\n'
+    found = compiled(GrammarThreads(TEXTS), Grammar("lark", chain, "grammar"))
+    assert isinstance(found, grammar_threads.GrammarMatcher)
+
+
+def test_while_threads_are_stuck_no_grammar_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_threads, "MAX_STUCK", 0)
+    assert isinstance(compiled(GrammarThreads(TEXTS), Grammar("regex", "a", "grammar")), Busy)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import pytest
+
 from afterword.engine.parent.engine_metrics import EngineMetrics, JobTimer
 from afterword.engine.parent.pending_job import MAX_CRASHES, PendingJob
 from afterword.engine.protocol import Job, Sampling, Step, Token
+from afterword.errors import Overloaded
 
 
 class NoOwner:
@@ -66,3 +71,10 @@ def test_ended_and_unstarted_samples_need_no_progress() -> None:
     pending.add_step(Step(ended=((1, "stop"),)))
     pending.add_step(step_with(0))
     assert pending.crashes == 0
+
+
+def test_a_grammar_that_cannot_be_compiled_now_is_an_overload() -> None:
+    pending = accepted(1)
+    pending.add_step(Step(failed=True, busy=True))
+    with pytest.raises(Overloaded):
+        asyncio.run(anext(aiter(pending)))

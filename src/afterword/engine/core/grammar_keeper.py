@@ -7,13 +7,14 @@ passes instead of making a pass wait.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from afterword.engine.core.matcher import AllowedTokens, GrammarCompiler, Matcher, constrained
+from afterword.engine.core.matcher import AllowedTokens, Busy, GrammarCompiler, Matcher, constrained, restricted
 from afterword.engine.core.sampler import SampleTokens
 from afterword.engine.core.sequence import Sequence
-from afterword.engine.protocol import Grammar, Job, Step
+from afterword.engine.protocol import BATCH_CLIENT, Grammar, Job, Step
 
 _NO_GRAMMARS = "This model's engine cannot constrain its output."
 
@@ -28,6 +29,8 @@ class GrammarKeeper:
     compiler: GrammarCompiler | None = None
     errors: dict[int, str] = field(default_factory=dict)
     _waiting: dict[int, Grammar] = field(default_factory=dict)  # by job id, in the order of arrival
+    _clients: dict[int, str] = field(default_factory=dict)  # of the waiting jobs
+    _turns: Counter[str] = field(default_factory=Counter)  # compiled grammars by client, since any job waits
     _ready: dict[int, Matcher] = field(default_factory=dict)  # of jobs without a token, by job id
     _slow: dict[int, list[Matcher]] = field(default_factory=dict)  # whose masks are awaited, by job id
     _current: tuple[int, Grammar] | None = None  # the job whose grammar is compiled, or will be when that is announced
@@ -40,7 +43,7 @@ class GrammarKeeper:
         if self.compiler and (matcher := self.compiler.get(job.grammar)):
             self._ready[job_id] = matcher
         else:
-            self._waiting[job_id] = job.grammar
+            self._waiting[job_id], self._clients[job_id] = job.grammar, job.client
 
     def holds_back(self, job_id: int) -> bool:
         """Whether nothing may be computed for a job now."""
@@ -53,8 +56,10 @@ class GrammarKeeper:
 
     def forget(self, job_id: int) -> None:
         """Note that a job has ended."""
-        for jobs in (self._waiting, self._ready, self._slow, self.errors):
+        for jobs in (self._waiting, self._clients, self._ready, self._slow, self.errors):
             jobs.pop(job_id, None)
+        if not self._waiting:
+            self._turns.clear()
 
     def collect(self, unsent: Container[int]) -> list[tuple[int, Step | None]]:
         """What has changed since the last call: pairs of a job id and its step, which ends the job if it is `failed`.
@@ -81,7 +86,7 @@ class GrammarKeeper:
         state = sequence.job_state
         if state.job.grammar is None or not state.job.max_tokens:
             return sequence.next_token(samples)
-        allowed = self._matcher(sequence).allowed()
+        allowed = restricted(self._matcher(sequence).allowed(), state.job)
         if error := allowed.error or _dead_end(allowed, state.job):
             self.errors[state.job_id] = error
             return None
@@ -128,9 +133,11 @@ class GrammarKeeper:
             return
         self._current, self._begun = None, False
         for each in [each for each, wanted in self._waiting.items() if wanted == grammar]:
-            del self._waiting[each]
+            self._remove(each)
             if isinstance(found, str):
                 yield each, Step(failed=True, error=found)
+            elif isinstance(found, Busy):
+                yield each, Step(failed=True, busy=True)
             else:
                 self._ready[each] = found
                 yield each, Step(compiling=False) if each == job_id else None
@@ -138,18 +145,29 @@ class GrammarKeeper:
     def _begin_next(self, unsent: Container[int]) -> Iterator[tuple[int, Step | None]]:
         if self._current is not None:
             return
-        for job_id, grammar in list(self._waiting.items()):
+        for job_id in sorted(self._waiting, key=self._order):
+            grammar = self._waiting[job_id]
             if self.compiler is None:
-                del self._waiting[job_id]
+                self._remove(job_id)
                 yield job_id, Step(failed=True, error=_NO_GRAMMARS)
             elif matcher := self.compiler.get(grammar):
-                del self._waiting[job_id]
+                self._remove(job_id)
                 self._ready[job_id] = matcher
                 yield job_id, None
             elif job_id not in unsent:
+                self._turns[self._clients[job_id]] += 1
                 self._current = job_id, grammar
                 yield job_id, Step(compiling=True)
                 return
+
+    def _remove(self, job_id: int) -> None:
+        """The job needs not wait any longer."""
+        del self._waiting[job_id], self._clients[job_id]
+
+    def _order(self, job_id: int) -> tuple[bool, int, int]:
+        """Clients take turns, those of batches last; of one client the shorter grammar is next."""
+        client = self._clients[job_id]
+        return client.endswith(BATCH_CLIENT), self._turns[client], len(self._waiting[job_id].text)
 
 
 def _dead_end(allowed: AllowedTokens, job: Job) -> str:

@@ -29,6 +29,10 @@ class AllowedTokens(msgspec.Struct, frozen=True):
     error: str = ""
 
 
+class Busy(msgspec.Struct, frozen=True):
+    """No grammar can be compiled at the moment, because earlier ones take too long."""
+
+
 class Matcher(Protocol):
     """The place of one sample in a grammar. The engine's thread calls everything; masks are computed in another."""
 
@@ -64,7 +68,7 @@ class GrammarCompiler(Protocol):
         """Begin to compile a grammar. Call it only when no other one is being compiled."""
         ...
 
-    def result(self) -> Matcher | str | None:
+    def result(self) -> Matcher | str | Busy | None:
         """The result of `start`: a matcher, or what is wrong as a sentence for the client. None: not ready yet."""
         ...
 
@@ -84,6 +88,22 @@ def next_tokens(allowed: AllowedTokens, job: Job, position: int) -> TokenMask | 
     if not mask.any():
         return None if allowed.complete else allowed.mask
     return _with(mask, job.end_tokens, True) if allowed.complete and not early else mask
+
+
+def restricted(allowed: AllowedTokens, job: Job) -> AllowedTokens:
+    """The allowed tokens that `allowed_token_ids` of the request has too."""
+    chain = job.sampling.chain
+    if chain is None or not chain.allowed or allowed.error:
+        return allowed
+    own = np.zeros(4 * len(allowed.mask), np.uint8)
+    given = np.frombuffer(chain.allowed, np.uint8)[: len(own)]
+    own[: len(given)] = given
+    mask = allowed.mask & own.view(np.uint32)
+    if not mask.any() and not allowed.complete:
+        return AllowedTokens(
+            mask, False, "'allowed_token_ids' has no token that can continue the text as its grammar demands."
+        )
+    return AllowedTokens(mask, allowed.complete)
 
 
 def constrained(query: SampleTokens, allowed: AllowedTokens) -> SampleTokens | None:

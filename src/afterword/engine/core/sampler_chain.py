@@ -6,7 +6,6 @@ request that needs none of them is sampled by the kernel. Pure, apart from the l
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -85,17 +84,48 @@ def sample_chain(row: LogitsRow, query: ChainQuery) -> list[int]:
     """Sample an id for each seed from a row of logits. A row that is not finite also results in ids."""
     seeds = query.sample.seeds
     if not np.isfinite(row.max()):
+        for limits in query.limits:
+            limits[query.position + 1 :] = limits[query.position :][:1]
         return [int(np.argmax(row))] * len(seeds)
-    candidates, order = _first_candidates(row, query), query.chain.order
-    shared = order.index("xtc") if "xtc" in order else len(order)  # from here on seeds differ
-    for name in order[:shared]:
-        candidates = _SAMPLERS[name](candidates, query)
-    if query.chain.mirostat or order[shared:]:
-        return [_draw(candidates, order[shared:], query, index, len(row)) for index in range(len(seeds))]
-    cumulated = np.cumsum(candidates.weights)
-    targets = np.minimum(np.array([random_number(seed, 0) for seed in seeds]) * cumulated[-1], _below(cumulated[-1]))
-    chosen: list[int] = candidates.ids[np.searchsorted(cumulated, targets, side="right")].tolist()
+    order = query.chain.order
+    shared = order.index("xtc") if "xtc" in order else len(order)
+    candidates = _applied(order[:shared], _first_candidates(row, query), query)
+    chosen = [0] * len(seeds)
+    for indexes, excludes in _xtc_outcomes(query):
+        kept = exclude_top_choices(candidates, query.chain) if excludes else candidates
+        kept = _applied(order[shared + 1 :], kept, query)
+        for index, token in zip(indexes, _drawn(kept, query, indexes, len(row)), strict=True):
+            chosen[index] = token
     return chosen
+
+
+def _applied(names: Sequence[str], candidates: Candidates, query: ChainQuery) -> Candidates:
+    for name in names:
+        candidates = _SAMPLERS[name](candidates, query)
+    return candidates
+
+
+def _xtc_outcomes(query: ChainQuery) -> list[tuple[list[int], bool]]:
+    """The indexes of the seeds for which XTC excludes tokens, and of the others. The seeds of a group share the work."""
+    chain, seeds = query.chain, query.sample.seeds
+    everything = list(range(len(seeds)))
+    if "xtc" not in chain.order or not chain.xtc_probability or chain.xtc_threshold > 0.5:
+        return [(everything, False)]
+    groups: dict[bool, list[int]] = {True: [], False: []}
+    for index in everything:
+        groups[random_number(seeds[index], 1) < chain.xtc_probability].append(index)  # number 0 draws the token
+    return [(indexes, excludes) for excludes, indexes in groups.items() if indexes]
+
+
+def _drawn(candidates: Candidates, query: ChainQuery, indexes: list[int], vocabulary: int) -> list[int]:
+    """Draw a token for each of these seeds."""
+    if query.chain.mirostat:
+        return [_draw_mirostat(candidates, query, index, vocabulary) for index in indexes]
+    cumulated = np.cumsum(candidates.weights)
+    numbers = np.array([random_number(query.sample.seeds[index], 0) for index in indexes])
+    targets = np.minimum(numbers * cumulated[-1], _below(cumulated[-1]))
+    drawn: list[int] = candidates.ids[np.searchsorted(cumulated, targets, side="right")].tolist()
+    return drawn
 
 
 def _first_candidates(row: LogitsRow, query: ChainQuery) -> Candidates:
@@ -112,20 +142,6 @@ def _first_candidates(row: LogitsRow, query: ChainQuery) -> Candidates:
         mask = mask & fitting if (mask & fitting).any() else fitting
     ids = np.flatnonzero(mask) if mask.any() else np.array([np.argmax(row)])
     return Candidates(ids, logits[ids])
-
-
-def _draw(candidates: Candidates, order: Sequence[str], query: ChainQuery, index: int, vocabulary: int) -> int:
-    """Draw a token for the seed with this index, after further samplers."""
-    seed = query.sample.seeds[index]
-    numbers = itertools.count(1)  # number 0 draws the token
-    for name in order:
-        if name == "xtc":
-            candidates = exclude_top_choices(candidates, query.chain, random_number(seed, next(numbers)))
-        else:
-            candidates = _SAMPLERS[name](candidates, query)
-    if query.chain.mirostat:
-        return _draw_mirostat(candidates, query, index, vocabulary)
-    return int(candidates.ids[pick(candidates.weights, random_number(seed, 0))[0]])
 
 
 # ---- the samplers
@@ -202,13 +218,8 @@ def infill(candidates: Candidates, _: ChainQuery) -> Candidates:
     return candidates.keep(candidates.weights >= INFILL_MIN_P)
 
 
-def exclude_top_choices(candidates: Candidates, chain: SamplerChain, uniform: float) -> Candidates:
-    """XTC: with the probability `xtc_probability`, remove all tokens of at least `xtc_threshold` but the least likely.
-
-    `uniform`: a random number in [0, 1).
-    """
-    if uniform >= chain.xtc_probability or chain.xtc_threshold > 0.5:
-        return candidates
+def exclude_top_choices(candidates: Candidates, chain: SamplerChain) -> Candidates:
+    """XTC, where it excludes: remove all tokens of at least `xtc_threshold` but the least likely of them."""
     p = candidates.probabilities
     likely = np.flatnonzero(p >= chain.xtc_threshold)
     if len(likely) < 2:

@@ -116,9 +116,11 @@ def _lark(grammar: Grammar) -> str:
             whole = {**schema, "x-guidance": _JSON_OPTIONS} if isinstance(schema, dict) else schema
             return f"start: %json {json.dumps(whole)}{_ALL_TOKENS}"
         case "regex":
+            if _ends_in_escape(grammar.text):
+                raise InvalidGrammar("the expression ends with a single backslash.")
             return f"start: TEXT\nTEXT: /{regex_to_lark(_without_anchors(grammar.text), 'd')}/{_ALL_TOKENS}"
         case "choice":
-            return "start: " + " | ".join(map(json.dumps, json.loads(grammar.text))) + _ALL_TOKENS
+            return "start: TEXT\nTEXT: " + " | ".join(map(json.dumps, json.loads(grammar.text))) + _ALL_TOKENS
         case "gbnf":
             return _from_gbnf(grammar.text) + _ALL_TOKENS
     return grammar.text + _ALL_TOKENS
@@ -136,8 +138,13 @@ def _from_gbnf(text: str) -> str:
 def _without_anchors(pattern: str) -> str:
     """The expression without the ^ and $ around it: the whole text must match anyway."""
     inner = pattern.removeprefix("^")
-    escapes = re.search(r"(\\*)\$$", inner)
-    return inner[:-1] if escapes and len(escapes[1]) % 2 == 0 else inner
+    if not inner.endswith("$"):
+        return inner
+    return inner if _ends_in_escape(inner[:-1]) else inner[:-1]
+
+
+def _ends_in_escape(pattern: str) -> bool:
+    return (len(pattern) - len(pattern.rstrip("\\"))) % 2 == 1
 
 
 def _first_part(message: str) -> str:

@@ -7,12 +7,13 @@ wait. A task that takes too long fails, and its thread is replaced.
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
 
-from afterword.engine.core.matcher import AllowedTokens
+from afterword.engine.core.matcher import AllowedTokens, Busy
 from afterword.engine.grammar.compiled_grammar import GrammarTokens, InvalidGrammar, Place, compile_grammar
 from afterword.engine.grammar.task_thread import Task, TaskThread
 from afterword.engine.protocol import Grammar
@@ -21,6 +22,8 @@ COMPILE_SECONDS = 5.0
 """How long a grammar may take to be compiled."""
 MASK_SECONDS = 2.0
 """How long a mask may take."""
+APPEND_SECONDS = 0.05
+"""CPU time that a token may take to be noted in a grammar: the engine's thread does that, for each sample in turn."""
 SLOW_SECONDS = 0.01
 """A sample for whose mask a pass has waited longer than this is computed only when its mask is ready."""
 MAX_STUCK = 2
@@ -31,6 +34,7 @@ MAX_KEPT_TEXT = 2**21
 """Characters of the kept grammars together."""
 
 _FAILED = AllowedTokens(np.zeros(0, np.uint32), False)
+_TOO_MUCH = AllowedTokens(_FAILED.mask, False, "The grammar takes too much work for each token of the text.")
 
 
 class GrammarThreads:
@@ -47,6 +51,7 @@ class GrammarThreads:
         self.masks = TaskThread("token masks", self._something_done.set)
         self.slow_masks = TaskThread("slow token masks", self._something_done.set)
         self._kept: OrderedDict[tuple[str, str], GrammarMatcher] = OrderedDict()
+        self._refused: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._task: Task[Compiled] | None = None
         self._grammar: Grammar | None = None
 
@@ -62,17 +67,17 @@ class GrammarThreads:
         self._grammar = grammar
         self._task = self._compiling.submit(lambda: self._compile(grammar)) if self._stuck < MAX_STUCK else None
 
-    def result(self) -> GrammarMatcher | str | None:
+    def result(self) -> GrammarMatcher | str | Busy | None:
         """See `GrammarCompiler`."""
         assert self._grammar is not None
         if self._task is None:
-            return f"The server cannot compile '{self._grammar.field}' now: other grammars take too long. Try later."
+            return Busy()
         self._compiling.give_up(COMPILE_SECONDS)
         if not self._task.done.is_set():
             return None
         problem, found = self._task.failure, self._task.result
         if problem is None and found is not None:
-            matcher = GrammarMatcher(self, *found)
+            matcher = GrammarMatcher(self, self._grammar, *found)
             self._keep(self._grammar, matcher)
             return matcher
         if isinstance(problem, InvalidGrammar):
@@ -80,6 +85,15 @@ class GrammarThreads:
         if isinstance(problem, TimeoutError):
             return f"Invalid '{self._grammar.field}': it takes longer than {COMPILE_SECONDS:g} s to compile."
         return f"Invalid '{self._grammar.field}': it cannot be compiled ({type(problem).__name__})."
+
+    def refuse(self, grammar: Grammar) -> None:
+        """Let all samples with this grammar fail from now on: tokens of it hold up the engine's thread."""
+        self._refused[grammar.kind, grammar.text] = None
+        if len(self._refused) > MAX_KEPT:
+            self._refused.popitem(last=False)
+
+    def is_refused(self, grammar: Grammar) -> bool:
+        return bool(self._refused) and (grammar.kind, grammar.text) in self._refused
 
     def wait(self, seconds: float) -> None:
         """See `GrammarCompiler`."""
@@ -97,6 +111,8 @@ class GrammarThreads:
             raise InvalidGrammar(allowed.error)
         if not allowed.complete and not allowed.mask.any():
             raise InvalidGrammar("it allows no text that the model's tokens can spell.")
+        if self.is_refused(grammar):
+            raise InvalidGrammar(_TOO_MUCH.error)
         return place, allowed
 
     def _keep(self, grammar: Grammar, matcher: GrammarMatcher) -> None:
@@ -114,8 +130,11 @@ Compiled = tuple[Place, AllowedTokens]
 class GrammarMatcher:
     """Implements `core.matcher.Matcher`. `allowed`: what may follow, if it is known already."""
 
-    def __init__(self, threads: GrammarThreads, place: Place, allowed: AllowedTokens | None = None) -> None:
+    def __init__(
+        self, threads: GrammarThreads, grammar: Grammar, place: Place, allowed: AllowedTokens | None = None
+    ) -> None:
         self._threads = threads
+        self._grammar = grammar
         self._place = place
         self._allowed = allowed
         self._task: Task[AllowedTokens] | None = None
@@ -124,12 +143,16 @@ class GrammarMatcher:
 
     def copy(self) -> GrammarMatcher:
         """See `Matcher`."""
-        return GrammarMatcher(self._threads, self._place.copy(), self._allowed)
+        return GrammarMatcher(self._threads, self._grammar, self._place.copy(), self._allowed)
 
     def append(self, token: int) -> bool:
         """See `Matcher`."""
         self._allowed = None
-        if self._place.append(token):
+        start = time.thread_time()
+        ends = self._place.append(token)
+        if time.thread_time() - start > APPEND_SECONDS:
+            self._threads.refuse(self._grammar)
+        if ends:
             return True
         self._thread = self._threads.slow_masks if self.is_slow else self._threads.masks
         self._task = self._thread.submit(self._place.allowed)
@@ -149,7 +172,7 @@ class GrammarMatcher:
             while not self.is_ready:
                 self._task.done.wait(SLOW_SECONDS)
             self._allowed = self._task.result or _failed(self._task.failure)
-        return self._allowed
+        return _TOO_MUCH if self._threads.is_refused(self._grammar) else self._allowed
 
 
 def _failed(problem: Exception | None) -> AllowedTokens:

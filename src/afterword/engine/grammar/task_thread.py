@@ -14,6 +14,9 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
+_STACK_BYTES = 256 * 2**20
+"""llguidance calls itself for each rule of a chain of rules. Memory is taken only for the part that is used."""
+
 
 class Task(Generic[T]):
     """A function call that a `TaskThread` makes. `failure`: the exception that it raised."""
@@ -81,7 +84,11 @@ class TaskThread:
 
     def _start(self) -> None:
         self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-        self._thread.start()
+        before = threading.stack_size(_STACK_BYTES)
+        try:
+            self._thread.start()
+        finally:
+            threading.stack_size(before)
 
     def _work(self) -> None:
         own = threading.current_thread()

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from afterword.engine.parent.engine_metrics import JobTimer
 from afterword.engine.protocol import Job, Step
-from afterword.errors import AfterwordError, JobRefused, NonFiniteLogits, RequestError
+from afterword.errors import AfterwordError, JobRefused, NonFiniteLogits, Overloaded, RequestError
 
 MAX_CRASHES = 2
 """A job that was running in this many crashes, without progress in between, is not tried again."""
@@ -136,6 +136,8 @@ class PendingJob:
         """The error of a step that has ended the job."""
         if step.refused:
             return JobRefused()
+        if step.busy:
+            return Overloaded("The server is busy with other grammars. Please try again later.", retry_after=5)
         if not step.error:
             return NonFiniteLogits()
         field = self.job.grammar.field if self.job.grammar else None
