@@ -107,11 +107,18 @@ def test_flags_with_an_open_quote_are_refused():
         ({"speculate": "ngram"}, "--speculate"),
         ({"gpu_layers": -1}, "--gpu-layers"),
         ({"cache_dir": Path("cache")}, "--cache-dir"),
+        ({"cache_bytes": 10**6}, "--cache-size"),
     ],
 )
 def test_settings_of_the_built_in_engine_are_refused(settings, option):
     with pytest.raises(SettingError, match=f"{option} cannot be used with --engine vllm"):
         vllm_setup.check_settings(EngineSettings(**settings))
+
+
+def test_adapters_are_refused(tmp_path):
+    wanted = WantedModels([str(tmp_path)], (), ("style=style.gguf",))
+    with pytest.raises(SettingError, match="--lora cannot be used with --engine vllm"):
+        vllm_setup.make_vllm_manager(wanted, EngineSettings(), {}, QueuePolicy())
 
 
 def test_settings_for_both_engines_are_accepted():
