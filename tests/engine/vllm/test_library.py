@@ -42,7 +42,7 @@ class Arguments:
     @staticmethod
     def from_cli_args(parsed: Any) -> Any:
         if parsed.dtype == "bad":
-            raise TypeError("no such\ntype")
+            raise TypeError("no such\n  type\n    For further information visit a page")
         return parsed
 
 

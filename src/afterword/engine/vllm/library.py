@@ -133,8 +133,7 @@ def make_arguments(settings: messages.LoadVllm, kind: Any, parser_kind: Any) -> 
             parsed = parser.parse_args([f"--model={settings.path}", *_FLAGS, *settings.flags])
         return kind.from_cli_args(parsed)
     except SystemExit:
-        lines = said.getvalue().strip().splitlines() or ["unknown flags"]
-        raise SettingError(f"vLLM does not accept its flags: {lines[-1]}") from None
+        raise SettingError(f"vLLM does not accept its flags: {_last_line(said.getvalue(), 'unknown flags')}") from None
     except Exception as problem:
         raise SettingError(f"vLLM does not accept its flags: {_shown(problem)}. {_OTHER_PYTHON}") from problem
 
@@ -219,5 +218,10 @@ def _alternatives(found: dict[int, Any]) -> Alternatives:
 
 
 def _shown(problem: Exception) -> str:
-    lines = str(problem).strip().splitlines() or [type(problem).__name__]
-    return lines[-1][:500]
+    return _last_line(str(problem), type(problem).__name__)
+
+
+def _last_line(text: str, otherwise: str) -> str:
+    """The last line of a message, without the link that pydantic adds."""
+    lines = [line.strip() for line in text.splitlines()]
+    return next((line for line in reversed(lines) if line and not line.startswith("For further")), otherwise)[:500]
