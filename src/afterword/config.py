@@ -112,6 +112,9 @@ GPU_ARCHITECTURES = frozenset({"llama", "qwen2"})
 GPU_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K"})
 """Measured to give the same bits on a GPU when all decode passes have the same shape."""
 
+LEAST_USEFUL_CONTEXT = 16
+"""The least tokens of one sequence that the operator can set."""
+
 CHUNK_GRID = 64
 """Chunk length in tokens of prefill passes where results depend on how tokens are grouped into passes."""
 
@@ -200,6 +203,10 @@ class EngineSettings:
     share_weights: bool = False
 
     def __post_init__(self) -> None:
+        if self.context is not None and self.context < LEAST_USEFUL_CONTEXT:
+            raise SettingError(f"--context {self.context} is too short. Give {LEAST_USEFUL_CONTEXT} tokens or more.")
+        if self.parallel is not None and self.parallel < 1:
+            raise SettingError(f"--parallel {self.parallel}: give a number of sequences, 1 or more.")
         if self.batch < CHUNK_GRID or self.batch > 4096:
             raise SettingError(
                 f"--batch {self.batch}: give a number from {CHUNK_GRID} to 4096, the prompt tokens in one forward pass."

@@ -220,8 +220,8 @@ def main() -> None:
 def serve(models: tuple[str, ...], **options: Any) -> None:
     """Serve models to clients of OpenAI's API.
 
-    MODEL is a GGUF file or hf:owner/repo[:file or quant]; without MODEL the built-in model is served. A request
-    selects one of several models by its name.
+    MODEL is a GGUF file or hf:owner/repo[:file or quant]; without MODEL the built-in model is served. With --engine
+    vllm it is a folder. A request selects one of several models by its name.
 
     \b
     Examples:

@@ -57,9 +57,14 @@ class ServeCommand(GroupedCommand):
         """Parse the words after the command's name."""
         at = args.index("--") if "--" in args else len(args)
         flags = args[at + 1 :]
-        if flags and flags[0].startswith("-"):
-            args = [*args[:at], "--vllm-flags", shlex.join(flags)]
-        return super().parse_args(ctx, args)
+        if not flags or not flags[0].startswith("-"):
+            return super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, args[:at])
+        name, typed = "vllm_flags", ParameterSource.COMMANDLINE
+        before = ctx.params[name] if ctx.get_parameter_source(name) is typed else ""
+        ctx.params[name] = f"{before} {shlex.join(flags)}".lstrip()
+        ctx.set_parameter_source(name, typed)
+        return rest
 
 
 def short_values(command: click.Command) -> None:

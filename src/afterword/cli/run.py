@@ -122,7 +122,8 @@ def _models(
         return vllm_setup.make_vllm_manager(wanted, settings, options, policy)
     for name in ("vllm_python", "vllm_flags"):
         if options[name]:
-            raise SettingError(f"--{name.replace('_', '-')}: give --engine vllm too.")
+            file = " Before a file whose name begins with - write ./, as in ./-m.gguf." if name == "vllm_flags" else ""
+            raise SettingError(f"--{name.replace('_', '-')}: give --engine vllm too.{file}")
     return model_setup.make_model_manager(wanted, settings, options["keep_alive"], policy)
 
 

@@ -74,8 +74,9 @@ def _describe(managed_model: ManagedModel, named: bool) -> str:
     shape = managed_model.shape
     together = "" if shape.capacity is None else f", {shape.capacity:,} tokens together"
     up = "up" if model_info else "Up"
-    parts.append(f"{up} to {shape.sequences} sequences of {shape.context:,} tokens at the same time{together}.")
-    if definition.trained_context > shape.context and definition.context:
+    if shape.sequences and shape.context:
+        parts.append(f"{up} to {shape.sequences} sequences of {shape.context:,} tokens at the same time{together}.")
+    if definition.trained_context > shape.context:
         trained = definition.trained_context
         parts.append(f"It was trained on {trained:,}: --context {trained} serves them if memory suffices.")
     parts.append(_PROMISES[managed_model.promise])

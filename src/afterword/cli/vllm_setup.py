@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,7 +52,8 @@ def make_vllm_manager(
             id=name,
             created=int((folder.path / "config.json").stat().st_mtime),
             make_engine=partial(Supervisor, _load_message(folder, flags, settings), policy, program=program),
-            trained_context=folder.trained_context,
+            context=planned_context(settings, folder, flags),
+            sequences=settings.parallel or 0,
         )
         for name, folder in zip(names, folders, strict=True)
     ]
@@ -80,6 +82,15 @@ def vllm_flags(settings: EngineSettings, text: str) -> tuple[str, ...]:
     if settings.parallel is not None:
         flags.append(f"--max-num-seqs={settings.parallel}")
     return tuple(flags)
+
+
+def planned_context(settings: EngineSettings, folder: ModelFolder, flags: Sequence[str]) -> int:
+    """Tokens of one sequence as far as they are known before the model is loaded; 0 if vLLM decides."""
+    if settings.context is not None:
+        return settings.context
+    if any(flag.replace("_", "-").startswith("--max-model-len") for flag in flags):
+        return 0
+    return max(folder.trained_context - 1, 0)  # vLLM always generates a token
 
 
 def find_python(given: str | None) -> str:

@@ -14,7 +14,7 @@ from afterword.models.gguf_facts import Facts
 LEAST_CONTEXT, UNKNOWN_CONTEXT = 512, 2048  # tokens, if the operator sets no context
 MOST_CONTEXT = 4096  # the same, where all sequences take their memory at the start
 MAX_PARALLEL = 16  # sequences, if the operator sets no number
-LEAST_USEFUL_CONTEXT, PARALLEL_LIMIT = 16, 256  # bounds of the operator's settings: tokens, sequences
+PARALLEL_LIMIT = 256  # the most sequences that the operator can set
 CONTEXT_GRANULARITY = 256  # llama.cpp rounds the tokens of a sequence up to a multiple of this
 HEADROOM = 256 << 20  # bytes for the process, its vocabulary and its caches, besides a tenth of the rest
 FLOAT_BYTES = 4
@@ -185,14 +185,12 @@ def _with_less_capacity(shape: ModelShape) -> ModelShape | None:
 
 def _check_settings(facts: Facts, context: int | None, parallel: int | None, most: int) -> None:
     trained = facts.context_length
-    if context is not None and context < LEAST_USEFUL_CONTEXT:
-        raise SettingError(f"A context of {context} tokens is too short. Set {LEAST_USEFUL_CONTEXT} or more.")
     if context is not None and trained and context > trained:
         raise SettingError(
             f"A context of {context} tokens is more than the {trained} tokens that {facts.name} was trained on. "
             f"The model generates nonsense at later positions. Set {trained} or less."
         )
-    if parallel is not None and not 1 <= parallel <= most:
+    if parallel is not None and parallel > most:
         raise SettingError(f"{parallel} parallel sequences are not supported. Set a number from 1 to {most}.")
 
 

@@ -144,6 +144,20 @@ def test_a_dropped_sample_is_aborted_and_the_others_go_on():
     run(test)
 
 
+def test_the_waiting_samples_of_a_job_with_a_dropped_sample_keep_their_place():
+    async def test(bench: Bench) -> None:
+        await bench.start(1, samples=3)
+        await bench.put("1-0", 5)
+        await bench.start(2)
+        await bench.apply(messages.DropSample(1, 1))
+        await bench.put("1-0", 5, 5)
+        await bench.put("1-2", 5, 5, 5)
+        await bench.put("2-0", 5, 5, 5)
+        assert bench.library.begun == ["1-0", "1-2", "2-0"]
+
+    run(test, sequences=1)
+
+
 def test_the_first_sample_is_computed_until_the_others_can_start():
     async def test(bench: Bench) -> None:
         await bench.start(samples=2)

@@ -59,6 +59,26 @@ def test_removed_samples_are_not_taken():
     assert taken(turns) == [(2, 0)]
 
 
+def test_a_discarded_sample_is_not_taken_and_the_others_keep_their_place():
+    turns = Turns(4)
+    turns.add("a", 1, [0, 1, 2])
+    turns.add("a", 2, [0])
+    turns.discard("a", 1, 1)
+    turns.discard("a", 1, 7)
+    turns.discard("a", 9, 0)
+    turns.discard("unknown", 1, 0)
+    assert turns.waiting == 3
+    assert taken(turns) == [(1, 0), (1, 2), (2, 0)]
+
+
+def test_a_job_whose_samples_are_all_discarded_waits_no_longer():
+    turns = Turns(4)
+    turns.add("a", 1, [0])
+    turns.discard("a", 1, 0)
+    assert taken(turns) == []
+    assert turns.waiting == 0
+
+
 def test_samples_of_a_client_are_in_order_of_arrival():
     turns = Turns(1)
     turns.add("a", 5, [0])

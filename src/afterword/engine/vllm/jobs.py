@@ -115,8 +115,7 @@ class VllmJobs:
     def _cancel(self, running: _RunningJob, sample: int) -> None:
         if task := running.tasks.get(sample):
             task.cancel()
-        waiting = self._turns.remove(running.job.client, running.job_id)
-        self._turns.add(running.job.client, running.job_id, [each for each in waiting if each != sample])
+        self._turns.discard(running.job.client, running.job_id, sample)
 
     def _close(self, job_id: int) -> None:
         running = self._jobs.pop(job_id, None)

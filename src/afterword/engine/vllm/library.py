@@ -27,6 +27,7 @@ from afterword.engine.vllm.tokenizer import FolderTokenizer
 from afterword.errors import SettingError
 
 OLDEST = (0, 32)
+_OTHER_PYTHON = "Another interpreter can be named with --vllm-python."
 _FLAGS = ("--max-logprobs=-1", "--disable-log-stats", "--generation-config=vllm")
 _ENVIRONMENT = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # each process imports `bootstrap`, which ends it with its parent
@@ -90,15 +91,14 @@ def open_model(settings: messages.LoadVllm) -> LoadedVllm:
         import vllm
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.usage.usage_lib import UsageContext
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.exceptions import EngineDeadError
-    except ImportError as problem:
-        raise SettingError(
-            f"vLLM cannot be imported: {problem}. Name another interpreter with --vllm-python."
-        ) from None
-    _check_version(vllm.__version__)
+    except Exception as problem:  # compiled libraries that do not fit together raise exceptions of many classes
+        raise SettingError(f"vLLM cannot be imported: {_shown(problem)}. {_OTHER_PYTHON}") from problem
+    check_version(vllm.__version__)
     files = ModelFiles(folder.files)
-    arguments = _arguments(settings, AsyncEngineArgs)
+    arguments = make_arguments(settings, AsyncEngineArgs, FlexibleArgumentParser)
     try:
         config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)  # with the defaults of a server
         llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
@@ -115,25 +115,27 @@ def open_model(settings: messages.LoadVllm) -> LoadedVllm:
     return LoadedVllm(llm, model_info, tokenizer, batch_tokens, EngineDeadError)
 
 
-def _check_version(version: str) -> None:
+def check_version(version: str) -> None:
+    """Raise `SettingError` for a version of vLLM that is too old."""
     found = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if ".dev" in version and found < (0, 2):  # built from source without tags, so the number says nothing
+        return
     if found < OLDEST:
         raise SettingError(f"vLLM {version} is installed, but {'.'.join(map(str, OLDEST))} or later is needed.")
 
 
-def _arguments(settings: messages.LoadVllm, kind: Any) -> Any:
+def make_arguments(settings: messages.LoadVllm, kind: Any, parser_kind: Any) -> Any:
     """vLLM's engine arguments from its own command-line flags. Raises `SettingError` for invalid flags."""
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = kind.add_cli_args(FlexibleArgumentParser(prog="vllm", add_help=False, allow_abbrev=False))
     said = io.StringIO()
     try:
+        parser = kind.add_cli_args(parser_kind(prog="vllm", add_help=False, allow_abbrev=False))
         with contextlib.redirect_stderr(said):
             parsed = parser.parse_args([f"--model={settings.path}", *_FLAGS, *settings.flags])
+        return kind.from_cli_args(parsed)
     except SystemExit:
-        lines = said.getvalue().strip().splitlines() or ["unknown flags"]
-        raise SettingError(f"vLLM does not accept its flags: {lines[-1]}") from None
-    return kind.from_cli_args(parsed)
+        raise SettingError(f"vLLM does not accept its flags: {_last_line(said.getvalue(), 'unknown flags')}") from None
+    except Exception as problem:
+        raise SettingError(f"vLLM does not accept its flags: {_shown(problem)}. {_OTHER_PYTHON}") from problem
 
 
 def _model_info(settings: messages.LoadVllm, folder: ModelFolder, config: Any, tokenizer: FolderTokenizer) -> ModelInfo:
@@ -216,5 +218,10 @@ def _alternatives(found: dict[int, Any]) -> Alternatives:
 
 
 def _shown(problem: Exception) -> str:
-    lines = str(problem).strip().splitlines() or [type(problem).__name__]
-    return lines[-1][:500]
+    return _last_line(str(problem), type(problem).__name__)
+
+
+def _last_line(text: str, otherwise: str) -> str:
+    """The last line of a message, without the link that pydantic adds."""
+    lines = [line.strip() for line in text.splitlines()]
+    return next((line for line in reversed(lines) if line and not line.startswith("For further")), otherwise)[:500]

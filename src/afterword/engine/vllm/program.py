@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from afterword.engine.parent.worker_process import WorkerProgram
 from afterword.errors import SettingError
 
+_SPECULATION = "vLLM refuses several fields with it, and its log probabilities were not verified"
 _OWN_FLAGS = {
     "--model": "it is the MODEL of the command line",
     "--tokenizer": "the tokenizer is read from the model's folder",
@@ -17,9 +19,15 @@ _OWN_FLAGS = {
     "--max-logprobs": "the limit of requests is --max-logprobs of afterword serve",
     "--generation-config": "requests that name no value get that of the API",
     "--logits-processors": "they change which tokens are drawn",
-    "--speculative-config": "vLLM refuses several fields with it, and its log probabilities were not verified",
+    "--speculative-config": _SPECULATION,
+    "-sc": _SPECULATION,
+    "-s": _SPECULATION,  # vLLM's parser accepts the beginning of a flag with one dash
+    "--config": "its file could hold flags that cannot be given; write them on the command line",
 }
 """Flags of vLLM that cannot be given, with the reason."""
+
+_BACKENDS = ("--distributed-executor-backend", "--data-parallel-backend", "-dpb")
+"""Flags that name what starts vLLM's processes."""
 
 
 def vllm_program(python: str) -> WorkerProgram:
@@ -28,8 +36,15 @@ def vllm_program(python: str) -> WorkerProgram:
 
 
 def check_flags(flags: Sequence[str]) -> None:
-    """Raise `SettingError` for a flag of vLLM that cannot be given."""
-    for flag in flags:
-        name = flag.split("=")[0].replace("_", "-")
-        if name in _OWN_FLAGS:
-            raise SettingError(f"{name} cannot be given to vLLM: {_OWN_FLAGS[name]}.")
+    """Raise `SettingError` for a flag of vLLM that cannot be given.
+
+    vLLM's parser accepts `--flag=value`, `--flag.part value`, and `_` in place of `-`.
+    """
+    for flag, following in zip_longest(flags, flags[1:], fillvalue=""):
+        word, equals, value = flag.partition("=")
+        name = word.split(".")[0].replace("_", "-")
+        reason = _SPECULATION if name.startswith("--spec-") else _OWN_FLAGS.get(name)
+        if reason:
+            raise SettingError(f"{name} cannot be given to vLLM: {reason}.")
+        if name in _BACKENDS and (value if equals else following) not in ("mp", "uni"):
+            raise SettingError(f"{name} must be mp or uni: processes that others start would outlive the worker.")

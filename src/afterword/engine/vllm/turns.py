@@ -38,6 +38,14 @@ class Turns:
             self._waiting.pop(client, None)
         return samples
 
+    def discard(self, client: str, job_id: int, sample: int) -> None:
+        """Remove one waiting sample of a job. The job's other samples keep their place."""
+        samples = self._waiting.get(client, {}).get(job_id, [])
+        if sample in samples:
+            samples.remove(sample)
+            if not samples:
+                self.remove(client, job_id)
+
     def take(self) -> tuple[int, int] | None:
         """The job id and the number of the sample that is next, which counts as running now; None if none may run."""
         if self.running >= self._sequences:

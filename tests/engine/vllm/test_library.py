@@ -1,0 +1,81 @@
+"""Tests of what the worker says if vLLM cannot be used, with modules in place of vLLM."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from afterword.engine.messages import LoadVllm
+from afterword.engine.vllm.library import check_version, make_arguments, open_model
+from afterword.errors import SettingError
+
+
+class BrokenVllm:
+    """Finds the module `vllm`, and raises an exception when it is imported."""
+
+    def __init__(self, problem: Exception) -> None:
+        self._problem = problem
+
+    def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
+        if name == "vllm":
+            raise self._problem
+        return None
+
+
+class Arguments:
+    """In place of vLLM's `AsyncEngineArgs`."""
+
+    @staticmethod
+    def add_cli_args(parser: ArgumentParser) -> ArgumentParser:
+        for name in ("--model", "--max-logprobs", "--generation-config", "--dtype"):
+            parser.add_argument(name)
+        parser.add_argument("--disable-log-stats", action="store_true")
+        return parser
+
+    @staticmethod
+    def from_cli_args(parsed: Any) -> Any:
+        if parsed.dtype == "bad":
+            raise TypeError("no such\n  type\n    For further information visit a page")
+        return parsed
+
+
+def settings(path: Path, *flags: str) -> LoadVllm:
+    return LoadVllm(str(path), flags, "", False)
+
+
+@pytest.mark.parametrize("problem", [ImportError("no torch"), RuntimeError("no torch"), OSError("no torch")])
+def test_a_vllm_that_cannot_be_imported_is_a_sentence(tmp_path, monkeypatch, problem):
+    for name in ("config", "tokenizer"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({}))
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    monkeypatch.setitem(sys.modules, "tokenizers", Mock())
+    monkeypatch.setattr(sys, "meta_path", [BrokenVllm(problem), *sys.meta_path])
+    monkeypatch.setattr("afterword.engine.vllm.library.prepare_environment", lambda _: None)
+    with pytest.raises(SettingError, match=r"vLLM cannot be imported: no torch\. .*--vllm-python"):
+        open_model(settings(tmp_path))
+
+
+def test_flags_that_vllm_does_not_accept_are_a_sentence(tmp_path):
+    assert make_arguments(settings(tmp_path, "--dtype", "x"), Arguments, ArgumentParser).dtype == "x"
+    with pytest.raises(SettingError, match=r"does not accept its flags: .*--other"):
+        make_arguments(settings(tmp_path, "--other"), Arguments, ArgumentParser)
+    with pytest.raises(SettingError, match=r"does not accept its flags: type\. .*--vllm-python"):
+        make_arguments(settings(tmp_path, "--dtype", "bad"), Arguments, ArgumentParser)
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.33.1.dev4+g12", "1.0", "0.1.dev1+g1234567", "0.1.dev20260+gabc.cpu"])
+def test_versions_that_may_be_new_enough_are_accepted(version):
+    check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.31.9", "0.1.0", "0.6.dev3", "0.2.dev1+g12"])
+def test_older_versions_are_refused(version):
+    with pytest.raises(SettingError, match=rf"vLLM {version.replace('+', '.')} is installed"):
+        check_version(version)
