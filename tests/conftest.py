@@ -24,12 +24,14 @@ KEY = "sk-test-0123456789abcdef"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Isolate the tests from the settings and data of the user who runs them."""
+    """Isolate the tests from the settings, data and ignored signals of the user who runs them."""
     home = tempfile.TemporaryDirectory()
     config.add_cleanup(home.cleanup)
     os.environ["XDG_CONFIG_HOME"] = os.environ["XDG_DATA_HOME"] = home.name
     for name in [name for name in os.environ if is_setting(name)]:
         del os.environ[name]
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell has started pytest in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def is_setting(name: str) -> bool:

@@ -98,7 +98,9 @@ CASES = {
     "allowed": sampling(("temperature",), temperature=0.7, allowed=bytes([0b10101101])),
     "order": sampling(("temperature", "top_p", "top_k"), temperature=2.0, top_p=0.7, top_k=4),
     "other order": sampling(("top_p", "temperature"), temperature=2.0, top_p=0.7),
-    "xtc first": sampling(("xtc", "temperature", "top_p"), temperature=1.5, top_p=0.9, xtc_probability=0.6, xtc_threshold=0.2),
+    "xtc first": sampling(
+        ("xtc", "temperature", "top_p"), temperature=1.5, top_p=0.9, xtc_probability=0.6, xtc_threshold=0.2
+    ),
     "infill": sampling(("top_k", "infill"), top_k=5),
     "all": sampling(
         dry=DRY,

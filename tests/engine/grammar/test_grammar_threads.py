@@ -73,9 +73,7 @@ def test_a_grammar_that_takes_too_long_fails_and_the_next_is_compiled(monkeypatc
     assert "takes longer than 0.05 s" in found
     assert not isinstance(compiled(threads, Grammar("regex", "b", "grammar")), str)
     monkeypatch.setattr(grammar_threads, "MAX_STUCK", 1)
-    found = compiled(threads, Grammar("regex", "c", "grammar"))
-    assert isinstance(found, str)
-    assert "Try later" in found
+    assert isinstance(compiled(threads, Grammar("regex", "c", "grammar")), Busy)
     release.set()
 
 
@@ -115,7 +113,7 @@ def test_a_task_that_was_given_up_changes_nothing_later() -> None:
 def test_a_grammar_whose_tokens_take_too_much_work_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     threads = GrammarThreads(TEXTS)
     matcher = compiled(threads, Grammar("regex", "ab*", "grammar"))
-    assert isinstance(matcher, Matcher | grammar_threads.GrammarMatcher)
+    assert isinstance(matcher, grammar_threads.GrammarMatcher)
     sample = matcher.copy()
     monkeypatch.setattr(grammar_threads, "APPEND_SECONDS", -1.0)
     sample.append(ord("a"))
@@ -127,8 +125,3 @@ def test_a_long_chain_of_rules_does_not_end_the_process() -> None:
     chain = "start: a0\n" + "".join(f"a{number}: a{number + 1}\n" for number in range(6000)) + 'a6000: "x"\n'
     found = compiled(GrammarThreads(TEXTS), Grammar("lark", chain, "grammar"))
     assert isinstance(found, grammar_threads.GrammarMatcher)
-
-
-def test_while_threads_are_stuck_no_grammar_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar_threads, "MAX_STUCK", 0)
-    assert isinstance(compiled(GrammarThreads(TEXTS), Grammar("regex", "a", "grammar")), Busy)
