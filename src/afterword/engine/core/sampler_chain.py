@@ -106,7 +106,7 @@ def _applied(names: Sequence[str], candidates: Candidates, query: ChainQuery) ->
 
 
 def _xtc_outcomes(query: ChainQuery) -> list[tuple[list[int], bool]]:
-    """The indexes of the seeds for which XTC excludes tokens, and of the others. The seeds of a group share the work."""
+    """The indexes of the seeds for which XTC excludes tokens, and of the others. The seeds of a group share work."""
     chain, seeds = query.chain, query.sample.seeds
     everything = list(range(len(seeds)))
     if "xtc" not in chain.order or not chain.xtc_probability or chain.xtc_threshold > 0.5:
