@@ -36,6 +36,10 @@ ELSEWHERE = {
     ("docs/architectures.md", "python -m tests.architectures --markdown"): Elsewhere(
         "judges all architectures for half an hour; tests/architectures/test_architectures.py runs a part of it"
     ),
+    (
+        "docs/models.md",
+        "afterword serve hf:owner/repo:Q8_0 --alias base --lora poems=poems.gguf --lora half=poems.gguf@0.5",
+    ): Elsewhere("needs a LoRA adapter; tests/api/test_several_adapters.py serves such models"),
     ("docs/vllm.md", "python3 -m venv vllm-env"): Elsewhere("installs vLLM from a package registry"),
     (
         "docs/vllm.md",
