@@ -247,6 +247,7 @@ def test_a_branch_is_deleted_and_taken_back(driver: PageDriver) -> None:
     driver.shows("branches")
     driver.find("#branch-delete").click()
     assert driver.text == "Once"
+    expect(driver.find("#branches .branch")).to_have_count(2)  # the list is drawn after the text
     assert rows(driver) == ["Once", "two"]
     expect(driver.find("#offer")).to_contain_text("Deleted 2 branches.")
     driver.find("#offer").get_by_role("button", name="Take it back").click()
