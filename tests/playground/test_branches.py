@@ -174,6 +174,7 @@ def answers(driver: PageDriver, *texts: str) -> None:
         driver.page.unroute("**/v1/completions")
         driver.press("Alt+ArrowLeft")
     driver.shows("branches")
+    expect(driver.find("#branches .branch")).to_have_count(len(texts) + 1)  # the list is drawn after the text
 
 
 def rows(driver: PageDriver) -> list[str]:
@@ -247,7 +248,7 @@ def test_a_branch_is_deleted_and_taken_back(driver: PageDriver) -> None:
     driver.shows("branches")
     driver.find("#branch-delete").click()
     assert driver.text == "Once"
-    expect(driver.find("#branches .branch")).to_have_count(2)  # the list is drawn after the text
+    expect(driver.find("#branches .branch")).to_have_count(2)
     assert rows(driver) == ["Once", "two"]
     expect(driver.find("#offer")).to_contain_text("Deleted 2 branches.")
     driver.find("#offer").get_by_role("button", name="Take it back").click()
