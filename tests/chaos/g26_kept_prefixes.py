@@ -67,10 +67,15 @@ def run(trial: Trial) -> Result:
         folder = Path(temporary, "cache")
         for life in range(trial.size):
             trial.say(f"G26 {life}")
-            tally.counts["damaged files"] += _damage(folder, random)
+            tally.counts["damaged files"] += _damage(folder, random, _DAMAGED)
             with trial.serve(*_SHAPE, "--cache-dir", str(folder), "--cache-size", _SIZE) as server:
                 asyncio.run(_live(server, tally, random, life))
                 tally.counts["lines in the log"] += server.stderr_bytes.count(b"is damaged")
+        # At last all files are damaged, and each prompt is sent: then a damaged file is certainly read.
+        tally.counts["damaged files"] += _damage(folder, random, 1)
+        with trial.serve(*_SHAPE, "--cache-dir", str(folder), "--cache-size", _SIZE) as server:
+            asyncio.run(_ask_each(server, tally))
+            tally.counts["lines in the log"] += server.stderr_bytes.count(b"is damaged")
         size = sum(path.stat().st_size for path in folder.iterdir())
     names = ("responses", "wrong", "cached", "cached for a new salt", "refused", "damaged files", "lines in the log")
     figures = {name: tally.counts[name] for name in names} | {"MB in the folder": size / 1e6}
@@ -99,6 +104,17 @@ async def _live(server: Server, tally: Tally, random: Random, life: int) -> None
     await asyncio.gather(*clients)
 
 
+async def _ask_each(server: Server, tally: Tally) -> None:
+    connection = ClientConnection(server)
+    for salt in "ab":
+        for index in range(len(_PROMPTS)):
+            reply = await connection.ask(_body(index, salt))
+            if reply.status == 200:
+                tally.add(index, reply.json())
+            else:
+                tally.counts["refused"] += 1
+
+
 async def _ask(server: Server, tally: Tally, random: Random) -> None:
     """Send prompts until the server is dead."""
     connection = ClientConnection(server)
@@ -113,10 +129,10 @@ async def _ask(server: Server, tally: Tally, random: Random) -> None:
             tally.counts["refused"] += 1
 
 
-def _damage(folder: Path, random: Random) -> int:
-    """Truncate files, and change bits that keep numbers finite. Returns the number of damaged files."""
+def _damage(folder: Path, random: Random, share: float) -> int:
+    """Truncate a share of the files, and change bits that keep numbers finite. Returns the number of damaged files."""
     files = sorted(folder.glob("*.part")) if folder.exists() else []
-    chosen = random.sample(files, int(_DAMAGED * len(files)))
+    chosen = random.sample(files, int(share * len(files)))
     for path in chosen:
         data = bytearray(path.read_bytes())
         position = random.randrange(len(data))
