@@ -14,13 +14,11 @@ from afterword.completion.request import CompletionRequest
 from afterword.completion.request_descriptions import INFILL_DESCRIPTIONS, described_schema
 from afterword.completion.request_limits import RequestLimits
 from afterword.completion.sampler_fields import LLAMA_ORDER, SAMPLER_FIELDS, has_further_samplers, samplers
+from afterword.engine.protocol import INFILL_MIN_P
 from afterword.errors import RequestError
 
 SAMPLERS = (*LLAMA_ORDER, "infill")
 """llama-server's names."""
-
-INFILL_MIN_P = 0.2
-"""llama.cpp's sampler `infill` keeps tokens with at least this probability; here it is a fraction of the highest."""
 
 UNLIMITED = 2**31 - 1
 """`CompletionRequest.max_tokens` for an `n_predict` of -1. `InfillRules.fill_context` reduces it to the context."""

@@ -48,6 +48,10 @@ class Dry(Value, frozen=True):
     sequences: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
 
 
+INFILL_MIN_P = 0.2
+"""llama.cpp's sampler `infill` keeps tokens with at least this probability; here it is a fraction of the highest."""
+
+
 class SamplerChain(Value, frozen=True):
     """Samplers in the order in which they are applied; those that are not in `order` are not applied.
 

@@ -56,10 +56,9 @@ class GrammarKeeper:
 
     def forget(self, job_id: int) -> None:
         """Note that a job has ended."""
-        for jobs in (self._waiting, self._clients, self._ready, self._slow, self.errors):
+        for jobs in (self._ready, self._slow, self.errors):
             jobs.pop(job_id, None)
-        if not self._waiting:
-            self._turns.clear()
+        self._remove(job_id)
 
     def collect(self, unsent: Container[int]) -> list[tuple[int, Step | None]]:
         """What has changed since the last call: pairs of a job id and its step, which ends the job if it is `failed`.
@@ -161,8 +160,11 @@ class GrammarKeeper:
                 return
 
     def _remove(self, job_id: int) -> None:
-        """The job needs not wait any longer."""
-        del self._waiting[job_id], self._clients[job_id]
+        """The job needs not wait for its grammar any longer."""
+        self._waiting.pop(job_id, None)
+        self._clients.pop(job_id, None)
+        if not self._waiting:
+            self._turns.clear()
 
     def _order(self, job_id: int) -> tuple[bool, int, int]:
         """Clients take turns, those of batches last; of one client the shorter grammar is next."""

@@ -17,10 +17,7 @@ from numpy.typing import NDArray
 from afterword.engine.core.numpy_kernel import LogitsRow, pick, random_number, unpacked
 from afterword.engine.core.repetitions import Repetitions
 from afterword.engine.core.sampler_kernel import GREEDY_BELOW, Ids, Numbers, SampleQuery, cached_distinct
-from afterword.engine.protocol import Dry, SamplerChain
-
-INFILL_MIN_P = 0.2
-"""The sampler `infill` keeps tokens with at least this fraction of the highest probability."""
+from afterword.engine.protocol import INFILL_MIN_P, Dry, SamplerChain
 
 _MIROSTAT_TOKENS = 100  # most likely tokens from which Mirostat 1 estimates the distribution, as in llama.cpp
 _LARGEST_EXPONENT = 88.7228391  # logarithm of the largest float32: llama.cpp limits DRY's powers by it
