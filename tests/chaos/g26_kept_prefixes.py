@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from afterword.engine.core.prefix_store import PART_TOKENS
 from afterword.engine.store.part_files import PartFolder
 
 from .client import ClientConnection
@@ -71,11 +72,7 @@ def run(trial: Trial) -> Result:
             with trial.serve(*_SHAPE, "--cache-dir", str(folder), "--cache-size", _SIZE) as server:
                 asyncio.run(_live(server, tally, random, life))
                 tally.counts["lines in the log"] += server.stderr_bytes.count(b"is damaged")
-        # At last all files are damaged, and each prompt is sent: then a damaged file is certainly read.
-        tally.counts["damaged files"] += _damage(folder, random, 1)
-        with trial.serve(*_SHAPE, "--cache-dir", str(folder), "--cache-size", _SIZE) as server:
-            asyncio.run(_ask_each(server, tally))
-            tally.counts["lines in the log"] += server.stderr_bytes.count(b"is damaged")
+        asyncio.run(_damage_and_ask(trial, Path(temporary, "last"), random, tally))
         size = sum(path.stat().st_size for path in folder.iterdir())
     names = ("responses", "wrong", "cached", "cached for a new salt", "refused", "damaged files", "lines in the log")
     figures = {name: tally.counts[name] for name in names} | {"MB in the folder": size / 1e6}
@@ -104,15 +101,16 @@ async def _live(server: Server, tally: Tally, random: Random, life: int) -> None
     await asyncio.gather(*clients)
 
 
-async def _ask_each(server: Server, tally: Tally) -> None:
-    connection = ClientConnection(server)
-    for salt in "ab":
-        for index in range(len(_PROMPTS)):
-            reply = await connection.ask(_body(index, salt))
-            if reply.status == 200:
-                tally.add(index, reply.json())
-            else:
-                tally.counts["refused"] += 1
+async def _damage_and_ask(trial: Trial, folder: Path, random: Random, tally: Tally) -> None:
+    """Send a prompt, damage its files, and send it to a new server, which therefore certainly reads a damaged file."""
+    for _ in range(2):
+        tally.counts["damaged files"] += _damage(folder, random, 1, truncated=0)
+        with trial.serve(*_SHAPE, "--cache-dir", str(folder)) as server:
+            reply = await ClientConnection(server).ask(_body(0, "last"))
+            tally.add(0, reply.json())
+            while len(list(folder.glob("*.part"))) < len(_PROMPTS[0]) // PART_TOKENS:
+                await asyncio.sleep(0.01)
+            tally.counts["lines in the log"] += server.stderr_bytes.count(b"is damaged")
 
 
 async def _ask(server: Server, tally: Tally, random: Random) -> None:
@@ -129,14 +127,17 @@ async def _ask(server: Server, tally: Tally, random: Random) -> None:
             tally.counts["refused"] += 1
 
 
-def _damage(folder: Path, random: Random, share: float) -> int:
-    """Truncate a share of the files, and change bits that keep numbers finite. Returns the number of damaged files."""
+def _damage(folder: Path, random: Random, share: float, truncated: float = 0.3) -> int:
+    """Damage a share of the files. Returns their number.
+
+    `truncated`: the share of these that is cut off. In the others, bits are changed that keep numbers finite.
+    """
     files = sorted(folder.glob("*.part")) if folder.exists() else []
     chosen = random.sample(files, int(share * len(files)))
     for path in chosen:
         data = bytearray(path.read_bytes())
         position = random.randrange(len(data))
-        if random.random() < 0.3:
+        if random.random() < truncated:
             del data[position:]
         else:
             bits = random.choice((1, 2, 3))
