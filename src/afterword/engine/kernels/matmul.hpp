@@ -32,6 +32,7 @@ bool of_model(const Tensor *matrix) { return !matrix->op && !matrix->view_src; }
 }  // namespace products
 
 #if (defined(__AVX2__) && defined(__FMA__)) || defined(__ARM_FEATURE_DOTPROD)
+#include "prefetch.hpp"
 #include "weight_formats.hpp"
 
 namespace products {
@@ -42,17 +43,6 @@ constexpr int CHUNK = 16;    // steps that are unpacked before they are multipli
 constexpr int AHEAD = 8192;  // bytes between a packed weight and the address that is prefetched, for a single column
 constexpr int64_t FAR_AHEAD = 1 << 19;  // bytes that a thread may prefetch before their product begins: half of a large cache
 constexpr int MOST_COLUMNS = WIDE > LANES ? 8 : 4;  // multiplied together: their sums fit the registers
-
-// Prefetches `lines` cache lines at each step. A pass reads weights once, so the prefetch marks them as not to be kept: they
-// must not evict from the caches what other code uses between two passes.
-struct Prefetcher {
-    const char *at;
-    int lines;
-
-    void fetch() {
-        for (int i = 0; i < lines; i++, at += LINE) __builtin_prefetch(at, 0, 0);
-    }
-};
 
 // A tile has one or two groups of rows. Two groups share the loads of activations; for a single column, which has few of them,
 // one group is faster.
