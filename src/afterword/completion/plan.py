@@ -17,7 +17,7 @@ from afterword.completion.request import CompletionRequest
 from afterword.completion.request_limits import RequestLimits
 from afterword.completion.sampler_fields import sampling_of
 from afterword.completion.text_stream import StopStrings
-from afterword.completion.vocabulary_fields import check_allowed, check_ids, shown_ends, truncated
+from afterword.completion.vocabulary_fields import banned_text, check_allowed, check_ids, shown_ends, truncated
 from afterword.engine.protocol import Job, ModelInfo
 from afterword.errors import RequestError
 
@@ -193,7 +193,8 @@ def make_plan(
     candidates = max(request.candidates, request.n + _MORE) if reranks else request.candidates
     prompts = []
     end_tokens = _end_tokens(request, model_info, rules)
-    check_allowed(request, end_tokens)
+    check_allowed(request, model_info, end_tokens)
+    banned = banned_text(request, model_info, end_tokens) if request.max_tokens else None
     sampling = sampling_of(request, len(model_info.pieces), tokens.inside, tokens.sequences)
     for index, (given, whole) in enumerate(zip(request.prompt, tokens.prompts, strict=True)):
         ids = truncated(request, model_info, given, whole)
@@ -217,6 +218,8 @@ def make_plan(
             prediction=tokens.prediction,
             reported=request.logprob_token_ids,
             grammar=next(iter(request.constraints), None) if max_tokens else None,
+            banned=request.banned_ids,
+            banned_text=banned,
         )
         check_job(job, model_info)
         text = given if isinstance(given, str) and ids == whole else _decode(model_info, ids)

@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from afterword.completion import fields, grammar_fields, object_fields
+from afterword.completion import ban_fields, fields, grammar_fields, object_fields
 from afterword.completion.fields import Field, JsonSchema, Prompt
 from afterword.completion.json_body import parse_object
 from afterword.completion.model_defaults import DefaultsOf, no_defaults
@@ -30,7 +30,7 @@ class CompletionRequest:
     """A parsed request body: the API's fields, then extensions.
 
     Extensions have vLLM's names and meanings; `input_extra`, `json_schema`, `grammar` and the samplers those of
-    llama-server. `response_format` is a field of OpenAI's chat API.
+    llama-server; `ban_fields` says which those of other servers are. `response_format` is a field of OpenAI's chat API.
 
     `ignored`: the names of unknown fields, if the operator allows them (`RequestLimits.ignore_unknown`).
     """
@@ -56,7 +56,11 @@ class CompletionRequest:
     # extensions
     add_special_tokens: bool | None = None
     allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
+    banned_strings: tuple[str, ...] = ()
+    banned_tokens: tuple[int, ...] = ()
     cache_salt: str | None = None
+    custom_token_bans: tuple[int, ...] = ()
     grammar: Grammar | None = None
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
@@ -108,6 +112,11 @@ class CompletionRequest:
         return [each for each in given if each is not None]
 
     @property
+    def banned_ids(self) -> tuple[int, ...]:
+        """The tokens that are never generated."""
+        return tuple(sorted({*self.banned_tokens, *self.custom_token_bans}))
+
+    @property
     def is_infill(self) -> bool:
         """Whether the prompt is laid out with the model's infill tokens."""
         return bool(self.suffix or self.input_extra)
@@ -148,7 +157,11 @@ LENGTH_ALIASES = (
 EXTENSIONS: dict[str, Field] = {
     "add_special_tokens": fields.boolean,
     "allowed_token_ids": fields.some_token_ids,
+    "bad_words": ban_fields.bad_words,
+    "banned_strings": ban_fields.banned_strings,
+    "banned_tokens": ban_fields.banned_tokens,
     "cache_salt": fields.salt,
+    "custom_token_bans": ban_fields.banned_tokens,
     "grammar": grammar_fields.grammar,
     "ignore_eos": fields.boolean,
     "include_stop_str_in_output": fields.boolean,
@@ -296,6 +309,7 @@ def _check_combinations(request: CompletionRequest, limits: RequestLimits) -> No
             param="prompt",
         )
     _check_tokens(request, limits)
+    ban_fields.check_bans(request)
     if len(request.constraints) > 1:
         first, second = (each.field.partition(".")[0] for each in request.constraints[:2])
         raise RequestError(

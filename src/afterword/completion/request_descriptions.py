@@ -97,7 +97,19 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
     "allowed_token_ids": description(
         "Only these tokens are generated, and end tokens only if they are among them.", [1, 2]
     ),
+    "bad_words": description(
+        "Texts that the choice does not contain, in this case only. Where one is complete, the tokens from its "
+        "beginning on are taken back, and another token is sampled there.",
+        ["very unique"],
+    ),
+    "banned_strings": description(
+        "As bad_words, in any case: a text or several, as in KoboldCpp and TabbyAPI.", ["a testament to"]
+    ),
+    "banned_tokens": description(
+        "Token ids that are never generated: an array, or a string with commas, as in TabbyAPI.", [1, 2]
+    ),
     "cache_salt": description("Only requests with the same salt share cached prefixes.", "course-1"),
+    "custom_token_bans": description("Another name of banned_tokens, whose ids are banned too.", "1,2"),
     "grammar": description(
         "A grammar that the text must match, in llama.cpp's notation (GBNF) or in Lark's as llguidance reads it. An "
         "empty one allows any text.",

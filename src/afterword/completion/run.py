@@ -38,7 +38,8 @@ _STARTS_PER_TURN = 32  # jobs that are started before other tasks of the event l
 class Usage:
     """The tokens of a whole request. Each prompt counts once, each generated candidate counts.
 
-    `completion_tokens`: in a response, the tokens of the texts; for an account, all generated tokens.
+    `completion_tokens`: in a response, the tokens of the texts; for an account, all generated tokens,
+    also those that were taken back.
     `cached_tokens`: the tokens of the prompts that came from the prefix cache. `predicted`: the tokens of the
     prediction that are in the texts, and those that were verified and are not.
     """
@@ -221,7 +222,7 @@ class _PromptProgress:
         if not self._started:
             self._started = True
             self._on_started()
-        self.generated += len(step.sampled)
+        self.generated += len(step.sampled) + step.taken_back
 
     def take(self, step: Step, handle: JobHandle) -> Iterator[Delta]:
         """Yield the deltas of a step, each made on demand. Samples whose text is complete are dropped from the job.

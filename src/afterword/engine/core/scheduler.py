@@ -173,6 +173,13 @@ class Scheduler:
         if not state.live and not state.queued:
             self._remove_job(state)
 
+    def rewind(self, sequence: Sequence) -> None:
+        """Remove from a sequence's slot what was taken back, and its last token, whose logits row is needed again."""
+        if sequence.slot is not None:
+            self._slots.cut(sequence.slot, sequence.length, len(sequence.job_state.job.prompt))
+            if sequence.needs_prefill:
+                self._prefill_queue.add(sequence)
+
     def _has_successor(self, state: JobState) -> bool:
         """Whether a slot that holds a job's prompt should go to a sample of the job that was never preempted."""
         client = state.job.client
@@ -249,7 +256,8 @@ class Scheduler:
         return state.queued[0] if state else None
 
     def _first_waiting(self, client: str) -> tuple[JobState | None, PrefixHit | None]:
-        ready = [(state, hit) for state, hit in self._with_hits(client) if not self._is_being_computed(state, hit)]
+        computes = self._prefill_queue.computes_more
+        ready = [(state, hit) for state, hit in self._with_hits(client) if not computes(state, hit, self._slots)]
         if not ready:
             return None, None
         first = ready[0][0]
@@ -289,16 +297,6 @@ class Scheduler:
     def _with_hits(self, client: str) -> Iterator[tuple[JobState, PrefixHit | None]]:
         waiting = (state for state in self._waiting[client].values() if not state.suspended)
         yield from ((state, self._slots.find(state.query)) for state in islice(waiting, ADMISSION_WINDOW))
-
-    def _is_being_computed(self, state: JobState, hit: PrefixHit | None) -> bool:
-        """Whether another job is computing more of the prompt than the cached prefix."""
-        found = hit.keep if hit else 0
-        queue = (each for each in self._prefill_queue if each.is_scored or state.query.alternatives is None)
-        coming = [each for each in queue if not each.job_state.suspended]
-        return any(
-            other.slot is not None and self._slots.awaits(state.query, found, other.job_state.query, other.slot)
-            for other in coming
-        )
 
     def _admit_sequence(self, sequence: Sequence, hit: PrefixHit | None) -> Admission | None:
         """Give a free slot to a sequence. Returns the admission if the job's prompt is still to be completed."""
@@ -360,6 +358,7 @@ class Scheduler:
         return next((each for each in state.live if each.slot and self._slots.restorable(each.slot, end) == end), None)
 
     def _assign_slot(self, sequence: Sequence, slot: Slot) -> None:
+        self._slots.cut(slot, sequence.length, len(sequence.job_state.job.prompt))
         sequence.assign_slot(slot, chunk_generated=self._grid == 1)
         sequence.job_state.live.append(sequence)
         self._active[slot] = sequence
