@@ -18,6 +18,7 @@ from afterword.completion.object_fields import ContextFile, StreamOptions
 from afterword.completion.request_descriptions import DESCRIPTIONS, described_schema
 from afterword.completion.request_limits import RequestLimits
 from afterword.completion.sampler_fields import DEFAULT_BREAKERS, LLAMA_ORDER, SAMPLER_FIELDS, samplers
+from afterword.completion.token_healing import check_healing
 from afterword.engine.protocol import Grammar
 from afterword.errors import RequestError
 
@@ -80,6 +81,7 @@ class CompletionRequest:
     spaces_between_special_tokens: bool = True
     stop_token_ids: tuple[int, ...] = ()
     structured_outputs: Grammar | None = None
+    token_healing: bool = False
     top_k: int = 0
     truncate_prompt_tokens: int | None = None
     truncation_side: str = "left"
@@ -181,6 +183,7 @@ EXTENSIONS: dict[str, Field] = {
     "spaces_between_special_tokens": fields.boolean,
     "stop_token_ids": fields.token_ids,
     "structured_outputs": grammar_fields.structured_outputs,
+    "token_healing": fields.boolean,
     "top_k": fields.top_k,
     "truncate_prompt_tokens": fields.truncation,
     "truncation_side": fields.one_of("left", "right"),
@@ -310,6 +313,7 @@ def _check_combinations(request: CompletionRequest, limits: RequestLimits) -> No
         )
     _check_tokens(request, limits)
     ban_fields.check_bans(request)
+    check_healing(request)
     if len(request.constraints) > 1:
         first, second = (each.field.partition(".")[0] for each in request.constraints[:2])
         raise RequestError(

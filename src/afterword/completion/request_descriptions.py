@@ -190,6 +190,11 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
     "structured_outputs.regex": description("A regular expression that the whole text matches.", "[0-9]{4}"),
     "structured_outputs.choice": description("One of these texts.", ["yes", "no"]),
     "structured_outputs.grammar": description("A grammar, as in the field grammar.", 'root ::= "a"+'),
+    "token_healing": description(
+        "Leave out the last token of each prompt, and begin the choice with a token that begins with its bytes. The "
+        "text continues after the whole prompt.",
+        True,
+    ),
     "top_k": description("Sample from this many of the most likely tokens. 0 and −1: from all.", 40),
     "truncate_prompt_tokens": description(
         "Read only this many tokens of each prompt. -1: as many as fit into the context with max_tokens.", 512

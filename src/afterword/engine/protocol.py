@@ -133,6 +133,8 @@ class Job(Value, frozen=True):
     with `BATCH_CLIENT`, the job is a line of one of the client's batches. `prediction`: tokens that the client expects;
     they change how fast samples are generated, and nothing else. `grammar`: what the text of every sample must be.
     `banned`: token ids that are never sampled. `banned_text`: what the text of no sample contains.
+    `healed`: the bytes with which the first generated token must begin, because the prompt's last token was left out;
+    they belong to the prompt's text. `first`: one bit for each token that begins so, as in a mask.
     """
 
     prompt: tuple[int, ...]
@@ -151,6 +153,8 @@ class Job(Value, frozen=True):
     grammar: Grammar | None = None
     banned: tuple[int, ...] = ()
     banned_text: BannedText | None = None
+    healed: bytes = b""
+    first: bytes = b""
 
 
 class Token(Value, frozen=True, gc=False):

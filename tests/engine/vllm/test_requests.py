@@ -137,6 +137,7 @@ ORDER = ("temperature", "top_k")
         ({"grammar": Grammar("json", "{}", "response_format.json_schema.schema")}, "response_format"),
         ({"reported": (1, 2)}, "logprob_token_ids"),
         ({"banned": (1, 2)}, "banned_tokens"),
+        ({"healed": b"a", "first": b"1234"}, "token_healing"),
         ({"banned_text": BannedText(folded=("a",))}, "banned_strings"),
         ({"banned_text": BannedText(exact=("a",))}, "bad_words"),
         ({"sampling": Sampling(chain=SamplerChain(ORDER))}, "samplers"),

@@ -53,15 +53,17 @@ class BannedPhrases:
     silent: frozenset[int]
     exact: _Node
     folded: _Node
+    healed: bytes  # of the first token, see `Job.healed`
 
     @classmethod
-    def of(cls, banned: BannedText, pieces: Sequence[bytes]) -> BannedPhrases:
-        return cls(pieces, frozenset(banned.silent), _tree(banned.exact), _tree(banned.folded, folds=True))
+    def of(cls, job: Job, banned: BannedText, pieces: Sequence[bytes]) -> BannedPhrases:
+        trees = _tree(banned.exact), _tree(banned.folded, folds=True)
+        return cls(pieces, frozenset(banned.silent), *trees, job.healed)
 
     def beginning(self, prompt: tuple[int, ...]) -> _Place:
         """What is known before the first token: a prompt of token ids can end inside a character."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        decoder.decode(b"".join(map(self._piece, prompt[-_LONGEST_CHARACTER:])))
+        decoder.decode(b"".join(map(self._piece, prompt[-_LONGEST_CHARACTER:])) + self.healed)
         return _Place(decoder.getstate()[0])
 
     def follow(self, before: _Place, place: int, token: int) -> tuple[_Place, int | None]:
@@ -71,7 +73,7 @@ class BannedPhrases:
         """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         decoder.setstate((before.pending, 0))
-        text = decoder.decode(self._piece(token))
+        text = decoder.decode(self._piece(token)[0 if place else len(self.healed) :])
         pending = decoder.getstate()[0]
         exact, folded = before.exact, before.folded
         start = before.pending_place if before.pending else place  # of the first character

@@ -352,7 +352,7 @@ class EngineLoop:
         drafts = [maker.drafts() if maker else () for _ in range(state.job.samples)]
         known = first.known_repetitions()
         banned = state.job.banned_text
-        phrases = BannedPhrases.of(banned, self._pieces) if banned else None
+        phrases = BannedPhrases.of(state.job, banned, self._pieces) if banned else None
         samples = [
             Sequence(
                 state,

@@ -117,6 +117,15 @@ def _without(allowed: AllowedTokens, banned: tuple[int, ...]) -> AllowedTokens:
     return AllowedTokens(mask, allowed.complete)
 
 
+def first_tokens(job: Job, excluded: tuple[int, ...]) -> TokenMask:
+    """The tokens of `Job.first`, without early end tokens and those that were taken back if others are left."""
+    mask = np.frombuffer(job.first, np.uint32).copy()
+    for tokens in (job.end_tokens if job.min_tokens else (), excluded):
+        left = _with(mask, tokens, False)
+        mask = left if left.any() else mask
+    return mask
+
+
 def constrained(query: SampleTokens, allowed: AllowedTokens) -> SampleTokens | None:
     """The query for one of the allowed tokens; None if the text of its samples ends here."""
     mask = next_tokens(allowed, query.job, query.position)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from afterword.engine.core.banned_text import HeldTokens
 from afterword.engine.core.forward_batch import BatchEntry
-from afterword.engine.core.matcher import Matcher
+from afterword.engine.core.matcher import Matcher, first_tokens
 from afterword.engine.core.repetitions import Repetitions
 from afterword.engine.core.sampler import SampleTokens
 from afterword.engine.core.slot import PrefixQuery, Slot
@@ -181,7 +181,8 @@ class Sequence:
         repetitions, limits = self.known_repetitions(), state.limits_of(samples)
         position = len(self.generated)
         excluded = self.held.banned(position) if self.held else ()
-        return SampleTokens(state.job, samples, position, self.token_counts, repetitions, limits, excluded=excluded)
+        mask = first_tokens(state.job, excluded) if state.job.first and not position else None
+        return SampleTokens(state.job, samples, position, self.token_counts, repetitions, limits, mask, excluded)
 
     def append(self, token: int) -> None:
         """Append a sampled token."""
