@@ -124,13 +124,13 @@ def test_banned_tokens_hold_with_a_grammar(http: httpx.Client) -> None:
 
 def test_what_cannot_be_banned_is_refused_by_name(http: httpx.Client) -> None:
     for name in ("banned_strings", "bad_words"):
-        found = refused(http, prompt=PROMPT, **{name: ["x"]}, response_format={"type": "json_object"})
+        found = refused(http, name, prompt=PROMPT, **{name: ["x"]}, response_format={"type": "json_object"})
         assert (found["param"], "response_format" in found["message"]) == (name, True)
-    assert refused(http, prompt=PROMPT, banned_tokens=[10**6])["param"] == "banned_tokens"
+    assert refused(http, "banned_tokens", prompt=PROMPT, banned_tokens=[10**6])["param"] == "banned_tokens"
     assert (
         refused(http, prompt=PROMPT, allowed_token_ids=[5, 6], custom_token_bans="6,5")["param"] == "custom_token_bans"
     )
-    hint = refused(http, prompt=PROMPT, banned_tokens=["a phrase"])
+    hint = refused(http, "banned_tokens", prompt=PROMPT, banned_tokens=["a phrase"])
     assert (hint["param"], "banned_strings" in hint["message"]) == ("banned_tokens", True)
 
 

@@ -82,8 +82,11 @@ def test_a_prompt_without_a_token_to_complete_is_read_as_it_is(http: httpx.Clien
 def test_what_cannot_be_healed_is_refused_by_name(http: httpx.Client) -> None:
     body = {"prompt": "Once upon a ti", "max_tokens": 2, "token_healing": True}
     (other,) = tokens_of(http, " cat")
-    assert refused(http, **body, allowed_token_ids=[other])["param"] == "allowed_token_ids"
-    assert refused(http, **body, suffix="the end")["param"] == "suffix"
-    assert refused(http, **body, grammar='root ::= "a"')["param"] == "grammar"
-    assert refused(http, **body, truncate_prompt_tokens=2, truncation_side="right")["param"] == "truncation_side"
+    assert refused(http, "allowed_token_ids", **body, allowed_token_ids=[other])["param"] == "allowed_token_ids"
+    assert refused(http, "suffix", **body, suffix="the end")["param"] == "suffix"
+    assert refused(http, "grammar", **body, grammar='root ::= "a"')["param"] == "grammar"
+    assert (
+        refused(http, "truncation_side", **body, truncate_prompt_tokens=2, truncation_side="right")["param"]
+        == "truncation_side"
+    )
     assert one(http, **body, truncate_prompt_tokens=2, return_token_ids=True)["prompt_token_ids"]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from afterword.completion.object_fields import ContextFile, StreamOptions
 from afterword.completion.request import EXTENSIONS, FIELDS, LENGTH_ALIASES, CompletionRequest, parse, schema
 from afterword.completion.request_limits import STRICT, RequestLimits
+from afterword.engine.protocol import RepetitionDetection
 from afterword.errors import RequestError
 
 LIMITS = RequestLimits()
@@ -73,6 +74,7 @@ def test_an_empty_body_gives_the_defaults_of_the_api() -> None:
         "min_tokens": 0,
         "prediction": None,
         "prompt_logprobs": None,
+        "repetition_detection": None,
         "repetition_penalty": 1.0,
         "response_format": None,
         "return_token_ids": False,
@@ -612,6 +614,13 @@ def test_a_long_name_is_cut_short(body: dict[str, Any]) -> None:
         ("add_special_tokens", False, False),
         ("add_special_tokens", True, True),
         ("add_special_tokens", None, None),
+        ("repetition_detection", {"max_pattern_size": 4, "min_count": 2}, RepetitionDetection(4, 1, 2)),
+        (
+            "repetition_detection",
+            {"max_pattern_size": 4, "min_pattern_size": 3, "min_count": 5},
+            RepetitionDetection(4, 3, 5),
+        ),
+        ("repetition_detection", {}, None),
         ("return_token_ids", True, True),
         ("prompt_logprobs", 0, 0),
         ("stop_token_ids", [1, 2.0], (1, 2)),
@@ -685,6 +694,10 @@ def test_extensions_have_their_values(name: str, value: Any, result: Any) -> Non
         ("samplers", ["top_k", "infill"]),
         ("samplers", "kp"),
         ("samplers", ["top_k"] * 33),
+        ("repetition_detection", 4),
+        ("repetition_detection", {"max_pattern_size": 4}),
+        ("repetition_detection", {"max_pattern_size": 4, "min_count": 1}),
+        ("repetition_detection", {"max_pattern_size": 4, "min_pattern_size": 5, "min_count": 2}),
         ("token_healing", 1),
         ("truncate_prompt_tokens", 0),
         ("truncate_prompt_tokens", -2),

@@ -124,15 +124,15 @@ class ChoiceBuilder:
         return deltas
 
     def _text_deltas(self, index: int) -> list[Delta]:
-        """`"stop"` gets a delta of its own, without text; `"length"` is in the delta of the last token."""
+        """`"stop"` gets a delta of its own, without text; other reasons are in the delta of the last token."""
         if self.finish is None:
             delta = self._delta(index, self._stream.release())
             return [delta] if _has_content(delta) else []
         last = self._delta(index, self._stream.finish())
         if self._stream.stopped:  # `finish` decoded the last bytes, which can complete a stop string
             self.finish = "stop"
-        if self.finish == "length":
-            return [replace(last, finish="length")]
+        if self.finish != "stop":
+            return [replace(last, finish=self.finish)]
         ending = Delta(index, "", self._final_columns(), "stop")
         return [last, ending] if _has_content(last) else [ending]
 

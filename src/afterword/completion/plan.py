@@ -225,6 +225,7 @@ def make_plan(
             banned=request.banned_ids,
             banned_text=banned,
             healed=left_out,
+            repetition_detection=request.repetition_detection if max_tokens else None,
             first=tokens.first.get(left_out, b""),
         )
         check_job(job, model_info)

@@ -19,7 +19,7 @@ from afterword.completion.request_descriptions import DESCRIPTIONS, described_sc
 from afterword.completion.request_limits import RequestLimits
 from afterword.completion.sampler_fields import DEFAULT_BREAKERS, LLAMA_ORDER, SAMPLER_FIELDS, samplers
 from afterword.completion.token_healing import check_healing
-from afterword.engine.protocol import Grammar
+from afterword.engine.protocol import Grammar, RepetitionDetection
 from afterword.errors import RequestError
 
 _LENGTH_HINT = "(HINT: set the maximum number of generated tokens in 'max_tokens'.)"
@@ -72,6 +72,7 @@ class CompletionRequest:
     min_tokens: int = 0
     prediction: str | None = None
     prompt_logprobs: int | None = None
+    repetition_detection: RepetitionDetection | None = None
     repetition_penalty: float = 1.0
     response_format: Grammar | None = None
     return_token_ids: bool = False
@@ -174,6 +175,7 @@ EXTENSIONS: dict[str, Field] = {
     "min_tokens": fields.integer(0, _INT32 - 1),
     "prediction": object_fields.prediction,
     "prompt_logprobs": fields.integer(0, lambda limits: limits.max_logprobs),
+    "repetition_detection": object_fields.repetition_detection,
     "repetition_penalty": fields.decimal(0.01, 2),
     "response_format": grammar_fields.response_format,
     "return_token_ids": fields.boolean,

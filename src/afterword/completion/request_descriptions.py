@@ -152,6 +152,13 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
         "Report rank and log probability of each token of the prompt, and of this many alternatives. Not with stream.",
         1,
     ),
+    "repetition_detection": description(
+        "End a choice that repeats a pattern of tokens, with the finish_reason repetition.",
+        {"max_pattern_size": 20, "min_pattern_size": 1, "min_count": 4},
+    ),
+    "repetition_detection.max_pattern_size": description("The most tokens of a pattern. 0: no detection.", 20),
+    "repetition_detection.min_pattern_size": description("The fewest tokens of a pattern. 0 stands for 1.", 1),
+    "repetition_detection.min_count": description("How often a pattern must occur in a row, at least 2.", 4),
     "repetition_penalty": description(
         "Above 1: make tokens of the prompt and of the choice less likely. Below 1: more likely.", 1.1
     ),

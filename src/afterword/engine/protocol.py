@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "repetition"]
 GrammarKind = Literal["json", "regex", "choice", "lark", "gbnf"]
 
 TOKEN_BYTES, ALTERNATIVE_BYTES = 160, 120
@@ -121,6 +121,14 @@ class BannedText(Value, frozen=True):
     silent: tuple[int, ...] = ()
 
 
+class RepetitionDetection(Value, frozen=True):
+    """Ends a sample whose last tokens are a pattern of `min_size` to `max_size` tokens, `min_count` times in a row."""
+
+    max_size: int
+    min_size: int
+    min_count: int
+
+
 class Job(Value, frozen=True):
     """One prompt to be continued `samples` times.
 
@@ -135,6 +143,7 @@ class Job(Value, frozen=True):
     `banned`: token ids that are never sampled. `banned_text`: what the text of no sample contains.
     `healed`: the bytes with which the first generated token must begin, because the prompt's last token was left out;
     they belong to the prompt's text. `first`: one bit for each token that begins so, as in a mask.
+    `repetition_detection`: which loops end a sample, after `min_tokens` tokens.
     """
 
     prompt: tuple[int, ...]
@@ -155,6 +164,7 @@ class Job(Value, frozen=True):
     banned_text: BannedText | None = None
     healed: bytes = b""
     first: bytes = b""
+    repetition_detection: RepetitionDetection | None = None
 
 
 class Token(Value, frozen=True, gc=False):

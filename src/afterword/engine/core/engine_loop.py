@@ -17,6 +17,7 @@ import msgspec
 from afterword.engine.core.banned_text import BannedPhrases, HeldTokens
 from afterword.engine.core.forward_batch import BatchEntry, ForwardBatch, Logits, Runner, slot_rules
 from afterword.engine.core.grammar_keeper import GrammarKeeper
+from afterword.engine.core.loops import ends_in_loop
 from afterword.engine.core.matcher import GrammarCompiler
 from afterword.engine.core.prefill_queue import MIN_CHUNK
 from afterword.engine.core.prefix_cache import PrefixCache
@@ -332,7 +333,8 @@ class EngineLoop:
             self._last_pass, drafted_tokens=entry.outputs - 1, accepted_tokens=len(found) - 1
         )
         self._scheduler.computed(entry, sequence, [])
-        continues = [self._append([sequence], tokens, builder) for tokens in found][-1]
+        # A loop ends the sample before the last confirmed token.
+        continues = all(self._append([sequence], tokens, builder) for tokens in found)
         assert sequence.slot is not None
         self._slots.truncate(sequence.slot, sequence.length - 1)
         if not continues:
@@ -383,4 +385,7 @@ class EngineLoop:
         job = sequence.job_state.job
         if token in job.end_tokens or self._grammars.append(sequence, token):
             return "stop"
-        return "length" if len(sequence.generated) == job.max_tokens else None
+        if len(sequence.generated) == job.max_tokens:
+            return "length"
+        detection = job.repetition_detection if len(sequence.generated) >= job.min_tokens else None
+        return "repetition" if detection and ends_in_loop(sequence.generated, detection) else None
