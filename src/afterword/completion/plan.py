@@ -224,6 +224,7 @@ def make_plan(
             grammar=next(iter(request.constraints), None) if max_tokens else None,
             banned=request.banned_ids,
             banned_text=banned,
+            priority=request.priority,
             healed=left_out,
             repetition_detection=request.repetition_detection if max_tokens else None,
             first=tokens.first.get(left_out, b""),

@@ -71,6 +71,7 @@ class CompletionRequest:
     min_p: float = 0.0
     min_tokens: int = 0
     prediction: str | None = None
+    priority: int = 0
     prompt_logprobs: int | None = None
     repetition_detection: RepetitionDetection | None = None
     repetition_penalty: float = 1.0
@@ -174,6 +175,7 @@ EXTENSIONS: dict[str, Field] = {
     "min_p": fields.decimal(0, 1),
     "min_tokens": fields.integer(0, _INT32 - 1),
     "prediction": object_fields.prediction,
+    "priority": fields.integer(-_INT32, _INT32 - 1),
     "prompt_logprobs": fields.integer(0, lambda limits: limits.max_logprobs),
     "repetition_detection": object_fields.repetition_detection,
     "repetition_penalty": fields.decimal(0.01, 2),

@@ -148,6 +148,10 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
     "prediction.content": description("The text: a string or an array of text parts.", "def add(a, b):\n"),
     "prediction.content.type": description("Always text.", "text"),
     "prediction.content.text": description("A part of the text.", "def add(a, b):\n"),
+    "priority": description(
+        "Of one key's requests that wait for their turn, those with the lowest number are first.",
+        -1,
+    ),
     "prompt_logprobs": description(
         "Report rank and log probability of each token of the prompt, and of this many alternatives. Not with stream.",
         1,

@@ -143,7 +143,8 @@ class Job(Value, frozen=True):
     `banned`: token ids that are never sampled. `banned_text`: what the text of no sample contains.
     `healed`: the bytes with which the first generated token must begin, because the prompt's last token was left out;
     they belong to the prompt's text. `first`: one bit for each token that begins so, as in a mask.
-    `repetition_detection`: which loops end a sample, after `min_tokens` tokens.
+    `repetition_detection`: which loops end a sample, after `min_tokens` tokens. `priority`: of the waiting jobs of one
+    client those with the lowest number are first.
     """
 
     prompt: tuple[int, ...]
@@ -165,6 +166,7 @@ class Job(Value, frozen=True):
     healed: bytes = b""
     first: bytes = b""
     repetition_detection: RepetitionDetection | None = None
+    priority: int = 0
 
 
 class Token(Value, frozen=True, gc=False):

@@ -68,6 +68,7 @@ export const FIELDS = [
   field("banned_strings", "texts", null, "Texts that the choice does not contain, in any case.", { group: "Extensions" }),
   field("bad_words", "texts", null, "Texts that the choice does not contain, in this case only.", { group: "Extensions" }),
   field("banned_tokens", "ids", null, "Never generate these token ids.", { group: "Extensions" }),
+  field("priority", "integer", 0, "Of your waiting requests, the lowest number is first.", { group: "Extensions" }),
   field("token_healing", "boolean", false, "Let the first token complete the last token of the text.", {
     group: "Extensions",
   }),

@@ -6,7 +6,16 @@ import msgspec
 import pytest
 
 from afterword.completion.engine_limits import check_job
-from afterword.engine.protocol import BannedText, Grammar, Job, ModelInfo, RepetitionDetection, SamplerChain, Sampling, Token
+from afterword.engine.protocol import (
+    BannedText,
+    Grammar,
+    Job,
+    ModelInfo,
+    RepetitionDetection,
+    SamplerChain,
+    Sampling,
+    Token,
+)
 from afterword.engine.vllm.requests import (
     LIMITS,
     PromptScore,
@@ -138,6 +147,7 @@ ORDER = ("temperature", "top_k")
         ({"reported": (1, 2)}, "logprob_token_ids"),
         ({"banned": (1, 2)}, "banned_tokens"),
         ({"repetition_detection": RepetitionDetection(4, 1, 2)}, "repetition_detection"),
+        ({"priority": 1}, "priority"),
         ({"healed": b"a", "first": b"1234"}, "token_healing"),
         ({"banned_text": BannedText(folded=("a",))}, "banned_strings"),
         ({"banned_text": BannedText(exact=("a",))}, "bad_words"),
