@@ -127,9 +127,8 @@ def test_what_cannot_be_banned_is_refused_by_name(http: httpx.Client) -> None:
         found = refused(http, name, prompt=PROMPT, **{name: ["x"]}, response_format={"type": "json_object"})
         assert (found["param"], "response_format" in found["message"]) == (name, True)
     assert refused(http, "banned_tokens", prompt=PROMPT, banned_tokens=[10**6])["param"] == "banned_tokens"
-    assert (
-        refused(http, prompt=PROMPT, allowed_token_ids=[5, 6], custom_token_bans="6,5")["param"] == "custom_token_bans"
-    )
+    both = {"allowed_token_ids": [5, 6], "custom_token_bans": "6,5"}
+    assert refused(http, "custom_token_bans", prompt=PROMPT, **both)["param"] == "custom_token_bans"
     hint = refused(http, "banned_tokens", prompt=PROMPT, banned_tokens=["a phrase"])
     assert (hint["param"], "banned_strings" in hint["message"]) == ("banned_tokens", True)
 
