@@ -46,7 +46,7 @@ class ScriptedEngine:
     """Accepts at most `max_jobs` jobs. A job fails with `WorkerDied` after `dies_after` passes.
 
     `tokens_per_step`: tokens of each sample in a step, as if drafts were verified. `yields`: yield to the event loop
-    after each pass; if not, the caller cannot react to a step in time.
+    after each pass; if not, the caller cannot react to a step in time. `taken_back`: tokens that each job took back.
     """
 
     script: Script
@@ -55,6 +55,7 @@ class ScriptedEngine:
     dies_after: int | None = None
     yields: bool = True
     tokens_per_step: int = 1
+    taken_back: int = 0
     jobs: list["ScriptedJob"] = field(default_factory=list)
 
     async def tokenize(self, text: str, special: bool, client: str = "") -> tuple[int, ...]:
@@ -83,7 +84,9 @@ class ScriptedJob:
     async def __aiter__(self) -> AsyncIterator[Step]:
         wanted = self.job.prompt_alternatives
         scored = tuple(report(token, wanted) for token in self.job.prompt[1:] if wanted is not None)
-        yield Step(scored[:1])  # the first score alone; the others come with the first tokens
+        yield Step(
+            scored[:1], taken_back=self.engine.taken_back
+        )  # the first score alone; the others come with the first tokens
         length = 0
         while self.live:
             await self.going.wait()

@@ -429,6 +429,13 @@ def test_tokens_after_a_stop_string_in_a_step_are_not_charged() -> None:
     assert account.completion_tokens == 2
 
 
+def test_tokens_that_were_taken_back_are_charged_and_not_in_the_usage() -> None:
+    engine = ScriptedEngine(text_script("Hello world the cat sat"), taken_back=7)
+    result = complete(engine, prompt=("a",), max_tokens=3)
+    (account,) = recorded_usage(engine, prompt=("a",), max_tokens=3)
+    assert (result.usage[1], account.completion_tokens) == (3, 10)
+
+
 def test_usage_counts_the_tokens_of_a_prediction() -> None:
     info = replace(MODEL_INFO, verifies_drafts=True)
     text = "Hello world the cat sat the cat sat Hello world"

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from afterword.engine import messages
-from afterword.engine.protocol import Grammar, Job, Load, Sampling, Step, Token
+from afterword.engine.protocol import BannedText, Grammar, Job, Load, Sampling, Step, Token
 
 JOB = Job((1, 2), 3, 4, Sampling(0.5, 0.9, 40, 0.1, 0.2, -0.2, 1.1, ((7, -100.0),)), (0,), b"k" * 16, 1, 2, 3)
 GRAMMAR_JOB = msgspec.structs.replace(JOB, grammar=Grammar("json", "{}", "json_schema"))
@@ -19,6 +19,7 @@ TO_WORKER = [
     messages.LoadModel("model.gguf", 512, 4, 1, 64, "f16", 0, False),
     messages.StartJob(1, JOB),
     messages.StartJob(2, GRAMMAR_JOB),
+    messages.StartJob(3, msgspec.structs.replace(JOB, banned=(5,), banned_text=BannedText(("a",), ("b", "c"), (0,)))),
     messages.DropSample(1, 2),
     messages.CloseJob(1),
     messages.TokenizeText(5, "héllo", True),
@@ -28,6 +29,7 @@ TO_SERVER = [
     messages.LoadFailure("no"),
     messages.PassDone({7: STEP}, Load(4, 1, 0)),
     messages.PassDone({7: Step(failed=True, error="no"), 8: Step(compiling=False)}, Load(4, 1, 0)),
+    messages.PassDone({7: Step(taken_back=3)}, Load(4, 1, 0)),
     messages.TextTokens.of(5, (1, 2, 3)),
 ]
 

@@ -143,6 +143,19 @@ def test_a_request_is_charged_for_what_it_used(new_registry, store):
     assert store.usage("day") == (("2026-01-01", UsageCounts(1, 10, 5, 3)),)
 
 
+def test_a_request_is_charged_for_more_than_it_reserved(new_registry, store):
+    """Tokens that were taken back are not reserved."""
+    _, text = store.create(allowance=Allowance(tokens=100, quota=200))
+    registry = new_registry((), store)
+    grant = admit(registry, text)
+    assert grant.reserve(80) is None
+    grant.close(TokenUsage(10, 100), None)
+    assert grant.limit_status()[0].remaining == 0
+    sync(registry)
+    assert spent(store) == 110
+    assert admit(registry, text).reserve(91) == LimitExceeded("quota", 200, 90, 91, None)
+
+
 def test_a_request_that_never_began_is_charged_nothing(new_registry, store):
     _, text = store.create(allowance=Allowance(tokens=100, concurrent=1))
     registry = new_registry((), store)

@@ -86,6 +86,13 @@ def test_full_is_exact(limit, taken, now):
     assert bucket.wait(limit, now + full) == 0
 
 
+def test_a_charge_beyond_the_level_is_waited_for():
+    bucket = TokenBucket(60, 0)
+    bucket.charge(90, 0)
+    assert (bucket.remaining(0), bucket.wait(1, 0)) == (0, 31 * SECOND)
+    assert bucket.remaining(31 * SECOND) == 1
+
+
 def test_a_clock_that_goes_back_adds_nothing():
     bucket = TokenBucket(60, 100 * SECOND)
     bucket.take(60, 100 * SECOND)

@@ -5,11 +5,19 @@ Each `ChoiceBuilder` owns the text, the token counts and the finish reason of on
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from afterword.completion.logprobs import SLICE_TOKENS, Echo, Logprobs, PromptReport, generated_columns, join_columns
+from afterword.completion.logprobs import (
+    SLICE_TOKENS,
+    Echo,
+    Logprobs,
+    PromptReport,
+    count_characters,
+    generated_columns,
+    join_columns,
+)
 from afterword.completion.plan import Plan, PromptPlan
 from afterword.completion.predicted import PredictedTokens, PredictionCounter
 from afterword.completion.text_stream import ReleasedText, TextStream, TokenAtOffset
@@ -64,6 +72,7 @@ class ChoiceBuilder:
         self._counter = PredictionCounter(prompt.job, predicted) if predicted else None
         self._echo = echo
         self._stream: TextStream[Token] = TextStream(plan.stop, *_text_start(prompt, echo))
+        self._healed = prompt.job.healed
         self._end_tokens = prompt.job.end_tokens
         self._min_tokens = prompt.job.min_tokens
         self._ids: list[int] = []  # generated, and in no delta yet
@@ -93,6 +102,8 @@ class ChoiceBuilder:
             self._end_token = token
             return
         piece = b"" if token.id in self._plan.silent else self._plan.pieces[token.id]
+        if self._tokens == 1:
+            piece = piece[len(self._healed) :]  # these bytes are in the prompt's text
         self._stream.push(token, piece, self._tokens > self._min_tokens)
         if self._stream.stopped:
             self.finish = "stop"
@@ -113,15 +124,15 @@ class ChoiceBuilder:
         return deltas
 
     def _text_deltas(self, index: int) -> list[Delta]:
-        """`"stop"` gets a delta of its own, without text; `"length"` is in the delta of the last token."""
+        """`"stop"` gets a delta of its own, without text; other reasons are in the delta of the last token."""
         if self.finish is None:
             delta = self._delta(index, self._stream.release())
             return [delta] if _has_content(delta) else []
         last = self._delta(index, self._stream.finish())
         if self._stream.stopped:  # `finish` decoded the last bytes, which can complete a stop string
             self.finish = "stop"
-        if self.finish == "length":
-            return [replace(last, finish="length")]
+        if self.finish != "stop":
+            return [replace(last, finish=self.finish)]
         ending = Delta(index, "", self._final_columns(), "stop")
         return [last, ending] if _has_content(last) else [ending]
 
@@ -130,12 +141,19 @@ class ChoiceBuilder:
         if self._counter:
             for each in released.tokens:
                 self._counter.add(each.token.id)
-        columns = None if self._plan.logprobs is None else generated_columns(released.tokens, self._plan)
+        columns = None if self._plan.logprobs is None else generated_columns(self._placed(released.tokens), self._plan)
         delta = Delta(index, released.text, columns, None, len(released.tokens))
         if self._echo is None or not (released.tokens or self.finish):
             return delta
         echo, self._echo = self._echo, None
         return replace(delta, echo=echo)
+
+    def _placed(self, tokens: Sequence[TokenAtOffset[Token]]) -> Sequence[TokenAtOffset[Token]]:
+        """The tokens with their offsets. A first token that begins with `Job.healed` begins inside the prompt."""
+        if not self._healed or not tokens:
+            return tokens
+        begun, self._healed = count_characters(self._healed), b""
+        return (replace(tokens[0], offset=max(0, tokens[0].offset - begun)), *tokens[1:])
 
     def _final_columns(self) -> Logprobs | None:
         """The columns of the delta with `"stop"`: an entry for the end token where the prompt is echoed, else none.

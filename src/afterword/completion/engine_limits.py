@@ -13,6 +13,13 @@ def check_job(job: Job, model_info: ModelInfo) -> None:
 
     A field that an engine does not know yet is refused too, so a new field never has no effect.
     """
+    if job.banned_text and not model_info.takes_back:
+        name = _request_field(job, "banned_text")
+        raise RequestError(
+            f"'{name}' is not supported for this model: generated tokens cannot be taken back from its recurrent "
+            "state. Leave it out.",
+            param=name,
+        )
     limits = model_info.job_limits
     if limits is None:
         return
@@ -32,7 +39,9 @@ def _request_field(job: Job, name: str) -> str:
         return job.grammar.field.partition(".")[0]
     if name == "chain" and job.sampling.chain:
         return _chain_field(job.sampling.chain)
-    return "logprob_token_ids" if name == "reported" else name
+    if name == "banned_text" and job.banned_text:
+        return "banned_strings" if job.banned_text.folded else "bad_words"
+    return {"reported": "logprob_token_ids", "banned": "banned_tokens", "healed": "token_healing"}.get(name, name)
 
 
 def _chain_field(chain: SamplerChain) -> str:

@@ -157,7 +157,7 @@ def make_echo(plan: Plan, prompt: PromptPlan, scored: Sequence[Token]) -> Echo |
         return None
     ids = prompt.job.prompt[prompt.hidden_tokens :]
     pieces = [plan.pieces[token] for token in ids]
-    spelling = b"".join(pieces)
+    spelling = b"".join(pieces) + prompt.job.healed
     must_search = spelling.decode("utf-8", "replace") != prompt.text
     pending = b"" if must_search else incomplete_character(spelling)
     text = prompt.text[:-1] if pending else prompt.text  # without U+FFFD for the pending bytes
@@ -203,14 +203,14 @@ def _searched_offsets(echo: Echo) -> Iterator[tuple[bytes, int]]:
         if found < 0:
             yield piece, characters
             continue
-        characters += _count_characters(text[position:found])
+        characters += count_characters(text[position:found])
         inside = bool(shown) and text[found] in _CONTINUATIONS
         yield shown, characters - inside
-        characters += _count_characters(shown)
+        characters += count_characters(shown)
         position = found + len(shown)
 
 
-def _count_characters(data: bytes) -> int:
+def count_characters(data: bytes) -> int:
     """How many characters start in these bytes."""
     return len(data.translate(None, _CONTINUATIONS))
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from afterword.completion.field_errors import empty_array, too_long, unknown, wrong_type
-from afterword.completion.fields import JsonSchema, boolean, field_parser, string
+from afterword.completion.fields import JsonSchema, boolean, field_parser, integer, string
 from afterword.completion.request_limits import RequestLimits
+from afterword.engine.protocol import RepetitionDetection
 from afterword.errors import RequestError
 
 _MOST_FILES = 1024  # each file is a text in the queue of the tokenizer, which all clients share
@@ -106,6 +107,39 @@ def prediction(name: str, value: Any, _: RequestLimits) -> str:
     if not content:
         raise empty_array(f"{name}.content")
     return "".join(_text_part(f"{name}.content[{index}]", part) for index, part in enumerate(content))
+
+
+_LOOP_SIZES = {"max_pattern_size": 2048, "min_pattern_size": 2048, "min_count": 1024}
+
+
+@field_parser(
+    {
+        "type": "object",
+        "properties": {
+            key: {"type": ["integer", "null"], "minimum": 0, "maximum": most} for key, most in _LOOP_SIZES.items()
+        },
+        "additionalProperties": False,
+    }
+)
+def repetition_detection(name: str, value: Any, limits: RequestLimits) -> RepetitionDetection | None:
+    """vLLM's object with `max_pattern_size`, `min_pattern_size` and `min_count`. A `max_pattern_size` of 0: None."""
+    if not isinstance(value, dict):
+        raise wrong_type(name, value, "an object")
+    for key in value:
+        if key not in _LOOP_SIZES:
+            raise unknown(f"{name}.{str(key)[:64]}")
+    given = {key: item for key, item in value.items() if item is not None}
+    numbers = {key: integer(0, _LOOP_SIZES[key])(f"{name}.{key}", item, limits) for key, item in given.items()}
+    largest, smallest = numbers.get("max_pattern_size", 0), numbers.get("min_pattern_size", 0)
+    if smallest > largest:
+        raise RequestError(
+            f"'{name}.min_pattern_size' ({smallest}) must be at most '{name}.max_pattern_size' ({largest}).", param=name
+        )
+    if not largest:
+        return None
+    if numbers.get("min_count", 0) < 2:
+        raise RequestError(f"'{name}.min_count' must be at least 2.", param=name)
+    return RepetitionDetection(largest, max(smallest, 1), numbers["min_count"])
 
 
 def _text_part(path: str, part: object) -> str:

@@ -7,7 +7,8 @@ This module checks what depends on the model: token ids, the context length and 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from afterword.completion.engine_limits import check_job
 from afterword.completion.fields import Prompt
@@ -17,7 +18,8 @@ from afterword.completion.request import CompletionRequest
 from afterword.completion.request_limits import RequestLimits
 from afterword.completion.sampler_fields import sampling_of
 from afterword.completion.text_stream import StopStrings
-from afterword.completion.vocabulary_fields import check_allowed, check_ids, shown_ends, truncated
+from afterword.completion.token_healing import healed
+from afterword.completion.vocabulary_fields import banned_text, check_allowed, check_ids, shown_ends, truncated
 from afterword.engine.protocol import Job, ModelInfo
 from afterword.errors import RequestError
 
@@ -107,7 +109,7 @@ class Tokenized:
 
     `prompts`, `files`: one tuple for each; the client's ids where it sent ids.
     `rules`: those by which the plan lays out infill prompts. `inside`, `sequences`: the breakers of DRY, see
-    `engine.protocol.Dry`.
+    `engine.protocol.Dry`. `first`: see `token_healing.first_tokens`.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -117,6 +119,7 @@ class Tokenized:
     rules: InfillRules = NO_RULES
     inside: bytes = b""
     sequences: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
+    first: Mapping[bytes, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,12 +196,14 @@ def make_plan(
     candidates = max(request.candidates, request.n + _MORE) if reranks else request.candidates
     prompts = []
     end_tokens = _end_tokens(request, model_info, rules)
-    check_allowed(request, end_tokens)
+    check_allowed(request, model_info, end_tokens)
+    banned = banned_text(request, model_info, end_tokens) if request.max_tokens else None
     sampling = sampling_of(request, len(model_info.pieces), tokens.inside, tokens.sequences)
     for index, (given, whole) in enumerate(zip(request.prompt, tokens.prompts, strict=True)):
         ids = truncated(request, model_info, given, whole)
         laid_out = _laid_out(request, model_info, given, InfillTexts(ids, tokens.suffix, tokens.files), rules)
-        prompt = laid_out.ids
+        left_out = healed(request, model_info, laid_out.ids, ids, tokens.first)
+        prompt = laid_out.ids[:-1] if left_out else laid_out.ids
         suffix = laid_out.suffix if request.max_tokens else ()
         max_tokens = _max_tokens(request, model_info, len(prompt) + len(suffix), rules, candidates)
         job = Job(
@@ -217,6 +222,12 @@ def make_plan(
             prediction=tokens.prediction,
             reported=request.logprob_token_ids,
             grammar=next(iter(request.constraints), None) if max_tokens else None,
+            banned=request.banned_ids,
+            banned_text=banned,
+            priority=request.priority,
+            healed=left_out,
+            repetition_detection=request.repetition_detection if max_tokens else None,
+            first=tokens.first.get(left_out, b""),
         )
         check_job(job, model_info)
         text = given if isinstance(given, str) and ids == whole else _decode(model_info, ids)

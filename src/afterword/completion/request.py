@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from afterword.completion import fields, grammar_fields, object_fields
+from afterword.completion import ban_fields, fields, grammar_fields, object_fields
 from afterword.completion.fields import Field, JsonSchema, Prompt
 from afterword.completion.json_body import parse_object
 from afterword.completion.model_defaults import DefaultsOf, no_defaults
@@ -18,7 +18,8 @@ from afterword.completion.object_fields import ContextFile, StreamOptions
 from afterword.completion.request_descriptions import DESCRIPTIONS, described_schema
 from afterword.completion.request_limits import RequestLimits
 from afterword.completion.sampler_fields import DEFAULT_BREAKERS, LLAMA_ORDER, SAMPLER_FIELDS, samplers
-from afterword.engine.protocol import Grammar
+from afterword.completion.token_healing import check_healing
+from afterword.engine.protocol import Grammar, RepetitionDetection
 from afterword.errors import RequestError
 
 _LENGTH_HINT = "(HINT: set the maximum number of generated tokens in 'max_tokens'.)"
@@ -30,7 +31,7 @@ class CompletionRequest:
     """A parsed request body: the API's fields, then extensions.
 
     Extensions have vLLM's names and meanings; `input_extra`, `json_schema`, `grammar` and the samplers those of
-    llama-server. `response_format` is a field of OpenAI's chat API.
+    llama-server; `ban_fields` says which those of other servers are. `response_format` is a field of OpenAI's chat API.
 
     `ignored`: the names of unknown fields, if the operator allows them (`RequestLimits.ignore_unknown`).
     """
@@ -56,7 +57,11 @@ class CompletionRequest:
     # extensions
     add_special_tokens: bool | None = None
     allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
+    banned_strings: tuple[str, ...] = ()
+    banned_tokens: tuple[int, ...] = ()
     cache_salt: str | None = None
+    custom_token_bans: tuple[int, ...] = ()
     grammar: Grammar | None = None
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
@@ -66,7 +71,9 @@ class CompletionRequest:
     min_p: float = 0.0
     min_tokens: int = 0
     prediction: str | None = None
+    priority: int = 0
     prompt_logprobs: int | None = None
+    repetition_detection: RepetitionDetection | None = None
     repetition_penalty: float = 1.0
     response_format: Grammar | None = None
     return_token_ids: bool = False
@@ -76,6 +83,7 @@ class CompletionRequest:
     spaces_between_special_tokens: bool = True
     stop_token_ids: tuple[int, ...] = ()
     structured_outputs: Grammar | None = None
+    token_healing: bool = False
     top_k: int = 0
     truncate_prompt_tokens: int | None = None
     truncation_side: str = "left"
@@ -106,6 +114,11 @@ class CompletionRequest:
         """What the text must be: at most one in a valid request."""
         given = (self.response_format, self.structured_outputs, self.json_schema, self.grammar)
         return [each for each in given if each is not None]
+
+    @property
+    def banned_ids(self) -> tuple[int, ...]:
+        """The tokens that are never generated."""
+        return tuple(sorted({*self.banned_tokens, *self.custom_token_bans}))
 
     @property
     def is_infill(self) -> bool:
@@ -148,7 +161,11 @@ LENGTH_ALIASES = (
 EXTENSIONS: dict[str, Field] = {
     "add_special_tokens": fields.boolean,
     "allowed_token_ids": fields.some_token_ids,
+    "bad_words": ban_fields.bad_words,
+    "banned_strings": ban_fields.banned_strings,
+    "banned_tokens": ban_fields.banned_tokens,
     "cache_salt": fields.salt,
+    "custom_token_bans": ban_fields.banned_tokens,
     "grammar": grammar_fields.grammar,
     "ignore_eos": fields.boolean,
     "include_stop_str_in_output": fields.boolean,
@@ -158,7 +175,9 @@ EXTENSIONS: dict[str, Field] = {
     "min_p": fields.decimal(0, 1),
     "min_tokens": fields.integer(0, _INT32 - 1),
     "prediction": object_fields.prediction,
+    "priority": fields.integer(-_INT32, _INT32 - 1),
     "prompt_logprobs": fields.integer(0, lambda limits: limits.max_logprobs),
+    "repetition_detection": object_fields.repetition_detection,
     "repetition_penalty": fields.decimal(0.01, 2),
     "response_format": grammar_fields.response_format,
     "return_token_ids": fields.boolean,
@@ -168,6 +187,7 @@ EXTENSIONS: dict[str, Field] = {
     "spaces_between_special_tokens": fields.boolean,
     "stop_token_ids": fields.token_ids,
     "structured_outputs": grammar_fields.structured_outputs,
+    "token_healing": fields.boolean,
     "top_k": fields.top_k,
     "truncate_prompt_tokens": fields.truncation,
     "truncation_side": fields.one_of("left", "right"),
@@ -296,6 +316,8 @@ def _check_combinations(request: CompletionRequest, limits: RequestLimits) -> No
             param="prompt",
         )
     _check_tokens(request, limits)
+    ban_fields.check_bans(request)
+    check_healing(request)
     if len(request.constraints) > 1:
         first, second = (each.field.partition(".")[0] for each in request.constraints[:2])
         raise RequestError(

@@ -97,7 +97,19 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
     "allowed_token_ids": description(
         "Only these tokens are generated, and end tokens only if they are among them.", [1, 2]
     ),
+    "bad_words": description(
+        "Texts that the choice does not contain, in this case only. Where one is complete, the tokens from its "
+        "beginning on are taken back, and another token is sampled there.",
+        ["very unique"],
+    ),
+    "banned_strings": description(
+        "As bad_words, in any case: a text or several, as in KoboldCpp and TabbyAPI.", ["a testament to"]
+    ),
+    "banned_tokens": description(
+        "Token ids that are never generated: an array, or a string with commas, as in TabbyAPI.", [1, 2]
+    ),
     "cache_salt": description("Only requests with the same salt share cached prefixes.", "course-1"),
+    "custom_token_bans": description("Another name of banned_tokens, whose ids are banned too.", "1,2"),
     "grammar": description(
         "A grammar that the text must match, in llama.cpp's notation (GBNF) or in Lark's as llguidance reads it. An "
         "empty one allows any text.",
@@ -136,10 +148,21 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
     "prediction.content": description("The text: a string or an array of text parts.", "def add(a, b):\n"),
     "prediction.content.type": description("Always text.", "text"),
     "prediction.content.text": description("A part of the text.", "def add(a, b):\n"),
+    "priority": description(
+        "Of one key's requests that wait for their turn, those with the lowest number are first.",
+        -1,
+    ),
     "prompt_logprobs": description(
         "Report rank and log probability of each token of the prompt, and of this many alternatives. Not with stream.",
         1,
     ),
+    "repetition_detection": description(
+        "End a choice that repeats a pattern of tokens, with the finish_reason repetition.",
+        {"max_pattern_size": 20, "min_pattern_size": 1, "min_count": 4},
+    ),
+    "repetition_detection.max_pattern_size": description("The most tokens of a pattern. 0: no detection.", 20),
+    "repetition_detection.min_pattern_size": description("The fewest tokens of a pattern. 0 stands for 1.", 1),
+    "repetition_detection.min_count": description("How often a pattern must occur in a row, at least 2.", 4),
     "repetition_penalty": description(
         "Above 1: make tokens of the prompt and of the choice less likely. Below 1: more likely.", 1.1
     ),
@@ -178,6 +201,11 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
     "structured_outputs.regex": description("A regular expression that the whole text matches.", "[0-9]{4}"),
     "structured_outputs.choice": description("One of these texts.", ["yes", "no"]),
     "structured_outputs.grammar": description("A grammar, as in the field grammar.", 'root ::= "a"+'),
+    "token_healing": description(
+        "Leave out the last token of each prompt, and begin the choice with a token that begins with its bytes. The "
+        "text continues after the whole prompt.",
+        True,
+    ),
     "top_k": description("Sample from this many of the most likely tokens. 0 and −1: from all.", 40),
     "truncate_prompt_tokens": description(
         "Read only this many tokens of each prompt. -1: as many as fit into the context with max_tokens.", 512

@@ -20,6 +20,7 @@ from afterword.completion.plan import Plan, PromptPlan, Tokenized, check_lengths
 from afterword.completion.predicted import PredictedTokens, predicted_text, predicted_tokens
 from afterword.completion.request import CompletionRequest
 from afterword.completion.sampler_fields import uses_dry
+from afterword.completion.token_healing import first_tokens
 from afterword.engine.draft import PredictedText
 from afterword.engine.protocol import MAX_TAIL, Engine, JobHandle, ModelInfo, Step, Token
 from afterword.errors import ModelReplaced, ReaderTooSlow
@@ -38,7 +39,8 @@ _STARTS_PER_TURN = 32  # jobs that are started before other tasks of the event l
 class Usage:
     """The tokens of a whole request. Each prompt counts once, each generated candidate counts.
 
-    `completion_tokens`: in a response, the tokens of the texts; for an account, all generated tokens.
+    `completion_tokens`: in a response, the tokens of the texts; for an account, all generated tokens,
+    also those that were taken back.
     `cached_tokens`: the tokens of the prompts that came from the prefix cache. `predicted`: the tokens of the
     prediction that are in the texts, and those that were verified and are not.
     """
@@ -86,9 +88,16 @@ async def tokenize(
     prompts = [prompt if isinstance(prompt, tuple) else next(ready) if prompt else () for prompt in request.prompt]
     others = [suffix_tokens(next(ready), model_info) if text else () for text in (suffix, *files)]
     rests = {rest: suffix_tokens(next(ready), model_info) for rest in breakers.rests}
-    sequences = breakers.sequences(rests, MAX_TAIL)
+    first = await asyncio.to_thread(first_tokens, request, model_info, prompts) if request.token_healing else {}
     return Tokenized(
-        tuple(prompts), others[0], tuple(others[1:]), predicted, rules, inside=breakers.inside, sequences=sequences
+        tuple(prompts),
+        others[0],
+        tuple(others[1:]),
+        predicted,
+        rules,
+        inside=breakers.inside,
+        sequences=breakers.sequences(rests, MAX_TAIL),
+        first=first,
     )
 
 
@@ -221,7 +230,7 @@ class _PromptProgress:
         if not self._started:
             self._started = True
             self._on_started()
-        self.generated += len(step.sampled)
+        self.generated += len(step.sampled) + step.taken_back
 
     def take(self, step: Step, handle: JobHandle) -> Iterator[Delta]:
         """Yield the deltas of a step, each made on demand. Samples whose text is complete are dropped from the job.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from afterword.completion.fields import Prompt
 from afterword.completion.request import CompletionRequest
-from afterword.engine.protocol import ModelInfo
+from afterword.engine.protocol import BannedText, ModelInfo
 from afterword.errors import RequestError
 
 
@@ -18,7 +18,7 @@ def check_ids(request: CompletionRequest, model_info: ModelInfo) -> None:
                     f"Invalid token in prompt: {str(token)[:32]}. Minimum value is 0, maximum value is {last} "
                     "(inclusive)."
                 )
-    for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
+    for name in ("stop_token_ids", "allowed_token_ids", "banned_tokens", "custom_token_bans", "logprob_token_ids"):
         for token in getattr(request, name) or ():
             if not 0 <= token <= last:
                 raise RequestError(
@@ -38,8 +38,22 @@ def shown_ends(request: CompletionRequest, model_info: ModelInfo, end_tokens: tu
     return frozenset(end_tokens).difference(() if request.skip_special_tokens is False else model_info.special)
 
 
-def check_allowed(request: CompletionRequest, end_tokens: tuple[int, ...]) -> None:
-    """Refuse a request that may only sample tokens that it must not sample yet. Raises `RequestError`."""
+def banned_text(request: CompletionRequest, model_info: ModelInfo, end_tokens: tuple[int, ...]) -> BannedText | None:
+    """`Job.banned_text`."""
+    if not (request.banned_strings or request.bad_words):
+        return None
+    hidden = set(end_tokens) - shown_ends(request, model_info, end_tokens)
+    silent = hidden.union(model_info.special if request.skip_special_tokens else ())
+    return BannedText(request.bad_words, request.banned_strings, tuple(sorted(silent)))
+
+
+def check_allowed(request: CompletionRequest, model_info: ModelInfo, end_tokens: tuple[int, ...]) -> None:
+    """Refuse a request that may only sample tokens that it must not sample yet, or never. Raises `RequestError`."""
+    if request.banned_ids and request.max_tokens:
+        left = range(len(model_info.pieces)) if request.allowed_token_ids is None else request.allowed_token_ids
+        if set(request.banned_ids).issuperset(left):
+            name = "banned_tokens" if request.banned_tokens else "custom_token_bans"
+            raise RequestError(f"'{name}' leaves no token that can be generated.", param=name)
     if request.min_tokens and request.allowed_token_ids and set(request.allowed_token_ids) <= set(end_tokens):
         raise RequestError(
             "All tokens of 'allowed_token_ids' end the text, but 'min_tokens' requires tokens before the end.",

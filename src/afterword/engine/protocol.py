@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "repetition"]
 GrammarKind = Literal["json", "regex", "choice", "lark", "gbnf"]
 
 TOKEN_BYTES, ALTERNATIVE_BYTES = 160, 120
@@ -110,6 +110,25 @@ class Grammar(Value, frozen=True):
     field: str
 
 
+class BannedText(Value, frozen=True):
+    """Phrases that the text of a sample must not contain: `exact` as they are, `folded` in any case.
+
+    `silent`: tokens that have no text in the response.
+    """
+
+    exact: tuple[str, ...] = ()
+    folded: tuple[str, ...] = ()
+    silent: tuple[int, ...] = ()
+
+
+class RepetitionDetection(Value, frozen=True):
+    """Ends a sample whose last tokens are a pattern of `min_size` to `max_size` tokens, `min_count` times in a row."""
+
+    max_size: int
+    min_size: int
+    min_count: int
+
+
 class Job(Value, frozen=True):
     """One prompt to be continued `samples` times.
 
@@ -121,6 +140,11 @@ class Job(Value, frozen=True):
     prefix cache. `client`: the client's name; the scheduler gives equal shares to waiting clients. If the name ends
     with `BATCH_CLIENT`, the job is a line of one of the client's batches. `prediction`: tokens that the client expects;
     they change how fast samples are generated, and nothing else. `grammar`: what the text of every sample must be.
+    `banned`: token ids that are never sampled. `banned_text`: what the text of no sample contains.
+    `healed`: the bytes with which the first generated token must begin, because the prompt's last token was left out;
+    they belong to the prompt's text. `first`: one bit for each token that begins so, as in a mask.
+    `repetition_detection`: which loops end a sample, after `min_tokens` tokens. `priority`: of the waiting jobs of one
+    client those with the lowest number are first.
     """
 
     prompt: tuple[int, ...]
@@ -137,6 +161,12 @@ class Job(Value, frozen=True):
     prediction: tuple[int, ...] = ()
     reported: tuple[int, ...] = ()
     grammar: Grammar | None = None
+    banned: tuple[int, ...] = ()
+    banned_text: BannedText | None = None
+    healed: bytes = b""
+    first: bytes = b""
+    repetition_detection: RepetitionDetection | None = None
+    priority: int = 0
 
 
 class Token(Value, frozen=True, gc=False):
@@ -168,7 +198,8 @@ class Step(Value, frozen=True):
     there is an `error` (a sentence for the client), else because its logits were not finite. `refused`: the library
     that computes has refused the job, and the job has ended. `busy`: with `failed`, its grammar cannot be compiled now.
     `compiling`: the worker now begins (True) or has ended
-    (False) to compile the job's grammar; the step has nothing else.
+    (False) to compile the job's grammar; the step has nothing else. `taken_back`: how many tokens were computed that
+    are not part of any sample, because of `Job.banned_text`.
     """
 
     scored: tuple[Token, ...] = ()
@@ -180,6 +211,7 @@ class Step(Value, frozen=True):
     error: str = ""
     compiling: bool | None = None
     busy: bool = False
+    taken_back: int = 0
 
     @property
     def size(self) -> int:
@@ -282,7 +314,7 @@ class ModelInfo(Value, frozen=True):
     a text may have in a row. The tokenizer's time is quadratic in the length of such a run. `capacity`: the most tokens
     of all sequences together; None if every sequence can be full. `verifies_drafts`: whether several tokens that were
     drafted can be verified in one pass. `job_limits`: None if the engine computes every job. `special`: ids of control
-    tokens and of the unknown token.
+    tokens and of the unknown token. `takes_back`: whether generated tokens can be taken back (`Job.banned_text`).
     """
 
     parameters: int
@@ -303,6 +335,7 @@ class ModelInfo(Value, frozen=True):
     verifies_drafts: bool = False
     job_limits: JobLimits | None = None
     special: tuple[int, ...] = ()
+    takes_back: bool = True
 
 
 class JobHandle(Protocol):

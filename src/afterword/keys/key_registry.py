@@ -250,10 +250,16 @@ class Grant:
         return exceeded
 
     def close(self, used: TokenUsage | None, user: str | None) -> None:
-        """End the request and give back the tokens that it has not used. `used` is None if nothing was computed."""
-        unused = max(0, self._reserved - (used.total if used else 0))
+        """End the request and give back the tokens that it has not used. `used` is None if nothing was computed.
+
+        Tokens that were taken back are not reserved, so a request can have used more than it has reserved.
+        """
+        unused = self._reserved - (used.total if used else 0)
         self._reserved -= unused
-        self._account.limiter.refund(unused, self._key_registry.clock())
+        if unused < 0:
+            self._account.limiter.charge(-unused, self._key_registry.clock())
+        else:
+            self._account.limiter.refund(unused, self._key_registry.clock())
         self._account.limiter.release()
         self._key_registry.spend(self._account.key, -unused)
         if used is not None:

@@ -61,9 +61,13 @@ class TokenBucket:
         """Give back unused units. What exceeds the limit is lost."""
         self._level = min(self.limit * MINUTE_NS, self._refill(now) + amount * MINUTE_NS)
 
+    def charge(self, amount: int, now: int) -> None:
+        """Take units that were used already. The level can become negative."""
+        self._level = self._refill(now) - amount * MINUTE_NS
+
     def remaining(self, now: int) -> int:
         """Whole units that are available."""
-        return self._refill(now) // MINUTE_NS
+        return max(0, self._refill(now) // MINUTE_NS)
 
     def time_until_full(self, now: int) -> int:
         """Nanoseconds until the bucket is full."""
@@ -122,6 +126,11 @@ class RateLimiter:
         """Give back reserved tokens that were not used."""
         if self._tokens is not None:
             self._tokens.refund(tokens, now)
+
+    def charge(self, tokens: int, now: int) -> None:
+        """Take tokens that a request has used beyond those that it had reserved."""
+        if self._tokens is not None:
+            self._tokens.charge(tokens, now)
 
     def limit_status(self, now: int) -> tuple[LimitStatus, ...]:
         """The state of the per-minute limits."""

@@ -32,7 +32,7 @@ TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 ENGINE_STATES = ("unloaded", "starting", "ready", "restarting", "failing", "closed")
 SERVER_STATES = ("starting", "ready", "degraded", "draining")
-FINISH_REASONS = ("stop", "length", "abort", "error")
+FINISH_REASONS = ("stop", "length", "repetition", "abort", "error")
 NO_ROUTE = "none"
 METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"})
 _TOKEN_BOUNDS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6)

@@ -65,6 +65,13 @@ export const FIELDS = [
   }),
 
   field("allowed_token_ids", "ids", null, "Generate only these token ids.", { group: "Extensions" }),
+  field("banned_strings", "texts", null, "Texts that the choice does not contain, in any case.", { group: "Extensions" }),
+  field("bad_words", "texts", null, "Texts that the choice does not contain, in this case only.", { group: "Extensions" }),
+  field("banned_tokens", "ids", null, "Never generate these token ids.", { group: "Extensions" }),
+  field("priority", "integer", 0, "Of your waiting requests, the lowest number is first.", { group: "Extensions" }),
+  field("token_healing", "boolean", false, "Let the first token complete the last token of the text.", {
+    group: "Extensions",
+  }),
   field("logprob_token_ids", "ids", null, "Token ids to report instead of the most likely ones.", { group: "Extensions" }),
   field("return_tokens_as_token_ids", "boolean", false, "Name tokens by their ids, in the raw response.", {
     group: "Extensions",

@@ -6,7 +6,16 @@ import msgspec
 import pytest
 
 from afterword.completion.engine_limits import check_job
-from afterword.engine.protocol import Grammar, Job, ModelInfo, SamplerChain, Sampling, Token
+from afterword.engine.protocol import (
+    BannedText,
+    Grammar,
+    Job,
+    ModelInfo,
+    RepetitionDetection,
+    SamplerChain,
+    Sampling,
+    Token,
+)
 from afterword.engine.vllm.requests import (
     LIMITS,
     PromptScore,
@@ -136,6 +145,12 @@ ORDER = ("temperature", "top_k")
     [
         ({"grammar": Grammar("json", "{}", "response_format.json_schema.schema")}, "response_format"),
         ({"reported": (1, 2)}, "logprob_token_ids"),
+        ({"banned": (1, 2)}, "banned_tokens"),
+        ({"repetition_detection": RepetitionDetection(4, 1, 2)}, "repetition_detection"),
+        ({"priority": 1}, "priority"),
+        ({"healed": b"a", "first": b"1234"}, "token_healing"),
+        ({"banned_text": BannedText(folded=("a",))}, "banned_strings"),
+        ({"banned_text": BannedText(exact=("a",))}, "bad_words"),
         ({"sampling": Sampling(chain=SamplerChain(ORDER))}, "samplers"),
         ({"sampling": Sampling(chain=SamplerChain(ORDER, allowed=b"1"))}, "allowed_token_ids"),
         ({"sampling": Sampling(chain=SamplerChain(ORDER, mirostat=2))}, "mirostat"),
@@ -146,6 +161,15 @@ def test_a_refusal_names_the_field_of_the_request(fields, expected):
     with pytest.raises(RequestError, match=f"'{expected}' is not supported") as caught:
         check_job(msgspec.structs.replace(JOB, **fields), INFO)
     assert caught.value.param == expected
+
+
+def test_banned_texts_are_refused_where_tokens_cannot_be_taken_back():
+    job = msgspec.structs.replace(JOB, banned_text=BannedText(exact=("a",)))
+    info = msgspec.structs.replace(INFO, job_limits=None)
+    check_job(job, info)
+    with pytest.raises(RequestError, match="recurrent") as caught:
+        check_job(job, msgspec.structs.replace(info, takes_back=False))
+    assert caught.value.param == "bad_words"
 
 
 def test_an_engine_without_limits_computes_everything():

@@ -9,21 +9,24 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence as TokenSequence
 from itertools import islice
 
 import msgspec
 
+from afterword.engine.core.banned_text import BannedPhrases, HeldTokens
 from afterword.engine.core.forward_batch import BatchEntry, ForwardBatch, Logits, Runner, slot_rules
 from afterword.engine.core.grammar_keeper import GrammarKeeper
+from afterword.engine.core.loops import ends_in_loop
 from afterword.engine.core.matcher import GrammarCompiler
 from afterword.engine.core.prefill_queue import MIN_CHUNK
 from afterword.engine.core.prefix_cache import PrefixCache
 from afterword.engine.core.prefix_store import PrefixKeeper, PrefixStore
 from afterword.engine.core.sampler import Sampler, ScoreQuery, TokenQuery, finite_rows, make_kernel
 from afterword.engine.core.scheduler import Scheduler
-from afterword.engine.core.sequence import Admission, Sequence
+from afterword.engine.core.sequence import Sequence
 from afterword.engine.core.step_buffer import MAX_STEP_BYTES, StepBuffer
+from afterword.engine.core.step_builder import StepBuilder, first_step, limit_alternatives
 from afterword.engine.core.verification import (
     DraftMaker,
     can_verify,
@@ -38,18 +41,6 @@ PASS_SECONDS = 0.25
 
 MEMORY_CHECK_SECONDS = 1.0
 """Seconds between two looks at the memory that the machine has left."""
-
-
-@dataclass(slots=True)
-class _StepBuilder:
-    """The parts of a step, collected during one pass."""
-
-    scored: list[Token] = field(default_factory=list)
-    sampled: list[tuple[int, Token]] = field(default_factory=list)
-    ended: list[tuple[int, FinishReason]] = field(default_factory=list)
-
-    def step(self) -> Step:
-        return Step(tuple(self.scored), tuple(self.sampled), tuple(self.ended))
 
 
 class EngineLoop:
@@ -78,6 +69,7 @@ class EngineLoop:
         self._prefill_speed: float | None = None  # prompt tokens per second, as measured
         self._last_pass = PassStats()
         self._ngrams = False
+        self._pieces: TokenSequence[bytes] = ()
         self._step_buffer = StepBuffer(max_step_bytes)
         self._next_memory_check = 0.0
         self._pass_next = False  # compute a pass before more jobs are admitted
@@ -89,6 +81,10 @@ class EngineLoop:
     def use_grammars(self, compiler: GrammarCompiler) -> None:
         """Accept jobs with a grammar. Call it before any job is added."""
         self._grammars.compiler = compiler
+
+    def use_pieces(self, pieces: TokenSequence[bytes]) -> None:
+        """Set the bytes of each token, in which banned phrases are found. Call it before any job is added."""
+        self._pieces = pieces
 
     def draft_ngrams(self) -> None:
         """Draft from each sample's own text too, where the runner permits drafts. Call it before any job is added."""
@@ -188,7 +184,7 @@ class EngineLoop:
 
     def _admit(self) -> None:
         for admission in self._scheduler.admit(self._step_buffer.free_bytes):
-            self._add(admission.job_state.job_id, _first_step(admission))
+            self._add(admission.job_state.job_id, first_step(admission))
             self._keeper.forget((admission.job_state.job_id,))
 
     def _schedule(self) -> ForwardBatch | None:
@@ -220,7 +216,7 @@ class EngineLoop:
             self._step_buffer.paused.discard(job_id)
 
     def _compute(self, batch: ForwardBatch) -> None:
-        builders: defaultdict[int, _StepBuilder] = defaultdict(_StepBuilder)
+        builders: defaultdict[int, StepBuilder] = defaultdict(StepBuilder)
         start = self._clock()
         logits = self._runner.run(batch)
         seconds = self._clock() - start
@@ -284,7 +280,8 @@ class EngineLoop:
             scored = job.prompt[scored_positions(entry.position, end)]
             queries += [ScoreQuery(token, sequence.slot.alternatives, sequence.slot.reported) for token in scored]
         if len(queries) < entry.outputs:
-            samples = [sequence.sample] if sequence.generated else range(job.samples if job.max_tokens else 0)
+            started = sequence.job_state.started
+            samples = [sequence.sample] if started else range(job.samples if job.max_tokens else 0)
             queries.append(self._grammars.query(sequence, samples) if end == sequence.length else None)
         return queries
 
@@ -301,7 +298,7 @@ class EngineLoop:
             )
 
     def _postprocess(
-        self, entry: BatchEntry, sequence: Sequence, found: list[list[Token]], builder: _StepBuilder
+        self, entry: BatchEntry, sequence: Sequence, found: list[list[Token]], builder: StepBuilder
     ) -> None:
         job = sequence.job_state.job
         scores: list[Token] = []
@@ -309,20 +306,20 @@ class EngineLoop:
             following = len(job.prompt[scored_positions(entry.position, entry.position + len(entry.tokens))])
             scores = [token for tokens in found[:following] for token in tokens]
         unsent = self._scheduler.computed(entry, sequence, scores)
-        builder.scored.extend(_limit_alternatives(unsent, job.prompt_alternatives or 0))
+        builder.scored.extend(limit_alternatives(unsent, job.prompt_alternatives or 0))
         if sequence.computed < sequence.length or not found:
             return
         if not found[-1] and job.max_tokens:
             self._end_complete(sequence, builder)
-        elif sequence.generated:
+        elif sequence.job_state.started:
             if not self._append([sequence], found[-1], builder):
                 self._scheduler.end(sequence)
         else:
             self._first_tokens(sequence, found[-1], builder)
 
-    def _end_complete(self, sequence: Sequence, builder: _StepBuilder) -> None:
+    def _end_complete(self, sequence: Sequence, builder: StepBuilder) -> None:
         """End a sample whose text is complete by its grammar; before the first token, all samples of the job."""
-        if sequence.generated:
+        if sequence.job_state.started:
             builder.ended.append((sequence.sample, "stop"))
             self._scheduler.end(sequence)
             return
@@ -330,64 +327,65 @@ class EngineLoop:
         self._grammars.forget(sequence.job_state.job_id)
         self._scheduler.begin(sequence, [])
 
-    def _verified(self, entry: BatchEntry, sequence: Sequence, found: list[list[Token]], builder: _StepBuilder) -> None:
+    def _verified(self, entry: BatchEntry, sequence: Sequence, found: list[list[Token]], builder: StepBuilder) -> None:
         """Append the confirmed tokens of a verification, and remove the others from the slot."""
         self._last_pass = msgspec.structs.replace(
             self._last_pass, drafted_tokens=entry.outputs - 1, accepted_tokens=len(found) - 1
         )
         self._scheduler.computed(entry, sequence, [])
-        continues = [self._append([sequence], tokens, builder) for tokens in found][-1]
+        # A loop ends the sample before the last confirmed token.
+        continues = all(self._append([sequence], tokens, builder) for tokens in found)
         assert sequence.slot is not None
         self._slots.truncate(sequence.slot, sequence.length - 1)
         if not continues:
             self._scheduler.end(sequence)
 
-    def _first_tokens(self, first: Sequence, tokens: list[Token], builder: _StepBuilder) -> None:
+    def _first_tokens(self, first: Sequence, tokens: list[Token], builder: StepBuilder) -> None:
         """Start the samples of a complete prompt. The first tokens of all samples come from the same logits row."""
         state = first.job_state
         if state.job.max_tokens == 0:
             builder.ended.extend((sample, "length") for sample in range(state.job.samples))
             self._scheduler.begin(first, [])
             return
-        # A drafted token that the grammar does not allow must not be accepted, so the drafts of such jobs are left out.
-        maker = DraftMaker(state.job, self._ngrams) if can_verify(self._runner) and not state.job.grammar else None
+        # A drafted token that the grammar does not allow must not be accepted, and a text that is taken back cannot be
+        # followed by a draft. So the drafts of such jobs are left out.
+        drafts_help = can_verify(self._runner) and not state.job.grammar and not state.job.banned_text
+        maker = DraftMaker(state.job, self._ngrams) if drafts_help else None
         drafts = [maker.drafts() if maker else () for _ in range(state.job.samples)]
         known = first.known_repetitions()
+        banned = state.job.banned_text
+        phrases = BannedPhrases.of(state.job, banned, self._pieces) if banned else None
         samples = [
-            Sequence(state, index, drafts=each, repetitions=known.copy() if known else None)
+            Sequence(
+                state,
+                index,
+                drafts=each,
+                repetitions=known.copy() if known else None,
+                held=HeldTokens.of(phrases, state.job) if phrases else None,
+            )
             for index, each in enumerate(drafts)
         ]
         self._grammars.start_samples(state.job_id, samples)
         self._scheduler.begin(first, self._append(samples, tokens, builder))
 
-    def _append(self, samples: list[Sequence], tokens: list[Token], builder: _StepBuilder) -> list[Sequence]:
+    def _append(self, samples: list[Sequence], tokens: list[Token], builder: StepBuilder) -> list[Sequence]:
         """Append the next token to each sample of a job. Returns the samples that continue."""
-        job = samples[0].job_state.job
         for sequence, token in zip(samples, tokens, strict=True):
-            builder.sampled.append((sequence.sample, token))
             sequence.append(token.id)
-            # stop strings are matched in the server process
-            if token.id in job.end_tokens or self._grammars.append(sequence, token.id):
-                builder.ended.append((sequence.sample, "stop"))
-            elif len(sequence.generated) == job.max_tokens:
-                builder.ended.append((sequence.sample, "length"))
+            if sequence.held and (count := sequence.held.append(token)):
+                builder.take_back(sequence, count)
+                self._scheduler.rewind(sequence)
+            else:
+                builder.add_token(sequence, token, self._end_reason(sequence, token.id))
         ended = {sample for sample, _ in builder.ended}
         return [sequence for sequence in samples if sequence.sample not in ended]
 
-
-def _first_step(admission: Admission) -> Step:
-    """The first step of a job: the cached scores of its prompt, before anything is computed for it."""
-    job = admission.job_state.job
-    scored = _limit_alternatives(admission.scores, job.prompt_alternatives or 0)
-    ended: list[tuple[int, FinishReason]] = (
-        [(sample, "length") for sample in range(job.samples)] if admission.complete else []
-    )
-    return Step(scored=tuple(scored), ended=tuple(ended), cached=admission.cached)
-
-
-def _limit_alternatives(scores: list[Token] | tuple[Token, ...], alternatives: int) -> list[Token]:
-    """The scores with at most `alternatives` alternatives each."""
-    return [
-        Token(score.id, score.logprob, score.top[:alternatives], score.rank) if len(score.top) > alternatives else score
-        for score in scores
-    ]
+    def _end_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
+        """Why a sample ends with its last token. Stop strings are matched in the server process."""
+        job = sequence.job_state.job
+        if token in job.end_tokens or self._grammars.append(sequence, token):
+            return "stop"
+        if len(sequence.generated) == job.max_tokens:
+            return "length"
+        detection = job.repetition_detection if len(sequence.generated) >= job.min_tokens else None
+        return "repetition" if detection and ends_in_loop(sequence.generated, detection) else None

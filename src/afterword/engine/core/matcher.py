@@ -91,7 +91,9 @@ def next_tokens(allowed: AllowedTokens, job: Job, position: int) -> TokenMask | 
 
 
 def restricted(allowed: AllowedTokens, job: Job) -> AllowedTokens:
-    """The allowed tokens that `allowed_token_ids` of the request has too."""
+    """The allowed tokens that `allowed_token_ids` of the request has too, and `banned_tokens` has not."""
+    if job.banned and not allowed.error:
+        allowed = _without(allowed, job.banned)
     chain = job.sampling.chain
     if chain is None or not chain.allowed or allowed.error:
         return allowed
@@ -104,6 +106,24 @@ def restricted(allowed: AllowedTokens, job: Job) -> AllowedTokens:
             mask, False, "'allowed_token_ids' has no token that can continue the text as its grammar demands."
         )
     return AllowedTokens(mask, allowed.complete)
+
+
+def _without(allowed: AllowedTokens, banned: tuple[int, ...]) -> AllowedTokens:
+    mask = _with(allowed.mask, banned, False)
+    if not mask.any() and not allowed.complete:
+        return AllowedTokens(
+            mask, False, "'banned_tokens' has every token that could continue the text as its grammar demands."
+        )
+    return AllowedTokens(mask, allowed.complete)
+
+
+def first_tokens(job: Job, excluded: tuple[int, ...]) -> TokenMask:
+    """The tokens of `Job.first`, without early end tokens and those that were taken back if others are left."""
+    mask = np.frombuffer(job.first, np.uint32).copy()
+    for tokens in (job.end_tokens if job.min_tokens else (), excluded):
+        left = _with(mask, tokens, False)
+        mask = left if left.any() else mask
+    return mask
 
 
 def constrained(query: SampleTokens, allowed: AllowedTokens) -> SampleTokens | None:

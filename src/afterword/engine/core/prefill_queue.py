@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from afterword.engine.core.compute_share import ALLOWED_EXCESS, ComputeShare
 from afterword.engine.core.fair_share import share_group
 from afterword.engine.core.forward_batch import BatchEntry
-from afterword.engine.core.sequence import Sequence
+from afterword.engine.core.prefix_cache import PrefixCache
+from afterword.engine.core.sequence import JobState, Sequence
+from afterword.engine.core.slot import PrefixHit
 
 MIN_CHUNK = 32  # tokens of a prompt; a pass over fewer is hardly faster
 MAX_BUDGETS = 2  # budgets of prompt tokens between two decodes, while many prompts wait and few sequences run
@@ -42,6 +44,16 @@ class PrefillQueue:
         """Remove a sequence that needs no more prefill or has lost its slot. No effect if it is not in the queue."""
         if sequence in self._queue:
             self._queue.remove(sequence)
+
+    def computes_more(self, state: JobState, hit: PrefixHit | None, slots: PrefixCache) -> bool:
+        """Whether a sequence of another job computes more of a waiting job's prompt than its cached prefix."""
+        found = hit.keep if hit else 0
+        queue = (each for each in self._queue if each.is_scored or state.query.alternatives is None)
+        coming = [each for each in queue if not each.job_state.suspended]
+        return any(
+            other.slot is not None and slots.awaits(state.query, found, other.job_state.query, other.slot)
+            for other in coming
+        )
 
     def next_chunk(self, running: list[Sequence], budget: int | None) -> BatchEntry | None:
         """The next chunk, or None if the running sequences decode next.

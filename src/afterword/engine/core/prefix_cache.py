@@ -172,6 +172,12 @@ class PrefixCache:
             self._operations.append(Truncate(slot.index, keep, slot.snapshots.get(keep)))
             slot.truncate(keep)
 
+    def cut(self, slot: Slot, text: int, prompt: int) -> None:
+        """Leave the last token of a text to be computed, or more. `text`, `prompt`: lengths of it and of its prompt."""
+        most = text - 1 if text > prompt else (text - 1) // self._grid * self._grid  # a prompt's passes are on the grid
+        if most < slot.length:
+            self.truncate(slot, self.restorable(slot, most))
+
     def release(self, slot: Slot, redundant: bool) -> None:
         """Mark a slot as free; its content stays. `redundant`: another slot holds most of the content too."""
         self._clock += 1

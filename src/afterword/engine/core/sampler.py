@@ -66,7 +66,8 @@ class SampleTokens(msgspec.Struct, frozen=True):
 
     `position`: the number of generated tokens. Samples share a row only for their first token. `repetitions`, `limits`:
     see `ChainQuery`; one list of limits for each sample. `mask`: one bit for each token that may be sampled; it already
-    leaves out end tokens that come too early. None: every token may be sampled.
+    leaves out `Job.banned`, and end tokens that come too early. None: every token may be sampled. `excluded`: tokens
+    that were taken back at this place.
     """
 
     job: Job
@@ -76,6 +77,7 @@ class SampleTokens(msgspec.Struct, frozen=True):
     repetitions: Repetitions | None = None
     limits: Sequence[list[float]] = ()
     mask: NDArray[np.uint32] | None = None
+    excluded: tuple[int, ...] = ()
 
     @property
     def seeds(self) -> list[int]:
@@ -84,7 +86,10 @@ class SampleTokens(msgspec.Struct, frozen=True):
 
     @property
     def banned(self) -> tuple[int, ...]:
-        return self.job.end_tokens if self.position < self.job.min_tokens and self.mask is None else ()
+        if self.mask is not None:
+            return ()
+        early = self.job.end_tokens if self.position < self.job.min_tokens else ()
+        return (*early, *self.job.banned, *self.excluded)
 
     @property
     def sample_query(self) -> SampleQuery:

@@ -22,7 +22,7 @@ from afterword.engine.core.forward_batch import BatchEntry, ForwardBatch
 from afterword.engine.core.preemption import can_preempt, passes_to_wait, preemption_victims
 from afterword.engine.core.prefill_queue import PrefillQueue
 from afterword.engine.core.prefix_cache import PrefixCache
-from afterword.engine.core.sequence import Admission, JobState, Sequence
+from afterword.engine.core.sequence import Admission, JobState, Sequence, add_by_priority
 from afterword.engine.core.sequence_checks import check_sequences
 from afterword.engine.core.slot import PrefixHit, PrefixQuery, Slot
 from afterword.engine.core.token_budget import TokenBudget
@@ -41,7 +41,7 @@ class Scheduler:
         self._slots = slots
         self._token_budget = TokenBudget(slots, max(chunk, len(slots)))
         self._jobs: dict[int, JobState] = {}
-        self._waiting: dict[str, dict[int, JobState]] = {}  # not admitted yet: by client, in order of arrival
+        self._waiting: dict[str, dict[int, JobState]] = {}  # not admitted yet: by client, see `add_by_priority`
         self._admitted: dict[int, JobState] = {}  # in the order of admission
         self._fair_share = FairShare(len(slots))
         self._active: dict[Slot, Sequence] = {}
@@ -53,7 +53,7 @@ class Scheduler:
 
     def add(self, job_id: int, job: Job) -> None:
         self._jobs[job_id] = state = JobState(job_id, job, self._slots.prefix_query(job))
-        self._waiting.setdefault(job.client, {})[job_id] = state
+        add_by_priority(self._waiting.setdefault(job.client, {}), state)
 
     def close(self, job_id: int) -> None:
         """Remove a job and free its slots. Unknown ids are ignored: the job may have ended just before."""
@@ -173,6 +173,13 @@ class Scheduler:
         if not state.live and not state.queued:
             self._remove_job(state)
 
+    def rewind(self, sequence: Sequence) -> None:
+        """Remove from a sequence's slot what was taken back, and its last token, whose logits row is needed again."""
+        if sequence.slot is not None:
+            self._slots.cut(sequence.slot, sequence.length, len(sequence.job_state.job.prompt))
+            if sequence.needs_prefill:
+                self._prefill_queue.add(sequence)
+
     def _has_successor(self, state: JobState) -> bool:
         """Whether a slot that holds a job's prompt should go to a sample of the job that was never preempted."""
         client = state.job.client
@@ -249,13 +256,14 @@ class Scheduler:
         return state.queued[0] if state else None
 
     def _first_waiting(self, client: str) -> tuple[JobState | None, PrefixHit | None]:
-        ready = [(state, hit) for state, hit in self._with_hits(client) if not self._is_being_computed(state, hit)]
+        ready = list(self._ready(client))
         if not ready:
             return None, None
         first = ready[0][0]
         if first.times_passed_over >= MAX_TIMES_PASSED_OVER:
             return ready[0]
-        chosen = max(ready, key=lambda pair: pair[1].keep if pair[1] else 0)
+        equal = [pair for pair in ready if pair[0].job.priority == first.job.priority]
+        chosen = max(equal, key=lambda pair: pair[1].keep if pair[1] else 0)
         first.times_passed_over += chosen[0] is not first
         return chosen
 
@@ -286,19 +294,11 @@ class Scheduler:
             return self._slots.resume_query(state.job, state.job.prompt, len(state.job.prompt))
         return self._slots.resume_query(state.job, sequence.slice(0, sequence.length), sequence.length - 1)
 
-    def _with_hits(self, client: str) -> Iterator[tuple[JobState, PrefixHit | None]]:
+    def _ready(self, client: str) -> Iterator[tuple[JobState, PrefixHit | None]]:
+        """The first waiting jobs of a client with their cached prefixes, but not those that wait for a longer one."""
         waiting = (state for state in self._waiting[client].values() if not state.suspended)
-        yield from ((state, self._slots.find(state.query)) for state in islice(waiting, ADMISSION_WINDOW))
-
-    def _is_being_computed(self, state: JobState, hit: PrefixHit | None) -> bool:
-        """Whether another job is computing more of the prompt than the cached prefix."""
-        found = hit.keep if hit else 0
-        queue = (each for each in self._prefill_queue if each.is_scored or state.query.alternatives is None)
-        coming = [each for each in queue if not each.job_state.suspended]
-        return any(
-            other.slot is not None and self._slots.awaits(state.query, found, other.job_state.query, other.slot)
-            for other in coming
-        )
+        found = ((state, self._slots.find(state.query)) for state in islice(waiting, ADMISSION_WINDOW))
+        yield from (pair for pair in found if not self._prefill_queue.computes_more(*pair, self._slots))
 
     def _admit_sequence(self, sequence: Sequence, hit: PrefixHit | None) -> Admission | None:
         """Give a free slot to a sequence. Returns the admission if the job's prompt is still to be completed."""
@@ -360,6 +360,7 @@ class Scheduler:
         return next((each for each in state.live if each.slot and self._slots.restorable(each.slot, end) == end), None)
 
     def _assign_slot(self, sequence: Sequence, slot: Slot) -> None:
+        self._slots.cut(slot, sequence.length, len(sequence.job_state.job.prompt))
         sequence.assign_slot(slot, chunk_generated=self._grid == 1)
         sequence.job_state.live.append(sequence)
         self._active[slot] = sequence
@@ -396,5 +397,4 @@ class Scheduler:
             return (entry,)
         if len(running) > 1:
             self._slots.compact()
-        entries = (each.decode_entry() for each in running)
-        return tuple(sorted(entries, key=lambda entry: entry.slot))
+        return tuple(sorted((each.decode_entry() for each in running), key=lambda entry: entry.slot))

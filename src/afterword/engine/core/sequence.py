@@ -10,8 +10,9 @@ from collections import deque
 from collections.abc import Sequence as TokenSequence
 from dataclasses import dataclass, field
 
+from afterword.engine.core.banned_text import HeldTokens
 from afterword.engine.core.forward_batch import BatchEntry
-from afterword.engine.core.matcher import Matcher
+from afterword.engine.core.matcher import Matcher, first_tokens
 from afterword.engine.core.repetitions import Repetitions
 from afterword.engine.core.sampler import SampleTokens
 from afterword.engine.core.slot import PrefixQuery, Slot
@@ -63,6 +64,16 @@ class JobState:
         return unsent
 
 
+def add_by_priority(waiting: dict[int, JobState], state: JobState) -> None:
+    """Add a job to the waiting ones of its client: the lowest `Job.priority` first, then the one that came first."""
+    last = next(reversed(waiting.values()), None)
+    waiting[state.job_id] = state
+    if last is not None and last.job.priority > state.job.priority:
+        ordered = sorted(waiting.values(), key=lambda each: each.job.priority)
+        waiting.clear()
+        waiting.update((each.job_id, each) for each in ordered)
+
+
 @dataclass(frozen=True, slots=True)
 class Admission:
     """A job that leaves the queue, with the cached part of its prompt. `complete`: there is nothing more to compute."""
@@ -81,7 +92,7 @@ class Sequence:
     `generated_before_slot`: number of tokens generated before the sequence got its present slot. `paused`: the sequence
     was preempted at least once. It then leaves free slots to others until the pass number `resume_pass`. `drafts`: the
     preferred one first. `verified_turn`: see `core.verification`. `repetitions`: those of its text, once DRY needed
-    them. `matcher`: the sample's place in the job's grammar.
+    them. `matcher`: the sample's place in the job's grammar. `held`: for jobs with banned phrases.
     """
 
     job_state: JobState
@@ -97,6 +108,7 @@ class Sequence:
     verified_turn: int = 0
     repetitions: Repetitions | None = None
     matcher: Matcher | None = None
+    held: HeldTokens | None = None
 
     @property
     def length(self) -> int:
@@ -123,10 +135,10 @@ class Sequence:
     def is_scored(self) -> bool:
         """Whether the job gets the scores of the prompt's tokens that the next forward pass computes.
 
-        True while no token is generated. If a preempted sequence computes its prompt again after that, the job has all
-        scores already. `engine.protocol.scored_positions` says which logits row scores which token.
+        True until the samples start. If a sequence computes its prompt again after that, the job has all scores
+        already. `engine.protocol.scored_positions` says which logits row scores which token.
         """
-        return self.job_state.job.prompt_alternatives is not None and not self.generated
+        return self.job_state.job.prompt_alternatives is not None and not self.job_state.started
 
     @property
     def needs_prefill(self) -> bool:
@@ -143,6 +155,14 @@ class Sequence:
         self.slot, self.generated_before_slot = slot, len(self.generated)
         in_chunks = chunk_generated and self.length > slot.length + 1
         self.prefill_length = self.length if in_chunks else len(self.job_state.job.prompt)
+
+    def take_back(self, count: int) -> None:
+        """Remove the last generated tokens."""
+        for _ in range(count):
+            self.token_counts.remove(self.generated.pop())
+        self.repetitions = None
+        self.prefill_length = min(self.prefill_length, max(self.length - 1, len(self.job_state.job.prompt)))
+        self.generated_before_slot = min(self.generated_before_slot, len(self.generated))
 
     @property
     def tokens_left(self) -> int:
@@ -168,8 +188,11 @@ class Sequence:
     def next_token(self, samples: TokenSequence[int]) -> SampleTokens:
         """The query for the next token of samples that share its text."""
         state = self.job_state
-        more = (self.known_repetitions(), state.limits_of(samples)) if state.job.sampling.chain else ()
-        return SampleTokens(state.job, samples, len(self.generated), self.token_counts, *more)
+        repetitions, limits = self.known_repetitions(), state.limits_of(samples)
+        position = len(self.generated)
+        excluded = self.held.banned(position) if self.held else ()
+        mask = first_tokens(state.job, excluded) if state.job.first and not position else None
+        return SampleTokens(state.job, samples, position, self.token_counts, repetitions, limits, mask, excluded)
 
     def append(self, token: int) -> None:
         """Append a sampled token."""

@@ -89,4 +89,4 @@ def split_step(step: Step, size: int) -> Iterator[Step]:
             scored.append(token)
         else:
             sampled.append((sample, token))
-    yield Step(tuple(scored), tuple(sampled), step.ended, cached, step.failed)
+    yield Step(tuple(scored), tuple(sampled), step.ended, cached, step.failed, taken_back=step.taken_back)

@@ -56,6 +56,13 @@ class TokenCounts:
         self._ids[index] = token
         self._counts[index] += 1
 
+    def remove(self, token: int) -> None:
+        """Undo the last `add`, which added this token."""
+        index = self._indexes[token]
+        self._counts[index] -= 1
+        if not self._counts[index]:
+            del self._indexes[token]  # the newest id, so the arrays need no other change
+
     def _update_addresses(self) -> None:
         self.addresses = self._ids.ctypes.data, self._counts.ctypes.data
         """Memory addresses of ids and counts, for compiled code. They can change when a token is added."""

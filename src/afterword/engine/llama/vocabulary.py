@@ -189,7 +189,7 @@ class Vocabulary:
             capacity = -size
 
 
-_NOT_NUMBERS: dict[str, Any] = {"sequences": 0, "promise": "none", "verifies_drafts": False}
+_NOT_NUMBERS: dict[str, Any] = {"sequences": 0, "promise": "none", "verifies_drafts": False, "takes_back": True}
 
 
 def make_model_info(runner: LlamaRunner, settings: LoadModel) -> tuple[ModelInfo, Vocabulary]:
@@ -219,6 +219,7 @@ def make_model_info(runner: LlamaRunner, settings: LoadModel) -> tuple[ModelInfo
         promise=runner.promise,
         slow_runs=vocabulary.slow_runs,
         verifies_drafts=can_verify(runner),
+        takes_back=runner.can_truncate,
         special=vocabulary.special(),
     )
     model_info = msgspec.structs.replace(model_info, fingerprint=fingerprint(settings, runner, model_info))

@@ -152,6 +152,7 @@ class _Worker:
         self._monitor = PassMonitor(loaded.runner)
         loop = EngineLoop(self._monitor, threads=settings.threads, thread_pool=loaded.thread_pool)
         loop.use_store(loaded.store)
+        loop.use_pieces(loaded.model_info.pieces)
         if grammars is not None:
             loop.use_grammars(grammars)
         if settings.speculate == "ngram":

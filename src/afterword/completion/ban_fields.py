@@ -1,0 +1,75 @@
+"""The fields that ban texts and tokens: their parsers, and what they cannot be combined with.
+
+`banned_strings`, `banned_tokens` and `custom_token_bans` are those of KoboldCpp and TabbyAPI as SillyTavern sends them,
+`bad_words` is vLLM's.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from afterword.completion import fields
+from afterword.completion.field_errors import too_long
+from afterword.completion.fields import field_parser
+from afterword.completion.request_limits import RequestLimits
+from afterword.errors import RequestError
+
+if TYPE_CHECKING:
+    from afterword.completion.request import CompletionRequest
+
+_MOST, _LONGEST, _MOST_CHARACTERS = 1024, 256, 16384
+_PHRASE = {"type": "string", "maxLength": _LONGEST}
+_WORD = {"type": "string", "pattern": r"\S", "maxLength": _LONGEST}
+_ID_TEXT = r"^ *([0-9]{1,10} *(, *[0-9]{1,10} *)*)?$"
+_IDS = {"type": "array", "items": {"type": "integer"}}
+
+
+@field_parser({"anyOf": [_PHRASE, {"type": "array", "maxItems": _MOST, "items": _PHRASE}]})
+def banned_strings(name: str, value: Any, limits: RequestLimits) -> tuple[str, ...]:
+    """One text or an array of texts. Empty ones have no effect."""
+    texts: tuple[str, ...] = fields.strings(name, [value] if isinstance(value, str) else value, limits)
+    return tuple(filter(None, _bounded(name, texts)))
+
+
+@field_parser({"type": "array", "maxItems": _MOST, "items": _WORD})
+def bad_words(name: str, value: Any, limits: RequestLimits) -> tuple[str, ...]:
+    """An array of texts, without the white space at their beginning, as in vLLM."""
+    words = tuple(text.lstrip() for text in _bounded(name, fields.strings(name, value, limits)))
+    if not all(words):
+        raise RequestError(f"Invalid '{name}': a text is empty.", param=name)
+    return words
+
+
+@field_parser(lambda limits: {"anyOf": [{"type": "string", "pattern": _ID_TEXT}, _IDS | {"maxItems": limits.max_bias}]})
+def banned_tokens(name: str, value: Any, limits: RequestLimits) -> tuple[int, ...]:
+    """An array of token ids, or their decimal numbers in a text with commas. Empty: none."""
+    if isinstance(value, str):
+        if value.count(",") >= limits.max_bias:
+            raise too_long(name, "array", limits.max_bias, value.count(",") + 1)
+        if not re.fullmatch(_ID_TEXT, value):
+            raise RequestError(f"Invalid '{name}': expected token ids with commas between them.", param=name)
+        return tuple(map(int, value.split(","))) if value.strip() else ()
+    if isinstance(value, list) and any(isinstance(each, str) for each in value):
+        raise RequestError(f"Invalid '{name}': expected token ids. (HINT: texts go to 'banned_strings'.)", param=name)
+    ids: tuple[int, ...] = fields.token_ids(name, value, limits)
+    return ids
+
+
+def check_bans(request: CompletionRequest) -> None:
+    """Refuse banned texts where the text must match a grammar. Raises `RequestError`."""
+    name = "banned_strings" if request.banned_strings else "bad_words" if request.bad_words else None
+    if name and request.constraints:
+        other = request.constraints[0].field.partition(".")[0]
+        raise RequestError(f"'{name}' cannot be combined with '{other}'. Leave out one of them.", param=name)
+
+
+def _bounded(name: str, texts: tuple[str, ...]) -> tuple[str, ...]:
+    if len(texts) > _MOST:
+        raise too_long(name, "array", _MOST, len(texts))
+    longest = max(map(len, texts), default=0)
+    if longest > _LONGEST:
+        raise too_long(name, "string", _LONGEST, longest)
+    if sum(map(len, texts)) > _MOST_CHARACTERS:
+        raise RequestError(f"Invalid '{name}': more than {_MOST_CHARACTERS} characters in total.", param=name)
+    return texts

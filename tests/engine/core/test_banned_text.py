@@ -1,0 +1,271 @@
+"""Tests of banned phrases: no text contains one, and the tokens depend on the job alone, not on load and slots."""
+
+from __future__ import annotations
+
+import codecs
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import msgspec
+import pytest
+from history_runner import VOCABULARY, HistoryRunner, logits_after, scores
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from afterword.engine.core.banned_text import MOST_TAKEN_BACK
+from afterword.engine.core.engine_loop import EngineLoop
+from afterword.engine.core.repetitions import Repetitions
+from afterword.engine.core.sampler import Sampler, SampleTokens
+from afterword.engine.core.token_counts import TokenCounts
+from afterword.engine.protocol import BannedText, Dry, Job, SamplerChain, Sampling, Step
+
+TEXTS = ("a", "b", "c", "", "A", "B", "ab", "", "bc", " a", " b", "ca", "aa", "abc", "é", "É", "x", "x y", " c")
+PIECES = (*(text.encode() for text in TEXTS), b"\xc3", b"\xa9", b"\x89", b"<end>", "ß".encode())
+assert len(PIECES) == VOCABULARY
+END, NAME = 3, 22
+
+phrases = st.lists(st.text("abcAB éßsxy", min_size=1, max_size=4), max_size=4).map(tuple)
+bans = st.builds(BannedText, exact=phrases, folded=phrases, silent=st.sampled_from([(), (NAME,)]))
+dry = Dry(multiplier=1.0, base=1.5, allowed_length=1, last_n=-1)
+samplings = st.sampled_from(
+    [
+        Sampling(),
+        Sampling(temperature=0.0),
+        Sampling(presence_penalty=1.5, repetition_penalty=1.3),
+        Sampling(chain=SamplerChain(("dry", "top_k"), dry=dry), top_k=8),
+        Sampling(chain=SamplerChain((), mirostat=2, mirostat_tau=2.0)),
+    ]
+)
+jobs = st.builds(
+    Job,
+    prompt=st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=12).map(tuple),
+    samples=st.integers(1, 4),
+    max_tokens=st.integers(1, 12),
+    sampling=samplings,
+    end_tokens=st.just((END,)),
+    key=st.binary(min_size=16, max_size=16),
+    alternatives=st.sampled_from([None, 2]),
+    min_tokens=st.sampled_from([0, 4]),
+    prompt_alternatives=st.sampled_from([None, 0]),
+    client=st.sampled_from(["", "someone"]),
+    banned=st.sampled_from([(), (0, 1)]),
+    banned_text=st.one_of(st.none(), bans),
+)
+shapes = st.sampled_from([{}, {"grid": 3}, {"capacity": 40}])
+
+
+@dataclass
+class Reference:
+    """One sample, computed in the plainest way: the whole text is searched after each token."""
+
+    job: Job
+    sample: int
+    tokens: list[int] = field(default_factory=list)
+    excluded: defaultdict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
+    limits: list[float] = field(default_factory=list)
+    taken_back: int = 0
+    reason: str = ""
+
+    def run(self) -> Reference:
+        chain = self.job.sampling.chain or SamplerChain(())
+        self.limits = [2 * chain.mirostat_tau]
+        while not self.reason:
+            place = len(self.tokens)
+            token = self._draw(chain)
+            if token in self.excluded[place]:
+                self.taken_back, self.reason = self.taken_back + 1, "length"
+                break
+            self.tokens.append(token)
+            begun = self._begun()
+            if begun is not None:
+                self._take_back(begun)
+            elif token in self.job.end_tokens:
+                self.reason = "stop"
+            elif len(self.tokens) == self.job.max_tokens:
+                self.reason = "length"
+        return self
+
+    def _draw(self, chain: SamplerChain) -> int:
+        place, history = len(self.tokens), [*self.job.prompt, *self.tokens]
+        query = SampleTokens(
+            self.job,
+            (self.sample,),
+            place,
+            TokenCounts(self.tokens),
+            Repetitions(chain.dry, history) if chain.dry else None,
+            [self.limits],
+            excluded=tuple(self.excluded[place]),
+        )
+        ((token,),) = Sampler().read(logits_after(history)[None], [query])
+        return token.id
+
+    def _take_back(self, begun: int) -> None:
+        self.excluded = defaultdict(set, {place: ids for place, ids in self.excluded.items() if place <= begun})
+        self.excluded[begun].add(self.tokens[begun])
+        self.taken_back += len(self.tokens) - begun
+        del self.tokens[begun:]
+        if self.taken_back > MOST_TAKEN_BACK + 2 * self.job.max_tokens:
+            self.reason = "length"
+
+    def _begun(self) -> int | None:
+        """The token in which the first complete phrase begins."""
+        banned = self.job.banned_text
+        if banned is None:
+            return None
+        characters = characters_of(self.job, self.tokens)
+        folded = [(part, place) for character, place in characters for part in character.casefold()]
+        for end in range(1, len(characters) + 1):
+            whole = "".join(character for character, _ in characters[:end])
+            length = len(whole.casefold())
+            before = len("".join(character for character, _ in characters[: end - 1]).casefold())
+            found = [characters[end - len(each)][1] for each in banned.exact if whole.endswith(each)]
+            for stop in range(before + 1, length + 1):
+                text = whole.casefold()[:stop]
+                wanted = [each.casefold() for each in banned.folded]
+                found += [folded[stop - len(each)][1] for each in wanted if text.endswith(each)]
+            if found:
+                return max(found)
+        return None
+
+
+def characters_of(job: Job, tokens: list[int]) -> list[tuple[str, int]]:
+    """The characters of a text, each with the token that has its first byte."""
+    silent = job.banned_text.silent if job.banned_text else ()
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(b"".join(b"" if each in silent else PIECES[each] for each in job.prompt[-4:]))
+    characters: list[tuple[str, int]] = []
+    begun = 0 if decoder.getstate()[0] else None
+    for place, token in enumerate(tokens):
+        for byte in b"" if token in silent else PIECES[token]:
+            for character in decoder.decode(bytes([byte])):
+                characters.append((character, place if begun is None else begun))
+                begun = None
+            if decoder.getstate()[0] and begun is None:
+                begun = place
+    return characters
+
+
+def contains(job: Job, tokens: list[int]) -> bool:
+    """Whether a text contains a banned phrase."""
+    assert job.banned_text
+    text = "".join(character for character, _ in characters_of(job, tokens))
+    exact = any(each in text for each in job.banned_text.exact)
+    return exact or any(each.casefold() in text.casefold() for each in job.banned_text.folded)
+
+
+def loop_of(slots: int, chunk: int = 4, **shape: int) -> EngineLoop:
+    loop = EngineLoop(HistoryRunner(slots, chunk, **shape))  # type: ignore[arg-type]
+    loop.use_pieces(PIECES)
+    return loop
+
+
+def finish(loop: EngineLoop, *wanted: Job) -> list[list[Step]]:
+    """The steps of each job."""
+    for job_id, job in enumerate(wanted):
+        loop.start(job_id, job)
+    steps: defaultdict[int, list[Step]] = defaultdict(list)
+    while (passed := loop.step()) is not None:
+        for job_id, step in passed.items():
+            steps[job_id].append(step)
+    loop.check()
+    return [steps[job_id] for job_id in range(len(wanted))]
+
+
+def sampled(steps: list[Step], sample: int) -> list[int]:
+    return [token.id for step in steps for index, token in step.sampled if index == sample]
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(jobs, min_size=1, max_size=5), st.integers(1, 4), st.integers(3, 8), shapes)
+def test_tokens_are_those_of_the_definition_whatever_else_is_computed(wanted, slots, chunk, shape):
+    found = finish(loop_of(slots, chunk, **shape), *wanted)
+    for job, steps in zip(wanted, found, strict=True):
+        references = [Reference(job, sample).run() for sample in range(job.samples)]
+        assert dict(end for step in steps for end in step.ended) == {each.sample: each.reason for each in references}
+        for each in references:
+            assert sampled(steps, each.sample) == each.tokens
+            assert not job.banned_text or not contains(job, each.tokens)
+        assert sum(step.taken_back for step in steps) == sum(each.taken_back for each in references)
+        assert [token for step in steps for token in step.scored] == scores(job)
+
+
+def job(banned_text: BannedText, **fields: object) -> Job:
+    plain = Job((0, 1), 1, 8, Sampling(temperature=0.0), end_tokens=(), key=b"k" * 16, banned_text=banned_text)
+    return msgspec.structs.replace(plain, **fields)
+
+
+def text_of(tokens: list[int]) -> str:
+    return b"".join(PIECES[token] for token in tokens).decode()
+
+
+def test_without_a_phrase_in_it_a_text_is_that_without_bans() -> None:
+    plain = job(BannedText(exact=("zzz",)))
+    (banned,), (free,) = (
+        finish(loop_of(2), each) for each in (plain, msgspec.structs.replace(plain, banned_text=None))
+    )
+    assert sampled(banned, 0) == sampled(free, 0)
+    assert sum(step.taken_back for step in banned) == 0
+
+
+def test_tokens_that_may_be_taken_back_are_held_and_all_others_are_not() -> None:
+    """The forced text is `aab…`; `abx` cannot come, but begins again and again."""
+    forced = Sampling(temperature=0.0, logit_bias=((6, 100.0),))  # ab
+    (steps,) = finish(loop_of(1), job(BannedText(exact=("ababx",)), sampling=forced, max_tokens=6))
+    arrived = [len(step.sampled) for step in steps if step.sampled or step.ended]
+    assert sum(arrived) == 6
+    assert arrived == [1, 1, 1, 3]  # two tokens are held until the third shows that no phrase begins with them
+
+
+@pytest.mark.parametrize("allowed", [1 << 6, 1 << 6 | 1 << 0])
+def test_a_place_where_nothing_is_left_ends_the_sample(allowed: int) -> None:
+    """Only `ab` and `a` may be sampled, and both begin a phrase."""
+    chain = SamplerChain((), allowed=allowed.to_bytes(3, "little"))
+    banned = BannedText(folded=("aa", "AB", "a"))
+    (steps,) = finish(loop_of(1), job(banned, sampling=Sampling(temperature=0.0, chain=chain)))
+    assert steps[-1].ended == ((0, "length"),)
+    assert sampled(steps, 0) == []
+    assert sum(step.taken_back for step in steps) == 1 + allowed.bit_count()
+
+
+def test_the_work_for_a_sample_is_bounded() -> None:
+    """Every text with two tokens is banned, so the first place is drawn again until the bound or no token is left."""
+    every = tuple({piece.decode() for piece in PIECES if piece.isascii() and piece} | {"é", "É", "ß", "\ufffd"})
+    plain = job(BannedText(exact=every), samples=3, sampling=Sampling(), max_tokens=100)
+    (steps,) = finish(loop_of(2), plain)
+    assert sorted(end for step in steps for end in step.ended) == [(sample, "length") for sample in range(3)]
+    assert sum(step.taken_back for step in steps) <= 3 * (MOST_TAKEN_BACK + 200 + 100)
+
+
+def test_what_was_taken_back_is_computed_again_and_reused_by_others() -> None:
+    """The slot of a sample ends as the slot of its text: a prompt of this text starts from it."""
+    banned = job(BannedText(folded=("b",)), max_tokens=12)
+    loop = loop_of(1)
+    (steps,) = finish(loop, banned)
+    tokens = sampled(steps, 0)
+    assert sum(step.taken_back for step in steps) > 0
+    follow = job(BannedText(exact=("zzz",)), prompt=(*banned.prompt, *tokens), max_tokens=2)
+    (steps,) = finish(loop, follow)
+    assert steps[0].cached == len(follow.prompt) - 1
+    (fresh,) = finish(loop_of(1), follow)
+    assert sampled(steps, 0) == sampled(fresh, 0)
+
+
+def test_case_counts_for_exact_phrases_only() -> None:
+    for phrase, free in (("A", "a"), ("a", "A")):
+        bias = ((PIECES.index(b"a"), 90.0), (PIECES.index(b"A"), 75.0), (PIECES.index(b"c"), 60.0))
+        (steps,) = finish(loop_of(1), job(BannedText(exact=(phrase,)), sampling=Sampling(0.0, logit_bias=bias)))
+        assert text_of(sampled(steps, 0)) == 8 * free
+        (steps,) = finish(loop_of(1), job(BannedText(folded=(phrase,)), sampling=Sampling(0.0, logit_bias=bias)))
+        assert text_of(sampled(steps, 0)) == 8 * "c"
+
+
+def test_the_first_place_is_drawn_again_from_a_pass_on_the_grid() -> None:
+    """The row after the prompt has the same numbers only if its pass begins where it did before."""
+    runner = HistoryRunner(1, 4, grid=3)
+    loop = EngineLoop(runner)
+    loop.use_pieces(PIECES)
+    forced = Sampling(temperature=0.0, logit_bias=((6, 100.0),))  # ab
+    finish(loop, job(BannedText(exact=("a",)), prompt=(0, 1, 2, 8, 9), sampling=forced, max_tokens=1))
+    passes = [(each.position, len(each.tokens)) for batch in runner.batches for each in batch.entries]
+    assert passes[:3] == [(0, 3), (3, 2), (3, 2)]
+    assert set(passes[3:]) <= {(3, 2)}
