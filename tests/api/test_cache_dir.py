@@ -34,7 +34,7 @@ def wait_for_parts(folder: Path, count: int) -> None:
 
 
 @pytest.fixture
-def where(tmp_path):
+def where(kernel_products, tmp_path):
     return ("--parallel", "2", "--context", "1024", "--cache-dir", str(tmp_path / "cache"))
 
 
