@@ -34,9 +34,7 @@ ELSEWHERE = {
         "compiles llama-server and measures for a quarter of an hour; tests/test_bench.py runs the bench"
     ),
     ("docs/api.md", "pip install openapi-python-client"): REGISTRY,
-    ("docs/api.md", "import json"): Elsewhere(
-        "needs a generated client; tests/clients runs it"
-    ),
+    ("docs/api.md", "import json"): Elsewhere("needs a generated client; tests/clients runs it"),
     ("docs/architectures.md", "python -m tests.architectures --markdown"): Elsewhere(
         "judges all architectures for half an hour; tests/architectures/test_architectures.py runs a part of it"
     ),
