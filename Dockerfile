@@ -1,35 +1,27 @@
-# Afterword on CPUs. docs/guides/deploy.md says how to build and run it.
+# Afterword on CPUs, from the wheel that `make wheel` writes to dist. docs/guides/deploy.md says how to build and run it.
 
 # The Python that the tests are run with.
 ARG BASE=python:3.11-slim-bookworm
 
-FROM ${BASE} AS build
-RUN apt-get update \
- && apt-get install -y --no-install-recommends build-essential \
- && rm -rf /var/lib/apt/lists/*
-WORKDIR /build
-# Any x86-64 processor with AVX2, not only the one that builds; on ARM the baseline of its own.
-ARG CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF"
-COPY requirements.txt requirements-native.txt ./
-RUN CMAKE_ARGS="${CMAKE_ARGS}" python3 -m pip wheel --no-cache-dir --require-hashes --wheel-dir wheels -r requirements.txt -r requirements-native.txt
-COPY pyproject.toml hatch_build.py README.md LICENSE ./
-COPY src src
-# Empty: kernels for each level of instructions. Else options for one processor, such as -march=native.
-ARG CXXFLAGS=""
-RUN if [ -z "${CXXFLAGS}" ]; then unset CXXFLAGS; fi \
- && python3 -m pip wheel --no-cache-dir --no-index --find-links wheels --no-deps --wheel-dir wheels . \
- && python3 -m venv /opt/afterword \
- && /opt/afterword/bin/python -m pip install --no-cache-dir --no-index --find-links wheels "afterword[native]" \
- && /opt/afterword/bin/python -m pip uninstall --yes xllamacpp
+FROM ${BASE} AS install
+COPY requirements.txt /wheels/
+COPY dist/*.whl /wheels/
+# The exact versions of the packages, then the wheel for this architecture. What only builds need is taken out again.
+RUN python3 -m venv /opt/afterword \
+ && /opt/afterword/bin/python -m pip install --no-cache-dir --require-hashes -r /wheels/requirements.txt \
+ && /opt/afterword/bin/python -m pip install --no-cache-dir --no-deps --no-index --find-links /wheels --only-binary :all: afterword \
+ && /opt/afterword/bin/python -m pip uninstall --yes editables hatchling \
+ && /opt/afterword/bin/python -m pip check
 
 FROM ${BASE}
+# What the prebuilt llama.cpp needs of the system.
 RUN apt-get update \
- && apt-get install -y --no-install-recommends libgomp1 \
+ && apt-get install -y --no-install-recommends libgomp1 libstdc++6 \
  && rm -rf /var/lib/apt/lists/* \
  && useradd --uid 10001 --create-home afterword \
  && install -d -o afterword -g afterword -m 700 /data \
  && install -d -o afterword -g afterword /models
-COPY --from=build /opt/afterword /opt/afterword
+COPY --from=install /opt/afterword /opt/afterword
 # Reachable from outside the container, so it does not start without AFTERWORD_API_KEY, --keys or --allow-open.
 ENV PATH="/opt/afterword/bin:${PATH}" \
     AFTERWORD_SERVE_HOST="0.0.0.0" \

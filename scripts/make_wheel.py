@@ -1,6 +1,6 @@
 """`make wheel`: build Afterword's wheel for other machines, and show that it works where no compiler is.
 
-    python scripts/make_wheel.py [--machine x86_64|aarch64] [--out dist] [--cold]
+    python scripts/make_wheel.py [--machine x86_64|aarch64] [--out dist] [--cold] [--bits]
 
 1. An environment for tools gets the packages of requirements-wheel.txt: Zig, hatchling and auditwheel. Zig compiles for
    the version of glibc that `GLIBC` names, whatever the version of this machine is.
@@ -10,7 +10,8 @@
    The server starts there and must answer a request, without a line about missing kernels.
 
 The wheel is copied to `--out` only after all of this. Step 4 is left out for another machine. With `--cold` pip has no
-package cache, so the printed seconds contain the downloads.
+package cache, so the printed seconds contain the downloads. With `--bits` the results of the kernels, compiled by Zig
+for each level that this processor has, are compared with one another and with those of the installed compilers.
 """
 
 from __future__ import annotations
@@ -50,18 +51,19 @@ def main() -> int:
     parser.add_argument("--machine", choices=MACHINES, default=platform.machine(), help="for which the wheel is")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="the folder that gets the wheel")
     parser.add_argument("--cold", action="store_true", help="install the wheel without pip's package cache")
+    parser.add_argument("--bits", action="store_true", help="compare the kernels' results at all levels")
     options = parser.parse_args()
     if sys.platform != "linux" or options.machine not in MACHINES:
         parser.error(f"wheels are made on Linux, for {' and '.join(MACHINES)}")
     try:
-        make(options.machine, options.out, options.cold)
+        make(options.machine, options.out, options.cold, options.bits)
     except Failure as failure:
         print(failure, file=sys.stderr)
         return 1
     return 0
 
 
-def make(machine: str, out: Path, cold: bool) -> None:
+def make(machine: str, out: Path, cold: bool, bits: bool) -> None:
     """Do all steps. Raises `Failure`."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -74,6 +76,8 @@ def make(machine: str, out: Path, cold: bool) -> None:
         print(f"{audit(tools, wheel)}: {wheel.name}, {megabytes(wheel)} MB", flush=True)
         if machine == platform.machine():
             try_out(wheel, folder / "fresh", ["--no-cache-dir"] if cold else [])
+        if bits:
+            compare_bits(tools)
         out.mkdir(exist_ok=True)
         made = shutil.copy(wheel, out)
     print(made)
@@ -114,6 +118,14 @@ def glibc_of(platform_tag: str) -> tuple[int, ...]:
     """The version of glibc that a platform tag names. A tag that names none sorts behind all others."""
     found = re.fullmatch(r"manylinux_(\d+)_(\d+)_\w+", platform_tag)
     return tuple(map(int, found.groups())) if found else (sys.maxsize,)
+
+
+def compare_bits(tools: Path) -> None:
+    """Compute with the kernels of every level, compiled by Zig and by others. Raises `Failure` if results differ."""
+    environment = {name: value for name, value in os.environ.items() if name != "CXX"}
+    command = (tools, "-m", "tests.kernels", "bits")
+    failure = "the kernels' results could not be shown to be equal"
+    print(run(*command, env=environment, cwd=ROOT, failure=failure), end="", flush=True)
 
 
 def try_out(wheel: Path, folder: Path, options: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""A C++ compiler for hatch_build.py that is Zig's: python scripts/zig_compiler.py TARGET OPTION…
+"""A C++ compiler for hatch_build.py and tests/kernels that is Zig's: python scripts/zig_compiler.py TARGET OPTION…
 
 Zig compiles for any version of glibc (`x86_64-linux-gnu.2.28`), and links its own C++ library statically. It has other
 names of processors than GCC and Clang, so the options for levels of instructions are translated. Sources are compiled
@@ -29,13 +29,16 @@ def main(arguments: Sequence[str]) -> int:
     zig = [sys.executable, "-m", "ziglang", "c++", "-target", target, "-fno-sanitize=undefined"]
     place = options.index("-o")
     output, options = options[place + 1], options[:place] + options[place + 2 :]
+    sources = [each for each in options if each.endswith(".cpp")]
+    kept = translated([each for each in options if each not in sources and not each.startswith(OF_THE_LINKER)])
+    shared = ["-shared"] if "-shared" in options else []
     with tempfile.TemporaryDirectory() as folder:
-        compiled = str(Path(folder, "compiled.o"))
-        kept = [each for each in options if not each.startswith(OF_THE_LINKER)]
-        done = subprocess.run([*zig, *translated(kept), "-c", "-o", compiled], check=False)
-        if done.returncode == 0:
-            done = subprocess.run([*zig, "-shared", "-pthread", "-Wl,-s", "-o", output, compiled], check=False)
-        return done.returncode
+        compiled = [str(Path(folder, f"{number}.o")) for number in range(len(sources))]
+        for source, made in zip(sources, compiled, strict=True):
+            done = subprocess.run([*zig, *kept, source, "-c", "-o", made], check=False)
+            if done.returncode:
+                return done.returncode
+        return subprocess.run([*zig, *shared, "-pthread", "-Wl,-s", "-o", output, *compiled], check=False).returncode
 
 
 def translated(options: Sequence[str]) -> list[str]:

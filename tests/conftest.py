@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import httpx
 import openai
 import pytest
 
+from afterword.engine.kernels import compiled
 from real_model import FILE as REAL_MODEL
 
 KEY = "sk-test-0123456789abcdef"
@@ -100,6 +102,23 @@ def _read(log: IO[str]) -> str:
 def serve() -> Serve:
     """For tests that start their own server: `with serve(*arguments, key=...) as server`."""
     return running
+
+
+@pytest.fixture(scope="session")
+def compiled_kernels() -> None:
+    """For tests of what only the compiled kernels do. They are skipped where no compiler has built the kernels."""
+    if not compiled.library(compiled.KERNELS / "accelerator.cpp").exists():
+        assert shutil.which("c++") is None, "the kernels are missing although a C++ compiler is installed"
+        pytest.skip("the kernels were not built: no C++ compiler")
+
+
+@pytest.fixture(scope="session")
+def kernel_products(compiled_kernels: None) -> None:
+    """For tests of what the kernels' products of weights make possible, such as most promises."""
+    from afterword.engine.llama import accelerator  # loads llama.cpp, which most tests do without
+
+    if not accelerator.supports_quantized():
+        pytest.skip("this processor lacks the instructions for products of bytes")
 
 
 @pytest.fixture(scope="session")

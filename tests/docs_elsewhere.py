@@ -33,6 +33,8 @@ ELSEWHERE = {
     ("bench/README.md", ".venv/bin/afterword serve model.gguf --port 8000 --context 2048 --parallel 16"): Elsewhere(
         "compiles llama-server and measures for a quarter of an hour; tests/test_bench.py runs the bench"
     ),
+    ("docs/api.md", "pip install openapi-python-client"): REGISTRY,
+    ("docs/api.md", "import json"): Elsewhere("needs a generated client; tests/clients runs it"),
     ("docs/architectures.md", "python -m tests.architectures --markdown"): Elsewhere(
         "judges all architectures for half an hour; tests/architectures/test_architectures.py runs a part of it"
     ),
@@ -53,15 +55,11 @@ ELSEWHERE = {
     ("docs/guides/deploy.md", "python3 -m venv venv && venv/bin/pip install afterword-0.1.0-*.whl"): REGISTRY,
     ("docs/guides/deploy.md", "sudo useradd --system --create-home --home-dir /var/lib/afterword afterword"): SYSTEM,
     ("docs/guides/deploy.md", "sudo systemctl enable --now afterword"): SYSTEM,
-    ("docs/guides/deploy.md", "docker build -t afterword ."): DOCKER,
+    ("docs/guides/deploy.md", "make wheel"): DOCKER,
     (
         "docs/guides/deploy.md",
         "docker run -p 8000:8000 -e AFTERWORD_API_KEY=choose-a-long-one -v /path/to/models:/models:ro afterword "
         "/models/model.gguf --context 8192",
-    ): DOCKER,
-    (
-        "docs/guides/deploy.md",
-        'docker build -t afterword --build-arg CMAKE_ARGS="-DLLAVA_BUILD=OFF" --build-arg CXXFLAGS="-march=native" .',
     ): DOCKER,
     ("docs/guides/deploy.md", "docker build -t afterword:cuda -f Dockerfile.cuda ."): DOCKER,
     ("docs/guides/evaluate.md", 'pip install "lm-eval[api]"'): REGISTRY,

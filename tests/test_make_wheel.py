@@ -16,6 +16,7 @@ import pytest
 
 import hatch_build
 from afterword.engine.kernels import compiled
+from tests.kernels import __main__ as kernel_checks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -150,14 +151,48 @@ def test_a_source_is_compiled_for_its_level_and_linked_for_all(tmp_path: Path, m
     assert zig_compiler.main(["x86_64-linux-gnu.2.28", *flags]) == 0
     compiling, linking = log.read_text().splitlines()
     zig = "-m ziglang c++ -target x86_64-linux-gnu.2.28 -fno-sanitize=undefined"
-    assert re.fullmatch(rf"{re.escape(zig)} -O3 x\.cpp -mcpu=x86_64_v3 -c -o \S+\.o", compiling)
+    assert re.fullmatch(rf"{re.escape(zig)} -O3 -mcpu=x86_64_v3 x\.cpp -c -o \S+\.o", compiling)
     assert re.fullmatch(rf"{re.escape(zig)} -shared -pthread -Wl,-s -o out\.so \S+\.o", linking)
+
+
+def test_a_program_of_several_sources_is_linked_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log"
+    fake = program(tmp_path / "python", f"import sys; open({str(log)!r}, 'a').write(' '.join(sys.argv[1:]) + '\\n')")
+    monkeypatch.setattr(zig_compiler.sys, "executable", str(fake))
+    assert zig_compiler.main(["x86_64-linux-gnu.2.28", "-O3", "-o", "out", "a.cpp", "b.cpp"]) == 0
+    first, second, linking = log.read_text().splitlines()
+    assert " a.cpp -c " in first
+    assert " b.cpp -c " in second
+    objects = [each.rpartition(" ")[2] for each in (first, second)]
+    assert linking.endswith(f" -pthread -Wl,-s -o out {' '.join(objects)}")
+    assert "-shared" not in linking
 
 
 def test_a_source_that_zig_refuses_is_not_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = program(tmp_path / "python", "import sys; sys.exit(5 if '-c' in sys.argv else 0)")
     monkeypatch.setattr(zig_compiler.sys, "executable", str(fake))
     assert zig_compiler.main(["x86_64-linux-gnu.2.28", "-o", "out.so", "x.cpp"]) == 5
+
+
+# ---- the bits
+
+
+def test_results_that_differ_between_levels_refuse_the_wheel(tmp_path: Path) -> None:
+    tools = program(tmp_path / "python", "print('bits: zig x86-64-v4: 9 results; other than g++'); raise SystemExit(1)")
+    with pytest.raises(script.Failure, match=r"could not be shown to be equal:\nbits: zig x86-64-v4: 9 results"):
+        script.compare_bits(tools)
+
+
+def test_the_check_of_the_bits_knows_zig_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(kernel_checks, "on_x86", lambda: True)
+    for found in (None, object()):
+        monkeypatch.setattr(kernel_checks, "find_spec", lambda _, found=found: found)
+        builds = [each for each in kernel_checks.builds() if each.name.startswith("zig ")]
+        assert {each.name for each in builds} == {f"zig {level}" for level in kernel_checks.LEVELS}
+        assert all(("no ziglang" in each.missing) == (found is None) for each in builds)
+        assert all(Path(each.compiler[1]).samefile(ROOT / "scripts" / "zig_compiler.py") for each in builds)
+        assert all(each.compiler[2].endswith(f".{script.GLIBC}") for each in builds)
 
 
 # ---- the environment without a compiler

@@ -34,7 +34,7 @@ def wait_for_parts(folder: Path, count: int) -> None:
 
 
 @pytest.fixture
-def where(tmp_path):
+def where(kernel_products, tmp_path):
     return ("--parallel", "2", "--context", "1024", "--cache-dir", str(tmp_path / "cache"))
 
 
@@ -63,6 +63,7 @@ def test_a_prefix_is_found_after_the_death_of_the_worker(serve, where, tmp_path)
         assert re.search(r"prefix_store_hit_tokens_total\{.*\} 512.0\n", text)
 
 
+@pytest.mark.usefixtures("kernel_products")
 def test_a_folder_of_another_program_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     command = [sys.executable, "-m", "afterword", "serve", "--port", "0", "--cache-dir", str(tmp_path)]

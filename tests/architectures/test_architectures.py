@@ -8,7 +8,6 @@ from __future__ import annotations
 import pytest
 
 from afterword.config import TESTED_ARCHITECTURES, TESTED_MIXTURES, WeightTypes
-from afterword.engine.llama import accelerator
 from oracle.forms import FORMS, architecture_of, has_experts
 
 from . import known, table
@@ -22,8 +21,6 @@ FEW = (
 
 
 def check(form: str, file_type: str) -> None:
-    if not accelerator.supports_quantized():
-        pytest.skip("this processor has no instructions for it")
     (verdict,) = run(form, [file_type], 12)
     assert not verdict.faults
     if not verdict.refused:
@@ -36,11 +33,13 @@ def announced(form: str, file_type: str) -> str:
     return types.promise("exact", with_kernels=True)
 
 
+@pytest.mark.usefixtures("kernel_products")
 @pytest.mark.parametrize("form", FEW)
 def test_some_forms(form):
     check(form, "Q8_0")
 
 
+@pytest.mark.usefixtures("kernel_products")
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("file_type", TYPES)

@@ -4,6 +4,8 @@ The path in `LoadModel` selects the behaviour:
 
 - "refuse": loading fails with `SettingError`.
 - "vanish": the process exits while loading.
+- "starve": there is no memory for the model.
+- "crowd": after the model no further thread can be started.
 - "slow": loading never ends.
 - "confuse": slot 0 holds one token more than was computed.
 - "unsure": the model info has the promise "none".
@@ -17,6 +19,7 @@ for ever, part by part. A text that begins with `STUCK` never finishes a part.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -55,6 +58,10 @@ def load(settings: messages.LoadModel, _: worker_main.ReportProgress) -> worker_
         raise SettingError("This model cannot be loaded.")
     if settings.path == "vanish":
         os._exit(1)
+    if settings.path == "starve":
+        raise MemoryError
+    if settings.path == "crowd":
+        threading.Thread.start = start_no_thread  # type: ignore[method-assign]
     if settings.path == "slow":
         time.sleep(10**6)
     model_info = ModelInfo(
@@ -80,6 +87,10 @@ def load(settings: messages.LoadModel, _: worker_main.ReportProgress) -> worker_
         check=check,
         token_texts=[bytes([97 + token]) for token in range(VOCABULARY)],
     )
+
+
+def start_no_thread(_: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
 
 
 def compile_or_die(grammar: Grammar, tokens: GrammarTokens) -> Place:

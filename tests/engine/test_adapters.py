@@ -71,11 +71,10 @@ def test_a_scale_of_zero_computes_what_the_model_alone_computes(base, tmp_path):
     assert logits(settings(base, adapter, 0.0)).tobytes() == logits(settings(base)).tobytes()
 
 
+@pytest.mark.usefixtures("kernel_products")
 @pytest.mark.parametrize(("file_type", "rank"), [("F16", 32), ("F32", 8), ("F32", 64)])
 @pytest.mark.parametrize("weights", ["Q8_0", "Q4_0"])
 def test_a_model_with_an_adapter_keeps_its_promise(tmp_path, weights, file_type, rank):
-    if not accelerator.register() or not accelerator.supports_quantized():
-        pytest.skip("the kernels were not built")
     path = write_random(tmp_path / "base.gguf", "llama", weights)
     adapter = write_adapter(tmp_path / "adapter.gguf", random_pairs(path, rank), file_type=file_type)
     runner = LlamaRunner(settings(path, adapter))
@@ -88,6 +87,13 @@ def test_the_promise_is_withheld_if_the_library_multiplies_with_the_adapter(tmp_
     path = write_random(tmp_path / "base.gguf", "llama", "Q8_0")
     adapter = write_adapter(tmp_path / "adapter.gguf", random_pairs(path, rank=16), file_type="F16")
     assert LlamaRunner(settings(path, adapter)).promise == "none"
+
+
+def test_without_kernels_a_model_with_an_adapter_has_no_promise(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(accelerator, "supports_quantized", lambda: False)
+    path = write_random(tmp_path / "base.gguf", "llama", "Q8_0")
+    adapter = write_adapter(tmp_path / "adapter.gguf", random_pairs(path, rank=32))
+    assert [LlamaRunner(settings(path, each)).promise for each in (None, adapter)] == ["exact", "none"]
 
 
 def test_fingerprints_differ_by_the_content_and_the_scale_of_the_adapter(base, tmp_path):

@@ -16,7 +16,7 @@ import pytest
 from afterword.engine.core.engine_loop import EngineLoop
 from afterword.engine.core.forward_batch import ForwardBatch, Truncate
 from afterword.engine.core.verification import can_verify
-from afterword.engine.llama import accelerator, library
+from afterword.engine.llama import library
 from afterword.engine.llama.runner import LlamaRunner
 from afterword.engine.protocol import Job, PassStats, Sampling
 from afterword.models.registry import builtin_path
@@ -133,10 +133,9 @@ def test_500_requests_of_the_built_in_model_are_the_same_with_predictions() -> N
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma3", "gpt-oss", "qwen3moe"])
+@pytest.mark.usefixtures("kernel_products")
 def test_500_requests_of_an_architecture_are_the_same_with_predictions(tmp_path: Path, architecture: str) -> None:
     """A dense shape, two with sliding windows, of which one is a mixture of experts, and a mixture."""
-    if not accelerator.supports_quantized():
-        pytest.skip("this processor has no instructions for it")
     compare(write_random(tmp_path / "tiny.gguf", architecture), 500, VOCABULARY)
 
 

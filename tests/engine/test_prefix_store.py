@@ -84,7 +84,7 @@ class Machine:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Callable[[str], Path]:
+def models(kernel_products, tmp_path_factory) -> Callable[[str], Path]:
     folder = tmp_path_factory.mktemp("models")
 
     def model(architecture: str) -> Path:

@@ -32,9 +32,8 @@ FAMILIES = {
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.usefixtures("kernel_products")
 def test_many_requests_of_the_families_of_today(tmp_path, name):
-    if not accelerator.supports_quantized():
-        pytest.skip("this processor has no instructions for it")
     form, also = FAMILIES[name]
     runner = open_runner(write_random(tmp_path / "tiny.gguf", form, "Q8_0", also=also), "exact")
     assert (runner.promise, runner.grid) == ("exact", 1)
@@ -50,19 +49,17 @@ def test_attention_that_the_kernels_do_not_support_ends_the_promise_of_latent_va
 
 
 @pytest.mark.parametrize("form", ["qwen3moe", "gemma4/experts", "granite_swa/experts", "mistral3/experts"])
+@pytest.mark.usefixtures("kernel_products")
 def test_a_mixture_of_experts_is_reproducible_with_halves_of_keys_and_values(tmp_path, form):
-    if not accelerator.supports_quantized():
-        pytest.skip("this processor has no instructions for it")
     runner = open_runner(write_random(tmp_path / "tiny.gguf", form), "f16", 8)
     assert (runner.promise, runner.grid) == ("reproducible", CHUNK_GRID)
     compare(EngineLoop(runner), 12, VOCABULARY)
 
 
 @pytest.mark.parametrize("kv_type", ["exact", "f16"])
+@pytest.mark.usefixtures("kernel_products")
 def test_experts_that_the_kernels_do_not_support_end_the_promise(tmp_path, kv_type):
     """The matrices after the experts' hidden layer have 80 columns; the kernels compute in steps of 32."""
-    if not accelerator.supports_quantized():
-        pytest.skip("this processor has no instructions for it")
     odd = {**EXPERTS, "expert_feed_forward_length": 80}
     runner = open_runner(write_random(tmp_path / "odd.gguf", "qwen3moe", "F16", also=odd), kv_type, 4)
     assert runner.uses_kernels
@@ -78,20 +75,18 @@ def test_experts_with_biases_have_similar_numbers(tmp_path):
         assert [token.logprob for token in own[0]] == pytest.approx([token.logprob for token in other[0]], abs=0.01)
 
 
+@pytest.mark.usefixtures("kernel_products")
 def test_a_width_that_the_kernels_do_not_support_ends_the_promise(tmp_path):
     """The kernels compute in steps of 32 elements; the types in the file do not show the width."""
-    if not accelerator.supports_quantized():
-        pytest.skip("this processor has no instructions for it")
     odd = {"embedding_length": 80, "rope.dimension_count": 40}
     runner = open_runner(write_random(tmp_path / "odd.gguf", "llama", "F16", also=odd), "exact", 4)
     assert runner.uses_kernels
     assert (runner.promise, runner.grid) == ("none", CHUNK_GRID)
 
 
+@pytest.mark.usefixtures("kernel_products")
 def test_a_recurrent_model_needs_all_products_of_the_kernels(tmp_path, monkeypatch):
     """The library multiplies the tokens of one sequence and of several by different kernels."""
-    if not accelerator.supports_quantized():
-        pytest.skip("this processor has no instructions for it")
     narrow = write_random(tmp_path / "narrow.gguf", "mamba", also={"ssm.time_step_rank": 48})
     assert open_runner(narrow, "exact", 4).promise == "none"
     path = write_random(tmp_path / "tiny.gguf", "lfm2")
@@ -99,6 +94,7 @@ def test_a_recurrent_model_needs_all_products_of_the_kernels(tmp_path, monkeypat
     assert open_runner(path, "exact", 4, own=False).promise == "none"
 
 
+@pytest.mark.usefixtures("kernel_products")
 def test_a_product_of_two_computed_operands_ends_the_promise(tmp_path, monkeypatch):
     path = write_random(tmp_path / "tiny.gguf", "llama")
     monkeypatch.setattr(accelerator, "has_unsupported_products", lambda: True)
@@ -106,9 +102,8 @@ def test_a_product_of_two_computed_operands_ends_the_promise(tmp_path, monkeypat
     assert open_runner(path, "f16", 4).promise == "reproducible", "attention without flash attention has such products"
 
 
+@pytest.mark.usefixtures("kernel_products")
 def test_the_librarys_query_by_query_attention_is_exact(tmp_path, monkeypatch):
-    if not accelerator.supports_quantized():
-        pytest.skip("this processor has no instructions for it")
     monkeypatch.setattr(accelerator, "computes_all_attention", lambda: False)
     runner = open_runner(write_random(tmp_path / "tiny.gguf", "llama"), "exact", 8)
     assert (runner.uses_own_attention, runner.promise) == (False, "exact")

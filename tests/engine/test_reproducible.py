@@ -263,10 +263,9 @@ EVERY_PROMISE = [(name, kv_type) for name in (*QUANTIZED, *FLOATS) for kv_type i
     ("file_type", "computes_all"),
     [("Q8_0", True), ("Q4_1", True), ("Q3_K_M", True), ("Q4_K_M", True), ("IQ3_S", False)],
 )
+@pytest.mark.usefixtures("kernel_products")
 def test_the_runner_knows_whether_the_kernels_compute_everything(folder, file_type, computes_all):
     """If the kernels compute everything, the elementwise operations of a single token use one thread, else all."""
-    if not accelerator.supports_quantized():
-        pytest.skip("this processor has no instructions for it")
     assert open_runner(quantized(folder, file_type), "exact", 1, threads=2).computes_all == computes_all
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from history_runner import HistoryRunner, alone
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afterword.engine.core.engine_loop import EngineLoop
@@ -224,6 +224,7 @@ def test_a_free_number_is_chosen_first_then_the_least_useful_snapshot():
     assert snapshots.choose([{50: 0}, {60: 1}, {100: 2}], now=30) == 1, "it was not used for longer"
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 60), st.integers(0, 3)), min_size=1, max_size=12), st.integers(1, 6))
 def test_any_number_of_snapshots_gives_the_same_tokens(prompts, max_snapshots):
     runner = recurrent(slots=2, max_snapshots=max_snapshots, grid=3)

@@ -16,7 +16,7 @@ import pytest
 from afterword.config import CHUNK_GRID
 from afterword.engine.core.engine_loop import EngineLoop
 from afterword.engine.core.forward_batch import BatchEntry, CopyPrefix, ForwardBatch, Truncate
-from afterword.engine.llama import accelerator, library
+from afterword.engine.llama import library
 from afterword.engine.llama.library import native
 from afterword.engine.llama.runner import LlamaRunner
 from afterword.engine.messages import LoadModel
@@ -94,8 +94,6 @@ def chat(loop: EngineLoop, turns: int = 4) -> list[int]:
 
 
 def check(folder, name: str) -> None:
-    if not accelerator.supports_quantized():
-        pytest.skip("this processor has no instructions for it")
     runner = windowed_runner(folder, name)
     kv_type = "exact" if runner.grid == 1 else "f16"
     dense = open_runner(write_random(folder / "dense.gguf", "llama", "Q8_0"), kv_type, 4)
@@ -115,17 +113,20 @@ def check(folder, name: str) -> None:
         assert all(count >= 64 for count in chat(loop)[1:])
 
 
+@pytest.mark.usefixtures("kernel_products")
 @pytest.mark.parametrize("name", FEW)
 def test_prefixes_are_reused_like_those_of_dense_models(tmp_path, name):
     check(tmp_path, name)
 
 
+@pytest.mark.usefixtures("kernel_products")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(OTHERS))
 def test_prefixes_are_reused_by_every_architecture_with_a_window(tmp_path, name):
     check(tmp_path, name)
 
 
+@pytest.mark.usefixtures("kernel_products")
 @pytest.mark.parametrize("name", ["gemma4", "gpt-oss", "granite_swa"])
 def test_windows_and_sinks_agree_with_the_librarys_attention(tmp_path, name):
     """gpt-oss and Granite have sinks. The weights are random, so their sinks are of the size of their scores."""
@@ -146,6 +147,7 @@ def row(slot: int, position: int, *tokens: int) -> BatchEntry:
     return BatchEntry(slot, position, tokens, 1)
 
 
+@pytest.mark.usefixtures("kernel_products")
 @pytest.mark.parametrize("operation", [Truncate(1, 50), CopyPrefix(1, 0, 50)], ids=["truncate", "copy"])
 def test_a_slot_that_lost_its_beginning_is_not_truncated_to_a_prefix(tmp_path, operation):
     """The library's saved state of a sequence has only the cells in the window."""
@@ -158,6 +160,7 @@ def test_a_slot_that_lost_its_beginning_is_not_truncated_to_a_prefix(tmp_path, o
         runner.run(ForwardBatch((operation,), (row(1, 50, 7),)))
 
 
+@pytest.mark.usefixtures("kernel_products")
 def test_a_full_slot_can_be_truncated_and_filled_again(tmp_path):
     runner = windowed_runner(tmp_path, "gemma3", sequences=2)
     tokens = tuple(i % 200 for i in range(CONTEXT))

@@ -3,7 +3,8 @@
 - `warnings` compiles the sources with -Wall -Wextra -Werror for each installed compiler and several processors, and
   runs clang-tidy with the checks of `.clang-tidy`.
 - `sanitize` runs the drivers with the address, undefined-behaviour and thread sanitizers.
-- `bits` runs the drivers compiled by each compiler for each processor and compares the hashes of all results.
+- `bits` runs the drivers compiled by each compiler for each processor and compares the hashes of all results. Where
+  this Python has ziglang, Zig is one of the compilers: wheels are compiled with it (`make wheel ARGS=--bits`).
 
 Missing programs are skipped, with a line that names them. The exit status is 1 where a check fails.
 """
@@ -20,6 +21,7 @@ import sys
 import sysconfig
 import tempfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 DRIVERS = sorted(Path(__file__).parent.glob("*.cpp"))
@@ -40,6 +42,7 @@ LEVELS = {  # as in hatch_build.py: the options, and what /proc/cpuinfo must lis
 }
 ARM_COMPILER, ARM_FLAGS = "aarch64-linux-gnu-g++", ("-march=armv8.2-a+dotprod", "-static")
 ARM_EMULATORS = ("qemu-aarch64-static", "qemu-aarch64")
+ZIG = (sys.executable, str(KERNELS.parents[3] / "scripts" / "zig_compiler.py"), "x86_64-linux-gnu.2.28")
 SANITIZERS = {
     "address and undefined behaviour": ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
     "threads": ("-fsanitize=thread",),
@@ -52,7 +55,7 @@ class Build:
     """A way to compile and run the drivers. `missing` names missing programs, and is empty where it can run."""
 
     name: str
-    compiler: str
+    compiler: tuple[str, ...]
     flags: tuple[str, ...]
     runner: tuple[str, ...] = ()
     missing: str = ""
@@ -161,23 +164,31 @@ def works(compiler: str, flags: tuple[str, ...], folder: Path) -> bool:
 def builds() -> list[Build]:
     made = []
     here = processor_flags()
-    installed = compilers()
-    for compiler in installed if os.environ.get("CXX") else ("g++", "clang++"):
-        absent = "" if compiler in installed else f"{compiler} is not installed"
+    for compiler, (command, absent) in commands().items():
         if on_x86():
             for level, (flags, needed) in LEVELS.items():
                 lacks = ", ".join(sorted(needed - here))
                 missing = absent or (f"this processor lacks {lacks}" if lacks else "")
-                made.append(Build(f"{compiler} {level}", compiler, flags, missing=missing))
+                made.append(Build(f"{compiler} {level}", command, flags, missing=missing))
         else:
-            made.append(Build(f"{compiler} native", compiler, ("-mcpu=native",), missing=absent))
+            made.append(Build(f"{compiler} native", command, ("-mcpu=native",), missing=absent))
     if on_x86():
         emulator = next(filter(shutil.which, ARM_EMULATORS), None)
         absent = [name for name in (ARM_COMPILER, emulator or "qemu-user") if not shutil.which(name)]
         missing = f"{' and '.join(absent)} not installed" if absent else ""
         runner = (emulator or "", "-cpu", "max")
-        made.append(Build("g++ armv8.2-a+dotprod under qemu", ARM_COMPILER, ARM_FLAGS, runner, missing))
+        made.append(Build("g++ armv8.2-a+dotprod under qemu", (ARM_COMPILER,), ARM_FLAGS, runner, missing))
     return made
+
+
+def commands() -> dict[str, tuple[tuple[str, ...], str]]:
+    """The compilers of `bits` by name: the command, and why it cannot be used, or ""."""
+    installed = compilers()
+    names = installed if os.environ.get("CXX") else ["g++", "clang++"]
+    found = {name: ((name,), "" if name in installed else f"{name} is not installed") for name in names}
+    if on_x86() and not os.environ.get("CXX"):
+        found["zig"] = (ZIG, "" if find_spec("ziglang") else "this Python has no ziglang")
+    return found
 
 
 def bits(folder: Path) -> bool:
@@ -188,7 +199,7 @@ def bits(folder: Path) -> bool:
             print(f"bits: {build.name}: skipped, since {build.missing}")
             continue
         binary = str(folder / f"driver-{number}")
-        compile_command = [build.compiler, *SHIPPED, *build.flags, "-o", binary, *map(str, DRIVERS)]
+        compile_command = [*build.compiler, *SHIPPED, *build.flags, "-o", binary, *map(str, DRIVERS)]
         for command in (compile_command, [*build.runner, binary, "2", "1"]):
             done = run(command)
             if done.returncode:

@@ -60,8 +60,9 @@ def _outputs_schema(limits: RequestLimits) -> JsonSchema:
         "choice": {"type": "array", "minItems": 1, "items": {"type": "string"}},
         "grammar": _text_schema(limits),
     }
-    absent: dict[str, JsonSchema] = {key: {"enum": [None], "examples": [None]} for key in members}
-    absent["json_object"] = {"enum": [None, False], "examples": [False]}
+    # Not `"enum": [None]`, at which generators of clients fail.
+    absent: dict[str, JsonSchema] = {key: {"type": "null", "examples": [None]} for key in members}
+    absent["json_object"] = {"anyOf": [{"type": "null"}, {"const": False}], "examples": [False]}
     return {
         "anyOf": [
             {

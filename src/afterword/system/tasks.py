@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, NoReturn
 
+from afterword.errors import SettingError
+
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds before a failed task runs again
 _SWITCH = 0.0005
 """Seconds after which a running Python thread releases the interpreter lock to a thread that waits for it.
@@ -75,9 +77,17 @@ def switch_threads_soon() -> None:
 
 
 def vital_thread(work: Callable[..., None], *arguments: Any, name: str) -> threading.Thread:
-    """Start a daemon thread that its process cannot work without: if `work` raises, the process ends at once."""
+    """Start a daemon thread that its process cannot work without: if `work` raises, the process ends at once.
+
+    Raises `SettingError` if the system starts no further thread.
+    """
     thread = threading.Thread(target=_run_or_end, args=(work, arguments, name), name=name, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # a thread needs addresses for its stack
+        raise SettingError(
+            "The system starts no further thread: the limit of memory (ulimit -v) or processes (ulimit -u) is too low."
+        ) from None
     return thread
 
 

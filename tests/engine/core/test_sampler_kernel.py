@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from hypothesis.extra import numpy as arrays
 from afterword.engine.core.numpy_kernel import NumpyKernel, random_number
 from afterword.engine.core.sampler_kernel import (
     BLOCK,
-    LIBRARY,
     CompiledKernel,
     RowQuery,
     RowResult,
@@ -34,9 +32,7 @@ FILTERS = [Sampling(0.0), Sampling(1.0), Sampling(0.7, 0.9), Sampling(1.3, 0.5, 
 def sampler_kernel(request) -> SamplerKernel:
     if request.param == "plain":
         return NumpyKernel()
-    if not LIBRARY.exists():
-        assert shutil.which("c++") is None, "there is a compiler, so the library should have been built"
-        pytest.skip("the library was not compiled: there is no C++ compiler")
+    request.getfixturevalue("compiled_kernels")
     return CompiledKernel()
 
 
@@ -98,7 +94,7 @@ def test_draws_follow_the_weights(sampler_kernel):
         np.testing.assert_allclose(shares, weights / weights.sum(), atol=2 / draws)
 
 
-@pytest.mark.skipif(not LIBRARY.exists(), reason="the library was not compiled: there is no C++ compiler")
+@pytest.mark.usefixtures("compiled_kernels")
 @pytest.mark.parametrize("sampling", FILTERS, ids=str)
 def test_both_kernels_draw_the_same_except_where_rounding_decides(sampling):
     row = np.random.default_rng(0).normal(0, 3, 5000).astype(np.float32)
@@ -127,7 +123,7 @@ def test_a_block_has_the_same_sum_in_any_row(sampler_kernel):
     )
 
 
-@pytest.mark.skipif(not LIBRARY.exists(), reason="the library was not compiled: there is no C++ compiler")
+@pytest.mark.usefixtures("compiled_kernels")
 def test_the_number_of_threads_changes_no_result(thread_pool):
     row = np.random.default_rng(0).normal(0, 3, 100_001).astype(np.float32)
     seeds = list(range(0, 2**64, 2**58))
@@ -192,7 +188,7 @@ def test_an_empty_query_has_an_empty_result(sampler_kernel):
     ]
 
 
-@pytest.mark.skipif(not LIBRARY.exists(), reason="the library was not compiled: there is no C++ compiler")
+@pytest.mark.usefixtures("compiled_kernels")
 def test_ids_beyond_the_row_are_not_written_to():
     """Requests are checked before; memory safety must not depend on that check."""
     rows = np.zeros((3, 300), np.float32)

@@ -6,11 +6,7 @@ import ctypes
 
 import pytest
 
-from afterword.engine.llama import accelerator
-
 
 @pytest.fixture(scope="module")
-def kernel(accelerator_library: ctypes.CDLL) -> ctypes.CDLL:
-    if not accelerator.supports_quantized():
-        pytest.skip("this processor lacks the instructions for products of bytes")
+def kernel(accelerator_library: ctypes.CDLL, kernel_products: None) -> ctypes.CDLL:
     return accelerator_library

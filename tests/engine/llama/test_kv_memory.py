@@ -34,8 +34,6 @@ def resident_bytes() -> int:
 
 
 def write_wide(folder: Path) -> Path:
-    if not accelerator.register():
-        pytest.skip("the kernels were not built")
     return write_random(folder / "wide.gguf", "llama", "F16", also=WIDE)
 
 
@@ -77,6 +75,7 @@ def measure_memory(path: Path) -> dict[str, int]:
     return {after: steps[after] - steps[before] for before, after in pairwise(steps)}
 
 
+@pytest.mark.usefixtures("compiled_kernels")
 def test_memory_is_taken_for_tokens_and_given_back(tmp_path):
     """In a process of its own: this one holds what other tests left, and may free it meanwhile."""
     path = write_wide(tmp_path)
@@ -91,6 +90,7 @@ def test_memory_is_taken_for_tokens_and_given_back(tmp_path):
     assert -added["truncate without a pass"] > 0.9 * cells[2048]
 
 
+@pytest.mark.usefixtures("compiled_kernels")
 def test_copies_are_complete_if_their_source_is_truncated_before_any_pass(runner):
     tokens = tuple(3 + i * i % 190 for i in range(600))
     fill(runner, 0, tokens)
@@ -100,6 +100,7 @@ def test_copies_are_complete_if_their_source_is_truncated_before_any_pass(runner
     assert fill(runner, 1, (7,), 600).tobytes() == alone.tobytes()
 
 
+@pytest.mark.usefixtures("compiled_kernels")
 def test_copies_made_before_their_source_is_truncated_have_all_their_tokens(runner):
     """llama.cpp copies when the next pass begins. Then the source may hold less, and the copy may be copied again."""
     tokens = tuple(3 + i * i % 190 for i in range(600))
@@ -110,6 +111,7 @@ def test_copies_made_before_their_source_is_truncated_have_all_their_tokens(runn
     assert [runner.cached_tokens(slot) for slot in range(3)] == [0, 10, 601]
 
 
+@pytest.mark.usefixtures("compiled_kernels")
 def test_a_slot_that_is_filled_again_has_the_numbers_of_an_empty_one(runner):
     tokens = tuple(5 + i * 7 % 180 for i in range(700))
     fresh = fill(runner, 3, tokens)
@@ -125,9 +127,10 @@ LARGE_CELLS = {
 LARGE_CELL_BYTES = 16 * 2 * 8 * 512 * 2
 
 
+@pytest.mark.usefixtures("compiled_kernels")
 def test_sequences_may_have_more_memory_together_than_the_machine(tmp_path):
-    if not compiled.memory_on_demand() or not accelerator.register():
-        pytest.skip("memory is not taken on demand")
+    if not compiled.memory_on_demand():
+        pytest.skip("this system reserves memory for all addresses")
     path = write_random(tmp_path / "large.gguf", "llama", "F16", also=LARGE_CELLS)
     everything = psutil.virtual_memory().total + psutil.swap_memory().total
     context = 2 * everything // (SLOTS * LARGE_CELL_BYTES)
@@ -160,10 +163,9 @@ for context in (65536, 512):
     assert done.returncode == 0
 
 
+@pytest.mark.usefixtures("compiled_kernels")
 @pytest.mark.parametrize(("mode", "on_demand"), [("0", True), ("1", True), ("2", False)])
 def test_memory_is_not_on_demand_where_the_system_reserves_it(tmp_path, monkeypatch, mode, on_demand):
     (tmp_path / "overcommit_memory").write_text(f"{mode}\n", encoding="ascii")
     monkeypatch.setattr(compiled, "OVERCOMMIT", tmp_path / "overcommit_memory")
-    if not compiled.library(compiled.KERNELS / "accelerator.cpp").exists():
-        pytest.skip("the kernels were not built")
     assert compiled.memory_on_demand() == on_demand

@@ -524,7 +524,13 @@ def test_a_worker_with_inconsistent_slots_is_replaced():
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [("refuse", "cannot be loaded"), ("vanish", "ended while it was loading")]
+    ("path", "message"),
+    [
+        ("refuse", "cannot be loaded"),
+        ("vanish", "ended while it was loading"),
+        ("starve", r"too little memory .* \(ulimit -v\)"),
+        ("crowd", r"starts no further thread: the limit of memory \(ulimit -v\)"),
+    ],
 )
 def test_a_model_that_cannot_be_loaded_is_a_setting_error(path, message):
     async def test() -> None:

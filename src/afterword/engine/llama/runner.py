@@ -127,7 +127,9 @@ class LlamaRunner:
         if self.fixed_shape != self._settings.fixed_shape or self._depends_on_batch:
             return "none"
         if self._settings.gpu_layers or not self.uses_kernels:
-            return "none" if self._recurrent else self._settings.promise_without_kernels
+            # The library's products with the matrices of an adapter were not tested.
+            untested = self._recurrent or self._settings.adapter
+            return "none" if untested else self._settings.promise_without_kernels
         # Without flash attention the library computes attention as products of two computed operands.
         expects_products = self._settings.kv_type != "exact"
         if self._recurrent and (self._unsupported_types or expects_products):

@@ -36,6 +36,9 @@ from afterword.system.tasks import switch_threads_soon, vital_thread
 ReportProgress = Callable[[float], None]
 """Called with the loaded share of the model, from 0 to 1."""
 
+_TOO_LITTLE_MEMORY = (
+    "There is too little memory to load the model: the limit of the process (ulimit -v) or of its container is too low."
+)
 _IDLE_SECONDS = 0.5
 _HEARTBEAT_SECONDS = 1.0
 
@@ -137,16 +140,14 @@ class _Worker:
         if not isinstance(settings, messages.LoadModel):
             return
         switch_threads_soon()
-        vital_thread(self._send_heartbeats, name="heartbeat")
-        vital_thread(self._read, name="reader")  # already while loading: it notices the end of the parent
         try:
-            loaded = load(settings, self._report_progress)
+            loaded = self._start(settings, load)
         except AfterwordError as error:
             self._send(messages.LoadFailure(error.message))
             return
-        self._check, self._store_stats = loaded.check, loaded.store_stats
-        self._tokenizer_threads = TokenizerThreads(loaded.tokenize, self._send)
-        self._tokenizer_threads.start()
+        except MemoryError:
+            self._send(messages.LoadFailure(_TOO_LITTLE_MEMORY))
+            return
         grammars = None if loaded.token_texts is None else GrammarThreads(loaded.token_texts)
         self._send(messages.ModelReady(loaded.model_info))
         self._monitor = PassMonitor(loaded.runner)
@@ -158,6 +159,18 @@ class _Worker:
         if settings.speculate == "ngram":
             loop.draft_ngrams()
         self._work(loop)
+
+    def _start(
+        self, settings: messages.LoadModel, load: Callable[[messages.LoadModel, ReportProgress], LoadedModel]
+    ) -> LoadedModel:
+        """Load the model and start the threads. Raises `SettingError`, and `MemoryError` under a low limit."""
+        vital_thread(self._send_heartbeats, name="heartbeat")
+        vital_thread(self._read, name="reader")  # already while loading: it notices the end of the parent
+        loaded = load(settings, self._report_progress)
+        self._check, self._store_stats = loaded.check, loaded.store_stats
+        self._tokenizer_threads = TokenizerThreads(loaded.tokenize, self._send)
+        self._tokenizer_threads.start()
+        return loaded
 
     def _read(self) -> NoReturn:
         while body := messages.read(self._stream):
