@@ -126,6 +126,11 @@ class Scheduler:
         self._passes += bool(entries)
         return ForwardBatch(self._slots.take_operations(), entries) if entries else None
 
+    @property
+    def running(self) -> list[Sequence]:
+        """The sequences that generate, except those of suspended jobs."""
+        return [each for each in self._active.values() if not each.needs_prefill and not each.job_state.suspended]
+
     def sequence_in(self, slot: int) -> Sequence:
         return self._active[self._slots[slot]]
 
@@ -242,14 +247,13 @@ class Scheduler:
         return (Sequence(state, sample=0), hit) if state else None
 
     def _first_queued(self, client: str) -> Sequence | None:
-        states = (
-            each for each in self._admitted.values() if each.queued and each.job.client == client and not each.suspended
-        )
-        state = next(states, None)
-        return state.queued[0] if state else None
+        queued = (each for each in self._admitted.values() if each.queued and each.job.client == client)
+        return next((each.queued[0] for each in queued if not each.suspended), None)
 
     def _first_waiting(self, client: str) -> tuple[JobState | None, PrefixHit | None]:
-        ready = [(state, hit) for state, hit in self._with_hits(client) if not self._is_being_computed(state, hit)]
+        waiting = (state for state in self._waiting[client].values() if not state.suspended)
+        found = ((state, self._slots.find(state.query)) for state in islice(waiting, ADMISSION_WINDOW))
+        ready = [(state, hit) for state, hit in found if not self._is_being_computed(state, hit)]
         if not ready:
             return None, None
         first = ready[0][0]
@@ -285,10 +289,6 @@ class Scheduler:
         if self._grid > 1:
             return self._slots.resume_query(state.job, state.job.prompt, len(state.job.prompt))
         return self._slots.resume_query(state.job, sequence.slice(0, sequence.length), sequence.length - 1)
-
-    def _with_hits(self, client: str) -> Iterator[tuple[JobState, PrefixHit | None]]:
-        waiting = (state for state in self._waiting[client].values() if not state.suspended)
-        yield from ((state, self._slots.find(state.query)) for state in islice(waiting, ADMISSION_WINDOW))
 
     def _is_being_computed(self, state: JobState, hit: PrefixHit | None) -> bool:
         """Whether another job is computing more of the prompt than the cached prefix."""
@@ -389,12 +389,11 @@ class Scheduler:
     # ---- the next pass
 
     def _next_entries(self, budget: int | None) -> tuple[BatchEntry, ...]:
-        running = [each for each in self._active.values() if not each.needs_prefill and not each.job_state.suspended]
+        running = self.running
         alone = len(self._active) == 1 and not self._waiting
         chunk = self._prefill_queue.next_chunk(running, None if alone else budget)
         if entry := chunk or self.verification_turns.next_entry(running):
             return (entry,)
         if len(running) > 1:
             self._slots.compact()
-        entries = (each.decode_entry() for each in running)
-        return tuple(sorted(entries, key=lambda entry: entry.slot))
+        return tuple(sorted((each.decode_entry() for each in running), key=lambda entry: entry.slot))
