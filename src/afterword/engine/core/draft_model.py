@@ -18,7 +18,7 @@ from afterword.engine.core.prefix_cache import PrefixCache
 from afterword.engine.core.sampler import finite_rows
 from afterword.engine.core.sequence import Sequence
 from afterword.engine.core.slot import Slot, common_prefix
-from afterword.engine.core.verification import DraftMaker, VerificationTurns, WantedDraft
+from afterword.engine.core.verification import DraftMaker, VerificationTurns, WantedDraft, model_draft
 from afterword.engine.draft import Draft, ModelDraft
 from afterword.engine.protocol import Job
 from afterword.errors import EngineError
@@ -116,9 +116,10 @@ class DraftModel:
         self._continue(started)
 
     def release(self, running: list[Sequence], capacity: int | None) -> None:
-        """Release the slots of all sequences but the running ones, and hold at most `capacity` tokens from now on."""
+        """Release the slots of sequences that do not run or get no more drafts. `capacity`: the most tokens to hold."""
         self._slots.capacity = capacity
-        for sequence in self._followers.keys() - set(running):
+        drafting = set(filter(model_draft, running))
+        for sequence in [each for each in self._followers if each not in drafting]:
             self._slots.release(self._followers.pop(sequence).slot, redundant=False)
 
     def give_back_memory(self) -> None:

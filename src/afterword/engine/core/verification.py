@@ -93,6 +93,12 @@ class DraftSource(Protocol):
         ...
 
 
+def model_draft(sequence: Sequence) -> ModelDraft | None:
+    """The drafts of a draft model for a sequence; None if it gets none, or no more."""
+    found = next((each for each in sequence.drafts if isinstance(each, ModelDraft)), None)
+    return None if found is None or found.dropped else found
+
+
 _Drafted = tuple[Sequence, Draft | ModelDraft, tuple[int, ...]]
 
 
@@ -163,7 +169,7 @@ class VerificationTurns:
         return behind if decodes_next else paying
 
     def _wanted(self, sequence: Sequence) -> WantedDraft | None:
-        draft = next((each for each in sequence.drafts if isinstance(each, ModelDraft)), None)
+        draft = model_draft(sequence)
         if draft is None or not sequence.is_last:
             return None
         count = min(draft.wanted, self._most - 1)
