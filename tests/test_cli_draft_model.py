@@ -106,7 +106,7 @@ def test_the_memory_of_the_draft_model_is_counted() -> None:
 def test_the_weights_of_the_draft_model_are_counted_once_for_all_adapters(served: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "a.gguf"
     adapter.write_bytes(bytes(1000))
-    models = [Model("base", served, "file"), Model("x", served, "file", Adapter(adapter, 1.0, "base"))]
+    models = [Model("base", served, "file"), Model("x", served, "file", adapter=Adapter(adapter, 1.0, "base"))]
     given = [(model, read_facts(served)) for model in models]
     settings = EngineSettings(share_weights=True, parallel=2)
     without = fit_models(given, settings)
@@ -135,7 +135,7 @@ def test_a_draft_model_that_llama_cpp_cannot_load_is_an_error_at_start(served: P
     weights = random_weights(shape, words)
     del weights["blk.1.ffn_up.weight"]
     broken = write_model(tmp_path / "broken.gguf", shape, words, weights, "Q8_0")
-    result = afterword("complete", "a", str(served), "--draft-model", str(broken))
+    result = afterword("complete", "a", "--model", str(served), "--draft-model", str(broken))
     assert result.exit_code == 2
     assert "llama.cpp cannot load" in result.stderr
     assert "broken.gguf" in result.stderr
