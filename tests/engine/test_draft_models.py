@@ -144,13 +144,16 @@ def many(models: Drafted, vocabulary: int) -> None:
 
 
 def test_numbers_that_are_not_finite_in_the_draft_model_change_nothing(folder: Path) -> None:
-    """Many prompts make the draft model's rows NaN. Its slots are used for other texts afterwards."""
+    """One token makes the rows of the draft model NaN. Its slots are used for other texts afterwards."""
     path = write_random(folder / "finite.gguf", "llama")
-    poisoned = write_random(folder / "poisoned.gguf", "llama", poison=dict.fromkeys(range(40, 90), np.nan))
-    models = Drafted(path, poisoned)
-    compare(models, make_jobs(30, VOCABULARY), VOCABULARY)
-    shorter = [msgspec.structs.replace(job, prompt=(5, 6, 7)) for job in make_jobs(10, VOCABULARY)]
-    assert compare(models, shorter, VOCABULARY) > 0.4
+    models = Drafted(path, write_random(folder / "poisoned.gguf", "llama", poison={40: np.nan}))
+    jobs = make_jobs(12, VOCABULARY)
+    poisoned = [msgspec.structs.replace(job, prompt=(5, 40, *job.prompt)) for job in jobs]
+    expected = sequential(models.loop(model=False), poisoned)
+    loop = models.loop(model=True)
+    check(loop, poisoned, expected)
+    assert loop.drafted == 0
+    assert compare(models, jobs, VOCABULARY) > 0.4
 
 
 def test_a_draft_model_that_fails_in_a_pass_changes_nothing() -> None:
