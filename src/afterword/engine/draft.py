@@ -32,9 +32,10 @@ INDEXED = 2**14
 _NEAR = 16  # places before and after the expected one that are compared, where a pair of tokens occurs often
 _COMPARED = 16  # tokens before a place that are compared
 _PRIOR = 6.0, 8.0  # accepted and drafted tokens from which the acceptance of a sample's drafts begins
-_MODEL_PRIOR = 3.0, 4.0  # the same for a draft model: two drafts without an accepted token end its drafts
-_POOR = 0.25  # the acceptance below which a draft model's passes cost more than they gain
 _MEMORY = 0.8  # the weight of all earlier drafts, against that of the last one
+_MODEL_PRIOR = 3.0, 4.0  # the same for a draft model: four drafts without an accepted token end its drafts
+_MODEL_MEMORY = 0.95  # longer, because its drafts are short and the end of its drafts is final
+_POOR = 0.2  # the acceptance below which a draft model's passes cost more than they gain
 
 
 class KnownText(Protocol):
@@ -181,7 +182,8 @@ class ModelDraft:
         drafted = len(self._tokens)
         if agrees and self._agreed < drafted:
             return
-        self._shares = self._shares[0] * _MEMORY + self._agreed, self._shares[1] * _MEMORY + drafted
+        accepted, earlier = self._shares
+        self._shares = accepted * _MODEL_MEMORY + self._agreed, earlier * _MODEL_MEMORY + drafted
         self._length = next_length(MODEL_LENGTHS, self._length, self._agreed, drafted)
         self.dropped = self.dropped or self.acceptance < _POOR
         self._tokens = ()

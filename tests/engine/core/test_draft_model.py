@@ -107,7 +107,7 @@ def test_sequences_are_drafted_for_in_one_pass_and_verified_in_turns() -> None:
 def test_a_model_that_is_never_right_is_dropped() -> None:
     loop, _ = make_loop(HistoryRunner(2, 64), Wrong(2, 64))
     result = Result(loop, [job(most=150)])
-    assert (result.drafted, result.accepted) == (2 * MODEL_LENGTHS[0], 0)
+    assert (result.drafted, result.accepted) == (4 * MODEL_LENGTHS[0], 0)
 
 
 def test_a_long_prompt_is_read_only_for_a_long_completion() -> None:
@@ -274,7 +274,7 @@ def test_lengths_follow_acceptance() -> None:
         return draft.wanted
 
     assert [wanted(), wanted(3), wanted(3, 7), wanted(3, 7, 15)] == [3, 7, 15, 15]
-    assert [wanted(3, 7, 8), wanted(3, 7, 2), wanted(0), wanted(0, 0)] == [7, 3, 3, 0]
+    assert [wanted(3, 7, 8), wanted(3, 7, 2), wanted(0, 0, 0), wanted(0, 0, 0, 0)] == [7, 3, 3, 0]
 
 
 def test_a_model_drafts_only_where_drafting_and_verifying_is_faster_than_decoding() -> None:
@@ -320,7 +320,7 @@ def test_no_draft_is_computed_before_a_decode_that_would_use_it_up() -> None:
     recorded(turns, 1, 2.0, sequences=2)
     recorded(turns, 4, 0.5)
     recorded(turns, 8, 0.5)
-    sequences = [drafting(), drafting(slot=1, accepted=(0, 0))]
+    sequences = [drafting(), drafting(slot=1, accepted=(0, 0, 0, 0))]
     (wanted,) = turns.wanted_drafts(sequences, Source(0.0))
     wanted.draft.propose((1, 1, 1))
     assert turns.next_entry(sequences) is not None
