@@ -6,7 +6,9 @@ as ratios of times:
 
 - changed lines: a Python file of 400 lines is generated; the prediction is the file with 5 other lines;
 - other text: the prediction has nothing in common with the text, so nothing is accepted;
-- repetitive text, ordinary text: `--speculate ngram` without a prediction; 16 streams: the same of 16 jobs.
+- repetitive text, ordinary text: `--speculate ngram` without a prediction; 16 streams: the same of 16 jobs;
+- with `--draft-model`: a draft model that computes its passes, of whose tokens a given share is right: then its most
+  likely token is replaced by the script's.
 
 The texts come from a script: the sampler reads every row, and then the scripted token is taken. So a model with random
 weights generates the file, at its real cost. A token of the file is a word, a number, a space or a sign. CPU time is
@@ -21,18 +23,24 @@ import re
 import statistics
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from msgspec import structs
+
 from afterword.cli.model_setup import load_message
 from afterword.config import EngineSettings
+from afterword.engine.core.draft_model import DraftModel
 from afterword.engine.core.engine_loop import EngineLoop
 from afterword.engine.core.forward_batch import BatchEntry, ForwardBatch, Logits, Truncate
 from afterword.engine.core.sampler import Sampler, SampleTokens, TokenQuery
 from afterword.engine.llama import library
+from afterword.engine.llama.draft_model import open_draft
 from afterword.engine.llama.runner import LlamaRunner
+from afterword.engine.messages import LoadModel
 from afterword.engine.protocol import Job, Sampling, Token
+from afterword.engine.worker.worker_main import LoadedDraft
 from afterword.models.gguf_facts import read_facts
 from afterword.models.registry import Model
 from bench.engine import SEQUENCES, Clock
@@ -62,22 +70,44 @@ class ScriptedSampler(Sampler):
         ]
 
 
+class ScriptedDraftModel(DraftModel):
+    """A draft model that does its work. A share of its rows, chosen at random, then prefers the token of a script."""
+
+    scripts: Mapping[bytes, Sequence[int]]
+    right: float
+
+    def _run(self, entries: list[BatchEntry]) -> Logits:
+        logits = super()._run(entries).copy()
+        keys = {follower.slot.index: sequence.job_state.job.key for sequence, follower in self._followers.items()}
+        for row, entry in zip(logits, [entry for entry in entries if entry.outputs], strict=True):
+            key, place = keys[entry.slot], entry.position + 1 - _PROMPT
+            text = self.scripts[key]
+            if place < len(text) and random.Random(f"{key!r} {place}").random() < self.right:
+                row[text[place]] = row.max() + 1
+        return logits
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`texts`: one for each job. `prediction`: of every job. `ngrams`: with `--speculate ngram`."""
+    """`texts`: one for each job. `prediction`: of every job. `ngrams`: with `--speculate ngram`.
+
+    `right`: the share of tokens of a draft model that are right; None: without a draft model.
+    """
 
     name: str
     texts: tuple[tuple[int, ...], ...]
     prediction: tuple[int, ...] = ()
     ngrams: bool = False
+    right: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A loaded model. `threads`: of its runner and of the sampler."""
+    """A loaded model. `threads`: of its runner and of the sampler. `draft`: a draft model."""
 
     runner: LlamaRunner
     threads: int
+    draft: LoadedDraft | None = None
 
     @property
     def clock(self) -> Clock:
@@ -86,7 +116,8 @@ class Opened:
 
     def clear(self) -> None:
         """Empty all slots."""
-        self.runner.run(ForwardBatch(tuple(Truncate(slot, 0) for slot in range(self.runner.slots)), ()))
+        for runner in (self.runner, self.draft.runner) if self.draft else (self.runner,):
+            runner.run(ForwardBatch(tuple(Truncate(slot, 0) for slot in range(runner.slots)), ()))
 
     def fill(self, tokens: int) -> None:
         """Fill the first slot with a prompt of so many tokens, and empty the others."""
@@ -115,6 +146,10 @@ class Opened:
         loop._sampler = sampler
         if drafts and case.ngrams:
             loop.draft_ngrams()
+        if drafts and self.draft and case.right is not None:
+            model = ScriptedDraftModel(self.draft.runner, self.draft.context, self.draft.vocabulary, self.clock)
+            model.scripts, model.right = sampler.scripts, case.right
+            loop.use_draft_model(model, print)
         for number, text in enumerate(case.texts):
             key = number.to_bytes(16, "big")
             sampler.scripts[key] = text
@@ -155,6 +190,16 @@ def cases(lines: int, length: int) -> list[Case]:
     ]
 
 
+def draft_cases(length: int) -> list[Case]:
+    """Cases with a draft model."""
+    alone = (_tokens(length, 100),)
+    crowd = tuple(_tokens(length // 4, 200 + number) for number in range(SEQUENCES))
+    return [
+        *(Case(f"draft model, {right:.0%} right", alone, right=right) for right in (0.9, 0.7, 0.0)),
+        *(Case(f"16 streams, draft model, {right:.0%} right", crowd, right=right) for right in (0.9, 0.0)),
+    ]
+
+
 def _tokens(count: int, seed: int) -> tuple[int, ...]:
     numbers = random.Random(seed)
     return tuple(numbers.randrange(5, _WORDS) for _ in range(count))
@@ -164,10 +209,16 @@ def _ids(text: str) -> tuple[int, ...]:
     return tuple(5 + zlib.crc32(piece.encode()) % (_WORDS - 5) for piece in _PIECES.findall(text))
 
 
-def open_model(path: Path, threads: int, context: int) -> Opened:
-    """Load a model with 16 sequences."""
+def open_model(path: Path, threads: int, context: int, draft: Path | None = None) -> Opened:
+    """Load a model with 16 sequences, and a draft model. The scripts have tokens of every vocabulary."""
     settings = EngineSettings(context=context, parallel=SEQUENCES, threads=threads)
-    return Opened(LlamaRunner(load_message(Model(path.stem, path, "file"), read_facts(path), settings)), threads)
+
+    def message(file: Path) -> LoadModel:
+        return load_message(Model(file.stem, file, "file"), read_facts(file), settings)
+
+    runner = LlamaRunner(message(path))
+    loaded = open_draft(structs.replace(message(path), draft=message(draft)), runner) if draft else None
+    return Opened(runner, threads, loaded)
 
 
 def print_passes(opened: Opened, after: int, rounds: int) -> float:
@@ -204,6 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the tables of each model."""
     parser = argparse.ArgumentParser(prog="python -m bench.prediction", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--draft-model", type=Path, metavar="FILE", help="add cases with this draft model")
     parser.add_argument("--threads", type=int, default=1, help="number of threads (1)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, with and without drafts in turn (3)")
     parser.add_argument("--lines", type=int, default=400, help="lines of the Python file (400)")
@@ -215,12 +267,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     library.initialize(verbose=False)
     chosen = [
         case
-        for case in cases(options.lines, options.length)
+        for case in cases(options.lines, options.length) + (draft_cases(options.length) if options.draft_model else [])
         if not options.case or any(text in case.name for text in options.case)
     ]
     longest = max(len(text) for case in chosen for text in case.texts) if chosen else 0
     for path in options.files:
-        opened = open_model(path, options.threads, max(512, longest + 2 * _PROMPT))
+        opened = open_model(path, options.threads, max(512, longest + 2 * _PROMPT), options.draft_model)
         print(f"\n{path.name}, promise {opened.runner.promise}, {options.threads} threads\n")
         print_cases(opened, chosen, options.rounds, print_passes(opened, longest // 2, options.rounds))
 

@@ -229,6 +229,14 @@ def test_predictions_are_measured_on_a_written_model(tmp_path, capsys):
     ]
 
 
+def test_a_draft_model_is_measured(tmp_path, capsys):
+    write_gguf(tmp_path / "small.gguf", FORMS["small"], "Q8_0")
+    files = [str(tmp_path / "small.gguf"), "--draft-model", str(tmp_path / "small.gguf")]
+    prediction.main([*files, "--rounds", "1", "--length", "48", "--case", "draft model"])
+    rows = rows_of(capsys.readouterr().out)[len(prediction.SIZES) + 2 :]
+    assert [row[0] for row in rows] == [case.name for case in prediction.draft_cases(48)]
+
+
 def test_a_prediction_has_five_changed_lines():
     changed, other, *rest = prediction.cases(200, 100)
     draft = prediction_draft(Prediction(PredictedText(changed.prediction)), len(changed.texts[0]))

@@ -186,6 +186,7 @@ class EngineSettings:
     which prefixes are kept, at most `cache_bytes` bytes; None: they are kept in memory only.
     `share_weights`: several models use the weights of one file, so no process packs copies of them.
     `infill_template`: the layout of infill prompts, empty for the model's own. `speculate`: see `LoadModel`.
+    `draft_model`: the model spec of the draft model, empty for none.
     """
 
     context: int | None = None
@@ -200,6 +201,7 @@ class EngineSettings:
     cache_dir: Path | None = None
     cache_bytes: int = 10 * 10**9
     speculate: Speculation = "off"
+    draft_model: str = ""
     share_weights: bool = False
 
     def __post_init__(self) -> None:

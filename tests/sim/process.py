@@ -15,6 +15,7 @@ from random import Random
 from history_runner import VOCABULARY, HistoryRunner
 
 from afterword.engine import messages
+from afterword.engine.core.draft_model import DraftModel
 from afterword.engine.core.engine_loop import EngineLoop
 from afterword.engine.core.forward_batch import ForwardBatch, Logits
 from afterword.engine.core.verification import can_verify
@@ -30,6 +31,10 @@ _LATENCY = 0.001  # seconds that a message takes between server and worker
 
 class CrashError(Exception):
     """A computed token has crashed the worker."""
+
+
+def _fail(line: str) -> None:
+    raise AssertionError(line)
 
 
 @dataclass
@@ -210,6 +215,10 @@ class FakeProcess:
         self.engine_loop = EngineLoop(monitor, self._runner.clock)
         if self._machine.settings.speculate == "ngram":
             self.engine_loop.draft_ngrams()
+        if self._machine.settings.draft:
+            runner = HistoryRunner(self._machine.settings.sequences, self._machine.settings.chunk)
+            model = DraftModel(runner, self._machine.settings.context, VOCABULARY, self._runner.clock)
+            self.engine_loop.use_draft_model(model, _fail)
         try:
             while True:
                 await self._iterate(self.engine_loop)

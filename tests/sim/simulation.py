@@ -72,7 +72,7 @@ class Simulation:
 
     The seed also selects the kind of load: in one of 8 seeds many equal requests contend for slots, in another one of 8
     some clients send heavy requests. In one of 4 seeds slots are truncated with snapshots of one byte each. In one of 3
-    seeds samples are drafted from their own text too.
+    seeds samples are drafted from their own text too, in another one of 3 by a draft model.
     """
 
     def __init__(self, seed: int) -> None:
@@ -89,6 +89,7 @@ class Simulation:
             promise="exact",
             snapshot_bytes=6 if seed % 4 == 3 else 0,
             speculate="ngram" if seed % 3 == 1 else "off",
+            draft=settings if seed % 3 == 2 else None,
         )
         self.machine = Machine(
             Random(random.getrandbits(32)), settings, token_seconds=random.choice((0.002, 0.02, 1.0))

@@ -14,6 +14,7 @@ from functools import partial
 from msgspec import structs
 
 from afterword.cli.adapters import with_adapters
+from afterword.cli.draft_model import LocatedDraft, check_vocabularies, find_draft
 from afterword.config import CHUNK_GRID, ONE_SEQUENCE, SMALL_MODEL, EngineSettings, WeightTypes, advice
 from afterword.engine import messages
 from afterword.engine.kernels.compiled import memory_on_demand
@@ -111,12 +112,24 @@ def fit_models(
     together with their whole context, they share the memory; otherwise each is fitted to the memory that it would have
     alone.
     """
-    wanted = [(_own_memory(model, facts), _compute_options(facts, settings)) for model, facts in models]
+    draft = find_draft(settings.draft_model)
+    if draft:
+        check_vocabularies(draft, {model.path for model, _ in models})
+    wanted = [(_own_memory(model, facts), _compute_options(model, facts, settings, draft)) for model, facts in models]
     threads = _threads(min(len(models), _BUSY_MODELS if unload_unused else len(models)))
-    return [
-        FittedModel(model, facts, _load_message(model, facts, settings, shape, threads), shape.needed_bytes)
-        for (model, facts), shape in zip(models, _shapes(wanted, settings, unload_unused), strict=True)
-    ]
+    fitted = []
+    for (model, facts), shape in zip(models, _shapes(wanted, settings, unload_unused), strict=True):
+        message = _load_message(model, facts, settings, shape, threads)
+        if draft and shape.options.draft:
+            message = structs.replace(message, draft=_draft_message(draft, settings, shape, threads))
+        fitted.append(FittedModel(model, facts, message, shape.needed_bytes))
+    return fitted
+
+
+def _can_verify(facts: Facts, settings: EngineSettings) -> bool:
+    """Whether drafts can be verified, so that a draft model is worth its memory; see `core.verification.can_verify`."""
+    weights = WeightTypes(facts.architecture, facts.matrix_types, facts.experts)
+    return not facts.state_bytes and _promises(weights, _kv_type(settings), settings)[0] == "exact"
 
 
 def _own_memory(model: Model, facts: Facts) -> Facts:
@@ -140,11 +153,16 @@ def refreshed_load_message(fitted: FittedModel, settings: EngineSettings) -> mes
     return structs.replace(changed, capacity=planned.capacity)
 
 
-def _compute_options(facts: Facts, settings: EngineSettings) -> ComputeOptions:
+def _compute_options(
+    model: Model, facts: Facts, settings: EngineSettings, draft: LocatedDraft | None
+) -> ComputeOptions:
     kv_type = _kv_type(settings)
     plain = kv_type == "f32" or (kv_type == "f16" and not settings.gpu_layers)  # otherwise flash attention
     on_demand = kv_type == "exact" and not settings.gpu_layers and memory_on_demand()
-    return ComputeOptions(_KV_BYTES[kv_type], settings.batch, plain, on_demand)
+    drafts = None
+    if draft and _can_verify(facts, settings):
+        drafts = replace(draft.facts, size_bytes=0) if model.adapter else draft.facts  # in memory once, as its base
+    return ComputeOptions(_KV_BYTES[kv_type], settings.batch, plain, on_demand, drafts)
 
 
 def _shapes(
@@ -212,8 +230,17 @@ def _load_message(
         adapter=str(model.adapter.path) if model.adapter else "",
         adapter_scale=model.adapter.scale if model.adapter else 1.0,
         pack_weights=not settings.share_weights,
-        token_bytes=facts.kv_bytes_per_token(shape.options.kv_bytes) if shape.options.on_demand else 0,
+        token_bytes=shape.token_bytes if shape.options.on_demand else 0,
     )
+
+
+def _draft_message(
+    draft: LocatedDraft, settings: EngineSettings, shape: ModelShape, threads: int
+) -> messages.LoadModel:
+    """Return the message that loads the draft model, with as many sequences as the model for which it drafts."""
+    context = min(shape.context, draft.facts.context_length or shape.context)
+    own = replace(settings, cache_dir=None, infill_template="")
+    return _load_message(draft.model, draft.facts, own, replace(shape, facts=draft.facts, context=context), threads)
 
 
 def _promises(weights: WeightTypes, kv_type: KvType, settings: EngineSettings) -> tuple[Promise, Promise]:

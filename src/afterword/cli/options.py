@@ -135,6 +135,13 @@ def engine_options(command: F) -> F:
             default="off",
             help="ngram: draft tokens from each text itself and verify them together; changes no token.",
         ),
+        option(
+            "Engine",
+            "--draft-model",
+            default="",
+            metavar="MODEL",
+            help="A small model with the same vocabulary that drafts tokens too; changes no token.",
+        ),
         option("Engine", "--verbose", is_flag=True, help="Show the log of llama.cpp."),
     ]
     for each in reversed(options):

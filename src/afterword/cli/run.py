@@ -54,6 +54,7 @@ _ENGINE = (
     "reproducible",
     "infill_template",
     "speculate",
+    "draft_model",
     "verbose",
 )
 _LIMITS = {"max_logprobs": "max_logprobs", "max_stop": "max_stop", "queue": "max_queue"}

@@ -81,7 +81,7 @@ def _describe(managed_model: ManagedModel, named: bool) -> str:
         parts.append(f"It was trained on {trained:,}: --context {trained} serves them if memory suffices.")
     parts.append(_PROMISES[managed_model.promise])
     if model_info and not model_info.verifies_drafts:
-        parts.append("Predictions and --speculate have no effect.")
+        parts.append("Predictions, --speculate and --draft-model have no effect.")
     if definition.advice:
         parts.append(definition.advice)
     return " ".join(parts)

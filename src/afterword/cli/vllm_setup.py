@@ -24,6 +24,7 @@ _USED = ("context", "parallel", "verbose", "infill_template")  # settings that h
 _REASONS = {
     "gpu_layers": "vLLM computes all layers on the device that it was built for",
     "reproducible": "vLLM's batch invariance was not verified; its promise is none",
+    "draft_model": "drafts are verified by the built-in engine",
     "cache_dir": "vLLM keeps its prefix cache in memory",
 }
 

@@ -1,8 +1,8 @@
-"""Drafts: tokens that a sample will probably generate next, copied from a text that is known already.
+"""Drafts: tokens that a sample will probably generate next, from a text that is known already or from a draft model.
 
 A draft changes no token: the engine accepts a drafted token only if the sampler chooses it too. The length of a draft
 follows the acceptance of the sample's earlier drafts and nothing else. Tokens that were computed one by one count as
-those that were verified in one pass. So drafts, and what is counted of them, do not depend on the load.
+those that were verified in one pass. So drafts from texts, and what is counted of them, do not depend on the load.
 
 Pure: it depends on tokens alone. The engine proposes drafts with it; the server counts predicted tokens with it.
 """
@@ -19,6 +19,9 @@ LENGTHS = (8, 16, 32, 64)
 """Tokens of drafts. A verification also generates the token after the draft, which is the first of the next draft. So
 drafts that are verified one after the other fill 16, 32, 64, 64, … columns of a matrix product."""
 
+MODEL_LENGTHS = (3, 7, 15)
+"""Tokens of drafts of a draft model. With the token before the draft they fill 4, 8 or 16 columns."""
+
 PROBE = 3
 """Tokens of the first draft, and of the first after a rejected token. It is never verified: the tokens that are
 computed one by one show whether the sample follows the text. So a text that is not followed costs nothing."""
@@ -30,6 +33,9 @@ _NEAR = 16  # places before and after the expected one that are compared, where 
 _COMPARED = 16  # tokens before a place that are compared
 _PRIOR = 6.0, 8.0  # accepted and drafted tokens from which the acceptance of a sample's drafts begins
 _MEMORY = 0.8  # the weight of all earlier drafts, against that of the last one
+_MODEL_PRIOR = 3.0, 4.0  # the same for a draft model: four drafts without an accepted token end its drafts
+_MODEL_MEMORY = 0.95  # longer, because its drafts are short and the end of its drafts is final
+_POOR = 0.2  # the acceptance below which a draft model's passes cost more than they gain
 
 
 class KnownText(Protocol):
@@ -111,7 +117,7 @@ class Draft:
             self._length = self._length if agrees else max(self._length // 2, LENGTHS[0])
         else:
             self._shares = self._shares[0] * _MEMORY + self._agreed, self._shares[1] * _MEMORY + drafted
-            self._length = next_length(self._length, self._agreed, drafted)
+            self._length = next_length(LENGTHS, self._length, self._agreed, drafted)
         self._probes = not agrees
         self._tokens, self._agreed = (), 0
 
@@ -125,11 +131,62 @@ class Draft:
             self._place = None
 
 
-def next_length(length: int, agreed: int, drafted: int) -> int:
-    """The length of the next draft: longer after a draft that agreed, else about as many tokens as agreed."""
+def next_length(lengths: tuple[int, ...], length: int, agreed: int, drafted: int) -> int:
+    """The next of the possible lengths: longer after a draft that agreed, else about as many tokens as agreed."""
     if agreed == drafted:
-        return min(2 * length, LENGTHS[-1])
-    return max(each for each in LENGTHS if each <= max(agreed, LENGTHS[0]))
+        return next((each for each in lengths if each > length), lengths[-1])
+    return max(each for each in lengths if each <= max(agreed, lengths[0]))
+
+
+class ModelDraft:
+    """The present draft of one sample by a draft model, and the length of the next. The engine computes it on demand.
+
+    `most`: tokens that the sample can still generate.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._length = MODEL_LENGTHS[0]
+        self._tokens: tuple[int, ...] = ()
+        self._agreed = 0  # tokens of the draft that were generated
+        self._shares = _MODEL_PRIOR  # see `Draft`
+        self.dropped = False  # whether the model drafts nothing more for the sample
+
+    @property
+    def rest(self) -> tuple[int, ...]:
+        """The tokens of the draft that are not generated yet."""
+        return self._tokens[self._agreed :]
+
+    @property
+    def acceptance(self) -> float:
+        """The share of drafted tokens that the sample has accepted lately."""
+        accepted, drafted = self._shares
+        return accepted / drafted
+
+    @property
+    def wanted(self) -> int:
+        """How many tokens the model should draft now; 0 while a draft is left or if the model's drafts are poor."""
+        return 0 if self._tokens or self.dropped else min(self._length, self._most - 1)
+
+    def propose(self, tokens: tuple[int, ...]) -> None:
+        """Set the draft. No token of an earlier one may be left."""
+        self._tokens, self._agreed = tokens, 0
+
+    def append(self, token: int) -> None:
+        """Record a generated token, verified or computed alone."""
+        self._most -= 1
+        if not self._tokens:
+            return
+        agrees = token == self._tokens[self._agreed]
+        self._agreed += agrees
+        drafted = len(self._tokens)
+        if agrees and self._agreed < drafted:
+            return
+        accepted, earlier = self._shares
+        self._shares = accepted * _MODEL_MEMORY + self._agreed, earlier * _MODEL_MEMORY + drafted
+        self._length = next_length(MODEL_LENGTHS, self._length, self._agreed, drafted)
+        self.dropped = self.dropped or self.acceptance < _POOR
+        self._tokens = ()
 
 
 class PredictedText:

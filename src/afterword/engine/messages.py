@@ -39,7 +39,8 @@ class LoadModel(Value, frozen=True, tag=True):
     `infill_template`: the operator's layout of infill prompts, see `llama.infill_families`; empty for the model's own.
     `fixed_shape`: all decode passes have the same shape, see `llama.fixed_shape`.
     `cache_dir`: the folder in which prefixes are kept, at most `cache_bytes` bytes; empty: none are kept.
-    `speculate`: "ngram": draft tokens from each sample's own text; "off": from predictions only.
+    `speculate`: "ngram": draft tokens from each sample's own text; "off": from predictions only. `draft`: the model
+    that drafts tokens too; None: no model does. It has no draft model itself.
     `adapter`: the file of a LoRA adapter, whose part is multiplied with `adapter_scale`; empty: none.
     `pack_weights`: the kernels copy the weights in their own order. If false, all processes that use the file share its
     pages in memory.
@@ -69,6 +70,7 @@ class LoadModel(Value, frozen=True, tag=True):
     cache_dir: str = ""
     cache_bytes: int = 0
     speculate: Speculation = "off"
+    draft: LoadModel | None = None
     adapter: str = ""
     adapter_scale: float = 1.0
     pack_weights: bool = True

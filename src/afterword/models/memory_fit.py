@@ -33,12 +33,14 @@ class ComputeOptions:
     - `plain_attention`: attention stores one score for each token of the pass, token of the context and head. Flash
       attention stores only a mask.
     - `on_demand`: the KV cache takes memory as tokens are written, so sequences share what the machine has.
+    - `draft`: a draft model in the same process, with as many sequences of the same length.
     """
 
     kv_bytes: int = 2
     chunk: int = 256
     plain_attention: bool = False
     on_demand: bool = False
+    draft: Facts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +65,28 @@ class ModelShape:
         return granules * CONTEXT_GRANULARITY * (self.parallel + self.spare)
 
     @property
+    def _models(self) -> list[Facts]:
+        return [self.facts, self.options.draft] if self.options.draft else [self.facts]
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of the weights, with those of the draft model."""
+        return sum(facts.size_bytes for facts in self._models)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of one token, with those of the draft model."""
+        return sum(facts.kv_bytes_per_token(self.options.kv_bytes) for facts in self._models)
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of the keys and values of all sequences."""
-        tokens = self.cells if self.capacity is None else self.capacity
-        return tokens * self.facts.kv_bytes_per_token(self.options.kv_bytes)
+        return (self.cells if self.capacity is None else self.capacity) * self.token_bytes
 
     @property
     def sequences_bytes(self) -> int:
         """Bytes of all sequences: keys, values, the states of recurrent layers and snapshots of them."""
-        records = self.cells * CELL_BYTES if self.options.on_demand else 0
+        records = self.cells * CELL_BYTES * len(self._models) if self.options.on_demand else 0
         return self.kv_bytes + records + (self.parallel + self.spare) * self.facts.state_bytes + self.snapshot_bytes
 
     @property
@@ -87,11 +102,14 @@ class ModelShape:
         A mask has 4 bytes for each token of the pass and of the context: a float, or two half floats of models with
         sliding windows.
         """
+        return sum(map(self._pass_bytes, self._models))
+
+    def _pass_bytes(self, facts: Facts) -> int:
         tokens = max(self.options.chunk, self.parallel + self.spare)
-        logits = LOGIT_COPIES * self.facts.vocabulary
-        layer = 3 * self.facts.hidden + 8 * self.facts.embedding_length
-        scores = self.facts.heads if self.options.plain_attention else 0
-        attention = (scores + 1) * (self.context + self.spare) if self.facts.kv_heads else 0
+        logits = LOGIT_COPIES * facts.vocabulary
+        layer = 3 * facts.hidden + 8 * facts.embedding_length
+        scores = facts.heads if self.options.plain_attention else 0
+        attention = (scores + 1) * (self.context + self.spare) if facts.kv_heads else 0
         return tokens * (logits + layer + attention) * FLOAT_BYTES
 
     @property
@@ -100,7 +118,7 @@ class ModelShape:
 
         Weights count once. If they are copied or repacked, the system can drop the file's pages at any time.
         """
-        return _with_headroom(self.facts.size_bytes + self.sequences_bytes + self.pass_bytes)
+        return _with_headroom(self.weights_bytes + self.sequences_bytes + self.pass_bytes)
 
 
 def _with_headroom(size: int) -> int:
@@ -202,7 +220,7 @@ def _do_not_fit(shapes: Sequence[ModelShape], available: int) -> str:
             "--keep-alive 5m."
         )
     (shape,) = shapes
-    least = _with_headroom(shape.facts.size_bytes)
+    least = _with_headroom(shape.weights_bytes)
     if least > available:
         needs = f"The model needs {_gib(least)}"
         remedy = "Choose a smaller or more quantized model"

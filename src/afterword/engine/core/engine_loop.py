@@ -15,6 +15,7 @@ from itertools import islice
 import msgspec
 
 from afterword.engine.core.banned_text import BannedPhrases, HeldTokens
+from afterword.engine.core.draft_model import Drafter, DraftModel
 from afterword.engine.core.forward_batch import BatchEntry, ForwardBatch, Logits, Runner, slot_rules
 from afterword.engine.core.grammar_keeper import GrammarKeeper
 from afterword.engine.core.loops import ends_in_loop
@@ -27,13 +28,7 @@ from afterword.engine.core.scheduler import Scheduler
 from afterword.engine.core.sequence import Sequence
 from afterword.engine.core.step_buffer import MAX_STEP_BYTES, StepBuffer
 from afterword.engine.core.step_builder import StepBuilder, first_step, limit_alternatives
-from afterword.engine.core.verification import (
-    DraftMaker,
-    can_verify,
-    confirmed_tokens,
-    is_verification,
-    verification_queries,
-)
+from afterword.engine.core.verification import can_verify, confirmed_tokens, is_verification, verification_queries
 from afterword.engine.protocol import FinishReason, Job, Load, PassStats, Step, Token, scored_positions
 
 PASS_SECONDS = 0.25
@@ -68,7 +63,7 @@ class EngineLoop:
         self._grammars = GrammarKeeper()
         self._prefill_speed: float | None = None  # prompt tokens per second, as measured
         self._last_pass = PassStats()
-        self._ngrams = False
+        self._drafter = Drafter(can_verify(runner))
         self._pieces: TokenSequence[bytes] = ()
         self._step_buffer = StepBuffer(max_step_bytes)
         self._next_memory_check = 0.0
@@ -88,7 +83,11 @@ class EngineLoop:
 
     def draft_ngrams(self) -> None:
         """Draft from each sample's own text too, where the runner permits drafts. Call it before any job is added."""
-        self._ngrams = True
+        self._drafter.ngrams = True
+
+    def use_draft_model(self, model: DraftModel, report: Callable[[str], None]) -> None:
+        """Draft with a second model too. `report`: see `Drafter`. Call it before any job is added."""
+        self._drafter.model, self._drafter.report = model, report
 
     def start(self, job_id: int, job: Job) -> None:
         """Add a job. `step` returns its steps under `job_id`."""
@@ -139,6 +138,7 @@ class EngineLoop:
         """Raise `AssertionError` if scheduler, slots and runner disagree about any token. Call it only when idle."""
         for slot, tokens in self._scheduler.check().items():
             assert self._runner.cached_tokens(slot) == tokens, f"slot {slot} should hold {tokens} tokens"
+        self._drafter.check()
 
     def give_back_memory(self) -> None:
         """Empty slots whose memory other programs need. Call it now and then while there is nothing to compute."""
@@ -146,6 +146,7 @@ class EngineLoop:
         self._slots.make_room(0)
         if operations := self._slots.take_operations():
             self._runner.run(ForwardBatch(operations, ()))
+        self._drafter.give_back_memory(self._slots.capacity)
 
     def step(self) -> dict[int, Step] | None:
         """Return buffered steps, or else compute one forward pass. Returns steps by job id (possibly none).
@@ -190,6 +191,7 @@ class EngineLoop:
     def _schedule(self) -> ForwardBatch | None:
         if self._clock() >= self._next_memory_check:
             self._limit_slots()
+        self._drafter.propose(self._scheduler.verification_turns, self._scheduler.running, self._slots.capacity)
         return self._scheduler.schedule(
             None if self._prefill_speed is None else int(self._prefill_speed * PASS_SECONDS)
         )
@@ -347,11 +349,6 @@ class EngineLoop:
             builder.ended.extend((sample, "length") for sample in range(state.job.samples))
             self._scheduler.begin(first, [])
             return
-        # A drafted token that the grammar does not allow must not be accepted, and a text that is taken back cannot be
-        # followed by a draft. So the drafts of such jobs are left out.
-        drafts_help = can_verify(self._runner) and not state.job.grammar and not state.job.banned_text
-        maker = DraftMaker(state.job, self._ngrams) if drafts_help else None
-        drafts = [maker.drafts() if maker else () for _ in range(state.job.samples)]
         known = first.known_repetitions()
         banned = state.job.banned_text
         phrases = BannedPhrases.of(state.job, banned, self._pieces) if banned else None
@@ -363,7 +360,7 @@ class EngineLoop:
                 repetitions=known.copy() if known else None,
                 held=HeldTokens.of(phrases, state.job) if phrases else None,
             )
-            for index, each in enumerate(drafts)
+            for index, each in enumerate(self._drafter.drafts(state.job))
         ]
         self._grammars.start_samples(state.job_id, samples)
         self._scheduler.begin(first, self._append(samples, tokens, builder))

@@ -27,6 +27,10 @@ class PassCosts:
         size = tokens.bit_length()
         return self._seconds[size] * self._faded[size] if size in self._seconds else None
 
+    def is_fresh(self, tokens: int) -> bool:
+        """Whether the last pass of this size was made more recently than any was left out because of its cost."""
+        return self._faded.get(tokens.bit_length()) == 1.0
+
     def fade(self, tokens: int) -> None:
         """Note that a pass of this size was not made because of its cost."""
         size = tokens.bit_length()

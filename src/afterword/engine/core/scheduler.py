@@ -126,6 +126,11 @@ class Scheduler:
         self._passes += bool(entries)
         return ForwardBatch(self._slots.take_operations(), entries) if entries else None
 
+    @property
+    def running(self) -> list[Sequence]:
+        """The sequences that generate, except those of suspended jobs."""
+        return [each for each in self._active.values() if not each.needs_prefill and not each.job_state.suspended]
+
     def sequence_in(self, slot: int) -> Sequence:
         return self._active[self._slots[slot]]
 
@@ -243,17 +248,11 @@ class Scheduler:
                 yield client
 
     def _first(self, client: str) -> tuple[Sequence, PrefixHit | None] | None:
-        if queued := self._first_queued(client):
-            return self._resumable(queued)
+        admitted = (each for each in self._admitted.values() if each.queued and each.job.client == client)
+        if running := next((each for each in admitted if not each.suspended), None):
+            return self._resumable(running.queued[0])
         state, hit = self._first_waiting(client)
         return (Sequence(state, sample=0), hit) if state else None
-
-    def _first_queued(self, client: str) -> Sequence | None:
-        states = (
-            each for each in self._admitted.values() if each.queued and each.job.client == client and not each.suspended
-        )
-        state = next(states, None)
-        return state.queued[0] if state else None
 
     def _first_waiting(self, client: str) -> tuple[JobState | None, PrefixHit | None]:
         ready = list(self._ready(client))
@@ -390,7 +389,7 @@ class Scheduler:
     # ---- the next pass
 
     def _next_entries(self, budget: int | None) -> tuple[BatchEntry, ...]:
-        running = [each for each in self._active.values() if not each.needs_prefill and not each.job_state.suspended]
+        running = self.running
         alone = len(self._active) == 1 and not self._waiting
         chunk = self._prefill_queue.next_chunk(running, None if alone else budget)
         if entry := chunk or self.verification_turns.next_entry(running):

@@ -17,7 +17,7 @@ from afterword.engine.core.repetitions import Repetitions
 from afterword.engine.core.sampler import SampleTokens
 from afterword.engine.core.slot import PrefixQuery, Slot
 from afterword.engine.core.token_counts import TokenCounts
-from afterword.engine.draft import Draft
+from afterword.engine.draft import Draft, ModelDraft
 from afterword.engine.protocol import Job, Token
 
 
@@ -104,7 +104,7 @@ class Sequence:
     paused: bool = False
     resume_pass: int = 0
     token_counts: TokenCounts = field(default_factory=TokenCounts)
-    drafts: tuple[Draft, ...] = ()
+    drafts: tuple[Draft | ModelDraft, ...] = ()
     verified_turn: int = 0
     repetitions: Repetitions | None = None
     matcher: Matcher | None = None

@@ -80,7 +80,7 @@ class LlamaRunner:
         self._unsupported_types = accelerator.unsupported_types()
         self._has_unsupported_products = accelerator.has_unsupported_products()
         self._has_unsupported_experts = accelerator.has_unsupported_experts()
-        self._vocabulary = native.llama_vocab_n_tokens(native.llama_model_get_vocab(self.model))
+        self.vocabulary = int(native.llama_vocab_n_tokens(native.llama_model_get_vocab(self.model)))
         recurrent = native.llama_model_is_recurrent(self.model) or native.llama_model_is_hybrid(self.model)
         self.can_truncate = not recurrent
         self._recurrent = recurrent
@@ -110,7 +110,7 @@ class LlamaRunner:
             self._kv_cache.apply(operation)
         if not batch.entries:
             self._kv_cache.release_between_passes()
-            return np.empty((0, self._vocabulary), np.float32)
+            return np.empty((0, self.vocabulary), np.float32)
         if not self.fixed_shape:
             return self._compute(batch.entries)
         padded = pad_to_fixed_shape(batch.entries, [self.cached_tokens(slot) for slot in range(self.slots + 1)])
@@ -140,6 +140,15 @@ class LlamaRunner:
             and not self._has_unsupported_experts
         )
         return self._settings.promise if holds else "none"
+
+    def configure_kernels(self, *, alone: bool) -> None:
+        """Give the kernels' settings, which the models of a process share, the values of this one again.
+
+        `alone`: whether the kernels compute all operations of the others.
+        """
+        settings = self._settings
+        accelerator.configure(settings.threads, keep_weights=self.uses_kernels and settings.pack_weights)
+        self.thread_pool = accelerator.use_thread_pool(alone=self.computes_all and alone)
 
     def slot_states(self) -> SlotStates | None:
         """Access to the states of slots; None if prefixes of the model cannot be stored. Clears all slots."""
@@ -176,9 +185,9 @@ class LlamaRunner:
         outputs = sum(entry.outputs for entry in entries)
         if not outputs:
             native.llama_synchronize(self._context)
-            return np.empty((0, self._vocabulary), np.float32)
+            return np.empty((0, self.vocabulary), np.float32)
         first = native.llama_get_logits(self._context).contents
-        return _matrix_at(ctypes.addressof(first), outputs, self._vocabulary)
+        return _matrix_at(ctypes.addressof(first), outputs, self.vocabulary)
 
 
 class _BatchArrays:

@@ -18,11 +18,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 import msgspec
 
 from afterword.engine import messages
+from afterword.engine.core.draft_model import DraftModel
 from afterword.engine.core.engine_loop import MEMORY_CHECK_SECONDS, EngineLoop
 from afterword.engine.core.forward_batch import ForwardBatch, Logits, Runner
 from afterword.engine.core.prefix_store import PrefixStore
@@ -44,10 +46,19 @@ _HEARTBEAT_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
+class LoadedDraft:
+    """A loaded draft model. The fields are parameters of `DraftModel`."""
+
+    runner: Runner
+    context: int
+    vocabulary: int
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A loaded model. `thread_pool` and `store`: see `EngineLoop`. `store_stats` is called from any thread.
 
-    `token_texts`: see `GrammarThreads`; without it, jobs with a grammar fail.
+    `token_texts`: see `GrammarThreads`; without it, jobs with a grammar fail. `draft`: None if no model drafts.
 
     `check` raises `EngineError` if the model's files have changed; then no result may be used any more. It is called
     from any thread, every second and after each pass.
@@ -61,6 +72,7 @@ class LoadedModel:
     store: PrefixStore | None = None
     store_stats: Callable[[], StoreStats] = StoreStats
     token_texts: Sequence[bytes] | None = None
+    draft: LoadedDraft | None = None
 
 
 def serve(load: Callable[[messages.LoadModel, ReportProgress], LoadedModel]) -> None:
@@ -75,7 +87,10 @@ def serve(load: Callable[[messages.LoadModel, ReportProgress], LoadedModel]) -> 
 
 
 class PassMonitor:
-    """A runner that counts and times its passes for the heartbeats. One thread calls `run`."""
+    """A runner that counts and times its passes for the heartbeats. One thread calls `run`.
+
+    `draft`: the monitor of the draft model's runner. Its passes are progress too.
+    """
 
     def __init__(self, runner: Runner, clock: Callable[[], float] = time.monotonic) -> None:
         self.slots, self.chunk, self.grid = runner.slots, runner.chunk, runner.grid
@@ -86,6 +101,7 @@ class PassMonitor:
         self._clock = clock
         self._passes = self._tokens = self._largest = 0
         self._slowest = 0.0
+        self.draft: PassMonitor | None = None
 
     def run(self, batch: ForwardBatch) -> Logits:
         """See `core.forward_batch.Runner.run`."""
@@ -99,7 +115,10 @@ class PassMonitor:
 
     def heartbeat(self) -> messages.Heartbeat:
         """The heartbeat message of this moment. May be called from any thread."""
-        return messages.Heartbeat(self._passes, self._tokens, self._largest, self._slowest)
+        passes, tokens = self._passes, self._tokens
+        if self.draft is not None:
+            passes, tokens = passes + self.draft._passes, tokens or self.draft._tokens
+        return messages.Heartbeat(passes, tokens, self._largest, self._slowest)
 
 
 def apply_message(loop: EngineLoop, message: messages.WorkerMessage) -> None:
@@ -158,6 +177,10 @@ class _Worker:
             loop.use_grammars(grammars)
         if settings.speculate == "ngram":
             loop.draft_ngrams()
+        if draft := loaded.draft:
+            runner = self._monitor.draft = PassMonitor(draft.runner)
+            model = DraftModel(runner, draft.context, draft.vocabulary, time.perf_counter)
+            loop.use_draft_model(model, partial(print, file=sys.stderr, flush=True))
         self._work(loop)
 
     def _start(
