@@ -248,15 +248,17 @@ class Scheduler:
                 yield client
 
     def _first(self, client: str) -> tuple[Sequence, PrefixHit | None] | None:
-        admitted = (each for each in self._admitted.values() if each.queued and each.job.client == client)
-        if running := next((each for each in admitted if not each.suspended), None):
-            return self._resumable(running.queued[0])
+        if queued := self._first_queued(client):
+            return self._resumable(queued)
         state, hit = self._first_waiting(client)
         return (Sequence(state, sample=0), hit) if state else None
 
+    def _first_queued(self, client: str) -> Sequence | None:
+        queued = (each for each in self._admitted.values() if each.queued and each.job.client == client)
+        return next((each.queued[0] for each in queued if not each.suspended), None)
+
     def _first_waiting(self, client: str) -> tuple[JobState | None, PrefixHit | None]:
-        ready = list(self._ready(client))
-        if not ready:
+        if not (ready := list(self._ready(client))):
             return None, None
         first = ready[0][0]
         if first.times_passed_over >= MAX_TIMES_PASSED_OVER:
@@ -389,9 +391,8 @@ class Scheduler:
     # ---- the next pass
 
     def _next_entries(self, budget: int | None) -> tuple[BatchEntry, ...]:
-        running = self.running
         alone = len(self._active) == 1 and not self._waiting
-        chunk = self._prefill_queue.next_chunk(running, None if alone else budget)
+        chunk = self._prefill_queue.next_chunk(running := self.running, None if alone else budget)
         if entry := chunk or self.verification_turns.next_entry(running):
             return (entry,)
         if len(running) > 1:
