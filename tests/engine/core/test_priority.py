@@ -31,10 +31,10 @@ def test_the_lowest_priority_number_of_a_client_is_first() -> None:
 def test_a_cached_prefix_counts_only_among_equal_priorities() -> None:
     """A job with a cached prefix overtakes others of the same number only."""
     prefix = tuple(range(8))
-    loop = EngineLoop(HistoryRunner(1, 4))
-    order(loop, job(9, prompt=prefix))
-    assert order(loop, job(1), job(2, prompt=prefix)) == [1, 0]
-    assert order(loop, job(3, -1), job(4, prompt=prefix)) == [0, 1]
+    for priority, expected in ((0, [1, 0]), (-1, [0, 1])):
+        loop = EngineLoop(HistoryRunner(1, 4))
+        order(loop, job(9, prompt=prefix))
+        assert order(loop, job(1, priority), job(2, prompt=prefix)) == expected
 
 
 def test_priorities_change_nothing_for_other_clients() -> None:
