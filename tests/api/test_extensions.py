@@ -216,6 +216,7 @@ def test_input_extra_puts_files_before_the_prompt(files_client: httpx.Client, ht
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input_extra")
 
 
+@pytest.mark.usefixtures("kernel_products")
 def test_files_are_counted_and_cached(files_client: httpx.Client) -> None:
     files = [{"filename": "long.py", "text": "B = 2\n" * 20}]
     usage = ask(files_client, prompt="b", suffix="c", input_extra=files).json()["usage"]

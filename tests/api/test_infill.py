@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import httpx
+import pytest
 from completion_requests import is_idle, one, problem, tokens_of, wait_until
 
 GREEDY = {"samplers": ["temperature"], "temperature": 0}
@@ -85,6 +86,7 @@ def test_names_of_special_tokens_are_text(http: httpx.Client) -> None:
     assert plain > infill(http, input_prefix="")["tokens_evaluated"] + 1
 
 
+@pytest.mark.usefixtures("kernel_products")
 def test_a_request_without_tokens_fills_the_prefix_cache(files_client: httpx.Client) -> None:
     extra = [{"filename": "warm.py", "text": "C = 3\n" * 20}]  # no other test has a file with this first letter
     warm = {"input_prefix": "", "input_suffix": "", "prompt": "", "input_extra": extra, "n_predict": 0, "samplers": []}
