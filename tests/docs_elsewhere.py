@@ -48,6 +48,11 @@ ELSEWHERE = {
         "afterword serve models/Llama-3.2-1B --engine vllm --vllm-python vllm-env/bin/python -- --dtype bfloat16 "
         "--gpu-memory-utilization 0.8",
     ): Elsewhere("needs vLLM and a model; tests/with_vllm starts such servers"),
+    (
+        "docs/vllm.md",
+        "afterword serve models/Llama-3.2-1B --engine http --upstream http://127.0.0.1:8000 --host 0.0.0.0 --port 9000 "
+        "--keys",
+    ): Elsewhere("needs a vLLM server and a model; tests/engine/http starts such servers with a scripted upstream"),
     ("training/README.md", "python3 -m venv training-venv"): Elsewhere("trains for hours, with PyTorch"),
     ("docs/comparison.md", "python tests/conformance --url http://127.0.0.1:8000/v1 || test $? = 1"): Elsewhere(
         "takes seconds, and tests/conformance/test_conformance.py runs the same cases"

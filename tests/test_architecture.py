@@ -82,6 +82,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         *_TOKENIZE,
     },
     "engine.vllm.program": {"engine.parent.worker_process"},
+    # in the server's environment
+    "engine.http": {
+        *("engine.vllm", "engine.vllm.model_folder", "engine.llama.model_files", "system"),
+        *_TOKENIZE,
+    },
+    "engine.http.program": {"engine.parent.worker_process"},
     "engine.vllm.model_folder": set(),
     "api": {
         *("batch", "completion", "engine.protocol", "engine.parent.model_manager", "engine.parent.supervisor"),
@@ -90,7 +96,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {
         *("api", "batch", "completion", "config", "engine.kernels", "engine.messages"),
         *("engine.parent.model_manager", "engine.parent.supervisor", "engine.parent.worker_process"),
-        *("engine.vllm.program", "engine.vllm.model_folder"),
+        *("engine.vllm.program", "engine.vllm.model_folder", "engine.http.program"),
         *("engine.protocol", "keys", "models", "observability", "observability.metrics", "observability.traces"),
         *("settings", "system", "transport", ""),
     },
@@ -104,12 +110,12 @@ OUTSIDE = {
     "uvicorn": {"transport"},
     "httptools": {"transport"},
     "click": {"cli"},
-    "httpx2": {"batch", "cli"},
+    "httpx2": {"batch", "cli", "engine.http"},
     "sqlite3": {"batch", "keys"},
     "huggingface_hub": {"models"},
     "numpy": {"engine.core", "engine.grammar", "engine.llama"},
     "llguidance": {"engine.grammar"},
-    "tokenizers": {"engine.vllm"},
+    "tokenizers": {"engine.http", "engine.vllm"},
     "torch": {"engine.vllm"},
     "vllm": {"engine.vllm"},
     "opentelemetry": {"observability.traces"},

@@ -19,6 +19,7 @@
         ├── EngineFailure         the worker ended twice during the request, so it is not repeated
         ├── NonFiniteLogits       the model computed NaN or infinity
         ├── JobRefused            the library that computes has refused the request
+        ├── UpstreamLost          the server behind this one has broken off the request
         └── LoadFailed            no worker could load the model
 
 This module imports no HTTP library. `status`, `type`, `param` and `code` are the plain values of OpenAI's error object.
@@ -173,6 +174,15 @@ class JobRefused(EngineError):
             "The library that runs the model has refused this request. The reason is in the server's messages on "
             "standard error."
         )
+
+
+class UpstreamLost(EngineError):
+    """The server that computes for this one ended during the request, or has not answered for too long."""
+
+    code = "upstream_lost"
+
+    def __init__(self) -> None:
+        super().__init__("The upstream server has broken off this request. Please try again.")
 
 
 class LoadFailed(EngineError):

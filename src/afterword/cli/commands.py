@@ -166,10 +166,21 @@ def main() -> None:
     help="Accept unknown fields; header x-afterword-ignored lists them. Other names of max_tokens are still refused.",
 )
 @option(
-    "Engine", "--engine", type=click.Choice(["llama", "vllm"]), default="llama", help="The library that runs models."
+    "Engine",
+    "--engine",
+    type=click.Choice(["llama", "vllm", "http"]),
+    default="llama",
+    help="What runs models; http: the vLLM server at --upstream.",
 )
 @option("Engine", "--vllm-python", metavar="FILE", help="Python of an environment with vLLM; see docs/vllm.md.")
 @option("Engine", "--vllm-flags", default="", help="vLLM's own flags; on the command line also after --.")
+@option("Engine", "--upstream", metavar="URL", help="A vLLM server that runs the model; see docs/vllm.md.")
+@option(
+    "Engine",
+    "--upstream-key-file",
+    type=click.Path(path_type=Path),
+    help="File with the API key that the upstream expects.",
+)
 @engine_options
 @option(
     "Engine",
@@ -221,7 +232,7 @@ def serve(models: tuple[str, ...], **options: Any) -> None:
     """Serve models to clients of OpenAI's API.
 
     MODEL is a GGUF file or hf:owner/repo[:file or quant]; without MODEL the built-in model is served. With --engine
-    vllm it is a folder. A request selects one of several models by its name.
+    vllm or http it is a folder. A request selects one of several models by its name.
 
     \b
     Examples:

@@ -20,7 +20,7 @@ import click
 
 from afterword.api.responses import incremental, serialization
 from afterword.batch.batch_limits import BatchLimits
-from afterword.cli import model_setup, vllm_setup
+from afterword.cli import http_setup, model_setup, vllm_setup
 from afterword.cli.load_progress import show_loading
 from afterword.cli.model_defaults import read_model_defaults
 from afterword.cli.startup_message import startup_message
@@ -57,6 +57,9 @@ _ENGINE = (
     "draft_model",
     "verbose",
 )
+_ENGINE_OF = {"vllm_python": "vllm", "vllm_flags": "vllm", "upstream": "http", "upstream_key_file": "http"}
+"""Options that have a meaning for one engine only."""
+
 _LIMITS = {"max_logprobs": "max_logprobs", "max_stop": "max_stop", "queue": "max_queue"}
 """Options that set a limit, by the limit's name. Both `--limit` and these options take precedence over `--strict`."""
 
@@ -108,7 +111,7 @@ def serve(specs: Sequence[str], options: dict[str, Any]) -> None:
     settings = replace(
         engine_settings(options), cache_dir=options["cache_dir"], cache_bytes=int(options["cache_size"] * 10**9)
     )
-    models = _models(specs, options, settings, policy)
+    models = _models(specs, options, settings, policy, requests.max_logprobs)
     if options["defaults"]:
         served = [managed_model.id for managed_model in models]
         config = replace(config, defaults=read_model_defaults(options["defaults"], served, config.limits))
@@ -116,15 +119,17 @@ def serve(specs: Sequence[str], options: dict[str, Any]) -> None:
 
 
 def _models(
-    specs: Sequence[str], options: dict[str, Any], settings: EngineSettings, policy: QueuePolicy
+    specs: Sequence[str], options: dict[str, Any], settings: EngineSettings, policy: QueuePolicy, max_logprobs: int
 ) -> ModelManager:
     wanted = model_setup.WantedModels(specs, options["alias"], options["lora"])
+    for name, engine in _ENGINE_OF.items():
+        if options[name] and options["engine"] != engine:
+            file = " Before a file whose name begins with - write ./, as in ./-m.gguf." if name == "vllm_flags" else ""
+            raise SettingError(f"--{name.replace('_', '-')}: give --engine {engine} too.{file}")
     if options["engine"] == "vllm":
         return vllm_setup.make_vllm_manager(wanted, settings, options, policy)
-    for name in ("vllm_python", "vllm_flags"):
-        if options[name]:
-            file = " Before a file whose name begins with - write ./, as in ./-m.gguf." if name == "vllm_flags" else ""
-            raise SettingError(f"--{name.replace('_', '-')}: give --engine vllm too.{file}")
+    if options["engine"] == "http":
+        return http_setup.make_http_manager(wanted, settings, options, policy, max_logprobs)
     return model_setup.make_model_manager(wanted, settings, options["keep_alive"], policy)
 
 

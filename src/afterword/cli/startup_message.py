@@ -69,7 +69,7 @@ def _describe(managed_model: ManagedModel, named: bool) -> str:
     definition = managed_model.definition
     model_info = managed_model.loaded_engine.model_info if managed_model.loaded_engine else None
     parts = [f"{managed_model.id}:"] if named else []
-    if model_info:
+    if model_info and model_info.parameters:
         parts.append(f"{model_info.parameters / 1e6:,.1f} M parameters,")
     shape = managed_model.shape
     together = "" if shape.capacity is None else f", {shape.capacity:,} tokens together"

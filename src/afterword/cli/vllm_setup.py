@@ -40,35 +40,53 @@ def make_vllm_manager(
     `options`: the values of the options of `afterword serve` by name.
     """
     check_settings(settings)
-    if wanted.adapters:
-        raise SettingError("--lora cannot be used with --engine vllm.")
-    if not wanted.specs:
-        raise SettingError("--engine vllm needs a MODEL: the folder of a model in Hugging Face's format.")
+    models = folders_of(wanted, "vllm")
     program = vllm_program(find_python(options["vllm_python"]))
     flags = vllm_flags(settings, options["vllm_flags"])
-    folders = [read_folder(Path(spec).absolute()) for spec in wanted.specs]
-    names = names_in_requests([folder.path.name for folder in folders], wanted.aliases)
     definitions = [
         ModelDefinition(
             id=name,
-            created=int((folder.path / "config.json").stat().st_mtime),
+            created=folder_created(folder),
             make_engine=partial(Supervisor, _load_message(folder, flags, settings), policy, program=program),
             context=planned_context(settings, folder, flags),
             sequences=settings.parallel or 0,
         )
-        for name, folder in zip(names, folders, strict=True)
+        for name, folder in models
     ]
     return ModelManager(definitions, keep_alive=options["keep_alive"], policy=policy)
 
 
-def check_settings(settings: EngineSettings) -> None:
-    """Raise `SettingError` for a setting of the built-in engine that has no meaning for vLLM."""
+def check_settings(
+    settings: EngineSettings,
+    engine: str = "vllm",
+    used: Sequence[str] = _USED,
+    otherwise: str = "give vLLM's own flags after --",
+) -> None:
+    """Raise `SettingError` for a setting of the built-in engine that has no meaning for vLLM.
+
+    `used`: the settings that have one. `otherwise`: the reason that is given for the settings without one of their own.
+    """
     default = EngineSettings()
     for name in EngineSettings.__dataclass_fields__:
-        if name not in _USED and getattr(settings, name) != getattr(default, name):
+        if name not in used and getattr(settings, name) != getattr(default, name):
             option = "--" + name.replace("cache_bytes", "cache_size").replace("_", "-")
-            reason = _REASONS.get(name, "give vLLM's own flags after --")
-            raise SettingError(f"{option} cannot be used with --engine vllm: {reason}.")
+            raise SettingError(f"{option} cannot be used with --engine {engine}: {_REASONS.get(name, otherwise)}.")
+
+
+def folders_of(wanted: WantedModels, engine: str) -> list[tuple[str, ModelFolder]]:
+    """The wanted models with their names in requests. Raises `SettingError`."""
+    if wanted.adapters:
+        raise SettingError(f"--lora cannot be used with --engine {engine}.")
+    if not wanted.specs:
+        raise SettingError(f"--engine {engine} needs a MODEL: the folder of a model in Hugging Face's format.")
+    folders = [read_folder(Path(spec).absolute()) for spec in wanted.specs]
+    names = names_in_requests([folder.path.name for folder in folders], wanted.aliases)
+    return list(zip(names, folders, strict=True))
+
+
+def folder_created(folder: ModelFolder) -> int:
+    """The time at which the model was created, in seconds of Unix time."""
+    return int((folder.path / "config.json").stat().st_mtime)
 
 
 def vllm_flags(settings: EngineSettings, text: str) -> tuple[str, ...]:

@@ -31,6 +31,14 @@ def check_job(job: Job, model_info: ModelInfo) -> None:
                     f"'{name}' is not supported by the engine that runs this model. Leave it out.", param=name
                 )
     _check_temperature(job.sampling.temperature, limits)
+    _check_alternatives("logprobs", job.alternatives, limits.max_alternatives)
+    _check_alternatives("prompt_logprobs", job.prompt_alternatives, limits.max_prompt_alternatives)
+    if job.min_tokens and not set(limits.banned) <= set(job.end_tokens):
+        raise RequestError(
+            "'min_tokens' together with 'ignore_eos' is not supported by the engine that runs this model: it would not "
+            "sample EOS for the first 'min_tokens' tokens.",
+            param="min_tokens",
+        )
 
 
 def _request_field(job: Job, name: str) -> str:
@@ -64,4 +72,12 @@ def _check_temperature(temperature: float, limits: JobLimits) -> None:
             f"'temperature' must be 0 or from {limits.min_temperature:g} to {limits.max_temperature:g}: the engine "
             f"that runs this model cannot sample with {temperature:g}.",
             param="temperature",
+        )
+
+
+def _check_alternatives(name: str, count: int | None, most: int | None) -> None:
+    if count is not None and most is not None and count > most:
+        raise RequestError(
+            f"'{name}' must be at most {most} with the engine that runs this model: it reports no more alternatives.",
+            param=name,
         )

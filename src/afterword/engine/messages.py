@@ -88,6 +88,28 @@ class LoadVllm(Value, frozen=True, tag=True):
     verbose: bool = False
 
 
+class LoadUpstream(Value, frozen=True, tag=True):
+    """Use the vLLM server at `url` for the model whose tokenizer is in the folder `path`.
+
+    `key`: the API key that the server expects, or empty. `context`: the most tokens of a sequence; None: as many as the
+    server has. `sequences`: the most samples that the server gets at a time. `alternatives`: the most alternatives that
+    requests may ask for. `silence`: seconds without an event of the server after which a request to it has failed.
+    `patience`: seconds that a sample without a token waits for the server to come back, 0 for ever. `infill_template`:
+    see `LoadModel`. `verbose`: quote in messages what the server says.
+    """
+
+    path: str
+    url: str
+    sequences: int
+    alternatives: int
+    silence: float
+    patience: float
+    key: str = ""
+    context: int | None = None
+    infill_template: str = ""
+    verbose: bool = False
+
+
 class StartJob(Value, frozen=True, tag=True):
     """Start a job. All other messages name it by `job_id`."""
 
@@ -191,7 +213,7 @@ class Heartbeat(Value, frozen=True, tag=True):
     store: StoreStats = StoreStats()
 
 
-LoadMessage = LoadModel | LoadVllm
+LoadMessage = LoadModel | LoadVllm | LoadUpstream
 """The first message to a worker: one type for each engine."""
 
 JobMessage = StartJob | DropSample | CloseJob | PauseJob | ResumeJob

@@ -199,7 +199,8 @@ class Step(Value, frozen=True):
     that computes has refused the job, and the job has ended. `busy`: with `failed`, its grammar cannot be compiled now.
     `compiling`: the worker now begins (True) or has ended
     (False) to compile the job's grammar; the step has nothing else. `taken_back`: how many tokens were computed that
-    are not part of any sample, because of `Job.banned_text`.
+    are not part of any sample, because of `Job.banned_text`. `lost`: another server has broken off the job, and the job
+    has ended. `late`: the job has waited too long for that server, without any token, and has ended.
     """
 
     scored: tuple[Token, ...] = ()
@@ -212,6 +213,13 @@ class Step(Value, frozen=True):
     compiling: bool | None = None
     busy: bool = False
     taken_back: int = 0
+    lost: bool = False
+    late: bool = False
+
+    @property
+    def ends_job(self) -> bool:
+        """Whether the job has ended with an error."""
+        return self.failed or self.refused or self.lost or self.late
 
     @property
     def size(self) -> int:
@@ -296,12 +304,17 @@ class JobLimits(Value, frozen=True):
     """What an engine computes exactly, if that is not everything. Other jobs must not be started.
 
     `fields`: the names of fields of `Job` and `Sampling` that may have another value than their default.
-    `min_temperature`, `max_temperature`: of `Sampling.temperature`, which may be 0 too.
+    `min_temperature`, `max_temperature`: of `Sampling.temperature`, which may be 0 too. `max_alternatives`,
+    `max_prompt_alternatives`: None for no limit. `banned`: tokens that the engine does not sample for the first
+    `min_tokens` tokens, also if they are not among `end_tokens`.
     """
 
     fields: tuple[str, ...]
     min_temperature: float
     max_temperature: float
+    max_alternatives: int | None = None
+    max_prompt_alternatives: int | None = None
+    banned: tuple[int, ...] = ()
 
 
 class ModelInfo(Value, frozen=True):

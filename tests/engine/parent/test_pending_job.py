@@ -9,7 +9,7 @@ import pytest
 from afterword.engine.parent.engine_metrics import EngineMetrics, JobTimer
 from afterword.engine.parent.pending_job import MAX_CRASHES, PendingJob
 from afterword.engine.protocol import Job, Sampling, Step, Token
-from afterword.errors import Overloaded
+from afterword.errors import Overloaded, QueueTimeout, UpstreamLost
 
 
 class NoOwner:
@@ -78,3 +78,12 @@ def test_a_grammar_that_cannot_be_compiled_now_is_an_overload() -> None:
     pending.add_step(Step(failed=True, busy=True))
     with pytest.raises(Overloaded):
         asyncio.run(anext(aiter(pending)))
+
+
+@pytest.mark.parametrize(("step", "error"), [(Step(lost=True), UpstreamLost), (Step(late=True), QueueTimeout)])
+def test_an_upstream_that_fails_a_job_is_named(step: Step, error: type[Exception]) -> None:
+    pending = accepted(2)
+    pending.add_step(step)
+    with pytest.raises(error):
+        asyncio.run(anext(aiter(pending)))
+    assert pending.ended

@@ -8,10 +8,11 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
 
 import msgspec
+import pytest
 
 from afterword.engine import messages
 from afterword.engine.protocol import Job, Load, Sampling, Step, Token
-from afterword.engine.vllm.jobs import SCORES_PER_STEP, VllmJobs, joined
+from afterword.engine.vllm.jobs import SCORES_PER_STEP, SampleLate, SampleLost, VllmJobs, joined
 from afterword.engine.vllm.requests import PromptScore, SampleOutput, SampleRequest
 
 JOB = Job(prompt=(3, 4), samples=1, max_tokens=3, sampling=Sampling(), end_tokens=(7,), key=bytes(16))
@@ -216,6 +217,18 @@ def test_a_refused_request_fails_its_job_alone():
         assert sorted(bench.library.closed) == ["1-0", "1-1"]
         await bench.put("2-0", 5, 5, 5)
         assert bench.whole(2).ended == ((0, "length"),)
+
+    run(test)
+
+
+@pytest.mark.parametrize(("problem", "step"), [(SampleLost("no"), Step(lost=True)), (SampleLate(), Step(late=True))])
+def test_a_lost_request_fails_its_job(problem, step):
+    async def test(bench: Bench) -> None:
+        await bench.start()
+        bench.library.outputs["1-0"].put_nowait(problem)
+        await bench.settle()
+        assert bench.whole() == step
+        assert bench.load == Load(4, 0, 0)
 
     run(test)
 

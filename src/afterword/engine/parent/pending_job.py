@@ -13,7 +13,15 @@ from typing import Protocol
 
 from afterword.engine.parent.engine_metrics import JobTimer
 from afterword.engine.protocol import Job, Step
-from afterword.errors import AfterwordError, JobRefused, NonFiniteLogits, Overloaded, RequestError
+from afterword.errors import (
+    AfterwordError,
+    JobRefused,
+    NonFiniteLogits,
+    Overloaded,
+    QueueTimeout,
+    RequestError,
+    UpstreamLost,
+)
 
 MAX_CRASHES = 2
 """A job that was running in this many crashes, without progress in between, is not tried again."""
@@ -96,7 +104,7 @@ class PendingJob:
             return
         self.admitted = self.begun = True
         self.has_progress = self.has_progress or bool(step.scored or step.sampled)
-        if step.failed or step.refused:
+        if step.ends_job:
             self._open.clear()
             self._timer.record_end()
             self.fail(self._error(step))
@@ -136,6 +144,10 @@ class PendingJob:
         """The error of a step that has ended the job."""
         if step.refused:
             return JobRefused()
+        if step.late:
+            return QueueTimeout()
+        if step.lost:
+            return UpstreamLost()
         if step.busy:
             return Overloaded("The server is busy with other grammars. Please try again later.", retry_after=5)
         if not step.error:

@@ -34,10 +34,8 @@ from afterword.settings.limit_table import limit
 from afterword.system.tasks import supervised
 
 EngineState = Literal["starting", "ready", "restarting", "failing", "closed"]
-"""`restarting`: jobs wait for the next worker.
-
-`failing`: the worker crashed too often; jobs are refused until a worker has loaded the model.
-"""
+"""`restarting`: jobs wait for the next worker. `failing`: the worker crashed too often; jobs are refused until a worker
+has loaded the model."""
 
 OVERLOADED = "The server is overloaded: too many requests are waiting. Please try again later."
 _FAILING = "The worker process cannot be kept running at the moment."
@@ -53,11 +51,13 @@ class QueuePolicy:
     queue_tokens: int = limit(2**22, "tokens of prompts that wait and of all that they may generate")
     queue_seconds: float = limit(600.0, "seconds that a prompt waits for its turn, 0: for ever")
     max_text: int = limit(2**20, "characters of a text that is tokenized")
+    upstream_seconds: float = limit(300.0, "seconds without an event of --upstream after which a request has failed")
     hang_seconds: float = limit(15.0, "seconds without a heartbeat after which the worker is replaced, at least 3")
 
     def __post_init__(self) -> None:
-        if self.hang_seconds < 3:
-            raise SettingError("The limit hang_seconds must be at least 3: the worker sends a heartbeat every second.")
+        for name, least in (("hang_seconds", 3), ("upstream_seconds", 1)):  # a worker sends a heartbeat every second
+            if getattr(self, name) < least:
+                raise SettingError(f"The limit {name} must be at least {least}.")
 
 
 class Supervisor:

@@ -29,11 +29,22 @@ SCORES_PER_STEP = 2048
 """The most scores of prompt tokens in one step: the frames that the server decodes stay small."""
 
 Generate = Callable[[SampleRequest], AsyncGenerator[SampleOutput]]
-"""Runs a request. Closing the iterator ends the request. An exception means that the library refuses the request."""
+"""Runs a request. Closing the iterator ends the request.
+
+Raises `SampleLost` and `SampleLate`. Another exception means that the library refuses the request.
+"""
 
 SendSteps = Callable[[dict[int, Step], Load], None]
 
 _log = logging.getLogger("afterword")
+
+
+class SampleLost(Exception):
+    """The server that computes has broken off the request."""
+
+
+class SampleLate(Exception):
+    """The server that computes was not there for too long; the request has brought nothing."""
 
 
 @dataclass(slots=True, eq=False)
@@ -170,14 +181,18 @@ class VllmJobs:
                     await running.reads.wait()
                     if self._take(running, sample, output):
                         return
-            self._refuse(running, f"ended request {request.name} early")
+            self._fail(running, Step(refused=True), f"ended request {request.name} early")
+        except SampleLost as problem:
+            self._fail(running, Step(lost=True), f"broke off request {request.name}: {problem}")
+        except SampleLate:
+            self._fail(running, Step(late=True), f"was away for too long for request {request.name}")
         except Exception as problem:
-            self._refuse(running, f"refused request {request.name}: {problem!r}")
+            self._fail(running, Step(refused=True), f"refused request {request.name}: {problem!r}")
 
-    def _refuse(self, running: _RunningJob, reason: str) -> None:
+    def _fail(self, running: _RunningJob, step: Step, reason: str) -> None:
         _log.error("vLLM %s", reason)
         if running.open:
-            self._add(running, Step(refused=True))
+            self._add(running, step)
             self._end(running)
 
     def _take(self, running: _RunningJob, sample: int, output: SampleOutput) -> bool:
@@ -250,5 +265,7 @@ def joined(steps: Sequence[Step]) -> list[Step]:
         cached=sum(step.cached for step in steps),
         failed=any(step.failed for step in steps),
         refused=any(step.refused for step in steps),
+        lost=any(step.lost for step in steps),
+        late=any(step.late for step in steps),
     )
     return [*(Step(scored=part) for part in before), whole]

@@ -24,9 +24,9 @@ from afterword.engine.protocol import ModelInfo
 from afterword.engine.vllm.model_folder import ModelFolder, read_folder
 from afterword.engine.vllm.requests import LIMITS, Alternatives, PromptScore, SampleOutput, SampleRequest
 from afterword.engine.vllm.tokenizer import FolderTokenizer
+from afterword.engine.vllm.versions import OLDEST_TEXT, is_too_old
 from afterword.errors import SettingError
 
-OLDEST = (0, 32)
 _OTHER_PYTHON = "Another interpreter can be named with --vllm-python."
 _FLAGS = ("--max-logprobs=-1", "--disable-log-stats", "--generation-config=vllm")
 _ENVIRONMENT = {
@@ -117,11 +117,8 @@ def open_model(settings: messages.LoadVllm) -> LoadedVllm:
 
 def check_version(version: str) -> None:
     """Raise `SettingError` for a version of vLLM that is too old."""
-    found = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
-    if ".dev" in version and found < (0, 2):  # built from source without tags, so the number says nothing
-        return
-    if found < OLDEST:
-        raise SettingError(f"vLLM {version} is installed, but {'.'.join(map(str, OLDEST))} or later is needed.")
+    if is_too_old(version):
+        raise SettingError(f"vLLM {version} is installed, but {OLDEST_TEXT} or later is needed.")
 
 
 def make_arguments(settings: messages.LoadVllm, kind: Any, parser_kind: Any) -> Any:
@@ -144,22 +141,12 @@ def _model_info(settings: messages.LoadVllm, folder: ModelFolder, config: Any, t
     context = int(config.model_config.max_model_len) - 1
     cache, sequences = config.cache_config, int(config.scheduler_config.max_num_seqs)
     capacity = int(cache.num_gpu_blocks or 0) * int(cache.block_size or 0)
-    return ModelInfo(
+    return msgspec.structs.replace(
+        tokenizer.model_info(LIMITS, settings.infill_template),
         parameters=folder.count_parameters(),
         context=context,
         sequences=sequences,
-        pieces=tokenizer.pieces,
-        end_tokens=tokenizer.end_tokens,
-        bos=tokenizer.bos,
-        eos=tokenizer.eos,
-        add_bos=tokenizer.add_bos,
-        space_prefix=tokenizer.space_prefix,
-        longest_token=tokenizer.longest_token,
-        infill=tokenizer.infill(settings.infill_template),
-        fingerprint="",
-        promise="none",
         capacity=capacity if 0 < capacity < sequences * context else None,
-        job_limits=LIMITS,
     )
 
 

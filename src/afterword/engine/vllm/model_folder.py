@@ -51,10 +51,20 @@ class ModelFolder:
         return next((files for each in _WEIGHTS if (files := tuple(sorted(self.path.glob(each))))), ())
 
     @property
+    def vocabulary(self) -> int:
+        """How many tokens the model has; 0 if unknown."""
+        text: dict[str, Any] = self.config.get("text_config") or self.config
+        return int(text.get("vocab_size") or 0)
+
+    @property
+    def setting_files(self) -> tuple[str, ...]:
+        """The files beside the weights that can change a number or a token."""
+        return tuple(str(path) for name in _SETTINGS if (path := self.path / name).is_file())
+
+    @property
     def files(self) -> tuple[str, ...]:
         """All files that can change a number or a token."""
-        settings = (self.path / name for name in _SETTINGS)
-        return tuple(str(path) for path in (*settings, *self.weight_files) if path.is_file())
+        return (*self.setting_files, *map(str, self.weight_files))
 
     def count_parameters(self) -> int:
         """The number of weights, from the headers of the safetensors files; 0 for other files."""
@@ -67,13 +77,13 @@ def read_folder(path: Path) -> ModelFolder:
     """Read the settings of a model. Raises `SettingError` if the folder has no model that can be served."""
     if not (path / _CONFIG).is_file():
         raise SettingError(
-            f"{path} is no folder with a model in Hugging Face's format: it has no {_CONFIG}. With --engine vllm give "
-            "the folder of a model."
+            f"{path} is no folder with a model in Hugging Face's format: it has no {_CONFIG}. With --engine vllm and "
+            "--engine http give the folder of a model."
         )
     if not (path / TOKENIZER).is_file():
         raise SettingError(
             f"{path} has no {TOKENIZER}. Other forms of tokenizers (tekken.json, tokenizer.model) are not supported "
-            "with --engine vllm, because the bytes of their tokens are read from this file."
+            "with --engine vllm and --engine http, because the bytes of their tokens are read from this file."
         )
     config, generation, tokenizer = (
         read_json(path / name) for name in (_CONFIG, "generation_config.json", "tokenizer_config.json")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from afterword.engine.llama.infill_families import find_layout, parse_template
-from afterword.engine.protocol import InfillLayout
+from afterword.engine.protocol import InfillLayout, JobLimits, ModelInfo
 from afterword.engine.vllm.model_folder import ModelFolder, read_json
 from afterword.engine.vllm.token_bytes import keeps_text, token_bytes
 from afterword.errors import SettingError
@@ -96,6 +96,25 @@ class FolderTokenizer:
             return parse_template(template, lambda text: self.tokenize(text, True), ids.__contains__)
         names = {added["content"]: added["id"] for added in self._content.get("added_tokens") or []}
         return find_layout(names, self._folder.path.name, None, lambda text: self.tokenize(text, False))
+
+    def model_info(self, limits: JobLimits, infill_template: str) -> ModelInfo:
+        """The model info without sizes and fingerprint. Raises `SettingError`."""
+        return ModelInfo(
+            parameters=0,
+            context=0,
+            sequences=0,
+            pieces=self.pieces,
+            end_tokens=self.end_tokens,
+            bos=self.bos,
+            eos=self.eos,
+            add_bos=self.add_bos,
+            space_prefix=self.space_prefix,
+            longest_token=self.longest_token,
+            infill=self.infill(infill_template),
+            fingerprint="",
+            promise="none",
+            job_limits=limits,
+        )
 
     def _token(self, name: str) -> int | None:
         """The id of a token that the tokenizer's settings or the model's name."""
