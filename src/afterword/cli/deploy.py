@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from afterword.cli.options import option
+from afterword.cli.options import GroupedCommand, option
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("app", metavar="APP.yaml", type=click.Path(path_type=Path))
 @option(
     "Cluster", "--address", help="A running Ray cluster, or auto for the one of this machine.  [default: a new one]"

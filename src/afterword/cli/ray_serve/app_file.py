@@ -6,6 +6,7 @@ which Ray requires too, but not Ray.
 
 from __future__ import annotations
 
+import copy
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class ServeApp:
     - `requests_per_replica`: running and waiting requests of a replica at which the autoscaler aims.
     - `surge`: percent of the replicas that a rolling update may start before it stops old ones.
     - `cpus`, `gpus`: what one replica reserves. `drain`: seconds that a replica's requests have to end.
-    - `serve`: the settings of `afterword serve` by name; `models`, `public`, `max_queue`: what they say.
+    - `serve`: the settings of `afterword serve` by name; `max_queue` is among them.
     """
 
     name: str
@@ -111,24 +112,25 @@ def serve_options(table: Mapping[str, Any], host: str) -> dict[str, Any]:
     is read: the settings are in its place.
     """
     values = check_serve("serve: ", table)
-    command = serve_command()
-    named = {each.name for each in command.params if settings.name(each) in REFUSED}
     try:
-        with command.make_context("serve", [], default_map=values) as ctx:
-            options = dict(ctx.params)
+        with serve_command().make_context("serve", [], default_map=values) as ctx:
+            return ctx.params | {"host": host}
     except click.UsageError as error:  # from an environment variable
         raise SettingError(error.format_message()) from None
-    defaults = {each.name: each.get_default(ctx) for each in command.params if each.name in named}
-    return options | {name: value for name, value in defaults.items() if name and name != "proxy"} | {"host": host}
 
 
 def serve_command() -> click.Command:
-    """`afterword serve` without its option `--config`."""
+    """`afterword serve` without its option `--config`, and without variables for settings that replicas cannot have."""
     from afterword.cli.commands import main
 
-    found = main.commands["serve"]
-    params = [each for each in found.params if each.name != "config"]
-    return click.Command("serve", params=params, callback=None)
+    params = []
+    for each in main.commands["serve"].params:
+        parameter = copy.copy(each)
+        if settings.name(each) in REFUSED:
+            parameter.envvar = None
+        if settings.name(each) != "config":
+            params.append(parameter)
+    return click.Command("serve", params=params)
 
 
 def _table(path: Path) -> dict[str, Any]:
