@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from afterword.api.middleware.request_ids import HEADER, middlewares
 from afterword.cli import main
 from afterword.cli.ray_serve import app_file
 from afterword.cli.ray_serve.app_file import REFUSED, check_serve, read_app, serve_command, serve_options
@@ -160,3 +163,19 @@ def test_without_ray_the_error_says_what_to_install(write, monkeypatch):
 
 def test_one_replica_is_replaced_by_another_that_starts_first(write):
     assert deployment_options(read_app(write("replicas: 1")))["max_surge_percent"] > 0
+
+
+def test_requests_behind_serve_get_ids_of_afterwords_form():
+    """Serve puts the header into the response, so a client's own id must not reach it."""
+    seen: list[list[tuple[bytes, bytes]]] = []
+
+    async def app(scope, receive, send):
+        seen.append(scope["headers"])
+
+    scope = {"type": "http", "headers": [(b"host", b"a"), (HEADER, b"mine")]}
+    (middleware,) = middlewares()
+    asyncio.run(middleware.cls(app)(scope, None, None))
+    (headers,) = seen
+    assert headers[0] == (b"host", b"a")
+    assert re.fullmatch(rb"req_[0-9a-f]{32}", dict(headers)[HEADER])
+    assert len(headers) == 2

@@ -16,6 +16,7 @@ from typing import Any
 from ray import serve
 
 from afterword.api.app import make_app
+from afterword.api.middleware.request_ids import HEADER
 from afterword.api.requests.request_recorder import REQUEST_ID_KEY
 from afterword.cli.ray_serve.app_file import serve_options
 from afterword.cli.ray_serve.configuration import DEPLOYMENT
@@ -81,14 +82,13 @@ def _hosted(app: Application) -> Application:
                 await receive()
                 await send({"type": f"lifespan.{phase}.complete"})
             return
-        name = b"x-request-id"
-        given = next((value for each, value in scope.get("headers", ()) if each == name), b"").decode("latin-1")
-        if _REQUEST_ID.fullmatch(given):  # a client can choose it
+        given = next((value for name, value in scope.get("headers", ()) if name == HEADER), b"").decode("latin-1")
+        if _REQUEST_ID.fullmatch(given):  # with Serve's own proxy a client can choose it
             scope[REQUEST_ID_KEY] = given
 
         async def send_without_id(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message = message | {"headers": [each for each in message["headers"] if each[0].lower() != name]}
+                message = message | {"headers": [each for each in message["headers"] if each[0].lower() != HEADER]}
             await send(message)
 
         await app(scope, receive, send_without_id)

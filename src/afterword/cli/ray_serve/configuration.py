@@ -33,8 +33,12 @@ def replica_variables() -> dict[str, str]:
 
     Serve's server and the application share one event loop. Otherwise Serve puts parts of responses into a queue with
     no limit between two threads, and a client that reads slowly would not slow the application down.
+    The middleware gives requests ids of Afterword's form.
     """
-    return {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
+    return {
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "afterword.api.middleware.request_ids:middlewares",
+    }
 
 
 def deployment_options(app: ServeApp) -> dict[str, Any]:
