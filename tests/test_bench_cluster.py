@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import xml.etree.ElementTree as ET
 from collections import Counter
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench import replicas
 from bench.cluster.__main__ import main
 from bench.cluster.replica import PrefixCache, Rates
 from bench.cluster.routing import ROUTERS, least_loaded, prefix_first
@@ -138,3 +140,18 @@ def test_the_command_prints_a_table_with_its_assumptions_and_draws_a_picture(tmp
     assert "Assumed:" in printed
     lines = list(ET.fromstring(file.read_text()).iter("{http://www.w3.org/2000/svg}polyline"))
     assert len(lines) == 2 * len(ROUTERS)
+
+
+def test_the_cost_of_a_token_is_the_median_of_rounds_and_the_front_is_all_but_the_workers():
+    rounds = [{"server": 1.0, "worker": 2.0}, {"server": 3.0, "worker": 2.0}, {"server": 2.0, "worker": 5.0}]
+    assert replicas.report(rounds) == [
+        "server: 2.000 ms (1.000 to 3.000)",
+        "worker: 2.000 ms (2.000 to 5.000)",
+        "front: 2.000 ms (1.000 to 3.000)",
+        "all: 5.000 ms (3.000 to 7.000)",
+    ]
+
+
+def test_the_cost_of_a_token_is_measured_on_our_server(capsys):
+    replicas.main(["--rounds", "1", sys.executable, "-m", "afterword", "serve", "--port", "0", "--parallel", "8"])
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["server", "worker", "front", "all"]

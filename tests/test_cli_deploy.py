@@ -6,6 +6,7 @@ import asyncio
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -13,11 +14,15 @@ import yaml
 from click.testing import CliRunner
 
 from afterword.api.middleware.request_ids import HEADER, middlewares
+from afterword.api.routes.files import manager_of
+from afterword.api.service import Service
 from afterword.cli import main
 from afterword.cli.ray_serve import app_file
 from afterword.cli.ray_serve.app_file import REFUSED, check_serve, read_app, serve_command, serve_options
 from afterword.cli.ray_serve.configuration import IMPORT_PATH, cluster_variables, deployment_options
-from afterword.errors import SettingError
+from afterword.config import Config
+from afterword.engine.parent.model_manager import ModelManager
+from afterword.errors import RequestError, SettingError
 
 
 @pytest.fixture
@@ -179,3 +184,11 @@ def test_requests_behind_serve_get_ids_of_afterwords_form():
     assert headers[0] == (b"host", b"a")
     assert re.fullmatch(rb"req_[0-9a-f]{32}", dict(headers)[HEADER])
     assert len(headers) == 2
+
+
+def test_a_server_without_a_batch_manager_refuses_files_with_the_reason():
+    service = Service(Config(), ModelManager([], keep_alive=None))
+    request = SimpleNamespace(app=SimpleNamespace(state=SimpleNamespace(service=service)))
+    with pytest.raises(RequestError, match="one of several replicas") as refused:
+        manager_of(request)
+    assert (refused.value.status, refused.value.code) == (404, "batches_not_available")
