@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Start the command, measure, and end it."""
     parser = argparse.ArgumentParser(prog="python -m bench.replicas", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pause", type=float, default=5, help="seconds before the first round (5)")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args(arguments)
     quiet = subprocess.DEVNULL
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             assert process.stdout is not None
             found = next(filter(None, (re.search(r"http://\S+", line) for line in process.stdout)))
-            time.sleep(5)  # HAProxy learns of the last replica
+            time.sleep(options.pause)  # HAProxy learns of the last replica
             print("\n".join(report(_measured(found[0], process.pid, options.rounds))))
         finally:
             process.terminate()

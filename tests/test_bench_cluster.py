@@ -153,5 +153,6 @@ def test_the_cost_of_a_token_is_the_median_of_rounds_and_the_front_is_all_but_th
 
 
 def test_the_cost_of_a_token_is_measured_on_our_server(capsys):
-    replicas.main(["--rounds", "1", sys.executable, "-m", "afterword", "serve", "--port", "0", "--parallel", "8"])
+    server = [sys.executable, "-m", "afterword", "serve", "--port", "0", "--parallel", "8"]
+    replicas.main(["--rounds", "1", "--pause", "0", *server])
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["server", "worker", "front", "all"]
