@@ -33,7 +33,7 @@ class Cluster:
     process: psutil.Process
 
     def http(self) -> httpx.Client:
-        """A client with the key. `verify`: certificates, which no test needs, would be read for each of many clients."""
+        """A client with the key. Reading certificates, which no test needs, costs much for many clients."""
         headers = {"Authorization": f"Bearer {KEY}"}
         return httpx.Client(base_url=self.url, headers=headers, timeout=SECONDS, trust_env=False, verify=False)
 
