@@ -7,7 +7,7 @@ KERNELS := src/afterword/engine/kernels
 # llama.cpp's code for images and audio is not used; without it llama.cpp compiles in half the time.
 export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
 
-.PHONY: serve test slow model chaos browser clients vllm check warnings sanitize bits wheel lock
+.PHONY: serve test slow model chaos browser clients ray vllm check warnings sanitize bits wheel lock
 
 serve: $(VENV)/.serve $(filter $(VENV)/models/%,$(MODEL))  ## serve the built-in model: make serve, or make serve MODEL=path.gguf ARGS="--port 9000"
 	$(BIN)/afterword serve $(MODEL) $(ARGS)
@@ -30,6 +30,10 @@ browser: $(VENV)/.browser  ## test the playground in Chromium, which must be on 
 
 clients: $(VENV)/.clients  ## test other projects' clients; downloads more than 1 GB, and uses Node where it is installed
 	PYTHONPATH=$(abspath $(VENV)/clients) NODE_PATH=$(abspath $(VENV)/node/node_modules) $(BIN)/python -m pytest tests/clients
+
+ray: $(VENV)/.dev  ## test replicas on Ray Serve; installs 700 MB into .venv-ray, and skips the tests where that fails
+	-$(BIN)/python tests/with_ray/install_ray.py .venv-ray
+	AFTERWORD_RAY_PYTHON=$$(test -e .venv-ray/done && echo $(abspath .venv-ray/bin/python)) $(BIN)/python -m pytest tests/with_ray
 
 vllm: $(VENV)/.dev  ## test vLLM as engine; installs 3.5 GB into .venv-vllm, and skips the tests where that fails
 	-$(BIN)/python tests/with_vllm/install.py .venv-vllm

@@ -38,7 +38,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def is_setting(name: str) -> bool:
     """Whether an environment variable is a setting. Others name the libraries with which the tests run."""
-    return name.startswith("AFTERWORD_") and name not in ("AFTERWORD_LLAMA", "AFTERWORD_VLLM_PYTHON")
+    return name.startswith("AFTERWORD_") and name not in (
+        "AFTERWORD_LLAMA",
+        "AFTERWORD_RAY_PYTHON",
+        "AFTERWORD_VLLM_PYTHON",
+    )
 
 
 Serve = Callable[..., AbstractContextManager["Server"]]

@@ -53,6 +53,15 @@ ELSEWHERE = {
         "afterword serve models/Llama-3.2-1B --engine http --upstream http://127.0.0.1:8000 --host 0.0.0.0 --port 9000 "
         "--keys",
     ): Elsewhere("needs a vLLM server and a model; tests/engine/http starts such servers with a scripted upstream"),
+    ("docs/scale.md", "pip install 'afterword[ray]'"): REGISTRY,
+    ("docs/scale.md", "afterword deploy app.yaml"): Elsewhere("needs Ray; tests/with_ray runs such an application"),
+    (
+        "docs/scale.md",
+        "export RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S=5",
+    ): Elsewhere("needs Ray; tests/with_ray updates such an application"),
+    ("docs/scale.md", "python -m bench.cluster --picture routing.svg"): Elsewhere(
+        "simulates for a minute; tests/test_bench_cluster.py runs a small case"
+    ),
     ("training/README.md", "python3 -m venv training-venv"): Elsewhere("trains for hours, with PyTorch"),
     ("docs/comparison.md", "python tests/conformance --url http://127.0.0.1:8000/v1 || test $? = 1"): Elsewhere(
         "takes seconds, and tests/conformance/test_conformance.py runs the same cases"

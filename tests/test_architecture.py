@@ -105,7 +105,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 OUTSIDE = {
     # a library and the only packages that may import it
     "llama_cpp": set(),  # engine.llama loads the library in it, with declarations of its own
-    "starlette": {"api"},
+    "starlette": {"api", "cli.ray_serve"},
     "python_multipart": {"api"},
     "uvicorn": {"transport"},
     "httptools": {"transport"},
@@ -118,6 +118,8 @@ OUTSIDE = {
     "tokenizers": {"engine.http", "engine.vllm"},
     "torch": {"engine.vllm"},
     "vllm": {"engine.vllm"},
+    "ray": {"cli"},
+    "yaml": {"cli"},
     "opentelemetry": {"observability.traces"},
     "prometheus_client": {"observability.key_counters", "observability.metrics"},
 }

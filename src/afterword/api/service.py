@@ -41,7 +41,7 @@ class NamedModel:
 class Service:
     """Everything that a route may use. `models`: all models that requests can name, loaded or not.
 
-    `batches` is None in a process that does not listen for connections.
+    `batches` is None in a replica: the folders of several replicas are separate.
     """
 
     config: Config

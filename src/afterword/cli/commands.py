@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from afterword import __version__
-from afterword.cli import batch, config, keys, settings, shell_completion
+from afterword.cli import batch, config, deploy, keys, settings, shell_completion
 from afterword.cli.options import GroupedCommand, ServeCommand, engine_options, leaves, option, short_values, typed
 from afterword.errors import AfterwordError, RequestError, SettingError
 from afterword.settings.durations import parse_duration
@@ -366,6 +366,7 @@ def ps(url: str, api_key: str | None, as_json: bool) -> None:
 
 
 main.add_command(batch.batch)
+main.add_command(deploy.deploy)
 main.add_command(keys.keys)
 main.add_command(keys.usage)
 main.add_command(config.config)

@@ -12,9 +12,9 @@ import sys
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -43,6 +43,9 @@ from afterword.settings.durations import format_duration
 from afterword.system.tasks import switch_threads_soon
 from afterword.transport.transport_limits import TransportLimits
 
+if TYPE_CHECKING:
+    from afterword.api.service import Service
+
 E = TypeVar("E", ModelManager, Supervisor)
 _ENGINE = (
     "context",
@@ -64,22 +67,33 @@ _LIMITS = {"max_logprobs": "max_logprobs", "max_stop": "max_stop", "queue": "max
 """Options that set a limit, by the limit's name. Both `--limit` and these options take precedence over `--strict`."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """The tables of limits that the options of `afterword serve` set."""
+
+    requests: RequestLimits
+    transport: TransportLimits
+    queue: QueuePolicy
+    batch: BatchLimits
+    keys: KeyLimits
+
+
 def serve(specs: Sequence[str], options: dict[str, Any]) -> None:
     """Serve models until a signal. `options`: the values of the command's options by name. Raises `SettingError`."""
-    own = {name: options[option] for name, option in _LIMITS.items() if options[option] is not None}
-    given = own | limit_table.parse_limits(options["limit"])
-    requests = limit_table.with_limits(STRICT if options["strict"] else RequestLimits(), given)
-    transport = limit_table.with_limits(
-        TransportLimits(max_per_peer=None if is_loopback(options["host"]) else 64), given
-    )
-    policy = limit_table.with_limits(QueuePolicy(), given)
-    batch = limit_table.with_limits(BatchLimits(), given)
-    keys = limit_table.with_limits(KeyLimits(options["wrong_keys"]), given)
-    limit_table.check_all_used(given)
     if options["print_limits"]:
+        limits = _limits(options)
         listed = limit_table.limits_as_json if options["as_json"] else limit_table.limits_as_text
-        click.echo(listed(requests, transport, policy, batch, keys))
+        click.echo(listed(limits.requests, limits.transport, limits.queue, limits.batch, limits.keys))
         return
+    run_async(_serve(*server_parts(specs, options)))
+
+
+def server_parts(specs: Sequence[str], options: dict[str, Any]) -> tuple[ModelManager, Config]:
+    """The models and the settings of a server, from the options of `afterword serve`. Raises `SettingError`.
+
+    No model is loaded.
+    """
+    limits = _limits(options)
     config = Config(
         host=options["host"],
         port=options["port"],
@@ -103,19 +117,34 @@ def serve(specs: Sequence[str], options: dict[str, Any]) -> None:
         infill_trim=options["infill_trim"],
         bos_before_ids=options["bos_before_ids"],
         infill_rerank=options["infill_fallback"] == "rerank",
-        limits=replace(requests, ignore_unknown=options["ignore_unknown"]),
-        transport=transport,
-        batch=batch,
-        key_limits=keys,
+        limits=replace(limits.requests, ignore_unknown=options["ignore_unknown"]),
+        transport=limits.transport,
+        batch=limits.batch,
+        key_limits=limits.keys,
     )
     settings = replace(
         engine_settings(options), cache_dir=options["cache_dir"], cache_bytes=int(options["cache_size"] * 10**9)
     )
-    models = _models(specs, options, settings, policy, requests.max_logprobs)
+    models = _models(specs, options, settings, limits.queue, limits.requests.max_logprobs)
     if options["defaults"]:
         served = [managed_model.id for managed_model in models]
         config = replace(config, defaults=read_model_defaults(options["defaults"], served, config.limits))
-    run_async(_serve(models, config))
+    return models, config
+
+
+def _limits(options: dict[str, Any]) -> _Limits:
+    own = {name: options[option] for name, option in _LIMITS.items() if options[option] is not None}
+    given = own | limit_table.parse_limits(options["limit"])
+    max_per_peer = None if is_loopback(options["host"]) else 64
+    limits = _Limits(
+        requests=limit_table.with_limits(STRICT if options["strict"] else RequestLimits(), given),
+        transport=limit_table.with_limits(TransportLimits(max_per_peer=max_per_peer), given),
+        queue=limit_table.with_limits(QueuePolicy(), given),
+        batch=limit_table.with_limits(BatchLimits(), given),
+        keys=limit_table.with_limits(KeyLimits(options["wrong_keys"]), given),
+    )
+    limit_table.check_all_used(given)
+    return limits
 
 
 def _models(
@@ -161,16 +190,12 @@ async def _serve(models: ModelManager, config: Config) -> None:
     from afterword.api.app import make_app  # imported late: complete does not need the web framework
     from afterword.api.readiness import Readiness
     from afterword.api.routes.batches import make_batch_client
-    from afterword.api.service import Service
     from afterword.batch.file_store import FileStore
     from afterword.batch.manager import BatchManager, default_folder
-    from afterword.observability.metrics import Metrics
     from afterword.observability.traces import open_traces
     from afterword.transport.server import TransportServer
     from afterword.transport.shutdown_signals import ShutdownSignals
 
-    store = KeyStore(config.keys_file, patience=1) if config.keys_file else None
-    key_registry = KeyRegistry(config.keys, store, config.key_limits)
     readiness = Readiness()
     with (
         _open_listener(config) as listener,
@@ -179,17 +204,16 @@ async def _serve(models: ModelManager, config: Config) -> None:
         ShutdownSignals(readiness.drain) as shutdown_signals,
     ):
         port = listener.getsockname()[1]
-        further = (each.name for each in config.defaults)
-        names = dict.fromkeys((*(managed_model.id for managed_model in models), *further))
-        metrics = Metrics(names, config.metrics_names_begin, config.metrics_keys)
         file_store = FileStore(config.batch_dir or default_folder())
         file_store.check()
         batches = BatchManager(file_store, config.batch)
-        service = Service(config, models, key_registry, log, readiness, metrics, batches, traces)
+        service = replace(
+            make_service(config, models), request_log=log, readiness=readiness, batches=batches, traces=traces
+        )
         app = make_app(service)
         transport_server = TransportServer(app, listener, config.transport, config.proxies)
-        metrics.rejected = transport_server.rejected
-        async with key_registry.syncing(), transport_server, _closing(models):
+        service.metrics.rejected = transport_server.rejected
+        async with service.key_registry.syncing(), transport_server, closing(models):
             async with show_loading(
                 {managed_model.id: partial(_loaded_share, managed_model) for managed_model in models}
             ):
@@ -207,6 +231,19 @@ async def _serve(models: ModelManager, config: Config) -> None:
             )
 
 
+def make_service(config: Config, models: ModelManager) -> Service:
+    """The objects that the routes of one process use, with its key registry and its metrics."""
+    from afterword.api.service import Service
+    from afterword.observability.metrics import Metrics
+
+    store = KeyStore(config.keys_file, patience=1) if config.keys_file else None
+    key_registry = KeyRegistry(config.keys, store, config.key_limits)
+    further = (each.name for each in config.defaults)
+    names = dict.fromkeys((*(managed_model.id for managed_model in models), *further))
+    metrics = Metrics(names, config.metrics_names_begin, config.metrics_keys)
+    return Service(config, models, key_registry, metrics=metrics)
+
+
 def waiting_message(requests: int, grace: float) -> str:
     """The line that says what Ctrl+C waits for; empty if no request runs."""
     if not requests:
@@ -220,7 +257,7 @@ async def _complete(spec: str | None, body: bytes, settings: EngineSettings, as_
     model, engine = model_setup.single_model(spec, settings, QueuePolicy())
     deltas: list[Delta] = []
     usage = Usage(0, 0)
-    async with _closing(engine):
+    async with closing(engine):
         async with show_loading({model.id: lambda: engine.loaded}):
             await engine.open()
         plan = make_plan(request, engine.model_info, await tokenize(request, engine), secrets.randbits(64))
@@ -246,7 +283,7 @@ def _loaded_share(managed_model: ManagedModel) -> float:
 
 
 @asynccontextmanager
-async def _closing(engine: E) -> AsyncIterator[E]:
+async def closing(engine: E) -> AsyncIterator[E]:
     """Close the engine or model manager after the block, even if it was not opened."""
     try:
         yield engine

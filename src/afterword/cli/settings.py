@@ -12,7 +12,7 @@ import copy
 import difflib
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def read(path: Path, commands: click.Group) -> dict[str, Any]:
     except ValueError as error:  # not UTF-8, or not TOML
         raise SettingError(f"{path} is not valid TOML: {error}.") from None
     values = _read_group(f"{path}: ", table, commands)
-    if others and os.name == "posix" and _has_secret(values):
+    if others and os.name == "posix" and has_secret(values):
         raise SettingError(
             f"{path} contains an API key and every user of this machine can read it. Run: chmod o-r {path}"
         )
@@ -193,11 +193,15 @@ def _read_group(where: str, table: dict[str, Any], group: click.Group) -> dict[s
         if isinstance(command, click.Group):
             values[key] = _read_group(f"{where}[{key}] ", value, command)
         else:
-            values[key] = _read_command(f"{where}[{key}] ", value, command)
+            values[key] = read_command(f"{where}[{key}] ", value, command)
     return values
 
 
-def _read_command(where: str, table: dict[str, Any], command: click.Command) -> dict[str, Any]:
+def read_command(where: str, table: Mapping[str, Any], command: click.Command) -> dict[str, Any]:
+    """Check the settings of one command in a table of a file, and return them by parameter name.
+
+    `where` is the beginning of an error message. Raises `SettingError`.
+    """
     known = settable(command)
     values: dict[str, Any] = {}
     for key, value in table.items():
@@ -227,8 +231,9 @@ def _check_value(where: str, value: Any, parameter: click.Parameter) -> Any:
     return value
 
 
-def _has_secret(values: dict[str, Any]) -> bool:
-    return any(_has_secret(value) if isinstance(value, dict) else key in _SECRETS for key, value in values.items())
+def has_secret(values: dict[str, Any]) -> bool:
+    """Whether one of the values, nested by command, is a secret."""
+    return any(has_secret(value) if isinstance(value, dict) else key in _SECRETS for key, value in values.items())
 
 
 def _optional(parameter: click.Parameter) -> click.Parameter:

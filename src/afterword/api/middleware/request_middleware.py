@@ -7,14 +7,14 @@ and the traces.
 from __future__ import annotations
 
 import ipaddress
-import secrets
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from afterword.api.in_process_client import SCOPE_KEY
+from afterword.api.middleware.request_ids import new_request_id
 from afterword.api.requests.request_context import CONTEXT_KEY, RequestContext
-from afterword.api.requests.request_recorder import RECORDER_KEY, RequestRecorder
+from afterword.api.requests.request_recorder import RECORDER_KEY, REQUEST_ID_KEY, RequestRecorder
 from afterword.api.responses.response_headers import response_headers
 from afterword.observability.metrics import Metrics
 from afterword.observability.request_log import RequestLog
@@ -37,7 +37,8 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        recorder = RequestRecorder(f"req_{secrets.token_hex(16)}", client_address(scope), SCOPE_KEY in scope)
+        request_id = scope.get(REQUEST_ID_KEY) or new_request_id()
+        recorder = RequestRecorder(request_id, client_address(scope), SCOPE_KEY in scope)
         scope[RECORDER_KEY] = recorder
 
         async def send_with_headers(message: Message) -> None:

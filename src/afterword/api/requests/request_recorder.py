@@ -22,6 +22,8 @@ from afterword.observability.metrics import NO_ROUTE, CompletionOutcome, Request
 _encode = msgspec.json.Encoder().encode  # escapes control characters
 
 RECORDER_KEY = "afterword.request_recorder"
+REQUEST_ID_KEY = "afterword.request_id"
+"""The key of a request's id in its ASGI scope, where the server in front of the application has chosen the id."""
 """The key of the ASGI scope that holds the request recorder."""
 
 

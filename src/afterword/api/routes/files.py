@@ -122,7 +122,13 @@ def list_object(items: list[dict[str, Any]], more: bool) -> dict[str, Any]:
 
 def manager_of(request: Request) -> BatchManager:
     service: Service = request.app.state.service
-    assert service.batches is not None  # only a process that listens for connections serves this route
+    if service.batches is None:
+        raise RequestError(
+            "Files and batches are not available here: this server is one of several replicas with separate folders. "
+            "`afterword batch FILE --url` sends the lines of a batch file to them.",
+            code="batches_not_available",
+            status=404,
+        )
     return service.batches
 
 

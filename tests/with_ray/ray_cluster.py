@@ -1,0 +1,150 @@
+"""How the tests run an application of Ray Serve, and what they find out about its processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+PYTHON = os.environ.get("AFTERWORD_RAY_PYTHON", "")
+KEY = "sk-ray-0123456789abcdef"
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+SECONDS = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """A cluster on this machine. `process`: the command that runs it; `log`: the requests that replicas answered."""
+
+    url: str
+    file: Path
+    log: Path
+    process: psutil.Process
+
+    def http(self) -> httpx.Client:
+        """A client with the key. Reading certificates, which no test needs, costs much for many clients."""
+        headers = {"Authorization": f"Bearer {KEY}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=SECONDS, trust_env=False, verify=False)
+
+    def replicas(self) -> list[psutil.Process]:
+        """The processes of the replicas that have a worker."""
+        return [each for each in self._descendants("ServeReplica") if workers(each)]
+
+    def proxies(self) -> list[psutil.Process]:
+        return self._descendants("haproxy")
+
+    def _descendants(self, word: str) -> list[psutil.Process]:
+        return [each for each in self.process.children(recursive=True) if word in command(each)]
+
+    def log_lines(self) -> list[dict[str, object]]:
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+
+def command(process: psutil.Process) -> str:
+    """The command line; empty if the process has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def workers(replica: psutil.Process) -> list[psutil.Process]:
+    """The processes in which a replica's models run."""
+    try:
+        return [each for each in replica.children() if "afterword" in command(each)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def running(replica: psutil.Process) -> dict[str, object]:
+    """The state of one replica, which is asked without the proxy."""
+    (port,) = {
+        each.laddr.port
+        for each in replica.net_connections("tcp")
+        if each.status == psutil.CONN_LISTEN and 30_000 <= each.laddr.port <= 31_000
+    }
+    found: dict[str, object] = httpx.get(f"http://127.0.0.1:{port}/ready", trust_env=False, timeout=SECONDS).json()
+    return found
+
+
+def living(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that have not ended. A zombie has."""
+    found = []
+    for each in processes:
+        try:
+            if each.status() != psutil.STATUS_ZOMBIE:
+                found.append(each)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def wait_until(condition: Callable[[], object], seconds: float = SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def environment() -> dict[str, str]:
+    """The environment of the command. The ports of HAProxy are free ones."""
+    return os.environ | {
+        "PYTHONPATH": str(SOURCE),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@contextmanager
+def deployed(folder: Path) -> Iterator[Cluster]:
+    """Run two replicas of the built-in model; afterwards no process of the cluster may be left."""
+    file, log, port = folder / "app.yaml", folder / "requests.jsonl", free_port()
+    file.write_text(
+        f"port: {port}\nreplicas: 2\ncpus: 0.1\ndrain: 20\n"
+        f"serve: {{strict: true, parallel: 8, threads: 1, api-key: [{KEY}], log: {log}}}\n"
+    )
+    file.chmod(0o600)
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [PYTHON, "-m", "afterword", "deploy", str(file)],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+        )
+        found: list[psutil.Process] = []
+        try:
+            cluster = Cluster(f"http://127.0.0.1:{port}", file, log, psutil.Process(process.pid))
+            assert process.stdout is not None
+            if not any("Ray Serve runs" in line for line in process.stdout):
+                errors.seek(0)
+                pytest.fail(f"Ray Serve did not start: {errors.read()[-3000:]}")
+            wait_until(lambda: len(cluster.replicas()) == 2)
+            yield cluster
+            found = cluster.process.children(recursive=True)
+            process.terminate()
+            assert process.wait(SECONDS) == 0
+            wait_until(lambda: not living(found), 30)
+        finally:
+            process.kill()
+            with process:  # closes its output and waits for its end
+                pass

@@ -1,0 +1,186 @@
+"""What clients see when a worker, a replica or an application is replaced, and that no process is left."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import httpx
+import psutil
+import pytest
+from ray_cluster import PYTHON, SECONDS, Cluster, environment, living, running, wait_until, workers
+
+CLIENTS, REQUESTS = 8, 500
+
+
+@dataclass(slots=True)
+class Load:
+    """Short requests of several clients, each with its own seed: what was answered."""
+
+    cluster: Cluster
+    lines_before: int
+    answers: dict[int, tuple[int, str]] = field(default_factory=dict)
+    broken: dict[int, str] = field(default_factory=dict)
+    ids: list[str] = field(default_factory=list)
+    answered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+
+    def body(self, seed: int) -> dict[str, object]:
+        prompt = f"Once there were {seed % 40}"
+        return {"model": "afterword-tiny", "prompt": prompt, "max_tokens": 8, "seed": seed}
+
+    def send(self, seed: int) -> None:
+        with self.cluster.http() as http:
+            try:
+                response = http.post("/v1/completions", json=self.body(seed))
+                text = response.json()["choices"][0]["text"] if response.status_code == 200 else response.text
+                self.answers[seed] = (response.status_code, text)
+                self.ids.append(response.headers.get("x-request-id", ""))
+            except httpx.TransportError as problem:
+                self.broken[seed] = repr(problem)
+        self.answered.release()
+
+    def run(self, during: Callable[[], None]) -> None:
+        """Send all requests; call `during` when a tenth of them is answered, and not before the others can go on."""
+        with ThreadPoolExecutor(CLIENTS) as clients:
+            sent = [clients.submit(self.send, seed) for seed in range(REQUESTS)]
+            for _ in range(REQUESTS // 10):
+                self.answered.acquire(timeout=SECONDS)
+            during()
+            for each in sent:
+                each.result()
+
+    @property
+    def lost(self) -> dict[int, object]:
+        wrong = {seed: answer for seed, answer in self.answers.items() if answer[0] != 200}
+        return {**wrong, **self.broken}
+
+    def check(self) -> None:
+        """Every answered request has the text of its seed, and no replica has computed a request for nobody."""
+        assert len(self.answers) + len(self.broken) == REQUESTS
+        lines = self.cluster.log_lines()[self.lines_before :]
+        computed = [each["id"] for each in lines if each["route"] == "/v1/completions" and each["finish"]]
+        assert len(computed) == len(set(computed))
+        assert set(computed) <= set(self.ids), "a request was computed whose answer no client has seen"
+        with self.cluster.http() as http:
+            for seed in list(self.answers)[:: REQUESTS // 25]:
+                status, text = self.answers[seed]
+                again = http.post("/v1/completions", json=self.body(seed)).json()
+                assert status != 200 or text == again["choices"][0]["text"]
+
+
+@contextmanager
+def stream(cluster: Cluster, **body: object) -> Iterator[Iterator[str]]:
+    whole = {"model": "afterword-tiny", "prompt": "Once", "seed": 7, "stream": True, "max_tokens": 200, **body}
+    with cluster.http() as http, http.stream("POST", "/v1/completions", json=whole) as response:
+        assert response.status_code == 200
+        yield response.iter_lines()
+
+
+def serving(cluster: Cluster) -> psutil.Process:
+    """The replica that computes something."""
+    found: list[psutil.Process] = []
+
+    def look() -> bool:
+        found[:] = [each for each in cluster.replicas() if running(each)["running"]]
+        return bool(found)
+
+    wait_until(look)
+    return found[0]
+
+
+def test_a_client_that_leaves_frees_its_sequence(cluster: Cluster) -> None:
+    with stream(cluster, n=4, max_tokens=240) as lines:
+        next(lines)
+        replica = serving(cluster)
+    wait_until(lambda: running(replica)["running"] == 0)
+    lines = [each for each in cluster.log_lines() if each["finish"] != ["length"]]
+    assert any(each["generated_tokens"] < 4 * 240 for each in lines if each["route"] == "/v1/completions")
+
+
+def test_a_stream_goes_on_when_the_worker_of_its_replica_is_killed(cluster: Cluster) -> None:
+    """The built-in model's promise is exact, so the next worker computes the rest of the same text."""
+    with stream(cluster) as lines:
+        whole = [text_of(line) for line in lines]
+    with stream(cluster) as lines:
+        found = [text_of(next(lines))]
+        for replica in cluster.replicas():
+            for worker in workers(replica):
+                worker.kill()
+        found += [text_of(line) for line in lines]
+    assert "".join(found) == "".join(whole)
+    assert found[-2:] == ["[DONE]", ""]
+
+
+def test_a_stream_is_cut_when_its_replica_is_killed_and_never_says_done(cluster: Cluster) -> None:
+    """The client sees a broken connection: HAProxy adds no event. The worker ends with the replica."""
+    with stream(cluster, n=32, max_tokens=240) as lines:
+        next(lines)
+        replica = serving(cluster)
+        found = workers(replica)
+        replica.kill()
+        with pytest.raises(httpx.TransportError):
+            assert "[DONE]" not in "".join(lines)
+    wait_until(lambda: not living([replica, *found]), 30)
+    wait_until(lambda: len(cluster.replicas()) == 2)
+
+
+def test_requests_that_had_no_answer_yet_are_answered_by_another_replica(cluster: Cluster) -> None:
+    load = Load(cluster, len(cluster.log_lines()))
+
+    def kill() -> None:
+        replica = cluster.replicas()[0]
+        found = workers(replica)
+        replica.kill()
+        wait_until(lambda: not living([replica, *found]), 30)
+
+    load.run(kill)
+    print(f"lost of {REQUESTS} while a replica was killed: {load.lost}")
+    assert len(load.lost) <= CLIENTS, "only requests whose answer had begun can be lost: one of each client"
+    load.check()
+    wait_until(lambda: len(cluster.replicas()) == 2)
+
+
+def test_a_rolling_update_loses_no_request(cluster: Cluster) -> None:
+    load = Load(cluster, len(cluster.log_lines()))
+    before = cluster.replicas()
+
+    def update() -> None:
+        words = [PYTHON, "-m", "afterword", "deploy", str(cluster.file), "--address", "auto"]
+        done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=SECONDS, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    load.run(update)
+    print(f"lost of {REQUESTS} while an update ran: {load.lost}")
+    assert not load.lost
+    load.check()
+    wait_until(lambda: not living(before))
+    assert len(cluster.replicas()) == 2
+
+
+def test_a_response_has_one_request_id_and_the_log_has_it_too(cluster: Cluster) -> None:
+    body = {"model": "afterword-tiny", "prompt": "One", "max_tokens": 1}
+    with cluster.http() as http:
+        responses = [http.post("/v1/completions", json=body, headers=each) for each in ({}, {"x-request-id": "mine-1"})]
+    ids = [response.headers["x-request-id"] for response in responses]
+    assert all(re.fullmatch("req_[0-9a-f]{32}", each) for each in ids), "one id, and not that of the client"
+    wait_until(lambda: set(ids) <= {line["id"] for line in cluster.log_lines()})
+
+
+def test_files_and_batches_are_refused_with_the_reason(cluster: Cluster) -> None:
+    with cluster.http() as http:
+        response = http.get("/v1/batches")
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "batches_not_available")
+
+
+def text_of(line: str) -> str:
+    """The text of an event, `[DONE]`, or nothing."""
+    data = line.removeprefix("data: ")
+    if not data or data == "[DONE]":
+        return data
+    return "".join(choice["text"] for choice in json.loads(data)["choices"])
