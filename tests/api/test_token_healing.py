@@ -70,6 +70,14 @@ def test_samples_and_other_fields_hold(http: httpx.Client) -> None:
     assert not one(http, **body, temperature=0, banned_strings=[free])["text"].startswith(free)
 
 
+def test_the_offset_is_right_where_the_prompt_ends_inside_a_character(http: httpx.Client) -> None:
+    ids = [*tokens_of(http, "ab"), tokens_of(http, "\N{GRINNING FACE}")[0]]
+    assert text_of(http, ids) == "ab\ufffd"
+    for echo, first in ((True, len(tokens_of(http, "ab"))), (False, 0)):
+        fields = {"prompt": ids, "echo": echo, "logprobs": 0, "max_tokens": 2, "token_healing": True, "temperature": 0}
+        assert one(http, **fields)["logprobs"]["text_offset"][first] == 2
+
+
 def test_a_prompt_without_a_token_to_complete_is_read_as_it_is(http: httpx.Client) -> None:
     (token,) = tokens_of(http, "Once")
     for prompt in ("", [token]):

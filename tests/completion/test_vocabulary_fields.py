@@ -66,6 +66,9 @@ def test_ids_must_be_in_the_vocabulary(name: str, token: int) -> None:
 def test_tokens_before_the_end_must_be_allowed() -> None:
     fields = {"prompt": ("a",), "allowed_token_ids": (EOS, 7), "stop_token_ids": (7,)}
     assert refused(**fields, min_tokens=1)[1] == "allowed_token_ids"
+    banned = {"allowed_token_ids": (EOS, 8), "banned_tokens": (8,)}
+    assert refused(**fields | banned, min_tokens=1)[1] == "allowed_token_ids"
+    assert plan_one_prompt(**fields | banned).job.banned == (8,)
     assert plan_one_prompt(**fields).job.end_tokens == (EOS, 7)
     assert plan_one_prompt(**fields | {"allowed_token_ids": (EOS, 8)}, min_tokens=1).job.min_tokens == 1
 

@@ -73,6 +73,7 @@ class ChoiceBuilder:
         self._echo = echo
         self._stream: TextStream[Token] = TextStream(plan.stop, *_text_start(prompt, echo))
         self._healed = prompt.job.healed
+        self._characters_before = _healed_characters(prompt.job.healed, echo)
         self._end_tokens = prompt.job.end_tokens
         self._min_tokens = prompt.job.min_tokens
         self._ids: list[int] = []  # generated, and in no delta yet
@@ -150,9 +151,9 @@ class ChoiceBuilder:
 
     def _placed(self, tokens: Sequence[TokenAtOffset[Token]]) -> Sequence[TokenAtOffset[Token]]:
         """The tokens with their offsets. A first token that begins with `Job.healed` begins inside the prompt."""
-        if not self._healed or not tokens:
+        if not self._characters_before or not tokens:
             return tokens
-        begun, self._healed = count_characters(self._healed), b""
+        begun, self._characters_before = self._characters_before, 0
         return (replace(tokens[0], offset=max(0, tokens[0].offset - begun)), *tokens[1:])
 
     def _final_columns(self) -> Logprobs | None:
@@ -210,6 +211,12 @@ class DeltaFolder:
 def _text_start(prompt: PromptPlan, echo: Echo | None) -> tuple[int, bytes]:
     """The offset of a completion's first character, in code points, and the bytes of it that end the echoed prompt."""
     return (len(prompt.text), b"") if echo is None else (len(echo.text), echo.pending_bytes)
+
+
+def _healed_characters(healed: bytes, echo: Echo | None) -> int:
+    """The characters of `Job.healed` that count in the offset of a completion's first character."""
+    pending = len(echo.pending_bytes) if echo else 0  # the start of a character, which is not in the echoed text
+    return count_characters(healed) - (0 < pending <= len(healed))
 
 
 def _has_content(delta: Delta) -> bool:

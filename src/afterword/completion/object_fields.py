@@ -109,7 +109,7 @@ def prediction(name: str, value: Any, _: RequestLimits) -> str:
     return "".join(_text_part(f"{name}.content[{index}]", part) for index, part in enumerate(content))
 
 
-_LOOP_SIZES = {"max_pattern_size": 2048, "min_pattern_size": 2048, "min_count": 1024}
+_LOOP_SIZES = {"max_pattern_size": 512, "min_pattern_size": 512, "min_count": 1024}
 
 
 @field_parser(

@@ -49,15 +49,18 @@ def banned_text(request: CompletionRequest, model_info: ModelInfo, end_tokens: t
 
 def check_allowed(request: CompletionRequest, model_info: ModelInfo, end_tokens: tuple[int, ...]) -> None:
     """Refuse a request that may only sample tokens that it must not sample yet, or never. Raises `RequestError`."""
-    if request.banned_ids and request.max_tokens:
-        left = range(len(model_info.pieces)) if request.allowed_token_ids is None else request.allowed_token_ids
-        if set(request.banned_ids).issuperset(left):
-            name = "banned_tokens" if request.banned_tokens else "custom_token_bans"
-            raise RequestError(f"'{name}' leaves no token that can be generated.", param=name)
-    if request.min_tokens and request.allowed_token_ids and set(request.allowed_token_ids) <= set(end_tokens):
+    if not request.max_tokens or (request.allowed_token_ids is None and not request.banned_ids):
+        return
+    every = range(len(model_info.pieces))
+    left = set(every if request.allowed_token_ids is None else request.allowed_token_ids).difference(request.banned_ids)
+    name = "banned_tokens" if request.banned_tokens else "custom_token_bans"
+    if not left:
+        raise RequestError(f"'{name}' leaves no token that can be generated.", param=name)
+    if request.min_tokens and left.issubset(end_tokens):
+        name = "allowed_token_ids" if request.allowed_token_ids else name
         raise RequestError(
-            "All tokens of 'allowed_token_ids' end the text, but 'min_tokens' requires tokens before the end.",
-            param="allowed_token_ids",
+            f"All tokens that '{name}' leaves end the text, but 'min_tokens' requires tokens before that.",
+            param=name,
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import msgspec
 import pytest
 from history_runner import VOCABULARY, HistoryRunner
@@ -32,6 +34,32 @@ def reference(tokens: list[int], detection: RepetitionDetection) -> bool:
 )
 def test_a_loop_is_found_by_its_definition(tokens, smallest, more, count):
     detection = RepetitionDetection(smallest + more, smallest, count)
+    assert ends_in_loop(tokens, detection) == reference(tokens, detection)
+
+
+class Counted(list[int]):
+    """A text that counts the tokens which are copied out of it."""
+
+    copied = 0
+
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        Counted.copied += len(found) if isinstance(index, slice) else 0
+        return found
+
+
+def test_few_tokens_are_compared_where_sizes_differ_early() -> None:
+    text = Counted(Random(3).choices((0, 1), k=20_000))
+    Counted.copied = 0
+    ends_in_loop(text, RepetitionDetection(512, 20, 32))
+    assert Counted.copied <= 512 * 2 * 16
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=6), st.integers(1, 30), st.integers(0, 3))
+def test_long_loops_are_found_by_their_definition(pattern, count, changed):
+    tokens = [0, 1, 2] + pattern * count
+    tokens[-changed] ^= 1
+    detection = RepetitionDetection(24, 1, 7)
     assert ends_in_loop(tokens, detection) == reference(tokens, detection)
 
 

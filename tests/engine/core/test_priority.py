@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from random import Random
+
 from history_runner import HistoryRunner
 
 from afterword.engine.core.engine_loop import EngineLoop
+from afterword.engine.core.sequence import JobState
+from afterword.engine.core.waiting_jobs import WaitingJobs
 from afterword.engine.protocol import Job, Sampling
 
 
@@ -46,3 +50,21 @@ def test_priorities_change_nothing_for_other_clients() -> None:
         return [names[number] for number in order(EngineLoop(HistoryRunner(1, 4)), *wanted)]
 
     assert clients(-100) == clients(0) == clients(100)
+
+
+def test_jobs_are_added_and_removed_by_priority() -> None:
+    """Against a sorted list, with jobs of few and of many priorities."""
+    random = Random(5)
+    for most in (2, 50):
+        waiting, expected = WaitingJobs(), []
+        for number in range(300):
+            state = JobState(number, job(number, random.randrange(most)), None)  # type: ignore[arg-type]
+            waiting.add(state)
+            expected.append(state)
+            if random.random() < 0.4:
+                removed = random.choice(expected)
+                expected.remove(removed)
+                assert waiting.discard(removed) == bool(expected)
+                waiting.discard(removed)  # without an effect
+            assert list(waiting) == sorted(expected, key=lambda each: each.job.priority)
+            assert bool(waiting) == bool(expected)

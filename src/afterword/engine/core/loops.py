@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from afterword.engine.protocol import RepetitionDetection
 
+_FIRST_COMPARED = 8  # tokens
+
 
 def ends_in_loop(tokens: Sequence[int], detection: RepetitionDetection) -> bool:
     """Whether the last tokens are one pattern several times in a row."""
@@ -13,11 +15,19 @@ def ends_in_loop(tokens: Sequence[int], detection: RepetitionDetection) -> bool:
     return any(
         _repeats(tokens, size, detection.min_count)
         for size in range(detection.min_size, most + 1)
-        if tokens[-1] == tokens[-1 - size]  # hardly any size passes this
+        if tokens[-1] == tokens[-1 - size]
     )
 
 
 def _repeats(tokens: Sequence[int], size: int, count: int) -> bool:
-    """Whether each of the last tokens is equal to that one pattern before it."""
-    length = size * (count - 1)
-    return tokens[-length:] == tokens[-length - size : -size]
+    """Whether each of the last tokens is equal to that one pattern before it.
+
+    The last tokens are compared first, and more of them each time: most sizes differ in few tokens.
+    """
+    end, first, part = len(tokens), len(tokens) - size * (count - 1), _FIRST_COMPARED
+    while end > first:
+        start = max(end - part, first)
+        if tokens[start:end] != tokens[start - size : end - size]:
+            return False
+        end, part = start, part * 4
+    return True

@@ -133,10 +133,12 @@ def _first_candidates(row: LogitsRow, query: ChainQuery) -> Candidates:
     mask = logits > -math.inf
     if query.chain.allowed:
         mask &= unpacked(np.frombuffer(query.chain.allowed, np.uint8), len(row))
-    permitted = mask.copy()
-    mask[list(query.sample.banned)] = False
-    if query.chain.allowed and not mask.any():
-        mask = permitted  # nothing else may be drawn, so a banned token shows that nothing is left
+    banned = [token for token in query.sample.banned if mask[token]]
+    mask[banned] = False
+    if query.chain.allowed and banned and not mask.any():
+        # Requests whose fields leave no token are refused, so a banned text has excluded the last ones. Drawing the
+        # latest of them shows that none is left.
+        mask[banned[-1]] = True
     if query.sample.mask is not None:
         fitting = unpacked(query.sample.mask, len(row))
         mask = mask & fitting if (mask & fitting).any() else fitting

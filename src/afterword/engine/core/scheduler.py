@@ -22,11 +22,12 @@ from afterword.engine.core.forward_batch import BatchEntry, ForwardBatch
 from afterword.engine.core.preemption import can_preempt, passes_to_wait, preemption_victims
 from afterword.engine.core.prefill_queue import PrefillQueue
 from afterword.engine.core.prefix_cache import PrefixCache
-from afterword.engine.core.sequence import Admission, JobState, Sequence, add_by_priority
+from afterword.engine.core.sequence import Admission, JobState, Sequence
 from afterword.engine.core.sequence_checks import check_sequences
 from afterword.engine.core.slot import PrefixHit, PrefixQuery, Slot
 from afterword.engine.core.token_budget import TokenBudget
 from afterword.engine.core.verification import VerificationTurns
+from afterword.engine.core.waiting_jobs import WaitingJobs
 from afterword.engine.protocol import Job, Load, Token, score_count
 
 ADMISSION_WINDOW = 32  # jobs of a client that are considered for admission at a time
@@ -41,7 +42,7 @@ class Scheduler:
         self._slots = slots
         self._token_budget = TokenBudget(slots, max(chunk, len(slots)))
         self._jobs: dict[int, JobState] = {}
-        self._waiting: dict[str, dict[int, JobState]] = {}  # not admitted yet: by client, see `add_by_priority`
+        self._waiting: dict[str, WaitingJobs] = {}  # not admitted yet: by client
         self._admitted: dict[int, JobState] = {}  # in the order of admission
         self._fair_share = FairShare(len(slots))
         self._active: dict[Slot, Sequence] = {}
@@ -53,7 +54,7 @@ class Scheduler:
 
     def add(self, job_id: int, job: Job) -> None:
         self._jobs[job_id] = state = JobState(job_id, job, self._slots.prefix_query(job))
-        add_by_priority(self._waiting.setdefault(job.client, {}), state)
+        self._waiting.setdefault(job.client, WaitingJobs()).add(state)
 
     def close(self, job_id: int) -> None:
         """Remove a job and free its slots. Unknown ids are ignored: the job may have ended just before."""
@@ -202,7 +203,7 @@ class Scheduler:
 
     def load(self) -> Load:
         """The number of slots, of slots in use, and of samples that wait for one."""
-        waiting = sum(state.job.samples for states in self._waiting.values() for state in states.values())
+        waiting = sum(state.job.samples for states in self._waiting.values() for state in states)
         queued = sum(len(state.queued) for state in self._admitted.values())
         return Load(len(self._slots), len(self._active), waiting + queued)
 
@@ -244,7 +245,7 @@ class Scheduler:
         """The clients that have a job or a sample without a slot."""
         yield from (state.job.client for state in self._admitted.values() if state.queued and not state.suspended)
         for client, states in self._waiting.items():
-            if any(not state.suspended for state in states.values()):
+            if any(not state.suspended for state in states):
                 yield client
 
     def _first(self, client: str) -> tuple[Sequence, PrefixHit | None] | None:
@@ -297,7 +298,7 @@ class Scheduler:
 
     def _ready(self, client: str) -> Iterator[tuple[JobState, PrefixHit | None]]:
         """The first waiting jobs of a client with their cached prefixes, but not those that wait for a longer one."""
-        waiting = (state for state in self._waiting[client].values() if not state.suspended)
+        waiting = (state for state in self._waiting[client] if not state.suspended)
         found = ((state, self._slots.find(state.query)) for state in islice(waiting, ADMISSION_WINDOW))
         yield from (pair for pair in found if not self._prefill_queue.computes_more(*pair, self._slots))
 
@@ -329,7 +330,7 @@ class Scheduler:
             return admission
         self._remove_waiting(state)
         self._admitted[state.job_id] = state
-        waiting = islice(self._waiting.get(job.client, {}).values(), ADMISSION_WINDOW)
+        waiting = islice(self._waiting.get(job.client, ()), ADMISSION_WINDOW)
         self._assign_slot(sequence, self._slots.take(query, hit, (each.query for each in waiting)))
         return admission
 
@@ -383,10 +384,8 @@ class Scheduler:
         self._remove_waiting(state)
 
     def _remove_waiting(self, state: JobState) -> None:
-        states = self._waiting.get(state.job.client, {})
-        states.pop(state.job_id, None)
-        if not states:
-            self._waiting.pop(state.job.client, None)
+        if (states := self._waiting.get(state.job.client)) and not states.discard(state):
+            del self._waiting[state.job.client]
 
     # ---- the next pass
 

@@ -64,16 +64,6 @@ class JobState:
         return unsent
 
 
-def add_by_priority(waiting: dict[int, JobState], state: JobState) -> None:
-    """Add a job to the waiting ones of its client: the lowest `Job.priority` first, then the one that came first."""
-    last = next(reversed(waiting.values()), None)
-    waiting[state.job_id] = state
-    if last is not None and last.job.priority > state.job.priority:
-        ordered = sorted(waiting.values(), key=lambda each: each.job.priority)
-        waiting.clear()
-        waiting.update((each.job_id, each) for each in ordered)
-
-
 @dataclass(frozen=True, slots=True)
 class Admission:
     """A job that leaves the queue, with the cached part of its prompt. `complete`: there is nothing more to compute."""
