@@ -110,7 +110,7 @@ OUTSIDE = {
     "uvicorn": {"transport"},
     "httptools": {"transport"},
     "click": {"cli"},
-    "httpx2": {"batch", "cli", "engine.http"},
+    "httpx2": {"batch", "cli", "engine.http", "engine.http.program"},
     "sqlite3": {"batch", "keys"},
     "huggingface_hub": {"models"},
     "numpy": {"engine.core", "engine.grammar", "engine.llama"},

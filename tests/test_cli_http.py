@@ -71,6 +71,28 @@ def test_other_addresses_are_refused(folder, url):
         manager(folder, upstream=url)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("http://exämple..com", f"http://{'a' * 64}.com", "http://a b", "http://host:99999", "http://h#x"),
+        *(f"{URL}\n", f"{URL}/v1\n", f" {URL}", "http://h\n.com", "http://h/\x00"),
+    ],
+)
+def test_hosts_and_characters_that_no_connection_can_have_are_refused(folder, url):
+    with pytest.raises(SettingError, match=r"--upstream .* is not the URL of a server") as caught:
+        manager(folder, upstream=url)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://user:secret@host", "http://secret@host:80/v1", "ftp://u:secret/@h", "x:secret@"]
+)
+def test_credentials_in_the_address_are_refused_and_not_repeated(folder, url):
+    with pytest.raises(SettingError, match=r"no password.*--upstream-key-file") as caught:
+        manager(folder, upstream=url)
+    assert "secret" not in str(caught.value)
+
+
 def test_the_upstream_must_be_given(folder):
     with pytest.raises(SettingError, match="--engine http needs --upstream URL"):
         manager(folder, upstream=None)

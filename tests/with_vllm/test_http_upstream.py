@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
-from vllm_server import FLAGS, PYTHON, living
+from guarded import guarded
+from vllm_server import FLAGS, PYTHON
 
 sys.path.append(str(Path(__file__).parents[1] / "conformance"))
 
@@ -44,20 +43,12 @@ def vllm_server(folder: Path) -> Iterator[str]:
     command += ["--host=127.0.0.1", f"--port={port}", "--enable-scale-out", f"--api-key={KEY}", "--max-logprobs=-1"]
     command += ["--max-num-seqs=8"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-        try:
-            wait_for(f"http://127.0.0.1:{port}/health", process, log)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            started = psutil.Process(process.pid).children(recursive=True)
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(30)
-            finally:
-                if living(started):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait(30)
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        guarded(command, stdout=log, stderr=log, env=environment) as process,
+    ):
+        wait_for(f"http://127.0.0.1:{port}/health", process, log)
+        yield f"http://127.0.0.1:{port}"
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes], log: Any) -> None:

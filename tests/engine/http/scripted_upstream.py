@@ -216,6 +216,18 @@ def sends(*chunks: bytes, after: int = 0) -> Behaviour:
     return behave
 
 
+def clamps(most: int) -> Behaviour:
+    """Answer, but list at most this many alternatives of a token, as a gateway may do."""
+
+    async def behave(exchange: Exchange) -> None:
+        for field in ("logprobs", "prompt_logprobs"):
+            if exchange.fields.get(field) is not None:
+                exchange.fields[field] = min(exchange.fields[field], most)
+        await answer(exchange)
+
+    return behave
+
+
 def together(upstream: ScriptedUpstream, count: int) -> Behaviour:
     """Answer when this many requests for tokens are there at the same time."""
 
@@ -232,7 +244,9 @@ class ScriptedUpstream:
 
     `active`, `most`: requests for tokens that are being answered; the most of them at the same time.
 
-    `max_logprobs`, `vocabulary`, `model`, `length`, `version`, `has_route`, `tokenizes`: what the upstream is.
+    `max_logprobs`, `vocabulary`, `models`, `length`, `version`, `has_route`, `tokenizes`: what the upstream is.
+
+    `lists`: how it says which models it has, if not properly.
     """
 
     def __init__(self) -> None:
@@ -242,6 +256,7 @@ class ScriptedUpstream:
         self.left = self.active = self.most = 0
         self.connections = 0
         self.answer: Behaviour = answer
+        self.lists: Behaviour | None = None
         self.max_logprobs, self.vocabulary, self.length = 21, VOCABULARY, 512
         self.models = ["toy"]
         self.version = "0.32.0"
@@ -293,6 +308,8 @@ class ScriptedUpstream:
             exchange.send_whole(200, {"tokens": list(json.loads(body)["prompt"].encode())})
         elif path == "/version":
             exchange.send_whole(200, {"version": self.version})
+        elif path == "/v1/models" and self.lists:
+            await self.lists(exchange)
         elif path == "/v1/models":
             cards = [
                 {"id": name, "root": f"org/{name}", "parent": None, "max_model_len": self.length}

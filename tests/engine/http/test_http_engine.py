@@ -260,3 +260,14 @@ def test_another_model_of_the_upstream_fails_requests_and_is_refused_or_served(h
     waiting.join(60)
     assert error_of(responses[0]) == (500, "model_replaced")
     assert ask(http)["system_fingerprint"] != before
+
+
+def test_an_upstream_that_restarts_under_another_name_while_no_request_runs_is_noticed(http, upstream):
+    """It answers at once, but with 404: the next request says why, and those after it are answered."""
+    before = ask(http)["system_fingerprint"]
+    upstream.stop()
+    upstream.script.models = ["renamed"]
+    upstream.start()
+    assert error_of(post(http)) == (500, "model_replaced")
+    assert ask(http)["system_fingerprint"] != before
+    assert upstream.script.requests[-1]["model"] == "renamed"

@@ -13,9 +13,11 @@ import pytest
 from scripted_upstream import (
     END,
     VOCABULARY,
+    Behaviour,
     Exchange,
     ScriptedUpstream,
     answer,
+    clamps,
     logprobs,
     sends,
     status,
@@ -118,10 +120,23 @@ async def has_no_scores(exchange: Exchange) -> None:
     await answer(exchange)
 
 
+def body(data: bytes) -> Behaviour:
+    """Answer with these bytes as a whole response."""
+
+    async def behave(exchange: Exchange) -> None:
+        exchange.send_whole(200, data)
+
+    return behave
+
+
+async def clamps_scores(exchange: Exchange) -> None:
+    await (answer if exchange.body["stream"] else clamps(3))(exchange)
+
+
 UNUSABLE: dict[str, tuple[dict[str, Any], str]] = {
     "no route": ({"has_route": False}, r"no route POST /inference/v1/generate .*--enable-scale-out"),
     "an old version": ({"version": "0.31.2"}, r"vLLM 0\.31\.2, but 0\.32 or later"),
-    "several models": ({"models": ["a", "b"]}, r"serves 2 models \(a, b\).*name of the folder, toy"),
+    "several models": ({"models": ["a", "b"]}, r"serves 2 models \(a, b\).*not exactly one has the name toy"),
     "no model": ({"models": []}, "serves 0 models"),
     "a smaller vocabulary": ({"vocabulary": VOCABULARY - 1}, f"less than the {VOCABULARY} tokens"),
     "a larger vocabulary": ({"vocabulary": VOCABULARY + 1}, f"more than the {VOCABULARY} tokens"),
@@ -129,9 +144,11 @@ UNUSABLE: dict[str, tuple[dict[str, Any], str]] = {
     "logits": ({"answer": reports_logits}, "not log probabilities.*--logprobs-mode"),
     "positive logits": ({"answer": reports_positive_logits}, "no log probability.*--logprobs-mode"),
     "no bias": ({"answer": ignores_bias}, "ignores logit_bias"),
+    "fewer alternatives for a prompt": ({"answer": clamps_scores}, "fewer alternatives for the tokens of a prompt"),
     "no scores": ({"answer": has_no_scores}, "prompt tokens have 0 scores"),
     "garbage": ({"answer": sends(b"<html>\n")}, "cannot be used: a line of the stream is no event.*<html>"),
     "errors": ({"answer": status(500)}, "cannot be used: status 500"),
+    "models that are no JSON": ({"lists": body(b"[" * 100_000)}, "cannot be used: a response is no JSON"),
     "no length": ({"length": None}, "no max_model_len"),
 }
 
@@ -194,6 +211,28 @@ def test_one_of_several_models_is_found_by_the_name_of_the_folder(folder):
     assert asyncio.run(main()) == "big/toy"
 
 
+def test_the_model_with_exactly_the_name_is_that_one():
+    async def main() -> str:
+        async with upstream_here() as script:
+            script.models = ["big/toy", "toy"]
+            client = Upstream(script.url, "", 1, 5.0)
+            identity = await find_identity(client, "toy")
+            await client.close()
+            return identity.model
+
+    assert asyncio.run(main()) == "toy"
+
+
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:1", "socks5://127.0.0.1:1"])
+def test_proxies_of_the_environment_are_not_used(folder, monkeypatch, proxy):
+    """The key and the prompts would go to the proxy."""
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, proxy)
+    assert opened(folder).context == 511
+
+
 def test_a_folder_without_a_size_of_the_vocabulary_is_refused(tmp_path):
     folder = write_folder(tmp_path / "toy")
     (folder / "config.json").write_text(json.dumps({"eos_token_id": END}))
@@ -220,6 +259,14 @@ def test_the_number_of_alternatives_is_what_the_upstream_reports(folder, most, s
     with pytest.raises(RequestError) as caught:
         check_job(job(prompt_alternatives=most + 2), info)
     assert caught.value.param == "prompt_logprobs"
+
+
+def test_a_gateway_that_lists_fewer_alternatives_than_were_requested_is_noticed(folder, caplog):
+    info = opened(folder, {"answer": clamps(5)})
+    check_job(job(alternatives=4), info)
+    with pytest.raises(RequestError, match="at most 4 with the engine"):
+        check_job(job(alternatives=5), info)
+    assert "'logprobs' above 4 is refused" in caplog.text
 
 
 def test_min_tokens_is_refused_where_vllm_would_ban_eos_too(folder):

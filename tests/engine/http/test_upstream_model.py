@@ -15,7 +15,9 @@ from scripted_upstream import (
     END,
     GENERATE,
     VOCABULARY,
+    Exchange,
     ScriptedUpstream,
+    clamps,
     dies,
     error_event,
     greedy,
@@ -27,6 +29,7 @@ from scripted_upstream import (
 )
 
 from afterword.engine.http import model as model_module
+from afterword.engine.http import upstream as upstream_module
 from afterword.engine.http.failures import Broken, Malformed
 from afterword.engine.http.identity import find_identity
 from afterword.engine.http.model import MOST_BROKEN, SampleRefused, UpstreamModel
@@ -65,13 +68,17 @@ class Bench:
 
 
 def run(
-    test: Callable[[Bench], Coroutine[Any, Any, None]], patience: float = 30.0, key: str = "", verbose: bool = False
+    test: Callable[[Bench], Coroutine[Any, Any, None]],
+    patience: float = 30.0,
+    key: str = "",
+    verbose: bool = False,
+    silence: float = SILENCE,
 ) -> None:
     async def main() -> None:
         async with upstream_here() as upstream:
-            client = Upstream(upstream.url, key, 8, SILENCE)
+            client = Upstream(upstream.url, key, 8, silence)
             identity = await find_identity(client, "toy")
-            settings = LoadUpstream("", upstream.url, 4, 20, SILENCE, patience, verbose=verbose)
+            settings = LoadUpstream("", upstream.url, 4, 20, silence, patience, verbose=verbose)
             model = UpstreamModel(client, identity, INFO, None, settings)  # type: ignore[arg-type]
             try:
                 await test(Bench(upstream, client, model))
@@ -273,6 +280,125 @@ def test_another_model_ends_the_worker(monkeypatch):
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         assert len(bench.upstream.requests) == 1
+
+    run(test)
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Has an entry when the worker would have ended; the request that notices it is then cancelled."""
+    found: list[bool] = []
+
+    def end() -> None:
+        found.append(True)
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(model_module, "end_process", end)
+    return found
+
+
+@pytest.mark.parametrize("models", [["other"], ["a", "b"]], ids=["one", "several"])
+def test_another_model_that_refuses_the_name_of_the_old_one_ends_the_worker(ended, models):
+    """The upstream has restarted while no request ran, so that no connection broke."""
+
+    async def test(bench: Bench) -> None:
+        bench.upstream.models = models
+        with pytest.raises(asyncio.CancelledError):
+            await bench.ids()
+        assert ended
+
+    run(test)
+
+
+@pytest.mark.parametrize("number", [401, 403, 404])
+def test_a_refusal_that_another_model_explains_ends_the_worker(ended, number):
+    async def test(bench: Bench) -> None:
+        bench.upstream.length = 100
+        bench.upstream.plan.append(status(number))
+        with pytest.raises(asyncio.CancelledError):
+            await bench.ids()
+        assert ended
+
+    run(test)
+
+
+def test_several_models_without_the_old_one_are_not_waited_for(ended, caplog):
+    async def test(bench: Bench) -> None:
+        bench.upstream.models = ["a", "b"]
+        bench.upstream.plan.append(status(500))
+        with pytest.raises(asyncio.CancelledError):
+            await bench.ids()
+        assert ended
+
+    run(test)
+    assert "serves other models than toy: it serves 2 models (a, b)" in caplog.text
+
+
+def test_the_old_model_among_several_is_used_again(ended):
+    async def test(bench: Bench) -> None:
+        bench.upstream.models = ["big/toy", "toy"]
+        bench.upstream.plan.append(status(500))
+        assert await bench.ids() == EXPECTED
+        assert not ended
+
+    run(test)
+
+
+async def lists_nothing(exchange: Exchange) -> None:
+    await asyncio.Event().wait()
+
+
+async def lists_garbage(exchange: Exchange) -> None:
+    exchange.send_whole(200, b"[" * 100_000)
+
+
+@pytest.mark.parametrize(
+    ("lists", "reason"),
+    [(lists_nothing, "no answer for 0.2 s"), (lists_garbage, "is no JSON"), (status(404), "status 404")],
+    ids=["silence", "nesting", "404"],
+)
+def test_an_upstream_that_does_not_say_its_model_is_asked_again_soon(monkeypatch, caplog, lists, reason):
+    """Not only after the time that a completion may take. The reason is logged."""
+    monkeypatch.setattr(upstream_module, "_GET_SECONDS", 0.2)
+
+    async def test(bench: Bench) -> None:
+        bench.upstream.lists = lists
+        bench.upstream.plan.append(status(503))
+        task = asyncio.create_task(bench.ids())
+        while reason not in caplog.text:
+            await asyncio.sleep(0.01)
+        bench.upstream.lists = None
+        assert await task == EXPECTED
+
+    run(test, silence=1000.0)
+
+
+def test_all_that_wait_fail_if_the_wait_itself_fails(monkeypatch):
+    async def fails(*_: Any) -> None:
+        await asyncio.sleep(0.05)
+        raise LookupError("a fault")
+
+    async def test(bench: Bench) -> None:
+        monkeypatch.setattr(model_module, "find_identity", fails)
+        bench.upstream.plan.extend([status(503)] * 3)
+        found = await asyncio.gather(*(bench.ids() for _ in range(3)), return_exceptions=True)
+        assert [type(each) for each in found] == [LookupError] * 3
+        monkeypatch.undo()
+        bench.upstream.plan.append(status(503))
+        assert await bench.ids() == EXPECTED
+
+    run(test)
+
+
+def test_fewer_alternatives_than_requested_end_a_request():
+    async def test(bench: Bench) -> None:
+        bench.upstream.answer = clamps(3)
+        assert len(await bench.outputs(alternatives=2)) == 4
+        with pytest.raises(SampleRefused, match="fewer alternatives"):
+            await bench.ids(alternatives=3)
+        assert len(await bench.outputs(prompt_alternatives=3)) == 4
+        with pytest.raises(SampleRefused, match="fewer alternatives"):
+            await bench.ids(prompt_alternatives=5)
 
     run(test)
 

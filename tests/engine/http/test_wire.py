@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from afterword.engine.http.failures import Broken, Malformed, Refused, Unavailable
+from afterword.engine.http.failures import Broken, Malformed, Refused, TooFewAlternatives, Unavailable
 from afterword.engine.http.wire import EventReader, most_bytes, read_part, request_body
 from afterword.engine.protocol import Job, Sampling, Token
 from afterword.engine.vllm.requests import SampleRequest, generated_tokens, sample_request, scored_tokens
@@ -33,8 +33,13 @@ def entry(token: int, logprob: float = -1.0, rank: int | None = 1) -> dict[str, 
     return {"token_id": token, "logprob": logprob, "rank": rank}
 
 
+def listed(token: int, count: int = 3) -> list[int]:
+    """A token and others: as many as are requested for two alternatives."""
+    return [token, *(each for each in range(VOCABULARY) if each != token)][:count]
+
+
 def choice(*ids: int, **fields: Any) -> dict[str, Any]:
-    content = [entry(token) | {"top_logprobs": [entry(token)]} for token in ids]
+    content = [entry(token) | {"top_logprobs": [entry(each) for each in listed(token)]} for token in ids]
     return {"index": 0, "token_ids": ids, "logprobs": {"content": content}, "finish_reason": None} | fields
 
 
@@ -176,6 +181,28 @@ GARBAGE = [
 def test_garbage_is_refused(data):
     with pytest.raises(Malformed):
         read(data)
+
+
+@pytest.mark.parametrize(("alternatives", "count"), [(0, 1), (2, 3), (8, 9), (9, 10), (50, 10)])
+def test_as_many_alternatives_come_back_as_were_requested(alternatives, count):
+    def data(count: int) -> bytes:
+        content = entry(3) | {"top_logprobs": [entry(each) for each in listed(3, count)]}
+        return event(3, logprobs={"content": [content]})
+
+    assert len(read(data(count), alternatives=alternatives).output.alternatives[0]) == count
+    if count > 1:
+        with pytest.raises(TooFewAlternatives):
+            read(data(count - 1), alternatives=alternatives)
+
+
+def test_as_many_alternatives_of_prompt_tokens_come_back_as_were_requested():
+    def data(count: int) -> bytes:
+        rows = [{str(each): {"logprob": -1.0, "rank": 1} for each in listed(token, count)} for token in (4, 5)]
+        return json.dumps({"choices": [choice(8)], "prompt_logprobs": [None, *rows]}).encode()
+
+    assert read(data(3), stream=False, prompt_alternatives=3).output.scores
+    with pytest.raises(TooFewAlternatives):
+        read(data(2), stream=False, prompt_alternatives=3)
 
 
 @pytest.mark.parametrize(

@@ -87,3 +87,17 @@ def test_an_upstream_that_fails_a_job_is_named(step: Step, error: type[Exception
     with pytest.raises(error):
         asyncio.run(anext(aiter(pending)))
     assert pending.ended
+
+
+@pytest.mark.parametrize("sent", [step_with(0), Step(scored=(Token(2, -1.0),))], ids=["token", "score"])
+def test_a_late_upstream_has_lost_a_job_that_has_brought_something(sent: Step) -> None:
+    """Another sample waits for the upstream, but the client may have received the text of the first one."""
+
+    async def read(pending: PendingJob) -> list[Step]:
+        return [step async for step in pending]
+
+    pending = accepted(2)
+    pending.add_step(sent)
+    pending.add_step(Step(late=True))
+    with pytest.raises(UpstreamLost):
+        asyncio.run(read(pending))

@@ -38,6 +38,17 @@ class Malformed(UpstreamFailure):
     """The upstream has sent something that is not a response of its route."""
 
 
+class TooFewAlternatives(Malformed):
+    """The upstream lists fewer alternatives of a token than were requested, as a gateway with a limit does."""
+
+    def __init__(self) -> None:
+        super().__init__("a token has fewer alternatives than were requested")
+
+
+class SeveralModels(Malformed):
+    """The upstream serves several models, and none of them is certainly the one that is meant."""
+
+
 def failure(status: int, text: str) -> UpstreamFailure:
     """The failure that an HTTP status means. `text`: what the upstream says."""
     if status in _BUSY:

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from afterword.engine.http.failures import Malformed, Refused
+from afterword.engine.http.failures import Malformed, Refused, SeveralModels
 from afterword.engine.http.upstream import Upstream
 
 _SHOWN = 10  # names of models in a message
@@ -38,7 +38,7 @@ class _Models(msgspec.Struct):
 
 
 async def find_identity(upstream: Upstream, name: str) -> Identity:
-    """The only model of the upstream, or that with this name. Raises `UpstreamFailure`."""
+    """The only model of the upstream, or that with this name. Raises `UpstreamFailure`, such as `SeveralModels`."""
     card = _choose(_convert(await upstream.get("/v1/models"), _Models).data, name)
     if card.max_model_len is None:
         raise Malformed(f"/v1/models states no max_model_len for {card.id!r}, as vLLM does")
@@ -48,13 +48,14 @@ async def find_identity(upstream: Upstream, name: str) -> Identity:
 def _choose(cards: list[_Card], name: str) -> _Card:
     """A base model: adapters have a parent."""
     cards = [card for card in cards if card.parent is None]
+    if not cards:
+        raise Malformed("it serves 0 models")
     if len(cards) > 1:
-        cards = [card for card in cards if name in (card.id, _last(card.id), _last(card.root or ""))] or cards
-    if len(cards) != 1:
+        named = [card for card in cards if name in (card.id, _last(card.id), _last(card.root or ""))]
+        cards = [card for card in cards if card.id == name] or named or cards
+    if len(cards) > 1:
         names = ", ".join(card.id for card in cards[:_SHOWN])
-        raise Malformed(
-            f"it serves {len(cards)} models ({names}), and not exactly one has the name of the folder, {name}"
-        )
+        raise SeveralModels(f"it serves {len(cards)} models ({names}), and not exactly one has the name {name}")
     return cards[0]
 
 

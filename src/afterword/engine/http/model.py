@@ -1,7 +1,8 @@
 """Runs the samples of jobs on the upstream: sends a request for each, and again where it has brought nothing.
 
 A request is sent again when the upstream answers again and still serves the same model. If it broke off the same
-request `MOST_BROKEN` times, the request may be the reason, and fails. The event loop's thread owns all state.
+request `MOST_BROKEN` times, the request may be the reason, and fails. A refusal that another model can explain is the
+occasion to look at the model too. The event loop's thread owns all state.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from afterword.engine.http.failures import Broken, Malformed, Unavailable, UpstreamFailure
+from afterword.engine.http.failures import Broken, Malformed, Refused, SeveralModels, Unavailable, UpstreamFailure
 from afterword.engine.http.identity import Identity, find_identity
 from afterword.engine.http.upstream import GENERATE, Upstream
 from afterword.engine.http.wire import Part, most_bytes, read_part, request_body
@@ -31,6 +32,7 @@ MOST_BROKEN = 3
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 5.0  # seconds between two attempts
 _END_SECONDS = 1.0  # for the end of a stream after its last token
+_OF_MODEL = (401, 403, 404)  # statuses of an upstream that has restarted with another key, flags or model
 _ENDED = ("stop", "length")  # vLLM's reasons of a sample that has ended by itself
 
 
@@ -76,9 +78,7 @@ class UpstreamModel:
         self._patience = settings.patience
         self._verbose = settings.verbose
         self._vocabulary = len(model_info.pieces)
-        self._answers = asyncio.Event()  # cleared from a failure until the upstream answers again
-        self._answers.set()
-        self._waiting: asyncio.Task[None] | None = None
+        self._waiting: asyncio.Task[None] | None = None  # from a failure until the upstream answers again
 
     async def close(self) -> None:
         """Close the connections."""
@@ -102,6 +102,8 @@ class UpstreamModel:
                     raise SampleLost(self._told(problem)) from None
                 _log.warning("The upstream failed before the first token of %s: %s", request.name, self._told(problem))
             except UpstreamFailure as problem:
+                if isinstance(problem, Refused) and problem.status in _OF_MODEL:
+                    await self._look_at_model()
                 raise SampleRefused(self._told(problem)) from None
             await self._wait(attempts)
 
@@ -139,34 +141,46 @@ class UpstreamModel:
     # ---- waiting for the upstream
 
     async def _wait(self, attempts: _Attempts) -> None:
-        """Return when the request may be sent again. Raises `SampleLate`."""
-        self._answers.clear()
+        """Return when the request may be sent again. Raises `SampleLate`, and what has ended the common wait."""
         if self._waiting is None or self._waiting.done():
             self._waiting = asyncio.create_task(self._wait_for_answers())
+        waiting = self._waiting
         try:
             async with asyncio.timeout(attempts.left()):
                 await asyncio.sleep(attempts.pause)
-                await self._answers.wait()
+                await asyncio.shield(waiting)
         except TimeoutError:
             raise SampleLate from None
         attempts.pause = min(2 * attempts.pause, _LONGEST_PAUSE)
 
     async def _wait_for_answers(self) -> None:
-        """Ask the upstream for its model until it answers."""
-        pause = _FIRST_PAUSE
-        while True:
-            try:
-                identity = await find_identity(self._upstream, self._identity.model)
-            except UpstreamFailure as problem:
-                _log.info("The upstream does not answer: %s", self._told(problem))
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE)
-                continue
-            if identity != self._identity:
-                _log.error("The upstream serves another model: %s, before %s.", identity, self._identity)
-                end_process()
-            self._answers.set()
-            return
+        """Ask the upstream for its model until it answers. Each reason why it does not is logged once in a row."""
+        pause, told = _FIRST_PAUSE, ""
+        while problem := await self._check_model():
+            if self._told(problem) != told:
+                told = self._told(problem)
+                _log.warning("The upstream does not say which model it serves: %s", told)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    async def _look_at_model(self) -> None:
+        """Ask the upstream for its model once."""
+        if problem := await self._check_model():
+            _log.warning("The upstream does not say which model it serves: %s", self._told(problem))
+
+    async def _check_model(self) -> UpstreamFailure | None:
+        """End the worker if the upstream serves another model, or several others. Returns why it does not say it."""
+        try:
+            identity = await find_identity(self._upstream, self._identity.model)
+        except SeveralModels as problem:  # the next worker chooses one of them, or says at its start that it cannot
+            _log.error("The upstream serves other models than %s: %s", self._identity.model, problem)
+            end_process()
+        except UpstreamFailure as problem:
+            return problem
+        if identity != self._identity:
+            _log.error("The upstream serves another model: %s, before %s.", identity, self._identity)
+            end_process()
+        return None
 
 
 async def _read_end(events: AsyncGenerator[bytes]) -> None:

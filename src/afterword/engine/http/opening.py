@@ -60,6 +60,12 @@ async def _open(
 async def _limits(probe: Probe, wanted: int, tokenizer: FolderTokenizer) -> JobLimits:
     limits = msgspec.structs.replace(LIMITS, banned=_banned(tokenizer))
     most = await probe.most_alternatives(wanted)
+    # A stream leaves out the least likely alternative of those that vLLM computes; scores of a prompt do not.
+    scores = most + (most < wanted and await probe.scores_with(most + 1))
+    if scores == most and not await probe.scores_with(most):
+        raise SettingError(
+            "The upstream reports fewer alternatives for the tokens of a prompt than for generated ones."
+        )
     if most == wanted:
         return limits
     _log.warning(
@@ -67,8 +73,6 @@ async def _limits(probe: Probe, wanted: int, tokenizer: FolderTokenizer) -> JobL
         most,
         wanted + 1,
     )
-    # A stream leaves out the least likely alternative of those that vLLM computes; scores of a prompt do not.
-    scores = most + await probe.scores_with(most + 1)
     return msgspec.structs.replace(limits, max_alternatives=most, max_prompt_alternatives=scores)
 
 

@@ -10,10 +10,10 @@ from contextlib import aclosing
 
 import msgspec
 
-from afterword.engine.http.failures import Malformed, Refused
+from afterword.engine.http.failures import Malformed, Refused, TooFewAlternatives
 from afterword.engine.http.identity import Identity
 from afterword.engine.http.upstream import GENERATE, Upstream
-from afterword.engine.http.wire import most_bytes, read_part, request_body
+from afterword.engine.http.wire import PARSE_ERRORS, most_bytes, read_part, request_body
 from afterword.engine.protocol import Job, Sampling
 from afterword.engine.vllm.requests import SampleOutput, sample_request
 from afterword.engine.vllm.tokenizer import FolderTokenizer
@@ -64,7 +64,7 @@ class Probe:
             try:
                 await self._ask(alternatives=candidate)
                 fits = candidate
-            except Refused:
+            except (Refused, TooFewAlternatives):
                 fails = candidate
             candidate = (fits + fails) // 2
             if fits == min(wanted, self._vocabulary):
@@ -74,8 +74,8 @@ class Probe:
     async def scores_with(self, alternatives: int) -> bool:
         """Whether scores of a prompt can have this many alternatives."""
         try:
-            await self._ask(scores=alternatives)
-        except Refused:
+            await self._ask(scores=min(alternatives, self._vocabulary))
+        except (Refused, TooFewAlternatives):
             return False
         return True
 
@@ -113,7 +113,7 @@ class Probe:
             found = answer["tokens"]
         except Refused:  # with --tokens-only vLLM has no tokenizer
             return
-        except (msgspec.MsgspecError, UnicodeDecodeError, LookupError, TypeError) as problem:
+        except (*PARSE_ERRORS, LookupError, TypeError) as problem:
             raise Malformed(f"/tokenize: {problem!r}") from None
         if found != list(self._tokenizer.tokenize(TEXT, False)):
             raise SettingError("The upstream's tokenizer gives other token ids for a text than that of the folder.")

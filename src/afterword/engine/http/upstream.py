@@ -15,10 +15,13 @@ import httpx2
 import msgspec
 
 from afterword.engine.http.failures import Broken, Malformed, Unavailable, failure
-from afterword.engine.http.wire import BASE_BYTES, DONE, EventReader
+from afterword.engine.http.wire import BASE_BYTES, DONE, PARSE_ERRORS, EventReader
 
 GENERATE = "/inference/v1/generate"
 _CONNECT_SECONDS = 10.0
+_GET_SECONDS = 5.0
+"""The most seconds for an answer that needs no computation. Waiting requests are told soon that it is not there."""
+
 _JSON = {"content-type": "application/json"}
 _CONNECTION_ERRORS = (httpx2.TransportError, httpx2.StreamError)
 
@@ -26,7 +29,8 @@ _CONNECTION_ERRORS = (httpx2.TransportError, httpx2.StreamError)
 class Upstream:
     """A server. `silence`: seconds without an event, or without a whole response, after which a request has failed.
 
-    All methods raise `UpstreamFailure`.
+    All methods raise `UpstreamFailure`. Proxies of the environment (`HTTP_PROXY`) and `.netrc` are not used: a proxy
+    would see the key and the prompts. Certificates of the environment (`SSL_CERT_FILE`) are used.
     """
 
     def __init__(self, url: str, key: str, connections: int, silence: float) -> None:
@@ -37,35 +41,37 @@ class Upstream:
             headers=headers,
             timeout=httpx2.Timeout(None, connect=_CONNECT_SECONDS),
             limits=httpx2.Limits(max_connections=connections, keepalive_expiry=20),
+            verify=httpx2.create_ssl_context(),
+            trust_env=False,
         )
 
     async def close(self) -> None:
         await self._client.aclose()
 
     async def get(self, path: str, most: int = BASE_BYTES) -> Any:
-        """The JSON value at a path."""
-        return _json(await self._whole("GET", path, b"", most))
+        """The JSON value at a path, which the upstream has without computation."""
+        return _json(await self._whole("GET", path, b"", most, min(_GET_SECONDS, self._silence)))
 
     async def post(self, path: str, body: bytes, most: int = BASE_BYTES) -> bytes:
         """The whole response to a request, of at most `most` bytes."""
-        return await self._whole("POST", path, body, most)
+        return await self._whole("POST", path, body, most, self._silence)
 
     async def events(self, path: str, body: bytes, most: int) -> AsyncGenerator[bytes]:
         """The data of the events of a stream, each of at most `most` bytes, until the event that says it is done."""
         reader = EventReader(most)
-        async with self._response("POST", path, body) as response, aclosing(_chunks(response)) as chunks:
+        async with self._response("POST", path, body, self._silence) as response, aclosing(_chunks(response)) as chunks:
             while True:
                 events = await self._next_events(chunks, reader)
                 for data in events:
                     if data == DONE:
-                        async with self._limited():
+                        async with _limited(self._silence):
                             await anext(chunks, None)  # the end of the body: the connection can be used again
                         return
                     yield data
 
     async def _next_events(self, chunks: AsyncGenerator[bytes], reader: EventReader) -> list[bytes]:
         """The next events. The time is limited for a whole event, so that single bytes do not prolong it."""
-        async with self._limited():
+        async with _limited(self._silence):
             while True:
                 chunk = await anext(chunks, None)
                 if chunk is None:
@@ -73,16 +79,16 @@ class Upstream:
                 if events := list(reader.feed(chunk)):
                     return events
 
-    async def _whole(self, method: str, path: str, body: bytes, most: int) -> bytes:
-        async with self._response(method, path, body) as response, self._limited():
+    async def _whole(self, method: str, path: str, body: bytes, most: int, seconds: float) -> bytes:
+        async with self._response(method, path, body, seconds) as response, _limited(seconds):
             return await _read(response, most)
 
     @asynccontextmanager
-    async def _response(self, method: str, path: str, body: bytes) -> AsyncIterator[httpx2.Response]:
-        """A response whose status is 200 and whose body is not read."""
+    async def _response(self, method: str, path: str, body: bytes, seconds: float) -> AsyncIterator[httpx2.Response]:
+        """A response whose status is 200 and whose body is not read. `seconds`: the limit for its head."""
         request = self._client.build_request(method, path, content=body, headers=_JSON if body else {})
         try:
-            async with self._limited():
+            async with _limited(seconds):
                 response = await self._client.send(request, stream=True)
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as problem:
             raise Unavailable(type(problem).__name__, str(problem)) from None
@@ -90,20 +96,21 @@ class Upstream:
             raise Broken(type(problem).__name__, str(problem)) from None
         try:
             if response.status_code != 200:
-                async with self._limited():
+                async with _limited(seconds):
                     text = await _read(response, BASE_BYTES)
                 raise failure(response.status_code, text.decode(errors="replace"))
             yield response
         finally:
             await response.aclose()
 
-    @asynccontextmanager
-    async def _limited(self) -> AsyncIterator[None]:
-        try:
-            async with asyncio.timeout(self._silence):
-                yield
-        except TimeoutError:
-            raise Broken(f"there was no answer for {self._silence:g} s") from None
+
+@asynccontextmanager
+async def _limited(seconds: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise Broken(f"there was no answer for {seconds:g} s") from None
 
 
 async def _chunks(response: httpx2.Response) -> AsyncGenerator[bytes]:
@@ -127,5 +134,5 @@ async def _read(response: httpx2.Response, most: int) -> bytes:
 def _json(data: bytes) -> Any:
     try:
         return msgspec.json.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as problem:
+    except PARSE_ERRORS as problem:
         raise Malformed(f"a response is no JSON ({problem})", repr(data[:200])) from None

@@ -12,12 +12,15 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from afterword.engine.http.failures import Malformed, failure
+from afterword.engine.http.failures import Malformed, TooFewAlternatives, failure
 from afterword.engine.vllm.requests import Alternatives, PromptScore, SampleOutput, SampleRequest
 
 BASE_BYTES = 2**20
 MOST_BYTES = 2**28
 """The most bytes of a response or an event, however much is requested."""
+
+PARSE_ERRORS = (msgspec.MsgspecError, ValueError, RecursionError)
+"""What msgspec raises for bytes that are no JSON, or not that of a type: also for wrong UTF-8 and deep nesting."""
 
 _ENTRY_BYTES = 160  # of a token with its log probability and rank in JSON; the longest have about 80
 DONE = b"[DONE]"
@@ -130,7 +133,7 @@ def read_part(data: bytes, request: SampleRequest, vocabulary: int, *, stream: b
     """Read an event or a whole response. Raises `UpstreamFailure`, also for an event that states an error."""
     try:
         answer = _decoder.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as problem:
+    except PARSE_ERRORS as problem:
         raise Malformed(f"a response has another format ({problem})", repr(data[:200])) from None
     if answer.error is not None:  # the status of a stream is always 200
         raise failure(answer.error.code, answer.error.message)
@@ -145,12 +148,13 @@ def read_part(data: bytes, request: SampleRequest, vocabulary: int, *, stream: b
     if any(token in request.fields["stop_token_ids"] for token in ids[:-1]):
         raise Malformed("tokens follow an end token")
     _check_ids(ids, vocabulary)
-    alternatives = _alternatives(choice, ids, vocabulary) if request.fields["logprobs"] is not None else None
+    wanted = request.fields["logprobs"]
+    alternatives = _alternatives(choice, ids, wanted, vocabulary) if wanted is not None else None
     scores = () if stream else _scores(answer, request, vocabulary)
     return Part(SampleOutput(ids, alternatives, scores), choice.finish_reason or "")
 
 
-def _alternatives(choice: _Choice, ids: Sequence[int], vocabulary: int) -> tuple[Alternatives, ...]:
+def _alternatives(choice: _Choice, ids: Sequence[int], wanted: int, vocabulary: int) -> tuple[Alternatives, ...]:
     content = (choice.logprobs.content if choice.logprobs else None) or []
     if [position.token_id for position in content] != list(ids):
         raise Malformed("the log probabilities are not those of the tokens")
@@ -160,6 +164,9 @@ def _alternatives(choice: _Choice, ids: Sequence[int], vocabulary: int) -> tuple
         # A rank is missing where the log probability is NaN, which JSON does not have.
         entries[position.token_id] = math.nan if position.rank is None else position.logprob
         _check_entries(entries, vocabulary)
+        # One more than wanted is requested (`request_body`), so the token itself and the `wanted` best ones are there.
+        if position.rank is not None and len(entries) < min(wanted + 1, vocabulary):
+            raise TooFewAlternatives
         found.append(tuple(entries.items()))
     return tuple(found)
 
@@ -176,6 +183,8 @@ def _scores(answer: _Answer, request: SampleRequest, vocabulary: int) -> tuple[P
         _check_entries(entries, vocabulary)
         if not 1 <= rank <= vocabulary:
             raise Malformed("a prompt token has no rank")
+        if len(entries) < request.fields["prompt_logprobs"]:  # the token itself may be among the best ones
+            raise TooFewAlternatives
         found.append(PromptScore(token, rank, tuple(entries.items())))
     return tuple(found)
 

@@ -144,10 +144,10 @@ class PendingJob:
         """The error of a step that has ended the job."""
         if step.refused:
             return JobRefused()
+        if step.lost or (step.late and self.has_output):  # another sample may have brought tokens
+            return UpstreamLost()
         if step.late:
             return QueueTimeout()
-        if step.lost:
-            return UpstreamLost()
         if step.busy:
             return Overloaded("The server is busy with other grammars. Please try again later.", retry_after=5)
         if not step.error:
