@@ -19,6 +19,8 @@ import psutil
 import pytest
 from vllm_server import FLAGS, PYTHON, living
 
+from tests.child_process import ending_with_tests
+
 sys.path.append(str(Path(__file__).parents[1] / "conformance"))
 
 from cases import CASES
@@ -45,7 +47,9 @@ def vllm_server(folder: Path) -> Iterator[str]:
     command += ["--max-num-seqs=8"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            ending_with_tests(command), stdout=log, stderr=log, env=environment, start_new_session=True
+        )
         try:
             wait_for(f"http://127.0.0.1:{port}/health", process, log)
             yield f"http://127.0.0.1:{port}"
