@@ -121,10 +121,14 @@ def wait_until(condition: Callable[[], object], seconds: float = SECONDS) -> Non
 
 
 def environment() -> dict[str, str]:
-    """The environment of the command, without another cluster's address. The ports of HAProxy are free ones."""
+    """The environment of the command, without another cluster's address. The ports of HAProxy are free ones.
+
+    Ray's new clusters need a token, but with an explicit address Ray does not send it on its own.
+    """
     own = {name: value for name, value in os.environ.items() if name not in {"RAY_ADDRESS", "AFTERWORD_DEPLOY_ADDRESS"}}
     return own | {
         "PYTHONPATH": str(SOURCE),
+        "RAY_AUTH_MODE": "token",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
     }
