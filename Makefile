@@ -33,11 +33,11 @@ clients: $(VENV)/.clients  ## test other projects' clients; downloads more than 
 
 ray: $(VENV)/.dev  ## test replicas on Ray Serve; installs 700 MB into .venv-ray, and skips the tests where that fails
 	-$(BIN)/python tests/with_ray/install_ray.py .venv-ray
-	AFTERWORD_RAY_PYTHON=$$(test -e .venv-ray/done && echo $(abspath .venv-ray/bin/python)) $(BIN)/python -m pytest tests/with_ray
+	AFTERWORD_RAY_PYTHON=$$(test -e .venv-ray/done && echo $(abspath .venv-ray/bin/python)) $(BIN)/python -m pytest -x tests/with_ray
 
 vllm: $(VENV)/.dev  ## test vLLM as engine; installs 3.5 GB into .venv-vllm, and skips the tests where that fails
 	-$(BIN)/python tests/with_vllm/install.py .venv-vllm
-	AFTERWORD_VLLM_PYTHON=$$(test -e .venv-vllm/done && echo $(abspath .venv-vllm/bin/python)) $(BIN)/python -m pytest tests/with_vllm
+	AFTERWORD_VLLM_PYTHON=$$(test -e .venv-vllm/done && echo $(abspath .venv-vllm/bin/python)) $(BIN)/python -m pytest -x tests/with_vllm
 
 check: $(VENV)/.dev warnings  ## linters, types, and the compilers' warnings about the kernels
 	$(BIN)/ruff check .

@@ -63,6 +63,18 @@ def test_an_empty_application_has_the_defaults_of_serve(write):
         ("- 1", "expected settings by name"),
         ("a: [1", "is not valid YAML"),
         ("1: 2", "expected settings by name"),
+        ("serve: {on: 1}", "serve: true: expected the name of a setting"),
+        ("serve: {2: 1}", "serve: 2: expected the name of a setting"),
+        ("cpus: .nan", "cpus: expected a finite number, not nan"),
+        ("gpus: .inf", "gpus: expected a finite number, not inf"),
+        (
+            "serve: {limit: [head_seconds=5]}",
+            "serve: limit: head_seconds cannot be set for replicas: Serve's HTTP server",
+        ),
+        (
+            "serve: {limit: [max_n=4, max_rows=5]}",
+            "serve: limit: max_rows cannot be set for replicas: replicas have no",
+        ),
     ],
 )
 def test_an_error_names_the_file_and_the_setting(write, text, message):
@@ -85,12 +97,29 @@ def test_a_missing_file_is_an_error(tmp_path):
         read_app(tmp_path / "none.yaml")
 
 
-def test_an_application_with_a_key_that_others_can_read_is_refused(write):
-    file = write("serve: {api-key: [sk-1]}")
-    assert read_app(file).serve == {"api-key": ["sk-1"]}
-    file.chmod(0o644)
-    with pytest.raises(SettingError, match="chmod o-r"):
-        read_app(file)
+@pytest.mark.parametrize("mode", [(), ("--address", "auto"), ("--print", "serve"), ("--print", "kuberay")])
+def test_a_file_with_a_key_is_refused_without_showing_it(write, mode):
+    """Ray would keep the arguments of a replica in its state, in clear text."""
+    status, output = printed(str(write("serve: {api-key: [sk-secret]}")), *mode)
+    assert status == 2
+    assert "api-key-file" in output
+    assert "AFTERWORD_API_KEY" in output
+    assert "sk-secret" not in output
+
+
+def test_keys_can_be_given_in_the_environment_and_in_a_file(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("AFTERWORD_API_KEY", "sk-1")
+    assert serve_options({}, "0.0.0.0")["api_key"] == ("sk-1",)
+    assert read_app(write(f"serve: {{api-key-file: {tmp_path / 'keys'}}}")).serve == {
+        "api-key-file": str(tmp_path / "keys")
+    }
+
+
+def test_limits_that_a_replica_applies_can_be_set_and_others_not_even_by_a_variable(monkeypatch):
+    assert serve_options({"limit": ["max_body=100", "max_n=4"]}, "127.0.0.1")["limit"] == ("max_body=100", "max_n=4")
+    monkeypatch.setenv("AFTERWORD_SERVE_LIMIT", "max_connections=5")
+    with pytest.raises(SettingError, match="limit: max_connections cannot be set for replicas"):
+        serve_options({}, "127.0.0.1")
 
 
 def test_every_other_setting_of_serve_can_be_given():
@@ -128,16 +157,10 @@ def test_the_serve_configuration_holds_the_replicas_and_the_settings(write):
     assert deployment["ray_actor_options"]["num_gpus"] == 1
 
 
-def test_a_printed_configuration_has_no_key(write):
-    status, output = printed(str(write("serve: {api-key: [sk-secret]}")), "--print", "serve")
-    assert status == 2
-    assert "AFTERWORD_API_KEY" in output
-    assert "sk-secret" not in output
-
-
 def test_the_kuberay_manifest_sets_the_ingress_on_every_node(write):
     assert "give image" in printed(str(write("replicas: 2")), "--print", "kuberay")[1]
-    status, output = printed(str(write("replicas: 3\nimage: example/afterword")), "--print", "kuberay")
+    text = "replicas: 3\nhost: 0.0.0.0\nimage: example/afterword"
+    status, output = printed(str(write(text)), "--print", "kuberay")
     assert status == 0
     manifest = yaml.safe_load(output)
     cluster = manifest["spec"]["rayClusterConfig"]
@@ -145,8 +168,26 @@ def test_the_kuberay_manifest_sets_the_ingress_on_every_node(write):
         (container,) = group["template"]["spec"]["containers"]
         assert {"name": "RAY_SERVE_ENABLE_HA_PROXY", "value": "1"} in container["env"]
         assert container["image"] == "example/afterword"
-    assert cluster["workerGroupSpecs"][0]["maxReplicas"] == 4, "a rolling update needs a place for one more"
-    assert yaml.safe_load(manifest["spec"]["serveConfigV2"])["applications"]
+    (group,) = cluster["workerGroupSpecs"]
+    assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (3, 3, 4)
+    assert cluster["enableInTreeAutoscaling"], "without it no pod is added in which an update can start a replica"
+    served = yaml.safe_load(manifest["spec"]["serveConfigV2"])
+    assert served["applications"]
+    assert served["http_options"]["host"] == "0.0.0.0"
+
+
+def test_without_surge_a_fixed_number_of_pods_needs_no_autoscaler(write):
+    text = "replicas: 3\nsurge: 0\nhost: 0.0.0.0\nimage: example/afterword"
+    cluster = yaml.safe_load(printed(str(write(text)), "--print", "kuberay")[1])["spec"]["rayClusterConfig"]
+    assert not cluster["enableInTreeAutoscaling"]
+    assert cluster["workerGroupSpecs"][0]["maxReplicas"] == 3
+
+
+@pytest.mark.parametrize("host", ["", "host: 127.0.0.1\n", "host: localhost\n", "host: '::1'\n"])
+def test_pods_that_listen_on_themselves_only_are_refused(write, host):
+    status, output = printed(str(write(f"{host}image: example/afterword")), "--print", "kuberay")
+    assert status == 2
+    assert "Give host: 0.0.0.0" in output
 
 
 def test_rays_own_proxy_needs_no_variables(write):

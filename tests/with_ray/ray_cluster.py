@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import tempfile
@@ -16,6 +17,8 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+
+from tests.child_process import ending_with_tests
 
 PYTHON = os.environ.get("AFTERWORD_RAY_PYTHON", "")
 KEY = "sk-ray-0123456789abcdef"
@@ -47,8 +50,28 @@ class Cluster:
     def _descendants(self, word: str) -> list[psutil.Process]:
         return [each for each in self.process.children(recursive=True) if word in command(each)]
 
+    def address(self) -> str:
+        """The address for `--address`. `auto` could find another cluster of this machine."""
+        found = (re.search(r"--gcs-address=(\S+)", command(each)) for each in self._descendants("raylet"))
+        return next(filter(None, found))[1]
+
     def log_lines(self) -> list[dict[str, object]]:
         return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+
+@contextmanager
+def streamed(cluster: Cluster, **body: object) -> Iterator[httpx.Response]:
+    whole = {"model": "afterword-tiny", "prompt": "Once", "seed": 7, "stream": True, "max_tokens": 200, **body}
+    with cluster.http() as http, http.stream("POST", "/v1/completions", json=whole) as response:
+        assert response.status_code == 200
+        yield response
+
+
+@contextmanager
+def stream(cluster: Cluster, **body: object) -> Iterator[Iterator[str]]:
+    """The lines of a stream."""
+    with streamed(cluster, **body) as response:
+        yield response.iter_lines()
 
 
 def command(process: psutil.Process) -> str:
@@ -98,9 +121,14 @@ def wait_until(condition: Callable[[], object], seconds: float = SECONDS) -> Non
 
 
 def environment() -> dict[str, str]:
-    """The environment of the command. The ports of HAProxy are free ones."""
-    return os.environ | {
+    """The environment of the command, without another cluster's address. The ports of HAProxy are free ones.
+
+    Ray's new clusters need a token, but with an explicit address Ray does not send it on its own.
+    """
+    own = {name: value for name, value in os.environ.items() if name not in {"RAY_ADDRESS", "AFTERWORD_DEPLOY_ADDRESS"}}
+    return own | {
         "PYTHONPATH": str(SOURCE),
+        "RAY_AUTH_MODE": "token",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
     }
@@ -115,16 +143,20 @@ def free_port() -> int:
 
 @contextmanager
 def deployed(folder: Path) -> Iterator[Cluster]:
-    """Run two replicas of the built-in model; afterwards no process of the cluster may be left."""
-    file, log, port = folder / "app.yaml", folder / "requests.jsonl", free_port()
+    """Run two replicas of the built-in model.
+
+    At the end a running stream must be answered to its end, and no process of the cluster may be left.
+    """
+    file, log, keys, port = folder / "app.yaml", folder / "requests.jsonl", folder / "keys", free_port()
+    keys.write_text(KEY)
+    keys.chmod(0o600)
     file.write_text(
-        f"port: {port}\nreplicas: 2\ncpus: 0.1\ndrain: 20\n"
-        f"serve: {{strict: true, parallel: 8, threads: 1, api-key: [{KEY}], log: {log}}}\n"
+        f"port: {port}\nreplicas: 2\ncpus: 0.1\ndrain: 60\n"
+        f"serve: {{strict: true, parallel: 8, threads: 1, api-key-file: {keys}, log: {log}}}\n"
     )
-    file.chmod(0o600)
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            [PYTHON, "-m", "afterword", "deploy", str(file)],
+            ending_with_tests([PYTHON, "-m", "afterword", "deploy", str(file)]),
             env=environment(),
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -141,7 +173,10 @@ def deployed(folder: Path) -> Iterator[Cluster]:
             wait_until(lambda: len(cluster.replicas()) == 2)
             yield cluster
             found = cluster.process.children(recursive=True)
-            process.terminate()
+            with stream(cluster, n=16, max_tokens=240) as lines:
+                next(lines)
+                process.terminate()
+                assert "data: [DONE]" in list(lines), "the drain did not hold"
             assert process.wait(SECONDS) == 0
             wait_until(lambda: not living(found), 30)
         finally:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -205,6 +206,8 @@ def read_command(where: str, table: Mapping[str, Any], command: click.Command) -
     known = settable(command)
     values: dict[str, Any] = {}
     for key, value in table.items():
+        if not isinstance(key, str):  # YAML reads on, no and 1 as other values
+            raise SettingError(f"{where}{_format_value(key)}: expected the name of a setting; names are strings.")
         if key not in known:
             raise SettingError(f"{where}{key}: there is no such setting{_hint(key, known)}.")
         parameter = known[key]
@@ -220,6 +223,8 @@ def _check_value(where: str, value: Any, parameter: click.Parameter) -> Any:
     kinds, expected = next((kinds, words) for kind, kinds, words in _KINDS if isinstance(parameter.type, kind))
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         raise SettingError(f"{where}: expected {expected}, not {_format_value(value)}.")
+    if isinstance(value, float) and not math.isfinite(value):  # comparisons with NaN would accept it in every range
+        raise SettingError(f"{where}: expected a finite number, not {_format_value(value)}.")
     if isinstance(parameter.type, click.Path):
         value = os.path.expanduser(str(value))  # on the command line the shell does this
     if isinstance(parameter.type, click.types.FuncParamType):

@@ -7,17 +7,19 @@ which Ray requires too, but not Ray.
 from __future__ import annotations
 
 import copy
-import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
+from afterword.batch.batch_limits import BatchLimits
 from afterword.cli import settings
 from afterword.errors import SettingError
 from afterword.settings.durations import parse_duration
+from afterword.settings.limit_table import limit_entries
+from afterword.transport.transport_limits import TransportLimits
 
 INSTALL = "afterword deploy needs Ray Serve. Install it into Afterword's environment: pip install 'afterword[ray]'"
 REFUSED = {
@@ -29,8 +31,20 @@ REFUSED = {
     "print-limits": "use afterword serve --print-limits",
     "json": "use afterword serve --print-limits",
     "batch-dir": "replicas have no files and batches, since their folders are separate",
+    "api-key": "Ray's dashboard would show it. Give api-key-file or keys, or set AFTERWORD_API_KEY for the Ray nodes",
 }
 """Settings of `afterword serve` that a replica cannot have, with the reason."""
+
+UNUSED_LIMITS = {
+    each.name: reason
+    for table, reason in (
+        (TransportLimits(), "Serve's HTTP server, which has no such limit, reads the requests"),
+        (BatchLimits(), "replicas have no files and batches"),
+    )
+    for each in limit_entries(table)
+    if each.name != "max_body"  # the application checks it
+}
+"""Limits that nothing in a replica applies, with the reason."""
 
 _POSITIVE, _CORES = click.IntRange(min=1), click.FloatRange(min=0)
 _APP = click.Command(
@@ -86,7 +100,7 @@ def read_app(path: Path) -> ServeApp:
     serve = table.pop("serve", {})
     if not isinstance(serve, dict):
         raise SettingError(f"{where}serve: expected the settings of afterword serve, such as 'models: [model.gguf]'.")
-    _refuse_shared_secret(path, check_serve(f"{where}serve: ", serve))
+    check_serve(f"{where}serve: ", serve)
     values = settings.read_command(where, table, _APP)
     with _APP.make_context("app", [], default_map=values) as ctx:
         fields = dict(ctx.params)
@@ -102,7 +116,9 @@ def check_serve(where: str, table: Mapping[str, Any]) -> dict[str, Any]:
     for name, reason in REFUSED.items():
         if name in table:
             raise SettingError(f"{where}{name} cannot be set for replicas: {reason}.")
-    return settings.read_command(where, table, serve_command())
+    values = settings.read_command(where, table, serve_command())
+    _refuse_unused_limits(where, values.get("limit", ()))
+    return values
 
 
 def serve_options(table: Mapping[str, Any], host: str) -> dict[str, Any]:
@@ -114,6 +130,7 @@ def serve_options(table: Mapping[str, Any], host: str) -> dict[str, Any]:
     values = check_serve("serve: ", table)
     try:
         with serve_command().make_context("serve", [], default_map=values) as ctx:
+            _refuse_unused_limits("", ctx.params["limit"])  # an environment variable can set limits too
             return ctx.params | {"host": host}
     except click.UsageError as error:  # from an environment variable
         raise SettingError(error.format_message()) from None
@@ -126,7 +143,7 @@ def serve_command() -> click.Command:
     params = []
     for each in main.commands["serve"].params:
         parameter = copy.copy(each)
-        if settings.name(each) in REFUSED:
+        if settings.name(each) in REFUSED and not settings.is_secret(each):
             parameter.envvar = None
         if settings.name(each) != "config":
             params.append(parameter)
@@ -163,8 +180,9 @@ def _replicas(where: str, fields: Mapping[str, Any]) -> tuple[int, int]:
     return low, high
 
 
-def _refuse_shared_secret(path: Path, values: dict[str, Any]) -> None:
-    if settings.has_secret({"serve": values}) and path.stat().st_mode & stat.S_IROTH:
-        raise SettingError(
-            f"{path} contains an API key and every user of this machine can read it. Run: chmod o-r {path}"
-        )
+def _refuse_unused_limits(where: str, limits: Iterable[str]) -> None:
+    """Check arguments `NAME=NUMBER`."""
+    for each in limits:
+        name = each.partition("=")[0]
+        if name in UNUSED_LIMITS:
+            raise SettingError(f"{where}limit: {name} cannot be set for replicas: {UNUSED_LIMITS[name]}.")

@@ -13,7 +13,9 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
 
+import ray
 from ray import serve
+from ray.serve.context import _get_global_client
 
 from afterword.api.app import make_app
 from afterword.api.middleware.request_ids import HEADER
@@ -33,10 +35,13 @@ Application = Callable[[Any, Any, Any], Awaitable[None]]
 class Replica:
     """One replica. Serve calls its methods on the event loop on which the application runs."""
 
-    async def __init__(self, table: Mapping[str, Any], host: str) -> None:  # type: ignore[misc]
-        """Load the models. `table`: the settings of `afterword serve`. Serve sends requests when this has returned."""
+    async def __init__(self, table: Mapping[str, Any]) -> None:  # type: ignore[misc]
+        """Load the models. `table`: the settings of `afterword serve`. Serve sends requests when this has returned.
+
+        Whether keys are needed depends on the address on which Serve listens, whatever the deployed file says.
+        """
         switch_threads_soon()
-        options = serve_options(table, host)
+        options = serve_options(table, str(running_ingress()["host"]))
         models, config = server_parts(options["models"], options)
         self._models, self._running = models, AsyncExitStack()  # for `__del__`, if loading fails
         async with AsyncExitStack() as undo:
@@ -66,8 +71,21 @@ deployment: Any = serve.deployment(name=DEPLOYMENT)(serve.ingress()(Replica))
 
 
 def build(args: Mapping[str, Any]) -> Any:
-    """The application of Serve for the `args` of a configuration: `serve` and `host`."""
-    return deployment.bind(dict(args["serve"]), str(args["host"]))
+    """The application of Serve for the `args` of a configuration: `serve`."""
+    return deployment.bind(dict(args["serve"]))
+
+
+def running_ingress() -> dict[str, object]:
+    """The host, the port and the kind of ingress that Serve has on this cluster.
+
+    Serve's interface has no public function for them. `afterword[ray]` requires the version in which these exist.
+    """
+    client = _get_global_client()
+    http = client.http_config
+    proxies = ray.get(client._controller.get_proxies.remote())
+    kinds = {each._ray_actor_creation_function_descriptor.class_name for each in proxies.values()}
+    ingress = "haproxy" if "HAProxyManager" in kinds else "ray"
+    return {"host": http.host or "0.0.0.0", "port": http.port, "ingress": ingress}
 
 
 def _hosted(app: Application) -> Application:

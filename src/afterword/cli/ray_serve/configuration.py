@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from afterword.cli.ray_serve.app_file import ServeApp
+from afterword.config import is_loopback
 from afterword.errors import SettingError
 
 DEPLOYMENT = "Afterword"
@@ -41,6 +42,11 @@ def replica_variables() -> dict[str, str]:
     }
 
 
+def shutdown_seconds(app: ServeApp) -> float:
+    """How long Serve waits for the requests of a replica that it stops."""
+    return app.drain + _DRAIN_SECONDS
+
+
 def deployment_options(app: ServeApp) -> dict[str, Any]:
     """The options of the deployment: replicas, resources, rolling update.
 
@@ -58,7 +64,7 @@ def deployment_options(app: ServeApp) -> dict[str, Any]:
     return replicas | {
         "max_ongoing_requests": app.max_queue + 1024,
         "max_surge_percent": app.surge,
-        "graceful_shutdown_timeout_s": app.drain + _DRAIN_SECONDS,
+        "graceful_shutdown_timeout_s": shutdown_seconds(app),
         "graceful_shutdown_wait_loop_s": 0.5,
         "health_check_period_s": _CHECK_SECONDS,
         "ray_actor_options": {
@@ -70,12 +76,7 @@ def deployment_options(app: ServeApp) -> dict[str, Any]:
 
 
 def serve_configuration(app: ServeApp) -> dict[str, Any]:
-    """The configuration that `serve deploy` reads. Raises `SettingError`."""
-    if "api-key" in app.serve:
-        raise SettingError(
-            "api-key: a printed configuration must not contain API keys. Set AFTERWORD_API_KEY in the environment of "
-            "the Ray nodes, or give api-key-file."
-        )
+    """The configuration that `serve deploy` reads."""
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": app.host, "port": app.port},
@@ -84,7 +85,7 @@ def serve_configuration(app: ServeApp) -> dict[str, Any]:
                 "name": app.name,
                 "route_prefix": "/",
                 "import_path": IMPORT_PATH,
-                "args": {"host": app.host, "serve": dict(app.serve)},
+                "args": {"serve": dict(app.serve)},
                 "deployments": [{"name": DEPLOYMENT, **deployment_options(app)}],
             }
         ],
@@ -97,18 +98,24 @@ def kuberay_manifest(app: ServeApp) -> dict[str, Any]:
 
     if app.image is None:
         raise SettingError("--print kuberay: give image, the container image with afterword[ray], in the file.")
+    if is_loopback(app.host):
+        raise SettingError(
+            f"--print kuberay: host: {app.host} can be reached only from its pod. Give host: 0.0.0.0, and API keys by "
+            "keys or api-key-file; or allow-open if everyone who can reach the pods may use the server."
+        )
     variables = [{"name": name, "value": value} for name, value in cluster_variables(app).items()]
 
     def pod(name: str, resources: dict[str, Any]) -> dict[str, Any]:
         container = {"name": name, "image": app.image, "env": variables, "resources": {"limits": resources}}
         return {"spec": {"containers": [container]}}
 
+    most = app.max_replicas + -(-app.max_replicas * app.surge // 100)
     gpus = {"nvidia.com/gpu": app.gpus} if app.gpus else {}
     worker = {
         "groupName": "replicas",
         "replicas": app.min_replicas,
         "minReplicas": app.min_replicas,
-        "maxReplicas": app.max_replicas + -(-app.max_replicas * app.surge // 100),
+        "maxReplicas": most,
         "rayStartParams": {},
         "template": pod("ray-worker", {"cpu": app.cpus, **gpus}),
     }
@@ -120,7 +127,8 @@ def kuberay_manifest(app: ServeApp) -> dict[str, Any]:
         "spec": {
             "serveConfigV2": yaml.safe_dump(serve_configuration(app), sort_keys=False),
             "rayClusterConfig": {
-                "enableInTreeAutoscaling": app.max_replicas > app.min_replicas,
+                # A fixed number of replicas needs it too: it adds the pods in which an update starts new replicas.
+                "enableInTreeAutoscaling": most > app.min_replicas,
                 "headGroupSpec": head,
                 "workerGroupSpecs": [worker],
             },

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,13 @@ from afterword.cli.ray_serve.configuration import (
     deployment_options,
     kuberay_manifest,
     serve_configuration,
+    shutdown_seconds,
 )
 from afterword.cli.run import server_parts
 from afterword.errors import AfterwordError, SettingError
+from afterword.settings.durations import format_duration
+
+_STOP_SECONDS = 10  # in which Serve stops a replica without requests
 
 
 def print_configuration(path: Path, kind: str) -> None:
@@ -31,7 +38,7 @@ def print_configuration(path: Path, kind: str) -> None:
 
 
 def deploy(path: Path, address: str | None) -> None:
-    """Deploy an application. Without an address the cluster runs until SIGTERM or SIGINT. Raises `AfterwordError`."""
+    """Deploy an application. Without an address a cluster runs until SIGTERM or SIGINT. Raises `AfterwordError`."""
     app = read_app(path)
     if address is None:  # the replicas have this machine's files, so errors in settings are found before Ray starts
         options = serve_options(app.serve, app.host)
@@ -44,43 +51,72 @@ def deploy(path: Path, address: str | None) -> None:
         from ray import serve
     except ImportError:
         raise SettingError(INSTALL) from None
-    stopped = threading.Event()
     if address is None:
-        ray.init(include_dashboard=False, log_to_driver=True)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stopped.set())
-    else:
-        _connect(ray, address)
-    try:
-        _run(serve, app)
-        if address is None:
-            click.echo("Ctrl+C stops the cluster.")
-            stopped.wait()
-            serve.shutdown()
-    finally:
-        ray.shutdown()
-
-
-def _connect(ray: Any, address: str) -> None:
+        _run_until_signal(ray, serve, app)
+        return
     try:
         ray.init(address=address, log_to_driver=False)
     except (ConnectionError, ValueError) as error:
         raise AfterwordError(f"There is no Ray cluster at --address {address}: {error}") from None
+    try:
+        _run(serve, app)
+    finally:
+        ray.shutdown()  # only disconnects: the cluster and all its applications go on
+
+
+def _run_until_signal(ray: Any, serve: Any, app: ServeApp) -> None:
+    """Run a cluster of its own. A signal ends it at any time; one during the drain ends it at once."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        # Without `local` Ray would join a cluster that RAY_ADDRESS names, and the end would stop others' applications.
+        ray.init(address="local", include_dashboard=False, log_to_driver=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has set its own handler
+        _run(serve, app)
+        click.echo("Ctrl+C stops the cluster.")
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
+        click.echo(f"Waiting up to {format_duration(app.drain)} for running requests. Ctrl+C again ends them.")
+        _drain(serve, app)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        ray.shutdown()
+
+
+def _drain(serve: Any, app: ServeApp) -> None:
+    """Delete the application, wait for its requests, and stop Serve, which alone would close the ingress at once."""
+    serve.delete(app.name, _blocking=False)  # blocking, it would wait for 60 seconds at most
+    deadline = time.monotonic() + shutdown_seconds(app) + _STOP_SECONDS
+    while app.name in serve.status().applications and time.monotonic() < deadline:
+        time.sleep(0.2)
+    serve.shutdown()
 
 
 def _run(serve: Any, app: ServeApp) -> None:
     """Deploy the application, and wait until its replicas run."""
-    from afterword.cli.ray_serve.application import deployment
+    from afterword.cli.ray_serve.application import deployment, running_ingress
 
     serve.start(
         proxy_location="EveryNode",
         http_options={"host": app.host, "port": app.port},
         controller_options={"runtime_env": {"env_vars": cluster_variables(app)}},
     )
+    check_ingress(app, running_ingress())
     replica = deployment.options(**deployment_options(app))
     try:
-        serve.run(replica.bind(dict(app.serve), app.host), name=app.name, route_prefix="/")
+        serve.run(replica.bind(dict(app.serve)), name=app.name, route_prefix="/")
     except RuntimeError as error:
         raise AfterwordError(f"Ray Serve could not deploy {app.name}: {error}") from None
     host = f"[{app.host}]" if ":" in app.host else app.host
     click.echo(f"Ray Serve runs {app.name} at http://{host}:{app.port}")
+
+
+def check_ingress(app: ServeApp, running: Mapping[str, object]) -> None:
+    """Compare the file with what Serve runs: Serve ignores other settings if it runs already. Raises `SettingError`."""
+    for name, value in running.items():
+        wanted = getattr(app, name)
+        if value != wanted:
+            raise SettingError(
+                f"{name}: {wanted}, but Ray Serve already runs on this cluster with {name}: {value}. "
+                "Give that, or end Serve and all its applications with: serve shutdown"
+            )
