@@ -202,7 +202,7 @@ def _answerable(body: bytes, _: bytes, random: Random) -> bytes:
 
 
 def _some(body: bytes, random: Random) -> dict[str, Any]:
-    """The prompt and a random part of the other fields: a body with all of them often has two that exclude each other."""
+    """The prompt and a random part of the other fields: of all of them two often exclude each other."""
     share = random.random()
     return {name: value for name, value in json.loads(body).items() if name == "prompt" or random.random() < share}
 
