@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -12,11 +11,13 @@ from history_runner import VOCABULARY, HistoryRunner, logits_after, scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afterword.engine.core.banned_text import MOST_TAKEN_BACK
+from afterword.completion.text_stream import StopStrings, TextStream, incomplete_character
+from afterword.engine.core import banned_text, repetitions
 from afterword.engine.core.engine_loop import EngineLoop
 from afterword.engine.core.repetitions import Repetitions
 from afterword.engine.core.sampler import Sampler, SampleTokens
 from afterword.engine.core.token_counts import TokenCounts
+from afterword.engine.most_sampled import most_sampled_for
 from afterword.engine.protocol import BannedText, Dry, Job, SamplerChain, Sampling, Step
 
 TEXTS = ("a", "b", "c", "", "A", "B", "ab", "", "bc", " a", " b", "ca", "aa", "abc", "é", "É", "x", "x y", " c")
@@ -25,7 +26,13 @@ assert len(PIECES) == VOCABULARY
 END, NAME = 3, 22
 
 phrases = st.lists(st.text("abcAB éßsxy", min_size=1, max_size=4), max_size=4).map(tuple)
-bans = st.builds(BannedText, exact=phrases, folded=phrases, silent=st.sampled_from([(), (NAME,)]))
+bans = st.builds(
+    BannedText,
+    exact=phrases,
+    folded=phrases,
+    silent=st.sampled_from([(), (NAME,)]),
+    begun=st.sampled_from([b"", b"\xc3"]),
+)
 dry = Dry(multiplier=1.0, base=1.5, allowed_length=1, last_n=-1)
 samplings = st.sampled_from(
     [
@@ -56,7 +63,10 @@ shapes = st.sampled_from([{}, {"grid": 3}, {"capacity": 40}])
 
 @dataclass
 class Reference:
-    """One sample, computed in the plainest way: the whole text is searched after each token."""
+    """One sample, computed in the plainest way: the whole text is searched after each token.
+
+    `sent`: how many tokens are never taken back.
+    """
 
     job: Job
     sample: int
@@ -64,6 +74,7 @@ class Reference:
     excluded: defaultdict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
     limits: list[float] = field(default_factory=list)
     taken_back: int = 0
+    sent: int = 0
     reason: str = ""
 
     def run(self) -> Reference:
@@ -78,8 +89,10 @@ class Reference:
             self.tokens.append(token)
             begun = self._begun()
             if begun is not None:
-                self._take_back(begun)
-            elif token in self.job.end_tokens:
+                self._take_back(max(begun, self.sent))
+                continue
+            self.sent = max(self.sent, self._first_begun())
+            if token in self.job.end_tokens:
                 self.reason = "stop"
             elif len(self.tokens) == self.job.max_tokens:
                 self.reason = "length"
@@ -104,7 +117,7 @@ class Reference:
         self.excluded[begun].add(self.tokens[begun])
         self.taken_back += len(self.tokens) - begun
         del self.tokens[begun:]
-        if self.taken_back > MOST_TAKEN_BACK + 2 * self.job.max_tokens:
+        if self.taken_back > 4 * self.job.max_tokens + 8:
             self.reason = "length"
 
     def _begun(self) -> int | None:
@@ -127,22 +140,34 @@ class Reference:
                 return max(found)
         return None
 
+    def _first_begun(self) -> int:
+        """The first token in which the text may end in the beginning of a phrase, or of a character."""
+        banned = self.job.banned_text
+        if banned is None:
+            return len(self.tokens)
+        characters = characters_of(self.job, self.tokens)
+        data = banned.begun + b"".join(b"" if each in banned.silent else PIECES[each] for each in self.tokens)
+        first = [characters.pop()[1]] if incomplete_character(data) else []
+        folded = [(part, place) for character, place in characters for part in character.casefold()]
+        for found, searched in ((characters, banned.exact), (folded, [each.casefold() for each in banned.folded])):
+            text = "".join(character for character, _ in found)
+            for size in {size for each in searched for size in range(1, len(each)) if text.endswith(each[:size])}:
+                first.append(found[-size][1])
+        return min(first, default=len(self.tokens))
+
 
 def characters_of(job: Job, tokens: list[int]) -> list[tuple[str, int]]:
-    """The characters of a text, each with the token that has its first byte."""
+    """The characters of the text that a client gets, each with the token that has its first byte."""
+    stream: TextStream[int] = TextStream(StopStrings(), 0, job.banned_text.begun if job.banned_text else b"")
     silent = job.banned_text.silent if job.banned_text else ()
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    decoder.decode(b"".join(b"" if each in silent else PIECES[each] for each in job.prompt[-4:]))
-    characters: list[tuple[str, int]] = []
-    begun = 0 if decoder.getstate()[0] else None
     for place, token in enumerate(tokens):
         for byte in b"" if token in silent else PIECES[token]:
-            for character in decoder.decode(bytes([byte])):
-                characters.append((character, place if begun is None else begun))
-                begun = None
-            if decoder.getstate()[0] and begun is None:
-                begun = place
-    return characters
+            stream.push(place, bytes([byte]))
+    end = stream.finish()
+    first: dict[int, int] = {}
+    for each in end.tokens:
+        first.setdefault(each.offset, each.token)
+    return [(character, first.get(offset, 0)) for offset, character in enumerate(end.text)]
 
 
 def contains(job: Job, tokens: list[int]) -> bool:
@@ -229,11 +254,13 @@ def test_a_place_where_nothing_is_left_ends_the_sample(allowed: int) -> None:
 
 def test_the_work_for_a_sample_is_bounded() -> None:
     """Every text with two tokens is banned, so the first place is drawn again until the bound or no token is left."""
-    every = tuple({piece.decode() for piece in PIECES if piece.isascii() and piece} | {"é", "É", "ß", "\ufffd"})
-    plain = job(BannedText(exact=every), samples=3, sampling=Sampling(), max_tokens=100)
+    every = tuple({piece.decode() for piece in PIECES if piece.isascii() and piece} | {"é", "É", "ß"})
+    parts = tuple(PIECES.index(each) for each in (b"\xc3", b"\xa9", b"\x89"))
+    plain = job(BannedText(exact=every), samples=3, sampling=Sampling(), max_tokens=2, banned=parts)
     (steps,) = finish(loop_of(2), plain)
     assert sorted(end for step in steps for end in step.ended) == [(sample, "length") for sample in range(3)]
-    assert sum(step.taken_back for step in steps) <= 3 * (MOST_TAKEN_BACK + 200 + 100)
+    sampled_tokens = sum(step.taken_back + len(step.sampled) for step in steps)
+    assert 3 * 4 * 2 < sampled_tokens <= most_sampled_for(plain) == 3 * (5 * 2 + 8)
 
 
 def test_what_was_taken_back_is_computed_again_and_reused_by_others() -> None:
