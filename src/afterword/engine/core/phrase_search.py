@@ -102,7 +102,7 @@ class PhraseSearch:
 
     def go_back(self, mark: Mark) -> None:
         """Remove the characters after a mark."""
-        for _ in range(self._read - mark[1]):
+        for _ in range(min(self._read - mark[1], len(self._places))):  # the first ones may be forgotten
             self._places.pop()
         self._state, self._read = mark
 
