@@ -11,9 +11,9 @@ def most_sampled(max_tokens: int, takes_back: bool) -> int:
 
 
 def most_taken_back(max_tokens: int) -> int:
-    """How many tokens of a sample may be taken back before it ends.
+    """A sample ends when more of its tokens than this were taken back.
 
-    With the last ones that are taken back there can be more, but not more than `max_tokens` with those that stay.
+    Those that are then taken back last and those that stay are at most `max_tokens` together, so `most_sampled` holds.
     """
     return 4 * max_tokens + 8
 
