@@ -167,7 +167,7 @@ def characters_of(job: Job, tokens: list[int]) -> list[tuple[str, int]]:
         for byte in b"" if token in silent else PIECES[token]:
             stream.push(place, bytes([byte]))
     end = stream.finish()
-    first: dict[int, int] = {}
+    first = {0: 0} if job.banned_text and job.banned_text.begun else {}  # that character begins before all tokens
     for each in end.tokens:
         first.setdefault(each.offset, each.token)
     return [(character, first.get(offset, 0)) for offset, character in enumerate(end.text)]
