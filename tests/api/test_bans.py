@@ -126,6 +126,7 @@ def test_what_cannot_be_banned_is_refused_by_name(http: httpx.Client) -> None:
     for name in ("banned_strings", "bad_words"):
         found = refused(http, name, prompt=PROMPT, **{name: ["x"]}, response_format={"type": "json_object"})
         assert (found["param"], "response_format" in found["message"]) == (name, True)
+        assert "U+FFFD" in refused(http, name, prompt=PROMPT, **{name: ["\ufffd"]})["message"]
     assert refused(http, "banned_tokens", prompt=PROMPT, banned_tokens=[10**6])["param"] == "banned_tokens"
     both = {"allowed_token_ids": [5, 6], "custom_token_bans": "6,5"}
     assert refused(http, "custom_token_bans", prompt=PROMPT, **both)["param"] == "custom_token_bans"

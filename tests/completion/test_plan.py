@@ -7,8 +7,9 @@ import pytest
 from msgspec.structs import replace
 
 from afterword.completion.object_fields import ContextFile
-from afterword.completion.plan import ClientIdentity, Plan, PromptPlan, check_lengths, make_plan
+from afterword.completion.plan import ClientIdentity, Plan, PromptPlan, check_candidates, check_lengths, make_plan
 from afterword.completion.request import CompletionRequest
+from afterword.completion.request_limits import RequestLimits
 from afterword.completion.run import tokenize
 from afterword.engine.protocol import InfillLayout, ModelInfo, Sampling
 from afterword.errors import RequestError
@@ -376,6 +377,27 @@ def test_most_tokens_counts_every_sample_of_every_prompt() -> None:
         == 1 + len(ids("the cat")) + 2 * 3 * 5
     )
     assert plan(prompt=("a",), max_tokens=0, echo=True, logprobs=0).max_total_tokens == 1
+
+
+@pytest.mark.parametrize("name", ["banned_strings", "bad_words"])
+def test_tokens_that_may_be_taken_back_are_reserved(name: str) -> None:
+    most = plan(prompt=("a", "b"), n=3, max_tokens=5, **{name: ("x",)})
+    assert most.max_total_tokens == 2 + 2 * 3 * (5 + 4 * 5 + 8)
+    check_candidates(most, RequestLimits(max_request_tokens=198))
+    with pytest.raises(RequestError):
+        check_candidates(most, RequestLimits(max_request_tokens=197))
+    assert plan(prompt=("a",), max_tokens=0, echo=True, logprobs=0, **{name: ("x",)}).max_total_tokens == 1
+
+
+def test_the_bytes_of_the_prompt_that_a_banned_text_can_begin_with_are_those_of_the_echo() -> None:
+    def begun(*prompt: int, echo: bool = True) -> bytes:
+        found = plan_one_prompt(prompt=(prompt,), echo=echo, max_tokens=1, banned_strings=("x",)).job.banned_text
+        assert found is not None
+        return found.begun
+
+    assert begun(*b"a\xf0\x9f") == b"\xf0\x9f"
+    assert begun(*b"a\xf0\x9f", echo=False) == b""
+    assert begun(*b"a\xa9") == begun(*"aé\ufffd".encode()) == begun(97) == b""
 
 
 def test_clients_share_a_namespace_only_with_shares_cache_and_equal_salt() -> None:

@@ -686,6 +686,8 @@ def test_extensions_have_their_values(name: str, value: Any, result: Any) -> Non
         ("banned_strings", 1),
         ("banned_strings", ["x", 1]),
         ("banned_strings", ["x"] * 1025),
+        ("banned_strings", "x\ufffd"),
+        ("bad_words", ["x", "\ufffd"]),
         ("banned_strings", ["x" * 256] * 65),
         ("banned_tokens", ["x"]),
         ("banned_tokens", "1;2"),
@@ -792,3 +794,11 @@ def test_malformed_files_are_refused_by_name(value: Any, message: str, param: st
 def test_files_with_the_scores_of_an_echo_are_refused() -> None:
     error = refused({"input_extra": [{"text": "a"}], "echo": True, "logprobs": 1})
     assert (error.param, "these files" in error.message) == ("input_extra", True)
+
+
+def test_tokens_that_may_be_taken_back_count_as_requested() -> None:
+    body = {"prompt": [1, 2], "n": 3, "max_tokens": 5, "banned_strings": ["x"]}
+    most = 2 + 3 * (5 + 4 * 5 + 8)
+    parse(json.dumps(body).encode(), RequestLimits(max_request_tokens=most))
+    assert refused(body, RequestLimits(max_request_tokens=most - 1)).param == "max_tokens"
+    assert parse(json.dumps(body | {"banned_strings": []}).encode(), RequestLimits(max_request_tokens=17))

@@ -144,7 +144,7 @@ def test_a_request_is_charged_for_what_it_used(new_registry, store):
 
 
 def test_a_request_is_charged_for_more_than_it_reserved(new_registry, store):
-    """Tokens that were taken back are not reserved."""
+    """No request should; if one does, it is not free."""
     _, text = store.create(allowance=Allowance(tokens=100, quota=200))
     registry = new_registry((), store)
     grant = admit(registry, text)

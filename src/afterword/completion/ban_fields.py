@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from afterword.completion.request import CompletionRequest
 
 _MOST, _LONGEST, _MOST_CHARACTERS = 1024, 256, 16384
-_PHRASE = {"type": "string", "maxLength": _LONGEST}
-_WORD = {"type": "string", "pattern": r"\S", "maxLength": _LONGEST}
+_PHRASE = {"type": "string", "pattern": "^[^\ufffd]*$", "maxLength": _LONGEST}
+_WORD = {"type": "string", "pattern": "^[^\ufffd]*[^\\s\ufffd][^\ufffd]*$", "maxLength": _LONGEST}
 _ID_TEXT = r"^ *([0-9]{1,10} *(, *[0-9]{1,10} *)*)?$"
 _IDS = {"type": "array", "items": {"type": "integer"}}
 
@@ -67,6 +67,9 @@ def check_bans(request: CompletionRequest) -> None:
 def _bounded(name: str, texts: tuple[str, ...]) -> tuple[str, ...]:
     if len(texts) > _MOST:
         raise too_long(name, "array", _MOST, len(texts))
+    if any("\ufffd" in text for text in texts):
+        # A choice has it where it ends inside a character, which is known too late to take tokens back.
+        raise RequestError(f"Invalid '{name}': a text contains U+FFFD, which stands for invalid bytes.", param=name)
     longest = max(map(len, texts), default=0)
     if longest > _LONGEST:
         raise too_long(name, "string", _LONGEST, longest)

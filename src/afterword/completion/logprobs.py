@@ -7,7 +7,6 @@ for the columns; `text_stream` does the same for generated text.
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -157,9 +156,8 @@ def make_echo(plan: Plan, prompt: PromptPlan, scored: Sequence[Token]) -> Echo |
         return None
     ids = prompt.job.prompt[prompt.hidden_tokens :]
     pieces = [plan.pieces[token] for token in ids]
-    spelling = b"".join(pieces) + prompt.job.healed
-    must_search = spelling.decode("utf-8", "replace") != prompt.text
-    pending = b"" if must_search else incomplete_character(spelling)
+    must_search = prompt.spelling(plan.pieces).decode("utf-8", "replace") != prompt.text
+    pending = prompt.pending_bytes(plan.pieces)
     text = prompt.text[:-1] if pending else prompt.text  # without U+FFFD for the pending bytes
     if plan.logprobs is None:
         return Echo(text, pending, None, must_search, plan)
@@ -213,13 +211,6 @@ def _searched_offsets(echo: Echo) -> Iterator[tuple[bytes, int]]:
 def count_characters(data: bytes) -> int:
     """How many characters start in these bytes."""
     return len(data.translate(None, _CONTINUATIONS))
-
-
-def incomplete_character(data: bytes) -> bytes:
-    """The last bytes, up to 3, if they are the start of an incomplete UTF-8 character; else b""."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    decoder.decode(data[-3:])
-    return decoder.getstate()[0]
 
 
 def make_report(plan: Plan, prompt: PromptPlan, scored: Sequence[Token]) -> PromptReport | None:

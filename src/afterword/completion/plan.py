@@ -7,8 +7,10 @@ This module checks what depends on the model: token ids, the context length and 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import msgspec
 
 from afterword.completion.engine_limits import check_job
 from afterword.completion.fields import Prompt
@@ -17,9 +19,10 @@ from afterword.completion.infill_trim import InfillTexts
 from afterword.completion.request import CompletionRequest
 from afterword.completion.request_limits import RequestLimits
 from afterword.completion.sampler_fields import sampling_of
-from afterword.completion.text_stream import StopStrings
+from afterword.completion.text_stream import StopStrings, incomplete_character
 from afterword.completion.token_healing import healed
 from afterword.completion.vocabulary_fields import banned_text, check_allowed, check_ids, shown_ends, truncated
+from afterword.engine.most_sampled import most_sampled_for
 from afterword.engine.protocol import Job, ModelInfo
 from afterword.errors import RequestError
 
@@ -42,6 +45,17 @@ class PromptPlan:
     hidden_tokens: int
     given: tuple[tuple[int, int], ...]
     suffix: tuple[int, ...] = ()
+
+    def spelling(self, pieces: Sequence[bytes]) -> bytes:
+        """The bytes of the prompt's tokens that are echoed. With some tokenizers they are not those of `text`."""
+        return b"".join(pieces[token] for token in self.job.prompt[self.hidden_tokens :]) + self.job.healed
+
+    def pending_bytes(self, pieces: Sequence[bytes]) -> bytes:
+        """The last bytes of the echoed prompt, if the completion can continue the character that they begin."""
+        if not self.text.endswith("\ufffd"):
+            return b""
+        spelling = self.spelling(pieces)
+        return incomplete_character(spelling) if spelling.decode("utf-8", "replace") == self.text else b""
 
     @property
     def scored_tokens(self) -> int:
@@ -99,8 +113,8 @@ class Plan:
 
     @property
     def max_generated_tokens(self) -> int:
-        """The largest number of tokens that all candidates can have together."""
-        return sum(prompt.job.samples * prompt.job.max_tokens for prompt in self.prompts)
+        """The largest number of tokens that all candidates can have together, those that are taken back included."""
+        return sum(most_sampled_for(prompt.job) for prompt in self.prompts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +246,9 @@ def make_plan(
         check_job(job, model_info)
         text = given if isinstance(given, str) and ids == whole else _decode(model_info, ids)
         prompts.append(PromptPlan(job, text, laid_out.before, laid_out.given, suffix))
+        if banned and request.echo:  # else the text begins after the bytes of the prompt
+            begun = msgspec.structs.replace(banned, begun=prompts[-1].pending_bytes(model_info.pieces))
+            prompts[-1] = replace(prompts[-1], job=msgspec.structs.replace(job, banned_text=begun))
     return Plan(
         fingerprint=model_info.fingerprint,
         prompts=tuple(prompts),

@@ -19,6 +19,7 @@ from afterword.completion.request_descriptions import DESCRIPTIONS, described_sc
 from afterword.completion.request_limits import RequestLimits
 from afterword.completion.sampler_fields import DEFAULT_BREAKERS, LLAMA_ORDER, SAMPLER_FIELDS, samplers
 from afterword.completion.token_healing import check_healing
+from afterword.engine.most_sampled import most_sampled
 from afterword.engine.protocol import Grammar, RepetitionDetection
 from afterword.errors import RequestError
 
@@ -331,7 +332,9 @@ def _check_tokens(request: CompletionRequest, limits: RequestLimits) -> None:
     A `max_tokens` above it is left to the plan: its error names the model's context length.
     """
     read = sum(len(prompt) for prompt in request.prompt if isinstance(prompt, tuple))
-    written = len(request.prompt) * request.candidates * request.max_tokens
+    takes_back = request.max_tokens > 0 and bool(request.banned_strings or request.bad_words)
+    sampled = most_sampled(request.max_tokens, takes_back)
+    written = len(request.prompt) * request.candidates * sampled
     if request.max_tokens <= limits.max_request_tokens < read + written:
         raise RequestError(
             f"Too many tokens requested. Your prompts and completions can have {read + written} tokens together, but "

@@ -126,6 +126,13 @@ class TextStream(Generic[T]):
         return ReleasedText(text, tuple(self._held.popleft()[0] for _ in range(count)))
 
 
+def incomplete_character(data: bytes) -> bytes:
+    """The last bytes, up to 3, if they are the start of an incomplete UTF-8 character; else b""."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(data[-3:])
+    return decoder.getstate()[0]
+
+
 @dataclass(frozen=True, slots=True)
 class StopStrings:
     """Stop strings, prepared once for all samples of a request. `failures[i]` is `_failure_function(texts[i])`.

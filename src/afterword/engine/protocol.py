@@ -113,12 +113,13 @@ class Grammar(Value, frozen=True):
 class BannedText(Value, frozen=True):
     """Phrases that the text of a sample must not contain: `exact` as they are, `folded` in any case.
 
-    `silent`: tokens that have no text in the response.
+    `silent`: tokens that have no text in the response. `begun`: the first bytes of the text, which end the prompt.
     """
 
     exact: tuple[str, ...] = ()
     folded: tuple[str, ...] = ()
     silent: tuple[int, ...] = ()
+    begun: bytes = b""
 
 
 class RepetitionDetection(Value, frozen=True):

@@ -252,7 +252,7 @@ class Grant:
     def close(self, used: TokenUsage | None, user: str | None) -> None:
         """End the request and give back the tokens that it has not used. `used` is None if nothing was computed.
 
-        Tokens that were taken back are not reserved, so a request can have used more than it has reserved.
+        Should a request have used more than it has reserved, it is charged for all.
         """
         unused = self._reserved - (used.total if used else 0)
         self._reserved -= unused

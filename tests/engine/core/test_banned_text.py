@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -12,12 +11,17 @@ from history_runner import VOCABULARY, HistoryRunner, logits_after, scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afterword.engine.core.banned_text import MOST_TAKEN_BACK
+from afterword.completion.text_stream import StopStrings, TextStream, incomplete_character
+from afterword.engine.core import banned_text, repetitions
+from afterword.engine.core.banned_text import BannedPhrases, HeldTokens
 from afterword.engine.core.engine_loop import EngineLoop
-from afterword.engine.core.repetitions import Repetitions
+from afterword.engine.core.fair_share import TURN_PASSES
+from afterword.engine.core.phrase_search import Automaton, AutomatonCache
+from afterword.engine.core.repetitions import EarlierRepetitions, Repetitions
 from afterword.engine.core.sampler import Sampler, SampleTokens
 from afterword.engine.core.token_counts import TokenCounts
-from afterword.engine.protocol import BannedText, Dry, Job, SamplerChain, Sampling, Step
+from afterword.engine.most_sampled import most_sampled_for
+from afterword.engine.protocol import BannedText, Dry, Job, SamplerChain, Sampling, Step, Token
 
 TEXTS = ("a", "b", "c", "", "A", "B", "ab", "", "bc", " a", " b", "ca", "aa", "abc", "é", "É", "x", "x y", " c")
 PIECES = (*(text.encode() for text in TEXTS), b"\xc3", b"\xa9", b"\x89", b"<end>", "ß".encode())
@@ -25,7 +29,13 @@ assert len(PIECES) == VOCABULARY
 END, NAME = 3, 22
 
 phrases = st.lists(st.text("abcAB éßsxy", min_size=1, max_size=4), max_size=4).map(tuple)
-bans = st.builds(BannedText, exact=phrases, folded=phrases, silent=st.sampled_from([(), (NAME,)]))
+bans = st.builds(
+    BannedText,
+    exact=phrases,
+    folded=phrases,
+    silent=st.sampled_from([(), (NAME,)]),
+    begun=st.sampled_from([b"", b"\xc3"]),
+)
 dry = Dry(multiplier=1.0, base=1.5, allowed_length=1, last_n=-1)
 samplings = st.sampled_from(
     [
@@ -56,7 +66,10 @@ shapes = st.sampled_from([{}, {"grid": 3}, {"capacity": 40}])
 
 @dataclass
 class Reference:
-    """One sample, computed in the plainest way: the whole text is searched after each token."""
+    """One sample, computed in the plainest way: the whole text is searched after each token.
+
+    `sent`: how many tokens are never taken back.
+    """
 
     job: Job
     sample: int
@@ -64,6 +77,7 @@ class Reference:
     excluded: defaultdict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
     limits: list[float] = field(default_factory=list)
     taken_back: int = 0
+    sent: int = 0
     reason: str = ""
 
     def run(self) -> Reference:
@@ -78,8 +92,10 @@ class Reference:
             self.tokens.append(token)
             begun = self._begun()
             if begun is not None:
-                self._take_back(begun)
-            elif token in self.job.end_tokens:
+                self._take_back(max(begun, self.sent))
+                continue
+            self.sent = max(self.sent, self._first_begun())
+            if token in self.job.end_tokens:
                 self.reason = "stop"
             elif len(self.tokens) == self.job.max_tokens:
                 self.reason = "length"
@@ -104,7 +120,7 @@ class Reference:
         self.excluded[begun].add(self.tokens[begun])
         self.taken_back += len(self.tokens) - begun
         del self.tokens[begun:]
-        if self.taken_back > MOST_TAKEN_BACK + 2 * self.job.max_tokens:
+        if self.taken_back > 4 * self.job.max_tokens + 8:
             self.reason = "length"
 
     def _begun(self) -> int | None:
@@ -127,22 +143,34 @@ class Reference:
                 return max(found)
         return None
 
+    def _first_begun(self) -> int:
+        """The first token in which the text may end in the beginning of a phrase, or of a character."""
+        banned = self.job.banned_text
+        if banned is None:
+            return len(self.tokens)
+        characters = characters_of(self.job, self.tokens)
+        data = banned.begun + b"".join(b"" if each in banned.silent else PIECES[each] for each in self.tokens)
+        first = [characters.pop()[1]] if incomplete_character(data) else []
+        folded = [(part, place) for character, place in characters for part in character.casefold()]
+        for found, searched in ((characters, banned.exact), (folded, [each.casefold() for each in banned.folded])):
+            text = "".join(character for character, _ in found)
+            for size in {size for each in searched for size in range(1, len(each)) if text.endswith(each[:size])}:
+                first.append(found[-size][1])
+        return min(first, default=len(self.tokens))
+
 
 def characters_of(job: Job, tokens: list[int]) -> list[tuple[str, int]]:
-    """The characters of a text, each with the token that has its first byte."""
+    """The characters of the text that a client gets, each with the token that has its first byte."""
+    stream: TextStream[int] = TextStream(StopStrings(), 0, job.banned_text.begun if job.banned_text else b"")
     silent = job.banned_text.silent if job.banned_text else ()
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    decoder.decode(b"".join(b"" if each in silent else PIECES[each] for each in job.prompt[-4:]))
-    characters: list[tuple[str, int]] = []
-    begun = 0 if decoder.getstate()[0] else None
     for place, token in enumerate(tokens):
         for byte in b"" if token in silent else PIECES[token]:
-            for character in decoder.decode(bytes([byte])):
-                characters.append((character, place if begun is None else begun))
-                begun = None
-            if decoder.getstate()[0] and begun is None:
-                begun = place
-    return characters
+            stream.push(place, bytes([byte]))
+    end = stream.finish()
+    first = {0: 0} if job.banned_text and job.banned_text.begun else {}  # that character begins before all tokens
+    for each in end.tokens:
+        first.setdefault(each.offset, each.token)
+    return [(character, first.get(offset, 0)) for offset, character in enumerate(end.text)]
 
 
 def contains(job: Job, tokens: list[int]) -> bool:
@@ -229,11 +257,13 @@ def test_a_place_where_nothing_is_left_ends_the_sample(allowed: int) -> None:
 
 def test_the_work_for_a_sample_is_bounded() -> None:
     """Every text with two tokens is banned, so the first place is drawn again until the bound or no token is left."""
-    every = tuple({piece.decode() for piece in PIECES if piece.isascii() and piece} | {"é", "É", "ß", "\ufffd"})
-    plain = job(BannedText(exact=every), samples=3, sampling=Sampling(), max_tokens=100)
+    every = tuple({piece.decode() for piece in PIECES if piece.isascii() and piece} | {"é", "É", "ß"})
+    parts = tuple(PIECES.index(each) for each in (b"\xc3", b"\xa9", b"\x89"))
+    plain = job(BannedText(exact=every), samples=3, sampling=Sampling(), max_tokens=2, banned=parts)
     (steps,) = finish(loop_of(2), plain)
     assert sorted(end for step in steps for end in step.ended) == [(sample, "length") for sample in range(3)]
-    assert sum(step.taken_back for step in steps) <= 3 * (MOST_TAKEN_BACK + 200 + 100)
+    sampled_tokens = sum(step.taken_back + len(step.sampled) for step in steps)
+    assert 3 * 4 * 2 < sampled_tokens <= most_sampled_for(plain) == 3 * (5 * 2 + 8)
 
 
 def test_what_was_taken_back_is_computed_again_and_reused_by_others() -> None:
@@ -269,3 +299,165 @@ def test_the_first_place_is_drawn_again_from_a_pass_on_the_grid() -> None:
     passes = [(each.position, len(each.tokens)) for batch in runner.batches for each in batch.entries]
     assert passes[:3] == [(0, 3), (3, 2), (3, 2)]
     assert set(passes[3:]) <= {(3, 2)}
+
+
+def held_tokens(banned: BannedText, **fields: object) -> HeldTokens:
+    wanted = job(banned, **fields)
+    phrases = BannedPhrases.of(wanted, PIECES, AutomatonCache())
+    assert phrases
+    return HeldTokens(phrases, wanted)
+
+
+def test_what_was_sent_is_not_taken_back() -> None:
+    """`a` is sent when `abc` cannot follow. Later the place after it is drawn again, and `abc` could follow."""
+    a, b, bc, space_c, x = (PIECES.index(each) for each in (b"a", b"b", b"bc", b" c", b"x"))
+    held = held_tokens(BannedText(exact=("abc", "b cx")))
+    assert [held.append(Token(each)) for each in (a, b, space_c)] == [0, 0, 0]
+    assert held.release() == [Token(a)]
+    assert held.append(Token(x)) == 3
+    assert held.append(Token(bc)) == 1
+    assert (held.banned(1), held.taken_back, held.release()) == ((b, bc), 4, [])
+
+
+def test_few_tokens_are_banned_at_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pass there reads them all."""
+    monkeypatch.setattr(banned_text, "MOST_BANNED", 3)
+    held = held_tokens(BannedText(exact=("a", "b", "c")), max_tokens=100)
+    ended = []
+    for token in (0, 1, 2):
+        held.append(Token(token))
+        ended.append(held.is_exhausted)
+    assert ended == [False, False, True]
+
+
+def test_the_beginning_of_a_character_in_the_prompt_counts_only_where_the_text_has_it() -> None:
+    """The prompt ends with the first byte of `é`."""
+    forced = Sampling(temperature=0.0, logit_bias=((PIECES.index(b"\xa9"), 100.0),))
+    wanted = job(BannedText(exact=("é",)), prompt=(0, PIECES.index(b"\xc3")), sampling=forced, max_tokens=1)
+    (steps,) = finish(loop_of(1), wanted)
+    assert sampled(steps, 0) == [PIECES.index(b"\xa9")]
+    echoed = msgspec.structs.replace(wanted, banned_text=BannedText(exact=("é",), begun=b"\xc3"))
+    (steps,) = finish(loop_of(1), echoed)
+    assert sampled(steps, 0) != [PIECES.index(b"\xa9")]
+
+
+def test_repetitions_are_not_computed_anew_for_what_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only for the prompt. What was taken back is added again at most twice."""
+    texts, added = [], []
+    whole, add = repetitions._suffix_lengths, Repetitions.add
+    monkeypatch.setattr(repetitions, "_suffix_lengths", lambda text: texts.append(len(text)) or whole(text))
+    monkeypatch.setattr(Repetitions, "add", lambda each, token: added.append(token) or add(each, token))
+    sampling = Sampling(0.0, logit_bias=((0, 100.0),), chain=SamplerChain(("dry",), dry=dry))
+    banned = job(BannedText(exact=("a" * 6, "cb")), prompt=(2,) * 30, sampling=sampling, max_tokens=40)
+    (steps,) = finish(loop_of(1), banned)
+    taken_back = sum(step.taken_back for step in steps)
+    assert taken_back > 100
+    assert texts == [30]
+    assert len(added) <= sum(len(step.sampled) for step in steps) + 3 * taken_back
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 2), max_size=60), st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=9))
+def test_earlier_repetitions_are_those_of_the_shorter_text(text: list[int], moves: list[tuple[int, int]]) -> None:
+    """Each move takes tokens back, adds others, and sends some."""
+    earlier, known, now = EarlierRepetitions(), Repetitions(dry, []), []
+    first = 0
+
+    def extend(tokens: list[int]) -> None:
+        for token in tokens:
+            earlier.keep(len(now), first, known)
+            known.add(token)
+            now.append(token)
+
+    extend(text)
+    for back, more in moves:
+        stop = max(first, len(now) - back)
+        if stop < len(now):
+            start, known = earlier.take(stop)
+            again = now[start:stop]
+            del now[start:]
+            extend(again)
+        expected = Repetitions(dry, now)
+        assert known._tokens.tolist() == expected._tokens.tolist() == now
+        assert known._lengths.tolist() == expected._lengths.tolist()
+        extend(text[:more])
+        first += (len(now) - first) // 3
+        assert len(earlier) <= 3 + 2 * (len(now) - first + 1).bit_length()
+
+
+def test_repetitions_of_many_held_tokens_are_few() -> None:
+    """Going back by a few tokens needs few additions."""
+    for back in range(1, 500):
+        earlier, known = EarlierRepetitions(), Repetitions(dry, [])
+        for place in range(500):
+            earlier.keep(place, 0, known)
+        assert len(earlier) <= 12
+        start, _ = earlier.take(500 - back)
+        assert 500 - back - start < 2 * back
+
+
+def test_a_client_gets_its_turn_while_another_takes_back_all_that_it_samples() -> None:
+    """The text becomes a few tokens longer, and is then taken back almost whole."""
+    forced = Sampling(temperature=0.0, logit_bias=((0, 100.0),))  # a
+    greedy = job(BannedText(exact=("a" * 20,)), sampling=forced, max_tokens=400, client="greedy")
+    patient = Job((0, 1), 1, 1, Sampling(), end_tokens=(), key=b"k" * 16, client="patient")
+    loop = loop_of(1)
+    loop.start(0, greedy)
+    passes = sum(0 not in loop.step() for _ in range(10))
+    loop.start(1, patient)
+    while 1 not in (loop.step() or {}):
+        passes += 1
+    assert passes < 2 * TURN_PASSES
+
+
+short = st.text("ab", min_size=1, max_size=4)
+
+
+@given(st.lists(short, max_size=6), st.text("abc", max_size=30))
+def test_an_automaton_knows_the_phrases_that_begin_and_end_at_a_character(searched: list[str], text: str) -> None:
+    automaton, state = Automaton(searched), 0
+    assert len(automaton) == len({phrase[:size] for phrase in searched for size in range(len(phrase) + 1)} | {""})
+    for stop, character in enumerate(text, 1):
+        state = automaton.follow(state, character)
+        ends = {text[start:stop] for start in range(stop + 1)}
+        begun = {phrase[:size] for phrase in searched for size in range(len(phrase) + 1)}
+        assert automaton.lengths[state] == max(map(len, ends & begun), default=0)
+        assert automaton.shortest[state] == min(map(len, ends & set(searched)), default=0)
+
+
+def test_the_search_costs_two_steps_for_each_character() -> None:
+    """However many phrases have begun: here 256 after each character."""
+    automaton = Automaton(["a" * size + "b" for size in range(256)])
+
+    class Counted(dict[int, int]):
+        reads = 0
+
+        def get(self, key: int, default: object = None) -> int | None:  # type: ignore[override]
+            self.reads += 1
+            return super().get(key)
+
+    automaton._next = counted = Counted(automaton._next)
+    state = 0
+    for _ in range(1000):
+        state = automaton.follow(state, "a")
+    assert counted.reads <= 2 * 1000
+
+
+def test_the_cache_of_automata_is_bounded() -> None:
+    cache = AutomatonCache(most=20)
+    first = cache.get(("abc", "abd"))
+    assert cache.get(("abc", "abd")) is first
+    for size in range(1, 10):
+        cache.get(("x" * size,))
+        assert cache.states <= 20
+    assert cache.get(("abc", "abd")) is not first
+    assert len(cache.get(("y" * 50,))) == cache.states == 51
+
+
+def test_samples_of_a_job_and_jobs_with_equal_phrases_share_an_automaton(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    build = Automaton.__init__
+    monkeypatch.setattr(Automaton, "__init__", lambda each, given: made.append(given) or build(each, given))
+    banned = BannedText(exact=("ab", "x"), folded=("Bc",))
+    finish(loop_of(2), job(banned, samples=4), job(banned, samples=2))
+    assert sorted(made) == [("ab", "x"), ("bc",)]

@@ -8,7 +8,7 @@ import pytest
 
 from afterword.engine.parent.engine_metrics import EngineMetrics, JobTimer
 from afterword.engine.parent.pending_job import MAX_CRASHES, PendingJob
-from afterword.engine.protocol import Job, Sampling, Step, Token
+from afterword.engine.protocol import BannedText, Job, Sampling, Step, Token
 from afterword.errors import Overloaded, QueueTimeout, UpstreamLost
 
 
@@ -29,6 +29,28 @@ def test_the_tokens_of_a_prediction_count_in_the_queue() -> None:
     job = Job((1, 2), 3, 9, Sampling(), (), bytes(16), prediction=(4, 5, 6, 7))
     pending = PendingJob(NoOwner(), 0, job, 0.0, JobTimer(EngineMetrics(), job, 0.0, lambda: 0.0))
     assert pending.size == 2 + 4 + 3 * 9
+
+
+def test_tokens_that_may_be_taken_back_count_in_the_queue() -> None:
+    job = Job((1, 2), 3, 9, Sampling(), (), bytes(16), banned_text=BannedText(("x",)))
+    pending = PendingJob(NoOwner(), 0, job, 0.0, JobTimer(EngineMetrics(), job, 0.0, lambda: 0.0))
+    assert pending.size == 2 + 3 * (9 + 4 * 9 + 8)
+
+
+def test_tokens_that_are_taken_back_after_a_crash_are_reported_once() -> None:
+    pending = accepted(1)
+    pending.add_step(Step(sampled=((0, Token(5)),), taken_back=3))
+    pending.restart(blamed=True)
+    for taken_back in (2, 2, 4):
+        pending.add_step(Step(taken_back=taken_back))
+    pending.add_step(Step(sampled=((0, Token(5)), (0, Token(6))), ended=((0, "length"),)))
+
+    async def steps() -> list[Step]:
+        return [step async for step in pending]
+
+    found = asyncio.run(steps())
+    assert [step.taken_back for step in found] == [3, 0, 1, 4, 0]
+    assert [token.id for step in found for _, token in step.sampled] == [5, 6]
 
 
 def step_with(*samples: int) -> Step:

@@ -20,6 +20,7 @@ from afterword.engine.core.forward_batch import BatchEntry, ForwardBatch, Logits
 from afterword.engine.core.grammar_keeper import GrammarKeeper
 from afterword.engine.core.loops import ends_in_loop
 from afterword.engine.core.matcher import GrammarCompiler
+from afterword.engine.core.phrase_search import AutomatonCache
 from afterword.engine.core.prefill_queue import MIN_CHUNK
 from afterword.engine.core.prefix_cache import PrefixCache
 from afterword.engine.core.prefix_store import PrefixKeeper, PrefixStore
@@ -65,6 +66,7 @@ class EngineLoop:
         self._last_pass = PassStats()
         self._drafter = Drafter(can_verify(runner))
         self._pieces: TokenSequence[bytes] = ()
+        self._automata = AutomatonCache()
         self._step_buffer = StepBuffer(max_step_bytes)
         self._next_memory_check = 0.0
         self._pass_next = False  # compute a pass before more jobs are admitted
@@ -350,15 +352,14 @@ class EngineLoop:
             self._scheduler.begin(first, [])
             return
         known = first.known_repetitions()
-        banned = state.job.banned_text
-        phrases = BannedPhrases.of(state.job, banned, self._pieces) if banned else None
+        phrases = BannedPhrases.of(state.job, self._pieces, self._automata)
         samples = [
             Sequence(
                 state,
                 index,
                 drafts=each,
                 repetitions=known.copy() if known else None,
-                held=HeldTokens.of(phrases, state.job) if phrases else None,
+                held=HeldTokens(phrases, state.job) if phrases else None,
             )
             for index, each in enumerate(self._drafter.drafts(state.job))
         ]

@@ -1,7 +1,7 @@
 """Which sequences may be preempted, so that their slots go to another client. Pure functions without state.
 
 Recomputation is bounded: a preempted sequence waits for about as many passes as its recomputation costs before it takes
-a free slot. Then it generates some tokens before it can be preempted again. The oldest sequences of a client are
+a free slot. Then it samples some tokens before it can be preempted again. The oldest sequences of a client are
 preempted last, so they always finish.
 """
 
@@ -13,7 +13,7 @@ from afterword.engine.core.fair_share import TURN_PASSES, FairShare
 from afterword.engine.core.prefill_queue import MIN_CHUNK
 from afterword.engine.core.sequence import Sequence
 
-# tokens that a preempted sample generates after its state was computed again, before it can be preempted again
+# tokens sampled after the state of a preempted sample was computed again, before it can be preempted again
 MIN_TOKENS_PER_TURN = 16
 RESUME_PASSES = (32, 256)  # minimum and maximum of passes for which a preempted sample leaves free slots to others
 
@@ -25,7 +25,7 @@ def can_preempt(active: Collection[Sequence], fair_share: FairShare, passes: int
     """
     if fair_share.is_uneven or any(sequence.job_state.reader_is_behind for sequence in active):
         return True
-    return fair_share.has_overdue(passes) and any(sequence.generated_in_slot >= TURN_PASSES for sequence in active)
+    return fair_share.has_overdue(passes) and any(sequence.sampled_in_slot >= TURN_PASSES for sequence in active)
 
 
 def preemption_victims(active: Collection[Sequence], fair_share: FairShare, client: str, passes: int) -> list[Sequence]:
@@ -49,9 +49,9 @@ def preemption_order(sequences: Collection[Sequence], fair_share: FairShare) -> 
 
 
 def _can_be_preempted(sequence: Sequence, fair_share: FairShare, client: str, overdue: bool) -> bool:
-    if sequence.job_state.reader_is_behind or (overdue and sequence.generated_in_slot >= TURN_PASSES):
+    if sequence.job_state.reader_is_behind or (overdue and sequence.sampled_in_slot >= TURN_PASSES):
         return True
-    protected = sequence.paused and 0 < sequence.generated_in_slot < MIN_TOKENS_PER_TURN
+    protected = sequence.paused and 0 < sequence.sampled_in_slot < MIN_TOKENS_PER_TURN
     return not protected and fair_share.exceeds(sequence.job_state.job.client, client)
 
 

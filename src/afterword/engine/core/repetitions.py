@@ -77,6 +77,36 @@ class Repetitions:
         )
 
 
+class EarlierRepetitions:
+    """The repetitions before some of the last tokens of a text, from which those before any of them are computed.
+
+    The nearer to the end, the more of them are kept. So going back by some tokens adds fewer than twice as many anew,
+    and the memory grows with the logarithm of the number of tokens to which one can go back.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[int, Repetitions]] = []  # by place
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def keep(self, place: int, first: int, repetitions: Repetitions) -> None:
+        """Note the repetitions before the token at a place. `first`: the first place that `take` may be called with."""
+        self._kept.append((place, repetitions.copy()))
+        least = max(each for each, _ in self._kept if each <= first)
+        self._kept = [
+            (each, known)
+            for each, known in self._kept
+            if each == least or (each > least and place - each < 2 * (each & -each))  # the lowest bit that is set
+        ]
+
+    def take(self, place: int) -> tuple[int, Repetitions]:
+        """The last place up to `place` whose repetitions are known, and those. Forgets it and all later ones."""
+        while self._kept[-1][0] > place:
+            self._kept.pop()
+        return self._kept.pop()
+
+
 def _end(text: list[int], stop: int) -> list[int]:
     """The last tokens before `stop` that can be a breaker."""
     return text[max(0, stop - _LONGEST) : stop]

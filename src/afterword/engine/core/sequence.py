@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from afterword.engine.core.banned_text import HeldTokens
 from afterword.engine.core.forward_batch import BatchEntry
 from afterword.engine.core.matcher import Matcher, first_tokens
-from afterword.engine.core.repetitions import Repetitions
+from afterword.engine.core.repetitions import EarlierRepetitions, Repetitions
 from afterword.engine.core.sampler import SampleTokens
 from afterword.engine.core.slot import PrefixQuery, Slot
 from afterword.engine.core.token_counts import TokenCounts
@@ -79,10 +79,11 @@ class Sequence:
     """The state of one sample: the prompt's tokens, then the generated ones.
 
     `prefill_length`: the first tokens, up to this many, are computed in chunks; later tokens are computed one by one.
-    `generated_before_slot`: number of tokens generated before the sequence got its present slot. `paused`: the sequence
+    `sampled_before_slot`: number of tokens sampled before the sequence got its present slot. `paused`: the sequence
     was preempted at least once. It then leaves free slots to others until the pass number `resume_pass`. `drafts`: the
     preferred one first. `verified_turn`: see `core.verification`. `repetitions`: those of its text, once DRY needed
-    them. `matcher`: the sample's place in the job's grammar. `held`: for jobs with banned phrases.
+    them. `matcher`: the sample's place in the job's grammar. `held`: for jobs with banned phrases. `earlier`: the
+    repetitions before the tokens in `held`; such a job has `repetitions` from the first token on.
     """
 
     job_state: JobState
@@ -90,7 +91,7 @@ class Sequence:
     generated: list[int] = field(default_factory=list)
     slot: Slot | None = None
     prefill_length: int = 0
-    generated_before_slot: int = 0
+    sampled_before_slot: int = 0
     paused: bool = False
     resume_pass: int = 0
     token_counts: TokenCounts = field(default_factory=TokenCounts)
@@ -99,6 +100,7 @@ class Sequence:
     repetitions: Repetitions | None = None
     matcher: Matcher | None = None
     held: HeldTokens | None = None
+    earlier: EarlierRepetitions = field(default_factory=EarlierRepetitions)
 
     @property
     def length(self) -> int:
@@ -136,13 +138,18 @@ class Sequence:
         return self.computed < self.prefill_length
 
     @property
-    def generated_in_slot(self) -> int:
-        """Number of tokens generated since the sequence got its slot."""
-        return len(self.generated) - self.generated_before_slot
+    def sampled(self) -> int:
+        """Number of tokens that were generated, those that were taken back included."""
+        return len(self.generated) + (self.held.taken_back if self.held else 0)
+
+    @property
+    def sampled_in_slot(self) -> int:
+        """Number of tokens sampled since the sequence got its slot."""
+        return self.sampled - self.sampled_before_slot
 
     def assign_slot(self, slot: Slot, chunk_generated: bool) -> None:
         """Set the slot. `chunk_generated`: if several tokens are missing, generated ones may be computed in chunks."""
-        self.slot, self.generated_before_slot = slot, len(self.generated)
+        self.slot, self.sampled_before_slot = slot, self.sampled
         in_chunks = chunk_generated and self.length > slot.length + 1
         self.prefill_length = self.length if in_chunks else len(self.job_state.job.prompt)
 
@@ -150,9 +157,11 @@ class Sequence:
         """Remove the last generated tokens."""
         for _ in range(count):
             self.token_counts.remove(self.generated.pop())
-        self.repetitions = None
+        if self.repetitions is not None:
+            start, self.repetitions = self.earlier.take(len(self.generated))
+            for place in range(start, len(self.generated)):
+                self._add_repetition(self.repetitions, place)
         self.prefill_length = min(self.prefill_length, max(self.length - 1, len(self.job_state.job.prompt)))
-        self.generated_before_slot = min(self.generated_before_slot, len(self.generated))
 
     @property
     def tokens_left(self) -> int:
@@ -189,9 +198,15 @@ class Sequence:
         self.generated.append(token)
         self.token_counts.add(token)
         if self.repetitions is not None:
-            self.repetitions.add(token)
+            self._add_repetition(self.repetitions, len(self.generated) - 1)
         for draft in self.drafts:
             draft.append(token)
+
+    def _add_repetition(self, repetitions: Repetitions, place: int) -> None:
+        """Add the generated token at a place to the repetitions of the text before it."""
+        if self.held is not None:
+            self.earlier.keep(place, self.held.first, repetitions)
+        repetitions.add(self.generated[place])
 
     def slice(self, start: int, stop: int) -> tuple[int, ...]:
         """The tokens from index `start` up to `stop`."""

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Protocol
 
+from afterword.engine.most_sampled import most_sampled_for
 from afterword.engine.parent.engine_metrics import JobTimer
 from afterword.engine.protocol import Job, Step
 from afterword.errors import (
@@ -67,14 +68,15 @@ class PendingJob:
         self._open = set(range(job.samples))
         self._delivered: Counter[int | None] = Counter()  # tokens delivered by sample; key None: the prompt's scores
         self._again: Counter[int | None] = Counter()  # delivered tokens that the restarted job will produce again
+        self._taken_back = self._taken_back_again = 0  # the same for tokens that were taken back
         self._behind: set[int] = set()  # samples without a new token since the last crash
         self._repeated = False
         self._steps: asyncio.Queue[Step | Exception | None] = asyncio.Queue()  # None: the end
 
     @property
     def size(self) -> int:
-        """Tokens of the prompt and of the prediction, and the most tokens that all samples can generate."""
-        return len(self.job.prompt) + len(self.job.prediction) + self.job.samples * self.job.max_tokens
+        """Tokens of the prompt and of the prediction, and the most tokens that are sampled."""
+        return len(self.job.prompt) + len(self.job.prediction) + most_sampled_for(self.job)
 
     @property
     def has_output(self) -> bool:
@@ -113,6 +115,7 @@ class PendingJob:
             step = self._new(step)
         self._timer.record_step(step)
         self._delivered[None] += len(step.scored)
+        self._taken_back += step.taken_back
         self._delivered.update(sample for sample, _ in step.sampled)
         self._open.difference_update(sample for sample, _ in step.ended)
         self._behind.difference_update(sample for sample, _ in step.sampled)
@@ -132,6 +135,7 @@ class PendingJob:
         self.crashes += blamed
         self._repeated = self._repeated or self.begun
         self._again = self._delivered.copy()
+        self._taken_back_again = self._taken_back
         self._behind = {sample for sample in self._open if self._delivered[sample]}
         self.begun = self.has_progress = False
         return blamed
@@ -162,7 +166,9 @@ class PendingJob:
         known, self._again[None] = self._again[None], max(0, self._again[None] - len(step.scored))
         sampled = tuple(pair for pair in step.sampled if pair[0] in self._open and not self._repeats(pair[0]))
         ended = tuple(pair for pair in step.ended if pair[0] in self._open)
-        return Step(step.scored[known:], sampled, ended)
+        again = min(self._taken_back_again, step.taken_back)
+        self._taken_back_again -= again
+        return Step(step.scored[known:], sampled, ended, taken_back=step.taken_back - again)
 
     def _repeats(self, sample: int) -> bool:
         """Whether a sample's next token was delivered before; if so, count it as repeated."""
