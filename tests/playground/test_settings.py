@@ -14,11 +14,9 @@ from .page_driver import BEGINNING, PageDriver
 ELSEWHERE = {"model", "prompt", "suffix", "stream_options"}  # the document, the list of models, the page itself
 NOT_OFFERED = {
     *("input_extra", "prediction"),  # the page has one document, and does not know what comes next
-    *(
-        "json_schema",
-        "response_format",
-        "structured_outputs",
-    ),  # the page has no control for objects; it offers `grammar`
+    *("json_schema", "response_format", "structured_outputs"),  # no control for objects; the page offers `grammar`
+    "repetition_detection",  # no control for objects
+    "custom_token_bans",  # another form of `banned_tokens`
 }
 
 

@@ -61,7 +61,7 @@ def _first_come_first_served(patch: pytest.MonkeyPatch) -> None:
         queued = (self._resumable(state.queued[0]) for state in self._admitted.values() if state.queued)
         if found := next(filter(None, queued), None):
             return found
-        waiting = [state for states in self._waiting.values() for state in states.values()]
+        waiting = [state for states in self._waiting.values() for state in states]
         return (Sequence(min(waiting, key=lambda state: state.job_id), sample=0), None) if waiting else None
 
     patch.setattr(Scheduler, "_next_admission", oldest)
