@@ -11,6 +11,7 @@ from .page_driver import BEGINNING, PageDriver
 
 SAVES_NEVER = """() => {
   const later = window.setTimeout;
+  for (let timer = later(() => {}); timer > 0; timer--) clearTimeout(timer);  // one may be about to save
   window.setTimeout = (act, pause, ...rest) => later(act, pause === 800 ? 1e9 : pause, ...rest);
 }"""
 HEARS_NOTHING = "addEventListener('storage', (event) => event.stopImmediatePropagation());"
