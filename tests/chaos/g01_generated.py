@@ -172,6 +172,13 @@ def _validators(document: Any) -> dict[str, Any]:
 
 def _invalid(reply: Reply, validators: dict[str, Any]) -> list[str]:
     """The deviations of a response from the OpenAPI document."""
+    try:
+        return _deviations(reply, validators)
+    except json.JSONDecodeError:
+        return [f"a response that is not JSON: {reply.status}, {reply.body[:80]!r}"]
+
+
+def _deviations(reply: Reply, validators: dict[str, Any]) -> list[str]:
     if reply.body.startswith(b"data: "):
         events = reply.events()
         whole = events[-1] == "[DONE]"
