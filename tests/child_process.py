@@ -11,12 +11,26 @@ import signal
 import sys
 from collections.abc import Sequence
 
+import psutil
+
 _PR_SET_PDEATHSIG = 1
 
 
 def ending_with_tests(command: Sequence[str]) -> list[str]:
     """A command that runs `command`: Linux sends it SIGTERM when the thread that started it ends, even by SIGKILL."""
     return [sys.executable, __file__, str(os.getpid()), *command]
+
+
+def living(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that have not ended. A zombie has."""
+    found = []
+    for each in processes:
+        try:
+            if each.status() != psutil.STATUS_ZOMBIE:
+                found.append(each)
+        except psutil.NoSuchProcess:
+            continue
+    return found
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.child_process import ending_with_tests
+from tests.child_process import ending_with_tests, living
 
 PYTHON = os.environ.get("AFTERWORD_RAY_PYTHON", "")
 KEY = "sk-ray-0123456789abcdef"
@@ -98,18 +98,6 @@ def running(replica: psutil.Process) -> dict[str, object]:
         if each.status == psutil.CONN_LISTEN and 30_000 <= each.laddr.port <= 31_000
     }
     found: dict[str, object] = httpx.get(f"http://127.0.0.1:{port}/ready", trust_env=False, timeout=SECONDS).json()
-    return found
-
-
-def living(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that have not ended. A zombie has."""
-    found = []
-    for each in processes:
-        try:
-            if each.status() != psutil.STATUS_ZOMBIE:
-                found.append(each)
-        except psutil.NoSuchProcess:
-            continue
     return found
 
 

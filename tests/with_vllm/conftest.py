@@ -10,7 +10,9 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from vllm_server import ENVIRONMENT, PYTHON, WRITE_MODEL, arguments, living
+from vllm_server import ENVIRONMENT, PYTHON, WRITE_MODEL, arguments
+
+from tests.child_process import living
 
 pytest.register_assert_rewrite("cases", "probe")
 

@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from model_with_bos import check_case
 from vllm_server import arguments
 
 sys.path.append(str(Path(__file__).parents[1] / "conformance"))
 
 from cases import CASES
 from probe import Probe
-from verdict import Case, NotApplicable
-
-COUNTS_NO_BOS = "a completion may fill the context"
-"""It takes the length of the prompt from `usage`, which does not count the BOS that the server adds for this model."""
+from verdict import Case
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +29,4 @@ def api(serve: Any, folder: Path) -> Iterator[Probe]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.number:02} {case.rule}")
 def test_case(case: Case, api: Probe) -> None:
-    if case.rule == COUNTS_NO_BOS:
-        pytest.skip("the model has a BOS, which usage does not count")
-    try:
-        case.check(api)
-    except NotApplicable as why:
-        pytest.skip(str(why))
+    check_case(case, api)

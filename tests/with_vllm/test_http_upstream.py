@@ -16,19 +16,18 @@ from typing import Any
 import httpx
 import pytest
 from guarded import guarded
+from model_with_bos import check_case
 from vllm_server import FLAGS, PYTHON
 
 sys.path.append(str(Path(__file__).parents[1] / "conformance"))
 
 from cases import CASES
 from probe import Probe
-from verdict import Case, NotApplicable
+from verdict import Case
 
 SECONDS = 240  # for vLLM's server to start on a slow machine
 KEY = "upstream-key"
 STORY = "The server keeps every job until it ends, so that"
-COUNTS_NO_BOS = "a completion may fill the context"
-"""It takes the length of the prompt from `usage`, which does not count the BOS that the server adds for this model."""
 
 
 @contextmanager
@@ -99,12 +98,7 @@ def api(serve: Any, http_arguments: tuple[str, ...]) -> Iterator[Probe]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.number:02} {case.rule}")
 def test_case(case: Case, api: Probe) -> None:
-    if case.rule == COUNTS_NO_BOS:
-        pytest.skip("the model has a BOS, which usage does not count")
-    try:
-        case.check(api)
-    except NotApplicable as why:
-        pytest.skip(str(why))
+    check_case(case, api)
 
 
 SAME: list[dict[str, Any]] = [

@@ -18,7 +18,9 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from vllm_server import arguments, living
+from vllm_server import arguments
+
+from tests.child_process import living
 
 SECONDS = 240  # for a worker that must load the model again on a slow machine
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import psutil
-
 PYTHON = os.environ.get("AFTERWORD_VLLM_PYTHON", "")
 WRITE_MODEL = Path(__file__).with_name("random_model.py")
 FLAGS = ("--dtype=float32", "--block-size=32", "--enforce-eager")
@@ -17,15 +15,3 @@ ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobi
 def arguments(folder: Path, *more: str) -> tuple[str, ...]:
     """The arguments of `afterword serve` for a model that vLLM runs."""
     return (str(folder), "--engine", "vllm", "--vllm-python", PYTHON, *more, "--", *FLAGS)
-
-
-def living(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that have not ended. A zombie has."""
-    found = []
-    for each in processes:
-        try:
-            if each.status() != psutil.STATUS_ZOMBIE:
-                found.append(each)
-        except psutil.NoSuchProcess:
-            continue
-    return found

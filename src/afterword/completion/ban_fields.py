@@ -65,14 +65,8 @@ def check_bans(request: CompletionRequest) -> None:
 
 
 def _bounded(name: str, texts: tuple[str, ...]) -> tuple[str, ...]:
-    if len(texts) > _MOST:
-        raise too_long(name, "array", _MOST, len(texts))
+    fields.bounded(name, texts, _MOST, _LONGEST, _MOST_CHARACTERS)
     if any("\ufffd" in text for text in texts):
         # A choice has it where it ends inside a character, which is known too late to take tokens back.
         raise RequestError(f"Invalid '{name}': a text contains U+FFFD, which stands for invalid bytes.", param=name)
-    longest = max(map(len, texts), default=0)
-    if longest > _LONGEST:
-        raise too_long(name, "string", _LONGEST, longest)
-    if sum(map(len, texts)) > _MOST_CHARACTERS:
-        raise RequestError(f"Invalid '{name}': more than {_MOST_CHARACTERS} characters in total.", param=name)
     return texts

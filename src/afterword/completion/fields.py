@@ -98,6 +98,18 @@ def strings(name: str, value: Any, _: RequestLimits) -> tuple[str, ...]:
     return tuple(value)
 
 
+def bounded(name: str, texts: tuple[str, ...], most: int, longest: int, characters: int) -> tuple[str, ...]:
+    """The texts. Raises `RequestError` for too many, for one that is too long, and for too many characters of all."""
+    if len(texts) > most:
+        raise too_long(name, "array", most, len(texts))
+    length = max(map(len, texts), default=0)
+    if length > longest:
+        raise too_long(name, "string", longest, length)
+    if sum(map(len, texts)) > characters:
+        raise RequestError(f"Invalid '{name}': more than {characters} characters in total.", param=name)
+    return texts
+
+
 @field_parser(lambda limits: {"type": "string", "maxLength": limits.max_name})
 def name_string(name: str, value: Any, limits: RequestLimits) -> str:
     """A string of at most `limits.max_name` characters, for `model` and `user`."""

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from afterword.completion import fields
 from afterword.completion.dry_breakers import bit_set
-from afterword.completion.field_errors import too_long
 from afterword.completion.fields import Field, field_parser
 from afterword.completion.request_limits import RequestLimits
 from afterword.engine.protocol import Dry, SamplerChain, Sampling
@@ -53,14 +52,7 @@ def samplers(names: tuple[str, ...]) -> Field:
 def breakers(name: str, value: Any, limits: RequestLimits) -> tuple[str, ...]:
     """An array of short strings. Empty ones have no effect, as in llama-server."""
     texts: tuple[str, ...] = fields.strings(name, value, limits)
-    if len(texts) > _MOST_BREAKERS:
-        raise too_long(name, "array", _MOST_BREAKERS, len(texts))
-    longest = max(map(len, texts), default=0)
-    if longest > _LONGEST_BREAKER:
-        raise too_long(name, "string", _LONGEST_BREAKER, longest)
-    if sum(map(len, texts)) > _MOST_CHARACTERS:
-        raise RequestError(f"Invalid '{name}': more than {_MOST_CHARACTERS} characters in total.", param=name)
-    return texts
+    return fields.bounded(name, texts, _MOST_BREAKERS, _LONGEST_BREAKER, _MOST_CHARACTERS)
 
 
 SAMPLER_FIELDS: dict[str, Field] = {

@@ -112,9 +112,8 @@ class Supervisor:
         """The numbers of running and of waiting samples."""
         if self.state != "ready":
             return Load(self._load.sequences, 0, sum(pending.job.samples for pending in self._jobs.values()))
-        return msgspec.structs.replace(
-            self._load, waiting=self._load.waiting + sum(pending.job.samples for pending in self._waiting.values())
-        )
+        unsent = sum(pending.job.samples for pending in self._waiting.values())
+        return msgspec.structs.replace(self._load, waiting=self._load.waiting + unsent)
 
     @property
     def pass_stats(self) -> PassStats:
