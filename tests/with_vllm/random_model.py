@@ -1,7 +1,7 @@
 """`PYTHON tests/with_vllm/random_model.py FOLDER [--sentencepiece]`: write a random model for the tests of vLLM.
 
 Run it with the interpreter of vLLM's environment: it needs `tokenizers`, `safetensors` and numpy. The model is a Llama
-with two layers and a tokenizer that is trained on the project's own documents.
+with two layers and a tokenizer that is trained on the texts of `training`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
 def write_tokenizer(folder: Path, sentencepiece: bool) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-    texts = sorted(str(path) for path in (ROOT / "docs").glob("*.md"))
+    texts = sorted(str(path) for path in (ROOT / "training").glob("*.txt") if path.name != "requirements.txt")
     special = [AddedToken(name, special=True) for name in SPECIAL]
     if sentencepiece:
         tokenizer = Tokenizer(models.BPE(byte_fallback=True))
