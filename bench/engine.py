@@ -44,6 +44,7 @@ class Timed:
     def __init__(self, runner: LlamaRunner, clock: Clock) -> None:
         self._runner, self._clock, self.seconds = runner, clock, 0.0
         self.slots, self.chunk, self.grid, self.capacity = runner.slots, runner.chunk, runner.grid, runner.capacity
+        self.joins_prompts = runner.joins_prompts
         self.min_shared_tokens, self.cached_tokens = runner.min_shared_tokens, runner.cached_tokens
         self.can_truncate, self.max_snapshots = runner.can_truncate, runner.max_snapshots
         self.free_tokens = runner.free_tokens

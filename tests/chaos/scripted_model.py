@@ -57,7 +57,7 @@ def tokenize(text: str, special: bool) -> Iterator[tuple[int, ...]]:
 class TableRunner:
     """A runner with slots that hold only their number of tokens."""
 
-    grid, min_shared_tokens, can_truncate, max_snapshots, capacity = 1, 16, True, 0, None
+    grid, min_shared_tokens, can_truncate, max_snapshots, capacity, joins_prompts = 1, 16, True, 0, None, False
 
     def __init__(self, slots: int, chunk: int) -> None:
         self.slots, self.chunk = slots, chunk

@@ -45,11 +45,13 @@ class HistoryRunner:
         min_shared_tokens: int = 2,
         max_snapshots: int = 0,
         capacity: int | None = None,
+        joins_prompts: bool = False,
     ) -> None:
         self.slots = slots
         self.chunk = chunk
         self.grid = grid
         self.min_shared_tokens = min_shared_tokens
+        self.joins_prompts = joins_prompts
         self.can_truncate = can_truncate
         self.max_snapshots = max_snapshots
         self.snapshots: dict[int, list[int]] = {}
@@ -64,7 +66,7 @@ class HistoryRunner:
         for operation in batch.slot_operations:
             self._apply(operation)
         assert len({entry.slot for entry in batch.entries}) == len(batch.entries), "a slot is in one entry only"
-        if len(batch.entries) > 1:
+        if len(batch.entries) > 1 and not self.joins_prompts:
             assert all(len(entry.tokens) == 1 for entry in batch.entries)
         rows = [logits for entry in batch.entries for logits in self._compute(entry)]
         held = sum(map(len, self.state))

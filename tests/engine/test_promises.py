@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from afterword.engine.core.engine_loop import EngineLoop
+from afterword.engine.core.forward_batch import ForwardBatch
 from afterword.engine.llama import accelerator, library
 from engine.test_reproducible import CHUNK_GRID, compare, open_runner, requests, sequential
 from oracle.architectures import write_random
@@ -38,6 +39,26 @@ def test_many_requests_of_the_families_of_today(tmp_path, name):
     runner = open_runner(write_random(tmp_path / "tiny.gguf", form, "Q8_0", also=also), "exact")
     assert (runner.promise, runner.grid) == ("exact", 1)
     compare(EngineLoop(runner), 2000, VOCABULARY)
+
+
+@pytest.mark.usefixtures("kernel_products")
+def test_prompts_of_a_mixture_in_one_pass_have_the_numbers_of_each_alone(tmp_path):
+    form, also = FAMILIES["32 experts"]
+    runner = open_runner(write_random(tmp_path / "tiny.gguf", form, "Q8_0", also=also), "exact")
+    assert runner.joins_prompts
+    passes: list[ForwardBatch] = []
+    run = runner.run
+    runner.run = lambda batch: passes.append(batch) or run(batch)  # type: ignore[method-assign, func-returns-value]
+    compare(EngineLoop(runner), 60, VOCABULARY)
+    assert any(len(batch.entries) > 1 and len(batch.entries[0].tokens) > 1 for batch in passes)
+
+
+@pytest.mark.parametrize(("form", "kv_type"), [("llama", "exact"), ("qwen3moe", "f16")])
+@pytest.mark.usefixtures("kernel_products")
+def test_only_mixtures_with_exact_numbers_join_prompts(tmp_path, form, kv_type):
+    """The first is dense. The second is only `reproducible`, so its passes end on a grid."""
+    runner = open_runner(write_random(tmp_path / "tiny.gguf", form, "Q8_0"), kv_type, 4)
+    assert not runner.joins_prompts
 
 
 def test_attention_that_the_kernels_do_not_support_ends_the_promise_of_latent_values(tmp_path, monkeypatch):

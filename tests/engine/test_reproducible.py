@@ -66,6 +66,7 @@ def open_runner(
         grid=CHUNK_GRID,
         repack=weights.repacked,
         use_kernels=own and weights.uses_kernels,
+        joins_prompts=facts.experts > 0,
         promise=weights.promise(kv_type, with_kernels=True),
         promise_without_kernels=weights.promise(kv_type, with_kernels=False),
         snapshot_bytes=ModelShape(context, sequences, facts).snapshot_bytes,

@@ -86,6 +86,7 @@ class TimedRunner(HistoryRunner):
             grid=settings.grid,
             can_truncate=not settings.snapshot_bytes,
             max_snapshots=settings.snapshot_bytes,
+            joins_prompts=settings.joins_prompts,
         )
         self.clock_offset = 0.0  # seconds by which this worker's clock is ahead of the event loop's
         self.monitor: PassMonitor | None = None

@@ -71,7 +71,7 @@ class Simulation:
     """Owner of the simulated server, clients, workers and checks of one seed.
 
     The seed also selects the kind of load: in one of 8 seeds many equal requests contend for slots, in another one of 8
-    some clients send heavy requests. In one of 4 seeds slots are truncated with snapshots of one byte each. In one of 3
+    some clients send heavy requests. In one of 4 seeds slots are truncated with snapshots of one byte each, in another one of 4 prompts are joined. In one of 3
     seeds samples are drafted from their own text too, in another one of 3 by a draft model.
     """
 
@@ -91,6 +91,7 @@ class Simulation:
             speculate="ngram" if seed % 3 == 1 else "off",
             draft=settings if seed % 3 == 2 else None,
         )
+        settings = msgspec.structs.replace(settings, joins_prompts=seed % 4 == 1 and settings.grid == 1)
         self.machine = Machine(
             Random(random.getrandbits(32)), settings, token_seconds=random.choice((0.002, 0.02, 1.0))
         )

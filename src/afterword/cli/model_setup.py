@@ -210,6 +210,7 @@ def _load_message(
         sequences=1 if one_sequence else shape.parallel,
         threads=settings.threads or (1 if facts.size_bytes < SMALL_MODEL else threads),
         chunk=settings.batch,
+        joins_prompts=facts.experts > 0,
         kv_type=kv_type,
         gpu_layers=settings.gpu_layers,
         verbose=settings.verbose,

@@ -37,6 +37,7 @@ class LoadModel(Value, frozen=True, tag=True):
     no weights.
     `snapshot_bytes`: the most memory for snapshots of recurrent layers.
     `infill_template`: the operator's layout of infill prompts, see `llama.infill_families`; empty for the model's own.
+    `joins_prompts`: see `core.forward_batch.Runner`. Ignored unless numbers are exact and all kernels are used.
     `fixed_shape`: all decode passes have the same shape, see `llama.fixed_shape`.
     `cache_dir`: the folder in which prefixes are kept, at most `cache_bytes` bytes; empty: none are kept.
     `speculate`: "ngram": draft tokens from each sample's own text; "off": from predictions only. `draft`: the model
@@ -74,6 +75,7 @@ class LoadModel(Value, frozen=True, tag=True):
     adapter: str = ""
     adapter_scale: float = 1.0
     pack_weights: bool = True
+    joins_prompts: bool = False
 
 
 class LoadVllm(Value, frozen=True, tag=True):

@@ -47,6 +47,7 @@ shapes: st.SearchStrategy[dict[str, Any]] = st.sampled_from(
     [
         {},
         {"grid": 3},
+        {"joins_prompts": True},
         {"can_truncate": False},
         {"can_truncate": False, "max_snapshots": 2},
         {"can_truncate": False, "max_snapshots": 40},
@@ -196,6 +197,26 @@ def test_many_prompts_are_computed_before_few_sequences_run():
     lengths = [len(list(group)) for kind, group in itertools.groupby(kinds) if kind == "prompt"]
     assert lengths[1] > lengths[-1]
     assert max(lengths) <= 8
+
+
+def first_pass_slots(lengths: list[int], clients: list[str], **options: Any) -> list[tuple[int, int]]:
+    """The slot and the number of tokens of each entry of the first pass over prompts of these lengths."""
+    runner = HistoryRunner(slots=8, chunk=32, **options)
+    loop = EngineLoop(runner)
+    for job_id, (length, client) in enumerate(zip(lengths, clients, strict=True)):
+        loop.start(job_id, job(prompt=(job_id,) * length, max_tokens=1, client=client))
+    finish(loop)
+    return [(entry.slot, len(entry.tokens)) for entry in runner.batches[0].entries]
+
+
+def test_one_pass_computes_the_ends_of_several_prompts_if_the_runner_asks_for_it():
+    lengths, clients = [10, 40, 12, 11, 10], [""] * 5
+    assert first_pass_slots(lengths, clients) == [(0, 10)]
+    assert first_pass_slots(lengths, clients, joins_prompts=True) == [(0, 10), (2, 12), (4, 10)]
+
+
+def test_a_pass_does_not_join_prompts_of_several_clients():
+    assert first_pass_slots([10, 9, 8], ["a", "b", "a"], joins_prompts=True) == [(0, 10), (2, 8)]
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one():

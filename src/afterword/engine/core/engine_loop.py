@@ -57,7 +57,7 @@ class EngineLoop:
     ) -> None:
         self._runner = runner
         self._slots = PrefixCache(slot_rules(runner))
-        self._scheduler = Scheduler(self._slots, runner.chunk, runner.grid)
+        self._scheduler = Scheduler(self._slots, runner.chunk, runner.grid, runner.joins_prompts)
         self._sampler = Sampler(make_kernel(threads, thread_pool))
         self._clock = clock
         self._keeper = PrefixKeeper(self._slots, None, clock)
@@ -294,7 +294,7 @@ class EngineLoop:
 
         Passes of fewer than `MIN_CHUNK` tokens are ignored once a speed is known: fixed costs dominate their time.
         """
-        tokens = len(batch.entries[0].tokens)
+        tokens = sum(len(entry.tokens) for entry in batch.entries) if len(batch.entries[0].tokens) > 1 else 1
         if seconds > 0 and (tokens >= MIN_CHUNK or (tokens > 1 and self._prefill_speed is None)):
             speed = tokens / seconds
             self._prefill_speed = (

@@ -73,9 +73,9 @@ class BatchEntry(msgspec.Struct, frozen=True):
 class ForwardBatch(msgspec.Struct, frozen=True):
     """Slot operations, to be done first and in order; then one pass over all entries.
 
-    The entries are either many of one token each (decode) or one of many tokens (prefill). A pass never mixes the two,
-    because a token's numbers must not depend on other sequences: a library may split a mixed batch at points that
-    depend on the lengths of the other entries. Without entries only the slot operations are done.
+    The entries are either many of one token each (decode) or one of many tokens (prefill), or several of those if
+    `Runner.joins_prompts`. Otherwise a token's numbers may depend on other sequences: a library may split a mixed batch
+    at points that depend on the lengths of the other entries. Without entries only the slot operations are done.
     """
 
     slot_operations: tuple[SlotOperation, ...]
@@ -116,6 +116,9 @@ class Runner(Protocol):
     grid: int
     """Prefill passes end at multiples of this, so that a token's numbers do not depend on other requests.
     1: the grouping of tokens into passes has no effect on their numbers, not even for generated tokens."""
+    joins_prompts: bool
+    """Whether a pass should compute chunks of several prompts. Requires a grid of 1. A mixture of experts reads most of
+    its weights even for few tokens, so one pass takes less time than one for each prompt."""
     min_shared_tokens: int
     """A shared prefix of fewer tokens is computed again, because copying a slot costs about as much."""
     can_truncate: bool

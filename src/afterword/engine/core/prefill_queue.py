@@ -21,11 +21,15 @@ COMPETING_SHARE = 0.2  # the largest chunk, as a fraction of a budget, while seq
 
 
 class PrefillQueue:
-    """Sequences that are computed in chunks: their prompt is incomplete, or their state was lost in a preemption."""
+    """Sequences that are computed in chunks: their prompt is incomplete, or their state was lost in a preemption.
 
-    def __init__(self, chunk: int, grid: int) -> None:
+    The parameters are attributes of `Runner` and described there.
+    """
+
+    def __init__(self, chunk: int, grid: int, joins_prompts: bool = False) -> None:
         self._chunk = chunk
         self._grid = grid
+        self._joins_prompts = joins_prompts
         self._queue: deque[Sequence] = deque()  # next turn first
         self._served: dict[str, int] = {}  # by client: the number of its last turn
         self._count = 0
@@ -55,8 +59,8 @@ class PrefillQueue:
             for other in coming
         )
 
-    def next_chunk(self, running: list[Sequence], budget: int | None) -> BatchEntry | None:
-        """The next chunk, or None if the running sequences decode next.
+    def next_chunks(self, running: list[Sequence], budget: int | None) -> tuple[BatchEntry, ...]:
+        """The chunks of the next pass, each of another prompt. None if the running sequences decode next.
 
         `budget`: see `Scheduler.schedule`.
         """
@@ -66,13 +70,23 @@ class PrefillQueue:
         left = self._prefill_tokens(budget, len(running), len(ready)) - self._spent
         if not ready or (self._spent and left < MIN_CHUNK) or self._owes_running(ready, running):
             self._spent = 0
-            return None
+            return ()
         sequence = self._next_turn(ready)
         if budget is not None and any(each.job_state.job.client != sequence.job_state.job.client for each in running):
             left = min(left, int(budget * COMPETING_SHARE))
-        entry = self._batch_entry(sequence, left)
-        self._spent += len(entry.tokens)
-        return entry
+        chunks = [self._batch_entry(sequence, left)]
+        if self._joins_prompts:
+            self._join(chunks, (each for each in ready if each is not sequence and _same_client(each, sequence)), left)
+        self._spent += sum(len(chunk.tokens) for chunk in chunks)
+        return tuple(chunks)
+
+    def _join(self, chunks: list[BatchEntry], others: Iterator[Sequence], most: int) -> None:
+        """Add the ends of other prompts that fit: `most` is the number of tokens of the whole pass."""
+        room = min(most, self._chunk) - len(chunks[0].tokens)
+        for sequence in others:
+            if sequence.prefill_length - sequence.computed <= room:
+                chunks.append(self._batch_entry(sequence, room))
+                room -= len(chunks[-1].tokens)
 
     def _prefill_tokens(self, budget: int | None, running: int, waiting: int) -> int:
         """How many prompt tokens may be computed before running sequences decode.
@@ -131,3 +145,7 @@ class PrefillQueue:
         if start >= whole:
             return length
         return min(start + max(size // self._grid, 1) * self._grid, whole)
+
+
+def _same_client(one: Sequence, other: Sequence) -> bool:
+    return one.job_state.job.client == other.job_state.job.client

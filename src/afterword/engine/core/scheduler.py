@@ -37,7 +37,7 @@ MAX_TIMES_PASSED_OVER = 8  # how often a job may be passed over for one with a l
 class Scheduler:
     """Owner of all jobs, sequences and slots. One thread calls everything. Parameters: see `Runner`."""
 
-    def __init__(self, slots: PrefixCache, chunk: int, grid: int) -> None:
+    def __init__(self, slots: PrefixCache, chunk: int, grid: int, joins_prompts: bool = False) -> None:
         self._grid = grid
         self._slots = slots
         self._token_budget = TokenBudget(slots, max(chunk, len(slots)))
@@ -46,7 +46,7 @@ class Scheduler:
         self._admitted: dict[int, JobState] = {}  # in the order of admission
         self._fair_share = FairShare(len(slots))
         self._active: dict[Slot, Sequence] = {}
-        self._prefill_queue = PrefillQueue(chunk, grid)
+        self._prefill_queue = PrefillQueue(chunk, grid, joins_prompts)
         self.verification_turns = VerificationTurns(chunk)
         self._passes = 0
 
@@ -391,9 +391,11 @@ class Scheduler:
 
     def _next_entries(self, budget: int | None) -> tuple[BatchEntry, ...]:
         alone = len(self._active) == 1 and not self._waiting
-        chunk = self._prefill_queue.next_chunk(running := self.running, None if alone else budget)
-        if entry := chunk or self.verification_turns.next_entry(running):
+        entries = self._prefill_queue.next_chunks(running := self.running, None if alone else budget)
+        if not entries and (entry := self.verification_turns.next_entry(running)):
             return (entry,)
-        if len(running) > 1:
-            self._slots.compact()
-        return tuple(sorted((each.decode_entry() for each in running), key=lambda entry: entry.slot))
+        if not entries:
+            if len(running) > 1:
+                self._slots.compact()
+            entries = tuple(each.decode_entry() for each in running)
+        return tuple(sorted(entries, key=lambda entry: entry.slot))

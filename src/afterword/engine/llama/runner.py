@@ -91,6 +91,7 @@ class LlamaRunner:
             native.llama_set_n_threads(self._context, 1, 1)
         self.fixed_shape = settings.fixed_shape and self.can_truncate
         self.grid = 1 if self.promise == "exact" else settings.grid
+        self.joins_prompts = settings.joins_prompts and self.computes_all and self.grid == 1
         self._arrays = _BatchArrays(_most_tokens(settings))
         self._kv_cache = KvCache(
             created,

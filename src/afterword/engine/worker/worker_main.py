@@ -94,6 +94,7 @@ class PassMonitor:
 
     def __init__(self, runner: Runner, clock: Callable[[], float] = time.monotonic) -> None:
         self.slots, self.chunk, self.grid = runner.slots, runner.chunk, runner.grid
+        self.joins_prompts = runner.joins_prompts
         self.capacity, self.can_truncate = runner.capacity, runner.can_truncate
         self.min_shared_tokens, self.max_snapshots = runner.min_shared_tokens, runner.max_snapshots
         self.cached_tokens, self.free_tokens = runner.cached_tokens, runner.free_tokens
