@@ -71,8 +71,9 @@ class Simulation:
     """Owner of the simulated server, clients, workers and checks of one seed.
 
     The seed also selects the kind of load: in one of 8 seeds many equal requests contend for slots, in another one of 8
-    some clients send heavy requests. In one of 4 seeds slots are truncated with snapshots of one byte each, in another one of 4 prompts are joined. In one of 3
-    seeds samples are drafted from their own text too, in another one of 3 by a draft model.
+    some clients send heavy requests. In one of 4 seeds slots are truncated with snapshots of one byte each, in another
+    one of 4 a pass may have several prompts. In one of 3 seeds samples are drafted from their own text too, in another
+    one of 3 by a draft model.
     """
 
     def __init__(self, seed: int) -> None:

@@ -60,7 +60,7 @@ class PrefillQueue:
         )
 
     def next_chunks(self, running: list[Sequence], budget: int | None) -> tuple[BatchEntry, ...]:
-        """The chunks of the next pass, each of another prompt. None if the running sequences decode next.
+        """The chunks of the next pass, each of another prompt. Empty if the running sequences decode next.
 
         `budget`: see `Scheduler.schedule`.
         """
@@ -78,7 +78,7 @@ class PrefillQueue:
         if self._joins_prompts:
             self._join(chunks, (each for each in ready if each is not sequence and _same_client(each, sequence)), left)
         self._spent += sum(len(chunk.tokens) for chunk in chunks)
-        return tuple(chunks)
+        return tuple(sorted(chunks, key=lambda chunk: chunk.slot))
 
     def _join(self, chunks: list[BatchEntry], others: Iterator[Sequence], most: int) -> None:
         """Add the ends of other prompts that fit: `most` is the number of tokens of the whole pass."""

@@ -391,11 +391,10 @@ class Scheduler:
 
     def _next_entries(self, budget: int | None) -> tuple[BatchEntry, ...]:
         alone = len(self._active) == 1 and not self._waiting
-        entries = self._prefill_queue.next_chunks(running := self.running, None if alone else budget)
-        if not entries and (entry := self.verification_turns.next_entry(running)):
+        if chunks := self._prefill_queue.next_chunks(running := self.running, None if alone else budget):
+            return chunks
+        if entry := self.verification_turns.next_entry(running):
             return (entry,)
-        if not entries:
-            if len(running) > 1:
-                self._slots.compact()
-            entries = tuple(each.decode_entry() for each in running)
-        return tuple(sorted(entries, key=lambda entry: entry.slot))
+        if len(running) > 1:
+            self._slots.compact()
+        return tuple(sorted((each.decode_entry() for each in running), key=lambda entry: entry.slot))
