@@ -140,11 +140,14 @@ def as_integer(value: object) -> int | None:
 # ---- fields with their own formats
 
 
-@field_parser(lambda limits: {"type": "integer", "minimum": 0, "maximum": _most_logprobs(limits)})
+@field_parser(lambda limits: {"type": "integer", "minimum": 0 if limits.strict else -1, "maximum": _most(limits)})
 def logprobs(name: str, value: Any, limits: RequestLimits) -> int:
-    """The number of alternatives to report. With `limits.strict`, a number above the maximum means the maximum."""
-    wanted: int = integer(0, _most_logprobs)(name, value, limits)
-    return min(wanted, limits.max_logprobs)
+    """The number of alternatives to report; -1 for all of the vocabulary, which `vocabulary_fields` checks.
+
+    With `limits.strict` it is not negative, and a number above the maximum means the maximum.
+    """
+    wanted: int = integer(0 if limits.strict else -1, _most)(name, value, limits)
+    return min(wanted, limits.most_logprobs)
 
 
 @field_parser({"type": "integer", "minimum": -1, "maximum": 2**31 - 1})
@@ -278,8 +281,8 @@ def logit_bias(name: str, value: Any, limits: RequestLimits) -> tuple[tuple[int,
     return tuple((_bias_key(name, key), _bias_value(name, bias)) for key, bias in value.items())
 
 
-def _most_logprobs(limits: RequestLimits) -> int:
-    return 2**31 - 1 if limits.strict else limits.max_logprobs
+def _most(limits: RequestLimits) -> int:
+    return 2**31 - 1 if limits.strict else limits.most_logprobs
 
 
 def _integers(items: list[Any]) -> tuple[int, ...] | None:

@@ -24,6 +24,7 @@ from afterword.completion.token_healing import healed
 from afterword.completion.vocabulary_fields import banned_text, check_allowed, check_ids, shown_ends, truncated
 from afterword.engine.most_sampled import most_sampled_for
 from afterword.engine.protocol import Job, ModelInfo
+from afterword.engine.token_row import is_packed
 from afterword.errors import RequestError
 
 _MORE = 3  # candidates for a suffix beyond `n`
@@ -78,6 +79,7 @@ class Plan:
 
     `logprobs`, `prompt_logprobs`: numbers of alternatives. `reports_ids`: the request chose their ids. `tokens_as_ids`:
     tokens are named by their ids. `silent`: tokens that have no text in a choice. `shown_ends`: end tokens that have.
+    `streams`: deltas are sent when they are made.
     """
 
     fingerprint: str
@@ -95,6 +97,14 @@ class Plan:
     tokens_as_ids: bool = False
     silent: frozenset[int] = frozenset()
     shown_ends: frozenset[int] = frozenset()
+    streams: bool = False
+
+    @property
+    def prompt_by_row(self) -> bool:
+        """Whether the prompt's log probabilities are sent token by token, see `prompt_rows`."""
+        return self.streams and any(
+            is_packed(each.job.prompt_alternatives, each.job.reported) for each in self.prompts[:1]
+        )
 
     @property
     def prompt_tokens(self) -> int:
@@ -265,6 +275,7 @@ def make_plan(
         tokens_as_ids=request.return_tokens_as_token_ids,
         silent=frozenset(model_info.special if request.skip_special_tokens else ()),
         shown_ends=shown_ends(request, model_info, end_tokens),
+        streams=request.stream and not reranks,
     )
 
 

@@ -177,7 +177,7 @@ EXTENSIONS: dict[str, Field] = {
     "min_tokens": fields.integer(0, _INT32 - 1),
     "prediction": object_fields.prediction,
     "priority": fields.integer(-_INT32, _INT32 - 1),
-    "prompt_logprobs": fields.integer(0, lambda limits: limits.max_logprobs),
+    "prompt_logprobs": fields.integer(-1, lambda limits: limits.most_logprobs),
     "repetition_detection": object_fields.repetition_detection,
     "repetition_penalty": fields.decimal(0.01, 2),
     "response_format": grammar_fields.response_format,
@@ -349,11 +349,6 @@ def _check_stream(request: CompletionRequest) -> None:
             "Results cannot be streamed when 'best_of' is greater than 'n'. (HINT: set 'best_of' to at most 'n', or "
             "set 'stream' to false.)",
             param="best_of",
-        )
-    if request.prompt_logprobs is not None:
-        raise RequestError(
-            "'prompt_logprobs' cannot be streamed. Set 'stream' to false, or use 'echo' with 'logprobs'.",
-            param="prompt_logprobs",
         )
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from afterword.completion.fields import Prompt
 from afterword.completion.request import CompletionRequest
+from afterword.completion.request_limits import RequestLimits
 from afterword.engine.protocol import BannedText, ModelInfo
 from afterword.errors import RequestError
 
@@ -29,6 +33,25 @@ def check_ids(request: CompletionRequest, model_info: ModelInfo) -> None:
     for token, _ in request.logit_bias:
         if token > last:
             raise RequestError(f"Invalid key in 'logit_bias': {token}. Maximum value is {last}.", param="logit_bias")
+
+
+def with_all_alternatives(
+    request: CompletionRequest, model_info: ModelInfo, limits: RequestLimits
+) -> CompletionRequest:
+    """The request with the size of the vocabulary for -1, and at most that many alternatives. Raises `RequestError`."""
+    size = len(model_info.pieces)
+    counts = {name: getattr(request, name) for name in ("logprobs", "prompt_logprobs")}
+    for name, count in counts.items():
+        if count == -1 and size > limits.most_logprobs:
+            raise RequestError(
+                f"'{name}' is -1: all {size} tokens of the vocabulary. At most {limits.most_logprobs} alternatives of "
+                "each token can be requested. (HINT: --max-logprobs -1 lifts the server's limit.)",
+                param=name,
+            )
+    whole: dict[str, Any] = {
+        name: size for name, count in counts.items() if count is not None and not 0 <= count <= size
+    }
+    return replace(request, **whole) if whole else request
 
 
 def shown_ends(request: CompletionRequest, model_info: ModelInfo, end_tokens: tuple[int, ...]) -> frozenset[int]:

@@ -11,6 +11,8 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from afterword.engine.token_row import TokenRow, is_packed
+
 FinishReason = Literal["stop", "length", "repetition"]
 GrammarKind = Literal["json", "regex", "choice", "lark", "gbnf"]
 
@@ -169,10 +171,15 @@ class Job(Value, frozen=True):
     repetition_detection: RepetitionDetection | None = None
     priority: int = 0
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether any of its tokens has a `TokenRow`."""
+        return is_packed(self.alternatives, self.reported) or is_packed(self.prompt_alternatives, self.reported)
+
 
 class Token(Value, frozen=True, gc=False):
     """A token with its log probability under the unmodified model, and the alternatives, most likely first, or those of
-    `Job.reported` in their order.
+    `Job.reported` in their order. More than `token_row.MAX_LISTED` most likely ones are in `row`, and `top` is empty.
 
     `logprob` is None if the job requested no log probabilities. `rank` is 1 for the most likely token; it is set for
     prompt tokens and 0 for generated ones. `gc=False` excludes tokens from garbage collection: a token cannot be part
@@ -183,11 +190,12 @@ class Token(Value, frozen=True, gc=False):
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     rank: int = 0
+    row: TokenRow | None = None
 
     @property
     def size(self) -> int:
         """Approximate bytes of memory."""
-        return TOKEN_BYTES + ALTERNATIVE_BYTES * len(self.top)
+        return TOKEN_BYTES + ALTERNATIVE_BYTES * len(self.top) + (self.row.size if self.row else 0)
 
 
 class Step(Value, frozen=True):
@@ -198,10 +206,10 @@ class Step(Value, frozen=True):
     token: how many prompt tokens came from the prefix cache. `failed`: the job has ended, because of its grammar if
     there is an `error` (a sentence for the client), else because its logits were not finite. `refused`: the library
     that computes has refused the job, and the job has ended. `busy`: with `failed`, its grammar cannot be compiled now.
-    `compiling`: the worker now begins (True) or has ended
-    (False) to compile the job's grammar; the step has nothing else. `taken_back`: how many tokens were computed that
-    are not part of any sample, because of `Job.banned_text`. `lost`: another server has broken off the job, and the job
-    has ended. `late`: the job has waited too long for that server, without any token, and has ended.
+    `compiling`: the worker now begins (True) or has ended (False) to compile the job's grammar; the step has nothing
+    else. `taken_back`: how many tokens were computed that are not part of any sample, because of `Job.banned_text`.
+    `lost`: another server has broken off the job, and the job has ended. `late`: the job has waited too long for that
+    server, without any token, and has ended.
     """
 
     scored: tuple[Token, ...] = ()
@@ -267,22 +275,6 @@ class PassStats(Value, frozen=True):
     cached_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
-
-
-class StoreStats(Value, frozen=True):
-    """What a store of prefixes has done since the start of its process.
-
-    `hits`: prefixes that were read; `hit_tokens`: their tokens. `written_bytes`: bytes of written files. `evictions`:
-    files deleted for the bound. `failures`: damaged files, and reads and writes that the disk refused. `bytes`: bytes
-    in the folder at present.
-    """
-
-    hits: int = 0
-    hit_tokens: int = 0
-    written_bytes: int = 0
-    evictions: int = 0
-    failures: int = 0
-    bytes: int = 0
 
 
 class InfillLayout(Value, frozen=True):

@@ -14,9 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afterword.engine.core.forward_batch import Logits
-from afterword.engine.core.sampler_kernel import BLOCK, GREEDY_BELOW, Ids, RowQuery, RowResult, SampleQuery, distinct
+from afterword.engine.core.sampler_kernel import (
+    BLOCK,
+    GREEDY_BELOW,
+    Ids,
+    LogitsRow,
+    Numbers,
+    RowQuery,
+    RowResult,
+    SampleQuery,
+    distinct,
+)
 
-LogitsRow = NDArray[np.float32]
 WeightArray = LogitsRow
 """Exponentials of a logits row, scaled so that the largest is 1. Shape: (vocabulary,).
 
@@ -35,6 +44,12 @@ class NumpyKernel:
     def read(self, rows: Logits, queries: Sequence[RowQuery]) -> list[RowResult]:
         """See `SamplerKernel`."""
         return [_read(row, query) for row, query in zip(rows, queries, strict=True)]
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def most_likely(self, row: LogitsRow, count: int) -> tuple[Ids, Numbers]:
+        """See `SamplerKernel`."""
+        ids = top_ids(row, count)
+        return ids, row[ids].astype(np.float64) - _log_total(row)
 
 
 def adjusted_row(row: LogitsRow, query: SampleQuery) -> LogitsRow:

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+import msgspec
 import numpy as np
 
 from afterword.engine.core.forward_batch import (
@@ -124,7 +125,8 @@ class PrefixCache:
         # Without a hit a scored prompt has no scores yet, and the last score can belong to another text's token.
         slot.scores = scores or slot.scores[: score_count(keep)]
         if not slot.scores:
-            slot.alternatives, slot.reported = query.alternatives or 0, query.reported
+            slot.alternatives = 0 if query.has_rows else query.alternatives or 0
+            slot.reported = query.reported
         return slot
 
     def offer(self, ticket: int, namespace: str, tokens: TokenArray, state: object) -> None:
@@ -186,7 +188,7 @@ class PrefixCache:
     def computed(self, slot: Slot, tokens: tuple[int, ...], scores: list[Token]) -> None:
         """Record tokens that a pass has computed, and the score of the token that follows each of them."""
         if scores and len(slot.scores) == slot.length and self._reserve_score_bytes(slot, len(scores)):
-            slot.scores.extend(scores)
+            slot.scores.extend(msgspec.structs.replace(each, row=None) if each.row else each for each in scores)
         slot.append(tokens, self._grid)
         is_regular = len(tokens) > 1 and self._snapshots.is_regular(slot.length, slot.longest_snapshot(slot.length))
         if slot.length == slot.reusable and (is_regular or slot.length in slot.borders):
@@ -289,7 +291,7 @@ class PrefixCache:
 
     def _expected_prefix(self, query: PrefixQuery, other: PrefixQuery) -> int:
         """How many of a prompt's tokens will be reusable once another prompt is completely computed."""
-        if not query.head or other.head != query.head or other.namespace != query.namespace:
+        if not query.head or other.head != query.head or other.namespace != query.namespace or query.has_rows:
             return 0
         if query.alternatives is not None and (
             other.alternatives is None or other.alternatives < query.alternatives or other.reported != query.reported

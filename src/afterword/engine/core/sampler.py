@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afterword.engine.core.forward_batch import Logits
-from afterword.engine.core.numpy_kernel import LogitsRow, NumpyKernel
+from afterword.engine.core.numpy_kernel import NumpyKernel
 from afterword.engine.core.repetitions import Repetitions
 from afterword.engine.core.sampler_chain import ChainQuery, sample_chain
 from afterword.engine.core.sampler_kernel import (
     LIBRARY,
     CompiledKernel,
+    LogitsRow,
     RowQuery,
     RowResult,
     SampleQuery,
@@ -28,6 +29,7 @@ from afterword.engine.core.sampler_kernel import (
 )
 from afterword.engine.core.token_counts import TokenCounts
 from afterword.engine.protocol import Job, Token
+from afterword.engine.token_row import TokenRow, is_packed
 
 
 def make_kernel(threads: int = 1, thread_pool: int | None = None) -> SamplerKernel:
@@ -110,7 +112,16 @@ class Sampler:
         """Answer one query for each row of `logits: (n, vocabulary)`. Returns the tokens of each query."""
         chosen = [_chosen_by_chain(row, query) for row, query in zip(logits, queries, strict=True)]
         found = self._kernel.read(logits, list(map(_row_query, queries, chosen)))
-        return [_tokens(*each) for each in zip(queries, chosen, found, strict=True)]
+        tokens = [_tokens(*each) for each in zip(queries, chosen, found, strict=True)]
+        return [_with_row(*each) for each in zip(queries, tokens, logits, strict=True)]
+
+    def packed(self, row: TokenRow) -> TokenRow:
+        """The most likely tokens of a row that has the logits of the whole vocabulary; other rows as they are."""
+        if row.ids:
+            return row
+        logits = np.frombuffer(row.values, np.float32)
+        ids, values = self._kernel.most_likely(logits, min(row.count, len(logits)))
+        return TokenRow(len(ids), values.tobytes(), ids.astype(np.int32).tobytes())
 
 
 def _chosen_by_chain(row: LogitsRow, query: TokenQuery) -> list[int] | None:
@@ -123,15 +134,35 @@ def _chosen_by_chain(row: LogitsRow, query: TokenQuery) -> list[int] | None:
 def _row_query(query: TokenQuery, chosen: list[int] | None) -> RowQuery:
     match query:
         case ScoreQuery(token, alternatives, reported):
-            return RowQuery(reported=True, top=0 if reported else alternatives, given=token, asked=reported)
+            return RowQuery(reported=True, top=_top_count(alternatives, reported), given=token, asked=reported)
         case SampleTokens(job):
             is_reported = job.alternatives is not None
             asked = (*(chosen or ()), *job.reported) if is_reported else ()
-            top = 0 if job.reported else job.alternatives or 0
+            top = _top_count(job.alternatives or 0, job.reported)
             sample_query = None if chosen is not None else query.sample_query
             return RowQuery(reported=is_reported, top=top, sample_query=sample_query, asked=asked)
         case None:
             return RowQuery()
+
+
+def _top_count(alternatives: int, reported: tuple[int, ...]) -> int:
+    """How many of the most likely ids the kernel returns: none where others are reported, or where they are packed."""
+    return 0 if reported or is_packed(alternatives) else alternatives
+
+
+def _with_row(query: TokenQuery, tokens: list[Token], row: LogitsRow) -> list[Token]:
+    """The tokens with the logits of the whole vocabulary, where their alternatives are packed when they are sent."""
+    match query:
+        case ScoreQuery(_, count, reported):
+            pass
+        case SampleTokens(job):
+            count, reported = job.alternatives or 0, job.reported
+        case None:
+            return tokens
+    if not is_packed(count, reported):
+        return tokens
+    logits = TokenRow(count, row.tobytes())
+    return [msgspec.structs.replace(token, row=logits) for token in tokens]
 
 
 def _tokens(query: TokenQuery, chosen: list[int] | None, found: RowResult) -> list[Token]:

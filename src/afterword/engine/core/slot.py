@@ -8,6 +8,7 @@ import numpy as np
 
 from afterword.engine.core.snapshots import TokenArray
 from afterword.engine.protocol import ALTERNATIVE_BYTES, TOKEN_BYTES, Token, score_count
+from afterword.engine.token_row import is_packed
 
 
 @dataclass(slots=True, eq=False)
@@ -114,6 +115,11 @@ class PrefixQuery:
     max_tokens: int
     alternatives: int | None
     reported: tuple[int, ...] = ()
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the scores have packed rows, which no slot keeps."""
+        return is_packed(self.alternatives, self.reported)
 
 
 @dataclass(frozen=True, slots=True)
