@@ -57,7 +57,7 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
         "A number to add to the logit of each of these token ids. −100 bans a token, 100 forces it.", {"1": -100}
     ),
     "logprobs": description(
-        "Report the log probability of each token and of this many alternatives. 0: of the token only.", 2
+        "Report the log probability of each token and of this many alternatives. 0: of the token only; -1: of all.", 2
     ),
     "max_tokens": description(
         "The maximum number of tokens to generate. 0, with echo and logprobs, only scores the prompt.", 40
@@ -153,7 +153,7 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
         -1,
     ),
     "prompt_logprobs": description(
-        "Report rank and log probability of each token of the prompt, and of this many alternatives. Not with stream.",
+        "Report rank and log probability of each token of the prompt, and of this many alternatives. -1: of all tokens.",
         1,
     ),
     "repetition_detection": description(
