@@ -49,7 +49,10 @@ def _request_field(job: Job, name: str) -> str:
         return _chain_field(job.sampling.chain)
     if name == "banned_text" and job.banned_text:
         return "banned_strings" if job.banned_text.folded else "bad_words"
-    return {"reported": "logprob_token_ids", "banned": "banned_tokens", "healed": "token_healing"}.get(name, name)
+    names = {"banned": "banned_tokens", "healed": "token_healing"} | dict.fromkeys(
+        ("reported", "reported_at"), "logprob_token_ids"
+    )
+    return names.get(name, name)
 
 
 def _chain_field(chain: SamplerChain) -> str:

@@ -207,9 +207,26 @@ def some_token_ids(name: str, value: Any, _: RequestLimits) -> tuple[int, ...]:
     return ids
 
 
-@field_parser(lambda limits: _IDS | {"minItems": 1, "maxItems": limits.max_bias})
-def reported_token_ids(name: str, value: Any, limits: RequestLimits) -> tuple[int, ...]:
-    """An array of 1 to `limits.max_bias` token ids. Each is kept once."""
+ReportedIds = tuple[int, ...] | tuple[tuple[int, ...], ...]
+
+
+@field_parser(
+    lambda limits: {
+        "anyOf": [
+            _IDS | {"minItems": 1, "maxItems": limits.max_bias},
+            {"type": "array", "minItems": 1, "items": _IDS | {"maxItems": limits.max_bias}},
+        ]
+    }
+)
+def reported_token_ids(name: str, value: Any, limits: RequestLimits) -> ReportedIds:
+    """An array of 1 to `limits.max_bias` token ids, or one for each position, which may be empty.
+
+    An id is kept once in each array.
+    """
+    if isinstance(value, list) and value and all(isinstance(item, list) for item in value):
+        return tuple(tuple(dict.fromkeys(token_ids(name, item, limits))) for item in value)
+    if isinstance(value, list) and any(isinstance(item, list) for item in value):
+        raise wrong_type(name, value, "an array of integers or an array of arrays of integers")
     ids: tuple[int, ...] = token_ids(name, value, limits)
     if not ids:
         raise empty_array(name)

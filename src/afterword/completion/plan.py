@@ -21,7 +21,14 @@ from afterword.completion.request_limits import RequestLimits
 from afterword.completion.sampler_fields import sampling_of
 from afterword.completion.text_stream import StopStrings, incomplete_character
 from afterword.completion.token_healing import healed
-from afterword.completion.vocabulary_fields import banned_text, check_allowed, check_ids, shown_ends, truncated
+from afterword.completion.vocabulary_fields import (
+    banned_text,
+    check_allowed,
+    check_ids,
+    reported_at,
+    shown_ends,
+    truncated,
+)
 from afterword.engine.most_sampled import most_sampled_for
 from afterword.engine.protocol import Job, ModelInfo
 from afterword.engine.token_row import is_packed
@@ -103,7 +110,7 @@ class Plan:
     def prompt_by_row(self) -> bool:
         """Whether the prompt's log probabilities are sent token by token, see `prompt_rows`."""
         return self.streams and any(
-            is_packed(each.job.prompt_alternatives, each.job.reported) for each in self.prompts[:1]
+            is_packed(each.job.prompt_alternatives, self.reports_ids) for each in self.prompts[:1]
         )
 
     @property
@@ -244,7 +251,8 @@ def make_plan(
             namespace=_namespace(caller, request.cache_salt),
             client=caller.job_client,
             prediction=tokens.prediction,
-            reported=request.logprob_token_ids,
+            reported=request.reported_ids,
+            reported_at=reported_at(request, len(prompt)),
             grammar=next(iter(request.constraints), None) if max_tokens else None,
             banned=request.banned_ids,
             banned_text=banned,
@@ -362,7 +370,8 @@ def _prompt_alternatives(request: CompletionRequest) -> int | None:
 
 def _count(request: CompletionRequest, alternatives: int | None) -> int | None:
     """The number of alternatives: those that the request chose, if it chose any."""
-    return len(request.logprob_token_ids) or alternatives if alternatives is not None else None
+    chosen = max(map(len, request.reported_lists), default=len(request.reported_ids))
+    return chosen or alternatives if alternatives is not None else None
 
 
 def _sampling_key(seed: int, prompt: int) -> bytes:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from afterword.completion import ban_fields, fields, grammar_fields, object_fields
-from afterword.completion.fields import Field, JsonSchema, Prompt
+from afterword.completion.fields import Field, JsonSchema, Prompt, ReportedIds
 from afterword.completion.json_body import parse_object
 from afterword.completion.model_defaults import DefaultsOf, no_defaults
 from afterword.completion.object_fields import ContextFile, StreamOptions
@@ -68,7 +68,7 @@ class CompletionRequest:
     include_stop_str_in_output: bool = False
     input_extra: tuple[ContextFile, ...] = ()
     json_schema: Grammar | None = None
-    logprob_token_ids: tuple[int, ...] = ()
+    logprob_token_ids: ReportedIds = ()
     min_p: float = 0.0
     min_tokens: int = 0
     prediction: str | None = None
@@ -120,6 +120,21 @@ class CompletionRequest:
     def banned_ids(self) -> tuple[int, ...]:
         """The tokens that are never generated."""
         return tuple(sorted({*self.banned_tokens, *self.custom_token_bans}))
+
+    @property
+    def reported_ids(self) -> tuple[int, ...]:
+        """`logprob_token_ids` for all positions alike."""
+        return tuple(each for each in self.logprob_token_ids if isinstance(each, int))
+
+    @property
+    def reported_lists(self) -> tuple[tuple[int, ...], ...]:
+        """`logprob_token_ids` for each position by itself."""
+        return tuple(each for each in self.logprob_token_ids if isinstance(each, tuple))
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the response has log probabilities of the prompt."""
+        return self.prompt_logprobs is not None or (self.echo and self.logprobs is not None)
 
     @property
     def is_infill(self) -> bool:

@@ -153,7 +153,7 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
         -1,
     ),
     "prompt_logprobs": description(
-        "Report rank and log probability of each token of the prompt, and of this many alternatives. -1: of all tokens.",
+        "Report rank and log probability of each token of the prompt, and of this many alternatives. -1: of all.",
         1,
     ),
     "repetition_detection": description(

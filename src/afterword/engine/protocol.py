@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from afterword.engine.token_row import TokenRow, is_packed
+from afterword.engine.token_row import ReportedAt, TokenRow, is_packed
 
 FinishReason = Literal["stop", "length", "repetition"]
 GrammarKind = Literal["json", "regex", "choice", "lark", "gbnf"]
@@ -138,7 +138,8 @@ class Job(Value, frozen=True):
     `end_tokens`: token ids that end a sample. The sampler does not choose them for the first `min_tokens` tokens.
     `alternatives`: how many of the most likely tokens to report with each generated token; None: report no log
     probabilities. `prompt_alternatives`: the same for the prompt's tokens, from the second on. `reported`: ids that are
-    reported instead of the most likely ones; the alternatives are then as many as these. `key` (16 bytes): the
+    reported instead of the most likely ones; the alternatives are then as many as these. `reported_at`: the same for
+    each position of prompt and sample by itself; the alternatives are the most of a position. `key` (16 bytes): the
     source of all randomness, see `core.sampler.seed_of`. `namespace`: jobs of different namespaces do not share the
     prefix cache. `client`: the client's name; the scheduler gives equal shares to waiting clients. If the name ends
     with `BATCH_CLIENT`, the job is a line of one of the client's batches. `prediction`: tokens that the client expects;
@@ -170,11 +171,13 @@ class Job(Value, frozen=True):
     first: bytes = b""
     repetition_detection: RepetitionDetection | None = None
     priority: int = 0
+    reported_at: ReportedAt | None = None
 
     @property
     def has_rows(self) -> bool:
         """Whether any of its tokens has a `TokenRow`."""
-        return is_packed(self.alternatives, self.reported) or is_packed(self.prompt_alternatives, self.reported)
+        chosen = self.reported or self.reported_at
+        return is_packed(self.alternatives, chosen) or is_packed(self.prompt_alternatives, chosen)
 
 
 class Token(Value, frozen=True, gc=False):
@@ -232,9 +235,12 @@ class Step(Value, frozen=True):
 
     @property
     def size(self) -> int:
-        """Approximate bytes of memory of the tokens. All tokens of a job have the same number of alternatives."""
-        scored = len(self.scored) * self.scored[0].size if self.scored else 0
-        return scored + (len(self.sampled) * self.sampled[0][1].size if self.sampled else 0)
+        """Approximate bytes of memory of the tokens. All scores, and all other tokens, have rows of one size."""
+        found = [*self.scored, *(token for _, token in self.sampled)]
+        rows = [(len(part), part[-1].row) for part in (self.scored, [token for _, token in self.sampled]) if part]
+        listed = sum([len(token.top) for token in found])  # twice as fast as the sum of sizes
+        packed = sum(count * row.size for count, row in rows if row)
+        return TOKEN_BYTES * len(found) + ALTERNATIVE_BYTES * listed + packed
 
 
 def scored_positions(start: int, stop: int) -> slice:

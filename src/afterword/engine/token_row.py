@@ -1,4 +1,4 @@
-"""The most likely tokens of one position where they are too many for a list of Python objects: packed in bytes.
+"""What is reported about one position: chosen ids, or all of the vocabulary, packed in bytes.
 
 A vocabulary can have 262,144 tokens. As pairs they would take 30 MB of memory for each position; packed they take 3 MB.
 """
@@ -38,6 +38,17 @@ class TokenRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
         """The first `count` ids with their log probabilities."""
         ids, values = memoryview(self.ids).cast("i"), memoryview(self.values).cast("d")
         return zip(ids[:count], values[:count], strict=True)
+
+
+class ReportedAt(msgspec.Struct, frozen=True, array_like=True):
+    """Token ids that are reported at each position. Positions beyond the lists have none.
+
+    `prompt`: a list for each token of the prompt, of which the first is not used; empty if the prompt is not scored.
+    `generated`: lists for generated tokens, from the first on.
+    """
+
+    prompt: tuple[tuple[int, ...], ...]
+    generated: tuple[tuple[int, ...], ...]
 
 
 def is_packed(alternatives: int | None, reported: object = ()) -> bool:

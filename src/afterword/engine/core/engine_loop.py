@@ -284,7 +284,11 @@ class EngineLoop:
             assert sequence.slot is not None
             scored = job.prompt[scored_positions(entry.position, end)]
             alternatives = max(sequence.slot.alternatives, job.prompt_alternatives or 0)  # slots keep no packed rows
-            queries += [ScoreQuery(token, alternatives, sequence.slot.reported) for token in scored]
+            if job.reported_at is None:
+                queries += [ScoreQuery(token, alternatives, sequence.slot.reported) for token in scored]
+            else:
+                ids = job.reported_at.prompt[scored_positions(entry.position, end)]
+                queries += [ScoreQuery(token, 0, each) for token, each in zip(scored, ids, strict=True)]
         if len(queries) < entry.outputs:
             started = sequence.job_state.started
             samples = [sequence.sample] if started else range(job.samples if job.max_tokens else 0)

@@ -33,7 +33,7 @@ from afterword.engine.core.forward_batch import (
     SlotRules,
     Truncate,
 )
-from afterword.engine.core.slot import PrefixHit, PrefixQuery, Slot, common_prefix, head
+from afterword.engine.core.slot import PrefixHit, PrefixQuery, Slot, common_prefix, head, reported_key
 from afterword.engine.core.snapshots import Snapshots, TokenArray
 from afterword.engine.protocol import ALTERNATIVE_BYTES, TOKEN_BYTES, Job, Token, score_count, scored_positions
 
@@ -82,7 +82,7 @@ class PrefixCache:
         prompt = np.array(job.prompt, np.int32)
         scores_only = job.max_tokens == 0 and job.prompt_alternatives is not None
         max_kept = len(prompt) if scores_only else len(prompt) - 1
-        reported = () if job.prompt_alternatives is None else job.reported
+        reported = () if job.prompt_alternatives is None else reported_key(job)
         start = head(prompt, self._min_shared_tokens)
         return PrefixQuery(start, job.namespace, prompt, max_kept, job.prompt_alternatives, reported)
 
@@ -272,7 +272,8 @@ class PrefixCache:
             assert slot.index == index, "a slot's index is its position in the table"
             assert 0 <= slot.reusable <= slot.length == len(slot.tokens), "a slot reuses only tokens that it holds"
             assert len(slot.scores) <= slot.length, "a slot has at most one score for each token"
-            assert len({len(score.top) for score in slot.scores}) <= 1, "scores have equally many alternatives"
+            of_one_size = slot.reported[:1] == (-1,) or len({len(score.top) for score in slot.scores}) <= 1
+            assert of_one_size, "scores have equally many alternatives"
             expected = [int(token) for token in slot.tokens[scored_positions(0, len(slot.scores))]]
             assert [score.id for score in slot.scores][: len(expected)] == expected, "scores belong to their tokens"
         self._snapshots.check((slot.snapshots, slot.tokens) for slot in self._slots)

@@ -87,6 +87,14 @@ class SampleTokens(msgspec.Struct, frozen=True):
         return [seed_of(self.job.key, sample, self.position) for sample in self.samples]
 
     @property
+    def reported(self) -> tuple[int, ...]:
+        """The ids that are reported instead of the most likely ones."""
+        if self.job.reported_at is None:
+            return self.job.reported
+        lists = self.job.reported_at.generated
+        return lists[self.position] if self.position < len(lists) else ()
+
+    @property
     def banned(self) -> tuple[int, ...]:
         if self.mask is not None:
             return ()
@@ -137,31 +145,28 @@ def _row_query(query: TokenQuery, chosen: list[int] | None) -> RowQuery:
             return RowQuery(reported=True, top=_top_count(alternatives, reported), given=token, asked=reported)
         case SampleTokens(job):
             is_reported = job.alternatives is not None
-            asked = (*(chosen or ()), *job.reported) if is_reported else ()
-            top = _top_count(job.alternatives or 0, job.reported)
+            asked = (*(chosen or ()), *query.reported) if is_reported else ()
+            top = _top_count(job.alternatives or 0, job.reported or job.reported_at)
             sample_query = None if chosen is not None else query.sample_query
             return RowQuery(reported=is_reported, top=top, sample_query=sample_query, asked=asked)
         case None:
             return RowQuery()
 
 
-def _top_count(alternatives: int, reported: tuple[int, ...]) -> int:
-    """How many of the most likely ids the kernel returns: none where others are reported, or where they are packed."""
-    return 0 if reported or is_packed(alternatives) else alternatives
+def _top_count(alternatives: int, chosen: object) -> int:
+    """How many of the most likely ids the kernel returns: none where others are `chosen`, or where they are packed."""
+    return 0 if chosen or is_packed(alternatives) else alternatives
 
 
 def _with_row(query: TokenQuery, tokens: list[Token], row: LogitsRow) -> list[Token]:
     """The tokens with the logits of the whole vocabulary, where their alternatives are packed when they are sent."""
     match query:
-        case ScoreQuery(_, count, reported):
-            pass
-        case SampleTokens(job):
-            count, reported = job.alternatives or 0, job.reported
-        case None:
+        case ScoreQuery(_, count, reported) if is_packed(count, reported):
+            logits = TokenRow(count, row.tobytes())
+        case SampleTokens(job) if is_packed(job.alternatives, job.reported or job.reported_at):
+            logits = TokenRow(job.alternatives or 0, row.tobytes())
+        case _:
             return tokens
-    if not is_packed(count, reported):
-        return tokens
-    logits = TokenRow(count, row.tobytes())
     return [msgspec.structs.replace(token, row=logits) for token in tokens]
 
 
@@ -173,7 +178,7 @@ def _tokens(query: TokenQuery, chosen: list[int] | None, found: RowResult) -> li
             return [Token(token) for token in chosen or ()] or [Token(token) for token, _ in found.sampled]
         case _:
             sampled = found.sampled if chosen is None else zip(chosen, found.asked, strict=False)
-            top = _top(found, query.job.reported) if query else ()
+            top = _top(found, query.reported) if query else ()
             return [Token(token, value, top) for token, value in sampled]
 
 
