@@ -1,4 +1,4 @@
-"""`logprob_token_ids` with a list for each position, for prompts and generated tokens."""
+"""`logprob_token_ids` with a list for each position, for prompts and generated tokens; `logprobs_mode`."""
 
 from __future__ import annotations
 
@@ -100,3 +100,27 @@ def test_a_stream_has_the_same_lists(http: httpx.Client) -> None:
 )
 def test_lists_of_the_wrong_length_or_form_are_refused(http: httpx.Client, fields: Json, part: str) -> None:
     assert part in refused(http, "logprob_token_ids", **body(**fields))["message"]
+
+
+def test_processed_numbers_of_a_request(http: httpx.Client) -> None:
+    forced = body(max_tokens=3, logprobs=2, logit_bias={"300": 100})
+    raw, processed = (
+        one(http, **forced, logprobs_mode=f"{mode}_logprobs")["logprobs"] for mode in ("raw", "processed")
+    )
+    assert raw == one(http, **forced)["logprobs"]
+    assert processed["tokens"] == raw["tokens"] == ["token_id:300"] * 3
+    assert min(processed["token_logprobs"]) > -1e-6
+    assert max(raw["token_logprobs"]) < -1
+    one_left = body(max_tokens=2, logprobs=2, temperature=1, top_k=1, echo=True, logprobs_mode="processed_logprobs")
+    columns = one(http, **one_left)["logprobs"]
+    assert columns["token_logprobs"][-2:] == [0, 0]
+    assert [sorted(entry.values())[0] for entry in columns["top_logprobs"][-2:]] == [-9999, -9999]
+    plain = one(http, **body(max_tokens=2, logprobs=2, echo=True))["logprobs"]
+    assert columns["top_logprobs"][:-2] == plain["top_logprobs"][:-2], "the prompt's numbers are the model's"
+
+
+def test_modes_that_cannot_be_served_are_refused(http: httpx.Client) -> None:
+    for fields in ({"typical_p": 0.5}, {"allowed_token_ids": [5, 6]}, {"mirostat": 2}):
+        error = refused(http, "logprobs_mode", **body(logprobs=1, logprobs_mode="processed_logprobs", **fields))
+        assert next(iter(fields)) in error["message"]
+    refused(http, "logprobs_mode", **body(logprobs=1, logprobs_mode="raw_logits"))

@@ -70,6 +70,7 @@ def test_an_empty_body_gives_the_defaults_of_the_api() -> None:
         "input_extra": (),
         "json_schema": None,
         "logprob_token_ids": (),
+        "logprobs_mode": "raw_logprobs",
         "min_p": 0.0,
         "min_tokens": 0,
         "prediction": None,

@@ -109,9 +109,7 @@ class Plan:
     @property
     def prompt_by_row(self) -> bool:
         """Whether the prompt's log probabilities are sent token by token, see `prompt_rows`."""
-        return self.streams and any(
-            is_packed(each.job.prompt_alternatives, self.reports_ids) for each in self.prompts[:1]
-        )
+        return self.streams and is_packed(self.prompts[0].job.prompt_alternatives, self.reports_ids)
 
     @property
     def prompt_tokens(self) -> int:
@@ -253,6 +251,7 @@ def make_plan(
             prediction=tokens.prediction,
             reported=request.reported_ids,
             reported_at=reported_at(request, len(prompt)),
+            processed=request.logprobs_mode == "processed_logprobs" and request.logprobs is not None,
             grammar=next(iter(request.constraints), None) if max_tokens else None,
             banned=request.banned_ids,
             banned_text=banned,

@@ -69,6 +69,7 @@ class CompletionRequest:
     input_extra: tuple[ContextFile, ...] = ()
     json_schema: Grammar | None = None
     logprob_token_ids: ReportedIds = ()
+    logprobs_mode: str = "raw_logprobs"
     min_p: float = 0.0
     min_tokens: int = 0
     prediction: str | None = None
@@ -188,6 +189,7 @@ EXTENSIONS: dict[str, Field] = {
     "input_extra": object_fields.input_extra,
     "json_schema": grammar_fields.json_schema,
     "logprob_token_ids": fields.reported_token_ids,
+    "logprobs_mode": fields.one_of("raw_logprobs", "processed_logprobs"),
     "min_p": fields.decimal(0, 1),
     "min_tokens": fields.integer(0, _INT32 - 1),
     "prediction": object_fields.prediction,

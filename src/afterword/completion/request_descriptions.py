@@ -130,9 +130,14 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
         "A JSON Schema that the text must match.",
         {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]},
     ),
+    "logprobs_mode": description(
+        "raw_logprobs: log probabilities of generated tokens are those of the model. processed_logprobs: those after "
+        "bias, penalties, bans, temperature and filters, from which the token was drawn.",
+        "processed_logprobs",
+    ),
     "logprob_token_ids": description(
         "Report the log probabilities of these tokens instead of the most likely ones, at each position of the choice "
-        "and, with echo or prompt_logprobs, of the prompt. Needs logprobs or prompt_logprobs.",
+        "and, with echo or prompt_logprobs, of the prompt; or a list for each. Needs logprobs or prompt_logprobs.",
         [1, 2],
     ),
     "min_p": description(

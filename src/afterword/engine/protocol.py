@@ -148,7 +148,8 @@ class Job(Value, frozen=True):
     `healed`: the bytes with which the first generated token must begin, because the prompt's last token was left out;
     they belong to the prompt's text. `first`: one bit for each token that begins so, as in a mask.
     `repetition_detection`: which loops end a sample, after `min_tokens` tokens. `priority`: of the waiting jobs of one
-    client those with the lowest number are first.
+    client those with the lowest number are first. `processed`: generated tokens have the log probabilities of the
+    distribution that they are drawn from, not those of the model.
     """
 
     prompt: tuple[int, ...]
@@ -172,6 +173,7 @@ class Job(Value, frozen=True):
     repetition_detection: RepetitionDetection | None = None
     priority: int = 0
     reported_at: ReportedAt | None = None
+    processed: bool = False
 
     @property
     def has_rows(self) -> bool:

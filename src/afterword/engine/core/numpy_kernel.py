@@ -69,6 +69,31 @@ def adjusted_row(row: LogitsRow, query: SampleQuery) -> LogitsRow:
     return row
 
 
+@np.errstate(over="ignore", invalid="ignore")
+def processed_row(row: LogitsRow, query: SampleQuery, drawn: Sequence[int]) -> LogitsRow:
+    """The logits of the distribution that `query` draws from; -inf for tokens that it leaves out.
+
+    Greedy queries have no temperature and no filters. `drawn`: the tokens that were drawn. They are never left out,
+    whatever the rounding of the sum for `top_p`.
+    """
+    row, sampling = adjusted_row(row, query), query.sampling
+    if sampling.temperature < GREEDY_BELOW:
+        return row
+    weights = _weights(row, sampling.temperature)
+    weights[weights < np.float32(sampling.min_p)] = 0
+    kept = weights > 0
+    if sampling.top_k or sampling.top_p < 1:
+        order = top_ids(weights, sampling.top_k or len(weights))
+        cumulated = np.cumsum(weights[order], dtype=np.float64)
+        size = int(np.searchsorted(cumulated, sampling.top_p * float(cumulated[-1]))) + 1
+        outside = np.ones(len(row), bool)
+        outside[order[:size]] = False
+        kept &= ~outside
+    kept[list(drawn)] = True
+    processed: LogitsRow = np.where(kept, row / np.float32(sampling.temperature), np.float32(-np.inf))
+    return processed
+
+
 def unpacked(mask: NDArray[np.uint32] | NDArray[np.uint8], count: int) -> NDArray[np.bool_]:
     """The first `count` bits of a mask, the lowest bit of each byte first."""
     return np.unpackbits(mask.view(np.uint8), count=count, bitorder="little").astype(bool)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afterword.engine.core.forward_batch import Logits
-from afterword.engine.core.numpy_kernel import NumpyKernel
+from afterword.engine.core.numpy_kernel import NumpyKernel, processed_row
 from afterword.engine.core.repetitions import Repetitions
 from afterword.engine.core.sampler_chain import ChainQuery, sample_chain
 from afterword.engine.core.sampler_kernel import (
@@ -118,6 +118,29 @@ class Sampler:
 
     def read(self, logits: Logits, queries: Sequence[TokenQuery]) -> list[list[Token]]:
         """Answer one query for each row of `logits: (n, vocabulary)`. Returns the tokens of each query."""
+        if any(_is_processed(query) for query in queries):
+            return [self._read_processed(row, query) for row, query in zip(logits, queries, strict=True)]
+        return self._read(logits, queries)
+
+    def _read_processed(self, row: LogitsRow, query: TokenQuery) -> list[Token]:
+        """The answer for one row, with the numbers of the distribution that the tokens are drawn from if wanted."""
+        (tokens,) = self._read(row[None], [query])
+        if not isinstance(query, SampleTokens) or not _is_processed(query) or not tokens:
+            return tokens
+        processed = processed_row(row, query.sample_query, [token.id for token in tokens])
+        reported, job = query.reported, query.job
+        wanted = RowQuery(
+            reported=True,
+            top=_top_count(job.alternatives or 0, job.reported or job.reported_at),
+            asked=(*(token.id for token in tokens), *reported),
+        )
+        (found,) = self._kernel.read(processed[None], [wanted])
+        top = _top(found, reported)
+        values = found.asked[: len(tokens)]
+        plain = [Token(token.id, value, top) for token, value in zip(tokens, values, strict=True)]
+        return _with_row(query, plain, processed)
+
+    def _read(self, logits: Logits, queries: Sequence[TokenQuery]) -> list[list[Token]]:
         chosen = [_chosen_by_chain(row, query) for row, query in zip(logits, queries, strict=True)]
         found = self._kernel.read(logits, list(map(_row_query, queries, chosen)))
         tokens = [_tokens(*each) for each in zip(queries, chosen, found, strict=True)]
@@ -130,6 +153,10 @@ class Sampler:
         logits = np.frombuffer(row.values, np.float32)
         ids, values = self._kernel.most_likely(logits, min(row.count, len(logits)))
         return TokenRow(len(ids), values.tobytes(), ids.astype(np.int32).tobytes())
+
+
+def _is_processed(query: TokenQuery) -> bool:
+    return isinstance(query, SampleTokens) and query.job.processed and query.job.alternatives is not None
 
 
 def _chosen_by_chain(row: LogitsRow, query: TokenQuery) -> list[int] | None:
