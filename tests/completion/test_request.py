@@ -70,6 +70,7 @@ def test_an_empty_body_gives_the_defaults_of_the_api() -> None:
         "input_extra": (),
         "json_schema": None,
         "logprob_token_ids": (),
+        "logprobs_mode": "raw_logprobs",
         "min_p": 0.0,
         "min_tokens": 0,
         "prediction": None,
@@ -248,7 +249,7 @@ def test_an_empty_array_is_no_stop_string_and_strictly_refused() -> None:
     ("name", "low", "high"),
     [
         ("best_of", 0, LIMITS.max_best_of),
-        ("logprobs", 0, LIMITS.max_logprobs),
+        ("logprobs", -1, LIMITS.max_logprobs),
         ("max_tokens", 0, 2**31 - 1),
         ("n", 1, LIMITS.max_n),
         ("seed", -INT64, INT64 - 1),
@@ -672,7 +673,7 @@ def test_extensions_have_their_values(name: str, value: Any, result: Any) -> Non
         ("priority", 1.5),
         ("priority", 2**31),
         ("prompt_logprobs", 21),
-        ("prompt_logprobs", -1),
+        ("prompt_logprobs", -2),
         ("stop_token_ids", 5),
         ("cache_salt", ""),
         ("cache_salt", 1),
@@ -728,10 +729,6 @@ def test_each_reported_id_is_kept_once() -> None:
 
 def test_a_prompt_with_a_suffix_is_not_truncated() -> None:
     assert refused({"truncate_prompt_tokens": 5, "suffix": "a"}).param == "truncate_prompt_tokens"
-
-
-def test_log_probabilities_of_the_prompt_cannot_be_streamed() -> None:
-    assert refused({"prompt_logprobs": 1, "stream": True}).param == "prompt_logprobs"
 
 
 def parse_strictly(body: dict[str, Any]) -> CompletionRequest:

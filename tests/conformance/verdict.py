@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from probe import Probe
 
-Level = Literal["MUST", "SHOULD"]
+Level = Literal["MUST", "SHOULD", "EXT"]
 MUST: Level = "MUST"
 SHOULD: Level = "SHOULD"
+EXT: Level = "EXT"
 
 
 class NotApplicable(Exception):
@@ -69,14 +70,15 @@ def judge(case: Case, probe: Probe) -> Verdict:
 def report(verdicts: Iterable[Verdict]) -> int:
     """Print a line for each verdict when it is known, and then the counts. Returns the exit status."""
     counts: Counter[tuple[str, str]] = Counter()
-    width = max(len(case.rule) for case in CASES)
+    width = max(len(case.rule) for case in CASES)  # no extension has a longer name
     for verdict in verdicts:
         case = verdict.case
         counts[case.level, verdict.result] += 1
         line = f"{case.number:>2}  {case.rule:<{width}}  {case.level:<6}  {verdict.result:<4}  {verdict.reason}"
         print(line.rstrip(), flush=True)
-    print("; ".join(f"{level}: {_counts_text(counts, level)}" for level in (MUST, SHOULD)))
-    return 1 if counts[MUST, "FAIL"] else 0
+    levels = [level for level in (MUST, SHOULD, EXT) if any(found == level for found, _ in counts)]
+    print("; ".join(f"{level}: {_counts_text(counts, level)}" for level in levels))
+    return 1 if counts[MUST, "FAIL"] or counts[EXT, "FAIL"] else 0
 
 
 def _counts_text(counts: Counter[tuple[str, str]], level: str) -> str:
@@ -84,8 +86,9 @@ def _counts_text(counts: Counter[tuple[str, str]], level: str) -> str:
 
 
 def _statement(wrong: Exception) -> str:
-    """The source line of cases.py in which the exception was raised."""
-    frames = [frame for frame in traceback.extract_tb(wrong.__traceback__) if frame.filename.endswith("cases.py")]
+    """The source line of a file with cases in which the exception was raised."""
+    files = ("cases.py", "extensions.py")
+    frames = [frame for frame in traceback.extract_tb(wrong.__traceback__) if frame.filename.endswith(files)]
     return (frames[-1].line or "").removeprefix("assert ") if frames else ""
 
 

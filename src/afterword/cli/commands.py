@@ -146,8 +146,8 @@ def main() -> None:
 @option(
     "Limits",
     "--max-logprobs",
-    type=click.IntRange(0, 1000),
-    help="Most alternatives per token.  [default: 20; with --strict 5]",
+    type=click.IntRange(min=-1),
+    help="Most alternatives per token; -1: no limit.  [default: 20; with --strict 5]",
 )
 @option(
     "Limits",

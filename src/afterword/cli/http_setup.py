@@ -13,6 +13,7 @@ from afterword.engine.http.program import UPSTREAM, base_url
 from afterword.engine.messages import LoadUpstream
 from afterword.engine.parent.model_manager import ModelDefinition, ModelManager
 from afterword.engine.parent.supervisor import QueuePolicy, Supervisor
+from afterword.engine.token_row import MAX_LISTED
 from afterword.errors import SettingError
 
 SAMPLES = 64
@@ -27,7 +28,7 @@ def make_http_manager(
 ) -> ModelManager:
     """Return the manager of models that the upstream runs; none is loaded. Raises `SettingError`.
 
-    `options`: the values of the options of `afterword serve` by name. `max_logprobs`: the limit of requests.
+    `options`: the values of the options of `afterword serve` by name. `max_logprobs`: the limit of requests; -1: none.
     """
     check_settings(settings, "http", _USED, _OTHERWISE)
     if not options["upstream"]:
@@ -36,7 +37,7 @@ def make_http_manager(
         LoadUpstream,
         url=base_url(options["upstream"]),
         sequences=settings.parallel or SAMPLES,
-        alternatives=max_logprobs,
+        alternatives=MAX_LISTED if max_logprobs < 0 else min(max_logprobs, MAX_LISTED),
         silence=policy.upstream_seconds,
         patience=policy.queue_seconds,
         key=_read_key(options["upstream_key_file"]),

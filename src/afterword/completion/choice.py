@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, pairwise
 
 from afterword.completion.logprobs import (
     SLICE_TOKENS,
     Echo,
+    EchoPart,
     Logprobs,
     PromptReport,
     count_characters,
@@ -23,6 +24,7 @@ from afterword.completion.predicted import PredictedTokens, PredictionCounter
 from afterword.completion.text_stream import ReleasedText, TextStream, TokenAtOffset
 from afterword.engine.draft import PredictedText
 from afterword.engine.protocol import FinishReason, Token
+from afterword.engine.token_row import is_packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,12 @@ class Delta:
     completion_tokens: int = 0
     token_ids: tuple[int, ...] | None = None
     prompt: PromptReport | None = None
-    echo: Echo | None = None
+    echo: Echo | EchoPart | None = None
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether generated tokens have entries that are made in parts."""
+        return self.own_logprobs is not None and self.own_logprobs.has_rows
 
     @property
     def text(self) -> str:
@@ -70,7 +77,7 @@ class ChoiceBuilder:
     ) -> None:
         self._plan = plan
         self._counter = PredictionCounter(prompt.job, predicted) if predicted else None
-        self._echo = echo
+        self._echo = None if plan.prompt_by_row and plan.logprobs is not None else echo  # was sent
         self._stream: TextStream[Token] = TextStream(plan.stop, *_text_start(prompt, echo))
         self._healed = prompt.job.healed
         self._characters_before = _healed_characters(prompt.job.healed, echo)
@@ -127,15 +134,28 @@ class ChoiceBuilder:
     def _text_deltas(self, index: int) -> list[Delta]:
         """`"stop"` gets a delta of its own, without text; other reasons are in the delta of the last token."""
         if self.finish is None:
-            delta = self._delta(index, self._stream.release())
-            return [delta] if _has_content(delta) else []
-        last = self._delta(index, self._stream.finish())
+            found = [self._delta(index, part) for part in self._parts(self._stream.release())]
+            return [delta for delta in found if _has_content(delta)]
+        *others, last = [self._delta(index, part) for part in self._parts(self._stream.finish())]
         if self._stream.stopped:  # `finish` decoded the last bytes, which can complete a stop string
             self.finish = "stop"
         if self.finish != "stop":
-            return [replace(last, finish=self.finish)]
+            return [*others, replace(last, finish=self.finish)]
         ending = Delta(index, "", self._final_columns(), "stop")
-        return [last, ending] if _has_content(last) else [ending]
+        return [*(delta for delta in (*others, last) if _has_content(delta)), ending]
+
+    def _parts(self, released: ReleasedText[Token]) -> list[ReleasedText[Token]]:
+        """The text as it is sent: in streams each token with a row has an event of its own, because it is large."""
+        by_row = self._plan.streams and is_packed(self._plan.logprobs, self._plan.reports_ids)
+        if not by_row or not released.tokens:
+            return [released]
+        start = self._stream.start - len(released.text)
+        cuts = [max(0, placed.offset - start) for placed in released.tokens[1:]]
+        bounds = pairwise((0, *cuts, len(released.text)))
+        return [
+            ReleasedText(released.text[begin:end], (placed,))
+            for placed, (begin, end) in zip(released.tokens, bounds, strict=True)
+        ]
 
     def _delta(self, index: int, released: ReleasedText[Token]) -> Delta:
         self.completion_tokens += len(released.tokens)

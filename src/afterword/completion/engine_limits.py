@@ -20,6 +20,11 @@ def check_job(job: Job, model_info: ModelInfo) -> None:
             "state. Leave it out.",
             param=name,
         )
+    if job.processed and job.sampling.chain:
+        raise RequestError(
+            f"'logprobs_mode' \"processed_logprobs\" cannot be combined with '{_chain_field(job.sampling.chain)}'.",
+            param="logprobs_mode",
+        )
     limits = model_info.job_limits
     if limits is None:
         return
@@ -49,7 +54,10 @@ def _request_field(job: Job, name: str) -> str:
         return _chain_field(job.sampling.chain)
     if name == "banned_text" and job.banned_text:
         return "banned_strings" if job.banned_text.folded else "bad_words"
-    return {"reported": "logprob_token_ids", "banned": "banned_tokens", "healed": "token_healing"}.get(name, name)
+    names = {"banned": "banned_tokens", "healed": "token_healing", "processed": "logprobs_mode"} | dict.fromkeys(
+        ("reported", "reported_at"), "logprob_token_ids"
+    )
+    return names.get(name, name)
 
 
 def _chain_field(chain: SamplerChain) -> str:

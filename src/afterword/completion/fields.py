@@ -140,11 +140,14 @@ def as_integer(value: object) -> int | None:
 # ---- fields with their own formats
 
 
-@field_parser(lambda limits: {"type": "integer", "minimum": 0, "maximum": _most_logprobs(limits)})
+@field_parser(lambda limits: {"type": "integer", "minimum": 0 if limits.strict else -1, "maximum": _most(limits)})
 def logprobs(name: str, value: Any, limits: RequestLimits) -> int:
-    """The number of alternatives to report. With `limits.strict`, a number above the maximum means the maximum."""
-    wanted: int = integer(0, _most_logprobs)(name, value, limits)
-    return min(wanted, limits.max_logprobs)
+    """The number of alternatives to report; -1 for all of the vocabulary, which `vocabulary_fields` checks.
+
+    With `limits.strict` it is not negative, and a number above the maximum means the maximum.
+    """
+    wanted: int = integer(0 if limits.strict else -1, _most)(name, value, limits)
+    return min(wanted, limits.most_logprobs)
 
 
 @field_parser({"type": "integer", "minimum": -1, "maximum": 2**31 - 1})
@@ -204,9 +207,26 @@ def some_token_ids(name: str, value: Any, _: RequestLimits) -> tuple[int, ...]:
     return ids
 
 
-@field_parser(lambda limits: _IDS | {"minItems": 1, "maxItems": limits.max_bias})
-def reported_token_ids(name: str, value: Any, limits: RequestLimits) -> tuple[int, ...]:
-    """An array of 1 to `limits.max_bias` token ids. Each is kept once."""
+ReportedIds = tuple[int, ...] | tuple[tuple[int, ...], ...]
+
+
+@field_parser(
+    lambda limits: {
+        "anyOf": [
+            _IDS | {"minItems": 1, "maxItems": limits.max_bias},
+            {"type": "array", "minItems": 1, "items": _IDS | {"maxItems": limits.max_bias}},
+        ]
+    }
+)
+def reported_token_ids(name: str, value: Any, limits: RequestLimits) -> ReportedIds:
+    """An array of 1 to `limits.max_bias` token ids, or one for each position, which may be empty.
+
+    An id is kept once in each array.
+    """
+    if isinstance(value, list) and value and all(isinstance(item, list) for item in value):
+        return tuple(tuple(dict.fromkeys(token_ids(name, item, limits))) for item in value)
+    if isinstance(value, list) and any(isinstance(item, list) for item in value):
+        raise wrong_type(name, value, "an array of integers or an array of arrays of integers")
     ids: tuple[int, ...] = token_ids(name, value, limits)
     if not ids:
         raise empty_array(name)
@@ -278,8 +298,8 @@ def logit_bias(name: str, value: Any, limits: RequestLimits) -> tuple[tuple[int,
     return tuple((_bias_key(name, key), _bias_value(name, bias)) for key, bias in value.items())
 
 
-def _most_logprobs(limits: RequestLimits) -> int:
-    return 2**31 - 1 if limits.strict else limits.max_logprobs
+def _most(limits: RequestLimits) -> int:
+    return 2**31 - 1 if limits.strict else limits.most_logprobs
 
 
 def _integers(items: list[Any]) -> tuple[int, ...] | None:

@@ -13,9 +13,14 @@ from functools import lru_cache
 from itertools import chain, islice
 from typing import TypeVar
 
+from afterword.completion.full_rows import FullRow
 from afterword.completion.plan import Plan, PromptPlan
 from afterword.completion.text_stream import ReleasedText, StopStrings, TextStream, TokenAtOffset
 from afterword.engine.protocol import Token, score_count
+from afterword.engine.token_row import is_packed
+
+LOWEST = -9999.0
+"""Replaces log probabilities that are not finite, which JSON cannot express."""
 
 SLICE_TOKENS = 64
 """The number of tokens whose columns are made and encoded in one step."""
@@ -24,7 +29,7 @@ _MAX_FAILED_SEARCHES = 16  # searches through the whole text for tokens that are
 _CONTINUATIONS = bytes(range(0x80, 0xC0))  # UTF-8 continuation bytes
 
 T = TypeVar("T")
-TopLogprobs = tuple[dict[str, float] | None, ...]
+TopLogprobs = tuple[dict[str, float] | FullRow | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,11 @@ class Logprobs:
     token_logprobs: tuple[float | None, ...]
     top_logprobs: TopLogprobs | None
     text_offset: tuple[int, ...]
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether it has entries that are made in parts."""
+        return any(isinstance(entry, FullRow) for entry in self.top_logprobs or ())
 
 
 def slices(items: Sequence[T]) -> Iterator[Sequence[T]]:
@@ -88,7 +98,7 @@ class Echo:
         """Yield the columns in slices. Each slice is made on demand, because those of a long prompt are large."""
         if self.tokens is None:
             return
-        offsets = _searched_offsets(self) if self.must_search else _decoded_offsets(self)
+        offsets = self.places()
         ids = iter(self.ids)
         for part in slices(self.tokens):
             placed = list(islice(offsets, len(part)))
@@ -101,6 +111,23 @@ class Echo:
                 tuple(offset for _, offset in placed),
             )
 
+    def places(self) -> Iterator[tuple[bytes, int]]:
+        """The bytes that are shown for each token, and its offset in code points."""
+        return _searched_offsets(self) if self.must_search else _decoded_offsets(self)
+
+
+@dataclass(frozen=True, slots=True)
+class EchoPart:
+    """A part of an echoed prompt, with the columns of a token; None: only text."""
+
+    text: str
+    tokens: Logprobs | None
+
+    def columns(self) -> Iterator[Logprobs]:
+        """The columns of its token, if it has one."""
+        if self.tokens is not None:
+            yield self.tokens
+
 
 @dataclass(frozen=True, slots=True)
 class RankedToken:
@@ -111,27 +138,32 @@ class RankedToken:
     decoded_token: str
 
 
+RankedTokens = dict[str, RankedToken] | FullRow
+
+
 @dataclass(frozen=True, slots=True)
 class PromptReport:
     """The report about the prompt's tokens, for `return_token_ids` and `prompt_logprobs`. All choices share it.
 
     `token_ids`: None without `return_token_ids`. `scored`: the scores of the tokens from the second on; None without
-    `prompt_logprobs`.
+    `prompt_logprobs`. `begins`: the report begins with the first token of the prompt (`prompt_rows` makes others).
     """
 
     token_ids: tuple[int, ...] | None
     scored: tuple[Token, ...] | None
     plan: Plan = field(compare=False, repr=False)
+    begins: bool = True
 
-    def entries(self) -> Iterator[tuple[dict[str, RankedToken] | None, ...]]:
+    def entries(self) -> Iterator[tuple[RankedTokens | None, ...]]:
         """Yield an entry for each token, in slices that are made on demand. The entry of the first token is None."""
         if self.scored is not None:
-            yield (None,)
+            if self.begins:
+                yield (None,)
             for part in slices(self.scored):
                 yield tuple(ranked(token, self.plan) for token in part)
 
     @property
-    def logprobs(self) -> tuple[dict[str, RankedToken] | None, ...] | None:
+    def logprobs(self) -> tuple[RankedTokens | None, ...] | None:
         """All entries; None without `prompt_logprobs`."""
         return None if self.scored is None else tuple(chain.from_iterable(self.entries()))
 
@@ -147,10 +179,17 @@ def generated_columns(tokens: Iterable[TokenAtOffset[Token]], plan: Plan) -> Log
     )
 
 
-def make_echo(plan: Plan, prompt: PromptPlan, scored: Sequence[Token]) -> Echo | None:
+def placed_columns(plan: Plan, token: int, place: tuple[bytes, int], score: Token | None) -> Logprobs:
+    """The columns of one echoed token. `place`: the bytes that are shown for it, and its offset."""
+    name = _id_text(token) if plan.tokens_as_ids else token_text(place[0])
+    top = (None if score is None else top_map(score, plan),) if plan.logprobs else None
+    return Logprobs((name,), (None if score is None else score.logprob,), top, (place[1],))
+
+
+def make_echo(plan: Plan, prompt: PromptPlan, scored: Sequence[Token] | None) -> Echo | None:
     """The echoed prompt; None without `echo`.
 
-    `scored`: the scores of the prompt's tokens from the second on. Not used without `logprobs`.
+    `scored`: the scores of the prompt's tokens from the second on; None if they follow. Not used without `logprobs`.
     """
     if not plan.echo:
         return None
@@ -162,7 +201,9 @@ def make_echo(plan: Plan, prompt: PromptPlan, scored: Sequence[Token]) -> Echo |
     if plan.logprobs is None:
         return Echo(text, pending, None, must_search, plan)
     # The first echoed token has no log probability, even if a token that the server added precedes it.
-    known: list[Token | None] = [None, *scored[score_count(prompt.hidden_tokens + 1) :]] if ids else []
+    known: list[Token | None] = [None] * len(ids)
+    if scored is not None:
+        known[1:] = scored[score_count(prompt.hidden_tokens + 1) :]
     return Echo(text, pending, tuple(zip(pieces, known, strict=True)), must_search, plan, ids)
 
 
@@ -221,18 +262,31 @@ def make_report(plan: Plan, prompt: PromptPlan, scored: Sequence[Token]) -> Prom
     return PromptReport(ids, None if plan.prompt_logprobs is None else tuple(scored), plan)
 
 
-def ranked(token: Token, plan: Plan) -> dict[str, RankedToken]:
+def ranked(token: Token, plan: Plan) -> RankedTokens:
     """A token of the prompt and the alternatives, by token id as a string, as vLLM reports them."""
     assert token.logprob is not None
-    entries = {str(token.id): RankedToken(token.logprob, token.rank, token_text(plan.pieces[token.id]))}
+
+    def entry(other: int, logprob: float, rank: int | None) -> tuple[str, RankedToken]:
+        return str(other), RankedToken(max(logprob, LOWEST), rank, token_text(plan.pieces[other]))
+
+    if token.row:
+        made = FullRow(
+            token, plan.prompt_logprobs or 0, lambda other, value, at: entry(other, value, at or token.rank), None
+        )
+        return made if is_packed(plan.prompt_logprobs) else made.whole()
+    entries = dict([entry(token.id, token.logprob, token.rank)])
     for rank, (other, logprob) in enumerate(token.top[: plan.prompt_logprobs], 1):
-        shown = None if plan.reports_ids else rank
-        entries.setdefault(str(other), RankedToken(logprob, shown, token_text(plan.pieces[other])))
+        if other != token.id:
+            entries.update([entry(other, logprob, None if plan.reports_ids else rank)])
     return entries
 
 
-def top_map(token: Token, plan: Plan) -> dict[str, float]:
+def top_map(token: Token, plan: Plan) -> dict[str, float] | FullRow:
     """The token and the alternatives, best first. Of tokens with the same text the first stays."""
+    if token.row:
+        pieces = None if plan.tokens_as_ids else plan.pieces
+        made = FullRow(token, plan.logprobs or 0, lambda other, value, _: (_name(other, plan), value), pieces)
+        return made if is_packed(plan.logprobs) else made.whole()
     entries = {} if token.logprob is None else {_name(token.id, plan): token.logprob}
     for other, logprob in token.top[: plan.logprobs]:
         entries.setdefault(_name(other, plan), logprob)

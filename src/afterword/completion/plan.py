@@ -21,9 +21,17 @@ from afterword.completion.request_limits import RequestLimits
 from afterword.completion.sampler_fields import sampling_of
 from afterword.completion.text_stream import StopStrings, incomplete_character
 from afterword.completion.token_healing import healed
-from afterword.completion.vocabulary_fields import banned_text, check_allowed, check_ids, shown_ends, truncated
+from afterword.completion.vocabulary_fields import (
+    banned_text,
+    check_allowed,
+    check_ids,
+    reported_at,
+    shown_ends,
+    truncated,
+)
 from afterword.engine.most_sampled import most_sampled_for
 from afterword.engine.protocol import Job, ModelInfo
+from afterword.engine.token_row import is_packed
 from afterword.errors import RequestError
 
 _MORE = 3  # candidates for a suffix beyond `n`
@@ -78,6 +86,7 @@ class Plan:
 
     `logprobs`, `prompt_logprobs`: numbers of alternatives. `reports_ids`: the request chose their ids. `tokens_as_ids`:
     tokens are named by their ids. `silent`: tokens that have no text in a choice. `shown_ends`: end tokens that have.
+    `streams`: deltas are sent when they are made.
     """
 
     fingerprint: str
@@ -95,6 +104,12 @@ class Plan:
     tokens_as_ids: bool = False
     silent: frozenset[int] = frozenset()
     shown_ends: frozenset[int] = frozenset()
+    streams: bool = False
+
+    @property
+    def prompt_by_row(self) -> bool:
+        """Whether the prompt's log probabilities are sent token by token, see `prompt_rows`."""
+        return self.streams and is_packed(self.prompts[0].job.prompt_alternatives, self.reports_ids)
 
     @property
     def prompt_tokens(self) -> int:
@@ -234,7 +249,9 @@ def make_plan(
             namespace=_namespace(caller, request.cache_salt),
             client=caller.job_client,
             prediction=tokens.prediction,
-            reported=request.logprob_token_ids,
+            reported=request.reported_ids,
+            reported_at=reported_at(request, len(prompt)),
+            processed=request.logprobs_mode == "processed_logprobs" and request.logprobs is not None,
             grammar=next(iter(request.constraints), None) if max_tokens else None,
             banned=request.banned_ids,
             banned_text=banned,
@@ -265,6 +282,7 @@ def make_plan(
         tokens_as_ids=request.return_tokens_as_token_ids,
         silent=frozenset(model_info.special if request.skip_special_tokens else ()),
         shown_ends=shown_ends(request, model_info, end_tokens),
+        streams=request.stream and not reranks,
     )
 
 
@@ -351,7 +369,8 @@ def _prompt_alternatives(request: CompletionRequest) -> int | None:
 
 def _count(request: CompletionRequest, alternatives: int | None) -> int | None:
     """The number of alternatives: those that the request chose, if it chose any."""
-    return len(request.logprob_token_ids) or alternatives if alternatives is not None else None
+    chosen = max(map(len, request.reported_lists), default=len(request.reported_ids))
+    return chosen or alternatives if alternatives is not None else None
 
 
 def _sampling_key(seed: int, prompt: int) -> bytes:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from afterword.completion import ban_fields, fields, grammar_fields, object_fields
-from afterword.completion.fields import Field, JsonSchema, Prompt
+from afterword.completion.fields import Field, JsonSchema, Prompt, ReportedIds
 from afterword.completion.json_body import parse_object
 from afterword.completion.model_defaults import DefaultsOf, no_defaults
 from afterword.completion.object_fields import ContextFile, StreamOptions
@@ -68,7 +68,8 @@ class CompletionRequest:
     include_stop_str_in_output: bool = False
     input_extra: tuple[ContextFile, ...] = ()
     json_schema: Grammar | None = None
-    logprob_token_ids: tuple[int, ...] = ()
+    logprob_token_ids: ReportedIds = ()
+    logprobs_mode: str = "raw_logprobs"
     min_p: float = 0.0
     min_tokens: int = 0
     prediction: str | None = None
@@ -122,6 +123,21 @@ class CompletionRequest:
         return tuple(sorted({*self.banned_tokens, *self.custom_token_bans}))
 
     @property
+    def reported_ids(self) -> tuple[int, ...]:
+        """`logprob_token_ids` for all positions alike."""
+        return tuple(each for each in self.logprob_token_ids if isinstance(each, int))
+
+    @property
+    def reported_lists(self) -> tuple[tuple[int, ...], ...]:
+        """`logprob_token_ids` for each position by itself."""
+        return tuple(each for each in self.logprob_token_ids if isinstance(each, tuple))
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the response has log probabilities of the prompt."""
+        return self.prompt_logprobs is not None or (self.echo and self.logprobs is not None)
+
+    @property
     def is_infill(self) -> bool:
         """Whether the prompt is laid out with the model's infill tokens."""
         return bool(self.suffix or self.input_extra)
@@ -173,11 +189,12 @@ EXTENSIONS: dict[str, Field] = {
     "input_extra": object_fields.input_extra,
     "json_schema": grammar_fields.json_schema,
     "logprob_token_ids": fields.reported_token_ids,
+    "logprobs_mode": fields.one_of("raw_logprobs", "processed_logprobs"),
     "min_p": fields.decimal(0, 1),
     "min_tokens": fields.integer(0, _INT32 - 1),
     "prediction": object_fields.prediction,
     "priority": fields.integer(-_INT32, _INT32 - 1),
-    "prompt_logprobs": fields.integer(0, lambda limits: limits.max_logprobs),
+    "prompt_logprobs": fields.integer(-1, lambda limits: limits.most_logprobs),
     "repetition_detection": object_fields.repetition_detection,
     "repetition_penalty": fields.decimal(0.01, 2),
     "response_format": grammar_fields.response_format,
@@ -349,11 +366,6 @@ def _check_stream(request: CompletionRequest) -> None:
             "Results cannot be streamed when 'best_of' is greater than 'n'. (HINT: set 'best_of' to at most 'n', or "
             "set 'stream' to false.)",
             param="best_of",
-        )
-    if request.prompt_logprobs is not None:
-        raise RequestError(
-            "'prompt_logprobs' cannot be streamed. Set 'stream' to false, or use 'echo' with 'logprobs'.",
-            param="prompt_logprobs",
         )
 
 

@@ -57,7 +57,7 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
         "A number to add to the logit of each of these token ids. −100 bans a token, 100 forces it.", {"1": -100}
     ),
     "logprobs": description(
-        "Report the log probability of each token and of this many alternatives. 0: of the token only.", 2
+        "Report the log probability of each token and of this many alternatives. 0: of the token only; -1: of all.", 2
     ),
     "max_tokens": description(
         "The maximum number of tokens to generate. 0, with echo and logprobs, only scores the prompt.", 40
@@ -130,9 +130,14 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
         "A JSON Schema that the text must match.",
         {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]},
     ),
+    "logprobs_mode": description(
+        "raw_logprobs: log probabilities of generated tokens are those of the model. processed_logprobs: those after "
+        "bias, penalties, bans, temperature and filters, from which the token was drawn.",
+        "processed_logprobs",
+    ),
     "logprob_token_ids": description(
         "Report the log probabilities of these tokens instead of the most likely ones, at each position of the choice "
-        "and, with echo or prompt_logprobs, of the prompt. Needs logprobs or prompt_logprobs.",
+        "and, with echo or prompt_logprobs, of the prompt; or a list for each. Needs logprobs or prompt_logprobs.",
         [1, 2],
     ),
     "min_p": description(
@@ -153,7 +158,7 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
         -1,
     ),
     "prompt_logprobs": description(
-        "Report rank and log probability of each token of the prompt, and of this many alternatives. Not with stream.",
+        "Report rank and log probability of each token of the prompt, and of this many alternatives. -1: of all.",
         1,
     ),
     "repetition_detection": description(

@@ -15,7 +15,7 @@ class RequestLimits:
     `ignore_unknown`: ignore unknown fields, and list them in a header of the response.
     """
 
-    max_logprobs: int = limit(20, "alternatives for each token")
+    max_logprobs: int = limit(20, "alternatives for each token; -1: no limit")
     max_stop: int = limit(16, "stop strings")
     max_n: int = limit(128, "choices for each prompt")
     max_best_of: int = limit(20, "candidates for each prompt")
@@ -28,6 +28,11 @@ class RequestLimits:
     max_grammar: int = limit(2**17, "characters of a JSON schema, a regular expression or a grammar")
     strict: bool = False
     ignore_unknown: bool = False
+
+    @property
+    def most_logprobs(self) -> int:
+        """The largest number of alternatives for each token."""
+        return self.max_logprobs if self.max_logprobs >= 0 else 2**31 - 1
 
 
 STRICT = RequestLimits(max_logprobs=5, max_stop=4, strict=True)

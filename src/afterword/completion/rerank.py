@@ -105,6 +105,7 @@ def _scoring(job: Job, more: tuple[int, ...]) -> Job:
         prompt_alternatives=0,
         prediction=(),
         reported=(),
+        reported_at=None,
     )
 
 

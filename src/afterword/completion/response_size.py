@@ -6,6 +6,7 @@ The estimates are for ordinary text. A response whose choices end before `max_to
 from __future__ import annotations
 
 from afterword.completion.plan import Plan, PromptPlan
+from afterword.engine.token_row import PACKED_BYTES, is_packed
 from afterword.errors import RequestError
 
 _TEXT = 8  # bytes of a generated token's text
@@ -15,13 +16,24 @@ _ALTERNATIVE = 36  # of an entry in `top_logprobs`
 _RANKED = 80  # of an entry in `prompt_logprobs`
 
 
+MAX_HELD_BYTES = 256 * 2**20
+"""The most bytes of rows that one sample may hold back, because their text may become a stop string."""
+
+
 def estimate_bytes(plan: Plan) -> int:
-    """Bytes of the whole response. The prompt's part counts for each choice, because it is sent with each."""
-    return plan.n * sum(_shared(plan, prompt) + _own(plan, prompt) for prompt in plan.prompts)
+    """Bytes of the whole response. The prompt's part counts for each choice, because it is sent with each.
+
+    Alternatives that a stream sends token by token do not count. Rows of candidates, which are kept until the best ones
+    are known, count in memory.
+    """
+    size = plan.n * sum(_shared(plan, prompt) + _own(plan, prompt) for prompt in plan.prompts)
+    kept = plan.best_of * sum(prompt.job.max_tokens for prompt in plan.prompts) * _row_bytes(plan)
+    return max(size, kept) if plan.best_of > plan.n else size
 
 
 def check_size(plan: Plan, max_bytes: int) -> None:
-    """Raises `RequestError` if the response is estimated to have more than `max_bytes` bytes."""
+    """Raises `RequestError` if the response is estimated to have more than `max_bytes` bytes, or needs more memory."""
+    _check_held(plan)
     size = estimate_bytes(plan)
     if size > max_bytes:
         fields = ", ".join(f"'{name}'" for name in _fields(plan))
@@ -33,12 +45,37 @@ def check_size(plan: Plan, max_bytes: int) -> None:
         )
 
 
+def _check_held(plan: Plan) -> None:
+    """Check how much a stop string or a banned text can hold back: one token for each of its bytes."""
+    most = MAX_HELD_BYTES // row if (row := _row_bytes(plan)) else 0
+    banned = plan.prompts[0].job.banned_text
+    phrases = {"bad_words": banned.exact, "banned_strings": banned.folded} if banned else {}
+    for name, texts in {"stop": plan.stop.texts, **phrases}.items():
+        longest = max((len(text.encode()) for text in texts), default=0)
+        if row and longest > most:
+            raise RequestError(
+                f"A text in '{name}' has {longest} bytes, but with {plan.logprobs} alternatives for each token it can "
+                f"have at most {most}: the server holds back as many tokens. Shorten it, or lower 'logprobs'.",
+                param=name,
+            )
+
+
+def _row_bytes(plan: Plan) -> int:
+    """Bytes of the packed alternatives of a generated token; 0 if they are not packed."""
+    return (plan.logprobs or 0) * PACKED_BYTES if is_packed(plan.logprobs, plan.reports_ids) else 0
+
+
+def _counted(plan: Plan, alternatives: int) -> int:
+    """The alternatives that count in the size of the response."""
+    return 0 if plan.streams and is_packed(alternatives, plan.reports_ids) else alternatives
+
+
 def _shared(plan: Plan, prompt: PromptPlan) -> int:
     """Bytes of the prompt's part of one choice: echo, token ids and `prompt_logprobs`."""
     tokens = len(prompt.job.prompt)
     echoed = len(prompt.text.encode()) + tokens * _columns(plan) if plan.echo else 0
     ids = tokens * _ID if plan.return_token_ids else 0
-    ranked = 0 if plan.prompt_logprobs is None else tokens * (1 + plan.prompt_logprobs) * _RANKED
+    ranked = 0 if plan.prompt_logprobs is None else tokens * (1 + _counted(plan, plan.prompt_logprobs)) * _RANKED
     return echoed + ids + ranked
 
 
@@ -50,7 +87,7 @@ def _own(plan: Plan, prompt: PromptPlan) -> int:
 def _columns(plan: Plan) -> int:
     if plan.logprobs is None:
         return 0
-    return _ENTRY + ((1 + plan.logprobs) * _ALTERNATIVE if plan.logprobs else 0)
+    return _ENTRY + ((1 + _counted(plan, plan.logprobs)) * _ALTERNATIVE if plan.logprobs else 0)
 
 
 def _fields(plan: Plan) -> list[str]:

@@ -18,6 +18,7 @@ from afterword.completion.infill import NO_RULES, InfillRules, before_suffix, fi
 from afterword.completion.logprobs import make_echo, make_report
 from afterword.completion.plan import Plan, PromptPlan, Tokenized, check_lengths, too_long
 from afterword.completion.predicted import PredictedTokens, predicted_text, predicted_tokens
+from afterword.completion.prompt_rows import PromptRows, empty_columns
 from afterword.completion.request import CompletionRequest
 from afterword.completion.sampler_fields import uses_dry
 from afterword.completion.token_healing import first_tokens
@@ -201,6 +202,7 @@ class _PromptProgress:
         self._scored: list[Token] = []
         self._choices: list[ChoiceBuilder] = []
         self._candidates: list[DeltaFolder] = []  # held back until all are complete
+        self._rows: PromptRows | None = None
         self._cached = 0
         self._started = False
         self.generated = 0  # tokens, in a text or not
@@ -244,11 +246,15 @@ class _PromptProgress:
             yield from self._take(part, handle)
 
     def _take(self, step: Step, handle: JobHandle) -> Iterator[Delta]:
-        self._scored.extend(step.scored)
         self._cached += step.cached
+        if not self._choices and self._plan.prompt_by_row:
+            yield from self._rows_of_prompt(step)
+        else:
+            self._scored.extend(step.scored)
         if not self._choices and (step.sampled or step.ended):
-            echo = make_echo(self._plan, self._prompt, self._scored)
-            report = make_report(self._plan, self._prompt, self._scored)
+            known = None if self._plan.prompt_by_row else self._scored
+            echo = make_echo(self._plan, self._prompt, known)
+            report = None if known is None else make_report(self._plan, self._prompt, known)
             self._choices = [
                 ChoiceBuilder(self._plan, self._prompt, echo, report, self._predicted)
                 for _ in range(self._plan.best_of)
@@ -273,6 +279,14 @@ class _PromptProgress:
                 yield from deltas
         if ranked and unfinished and all(choice.finish for choice in self._choices):
             yield from self._best_candidates()
+
+    def _rows_of_prompt(self, step: Step) -> Iterator[Delta]:
+        if self._rows is None:
+            self._rows = PromptRows(self._plan, self._prompt, make_echo(self._plan, self._prompt, None))
+        columns = empty_columns(self._plan)
+        for echo, report in self._rows.take(step.scored, bool(step.sampled or step.ended)):
+            for sample in range(self._plan.n):
+                yield Delta(self._first + sample, "", columns, None, prompt=report, echo=echo)
 
     def _best_candidates(self) -> Iterator[Delta]:
         """The `n` candidates with the highest mean log probability, best first, each as one delta."""

@@ -51,6 +51,11 @@ class TextStream(Generic[T]):
         self.stopped = False
 
     @property
+    def start(self) -> int:
+        """The offset of the first unreleased character."""
+        return self._start
+
+    @property
     def end(self) -> int:
         """The offset after the last decoded character."""
         return self._start + len(self._text)

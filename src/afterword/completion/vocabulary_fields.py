@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
 from afterword.completion.fields import Prompt
 from afterword.completion.request import CompletionRequest
+from afterword.completion.request_limits import RequestLimits
 from afterword.engine.protocol import BannedText, ModelInfo
+from afterword.engine.token_row import ReportedAt
 from afterword.errors import RequestError
+
+_ID_FIELDS = ("stop_token_ids", "allowed_token_ids", "banned_tokens", "custom_token_bans")
 
 
 def check_ids(request: CompletionRequest, model_info: ModelInfo) -> None:
@@ -18,8 +26,10 @@ def check_ids(request: CompletionRequest, model_info: ModelInfo) -> None:
                     f"Invalid token in prompt: {str(token)[:32]}. Minimum value is 0, maximum value is {last} "
                     "(inclusive)."
                 )
-    for name in ("stop_token_ids", "allowed_token_ids", "banned_tokens", "custom_token_bans", "logprob_token_ids"):
-        for token in getattr(request, name) or ():
+    given = {name: getattr(request, name) or () for name in _ID_FIELDS}
+    given["logprob_token_ids"] = (*request.reported_ids, *chain.from_iterable(request.reported_lists))
+    for name, tokens in given.items():
+        for token in tokens:
             if not 0 <= token <= last:
                 raise RequestError(
                     f"Invalid token in '{name}': {str(token)[:32]}. Minimum value is 0, maximum value is {last} "
@@ -29,6 +39,56 @@ def check_ids(request: CompletionRequest, model_info: ModelInfo) -> None:
     for token, _ in request.logit_bias:
         if token > last:
             raise RequestError(f"Invalid key in 'logit_bias': {token}. Maximum value is {last}.", param="logit_bias")
+
+
+def reported_at(request: CompletionRequest, prompt: int) -> ReportedAt | None:
+    """`Job.reported_at` for a prompt of `prompt` tokens. Raises `RequestError`.
+
+    Where the prompt has log probabilities the first lists are those of all its tokens, as `prompt_token_ids` has them.
+    """
+    lists, name = request.reported_lists, "logprob_token_ids"
+    if not lists:
+        return None
+    scored = prompt if request.scores_prompt else 0
+    if not any(lists[min(scored, 1) :]):
+        raise RequestError(f"'{name}' has no ids for any position with log probabilities.", param=name)
+    if len(lists) < scored:
+        raise RequestError(
+            f"'{name}' has {len(lists)} lists, but the prompt has {scored} tokens with log probabilities. Send a list "
+            "for each token that the model reads, then those for generated tokens.",
+            param=name,
+        )
+    most = scored + request.max_tokens
+    if len(lists) > most:
+        raise RequestError(
+            f"'{name}' has {len(lists)} lists, but there are at most {most} positions with log probabilities: {scored} "
+            f"in the prompt and {request.max_tokens} in the completion.",
+            param=name,
+        )
+    if scored and request.logprobs is None and len(lists) > scored:
+        raise RequestError(
+            f"'{name}' has lists for generated tokens, which have no log probabilities without 'logprobs'.", param=name
+        )
+    return ReportedAt(lists[:scored], lists[scored:])
+
+
+def with_all_alternatives(
+    request: CompletionRequest, model_info: ModelInfo, limits: RequestLimits
+) -> CompletionRequest:
+    """The request with the size of the vocabulary for -1, and at most that many alternatives. Raises `RequestError`."""
+    size = len(model_info.pieces)
+    counts = {name: getattr(request, name) for name in ("logprobs", "prompt_logprobs")}
+    for name, count in counts.items():
+        if count == -1 and size > limits.most_logprobs:
+            raise RequestError(
+                f"'{name}' is -1: all {size} tokens of the vocabulary. At most {limits.most_logprobs} alternatives of "
+                "each token can be requested. (HINT: --max-logprobs -1 lifts the server's limit.)",
+                param=name,
+            )
+    whole: dict[str, Any] = {
+        name: size for name, count in counts.items() if count is not None and not 0 <= count <= size
+    }
+    return replace(request, **whole) if whole else request
 
 
 def shown_ends(request: CompletionRequest, model_info: ModelInfo, end_tokens: tuple[int, ...]) -> frozenset[int]:

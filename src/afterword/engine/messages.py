@@ -13,7 +13,8 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from afterword.engine.protocol import Job, Load, ModelInfo, PassStats, Promise, Step, StoreStats, Value
+from afterword.engine.protocol import Job, Load, ModelInfo, PassStats, Promise, Step, Value
+from afterword.engine.store_stats import StoreStats
 
 HEADER = struct.Struct(">I")
 KvType = Literal["exact", "f16", "f32"]

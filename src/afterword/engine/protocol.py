@@ -11,6 +11,8 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from afterword.engine.token_row import ReportedAt, TokenRow, is_packed
+
 FinishReason = Literal["stop", "length", "repetition"]
 GrammarKind = Literal["json", "regex", "choice", "lark", "gbnf"]
 
@@ -136,7 +138,8 @@ class Job(Value, frozen=True):
     `end_tokens`: token ids that end a sample. The sampler does not choose them for the first `min_tokens` tokens.
     `alternatives`: how many of the most likely tokens to report with each generated token; None: report no log
     probabilities. `prompt_alternatives`: the same for the prompt's tokens, from the second on. `reported`: ids that are
-    reported instead of the most likely ones; the alternatives are then as many as these. `key` (16 bytes): the
+    reported instead of the most likely ones; the alternatives are then as many as these. `reported_at`: the same for
+    each position of prompt and sample by itself; the alternatives are the most of a position. `key` (16 bytes): the
     source of all randomness, see `core.sampler.seed_of`. `namespace`: jobs of different namespaces do not share the
     prefix cache. `client`: the client's name; the scheduler gives equal shares to waiting clients. If the name ends
     with `BATCH_CLIENT`, the job is a line of one of the client's batches. `prediction`: tokens that the client expects;
@@ -145,7 +148,8 @@ class Job(Value, frozen=True):
     `healed`: the bytes with which the first generated token must begin, because the prompt's last token was left out;
     they belong to the prompt's text. `first`: one bit for each token that begins so, as in a mask.
     `repetition_detection`: which loops end a sample, after `min_tokens` tokens. `priority`: of the waiting jobs of one
-    client those with the lowest number are first.
+    client those with the lowest number are first. `processed`: generated tokens have the log probabilities of the
+    distribution that they are drawn from, not those of the model.
     """
 
     prompt: tuple[int, ...]
@@ -168,11 +172,19 @@ class Job(Value, frozen=True):
     first: bytes = b""
     repetition_detection: RepetitionDetection | None = None
     priority: int = 0
+    reported_at: ReportedAt | None = None
+    processed: bool = False
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether any of its tokens has a `TokenRow`."""
+        chosen = self.reported or self.reported_at
+        return is_packed(self.alternatives, chosen) or is_packed(self.prompt_alternatives, chosen)
 
 
 class Token(Value, frozen=True, gc=False):
     """A token with its log probability under the unmodified model, and the alternatives, most likely first, or those of
-    `Job.reported` in their order.
+    `Job.reported` in their order. More than `token_row.MAX_LISTED` most likely ones are in `row`, and `top` is empty.
 
     `logprob` is None if the job requested no log probabilities. `rank` is 1 for the most likely token; it is set for
     prompt tokens and 0 for generated ones. `gc=False` excludes tokens from garbage collection: a token cannot be part
@@ -183,11 +195,12 @@ class Token(Value, frozen=True, gc=False):
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     rank: int = 0
+    row: TokenRow | None = None
 
     @property
     def size(self) -> int:
         """Approximate bytes of memory."""
-        return TOKEN_BYTES + ALTERNATIVE_BYTES * len(self.top)
+        return TOKEN_BYTES + ALTERNATIVE_BYTES * len(self.top) + (self.row.size if self.row else 0)
 
 
 class Step(Value, frozen=True):
@@ -198,10 +211,10 @@ class Step(Value, frozen=True):
     token: how many prompt tokens came from the prefix cache. `failed`: the job has ended, because of its grammar if
     there is an `error` (a sentence for the client), else because its logits were not finite. `refused`: the library
     that computes has refused the job, and the job has ended. `busy`: with `failed`, its grammar cannot be compiled now.
-    `compiling`: the worker now begins (True) or has ended
-    (False) to compile the job's grammar; the step has nothing else. `taken_back`: how many tokens were computed that
-    are not part of any sample, because of `Job.banned_text`. `lost`: another server has broken off the job, and the job
-    has ended. `late`: the job has waited too long for that server, without any token, and has ended.
+    `compiling`: the worker now begins (True) or has ended (False) to compile the job's grammar; the step has nothing
+    else. `taken_back`: how many tokens were computed that are not part of any sample, because of `Job.banned_text`.
+    `lost`: another server has broken off the job, and the job has ended. `late`: the job has waited too long for that
+    server, without any token, and has ended.
     """
 
     scored: tuple[Token, ...] = ()
@@ -224,9 +237,12 @@ class Step(Value, frozen=True):
 
     @property
     def size(self) -> int:
-        """Approximate bytes of memory of the tokens. All tokens of a job have the same number of alternatives."""
-        scored = len(self.scored) * self.scored[0].size if self.scored else 0
-        return scored + (len(self.sampled) * self.sampled[0][1].size if self.sampled else 0)
+        """Approximate bytes of memory of the tokens. All scores, and all other tokens, have rows of one size."""
+        found = [*self.scored, *(token for _, token in self.sampled)]
+        rows = [(len(part), part[-1].row) for part in (self.scored, [token for _, token in self.sampled]) if part]
+        listed = sum([len(token.top) for token in found])  # twice as fast as the sum of sizes
+        packed = sum(count * row.size for count, row in rows if row)
+        return TOKEN_BYTES * len(found) + ALTERNATIVE_BYTES * listed + packed
 
 
 def scored_positions(start: int, stop: int) -> slice:
@@ -267,22 +283,6 @@ class PassStats(Value, frozen=True):
     cached_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
-
-
-class StoreStats(Value, frozen=True):
-    """What a store of prefixes has done since the start of its process.
-
-    `hits`: prefixes that were read; `hit_tokens`: their tokens. `written_bytes`: bytes of written files. `evictions`:
-    files deleted for the bound. `failures`: damaged files, and reads and writes that the disk refused. `bytes`: bytes
-    in the folder at present.
-    """
-
-    hits: int = 0
-    hit_tokens: int = 0
-    written_bytes: int = 0
-    evictions: int = 0
-    failures: int = 0
-    bytes: int = 0
 
 
 class InfillLayout(Value, frozen=True):

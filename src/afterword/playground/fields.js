@@ -73,6 +73,9 @@ export const FIELDS = [
     group: "Extensions",
   }),
   field("logprob_token_ids", "ids", null, "Token ids to report instead of the most likely ones.", { group: "Extensions" }),
+  field("logprobs_mode", "text", "raw_logprobs", "processed_logprobs: after bias, penalties and filters.", {
+    group: "Extensions",
+  }),
   field("return_tokens_as_token_ids", "boolean", false, "Name tokens by their ids, in the raw response.", {
     group: "Extensions",
   }),

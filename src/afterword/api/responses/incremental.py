@@ -14,8 +14,9 @@ from starlette.types import Send
 
 from afterword.api.responses import serialization
 from afterword.completion.choice import Delta
+from afterword.completion.full_rows import FullRow
 from afterword.completion.json_body import encode
-from afterword.completion.logprobs import SLICE_TOKENS, Echo, Logprobs, PromptReport, column_slices, slices
+from afterword.completion.logprobs import SLICE_TOKENS, Echo, EchoPart, Logprobs, PromptReport, column_slices, slices
 from afterword.completion.run import Usage
 
 MIN_CHUNK_BYTES = 2**16
@@ -62,6 +63,20 @@ class EncodedArray:
         if len(self._waiting) >= SLICE_TOKENS:
             self.close()
 
+    def extend_in_parts(self, items: Iterable[Any]) -> Iterator[int]:
+        """Add at most a slice of items. Yields after each part of a row: a part takes as long as a slice of tokens."""
+        for item in items:
+            if not isinstance(item, FullRow):
+                self._waiting.append(item)
+                continue
+            self.close()
+            encoded = bytearray()
+            for part in serialization.row_parts(item):
+                encoded += (b"," if encoded else b"{") + encode(part)[1:-1]
+                yield SLICE_TOKENS
+            self._encoded.append(bytes(encoded + b"}"))
+        self.extend(())
+
     def close(self) -> None:
         """Encode the items that do not fill a slice."""
         if self._waiting:
@@ -86,19 +101,19 @@ class EncodedPrompt:
         self.token_ids = EncodedArray()
         self.logprobs = EncodedArray()
 
-    def encode(self, echo: Echo | None, report: PromptReport | None) -> Iterator[int]:
+    def encode(self, echo: Echo | EchoPart | None, report: PromptReport | None) -> Iterator[int]:
         """Encode slice by slice. Yields the number of tokens in each slice."""
         if echo is not None:
             self.text.extend([echo.text])
             self.text.close()
             for part in echo.columns():
-                _add_columns(self.columns, part)
+                yield from _add_columns(self.columns, part)
                 yield len(part.tokens)
         if report is not None:
             for ids in slices(report.token_ids or ()):
                 self.token_ids.extend(ids)
             for entries in report.entries():
-                self.logprobs.extend(entries)
+                yield from self.logprobs.extend_in_parts(entries)
                 yield len(entries)
         for series in (*self.columns, self.token_ids, self.logprobs):
             series.close()
@@ -145,7 +160,7 @@ class EncodedChoice:
             self._columns = self._columns or [EncodedArray() for _ in serialization.COLUMNS]
             self._has_top = delta.own_logprobs.top_logprobs is not None
             for part in column_slices(delta.own_logprobs):
-                _add_columns(self._columns, part)
+                yield from _add_columns(self._columns, part)
                 yield len(part.tokens)
         if delta.token_ids is not None:
             self._token_ids = self._token_ids or EncodedArray()
@@ -239,9 +254,10 @@ def _text(parts: list[str]) -> bytes:
     return encode("".join(parts))
 
 
-def _add_columns(series: list[EncodedArray], part: Logprobs) -> None:
+def _add_columns(series: list[EncodedArray], part: Logprobs) -> Iterator[int]:
+    """Add the columns. Yields as `EncodedArray.extend_in_parts` does."""
     for each, column in zip(series, serialization.columns(part).values(), strict=True):
-        each.extend(column or ())
+        yield from each.extend_in_parts(column or ())
 
 
 def _array(key: bytes, *series: EncodedArray) -> Iterator[bytes]:

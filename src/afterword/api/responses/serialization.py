@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import secrets
 import string
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from afterword.completion import json_body
 from afterword.completion.choice import Delta
-from afterword.completion.logprobs import Logprobs
+from afterword.completion.full_rows import FullRow
+from afterword.completion.logprobs import LOWEST, Logprobs, RankedToken
 from afterword.completion.run import Usage
 from afterword.errors import AfterwordError
 
 _ALPHABET = string.ascii_letters + string.digits
-_LOWEST = -9999.0  # replaces values that are not finite, which JSON cannot express
 encode = json_body.encode
 DONE = b"data: [DONE]\n\n"
 COLUMNS = (b"text_offset", b"token_logprobs", b"tokens", b"top_logprobs")
@@ -112,12 +113,20 @@ def columns(part: Logprobs) -> dict[str, Any]:
     }
 
 
+def row_parts(row: FullRow) -> Iterator[dict[str, Any]]:
+    """The members of an entry about a whole vocabulary, in parts."""
+    for part in row.parts():
+        yield part if isinstance(next(iter(part.values())), RankedToken) else _finite_entry(part)
+
+
 def _finite(logprob: float) -> float:
-    return logprob if math.isfinite(logprob) else _LOWEST
+    return logprob if math.isfinite(logprob) else LOWEST
 
 
-def _finite_entry(entry: dict[str, float]) -> dict[str, float]:
-    """`entry` with finite values. Infinite ones are rare, and one sum finds them faster than a check of each value."""
+def _finite_entry(entry: Any) -> Any:
+    """`entry` with finite values; a row as it is. Infinite values are rare, and one sum finds them fastest."""
+    if isinstance(entry, FullRow):
+        return entry
     return entry if math.isfinite(sum(entry.values())) else {token: _finite(value) for token, value in entry.items()}
 
 

@@ -34,6 +34,7 @@ from afterword.completion.request import CompletionRequest, parse
 from afterword.completion.rerank import run_plan
 from afterword.completion.response_size import check_size
 from afterword.completion.run import Usage, tokenize
+from afterword.completion.vocabulary_fields import with_all_alternatives
 from afterword.engine.protocol import Engine, ModelInfo
 from afterword.errors import AfterwordError
 
@@ -75,6 +76,7 @@ async def prepare(
     request_context = request_context_of(http.scope)
     served = await request_context.enter(service.use_model(request.model))
     request_context.recorder.record_model(served.id)
+    request = with_all_alternatives(request, served.engine.model_info, limits)
     identity = ClientIdentity(
         request_context.key,
         service.config.shared_cache,
@@ -167,8 +169,8 @@ class CompletionResponse(Response):
         await send(body_part(serialization.DONE))
 
     async def _send_chunk(self, send: Send, delta: Delta, usage: Usage | Literal["later", "never"]) -> None:
-        """Send one event. An event with an echo can be large: other tasks run between its pieces."""
-        if delta.echo is None:
+        """Send one event. One about the prompt or a whole vocabulary is large: other tasks run between its pieces."""
+        if delta.echo is None and delta.prompt is None and not delta.has_rows:
             await send(body_part(serialization.chunk(self._head, delta, usage)))
             return
         choice = None

@@ -204,9 +204,10 @@ class Drafter:
         """The drafts of each sample of a job.
 
         A drafted token that the grammar does not allow must not be accepted, and a text that is taken back cannot be
-        followed by a draft. So jobs with a grammar or with banned texts have none.
+        followed by a draft. So jobs with a grammar or with banned texts have none. A verification would keep a packed
+        row for each drafted token at a time, which takes much memory.
         """
-        if not self._verifies or job.grammar or job.banned_text:
+        if not self._verifies or job.grammar or job.banned_text or job.has_rows:
             return [()] * job.samples
         maker = DraftMaker(job, self.ngrams, model=self.model is not None)
         return [maker.drafts() for _ in range(job.samples)]

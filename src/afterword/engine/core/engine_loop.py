@@ -28,7 +28,7 @@ from afterword.engine.core.sampler import Sampler, ScoreQuery, TokenQuery, finit
 from afterword.engine.core.scheduler import Scheduler
 from afterword.engine.core.sequence import Sequence
 from afterword.engine.core.step_buffer import MAX_STEP_BYTES, StepBuffer
-from afterword.engine.core.step_builder import StepBuilder, first_step, limit_alternatives
+from afterword.engine.core.step_builder import StepBuilder, first_step, limit_alternatives, packed_step
 from afterword.engine.core.verification import can_verify, confirmed_tokens, is_verification, verification_queries
 from afterword.engine.protocol import FinishReason, Job, Load, PassStats, Step, Token, scored_positions
 
@@ -210,7 +210,8 @@ class EngineLoop:
         steps = self._step_buffer.take()
         for job_id in steps:
             self._update_suspension(job_id)
-        return steps
+        # Here and not after a pass: sorting a vocabulary takes as long as a pass, so portions of it are in between.
+        return {job_id: packed_step(step, self._sampler.packed) for job_id, step in steps.items()}
 
     def _update_suspension(self, job_id: int) -> None:
         """Suspend a job that is paused or has buffered steps. Delete the pause of a job that has ended."""
@@ -282,7 +283,12 @@ class EngineLoop:
         if sequence.is_scored:
             assert sequence.slot is not None
             scored = job.prompt[scored_positions(entry.position, end)]
-            queries += [ScoreQuery(token, sequence.slot.alternatives, sequence.slot.reported) for token in scored]
+            alternatives = max(sequence.slot.alternatives, job.prompt_alternatives or 0)  # slots keep no packed rows
+            if job.reported_at is None:
+                queries += [ScoreQuery(token, alternatives, sequence.slot.reported) for token in scored]
+            else:
+                ids = job.reported_at.prompt[scored_positions(entry.position, end)]
+                queries += [ScoreQuery(token, 0, each) for token, each in zip(scored, ids, strict=True)]
         if len(queries) < entry.outputs:
             started = sequence.job_state.started
             samples = [sequence.sample] if started else range(job.samples if job.max_tokens else 0)

@@ -14,9 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afterword.engine.core.forward_batch import Logits
-from afterword.engine.core.sampler_kernel import BLOCK, GREEDY_BELOW, Ids, RowQuery, RowResult, SampleQuery, distinct
+from afterword.engine.core.sampler_kernel import (
+    BLOCK,
+    GREEDY_BELOW,
+    Ids,
+    LogitsRow,
+    Numbers,
+    RowQuery,
+    RowResult,
+    SampleQuery,
+    distinct,
+)
 
-LogitsRow = NDArray[np.float32]
 WeightArray = LogitsRow
 """Exponentials of a logits row, scaled so that the largest is 1. Shape: (vocabulary,).
 
@@ -36,6 +45,12 @@ class NumpyKernel:
         """See `SamplerKernel`."""
         return [_read(row, query) for row, query in zip(rows, queries, strict=True)]
 
+    @np.errstate(over="ignore", invalid="ignore")
+    def most_likely(self, row: LogitsRow, count: int) -> tuple[Ids, Numbers]:
+        """See `SamplerKernel`."""
+        ids = top_ids(row, count)
+        return ids, row[ids].astype(np.float64) - _log_total(row)
+
 
 def adjusted_row(row: LogitsRow, query: SampleQuery) -> LogitsRow:
     """A copy of the row with bias, repetition, frequency and presence penalties and bans applied, in this order."""
@@ -52,6 +67,31 @@ def adjusted_row(row: LogitsRow, query: SampleQuery) -> LogitsRow:
     if query.mask is not None:
         row[~unpacked(query.mask, len(row))] = -np.inf
     return row
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def processed_row(row: LogitsRow, query: SampleQuery, drawn: Sequence[int]) -> LogitsRow:
+    """The logits of the distribution that `query` draws from; -inf for tokens that it leaves out.
+
+    Greedy queries have no temperature and no filters. `drawn`: the tokens that were drawn. They are never left out,
+    whatever the rounding of the sum for `top_p`.
+    """
+    row, sampling = adjusted_row(row, query), query.sampling
+    if sampling.temperature < GREEDY_BELOW:
+        return row
+    weights = _weights(row, sampling.temperature)
+    weights[weights < np.float32(sampling.min_p)] = 0
+    kept = weights > 0
+    if sampling.top_k or sampling.top_p < 1:
+        order = top_ids(weights, sampling.top_k or len(weights))
+        cumulated = np.cumsum(weights[order], dtype=np.float64)
+        size = int(np.searchsorted(cumulated, sampling.top_p * float(cumulated[-1]))) + 1
+        outside = np.ones(len(row), bool)
+        outside[order[:size]] = False
+        kept &= ~outside
+    kept[list(drawn)] = True
+    processed: LogitsRow = np.where(kept, row / np.float32(sampling.temperature), np.float32(-np.inf))
+    return processed
 
 
 def unpacked(mask: NDArray[np.uint32] | NDArray[np.uint8], count: int) -> NDArray[np.bool_]:

@@ -17,6 +17,7 @@ from afterword.engine.core.slot import PrefixHit
 
 MIN_CHUNK = 32  # tokens of a prompt; a pass over fewer is hardly faster
 MAX_BUDGETS = 2  # budgets of prompt tokens between two decodes, while many prompts wait and few sequences run
+MAX_ROWS = 16  # tokens of a pass whose logits are kept until they are sent: 16 MiB for 262,144 tokens
 COMPETING_SHARE = 0.2  # the largest chunk, as a fraction of a budget, while sequences of other clients run
 
 
@@ -133,7 +134,8 @@ class PrefillQueue:
 
     def _batch_entry(self, sequence: Sequence, budget: int) -> BatchEntry:
         start = sequence.computed
-        stop = self._stop(start, sequence.prefill_length, min(max(budget, MIN_CHUNK), self._chunk))
+        most = MAX_ROWS if sequence.is_scored and sequence.job_state.query.has_rows else self._chunk
+        stop = self._stop(start, sequence.prefill_length, min(max(budget, MIN_CHUNK), most, self._chunk))
         assert sequence.slot is not None
         stop = min((border for border in sequence.slot.borders if start < border < stop), default=stop)
         outputs = stop - start if sequence.is_scored else int(stop == sequence.length)

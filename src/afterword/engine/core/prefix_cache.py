@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+import msgspec
 import numpy as np
 
 from afterword.engine.core.forward_batch import (
@@ -32,7 +33,7 @@ from afterword.engine.core.forward_batch import (
     SlotRules,
     Truncate,
 )
-from afterword.engine.core.slot import PrefixHit, PrefixQuery, Slot, common_prefix, head
+from afterword.engine.core.slot import PrefixHit, PrefixQuery, Slot, common_prefix, head, reported_key
 from afterword.engine.core.snapshots import Snapshots, TokenArray
 from afterword.engine.protocol import ALTERNATIVE_BYTES, TOKEN_BYTES, Job, Token, score_count, scored_positions
 
@@ -81,7 +82,7 @@ class PrefixCache:
         prompt = np.array(job.prompt, np.int32)
         scores_only = job.max_tokens == 0 and job.prompt_alternatives is not None
         max_kept = len(prompt) if scores_only else len(prompt) - 1
-        reported = () if job.prompt_alternatives is None else job.reported
+        reported = () if job.prompt_alternatives is None else reported_key(job)
         start = head(prompt, self._min_shared_tokens)
         return PrefixQuery(start, job.namespace, prompt, max_kept, job.prompt_alternatives, reported)
 
@@ -124,7 +125,8 @@ class PrefixCache:
         # Without a hit a scored prompt has no scores yet, and the last score can belong to another text's token.
         slot.scores = scores or slot.scores[: score_count(keep)]
         if not slot.scores:
-            slot.alternatives, slot.reported = query.alternatives or 0, query.reported
+            slot.alternatives = 0 if query.has_rows else query.alternatives or 0
+            slot.reported = query.reported
         return slot
 
     def offer(self, ticket: int, namespace: str, tokens: TokenArray, state: object) -> None:
@@ -186,7 +188,7 @@ class PrefixCache:
     def computed(self, slot: Slot, tokens: tuple[int, ...], scores: list[Token]) -> None:
         """Record tokens that a pass has computed, and the score of the token that follows each of them."""
         if scores and len(slot.scores) == slot.length and self._reserve_score_bytes(slot, len(scores)):
-            slot.scores.extend(scores)
+            slot.scores.extend(msgspec.structs.replace(each, row=None) if each.row else each for each in scores)
         slot.append(tokens, self._grid)
         is_regular = len(tokens) > 1 and self._snapshots.is_regular(slot.length, slot.longest_snapshot(slot.length))
         if slot.length == slot.reusable and (is_regular or slot.length in slot.borders):
@@ -270,7 +272,8 @@ class PrefixCache:
             assert slot.index == index, "a slot's index is its position in the table"
             assert 0 <= slot.reusable <= slot.length == len(slot.tokens), "a slot reuses only tokens that it holds"
             assert len(slot.scores) <= slot.length, "a slot has at most one score for each token"
-            assert len({len(score.top) for score in slot.scores}) <= 1, "scores have equally many alternatives"
+            of_one_size = slot.reported[:1] == (-1,) or len({len(score.top) for score in slot.scores}) <= 1
+            assert of_one_size, "scores have equally many alternatives"
             expected = [int(token) for token in slot.tokens[scored_positions(0, len(slot.scores))]]
             assert [score.id for score in slot.scores][: len(expected)] == expected, "scores belong to their tokens"
         self._snapshots.check((slot.snapshots, slot.tokens) for slot in self._slots)
@@ -289,7 +292,7 @@ class PrefixCache:
 
     def _expected_prefix(self, query: PrefixQuery, other: PrefixQuery) -> int:
         """How many of a prompt's tokens will be reusable once another prompt is completely computed."""
-        if not query.head or other.head != query.head or other.namespace != query.namespace:
+        if not query.head or other.head != query.head or other.namespace != query.namespace or query.has_rows:
             return 0
         if query.alternatives is not None and (
             other.alternatives is None or other.alternatives < query.alternatives or other.reported != query.reported

@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afterword.engine.core.forward_batch import Logits
-from afterword.engine.core.numpy_kernel import LogitsRow, NumpyKernel
+from afterword.engine.core.numpy_kernel import NumpyKernel, processed_row
 from afterword.engine.core.repetitions import Repetitions
 from afterword.engine.core.sampler_chain import ChainQuery, sample_chain
 from afterword.engine.core.sampler_kernel import (
     LIBRARY,
     CompiledKernel,
+    LogitsRow,
     RowQuery,
     RowResult,
     SampleQuery,
@@ -28,6 +29,7 @@ from afterword.engine.core.sampler_kernel import (
 )
 from afterword.engine.core.token_counts import TokenCounts
 from afterword.engine.protocol import Job, Token
+from afterword.engine.token_row import TokenRow, is_packed
 
 
 def make_kernel(threads: int = 1, thread_pool: int | None = None) -> SamplerKernel:
@@ -85,6 +87,14 @@ class SampleTokens(msgspec.Struct, frozen=True):
         return [seed_of(self.job.key, sample, self.position) for sample in self.samples]
 
     @property
+    def reported(self) -> tuple[int, ...]:
+        """The ids that are reported instead of the most likely ones."""
+        if self.job.reported_at is None:
+            return self.job.reported
+        lists = self.job.reported_at.generated
+        return lists[self.position] if self.position < len(lists) else ()
+
+    @property
     def banned(self) -> tuple[int, ...]:
         if self.mask is not None:
             return ()
@@ -108,9 +118,45 @@ class Sampler:
 
     def read(self, logits: Logits, queries: Sequence[TokenQuery]) -> list[list[Token]]:
         """Answer one query for each row of `logits: (n, vocabulary)`. Returns the tokens of each query."""
+        if any(_is_processed(query) for query in queries):
+            return [self._read_processed(row, query) for row, query in zip(logits, queries, strict=True)]
+        return self._read(logits, queries)
+
+    def _read_processed(self, row: LogitsRow, query: TokenQuery) -> list[Token]:
+        """The answer for one row, with the numbers of the distribution that the tokens are drawn from if wanted."""
+        (tokens,) = self._read(row[None], [query])
+        if not isinstance(query, SampleTokens) or not _is_processed(query) or not tokens:
+            return tokens
+        processed = processed_row(row, query.sample_query, [token.id for token in tokens])
+        reported, job = query.reported, query.job
+        wanted = RowQuery(
+            reported=True,
+            top=_top_count(job.alternatives or 0, job.reported or job.reported_at),
+            asked=(*(token.id for token in tokens), *reported),
+        )
+        (found,) = self._kernel.read(processed[None], [wanted])
+        top = _top(found, reported)
+        values = found.asked[: len(tokens)]
+        plain = [Token(token.id, value, top) for token, value in zip(tokens, values, strict=True)]
+        return _with_row(query, plain, processed)
+
+    def _read(self, logits: Logits, queries: Sequence[TokenQuery]) -> list[list[Token]]:
         chosen = [_chosen_by_chain(row, query) for row, query in zip(logits, queries, strict=True)]
         found = self._kernel.read(logits, list(map(_row_query, queries, chosen)))
-        return [_tokens(*each) for each in zip(queries, chosen, found, strict=True)]
+        tokens = [_tokens(*each) for each in zip(queries, chosen, found, strict=True)]
+        return [_with_row(*each) for each in zip(queries, tokens, logits, strict=True)]
+
+    def packed(self, row: TokenRow) -> TokenRow:
+        """The most likely tokens of a row that has the logits of the whole vocabulary; other rows as they are."""
+        if row.ids:
+            return row
+        logits = np.frombuffer(row.values, np.float32)
+        ids, values = self._kernel.most_likely(logits, min(row.count, len(logits)))
+        return TokenRow(len(ids), values.tobytes(), ids.astype(np.int32).tobytes())
+
+
+def _is_processed(query: TokenQuery) -> bool:
+    return isinstance(query, SampleTokens) and query.job.processed and query.job.alternatives is not None
 
 
 def _chosen_by_chain(row: LogitsRow, query: TokenQuery) -> list[int] | None:
@@ -123,15 +169,32 @@ def _chosen_by_chain(row: LogitsRow, query: TokenQuery) -> list[int] | None:
 def _row_query(query: TokenQuery, chosen: list[int] | None) -> RowQuery:
     match query:
         case ScoreQuery(token, alternatives, reported):
-            return RowQuery(reported=True, top=0 if reported else alternatives, given=token, asked=reported)
+            return RowQuery(reported=True, top=_top_count(alternatives, reported), given=token, asked=reported)
         case SampleTokens(job):
             is_reported = job.alternatives is not None
-            asked = (*(chosen or ()), *job.reported) if is_reported else ()
-            top = 0 if job.reported else job.alternatives or 0
+            asked = (*(chosen or ()), *query.reported) if is_reported else ()
+            top = _top_count(job.alternatives or 0, job.reported or job.reported_at)
             sample_query = None if chosen is not None else query.sample_query
             return RowQuery(reported=is_reported, top=top, sample_query=sample_query, asked=asked)
         case None:
             return RowQuery()
+
+
+def _top_count(alternatives: int, chosen: object) -> int:
+    """How many of the most likely ids the kernel returns: none where others are `chosen`, or where they are packed."""
+    return 0 if chosen or is_packed(alternatives) else alternatives
+
+
+def _with_row(query: TokenQuery, tokens: list[Token], row: LogitsRow) -> list[Token]:
+    """The tokens with the logits of the whole vocabulary, where their alternatives are packed when they are sent."""
+    match query:
+        case ScoreQuery(_, count, reported) if is_packed(count, reported):
+            logits = TokenRow(count, row.tobytes())
+        case SampleTokens(job) if is_packed(job.alternatives, job.reported or job.reported_at):
+            logits = TokenRow(job.alternatives or 0, row.tobytes())
+        case _:
+            return tokens
+    return [msgspec.structs.replace(token, row=logits) for token in tokens]
 
 
 def _tokens(query: TokenQuery, chosen: list[int] | None, found: RowResult) -> list[Token]:
@@ -142,7 +205,7 @@ def _tokens(query: TokenQuery, chosen: list[int] | None, found: RowResult) -> li
             return [Token(token) for token in chosen or ()] or [Token(token) for token, _ in found.sampled]
         case _:
             sampled = found.sampled if chosen is None else zip(chosen, found.asked, strict=False)
-            top = _top(found, query.job.reported) if query else ()
+            top = _top(found, query.reported) if query else ()
             return [Token(token, value, top) for token, value in sampled]
 
 

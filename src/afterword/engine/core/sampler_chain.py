@@ -14,9 +14,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from afterword.engine.core.numpy_kernel import LogitsRow, pick, random_number, unpacked
+from afterword.engine.core.numpy_kernel import pick, random_number, unpacked
 from afterword.engine.core.repetitions import Repetitions
-from afterword.engine.core.sampler_kernel import GREEDY_BELOW, Ids, Numbers, SampleQuery, cached_distinct
+from afterword.engine.core.sampler_kernel import GREEDY_BELOW, Ids, LogitsRow, Numbers, SampleQuery, cached_distinct
 from afterword.engine.protocol import INFILL_MIN_P, Dry, SamplerChain
 
 _MIROSTAT_TOKENS = 100  # most likely tokens from which Mirostat 1 estimates the distribution, as in llama.cpp

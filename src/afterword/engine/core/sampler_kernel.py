@@ -21,6 +21,7 @@ from afterword.engine.core.token_counts import TokenCounts
 from afterword.engine.kernels.compiled import KERNELS, library
 from afterword.engine.protocol import Sampling
 
+LogitsRow = NDArray[np.float32]
 Ids = NDArray[np.int64]
 Numbers = NDArray[np.float64]
 
@@ -84,6 +85,12 @@ class SamplerKernel(Protocol):
 
         The most likely ids come first; ties go to the lower id. The kernel may modify rows during the call and restores
         them before it returns.
+        """
+        ...
+
+    def most_likely(self, row: LogitsRow, count: int) -> tuple[Ids, Numbers]:
+        """The `count` most likely ids, at most the vocabulary, in the order of `RowResult.top`, and their log
+        probabilities: those that `read` returns.
         """
         ...
 
@@ -165,6 +172,16 @@ class CompiledKernel:
             )
             for each, size in zip(native, tops, strict=True)
         ]
+
+    def most_likely(self, row: LogitsRow, count: int) -> tuple[Ids, Numbers]:
+        """See `SamplerKernel`."""
+        ids, values = np.zeros(count, np.int64), np.zeros(count, np.float64)
+        row = np.array(row)  # the address of an array that cannot be written is not to be had
+        native = (NativeRowQuery * 1)()
+        native[0].reported, native[0].given, native[0].top_count = 1, -1, count
+        native[0].top, native[0].top_values = _address(ids), _address(values)
+        self._read(_address(row), 1, len(row), native, *self._threads)
+        return ids, values
 
 
 class _ResultMemory:

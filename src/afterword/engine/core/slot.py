@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 
 from afterword.engine.core.snapshots import TokenArray
-from afterword.engine.protocol import ALTERNATIVE_BYTES, TOKEN_BYTES, Token, score_count
+from afterword.engine.protocol import ALTERNATIVE_BYTES, TOKEN_BYTES, Job, Token, score_count
+from afterword.engine.token_row import is_packed
 
 
 @dataclass(slots=True, eq=False)
@@ -105,7 +107,7 @@ class PrefixQuery:
     """A prompt to be computed, of which at most the first `max_tokens` tokens may come from a slot.
 
     `alternatives`: how many alternatives the scores must have; None if no scores are needed. `reported`: the ids that
-    the alternatives must be; empty: the most likely ones. `head`: see `Slot`.
+    the alternatives must be, see `reported_key`; empty: the most likely ones. `head`: see `Slot`.
     """
 
     head: bytes
@@ -114,6 +116,11 @@ class PrefixQuery:
     max_tokens: int
     alternatives: int | None
     reported: tuple[int, ...] = ()
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the scores have packed rows, which no slot keeps."""
+        return is_packed(self.alternatives, self.reported)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +135,13 @@ class PrefixHit:
     def scores(self) -> list[Token]:
         """The scores of the `keep` tokens after the first, while the slot is unchanged; empty unless `scored`."""
         return self.slot.scores[: self.keep] if self.scored else []
+
+
+def reported_key(job: Job) -> tuple[int, ...]:
+    """`PrefixQuery.reported`. Ids of each position by itself: those of the prompt, with -1 before each position."""
+    if job.reported_at is None:
+        return job.reported
+    return tuple(chain.from_iterable((-1, *ids) for ids in job.reported_at.prompt))
 
 
 def common_prefix(first: TokenArray, second: TokenArray) -> int:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+import msgspec
 
 from afterword.engine.core.sequence import Admission, Sequence
 from afterword.engine.protocol import FinishReason, Step, Token
+from afterword.engine.token_row import TokenRow
 
 
 @dataclass(slots=True)
@@ -45,6 +49,21 @@ def first_step(admission: Admission) -> Step:
         [(sample, "length") for sample in range(job.samples)] if admission.complete else []
     )
     return Step(scored=tuple(scored), ended=tuple(ended), cached=admission.cached)
+
+
+def packed_step(step: Step, pack: Callable[[TokenRow], TokenRow]) -> Step:
+    """The step with the rows of its tokens packed, as they are sent."""
+    if not any(token.row for token in (*step.scored[:1], *(token for _, token in step.sampled[:1]))):
+        return step
+    return msgspec.structs.replace(
+        step,
+        scored=tuple(_packed_token(token, pack) for token in step.scored),
+        sampled=tuple((sample, _packed_token(token, pack)) for sample, token in step.sampled),
+    )
+
+
+def _packed_token(token: Token, pack: Callable[[TokenRow], TokenRow]) -> Token:
+    return msgspec.structs.replace(token, row=pack(token.row)) if token.row else token
 
 
 def limit_alternatives(scores: list[Token] | tuple[Token, ...], alternatives: int) -> list[Token]:

@@ -8,7 +8,7 @@ from afterword.engine.llama.draft_model import open_draft
 from afterword.engine.llama.prefix_store import open_store
 from afterword.engine.llama.runner import LlamaRunner
 from afterword.engine.llama.vocabulary import make_model_info
-from afterword.engine.protocol import StoreStats
+from afterword.engine.store_stats import StoreStats
 from afterword.engine.worker import worker_main
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from afterword.engine.protocol import Job, PassStats, Step, StoreStats
+from afterword.engine.protocol import Job, PassStats, Step
+from afterword.engine.store_stats import StoreStats
 from afterword.observability.histogram import Histogram
 
 LATENCY_BOUNDS = (

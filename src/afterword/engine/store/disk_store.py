@@ -24,10 +24,10 @@ from typing import NoReturn, Protocol
 from afterword.engine.core.prefix_store import MIN_STORED_TOKENS, PART_TOKENS, StoredState
 from afterword.engine.core.slot import Slot
 from afterword.engine.core.snapshots import TokenArray
-from afterword.engine.protocol import StoreStats
 from afterword.engine.store.part_files import DamagedPart, Pieces
 from afterword.engine.store.part_index import PartIndex
 from afterword.engine.store.part_names import PartNames
+from afterword.engine.store_stats import StoreStats
 from afterword.system.resources import available_memory
 from afterword.system.tasks import vital_thread
 

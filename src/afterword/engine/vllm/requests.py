@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from afterword.engine.protocol import Job, JobLimits, Token, Value
+from afterword.engine.token_row import MAX_LISTED
 
 LIMITS = JobLimits(
     fields=(
@@ -23,6 +24,8 @@ LIMITS = JobLimits(
     ),
     min_temperature=0.01,  # vLLM raises lower temperatures to this one
     max_temperature=2.0,
+    max_alternatives=MAX_LISTED,  # vLLM makes an object of each, and keeps all of a prompt's until they are complete
+    max_prompt_alternatives=MAX_LISTED,
 )
 
 Alternatives = Sequence[tuple[int, float]]

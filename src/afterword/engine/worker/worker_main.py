@@ -29,7 +29,8 @@ from afterword.engine.core.engine_loop import MEMORY_CHECK_SECONDS, EngineLoop
 from afterword.engine.core.forward_batch import ForwardBatch, Logits, Runner
 from afterword.engine.core.prefix_store import PrefixStore
 from afterword.engine.grammar.grammar_threads import GrammarThreads
-from afterword.engine.protocol import ModelInfo, StoreStats
+from afterword.engine.protocol import ModelInfo
+from afterword.engine.store_stats import StoreStats
 from afterword.engine.worker import parent_process
 from afterword.engine.worker.tokenizer_threads import Tokenizer, TokenizerThreads
 from afterword.errors import AfterwordError, EngineError

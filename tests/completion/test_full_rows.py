@@ -1,0 +1,105 @@
+"""Rows of a whole vocabulary: limits on what is held back, and the engine's pauses for a reader that is behind."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+from array import array
+from typing import Any
+
+import pytest
+
+from afterword.completion import full_rows, response_size, run
+from afterword.completion.logprobs import top_map
+from afterword.completion.plan import Plan, make_plan
+from afterword.completion.request import CompletionRequest
+from afterword.completion.response_size import check_size, estimate_bytes
+from afterword.engine import token_row
+from afterword.engine.protocol import Step, Token
+from afterword.engine.token_row import PACKED_BYTES, TokenRow
+from afterword.errors import RequestError
+from scripted_engine import MODEL_INFO, ScriptedEngine, text_script
+
+COUNT = len(MODEL_INFO.pieces)
+
+
+def plan(**fields: Any) -> Plan:
+    request = CompletionRequest(**{"prompt": ("a",), "logprobs": COUNT} | fields)
+    engine = ScriptedEngine(text_script("a"))
+    return make_plan(request, MODEL_INFO, asyncio.run(run.tokenize(request, engine)), 0)
+
+
+def packed(token: int, ids: list[int], values: list[float]) -> Token:
+    row = TokenRow(len(ids), array("d", values).tobytes(), array("i", ids).tobytes())
+    return Token(token, values[ids.index(token)], row=row)
+
+
+@pytest.fixture(autouse=True)
+def everything_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripted vocabulary is small: let more than 20 alternatives be packed."""
+    monkeypatch.setattr(token_row, "MAX_LISTED", 20)
+
+
+def test_a_row_is_made_in_parts_with_the_token_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(full_rows, "PART_ENTRIES", 2)
+    token = packed(98, [97, 98, 99, 100, 101], [-1.0, -2.0, -3.0, -4.0, -math.inf])
+    row = top_map(token, plan())
+    assert isinstance(row, full_rows.FullRow)
+    parts = list(row.parts())
+    assert [len(part) for part in parts] == [2, 2, 1]
+    assert list(row.whole().items()) == [("b", -2.0), ("a", -1.0), ("c", -3.0), ("d", -4.0), ("e", -math.inf)]
+
+
+@pytest.mark.parametrize("name", ["stop", "banned_strings", "bad_words"])
+def test_a_text_that_may_hold_back_too_many_rows_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(response_size, "MAX_HELD_BYTES", 8 * COUNT * PACKED_BYTES)
+    check_size(plan(**{name: ("12345678",)}), 2**40)
+    check_size(plan(**{name: ("123456789",)}, logprobs=20), 2**40)
+    with pytest.raises(RequestError) as caught:
+        check_size(plan(**{name: ("x", "1234567é")}), 2**40)
+    assert caught.value.param == name
+    assert "at most 8" in caught.value.message
+
+
+def test_rows_count_in_a_response_that_is_not_streamed() -> None:
+    fields: dict[str, Any] = {"echo": True, "prompt_logprobs": COUNT, "max_tokens": 10}
+    whole, streamed = plan(**fields), plan(**fields, stream=True)
+    assert estimate_bytes(whole) > 10 * COUNT * 30
+    assert estimate_bytes(streamed) < 11 * 300
+    few = estimate_bytes(plan(**fields | {"prompt_logprobs": 20, "logprobs": 20}, stream=True))
+    assert few > estimate_bytes(streamed), "listed alternatives count in a stream too"
+
+
+def test_rows_of_candidates_count_until_the_best_are_known() -> None:
+    assert estimate_bytes(plan(best_of=20, max_tokens=10)) >= 20 * 10 * COUNT * PACKED_BYTES
+    assert estimate_bytes(plan(best_of=2, max_tokens=10)) == estimate_bytes(plan(max_tokens=10))
+
+
+def test_the_size_of_a_step_has_its_rows() -> None:
+    token = packed(98, list(range(97, 297)), [-1.0] * 200)
+    assert token.size >= 200 * PACKED_BYTES
+    assert Step(sampled=((0, token), (1, token))).size == 2 * token.size
+    assert dataclasses.is_dataclass(full_rows.FullRow)
+
+
+def test_the_engine_is_paused_while_rows_wait_for_their_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "MAX_UNREAD_BYTES", 5 * 200 * PACKED_BYTES)
+    engine = ScriptedEngine(lambda *_: iter(lambda: 98, None))
+    whole = plan(max_tokens=40, stream=True, echo=True)
+    row = packed(98, list(range(97, 297)), [-1.0] * 200)
+
+    async def read() -> int:
+        deltas = run.run(whole, engine)
+        await anext(deltas)
+        engine.jobs[0].step = with_rows(engine.jobs[0].step)  # type: ignore[method-assign]
+        for _ in range(100):
+            await asyncio.sleep(0)
+        pauses = engine.jobs[0].pauses
+        await deltas.aclose()
+        return pauses
+
+    def with_rows(step: Any) -> Any:
+        return lambda *given: Step(sampled=((0, row),)) if step(*given) else None
+
+    assert asyncio.run(read()) > 0, "without their rows 40 tokens have 7 KB"

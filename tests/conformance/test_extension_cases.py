@@ -1,0 +1,50 @@
+"""Each field that a request can have has a conformance case, and Afterword passes those of its extensions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from cases import EXAMPLE
+from extensions import EXTENSIONS as CASES
+from extensions import Extension, extension_cases
+from verdict import NotApplicable, Verdict, report
+
+from afterword.completion import request
+from afterword.completion.request_limits import STRICT, RequestLimits
+
+NOT_ON_THIS_MODEL = {"input_extra"}
+"""Fields whose case needs another model than the built-in one. `tests/api/test_infill.py` tests them."""
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.field)
+def test_extension(case: Extension, extended: Any) -> None:
+    try:
+        case.check(extended)
+    except NotApplicable as why:
+        if case.field not in NOT_ON_THIS_MODEL:
+            pytest.fail(str(why))
+        pytest.skip(str(why))
+
+
+def options_of(limits: RequestLimits) -> set[str]:
+    """The members of `stream_options`."""
+    return set(request.FIELDS["stream_options"].schema(limits)["properties"])
+
+
+def test_every_field_of_a_request_has_a_case() -> None:
+    nested = {f"stream_options.{name}" for name in options_of(RequestLimits()) - options_of(STRICT)}
+    assert sorted(case.field for case in CASES) == sorted({*request.EXTENSIONS, *nested})
+    assert {*EXAMPLE, "model"} == set(request.FIELDS), "the example has all of OpenAI's own fields"
+
+
+@pytest.mark.parametrize("name", sorted(request.EXTENSIONS))
+def test_strict_refuses_an_extension_by_name(api: Any, name: str) -> None:
+    assert name in api.refused(name, prompt="a", **{name: 1})["message"]
+
+
+def test_a_failed_extension_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    first, *others = extension_cases()
+    assert report(Verdict(each, "pass") for each in others) == 0
+    assert report([Verdict(first, "FAIL", "it is not so")]) == 1
+    assert "EXT: 0 pass, 1 fail" in capsys.readouterr().out
