@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from itertools import filterfalse
 
 from afterword.engine.core.compute_share import ALLOWED_EXCESS, ComputeShare
 from afterword.engine.core.fair_share import share_group
@@ -76,8 +77,9 @@ class PrefillQueue:
         if budget is not None and any(each.job_state.job.client != sequence.job_state.job.client for each in running):
             left = min(left, int(budget * COMPETING_SHARE))
         chunks = [self._batch_entry(sequence, left)]
-        if self._joins_prompts:
-            self._join(chunks, (each for each in ready if each is not sequence and _same_client(each, sequence)), left)
+        if self._joins_prompts and not _has_rows(sequence):
+            others = (each for each in ready if each is not sequence and _same_client(each, sequence))
+            self._join(chunks, filterfalse(_has_rows, others), left)
         self._spent += sum(len(chunk.tokens) for chunk in chunks)
         return tuple(sorted(chunks, key=lambda chunk: chunk.slot))
 
@@ -134,7 +136,7 @@ class PrefillQueue:
 
     def _batch_entry(self, sequence: Sequence, budget: int) -> BatchEntry:
         start = sequence.computed
-        most = MAX_ROWS if sequence.is_scored and sequence.job_state.query.has_rows else self._chunk
+        most = MAX_ROWS if _has_rows(sequence) else self._chunk
         stop = self._stop(start, sequence.prefill_length, min(max(budget, MIN_CHUNK), most, self._chunk))
         assert sequence.slot is not None
         stop = min((border for border in sequence.slot.borders if start < border < stop), default=stop)
@@ -147,6 +149,11 @@ class PrefillQueue:
         if start >= whole:
             return length
         return min(start + max(size // self._grid, 1) * self._grid, whole)
+
+
+def _has_rows(sequence: Sequence) -> bool:
+    """Whether the logits of the chunk's tokens are kept until they are sent: `MAX_ROWS` bounds them for one chunk."""
+    return sequence.is_scored and sequence.job_state.query.has_rows
 
 
 def _same_client(one: Sequence, other: Sequence) -> bool:
