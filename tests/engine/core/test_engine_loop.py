@@ -14,6 +14,7 @@ from afterword.engine.core.engine_loop import EngineLoop
 from afterword.engine.core.forward_batch import CopyPrefix
 from afterword.engine.core.step_buffer import MAX_STEP_BYTES, StepBuffer, split_step
 from afterword.engine.protocol import Job, Load, Sampling, Step, Token
+from afterword.engine.token_row import MAX_LISTED
 
 PLAIN = Sampling()
 
@@ -199,12 +200,15 @@ def test_many_prompts_are_computed_before_few_sequences_run():
     assert max(lengths) <= 8
 
 
-def first_pass_slots(lengths: list[int], clients: list[str], **options: Any) -> list[tuple[int, int]]:
+def first_pass_slots(
+    lengths: list[int], clients: list[str], alternatives: int | None = None, **options: Any
+) -> list[tuple[int, int]]:
     """The slot and the number of tokens of each entry of the first pass over prompts of these lengths."""
     runner = HistoryRunner(slots=8, chunk=32, **options)
     loop = EngineLoop(runner)
     for job_id, (length, client) in enumerate(zip(lengths, clients, strict=True)):
-        loop.start(job_id, job(prompt=(job_id,) * length, max_tokens=1, client=client))
+        prompt = (job_id,) * length
+        loop.start(job_id, job(prompt, max_tokens=1, client=client, prompt_alternatives=alternatives))
     finish(loop)
     return [(entry.slot, len(entry.tokens)) for entry in runner.batches[0].entries]
 
@@ -217,6 +221,12 @@ def test_one_pass_computes_the_ends_of_several_prompts_if_the_runner_asks_for_it
 
 def test_a_pass_does_not_join_prompts_of_several_clients():
     assert first_pass_slots([10, 9, 8], ["a", "b", "a"], joins_prompts=True) == [(0, 10), (2, 8)]
+
+
+def test_a_pass_does_not_join_prompts_whose_whole_rows_are_reported():
+    """The rows of a pass are kept in memory until they are sent."""
+    assert first_pass_slots([10, 9], ["", ""], alternatives=5, joins_prompts=True) == [(0, 10), (1, 9)]
+    assert first_pass_slots([10, 9], ["", ""], alternatives=MAX_LISTED + 1, joins_prompts=True) == [(0, 10)]
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one():
