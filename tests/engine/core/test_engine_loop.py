@@ -225,8 +225,8 @@ def test_a_pass_does_not_join_prompts_of_several_clients():
 
 def test_a_pass_does_not_join_prompts_whose_whole_rows_are_reported():
     """The rows of a pass are kept in memory until they are sent."""
-    assert first_pass_slots([10, 9], ["", ""], alternatives=5, joins_prompts=True) == [(0, 10), (1, 9)]
-    assert first_pass_slots([10, 9], ["", ""], alternatives=MAX_LISTED + 1, joins_prompts=True) == [(0, 10)]
+    assert first_pass_slots([9, 10], ["", ""], alternatives=5, joins_prompts=True) == [(0, 9), (1, 10)]
+    assert first_pass_slots([9, 10], ["", ""], alternatives=MAX_LISTED + 1, joins_prompts=True) == [(0, 9)]
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one():
