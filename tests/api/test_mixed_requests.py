@@ -96,7 +96,7 @@ def mixed_body(seed: int) -> Json:
     grammars = [name for name in GRAMMARS if name in names]
     names -= {*grammars[1:]}
     if grammars:
-        names -= {"banned_strings", "bad_words", "token_healing", "allowed_token_ids"}
+        names -= {"token_healing", "allowed_token_ids"}
     if "suffix" in names:
         names -= {"token_healing", "truncate_prompt_tokens", "echo"}
     if "token_healing" in names:

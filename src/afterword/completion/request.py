@@ -321,7 +321,6 @@ def _check_combinations(request: CompletionRequest, limits: RequestLimits) -> No
             param="prompt",
         )
     _check_tokens(request, limits)
-    ban_fields.check_bans(request)
     check_healing(request)
     if len(request.constraints) > 1:
         first, second = (each.field.partition(".")[0] for each in request.constraints[:2])
