@@ -42,6 +42,15 @@ ELSEWHERE = {
         "docs/models.md",
         "afterword serve hf:owner/repo:Q8_0 --alias base --lora poems=poems.gguf --lora half=poems.gguf@0.5",
     ): Elsewhere("needs a LoRA adapter; tests/api/test_several_adapters.py serves such models"),
+    (
+        "docs/models.md",
+        "afterword serve hf:owner/repo:Q8_0 --alias base --keys --lora-dir adapters --lora-key 1f0a9c3e",
+    ): Elsewhere("needs a LoRA adapter; tests/api/test_loaded_adapters.py runs such a server"),
+    (
+        "docs/models.md",
+        "curl http://127.0.0.1:8000/v1/load_lora_adapter "
+        '-H "Authorization: Bearer $KEY" -H "Content-Type: application/json" \\',
+    ): Elsewhere("needs a LoRA adapter; tests/api/test_loaded_adapters.py sends such requests"),
     ("docs/vllm.md", "python3 -m venv vllm-env"): Elsewhere("installs vLLM from a package registry"),
     (
         "docs/vllm.md",

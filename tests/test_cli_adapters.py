@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from afterword.cli.adapters import with_adapters
-from afterword.cli.model_setup import fit_models
-from afterword.config import EngineSettings
+from afterword.cli.model_setup import WantedModels, fit_models, make_model_manager
+from afterword.cli.vllm_setup import folders_of
+from afterword.config import Config, EngineSettings
+from afterword.engine.parent.supervisor import QueuePolicy
 from afterword.errors import SettingError
+from afterword.keys.key import Key
 from afterword.models.gguf_facts import read_facts
 from afterword.models.registry import Adapter, Model, locate, parse_spec
+from oracle.adapters import write_adapter
 
 BASE = Model("file", Path("base.gguf"), "file")
 
@@ -80,3 +85,41 @@ def test_the_weights_of_the_model_are_counted_and_loaded_once(folder: Path) -> N
 def test_adapters_belong_to_one_model(folder: Path) -> None:
     with pytest.raises(SettingError, match="adds adapters to one model, but 2 models are served"):
         with_adapters([BASE, BASE], ["a", "b"], [f"x={folder}/a.gguf"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"lora_dir": Path()}, "--lora-dir and --lora-key belong together"),
+        ({"lora_keys": ("given-1",)}, "--lora-dir and --lora-key belong together"),
+        ({"lora_dir": Path(), "lora_keys": ("given-1",)}, "the server has none"),
+        ({"lora_dir": Path("none"), "lora_keys": ("x",), "keys": (Key("x", b""),)}, "there is no such folder"),
+    ],
+)
+def test_adapters_are_loaded_at_run_time_only_with_a_folder_and_a_key(fields: dict[str, Any], expected: str) -> None:
+    with pytest.raises(SettingError, match=expected):
+        Config(**fields)
+
+
+def test_a_folder_of_adapters_belongs_to_one_model_of_the_built_in_engine(folder: Path) -> None:
+    several = WantedModels((str(folder), str(folder)), further_adapters=True)
+    for wanted, engine in ((several, "vllm"), (WantedModels(("m",), further_adapters=True), "http")):
+        with pytest.raises(SettingError, match=f"--lora-dir cannot be used with --engine {engine}"):
+            folders_of(wanted, engine)
+    twice = WantedModels(("afterword-tiny", "afterword-tiny"), ("a", "b"), further_adapters=True)
+    with pytest.raises(SettingError, match="adds adapters to one model, but 2 models are served"):
+        make_model_manager(twice, EngineSettings(), None, QueuePolicy())
+
+
+def test_a_further_adapter_has_the_context_of_its_base_and_the_memory_that_is_left(folder: Path) -> None:
+    base = locate(parse_spec(None))
+    adapter = write_adapter(folder / "a.gguf", {}, architecture=read_facts(base.path).architecture)
+    settings = EngineSettings(context=256, parallel=4)
+    models = make_model_manager(WantedModels(further_adapters=True), settings, None, QueuePolicy())
+    assert models.define_adapter is not None
+    defined = models.define_adapter("new", adapter, 2**40)
+    (served,) = models
+    assert (defined.id, defined.parent) == ("new", served.id)
+    assert (defined.context, defined.sequences) == (256, 4)
+    with pytest.raises(SettingError, match=r"GiB of memory, but 0.00 GiB are available"):
+        models.define_adapter("new", adapter, 1000)

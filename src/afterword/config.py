@@ -249,6 +249,8 @@ class Config:
     - `drain_delay`, `grace`: at shutdown the server keeps serving for `drain_delay`, then lets responses finish for
       `grace`.
     - `batch_dir`: the folder of uploaded files and batches.
+    - `lora_dir`: the folder whose adapters requests may load, None for none; `lora_keys`: the ids of the API keys with
+      which they may.
     """
 
     host: str = "127.0.0.1"
@@ -274,6 +276,8 @@ class Config:
     drain_delay: float = 0.0
     grace: float = 30.0
     batch_dir: Path | None = None
+    lora_dir: Path | None = None
+    lora_keys: tuple[str, ...] = ()
     limits: RequestLimits = field(default_factory=RequestLimits)
     batch: BatchLimits = field(default_factory=BatchLimits)
     transport: TransportLimits = field(default_factory=TransportLimits)
@@ -290,11 +294,23 @@ class Config:
                     f"--cors-origin {origin}: write SCHEME://HOST or SCHEME://HOST:PORT in lower case as browsers do, "
                     "without a path and without the scheme's default port, such as https://pages.example.org; or *."
                 )
+        self._check_lora()
         if not self.requires_key and not self.allow_open and not is_loopback(self.host):
             raise SettingError(
                 f"--host {self.host} can be reached from other machines and there are no API keys. Give --keys or "
                 "--api-key; or --allow-open if everyone who can reach the server may use it."
             )
+
+    def _check_lora(self) -> None:
+        if (self.lora_dir is None) != (not self.lora_keys):
+            raise SettingError(
+                "--lora-dir and --lora-key belong together: the folder whose adapters requests may load, and the IDs "
+                "of the API keys with which they may."
+            )
+        if self.lora_dir is not None and not self.requires_key:
+            raise SettingError("--lora-key names API keys, but the server has none. Give --keys or --api-key.")
+        if self.lora_dir is not None and not self.lora_dir.is_dir():
+            raise SettingError(f"--lora-dir {self.lora_dir}: there is no such folder.")
 
     @property
     def metrics_names_begin(self) -> str:

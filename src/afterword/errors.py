@@ -100,10 +100,11 @@ class ReaderTooSlow(RequestError):
 class ModelNotFound(RequestError):
     """The request names a model that this server does not serve."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, *, param: str | None = None) -> None:
         shown = model if len(model) <= 128 else model[:125] + "..."
         super().__init__(
             f"The model `{shown}` does not exist or you do not have access to it.",
+            param=param,
             code="model_not_found",
             status=404,
         )

@@ -20,6 +20,8 @@ PROTECTED = (
     ("GET", "/v1/models/some/model"),
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
+    ("POST", "/v1/load_lora_adapter"),
+    ("POST", "/v1/unload_lora_adapter"),
     ("GET", "/tokenizer_info"),
     ("GET", "/version"),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -80,6 +81,8 @@ def test_a_stream_shows_nothing_that_is_taken_back(http: httpx.Client) -> None:
         {"allowed_token_ids": list(range(300, 700))},
         {"temperature": 0, "min_tokens": 20, "ignore_eos": True},
         {"suffix": " The end."},
+        {"structured_outputs": {"regex": "[a-z ]{20,60}"}},
+        {"grammar": 'root ::= ([a-z]+ " "){4} [a-z]+ "."'},
     ],
     ids=str,
 )
@@ -122,10 +125,37 @@ def test_banned_tokens_hold_with_a_grammar(http: httpx.Client) -> None:
     assert choice(http, **body, banned_tokens=[no])["text"] == "yes"
 
 
+@pytest.mark.parametrize("name", ["banned_strings", "bad_words"])
+def test_a_banned_text_never_appears_where_the_text_must_match_a_grammar(http: httpx.Client, name: str) -> None:
+    words = ["red", "green", "blue", "greenish blue"]
+    choices = {"structured_outputs": {"choice": words}}
+    for banned, allowed in ((["red"], {*words[1:]}), (["green"], {"red", "blue"}), (["red", "GREEN"], {"blue"})):
+        given = banned if name == "banned_strings" else [each.casefold() for each in banned]
+        found = {choice(http, **choices, seed=seed, **{name: given})["text"] for seed in range(12)}
+        assert found <= allowed, banned
+    assert len(found) == 1
+
+
+def test_json_with_banned_texts_still_matches_its_schema(http: httpx.Client) -> None:
+    schema = {"type": "array", "items": {"type": "string", "minLength": 8}, "minItems": 2, "maxItems": 2}
+    body = {"json_schema": schema, "max_tokens": 200, "temperature": 0.8}
+    plain, banned = {}, ["a", "the", "is"]
+    for seed in range(6):
+        plain[seed] = choice(http, **body, seed=seed)
+        found = choice(http, **body, seed=seed, banned_strings=banned)
+        assert not any(each in found["text"].casefold() for each in banned)
+        if found["finish_reason"] == "stop":
+            assert [len(each) >= 8 for each in json.loads(found["text"])] == [True, True]
+    assert any(each in plain[0]["text"] for each in banned)
+
+
+def test_a_grammar_that_demands_a_banned_text_ends_the_choice(http: httpx.Client) -> None:
+    found = choice(http, structured_outputs={"choice": ["red"]}, banned_strings=["ed"])
+    assert (found["finish_reason"], "red" in found["text"]) == ("length", False)
+
+
 def test_what_cannot_be_banned_is_refused_by_name(http: httpx.Client) -> None:
     for name in ("banned_strings", "bad_words"):
-        found = refused(http, name, prompt=PROMPT, **{name: ["x"]}, response_format={"type": "json_object"})
-        assert (found["param"], "response_format" in found["message"]) == (name, True)
         assert "U+FFFD" in refused(http, name, prompt=PROMPT, **{name: ["\ufffd"]})["message"]
     assert refused(http, "banned_tokens", prompt=PROMPT, banned_tokens=[10**6])["param"] == "banned_tokens"
     both = {"allowed_token_ids": [5, 6], "custom_token_bans": "6,5"}

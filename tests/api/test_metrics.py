@@ -421,7 +421,7 @@ def test_a_killed_worker_counts_as_a_restart_and_no_token_counts_twice(serve, en
 
 async def metrics_after(engine: Engine, *requests: bytes) -> Samples:
     """The metrics after completion requests to a scripted engine, each on its own connection."""
-    metrics = Metrics()
+    metrics = Metrics(["scripted"])
     app = make_app(Service(Config(), model_manager_of(engine), KeyRegistry(()), metrics=metrics))
     in_memory_server = InMemoryServer(app)
     for body in requests:
@@ -467,7 +467,7 @@ def test_an_overloaded_server_counts_errors_and_no_completions(serve):
 
 def test_a_batch_line_counts_as_a_completion_but_not_as_an_http_request():
     async def ask() -> Samples:
-        metrics = Metrics()
+        metrics = Metrics(["scripted"])
         app = make_app(
             Service(
                 Config(),

@@ -25,6 +25,10 @@ EFFECTS = [
     {"mirostat": 1, "mirostat_tau": 0.5},
     {"mirostat": 2, "mirostat_tau": 0.5, "mirostat_eta": 1},
     {"samplers": ["top_k"], "top_k": 1},
+    {"adaptive_target": 0.02},
+    {"adaptive_target": 0.02, "adaptive_decay": 0, "samplers": ["adaptive_p", "temp"]},
+    {"repeat_last_n": 3, "repetition_penalty": 2},
+    {"repeat_last_n": -1, "presence_penalty": 2},
     {"allowed_token_ids": [300, 301, 302]},
 ]
 OFF = [
@@ -37,6 +41,10 @@ OFF = [
     {"dry_multiplier": 0, "dry_base": 3, "dry_sequence_breakers": ["x"]},
     {"mirostat": 0, "mirostat_tau": 1, "mirostat_eta": 1},
     {"samplers": None},
+    {"adaptive_target": -1, "adaptive_decay": 0.2},
+    {"min_keep": 5},
+    {"repeat_last_n": 5},
+    {"repeat_last_n": 0, "presence_penalty": 2},
     {"spaces_between_special_tokens": False},
     {"truncation_side": "right"},
 ]
@@ -54,6 +62,12 @@ def test_a_sampler_changes_the_text_and_a_seed_repeats_it(http: httpx.Client, fi
 @pytest.mark.parametrize("fields", OFF, ids=str)
 def test_a_sampler_that_is_off_changes_nothing(http: httpx.Client, fields: Json) -> None:
     assert choice(http, **fields)["text"] == choice(http)["text"]
+
+
+def test_min_keep_leaves_further_tokens(http: httpx.Client) -> None:
+    greedy = choice(http, min_p=1)["text"]
+    assert choice(http, min_p=1, min_keep=1)["text"] == greedy
+    assert choice(http, min_p=1, min_keep=9)["text"] != greedy
 
 
 def test_samples_have_their_own_state(http: httpx.Client) -> None:

@@ -12,7 +12,7 @@ from afterword.completion.infill_request import INFILL_FIELDS, UNLIMITED, Infill
 from afterword.completion.object_fields import ContextFile
 from afterword.completion.request_descriptions import INFILL_DESCRIPTIONS
 from afterword.completion.request_limits import STRICT, RequestLimits
-from afterword.completion.sampler_fields import LLAMA_ORDER, sampling_of
+from afterword.completion.sampler_fields import SAMPLER_NAMES, sampling_of
 from afterword.errors import RequestError
 
 REQUIRED = {"input_prefix": "a\n", "input_suffix": "\nb"}
@@ -69,7 +69,7 @@ def test_the_sampler_infill_excludes_unlikely_tokens() -> None:
 
 def test_further_samplers_are_applied_in_the_order_of_llama_server() -> None:
     request = parsed(dry_multiplier=0.8, top_k=5).completion
-    assert (request.dry_multiplier, request.top_k, request.samplers) == (0.8, 5, LLAMA_ORDER)
+    assert (request.dry_multiplier, request.top_k, request.samplers) == (0.8, 5, SAMPLER_NAMES)
     request = parsed(samplers=["xtc", "infill", "top_k"], xtc_probability=0.5, dry_multiplier=0.8).completion
     chain = sampling_of(request, 10).chain
     assert chain is not None

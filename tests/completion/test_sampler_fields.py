@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from msgspec.structs import replace
 
 from afterword.completion.dry_breakers import bit_set, find_breakers
 from afterword.completion.plan import make_plan
-from afterword.completion.request import CompletionRequest
+from afterword.completion.request import CompletionRequest, parse
+from afterword.completion.request_limits import RequestLimits
 from afterword.completion.run import tokenize
 from afterword.completion.sampler_fields import LLAMA_ORDER, OWN_ORDER, sampling_of
 from afterword.engine.protocol import Dry, SamplerChain, Sampling
@@ -46,6 +48,12 @@ CLASSIC = {"presence_penalty": 0.5, "temperature": 0.7, "min_p": 0.1, "top_k": 5
         {"xtc_probability": 0.5, "xtc_threshold": 0.6},
         {"dry_base": 2.0, "mirostat_tau": 3.0, "dynatemp_exponent": 2.0, "xtc_threshold": 0.3},
         {"dry_multiplier": 0.8, "dynatemp_range": 0.5, "samplers": ("top_k",)},
+        {"adaptive_target": -1.0, "adaptive_decay": 0.5},
+        {"adaptive_target": 0.3, "samplers": ("top_k",)},
+        {"min_keep": 1, "top_p": 0.9},
+        {"min_keep": 5, "top_k": 4},
+        {"repeat_last_n": 64},
+        {"repeat_last_n": 0, "presence_penalty": 1.0},
     ],
     ids=str,
 )
@@ -79,6 +87,44 @@ def test_mirostat_has_penalties_dry_and_temperature_before_it() -> None:
     found = chain(**CLASSIC, mirostat=2, dry_multiplier=0.8, typical_p=0.5)
     assert (found.order, found.mirostat) == (("penalties", "dry", "temperature"), 2)
     assert chain(mirostat=1, samplers=("top_k",), dry_multiplier=1.0).order == ("temperature",)
+
+
+def test_adaptive_p_comes_last_and_not_with_mirostat() -> None:
+    found = chain(**CLASSIC, adaptive_target=0.4, adaptive_decay=0.5)
+    assert found.order == ("penalties", "top_k", "top_p", "min_p", "temperature")
+    assert (found.adaptive_target, found.adaptive_decay) == (0.4, 0.5)
+    first = chain(temperature=0.5, adaptive_target=0.4, samplers=("adaptive_p", "temperature"))
+    assert (first.order, first.adaptive_target) == (("temperature",), 0.4)
+    assert chain(mirostat=2, adaptive_target=0.4).adaptive_target < 0
+
+
+def test_a_window_and_the_fewest_tokens_do_not_change_the_order() -> None:
+    assert chain(**CLASSIC, repeat_last_n=20, min_keep=2) == SamplerChain(OWN_ORDER, last_n=20, min_keep=2)
+    assert chain(presence_penalty=1.0, repeat_last_n=-1).last_n == -1
+    assert sampling(**CLASSIC, repeat_last_n=0).presence_penalty == 0
+    assert chain(top_p=0.5, min_keep=3).order == ("top_p",)
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        (["temp", "typ", "nucleus"], ("temperature", "typ_p", "top_p")),
+        (
+            ["top-k", "minp", "typical", "top-n-sigma", "adaptive-p"],
+            ("top_k", "min_p", "typ_p", "top_n_sigma", "adaptive_p"),
+        ),
+    ],
+)
+def test_other_names_of_samplers_are_those_of_llama_server(given: list[str], names: tuple[str, ...]) -> None:
+    body = json.dumps({"prompt": "a", "samplers": given}).encode()
+    assert parse(body, RequestLimits()).samplers == names
+
+
+@pytest.mark.parametrize("given", [["temp", "temperature"], ["topp", "top-p"], ["infill"], ["tfs_z"]])
+def test_a_sampler_under_two_names_and_unknown_ones_are_refused(given: list[str]) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse(json.dumps({"prompt": "a", "samplers": given}).encode(), RequestLimits())
+    assert caught.value.param == "samplers"
 
 
 def test_every_number_reaches_the_chain() -> None:

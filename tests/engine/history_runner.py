@@ -22,6 +22,7 @@ from afterword.engine.core.forward_batch import (
 )
 from afterword.engine.core.repetitions import Repetitions
 from afterword.engine.core.sampler import Sampler, SampleTokens, ScoreQuery
+from afterword.engine.core.sampler_chain import first_limit
 from afterword.engine.core.token_counts import TokenCounts
 from afterword.engine.protocol import Job, SamplerChain, Token
 
@@ -124,10 +125,13 @@ def alone(job: Job, sample: int) -> list[int]:
     """The tokens of a sample, computed without a scheduler."""
     history, generated = list(job.prompt), []
     chain = job.sampling.chain or SamplerChain(())
-    limits = [2 * chain.mirostat_tau]
+    limits = [first_limit(chain) or 0.0]
     while len(generated) < job.max_tokens:
         repetitions = Repetitions(chain.dry, history) if chain.dry else None
-        query = SampleTokens(job, (sample,), len(generated), TokenCounts(generated), repetitions, [limits])
+        count = chain.last_n or 0
+        recent = tuple(history[-count:]) if 0 < count < len(history) else ()
+        counts = TokenCounts(generated)
+        query = SampleTokens(job, (sample,), len(generated), counts, repetitions, [limits], recent=recent)
         ((token,),) = Sampler().read(logits_after(history)[None], [query])
         history.append(token.id)
         generated.append(token.id)

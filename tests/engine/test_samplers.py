@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from afterword.completion.request import CompletionRequest
-from afterword.completion.sampler_fields import LLAMA_ORDER, sampling_of
+from afterword.completion.sampler_fields import SAMPLER_NAMES, sampling_of
 from afterword.engine.llama import library
 from afterword.engine.protocol import Dry, Job, SamplerChain, Sampling
 from afterword.models.registry import builtin_path
@@ -40,7 +40,11 @@ def random_sampling(rng: random.Random, vocabulary: int) -> Sampling:
         dry_penalty_last_n=rng.choice([64, -1]),
         mirostat=rng.choice([0, 0, 0, 1, 2]),
         mirostat_tau=rng.choice([3.0, 5.0]),
-        samplers=rng.choice([None, None, tuple(rng.sample(LLAMA_ORDER, 5))]),
+        samplers=rng.choice([None, None, tuple(rng.sample(SAMPLER_NAMES, 5))]),
+        adaptive_target=rng.choice([-1.0, -1.0, 0.3]),
+        adaptive_decay=rng.choice([0.9, 0.5]),
+        min_keep=rng.choice([0, 0, 3]),
+        repeat_last_n=rng.choice([None, None, -1, 5, 64]),
         allowed_token_ids=rng.choice([None, None, tuple(range(0, vocabulary, 3))]),
     )
     breakers = bytes(rng.randrange(256) & rng.randrange(256) & rng.randrange(256) for _ in range(64))

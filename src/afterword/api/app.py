@@ -14,7 +14,18 @@ from afterword.api.middleware.authentication import ProtectedRoute
 from afterword.api.middleware.host_check import LOCAL_PAGES, HostCheck
 from afterword.api.middleware.request_middleware import RequestMiddleware
 from afterword.api.responses import rate_limit_headers
-from afterword.api.routes import batches, completions, files, infill, metrics, models, static_pages, status, tokenizer
+from afterword.api.routes import (
+    adapters,
+    batches,
+    completions,
+    files,
+    infill,
+    metrics,
+    models,
+    static_pages,
+    status,
+    tokenizer,
+)
 from afterword.api.service import Service
 from afterword.api.specification import document
 from afterword.config import Config
@@ -31,6 +42,8 @@ PROTECTED_ROUTES = (
     ProtectedRoute("/infill", infill.create, methods=["POST"]),
     ProtectedRoute("/v1/models", models.list_models, methods=["GET"]),
     ProtectedRoute("/v1/models/{model:path}", models.get_model, methods=["GET"]),
+    ProtectedRoute("/v1/load_lora_adapter", adapters.load, methods=["POST"]),
+    ProtectedRoute("/v1/unload_lora_adapter", adapters.unload, methods=["POST"]),
     ProtectedRoute("/v1/files", files.create, methods=["POST"]),
     ProtectedRoute("/v1/files", files.list_files, methods=["GET"]),
     ProtectedRoute("/v1/files/{id}", files.get_file, methods=["GET"]),

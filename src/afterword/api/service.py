@@ -54,17 +54,18 @@ class Service:
     traces: Traces | None = None
 
     def managed_model(self, model: str | None) -> ManagedModel:
-        """The model with that name, loaded or not. None and "" select the only model of the server.
+        """The model with that name, loaded or not. None and "" select the only model that is no adapter.
 
-        Raises `ModelNotFound`, and `RequestError` if the name is absent and the server has several models.
+        Raises `ModelNotFound`, and `RequestError` if the name is absent and the server has several such models.
         """
-        if not model and len(self.models) > 1:
-            names = ", ".join(named_model.name for named_model in self.named_models())
-            raise RequestError(
-                f"This server has several models. 'model' must name one of them: {names}.", param="model"
-            )
         if not model:
-            return next(iter(self.models))
+            only = self._only_model()
+            if only is None:
+                names = ", ".join(named_model.name for named_model in self.named_models())
+                raise RequestError(
+                    f"This server has several models. 'model' must name one of them: {names}.", param="model"
+                )
+            return only
         defaults = self._defaults(model)
         managed_model = self.models.get(defaults.model if defaults else model)
         if managed_model is None:
@@ -83,10 +84,15 @@ class Service:
 
     def default_values(self, model: Any) -> Mapping[str, Any]:
         """The default values for the value of a request's `model`; those of the only model if it is absent."""
-        if not model and len(self.models) == 1:
-            model = next(iter(self.models)).id
+        if not model and (only := self._only_model()):
+            model = only.id
         defaults = self._defaults(model)
         return defaults.values if defaults else {}
+
+    def _only_model(self) -> ManagedModel | None:
+        """The model without an adapter; None if there are several."""
+        bases = [managed_model for managed_model in self.models if managed_model.definition.parent is None]
+        return bases[0] if len(bases) == 1 else None
 
     def _defaults(self, name: Any) -> ModelDefaults | None:
         return next((each for each in self.config.defaults if each.name == name), None)

@@ -140,6 +140,13 @@ def main() -> None:
     default=20,
     help="Most wrong API keys per minute and address; 0: no limit.",
 )
+@option(
+    "Access",
+    "--lora-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder whose LoRA adapters clients may load while the server runs.",
+)
+@option("Access", "--lora-key", multiple=True, help="ID of an API key that may load and unload them; repeatable.")
 @option("Access", "--shared-cache", is_flag=True, help="Share the prefix cache between API keys.")
 @option("Access", "--allow-open", is_flag=True, help="Allow a public --host without API keys.")
 @option("Limits", "--max-queue", type=click.IntRange(min=1), default=4096, help="Most waiting prompts.")

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from msgspec import structs
 
@@ -24,10 +25,11 @@ from afterword.engine.parent.supervisor import QueuePolicy, Supervisor
 from afterword.engine.parent.worker_process import gpu_memory
 from afterword.engine.protocol import Promise
 from afterword.errors import SettingError
+from afterword.models.adapter_file import check_adapter
 from afterword.models.file_names import check_utf8
 from afterword.models.gguf_facts import Facts, parts, read_facts
 from afterword.models.memory_fit import ComputeOptions, ModelShape, choose_shapes, usual_context
-from afterword.models.registry import Model, locate, parse_spec
+from afterword.models.registry import Adapter, Model, locate, parse_spec
 from afterword.system.resources import available_memory, cores
 
 _KV_BYTES = {"exact": 2, "f16": 2, "f32": 4}
@@ -48,12 +50,13 @@ class FittedModel:
 class WantedModels:
     """What the command line says about models. Without `specs` it is the built-in model.
 
-    `adapters`: values of `--lora`, see `cli.adapters`.
+    `adapters`: values of `--lora`, see `cli.adapters`. `further_adapters`: requests may load further ones.
     """
 
     specs: Sequence[str] = ()
     aliases: Sequence[str] = ()
     adapters: Sequence[str] = ()
+    further_adapters: bool = False
 
 
 def single_model(spec: str | None, settings: EngineSettings, policy: QueuePolicy) -> tuple[Model, Supervisor]:
@@ -75,27 +78,54 @@ def make_model_manager(
     located = [_locate(spec) for spec in wanted.specs or (None,)]
     names = names_in_requests([model.id for model, _ in located], wanted.aliases)
     facts = {model.path: facts for model, facts in located}
-    settings = replace(settings, share_weights=bool(wanted.adapters))
+    settings = replace(settings, share_weights=bool(wanted.adapters) or wanted.further_adapters)
+    if wanted.further_adapters and len(located) != 1:
+        raise SettingError(f"--lora-dir adds adapters to one model, but {len(located)} models are served.")
     served = with_adapters([model for model, _ in located], names, wanted.adapters)
-    definitions = [
-        ModelDefinition(
-            id=fitted.model.id,
-            parent=fitted.model.adapter.base if fitted.model.adapter else None,
-            created=int((fitted.model.adapter or fitted.model).path.stat().st_mtime),
-            make_engine=partial(Supervisor, partial(refreshed_load_message, fitted, settings), policy),
-            context=fitted.load_message.context,
-            sequences=fitted.load_message.sequences,
-            capacity=fitted.load_message.capacity,
-            trained_context=fitted.facts.context_length,
-            promise=fitted.load_message.promise,
-            memory_bytes=fitted.memory_bytes,
-            advice=advice("" if settings.gpu_layers else fitted.facts.file_type, fitted.facts.architecture),
-        )
-        for fitted in fit_models(
-            [(model, facts[model.path]) for model in served], settings, unload_unused=keep_alive is not None
-        )
-    ]
-    return ModelManager(definitions, keep_alive=keep_alive, policy=policy, free=partial(_available_memory, settings))
+    fitted = fit_models(
+        [(model, facts[model.path]) for model in served], settings, unload_unused=keep_alive is not None
+    )
+    return ModelManager(
+        [_definition(each, settings, policy) for each in fitted],
+        keep_alive=keep_alive,
+        policy=policy,
+        free=partial(_available_memory, settings),
+        define_adapter=_FurtherAdapters(fitted[0], settings, policy).define if wanted.further_adapters else None,
+    )
+
+
+def _definition(fitted: FittedModel, settings: EngineSettings, policy: QueuePolicy) -> ModelDefinition:
+    return ModelDefinition(
+        id=fitted.model.id,
+        parent=fitted.model.adapter.base if fitted.model.adapter else None,
+        created=int((fitted.model.adapter or fitted.model).path.stat().st_mtime),
+        make_engine=partial(Supervisor, partial(refreshed_load_message, fitted, settings), policy),
+        context=fitted.load_message.context,
+        sequences=fitted.load_message.sequences,
+        capacity=fitted.load_message.capacity,
+        trained_context=fitted.facts.context_length,
+        promise=fitted.load_message.promise,
+        memory_bytes=fitted.memory_bytes,
+        advice=advice("" if settings.gpu_layers else fitted.facts.file_type, fitted.facts.architecture),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _FurtherAdapters:
+    """Defines models with further adapters, which have the context of their base."""
+
+    base: FittedModel
+    settings: EngineSettings
+    policy: QueuePolicy
+
+    def define(self, name: str, path: Path, available: int) -> ModelDefinition:
+        """See `ModelManager`. Raises `SettingError`."""
+        check_adapter(path, self.base.facts.architecture)
+        planned = self.base.load_message
+        settings = replace(self.settings, context=planned.context, threads=planned.threads)
+        model = replace(self.base.model, id=name, adapter=Adapter(path, 1.0, self.base.model.id))
+        (fitted,) = fit_models([(model, self.base.facts)], settings, available=available)
+        return _definition(fitted, settings, self.policy)
 
 
 def load_message(model: Model, facts: Facts, settings: EngineSettings) -> messages.LoadModel:
@@ -104,13 +134,16 @@ def load_message(model: Model, facts: Facts, settings: EngineSettings) -> messag
 
 
 def fit_models(
-    models: Sequence[tuple[Model, Facts]], settings: EngineSettings, unload_unused: bool = False
+    models: Sequence[tuple[Model, Facts]],
+    settings: EngineSettings,
+    unload_unused: bool = False,
+    available: int | None = None,
 ) -> list[FittedModel]:
     """Decide how models that share a machine are loaded. Raises `SettingError` if they do not fit into memory.
 
     `unload_unused`: unused models are unloaded, so not all have to be loaded at the same time. If all of them fit
     together with their whole context, they share the memory; otherwise each is fitted to the memory that it would have
-    alone.
+    alone. `available`: bytes of memory for all of them; None: what the machine has.
     """
     draft = find_draft(settings.draft_model)
     if draft:
@@ -118,7 +151,7 @@ def fit_models(
     wanted = [(_own_memory(model, facts), _compute_options(model, facts, settings, draft)) for model, facts in models]
     threads = _threads(min(len(models), _BUSY_MODELS if unload_unused else len(models)))
     fitted = []
-    for (model, facts), shape in zip(models, _shapes(wanted, settings, unload_unused), strict=True):
+    for (model, facts), shape in zip(models, _shapes(wanted, settings, unload_unused, available), strict=True):
         message = _load_message(model, facts, settings, shape, threads)
         if draft and shape.options.draft:
             message = structs.replace(message, draft=_draft_message(draft, settings, shape, threads))
@@ -166,11 +199,14 @@ def _compute_options(
 
 
 def _shapes(
-    wanted: Sequence[tuple[Facts, ComputeOptions]], settings: EngineSettings, unload_unused: bool
+    wanted: Sequence[tuple[Facts, ComputeOptions]],
+    settings: EngineSettings,
+    unload_unused: bool,
+    available: int | None,
 ) -> list[ModelShape]:
     choose = partial(
         choose_shapes,
-        available_bytes=_available_memory(settings),
+        available_bytes=_available_memory(settings) if available is None else available,
         context=settings.context,
         parallel=settings.parallel,
         spare=int(settings.reproducible),

@@ -113,6 +113,8 @@ def server_parts(specs: Sequence[str], options: dict[str, Any]) -> tuple[ModelMa
         drain_delay=options["drain_delay"],
         grace=options["grace"],
         batch_dir=options["batch_dir"],
+        lora_dir=options["lora_dir"],
+        lora_keys=options["lora_key"],
         special_text=not options["plain_text"],
         infill_trim=options["infill_trim"],
         bos_before_ids=options["bos_before_ids"],
@@ -150,7 +152,7 @@ def _limits(options: dict[str, Any]) -> _Limits:
 def _models(
     specs: Sequence[str], options: dict[str, Any], settings: EngineSettings, policy: QueuePolicy, max_logprobs: int
 ) -> ModelManager:
-    wanted = model_setup.WantedModels(specs, options["alias"], options["lora"])
+    wanted = model_setup.WantedModels(specs, options["alias"], options["lora"], options["lora_dir"] is not None)
     for name, engine in _ENGINE_OF.items():
         if options[name] and options["engine"] != engine:
             file = " Before a file whose name begins with - write ./, as in ./-m.gguf." if name == "vllm_flags" else ""

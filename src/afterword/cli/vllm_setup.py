@@ -75,8 +75,9 @@ def check_settings(
 
 def folders_of(wanted: WantedModels, engine: str) -> list[tuple[str, ModelFolder]]:
     """The wanted models with their names in requests. Raises `SettingError`."""
-    if wanted.adapters:
-        raise SettingError(f"--lora cannot be used with --engine {engine}.")
+    for option, given in (("--lora", wanted.adapters), ("--lora-dir", wanted.further_adapters)):
+        if given:
+            raise SettingError(f"{option} cannot be used with --engine {engine}.")
     if not wanted.specs:
         raise SettingError(f"--engine {engine} needs a MODEL: the folder of a model in Hugging Face's format.")
     folders = [read_folder(Path(spec).absolute()) for spec in wanted.specs]

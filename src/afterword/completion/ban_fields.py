@@ -16,7 +16,7 @@ from afterword.completion.request_limits import RequestLimits
 from afterword.errors import RequestError
 
 if TYPE_CHECKING:
-    from afterword.completion.request import CompletionRequest
+    pass
 
 _MOST, _LONGEST, _MOST_CHARACTERS = 1024, 256, 16384
 _PHRASE = {"type": "string", "pattern": "^[^\ufffd]*$", "maxLength": _LONGEST}
@@ -54,14 +54,6 @@ def banned_tokens(name: str, value: Any, limits: RequestLimits) -> tuple[int, ..
         raise RequestError(f"Invalid '{name}': expected token ids. (HINT: texts go to 'banned_strings'.)", param=name)
     ids: tuple[int, ...] = fields.token_ids(name, value, limits)
     return ids
-
-
-def check_bans(request: CompletionRequest) -> None:
-    """Refuse banned texts where the text must match a grammar. Raises `RequestError`."""
-    name = "banned_strings" if request.banned_strings else "bad_words" if request.bad_words else None
-    if name and request.constraints:
-        other = request.constraints[0].field.partition(".")[0]
-        raise RequestError(f"'{name}' cannot be combined with '{other}'. Leave out one of them.", param=name)
 
 
 def _bounded(name: str, texts: tuple[str, ...]) -> tuple[str, ...]:

@@ -70,6 +70,9 @@ def _chain_field(chain: SamplerChain) -> str:
         "top_n_sigma": chain.top_n_sigma,
         "xtc_probability": chain.xtc_probability,
         "dynatemp_range": chain.dynatemp_range,
+        "adaptive_target": chain.adaptive_target >= 0,
+        "min_keep": chain.min_keep,
+        "repeat_last_n": chain.last_n is not None,
     }
     return next((name for name, value in needed.items() if value), "samplers")
 

@@ -13,11 +13,11 @@ from afterword.completion.model_defaults import DefaultsOf, no_defaults
 from afterword.completion.request import CompletionRequest
 from afterword.completion.request_descriptions import INFILL_DESCRIPTIONS, described_schema
 from afterword.completion.request_limits import RequestLimits
-from afterword.completion.sampler_fields import LLAMA_ORDER, SAMPLER_FIELDS, has_further_samplers, samplers
+from afterword.completion.sampler_fields import SAMPLER_FIELDS, SAMPLER_NAMES, has_further_samplers, samplers
 from afterword.engine.protocol import INFILL_MIN_P
 from afterword.errors import RequestError
 
-SAMPLERS = (*LLAMA_ORDER, "infill")
+SAMPLERS = (*SAMPLER_NAMES, "infill")
 """llama-server's names."""
 
 UNLIMITED = 2**31 - 1
@@ -151,7 +151,7 @@ def _with_sampling(request: CompletionRequest, given: dict[str, Any]) -> Complet
     Without a sampler that only `SamplerChain` has, they are applied in the order of the kernel, which is faster.
     """
     values = _DEFAULTS | given | {"repetition_penalty": given.get("repeat_penalty", 1.0)}
-    order = given.get("samplers", LLAMA_ORDER)
+    order = given.get("samplers", SAMPLER_NAMES)
     numbers = {name: values[name] for name in (*_SAMPLER_OF, *SAMPLER_FIELDS) if name in values}
     whole = replace(request, samplers=order, **numbers)
     if has_further_samplers(whole):

@@ -17,7 +17,7 @@ from afterword.completion.model_defaults import DefaultsOf, no_defaults
 from afterword.completion.object_fields import ContextFile, StreamOptions
 from afterword.completion.request_descriptions import DESCRIPTIONS, described_schema
 from afterword.completion.request_limits import RequestLimits
-from afterword.completion.sampler_fields import DEFAULT_BREAKERS, LLAMA_ORDER, SAMPLER_FIELDS, samplers
+from afterword.completion.sampler_fields import DEFAULT_BREAKERS, SAMPLER_FIELDS, SAMPLER_NAMES, samplers
 from afterword.completion.token_healing import check_healing
 from afterword.engine.most_sampled import most_sampled
 from afterword.engine.protocol import Grammar, RepetitionDetection
@@ -90,6 +90,8 @@ class CompletionRequest:
     truncate_prompt_tokens: int | None = None
     truncation_side: str = "left"
     # samplers
+    adaptive_decay: float = 0.9
+    adaptive_target: float = -1.0
     dry_allowed_length: int = 2
     dry_base: float = 1.75
     dry_multiplier: float = 0.0
@@ -97,9 +99,11 @@ class CompletionRequest:
     dry_sequence_breakers: tuple[str, ...] = DEFAULT_BREAKERS
     dynatemp_exponent: float = 1.0
     dynatemp_range: float = 0.0
+    min_keep: int = 0
     mirostat: int = 0
     mirostat_eta: float = 0.1
     mirostat_tau: float = 5.0
+    repeat_last_n: int | None = None
     top_n_sigma: float = -1.0
     typical_p: float = 1.0
     xtc_probability: float = 0.0
@@ -200,7 +204,7 @@ EXTENSIONS: dict[str, Field] = {
     "response_format": grammar_fields.response_format,
     "return_token_ids": fields.boolean,
     "return_tokens_as_token_ids": fields.boolean,
-    "samplers": samplers(LLAMA_ORDER),
+    "samplers": samplers(SAMPLER_NAMES),
     "skip_special_tokens": fields.boolean,
     "spaces_between_special_tokens": fields.boolean,
     "stop_token_ids": fields.token_ids,
@@ -334,7 +338,6 @@ def _check_combinations(request: CompletionRequest, limits: RequestLimits) -> No
             param="prompt",
         )
     _check_tokens(request, limits)
-    ban_fields.check_bans(request)
     check_healing(request)
     if len(request.constraints) > 1:
         first, second = (each.field.partition(".")[0] for each in request.constraints[:2])

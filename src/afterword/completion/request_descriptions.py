@@ -218,6 +218,10 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
     "truncation_side": description(
         "Which tokens are left out: left keeps the last ones, right the first ones.", "left"
     ),
+    "adaptive_decay": description("How much the last probabilities count for adaptive_target: less for 0.", 0.9),
+    "adaptive_target": description(
+        "Prefer tokens so that the mean probability comes near this, after all other samplers. Below 0: off.", 0.5
+    ),
     "dry_allowed_length": description("Repetitions of this many tokens can be continued without a penalty of DRY.", 2),
     "dry_base": description("DRY's penalty is multiplied by this for each further repeated token. Below 1: off.", 1.75),
     "dry_multiplier": description("DRY's penalty for a token that continues a repetition. 0: off.", 0.8),
@@ -229,9 +233,15 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
     "dynatemp_range": description(
         "The temperature is lower by up to this for certain tokens, and higher for uncertain ones. 0: off.", 0.5
     ),
+    "min_keep": description("The fewest tokens that top_p, min_p, typical_p and XTC leave. 0 and 1: no effect.", 3),
     "mirostat": description("Mirostat 1 or 2 draws the tokens, after penalties, DRY and temperature. 0: off.", 2),
     "mirostat_eta": description("How fast Mirostat adapts its limit.", 0.1),
     "mirostat_tau": description("The mean surprise of a token that Mirostat aims at, in bits.", 5.0),
+    "repeat_last_n": description(
+        "The penalties count this many last tokens of prompt and choice. 0: no penalties. -1: all. Default: presence "
+        "and frequency penalties count the choice, the repetition penalty prompt and choice.",
+        64,
+    ),
     "top_n_sigma": description(
         "Sample from the logits within this many standard deviations of the largest. 0 or below: off.", 1.5
     ),
@@ -246,12 +256,14 @@ DESCRIPTIONS: dict[str, JsonSchema] = {
 """Every field of `request.FIELDS` and `request.EXTENSIONS`, and the members of those that are objects."""
 
 _PLAIN = ("model", "top_k", "top_p", "min_p", "temperature", "presence_penalty", "frequency_penalty", "logit_bias")
-_SAMPLERS = tuple(name for name in DESCRIPTIONS if name.startswith(("dry_", "dynatemp_", "mirostat", "xtc_")))
+_SAMPLERS = tuple(
+    name for name in DESCRIPTIONS if name.startswith(("adaptive_", "dry_", "dynatemp_", "mirostat", "xtc_"))
+)
 _FILES = ("input_extra", "input_extra.filename", "input_extra.text", "input_extra.time")
 
 INFILL_DESCRIPTIONS: dict[str, JsonSchema] = {
     **{name: DESCRIPTIONS[name] for name in (*_PLAIN, *_FILES, *_SAMPLERS, "stop", "ignore_eos", "stream")},
-    **{name: DESCRIPTIONS[name] for name in ("top_n_sigma", "typical_p")},
+    **{name: DESCRIPTIONS[name] for name in ("min_keep", "repeat_last_n", "top_n_sigma", "typical_p")},
     "input_prefix": description("The text before the line of the cursor.", "def add(a, b):\n"),
     "input_suffix": description("The text after the cursor.", "\n"),
     "prompt": description("The line of the cursor, up to the cursor. It follows the prefix.", "    return "),

@@ -20,25 +20,39 @@ if TYPE_CHECKING:
 LLAMA_ORDER = ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature")
 """llama-server's samplers in its order."""
 
+SAMPLER_NAMES = (*LLAMA_ORDER, "adaptive_p")
+"""The names in `samplers`. `adaptive_p` draws the token, so it is last wherever it stands, as in llama-server."""
+
+OTHER_NAMES = {
+    **{name.replace("_", sign): name for name in (*SAMPLER_NAMES, "infill") if "_" in name for sign in ("-", "")},
+    **{"nucleus": "top_p", "temp": "temperature", "typ": "typ_p"},
+    **dict.fromkeys(("typical", "typical-p", "typical_p"), "typ_p"),
+}
+"""Other names that llama-server accepts, and their names here. `typical` and its forms are from older versions."""
+
 OWN_ORDER = ("penalties", "temperature", "min_p", "top_k", "top_p")
 """The samplers that every request has, in the order of this server."""
 
 DEFAULT_BREAKERS = ("\n", ":", '"', "*")
 """llama-server's default of `dry_sequence_breakers`."""
 
-_FURTHER = frozenset({"dry", "top_n_sigma", "typ_p", "xtc"})
+_FURTHER = frozenset({"adaptive_p", "dry", "top_n_sigma", "typ_p", "xtc"})
+_KEEPING = frozenset({"min_p", "top_p", "typ_p", "xtc"})  # the samplers with `min_keep`
 _BEFORE_MIROSTAT = ("penalties", "dry")
 _MOST_BREAKERS, _LONGEST_BREAKER = 32, 40
 _MOST_CHARACTERS = 256  # of all breakers: each can be the beginning of a text in the queue of the tokenizer
+_LONGEST_WINDOW = 8192  # tokens, which are counted anew for each token
 _INT32 = 2**31
 
 
 def samplers(names: tuple[str, ...]) -> Field:
-    """A field for an array of these names of samplers."""
+    """A field for an array of these names of samplers, or of other names for them."""
+    others = {other: own for other, own in OTHER_NAMES.items() if own in names}
 
-    @field_parser({"type": "array", "uniqueItems": True, "items": {"enum": list(names)}})
+    @field_parser({"type": "array", "uniqueItems": True, "items": {"enum": [*names, *others]}})
     def parse(name: str, value: Any, limits: RequestLimits) -> tuple[str, ...]:
-        given: tuple[str, ...] = fields.strings(name, value, limits)
+        texts: tuple[str, ...] = fields.strings(name, value, limits)
+        given = tuple(others.get(each, each) for each in texts)
         if not set(given) <= set(names):
             raise RequestError(f"Invalid value in '{name}'. Supported values are {', '.join(names)}.", param=name)
         if len(set(given)) < len(given):
@@ -56,6 +70,8 @@ def breakers(name: str, value: Any, limits: RequestLimits) -> tuple[str, ...]:
 
 
 SAMPLER_FIELDS: dict[str, Field] = {
+    "adaptive_decay": fields.decimal(0, 0.99),
+    "adaptive_target": fields.decimal(-1, 1),
     "dry_allowed_length": fields.integer(0, _INT32 - 1),
     "dry_base": fields.decimal(0, 100),
     "dry_multiplier": fields.decimal(0, 100),
@@ -63,9 +79,11 @@ SAMPLER_FIELDS: dict[str, Field] = {
     "dry_sequence_breakers": breakers,
     "dynatemp_exponent": fields.decimal(0, 100),
     "dynatemp_range": fields.decimal(0, 10),
+    "min_keep": fields.integer(0, _INT32 - 1),
     "mirostat": fields.integer(0, 2),
     "mirostat_eta": fields.decimal(0, 10),
     "mirostat_tau": fields.decimal(0, 100),
+    "repeat_last_n": fields.integer(-1, _LONGEST_WINDOW),
     "top_n_sigma": fields.decimal(-1, 100),
     "typical_p": fields.decimal(0, 1),
     "xtc_probability": fields.decimal(0, 1),
@@ -81,8 +99,14 @@ def uses_dry(request: CompletionRequest) -> bool:
 
 
 def has_further_samplers(request: CompletionRequest) -> bool:
-    """Whether a sampler has an effect that only `SamplerChain` has."""
-    return bool(request.mirostat) or _has_further(_order(request), request)
+    """Whether a sampler or a setting of one has an effect that only `SamplerChain` has."""
+    order = _order(request)
+    return (
+        bool(request.mirostat)
+        or _has_further(order, request)
+        or _min_keep(request, order) > 0
+        or _last_n(request, order) is not None
+    )
 
 
 def sampling_of(
@@ -118,7 +142,7 @@ def _dry(request: CompletionRequest, inside: bytes, sequences: tuple[Any, ...]) 
 
 def _chain(request: CompletionRequest, order: tuple[str, ...], dry: Dry | None, allowed: bytes) -> SamplerChain:
     return SamplerChain(
-        order=order,
+        order=tuple(sampler for sampler in order if sampler != "adaptive_p"),
         typical_p=request.typical_p,
         top_n_sigma=max(0.0, request.top_n_sigma),
         xtc_probability=request.xtc_probability,
@@ -130,13 +154,27 @@ def _chain(request: CompletionRequest, order: tuple[str, ...], dry: Dry | None, 
         mirostat_tau=request.mirostat_tau,
         mirostat_eta=request.mirostat_eta,
         allowed=allowed,
+        adaptive_target=request.adaptive_target if "adaptive_p" in order else -1.0,
+        adaptive_decay=request.adaptive_decay,
+        min_keep=_min_keep(request, order),
+        last_n=_last_n(request, order),
     )
+
+
+def _min_keep(request: CompletionRequest, order: tuple[str, ...]) -> int:
+    """`min_keep` if it has an effect, else 0. Every sampler keeps one token anyway."""
+    return request.min_keep if request.min_keep > 1 and _KEEPING.intersection(order) else 0
+
+
+def _last_n(request: CompletionRequest, order: tuple[str, ...]) -> int | None:
+    return request.repeat_last_n if "penalties" in order else None
 
 
 def _order(request: CompletionRequest) -> tuple[str, ...]:
     """The samplers with an effect, in order. With Mirostat only penalties, DRY and temperature have one."""
+    has_penalties = bool(request.presence_penalty or request.frequency_penalty) or request.repetition_penalty != 1
     effects = {
-        "penalties": bool(request.presence_penalty or request.frequency_penalty) or request.repetition_penalty != 1,
+        "penalties": request.repeat_last_n != 0 and has_penalties,
         "dry": uses_dry(request),
         "top_n_sigma": request.top_n_sigma > 0,
         "top_k": request.top_k > 0,
@@ -146,8 +184,9 @@ def _order(request: CompletionRequest) -> tuple[str, ...]:
         "xtc": request.xtc_probability > 0 and request.xtc_threshold <= 0.5,
         "temperature": request.temperature != 1 or request.dynatemp_range > 0,
         "infill": True,
+        "adaptive_p": request.adaptive_target >= 0,
     }
-    listed = LLAMA_ORDER if request.samplers is None else request.samplers
+    listed = SAMPLER_NAMES if request.samplers is None else request.samplers
     order = tuple(sampler for sampler in listed if effects[sampler])
     if request.mirostat:
         return (*(sampler for sampler in order if sampler in _BEFORE_MIROSTAT), "temperature")

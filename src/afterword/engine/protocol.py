@@ -55,11 +55,12 @@ INFILL_MIN_P = 0.2
 
 
 class SamplerChain(Value, frozen=True):
-    """Samplers in the order in which they are applied; those that are not in `order` are not applied.
+    """Samplers, with llama-server's names, in the order in which they are applied; others are not applied.
 
-    The names in `order` are llama-server's. `top_n_sigma` 0 and `typical_p` 1 change nothing. With `mirostat` 1 or 2
-    the token is drawn as that version of Mirostat does, after all others. `allowed`: one bit for each token id, the
-    lowest first: the tokens that may be sampled; empty: all.
+    `top_n_sigma` 0 and `typical_p` 1 change nothing. `mirostat` 1 or 2, else an `adaptive_target` from 0: Mirostat or
+    adaptive-p draws the token after all others. `allowed`: one bit for each token id, the lowest first: the tokens that
+    may be sampled; empty: all. `min_keep`: the fewest tokens that `top_p`, `min_p`, `typ_p` and `xtc` leave. `last_n`:
+    penalties count this many last tokens of prompt and sample, -1: all; None: as in the kernel.
     """
 
     order: tuple[str, ...]
@@ -74,13 +75,16 @@ class SamplerChain(Value, frozen=True):
     mirostat_tau: float = 5.0
     mirostat_eta: float = 0.1
     allowed: bytes = b""
+    adaptive_target: float = -1.0
+    adaptive_decay: float = 0.9
+    min_keep: int = 0
+    last_n: int | None = None
 
 
 class Sampling(Value, frozen=True):
     """How the next token is sampled from a row of logits. The defaults (`top_k` 0 included) change nothing.
 
     `chain`: further samplers, and the order of all of them; None: the samplers of this value in the kernel's order.
-
     It is sent as an array and is constructed by position in tests: append new fields last.
     """
 
@@ -368,10 +372,7 @@ class JobHandle(Protocol):
         ...
 
     def pause(self) -> None:
-        """Stop computing and sending steps of this job until `resume`, because its client reads too slowly.
-
-        Steps that were already sent still arrive. Other jobs are not affected. No effect on a finished job.
-        """
+        """Compute and send no steps of this job until `resume`: its client reads too slowly. Sent ones still arrive."""
         ...
 
     def resume(self) -> None:
@@ -394,6 +395,6 @@ class Engine(Protocol):
     async def tokenize(self, text: str, special: bool, client: str = "") -> Sequence[int]:
         """Tokenize a text, without BOS. `special`: text that spells a special token becomes that token.
 
-        The engine serves clients in turn. Raises `RequestError` if the text is too long for the tokenizer.
+        Clients take turns. Raises `RequestError` if the text is too long for the tokenizer.
         """
         ...

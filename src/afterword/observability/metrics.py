@@ -153,6 +153,14 @@ class Metrics:
         self._process = CollectorRegistry()
         ProcessCollector(registry=self._process)
 
+    def add_model(self, model: str) -> None:
+        """Count the completions of a further model."""
+        self._requests.setdefault(model, _ModelCounters())
+
+    def remove_model(self, model: str) -> None:
+        """Forget a model. Later completions of it are not counted, so that the number of names is bounded."""
+        self._requests.pop(model, None)
+
     def record_request(self, outcome: RequestOutcome) -> None:
         if not outcome.in_process:
             method = outcome.method if outcome.method in METHODS else "other"
@@ -168,7 +176,7 @@ class Metrics:
     def _record_completion(self, outcome: RequestOutcome, completion: CompletionOutcome) -> None:
         requests = self._requests.get(completion.model)
         if requests is None:
-            requests = self._requests[completion.model] = _ModelCounters()
+            return
         for reason in completion.reasons:
             requests.reasons[reason] += 1
         if missing := outcome.incomplete_reason:

@@ -111,6 +111,12 @@ export const FIELDS = [
   field("mirostat", "integer", 0, "Mirostat 1 or 2 draws the tokens; 0: off.", { group: "Samplers" }),
   field("mirostat_tau", "number", 5, "The mean surprise in bits that Mirostat aims at.", { group: "Samplers" }),
   field("mirostat_eta", "number", 0.1, "How fast Mirostat adapts.", { group: "Samplers" }),
+  field("adaptive_target", "number", -1, "The mean probability of drawn tokens; below 0: off.", { group: "Samplers" }),
+  field("adaptive_decay", "slider", 0.9, "How long adaptive_target remembers probabilities.", {
+    group: "Samplers", low: 0, high: 0.99,
+  }),
+  field("min_keep", "integer", 0, "The fewest tokens that top_p, min_p, typical_p and XTC leave.", { group: "Samplers" }),
+  field("repeat_last_n", "integer", null, "The last tokens that penalties count; −1: all.", { group: "Samplers" }),
   field("samplers", "texts", null, "The samplers that apply, in this order.", { group: "Samplers" }),
 ];
 

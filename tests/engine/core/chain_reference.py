@@ -34,11 +34,11 @@ def distribution(
         "dry": lambda x: dried(x, chain.dry, [*prompt, *generated]) if chain.dry else x,
         "top_n_sigma": lambda x: within_sigma(x, chain.top_n_sigma) if chain.top_n_sigma else x,
         "top_k": lambda x: dict(ordered(x)[: sampling.top_k or None]),
-        "typ_p": lambda x: typical(x, chain.typical_p) if chain.typical_p < 1 else x,
-        "top_p": lambda x: nucleus(x, sampling.top_p) if sampling.top_p < 1 else x,
-        "min_p": lambda x: likely(x, sampling.min_p),
+        "typ_p": lambda x: typical(x, chain.typical_p, chain.min_keep) if chain.typical_p < 1 else x,
+        "top_p": lambda x: nucleus(x, sampling.top_p, chain.min_keep) if sampling.top_p < 1 else x,
+        "min_p": lambda x: likely(x, sampling.min_p, chain.min_keep),
         "infill": lambda x: likely(x, 0.2),
-        "xtc": lambda x: without_top(x, chain.xtc_threshold) if excludes_top else x,
+        "xtc": lambda x: without_top(x, chain.xtc_threshold, chain.min_keep) if excludes_top else x,
         "temperature": lambda x: tempered(x, sampling.temperature, chain),
     }
     for step in chain.order:
@@ -59,6 +59,8 @@ def ordered(logits: Logits) -> list[tuple[int, float]]:
 
 
 def penalized(logits: Logits, sampling: Sampling, prompt: Sequence[int], generated: Sequence[int]) -> Logits:
+    if sampling.chain and sampling.chain.last_n is not None:
+        return penalized_in_window(logits, sampling, [*prompt, *generated], sampling.chain.last_n)
     found = {}
     for token, logit in logits.items():
         factor = sampling.repetition_penalty if token in prompt or token in generated else 1.0
@@ -66,6 +68,25 @@ def penalized(logits: Logits, sampling: Sampling, prompt: Sequence[int], generat
         lowered = count * sampling.frequency_penalty + (count > 0) * sampling.presence_penalty
         found[token] = (logit / factor if logit > 0 else logit * factor) - lowered
     return found
+
+
+def penalized_in_window(logits: Logits, sampling: Sampling, text: Sequence[int], last_n: int) -> Logits:
+    """llama.cpp's penalties: all of them count the last tokens, of the prompt too."""
+    window = list(text) if last_n < 0 else list(text)[max(0, len(text) - last_n) :]
+    found = {}
+    for token, logit in logits.items():
+        count, factor = window.count(token), sampling.repetition_penalty
+        lowered = count * sampling.frequency_penalty + sampling.presence_penalty
+        found[token] = (logit * factor if logit <= 0 else logit / factor) - lowered if count else logit
+    return found
+
+
+def adaptive(logits: Logits, target: float, mean: float) -> tuple[Logits, dict[int, float]]:
+    """llama.cpp's adaptive-p: the logits from which it draws, and the probabilities before it, which it remembers."""
+    p = probabilities(logits)
+    adapted = min(max(2 * target - mean, 0.0), 1.0)
+    distances = {token: abs((x - adapted) / 0.3) for token, x in p.items()}
+    return {token: 5.0 - 10.0 * d * d / (1.0 + d) for token, d in distances.items()}, p
 
 
 def longest_repetitions(dry: Dry, text: Sequence[int]) -> dict[int, int]:
@@ -107,9 +128,10 @@ def dried(logits: Logits, dry: Dry, text: Sequence[int]) -> Logits:
     }
 
 
-def likely(logits: Logits, fraction: float) -> Logits:
+def likely(logits: Logits, fraction: float, least: int = 0) -> Logits:
     highest = max(logits.values())
-    return {token: logit for token, logit in logits.items() if math.exp(logit - highest) >= fraction}
+    kept = {token: logit for token, logit in logits.items() if math.exp(logit - highest) >= fraction}
+    return kept if len(kept) >= least else dict(ordered(logits)[:least])
 
 
 def within_sigma(logits: Logits, sigmas: float) -> Logits:
@@ -119,33 +141,34 @@ def within_sigma(logits: Logits, sigmas: float) -> Logits:
     return {t: x for t, x in logits.items() if x >= least}
 
 
-def nucleus(logits: Logits, wanted: float) -> Logits:
+def nucleus(logits: Logits, wanted: float, least: int = 0) -> Logits:
     kept, total = {}, 0.0
     p = probabilities(logits)
     for token, logit in ordered(logits):
         kept[token] = logit
         total += p[token]
-        if total >= wanted:
+        if total >= wanted and len(kept) >= least:
             break
     return kept
 
 
-def typical(logits: Logits, wanted: float) -> Logits:
+def typical(logits: Logits, wanted: float, least: int = 0) -> Logits:
     p = probabilities(logits)
     entropy = -math.fsum(x * math.log(x) for x in p.values())
     kept, total = {}, 0.0
     for token in sorted(p, key=lambda token: (abs(-math.log(p[token]) - entropy), token)):
         kept[token] = logits[token]
         total += p[token]
-        if total > wanted:
+        if total > wanted and len(kept) >= least:
             break
     return kept
 
 
-def without_top(logits: Logits, threshold: float) -> Logits:
+def without_top(logits: Logits, threshold: float, least: int = 0) -> Logits:
     p = probabilities(logits)
     likely = [token for token, _ in ordered(logits) if p[token] >= threshold]
-    return {token: logit for token, logit in logits.items() if token not in likely[:-1]}
+    kept = {token: logit for token, logit in logits.items() if token not in likely[:-1]}
+    return kept if len(kept) >= least else logits
 
 
 def tempered(logits: Logits, temperature: float, chain: SamplerChain) -> Logits:

@@ -49,8 +49,10 @@ def drawn(
     text = (*prompt, *generated)
     assert wanted.chain is not None
     repetitions = Repetitions(wanted.chain.dry, text) if wanted.chain.dry else None
-    limits = [[2 * wanted.chain.mirostat_tau] for _ in range(draws)]
-    asked = SampleTokens(job, range(draws), 0, TokenCounts(generated), repetitions, limits)
+    limits = [[sampler_chain.first_limit(wanted.chain) or 0.0] for _ in range(draws)]
+    last = wanted.chain.last_n or 0
+    recent = text[-last:] if 0 < last < len(text) else ()
+    asked = SampleTokens(job, range(draws), 0, TokenCounts(generated), repetitions, limits, recent=recent)
     (tokens,) = Sampler().read(row[None].copy(), [asked])
     return [token.id for token in tokens]
 
@@ -84,6 +86,7 @@ def expected(row: np.ndarray, wanted: Sampling, generated: tuple[int, ...] = ())
 
 
 BREAKERS = bytes([1 << 4])  # token 4
+PENALTIES = {"repetition_penalty": 1.4, "presence_penalty": 0.5, "frequency_penalty": 0.4}
 DRY = Dry(0.8, 1.75, 2, 64, BREAKERS)
 CASES = {
     "typical_p": sampling(typical_p=0.6),
@@ -102,6 +105,13 @@ CASES = {
         ("xtc", "temperature", "top_p"), temperature=1.5, top_p=0.9, xtc_probability=0.6, xtc_threshold=0.2
     ),
     "infill": sampling(("top_k", "infill"), top_k=5),
+    "min_keep of top_p": sampling(top_p=0.2, min_keep=4, xtc_probability=0.1, xtc_threshold=0.3),
+    "min_keep of min_p": sampling(("min_p", "temperature"), min_p=0.9, min_keep=3, temperature=1.5),
+    "min_keep of typical_p": sampling(typical_p=0.1, min_keep=5),
+    "min_keep of xtc": sampling(xtc_probability=1.0, xtc_threshold=0.01, min_keep=200),
+    "last_n": sampling(("penalties",), **PENALTIES, last_n=5),
+    "last_n of everything": sampling(("penalties",), **PENALTIES, last_n=-1),
+    "last_n beyond the text": sampling(("penalties",), **PENALTIES, last_n=64),
     "all": sampling(
         dry=DRY,
         top_n_sigma=2.0,
@@ -133,6 +143,8 @@ def test_draws_follow_the_reference(row: np.ndarray, wanted: Sampling) -> None:
         (CASES["xtc"], sampling(xtc_probability=0.45)),
         (CASES["dry"], sampling(dry=Dry(0.8, 1.5, 2, 64, BREAKERS))),
         (CASES["dynatemp"], sampling(dynatemp_range=0.7)),
+        (CASES["min_keep of min_p"], sampling(("min_p", "temperature"), min_p=0.9, min_keep=4, temperature=1.5)),
+        (CASES["last_n"], sampling(("penalties",), **PENALTIES, last_n=4)),
     ],
 )
 def test_the_chi_square_of_a_wrong_distribution_is_large(wanted: Sampling, other: Sampling) -> None:
@@ -151,10 +163,11 @@ def test_the_chi_square_of_a_wrong_distribution_is_large(wanted: Sampling, other
     logits,
     st.sampled_from(["top_n_sigma", "typ_p", "top_p", "top_k", "min_p", "infill"]),
     st.floats(0.01, 0.99),
+    st.sampled_from([0, 1, 2, 7, 300]),
 )
-def test_the_reference_keeps_the_same_tokens(row: np.ndarray, step: str, number: float) -> None:
+def test_the_reference_keeps_the_same_tokens(row: np.ndarray, step: str, number: float, least: int) -> None:
     same = dict.fromkeys(["typical_p", "top_p", "min_p"], number)
-    wanted = sampling([step], top_n_sigma=3 * number, top_k=int(9 * number), **same)
+    wanted = sampling([step], top_n_sigma=3 * number, top_k=int(9 * number), min_keep=least, **same)
     before = Candidates(np.arange(len(row)), row.astype(np.float64))
     kept = sampler_chain._SAMPLERS[step](before, query(wanted))
     assert set(kept.ids.tolist()) == reference.distribution(row.tolist(), wanted).keys()
@@ -176,12 +189,12 @@ def test_the_reference_has_the_same_probabilities(
 
 
 @settings(max_examples=60)
-@given(logits, st.floats(0.01, 0.5))
-def test_the_least_likely_of_the_top_choices_stays(row: np.ndarray, threshold: float) -> None:
-    chain = SamplerChain(("xtc",), xtc_probability=1.0, xtc_threshold=threshold)
+@given(logits, st.floats(0.01, 0.5), st.sampled_from([0, 1, 3, 50]))
+def test_the_least_likely_of_the_top_choices_stays(row: np.ndarray, threshold: float, least: int) -> None:
+    chain = SamplerChain(("xtc",), xtc_probability=1.0, xtc_threshold=threshold, min_keep=least)
     before = Candidates(np.arange(len(row)), row.astype(np.float64))
     kept = sampler_chain.exclude_top_choices(before, chain)
-    assert set(kept.ids.tolist()) == reference.without_top(dict(enumerate(row.tolist())), threshold).keys()
+    assert set(kept.ids.tolist()) == reference.without_top(dict(enumerate(row.tolist())), threshold, least).keys()
 
 
 # ---- DRY
@@ -282,6 +295,44 @@ def test_the_limit_of_mirostat_follows_the_surprise(version: int) -> None:
         surprises.append((limits[position] - limits[position + 1]) / 0.2 + 3.0)
     assert limits[1] == pytest.approx(6.0 - 0.2 * (surprises[0] - 3.0))
     assert np.mean(surprises[50:]) == pytest.approx(3.0, abs=0.15)
+
+
+# ---- adaptive-p
+
+
+@pytest.mark.parametrize("row", [EIGHT, WIDE], ids=["eight", "wide"])
+@pytest.mark.parametrize(
+    ("target", "fields"), [(0.0, {}), (0.3, {}), (0.15, {"min_p": 0.1, "temperature": 1.5}), (1.0, {"top_k": 6})]
+)
+def test_adaptive_p_draws_from_the_reference(row: np.ndarray, target: float, fields: dict[str, Any]) -> None:
+    wanted = sampling(["top_k", "min_p", "temperature"], adaptive_target=target, **fields)
+    before = reference.distribution(row.tolist(), wanted)
+    near, _ = reference.adaptive(before, target, target)
+    assert chi_square(drawn(row, wanted, DRAWS), reference.probabilities(near)) < 4
+    other, _ = reference.adaptive(before, abs(target - 0.1), target)
+    wrong = {token: max(p, 1e-9) for token, p in reference.probabilities(other).items()}
+    assert chi_square(drawn(row, wanted, DRAWS), wrong) > 4  # the comparison can fail
+
+
+def test_the_target_of_adaptive_p_follows_the_drawn_probabilities() -> None:
+    """Each draw is from the reference's distribution for the mean that the reference has after the tokens before."""
+    wanted = sampling(["temperature"], adaptive_target=0.3, adaptive_decay=0.8)
+    job = Job(prompt=(1,), samples=1, max_tokens=1, sampling=wanted, end_tokens=(), key=KEY)
+    means, mean = [0.3], 0.3
+    rows = np.random.default_rng(2).normal(0, 2, (300, 40)).astype(np.float32)
+    for position, row in enumerate(rows):
+        asked = SampleTokens(job, [0], position, TokenCounts(), None, [means])
+        before = [*means]
+        token = Sampler().read(row[None].copy(), [asked])[0][0].id
+        known = [*means]
+        means[:] = before  # a draft that was rejected is drawn again
+        assert Sampler().read(row[None].copy(), [asked])[0][0].id == token
+        assert means == known
+        near, p = reference.adaptive(dict(enumerate(row.tolist())), 0.3, mean)
+        assert reference.probabilities(near)[token] > 1e-6
+        mean = 0.8 * mean + 0.2 * p[token]
+        assert means[-1] == pytest.approx(mean, rel=1e-9)
+    assert len(means) == len(rows) + 1
 
 
 # ---- requests that need no chain, and rows that are not finite

@@ -30,6 +30,9 @@ SAMPLINGS = (
     Sampling(temperature=0.0, logit_bias=((3, 2.0), (4, -100.0))),
     Sampling(0.8, chain=SamplerChain(("dry", "temperature"), dry=Dry(1.5, 1.5, 1, 40, bytes([2]), (((5,), (6,)),)))),
     Sampling(chain=SamplerChain(("temperature",), mirostat=1, mirostat_tau=2.0)),
+    Sampling(chain=SamplerChain(("temperature",), adaptive_target=0.2, adaptive_decay=0.6)),
+    Sampling(presence_penalty=1.0, repetition_penalty=1.5, chain=SamplerChain(("penalties",), last_n=5)),
+    Sampling(frequency_penalty=1.0, chain=SamplerChain(("penalties",), last_n=-1, min_keep=2)),
     Sampling(
         repetition_penalty=1.1,
         chain=SamplerChain(("penalties", "dry"), dry=Dry(0.8, 1.75, 2, -1), mirostat=2, mirostat_tau=3.0),

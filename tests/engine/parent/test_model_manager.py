@@ -339,3 +339,102 @@ def test_random_requests_failures_and_cancellations(seed: int):
         assert (machine.engines, states(models)) == ([], ["unloaded"] * 4)
 
     run(test)
+
+
+# ---- models that come and go
+
+
+def definer(machine: FakeMachine, name: str, needs: int = 10) -> Callable[[int], Coroutine[Any, Any, ModelDefinition]]:
+    async def define(available: int) -> ModelDefinition:
+        return ModelDefinition(name, 0, machine.maker(name, needs), memory_bytes=needs, parent="a")
+
+    return define
+
+
+@pytest.mark.parametrize("keep_alive", [None, 60])
+def test_a_model_that_is_added_is_served_when_it_is_loaded(keep_alive: float | None):
+    async def test(machine: FakeMachine) -> None:
+        models = machine.manager("a", keep_alive=keep_alive)
+        await models.open()
+        adding = asyncio.create_task(models.add("b", definer(machine, "b")))
+        await asyncio.sleep(LOADING / 2)
+        assert models.has("b")
+        assert models.get("b") is None
+        assert models.adapters == 1
+        await adding
+        assert models.adapters == 1
+        assert named(models, "b").state == "ready"
+        await use(models, "b", 1)
+
+    run(test)
+
+
+def test_a_model_that_cannot_be_loaded_leaves_nothing_behind():
+    async def test(machine: FakeMachine) -> None:
+        models = machine.manager("a", keep_alive=None)
+        await models.open()
+        machine.faults["b"] = SettingError("no adapter")
+        with pytest.raises(SettingError, match="no adapter"):
+            await models.add("b", definer(machine, "b"))
+        assert not models.has("b")
+        assert not machine.alive("b")
+        await models.add("b", definer(machine, "b"))
+        assert named(models, "b").state == "ready"
+
+    run(test)
+
+
+def test_a_removed_model_is_closed_after_the_last_request_that_uses_it():
+    async def test(machine: FakeMachine) -> None:
+        models = machine.manager("a", keep_alive=None)
+        await models.open()
+        await models.add("b", definer(machine, "b"))
+        using = [asyncio.create_task(use(models, "b", seconds)) for seconds in (20, 40)]
+        await asyncio.sleep(1)
+        models.remove(named(models, "b"))
+        assert models.get("b") is None
+        assert models.adapters == 1  # its memory is in use
+        await using[0]
+        assert [engine.state for engine in machine.alive("b")] == ["ready"]
+        await using[1]
+        await asyncio.sleep(ENDING + 1)
+        assert not machine.alive("b")
+        assert models.adapters == 0
+
+    run(test)
+
+
+def test_the_memory_of_a_removed_model_counts_until_it_is_closed():
+    async def test(machine: FakeMachine) -> None:
+        models = machine.manager("a", keep_alive=60, needs=40)
+        await models.add("b", definer(machine, "b", 60))
+        using = asyncio.create_task(use(models, "b", 50))
+        await asyncio.sleep(1)
+        models.remove(named(models, "b"))
+        with pytest.raises(Overloaded):
+            await models.add("c", definer(machine, "c", 60))
+        await using
+        await models.add("c", definer(machine, "c", 60))
+        assert len(machine.engines) == 1
+
+    run(test)
+
+
+def test_closing_the_manager_ends_what_is_being_added_and_what_was_removed():
+    async def test(machine: FakeMachine) -> None:
+        models = machine.manager("a", keep_alive=None)
+        await models.open()
+        await models.add("b", definer(machine, "b"))
+        engine = await models.acquire(named(models, "b"))
+        models.remove(named(models, "b"))
+        adding = asyncio.create_task(models.add("c", definer(machine, "c")))
+        await asyncio.sleep(LOADING / 2)
+        await models.close()
+        assert engine.state == "closed"
+        assert not machine.engines
+        with pytest.raises(Overloaded, match="shutting down"):
+            await adding
+        with pytest.raises(Overloaded, match="shutting down"):
+            await models.add("d", definer(machine, "d"))
+
+    run(test)

@@ -19,7 +19,7 @@ from afterword.config import Config
 ERRORS = {
     400: "The request is invalid; `param` names the field.",
     401: "The API key is missing or invalid.",
-    403: "The origin of the web page is not allowed.",
+    403: "The origin of the web page is not allowed, or the API key may not do this.",
     404: "The model, object or path does not exist.",
     405: "The path does not have this method.",
     408: "The request head or body did not arrive in time.",
@@ -51,6 +51,8 @@ OPERATIONS = {
     ("post", "/infill"): ("createInfill", "completions"),
     ("get", "/v1/models"): ("listModels", "models"),
     ("get", "/v1/models/{model}"): ("retrieveModel", "models"),
+    ("post", "/v1/load_lora_adapter"): ("loadAdapter", "models"),
+    ("post", "/v1/unload_lora_adapter"): ("unloadAdapter", "models"),
     ("post", "/v1/files"): ("createFile", "files"),
     ("get", "/v1/files"): ("listFiles", "files"),
     ("get", "/v1/files/{id}"): ("retrieveFile", "files"),
@@ -126,14 +128,16 @@ def document(config: Config, vocabulary: int, model: str, url: str) -> JsonSchem
 
 def _paths(config: Config, vocabulary: int) -> JsonSchema:
     token: JsonSchema = {"type": "integer", "minimum": 0, "maximum": vocabulary - 1}
-    text = _body("Tokenize", ["prompt"], prompt={"type": "string"}, add_special_tokens=or_null({"type": "boolean"}))
+    model = or_null({"type": "string"})
+    flag = or_null({"type": "boolean"})
+    text = _body("Tokenize", ["prompt"], prompt={"type": "string"}, add_special_tokens=flag, model=model)
     name = {
         "name": "model",
         "in": "path",
         "required": True,
         "schema": {"type": "string", "minLength": 1},
     } | description("The model's name, which may contain slashes.")
-    tokens = _body("Detokenize", ["tokens"], tokens=array_schema(token))
+    tokens = _body("Detokenize", ["tokens"], tokens=array_schema(token), model=model)
     content = _json(ref("Completion")) | {"text/event-stream": {"x-event": ref("Chunk")}}
     completion = _operation("create a completion", content, ref("CompletionRequest")) | {"description": STREAMS}
     middle: JsonSchema = {"anyOf": [ref("Infill"), array_schema(ref("Infill"))]}
@@ -144,6 +148,7 @@ def _paths(config: Config, vocabulary: int) -> JsonSchema:
         "/infill": {"post": infill | {"description": INFILL_STREAMS}},
         "/v1/models": {"get": _operation("list the models", _json(ref("Models")))},
         "/v1/models/{model}": {"get": _operation("get a model", _json(ref("Model"))) | {"parameters": [name]}},
+        **_adapter_paths(),
         **batch_schemas.paths(_operation),
         "/tokenize": {"post": _operation("tokenize a text", _json(ref("Tokens")), text)},
         "/detokenize": {"post": _operation("get the text of tokens", _json(ref("Text")), tokens)},
@@ -153,6 +158,22 @@ def _paths(config: Config, vocabulary: int) -> JsonSchema:
         "/openapi.json": {"get": _operation("get this document", _json({"type": "object"}))},
         "/health": {"get": _status("check whether the server works")},
         "/ready": {"get": _status("check whether the server accepts requests, and its load")},
+    }
+
+
+def _adapter_paths() -> JsonSchema:
+    answer: JsonSchema = {"text/plain": {"schema": {"type": "string"}}}
+    load = _body(
+        "LoadAdapter",
+        ["lora_name", "lora_path"],
+        lora_name={"type": "string", "minLength": 1, "maxLength": 256},
+        lora_path={"type": "string", "minLength": 1, "maxLength": 4096},
+        load_inplace={"enum": [False, None]},
+    )
+    unload = _body("UnloadAdapter", ["lora_name"], lora_name={"type": "string"}, lora_int_id={"type": "null"})
+    return {
+        "/v1/load_lora_adapter": {"post": _operation("serve an adapter", answer, load)},
+        "/v1/unload_lora_adapter": {"post": _operation("serve an adapter no longer", answer, unload)},
     }
 
 
@@ -192,7 +213,6 @@ def _json(value: JsonSchema) -> JsonSchema:
 
 
 def _body(name: str, required: list[str], **properties: JsonSchema) -> JsonSchema:
-    properties["model"] = or_null({"type": "string"})
     body = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
     example = {member: REQUEST_SCHEMAS[f"{name}.{member}"]["examples"][0] for member in required}
     return described_schema(body, name, REQUEST_SCHEMAS) | {"examples": [example]}

@@ -128,8 +128,16 @@ REQUEST_SCHEMAS: dict[str, JsonSchema] = {
     "Tokenize.model": description("The model; required if the server has several.", "afterword-tiny"),
     "Detokenize.tokens": description("The token ids.", [647, 604]),
     "Detokenize.model": description("The model; required if the server has several.", "afterword-tiny"),
+    "LoadAdapter.lora_name": description("The name by which requests select the adapter.", "poems"),
+    "LoadAdapter.lora_path": description(
+        "A GGUF file in the server's folder of adapters (--lora-dir); the path is relative to it, or absolute.",
+        "poems.gguf",
+    ),
+    "LoadAdapter.load_inplace": description("Only false; an adapter is unloaded before its name is used again.", False),
+    "UnloadAdapter.lora_name": description("The name of an adapter.", "poems"),
+    "UnloadAdapter.lora_int_id": description("Only null; adapters have no numbers.", None),
 }
-"""Descriptions and examples of the members of the bodies of `/tokenize` and `/detokenize`."""
+"""Descriptions and examples of the members of request bodies that no parser describes."""
 
 _LOGPROBS = {
     "text_offset": [0, 4, 9],

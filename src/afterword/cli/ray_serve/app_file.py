@@ -31,6 +31,8 @@ REFUSED = {
     "print-limits": "use afterword serve --print-limits",
     "json": "use afterword serve --print-limits",
     "batch-dir": "replicas have no files and batches, since their folders are separate",
+    "lora-dir": "a request reaches one replica, so only that one would load the adapter",
+    "lora-key": "a request reaches one replica, so only that one would load the adapter",
     "api-key": "Ray's dashboard would show it. Give api-key-file or keys, or set AFTERWORD_API_KEY for the Ray nodes",
 }
 """Settings of `afterword serve` that a replica cannot have, with the reason."""

@@ -378,6 +378,7 @@ class EngineLoop:
             sequence.append(token.id)
             if sequence.held and (count := sequence.held.append(token)):
                 builder.take_back(sequence, count)
+                self._grammars.take_back(sequence, count - 1)  # the last token was not noted yet
                 self._scheduler.rewind(sequence)
             else:
                 builder.add_token(sequence, token, self._end_reason(sequence, token.id))

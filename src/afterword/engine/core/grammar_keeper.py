@@ -107,6 +107,15 @@ class GrammarKeeper:
             self._slow.setdefault(job_id, []).append(matcher)
         return ends
 
+    def take_back(self, sequence: Sequence, count: int) -> None:
+        """Note that the last `count` tokens that were noted are not part of the text any longer."""
+        matcher = sequence.matcher
+        if matcher is None or not count:
+            return
+        matcher.take_back(count)
+        if matcher.is_slow:
+            self._slow.setdefault(sequence.job_state.job_id, []).append(matcher)
+
     def _matcher(self, sequence: Sequence) -> Matcher:
         return sequence.matcher or self._ready[sequence.job_state.job_id]
 

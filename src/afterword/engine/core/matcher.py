@@ -47,6 +47,10 @@ class Matcher(Protocol):
         """Go on by one token, and return whether nothing can follow. If something can, its mask is computed."""
         ...
 
+    def take_back(self, count: int) -> None:
+        """Go back by `count` of the appended tokens, whose masks are known. The mask before them is computed again."""
+        ...
+
     @property
     def is_ready(self) -> bool:
         """Whether `allowed` would return at once."""
@@ -127,9 +131,15 @@ def first_tokens(job: Job, excluded: tuple[int, ...]) -> TokenMask:
 
 
 def constrained(query: SampleTokens, allowed: AllowedTokens) -> SampleTokens | None:
-    """The query for one of the allowed tokens; None if the text of its samples ends here."""
+    """The query for one of the allowed tokens; None if the text of its samples ends here.
+
+    If all of them were taken back at this place, one of them is drawn, which shows that none is left.
+    """
     mask = next_tokens(allowed, query.job, query.position)
-    return None if mask is None else msgspec.structs.replace(query, mask=mask)
+    if mask is None:
+        return None
+    left = _with(mask, query.excluded, False) if query.excluded else mask
+    return msgspec.structs.replace(query, mask=left if left.any() else mask)
 
 
 def _with(mask: TokenMask, tokens: tuple[int, ...], value: bool) -> TokenMask:

@@ -66,10 +66,10 @@ class ScoreQuery(msgspec.Struct, frozen=True):
 class SampleTokens(msgspec.Struct, frozen=True):
     """Request the next token of each of a job's `samples`, which share a logits row and their `generated` tokens.
 
-    `position`: the number of generated tokens. Samples share a row only for their first token. `repetitions`, `limits`:
-    see `ChainQuery`; one list of limits for each sample. `mask`: one bit for each token that may be sampled; it already
-    leaves out `Job.banned`, and end tokens that come too early. None: every token may be sampled. `excluded`: tokens
-    that were taken back at this place.
+    `position`: the number of generated tokens. Samples share a row only for their first token. `repetitions`, `limits`,
+    `recent`: see `ChainQuery`; one list of limits for each sample. `mask`: one bit for each token that may be sampled;
+    it already leaves out `Job.banned`, and end tokens that come too early. None: every token may be sampled.
+    `excluded`: tokens that were taken back at this place.
     """
 
     job: Job
@@ -80,6 +80,7 @@ class SampleTokens(msgspec.Struct, frozen=True):
     limits: Sequence[list[float]] = ()
     mask: NDArray[np.uint32] | None = None
     excluded: tuple[int, ...] = ()
+    recent: tuple[int, ...] = ()
 
     @property
     def seeds(self) -> list[int]:
@@ -163,7 +164,8 @@ def _chosen_by_chain(row: LogitsRow, query: TokenQuery) -> list[int] | None:
     """The tokens of samples with a chain of samplers, which the kernel does not have; None for all others."""
     if not isinstance(query, SampleTokens) or query.job.sampling.chain is None:
         return None
-    return sample_chain(row, ChainQuery(query.sample_query, query.position, query.repetitions, query.limits))
+    known = (query.repetitions, query.limits, query.recent)
+    return sample_chain(row, ChainQuery(query.sample_query, query.position, *known))
 
 
 def _row_query(query: TokenQuery, chosen: list[int] | None) -> RowQuery:

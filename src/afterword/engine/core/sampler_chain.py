@@ -1,13 +1,15 @@
 """Samples tokens with samplers or an order of samplers that the sampler's kernel does not have.
 
 The samplers are llama-server's, in numpy and float64, one function for each. `SamplerChain.order` has their order. A
-request that needs none of them is sampled by the kernel. Pure, apart from the limits of Mirostat (`ChainQuery.limits`).
+request that needs none of them is sampled by the kernel. Pure, apart from what Mirostat and adaptive-p remember
+(`ChainQuery.limits`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Literal
 
 import msgspec
@@ -21,27 +23,38 @@ from afterword.engine.protocol import INFILL_MIN_P, Dry, SamplerChain
 
 _MIROSTAT_TOKENS = 100  # most likely tokens from which Mirostat 1 estimates the distribution, as in llama.cpp
 _LARGEST_EXPONENT = 88.7228391  # logarithm of the largest float32: llama.cpp limits DRY's powers by it
+_ADAPTIVE_WIDTH, _ADAPTIVE_PEAK, _ADAPTIVE_SHARPNESS = 0.3, 5.0, 10.0  # constants of llama.cpp's adaptive-p
+_MAX_CACHED = 256  # prompts, as in `sampler_kernel`
 _FIRST_SORTED = 256  # candidates that are sorted first; more only if these do not suffice
 
 
 class ChainQuery(msgspec.Struct, frozen=True):
     """Sample one id for each seed of `sample`.
 
-    `repetitions`: those of the text before the token, for DRY. `limits`: for each seed, Mirostat's limits (`mu`) before
-    each token of the sample, by position, of which those up to `position` are known. The limit after the drawn token is
-    written behind them. So a token of a draft that was rejected leaves nothing behind: its limit is written again.
+    `repetitions`: those of the text before the token, for DRY. `limits`: for each seed, Mirostat's limits (`mu`) or
+    adaptive-p's mean probabilities before each token of the sample, by position, of which those up to `position` are
+    known. The one after the drawn token is written behind them. So a token of a draft that was rejected leaves nothing
+    behind: its limit is written again. `recent`: see `Sequence.recent`.
     """
 
     sample: SampleQuery
     position: int = 0
     repetitions: Repetitions | None = None
     limits: Sequence[list[float]] = ()
+    recent: tuple[int, ...] = ()
 
     @property
     def chain(self) -> SamplerChain:
         chain = self.sample.sampling.chain
         assert chain is not None, "without a chain the kernel samples"
         return chain
+
+
+def first_limit(chain: SamplerChain) -> float | None:
+    """What Mirostat or adaptive-p remembers before the first token of a sample; None without them."""
+    if chain.mirostat:
+        return 2 * chain.mirostat_tau
+    return chain.adaptive_target if chain.adaptive_target >= 0 else None
 
 
 class Candidates(msgspec.Struct, frozen=True):
@@ -118,6 +131,8 @@ def _drawn(candidates: Candidates, query: ChainQuery, indexes: list[int], vocabu
     """Draw a token for each of these seeds."""
     if query.chain.mirostat:
         return [_draw_mirostat(candidates, query, index, vocabulary) for index in indexes]
+    if query.chain.adaptive_target >= 0:
+        return [_draw_adaptive(candidates, query, index) for index in indexes]
     cumulated = np.cumsum(candidates.weights)
     numbers = np.array([random_number(query.sample.seeds[index], 0) for index in indexes])
     targets = np.minimum(numbers * cumulated[-1], _below(cumulated[-1]))
@@ -150,13 +165,40 @@ def _first_candidates(row: LogitsRow, query: ChainQuery) -> Candidates:
 
 
 def penalties(candidates: Candidates, query: ChainQuery) -> Candidates:
-    """Repetition, frequency and presence penalties, as in the kernel."""
+    """Repetition, frequency and presence penalties, as in the kernel, or with a window as in llama.cpp."""
     sampling, generated = query.sample.sampling, query.sample.generated
+    if query.chain.last_n is not None:
+        return _windowed_penalties(candidates, query)
     if (factor := sampling.repetition_penalty) != 1.0:
         seen = np.union1d(cached_distinct(query.sample.prompt), generated.ids)
         candidates = candidates.changed(seen, lambda x, _: np.where(x > 0, x / factor, x * factor))
     lowered = generated.counts * sampling.frequency_penalty + sampling.presence_penalty
     return candidates.changed(generated.ids, lambda x, found: x - lowered[found])
+
+
+def _windowed_penalties(candidates: Candidates, query: ChainQuery) -> Candidates:
+    sampling = query.sample.sampling
+    ids, counts = _counts(query.recent) if query.recent else _all_counts(query)
+    factor, lowered = sampling.repetition_penalty, counts * sampling.frequency_penalty + sampling.presence_penalty
+    return candidates.changed(ids, lambda x, found: np.where(x > 0, x / factor, x * factor) - lowered[found])
+
+
+def _counts(tokens: tuple[int, ...]) -> tuple[Ids, Ids]:
+    """The distinct tokens in ascending order, and how often each occurs."""
+    return np.unique(np.array(tokens, np.int64), return_counts=True)
+
+
+_prompt_counts = lru_cache(_MAX_CACHED)(_counts)
+
+
+def _all_counts(query: ChainQuery) -> tuple[Ids, Ids]:
+    """The distinct tokens of prompt and sample, and how often each occurs."""
+    prompt, generated = _prompt_counts(query.sample.prompt), query.sample.generated
+    ids = np.union1d(prompt[0], generated.ids)
+    counts = np.zeros(len(ids), np.int64)
+    for some, times in (prompt, (generated.ids, generated.counts)):
+        counts[np.searchsorted(ids, some)] += times
+    return ids, counts
 
 
 def dry(candidates: Candidates, query: ChainQuery) -> Candidates:
@@ -194,7 +236,7 @@ def top_p(candidates: Candidates, query: ChainQuery) -> Candidates:
     wanted = query.sample.sampling.top_p
     if wanted >= 1:
         return candidates
-    return candidates.keep(_fewest(-candidates.logits, candidates.probabilities, wanted, "left"))
+    return candidates.keep(_fewest(-candidates.logits, candidates.probabilities, wanted, "left", query.chain.min_keep))
 
 
 def typical(candidates: Candidates, query: ChainQuery) -> Candidates:
@@ -207,12 +249,15 @@ def typical(candidates: Candidates, query: ChainQuery) -> Candidates:
     candidates = candidates.keep(candidates.probabilities > 0)
     p = candidates.probabilities
     distance = np.abs(-np.log(p) - _entropy(p))
-    return candidates.keep(_fewest(distance, p, query.chain.typical_p, "right"))
+    return candidates.keep(_fewest(distance, p, query.chain.typical_p, "right", query.chain.min_keep))
 
 
 def min_p(candidates: Candidates, query: ChainQuery) -> Candidates:
-    """Keep tokens with at least this fraction of the highest probability."""
-    return candidates.keep(candidates.weights >= query.sample.sampling.min_p)
+    """Keep tokens with at least this fraction of the highest probability, and at least `min_keep`."""
+    kept, least = candidates.weights >= query.sample.sampling.min_p, query.chain.min_keep
+    if np.count_nonzero(kept) < least:
+        return candidates.keep(_lowest(-candidates.logits, least)[:least])
+    return candidates.keep(kept)
 
 
 def infill(candidates: Candidates, _: ChainQuery) -> Candidates:
@@ -224,7 +269,7 @@ def exclude_top_choices(candidates: Candidates, chain: SamplerChain) -> Candidat
     """XTC, where it excludes: remove all tokens of at least `xtc_threshold` but the least likely of them."""
     p = candidates.probabilities
     likely = np.flatnonzero(p >= chain.xtc_threshold)
-    if len(likely) < 2:
+    if len(likely) < 2 or len(p) - len(likely) + 1 < chain.min_keep:
         return candidates
     kept = np.ones(len(p), bool)
     kept[likely] = False
@@ -259,7 +304,7 @@ _SAMPLERS: dict[str, Callable[[Candidates, ChainQuery], Candidates]] = {
 }
 
 
-# ---- Mirostat
+# ---- Mirostat and adaptive-p
 
 
 def _draw_mirostat(candidates: Candidates, query: ChainQuery, index: int, vocabulary: int) -> int:
@@ -272,6 +317,23 @@ def _draw_mirostat(candidates: Candidates, query: ChainQuery, index: int, vocabu
     surprise = -math.log2(p[place])
     limits[query.position + 1 :] = [limit - chain.mirostat_eta * (surprise - chain.mirostat_tau)]
     return int(kept.ids[place])
+
+
+def _draw_adaptive(candidates: Candidates, query: ChainQuery, index: int) -> int:
+    """Draw a token near the target, and write the mean probability of the drawn tokens, the last ones weighted most.
+
+    The probability at which the weights are highest lies as far on the other side of the target as the mean.
+    """
+    chain, means = query.chain, query.limits[index]
+    mean = means[query.position]
+    p = candidates.probabilities
+    wanted = min(max(2 * chain.adaptive_target - mean, 0.0), 1.0)
+    distance = np.abs(p - wanted) / _ADAPTIVE_WIDTH
+    near = Candidates(candidates.ids, _ADAPTIVE_PEAK - _ADAPTIVE_SHARPNESS * distance**2 / (1 + distance))
+    place = pick(near.probabilities, random_number(query.sample.seeds[index], 0))[0]
+    drawn = float(p[place])
+    means[query.position + 1 :] = [chain.adaptive_decay * mean + (1 - chain.adaptive_decay) * drawn]
+    return int(candidates.ids[place])
 
 
 def mirostat_1(candidates: Candidates, limit: float, vocabulary: int) -> Candidates:
@@ -321,12 +383,15 @@ def _lowest(keys: Numbers, count: int) -> Ids:
     return found[np.argsort(keys[found], kind="stable")]
 
 
-def _fewest(keys: Numbers, p: Numbers, wanted: float, side: Literal["left", "right"]) -> Ids:
-    """The indexes of the lowest keys, as few as have a probability of at least (left) or more than (right) `wanted`."""
-    count = _FIRST_SORTED
+def _fewest(keys: Numbers, p: Numbers, wanted: float, side: Literal["left", "right"], least: int = 0) -> Ids:
+    """The indexes of the lowest keys, as few as have a probability of at least (left) or more than (right) `wanted`.
+
+    At least `least`, if there are as many.
+    """
+    count = max(_FIRST_SORTED, least)
     while True:
         order = _lowest(keys, count)
         reached = np.cumsum(p[order])
         if reached[-1] > wanted or len(order) == len(keys):
-            return order[: int(np.searchsorted(reached, wanted, side)) + 1]
+            return order[: max(int(np.searchsorted(reached, wanted, side)) + 1, least)]
         count *= 8

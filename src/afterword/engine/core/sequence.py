@@ -15,6 +15,7 @@ from afterword.engine.core.forward_batch import BatchEntry
 from afterword.engine.core.matcher import Matcher, first_tokens
 from afterword.engine.core.repetitions import EarlierRepetitions, Repetitions
 from afterword.engine.core.sampler import SampleTokens
+from afterword.engine.core.sampler_chain import first_limit
 from afterword.engine.core.slot import PrefixQuery, Slot
 from afterword.engine.core.token_counts import TokenCounts
 from afterword.engine.draft import Draft, ModelDraft
@@ -46,11 +47,10 @@ class JobState:
     limits: dict[int, list[float]] = field(default_factory=dict)
 
     def limits_of(self, samples: TokenSequence[int]) -> list[list[float]]:
-        """Mirostat's limits of each sample; nothing if the job does not use it."""
+        """What Mirostat or adaptive-p remembers of each sample; nothing if the job does not use them."""
         chain = self.job.sampling.chain
-        if chain is None or not chain.mirostat:
-            return []
-        return [self.limits.setdefault(sample, [2 * chain.mirostat_tau]) for sample in samples]
+        first = first_limit(chain) if chain else None
+        return [] if first is None else [self.limits.setdefault(sample, [first]) for sample in samples]
 
     @property
     def holds_prompt(self) -> bool:
@@ -191,7 +191,19 @@ class Sequence:
         position = len(self.generated)
         excluded = self.held.banned(position) if self.held else ()
         mask = first_tokens(state.job, excluded) if state.job.first and not position else None
-        return SampleTokens(state.job, samples, position, self.token_counts, repetitions, limits, mask, excluded)
+        known = (repetitions, limits, mask, excluded, self.recent())
+        return SampleTokens(state.job, samples, position, self.token_counts, *known)
+
+    def recent(self, drafted: tuple[int, ...] = ()) -> tuple[int, ...]:
+        """The last tokens, which penalties with a window count; empty without a window, or if it holds all tokens.
+
+        `drafted`: tokens that follow the text.
+        """
+        chain = self.job_state.job.sampling.chain
+        count = chain.last_n if chain else None
+        if count is None or not 0 < count < self.length + len(drafted):
+            return ()
+        return (self.slice(max(0, self.length - count), self.length) + drafted)[-count:]
 
     def append(self, token: int) -> None:
         """Append a sampled token."""

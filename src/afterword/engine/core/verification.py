@@ -216,7 +216,10 @@ def verification_queries(sequence: Sequence, entry: BatchEntry) -> Iterator[Samp
             repetitions = repetitions.copy()
             repetitions.add(token)
         position = query.position + index
-        yield msgspec.structs.replace(query, position=position, generated=counts, repetitions=repetitions)
+        recent = sequence.recent(entry.tokens[1 : index + 1])
+        yield msgspec.structs.replace(
+            query, position=position, generated=counts, repetitions=repetitions, recent=recent
+        )
 
 
 def confirmed_tokens(job: Job, entry: BatchEntry, found: list[list[Token]]) -> list[Token]:

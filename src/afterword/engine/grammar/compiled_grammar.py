@@ -87,6 +87,10 @@ class Place:
         """Move on by one token. Returns whether nothing can follow; False if the token or the text so far is wrong."""
         return self._matcher.consume_token(token) and self._matcher.is_stopped() and not self._matcher.is_error()
 
+    def take_back(self, count: int) -> None:
+        """Move back by `count` of the tokens that were appended."""
+        self._matcher.rollback(count)
+
     def allowed(self) -> AllowedTokens:
         """The tokens that may follow."""
         complete = self._matcher.is_accepting()

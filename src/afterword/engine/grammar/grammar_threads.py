@@ -154,9 +154,18 @@ class GrammarMatcher:
             self._threads.refuse(self._grammar)
         if ends:
             return True
+        self._compute_mask()
+        return False
+
+    def take_back(self, count: int) -> None:
+        """See `Matcher`."""
+        self._allowed = None
+        self._place.take_back(count)
+        self._compute_mask()
+
+    def _compute_mask(self) -> None:
         self._thread = self._threads.slow_masks if self.is_slow else self._threads.masks
         self._task = self._thread.submit(self._place.allowed)
-        return False
 
     @property
     def is_ready(self) -> bool:

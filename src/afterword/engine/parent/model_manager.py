@@ -6,6 +6,8 @@ and in between its engine is not closed.
 - Without `keep_alive` all models are loaded at the start and stay loaded.
 - With `keep_alive` the first request for a model loads it, and later requests wait until it is loaded. The engine is
   closed after `keep_alive` seconds without use, or earlier if another model needs the memory.
+- Models can be added and removed later (adapters). A model that was removed has no name any more. Its engine is closed
+  when the last request that uses it has ended.
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -64,6 +67,9 @@ class ModelDefinition:
     parent: str | None = None
 
 
+DefineAdapter = Callable[[str, Path, int], ModelDefinition]
+
+
 class ManagedModel:
     """A model and its current engine. Only the model manager changes it."""
 
@@ -77,6 +83,7 @@ class ManagedModel:
         self.last_used = 0  # a counter that orders models by their last use
         self.loading: asyncio.Task[AfterwordError | None] | None = None
         self.unload_timer: asyncio.TimerHandle | None = None
+        self.removed = False
         self._always_loaded = always_loaded
 
     @property
@@ -125,7 +132,9 @@ class ManagedModel:
 class ModelManager:
     """All models of a server, in the order of the command line. All methods are called on the event loop's thread.
 
-    `free` returns the bytes of memory that are available at the moment.
+    `free` returns the bytes of memory that are available at the moment. `define_adapter`: makes the definition of a
+    further model from its name, an adapter's file and the bytes of memory that it may use; it reads files, and raises
+    `SettingError`. None: the models have no adapters.
     """
 
     def __init__(
@@ -135,17 +144,19 @@ class ModelManager:
         keep_alive: float | None = None,
         policy: QueuePolicy = DEFAULT_POLICY,
         free: Callable[[], int] = lambda: 2**63,
+        define_adapter: DefineAdapter | None = None,
     ) -> None:
         self.keep_alive = keep_alive
-        self._models = {
-            definition.id: ManagedModel(definition, always_loaded=keep_alive is None) for definition in definitions
-        }
-        self._policy = policy
+        self.define_adapter = define_adapter
+        self._models = {each.id: ManagedModel(each, always_loaded=keep_alive is None) for each in definitions}
+        self.policy = policy
         self._free = free
         self._budget = free()
         self._use_counter = itertools.count(1)
         self._transition = asyncio.Lock()  # one load or unload at a time
         self._transitions: set[asyncio.Task[None]] = set()
+        self._adding: dict[str, asyncio.Task[None]] = {}  # by the name of a model that is not served yet
+        self._removed: set[ManagedModel] = set()  # with an engine that is not closed yet
         self._closed = False
 
     def __iter__(self) -> Iterator[ManagedModel]:
@@ -170,14 +181,64 @@ class ModelManager:
     async def close(self) -> None:
         """Cancel loads and close every engine with its jobs."""
         self._closed = True
-        for managed_model in self:
+        every = (*self, *self._removed)
+        for managed_model in every:
             self._cancel_unload_timer(managed_model)
-        loading = [managed_model.loading for managed_model in self if managed_model.loading]
+        loading = [*self._adding.values(), *(each.loading for each in every if each.loading)]
         for task in loading:
             task.cancel()
         await asyncio.gather(*loading, return_exceptions=True)
         await asyncio.gather(*self._transitions)
-        await asyncio.gather(*(managed_model.engine.close() for managed_model in self if managed_model.engine))
+        await asyncio.gather(*(managed_model.engine.close() for managed_model in every if managed_model.engine))
+
+    # ---- models that come and go
+
+    def has(self, name: str) -> bool:
+        """Whether a model has this name, or one that is being added."""
+        return name in self._models or name in self._adding
+
+    @property
+    def adapters(self) -> int:
+        """How many models are adapters, with those that are being added and those that requests still use."""
+        return sum(each.definition.parent is not None for each in (*self, *self._removed)) + len(self._adding)
+
+    async def add(self, name: str, define: Callable[[int], Awaitable[ModelDefinition]]) -> None:
+        """Load a further model, which is served from then on. If that fails, nothing has changed.
+
+        `define` is called with the bytes of memory that the model may use. The model is loaded even if the
+        caller is cancelled. Raises `Overloaded`, and `SettingError` if the model cannot be loaded.
+        """
+        if self._closed:
+            raise Overloaded(_SHUTTING_DOWN)
+        self._adding[name] = task = asyncio.create_task(self._add(name, define))
+        task.add_done_callback(lambda ended: self._adding.pop(name) and (ended.cancelled() or ended.exception()))
+        await asyncio.wait({task})
+        if task.cancelled():
+            raise Overloaded(_SHUTTING_DOWN)
+        task.result()
+
+    async def _add(self, name: str, define: Callable[[int], Awaitable[ModelDefinition]]) -> None:
+        async with self._transition:
+            available = self._available_memory() if self.keep_alive is None else self._budget
+            managed_model = ManagedModel(await define(available), always_loaded=self.keep_alive is None)
+            if self.keep_alive is not None:
+                await self._free_memory(managed_model)
+            await self._start(managed_model)
+            self._models[name] = managed_model
+        self._start_unload_timer(managed_model)
+
+    def remove(self, managed_model: ManagedModel) -> None:
+        """Serve a model no longer. Requests that use it continue, and its engine is closed after the last of them."""
+        del self._models[managed_model.id]
+        managed_model.removed = True
+        self._removed.add(managed_model)
+        self._start_unload_timer(managed_model)
+
+    async def _close_removed(self, managed_model: ManagedModel) -> None:
+        async with self._transition:
+            if not managed_model.users:
+                await self._unload(managed_model)
+                self._removed.discard(managed_model)
 
     # ---- use of a model
 
@@ -222,7 +283,7 @@ class ModelManager:
             raise Overloaded(_SHUTTING_DOWN)
         if managed_model.loaded_engine or self.keep_alive is None:
             self.check_loaded(managed_model).check_capacity()
-        elif managed_model.waiting >= self._policy.queue:
+        elif managed_model.waiting >= self.policy.queue:
             raise Overloaded(OVERLOADED)
 
     async def _loaded(self, managed_model: ManagedModel) -> Supervisor:
@@ -231,7 +292,7 @@ class ModelManager:
         managed_model.loading = managed_model.loading or asyncio.create_task(self._load(managed_model))
         managed_model.waiting += 1
         try:
-            done, _ = await asyncio.wait({managed_model.loading}, timeout=self._policy.queue_seconds or None)
+            done, _ = await asyncio.wait({managed_model.loading}, timeout=self.policy.queue_seconds or None)
         finally:
             managed_model.waiting -= 1
         if not done:
@@ -289,10 +350,8 @@ class ModelManager:
 
         The smaller of the two counts, because other programs may have taken memory since the start.
         """
-        return min(
-            self._free(),
-            self._budget - sum(managed_model.definition.memory_bytes for managed_model in self if managed_model.engine),
-        )
+        taken: int = sum(each.definition.memory_bytes for each in (*self, *self._removed) if each.engine)
+        return min(self._free(), self._budget - taken)
 
     async def _unload(self, managed_model: ManagedModel) -> None:
         self._cancel_unload_timer(managed_model)
@@ -302,12 +361,15 @@ class ModelManager:
             await asyncio.shield(self._start_task(engine.close))
 
     def _start_unload_timer(self, managed_model: ManagedModel) -> None:
-        """If the model is unused, schedule its unloading after `keep_alive` seconds."""
+        """If the model is unused, schedule its unloading after `keep_alive` seconds; at once if it was removed."""
         self._cancel_unload_timer(managed_model)
-        if self.keep_alive is not None and managed_model.engine and not managed_model.users and not self._closed:
-            managed_model.unload_timer = asyncio.get_running_loop().call_later(
-                self.keep_alive, self._expire, managed_model
-            )
+        if managed_model.users or self._closed:
+            return
+        if managed_model.removed:
+            self._start_task(partial(self._close_removed, managed_model))
+        elif self.keep_alive is not None and managed_model.engine:
+            loop = asyncio.get_running_loop()
+            managed_model.unload_timer = loop.call_later(self.keep_alive, self._expire, managed_model)
 
     def _cancel_unload_timer(self, managed_model: ManagedModel) -> None:
         if managed_model.unload_timer is not None:
