@@ -47,8 +47,15 @@ def test_a_row_is_made_in_parts_with_the_token_first(monkeypatch: pytest.MonkeyP
     row = top_map(token, plan())
     assert isinstance(row, full_rows.FullRow)
     parts = list(row.parts())
-    assert [len(part) for part in parts] == [2, 2, 1]
-    assert list(row.whole().items()) == [("b", -2.0), ("a", -1.0), ("c", -3.0), ("d", -4.0), ("e", -math.inf)]
+    assert [len(part) for part in parts] == [2, 2, 1]  # the token itself, and those of ranks 1, 3, 4 and 5
+    assert list(row.whole().items()) == [("b", -2.0), ("a", -1.0), ("c", -3.0), ("d", -4.0), ("e", -9999.0)]
+
+
+def test_a_part_without_new_texts_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(full_rows, "PART_ENTRIES", 1)
+    row = top_map(packed(97, [97, 98], [-1.0, -2.0]), dataclasses.replace(plan(), pieces=(b"a",) * COUNT))
+    assert isinstance(row, full_rows.FullRow)
+    assert list(row.parts()) == [{"a": -1.0}]
 
 
 @pytest.mark.parametrize("name", ["stop", "banned_strings", "bad_words"])

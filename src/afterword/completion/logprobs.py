@@ -9,18 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from afterword.completion.full_rows import FullRow
+from afterword.completion.full_rows import LOWEST, FullRow, Ranked, finite
 from afterword.completion.plan import Plan, PromptPlan
 from afterword.completion.text_stream import ReleasedText, StopStrings, TextStream, TokenAtOffset
 from afterword.engine.protocol import Token, score_count
 from afterword.engine.token_row import is_packed
-
-LOWEST = -9999.0
-"""Replaces log probabilities that are not finite, which JSON cannot express."""
 
 SLICE_TOKENS = 64
 """The number of tokens whose columns are made and encoded in one step."""
@@ -138,7 +135,7 @@ class RankedToken:
     decoded_token: str
 
 
-RankedTokens = dict[str, RankedToken] | FullRow
+RankedTokens = dict[str, RankedToken] | dict[str, Any] | FullRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,32 +262,50 @@ def make_report(plan: Plan, prompt: PromptPlan, scored: Sequence[Token]) -> Prom
 def ranked(token: Token, plan: Plan) -> RankedTokens:
     """A token of the prompt and the alternatives, by token id as a string, as vLLM reports them."""
     assert token.logprob is not None
-
-    def entry(other: int, logprob: float, rank: int | None) -> tuple[str, RankedToken]:
-        return str(other), RankedToken(max(logprob, LOWEST), rank, token_text(plan.pieces[other]))
-
     if token.row:
-        made = FullRow(
-            token, plan.prompt_logprobs or 0, lambda other, value, at: entry(other, value, at or token.rank), None
-        )
+        made = FullRow(token, plan.prompt_logprobs or 0, partial(_ranked_part, plan.pieces), None)
         return made if is_packed(plan.prompt_logprobs) else made.whole()
-    entries = dict([entry(token.id, token.logprob, token.rank)])
+    entries = {str(token.id): _ranked(token.id, token.logprob, token.rank, plan)}
     for rank, (other, logprob) in enumerate(token.top[: plan.prompt_logprobs], 1):
-        if other != token.id:
-            entries.update([entry(other, logprob, None if plan.reports_ids else rank)])
+        entries.setdefault(str(other), _ranked(other, logprob, None if plan.reports_ids else rank, plan))
     return entries
+
+
+def _ranked(token: int, logprob: float, rank: int | None, plan: Plan) -> RankedToken:
+    return RankedToken(max(logprob, LOWEST), rank, token_text(plan.pieces[token]))
+
+
+def _ranked_part(pieces: Sequence[bytes], alternatives: Iterable[Ranked]) -> dict[str, dict[str, Any]]:
+    """The members of `RankedToken` as dictionaries, which takes half the time."""
+    return {
+        str(token): {
+            "logprob": value if value > LOWEST else LOWEST,
+            "rank": rank,
+            "decoded_token": _uncached_text(pieces[token]),
+        }
+        for token, value, rank in alternatives
+    }
 
 
 def top_map(token: Token, plan: Plan) -> dict[str, float] | FullRow:
     """The token and the alternatives, best first. Of tokens with the same text the first stays."""
     if token.row:
-        pieces = None if plan.tokens_as_ids else plan.pieces
-        made = FullRow(token, plan.logprobs or 0, lambda other, value, _: (_name(other, plan), value), pieces)
+        by_id = plan.tokens_as_ids
+        make = _part_by_ids if by_id else partial(_part_by_texts, plan.pieces)
+        made = FullRow(token, plan.logprobs or 0, make, None if by_id else plan.pieces)
         return made if is_packed(plan.logprobs) else made.whole()
     entries = {} if token.logprob is None else {_name(token.id, plan): token.logprob}
     for other, logprob in token.top[: plan.logprobs]:
         entries.setdefault(_name(other, plan), logprob)
     return entries
+
+
+def _part_by_ids(alternatives: Iterable[Ranked]) -> dict[str, float]:
+    return finite({f"token_id:{token}": value for token, value, _ in alternatives})
+
+
+def _part_by_texts(pieces: Sequence[bytes], alternatives: Iterable[Ranked]) -> dict[str, float]:
+    return finite({_uncached_text(pieces[token]): value for token, value, _ in alternatives})
 
 
 def _name(token: int, plan: Plan) -> str:
@@ -303,10 +318,13 @@ def _id_text(token: int) -> str:
     return f"token_id:{token}"
 
 
-@lru_cache(2**15)
-def token_text(piece: bytes) -> str:
+def _uncached_text(piece: bytes) -> str:
     r"""A token as a string: its text, or `bytes:` and `\xNN` escapes if its bytes are not whole characters."""
     try:
         return piece.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(chr(b) if 32 <= b < 127 else f"\\x{b:02x}" for b in piece)
+
+
+token_text = lru_cache(2**15)(_uncached_text)
+"""The text of a token. A whole vocabulary does not go through the cache, because it would replace everything in it."""

@@ -6,6 +6,7 @@ A vocabulary can have 262,144 tokens. As pairs they would take 30 MB of memory f
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 
@@ -16,6 +17,7 @@ PACKED_BYTES = 12
 """Bytes of one packed alternative: a 32-bit id and a 64-bit log probability."""
 
 _HIGHEST_COUNT = 2**31 - 1
+_SLICE = 64
 
 
 class TokenRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -36,8 +38,17 @@ class TokenRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     def pairs(self, count: int = _HIGHEST_COUNT) -> Iterator[tuple[int, float]]:
         """The first `count` ids with their log probabilities."""
-        ids, values = memoryview(self.ids).cast("i"), memoryview(self.values).cast("d")
-        return zip(ids[:count], values[:count], strict=True)
+        for _, ids, values in self.slices(count, _SLICE):
+            yield from zip(ids, values, strict=True)
+
+    def slices(self, count: int, size: int) -> Iterator[tuple[int, list[int], list[float]]]:
+        """The first `count` alternatives in slices: the index of the first, the ids, the log probabilities."""
+        ids = memoryview(self.ids).cast("i")
+        values: Any = memoryview(self.values).cast("d")  # a view of floats, which its type does not say
+        end = min(count, len(ids))
+        for start in range(0, end, size):
+            stop = min(start + size, end)
+            yield start, ids[start:stop].tolist(), values[start:stop].tolist()
 
 
 class ReportedAt(msgspec.Struct, frozen=True, array_like=True):

@@ -71,7 +71,7 @@ class EncodedArray:
                 continue
             self.close()
             encoded = bytearray()
-            for part in serialization.row_parts(item):
+            for part in item.parts():
                 encoded += (b"," if encoded else b"{") + encode(part)[1:-1]
                 yield SLICE_TOKENS
             self._encoded.append(bytes(encoded + b"}"))

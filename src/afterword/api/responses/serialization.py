@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import secrets
 import string
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from afterword.completion import json_body
 from afterword.completion.choice import Delta
-from afterword.completion.full_rows import FullRow
-from afterword.completion.logprobs import LOWEST, Logprobs, RankedToken
+from afterword.completion.full_rows import LOWEST, FullRow, finite
+from afterword.completion.logprobs import Logprobs
 from afterword.completion.run import Usage
 from afterword.errors import AfterwordError
 
@@ -113,21 +112,12 @@ def columns(part: Logprobs) -> dict[str, Any]:
     }
 
 
-def row_parts(row: FullRow) -> Iterator[dict[str, Any]]:
-    """The members of an entry about a whole vocabulary, in parts."""
-    for part in row.parts():
-        yield part if isinstance(next(iter(part.values())), RankedToken) else _finite_entry(part)
-
-
 def _finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else LOWEST
 
 
-def _finite_entry(entry: Any) -> Any:
-    """`entry` with finite values; a row as it is. Infinite values are rare, and one sum finds them fastest."""
-    if isinstance(entry, FullRow):
-        return entry
-    return entry if math.isfinite(sum(entry.values())) else {token: _finite(value) for token, value in entry.items()}
+def _finite_entry(entry: dict[str, float] | FullRow) -> dict[str, float] | FullRow:
+    return entry if isinstance(entry, FullRow) else finite(entry)
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
