@@ -85,6 +85,10 @@ SAMPLERS: dict[str, tuple[Json, Any]] = {
     "mirostat": ({"temperature": 1, "mirostat_tau": 0.5}, 2),
     "mirostat_eta": ({"temperature": 1, "mirostat": 2, "mirostat_tau": 1}, 1),
     "mirostat_tau": ({"temperature": 1, "mirostat": 2}, 0.1),
+    "adaptive_target": ({"temperature": 2}, 0.9),
+    "adaptive_decay": ({"temperature": 2, "adaptive_target": 0.3}, 0),
+    "min_keep": ({"temperature": 2, "min_p": 1}, 50),
+    "repeat_last_n": ({"prompt": STORY * 3, "repetition_penalty": 2}, 0),
 }
 
 
