@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from datetime import date, datetime, time, timedelta
+from datetime import date, datetime, time
 from decimal import Decimal
 from enum import Enum, IntEnum
 from pathlib import Path
@@ -59,7 +59,7 @@ RECORDS: dict[str, dict[str, Schema]] = {
     "quiz": {"question": TEXT, "answers": some(TEXT, 3, 2), "correct": {"type": "integer", "minimum": 0, "maximum": 2}},
     "matrix": {"rows": some(some({"type": "integer", "minimum": -9, "maximum": 9}, 2, 1), 2, 1)},
     "money": {"amount": {"type": "number", "multipleOf": 0.01, "minimum": 0, "maximum": 99}, "currency": code("^[A-Z]{3}$")},
-    "contact": {"email": {"type": "string", "format": "email"}, "phone": code(r"^\+[0-9]{7,12}$")},
+    "contact": {"email": {"type": "string", "format": "email", "maxLength": 24}, "phone": code(r"^\+[0-9]{7,12}$")},
     "translation": {"source": TEXT, "Übersetzung": TEXT, "日本語": {"type": "string", "minLength": 1, "maxLength": 6}},
     "verdict": {"reasoning": TEXT, "answer": {"anyOf": [{"const": "yes"}, {"const": "no"}, {"type": "null"}]}},
 }
@@ -147,7 +147,7 @@ class Number(BaseModel):
 
 class Sum(BaseModel):
     kind: Literal["sum"]
-    left: Expression
+    left: Number
     right: Expression
 
 
@@ -180,7 +180,6 @@ class Times(BaseModel):
     at: datetime
     day: date
     clock: time
-    took: timedelta
 
 
 class Both(BaseModel):
@@ -195,7 +194,7 @@ def field_model(name: str, kind: Any) -> Schema:
 MODELS: dict[str, Schema] = {
     **{each.__name__: each.model_json_schema() for each in (Tree, Linked, Sum, Owner, Closed, Times, Both)},
     "closed by its names": Closed.model_json_schema(by_alias=False),
-    "serialized": Owner.model_json_schema(mode="serialization"),
+    "pair of enumerations": TypeAdapter(tuple[Colour, Level]).json_schema(),
     "expression": TypeAdapter(Expression).json_schema(),
     "list of models": TypeAdapter(Annotated[list[Closed], Field(max_length=2)]).json_schema(),
     "root model": RootModel[Annotated[list[Count], Field(max_length=3)]].model_json_schema(),
