@@ -46,7 +46,9 @@ class Findings:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the counts and the faults."""
     options = _options().parse_args(arguments)
-    tokens = GrammarTokens([bytes([byte]) for byte in range(0xFF)])  # 0xff is in no UTF-8 text, and marks special tokens
+    tokens = GrammarTokens(
+        [bytes([byte]) for byte in range(0xFF)]
+    )  # 0xff is in no UTF-8 text, and marks special tokens
     findings = Findings()
     compiled = [found for found in _groups(options.folder) if follow_tests(*found, tokens, findings)]
     if options.url:

@@ -58,7 +58,10 @@ RECORDS: dict[str, dict[str, Schema]] = {
     "move": {"from": code("^[a-h][1-8]$"), "to": code("^[a-h][1-8]$"), "check": FLAG},
     "quiz": {"question": TEXT, "answers": some(TEXT, 3, 2), "correct": {"type": "integer", "minimum": 0, "maximum": 2}},
     "matrix": {"rows": some(some({"type": "integer", "minimum": -9, "maximum": 9}, 2, 1), 2, 1)},
-    "money": {"amount": {"type": "number", "multipleOf": 0.01, "minimum": 0, "maximum": 99}, "currency": code("^[A-Z]{3}$")},
+    "money": {
+        "amount": {"type": "number", "multipleOf": 0.01, "minimum": 0, "maximum": 99},
+        "currency": code("^[A-Z]{3}$"),
+    },
     "contact": {"email": {"type": "string", "format": "email", "maxLength": 24}, "phone": code(r"^\+[0-9]{7,12}$")},
     "translation": {"source": TEXT, "Übersetzung": TEXT, "日本語": {"type": "string", "minLength": 1, "maxLength": 6}},
     "verdict": {"reasoning": TEXT, "answer": {"anyOf": [{"const": "yes"}, {"const": "no"}, {"type": "null"}]}},
@@ -88,14 +91,26 @@ def strict_tool(name: str, members: dict[str, Schema]) -> Schema:
 def zod(name: str, members: dict[str, Schema]) -> Schema:
     """As zod-to-json-schema writes an array of objects with a name of its own."""
     item = {"type": "object", "properties": members, "required": [*members], "additionalProperties": False}
-    root = {"type": "object", "properties": {"items": some(item, 2, 1)}, "required": ["items"], "additionalProperties": False}
-    return {"$ref": "#/definitions/reply", "definitions": {"reply": root}, "$schema": "http://json-schema.org/draft-07/schema#"}
+    root = {
+        "type": "object",
+        "properties": {"items": some(item, 2, 1)},
+        "required": ["items"],
+        "additionalProperties": False,
+    }
+    return {
+        "$ref": "#/definitions/reply",
+        "definitions": {"reply": root},
+        "$schema": "http://json-schema.org/draft-07/schema#",
+    }
 
 
 def openapi(name: str, members: dict[str, Schema]) -> Schema:
     """A schema of an OpenAPI document, with references to its components and a union."""
     shown = {key: {**each, "example": None} for key, each in members.items()}
-    found = {"type": "object", "properties": {"kind": {"enum": ["found"]}, "value": {"$ref": "#/components/schemas/value"}}}
+    found = {
+        "type": "object",
+        "properties": {"kind": {"enum": ["found"]}, "value": {"$ref": "#/components/schemas/value"}},
+    }
     failed = {"type": "object", "properties": {"kind": {"enum": ["failed"]}, "reason": TEXT}}
     for each in (found, failed):
         each |= {"required": [*each["properties"]], "additionalProperties": False}
@@ -191,6 +206,24 @@ def field_model(name: str, kind: Any) -> Schema:
     return create_model(name, value=(kind, ...)).model_json_schema()
 
 
+KINDS: dict[str, Any] = {
+    "optional text": Name | None,
+    "literal": Literal["a", 2, True, None],
+    "pair": tuple[Count, bool],
+    "map": dict[Literal["x", "y"], Count],
+    "map of names": dict[Annotated[str, Field(pattern="^[a-z]{1,8}$")], Count],
+    "uuid": UUID,
+    "float": Annotated[float, Field(gt=-1, lt=1)],
+    "multiple": Annotated[int, Field(multiple_of=5, ge=0, le=100)],
+    "any": Literal["x"] | dict[str, bool] | None,
+    "union": Count | bool | Name,
+    "nested": Annotated[list[list[Literal[0, 1]]], Field(max_length=2)],
+    "pattern": Annotated[str, Field(pattern=r"^(\w{2,4}-){1,2}\d+$", max_length=12)],
+    "enum": Colour,
+    "level": Level,
+    "decimal": Annotated[Decimal, Field(ge=0, le=9)],
+}
+
 MODELS: dict[str, Schema] = {
     **{each.__name__: each.model_json_schema() for each in (Tree, Linked, Sum, Owner, Closed, Times, Both)},
     "closed by its names": Closed.model_json_schema(by_alias=False),
@@ -198,17 +231,8 @@ MODELS: dict[str, Schema] = {
     "expression": TypeAdapter(Expression).json_schema(),
     "list of models": TypeAdapter(Annotated[list[Closed], Field(max_length=2)]).json_schema(),
     "root model": RootModel[Annotated[list[Count], Field(max_length=3)]].model_json_schema(),
-    **{
-        f"member of {name}": field_model("Model", kind)
-        for name, kind in {
-            "optional text": Name | None, "literal": Literal["a", 2, True, None], "pair": tuple[Count, bool],
-            "map": dict[Literal["x", "y"], Count], "map of names": dict[Annotated[str, Field(pattern="^[a-z]{1,8}$")], Count],
-            "uuid": UUID, "float": Annotated[float, Field(gt=-1, lt=1)], "multiple": Annotated[int, Field(multiple_of=5, ge=0, le=100)],
-            "any": Literal["x"] | dict[str, bool] | None, "union": Count | bool | Name, "nested": Annotated[list[list[Literal[0, 1]]], Field(max_length=2)],
-            "pattern": Annotated[str, Field(pattern=r"^(\w{2,4}-){1,2}\d+$", max_length=12)], "enum": Colour, "level": Level, "decimal": Annotated[Decimal, Field(ge=0, le=9)],
-        }.items()
-    },
-}  # fmt: skip
+    **{f"member of {name}": field_model("Model", kind) for name, kind in KINDS.items()},
+}
 
 CAPTURED: dict[str, Schema] = {
     each["name"]: each["schema"]

@@ -1,4 +1,4 @@
-"""200 schemas as users write them: every answer that ends by itself parses and validates; those that cannot be are 400."""
+"""200 schemas as users write them: every answer that ends by itself parses and validates; others are refused."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def check(http: httpx.Client, bias: Any, schema: Any) -> None:
 
 def pick(chosen: bool) -> list[Any]:
     return [
-        pytest.param(schema, id=name) for at, (name, schema) in enumerate(SCHEMAS.items()) if (at % EVERY == 0) == chosen
+        pytest.param(schema, id=name)
+        for at, (name, schema) in enumerate(SCHEMAS.items())
+        if (at % EVERY == 0) == chosen
     ]
 
 

@@ -158,7 +158,7 @@ def _set_temperature(own: Json, given: Json) -> None:
         low, high = (given.get(name) for name in pair)
         if low is None and high is None:
             continue
-        if not (_is_number(low) and _is_number(high) and low <= high):
+        if low is None or high is None or not (_is_number(low) and _is_number(high) and low <= high):
             raise RequestError(f"'{pair[0]}' and '{pair[1]}' must be two numbers in ascending order.", param=pair[0])
         for name, value in (("temperature", (low + high) / 2), ("dynatemp_range", (high - low) / 2)):
             own[name] = value if own.get(name) is None else own[name]

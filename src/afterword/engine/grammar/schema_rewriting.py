@@ -3,8 +3,8 @@
 - Formats that llguidance reads too widely become patterns (`schema_formats`).
 - `oneOf` becomes `anyOf` where a member of the objects tells the alternatives apart, as in the unions that Pydantic and
   OpenAPI write. llguidance finds that out by itself only if the alternatives do not contain each other.
-- Annotations that llguidance does not know, such as `discriminator`, are left out beside references and alternatives: it
-  takes them for a second schema, which it cannot join with a recursive one.
+- Annotations that llguidance does not know, such as `discriminator`, are left out beside references and alternatives.
+  It takes them for a second schema, which it cannot join with a recursive one.
 - `propertyNames` with a list or a pattern becomes `properties` or `patternProperties`.
 - Bounds such as `"maxItems": 2.0` become integers.
 """
