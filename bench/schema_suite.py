@@ -104,7 +104,10 @@ def texts_of(value: Any) -> list[bytes]:
 
 def _texts(value: Any, most: int) -> list[str]:
     if isinstance(value, dict):
-        members = [[f"{json.dumps(key)}:{text}" for text in _texts(value[key], _TEXTS_OF_MEMBERS)] for key in value]
+        members = [
+            [f"{name}:{text}" for text in _texts(value[key], _TEXTS_OF_MEMBERS) for name in _texts(key, 2)]
+            for key in value
+        ]
         orders = itertools.islice(itertools.permutations(members), _FEW)
         products = (product for order in orders for product in itertools.islice(itertools.product(*order), _FEW))
         return [f"{{{','.join(each)}}}" for each in itertools.islice(products, most)]
