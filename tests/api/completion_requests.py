@@ -42,11 +42,11 @@ def stream(http: httpx.Client, **body: Any) -> list[Json]:
 
 
 def joined(chunks: list[Json]) -> list[Json]:
-    """The choices that result from adding up all chunks of a stream, in order of their index."""
+    """The choices of the whole response that all chunks of a stream add up to, in order of their index."""
     choices: dict[int, Json] = {}
     for chunk in chunks:
         for part in chunk["choices"]:
-            whole = choices.setdefault(part["index"], part | {"text": "", "logprobs": None})
+            whole = choices.setdefault(part["index"], part | {"text": "", "logprobs": None, "prompt_logprobs": None})
             whole["text"] += part["text"]
             whole["finish_reason"] = part["finish_reason"]
             if part["logprobs"] is not None:

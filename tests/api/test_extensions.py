@@ -170,7 +170,7 @@ def test_a_streamed_prediction_has_the_same_events(http: httpx.Client) -> None:
     assert texts(prediction={"type": "content", "content": "".join(plain)}) == plain
 
 
-@pytest.mark.parametrize("name", ["logit_processors", "guided_json"])
+@pytest.mark.parametrize("name", ["logit_processors", "guided_regex"])
 def test_unsupported_fields_are_refused_by_name(http: httpx.Client, name: str) -> None:
     assert ask(http, **{name: {}}).json()["error"]["param"] == name
 
@@ -188,6 +188,18 @@ def test_strict_applies_openais_limits(strict: httpx.Client) -> None:
     assert ask(strict, **model, stop=["a", "b", "c", "d", "e"]).status_code == 400
     logprobs = one(strict, **model, prompt="Once", max_tokens=3, logprobs=15)["logprobs"]
     assert all(len(entry) in (5, 6) for entry in logprobs["top_logprobs"])
+
+
+def test_only_strict_servers_leave_out_prompt_logprobs(strict: httpx.Client, http: httpx.Client) -> None:
+    """Clients of vLLM read the member without having requested it."""
+    body = {"model": "afterword-tiny", "n": 2, "max_tokens": 2}
+    for each in ask(http, **body).json()["choices"]:
+        assert [*each] == ["text", "index", "logprobs", "finish_reason", "prompt_logprobs"]
+        assert each["prompt_logprobs"] is None
+    for each in ask(strict, **body).json()["choices"]:
+        assert [*each] == ["text", "index", "logprobs", "finish_reason"]
+    assert "prompt_logprobs" not in ask(http, **body, stream=True).text
+    assert choice(http, **body, prompt_logprobs=0)["prompt_logprobs"][0] is None
 
 
 def test_unknown_fields_can_be_ignored_and_are_listed(serve: Any) -> None:

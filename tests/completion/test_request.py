@@ -405,9 +405,11 @@ def test_a_length_by_another_name_is_refused_and_never_ignored(name: str, ignore
 
 def test_a_length_alias_equal_to_max_tokens_can_be_ignored() -> None:
     ignoring = replace(LIMITS, ignore_unknown=True)
-    for more in ({"n_predict": 8}, {"options": {"num_predict": 8}}, {"max_new_tokens": None}, {"options": {}}):
+    for more in ({"max_length": 8}, {"options": {"num_predict": 8}}, {"max_length": None}, {"options": {}}):
         request = parse(json.dumps({"prompt": "a", "max_tokens": 8, **more}).encode(), ignoring)
         assert (request.max_tokens, request.ignored) == (8, (*more,))
+    for name in ("n_predict", "num_predict", "max_new_tokens"):  # which SillyTavern sends beside `max_tokens`
+        assert parsed(max_tokens=8, **{name: 8}) == parsed(max_tokens=8, **{name: None}) == parsed(max_tokens=8)
     for other in (9, "8", [8]):
         with pytest.raises(RequestError):
             parse(json.dumps({"prompt": "a", "max_tokens": 8, "n_predict": other}).encode(), ignoring)

@@ -15,6 +15,7 @@ from afterword.completion.fields import Field, JsonSchema, Prompt, ReportedIds
 from afterword.completion.json_body import parse_object
 from afterword.completion.model_defaults import DefaultsOf, no_defaults
 from afterword.completion.object_fields import ContextFile, StreamOptions
+from afterword.completion.other_names import has_other_names, with_own_names
 from afterword.completion.request_descriptions import DESCRIPTIONS, described_schema
 from afterword.completion.request_limits import RequestLimits
 from afterword.completion.sampler_fields import DEFAULT_BREAKERS, SAMPLER_FIELDS, SAMPLER_NAMES, samplers
@@ -225,6 +226,8 @@ def parse(body: bytes, limits: RequestLimits, defaults: DefaultsOf = no_defaults
     """
     values = parse_object(body)
     known = known_fields(limits)
+    if not limits.strict and has_other_names(values):
+        values = with_own_names(values, known, limits)
     if limits.strict and not values.get("model"):
         raise RequestError("you must provide a model parameter")
     unknown = tuple(name[:64] for name in values if name not in known)

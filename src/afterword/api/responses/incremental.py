@@ -172,8 +172,11 @@ class EncodedChoice:
                 series.close()
         yield 1
 
-    def fragments(self) -> Iterator[bytes]:
-        """The JSON object of the choice, with its keys in the order of `serialization.chunk`."""
+    def fragments(self, null_scores: bool = False) -> Iterator[bytes]:
+        """The JSON object of the choice, with its keys in the order of `serialization.chunk`.
+
+        `null_scores`: see `ResponseHead`.
+        """
         yield b'{"text":"'
         yield from self._shared.text.encoded
         yield from self._text.encoded
@@ -186,6 +189,8 @@ class EncodedChoice:
             yield from _array(b',"prompt_token_ids":', self._shared.token_ids)
         if self._shared.has_logprobs:
             yield from _array(b',"prompt_logprobs":', self._shared.logprobs)
+        elif null_scores:
+            yield b',"prompt_logprobs":null'
         yield b"}"
 
     def _logprobs(self) -> Iterator[bytes]:
@@ -226,7 +231,7 @@ class EncodedBody:
         opening, closing = serialization.envelope(self._head, usage)
         for index in sorted(self._choices):
             yield opening
-            yield from self._choices[index].fragments()
+            yield from self._choices[index].fragments(self._head.null_scores)
             opening = b","
         yield closing
 

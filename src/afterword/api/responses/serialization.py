@@ -24,12 +24,17 @@ COLUMNS = (b"text_offset", b"token_logprobs", b"tokens", b"top_logprobs")
 
 @dataclass(frozen=True, slots=True)
 class ResponseHead:
-    """The members that all objects of one response share. `created`: Unix seconds."""
+    """The members that all objects of one response share. `created`: Unix seconds.
+
+    `null_scores`: whether choices of a whole response without `prompt_logprobs` have this member with null. Clients of
+    vLLM read it there. OpenAI's API has no such member.
+    """
 
     id: str
     created: int
     model: str
     fingerprint: str
+    null_scores: bool = False
 
 
 def new_id() -> str:

@@ -91,7 +91,9 @@ async def prepare(
     request_context.recorder.record_user(service.key_registry.pseudonym(request.user))
     reserve(request_context, plan.max_total_tokens)
     request_context.recorder.record_plan(plan.n, len(plan.prompts))
-    head = serialization.ResponseHead(serialization.new_id(), created, served.id, plan.fingerprint)
+    head = serialization.ResponseHead(
+        serialization.new_id(), created, served.id, plan.fingerprint, null_scores=not limits.strict
+    )
     return PreparedRun(request, plan, head, served.engine, request_context.recorder)
 
 

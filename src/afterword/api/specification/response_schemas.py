@@ -51,7 +51,7 @@ _CHOICE = object_schema(
     finish_reason={"enum": ["stop", "length", "repetition", None]},
     token_ids=array_schema(COUNT),
     prompt_token_ids=array_schema(COUNT),
-    prompt_logprobs=array_schema(or_null(mapping(_RANKED))),
+    prompt_logprobs=or_null(array_schema(or_null(mapping(_RANKED)))),
 )
 _COMPLETION = {
     "id": TEXT,

@@ -17,6 +17,7 @@ from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 
 from afterword.engine.core.matcher import AllowedTokens, TokenMask
 from afterword.engine.grammar.schema_errors import schema_error
+from afterword.engine.grammar.schema_rewriting import rewritten
 from afterword.engine.protocol import Grammar
 
 _SPECIAL = b"\xff"  # llguidance's mark of a special token; no UTF-8 text has this byte
@@ -33,6 +34,9 @@ WHITESPACE = "( |\n[ \t]{0,20})"
 limit a model can write spaces until `max_tokens`."""
 
 _JSON_OPTIONS = {"whitespace_pattern": WHITESPACE, "lenient": False}
+_NO_CODES = {"json_allowed_escapes": 'nrbtf\\"'}
+"""Without `\\u…`: in names of members llguidance would allow it for all characters, and take such a name for another
+one. An open object could then have a wrong value of a listed member under its escaped name."""
 _DEAD_END = "NoExtension"  # llguidance's name for a text that no token continues
 _LONGEST_MESSAGE = 300  # characters
 
@@ -116,8 +120,10 @@ def _lark(grammar: Grammar) -> str:
     """The grammar in the notation of Lark, as llguidance reads it."""
     match grammar.kind:
         case "json":
-            schema = json.loads(grammar.text)
-            whole = {**schema, "x-guidance": _JSON_OPTIONS} if isinstance(schema, dict) else schema
+            schema = _schema(grammar.text)
+            # a schema with control characters needs the codes for them
+            options = _JSON_OPTIONS if r"\u00" in grammar.text else _JSON_OPTIONS | _NO_CODES
+            whole = {**schema, "x-guidance": options} if isinstance(schema, dict) else schema
             return f"start: %json {json.dumps(whole)}{_ALL_TOKENS}"
         case "regex":
             if _ends_in_escape(grammar.text):
@@ -128,6 +134,13 @@ def _lark(grammar: Grammar) -> str:
         case "gbnf":
             return _from_gbnf(grammar.text) + _ALL_TOKENS
     return grammar.text + _ALL_TOKENS
+
+
+def _schema(text: str) -> object:
+    try:
+        return rewritten(json.loads(text))
+    except RecursionError:  # far above what a request may have
+        raise InvalidGrammar("too many objects and arrays inside each other.") from None
 
 
 def _from_gbnf(text: str) -> str:

@@ -18,9 +18,9 @@ _MOST_TRIES = 300  # parts that are compiled to find the place; each takes about
 def schema_error(schema: Any, limits: LLParserLimits) -> str:
     """What is wrong in a schema, and the JSON pointer of the innermost part with that fault. Empty: nothing is."""
     message = _error(schema, limits)
-    if not message or not isinstance(schema, dict):
-        return message
-    shared = {name: schema[name] for name in _DEFINITIONS if name in schema}
+    if not message:
+        return ""
+    shared = {name: schema[name] for name in _DEFINITIONS if name in schema} if isinstance(schema, dict) else {}
     pointer, part, tries = "", schema, 0
     found = True
     while found:
