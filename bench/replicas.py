@@ -1,13 +1,17 @@
-"""`python -m bench.replicas COMMAND…`: the CPU time of a streamed token, by kind of process.
+"""`python -m bench.replicas COMMAND…`: the CPU time of a streamed token by kind of process, or the replay of a trace.
 
 COMMAND is `afterword serve` or `afterword deploy` with a small model, such as the built-in one, and without keys. Eight
 clients stream 200 tokens each, in several rounds. The processes of the command are counted: front is everything but the
 workers, in which the model runs. Ray's controller and agents are not counted.
+
+With `--replay RULE` the command is `afterword deploy` with two replicas of the built-in model and this rule. A trace is
+sent to them and simulated with measured rates; the table has both.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import re
 import subprocess
 import time
@@ -18,6 +22,10 @@ from statistics import median
 
 import httpx
 import psutil
+
+from bench.cluster.picture import table
+from bench.cluster.replay import SHAPE, compared
+from bench.cluster.routing import ROUTERS
 
 KINDS = {
     "afterword.engine": "worker",
@@ -35,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.replicas", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--pause", type=float, default=5, help="seconds before the first round (5)")
+    parser.add_argument("--replay", choices=list(ROUTERS), metavar="RULE", help=f"one of {', '.join(ROUTERS)}")
+    parser.add_argument("--slots", type=int, default=16, help="of each replica, for --replay (16)")
+    parser.add_argument("--seed", type=int, default=1, help="of the trace, for --replay (1)")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args(arguments)
     quiet = subprocess.DEVNULL
@@ -43,9 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             assert process.stdout is not None
             found = next(filter(None, (re.search(r"http://\S+", line) for line in process.stdout)))
             time.sleep(options.pause)  # HAProxy learns of the last replica
-            print("\n".join(report(_measured(found[0], process.pid, options.rounds))))
+            if options.replay:
+                print(_replay(found[0], options))
+            else:
+                print("\n".join(report(_measured(found[0], process.pid, options.rounds))))
         finally:
             process.terminate()
+
+
+def _replay(url: str, options: argparse.Namespace) -> str:
+    rates, found = asyncio.run(compared(url, options.replay, 2, options.slots, options.seed))
+    return f"{table(found)}\n\n{SHAPE}\n{rates}\nseed {options.seed}"
 
 
 def _measured(url: str, command: int, rounds: int) -> list[dict[str, float]]:
