@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import xml.etree.ElementTree as ET
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +15,8 @@ from hypothesis import strategies as st
 from afterword.engine.replicas.routing import PrefixFirst
 from bench import replicas
 from bench.cluster.__main__ import main
-from bench.cluster.replica import PrefixCache, Rates
+from bench.cluster.replay import SHAPE, replayed
+from bench.cluster.replica import PrefixCache, Rates, SlotCache
 from bench.cluster.routing import ROUTERS, router
 from bench.cluster.simulation import simulate, summary
 from bench.cluster.trace import Part, Request, Shape, make_trace, percentile
@@ -79,7 +82,7 @@ def test_a_cache_holds_no_more_than_it_may_and_reports_only_what_it_has_seen(use
     cache, seen = PrefixCache(capacity), set()
     for first, second in uses:
         parts = (Part(first, 10), Part(10 + first * 5 + second, 7))
-        cached = cache.use(parts)
+        cached = cache.use(Request(0.0, parts, 1))
         assert cached in (0, 10, 17)
         assert cached == 0 or parts[0].node in seen
         assert cached < 17 or parts[1].node in seen
@@ -89,7 +92,7 @@ def test_a_cache_holds_no_more_than_it_may_and_reports_only_what_it_has_seen(use
 
 def test_the_least_recently_used_prefix_is_evicted_first():
     cache = PrefixCache(20)
-    one, two, three = ((Part(node, 10),) for node in (1, 2, 3))
+    one, two, three = (Request(0.0, (Part(node, 10),), 1) for node in (1, 2, 3))
     cache.use(one), cache.use(two), cache.use(one), cache.use(three)
     assert (cache.use(one), cache.use(two)) == (10, 0)
 
@@ -159,3 +162,43 @@ def test_the_cost_of_a_token_is_measured_on_our_server(capsys):
     server = [sys.executable, "-m", "afterword", "serve", "--port", "0", "--parallel", "8"]
     replicas.main(["--rounds", "1", "--pause", "0", *server])
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["server", "worker", "front", "all"]
+
+
+def question(prefix: int, own: int, tokens: int) -> Request:
+    return Request(0.0, (Part(prefix, 100), Part(own, tokens)), 5)
+
+
+def test_a_short_question_continues_in_the_slot_of_its_prefix_and_a_long_one_takes_another():
+    cache = SlotCache(2)
+
+    def ask(*wanted: Request) -> list[int]:
+        found = []
+        for request in wanted:
+            found.append(cache.use(request))
+            cache.end(request)
+        return found
+
+    assert ask(question(1, 101, 5), question(2, 102, 5), question(1, 103, 5), question(2, 104, 5)) == [0, 0, 100, 100]
+    assert ask(question(1, 105, 50), question(1, 106, 50)) == [100, 100]
+    assert ask(question(2, 107, 5)) == [0], "the copy of the first prefix took its slot"
+
+
+def test_a_busy_slot_is_copied_and_not_taken():
+    cache = SlotCache(2)
+    first, second = question(1, 101, 5), question(1, 102, 5)
+    assert (cache.use(first), cache.use(second)) == (0, 100)
+    cache.end(first), cache.end(second)
+    assert cache.use(question(2, 103, 5)) == 0
+
+
+def test_a_trace_is_replayed_on_our_server_and_its_cached_tokens_are_those_of_the_simulated_slots():
+    """One replica, one request after the other: nothing depends on times."""
+    server = [sys.executable, "-m", "afterword", "serve", "--port", "0", "--parallel", "2"]
+    with replicas.started(server) as (url, _):
+        trace = [replace(each, arrival=0.0) for each in make_trace(replace(SHAPE, requests=12, prefixes=3), 1, 1)]
+        served = [served for each in trace for served in asyncio.run(replayed(url, [each]))]
+    cache = SlotCache(2)
+    for each in served:
+        assert each.cached == cache.use(each.request)
+        cache.end(each.request)
+        assert 0 < each.first_token <= each.end

@@ -10,7 +10,6 @@ import asyncio
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from random import Random
 from statistics import median
 from typing import Any
@@ -22,8 +21,8 @@ from bench.cluster.routing import ROUTERS
 from bench.cluster.simulation import Summary, simulate, summary
 from bench.cluster.trace import Request, Shape, make_trace
 
-SHAPE = Shape(rate=1.5, requests=150, prefixes=25, branches=1, prefix=400, branch=1, own=20, output=16, skew=0.0)
-"""Fifty equally likely prefixes for two replicas of the built-in model."""
+SHAPE = Shape(rate=1.5, requests=150, prefixes=25, branches=1, prefix=400, branch=1, own=6, output=5, skew=0.0)
+"""Fifty equally likely prefixes for two replicas of the built-in model, with short questions and answers."""
 IDS = range(300, 1000)
 """Ids of ordinary tokens of the built-in model."""
 _CALIBRATIONS, _LONG, _DECODED = 5, 1200, 100  # rounds; tokens of a long prompt, and of an answer
@@ -69,15 +68,14 @@ async def measured_rates(url: str, slots: int) -> Rates:
             _, first, end = await _completed(http, prompt, _DECODED, samples=slots)
             crowd.append((end - first) / _DECODED)
     each = max(0.0, (median(crowd[1:]) - alone) / (slots - 1))
-    return Rates(slots=slots, prefill=_LONG / median(firsts[1:]), step=alone - each, step_each=each)
+    return Rates(slots=slots, cache=0, prefill=_LONG / median(firsts[1:]), step=alone - each, step_each=each)
 
 
-async def compared(url: str, name: str, replicas: int, slots: int, seed: int) -> tuple[Rates, list[Summary]]:
-    """The measured rates, and the figures of the real run and of the simulated one."""
+async def compared(url: str, name: str, shape: Shape, slots: int, seed: int) -> tuple[Rates, list[Summary]]:
+    """The measured rates, and the figures of the real run and of the simulated one, for two replicas."""
+    replicas = 2
     rates = await measured_rates(url, slots)
-    trace = make_trace(SHAPE, replicas, seed)
-    held = sum(request.prompt + request.output for request in trace) / len(trace)
-    rates = replace(rates, cache=int(slots * held))
+    trace = make_trace(shape, replicas, seed)
     real = summary(f"{name}, real", replicas, await replayed(url, trace))
     return rates, [real, summary(f"{name}, simulated", replicas, simulate(trace, replicas, rates, ROUTERS[name]()))]
 
