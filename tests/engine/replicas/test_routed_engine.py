@@ -51,7 +51,10 @@ class Replicas:
     engines: dict[str, ServedEngine] = field(default_factory=dict)
     addresses: dict[str, ReplicaAddress] = field(default_factory=dict)
 
+    searches: list[None] = field(default_factory=list)
+
     async def find(self) -> Sequence[ReplicaAddress]:
+        self.searches.append(None)
         return list(self.addresses.values())
 
     async def add(self, name: str, engine: ServedEngine, settings: str = "") -> None:
@@ -448,5 +451,21 @@ def test_a_frame_that_is_not_valid_ends_the_connection_and_its_jobs():
                 await until(lambda: bool(recorder.prompts))
                 engine._connections["a"]._writer.write(b"\0\0\0\1\xc1")
                 await until(lambda: "close" in recorder.calls)
+
+    run(test)
+
+
+def test_a_replica_that_cannot_be_reached_is_reported_once_and_tried_again(caplog):
+    async def test() -> None:
+        async with replicas() as found:
+            await found.add("a", Recorder(INFO))
+            wrong = found.addresses["b"] = replace(found.addresses["a"], name="b", secret="wrong")
+            async with routed(found) as engine:
+                await until(lambda: "b" in engine._unreachable)
+                tries = len(found.searches)
+                await until(lambda: len(found.searches) > tries + 2)
+                found.addresses["b"] = replace(wrong, secret=found.addresses["a"].secret)
+                await until(lambda: engine.load.sequences == 4)
+        assert sum("cannot be reached" in record.message for record in caplog.records) == 1
 
     run(test)

@@ -33,6 +33,8 @@ from afterword.engine.replicas.wire import ReplicaAddress
 from afterword.system.tasks import switch_threads_soon
 
 _ANSWER_SECONDS = 5.0  # in which a replica says where it listens; others are asked again soon
+_OF_THE_INGRESS = {"api_key_file": None, "keys": False, "keys_file": None, "defaults": None}
+"""Options whose files only the ingress reads."""
 _FACTS = ("id", "created", "context", "sequences", "capacity", "trained_context", "promise", "parent")
 
 
@@ -50,7 +52,7 @@ class EngineReplica:
     async def __init__(self, table: Mapping[str, Any], drain: float) -> None:  # type: ignore[misc]
         """Load the models. `table`: the settings of `afterword serve`. `drain`: seconds that jobs have at the end."""
         switch_threads_soon()
-        options = serve_options(table, "127.0.0.1")  # keys are the ingress's matter
+        options = serve_options(table, "127.0.0.1") | _OF_THE_INGRESS
         models, _ = server_parts(options["models"], options)
         self._models, self._drain, self._running = models, drain, AsyncExitStack()  # for `__del__`, if loading fails
         async with AsyncExitStack() as undo:

@@ -76,6 +76,7 @@ class RoutedEngine:
         self._waiting_tokens = 0
         self._connections: dict[str, ReplicaConnection] = {}
         self._attending: dict[str, asyncio.Task[None]] = {}
+        self._unreachable: set[str] = set()  # replicas about which a line was written
         self._tasks: list[asyncio.Task[None]] = []
         self._model_info: ModelInfo | None = None
         self._opened = asyncio.Event()
@@ -164,7 +165,9 @@ class RoutedEngine:
 
     async def _search(self) -> None:
         while True:
-            for address in await self._find():
+            found = await self._find()
+            self._unreachable &= {address.name for address in found}
+            for address in found:
                 if address.name not in self._attending:
                     self._attend(address)
             if self._policy.queue_seconds:
@@ -183,8 +186,11 @@ class RoutedEngine:
         try:
             connection = await connect(address, self._model.name)
         except OSError as problem:
-            _log.warning("The replica %s cannot be reached: %s", address.name, problem)
+            if address.name not in self._unreachable:
+                _log.warning("The replica %s cannot be reached, and is tried again: %s", address.name, problem)
+            self._unreachable.add(address.name)
             return
+        self._unreachable.discard(address.name)
         self._connections[connection.name] = connection
         try:
             self._choose_model()
