@@ -1,23 +1,33 @@
-"""`python -m bench.replicas COMMAND…`: the CPU time of a streamed token, by kind of process.
+"""`python -m bench.replicas COMMAND…`: the CPU time of a streamed token by kind of process, or the replay of a trace.
 
 COMMAND is `afterword serve` or `afterword deploy` with a small model, such as the built-in one, and without keys. Eight
 clients stream 200 tokens each, in several rounds. The processes of the command are counted: front is everything but the
 workers, in which the model runs. Ray's controller and agents are not counted.
+
+With `--replay RULE` the command is `afterword deploy` with two replicas of the built-in model and this rule. A trace is
+sent to them and simulated with measured rates; the table has both.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import re
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from statistics import median
 
 import httpx
 import psutil
+
+from bench.cluster.picture import table
+from bench.cluster.replay import SHAPE, compared
+from bench.cluster.routing import ROUTERS
 
 KINDS = {
     "afterword.engine": "worker",
@@ -35,17 +45,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.replicas", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--pause", type=float, default=5, help="seconds before the first round (5)")
+    parser.add_argument("--replay", choices=list(ROUTERS), metavar="RULE", help=f"one of {', '.join(ROUTERS)}")
+    parser.add_argument("--slots", type=int, default=16, help="of each replica, for --replay (16)")
+    for name in ("own", "output"):
+        value = getattr(SHAPE, name)
+        parser.add_argument(
+            f"--{name}", type=int, default=value, help=f"tokens of each request, for --replay ({value})"
+        )
+    parser.add_argument("--seed", type=int, default=1, help="of the trace, for --replay (1)")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args(arguments)
-    quiet = subprocess.DEVNULL
-    with subprocess.Popen(options.command, stdout=subprocess.PIPE, stderr=quiet, text=True) as process:
+    with started(options.command) as (url, process):
+        time.sleep(options.pause)  # HAProxy learns of the last replica
+        if options.replay:
+            print(_replay(url, options))
+        else:
+            print("\n".join(report(_measured(url, process, options.rounds))))
+
+
+@contextmanager
+def started(command: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """Run a command that prints its URL, and end it after the block. Returns the URL and the id of its process."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             assert process.stdout is not None
             found = next(filter(None, (re.search(r"http://\S+", line) for line in process.stdout)))
-            time.sleep(options.pause)  # HAProxy learns of the last replica
-            print("\n".join(report(_measured(found[0], process.pid, options.rounds))))
+            yield found[0], process.pid
         finally:
             process.terminate()
+
+
+def _replay(url: str, options: argparse.Namespace) -> str:
+    shape = replace(SHAPE, own=options.own, output=options.output)
+    rates, found = asyncio.run(compared(url, options.replay, shape, options.slots, options.seed))
+    return f"{table(found)}\n\n{shape}\n{rates}\nseed {options.seed}"
 
 
 def _measured(url: str, command: int, rounds: int) -> list[dict[str, float]]:

@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "engine.core.fair_share",
     },
     "engine.parent.pending_job": {"engine.most_sampled", "engine.protocol", "engine.parent.engine_metrics"},
+    "engine.parent.managed_engine": {"engine.protocol", "engine.parent.engine_metrics"},
     "engine.parent.worker_process": {"engine.messages"},
     "engine.parent.quarantine": {"engine.protocol"},
     "engine.parent.engine_metrics": {"engine.protocol", "engine.store_stats", "observability"},
@@ -54,6 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine.parent.supervisor": {
         *("engine.messages", "engine.protocol", "engine.parent.engine_metrics", "engine.parent.pending_job"),
         *(
+            "engine.parent.managed_engine",
             "engine.parent.quarantine",
             "engine.parent.restart_policy",
             "engine.parent.tokenizer_client",
@@ -62,9 +64,16 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("engine.parent.worker_process", "settings", "system"),
     },
     "engine.parent.model_manager": {
-        *("engine.protocol", "engine.parent.engine_metrics", "engine.parent.supervisor", "system"),
+        *("engine.protocol", "engine.parent.engine_metrics", "engine.parent.managed_engine"),
+        *("engine.parent.supervisor", "system"),
     },
     "engine.parent": set(),
+    "engine.replicas": {
+        *("engine.messages", "engine.protocol", "engine.parent.engine_metrics", "engine.parent.managed_engine"),
+        *("engine.parent.pending_job", "engine.parent.supervisor", "engine.parent.tokenizer_client", "system"),
+        "engine.replicas.routing",
+    },
+    "engine.replicas.routing": set(),
     "engine.worker.tokenizer_threads": {"engine.messages", "system"},
     "engine.grammar": {"engine.core", "engine.protocol"},
     "engine.worker.parent_process": set(),
@@ -100,6 +109,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine.vllm.model_folder": set(),
     "api": {
         *("batch", "completion", "engine.protocol", "engine.parent.model_manager", "engine.parent.supervisor"),
+        "engine.parent.managed_engine",
         *("config", "keys", "observability", "observability.metrics", "observability.traces", ""),
     },
     "cli": {
@@ -107,6 +117,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("api", "batch", "completion", "config", "engine.kernels", "engine.messages"),
         *("engine.parent.model_manager", "engine.parent.supervisor", "engine.parent.worker_process"),
         *("engine.vllm.program", "engine.vllm.model_folder", "engine.http.program"),
+        *("engine.replicas", "engine.replicas.routing"),
         *("engine.protocol", "keys", "models", "observability", "observability.metrics", "observability.traces"),
         *("settings", "system", "transport", ""),
     },

@@ -60,6 +60,9 @@ def test_an_empty_application_has_the_defaults_of_serve(write):
         ("min-replicas: 2", "min-replicas needs max-replicas"),
         ("min-replicas: 3\nmax-replicas: 2", "min-replicas: 3 is more than max-replicas, 2"),
         ("drain: soon", "drain: "),
+        ("routing: random", "routing: 'random' is not one of 'connections', 'prefix', 'round-robin'"),
+        ("min-replicas: 2\nmax-replicas: 3\nrouting: prefix", "max-replicas cannot be used with routing: prefix"),
+        ("routing: prefix\nserve: {keep-alive: 60}", "serve: keep-alive cannot be used with routing: prefix"),
         ("- 1", "expected settings by name"),
         ("a: [1", "is not valid YAML"),
         ("1: 2", "expected settings by name"),
@@ -155,6 +158,22 @@ def test_the_serve_configuration_holds_the_replicas_and_the_settings(write):
     assert deployment["max_ongoing_requests"] > 100, "requests above the queue's limit get the server's own error"
     assert deployment["graceful_shutdown_timeout_s"] > 120
     assert deployment["ray_actor_options"]["num_gpus"] == 1
+
+
+def test_with_routing_one_ingress_without_resources_is_in_front_of_the_engine_replicas(write):
+    file = write("replicas: 3\nrouting: prefix\ngpus: 1\ndrain: 2m\nserve: {max-queue: 100}")
+    (application,) = yaml.safe_load(printed(str(file), "--print", "serve")[1])["applications"]
+    assert application["args"] == {"serve": {"max-queue": 100}, "routing": "prefix", "drain": 120.0}
+    engine, ingress = application["deployments"]
+    assert (engine["name"], engine["num_replicas"], engine["ray_actor_options"]["num_gpus"]) == ("Engine", 3, 1)
+    assert (ingress["name"], ingress["num_replicas"]) == ("Afterword", 1)
+    assert ingress["max_surge_percent"] == 100, "the next ingress starts before this one stops"
+    reserved = ingress["ray_actor_options"]
+    assert (reserved["num_cpus"], reserved["num_gpus"]) == (0, 0)
+    assert reserved["runtime_env"] == engine["ray_actor_options"]["runtime_env"]
+    assert ingress["max_ongoing_requests"] > 100 + 3 * 16
+    for deployment in (engine, ingress):
+        assert deployment["graceful_shutdown_timeout_s"] > 120
 
 
 def test_the_kuberay_manifest_sets_the_ingress_on_every_node(write):

@@ -15,6 +15,7 @@ from afterword.cli import main
 from afterword.errors import SettingError
 
 APPLICATION = "afterword.cli.ray_serve.application"
+ROUTED = "afterword.cli.ray_serve.routed_application"
 
 
 class FakeRay:
@@ -39,7 +40,9 @@ class FakeRay:
             os.kill(os.getpid(), self.signal)
 
     def modules(self) -> dict[str, ModuleType]:
-        ray, serve, context = (ModuleType(name) for name in ("ray", "ray.serve", "ray.serve.context"))
+        ray, serve, context, exceptions = (
+            ModuleType(name) for name in ("ray", "ray.serve", "ray.serve.context", "ray.serve.exceptions")
+        )
         ray.init = self.init
         ray.get = lambda value: value
         ray.shutdown = lambda: self.call("ray.shutdown")
@@ -53,7 +56,9 @@ class FakeRay:
         bound = SimpleNamespace(bind=lambda *given: given)
         serve.deployment = lambda name: lambda replica: SimpleNamespace(options=lambda **_: bound, bind=bound.bind)
         context._get_global_client = self.client
-        return {"ray": ray, "ray.serve": serve, "ray.serve.context": context}
+        exceptions.RayServeException = Exception
+        named = {"ray.serve.context": context, "ray.serve.exceptions": exceptions}
+        return {"ray": ray, "ray.serve": serve, **named}
 
     def init(self, **options: object) -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as Ray does
@@ -80,13 +85,15 @@ def ray(monkeypatch):
     fake = FakeRay()
     for name, module in fake.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, APPLICATION, raising=False)
+    for name in (APPLICATION, ROUTED):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     before = dict(os.environ)
     yield fake
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    sys.modules.pop(APPLICATION, None)  # it has the fake
+    for name in (APPLICATION, ROUTED):
+        sys.modules.pop(name, None)  # they have the fake
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
 
@@ -145,6 +152,13 @@ def test_with_an_address_nothing_on_the_cluster_is_stopped(ray, deploy):
     assert status == 0, output
     assert ray.names == ["ray.init", "serve.start", "serve.run", "ray.shutdown"]
     assert ray.calls[0] == ("ray.init", "auto")
+
+
+def test_with_routing_the_ingress_gets_the_engine_replicas(ray, deploy):
+    status, output = deploy("drain: 90\nrouting: prefix\nserve: {parallel: 2}", "--address", "auto")
+    assert status == 0, output
+    table = {"parallel": 2}
+    assert dict(ray.calls)["serve.run"] == (table, "prefix", (table, 90.0))
 
 
 @pytest.mark.parametrize(

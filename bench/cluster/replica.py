@@ -14,7 +14,8 @@ class Rates:
     """What a replica can do.
 
     - `slots`: sequences that run together; later requests wait in their order of arrival.
-    - `cache`: tokens of prefixes that stay in memory; the prefix that was unused for the longest time is evicted.
+    - `cache`: tokens of prefixes that stay in memory; the prefix that was unused for the longest time is evicted. 0:
+      the slots are the cache, see `SlotCache`.
     - `prefill`: tokens of prompts a second.
     - `step`, `step_each`: seconds of a decode step: a constant part, and a part for each sequence.
     """
@@ -48,9 +49,9 @@ class PrefixCache:
         """Tokens of all cached parts."""
         return self._held
 
-    def use(self, parts: tuple[Part, ...]) -> int:
+    def use(self, request: Request) -> int:
         """The cached tokens of a prompt, all of whose parts are cached from now on as far as they fit."""
-        cached = 0
+        parts, cached = request.parts, 0
         for part in parts:
             if part.node not in self._parts:
                 break
@@ -64,13 +65,66 @@ class PrefixCache:
             self._held -= tokens
         return cached
 
+    def end(self, request: Request) -> None:
+        """Nothing: what is cached does not depend on the ends of requests."""
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    parts: tuple[Part, ...] = ()
+    tokens: int = 0
+    used: int = 0
+    busy: bool = False
+
+
+class SlotCache:
+    """The slots of `afterword.engine.core.prefix_cache`, with what ended sequences have left in them.
+
+    A prompt continues in the slot that has its prefix if that is free and less than `LOST` tokens are deleted.
+    Otherwise the prefix is copied to the free slot that was unused for the longest time, whose content is lost.
+    """
+
+    LOST = 16
+
+    def __init__(self, slots: int) -> None:
+        self._slots, self._clock = [_Slot() for _ in range(slots)], 0
+
+    def use(self, request: Request) -> int:
+        """The cached tokens of a prompt, which has a slot from now on."""
+        self._clock += 1
+        cached, source = max(
+            ((_shared(slot.parts, request.parts), slot) for slot in self._slots), key=lambda one: one[0]
+        )
+        oldest = min((slot for slot in self._slots if not slot.busy), key=lambda slot: (slot.used, slot.tokens))
+        in_place = cached and not source.busy and source.tokens - cached < self.LOST
+        target = source if in_place else oldest
+        source.used = self._clock if cached else source.used
+        target.parts, target.tokens = request.parts, request.prompt
+        target.used, target.busy = self._clock, True
+        return cached
+
+    def end(self, request: Request) -> None:
+        """The sequence has ended; its slot keeps it."""
+        self._clock += 1
+        slot = next(slot for slot in self._slots if slot.parts == request.parts)
+        slot.tokens, slot.used, slot.busy = request.prompt + request.output - 1, self._clock, False
+
+
+def _shared(held: tuple[Part, ...], wanted: tuple[Part, ...]) -> int:
+    tokens = 0
+    for one, other in zip(held, wanted, strict=False):
+        if one.node != other.node:
+            break
+        tokens += one.tokens
+    return tokens
+
 
 class Replica:
     """The work of one replica. One prompt is computed at a time; while sequences decode, each gets half of the time."""
 
     def __init__(self, number: int, rates: Rates) -> None:
         self._number, self._rates = number, rates
-        self._cache = PrefixCache(rates.cache)
+        self._cache = PrefixCache(rates.cache) if rates.cache else SlotCache(rates.slots)
         self._waiting: deque[Request] = deque()
         self._prefilling: deque[list[float | Request]] = deque()  # tokens left, request, cached tokens
         self._decoding: list[tuple[float, int, Request, int, float]] = []  # the heap of ends, in decoded tokens
@@ -116,6 +170,7 @@ class Replica:
         while self._decoding and self._decoding[0][0] <= self._decoded + 1e-6:
             _, _, request, cached, first = heapq.heappop(self._decoding)
             self.load -= 1
+            self._cache.end(request)
             ended.append(Served(request, self._number, cached, first - request.arrival, self._now - request.arrival))
         self._fill()
         return ended
@@ -123,7 +178,7 @@ class Replica:
     def _fill(self) -> None:
         while self._waiting and len(self._prefilling) + len(self._decoding) < self._rates.slots:
             request = self._waiting.popleft()
-            cached = self._cache.use(request.parts)
+            cached = self._cache.use(request)
             self._prefilling.append([max(1.0, request.prompt - cached), request, cached])
 
     def _prefill_rate(self) -> float:

@@ -26,7 +26,7 @@ class Summary:
 def simulate(trace: Sequence[Request], replicas: int, rates: Rates, router: Router) -> list[Served]:
     """What happens to each request, in the order in which they end."""
     machines = [Replica(number, rates) for number in range(replicas)]
-    loads = [0] * replicas
+    loads = dict.fromkeys(range(replicas), 0)
     served: list[Served] = []
     events: list[tuple[float, int, int]] = []  # time, version of the replica's plan, replica
     versions = [0] * replicas

@@ -22,7 +22,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.timeout(300))
 
 
-@pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with deployed(tmp_path_factory.mktemp("app")) as cluster:
+@pytest.fixture(scope="session", params=["connections", "prefix"])
+def cluster(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """Each topology after the other: pytest runs all tests with one value before those with the next."""
+    with deployed(tmp_path_factory.mktemp("app"), request.param) as cluster:
         yield cluster

@@ -28,8 +28,12 @@ SECONDS = 120
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """A cluster on this machine. `process`: the command that runs it; `log`: the requests that replicas answered."""
+    """A cluster on this machine. `process`: the command that runs it; `log`: the requests that were answered.
 
+    `routing`: see docs/scale.md. Unless it is `connections`, replicas have workers and no HTTP API.
+    """
+
+    routing: str
     url: str
     file: Path
     log: Path
@@ -43,6 +47,32 @@ class Cluster:
     def replicas(self) -> list[psutil.Process]:
         """The processes of the replicas that have a worker."""
         return [each for each in self._descendants("ServeReplica") if workers(each)]
+
+    def serving(self) -> psutil.Process:
+        """The replica that computes something."""
+        found: list[psutil.Process] = []
+
+        def look() -> bool:
+            found[:] = [each for each in self.replicas() if self._computes(each)]
+            return bool(found)
+
+        wait_until(look)
+        return found[0]
+
+    def _computes(self, replica: psutil.Process) -> bool:
+        if self.routing == "connections":
+            return bool(running(replica)["running"])
+        before = cpu_seconds(replica)
+        time.sleep(0.2)  # an idle worker needs much less than a tenth of this time
+        return cpu_seconds(replica) - before > 0.05
+
+    def running(self) -> int:
+        """The samples that all replicas compute."""
+        if self.routing == "connections":
+            return sum(int(str(running(each)["running"])) for each in self.replicas())
+        with self.http() as http:
+            count: int = http.get("/ready").json()["running"]
+            return count
 
     def proxies(self) -> list[psutil.Process]:
         return self._descendants("haproxy")
@@ -90,6 +120,11 @@ def workers(replica: psutil.Process) -> list[psutil.Process]:
         return []
 
 
+def cpu_seconds(replica: psutil.Process) -> float:
+    """The CPU time of a replica's workers."""
+    return sum(sum(each.cpu_times()[:2]) for each in workers(replica))
+
+
 def running(replica: psutil.Process) -> dict[str, object]:
     """The state of one replica, which is asked without the proxy."""
     (port,) = {
@@ -130,7 +165,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def deployed(folder: Path) -> Iterator[Cluster]:
+def deployed(folder: Path, routing: str) -> Iterator[Cluster]:
     """Run two replicas of the built-in model.
 
     At the end a running stream must be answered to its end, and no process of the cluster may be left.
@@ -139,7 +174,7 @@ def deployed(folder: Path) -> Iterator[Cluster]:
     keys.write_text(KEY)
     keys.chmod(0o600)
     file.write_text(
-        f"port: {port}\nreplicas: 2\ncpus: 0.1\ndrain: 60\n"
+        f"port: {port}\nreplicas: 2\ncpus: 0.1\ndrain: 60\nrouting: {routing}\n"
         f"serve: {{strict: true, parallel: 8, threads: 1, api-key-file: {keys}, log: {log}}}\n"
     )
     with tempfile.TemporaryFile("w+") as errors:
@@ -153,7 +188,7 @@ def deployed(folder: Path) -> Iterator[Cluster]:
         )
         found: list[psutil.Process] = []
         try:
-            cluster = Cluster(f"http://127.0.0.1:{port}", file, log, psutil.Process(process.pid))
+            cluster = Cluster(routing, f"http://127.0.0.1:{port}", file, log, psutil.Process(process.pid))
             assert process.stdout is not None
             if not any("Ray Serve runs" in line for line in process.stdout):
                 errors.seek(0)

@@ -1,4 +1,4 @@
-"""Two replicas with `strict` pass all cases of tests/conformance through HAProxy."""
+"""Two replicas with `strict` pass all cases of tests/conformance, in both topologies."""
 
 from __future__ import annotations
 

@@ -6,12 +6,12 @@ import json
 import re
 import subprocess
 import threading
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import httpx
-import psutil
 import pytest
 from ray_cluster import (
     PYTHON,
@@ -19,7 +19,6 @@ from ray_cluster import (
     Cluster,
     environment,
     living,
-    running,
     stream,
     streamed,
     wait_until,
@@ -84,18 +83,6 @@ class Load:
                 assert status != 200 or text == again["choices"][0]["text"]
 
 
-def serving(cluster: Cluster) -> psutil.Process:
-    """The replica that computes something."""
-    found: list[psutil.Process] = []
-
-    def look() -> bool:
-        found[:] = [each for each in cluster.replicas() if running(each)["running"]]
-        return bool(found)
-
-    wait_until(look)
-    return found[0]
-
-
 def test_a_client_that_leaves_frees_its_sequence(cluster: Cluster) -> None:
     def logged() -> list[dict[str, object]]:
         return [each for each in cluster.log_lines() if each["id"] == response.headers["x-request-id"]]
@@ -103,11 +90,24 @@ def test_a_client_that_leaves_frees_its_sequence(cluster: Cluster) -> None:
     with streamed(cluster, n=32, max_tokens=240) as response:
         lines = response.iter_lines()  # without a reference to it httpx would close the response
         next(lines)
-        replica = serving(cluster)
-    wait_until(lambda: running(replica)["running"] == 0)
+        cluster.serving()
+    wait_until(lambda: cluster.running() == 0)
     wait_until(logged)
     (line,) = logged()
     assert line["generated_tokens"] < 32 * 240
+
+
+def test_prompts_with_one_beginning_go_to_the_replica_that_has_it(cluster: Cluster) -> None:
+    """The second request for each of eight texts finds it in a cache, whichever replica has it."""
+    if cluster.routing == "connections":
+        pytest.skip("HAProxy knows nothing of prompts")
+    texts = [f"{number} {'times ' * 60}" for number in range(8)]
+    cached = []
+    with cluster.http() as http:
+        for text in (*texts, *texts):
+            body = {"model": "afterword-tiny", "prompt": text, "max_tokens": 1}
+            cached.append(http.post("/v1/completions", json=body).json()["usage"]["prompt_tokens_details"])
+    assert all(each["cached_tokens"] >= 60 for each in cached[8:])
 
 
 def test_a_stream_goes_on_when_the_worker_of_its_replica_is_killed(cluster: Cluster) -> None:
@@ -124,15 +124,27 @@ def test_a_stream_goes_on_when_the_worker_of_its_replica_is_killed(cluster: Clus
     assert found[-2:] == ["[DONE]", ""]
 
 
-def test_a_stream_is_cut_when_its_replica_is_killed_and_never_says_done(cluster: Cluster) -> None:
-    """The client sees a broken connection: HAProxy adds no event. The worker ends with the replica."""
-    with stream(cluster, n=32, max_tokens=240) as lines:
-        next(lines)
-        replica = serving(cluster)
+def test_what_a_stream_sees_when_its_replica_is_killed(cluster: Cluster) -> None:
+    """The worker ends with the replica.
+
+    HAProxy cuts the connection without an event, and never says that the text is complete. An ingress of Afterword lets
+    the other replica compute the rest of the same text, since the built-in model's promise is exact.
+    """
+    body = {"n": 32, "max_tokens": 240, "prompt": "Replicas"}
+    whole = None
+    if cluster.routing != "connections":
+        with stream(cluster, **body) as lines:
+            whole = texts_of(lines)
+    with stream(cluster, **body) as lines:
+        first = next(lines)
+        replica = cluster.serving()
         found = workers(replica)
         replica.kill()
-        with pytest.raises(httpx.TransportError):
-            assert "[DONE]" not in "".join(lines)
+        if whole is None:
+            with pytest.raises(httpx.TransportError):
+                assert "[DONE]" not in "".join(lines)
+        else:
+            assert texts_of([first, *lines]) == whole
     wait_until(lambda: not living([replica, *found]), 30)
     wait_until(lambda: len(cluster.replicas()) == 2)
 
@@ -149,6 +161,7 @@ def test_requests_that_had_no_answer_yet_are_answered_by_another_replica(cluster
     load.run(kill)
     print(f"lost of {REQUESTS} while a replica was killed: {load.lost}")
     assert load.lost == load.broken, "every answer is right"
+    assert cluster.routing == "connections" or not load.broken, "the ingress has them, and not the replica"
     assert all("without sending a response" in each for each in load.broken.values()), "no answer is cut"
     assert len(load.broken) <= CLIENTS, "those that HAProxy had when the replica died: docs/scale.md"
     load.check()
@@ -185,6 +198,17 @@ def test_files_and_batches_are_refused_with_the_reason(cluster: Cluster) -> None
     with cluster.http() as http:
         response = http.get("/v1/batches")
     assert (response.status_code, response.json()["error"]["code"]) == (404, "batches_not_available")
+
+
+def texts_of(lines: Iterable[str]) -> dict[int, str]:
+    """The whole texts of a stream by choice. The stream must be complete."""
+    found: dict[int, str] = defaultdict(str)
+    ends = [line for line in lines if line]
+    assert ends.pop() == "data: [DONE]"
+    for line in ends:
+        for choice in json.loads(line.removeprefix("data: "))["choices"]:
+            found[choice["index"]] += choice["text"]
+    return found
 
 
 def text_of(line: str) -> str:

@@ -11,8 +11,8 @@ from afterword.api.readiness import Readiness
 from afterword.batch.manager import BatchManager
 from afterword.completion.model_defaults import ModelDefaults
 from afterword.config import Config
+from afterword.engine.parent.managed_engine import ManagedEngine
 from afterword.engine.parent.model_manager import ManagedModel, ModelManager
-from afterword.engine.parent.supervisor import Supervisor
 from afterword.errors import ModelNotFound, Overloaded, RequestError
 from afterword.keys.key_registry import KeyRegistry
 from afterword.observability.metrics import Metrics
@@ -25,7 +25,7 @@ class ServedModel:
     """A loaded model. `id`: the name by which requests select it."""
 
     id: str
-    engine: Supervisor
+    engine: ManagedEngine
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -93,6 +93,20 @@ def server_parts(specs: Sequence[str], options: dict[str, Any]) -> tuple[ModelMa
 
     No model is loaded.
     """
+
+    def make_models(queue: QueuePolicy, requests: RequestLimits) -> ModelManager:
+        settings = replace(
+            engine_settings(options), cache_dir=options["cache_dir"], cache_bytes=int(options["cache_size"] * 10**9)
+        )
+        return _models(specs, options, settings, queue, requests.max_logprobs)
+
+    return parts_with_models(options, make_models)
+
+
+def parts_with_models(
+    options: dict[str, Any], make_models: Callable[[QueuePolicy, RequestLimits], ModelManager]
+) -> tuple[ModelManager, Config]:
+    """The parts of a server with other models than those that the options name. Raises `SettingError`."""
     limits = _limits(options)
     config = Config(
         host=options["host"],
@@ -124,10 +138,7 @@ def server_parts(specs: Sequence[str], options: dict[str, Any]) -> tuple[ModelMa
         batch=limits.batch,
         key_limits=limits.keys,
     )
-    settings = replace(
-        engine_settings(options), cache_dir=options["cache_dir"], cache_bytes=int(options["cache_size"] * 10**9)
-    )
-    models = _models(specs, options, settings, limits.queue, limits.requests.max_logprobs)
+    models = make_models(limits.queue, limits.requests)
     if options["defaults"]:
         served = [managed_model.id for managed_model in models]
         config = replace(config, defaults=read_model_defaults(options["defaults"], served, config.limits))

@@ -16,6 +16,7 @@ import click
 
 from afterword.batch.batch_limits import BatchLimits
 from afterword.cli import settings
+from afterword.engine.replicas.routing import RULES
 from afterword.errors import SettingError
 from afterword.settings.durations import parse_duration
 from afterword.settings.limit_table import limit_entries
@@ -48,6 +49,9 @@ UNUSED_LIMITS = {
 }
 """Limits that nothing in a replica applies, with the reason."""
 
+WHOLE_SERVERS = "connections"
+"""The value of `routing` for replicas that are whole servers, among which Serve's ingress chooses by connections."""
+
 _POSITIVE, _CORES = click.IntRange(min=1), click.FloatRange(min=0)
 _APP = click.Command(
     "app",
@@ -56,6 +60,7 @@ _APP = click.Command(
         click.Option(["--host"], default="127.0.0.1"),
         click.Option(["--port"], type=click.IntRange(1, 65535), default=8000),
         click.Option(["--ingress"], type=click.Choice(["haproxy", "ray"]), default="haproxy"),
+        click.Option(["--routing"], type=click.Choice([WHOLE_SERVERS, *RULES]), default=WHOLE_SERVERS),
         click.Option(["--replicas"], type=_POSITIVE),
         click.Option(["--min-replicas"], type=_POSITIVE),
         click.Option(["--max-replicas"], type=_POSITIVE),
@@ -74,6 +79,8 @@ class ServeApp:
     """An application of Ray Serve.
 
     - `ingress`: `haproxy` sends connections to the replicas; `ray` is Ray's own proxy in Python.
+    - `routing`: `connections` for replicas that are whole servers. Otherwise one ingress with this rule of
+      `engine.replicas.routing` is in front of engine replicas.
     - `requests_per_replica`: running and waiting requests of a replica at which the autoscaler aims.
     - `surge`: percent of the replicas that a rolling update may start before it stops old ones.
     - `cpus`, `gpus`: what one replica reserves. `drain`: seconds that a replica's requests have to end.
@@ -84,6 +91,7 @@ class ServeApp:
     host: str
     port: int
     ingress: str
+    routing: str
     min_replicas: int
     max_replicas: int
     requests_per_replica: int
@@ -107,6 +115,7 @@ def read_app(path: Path) -> ServeApp:
     with _APP.make_context("app", [], default_map=values) as ctx:
         fields = dict(ctx.params)
     low, high = _replicas(where, fields)
+    _check_routing(where, fields["routing"], low, high, serve)
     fields |= {"min_replicas": low, "max_replicas": high, "serve": serve}
     fields["max_queue"] = serve_options(serve, fields["host"])["max_queue"]
     del fields["replicas"]
@@ -180,6 +189,19 @@ def _replicas(where: str, fields: Mapping[str, Any]) -> tuple[int, int]:
     if low > high:
         raise SettingError(f"{where}min-replicas: {low} is more than max-replicas, {high}.")
     return low, high
+
+
+def _check_routing(where: str, routing: str, low: int, high: int, serve: Mapping[str, Any]) -> None:
+    """Refuse what engine replicas behind an ingress cannot have."""
+    if routing == WHOLE_SERVERS:
+        return
+    if low != high:
+        raise SettingError(
+            f"{where}max-replicas cannot be used with routing: {routing}, since Serve sees no requests of engine "
+            "replicas by which it could choose their number. Give replicas."
+        )
+    if "keep-alive" in serve:
+        raise SettingError(f"{where}serve: keep-alive cannot be used with routing: {routing}. All models stay loaded.")
 
 
 def _refuse_unused_limits(where: str, limits: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""The application of Ray Serve: a deployment whose replicas are whole servers. The only module that imports Ray Serve.
+"""The application of Ray Serve: a deployment whose replicas are whole servers. Imports Ray Serve.
 
 A replica runs the ASGI application of `afterword serve` in Serve's own HTTP server, which takes the place of
 `transport`: limits on connections and times are those of Serve's ingress. The worker process of a model ends with its
@@ -21,8 +21,10 @@ from afterword.api.app import make_app
 from afterword.api.middleware.request_ids import HEADER
 from afterword.api.requests.request_recorder import REQUEST_ID_KEY
 from afterword.cli.ray_serve.app_file import serve_options
-from afterword.cli.ray_serve.configuration import DEPLOYMENT
+from afterword.cli.ray_serve.configuration import DEPLOYMENT, ENGINE
 from afterword.cli.run import closing, make_service, server_parts
+from afterword.config import Config
+from afterword.engine.parent.model_manager import ModelManager
 from afterword.observability.request_log import open_request_log
 from afterword.observability.traces import open_traces
 from afterword.system.tasks import switch_threads_soon
@@ -35,6 +37,10 @@ Application = Callable[[Any, Any, Any], Awaitable[None]]
 class Replica:
     """One replica. Serve calls its methods on the event loop on which the application runs."""
 
+    _models: ModelManager
+    _running: AsyncExitStack
+    _app: Application
+
     async def __init__(self, table: Mapping[str, Any]) -> None:  # type: ignore[misc]
         """Load the models. `table`: the settings of `afterword serve`. Serve sends requests when this has returned.
 
@@ -42,17 +48,7 @@ class Replica:
         """
         switch_threads_soon()
         options = serve_options(table, str(running_ingress()["host"]))
-        models, config = server_parts(options["models"], options)
-        self._models, self._running = models, AsyncExitStack()  # for `__del__`, if loading fails
-        async with AsyncExitStack() as undo:
-            log = undo.enter_context(open_request_log(config.log))
-            traces = undo.enter_context(open_traces(config.traces))
-            service = replace(make_service(config, models), request_log=log, traces=traces)
-            await undo.enter_async_context(service.key_registry.syncing())
-            await undo.enter_async_context(closing(models))
-            await models.open()
-            self._app = make_app(service)
-            self._running = undo.pop_all()
+        await start(self, *server_parts(options["models"], options))
 
     def __serve_build_asgi_app__(self) -> Application:
         return _hosted(self._app)
@@ -67,12 +63,41 @@ class Replica:
         await self._running.aclose()
 
 
+async def start(replica: Replica, models: ModelManager, config: Config) -> None:
+    """Load the models of a replica and make its application."""
+    replica._models, replica._running = models, AsyncExitStack()  # for `__del__`, if loading fails
+    async with AsyncExitStack() as undo:
+        log = undo.enter_context(open_request_log(config.log))
+        traces = undo.enter_context(open_traces(config.traces))
+        service = replace(make_service(config, models), request_log=log, traces=traces)
+        await undo.enter_async_context(service.key_registry.syncing())
+        await undo.enter_async_context(closing(models))
+        await models.open()
+        replica._app = make_app(service)
+        replica._running = undo.pop_all()
+
+
 deployment: Any = serve.deployment(name=DEPLOYMENT)(serve.ingress()(Replica))
 
 
 def build(args: Mapping[str, Any]) -> Any:
-    """The application of Serve for the `args` of a configuration: `serve`."""
-    return deployment.bind(dict(args["serve"]))
+    """The application of Serve for the `args` of a configuration, see `configuration.application_arguments`."""
+    return bound(args, {})
+
+
+def bound(args: Mapping[str, Any], options: Mapping[str, Mapping[str, Any]]) -> Any:
+    """The application with the options of its deployments by name, see `configuration.deployments`."""
+    table = dict(args["serve"])
+    if "routing" not in args:
+        return _with(deployment, options, DEPLOYMENT).bind(table)
+    from afterword.cli.ray_serve.routed_application import engine, ingress
+
+    replicas = _with(engine, options, ENGINE).bind(table, args["drain"])
+    return _with(ingress, options, DEPLOYMENT).bind(table, args["routing"], replicas)
+
+
+def _with(made: Any, options: Mapping[str, Mapping[str, Any]], name: str) -> Any:
+    return made.options(**options[name]) if name in options else made
 
 
 def running_ingress() -> dict[str, object]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from afterword.cli.ray_serve.app_file import ServeApp
+from afterword.cli.ray_serve.app_file import WHOLE_SERVERS, ServeApp
 from afterword.config import is_loopback
 from afterword.errors import SettingError
 
 DEPLOYMENT = "Afterword"
+ENGINE = "Engine"
+"""With `routing`, the deployment of the replicas that have the models, behind one ingress."""
 IMPORT_PATH = "afterword.cli.ray_serve.application:build"
 _CHECK_SECONDS = 5  # between two health checks of a replica
-_DRAIN_SECONDS = 5  # seconds that a draining replica stays reachable, so that every ingress stops choosing it
+DRAIN_SECONDS = 5  # seconds that a draining replica stays reachable, so that every ingress stops choosing it
 
 
 def cluster_variables(app: ServeApp) -> dict[str, str]:
@@ -25,7 +27,7 @@ def cluster_variables(app: ServeApp) -> dict[str, str]:
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(_DRAIN_SECONDS),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_SECONDS),
     }
 
 
@@ -42,13 +44,34 @@ def replica_variables() -> dict[str, str]:
     }
 
 
+def application_arguments(app: ServeApp) -> dict[str, Any]:
+    """The arguments from which Serve builds the application."""
+    routed = {} if app.routing == WHOLE_SERVERS else {"routing": app.routing, "drain": app.drain}
+    return {"serve": dict(app.serve), **routed}
+
+
 def shutdown_seconds(app: ServeApp) -> float:
     """How long Serve waits for the requests of a replica that it stops."""
-    return app.drain + _DRAIN_SECONDS
+    return app.drain + DRAIN_SECONDS
+
+
+def deployments(app: ServeApp) -> dict[str, dict[str, Any]]:
+    """The options of each deployment by its name.
+
+    An ingress in front of engine replicas is one process without models. It reserves no resources, so that it needs no
+    place of its own in the cluster.
+    """
+    options = deployment_options(app)
+    if app.routing == WHOLE_SERVERS:
+        return {DEPLOYMENT: options}
+    actor = options["ray_actor_options"] | {"num_cpus": 0, "num_gpus": 0}
+    most = app.max_queue + 1024 * app.max_replicas
+    ingress = options | {"num_replicas": 1, "max_ongoing_requests": most, "ray_actor_options": actor}
+    return {ENGINE: options, DEPLOYMENT: ingress | {"max_surge_percent": 100}}
 
 
 def deployment_options(app: ServeApp) -> dict[str, Any]:
-    """The options of the deployment: replicas, resources, rolling update.
+    """The options of the deployment with the replicas: their number, resources, rolling update.
 
     The queue is the server's own, so Serve hands a replica as many requests as that takes.
     """
@@ -85,8 +108,8 @@ def serve_configuration(app: ServeApp) -> dict[str, Any]:
                 "name": app.name,
                 "route_prefix": "/",
                 "import_path": IMPORT_PATH,
-                "args": {"serve": dict(app.serve)},
-                "deployments": [{"name": DEPLOYMENT, **deployment_options(app)}],
+                "args": application_arguments(app),
+                "deployments": [{"name": name, **options} for name, options in deployments(app).items()],
             }
         ],
     }

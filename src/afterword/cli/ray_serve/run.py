@@ -15,8 +15,9 @@ import click
 
 from afterword.cli.ray_serve.app_file import INSTALL, ServeApp, read_app, serve_options
 from afterword.cli.ray_serve.configuration import (
+    application_arguments,
     cluster_variables,
-    deployment_options,
+    deployments,
     kuberay_manifest,
     serve_configuration,
     shutdown_seconds,
@@ -94,7 +95,7 @@ def _drain(serve: Any, app: ServeApp) -> None:
 
 def _run(serve: Any, app: ServeApp) -> None:
     """Deploy the application, and wait until its replicas run."""
-    from afterword.cli.ray_serve.application import deployment, running_ingress
+    from afterword.cli.ray_serve.application import bound, running_ingress
 
     serve.start(
         proxy_location="EveryNode",
@@ -102,9 +103,8 @@ def _run(serve: Any, app: ServeApp) -> None:
         controller_options={"runtime_env": {"env_vars": cluster_variables(app)}},
     )
     check_ingress(app, running_ingress())
-    replica = deployment.options(**deployment_options(app))
     try:
-        serve.run(replica.bind(dict(app.serve)), name=app.name, route_prefix="/")
+        serve.run(bound(application_arguments(app), deployments(app)), name=app.name, route_prefix="/")
     except RuntimeError as error:
         raise AfterwordError(f"Ray Serve could not deploy {app.name}: {error}") from None
     host = f"[{app.host}]" if ":" in app.host else app.host

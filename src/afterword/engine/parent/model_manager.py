@@ -24,7 +24,8 @@ from typing import Literal
 import msgspec
 
 from afterword.engine.parent.engine_metrics import EngineMetrics
-from afterword.engine.parent.supervisor import OVERLOADED, EngineState, QueuePolicy, Supervisor
+from afterword.engine.parent.managed_engine import EngineState, ManagedEngine
+from afterword.engine.parent.supervisor import OVERLOADED, QueuePolicy
 from afterword.engine.protocol import Load, ModelInfo, Promise
 from afterword.errors import AfterwordError, LoadFailed, Overloaded, QueueTimeout
 from afterword.system.tasks import TaskFunction, run_logged
@@ -56,7 +57,7 @@ class ModelDefinition:
 
     id: str
     created: int
-    make_engine: Callable[[], Supervisor]
+    make_engine: Callable[[], ManagedEngine]
     context: int = 0
     sequences: int = 0
     capacity: int | None = None
@@ -75,7 +76,7 @@ class ManagedModel:
 
     def __init__(self, definition: ModelDefinition, *, always_loaded: bool = True) -> None:
         self.definition = definition
-        self.engine: Supervisor | None = None
+        self.engine: ManagedEngine | None = None
         self.last_model_info: ModelInfo | None = None  # from the last engine that was closed
         self.engine_metrics = EngineMetrics()  # shared by one engine after the other
         self.users = 0  # acquired and not released
@@ -124,7 +125,7 @@ class ManagedModel:
         return self.model_info.promise if self.model_info else self.definition.promise
 
     @property
-    def loaded_engine(self) -> Supervisor | None:
+    def loaded_engine(self) -> ManagedEngine | None:
         """The current engine, if it has loaded the model."""
         return self.engine if self.engine and self.engine.state != "starting" else None
 
@@ -242,7 +243,7 @@ class ModelManager:
 
     # ---- use of a model
 
-    async def acquire(self, managed_model: ManagedModel) -> Supervisor:
+    async def acquire(self, managed_model: ManagedModel) -> ManagedEngine:
         """Load the model if needed and return its engine, which is not closed before `release`.
 
         Raises `Overloaded`, `QueueTimeout` and `LoadFailed`; after an exception the caller must not call `release`.
@@ -268,7 +269,7 @@ class ModelManager:
         for managed_model in self if self.keep_alive is None else ():
             self.check_loaded(managed_model)
 
-    def check_loaded(self, managed_model: ManagedModel, unloaded: str = _LOADING) -> Supervisor:
+    def check_loaded(self, managed_model: ManagedModel, unloaded: str = _LOADING) -> ManagedEngine:
         """The model's engine. Raises `Overloaded` if it is not loaded.
 
         `unloaded`: the message of that error if the model is not being loaded either.
@@ -286,7 +287,7 @@ class ModelManager:
         elif managed_model.waiting >= self.policy.queue:
             raise Overloaded(OVERLOADED)
 
-    async def _loaded(self, managed_model: ManagedModel) -> Supervisor:
+    async def _loaded(self, managed_model: ManagedModel) -> ManagedEngine:
         """Load the model, or wait until a load in progress ends, for at most `queue_seconds`."""
         self.check_capacity(managed_model)
         managed_model.loading = managed_model.loading or asyncio.create_task(self._load(managed_model))

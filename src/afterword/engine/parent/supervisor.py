@@ -16,12 +16,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import msgspec
 
 from afterword.engine import messages
 from afterword.engine.parent.engine_metrics import EngineMetrics, JobTimer
+from afterword.engine.parent.managed_engine import EngineState
 from afterword.engine.parent.pending_job import MAX_CRASHES, PendingJob
 from afterword.engine.parent.quarantine import Quarantine
 from afterword.engine.parent.restart_policy import RestartPolicy
@@ -32,10 +32,6 @@ from afterword.engine.protocol import Job, Load, ModelInfo, PassStats
 from afterword.errors import EngineFailure, ModelReplaced, Overloaded, QueueTimeout, SettingError, WorkerDied
 from afterword.settings.limit_table import limit
 from afterword.system.tasks import supervised
-
-EngineState = Literal["starting", "ready", "restarting", "failing", "closed"]
-"""`restarting`: jobs wait for the next worker. `failing`: the worker crashed too often; jobs are refused until a worker
-has loaded the model."""
 
 OVERLOADED = "The server is overloaded: too many requests are waiting. Please try again later."
 _FAILING = "The worker process cannot be kept running at the moment."
