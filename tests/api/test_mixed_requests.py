@@ -20,6 +20,12 @@ GRAMMARS = ("response_format", "structured_outputs", "json_schema", "grammar")
 ELSEWHERE = {"model", "input_extra", "stream_options"}
 """Fields that select the model, need file separators, or change the events alone."""
 
+NOT_PROCESSED = (
+    *("samplers", "allowed_token_ids", "dry_", "xtc_", "typical_p", "top_n_sigma", "dynatemp_", "mirostat", "adaptive_"),
+    *("min_keep", "repeat_last_n"),
+)
+"""Beginnings of fields that `processed_logprobs` is not allowed with."""
+
 Choose = Callable[[random.Random], Any]
 IDS = list(range(300, 420))
 VALUES: dict[str, Choose] = {
@@ -40,6 +46,7 @@ VALUES: dict[str, Choose] = {
     "logit_bias": lambda rng: {str(token): rng.uniform(-5, 5) for token in rng.sample(IDS, 4)},
     "logprob_token_ids": lambda rng: rng.sample(IDS, 3),
     "logprobs": lambda rng: rng.choice([0, 1, 5]),
+    "logprobs_mode": lambda rng: rng.choice(["raw_logprobs", "processed_logprobs"]),
     "min_p": lambda rng: rng.choice([0.02, 0.2]),
     "min_tokens": lambda rng: 5,
     "n": lambda rng: 2,
@@ -103,6 +110,8 @@ def mixed_body(seed: int) -> Json:
         names -= {"truncation_side", "allowed_token_ids"}
     if "stream" in names:
         names -= {"prompt_logprobs", "best_of"}
+    if "logprobs_mode" in names:
+        names -= {name for name in names if name.startswith(NOT_PROCESSED)}
     if not names & {"logprobs", "prompt_logprobs"}:
         names.discard("logprob_token_ids")
     body = {"prompt": rng.choice([*TEXTS, [*TEXTS[:2]]]), "max_tokens": rng.randrange(6, 20), "seed": seed}

@@ -48,7 +48,8 @@ async def load(request: Request) -> Response:
     except SettingError as problem:
         reason = problem.message.replace(str(file), path)
         raise RequestError(f"The adapter could not be loaded: {reason}", param="lora_path") from None
-    service.metrics.add_model(name)
+    if service.models.get(name):  # it may have been unloaded already
+        service.metrics.add_model(name)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 

@@ -47,7 +47,7 @@ class QueuePolicy:
     queue_tokens: int = limit(2**22, "tokens of prompts that wait and of all that they may generate")
     queue_seconds: float = limit(600.0, "seconds that a prompt waits for its turn, 0: for ever")
     max_text: int = limit(2**20, "characters of a text that is tokenized")
-    adapters: int = limit(16, "adapters with those that were loaded by requests")
+    adapters: int = limit(16, "served adapters up to which requests may load further ones")
     upstream_seconds: float = limit(300.0, "seconds without an event of --upstream after which a request has failed")
     hang_seconds: float = limit(15.0, "seconds without a heartbeat after which the worker is replaced, at least 3")
 
