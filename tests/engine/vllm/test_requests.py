@@ -16,6 +16,7 @@ from afterword.engine.protocol import (
     Sampling,
     Token,
 )
+from afterword.engine.token_row import ReportedAt
 from afterword.engine.vllm.requests import (
     LIMITS,
     PromptScore,
@@ -145,6 +146,8 @@ ORDER = ("temperature", "top_k")
     [
         ({"grammar": Grammar("json", "{}", "response_format.json_schema.schema")}, "response_format"),
         ({"reported": (1, 2)}, "logprob_token_ids"),
+        ({"reported_at": ReportedAt((), ((1,),))}, "logprob_token_ids"),
+        ({"processed": True}, "logprobs_mode"),
         ({"banned": (1, 2)}, "banned_tokens"),
         ({"repetition_detection": RepetitionDetection(4, 1, 2)}, "repetition_detection"),
         ({"priority": 1}, "priority"),
@@ -159,6 +162,17 @@ ORDER = ("temperature", "top_k")
 )
 def test_a_refusal_names_the_field_of_the_request(fields, expected):
     with pytest.raises(RequestError, match=f"'{expected}' is not supported") as caught:
+        check_job(msgspec.structs.replace(JOB, **fields), INFO)
+    assert caught.value.param == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [({"alternatives": 1001}, "logprobs"), ({"prompt_alternatives": 1001}, "prompt_logprobs")],
+)
+def test_whole_vocabularies_are_refused_by_name(fields, expected):
+    check_job(msgspec.structs.replace(JOB, **dict.fromkeys(fields, 1000)), INFO)
+    with pytest.raises(RequestError, match=f"'{expected}' must be at most 1000") as caught:
         check_job(msgspec.structs.replace(JOB, **fields), INFO)
     assert caught.value.param == expected
 
