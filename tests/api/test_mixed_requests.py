@@ -21,7 +21,17 @@ ELSEWHERE = {"model", "input_extra", "stream_options"}
 """Fields that select the model, need file separators, or change the events alone."""
 
 NOT_PROCESSED = (
-    *("samplers", "allowed_token_ids", "dry_", "xtc_", "typical_p", "top_n_sigma", "dynatemp_", "mirostat", "adaptive_"),
+    *(
+        "samplers",
+        "allowed_token_ids",
+        "dry_",
+        "xtc_",
+        "typical_p",
+        "top_n_sigma",
+        "dynatemp_",
+        "mirostat",
+        "adaptive_",
+    ),
     *("min_keep", "repeat_last_n"),
 )
 """Beginnings of fields that `processed_logprobs` is not allowed with."""
