@@ -50,9 +50,16 @@ def test_a_convolved_token_does_not_depend_on_the_others(kernel):
 
 
 class Net:
-    """The operands of a delta net. The state has the axes [sequence, head, element of the values, element of the keys]."""
+    """The operands of a delta net.
 
-    def __init__(self, sequences: int, heads: int, key_heads: int, tokens: int, length: int, wide_decay: bool = False):
+    The state has the axes [sequence, head, element of the values, element of the keys].
+    """
+
+    def __init__(
+        self, sequences: int, all_heads: tuple[int, int], tokens: int, length: int, *, wide_decay: bool = False
+    ):
+        """`all_heads`: numbers of heads of the values, and of the keys and queries."""
+        heads, key_heads = all_heads
         self.q, self.k = (random(sequences, tokens, key_heads, length, seed=seed) for seed in (1, 2))
         self.q, self.k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (self.q, self.k))
         self.v = random(sequences, tokens, heads, length, seed=3)
@@ -98,14 +105,14 @@ class Net:
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_delta_net_follows_its_definition(kernel, threads, tokens, length, wide_decay):
-    net = Net(2, 4, 2, tokens, length, wide_decay)
+    net = Net(2, (4, 2), tokens, length, wide_decay=wide_decay)
     for got, expected in zip(net.computed(kernel, threads), net.expected(), strict=True):
         np.testing.assert_allclose(got, expected, rtol=ROUNDING * 10, atol=ROUNDING * 10)
 
 
 @pytest.mark.parametrize("wide_decay", [False, True])
 def test_a_state_depends_neither_on_other_sequences_nor_on_the_tokens_of_a_pass(kernel, wide_decay):
-    net = Net(3, 4, 4, 37, 32, wide_decay)
+    net = Net(3, (4, 4), 37, 32, wide_decay=wide_decay)
     results, states = net.computed(kernel, threads=2)
     state = net.state[1:2]
     for first, end in [(0, 20), (20, 21), (21, 22), (22, 37)]:
@@ -116,7 +123,7 @@ def test_a_state_depends_neither_on_other_sequences_nor_on_the_tokens_of_a_pass(
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "g", "b", "state"])
 def test_a_nan_stays_visible(kernel, name):
-    net = Net(1, 1, 1, 2, 16)
+    net = Net(1, (1, 1), 2, 16)
     getattr(net, name).reshape(-1)[0] = np.nan
     results, states = net.computed(kernel)
     assert np.isnan(results[0, 0]).any()
@@ -124,7 +131,7 @@ def test_a_nan_stays_visible(kernel, name):
 
 
 def test_a_state_that_decays_at_once_is_forgotten(kernel):
-    net = Net(1, 1, 1, 1, 16)
+    net = Net(1, (1, 1), 1, 16)
     net.g[:] = -np.inf
     np.testing.assert_allclose(net.computed(kernel)[1], net.expected()[1], rtol=ROUNDING, atol=ROUNDING)
 
@@ -133,13 +140,13 @@ def test_a_state_that_decays_at_once_is_forgotten(kernel):
 
 
 def test_other_forms_are_refused(kernel):
-    net = Net(1, 2, 2, 3, 32)
+    net = Net(1, (2, 2), 3, 32)
     out = shaped(np.zeros((3 + 32, 64), np.float32))
     assert takes(kernel, "GATED_DELTA_NET", node_of(out, net.sources(), {0: 1}))
     assert not takes(kernel, "GATED_DELTA_NET", node_of(out, net.sources(), {0: 2})), "snapshots of states"
     strided = (*net.sources()[:5], np.zeros((1, 2, 32, 64), np.float32)[..., :32])
     assert not takes(kernel, "GATED_DELTA_NET", node_of(out, strided, {0: 1})), "a state with gaps"
-    odd = Net(1, 2, 2, 3, 24)
+    odd = Net(1, (2, 2), 3, 24)
     assert not takes(kernel, "GATED_DELTA_NET", node_of(out, odd.sources(), {0: 1})), "rows of other lengths"
     x, weights = shaped(random(1, 8, 6)), shaped(random(8, 4))
     assert takes(kernel, "SSM_CONV", node_of(shaped(random(1, 3, 8)), (x, weights), {}))

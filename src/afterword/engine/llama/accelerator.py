@@ -118,7 +118,7 @@ def has_unsupported_experts() -> bool:
 
 
 def has_unsupported_recurrences() -> bool:
-    """Whether llama.cpp computes operations over the tokens of sequences, such as Mamba's, for which it needs threads."""
+    """Whether llama.cpp computes operations over the tokens of sequences, such as Mamba's, which need its threads."""
     kernels = _kernels()
     return kernels is not None and bool(kernels.accelerator_unsupported_recurrences())
 
