@@ -318,6 +318,7 @@ void run_elementwise(const Options &options) {
         {"SiLU", "UNARY", {&a}, {activations::SiLU::UNARY}, {}},
         {"GELU by the error function", "UNARY", {&a}, {activations::ErrorGELU::UNARY}, {}},
         {"square", "SQR", {&a}, {}, {}},
+        {"softplus", "UNARY", {&a}, {activations::SoftPlus::UNARY}, {}},
         {"root", "SQRT", {&a}, {}, {}},
         {"rotary in halves", "ROPE", {&a, &at}, {0, WIDTH, elementwise::IN_HALVES}, {0, 0, 0, 0, 0, 10000, 1, 0, 1}},
         {"rotary in pairs", "ROPE", {&a, &at, &factors}, {0, 64, elementwise::IN_PAIRS}, {0, 0, 0, 0, 0, 10000, 0.5f, 0, 1.5f}},
@@ -366,12 +367,12 @@ void run_elementwise(const Options &options) {
             hash.add(out);
             return hash.result();
         });
-    for (const char *operation : {"CONT", "CONCAT", "REPEAT", "FILL"})
+    for (const char *operation : {"CONT", "CPY", "CONCAT", "REPEAT", "FILL"})
         report(std::string("copies/") + operation, options, [&](int count) {
             std::vector<float> out(2 * COUNT);
             Tensor from = a, other = b, node = floats_of(out, 2 * WIDTH, HEADS, TOKENS);
             node.src[0] = &from, node.src[1] = &other;
-            if (!std::strcmp(operation, "CONT")) {  // heads and tokens change places
+            if (!std::strcmp(operation, "CONT") || !std::strcmp(operation, "CPY")) {  // heads and tokens change places
                 std::swap(from.ne[1], from.ne[2]), std::swap(from.nb[1], from.nb[2]);
                 node = floats_of(out, WIDTH, TOKENS, HEADS), node.src[0] = &from;
             }
@@ -412,6 +413,116 @@ void run_elementwise(const Options &options) {
     });
 }
 
+// ---- recurrent layers
+
+void run_convolution(const Options &options) {
+    constexpr int64_t CHANNELS = 70, SEQUENCES = 3, TAPS = 4;
+    for (const int64_t tokens : {1, 9, 200}) {
+        Random random(11);
+        const std::vector<float> x = random.numbers((TAPS - 1 + tokens) * CHANNELS * SEQUENCES), w = random.numbers(TAPS * CHANNELS);
+        report("recurrence/convolution/" + std::to_string(tokens), options, [&](int count) {
+            std::vector<float> out(CHANNELS * tokens * SEQUENCES);
+            Tensor first = floats_of(x, TAPS - 1 + tokens, CHANNELS, SEQUENCES), weights = floats_of(w, TAPS, CHANNELS);
+            Tensor node = floats_of(out, CHANNELS, tokens, SEQUENCES);
+            node.src[0] = &first, node.src[1] = &weights;
+            compute_or_exit("SSM_CONV", node, count);
+            Hash hash;
+            hash.add(out);
+            return hash.result();
+        });
+    }
+}
+
+const char *const GRAPH_OPERATIONS[] = {"RESHAPE", "GET_ROWS", "GATED_DELTA_NET", "CPY", "SCALE"};
+enum { DESCRIBE, GATHER, NET, WRITE, FACTOR };
+
+// A delta net as llama.cpp builds it: the states are gathered from the rows of a cache and written to its rows 1 to SEQUENCES.
+class NetGraph {
+    static constexpr int64_t LENGTH = 32, HEADS = 2, SEQUENCES = 3, CELLS = 6, SIZE = LENGTH * LENGTH * HEADS;
+    const int64_t tokens;
+    std::vector<float> q, k, v, g, b, cache;
+    std::vector<float> gathered = std::vector<float>(SIZE * SEQUENCES, 7), result;
+    const std::vector<int32_t> rows;
+    Tensor tensors[14];
+    std::vector<Tensor *> nodes;
+
+    static Tensor view_of(Tensor &x, char *data, int64_t ne0, int64_t ne1, int64_t ne2 = 1, int64_t ne3 = 1) {
+        Tensor view = tensor_of(F32, sizeof(float), data, ne0, ne1, ne2, ne3);
+        view.src[0] = view.view_src = &x, view.view_offset = data - x.data;
+        return view;
+    }
+
+   public:
+    // `reads_again`: another node reads the gathered states, so they must be gathered.
+    NetGraph(int64_t tokens, const std::vector<int32_t> &rows, bool reads_again = false) : tokens(tokens), rows(rows) {
+        Random random(12);
+        const int64_t vectors = HEADS * tokens * SEQUENCES;
+        q = random.numbers(vectors * LENGTH, 0.25f), k = random.numbers(vectors * LENGTH, 0.25f);
+        v = random.numbers(vectors * LENGTH), g = random.numbers(vectors, 0.125f), b = random.numbers(vectors, 0.5f);
+        cache = random.numbers(SIZE * CELLS), result.resize(vectors * LENGTH + SIZE * SEQUENCES);
+        Tensor *const made = tensors;
+        made[0] = floats_of(q, LENGTH, HEADS, tokens, SEQUENCES), made[1] = floats_of(k, LENGTH, HEADS, tokens, SEQUENCES);
+        made[2] = floats_of(v, LENGTH, HEADS, tokens, SEQUENCES), made[3] = floats_of(g, 1, HEADS, tokens, SEQUENCES);
+        made[4] = floats_of(b, 1, HEADS, tokens, SEQUENCES), made[5] = floats_of(cache, SIZE, CELLS);
+        made[6] = tensor_of(I32, 4, this->rows.data(), SEQUENCES);
+        Tensor &gather = made[7] = floats_of(gathered, SIZE, SEQUENCES);
+        gather.op = GATHER, gather.src[0] = &made[5], gather.src[1] = &made[6];
+        made[8] = view_of(gather, gather.data, LENGTH, LENGTH, HEADS, SEQUENCES);
+        Tensor &net = made[9] = floats_of(result, LENGTH * HEADS, tokens * SEQUENCES + LENGTH * SEQUENCES);
+        net.op = NET, net.params[0] = 1;
+        for (int i = 0; i < 5; i++) net.src[i] = &made[i];
+        net.src[5] = &made[8];
+        made[10] = view_of(net, net.data + vectors * LENGTH * sizeof(float), LENGTH, LENGTH, HEADS, SEQUENCES);
+        Tensor &write = made[11] = view_of(made[5], made[5].data + SIZE * sizeof(float), SIZE, SEQUENCES);
+        write.op = WRITE, write.src[0] = &made[10];
+        made[12] = view_of(net, net.data, LENGTH, HEADS, tokens, SEQUENCES);
+        Tensor &again = made[13] = view_of(gather, gather.data, SIZE, SEQUENCES);
+        again.op = FACTOR;
+        const float factors[2] = {2, 0};
+        std::memcpy(again.params, factors, sizeof factors);
+        nodes = {&gather, &made[8], &net, &made[10], &write, &made[12]};
+        if (reads_again) nodes.push_back(&again);
+        for (Tensor *node : nodes) node->flags = TO_COMPUTE;
+    }
+
+    void compute_each(int count) const {
+        for (const Tensor *node : nodes)
+            if (node->op != DESCRIBE) compute_or_exit(GRAPH_OPERATIONS[node->op], *node, count);
+    }
+    void compute_together(int count) {
+        threads = count;
+        compute_graph(nullptr, (Graph *)&nodes);
+    }
+    // The cache, and the results of tokens.
+    uint64_t hash() const {
+        Hash hash;
+        hash.add(cache), hash.add(result.data(), HEADS * tokens * SEQUENCES * LENGTH);
+        return hash.result();
+    }
+    bool gathers() const { return gathered[0] != 7; }
+};
+
+void run_delta_net(const Options &options) {
+    ggml.graph_size = [](Graph *graph) { return (int)((std::vector<Tensor *> *)graph)->size(); };
+    ggml.graph_node = [](Graph *graph, int i) { return (*(std::vector<Tensor *> *)graph)[i]; };
+    ggml.operation_name = [](int operation) { return GRAPH_OPERATIONS[operation]; };
+    struct Case {
+        const char *name;
+        std::vector<int32_t> rows;
+        bool reads_again, gathers;
+    };
+    for (const Case &c : {Case{"in place", {1, 2, 3}, false, false}, Case{"moved", {2, 1, 5}, false, true},
+                          Case{"read again", {1, 2, 3}, true, true}})
+        for (const int64_t tokens : {1, 21})
+            report("recurrence/delta net/" + std::string(c.name) + "/" + std::to_string(tokens), options, [&](int count) {
+                NetGraph each(tokens, c.rows, c.reads_again), together(tokens, c.rows, c.reads_again);
+                each.compute_each(count), together.compute_together(count);
+                if (each.hash() != together.hash()) std::printf("%s: other bits in the cache\n", c.name), std::exit(1);
+                if (together.gathers() != c.gathers) std::printf("%s: states were or were not gathered\n", c.name), std::exit(1);
+                return together.hash();
+            });
+}
+
 }  // namespace
 
 int main(int count, char **arguments) {
@@ -427,5 +538,7 @@ int main(int count, char **arguments) {
     run_short_matmul(options);
     run_attention(options);
     run_elementwise(options);
+    run_convolution(options);
+    run_delta_net(options);
     run_sampler(options, run);
 }

@@ -10,7 +10,7 @@ import pytest
 
 from engine.kernels.test_elementwise import ROUNDING, computed, node_of, random, shaped, takes
 
-TANH, RELU, SIGMOID, GELU, QUICK_GELU, SILU, ERROR_GELU = 4, 6, 7, 8, 9, 10, 16
+TANH, RELU, SIGMOID, GELU, QUICK_GELU, SILU, SOFTPLUS, ERROR_GELU = 4, 6, 7, 8, 9, 10, 15, 16
 REGLU, GEGLU, SWIGLU, SWIGLU_OAI, ERROR_GEGLU, QUICK_GEGLU, SWIGLU_CLAMP = range(7)
 WIDTHS = [1, 6, 8, 60, 64, 896]
 LIMIT, SLOPE = 7.0, 1.702
@@ -33,6 +33,7 @@ FUNCTIONS = {
     GELU: lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x * x))),
     QUICK_GELU: lambda x: x * sigmoid(1.702 * x),
     SILU: lambda x: x * sigmoid(x),
+    SOFTPLUS: lambda x: np.logaddexp(0, x),
     ERROR_GELU: lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
 }
 """The functions of float64 by ggml's number."""

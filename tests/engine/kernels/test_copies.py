@@ -26,6 +26,26 @@ def test_elements_are_copied_in_their_order(kernel, axes, threads):
     assert (computed(kernel, "CONT", flat, x, threads=threads) == x.reshape(flat)).all()
 
 
+@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_elements_are_copied_into_a_cache(kernel, axes, threads):
+    x = random(5, 6, 70, 33)[1:, :, 3:, 1:].transpose(axes)
+    rows = (1, 1, x.shape[0], x[0].size)
+    assert (computed(kernel, "CPY", rows, x, threads=threads) == x.reshape(rows)).all()
+
+
+@pytest.mark.parametrize("taps", [2, 3, 4, 5])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_the_state_of_a_convolution(kernel, tokens, taps):
+    """The last elements of each channel, with the tokens' elements behind them, and the last elements of these."""
+    state, x = random(1, 3, 700, taps - 1), random(1, 3, tokens, 700, seed=1).transpose(0, 1, 3, 2)
+    expected = np.concatenate([state, x], axis=3)
+    joined = computed(kernel, "CONCAT", expected.shape, state, x, params={0: 0}, threads=2)
+    assert (joined == expected).all()
+    last = expected[..., tokens:]
+    assert (computed(kernel, "CPY", (1, 1, 3, last[0, 0].size), joined[..., tokens:]) == last.reshape(3, -1)).all()
+
+
 @pytest.mark.parametrize("axes", [(0, 1, 2, 3), (0, 1, 3, 2)])
 @pytest.mark.parametrize("dimension", range(4))
 def test_the_second_operand_follows_the_first(kernel, dimension, axes):
@@ -61,5 +81,7 @@ def test_other_forms_are_refused(kernel):
     assert not takes(kernel, "CONT", node_of(shaped(x), (halves,), {})), "a conversion"
     assert not takes(kernel, "CONT", node_of(shaped(halves), (halves,), {})), "halves"
     assert not takes(kernel, "CONT", node_of(shaped(random(4, 16)[:, :8]), (x,), {})), "a result with gaps"
+    assert not takes(kernel, "CPY", node_of(shaped(random(5, 8)), (x,), {})), "more elements"
+    assert not takes(kernel, "CPY", node_of(shaped(halves), (x,), {})), "a conversion"
     assert not takes(kernel, "CONCAT", node_of(shaped(x), (x, halves), {0: 1})), "two types"
     assert not takes(kernel, "REPEAT", node_of(shaped(random(4, 9)), (x,), {})), "a part of a row"

@@ -16,7 +16,7 @@ from afterword.models.registry import builtin_path
 from ggml_tensors import Tensor, tensor
 
 ROUNDING = 3e-6  # of numbers of about 1, in float32
-BASE, PAIRS_ARE_NEIGHBOURS, PAIRS_ARE_HALVES = 10000.0, 0, 2
+BASE, PAIRS_ARE_NEIGHBOURS, PAIRS_ARE_HALVES, IN_SECTIONS, INTERLEAVED = 10000.0, 0, 2, 8, 40
 WIDTHS = [8, 24, 64, 896]
 
 
@@ -132,6 +132,27 @@ def test_rotations(kernel, order, sizes, factors_given):
     params = rotation(order, turned, first=first, speed=0.5, size=1.5)
     got = computed(kernel, "ROPE", x.shape, x, positions, factors, params=params)
     np.testing.assert_allclose(got, expected, rtol=0, atol=4 * ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("order", "sections", "expected"),
+    [
+        (IN_SECTIONS, (3, 2, 2, 1), "tttHHwwe"),
+        (IN_SECTIONS, (2, 1, 1, 0), "ttHwttHw"),
+        (INTERLEAVED, (3, 3, 2, 0), "tHwtHwtH"),
+        (INTERLEAVED, (2, 2, 1, 3), "tHwtHeee"),
+    ],
+)
+def test_each_pair_turns_with_the_position_of_its_section(kernel, order, sections, expected):
+    """As in models for images: a token has positions in time (t), height (H), width (w) and one more (e)."""
+    x, tokens, pairs = random(6, 3, 24), 6, 8
+    positions = np.random.default_rng(2).integers(0, 500, (4, tokens)).astype(np.int32)
+    speeds = (BASE ** -(np.arange(pairs) / pairs)).astype(np.float32)
+    own = positions[["tHwe".index(each) for each in expected]].T
+    angles = (own.astype(np.float32) * speeds)[:, None].astype(np.float64)
+    params = rotation(order, 2 * pairs) | {11 + i: pairs for i, pairs in enumerate(sections)}
+    got = computed(kernel, "ROPE", x.shape, x, positions.reshape(-1), params=params)
+    np.testing.assert_allclose(got, turned_by(x, angles, PAIRS_ARE_HALVES, 0), rtol=0, atol=4 * ROUNDING)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
@@ -258,7 +279,7 @@ def test_results_may_overwrite_operands(kernel):
 def test_other_forms_are_refused(kernel):
     x, odd, at = random(4, 2, 64), random(4, 2, 63), np.arange(4, dtype=np.int32)
     turn = rotation(PAIRS_ARE_HALVES, 64)
-    by_section, beyond = {1: 64, 2: 8}, rotation(PAIRS_ARE_HALVES, 64, first=8)
+    by_section, beyond = {1: 64, 2: 8, 11: 32}, rotation(PAIRS_ARE_HALVES, 64, first=8)
     memory, two = np.zeros((8, 64), np.int32), np.zeros((2, 4), np.int64)
     left = {
         "rows of another number of elements": ("RMS_NORM", odd, (odd,), {}),
@@ -266,7 +287,9 @@ def test_other_forms_are_refused(kernel):
         "a column that is repeated": ("MUL", x, (x, random(4, 2, 8)), {}),
         "halves": ("ADD", x.astype(np.float16), (x.astype(np.float16), x.astype(np.float16)), {}),
         "a rotation beyond the row": ("ROPE", x, (x, at), beyond),
-        "a rotation by sections": ("ROPE", x, (x, at), by_section),
+        "one position for sections": ("ROPE", x, (x, at), by_section),
+        "no pair in a section": ("ROPE", x, (x, np.arange(16, dtype=np.int32)), {1: 64, 2: 8}),
+        "a rotation for images": ("ROPE", x, (x, np.arange(16, dtype=np.int32)), {1: 64, 2: 24, 11: 32}),
         "a rotation of halves": ("ROPE", x.astype(np.float16), (x.astype(np.float16), at), turn),
         "a memory of another type": ("SET_ROWS", memory, (x[:, 0].copy(), at), {}),
         "more lists than matrices": ("SET_ROWS", memory.astype(np.float16), (x[:, 0].copy(), two), {}),

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 #include <unordered_map>
+#include <vector>
 
 #include "activations.hpp"
 #include "attention.hpp"
@@ -20,7 +21,9 @@
 #include "weight_buffers.hpp"
 #include "matmul.hpp"
 #include "openmp.hpp"
+#include "recurrence.hpp"
 #include "routing.hpp"
+#include "state_cache.hpp"
 #include "thread_pool.hpp"
 
 namespace {
@@ -32,6 +35,7 @@ struct {
     uint64_t unsupported_types;  // of weight matrices that ggml multiplies: a bit for each of ggml's types
     int unsupported_products;    // products of two computed matrices
     int unsupported_experts;     // products of the matrices of selected experts
+    int unsupported_recurrences;
 } offered;
 
 struct Operation {
@@ -77,6 +81,7 @@ const Operation *const OPERATIONS[] = {
     &elementwise_operation<activations::SquareOperation>,
     &elementwise_operation<activations::RootOperation>,
     &elementwise_operation<copies::Cont>,
+    &elementwise_operation<copies::Copy>,
     &elementwise_operation<copies::Concat>,
     &elementwise_operation<copies::Repeat>,
     &elementwise_operation<copies::Fill>,
@@ -88,12 +93,23 @@ const Operation *const OPERATIONS[] = {
     &elementwise_operation<routing::Clamp>,
     &elementwise_operation<routing::Scale>,
     &elementwise_operation<routing::AddExpertRows>,
+    &elementwise_operation<recurrence::Convolution>,
+    &elementwise_operation<recurrence::DeltaNet>,
 };
+
+// ggml's operations over the tokens of a sequence. They take so long that ggml computes them with several threads.
+const char *const RECURRENCES[] = {"SSM_CONV",  "SSM_SCAN",  "GATED_DELTA_NET", "GATED_LINEAR_ATTN",
+                                   "RWKV_WKV6", "RWKV_WKV7", "CUMSUM",          "SOLVE_TRI"};
 
 const Operation *named(const char *name) {
     for (const Operation *operation : OPERATIONS)
         if (!std::strcmp(operation->name, name)) return operation;
     return nullptr;
+}
+
+bool is_recurrence(const Tensor *node) {
+    const char *name = ggml.operation_name(node->op);
+    return std::any_of(std::begin(RECURRENCES), std::end(RECURRENCES), [=](const char *each) { return !std::strcmp(each, name); });
 }
 
 bool is(const Tensor *node, const char *name) { return !std::strcmp(ggml.operation_name(node->op), name); }
@@ -150,15 +166,23 @@ bool supports_operation(Device *, const Tensor *node) {
     offered.unsupported_attentions += operation == &ATTENTION && !supports;
     if (operation == &PRODUCT && !supports) count_unsupported_product(node->src[0]);
     offered.unsupported_experts += operation == &EXPERT_PRODUCT && !supports;
+    offered.unsupported_recurrences += !supports && is_recurrence(node);
     return supports;
 }
 
 const char *backend_name(Backend *) { return "Afterword"; }
 void end_backend(Backend *backend) { delete backend; }
 int compute_graph(Backend *, Graph *graph) {
-    for (int i = 0; i < ggml.graph_size(graph); i++) {
-        const Tensor *node = ggml.graph_node(graph, i);
-        if (!(node->flags & TO_COMPUTE)) continue;
+    static std::vector<const Tensor *> nodes;
+    nodes.clear();
+    for (int i = 0; i < ggml.graph_size(graph); i++) nodes.push_back(ggml.graph_node(graph, i));
+    const state_cache::Plan plan(nodes, [](const Tensor *node) {
+        const Operation *operation = operation_of(node);
+        return operation ? operation->name : nullptr;
+    });
+    for (int i = 0; i < (int)nodes.size(); i++) {
+        const Tensor *node = nodes[i];
+        if (!(node->flags & TO_COMPUTE) || plan.skips(i) || plan.compute(i, threads)) continue;
         if (const Operation *operation = operation_of(node)) operation->compute(node, threads);
     }
     return 0;
@@ -222,6 +246,9 @@ int accelerator_unsupported_products() { return offered.unsupported_products; }
 
 // The number of products of experts' matrices that are left to ggml.
 int accelerator_unsupported_experts() { return offered.unsupported_experts; }
+
+// The number of operations over the tokens of sequences that are left to ggml.
+int accelerator_unsupported_recurrences() { return offered.unsupported_recurrences; }
 
 // Whether the library was compiled for a processor that has the instructions for products of bytes.
 int accelerator_supports_quantized() { return products::AVAILABLE; }

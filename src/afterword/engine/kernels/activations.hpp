@@ -1,4 +1,4 @@
-// Functions of single elements: sigmoid, tanh, ReLU, SiLU, the forms of GELU, squares and roots; and gates, which multiply such a
+// Functions of single elements: sigmoid, tanh, ReLU, SiLU, the forms of GELU, softplus, squares and roots; and gates, which multiply such a
 // function of one half of a row by the other half.
 //
 // An element's result depends on nothing else, so it has the same bits in any row and on any processor. A NaN stays a NaN. GELU is
@@ -107,6 +107,17 @@ struct ErrorGELU {
     }
 };
 
+// Computed in double precision: the standard library's functions then round to the same float everywhere. Few elements need it.
+struct SoftPlus {
+    static constexpr int UNARY = 15;
+    template <class V>
+    static V of(V x) {
+        for (size_t i = 0; i < sizeof x / sizeof x[0]; i++)
+            if (!(x[i] > 20)) x[i] = (float)std::log1p(std::exp((double)x[i]));
+        return x;
+    }
+};
+
 struct Square {
     template <class V>
     static V of(V x) {
@@ -181,6 +192,8 @@ bool with_unary(int number, const Use &use) {
             return use(SiLU{}), true;
         case ErrorGELU::UNARY:
             return use(ErrorGELU{}), true;
+        case SoftPlus::UNARY:
+            return use(SoftPlus{}), true;
     }
     return false;
 }

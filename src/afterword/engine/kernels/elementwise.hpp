@@ -25,31 +25,55 @@ namespace {
 constexpr int64_t ALONE = 1 << 15;          // fewer elements are computed by one thread, sooner than others could join
 constexpr int64_t PART = 1 << 13;           // elements that a thread takes at a time
 constexpr int IN_PAIRS = 0, IN_HALVES = 2;  // ggml's numbers of the orders of rotary embedding
+constexpr int IN_SECTIONS = 8, INTERLEAVED = 40;  // halves, and each pair turns with one of the token's four positions
+
+// i % n, mostly without a division, which takes as long as the work on a short row.
+int64_t repeated(int64_t i, int64_t n) { return i < n ? i : i % n; }
 
 // The indices of row `i` of a tensor in its dimensions 1 to 3.
 struct RowIndex {
-    int64_t i1, i2, i3;
+    int64_t i1, i2 = 0, i3 = 0;
 
-    RowIndex(const Tensor *x, int64_t i) : i1(i % x->ne[1]), i2(i / x->ne[1] % x->ne[2]), i3(i / x->ne[1] / x->ne[2]) {}
+    RowIndex(const Tensor *x, int64_t i) : i1(i) {
+        if (i1 < x->ne[1]) return;
+        i2 = i1 / x->ne[1], i1 %= x->ne[1];
+        if (i2 < x->ne[2]) return;
+        i3 = i2 / x->ne[2], i2 %= x->ne[2];
+    }
+
+    // The indices of the next row of the same tensor.
+    void advance(const Tensor *x) {
+        if (++i1 < x->ne[1]) return;
+        i1 = 0;
+        if (++i2 < x->ne[2]) return;
+        i2 = 0, i3++;
+    }
 };
 
 int64_t rows_of(const Tensor *x) { return x->ne[1] * x->ne[2] * x->ne[3]; }
 
 // The address of a row. The rows of a tensor with fewer of them are repeated.
 float *row(const Tensor *x, RowIndex at) {
-    return (float *)(x->data + at.i1 % x->ne[1] * x->nb[1] + at.i2 % x->ne[2] * x->nb[2] + at.i3 % x->ne[3] * x->nb[3]);
+    return (float *)(x->data + repeated(at.i1, x->ne[1]) * x->nb[1] + repeated(at.i2, x->ne[2]) * x->nb[2] +
+                     repeated(at.i3, x->ne[3]) * x->nb[3]);
 }
 
-// Calls `work` with the number of each row. `length`: elements of a row.
+// Calls `work` with the numbers of a first row and of the row behind the last one, for parts that make up all rows. `length`:
+// elements of a row.
 template <class Work>
-void parallel_rows(int threads, int64_t rows, int64_t length, const Work &work) {
+void parallel_parts(int threads, int64_t rows, int64_t length, const Work &work) {
     if (!length) return;  // llama.cpp clears the states of no sequence with empty tensors
     const int64_t size = PART / length + 1, parts = rows * length < ALONE ? 1 : (rows + size - 1) / size;
-    const auto some = [&](int64_t first, int64_t end) {
+    if (parts == 1) return work(0, rows);
+    parallel_for(threads, parts, [&](int64_t i) { work(i * size, std::min((i + 1) * size, rows)); });
+}
+
+// Calls `work` with the number of each row.
+template <class Work>
+void parallel_rows(int threads, int64_t rows, int64_t length, const Work &work) {
+    parallel_parts(threads, rows, length, [&](int64_t first, int64_t end) {
         for (; first < end; first++) work(first);
-    };
-    if (parts == 1) return some(0, rows);
-    parallel_for(threads, parts, [&](int64_t i) { some(i * size, (i + 1) * size < rows ? (i + 1) * size : rows); });
+    });
 }
 
 // Calls `work(i, vector)` for each vector of a row: `i` is its first element, and the type of `vector` is `wide` or `f8`.
@@ -190,7 +214,34 @@ class Stretching {
     float size() const { return mix == 0 ? 1 : 1 + 0.1f * std::log(1 / speed); }
 };
 
-// Cosines and sines of a pass, [position][cosines, sines][pair]. They are kept, because all layers use the same.
+// Which of a token's positions turns a pair. Models for images have four of them: time, height, width and one more.
+class Sections {
+    const bool several, interleaved;
+    int pairs[4];
+
+   public:
+    static constexpr int FIRST = 11, POSITIONS = 4;  // the parameter with the first section's number of pairs
+
+    explicit Sections(const Tensor *node)
+        : several(node->params[2] == IN_SECTIONS || node->params[2] == INTERLEAVED), interleaved(node->params[2] == INTERLEAVED) {
+        std::memcpy(pairs, node->params + FIRST, sizeof pairs);
+    }
+
+    int positions() const { return several ? POSITIONS : 1; }
+    int all() const { return pairs[0] + pairs[1] + pairs[2] + pairs[3]; }
+    bool valid() const { return !several || (*std::min_element(pairs, pairs + POSITIONS) >= 0 && all() > 0); }
+
+    int of(int pair) const {
+        if (!several) return 0;
+        int i = pair % all();
+        if (interleaved) return i < 3 * pairs[i % 3] ? i % 3 : 3;
+        int section = 0;
+        while (section < 3 && i >= pairs[section]) i -= pairs[section++];
+        return section;
+    }
+};
+
+// Cosines and sines of a pass, [token][cosines, sines][pair]. They are kept, because all layers use the same.
 class Angles {
     int32_t params[16] = {};
     std::vector<int32_t> positions;
@@ -213,13 +264,16 @@ class Angles {
         const float base = setting(node, 5);
         const Stretching stretching(node, pairs);
         const float size = setting(node, 8) * stretching.size();
-        table.resize(positions.size() * 2 * pairs);
+        const Sections sections(node);
+        const size_t tokens = positions.size() / sections.positions();
+        table.resize(tokens * 2 * pairs);
         for (int pair = 0; pair < pairs; pair++) {
             const float angle = (float)std::pow((double)base, -(double)pair / pairs);
             const float one = stretching.of(pair, factors.empty() ? angle : angle / factors[pair]);
-            for (size_t i = 0; i < positions.size(); i++) {
+            const int32_t *position = positions.data() + sections.of(pair) * tokens;
+            for (size_t i = 0; i < tokens; i++) {
                 float *to = &table[i * 2 * pairs + pair];
-                to[0] = size * std::cos(positions[i] * one), to[pairs] = size * std::sin(positions[i] * one);
+                to[0] = size * std::cos(position[i] * one), to[pairs] = size * std::sin(position[i] * one);
             }
         }
         return table.data();
@@ -234,15 +288,17 @@ struct Rope {
     static bool supports(const Tensor *node) {
         const Tensor *x = node->src[0], *at = node->src[1], *factors = node->src[2];
         const int elements = node->params[1], order = node->params[2], first = node->params[FIRST_TURNED];
-        return floats(node) && floats(x) && x->ne[3] == 1 && at->type == I32 && at->ne[0] == x->ne[2] && elements % 2 == 0 &&
-               first >= 0 && first + elements <= x->ne[0] && (order == IN_PAIRS || order == IN_HALVES) &&
+        const Sections sections(node);
+        const bool is_order = order == IN_PAIRS || order == IN_HALVES || order == IN_SECTIONS || order == INTERLEAVED;
+        return floats(node) && floats(x) && x->ne[3] == 1 && at->type == I32 && is_order && sections.valid() &&
+               at->ne[0] == x->ne[2] * sections.positions() && elements % 2 == 0 && first >= 0 && first + elements <= x->ne[0] &&
                (!factors || (factors->type == F32 && factors->ne[0] >= elements / 2));
     }
     static void compute(const Tensor *node, int threads) {
         const Tensor *x = node->src[0];
         const int pairs = node->params[1] / 2;
         const int first = node->params[FIRST_TURNED], end = first + 2 * pairs;
-        const bool halves = node->params[2] == IN_HALVES;
+        const bool halves = node->params[2] != IN_PAIRS;
         const float *table = angles.of(node, pairs);
         parallel_rows(threads, rows_of(node), x->ne[0], [=](int64_t i) {
             const RowIndex at(node, i);
@@ -269,7 +325,7 @@ bool are_numbers(const Tensor *x) { return x->type == I64 || x->type == I32; }
 
 int64_t number(const Tensor *numbers, int64_t i, int64_t list = 0, int64_t lists = 0) {
     const char *at =
-        numbers->data + i * numbers->nb[0] + list % numbers->ne[1] * numbers->nb[1] + lists % numbers->ne[2] * numbers->nb[2];
+        numbers->data + i * numbers->nb[0] + repeated(list, numbers->ne[1]) * numbers->nb[1] + repeated(lists, numbers->ne[2]) * numbers->nb[2];
     return numbers->type == I64 ? *(const int64_t *)at : *(const int32_t *)at;
 }
 
@@ -304,13 +360,16 @@ struct GetRows {
         return dense_floats(node) && dense_floats(x) && are_numbers(which) && x->ne[2] == which->ne[1] &&
                x->ne[3] == which->ne[2] && which->ne[3] == 1;
     }
-    static void compute(const Tensor *node, int) {
+    static void compute(const Tensor *node, int threads) {
         const Tensor *x = node->src[0], *which = node->src[1];
-        for (int64_t i = 0; i < rows_of(node); i++) {
-            const RowIndex at(node, i);
+        // Rows are cut into pieces, because a recurrent state of a megabyte is one row.
+        const int64_t length = x->ne[0], size = std::min(length, PART), pieces = length ? (length + size - 1) / size : 0;
+        parallel_rows(threads, rows_of(node) * pieces, size, [=](int64_t piece) {
+            const RowIndex at(node, piece / pieces);
+            const int64_t first = piece % pieces * size;
             const char *from = x->data + number(which, at.i1, at.i2, at.i3) * x->nb[1] + at.i2 * x->nb[2] + at.i3 * x->nb[3];
-            std::memcpy(row(node, at), from, x->ne[0] * sizeof(float));
-        }
+            std::memcpy(row(node, at) + first, (const float *)from + first, std::min(size, length - first) * sizeof(float));
+        });
     }
 };
 

@@ -117,6 +117,12 @@ def has_unsupported_experts() -> bool:
     return kernels is not None and bool(kernels.accelerator_unsupported_experts())
 
 
+def has_unsupported_recurrences() -> bool:
+    """Whether llama.cpp computes operations over the tokens of sequences, such as Mamba's, which need its threads."""
+    kernels = _kernels()
+    return kernels is not None and bool(kernels.accelerator_unsupported_recurrences())
+
+
 def supports_quantized() -> bool:
     """Whether the kernels compute products of quantized weights. They need AVX2 and FMA, or Arm's dot products."""
     kernels = _kernels()

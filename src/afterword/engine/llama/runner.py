@@ -85,7 +85,8 @@ class LlamaRunner:
         self.can_truncate = not recurrent
         self._recurrent = recurrent
         complete = not (self._unsupported_types or self._has_unsupported_products or self._has_unsupported_experts)
-        self.computes_all = self.uses_kernels and self.uses_own_attention and complete and self.can_truncate
+        complete = complete and not accelerator.has_unsupported_recurrences()
+        self.computes_all = self.uses_kernels and self.uses_own_attention and complete
         self.thread_pool = accelerator.use_thread_pool(alone=self.computes_all)
         if self.computes_all:
             native.llama_set_n_threads(self._context, 1, 1)
