@@ -167,7 +167,7 @@ def test_other_forms_are_refused(kernel):
 @pytest.mark.usefixtures("kernel_products")
 @pytest.mark.parametrize(("architecture", "alone"), [("qwen35", True), ("mamba", False), ("rwkv7", False)])
 def test_the_thread_pool_is_used_where_the_kernels_compute_all_recurrences(tmp_path, monkeypatch, architecture, alone):
-    """Elsewhere llama.cpp's scans need the threads of OpenMP. Of Qwen3.5 only the token embedding is left to llama.cpp."""
+    """Elsewhere llama.cpp's scans need OpenMP's threads. Of Qwen3.5 only the token embedding is left to llama.cpp."""
     log = io.StringIO()
     monkeypatch.setattr(library, "_shown", [log])
     runner = open_runner(write_random(tmp_path / "tiny.gguf", architecture), "exact", 2)
