@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import io
+import re
 
 import numpy as np
 import pytest
 
+from afterword.engine.llama import library
 from engine.kernels.test_elementwise import ROUNDING, computed, node_of, random, shaped, takes
+from engine.test_reproducible import open_runner
+from oracle.architectures import write_random
 
 LENGTHS = [16, 32, 128]
 TOKENS = [1, 5, 40]
@@ -144,6 +149,7 @@ def test_other_forms_are_refused(kernel):
     out = shaped(np.zeros((3 + 32, 64), np.float32))
     assert takes(kernel, "GATED_DELTA_NET", node_of(out, net.sources(), {0: 1}))
     assert not takes(kernel, "GATED_DELTA_NET", node_of(out, net.sources(), {0: 2})), "snapshots of states"
+    assert not takes(kernel, "GATED_DELTA_NET", node_of(out, net.sources(), {0: 1, 3: 1})), "an unknown parameter"
     strided = (*net.sources()[:5], np.zeros((1, 2, 32, 64), np.float32)[..., :32])
     assert not takes(kernel, "GATED_DELTA_NET", node_of(out, strided, {0: 1})), "a state with gaps"
     odd = Net(1, (2, 2), 3, 24)
@@ -151,3 +157,19 @@ def test_other_forms_are_refused(kernel):
     x, weights = shaped(random(1, 8, 6)), shaped(random(8, 4))
     assert takes(kernel, "SSM_CONV", node_of(shaped(random(1, 3, 8)), (x, weights), {}))
     assert not takes(kernel, "SSM_CONV", node_of(shaped(random(1, 2, 8)), (x, weights), {})), "other tokens"
+    out = shaped(random(1, 3, 8))
+    assert not takes(kernel, "SSM_CONV", node_of(out, (x, weights), {0: 1})), "an unknown parameter"
+
+
+# ---- models
+
+
+@pytest.mark.usefixtures("kernel_products")
+@pytest.mark.parametrize(("architecture", "alone"), [("qwen35", True), ("mamba", False), ("rwkv7", False)])
+def test_the_thread_pool_is_used_where_the_kernels_compute_all_recurrences(tmp_path, monkeypatch, architecture, alone):
+    """Elsewhere llama.cpp's scans need OpenMP's threads. Of Qwen3.5 only the token embedding is left to llama.cpp."""
+    log = io.StringIO()
+    monkeypatch.setattr(library, "_shown", [log])
+    runner = open_runner(write_random(tmp_path / "tiny.gguf", architecture), "exact", 2)
+    assert runner.computes_all == alone
+    assert (re.findall(r"splits = (\d+)", log.getvalue())[-1] == "2") == alone

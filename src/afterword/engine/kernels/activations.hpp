@@ -1,5 +1,5 @@
-// Functions of single elements: sigmoid, tanh, ReLU, SiLU, the forms of GELU, softplus, squares and roots; and gates, which multiply such a
-// function of one half of a row by the other half.
+// Functions of single elements: sigmoid, tanh, ReLU, SiLU, the forms of GELU, softplus, squares and roots; and gates, which multiply
+// such a function of one half of a row by the other half.
 //
 // An element's result depends on nothing else, so it has the same bits in any row and on any processor. A NaN stays a NaN. GELU is
 // computed in F32; ggml reads it from a table of halves.

@@ -325,7 +325,8 @@ bool are_numbers(const Tensor *x) { return x->type == I64 || x->type == I32; }
 
 int64_t number(const Tensor *numbers, int64_t i, int64_t list = 0, int64_t lists = 0) {
     const char *at =
-        numbers->data + i * numbers->nb[0] + repeated(list, numbers->ne[1]) * numbers->nb[1] + repeated(lists, numbers->ne[2]) * numbers->nb[2];
+        numbers->data + i * numbers->nb[0] + repeated(list, numbers->ne[1]) * numbers->nb[1] +
+        repeated(lists, numbers->ne[2]) * numbers->nb[2];
     return numbers->type == I64 ? *(const int64_t *)at : *(const int32_t *)at;
 }
 

@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 
 #include "activations.hpp"
 #include "copies.hpp"
@@ -24,6 +25,11 @@ namespace {
 
 using copies::is_contiguous, elementwise::dense_floats, elementwise::parallel_rows;
 
+// Whether the parameters from `first` on are zero. A later ggml may give these operations parameters that are not known here.
+bool has_no_parameters(const Tensor *node, int first) {
+    return std::all_of(node->params + first, std::end(node->params), [](int32_t x) { return x == 0; });
+}
+
 // ---- the convolution: each channel's sum over the last elements, one for each tap
 
 // First operand F32 (taps - 1 + tokens, channels, sequences), second F32 (taps, channels), result F32 (channels, tokens,
@@ -34,9 +40,9 @@ struct Convolution {
 
     static bool supports(const Tensor *node) {
         const Tensor *x = node->src[0], *weights = node->src[1];
-        return dense_floats(node) && dense_floats(x) && dense_floats(weights) && weights->ne[0] <= MOST_TAPS &&
-               weights->ne[1] == node->ne[0] && x->ne[0] == weights->ne[0] - 1 + node->ne[1] && x->ne[1] == node->ne[0] &&
-               x->ne[2] == node->ne[2] && x->ne[3] == 1 && node->ne[3] == 1;
+        return has_no_parameters(node, 0) && dense_floats(node) && dense_floats(x) && dense_floats(weights) &&
+               weights->ne[0] <= MOST_TAPS && weights->ne[1] == node->ne[0] &&
+               x->ne[0] == weights->ne[0] - 1 + node->ne[1] && x->ne[1] == node->ne[0] && x->ne[2] == node->ne[2] && x->ne[3] == 1 && node->ne[3] == 1;
     }
 
     static void compute(const Tensor *node, int threads) {
@@ -192,8 +198,8 @@ class DeltaNet {
             return dense_floats(x) && x->ne[0] == length && x->ne[1] && x->ne[3] && values->ne[1] % x->ne[1] == 0 &&
                    x->ne[2] == values->ne[2] && values->ne[3] % x->ne[3] == 0;
         };
-        return node->params[0] == 1 && length % SUMS == 0 && length <= LONGEST && node->type == F32 && is_contiguous(node) &&
-               fits(queries) && fits(keys) && fits(values) && dense_floats(decays) && dense_floats(rates) && rates->ne[0] == 1 &&
+        return node->params[0] == 1 && has_no_parameters(node, 1) && length % SUMS == 0 && length <= LONGEST &&
+               node->type == F32 && is_contiguous(node) && fits(queries) && fits(keys) && fits(values) && dense_floats(decays) && dense_floats(rates) && rates->ne[0] == 1 &&
                (decays->ne[0] == 1 || decays->ne[0] == length) && elementwise::same_rows(decays, values) &&
                elementwise::same_rows(rates, values) && states->type == F32 && is_contiguous(states) && states->ne[0] == length &&
                states->ne[1] == length && states->ne[2] == values->ne[1] && states->ne[3] == values->ne[3];
