@@ -49,7 +49,8 @@ def samplers(names: tuple[str, ...]) -> Field:
     """A field for an array of these names of samplers, or of other names for them."""
     others = {other: own for other, own in OTHER_NAMES.items() if own in names}
 
-    @field_parser({"type": "array", "uniqueItems": True, "items": {"enum": [*names, *others]}})
+    # Without the other names: generators of clients make the same constant of `typ_p` and `typ-p`.
+    @field_parser({"type": "array", "uniqueItems": True, "items": {"enum": [*names]}})
     def parse(name: str, value: Any, limits: RequestLimits) -> tuple[str, ...]:
         texts: tuple[str, ...] = fields.strings(name, value, limits)
         given = tuple(others.get(each, each) for each in texts)

@@ -168,7 +168,7 @@ def _adapter_paths() -> JsonSchema:
         ["lora_name", "lora_path"],
         lora_name={"type": "string", "minLength": 1, "maxLength": 256},
         lora_path={"type": "string", "minLength": 1, "maxLength": 4096},
-        load_inplace={"enum": [False, None]},
+        load_inplace=or_null({"type": "boolean"}),
     )
     unload = _body("UnloadAdapter", ["lora_name"], lora_name={"type": "string"}, lora_int_id={"type": "null"})
     return {
