@@ -140,3 +140,23 @@ def _error_statuses(kind: type[AfterwordError]) -> set[int]:
 
 def test_every_status_of_an_error_is_described() -> None:
     assert _error_statuses(AfterwordError) <= ERRORS.keys()
+
+
+def enumerations(schema: Any) -> Iterator[list[Any]]:
+    """All lists of allowed values in a document."""
+    if isinstance(schema, dict):
+        if isinstance(schema.get("enum"), list):
+            yield schema["enum"]
+        schema = list(schema.values())
+    for part in schema if isinstance(schema, list) else ():
+        yield from enumerations(part)
+
+
+def test_generators_can_make_constants_of_enumerations(http: httpx.Client) -> None:
+    """They write values in capitals, with `_` for all other signs. They cannot name true, false, or null alone."""
+    found = list(enumerations(http.get("/openapi.json").json()))
+    assert len(found) > 3
+    for values in found:
+        texts = [value for value in values if isinstance(value, str)]
+        assert texts and set(values) - {None} == set(texts), values
+        assert len({re.sub(r"\W", "_", text).upper() for text in texts}) == len(texts), values
