@@ -158,5 +158,6 @@ def test_generators_can_make_constants_of_enumerations(http: httpx.Client) -> No
     assert len(found) > 3
     for values in found:
         texts = [value for value in values if isinstance(value, str)]
-        assert texts and set(values) - {None} == set(texts), values
+        assert texts, values
+        assert set(values) - {None} == set(texts), values
         assert len({re.sub(r"\W", "_", text).upper() for text in texts}) == len(texts), values
