@@ -31,6 +31,10 @@ from afterword.engine.replicas.connection import watch_peer
 from afterword.errors import AfterwordError
 
 HELLO_SECONDS, HELLO_BYTES = 5.0, 4096
+BUFFER_BYTES = 2**20
+"""Bytes that wait for the network above which the jobs of a connection are paused."""
+HELD_BYTES = 4 * 2**20
+"""Bytes of steps in one frame, approximately. One larger step has a frame of its own."""
 BEAT_SECONDS = 1.0
 """Seconds between two heartbeats to each server."""
 
@@ -115,10 +119,15 @@ class _Connection:
 
     def __init__(self, engine: ServedEngine, writer: asyncio.StreamWriter) -> None:
         self._engine, self._writer = engine, writer
+        # Equal limits, so that `drain` waits exactly while more than this waits to be sent.
+        writer.transport.set_write_buffer_limits(high=BUFFER_BYTES, low=BUFFER_BYTES)
         self._fingerprint = engine.model_info.fingerprint
         self._jobs: dict[int, JobHandle] = {}
         self._texts: dict[int, asyncio.Task[None]] = {}
+        self._paused: set[int] = set()  # jobs that the server has paused
+        self._delayed: set[int] = set()  # jobs that wait for the network
         self._steps: dict[int, Step] = {}  # of this turn of the event loop
+        self._held_bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self.send(ModelReady(engine.model_info))
         self._run(self._beat())
@@ -157,9 +166,11 @@ class _Connection:
             elif isinstance(message, CloseJob):
                 handle.close()
             elif isinstance(message, PauseJob):
+                self._paused.add(message.job_id)
                 handle.pause()
             elif isinstance(message, ResumeJob):
-                handle.resume()
+                self._paused.discard(message.job_id)
+                self._resume(message.job_id, handle)
 
     def _start(self, message: StartJob) -> None:
         try:
@@ -174,7 +185,7 @@ class _Connection:
         try:
             async for step in handle:
                 self._put(job_id, step)
-                await self._writer.drain()
+                await self._wait_for_network(job_id, handle)
         except AfterwordError as error:
             self._flush()
             self.send(wire.JobFailed(job_id, wire.failure_of(error)))
@@ -182,18 +193,38 @@ class _Connection:
             handle.close()
         finally:
             self._jobs.pop(job_id, None)
+            self._paused.discard(job_id)
+
+    async def _wait_for_network(self, job_id: int, handle: JobHandle) -> None:
+        """Wait while much waits to be sent. The job is paused, so that its steps do not fill the memory."""
+        if self._writer.transport.get_write_buffer_size() <= BUFFER_BYTES:
+            return
+        self._delayed.add(job_id)
+        handle.pause()
+        try:
+            await self._writer.drain()
+        finally:
+            self._delayed.discard(job_id)
+        self._resume(job_id, handle)
+
+    def _resume(self, job_id: int, handle: JobHandle) -> None:
+        """Resume a job for which there is no reason to pause."""
+        if job_id not in self._paused and job_id not in self._delayed:
+            handle.resume()
 
     def _put(self, job_id: int, step: Step) -> None:
-        """Steps of one turn of the event loop, such as those of one forward pass, are sent in one frame."""
-        if job_id in self._steps:
+        """Steps of one turn of the event loop, such as those of one forward pass, are sent in one frame if it is small."""
+        size = step.size
+        if job_id in self._steps or self._held_bytes + size > HELD_BYTES:
             self._flush()
         if not self._steps:
             asyncio.get_running_loop().call_soon(self._flush)
         self._steps[job_id] = step
+        self._held_bytes += size
 
     def _flush(self) -> None:
         if self._steps:
-            steps, self._steps = self._steps, {}
+            steps, self._steps, self._held_bytes = self._steps, {}, 0
             self.send(PassDone(steps, self._engine.load))
 
     async def _tokenize(self, message: wire.ReadText) -> None:
