@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
 import pytest
 from test_routed_engine import INFO, Recorder, job, replicas, run, until
 
-from afterword.engine.messages import CloseJob, PassDone, PauseJob, ResumeJob, StartJob, TextTokens
+from afterword.engine.messages import HEADER, CloseJob, PassDone, PauseJob, ResumeJob, StartJob, TextTokens
 from afterword.engine.protocol import Job, Step, Token
 from afterword.engine.replicas import job_server, wire
 from afterword.engine.replicas.connection import ReplicaConnection, connect
@@ -130,5 +130,65 @@ def test_the_steps_of_one_turn_are_one_frame_of_a_bounded_size(monkeypatch, most
                 assert isinstance(message, PassDone)
                 found.append(len(message.steps))
             assert found == frames
+
+    run(test)
+
+
+async def is_closed(reader: asyncio.StreamReader) -> bool:
+    """Whether the replica ends the connection, before it would for a peer that says nothing."""
+    try:
+        async with asyncio.timeout(job_server.HELLO_SECONDS / 2):
+            return await reader.read() == b""
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
+
+
+def nested(start: bytes) -> bytes:
+    """A frame with 2,000 arrays in arrays."""
+    body = start + b"\x91" * 2000 + b"\xc0"
+    return HEADER.pack(len(body)) + body
+
+
+def test_a_hello_of_nested_arrays_is_refused_and_its_connection_closed():
+    async def test() -> None:
+        async with replicas() as found:
+            await found.add("a", Recorder(INFO))
+            reader, writer = await asyncio.open_connection("127.0.0.1", found.addresses["a"].port)
+            writer.write(nested(b"\x94\xa5Hello\xa1s\xa5model"))
+            assert await is_closed(reader)
+            writer.close()
+
+    run(test)
+
+
+def test_a_frame_of_a_replica_with_nested_arrays_counts_as_the_end():
+    async def test() -> None:
+        reader = asyncio.StreamReader()
+        reader.feed_data(nested(b"\x92\xa7Leaving"))
+        assert await wire.read_from_replica(reader) is None
+
+    run(test)
+
+
+def test_connections_without_a_hello_are_limited_and_those_with_one_do_not_count(monkeypatch):
+    monkeypatch.setattr(job_server, "MOST_STRANGERS", 2, raising=False)
+    monkeypatch.setattr(job_server, "HELLO_SECONDS", 20.0)
+
+    async def test() -> None:
+        async with AsyncExitStack() as stack:
+            found = await stack.enter_async_context(replicas())
+            await found.add("a", Recorder(INFO))
+            for _ in range(3):
+                stack.callback((await connect(found.addresses["a"], "model")).close)
+            open_ones = []
+            for _ in range(3):
+                open_ones.append(await asyncio.open_connection("127.0.0.1", found.addresses["a"].port))
+                stack.callback(open_ones[-1][1].transport.abort)
+            assert await is_closed(open_ones[2][0])
+            open_ones[0][1].transport.abort()
+            await until(lambda: found.servers["a"]._strangers == 1)
+            stack.callback((await connect(found.addresses["a"], "model")).close)
 
     run(test)

@@ -31,6 +31,8 @@ from afterword.engine.replicas.connection import watch_peer
 from afterword.errors import AfterwordError
 
 HELLO_SECONDS, HELLO_BYTES = 5.0, 4096
+MOST_STRANGERS = 64
+"""Connections without a valid `Hello`. Further ones are closed: anyone can open them, and each takes a descriptor."""
 BUFFER_BYTES = 2**20
 """Bytes that wait for the network above which the jobs of a connection are paused."""
 HELD_BYTES = 4 * 2**20
@@ -56,6 +58,7 @@ class JobServer:
         self._engines = engines
         self._connections: set[_Connection] = set()
         self._serving: set[asyncio.Task[None]] = set()
+        self._strangers = 0
         self._server: asyncio.Server | None = None
         self._leaving = False
         self._busy = time.monotonic()
@@ -87,20 +90,37 @@ class JobServer:
             await asyncio.wait(self._serving)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._strangers >= MOST_STRANGERS:
+            writer.transport.abort()
+            return
+        self._strangers += 1
         task = asyncio.create_task(self._serve(reader, writer))
         self._serving.add(task)
         task.add_done_callback(self._serving.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        engine = None
+        try:
+            try:
+                engine = await self._engine_for(reader)
+            finally:
+                self._strangers -= 1
+            if engine is not None:
+                await self._serve_engine(engine, reader, writer)
+        finally:
+            writer.transport.abort()
+
+    async def _engine_for(self, reader: asyncio.StreamReader) -> ServedEngine | None:
+        """The engine that a peer asks for. None if it does not ask in time, or does not know the secret."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(HELLO_SECONDS):
                 hello = await wire.read_from_server(reader, HELLO_BYTES)
             if isinstance(hello, wire.Hello) and secrets.compare_digest(hello.secret.encode(), self.secret.encode()):
-                engine = self._engines.get(hello.model)
-        if engine is None:
-            writer.close()
-            return
+                return self._engines.get(hello.model)
+        return None
+
+    async def _serve_engine(
+        self, engine: ServedEngine, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         watch_peer(writer)
         connection = _Connection(engine, writer)
         self._connections.add(connection)
@@ -213,7 +233,7 @@ class _Connection:
             handle.resume()
 
     def _put(self, job_id: int, step: Step) -> None:
-        """Steps of one turn of the event loop, such as those of one forward pass, are sent in one frame if it is small."""
+        """Send small steps of one turn of the event loop, such as those of one forward pass, in one frame."""
         size = step.size
         if job_id in self._steps or self._held_bytes + size > HELD_BYTES:
             self._flush()
