@@ -282,11 +282,13 @@ class RoutedEngine:
             self._place(routed)
 
     def _place(self, routed: _RoutedJob) -> None:
-        """Send a job to a replica; it waits if there is none."""
-        usable = self._usable()
-        left = {each.name: each.samples for each in usable if each.name not in routed.refused}
+        """Send a job to a replica, one that has not refused it if there is one. It waits if there is none at all."""
+        loads = {each.name: each.samples for each in self._usable()}
+        left = {name: samples for name, samples in loads.items() if name not in routed.refused}
         if not left:
-            routed.refused.clear()  # all of them have ended since: nothing is known about the next
+            routed.refused.clear()  # they may have room by now
+            left = loads
+        if not left:
             return
         name = self._rule.choose(routed.keys, left)
         connection = routed.connection = self._connections[name]
