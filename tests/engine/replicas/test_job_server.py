@@ -10,7 +10,16 @@ from dataclasses import dataclass, field
 import pytest
 from test_routed_engine import INFO, Recorder, job, replicas, run, until
 
-from afterword.engine.messages import HEADER, CloseJob, PassDone, PauseJob, ResumeJob, StartJob, TextTokens
+from afterword.engine.messages import (
+    HEADER,
+    CancelTokenize,
+    CloseJob,
+    PassDone,
+    PauseJob,
+    ResumeJob,
+    StartJob,
+    TextTokens,
+)
 from afterword.engine.protocol import Job, Step, Token
 from afterword.engine.replicas import job_server, wire
 from afterword.engine.replicas.connection import ReplicaConnection, connect
@@ -190,5 +199,19 @@ def test_connections_without_a_hello_are_limited_and_those_with_one_do_not_count
             open_ones[0][1].transport.abort()
             await until(lambda: found.servers["a"]._strangers == 1)
             stack.callback((await connect(found.addresses["a"], "model")).close)
+
+    run(test)
+
+
+def test_a_text_that_is_cancelled_before_it_begins_does_not_keep_the_replica_busy():
+    async def test() -> None:
+        engine = Recorder(INFO)
+        async with served(engine) as (server, connection):
+            connection._writer.write(wire.frame(wire.ReadText(1, "x", False, "")) + wire.frame(CancelTokenize(1)))
+            connection.send(wire.ReadText(2, "x", False, ""))
+            answer = await next_that(connection, lambda message: isinstance(message, TextTokens))
+            assert isinstance(answer, TextTokens)
+            assert (answer.call, engine.calls) == (2, ["tokenize for "]), "the first has not begun"
+            await until(lambda: not any(each.busy for each in server._connections))
 
     run(test)

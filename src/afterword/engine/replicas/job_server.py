@@ -176,7 +176,7 @@ class _Connection:
         if isinstance(message, StartJob):
             self._start(message)
         elif isinstance(message, wire.ReadText):
-            self._texts[message.call] = self._run(self._tokenize(message))
+            self._read(message)
         elif isinstance(message, CancelTokenize):
             if message.call in self._texts:
                 self._texts[message.call].cancel()
@@ -247,14 +247,18 @@ class _Connection:
             steps, self._steps, self._held_bytes = self._steps, {}, 0
             self.send(PassDone(steps, self._engine.load))
 
+    def _read(self, message: wire.ReadText) -> None:
+        task = self._texts[message.call] = self._run(self._tokenize(message))
+        task.add_done_callback(
+            lambda _: self._texts.pop(message.call, None)
+        )  # also if it is cancelled before it begins
+
     async def _tokenize(self, message: wire.ReadText) -> None:
         try:
             tokens = await self._engine.tokenize(message.text, message.special, message.client)
             self.send(TextTokens.of(message.call, tokens))
         except AfterwordError as error:
             self.send(wire.TextFailed(message.call, wire.failure_of(error)))
-        finally:
-            self._texts.pop(message.call, None)
 
     async def _beat(self) -> None:
         """Report life and load. If the model was replaced by another, end: the server then learns of the new one."""
