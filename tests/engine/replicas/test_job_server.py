@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 from test_routed_engine import INFO, Recorder, job, replicas, run, until
 
@@ -213,5 +214,49 @@ def test_a_text_that_is_cancelled_before_it_begins_does_not_keep_the_replica_bus
             assert isinstance(answer, TextTokens)
             assert (answer.call, engine.calls) == (2, ["tokenize for "]), "the first has not begun"
             await until(lambda: not any(each.busy for each in server._connections))
+
+    run(test)
+
+
+def replace_model(engine: Recorder) -> None:
+    engine.model_info = msgspec.structs.replace(INFO, fingerprint="fp_other")
+
+
+async def rest(connection: ReplicaConnection) -> list[wire.FromReplica]:
+    """The messages up to the end of the connection, but those without steps."""
+    found = []
+    while (message := await connection.receive()) is not None:
+        if has_steps(message) or not isinstance(message, PassDone):
+            found.append(message)
+    return found
+
+
+@pytest.mark.parametrize("message", [StartJob(1, job()), wire.ReadText(1, "x", False, "")])
+def test_another_model_takes_no_work_that_was_meant_for_the_first(monkeypatch, message):
+    monkeypatch.setattr(job_server, "BEAT_SECONDS", 10**6)
+
+    async def test() -> None:
+        engine = Recorder(INFO)
+        async with served(engine) as (_, connection):
+            await next_that(connection, lambda message: isinstance(message, PassDone))  # the only heartbeat
+            replace_model(engine)
+            connection.send(message)
+            assert await rest(connection) == []
+            assert engine.prompts == []
+
+    run(test)
+
+
+def test_another_model_does_not_bring_steps_of_jobs_of_the_first(monkeypatch):
+    monkeypatch.setattr(job_server, "BEAT_SECONDS", 10**6)
+
+    async def test() -> None:
+        engine = Together(INFO)
+        async with served(engine) as (_, connection):
+            connection.send(StartJob(1, job()))
+            await until(lambda: bool(engine.prompts))
+            replace_model(engine)
+            engine.turn.set()
+            assert await rest(connection) == []
 
     run(test)

@@ -192,7 +192,16 @@ class _Connection:
                 self._paused.discard(message.job_id)
                 self._resume(message.job_id, handle)
 
+    def _has_model(self) -> bool:
+        """Whether the engine has the connection's model. If not, end: the server then learns of the new one."""
+        if self._engine.model_info.fingerprint == self._fingerprint:
+            return True
+        self._writer.transport.abort()
+        return False
+
     def _start(self, message: StartJob) -> None:
+        if not self._has_model():
+            return
         try:
             handle = self._engine.start(message.job)
         except AfterwordError as error:
@@ -243,8 +252,8 @@ class _Connection:
         self._held_bytes += size
 
     def _flush(self) -> None:
-        if self._steps:
-            steps, self._steps, self._held_bytes = self._steps, {}, 0
+        steps, self._steps, self._held_bytes = self._steps, {}, 0
+        if steps and self._has_model():
             self.send(PassDone(steps, self._engine.load))
 
     def _read(self, message: wire.ReadText) -> None:
@@ -256,17 +265,17 @@ class _Connection:
     async def _tokenize(self, message: wire.ReadText) -> None:
         try:
             tokens = await self._engine.tokenize(message.text, message.special, message.client)
-            self.send(TextTokens.of(message.call, tokens))
+            if self._has_model():
+                self.send(TextTokens.of(message.call, tokens))
         except AfterwordError as error:
             self.send(wire.TextFailed(message.call, wire.failure_of(error)))
 
     async def _beat(self) -> None:
-        """Report life and load. If the model was replaced by another, end: the server then learns of the new one."""
-        while self._engine.model_info.fingerprint == self._fingerprint:
+        """Report life and load, while the engine has the connection's model."""
+        while self._has_model():
             self.send(Heartbeat(0, 0, 0, 0.0))
             self.send(PassDone({}, self._engine.load))
             await asyncio.sleep(BEAT_SECONDS)
-        self._writer.transport.abort()
 
     def _run(self, work: object) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.create_task(work)  # type: ignore[arg-type]
