@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -260,3 +260,43 @@ def test_another_model_does_not_bring_steps_of_jobs_of_the_first(monkeypatch):
             assert await rest(connection) == []
 
     run(test)
+
+
+@dataclass
+class Faulty(Recorder):
+    """Raises errors that no engine should raise. The first job fails at its start, others after a step."""
+
+    def start(self, wanted: Job) -> Recorder:
+        if not self.prompts:
+            self.prompts.append(wanted.prompt)
+            raise ValueError("start")
+        return super().start(wanted)
+
+    async def tokenize(self, text: str, special: bool, client: str = "") -> Sequence[int]:
+        raise ValueError("text")
+
+    async def __aiter__(self) -> AsyncIterator[Step]:
+        yield TOKEN
+        raise ValueError("step")
+
+
+def test_an_unexpected_error_fails_one_job_or_text_and_is_logged(caplog):
+    async def test() -> None:
+        engine = Faulty(INFO)
+        async with served(engine) as (server, connection):
+            for message in (StartJob(1, job()), StartJob(2, job()), wire.ReadText(3, "x", False, "")):
+                connection.send(message)
+            found: dict[int, str] = {}
+            while len(found) < 3:
+                answer = await connection.receive()
+                assert answer is not None, "the connection stays"
+                if isinstance(answer, wire.JobFailed):
+                    found[answer.job_id] = answer.failure.kind
+                elif isinstance(answer, wire.TextFailed):
+                    found[answer.call] = answer.failure.kind
+            assert found == {1: "EngineFailure", 2: "EngineFailure", 3: "EngineFailure"}
+            assert engine.calls == ["close"], "the job that had begun"
+            await until(lambda: not any(each.busy for each in server._connections))
+
+    run(test)
+    assert {str(record.exc_info[1]) for record in caplog.records if record.exc_info} == {"start", "step", "text"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import time
 from collections.abc import Mapping
@@ -28,7 +29,9 @@ from afterword.engine.messages import (
 from afterword.engine.protocol import Engine, JobHandle, Load, Step
 from afterword.engine.replicas import wire
 from afterword.engine.replicas.connection import watch_peer
-from afterword.errors import AfterwordError
+from afterword.errors import AfterwordError, EngineFailure
+
+_log = logging.getLogger(__name__)
 
 HELLO_SECONDS, HELLO_BYTES = 5.0, 4096
 MOST_STRANGERS = 64
@@ -204,8 +207,8 @@ class _Connection:
             return
         try:
             handle = self._engine.start(message.job)
-        except AfterwordError as error:
-            self.send(wire.JobFailed(message.job_id, wire.failure_of(error)))
+        except Exception as error:
+            self.send(wire.JobFailed(message.job_id, _failure_of(error)))
             return
         self._jobs[message.job_id] = handle
         self._run(self._pass_on(message.job_id, handle))
@@ -215,11 +218,10 @@ class _Connection:
             async for step in handle:
                 self._put(job_id, step)
                 await self._wait_for_network(job_id, handle)
-        except AfterwordError as error:
-            self._flush()
-            self.send(wire.JobFailed(job_id, wire.failure_of(error)))
-        except OSError:  # the server is gone
+        except Exception as error:
             handle.close()
+            self._flush()
+            self.send(wire.JobFailed(job_id, _failure_of(error)))
         finally:
             self._jobs.pop(job_id, None)
             self._paused.discard(job_id)
@@ -232,6 +234,8 @@ class _Connection:
         handle.pause()
         try:
             await self._writer.drain()
+        except OSError:  # the server is gone
+            handle.close()
         finally:
             self._delayed.discard(job_id)
         self._resume(job_id, handle)
@@ -267,8 +271,8 @@ class _Connection:
             tokens = await self._engine.tokenize(message.text, message.special, message.client)
             if self._has_model():
                 self.send(TextTokens.of(message.call, tokens))
-        except AfterwordError as error:
-            self.send(wire.TextFailed(message.call, wire.failure_of(error)))
+        except Exception as error:
+            self.send(wire.TextFailed(message.call, _failure_of(error)))
 
     async def _beat(self) -> None:
         """Report life and load, while the engine has the connection's model."""
@@ -282,3 +286,11 @@ class _Connection:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _failure_of(error: Exception) -> wire.Failure:
+    """The error of a job or text as it is sent. One that no engine should raise is logged."""
+    if isinstance(error, AfterwordError):
+        return wire.failure_of(error)
+    _log.error("An engine has failed for one job or text.", exc_info=error)
+    return wire.failure_of(EngineFailure())
