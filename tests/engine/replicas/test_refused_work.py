@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from test_routed_engine import INFO, Recorder, job, replicas, routed, run, until
 
-from afterword.engine.protocol import Job
+from afterword.engine.protocol import Job, Step
 from afterword.errors import Overloaded
 
 
@@ -66,5 +66,31 @@ def test_work_that_one_replica_refused_returns_to_it_when_the_other_ends():
                 await found.kill("b")
                 await until(lambda: len(first.prompts) == 1)
                 assert tuple(await text) == (1,)
+
+    run(test)
+
+
+@dataclass
+class Compiling(Recorder):
+    """Begins to compile a job's grammar, and then has no room."""
+
+    async def __aiter__(self) -> AsyncIterator[Step]:
+        yield Step(compiling=True)
+        raise Overloaded("Full.")
+
+
+def test_a_job_that_another_replica_had_begun_is_not_blamed_for_the_end_of_one_that_had_not():
+    async def test() -> None:
+        async with replicas() as found:
+            second, third = Recorder(INFO), Recorder(INFO)
+            for name, each in (("a", Compiling(INFO)), ("b", second), ("c", third)):
+                await found.add(name, each)
+            async with routed(found, ByName()) as engine:
+                await until(lambda: engine.load.sequences == 6)
+                current = engine.start(job())
+                await until(lambda: len(second.prompts) == 1)
+                await found.kill("b")
+                await until(lambda: len(third.prompts) == 1)
+                assert current.crashes == 0
 
     run(test)

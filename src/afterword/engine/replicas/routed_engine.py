@@ -265,6 +265,7 @@ class RoutedEngine:
         routed.refused.add(connection.name)
         others = [each for each in self._usable() if each.name not in routed.refused]
         if isinstance(error, Overloaded) and not routed.pending.has_output and others:
+            routed.pending.restart(blamed=False)
             self._place(routed)
         else:
             self._fail(routed, error)
