@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
+import pytest
 from test_routed_engine import INFO, Recorder, job, replicas, routed, run, until
 
+from afterword.engine.parent.supervisor import QueuePolicy
 from afterword.engine.protocol import Job, Step
 from afterword.errors import Overloaded
 
@@ -92,5 +94,30 @@ def test_a_job_that_another_replica_had_begun_is_not_blamed_for_the_end_of_one_t
                 await found.kill("b")
                 await until(lambda: len(third.prompts) == 1)
                 assert current.crashes == 0
+
+    run(test)
+
+
+@dataclass
+class Slow(Recorder):
+    """Compiles for ever."""
+
+    async def __aiter__(self) -> AsyncIterator[Step]:
+        for compiling in (True, False, True):
+            yield Step(compiling=compiling)
+        await asyncio.Event().wait()
+
+
+def test_a_job_whose_grammar_is_compiled_still_counts_as_waiting():
+    async def test() -> None:
+        async with replicas() as found:
+            await found.add("a", Slow(INFO))
+            async with routed(found, policy=QueuePolicy(queue_tokens=10)) as engine:
+                first = engine.start(job(max_tokens=5))
+                await until(lambda: first.begun)
+                with pytest.raises(Overloaded):
+                    engine.start(job(max_tokens=5))
+                first.close()
+                engine.start(job(max_tokens=5))
 
     run(test)

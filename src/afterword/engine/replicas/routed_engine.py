@@ -314,7 +314,7 @@ class RoutedEngine:
 
     def _add_step(self, routed: _RoutedJob, step: Step) -> None:
         pending = routed.pending
-        if not pending.admitted:
+        if not pending.admitted and step.compiling is None:
             self._waiting_tokens -= pending.size
         pending.add_step(step)
         if pending.ended and pending.job_id in self._jobs:
