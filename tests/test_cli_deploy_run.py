@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import signal
 import sys
@@ -186,3 +187,39 @@ def test_a_replica_needs_keys_if_serve_listens_for_others_whatever_the_file_says
     ray.host = "0.0.0.0"
     with pytest.raises(SettingError, match="there are no API keys"):
         asyncio.run(Replica.__init__(SimpleNamespace(), {}))  # a true replica has a `__del__` that Serve awaits
+
+
+class FakeReplicas:
+    """Serve's handle for replicas: one answers with `facts`, one has an error, and one is silent."""
+
+    def __init__(self, facts: object) -> None:
+        self.results = [SimpleNamespace(get_async=each) for each in (self.silent, self.failing, self.answering)]
+        self.facts = facts
+
+    def broadcast(self, method: str) -> FakeReplicas:
+        assert method == "facts"
+        return self
+
+    async def _fetch_replica_results_async(self) -> list[SimpleNamespace]:
+        return self.results
+
+    async def results_async(self, *, timeout_s: float, return_exceptions: bool) -> list[object]:
+        """As in Ray: one time limit for all."""
+        every = asyncio.gather(*(each.get_async() for each in self.results), return_exceptions=return_exceptions)
+        return await asyncio.wait_for(every, timeout_s)
+
+    async def silent(self) -> None:
+        await asyncio.Event().wait()
+
+    async def failing(self) -> None:
+        raise RuntimeError("The replica has ended.")
+
+    async def answering(self) -> object:
+        return self.facts
+
+
+def test_a_silent_replica_does_not_hide_the_others(ray, monkeypatch):
+    routed = importlib.import_module(ROUTED)
+    monkeypatch.setattr(routed, "_ANSWER_SECONDS", 0.01)
+    facts = routed.ReplicaFacts(routed.ReplicaAddress("a", "127.0.0.1", 1, "secret"), ())
+    assert asyncio.run(routed._find(FakeReplicas(facts))) == [facts]

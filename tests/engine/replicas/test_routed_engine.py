@@ -469,3 +469,24 @@ def test_a_replica_that_cannot_be_reached_is_reported_once_and_tried_again(caplo
         assert sum("cannot be reached" in record.message for record in caplog.records) == 1
 
     run(test)
+
+
+def test_a_replica_with_another_fingerprint_gets_no_jobs_and_is_reported_once(caplog):
+    async def test() -> None:
+        async with replicas() as found:
+            other = Recorder(msgspec.structs.replace(INFO, fingerprint="fp_other"))
+            await found.add("a", Recorder(INFO))
+            async with routed(found) as engine:
+                await found.add("b", other)
+                await until(lambda: "b" in engine._connections)
+                first = engine._connections["b"]
+                first.close()
+                await until(lambda: engine._connections.get("b", first) is not first)
+                engine.start(job())
+                await until(lambda: bool(found.engines["a"].prompts))
+                assert other.prompts == []
+
+    run(test)
+    (line,) = [record.getMessage() for record in caplog.records if "gets no jobs" in record.message]
+    assert "replica b" in line
+    assert "fp_other" in line

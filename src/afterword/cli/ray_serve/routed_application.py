@@ -112,10 +112,15 @@ class Ingress(Replica):
 
 
 async def _find(replicas: Any) -> list[ReplicaFacts]:
+    """The facts of the replicas that answer in time."""
     try:
-        found = await replicas.broadcast("facts").results_async(timeout_s=_ANSWER_SECONDS, return_exceptions=True)
-    except (RayServeException, TimeoutError):  # there is no replica at present, or one does not answer
+        async with asyncio.timeout(_ANSWER_SECONDS):
+            # The first half of `results_async`, which raises for all replicas if one is silent.
+            asked = await replicas.broadcast("facts")._fetch_replica_results_async()
+    except (RayServeException, TimeoutError):  # there is no replica at present
         return []
+    answers = [asyncio.wait_for(each.get_async(), _ANSWER_SECONDS) for each in asked]
+    found = await asyncio.gather(*answers, return_exceptions=True)
     return [each for each in found if isinstance(each, ReplicaFacts)]
 
 

@@ -77,6 +77,7 @@ class RoutedEngine:
         self._connections: dict[str, ReplicaConnection] = {}
         self._attending: dict[str, asyncio.Task[None]] = {}
         self._unreachable: set[str] = set()  # replicas about which a line was written
+        self._different: set[str] = set()  # the same
         self._tasks: list[asyncio.Task[None]] = []
         self._model_info: ModelInfo | None = None
         self._opened = asyncio.Event()
@@ -167,6 +168,7 @@ class RoutedEngine:
         while True:
             found = await self._find()
             self._unreachable &= {address.name for address in found}
+            self._different &= {address.name for address in found}
             for address in found:
                 if address.name not in self._attending:
                     self._attend(address)
@@ -194,6 +196,7 @@ class RoutedEngine:
         self._connections[connection.name] = connection
         try:
             self._choose_model()
+            self._report_difference(connection)
             self._place_waiting()
             while (message := await connection.receive()) is not None:
                 self._handle(connection, message)
@@ -211,6 +214,17 @@ class RoutedEngine:
     def _has_model(self, connection: ReplicaConnection) -> bool:
         info = self._model_info
         return info is not None and connection.model_info.fingerprint == info.fingerprint
+
+    def _report_difference(self, connection: ReplicaConnection) -> None:
+        """Write one line about a replica that gets no jobs because its numbers may differ."""
+        if self._model_info is None or self._has_model(connection) or connection.name in self._different:
+            return
+        self._different.add(connection.name)
+        _log.warning(
+            "The replica %s gets no jobs while others have the model in use: its fingerprint is %s, and %s is in use. "
+            "The model file, the settings or the instructions of the processor differ.",
+            *(connection.name, connection.model_info.fingerprint, self._model_info.fingerprint),
+        )
 
     def _choose_model(self) -> None:
         """Keep the model while a replica has it. Then take that of another replica, and fail jobs: tokens differ."""
@@ -265,6 +279,7 @@ class RoutedEngine:
         routed.refused.add(connection.name)
         others = [each for each in self._usable() if each.name not in routed.refused]
         if isinstance(error, Overloaded) and not routed.pending.has_output and others:
+            routed.pending.restart(blamed=False)
             self._place(routed)
         else:
             self._fail(routed, error)
@@ -282,11 +297,13 @@ class RoutedEngine:
             self._place(routed)
 
     def _place(self, routed: _RoutedJob) -> None:
-        """Send a job to a replica; it waits if there is none."""
-        usable = self._usable()
-        left = {each.name: each.samples for each in usable if each.name not in routed.refused}
+        """Send a job to a replica, one that has not refused it if there is one. It waits if there is none at all."""
+        loads = {each.name: each.samples for each in self._usable()}
+        left = {name: samples for name, samples in loads.items() if name not in routed.refused}
         if not left:
-            routed.refused.clear()  # all of them have ended since: nothing is known about the next
+            routed.refused.clear()  # they may have room by now
+            left = loads
+        if not left:
             return
         name = self._rule.choose(routed.keys, left)
         connection = routed.connection = self._connections[name]
@@ -297,7 +314,7 @@ class RoutedEngine:
 
     def _add_step(self, routed: _RoutedJob, step: Step) -> None:
         pending = routed.pending
-        if not pending.admitted:
+        if not pending.admitted and step.compiling is None:
             self._waiting_tokens -= pending.size
         pending.add_step(step)
         if pending.ended and pending.job_id in self._jobs:

@@ -78,7 +78,8 @@ class RoutedTexts:
     def send_waiting(self) -> None:
         """Send the texts that no replica has."""
         for routed in self._texts.values():
-            if routed.connection is None and not routed.result.done():
+            if routed.connection is None and not routed.result.done() and not self._send(routed):
+                routed.refused.clear()  # they may have room by now
                 self._send(routed)
 
     def expire(self, accepted: float, error: Exception) -> None:

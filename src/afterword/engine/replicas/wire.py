@@ -86,6 +86,7 @@ ToReplica = Hello | StartJob | DropSample | CloseJob | PauseJob | ResumeJob | Re
 FromReplica = ModelReady | PassDone | Heartbeat | TextTokens | JobFailed | TextFailed | Leaving
 
 _PLAIN = (EngineFailure, JobRefused, ModelReplaced, NonFiniteLogits, QueueTimeout, UpstreamLost, WorkerDied)
+_INVALID = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # the last for arrays in arrays, very deep
 _LARGE = 2**16  # bytes of a frame that takes milliseconds to decode
 _encoder = msgspec.msgpack.Encoder()
 _to_replica: msgspec.msgpack.Decoder[ToReplica] = msgspec.msgpack.Decoder(ToReplica)
@@ -114,7 +115,7 @@ async def read_from_server(reader: asyncio.StreamReader, most: int = MAX_FRAME_B
     body = await _read(reader, most)
     try:
         return _to_replica.decode(body) if body else None
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except _INVALID:
         return None
 
 
@@ -123,7 +124,7 @@ async def read_from_replica(reader: asyncio.StreamReader) -> FromReplica | None:
     body = await _read(reader, MAX_FRAME_BYTES)
     try:
         return _from_replica.decode(body) if body else None
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except _INVALID:
         return None
 
 
