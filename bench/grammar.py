@@ -74,8 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     threads = GrammarThreads(texts)
     vocabulary = time.perf_counter() - began
     loop.use_grammars(threads)
-    for name, kind, text in GRAMMARS:
-        print(f"{name:20}" + _measured(loop, threads, Grammar(kind, text, "bench"), options), flush=True)
+    try:
+        for name, kind, text in GRAMMARS:
+            print(f"{name:20}" + _measured(loop, threads, Grammar(kind, text, "bench"), options), flush=True)
+    finally:
+        threads.close()
     print(f"The tokens are prepared once, when a model is loaded: here in {vocabulary:.2f} s.")
 
 

@@ -21,7 +21,7 @@ from afterword.completion.other_names import (
 )
 from afterword.completion.request import EXTENSIONS, FIELDS, CompletionRequest, parse
 from afterword.completion.request_limits import RequestLimits
-from afterword.completion.sampler_fields import LLAMA_ORDER
+from afterword.completion.sampler_fields import SAMPLER_NAMES, sampling_of
 from afterword.errors import RequestError
 
 LIMITS = RequestLimits()
@@ -92,12 +92,25 @@ def test_what_changes_no_text_is_accepted_with_any_value(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RANGES)
-def test_a_penalty_on_a_part_of_the_text_is_refused(name: str) -> None:
-    penalty = {"repetition_penalty": 1.1}
-    assert parsed(**{name: 0}, **penalty) == parsed(**{name: -1}, **penalty) == parsed(**penalty)
-    assert parsed(**{name: 512}) == parsed()
-    assert refused(**{name: 512}, **penalty).param == refused(rep_pen=1.1, **{name: 512}).param == name
-    assert refused(**{name: "all"}).param == name
+@pytest.mark.parametrize(
+    "penalty", ["rep_pen", "repeat_penalty", "repetition_penalty", "presence_penalty", "frequency_penalty"]
+)
+def test_a_range_is_the_window_of_the_penalties(name: str, penalty: str) -> None:
+    """Whatever the order of the members, and also where the operator's defaults have the penalty."""
+    expected = parsed(repeat_last_n=512, **{penalty: 1.1})
+    assert parsed(**{name: 512, penalty: 1.1}) == parsed(**{penalty: 1.1, name: 512}) == expected
+    assert sampling_of(expected, 9).chain.last_n == 512  # type: ignore[union-attr]
+    body = json.dumps({"prompt": "a", "max_tokens": 8, name: 512}).encode()
+    assert parse(body, LIMITS, lambda _: {SAME.get(penalty, penalty): 1.1}) == expected
+    assert parsed(**{name: 0, penalty: 1.1}) == parsed(**{name: -1, penalty: 1.1}) == parsed(**{penalty: 1.1})
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_a_range_is_refused_by_its_name(name: str) -> None:
+    for value in ("all", True, -2, 8193, 0.5):
+        assert refused(**{name: value}).param == name
+    assert refused(**{name: 512}, repeat_last_n=64).param == name
+    assert refused(rep_pen_range=512, repetition_penalty_range=64).param == "repetition_penalty_range"
 
 
 def test_end_tokens_can_be_banned() -> None:
@@ -112,10 +125,17 @@ def test_a_flag_is_true_or_false(name: str) -> None:
 
 
 def test_the_order_of_samplers_by_other_names() -> None:
-    ordered = parsed(samplers=[*LLAMA_ORDER])
+    ordered = parsed(samplers=[*SAMPLER_NAMES])
     assert parsed(temperature_last=True) == parsed(sampler_order=[*KOBOLD_ORDER]) == ordered
     assert parsed(temperature_last=True, samplers=["top_k"]) == parsed(samplers=["top_k"])
     assert refused(sampler_order=[0, 6]).param == "sampler_order"
+
+
+@pytest.mark.parametrize("order", [{"temperature_last": True}, {"sampler_order": [*KOBOLD_ORDER]}])
+def test_an_order_by_another_name_leaves_every_sampler_on(order: Any) -> None:
+    chain = sampling_of(parsed(adaptive_target=0.5, xtc_probability=0.5, **order), 9).chain
+    assert chain is not None
+    assert (chain.adaptive_target, "xtc" in chain.order) == (0.5, True)
 
 
 @pytest.mark.parametrize("pair", [("dynatemp_low", "dynatemp_high"), ("dynatemp_min", "dynatemp_max")])

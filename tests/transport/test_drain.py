@@ -9,6 +9,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,10 +29,10 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 def get_json(
-    path: str, engine: Engine | ModelManager, body: bytes | None = None, keys: bool = True
+    path: str, engine: Engine | ModelManager, body: bytes | None = None, keys: bool = True, **settings: Any
 ) -> tuple[int, Any, bytes]:
     async def scenario() -> tuple[int, Any, bytes]:
-        client = InMemoryServer(application(engine, keys)).connect()
+        client = InMemoryServer(application(engine, keys, **settings)).connect()
         await client.send(get(path) if body is None else post(body, path=path))
         head, _, content = bytes(client.transport.written).partition(b"\r\n\r\n")
         return client.statuses[0], json.loads(content), head
@@ -100,6 +101,22 @@ def test_health_and_ready_name_no_models_where_keys_are_required(path: str, coun
 def test_requests_to_a_model_that_is_loading_give_503(path: str) -> None:
     status, body, head = get_json(path, Engine(scripted_engine.text_script("Hello"), state="starting"), b"{}")
     assert (status, body["error"]["code"]) == (503, "loading")
+    assert b"retry-after: " in head
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/load_lora_adapter", b'{"lora_name":"one","lora_path":"one.gguf"}'),
+        ("/v1/unload_lora_adapter", b'{"lora_name":"one"}'),
+    ],
+)
+def test_adapters_do_not_come_and_go_during_the_start(path: str, body: bytes, tmp_path: Path) -> None:
+    """The start loads one model after the other, and their list must not change meanwhile."""
+    states = ("ready", "starting")
+    models = model_manager_of(*(Engine(scripted_engine.text_script("Hello"), state=state) for state in states))
+    status, answer, head = get_json(path, models, body, lora_dir=tmp_path, lora_keys=("given-1",))
+    assert (status, answer["error"]["code"]) == (503, "loading")
     assert b"retry-after: " in head
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from afterword.completion.fields import Field
 from afterword.completion.request_limits import RequestLimits
-from afterword.completion.sampler_fields import LLAMA_ORDER
+from afterword.completion.sampler_fields import SAMPLER_NAMES
 from afterword.errors import RequestError
 
 Json = dict[str, Any]
@@ -87,6 +87,7 @@ WITHOUT_EFFECT = frozenset(
 
 FLAGS = ("ban_eos_token", "dynamic_temperature", "temperature_last")
 RANGES = ("rep_pen_range", "repetition_penalty_range")
+"""How many last tokens the penalties count, as `repeat_last_n`. 0 and -1 are no field: the penalties of this API."""
 _WHOLE_TEXT = (0, -1)
 _BOUNDS = (("dynatemp_low", "dynatemp_high"), ("dynatemp_min", "dynatemp_max"))
 
@@ -111,22 +112,22 @@ def with_own_names(values: Json, fields: Mapping[str, Field], limits: RequestLim
     own = {name: value for name, value in values.items() if name not in OTHER_NAMES or _is_wrong_length(name, values)}
     own["dry_sequence_breakers"] = _listed(own.get("dry_sequence_breakers"))
     for name, value in given.items():
-        if name in SAME:
+        if name in SAME or (name in RANGES and not _is_whole_text(value)):
             _set_same(own, name, value, fields, limits)
-        elif allowed := _unsupported(name, value, own):
+        elif allowed := _unsupported(name, value):
             if not limits.ignore_unknown:
                 raise RequestError(f"'{name}' is not supported, except with the value {allowed}.", param=name)
             own[name] = value
     if given.get("ban_eos_token"):
         own["ignore_eos"] = True
     if (given.get("temperature_last") or given.get("sampler_order") == [*KOBOLD_ORDER]) and not own.get("samplers"):
-        own["samplers"] = [*LLAMA_ORDER]
+        own["samplers"] = [*SAMPLER_NAMES]
     if given.get("dynamic_temperature", True):
         _set_temperature(own, given)
     return own
 
 
-def _unsupported(name: str, value: Any, own: Json) -> str:
+def _unsupported(name: str, value: Any) -> str:
     """Which values of a field are supported, if this one is not. Else empty."""
     if name in OFF:
         return "" if OFF[name][1](value) else OFF[name][0]
@@ -134,9 +135,11 @@ def _unsupported(name: str, value: Any, own: Json) -> str:
         return "" if isinstance(value, bool) else "true or false"
     if name == "sampler_order":
         return "" if value == [*KOBOLD_ORDER] else str([*KOBOLD_ORDER])
-    if name in RANGES and (not _is_number(value) or (value not in _WHOLE_TEXT and _penalizes(own))):
-        return "0 or -1 (the whole text)"
     return ""
+
+
+def _is_whole_text(window: Any) -> bool:
+    return _is_number(window) and window in _WHOLE_TEXT
 
 
 def _is_wrong_length(name: str, values: Json) -> bool:
@@ -144,7 +147,7 @@ def _is_wrong_length(name: str, values: Json) -> bool:
 
 
 def _set_same(own: Json, name: str, value: Any, fields: Mapping[str, Field], limits: RequestLimits) -> None:
-    field = SAME[name]
+    field = SAME.get(name, "repeat_last_n")
     read = fields[field](name, value, limits)
     if own.get(field) is None:
         own[field] = value
@@ -164,10 +167,6 @@ def _set_temperature(own: Json, given: Json) -> None:
             own[name] = value if own.get(name) is None else own[name]
             if not _is_number(own[name]) or not math.isclose(own[name], value, abs_tol=1e-6):
                 raise RequestError(f"'{name}' is not that of '{pair[0]}' and '{pair[1]}'.", param=pair[0])
-
-
-def _penalizes(own: Json) -> bool:
-    return own.get("repetition_penalty") not in (None, 1)
 
 
 def _listed(value: Any) -> Any:

@@ -110,6 +110,37 @@ def test_a_task_that_was_given_up_changes_nothing_later() -> None:
         time.sleep(0.001)
 
 
+def test_a_closed_thread_ends_after_its_running_task() -> None:
+    """Else Python would end it within the task, and llguidance cannot be ended there."""
+    thread, begun, release = TaskThread("to be closed"), threading.Event(), threading.Event()
+    running: Task[bool] = thread.submit(lambda: begun.set() or release.wait(60))
+    behind: Task[int] = thread.submit(lambda: 7)
+    assert begun.wait(60)
+    closing = threading.Thread(target=thread.close)
+    closing.start()
+    assert named("to be closed") == 1
+    release.set()
+    closing.join(60)
+    assert (named("to be closed"), running.result, behind.done.is_set()) == (0, True, False)
+
+
+def test_closed_threads_of_grammars_have_ended() -> None:
+    names = ("grammars", "token masks")
+    before = [named(name) for name in names]
+    threads = GrammarThreads(TEXTS)
+    matcher = compiled(threads, Grammar("regex", "ab*", "grammar"))
+    assert isinstance(matcher, grammar_threads.GrammarMatcher)
+    matcher.copy().append(ord("a"))
+    assert [named(name) for name in names] == [count + 1 for count in before]
+    threads.close()
+    assert [named(name) for name in names] == before
+
+
+def named(name: str) -> int:
+    """How many running threads have this name."""
+    return sum(thread.name == name for thread in threading.enumerate())
+
+
 def test_a_grammar_whose_tokens_take_too_much_work_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     threads = GrammarThreads(TEXTS)
     matcher = compiled(threads, Grammar("regex", "ab*", "grammar"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import jsonschema_rs
@@ -170,3 +172,79 @@ def test_names_of_members_have_no_codes_of_characters(name: str) -> None:
 def test_control_characters_of_a_schema_can_be_written() -> None:
     assert accepts({"const": "a\x01"}, r'"a\u0001"')
     assert accepts({"const": "a\n\t"}, r'"a\n\t"')
+
+
+def many_references(size: int) -> Any:
+    """Alternatives that share one reference, which leads nowhere after many parts."""
+    return {"oneOf": [{"$ref": "#/a"}] * size, "a": {"$ref": "#/" + "/" * size}}
+
+
+def one_object(size: int) -> Any:
+    """Alternatives that are one object with many members."""
+    members = {str(number): {"const": "x"} for number in range(size)}
+    return {"oneOf": [{"$ref": "#/a"}] * size, "a": {"type": "object", "properties": members}}
+
+
+def long_chain(size: int) -> Any:
+    """Each alternative begins a chain of references that all others follow to its end."""
+    chain = {str(number): {"$ref": f"#/{number + 1}"} for number in range(size)}
+    return chain | {"x": [{"oneOf": [{"$ref": f"#/{number}"}] * 2} for number in range(size)]}
+
+
+@pytest.mark.parametrize("schema_of", [many_references, one_object, long_chain])
+def test_the_work_grows_with_the_size_of_a_schema(schema_of: Callable[[int], Any]) -> None:
+    """Counted in lines of Python: twice the size must not need four times as many."""
+    few, many = (lines_of(lambda size=size: rewritten(schema_of(size))) for size in (100, 200))  # type: ignore[misc]
+    assert many < 2.5 * few
+
+
+def test_the_work_of_comparing_alternatives_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many lists can name the same large alternatives. Behind the bound a list stays as it is."""
+    monkeypatch.setattr("afterword.engine.grammar.schema_rewriting._MOST_COMPARED", 9)
+    schema = {"oneOf": [{"$ref": "#/$defs/0"}, {"$ref": "#/$defs/1"}]}
+    whole = rewritten({"$defs": dict(zip("01", KINDS, strict=True)), "items": [schema] * 4})
+    assert ["anyOf" in each for each in whole["items"]] == [True, True, False, False]
+
+
+def lines_of(work: Callable[[], object]) -> int:
+    """How many lines of Python a call executes."""
+    count = 0
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal count
+        count += 1
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_a_reference_can_lead_into_alternatives() -> None:
+    """The keyword keeps its name where a reference has it."""
+    schema = {
+        "type": "object",
+        "properties": {"x": {"oneOf": KINDS}, "y": {"$ref": "#/properties/x/oneOf/0"}},
+        "required": ["x", "y"],
+    }
+    assert accepts(schema, '{"x":{"kind":"b","b":1},"y":{"kind":"a","a":1}}')
+    assert not accepts(schema, '{"x":{"kind":"b","b":1},"y":{"kind":"b","b":1}}')
+    encoded = {"oneOf": KINDS, "properties": {"y": {"$ref": "#/one%4Ff/0"}}}
+    assert "oneOf" in rewritten(encoded)
+
+
+def test_a_reference_can_lead_into_an_annotation_or_names() -> None:
+    schema = {"$ref": "#/x-kinds/0", "x-kinds": KINDS, "x-order": 1}
+    assert rewritten(schema) == {"$ref": "#/x-kinds/0", "x-kinds": KINDS}
+    names = {"propertyNames": {"enum": ["x"]}, "items": {"$ref": "#/propertyNames"}}
+    assert rewritten(names) == names
+
+
+@pytest.mark.parametrize("all_of", ["text", 5, {"type": "string"}, None])
+def test_a_malformed_keyword_beside_a_format_is_named(all_of: Any) -> None:
+    with pytest.raises(InvalidGrammar, match="allOf"):
+        accepts({"type": "string", "format": "date", "allOf": all_of}, '"2024-02-29"')

@@ -67,6 +67,26 @@ def test_one_number_in_all_elements(kernel):
     assert (computed(kernel, "FILL", (3, 50, 9), random(3, 50, 9), params={0: -np.inf}) == -np.inf).all()
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 0, 8), (1, 0, 3, 8), (2, 3, 4, 0)])
+@pytest.mark.parametrize("dimension", [0, 2])
+def test_nothing_is_copied(kernel, shape, dimension):
+    """A tensor without rows: its numbers of rows divide nothing."""
+    x = np.zeros(shape, np.float32)
+    for name, sources in (("CONT", (x,)), ("CPY", (x,)), ("CONCAT", (x, x))):
+        node = node_of(x, sources, {0: dimension})
+        for each in (node, *(source.contents for source in node.src if source)):
+            set_strides(each)
+        assert takes(kernel, name, node)
+        kernel.operation_compute(name.encode(), ctypes.byref(node), 2)
+
+
+def set_strides(x):
+    """Those of ggml: 0 behind an axis without elements."""
+    x.nb[0] = 4
+    for axis in range(1, 4):
+        x.nb[axis] = x.nb[axis - 1] * x.ne[axis - 1]
+
+
 def test_integers_are_copied(kernel):
     x = np.arange(24, dtype=np.int32).reshape(1, 1, 4, 6)
     copied = np.zeros((1, 1, 4, 3), np.int32)

@@ -31,10 +31,11 @@ _MAY_NOT = "This API key may not load or unload adapters. The server's option --
 async def load(request: Request) -> Response:
     """`{"lora_name", "lora_path"}`: serve an adapter under a name. The response comes when it is loaded.
 
-    Raises `RequestError`, and `Overloaded` if the memory is in use.
+    Raises `RequestError`, and `Overloaded` during the start and if the memory is in use.
     """
     service: Service = request.app.state.service
     folder = _permitted_folder(request, service.config)
+    service.models.check_started()
     body = await _read(request, ("lora_name", "lora_path", "load_inplace"))
     if body.get("load_inplace"):
         raise RequestError("'load_inplace' is not supported: unload the adapter first.", param="load_inplace")
@@ -54,9 +55,13 @@ async def load(request: Request) -> Response:
 
 
 async def unload(request: Request) -> Response:
-    """`{"lora_name"}`: serve an adapter no longer. Requests that use it continue. Raises `RequestError`."""
+    """`{"lora_name"}`: serve an adapter no longer. Requests that use it continue.
+
+    Raises `RequestError`, and `Overloaded` during the start.
+    """
     service: Service = request.app.state.service
     _permitted_folder(request, service.config)
+    service.models.check_started()
     body = await _read(request, ("lora_name", "lora_int_id"))
     if body.get("lora_int_id") is not None:
         raise RequestError("'lora_int_id' is not supported: adapters have no numbers.", param="lora_int_id")

@@ -100,6 +100,11 @@ class GrammarThreads:
         self._something_done.wait(seconds)
         self._something_done.clear()
 
+    def close(self) -> None:
+        """Wait for what is being computed and end the threads, before Python ends. Nothing is called afterwards."""
+        for thread in (self._compiling, self.masks, self.slow_masks):
+            thread.close()
+
     @property
     def _stuck(self) -> int:
         return self._compiling.stuck + self.masks.stuck + self.slow_masks.stuck

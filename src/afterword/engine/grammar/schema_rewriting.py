@@ -7,11 +7,16 @@
   It takes them for a second schema, which it cannot join with a recursive one.
 - `propertyNames` with a list or a pattern becomes `properties` or `patternProperties`.
 - Bounds such as `"maxItems": 2.0` become integers.
+
+A keyword that a reference leads into keeps its place, and the time grows with the schema's size alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 from afterword.engine.grammar.schema_formats import FORMATS
 
@@ -22,78 +27,167 @@ _VALUES = ("const", "default", "enum", "example", "examples")  # of these keywor
 _OF_NAMES = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _ANNOTATIONS = ("deprecated", "discriminator", "example", "nullable")
 _APPLICATORS = ("$ref", "anyOf", "oneOf", "allOf")
-_MOST_REFERENCES = 60  # that lead from one to the next
+_MOST_COMPARED = 200_000
+"""Texts of members that are compared in one schema. Many lists of alternatives can name the same large ones."""
 
 
 def rewritten(schema: Any) -> Any:
     """The schema, rewritten. Unknown keywords are searched too: references can lead into them."""
-    return _rewritten(schema, schema)
+    return _Rewriting(schema).of(schema)
 
 
-def _rewritten(schema: Any, root: Any) -> Any:
-    if isinstance(schema, list):
-        return [_rewritten(each, root) for each in schema]
-    if not isinstance(schema, dict):
+class _Rewriting:
+    """One rewriting of a document."""
+
+    def __init__(self, root: Any) -> None:
+        self._referred = {part for pointer in _pointers(root) for part in _parts(pointer)}
+        self._alternatives = _Alternatives(root)
+
+    def of(self, schema: Any) -> Any:
+        """A part of the document, rewritten."""
+        if isinstance(schema, list):
+            return [self.of(each) for each in schema]
+        if not isinstance(schema, dict):
+            return schema
+        exact = {key: self._member(key, value) for key, value in schema.items()}
+        if any(key in exact for key in _APPLICATORS):
+            exact = {key: value for key, value in exact.items() if not self._is_annotation(key)}
+        name, all_of = exact.get("format"), exact.get("allOf", [])
+        if isinstance(name, str) and name in FORMATS and isinstance(all_of, list):
+            del exact["format"]
+            exact["allOf"] = [*all_of, FORMATS[name]]
+        movable = "anyOf" not in exact and self._may_move("oneOf", exact)
+        if movable and self._alternatives.are_told_apart(schema["oneOf"]):
+            exact["anyOf"] = exact.pop("oneOf")
+        return _with_listed_names(exact) if self._may_move("propertyNames", exact) else exact
+
+    def _member(self, key: str, value: Any) -> Any:
+        if key in _COUNTS and isinstance(value, float) and value.is_integer():
+            return int(value)
+        if key in _VALUES:
+            return value
+        if key in _OF_NAMES and isinstance(value, dict):
+            return {name: self.of(each) for name, each in value.items()}
+        return self.of(value)
+
+    def _may_move(self, keyword: str, schema: Schema) -> bool:
+        return keyword in schema and keyword not in self._referred
+
+    def _is_annotation(self, key: str) -> bool:
+        return (key in _ANNOTATIONS or key.startswith("x-")) and key not in self._referred
+
+
+# ---- references
+
+
+def _pointers(schema: Any) -> Iterator[str]:
+    """Where the references of a document lead."""
+    waiting = [schema]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict):
+            if isinstance(pointer := each.get("$ref"), str):
+                yield pointer
+            waiting += each.values()
+        elif isinstance(each, list):
+            waiting += each
+
+
+def _parts(pointer: str) -> list[str]:
+    return [part.replace("~1", "/").replace("~0", "~") for part in unquote(pointer).split("/")[1:]]
+
+
+class _References:
+    """Follows references inside a document, each once."""
+
+    def __init__(self, root: Any) -> None:
+        self._root = root
+        self._found: dict[str, Any] = {}
+
+    def resolved(self, schema: Any) -> Any:
+        """The schema that a chain of references leads to; None if one leads nowhere."""
+        passed: list[str] = []
+        while isinstance(schema, dict) and "$ref" in schema:
+            pointer = schema["$ref"]
+            if not isinstance(pointer, str):
+                schema = None
+            elif pointer in self._found:
+                schema = self._found[pointer]
+                break
+            else:
+                passed.append(pointer)
+                self._found[pointer] = None  # for a chain that comes back to it
+                schema = self._target(pointer)
+        self._found |= dict.fromkeys(passed, schema)
         return schema
-    exact = {key: _member(key, value, root) for key, value in schema.items()}
-    if any(key in exact for key in _APPLICATORS):
-        exact = {key: value for key, value in exact.items() if not _is_annotation(key)}
-    name = exact.get("format")
-    if isinstance(name, str) and name in FORMATS:
-        del exact["format"]
-        exact["allOf"] = [*exact.get("allOf", ()), FORMATS[name]]
-    if "oneOf" in exact and "anyOf" not in exact and _are_told_apart(schema["oneOf"], root):
-        exact["anyOf"] = exact.pop("oneOf")
-    return _with_listed_names(exact)
 
-
-def _member(key: str, value: Any, root: Any) -> Any:
-    if key in _COUNTS and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if key in _VALUES:
-        return value
-    if key in _OF_NAMES and isinstance(value, dict):
-        return {name: _rewritten(each, root) for name, each in value.items()}
-    return _rewritten(value, root)
-
-
-def _is_annotation(key: str) -> bool:
-    return key in _ANNOTATIONS or key.startswith("x-")
+    def _target(self, pointer: str) -> Any:
+        if not pointer.startswith("#/") or "%" in pointer:
+            return None
+        schema = self._root
+        for part in _parts(pointer):
+            if not isinstance(schema, dict):
+                return None
+            schema = schema.get(part)
+        return schema
 
 
 # ---- alternatives
 
 
-def _are_told_apart(alternatives: Any, root: Any) -> bool:
-    """Whether no value matches two of these schemas, because of one member of theirs.
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """A member whose texts a schema lists."""
 
-    All are objects. The member's texts differ between any two, and at most one schema allows it to be absent.
-    """
-    if not isinstance(alternatives, list):
-        return False
-    found = [_resolved(each, root) for each in alternatives]
-    objects = [each for each in found if isinstance(each, dict) and each.get("type") == "object"]
-    if len(objects) < len(alternatives):
-        return False
-    names = set.intersection(*(set(_members(each)) for each in objects)) if objects else set()
-    return any(_tells_apart(name, objects) for name in names)
+    texts: frozenset[str]
+    required: bool
 
 
-def _tells_apart(name: str, objects: list[Schema]) -> bool:
-    texts = [_texts(_members(each)[name]) for each in objects]
-    optional = [each for each in objects if not _requires(each, name)]
-    every = [text for each in texts for text in each]
-    return all(texts) and len(set(every)) == len(every) and len(optional) <= 1
+class _Alternatives:
+    """Finds the alternatives of a document that exclude each other."""
 
+    def __init__(self, root: Any) -> None:
+        self._references = _References(root)
+        self._listed: dict[int, dict[str, _Listed]] = {}  # by the identity of an object's schema, which the root keeps
+        self._compared = 0
 
-def _members(schema: Schema) -> Schema:
-    members = schema.get("properties")
-    return members if isinstance(members, dict) else {}
+    def are_told_apart(self, alternatives: Any) -> bool:
+        """Whether no value matches two of these schemas, because of one member of theirs.
 
+        All are objects. The member's texts differ between any two, and at most one schema allows it to be absent.
+        """
+        if not isinstance(alternatives, list) or self._compared > _MOST_COMPARED:
+            return False
+        found = [self._references.resolved(each) for each in alternatives]
+        if not found or not all(isinstance(each, dict) and each.get("type") == "object" for each in found):
+            return False
+        if len({id(each) for each in found}) < len(found):
+            return False
+        listed = [self._listed_members(each) for each in found]
+        fewest = min(listed, key=len)
+        return any(self._tells_apart(name, listed) for name in fewest)
 
-def _requires(schema: Schema, name: str) -> bool:
-    required = schema.get("required")
-    return isinstance(required, list) and name in required
+    def _tells_apart(self, name: str, listed: list[dict[str, _Listed]]) -> bool:
+        seen: set[str] = set()
+        optional = 0
+        for each in listed:
+            member = each.get(name)
+            self._compared += 1 + (len(member.texts) if member else 0)
+            if member is None or self._compared > _MOST_COMPARED or not seen.isdisjoint(member.texts):
+                return False
+            seen |= member.texts
+            optional += not member.required
+        return optional <= 1
+
+    def _listed_members(self, schema: Schema) -> dict[str, _Listed]:
+        if id(schema) not in self._listed:
+            members, names = schema.get("properties"), schema.get("required")
+            required = {each for each in names if isinstance(each, str)} if isinstance(names, list) else set()
+            texts = {name: _texts(each) for name, each in members.items()} if isinstance(members, dict) else {}
+            self._listed[id(schema)] = {
+                name: _Listed(frozenset(each), name in required) for name, each in texts.items() if each
+            }
+        return self._listed[id(schema)]
 
 
 def _texts(schema: Any) -> list[str]:
@@ -104,21 +198,6 @@ def _texts(schema: Any) -> list[str]:
     if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
         return []
     return list(dict.fromkeys(listed))
-
-
-def _resolved(schema: Any, root: Any) -> Any:
-    """The schema that a chain of references inside the document leads to; None if one leads nowhere."""
-    for _ in range(_MOST_REFERENCES):
-        if not isinstance(schema, dict) or "$ref" not in schema:
-            return schema
-        pointer = schema["$ref"]
-        if not isinstance(pointer, str) or not pointer.startswith("#/") or "%" in pointer:
-            return None
-        schema = root
-        for part in pointer[2:].split("/"):
-            key = part.replace("~1", "/").replace("~0", "~")
-            schema = schema.get(key) if isinstance(schema, dict) else None
-    return None
 
 
 # ---- names of members

@@ -82,6 +82,18 @@ class TaskThread:
             task.failure = TimeoutError()
             task.done.set()
 
+    def close(self) -> None:
+        """Wait for the running task and end the thread. The tasks behind it are not done; nothing is called afterwards.
+
+        Needed where Python itself ends: it would end the thread inside llguidance, which then accesses invalid memory.
+        """
+        with self._changed:
+            thread, self._thread = self._thread, None
+            self._tasks.clear()
+            self._changed.notify()
+        if thread is not None:
+            thread.join()
+
     def _start(self) -> None:
         self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
         before = threading.stack_size(_STACK_BYTES)

@@ -62,7 +62,7 @@ float *row(const Tensor *x, RowIndex at) {
 // elements of a row.
 template <class Work>
 void parallel_parts(int threads, int64_t rows, int64_t length, const Work &work) {
-    if (!length) return;  // llama.cpp clears the states of no sequence with empty tensors
+    if (!length || !rows) return;  // llama.cpp clears the states of no sequence with empty tensors
     const int64_t size = PART / length + 1, parts = rows * length < ALONE ? 1 : (rows + size - 1) / size;
     if (parts == 1) return work(0, rows);
     parallel_for(threads, parts, [&](int64_t i) { work(i * size, std::min((i + 1) * size, rows)); });

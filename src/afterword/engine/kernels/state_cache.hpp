@@ -46,14 +46,21 @@ class Plan {
         return i;
     }
 
-    // Whether a node writes to memory from `first` to `end`.
-    static bool writes(const Tensor *node, const char *first, const char *end) {
+    // Whether a node's elements are in memory from `first` to `end`.
+    static bool overlaps(const Tensor *node, const char *first, const char *end) {
         size_t size = sizeof(float);
         for (int i = 0; i < 4; i++) {
             if (!node->ne[i]) return false;
             size += (node->ne[i] - 1) * node->nb[i];
         }
         return node->data < end && first < node->data + size;
+    }
+
+    // Whether a sequence's new state in the cache could replace memory from which the old state of another one is still to be read.
+    static bool clash(const Tensor *net, const Tensor *copy) {
+        const States from = DeltaNet::read(net);
+        if (from.first == copy->data && from.stride == copy->nb[1]) return false;
+        return overlaps(net->src[5], copy->data, copy->data + copy->ne[1] * copy->nb[1]);
     }
 
     // The node that copies the new states to the cache; -1 if anything but that copy may read them.
@@ -71,7 +78,7 @@ class Plan {
         const int other = next(i, [&](const Tensor *node) { return node->view_src == net && node != states; });
         if (uses_of(net) != 2 || uses_of(states) != 1 || other < 0) return -1;
         const char *end = net->data + results;
-        return nodes[other]->src[0] == net && states->src[0] == net && !writes(nodes[other], end, end + 1) ? write : -1;
+        return nodes[other]->src[0] == net && states->src[0] == net && !overlaps(nodes[other], end, end + 1) ? write : -1;
     }
 
     // The node that gathers the old states; -1 if they have another source or more readers, or a row is not where the new state of
@@ -90,7 +97,7 @@ class Plan {
         }
         const char *end = copy->data + copy->ne[1] * copy->nb[1];
         for (int k = at + 1; k < i; k++)
-            if (named(nodes[k]) && writes(nodes[k], copy->data, end)) return -1;
+            if (named(nodes[k]) && overlaps(nodes[k], copy->data, end)) return -1;
         return at;
     }
 
@@ -112,6 +119,7 @@ class Plan {
             const Tensor *copy = nodes[write];
             const States cache{copy->data, copy->nb[1]};
             const int gather = gatherer(i, copy, named);
+            if (gather < 0 && clash(nodes[i], copy)) continue;
             nets[i] = {gather < 0 ? DeltaNet::read(nodes[i]) : cache, cache};
             skipped[write] = true;
             if (gather >= 0) skipped[gather] = true;
