@@ -61,6 +61,11 @@ class ReportedAt(msgspec.Struct, frozen=True, array_like=True):
     prompt: tuple[tuple[int, ...], ...]
     generated: tuple[tuple[int, ...], ...]
 
+    @property
+    def count(self) -> int:
+        """The number of ids in all lists."""
+        return sum(map(len, self.prompt)) + sum(map(len, self.generated))
+
 
 def is_packed(alternatives: int | None, reported: object = ()) -> bool:
     """Whether this many alternatives are packed. `reported`: the ids, where the request has chosen them."""
