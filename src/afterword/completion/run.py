@@ -256,8 +256,7 @@ class _PromptProgress:
             echo = make_echo(self._plan, self._prompt, known)
             report = None if known is None else make_report(self._plan, self._prompt, known)
             self._choices = [
-                ChoiceBuilder(self._plan, self._prompt, echo, report, self._shared)
-                for _ in range(self._plan.best_of)
+                ChoiceBuilder(self._plan, self._prompt, echo, report, self._shared) for _ in range(self._plan.best_of)
             ]
             self._candidates = [DeltaFolder() for _ in self._choices]
             self._scored.clear()
