@@ -286,7 +286,7 @@ class EngineLoop:
             scored = job.prompt[scored_positions(entry.position, end)]
             alternatives = max(sequence.slot.alternatives, job.prompt_alternatives or 0)  # slots keep no packed rows
             if job.reported_at is None:
-                queries += [ScoreQuery(token, alternatives, sequence.slot.reported) for token in scored]
+                queries += [ScoreQuery(token, alternatives, job.reported) for token in scored]
             else:
                 ids = job.reported_at.prompt[scored_positions(entry.position, end)]
                 queries += [ScoreQuery(token, 0, each) for token, each in zip(scored, ids, strict=True)]
