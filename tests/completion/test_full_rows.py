@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from afterword.completion import full_rows, response_size, run
+from afterword.completion import choice, full_rows, response_size, run
 from afterword.completion.logprobs import top_map
 from afterword.completion.plan import Plan, make_plan
 from afterword.completion.request import CompletionRequest
@@ -67,6 +67,52 @@ def test_a_text_that_may_hold_back_too_many_rows_is_refused(monkeypatch: pytest.
         check_size(plan(**{name: ("x", "1234567é")}), 2**40)
     assert caught.value.param == name
     assert "at most 8" in caught.value.message
+    for fields in ({"best_of": 3}, {"prompt": ("a", "b", "c")}):
+        check_size(plan(**{name: ("12",)}, **fields), 2**40)
+        with pytest.raises(RequestError):
+            check_size(plan(**{name: ("123",)}, **fields), 2**40)
+
+
+@pytest.mark.parametrize("name", ["banned_strings", "bad_words"])
+def test_a_token_held_in_the_worker_has_the_logits_of_the_vocabulary(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(response_size, "MAX_HELD_BYTES", 8 * COUNT * 4)
+    few = COUNT // 4  # alternatives, which take less than the logits
+    check_size(plan(**{name: ("12345678",)}, logprobs=few), 2**40)
+    check_size(plan(stop=("123456789",), logprobs=few), 2**40)
+    with pytest.raises(RequestError) as caught:
+        check_size(plan(**{name: ("123456789",)}, logprobs=few), 2**40)
+    assert caught.value.param == name
+
+
+@pytest.mark.parametrize(("begins", "stop"), [(ord("a"), ("ab",)), (0xC3, ())], ids=["stop string", "character"])
+def test_rows_of_tokens_without_bytes_are_bounded(
+    monkeypatch: pytest.MonkeyPatch, begins: int, stop: tuple[str, ...]
+) -> None:
+    """Such a token is held as long as the text before it. All choices of a request count together."""
+    row = packed(98, list(range(97, 297)), [-1.0] * 200).row
+    assert row
+    monkeypatch.setattr(choice, "MAX_HELD_BYTES", 6 * row.size)
+    whole = dataclasses.replace(plan(max_tokens=40, stop=stop), silent=frozenset({7}))
+    shared = choice.Shared()
+    first, second = (choice.ChoiceBuilder(whole, whole.prompts[0], None, None, shared) for _ in range(2))
+
+    def add(builder: choice.ChoiceBuilder, *tokens: int) -> int:
+        for token in tokens:
+            builder.add(Token(token, -1.0, row=row))
+            builder.deltas(0)
+        return builder.completion_tokens
+
+    assert add(first, *[ord("x")] * 20) == 20
+    assert add(first, begins) == 20
+    assert add(second, begins, 7, 7, 7, 7) == 0
+    with pytest.raises(RequestError) as caught:
+        add(first, 7)
+    assert (caught.value.param, caught.value.code) == ("logprobs", "answer_too_large")
+    second.end("length")
+    second.deltas(0)
+    assert add(first, 7, ord("x")) == 24, "rows that were sent do not count"
 
 
 def test_rows_count_in_a_response_that_is_not_streamed() -> None:

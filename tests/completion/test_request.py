@@ -805,3 +805,12 @@ def test_tokens_that_may_be_taken_back_count_as_requested() -> None:
     parse(json.dumps(body).encode(), RequestLimits(max_request_tokens=most))
     assert refused(body, RequestLimits(max_request_tokens=most - 1)).param == "max_tokens"
     assert parse(json.dumps(body | {"banned_strings": []}).encode(), RequestLimits(max_request_tokens=17))
+
+
+def test_ids_reported_by_position_count_once_for_each_prompt() -> None:
+    lists = {"logprob_token_ids": [[5, 6], [], [7, 8, 9]]}
+    body = {"prompt": ["a", "b", "c"], "max_tokens": 3, "logprobs": 0} | lists
+    assert parse(json.dumps(body).encode(), RequestLimits(max_request_tokens=15))
+    error = refused(body, RequestLimits(max_request_tokens=14))
+    assert error.param == "logprob_token_ids"
+    assert "15 ids" in error.message

@@ -6,7 +6,7 @@ Each `ChoiceBuilder` owns the text, the token counts and the finish reason of on
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 
 from afterword.completion.logprobs import (
@@ -24,7 +24,8 @@ from afterword.completion.predicted import PredictedTokens, PredictionCounter
 from afterword.completion.text_stream import ReleasedText, TextStream, TokenAtOffset
 from afterword.engine.draft import PredictedText
 from afterword.engine.protocol import FinishReason, Token
-from afterword.engine.token_row import is_packed
+from afterword.engine.token_row import MAX_HELD_BYTES, is_packed
+from afterword.errors import RequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,36 @@ class Delta:
         return join_columns((*self.echo.columns(), self.own_logprobs))
 
 
+class HeldRows:
+    """Counts the bytes of rows that the choices of a request hold back.
+
+    `response_size.check_size` refuses texts that are too long. But tokens without bytes are held too, in any number.
+    """
+
+    def __init__(self) -> None:
+        self._size = 0
+
+    def add(self, size: int) -> None:
+        """Change the sum by `size` bytes. Raises `RequestError` if it is then too large."""
+        self._size += size
+        if size > 0 and self._size > MAX_HELD_BYTES:
+            raise RequestError(
+                f"The log probabilities of tokens whose text is not decided yet take more than {MAX_HELD_BYTES} bytes, "
+                "so the response ends here. (HINT: lower 'logprobs', request fewer choices at a time, or leave out "
+                "'stop'.)",
+                param="logprobs",
+                code="answer_too_large",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all choices of a request share. `predicted`: its index takes 0.2 KiB for each token of the prediction."""
+
+    predicted: PredictedText | None = None
+    held_rows: HeldRows = field(default_factory=HeldRows)
+
+
 class ChoiceBuilder:
     """Builds one choice while its sample is generated. It owns the text and the token counts of the sample."""
 
@@ -73,10 +104,13 @@ class ChoiceBuilder:
         prompt: PromptPlan,
         echo: Echo | None,
         report: PromptReport | None,
-        predicted: PredictedText | None = None,
+        shared: Shared | None = None,
     ) -> None:
+        shared = shared or Shared()
         self._plan = plan
-        self._counter = PredictionCounter(prompt.job, predicted) if predicted else None
+        self._held_rows = shared.held_rows
+        self._added = self._counted = 0  # bytes of rows in `_stream`: now, and in `_held_rows`
+        self._counter = PredictionCounter(prompt.job, shared.predicted) if shared.predicted else None
         self._echo = None if plan.prompt_by_row and plan.logprobs is not None else echo  # was sent
         self._stream: TextStream[Token] = TextStream(plan.stop, *_text_start(prompt, echo))
         self._healed = prompt.job.healed
@@ -112,6 +146,7 @@ class ChoiceBuilder:
         piece = b"" if token.id in self._plan.silent else self._plan.pieces[token.id]
         if self._tokens == 1:
             piece = piece[len(self._healed) :]  # these bytes are in the prompt's text
+        self._added += token.row.size if token.row else 0
         self._stream.push(token, piece, self._tokens > self._min_tokens)
         if self._stream.stopped:
             self.finish = "stop"
@@ -123,6 +158,9 @@ class ChoiceBuilder:
     def deltas(self, index: int) -> list[Delta]:
         """The deltas since the last call: none while nothing may be shown, two where a stop follows text."""
         deltas = self._text_deltas(index)
+        self._added = 0 if self.finish else self._added
+        change, self._counted = self._added - self._counted, self._added
+        self._held_rows.add(change)
         if deltas and self._plan.return_token_ids:
             deltas = [replace(delta, token_ids=()) for delta in deltas]
             deltas[-1] = replace(deltas[-1], token_ids=tuple(self._ids))
@@ -159,6 +197,7 @@ class ChoiceBuilder:
 
     def _delta(self, index: int, released: ReleasedText[Token]) -> Delta:
         self.completion_tokens += len(released.tokens)
+        self._added -= sum(each.token.row.size for each in released.tokens if each.token.row)
         if self._counter:
             for each in released.tokens:
                 self._counter.add(each.token.id)

@@ -364,6 +364,13 @@ def _check_tokens(request: CompletionRequest, limits: RequestLimits) -> None:
             f"you can request at most {limits.max_request_tokens}.",
             param="max_tokens" if written > read else "prompt",
         )
+    reported = len(request.prompt) * sum(map(len, request.reported_lists))  # each job has them
+    if reported > limits.max_request_tokens:
+        raise RequestError(
+            f"'logprob_token_ids' has {reported} ids, those of each prompt counted, but a request can have at most "
+            f"{limits.max_request_tokens}.",
+            param="logprob_token_ids",
+        )
 
 
 def _check_stream(request: CompletionRequest) -> None:

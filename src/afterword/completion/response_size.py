@@ -6,18 +6,15 @@ The estimates are for ordinary text. A response whose choices end before `max_to
 from __future__ import annotations
 
 from afterword.completion.plan import Plan, PromptPlan
-from afterword.engine.token_row import PACKED_BYTES, is_packed
+from afterword.engine.token_row import MAX_HELD_BYTES, PACKED_BYTES, is_packed
 from afterword.errors import RequestError
 
 _TEXT = 8  # bytes of a generated token's text
 _ID = 7  # of a token id
 _ENTRY = 56  # of a token in the columns of `logprobs` without `top_logprobs`
 _ALTERNATIVE = 36  # of an entry in `top_logprobs`
+_LOGIT = 4  # of a logit in the worker
 _RANKED = 80  # of an entry in `prompt_logprobs`
-
-
-MAX_HELD_BYTES = 256 * 2**20
-"""The most bytes of rows that one sample may hold back, because their text may become a stop string."""
 
 
 def estimate_bytes(plan: Plan) -> int:
@@ -46,16 +43,25 @@ def check_size(plan: Plan, max_bytes: int) -> None:
 
 
 def _check_held(plan: Plan) -> None:
-    """Check how much a stop string or a banned text can hold back: one token for each of its bytes."""
-    most = MAX_HELD_BYTES // row if (row := _row_bytes(plan)) else 0
+    """Check how much a stop string or a banned text can hold back: a token of each candidate for each of its bytes.
+
+    While tokens wait in the worker for a banned text, each has the logits of the whole vocabulary.
+    """
+    if not (row := _row_bytes(plan)):
+        return
+    samples = plan.best_of * len(plan.prompts)
+    in_worker = max(row, _LOGIT * len(plan.pieces))
     banned = plan.prompts[0].job.banned_text
     phrases = {"bad_words": banned.exact, "banned_strings": banned.folded} if banned else {}
-    for name, texts in {"stop": plan.stop.texts, **phrases}.items():
+    checks = [("stop", plan.stop.texts, row), *((name, texts, in_worker) for name, texts in phrases.items())]
+    for name, texts, size in checks:
         longest = max((len(text.encode()) for text in texts), default=0)
-        if row and longest > most:
+        most = MAX_HELD_BYTES // (size * samples)
+        if longest > most:
             raise RequestError(
-                f"A text in '{name}' has {longest} bytes, but with {plan.logprobs} alternatives for each token it can "
-                f"have at most {most}: the server holds back as many tokens. Shorten it, or lower 'logprobs'.",
+                f"A text in '{name}' has {longest} bytes, but with {plan.logprobs} alternatives for each token of "
+                f"{samples} completions it can have at most {most}: the server holds back as many tokens. Shorten it, "
+                "lower 'logprobs', or request fewer completions at a time.",
                 param=name,
             )
 

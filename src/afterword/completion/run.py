@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
-from afterword.completion.choice import ChoiceBuilder, Delta, DeltaFolder
+from afterword.completion.choice import ChoiceBuilder, Delta, DeltaFolder, Shared
 from afterword.completion.dry_breakers import Breakers, find_breakers
 from afterword.completion.infill import NO_RULES, InfillRules, before_suffix, file_text, layout_of, suffix_tokens
 from afterword.completion.logprobs import make_echo, make_report
@@ -141,12 +141,13 @@ async def run(
     prompt, at its first step. `is_over` is called with the index of each choice that had a delta: whether the reader
     needs no more of it. The engine then stops computing it; a few more deltas may follow, and none that ends it.
 
-    Raises `Overloaded` or `ModelReplaced` before the first delta, `EngineError` or `ReaderTooSlow` at any time.
+    Raises `Overloaded` or `ModelReplaced` before the first delta, `EngineError` or `ReaderTooSlow` at any time,
+    `RequestError` if too many rows are held back.
     """
     prediction = plan.prompts[0].job.prediction  # all prompts have the same
-    text = PredictedText(prediction) if prediction else None
+    shared = Shared(PredictedText(prediction) if prediction else None)
     progress = [
-        _PromptProgress(plan, index, prompt, on_prompt_started, text) for index, prompt in enumerate(plan.prompts)
+        _PromptProgress(plan, index, prompt, on_prompt_started, shared) for index, prompt in enumerate(plan.prompts)
     ]
     handles: list[JobHandle] = []
     try:
@@ -182,8 +183,7 @@ def check_model(fingerprint: str, engine: Engine) -> None:
 class _PromptProgress:
     """The choices of one prompt while they are generated. They are made at the first sampled token or ended sample.
 
-    Before that, all scores of the prompt have arrived. `predicted`: the prediction, which all prompts share, because
-    its index takes 0.2 KiB for each token.
+    Before that, all scores of the prompt have arrived.
     """
 
     def __init__(
@@ -192,10 +192,10 @@ class _PromptProgress:
         index: int,
         prompt: PromptPlan,
         on_started: Callable[[], None],
-        predicted: PredictedText | None = None,
+        shared: Shared,
     ) -> None:
         self._plan = plan
-        self._predicted = predicted
+        self._shared = shared
         self._prompt = prompt
         self._on_started = on_started
         self._first = index * plan.n
@@ -256,8 +256,7 @@ class _PromptProgress:
             echo = make_echo(self._plan, self._prompt, known)
             report = None if known is None else make_report(self._plan, self._prompt, known)
             self._choices = [
-                ChoiceBuilder(self._plan, self._prompt, echo, report, self._predicted)
-                for _ in range(self._plan.best_of)
+                ChoiceBuilder(self._plan, self._prompt, echo, report, self._shared) for _ in range(self._plan.best_of)
             ]
             self._candidates = [DeltaFolder() for _ in self._choices]
             self._scored.clear()

@@ -16,6 +16,9 @@ MAX_LISTED = 1000
 PACKED_BYTES = 12
 """Bytes of one packed alternative: a 32-bit id and a 64-bit log probability."""
 
+MAX_HELD_BYTES = 256 * 2**20
+"""The most bytes of rows that a request may hold back, because their text is not decided yet."""
+
 _HIGHEST_COUNT = 2**31 - 1
 _SLICE = 64
 
@@ -60,6 +63,11 @@ class ReportedAt(msgspec.Struct, frozen=True, array_like=True):
 
     prompt: tuple[tuple[int, ...], ...]
     generated: tuple[tuple[int, ...], ...]
+
+    @property
+    def count(self) -> int:
+        """The number of ids in all lists."""
+        return sum(map(len, self.prompt)) + sum(map(len, self.generated))
 
 
 def is_packed(alternatives: int | None, reported: object = ()) -> bool:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afterword.completion.text_stream import StopStrings, TextStream, incomplete_character
+from afterword.engine import token_row
 from afterword.engine.core import banned_text, repetitions
 from afterword.engine.core.banned_text import BannedPhrases, HeldTokens
 from afterword.engine.core.engine_loop import EngineLoop
@@ -22,6 +23,7 @@ from afterword.engine.core.sampler import Sampler, SampleTokens
 from afterword.engine.core.token_counts import TokenCounts
 from afterword.engine.most_sampled import most_sampled_for
 from afterword.engine.protocol import BannedText, Dry, Job, SamplerChain, Sampling, Step, Token
+from afterword.engine.token_row import TokenRow
 
 TEXTS = ("a", "b", "c", "", "A", "B", "ab", "", "bc", " a", " b", "ca", "aa", "abc", "é", "É", "x", "x y", " c")
 PIECES = (*(text.encode() for text in TEXTS), b"\xc3", b"\xa9", b"\x89", b"<end>", "ß".encode())
@@ -328,6 +330,33 @@ def test_few_tokens_are_banned_at_one_place(monkeypatch: pytest.MonkeyPatch) -> 
         held.append(Token(token))
         ended.append(held.is_exhausted)
     assert ended == [False, False, True]
+
+
+def test_a_sample_that_would_hold_too_many_rows_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token without bytes is held as long as the text before it is."""
+    monkeypatch.setattr(banned_text, "MAX_HELD_BYTES", 12 * 100)
+    held = held_tokens(BannedText(exact=("abc",)), samples=2, max_tokens=100)
+    a, x, empty = (PIECES.index(each) for each in (b"a", b"x", b""))
+    row = TokenRow(25, bytes(100))
+    full = []
+    for token in (x, a, *[empty] * 6):
+        held.append(Token(token, -1.0, row=row))
+        held.release()
+        full.append(held.is_full)
+    assert full == [False] * 7 + [True]
+    assert len(held.release(everything=True)) == 7
+    assert not held.is_full
+
+
+def test_the_engine_ends_a_sample_that_would_hold_too_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of its tokens are without bytes, after the first byte of a character."""
+    monkeypatch.setattr(token_row, "MAX_LISTED", 5)
+    monkeypatch.setattr(banned_text, "MAX_HELD_BYTES", 6 * 4 * VOCABULARY)
+    forced = Sampling(temperature=0.0, logit_bias=((7, 100.0),))
+    banned = BannedText(exact=("é",), begun=b"\xc3")
+    (steps,) = finish(loop_of(1), job(banned, sampling=forced, max_tokens=30, alternatives=VOCABULARY))
+    assert sampled(steps, 0) == [7] * 7
+    assert [ended for step in steps for ended in step.ended] == [(0, "length")]
 
 
 def test_the_beginning_of_a_character_in_the_prompt_counts_only_where_the_text_has_it() -> None:

@@ -12,6 +12,7 @@ from test_engine_loop import job
 from afterword.engine.core.compute_share import ALLOWED_EXCESS, ComputeShare
 from afterword.engine.core.engine_loop import EngineLoop
 from afterword.engine.core.forward_batch import ForwardBatch, Logits
+from afterword.engine.core.sampler import Sampler
 from afterword.engine.protocol import BATCH_CLIENT, Job
 
 TOKEN, PASS = 0.001, 0.004  # seconds per token, and additional seconds per pass
@@ -62,6 +63,23 @@ def test_long_prompts_of_one_client_leave_half_of_the_time_to_another_client(sco
     runner.run_for(0.3)
     spent = runner.run_for(0.6)
     assert spent["good"] / spent.total() == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_time_of_the_sampler_is_charged():
+    class SlowSampler(Sampler):
+        def read(self, logits, queries):
+            runner.now += 5.0
+            return super().read(logits, queries)
+
+    runner = TimedRunner(slots=4)
+    runner.loop._sampler = SlowSampler()
+    runner.start(stream("other"))
+    runner.run_for(10)
+    runner.start(long_prompt("hostile"))
+    share = runner.loop._scheduler._prefill_queue.compute_share
+    while not share.excess("hostile"):
+        runner.loop.step()
+    assert share.excess("hostile") > 5
 
 
 def test_one_of_three_clients_gets_a_third_of_the_time_for_long_prompts():

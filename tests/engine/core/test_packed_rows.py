@@ -116,3 +116,55 @@ def test_no_slot_keeps_rows_and_scores_without_them_are_reused(packs: None) -> N
     loop.start(4, wanted)
     steps = collect(loop)
     assert tokens_of(steps, 3)[0] == tokens_of(steps, 4)[0] == first
+
+
+@pytest.mark.parametrize("others", [None, 0, 3], ids=["no scores", "scores", "scores with alternatives"])
+@pytest.mark.parametrize("grid", [1, 4])
+def test_a_preempted_prompt_continues_after_the_rows_that_were_sent(
+    packs: None, monkeypatch: pytest.MonkeyPatch, grid: int, others: int | None
+) -> None:
+    """Another sequence holds the same prompt."""
+    monkeypatch.setattr(prefill_queue, "MAX_ROWS", 4)
+    monkeypatch.setattr(prefill_queue, "MIN_CHUNK", 1)
+    runner = HistoryRunner(2, 64, grid=grid)
+    loop = EngineLoop(runner)
+    prompt = tuple(i % VOCABULARY for i in range(60))
+    wanted = job(prompt=prompt, max_tokens=0, prompt_alternatives=VOCABULARY)
+    loop.start(0, job(prompt=prompt, max_tokens=200, client="c", prompt_alternatives=others))
+    steps = [loop.step() or {} for _ in range(6)]
+    loop.start(1, wanted)
+    while len(tokens_of(steps, 1)[0]) < 20:
+        steps.append(loop.step() or {})
+    loop.pause(1)
+    loop.start(2, job(prompt=(9, 9), client="b"))
+    while not any(step[2].ended for step in steps if 2 in step):
+        steps.append(loop.step() or {})
+    assert not loop._scheduler._admitted[1].live
+    before = len(runner.batches)
+    sent = loop._scheduler._admitted[1].scores_sent
+    loop.resume(1)
+    steps += collect(loop)
+    loop.check()
+    undisturbed = EngineLoop(HistoryRunner(2, 64, grid=grid))
+    undisturbed.start(1, wanted)
+    assert tokens_of(steps, 1)[0] == tokens_of(collect(undisturbed), 1)[0]
+    again = [entry for batch in runner.batches[before:] for entry in batch.entries if len(entry.tokens) > 1]
+    assert min(entry.position for entry in again) >= sent - 3
+
+
+def test_no_scoring_waits_for_rows_that_it_cannot_use(packs: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill_queue, "MAX_ROWS", 4)
+    monkeypatch.setattr(prefill_queue, "MIN_CHUNK", 1)
+    prompt = tuple(i % VOCABULARY for i in range(60))
+
+    def rows_before(alternatives: int) -> int:
+        """How many rows the first job has when the second one begins."""
+        loop = EngineLoop(HistoryRunner(2, 64))
+        loop.start(1, job(prompt=prompt, max_tokens=0, prompt_alternatives=VOCABULARY))
+        loop.start(2, job(prompt=prompt, max_tokens=0, prompt_alternatives=alternatives, client="b"))
+        steps = collect(loop)
+        begin = next(index for index, step in enumerate(steps) if 2 in step)
+        return len(tokens_of(steps[:begin], 1)[0])
+
+    assert rows_before(0) == 59, "the slot then has the scores without alternatives"
+    assert rows_before(2) < 10

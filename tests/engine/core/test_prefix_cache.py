@@ -8,7 +8,9 @@ from test_engine_loop import finish, job, sampled
 
 from afterword.engine.core.engine_loop import EngineLoop
 from afterword.engine.core.scheduler import MAX_TIMES_PASSED_OVER
+from afterword.engine.core.slot import reported_key
 from afterword.engine.protocol import Job, Step
+from afterword.engine.token_row import ReportedAt
 
 COMMON = tuple(range(20))
 
@@ -33,6 +35,16 @@ def test_concurrent_jobs_share_a_prefix_that_one_of_them_computes():
     assert runner.computed == 20 + 6 * (2 + 2)
     assert [cached(each) for each in steps] == [0, 20, 20, 20, 20, 20]
     assert [sampled(each, 0) for each in steps] == [alone(each, 0) for each in jobs]
+
+
+def test_the_key_of_lists_by_position_is_short_and_tells_positions_apart():
+    def key(*lists: tuple[int, ...]) -> tuple[int, ...]:
+        return reported_key(job(prompt=COMMON, prompt_alternatives=0, reported_at=ReportedAt(lists, ())))
+
+    assert key(*[tuple(range(1000))] * 20)[0] == -1
+    assert len(key(*[tuple(range(1000))] * 20)) == len(key((1,)))
+    assert key((1,), (2, 3)) == key((1,), (2, 3))
+    assert len({key((1,), (2, 3)), key((1, 2), (3,)), key((1,), (2,)), key((), (1, 2, 3)), key()}) == 5
 
 
 def test_jobs_with_nothing_in_common_do_not_wait_for_each_other():

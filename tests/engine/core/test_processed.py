@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from afterword.engine.core.numpy_kernel import NumpyKernel, processed_row
+from afterword.engine.core import numpy_kernel
+from afterword.engine.core.numpy_kernel import NumpyKernel, adjusted_row, processed_row, top_ids
 from afterword.engine.core.sampler import Sampler, SampleTokens, ScoreQuery, make_kernel
-from afterword.engine.core.sampler_kernel import SampleQuery
+from afterword.engine.core.sampler_kernel import SampleQuery, cached_distinct
 from afterword.engine.core.token_counts import TokenCounts
 from afterword.engine.protocol import Job, Sampling
 from afterword.engine.token_row import ReportedAt
@@ -101,3 +102,60 @@ def test_only_the_rows_of_such_jobs_are_processed() -> None:
 def test_a_drawn_token_is_never_left_out() -> None:
     query = SampleQuery(Sampling(top_p=0.01), [1], TokenCounts())
     assert np.isfinite(processed_row(logits(), query, [17])[17])
+
+
+@pytest.mark.parametrize("sampling", CASES, ids=str)
+def test_sorting_few_weights_first_keeps_the_same_tokens(monkeypatch: pytest.MonkeyPatch, sampling: Sampling) -> None:
+    row = logits()
+    row[4:8] = row[20]  # ties
+    query = SampleQuery(sampling, [1], TokenCounts(), prompt=(1, 2))
+    whole = processed_row(row, query, [17])
+    monkeypatch.setattr(numpy_kernel, "_FIRST_SORTED", 1)
+    assert (processed_row(row, query, [17]) == whole).all()
+
+
+def test_a_vocabulary_is_not_sorted_for_a_few_likely_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = np.random.default_rng(5).normal(0, 6, 20_000).astype(np.float32)
+    sorted_counts = []
+
+    def recorded(weights: Any, count: int) -> Any:
+        sorted_counts.append(count)
+        return top_ids(weights, count)
+
+    monkeypatch.setattr(numpy_kernel, "top_ids", recorded)
+    for sampling in (Sampling(top_p=0.9), Sampling(top_k=10_000), Sampling(top_k=10_000, top_p=0.9)):
+        processed_row(row, SampleQuery(sampling, [1], TokenCounts()), [17])
+    assert max(sorted_counts) <= 256
+
+
+@pytest.mark.parametrize("sampling", CASES, ids=str)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_rows_that_are_not_finite_are_processed_too(sampling: Sampling, value: float) -> None:
+    """The engine ends their jobs after it has read all rows."""
+    row = logits()
+    row[3:30] = value
+    processed_row(row, SampleQuery(sampling, [1], TokenCounts(), prompt=(1, 2)), [17])
+    row[:] = value
+    processed_row(row, SampleQuery(sampling, [1], TokenCounts(), prompt=(1, 2)), [17])
+
+
+def test_the_tokens_of_a_prompt_are_sorted_once() -> None:
+    query = SampleQuery(Sampling(repetition_penalty=1.2), [1], TokenCounts(), prompt=(3, 1, 4, 1, 5, 9, 2, 6, 5))
+    adjusted_row(logits(), query)
+    hits = cached_distinct.cache_info().hits
+    adjusted_row(logits(), query)
+    assert cached_distinct.cache_info().hits == hits + 1
+
+
+def test_the_rows_of_other_jobs_are_read_together() -> None:
+    counts = []
+
+    class Recorded(NumpyKernel):
+        def read(self, rows: Any, queries: Any) -> Any:
+            counts.append(len(rows))
+            return super().read(rows, queries)
+
+    job = Job((1,), 1, 8, Sampling(), (), bytes(16), alternatives=2, processed=True)
+    queries = [ScoreQuery(4, 2), ScoreQuery(5, 2), SampleTokens(job, [0], 0, TokenCounts()), ScoreQuery(6, 2)]
+    Sampler(Recorded()).read(np.stack([logits()] * 4), queries)
+    assert counts == [4, 1]

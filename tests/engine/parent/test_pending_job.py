@@ -9,6 +9,7 @@ import pytest
 from afterword.engine.parent.engine_metrics import EngineMetrics, JobTimer
 from afterword.engine.parent.pending_job import MAX_CRASHES, PendingJob
 from afterword.engine.protocol import BannedText, Job, Sampling, Step, Token
+from afterword.engine.token_row import ReportedAt
 from afterword.errors import Overloaded, QueueTimeout, UpstreamLost
 
 
@@ -29,6 +30,12 @@ def test_the_tokens_of_a_prediction_count_in_the_queue() -> None:
     job = Job((1, 2), 3, 9, Sampling(), (), bytes(16), prediction=(4, 5, 6, 7))
     pending = PendingJob(NoOwner(), 0, job, 0.0, JobTimer(EngineMetrics(), job, 0.0, lambda: 0.0))
     assert pending.size == 2 + 4 + 3 * 9
+
+
+def test_ids_that_are_reported_by_position_count_in_the_queue() -> None:
+    job = Job((1, 2), 3, 9, Sampling(), (), bytes(16), reported_at=ReportedAt(((), (4, 5, 6)), ((7,), (), (8, 9))))
+    pending = PendingJob(NoOwner(), 0, job, 0.0, JobTimer(EngineMetrics(), job, 0.0, lambda: 0.0))
+    assert pending.size == 2 + 3 * 9 + 6
 
 
 def test_tokens_that_may_be_taken_back_count_in_the_queue() -> None:

@@ -16,9 +16,12 @@ from dataclasses import dataclass
 from afterword.engine.core.phrase_search import Automaton, AutomatonCache, Mark, PhraseSearch
 from afterword.engine.most_sampled import most_taken_back
 from afterword.engine.protocol import Job, Token
+from afterword.engine.token_row import MAX_HELD_BYTES
 
 MOST_BANNED = 1024
 """The most tokens that are banned at one place, because each pass there reads them all. Then the sample ends."""
+
+_FEW_ROWS = 4  # that a sample may hold, whatever they take
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,7 @@ class HeldTokens:
     """The last tokens of one sample, which may have to be taken back; and the tokens banned at their places.
 
     `first`: the place of the first of them. `is_exhausted`: too many tokens were taken back or banned at one place, or
-    every token is banned at a place.
+    every token is banned at a place. `is_full`: the rows of its tokens take too much memory.
     """
 
     def __init__(self, phrases: BannedPhrases, job: Job) -> None:
@@ -76,6 +79,7 @@ class HeldTokens:
         self.is_exhausted = False
         self._phrases = phrases
         self._most = most_taken_back(job.max_tokens)
+        self._size, self._most_bytes = 0, MAX_HELD_BYTES // job.samples
         self._pending, self._pending_place = phrases.begun, 0
         self._exact, self._folded = PhraseSearch(phrases.exact), PhraseSearch(phrases.folded)
         self._held: deque[_Held] = deque()
@@ -85,6 +89,11 @@ class HeldTokens:
         """The tokens that must not be sampled at a place."""
         return self._banned.get(place, ())
 
+    @property
+    def is_full(self) -> bool:
+        """Always false for a few rows, which the bytes of one character can be."""
+        return len(self._held) > _FEW_ROWS and self._size > self._most_bytes
+
     def append(self, token: Token) -> int:
         """Hold the next token. Returns how many of the last tokens are taken back, this one included."""
         place = self.first + len(self._held)
@@ -92,6 +101,7 @@ class HeldTokens:
             self.is_exhausted = True
             self.taken_back += 1
             return 1
+        self._size += _row_bytes(token)
         self._held.append(_Held(token, self._pending, self._pending_place, self._exact.mark, self._folded.mark))
         begun = self._read(place, self._phrases.piece(place, token.id))
         return 0 if begun is None else self._take_back(max(begun, self.first))
@@ -102,6 +112,7 @@ class HeldTokens:
         first = min([*begun, self._pending_place] if self._pending else begun, default=None)
         count = len(self._held) if first is None or everything else max(first - self.first, 0)
         released = [self._held.popleft().token for _ in range(count)]
+        self._size -= sum(map(_row_bytes, released))
         self.first += count
         self._exact.forget(self.first)
         self._folded.forget(self.first)
@@ -129,6 +140,7 @@ class HeldTokens:
         count = self.first + len(self._held) - begun
         for _ in range(count):
             held = self._held.pop()
+            self._size -= _row_bytes(held.token)
         self._pending, self._pending_place = held.pending, held.pending_place
         self._exact.go_back(held.exact)
         self._folded.go_back(held.folded)
@@ -137,3 +149,7 @@ class HeldTokens:
         self.taken_back += count
         self.is_exhausted = self.taken_back > self._most or len(self._banned[begun]) >= MOST_BANNED
         return count
+
+
+def _row_bytes(token: Token) -> int:
+    return token.row.size if token.row else 0

@@ -226,13 +226,14 @@ class EngineLoop:
         logits = self._runner.run(batch)
         seconds = self._clock() - start
         self._update_prefill_speed(batch, seconds)
-        self._scheduler.charge(batch, seconds)
         prompt = self._scheduler.sequence_in(batch.entries[0].slot).needs_prefill
         self._last_pass = PassStats(prompt, sum(len(entry.tokens) for entry in batch.entries), seconds)
         queries = [query for entry in batch.entries for query in self._entry_queries(entry)]
         tokens = iter(self._sampler.read(logits, queries))
-        # with the time of the sampler, which reads the rows of rejected tokens too
-        self._scheduler.verification_turns.record_pass(batch, self._clock() - start)
+        # with the time of the sampler, which can take longer than the model and reads the rows of rejected tokens too
+        with_sampler = self._clock() - start
+        self._scheduler.charge(batch, with_sampler)
+        self._scheduler.verification_turns.record_pass(batch, with_sampler)
         read = [(entry, self._used_rows(entry, list(islice(tokens, entry.outputs)))) for entry in batch.entries]
         failed = dict.fromkeys(self._failed_jobs(read, logits), "") | self._grammars.errors
         for entry, found in read:
@@ -285,7 +286,7 @@ class EngineLoop:
             scored = job.prompt[scored_positions(entry.position, end)]
             alternatives = max(sequence.slot.alternatives, job.prompt_alternatives or 0)  # slots keep no packed rows
             if job.reported_at is None:
-                queries += [ScoreQuery(token, alternatives, sequence.slot.reported) for token in scored]
+                queries += [ScoreQuery(token, alternatives, job.reported) for token in scored]
             else:
                 ids = job.reported_at.prompt[scored_positions(entry.position, end)]
                 queries += [ScoreQuery(token, 0, each) for token, each in zip(scored, ids, strict=True)]

@@ -23,7 +23,7 @@ from afterword.engine.core.sampler_kernel import (
     RowQuery,
     RowResult,
     SampleQuery,
-    distinct,
+    cached_distinct,
 )
 
 WeightArray = LogitsRow
@@ -33,6 +33,7 @@ float32 is exact to 1 in 10^6. Tokens with a weight below 10^-37 are never sampl
 SumArray = NDArray[np.float64]
 """The sum of the weights of each block. Sums inside a block are float32, which is as exact as the weights are."""
 
+_FIRST_SORTED = 256  # weights of a nucleus that are sorted first; more only if these do not suffice
 _BELOW_ONE = 1.0 - 2.0**-53
 _ALL = 2**64 - 1
 
@@ -58,7 +59,7 @@ def adjusted_row(row: LogitsRow, query: SampleQuery) -> LogitsRow:
     for token, bias in sampling.logit_bias:
         row[token] += np.float32(bias)
     if sampling.repetition_penalty != 1.0:
-        ids = distinct((*query.prompt, *query.generated.ids.tolist()))
+        ids = np.union1d(cached_distinct(query.prompt), query.generated.ids)
         factor = np.float32(sampling.repetition_penalty)
         row[ids] = np.where(row[ids] > 0, row[ids] / factor, row[ids] * factor)
     penalties = query.generated.counts * sampling.frequency_penalty + sampling.presence_penalty
@@ -83,15 +84,30 @@ def processed_row(row: LogitsRow, query: SampleQuery, drawn: Sequence[int]) -> L
     weights[weights < np.float32(sampling.min_p)] = 0
     kept = weights > 0
     if sampling.top_k or sampling.top_p < 1:
-        order = top_ids(weights, sampling.top_k or len(weights))
-        cumulated = np.cumsum(weights[order], dtype=np.float64)
-        size = int(np.searchsorted(cumulated, sampling.top_p * float(cumulated[-1]))) + 1
         outside = np.ones(len(row), bool)
-        outside[order[:size]] = False
+        outside[_nucleus(weights, sampling.top_k or len(weights), sampling.top_p)] = False
         kept &= ~outside
     kept[list(drawn)] = True
     processed: LogitsRow = np.where(kept, row / np.float32(sampling.temperature), np.float32(-np.inf))
     return processed
+
+
+def _nucleus(weights: WeightArray, top_k: int, top_p: float) -> Ids:
+    """The ids of the `top_k` largest weights, or the fewest of them that have `top_p` of their sum, in any order."""
+    most = min(top_k, len(weights))
+    least = np.partition(weights, -most)[-most]
+    above = np.flatnonzero(weights > least)
+    equal = np.flatnonzero(weights == least)[: most - len(above)]
+    if top_p >= 1:
+        return np.concatenate((above, equal))
+    wanted = top_p * (float(weights[above].sum(dtype=np.float64)) + float(least) * len(equal))
+    count = _FIRST_SORTED
+    while True:
+        ids = top_ids(weights, min(count, most))
+        reached = np.cumsum(weights[ids], dtype=np.float64)
+        if not len(ids) or reached[-1] > wanted or len(ids) == most:  # no id is the largest of numbers that are NaN
+            return ids[: int(np.searchsorted(reached, wanted)) + 1]
+        count *= 8
 
 
 def unpacked(mask: NDArray[np.uint32] | NDArray[np.uint8], count: int) -> NDArray[np.bool_]:

@@ -187,7 +187,9 @@ class PrefixCache:
 
     def computed(self, slot: Slot, tokens: tuple[int, ...], scores: list[Token]) -> None:
         """Record tokens that a pass has computed, and the score of the token that follows each of them."""
-        if scores and len(slot.scores) == slot.length and self._reserve_score_bytes(slot, len(scores)):
+        # after a preemption a job with rows may continue from a slot that has other alternatives
+        fits = bool(scores) and (not scores[0].row or not (slot.alternatives or slot.reported))
+        if fits and len(slot.scores) == slot.length and self._reserve_score_bytes(slot, len(scores)):
             slot.scores.extend(msgspec.structs.replace(each, row=None) if each.row else each for each in scores)
         slot.append(tokens, self._grid)
         is_regular = len(tokens) > 1 and self._snapshots.is_regular(slot.length, slot.longest_snapshot(slot.length))
@@ -294,8 +296,9 @@ class PrefixCache:
         """How many of a prompt's tokens will be reusable once another prompt is completely computed."""
         if not query.head or other.head != query.head or other.namespace != query.namespace or query.has_rows:
             return 0
+        kept = 0 if other.has_rows else other.alternatives  # by the slot with the scores
         if query.alternatives is not None and (
-            other.alternatives is None or other.alternatives < query.alternatives or other.reported != query.reported
+            kept is None or kept < query.alternatives or other.reported != query.reported
         ):
             return 0
         usable = _usable(common_prefix(query.prompt, other.prompt), query)

@@ -119,15 +119,16 @@ class Sampler:
 
     def read(self, logits: Logits, queries: Sequence[TokenQuery]) -> list[list[Token]]:
         """Answer one query for each row of `logits: (n, vocabulary)`. Returns the tokens of each query."""
-        if any(_is_processed(query) for query in queries):
-            return [self._read_processed(row, query) for row, query in zip(logits, queries, strict=True)]
-        return self._read(logits, queries)
+        found = self._read(logits, queries)
+        return [
+            self._processed(row, query, tokens) if isinstance(query, SampleTokens) and _is_processed(query) else tokens
+            for row, query, tokens in zip(logits, queries, found, strict=True)
+        ]
 
-    def _read_processed(self, row: LogitsRow, query: TokenQuery) -> list[Token]:
-        """The answer for one row, with the numbers of the distribution that the tokens are drawn from if wanted."""
-        (tokens,) = self._read(row[None], [query])
-        if not isinstance(query, SampleTokens) or not _is_processed(query) or not tokens:
-            return tokens
+    def _processed(self, row: LogitsRow, query: SampleTokens, tokens: list[Token]) -> list[Token]:
+        """The tokens with the numbers of the distribution that they were drawn from."""
+        if not tokens:
+            return []
         processed = processed_row(row, query.sample_query, [token.id for token in tokens])
         reported, job = query.reported, query.job
         wanted = RowQuery(
@@ -156,8 +157,8 @@ class Sampler:
         return TokenRow(len(ids), values.tobytes(), ids.astype(np.int32).tobytes())
 
 
-def _is_processed(query: TokenQuery) -> bool:
-    return isinstance(query, SampleTokens) and query.job.processed and query.job.alternatives is not None
+def _is_processed(query: SampleTokens) -> bool:
+    return query.job.processed and query.job.alternatives is not None
 
 
 def _chosen_by_chain(row: LogitsRow, query: TokenQuery) -> list[int] | None:

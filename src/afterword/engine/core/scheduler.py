@@ -290,10 +290,10 @@ class Scheduler:
     def _resume_query(self, sequence: Sequence) -> PrefixQuery:
         """The query for a queued sample: all tokens but the last, or only the prompt if the grid is not 1."""
         state = sequence.job_state
-        if not state.started:
+        if not state.started and not state.query.has_rows:
             return state.query
-        if self._grid > 1:
-            return self._slots.resume_query(state.job, state.job.prompt, len(state.job.prompt))
+        if self._grid > 1 or not state.started:
+            return self._slots.resume_query(state.job, state.job.prompt, state.finished_prompt)
         return self._slots.resume_query(state.job, sequence.slice(0, sequence.length), sequence.length - 1)
 
     def _ready(self, client: str) -> Iterator[tuple[JobState, PrefixHit | None]]:

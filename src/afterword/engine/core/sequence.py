@@ -57,6 +57,11 @@ class JobState:
         """Whether the slot of a running sample holds all tokens of the prompt."""
         return any(sequence.computed >= len(self.job.prompt) for sequence in self.live)
 
+    @property
+    def finished_prompt(self) -> int:
+        """How many of the prompt's first tokens need no scores any more."""
+        return len(self.job.prompt) if self.started else self.scores_sent
+
     def unsent_scores(self, start: int, scores: TokenSequence[Token]) -> list[Token]:
         """The scores, of which the first has index `start`, that were not returned before. Marks them as sent."""
         unsent = list(scores[max(self.scores_sent - start, 0) :])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from dataclasses import dataclass, field
-from itertools import chain
 
 import numpy as np
 
@@ -138,10 +139,13 @@ class PrefixHit:
 
 
 def reported_key(job: Job) -> tuple[int, ...]:
-    """`PrefixQuery.reported`. Ids of each position by itself: those of the prompt, with -1 before each position."""
+    """`PrefixQuery.reported`. For ids of each position by itself -1 and a hash: lists could take tens of megabytes."""
     if job.reported_at is None:
         return job.reported
-    return tuple(chain.from_iterable((-1, *ids) for ids in job.reported_at.prompt))
+    digest = hashlib.blake2b(digest_size=16)
+    for ids in job.reported_at.prompt:
+        digest.update(struct.pack(f"<{len(ids) + 1}i", -1, *ids))
+    return -1, *struct.unpack("<2q", digest.digest())
 
 
 def common_prefix(first: TokenArray, second: TokenArray) -> int:

@@ -22,9 +22,14 @@ class StepBuilder:
     taken_back: int = 0
 
     def add_token(self, sequence: Sequence, token: Token, reason: FinishReason | None) -> None:
-        """Add a sampled token, and those that the sample held before it; or hold it, if it may be taken back."""
+        """Add a sampled token, and those that the sample held before it; or hold it, if it may be taken back.
+
+        A sample that would hold too much ends.
+        """
         held = sequence.held
         tokens = [token] if held is None else held.release(everything=reason is not None)
+        if held and held.is_full:
+            tokens, reason = tokens + held.release(everything=True), "length"
         self.sampled.extend((sequence.sample, each) for each in tokens)
         if reason is not None:
             self.ended.append((sequence.sample, reason))

@@ -75,8 +75,9 @@ class PendingJob:
 
     @property
     def size(self) -> int:
-        """Tokens of the prompt and of the prediction, and the most tokens that are sampled."""
-        return len(self.job.prompt) + len(self.job.prediction) + most_sampled_for(self.job)
+        """Tokens of the prompt and of the prediction, the most that are sampled, and ids reported by position."""
+        reported = self.job.reported_at.count if self.job.reported_at else 0
+        return len(self.job.prompt) + len(self.job.prediction) + most_sampled_for(self.job) + reported
 
     @property
     def has_output(self) -> bool:
