@@ -11,7 +11,7 @@ from .table import Row
 
 GATES = find_gates()
 pytestmark = [
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),  # the simulation of G4 took 170 s beside other work
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # gates abort their own connections on purpose
 ]
 each_gate = pytest.mark.parametrize("gate", GATES, ids=[gate.name for gate in GATES])
