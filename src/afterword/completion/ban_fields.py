@@ -1,4 +1,4 @@
-"""The fields that ban texts and tokens: their parsers, and what they cannot be combined with.
+"""The fields that ban texts and tokens: their parsers.
 
 `banned_strings`, `banned_tokens` and `custom_token_bans` are those of KoboldCpp and TabbyAPI as SillyTavern sends them,
 `bad_words` is vLLM's.
@@ -7,16 +7,13 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from afterword.completion import fields
 from afterword.completion.field_errors import too_long
 from afterword.completion.fields import field_parser
 from afterword.completion.request_limits import RequestLimits
 from afterword.errors import RequestError
-
-if TYPE_CHECKING:
-    pass
 
 _MOST, _LONGEST, _MOST_CHARACTERS = 1024, 256, 16384
 _PHRASE = {"type": "string", "pattern": "^[^\ufffd]*$", "maxLength": _LONGEST}

@@ -6,6 +6,7 @@ are written for speed: a vocabulary can have 262,144 tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -66,8 +67,13 @@ def _first_of_equals(ranked: Iterable[Ranked], pieces: Sequence[bytes], seen: se
             yield each
 
 
+def finite_value(logprob: float) -> float:
+    """The log probability, or `LOWEST` if it is not finite."""
+    return logprob if math.isfinite(logprob) else LOWEST
+
+
 def finite(entries: dict[str, float]) -> dict[str, float]:
-    """`entries` with finite values. Infinite ones are rare, and one sum finds them faster than a check of each."""
-    if sum(entries.values()) > -float("inf"):
+    """`entries` with finite values. Others are rare, and one sum finds them faster than a check of each."""
+    if math.isfinite(sum(entries.values())):
         return entries
-    return {name: max(value, LOWEST) for name, value in entries.items()}
+    return {name: finite_value(value) for name, value in entries.items()}

@@ -13,7 +13,7 @@ from functools import lru_cache, partial
 from itertools import chain, islice
 from typing import Any, TypeVar
 
-from afterword.completion.full_rows import LOWEST, FullRow, Ranked, finite
+from afterword.completion.full_rows import FullRow, Ranked, finite, finite_value
 from afterword.completion.plan import Plan, PromptPlan
 from afterword.completion.text_stream import ReleasedText, StopStrings, TextStream, TokenAtOffset
 from afterword.engine.protocol import Token, score_count
@@ -272,14 +272,14 @@ def ranked(token: Token, plan: Plan) -> RankedTokens:
 
 
 def _ranked(token: int, logprob: float, rank: int | None, plan: Plan) -> RankedToken:
-    return RankedToken(max(logprob, LOWEST), rank, token_text(plan.pieces[token]))
+    return RankedToken(finite_value(logprob), rank, token_text(plan.pieces[token]))
 
 
 def _ranked_part(pieces: Sequence[bytes], alternatives: Iterable[Ranked]) -> dict[str, dict[str, Any]]:
     """The members of `RankedToken` as dictionaries, which takes half the time."""
     return {
         str(token): {
-            "logprob": value if value > LOWEST else LOWEST,
+            "logprob": finite_value(value),
             "rank": rank,
             "decoded_token": _uncached_text(pieces[token]),
         }

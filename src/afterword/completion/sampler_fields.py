@@ -23,7 +23,7 @@ LLAMA_ORDER = ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "mi
 SAMPLER_NAMES = (*LLAMA_ORDER, "adaptive_p")
 """The names in `samplers`. `adaptive_p` draws the token, so it is last wherever it stands, as in llama-server."""
 
-OTHER_NAMES = {
+_OTHER_SAMPLER_NAMES = {
     **{name.replace("_", sign): name for name in (*SAMPLER_NAMES, "infill") if "_" in name for sign in ("-", "")},
     **{"nucleus": "top_p", "temp": "temperature", "typ": "typ_p"},
     **dict.fromkeys(("typical", "typical-p", "typical_p"), "typ_p"),
@@ -47,7 +47,7 @@ _INT32 = 2**31
 
 def samplers(names: tuple[str, ...]) -> Field:
     """A field for an array of these names of samplers, or of other names for them."""
-    others = {other: own for other, own in OTHER_NAMES.items() if own in names}
+    others = {other: own for other, own in _OTHER_SAMPLER_NAMES.items() if own in names}
 
     # Without the other names: generators of clients make the same constant of `typ_p` and `typ-p`.
     @field_parser({"type": "array", "uniqueItems": True, "items": {"enum": [*names]}})

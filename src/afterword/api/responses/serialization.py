@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 import string
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any, Literal
 
 from afterword.completion import json_body
 from afterword.completion.choice import Delta
-from afterword.completion.full_rows import LOWEST, FullRow, finite
+from afterword.completion.full_rows import FullRow, finite, finite_value
 from afterword.completion.logprobs import Logprobs
 from afterword.completion.run import Usage
 from afterword.errors import AfterwordError
@@ -111,14 +110,10 @@ def columns(part: Logprobs) -> dict[str, Any]:
     top = part.top_logprobs
     return {
         "text_offset": part.text_offset,
-        "token_logprobs": [value if value is None else _finite(value) for value in part.token_logprobs],
+        "token_logprobs": [value if value is None else finite_value(value) for value in part.token_logprobs],
         "tokens": part.tokens,
         "top_logprobs": top and [entry and _finite_entry(entry) for entry in top],
     }
-
-
-def _finite(logprob: float) -> float:
-    return logprob if math.isfinite(logprob) else LOWEST
 
 
 def _finite_entry(entry: dict[str, float] | FullRow) -> dict[str, float] | FullRow:

@@ -204,13 +204,12 @@ class Scheduler:
     def load(self) -> Load:
         """The number of slots, of slots in use, and of samples that wait for one."""
         waiting = sum(state.job.samples for states in self._waiting.values() for state in states)
-        queued = sum(len(state.queued) for state in self._admitted.values())
-        return Load(len(self._slots), len(self._active), waiting + queued)
+        waiting += sum(len(state.queued) for state in self._admitted.values())
+        return Load(len(self._slots), len(self._active), waiting)
 
     def slot_usage(self) -> tuple[int, int]:
         """The number of tokens in used slots, and in free slots."""
-        used = sum(slot.length for slot in self._active)
-        return used, self._slots.held - used
+        return (used := sum(slot.length for slot in self._active)), self._slots.held - used
 
     def check(self) -> dict[int, int]:
         """The number of tokens that the runner should hold in each slot, except slots with pending operations.

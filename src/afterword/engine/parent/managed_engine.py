@@ -13,10 +13,7 @@ has loaded the model."""
 
 
 class ManagedEngine(Engine, Protocol):
-    """An engine that can be opened and closed, and says how it is.
-
-    `loaded`: the loaded share of the model, from 0 to 1. `restarts`: how often a worker was replaced.
-    """
+    """An engine that can be opened and closed, and says how it is."""
 
     engine_metrics: EngineMetrics
 

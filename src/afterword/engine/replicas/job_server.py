@@ -262,9 +262,8 @@ class _Connection:
 
     def _read(self, message: wire.ReadText) -> None:
         task = self._texts[message.call] = self._run(self._tokenize(message))
-        task.add_done_callback(
-            lambda _: self._texts.pop(message.call, None)
-        )  # also if it is cancelled before it begins
+        # a callback and no `finally`: the task may be cancelled before it begins
+        task.add_done_callback(lambda _: self._texts.pop(message.call, None))
 
     async def _tokenize(self, message: wire.ReadText) -> None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 
@@ -85,6 +86,7 @@ class Leaving(Value, frozen=True, tag=True):
 ToReplica = Hello | StartJob | DropSample | CloseJob | PauseJob | ResumeJob | ReadText | CancelTokenize
 FromReplica = ModelReady | PassDone | Heartbeat | TextTokens | JobFailed | TextFailed | Leaving
 
+M = TypeVar("M")
 _PLAIN = (EngineFailure, JobRefused, ModelReplaced, NonFiniteLogits, QueueTimeout, UpstreamLost, WorkerDied)
 _INVALID = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # the last for arrays in arrays, very deep
 _LARGE = 2**16  # bytes of a frame that takes milliseconds to decode
@@ -112,18 +114,17 @@ def frame(message: ToReplica | FromReplica) -> bytes:
 
 async def read_from_server(reader: asyncio.StreamReader, most: int = MAX_FRAME_BYTES) -> ToReplica | None:
     """The next message to a replica. None if the connection has ended, or for a frame that is not valid."""
-    body = await _read(reader, most)
-    try:
-        return _to_replica.decode(body) if body else None
-    except _INVALID:
-        return None
+    return _decoded(_to_replica, await _read(reader, most))
 
 
 async def read_from_replica(reader: asyncio.StreamReader) -> FromReplica | None:
     """The next message of a replica. None if the connection has ended, or for a frame that is not valid."""
-    body = await _read(reader, MAX_FRAME_BYTES)
+    return _decoded(_from_replica, await _read(reader, MAX_FRAME_BYTES))
+
+
+def _decoded(decoder: msgspec.msgpack.Decoder[M], body: bytes | None) -> M | None:
     try:
-        return _from_replica.decode(body) if body else None
+        return decoder.decode(body) if body else None
     except _INVALID:
         return None
 
