@@ -20,7 +20,7 @@
 namespace attention {
 namespace {
 
-constexpr int BLOCK = 64, MOST_ROWS = 64;
+constexpr int BLOCK = 64, MOST_ROWS = 128;
 constexpr int MANY = WIDE > LANES ? 6 : 4, FEW = WIDE > LANES ? 4 : 2;  // queries and vectors with sums that fit the registers
 
 // ---- vectors
@@ -130,9 +130,13 @@ void unpack_keys(float *to, const char *from, size_t stride, int dk, int cells) 
 }
 
 void unpack_values(float *to, const char *from, size_t stride, int dv, int cells) {
-    for (int cell = 0; cell < BLOCK; cell++)
-        for (int d = 0; d < dv; d += LANES)
-            store(to + cell * dv + d, cell < cells ? widen((const half *)(from + cell * stride) + d) : all(0));
+    for (int cell = 0; cell < cells; cell++) {
+        const half *row = (const half *)(from + cell * stride);
+        int d = 0;
+        for (; d + WIDE <= dv; d += WIDE) store(to + cell * dv + d, widen_all(row + d));
+        for (; d < dv; d += LANES) store(to + cell * dv + d, widen(row + d));
+    }
+    std::memset(to + cells * dv, 0, sizeof(float) * (BLOCK - cells) * dv);
 }
 
 // Scores of ROWS queries with the keys of a block: running sums over the elements of the head, from the first.
@@ -208,38 +212,44 @@ struct Query {
     const float *elements;
     const half *mask;
     float slope, highest;
-    f8 total;  // the running sum of the weights, in lanes
+    f8 total;     // the running sum of the weights, in lanes
+    bool masked;  // whether the mask changes any score of the current block
 };
 
 // A query before the first block. A sink is a score of its head that has no value: it enters the maximum and the total only.
 Query begin(const Attention &op, const float *elements, int64_t token, int64_t head, int64_t stream) {
-    Query query = {elements, op.mask_of(token, head, stream), op.slope(head), -INFINITY, all(0)};
+    Query query = {elements, op.mask_of(token, head, stream), op.slope(head), -INFINITY, all(0), true};
     if (!op.sinks) return query;
     query.highest = op.sink(head);
     query.total[0] = query.highest < INFINITY ? 1 : NAN;  // `fmax` and `exponential` would hide a sink that is NaN
     return query;
 }
 
-// Whether the mask shows a query any cell of a block. A window leaves most blocks hidden, so whole blocks are compared at once.
-bool sees_block(const Query &query, int64_t cell, int cells) {
-    if (!query.mask) return true;
-    const half *mask = query.mask + cell;
-    if (mask[0] != 0xfc00) return true;
-    half different = 0;
-    if (cells == BLOCK)
-        for (int i = 0; i < BLOCK; i++) different |= mask[i] ^ 0xfc00;
-    else
-        for (int i = 0; i < cells; i++) different |= mask[i] ^ 0xfc00;
-    return different != 0;
+// Whether the mask hides all cells of a block, some of them, or none, and adds nothing to their scores.
+enum Hidden { ALL, SOME, NONE };
+
+// A window hides most blocks, and blocks before a prompt's last one are shown, so whole blocks are compared at once.
+Hidden hidden_cells(const half *mask, int cells) {
+    if (cells < BLOCK) {
+        for (int i = 0; i < cells; i++)
+            if (!mask || mask[i] != 0xfc00) return SOME;
+        return ALL;
+    }
+    if (!mask) return NONE;
+    half hidden = 0, shown = 0;
+    for (int i = 0; i < BLOCK; i++) hidden |= mask[i], shown |= mask[i] ^ 0xfc00;
+    return !hidden ? NONE : shown ? SOME : ALL;
 }
 
 // The rows of a tile that see any cell of a block. Query heads that share a mask are adjacent.
-int rows_seeing(int *seeing, const Query *queries, int count, int64_t cell, int cells) {
+int rows_seeing(int *seeing, Query *queries, int count, int64_t cell, int cells) {
     int found = 0;
-    bool sees = false;
+    Hidden hidden = ALL;
     for (int r = 0; r < count; r++) {
-        if (!r || queries[r].mask != queries[r - 1].mask) sees = sees_block(queries[r], cell, cells);
-        if (sees) seeing[found++] = r;
+        const half *mask = queries[r].mask;
+        if (!r || mask != queries[r - 1].mask) hidden = hidden_cells(mask ? mask + cell : nullptr, cells);
+        queries[r].masked = hidden == SOME;
+        if (hidden != ALL) seeing[found++] = r;
     }
     return found;
 }
@@ -253,7 +263,7 @@ V with_mask(V mask, float slope, V scores) {
 // The same for the scores of the cells from `cell` on. Cells from `here` on are beyond the end of the KV cache and get minus
 // infinity.
 wide masked(const Query &query, wide scores, int64_t cell, int here) {
-    if (here >= WIDE && !query.mask) return scores;
+    if (!query.masked || (here >= WIDE && !query.mask)) return scores;
     if (here >= WIDE) return with_mask(widen_all(query.mask + cell), query.slope, scores);
     for (int i = 0; i < WIDE; i++) {
         half one[LANES] = {i < here && query.mask ? query.mask[cell + i] : (half)0};
@@ -272,7 +282,7 @@ float weights_of(Query &query, float *scores, int64_t cell, int cells, const Att
         most = larger(x, most);
     }
     const float highest = std::fmax(query.highest, largest(most));
-    const float factor = exponential(all(query.highest - highest))[0];
+    const float factor = highest == query.highest ? 1 : exponential(all(query.highest - highest))[0];
     query.highest = highest;
     f8 total{};
     for (int i = 0; i < BLOCK / WIDE; i++) {
