@@ -84,8 +84,8 @@ class PrefillQueue:
         return tuple(sorted(chunks, key=lambda chunk: chunk.slot))
 
     def _join(self, chunks: list[BatchEntry], others: Iterator[Sequence], most: int) -> None:
-        """Add the ends of other prompts that fit: `most` is the number of tokens of the whole pass."""
-        room = min(most, self._chunk) - len(chunks[0].tokens)
+        """Add the ends of other prompts that fit: `most` is about the number of tokens of the whole pass."""
+        room = min(most + MIN_CHUNK, self._chunk) - len(chunks[0].tokens)
         for sequence in others:
             if sequence.prefill_length - sequence.computed <= room:
                 chunks.append(self._batch_entry(sequence, room))
@@ -136,12 +136,17 @@ class PrefillQueue:
 
     def _batch_entry(self, sequence: Sequence, budget: int) -> BatchEntry:
         start = sequence.computed
-        most = MAX_ROWS if _has_rows(sequence) else self._chunk
-        stop = self._stop(start, sequence.prefill_length, min(max(budget, MIN_CHUNK), most, self._chunk))
+        stop = self._stop(start, sequence.prefill_length, self._size(sequence, max(budget, MIN_CHUNK)))
         assert sequence.slot is not None
         stop = min((border for border in sequence.slot.borders if start < border < stop), default=stop)
         outputs = stop - start if sequence.is_scored else int(stop == sequence.length)
         return BatchEntry(sequence.index, start, sequence.slice(start, stop), outputs)
+
+    def _size(self, sequence: Sequence, budget: int) -> int:
+        """The tokens of the next chunk: more than `budget` if fewer than `MIN_CHUNK` would be left for another pass."""
+        most = min(MAX_ROWS, self._chunk) if _has_rows(sequence) else self._chunk
+        left = sequence.prefill_length - sequence.computed
+        return left if left <= most and left - budget < MIN_CHUNK else min(budget, most)
 
     def _stop(self, start: int, length: int, size: int) -> int:
         """The end of a chunk of about `size` tokens: on the grid, or `length` if less than a grid step is left."""
