@@ -102,7 +102,9 @@ def _native_version() -> str:
     try:
         return version("llama-cpp-python")
     except PackageNotFoundError:
-        raise SystemExit("This server is built from the llama.cpp that `make native` compiles. Run that first.") from None
+        raise SystemExit(
+            "This server is built from the llama.cpp that `make native` compiles. Run that first."
+        ) from None
 
 
 PEERS: dict[str, Callable[[PeerOptions], list[str]]] = {
