@@ -1,7 +1,8 @@
 """Converts the weights of model files to other types, with the function of ggml that every llama.cpp exports.
 
 A file of `Q4_K_M` and its like has several types. `MIXTURES` states which matrices get a better one than most, as in
-published files without an importance matrix. One matrix is held at a time. Must not import pytest: the benchmark uses
+published files without an importance matrix; further exceptions for Falcon and for eight experts are left out. One
+matrix is held at a time. Must not import pytest: the benchmark uses
 this module too.
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -112,8 +112,7 @@ KEPT = re.compile(r"_norm\.|ffn_gate_inp\.|conv1d\.|shortconv\.conv\.|time_mix_|
 def quantize(source: Path, target: Path, name: str, *, pure: bool = False) -> Path:
     """Write the model in `source` with other weights to `target`, and return `target`.
 
-    `name`: a key of `MIXTURES`. `pure`: all matrices get the type of most, and those of experts' types theirs. Raises
-    `ValueError` for another name.
+    `name`: a key of `MIXTURES`. `pure`: all matrices get the same type. Raises `ValueError` for another name.
     """
     if name not in MIXTURES:
         raise ValueError(f"Type {name} is not known, or needs an importance matrix. Known: {', '.join(MIXTURES)}.")
@@ -140,11 +139,8 @@ def _kinds(reader: GGUFReader, name: str, pure: bool) -> dict[str, Kind]:
     """The type of each tensor of the new file, by the tensor's name."""
     usual, better = MIXTURES[name]
     matrices = [tensor for tensor in reader.tensors if _is_converted(tensor)]
-    if usual in FLOATS or pure:
-        pure_kind = Kind.MXFP4 if name == "MXFP4_MOE" else usual
-        chosen = {tensor.name: pure_kind for tensor in matrices}
-    else:
-        chosen = {tensor.name: usual for tensor in matrices}
+    chosen = {tensor.name: Kind.MXFP4 if pure and name == "MXFP4_MOE" else usual for tensor in matrices}
+    if usual not in FLOATS and not pure:
         tied = all(tensor.name != "output.weight" for tensor in matrices)
         chosen |= _sensitive(matrices, better, _sharing(reader))
         head = "token_embd.weight" if tied else "output.weight"
@@ -157,25 +153,17 @@ def _kinds(reader: GGUFReader, name: str, pure: bool) -> dict[str, Kind]:
 
 def _sensitive(matrices: list[ReaderTensor], better: tuple[Better, ...], sharing: float) -> dict[str, Kind]:
     """The matrices that get a better type than most, with this type."""
-    roles = {tensor.name: _role(tensor) for tensor in matrices}
-    counts, seen = Counter(roles.values()), Counter[str]()
     chosen = {}
-    for name, role in roles.items():
-        number = seen[role]
-        seen[role] += 1
-        fits = (
-            each.kind
-            for each in better
-            if each.role == role and sharing >= each.sharing and each.layers(number, counts[role])
-        )
-        if kind := next(fits, None):
-            chosen[name] = kind
+    for each in reversed(better):  # so that the first one counts
+        names = [tensor.name for tensor in matrices if each.role in _roles(tensor)]
+        fits = [name for number, name in enumerate(names) if each.layers(number, len(names))]
+        chosen |= dict.fromkeys(fits if sharing >= each.sharing else (), each.kind)
     return chosen
 
 
-def _role(tensor: ReaderTensor) -> str:
-    found = next((role for part, role in ROLES.items() if part in tensor.name), "")
-    return found or ("experts" if len(tensor.shape) > 2 else "")
+def _roles(tensor: ReaderTensor) -> set[str]:
+    roles = {role for part, role in ROLES.items() if part in tensor.name}
+    return roles | {"experts"} if len(tensor.shape) > 2 else roles
 
 
 def _is_converted(tensor: ReaderTensor) -> bool:
