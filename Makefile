@@ -65,7 +65,7 @@ $(VENV)/.serve: requirements.txt requirements-build.txt pyproject.toml hatch_bui
 	  echo "Compiling Afterword's kernels for this machine, and installing packages."; else \
 	  echo "There is no C++ compiler: prompts are slower without Afterword's own kernels."; \
 	  echo "After installing one: rm $(VENV)/.serve, and make serve again."; fi
-	# The kernels are compiled while the packages are downloaded. The two write to different files.
+# The kernels are compiled while the packages are downloaded. The two write to different files.
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e . & \
 	  $(BIN)/python -m pip install --quiet --require-hashes -r requirements.txt; \
 	  packages=$$?; wait $$! && exit $$packages

@@ -2,8 +2,7 @@
 
 A file of `Q4_K_M` and its like has several types. `MIXTURES` states which matrices get a better one than most, as in
 published files without an importance matrix; further exceptions for Falcon and for eight experts are left out. One
-matrix is held at a time. Must not import pytest: the benchmark uses
-this module too.
+matrix is held at a time. Must not import pytest: the benchmark uses this module too.
 """
 
 from __future__ import annotations
