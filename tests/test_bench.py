@@ -10,6 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from gguf import GGUFReader
 
 from afterword.config import WeightTypes
 
@@ -197,6 +198,13 @@ def test_a_mixture_of_experts_is_written(tmp_path):
     assert facts.matrix_types == {"F32", "Q8_0"}
     weights = WeightTypes(facts.architecture, facts.matrix_types, facts.experts)
     assert weights.promise("exact", with_kernels=True) == "exact"
+
+
+def test_only_experts_get_the_type_for_experts(tmp_path):
+    write_gguf(tmp_path / "mixture.gguf", FORMS["small-mixture"], "MXFP4_MOE")
+    for tensor in GGUFReader(tmp_path / "mixture.gguf").tensors:
+        if len(tensor.shape) > 1 and "ffn_gate_inp" not in tensor.name:
+            assert tensor.tensor_type.name == ("MXFP4" if "_exps" in tensor.name else "Q8_0"), tensor.name
 
 
 def test_a_form_of_any_architecture_is_written_in_a_given_type(tmp_path):

@@ -36,6 +36,7 @@ ENCODER_DECODERS = frozenset(("t5",))
 BROKEN = {
     "chameleon": "the installed llama.cpp excludes the tokens of images from the first sequence of a batch only",
     "cogvlm": "the installed llama.cpp computes different numbers when a prefix of the prompt is already cached",
+    "deepseek4": "the prebuilt llama.cpp ends its process when it creates a context",
     "plm": "the installed llama.cpp ends its process when it computes flash attention",
     "qwen4exp": "the installed llama.cpp crashes when it computes several sequences in one batch",
 }

@@ -72,7 +72,7 @@ def _load() -> ctypes.CDLL:
     if found.parent.name == _PREBUILT and platform.machine() == "x86_64" and compiled.below_all_levels():
         raise SettingError(
             "The prebuilt llama.cpp needs a processor with AVX2, which this one has not. Install llama-cpp-python, "
-            "which is compiled for the machine."
+            "which is compiled for the machine (in a checkout: make native)."
         )
     return open_library(found)
 
