@@ -30,8 +30,9 @@ from afterword.completion.request import parse
 from afterword.completion.request_limits import STRICT, RequestLimits
 from afterword.completion.run import Usage, run, tokenize
 from afterword.config import Config, EngineSettings, is_loopback
+from afterword.engine.parent.job_queue import QueuePolicy
 from afterword.engine.parent.model_manager import ManagedModel, ModelManager
-from afterword.engine.parent.supervisor import QueuePolicy, Supervisor
+from afterword.engine.parent.supervisor import Supervisor
 from afterword.errors import SettingError
 from afterword.keys.key import static_keys
 from afterword.keys.key_limits import KeyLimits

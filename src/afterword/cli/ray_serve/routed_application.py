@@ -24,8 +24,8 @@ from afterword.cli.ray_serve.application import Replica, running_ingress, start
 from afterword.cli.ray_serve.configuration import DEPLOYMENT, DRAIN_SECONDS, ENGINE
 from afterword.cli.run import closing, parts_with_models, server_parts
 from afterword.completion.request_limits import RequestLimits
+from afterword.engine.parent.job_queue import QueuePolicy
 from afterword.engine.parent.model_manager import ModelDefinition, ModelManager
-from afterword.engine.parent.supervisor import QueuePolicy
 from afterword.engine.replicas.job_server import JobServer
 from afterword.engine.replicas.routed_engine import FIND_SECONDS, RoutedEngine, RoutedModel
 from afterword.engine.replicas.routing import RULES
