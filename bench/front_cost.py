@@ -90,9 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(arguments)
     os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
-    with ExitStack() as running:
-        ours = running.enter_context(_afterword(options.folder, options.vllm_python))
-        theirs = running.enter_context(_vllm(options.folder, options.vllm_python))
+    with _running(options.folder, options.vllm_python) as (ours, theirs):
         for load in LOADS:
             costs = _measured((ours, theirs), load, options.rounds)
             print(_line(load, costs[ours.name], costs[theirs.name]), flush=True)
@@ -138,22 +136,24 @@ def _client(url: str, load: Load, seed: int) -> None:
                 raise ValueError(f"{url} generated {found} tokens, not {load.tokens}")
 
 
-@contextmanager
-def _afterword(folder: str, python: str) -> Iterator[Front]:
-    command = [sys.executable, "-m", "afterword", "serve", folder, "--engine", "vllm", "--vllm-python", python]
-    port = _free_port()
-    with _started([*command, "--port", str(port), "--", *FLAGS], port) as process:
-        yield Front("Afterword", f"http://127.0.0.1:{port}", process, depth=1)
+def _commands(folder: str, python: str, ports: Sequence[int]) -> tuple[list[str], list[str]]:
+    """The command lines of Afterword and of vLLM's server. The program `vllm` of the build for CPUs does not start."""
+    ours = [sys.executable, "-m", "afterword", "serve", folder, "--engine", "vllm", "--vllm-python", python]
+    theirs = [python, "-m", "vllm.entrypoints.launchers.api_server.entry", f"--model={folder}", *FLAGS]
+    theirs += ["--host=127.0.0.1", f"--port={ports[1]}", "--generation-config=vllm", "--disable-uvicorn-access-log"]
+    return [*ours, "--port", str(ports[0]), "--", *FLAGS], theirs
 
 
 @contextmanager
-def _vllm(folder: str, python: str) -> Iterator[Front]:
-    """vLLM's own server. The program `vllm` of the build for CPUs does not start, so its module is run."""
-    port = _free_port()
-    command = [python, "-m", "vllm.entrypoints.launchers.api_server.entry", f"--model={folder}", *FLAGS]
-    command += ["--host=127.0.0.1", f"--port={port}", "--generation-config=vllm", "--disable-uvicorn-access-log"]
-    with _started(command, port) as process:
-        yield Front("vLLM", f"http://127.0.0.1:{port}", process, depth=0)
+def _running(folder: str, python: str) -> Iterator[tuple[Front, Front]]:
+    """Start both servers at the same time, and end them after the block."""
+    ports = [_free_port(), _free_port()]
+    with ExitStack() as running:
+        started = [running.enter_context(_started(command)) for command in _commands(folder, python, ports)]
+        for port, (process, log) in zip(ports, started, strict=True):
+            _wait_for(f"http://127.0.0.1:{port}/health", process, log)
+        ids, urls = [process.pid for process, _ in started], [f"http://127.0.0.1:{port}" for port in ports]
+        yield Front("Afterword", urls[0], ids[0], depth=1), Front("vLLM", urls[1], ids[1], depth=0)
 
 
 def _free_port() -> int:
@@ -163,20 +163,17 @@ def _free_port() -> int:
 
 
 @contextmanager
-def _started(command: Sequence[str], port: int) -> Iterator[int]:
-    """Run a server until the block ends, and all of its processes. Returns the id of the first one."""
+def _started(command: Sequence[str]) -> Iterator[tuple[subprocess.Popen[bytes], IO[str]]]:
+    """Run a command until the block ends, and all of its processes: vLLM's engine outlives a server that is killed."""
     with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
-        below: list[psutil.Process] = []
         try:
-            _wait_for(f"http://127.0.0.1:{port}/health", process, log)
-            below = psutil.Process(process.pid).children(recursive=True)
-            yield process.pid
+            yield process, log
         finally:
+            below = psutil.Process(process.pid).children(recursive=True)
             process.terminate()
-            psutil.wait_procs(below, timeout=30)
-            for each in below:
-                if each.is_running():
-                    each.kill()
+            _, left = psutil.wait_procs(below, timeout=30)
+            for each in left:
+                each.kill()
             process.kill()
 
 

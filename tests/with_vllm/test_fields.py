@@ -229,6 +229,22 @@ def test_best_of_and_streams(http):
     assert len(ask(http, best_of=3, n=1, seed=1)["choices"]) == 1
 
 
+def test_whole_responses_have_the_tokens_of_streams_although_they_come_together(http):
+    """Also where the number of tokens is no multiple of those that are reported together, and with end tokens."""
+    for count in (1, 2, 16, 17, 18, 50):
+        body = {"prompt": STORY, "max_tokens": count, "seed": 4, "n": 2, "logprobs": 2, "ignore_eos": True}
+        whole = ask(http, **body)["choices"]
+        assert [len(choice["logprobs"]["tokens"]) for choice in whole] == [count, count]
+        columns: list[list[float]] = [[], []]
+        with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    for choice in json.loads(line.removeprefix("data: "))["choices"]:
+                        columns[choice["index"]] += (choice["logprobs"] or {}).get("token_logprobs", [])
+        for choice, column in zip(whole, columns, strict=True):
+            assert choice["logprobs"]["token_logprobs"] == pytest.approx(column, abs=1e-3)
+
+
 # ---- prompts
 
 
