@@ -188,7 +188,7 @@ def _wait_for(url: str, process: subprocess.Popen[bytes], log: IO[str]) -> None:
         if process.poll() is not None or time.monotonic() > deadline:
             log.seek(0)
             raise RuntimeError(f"{url} did not answer: {log.read()[-3000:]}")
-        time.sleep(0.2)
+        time.sleep(1)  # each call of httpx costs CPU time that the server needs
 
 
 if __name__ == "__main__":
