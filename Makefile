@@ -29,6 +29,7 @@ browser: $(VENV)/.browser  ## test the playground in Chromium, which must be on 
 	$(BIN)/python -m pytest tests/playground
 
 clients: $(VENV)/.clients  ## test other projects' clients; downloads more than 1 GB, and uses Node where it is installed
+	AFTERWORD_VLLM_PYTHON=$$(test -e .venv-vllm/done && echo $(abspath .venv-vllm/bin/python)) \
 	PYTHONPATH=$(abspath $(VENV)/clients) NODE_PATH=$(abspath $(VENV)/node/node_modules) $(BIN)/python -m pytest tests/clients
 
 ray: $(VENV)/.dev  ## test replicas on Ray Serve; installs 700 MB into .venv-ray, and skips the tests where that fails

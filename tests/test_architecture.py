@@ -45,6 +45,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "engine.core.fair_share",
     },
     "engine.parent.pending_job": {"engine.most_sampled", "engine.protocol", "engine.parent.engine_metrics"},
+    "engine.parent.job_queue": {
+        *("engine.protocol", "engine.parent.engine_metrics", "engine.parent.pending_job", "settings"),
+    },
     "engine.parent.managed_engine": {"engine.protocol", "engine.parent.engine_metrics"},
     "engine.parent.worker_process": {"engine.messages"},
     "engine.parent.quarantine": {"engine.protocol"},
@@ -55,22 +58,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine.parent.supervisor": {
         *("engine.messages", "engine.protocol", "engine.parent.engine_metrics", "engine.parent.pending_job"),
         *(
+            "engine.parent.job_queue",
             "engine.parent.managed_engine",
             "engine.parent.quarantine",
             "engine.parent.restart_policy",
             "engine.parent.tokenizer_client",
             "engine.parent.watchdog",
         ),
-        *("engine.parent.worker_process", "settings", "system"),
+        *("engine.parent.worker_process", "system"),
     },
     "engine.parent.model_manager": {
         *("engine.protocol", "engine.parent.engine_metrics", "engine.parent.managed_engine"),
-        *("engine.parent.supervisor", "system"),
+        *("engine.parent.job_queue", "system"),
     },
     "engine.parent": set(),
     "engine.replicas": {
         *("engine.messages", "engine.protocol", "engine.parent.engine_metrics", "engine.parent.managed_engine"),
-        *("engine.parent.pending_job", "engine.parent.supervisor", "engine.parent.tokenizer_client", "system"),
+        *("engine.parent.pending_job", "engine.parent.job_queue", "engine.parent.tokenizer_client", "system"),
         "engine.replicas.routing",
     },
     "engine.replicas.routing": set(),
@@ -115,8 +119,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {
         "engine.token_row",
         *("api", "batch", "completion", "config", "engine.kernels", "engine.messages"),
-        *("engine.parent.model_manager", "engine.parent.supervisor", "engine.parent.worker_process"),
-        *("engine.vllm.program", "engine.vllm.model_folder", "engine.http.program"),
+        *("engine.parent.model_manager", "engine.parent.job_queue", "engine.parent.supervisor"),
+        *("engine.parent.worker_process", "engine.vllm.program", "engine.vllm.model_folder", "engine.http.program"),
         *("engine.replicas", "engine.replicas.routing"),
         *("engine.protocol", "keys", "models", "observability", "observability.metrics", "observability.traces"),
         *("settings", "system", "transport", ""),

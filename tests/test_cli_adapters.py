@@ -11,7 +11,7 @@ from afterword.cli.adapters import with_adapters
 from afterword.cli.model_setup import WantedModels, fit_models, make_model_manager
 from afterword.cli.vllm_setup import folders_of
 from afterword.config import Config, EngineSettings
-from afterword.engine.parent.supervisor import QueuePolicy
+from afterword.engine.parent.job_queue import QueuePolicy
 from afterword.errors import SettingError
 from afterword.keys.key import Key
 from afterword.models.gguf_facts import read_facts

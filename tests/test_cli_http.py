@@ -13,8 +13,8 @@ from afterword.cli.model_setup import WantedModels
 from afterword.config import EngineSettings
 from afterword.engine.http.program import base_url
 from afterword.engine.messages import LoadUpstream
+from afterword.engine.parent.job_queue import QueuePolicy
 from afterword.engine.parent.model_manager import ModelManager
-from afterword.engine.parent.supervisor import QueuePolicy
 from afterword.errors import SettingError
 
 URL = "http://127.0.0.1:8000"

@@ -14,8 +14,8 @@ from afterword.cli import main, vllm_setup
 from afterword.cli.model_setup import WantedModels
 from afterword.cli.startup_message import startup_message
 from afterword.config import Config, EngineSettings
+from afterword.engine.parent.job_queue import QueuePolicy
 from afterword.engine.parent.model_manager import ManagedModel
-from afterword.engine.parent.supervisor import QueuePolicy
 from afterword.engine.vllm.model_folder import read_folder
 from afterword.errors import SettingError
 

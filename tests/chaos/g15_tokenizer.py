@@ -25,7 +25,7 @@ from gguf import TokenType
 from afterword.engine.llama import library
 from afterword.engine.llama.library import native
 from afterword.engine.llama.vocabulary import Vocabulary
-from afterword.engine.parent.supervisor import QueuePolicy
+from afterword.engine.parent.job_queue import QueuePolicy
 from afterword.engine.worker.tokenizer_threads import TokenizerThreads, stack_bytes
 from afterword.models.registry import locate, parse_spec
 from oracle import tiny

@@ -477,3 +477,16 @@ def test_files_that_do_not_fit_into_the_context_are_refused() -> None:
     for files in ((ContextFile("x" * 70),), many, (ContextFile("x" * 10_000),)):
         message, _, _ = refused(WITH_FILES, prompt=("a",), suffix="!", input_extra=files)
         assert "maximum context length is 64 tokens" in message
+
+
+# ---- when tokens are needed
+
+
+@pytest.mark.parametrize(
+    ("fields", "whole"),
+    [({}, True), ({"stream": True}, False), ({"stop": ("x",)}, False), ({"n": 2, "best_of": 3}, True)],
+)
+def test_an_engine_may_report_tokens_together_if_nothing_reads_them_before_the_end(
+    fields: dict[str, Any], whole: bool
+) -> None:
+    assert plan_one_prompt(prompt=("Hello",), **fields).job.whole is whole

@@ -21,7 +21,7 @@ from afterword.engine.core.fair_share import TURN_PASSES
 from afterword.engine.core.forward_batch import ForwardBatch
 from afterword.engine.core.preemption import RESUME_PASSES
 from afterword.engine.core.scheduler import Scheduler
-from afterword.engine.parent.supervisor import QueuePolicy
+from afterword.engine.parent.job_queue import QueuePolicy
 from afterword.engine.protocol import BATCH_CLIENT, Engine, Job, JobHandle, ModelInfo, Step
 from afterword.errors import AfterwordError
 from afterword.keys.key import Allowance

@@ -12,7 +12,8 @@ import msgspec
 
 from afterword.completion import run as completion_run
 from afterword.engine.messages import LoadModel
-from afterword.engine.parent.supervisor import QueuePolicy, Supervisor
+from afterword.engine.parent.job_queue import QueuePolicy
+from afterword.engine.parent.supervisor import Supervisor
 from afterword.engine.parent.watchdog import TICK_SECONDS
 from afterword.engine.protocol import Load
 from afterword.errors import EngineFailure, Overloaded, QueueTimeout, ReaderTooSlow

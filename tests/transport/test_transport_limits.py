@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from afterword.cli import main
 from afterword.completion.request import parse
 from afterword.completion.request_limits import RequestLimits
-from afterword.engine.parent.supervisor import QueuePolicy
+from afterword.engine.parent.job_queue import QueuePolicy
 from afterword.errors import RequestError, SettingError
 from afterword.settings import limit_table
 from afterword.transport.transport_limits import TransportLimits

@@ -7,18 +7,18 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from forward_pass import reference
 
 from afterword.engine.core.numpy_kernel import adjusted_row
 from afterword.engine.core.sampler_kernel import SampleQuery
 from afterword.engine.core.token_counts import TokenCounts
 from afterword.engine.protocol import Sampling
-from oracle.oracle import Array, Oracle
+from oracle.oracle import Array
 
 END, BEGIN, VOCABULARY = 0, 1, 1000
 STORY = "The server keeps every job until it ends, so that"
@@ -49,51 +49,6 @@ def tokenize(http: httpx.Client, text: str, **body: Any) -> list[int]:
 
 
 # ---- log probabilities
-
-
-def reference(folder: Path) -> Oracle:
-    """An independent forward pass of the random model."""
-    oracle = Oracle.__new__(Oracle)
-    names = {
-        "embed_tokens": "token_embd",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        **{f"self_attn.{each}_proj": f"attn_{each}" for each in "qkv"},
-        "self_attn.o_proj": "attn_output",
-        **{f"mlp.{each}_proj": f"ffn_{each}" for each in ("gate", "up", "down")},
-    }
-    weights = {"output.weight" if name == "lm_head.weight" else name: each for name, each in read_weights(folder)}
-    renamed = {}
-    for name, each in weights.items():
-        short = name.removeprefix("model.").removesuffix(".weight").replace("layers.", "blk.")
-        block, _, part = short.rpartition(".") if short.startswith("blk.") else ("", "", short)
-        if short.startswith("blk."):
-            number, _, part = short.removeprefix("blk.").partition(".")
-            block = f"blk.{number}."
-        renamed[block + names.get(part, {"norm": "output_norm"}.get(part, part)) + ".weight"] = each
-    oracle._weights = renamed
-    config = json.loads((folder / "config.json").read_text())
-    oracle.fields = {
-        "general.architecture": "qwen2",  # pairs the halves of a head, as models in Hugging Face's format do
-        "qwen2.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
-        "qwen2.rope.freq_base": config["rope_theta"],
-    }
-    oracle._layers, oracle._heads = config["num_hidden_layers"], config["num_attention_heads"]
-    oracle._kv_heads, oracle._head_size = config["num_key_value_heads"], config["head_dim"]
-    oracle._halves, oracle._output = True, "output"
-    return oracle
-
-
-def read_weights(folder: Path) -> list[tuple[str, Array]]:
-    data = (folder / "model.safetensors").read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    found = []
-    for name, tensor in json.loads(data[8 : 8 + length]).items():
-        if name != "__metadata__":
-            start, stop = (8 + length + offset for offset in tensor["data_offsets"])
-            array = np.frombuffer(data[start:stop], np.float32).reshape(tensor["shape"])
-            found.append((name, array.astype(np.float64)))
-    return found
 
 
 def test_log_probabilities_are_those_of_an_independent_forward_pass(http, folder):
@@ -272,6 +227,22 @@ def test_best_of_and_streams(http):
             texts[choice["index"]] += choice["text"]
     assert texts == [choice["text"] for choice in whole["choices"]]
     assert len(ask(http, best_of=3, n=1, seed=1)["choices"]) == 1
+
+
+def test_whole_responses_have_the_tokens_of_streams_although_they_come_together(http):
+    """Also where the number of tokens is no multiple of those that are reported together, and with end tokens."""
+    for count in (1, 2, 16, 17, 18, 50):
+        body = {"prompt": STORY, "max_tokens": count, "seed": 4, "n": 2, "logprobs": 2, "ignore_eos": True}
+        whole = ask(http, **body)["choices"]
+        assert [len(choice["logprobs"]["tokens"]) for choice in whole] == [count, count]
+        columns: list[list[float]] = [[], []]
+        with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    for choice in json.loads(line.removeprefix("data: "))["choices"]:
+                        columns[choice["index"]] += (choice["logprobs"] or {}).get("token_logprobs", [])
+        for choice, column in zip(whole, columns, strict=True):
+            assert choice["logprobs"]["token_logprobs"] == pytest.approx(column, abs=1e-3)
 
 
 # ---- prompts

@@ -27,7 +27,7 @@ from afterword.cli import model_setup
 from afterword.cli.batch_progress import show_progress
 from afterword.cli.run import engine_settings, run_async
 from afterword.config import Config
-from afterword.engine.parent.supervisor import QueuePolicy
+from afterword.engine.parent.job_queue import QueuePolicy
 from afterword.errors import BatchStopped, SettingError
 
 MAX_LINE = BatchLimits().max_line

@@ -11,8 +11,9 @@ from afterword.cli.vllm_setup import check_settings, folder_created, folders_of,
 from afterword.config import EngineSettings
 from afterword.engine.http.program import UPSTREAM, base_url
 from afterword.engine.messages import LoadUpstream
+from afterword.engine.parent.job_queue import QueuePolicy
 from afterword.engine.parent.model_manager import ModelDefinition, ModelManager
-from afterword.engine.parent.supervisor import QueuePolicy, Supervisor
+from afterword.engine.parent.supervisor import Supervisor
 from afterword.engine.token_row import MAX_LISTED
 from afterword.errors import SettingError
 

@@ -20,8 +20,9 @@ from afterword.config import CHUNK_GRID, ONE_SEQUENCE, SMALL_MODEL, EngineSettin
 from afterword.engine import messages
 from afterword.engine.kernels.compiled import memory_on_demand
 from afterword.engine.messages import KvType
+from afterword.engine.parent.job_queue import QueuePolicy
 from afterword.engine.parent.model_manager import ModelDefinition, ModelManager
-from afterword.engine.parent.supervisor import QueuePolicy, Supervisor
+from afterword.engine.parent.supervisor import Supervisor
 from afterword.engine.parent.worker_process import gpu_memory
 from afterword.engine.protocol import Promise
 from afterword.errors import SettingError

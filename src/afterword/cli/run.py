@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import json
 import logging
@@ -30,8 +29,9 @@ from afterword.completion.request import parse
 from afterword.completion.request_limits import STRICT, RequestLimits
 from afterword.completion.run import Usage, run, tokenize
 from afterword.config import Config, EngineSettings, is_loopback
+from afterword.engine.parent.job_queue import QueuePolicy
 from afterword.engine.parent.model_manager import ManagedModel, ModelManager
-from afterword.engine.parent.supervisor import QueuePolicy, Supervisor
+from afterword.engine.parent.supervisor import Supervisor
 from afterword.errors import SettingError
 from afterword.keys.key import static_keys
 from afterword.keys.key_limits import KeyLimits
@@ -40,7 +40,7 @@ from afterword.keys.key_store import KeyStore, default_path
 from afterword.observability.request_log import open_request_log
 from afterword.settings import limit_table
 from afterword.settings.durations import format_duration
-from afterword.system.tasks import switch_threads_soon
+from afterword.system.tasks import run_loop, switch_threads_soon
 from afterword.transport.transport_limits import TransportLimits
 
 if TYPE_CHECKING:
@@ -313,12 +313,7 @@ def _open_listener(config: Config) -> socket.socket:
 
 
 def run_async(work: Coroutine[Any, Any, None]) -> None:
-    """Run a coroutine to its end on uvloop if it is installed, otherwise on asyncio's event loop."""
+    """Set up logging and threads, and run a coroutine to its end."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     switch_threads_soon()
-    try:
-        import uvloop
-    except ImportError:  # uvloop does not exist for every system
-        asyncio.run(work)
-    else:
-        uvloop.run(work)
+    run_loop(work)

@@ -14,8 +14,9 @@ from typing import Any
 from afterword.cli.model_setup import WantedModels, names_in_requests
 from afterword.config import EngineSettings
 from afterword.engine.messages import LoadVllm
+from afterword.engine.parent.job_queue import QueuePolicy
 from afterword.engine.parent.model_manager import ModelDefinition, ModelManager
-from afterword.engine.parent.supervisor import QueuePolicy, Supervisor
+from afterword.engine.parent.supervisor import Supervisor
 from afterword.engine.vllm.model_folder import ModelFolder, read_folder
 from afterword.engine.vllm.program import check_flags, vllm_program
 from afterword.errors import SettingError

@@ -153,7 +153,7 @@ class Job(Value, frozen=True):
     they belong to the prompt's text. `first`: one bit for each token that begins so, as in a mask.
     `repetition_detection`: which loops end a sample, after `min_tokens` tokens. `priority`: of the waiting jobs of one
     client those with the lowest number are first. `processed`: generated tokens have the log probabilities of the
-    distribution that they are drawn from, not those of the model.
+    distribution that they are drawn from, not of the model. `whole`: an engine may report several tokens together.
     """
 
     prompt: tuple[int, ...]
@@ -178,6 +178,7 @@ class Job(Value, frozen=True):
     priority: int = 0
     reported_at: ReportedAt | None = None
     processed: bool = False
+    whole: bool = False
 
     @property
     def has_rows(self) -> bool:

@@ -15,6 +15,7 @@ class Histogram:
         self.counts = [0] * (len(bounds) + 1)  # the last bucket is for values above all bounds
         self.sum = 0.0
 
-    def add(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
+    def add(self, value: float, times: int = 1) -> None:
+        """Add a value, `times` times."""
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.sum += value * times

@@ -76,6 +76,16 @@ def switch_threads_soon() -> None:
     sys.setswitchinterval(_SWITCH)
 
 
+def run_loop(work: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine to its end on uvloop if it is installed, otherwise on asyncio's event loop."""
+    try:
+        import uvloop
+    except ImportError:  # uvloop does not exist for every system
+        asyncio.run(work)
+    else:
+        uvloop.run(work)
+
+
 def vital_thread(work: Callable[..., None], *arguments: Any, name: str) -> threading.Thread:
     """Start a daemon thread that its process cannot work without: if `work` raises, the process ends at once.
 

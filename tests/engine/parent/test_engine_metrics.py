@@ -18,9 +18,10 @@ class TimedJob:
     samples: int = 1
     engine_metrics: EngineMetrics = field(default_factory=EngineMetrics)
     now: float = 100.0
+    whole: bool = False
 
     def __post_init__(self) -> None:
-        job = Job((1, 2, 3), self.samples, 10, Sampling(), (), bytes(16))
+        job = Job((1, 2, 3), self.samples, 10, Sampling(), (), bytes(16), whole=self.whole)
         self.timer = JobTimer(self.engine_metrics, job, self.now, lambda: self.now)
 
     def at(self, now: float, *samples: int, cached: int = 0) -> TimedJob:
@@ -93,3 +94,12 @@ def test_passes_are_counted_by_kind_and_empty_statistics_are_ignored():
     assert (engine_metrics.generation.tokens.sum, engine_metrics.generation.seconds.sum) == (7, 1.0)
     assert sum(engine_metrics.generation.tokens.counts) == 2
     assert (engine_metrics.drafted_tokens, engine_metrics.accepted_tokens) == (3, 2)
+
+
+def test_tokens_that_are_reported_together_took_the_same_time_each():
+    timed = TimedJob(samples=2, whole=True).at(101, 0, 1).at(105, 0, 0, 0, 0, 1)
+    gaps = timed.engine_metrics.inter_token_seconds
+    assert (sum(gaps.counts), gaps.sum) == (5, 4 * 1.0 + 4.0)
+    assert gaps.counts[gaps.bounds.index(1.0)] == 4
+    assert gaps.counts[gaps.bounds.index(5.0)] == 1
+    assert timed.engine_metrics.generated_tokens == 7

@@ -11,8 +11,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from afterword.engine.parent.job_queue import QueuePolicy
 from afterword.engine.parent.model_manager import ManagedModel, ModelDefinition, ModelManager
-from afterword.engine.parent.supervisor import QueuePolicy, Supervisor
+from afterword.engine.parent.supervisor import Supervisor
 from afterword.engine.protocol import Load
 from afterword.errors import LoadFailed, Overloaded, QueueTimeout, SettingError
 from scripted_engine import MODEL_INFO as SCRIPTED

@@ -16,7 +16,8 @@ from fake_worker import DEADLY, DEADLY_TEXT, FAULTY_TEXT, SLOW, STUCK
 from history_runner import alone
 
 from afterword.engine.messages import Heartbeat, LoadModel, PassDone
-from afterword.engine.parent.supervisor import QueuePolicy, Supervisor
+from afterword.engine.parent.job_queue import QueuePolicy
+from afterword.engine.parent.supervisor import Supervisor
 from afterword.engine.parent.worker_process import WorkerProgram, without_secrets
 from afterword.engine.protocol import Grammar, Job, JobHandle, Load, Sampling
 from afterword.errors import (

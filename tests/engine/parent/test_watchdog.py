@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from afterword.engine import messages as frames
-from afterword.engine.parent.supervisor import QueuePolicy
+from afterword.engine.parent.job_queue import QueuePolicy
 from afterword.engine.parent.watchdog import TICK_SECONDS, Watchdog
 from afterword.engine.protocol import Load
 from afterword.errors import SettingError

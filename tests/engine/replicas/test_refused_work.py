@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 from test_routed_engine import INFO, Recorder, job, replicas, routed, run, until
 
-from afterword.engine.parent.supervisor import QueuePolicy
+from afterword.engine.parent.job_queue import QueuePolicy
 from afterword.engine.protocol import Job, Step
 from afterword.errors import Overloaded
 

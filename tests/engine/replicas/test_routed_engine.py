@@ -15,7 +15,8 @@ from fake_worker import DEADLY, SLOW
 from history_runner import alone
 
 from afterword.engine.messages import LoadModel
-from afterword.engine.parent.supervisor import QueuePolicy, Supervisor
+from afterword.engine.parent.job_queue import QueuePolicy
+from afterword.engine.parent.supervisor import Supervisor
 from afterword.engine.parent.worker_process import WorkerProgram
 from afterword.engine.protocol import Grammar, Job, Load, ModelInfo, Sampling, Step
 from afterword.engine.replicas.connection import connect

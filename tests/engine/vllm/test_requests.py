@@ -19,6 +19,7 @@ from afterword.engine.protocol import (
 from afterword.engine.token_row import ReportedAt
 from afterword.engine.vllm.requests import (
     LIMITS,
+    MERGED_TOKENS,
     PromptScore,
     SampleOutput,
     generated_tokens,
@@ -53,6 +54,11 @@ def test_a_greedy_sample_is_sent_as_temperature_0_without_filters(sampling):
     sent = fields(sampling=msgspec.structs.replace(sampling, presence_penalty=1.0))
     assert (sent["temperature"], sent["top_p"], sent["top_k"], sent["min_p"], sent["seed"]) == (0.0, 1.0, 0, 0.0, None)
     assert sent["presence_penalty"] == 1.0
+
+
+def test_tokens_of_a_whole_response_are_reported_together():
+    assert fields(whole=True)["stream_interval"] == MERGED_TOKENS > 1
+    assert "stream_interval" not in fields(), "a stream needs each token at once"
 
 
 def test_a_job_without_tokens_is_sent_with_one():

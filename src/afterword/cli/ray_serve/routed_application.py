@@ -22,10 +22,11 @@ from ray.serve.exceptions import RayServeException
 from afterword.cli.ray_serve.app_file import serve_options
 from afterword.cli.ray_serve.application import Replica, running_ingress, start
 from afterword.cli.ray_serve.configuration import DEPLOYMENT, DRAIN_SECONDS, ENGINE
+from afterword.cli.ray_serve.replica_answers import replica_answers
 from afterword.cli.run import closing, parts_with_models, server_parts
 from afterword.completion.request_limits import RequestLimits
+from afterword.engine.parent.job_queue import QueuePolicy
 from afterword.engine.parent.model_manager import ModelDefinition, ModelManager
-from afterword.engine.parent.supervisor import QueuePolicy
 from afterword.engine.replicas.job_server import JobServer
 from afterword.engine.replicas.routed_engine import FIND_SECONDS, RoutedEngine, RoutedModel
 from afterword.engine.replicas.routing import RULES
@@ -114,13 +115,9 @@ class Ingress(Replica):
 async def _find(replicas: Any) -> list[ReplicaFacts]:
     """The facts of the replicas that answer in time."""
     try:
-        async with asyncio.timeout(_ANSWER_SECONDS):
-            # The first half of `results_async`, which raises for all replicas if one is silent.
-            asked = await replicas.broadcast("facts")._fetch_replica_results_async()
+        found = await replica_answers(replicas, "facts", _ANSWER_SECONDS)
     except (RayServeException, TimeoutError):  # there is no replica at present
         return []
-    answers = [asyncio.wait_for(each.get_async(), _ANSWER_SECONDS) for each in asked]
-    found = await asyncio.gather(*answers, return_exceptions=True)
     return [each for each in found if isinstance(each, ReplicaFacts)]
 
 

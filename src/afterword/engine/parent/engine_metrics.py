@@ -6,6 +6,7 @@ not counted again. Recording one token takes less than a microsecond, because it
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 from afterword.engine.protocol import Job, PassStats, Step
@@ -99,7 +100,10 @@ class JobTimer:
     `clock` returns seconds; `since` is the time of that clock when the job was accepted.
     """
 
-    __slots__ = ("_begun", "_clock", "_engine_metrics", "_first", "_last", "_latest", "_prompt", "_samples", "_since")
+    __slots__ = (
+        *("_begun", "_clock", "_engine_metrics", "_first", "_last", "_latest", "_prompt", "_samples", "_since"),
+        "_whole",
+    )
 
     def __init__(self, engine_metrics: EngineMetrics, job: Job, since: float, clock: Callable[[], float]) -> None:
         self._engine_metrics = engine_metrics
@@ -107,6 +111,7 @@ class JobTimer:
         self._prompt = len(job.prompt)
         self._samples = job.samples
         self._since = since
+        self._whole = job.whole
         self._begun: float | None = None
         self._first: float | None = None
         self._latest = 0.0
@@ -129,10 +134,19 @@ class JobTimer:
             engine_metrics.prefill.add(now - self._begun)
             self._last = [now] * self._samples  # the first tokens of all samples come from one logits row
             return
+        if self._whole:
+            self._record_merged(step, now)
+            return
         last, gaps = self._last, engine_metrics.inter_token_seconds
         for sample, _ in step.sampled:
             gaps.add(now - last[sample])
             last[sample] = now
+
+    def _record_merged(self, step: Step, now: float) -> None:
+        """Record a step whose tokens an engine may have reported together: each took the same share of the time."""
+        for sample, tokens in Counter(sample for sample, _ in step.sampled).items():
+            self._engine_metrics.inter_token_seconds.add((now - self._last[sample]) / tokens, tokens)
+            self._last[sample] = now
 
     def record_end(self) -> None:
         """Record the end of the last sample; not called for a job that its consumer closed early."""

@@ -24,8 +24,8 @@ from typing import Literal
 import msgspec
 
 from afterword.engine.parent.engine_metrics import EngineMetrics
+from afterword.engine.parent.job_queue import DEFAULT_POLICY, OVERLOADED, QueuePolicy
 from afterword.engine.parent.managed_engine import EngineState, ManagedEngine
-from afterword.engine.parent.supervisor import OVERLOADED, QueuePolicy
 from afterword.engine.protocol import Load, ModelInfo, Promise
 from afterword.errors import AfterwordError, LoadFailed, Overloaded, QueueTimeout
 from afterword.system.tasks import TaskFunction, run_logged
@@ -33,7 +33,6 @@ from afterword.system.tasks import TaskFunction, run_logged
 ModelState = EngineState | Literal["unloaded"]
 """`starting`: the model is being loaded, or waits for another load to end."""
 
-DEFAULT_POLICY = QueuePolicy()
 
 _LOADING = "The model is being loaded. Please try again later."
 _NO_MEMORY = "The memory that this model needs is in use for other models. Please try again later."

@@ -10,17 +10,16 @@ This module must not depend on how processes are made (`worker_process`), on the
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import msgspec
 
 from afterword.engine import messages
-from afterword.engine.parent.engine_metrics import EngineMetrics, JobTimer
+from afterword.engine.parent.engine_metrics import EngineMetrics
+from afterword.engine.parent.job_queue import DEFAULT_POLICY, JobQueue, QueuePolicy
 from afterword.engine.parent.managed_engine import EngineState
 from afterword.engine.parent.pending_job import MAX_CRASHES, PendingJob
 from afterword.engine.parent.quarantine import Quarantine
@@ -30,31 +29,11 @@ from afterword.engine.parent.watchdog import TICK_SECONDS, Watchdog
 from afterword.engine.parent.worker_process import LLAMA, SpawnWorker, WorkerLink, WorkerProgram, spawn_worker
 from afterword.engine.protocol import Job, Load, ModelInfo, PassStats
 from afterword.errors import EngineFailure, ModelReplaced, Overloaded, QueueTimeout, SettingError, WorkerDied
-from afterword.settings.limit_table import limit
 from afterword.system.tasks import supervised
 
-OVERLOADED = "The server is overloaded: too many requests are waiting. Please try again later."
 _FAILING = "The worker process cannot be kept running at the moment."
 
 _log = logging.getLogger("afterword")
-
-
-@dataclass(frozen=True, slots=True)
-class QueuePolicy:
-    """The limits of the queue in front of a worker."""
-
-    queue: int = limit(4096, "prompts that wait")
-    queue_tokens: int = limit(2**22, "tokens of prompts that wait and of all that they may generate")
-    queue_seconds: float = limit(600.0, "seconds that a prompt waits for its turn, 0: for ever")
-    max_text: int = limit(2**20, "characters of a text that is tokenized")
-    adapters: int = limit(16, "served adapters up to which requests may load further ones")
-    upstream_seconds: float = limit(300.0, "seconds without an event of --upstream after which a request has failed")
-    hang_seconds: float = limit(15.0, "seconds without a heartbeat after which the worker is replaced, at least 3")
-
-    def __post_init__(self) -> None:
-        for name, least in (("hang_seconds", 3), ("upstream_seconds", 1)):  # a worker sends a heartbeat every second
-            if getattr(self, name) < least:
-                raise SettingError(f"The limit {name} must be at least {least}.")
 
 
 class Supervisor:
@@ -67,7 +46,7 @@ class Supervisor:
     def __init__(
         self,
         settings: messages.LoadMessage | Callable[[], messages.LoadMessage],
-        policy: QueuePolicy = QueuePolicy(),
+        policy: QueuePolicy = DEFAULT_POLICY,
         *,
         program: WorkerProgram = LLAMA,
         spawn: SpawnWorker = spawn_worker,
@@ -77,12 +56,11 @@ class Supervisor:
         self._policy = policy
         self._spawn = partial(spawn, program)
         self._clock = clock
-        self._job_ids = itertools.count()
-        self._jobs: dict[int, PendingJob] = {}
+        self.engine_metrics = EngineMetrics()
+        self._jobs = JobQueue(self, policy, self.engine_metrics, clock)
         self._waiting: dict[int, PendingJob] = {}  # jobs not yet sent to the current worker, in order
         self._trial: PendingJob | None = None  # the job on probation that was sent last
         self._tokenizer_client = TokenizerClient(self._send)
-        self._waiting_tokens = 0
         self._quarantine = Quarantine()
         self._watchdog = Watchdog(policy.hang_seconds)
         self._restart_policy = RestartPolicy()
@@ -91,7 +69,6 @@ class Supervisor:
         self._tasks: list[asyncio.Task[None]] = []
         self._load = Load()
         self._pass_stats = PassStats()
-        self.engine_metrics = EngineMetrics()
         self.state: EngineState = "starting"
         self.restarts = 0
         self.loaded = 0.0  # the loaded share of the model, from 0 to 1, by the last heartbeat while it is loading
@@ -108,7 +85,7 @@ class Supervisor:
     def load(self) -> Load:
         """The numbers of running and of waiting samples."""
         if self.state != "ready":
-            return Load(self._load.sequences, 0, sum(pending.job.samples for pending in self._jobs.values()))
+            return Load(self._load.sequences, 0, sum(pending.job.samples for pending in self._jobs))
         unsent = sum(pending.job.samples for pending in self._waiting.values())
         return msgspec.structs.replace(self._load, waiting=self._load.waiting + unsent)
 
@@ -125,12 +102,8 @@ class Supervisor:
     def start(self, job: Job) -> PendingJob:
         """Accept a job; see `protocol.Engine`. Raises `Overloaded`, and `EngineFailure` for a job in quarantine."""
         self._check(job, len(self._jobs), self.model_info.sequences)
-        now = self._clock()
-        pending = PendingJob(self, next(self._job_ids), job, now, JobTimer(self.engine_metrics, job, now, self._clock))
-        if self._waiting_tokens and self._waiting_tokens + pending.size > self._policy.queue_tokens:
-            raise Overloaded(OVERLOADED)
-        self._waiting_tokens += pending.size
-        self._jobs[pending.job_id] = self._waiting[pending.job_id] = pending
+        pending = self._jobs.add(job)
+        self._waiting[pending.job_id] = pending
         self._send_waiting()
         return pending
 
@@ -158,8 +131,7 @@ class Supervisor:
             raise Overloaded("The server is shutting down.")
         if self.state == "failing":
             raise Overloaded(_FAILING, retry_after=30)
-        if waiting >= self._policy.queue + running:
-            raise Overloaded(OVERLOADED)
+        self._jobs.check_capacity(waiting, running)
 
     # ---- start and end of the worker
 
@@ -265,21 +237,16 @@ class Supervisor:
             await asyncio.sleep(TICK_SECONDS)
             before, passed = self._clock(), self._clock() - before
             ready = self.state == "ready"
-            works = ready and any(not each.paused for each in self._jobs.values() if each.job_id not in self._waiting)
+            works = ready and any(not each.paused for each in self._jobs if each.job_id not in self._waiting)
             hangs = self._watchdog.is_hanging(
                 passed, works, self._tokenizer_client.sizes_in_progress if ready else (0, 0)
             )
             if hangs and self._link is not None:
                 self._watchdog.reset()
                 self._link.kill()
-            if self._policy.queue_seconds:
-                self._expire(before - self._policy.queue_seconds)
-
-    def _expire(self, accepted: float) -> None:
-        """Fail jobs and texts that were accepted before the time `accepted` and not started."""
-        for pending in [each for each in self._jobs.values() if each.since < accepted and not each.admitted]:
-            self._fail(pending, QueueTimeout())
-        self._tokenizer_client.expire(accepted, QueueTimeout())
+            if (accepted := self._jobs.expiry()) is not None:
+                self._jobs.expire(accepted)
+                self._tokenizer_client.expire(accepted, QueueTimeout())
 
     # ---- worker crashes
 
@@ -296,31 +263,26 @@ class Supervisor:
         5. All other jobs.
         """
         self.state = "restarting"
-        running = [pending for pending in self._jobs.values() if pending.begun]
+        running = [pending for pending in self._jobs if pending.begun]
         blamed = [
             pending
-            for pending in self._jobs.values()
+            for pending in self._jobs
             if pending.restart(blamed=not any(self._tokenizer_client.sizes_in_progress))
         ]
         if len(blamed) == 1 and blamed[0].crashes >= MAX_CRASHES:
             self._quarantine.add(blamed[0].job, self._clock())
-            self._fail(blamed[0], EngineFailure())
+            self._jobs.fail(blamed[0], EngineFailure())
         for pending in running if self.model_info.promise == "none" else ():
-            if pending.has_output and pending.job_id in self._jobs:
-                self._fail(pending, WorkerDied())
-        self._waiting = {pending.job_id: pending for pending in sorted(self._jobs.values(), key=_restart_order)}
+            if pending.has_output and pending in self._jobs:
+                self._jobs.fail(pending, WorkerDied())
+        self._waiting = {pending.job_id: pending for pending in sorted(self._jobs, key=_restart_order)}
         self._trial = None
         if text := self._tokenizer_client.handle_worker_death(MAX_CRASHES, EngineFailure()):
             self._quarantine.add(text, self._clock())
 
     def _fail_all(self, error: Exception) -> None:
-        for pending in list(self._jobs.values()):
-            self._fail(pending, error)
+        self._jobs.fail_all(error)
         self._tokenizer_client.fail(error)
-
-    def _fail(self, pending: PendingJob, error: Exception) -> None:
-        self.end(pending)
-        pending.fail(error)
 
     # ---- jobs
 
@@ -338,7 +300,7 @@ class Supervisor:
         pending = self._trial
         over = (
             pending is None
-            or pending.job_id not in self._jobs
+            or pending not in self._jobs
             or pending.paused
             or (pending.has_progress and pending.crashes < MAX_CRASHES)
         )
@@ -349,36 +311,28 @@ class Supervisor:
         self.engine_metrics.record_pass(message.pass_stats)
         for job_id, step in message.steps.items():
             pending = self._jobs.get(job_id)
-            if pending is None:
-                continue
-            if not pending.admitted and step.compiling is None:
-                self._waiting_tokens -= pending.size
-            pending.add_step(step)
-            if pending.ended:
-                del self._jobs[job_id]
+            if pending is not None and self._jobs.add_step(pending, step):
                 self._restart_policy.record_success()
         self._send_waiting()
 
     def drop(self, pending: PendingJob, sample: int) -> None:
         """See `JobOwner.drop`."""
-        if pending.job_id in self._jobs:
+        if pending in self._jobs:
             self._send(messages.DropSample(pending.job_id, sample))
             if pending.ended:  # by stop strings: the worker has done what was asked
                 self._restart_policy.record_success()
 
     def end(self, pending: PendingJob) -> None:
         """See `JobOwner.end`."""
-        if self._jobs.pop(pending.job_id, None) is None:
+        if not self._jobs.remove(pending):
             return
         self._waiting.pop(pending.job_id, None)
-        if not pending.admitted:
-            self._waiting_tokens -= pending.size
         self._send(messages.CloseJob(pending.job_id))
         self._send_waiting()
 
     def pause(self, pending: PendingJob, paused: bool) -> None:
         """See `JobOwner.pause`."""
-        if pending.job_id in self._jobs and pending.job_id not in self._waiting:
+        if pending in self._jobs and pending.job_id not in self._waiting:
             self._send(messages.PauseJob(pending.job_id) if paused else messages.ResumeJob(pending.job_id))
             self._send_waiting()  # a paused job is not on trial
 

@@ -8,17 +8,16 @@ while there is no replica. The event loop's thread owns all state.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from afterword.engine import messages
-from afterword.engine.parent.engine_metrics import EngineMetrics, JobTimer
+from afterword.engine.parent.engine_metrics import EngineMetrics
+from afterword.engine.parent.job_queue import JobQueue, QueuePolicy
 from afterword.engine.parent.managed_engine import EngineState
 from afterword.engine.parent.pending_job import PendingJob
-from afterword.engine.parent.supervisor import OVERLOADED, QueuePolicy
 from afterword.engine.parent.tokenizer_client import check_text
 from afterword.engine.protocol import Job, Load, ModelInfo, PassStats, Step
 from afterword.engine.replicas import wire
@@ -70,10 +69,10 @@ class RoutedEngine:
     def __init__(self, model: RoutedModel, find: FindReplicas, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._model, self._rule, self._policy, self._find = model, model.rule, model.policy, find
         self._clock = clock
-        self._job_ids = itertools.count()
-        self._jobs: dict[int, _RoutedJob] = {}
+        self.engine_metrics = EngineMetrics()
+        self._jobs = JobQueue(self, model.policy, self.engine_metrics, clock)
+        self._routed: dict[int, _RoutedJob] = {}  # the same jobs
         self._texts = RoutedTexts(self._usable)
-        self._waiting_tokens = 0
         self._connections: dict[str, ReplicaConnection] = {}
         self._attending: dict[str, asyncio.Task[None]] = {}
         self._unreachable: set[str] = set()  # replicas about which a line was written
@@ -82,7 +81,6 @@ class RoutedEngine:
         self._model_info: ModelInfo | None = None
         self._opened = asyncio.Event()
         self._closed = False
-        self.engine_metrics = EngineMetrics()
         self.restarts = 0
         self.loaded = 0.0
         self.pid: int | None = None
@@ -108,7 +106,7 @@ class RoutedEngine:
     def load(self) -> Load:
         """The slots of all replicas, those in use, and the samples that wait here or there."""
         usable = self._usable()
-        unplaced = sum(each.pending.job.samples for each in self._jobs.values() if each.connection is None)
+        unplaced = sum(each.pending.job.samples for each in self._routed.values() if each.connection is None)
         return Load(
             sum(each.model_info.sequences for each in usable),
             sum(each.load.running for each in usable),
@@ -123,12 +121,8 @@ class RoutedEngine:
     def start(self, job: Job) -> PendingJob:
         """Accept a job; see `protocol.Engine`. Raises `Overloaded`."""
         self._check_capacity(len(self._jobs))
-        now = self._clock()
-        pending = PendingJob(self, next(self._job_ids), job, now, JobTimer(self.engine_metrics, job, now, self._clock))
-        if self._waiting_tokens and self._waiting_tokens + pending.size > self._policy.queue_tokens:
-            raise Overloaded(OVERLOADED)
-        self._waiting_tokens += pending.size
-        self._jobs[pending.job_id] = routed = _RoutedJob(pending, block_keys(job.namespace, job.prompt))
+        pending = self._jobs.add(job)
+        self._routed[pending.job_id] = routed = _RoutedJob(pending, block_keys(job.namespace, job.prompt))
         self._place(routed)
         return pending
 
@@ -145,8 +139,7 @@ class RoutedEngine:
     def _check_capacity(self, waiting: int) -> None:
         if self._closed:
             raise Overloaded("The server is shutting down.")
-        if waiting >= self._policy.queue + sum(each.model_info.sequences for each in self._usable()):
-            raise Overloaded(OVERLOADED)
+        self._jobs.check_capacity(waiting, sum(each.model_info.sequences for each in self._usable()))
 
     # ---- replicas
 
@@ -172,8 +165,9 @@ class RoutedEngine:
             for address in found:
                 if address.name not in self._attending:
                     self._attend(address)
-            if self._policy.queue_seconds:
-                self._expire(self._clock() - self._policy.queue_seconds)
+            if (accepted := self._jobs.expiry()) is not None:
+                self._jobs.expire(accepted)
+                self._texts.expire(accepted, QueueTimeout())
             await asyncio.sleep(FIND_SECONDS)
 
     def _attend(self, address: wire.ReplicaAddress) -> None:
@@ -247,14 +241,14 @@ class RoutedEngine:
         """Give the work of a replica that has ended to others."""
         self._rule.forget(connection.name)
         self.restarts += not connection.leaving
-        lost = [each for each in self._jobs.values() if each.connection is connection]
+        lost = [each for each in self._routed.values() if each.connection is connection]
         for routed in lost:
             routed.connection = None
             routed.pending.restart(blamed=True)
             if routed.pending.crashes >= MAX_LOSSES:
-                self._fail(routed, EngineFailure())
+                self._jobs.fail(routed.pending, EngineFailure())
             elif routed.pending.has_output and self.model_info.promise == "none":
-                self._fail(routed, WorkerDied())
+                self._jobs.fail(routed.pending, WorkerDied())
         self._choose_model()
         self._texts.handle_loss(connection)
         self._place_waiting()
@@ -282,18 +276,18 @@ class RoutedEngine:
             routed.pending.restart(blamed=False)
             self._place(routed)
         else:
-            self._fail(routed, error)
+            self._jobs.fail(routed.pending, error)
 
     def _at(self, connection: ReplicaConnection, job_id: int) -> _RoutedJob | None:
         """The job, if it is open and this replica has it."""
-        routed = self._jobs.get(job_id)
+        routed = self._routed.get(job_id)
         return routed if routed and routed.connection is connection else None
 
     # ---- jobs
 
     def _place_waiting(self) -> None:
         self._texts.send_waiting()
-        for routed in [each for each in self._jobs.values() if each.connection is None]:
+        for routed in [each for each in self._routed.values() if each.connection is None]:
             self._place(routed)
 
     def _place(self, routed: _RoutedJob) -> None:
@@ -313,34 +307,21 @@ class RoutedEngine:
             connection.send(messages.PauseJob(routed.pending.job_id))
 
     def _add_step(self, routed: _RoutedJob, step: Step) -> None:
-        pending = routed.pending
-        if not pending.admitted and step.compiling is None:
-            self._waiting_tokens -= pending.size
-        pending.add_step(step)
-        if pending.ended and pending.job_id in self._jobs:
-            del self._jobs[pending.job_id]
-            self._leave_replica(routed)
+        if self._jobs.add_step(routed.pending, step):
+            self._forget(routed)
+
+    def _forget(self, routed: _RoutedJob) -> None:
+        del self._routed[routed.pending.job_id]
+        self._leave_replica(routed)
 
     def _leave_replica(self, routed: _RoutedJob) -> None:
         if routed.connection is not None:
             routed.connection.samples -= routed.pending.job.samples
             routed.connection = None
 
-    def _expire(self, accepted: float) -> None:
-        """Fail jobs and texts that were accepted before the time `accepted` and not started."""
-        for routed in list(self._jobs.values()):
-            if routed.pending.since < accepted and not routed.pending.admitted:
-                self._fail(routed, QueueTimeout())
-        self._texts.expire(accepted, QueueTimeout())
-
     def _fail_all(self, error: Exception) -> None:
-        for routed in list(self._jobs.values()):
-            self._fail(routed, error)
+        self._jobs.fail_all(error)
         self._texts.fail(error)
-
-    def _fail(self, routed: _RoutedJob, error: Exception) -> None:
-        self.end(routed.pending)
-        routed.pending.fail(error)
 
     def drop(self, pending: PendingJob, sample: int) -> None:
         """See `JobOwner.drop`."""
@@ -349,11 +330,8 @@ class RoutedEngine:
     def end(self, pending: PendingJob) -> None:
         """See `JobOwner.end`."""
         self._tell(pending, messages.CloseJob(pending.job_id))
-        routed = self._jobs.pop(pending.job_id, None)
-        if routed is not None:
-            self._leave_replica(routed)
-            if not pending.admitted:
-                self._waiting_tokens -= pending.size
+        if self._jobs.remove(pending):
+            self._forget(self._routed[pending.job_id])
 
     def pause(self, pending: PendingJob, paused: bool) -> None:
         """See `JobOwner.pause`."""
@@ -361,6 +339,6 @@ class RoutedEngine:
         self._tell(pending, kind(pending.job_id))
 
     def _tell(self, pending: PendingJob, message: wire.ToReplica) -> None:
-        routed = self._jobs.get(pending.job_id)
+        routed = self._routed.get(pending.job_id)
         if routed is not None and routed.connection is not None:
             routed.connection.send(message)

@@ -8,6 +8,7 @@ heartbeats. The process ends with its parent.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 import sys
@@ -25,7 +26,7 @@ from afterword.engine.vllm.tokenizer import FolderTokenizer
 from afterword.engine.worker import parent_process
 from afterword.engine.worker.tokenizer_threads import TokenizerThreads
 from afterword.errors import AfterwordError
-from afterword.system.tasks import switch_threads_soon, vital_thread
+from afterword.system.tasks import run_loop, switch_threads_soon, vital_thread
 
 _HEARTBEAT_SECONDS = 1.0
 
@@ -63,7 +64,7 @@ class JobWorker(ABC, Generic[M]):
         parent_process.keep_memory_private()
         switch_threads_soon()
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # standard output is the server's; libraries write to it
-        asyncio.run(cls(from_server, to_server).main())
+        run_loop(cls(from_server, to_server).main())
 
     @abstractmethod
     async def open(self, settings: messages.LoadMessage) -> M:
@@ -101,6 +102,8 @@ class JobWorker(ABC, Generic[M]):
         self._tokenizer_threads = TokenizerThreads(model.tokenizer.parts, self._send)
         self._tokenizer_threads.start()
         self.heartbeat = messages.Heartbeat(0, 0, 0, 0.0)
+        gc.collect()
+        gc.freeze()  # later garbage collections skip the many objects of vLLM and its libraries
         self._send(messages.ModelReady(model_info))
         await self.watch(model)
 

@@ -15,10 +15,16 @@ from typing import Any
 from afterword.engine.protocol import Job, JobLimits, Token, Value
 from afterword.engine.token_row import MAX_LISTED
 
+MERGED_TOKENS = 16
+"""How many tokens of a sample vLLM reports together, after the first one, for a job whose tokens nobody reads earlier.
+
+Each output costs the worker and the server time. Tokens that are not reported when a client leaves are not charged.
+"""
+
 LIMITS = JobLimits(
     fields=(
         *("min_tokens", "alternatives", "prompt_alternatives", "namespace", "client"),
-        "prediction",  # changes only how fast tokens are generated
+        *("prediction", "whole"),  # change only how fast tokens are generated, and when they are reported
         *("temperature", "top_p", "top_k", "min_p", "logit_bias"),
         *("presence_penalty", "frequency_penalty", "repetition_penalty"),
     ),
@@ -86,6 +92,8 @@ def sample_request(job_id: int, job: Job, sample: int, vocabulary: int) -> Sampl
         "prompt_logprobs": _at_most(job.prompt_alternatives, vocabulary) if sample == 0 else None,
         "detokenize": False,
     }
+    if job.whole:
+        fields["stream_interval"] = MERGED_TOKENS
     return SampleRequest(f"{job_id}-{sample}", job.prompt, job.namespace, fields)
 
 
