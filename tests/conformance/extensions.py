@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from probe import STORY, Json, Probe, joined
 from verdict import EXT, Case, NotApplicable
 
-__all__ = ["EXTENSIONS", "Extension", "extension_cases"]
+__all__ = ["EXTENSIONS", "NOT_WITH_VLLM", "Extension", "check_extension", "extension_cases"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,20 @@ def extension(field: str) -> Callable[[Callable[[Probe], None]], Callable[[Probe
         return check
 
     return add
+
+
+NOT_WITH_VLLM: set[str] = set()
+"""Fields that are refused by name where vLLM computes (`LIMITS` in engine/vllm/requests.py), or do not apply there."""
+
+
+def check_extension(case: Extension, api: Probe, refused: Container[str] = ()) -> None:
+    """Check that a field has its meaning if it is none of `refused`, and that it is refused by its name if it is."""
+    try:
+        case.check(api)
+    except NotApplicable as why:
+        assert case.field in refused, why
+    else:
+        assert case.field not in refused, f"{case.field} is not refused"
 
 
 def extension_cases() -> list[Case]:

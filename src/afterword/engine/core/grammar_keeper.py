@@ -140,10 +140,10 @@ class GrammarKeeper:
         if found is None:
             return
         self._current, self._begun = None, False
-        for each in [each for each, wanted in self._waiting.items() if wanted == grammar]:
+        for each, wanted in [pair for pair in self._waiting.items() if pair[1].rules == grammar.rules]:
             self._remove(each)
             if isinstance(found, str):
-                yield each, Step(failed=True, error=found)
+                yield each, Step(failed=True, error=f"Invalid '{wanted.field}': {found}")
             elif isinstance(found, Busy):
                 yield each, Step(failed=True, busy=True)
             else:

@@ -73,7 +73,7 @@ class GrammarCompiler(Protocol):
         ...
 
     def result(self) -> Matcher | str | Busy | None:
-        """The result of `start`: a matcher, or what is wrong as a sentence for the client. None: not ready yet."""
+        """The result of `start`: a matcher, or what is wrong, as the end of a sentence. None: not ready yet."""
         ...
 
     def wait(self, seconds: float) -> None:
