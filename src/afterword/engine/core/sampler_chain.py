@@ -148,7 +148,7 @@ def _drawn(candidates: Candidates, query: ChainQuery, indexes: list[int], vocabu
         return [_draw_adaptive(candidates, query, index) for index in indexes]
     cumulated = np.cumsum(candidates.weights)
     numbers = np.array([random_number(query.sample.seeds[index], 0) for index in indexes])
-    targets = np.minimum(numbers * cumulated[-1], _below(cumulated[-1]))
+    targets = np.minimum(numbers * cumulated[-1], np.nextafter(cumulated[-1], 0))  # less than the sum of all weights
     drawn: list[int] = candidates.ids[np.searchsorted(cumulated, targets, side="right")].tolist()
     return drawn
 
@@ -388,14 +388,6 @@ def mirostat_2(candidates: Candidates, limit: float) -> Candidates:
     p = candidates.probabilities
     kept = -np.log2(p) <= limit
     return candidates.keep(kept if kept.any() else np.array([np.argmax(p)]))
-
-
-# ---- sorting
-
-
-def _below(number: float) -> float:
-    """The next smaller number, so that a draw never reaches the sum of all weights."""
-    return float(np.nextafter(number, 0))
 
 
 def _entropy(p: Numbers) -> float:
