@@ -115,11 +115,6 @@ class Grammar(Value, frozen=True):
     text: str
     field: str
 
-    @property
-    def rules(self) -> tuple[str, str]:
-        """What two fields with the same grammar have in common."""
-        return self.kind, self.text
-
 
 class BannedText(Value, frozen=True):
     """Phrases that the text of a sample must not contain: `exact` as they are, `folded` in any case.

@@ -81,6 +81,11 @@ class GrammarCompiler(Protocol):
         ...
 
 
+def rules(grammar: Grammar) -> tuple[str, str]:
+    """What the same grammars of different request fields have in common."""
+    return grammar.kind, grammar.text
+
+
 def next_tokens(allowed: AllowedTokens, job: Job, position: int) -> TokenMask | None:
     """The tokens that may be sampled after `position` generated tokens; None if the text is complete and ends here.
 
