@@ -22,7 +22,8 @@ def highest(numbers: Numbers, count: int) -> Ids:
         return np.argsort(-numbers, kind="stable")
     found = np.flatnonzero(numbers >= _limit(numbers, count))
     found = found[numbers[found] >= np.partition(numbers[found], -count)[-count]]
-    return found[np.argsort(-numbers[found], kind="stable")]
+    order: Ids = found[np.argsort(-numbers[found], kind="stable")]
+    return order
 
 
 def _limit(numbers: Numbers, count: int) -> float:

@@ -87,7 +87,8 @@ class Candidates(msgspec.Struct, frozen=True):
         """The indexes of the candidates with at least this weight. Few exponentials of others are computed."""
         largest = self.logits.max()
         near = np.flatnonzero(self.logits >= largest + math.log(least) - _MARGIN)
-        return near[np.exp(self.logits[near] - largest) >= least]
+        heavy: Ids = near[np.exp(self.logits[near] - largest) >= least]
+        return heavy
 
     @property
     def weights(self) -> Numbers:
