@@ -4,17 +4,24 @@
 without and with it, their difference in percent, the microseconds of a mask (median and 99th percentile) in its own
 thread, and the time until the first use of the grammar is compiled. `--vocabulary` adds made-up tokens to the masks of
 a small model, so that they cost what they would cost with a large vocabulary; nothing of them is sampled.
+
+`--llama-server` starts llama-server on the same file and measures its own grammars in the same turns, over HTTP: 16
+whole responses at a time, with its default samplers, without and with the same schema or rules.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -30,31 +37,68 @@ from afterword.engine.llama.vocabulary import Vocabulary
 from afterword.engine.protocol import Grammar, GrammarKind, Job, Sampling
 from afterword.models.gguf_facts import read_facts
 from afterword.models.registry import Model, builtin_path
+from bench.grammar_peer import LlamaServer, NotWritten, llama_server
 
 SEQUENCES = 16
-_ANY = {"type": "array", "items": {}, "minItems": 200}
-_RECORDS = {
-    "type": "array",
-    "minItems": 200,
-    "items": {
-        "type": "object",
-        "properties": {
-            "name": {"type": "string", "minLength": 10, "maxLength": 40},
-            "age": {"type": "integer", "minimum": 0, "maximum": 150},
-            "tags": {"type": "array", "items": {"enum": ["a", "b", "c"]}, "minItems": 1},
-        },
-        "required": ["name", "age", "tags"],
-        "additionalProperties": False,
+_RECORD = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 10, "maxLength": 40},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["a", "b", "c"]}, "minItems": 1},
     },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
 }
-GRAMMARS: tuple[tuple[str, GrammarKind, str], ...] = (
-    ("records", "json", json.dumps(_RECORDS)),
-    ("long strings", "json", json.dumps({"type": "string", "minLength": 2000})),
-    ("any JSON", "json", json.dumps(_ANY)),
-    ("regex of words", "regex", r"([a-z]{1,12} ){2000}"),
-    ("recursive grammar", "gbnf", 'root ::= pair+\npair ::= "(" [a-z]{1,8} pair* ")" | "[" [0-9]{1,4} pair* "]"'),
-)
-"""None of them can be complete within the measured tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A grammar, and the same for llama-server if it cannot read this one."""
+
+    name: str
+    kind: GrammarKind
+    text: str
+    rules: str = ""
+
+    @property
+    def for_llama_server(self) -> dict[str, Any]:
+        """The fields of a request."""
+        if self.kind == "json":
+            return {"json_schema": json.loads(self.text)}
+        return {"grammar": self.rules or self.text}
+
+
+def cases(tokens: int) -> tuple[Case, ...]:
+    """The measured grammars, of which no text of so many tokens is complete."""
+
+    def items(schema: dict[str, Any]) -> str:
+        return json.dumps({"type": "array", "items": schema, "minItems": tokens})
+
+    pairs = 'root ::= pair+\npair ::= "(" [a-z]{1,8} pair* ")" | "[" [0-9]{1,4} pair* "]"'
+    return (
+        Case("records", "json", items(_RECORD)),
+        Case("long strings", "json", json.dumps({"type": "string", "minLength": 10 * tokens})),
+        Case("any JSON", "json", items({})),
+        Case("regex of words", "regex", f"([a-z]{{1,12}} ){{{10 * tokens}}}", 'root ::= ([a-z]{1,12} " ")+'),
+        Case("recursive grammar", "gbnf", pairs),
+    )
+
+
+@dataclass(slots=True)
+class Turns:
+    """Seconds for all tokens, without and with a grammar, one each a turn; and why there are none."""
+
+    free: list[float]
+    bound: list[float]
+    refused: str = ""
+
+    def columns(self, tokens: int) -> str:
+        """Milliseconds a step without and with the grammar, and their difference in percent."""
+        if self.refused:
+            return f"  {self.refused}"
+        plain, constrained = (1e3 * median(each) / tokens for each in (self.free, self.bound))
+        return f"{plain:10.2f}{constrained:10.2f}{100 * (constrained / plain - 1):8.1f}%"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -75,8 +119,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     vocabulary = time.perf_counter() - began
     loop.use_grammars(threads)
     try:
-        for name, kind, text in GRAMMARS:
-            print(f"{name:20}" + _measured(loop, threads, Grammar(kind, text, "bench"), options), flush=True)
+        for case in cases(options.tokens):
+            if options.only and case.name not in options.only:
+                continue
+
+            with ExitStack() as stack:
+                peer = None
+                if options.llama_server:  # a server for each grammar, because one that it cannot compute may end it
+                    cores = options.threads or os.cpu_count() or 1
+                    peer = stack.enter_context(llama_server(options.model, cores, SEQUENCES))
+                _measure(loop, threads, case, peer, options)
     finally:
         threads.close()
     print(f"The tokens are prepared once, when a model is loaded: here in {vocabulary:.2f} s.")
@@ -92,22 +144,37 @@ def _compile(threads: GrammarThreads, grammar: Grammar) -> float:
     return time.perf_counter() - began
 
 
-def _measured(loop: EngineLoop, threads: GrammarThreads, grammar: Grammar, options: argparse.Namespace) -> str:
+def _measure(
+    loop: EngineLoop, threads: GrammarThreads, case: Case, peer: LlamaServer | None, options: argparse.Namespace
+) -> None:
+    """Print the line of a grammar, and the one of llama-server below it."""
+    grammar = Grammar(case.kind, case.text, "bench")
     compiling = _compile(threads, grammar)
+    ours, theirs = Turns([], []), Turns([], [])
     masks: list[float] = []
     allowed = compiled_grammar.Place.allowed
     compiled_grammar.Place.allowed = _timed(allowed, masks)  # type: ignore[method-assign]
-    free, bound = [], []
     try:
         for _ in range(options.repeat):
-            free.append(_seconds(loop, None, options.tokens))
-            bound.append(_seconds(loop, grammar, options.tokens))
+            ours.free.append(_seconds(loop, None, options.tokens))
+            ours.bound.append(_seconds(loop, grammar, options.tokens))
+            if peer is not None and not theirs.refused:
+                _peer_turn(peer, case, options.tokens, theirs)
     finally:
         compiled_grammar.Place.allowed = allowed  # type: ignore[method-assign]
-    plain, constrained = (1e3 * median(each) / options.tokens for each in (free, bound))
     micro = 1e6 * np.percentile(masks, [50, 99])
-    more = 100 * (constrained / plain - 1)
-    return f"{plain:10.2f}{constrained:10.2f}{more:8.1f}%{micro[0]:11.0f}{micro[1]:9.0f}{1e3 * compiling:15.1f}"
+    masks_and_compiling = f"{micro[0]:11.0f}{micro[1]:9.0f}{1e3 * compiling:15.1f}"
+    print(f"{case.name:20}{ours.columns(options.tokens)}{masks_and_compiling}", flush=True)
+    if peer is not None:
+        print(f"{'  llama-server':20}{theirs.columns(options.tokens)}", flush=True)
+
+
+def _peer_turn(peer: LlamaServer, case: Case, tokens: int, turns: Turns) -> None:
+    try:
+        turns.free.append(peer.seconds({}, tokens))
+        turns.bound.append(peer.seconds(case.for_llama_server, tokens))
+    except NotWritten as why:
+        turns.refused = str(why)
 
 
 def _seconds(loop: EngineLoop, grammar: Grammar | None, tokens: int) -> float:
@@ -151,6 +218,10 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--repeat", type=int, default=5, help="turns, of which the median counts")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--vocabulary", type=int, default=0, help="tokens in the masks, at least those of the model")
+    parser.add_argument("--llama-server", action="store_true", help="measure llama-server too (--threads for both)")
+    parser.add_argument(
+        "--only", action="append", choices=[case.name for case in cases(1)], help="these grammars alone"
+    )
     return parser
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +17,14 @@ from typing import Any
 from probe import STORY, Json, Probe, joined
 from verdict import EXT, Case, NotApplicable
 
-__all__ = ["EXTENSIONS", "Extension", "extension_cases"]
+__all__ = [
+    "EXTENSIONS",
+    "NOT_ON_THE_BUILT_IN_MODEL",
+    "NOT_WITH_VLLM",
+    "Extension",
+    "check_extension",
+    "extension_cases",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +49,55 @@ def extension(field: str) -> Callable[[Callable[[Probe], None]], Callable[[Probe
     return add
 
 
+NOT_ON_THE_BUILT_IN_MODEL = {"input_extra"}
+"""Fields whose case needs another model. `tests/api/test_infill.py` tests them."""
+
+NOT_WITH_VLLM = {
+    *("allowed_token_ids", "bad_words", "banned_strings", "banned_tokens", "custom_token_bans"),
+    *("grammar", "json_schema", "response_format", "structured_outputs"),
+    *("logprob_token_ids", "logprobs_mode", "priority", "repetition_detection", "token_healing"),
+    *("typical_p", "top_n_sigma", "min_keep", "xtc_probability", "xtc_threshold"),
+    *("dynatemp_range", "dynatemp_exponent", "mirostat", "mirostat_eta", "mirostat_tau"),
+    *("dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers"),
+    *("adaptive_target", "adaptive_decay"),
+    "input_extra",
+}
+"""Fields that are refused by name where vLLM computes (`LIMITS` in engine/vllm/requests.py), or do not apply there."""
+
+
+def check_extension(case: Extension, api: Probe, refused: Container[str] = ()) -> None:
+    """Check that a field has its meaning if it is none of `refused`, and that it is refused by its name if it is."""
+    reason = ""
+    try:
+        case.check(api)
+    except NotApplicable as why:
+        reason = str(why)
+    assert bool(reason) == (case.field in refused), reason or f"{case.field} is not refused"
+
+
 def extension_cases() -> list[Case]:
     """The cases of extensions for a report, numbered by themselves."""
     return [Case(number, EXT, each.field, each.check) for number, each in enumerate(EXTENSIONS, 1)]
 
 
 def asked(api: Probe, field: str, **body: Any) -> Json:
-    """The response to a request with an extension. Raises `NotApplicable` if the server refuses the field by name."""
+    """The response to a request with an extension.
+
+    Raises `NotApplicable` if the server refuses the field by name, or another one that it has no effect without.
+    """
     response = api.ask(**{"prompt": STORY, "temperature": 0, "max_tokens": 8} | body)
-    if response.status_code == 400 and field in response.json()["error"]["message"]:
-        raise NotApplicable(f"{field} is refused by name")
+    if response.status_code == 400:
+        message = response.json()["error"]["message"]
+        named = next((name for name in (field, *SAMPLERS.get(field, ({},))[0], *ALIASES[field]) if name in message), "")
+        if named:
+            raise NotApplicable(f"{named} is refused by name")
     assert response.status_code == 200, f"{response.status_code} {response.text[:120]}"
     answer: Json = response.json()
     return answer
+
+
+ALIASES: defaultdict[str, tuple[str, ...]] = defaultdict(tuple, custom_token_bans=("banned_tokens",))
+"""Names under which a refusal may name a field."""
 
 
 def choice(api: Probe, field: str, **body: Any) -> Json:
@@ -318,14 +362,14 @@ def tokens_are_named_by_ids(api: Probe) -> None:
 
 @extension("prompt_logprobs")
 def every_token_of_the_prompt_has_a_rank(api: Probe) -> None:
-    body = {"prompt_logprobs": 2, "echo": True, "logprobs": 2}
+    body = {"prompt_logprobs": 2, "echo": True, "logprobs": 2, "max_tokens": 1, "logit_bias": api.eos_ban}
     found = choice(api, "prompt_logprobs", **body)
     first, *rest = found["prompt_logprobs"]
     assert first is None
     for entry in rest:
         assert {1, 2} <= {each["rank"] for each in entry.values()}
     values = [next(iter(entry.values()))["logprob"] for entry in rest]
-    known = [value for value in found["logprobs"]["token_logprobs"] if value is not None][: len(values)]
+    *known, _ = found["logprobs"]["token_logprobs"]  # the last one is that of the generated token
     assert all(math.isclose(one, other, abs_tol=1e-4) for one, other in zip(values[-3:], known[-3:], strict=True))
 
 

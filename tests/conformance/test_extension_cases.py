@@ -7,24 +7,28 @@ from typing import Any
 import pytest
 from cases import EXAMPLE
 from extensions import EXTENSIONS as CASES
-from extensions import Extension, extension_cases
+from extensions import NOT_ON_THE_BUILT_IN_MODEL, Extension, check_extension, extension_cases
 from verdict import NotApplicable, Verdict, report
 
 from afterword.completion import request
 from afterword.completion.request_limits import STRICT, RequestLimits
 
-NOT_ON_THIS_MODEL = {"input_extra"}
-"""Fields whose case needs another model than the built-in one. `tests/api/test_infill.py` tests them."""
-
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.field)
 def test_extension(case: Extension, extended: Any) -> None:
-    try:
-        case.check(extended)
-    except NotApplicable as why:
-        if case.field not in NOT_ON_THIS_MODEL:
-            pytest.fail(str(why))
-        pytest.skip(str(why))
+    check_extension(case, extended, NOT_ON_THE_BUILT_IN_MODEL)
+
+
+def test_a_field_that_a_server_refuses_must_be_known() -> None:
+    def refuses(_: Any) -> None:
+        raise NotApplicable("some_field is refused by name")
+
+    refused, served = Extension("some_field", refuses), Extension("some_field", lambda _: None)
+    check_extension(refused, None, {"some_field"})  # type: ignore[arg-type]
+    check_extension(served, None)  # type: ignore[arg-type]
+    for case, known in ((refused, set[str]()), (served, {"some_field"})):
+        with pytest.raises(AssertionError, match="some_field"):
+            check_extension(case, None, known)  # type: ignore[arg-type]
 
 
 def options_of(limits: RequestLimits) -> set[str]:

@@ -165,7 +165,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def deployed(folder: Path, routing: str) -> Iterator[Cluster]:
+def deployed(folder: Path, routing: str, strict: bool = True) -> Iterator[Cluster]:
     """Run two replicas of the built-in model.
 
     At the end a running stream must be answered to its end, and no process of the cluster may be left.
@@ -175,7 +175,7 @@ def deployed(folder: Path, routing: str) -> Iterator[Cluster]:
     keys.chmod(0o600)
     file.write_text(
         f"port: {port}\nreplicas: 2\ncpus: 0.1\ndrain: 60\nrouting: {routing}\n"
-        f"serve: {{strict: true, parallel: 8, threads: 1, api-key-file: {keys}, log: {log}}}\n"
+        f"serve: {{strict: {str(strict).lower()}, parallel: 8, threads: 1, api-key-file: {keys}, log: {log}}}\n"
     )
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(

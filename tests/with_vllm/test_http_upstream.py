@@ -1,4 +1,4 @@
-"""Afterword in front of vLLM's own server: the strict conformance cases, and the same answers as vLLM as child."""
+"""Afterword in front of vLLM's own server: the conformance cases, and the same answers as vLLM as child."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from vllm_server import FLAGS, PYTHON
 sys.path.append(str(Path(__file__).parents[1] / "conformance"))
 
 from cases import CASES
+from extensions import EXTENSIONS, NOT_WITH_VLLM, Extension, check_extension
 from probe import Probe
 from verdict import Case
 
@@ -99,6 +100,20 @@ def api(serve: Any, http_arguments: tuple[str, ...]) -> Iterator[Probe]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.number:02} {case.rule}")
 def test_case(case: Case, api: Probe) -> None:
     check_case(case, api)
+
+
+@pytest.fixture(scope="module")
+def extended(serve: Any, http_arguments: tuple[str, ...]) -> Iterator[Probe]:
+    with (
+        serve(*http_arguments, "--max-logprobs", "1000") as server,
+        Probe(f"{server.url}/v1", server.key, server.model) as probe,
+    ):
+        yield probe
+
+
+@pytest.mark.parametrize("case", EXTENSIONS, ids=lambda case: case.field)
+def test_a_field_has_its_meaning_or_is_refused_by_name(case: Extension, extended: Probe) -> None:
+    check_extension(case, extended, NOT_WITH_VLLM)
 
 
 SAME: list[dict[str, Any]] = [

@@ -215,8 +215,23 @@ def test_compiling_begins_after_the_step_that_announces_it_was_sent() -> None:
     assert not compiler.started
     assert keeper.collect(()) == []
     assert compiler.started == [LIST]
-    assert keeper.collect(()) == [(7, Step(failed=True, error="no"))]
+    assert keeper.collect(()) == [(7, Step(failed=True, error="Invalid 'json_schema': no"))]
     assert not keeper.holds_back(7)
+
+
+def test_a_grammar_of_two_fields_is_compiled_once_and_its_errors_name_the_field_of_each_job() -> None:
+    compiler = _Compiler()
+    keeper = GrammarKeeper(compiler)
+    for number, field in enumerate(("json_schema", "response_format.schema")):
+        keeper.request(number, job(msgspec.structs.replace(LIST, field=field)))
+    steps = [pair for _ in range(3) for pair in keeper.collect(())]
+    assert steps[0] == (0, Step(compiling=True))
+    assert [(number, step and step.error) for number, step in steps[1:]] == [
+        (0, "Invalid 'json_schema': no"),
+        (1, "Invalid 'response_format.schema': no"),
+    ]
+    assert len(compiler.started) == 1
+    assert not keeper.waits
 
 
 def test_a_closed_job_is_forgotten_while_its_grammar_is_compiled() -> None:

@@ -158,7 +158,7 @@ def test_the_chi_square_of_a_wrong_distribution_is_large(wanted: Sampling, other
 # ---- single samplers
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(
     logits,
     st.sampled_from(["top_n_sigma", "typ_p", "top_p", "top_k", "min_p", "infill"]),
@@ -175,7 +175,7 @@ def test_the_reference_keeps_the_same_tokens(row: np.ndarray, step: str, number:
     assert kept.ids.tolist() == sorted(kept.ids.tolist())
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(logits, st.floats(0.0, 2.0), st.floats(0.0, 3.0), st.floats(0.2, 4.0))
 def test_the_reference_has_the_same_probabilities(
     row: np.ndarray, temperature: float, spread: float, exponent: float
@@ -188,7 +188,7 @@ def test_the_reference_has_the_same_probabilities(
         assert found.get(token, 0.0) == pytest.approx(p, rel=1e-9, abs=1e-15)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(logits, st.floats(0.01, 0.5), st.sampled_from([0, 1, 3, 50]))
 def test_the_least_likely_of_the_top_choices_stays(row: np.ndarray, threshold: float, least: int) -> None:
     chain = SamplerChain(("xtc",), xtc_probability=1.0, xtc_threshold=threshold, min_keep=least)
@@ -215,7 +215,7 @@ settings_of_dry = st.builds(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(texts, texts, settings_of_dry)
 def test_repetitions_are_those_of_the_definition(prompt: list[int], generated: list[int], dry: Dry) -> None:
     found = Repetitions(dry, prompt)
@@ -259,7 +259,7 @@ def test_mirostat_draws_from_the_reference(version: int, tau: float) -> None:
     assert chi_square(drawn(row, wanted, DRAWS), reference.probabilities(kept)) < 4
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(logits, st.floats(-2, 12), st.sampled_from([1, 2]))
 def test_mirostat_keeps_what_the_reference_keeps(row: np.ndarray, limit: float, version: int) -> None:
     p = reference.probabilities(dict(enumerate(row.tolist())))

@@ -50,12 +50,6 @@ def test_the_text_of_kept_grammars_is_bounded(monkeypatch: pytest.MonkeyPatch) -
     assert [threads.get(each) is not None for each in (first, second)] == [False, True]
 
 
-def test_an_error_names_the_field() -> None:
-    found = compiled(GrammarThreads(TEXTS), Grammar("regex", "(", "structured_outputs.regex"))
-    assert isinstance(found, str)
-    assert found.startswith("Invalid 'structured_outputs.regex': ")
-
-
 def test_a_grammar_that_takes_too_long_fails_and_the_next_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     threads = GrammarThreads(TEXTS)
     release = threading.Event()

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from afterword.engine.core.matcher import AllowedTokens, Busy, GrammarCompiler, Matcher, constrained, restricted
+from afterword.engine.core.matcher import AllowedTokens, Busy, GrammarCompiler, Matcher, constrained, restricted, rules
 from afterword.engine.core.sampler import SampleTokens
 from afterword.engine.core.sequence import Sequence
 from afterword.engine.protocol import BATCH_CLIENT, Grammar, Job, Step
@@ -140,10 +140,10 @@ class GrammarKeeper:
         if found is None:
             return
         self._current, self._begun = None, False
-        for each in [each for each, wanted in self._waiting.items() if wanted == grammar]:
+        for each, wanted in [pair for pair in self._waiting.items() if rules(pair[1]) == rules(grammar)]:
             self._remove(each)
             if isinstance(found, str):
-                yield each, Step(failed=True, error=found)
+                yield each, Step(failed=True, error=f"Invalid '{wanted.field}': {found}")
             elif isinstance(found, Busy):
                 yield each, Step(failed=True, busy=True)
             else:

@@ -73,12 +73,17 @@ class GrammarCompiler(Protocol):
         ...
 
     def result(self) -> Matcher | str | Busy | None:
-        """The result of `start`: a matcher, or what is wrong as a sentence for the client. None: not ready yet."""
+        """The result of `start`: a matcher, or what is wrong, as the end of a sentence. None: not ready yet."""
         ...
 
     def wait(self, seconds: float) -> None:
         """Wait until a grammar or a mask is ready, at most so long."""
         ...
+
+
+def rules(grammar: Grammar) -> tuple[str, str]:
+    """What the same grammars of different request fields have in common."""
+    return grammar.kind, grammar.text
 
 
 def next_tokens(allowed: AllowedTokens, job: Job, position: int) -> TokenMask | None:

@@ -10,22 +10,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Literal
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from afterword.engine.core.highest import fewest, highest
 from afterword.engine.core.numpy_kernel import pick, random_number, unpacked
 from afterword.engine.core.repetitions import Repetitions
-from afterword.engine.core.sampler_kernel import GREEDY_BELOW, Ids, LogitsRow, Numbers, SampleQuery, cached_distinct
+from afterword.engine.core.sampler_kernel import (
+    GREEDY_BELOW,
+    Ids,
+    LogitsRow,
+    Numbers,
+    SampleQuery,
+    cached_distinct,
+)
 from afterword.engine.protocol import INFILL_MIN_P, Dry, SamplerChain
 
 _MIROSTAT_TOKENS = 100  # most likely tokens from which Mirostat 1 estimates the distribution, as in llama.cpp
 _LARGEST_EXPONENT = 88.7228391  # logarithm of the largest float32: llama.cpp limits DRY's powers by it
 _ADAPTIVE_WIDTH, _ADAPTIVE_PEAK, _ADAPTIVE_SHARPNESS = 0.3, 5.0, 10.0  # constants of llama.cpp's adaptive-p
 _MAX_CACHED = 256  # prompts, as in `sampler_kernel`
-_FIRST_SORTED = 256  # candidates that are sorted first; more only if these do not suffice
+_MARGIN = 1e-3  # between two logits, far more than their rounding
 
 
 class ChainQuery(msgspec.Struct, frozen=True):
@@ -75,6 +82,13 @@ class Candidates(msgspec.Struct, frozen=True):
         logits = self.logits.copy()
         logits[places[found]] = change(logits[places[found]], found)
         return Candidates(self.ids, logits)
+
+    def heavy(self, least: float) -> Ids:
+        """The indexes of the candidates with at least this weight. Few exponentials of others are computed."""
+        largest = self.logits.max()
+        near = np.flatnonzero(self.logits >= largest + math.log(least) - _MARGIN)
+        heavy: Ids = near[np.exp(self.logits[near] - largest) >= least]
+        return heavy
 
     @property
     def weights(self) -> Numbers:
@@ -135,7 +149,7 @@ def _drawn(candidates: Candidates, query: ChainQuery, indexes: list[int], vocabu
         return [_draw_adaptive(candidates, query, index) for index in indexes]
     cumulated = np.cumsum(candidates.weights)
     numbers = np.array([random_number(query.sample.seeds[index], 0) for index in indexes])
-    targets = np.minimum(numbers * cumulated[-1], _below(cumulated[-1]))
+    targets = np.minimum(numbers * cumulated[-1], np.nextafter(cumulated[-1], 0))  # less than the sum of all weights
     drawn: list[int] = candidates.ids[np.searchsorted(cumulated, targets, side="right")].tolist()
     return drawn
 
@@ -145,6 +159,8 @@ def _first_candidates(row: LogitsRow, query: ChainQuery) -> Candidates:
     logits = row.astype(np.float64)
     for token, bias in query.sample.sampling.logit_bias:
         logits[token] += bias
+    if not query.chain.allowed and not query.sample.banned and query.sample.mask is None and row.min() > -math.inf:
+        return Candidates(_all_ids(len(row)), logits)
     mask = logits > -math.inf
     if query.chain.allowed:
         mask &= unpacked(np.frombuffer(query.chain.allowed, np.uint8), len(row))
@@ -161,6 +177,13 @@ def _first_candidates(row: LogitsRow, query: ChainQuery) -> Candidates:
     return Candidates(ids, logits[ids])
 
 
+@lru_cache(4)
+def _all_ids(vocabulary: int) -> Ids:
+    ids = np.arange(vocabulary)
+    ids.flags.writeable = False
+    return ids
+
+
 # ---- the samplers
 
 
@@ -172,6 +195,8 @@ def penalties(candidates: Candidates, query: ChainQuery) -> Candidates:
     if (factor := sampling.repetition_penalty) != 1.0:
         seen = np.union1d(cached_distinct(query.sample.prompt), generated.ids)
         candidates = candidates.changed(seen, lambda x, _: np.where(x > 0, x / factor, x * factor))
+    if not sampling.frequency_penalty and not sampling.presence_penalty:
+        return candidates
     lowered = generated.counts * sampling.frequency_penalty + sampling.presence_penalty
     return candidates.changed(generated.ids, lambda x, found: x - lowered[found])
 
@@ -207,6 +232,8 @@ def dry(candidates: Candidates, query: ChainQuery) -> Candidates:
     if settings is None or query.repetitions is None:
         return candidates
     ids, lengths = query.repetitions.continuations()
+    if not len(ids):
+        return candidates
     penalty = settings.multiplier * settings.base ** _dry_exponents(settings, lengths)
     return candidates.changed(ids, lambda x, found: x - penalty[found])
 
@@ -228,7 +255,7 @@ def top_n_sigma(candidates: Candidates, query: ChainQuery) -> Candidates:
 def top_k(candidates: Candidates, query: ChainQuery) -> Candidates:
     """Keep the `top_k` largest logits. Ties go to the lower id."""
     count = query.sample.sampling.top_k
-    return candidates.keep(_lowest(-candidates.logits, count)[:count]) if count else candidates
+    return candidates.keep(highest(candidates.logits, count)[:count]) if count else candidates
 
 
 def top_p(candidates: Candidates, query: ChainQuery) -> Candidates:
@@ -236,7 +263,7 @@ def top_p(candidates: Candidates, query: ChainQuery) -> Candidates:
     wanted = query.sample.sampling.top_p
     if wanted >= 1:
         return candidates
-    return candidates.keep(_fewest(-candidates.logits, candidates.probabilities, wanted, "left", query.chain.min_keep))
+    return candidates.keep(fewest(candidates.logits, candidates.weights, wanted, "left", query.chain.min_keep))
 
 
 def typical(candidates: Candidates, query: ChainQuery) -> Candidates:
@@ -247,22 +274,25 @@ def typical(candidates: Candidates, query: ChainQuery) -> Candidates:
     if query.chain.typical_p >= 1:
         return candidates
     candidates = candidates.keep(candidates.probabilities > 0)
-    p = candidates.probabilities
+    weights = candidates.weights
+    p = weights / weights.sum()
     distance = np.abs(-np.log(p) - _entropy(p))
-    return candidates.keep(_fewest(distance, p, query.chain.typical_p, "right", query.chain.min_keep))
+    return candidates.keep(fewest(-distance, weights, query.chain.typical_p, "right", query.chain.min_keep))
 
 
 def min_p(candidates: Candidates, query: ChainQuery) -> Candidates:
     """Keep tokens with at least this fraction of the highest probability, and at least `min_keep`."""
-    kept, least = candidates.weights >= query.sample.sampling.min_p, query.chain.min_keep
-    if np.count_nonzero(kept) < least:
-        return candidates.keep(_lowest(-candidates.logits, least)[:least])
+    if not query.sample.sampling.min_p:
+        return candidates
+    kept, least = candidates.heavy(query.sample.sampling.min_p), query.chain.min_keep
+    if len(kept) < least:
+        return candidates.keep(highest(candidates.logits, least)[:least])
     return candidates.keep(kept)
 
 
 def infill(candidates: Candidates, _: ChainQuery) -> Candidates:
     """`min_p` with `INFILL_MIN_P`, in place of llama.cpp's sampler `infill`."""
-    return candidates.keep(candidates.weights >= INFILL_MIN_P)
+    return candidates.keep(candidates.heavy(INFILL_MIN_P))
 
 
 def exclude_top_choices(candidates: Candidates, chain: SamplerChain) -> Candidates:
@@ -338,7 +368,7 @@ def _draw_adaptive(candidates: Candidates, query: ChainQuery, index: int) -> int
 
 def mirostat_1(candidates: Candidates, limit: float, vocabulary: int) -> Candidates:
     """Keep as many most likely tokens as the limit of surprise allows, under Zipf's law with an estimated exponent."""
-    order = _lowest(-candidates.logits, _MIROSTAT_TOKENS)[:_MIROSTAT_TOKENS]
+    order = highest(candidates.logits, _MIROSTAT_TOKENS)[:_MIROSTAT_TOKENS]
     if len(order) < 2:
         return candidates
     logits = candidates.logits[order]
@@ -351,7 +381,7 @@ def mirostat_1(candidates: Candidates, limit: float, vocabulary: int) -> Candida
     count = np.float64(zeta * np.exp2(limit)) ** (1 / np.float64(exponent))
     most = len(candidates.ids)
     kept = max(int(min(count, most)), 1) if math.isfinite(count) else most
-    return candidates.keep(_lowest(-candidates.logits, kept)[:kept])
+    return candidates.keep(highest(candidates.logits, kept)[:kept])
 
 
 def mirostat_2(candidates: Candidates, limit: float) -> Candidates:
@@ -361,37 +391,7 @@ def mirostat_2(candidates: Candidates, limit: float) -> Candidates:
     return candidates.keep(kept if kept.any() else np.array([np.argmax(p)]))
 
 
-# ---- sorting
-
-
-def _below(number: float) -> float:
-    """The next smaller number, so that a draw never reaches the sum of all weights."""
-    return float(np.nextafter(number, 0))
-
-
 def _entropy(p: Numbers) -> float:
     """The entropy of probabilities, in nats."""
     positive = p[p > 0]
     return -float((positive * np.log(positive)).sum())
-
-
-def _lowest(keys: Numbers, count: int) -> Ids:
-    """The indexes of the lowest keys in ascending order: at least `count`, if there are as many. Ties: lower index."""
-    if count >= len(keys):
-        return np.argsort(keys, kind="stable")
-    found = np.flatnonzero(keys <= np.partition(keys, count - 1)[count - 1])
-    return found[np.argsort(keys[found], kind="stable")]
-
-
-def _fewest(keys: Numbers, p: Numbers, wanted: float, side: Literal["left", "right"], least: int = 0) -> Ids:
-    """The indexes of the lowest keys, as few as have a probability of at least (left) or more than (right) `wanted`.
-
-    At least `least`, if there are as many.
-    """
-    count = max(_FIRST_SORTED, least)
-    while True:
-        order = _lowest(keys, count)
-        reached = np.cumsum(p[order])
-        if reached[-1] > wanted or len(order) == len(keys):
-            return order[: max(int(np.searchsorted(reached, wanted, side)) + 1, least)]
-        count *= 8

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from afterword.engine.core.matcher import AllowedTokens, Busy
+from afterword.engine.core.matcher import AllowedTokens, Busy, rules
 from afterword.engine.grammar.compiled_grammar import GrammarTokens, InvalidGrammar, Place, compile_grammar
 from afterword.engine.grammar.task_thread import Task, TaskThread
 from afterword.engine.protocol import Grammar
@@ -57,10 +57,9 @@ class GrammarThreads:
 
     def get(self, grammar: Grammar) -> GrammarMatcher | None:
         """See `GrammarCompiler`."""
-        key = grammar.kind, grammar.text
-        if key in self._kept:
-            self._kept.move_to_end(key)
-        return self._kept.get(key)
+        if rules(grammar) in self._kept:
+            self._kept.move_to_end(rules(grammar))
+        return self._kept.get(rules(grammar))
 
     def start(self, grammar: Grammar) -> None:
         """See `GrammarCompiler`."""
@@ -81,19 +80,19 @@ class GrammarThreads:
             self._keep(self._grammar, matcher)
             return matcher
         if isinstance(problem, InvalidGrammar):
-            return f"Invalid '{self._grammar.field}': {problem}"
+            return str(problem)
         if isinstance(problem, TimeoutError):
-            return f"Invalid '{self._grammar.field}': it takes longer than {COMPILE_SECONDS:g} s to compile."
-        return f"Invalid '{self._grammar.field}': it cannot be compiled ({type(problem).__name__})."
+            return f"it takes longer than {COMPILE_SECONDS:g} s to compile."
+        return f"it cannot be compiled ({type(problem).__name__})."
 
     def refuse(self, grammar: Grammar) -> None:
         """Let all samples with this grammar fail from now on: tokens of it hold up the engine's thread."""
-        self._refused[grammar.kind, grammar.text] = None
+        self._refused[rules(grammar)] = None
         if len(self._refused) > MAX_KEPT:
             self._refused.popitem(last=False)
 
     def is_refused(self, grammar: Grammar) -> bool:
-        return bool(self._refused) and (grammar.kind, grammar.text) in self._refused
+        return bool(self._refused) and rules(grammar) in self._refused
 
     def wait(self, seconds: float) -> None:
         """See `GrammarCompiler`."""
@@ -121,7 +120,7 @@ class GrammarThreads:
         return place, allowed
 
     def _keep(self, grammar: Grammar, matcher: GrammarMatcher) -> None:
-        self._kept[grammar.kind, grammar.text] = matcher
+        self._kept[rules(grammar)] = matcher
         while len(self._kept) > MAX_KEPT or sum(len(text) for _, text in self._kept) > MAX_KEPT_TEXT:
             if len(self._kept) == 1:
                 break

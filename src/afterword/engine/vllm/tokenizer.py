@@ -114,6 +114,7 @@ class FolderTokenizer:
             fingerprint="",
             promise="none",
             job_limits=limits,
+            special=tuple(sorted(self._special.values())),
         )
 
     def _token(self, name: str) -> int | None:
