@@ -54,6 +54,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)
 PARTS = 8  # of a long text
 PART = 48  # tokens
 _STEADY = 0.1  # how much a part's time for a token may differ from a line through all of them
+_REAL_TOKENS = 2000  # more than the real text and its prompt have
 _GREEDY = Sampling(temperature=0.0)
 
 
@@ -181,6 +182,10 @@ class Opened:
         steady = all(abs(base + slope * at - each) < _STEADY * mean for at, each in zip(starts, times, strict=True))
         return Run(mean * (len(text) - 1), steady=steady)
 
+    def tokenize(self, text: str) -> Tokens:
+        """The tokens of a text, special ones included."""
+        return Vocabulary(self.runner.model).tokenize(text, True)
+
     def complete(self, prompt: Tokens, count: int) -> Tokens:
         """The model's own greedy completion of a prompt."""
         self.clear()
@@ -232,7 +237,9 @@ def print_passes(opened: Opened, after: int, rounds: int) -> float:
 
 def print_cases(opened: Opened, chosen: Sequence[Case], rounds: int, best: float, *, whole: bool) -> None:
     """Print how many times as fast each case is with drafts. `best`: see `print_passes`."""
-    print("\n| case | tokens | without, s | with, s | ratio | of rounds | of the best | at least | drafted | accepted |")
+    print(
+        "\n| case | tokens | without, s | with, s | ratio | of rounds | of the best | at least | drafted | accepted |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     for case in chosen:
         parts = not whole and len(case.texts) == 1 and len(case.texts[0]) > 2 * PARTS * PART
@@ -268,7 +275,9 @@ def _options() -> argparse.ArgumentParser:
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--draft-model", type=Path, metavar="FILE", help="add cases with this draft model")
-    parser.add_argument("--real", action="store_true", help="only the case of a real model with a chat template (ChatML)")
+    parser.add_argument(
+        "--real", action="store_true", help="only the case of a real model with a chat template (ChatML)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="number of threads (1)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, with and without drafts in turn (3)")
     parser.add_argument("--lines", type=int, default=400, help="lines of the Python file (400)")
@@ -290,10 +299,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not options.real and (not options.case or any(text in case.name for text in options.case))
     ]
     for path in options.files:
-        longest = max((case.longest for case in chosen), default=0)
+        longest = max((case.longest for case in chosen), default=_REAL_TOKENS)
         opened = open_model(path, options.threads, max(1024, longest + 1), options.draft_model)
         if options.real:
-            chosen = [real_case(lambda text: Vocabulary(opened.runner.model).tokenize(text, True), opened.complete)]
+            chosen = [real_case(opened.tokenize, opened.complete)]
             longest = chosen[0].longest
         print(f"\n{path.name}, promise {opened.runner.promise}, {options.threads} threads\n")
         best = print_passes(opened, longest // 2, options.rounds)

@@ -59,10 +59,15 @@ def cases(lines: int, length: int) -> list[Case]:
     return [
         Case("changed lines", (file,), prediction, least_of_possible=0.8),
         Case("other text as prediction", (other,), random_tokens(length, 102), least=_NEUTRAL),
-        Case("repetitive text, ngram", (repetitive,), ngrams=True, least=2.0),
-        Case("ordinary text, ngram", (other,), ngrams=True, least=_NEUTRAL),
+        Case("one stream of repetitive text, ngram", (repetitive,), ngrams=True, least=2.0),
+        Case("one stream of ordinary text, ngram", (other,), ngrams=True, least=_NEUTRAL),
         *(
-            Case(f"misleading repetitions of {size} tokens, ngram", (misleading(length, size),), ngrams=True, least=0.97)
+            Case(
+                f"one stream, misleading repetitions of {size} tokens, ngram",
+                (misleading(length, size),),
+                ngrams=True,
+                least=0.97,
+            )
             for size in (4, 6, 14)
         ),
         Case("16 streams of ordinary text, ngram", crowd, ngrams=True, least=1.0),
