@@ -2,27 +2,30 @@
 
 For each model file, first a table of passes: k tokens of one sequence in one pass against k passes of one token, in the
 middle of the longest text. The best ratio bounds what verifications can gain there. Then cases with and without drafts,
-as ratios of times:
+as ratios of times, beside the ratio that each should reach:
 
 - changed lines: a Python file of 400 lines is generated; the prediction is the file with 5 other lines;
 - other text: the prediction has nothing in common with the text, so nothing is accepted;
 - repetitive text, ordinary text: `--speculate ngram` without a prediction; 16 streams: the same of 16 jobs;
+- misleading repetitions: the same few tokens return again and again, each time with other tokens after them;
 - with `--draft-model`: a draft model that computes its passes, of whose tokens a given share is right: then its most
-  likely token is replaced by the script's.
+  likely token is replaced by the script's;
+- with `--real`: the model itself repeats a text that the prompt contains, and the prediction has some other words.
 
-The texts come from a script: the sampler reads every row, and then the scripted token is taken. So a model with random
-weights generates the file, at its real cost. A token of the file is a word, a number, a space or a sign. CPU time is
-measured with one thread, which other programs hardly affect, and wall time with more.
+The other texts come from a script: the sampler reads every row, and then the scripted token is taken. So a model with
+random weights generates the file, at its real cost. A long text without drafts is not generated as a whole, unless
+`--whole` is given: parts of it are, spread evenly, and their time for a token is that of all. The time for a token
+rises steadily with the length of the text; where parts differ otherwise, the row says so.
+
+CPU time is measured with one thread, which other programs hardly affect, and wall time with more.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-import re
 import statistics
 import time
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,18 +41,21 @@ from afterword.engine.core.sampler import Sampler, SampleTokens, TokenQuery
 from afterword.engine.llama import library
 from afterword.engine.llama.draft_model import open_draft
 from afterword.engine.llama.runner import LlamaRunner
+from afterword.engine.llama.vocabulary import Vocabulary
 from afterword.engine.messages import LoadModel
 from afterword.engine.protocol import Job, Sampling, Token
 from afterword.engine.worker.worker_main import LoadedDraft
 from afterword.models.gguf_facts import read_facts
 from afterword.models.registry import Model
 from bench.engine import SEQUENCES, Clock
+from bench.prediction_cases import PROMPT, Case, Tokens, cases, draft_cases, random_tokens, real_case
 
-SOURCE = Path(__file__).resolve().parent.parent / "src/afterword/engine/core/scheduler.py"
 SIZES = (1, 2, 4, 8, 16, 32, 64)
-_PROMPT = 32  # tokens
-_WORDS = 4000
-_PIECES = re.compile(r"\s+|\w+|[^\w\s]")
+PARTS = 8  # of a long text
+PART = 48  # tokens
+_STEADY = 0.1  # how much a part's time for a token may differ from a line through all of them
+_REAL_TOKENS = 2000  # more than the real text and its prompt have
+_GREEDY = Sampling(temperature=0.0)
 
 
 class ScriptedSampler(Sampler):
@@ -80,7 +86,7 @@ class ScriptedDraftModel(DraftModel):
         logits = super()._run(entries).copy()
         keys = {follower.slot.index: sequence.job_state.job.key for sequence, follower in self._followers.items()}
         for row, entry in zip(logits, [entry for entry in entries if entry.outputs], strict=True):
-            key, place = keys[entry.slot], entry.position + 1 - _PROMPT
+            key, place = keys[entry.slot], entry.position + 1 - PROMPT
             text = self.scripts[key]
             if place < len(text) and random.Random(f"{key!r} {place}").random() < self.right:
                 row[text[place]] = row.max() + 1
@@ -88,17 +94,13 @@ class ScriptedDraftModel(DraftModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """`texts`: one for each job. `prediction`: of every job. `ngrams`: with `--speculate ngram`.
+class Run:
+    """Seconds of a case, the drafted and the accepted tokens. `steady`: False where the seconds are a poor estimate."""
 
-    `right`: the share of tokens of a draft model that are right; None: without a draft model.
-    """
-
-    name: str
-    texts: tuple[tuple[int, ...], ...]
-    prediction: tuple[int, ...] = ()
-    ngrams: bool = False
-    right: float | None = None
+    seconds: float
+    drafted: int = 0
+    accepted: int = 0
+    steady: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +125,13 @@ class Opened:
         """Fill the first slot with a prompt of so many tokens, and empty the others."""
         self.clear()
         for start in range(0, tokens, self.runner.chunk):
-            part = _tokens(min(self.runner.chunk, tokens - start), start)
+            part = random_tokens(min(self.runner.chunk, tokens - start), start)
             self.runner.run(ForwardBatch((), (BatchEntry(0, start, part, 1),)))
 
     def passes(self, after: int, size: int, *, together: bool) -> float:
         """Seconds for `size` tokens after the first `after` ones, each with a logits row, in one pass or one by one."""
         self.runner.run(ForwardBatch((Truncate(0, after),), ()))
-        tokens = _tokens(size, 1)
+        tokens = random_tokens(size, 1)
         start = self.clock()
         if together:
             self.runner.run(ForwardBatch((), (BatchEntry(0, after, tokens, size),)))
@@ -138,12 +140,9 @@ class Opened:
                 self.runner.run(ForwardBatch((), (BatchEntry(0, after + index, (token,), 1),)))
         return self.clock() - start
 
-    def generate(self, case: Case, *, drafts: bool) -> tuple[float, int, int]:
-        """Seconds to generate a case's texts, the drafted and the accepted tokens."""
-        self.clear()
-        loop = EngineLoop(self.runner, self.clock, self.threads, self.runner.thread_pool)
-        sampler = ScriptedSampler()
-        loop._sampler = sampler
+    def generate(self, case: Case, *, drafts: bool) -> Run:
+        """Generate a case's texts."""
+        loop, sampler = self._loop()
         if drafts and case.ngrams:
             loop.draft_ngrams()
         if drafts and self.draft and case.right is not None:
@@ -154,59 +153,60 @@ class Opened:
             key = number.to_bytes(16, "big")
             sampler.scripts[key] = text
             prediction = case.prediction if drafts else ()
-            sampling = Sampling(temperature=0.0)
-            loop.start(
-                number, Job(_tokens(_PROMPT, 2 + number), 1, len(text), sampling, (), key, prediction=prediction)
-            )
+            loop.start(number, Job(case.prompt_of(number), 1, len(text), _GREEDY, (), key, prediction=prediction))
+        self._read_prompts(loop, len(case.texts))
         drafted = accepted = 0
         start = self.clock()
         while loop.step() is not None:
             stats = loop.pass_stats()
             drafted, accepted = drafted + stats.drafted_tokens, accepted + stats.accepted_tokens
-        return self.clock() - start, drafted, accepted
+        return Run(self.clock() - start, drafted, accepted)
 
+    def estimate(self, case: Case) -> Run:
+        """The same without drafts for a case of one text, from `PARTS` parts of it."""
+        (text,) = case.texts
+        loop, sampler = self._loop()
+        starts = [number * (len(text) - PART) // (PARTS - 1) for number in range(PARTS)]
+        times = []
+        for number, at in enumerate(starts):
+            key = number.to_bytes(16, "big")
+            sampler.scripts[key] = text[at:]
+            loop.start(number, Job(case.prompt_of(0) + text[:at], 1, PART, _GREEDY, (), key))
+            self._read_prompts(loop, 1)
+            start = self.clock()
+            while loop.step() is not None:
+                pass
+            times.append((self.clock() - start) / (PART - 1))
+        slope, base = statistics.linear_regression(starts, times)
+        mean = statistics.mean(times)
+        steady = all(abs(base + slope * at - each) < _STEADY * mean for at, each in zip(starts, times, strict=True))
+        return Run(mean * (len(text) - 1), steady=steady)
 
-def cases(lines: int, length: int) -> list[Case]:
-    """All cases: a file of `lines` lines, other texts of `length` tokens."""
-    source = SOURCE.read_text(encoding="utf-8").splitlines(keepends=True)[:lines]
-    before, after = list(source), list(source)
-    for part in range(5):
-        at = max((2 * part + 1) * len(source) // 10, 1)
-        before[at] = re.sub(r"\w+", "former", before[at], count=1) + "    # before\n"
-    file, prediction = _ids("".join(after)), _ids("".join(before))
-    other = _tokens(length, 100)
-    repetitive = tuple(
-        token for number in range(length // 25 + 1) for token in (*_tokens(24, 101), 5 + number % _WORDS)
-    )[:length]
-    crowd = tuple(_tokens(length // 4, 200 + number) for number in range(SEQUENCES))
-    repeated = tuple((_tokens(24, 300 + number) * length)[: length // 2] for number in range(SEQUENCES))
-    return [
-        Case("changed lines", (file,), prediction),
-        Case("other text as prediction", (other,), _tokens(length, 102)),
-        Case("repetitive text, ngram", (repetitive,), ngrams=True),
-        Case("ordinary text, ngram", (other,), ngrams=True),
-        Case("16 streams of ordinary text, ngram", crowd, ngrams=True),
-        Case("16 streams of repetitive text, ngram", repeated, ngrams=True),
-    ]
+    def tokenize(self, text: str) -> Tokens:
+        """The tokens of a text, special ones included."""
+        return Vocabulary(self.runner.model).tokenize(text, True)
 
+    def complete(self, prompt: Tokens, count: int) -> Tokens:
+        """The model's own greedy completion of a prompt."""
+        self.clear()
+        loop = EngineLoop(self.runner, self.clock, self.threads, self.runner.thread_pool)
+        loop.start(0, Job(prompt, 1, count, _GREEDY, (), bytes(16)))
+        found: list[int] = []
+        while (steps := loop.step()) is not None:
+            found += [token.id for step in steps.values() for _, token in step.sampled]
+        return tuple(found)
 
-def draft_cases(length: int) -> list[Case]:
-    """Cases with a draft model."""
-    alone = (_tokens(length, 100),)
-    crowd = tuple(_tokens(length // 4, 200 + number) for number in range(SEQUENCES))
-    return [
-        *(Case(f"draft model, {right:.0%} right", alone, right=right) for right in (0.9, 0.7, 0.0)),
-        *(Case(f"16 streams, draft model, {right:.0%} right", crowd, right=right) for right in (0.9, 0.0)),
-    ]
+    def _loop(self) -> tuple[EngineLoop, ScriptedSampler]:
+        self.clear()
+        loop = EngineLoop(self.runner, self.clock, self.threads, self.runner.thread_pool)
+        loop._sampler = sampler = ScriptedSampler()
+        return loop, sampler
 
-
-def _tokens(count: int, seed: int) -> tuple[int, ...]:
-    numbers = random.Random(seed)
-    return tuple(numbers.randrange(5, _WORDS) for _ in range(count))
-
-
-def _ids(text: str) -> tuple[int, ...]:
-    return tuple(5 + zlib.crc32(piece.encode()) % (_WORDS - 5) for piece in _PIECES.findall(text))
+    def _read_prompts(self, loop: EngineLoop, count: int) -> None:
+        """Run the loop until each of `count` texts has its first token. Reading a prompt is the same in all cases."""
+        begun: set[int] = set()
+        while len(begun) < count:
+            begun |= {job for job, step in (loop.step() or {}).items() if step.sampled}
 
 
 def open_model(path: Path, threads: int, context: int, draft: Path | None = None) -> Opened:
@@ -235,46 +235,78 @@ def print_passes(opened: Opened, after: int, rounds: int) -> float:
     return best
 
 
-def print_cases(opened: Opened, chosen: Sequence[Case], rounds: int, best: float) -> None:
+def print_cases(opened: Opened, chosen: Sequence[Case], rounds: int, best: float, *, whole: bool) -> None:
     """Print how many times as fast each case is with drafts. `best`: see `print_passes`."""
-    print("\n| case | tokens | without, s | with, s | ratio | of the best | drafted | accepted |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    print(
+        "\n| case | tokens | without, s | with, s | ratio | of rounds | of the best | at least | drafted | accepted |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     for case in chosen:
-        times = []
+        parts = not whole and len(case.texts) == 1 and len(case.texts[0]) > 2 * PARTS * PART
+        ratios, runs = [], []
         for number in range(rounds):
             order = (False, True) if number % 2 == 0 else (True, False)
-            found = {drafts: opened.generate(case, drafts=drafts) for drafts in order}
-            times.append((found[False][0], *found[True]))
-        ratio = statistics.median(without / seconds for without, seconds, *_ in times)
-        without, seconds, drafted, accepted = (min(column) for column in zip(*times, strict=True))
-        measured = f"{without:.2f} | {seconds:.2f} | {ratio:.2f} | {ratio / best:.0%} | {drafted} | {accepted}"
-        print(f"| {case.name} | {sum(map(len, case.texts))} | {measured} |", flush=True)
+            found = {
+                drafts: opened.estimate(case) if parts and not drafts else opened.generate(case, drafts=drafts)
+                for drafts in order
+            }
+            ratios.append(found[False].seconds / found[True].seconds)
+            runs.append(found)
+        print(f"| {case.name} | {sum(map(len, case.texts))} | {_figures(case, ratios, runs, best)} |", flush=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the tables of each model."""
-    parser = argparse.ArgumentParser(prog="python -m bench.prediction", description=__doc__)
+def _figures(case: Case, ratios: Sequence[float], runs: Sequence[Mapping[bool, Run]], best: float) -> str:
+    """The columns of a case after its length."""
+    ratio = statistics.median(ratios)
+    without, seconds = (min(found[drafts].seconds for found in runs) for drafts in (False, True))
+    least = case.least if case.least_of_possible is None else case.least_of_possible * best
+    wanted = "–" if least is None else f"{least:.2f}: {'yes' if ratio >= least else 'no'}"
+    unsteady = "" if all(found[False].steady for found in runs) else " (parts differ: use --whole)"
+    last = runs[-1][True]
+    return (
+        f"{without:.2f}{unsteady} | {seconds:.2f} | {ratio:.2f} | {min(ratios):.2f} to {max(ratios):.2f} | "
+        f"{ratio / best:.0%} | {wanted} | {last.drafted} | {last.accepted}"
+    )
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.prediction", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--draft-model", type=Path, metavar="FILE", help="add cases with this draft model")
+    parser.add_argument(
+        "--real", action="store_true", help="only the case of a real model with a chat template (ChatML)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="number of threads (1)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, with and without drafts in turn (3)")
     parser.add_argument("--lines", type=int, default=400, help="lines of the Python file (400)")
     parser.add_argument("--length", type=int, default=400, help="tokens of other texts (400)")
+    parser.add_argument("--whole", action="store_true", help="generate long texts as a whole without drafts too")
     parser.add_argument(
         "--case", action="append", metavar="TEXT", help="cases whose names contain it; repeatable (all)"
     )
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the tables of each model."""
+    options = _options().parse_args(arguments)
     library.initialize(verbose=False)
     chosen = [
         case
         for case in cases(options.lines, options.length) + (draft_cases(options.length) if options.draft_model else [])
-        if not options.case or any(text in case.name for text in options.case)
+        if not options.real and (not options.case or any(text in case.name for text in options.case))
     ]
-    longest = max(len(text) for case in chosen for text in case.texts) if chosen else 0
     for path in options.files:
-        opened = open_model(path, options.threads, max(512, longest + 2 * _PROMPT), options.draft_model)
+        longest = max((case.longest for case in chosen), default=_REAL_TOKENS)
+        opened = open_model(path, options.threads, max(1024, longest + 1), options.draft_model)
+        if options.real:
+            chosen = [real_case(opened.tokenize, opened.complete)]
+            longest = chosen[0].longest
         print(f"\n{path.name}, promise {opened.runner.promise}, {options.threads} threads\n")
-        print_cases(opened, chosen, options.rounds, print_passes(opened, longest // 2, options.rounds))
+        best = print_passes(opened, longest // 2, options.rounds)
+        print_cases(opened, chosen, options.rounds, best, whole=options.whole)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
 from afterword.engine.draft import PredictedText, Prediction, prediction_draft  # noqa: E402
+from afterword.engine.llama.runner import LlamaRunner  # noqa: E402
 from afterword.models.gguf_facts import read_facts  # noqa: E402
 from afterword.models.registry import builtin_path  # noqa: E402
 from bench import infill, prediction, report  # noqa: E402
@@ -235,6 +236,31 @@ def test_predictions_are_measured_on_a_written_model(tmp_path, capsys):
     assert [row[:2] for row in rows[len(prediction.SIZES) + 2 :]] == [
         [case.name, str(sum(map(len, case.texts)))] for case in expected
     ]
+
+
+def test_a_long_text_without_drafts_is_generated_in_parts(tmp_path, capsys, monkeypatch):
+    write_gguf(tmp_path / "small.gguf", FORMS["small"], "Q8_0")
+    passes = []
+    run = LlamaRunner.run
+    monkeypatch.setattr(LlamaRunner, "run", lambda runner, batch: passes.append(batch) or run(runner, batch))
+    found = {}
+    for whole in ((), ("--whole",)):
+        passes.clear()
+        arguments = ["--rounds", "1", "--length", "800", "--case", "other text", *whole]
+        prediction.main([str(tmp_path / "small.gguf"), *arguments])
+        *_, row = rows_of(capsys.readouterr().out)
+        assert row[:2] == ["other text as prediction", "800"]
+        assert row[7].startswith("0.97: ")
+        found[whole] = len(passes)
+    assert found["--whole",] - found[()] > 300, "parts have 384 of the 800 tokens"
+
+
+def test_a_model_repeats_a_real_text(tmp_path, capsys):
+    write_gguf(tmp_path / "small.gguf", FORMS["small"], "Q8_0")
+    prediction.main([str(tmp_path / "small.gguf"), "--rounds", "1", "--real"])
+    *_, row = rows_of(capsys.readouterr().out)
+    assert row[0] == "real text"
+    assert int(row[1]) > 500, "a byte is a token"
 
 
 def test_a_draft_model_is_measured(tmp_path, capsys):

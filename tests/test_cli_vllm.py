@@ -104,7 +104,7 @@ def test_flags_with_an_open_quote_are_refused():
     [
         ({"kv_type": "f16"}, "--kv-type"),
         ({"threads": 1}, "--threads"),
-        ({"speculate": "ngram"}, "--speculate"),
+        ({"speculate": "off"}, "--speculate"),
         ({"gpu_layers": -1}, "--gpu-layers"),
         ({"cache_dir": Path("cache")}, "--cache-dir"),
         ({"cache_bytes": 10**6}, "--cache-size"),

@@ -200,7 +200,7 @@ class EngineSettings:
     infill_template: str = ""
     cache_dir: Path | None = None
     cache_bytes: int = 10 * 10**9
-    speculate: Speculation = "off"
+    speculate: Speculation = "ngram"
     draft_model: str = ""
     share_weights: bool = False
 

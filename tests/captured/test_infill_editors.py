@@ -46,6 +46,24 @@ def test_an_editor_gets_the_response_that_it_reads(served: tuple[httpx.Client, s
             assert middle == {}
 
 
+@pytest.mark.parametrize(
+    "seen",
+    [seen for seen in REQUESTS if seen["body"].get("n_cmpl", 1) == 1],
+    ids=lambda seen: f"{seen['client']}: {seen['request']}",
+)
+def test_the_same_request_can_be_streamed(served: tuple[httpx.Client, str], seen: Json) -> None:
+    http, model = served
+    body = {name: value for name, value in seen["body"].items() if name not in ("model", "response_fields")}
+    # with a seed and without limits of time, so that both responses have the same tokens
+    body = {name: value for name, value in body.items() if not name.startswith("t_max")} | {"seed": 1}
+    whole = http.post("/infill", json=body | {"model": model, "stream": False}).json()
+    answer = http.post("/infill", json=body | {"model": model, "stream": True})
+    assert answer.status_code == 200, answer.text
+    events = [json.loads(line.removeprefix("data: ")) for line in answer.text.split("\n") if line.startswith("data: {")]
+    assert "".join(event["content"] for event in events) == whole["content"]
+    assert [event["stop"] for event in events] == [False] * (len(events) - 1) + [True]
+
+
 def at(middle: Json, path: str, whole: bool) -> Any:
     """The member at a path. `whole`: the path is the name of the member."""
     if whole:

@@ -10,10 +10,10 @@ from afterword.engine.draft import (
     LENGTHS,
     PROBE,
     Draft,
-    OwnText,
     PredictedText,
     Prediction,
     ngram_places,
+    own_text_draft,
     prediction_draft,
 )
 
@@ -105,7 +105,7 @@ def test_a_draft_ends_with_the_tokens_that_may_be_generated() -> None:
 
 def test_repeated_text_is_drafted_from_the_sample_itself() -> None:
     prompt = tuple(range(50))
-    draft = Draft(OwnText(prompt, ngram_places(prompt)), 400)
+    draft = own_text_draft(prompt, ngram_places(prompt), 400)
     lengths = follow(draft, [900, 901, *(list(range(10, 40)) * 8)])
     assert lengths[0] == LENGTHS[0]
     assert sum(lengths) > 180
@@ -113,14 +113,34 @@ def test_repeated_text_is_drafted_from_the_sample_itself() -> None:
 
 
 def test_a_text_of_one_token_is_drafted_beyond_its_end() -> None:
-    draft = Draft(OwnText((5, 6), ngram_places((5, 6))), 300)
+    draft = own_text_draft((5, 6), ngram_places((5, 6)), 300)
     lengths = follow(draft, [7] * 300)
     assert max(lengths) == LENGTHS[-1] - 1
 
 
 def test_text_without_repetition_is_not_drafted() -> None:
-    draft = Draft(OwnText((1, 2, 3), ngram_places((1, 2, 3))), 300)
+    draft = own_text_draft((1, 2, 3), ngram_places((1, 2, 3)), 300)
     assert follow(draft, list(range(10, 310))) == []
+
+
+def test_a_text_across_the_end_of_the_prompt_is_found() -> None:
+    prompt = (7, 8, 9, 10, 11, 12, 13, 14, 7, 8)
+    draft = own_text_draft(prompt, ngram_places(prompt), 300)
+    for token in (9, 10, 11, 12):
+        draft.append(token)
+    assert draft.rest[:3] == (13, 14, 7)
+
+
+def test_own_texts_have_no_acceptance_before_a_draft_agreed() -> None:
+    prompt = tuple(range(50))
+    draft = own_text_draft(prompt, ngram_places(prompt), 300)
+    for token in range(10, 13 + PROBE):
+        draft.append(token)
+    assert len(draft.rest) == LENGTHS[0]
+    assert draft.acceptance == 0
+    for token in draft.rest:
+        draft.append(token)
+    assert draft.acceptance > 0.8
 
 
 def test_acceptance_falls_with_rejected_tokens() -> None:

@@ -32,10 +32,13 @@ INDEXED = 2**14
 _NEAR = 16  # places before and after the expected one that are compared, where a pair of tokens occurs often
 _COMPARED = 16  # tokens before a place that are compared
 _PRIOR = 6.0, 8.0  # accepted and drafted tokens from which the acceptance of a sample's drafts begins
+_OWN_PRIOR = 0.0, 2.0  # the same for drafts from its own text: none is verified before one was generated one by one
 _MEMORY = 0.8  # the weight of all earlier drafts, against that of the last one
 _MODEL_PRIOR = 3.0, 4.0  # the same for a draft model: four drafts without an accepted token end its drafts
 _MODEL_MEMORY = 0.95  # longer, because its drafts are short and the end of its drafts is final
 _POOR = 0.2  # the acceptance below which a draft model's passes cost more than they gain
+_KEY_BITS = 20  # of a token in the key of three tokens: an integer takes less time and memory than a tuple
+_KEY = (1 << 3 * _KEY_BITS) - 1
 
 
 class KnownText(Protocol):
@@ -62,10 +65,12 @@ class Draft:
     """The present draft of one sample, and the length of the next.
 
     `most`: tokens that the sample can still generate. `place`: where the first draft begins; None if it is found after
-    the first tokens.
+    the first tokens. `shares`: the accepted and drafted tokens from which the acceptance begins.
     """
 
-    def __init__(self, text: KnownText, most: int, place: int | None = None) -> None:
+    def __init__(
+        self, text: KnownText, most: int, place: int | None = None, shares: tuple[float, float] = _PRIOR
+    ) -> None:
         self._text = text
         self._most = most
         self._length = LENGTHS[0]
@@ -73,7 +78,7 @@ class Draft:
         self._tokens: tuple[int, ...] = ()
         self._agreed = 0  # tokens of the draft that were generated
         self._probes = True  # whether the draft is a probe
-        self._shares = _PRIOR  # tokens that were accepted and drafted, later ones with more weight
+        self._shares = shares  # tokens that were accepted and drafted, later ones with more weight
         self._propose()
 
     @property
@@ -274,20 +279,24 @@ class OwnText:
     `prompt_places`: those of `ngram_places` for the prompt; all samples of a job share them.
     """
 
-    def __init__(self, prompt: tuple[int, ...], prompt_places: dict[tuple[int, ...], int]) -> None:
+    def __init__(self, prompt: tuple[int, ...], prompt_places: dict[int, int]) -> None:
         self._prompt = prompt
         self._prompt_places = prompt_places
         self._generated: list[int] = []
-        self._places: dict[tuple[int, ...], int] = {}
+        self._places: dict[int, int] = {}
+        self._end = len(prompt)
+        self._last = 0  # the key of the last three tokens
+        for token in prompt[-2:]:
+            self._last = self._last << _KEY_BITS | token
         self._found: int | None = None  # the place after the latest earlier occurrence of the last three tokens
 
     def append(self, token: int) -> None:
-        """See `KnownText`."""
+        """See `KnownText`. Every step of every sample calls it, so it is short: it takes half a microsecond."""
         self._generated.append(token)
-        end = len(self._prompt) + len(self._generated)
-        last = self._slice(end - 3, end)
+        self._end += 1
+        self._last = last = (self._last << _KEY_BITS | token) & _KEY
         self._found = self._places.get(last) or self._prompt_places.get(last)
-        self._places[last] = end
+        self._places[last] = self._end
 
     def find(self) -> int | None:
         """See `KnownText`."""
@@ -295,8 +304,7 @@ class OwnText:
 
     def read(self, place: int, count: int) -> tuple[int, ...]:
         """See `KnownText`. At the end of the text the part from `place` on is repeated."""
-        end = len(self._prompt) + len(self._generated)
-        tokens = self._slice(place, min(place + count, end))
+        tokens = self._slice(place, min(place + count, self._end))
         return (tokens * (-(-count // len(tokens))))[:count] if tokens else ()
 
     def settle(self, place: int, accepted: int, drafted: int) -> None:
@@ -304,12 +312,17 @@ class OwnText:
 
     def _slice(self, start: int, stop: int) -> tuple[int, ...]:
         size = len(self._prompt)
-        own = tuple(self._generated[max(0, start - size) : max(0, stop - size)])
-        return self._prompt[max(0, start) : stop] + own
+        return self._prompt[start:stop] + tuple(self._generated[max(0, start - size) : max(0, stop - size)])
 
 
-def ngram_places(prompt: tuple[int, ...]) -> dict[tuple[int, ...], int]:
+def ngram_places(prompt: tuple[int, ...]) -> dict[int, int]:
     """For each three tokens in a row among the last `INDEXED` of a prompt, the place after their last occurrence."""
     start = max(0, len(prompt) - INDEXED)
     part = prompt[start:]
-    return {three: start + index + 3 for index, three in enumerate(zip(part, part[1:], part[2:], strict=False))}
+    threes = enumerate(zip(part, part[1:], part[2:], strict=False), start + 3)
+    return {(first << _KEY_BITS | second) << _KEY_BITS | third: place for place, (first, second, third) in threes}
+
+
+def own_text_draft(prompt: tuple[int, ...], prompt_places: dict[int, int], max_tokens: int) -> Draft:
+    """The drafts of a sample from its own text. `prompt_places`: see `OwnText`."""
+    return Draft(OwnText(prompt, prompt_places), max_tokens, shares=_OWN_PRIOR)

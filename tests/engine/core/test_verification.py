@@ -18,7 +18,7 @@ from afterword.engine.core.forward_batch import BatchEntry, ForwardBatch, Logits
 from afterword.engine.core.pass_costs import PassCosts
 from afterword.engine.core.sequence import JobState, Sequence
 from afterword.engine.core.slot import PrefixQuery, Slot
-from afterword.engine.core.verification import VerificationTurns
+from afterword.engine.core.verification import DraftMaker, VerificationTurns
 from afterword.engine.draft import PredictedText, Prediction, prediction_draft
 from afterword.engine.protocol import Dry, Job, SamplerChain, Sampling, Token
 
@@ -133,6 +133,56 @@ def test_the_last_token_of_a_sample_is_never_drafted_too_far() -> None:
         assert [token.id for token in result.samples[0, 0]] == expected[:most]
         longest = max(entry.position + len(entry.tokens) for batch in runner.batches for entry in batch.entries)
         assert longest <= 3 + most
+
+
+def loop_over(text: list[int], seconds: dict[int, float]) -> tuple[int, int]:
+    """Verifications and rejected tokens of a text that is drafted from itself, with passes of a given duration."""
+    turns = VerificationTurns(64)
+    for tokens, each in seconds.items():
+        recorded(turns, tokens, each)
+    job = Job((1,), 1, len(text) + 1, Sampling(), (), b"k" * 16)
+    state = JobState(0, job, PrefixQuery(b"", "", np.array(job.prompt, np.int32), 0, None))
+    (drafts,) = ((draft,) for draft in DraftMaker(job, ngrams=True, model=False).drafts())
+    sequence = Sequence(state, 0, drafts=drafts)
+    slot = Slot(0, 1)
+    slot.append((1,), 1)
+    sequence.append(text[0])
+    sequence.assign_slot(slot, chunk_generated=True)
+    verifications = rejected = 0
+    while len(sequence.generated) < len(text):
+        drafted = entry.tokens[1:] if (entry := turns.next_entry([sequence])) else ()
+        verifications += bool(drafted)
+        coming = text[len(sequence.generated) : len(sequence.generated) + 1 + len(drafted)]
+        agreed = 0
+        while agreed < min(len(drafted), len(coming)) and drafted[agreed] == coming[agreed]:
+            agreed += 1
+        rejected += len(drafted) - agreed
+        for token in coming[: agreed + 1]:
+            slot.append((sequence.generated[-1],), 1)
+            sequence.append(token)
+    return verifications, rejected
+
+
+COSTS = {1: 1.0, 9: 1.5, 17: 2.0, 33: 4.0, 64: 8.0}
+
+
+@pytest.mark.parametrize("repeated", [3, 4, 6])
+def test_a_text_whose_repetitions_mislead_is_never_verified(repeated: int) -> None:
+    text = [token for line in range(40) for token in (*range(50, 50 + repeated), *range(1000 * line, 1000 * line + 12))]
+    assert loop_over(text, COSTS) == (0, 0)
+
+
+def test_a_text_that_repeats_itself_is_verified() -> None:
+    text = [*range(50, 80)] * 12
+    verifications, rejected = loop_over(text, COSTS)
+    assert 6 <= verifications < 20
+    assert rejected == 0
+
+
+def test_completions_too_short_for_a_draft_look_for_no_repetitions() -> None:
+    short, long = (Job((1, 2, 3), 1, most, Sampling(), (), b"k" * 16) for most in (15, 16))
+    assert DraftMaker(short, ngrams=True, model=False).drafts() == ()
+    assert len(DraftMaker(long, ngrams=True, model=False).drafts()) == 1
 
 
 def test_rejected_tokens_do_not_stay_in_the_prefix_cache() -> None:

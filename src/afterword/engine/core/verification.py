@@ -20,10 +20,10 @@ from afterword.engine.core.sequence import Sequence
 from afterword.engine.draft import (
     Draft,
     ModelDraft,
-    OwnText,
     PredictedText,
     Prediction,
     ngram_places,
+    own_text_draft,
     prediction_draft,
 )
 from afterword.engine.protocol import Job, Token
@@ -36,6 +36,8 @@ MOST_TOKENS = 64
 
 TOKENS_PER_DECODE = 4
 """After a verification of this many tokens, sequences without drafts decode once before the next one."""
+
+_OWN_TEXT_TOKENS = 16  # in shorter samples no draft from their own text comes to be verified
 
 _MARGIN = 1.1  # how much faster than a decode a verification must be, because its acceptance is uncertain
 
@@ -55,7 +57,7 @@ class DraftMaker:
         self._job = job
         self._model = model
         self._predicted = PredictedText(job.prediction)
-        self._places = ngram_places(job.prompt) if ngrams and job.max_tokens > 1 else None
+        self._places = ngram_places(job.prompt) if ngrams and job.max_tokens >= _OWN_TEXT_TOKENS else None
 
     def drafts(self) -> tuple[Draft | ModelDraft, ...]:
         """The drafts of one sample, in the order in which they are preferred: the model's cost most."""
@@ -64,7 +66,7 @@ class DraftMaker:
         if job.prediction:
             found.append(prediction_draft(Prediction(self._predicted), job.max_tokens))
         if self._places is not None:
-            found.append(Draft(OwnText(job.prompt, self._places), job.max_tokens))
+            found.append(own_text_draft(job.prompt, self._places, job.max_tokens))
         if self._model:
             found.append(ModelDraft(job.max_tokens))
         return tuple(found)
@@ -177,11 +179,11 @@ class VerificationTurns:
 
     def _drafted(self, sequence: Sequence) -> _Drafted | None:
         """A sequence with its draft and the tokens of it that can be verified."""
-        draft = next((each for each in sequence.drafts if each.rest), None)
-        if draft is None or not sequence.is_last:
-            return None
-        tokens = draft.rest[: min(self._most, sequence.tokens_left) - 1]
-        return (sequence, draft, tokens) if 1 + len(tokens) >= MIN_TOKENS else None
+        for draft in sequence.drafts:
+            if (rest := draft.rest) and sequence.is_last:
+                tokens = rest[: min(self._most, sequence.tokens_left) - 1]
+                return (sequence, draft, tokens) if 1 + len(tokens) >= MIN_TOKENS else None
+        return None
 
     def _is_ready(self, found: _Drafted, running: int) -> bool:
         _, draft, tokens = found
@@ -193,8 +195,8 @@ class VerificationTurns:
         `tokens`: of the draft, of which each takes `cost` seconds to draft.
         """
         decode, verification = self._costs.of(running), self._costs.of(1 + tokens)
-        if decode is None:
-            return False  # the next decode measures it
+        if decode is None or not acceptance:
+            return False  # the next decode measures it, and the next tokens show whether drafts are followed
         gained = (1 + acceptance * tokens) * decode
         return verification is None or gained >= _MARGIN * ((1 + tokens) * verification + tokens * cost)
 
