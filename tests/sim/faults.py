@@ -11,6 +11,7 @@ import pytest
 from afterword.engine.core.prefix_cache import PrefixCache
 from afterword.engine.core.scheduler import Scheduler
 from afterword.engine.core.sequence import Sequence
+from afterword.engine.parent.job_queue import JobQueue
 from afterword.engine.parent.pending_job import PendingJob
 from afterword.engine.parent.supervisor import Supervisor
 from afterword.engine.protocol import Step, Token
@@ -76,7 +77,7 @@ def _grant_without_counting(patch: pytest.MonkeyPatch) -> None:
 
 
 def _ignore_deadlines(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Supervisor, "_expire", lambda *_: None)
+    patch.setattr(JobQueue, "expiry", lambda *_: None)
 
 
 def _lose_a_job_in_a_crash(patch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from fake_worker import DEADLY, DEADLY_TEXT, FAULTY_TEXT, SLOW, STUCK
 from history_runner import alone
 
 from afterword.engine.messages import Heartbeat, LoadModel, PassDone
-from afterword.engine.parent.job_queue import QueuePolicy
+from afterword.engine.parent.job_queue import JobQueue, QueuePolicy
 from afterword.engine.parent.supervisor import Supervisor
 from afterword.engine.parent.worker_process import WorkerProgram, without_secrets
 from afterword.engine.protocol import Grammar, Job, JobHandle, Load, Sampling
@@ -641,16 +641,16 @@ def test_an_exception_in_crash_handling_does_not_end_the_supervisor(monkeypatch,
 def test_an_exception_in_the_watchdog_task_does_not_end_it(monkeypatch, caplog):
     monkeypatch.setattr("afterword.system.tasks._FIRST_PAUSE", 0.0)
     monkeypatch.setattr("afterword.engine.parent.supervisor.TICK_SECONDS", 0.001)
-    expire, left, called = Supervisor._expire, [1, 2], asyncio.Event()
+    expire, left, called = JobQueue.expire, [1, 2], asyncio.Event()
 
-    def failing(self: Supervisor, accepted: float) -> None:
+    def failing(self: JobQueue, accepted: float) -> None:
         if left:
             left.pop()
             raise RuntimeError("injected")
         called.set()
         expire(self, accepted)
 
-    monkeypatch.setattr(Supervisor, "_expire", failing)
+    monkeypatch.setattr(JobQueue, "expire", failing)
 
     async def test() -> None:
         async with engine():
