@@ -213,7 +213,7 @@ struct Query {
     const half *mask;
     float slope, highest;
     f8 total;     // the running sum of the weights, in lanes
-    bool masked;  // whether the mask changes any score of the current block
+    bool masked;  // whether the scores of the current block need `masked`
 };
 
 // A query before the first block. A sink is a score of its head that has no value: it enters the maximum and the total only.
@@ -225,7 +225,8 @@ Query begin(const Attention &op, const float *elements, int64_t token, int64_t h
     return query;
 }
 
-// Whether the mask hides all cells of a block, some of them, or none, and adds nothing to their scores.
+// Which cells of a block a query does not see: all; none, and the mask leaves the scores as they are; or anything else, such as
+// a block that the end of the KV cache cuts.
 enum Hidden { ALL, SOME, NONE };
 
 // A window hides most blocks, and blocks before a prompt's last one are shown, so whole blocks are compared at once.
@@ -339,10 +340,13 @@ bool attend(const Attention &op, Scratch &scratch, int64_t stream, int64_t kv_he
     return sum(finite) == 0;
 }
 
-// The number of queries in a tile: as many as leave at least one tile for each thread.
+// The number of queries in a tile: as many as leave at least one tile for each thread. Later tiles see more cells, so large ones
+// must leave several.
 int tile(int64_t rows, int64_t heads, int threads) {
     int64_t size = MOST_ROWS;
-    while (size > 1 && (rows + size - 1) / size * heads < threads) size /= 2;
+    const auto tiles = [&] { return (rows + size - 1) / size * heads; };
+    if (tiles() < 4 * threads) size /= 2;
+    while (size > 1 && tiles() < threads) size /= 2;
     return (int)(size < rows ? size : rows);
 }
 
