@@ -84,7 +84,7 @@ class Draft:
         self._agreed = 0  # tokens of the draft that were generated
         self._probes = True  # whether the draft is a probe
         self._shares = shares  # tokens that were accepted and drafted, later ones with more weight
-        self.is_proven = shares[0] > 0  # whether drafts may be verified; until then their tokens are computed one by one
+        self.is_proven = shares[0] > 0  # whether drafts may be verified; tokens are computed one by one before
         self._propose()
 
     @property

@@ -11,7 +11,15 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from afterword.engine.core.matcher import AllowedTokens, Busy, GrammarCompiler, Matcher, constrained, restricted, grammar_key
+from afterword.engine.core.matcher import (
+    AllowedTokens,
+    Busy,
+    GrammarCompiler,
+    Matcher,
+    constrained,
+    grammar_key,
+    restricted,
+)
 from afterword.engine.core.sampler import SampleTokens
 from afterword.engine.core.sequence import Sequence
 from afterword.engine.protocol import BATCH_CLIENT, Grammar, Job, Step
