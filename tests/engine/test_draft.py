@@ -149,3 +149,16 @@ def test_acceptance_falls_with_rejected_tokens() -> None:
     before = draft.acceptance
     follow(draft, [*range(PROBE + LENGTHS[0]), 999])
     assert draft.acceptance < before
+
+
+@pytest.mark.parametrize(("agreed", "is_proven"), [(1, False), (4, False), (5, True)])
+def test_drafts_from_own_texts_are_proven_once_more_than_half_of_one_agreed(agreed: int, is_proven: bool) -> None:
+    prompt = tuple(range(50))
+    draft = own_text_draft(prompt, ngram_places(prompt), 300)
+    for token in range(10, 13 + PROBE + agreed):
+        draft.append(token)
+    draft.append(99)
+    assert draft.is_proven == is_proven
+    for token in range(100, 200):
+        draft.append(token)
+    assert draft.is_proven == is_proven, "it is proven once"

@@ -124,6 +124,21 @@ def test_requests_of_the_built_in_model_are_the_same_with_predictions() -> None:
     compare(builtin_path(), 6, 4000)
 
 
+def test_drafts_from_texts_of_the_built_in_model_change_nothing() -> None:
+    loop = CountingLoop(cleared(open_runner(builtin_path(), "exact")))
+    biases = tuple((token, 100.0) for token in (300, 301))
+    samplings = [Sampling(value, logit_bias=biases) for value in (0.0, 2.0, 4.0)]
+    jobs = [
+        msgspec.structs.replace(job, max_tokens=90, sampling=sampling)
+        for job, sampling in zip(make_jobs(6, 4000), samplings * 2, strict=True)
+    ]
+    expected = sequential(loop, jobs)
+    assert loop.drafted == 0
+    loop.draft_ngrams()
+    check(loop, jobs, expected)
+    assert 0 < loop.accepted < loop.drafted, "some tokens are accepted and some are rejected"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_500_requests_of_the_built_in_model_are_the_same_with_predictions() -> None:

@@ -133,7 +133,8 @@ def engine_options(command: F) -> F:
             "--speculate",
             type=click.Choice(["off", "ngram"]),
             default="ngram",
-            help="ngram: draft tokens from each text itself and verify them together; changes no token. off: do not.",
+            help="ngram: draft tokens from each text itself and verify them together; changes no token. "
+            "off: draft nothing from it.",
         ),
         option(
             "Engine",

@@ -32,12 +32,16 @@ INDEXED = 2**14
 _NEAR = 16  # places before and after the expected one that are compared, where a pair of tokens occurs often
 _COMPARED = 16  # tokens before a place that are compared
 _PRIOR = 6.0, 8.0  # accepted and drafted tokens from which the acceptance of a sample's drafts begins
-_OWN_PRIOR = 0.0, 2.0  # the same for drafts from its own text: none is verified before one was generated one by one
+_OWN_PRIOR = 0.0, 2.0  # the same for drafts from its own text
+_PROOF = 0.5  # the acceptance that drafts from its own text must reach once before any of them is verified
 _MEMORY = 0.8  # the weight of all earlier drafts, against that of the last one
 _MODEL_PRIOR = 3.0, 4.0  # the same for a draft model: four drafts without an accepted token end its drafts
 _MODEL_MEMORY = 0.95  # longer, because its drafts are short and the end of its drafts is final
 _POOR = 0.2  # the acceptance below which a draft model's passes cost more than they gain
-_KEY_BITS = 20  # of a token in the key of three tokens: an integer takes less time and memory than a tuple
+# Bits of a token in the key of three tokens: an integer takes less time and memory than a tuple. Ids from 2^20 on, and
+# the id 0 where a text begins, can give other tokens the same key, or the same tokens another one. A wrong key costs a
+# draft, never a token.
+_KEY_BITS = 20
 _KEY = (1 << 3 * _KEY_BITS) - 1
 
 
@@ -65,7 +69,8 @@ class Draft:
     """The present draft of one sample, and the length of the next.
 
     `most`: tokens that the sample can still generate. `place`: where the first draft begins; None if it is found after
-    the first tokens. `shares`: the accepted and drafted tokens from which the acceptance begins.
+    the first tokens. `shares`: the accepted and drafted tokens from which the acceptance begins. If none was accepted,
+    the drafts must prove themselves (`is_proven`).
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class Draft:
         self._agreed = 0  # tokens of the draft that were generated
         self._probes = True  # whether the draft is a probe
         self._shares = shares  # tokens that were accepted and drafted, later ones with more weight
+        self.is_proven = shares[0] > 0  # whether drafts may be verified; tokens are computed one by one before
         self._propose()
 
     @property
@@ -122,6 +128,7 @@ class Draft:
             self._length = self._length if agrees else max(self._length // 2, LENGTHS[0])
         else:
             self._shares = self._shares[0] * _MEMORY + self._agreed, self._shares[1] * _MEMORY + drafted
+            self.is_proven = self.is_proven or self.acceptance >= _PROOF
             self._length = next_length(LENGTHS, self._length, self._agreed, drafted)
         self._probes = not agrees
         self._tokens, self._agreed = (), 0
@@ -148,6 +155,8 @@ class ModelDraft:
 
     `most`: tokens that the sample can still generate.
     """
+
+    is_proven = True  # see `Draft`
 
     def __init__(self, most: int) -> None:
         self._most = most

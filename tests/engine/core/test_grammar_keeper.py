@@ -7,10 +7,12 @@ import re
 from collections import defaultdict
 
 import msgspec
+import numpy as np
 import pytest
 from history_runner import VOCABULARY, HistoryRunner, alone
 
 from afterword.engine.core.engine_loop import EngineLoop
+from afterword.engine.core.forward_batch import ForwardBatch, Logits
 from afterword.engine.core.grammar_keeper import GrammarKeeper
 from afterword.engine.core.matcher import AllowedTokens, Busy, Matcher
 from afterword.engine.grammar import grammar_threads
@@ -264,12 +266,12 @@ def test_a_matcher_that_fails_ends_its_job(monkeypatch: pytest.MonkeyPatch) -> N
     def fail_later(matcher: grammar_threads.GrammarMatcher) -> AllowedTokens:
         asked.append(1)
         found = allowed(matcher)
-        return msgspec.structs.replace(found, error="too much") if len(asked) == 4 else found
+        return msgspec.structs.replace(found, error="it is too much") if len(asked) == 4 else found
 
     monkeypatch.setattr(grammar_threads.GrammarMatcher, "allowed", fail_later)
     endless = Grammar("regex", "[abx]{30}", "grammar")
     found = play(loop, [job(endless), job(None)])
-    assert (found[0][-1].failed, found[0][-1].error) == (True, "too much")
+    assert (found[0][-1].failed, found[0][-1].error) == (True, "Invalid 'grammar': it is too much")
     assert sum(len(step.sampled) for step in found[0]) == 3
     assert samples(found[1])[0][0]
 
@@ -319,3 +321,30 @@ def test_allowed_token_ids_hold_with_a_grammar() -> None:
     assert "allowed_token_ids" in steps[-1].error
     (steps,) = play(new_loop(), [job(Grammar("regex", "a(x)?", "grammar"), sampling=allowing(b"a"))])
     assert samples(steps)[0][1] == "stop"
+
+
+def test_a_grammar_that_takes_too_much_work_fails_with_the_name_of_its_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_threads, "APPEND_SECONDS", -1.0)
+    (steps,) = play(new_loop(), [job(LIST)])
+    expected = "Invalid 'json_schema': it takes too much work for each token of the text."
+    assert (steps[-1].failed, steps[-1].error) == (True, expected)
+
+
+class OneToken(HistoryRunner):
+    """Only token 0, which is no text, has a finite logit."""
+
+    def run(self, batch: ForwardBatch) -> Logits:
+        logits = super().run(batch)
+        logits[:, 1:] = -np.inf
+        return logits
+
+
+@pytest.mark.parametrize("order", [None, ("temperature",), ("top_k", "temperature"), ("min_p",)])
+def test_a_model_that_excludes_all_tokens_of_a_grammar_ends_the_sample(order: tuple[str, ...] | None) -> None:
+    loop = EngineLoop(OneToken(4, 8))
+    loop.use_grammars(GrammarThreads(TEXTS))
+    sampling = Sampling(top_k=3, min_p=0.1, chain=None if order is None else SamplerChain(order))
+    found = play(loop, [job(PARTS, sampling=sampling), job(None, sampling=sampling, max_tokens=3)])
+    assert found[0][-1].failed
+    assert found[0][-1].error.startswith("Invalid 'grammar': the text cannot go on")
+    assert [token.id for token in samples(found[1])[0][0]] == [0, 0, 0]

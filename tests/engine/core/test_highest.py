@@ -13,11 +13,16 @@ ROWS = {
     "all equal": np.zeros(10_000),
     "few": np.random.default_rng(3).normal(0, 3, 70),
     "one": np.zeros(1),
+    "mostly minus infinity": np.where(np.arange(5_000) % 37 == 5, np.arange(5_000.0) % 11, -np.inf),
+    "one is finite": np.where(np.arange(640) == 600, 1.0, -np.inf),
+    "63": np.random.default_rng(4).integers(0, 9, 63).astype(float),
+    "64": np.random.default_rng(5).integers(0, 9, 64).astype(float),
+    "65": np.random.default_rng(6).integers(0, 9, 65).astype(float),
     "highest at the end": np.arange(5_000.0),
 }
 
 
-@pytest.mark.parametrize("count", [1, 2, 40, 256, 470, 20_000])
+@pytest.mark.parametrize("count", [1, 2, 40, 63, 64, 65, 256, 470, 20_000])
 @pytest.mark.parametrize("name", ROWS)
 def test_the_highest_are_those_of_a_stable_sort(name: str, count: int) -> None:
     numbers = ROWS[name]

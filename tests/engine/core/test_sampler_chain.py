@@ -377,6 +377,22 @@ def test_tokens_that_a_grammar_excludes_are_not_drawn(fields: dict[str, Any], ma
     assert {token.id for token in tokens} == expected
 
 
+@pytest.mark.parametrize(
+    "order", [None, ("temperature",), ("top_k", "temperature"), ("min_p",), ("typ_p", "xtc"), LLAMA]
+)
+def test_a_grammar_that_allows_only_minus_infinity_gives_the_most_likely_token(order: tuple[str, ...] | None) -> None:
+    """So it is with and without a chain. The grammar refuses that token, which ends the sample."""
+    row = np.full(640, -np.inf, np.float32)
+    row[0] = 1
+    mask = np.full(20, 2**32 - 1, np.uint32)
+    mask[0] -= 1
+    fields: dict[str, Any] = {"top_k": 5, "min_p": 0.1, "temperature": 0.7}
+    wanted = Sampling(**fields) if order is None else sampling(order, **fields, typical_p=0.9)
+    asked = SampleTokens(Job((1,), 1, 9, wanted, (), KEY), range(5), 0, TokenCounts(), mask=mask)
+    (tokens,) = Sampler().read(row[None], [asked])
+    assert [token.id for token in tokens] == [0] * 5
+
+
 def test_reported_ids_have_the_log_probabilities_of_the_unmodified_row() -> None:
     total = math.log(math.fsum(math.exp(x) for x in EIGHT.tolist()))
     for wanted in (Sampling(), CASES["xtc"]):

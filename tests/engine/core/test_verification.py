@@ -114,6 +114,27 @@ def test_a_crowd_with_predictions_gets_the_same_tokens_and_floats(seed: int, slo
     assert drafted.accepted > 0
 
 
+def repetitive_job(rng: random.Random, number: int) -> Job:
+    """Its text consists of two tokens, of which one is rare."""
+    sampling = Sampling(rng.choice([0.0, 0.5]), logit_bias=((3, 14.0), (5, 9.0)), presence_penalty=rng.choice([0, 0.5]))
+    prompt = tuple(rng.randrange(1, 24) for _ in range(rng.randrange(1, 9)))
+    key = number.to_bytes(16, "big")
+    return Job(prompt, rng.choice([1, 3]), 120, sampling, (), key, alternatives=rng.choice([None, 2]))
+
+
+@pytest.mark.parametrize("slots", [1, 16])
+@pytest.mark.parametrize("seed", range(3))
+def test_accepted_and_rejected_drafts_from_texts_change_no_token_and_no_float(seed: int, slots: int) -> None:
+    rng = random.Random(seed)
+    jobs = [repetitive_job(rng, number) for number in range(4)]
+    plain = Result(make_loop(HistoryRunner(slots, 64)), jobs)
+    drafted = Result(make_loop(HistoryRunner(slots, 64), ngrams=True), jobs)
+    assert drafted.samples == plain.samples
+    assert drafted.ended == plain.ended
+    assert 0 < drafted.accepted < drafted.drafted
+    assert drafted.passes < plain.passes or slots > 1
+
+
 def test_a_right_prediction_saves_most_passes() -> None:
     job = Job((1, 2, 3), 1, 200, Sampling(), (), b"k" * 16)
     job = msgspec.structs.replace(job, prediction=tuple(alone(job, 0)))
@@ -166,7 +187,7 @@ def loop_over(text: list[int], seconds: dict[int, float]) -> tuple[int, int]:
 COSTS = {1: 1.0, 9: 1.5, 17: 2.0, 33: 4.0, 64: 8.0}
 
 
-@pytest.mark.parametrize("repeated", [3, 4, 6])
+@pytest.mark.parametrize("repeated", [3, 4, 6, 7, 9])
 def test_a_text_whose_repetitions_mislead_is_never_verified(repeated: int) -> None:
     text = [token for line in range(40) for token in (*range(50, 50 + repeated), *range(1000 * line, 1000 * line + 12))]
     assert loop_over(text, COSTS) == (0, 0)
@@ -262,6 +283,53 @@ def running(tokens: int, agreed: int) -> Sequence:
     slot.append((1, *range(agreed - 1)), 1)
     sequence.assign_slot(slot, chunk_generated=True)
     return sequence
+
+
+def repeating() -> Sequence:
+    """A sequence with an unproven draft from its own text."""
+    job = Job(tuple(range(50)), 1, 500, Sampling(), (), b"k" * 16)
+    state = JobState(0, job, PrefixQuery(b"", "", np.array(job.prompt, np.int32), 0, None))
+    sequence = Sequence(state, 0, drafts=DraftMaker(job, ngrams=True, model=True).drafts())
+    for token in range(10, 16):
+        sequence.append(token)
+    slot = Slot(0, 1)
+    slot.append((*job.prompt, *range(10, 15)), 1)
+    sequence.assign_slot(slot, chunk_generated=True)
+    assert len(sequence.drafts[0].rest) == 8
+    return sequence
+
+
+class AnyModel:
+    """A draft model that can draft for every sequence and costs nothing."""
+
+    def __init__(self) -> None:
+        self.costs = PassCosts()
+
+    def can_draft(self, wanted: object) -> bool:
+        return True
+
+    def follows(self, wanted: object) -> bool:
+        return True
+
+
+def test_a_draft_that_is_not_proven_keeps_no_sequence_from_the_draft_model() -> None:
+    turns = VerificationTurns(64)
+    recorded(turns, 1, 1.0)
+    recorded(turns, 4, 1.0)
+    sequence = repeating()
+    assert turns.next_entry([sequence]) is None
+    (wanted,) = turns.wanted_drafts([sequence], AnyModel())
+    assert wanted.sequence is sequence
+
+
+def test_a_draft_that_is_not_proven_does_not_lower_measured_costs() -> None:
+    turns = VerificationTurns(64)
+    recorded(turns, 1, 1.0)
+    recorded(turns, 9, 20.0)
+    sequence = repeating()
+    for _ in range(3_000):
+        assert turns.next_entry([sequence]) is None
+    assert turns.next_entry([running(tokens=300, agreed=3)]) is None, "9 tokens still seem to take 20 seconds"
 
 
 def recorded(turns: VerificationTurns, tokens: int, seconds: float, sequences: int = 1) -> None:

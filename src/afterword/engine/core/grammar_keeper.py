@@ -11,7 +11,15 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from afterword.engine.core.matcher import AllowedTokens, Busy, GrammarCompiler, Matcher, constrained, restricted, rules
+from afterword.engine.core.matcher import (
+    AllowedTokens,
+    Busy,
+    GrammarCompiler,
+    Matcher,
+    constrained,
+    grammar_key,
+    restricted,
+)
 from afterword.engine.core.sampler import SampleTokens
 from afterword.engine.core.sequence import Sequence
 from afterword.engine.protocol import BATCH_CLIENT, Grammar, Job, Step
@@ -85,8 +93,9 @@ class GrammarKeeper:
         state = sequence.job_state
         if state.job.grammar is None or not state.job.max_tokens:
             return sequence.next_token(samples)
-        allowed = restricted(self._matcher(sequence).allowed(), state.job)
-        if error := allowed.error or _dead_end(allowed, state.job):
+        by_grammar = self._matcher(sequence).allowed()
+        allowed = restricted(by_grammar, state.job)
+        if error := _problem(by_grammar, allowed, state.job.grammar.field):
             self.errors[state.job_id] = error
             return None
         return constrained(sequence.next_token(samples), allowed)
@@ -140,7 +149,7 @@ class GrammarKeeper:
         if found is None:
             return
         self._current, self._begun = None, False
-        for each, wanted in [pair for pair in self._waiting.items() if rules(pair[1]) == rules(grammar)]:
+        for each, wanted in [pair for pair in self._waiting.items() if grammar_key(pair[1]) == grammar_key(grammar)]:
             self._remove(each)
             if isinstance(found, str):
                 yield each, Step(failed=True, error=f"Invalid '{wanted.field}': {found}")
@@ -181,8 +190,10 @@ class GrammarKeeper:
         return client.endswith(BATCH_CLIENT), self._turns[client], len(self._waiting[job_id].text)
 
 
-def _dead_end(allowed: AllowedTokens, job: Job) -> str:
-    if allowed.complete or allowed.mask.any():
-        return ""
-    name = job.grammar.field if job.grammar else ""
-    return f"Invalid '{name}': this model has no token that can continue the text as the grammar demands."
+def _problem(by_grammar: AllowedTokens, restricted: AllowedTokens, field: str) -> str:
+    """Why no token can follow, though the text cannot end either; "" if one can. `restricted`: by other fields."""
+    if by_grammar.error:
+        return f"Invalid '{field}': {by_grammar.error}"
+    if restricted.error or restricted.complete or restricted.mask.any():
+        return restricted.error
+    return f"Invalid '{field}': this model has no token that can continue the text as the grammar demands."

@@ -16,7 +16,7 @@ _FIRST_SORTED = 256  # numbers that are sorted first; more only if these do not 
 def highest(numbers: Numbers, count: int) -> Ids:
     """The indexes of the highest numbers in descending order: at least `count`, if there are as many.
 
-    Of equal numbers the one with the lower index comes first.
+    Of equal numbers the one with the lower index comes first. No number may be NaN; minus infinity is a number too.
     """
     if count >= len(numbers):
         return np.argsort(-numbers, kind="stable")

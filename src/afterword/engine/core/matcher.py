@@ -21,7 +21,8 @@ TokenMask = NDArray[np.uint32]
 class AllowedTokens(msgspec.Struct, frozen=True):
     """What may follow a text. `mask`: the tokens of text, without end tokens. `complete`: the text may end.
 
-    `error`: why that is not known, as a sentence for the client; then the other fields have no meaning.
+    `error`: why that is not known; then the other fields have no meaning. A matcher's is the end of a sentence for the
+    client, that of `restricted` a whole one.
     """
 
     mask: TokenMask
@@ -81,7 +82,7 @@ class GrammarCompiler(Protocol):
         ...
 
 
-def rules(grammar: Grammar) -> tuple[str, str]:
+def grammar_key(grammar: Grammar) -> tuple[str, str]:
     """What the same grammars of different request fields have in common."""
     return grammar.kind, grammar.text
 

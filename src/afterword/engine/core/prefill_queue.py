@@ -74,18 +74,19 @@ class PrefillQueue:
             self._spent = 0
             return ()
         sequence = self._next_turn(ready)
+        extra = min(MIN_CHUNK, left // 2)  # half, so that 65 tokens fit where the time allows 47 (docs/log.md)
         if budget is not None and any(each.job_state.job.client != sequence.job_state.job.client for each in running):
-            left = min(left, int(budget * COMPETING_SHARE))
-        chunks = [self._batch_entry(sequence, left)]
+            left, extra = min(left, int(budget * COMPETING_SHARE)), 0
+        chunks = [self._batch_entry(sequence, left, extra)]
         if self._joins_prompts and not _has_rows(sequence):
             others = (each for each in ready if each is not sequence and _same_client(each, sequence))
-            self._join(chunks, filterfalse(_has_rows, others), left)
+            self._join(chunks, filterfalse(_has_rows, others), left + extra)
         self._spent += sum(len(chunk.tokens) for chunk in chunks)
         return tuple(sorted(chunks, key=lambda chunk: chunk.slot))
 
     def _join(self, chunks: list[BatchEntry], others: Iterator[Sequence], most: int) -> None:
-        """Add the ends of other prompts that fit: `most` is about the number of tokens of the whole pass."""
-        room = min(most + MIN_CHUNK, self._chunk) - len(chunks[0].tokens)
+        """Add the ends of other prompts that fit: the whole pass has at most `most` tokens."""
+        room = min(most, self._chunk) - len(chunks[0].tokens)
         for sequence in others:
             if sequence.prefill_length - sequence.computed <= room:
                 chunks.append(self._batch_entry(sequence, room))
@@ -134,26 +135,32 @@ class PrefillQueue:
         others = any(share_group(each.job_state.job.client) != share_group(client) for each in running)
         return others and self.compute_share.excess(client) > ALLOWED_EXCESS
 
-    def _batch_entry(self, sequence: Sequence, budget: int) -> BatchEntry:
+    def _batch_entry(self, sequence: Sequence, budget: int, extra: int = 0) -> BatchEntry:
         start = sequence.computed
-        stop = self._stop(start, sequence.prefill_length, self._size(sequence, max(budget, MIN_CHUNK)))
-        assert sequence.slot is not None
-        stop = min((border for border in sequence.slot.borders if start < border < stop), default=stop)
+        stop = self._stop(sequence, self._size(sequence, max(budget, MIN_CHUNK), extra))
         outputs = stop - start if sequence.is_scored else int(stop == sequence.length)
         return BatchEntry(sequence.index, start, sequence.slice(start, stop), outputs)
 
-    def _size(self, sequence: Sequence, budget: int) -> int:
-        """The tokens of the next chunk: more than `budget` if fewer than `MIN_CHUNK` would be left for another pass."""
-        most = min(MAX_ROWS, self._chunk) if _has_rows(sequence) else self._chunk
-        left = sequence.prefill_length - sequence.computed
-        return left if left <= most and left - budget < MIN_CHUNK else min(budget, most)
+    def _size(self, sequence: Sequence, budget: int, extra: int) -> int:
+        """The tokens of the next chunk: up to `extra` more than `budget` if that completes the prompt.
 
-    def _stop(self, start: int, length: int, size: int) -> int:
-        """The end of a chunk of about `size` tokens: on the grid, or `length` if less than a grid step is left."""
+        The rest of the prompt would take another pass, and one over fewer than `MIN_CHUNK` tokens is hardly faster.
+        """
+        most = min(MAX_ROWS, self._chunk) if _has_rows(sequence) else self._chunk
+        left, size = sequence.prefill_length - sequence.computed, min(budget, most)
+        completes = size < left < size + extra and left <= most
+        return left if completes and self._stop(sequence, left) == sequence.prefill_length else size
+
+    def _stop(self, sequence: Sequence, size: int) -> int:
+        """The end of a chunk of about `size` tokens: at a border or on the grid.
+
+        It is the end of the prompt if less than a grid step is left.
+        """
+        start, length = sequence.computed, sequence.prefill_length
         whole = length // self._grid * self._grid
-        if start >= whole:
-            return length
-        return min(start + max(size // self._grid, 1) * self._grid, whole)
+        stop = min(start + max(size // self._grid, 1) * self._grid, whole) if start < whole else length
+        assert sequence.slot is not None
+        return min((border for border in sequence.slot.borders if start < border < stop), default=stop)
 
 
 def _has_rows(sequence: Sequence) -> bool:

@@ -155,7 +155,11 @@ def _drawn(candidates: Candidates, query: ChainQuery, indexes: list[int], vocabu
 
 
 def _first_candidates(row: LogitsRow, query: ChainQuery) -> Candidates:
-    """All tokens that may be sampled, after bias. Without any, those that a grammar allows, or the most likely one."""
+    """All tokens that may be sampled, after bias. Without any, those that a grammar allows, or the most likely one.
+
+    If a grammar allows only logits of minus infinity, the most likely token is drawn too. The grammar refuses it, which
+    ends the sample with an error.
+    """
     logits = row.astype(np.float64)
     for token, bias in query.sample.sampling.logit_bias:
         logits[token] += bias
@@ -172,7 +176,7 @@ def _first_candidates(row: LogitsRow, query: ChainQuery) -> Candidates:
         mask[banned[-1]] = True
     if query.sample.mask is not None:
         fitting = unpacked(query.sample.mask, len(row))
-        mask = mask & fitting if (mask & fitting).any() else fitting
+        mask = mask & fitting if (mask & fitting).any() else fitting & (logits > -math.inf)
     ids = np.flatnonzero(mask) if mask.any() else np.array([np.argmax(row)])
     return Candidates(ids, logits[ids])
 

@@ -18,6 +18,8 @@ from afterword.engine.core.pass_costs import PassCosts
 from afterword.engine.core.sampler import SampleTokens
 from afterword.engine.core.sequence import Sequence
 from afterword.engine.draft import (
+    LENGTHS,
+    PROBE,
     Draft,
     ModelDraft,
     PredictedText,
@@ -37,7 +39,9 @@ MOST_TOKENS = 64
 TOKENS_PER_DECODE = 4
 """After a verification of this many tokens, sequences without drafts decode once before the next one."""
 
-_OWN_TEXT_TOKENS = 16  # in shorter samples no draft from their own text comes to be verified
+# In shorter samples no draft from their own text comes to be verified: a token, the probe and the draft that are
+# generated one by one, and a verification.
+_OWN_TEXT_TOKENS = 1 + PROBE + LENGTHS[0] + MIN_TOKENS
 
 _MARGIN = 1.1  # how much faster than a decode a verification must be, because its acceptance is uncertain
 
@@ -180,7 +184,7 @@ class VerificationTurns:
     def _drafted(self, sequence: Sequence) -> _Drafted | None:
         """A sequence with its draft and the tokens of it that can be verified."""
         for draft in sequence.drafts:
-            if (rest := draft.rest) and sequence.is_last:
+            if draft.is_proven and (rest := draft.rest) and sequence.is_last:
                 tokens = rest[: min(self._most, sequence.tokens_left) - 1]
                 return (sequence, draft, tokens) if 1 + len(tokens) >= MIN_TOKENS else None
         return None
@@ -195,8 +199,8 @@ class VerificationTurns:
         `tokens`: of the draft, of which each takes `cost` seconds to draft.
         """
         decode, verification = self._costs.of(running), self._costs.of(1 + tokens)
-        if decode is None or not acceptance:
-            return False  # the next decode measures it, and the next tokens show whether drafts are followed
+        if decode is None:
+            return False  # the next decode measures it
         gained = (1 + acceptance * tokens) * decode
         return verification is None or gained >= _MARGIN * ((1 + tokens) * verification + tokens * cost)
 

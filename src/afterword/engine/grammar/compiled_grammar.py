@@ -102,7 +102,7 @@ class Place:
         error = _short(self._matcher.get_error()) if self._matcher.is_error() else ""
         if error.startswith(_DEAD_END):
             return AllowedTokens(np.zeros_like(mask), complete)
-        return AllowedTokens(mask, complete, error and f"The text cannot go on as its grammar demands: {error}")
+        return AllowedTokens(mask, complete, error and f"the text cannot go on as its grammar demands: {error}")
 
 
 def compile_grammar(grammar: Grammar, tokens: GrammarTokens) -> Place:

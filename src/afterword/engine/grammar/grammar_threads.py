@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from afterword.engine.core.matcher import AllowedTokens, Busy, rules
+from afterword.engine.core.matcher import AllowedTokens, Busy, grammar_key
 from afterword.engine.grammar.compiled_grammar import GrammarTokens, InvalidGrammar, Place, compile_grammar
 from afterword.engine.grammar.task_thread import Task, TaskThread
 from afterword.engine.protocol import Grammar
@@ -34,7 +34,7 @@ MAX_KEPT_TEXT = 2**21
 """Characters of the kept grammars together."""
 
 _FAILED = AllowedTokens(np.zeros(0, np.uint32), False)
-_TOO_MUCH = AllowedTokens(_FAILED.mask, False, "The grammar takes too much work for each token of the text.")
+_TOO_MUCH = AllowedTokens(_FAILED.mask, False, "it takes too much work for each token of the text.")
 
 
 class GrammarThreads:
@@ -57,9 +57,9 @@ class GrammarThreads:
 
     def get(self, grammar: Grammar) -> GrammarMatcher | None:
         """See `GrammarCompiler`."""
-        if rules(grammar) in self._kept:
-            self._kept.move_to_end(rules(grammar))
-        return self._kept.get(rules(grammar))
+        if grammar_key(grammar) in self._kept:
+            self._kept.move_to_end(grammar_key(grammar))
+        return self._kept.get(grammar_key(grammar))
 
     def start(self, grammar: Grammar) -> None:
         """See `GrammarCompiler`."""
@@ -87,12 +87,12 @@ class GrammarThreads:
 
     def refuse(self, grammar: Grammar) -> None:
         """Let all samples with this grammar fail from now on: tokens of it hold up the engine's thread."""
-        self._refused[rules(grammar)] = None
+        self._refused[grammar_key(grammar)] = None
         if len(self._refused) > MAX_KEPT:
             self._refused.popitem(last=False)
 
     def is_refused(self, grammar: Grammar) -> bool:
-        return bool(self._refused) and rules(grammar) in self._refused
+        return bool(self._refused) and grammar_key(grammar) in self._refused
 
     def wait(self, seconds: float) -> None:
         """See `GrammarCompiler`."""
@@ -120,7 +120,7 @@ class GrammarThreads:
         return place, allowed
 
     def _keep(self, grammar: Grammar, matcher: GrammarMatcher) -> None:
-        self._kept[rules(grammar)] = matcher
+        self._kept[grammar_key(grammar)] = matcher
         while len(self._kept) > MAX_KEPT or sum(len(text) for _, text in self._kept) > MAX_KEPT_TEXT:
             if len(self._kept) == 1:
                 break
@@ -190,4 +190,4 @@ class GrammarMatcher:
 
 def _failed(problem: Exception | None) -> AllowedTokens:
     reason = "takes too long" if isinstance(problem, TimeoutError) else f"failed ({type(problem).__name__})"
-    return AllowedTokens(_FAILED.mask, False, f"The grammar {reason} at this place of the text.")
+    return AllowedTokens(_FAILED.mask, False, f"it {reason} at this place of the text.")
