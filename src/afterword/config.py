@@ -185,7 +185,8 @@ class EngineSettings:
     -1 for all. `reproducible`: make results reproducible on a GPU too, at a cost in speed. `cache_dir`: the folder in
     which prefixes are kept, at most `cache_bytes` bytes; None: they are kept in memory only.
     `share_weights`: several models use the weights of one file, so no process packs copies of them.
-    `infill_template`: the layout of infill prompts, empty for the model's own. `speculate`: see `LoadModel`.
+    `infill_template`: the layout of infill prompts, empty for the model's own. `speculate`: see `LoadModel`;
+    None: "ngram" where the engine can verify drafts.
     `draft_model`: the model spec of the draft model, empty for none.
     """
 
@@ -200,7 +201,7 @@ class EngineSettings:
     infill_template: str = ""
     cache_dir: Path | None = None
     cache_bytes: int = 10 * 10**9
-    speculate: Speculation = "ngram"
+    speculate: Speculation | None = None
     draft_model: str = ""
     share_weights: bool = False
 
