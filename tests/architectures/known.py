@@ -19,13 +19,16 @@ from afterword.engine.llama.library import native
 library.initialize(verbose=False)
 
 _NAME = re.compile(rb"[a-z][a-z0-9_.-]{1,20}")
+_NEAR = 2**20  # the names lie within so many bytes of the message; a prebuilt library has 100 million bytes
 _NOT_ALONE = frozenset(("clip",))  # a projector, which is part of another model
 
 
 @cache
 def architectures() -> frozenset[str]:
     """The names of all architectures that the library knows, other than projectors."""
-    texts = library.path().read_bytes().split(b"\0")
+    content = library.path().read_bytes()
+    place = content.index(b"unknown model architecture")
+    texts = content[max(place - _NEAR, 0) : place + _NEAR].split(b"\0")
     # The linker stores a text that is the end of another one only once.
     found = {text[start:].decode() for text in texts if _NAME.fullmatch(text) for start in range(len(text) - 1)}
     found = {name for name in found if name[0].isalpha()} - _NOT_ALONE

@@ -126,7 +126,9 @@ def clang_tidy(sources: list[str], machine: tuple[str, ...]) -> bool:
 def headers() -> bool:
     compiler = next(iter(compilers()), None)
     if compiler is None or not CHECKED:
-        print(f"headers: skipped, since {'the headers of ggml are' if compiler else 'no C++ compiler is'} not installed")
+        print(
+            f"headers: skipped, since {'the headers of ggml are' if compiler else 'no C++ compiler is'} not installed"
+        )
         return True
     command = [compiler, *FLAGS, *CHECKED, *NATIVE, "-fsyntax-only", str(KERNELS / "accelerator.cpp")]
     done = run(command)

@@ -1,7 +1,7 @@
 """The declarations of llama.cpp's interface, compared with its headers, and the libraries that are refused.
 
-`declarations.txt` has what a compiler said about the headers of llama.cpp 0.5: sizes, places, kinds and numbers. After a
-new declaration, `make native` and `.venv/bin/python tests/engine/llama/test_bindings.py` write it anew.
+`declarations.txt` has what a compiler said about the headers of llama.cpp 0.5: sizes, places, kinds and numbers. After
+a new declaration, `make native` and `.venv/bin/python tests/engine/llama/test_bindings.py` write it anew.
 """
 
 from __future__ import annotations

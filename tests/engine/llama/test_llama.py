@@ -346,7 +346,7 @@ def test_an_invalid_model_file_is_a_setting_error(content, tmp_path):
 def test_an_architecture_that_would_end_the_process_is_refused_only_with_that_library(tmp_path, monkeypatch):
     path = write_random(tmp_path / "model.gguf", "deepseek4")
     monkeypatch.setattr(library.native, "llama_version", lambda: b"0.6.0-dev")
-    with pytest.raises(SettingError, match="architecture is deepseek4, and the prebuilt llama.cpp ends its process"):
+    with pytest.raises(SettingError, match=r"architecture is deepseek4, and the prebuilt llama\.cpp ends its process"):
         open_model(path)
     library.check_architecture("model.gguf", "llama")
     monkeypatch.setattr(library.native, "llama_version", lambda: b"0.5.0-dev")

@@ -7,8 +7,8 @@ read and write wrong memory, so `open_library` compares a library with the decla
 2. the version is one of `LLAMA_VERSIONS`,
 3. the values that the library writes to its structures by default are the expected ones, field by field.
 
-tests/engine/llama/test_bindings.py compares all declarations with what a compiler says about the headers. No state. Must not import other modules
-of the package but the errors.
+tests/engine/llama/test_bindings.py compares all declarations with what a compiler says about the headers. No state.
+Must not import other modules of the package but the errors.
 """
 
 from __future__ import annotations
