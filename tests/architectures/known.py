@@ -19,7 +19,7 @@ from afterword.engine.llama.library import native
 library.initialize(verbose=False)
 
 _NAME = re.compile(rb"[a-z][a-z0-9_.-]{1,20}")
-_NEAR = 2**20  # the names lie within so many bytes of the message; a prebuilt library has 100 million bytes
+_NEAR = 2**24  # the names lie within so many bytes of the message; a prebuilt library has 100 million bytes
 _NOT_ALONE = frozenset(("clip",))  # a projector, which is part of another model
 
 
