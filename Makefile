@@ -7,6 +7,9 @@ KERNELS := src/afterword/engine/kernels
 # llama.cpp's code for images and audio is not used; without it llama.cpp compiles in half the time.
 export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
 
+# Two runs of pip at the same time would break the environment that they share.
+.NOTPARALLEL:
+
 .PHONY: serve native test slow model chaos browser clients ray vllm check warnings sanitize bits wheel lock
 
 serve: $(VENV)/.serve $(filter $(VENV)/models/%,$(MODEL))  ## serve the built-in model: make serve, or make serve MODEL=path.gguf ARGS="--port 9000"
@@ -66,19 +69,26 @@ $(VENV)/.serve: requirements.txt requirements-build.txt pyproject.toml hatch_bui
 	  echo "Compiling Afterword's kernels for this machine, and installing packages."; else \
 	  echo "There is no C++ compiler: prompts are slower without Afterword's own kernels."; \
 	  echo "After installing one: rm $(VENV)/.serve, and make serve again."; fi
-# The kernels are compiled while the packages are downloaded. The two write to different files.
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e . & \
-	  $(BIN)/python -m pip install --quiet --require-hashes -r requirements.txt; \
-	  packages=$$?; wait $$! && exit $$packages
+# The kernels are compiled while the packages are downloaded. The two write to different files. Ctrl-C does not reach a
+# command in the background, so the shorter one runs there.
+	@$(BIN)/python -m pip install --quiet --require-hashes -r requirements.txt & \
+	  packages=$$!; trap 'kill $$packages; exit 130' INT TERM; \
+	  $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .; \
+	  kernels=$$?; wait $$packages && exit $$kernels
+# An older version of this file compiled llama.cpp, and Afterword prefers a compiled one.
+	@test -e $(VENV)/.native || $(BIN)/python -m pip uninstall -qq --yes llama-cpp-python
 	@set -- $${CXX:-c++}; ! command -v $$1 >/dev/null || test -e $(KERNELS)/libaccelerator.so || \
 	  echo "The kernels could not be compiled; slower code is used. To see why:" \
 	    "$(BIN)/python -m pip install -v --no-deps --no-build-isolation -e ."
 	touch $@
 
 native: $(VENV)/.serve  ## compile a llama.cpp for this machine, which takes some minutes and replaces the prebuilt one
-	@echo "Compiling llama.cpp. It is as fast as the prebuilt one on a CPU with Afterword's kernels. It also serves"
-	@echo "processors without AVX2, and other builds: make native CMAKE_ARGS=-DGGML_CUDA=ON."
-	$(BIN)/python -m pip install --quiet --require-hashes -r requirements-native.txt
+	@echo "Compiling llama.cpp. On a CPU with Afterword's kernels it is about as fast as the prebuilt one; see the table in"
+	@echo "docs/performance.md. It also serves processors without AVX2, and GPUs: make native CMAKE_ARGS=-DGGML_CUDA=ON."
+# Without these options pip would keep, or take from its cache, a library that was compiled with other CMAKE_ARGS.
+	$(BIN)/python -m pip install --quiet --require-hashes --force-reinstall --no-deps --no-cache-dir -r requirements-native.txt
+	touch $(VENV)/.native
+	$(BIN)/python -m tests.kernels headers
 
 $(VENV)/.dev: $(VENV)/.serve requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements-dev.txt

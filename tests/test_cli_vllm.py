@@ -12,6 +12,7 @@ import pytest
 
 from afterword.cli import main, vllm_setup
 from afterword.cli.model_setup import WantedModels
+from afterword.cli.run import engine_settings
 from afterword.cli.startup_message import startup_message
 from afterword.config import Config, EngineSettings
 from afterword.engine.parent.job_queue import QueuePolicy
@@ -104,7 +105,7 @@ def test_flags_with_an_open_quote_are_refused():
     [
         ({"kv_type": "f16"}, "--kv-type"),
         ({"threads": 1}, "--threads"),
-        ({"speculate": "off"}, "--speculate"),
+        ({"speculate": "ngram"}, "--speculate"),
         ({"gpu_layers": -1}, "--gpu-layers"),
         ({"cache_dir": Path("cache")}, "--cache-dir"),
         ({"cache_bytes": 10**6}, "--cache-size"),
@@ -123,6 +124,14 @@ def test_adapters_are_refused(tmp_path):
 
 def test_settings_for_both_engines_are_accepted():
     vllm_setup.check_settings(EngineSettings(context=512, parallel=2, verbose=True, infill_template="{prefix}{suffix}"))
+
+
+@pytest.mark.parametrize("engine", ["vllm", "http"])
+def test_only_drafts_that_are_asked_for_are_refused(engine):
+    vllm_setup.check_settings(engine_settings(serve_options()), engine)
+    vllm_setup.check_settings(engine_settings(serve_options("--speculate", "off")), engine)
+    with pytest.raises(SettingError, match=f"--speculate cannot be used with --engine {engine}: drafts are verified"):
+        vllm_setup.check_settings(engine_settings(serve_options("--speculate", "ngram")), engine)
 
 
 def test_the_interpreter_must_exist():

@@ -40,7 +40,7 @@ TESTED_ARCHITECTURES = frozenset(
         *("arcee", "baichuan", "bitnet", "bloom", "chatglm", "codeshell", "cohere2", "command-r", "deci"),
         *("deepseek2", "ernie4_5", "exaone", "exaone4", "falcon", "gemma", "gemma2", "gemma3", "gemma3n", "gemma4"),
         *("glm4", "gpt2", "gptneox", "granite", "granite_swa", "hunyuan-dense", "internlm2", "jais", "jais2", "llama"),
-        *("maincoder", "minicpm", "minicpm3"),
+        *("k2-horizon", "maincoder", "minicpm", "minicpm3"),
         *("mistral3", "mpt", "muse-glimmer", "nemotron", "olmo", "olmo2", "openelm", "orion", "pangu-embedded"),
         *("phi2", "phi3", "plamo", "plamo3", "qwen", "qwen2", "qwen2vl", "qwen3", "qwen3vl", "refact", "seed_oss"),
         *("smollm3", "spark2_5", "stablelm", "starcoder", "starcoder2", "xverse"),
@@ -56,7 +56,7 @@ TESTED_MIXTURES = frozenset(
     (
         *("afmoe", "arctic", "bailingmoe", "bailingmoe2", "cohere2moe", "dbrx", "deepseek", "deepseek2", "dots1"),
         *("deepseek2-ocr", "ernie4_5-moe", "gemma4", "granite_swa", "hy_v4", "laguna", "maple", "mimo2", "mistral3"),
-        *("mistral4", "step35"),
+        *("k2-horizon", "mistral4", "step35"),
         *(
             "exaone-moe",
             "glm4moe",
@@ -82,8 +82,8 @@ KERNELS_ONLY = (
     RECURRENT_ARCHITECTURES
     | RECURRENT_MIXTURES
     | {
-        *("apertus", "deepseek2", "deepseek2-ocr", "gemma3n", "hrm_text", "hunyuan_vl", "hy_v4", "laguna", "maple"),
-        *("mimo2", "minicpm3", "mistral4", "nanbeige", "paddleocr", "step35", "talkie"),
+        *("apertus", "deepseek2", "deepseek2-ocr", "gemma3n", "hrm_text", "hunyuan_vl", "hy_v4", "k2-horizon"),
+        *("laguna", "maple", "mimo2", "minicpm3", "mistral4", "nanbeige", "paddleocr", "step35", "talkie"),
     }
 )
 """Architectures of both sets that were tested only with all products of Afterword's kernels and `--kv-type exact`."""
@@ -185,7 +185,8 @@ class EngineSettings:
     -1 for all. `reproducible`: make results reproducible on a GPU too, at a cost in speed. `cache_dir`: the folder in
     which prefixes are kept, at most `cache_bytes` bytes; None: they are kept in memory only.
     `share_weights`: several models use the weights of one file, so no process packs copies of them.
-    `infill_template`: the layout of infill prompts, empty for the model's own. `speculate`: see `LoadModel`.
+    `infill_template`: the layout of infill prompts, empty for the model's own. `speculate`: see `LoadModel`;
+    None: "ngram" where the engine can verify drafts.
     `draft_model`: the model spec of the draft model, empty for none.
     """
 
@@ -200,7 +201,7 @@ class EngineSettings:
     infill_template: str = ""
     cache_dir: Path | None = None
     cache_bytes: int = 10 * 10**9
-    speculate: Speculation = "ngram"
+    speculate: Speculation | None = None
     draft_model: str = ""
     share_weights: bool = False
 

@@ -106,6 +106,7 @@ class Expected:
         """Write a model, and compute what is expected of it. Raises `SettingError` if it is refused."""
         path = write_random(folder / f"{file_type}.gguf", form, file_type)
         read_facts(path)
+        library.check_architecture(str(path), architecture_of(form))
         floats = write_random(folder / "floats.gguf", form, file_type, as_floats=True)
         texts = [plain_library.greedy(path, text, GENERATED) for text in _texts(form, 3, LENGTH)]
         rows = plain_library.log_probabilities(floats, texts, plain_library.CLOSEST)

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 import tempfile
 from functools import cache
 from pathlib import Path
-
-from gguf import GGUFWriter
 
 from afterword.engine.llama import library
 from afterword.engine.llama.library import native
@@ -20,13 +19,16 @@ from afterword.engine.llama.library import native
 library.initialize(verbose=False)
 
 _NAME = re.compile(rb"[a-z][a-z0-9_.-]{1,20}")
+_NEAR = 2**24  # the names lie within so many bytes of the message; a prebuilt library has 100 million bytes
 _NOT_ALONE = frozenset(("clip",))  # a projector, which is part of another model
 
 
 @cache
 def architectures() -> frozenset[str]:
     """The names of all architectures that the library knows, other than projectors."""
-    texts = library.path().read_bytes().split(b"\0")
+    content = library.path().read_bytes()
+    place = content.index(b"unknown model architecture")
+    texts = content[max(place - _NEAR, 0) : place + _NEAR].split(b"\0")
     # The linker stores a text that is the end of another one only once.
     found = {text[start:].decode() for text in texts if _NAME.fullmatch(text) for start in range(len(text) - 1)}
     found = {name for name in found if name[0].isalpha()} - _NOT_ALONE
@@ -35,12 +37,17 @@ def architectures() -> frozenset[str]:
 
 
 def _is_known(path: Path, name: str) -> bool:
-    writer = GGUFWriter(path, name)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
+    path.write_bytes(_header(name.encode()))
     params = native.llama_model_default_params()
     params.vocab_only = True
     library._last_errors.clear()
     native.llama_model_load_from_file(os.fsencode(path), params)
     return "unknown model architecture" not in " ".join(library._last_errors)
+
+
+def _header(name: bytes) -> bytes:
+    """A GGUF file without tensors whose only key is the architecture. Thousands are written, so no library does it."""
+    key = b"general.architecture"
+    counts = struct.pack("<IQQ", 3, 0, 1)  # version, tensors, keys
+    text = 8  # the type of the value
+    return b"GGUF" + counts + struct.pack("<Q", len(key)) + key + struct.pack("<IQ", text, len(name)) + name

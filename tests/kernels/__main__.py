@@ -1,7 +1,8 @@
-"""Checks of the C++ kernels that need compilers: `python -m tests.kernels warnings | sanitize | bits`.
+"""Checks of the C++ kernels that need compilers: `python -m tests.kernels warnings | headers | sanitize | bits`.
 
 - `warnings` compiles the sources with -Wall -Wextra -Werror for each installed compiler and several processors, and
   runs clang-tidy with the checks of `.clang-tidy`.
+- `headers` compares ggml.hpp with the headers of ggml, which `make native` installs (ggml_checks.hpp).
 - `sanitize` runs the drivers with the address, undefined-behaviour and thread sanitizers.
 - `bits` runs the drivers compiled by each compiler for each processor and compares the hashes of all results. Where
   this Python has ziglang, Zig is one of the compilers: wheels are compiled with it (`make wheel ARGS=--bits`).
@@ -43,6 +44,7 @@ LEVELS = {  # as in hatch_build.py: the options, and what /proc/cpuinfo must lis
 ARM_COMPILER, ARM_FLAGS = "aarch64-linux-gnu-g++", ("-march=armv8.2-a+dotprod", "-static")
 ARM_EMULATORS = ("qemu-aarch64-static", "qemu-aarch64")
 ZIG = (sys.executable, str(KERNELS.parents[3] / "scripts" / "zig_compiler.py"), "x86_64-linux-gnu.2.28")
+NATIVE = ("-march=native",) if platform.machine() in ("x86_64", "AMD64") else ()
 SANITIZERS = {
     "address and undefined behaviour": ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
     "threads": ("-fsanitize=thread",),
@@ -118,13 +120,28 @@ def clang_tidy(sources: list[str], machine: tuple[str, ...]) -> bool:
     return done.returncode == 0
 
 
+# ---- headers
+
+
+def headers() -> bool:
+    compiler = next(iter(compilers()), None)
+    if compiler is None or not CHECKED:
+        print(
+            f"headers: skipped, since {'the headers of ggml are' if compiler else 'no C++ compiler is'} not installed"
+        )
+        return True
+    command = [compiler, *FLAGS, *CHECKED, *NATIVE, "-fsyntax-only", str(KERNELS / "accelerator.cpp")]
+    done = run(command)
+    print(f"headers: {'as declared in ggml.hpp' if done.returncode == 0 else failure(command, done)}")
+    return done.returncode == 0
+
+
 # ---- sanitizers
 
 
 def sanitize(folder: Path, rounds: int) -> bool:
     correct = True
     compiler = next(iter(compilers()), None)
-    machine = ("-march=native",) if on_x86() else ()
     for name, flags in SANITIZERS.items():
         if compiler is None or not works(compiler, flags, folder):
             print(
@@ -134,7 +151,7 @@ def sanitize(folder: Path, rounds: int) -> bool:
         binary = str(folder / flags[0].strip("-"))
         # -O0: optimized code would take several times as long to compile. OpenMP is left out: its library is not
         # instrumented, so the thread sanitizer would report its synchronization as races.
-        build = [compiler, *FLAGS, *machine, "-O0", "-g", *flags, "-o", binary, *map(str, DRIVERS)]
+        build = [compiler, *FLAGS, *NATIVE, "-O0", "-g", *flags, "-o", binary, *map(str, DRIVERS)]
         for command in (build, [binary, "3", str(rounds)]):
             done = run(command)
             if done.returncode:
@@ -221,11 +238,11 @@ def bits(folder: Path) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.kernels", description=__doc__)
-    parser.add_argument("check", choices=("warnings", "sanitize", "bits"))
+    parser.add_argument("check", choices=("warnings", "headers", "sanitize", "bits"))
     parser.add_argument("--rounds", type=int, default=3, help="how often each computation is repeated by `sanitize`")
     options = parser.parse_args()
-    if options.check == "warnings":
-        return not warnings()
+    if options.check in ("warnings", "headers"):
+        return not (warnings() if options.check == "warnings" else headers())
     with tempfile.TemporaryDirectory() as folder:
         return not (sanitize(Path(folder), options.rounds) if options.check == "sanitize" else bits(Path(folder)))
 

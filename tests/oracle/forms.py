@@ -83,6 +83,7 @@ _GEMMA4 = {
     **{"attention.key_length_swa": 32, "attention.value_length_swa": 32, "final_logit_softcapping": 30.0},
 }
 _DEEPSEEK2 = {**_MLA, "leading_dense_block_count": 2, "expert_feed_forward_length": 32, "expert_shared_count": 0}
+_GROUPS = {"attention.group_norm_groups": 4}
 _GROVE = {"expert_chunk_feed_forward_length": 32, "expert_group_scale": 0.05, "experts_per_group": 2}
 
 _PLAIN: Keys = {}
@@ -100,6 +101,7 @@ _DENSE: Mapping[str, Keys] = {
     },
     "hrm_text": {"block_count": 6, "hrm.layers_per_stack": 1, "hrm.h_cycles": 2, "hrm.l_cycles": 2},
     "phi3": {"attention.sliding_window": WINDOW, "rope.scaling.original_context_length": 64},
+    "k2-horizon": _GROUPS,
     "paddleocr": _SECTIONS,
     "qwen2vl": _SECTIONS,
     "qwen3vl": _SECTIONS,
@@ -146,6 +148,10 @@ _MIXTURES: Mapping[str, Keys] = {
     "dots1": {**EXPERTS, **_PAIR},
     "olmoe": {**EXPERTS, **_PAIR},
     "grovemoe": {**EXPERTS, **_GROVE},
+    "k2-horizon/experts": {  # the values of attention have experts too
+        **{**EXPERTS, **_GROUPS},
+        **{"attention.value_expert_count": 8, "attention.value_expert_used_count": 3},
+    },
     "qwen3vlmoe": {**EXPERTS, **_SECTIONS},
     # With a window.
     **dict.fromkeys(("afmoe", "cohere2moe", "exaone-moe", "laguna", "mellum", "smallthinker"), _WINDOWED_EXPERTS),
@@ -260,6 +266,9 @@ _INDEXER_LAYER: Mapping[str, Shape] = {
     **{"indexer.k_norm.weight": (64,), "indexer.k_norm.bias": (64,), "indexer.proj.weight": (4, WIDTH)},
     **{"indexer.attn_k.weight": (64, WIDTH), "indexer.attn_q_b.weight": (256, 32)},
 }
+_GATED_LAYER: Mapping[str, Shape] = {
+    **{"attn_q_norm.weight": (WIDTH,), "attn_k_norm.weight": (WIDTH // 2,), "attn_gate.weight": (WIDTH, WIDTH)},
+}
 _SHARED_EXPERT: Mapping[str, Shape] = {
     **{f"ffn_{part}_shexp.weight": (WIDTH // 2, WIDTH) for part in ("gate", "up")},
     "ffn_down_shexp.weight": (WIDTH, WIDTH // 2),
@@ -271,6 +280,8 @@ OPTIONAL_TENSORS: Mapping[str, Mapping[str, Shape]] = {
     "glm-dsa": _each_layer(_INDEXER_LAYER, 0, 1),
     "granitehybrid": _CONVOLUTION_BIAS,
     "jamba/experts": _each_layer({"ffn_gate_inp.weight": (8, WIDTH)}, 0, 1),
+    "k2-horizon": _each_layer(_GATED_LAYER, 0, 1),
+    "k2-horizon/experts": _each_layer({"exp_probs_b.bias": (8,), "attn_v_gate.bias": (8,)}, 1),
     "laguna": _each_layer({"attn_gate.weight": (2, WIDTH)}, *range(5)),
     "mimo2": {
         **_each_layer({"attn_sinks.weight": (2,)}, 0, 1, 2),

@@ -264,7 +264,7 @@ def _load_message(
         parts=tuple(map(str, parts(model.path, facts))),
         capacity=shape.capacity,
         infill_template=settings.infill_template,
-        speculate=settings.speculate,
+        speculate=settings.speculate or "ngram",
         adapter=str(model.adapter.path) if model.adapter else "",
         adapter_scale=model.adapter.scale if model.adapter else 1.0,
         pack_weights=not settings.share_weights,

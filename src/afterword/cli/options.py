@@ -132,9 +132,8 @@ def engine_options(command: F) -> F:
             "Engine",
             "--speculate",
             type=click.Choice(["off", "ngram"]),
-            default="ngram",
             help="ngram: draft tokens from each text itself and verify them together; changes no token. "
-            "off: draft nothing from it.",
+            "off: draft nothing from it.  [default: ngram with the built-in engine]",
         ),
         option(
             "Engine",

@@ -22,10 +22,12 @@ from afterword.engine.vllm.program import check_flags, vllm_program
 from afterword.errors import SettingError
 
 _USED = ("context", "parallel", "verbose", "infill_template")  # settings that have a meaning for vLLM
+_HARMLESS = {"speculate": "off"}  # values that ask for what happens anyway
 _REASONS = {
     "gpu_layers": "vLLM computes all layers on the device that it was built for",
     "reproducible": "vLLM's batch invariance was not verified; its promise is none",
     "draft_model": "drafts are verified by the built-in engine",
+    "speculate": "drafts are verified by the built-in engine",
     "cache_dir": "vLLM keeps its prefix cache in memory",
 }
 
@@ -69,7 +71,7 @@ def check_settings(
     """
     default = EngineSettings()
     for name in EngineSettings.__dataclass_fields__:
-        if name not in used and getattr(settings, name) != getattr(default, name):
+        if name not in used and getattr(settings, name) not in (getattr(default, name), _HARMLESS.get(name)):
             option = "--" + name.replace("cache_bytes", "cache_size").replace("_", "-")
             raise SettingError(f"{option} cannot be used with --engine {engine}: {_REASONS.get(name, otherwise)}.")
 

@@ -19,7 +19,7 @@ ENCODERS = frozenset(
             "modern-bert",
             "eurobert",
         ),
-        *("gemma-embedding", "llama-embed", "t5encoder"),
+        *("gemma-embedding", "gemma-embedding2", "llama-embed", "t5encoder"),
     )
 )
 """Architectures that compute embeddings. A file with metadata for non-causal attention counts as one too."""
@@ -36,7 +36,6 @@ ENCODER_DECODERS = frozenset(("t5",))
 BROKEN = {
     "chameleon": "the installed llama.cpp excludes the tokens of images from the first sequence of a batch only",
     "cogvlm": "the installed llama.cpp computes different numbers when a prefix of the prompt is already cached",
-    "deepseek4": "the prebuilt llama.cpp ends its process when it creates a context",
     "plm": "the installed llama.cpp ends its process when it computes flash attention",
     "qwen4exp": "the installed llama.cpp crashes when it computes several sequences in one batch",
 }

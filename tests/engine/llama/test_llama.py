@@ -23,6 +23,7 @@ from afterword.engine.worker.worker_main import LoadedModel
 from afterword.errors import SettingError
 from afterword.models.gguf_facts import parts, read_facts
 from afterword.models.registry import builtin_path
+from oracle.architectures import write_random
 from oracle.oracle import Oracle
 from oracle.tiny import write_tiny
 
@@ -340,3 +341,13 @@ def test_an_invalid_model_file_is_a_setting_error(content, tmp_path):
         path.write_bytes(content)
     with pytest.raises(SettingError, match=r"bad\.gguf"):
         open_model(path)
+
+
+def test_an_architecture_that_would_end_the_process_is_refused_only_with_that_library(tmp_path, monkeypatch):
+    path = write_random(tmp_path / "model.gguf", "deepseek4")
+    monkeypatch.setattr(library.native, "llama_version", lambda: b"0.6.0-dev")
+    with pytest.raises(SettingError, match=r"architecture is deepseek4, and the prebuilt llama\.cpp ends its process"):
+        open_model(path)
+    library.check_architecture("model.gguf", "llama")
+    monkeypatch.setattr(library.native, "llama_version", lambda: b"0.5.0-dev")
+    library.check_architecture("model.gguf", "deepseek4")

@@ -1,5 +1,6 @@
 // Compares the declarations of ggml.hpp, and the numbers that the kernels use, with the headers of the installed ggml.
 //
+// The headers are installed by `make native`, which runs these checks (python -m tests.kernels headers).
 // hatch_build.py defines AFTERWORD_GGML_HEADERS where the headers lie beside llama-cpp-python. A difference ends the compilation,
 // so the package is installed without the accelerator. ggml-backend-impl.h is never installed: the declarations copied from it are
 // protected by the version that accelerator.py knows.

@@ -7,8 +7,8 @@ read and write wrong memory, so `open_library` compares a library with the decla
 2. the version is one of `LLAMA_VERSIONS`,
 3. the values that the library writes to its structures by default are the expected ones, field by field.
 
-tests/engine/llama/test_bindings.py compares all declarations with the headers. No state. Must not import other modules
-of the package but the errors.
+tests/engine/llama/test_bindings.py compares all declarations with what a compiler says about the headers. No state.
+Must not import other modules of the package but the errors.
 """
 
 from __future__ import annotations
@@ -100,24 +100,11 @@ LLAMA_VERSIONS: Mapping[str, type[ctypes.Structure]] = MappingProxyType(
 """
 
 
-class QuantizeParameters(ctypes.Structure):
-    """`llama_model_quantize_params`, for the tests and the bench."""
-
-    _fields_ = (
-        *((name, _NUMBER) for name in ("nthread", "ftype", "output_tensor_type", "token_embedding_type")),
-        *((name, _BOOL) for name in ("allow_requantize", "quantize_output_tensor", "only_copy", "pure")),
-        *((name, _BOOL) for name in ("keep_split", "dry_run")),
-        *((name, _ADDRESS) for name in ("imatrix", "kv_overrides", "tt_overrides", "prune_layers")),
-        ("max_buf_size", _SIZE),
-    )
-
-
 STRUCTURES: Mapping[str, type[ctypes.Structure]] = MappingProxyType(
     {
         "llama_batch": LlamaBatch,
         "llama_model_params": ModelParameters,
         "llama_context_params": ContextParameters,
-        "llama_model_quantize_params": QuantizeParameters,
     }
 )
 """The structures by their C names."""
@@ -209,14 +196,6 @@ FUNCTIONS: Mapping[str, tuple[Any, tuple[Any, ...]]] = MappingProxyType(
 )
 """The functions by their C names: the type of the result, and those of the arguments."""
 
-OPTIONAL_FUNCTIONS: Mapping[str, tuple[Any, tuple[Any, ...]]] = MappingProxyType(
-    {
-        "llama_model_quantize": (_UNSIGNED, (_TEXT, _TEXT, ctypes.POINTER(QuantizeParameters))),
-        "llama_model_quantize_default_params": (QuantizeParameters, ()),
-    }
-)
-"""Functions that only the tests and the bench use, and that a prebuilt library may lack."""
-
 _DEFAULTS: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {
         "llama_model_default_params": {
@@ -272,11 +251,10 @@ def open_library(path: Path) -> ctypes.CDLL:
 
 def _declare(library: ctypes.CDLL, context: type[ctypes.Structure]) -> None:
     """Set the types of results and arguments. `context`: the version's `llama_context_params`."""
-    for name, (result, arguments) in [*FUNCTIONS.items(), *OPTIONAL_FUNCTIONS.items()]:
-        if hasattr(library, name):
-            function = getattr(library, name)
-            types = [context if each is ContextParameters else each for each in (result, *arguments)]
-            function.restype, function.argtypes = types[0], types[1:]
+    for name, (result, arguments) in FUNCTIONS.items():
+        function = getattr(library, name)
+        types = [context if each is ContextParameters else each for each in (result, *arguments)]
+        function.restype, function.argtypes = types[0], types[1:]
 
 
 def _differences(library: ctypes.CDLL, name: str, expected: Mapping[str, float]) -> list[str]:

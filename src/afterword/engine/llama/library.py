@@ -137,6 +137,25 @@ def last_error() -> str:
     return _last_errors[0] if _last_errors else "no reason was given"
 
 
+def metadata(model: object, key: bytes) -> str:
+    """A value of the model file's metadata, empty if the key is missing."""
+    value = ctypes.create_string_buffer(256)
+    found = native.llama_model_meta_val_str(model, key, value, 256) >= 0
+    return value.value.decode("utf-8", "replace") if found else ""
+
+
+def check_architecture(path: str, architecture: str) -> None:
+    """Raise `SettingError` if a context of the model in `path` would end the process.
+
+    Of the known versions, only llama.cpp 0.6.0-dev does that, by a division by zero (2026-11-30).
+    """
+    if architecture == "deepseek4" and native.llama_version().startswith(b"0.6."):
+        raise SettingError(
+            f"{path} cannot be served. Its architecture is {architecture}, and the prebuilt llama.cpp ends its process "
+            "when it creates a context. `make native` installs a llama.cpp that serves it."
+        )
+
+
 def version() -> str:
     """Version and build flags of the library; part of the fingerprint."""
     return f"{native.llama_version().decode()} {native.llama_print_system_info().decode().strip()}"

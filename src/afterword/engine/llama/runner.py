@@ -22,7 +22,7 @@ from afterword.engine.llama.adapter import apply_adapter
 from afterword.engine.llama.bindings import LlamaBatch, ProgressCallback
 from afterword.engine.llama.fixed_shape import pad_to_fixed_shape
 from afterword.engine.llama.kv_cache import KvCache, NativeContext
-from afterword.engine.llama.library import last_error, native
+from afterword.engine.llama.library import check_architecture, last_error, metadata, native
 from afterword.engine.llama.model_files import ModelFiles
 from afterword.engine.llama.slot_states import SlotStates
 from afterword.engine.messages import LoadModel
@@ -270,6 +270,7 @@ def _load(settings: LoadModel, repack: bool, report_progress: Callable[[float], 
         raise SettingError(f"llama.cpp cannot load {settings.path}: {last_error()}")
     if not native.llama_model_has_decoder(model) or native.llama_model_has_encoder(model):
         raise SettingError(f"{settings.path} is not a text-completion model: only decoder-only models can be served.")
+    check_architecture(settings.path, metadata(model, b"general.architecture"))
     return model
 
 

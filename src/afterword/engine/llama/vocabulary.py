@@ -18,7 +18,7 @@ from afterword.engine.core.verification import can_verify
 from afterword.engine.kernels.compiled import digest
 from afterword.engine.llama import accelerator, gpus, library
 from afterword.engine.llama.infill_families import find_layout, parse_template
-from afterword.engine.llama.library import native
+from afterword.engine.llama.library import metadata, native
 from afterword.engine.llama.runner import LlamaRunner
 from afterword.engine.llama.special_tokens import SpecialToken, SpecialTokens
 from afterword.engine.llama.split_points import PIECE_LENGTH, SplitPoints
@@ -47,7 +47,7 @@ class Vocabulary:
         self._splits = {special: SpecialTokens(self._special_tokens(special)) for special in (False, True)}
         self._split_points = SplitPoints(self._texts()) if self._kind == native.LLAMA_VOCAB_TYPE_SPM else None
         self._leading_tokens = self._count_leading_tokens() if self._split_points else 0
-        self._pre_tokenizer = _meta(model, b"tokenizer.ggml.pre")
+        self._pre_tokenizer = metadata(model, b"tokenizer.ggml.pre")
 
     def tokenize(self, text: str, special: bool) -> tuple[int, ...]:
         """The token ids of a text, without BOS. `special`: text that spells a special token becomes that token."""
@@ -214,7 +214,7 @@ def make_model_info(runner: LlamaRunner, settings: LoadModel) -> tuple[ModelInfo
         space_prefix=b"".join(pieces[t] for t in plain).startswith(b" "),
         # A space has three bytes in SentencePiece's vocabularies.
         longest_token=max(len(piece.replace(b" ", _SPACE)) for piece in pieces) if vocabulary.keeps_text else 0,
-        infill=vocabulary.infill(_meta(runner.model, b"general.name"), settings.infill_template),
+        infill=vocabulary.infill(metadata(runner.model, b"general.name"), settings.infill_template),
         fingerprint="",
         promise=runner.promise,
         slow_runs=vocabulary.slow_runs,
@@ -248,10 +248,3 @@ def fingerprint(settings: LoadModel, runner: LlamaRunner, model_info: ModelInfo)
 
 def _known(token: int) -> int | None:
     return None if token == _NO_TOKEN else int(token)
-
-
-def _meta(model: object, key: bytes) -> str:
-    """A value of the model file's metadata, empty if the key is missing."""
-    value = ctypes.create_string_buffer(256)
-    found = native.llama_model_meta_val_str(model, key, value, 256) >= 0
-    return value.value.decode("utf-8", "replace") if found else ""
