@@ -12,7 +12,6 @@ import argparse
 import os
 import re
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +25,8 @@ from typing import IO, Any
 
 import httpx
 import psutil
+
+from bench.process_tree import ending
 
 CLIENTS = 8
 ENVIRONMENT = {
@@ -68,9 +69,8 @@ LOADS = (
 class Front:
     """A running server. `depth`: its processes down to this depth below the first one are its front."""
 
-    def __init__(self, name: str, url: str, process: int, depth: int) -> None:
-        self.name, self.url, self._depth = name, url, depth
-        self._root = psutil.Process(process)
+    def __init__(self, name: str, url: str, root: psutil.Process, depth: int) -> None:
+        self.name, self.url, self._root, self._depth = name, url, root, depth
 
     def seconds(self) -> float:
         """The CPU time that the processes of the front have used. Helpers of `multiprocessing` use nearly none."""
@@ -152,8 +152,8 @@ def _running(folder: str, python: str) -> Iterator[tuple[Front, Front]]:
         started = [running.enter_context(_started(command)) for command in _commands(folder, python, ports)]
         for port, (process, log) in zip(ports, started, strict=True):
             _wait_for(f"http://127.0.0.1:{port}/health", process, log)
-        ids, urls = [process.pid for process, _ in started], [f"http://127.0.0.1:{port}" for port in ports]
-        yield Front("Afterword", urls[0], ids[0], depth=1), Front("vLLM", urls[1], ids[1], depth=0)
+        roots, urls = [process for process, _ in started], [f"http://127.0.0.1:{port}" for port in ports]
+        yield Front("Afterword", urls[0], roots[0], depth=1), Front("vLLM", urls[1], roots[1], depth=0)
 
 
 def _free_port() -> int:
@@ -163,21 +163,13 @@ def _free_port() -> int:
 
 
 @contextmanager
-def _started(command: Sequence[str]) -> Iterator[tuple[subprocess.Popen[bytes], IO[str]]]:
+def _started(command: Sequence[str]) -> Iterator[tuple[psutil.Popen, IO[str]]]:
     """Run a command until the block ends, and all of its processes: vLLM's engine outlives a server that is killed."""
-    with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
-        try:
-            yield process, log
-        finally:
-            below = psutil.Process(process.pid).children(recursive=True)
-            process.terminate()
-            _, left = psutil.wait_procs(below, timeout=30)
-            for each in left:
-                each.kill()
-            process.kill()
+    with tempfile.TemporaryFile("w+") as log, ending(psutil.Popen(command, stdout=log, stderr=log)) as process:
+        yield process, log
 
 
-def _wait_for(url: str, process: subprocess.Popen[bytes], log: IO[str]) -> None:
+def _wait_for(url: str, process: psutil.Popen, log: IO[str]) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while True:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
+
+from bench.process_tree import ending
 
 START_SECONDS = 1800
 """The first start compiles the server."""
@@ -28,7 +30,7 @@ class LlamaServer:
     """A running llama-server, asked for texts of equal length by several threads."""
 
     def __init__(self, url: str, texts: int) -> None:
-        self._http = httpx.Client(base_url=url, timeout=600)
+        self._http = httpx.Client(base_url=url, timeout=600, trust_env=False)
         self._pool = ThreadPoolExecutor(texts)
         self._texts = texts
 
@@ -68,24 +70,21 @@ def llama_server(model: Path, threads: int, texts: int) -> Iterator[LlamaServer]
         port = free.getsockname()[1]
     how = ["--threads", str(threads), "--slots", str(texts), "--context", "2048"]
     command = [sys.executable, "-m", "bench", "serve", "llama-server", "--model", str(model), "--port", str(port), *how]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with ending(psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)) as process:
+        url = f"http://127.0.0.1:{port}"
+        _wait_until_ready(process, url)
+        server = LlamaServer(url, texts)
         try:
-            url = f"http://127.0.0.1:{port}"
-            _wait_until_ready(process, url)
-            server = LlamaServer(url, texts)
-            try:
-                yield server
-            finally:
-                server.close()
+            yield server
         finally:
-            process.send_signal(signal.SIGKILL)
+            server.close()
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
+def _wait_until_ready(process: psutil.Popen, url: str) -> None:
     latest = time.monotonic() + START_SECONDS
     while time.monotonic() < latest and process.poll() is None:
         try:
-            if httpx.get(f"{url}/health").status_code == 200:
+            if httpx.get(f"{url}/health", trust_env=False).status_code == 200:
                 return
         except httpx.TransportError:
             pass

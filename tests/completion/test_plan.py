@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from afterword.completion.infill import InfillRules
 from afterword.completion.object_fields import ContextFile
 from afterword.completion.plan import ClientIdentity, Plan, PromptPlan, check_candidates, check_lengths, make_plan
 from afterword.completion.request import CompletionRequest
@@ -480,6 +481,14 @@ def test_files_that_do_not_fit_into_the_context_are_refused() -> None:
 
 
 # ---- when tokens are needed
+
+
+@pytest.mark.parametrize("ends_texts", [False, True])
+def test_an_infill_that_ends_by_its_own_rules_needs_each_token_at_once(ends_texts: bool) -> None:
+    rules = InfillRules(always=True, ends_texts=ends_texts)
+    request = CompletionRequest(prompt=("Hello",))
+    tokens = asyncio.run(tokenize(request, ScriptedEngine(text_script(), WITH_INFILL), False, rules=rules))
+    assert make_plan(request, WITH_INFILL, tokens, 0).prompts[0].job.whole is not ends_texts
 
 
 @pytest.mark.parametrize(

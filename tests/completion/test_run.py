@@ -478,6 +478,16 @@ def test_a_client_that_disconnects_early_is_charged_for_less() -> None:
     assert 2 <= usage.completion_tokens < 5, "the engine may be ahead"
 
 
+def test_who_leaves_a_merged_response_is_charged_for_the_tokens_that_were_reported() -> None:
+    """Those after the last report may be computed, but the engine has not told of them."""
+    engine = ScriptedEngine(text_script(" cat" * 60, " sat" * 60), tokens_per_step=16)
+    (usage,) = recorded_usage(engine, 2, prompt=("a",), max_tokens=60, n=2, stream=False)
+    assert engine.jobs[0].job.whole
+    assert engine.jobs[0].closed
+    assert usage.prompt_tokens == 1
+    assert usage.completion_tokens == 2 * 16
+
+
 def test_computed_tokens_that_were_never_read_are_charged() -> None:
     async def read_nothing() -> None:
         async with aclosing(run(await planned(engine, {"prompt": ("a",)}), engine, recorded.append)) as items:

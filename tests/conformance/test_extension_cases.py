@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import httpx
 import pytest
 from cases import EXAMPLE
 from extensions import EXTENSIONS as CASES
@@ -29,6 +30,36 @@ def test_a_field_that_a_server_refuses_must_be_known() -> None:
     for case, known in ((refused, set[str]()), (served, {"some_field"})):
         with pytest.raises(AssertionError, match="some_field"):
             check_extension(case, None, known)  # type: ignore[arg-type]
+
+
+class Refusing:
+    """A server that refuses every request with this error."""
+
+    token, eos_ban = 5, {"0": -100}
+
+    def __init__(self, param: str | None, message: str) -> None:
+        self.answer = httpx.Response(400, json={"error": {"param": param, "message": message}})
+
+    def ask(self, **_: Any) -> httpx.Response:
+        return self.answer
+
+
+DECAY = next(case for case in CASES if case.field == "adaptive_decay")
+
+
+@pytest.mark.parametrize(
+    ("param", "refused"),
+    [("adaptive_decay", {"adaptive_decay"}), ("adaptive_target", {"adaptive_decay", "adaptive_target"})],
+)
+def test_a_refusal_names_the_field_or_another_refused_one(param: str, refused: set[str]) -> None:
+    check_extension(DECAY, Refusing(param, "no"), refused)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("param", ["temperature", "adaptive_target", "seed", None])
+def test_a_refusal_of_another_field_is_none_of_the_field(param: str | None) -> None:
+    """Also if the text of the error names the field."""
+    with pytest.raises(AssertionError):
+        check_extension(DECAY, Refusing(param, "adaptive_decay"), {"adaptive_decay"})  # type: ignore[arg-type]
 
 
 def options_of(limits: RequestLimits) -> set[str]:

@@ -230,19 +230,51 @@ def test_best_of_and_streams(http):
 
 
 def test_whole_responses_have_the_tokens_of_streams_although_they_come_together(http):
-    """Also where the number of tokens is no multiple of those that are reported together, and with end tokens."""
+    """Also where the number of tokens is no multiple of those that are reported together."""
     for count in (1, 2, 16, 17, 18, 50):
-        body = {"prompt": STORY, "max_tokens": count, "seed": 4, "n": 2, "logprobs": 2, "ignore_eos": True}
-        whole = ask(http, **body)["choices"]
+        body = {"max_tokens": count, "seed": 4, "n": 2, "logprobs": 2, "ignore_eos": True}
+        whole = whole_as_streamed(http, **body)
         assert [len(choice["logprobs"]["tokens"]) for choice in whole] == [count, count]
-        columns: list[list[float]] = [[], []]
-        with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
-            for line in response.iter_lines():
-                if line.startswith("data: {"):
-                    for choice in json.loads(line.removeprefix("data: "))["choices"]:
-                        columns[choice["index"]] += (choice["logprobs"] or {}).get("token_logprobs", [])
-        for choice, column in zip(whole, columns, strict=True):
-            assert choice["logprobs"]["token_logprobs"] == pytest.approx(column, abs=1e-3)
+        assert {choice["finish_reason"] for choice in whole} == {"length"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "count"),
+    [
+        ({"logit_bias": {str(END): 100}, "min_tokens": 20}, 21),  # the end token is the fourth of its output
+        ({"logit_bias": {str(END): 100}, "min_tokens": 16}, 17),  # and here the last
+        ({"logit_bias": {"300": 100}, "stop_token_ids": [300], "min_tokens": 20}, 21),
+        ({"logit_bias": {"300": 100}, "stop_token_ids": [300], "ignore_eos": True}, 1),
+    ],
+)
+def test_whole_responses_end_at_the_end_token_of_streams(
+    http: httpx.Client, fields: dict[str, Any], count: int
+) -> None:
+    """The end token has no text. It is the last of the reported ids, with nothing after it."""
+    whole = whole_as_streamed(http, max_tokens=50, seed=4, n=2, logprobs=2, return_token_ids=True, **fields)
+    end = END if str(END) in fields["logit_bias"] else 300
+    assert {choice["finish_reason"] for choice in whole} == {"stop"}
+    for choice in whole:
+        assert (len(choice["token_ids"]), choice["token_ids"].index(end)) == (count, count - 1)
+
+
+def whole_as_streamed(http: httpx.Client, **body: Any) -> list[dict[str, Any]]:
+    """The choices of a whole response. Those of the same request as a stream have the same texts, numbers and ends."""
+    whole: list[dict[str, Any]] = ask(http, **body)["choices"]
+    texts, columns, ends = ["" for _ in whole], [[] for _ in whole], [None for _ in whole]  # type: ignore[var-annotated]
+    request = {"prompt": STORY, **body, "stream": True}
+    with http.stream("POST", "/v1/completions", json=request) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                for choice in json.loads(line.removeprefix("data: "))["choices"]:
+                    index = choice["index"]
+                    texts[index] += choice["text"]
+                    columns[index] += (choice["logprobs"] or {}).get("token_logprobs", [])
+                    ends[index] = choice["finish_reason"] or ends[index]
+    assert [(each["text"], each["finish_reason"]) for each in whole] == list(zip(texts, ends, strict=True))
+    for choice, column in zip(whole, columns, strict=True):
+        assert choice["logprobs"]["token_logprobs"] == pytest.approx(column, abs=1e-3)
+    return whole
 
 
 # ---- prompts

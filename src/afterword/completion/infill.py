@@ -24,7 +24,7 @@ class InfillRules:
     has no file separators. `fill_context`: reduce `max_tokens` to the rest of the context, and so that all candidates
     have at most `most_tokens` tokens together. `trim`: leave out what does not fit into the context (`infill_trim`).
     `rerank`: for models without infill tokens, sample several middles after the prefix and return the one under which
-    the suffix is most likely (`rerank`).
+    the suffix is most likely (`rerank`). `ends_texts`: the route ends texts by rules of its own, see `middle_end`.
     """
 
     always: bool = False
@@ -33,6 +33,7 @@ class InfillRules:
     most_tokens: int = 2**31
     trim: bool = False
     rerank: bool = False
+    ends_texts: bool = False
 
     def apply_to(self, request: CompletionRequest) -> bool:
         """Whether the request's prompts are laid out with infill tokens."""

@@ -259,7 +259,7 @@ def make_plan(
             healed=left_out,
             repetition_detection=request.repetition_detection if max_tokens else None,
             first=tokens.first.get(left_out, b""),
-            whole=not request.stream and not request.stop,  # a stop string must end a sample at once
+            whole=not (request.stream or request.stop or rules.ends_texts),  # what ends a text must do so at once
         )
         check_job(job, model_info)
         text = given if isinstance(given, str) and ids == whole else _decode(model_info, ids)

@@ -78,6 +78,12 @@ def test_scores_are_requested_with_one_token_and_never_in_a_stream():
     assert "prompt_logprobs" not in body(prompt_alternatives=2)["sampling_params"]
 
 
+def test_each_token_of_a_whole_response_is_an_event_too():
+    """The time between two events is limited, so an upstream that is slow but works must not be silent."""
+    assert "stream_interval" in request(whole=True).fields
+    assert "stream_interval" not in body(whole=True)["sampling_params"]
+
+
 def test_a_namespace_is_a_salt_that_vllm_accepts_and_that_does_not_show_it():
     assert "cache_salt" not in body()
     salts = {body(namespace=name)["cache_salt"] for name in ("key/1", "x" * 1000, "a@b")}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
+
 from afterword.engine.parent.engine_metrics import EngineMetrics, JobTimer
 from afterword.engine.protocol import Job, PassStats, Sampling, Step, Token
 from afterword.observability.histogram import Histogram
@@ -96,10 +98,18 @@ def test_passes_are_counted_by_kind_and_empty_statistics_are_ignored():
     assert (engine_metrics.drafted_tokens, engine_metrics.accepted_tokens) == (3, 2)
 
 
-def test_tokens_that_are_reported_together_took_the_same_time_each():
-    timed = TimedJob(samples=2, whole=True).at(101, 0, 1).at(105, 0, 0, 0, 0, 1)
+@pytest.mark.parametrize("whole", [False, True])
+def test_tokens_that_are_reported_together_took_the_same_time_each(whole):
+    """A verified draft of a stream is several tokens too, and has the numbers of the same draft of a whole response."""
+    timed = TimedJob(samples=2, whole=whole).at(101, 0, 1).at(105, 0, 0, 0, 0, 1)
     gaps = timed.engine_metrics.inter_token_seconds
     assert (sum(gaps.counts), gaps.sum) == (5, 4 * 1.0 + 4.0)
     assert gaps.counts[gaps.bounds.index(1.0)] == 4
     assert gaps.counts[gaps.bounds.index(5.0)] == 1
     assert timed.engine_metrics.generated_tokens == 7
+
+
+def test_tokens_of_one_sample_that_are_reported_together_leave_the_others_alone():
+    timed = TimedJob(samples=3).at(101, 0, 1, 2).at(103, 0, 0).at(104, 1)
+    gaps = timed.engine_metrics.inter_token_seconds
+    assert (sum(gaps.counts), gaps.sum) == (3, 2 * 1.0 + 3.0)

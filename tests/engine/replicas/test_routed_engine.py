@@ -188,6 +188,20 @@ def test_without_a_promise_a_job_with_tokens_fails_and_one_without_is_answered_e
     run(test)
 
 
+def test_a_job_that_cannot_be_accepted_leaves_nothing_behind():
+    async def test() -> None:
+        async with replicas() as found:
+            engine = RoutedEngine(RoutedModel("model", LeastLoaded(), QueuePolicy(queue=1)), found.find)
+            with pytest.raises(OverflowError):
+                engine.start(job(2**40))
+            assert engine.load == Load(0, 0, 0)
+            waiting = engine.start(job())
+            waiting.close()
+            await engine.close()
+
+    run(test)
+
+
 def test_a_client_that_leaves_and_a_server_that_ends_free_the_sequences():
     async def test() -> None:
         async with replicas() as found:

@@ -50,6 +50,7 @@ async def create(http: HttpRequest) -> Response:
         most_tokens=service.config.limits.max_request_tokens,
         trim=service.config.infill_trim,
         rerank=service.config.infill_rerank,
+        ends_texts=bool(infill.indent or infill.predict_ms),
     )
     prepared = await prepare(http, body, request, False, rules)
     return InfillResponse(infill, prepared)

@@ -80,8 +80,10 @@ def request_body(model: str, request: SampleRequest, vocabulary: int, *, stream:
     """The body of a request. A whole response has the scores of the prompt and one token; a stream has no scores.
 
     vLLM lists the sampled token first and then leaves out the least likely alternative. So one more is requested.
+    Each token is an event of its own, because the time between two events is limited (`upstream_seconds`).
     """
     fields = {name: value for name, value in request.fields.items() if value is not None}
+    fields.pop("stream_interval", None)
     if alternatives := fields.get("logprobs"):
         fields["logprobs"] = min(alternatives + 1, vocabulary)
     if stream:

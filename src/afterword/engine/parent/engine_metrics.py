@@ -6,7 +6,6 @@ not counted again. Recording one token takes less than a microsecond, because it
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 
 from afterword.engine.protocol import Job, PassStats, Step
@@ -45,7 +44,7 @@ class EngineMetrics:
     - `queued`: from the acceptance of a job to the start of its computation.
     - `prefill`: from there to the first token, or to the end of the job if it generates none.
     - `decode`: from the first token to the last.
-    - `inter_token_seconds`: between two tokens of one sample.
+    - `inter_token_seconds`: between two tokens of one sample. Those that arrive together have an equal share each.
     """
 
     def __init__(self) -> None:
@@ -100,10 +99,7 @@ class JobTimer:
     `clock` returns seconds; `since` is the time of that clock when the job was accepted.
     """
 
-    __slots__ = (
-        *("_begun", "_clock", "_engine_metrics", "_first", "_last", "_latest", "_prompt", "_samples", "_since"),
-        "_whole",
-    )
+    __slots__ = ("_begun", "_clock", "_engine_metrics", "_first", "_last", "_latest", "_prompt", "_samples", "_since")
 
     def __init__(self, engine_metrics: EngineMetrics, job: Job, since: float, clock: Callable[[], float]) -> None:
         self._engine_metrics = engine_metrics
@@ -111,7 +107,6 @@ class JobTimer:
         self._prompt = len(job.prompt)
         self._samples = job.samples
         self._since = since
-        self._whole = job.whole
         self._begun: float | None = None
         self._first: float | None = None
         self._latest = 0.0
@@ -134,19 +129,18 @@ class JobTimer:
             engine_metrics.prefill.add(now - self._begun)
             self._last = [now] * self._samples  # the first tokens of all samples come from one logits row
             return
-        if self._whole:
-            self._record_merged(step, now)
-            return
         last, gaps = self._last, engine_metrics.inter_token_seconds
-        for sample, _ in step.sampled:
+        if len(step.sampled) == 1:  # most steps, and faster than below
+            sample = step.sampled[0][0]
             gaps.add(now - last[sample])
             last[sample] = now
-
-    def _record_merged(self, step: Step, now: float) -> None:
-        """Record a step whose tokens an engine may have reported together: each took the same share of the time."""
-        for sample, tokens in Counter(sample for sample, _ in step.sampled).items():
-            self._engine_metrics.inter_token_seconds.add((now - self._last[sample]) / tokens, tokens)
-            self._last[sample] = now
+            return
+        counts: dict[int, int] = {}
+        for sample, _ in step.sampled:
+            counts[sample] = counts.get(sample, 0) + 1
+        for sample, tokens in counts.items():  # verified drafts and merged outputs are several tokens of a sample
+            gaps.add((now - last[sample]) / tokens, tokens)
+            last[sample] = now
 
     def record_end(self) -> None:
         """Record the end of the last sample; not called for a job that its consumer closed early."""

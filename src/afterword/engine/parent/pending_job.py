@@ -29,7 +29,7 @@ MAX_CRASHES = 2
 
 
 class JobOwner(Protocol):
-    """Keeps the pending jobs and sends messages about them to the worker. The supervisor implements it."""
+    """Keeps the pending jobs and sends messages about them: `Supervisor` and `RoutedEngine`."""
 
     def drop(self, pending: PendingJob, sample: int) -> None:
         """End one sample in the worker."""

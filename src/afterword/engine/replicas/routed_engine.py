@@ -71,7 +71,7 @@ class RoutedEngine:
         self._clock = clock
         self.engine_metrics = EngineMetrics()
         self._jobs = JobQueue(self, model.policy, self.engine_metrics, clock)
-        self._routed: dict[int, _RoutedJob] = {}  # the same jobs
+        self._routed: dict[int, _RoutedJob] = {}  # the jobs of `_jobs`: added by `start`, removed by `_forget`
         self._texts = RoutedTexts(self._usable)
         self._connections: dict[str, ReplicaConnection] = {}
         self._attending: dict[str, asyncio.Task[None]] = {}
@@ -121,8 +121,9 @@ class RoutedEngine:
     def start(self, job: Job) -> PendingJob:
         """Accept a job; see `protocol.Engine`. Raises `Overloaded`."""
         self._check_capacity(len(self._jobs))
+        keys = block_keys(job.namespace, job.prompt)  # may raise, so before the job is in either dict
         pending = self._jobs.add(job)
-        self._routed[pending.job_id] = routed = _RoutedJob(pending, block_keys(job.namespace, job.prompt))
+        self._routed[pending.job_id] = routed = _RoutedJob(pending, keys)
         self._place(routed)
         return pending
 

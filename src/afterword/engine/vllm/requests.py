@@ -18,7 +18,8 @@ from afterword.engine.token_row import MAX_LISTED
 MERGED_TOKENS = 16
 """How many tokens of a sample vLLM reports together, after the first one, for a job whose tokens nobody reads earlier.
 
-Each output costs the worker and the server time. Tokens that are not reported when a client leaves are not charged.
+Each output costs the worker and the server time. If the request ends early, up to 15 tokens of each sample are not
+charged: those that were not reported. `engine.http` has each token reported.
 """
 
 LIMITS = JobLimits(
