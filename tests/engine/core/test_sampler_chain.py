@@ -10,7 +10,7 @@ from typing import Any
 import chain_reference as reference
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from afterword.engine.core import sampler_chain
@@ -215,6 +215,9 @@ settings_of_dry = st.builds(
 )
 
 
+# The window leaves the first token of the last breaker, and the first token of a longer one before another breaker.
+@example([], [0, 1, 1, 1], Dry(1.0, 1.5, 0, 3, b"", (((0,), (1, 1)),)))
+@example([], [0, 2, 1, 2, 1, 1], Dry(1.0, 1.5, 0, 4, b"", (((0,), (2, 1, 2)), ((2,), (1,)))))
 @settings(max_examples=300, deadline=None)
 @given(texts, texts, settings_of_dry)
 def test_repetitions_are_those_of_the_definition(prompt: list[int], generated: list[int], dry: Dry) -> None:

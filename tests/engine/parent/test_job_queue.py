@@ -20,8 +20,8 @@ class Owner:
     def __init__(self, policy: QueuePolicy) -> None:
         self.now = 0.0
         self.ended: list[int] = []
-        self.metrics = EngineMetrics()
-        self.queue = JobQueue(self, policy, self.metrics, lambda: self.now)
+        self.engine_metrics = EngineMetrics()
+        self.queue = JobQueue(self, policy, lambda: self.now)
 
     def drop(self, pending: PendingJob, sample: int) -> None:
         raise AssertionError
@@ -110,3 +110,11 @@ def test_all_jobs_fail_and_end_where_they_are_computed() -> None:
     owner.queue.fail_all(EngineFailure())
     assert owner.ended == [pending.job_id for pending in jobs]
     assert len(owner.queue) == 0
+
+
+def test_jobs_are_counted_in_the_metrics_that_the_owner_has_now() -> None:
+    """The model manager gives each engine the metrics of the engine before it."""
+    owner = Owner(QueuePolicy())
+    owner.engine_metrics = EngineMetrics()
+    owner.queue.add_step(owner.queue.add(JOB), Step(sampled=((0, Token(1, -1.0)),)))
+    assert owner.engine_metrics.generated_tokens == 1

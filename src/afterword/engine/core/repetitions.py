@@ -32,14 +32,14 @@ class Repetitions:
         last = list(text[max(0, len(text) - self._window) :])
         self._tokens = np.array(last, np.int64)
         self._lengths = np.array(_suffix_lengths(last), np.int64)
-        ends = (count for count in range(len(last)) if self._breaks(_end(last, len(last) - count)))
-        self._unbroken = next(ends, len(last))  # tokens after the last breaker
+        self._find_breaker(last)
 
     def copy(self) -> Repetitions:
         """An independent copy."""
         other = object.__new__(Repetitions)
         other._dry, other._window, other._breakers = self._dry, self._window, self._breakers
-        other._tokens, other._lengths, other._unbroken = self._tokens, self._lengths, self._unbroken  # never changed
+        other._tokens, other._lengths = self._tokens, self._lengths  # never changed
+        other._unbroken, other._breaker = self._unbroken, self._breaker
         return other
 
     def add(self, token: int) -> None:
@@ -49,7 +49,14 @@ class Repetitions:
         if self._dry.last_n >= 0 and len(tokens) > self._window:
             tokens, lengths = tokens[1:], np.minimum(lengths[1:], np.arange(1, len(tokens)))
         self._tokens, self._lengths = tokens, lengths
-        self._unbroken = 0 if self._breaks(tokens[-_LONGEST:].tolist()) else self._unbroken + 1
+        if breaker := self._breaker_at_end(tokens[-_LONGEST:].tolist()):
+            self._unbroken, self._breaker = 0, breaker
+        else:
+            self._unbroken += 1
+            if self._breaker and self._unbroken + self._breaker > len(
+                tokens
+            ):  # it no longer lies within the last tokens
+                self._find_breaker(tokens.tolist())
 
     def continuations(self) -> tuple[Ids, Ids]:
         """The ids that would continue a repetition, and the length of the longest repetition that each continues.
@@ -67,14 +74,24 @@ class Repetitions:
         kept = np.array([not has_bit(self._dry.breakers, token) for token in ids.tolist()], bool)
         return ids[kept], longest[kept]
 
-    def _breaks(self, text: list[int]) -> bool:
-        """Whether a text ends with a breaker."""
+    def _find_breaker(self, text: list[int]) -> None:
+        """Note how many tokens are after the last breaker of a text, and how many it has. Without one: all, and 0."""
+        for count in range(len(text)):
+            if breaker := self._breaker_at_end(_end(text, len(text) - count)):
+                self._unbroken, self._breaker = count, breaker
+                return
+        self._unbroken, self._breaker = len(text), 0
+
+    def _breaker_at_end(self, text: list[int]) -> int:
+        """The number of tokens of the shortest breaker with which a text ends, 0 if it ends with none."""
         if has_bit(self._dry.breakers, text[-1]):
-            return True
-        return any(
-            len(text) > len(tail) and tuple(text[-len(tail) :]) == tail and text[-len(tail) - 1] in heads
+            return 1
+        found = (
+            len(tail) + 1
             for heads, tail in self._breakers.get(text[-1], ())
+            if len(text) > len(tail) and tuple(text[-len(tail) :]) == tail and text[-len(tail) - 1] in heads
         )
+        return min(found, default=0)
 
 
 class EarlierRepetitions:

@@ -157,8 +157,7 @@ def _drawn(candidates: Candidates, query: ChainQuery, indexes: list[int], vocabu
 def _first_candidates(row: LogitsRow, query: ChainQuery) -> Candidates:
     """All tokens that may be sampled, after bias. Without any, those that a grammar allows, or the most likely one.
 
-    If a grammar allows only logits of minus infinity, the most likely token is drawn too. The grammar refuses it, which
-    ends the sample with an error.
+    A grammar that allows only logits of minus infinity refuses the most likely one, so the sample ends with an error.
     """
     logits = row.astype(np.float64)
     for token, bias in query.sample.sampling.logit_bias:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from afterword.engine.parent.engine_metrics import EngineMetrics, JobTimer
 from afterword.engine.parent.pending_job import JobOwner, PendingJob
@@ -40,15 +41,18 @@ class QueuePolicy:
 DEFAULT_POLICY = QueuePolicy()
 
 
+class QueueOwner(JobOwner, Protocol):
+    """Computes the jobs. `engine_metrics` may be replaced, by those of the engine before it."""
+
+    engine_metrics: EngineMetrics
+
+
 class JobQueue:
     """Owns the pending jobs. `clock` returns seconds."""
 
-    def __init__(
-        self, owner: JobOwner, policy: QueuePolicy, engine_metrics: EngineMetrics, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, owner: QueueOwner, policy: QueuePolicy, clock: Callable[[], float]) -> None:
         self._owner = owner
         self._policy = policy
-        self._engine_metrics = engine_metrics
         self._clock = clock
         self._job_ids = itertools.count()
         self._jobs: dict[int, PendingJob] = {}
@@ -76,7 +80,7 @@ class JobQueue:
     def add(self, job: Job) -> PendingJob:
         """Accept a job. A single waiting job may be as large as it likes. Raises `Overloaded`."""
         now = self._clock()
-        timer = JobTimer(self._engine_metrics, job, now, self._clock)
+        timer = JobTimer(self._owner.engine_metrics, job, now, self._clock)
         pending = PendingJob(self._owner, next(self._job_ids), job, now, timer)
         if self._waiting_tokens and self._waiting_tokens + pending.size > self._policy.queue_tokens:
             raise Overloaded(OVERLOADED)

@@ -57,7 +57,7 @@ class Supervisor:
         self._spawn = partial(spawn, program)
         self._clock = clock
         self.engine_metrics = EngineMetrics()
-        self._jobs = JobQueue(self, policy, self.engine_metrics, clock)
+        self._jobs = JobQueue(self, policy, clock)
         self._waiting: dict[int, PendingJob] = {}  # jobs not yet sent to the current worker, in order
         self._trial: PendingJob | None = None  # the job on probation that was sent last
         self._tokenizer_client = TokenizerClient(self._send)

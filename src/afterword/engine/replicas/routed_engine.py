@@ -70,7 +70,7 @@ class RoutedEngine:
         self._model, self._rule, self._policy, self._find = model, model.rule, model.policy, find
         self._clock = clock
         self.engine_metrics = EngineMetrics()
-        self._jobs = JobQueue(self, model.policy, self.engine_metrics, clock)
+        self._jobs = JobQueue(self, model.policy, clock)
         self._routed: dict[int, _RoutedJob] = {}  # the jobs of `_jobs`: added by `start`, removed by `_forget`
         self._texts = RoutedTexts(self._usable)
         self._connections: dict[str, ReplicaConnection] = {}
