@@ -177,6 +177,12 @@ def answers(driver: PageDriver, *texts: str) -> None:
     expect(driver.find("#branches .branch")).to_have_count(len(texts) + 1)  # the list is drawn after the text
 
 
+def goes(driver: PageDriver, number: int) -> None:
+    """Move to a branch of the list, and wait for the list, which is drawn after the text."""
+    driver.find("#branches .branch").nth(number).click()
+    expect(driver.find("#branches .branch").nth(number)).to_have_attribute("aria-current", "true")
+
+
 def rows(driver: PageDriver) -> list[str]:
     return driver.find("#branches .branch > :first-child").all_inner_texts()
 
@@ -196,7 +202,7 @@ def test_what_long_branches_share_is_shortened(driver: PageDriver) -> None:
 
 def test_branches_can_be_collapsed(driver: PageDriver) -> None:
     answers(driver, " one", " two")
-    driver.find("#branches .branch").nth(1).click()
+    goes(driver, 1)
     answer = driver.continues(max_tokens=3, seed=1)
     driver.shows("branches")
     expect(driver.find("#branches .branch")).to_have_count(4)
@@ -216,31 +222,31 @@ def test_branches_can_be_collapsed(driver: PageDriver) -> None:
     expect(driver.find("#branches .branch"), "it is kept").to_have_count(3)
     fold.click()
     expect(driver.find("#branches .branch")).to_have_count(4)
-    driver.find("#branches .branch").nth(3).click()
+    goes(driver, 3)
     driver.find("#branch-fold").click()
     expect(driver.find("#branches .branch")).to_have_count(3)
 
 
 def test_a_branch_has_a_name(driver: PageDriver) -> None:
     answers(driver, " one", " two")
-    driver.find("#branches .branch").nth(1).click()
+    goes(driver, 1)
     driver.find("#branch-name").fill("The first way")
     expect(driver.find("#branches strong")).to_have_text("The first way")
-    driver.find("#branches .branch").nth(2).click()
+    goes(driver, 2)
     expect(driver.find("#branch-name")).to_have_value("")
     driver.shows("sessions")
     driver.page.reload()
     driver.ready()
     driver.shows("branches")
     expect(driver.find("#branches strong")).to_have_text("The first way")
-    driver.find("#branches .branch").nth(1).click()
+    goes(driver, 1)
     driver.find("#branch-name").fill("")
     expect(driver.find("#branches strong")).to_have_count(0)
 
 
 def test_a_branch_is_deleted_and_taken_back(driver: PageDriver) -> None:
     answers(driver, " one", " two")
-    driver.find("#branches .branch").nth(1).click()
+    goes(driver, 1)
     driver.continues(max_tokens=3, seed=1)
     text = driver.text
     driver.press("Alt+ArrowLeft")
