@@ -190,10 +190,10 @@ class GrammarKeeper:
         return client.endswith(BATCH_CLIENT), self._turns[client], len(self._waiting[job_id].text)
 
 
-def _problem(by_grammar: AllowedTokens, restricted: AllowedTokens, field: str) -> str:
-    """Why no token can follow, though the text cannot end either; "" if one can. `restricted`: by other fields."""
+def _problem(by_grammar: AllowedTokens, allowed: AllowedTokens, field: str) -> str:
+    """Why no token can follow, though the text cannot end either; "" if one can. `allowed`: by other fields too."""
     if by_grammar.error:
         return f"Invalid '{field}': {by_grammar.error}"
-    if restricted.error or restricted.complete or restricted.mask.any():
-        return restricted.error
+    if allowed.error or allowed.complete or allowed.mask.any():
+        return allowed.error
     return f"Invalid '{field}': this model has no token that can continue the text as the grammar demands."

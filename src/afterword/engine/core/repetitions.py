@@ -53,9 +53,7 @@ class Repetitions:
             self._unbroken, self._breaker = 0, breaker
         else:
             self._unbroken += 1
-            if self._breaker and self._unbroken + self._breaker > len(
-                tokens
-            ):  # it no longer lies within the last tokens
+            if self._breaker and self._unbroken + self._breaker > len(tokens):  # it begins before the window
                 self._find_breaker(tokens.tolist())
 
     def continuations(self) -> tuple[Ids, Ids]:

@@ -209,7 +209,8 @@ class Scheduler:
 
     def slot_usage(self) -> tuple[int, int]:
         """The number of tokens in used slots, and in free slots."""
-        return (used := sum(slot.length for slot in self._active)), self._slots.held - used
+        used = sum(slot.length for slot in self._active)
+        return used, self._slots.held - used
 
     def check(self) -> dict[int, int]:
         """The number of tokens that the runner should hold in each slot, except slots with pending operations.
