@@ -36,6 +36,13 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests get an hour: beside other programs one of 20 seconds can exceed the time limit of the others."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(3600))
+
+
 def is_setting(name: str) -> bool:
     """Whether an environment variable is a setting. Others name the libraries with which the tests run."""
     return name.startswith("AFTERWORD_") and name not in (

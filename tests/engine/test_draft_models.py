@@ -116,7 +116,6 @@ def test_requests_of_a_dense_model_are_the_same_with_a_draft_model(folder: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("drafts_itself", [True, False])
 def test_500_requests_of_the_built_in_model_are_the_same_with_a_draft_model(folder: Path, drafts_itself: bool) -> None:
     path = builtin_path()
@@ -125,7 +124,6 @@ def test_500_requests_of_the_built_in_model_are_the_same_with_a_draft_model(fold
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("drafts_itself", [True, False])
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma3", "gpt-oss", "qwen3moe"])
 def test_500_requests_of_an_architecture_are_the_same_with_a_draft_model(

@@ -140,13 +140,11 @@ def test_drafts_from_texts_of_the_built_in_model_change_nothing() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 def test_500_requests_of_the_built_in_model_are_the_same_with_predictions() -> None:
     compare(builtin_path(), 500, 4000)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma3", "gpt-oss", "qwen3moe"])
 @pytest.mark.usefixtures("kernel_products")
 def test_500_requests_of_an_architecture_are_the_same_with_predictions(tmp_path: Path, architecture: str) -> None:

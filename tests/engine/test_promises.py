@@ -31,7 +31,6 @@ FAMILIES = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.usefixtures("kernel_products")
 def test_many_requests_of_the_families_of_today(tmp_path, name):
