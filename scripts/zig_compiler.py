@@ -20,6 +20,7 @@ PROCESSORS = {  # values of -march, and Zig's names
     "armv8.2-a+dotprod": "generic+v8_2a+dotprod",
 }
 OF_THE_LINKER = ("-shared", "-static-", "-Wl,")
+NAMES = ("-Wl,-soname", "-Wl,--version-script")  # the linker's options that are kept
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -31,14 +32,14 @@ def main(arguments: Sequence[str]) -> int:
     output, options = options[place + 1], options[:place] + options[place + 2 :]
     sources = [each for each in options if each.endswith(".cpp")]
     kept = translated([each for each in options if each not in sources and not each.startswith(OF_THE_LINKER)])
-    shared = ["-shared"] if "-shared" in options else []
+    link = ["-pthread", "-Wl,-s", *(each for each in options if each == "-shared" or each.startswith(NAMES))]
     with tempfile.TemporaryDirectory() as folder:
         compiled = [str(Path(folder, f"{number}.o")) for number in range(len(sources))]
         for source, made in zip(sources, compiled, strict=True):
             done = subprocess.run([*zig, *kept, source, "-c", "-o", made], check=False)
             if done.returncode:
                 return done.returncode
-        return subprocess.run([*zig, *shared, "-pthread", "-Wl,-s", "-o", output, *compiled], check=False).returncode
+        return subprocess.run([*zig, *link, "-o", output, *compiled], check=False).returncode
 
 
 def translated(options: Sequence[str]) -> list[str]:

@@ -414,9 +414,11 @@ def test_repositories_with_a_similar_name_are_suggested(hub: Hub, home: Path, mo
         with pytest.raises(SettingError, match=r"model lacks the owner, and HF_HUB_OFFLINE forbids searching"):
             parse_hub_spec("model")
     with monkeypatch.context() as unreachable:
-        unreachable.setattr("huggingface_hub.HfApi.list_models", Mock(side_effect=OSError("no route to host")))
+        search = Mock(side_effect=OSError("no route to host"))
+        unreachable.setattr("huggingface_hub.utils.get_session", lambda: Mock(get=search))
         with pytest.raises(SettingError, match=r"the Hub could not be searched for it \(no route to host\)"):
             parse_hub_spec("model")
+        assert search.call_count == 1, "the user waits for each attempt"
     for text in ("nothing-like-it", "afterword-tiny", "./model.gguf", "model.gguf"):
         with pytest.raises(SettingError, match="is not on the Hub"):
             parse_hub_spec(text)

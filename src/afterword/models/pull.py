@@ -31,6 +31,7 @@ from afterword.models.registry import (
 )
 
 RESERVED_BYTES = 256 << 20  # bytes of disk that a download leaves free
+SEARCH_SECONDS = 10  # in which the Hub must answer a search
 
 
 def parse_hub_spec(text: str) -> HubFile:
@@ -164,8 +165,12 @@ def _search(name: str, gguf: bool = False) -> list[str]:
 
 def _found_repositories(name: str, gguf: bool = False) -> list[str]:
     """Repositories with a word in their names, the most downloaded first. Raises what the Hub's library raises."""
-    from huggingface_hub import HfApi
+    # `HfApi.list_models` repeats a request that fails for 23 seconds, and prints each attempt.
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
-    api = HfApi(endpoint=endpoint())
-    kind = "gguf" if gguf else None
-    return [each.id for each in api.list_models(search=name, filter=kind, sort="downloads", limit=50)]
+    url = f"{endpoint() or constants.ENDPOINT}/api/models"
+    asked = {"search": name, "sort": "downloads", "limit": "50", **({"filter": "gguf"} if gguf else {})}
+    answer = get_session().get(url, params=asked, headers=build_hf_headers(), timeout=SEARCH_SECONDS)
+    hf_raise_for_status(answer)
+    return [each["id"] for each in answer.json()]

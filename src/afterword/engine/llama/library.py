@@ -74,7 +74,21 @@ def _load() -> ctypes.CDLL:
             "The prebuilt llama.cpp needs a processor with AVX2, which this one has not. Install llama-cpp-python, "
             "which is compiled for the machine (in a checkout: make native)."
         )
+    if found.parent.name == _PREBUILT and sys.platform == "linux":
+        _provide_openmp()
     return open_library(found)
+
+
+def _provide_openmp() -> None:
+    """Load Afterword's OpenMP functions where the system has no libgomp, which the prebuilt library needs.
+
+    The dynamic linker takes a loaded library whose SONAME is libgomp.so.1.
+    """
+    try:
+        ctypes.CDLL("libgomp.so.1")
+    except OSError:
+        if compiled.OPENMP.exists():
+            ctypes.CDLL(str(compiled.OPENMP))
 
 
 def path() -> Path:
