@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from afterword.engine.kernels.compiled import KERNELS, library, why_missing
-from afterword.engine.llama.library import native
+from afterword.engine.llama.library import native, openmp_is_serial
 
 LIBRARY = library(KERNELS / "accelerator.cpp")
 
@@ -145,9 +145,22 @@ def use_thread_pool(alone: bool) -> int | None:
     `alone` must be false where llama.cpp computes operations with several threads: two groups of spinning threads slow
     each other down. Returns the address of the chosen `Run` (parallel.hpp), None without kernels.
     """
+    if not alone and openmp_is_serial():
+        _say_that_openmp_is_serial()
+        alone = True
     kernels = _kernels()
     run: int | None = None if kernels is None else kernels.accelerator_use_thread_pool(alone)
     return run
+
+
+@cache
+def _say_that_openmp_is_serial() -> None:
+    print(
+        "The system has no libgomp.so.1, so llama.cpp computes on one thread the operations of this model that "
+        "Afterword's kernels do not have. On Debian and Ubuntu: apt-get install libgomp1",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,7 @@ _PREBUILT = "xllamacpp"  # the package
 _NAMES = ("libllama.so", "libllama.dylib")
 _last_errors: deque[str] = deque(maxlen=8)
 _shown: list[TextIO] = []
+_serial_openmp: list[ctypes.CDLL] = []  # openmp_runtime.cpp, where it was loaded
 
 
 class NativeLibrary:
@@ -74,21 +75,22 @@ def _load() -> ctypes.CDLL:
             "The prebuilt llama.cpp needs a processor with AVX2, which this one has not. Install llama-cpp-python, "
             "which is compiled for the machine (in a checkout: make native)."
         )
-    if found.parent.name == _PREBUILT and sys.platform == "linux":
-        _provide_openmp()
+    if found.parent.name == _PREBUILT and sys.platform == "linux" and not _has_libgomp() and compiled.OPENMP.exists():
+        _serial_openmp.append(ctypes.CDLL(str(compiled.OPENMP)))  # the linker finds its name among the loaded libraries
     return open_library(found)
 
 
-def _provide_openmp() -> None:
-    """Load Afterword's OpenMP functions where the system has no libgomp, which the prebuilt library needs.
-
-    The dynamic linker takes a loaded library whose SONAME is libgomp.so.1.
-    """
+def _has_libgomp() -> bool:
     try:
         ctypes.CDLL("libgomp.so.1")
     except OSError:
-        if compiled.OPENMP.exists():
-            ctypes.CDLL(str(compiled.OPENMP))
+        return False
+    return True
+
+
+def openmp_is_serial() -> bool:
+    """Whether Afterword's functions of OpenMP, which use one thread, take the place of the system's libgomp."""
+    return bool(_serial_openmp)
 
 
 def path() -> Path:
