@@ -31,6 +31,7 @@ from scripted_engine import (
     report,
     text_script,
 )
+from sim.virtual import run as run_virtually
 
 Items = list[Delta | Usage]
 
@@ -532,58 +533,51 @@ def test_scores_that_arrive_faster_than_they_are_read_pause_the_engine(monkeypat
     assert all(each.pauses for each in engine.jobs)
 
 
-async def read_slowly(engine: ScriptedEngine, seconds: float, items: Items, *, sent: int = 0, busy: float = 0) -> None:
-    """Read all items. The client takes `sent` bytes of the first one in each of 10 times `seconds`.
+async def read_slowly(engine: ScriptedEngine, items: Items, *, seconds: float, sent: int = 0, busy: float = 0) -> None:
+    """Read all items. Before the second one the server is busy for `busy` seconds.
 
-    Before that the server is busy for `busy` seconds.
+    After that its client takes `sent` bytes in each of 10 times `seconds`.
     """
     plan = await planned(engine, {"prompt": ("a",), "max_tokens": 40, "logprobs": 3, "n": 2})
     reader = Reader()
-    async with asyncio.timeout(5), aclosing(run(plan, engine, reader=reader)) as stream:
+    async with aclosing(run(plan, engine, reader=reader)) as stream:
         async for item in stream:
             items.append(item)
-            await asyncio.sleep(0)
-            if len(items) > 1:
-                continue
-            await asyncio.sleep(busy)
-            for _ in range(10):
+            await asyncio.sleep(busy if len(items) == 1 else 0)
+            for _ in range(10 if len(items) == 1 else 0):
                 with reader.sending(sent):
                     await asyncio.sleep(seconds)
 
 
-def test_a_reader_that_pauses_gets_all_deltas(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("afterword.completion.step_queue.MAX_UNREAD_BYTES", 4000)
-    engine, items = ScriptedEngine(lambda *_: ids("x" * 99)), []
-    asyncio.run(read_slowly(engine, 0.005, items))
-    assert engine.jobs[0].pauses > 0
-    assert sum(item.completion_tokens for item in items if isinstance(item, Delta)) == 80
-
-
-def test_a_reader_that_pauses_too_long_gets_the_queued_deltas_and_an_error(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("afterword.completion.step_queue.MAX_UNREAD_BYTES", 4000)
-    monkeypatch.setattr("afterword.completion.step_queue.READER_SECONDS", 0.01)
-    engine, items = ScriptedEngine(lambda *_: ids("x" * 99)), []
-    with pytest.raises(ReaderTooSlow) as caught:
-        asyncio.run(read_slowly(engine, 0.01, items))
-    assert caught.value.status == 408
-    assert engine.jobs[0].closed
-    assert 2 < len(items) < 60
-
-
-@pytest.mark.parametrize("pace", [{"seconds": 0.005, "sent": 2**20}, {"seconds": 0, "busy": 0.1}], ids=str)
-def test_a_reader_that_goes_on_reading_or_waits_for_the_server_gets_all_deltas(
+@pytest.mark.parametrize(
+    "pace",
+    [{"seconds": 5.5}, {"seconds": 55, "sent": 5 * 2**20}, {"seconds": 0, "busy": 900}],
+    ids=str,
+)
+def test_a_reader_that_goes_on_or_waits_for_the_server_gets_all_deltas(
     monkeypatch: pytest.MonkeyPatch, pace: dict[str, Any]
 ) -> None:
     """Only a client that takes too little while the server waits for it is too slow."""
     monkeypatch.setattr("afterword.completion.step_queue.MAX_UNREAD_BYTES", 4000)
-    monkeypatch.setattr("afterword.completion.step_queue.READER_SECONDS", 0.02)
-    monkeypatch.setattr("afterword.completion.step_queue.READ_BYTES", 2**20)
     engine, items = ScriptedEngine(lambda *_: ids("x" * 99)), []
-    asyncio.run(read_slowly(engine, items=items, **pace))
+    run_virtually(read_slowly(engine, items, **pace))
     assert engine.jobs[0].pauses > 0
     assert sum(item.completion_tokens for item in items if isinstance(item, Delta)) == 80
+
+
+@pytest.mark.parametrize(
+    "pace", [{"seconds": 6.5}, {"seconds": 6.5, "busy": 900}, {"seconds": 55, "sent": 2**20}], ids=str
+)
+def test_a_reader_that_takes_too_little_gets_the_queued_deltas_and_an_error(
+    monkeypatch: pytest.MonkeyPatch, pace: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("afterword.completion.step_queue.MAX_UNREAD_BYTES", 4000)
+    engine, items = ScriptedEngine(lambda *_: ids("x" * 99)), []
+    with pytest.raises(ReaderTooSlow) as caught:
+        run_virtually(read_slowly(engine, items, **pace))
+    assert caught.value.status == 408
+    assert engine.jobs[0].closed
+    assert 2 < len(items) < 60
 
 
 OTHER = replace(MODEL_INFO, fingerprint="fp_1")
