@@ -119,7 +119,7 @@ def mixed_body(seed: int) -> Json:
     if "token_healing" in names:
         names -= {"truncation_side", "allowed_token_ids"}
     if "stream" in names:
-        names -= {"prompt_logprobs", "best_of"}
+        names.discard("best_of")
     if "logprobs_mode" in names:
         names -= {name for name in names if name.startswith(NOT_PROCESSED)}
     if not names & {"logprobs", "prompt_logprobs"}:
@@ -128,11 +128,19 @@ def mixed_body(seed: int) -> Json:
     return body | {name: VALUES[name](rng) for name in sorted(names)}
 
 
+def reports(chunks: list[Json]) -> dict[int, list[Any]]:
+    """What the events of each choice say about the prompt."""
+    found: dict[int, list[Any]] = {}
+    for part in (part for chunk in chunks for part in chunk["choices"]):
+        found.setdefault(part["index"], []).extend(part.get("prompt_logprobs") or ())
+    return found
+
+
 def response(http: httpx.Client, body: Json) -> tuple[int, Any]:
     """The status, and what does not depend on the moment: the choices, or the error."""
     if body.get("stream"):
         chunks = stream(http, **body)
-        return 200, joined(chunks)
+        return 200, (joined(chunks), reports(chunks))
     answer = http.post("/v1/completions", json=body)
     parsed = answer.json()
     if answer.status_code != 200:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from afterword.completion import choice, full_rows, response_size, run
+from afterword.completion import choice, full_rows, response_size, run, step_queue
 from afterword.completion.logprobs import top_map
 from afterword.completion.plan import Plan, make_plan
 from afterword.completion.request import CompletionRequest
@@ -137,7 +137,7 @@ def test_the_size_of_a_step_has_its_rows() -> None:
 
 
 def test_the_engine_is_paused_while_rows_wait_for_their_reader(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "MAX_UNREAD_BYTES", 5 * 200 * PACKED_BYTES)
+    monkeypatch.setattr(step_queue, "MAX_UNREAD_BYTES", 5 * 200 * PACKED_BYTES)
     engine = ScriptedEngine(lambda *_: iter(lambda: 98, None))
     whole = plan(max_tokens=40, stream=True, echo=True)
     row = packed(98, list(range(97, 297)), [-1.0] * 200)

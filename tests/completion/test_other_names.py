@@ -156,6 +156,31 @@ def test_breakers_can_be_json_in_a_text() -> None:
     assert refused(dry_sequence_breakers="[1]").param == "dry_sequence_breakers"
 
 
+def test_biases_can_be_pairs_in_which_false_bans_a_token() -> None:
+    assert parsed(logit_bias=[]) == parsed()
+    assert parsed(logit_bias=[[5, 2], [6.0, -1.5]]) == parsed(logit_bias={"5": 2, "6": -1.5})
+    assert parsed(logit_bias=[[5, 2], [7, False]]) == parsed(logit_bias={"5": 2}, banned_tokens=[7])
+    both = parsed(logit_bias=[[7, False], [9, False]], banned_tokens="8,7", custom_token_bans=[3])
+    assert both.banned_ids == (3, 7, 8, 9)
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        *([5], [[5]], [[5, 1, 2]], [["Hello", 1]], [[5, True]], [[5, None]], [[5, 101]], [[-1, 1]], [[5, 1], [5, 2]]),
+        *([[True, 1]], [[5, "1"]], [[each, 1] for each in range(1025)], [[each, False] for each in range(1025)]),
+    ],
+    ids=lambda pairs: str(pairs[:2]),
+)
+def test_pairs_that_are_no_biases_are_refused(pairs: Any) -> None:
+    assert refused(logit_bias=pairs).param == "logit_bias"
+
+
+def test_with_strict_limits_biases_are_an_object() -> None:
+    with pytest.raises(RequestError, match="expected an object, but got an array"):
+        parse(json.dumps({"model": "m", "logit_bias": []}).encode(), replace(LIMITS, strict=True))
+
+
 @pytest.mark.parametrize("name", sorted(OTHER_NAMES))
 def test_with_strict_limits_other_names_are_unknown(name: str) -> None:
     with pytest.raises(RequestError, match=f"Unrecognized request argument supplied: {name}"):

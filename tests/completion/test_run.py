@@ -13,6 +13,7 @@ from afterword.completion.choice import Delta, fold
 from afterword.completion.plan import Plan, make_plan
 from afterword.completion.request import CompletionRequest
 from afterword.completion.run import Usage, run, tokenize
+from afterword.completion.step_queue import Reader
 from afterword.engine.protocol import FinishReason, Job
 from afterword.errors import AfterwordError, ModelReplaced, Overloaded, ReaderTooSlow, WorkerDied
 from scripted_engine import (
@@ -30,6 +31,7 @@ from scripted_engine import (
     report,
     text_script,
 )
+from sim.virtual import run as run_virtually
 
 Items = list[Delta | Usage]
 
@@ -271,7 +273,7 @@ def test_a_choice_of_which_the_reader_needs_no_more_is_dropped() -> None:
         def is_over(index: int) -> bool:
             return index == 3 and any(isinstance(item, Delta) and item.index == 3 for item in read)
 
-        async with asyncio.timeout(5), aclosing(run(plan, engine, is_over=is_over)) as items:
+        async with asyncio.timeout(5), aclosing(run(plan, engine, reader=Reader(is_over))) as items:
             async for item in items:
                 read.append(item)
         return read
@@ -523,7 +525,7 @@ def test_a_candidate_in_one_delta_equals_the_fold_of_streamed_deltas(
 
 def test_scores_that_arrive_faster_than_they_are_read_pause_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine resumes when the reader has caught up, so no response fails because of its size."""
-    monkeypatch.setattr("afterword.completion.run.MAX_UNREAD_BYTES", 3000)
+    monkeypatch.setattr("afterword.completion.step_queue.MAX_UNREAD_BYTES", 3000)
     engine = ScriptedEngine(text_script("Hello"), yields=False)
     prompts = ("Hello world", "the cat sat", "a" * 30) * 4
     result = complete(engine, prompt=prompts, echo=True, logprobs=3, max_tokens=5)
@@ -531,30 +533,48 @@ def test_scores_that_arrive_faster_than_they_are_read_pause_the_engine(monkeypat
     assert all(each.pauses for each in engine.jobs)
 
 
-async def read_slowly(engine: ScriptedEngine, seconds: float, items: Items) -> None:
+async def read_slowly(engine: ScriptedEngine, items: Items, *, seconds: float, sent: int = 0, busy: float = 0) -> None:
+    """Read all items. Before the second one the server is busy for `busy` seconds.
+
+    After that its client takes `sent` bytes in each of 10 times `seconds`.
+    """
     plan = await planned(engine, {"prompt": ("a",), "max_tokens": 40, "logprobs": 3, "n": 2})
-    async with asyncio.timeout(5), aclosing(run(plan, engine)) as stream:
+    reader = Reader()
+    async with aclosing(run(plan, engine, reader=reader)) as stream:
         async for item in stream:
             items.append(item)
-            await asyncio.sleep(seconds if len(items) == 1 else 0)
+            await asyncio.sleep(busy if len(items) == 1 else 0)
+            for _ in range(10 if len(items) == 1 else 0):
+                with reader.sending(sent):
+                    await asyncio.sleep(seconds)
 
 
-def test_a_reader_that_pauses_gets_all_deltas(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("afterword.completion.run.MAX_UNREAD_BYTES", 4000)
+@pytest.mark.parametrize(
+    "pace",
+    [{"seconds": 5.5}, {"seconds": 55, "sent": 5 * 2**20}, {"seconds": 0, "busy": 900}],
+    ids=str,
+)
+def test_a_reader_that_goes_on_or_waits_for_the_server_gets_all_deltas(
+    monkeypatch: pytest.MonkeyPatch, pace: dict[str, Any]
+) -> None:
+    """Only a client that takes too little while the server waits for it is too slow."""
+    monkeypatch.setattr("afterword.completion.step_queue.MAX_UNREAD_BYTES", 4000)
     engine, items = ScriptedEngine(lambda *_: ids("x" * 99)), []
-    asyncio.run(read_slowly(engine, 0.05, items))
+    run_virtually(read_slowly(engine, items, **pace))
     assert engine.jobs[0].pauses > 0
     assert sum(item.completion_tokens for item in items if isinstance(item, Delta)) == 80
 
 
-def test_a_reader_that_pauses_too_long_gets_the_queued_deltas_and_an_error(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    "pace", [{"seconds": 6.5}, {"seconds": 6.5, "busy": 900}, {"seconds": 55, "sent": 2**20}], ids=str
+)
+def test_a_reader_that_takes_too_little_gets_the_queued_deltas_and_an_error(
+    monkeypatch: pytest.MonkeyPatch, pace: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("afterword.completion.run.MAX_UNREAD_BYTES", 4000)
-    monkeypatch.setattr("afterword.completion.run.READER_SECONDS", 0.01)
+    monkeypatch.setattr("afterword.completion.step_queue.MAX_UNREAD_BYTES", 4000)
     engine, items = ScriptedEngine(lambda *_: ids("x" * 99)), []
     with pytest.raises(ReaderTooSlow) as caught:
-        asyncio.run(read_slowly(engine, 0.1, items))
+        run_virtually(read_slowly(engine, items, **pace))
     assert caught.value.status == 408
     assert engine.jobs[0].closed
     assert 2 < len(items) < 60

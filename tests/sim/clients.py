@@ -17,6 +17,7 @@ from afterword.completion.plan import ClientIdentity, Plan, Tokenized, make_plan
 from afterword.completion.request import parse
 from afterword.completion.request_limits import RequestLimits
 from afterword.completion.run import Usage, run, tokenize
+from afterword.completion.step_queue import Reader
 from afterword.engine.protocol import Engine, ModelInfo
 from afterword.errors import AfterwordError
 from afterword.keys.key import TokenUsage, digest
@@ -153,8 +154,9 @@ async def _complete(
     choices: dict[int, list[Delta]] = {}
     used: list[Usage] = []
     count = 0
+    reader = Reader()
     try:
-        async with aclosing(run(plan, engine, used.append)) as items:
+        async with aclosing(run(plan, engine, used.append, reader=reader)) as items:
             async for item in items:
                 if isinstance(item, Delta):
                     require(4, not _finished(choices.get(item.index, [])), "text for a choice that has ended")
@@ -162,7 +164,8 @@ async def _complete(
                 if request.behavior.leaves_after == count:
                     return "left", None
                 count += 1
-                await asyncio.sleep(request.behavior.read_seconds)
+                with reader.sending(1):
+                    await asyncio.sleep(request.behavior.read_seconds)
     finally:
         _check_texts(request, plan, choices)
     require(5, all(_finished(deltas) for deltas in choices.values()), "a choice has no finish reason")

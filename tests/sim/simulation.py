@@ -10,7 +10,7 @@ from random import Random
 
 import msgspec
 
-from afterword.completion import run as completion_run
+from afterword.completion import step_queue
 from afterword.engine.messages import LoadModel
 from afterword.engine.parent.job_queue import QueuePolicy
 from afterword.engine.parent.supervisor import Supervisor
@@ -55,7 +55,7 @@ def simulate(seed: int, events: int = 200) -> Outcome:
     """Simulate a seed with this many random events."""
     simulation = Simulation(seed)
     broken, rule = None, None
-    most_unread, completion_run.MAX_UNREAD_BYTES = completion_run.MAX_UNREAD_BYTES, simulation.unread
+    most_unread, step_queue.MAX_UNREAD_BYTES = step_queue.MAX_UNREAD_BYTES, simulation.unread
     try:
         run(simulation.run(events))
     except BrokenError as error:
@@ -63,7 +63,7 @@ def simulate(seed: int, events: int = 200) -> Outcome:
     except Exception as error:
         broken, rule = f"{type(error).__name__}: {error}", 0
     finally:
-        completion_run.MAX_UNREAD_BYTES = most_unread
+        step_queue.MAX_UNREAD_BYTES = most_unread
     checker, accepted = simulation.checker, simulation.machine.accepted
     return Outcome(seed, checker.trace, broken, rule, events, checker.deaths, dict(checker.outcomes), accepted)
 

@@ -456,15 +456,15 @@ def read_late(engine: Engine, patience: float) -> bytes:
 
 
 def test_the_engine_waits_for_a_reader_that_is_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("afterword.completion.run.MAX_UNREAD_BYTES", 2**20)
+    monkeypatch.setattr("afterword.completion.step_queue.MAX_UNREAD_BYTES", 2**20)
     received = read_late(Engine(generate_forever, max_jobs=10), 0.0)
     assert received.count(b"data: ") == 64 * 60 + 1
     assert b"data: [DONE]" in received
 
 
 def test_a_reader_that_is_behind_for_too_long_gets_what_there_is_and_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("afterword.completion.run.MAX_UNREAD_BYTES", 2**20)
-    monkeypatch.setattr("afterword.completion.run.READER_SECONDS", 0.01)
+    monkeypatch.setattr("afterword.completion.step_queue.MAX_UNREAD_BYTES", 2**20)
+    monkeypatch.setattr("afterword.completion.step_queue.READER_SECONDS", 0.01)
     received = read_late(Engine(generate_forever, max_jobs=10), 0.01)
     assert received.count(b"data: ") > 128
     assert b'"code":"reader_too_slow"' in received

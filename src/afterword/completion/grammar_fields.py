@@ -191,9 +191,11 @@ def _choice_grammar(path: str, value: object, limits: RequestLimits) -> Grammar:
         raise wrong_type(path, value, "an array of strings")
     if not value:
         raise empty_array(path)
-    size = sum(map(len, value))
-    if size > limits.max_grammar or len(value) > limits.max_grammar:
-        raise too_long(path, "array", limits.max_grammar, max(size, len(value)))
+    if len(value) > limits.max_grammar:
+        raise too_long(path, "array", limits.max_grammar, len(value))
+    if (size := sum(map(len, value))) > limits.max_grammar:
+        message = f"{size} characters in total, but the limit ('max_grammar') is {limits.max_grammar}."
+        raise RequestError(f"Invalid '{path}': {message}", param=path)
     return _grammar("choice", json.dumps(list(dict.fromkeys(value)), ensure_ascii=False), path)
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from afterword.completion.fields import Field
+from afterword.completion.fields import Field, as_integer
 from afterword.completion.request_limits import RequestLimits
 from afterword.completion.sampler_fields import SAMPLER_NAMES
 from afterword.errors import RequestError
@@ -100,7 +100,8 @@ OTHER_NAMES = frozenset(
 
 def has_other_names(values: Json) -> bool:
     """Whether `with_own_names` has anything to do."""
-    return not OTHER_NAMES.isdisjoint(values) or isinstance(values.get("dry_sequence_breakers"), str)
+    forms = ((values.get("dry_sequence_breakers"), str), (values.get("logit_bias"), list))
+    return not OTHER_NAMES.isdisjoint(values) or any(isinstance(value, form) for value, form in forms)
 
 
 def with_own_names(values: Json, fields: Mapping[str, Field], limits: RequestLimits) -> Json:
@@ -111,6 +112,8 @@ def with_own_names(values: Json, fields: Mapping[str, Field], limits: RequestLim
     given = {name: value for name, value in values.items() if name in OTHER_NAMES and value is not None}
     own = {name: value for name, value in values.items() if name not in OTHER_NAMES or _is_wrong_length(name, values)}
     own["dry_sequence_breakers"] = _listed(own.get("dry_sequence_breakers"))
+    if isinstance(own.get("logit_bias"), list):
+        _set_bias(own, own["logit_bias"], fields, limits)
     for name, value in given.items():
         if name in SAME or (name in RANGES and not _is_whole_text(value)):
             _set_same(own, name, value, fields, limits)
@@ -177,6 +180,30 @@ def _listed(value: Any) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError):
         return value
+
+
+def _set_bias(own: Json, pairs: list[Any], fields: Mapping[str, Field], limits: RequestLimits) -> None:
+    """llama-server's `logit_bias`: pairs of a token id and its bias, or false for a token that is banned."""
+    bias: Json = {}
+    banned: list[int] = []
+    for pair in pairs:
+        token = as_integer(pair[0]) if isinstance(pair, list) and len(pair) == 2 else None
+        if token is None:
+            expected = "an object, or an array of pairs of a token id and a number or false"
+            raise RequestError(f"Invalid 'logit_bias': expected {expected}.", param="logit_bias")
+        if pair[1] is False:
+            banned.append(token)
+        elif str(token) in bias:
+            raise RequestError(f"Invalid 'logit_bias': the token {token} has several values.", param="logit_bias")
+        else:
+            bias[str(token)] = pair[1]
+    fields["logit_bias"]("logit_bias", bias, limits)
+    fields["banned_tokens"]("logit_bias", banned, limits)
+    own["logit_bias"] = bias
+    if banned:
+        given = own.get("banned_tokens")
+        others = () if given is None else fields["banned_tokens"]("banned_tokens", given, limits)
+        own["banned_tokens"] = [*dict.fromkeys((*others, *banned))]
 
 
 def _is_number(value: object) -> bool:

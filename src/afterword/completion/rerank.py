@@ -15,6 +15,7 @@ from msgspec import structs
 from afterword.completion.choice import Delta, DeltaFolder
 from afterword.completion.plan import Plan, PromptPlan
 from afterword.completion.run import Usage, check_model, run
+from afterword.completion.step_queue import Reader
 from afterword.engine.protocol import Engine, Job, JobHandle
 
 _AT_ONCE = 8
@@ -26,11 +27,11 @@ async def run_plan(
     engine: Engine,
     record_usage: Callable[[Usage], None] = lambda _: None,
     on_prompt_started: Callable[[], None] = lambda: None,
-    is_over: Callable[[int], bool] = lambda _: False,
+    reader: Reader | None = None,
 ) -> AsyncGenerator[Delta | Usage]:
     """Run a plan of any kind, like `run`. With a suffix to rank by, each choice is one delta at the end."""
     if not plan.reranks:
-        async with aclosing(run(plan, engine, record_usage, on_prompt_started, is_over)) as items:
+        async with aclosing(run(plan, engine, record_usage, on_prompt_started, reader)) as items:
             async for item in items:
                 yield item
         return

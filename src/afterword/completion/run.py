@@ -21,17 +21,11 @@ from afterword.completion.predicted import PredictedTokens, predicted_text, pred
 from afterword.completion.prompt_rows import PromptRows, empty_columns
 from afterword.completion.request import CompletionRequest
 from afterword.completion.sampler_fields import uses_dry
+from afterword.completion.step_queue import Reader, merge_steps
 from afterword.completion.token_healing import first_tokens
 from afterword.engine.draft import PredictedText
 from afterword.engine.protocol import MAX_TAIL, Engine, JobHandle, ModelInfo, Step, Token
-from afterword.errors import ModelReplaced, ReaderTooSlow
-
-MAX_UNREAD_BYTES = 16 * 2**20
-"""Bytes of steps that may wait for the reader of a response. Above it, the engine is paused for that request. Steps
-that the worker has already sent (some megabytes at most) still arrive."""
-
-READER_SECONDS = 60.0
-"""Seconds for which the reader may keep the engine paused; then the request fails. Its steps take memory meanwhile."""
+from afterword.errors import ModelReplaced
 
 _STARTS_PER_TURN = 32  # jobs that are started before other tasks of the event loop run
 
@@ -132,18 +126,19 @@ async def run(
     engine: Engine,
     record_usage: Callable[[Usage], None] = lambda _: None,
     on_prompt_started: Callable[[], None] = lambda: None,
-    is_over: Callable[[int], bool] = lambda _: False,
+    reader: Reader | None = None,
 ) -> AsyncGenerator[Delta | Usage]:
     """Run a plan. Yields deltas when they are ready, then one `Usage`. Closing the iterator closes the jobs.
 
     `record_usage` is called once at the end, also after an error or a close. Its `Usage` counts every generated token,
     also those that a stop string or an end token keeps out of the text. `on_prompt_started` is called once for each
-    prompt, at its first step. `is_over` is called with the index of each choice that had a delta: whether the reader
-    needs no more of it. The engine then stops computing it; a few more deltas may follow, and none that ends it.
+    prompt, at its first step. The engine stops computing a choice of which the `reader` needs no more; a few more
+    deltas may follow, and none that ends it. Without a `reader` nothing waits for a client.
 
     Raises `Overloaded` or `ModelReplaced` before the first delta, `EngineError` or `ReaderTooSlow` at any time,
     `RequestError` if too many rows are held back.
     """
+    reader = reader or Reader()
     prediction = plan.prompts[0].job.prediction  # all prompts have the same
     shared = Shared(PredictedText(prediction) if prediction else None)
     progress = [
@@ -156,11 +151,11 @@ async def run(
                 await asyncio.sleep(0)
             check_model(plan.fingerprint, engine)  # the model can be replaced while other tasks run
             handles.append(engine.start(prompt.job))
-        async with aclosing(_merge_steps(handles, progress)) as steps:
+        async with aclosing(merge_steps(handles, [prompt.count for prompt in progress], reader)) as steps:
             async for index, step in steps:
                 for delta in progress[index].take(step, handles[index]):
                     yield delta
-                    if is_over(delta.index):
+                    if reader.needs_no_more(delta.index):
                         handles[index].drop(delta.index - index * plan.n)
                 if plan.best_of > plan.n:
                     await asyncio.sleep(0)  # no delta is yielded before all candidates are complete
@@ -308,83 +303,3 @@ def split_by_sample(step: Step) -> list[Step]:
     ended = [tuple(end for end in step.ended if max(found[end[0]], 1) == count + 1) for count in range(len(parts))]
     first = Step(step.scored, tuple(parts[0]), ended[0], step.cached)
     return [first, *(Step((), tuple(part), ends) for part, ends in zip(parts[1:], ended[1:], strict=True))]
-
-
-async def _merge_steps(
-    handles: Sequence[JobHandle], progress: Sequence[_PromptProgress]
-) -> AsyncGenerator[tuple[int, Step]]:
-    """Yield the steps of all jobs in order of arrival, each with the index of its job. Raises the first error."""
-    unread = _StepQueue(handles)
-
-    async def follow(index: int, handle: JobHandle) -> None:
-        try:
-            async for step in handle:
-                progress[index].count(step)
-                unread.put(index, step)
-            unread.end(None)
-        except Exception as error:
-            unread.end(error)
-
-    tasks = [asyncio.create_task(follow(index, handle)) for index, handle in enumerate(handles)]
-    try:
-        running = len(tasks)
-        while running:
-            item = await unread.get()
-            if item is None:
-                running -= 1
-            else:
-                yield item
-    finally:
-        unread.close()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-class _StepQueue:
-    """The steps of a request that its reader has not taken. The engine is paused while they take too much memory.
-
-    A reader that keeps the engine paused for `READER_SECONDS` gets the steps in the queue and then `ReaderTooSlow`.
-    """
-
-    def __init__(self, handles: Sequence[JobHandle]) -> None:
-        self._handles = handles
-        self._items: asyncio.Queue[tuple[int, Step] | Exception | None] = asyncio.Queue()
-        self._size = 0
-        self._reader_timer: asyncio.TimerHandle | None = None  # set while the engine is paused
-
-    def put(self, index: int, step: Step) -> None:
-        self._items.put_nowait((index, step))
-        self._size += step.size
-        if self._size > MAX_UNREAD_BYTES and self._reader_timer is None:
-            self._reader_timer = asyncio.get_running_loop().call_later(READER_SECONDS, self._fail_slow_reader)
-            for handle in self._handles:
-                handle.pause()
-
-    def end(self, error: Exception | None) -> None:
-        """Note that a job has ended; `error` is None if it was successful."""
-        self._items.put_nowait(error)
-
-    async def get(self) -> tuple[int, Step] | None:
-        """The next step with the index of its job; None at the end of a job. Raises the error of a failed job."""
-        item = await self._items.get()
-        if isinstance(item, Exception):
-            raise item
-        if item is not None:
-            self._size -= item[1].size
-            if self._reader_timer is not None and self._size <= MAX_UNREAD_BYTES // 2:
-                self.close()
-                for handle in self._handles:
-                    handle.resume()
-        return item
-
-    def close(self) -> None:
-        """Cancel the timer for a slow reader."""
-        if self._reader_timer is not None:
-            self._reader_timer.cancel()
-            self._reader_timer = None
-
-    def _fail_slow_reader(self) -> None:
-        for handle in self._handles:
-            handle.close()
-        self.end(ReaderTooSlow())

@@ -145,6 +145,9 @@ def test_draws_follow_the_reference(row: np.ndarray, wanted: Sampling) -> None:
         (CASES["dynatemp"], sampling(dynatemp_range=0.7)),
         (CASES["min_keep of min_p"], sampling(("min_p", "temperature"), min_p=0.9, min_keep=4, temperature=1.5)),
         (CASES["last_n"], sampling(("penalties",), **PENALTIES, last_n=4)),
+        (CASES["top_n_sigma"], sampling(top_n_sigma=0.8)),
+        (CASES["order"], sampling(("top_p", "temperature", "top_k"), temperature=2.0, top_p=0.7, top_k=4)),
+        (sampling(("infill", "temperature")), sampling(("temperature",))),
     ],
 )
 def test_the_chi_square_of_a_wrong_distribution_is_large(wanted: Sampling, other: Sampling) -> None:
@@ -259,7 +262,10 @@ def test_mirostat_draws_from_the_reference(version: int, tau: float) -> None:
     before = reference.distribution(row.tolist(), wanted)
     kept = reference.mirostat_1(before, 2 * tau, len(row)) if version == 1 else reference.mirostat_2(before, 2 * tau)
     assert 3 < len(kept) < len(row)
-    assert chi_square(drawn(row, wanted, DRAWS), reference.probabilities(kept)) < 4
+    chosen = drawn(row, wanted, DRAWS)
+    assert chi_square(chosen, reference.probabilities(kept)) < 4
+    cooler = {token: 1.2 * logit for token, logit in kept.items()}
+    assert chi_square(chosen, reference.probabilities(cooler)) > 4  # the comparison can fail
 
 
 @settings(max_examples=100, deadline=None)
@@ -281,8 +287,11 @@ def test_mirostat_keeps_what_the_reference_keeps(row: np.ndarray, limit: float, 
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_the_limit_of_mirostat_follows_the_surprise(version: int) -> None:
-    """After many tokens their mean surprise is `tau`. A token that is drawn again writes the same limit again."""
-    wanted = sampling(["temperature"], mirostat=version, mirostat_tau=3.0, mirostat_eta=0.2)
+    """After each token the limit is that of the reference. After many tokens their mean surprise is `tau`.
+
+    A token that is drawn again writes the same limit again.
+    """
+    wanted = sampling(["temperature"], temperature=1.2, mirostat=version, mirostat_tau=3.0, mirostat_eta=0.2)
     job = Job(prompt=(1,), samples=1, max_tokens=1, sampling=wanted, end_tokens=(), key=KEY)
     limits, rows = [6.0], np.random.default_rng(1).normal(0, 2, (400, 1000)).astype(np.float32)
 
@@ -295,8 +304,10 @@ def test_the_limit_of_mirostat_follows_the_surprise(version: int) -> None:
         token = token_at(position)
         known = [*limits]
         assert (token_at(position), limits) == (token, known)
-        surprises.append((limits[position] - limits[position + 1]) / 0.2 + 3.0)
-    assert limits[1] == pytest.approx(6.0 - 0.2 * (surprises[0] - 3.0))
+        before, limit = reference.distribution(rows[position].tolist(), wanted), limits[position]
+        kept = reference.mirostat_1(before, limit, 1000) if version == 1 else reference.mirostat_2(before, limit)
+        surprises.append(-math.log2(reference.probabilities(kept)[token]))
+        assert limits[position + 1] == pytest.approx(limit - 0.2 * (surprises[-1] - 3.0), abs=1e-5)
     assert np.mean(surprises[50:]) == pytest.approx(3.0, abs=0.15)
 
 

@@ -144,6 +144,19 @@ def test_a_wrong_token_is_an_error_from_then_on() -> None:
     assert here.allowed().error
 
 
+UNMET = '{"type":"integer","minimum":5,"maximum":1}'
+
+
+def required(name: str, inner: str, definition: str = "{}") -> str:
+    """A schema of objects with one required member."""
+    whole = {"type": "object", "properties": {name: json.loads(inner)}, "required": [name]}
+    return json.dumps(whole | {"$defs": {"b": json.loads(definition)}})
+
+
+LIST = {"type": "array", "items": json.loads(UNMET), "minItems": 1}
+MEMBER = json.loads(required("a", UNMET))
+
+
 @pytest.mark.parametrize(
     ("kind", "text", "message"),
     [
@@ -164,6 +177,20 @@ def test_a_wrong_token_is_an_error_from_then_on() -> None:
         ),
         ("json", '{"allOf":[{"type":"string"},{"type":"integer"}]}', "Unsatisfiable schema"),
         ("json", "false", "Unsatisfiable schema"),
+        ("json", required("a/b", required("it's", UNMET)), "(1) (at /properties/a~1b/properties/it's of the schema)"),
+        ("json", required("", required("", UNMET)), "(1) (at /properties//properties/ of the schema)"),
+        (
+            "json",
+            json.dumps({"type": "array", "prefixItems": [{}, LIST], "minItems": 2}),
+            "(at /prefixItems/1/items of",
+        ),
+        ("json", json.dumps({"allOf": [MEMBER]}), "(1) (at /allOf/0/properties/a of the schema)"),
+        ("json", required("a", '{"$ref":"#/$defs/b"}', UNMET), "(1) (at /properties/a of the schema)"),
+        (
+            "json",
+            json.dumps({"type": "object", "additionalProperties": json.loads(UNMET), "required": ["q"]}),
+            "required property 'q' is unsatisfiable (at the top of the schema)",
+        ),
         ("json", '{"$ref":"#/$defs/none"}', "Pointer '/$defs/none' does not exist"),
         ("regex", "(a", "unclosed group"),
         ("regex", "(?=a)b", "look-around"),

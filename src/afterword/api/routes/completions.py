@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -21,6 +21,7 @@ from afterword.api.requests.request_body import read_json
 from afterword.api.requests.request_context import request_context_of
 from afterword.api.requests.request_recorder import RequestRecorder
 from afterword.api.responses import incremental, serialization
+from afterword.api.responses.measured_sending import measured
 from afterword.api.responses.response_headers import header_text
 from afterword.api.responses.time_slices import TimeSlices
 from afterword.api.service import Service
@@ -34,6 +35,7 @@ from afterword.completion.request import CompletionRequest, parse
 from afterword.completion.rerank import run_plan
 from afterword.completion.response_size import check_size
 from afterword.completion.run import Usage, tokenize
+from afterword.completion.step_queue import Reader
 from afterword.completion.vocabulary_fields import with_all_alternatives
 from afterword.engine.protocol import Engine, ModelInfo
 from afterword.errors import AfterwordError
@@ -125,9 +127,7 @@ class CompletionResponse(Response):
     async def _send_whole(self, send: Send) -> None:
         body = incremental.EncodedBody(self._head, self._plan.n)
         usage = Usage(0, 0)
-        async with aclosing(
-            run_plan(self._plan, self._engine, self._recorder.record_usage, self._recorder.record_compute_start)
-        ) as items:
+        async with aclosing(self._run()) as items:
             async for item in items:
                 if isinstance(item, Usage):
                     usage = item
@@ -140,9 +140,9 @@ class CompletionResponse(Response):
         await incremental.send_chunks(send, body.fragments(usage))
 
     async def _send_stream(self, send: Send) -> None:
-        async with aclosing(
-            run_plan(self._plan, self._engine, self._recorder.record_usage, self._recorder.record_compute_start)
-        ) as items:
+        reader = Reader()
+        send = measured(send, reader)
+        async with aclosing(self._run(reader)) as items:
             first = await anext(items)  # an error before the first item is an HTTP error
             await send(start(self._request, self._head, *STREAM))
             try:
@@ -152,6 +152,10 @@ class CompletionResponse(Response):
                 # no [DONE] follows, since the response is incomplete
                 await send(body_part(serialization.event(serialization.error(problem))))
         await send({"type": "http.response.body", "body": b""})
+
+    def _run(self, reader: Reader | None = None) -> AsyncGenerator[Delta | Usage]:
+        recorder = self._recorder
+        return run_plan(self._plan, self._engine, recorder.record_usage, recorder.record_compute_start, reader=reader)
 
     async def _send_chunks(self, send: Send, first: Delta | Usage, rest: AsyncIterator[Delta | Usage]) -> None:
         options = self._request.stream_options or StreamOptions()

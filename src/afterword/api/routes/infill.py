@@ -21,6 +21,7 @@ from afterword.api.requests.disconnect import cancel_on_disconnect
 from afterword.api.requests.request_body import read_json
 from afterword.api.responses import infill_serialization, serialization
 from afterword.api.responses.infill_serialization import InfillHead, InfillTimes
+from afterword.api.responses.measured_sending import measured
 from afterword.api.routes.completions import STREAM, PreparedRun, body_part, prepare, start
 from afterword.api.service import Service
 from afterword.completion.infill import InfillRules
@@ -29,6 +30,7 @@ from afterword.completion.json_body import run_in_thread_if_large
 from afterword.completion.middle import Middle, MiddlePart, StopType
 from afterword.completion.rerank import run_plan
 from afterword.completion.run import Usage
+from afterword.completion.step_queue import Reader
 from afterword.engine.protocol import FinishReason
 from afterword.errors import AfterwordError
 
@@ -70,6 +72,7 @@ class InfillResponse(Response):
         self._started_at = time.monotonic()
         self._first_token_at: float | None = None
         self._usage = Usage(0, 0)
+        self._reader = Reader(self._has_ended)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the plan and send the response; cancel the run when the client disconnects."""
@@ -88,6 +91,7 @@ class InfillResponse(Response):
         await send({"type": "http.response.body", "body": data})
 
     async def _send_stream(self, send: Send) -> None:
+        send = measured(send, self._reader)
         async with aclosing(self._parts()) as parts:
             part = await anext(parts, None)  # an error before the first part is an HTTP error
             await send(start(self._prepared.request, self._prepared.head, *STREAM))
@@ -112,7 +116,7 @@ class InfillResponse(Response):
         prepared, recorder = self._prepared, self._prepared.recorder
         started = recorder.record_compute_start
         async with aclosing(
-            run_plan(prepared.plan, prepared.engine, self._record_usage, started, self._has_ended)
+            run_plan(prepared.plan, prepared.engine, self._record_usage, started, self._reader)
         ) as items:
             async for item in items:
                 if isinstance(item, Usage):
