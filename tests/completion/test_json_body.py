@@ -252,6 +252,13 @@ def test_line_ends_of_unicode_are_written_as_escapes(line_end: str) -> None:
     assert "“x”".encode() in data
 
 
+@pytest.mark.parametrize("line_end", ["\u2028", "\u2029", "\x85"])
+@pytest.mark.parametrize("shift", range(4))
+def test_line_ends_are_escaped_wherever_a_piece_ends(line_end: str, shift: int) -> None:
+    value = "a" * (LARGE_BODY - 4 + shift) + line_end * LARGE_BODY + "é😀" + line_end
+    assert encode(value) == msgspec.json.encode(value).replace(line_end.encode(), b"\\u%04x" % ord(line_end))
+
+
 def test_values_without_such_line_ends_are_encoded_as_by_msgspec() -> None:
     for value in ("“é😀…”", {"a": [1.5, None, True]}, "\n\r\u200b\x84\x86\u2027\u202a"):
         assert encode(value) == msgspec.json.encode(value)
