@@ -21,6 +21,7 @@ from afterword.cli import main
 from afterword.engine.parent.engine_metrics import EngineMetrics
 from afterword.engine.protocol import Load, PassStats
 from afterword.observability.metrics import EngineSnapshot, Metrics
+from afterword.transport.transport_limits import TransportLimits
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
@@ -327,3 +328,15 @@ def unanswered(watcher: httpx.Client) -> list[str]:
         if not query(watcher, sent):
             empty.append(name)
     return empty
+
+
+def test_proxies_of_the_guide_close_idle_connections_before_the_server() -> None:
+    """Otherwise a proxy sends a request into a connection that the server is closing, and returns 502."""
+    guide = (ROOT / "docs" / "guides" / "deploy.md").read_text(encoding="utf-8")
+    (stated,) = re.findall(r"server closes idle connections after (\d+) s", guide)
+    assert float(stated) == TransportLimits().idle_seconds
+    (nginx,) = re.findall(r"keepalive_timeout (\d+)s;", guide)
+    (caddy,) = re.findall(r"Caddy for (\d+) minutes", guide)
+    assert max(float(nginx), 60 * float(caddy)) < TransportLimits().idle_seconds
+    google, longer = re.findall(r"for (\d+) s: behind it, start the server with `--limit idle_seconds=(\d+)`", guide)[0]
+    assert float(google) < float(longer)

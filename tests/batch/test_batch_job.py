@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 import sqlite3
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -291,3 +293,45 @@ def test_the_journal_has_mode_0600_and_the_output_follows_the_umask(source, tmp_
         os.umask(before)
     modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("journal", "out", "private")]
     assert modes == [0o600, 0o644, 0o600]
+
+
+def test_lines_of_large_replies_are_made_one_at_a_time_in_a_thread(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "_LARGE_REPLY", 1000)
+    source = write(tmp_path / "in", *(bare(prompt=str(number)) for number in range(12)))
+    threads: dict[bool, set[int]] = {False: set(), True: set()}
+    running: list[int] = []
+
+    def make(row, reply, created):
+        is_large = len(reply.body) > 1000
+        threads[is_large].add(threading.get_ident())
+        if is_large:
+            running.append(1)
+            assert len(running) == 1
+            time.sleep(0.001)
+            running.pop()
+        return success_line(row, reply, created)
+
+    monkeypatch.setattr(jobs, "success_line", make)
+    journal = open_journal(source, tmp_path / "journal")
+    run(source, journal, answering(lambda request: completion(request, pad="x" * 1000 * (int(request["prompt"]) % 2))))
+    assert [line["response"]["body"]["choices"][0]["text"]["prompt"] for line in output(journal)] == [
+        *map(str, range(12))
+    ]
+    assert threads[False] == {threading.get_ident()}
+    assert threading.get_ident() not in threads[True]
+
+
+def test_answers_that_wait_for_the_journal_are_bounded_in_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "_MAX_UNWRITTEN_BYTES", 2000)
+    source = write(tmp_path / "in", *(bare(prompt=str(number)) for number in range(40)))
+    journal = open_journal(source, tmp_path / "journal")
+    add, sizes = journal.add, []
+
+    def note(answers):
+        sizes.append(sum(len(answer.text) for answer in answers))
+        add(answers)
+
+    monkeypatch.setattr(journal, "add", note)
+    run(source, journal, answering(lambda request: completion(request, pad="x" * 900)), concurrency=20)
+    assert len(output(journal)) == 40
+    assert 1000 < max(sizes) < 2000 + 1500

@@ -27,6 +27,7 @@ _PAUSE = 0.01  # seconds between two requests
 _CONTEXT = 2048
 _LIMIT = 300  # seconds for a request
 _BODY = 8 * 2**20 - 2**10
+_ENDED = ("completed", "failed", "expired", "cancelled")
 _WORDS = 256  # token ids below this are bytes
 
 
@@ -45,6 +46,11 @@ def run(trial: Trial) -> Result:
             slowest[name] = max(slowest.get(name, 0.0), seconds)
             memory = max(memory, _peak_memory(server))
             sizes[name] = result[1]
+        for name, (lines, ended) in batches().items():
+            trial.say(f"G22 {name}")
+            status, sizes[name], slowest[name] = _run_batch(server, lines)
+            wrong += status != ended
+            memory = max(memory, _peak_memory(server))
     worst = max(slowest.values())
     figures = {f"{name}: MB, ms": f"{sizes[name] / 1e6:.0f}, {slowest[name] * 1000:.0f}" for name in sizes}
     passed = wrong == 0 and worst <= WORST and memory <= MOST_MEMORY
@@ -70,8 +76,44 @@ def cases() -> dict[str, tuple[str, str, int]]:
         "stop strings": completion(prompt=["a"] * 2048, stop=stops, max_tokens=1),
         "lists": ("/v1/completions", f'{{"prompt":[{",".join(["[1]"] * items)}]}}', 400),
         "ids": ("/v1/completions", f'{{"prompt":[{",".join(["1"] * 2 * items)}],"max_tokens":1}}', 400),
+        "schemas": ("/v1/completions", f'{{"json_schema":{{"enum":[{",".join(["1"] * 2 * items)}]}}}}', 400),
+        "breakers": ("/v1/completions", f'{{"dry_sequence_breakers":"[{",".join(["1"] * 2 * items)}]"}}', 400),
+        "numbers": ("/v1/completions", f'{{"seed":{"1" * _BODY}}}', 400),
+        "nested": ("/v1/completions", f'{{"prompt":{"[" * 900}{",".join(["1"] * (2 * items - 999))}{"]" * 900}}}', 400),
+        "surrogates": ("/v1/completions", f'{{"prompt":"{"a" * _BODY}\\ud800"}}', 400),
+        "banned ids": ("/v1/completions", f'{{"banned_tokens":"1{" " * _BODY}x"}}', 400),
         "detokenized": ("/detokenize", f'{{"tokens":[{",".join(["97"] * (_BODY // 3))}]}}', 200),
     }
+
+
+def batches() -> dict[str, tuple[list[str], str]]:
+    """Batches named after their large part: the bodies of their lines, and their last status."""
+    prompt = [7 * position % _WORDS for position in range(2000)]
+    reports = json.dumps({"prompt": prompt, "n": 9, "prompt_logprobs": 20, "max_tokens": 1})
+    lists = f'{{"prompt":[{",".join(["[1]"] * (_BODY // 4 - 64))}]}}'
+    ids = f'{{"prompt":[{",".join(["1"] * (_BODY // 2 - 128))}],"max_tokens":1}}'
+    return {"lines of lists": ([lists] * 4, "failed"), "answers to lines": ([reports, ids] * 2, "completed")}
+
+
+def _run_batch(server: Server, bodies: list[str]) -> tuple[str, int, float]:
+    """Run a batch. Returns its last status, the bytes of its output and the longest time of `/health` in seconds."""
+    head = '"method":"POST","url":"/v1/completions"'
+    lines = [f'{{"custom_id":"{number}",{head},"body":{body}}}\n' for number, body in enumerate(bodies)]
+    snapshots = _health_times(server)
+    worst = next(snapshots)
+    deadline = time.monotonic() + _LIMIT
+    with server.http(timeout=_LIMIT) as http:
+        files = {"file": ("lines.jsonl", "".join(lines).encode())}
+        file = http.post("/v1/files", files=files, data={"purpose": "batch"}).json()["id"]
+        made = {"input_file_id": file, "endpoint": "/v1/completions", "completion_window": "24h"}
+        path = f"/v1/batches/{http.post('/v1/batches', json=made).json()['id']}"
+        while (batch := http.get(path).json())["status"] not in _ENDED and time.monotonic() < deadline:
+            for _ in range(10):
+                worst = max(worst, next(snapshots))
+                time.sleep(_PAUSE)
+        listed = http.get("/v1/files", params={"purpose": "batch_output"}).json()["data"]
+        size = sum(each["bytes"] for each in listed if each["id"] == batch["output_file_id"])
+    return batch["status"], size, worst
 
 
 def _ask(server: Server, client_process: subprocess.Popen[str], path: str, body: str) -> tuple[list[int], float]:

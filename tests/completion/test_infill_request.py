@@ -9,6 +9,7 @@ import jsonschema_rs
 import pytest
 
 from afterword.completion.infill_request import INFILL_FIELDS, UNLIMITED, InfillRequest, infill_schema, parse_infill
+from afterword.completion.length_names import LENGTH_NAMES
 from afterword.completion.object_fields import ContextFile
 from afterword.completion.request_descriptions import INFILL_DESCRIPTIONS
 from afterword.completion.request_limits import STRICT, RequestLimits
@@ -129,6 +130,24 @@ def test_what_is_not_supported_is_refused_by_name(body: dict[str, Any], param: s
 
 def test_unknown_fields_can_be_ignored() -> None:
     assert parsed(RequestLimits(ignore_unknown=True), lora=[]).completion.ignored == ("lora",)
+
+
+@pytest.mark.parametrize("name", [name for name in LENGTH_NAMES if name != "n_predict"])
+@pytest.mark.parametrize("own", [{}, {"n_predict": 9}, {"n_predict": -1}])
+def test_a_length_by_another_name_is_refused_and_never_ignored(name: str, own: dict[str, int]) -> None:
+    first, dot, last = name.partition(".")
+    body = own | {first: {last: 8} if dot else 8}
+    for ignore in (False, True):
+        with pytest.raises(RequestError) as caught:
+            parsed(RequestLimits(ignore_unknown=ignore), **body)
+        assert (caught.value.param, caught.value.code) == (name if ignore else first, "unknown_parameter")
+        assert ("'n_predict'" in caught.value.message) == (ignore or not dot)
+
+
+def test_a_length_equal_to_n_predict_can_be_ignored() -> None:
+    for more in ({"max_tokens": 8}, {"options": {"num_predict": 8}}, {"max_tokens": None}):
+        infill = parsed(RequestLimits(ignore_unknown=True), n_predict=8, **more)
+        assert (infill.completion.max_tokens, infill.completion.ignored) == (8, (*more,))
 
 
 def test_the_schema_describes_every_field() -> None:

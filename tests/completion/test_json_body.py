@@ -128,6 +128,46 @@ def test_a_large_array_of_numbers_is_decoded_in_small_pieces(monkeypatch: pytest
     assert max(sizes) < 2 * json_body._PIECE
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"enum": [7] * 200_000},
+        [{"a": {"b": [7] * 100_000}}, [[7] * 100_000]],
+        {"type": "json_schema", "json_schema": {"schema": {"enum": [1.5] * 100_000, "const": "x" * 10}}},
+    ],
+    ids=["object", "list", "nested"],
+)
+def test_large_values_inside_others_are_decoded_in_small_pieces(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode, sizes = msgspec.json.decode, []
+    monkeypatch.setattr(msgspec.json, "decode", lambda data: sizes.append(len(data)) or decode(data))
+    assert parse_object(json.dumps({"value": value}).encode()) == {"value": value}
+    assert max(sizes) < 2 * json_body._PIECE
+
+
+@pytest.mark.parametrize("number", [b"1" * 70_000, b"-1." + b"1" * 70_000, b"1e-" + b"9" * 70_000])
+@pytest.mark.parametrize("form", [b"%b", b"[%b]", b"[1,%b,2]", b"[[1],[%b]]", b'{"a":%b}', b"[ %b\n]"])
+def test_a_long_number_of_a_large_body_is_named(number: bytes, form: bytes) -> None:
+    assert "a number of more than" in refused(b'{"value":' + form % number + b"}")
+
+
+def test_white_space_is_no_number() -> None:
+    space = b" " * 70_000
+    assert parse_object(b'{"value":[1,%b2 ,%b3%b]}' % (space, space, space)) == {"value": [1, 2, 3]}
+
+
+@pytest.mark.parametrize(("left", "right"), [(b"[", b"]"), (b'{"a":', b"}")])
+def test_a_large_value_deep_inside_others_is_refused(left: bytes, right: bytes) -> None:
+    """Each level costs another look at all bytes."""
+
+    def nested(depth: int, size: int) -> bytes:
+        return b'{"value":' + left * depth + b"[" + b"7," * (size // 2) + b"7]" + right * depth + b"}"
+
+    assert parse_object(nested(7, 2**21))
+    assert parse_object(nested(100, 2**19)) == msgspec.json.decode(nested(100, 2**19))
+    for depth in (8, 100, 900):
+        assert "inside 8 arrays and objects" in refused(nested(depth, 2**21))
+
+
 # ---- keys
 
 
@@ -189,6 +229,13 @@ def test_surrogate_pairs_and_escaped_backslashes_are_accepted(text: bytes) -> No
     assert "surrogate" not in refused(data[:-1])
 
 
+@pytest.mark.parametrize("start", range(-14, 3))
+@pytest.mark.parametrize("text", [rb"\ud83d\ude00", rb"\ud83d", rb"\ude00", rb"\ud83d\ud83d\ude00", b"\xed\xa0\x80"])
+def test_a_lone_surrogate_is_named_wherever_a_piece_ends(start: int, text: bytes) -> None:
+    data = b'{"prompt":"' + b"a" * (json_body._PIECE - 11 + start) + text
+    assert ("lone surrogate" in refused(data + b" " * json_body._PIECE)) == (text != rb"\ud83d\ude00")
+
+
 @pytest.mark.parametrize("data", [b"{}", b'{"a":1}', b'{"a":1,' + PAD + b"}"], ids=lambda data: repr(data[:20]))
 def test_a_byte_order_mark_is_skipped_once(data: bytes) -> None:
     assert parse_object(b"\xef\xbb\xbf" + data) == json.loads(data)
@@ -203,6 +250,13 @@ def test_line_ends_of_unicode_are_written_as_escapes(line_end: str) -> None:
     assert len(data.decode().splitlines()) == 1
     assert data.decode().count(f"\\u{ord(line_end):04x}") == 3
     assert "“x”".encode() in data
+
+
+@pytest.mark.parametrize("line_end", ["\u2028", "\u2029", "\x85"])
+@pytest.mark.parametrize("shift", range(4))
+def test_line_ends_are_escaped_wherever_a_piece_ends(line_end: str, shift: int) -> None:
+    value = "a" * (LARGE_BODY - 4 + shift) + line_end * LARGE_BODY + "é😀" + line_end
+    assert encode(value) == msgspec.json.encode(value).replace(line_end.encode(), b"\\u%04x" % ord(line_end))
 
 
 def test_values_without_such_line_ends_are_encoded_as_by_msgspec() -> None:

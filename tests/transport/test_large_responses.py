@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from in_memory_connection import Engine, application
 
+from afterword.api.in_process_client import in_process_client
 from afterword.api.responses import incremental, serialization
 from afterword.completion import logprobs
 from afterword.completion.choice import Delta, fold
@@ -248,6 +249,23 @@ def test_an_answer_above_the_limit_is_refused_before_any_work(fields: dict[str, 
     assert (head["status"], error["param"], error["code"]) == (400, param, "answer_too_large")
     assert f"'{param}'" in error["message"]
     assert not engine.jobs
+
+
+@pytest.mark.parametrize("most", [4000, 50_000])
+def test_the_answer_to_a_batch_line_has_a_limit_of_its_own(most: int) -> None:
+    """Each part of it is kept in memory and read once more, for the line of the output."""
+    app = application(Engine(SCRIPT), keys=False, limits=RequestLimits(max_answer=most, max_batch_answer=4000))
+    request = {"prompt": "a" * 10, "prompt_logprobs": 3, "max_tokens": 1}
+
+    def statuses(n: int) -> list[int]:
+        body = request | {"n": n}
+        head, *_ = asyncio.run(post(app, "/v1/completions", body, Counter()))
+        reply = asyncio.run(in_process_client(app)("POST", "/v1/completions", json.dumps(body).encode()))
+        assert reply.status == 200 or json.loads(reply.body)["error"]["code"] == "answer_too_large"
+        return [head["status"], reply.status]
+
+    assert statuses(1) == [200, 200]
+    assert statuses(4) == ([200, 400] if most > 4000 else [400, 400])
 
 
 def test_line_ends_of_unicode_are_escaped_in_answers_and_events() -> None:

@@ -32,6 +32,8 @@ WINDOW = 4096  # requests that are sorted together by their prompts
 _WINDOW_BYTES = 32 * 2**20
 _PAUSE = 0.25  # seconds that the journal writer waits for more answers before it starts a transaction
 _MAX_TRANSACTION_LINES = 64  # with so many answers the transaction starts at once
+_MAX_UNWRITTEN_BYTES = 64 * 2**20  # of answers that wait for the journal; one more may exceed this
+_LARGE_REPLY = 2**20  # bytes; the line of a larger reply is made in a thread, since that takes milliseconds
 _MAX_ATTEMPTS = 6  # attempts of a request with which the server fails (`ServerReply.attempted`)
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds before another attempt
 
@@ -124,11 +126,21 @@ class BatchJob:
                 await rows.put(None)
 
         no_space = False
+        one_large_reply = asyncio.Lock()  # several at once would need several times the memory
+
+        async def answer_to(row: BatchRequest) -> OutputLine:
+            reply = await requester.send(row)
+            if len(reply.body) <= _LARGE_REPLY:
+                return self._make_line(row, reply)
+            async with one_large_reply:
+                return await in_thread(self._make_line, row, reply)
 
         async def work() -> None:
             nonlocal no_space
             while (row := await rows.get()) is not None:
-                answer = None if no_space else self._make_line(row, await requester.send(row))
+                answer = None if no_space else await answer_to(row)
+                if answer is not None and not self.reserve(len(answer.text) + 1):
+                    answer = None
                 no_space = no_space or answer is None
                 answer = answer or no_space_line(row)
                 await writer.put(answer)
@@ -145,14 +157,12 @@ class BatchJob:
             writer.close()
             await writing
 
-    def _make_line(self, row: BatchRequest, reply: ServerReply) -> OutputLine | None:
-        """Make the output line from a reply; None if there is no space for it."""
+    def _make_line(self, row: BatchRequest, reply: ServerReply) -> OutputLine:
+        """Make the output line from a reply."""
         max_bytes = self.journal.max_answer_bytes
         is_larger = len(reply.body) > max_bytes
         answer = too_large_line(row, max_bytes) if is_larger else success_line(row, reply, self.created)
-        if len(answer.text) > max_bytes:
-            answer = too_large_line(row, max_bytes)
-        return answer if self.reserve(len(answer.text) + 1) else None
+        return too_large_line(row, max_bytes) if len(answer.text) > max_bytes else answer
 
     async def _rows(self) -> AsyncIterator[BatchRequest]:
         """Yield the requests that have no answer yet, window by window. A thread reads and sorts each window."""
@@ -190,19 +200,27 @@ class _JournalWriter:
 
     def __init__(self, journal: Journal, max_pending: int) -> None:
         self._journal = journal
-        self._free = asyncio.Semaphore(max_pending)
+        self._max_pending = max_pending
+        self._unwritten = self._unwritten_bytes = 0  # answers that are queued or being written
+        self._written = asyncio.Condition()
         self._pending: list[OutputLine] = []
         self._has_pending = asyncio.Event()
         self._is_full = asyncio.Event()  # enough pending answers for a transaction
         self._closed = False
 
     async def put(self, answer: OutputLine) -> None:
-        """Queue an answer to be written. Waits while `max_pending` answers are queued."""
-        await self._free.acquire()
+        """Queue an answer to be written. Waits while `max_pending` answers, or very large ones, are not written."""
+        async with self._written:
+            await self._written.wait_for(self._has_room)
+            self._unwritten += 1
+            self._unwritten_bytes += len(answer.text)
         self._pending.append(answer)
         self._has_pending.set()
-        if len(self._pending) >= _MAX_TRANSACTION_LINES:
+        if len(self._pending) >= _MAX_TRANSACTION_LINES or not self._has_room():
             self._is_full.set()
+
+    def _has_room(self) -> bool:
+        return self._unwritten < self._max_pending and self._unwritten_bytes <= _MAX_UNWRITTEN_BYTES
 
     def close(self) -> None:
         """Let `run` write the queued answers and return. `put` must not be called afterwards."""
@@ -221,8 +239,10 @@ class _JournalWriter:
                 self._has_pending.clear()
                 self._is_full.clear()
             await asyncio.to_thread(self._journal.add, answers)
-            for _ in answers:
-                self._free.release()
+            async with self._written:
+                self._unwritten -= len(answers)
+                self._unwritten_bytes -= sum(len(answer.text) for answer in answers)
+                self._written.notify_all()
 
 
 class _Requester:

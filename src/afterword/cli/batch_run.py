@@ -26,6 +26,7 @@ from afterword.batch.output_lines import SendRequest, ServerReply, batch_id
 from afterword.cli import model_setup
 from afterword.cli.batch_progress import show_progress
 from afterword.cli.run import engine_settings, run_async
+from afterword.completion.request_limits import RequestLimits
 from afterword.config import Config
 from afterword.engine.parent.job_queue import QueuePolicy
 from afterword.errors import BatchStopped, SettingError
@@ -164,7 +165,8 @@ async def _in_process_server(model: str | None, options: dict[str, Any]) -> Asyn
     )
     try:
         await models.open()
-        yield in_process_client(make_app(Service(Config(), models)))
+        limits = RequestLimits(max_batch_answer=RequestLimits().max_answer)  # there is no other client
+        yield in_process_client(make_app(Service(Config(limits=limits), models)))
     finally:
         await models.close()
 

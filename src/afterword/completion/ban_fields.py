@@ -18,6 +18,7 @@ from afterword.errors import RequestError
 _MOST, _LONGEST, _MOST_CHARACTERS = 1024, 256, 16384
 _PHRASE = {"type": "string", "pattern": "^[^\ufffd]*$", "maxLength": _LONGEST}
 _WORD = {"type": "string", "pattern": "^[^\ufffd]*[^\\s\ufffd][^\ufffd]*$", "maxLength": _LONGEST}
+_MOST_PER_ID = 16  # characters of an id in a text, with its comma and spaces
 _ID_TEXT = r"^ *([0-9]{1,10} *(, *[0-9]{1,10} *)*)?$"
 _IDS = {"type": "array", "items": {"type": "integer"}}
 
@@ -38,10 +39,19 @@ def bad_words(name: str, value: Any, limits: RequestLimits) -> tuple[str, ...]:
     return words
 
 
-@field_parser(lambda limits: {"anyOf": [{"type": "string", "pattern": _ID_TEXT}, _IDS | {"maxItems": limits.max_bias}]})
+@field_parser(
+    lambda limits: {
+        "anyOf": [
+            {"type": "string", "pattern": _ID_TEXT, "maxLength": _MOST_PER_ID * limits.max_bias},
+            _IDS | {"maxItems": limits.max_bias},
+        ]
+    }
+)
 def banned_tokens(name: str, value: Any, limits: RequestLimits) -> tuple[int, ...]:
     """An array of token ids, or their decimal numbers in a text with commas. Empty: none."""
     if isinstance(value, str):
+        if len(value) > _MOST_PER_ID * limits.max_bias:
+            raise too_long(name, "string", _MOST_PER_ID * limits.max_bias, len(value))
         if value.count(",") >= limits.max_bias:
             raise too_long(name, "array", limits.max_bias, value.count(",") + 1)
         if not re.fullmatch(_ID_TEXT, value):

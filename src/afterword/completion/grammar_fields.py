@@ -20,6 +20,7 @@ _TYPES = ("text", "json_object", "json_schema")
 _LABELS = {"name": str, "description": str, "strict": bool}  # members of `json_schema` without effect
 _OUTPUTS = ("json", "json_object", "regex", "choice", "grammar")
 _DEEPEST = 60  # brackets inside each other; llguidance refuses deeper schemas too, with a message that says less
+_END = object()
 _GBNF = re.compile(r"^[ \t]*[A-Za-z0-9_-]+[ \t]*::=", re.MULTILINE)  # never across lines: linear
 
 _SCHEMA: JsonSchema = {"type": ["object", "boolean"]}
@@ -173,6 +174,12 @@ def _schema_grammar(path: str, value: object, limits: RequestLimits, text_allowe
             raise RequestError(f"Invalid '{path}': it is not JSON ({str(problem)[:64]}).", param=path) from None
     if not isinstance(value, dict | bool):
         raise wrong_type(path, value, "an object")
+    if _is_longer(value, limits.max_grammar):  # before `json.dumps`, which would make all of a large body in one call
+        raise RequestError(
+            f"Invalid '{path}': a schema with more than {limits.max_grammar} characters.",
+            param=path,
+            code="string_above_max_length",
+        )
     try:
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     except RecursionError:
@@ -217,6 +224,24 @@ def _grammar(kind: GrammarKind, text: str, path: str) -> Grammar:
             f"Invalid '{path}': it has a lone surrogate, which is not a character.", param=path
         ) from None
     return Grammar(kind, text, path)
+
+
+def _is_longer(value: object, most: int) -> bool:
+    """Whether a JSON value certainly has more than `most` characters. Only as many of its items are counted."""
+    left, items = most, [iter([value])]
+    while items and left >= 0:
+        item = next(items[-1], _END)
+        if item is _END:
+            items.pop()
+            continue
+        left -= 1
+        if isinstance(item, str):
+            left -= len(item) + 1
+        elif isinstance(item, dict):
+            items += (iter(item), iter(item.values()))
+        elif isinstance(item, list):
+            items.append(iter(item))
+    return left < 0
 
 
 def _is_deep(value: object, most: int) -> bool:

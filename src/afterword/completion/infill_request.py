@@ -9,6 +9,7 @@ from afterword.completion import fields, object_fields
 from afterword.completion.field_errors import too_long
 from afterword.completion.fields import Field, JsonSchema, field_parser
 from afterword.completion.json_body import parse_object
+from afterword.completion.length_names import LENGTH_NAMES, other_lengths
 from afterword.completion.model_defaults import DefaultsOf, no_defaults
 from afterword.completion.request import CompletionRequest
 from afterword.completion.request_descriptions import INFILL_DESCRIPTIONS, described_schema
@@ -23,6 +24,7 @@ SAMPLERS = (*SAMPLER_NAMES, "infill")
 UNLIMITED = 2**31 - 1
 """`CompletionRequest.max_tokens` for an `n_predict` of -1. `InfillRules.fill_context` reduces it to the context."""
 
+_LENGTH_HINT = "(HINT: set the maximum number of generated tokens in 'n_predict'.)"
 _REQUIRED = ("input_prefix", "input_suffix")
 _INT32, _INT64 = 2**31, 2**63
 _MOST_PATHS, _LONGEST_PATH = 64, 256  # paths are read on the event loop, once for each middle
@@ -108,10 +110,11 @@ def parse_infill(body: bytes, limits: RequestLimits, defaults: DefaultsOf = no_d
     limits = replace(limits, strict=False)  # OpenAI's API has no such route, and editors send an empty `stop`
     values = parse_object(body)
     unknown = tuple(name[:64] for name in values if name not in INFILL_FIELDS)
-    if unknown and not limits.ignore_unknown:
-        raise RequestError(
-            f"Unrecognized request argument supplied: {unknown[0]}", param=unknown[0], code="unknown_parameter"
-        )
+    refused = other_lengths(values, "n_predict") if limits.ignore_unknown else unknown
+    if refused:
+        hint = f" {_LENGTH_HINT}" if refused[0] in LENGTH_NAMES else ""
+        message = f"Unrecognized request argument supplied: {refused[0]}{hint}"
+        raise RequestError(message, param=refused[0], code="unknown_parameter")
     known = {name: value for name, value in values.items() if name in INFILL_FIELDS and value is not None}
     for name in _REQUIRED:
         if name not in known:

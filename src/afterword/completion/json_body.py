@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
@@ -33,6 +33,10 @@ MAX_PARTS = 2**16
 """The most arrays and objects of a body together, and the most strings, including member names."""
 
 _PIECE = 2**15  # bytes of an array of numbers that are decoded in one call
+_MAX_NUMBER = 4096  # characters of a number in a large body; one of 8 MiB is read in one call of 0.3 s
+_MAX_DEPTH = 8  # arrays and objects inside each other whose items are decoded one by one: each level copies its bytes
+_MAX_DEEP = 2**20  # bytes of an item inside of so many; only schemas are so deep, and they are shorter
+_SLICE = 2**14  # items of an array that are looked at in one call
 _REST = 2  # after a piece that took t seconds the thread sleeps for 2 t seconds, so that other threads run
 _THREAD = ThreadPoolExecutor(1, "parser")  # more threads would take the interpreter's lock from the event loop
 _BOM = b"\xef\xbb\xbf"
@@ -41,6 +45,7 @@ _LONE_SURROGATE = re.compile(
     rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
     rb"|\xed[\xa0-\xbf]"
 )
+_PAIR = 12  # bytes of a surrogate pair as two escapes
 
 _members_of = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _items_of = msgspec.json.Decoder(list[msgspec.Raw]).decode
@@ -53,10 +58,27 @@ _encode = msgspec.json.Encoder().encode
 def encode(value: object) -> bytes:
     """A value as JSON, with U+0085, U+2028 and U+2029 escaped."""
     data = _encode(value)
+    if b"\xe2" not in data and b"\xc2" not in data:  # much faster than a search for two bytes
+        return data
+    return _escaped(data) if len(data) <= LARGE_BODY else b"".join(map(_escaped, _pieces(data)))
+
+
+def _escaped(data: bytes) -> bytes:
     if b"\xe2\x80" in data or b"\xc2\x85" in data:
         for character, escape in _LINE_ENDS:
             data = data.replace(character, escape)
     return data
+
+
+def _pieces(data: bytes) -> Iterator[bytes]:
+    """UTF-8 data in pieces of whole characters, so that other threads run between them."""
+    start = 0
+    while start < len(data):
+        end = min(start + LARGE_BODY, len(data))
+        while end < len(data) and data[end] & 0xC0 == 0x80:
+            end += 1
+        yield data[start:end]
+        start = end
 
 
 async def run_in_thread_if_large(call: Callable[..., T], body: bytes, *more: Any) -> T:
@@ -81,12 +103,21 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 
 def _reason(body: bytes) -> str:
-    if _LONE_SURROGATE.search(body.replace(rb"\\", b"")):
+    if _has_lone_surrogate(body.replace(rb"\\", b"")):
         return (
             "The JSON body has a lone surrogate: a code unit from U+D800 to U+DFFF without its pair, which is not a "
             "character. (HINT: do not cut strings inside a surrogate pair, or replace the cut character with U+FFFD.)"
         )
     return BAD_JSON
+
+
+def _has_lone_surrogate(data: bytes) -> bool:
+    """Search piece by piece: each search holds the interpreter's lock."""
+    for start in range(0, len(data), _PIECE):
+        found = _LONE_SURROGATE.search(data, start, start + _PIECE + _PAIR)
+        if found is not None and found.start() < start + _PIECE:  # further behind, its pair may be cut off
+            return True
+    return False
 
 
 def _decoded_in_pieces(body: bytes) -> dict[str, Any]:
@@ -121,13 +152,26 @@ def _outside_strings(body: bytes) -> bytes:
     return b"".join(plain.split(b'"')[::2])
 
 
-def _value(raw: bytes) -> Any:
-    """Decode a value that is well-formed outside its strings. The items of a large array are decoded one by one."""
-    if len(raw) <= LARGE_BODY or not raw.startswith(b"["):
+def _value(raw: bytes, depth: int = 0) -> Any:
+    """Decode a value that is well-formed outside its strings. Items of large arrays and objects are decoded one by one.
+
+    Raises `RequestError` for a long number, and for a large value deep inside others.
+    """
+    if len(raw) <= LARGE_BODY or raw.startswith(b'"'):
         return msgspec.json.decode(raw)
+    if not raw.startswith((b"[", b"{")):
+        raise _long_number()
+    if depth == _MAX_DEPTH:
+        if len(raw) > _MAX_DEEP:
+            raise RequestError(
+                f"The JSON body has a value of more than {_MAX_DEEP} bytes inside {_MAX_DEPTH} arrays and objects."
+            )
+        return msgspec.json.decode(raw)
+    if raw.startswith(b"{"):
+        return {name: _value(bytes(item), depth + 1) for name, item in _members_of(raw).items()}
     if raw.find(b"[", 1) < 0 and b"{" not in raw and b'"' not in raw:
         return _numbers(raw)
-    return [_value(bytes(item)) for item in _items_of(raw)]
+    return [_value(bytes(item), depth + 1) for item in _items_of(raw)]
 
 
 def _numbers(raw: bytes) -> list[Any]:
@@ -138,16 +182,26 @@ def _numbers(raw: bytes) -> list[Any]:
         began = time.perf_counter()
         cut = raw.find(b",", start + _PIECE, end)
         cut = end if cut < 0 else cut
+        last = raw.rfind(b",", start, cut) + 1 or start
+        if cut - last > _MAX_NUMBER and len(raw[last:cut].strip()) > _MAX_NUMBER:
+            raise _long_number()
         values += msgspec.json.decode(b"[" + raw[start:cut] + b"]")
         start = cut + 1
         time.sleep(_REST * (time.perf_counter() - began))
     return values
 
 
+def _long_number() -> RequestError:
+    return RequestError(f"The JSON body has a number of more than {_MAX_NUMBER} characters.")
+
+
 def _count_members(value: Any) -> int:
     """The number of members of all objects in a value."""
     if isinstance(value, dict):
         return len(value) + sum(map(_count_members, value.values()))
-    if isinstance(value, list) and not {dict, list}.isdisjoint(map(type, value)):
-        return sum(map(_count_members, value))
-    return 0
+    count = 0
+    for start in range(0, len(value) if isinstance(value, list) else 0, _SLICE):
+        part = value[start : start + _SLICE]
+        if not {dict, list}.isdisjoint(map(type, part)):
+            count += sum(map(_count_members, part))
+    return count

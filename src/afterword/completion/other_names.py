@@ -36,7 +36,7 @@ SAME: Mapping[str, str] = {
 """Names of other servers, and the fields that they are. With both, the values must be equal."""
 
 LENGTHS = ("max_new_tokens", "n_predict", "num_predict")
-"""Other names of `max_tokens`. With another value than that, they are left to `request.LENGTH_ALIASES`, an error."""
+"""Other names of `max_tokens`. With another value than that, they are left to `length_names`, an error."""
 
 KOBOLD_ORDER = (6, 0, 1, 3, 4, 2, 5)
 """KoboldCpp's samplers in its default order, which is that of llama-server."""
@@ -89,6 +89,7 @@ FLAGS = ("ban_eos_token", "dynamic_temperature", "temperature_last")
 RANGES = ("rep_pen_range", "repetition_penalty_range")
 """How many last tokens the penalties count, as `repeat_last_n`. 0 and -1 are no field: the penalties of this API."""
 _WHOLE_TEXT = (0, -1)
+_LONGEST_LIST = 2**14  # characters of `dry_sequence_breakers` as JSON, all of them escaped
 _BOUNDS = (("dynatemp_low", "dynatemp_high"), ("dynatemp_min", "dynatemp_max"))
 
 OTHER_NAMES = frozenset(
@@ -174,7 +175,7 @@ def _set_temperature(own: Json, given: Json) -> None:
 
 def _listed(value: Any) -> Any:
     """SillyTavern sends the list of breakers as JSON in a text."""
-    if not isinstance(value, str) or not value.startswith("["):
+    if not isinstance(value, str) or not value.startswith("[") or len(value) > _LONGEST_LIST:
         return value
     try:
         return json.loads(value)

@@ -13,6 +13,7 @@ from typing import Any
 from afterword.completion import ban_fields, fields, grammar_fields, object_fields
 from afterword.completion.fields import Field, JsonSchema, Prompt, ReportedIds
 from afterword.completion.json_body import parse_object
+from afterword.completion.length_names import other_lengths
 from afterword.completion.model_defaults import DefaultsOf, no_defaults
 from afterword.completion.object_fields import ContextFile, StreamOptions
 from afterword.completion.other_names import has_other_names, with_own_names
@@ -170,16 +171,6 @@ FIELDS: dict[str, Field] = {
 }
 """The API's own fields."""
 
-LENGTH_ALIASES = (
-    "max_completion_tokens",
-    "max_new_tokens",
-    "max_length",
-    "n_predict",
-    "num_predict",
-    "options.num_predict",
-)
-"""Other servers' names for `max_tokens`. They are refused even with `ignore_unknown`."""
-
 EXTENSIONS: dict[str, Field] = {
     "add_special_tokens": fields.boolean,
     "allowed_token_ids": fields.some_token_ids,
@@ -233,7 +224,7 @@ def parse(body: bytes, limits: RequestLimits, defaults: DefaultsOf = no_defaults
     unknown = tuple(name[:64] for name in values if name not in known)
     if unknown and not limits.ignore_unknown:
         raise _unknown(unknown[0], values)
-    for name in _check_length_aliases(values):
+    for name in other_lengths(values, "max_tokens"):
         raise _unknown(name, values)
     given = {name: value for name, value in values.items() if name in known and value is not None}
     whole = {**defaults(values.get("model")), **given}
@@ -246,19 +237,9 @@ def parse(body: bytes, limits: RequestLimits, defaults: DefaultsOf = no_defaults
 
 
 def _unknown(name: str, values: dict[str, Any]) -> RequestError:
-    hint = f" {_LENGTH_HINT}" if name in _check_length_aliases(values) else ""
+    hint = f" {_LENGTH_HINT}" if name in other_lengths(values, "max_tokens") else ""
     message = f"Unrecognized request argument supplied: {name}{hint}"
     return RequestError(message, param=name, code="unknown_parameter")
-
-
-def _check_length_aliases(values: dict[str, Any]) -> list[str]:
-    """The given names of `LENGTH_ALIASES` with another value than `max_tokens`.
-
-    If the server ignored such a field, the completion would have another length than the client requested.
-    """
-    options = values.get("options")
-    given = values | ({f"options.{name}": options[name] for name in options} if isinstance(options, dict) else {})
-    return [name for name in LENGTH_ALIASES if given.get(name) not in (None, values.get("max_tokens"))]
 
 
 def known_fields(limits: RequestLimits) -> dict[str, Field]:

@@ -89,7 +89,7 @@ async def prepare(
     tokens = await cancel_on_disconnect(http.receive, texts)
     plan = await run_in_thread_if_large(_make_plan, body, request, served.engine.model_info, tokens, identity)
     check_candidates(plan, limits)
-    check_size(plan, limits.max_answer)
+    check_size(plan, limits.most_bytes(request_context.in_process))
     request_context.recorder.record_user(service.key_registry.pseudonym(request.user))
     reserve(request_context, plan.max_total_tokens)
     request_context.recorder.record_plan(plan.n, len(plan.prompts))
