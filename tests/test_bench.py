@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -287,12 +288,27 @@ def test_a_prediction_has_five_changed_lines():
 def test_typing_is_measured_on_our_server(capsys):
     sizes = ["--tokens", "200", "--keys", "3", "--rounds", "2", "--wait", "0", "--length", "4"]
     infill.main([str(builtin_path()), "--alone", *sizes])
-    (head, *rows) = rows_of(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    (head, *rows) = rows_of(printed.out)
     assert head == ["scenario", "measure", "afterword"]
+    assert {row[0] for row in rows} == {"typing, 6 times"}
+    assert printed.err.count("key 3 of 3, afterword: first token ") == 2
     assert [row[1] for row in rows] == ["first token, s", "whole middle, s", "computed prompt tokens, tokens"]
     figures = [float(row[2]) for row in rows]
     assert 0 < figures[0] <= figures[1]
     assert 0 < figures[2] < 200, "the text before the cursor comes from the cache"
+
+
+def test_typing_ends_when_the_time_is_over_and_without_a_server_that_fails(serve):
+    typing = infill.Typing(lines=4, keys=3, files=1, wait=0, length=2, seconds=60)
+    with serve("--parallel", "2", key=None) as server:
+        urls = {"good": server.url, "bad": f"{server.url}/no-such-path"}
+        found = asyncio.run(infill.measure(urls, typing, 1))
+        short = asyncio.run(infill.measure({"good": server.url}, replace(typing, seconds=0), 1))
+    assert [type(outcome) for outcome in found["good"]] == [dict] * 3
+    (reason,) = found["bad"]
+    assert "404" in reason
+    assert len(short["good"]) == 1
 
 
 def test_the_line_before_the_cursor_is_sent_apart():

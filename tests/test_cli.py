@@ -14,6 +14,7 @@ from string import ascii_letters
 from typing import Any
 from unittest.mock import Mock
 
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
@@ -35,6 +36,7 @@ from afterword.models.gguf_facts import Facts, read_facts
 from afterword.models.registry import Model
 from afterword.settings.durations import format_duration, parse_duration
 from oracle.tiny import write_tiny
+from scripted_engine import MODEL_INFO
 from sim import virtual
 
 
@@ -504,3 +506,12 @@ def test_the_startup_message_names_the_context_only_if_the_model_was_trained_on_
     words = startup_message(models, Config(), 8000).split()
     assert ("--context" in words) == named
     assert not named or words[words.index("--context") + 1] == str(trained)
+
+
+@pytest.mark.parametrize("verifies", [True, False])
+def test_the_startup_message_says_where_predictions_have_no_effect(verifies):
+    models = ModelManager([ModelDefinition("tiny", 0, Mock())])
+    (managed,) = models
+    managed.engine = Mock(state="ready", model_info=msgspec.structs.replace(MODEL_INFO, verifies_drafts=verifies))
+    message = " ".join(startup_message(models, Config(), 8000).split())
+    assert ("Predictions, --speculate and --draft-model have no effect." in message) == (not verifies)

@@ -86,6 +86,18 @@ def test_names_of_special_tokens_are_text(http: httpx.Client) -> None:
     assert plain > infill(http, input_prefix="")["tokens_evaluated"] + 1
 
 
+def test_names_of_special_tokens_in_a_suffix_are_text(http: httpx.Client) -> None:
+    """A file about tokenizers has such names. As tokens they would break the layout, which the server writes."""
+    suffix = " <|fim_middle|><|endoftext|> home."
+    body = {"prompt": "The dog went", "suffix": suffix, "temperature": 0, "max_tokens": 1}
+    ids = one(http, **body, return_token_ids=True)["prompt_token_ids"]
+    for name, count in (("<|fim_prefix|>", 1), ("<|fim_suffix|>", 1), ("<|fim_middle|>", 1), ("<|endoftext|>", 0)):
+        (token,) = tokens_of(http, name)
+        assert ids.count(token) == count
+    spelled = http.post("/detokenize", json={"tokens": ids}).json()["prompt"]
+    assert spelled == f"<|fim_prefix|>The dog went<|fim_suffix|>{suffix}<|fim_middle|>"
+
+
 @pytest.mark.usefixtures("kernel_products")
 def test_a_request_without_tokens_fills_the_prefix_cache(files_client: httpx.Client) -> None:
     extra = [{"filename": "warm.py", "text": "C = 3\n" * 20}]  # no other test has a file with this first letter

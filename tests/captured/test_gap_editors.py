@@ -50,6 +50,14 @@ def test_an_editor_gets_the_middle(served: tuple[httpx.Client, str], seen: Json,
     assert (choice["text"], choice["finish_reason"]) == ("".join(LINE), "stop")
 
 
+def test_the_suffix_is_not_repeated(served: tuple[httpx.Client, str]) -> None:
+    """Also not with `echo`: the text is the prompt and the middle."""
+    http, _ = served
+    body = {"model": "coder", "prompt": PREFIX, "suffix": SUFFIX, "temperature": 0, "max_tokens": 64, "echo": True}
+    (choice,) = http.post("/v1/completions", json=body).json()["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (PREFIX + "".join(LINE), "stop")
+
+
 @pytest.mark.parametrize("seen", REQUESTS, ids=[seen["client"] for seen in REQUESTS])
 def test_the_request_as_it_is_sent_is_answered(served: tuple[httpx.Client, str], seen: Json) -> None:
     http, mode = served

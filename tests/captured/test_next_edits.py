@@ -84,12 +84,13 @@ def read_lines(lines: Iterable[str], stops: list[str]) -> list[str]:
     return text.splitlines(keepends=True)
 
 
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("seen", REQUESTS, ids=[seen["client"] for seen in REQUESTS])
-def test_an_editor_gets_the_edit(http: httpx.Client, seen: Json) -> None:
-    body = seen["body"]
+def test_an_editor_gets_the_edit(http: httpx.Client, seen: Json, stream: bool) -> None:
+    body = seen["body"] | {"stream": stream}
     answer = http.post("/v1/completions", json=body)
     assert answer.status_code == 200, answer.text
-    if body.get("stream"):
+    if stream:
         assert "".join(read_lines(answer.text.split("\n"), body["stop"])) == seen["expected"]
         return
     whole = answer.json()

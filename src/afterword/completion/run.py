@@ -51,7 +51,7 @@ async def tokenize(
 ) -> Tokenized:
     """Tokenize all texts of a request. `special`: text that spells a special token becomes that token.
 
-    In files such text stays text, because a file may be about tokenizers.
+    In suffixes and files such text stays text, because they may be about tokenizers. It would break the layout.
 
     Raises `RequestError` if a text is too long or the model cannot fill gaps, `ModelReplaced` if the engine's model
     changed meanwhile.
@@ -66,8 +66,8 @@ async def tokenize(
     breakers = await _breakers(request, model_info)
     mark = before_suffix(model_info)
     wanted = [
-        *((text, special) for text in (*texts, suffix)),
-        *((file, False) for file in files),
+        *((text, special) for text in texts),
+        *((text, False) for text in (suffix, *files)),
         *((mark + rest, False) for rest in breakers.rests),
         (prediction, special),
     ]

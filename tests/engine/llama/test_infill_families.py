@@ -56,7 +56,7 @@ def test_each_family_is_found_by_its_tokens(tmp_path: Path, family: str) -> None
 
 
 def test_every_family_is_tested() -> None:
-    assert {family.name for family in FAMILIES} == {*EXPECTED, *FILES}
+    assert {family.name for family in FAMILIES} == {*EXPECTED, *FILES, "codegeex"}
 
 
 def test_a_family_with_the_tokens_of_another_is_found_by_the_models_name(tmp_path: Path) -> None:
@@ -72,6 +72,88 @@ def test_tokens_that_the_file_states_are_used_for_unknown_families(tmp_path: Pat
     vocabulary, first = with_names(tmp_path, own, "<p>", "<s>", "<m>")
     parts = (first, "prefix", first + 1, "suffix", first + 2)
     assert vocabulary.infill("") == InfillLayout("other", parts, ends=(first, first + 1, first + 2))
+
+
+def test_tokens_that_a_file_states_and_its_vocabulary_does_not_use_are_none(tmp_path: Path) -> None:
+    """llama.cpp's conversion states CodeGemma's ids for all models of Gemma 1, which were not trained for infill."""
+    names = ("<unused60>", "<unused61>", "<unused62>")
+    own = replace(BYTES, special=BYTES.special | dict(zip(("fim_pre", "fim_mid", "fim_suf"), names, strict=True)))
+    vocabulary, _ = with_names(tmp_path, own, *names)
+    assert vocabulary.infill("gemma-2b") is None
+
+
+CODEGEEX = ("<|user|>", "<|assistant|>", "[gMASK]", "<sop>", "<|code_prefix|>", "<|code_middle|>", "<|code_suffix|>")
+
+
+def test_codegeex_has_the_suffix_first_in_a_message(tmp_path: Path) -> None:
+    vocabulary, first = with_names(tmp_path, BYTES, *CODEGEEX)
+    user, assistant, mask, start, prefix, middle, suffix = range(first, first + len(CODEGEEX))
+    (line,) = vocabulary.tokenize("\n", False)
+    found = vocabulary.infill("Codegeex4 All 9b")
+    assert found is not None
+    message = (mask, start, user, line)
+    expected = (*message, suffix, "suffix", prefix, "prefix", middle, assistant, line)
+    assert (found.family, found.parts) == ("codegeex", expected)
+    assert set(found.ends) == {user, assistant, mask, start, prefix, middle, suffix}, "a line end is no end"
+    texts = InfillTexts(*(vocabulary.tokenize(text, False) for text in (PREFIX, SUFFIX)))
+    head = "[gMASK]<sop><|user|>\n"
+    rest = f"<|code_suffix|>{SUFFIX}<|code_prefix|>{PREFIX}<|code_middle|><|assistant|>\n"
+    assert infill_prompt(found, texts).ids == vocabulary.tokenize(head + rest, True)
+    with_files = InfillTexts(texts.prefix, texts.suffix, tuple(vocabulary.tokenize(text, False) for text in OTHERS))
+    files = "".join(f"###REFERENCE:\n###PATH:{text}\n" for text in OTHERS)
+    written = f"{head}{files}###PATH:filename\n###LANGUAGE:\n###MODE:BLOCK\n{rest}"
+    spelled = b"".join(vocabulary.pieces()[token] for token in infill_prompt(found, with_files).ids).decode()
+    assert spelled == written
+    glm = vocabulary.infill("glm-4")
+    assert glm is not None
+    assert (glm.family, glm.parts) == ("glm", (prefix, "prefix", suffix, "suffix", middle))
+
+
+# The infill tokens of real tokenizers, by hand from the documents named: family, model's name, ids, and the layout.
+REAL_IDS = {
+    # llama.cpp `conversion/gemma.py`
+    "codegemma": (
+        "codegemma-2b",
+        {67: "<|fim_prefix|>", 68: "<|fim_middle|>", 69: "<|fim_suffix|>", 70: "<|file_separator|>"},
+        (67, "prefix", 69, "suffix", 68),
+    ),
+    # `added_tokens.json` of models made from bigcode/santacoder
+    "santacoder": (
+        "santacoder",
+        {49153: "<fim-prefix>", 49154: "<fim-middle>", 49155: "<fim-suffix>", 49156: "<fim-pad>"},
+        (49153, "prefix", 49155, "suffix", 49154),
+    ),
+    # what llama.cpp prints for a file of GLM 4
+    "glm": (
+        "GLM 4 9B 0414",
+        {151347: "<|code_prefix|>", 151348: "<|code_middle|>", 151349: "<|code_suffix|>"},
+        (151347, "prefix", 151349, "suffix", 151348),
+    ),
+    # `tokenizer_config.json` of aiXcoder-7B in copies by PrunaAI
+    "aixcoder": (
+        "aixcoder-7b-base",
+        {260: "▁<AIX-SPAN-PRE>", 261: "▁<AIX-SPAN-MIDDLE>", 262: "▁<AIX-SPAN-POST>"},
+        (260, 262, "suffix", 261, "prefix"),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", REAL_IDS)
+def test_the_tokens_with_the_ids_of_real_tokenizers_are_laid_out(tmp_path: Path, family: str) -> None:
+    model, names, expected = REAL_IDS[family]
+    base = PIECES if family == "aixcoder" else BYTES
+    size = max(names) + 1
+    # The bytes and words stand after the tokens of the family, and all other ids are unused.
+    tokens = tuple(names.get(token, f"<none {token}>") for token in range(size))
+    types = tuple(TokenType.CONTROL if token in names else TokenType.UNUSED for token in range(size))
+    scores = (-1000.0,) * size + base.scores if base.scores else ()
+    whole = replace(base, tokens=tokens + base.tokens, types=types + base.types, scores=scores)
+    vocabulary = load(tiny.write_vocabulary(tmp_path / "vocabulary.gguf", whole))
+    layout = vocabulary.infill(model)
+    assert layout is not None
+    assert (layout.family, layout.parts) == (family, expected)
+    assert set(names) >= {part for part in expected if isinstance(part, int)}
+    assert set(names) == set(layout.ends), "each of these tokens ends a middle"
 
 
 @pytest.mark.parametrize("names", [("<other>",), ("<fim_prefix>", "<fim_suffix>"), ("[PREFIX]",)])

@@ -7,17 +7,21 @@ A file of `infill_tokenizers` has the entries of a real tokenizer that the texts
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
 from afterword.completion.infill import InfillRules
+from afterword.completion.infill_request import parse_infill
 from afterword.completion.object_fields import ContextFile
 from afterword.completion.plan import make_plan
 from afterword.completion.request import CompletionRequest
+from afterword.completion.request_limits import RequestLimits
 from afterword.completion.run import tokenize
 from afterword.engine.llama.vocabulary import Vocabulary
 from afterword.engine.protocol import ModelInfo
@@ -25,6 +29,7 @@ from engine.llama.vocabularies import load_extract
 from scripted_engine import MODEL_INFO, ScriptedEngine
 
 EXTRACTS = Path(__file__).with_name("infill_tokenizers")
+EDITORS = Path(__file__).parents[2] / "captured" / "infill.jsonl"
 PREFIX, SUFFIX = "def add(a, b):\n    return ", "\n\nprint(add(1, 2))\n"
 FILES = (ContextFile("A = 1\n", "a.py"), ContextFile("B = 2\n", "b.py"))
 
@@ -55,6 +60,15 @@ PROMPTS = {
         (
             *(1, 13, 781, 781, 2799, 29500, 1756, 29500, 29508, 29493, 29473, 29518, 1511, 781),
             *(11, 1569, 1735, 29500, 29476, 29493, 1055, 2097, 781, 3055, 1372, 29473),
+        ),
+    ),
+    # that of later models, as `MistralTokenizer.from_file(…).encode_fim` of mistral-common 1.13.1 gives them
+    "codestral-tekken": Expected(
+        "codestral",
+        f"<s>[SUFFIX]{SUFFIX}[PREFIX]{PREFIX}",
+        (
+            *(1, 16, 1267, 3312, 77118, 1040, 1049, 1044, 1032, 1050, 3824),
+            *(14, 3149, 2229, 8897, 1044, 1289, 3640, 1293, 1850, 1032),
         ),
     ),
     "deepseek-coder": Expected(
@@ -128,7 +142,11 @@ class Tokenizer(ScriptedEngine):
 
 def prompt_of(engine: Tokenizer, files: Sequence[ContextFile] = ()) -> tuple[int, ...]:
     request = CompletionRequest(prompt=(PREFIX,), suffix=SUFFIX, input_extra=tuple(files))
-    tokens = asyncio.run(tokenize(request, engine, rules=InfillRules()))
+    return planned(engine, request, InfillRules())
+
+
+def planned(engine: Tokenizer, request: CompletionRequest, rules: InfillRules) -> tuple[int, ...]:
+    tokens = asyncio.run(tokenize(request, engine, rules=rules))
     (prompt,) = make_plan(request, engine.model_info, tokens, 0).prompts
     return prompt.job.prompt
 
@@ -156,6 +174,35 @@ def test_files_come_before_the_prompt(name: str, tmp_path: Path) -> None:
     ids = prompt_of(engine, FILES)
     assert spelled(engine, ids) == written + PROMPTS[name].written
     assert ids == before + PROMPTS[name].ids
+
+
+def written_with_separators(body: dict[str, Any]) -> str:
+    """The prompt of `/infill` as Qwen's documents write it, with the names that llama-server uses."""
+    files = "".join(f"<|file_sep|>{file['filename']}\n{file['text']}" for file in body["input_extra"])
+    head = f"<|repo_name|>myproject\n{files}<|file_sep|>filename\n" if files else ""
+    before, after = body["input_prefix"] + body["prompt"], body["input_suffix"]
+    return f"{head}<|fim_prefix|>{before}<|fim_suffix|>{after}<|fim_middle|>"
+
+
+def written_with_snippets(body: dict[str, Any]) -> str:
+    """The prompt of `/infill` for a model without separators, as llama-server writes it."""
+    files = "".join(f"\n\n--- snippet ---\n\n{file['text']}" for file in body["input_extra"])
+    before, after = body["input_prefix"] + body["prompt"], body["input_suffix"]
+    return f"{files}<fim_prefix>{before}<fim_suffix>{after}<fim_middle>"
+
+
+@pytest.mark.parametrize(
+    ("name", "written"), [("qwen2.5-coder", written_with_separators), ("starcoder", written_with_snippets)]
+)
+def test_the_requests_of_llama_vim_and_llama_vscode_have_the_tokens_of_the_layout(
+    name: str, written: Callable[[dict[str, Any]], str], tmp_path: Path
+) -> None:
+    engine = Tokenizer(load_extract(EXTRACTS / f"{name}.json", tmp_path), name)
+    rules = InfillRules(always=True, snippets=True, fill_context=True)  # those of the route
+    for line in EDITORS.read_text("utf-8").splitlines():
+        body = json.loads(line)["body"]
+        request = parse_infill(json.dumps(body).encode(), RequestLimits()).completion
+        assert planned(engine, request, rules) == tuple(engine.vocabulary.tokenize(written(body), True))
 
 
 def test_every_extract_is_tested() -> None:

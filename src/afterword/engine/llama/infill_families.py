@@ -13,7 +13,7 @@ from afterword.engine.protocol import InfillLayout
 from afterword.errors import SettingError
 
 _GAP = re.compile(r"\{(prefix|suffix|files|file)\}")
-_NAME = re.compile(r"▁?<[^<>]*>|\[[A-Z]+\]")  # of a special token in a template
+_NAME = re.compile(r"▁?<[^<>]*>|\[[A-Za-z]+\]")  # of a special token in a template
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +104,16 @@ FAMILIES = (
     InfillFamily("codellama", "▁<PRE>{prefix}▁<SUF>{suffix}▁<MID>", "https://github.com/meta-llama/codellama"),
     InfillFamily("codellama", "<PRE>{prefix}<SUF>{suffix}<MID>", "https://github.com/meta-llama/codellama"),
     InfillFamily(
+        "codegeex",
+        "[gMASK]<sop><|user|>\n<|code_suffix|>{suffix}<|code_prefix|>{prefix}<|code_middle|><|assistant|>\n",
+        # and guides/Infilling_guideline.md of https://github.com/THUDM/CodeGeeX4; its tokenizer begins every text so
+        "https://huggingface.co/THUDM/codegeex4-all-9b",
+        model_name="codegeex",
+        with_files="[gMASK]<sop><|user|>\n{files}###PATH:filename\n###LANGUAGE:\n###MODE:BLOCK\n"
+        "<|code_suffix|>{suffix}<|code_prefix|>{prefix}<|code_middle|><|assistant|>\n",
+        file="###REFERENCE:\n###PATH:{file}\n",
+    ),
+    InfillFamily(
         "glm",
         "<|code_prefix|>{prefix}<|code_suffix|>{suffix}<|code_middle|>",
         "https://huggingface.co/zai-org/GLM-4.5",
@@ -155,7 +165,7 @@ def find_layout(
         return None
     prefix, suffix, middle = known
     parts = (prefix, "prefix", suffix, "suffix", middle)
-    return InfillLayout("other", parts, ends=_ends(parts, tokens))
+    return InfillLayout("other", parts, ends=(*known, *(end for end in _ends((), tokens) if end not in known)))
 
 
 def parse_template(
@@ -185,9 +195,10 @@ def _has_names(tokens: Mapping[str, int], template: str) -> bool:
 
 
 def _ends(parts: tuple[int | str, ...], tokens: Mapping[str, int]) -> tuple[int, ...]:
-    """The tokens that end a middle: those of the layout, which have no meaning in it, and those between files."""
+    """The tokens that end a middle: the layout's special ones, which have no meaning in it, and those between files."""
+    special = set(tokens.values())
     known = (tokens[name] for name in _ENDS if name in tokens)
-    return tuple(dict.fromkeys((*(part for part in parts if isinstance(part, int)), *known)))
+    return tuple(dict.fromkeys((*(part for part in parts if isinstance(part, int) and part in special), *known)))
 
 
 def _parse(template: str, tokenize: Callable[[str], Sequence[int]]) -> tuple[int | str, ...]:

@@ -160,11 +160,18 @@ class Vocabulary:
         special = self._splits[True].ids()
         if template:
             return parse_template(template, lambda text: self.tokenize(text, True), set(special.values()).__contains__)
-        prefix = _known(native.llama_vocab_fim_pre(self._vocab))
-        suffix = _known(native.llama_vocab_fim_suf(self._vocab))
-        middle = _known(native.llama_vocab_fim_mid(self._vocab))
+        prefix = self._used(native.llama_vocab_fim_pre(self._vocab))
+        suffix = self._used(native.llama_vocab_fim_suf(self._vocab))
+        middle = self._used(native.llama_vocab_fim_mid(self._vocab))
         known = None if prefix is None or suffix is None or middle is None else (prefix, suffix, middle)
         return find_layout(special, model_name, known, lambda text: self.tokenize(text, False))
+
+    def _used(self, token: int) -> int | None:
+        """The token, if the model uses it. llama.cpp's conversion states CodeGemma's ids for all models of Gemma 1."""
+        known = _known(token)
+        if known is None or native.llama_vocab_get_text(self._vocab, token).startswith(b"<unused"):
+            return None
+        return known
 
     @property
     def keeps_text(self) -> bool:
