@@ -326,6 +326,20 @@ class ObservedJob:
             raise
         self._checker.end_job(self._record, whole=True)
 
+    def deliver_to(self, receive: Callable[[Step | Exception | None], None]) -> None:
+        def observe(item: Step | Exception | None) -> None:
+            if self._record.left:
+                pass
+            elif isinstance(item, Step):
+                self._checker.add_step(self._record, item)
+            else:
+                if isinstance(item, AfterwordError):
+                    self._checker.record("failed", self._record.name, type(item).__name__)
+                self._checker.end_job(self._record, whole=item is None)
+            receive(item)
+
+        self._job.deliver_to(observe)
+
     def drop(self, sample: int) -> None:
         self._record.dropped.add(sample)
         self._job.drop(sample)

@@ -57,7 +57,7 @@ async def run_plan(
             scored += prompt.scored_tokens
             order = await _ranking(plan, prompt, middles, engine)
             for rank, best in enumerate(order[: plan.n]):
-                yield replace(_requested(middles[best], plan), index=index * plan.n + rank)
+                yield structs.replace(_requested(middles[best], plan), index=index * plan.n + rank)
     finally:
         record_usage(replace(computed, prompt_tokens=computed.prompt_tokens + scored))
     yield replace(whole, prompt_tokens=whole.prompt_tokens + scored)
@@ -68,7 +68,7 @@ def _requested(middle: Delta, plan: Plan) -> Delta:
     if plan.return_token_ids:
         return middle
     report = None if middle.prompt is None or plan.prompt_logprobs is None else replace(middle.prompt, token_ids=None)
-    return replace(middle, token_ids=None, prompt=report)
+    return structs.replace(middle, token_ids=None, prompt=report)
 
 
 async def _ranking(plan: Plan, prompt: PromptPlan, middles: list[Delta], engine: Engine) -> list[int]:

@@ -7,10 +7,13 @@ waits for anything but the engine and the reader of the deltas.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
+
+from msgspec import structs
 
 from afterword.completion.choice import ChoiceBuilder, Delta, DeltaFolder, Shared
 from afterword.completion.dry_breakers import Breakers, find_breakers
@@ -260,9 +263,9 @@ class _PromptProgress:
             ]
             self._candidates = [DeltaFolder() for _ in self._choices]
             self._scored.clear()
-        unfinished = {sample for sample, choice in enumerate(self._choices) if choice.finish is None}
+        unfinished = [sample for sample, choice in enumerate(self._choices) if choice.finish is None]
         for sample, token in step.sampled:
-            if sample in unfinished:
+            if self._choices[sample].finish is None:
                 self._choices[sample].add(token)
         for sample, reason in step.ended:
             self._choices[sample].end(reason)
@@ -270,7 +273,7 @@ class _PromptProgress:
             if self._choices[sample].finish:
                 handle.drop(sample)
         ranked = self._plan.best_of > self._plan.n
-        for sample in sorted(unfinished):
+        for sample in unfinished:
             deltas = self._choices[sample].deltas(self._first + sample)
             if ranked:
                 self._candidates[sample].add(deltas)
@@ -291,11 +294,13 @@ class _PromptProgress:
         """The `n` candidates with the highest mean log probability, best first, each as one delta."""
         ranked = sorted(range(len(self._choices)), key=lambda sample: -self._choices[sample].mean_logprob)
         for rank, sample in enumerate(ranked[: self._plan.n]):
-            yield replace(self._candidates[sample].result, index=self._first + rank)
+            yield structs.replace(self._candidates[sample].result, index=self._first + rank)
 
 
 def split_by_sample(step: Step) -> list[Step]:
     """Split a step into steps with at most one token of each sample. A sample ends in that of its last token."""
+    if len(step.sampled) <= 1:  # nearly always
+        return [step]
     found: Counter[int] = Counter()
     parts: list[list[tuple[int, Token]]] = [[]]
     for sample, token in step.sampled:
@@ -316,18 +321,17 @@ async def _merge_steps(
     """Yield the steps of all jobs in order of arrival, each with the index of its job. Raises the first error."""
     unread = _StepQueue(handles)
 
-    async def follow(index: int, handle: JobHandle) -> None:
-        try:
-            async for step in handle:
-                progress[index].count(step)
-                unread.put(index, step)
-            unread.end(None)
-        except Exception as error:
-            unread.end(error)
+    def receive(index: int, item: Step | Exception | None) -> None:
+        if isinstance(item, Step):
+            progress[index].count(item)
+            unread.put(index, item)
+        else:
+            unread.end(item)
 
-    tasks = [asyncio.create_task(follow(index, handle)) for index, handle in enumerate(handles)]
     try:
-        running = len(tasks)
+        for index, handle in enumerate(handles):
+            handle.deliver_to(partial(receive, index))
+        running = len(handles)
         while running:
             item = await unread.get()
             if item is None:
@@ -336,9 +340,6 @@ async def _merge_steps(
                 yield item
     finally:
         unread.close()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class _StepQueue:
@@ -349,12 +350,13 @@ class _StepQueue:
 
     def __init__(self, handles: Sequence[JobHandle]) -> None:
         self._handles = handles
-        self._items: asyncio.Queue[tuple[int, Step] | Exception | None] = asyncio.Queue()
+        self._items: deque[tuple[int, Step] | Exception | None] = deque()
+        self._arrival = asyncio.Event()
         self._size = 0
         self._reader_timer: asyncio.TimerHandle | None = None  # set while the engine is paused
 
     def put(self, index: int, step: Step) -> None:
-        self._items.put_nowait((index, step))
+        self._append((index, step))
         self._size += step.size
         if self._size > MAX_UNREAD_BYTES and self._reader_timer is None:
             self._reader_timer = asyncio.get_running_loop().call_later(READER_SECONDS, self._fail_slow_reader)
@@ -363,11 +365,18 @@ class _StepQueue:
 
     def end(self, error: Exception | None) -> None:
         """Note that a job has ended; `error` is None if it was successful."""
-        self._items.put_nowait(error)
+        self._append(error)
+
+    def _append(self, item: tuple[int, Step] | Exception | None) -> None:
+        self._items.append(item)
+        self._arrival.set()
 
     async def get(self) -> tuple[int, Step] | None:
         """The next step with the index of its job; None at the end of a job. Raises the error of a failed job."""
-        item = await self._items.get()
+        while not self._items:
+            self._arrival.clear()
+            await self._arrival.wait()
+        item = self._items.popleft()
         if isinstance(item, Exception):
             raise item
         if item is not None:
@@ -385,6 +394,6 @@ class _StepQueue:
             self._reader_timer = None
 
     def _fail_slow_reader(self) -> None:
+        self.end(ReaderTooSlow())  # before the ends of the jobs
         for handle in self._handles:
             handle.close()
-        self.end(ReaderTooSlow())

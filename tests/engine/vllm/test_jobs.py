@@ -12,7 +12,15 @@ import pytest
 
 from afterword.engine import messages
 from afterword.engine.protocol import Job, Load, Sampling, Step, Token
-from afterword.engine.vllm.jobs import SCORES_PER_STEP, SampleLate, SampleLost, VllmJobs, joined
+from afterword.engine.vllm.jobs import (
+    SCORES_PER_STEP,
+    SampleLate,
+    SampleLost,
+    SampleSink,
+    VllmJobs,
+    joined,
+    read_into,
+)
 from afterword.engine.vllm.requests import PromptScore, SampleOutput, SampleRequest
 
 JOB = Job(prompt=(3, 4), samples=1, max_tokens=3, sampling=Sampling(), end_tokens=(7,), key=bytes(16))
@@ -27,7 +35,10 @@ class Library:
         self.requests: dict[str, SampleRequest] = {}
         self.outputs: dict[str, asyncio.Queue[SampleOutput | Exception | None]] = defaultdict(asyncio.Queue)
 
-    async def generate(self, request: SampleRequest) -> AsyncGenerator[SampleOutput]:
+    async def generate(self, request: SampleRequest, sink: SampleSink) -> None:
+        await read_into(sink, self.generated(request))
+
+    async def generated(self, request: SampleRequest) -> AsyncGenerator[SampleOutput]:
         self.begun.append(request.name)
         self.requests[request.name] = request
         try:
