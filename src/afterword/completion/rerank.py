@@ -21,7 +21,7 @@ _AT_ONCE = 8
 """Candidates that are scored at the same time: the steps for each have the scores of the whole prompt."""
 
 
-async def run_plan(
+def run_plan(
     plan: Plan,
     engine: Engine,
     record_usage: Callable[[Usage], None] = lambda _: None,
@@ -29,11 +29,14 @@ async def run_plan(
     is_over: Callable[[int], bool] = lambda _: False,
 ) -> AsyncGenerator[Delta | Usage]:
     """Run a plan of any kind, like `run`. With a suffix to rank by, each choice is one delta at the end."""
-    if not plan.reranks:
-        async with aclosing(run(plan, engine, record_usage, on_prompt_started, is_over)) as items:
-            async for item in items:
-                yield item
-        return
+    if plan.reranks:
+        return _run_and_rank(plan, engine, record_usage, on_prompt_started)
+    return run(plan, engine, record_usage, on_prompt_started, is_over)
+
+
+async def _run_and_rank(
+    plan: Plan, engine: Engine, record_usage: Callable[[Usage], None], on_prompt_started: Callable[[], None]
+) -> AsyncGenerator[Delta | Usage]:
     whole = Usage(0, 0)
     computed = Usage(0, 0)
     scored = 0

@@ -351,7 +351,7 @@ class _StepQueue:
     def __init__(self, handles: Sequence[JobHandle]) -> None:
         self._handles = handles
         self._items: deque[tuple[int, Step] | Exception | None] = deque()
-        self._arrival = asyncio.Event()
+        self._arrival: asyncio.Future[None] | None = None  # set while the reader waits
         self._size = 0
         self._reader_timer: asyncio.TimerHandle | None = None  # set while the engine is paused
 
@@ -369,13 +369,14 @@ class _StepQueue:
 
     def _append(self, item: tuple[int, Step] | Exception | None) -> None:
         self._items.append(item)
-        self._arrival.set()
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
 
     async def get(self) -> tuple[int, Step] | None:
         """The next step with the index of its job; None at the end of a job. Raises the error of a failed job."""
         while not self._items:
-            self._arrival.clear()
-            await self._arrival.wait()
+            self._arrival = asyncio.get_running_loop().create_future()
+            await self._arrival
         item = self._items.popleft()
         if isinstance(item, Exception):
             raise item

@@ -1,7 +1,8 @@
 """Encodes large responses a slice of tokens at a time and sends them in pieces, so that other requests can run.
 
 The choices of a prompt share the echoed prompt and the report about it. This module encodes that part once and writes
-the same bytes for each choice. `serialization.ChunkEncoder` encodes small deltas of a stream in one call, to the same bytes.
+the same bytes for each choice. `serialization.ChunkEncoder` encodes a small delta of a stream in one call, to the same
+bytes.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class LoadedVllm:
 
         prompt = tokens_input(list(request.prompt), cache_salt=request.cache_salt or None)
         parameters = _parameters()(**request.fields, output_kind=RequestOutputKind.DELTA)
-        collector = _Collector(request.prompt, take)
+        collector = Collector(request.prompt, take)
         try:
             collector.replace(await self.llm.add_request(request.name, prompt, parameters))
             await collector.ended
@@ -72,7 +72,7 @@ class LoadedVllm:
         await self.llm.is_sleeping()
 
 
-class _Collector:
+class Collector:
     """Takes the outputs of a request directly from vLLM, where its own collector would wake a task for each token.
 
     `ended`: set when no more outputs are wanted, with the exception if there is one. `finished`: vLLM has ended the
