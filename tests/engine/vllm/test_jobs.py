@@ -75,7 +75,7 @@ class Calls:
             return
         if isinstance(output, Exception):
             self.ended.set_exception(output)
-        elif output is None or not self.sink.take(output):
+        elif (output is None or not self.sink.take(output)) and not self.ended.done():  # the job can have cancelled it
             self.ended.set_result(None)
 
 
@@ -340,6 +340,19 @@ def test_a_request_that_ends_early_during_a_pause_is_refused_after_its_tokens():
         await bench.settle()
         await bench.apply(messages.ResumeJob(1))
         assert bench.whole() == Step(sampled=((0, Token(5)),), refused=True)
+
+    run(test)
+
+
+def test_an_output_without_meaning_that_came_during_a_pause_refuses_the_job():
+    async def test(bench: Bench) -> None:
+        await bench.start(alternatives=1)
+        await bench.apply(messages.PauseJob(1))
+        await bench.put("1-0", 5, alternatives=())
+        await bench.apply(messages.ResumeJob(1))
+        assert bench.whole().refused
+        assert bench.library.closed == ["1-0"]
+        assert bench.load == Load(4, 0, 0)
 
     run(test)
 

@@ -147,6 +147,28 @@ def test_an_error_ends_the_request_and_reaches_no_code_of_vllm(output: Any, erro
     assert isinstance(collector.ended.exception(), error)
 
 
+def test_taking_the_last_output_may_cancel_the_request():
+    """The job cancels its tasks when it ends. The future that its task waits for is then cancelled at once."""
+
+    async def main() -> None:
+        def take(_: SampleOutput) -> bool:
+            waiting.cancel()
+            return False
+
+        collector, theirs = Collector((1, 2), take), TheirCollector()
+        collector.replace(theirs)
+        waiting = asyncio.ensure_future(wait_for(collector))
+        await asyncio.sleep(0)
+        theirs.put(vllm_output(3, finished=True))
+        assert collector.finished
+        assert collector.ended.cancelled()
+
+    async def wait_for(collector: Collector) -> None:
+        await collector.ended
+
+    asyncio.run(main())
+
+
 def test_an_error_before_the_collector_was_replaced_is_raised():
     with pytest.raises(KeyError):
         collected([], before=KeyError("vLLM"))

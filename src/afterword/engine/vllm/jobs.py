@@ -88,11 +88,12 @@ class SampleSink:
             self.over = self._take(self._job, self._sample, output)
         return not self.over
 
-    def take_kept(self) -> None:
-        """Take what has arrived during a pause. It can be the end of the request."""
+    def take_kept(self) -> bool:
+        """Take what has arrived during a pause, and return whether more outputs are wanted."""
         kept, self._kept = self._kept, []
-        if not all(self.take(output) for output in kept):
-            self._job.tasks[self._sample].cancel()
+        for output in kept:
+            self.take(output)
+        return not self.over
 
 
 Generate = Callable[[SampleRequest, SampleSink], Coroutine[Any, Any, None]]
@@ -199,10 +200,17 @@ class VllmJobs:
     def _resume(self, job_id: int) -> None:
         if (running := self._jobs.get(job_id)) and not running.reads.is_set():
             running.reads.set()
-            for sink in list(running.sinks.values()):
-                sink.take_kept()
+            for sample, sink in list(running.sinks.items()):
+                self._take_kept(running, sample, sink)
             first = [0] if not running.primed else sorted(running.open)
             self._turns.add(running.job.client, job_id, [each for each in first if each not in running.tasks])
+
+    def _take_kept(self, running: _RunningJob, sample: int, sink: SampleSink) -> None:
+        try:
+            if not sink.take_kept():
+                running.tasks[sample].cancel()
+        except Exception as problem:
+            self._fail(running, Step(refused=True), f"gave job {running.job_id} an output without meaning: {problem!r}")
 
     def _hand_over(self) -> None:
         while taken := self._turns.take():
@@ -227,7 +235,8 @@ class VllmJobs:
         request = sample_request(running.job_id, running.job, sample, self._vocabulary)
         try:
             await self._generate(request, sink)
-            await sink.readable()
+            if not sink.over:
+                await sink.readable()  # the end of the sample may have come during a pause
             if not sink.over:
                 self._fail(running, Step(refused=True), f"ended request {request.name} early")
         except SampleLost as problem:

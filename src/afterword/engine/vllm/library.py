@@ -100,8 +100,16 @@ class Collector:
                 raise output
             self.finished = output.finished
             if not self._take(_read_output(output, self._prompt)) or self.finished:
-                self.ended.set_result(None)
+                self._end()
         except Exception as problem:
+            self._end(problem)
+
+    def _end(self, problem: Exception | None = None) -> None:
+        if self.ended.done():  # who took the last output has cancelled the request
+            return
+        if problem is None:
+            self.ended.set_result(None)
+        else:
             self.ended.set_exception(problem)
 
 
