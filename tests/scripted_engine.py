@@ -10,7 +10,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 
-from afterword.engine.protocol import FinishReason, InfillLayout, Job, ModelInfo, Step, Token
+from afterword.engine.protocol import FinishReason, InfillLayout, Job, JobHandle, ModelInfo, Step, Token
 from afterword.errors import Overloaded, WorkerDied
 
 WORDS = (b" the", b" cat", b" sat", b"Hello", b" world", b"\xf0\x9f", b"\x98\x80", b" \xe2\x80", b"\xe2\x80")
@@ -101,6 +101,9 @@ class ScriptedJob:
             yield step
             await asyncio.sleep(0) if self.engine.yields else None
 
+    def deliver_to(self, receive: Callable[[Step | Exception | None], None]) -> None:
+        self.delivery = asyncio.create_task(deliver(self, receive))
+
     def step(self, length: int, scored: tuple[Token, ...]) -> Step:
         tokens = {sample: next(rest) for sample, rest in self.live.items() if self.job.max_tokens}
         ended: dict[int, FinishReason] = dict.fromkeys(self.live, "length") if length >= self.job.max_tokens else {}
@@ -123,3 +126,14 @@ class ScriptedJob:
 
     def resume(self) -> None:
         self.going.set()
+
+
+async def deliver(handle: JobHandle, receive: Callable[[Step | Exception | None], None]) -> None:
+    """Deliver the steps of a handle that is iterated over."""
+    try:
+        async for step in handle:
+            receive(step)
+    except Exception as error:
+        receive(error)
+    else:
+        receive(None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import Counter, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
@@ -325,6 +325,20 @@ class ObservedJob:
             self._checker.end_job(self._record, whole=False)
             raise
         self._checker.end_job(self._record, whole=True)
+
+    def deliver_to(self, receive: Callable[[Step | Exception | None], None]) -> None:
+        def observe(item: Step | Exception | None) -> None:
+            if self._record.left:
+                pass
+            elif isinstance(item, Step):
+                self._checker.add_step(self._record, item)
+            else:
+                if isinstance(item, AfterwordError):
+                    self._checker.record("failed", self._record.name, type(item).__name__)
+                self._checker.end_job(self._record, whole=item is None)
+            receive(item)
+
+        self._job.deliver_to(observe)
 
     def drop(self, sample: int) -> None:
         self._record.dropped.add(sample)

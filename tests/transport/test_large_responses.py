@@ -96,7 +96,8 @@ def test_an_event_encoded_in_slices_has_the_same_bytes(fields: dict[str, Any], u
             choice = incremental.EncodedChoice(delta.index, shared)
             for _ in choice.encode(delta):
                 pass
-            assert b"".join(incremental.event(HEAD, choice, usage)) == serialization.chunk(HEAD, delta, usage)
+            chunk = serialization.ChunkEncoder(HEAD).chunk(delta, usage)
+            assert b"".join(incremental.event(HEAD, choice, usage)) == chunk
 
 
 def test_pieces_have_one_size_and_join_to_the_fragments() -> None:

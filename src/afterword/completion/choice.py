@@ -6,8 +6,11 @@ Each `ChoiceBuilder` owns the text, the token counts and the finish reason of on
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, pairwise
+
+import msgspec
+from msgspec.structs import replace
 
 from afterword.completion.logprobs import (
     SLICE_TOKENS,
@@ -28,8 +31,7 @@ from afterword.engine.token_row import MAX_HELD_BYTES, is_packed
 from afterword.errors import RequestError
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True):
     """The new text and tokens of one choice since its last delta.
 
     `finish` is set in the last delta of a choice only, `prompt` in the first, `echo` in the first with text or tokens.
@@ -108,6 +110,7 @@ class ChoiceBuilder:
     ) -> None:
         shared = shared or Shared()
         self._plan = plan
+        self._by_row = plan.streams and is_packed(plan.logprobs, plan.reports_ids)
         self._held_rows = shared.held_rows
         self._added = self._counted = 0  # bytes of rows in `_stream`: now, and in `_held_rows`
         self._counter = PredictionCounter(prompt.job, shared.predicted) if shared.predicted else None
@@ -146,7 +149,8 @@ class ChoiceBuilder:
         piece = b"" if token.id in self._plan.silent else self._plan.pieces[token.id]
         if self._tokens == 1:
             piece = piece[len(self._healed) :]  # these bytes are in the prompt's text
-        self._added += token.row.size if token.row else 0
+        if token.row:
+            self._added += token.row.size
         self._stream.push(token, piece, self._tokens > self._min_tokens)
         if self._stream.stopped:
             self.finish = "stop"
@@ -159,8 +163,9 @@ class ChoiceBuilder:
         """The deltas since the last call: none while nothing may be shown, two where a stop follows text."""
         deltas = self._text_deltas(index)
         self._added = 0 if self.finish else self._added
-        change, self._counted = self._added - self._counted, self._added
-        self._held_rows.add(change)
+        if self._added != self._counted:
+            change, self._counted = self._added - self._counted, self._added
+            self._held_rows.add(change)
         if deltas and self._plan.return_token_ids:
             deltas = [replace(delta, token_ids=()) for delta in deltas]
             deltas[-1] = replace(deltas[-1], token_ids=tuple(self._ids))
@@ -184,8 +189,7 @@ class ChoiceBuilder:
 
     def _parts(self, released: ReleasedText[Token]) -> list[ReleasedText[Token]]:
         """The text as it is sent: in streams each token with a row has an event of its own, because it is large."""
-        by_row = self._plan.streams and is_packed(self._plan.logprobs, self._plan.reports_ids)
-        if not by_row or not released.tokens:
+        if not self._by_row or not released.tokens:
             return [released]
         start = self._stream.start - len(released.text)
         cuts = [max(0, placed.offset - start) for placed in released.tokens[1:]]
@@ -197,7 +201,8 @@ class ChoiceBuilder:
 
     def _delta(self, index: int, released: ReleasedText[Token]) -> Delta:
         self.completion_tokens += len(released.tokens)
-        self._added -= sum(each.token.row.size for each in released.tokens if each.token.row)
+        if self._added:
+            self._added -= sum(each.token.row.size for each in released.tokens if each.token.row)
         if self._counter:
             for each in released.tokens:
                 self._counter.add(each.token.id)

@@ -22,7 +22,7 @@ _AT_ONCE = 8
 """Candidates that are scored at the same time: the steps for each have the scores of the whole prompt."""
 
 
-async def run_plan(
+def run_plan(
     plan: Plan,
     engine: Engine,
     record_usage: Callable[[Usage], None] = lambda _: None,
@@ -30,11 +30,14 @@ async def run_plan(
     reader: Reader | None = None,
 ) -> AsyncGenerator[Delta | Usage]:
     """Run a plan of any kind, like `run`. With a suffix to rank by, each choice is one delta at the end."""
-    if not plan.reranks:
-        async with aclosing(run(plan, engine, record_usage, on_prompt_started, reader)) as items:
-            async for item in items:
-                yield item
-        return
+    if plan.reranks:
+        return _run_and_rank(plan, engine, record_usage, on_prompt_started)
+    return run(plan, engine, record_usage, on_prompt_started, reader)
+
+
+async def _run_and_rank(
+    plan: Plan, engine: Engine, record_usage: Callable[[Usage], None], on_prompt_started: Callable[[], None]
+) -> AsyncGenerator[Delta | Usage]:
     whole = Usage(0, 0)
     computed = Usage(0, 0)
     scored = 0
@@ -58,7 +61,7 @@ async def run_plan(
             scored += prompt.scored_tokens
             order = await _ranking(plan, prompt, middles, engine)
             for rank, best in enumerate(order[: plan.n]):
-                yield replace(_requested(middles[best], plan), index=index * plan.n + rank)
+                yield structs.replace(_requested(middles[best], plan), index=index * plan.n + rank)
     finally:
         record_usage(replace(computed, prompt_tokens=computed.prompt_tokens + scored))
     yield replace(whole, prompt_tokens=whole.prompt_tokens + scored)
@@ -69,7 +72,7 @@ def _requested(middle: Delta, plan: Plan) -> Delta:
     if plan.return_token_ids:
         return middle
     report = None if middle.prompt is None or plan.prompt_logprobs is None else replace(middle.prompt, token_ids=None)
-    return replace(middle, token_ids=None, prompt=report)
+    return structs.replace(middle, token_ids=None, prompt=report)
 
 
 async def _ranking(plan: Plan, prompt: PromptPlan, middles: list[Delta], engine: Engine) -> list[int]:

@@ -10,7 +10,9 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+from msgspec import structs
 
 from afterword.completion.choice import ChoiceBuilder, Delta, DeltaFolder, Shared
 from afterword.completion.dry_breakers import Breakers, find_breakers
@@ -255,9 +257,9 @@ class _PromptProgress:
             ]
             self._candidates = [DeltaFolder() for _ in self._choices]
             self._scored.clear()
-        unfinished = {sample for sample, choice in enumerate(self._choices) if choice.finish is None}
+        unfinished = [sample for sample, choice in enumerate(self._choices) if choice.finish is None]
         for sample, token in step.sampled:
-            if sample in unfinished:
+            if self._choices[sample].finish is None:
                 self._choices[sample].add(token)
         for sample, reason in step.ended:
             self._choices[sample].end(reason)
@@ -265,7 +267,7 @@ class _PromptProgress:
             if self._choices[sample].finish:
                 handle.drop(sample)
         ranked = self._plan.best_of > self._plan.n
-        for sample in sorted(unfinished):
+        for sample in unfinished:
             deltas = self._choices[sample].deltas(self._first + sample)
             if ranked:
                 self._candidates[sample].add(deltas)
@@ -286,11 +288,13 @@ class _PromptProgress:
         """The `n` candidates with the highest mean log probability, best first, each as one delta."""
         ranked = sorted(range(len(self._choices)), key=lambda sample: -self._choices[sample].mean_logprob)
         for rank, sample in enumerate(ranked[: self._plan.n]):
-            yield replace(self._candidates[sample].result, index=self._first + rank)
+            yield structs.replace(self._candidates[sample].result, index=self._first + rank)
 
 
 def split_by_sample(step: Step) -> list[Step]:
     """Split a step into steps with at most one token of each sample. A sample ends in that of its last token."""
+    if len(step.sampled) <= 1:  # nearly always
+        return [step]
     found: Counter[int] = Counter()
     parts: list[list[tuple[int, Token]]] = [[]]
     for sample, token in step.sampled:

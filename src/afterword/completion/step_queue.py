@@ -8,8 +8,10 @@ the event loop's thread.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from afterword.engine.protocol import JobHandle, Step
 from afterword.errors import ReaderTooSlow
@@ -66,18 +68,17 @@ async def merge_steps(
     """
     unread = _StepQueue(handles, reader)
 
-    async def follow(index: int, handle: JobHandle) -> None:
-        try:
-            async for step in handle:
-                count[index](step)
-                unread.put(index, step)
-            unread.end(None)
-        except Exception as error:
-            unread.end(error)
+    def receive(index: int, item: Step | Exception | None) -> None:
+        if isinstance(item, Step):
+            count[index](item)
+            unread.put(index, item)
+        else:
+            unread.end(item)
 
-    tasks = [asyncio.create_task(follow(index, handle)) for index, handle in enumerate(handles)]
     try:
-        running = len(tasks)
+        for index, handle in enumerate(handles):
+            handle.deliver_to(partial(receive, index))
+        running = len(handles)
         while running:
             item = await unread.get()
             if item is None:
@@ -86,9 +87,6 @@ async def merge_steps(
                 yield item
     finally:
         unread.close()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class _StepQueue:
@@ -101,14 +99,15 @@ class _StepQueue:
     def __init__(self, handles: Sequence[JobHandle], reader: Reader) -> None:
         self._handles = handles
         self._reader = reader
-        self._items: asyncio.Queue[tuple[int, Step] | Exception | None] = asyncio.Queue()
+        self._items: deque[tuple[int, Step] | Exception | None] = deque()
+        self._arrival: asyncio.Future[None] | None = None  # set while the reader waits
         self._size = 0
         self._timer: asyncio.TimerHandle | None = None  # set while the engine is paused
         self._waited = 0.0  # `waited` and `sent` of the reader when its time began
         self._sent = 0
 
     def put(self, index: int, step: Step) -> None:
-        self._items.put_nowait((index, step))
+        self._append((index, step))
         self._size += step.size
         if self._size > MAX_UNREAD_BYTES and self._timer is None:
             self._begin_time()
@@ -117,11 +116,19 @@ class _StepQueue:
 
     def end(self, error: Exception | None) -> None:
         """Note that a job has ended; `error` is None if it was successful."""
-        self._items.put_nowait(error)
+        self._append(error)
+
+    def _append(self, item: tuple[int, Step] | Exception | None) -> None:
+        self._items.append(item)
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
 
     async def get(self) -> tuple[int, Step] | None:
         """The next step with the index of its job; None at the end of a job. Raises the error of a failed job."""
-        item = await self._items.get()
+        while not self._items:
+            self._arrival = asyncio.get_running_loop().create_future()
+            await self._arrival
+        item = self._items.popleft()
         if isinstance(item, Exception):
             raise item
         if item is not None:
@@ -152,6 +159,6 @@ class _StepQueue:
         elif self._reader.sent - self._sent >= READ_BYTES:
             self._begin_time()
         else:
+            self.end(ReaderTooSlow())  # before the ends of the jobs
             for handle in self._handles:
                 handle.close()
-            self.end(ReaderTooSlow())

@@ -13,19 +13,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import msgspec
+
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class TokenAtOffset(Generic[T]):
+class TokenAtOffset(msgspec.Struct, Generic[T], frozen=True):
     """A token with the offset of its first character, or of the character that it continues."""
 
     token: T
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class ReleasedText(Generic[T]):
+class ReleasedText(msgspec.Struct, Generic[T], frozen=True):
     """Text, and the tokens that it was decoded from."""
 
     text: str
@@ -42,6 +42,7 @@ class TextStream(Generic[T]):
     def __init__(self, stops: StopStrings, start: int, pending: bytes = b"") -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._decoder.setstate((pending, 0))
+        self._whole = not pending  # the decoder holds no start of a character
         self._stops = StopMatcher(stops)
         self._includes_stop = stops.included
         self._start = start  # offset of the first unreleased character
@@ -73,9 +74,10 @@ class TextStream(Generic[T]):
             return
         offset = self.end
         self._append(self._decoder.decode(piece))
-        whole = not self._decoder.getstate()[0]
-        if offset < self.end or not self.stopped:  # a token whose text is cut off by the stop string is not reported
-            self._held.append((TokenAtOffset(token, offset), self.end, whole))
+        self._whole = not self._decoder.getstate()[0]
+        end = self.end
+        if offset < end or not self.stopped:  # a token whose text is cut off by the stop string is not reported
+            self._held.append((TokenAtOffset(token, offset), end, self._whole))
 
     def release(self) -> ReleasedText[T]:
         """Release the tokens with decided text."""
@@ -96,11 +98,13 @@ class TextStream(Generic[T]):
 
     def _interrupts_character(self, piece: bytes) -> bool:
         """Whether the decoder holds the start of a character that the first byte of `piece` cannot continue."""
+        if self._whole:
+            return False
         pending = self._decoder.getstate()[0]
         try:
             codecs.utf_8_decode(pending + piece[:1], "strict", False)
         except UnicodeDecodeError:
-            return bool(pending)
+            return True
         return False
 
     def _flush_decoder(self) -> None:
@@ -110,6 +114,7 @@ class TextStream(Generic[T]):
         the text before `start`, which is not searched for stop strings.
         """
         self._append(self._decoder.decode(b"", final=True), searched=bool(self._held))
+        self._whole = True
 
     def _append(self, text: str, searched: bool = True) -> None:
         found = self._stops.feed(text, self._may_stop) if searched else None
@@ -128,7 +133,7 @@ class TextStream(Generic[T]):
         size = end - self._start
         text, self._text = self._text[:size], self._text[size:]
         self._start = end
-        return ReleasedText(text, tuple(self._held.popleft()[0] for _ in range(count)))
+        return ReleasedText(text, tuple([self._held.popleft()[0] for _ in range(count)]))
 
 
 def incomplete_character(data: bytes) -> bytes:
@@ -169,7 +174,7 @@ class StopMatcher:
     @property
     def held(self) -> int:
         """How many of the last characters could be the start of a stop string."""
-        return max(self._matched, default=0)
+        return max(self._matched) if self._matched else 0
 
     def feed(self, text: str, may_stop: bool = True) -> tuple[int, int] | None:
         """The position in `text` after the first complete stop string, and its length; None if none is complete.

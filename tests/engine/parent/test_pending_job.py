@@ -60,6 +60,36 @@ def test_tokens_that_are_taken_back_after_a_crash_are_reported_once() -> None:
     assert [token.id for step in found for _, token in step.sampled] == [5, 6]
 
 
+def test_steps_are_delivered_when_they_arrive_and_the_end_once() -> None:
+    pending, found = accepted(1), list[Step | Exception | None]()
+    first, last = Step(), Step(sampled=((0, Token(5)),), ended=((0, "length"),))
+    pending.add_step(first)
+    pending.deliver_to(found.append)
+    assert found == [first], "what has arrived before comes first"
+    pending.add_step(last)
+    pending.close()
+    pending.fail(Overloaded("late"))
+    assert found == [first, last, None]
+
+
+def test_an_error_is_delivered_as_the_end() -> None:
+    pending, found = accepted(2), list[Step | Exception | None]()
+    pending.deliver_to(found.append)
+    error = Overloaded("full")
+    pending.fail(error)
+    pending.close()
+    assert found == [error]
+
+
+def test_the_end_is_delivered_when_the_consumer_drops_the_last_sample() -> None:
+    pending, found = accepted(2), list[Step | Exception | None]()
+    pending.deliver_to(found.append)
+    for sample in (1, 0):
+        assert not found
+        pending.drop(sample)
+    assert found == [None]
+
+
 def step_with(*samples: int) -> Step:
     """A step with one token for each of these samples."""
     return Step(sampled=tuple((sample, Token(5)) for sample in samples))

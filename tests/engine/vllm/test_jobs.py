@@ -1,4 +1,4 @@
-"""Tests of the jobs of the worker with vLLM, with a generator in place of vLLM."""
+"""Tests of the jobs of the worker with vLLM, with a library in its place that is read, and with one that calls back."""
 
 from __future__ import annotations
 
@@ -12,22 +12,33 @@ import pytest
 
 from afterword.engine import messages
 from afterword.engine.protocol import Job, Load, Sampling, Step, Token
-from afterword.engine.vllm.jobs import SCORES_PER_STEP, SampleLate, SampleLost, VllmJobs, joined
+from afterword.engine.vllm.jobs import (
+    SCORES_PER_STEP,
+    SampleLate,
+    SampleLost,
+    SampleSink,
+    VllmJobs,
+    joined,
+    read_into,
+)
 from afterword.engine.vllm.requests import PromptScore, SampleOutput, SampleRequest
 
 JOB = Job(prompt=(3, 4), samples=1, max_tokens=3, sampling=Sampling(), end_tokens=(7,), key=bytes(16))
 
 
 class Library:
-    """Generates the token 5 until the test or the job ends. `begun`, `closed`: names of requests, in order."""
+    """Gives the outputs of the test until the test or the job ends. `begun`, `closed`: names of requests, in order."""
 
     def __init__(self) -> None:
         self.begun: list[str] = []
         self.closed: list[str] = []
         self.requests: dict[str, SampleRequest] = {}
-        self.outputs: dict[str, asyncio.Queue[SampleOutput | Exception | None]] = defaultdict(asyncio.Queue)
+        self.outputs: dict[str, Any] = defaultdict(asyncio.Queue)
 
-    async def generate(self, request: SampleRequest) -> AsyncGenerator[SampleOutput]:
+    async def generate(self, request: SampleRequest, sink: SampleSink) -> None:
+        await read_into(sink, self.generated(request))
+
+    async def generated(self, request: SampleRequest) -> AsyncGenerator[SampleOutput]:
         self.begun.append(request.name)
         self.requests[request.name] = request
         try:
@@ -39,11 +50,40 @@ class Library:
             self.closed.append(request.name)
 
 
-class Bench:
-    """Jobs with the library above, and all steps that were sent, by job id."""
+class CallingLibrary(Library):
+    """Gives its outputs to the sink when they arrive, whether the job is paused or not, as vLLM does."""
 
-    def __init__(self, sequences: int) -> None:
-        self.library = Library()
+    async def generate(self, request: SampleRequest, sink: SampleSink) -> None:
+        self.begun.append(request.name)
+        self.requests[request.name] = request
+        self.outputs[request.name] = calls = Calls(sink)
+        try:
+            await calls.ended
+        finally:
+            self.closed.append(request.name)
+
+
+class Calls:
+    """In place of the queue of a request."""
+
+    def __init__(self, sink: SampleSink) -> None:
+        self.sink = sink
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def put_nowait(self, output: SampleOutput | Exception | None) -> None:
+        if self.ended.done():
+            return
+        if isinstance(output, Exception):
+            self.ended.set_exception(output)
+        elif (output is None or not self.sink.take(output)) and not self.ended.done():  # the job can have cancelled it
+            self.ended.set_result(None)
+
+
+class Bench:
+    """Jobs with one of the libraries above, and all steps that were sent, by job id."""
+
+    def __init__(self, sequences: int, library: Library) -> None:
+        self.library = library
         self.steps: dict[int, list[Step]] = defaultdict(list)
         self.load = Load()
         self.jobs = VllmJobs(self.library.generate, self.receive, sequences, 10)
@@ -76,10 +116,13 @@ class Bench:
 
 
 def run(test: Callable[[Bench], Coroutine[Any, Any, None]], sequences: int = 4) -> None:
-    async def main() -> None:
-        await test(Bench(sequences))
+    """Run a test with each library."""
 
-    asyncio.run(main())
+    async def main(kind: type[Library]) -> None:
+        await test(Bench(sequences, kind()))
+
+    for kind in (Library, CallingLibrary):
+        asyncio.run(main(kind))
 
 
 def test_a_job_is_announced_and_ends_by_its_length():
@@ -266,6 +309,50 @@ def test_a_paused_job_sends_nothing_until_it_is_resumed():
         assert len(bench.steps[1]) == before
         await bench.apply(messages.ResumeJob(1))
         assert {pair for step in bench.steps[1][before:] for pair in step.sampled} == {(0, Token(6)), (1, Token(6))}
+
+    run(test)
+
+
+def test_a_request_that_ends_during_a_pause_ends_its_job_when_it_is_resumed():
+    async def test(bench: Bench) -> None:
+        await bench.start()
+        await bench.apply(messages.PauseJob(1))
+        await bench.put("1-0", 5)
+        await bench.put("1-0", 6, 7)
+        bench.library.outputs["1-0"].put_nowait(None)
+        await bench.settle()
+        assert bench.steps[1] == [Step()]
+        await bench.apply(messages.ResumeJob(1))
+        assert bench.whole() == Step(
+            sampled=((0, Token(5)), (0, Token(6)), (0, Token(7))), ended=((0, "stop"),), cached=0
+        )
+        assert bench.load == Load(4, 0, 0)
+
+    run(test)
+
+
+def test_a_request_that_ends_early_during_a_pause_is_refused_after_its_tokens():
+    async def test(bench: Bench) -> None:
+        await bench.start()
+        await bench.apply(messages.PauseJob(1))
+        await bench.put("1-0", 5)
+        bench.library.outputs["1-0"].put_nowait(None)
+        await bench.settle()
+        await bench.apply(messages.ResumeJob(1))
+        assert bench.whole() == Step(sampled=((0, Token(5)),), refused=True)
+
+    run(test)
+
+
+def test_an_output_without_meaning_that_came_during_a_pause_refuses_the_job():
+    async def test(bench: Bench) -> None:
+        await bench.start(alternatives=1)
+        await bench.apply(messages.PauseJob(1))
+        await bench.put("1-0", 5, alternatives=())
+        await bench.apply(messages.ResumeJob(1))
+        assert bench.whole().refused
+        assert bench.library.closed == ["1-0"]
+        assert bench.load == Load(4, 0, 0)
 
     run(test)
 

@@ -1,7 +1,8 @@
 """Encodes large responses a slice of tokens at a time and sends them in pieces, so that other requests can run.
 
 The choices of a prompt share the echoed prompt and the report about it. This module encodes that part once and writes
-the same bytes for each choice. `serialization.chunk` encodes small deltas of a stream in one call, to the same bytes.
+the same bytes for each choice. `serialization.ChunkEncoder` encodes a small delta of a stream in one call, to the same
+bytes.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ class EncodedChoice:
         yield 1
 
     def fragments(self, null_scores: bool = False) -> Iterator[bytes]:
-        """The JSON object of the choice, with its keys in the order of `serialization.chunk`.
+        """The JSON object of the choice, with its keys in the order of `serialization.ChunkEncoder`.
 
         `null_scores`: see `ResponseHead`.
         """
@@ -248,7 +249,7 @@ def completion(head: serialization.ResponseHead, choices: list[Delta], usage: Us
 def event(
     head: serialization.ResponseHead, choice: EncodedChoice, usage: Usage | Literal["later", "never"]
 ) -> Iterator[bytes]:
-    """One server-sent event, with the same bytes as `serialization.chunk`."""
+    """One server-sent event, with the same bytes as `serialization.ChunkEncoder`."""
     opening, closing = serialization.envelope(head, usage)
     yield b"data: " + opening
     yield from choice.fragments()

@@ -47,9 +47,24 @@ def envelope(head: ResponseHead, usage: Usage | Literal["later", "never"]) -> tu
     return encode(_object(head, [])).removesuffix(b"]}"), b"]" + members + b"}"
 
 
-def chunk(head: ResponseHead, delta: Delta, usage: Usage | Literal["later", "never"]) -> bytes:
-    """One event of a stream. `usage`: tokens so far; "later": null, and the last chunk has them; "never": absent."""
-    return event(_object(head, [_choice(delta)]) | _usage_member(usage))
+class ChunkEncoder:
+    """Encodes the chunks of one stream. What is the same in all of them is encoded once."""
+
+    def __init__(self, head: ResponseHead) -> None:
+        opening, closing = envelope(head, "never")
+        self._opening, self._closing = b"data: " + opening, closing + b"\n\n"
+        self._closing_later = envelope(head, "later")[1] + b"\n\n"
+        self._head = head
+
+    def chunk(self, delta: Delta, usage: Usage | Literal["later", "never"]) -> bytes:
+        """One event of a stream. `usage`: tokens so far; "later": null, the last chunk has them; "never": absent."""
+        if usage == "never":
+            closing = self._closing
+        elif usage == "later":
+            closing = self._closing_later
+        else:
+            closing = envelope(self._head, usage)[1] + b"\n\n"
+        return self._opening + encode(_choice(delta)) + closing
 
 
 def usage_chunk(head: ResponseHead, usage: Usage) -> bytes:

@@ -115,6 +115,7 @@ class CompletionResponse(Response):
         self._head = prepared.head
         self._engine = prepared.engine
         self._recorder = prepared.recorder
+        self._chunks = serialization.ChunkEncoder(prepared.head)
         self._sharing = incremental.PromptEncoder(prepared.plan.n)
         self._time_slices = TimeSlices(SLICE_TOKENS)
 
@@ -177,7 +178,7 @@ class CompletionResponse(Response):
     async def _send_chunk(self, send: Send, delta: Delta, usage: Usage | Literal["later", "never"]) -> None:
         """Send one event. One about the prompt or a whole vocabulary is large: other tasks run between its pieces."""
         if delta.echo is None and delta.prompt is None and not delta.has_rows:
-            await send(body_part(serialization.chunk(self._head, delta, usage)))
+            await send(body_part(self._chunks.chunk(delta, usage)))
             return
         choice = None
         for step in self._sharing.encode(delta):

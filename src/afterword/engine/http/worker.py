@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
 from typing import NoReturn
 
 import msgspec
@@ -12,7 +11,8 @@ from afterword.engine import messages
 from afterword.engine.http.model import UpstreamModel
 from afterword.engine.http.opening import open_model
 from afterword.engine.vllm.job_worker import JobWorker
-from afterword.engine.vllm.requests import SampleOutput, SampleRequest
+from afterword.engine.vllm.jobs import SampleSink, read_into
+from afterword.engine.vllm.requests import SampleRequest
 
 _TICK_SECONDS = 0.5
 
@@ -27,8 +27,8 @@ class _UpstreamWorker(JobWorker[UpstreamModel]):
         assert isinstance(settings, messages.LoadUpstream)
         return await open_model(settings)
 
-    def generate(self, model: UpstreamModel, request: SampleRequest) -> AsyncGenerator[SampleOutput]:
-        return model.generate(request)
+    async def generate(self, model: UpstreamModel, request: SampleRequest, sink: SampleSink) -> None:
+        await read_into(sink, model.generate(request))
 
     async def watch(self, model: UpstreamModel) -> NoReturn:
         """Count the turns of the event loop as passes. How long the upstream may take is decided for each request."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 from afterword.engine.most_sampled import most_sampled_for
@@ -72,6 +72,8 @@ class PendingJob:
         self._behind: set[int] = set()  # samples without a new token since the last crash
         self._repeated = False
         self._steps: asyncio.Queue[Step | Exception | None] = asyncio.Queue()  # None: the end
+        self._receive: Callable[[Step | Exception | None], None] = self._steps.put_nowait
+        self._over = False  # the end or an error was delivered
 
     @property
     def size(self) -> int:
@@ -115,17 +117,28 @@ class PendingJob:
         if self._repeated:
             step = self._new(step)
         self._timer.record_step(step)
-        self._delivered[None] += len(step.scored)
-        self._taken_back += step.taken_back
-        self._delivered.update(sample for sample, _ in step.sampled)
-        self._open.difference_update(sample for sample, _ in step.ended)
-        self._behind.difference_update(sample for sample, _ in step.sampled)
-        if (step.scored or step.sampled) and not self._behind & self._open:
-            self.crashes = 0  # only if every open sample has progressed: another sample may have caused the crash
-        self._steps.put_nowait(step)
+        self._count(step)
+        self._deliver(step)
         if self.ended:
             self._timer.record_end()
-            self._steps.put_nowait(None)
+            self._deliver(None)
+
+    def _count(self, step: Step) -> None:
+        if step.scored:
+            self._delivered[None] += len(step.scored)
+        self._taken_back += step.taken_back
+        for sample, _ in step.sampled:
+            self._delivered[sample] += 1
+            self._behind.discard(sample)
+        for sample, _ in step.ended:
+            self._open.discard(sample)
+        if self.crashes and (step.scored or step.sampled) and not self._behind & self._open:
+            self.crashes = 0  # only if every open sample has progressed: another sample may have caused the crash
+
+    def _deliver(self, item: Step | Exception | None) -> None:
+        if not self._over:
+            self._over = not isinstance(item, Step)
+            self._receive(item)
 
     def restart(self, blamed: bool) -> bool:
         """Prepare to start the job again after a worker crash, and return whether the job may have caused it.
@@ -143,7 +156,7 @@ class PendingJob:
 
     def fail(self, error: Exception) -> None:
         """End the iteration over the steps with an error."""
-        self._steps.put_nowait(error)
+        self._deliver(error)
 
     def _error(self, step: Step) -> AfterwordError:
         """The error of a step that has ended the job."""
@@ -185,6 +198,12 @@ class PendingJob:
                 raise step
             yield step
 
+    def deliver_to(self, receive: Callable[[Step | Exception | None], None]) -> None:
+        """See `protocol.JobHandle.deliver_to`."""
+        self._receive = receive
+        while not self._steps.empty():
+            receive(self._steps.get_nowait())
+
     def drop(self, sample: int) -> None:
         """See `protocol.JobHandle.drop`."""
         if sample in self._open:
@@ -210,4 +229,4 @@ class PendingJob:
         """See `protocol.JobHandle.close`."""
         self._open.clear()
         self._owner.end(self)
-        self._steps.put_nowait(None)  # wakes the consumer if it is waiting for a step
+        self._deliver(None)  # wakes the consumer if it is waiting for a step

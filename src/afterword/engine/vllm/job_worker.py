@@ -15,13 +15,13 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Generic, NoReturn, Protocol, TypeVar
 
 from afterword.engine import messages
 from afterword.engine.protocol import Load, ModelInfo, Step
-from afterword.engine.vllm.jobs import VllmJobs
-from afterword.engine.vllm.requests import SampleOutput, SampleRequest
+from afterword.engine.vllm.jobs import SampleSink, VllmJobs
+from afterword.engine.vllm.requests import SampleRequest
 from afterword.engine.vllm.tokenizer import FolderTokenizer
 from afterword.engine.worker import parent_process
 from afterword.engine.worker.tokenizer_threads import TokenizerThreads
@@ -71,7 +71,7 @@ class JobWorker(ABC, Generic[M]):
         """Load the model. Raises `AfterwordError`."""
 
     @abstractmethod
-    def generate(self, model: M, request: SampleRequest) -> AsyncGenerator[SampleOutput]:
+    async def generate(self, model: M, request: SampleRequest, sink: SampleSink) -> None:
         """Run a request; see `jobs.Generate`."""
 
     @abstractmethod
@@ -95,9 +95,7 @@ class JobWorker(ABC, Generic[M]):
             os._exit(0)  # vLLM may have left threads that would keep the process alive
         model_info = model.model_info
 
-        def generate(request: SampleRequest) -> AsyncGenerator[SampleOutput]:
-            return self.generate(model, request)
-
+        generate = partial(self.generate, model)
         self.jobs = VllmJobs(generate, self._send_steps, model_info.sequences, len(model_info.pieces))
         self._tokenizer_threads = TokenizerThreads(model.tokenizer.parts, self._send)
         self._tokenizer_threads.start()

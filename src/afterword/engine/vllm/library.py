@@ -5,13 +5,14 @@ vLLM's Python interface is not stable. What is used here is that of vLLM 0.32; `
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import io
 import os
 import platform
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,25 +52,65 @@ class LoadedVllm:
     batch_tokens: int
     death: type[Exception]
 
-    async def generate(self, request: SampleRequest) -> AsyncGenerator[SampleOutput]:
-        """Run a request; see `jobs.Generate`."""
+    async def generate(self, request: SampleRequest, take: Callable[[SampleOutput], bool]) -> None:
+        """Run a request; see `jobs.Generate`. `take`: see `jobs.SampleSink`."""
         from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
         prompt = tokens_input(list(request.prompt), cache_salt=request.cache_salt or None)
         parameters = _parameters()(**request.fields, output_kind=RequestOutputKind.DELTA)
-        ended = False
+        collector = Collector(request.prompt, take)
         try:
-            async for output in self.llm.generate(prompt, parameters, request.name):
-                ended = output.finished
-                yield _read_output(output, request.prompt)
+            collector.replace(await self.llm.add_request(request.name, prompt, parameters))
+            await collector.ended
         finally:
-            if not ended:  # vLLM itself forgets requests whose sending has failed or was cancelled
+            if not collector.finished:  # vLLM itself forgets requests whose sending has failed or was cancelled
                 await self.llm.abort(request.name)
 
     async def ping(self) -> None:
         """Return when vLLM's main process has answered, which it does between two forward passes."""
         await self.llm.is_sleeping()
+
+
+class Collector:
+    """Takes the outputs of a request directly from vLLM, where its own collector would wake a task for each token.
+
+    `ended`: set when no more outputs are wanted, with the exception if there is one. `finished`: vLLM has ended the
+    request.
+    """
+
+    def __init__(self, prompt: tuple[int, ...], take: Callable[[SampleOutput], bool]) -> None:
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.finished = False
+        self._prompt = prompt
+        self._take = take
+
+    def replace(self, theirs: Any) -> None:
+        """Take the outputs of vLLM's collector from now on, and what it has already. Raises the error that it has."""
+        theirs.put = self._put
+        if (output := theirs.get_nowait()) is not None:
+            self._put(output)
+
+    def _put(self, output: Any) -> None:
+        """Take an output or an exception. It raises nothing, because vLLM would then end all requests."""
+        if self.ended.done():
+            return
+        try:
+            if isinstance(output, Exception):
+                raise output
+            self.finished = output.finished
+            if not self._take(_read_output(output, self._prompt)) or self.finished:
+                self._end()
+        except Exception as problem:
+            self._end(problem)
+
+    def _end(self, problem: Exception | None = None) -> None:
+        if self.ended.done():  # who took the last output has cancelled the request
+            return
+        if problem is None:
+            self.ended.set_result(None)
+        else:
+            self.ended.set_exception(problem)
 
 
 def prepare_environment(verbose: bool) -> None:

@@ -9,14 +9,13 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import NoReturn
 
 from afterword.engine import messages
 from afterword.engine.vllm import library
 from afterword.engine.vllm.job_worker import JobWorker
-from afterword.engine.vllm.requests import SampleOutput, SampleRequest
+from afterword.engine.vllm.jobs import SampleSink
+from afterword.engine.vllm.requests import SampleRequest
 
 _PING_SECONDS = 0.5  # between two looks at whether vLLM's processes make progress
 
@@ -31,12 +30,10 @@ class _VllmWorker(JobWorker[library.LoadedVllm]):
         assert isinstance(settings, messages.LoadVllm)
         return library.open_model(settings)
 
-    async def generate(self, model: library.LoadedVllm, request: SampleRequest) -> AsyncGenerator[SampleOutput]:
+    async def generate(self, model: library.LoadedVllm, request: SampleRequest, sink: SampleSink) -> None:
         """Run a request. If vLLM's processes have ended, end this one too."""
         try:
-            async with aclosing(model.generate(request)) as outputs:
-                async for output in outputs:
-                    yield output
+            await model.generate(request, sink.take)
         except model.death as problem:
             _end(problem)
 
