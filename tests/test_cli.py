@@ -60,11 +60,15 @@ def test_version_and_help():
 
 
 def test_complete_writes_the_continuation_and_a_seed_repeats_it():
-    first = afterword("complete", "Once upon a time", "--max-tokens", "12", "--seed", "7")
-    assert first.exit_code == 0, first.output
-    assert len(first.stdout) > 12
-    assert afterword("complete", "Once upon a time", "--max-tokens", "12", "--seed", "7").stdout == first.stdout
-    assert afterword("complete", "Once upon a time", "--max-tokens", "12", "--seed", "8").stdout != first.stdout
+    def written(seed: int) -> str:
+        result = afterword("complete", "Once upon a time", "--max-tokens", "12", "--seed", str(seed))
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    first = written(7)
+    assert len(first) > 12
+    assert written(7) == first
+    assert written(8) != first
 
 
 def test_complete_reads_standard_input_echoes_and_fills_gaps():
