@@ -113,8 +113,9 @@ def with_own_names(values: Json, fields: Mapping[str, Field], limits: RequestLim
     given = {name: value for name, value in values.items() if name in OTHER_NAMES and value is not None}
     own = {name: value for name, value in values.items() if name not in OTHER_NAMES or _is_wrong_length(name, values)}
     own["dry_sequence_breakers"] = _listed(own.get("dry_sequence_breakers"))
-    if isinstance(own.get("logit_bias"), list):
-        _set_bias(own, own["logit_bias"], fields, limits)
+    pairs = own.get("logit_bias")
+    if isinstance(pairs, list) and all(isinstance(pair, list) for pair in pairs):
+        _set_bias(own, pairs, fields, limits)
     for name, value in given.items():
         if name in SAME or (name in RANGES and not _is_whole_text(value)):
             _set_same(own, name, value, fields, limits)
@@ -188,9 +189,9 @@ def _set_bias(own: Json, pairs: list[Any], fields: Mapping[str, Field], limits: 
     bias: Json = {}
     banned: list[int] = []
     for pair in pairs:
-        token = as_integer(pair[0]) if isinstance(pair, list) and len(pair) == 2 else None
+        token = as_integer(pair[0]) if len(pair) == 2 else None
         if token is None:
-            expected = "an object, or an array of pairs of a token id and a number or false"
+            expected = "an object, or pairs of a token id and a number or false"
             raise RequestError(f"Invalid 'logit_bias': expected {expected}.", param="logit_bias")
         if pair[1] is False:
             banned.append(token)
