@@ -37,7 +37,7 @@ def _continue_after_the_end(patch: pytest.MonkeyPatch) -> None:
     def put_more(self: PendingJob, step: Step) -> None:
         put(self, step)
         if step.ended and not self.ended:
-            self._steps.put_nowait(Step(sampled=step.sampled))
+            self._deliver(Step(sampled=step.sampled))
 
     patch.setattr(PendingJob, "add_step", put_more)
 
