@@ -167,17 +167,18 @@ if "afterword.engine.llama" in sys.orig_argv:  # the worker
 """
 
 
+@pytest.mark.timeout(480)
 def test_the_model_writes_the_same_text_with_it(tmp_path: Path) -> None:
     texts = []
     for openmp in ("", str(compiled.OPENMP)):
         (tmp_path / "sitecustomize.py").write_text(SITE.format(openmp=openmp), encoding="utf-8")
         sources = str(Path(afterword.__file__).parent.parent)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), sources])}
-        options = ["--threads", "3", "--temperature", "0", "--max-tokens", "40"]
+        options = ["--threads", "2", "--temperature", "0", "--max-tokens", "12"]
         command = [sys.executable, "-m", "afterword", "complete", *options, "Once upon a time"]
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=240, env=environment)
         assert done.returncode == 0, done.stderr
         assert "kernels are not used" in done.stderr
         texts.append(done.stdout)
     assert texts[0] == texts[1]
-    assert len(texts[0]) > 60
+    assert len(texts[0]) > 20
