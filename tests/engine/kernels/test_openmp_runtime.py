@@ -167,6 +167,7 @@ if "afterword.engine.llama" in sys.orig_argv:  # the worker
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(480)
 def test_the_model_writes_the_same_text_with_it(tmp_path: Path) -> None:
     texts = []
