@@ -89,7 +89,7 @@ def cases() -> dict[str, tuple[str, str, int]]:
 def batches() -> dict[str, tuple[list[str], str]]:
     """Batches named after their large part: the bodies of their lines, and their last status."""
     prompt = [7 * position % _WORDS for position in range(2000)]
-    reports = json.dumps({"prompt": prompt, "n": 9, "prompt_logprobs": 20, "max_tokens": 1})
+    reports = json.dumps({"prompt": prompt, "n": 5, "prompt_logprobs": 20, "max_tokens": 1})
     lists = f'{{"prompt":[{",".join(["[1]"] * (_BODY // 4 - 64))}]}}'
     ids = f'{{"prompt":[{",".join(["1"] * (_BODY // 2 - 128))}],"max_tokens":1}}'
     return {"lines of lists": ([lists] * 4, "failed"), "answers to lines": ([reports, ids] * 2, "completed")}

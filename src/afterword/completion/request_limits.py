@@ -22,7 +22,7 @@ class RequestLimits:
     max_completions: int = limit(2048, "prompts times candidates")
     max_request_tokens: int = limit(2**22, "token ids in the prompts plus tokens that can be generated")
     max_answer: int = limit(2**29, "bytes of a response, as estimated from the request")
-    max_batch_answer: int = limit(2**25, "bytes of the response to a line of a batch, if max_answer is not less")
+    max_batch_answer: int = limit(2**24, "bytes of the response to a line of a batch, if max_answer is not less")
     max_bias: int = limit(1024, "entries of logit_bias, of stop_token_ids and of logprob_token_ids")
     max_name: int = limit(256, "characters of model and of user")
     max_salt: int = limit(1024, "characters of cache_salt")
