@@ -105,7 +105,7 @@ class Collector:
             self._end(problem)
 
     def _end(self, problem: Exception | None = None) -> None:
-        if self.ended.done():  # who took the last output has cancelled the request
+        if self.ended.done():  # taking the last output has cancelled the request
             return
         if problem is None:
             self.ended.set_result(None)
