@@ -21,12 +21,13 @@ from .gate import Fault, Gate, Result, Trial
 from .server import Server, helper_process
 
 T = TypeVar("T")
+
 WORST = 0.1
 """Upper bound of the time of `/health`, in seconds."""
 MOST_MEMORY = 768
 """Upper bound of the memory of the server's own process, in MiB."""
 _ATTEMPTS = 3
-"""How often a time above `WORST` is measured. The least counts, because a pause of the machine is not one of the server."""
+"""How often a time above `WORST` is measured. The least counts: a pause of the machine is not one of the server."""
 _PAUSE = 0.01  # seconds between two requests
 _CONTEXT = 2048
 _LIMIT = 300  # seconds for a request
@@ -110,7 +111,7 @@ def batches() -> dict[str, tuple[list[str], str]]:
 
 
 def _run_batch(server: Server, bodies: list[str]) -> tuple[tuple[str, int], float]:
-    """Run a batch. Returns its last status and the bytes of its output, and the longest time of `/health` in seconds."""
+    """Run a batch. Returns its last status, the bytes of its output, and the longest time of `/health` in seconds."""
     head = '"method":"POST","url":"/v1/completions"'
     lines = [f'{{"custom_id":"{number}",{head},"body":{body}}}\n' for number, body in enumerate(bodies)]
     snapshots = _health_times(server)
