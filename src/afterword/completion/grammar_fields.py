@@ -176,7 +176,7 @@ def _schema_grammar(path: str, value: object, limits: RequestLimits, text_allowe
         raise wrong_type(path, value, "an object")
     if _is_longer(value, limits.max_grammar):  # before `json.dumps`, which would make all of a large body in one call
         raise RequestError(
-            f"Invalid '{path}': a schema with more than {limits.max_grammar} characters.",
+            f"Invalid '{path}': the schema is too long. Maximum length is {limits.max_grammar} characters.",
             param=path,
             code="string_above_max_length",
         )
