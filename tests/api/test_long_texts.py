@@ -58,8 +58,11 @@ def test_many_spaces_are_tokenized_or_refused_by_name(large: httpx.Client, unit:
 
 def test_the_limit_of_texts_can_be_set(serve: Any) -> None:
     with serve("--limit", "max_text=100", "--parallel", "1", key=None) as server, server.http() as client:
+        long = "a" * 101
         assert len(tokens_of(client, "a" * 100)) > 1
         for path in ("/tokenize", "/v1/completions"):
-            assert "max_text" in problem(client.post(path, json={"prompt": "a" * 101}), 400)["message"]
-        body = {"prompt": "a", "suffix": "b" * 101}
-        assert "max_text" in problem(client.post("/v1/completions", json=body), 400)["message"]
+            assert "max_text" in problem(client.post(path, json={"prompt": long}), 400)["message"]
+        for name, value in (("suffix", long), ("prediction", {"type": "content", "content": long})):
+            error = problem(client.post("/v1/completions", json={"prompt": "a", name: value}), 400)
+            assert "max_text" in error["message"]
+            assert error["param"] == name

@@ -27,7 +27,7 @@ from afterword.completion.step_queue import Reader, merge_steps
 from afterword.completion.token_healing import first_tokens
 from afterword.engine.draft import PredictedText
 from afterword.engine.protocol import MAX_TAIL, Engine, JobHandle, ModelInfo, Step, Token
-from afterword.errors import ModelReplaced
+from afterword.errors import ModelReplaced, RequestError
 
 _STARTS_PER_TURN = 32  # jobs that are started before other tasks of the event loop run
 
@@ -68,12 +68,13 @@ async def tokenize(
     breakers = await _breakers(request, model_info)
     mark = before_suffix(model_info)
     wanted = [
-        *((text, special) for text in texts),
-        *((text, False) for text in (suffix, *files)),
-        *((mark + rest, False) for rest in breakers.rests),
-        (prediction, special),
+        *(("prompt", text, special) for text in texts),
+        ("suffix", suffix, False),
+        *(("input_extra", text, False) for text in files),
+        *(("dry_sequence_breakers", mark + rest, False) for rest in breakers.rests),
+        ("prediction", prediction, special),
     ]
-    work = [asyncio.ensure_future(engine.tokenize(text, read, client)) for text, read in wanted if text]
+    work = [asyncio.ensure_future(_read(engine, name, text, read, client)) for name, text, read in wanted if text]
     try:
         found = await asyncio.gather(*work)
     finally:
@@ -96,6 +97,16 @@ async def tokenize(
         sequences=breakers.sequences(rests, MAX_TAIL),
         first=first,
     )
+
+
+async def _read(engine: Engine, name: str, text: str, special: bool, client: str) -> Sequence[int]:
+    """The tokens of a text of the field `name`. Raises `RequestError` that names it."""
+    try:
+        return await engine.tokenize(text, special, client)
+    except RequestError as error:
+        if error.param == "prompt" != name:  # the tokenizer knows no other field
+            raise RequestError(f"Invalid '{name}': {error.message}", param=name) from error
+        raise
 
 
 async def _breakers(request: CompletionRequest, model_info: ModelInfo) -> Breakers:
