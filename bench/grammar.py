@@ -1,12 +1,14 @@
 """`python -m bench.grammar`: what a grammar costs, in one process and one run, without HTTP.
 
-16 sequences write at a time, first without and then with a grammar, in turns. For each grammar: the time of a step
-without and with it, their difference in percent, the microseconds of a mask (median and 99th percentile) in its own
-thread, and the time until the first use of the grammar is compiled. `--vocabulary` adds made-up tokens to the masks of
-a small model, so that they cost what they would cost with a large vocabulary; nothing of them is sampled.
+16 sequences write at a time, without and with a grammar, in turns whose order alternates. For each grammar: the time of
+a step without and with it, by how much it is longer in the median turn, the range of the turns, the microseconds of a
+mask (median and 99th percentile) in its own thread, and the time until the first use of the grammar is compiled.
+`--vocabulary` adds made-up tokens to the masks of a small model, so that they cost what they would cost with a large
+vocabulary; nothing of them is sampled.
 
 `--llama-server` starts llama-server on the same file and measures its own grammars in the same turns, over HTTP: 16
-whole responses at a time, with its default samplers, without and with the same schema or rules.
+whole responses at a time, with its default samplers, without and with the same schema or rules. It gets no further turn
+of a grammar after `--peer-seconds`, and a response that takes longer is reported as missing.
 """
 
 from __future__ import annotations
@@ -87,18 +89,23 @@ def cases(tokens: int) -> tuple[Case, ...]:
 
 @dataclass(slots=True)
 class Turns:
-    """Seconds for all tokens, without and with a grammar, one each a turn; and why there are none."""
+    """Seconds for all tokens, without and with a grammar, one each a turn; and why there are none.
+
+    The machine's speed changes between turns, so turns are compared by the ratios of their own two numbers.
+    """
 
     free: list[float]
     bound: list[float]
     refused: str = ""
 
     def columns(self, tokens: int) -> str:
-        """Milliseconds a step without and with the grammar, and their difference in percent."""
+        """Milliseconds a step without and with the grammar, and by how many percent it is longer in the turns."""
         if self.refused:
             return f"  {self.refused}"
         plain, constrained = (1e3 * median(each) / tokens for each in (self.free, self.bound))
-        return f"{plain:10.2f}{constrained:10.2f}{100 * (constrained / plain - 1):8.1f}%"
+        more = [100 * (bound / free - 1) for free, bound in zip(self.free, self.bound, strict=True)]
+        turns = f"{min(more):.1f} to {max(more):.1f} ({len(more)})"
+        return f"{plain:10.2f}{constrained:10.2f}{median(more):8.1f}%{turns:>22}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -112,7 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rng = random.Random(0)
     texts += [_made_up(rng) for _ in range(options.vocabulary - len(texts))]
     print(f"{options.model.name}: {SEQUENCES} sequences, {options.tokens} tokens each, {len(texts)} tokens in masks")
-    print(f"{'':20}{'ms a step':>10}{'with':>10}{'more':>9}{'us a mask':>11}{'99 %':>9}{'ms to compile':>15}")
+    times = f"{'ms a step':>10}{'with':>10}{'more':>9}{'in turns':>22}"
+    print(f"{'':20}{times}{'us a mask':>11}{'99 %':>9}{'ms to compile':>15}")
     loop = EngineLoop(runner, threads=options.threads or 1, thread_pool=runner.thread_pool)
     began = time.perf_counter()
     threads = GrammarThreads(texts)
@@ -127,7 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 peer = None
                 if options.llama_server:  # a server for each grammar, because one that it cannot compute may end it
                     cores = options.threads or os.cpu_count() or 1
-                    peer = stack.enter_context(llama_server(options.model, cores, SEQUENCES))
+                    server = llama_server(options.model, cores, SEQUENCES, options.peer_seconds)
+                    peer = stack.enter_context(server)
                 _measure(loop, threads, case, peer, options)
     finally:
         threads.close()
@@ -155,10 +164,12 @@ def _measure(
     allowed = compiled_grammar.Place.allowed
     compiled_grammar.Place.allowed = _timed(allowed, masks)  # type: ignore[method-assign]
     try:
-        for _ in range(options.repeat):
-            ours.free.append(_seconds(loop, None, options.tokens))
-            ours.bound.append(_seconds(loop, grammar, options.tokens))
-            if peer is not None and not theirs.refused:
+        for number in range(options.repeat):
+            turn = [(None, ours.free), (grammar, ours.bound)]
+            for each, times in turn if number % 2 == 0 else reversed(turn):
+                times.append(_seconds(loop, each, options.tokens))
+            spent = sum(theirs.free + theirs.bound)
+            if peer is not None and not theirs.refused and spent < options.peer_seconds:
                 _peer_turn(peer, case, options.tokens, theirs)
     finally:
         compiled_grammar.Place.allowed = allowed  # type: ignore[method-assign]
@@ -219,6 +230,9 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--vocabulary", type=int, default=0, help="tokens in the masks, at least those of the model")
     parser.add_argument("--llama-server", action="store_true", help="measure llama-server too (--threads for both)")
+    parser.add_argument(
+        "--peer-seconds", type=float, default=240, help="seconds after which a grammar gets no turn of llama-server"
+    )
     parser.add_argument(
         "--only", action="append", choices=[case.name for case in cases(1)], help="these grammars alone"
     )

@@ -27,10 +27,11 @@ class NotWritten(Exception):
 
 
 class LlamaServer:
-    """A running llama-server, asked for texts of equal length by several threads."""
+    """A running llama-server, asked for texts of equal length by several threads. `timeout`: seconds of a response."""
 
-    def __init__(self, url: str, texts: int) -> None:
-        self._http = httpx.Client(base_url=url, timeout=600, trust_env=False)
+    def __init__(self, url: str, texts: int, timeout: float) -> None:
+        self._http = httpx.Client(base_url=url, timeout=timeout, trust_env=False)
+        self._timeout = timeout
         self._pool = ThreadPoolExecutor(texts)
         self._texts = texts
 
@@ -54,6 +55,8 @@ class LlamaServer:
     def _answer(self, body: Mapping[str, Any]) -> dict[str, Any]:
         try:
             response = self._http.post("/completion", json=body)
+        except httpx.TimeoutException:
+            raise NotWritten(f"no response in {self._timeout:g} s") from None
         except httpx.TransportError as why:
             raise NotWritten(f"no response: {type(why).__name__}") from None
         if response.status_code != 200:
@@ -63,8 +66,8 @@ class LlamaServer:
 
 
 @contextmanager
-def llama_server(model: Path, threads: int, texts: int) -> Iterator[LlamaServer]:
-    """Start llama-server on a model with one slot for each text, and end it afterwards."""
+def llama_server(model: Path, threads: int, texts: int, timeout: float) -> Iterator[LlamaServer]:
+    """Start llama-server on a model with one slot for each text, and end it afterwards. `timeout`: of a response."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -73,7 +76,7 @@ def llama_server(model: Path, threads: int, texts: int) -> Iterator[LlamaServer]
     with ending(psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)) as process:
         url = f"http://127.0.0.1:{port}"
         _wait_until_ready(process, url)
-        server = LlamaServer(url, texts)
+        server = LlamaServer(url, texts, timeout)
         try:
             yield server
         finally:

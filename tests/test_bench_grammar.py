@@ -22,7 +22,7 @@ def server(answer: httpx.Response | httpx.TransportError, bodies: list[dict[str,
             raise answer
         return answer
 
-    found = LlamaServer("http://peer", 3)
+    found = LlamaServer("http://peer", 3, 60)
     found._http = httpx.Client(base_url="http://peer", transport=httpx.MockTransport(respond))
     return found
 
@@ -41,6 +41,7 @@ def test_each_text_is_asked_for_with_the_grammar_and_its_length(case: object) ->
     [
         (httpx.Response(200, json={"tokens_predicted": 4}), "a text has 4 tokens"),
         (httpx.Response(400, text="no such\ngrammar"), "no such grammar"),
+        (httpx.ReadTimeout("slow"), "no response in 60 s"),
         (httpx.ConnectError("gone"), "no response: ConnectError"),
     ],
 )
@@ -49,6 +50,7 @@ def test_what_is_not_written_has_a_reason(answer: httpx.Response | httpx.Transpo
         server(answer, []).seconds({}, 5)
 
 
-def test_a_line_has_the_milliseconds_of_a_step_and_their_difference() -> None:
-    assert Turns([1.0, 1.0, 9.0], [1.5, 1.5, 1.5]).columns(100).split() == ["10.00", "15.00", "50.0%"]
+def test_a_line_has_the_milliseconds_of_a_step_and_the_differences_in_the_turns() -> None:
+    columns = Turns([1.0, 1.0, 9.0], [1.5, 1.5, 9.0]).columns(100).split()
+    assert columns == ["10.00", "15.00", "50.0%", "0.0", "to", "50.0", "(3)"]
     assert Turns([1.0], [], "no response").columns(100).strip() == "no response"
