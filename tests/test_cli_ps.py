@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from pathlib import Path
 from typing import Any
 
 from click.testing import CliRunner, Result
@@ -23,6 +24,15 @@ def test_a_server_without_keys_shows_the_load_of_each_model(serve: Any) -> None:
         found = json.loads(ps("--url", f"{server.url}/v1/", "--json").stdout)
         assert found["status"] == "ready"
         assert [model["id"] for model in found["models"]] == [server.model]
+
+
+def test_a_further_name_of_a_model_has_the_load_of_its_engine(serve: Any, tmp_path: Path) -> None:
+    defaults = tmp_path / "defaults.toml"
+    defaults.write_text('[edits]\nmodel = "afterword-tiny"\n')
+    with serve("--parallel", "3", "--defaults", str(defaults), key=None) as server:
+        rows = [row.split() for row in ps("--url", server.url).stdout.splitlines()[1:]]
+    assert sorted(row[0] for row in rows) == ["afterword-tiny", "edits"]
+    assert [row[3:] for row in rows] == [["3", "0", "0"]] * 2
 
 
 def test_a_server_with_keys_needs_one_and_shows_no_load(server: Any) -> None:

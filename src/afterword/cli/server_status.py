@@ -52,8 +52,12 @@ def _json_of(response: httpx2.Response, expected: tuple[int, ...]) -> dict[str, 
 
 
 def _described(model: dict[str, Any], ready: dict[str, Any]) -> dict[str, Any]:
-    """A model's values for the columns; None where the server does not report one."""
-    load: dict[str, Any] = next((each for each in ready.get("models") or () if each["id"] == model["id"]), {})
+    """A model's values for the columns; None where the server does not report one.
+
+    Further names of a model have the load of its engine, which `root` names.
+    """
+    engine = model.get("root", model["id"])
+    load: dict[str, Any] = next((each for each in ready.get("models") or () if each["id"] == engine), {})
     numbers = {name: load.get(name) for name in ("sequences", "running", "waiting")}
     return {"id": model["id"], "status": model.get("status"), "context": model.get("max_model_len"), **numbers}
 
