@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
@@ -19,8 +21,6 @@ from afterword.api.responses.time_slices import TimeSlices
 
 from .gate import Fault, Gate, Result, Trial
 from .server import Server, helper_process
-
-T = TypeVar("T")
 
 WORST = 0.1
 """Upper bound of the time of `/health`, in seconds."""
@@ -46,15 +46,15 @@ def run(trial: Trial) -> Result:
     ):
         for name, (path, body, status) in list(cases().items()) * trial.size:
             trial.say(f"G22 {name}")
-            result, seconds = _least(partial(_ask, server, client_process, path, body))
-            wrong += result[0] != status
-            slowest[name] = max(slowest.get(name, 0.0), seconds)
+            found = _least(partial(_ask, server, client_process, path, body), status)
+            wrong += found.wrong
+            slowest[name] = max(slowest.get(name, 0.0), found.seconds)
             memory = max(memory, _peak_memory(server))
-            sizes[name] = result[1]
+            sizes[name] = found.size
         for name, (lines, ended) in batches().items():
             trial.say(f"G22 {name}")
-            (status, sizes[name]), slowest[name] = _least(partial(_run_batch, server, lines))
-            wrong += status != ended
+            found = _least(partial(_run_batch, server, lines), ended)
+            wrong, sizes[name], slowest[name] = wrong + found.wrong, found.size, found.seconds
             memory = max(memory, _peak_memory(server))
     worst = max(slowest.values())
     figures = {f"{name}: MB, ms": f"{sizes[name] / 1e6:.0f}, {slowest[name] * 1000:.0f}" for name in sizes}
@@ -62,14 +62,23 @@ def run(trial: Trial) -> Result:
     return Result(passed, {"wrong": wrong, "worst, ms": round(worst * 1000), "MiB": round(memory)} | figures)
 
 
-def _least(measure: Callable[[], tuple[T, float]]) -> tuple[T, float]:
-    """The last result of a measurement, and the least time of up to `_ATTEMPTS`."""
-    result, seconds = measure()
-    for _ in range(_ATTEMPTS - 1):
-        if seconds > WORST:
-            result, again = measure()
-            seconds = min(seconds, again)
-    return result, seconds
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """The bytes of the last response, the least seconds of `/health`, and how many responses had a wrong status."""
+
+    size: int
+    seconds: float
+    wrong: int
+
+
+def _least(measure: Callable[[], tuple[tuple[object, int], float]], expected: object) -> _Measured:
+    """Measure up to `_ATTEMPTS` times. `measure` returns status and bytes of a response, and seconds."""
+    size, least, wrong = 0, math.inf, 0
+    for _ in range(_ATTEMPTS):
+        if least > WORST:
+            (status, size), seconds = measure()
+            least, wrong = min(least, seconds), wrong + (status != expected)
+    return _Measured(size, least, wrong)
 
 
 def completion(**fields: Any) -> tuple[str, str, int]:
@@ -131,7 +140,7 @@ def _run_batch(server: Server, bodies: list[str]) -> tuple[tuple[str, int], floa
     return (batch["status"], size), worst
 
 
-def _ask(server: Server, client_process: subprocess.Popen[str], path: str, body: str) -> tuple[list[int], float]:
+def _ask(server: Server, client_process: subprocess.Popen[str], path: str, body: str) -> tuple[tuple[int, int], float]:
     """Send a request. Returns status and bytes of its response, and the longest time of `/health` in seconds."""
     assert client_process.stdin is not None
     assert client_process.stdout is not None
@@ -144,8 +153,8 @@ def _ask(server: Server, client_process: subprocess.Popen[str], path: str, body:
         while lines.line is None and time.monotonic() < deadline:
             worst = max(worst, next(snapshots))
             time.sleep(_PAUSE)
-        result: list[int] = json.loads(lines.line or "[0, 0]")
-    return result, worst
+        status, size = json.loads(lines.line or "[0, 0]")
+    return (status, size), worst
 
 
 class _LineReader:
