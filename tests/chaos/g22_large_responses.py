@@ -98,6 +98,7 @@ def cases() -> dict[str, tuple[str, str, int]]:
         "long texts": completion(prompt="a", n=16, logprobs=20, max_tokens=_CONTEXT - 8, ignore_eos=True),
         "ranked texts": completion(prompt="a", best_of=16, logprobs=20, max_tokens=_CONTEXT - 8, ignore_eos=True),
         "stop strings": completion(prompt=["a"] * 2048, stop=stops, max_tokens=1),
+        "truncated": completion(prompt=["a" * 17_000] * 400, truncate_prompt_tokens=8, max_tokens=1),
         "lists": ("/v1/completions", f'{{"prompt":[{",".join(["[1]"] * items)}]}}', 400),
         "ids": ("/v1/completions", f'{{"prompt":[{",".join(["1"] * 2 * items)}],"max_tokens":1}}', 400),
         "schemas": ("/v1/completions", f'{{"json_schema":{{"enum":[{",".join(["1"] * 2 * items)}]}}}}', 400),

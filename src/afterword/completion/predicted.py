@@ -6,7 +6,6 @@ the prediction alone, so they do not depend on which tokens were verified togeth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from afterword.completion.infill import before_suffix, suffix_tokens
@@ -40,9 +39,9 @@ def predicted_text(request: CompletionRequest, model_info: ModelInfo) -> str:
     return before_suffix(model_info) + request.prediction[:longest]
 
 
-def predicted_tokens(ids: Sequence[int], model_info: ModelInfo) -> tuple[int, ...]:
+def predicted_tokens(ids: tuple[int, ...], model_info: ModelInfo) -> tuple[int, ...]:
     """The tokens of the prediction, at most as many as the context has, from those of `predicted_text`."""
-    return suffix_tokens(tuple(ids), model_info)[: model_info.context]
+    return suffix_tokens(ids, model_info)[: model_info.context]
 
 
 class PredictionCounter:

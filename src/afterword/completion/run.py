@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -99,10 +99,11 @@ async def tokenize(
     )
 
 
-async def _read(engine: Engine, name: str, text: str, special: bool, client: str) -> Sequence[int]:
+async def _read(engine: Engine, name: str, text: str, special: bool, client: str) -> tuple[int, ...]:
     """The tokens of a text of the field `name`. Raises `RequestError` that names it."""
     try:
-        return await engine.tokenize(text, special, client)
+        ids = await engine.tokenize(text, special, client)
+        return tuple(ids)  # here, when the text is ready: those of thousands at once would delay other requests
     except RequestError as error:
         if error.param == "prompt" != name:  # the tokenizer knows no other field
             raise RequestError(f"Invalid '{name}': {error.message}", param=name) from error
@@ -127,11 +128,11 @@ def _infill_texts(request: CompletionRequest, model_info: ModelInfo, rules: Infi
     return suffix, [mark + file_text(file, layout) for file in request.input_extra]
 
 
-def _checked(ids: Sequence[int], request: CompletionRequest, model_info: ModelInfo, trims: bool) -> tuple[int, ...]:
+def _checked(ids: tuple[int, ...], request: CompletionRequest, model_info: ModelInfo, trims: bool) -> tuple[int, ...]:
     """The tokens of a text. Raises `RequestError` if this text alone is longer than the context, unless it `trims`."""
     if len(ids) > model_info.context and not trims:
         raise too_long(model_info, len(ids), request.max_tokens)
-    return tuple(ids)
+    return ids
 
 
 async def run(
