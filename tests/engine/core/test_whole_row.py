@@ -165,7 +165,7 @@ def test_a_method_keeps_the_same_tokens(kernel: ScanKernel, method: str, tempera
         row = row_of(kind, random, LENGTHS[random.integers(len(LENGTHS))])
         changed = np.unique(random.integers(0, len(row), 5))
         logits = np.where(random.random(len(changed)) < 0.3, -np.inf, random.normal(0, 5, len(changed)))
-        tokens: Candidates | WholeRow = WholeRow(kernel, row).replaced(changed, logits)
+        tokens: Candidates | WholeRow = WholeRow(RowScan(kernel, row)).replaced(changed, logits)
         if tokens.largest == -math.inf:
             continue
         tokens = tokens if temperature is None else tokens.tempered(temperature)
@@ -189,7 +189,7 @@ def test_arrays_of_all_tokens_are_rarely_needed(kernel: ScanKernel, method: str,
     monkeypatch.setattr(WholeRow, "all", counted)
     random = np.random.default_rng(3)
     for number in np.linspace(0.2, 0.95, 40).tolist():
-        tokens = WholeRow(kernel, row_of("likely ones", random, 20_001))
+        tokens = WholeRow(RowScan(kernel, row_of("likely ones", random, 20_001)))
         METHODS[method](tokens, number)
         tokens.tempered(0.7).drawn(random.random(3))
     assert made[method] <= 2
@@ -201,36 +201,38 @@ def test_equal_shares_at_the_border_are_decided_by_the_arrays(kernel: ScanKernel
     row[[3, 500]] = 1.0
     for method in ("nucleus", "typical"):
         assert_same(
-            METHODS[method](WholeRow(kernel, row), 0.5).all(), METHODS[method](WholeRow(kernel, row).all(), 0.5)
+            METHODS[method](WholeRow(RowScan(kernel, row)), 0.5).all(),
+            METHODS[method](WholeRow(RowScan(kernel, row)).all(), 0.5),
         )
-    assert WholeRow(kernel, row).nucleus(0.5).ids.tolist() == [3]
-    assert WholeRow(kernel, row).typical(0.5).ids.tolist() == [3, 500]
+    assert WholeRow(RowScan(kernel, row)).nucleus(0.5).ids.tolist() == [3]
+    assert WholeRow(RowScan(kernel, row)).typical(0.5).ids.tolist() == [3, 500]
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_scanned_numbers_are_those_of_their_definitions(kernel: ScanKernel, length: int) -> None:
     row = np.random.default_rng(length).normal(0, 4, length).astype(np.float32)
     row[length // 2] = -np.inf if length > 1 else 0
-    changed = np.array([0, length - 1, length + 5, -3]) if length > 2 else np.zeros(0, np.int64)
+    changed = np.array([-3, 0, length - 1, length + 5]) if length > 2 else np.zeros(0, np.int64)
     scan, rest = RowScan(kernel, row, changed), row.astype(np.float64)
-    rest[changed[:2]] = -np.inf
+    rest[changed[1:3]] = -np.inf
     blocks = np.arange(0, length, BLOCK)
     assert scan.largest.tolist() == np.maximum.reduceat(rest, blocks).tolist()
+    assert RowScan(kernel, row).without(changed).largest.tolist() == scan.largest.tolist()
     for limit in (-np.inf, -1.0, float(row[length // 3]), 5.0, np.inf):
         wanted = np.flatnonzero((rest >= limit) & (rest > -np.inf))
         assert scan.above(limit).tolist() == wanted.tolist()
     most = float(rest.max())
     weights, products = scan.weights(most, 0.5)
     logs = np.where(rest > -np.inf, (rest - most) / 2, -800)
-    assert weights == pytest.approx(np.add.reduceat(np.exp(logs), blocks), rel=1e-12)
-    assert products == pytest.approx((logs * np.exp(logs)).sum(), rel=1e-12)
+    assert weights == pytest.approx(np.add.reduceat(np.exp(logs), blocks), rel=1e-11)
+    assert products == pytest.approx((logs * np.exp(logs)).sum(), rel=1e-11)
     finite = rest[rest > -np.inf] - 1.5
     assert scan.moments(1.5) == pytest.approx([len(finite), finite.sum(), (finite**2).sum()], rel=1e-12, abs=1e-9)
 
 
 def test_far_lower_weights_are_not_summed(kernel: ScanKernel) -> None:
-    row = np.repeat(np.array([0, -61, -1000, -3.4e38], np.float32), BLOCK)
-    weights, products = RowScan(kernel, row, np.zeros(0, np.int64)).weights(0.0, 1.0)
+    row = np.repeat(np.array([0, -43, -1000, -3.4e38], np.float32), BLOCK)
+    weights, products = RowScan(kernel, row).weights(0.0, 1.0)
     assert weights.tolist() == [BLOCK, 0, 0, 0]
     assert products == 0
 

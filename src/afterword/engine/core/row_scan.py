@@ -10,6 +10,7 @@ import numpy as np
 from afterword.engine.core.sampler_kernel import BLOCK, LIBRARY, Ids, LogitsRow, Numbers, address
 
 _AT, _COUNT, _FLOAT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_double
+_NO_IDS = np.zeros(0, np.int64)
 _LOWEST = float(np.finfo(np.float32).min)
 
 
@@ -29,7 +30,7 @@ class ScanKernel:
         row = ctypes.POINTER(NativeScannedRow)
         self.largest, self.above = native.scan_largest, native.scan_above
         self.weights, self.moments = native.scan_weights, native.scan_moments
-        self.largest.argtypes, self.above.argtypes = (row,), (row, _FLOAT, _AT)
+        self.largest.argtypes, self.above.argtypes = (row, ctypes.c_int32), (row, _FLOAT, _AT)
         self.weights.argtypes, self.moments.argtypes = (row, _DOUBLE, _DOUBLE, _AT), (row, _DOUBLE, _AT)
         self.largest.restype = self.moments.restype = None
         self.above.restype, self.weights.restype = _COUNT, _DOUBLE
@@ -41,15 +42,24 @@ class RowScan:
     During a call the row is changed, and restored. No logit may be NaN or plus infinity.
     """
 
-    def __init__(self, kernel: ScanKernel, row: LogitsRow, changed: Ids) -> None:
-        self._kernel, self._owners = kernel, (row, changed)
-        self._largest = np.empty(-(-len(row) // BLOCK), np.float32)
+    def __init__(
+        self, kernel: ScanKernel, row: LogitsRow, changed: Ids = _NO_IDS, unchanged: RowScan | None = None
+    ) -> None:
+        """`changed`: ascending. `unchanged`: the scan of the same row with all logits."""
+        self.row, self._kernel, self._changed = row, kernel, changed
+        self._unchanged, self._largest = unchanged, np.empty(-(-len(row) // BLOCK), np.float32)
         self._native = NativeScannedRow(address(row), len(row), address(changed), len(changed), address(self._largest))
+
+    def without(self, changed: Ids) -> RowScan:
+        """The scan of the same row without these ids. Only blocks with one of them are read again."""
+        return RowScan(self._kernel, self.row, changed, self)
 
     @cached_property
     def largest(self) -> LogitsRow:
         """The largest logit of each block."""
-        self._kernel.largest(self._native)
+        if self._unchanged is not None:
+            self._largest[:] = self._unchanged.largest
+        self._kernel.largest(self._native, self._unchanged is not None)
         return self._largest
 
     def above(self, limit: float) -> Ids:

@@ -20,7 +20,7 @@ from afterword.engine.core.candidates import Candidates, all_ids, entropy
 from afterword.engine.core.highest import highest
 from afterword.engine.core.numpy_kernel import pick, random_number, unpacked
 from afterword.engine.core.repetitions import Repetitions
-from afterword.engine.core.row_scan import ScanKernel
+from afterword.engine.core.row_scan import RowScan, ScanKernel
 from afterword.engine.core.sampler_kernel import (
     GREEDY_BELOW,
     Ids,
@@ -130,7 +130,7 @@ def _first_tokens(row: LogitsRow, query: ChainQuery, kernel: ScanKernel | None) 
         fitting = np.where(_allowed(query, len(row)), fitting, np.float32(-np.inf))
     if query.sample.mask is not None:
         fitting = np.where(unpacked(query.sample.mask, len(row)), fitting, np.float32(-np.inf))
-    tokens = WholeRow(kernel, fitting)
+    tokens = WholeRow(RowScan(kernel, fitting))
     if bias := query.sample.sampling.logit_bias:
         ids = np.array([token for token, _ in bias], np.int64)
         tokens = tokens.replaced(ids, fitting[ids].astype(np.float64) + [number for _, number in bias])

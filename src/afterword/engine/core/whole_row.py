@@ -15,8 +15,8 @@ import numpy as np
 
 from afterword.engine.core.candidates import MARGIN, Candidates, Change, all_ids, targets
 from afterword.engine.core.highest import fewest_of_part
-from afterword.engine.core.row_scan import RowScan, ScanKernel
-from afterword.engine.core.sampler_kernel import BLOCK, Ids, LogitsRow, Numbers
+from afterword.engine.core.row_scan import RowScan
+from afterword.engine.core.sampler_kernel import BLOCK, Ids, Numbers
 
 _ERROR = 1e-9
 """More than the errors of all shares, entropies and deviations here and in `Candidates`.
@@ -32,19 +32,18 @@ _NO_IDS, _NO_NUMBERS = np.zeros(0, np.int64), np.zeros(0, np.float64)
 class WholeRow:
     """The tokens of a row whose logits are above minus infinity.
 
-    `ids`: distinct, ascending; those with other logits than in `row`, which are `logits`. `temperature`: by which they
-    are to be divided, as in `Candidates.tempered`; None: they are not.
+    `unchanged`: the scan of the row. `ids`: distinct, ascending; those that have other logits, which are `logits`.
+    `temperature`: by which all are to be divided, as in `Candidates.tempered`; None: they are not.
     """
 
     def __init__(
         self,
-        kernel: ScanKernel,
-        row: LogitsRow,
+        unchanged: RowScan,
         ids: Ids = _NO_IDS,
         logits: Numbers = _NO_NUMBERS,
         temperature: float | None = None,
     ) -> None:
-        self._kernel, self._row, self._ids, self._logits = kernel, row, ids, logits
+        self._unchanged, self._row, self._ids, self._logits = unchanged, unchanged.row, ids, logits
         self._temperature, self._scale = temperature, temperature or 1.0
 
     # ---- samplers that are computed for any number of tokens
@@ -63,13 +62,13 @@ class WholeRow:
             kept = ~np.isin(self._ids, ids)
             ids, logits = np.concatenate((self._ids[kept], ids)), np.concatenate((self._logits[kept], logits))
         order = np.argsort(ids, kind="stable")
-        return WholeRow(self._kernel, self._row, ids[order], logits[order])
+        return WholeRow(self._unchanged, ids[order], logits[order])
 
     def tempered(self, temperature: float) -> WholeRow | Candidates:
         """See `Candidates.tempered`."""
         if self._temperature is not None:
             return self.all().tempered(temperature)
-        return WholeRow(self._kernel, self._row, self._ids, self._logits, temperature)
+        return WholeRow(self._unchanged, self._ids, self._logits, temperature)
 
     def without_top(self, threshold: float, least: int = 0) -> WholeRow | Candidates:
         """See `Candidates.without_top`."""
@@ -188,7 +187,7 @@ class WholeRow:
 
     @cached_property
     def _scan(self) -> RowScan:
-        return RowScan(self._kernel, self._row, self._ids)
+        return self._unchanged.without(self._ids) if len(self._ids) else self._unchanged
 
     def _current(self, ids: Ids) -> Numbers:
         """The logits of these ids, before the division."""
