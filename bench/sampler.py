@@ -1,7 +1,8 @@
 """`python -m bench.sampler`: the cost of sampling and reporting a token, in milliseconds of one core per row.
 
 It measures CPU time of the thread, which other processes affect less: minimum and median of the repetitions.
-"before" is a straightforward implementation: float64 weights, and a nucleus that is built by partition.
+"before" is a straightforward implementation: float64 weights, and a nucleus that is built by partition. For chains of
+samplers (`--chains` measures only these) it is the chain in numpy on arrays of the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from time import thread_time
 import numpy as np
 from numpy.typing import NDArray
 
-from afterword.engine.core.numpy_kernel import adjusted_row, random_number
+from afterword.engine.core.numpy_kernel import NumpyKernel, adjusted_row, random_number
+from afterword.engine.core.repetitions import Repetitions
 from afterword.engine.core.sampler import Sampler, SampleTokens, ScoreQuery, seed_of
+from afterword.engine.core.sampler_chain import first_limit
 from afterword.engine.core.sampler_kernel import SampleQuery
 from afterword.engine.core.token_counts import TokenCounts
-from afterword.engine.protocol import Job, Sampling
+from afterword.engine.protocol import Dry, Job, SamplerChain, Sampling
 
 Rows = NDArray[np.float32]
 KEY = b"k" * 16
@@ -35,6 +38,27 @@ CASES: tuple[tuple[str, Sampling, int | None], ...] = (
     ("greedy, logprobs 5", Sampling(0.0), 5),
     ("greedy", Sampling(0.0), None),
 )
+LLAMA = ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature")
+DRY = Dry(0.8, 1.75, 2, 1024)
+XTC = {"xtc_probability": 0.5, "xtc_threshold": 0.1}
+CHAINS: tuple[tuple[str, Sampling], ...] = (
+    ("min_p 0.05", Sampling(min_p=0.05, chain=SamplerChain(LLAMA))),
+    ("top_k 40", Sampling(top_k=40, chain=SamplerChain(LLAMA))),
+    ("top_p 0.95", Sampling(top_p=0.95, chain=SamplerChain(LLAMA))),
+    ("typical_p 0.95", Sampling(chain=SamplerChain(LLAMA, typical_p=0.95))),
+    ("top_n_sigma 1", Sampling(chain=SamplerChain(LLAMA, top_n_sigma=1.0))),
+    ("XTC", Sampling(chain=SamplerChain(LLAMA, **XTC))),
+    ("DRY", Sampling(chain=SamplerChain(LLAMA, dry=DRY))),
+    ("Mirostat 2", Sampling(chain=SamplerChain(LLAMA, mirostat=2))),
+    ("dynamic temperature", Sampling(chain=SamplerChain(LLAMA, dynatemp_range=0.5))),
+    ("T 1, min_p 0.05, DRY, XTC", Sampling(min_p=0.05, chain=SamplerChain(LLAMA, dry=DRY, **XTC))),
+    (
+        "T 0.8, penalties, DRY, top_k 40, top_p 0.95, min_p 0.05",
+        Sampling(0.8, 0.95, 40, 0.05, repetition_penalty=1.1, chain=SamplerChain(LLAMA, dry=DRY)),
+    ),
+    ("T 1.5 first, min_p 0.1", Sampling(1.5, min_p=0.1, chain=SamplerChain(("temperature", "min_p")))),
+    ("allowed tokens (half), min_p 0.05", Sampling(min_p=0.05, chain=SamplerChain(LLAMA, allowed=b"\x55" * 18_992))),
+)
 
 
 def main() -> None:
@@ -48,8 +72,18 @@ def main() -> None:
         row[likely] += generator.exponential(4, 200).astype(np.float32)
         row[likely[0]] += 12
     counts = TokenCounts(generator.choice(options.vocabulary, 100, replace=False).tolist() * 2)
+    prompt = tuple(generator.choice(options.vocabulary, 900).tolist()) + (1, 2, 3, 4) * 25
     print(f"{options.rows} rows x {options.vocabulary}; % of a step of {options.step_ms:g} ms is for all rows, median")
-    print(f"{'':46}{'before':>16}{'now: min':>12}{'median':>9}{'% of step':>11}")
+    print(f"{'':64}{'before':>16}{'now: min':>12}{'median':>9}{'% of step':>11}")
+    for name, sampling in CHAINS:
+        for kind, rows in (("flat", flat), ("peaked", peaked)):
+            times = [
+                _measure(_chain(Sampler(kernel), rows, sampling, prompt), options.rows, repeat)
+                for kernel, repeat in ((NumpyKernel(), max(1, options.repeat // 10)), (None, options.repeat))
+            ]
+            _show(f"{name}, {kind}", *times, options)
+    if options.chains:
+        return
     for name, sampling, alternatives in CASES:
         job = Job((1, 2, 3), 1, 1, sampling, (), KEY, alternatives=alternatives)
         for kind, rows in (("flat", flat), ("peaked", peaked)):
@@ -74,6 +108,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, default=16, help="rows in a step (16)")
     parser.add_argument("--step-ms", type=float, default=138.0, help="milliseconds of such a step in the model (138)")
     parser.add_argument("--repeat", type=int, default=40, help="repetitions of each measurement (40)")
+    parser.add_argument("--chains", action="store_true", help="only the chains of samplers")
     return parser
 
 
@@ -90,7 +125,7 @@ def _measure(work: Callable[[], object], rows: int, repeat: int = 5) -> tuple[fl
 
 def _show(name: str, before: tuple[float, float], now: tuple[float, float], options: argparse.Namespace) -> None:
     share = now[1] * options.rows / options.step_ms * 100
-    print(f"{name:<46}{before[1]:>16.3f}{now[0]:>12.3f}{now[1]:>9.3f}{share:>11.1f}", flush=True)
+    print(f"{name:<64}{before[1]:>16.3f}{now[0]:>12.3f}{now[1]:>9.3f}{share:>11.1f}", flush=True)
 
 
 def _now(rows: Rows, job: Job, counts: TokenCounts) -> Callable[[], object]:
@@ -100,6 +135,21 @@ def _now(rows: Rows, job: Job, counts: TokenCounts) -> Callable[[], object]:
     def work() -> None:
         position = next(positions)
         sampler.read(rows, [SampleTokens(job, (index,), position, counts) for index in range(len(rows))])
+
+    return work
+
+
+def _chain(sampler: Sampler, rows: Rows, sampling: Sampling, prompt: tuple[int, ...]) -> Callable[[], object]:
+    job, chain = Job(prompt, 1, 1, sampling, (), KEY), sampling.chain
+    assert chain is not None
+    repetitions = Repetitions(chain.dry, prompt) if chain.dry else None
+    positions = iter(range(1 << 62))
+
+    def work() -> None:
+        position, counts = next(positions), TokenCounts()
+        limits = [first_limit(chain) or 0.0] * (position + 1)
+        asked = [SampleTokens(job, (i,), position, counts, repetitions, [[*limits]]) for i in range(len(rows))]
+        sampler.read(rows, asked)
 
     return work
 

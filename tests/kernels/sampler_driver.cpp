@@ -63,9 +63,36 @@ uint64_t read_rows(int64_t count, int64_t length, Run run, int threads) {
     return hash.result();
 }
 
+// Scans a row in all ways. Only the ids and the largest logits have the same bits on every machine.
+uint64_t scan_row(int64_t length) {
+    Random random(9);
+    std::vector<float> row = random.numbers(length, 8);
+    row[length / 2] = MINUS_INFINITY;
+    const std::vector<float> before = row;
+    const std::vector<int64_t> changed = {-1, 0, 2, 300, length - 1, length};
+    std::vector<float> largest(blocks_of(length));
+    std::vector<double> weights(largest.size()), moments(3);
+    std::vector<int64_t> ids(largest.size() * BLOCK);
+    const ScannedRow whole = {row.data(), length, {nullptr, 0}, largest.data()};
+    const ScannedRow part = {row.data(), length, {changed.data(), (int64_t)changed.size()}, largest.data()};
+    Hash hash;
+    for (const ScannedRow *scanned : {&whole, &part}) {
+        scan_largest(scanned, scanned == &part);
+        hash.add(largest.data(), largest.size());
+        for (const float limit : {MINUS_INFINITY, -1.0f, 2.5f, 100.0f}) hash.add(ids.data(), scan_above(scanned, limit, ids.data()));
+        const double products = scan_weights(scanned, 32, 1.5, weights.data());
+        scan_moments(scanned, 32, moments.data());
+        if (!(products < 0) || !(weights[0] > 0) || moments[0] != length - (scanned == &part ? 5 : 1))
+            std::printf("wrong sums\n"), std::exit(1);
+    }
+    if (std::memcmp(row.data(), before.data(), row.size() * sizeof(float))) std::printf("the row changed\n"), std::exit(1);
+    return hash.result();
+}
+
 }  // namespace
 
 void run_sampler(const Options &options, void *run) {
     report("sampler/rows", options, [=](int threads) { return read_rows(10, 5003, (Run)run, threads); });
+    report("sampler/scan", options, [](int) { return scan_row(5003); });
     report("sampler/a long row", options, [=](int threads) { return read_rows(1, 100001, (Run)run, threads); });
 }

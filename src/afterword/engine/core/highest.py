@@ -47,3 +47,22 @@ def fewest(numbers: Numbers, weights: Numbers, wanted: float, side: Literal["lef
         if reached[-1] > wanted or len(order) == len(numbers):
             return order[: max(int(np.searchsorted(reached, wanted, side)) + 1, least)]
         count *= 8
+
+
+def fewest_of_part(numbers: Numbers, shares: Numbers, wanted: float, error: float, least: int = 0) -> Ids | None:
+    """As `fewest` of numbers of which only the highest are given. None if the result is not certain.
+
+    `shares`: of the weight of all numbers. `error`: how far their sums may be from those that `fewest` computes.
+    """
+    count = max(_FIRST_SORTED, least)
+    while True:
+        order = highest(numbers, count)
+        reached = np.cumsum(shares[order])
+        if reached[-1] > wanted + error:
+            break
+        if len(order) == len(numbers):
+            return None
+        count *= 8
+    size = int(np.searchsorted(reached, wanted + error, "right"))
+    is_certain = len(order) >= least and not (size and reached[size - 1] >= wanted - error)
+    return order[: max(size + 1, least)] if is_certain else None

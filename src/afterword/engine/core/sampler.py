@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from afterword.engine.core.forward_batch import Logits
 from afterword.engine.core.numpy_kernel import NumpyKernel, processed_row
 from afterword.engine.core.repetitions import Repetitions
+from afterword.engine.core.row_scan import ScanKernel
 from afterword.engine.core.sampler_chain import ChainQuery, sample_chain
 from afterword.engine.core.sampler_kernel import (
     LIBRARY,
@@ -116,6 +117,7 @@ class Sampler:
 
     def __init__(self, kernel: SamplerKernel | None = None) -> None:
         self._kernel = kernel or make_kernel()
+        self._scan = ScanKernel() if isinstance(self._kernel, CompiledKernel) else None
 
     def read(self, logits: Logits, queries: Sequence[TokenQuery]) -> list[list[Token]]:
         """Answer one query for each row of `logits: (n, vocabulary)`. Returns the tokens of each query."""
@@ -143,7 +145,7 @@ class Sampler:
         return _with_row(query, plain, processed)
 
     def _read(self, logits: Logits, queries: Sequence[TokenQuery]) -> list[list[Token]]:
-        chosen = [_chosen_by_chain(row, query) for row, query in zip(logits, queries, strict=True)]
+        chosen = [_chosen_by_chain(row, query, self._scan) for row, query in zip(logits, queries, strict=True)]
         found = self._kernel.read(logits, list(map(_row_query, queries, chosen)))
         tokens = [_tokens(*each) for each in zip(queries, chosen, found, strict=True)]
         return [_with_row(*each) for each in zip(queries, tokens, logits, strict=True)]
@@ -161,12 +163,12 @@ def _is_processed(query: SampleTokens) -> bool:
     return query.job.processed and query.job.alternatives is not None
 
 
-def _chosen_by_chain(row: LogitsRow, query: TokenQuery) -> list[int] | None:
+def _chosen_by_chain(row: LogitsRow, query: TokenQuery, kernel: ScanKernel | None) -> list[int] | None:
     """The tokens of samples with a chain of samplers, which the kernel does not have; None for all others."""
     if not isinstance(query, SampleTokens) or query.job.sampling.chain is None:
         return None
     known = (query.repetitions, query.limits, query.recent)
-    return sample_chain(row, ChainQuery(query.sample_query, query.position, *known))
+    return sample_chain(row, ChainQuery(query.sample_query, query.position, *known), kernel)
 
 
 def _row_query(query: TokenQuery, chosen: list[int] | None) -> RowQuery:

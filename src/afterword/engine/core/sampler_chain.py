@@ -1,7 +1,8 @@
 """Samples tokens with samplers or an order of samplers that the sampler's kernel does not have.
 
 The samplers are llama-server's, in numpy and float64, one function for each. `SamplerChain.order` has their order. A
-request that needs none of them is sampled by the kernel. Pure, apart from what Mirostat and adaptive-p remember
+request that needs none of them is sampled by the kernel. What samplers compute is in `core.candidates` and, for all
+tokens of a row, in `core.whole_row`. Pure, apart from what Mirostat and adaptive-p remember
 (`ChainQuery.limits`).
 """
 
@@ -15,9 +16,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from afterword.engine.core.highest import fewest, highest
+from afterword.engine.core.candidates import Candidates, all_ids, entropy
+from afterword.engine.core.highest import highest
 from afterword.engine.core.numpy_kernel import pick, random_number, unpacked
 from afterword.engine.core.repetitions import Repetitions
+from afterword.engine.core.row_scan import RowScan, ScanKernel
 from afterword.engine.core.sampler_kernel import (
     GREEDY_BELOW,
     Ids,
@@ -26,13 +29,13 @@ from afterword.engine.core.sampler_kernel import (
     SampleQuery,
     cached_distinct,
 )
+from afterword.engine.core.whole_row import WholeRow
 from afterword.engine.protocol import INFILL_MIN_P, Dry, SamplerChain
 
 _MIROSTAT_TOKENS = 100  # most likely tokens from which Mirostat 1 estimates the distribution, as in llama.cpp
 _LARGEST_EXPONENT = 88.7228391  # logarithm of the largest float32: llama.cpp limits DRY's powers by it
 _ADAPTIVE_WIDTH, _ADAPTIVE_PEAK, _ADAPTIVE_SHARPNESS = 0.3, 5.0, 10.0  # constants of llama.cpp's adaptive-p
 _MAX_CACHED = 256  # prompts, as in `sampler_kernel`
-_MARGIN = 1e-3  # between two logits, far more than their rounding
 
 
 class ChainQuery(msgspec.Struct, frozen=True):
@@ -64,48 +67,16 @@ def first_limit(chain: SamplerChain) -> float | None:
     return chain.adaptive_target if chain.adaptive_target >= 0 else None
 
 
-class Candidates(msgspec.Struct, frozen=True):
-    """The tokens that may be drawn, in ascending order of their ids, with their logits. There is at least one."""
-
-    ids: Ids
-    logits: Numbers
-
-    def keep(self, kept: NDArray[np.bool_] | Ids) -> Candidates:
-        """The candidates of a mask or at indexes. At least one must be kept."""
-        indexes = np.flatnonzero(kept) if kept.dtype == bool else np.sort(kept)
-        return Candidates(self.ids[indexes], self.logits[indexes])
-
-    def changed(self, ids: Ids, change: Callable[[Numbers, NDArray[np.bool_]], Numbers]) -> Candidates:
-        """Change the logits of the candidates among `ids`. `change` gets these logits and a mask of those of `ids`."""
-        places = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
-        found = self.ids[places] == ids
-        logits = self.logits.copy()
-        logits[places[found]] = change(logits[places[found]], found)
-        return Candidates(self.ids, logits)
-
-    def heavy(self, least: float) -> Ids:
-        """The indexes of the candidates with at least this weight. Few exponentials of others are computed."""
-        largest = self.logits.max()
-        near = np.flatnonzero(self.logits >= largest + math.log(least) - _MARGIN)
-        heavy: Ids = near[np.exp(self.logits[near] - largest) >= least]
-        return heavy
-
-    @property
-    def weights(self) -> Numbers:
-        """Exponentials of the logits. The largest is 1."""
-        weights: Numbers = np.exp(self.logits - self.logits.max())
-        return weights
-
-    @property
-    def probabilities(self) -> Numbers:
-        weights = self.weights
-        probabilities: Numbers = weights / weights.sum()
-        return probabilities
+Tokens = Candidates | WholeRow
+"""All that may be drawn. Methods of the two have the same results."""
 
 
 @np.errstate(all="ignore")
-def sample_chain(row: LogitsRow, query: ChainQuery) -> list[int]:
-    """Sample an id for each seed from a row of logits. A row that is not finite also results in ids."""
+def sample_chain(row: LogitsRow, query: ChainQuery, kernel: ScanKernel | None = None) -> list[int]:
+    """Sample an id for each seed from a row of logits. A row that is not finite also results in ids.
+
+    `kernel` makes it faster and changes no result. It changes the row and restores it.
+    """
     seeds = query.sample.seeds
     if not np.isfinite(row.max()):
         for limits in query.limits:
@@ -113,20 +84,20 @@ def sample_chain(row: LogitsRow, query: ChainQuery) -> list[int]:
         return [int(np.argmax(row))] * len(seeds)
     order = query.chain.order
     shared = order.index("xtc") if "xtc" in order else len(order)
-    candidates = _applied(order[:shared], _first_candidates(row, query), query)
+    tokens = _applied(order[:shared], _first_tokens(row, query, kernel), query)
     chosen = [0] * len(seeds)
     for indexes, excludes in _xtc_outcomes(query):
-        kept = exclude_top_choices(candidates, query.chain) if excludes else candidates
+        kept = exclude_top_choices(tokens, query.chain) if excludes else tokens
         kept = _applied(order[shared + 1 :], kept, query)
         for index, token in zip(indexes, _drawn(kept, query, indexes, len(row)), strict=True):
             chosen[index] = token
     return chosen
 
 
-def _applied(names: Sequence[str], candidates: Candidates, query: ChainQuery) -> Candidates:
+def _applied(names: Sequence[str], tokens: Tokens, query: ChainQuery) -> Tokens:
     for name in names:
-        candidates = _SAMPLERS[name](candidates, query)
-    return candidates
+        tokens = _SAMPLERS[name](tokens, query)
+    return tokens
 
 
 def _xtc_outcomes(query: ChainQuery) -> list[tuple[list[int], bool]]:
@@ -141,17 +112,33 @@ def _xtc_outcomes(query: ChainQuery) -> list[tuple[list[int], bool]]:
     return [(indexes, excludes) for excludes, indexes in groups.items() if indexes]
 
 
-def _drawn(candidates: Candidates, query: ChainQuery, indexes: list[int], vocabulary: int) -> list[int]:
+def _drawn(tokens: Tokens, query: ChainQuery, indexes: list[int], vocabulary: int) -> list[int]:
     """Draw a token for each of these seeds."""
     if query.chain.mirostat:
-        return [_draw_mirostat(candidates, query, index, vocabulary) for index in indexes]
+        return [_draw_mirostat(tokens, query, index, vocabulary) for index in indexes]
     if query.chain.adaptive_target >= 0:
-        return [_draw_adaptive(candidates, query, index) for index in indexes]
-    cumulated = np.cumsum(candidates.weights)
-    numbers = np.array([random_number(query.sample.seeds[index], 0) for index in indexes])
-    targets = np.minimum(numbers * cumulated[-1], np.nextafter(cumulated[-1], 0))  # less than the sum of all weights
-    drawn: list[int] = candidates.ids[np.searchsorted(cumulated, targets, side="right")].tolist()
-    return drawn
+        return [_draw_adaptive(tokens.all(), query, index) for index in indexes]
+    return tokens.drawn(np.array([random_number(query.sample.seeds[index], 0) for index in indexes]))
+
+
+def _first_tokens(row: LogitsRow, query: ChainQuery, kernel: ScanKernel | None) -> Tokens:
+    """As `_first_candidates`; with a kernel without arrays of all tokens, unless none of them may be sampled."""
+    if kernel is None:
+        return _first_candidates(row, query)
+    fitting = row
+    if query.chain.allowed:
+        fitting = np.where(_allowed(query, len(row)), fitting, np.float32(-np.inf))
+    if query.sample.mask is not None:
+        fitting = np.where(unpacked(query.sample.mask, len(row)), fitting, np.float32(-np.inf))
+    tokens = WholeRow(RowScan(kernel, fitting))
+    if bias := query.sample.sampling.logit_bias:
+        ids = np.array([token for token, _ in bias], np.int64)
+        tokens = tokens.replaced(ids, fitting[ids].astype(np.float64) + [number for _, number in bias])
+    if query.sample.banned:
+        ids = cached_distinct(query.sample.banned)
+        tokens = tokens.replaced(ids, np.full(len(ids), -math.inf))
+    are_excluded = fitting is not row or query.sample.banned
+    return _first_candidates(row, query) if are_excluded and tokens.largest == -math.inf else tokens
 
 
 def _first_candidates(row: LogitsRow, query: ChainQuery) -> Candidates:
@@ -163,10 +150,10 @@ def _first_candidates(row: LogitsRow, query: ChainQuery) -> Candidates:
     for token, bias in query.sample.sampling.logit_bias:
         logits[token] += bias
     if not query.chain.allowed and not query.sample.banned and query.sample.mask is None and row.min() > -math.inf:
-        return Candidates(_all_ids(len(row)), logits)
+        return Candidates(all_ids(len(row)), logits)
     mask = logits > -math.inf
     if query.chain.allowed:
-        mask &= unpacked(np.frombuffer(query.chain.allowed, np.uint8), len(row))
+        mask &= _allowed(query, len(row))
     banned = [token for token in query.sample.banned if mask[token]]
     mask[banned] = False
     if query.chain.allowed and banned and not mask.any():
@@ -180,35 +167,33 @@ def _first_candidates(row: LogitsRow, query: ChainQuery) -> Candidates:
     return Candidates(ids, logits[ids])
 
 
-@lru_cache(4)
-def _all_ids(vocabulary: int) -> Ids:
-    ids = np.arange(vocabulary)
-    ids.flags.writeable = False
-    return ids
+def _allowed(query: ChainQuery, vocabulary: int) -> NDArray[np.bool_]:
+    """A mask of the tokens that the request allows."""
+    return unpacked(np.frombuffer(query.chain.allowed, np.uint8), vocabulary)
 
 
 # ---- the samplers
 
 
-def penalties(candidates: Candidates, query: ChainQuery) -> Candidates:
+def penalties(tokens: Tokens, query: ChainQuery) -> Tokens:
     """Repetition, frequency and presence penalties, as in the kernel, or with a window as in llama.cpp."""
     sampling, generated = query.sample.sampling, query.sample.generated
     if query.chain.last_n is not None:
-        return _windowed_penalties(candidates, query)
+        return _windowed_penalties(tokens, query)
     if (factor := sampling.repetition_penalty) != 1.0:
         seen = np.union1d(cached_distinct(query.sample.prompt), generated.ids)
-        candidates = candidates.changed(seen, lambda x, _: np.where(x > 0, x / factor, x * factor))
+        tokens = tokens.changed(seen, lambda x, _: np.where(x > 0, x / factor, x * factor))
     if not sampling.frequency_penalty and not sampling.presence_penalty:
-        return candidates
+        return tokens
     lowered = generated.counts * sampling.frequency_penalty + sampling.presence_penalty
-    return candidates.changed(generated.ids, lambda x, found: x - lowered[found])
+    return tokens.changed(generated.ids, lambda x, found: x - lowered[found])
 
 
-def _windowed_penalties(candidates: Candidates, query: ChainQuery) -> Candidates:
+def _windowed_penalties(tokens: Tokens, query: ChainQuery) -> Tokens:
     sampling = query.sample.sampling
     ids, counts = _counts(query.recent) if query.recent else _all_counts(query)
     factor, lowered = sampling.repetition_penalty, counts * sampling.frequency_penalty + sampling.presence_penalty
-    return candidates.changed(ids, lambda x, found: np.where(x > 0, x / factor, x * factor) - lowered[found])
+    return tokens.changed(ids, lambda x, found: np.where(x > 0, x / factor, x * factor) - lowered[found])
 
 
 def _counts(tokens: tuple[int, ...]) -> tuple[Ids, Ids]:
@@ -229,16 +214,16 @@ def _all_counts(query: ChainQuery) -> tuple[Ids, Ids]:
     return ids, counts
 
 
-def dry(candidates: Candidates, query: ChainQuery) -> Candidates:
+def dry(tokens: Tokens, query: ChainQuery) -> Tokens:
     """DRY: see `engine.protocol.Dry`."""
     settings = query.chain.dry
     if settings is None or query.repetitions is None:
-        return candidates
+        return tokens
     ids, lengths = query.repetitions.continuations()
     if not len(ids):
-        return candidates
+        return tokens
     penalty = settings.multiplier * settings.base ** _dry_exponents(settings, lengths)
-    return candidates.changed(ids, lambda x, found: x - penalty[found])
+    return tokens.changed(ids, lambda x, found: x - penalty[found])
 
 
 def _dry_exponents(settings: Dry, lengths: Ids) -> Numbers:
@@ -247,84 +232,60 @@ def _dry_exponents(settings: Dry, lengths: Ids) -> Numbers:
     return np.minimum(exponents, most) if most else exponents
 
 
-def top_n_sigma(candidates: Candidates, query: ChainQuery) -> Candidates:
+def top_n_sigma(tokens: Tokens, query: ChainQuery) -> Tokens:
     """Keep the logits within `top_n_sigma` standard deviations of the largest."""
-    if query.chain.top_n_sigma <= 0:
-        return candidates
-    logits = candidates.logits
-    return candidates.keep(logits >= logits.max() - query.chain.top_n_sigma * logits.std())
+    sigmas = query.chain.top_n_sigma
+    return tokens.within_sigma(sigmas) if sigmas > 0 else tokens
 
 
-def top_k(candidates: Candidates, query: ChainQuery) -> Candidates:
-    """Keep the `top_k` largest logits. Ties go to the lower id."""
+def top_k(tokens: Tokens, query: ChainQuery) -> Tokens:
+    """Keep the `top_k` largest logits."""
     count = query.sample.sampling.top_k
-    return candidates.keep(highest(candidates.logits, count)[:count]) if count else candidates
+    return tokens.top(count) if count else tokens
 
 
-def top_p(candidates: Candidates, query: ChainQuery) -> Candidates:
-    """Keep the fewest most likely tokens with a probability of at least `top_p`. Ties go to the lower id."""
+def top_p(tokens: Tokens, query: ChainQuery) -> Tokens:
+    """Keep the fewest most likely tokens with a probability of at least `top_p`."""
     wanted = query.sample.sampling.top_p
-    if wanted >= 1:
-        return candidates
-    return candidates.keep(fewest(candidates.logits, candidates.weights, wanted, "left", query.chain.min_keep))
+    return tokens.nucleus(wanted, query.chain.min_keep) if wanted < 1 else tokens
 
 
-def typical(candidates: Candidates, query: ChainQuery) -> Candidates:
-    """Keep the fewest tokens with a probability of more than `typical_p`, those nearest to the entropy first.
-
-    The distance of a token is that of its negative log probability. Ties go to the lower id.
-    """
-    if query.chain.typical_p >= 1:
-        return candidates
-    candidates = candidates.keep(candidates.probabilities > 0)
-    weights = candidates.weights
-    p = weights / weights.sum()
-    distance = np.abs(-np.log(p) - _entropy(p))
-    return candidates.keep(fewest(-distance, weights, query.chain.typical_p, "right", query.chain.min_keep))
+def typical(tokens: Tokens, query: ChainQuery) -> Tokens:
+    """Keep the fewest tokens with a probability of more than `typical_p`, those nearest to the entropy first."""
+    wanted = query.chain.typical_p
+    return tokens.typical(wanted, query.chain.min_keep) if wanted < 1 else tokens
 
 
-def min_p(candidates: Candidates, query: ChainQuery) -> Candidates:
+def min_p(tokens: Tokens, query: ChainQuery) -> Tokens:
     """Keep tokens with at least this fraction of the highest probability, and at least `min_keep`."""
-    if not query.sample.sampling.min_p:
-        return candidates
-    kept, least = candidates.heavy(query.sample.sampling.min_p), query.chain.min_keep
-    if len(kept) < least:
-        return candidates.keep(highest(candidates.logits, least)[:least])
-    return candidates.keep(kept)
+    fraction = query.sample.sampling.min_p
+    return tokens.heavy(fraction, query.chain.min_keep) if fraction else tokens
 
 
-def infill(candidates: Candidates, _: ChainQuery) -> Candidates:
+def infill(tokens: Tokens, _: ChainQuery) -> Tokens:
     """`min_p` with `INFILL_MIN_P`, in place of llama.cpp's sampler `infill`."""
-    return candidates.keep(candidates.heavy(INFILL_MIN_P))
+    return tokens.heavy(INFILL_MIN_P)
 
 
-def exclude_top_choices(candidates: Candidates, chain: SamplerChain) -> Candidates:
+def exclude_top_choices(tokens: Tokens, chain: SamplerChain) -> Tokens:
     """XTC, where it excludes: remove all tokens of at least `xtc_threshold` but the least likely of them."""
-    p = candidates.probabilities
-    likely = np.flatnonzero(p >= chain.xtc_threshold)
-    if len(likely) < 2 or len(p) - len(likely) + 1 < chain.min_keep:
-        return candidates
-    kept = np.ones(len(p), bool)
-    kept[likely] = False
-    kept[likely[len(likely) - 1 - int(np.argmin(p[likely][::-1]))]] = True  # of equal ones the last is the least likely
-    return candidates.keep(kept)
+    return tokens.without_top(chain.xtc_threshold, chain.min_keep)
 
 
-def temperature(candidates: Candidates, query: ChainQuery) -> Candidates:
+def temperature(tokens: Tokens, query: ChainQuery) -> Tokens:
     """Divide by the temperature. With `dynatemp_range` it depends on the entropy of the candidates."""
     chain, value = query.chain, query.sample.sampling.temperature
     if chain.dynatemp_range > 0 and not chain.mirostat:
-        if len(candidates.ids) == 1:
-            return candidates
+        tokens = tokens.all()
+        if len(tokens.ids) == 1:
+            return tokens
         low, high = max(0.0, value - chain.dynatemp_range), value + chain.dynatemp_range
-        share = _entropy(candidates.probabilities) / math.log(len(candidates.ids))
+        share = entropy(tokens.probabilities) / math.log(len(tokens.ids))
         value = low + (high - low) * share**chain.dynatemp_exponent
-    if value < GREEDY_BELOW:
-        return candidates.keep(np.array([np.argmax(candidates.logits)]))
-    return Candidates(candidates.ids, (candidates.logits - candidates.logits.max()) / value)
+    return tokens.top(1) if value < GREEDY_BELOW else tokens.tempered(value)
 
 
-_SAMPLERS: dict[str, Callable[[Candidates, ChainQuery], Candidates]] = {
+_SAMPLERS: dict[str, Callable[[Tokens, ChainQuery], Tokens]] = {
     "penalties": penalties,
     "dry": dry,
     "top_n_sigma": top_n_sigma,
@@ -340,11 +301,11 @@ _SAMPLERS: dict[str, Callable[[Candidates, ChainQuery], Candidates]] = {
 # ---- Mirostat and adaptive-p
 
 
-def _draw_mirostat(candidates: Candidates, query: ChainQuery, index: int, vocabulary: int) -> int:
+def _draw_mirostat(tokens: Tokens, query: ChainQuery, index: int, vocabulary: int) -> int:
     """Draw a token, and write the limit for the next one."""
     chain, limits = query.chain, query.limits[index]
     limit = limits[query.position]
-    kept = mirostat_1(candidates, limit, vocabulary) if chain.mirostat == 1 else mirostat_2(candidates, limit)
+    kept = mirostat_1(tokens.all(), limit, vocabulary) if chain.mirostat == 1 else tokens.expected(limit)
     p = kept.probabilities
     place = pick(p, random_number(query.sample.seeds[index], 0))[0]
     surprise = -math.log2(p[place])
@@ -384,17 +345,4 @@ def mirostat_1(candidates: Candidates, limit: float, vocabulary: int) -> Candida
     count = np.float64(zeta * np.exp2(limit)) ** (1 / np.float64(exponent))
     most = len(candidates.ids)
     kept = max(int(min(count, most)), 1) if math.isfinite(count) else most
-    return candidates.keep(highest(candidates.logits, kept)[:kept])
-
-
-def mirostat_2(candidates: Candidates, limit: float) -> Candidates:
-    """Keep the tokens whose surprise, in bits, is at most the limit; at least the most likely one."""
-    p = candidates.probabilities
-    kept = -np.log2(p) <= limit
-    return candidates.keep(kept if kept.any() else np.array([np.argmax(p)]))
-
-
-def _entropy(p: Numbers) -> float:
-    """The entropy of probabilities, in nats."""
-    positive = p[p > 0]
-    return -float((positive * np.log(positive)).sum())
+    return candidates.top(kept)

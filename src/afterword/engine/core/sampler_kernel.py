@@ -147,7 +147,7 @@ class CompiledKernel:
         top, sampled = _ResultMemory(sum(tops)), _ResultMemory(len(seeds))
         asked_ids = np.array([token for query in queries for token in query.asked], np.int64)
         asked = _ResultMemory(len(asked_ids))
-        at, asked_at, held = _address(seeds), _address(asked_ids), []
+        at, asked_at, held = address(seeds), address(asked_ids), []
         native = (NativeRowQuery * count)()
         for each, query, size in zip(native, queries, tops, strict=True):
             each.reported, each.given = query.reported, -1 if query.given is None else query.given
@@ -160,7 +160,7 @@ class CompiledKernel:
                 each.seeds, each.seeds_count, at = at, sample_count, at + 8 * sample_count
                 each.sampled, each.sampled_values = sampled.next(sample_count)
                 held.append(_fill_query(each, query.sample_query))
-        self._read(_address(rows), count, length, native, *self._threads)
+        self._read(address(rows), count, length, native, *self._threads)
         first, second, third = top.pairs(), sampled.pairs(), iter(asked.numbers())
         return [
             RowResult(
@@ -179,8 +179,8 @@ class CompiledKernel:
         row = np.array(row)  # the address of an array that cannot be written is not to be had
         native = (NativeRowQuery * 1)()
         native[0].reported, native[0].given, native[0].top_count = 1, -1, count
-        native[0].top, native[0].top_values = _address(ids), _address(values)
-        self._read(_address(row), 1, len(row), native, *self._threads)
+        native[0].top, native[0].top_values = address(ids), address(values)
+        self._read(address(row), 1, len(row), native, *self._threads)
         return ids, values
 
 
@@ -189,7 +189,7 @@ class _ResultMemory:
 
     def __init__(self, count: int) -> None:
         self._ids, self._numbers = np.zeros(count, np.int64), np.zeros(count, np.float64)
-        self._at = _address(self._ids), _address(self._numbers)
+        self._at = address(self._ids), address(self._numbers)
         self._allocated = 0
 
     def next(self, count: int) -> tuple[int, int]:
@@ -219,11 +219,11 @@ def _fill_query(each: NativeRowQuery, query: SampleQuery) -> tuple[object, ...]:
     seen = cached_distinct(query.prompt if sampling.repetition_penalty != 1.0 else ())
     banned = cached_distinct(query.banned)
     biased, biases = _arrays(sampling.logit_bias)
-    each.seen, each.seen_count = _address(seen), len(seen)
-    each.banned, each.banned_count = _address(banned), len(banned)
-    each.biased, each.biased_count, each.biases = _address(biased), len(biased), _address(biases)
+    each.seen, each.seen_count = address(seen), len(seen)
+    each.banned, each.banned_count = address(banned), len(banned)
+    each.biased, each.biased_count, each.biases = address(biased), len(biased), address(biases)
     if query.mask is not None:
-        each.mask, each.mask_count = _address(query.mask), len(query.mask)
+        each.mask, each.mask_count = address(query.mask), len(query.mask)
     return generated, seen, banned, biased, biases, query.mask
 
 
@@ -238,6 +238,6 @@ def _arrays(biases: tuple[tuple[int, float], ...]) -> tuple[Ids, Numbers]:
     return np.array([token for token, _ in biases], np.int64), np.array([bias for _, bias in biases], np.float64)
 
 
-def _address(array: NDArray[np.float32 | np.float64 | np.int64 | np.uint32 | np.uint64]) -> int:
-    """The address of an array's data. Takes half the time of `array.ctypes.data`."""
+def address(array: NDArray[np.float32 | np.float64 | np.int64 | np.uint32 | np.uint64]) -> int:
+    """The address of the data of an array that can be written. Takes half the time of `array.ctypes.data`."""
     return ctypes.addressof(ctypes.c_char.from_buffer(array.data)) if array.size else 0

@@ -11,30 +11,14 @@
 #include <vector>
 
 #include "simd.hpp"
+#include "logit_blocks.hpp"
 #include "parallel.hpp"
+#include "row_scan.hpp"
 
 namespace {
 
-constexpr int64_t BLOCK = 256;  // as in core/sampler_kernel.py
 constexpr int64_t PART = 64;    // blocks that a thread takes at a time; waking a thread takes longer than reading fewer
-constexpr float MINUS_INFINITY = -__builtin_inff(), LOWEST = -__FLT_MAX__;
 constexpr double BELOW_ONE = 1 - 0x1p-53;
-
-int64_t blocks_of(int64_t length) { return (length + BLOCK - 1) / BLOCK; }
-
-// A vector of the elements from `at` on. Lanes beyond `end` are `rest`.
-wide load_partial(const float *row, int64_t at, int64_t end, float rest) {
-    if (at + WIDE <= end) return load<wide>(row + at);
-    wide x = all<wide>(rest);
-    for (int64_t i = at; i < end; i++) x[i - at] = row[i];
-    return x;
-}
-
-float largest_of(const float *numbers, int64_t count) {
-    wide most = all<wide>(MINUS_INFINITY);
-    for (int64_t at = 0; at < count; at += WIDE) most = larger(load_partial(numbers, at, count, MINUS_INFINITY), most);
-    return largest(most);
-}
 
 // The weight of a logit x: exp((x - most) * factor). `factor` is 1 / temperature.
 struct Scale {
@@ -224,15 +208,6 @@ int64_t sample_nucleus(CandidateSet candidates, const float *row, double wanted,
         if (candidates.keep(row[id], id, wanted)) return id;
     }
 }
-
-template <class Number>
-struct List {
-    const Number *first;
-    int64_t count;
-
-    const Number *begin() const { return first; }
-    const Number *end() const { return first + count; }
-};
 
 // The query about a row, and below it the results. core/sampler_kernel.py declares the same under this name.
 struct NativeRowQuery {
