@@ -66,7 +66,8 @@ $(VENV)/.serve: requirements.txt requirements-build.txt pyproject.toml hatch_bui
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements-build.txt
 	@set -- $${CXX:-c++}; if command -v $$1 >/dev/null; then \
-	  echo "Compiling Afterword's kernels for this machine, and installing packages."; else \
+	  echo "Compiling Afterword's kernels for this machine, and installing packages (71 MB)."; else \
+	  echo "Installing packages (71 MB)."; \
 	  echo "There is no C++ compiler: prompts are slower without Afterword's own kernels."; \
 	  echo "After installing one: rm $(VENV)/.serve, and make serve again."; fi
 # The kernels are compiled while the packages are downloaded. The two write to different files. Ctrl-C does not reach a

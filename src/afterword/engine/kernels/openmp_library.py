@@ -1,11 +1,11 @@
 """Makes a library that takes the place of libgomp.so.1, GCC's OpenMP library, on Linux systems without it.
 
-The prebuilt llama.cpp calls ten functions of libgomp. Small images lack it, and without a compiler none can be compiled.
+The prebuilt llama.cpp calls ten functions of libgomp. Small images lack it, and without a compiler none can be made.
 The ten functions are short where every region is executed by the one thread that meets it, so this module has their
 machine code for each architecture. `library` puts a shared library (https://refspecs.linuxfoundation.org/elf/) around
 it. The tests assemble the instructions that stand beside the machine code, and compare.
 
-OpenMP lets a library give fewer threads than a program asks for, and llama.cpp asks how many it has. Afterword's kernels
+OpenMP lets a library give fewer threads than a program asks for, and llama.cpp asks how many it has. Our own kernels
 have threads of their own.
 """
 
