@@ -62,16 +62,12 @@ wheel:  ## build dist/*.whl for other Linux machines, and try it out without a c
 
 $(VENV)/.serve: requirements.txt requirements-build.txt pyproject.toml hatch_build.py $(wildcard $(KERNELS)/*.[ch]pp)
 	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("Afterword needs Python 3.11 or later: make serve PYTHON=python3.12")'
-# Where there is a compiler, the kernels bring what libgomp is needed for (openmp_runtime.cpp).
-	@set -- $${CXX:-c++}; test "$$(uname)" != Linux || command -v $$1 >/dev/null || test -n "$$AFTERWORD_LLAMA" || \
-	  $(PYTHON) -c 'import ctypes; ctypes.CDLL("libgomp.so.1")' 2>/dev/null || { \
-	  echo "Without a C++ compiler, llama.cpp needs the system's libgomp.so.1, which is missing."; \
-	  echo "On Debian and Ubuntu: apt-get install libgomp1. Then make serve again."; exit 1; }
 	@echo "Setting up $(VENV)."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements-build.txt
 	@set -- $${CXX:-c++}; if command -v $$1 >/dev/null; then \
-	  echo "Compiling Afterword's kernels for this machine, and installing packages."; else \
+	  echo "Compiling Afterword's kernels for this machine, and installing packages (71 MB)."; else \
+	  echo "Installing packages (71 MB)."; \
 	  echo "There is no C++ compiler: prompts are slower without Afterword's own kernels."; \
 	  echo "After installing one: rm $(VENV)/.serve, and make serve again."; fi
 # The kernels are compiled while the packages are downloaded. The two write to different files. Ctrl-C does not reach a

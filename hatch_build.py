@@ -52,7 +52,6 @@ LEVEL_FLAGS = {  # by machine: the names of levels in compiled.py, and the compi
 }
 NATIVE: Choices = (("-march=native",), ("-mcpu=native",), ())  # a compiler may refuse the first ones
 PROCESSOR = "processor.cpp"  # tells the levels of a processor, so it must run on all
-OPENMP = "openmp_runtime.cpp"  # takes the place of libgomp.so.1, and computes nothing itself
 HEADERS = Path(sysconfig.get_path("platlib"), "include")
 SHOWN_LINES = 20  # of the compiler's standard error
 
@@ -62,8 +61,6 @@ class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         sources = sorted(Path(self.root, FOLDER).glob("*/*.cpp"))
-        if sys.platform != "linux":  # other systems name and find libraries in other ways
-            sources = [source for source in sources if source.name != OPENMP]
         editable = version == "editable"
         # The source folder may hold the libraries of an editable install, so those of a wheel are made elsewhere.
         self._folder = tempfile.TemporaryDirectory()
@@ -99,7 +96,7 @@ def for_wheel(source: Path, folder: Path) -> list[Job]:
     """The libraries of a source in a wheel, made in `folder`."""
     given = os.environ.get("CXXFLAGS")
     levels = LEVEL_FLAGS.get(machine(), {}) if sys.platform == "linux" and given is None else {}
-    if not levels or source.name in (PROCESSOR, OPENMP):
+    if not levels or source.name == PROCESSOR:
         flags = shlex.split(given or "")
         return [(source, folder / f"lib{source.stem}.so", [[*flags, *STATIC], flags] if levels else [flags])]
     return [  # some systems have no static C++ library
@@ -123,7 +120,7 @@ def compile_library(source: Path, target: Path, choices: Choices = NATIVE) -> st
     target.unlink(missing_ok=True)
     error = ""
     for choice in choices:
-        command = [*compiler, *FLAGS, *headers, *choice, *name_flags(source), "-o", str(target), str(source)]
+        command = [*compiler, *FLAGS, *headers, *choice, "-o", str(target), str(source)]
         try:
             done = subprocess.run(command, capture_output=True, check=False, text=True, errors="replace")
         except OSError as problem:
@@ -133,10 +130,3 @@ def compile_library(source: Path, target: Path, choices: Choices = NATIVE) -> st
         lines = done.stderr.splitlines()[-SHOWN_LINES:]
         error = "\n".join([f"{shlex.join(command)} exited with status {done.returncode}:", *lines])
     return error
-
-
-def name_flags(source: Path) -> list[str]:
-    """The linker's options for the names under which the dynamic linker finds a library and its functions."""
-    if source.name != OPENMP:
-        return []
-    return ["-Wl,-soname,libgomp.so.1", f"-Wl,--version-script={source.with_suffix('.map')}"]

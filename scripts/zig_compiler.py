@@ -20,7 +20,6 @@ PROCESSORS = {  # values of -march, and Zig's names
     "armv8.2-a+dotprod": "generic+v8_2a+dotprod",
 }
 OF_THE_LINKER = ("-shared", "-static-", "-Wl,")
-NAMES = ("-Wl,-soname", "-Wl,--version-script")  # the linker's options that are kept
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -32,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
     output, options = options[place + 1], options[:place] + options[place + 2 :]
     sources = [each for each in options if each.endswith(".cpp")]
     kept = translated([each for each in options if each not in sources and not each.startswith(OF_THE_LINKER)])
-    link = ["-pthread", "-Wl,-s", *(each for each in options if each == "-shared" or each.startswith(NAMES))]
+    link = ["-pthread", "-Wl,-s", *(each for each in options if each == "-shared")]
     with tempfile.TemporaryDirectory() as folder:
         compiled = [str(Path(folder, f"{number}.o")) for number in range(len(sources))]
         for source, made in zip(sources, compiled, strict=True):

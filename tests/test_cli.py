@@ -371,8 +371,13 @@ def test_too_little_memory_is_an_error_with_sizes(monkeypatch):
 
 def test_a_port_in_use_is_a_one_line_error():
     with socket.create_server(("127.0.0.1", 0)) as occupied:
-        port = str(occupied.getsockname()[1])
-        assert f"port {port}" in refusal("serve", "--port", port)
+        port = occupied.getsockname()[1]
+        message = refusal("serve", "--port", str(port))
+    other = f"--port {port + 1 if port < 65535 else 8000}"
+    assert message == (
+        f"afterword: Cannot listen on 127.0.0.1 port {port}: Address already in use. "
+        f'Name another port: {other}, or make serve ARGS="{other}".\n'
+    )
 
 
 def test_the_environment_sets_options():

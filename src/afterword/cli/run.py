@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import logging
@@ -309,7 +310,12 @@ def _open_listener(config: Config) -> socket.socket:
     try:
         return socket.create_server((config.host, config.port), family=family, backlog=1024)
     except OSError as error:
-        raise SettingError(f"Cannot listen on {config.host} port {config.port}: {error.strerror}.") from None
+        reason = (error.strerror or str(error)).partition(" (while")[0]  # Python repeats the address there
+        other = f"--port {config.port + 1 if config.port < 65535 else 8000}"
+        advice = (
+            f' Name another port: {other}, or make serve ARGS="{other}".' if error.errno == errno.EADDRINUSE else ""
+        )
+        raise SettingError(f"Cannot listen on {config.host} port {config.port}: {reason}.{advice}") from None
 
 
 def run_async(work: Coroutine[Any, Any, None]) -> None:

@@ -23,9 +23,6 @@ LEVELS = {
 }
 """Levels of instructions by `platform.machine`, the best last. processor.cpp numbers them in this order."""
 
-OPENMP = KERNELS / "libopenmp_runtime.so"
-"""Functions of OpenMP for systems without libgomp. It has no levels."""
-
 OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 
 

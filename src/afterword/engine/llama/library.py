@@ -23,7 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
-from afterword.engine.kernels import compiled
+from afterword.engine.kernels import compiled, openmp_library
 from afterword.engine.llama.bindings import CONSTANTS, STRUCTURES, LogCallback, open_library
 from afterword.errors import SettingError
 
@@ -40,7 +40,7 @@ _PREBUILT = "xllamacpp"  # the package
 _NAMES = ("libllama.so", "libllama.dylib")
 _last_errors: deque[str] = deque(maxlen=8)
 _shown: list[TextIO] = []
-_serial_openmp: list[ctypes.CDLL] = []  # openmp_runtime.cpp, where it was loaded
+_serial_openmp: list[ctypes.CDLL] = []  # of openmp_library.py, where it was loaded
 
 
 class NativeLibrary:
@@ -75,8 +75,8 @@ def _load() -> ctypes.CDLL:
             "The prebuilt llama.cpp needs a processor with AVX2, which this one has not. Install llama-cpp-python, "
             "which is compiled for the machine (in a checkout: make native)."
         )
-    if found.parent.name == _PREBUILT and sys.platform == "linux" and not _has_libgomp() and compiled.OPENMP.exists():
-        _serial_openmp.append(ctypes.CDLL(str(compiled.OPENMP)))  # the linker finds its name among the loaded libraries
+    if found.parent.name == _PREBUILT and sys.platform == "linux" and not _has_libgomp():
+        _serial_openmp.extend(filter(None, [openmp_library.load()]))
     return open_library(found)
 
 
