@@ -444,7 +444,9 @@ def test_the_tokens_of_a_step_are_one_delta_of_a_whole_response(fields: dict[str
     assert engine.jobs[0].job.whole
     assert (together.choices, together.usage) == (alone.choices, alone.usage)
     assert len(together.deltas) < len(alone.deltas)
-    assert recorded_usage(engine, prompt=("a",), **fields) == recorded_usage(ScriptedEngine(script), prompt=("a",), **fields)
+    assert recorded_usage(engine, prompt=("a",), **fields) == recorded_usage(
+        ScriptedEngine(script), prompt=("a",), **fields
+    )
 
 
 def test_tokens_after_a_stop_string_in_a_step_are_not_charged() -> None:
