@@ -67,7 +67,7 @@ def test_a_part_is_written_only_where_send_would_write_it_at_once(change: Any, w
     async def scenario() -> tuple[bool, bytes]:
         client = InMemoryServer(application(Engine(generate_forever, max_jobs=10))).connect()
         client.transport.reads = False  # so that the response does not end
-        await client.send(STREAM_REQUEST)
+        await client.send(post(b'{"prompt":"a","max_tokens":60,"n":64,"stream":true,"logprobs":9}'))
         client.transport.unsent = 0
         client.protocol.resume_writing()
         cycle, before = client.protocol.cycle, len(client.transport.written)
