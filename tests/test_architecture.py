@@ -28,7 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "observability.traces": {"observability.metrics", ""},
     "keys": {"settings", "system"},
-    "transport": {"settings", "system"},
+    "transport": {"settings", "system", "transport.body_writer"},
+    "transport.body_writer": set(),
     "completion": {"engine.draft", "engine.most_sampled", "engine.protocol", "engine.token_row", "settings"},
     "batch": {"completion", "settings", "system"},
     "config": {"batch", "completion", "transport", "engine.messages", "engine.protocol", "keys", "system"},
@@ -115,6 +116,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("batch", "completion", "engine.protocol", "engine.parent.model_manager", "engine.parent.supervisor"),
         "engine.parent.managed_engine",
         *("config", "keys", "observability", "observability.metrics", "observability.traces", ""),
+        "transport.body_writer",
     },
     "cli": {
         "engine.token_row",

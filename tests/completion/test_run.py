@@ -415,7 +415,14 @@ def test_all_that_was_generated_is_charged_and_the_usage_is_of_the_text(
 @pytest.mark.parametrize("tokens", [2, 5, 40])
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"stop": ("cat",)}, {"n": 3}, {"n": 2, "best_of": 3}, {"logprobs": 1, "echo": True}, {"max_tokens": 3}],
+    [
+        {"stream": True},
+        {"stop": ("cat",)},
+        {"n": 3, "stream": True},
+        {"n": 2, "best_of": 3},
+        {"logprobs": 1, "echo": True, "stream": True},
+        {"max_tokens": 3, "stream": True},
+    ],
     ids=str,
 )
 def test_several_tokens_in_a_step_are_taken_one_by_one(fields: dict[str, Any], tokens: int) -> None:
@@ -423,6 +430,23 @@ def test_several_tokens_in_a_step_are_taken_one_by_one(fields: dict[str, Any], t
     alone = complete(script, prompt=("a",), **fields)
     together = complete(ScriptedEngine(script, tokens_per_step=tokens), prompt=("a",), **fields)
     assert sorted(map(repr, together.items)) == sorted(map(repr, alone.items))
+
+
+@pytest.mark.parametrize("tokens", [2, 5, 40])
+@pytest.mark.parametrize(
+    "fields", [{}, {"n": 3}, {"logprobs": 1, "echo": True}, {"max_tokens": 3}, {"return_token_ids": True}], ids=str
+)
+def test_the_tokens_of_a_step_are_one_delta_of_a_whole_response(fields: dict[str, Any], tokens: int) -> None:
+    script = text_script("Hello world the cat sat", "the cat", " world Hello Hello Hello world")
+    engine = ScriptedEngine(script, tokens_per_step=tokens)
+    alone = complete(script, prompt=("a",), **fields)
+    together = complete(engine, prompt=("a",), **fields)
+    assert engine.jobs[0].job.whole
+    assert (together.choices, together.usage) == (alone.choices, alone.usage)
+    assert len(together.deltas) < len(alone.deltas)
+    assert recorded_usage(engine, prompt=("a",), **fields) == recorded_usage(
+        ScriptedEngine(script), prompt=("a",), **fields
+    )
 
 
 def test_tokens_after_a_stop_string_in_a_step_are_not_charged() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import re
 import weakref
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 from in_memory_connection import Engine, InMemoryClient, InMemoryServer, application, get, post
 
 import scripted_engine
-from afterword.api.responses import incremental
+from afterword.api.responses import incremental, part_sender
 from afterword.batch.batch_limits import BatchLimits
 from afterword.engine.protocol import Job
+from afterword.transport.body_writer import WRITE_BODY_KEY
 from afterword.transport.transport_limits import TransportLimits
 
 REQUEST = post(b'{"prompt":"a","max_tokens":8}')
@@ -27,6 +29,52 @@ def run(scenario: Any) -> Any:
 
 def body_of(response: bytes) -> Any:
     return json.loads(response.partition(b"\r\n\r\n")[2])
+
+
+# ---- parts of a body that are written past `send`
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_a_stream_has_the_same_bytes_with_other_servers(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no `WriteBody`. In HTTP/1.0 nothing is written past `send`, because such a body has no chunks."""
+
+    async def scenario() -> bytes:
+        client = InMemoryServer(application(Engine(scripted_engine.text_script("Hello world the cat")))).connect()
+        return await client.send(STREAM_REQUEST.replace(b"HTTP/1.1", f"HTTP/{version}".encode(), 1))
+
+    def varying(response: bytes) -> bytes:
+        return re.sub(rb'(req_|cmpl-)\w+|"created":\d+|processing-ms: \d+', b"", response)
+
+    direct = run(scenario())
+    monkeypatch.setattr(part_sender, "WRITE_BODY_KEY", "another")
+    assert varying(direct) == varying(run(scenario()))
+    assert (direct.count(b"\r\ndata: ") > 3) == (version == "1.1")
+
+
+@pytest.mark.parametrize(
+    ("change", "written"),
+    [
+        (lambda cycle: None, True),
+        (lambda cycle: setattr(cycle, "chunked_encoding", None), False),  # the response has not started
+        (lambda cycle: setattr(cycle, "chunked_encoding", False), False),
+        (lambda cycle: setattr(cycle, "response_complete", True), False),
+        (lambda cycle: setattr(cycle, "disconnected", True), False),
+        (lambda cycle: cycle.flow.pause_writing(), False),
+        (lambda cycle: cycle.scope.update(method="HEAD"), False),
+    ],
+)
+def test_a_part_is_written_only_where_send_would_write_it_at_once(change: Any, written: bool) -> None:
+    async def scenario() -> tuple[bool, bytes]:
+        client = InMemoryServer(application(Engine(generate_forever, max_jobs=10))).connect()
+        client.transport.reads = False  # so that the response does not end
+        await client.send(post(b'{"prompt":"a","max_tokens":60,"n":64,"stream":true,"logprobs":9}'))
+        client.transport.unsent = 0
+        client.protocol.resume_writing()
+        cycle, before = client.protocol.cycle, len(client.transport.written)
+        change(cycle)
+        return cycle.scope[WRITE_BODY_KEY](b"x" * 17), bytes(client.transport.written[before:])
+
+    assert run(scenario()) == (written, b"11\r\n" + b"x" * 17 + b"\r\n" if written else b"")
 
 
 # ---- valid requests

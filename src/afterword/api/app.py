@@ -68,7 +68,7 @@ OPTIONAL_ROUTES = (Route("/metrics", metrics.metrics, methods=["GET"]),)
 def make_app(service: Service) -> ASGIApp:
     optional = OPTIONAL_ROUTES if service.config.metrics_open else ()
     app = Starlette(
-        routes=[*PUBLIC_ROUTES, *static_pages.routes(service.config.limits), *optional, *PROTECTED_ROUTES],
+        routes=[*optional, *PROTECTED_ROUTES, *PUBLIC_ROUTES, *static_pages.routes(service.config.limits)],
         exception_handlers={
             AfterwordError: exception_handlers.on_afterword_error,
             HTTPException: exception_handlers.on_routing_error,

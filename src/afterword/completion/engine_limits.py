@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import msgspec
 
 from afterword.engine.protocol import Job, JobLimits, ModelInfo, SamplerChain
@@ -29,9 +32,9 @@ def check_job(job: Job, model_info: ModelInfo) -> None:
     if limits is None:
         return
     for value in (job, job.sampling):
-        for field in msgspec.structs.fields(type(value)):
-            if field.name not in limits.fields and not field.required and getattr(value, field.name) != field.default:
-                name = _request_field(job, field.name)
+        for field, default in _defaults_beyond(type(value), limits.fields):
+            if getattr(value, field) != default:
+                name = _request_field(job, field)
                 raise RequestError(
                     f"'{name}' is not supported by the engine that runs this model. Leave it out.", param=name
                 )
@@ -44,6 +47,13 @@ def check_job(job: Job, model_info: ModelInfo) -> None:
             "sample EOS for the first 'min_tokens' tokens.",
             param="min_tokens",
         )
+
+
+@cache  # `fields` evaluates the types of all fields, which would be a tenth of the cost of a short request
+def _defaults_beyond(kind: type[msgspec.Struct], known: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:
+    """The fields of `kind` that an engine does not know, each with its default. Fields without one are known to all."""
+    fields = msgspec.structs.fields(kind)
+    return tuple((field.name, field.default) for field in fields if field.name not in known and not field.required)
 
 
 def _request_field(job: Job, name: str) -> str:

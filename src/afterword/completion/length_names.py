@@ -25,6 +25,8 @@ _OBJECTS = ("generation_config", "generationConfig", "options", "parameters", "s
 LENGTH_NAMES = (*_NAMES, *(f"{parent}.{name}" for parent in _OBJECTS for name in _NAMES))
 """All names, also those of members of objects, which stand for settings of a request."""
 
+_ALL = frozenset(LENGTH_NAMES)
+
 
 def other_lengths(values: dict[str, Any], own: str) -> list[str]:
     """The names in a body that give another length than its field `own`, which is one of the names."""
@@ -35,4 +37,6 @@ def other_lengths(values: dict[str, Any], own: str) -> list[str]:
         for name, member in values[parent].items()
     }
     given = values | members
+    if given.keys().isdisjoint(_ALL - {own}):  # nearly always
+        return []
     return [name for name in LENGTH_NAMES if name != own and given.get(name) not in (None, values.get(own))]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 from msgspec import structs
@@ -23,7 +23,7 @@ from afterword.completion.predicted import PredictedTokens, predicted_text, pred
 from afterword.completion.prompt_rows import PromptRows, empty_columns
 from afterword.completion.request import CompletionRequest
 from afterword.completion.sampler_fields import uses_dry
-from afterword.completion.step_queue import Reader, merge_steps
+from afterword.completion.step_queue import Reader, StepQueue
 from afterword.completion.token_healing import first_tokens
 from afterword.engine.draft import PredictedText
 from afterword.engine.protocol import MAX_TAIL, Engine, JobHandle, ModelInfo, Step, Token
@@ -74,12 +74,7 @@ async def tokenize(
         *(("dry_sequence_breakers", mark + rest, False) for rest in breakers.rests),
         ("prediction", prediction, special),
     ]
-    work = [asyncio.ensure_future(_read(engine, name, text, read, client)) for name, text, read in wanted if text]
-    try:
-        found = await asyncio.gather(*work)
-    finally:
-        for each in work:
-            each.cancel()  # if one has failed, or the client has disconnected
+    found = await _tokenize_all([each for each in wanted if each[1]], engine, client)
     check_model(model_info.fingerprint, engine)
     predicted = predicted_tokens(found.pop(), model_info) if prediction else ()
     ready = iter([_checked(ids, request, model_info, trims) for ids in found])
@@ -99,7 +94,22 @@ async def tokenize(
     )
 
 
-async def _read(engine: Engine, name: str, text: str, special: bool, client: str) -> tuple[int, ...]:
+async def _tokenize_all(texts: Sequence[tuple[str, str, bool]], engine: Engine, client: str) -> list[tuple[int, ...]]:
+    """The tokens of each text, which are given as for `_tokenize_field`.
+
+    If one fails, or the client disconnects, the others are cancelled.
+    """
+    if len(texts) == 1:  # nearly always
+        return [await _tokenize_field(*texts[0], engine, client)]
+    work = [asyncio.ensure_future(_tokenize_field(*each, engine, client)) for each in texts]
+    try:
+        return await asyncio.gather(*work)
+    finally:
+        for each in work:
+            each.cancel()
+
+
+async def _tokenize_field(name: str, text: str, special: bool, engine: Engine, client: str) -> tuple[int, ...]:
     """The tokens of a text of the field `name`. Raises `RequestError` that names it."""
     try:
         ids = await engine.tokenize(text, special, client)
@@ -165,8 +175,9 @@ async def run(
                 await asyncio.sleep(0)
             check_model(plan.fingerprint, engine)  # the model can be replaced while other tasks run
             handles.append(engine.start(prompt.job))
-        async with aclosing(merge_steps(handles, [prompt.count for prompt in progress], reader)) as steps:
-            async for index, step in steps:
+        with closing(StepQueue(handles, [prompt.count for prompt in progress], reader)) as steps:
+            while item := await steps.next():
+                index, step = item
                 for delta in progress[index].take(step, handles[index]):
                     yield delta
                     if reader.needs_no_more(delta.index):
@@ -244,11 +255,17 @@ class _PromptProgress:
         self.generated += len(step.sampled) + step.taken_back
 
     def take(self, step: Step, handle: JobHandle) -> Iterator[Delta]:
-        """Yield the deltas of a step, each made on demand. Samples whose text is complete are dropped from the job.
+        """The deltas of a step, each made on demand. Samples whose text is complete are dropped from the job.
 
         A verified draft is several tokens of one sample in one step. They are taken one by one, as if computed so, and
-        those after the end of the text count for nothing.
+        those after the end of the text count for nothing. The tokens of a whole response become one delta: nothing but
+        the engine ends its texts.
         """
+        if len(step.sampled) <= 1 or self._prompt.job.whole:
+            return self._take(step, handle)
+        return self._take_parts(step, handle)
+
+    def _take_parts(self, step: Step, handle: JobHandle) -> Iterator[Delta]:
         for index, part in enumerate(split_by_sample(step)):
             if index:
                 self.generated -= sum(self._choices[sample].finish is not None for sample, _ in part.sampled)
@@ -305,8 +322,6 @@ class _PromptProgress:
 
 def split_by_sample(step: Step) -> list[Step]:
     """Split a step into steps with at most one token of each sample. A sample ends in that of its last token."""
-    if len(step.sampled) <= 1:  # nearly always
-        return [step]
     found: Counter[int] = Counter()
     parts: list[list[tuple[int, Token]]] = [[]]
     for sample, token in step.sampled:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -59,85 +59,67 @@ class Reader:
             self._waited, self._since = self.waited, None
 
 
-async def merge_steps(
-    handles: Sequence[JobHandle], count: Sequence[Callable[[Step], None]], reader: Reader
-) -> AsyncGenerator[tuple[int, Step]]:
-    """Yield the steps of all jobs in order of arrival, each with the index of its job. Raises the first error.
+class StepQueue:
+    """The steps of all jobs of a request that its reader has not taken, in order of arrival.
+
+    The engine is paused while they take too much memory. A reader that keeps the engine paused and takes less than
+    `READ_BYTES` in `READER_SECONDS` of waiting for it gets the steps in the queue and then `ReaderTooSlow`.
 
     `count` has a function for each job, which is called with each step when it arrives.
     """
-    unread = _StepQueue(handles, reader)
 
-    def receive(index: int, item: Step | Exception | None) -> None:
-        if isinstance(item, Step):
-            count[index](item)
-            unread.put(index, item)
-        else:
-            unread.end(item)
-
-    try:
-        for index, handle in enumerate(handles):
-            handle.deliver_to(partial(receive, index))
-        running = len(handles)
-        while running:
-            item = await unread.get()
-            if item is None:
-                running -= 1
-            else:
-                yield item
-    finally:
-        unread.close()
-
-
-class _StepQueue:
-    """The steps of a request that its reader has not taken. The engine is paused while they take too much memory.
-
-    A reader that keeps the engine paused and takes less than `READ_BYTES` in `READER_SECONDS` of waiting for it gets
-    the steps in the queue and then `ReaderTooSlow`.
-    """
-
-    def __init__(self, handles: Sequence[JobHandle], reader: Reader) -> None:
+    def __init__(self, handles: Sequence[JobHandle], count: Sequence[Callable[[Step], None]], reader: Reader) -> None:
         self._handles = handles
+        self._count = count
         self._reader = reader
-        self._items: deque[tuple[int, Step] | Exception | None] = deque()
+        self._running = len(handles)
+        self._items: deque[tuple[int, Step, int] | Exception | None] = deque()  # index of the job, step, its size
         self._arrival: asyncio.Future[None] | None = None  # set while the reader waits
         self._size = 0
         self._timer: asyncio.TimerHandle | None = None  # set while the engine is paused
         self._waited = 0.0  # `waited` and `sent` of the reader when its time began
         self._sent = 0
+        for index, handle in enumerate(handles):
+            handle.deliver_to(partial(self._receive, index))
 
-    def put(self, index: int, step: Step) -> None:
-        self._append((index, step))
-        self._size += step.size
+    def _receive(self, index: int, item: Step | Exception | None) -> None:
+        """Take a step of a job, its error, or None at its end."""
+        if not isinstance(item, Step):
+            self._append(item)
+            return
+        self._count[index](item)
+        size = item.size
+        self._append((index, item, size))
+        self._size += size
         if self._size > MAX_UNREAD_BYTES and self._timer is None:
             self._begin_time()
             for handle in self._handles:
                 handle.pause()
 
-    def end(self, error: Exception | None) -> None:
-        """Note that a job has ended; `error` is None if it was successful."""
-        self._append(error)
-
-    def _append(self, item: tuple[int, Step] | Exception | None) -> None:
+    def _append(self, item: tuple[int, Step, int] | Exception | None) -> None:
         self._items.append(item)
         if self._arrival is not None and not self._arrival.done():
             self._arrival.set_result(None)
 
-    async def get(self) -> tuple[int, Step] | None:
-        """The next step with the index of its job; None at the end of a job. Raises the error of a failed job."""
-        while not self._items:
-            self._arrival = asyncio.get_running_loop().create_future()
-            await self._arrival
-        item = self._items.popleft()
-        if isinstance(item, Exception):
-            raise item
-        if item is not None:
-            self._size -= item[1].size
-            if self._timer is not None and self._size <= MAX_UNREAD_BYTES // 2:
-                self.close()
-                for handle in self._handles:
-                    handle.resume()
-        return item
+    async def next(self) -> tuple[int, Step] | None:
+        """The next step with the index of its job; None when all jobs have ended. Raises the first error of a job."""
+        while self._running:
+            while not self._items:
+                self._arrival = asyncio.get_running_loop().create_future()
+                await self._arrival
+            item = self._items.popleft()
+            if isinstance(item, Exception):
+                raise item
+            if item is not None:
+                index, step, size = item
+                self._size -= size
+                if self._timer is not None and self._size <= MAX_UNREAD_BYTES // 2:
+                    self.close()
+                    for handle in self._handles:
+                        handle.resume()
+                return index, step
+            self._running -= 1
+        return None
 
     def close(self) -> None:
         """Cancel the timer for a slow reader."""
@@ -159,6 +141,6 @@ class _StepQueue:
         elif self._reader.sent - self._sent >= READ_BYTES:
             self._begin_time()
         else:
-            self.end(ReaderTooSlow())  # before the ends of the jobs
+            self._append(ReaderTooSlow())  # before the ends of the jobs
             for handle in self._handles:
                 handle.close()

@@ -14,6 +14,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from socket import SO_ERROR, SOL_SOCKET
 
 import httptools
@@ -29,6 +30,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from afterword.transport import error_responses
+from afterword.transport.body_writer import WRITE_BODY_KEY
 from afterword.transport.connection_limiter import ConnectionLimiter
 from afterword.transport.deadlines import Deadlines, Phase
 from afterword.transport.error_responses import ErrorResponse
@@ -206,6 +208,7 @@ class Connection(HttpToolsProtocol):
         self._enter_phase("rest" if self.cycle.more_body else "idle")
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        cycle.scope[WRITE_BODY_KEY] = partial(_write_part, cycle)  # type: ignore[literal-required]
         super()._start_asgi_task(cycle, _with_framing(app, cycle))
 
     # ---- internals
@@ -276,6 +279,16 @@ def _without_upgrade(value: bytes) -> bytes:
     """The value of a Connection header without the options of an upgrade; other options such as `close` stay."""
     options = [option.strip() for option in value.split(b",")]
     return b", ".join(option for option in options if option and option.lower() not in _UPGRADE_HEADERS)
+
+
+def _write_part(cycle: RequestResponseCycle, part: bytes) -> bool:
+    """Write a part of a body that is sent in chunks, as uvicorn's `send` does; see `WriteBody`."""
+    if not part or not cycle.chunked_encoding or cycle.scope["method"] == "HEAD":
+        return False
+    if cycle.response_complete or cycle.disconnected or cycle.flow.write_paused:
+        return False
+    cycle.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
+    return True
 
 
 def _with_framing(app: ASGI3Application, cycle: RequestResponseCycle) -> ASGI3Application:

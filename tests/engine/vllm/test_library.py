@@ -132,6 +132,33 @@ def test_an_output_that_came_before_the_collector_was_replaced_is_the_first():
     assert collector.ended.result() is None
 
 
+@pytest.mark.parametrize("wanted", [2, 9])
+def test_ids_are_taken_without_an_output_of_vllm(wanted: int):
+    """vLLM calls `make_request_output` of a request's state for each token, and gives its collector what it returns."""
+    taken: list[SampleOutput] = []
+
+    def take(output: SampleOutput) -> bool:
+        taken.append(output)
+        return len(taken) < wanted
+
+    async def main() -> Collector:
+        collector, theirs, state = Collector((1, 2), take), TheirCollector(vllm_output(3)), SimpleNamespace()
+        collector.replace(theirs)
+        collector.take_ids_of(state)
+        state.num_cached_tokens = 1
+        for token, reason in ((4, None), (5, "length")):
+            assert state.make_request_output([token], None, reason, None, {}, error=None) is None
+        state.make_request_output(  # as vLLM calls it when a request is aborted
+            new_token_ids=[], pooling_output=None, finish_reason="abort", stop_reason=None, kv_transfer_params=None
+        )
+        return collector
+
+    collector = asyncio.run(main())
+    assert [(output.ids, output.cached) for output in taken] == [((3,), 0), ((4,), 1), ((5,), 1)][:wanted]
+    assert collector.ended.result() is None
+    assert collector.finished == (wanted > 2)
+
+
 def test_outputs_after_the_last_that_is_wanted_are_not_taken():
     taken, collector = collected([vllm_output(each) for each in (3, 4, 5)], wanted=2)
     assert [output.ids for output in taken] == [(3,), (4,)]

@@ -39,6 +39,18 @@ def fields(sample: int = 0, sampling: Sampling = JOB.sampling, **job: object) ->
     return dict(sample_request(1, changed, sample, 10).fields)
 
 
+@pytest.mark.parametrize(
+    ("job", "only_ids"), [({}, True), ({"whole": True}, False), ({"alternatives": 0}, False)], ids=str
+)
+def test_only_ids_are_read_where_each_token_is_reported_without_log_probabilities(job, only_ids):
+    assert sample_request(1, msgspec.structs.replace(JOB, **job), 1, 10).reads_only_ids == only_ids
+
+
+def test_scores_of_the_prompt_are_read():
+    job = msgspec.structs.replace(JOB, prompt_alternatives=0)
+    assert [sample_request(1, job, sample, 10).reads_only_ids for sample in (0, 1)] == [False, True]
+
+
 def test_every_field_of_sampling_is_sent():
     sampling = Sampling(0.5, 0.9, 40, 0.1, 1.5, -1.0, 1.2, ((3, 2.0), (4, -100.0)))
     sent = fields(sampling=sampling)

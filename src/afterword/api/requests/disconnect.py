@@ -19,15 +19,30 @@ async def wait_for_disconnect(receive: Receive) -> None:
 
 
 async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`. If the client disconnects first, cancel `work` and raise `ClientDisconnect`."""
-    task = asyncio.ensure_future(work)
+    """The result of `work`. If the client disconnects first, cancel `work` and raise `ClientDisconnect`.
+
+    `work` runs in the present task: one more for each request would cost more than waiting for the disconnect.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    disconnected = False
+
+    def cancel(disconnect: asyncio.Task[None]) -> None:
+        nonlocal disconnected
+        if not disconnect.cancelled():
+            disconnected = True
+            task.cancel()
+
     disconnect = asyncio.ensure_future(wait_for_disconnect(receive))
+    disconnect.add_done_callback(cancel)
     try:
-        await asyncio.wait((task, disconnect), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientDisconnect()
+        return await work
+    except BaseException:
+        if disconnected and task.cancelling() == 1:  # not also cancelled by others
+            raise ClientDisconnect() from None
+        raise
     finally:
-        task.cancel()
+        disconnect.remove_done_callback(cancel)
         disconnect.cancel()
-        await asyncio.gather(task, disconnect, return_exceptions=True)
+        if disconnected:
+            task.uncancel()

@@ -14,7 +14,7 @@ from afterword.completion.logprobs import Logprobs
 from afterword.completion.run import Usage
 from afterword.errors import AfterwordError
 
-_ALPHABET = string.ascii_letters + string.digits
+_LETTERS = bytes((string.ascii_letters + string.digits).encode()[byte % 62] for byte in range(256))
 encode = json_body.encode
 DONE = b"data: [DONE]\n\n"
 COLUMNS = (b"text_offset", b"token_logprobs", b"tokens", b"top_logprobs")
@@ -38,7 +38,7 @@ class ResponseHead:
 
 def new_id() -> str:
     """A random id for a response."""
-    return "cmpl-" + "".join(secrets.choice(_ALPHABET) for _ in range(29))
+    return "cmpl-" + secrets.token_bytes(29).translate(_LETTERS).decode()  # one system call
 
 
 def envelope(head: ResponseHead, usage: Usage | Literal["later", "never"]) -> tuple[bytes, bytes]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from starlette.requests import ClientDisconnect
@@ -21,7 +22,7 @@ from afterword.api.requests.request_body import read_json
 from afterword.api.requests.request_context import request_context_of
 from afterword.api.requests.request_recorder import RequestRecorder
 from afterword.api.responses import incremental, serialization
-from afterword.api.responses.measured_sending import measured
+from afterword.api.responses.part_sender import PartSender
 from afterword.api.responses.response_headers import header_text
 from afterword.api.responses.time_slices import TimeSlices
 from afterword.api.service import Service
@@ -115,13 +116,19 @@ class CompletionResponse(Response):
         self._head = prepared.head
         self._engine = prepared.engine
         self._recorder = prepared.recorder
-        self._chunks = serialization.ChunkEncoder(prepared.head)
-        self._sharing = incremental.PromptEncoder(prepared.plan.n)
         self._time_slices = TimeSlices(SLICE_TOKENS)
+
+    @cached_property
+    def _chunks(self) -> serialization.ChunkEncoder:
+        return serialization.ChunkEncoder(self._head)
+
+    @cached_property
+    def _sharing(self) -> incremental.PromptEncoder:
+        return incremental.PromptEncoder(self._plan.n)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the plan and send the response; cancel the run when the client disconnects."""
-        work = self._send_stream(send) if self._request.stream else self._send_whole(send)
+        work = self._send_stream(scope, send) if self._request.stream else self._send_whole(send)
         with suppress(ClientDisconnect):
             await cancel_on_disconnect(receive, work)
 
@@ -136,29 +143,30 @@ class CompletionResponse(Response):
                     self._recorder.record_choice(item.index, item.finish)
                     for tokens in body.encode(item):
                         await self._time_slices.yield_after(tokens)
-        length = sum(map(len, body.fragments(usage)))
+        fragments = [*body.fragments(usage)]
+        length = sum(map(len, fragments))
         await send(start(self._request, self._head, b"application/json", (b"content-length", str(length).encode())))
-        await incremental.send_chunks(send, body.fragments(usage))
+        await incremental.send_chunks(send, fragments)
 
-    async def _send_stream(self, send: Send) -> None:
+    async def _send_stream(self, scope: Scope, send: Send) -> None:
         reader = Reader()
-        send = measured(send, reader)
+        sender = PartSender(scope, send, reader)
         async with aclosing(self._run(reader)) as items:
             first = await anext(items)  # an error before the first item is an HTTP error
             await send(start(self._request, self._head, *STREAM))
             try:
-                await self._send_chunks(send, first, items)
+                await self._send_chunks(sender, first, items)
             except AfterwordError as problem:
                 self._recorder.record_error(problem)
                 # no [DONE] follows, since the response is incomplete
-                await send(body_part(serialization.event(serialization.error(problem))))
+                await sender.send(serialization.event(serialization.error(problem)))
         await send({"type": "http.response.body", "body": b""})
 
     def _run(self, reader: Reader | None = None) -> AsyncGenerator[Delta | Usage]:
         recorder = self._recorder
         return run_plan(self._plan, self._engine, recorder.record_usage, recorder.record_compute_start, reader=reader)
 
-    async def _send_chunks(self, send: Send, first: Delta | Usage, rest: AsyncIterator[Delta | Usage]) -> None:
+    async def _send_chunks(self, sender: PartSender, first: Delta | Usage, rest: AsyncIterator[Delta | Usage]) -> None:
         options = self._request.stream_options or StreamOptions()
         written = 0
         item: Delta | Usage | None = first
@@ -169,16 +177,16 @@ class CompletionResponse(Response):
                 usage: Usage | Literal["later", "never"] = "later" if options.include_usage else "never"
                 if options.include_usage and options.continuous_usage_stats:
                     usage = Usage(self._plan.prompt_tokens, written)
-                await self._send_chunk(send, item, usage)
+                await self._send_chunk(sender, item, usage)
             elif options.include_usage:
-                await send(body_part(serialization.usage_chunk(self._head, item)))
+                await sender.send(serialization.usage_chunk(self._head, item))
             item = await anext(rest, None)
-        await send(body_part(serialization.DONE))
+        await sender.send(serialization.DONE)
 
-    async def _send_chunk(self, send: Send, delta: Delta, usage: Usage | Literal["later", "never"]) -> None:
+    async def _send_chunk(self, sender: PartSender, delta: Delta, usage: Usage | Literal["later", "never"]) -> None:
         """Send one event. One about the prompt or a whole vocabulary is large: other tasks run between its pieces."""
         if delta.echo is None and delta.prompt is None and not delta.has_rows:
-            await send(body_part(self._chunks.chunk(delta, usage)))
+            await sender.send(self._chunks.chunk(delta, usage))
             return
         choice = None
         for step in self._sharing.encode(delta):
@@ -190,7 +198,7 @@ class CompletionResponse(Response):
         for tokens in choice.encode(delta):
             await self._time_slices.yield_after(tokens)
         for piece in incremental.chunked(incremental.event(self._head, choice, usage)):
-            await send(body_part(piece))
+            await sender.send(piece)
             await asyncio.sleep(0)  # a disconnect of the client can cancel this task here
 
 
@@ -207,8 +215,3 @@ def start(
     if request.ignored:
         headers.append((b"x-afterword-ignored", header_text(", ".join(request.ignored))))
     return {"type": "http.response.start", "status": 200, "headers": headers}
-
-
-def body_part(data: bytes) -> dict[str, object]:
-    """The message with a part of the body, after which more follows."""
-    return {"type": "http.response.body", "body": data, "more_body": True}

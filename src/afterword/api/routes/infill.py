@@ -21,8 +21,8 @@ from afterword.api.requests.disconnect import cancel_on_disconnect
 from afterword.api.requests.request_body import read_json
 from afterword.api.responses import infill_serialization, serialization
 from afterword.api.responses.infill_serialization import InfillHead, InfillTimes
-from afterword.api.responses.measured_sending import measured
-from afterword.api.routes.completions import STREAM, PreparedRun, body_part, prepare, start
+from afterword.api.responses.part_sender import PartSender
+from afterword.api.routes.completions import STREAM, PreparedRun, prepare, start
 from afterword.api.service import Service
 from afterword.completion.infill import InfillRules
 from afterword.completion.infill_request import InfillRequest, parse_infill
@@ -76,7 +76,7 @@ class InfillResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the plan and send the response; cancel the run when the client disconnects."""
-        work = self._send_stream(send) if self._prepared.request.stream else self._send_whole(send)
+        work = self._send_stream(scope, send) if self._prepared.request.stream else self._send_whole(send)
         with suppress(ClientDisconnect):
             await cancel_on_disconnect(receive, work)
 
@@ -90,26 +90,26 @@ class InfillResponse(Response):
         await send(start(self._prepared.request, self._prepared.head, b"application/json", length))
         await send({"type": "http.response.body", "body": data})
 
-    async def _send_stream(self, send: Send) -> None:
-        send = measured(send, self._reader)
+    async def _send_stream(self, scope: Scope, send: Send) -> None:
+        sender = PartSender(scope, send, self._reader)
         async with aclosing(self._parts()) as parts:
             part = await anext(parts, None)  # an error before the first part is an HTTP error
             await send(start(self._prepared.request, self._prepared.head, *STREAM))
             try:
                 while part is not None:
                     if part.text or (part.tokens and part.stop == "none"):
-                        await self._send_part(send, part)
+                        await self._send_part(sender, part)
                     part = await anext(parts, None)
                 for final in self._finals(streamed=True):
-                    await send(body_part(serialization.event(final)))
+                    await sender.send(serialization.event(final))
             except AfterwordError as problem:
                 self._prepared.recorder.record_error(problem)
-                await send(body_part(serialization.event(serialization.error(problem))))
+                await sender.send(serialization.event(serialization.error(problem)))
         await send({"type": "http.response.body", "body": b""})
 
-    async def _send_part(self, send: Send, part: MiddlePart) -> None:
+    async def _send_part(self, sender: PartSender, part: MiddlePart) -> None:
         predicted = self._middles[part.index].length
-        await send(body_part(serialization.event(infill_serialization.part_object(self._head, part, predicted))))
+        await sender.send(serialization.event(infill_serialization.part_object(self._head, part, predicted)))
 
     async def _parts(self) -> AsyncGenerator[MiddlePart]:
         """The parts of all middles as they are generated. The run ends when all middles have ended."""

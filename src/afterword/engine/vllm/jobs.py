@@ -264,13 +264,13 @@ class VllmJobs:
             self._end(running)
             return True
         tokens = generated_tokens(job, output)
-        if any(token.logprob is not None and math.isnan(token.logprob) for token in tokens):
+        if output.alternatives is not None and any(math.isnan(token.logprob or 0.0) for token in tokens):
             self._add(running, Step(failed=True))
             self._end(running)
             return True
         ended = self._ended(running, sample, tokens)
         reason: tuple[tuple[int, FinishReason], ...] = ((sample, ended),) if ended else ()
-        self._add(running, Step(sampled=tuple((sample, token) for token in tokens), ended=reason))
+        self._add(running, Step(sampled=tuple([(sample, token) for token in tokens]), ended=reason))
         if ended:
             running.open.discard(sample)
             if not running.open:
@@ -305,16 +305,20 @@ class VllmJobs:
 
     def _send_steps(self) -> None:
         self._will_send = False
-        steps, self._steps = {job_id: joined(parts) for job_id, parts in self._steps.items()}, {}
-        while any(len(parts) > 1 for parts in steps.values()):
-            self._send({job_id: parts.pop(0) for job_id, parts in steps.items() if len(parts) > 1}, self.load)
-        self._send({job_id: step for job_id, (step,) in steps.items()}, self.load)
+        steps, self._steps = self._steps, {}
+        last: dict[int, Step] = {}
+        for job_id, parts in steps.items():
+            if len(parts) == 1 and len(parts[0].scored) <= SCORES_PER_STEP:  # nearly always
+                last[job_id] = parts[0]
+                continue
+            *before, last[job_id] = joined(parts)
+            for step in before:
+                self._send({job_id: step}, self.load)
+        self._send(last, self.load)
 
 
 def joined(steps: Sequence[Step]) -> list[Step]:
     """The steps of one job as few steps: one, or several where there are too many scores for one."""
-    if len(steps) == 1 and len(steps[0].scored) <= SCORES_PER_STEP:  # nearly always
-        return [steps[0]]
     scored = tuple(score for step in steps for score in step.scored)
     *before, last = [scored[at : at + SCORES_PER_STEP] for at in range(0, max(len(scored), 1), SCORES_PER_STEP)]
     whole = Step(

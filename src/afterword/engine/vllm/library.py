@@ -58,10 +58,15 @@ class LoadedVllm:
         from vllm.sampling_params import RequestOutputKind
 
         prompt = tokens_input(list(request.prompt), cache_salt=request.cache_salt or None)
-        parameters = _parameters()(**request.fields, output_kind=RequestOutputKind.DELTA)
+        # made for this request alone, so that vLLM need not copy every object in them
+        parameters = _parameters()(**request.fields, output_kind=RequestOutputKind.DELTA, skip_clone=True)
         collector = Collector(request.prompt, take)
         try:
-            collector.replace(await self.llm.add_request(request.name, prompt, parameters))
+            theirs = await self.llm.add_request(request.name, prompt, parameters)
+            collector.replace(theirs)
+            state = self.llm.output_processor.request_states.get(theirs.request_id)
+            if state is not None and request.reads_only_ids:
+                collector.take_ids_of(state)
             await collector.ended
         finally:
             if not collector.finished:  # vLLM itself forgets requests whose sending has failed or was cancelled
@@ -91,15 +96,32 @@ class Collector:
         if (output := theirs.get_nowait()) is not None:
             self._put(output)
 
+    def take_ids_of(self, state: Any) -> None:
+        """Take only token ids from now on, before vLLM makes two objects of each for its own collector."""
+
+        def make_request_output(
+            new_token_ids: list[int], pooling_output: Any, finish_reason: Any, *_: Any, **__: Any
+        ) -> None:
+            if not self.ended.done():
+                output = SampleOutput(tuple(new_token_ids), None, (), state.num_cached_tokens)
+                self._receive(output, finish_reason is not None)
+
+        state.make_request_output = make_request_output
+
     def _put(self, output: Any) -> None:
-        """Take an output or an exception. It raises nothing, because vLLM would then end all requests."""
+        """Take an output or an exception."""
         if self.ended.done():
             return
+        if isinstance(output, Exception):
+            self._end(output)
+            return
+        self._receive(_read_output(output, self._prompt), output.finished)
+
+    def _receive(self, output: SampleOutput, finished: bool) -> None:
+        """Take an output. It raises nothing, because vLLM would then end all requests."""
+        self.finished = finished
         try:
-            if isinstance(output, Exception):
-                raise output
-            self.finished = output.finished
-            if not self._take(_read_output(output, self._prompt)) or self.finished:
+            if not self._take(output) or finished:
                 self._end()
         except Exception as problem:
             self._end(problem)

@@ -47,6 +47,12 @@ class SampleRequest(Value, frozen=True):
     cache_salt: str
     fields: Mapping[str, Any]
 
+    @property
+    def reads_only_ids(self) -> bool:
+        """Whether each token is reported at once, and without log probabilities."""
+        fields = self.fields
+        return fields["logprobs"] is None and fields["prompt_logprobs"] is None and "stream_interval" not in fields
+
 
 class PromptScore(Value, frozen=True):
     """A prompt token's score as vLLM reports it. `rank` counts tokens that are as likely as the token itself."""
