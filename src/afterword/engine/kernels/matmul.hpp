@@ -238,15 +238,32 @@ int64_t multiply_some(const Product<Type, Rows> &op, Scratch<Type, TILES> &scrat
     return column;
 }
 
-// Multiplies one tile with all columns. `next`: the memory that is prefetched meanwhile.
+// Multiplies the rows of a tile with few columns, which is bounded by memory. A block is unpacked into registers and multiplied at
+// once, so that the loads of weights are spread evenly.
+template <class Type, class Rows, int TILES, int COLUMNS>
+void multiply_few(const Product<Type, Rows> &op, const char *rows, float *sums, Prefetcher prefetcher) {
+    const typename Type::Piece *columns[COLUMNS];
+    for (int c = 0; c < COLUMNS; c++) columns[c] = op.columns[c].pieces;
+    Sums<TILES, COLUMNS> total = {};
+    for (int64_t step = 0; step < op.steps; step += Type::STEPS) {
+        typename Type::Step weights[Type::STEPS][TILES];
+        for (int s = 0; s < Type::STEPS; s++) prefetcher.fetch_sparsely();
+        for (int t = 0; t < TILES; t++)
+            Type::unpack(op.group(rows + t * LANE_ROWS * op.stride, step / Type::STEPS), &weights[0][t], TILES);
+        for (int s = 0; s < Type::STEPS; s++) {
+            prefetcher.fetch_sparsely();
+            add_step<Type, TILES, COLUMNS>(total, weights[s], columns, (int)step + s);
+        }
+    }
+    for (int c = 0; c < COLUMNS; c++)
+        for (int t = 0; t < TILES; t++) store(sums + c * ROWS<TILES> + t * LANE_ROWS, total[c][t]);
+}
+
+// Multiplies the rows of a tile with all columns. They are unpacked once for all of them, some steps at a time.
 template <class Type, class Rows, int TILES>
-void multiply_tile(const Product<Type, Rows> &op, Scratch<Type, TILES> &scratch, int64_t number, const char *next) {
-    // Few columns are bounded by memory: shorter chunks spread the prefetches more evenly.
+void multiply_many(const Product<Type, Rows> &op, const char *rows, Scratch<Type, TILES> &scratch, const char *next, int64_t lines) {
     const int most = (op.count > MOST_COLUMNS ? CHUNK : CHUNK / 2) / Type::STEPS;
-    constexpr int ROWS = products::ROWS<TILES>;
-    const char *rows = op.tile(number * ROWS, ROWS, scratch.rows);
     const int64_t blocks = op.steps / Type::STEPS, groups = (op.count + MOST_COLUMNS - 1) / MOST_COLUMNS;
-    const int64_t lines = (Type::BYTES * ROWS / Type::STEPS + LINE - 1) / LINE;  // cache lines of a step
     Prefetcher prefetcher{next, (int)((lines + groups) / (groups + 1))};
     for (int64_t first = 0; first < blocks; first += most) {
         const int here = (int)(blocks - first < most ? blocks - first : most);
@@ -262,6 +279,22 @@ void multiply_tile(const Product<Type, Rows> &op, Scratch<Type, TILES> &scratch,
         column = multiply_some<Type, Rows, TILES, 2>(op, scratch, column, step, steps, prefetcher);
         multiply_some<Type, Rows, TILES, 1>(op, scratch, column, step, steps, prefetcher);
     }
+}
+
+// Multiplies one tile with all columns: one group of rows with a single column, two groups with more. `next`: the memory that is
+// prefetched meanwhile.
+template <class Type, class Rows, int TILES>
+void multiply_tile(const Product<Type, Rows> &op, Scratch<Type, TILES> &scratch, int64_t number, const char *next) {
+    constexpr int ROWS = products::ROWS<TILES>;
+    const char *rows = op.tile(number * ROWS, ROWS, scratch.rows);
+    const int64_t lines = (Type::BYTES * ROWS / Type::STEPS + LINE - 1) / LINE;  // cache lines of a step
+    const Prefetcher few{next, (int)(lines + 1) / 2};
+    float *sums = scratch.sums.data();
+    if constexpr (TILES == 1) multiply_few<Type, Rows, TILES, 1>(op, rows, sums, few);
+    else if (op.count == 2) multiply_few<Type, Rows, TILES, 2>(op, rows, sums, few);
+    else if (op.count == 3) multiply_few<Type, Rows, TILES, 3>(op, rows, sums, few);
+    else if (op.count == 4) multiply_few<Type, Rows, TILES, 4>(op, rows, sums, few);
+    else multiply_many<Type, Rows, TILES>(op, rows, scratch, next, lines);
     const int64_t left = op.rows - number * ROWS, count = left < ROWS ? left : ROWS;
     for (int64_t column = 0; column < op.count; column++) {
         char *to = op.columns[column].out + number * ROWS * sizeof(float);

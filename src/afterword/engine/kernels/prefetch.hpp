@@ -3,6 +3,9 @@
 // A non-temporal prefetch keeps weights from evicting from the caches what other code uses between two passes. Intel's processors
 // bring such lines through the fill buffers of the first-level cache alone. These are too few for the latency of memory: a Xeon
 // of the family Ice Lake read 10 instead of 20 GB/s. There, weights are prefetched into the second-level cache.
+//
+// Where a product is bounded by memory, Intel's processors prefetch the rest of a page by themselves, without the fill buffers. Then
+// only the beginning of each page is prefetched here.
 
 #pragma once
 
@@ -26,6 +29,8 @@ inline bool is_intel() {
 
 const bool NON_TEMPORAL = !is_intel();
 
+constexpr uintptr_t PAGE = 4096, PAGE_HEAD = 512;  // bytes
+
 // Prefetches `lines` cache lines at each step.
 struct Prefetcher {
     const char *at;
@@ -35,6 +40,14 @@ struct Prefetcher {
         for (int i = 0; i < lines; i++, at += LINE) {
             if (NON_TEMPORAL) __builtin_prefetch(at, 0, 0);
             else __builtin_prefetch(at, 0, 1);
+        }
+    }
+
+    // The same for a product that is bounded by memory.
+    void fetch_sparsely() {
+        for (int i = 0; i < lines; i++, at += LINE) {
+            if (NON_TEMPORAL) __builtin_prefetch(at, 0, 0);
+            else if ((uintptr_t)at % PAGE < PAGE_HEAD) __builtin_prefetch(at, 0, 1);
         }
     }
 };
