@@ -95,7 +95,7 @@ void run_matmul(const Options &options) {
         std::vector<char> back(file.size());
         buffer->calls.get_tensor(buffer, &packed, back.data(), 0, back.size());
         if (back != file) std::printf("%s: packed weights changed\n", type.name), std::exit(1);
-        for (const int64_t columns : {1, 2, 7, 20}) {
+        for (const int64_t columns : {0, 1, 2, 3, 4, 7, 20}) {
             const std::vector<float> x = activations_of(columns, LENGTH);
             for (const Tensor *matrix : {&weights, &packed})
                 report("matmul/" + std::string(type.name) + (matrix == &packed ? "/packed/" : "/file/") + std::to_string(columns),

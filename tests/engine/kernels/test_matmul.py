@@ -158,7 +158,10 @@ def multiplied(kernel: ctypes.CDLL, matrix: Tensor, x: np.ndarray, threads: int 
 
 
 @pytest.mark.parametrize("name", TYPES)
-@pytest.mark.parametrize(("rows", "columns", "length"), [(64, 1, 256), (32, 7, 1024), (77, 14, 768), (5, 3, 2304)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "length"),
+    [(64, 1, 256), (48, 2, 512), (5, 3, 2304), (96, 4, 256), (32, 7, 1024), (77, 14, 768)],
+)
 def test_products_agree_with_numpy(kernel, name, rows, columns, length):
     raw, values = weights(name, rows, length)
     x = activations(columns, length)
@@ -166,6 +169,14 @@ def test_products_agree_with_numpy(kernel, name, rows, columns, length):
     exact = rounded_x @ values.astype(np.float64).T
     size = np.abs(rounded_x) @ np.abs(values.astype(np.float64)).T
     assert np.abs((product(kernel, name, raw, x) - exact) / size).max() < ROUNDING
+
+
+def test_a_pass_without_outputs_has_products_without_columns(kernel, memory):
+    raw, _ = weights("Q8_0", 64, 256)
+    matrix = in_file("Q8_0", raw)
+    assert multiplied(kernel, matrix, activations(0, 256)).shape == (0, 64)
+    with memory.place(matrix, raw):
+        assert multiplied(kernel, matrix, activations(0, 256)).shape == (0, 64)
 
 
 @pytest.mark.parametrize("filled", [0x00, 0x77, 0xFF])
@@ -226,7 +237,7 @@ def test_without_enough_memory_there_is_no_buffer(memory):
     assert memory.make(1 << 62) is None
 
 
-@pytest.mark.parametrize("columns", [1, 9])
+@pytest.mark.parametrize("columns", [1, 3, 9])
 def test_the_thread_pool_computes_the_same_bits(kernel, thread_pool, columns):
     rest = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(thread_pool)
     x = activations(columns, 1280)

@@ -414,6 +414,7 @@ void compute_type(const Tensor *node, int threads) {
     const Tensor *weights = node->src[0], *x = node->src[1];
     const Columns from = columns_of(x), to = columns_of(node);
     const int64_t steps = x->ne[0] / STEP, count = from.count;
+    if (count == 0) return;  // a pass without outputs
     const auto *pieces = prepare_columns<Type>(count, steps, threads, [=](int64_t i) { return x->data + i * from.step; });
     Column<Type> *const columns = columns_for<Type>(count);
     for (int64_t i = 0; i < count; i++) columns[i] = {pieces + i * steps, node->data + i * to.step};
