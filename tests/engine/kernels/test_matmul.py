@@ -171,12 +171,16 @@ def test_products_agree_with_numpy(kernel, name, rows, columns, length):
     assert np.abs((product(kernel, name, raw, x) - exact) / size).max() < ROUNDING
 
 
-def test_a_pass_without_outputs_has_products_without_columns(kernel, memory):
+def test_a_product_without_columns_writes_nothing(kernel, memory):
     raw, _ = weights("Q8_0", 64, 256)
+    x, out = activations(1, 256), np.full((1, 64), np.nan, np.float32)
     matrix = in_file("Q8_0", raw)
-    assert multiplied(kernel, matrix, activations(0, 256)).shape == (0, 64)
+    node = with_sources(tensor(out[None, None]), matrix, columns := tensor(x[None, None]))
+    node.ne[1] = columns.ne[1] = 0  # as in a pass without outputs
     with memory.place(matrix, raw):
-        assert multiplied(kernel, matrix, activations(0, 256)).shape == (0, 64)
+        assert kernel.operation_supports(b"MUL_MAT", ctypes.byref(node))
+        kernel.operation_compute(b"MUL_MAT", ctypes.byref(node), 1)
+    assert np.isnan(out).all()
 
 
 @pytest.mark.parametrize("filled", [0x00, 0x77, 0xFF])
