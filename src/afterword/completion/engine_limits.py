@@ -49,7 +49,7 @@ def check_job(job: Job, model_info: ModelInfo) -> None:
         )
 
 
-@cache  # `fields` evaluates the types of all fields, which would be a tenth of the cost of a short request
+@cache  # `fields` evaluates the types of all fields at each call
 def _defaults_beyond(kind: type[msgspec.Struct], known: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:
     """The fields of `kind` that an engine does not know, each with its default. Fields without one are known to all."""
     fields = msgspec.structs.fields(kind)
