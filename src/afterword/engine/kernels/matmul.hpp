@@ -247,11 +247,11 @@ void multiply_few(const Product<Type, Rows> &op, const char *rows, float *sums, 
     Sums<TILES, COLUMNS> total = {};
     for (int64_t step = 0; step < op.steps; step += Type::STEPS) {
         typename Type::Step weights[Type::STEPS][TILES];
-        for (int s = 0; s < Type::STEPS; s++) prefetcher.fetch_sparsely();
+        for (int s = 0; s < Type::STEPS; s++) prefetcher.fetch(true);
         for (int t = 0; t < TILES; t++)
             Type::unpack(op.group(rows + t * LANE_ROWS * op.stride, step / Type::STEPS), &weights[0][t], TILES);
         for (int s = 0; s < Type::STEPS; s++) {
-            prefetcher.fetch_sparsely();
+            prefetcher.fetch(true);
             add_step<Type, TILES, COLUMNS>(total, weights[s], columns, (int)step + s);
         }
     }
@@ -262,6 +262,7 @@ void multiply_few(const Product<Type, Rows> &op, const char *rows, float *sums, 
 // Multiplies the rows of a tile with all columns. They are unpacked once for all of them, some steps at a time.
 template <class Type, class Rows, int TILES>
 void multiply_many(const Product<Type, Rows> &op, const char *rows, Scratch<Type, TILES> &scratch, const char *next, int64_t lines) {
+    // Where one group of columns is all, memory bounds the product: shorter chunks spread the prefetches more evenly.
     const int most = (op.count > MOST_COLUMNS ? CHUNK : CHUNK / 2) / Type::STEPS;
     const int64_t blocks = op.steps / Type::STEPS, groups = (op.count + MOST_COLUMNS - 1) / MOST_COLUMNS;
     Prefetcher prefetcher{next, (int)((lines + groups) / (groups + 1))};

@@ -36,18 +36,11 @@ struct Prefetcher {
     const char *at;
     int lines;
 
-    void fetch() {
+    // `sparsely`: for a product that is bounded by memory.
+    void fetch(bool sparsely = false) {
         for (int i = 0; i < lines; i++, at += LINE) {
             if (NON_TEMPORAL) __builtin_prefetch(at, 0, 0);
-            else __builtin_prefetch(at, 0, 1);
-        }
-    }
-
-    // The same for a product that is bounded by memory.
-    void fetch_sparsely() {
-        for (int i = 0; i < lines; i++, at += LINE) {
-            if (NON_TEMPORAL) __builtin_prefetch(at, 0, 0);
-            else if ((uintptr_t)at % PAGE < PAGE_HEAD) __builtin_prefetch(at, 0, 1);
+            else if (!sparsely || (uintptr_t)at % PAGE < PAGE_HEAD) __builtin_prefetch(at, 0, 1);
         }
     }
 };
